@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ class Partition:
     Args:
         keep: the dimensions of the weight that tell vectors apart, ascending, e.g. ``(0,)``.
         labels: int64, of shape ``[weight.shape[k] for k in keep]``; values ``0..n-1``, or -1 for entries that belong to no vector.
+        granularity: ``"filter"``, ``"group"`` or ``"layer"``: what a person calls these vectors.
 
     Example:
         >>> Partition.filters((8, 3, 3, 3)).n
@@ -30,6 +30,7 @@ class Partition:
 
     keep: tuple[int, ...]
     labels: Tensor
+    granularity: str
 
     @classmethod
     def filters(cls, shape: tuple[int, ...], *, axis: int = 0, transposed_groups: int | None = None) -> Partition:
@@ -37,29 +38,20 @@ class Partition:
         if transposed_groups is not None:
             inputs, per_group = shape[:2]
             group = torch.arange(inputs) // (inputs // transposed_groups)
-            return cls((0, 1), group[:, None] * per_group + torch.arange(per_group))
-        return cls((axis,), torch.arange(shape[axis]))
+            return cls((0, 1), group[:, None] * per_group + torch.arange(per_group), "filter")
+        return cls((axis,), torch.arange(shape[axis]), "filter")
 
     @classmethod
     def groups(cls, shape: tuple[int, ...], groups: int) -> Partition:
         """``groups`` vectors, each of ``shape[0] / groups`` neighbouring rows."""
-        return cls((0,), torch.arange(shape[0]) // (shape[0] // groups))
+        return cls((0,), torch.arange(shape[0]) // (shape[0] // groups), "group")
 
     @classmethod
     def layer(cls, shape: tuple[int, ...]) -> Partition:
         """One vector: the whole weight."""
-        return cls((0,), torch.zeros(shape[0], dtype=torch.long))
+        return cls((0,), torch.zeros(shape[0], dtype=torch.long), "layer")
 
     @property
     def n(self) -> int:
         """Number of vectors."""
         return int(self.labels.max()) + 1 if self.labels.numel() else 0
-
-    @property
-    def granularity(self) -> str:
-        """``"filter"``, ``"group"`` or ``"layer"``: how many of the kept rows share a vector."""
-        members = self.labels[self.labels >= 0].numel()
-        if self.n <= 1 and members != 1:
-            return "layer"
-        rows = members if len(self.keep) == 1 else members // max(1, prod(self.labels.shape) // max(1, self.n))
-        return "filter" if rows == self.n else "group"
