@@ -1,0 +1,510 @@
+"""The rows of a run kept in memory and in one file: what the monitor writes, and what plots, reports and the replay read.
+
+Bounded however long the run is: a full history drops every second row, and from then on keeps only every 2nd (4th, 8th, ...) new one.
+Legend: ``r`` rows, ``s`` recorded steps, ``n`` weight vectors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import json
+import math
+import os
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_normdyn.errors import NormDynError
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+_FORMAT = "lightning-normdyn history"
+_VERSION = 1
+_OTHER = "other"
+
+
+class Event(NamedTuple):
+    """Something that happened at a step and explains a jump in a curve."""
+
+    step: int
+    kind: str
+    """``"rescale"``, ``"lr_drop"``, ..."""
+    name: str
+    """The parameter or optimizer it happened to; empty for all of them."""
+
+
+class _Record(NamedTuple):
+    step: int
+    kind: str
+    number: int
+    """How many records of this kind came before it, dropped ones included."""
+    content: Any
+
+
+class _Thinned:
+    """An ordered list of bounded size: of each kind it holds the records 0, stride, 2 stride, ..., and always the newest record of all.
+
+    A full list doubles the stride of its most frequent kind. Kinds are thinned apart because a plain "every second one" would erase
+    whatever happens to alternate: a GAN whose two optimizers take turns would lose one of them for good, and three LR drops would drown
+    in a thousand rescales.
+
+    Args:
+        capacity: most allowed total size. The first record of each kind and the newest one stay even where they alone exceed it.
+        max_kinds: kinds beyond this many are thinned together, so that a list of nothing but firsts cannot fill the capacity.
+        size: size of one record's content.
+    """
+
+    def __init__(self, capacity: int, max_kinds: int, size: Callable[[Any], int] = lambda content: 1) -> None:
+        self.capacity = capacity
+        self.max_kinds = max_kinds
+        self.records: list[_Record] = []
+        self.counts: dict[str, int] = {}
+        self.strides: dict[str, int] = {}
+        self._size = size
+        self._total = 0
+
+    def append(self, step: int, kind: str, content: Any) -> None:
+        if kind not in self.counts and len(self.counts) >= self.max_kinds:
+            kind = _OTHER
+        if self.records and not self._stays(self.records[-1]):
+            self._total -= self._size(self.records.pop().content)
+        number = self.counts.get(kind, 0)
+        self.counts[kind] = number + 1
+        self.records.append(_Record(step, kind, number, content))
+        self._total += self._size(content)
+        self._fit()
+
+    def replace_newest(self, content: Any) -> None:
+        self._total += self._size(content) - self._size(self.records[-1].content)
+        self.records[-1] = self.records[-1]._replace(content=content)
+        self._fit()
+
+    def truncate_after(self, step: int) -> None:
+        self.restore([record for record in self.records if record.step <= step], self.counts, self.strides)
+
+    def restore(self, records: list[_Record], counts: dict[str, int], strides: dict[str, int]) -> None:
+        self.records, self.counts, self.strides = records, counts, strides
+        self._total = sum(self._size(record.content) for record in records)
+
+    def _stays(self, record: _Record) -> bool:
+        return record.number % self.strides.get(record.kind, 1) == 0
+
+    def _fit(self) -> None:
+        while self._total > self.capacity:
+            kind, most = Counter(record.kind for record in self.records[:-1]).most_common(1)[0] if len(self.records) > 1 else ("", 0)
+            if most < 2:  # only firsts are left
+                return
+            self.strides[kind] = 2 * self.strides.get(kind, 1)
+            newest = self.records[-1]
+            self.records = [record for record in self.records if record is newest or self._stays(record)]
+            self._total = sum(self._size(record.content) for record in self.records)
+
+
+class History:
+    """Rows of named numbers by step, with marked events and optional per-vector arrays.
+
+    A row holds float32 values under log keys such as ``effective_lr/layer1.0.conv1.weight``. A key may be missing from a row (an
+    optimizer that did not step), and a value that is NaN counts as missing. Iterating, or ``history[i]``, gives dicts with ``"step"``,
+    ``"optimizer_step"`` and the row's keys.
+
+    Args:
+        max_rows: most rows to hold, at least 4. The first and the newest row are always among them.
+        max_vector_bytes: most memory for the per-vector arrays, which are thinned in the same way.
+
+    Attributes:
+        meta: anything JSON can say about the run: its settings, the table of targets.
+
+    Example:
+        >>> history = History()
+        >>> for step in range(3):
+        ...     history.append(step, {"effective_lr/conv.weight": 0.5 / (step + 1)}, optimizer_step=step + 1)
+        >>> history[0]
+        {'step': 0, 'optimizer_step': 1, 'effective_lr/conv.weight': 0.5}
+        >>> steps, values = history.column("effective_lr/conv.weight")
+        >>> steps.tolist(), values[:2].tolist()
+        ([0, 1, 2], [0.5, 0.25])
+    """
+
+    def __init__(self, max_rows: int = 4096, *, max_vector_bytes: int = 2**27) -> None:
+        if max_rows < 4:
+            raise NormDynError(f"`max_rows` must be at least 4, got {max_rows!r}.")
+        if max_vector_bytes < 1:
+            raise NormDynError(f"`max_vector_bytes` must be at least 1, got {max_vector_bytes!r}.")
+        self.meta: dict[str, Any] = {}
+        self._columns: dict[str, int] = {}
+        self._rows = _Thinned(max_rows, max_kinds=min(16, max_rows // 4))
+        self._events = _Thinned(max_rows, max_kinds=max_rows // 4)
+        self._vectors = _Thinned(max_vector_bytes, max_kinds=16, size=_total_bytes)
+        self._vector_sizes: dict[str, int] = {}
+
+    @property
+    def max_rows(self) -> int:
+        """Most rows it holds."""
+        return self._rows.capacity
+
+    # ---------------------------------------------------------------------------------------------------------------- writing
+
+    def append(self, step: int, values: Mapping[str, float], *, optimizer_step: int) -> None:
+        """Add the row of a step.
+
+        Args:
+            step: the x axis, as the loggers have it; never smaller than the newest row's.
+            values: numbers by log key.
+            optimizer_step: optimizer steps that really happened so far.
+
+        Raises:
+            NormDynError: for a step that lies before the newest row.
+        """
+        if self._rows.records and step < self._rows.records[-1].step:
+            raise NormDynError(
+                f"a row of step {step} was asked for, but the newest row is of step {self._rows.records[-1].step}; rows come in order. "
+                f"After going back to a checkpoint, call `truncate_after({step - 1})` first."
+            )
+        for key in values:
+            self._columns.setdefault(key, len(self._columns))
+        cells = np.full(len(self._columns), np.nan, dtype=np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 is inf, which is what a diverged run should show
+            for key, value in values.items():
+                cells[self._columns[key]] = value
+        self._rows.append(int(step), _same_cells(cells), (int(optimizer_step), cells))
+
+    def append_vectors(self, step: int, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Keep one number per weight vector at a step; arrays given for the same step in several calls become one record.
+
+        Args:
+            step: as in :meth:`append`.
+            arrays: by name, e.g. ``weight_norm/layer1.0.conv1.weight``, each of shape ``(n,)``; copied to float32.
+
+        Raises:
+            NormDynError: where a name had another length before, or the step lies before the newest record.
+        """
+        content: dict[str, Floats] = {}
+        for name, array in arrays.items():
+            content[name] = np.array(array, dtype=np.float32)
+            if content[name].ndim != 1:
+                raise NormDynError(f"per-vector arrays have the shape (n,); `{name}` has {content[name].shape}.")
+            size = self._vector_sizes.setdefault(name, content[name].size)
+            if content[name].size != size:
+                raise NormDynError(
+                    f"`{name}` has {content[name].size} vectors now and had {size} before; another model needs a History of its own."
+                )
+        newest = self._vectors.records[-1] if self._vectors.records else None
+        if newest is not None and step < newest.step:
+            raise NormDynError(f"per-vector arrays of step {step} come after those of step {newest.step}; records come in order.")
+        if newest is not None and newest.step == step:
+            self._vectors.replace_newest({**newest.content, **content})
+        else:
+            self._vectors.append(int(step), " ".join(sorted(content)), content)
+
+    def mark(self, step: int, kind: str, name: str = "") -> None:
+        """Remember an event, e.g. ``mark(800, "lr_drop")``; plots draw it."""
+        self._events.append(int(step), f"{kind} {name}", Event(int(step), kind, name))
+
+    def truncate_after(self, step: int) -> None:
+        """Forget all that is later than ``step``: what a crashed run did between its last checkpoint and its end."""
+        for thinned in (self._rows, self._events, self._vectors):
+            thinned.truncate_after(step)
+
+    # ---------------------------------------------------------------------------------------------------------------- reading
+
+    def __len__(self) -> int:
+        return len(self._rows.records)
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, float]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, float]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, float] | list[dict[str, float]]:
+        if isinstance(index, slice):
+            return [self._as_dict(record) for record in self._rows.records[index]]
+        return self._as_dict(self._rows.records[index])
+
+    def __iter__(self) -> Iterator[dict[str, float]]:
+        return map(self._as_dict, self._rows.records)
+
+    def __repr__(self) -> str:
+        span = f", steps {self._rows.records[0].step} to {self._rows.records[-1].step}" if len(self) else ""
+        return f"History({len(self)} rows{span}, {len(self._columns)} keys)"
+
+    def keys(self) -> list[str]:
+        """All log keys, in the order in which they first came."""
+        return list(self._columns)
+
+    def column(self, key: str) -> tuple[Ints, Floats]:
+        """One curve: the steps at which ``key`` was recorded, int64 of shape ``(s,)``, and its values, float32 of shape ``(s,)``.
+
+        Raises:
+            NormDynError: for a key that was never recorded.
+        """
+        if key not in self._columns:
+            _refuse_name("key", key, list(self._columns))
+        column = self._columns[key]
+        found = [(record.step, record.content[1][column]) for record in self._rows.records if column < len(record.content[1])]
+        steps = np.array([step for step, _ in found], dtype=np.int64)
+        values = np.array([value for _, value in found], dtype=np.float32)
+        present = ~np.isnan(values)
+        return steps[present], values[present]
+
+    @property
+    def events(self) -> list[Event]:
+        """The marked events, in the order in which they were marked."""
+        return [record.content for record in self._events.records]
+
+    def vector_names(self) -> list[str]:
+        """Names of the per-vector arrays, in the order in which they first came."""
+        return list(self._vector_sizes)
+
+    def vectors(self, name: str) -> tuple[Ints, Floats]:
+        """One per-vector array over time: steps, int64 of shape ``(s,)``, and values, float32 of shape ``(s, n)``.
+
+        Raises:
+            NormDynError: for a name that was never recorded.
+        """
+        if name not in self._vector_sizes:
+            _refuse_name("per-vector array", name, list(self._vector_sizes))
+        found = [record for record in self._vectors.records if name in record.content]
+        steps = np.array([record.step for record in found], dtype=np.int64)
+        values = np.array([record.content[name] for record in found], dtype=np.float32)
+        return steps, values.reshape(len(found), self._vector_sizes[name])
+
+    def _as_dict(self, record: _Record) -> dict[str, float]:
+        optimizer_step, cells = record.content
+        row: dict[str, float] = {"step": record.step, "optimizer_step": optimizer_step}
+        row.update((key, float(cell)) for key, cell in zip(self._columns, cells, strict=False) if not math.isnan(cell))
+        return row
+
+    # ---------------------------------------------------------------------------------------------------------------- keeping
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write everything to one ``.npz`` file without pickle; an interrupted save leaves an older file as it was.
+
+        Raises:
+            NormDynError: where ``meta`` holds something that JSON cannot say.
+        """
+        header, arrays = self._pack()
+        # Stored, not deflated: a file can then never hold more than its own size, so that reading a hostile one stays bounded.
+        with replacing(path) as file:
+            np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
+        return Path(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything as one string and plain tensors, so that ``torch.load(..., weights_only=True)`` reads it."""
+        header, arrays = self._pack()
+        return {"header": header, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what :meth:`state_dict` gave, limits included."""
+        arrays = {name: value.cpu().numpy().copy() for name, value in state.items() if isinstance(value, Tensor)}
+        self._unpack(state["header"], arrays)
+
+    def _pack(self) -> tuple[str, dict[str, NDArray[Any]]]:
+        header: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "meta": self.meta, "keys": list(self._columns)}
+        arrays: dict[str, NDArray[Any]] = {}
+        for part, thinned in (("row", self._rows), ("event", self._events), ("vector", self._vectors)):
+            kinds = list(thinned.counts)
+            header[part] = {
+                "capacity": thinned.capacity,
+                "max_kinds": thinned.max_kinds,
+                "kinds": [[kind, thinned.counts[kind], thinned.strides.get(kind, 1)] for kind in kinds],
+            }
+            index = {kind: i for i, kind in enumerate(kinds)}
+            arrays[part] = np.array([(r.step, index[r.kind], r.number) for r in thinned.records], dtype=np.int64).reshape(-1, 3)
+        header["events"] = [[event.kind, event.name] for event in self.events]
+
+        cells = np.full((len(self), len(self._columns)), np.nan, dtype=np.float32)
+        for i, record in enumerate(self._rows.records):
+            cells[i, : len(record.content[1])] = record.content[1]
+        arrays["cells"] = cells
+        arrays["optimizer_step"] = np.array([record.content[0] for record in self._rows.records], dtype=np.int64)
+
+        header["vectors"] = []
+        for i, (name, size) in enumerate(self._vector_sizes.items()):
+            records = [k for k, record in enumerate(self._vectors.records) if name in record.content]
+            header["vectors"].append([name, size])
+            arrays[f"records_{i}"] = np.array(records, dtype=np.int64)
+            arrays[f"vectors_{i}"] = self.vectors(name)[1]
+        try:
+            return json.dumps(header), arrays
+        except (TypeError, ValueError, RecursionError) as error:
+            raise NormDynError(
+                f"`History.meta` must hold only what JSON can say (str, int, float, bool, None, list, dict): {error}."
+            ) from error
+
+    def _unpack(self, text: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        header = json.loads(text)
+        _require(isinstance(header, dict) and header.get("format") == _FORMAT, "it is not a history of lightning-normdyn")
+        _require(header["version"] == _VERSION, f"it has format version {header['version']!r}, and this package reads version {_VERSION}")
+        columns = {_text(key): i for i, key in enumerate(header["keys"])}
+        _require(len(columns) == len(header["keys"]), "a key stands twice")
+        _require(isinstance(header["meta"], dict), "`meta` is no dict")
+
+        places: dict[str, tuple[Ints, dict[str, int], dict[str, int], list[str]]] = {}
+        for part in ("row", "event", "vector"):
+            kinds = [_text(kind) for kind, _, _ in header[part]["kinds"]]
+            counts = {_text(kind): _count(count) for kind, count, _ in header[part]["kinds"]}
+            strides = {_text(kind): _count(stride) for kind, _, stride in header[part]["kinds"]}
+            places[part] = (_array(arrays, part, np.int64, (None, 3)), counts, strides, kinds)
+            in_order = places[part][0][:, 0]
+            _require(part == "event" or bool((in_order[1:] >= in_order[:-1]).all()), f"the steps of `{part}` are not in order")
+
+        def restore(thinned: _Thinned, part: str, contents: list[Any]) -> None:
+            table, counts, strides, kinds = places[part]
+            _require(len(contents) == len(table), f"`{part}` has {len(table)} places for {len(contents)} records")
+            thinned.capacity, thinned.max_kinds = _count(header[part]["capacity"]), _count(header[part]["max_kinds"])
+            thinned.restore(
+                [
+                    _Record(step, kinds[kind], number, content)
+                    for (step, kind, number), content in zip(table.tolist(), contents, strict=True)
+                ],
+                counts,
+                strides,
+            )
+
+        fresh = History()
+        rows = len(places["row"][0])
+        cells = _array(arrays, "cells", np.float32, (rows, len(columns)))
+        optimizer_steps = _array(arrays, "optimizer_step", np.int64, (rows,))
+        restore(fresh._rows, "row", list(zip(optimizer_steps.tolist(), cells, strict=True)))
+
+        steps = places["event"][0][:, 0].tolist()
+        names = [(_text(kind), _text(name)) for kind, name in header["events"]]
+        _require(len(names) == len(steps), "events and their steps differ in number")
+        restore(fresh._events, "event", [Event(step, kind, name) for step, (kind, name) in zip(steps, names, strict=True)])
+
+        contents: list[dict[str, Floats]] = [{} for _ in places["vector"][0]]
+        for i, (name, size) in enumerate(header["vectors"]):
+            records = _array(arrays, f"records_{i}", np.int64, (None,))
+            values = _array(arrays, f"vectors_{i}", np.float32, (len(records), _count(size, least=0)))
+            fresh._vector_sizes[_text(name)] = size
+            for record, value in zip(records.tolist(), values, strict=True):
+                _require(0 <= record < len(contents), f"`{name}` points at record {record} of {len(contents)}")
+                contents[record][name] = value
+        restore(fresh._vectors, "vector", contents)
+
+        # Only now, when all of it has proved sound.
+        self.meta, self._columns, self._vector_sizes = header["meta"], columns, fresh._vector_sizes
+        self._rows, self._events, self._vectors = fresh._rows, fresh._events, fresh._vectors
+
+
+def load_history(path: str | os.PathLike[str]) -> History:
+    """Read what :meth:`History.save` wrote. Nothing in the file is executed, and memory stays within the file's size.
+
+    Raises:
+        NormDynError: for a missing, damaged, foreign or hostile file.
+
+    Example:
+        >>> import tempfile, os
+        >>> history = History()
+        >>> history.append(0, {"weight_norm/conv.weight": 2.0}, optimizer_step=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     load_history(history.save(os.path.join(folder, "run.npz")))
+        History(1 rows, steps 0 to 0, 1 keys)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NormDynError(f"there is no history file `{path}`; write one with `history.save(path)`.")
+    history = History()
+    try:
+        arrays = _read_npz(path)
+        _require("header" in arrays, "it is not a history of lightning-normdyn")
+        history._unpack(arrays.pop("header").tobytes().decode(), arrays)
+    except NormDynError as error:
+        raise NormDynError(f"`{path}` cannot be read as a history: {error}. Save it again from the run.") from error
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise NormDynError(
+            f"`{path}` cannot be read as a history: no undamaged .npz file ({error}). Save it again from the run."
+        ) from error
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, EOFError, RecursionError, MemoryError, OverflowError) as error:
+        raise NormDynError(
+            f"`{path}` cannot be read as a history: it is damaged ({type(error).__name__}: {error}). Save it again from the run."
+        ) from error
+    return history
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write whose content appears under ``path`` only when it is complete; folders are made as needed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+    """``numpy.load`` for files one does not trust: no pickle, no compression, and no array larger than the bytes that are really there."""
+    arrays: dict[str, NDArray[Any]] = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        _require(
+            all(member.compress_type == zipfile.ZIP_STORED for member in members), "its parts are compressed, which this package never does"
+        )
+        _require(sum(member.file_size for member in members) <= path.stat().st_size, "its parts claim more bytes than it has")
+        for member in members:
+            content = io.BytesIO(archive.read(member))
+            if np.lib.format.read_magic(content) != (1, 0):
+                raise NormDynError(f"`{member.filename}` is no plain array")
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(content)
+            _require(dtype in (np.float32, np.int64, np.uint8), f"`{member.filename}` holds {dtype}, where only plain numbers belong")
+            _require(not fortran_order or len(shape) < 2, f"`{member.filename}` is stored by columns")
+            rest = content.read()
+            _require(all(size >= 0 for size in shape) and math.prod(shape) * dtype.itemsize == len(rest), f"`{member.filename}` is cut off")
+            arrays[member.filename.removesuffix(".npy")] = np.frombuffer(rest, dtype=dtype).reshape(shape).copy()
+    return arrays
+
+
+def _array(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
+    _require(name in arrays, f"`{name}` is missing")
+    array = arrays[name]
+    fits = array.ndim == len(shape) and all(want is None or want == got for want, got in zip(shape, array.shape, strict=True))
+    _require(fits and array.dtype == dtype, f"`{name}` is {array.dtype} of shape {array.shape}")
+    return array
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise NormDynError(f"a name is {type(value).__name__}, not text")
+    return value
+
+
+def _count(value: object, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise NormDynError(f"a number is {value!r}, where a whole number from {least} belongs")
+    return value
+
+
+def _require(sound: bool, otherwise: str) -> None:
+    if not sound:
+        raise NormDynError(otherwise)
+
+
+def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+    hint = f"closest: {', '.join(close)}" if close else "there are none"
+    raise NormDynError(f"{what} `{name}` was asked for, and this history has {len(known)} others ({hint}).")
+
+
+def _same_cells(cells: Floats) -> str:
+    """A short name for which cells of a row are filled."""
+    return f"{zlib.crc32(np.flatnonzero(~np.isnan(cells)).tobytes()):08x}"
+
+
+def _total_bytes(content: Mapping[str, Floats]) -> int:
+    return sum(array.nbytes for array in content.values())
