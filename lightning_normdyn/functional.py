@@ -13,8 +13,8 @@ Two rules hold for every function here.
   is zero, as the gate of SGDP and AdamP has it.
 
 Sources: "AWS paper" is *Understanding the Disharmony between Weight Normalization Family and Weight Decay* (AAAI 2020); "WRS
-paper" is the work on implicit biases of SGD for networks with batch normalization; "SGDP/AdamP" is *Slowing Down the Weight Norm
-Increase in Momentum-based Optimizers*.
+paper" is *The Implicit Biases of Stochastic Gradient Descent on Deep Neural Networks with Batch Normalization*; "SGDP/AdamP" is
+*Slowing Down the Weight Norm Increase in Momentum-based Optimizers*.
 """
 
 from __future__ import annotations
