@@ -96,7 +96,8 @@ def _rank_main(rank: int, world: int, port: int, function: Callable[..., Any], a
     except BaseException:
         message = pickle.dumps((False, traceback.format_exc()))
     answer.send_bytes(message)
-    answer.close()
+    # Rank 0 serves the others' rendezvous, so nobody leaves on his own: run_ranks ends all of them, or its end does.
+    wait([multiprocessing.parent_process().sentinel])
 
 
 def _free_port() -> int:
