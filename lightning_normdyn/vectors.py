@@ -1,11 +1,22 @@
-"""The targeted weights as one index space of n weight vectors (placeholder head: Partition; the rest follows)."""
+"""The targeted weights as one index space of n weight vectors: packed sums out, per-vector factors in.
+
+Shapes: ``n`` vectors, ``weights`` weights. A vector is what the loss sees as one direction: a filter in front of BatchNorm, the filters
+of one channel group in front of GroupNorm, a whole matrix in front of LayerNorm.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from lightning_normdyn.sharding import Piece, Reduction, place
+
+if TYPE_CHECKING:
+    from lightning_normdyn.steps import StepBracket
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,3 +66,257 @@ class Partition:
     def n(self) -> int:
         """Number of vectors."""
         return int(self.labels.max()) + 1 if self.labels.numel() else 0
+
+
+Operand = Sequence["Tensor | None"]
+
+
+class WeightVectors:
+    """The targeted weights as one index space of ``n`` vectors.
+
+    Every formula of the package is arithmetic on ``(n,)`` tensors; this class gathers them from the weights (packed sums, completed over
+    the ranks that share vectors) and carries ``(n,)`` results back (scaling). It is the only place where a weight's shape, memory format,
+    dtype or sharding is known.
+
+    Args:
+        weights: the parameters, in optimizer order.
+        partitions: how each weight splits into vectors.
+        names: what to call each weight in messages.
+
+    Attributes:
+        n: number of vectors.
+        weight_of: int64 ``(n,)``: the weight that each vector belongs to.
+        length: float64 ``(n,)``: number of entries of each vector.
+        count: float64 ``(weights,)``: number of vectors of each weight.
+
+    Raises:
+        NotSupportedError: for sparse, complex, quantized or lazy weights.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [6.0, 8.0]]))
+        >>> vectors = WeightVectors([weight], [Partition.filters((2, 2))])
+        >>> vectors.norms().tolist()
+        [5.0, 10.0]
+        >>> vectors.scale_(torch.tensor([1.0, 0.5]))
+        >>> weight.tolist()
+        [[3.0, 4.0], [3.0, 4.0]]
+    """
+
+    def __init__(self, weights: Sequence[Tensor], partitions: Sequence[Partition], names: Sequence[str] | None = None) -> None:
+        self.weights = list(weights)
+        self.partitions = list(partitions)
+        self.names = list(names) if names is not None else [f"weight {i}" for i in range(len(self.weights))]
+        self.device = self.weights[0].device if self.weights else torch.device("cpu")
+        # Metal has no float64; everywhere else sums are exact enough for angles of 1e-6 rad.
+        self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self._placements = [place(w, p, name) for w, p, name in zip(self.weights, self.partitions, self.names, strict=True)]
+        self._reduction = Reduction(self._placements)
+        self.slices: list[slice] = []
+        start = 0
+        for partition in self.partitions:
+            self.slices.append(slice(start, start + partition.n))
+            start += partition.n
+        self.n = start
+        self._pieces = [
+            [_IndexedPiece(piece, s, self.n) for piece in placement.pieces]
+            for placement, s in zip(self._placements, self.slices, strict=True)
+        ]
+        counts = torch.tensor([p.n for p in self.partitions], dtype=torch.long)
+        self.weight_of = torch.repeat_interleave(torch.arange(len(self.weights)), counts).to(self.device)
+        self.count = counts.to(self.device, self.sum_dtype)
+        self.length = torch.cat([_lengths(w, p) for w, p in zip(self.weights, self.partitions, strict=True)] or [torch.zeros(0)]).to(
+            self.device, self.sum_dtype
+        )
+        self.low_precision = any(w.dtype in (torch.bfloat16, torch.float16) for w in self.weights)
+        """Whether some weight is stored in a dtype in which a factor close to 1 is lost to rounding."""
+
+    # -- operands: one local tensor (or None) per weight ---------------------------------------------------------------
+
+    def local(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """This rank's plain storage of tensors laid out like the weights (gradients, state), without autograd history."""
+        return [None if t is None else p.storage(t.detach()) for t, p in zip(tensors, self._placements, strict=True)]
+
+    def values(self) -> list[Tensor | None]:
+        """The weights themselves; writing to them writes to the weights."""
+        return self.local(self.weights)
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients as the optimizer receives them; None where a weight has none."""
+        return self.local([w.grad for w in self.weights])
+
+    def snapshots(self, bracket: StepBracket) -> list[Tensor | None]:
+        """The copies that ``bracket`` took of these weights in this step."""
+        return [bracket.snapshot(w) for w in self.weights]
+
+    # -- sums over vectors ---------------------------------------------------------------------------------------------
+
+    def inner(self, *pairs: tuple[Operand, Operand | None]) -> Tensor:
+        """Inner products of every vector, packed, completed over the ranks that share vectors.
+
+        Args:
+            pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>. A weight whose operand is None contributes zeros.
+
+        Returns:
+            ``(len(pairs), n)``, accumulated in float64.
+        """
+        packed = torch.zeros(len(pairs), self.n + 1, dtype=self.sum_dtype, device=self.device)
+        for i, pieces in enumerate(self._pieces):
+            for piece in pieces:
+                wide: dict[int, Tensor] = {}  # each operand is widened once, however many products it enters
+                for row, (a, b) in enumerate(pairs):
+                    x, y = a[i], None if b is None else b[i]
+                    if x is None or (b is not None and y is None):
+                        continue
+                    first = self._widen(piece, x, wide)
+                    if b is None:
+                        sums = piece.sum(first)
+                    elif y is x:
+                        sums = piece.norm(first).square_()
+                    else:
+                        assert y is not None
+                        sums = piece.sum(first * self._widen(piece, y, wide))
+                    piece.add_to(packed[row], sums)
+        return self._reduction.sum_(packed[:, : self.n])
+
+    def _widen(self, piece: _IndexedPiece, tensor: Tensor, wide: dict[int, Tensor]) -> Tensor:
+        key = id(tensor)
+        if key not in wide:
+            wide[key] = piece.select(tensor).to(self.sum_dtype)
+        return wide[key]
+
+    def norms(self) -> Tensor:
+        """Norm of every vector, ``(n,)``, summed in the weights' own precision, float32 at least.
+
+        One pass of the fastest kernel: right to float32 rounding, which is all that a factor or a division needs. Where a difference of
+        norms or an angle is wanted, use `inner`.
+        """
+        packed = torch.zeros(self.n + 1, dtype=self.sum_dtype, device=self.device)
+        for tensor, pieces in zip(self.values(), self._pieces, strict=True):
+            for piece in pieces:
+                assert tensor is not None
+                view = piece.select(tensor)
+                dtype = view.dtype if view.dtype in (torch.float32, torch.float64) else torch.float32
+                piece.add_to(packed, piece.norm(view, dtype).to(self.sum_dtype).square_())
+        return self._reduction.sum_(packed[: self.n]).sqrt_()
+
+    def per_weight(self, values: Tensor) -> Tensor:
+        """Sum ``(..., n)`` values over the vectors of each weight: ``(..., weights)``."""
+        out = values.new_zeros(*values.shape[:-1], len(self.weights))
+        return out.index_add_(-1, self.weight_of, values)
+
+    def spread(self, per_weight: Tensor) -> Tensor:
+        """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
+        return per_weight[..., self.weight_of]
+
+    # -- writing -------------------------------------------------------------------------------------------------------
+
+    def scale_(self, factor: Tensor, tensors: Operand | None = None) -> None:
+        """Multiply every vector by its factor, in place.
+
+        Args:
+            factor: ``(n,)``.
+            tensors: what to scale instead of the weights (gradients, state buffers); None entries are passed over.
+        """
+        factor = _with_dummy(factor, 1.0)
+        for tensor, pieces in zip(self.values() if tensors is None else tensors, self._pieces, strict=True):
+            if tensor is not None:
+                for piece in pieces:
+                    view = piece.select(tensor)
+                    view.mul_(piece.rows(factor, view))
+
+    def add_scaled_(self, coefficient: Tensor, source: Operand) -> None:
+        """Add ``coefficient * source`` to every vector of the weights, in place; ``coefficient`` is ``(n,)``."""
+        coefficient = _with_dummy(coefficient, 0.0)
+        for tensor, other, pieces in zip(self.values(), source, self._pieces, strict=True):
+            if tensor is not None and other is not None:
+                for piece in pieces:
+                    view = piece.select(tensor)
+                    view.addcmul_(piece.select(other), piece.rows(coefficient, view))
+
+    def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
+        """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
+
+        A factor too close to 1 to survive rounding is kept in ``owed`` until it matters; what is then written is measured, so that
+        rounding leaves no bias.
+
+        Args:
+            factor: ``(n,)``: this step's factor.
+            owed: ``(n,)``: the product of factors not yet applied.
+
+        Returns:
+            The new ``owed``.
+        """
+        owed = owed * factor.to(owed.dtype)
+        rounding = torch.stack([torch.tensor(torch.finfo(w.dtype).eps, dtype=owed.dtype) for w in self.weights]).to(owed.device)
+        full = self.spread(rounding <= torch.finfo(torch.float32).eps)
+        matters = (owed - 1).abs() >= self.spread(rounding)
+        apply = torch.where(full | matters, owed, torch.ones_like(owed))
+        before = self.norms()
+        self.scale_(apply)
+        done = (self.norms() / before).to(owed.dtype)
+        done = torch.where(torch.isfinite(done) & (done > 0) & ~full, done, apply)
+        return torch.where(full | matters, owed / done, owed)
+
+
+class _IndexedPiece:
+    """A piece with its rows mapped into the common index space; index ``n`` is a dummy for rows that belong to no vector."""
+
+    def __init__(self, piece: Piece, where: slice, n: int) -> None:
+        self.select, self.keep = piece.select, piece.keep
+        labels = piece.labels.flatten()
+        self._shape = tuple(piece.labels.shape)
+        index = torch.where(labels >= 0, labels + where.start, torch.full_like(labels, n))
+        rows = labels.numel()
+        # Whole filters in order are the common case: plain slices instead of index kernels.
+        self._slice = slice(where.start, where.start + rows) if torch.equal(labels, torch.arange(rows)) else None
+        self._single = int(index[0]) if rows and bool((index == index[0]).all()) else None
+        self._index = index
+        self._on: dict[torch.device, Tensor] = {}
+
+    def _index_on(self, device: torch.device) -> Tensor:
+        if device not in self._on:
+            self._on[device] = self._index.to(device)
+        return self._on[device]
+
+    def _dims(self, view: Tensor) -> list[int]:
+        return [d for d in range(view.ndim) if d not in self.keep]
+
+    def sum(self, view: Tensor) -> Tensor:
+        dims = self._dims(view)
+        return view.sum(dims) if dims else view
+
+    def norm(self, view: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        dims = self._dims(view)
+        return torch.linalg.vector_norm(view, dim=dims, dtype=dtype) if dims else view.abs().to(dtype or view.dtype)
+
+    def add_to(self, packed: Tensor, sums: Tensor) -> None:
+        sums = sums.flatten().to(packed.device)
+        if self._slice is not None:
+            packed[self._slice] += sums
+        elif self._single is not None:
+            packed[self._single] += sums.sum()
+        else:
+            packed.index_add_(0, self._index_on(packed.device), sums)
+
+    def rows(self, values: Tensor, view: Tensor) -> Tensor:
+        """The values of this piece's vectors, shaped to broadcast over ``view``, in a dtype that loses nothing that ``view`` could
+        keep."""
+        if self._slice is not None:
+            rows = values[self._slice]
+        elif self._single is not None:
+            rows = values[self._single].expand(self._index.numel())
+        else:
+            rows = values[self._index_on(values.device)]
+        shape = [view.shape[d] if d in self.keep else 1 for d in range(view.ndim)]
+        dtype = view.dtype if view.dtype == torch.float64 else torch.float32
+        return rows.reshape(shape).to(view.device, dtype)
+
+
+def _with_dummy(values: Tensor, dummy: float) -> Tensor:
+    return torch.cat([values, values.new_full((1,), dummy)])
+
+
+def _lengths(weight: Tensor, partition: Partition) -> Tensor:
+    labels = partition.labels.flatten()
+    per_row = weight.numel() // max(1, labels.numel())
+    return torch.bincount(labels[labels >= 0], minlength=partition.n).to(torch.float64) * per_row

@@ -1,0 +1,122 @@
+"""Adaptive Weight Shrink (AWS): a decay that is strong where a weight is long and vanishes where it is short."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
+from lightning_normdyn.parametrizations import is_weight_standardized
+from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
+
+
+class AdaptiveWeightShrink(NormDynCallback):
+    r"""Adaptive Weight Shrink (AWS): before every step, each weight vector is shrunk by its own factor.
+
+    .. math:: w \leftarrow (1 - \eta\,\alpha\,\lVert w\rVert)\,w - \eta\,g
+
+    with :math:`\alpha` = ``alpha``, :math:`\eta` the learning rate of the weight's param group at this very step, and norm and gradient
+    taken at the same weight (AWS paper, eq. 20 and 21; decoupled from momentum and from Adam's denominator). For weight-standardized
+    weights the biased standard deviation takes the place of the norm. The factor is exact down to 0.5 and clamped there.
+
+    It *is* the weight decay of its targets: the optimizer's own is taken over, for them only. ``alpha`` stands for a weight decay of
+    ``alpha * norm`` (the log key ``equivalent_weight_decay``).
+
+    Args:
+        alpha: strength, per weight norm; the paper uses 2.5e-3 with SGD at lr 0.1.
+        statistic: ``"norm"``, ``"std"``, or ``"auto"``: std for weight-standardized weights, else norm.
+        weight_decay: ``"replace"`` takes the optimizer's decay over; ``"keep"`` lets it act on the already shrunk weight as well.
+        params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
+        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
+
+    Raises:
+        ValueError: for numbers out of range and unknown literals.
+
+    Example:
+        >>> from lightning_normdyn import AdaptiveWeightShrink
+        >>> AdaptiveWeightShrink(2.5e-3).alpha
+        0.0025
+    """
+
+    def __init__(
+        self,
+        alpha: float,
+        *,
+        statistic: Literal["auto", "norm", "std"] = "auto",
+        weight_decay: Literal["replace", "keep"] = "replace",
+        params: str | list[str] = "auto",
+        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+    ) -> None:
+        super().__init__(params, granularity)
+        if not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
+            raise ValueError(f"`alpha` must be > 0 and finite, got {alpha!r}.")
+        if statistic not in ("auto", "norm", "std"):
+            raise ValueError(f"`statistic` must be 'auto', 'norm' or 'std', got {statistic!r}.")
+        if weight_decay not in ("replace", "keep"):
+            raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
+        self.alpha = float(alpha)
+        self.statistic = statistic
+        self.weight_decay = weight_decay
+        self._clamped: dict[str, Tensor] = {}
+        self._standardized: dict[int, Tensor | None] = {}
+        self._claims: list[Callable[[], None]] = []
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers."""
+        return {"alpha": self.alpha, "statistic": self.statistic, "weight_decay": self.weight_decay}
+
+    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
+        """Acts at `ready`."""
+        return {Phase.SHRINK: self._shrink}
+
+    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        """The decay of the targets must be ours to take over."""
+        if self.weight_decay == "replace":
+            check_decay_takeover(optimizer, weights)
+
+    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """Find the weight-standardized vectors and claim the decay."""
+        assert self._session is not None
+        module = self._session.module
+        standardized = [
+            self.statistic == "std" or (self.statistic == "auto" and is_weight_standardized(module, t.name)) for t in plan.targets
+        ]
+        self._standardized[plan.index] = None
+        if any(standardized):
+            self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device))
+        if self.weight_decay == "replace":
+            bracket.claim_decay((self, plan.index), DecayOwner.SHRINK, {t.weight for t in plan.targets})
+
+    def statistic_of(self, plan: Plan) -> Tensor:
+        """Norm, or biased standard deviation where weight standardization follows, of every vector: ``(n,)``."""
+        vectors = plan.vectors
+        standardized = self._standardized[plan.index]
+        if standardized is None:
+            return vectors.norms()
+        values = vectors.values()
+        ww, w1 = vectors.inner((values, values), (values, None))
+        return torch.where(standardized, std_from_sums(ww, w1, vectors.length), norm_from_sums(ww))
+
+    def _shrink(self, step: Step, plan: Plan) -> None:
+        statistic = self.statistic_of(plan)
+        lr = plan.group_values("lr")
+        factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
+        plan.count("clamped", step.unless_skipped((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0))
+        if plan.vectors.low_precision:
+            owed = self.per_vector("owed", plan, lambda: torch.ones(plan.vectors.n, device=plan.vectors.device))
+            self.store_per_vector("owed", plan, plan.vectors.scale_rounded_(factor, owed))
+        else:
+            plan.vectors.scale_(factor)
+
+    def treatment(self, plan: Plan, target: Target) -> str:
+        """What the start table says."""
+        where = plan.vectors.slices[plan.targets.index(target)]
+        now = float(equivalent_weight_decay(self.alpha, self.statistic_of(plan)[where]).mean())
+        decay = plan.group_of(target).get("weight_decay") or 0.0
+        tail = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
+        return f"AWS, decay now {now:.2g}{tail}"

@@ -1,0 +1,693 @@
+"""What every callback of the suite shares: the targets, the brackets, the counters, and the way they survive resume, several fits and
+exceptions.
+
+One `Session` per fit holds what all callbacks have in common (names, the search for scale-invariant weights, one bracket per optimizer).
+A callback adds a policy: which phases it acts in, and with which number.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
+from lightning_normdyn.sharding import check_weight, full_shape, torch_optimizer
+from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_closure
+from lightning_normdyn.targets import (
+    ScaleInvarianceSearch,
+    Verdict,
+    choose_partition,
+    filter_partition,
+    match_patterns,
+    normalize_params,
+    parameter_names,
+)
+from lightning_normdyn.vectors import Partition, WeightVectors
+
+GRANULARITIES = ("auto", "filter", "group", "layer")
+
+
+class NormDynWarning(UserWarning):
+    """Something a person should know; said once."""
+
+
+def warn_once(message: str) -> None:
+    """Warn on rank zero."""
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+    if rank_zero_only.rank == 0:
+        warnings.warn(message, NormDynWarning, stacklevel=3)
+
+
+@dataclass
+class Target:
+    """One targeted weight of one optimizer.
+
+    Args:
+        name: its first name in the LightningModule.
+        weight: the parameter that the optimizer holds.
+        partition: how it splits into vectors.
+        verdict: what is known about its scale invariance.
+        by_request: whether a person named it although nothing is known to make it scale-invariant.
+    """
+
+    name: str
+    weight: Tensor
+    partition: Partition
+    verdict: Verdict
+    by_request: bool
+
+    @property
+    def scale_invariant(self) -> bool:
+        """Whether the loss is known not to see the length of these vectors."""
+        return not self.by_request
+
+
+@dataclass
+class Plan:
+    """The targets of one callback in one optimizer, as vectors.
+
+    Args:
+        index: the optimizer's position in ``trainer.optimizers``.
+        optimizer: the torch optimizer.
+        targets: in optimizer order.
+        vectors: their index space.
+        groups: each param group with the range of vectors that it owns.
+    """
+
+    index: int
+    optimizer: Optimizer
+    targets: list[Target]
+    vectors: WeightVectors
+    groups: list[tuple[dict[str, Any], slice]]
+    bad: Tensor = field(init=False)
+    _values: dict[str, tuple[list[Any], Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    _owned: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    counters: dict[str, Tensor] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bad = torch.zeros(self.vectors.n, dtype=torch.bool, device=self.vectors.device)
+
+    def group_values(self, key: str) -> Tensor:
+        """A number of the param groups (``"lr"``, ...) for each vector, ``(n,)`` float64, read at this very step."""
+        values = [group.get(key) for group, _ in self.groups]
+        return self.spread_groups(key, [0.0 if v is None else v for v in values])
+
+    def spread_groups(self, key: str, values: list[Any]) -> Tensor:
+        """One number per param group, for each vector: ``(n,)`` float64; cached under ``key`` while the numbers stay the same."""
+        # A float is a kernel argument; only a tensor that lives on the device is read there. Nothing waits for the device.
+        values = [float(v) if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in values]
+        known = self._values.get(key)
+        constant = not any(isinstance(v, Tensor) for v in values)
+        if known is not None and constant and known[0] == values:
+            return known[1]
+        out = torch.empty(self.vectors.n, dtype=self.vectors.sum_dtype, device=self.vectors.device)
+        for value, (_, where) in zip(values, self.groups, strict=True):
+            out[where] = value
+        self._values[key] = (values if constant else [], out)
+        return out
+
+    def active(self) -> Tensor | None:
+        """``(n,)`` bool: vectors of weights that got a gradient in this step; None if all did."""
+        missing = tuple(t.weight.grad is None for t in self.targets)
+        if not any(missing):
+            return None
+        if missing not in self._masks:
+            per_weight = ~torch.tensor(missing, dtype=torch.bool, device=self.vectors.device)
+            self._masks[missing] = self.vectors.spread(per_weight)
+        return self._masks[missing]
+
+    def guard(self, values: Tensor, neutral: float, step: Step, norms: Tensor | None = None) -> Tensor:
+        """``values`` where a vector can be treated, ``neutral`` elsewhere.
+
+        Elsewhere means: a weight without gradient, an update that the device skips, a zero norm, a non-finite number. The last two are
+        remembered in ``bad``.
+        """
+        good = torch.isfinite(values)
+        if norms is not None:
+            good &= torch.isfinite(norms) & (norms > 0)
+        self.bad |= ~good
+        active = self.active()
+        if active is not None:
+            good = good & active
+        return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
+
+    def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
+        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another callback decays."""
+        owned = tuple(step.bracket.decay_owner(t.weight) == owner for t in self.targets)
+        if owned not in self._owned:
+            self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
+        return self._owned[owned]
+
+    def count(self, key: str, values: Tensor) -> None:
+        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it."""
+        if key in self.counters:
+            self.counters[key] += values
+        else:
+            self.counters[key] = values.clone()
+
+    def mark(self, event: str) -> None:
+        """Note that something happened to these weights in this step; the monitor writes it into its history."""
+        self.events.append(event)
+
+    def group_of(self, target: Target) -> dict[str, Any]:
+        """The param group that owns ``target``."""
+        position = self.vectors.slices[self.targets.index(target)].start
+        return next(group for group, where in self.groups if where.start <= position < where.stop)
+
+
+class Session:
+    """What all callbacks of the suite share during one fit."""
+
+    _of: ClassVar[WeakKeyDictionary[Trainer, Session]] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, trainer: Trainer, module: LightningModule) -> Session:
+        """The session of the fit that is running on ``trainer``."""
+        session = cls._of.get(trainer)
+        if session is None or session.closed:
+            session = cls._of[trainer] = cls(trainer, module)
+        return session
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self.closed = False
+        # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
+        self.names = parameter_names(module)
+        self.shapes = {weight: full_shape(weight) for weight in self.names}
+        self.search = ScaleInvarianceSearch(module)
+        self.members: list[NormDynCallback] = []
+        self.optimizers: list[Optimizer] = []
+        self.brackets: list[StepBracket] = []
+        self._remove: list[Callable[[], None]] = []
+        self._watching = False
+        self._seen: dict[int, tuple[Any, ...]] = {}
+        self._watched: tuple[Any, ...] | None = None
+        self._undecided: set[Tensor] = set()
+        self._version = 0
+        self._announced = False
+
+    # -- brackets ------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Bracket every optimizer of the fit; idempotent."""
+        if self.brackets:
+            return
+        self.optimizers = [torch_optimizer(o) for o in self.trainer.optimizers]
+        self.brackets = [StepBracket.of(o) for o in self.optimizers]
+        for bracket in self.brackets:
+            self._remove.append(bracket.add(Phase.RESOLVE, self._resolve))
+
+    def close(self) -> None:
+        """Leave no hook behind; idempotent."""
+        self.search.close()
+        self._watching = False
+        for bracket in self.brackets:
+            bracket.restore()
+        for remove in self._remove:
+            remove()
+        self._remove = []
+        self.closed = True
+
+    # -- the search for scale-invariant weights ------------------------------------------------------------------------
+
+    def batch_start(self) -> None:
+        """Watch the forward pass of this batch if it may tell something new."""
+        state = self._graph_state()
+        news = any(w.grad is not None and w.requires_grad for w in self._undecided)
+        if self._watched == state and not news:
+            return
+        if self._watched is None and self._restore_verdicts():
+            self._watched = state
+            return
+        self._watched = state
+        self._watching = True
+        self.search.watch()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Read the graph of this loss, if its forward was watched."""
+        if self._watching:
+            self.search.analyze(loss)
+            self._version += 1
+
+    def batch_end(self) -> None:
+        """Stop watching; once every optimizer has stepped, say what was found."""
+        if self._watching:
+            self.search.close()
+            self._watching = False
+        if not self._announced and self.optimizers and len(self._seen) == len(self.optimizers):
+            self._announced = True
+            for member in self.members:
+                member._check_found()
+            announce(self)
+
+    def _graph_state(self) -> tuple[Any, ...]:
+        """What decides the graph's shape and may change during a fit: frozen weights, normalizations switched between training and
+        evaluation."""
+        return (
+            tuple(w.requires_grad for w in self.names),
+            tuple(m.training for m in self.module.modules() if getattr(m, "running_mean", None) is not None),
+        )
+
+    def _restore_verdicts(self) -> bool:
+        tables = [m._restored["targets"] for m in self.members if m._restored and m._restored.get("targets")]
+        for table in tables:
+            self.search.verdicts.update({name: Verdict.from_state(name, state) for name, state in table.items()})
+        return bool(tables)
+
+    def verdict(self, weight: Tensor) -> Verdict:
+        """What is known about ``weight``."""
+        names = self.names.get(weight, ())
+        for name in names:
+            if name in self.search.verdicts:
+                return self.search.verdicts[name]
+        return Verdict.unknown(names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape)))
+
+    def _resolve(self, step: Step) -> None:
+        index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
+        groups = step.optimizer.param_groups
+        seen = (self._version, tuple((id(g), len(g["params"])) for g in groups))
+        if self._seen.get(index) == seen:
+            return
+        self._seen[index] = seen
+        agree(self.search.verdicts)
+        self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
+        for member in self.members:
+            member._resolve(index)
+
+    def owned(self, optimizer: Optimizer) -> list[Tensor]:
+        """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
+        return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+
+
+def agree(verdicts: dict[str, Verdict]) -> None:
+    """Make all ranks hold the same verdicts: a weight on which they differ is not touched."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    mine = {name: v.state() for name, v in verdicts.items()}
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    for name in sorted({n for table in everybody for n in table}):
+        found = [table.get(name) for table in everybody]
+        if any(not _same(found[0], other) for other in found[1:]):
+            known = next(f for f in found if f is not None)
+            verdicts[name] = Verdict.unknown(name, tuple(known["shape"]), "the ranks see different graphs")
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+class NormDynCallback(Callback):
+    """Common shell: resolves targets, brackets the optimizers, counts steps, keeps per-vector state.
+
+    Args:
+        params: ``"auto"``, one glob pattern, or a list of them, over the LightningModule's own parameter names; ``"!pattern"`` excludes.
+        granularity: what counts as one vector; ``"auto"`` follows the normalization behind the weight.
+    """
+
+    writes: ClassVar[bool] = True
+    """Whether ``params="auto"`` means the scale-invariant weights (an error if there are none), or every weight of two or more
+    dimensions."""
+
+    def __init__(self, params: str | Sequence[str] = "auto", granularity: str = "auto") -> None:
+        self.params = normalize_params(params)
+        if granularity not in GRANULARITIES:
+            raise ValueError(f"`granularity` must be one of {GRANULARITIES}, got {granularity!r}.")
+        self.granularity = granularity
+        self.plans: dict[int, Plan] = {}
+        self._session: Session | None = None
+        self._restored: dict[str, Any] | None = None
+        self._counted: dict[int, int] = {}
+        self._attached_at: dict[int, int] = {}
+        self._per_vector: dict[str, dict[str, Tensor]] = {}
+        self._remove: list[Callable[[], None]] = []
+        self._reported_bad = False
+
+    # -- what a callback adds ------------------------------------------------------------------------------------------
+
+    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
+        """Which phases this callback acts in."""
+        raise NotImplementedError
+
+    def check_optimizer(self, optimizer: Optimizer, weights: list[Tensor]) -> None:
+        """Refuse, before training, an optimizer whose ``weights`` this callback cannot treat rightly."""
+
+    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """A plan was made or made anew: precompute what depends on it."""
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers: stored in checkpoints, shown in tables."""
+        return {}
+
+    def treatment(self, plan: Plan, target: Target) -> str:
+        """How the start table says what happens to ``target``."""
+        return type(self).__name__
+
+    # -- counters and per-vector state ---------------------------------------------------------------------------------
+
+    def steps_of(self, index: int) -> int:
+        """Real steps of optimizer ``index`` that this callback has seen, over resumes."""
+        counted = self._counted.get(index, 0)
+        if self._session is not None and index in self._attached_at:
+            bracket = self._session.brackets[index]
+            counted += bracket.steps - self._attached_at[index]
+        return counted
+
+    def number(self, step: Step, plan: Plan) -> int:
+        """1-based count of ``step`` over resumes."""
+        return self._counted.get(plan.index, 0) + step.number - self._attached_at[plan.index]
+
+    def per_vector(self, key: str, plan: Plan, make: Callable[[], Tensor]) -> Tensor:
+        """State of each vector, kept by weight name so that it survives new plans and checkpoints; ``make`` gives it for weights seen
+        first."""
+        table = self._per_vector.setdefault(key, {})
+        fresh: Tensor | None = None
+        for target, where in zip(plan.targets, plan.vectors.slices, strict=True):
+            if target.name not in table or table[target.name].numel() != where.stop - where.start:
+                fresh = make() if fresh is None else fresh
+                table[target.name] = fresh[where].clone()
+        return torch.cat([table[t.name].to(plan.vectors.device) for t in plan.targets]) if plan.targets else torch.zeros(0)
+
+    def store_per_vector(self, key: str, plan: Plan, values: Tensor) -> None:
+        """Keep new per-vector state under ``key``."""
+        table = self._per_vector.setdefault(key, {})
+        for target, where in zip(plan.targets, plan.vectors.slices, strict=True):
+            table[target.name] = values[where]
+
+    # -- resolution ----------------------------------------------------------------------------------------------------
+
+    def _resolve(self, index: int) -> None:
+        session = self._session
+        assert session is not None
+        self._adopt_restored()
+        bracket, optimizer = session.brackets[index], session.optimizers[index]
+        owned = session.owned(optimizer)
+        targets = [t for w in self._select(owned) if (t := self._target(w)) is not None]
+        self._refuse_rivals(targets)
+        self.check_optimizer(optimizer, [t.weight for t in targets])
+        self._drop_handlers(index)
+        if not targets:
+            self.plans.pop(index, None)
+            return
+        plan = self._make_plan(index, optimizer, targets)
+        self.plans[index] = plan
+        self._attached_at.setdefault(index, bracket.steps)
+        for phase, handler in self.handlers().items():
+            self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=self.state_key))
+        self.on_plan(plan, bracket)
+
+    def _make_plan(self, index: int, optimizer: Optimizer, targets: list[Target]) -> Plan:
+        vectors = WeightVectors([t.weight for t in targets], [t.partition for t in targets], [t.name for t in targets])
+        where = {t.weight: s for t, s in zip(targets, vectors.slices, strict=True)}
+        groups = []
+        for group in optimizer.param_groups:
+            slices = [where[p] for p in group["params"] if p in where]
+            if slices:
+                groups.append((group, slice(slices[0].start, slices[-1].stop)))
+        return Plan(index, optimizer, targets, vectors, groups)
+
+    def _select(self, owned: list[Tensor]) -> list[Tensor]:
+        session = self._session
+        assert session is not None
+        auto = [w for w in owned if not self.writes or session.verdict(w).partition is not None]
+        if self.params == ["auto"]:
+            return [w for w in auto if self._can_measure(w)]
+        weights = [w for w in session.names if len(session.shapes[w]) >= 2]
+        chosen = match_patterns(self.params, [session.names[w] for w in weights], what="weights of two or more dimensions")
+        named = {weights[i] for i in chosen}
+        includes = any(not p.startswith("!") for p in self.params)
+        return [w for w in (owned if includes else auto) if w in named and (includes or self._can_measure(w))]
+
+    def _can_measure(self, weight: Tensor) -> bool:
+        """Whether ``"auto"`` takes this weight in; a named one is refused with the reason instead."""
+        session = self._session
+        assert session is not None
+        try:
+            self._check_weight(weight, session.names[weight][0])
+        except NotSupportedError:
+            return False
+        return True
+
+    def _check_weight(self, weight: Tensor, name: str) -> None:
+        check_weight(weight, name)
+        session = self._session
+        assert session is not None
+        for module in session.module.modules():
+            if getattr(module, "sparse", False) and any(p is weight for p in module.parameters(recurse=False)):
+                raise NotSupportedError(
+                    f"`{name}` gets sparse gradients ({type(module).__name__}(sparse=True)), whose untouched rows the optimizer does not step. "
+                    f"Use sparse=False, or leave it out with params=[..., '!{name}']."
+                )
+
+    def _target(self, weight: Tensor) -> Target | None:
+        session = self._session
+        assert session is not None
+        verdict, name, shape = session.verdict(weight), session.names[weight][0], session.shapes[weight]
+        fallback = filter_partition(session.module, name, shape)
+        partition = choose_partition(verdict, self.granularity, fallback)
+        return Target(name, weight, partition, verdict, by_request=verdict.partition is None)
+
+    def _refuse_rivals(self, targets: list[Target]) -> None:
+        assert self._session is not None
+        for other in self._session.members:
+            if other is self or type(other) is not type(self):
+                continue
+            theirs = {id(t.weight) for plan in other.plans.values() for t in plan.targets}
+            both = [t.name for t in targets if id(t.weight) in theirs]
+            if both:
+                raise NotSupportedError(
+                    f"Two {type(self).__name__} callbacks target `{both[0]}`{f' and {len(both) - 1} more' if len(both) > 1 else ''}. "
+                    "Give them different `params`, or remove one."
+                )
+
+    def _check_found(self) -> None:
+        """After every optimizer has stepped once: ``"auto"`` must have found something to act on."""
+        if not self.writes or self.plans:
+            return
+        assert self._session is not None
+        verdicts = self._session.search.verdicts.values()
+        reasons = [f"  {v.name}: {v.reason or v.kind}" for v in verdicts][:8]
+        found = "\n".join(reasons) if reasons else "  no training loss was seen in on_before_backward (call self.manual_backward(loss))"
+        raise NoTargetsError(
+            f"{type(self).__name__}(params={_shown(self.params)}) found no scale-invariant weight to act on:\n{found}\n"
+            "Name weights with params='PATTERN' if you know better, or remove the callback."
+        )
+
+    def _adopt_restored(self) -> None:
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        self._counted = {int(k): int(v) for k, v in restored["steps"].items()}
+        self._per_vector = {key: dict(table) for key, table in restored["per_vector"].items()}
+        self._load_extra(restored.get("extra", {}))
+        then, now = restored.get("settings", {}), self.settings()
+        changed = [f"{k}: {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k]]
+        if changed:
+            warn_once(f"{type(self).__name__} resumes with other settings than the checkpoint's ({', '.join(changed)}); the new ones hold, counters go on.")
+
+    def _load_extra(self, extra: dict[str, Any]) -> None:
+        """Take up what `_extra` stored."""
+
+    def _extra(self) -> dict[str, Any]:
+        """More state of a callback, plain tensors and numbers."""
+        return {}
+
+    # -- Lightning's hooks ---------------------------------------------------------------------------------------------
+
+    @property
+    def state_key(self) -> str:
+        """Identifies this callback's state in a checkpoint: class, params and granularity, so that a changed number keeps its
+        counters."""
+        return self._generate_state_key(params=_shown(self.params), granularity=self.granularity)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a Trainer of another package."""
+        if not isinstance(trainer, Trainer):
+            raise NotSupportedError(
+                f"{type(self).__name__} was given to a Trainer of `{type(trainer).__module__.split('.')[0]}`; it belongs to `lightning`. "
+                "Use `from lightning import Trainer` (and LightningModule) throughout."
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Map names, check patterns and optimizers."""
+        self._session = Session.of(trainer, pl_module)
+        self._session.members.append(self)
+        self.plans, self._counted, self._attached_at, self._per_vector = {}, {}, {}, {}
+        self._handler_removers: dict[int, list[Callable[[], None]]] = {}
+        self._reported_bad = False
+        for optimizer in trainer.optimizers:
+            check_closure(torch_optimizer(optimizer))
+        self._check_patterns(trainer)
+
+    def _check_patterns(self, trainer: Trainer) -> None:
+        session = self._session
+        assert session is not None
+        if self.params == ["auto"]:
+            return
+        weights = [w for w in session.names if len(session.shapes[w]) >= 2]
+        chosen = match_patterns(self.params, [session.names[w] for w in weights], what="weights of two or more dimensions")
+        if not any(not p.startswith("!") for p in self.params):
+            return
+        owned = {p for o in trainer.optimizers for g in torch_optimizer(o).param_groups for p in g["params"]}
+        for i in chosen:
+            weight = weights[i]
+            self._check_weight(weight, session.names[weight][0])
+            exact = any(n in self.params for n in session.names[weight])
+            if exact and weight.requires_grad and weight not in owned:
+                raise NoTargetsError(
+                    f"`{session.names[weight][0]}` was asked to be a target, but no optimizer holds it. "
+                    "Return it from configure_optimizers, or leave it out."
+                )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bracket the optimizers: only here are weights, optimizer state and callback state restored under every strategy."""
+        # The tuner's inner fits and sanity checks come before this, so nothing acts in them.
+        assert self._session is not None
+        self._session.attach()
+        for index, bracket in enumerate(self._session.brackets):
+            self._attached_at[index] = bracket.steps
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Watch the first forward pass."""
+        if self._leads():
+            assert self._session is not None
+            self._session.batch_start()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Read the graph of a watched forward pass."""
+        if self._leads():
+            assert self._session is not None
+            self._session.before_backward(loss)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Print the start table after the first step."""
+        if self._session is not None and self._session.members[-1] is self:
+            self._session.batch_end()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Report vectors that had to be left alone, once."""
+        self._report_bad()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizers."""
+        self._report_bad()
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave no hook behind."""
+        self._let_go()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave no hook behind."""
+        self._let_go()
+        if stage != "fit":
+            self._restored = None  # an evaluation that loaded a checkpoint is no resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, per-vector state and the table of targets: plain tensors, numbers and strings."""
+        if self._restored is not None:
+            return self._restored
+        session = self._session
+        if session is not None:
+            for bracket in session.brackets:
+                bracket.settle()
+        verdicts = {} if session is None else {n: v.state() for n, v in session.search.verdicts.items() if v.kind != "unknown"}
+        indices = range(len(session.brackets)) if session is not None else sorted(self._counted)
+        return {
+            "version": 1,
+            "settings": self.settings(),
+            "steps": {i: self.steps_of(i) for i in indices},
+            "per_vector": {key: {n: v.detach().cpu().clone() for n, v in table.items()} for key, table in self._per_vector.items()},
+            "targets": verdicts,
+            "extra": self._extra(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember the state; it is taken up at the first step, when every strategy has restored the weights."""
+        self._restored = dict(state_dict)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _leads(self) -> bool:
+        return self._session is not None and self._session.members[0] is self
+
+    def _drop_handlers(self, index: int) -> None:
+        for remove in self._handler_removers.pop(index, []):
+            remove()
+
+    def _let_go(self) -> None:
+        session = self._session
+        if session is None or session.closed:
+            if session is not None and self._attached_at:
+                self._freeze_counts()
+            return
+        for bracket in session.brackets:
+            bracket.settle()
+        for member in session.members:
+            member._freeze_counts()
+            for index in list(member._handler_removers):
+                member._drop_handlers(index)
+        session.close()
+
+    def _freeze_counts(self) -> None:
+        self._counted = {i: self.steps_of(i) for i in self._attached_at} or self._counted
+        self._attached_at = {}
+
+    def _report_bad(self) -> None:
+        if self._reported_bad:
+            return
+        lines = []
+        for plan in self.plans.values():
+            per_weight = plan.vectors.per_weight(plan.bad.to(plan.vectors.sum_dtype)).tolist()
+            lines += [f"{int(k)} in {t.name}" for k, t in zip(per_weight, plan.targets, strict=True) if k]
+        if lines:
+            self._reported_bad = True
+            warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {', '.join(lines[:8])}{' ...' if len(lines) > 8 else ''}.")
+
+
+def _bind(handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step], None]:
+    def call(step: Step) -> None:
+        handler(step, plan)
+
+    return call
+
+
+def _shown(params: Iterable[str]) -> str:
+    params = list(params)
+    return repr(params[0]) if len(params) == 1 else repr(params)
+
+
+def announce(session: Session) -> None:
+    """Print the table of targets, once, on rank zero."""
+    from lightning_normdyn.callbacks.tables import print_start_table
+
+    if session.trainer.is_global_zero:
+        print_start_table(session)
+
+
+def owner_module(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The submodule that holds parameter ``name``, and the parameter's name in it."""
+    path, _, leaf = name.rpartition(".")
+    return module.get_submodule(path), leaf
+
+
+__all__ = ["NormDynCallback", "NormDynError", "NormDynWarning", "Plan", "Session", "Target", "owner_module", "warn_once"]

@@ -1,0 +1,168 @@
+"""Radial projection (SGDP, AdamP): let steps turn weights without lengthening them, with any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.functional import cosine_from_sums
+from lightning_normdyn.optimizer_state import decay_kind
+from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.vectors import Partition
+
+
+class RadialProjection(NormDynCallback):
+    r"""Radial projection (SGDP, AdamP): after every step, the part of the step along the weight is taken out.
+
+    .. math:: w \leftarrow w + \Pi_w(\Delta), \qquad \Pi_w(x) = x - (\hat w \cdot x)\,\hat w
+
+    with :math:`\Delta` the step of whatever optimizer is in use (SGDP/AdamP slides, "Projected updates"). With SGD and momentum this is
+    SGDP, with AdamW it is AdamP. Since projecting would also remove weight decay, this callback applies the decay of its targets itself,
+    decoupled: ``w <- (1 - lr * decay * ratio) w``.
+
+    Args:
+        gate: ``"always"`` projects every target (one vector per ``granularity``); ``"cosine"`` is the paper's rule per tensor: filter
+        view first, then layer view, if
+            ``|cos(w, g)| < delta / sqrt(d)`` for every row of the view; a tensor that is not projected decays with ratio 1.
+        delta: threshold of the gate.
+        weight_decay: ``"replace"``: SGD's coupled decay becomes decoupled ``decay / (1 - momentum)``, a decoupled optimizer's stays as it
+        is; or a number, decoupled. weight_decay_ratio: factor on the decay of projected weights (adamp's ``wd_ratio``). params:
+        ``"auto"``, a glob pattern, or a list of them; ``"auto"`` means the scale-invariant weights, with ``gate="cosine"`` every weight
+        of two or more dimensions. granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``; with ``gate="cosine"`` it is the
+        rule's own.
+
+    Raises:
+        ValueError: for numbers out of range and unknown literals.
+
+    Example:
+        >>> from lightning_normdyn import RadialProjection
+        >>> RadialProjection(gate="cosine").delta
+        0.1
+    """
+
+    def __init__(
+        self,
+        *,
+        gate: Literal["always", "cosine"] = "always",
+        delta: float = 0.1,
+        weight_decay: float | Literal["replace"] = "replace",
+        weight_decay_ratio: float = 0.1,
+        params: str | list[str] = "auto",
+        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+    ) -> None:
+        super().__init__(params, granularity)
+        if gate not in ("always", "cosine"):
+            raise ValueError(f"`gate` must be 'always' or 'cosine', got {gate!r}.")
+        if not (isinstance(delta, (int, float)) and 0 < delta < float("inf")):
+            raise ValueError(f"`delta` must be > 0 and finite, got {delta!r}.")
+        if weight_decay != "replace" and not (isinstance(weight_decay, (int, float)) and 0 <= weight_decay < float("inf")):
+            raise ValueError(f"`weight_decay` must be 'replace' or a number >= 0, got {weight_decay!r}.")
+        if not (isinstance(weight_decay_ratio, (int, float)) and 0 <= weight_decay_ratio < float("inf")):
+            raise ValueError(f"`weight_decay_ratio` must be >= 0 and finite, got {weight_decay_ratio!r}.")
+        if gate == "cosine" and granularity != "auto":
+            raise ValueError(f"gate='cosine' brings its own granularity (filter view, then layer view); got granularity={granularity!r}.")
+        self.gate = gate
+        self.delta = float(delta)
+        self.weight_decay: float | str = weight_decay if isinstance(weight_decay, str) else float(weight_decay)
+        self.weight_decay_ratio = float(weight_decay_ratio)
+        self._gates: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def writes(self) -> bool:  # type: ignore[override]
+        """With its own gate it takes every matrix; otherwise the scale-invariant weights."""
+        return self.gate == "always"
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers."""
+        return {key: getattr(self, key) for key in ("gate", "delta", "weight_decay", "weight_decay_ratio")}
+
+    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
+        """Looks at `ready`, acts at `stepped`."""
+        return {Phase.MEASURE: self._look, Phase.PROJECT: self._project}
+
+    def _target(self, weight: Tensor) -> Target | None:
+        target = super()._target(weight)
+        if target is not None and self.gate == "cosine":
+            # The paper's views are over dim 0 of the tensor as it is stored.
+            target.partition = Partition.filters(self._session.shapes[weight])  # type: ignore[union-attr]
+        return target
+
+    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        """The decay must be one that has a decoupled equivalent, and ours to take over."""
+        if not weights:
+            return
+        check_decay_takeover(optimizer, weights)
+        ours = {id(w) for w in weights}
+        for group in optimizer.param_groups:
+            decay = group.get("weight_decay")
+            coupled = decay_kind(optimizer, group) == "coupled"
+            if self.weight_decay == "replace" and decay and coupled and "momentum" not in group and any(id(p) in ours for p in
+            group["params"]):
+                raise NotSupportedError(
+                    f"RadialProjection(weight_decay='replace') cannot turn the coupled weight decay {decay} of {type(optimizer).__name__} into a decoupled one. "
+                    "Give a number, weight_decay=..., or use AdamW or SGD."
+                )
+
+    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """Claim the decay, AWS going first."""
+        weights = {t.weight for t in plan.targets}
+        bracket.claim_decay((self, plan.index), DecayOwner.PROJECTION, weights)
+
+    def _look(self, step: Step, plan: Plan) -> None:
+        vectors = plan.vectors
+        step.bracket.request_snapshot(dict(zip(vectors.weights, vectors.values(), strict=True)))
+        if self.gate == "always":
+            return
+        weights, gradients = vectors.values(), vectors.gradients()
+        ww, wg, gg = sums = vectors.inner((weights, weights), (weights, gradients), (gradients, gradients))
+        # Rows of one weight have one length, so the filter test is a count of rows over the threshold, the layer test a sum over rows.
+        over = (cosine_from_sums(ww, wg, gg).abs() * vectors.length.sqrt() >= self.delta).to(ww.dtype)
+        totals = vectors.per_weight(torch.cat([sums, over[None], vectors.length[None]]))
+        layer = cosine_from_sums(totals[0], totals[1], totals[2]).abs() * totals[4].sqrt() < self.delta
+        by_filter = totals[3] == 0
+        self._gates[plan.index] = (vectors.spread(by_filter), vectors.spread(layer & ~by_filter))
+
+    def _project(self, step: Step, plan: Plan) -> None:
+        vectors = plan.vectors
+        before = vectors.snapshots(step.bracket)
+        after = vectors.values()
+        ss, sa = vectors.inner((before, before), (before, after))
+        radial = _ratio(sa - ss, ss)
+        projected: Tensor | None = None
+        if self.gate == "cosine":
+            by_filter, by_layer = self._gates[plan.index]
+            total, along = vectors.per_weight(torch.stack([ss, sa - ss]))
+            projected = by_filter | by_layer
+            radial = torch.where(by_filter, radial, torch.where(by_layer, vectors.spread(_ratio(along, total)), torch.zeros_like(radial)))
+        removed = radial + self._decay(step, plan, projected)
+        vectors.add_scaled_(-plan.guard(removed, 0.0, step), before)
+
+    def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
+        """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
+        rate = plan.group_values("lr") * plan.spread_groups("projection_decay", [self._decoupled(step, g) for g, _ in plan.groups])
+        ratio: float | Tensor = self.weight_decay_ratio
+        if projected is not None:
+            ratio = torch.where(projected, torch.full_like(rate, self.weight_decay_ratio), torch.ones_like(rate))
+        return rate * ratio * plan.owns_decay(step, DecayOwner.PROJECTION)
+
+    def _decoupled(self, step: Step, group: dict[str, Any]) -> Any:
+        if self.weight_decay != "replace":
+            return self.weight_decay
+        decay = group.get("weight_decay") or 0.0
+        if decay and decay_kind(step.optimizer, group) == "coupled":
+            return decay / (1 - group["momentum"])
+        return decay
+
+    def treatment(self, plan: Plan, target: Target) -> str:
+        """What the start table says."""
+        return "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))

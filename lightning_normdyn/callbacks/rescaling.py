@@ -1,0 +1,88 @@
+"""A change of scale that changes nothing else: weights, optimizer state and the normalization behind them together.
+
+Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.optimizer_state import per_matrix_only, rescale_batch_norm_, state_exponents
+
+if TYPE_CHECKING:
+    from lightning_normdyn.callbacks.base import Plan, Session
+
+
+class Rescaler:
+    """Applies one factor per vector to the weights of a plan and to everything whose meaning depends on their scale.
+
+    Args:
+        plan: the targets.
+        session: the fit.
+        optimizer_state: ``"rescale"`` or ``"keep"``.
+
+    Raises:
+        NotSupportedError: for statistics behind a target that cannot follow, and for per-vector factors under an optimizer that allows
+        one per matrix only.
+    """
+
+    def __init__(self, plan: Plan, session: Session, optimizer_state: str) -> None:
+        self.plan = plan
+        self._exponents = state_exponents(plan.optimizer) if optimizer_state == "rescale" else {}
+        if self._exponents and per_matrix_only(plan.optimizer):
+            for target in plan.targets:
+                if target.partition.n > 1:
+                    raise NotSupportedError(
+                        f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so `{target.name}` can only be rescaled by one factor, "
+                        f"but it has {target.partition.n} vectors. Use granularity='layer' or optimizer_state='keep'."
+                    )
+        # Normalizations whose running statistics were gathered at the old scale: (module, vector of each channel, degree, bias).
+        self._norms: list[tuple[nn.Module, Tensor, float, Tensor | None]] = []
+        parameters = dict(session.module.named_parameters(remove_duplicate=False))
+        for target, where in zip(plan.targets, plan.vectors.slices, strict=True):
+            verdict = target.verdict
+            if verdict.stale_statistics:
+                raise NotSupportedError(
+                    f"`{target.name}` is followed by running statistics that cannot be corrected ({', '.join(verdict.stale_statistics)}), so evaluation after a "
+                    f"rescale would be wrong. Leave it out with params=['auto', '!{target.name}'], or use track_running_stats=False."
+                )
+            for link in verdict.batch_norms:
+                module = session.module.get_submodule(link.module)
+                index = torch.where(link.vector >= 0, link.vector + where.start, torch.full_like(link.vector, plan.vectors.n))
+                bias = parameters.get(link.bias) if link.bias else None
+                self._norms.append((module, index.to(plan.vectors.device), link.degree, bias))
+
+    @staticmethod
+    def check(optimizer: Optimizer, optimizer_state: str) -> None:
+        """Refuse, before training, an optimizer whose state we cannot rescale.
+
+        Raises:
+            NotSupportedError: naming ``optimizer_state="keep"`` as the way out.
+        """
+        if optimizer_state == "rescale":
+            state_exponents(optimizer)
+
+    def apply(self, factor: Tensor, *, gradients: bool = False) -> None:
+        """Multiply every vector by ``factor`` (``(n,)``); state, statistics and, on request, this step's gradients follow."""
+        vectors = self.plan.vectors
+        vectors.scale_(factor)
+        if gradients:
+            vectors.scale_(1 / factor, vectors.gradients())
+        state = self.plan.optimizer.state
+        for key, exponent in self._exponents.items():
+            buffers = [state[w].get(key) if w in state else None for w in vectors.weights]
+            if any(b is not None for b in buffers):
+                vectors.scale_(factor**exponent, vectors.local(buffers))
+        if not self._norms:
+            return
+        extended = torch.cat([factor, factor.new_ones(1)])
+        for module, index, degree, bias in self._norms:
+            mean, var = module.running_mean, module.running_var
+            if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                channel = (extended[index] ** degree).to(mean.device)
+                rescale_batch_norm_(mean, var, channel, bias, float(module.eps))  # type: ignore[arg-type]

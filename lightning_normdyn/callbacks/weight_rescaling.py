@@ -1,0 +1,127 @@
+"""Weight Rescaling (WRS): set weight vectors back to a fixed length every so many steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.rescaling import Rescaler
+from lightning_normdyn.functional import norm_from_sums, rescale_factor
+from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
+
+
+class WeightRescaling(NormDynCallback):
+    r"""Weight Rescaling (WRS): after every ``every_n_steps``-th optimizer step, each weight vector is set to ``target_norm``.
+
+    .. math:: w \leftarrow c\,w, \qquad c = \text{target\_norm} / \lVert w\rVert
+
+    (WRS paper, section 5.) Optimizer state and the running statistics of a BatchNorm behind the vector follow, so that nothing but the
+    length changes. Inside its epoch window the rescaled weights have no weight decay, as in the paper.
+
+    Args:
+        every_n_steps: optimizer steps between two rescalings (the paper: 10 to 40); counted per optimizer, over resumes.
+        target_norm: the length, in weight units, or ``"initial"``: each vector's own length at the start of the fit.
+        start_epoch: first epoch in which to act.
+        stop_epoch: first epoch in which to act no more; None: never stop.
+        optimizer_state: ``"rescale"`` divides momentum by the factor (second moments by its square), ``"keep"`` leaves it.
+        weight_decay: ``"replace"``: no decay of the targets inside the window; ``"keep"``: the optimizer's own.
+        params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
+        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
+
+    Raises:
+        ValueError: for numbers out of range and unknown literals.
+
+    Example:
+        >>> from lightning_normdyn import WeightRescaling
+        >>> WeightRescaling(20, stop_epoch=60).every_n_steps
+        20
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int,
+        *,
+        target_norm: float | Literal["initial"] = 1.0,
+        start_epoch: int = 0,
+        stop_epoch: int | None = None,
+        optimizer_state: Literal["rescale", "keep"] = "rescale",
+        weight_decay: Literal["replace", "keep"] = "replace",
+        params: str | list[str] = "auto",
+        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+    ) -> None:
+        super().__init__(params, granularity)
+        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be an integer >= 1, got {every_n_steps!r}.")
+        if target_norm != "initial" and not (isinstance(target_norm, (int, float)) and 0 < target_norm < float("inf")):
+            raise ValueError(f"`target_norm` must be > 0 and finite, or 'initial', got {target_norm!r}.")
+        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
+            raise ValueError(f"`start_epoch` must be an integer >= 0, got {start_epoch!r}.")
+        if stop_epoch is not None and (not isinstance(stop_epoch, int) or stop_epoch <= start_epoch):
+            raise ValueError(f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got {stop_epoch!r}.")
+        if optimizer_state not in ("rescale", "keep"):
+            raise ValueError(f"`optimizer_state` must be 'rescale' or 'keep', got {optimizer_state!r}.")
+        if weight_decay not in ("replace", "keep"):
+            raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
+        self.every_n_steps = every_n_steps
+        self.target_norm: float | str = target_norm if isinstance(target_norm, str) else float(target_norm)
+        self.start_epoch = start_epoch
+        self.stop_epoch = stop_epoch
+        self.optimizer_state = optimizer_state
+        self.weight_decay = weight_decay
+        self._rescalers: dict[int, Rescaler] = {}
+        self._targets: dict[int, Tensor] = {}
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers."""
+        keys = ("every_n_steps", "target_norm", "start_epoch", "stop_epoch", "optimizer_state", "weight_decay")
+        return {key: getattr(self, key) for key in keys}
+
+    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
+        """Acts after the step, last of all."""
+        return {Phase.RESCALE: self._rescale}
+
+    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        """Its state must be one that we know how to rescale, its decay ours to take over."""
+        if weights:
+            Rescaler.check(optimizer, self.optimizer_state)
+            if self.weight_decay == "replace":
+                check_decay_takeover(optimizer, weights)
+
+    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """Remember initial lengths, find the BatchNorms behind, claim the decay."""
+        assert self._session is not None
+        self._rescalers[plan.index] = Rescaler(plan, self._session, self.optimizer_state)
+        if self.target_norm == "initial":
+            self._targets[plan.index] = self.per_vector("initial_norm", plan, plan.vectors.norms)
+        if self.weight_decay == "replace":
+            weights = {t.weight for t in plan.targets}
+            bracket.claim_decay((self, plan.index), DecayOwner.RESCALING, lambda: weights if self._in_window() else set())
+
+    def _in_window(self) -> bool:
+        assert self._session is not None
+        epoch = self._session.trainer.current_epoch
+        return self.start_epoch <= epoch and (self.stop_epoch is None or epoch < self.stop_epoch)
+
+    def due(self, number: int) -> bool:
+        """Whether to rescale after optimizer step ``number`` (1-based)."""
+        return number % self.every_n_steps == 0 and self._in_window()
+
+    def _rescale(self, step: Step, plan: Plan) -> None:
+        if not self.due(self.number(step, plan)):
+            return
+        values = plan.vectors.values()
+        norms = norm_from_sums(plan.vectors.inner((values, values))[0])
+        length = self._targets[plan.index] if self.target_norm == "initial" else torch.full_like(norms, float(self.target_norm))
+        factor = plan.guard(rescale_factor(norms, length), 1.0, step, norms)
+        self._rescalers[plan.index].apply(factor)
+        plan.mark("rescale")
+
+    def treatment(self, plan: Plan, target: Target) -> str:
+        """What the start table says."""
+        length = "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
+        return f"WRS to {length} every {self.every_n_steps} steps"

@@ -1,0 +1,351 @@
+"""When an optimizer really steps: one `StepBracket` per optimizer around every real update.
+
+``ready``: gradients are final, weights are still those the gradients were taken at, the update will follow.
+``stepped``: weights have just changed; the learning rate is still the one that was used.
+
+Built on torch's optimizer hooks with the closure wrapped, so it is right under accumulation, clipping, every precision, skipped steps,
+manual optimization and several optimizers, in Lightning, Fabric or a plain loop. Knows nothing of Lightning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Set
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.optimizer_state import supports_decay_takeover
+
+
+class Phase(IntEnum):
+    """The order of events within one step, whatever the order in which callbacks were registered."""
+
+    RESOLVE = 0  # ready: find out which weights are meant (first step, or param groups changed)
+    MEASURE = 10  # ready: sums over w_t, the weight that the gradient was taken at
+    LR_DROP = 20  # ready: rescale weights, state and this step's gradients
+    SHRINK = 30  # ready: w <- f w
+    SNAPSHOT = 40  # ready: copy the shrunk weight, where somebody asks for it
+    PROJECT = 50  # stepped: on w' - s
+    MEASURE_STEP = 60  # stepped: angle of the step
+    RESCALE = 70  # stepped: last, so that no step's angle contains it
+
+
+class DecayOwner(IntEnum):
+    """Who applies the weight decay of a target; the highest claim wins, the optimizer itself is the default."""
+
+    RESCALING = 1
+    PROJECTION = 2
+    SHRINK = 3
+
+
+@dataclass
+class Step:
+    """One update of one optimizer, as handlers see it.
+
+    Args:
+        bracket: the bracket it belongs to.
+        number: 1-based count of real steps of this optimizer since the bracket was attached, this one included.
+        skipped: None, or a 0/1 float tensor on the device: whether a fused optimizer skips this update inside its kernel (GradScaler
+        found an inf).
+    """
+
+    bracket: StepBracket
+    number: int
+    skipped: Tensor | None = None
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer that steps."""
+        return self.bracket.optimizer
+
+    def unless_skipped(self, value: Tensor, otherwise: float) -> Tensor:
+        """``value``, or ``otherwise`` everywhere if the update is skipped on the device; no host synchronization."""
+        if self.skipped is None:
+            return value
+        return torch.where(self.skipped.to(value.device) > 0, torch.full_like(value, otherwise), value)
+
+
+Handler = Callable[[Step], None]
+
+
+class StepBracket:
+    """Calls handlers at the moments ``ready`` and ``stepped`` around every real update of ``optimizer``.
+
+    Use `StepBracket.of`: an optimizer has one bracket, shared by everybody.
+
+    Args:
+        optimizer: a torch optimizer.
+
+    Raises:
+        NotSupportedError: for LBFGS and other optimizers that evaluate their closure more than once per step.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> optimizer = torch.optim.SGD([weight], lr=0.1)
+        >>> bracket = StepBracket.of(optimizer)
+        >>> remove = bracket.add(Phase.RESCALE, lambda step: print("after step", step.number))
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        after step 1
+        >>> remove()
+    """
+
+    _of: WeakKeyDictionary[Optimizer, StepBracket] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, optimizer: Optimizer) -> StepBracket:
+        """The bracket of ``optimizer``, attached on the first request."""
+        bracket = cls._of.get(optimizer)
+        if bracket is None:
+            bracket = cls._of[optimizer] = cls(optimizer)
+        return bracket
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        check_closure(optimizer)
+        # The optimizer's hooks hold the bracket; a strong reference back would keep both alive for ever in the registry.
+        self._optimizer_ref = ref(optimizer)
+        self.steps = 0
+        """Real steps since the bracket was attached; call `settle` first if a fused optimizer may have skipped the last one."""
+        self._handlers: list[tuple[int, str, int, Handler]] = []
+        self._added = 0
+        self._claims: dict[object, tuple[DecayOwner, Callable[[], Set[Tensor]]]] = {}
+        self._snapshot_requests: dict[Tensor, Tensor] = {}
+        self._snapshots: dict[Tensor, Tensor] = {}
+        self._step: Step | None = None
+        self._groups: list[dict[str, Any]] | None = None
+        self._unsettled: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._hooks: list[Any] = []
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer."""
+        optimizer = self._optimizer_ref()
+        assert optimizer is not None, "a bracket is used after its optimizer is gone"
+        return optimizer
+
+    # -- registration --------------------------------------------------------------------------------------------------
+
+    def add(self, phase: Phase, handler: Handler, order: str = "") -> Callable[[], None]:
+        """Call ``handler(step)`` in ``phase`` of every real step.
+
+        Args:
+            phase: when within the step.
+            handler: what to call.
+            order: breaks ties within a phase, so that the order of registration does not matter.
+
+        Returns:
+            A function that takes the handler away again; the last one to go detaches the bracket from the optimizer.
+        """
+        if not self._hooks:
+            self._attach()
+        self._added += 1
+        entry = (int(phase), order, self._added, handler)
+        self._handlers.append(entry)
+        self._handlers.sort(key=lambda e: e[:3])
+
+        def remove() -> None:
+            if entry in self._handlers:
+                self._handlers.remove(entry)
+            if not self._handlers:
+                self.detach()
+
+        return remove
+
+    def claim_decay(self, claimant: object, owner: DecayOwner, weights: Set[Tensor] | Callable[[], Set[Tensor]]) -> Callable[[], None]:
+        """Take over the weight decay of ``weights`` from the optimizer; a callable is asked at every step.
+
+        From ``ready`` to ``stepped`` the optimizer sees those weights in param groups of their own with ``weight_decay=0``: bit-exact in
+        every precision, and invisible to schedulers and ``state_dict``. A second claim by the same claimant replaces its first.
+
+        Returns:
+            A function that takes the claim back.
+        """
+        self._claims[claimant] = (owner, weights if callable(weights) else lambda: weights)
+
+        def remove() -> None:
+            self._claims.pop(claimant, None)
+
+        return remove
+
+    def decay_owner(self, weight: Tensor) -> DecayOwner | None:
+        """Who applies the decay of ``weight``; None: the optimizer."""
+        return max((owner for owner, weights in self._claims.values() if weight in weights()), default=None)
+
+    def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
+        """Ask, before phase SNAPSHOT, that the shrunk weights of this step be copied.
+
+        Args:
+            storages: weight -> this rank's plain storage of it; asked for twice, a weight is copied once.
+        """
+        self._snapshot_requests.update(storages)
+
+    def snapshot(self, weight: Tensor) -> Tensor:
+        """The copy of the storage of ``weight`` that was taken in this step's SNAPSHOT phase."""
+        return self._snapshots[weight]
+
+    # -- the two moments -----------------------------------------------------------------------------------------------
+
+    def _attach(self) -> None:
+        post = self.optimizer.register_step_post_hook(self._post)
+        self._hooks = [self.optimizer.register_step_pre_hook(self._pre), post]
+        # First among the post hooks: whoever else listens must find the param groups as the user made them.
+        order = getattr(self.optimizer, "_optimizer_step_post_hooks", None)
+        if order is not None and post.id in order:
+            order.move_to_end(post.id, last=False)
+
+    def detach(self) -> None:
+        """Leave the optimizer as if the bracket had never been there."""
+        self.restore()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._handlers = []
+        self._claims = {}
+        self._snapshots = {}
+        self._of.pop(self.optimizer, None)
+
+    def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.restore()  # an earlier step that raised may have left the groups split
+        positional = len(args) > 1
+        closure = args[1] if positional else kwargs.get("closure")
+        if closure is None:
+            self._ready()
+            return None
+        calls = 0
+
+        def wrapped(*a: Any, **k: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > 1:
+                self.restore()
+                raise _closure_error(optimizer)
+            loss = closure(*a, **k)
+            self._ready()
+            return loss
+
+        if positional:
+            return (args[0], wrapped, *args[2:]), kwargs
+        return args, {**kwargs, "closure": wrapped}
+
+    @torch.no_grad()
+    def _ready(self) -> None:
+        self.settle()
+        self._step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None))
+        self._run(0, Phase.SNAPSHOT)
+        self._take_snapshots()
+        self._split_groups()
+
+    @torch.no_grad()
+    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.restore()
+        step, self._step = self._step, None
+        if step is None:  # attached between ready and stepped
+            return
+        if step.skipped is None:
+            self.steps += 1
+        else:
+            self._unsettle(step.skipped)
+        self._step = step
+        self._run(Phase.SNAPSHOT + 1, Phase.RESCALE)
+        self._step = None
+        self._snapshots.clear()
+
+    def _run(self, first: int, last: int) -> None:
+        assert self._step is not None
+        for phase, _, _, handler in list(self._handlers):
+            if first <= phase <= last:
+                handler(self._step)
+
+    def _take_snapshots(self) -> None:
+        self._snapshots = {weight: storage.clone() for weight, storage in self._snapshot_requests.items()}
+        self._snapshot_requests.clear()
+
+    # -- counting ------------------------------------------------------------------------------------------------------
+
+    def _unsettle(self, skipped: Tensor) -> None:
+        """A fused optimizer decides on the device: fetch its decision without waiting for it."""
+        event = None
+        if skipped.is_cuda:
+            skipped = skipped.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._unsettled = (skipped.clone() if event is None else skipped, event)
+
+    def settle(self) -> None:
+        """Make `steps` final: count the last update of a fused optimizer unless it was skipped."""
+        if self._unsettled is None:
+            return
+        skipped, event = self._unsettled
+        self._unsettled = None
+        if event is not None:
+            event.synchronize()
+        self.steps += int(not bool(skipped))
+
+    # -- decay take-over -----------------------------------------------------------------------------------------------
+
+    def _split_groups(self) -> None:
+        taken = {w for _, weights in self._claims.values() for w in weights()}
+        if not taken:
+            return
+        split: list[dict[str, Any]] = []
+        for group in self.optimizer.param_groups:
+            ours = [p for p in group["params"] if p in taken]
+            if not ours or not group.get("weight_decay"):
+                split.append(group)
+                continue
+            split.append({**group, "params": ours, "weight_decay": 0.0})
+            if len(ours) < len(group["params"]):
+                split.append({**group, "params": [p for p in group["params"] if p not in taken]})
+        if len(split) != len(self.optimizer.param_groups) or any(a is not b for a, b in zip(split, self.optimizer.param_groups,
+        strict=True)):
+            self._groups = self.optimizer.param_groups
+            self.optimizer.param_groups = split
+
+    def restore(self) -> None:
+        """Give the optimizer its own param groups back, if a step left them split."""
+        if self._groups is not None:
+            self.optimizer.param_groups = self._groups
+            self._groups = None
+
+
+def check_closure(optimizer: Optimizer) -> None:
+    """Refuse optimizers that evaluate their closure more than once per step.
+
+    Raises:
+        NotSupportedError: for LBFGS.
+    """
+    if any(c.__name__ == "LBFGS" for c in type(optimizer).__mro__):
+        raise _closure_error(optimizer)
+
+
+def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
+    """Refuse, before training, a decay that cannot be taken over.
+
+    Raises:
+        NotSupportedError: if a group that holds one of ``weights`` has a decay that is not 0 and the optimizer keeps per-step state in
+        its groups, or is not known.
+    """
+    reason = supports_decay_takeover(optimizer)
+    if reason is None:
+        return
+    ours = {id(w) for w in weights}
+    for group in optimizer.param_groups:
+        decay = group.get("weight_decay")
+        if decay and any(id(p) in ours for p in group["params"]):
+            raise NotSupportedError(
+                f"The weight decay {decay} of {type(optimizer).__name__} would have to be taken over for these weights, but {reason}. "
+                "Set weight_decay=0 in their param group, or use weight_decay='keep' where the callback has it."
+            )
+
+
+def _closure_error(optimizer: Optimizer) -> NotSupportedError:
+    return NotSupportedError(
+        f"{type(optimizer).__name__} evaluates its closure more than once per step, so there is no single step to bracket. "
+        "Use an optimizer that evaluates it once, such as SGD or AdamW."
+    )
