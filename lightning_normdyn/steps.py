@@ -277,6 +277,11 @@ class StepBracket:
             event.record()
         self._unsettled = (skipped.clone() if event is None else skipped, event)
 
+    @property
+    def unsettled(self) -> bool:
+        """Whether the last update of a fused optimizer is not yet counted."""
+        return self._unsettled is not None
+
     def settle(self) -> None:
         """Make `steps` final: count the last update of a fused optimizer unless it was skipped."""
         if self._unsettled is None:

@@ -224,6 +224,10 @@ class WeightVectors:
         out = values.new_zeros(*values.shape[:-1], len(self.weights))
         return out.index_add_(-1, self.weight_of, values)
 
+    def totals(self, values: Tensor) -> Tensor:
+        """`per_weight`, completed over all ranks, every vector counted once: ``(..., n)`` to ``(..., weights)``."""
+        return self.per_weight(values)
+
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
         return per_weight[..., self.weight_of]

@@ -1,0 +1,9 @@
+"""The callbacks, one per file; the only package that imports Lightning."""
+
+from lightning_normdyn.callbacks.adaptive_weight_shrink import AdaptiveWeightShrink
+from lightning_normdyn.callbacks.base import NormDynCallback, NormDynWarning
+from lightning_normdyn.callbacks.norm_dynamics_monitor import NormDynamicsMonitor
+from lightning_normdyn.callbacks.radial_projection import RadialProjection
+from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
+
+__all__ = ["AdaptiveWeightShrink", "NormDynCallback", "NormDynWarning", "NormDynamicsMonitor", "RadialProjection", "WeightRescaling"]

@@ -62,9 +62,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         self.alpha = float(alpha)
         self.statistic = statistic
         self.weight_decay = weight_decay
-        self._clamped: dict[str, Tensor] = {}
         self._standardized: dict[int, Tensor | None] = {}
-        self._claims: list[Callable[[], None]] = []
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
@@ -120,3 +118,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         decay = plan.group_of(target).get("weight_decay") or 0.0
         tail = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
         return f"AWS, decay now {now:.2g}{tail}"
+
+    def influence(self, target: Target) -> dict[str, Any]:
+        """For predictions."""
+        return {"alpha": self.alpha, "statistic": self.statistic, "replaces_decay": self.weight_decay == "replace"}

@@ -196,6 +196,7 @@ class Session:
         self._undecided: set[Tensor] = set()
         self._version = 0
         self._announced = False
+        self.attempts = 0
 
     # -- brackets ------------------------------------------------------------------------------------------------------
 
@@ -285,6 +286,31 @@ class Session:
         for member in self.members:
             member._resolve(index)
 
+    # -- numbers that the monitor shows --------------------------------------------------------------------------------
+
+    def attempt(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step, unless its scaler finds an inf."""
+        self.attempts += 1
+
+    def skipped_steps(self) -> int:
+        """Updates that a gradient scaler skipped in this fit."""
+        pending = sum(b.unsettled for b in self.brackets)
+        return max(0, self.attempts - sum(b.steps for b in self.brackets) - pending)
+
+    def counted(self, key: str) -> float | None:
+        """Sum of a counter over all vectors of all callbacks; None if nobody counts it."""
+        totals = [plan.counters[key].sum() for m in self.members for plan in m.plans.values() if key in plan.counters]
+        return float(sum(t.item() for t in totals)) if totals else None
+
+    def take_events(self) -> list[str]:
+        """What callbacks noted since the last call."""
+        events = []
+        for member in self.members:
+            for plan in member.plans.values():
+                events += plan.events
+                plan.events = []
+        return list(dict.fromkeys(events))
+
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
         return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
@@ -359,8 +385,18 @@ class NormDynCallback(Callback):
         return {}
 
     def treatment(self, plan: Plan, target: Target) -> str:
-        """How the start table says what happens to ``target``."""
+        """How the tables say what happens to ``target``."""
         return type(self).__name__
+
+    def influence(self, target: Target) -> dict[str, Any]:
+        """What this callback does to ``target``, in numbers that predictions need: ``alpha``, ``statistic``, ``projected``,
+        ``every_n_steps``, ..."""
+        return {}
+
+    @property
+    def shows_tables(self) -> bool:
+        """Whether this callback wants the tables printed."""
+        return True
 
     # -- counters and per-vector state ---------------------------------------------------------------------------------
 
@@ -577,6 +613,12 @@ class NormDynCallback(Callback):
         if self._leads():
             assert self._session is not None
             self._session.before_backward(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Count attempts, so that skipped steps can be told."""
+        if self._leads():
+            assert self._session is not None
+            self._session.attempt(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Print the start table after the first step."""

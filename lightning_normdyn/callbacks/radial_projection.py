@@ -166,3 +166,8 @@ class RadialProjection(NormDynCallback):
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
+
+    def influence(self, target: Target) -> dict[str, Any]:
+        """For predictions."""
+        return {"projected": True, "gate": self.gate, "projection_decay": self.weight_decay, "weight_decay_ratio":
+        self.weight_decay_ratio}

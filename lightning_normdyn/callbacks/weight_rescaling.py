@@ -125,3 +125,7 @@ class WeightRescaling(NormDynCallback):
         """What the start table says."""
         length = "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
         return f"WRS to {length} every {self.every_n_steps} steps"
+
+    def influence(self, target: Target) -> dict[str, Any]:
+        """For predictions."""
+        return {"every_n_steps": self.every_n_steps, "target_norm": self.target_norm} if self._in_window() else {}
