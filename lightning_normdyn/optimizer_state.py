@@ -1,0 +1,221 @@
+r"""What a change of a weight's scale does to everything that was gathered at the old scale, and how each optimizer decays.
+
+A loss that does not see the length of :math:`w` has gradients that go as :math:`1/\lVert w\rVert`. So when a weight vector is
+multiplied by :math:`f`, a buffer that holds gradients has to be multiplied by :math:`f^{-1}` and one that holds squared gradients
+by :math:`f^{-2}`: then the buffers are those that a run at the new scale would hold, and the direction goes on undisturbed. Left
+alone, they make AdamW turn three times too fast for hundreds of steps. The same holds for the running statistics of a BatchNorm
+behind a rescaled filter.
+
+Everything here takes plain tensors and optimizers; where a buffer lies in pieces, it lies as its weight does, and the caller
+applies the factors.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NotSupportedError
+
+__all__ = [
+    "decay_kind",
+    "is_schedule_free",
+    "per_matrix_only",
+    "rescale_batch_norm_",
+    "state_exponents",
+    "supports_decay_takeover",
+]
+
+_Muon: type[Optimizer] | None = getattr(torch.optim, "Muon", None)  # newer torch only
+
+_ADAM = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0}
+
+# {class: {buffer: e}}: w -> f w makes the buffer f^e times what it was. Only per-entry buffers; step counts and the like do not change.
+_STATE_EXPONENTS: dict[type[Optimizer], dict[str, float]] = {
+    torch.optim.SGD: {"momentum_buffer": -1.0},
+    torch.optim.Adam: _ADAM,
+    torch.optim.AdamW: _ADAM,
+    torch.optim.NAdam: _ADAM,
+    torch.optim.RAdam: _ADAM,
+    torch.optim.Adamax: {"exp_avg": -1.0, "exp_inf": -1.0},  # exp_inf is a maximum of |g|, not of g²
+    torch.optim.RMSprop: {"square_avg": -2.0, "grad_avg": -1.0, "momentum_buffer": 0.0},  # this momentum holds g/√v: no scale
+    torch.optim.Adagrad: {"sum": -2.0},
+}
+if _Muon is not None:
+    _STATE_EXPONENTS[_Muon] = {"momentum_buffer": -1.0}
+
+_COUPLED = (
+    torch.optim.SGD,
+    torch.optim.Adam,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.Adamax,
+    torch.optim.RMSprop,
+    torch.optim.Adagrad,
+    torch.optim.Adadelta,
+    torch.optim.ASGD,
+)
+_DECOUPLED: tuple[type[Optimizer], ...] = tuple(
+    c for c in (torch.optim.AdamW, getattr(torch.optim, "Adafactor", None), _Muon) if c is not None
+)
+
+# Packages whose `step` was read: it takes group["weight_decay"] anew at every step and keeps nothing in the group.
+_READS_DECAY_EVERY_STEP = ("torch.optim.", "lion_pytorch.")
+
+# Keys that optimizers write into their param groups at every step (schedule-free, Prodigy, fused Adams with one step count per group).
+_PER_STEP_GROUP_KEYS = frozenset({"step", "k", "d", "d_numerator", "weight_sum", "lr_max", "scheduled_lr", "train_mode"})
+
+
+def state_exponents(optimizer: Optimizer) -> dict[str, float]:
+    r"""How each buffer of ``optimizer`` follows its weight: when :math:`w` is multiplied by :math:`f`, the buffer is by :math:`f^e`.
+
+    Classes: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Muon (see :func:`per_matrix_only`) of torch.optim, with
+    any of their options (amsgrad, centered, capturable, fused, ...), and subclasses that keep no further per-entry buffers.
+
+    Args:
+        optimizer: the optimizer; with state or without.
+
+    Returns:
+        ``{buffer: e}``. Buffers that do not change are not named, and a buffer that is named need not exist (or may be ``None``).
+
+    Raises:
+        NotSupportedError: for another class, for a buffer that is not known, and for schedule-free optimizers.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.randn(4, 3))
+        >>> state_exponents(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+        {'momentum_buffer': -1.0}
+        >>> state_exponents(torch.optim.RMSprop([weight], lr=0.1, momentum=0.9))
+        {'square_avg': -2.0, 'grad_avg': -1.0}
+    """
+    asked = f"Rescaling the state of {type(optimizer).__name__} together with its weights was asked for"
+    way_out = "Use optimizer_state='keep' to leave the state alone."
+    if is_schedule_free(optimizer):
+        raise NotSupportedError(
+            f"{asked}, but a schedule-free optimizer keeps a second copy of the weights, which would stay at the old scale. "
+            "Use another optimizer."
+        )
+    known = next((table for c in type(optimizer).__mro__ if (table := _STATE_EXPONENTS.get(c)) is not None), None)
+    if known is None:
+        names = ", ".join(sorted(c.__name__ for c in _STATE_EXPONENTS))
+        raise NotSupportedError(f"{asked}, but only the state of {names} is understood. {way_out}")
+    present = {key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
+    if unknown := sorted(present - known.keys()):
+        raise NotSupportedError(f"{asked}, but what a change of scale does to its buffers {unknown} is not known. {way_out}")
+    return {key: exponent for key, exponent in known.items() if exponent}
+
+
+def per_matrix_only(optimizer: Optimizer) -> bool:
+    """Whether a rescale must use one factor for a whole matrix: Muon orthogonalises it, and per-filter factors do not commute with that.
+
+    Example:
+        >>> per_matrix_only(torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1))
+        False
+    """
+    return _Muon is not None and isinstance(optimizer, _Muon)
+
+
+def decay_kind(optimizer: Optimizer, group: dict[str, Any]) -> Literal["coupled", "decoupled"] | None:
+    r"""How ``optimizer`` applies ``weight_decay``.
+
+    "coupled": :math:`\lambda w` is added to the gradient (SGD, Adam). "decoupled": the weight is multiplied by
+    :math:`1-\eta\lambda` (AdamW).
+
+    Args:
+        optimizer: the optimizer; a subclass of a torch.optim class decays like that class.
+        group: one of its param groups; torch's Adam family carries a flag there.
+
+    Returns:
+        ``None`` for an optimizer that is not known or has no ``weight_decay``.
+
+    Example:
+        >>> adam = torch.optim.Adam([torch.nn.Parameter(torch.randn(4, 3))])
+        >>> decay_kind(adam, adam.param_groups[0])
+        'coupled'
+    """
+    if "weight_decay" not in group:
+        return None
+    if isinstance(optimizer, _DECOUPLED) or _step_module(optimizer).startswith("lion_pytorch."):
+        return "decoupled"
+    if isinstance(optimizer, _COUPLED):
+        return "decoupled" if group.get("decoupled_weight_decay") else "coupled"
+    return None
+
+
+def supports_decay_takeover(optimizer: Optimizer) -> str | None:
+    """Why the weight decay of single weights cannot be taken over from ``optimizer``, or ``None`` if it can.
+
+    To take over the decay, a param group is shown to the optimizer as two for the duration of one step. That is right only if
+    ``step`` reads ``weight_decay`` from the group each time and writes nothing into it.
+
+    Example:
+        >>> supports_decay_takeover(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))])) is None
+        True
+    """
+    name = type(optimizer).__name__
+    kept = sorted({key for group in optimizer.param_groups for key in group if key in _PER_STEP_GROUP_KEYS})
+    if is_schedule_free(optimizer):
+        return f"{name} is schedule-free and keeps a second copy of the weights"
+    if kept:
+        return f"{name} keeps per-step state in its param groups ({', '.join(kept)})"
+    module = _step_module(optimizer)
+    if not module.startswith(_READS_DECAY_EVERY_STEP):
+        return f"the step of {name} is defined in {module}, and whether it reads weight_decay from its group at every step is not known"
+    return None
+
+
+def is_schedule_free(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` trains a weight that is an interpolation of others in its state (schedule-free): no rule here is right for it.
+
+    Example:
+        >>> is_schedule_free(torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1))
+        False
+    """
+    return (
+        any(c.__module__.split(".")[0] == "schedulefree" for c in type(optimizer).__mro__)
+        or any("train_mode" in group for group in optimizer.param_groups)
+        or any("z" in state for state in optimizer.state.values())
+    )
+
+
+@torch.no_grad()
+def rescale_batch_norm_(running_mean: Tensor | None, running_var: Tensor | None, factor: Tensor, bias: Tensor | None, eps: float) -> None:
+    r"""Make the running statistics behind rescaled filters those that the new weights would have gathered, in place.
+
+    With :math:`c` = ``factor``, :math:`b` = ``bias``: mean :math:`m\to c\,m+(1-c)\,b`, variance :math:`v\to
+    c^2(v+\epsilon)-\epsilon`. Evaluation right after equals evaluation right before, eps included. The variance may come out
+    slightly negative (never below :math:`-\epsilon`); clamping it would be an error, since what the normalization uses is
+    :math:`v+\epsilon`.
+
+    For BatchNorm, SyncBatchNorm and InstanceNorm with running statistics, any ``momentum`` (``None`` too), affine or not.
+
+    Args:
+        running_mean: ``(C,)``; ``None`` (no running statistics): nothing happens.
+        running_var: ``(C,)`` or ``None``.
+        factor: ``(C,)``, by how much the input of each channel was multiplied, its bias aside.
+        bias: ``(C,)``, what was added to the input after the weights (the bias of the layer in front), or ``None``.
+        eps: eps of the normalization.
+
+    Example:
+        >>> mean, var = torch.tensor([1.0]), torch.tensor([4.0])
+        >>> rescale_batch_norm_(mean, var, torch.tensor([3.0]), torch.tensor([0.5]), eps=0.0)
+        >>> mean, var
+        (tensor([2.]), tensor([36.]))
+    """
+    # float64: the statistics of a float32 network then change by one rounding only
+    c = factor.double()
+    if running_mean is not None:
+        mean = c * running_mean.double()
+        running_mean.copy_(mean if bias is None else mean + (1 - c) * bias.double())
+    if running_var is not None:
+        running_var.copy_(c.square() * (running_var.double() + eps) - eps)
+
+
+def _step_module(optimizer: Optimizer) -> str:
+    # torch wraps the step of every class that it instantiates and LR schedulers wrap it on the instance; each wrapper names what it
+    # wraps. The class is asked, so that a scheduler is no reason to refuse.
+    return inspect.unwrap(type(optimizer).step).__module__
