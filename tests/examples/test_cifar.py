@@ -1,0 +1,236 @@
+"""Reading CIFAR-10: what a right archive gives, and that a wrong, damaged or hostile one gives one clear error and runs nothing."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cifar10 import FOLDER, TEST_BATCH, TRAIN_BATCHES, Cifar10Error, read_cifar10
+from data_modules import Cifar10, random_crop, random_flip
+
+PER_BATCH = 3
+
+
+def pixels(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (PER_BATCH, 3072), dtype=np.uint8)
+
+
+def batch(seed: int) -> dict:
+    return {b"data": pixels(seed), b"labels": [seed % 10] * PER_BATCH, b"batch_label": b"a batch"}
+
+
+def write_folder(folder: Path, **replaced: bytes | None) -> Path:
+    """Write the six batches; ``replaced`` gives other bytes for some of them, None for a missing one."""
+    folder = folder / FOLDER
+    folder.mkdir(parents=True)
+    for seed, name in enumerate((*TRAIN_BATCHES, TEST_BATCH)):
+        raw = replaced.get(name, pickle.dumps(batch(seed), protocol=4))
+        if raw is not None:
+            (folder / name).write_bytes(raw)
+    return folder
+
+
+def as_python_2_wrote_it(rows: np.ndarray, labels: list[int]) -> bytes:
+    """The bytes of the real archive's batches: protocol 2, byte strings as ``str``, numpy 1's module names."""
+
+    def string(text: bytes) -> bytes:
+        return b"T" + struct.pack("<i", len(text)) + text
+
+    array = b"".join(
+        [
+            b"cnumpy.core.multiarray\n_reconstruct\n",
+            b"(cnumpy\nndarray\nK\x00\x85",
+            string(b"b"),
+            b"tR(K\x01",
+            struct.pack("<cBcH", b"K", len(rows), b"M", 3072),
+            b"\x86cnumpy\ndtype\n(",
+            string(b"u1"),
+            b"K\x00K\x01tR(K\x03",
+            string(b"|"),
+            b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89",
+            string(rows.tobytes()),
+            b"tb",
+        ]
+    )
+    numbers = b"".join(b"K" + bytes([label]) for label in labels)
+    return (
+        b"\x80\x02}(" + string(b"data") + array + string(b"labels") + b"](" + numbers + b"e" + string(b"batch_label") + string(b"x") + b"u."
+    )
+
+
+def archive(folder: Path, path: Path, mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as tar:
+        tar.add(folder, FOLDER)
+    return path
+
+
+@pytest.mark.parametrize("place", ["folder", "parent", "archive", "parent of archive"])
+def test_reads_images_and_labels_wherever_the_archive_lies(tmp_path: Path, place: str) -> None:
+    folder = write_folder(tmp_path / "a")
+    tar = archive(folder, tmp_path / "cifar-10-python.tar.gz")
+    path = {"folder": folder, "parent": folder.parent, "archive": tar, "parent of archive": tmp_path}[place]
+    data = read_cifar10(path)
+    assert data.train_images.shape == (5 * PER_BATCH, 3, 32, 32)
+    assert data.train_images.dtype == np.uint8
+    np.testing.assert_array_equal(data.train_images[:PER_BATCH].reshape(PER_BATCH, -1), pixels(0))
+    np.testing.assert_array_equal(data.test_images.reshape(PER_BATCH, -1), pixels(5))
+    assert data.train_labels.tolist() == [label for label in range(5) for _ in range(PER_BATCH)]
+    assert data.test_labels.tolist() == [5] * PER_BATCH
+
+
+def test_reads_a_batch_as_python_2_wrote_it(tmp_path: Path) -> None:
+    raw = as_python_2_wrote_it(pixels(7), [7, 8, 9])
+    data = read_cifar10(write_folder(tmp_path, test_batch=raw))
+    np.testing.assert_array_equal(data.test_images.reshape(PER_BATCH, -1), pixels(7))
+    assert data.test_labels.tolist() == [7, 8, 9]
+
+
+def test_missing_path_and_folder_without_batches(tmp_path: Path) -> None:
+    with pytest.raises(Cifar10Error, match="nothing is there"):
+        read_cifar10(tmp_path / "no")
+    with pytest.raises(Cifar10Error, match="holds neither"):
+        read_cifar10(tmp_path)
+
+
+def test_missing_batch_is_named(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "a", data_batch_3=None)
+    with pytest.raises(Cifar10Error, match="lacks data_batch_3"):
+        read_cifar10(folder)
+    with pytest.raises(Cifar10Error, match="lacks data_batch_3"):
+        read_cifar10(archive(folder, tmp_path / "cifar-10-python.tar.gz"))
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.3, 0.9, 0.999])
+def test_truncated_batch(tmp_path: Path, kept: float) -> None:
+    raw = pickle.dumps(batch(1), protocol=4)
+    with pytest.raises(Cifar10Error, match="data_batch_2 is damaged or no batch"):
+        read_cifar10(write_folder(tmp_path, data_batch_2=raw[: int(kept * len(raw))]))
+
+
+@pytest.mark.parametrize("kept", [0, 100, 0.5, 0.98])
+def test_truncated_archive(tmp_path: Path, kept: float) -> None:
+    tar = archive(write_folder(tmp_path / "a"), tmp_path / "cifar-10-python.tar.gz")
+    raw = tar.read_bytes()
+    tar.write_bytes(raw[: kept if kept > 1 else int(kept * len(raw))])
+    with pytest.raises(Cifar10Error, match="damaged"):
+        read_cifar10(tar)
+
+
+def test_file_that_is_no_archive(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("no archive")
+    with pytest.raises(Cifar10Error, match="no tar archive"):
+        read_cifar10(tmp_path / "notes.txt")
+
+
+CIFAR_100 = {b"data": pixels(0), b"fine_labels": [1] * PER_BATCH, b"coarse_labels": [1] * PER_BATCH}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([1, 2, 3], "holds a list instead of a dict"),
+        (CIFAR_100, "not CIFAR-100"),
+        ({b"data": b"raw", b"labels": [1]}, "is a bytes instead of an array"),
+        ({b"data": pixels(0).astype(np.float32), b"labels": [1] * PER_BATCH}, "type 'f4' instead of uint8"),
+        ({b"data": pixels(0)[:, :1024].copy(), b"labels": [1] * PER_BATCH}, r"shape \(3, 1024\) instead of \(n, 3072\)"),
+        ({b"data": pixels(0), b"labels": "abc"}, "not a list of integers"),
+        ({b"data": pixels(0), b"labels": [1, True, 2]}, "not a list of integers"),
+        ({b"data": pixels(0), b"labels": [1, 2]}, "3 images and 2 labels"),
+        ({b"data": pixels(0), b"labels": [1, 10, 99]}, r"2 labels are outside 0\.\.9, the first is 10"),
+        ({b"data": pixels(0), b"labels": [1, -1, 2]}, r"1 labels are outside 0\.\.9, the first is -1"),
+    ],
+)
+def test_wrong_content_says_what_it_is(tmp_path: Path, content: object, words: str) -> None:
+    with pytest.raises(Cifar10Error, match=words):
+        read_cifar10(write_folder(tmp_path, data_batch_1=pickle.dumps(content, protocol=4)))
+
+
+class Hostile:
+    """Runs a shell command when it is unpickled the ordinary way."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize("inside", ["the file", "data", "labels", "an entry nobody reads"])
+def test_pickle_that_would_run_a_command_runs_nothing(tmp_path: Path, inside: str, protocol: int) -> None:
+    witness = tmp_path / "it ran"
+    hostile = Hostile(f"touch '{witness}'")
+    content = {
+        "the file": hostile,
+        "data": batch(0) | {b"data": hostile},
+        "labels": batch(0) | {b"labels": [hostile]},
+        "an entry nobody reads": batch(0) | {b"x": hostile},
+    }[inside]
+    raw = pickle.dumps(content, protocol=protocol)
+    pickle.loads(pickle.dumps(hostile))
+    assert witness.exists(), "the pickle must be one that acts, or this test shows nothing"
+    witness.unlink()
+    folder = write_folder(tmp_path / "a", data_batch_1=raw)
+    for path in (folder, archive(folder, tmp_path / "cifar-10-python.tar.gz")):
+        with pytest.raises(Cifar10Error, match="nothing was run"):
+            read_cifar10(path)
+        assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["builtins\neval", "builtins\ngetattr", "numpy\nload", "numpy.core.multiarray\nfromfile", "os\nsystem"])
+def test_only_the_three_names_of_an_array_are_known(tmp_path: Path, name: str) -> None:
+    module, attribute = name.split("\n")
+    with pytest.raises(Cifar10Error, match=f"asks for {module}.{attribute}.*nothing was run"):
+        read_cifar10(write_folder(tmp_path, data_batch_1=f"c{name}\n(S'1'\ntR.".encode()))
+
+
+def test_archive_writes_nothing_wherever_its_members_point(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "er" / "cifar-10-python.tar"
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as tar:
+        for seed, name in enumerate((*TRAIN_BATCHES, TEST_BATCH)):
+            raw = pickle.dumps(batch(seed), protocol=4)
+            member = tarfile.TarInfo(f"../../{name}")
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    before = sorted(tmp_path.rglob("*"))
+    assert len(read_cifar10(path).train_labels) == 5 * PER_BATCH
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_data_module_averages_down_and_takes_a_subset(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path)
+    data = Cifar10(folder, batch_size=2, resolution=16, train_images=4)
+    data.setup()
+    images, labels = data.train.tensors
+    assert images.shape == (4, 3, 16, 16)
+    assert labels.tolist() == [0, 0, 0, 1]
+    block = read_cifar10(folder).train_images[0, 0, :2, :2].astype(float).mean()
+    assert abs(float(images[0, 0, 0, 0]) - block) <= 0.5
+    with pytest.raises(ValueError, match="`resolution` must be 8, 16 or 32, got 24"):
+        Cifar10(folder, resolution=24)
+
+
+def test_crop_is_a_window_of_the_padded_image_and_flip_mirrors() -> None:
+    torch.manual_seed(0)
+    images = torch.arange(1, 1 + 200 * 16, dtype=torch.float32).view(200, 1, 4, 4)
+    cropped = random_crop(images, pad=1)
+    padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
+    places = set()
+    for image, frame in zip(cropped, padded, strict=True):
+        matches = [(y, x) for y in range(3) for x in range(3) if torch.equal(image, frame[:, y : y + 4, x : x + 4])]
+        assert len(matches) == 1
+        places.add(matches[0])
+    assert len(places) == 9
+    flipped = random_flip(images)
+    mirrored = [torch.equal(a, b.flip(-1)) for a, b in zip(flipped, images, strict=True)]
+    untouched = [torch.equal(a, b) for a, b in zip(flipped, images, strict=True)]
+    assert all(a != b for a, b in zip(mirrored, untouched, strict=True))
+    assert 60 < sum(mirrored) < 140
