@@ -1,0 +1,197 @@
+"""Weight norm, effective learning rate and angular update as torchmetrics, for people with a training loop of their own.
+
+Each metric sees one weight or a list of weights and answers for every weight vector: ``(n,)``, an average over the updates since ``reset``.
+In a ``MetricCollection`` all of them take the same call, ``update(weight, weight_before=..., lr=...)``.
+
+Legend: ``n`` weight vectors of all weights together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_normdyn import functional as F
+from lightning_normdyn.errors import NormDynError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Weights = Tensor | Sequence[Tensor]
+
+
+class _PerVector(Metric):
+    """The average of one number per weight vector over updates; vectors whose number is NaN are left out of it.
+
+    Processes that hold the same weights agree anyhow, and processes that hold different data average: both states are summed.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    axis_label = ""
+    squared = False
+    """Whether squares are averaged: the result is then the root mean square."""
+
+    def __init__(
+        self,
+        quantity: str,
+        *,
+        granularity: Literal["filter", "layer"] = "filter",
+        reduction: Literal["none", "mean"] = "none",
+        num_vectors: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if granularity not in ("filter", "layer"):
+            raise ValueError(f"`granularity` must be 'filter' or 'layer', got {granularity!r}.")
+        if reduction not in ("none", "mean"):
+            raise ValueError(f"`reduction` must be 'none' or 'mean', got {reduction!r}.")
+        self.granularity = granularity
+        self.reduction = reduction
+        # Without dimensions until the first update says how many vectors there are: a zero adds to anything. The names tell the classes
+        # apart, because MetricCollection lets metrics share their states when names and first values agree.
+        empty = torch.zeros(() if num_vectors is None else num_vectors, dtype=torch.float64)
+        self._total, self._count = f"{quantity}_total", f"{quantity}_count"
+        self.add_state(self._total, empty, dist_reduce_fx="sum")
+        self.add_state(self._count, empty.long(), dist_reduce_fx="sum")
+
+    def _add(self, values: list[Tensor]) -> None:
+        new = torch.cat([value.double() for value in values])
+        total = getattr(self, self._total)
+        if total.ndim and total.shape != new.shape:
+            found = f"{type(self).__name__} was updated with {new.numel()} weight vectors and has {total.numel()}"
+            raise NormDynError(f"{found}; pass the same weights every time.")
+        seen = ~new.isnan()
+        setattr(self, self._total, total + (new.square() if self.squared else new).where(seen, 0.0))
+        setattr(self, self._count, getattr(self, self._count) + seen)
+
+    def compute(self) -> Tensor:
+        """The averages, float64: ``(n,)``, or one number with ``reduction="mean"`` (and, as torchmetrics has it, for n = 1); NaN where
+        nothing was seen.
+        """
+        mean: Tensor = getattr(self, self._total).double() / getattr(self, self._count)
+        if self.reduction == "mean":
+            mean = mean.nanmean()
+        return mean.sqrt() if self.squared else mean
+
+    def _vectors(self, weight: Weights) -> list[Tensor]:
+        weights = [weight] if isinstance(weight, Tensor) else list(weight)
+        if not weights:
+            raise NormDynError(f"{type(self).__name__} was updated with an empty list of weights; pass at least one.")
+        return [each.reshape(1, -1) for each in weights] if self.granularity == "layer" else weights
+
+    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """Draw a value, or the values of several steps.
+
+        Args:
+            val: what ``compute`` or ``forward`` gave, or a list of it, one per step; ``compute()`` if None.
+            ax: where to draw; a new figure if None.
+        """
+        from lightning_normdyn.plots import draw_metric
+
+        val = self.compute() if val is None else val
+        values = torch.stack([val] if isinstance(val, Tensor) else list(val)).detach().cpu().double().numpy()
+        return draw_metric(values.reshape(len(values), -1), self.axis_label, isinstance(val, Tensor), ax)
+
+
+class WeightNorm(_PerVector):
+    r"""Norm of each weight vector, :math:`\lVert w\rVert_2`, averaged over updates.
+
+    Args:
+        granularity: what one vector is: ``"filter"``, an index of dim 0, or ``"layer"``, a whole weight. For groups, or for a transposed
+            convolution, pass the weight reshaped to ``(n, d)``.
+        reduction: ``"none"`` gives ``(n,)``, ``"mean"`` the mean over vectors, which is what ``self.log`` of a LightningModule needs.
+        num_vectors: vectors of all weights together; needed only where a process may synchronize without having updated.
+        kwargs: of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = WeightNorm()
+        >>> metric.update(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        >>> metric.compute()
+        tensor([5., 2.], dtype=torch.float64)
+    """
+
+    axis_label = "weight norm"
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("weight_norm", **kwargs)
+
+    def update(self, weight: Weights) -> None:
+        """See a weight ``(rows, ...)``, or a list of weights, of any floating dtype."""
+        self._add([F.weight_norm(each) for each in self._vectors(weight)])
+
+
+class EffectiveLR(_PerVector):
+    r"""Effective learning rate of each weight vector, :math:`\eta/\lVert w\rVert` (AWS paper, eq. 12), averaged over updates.
+
+    Args:
+        statistic: ``"norm"``, or ``"std"`` for weight-standardized weights (eq. 13).
+        kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and those of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = EffectiveLR()
+        >>> metric.update(torch.tensor([[3.0, 4.0], [0.0, 2.0]]), lr=0.1)
+        >>> metric.compute()
+        tensor([0.0200, 0.0500], dtype=torch.float64)
+    """
+
+    axis_label = "effective learning rate"
+
+    def __init__(self, *, statistic: Literal["norm", "std"] = "norm", **kwargs: Any) -> None:
+        if statistic not in ("norm", "std"):
+            raise ValueError(f"`statistic` must be 'norm' or 'std', got {statistic!r}.")
+        super().__init__(f"effective_lr_{statistic}", **kwargs)
+        self.statistic = statistic
+
+    def update(self, weight: Weights, lr: float | Tensor | Sequence[float]) -> None:
+        """See a weight ``(rows, ...)``, or a list of weights, with their learning rate, or a list with one for each weight."""
+        weights = self._vectors(weight)
+        lrs = list(lr) if isinstance(lr, Sequence) else [lr] * len(weights)
+        if len(lrs) != len(weights):
+            raise NormDynError(
+                f"EffectiveLR was updated with {len(weights)} weights and {len(lrs)} learning rates; pass one, or one for each."
+            )
+        size: Callable[[Tensor], Tensor] = F.weight_norm if self.statistic == "norm" else F.weight_std
+        self._add([F.effective_lr(each_lr, size(each)) for each, each_lr in zip(weights, lrs, strict=True)])
+
+
+class AngularUpdate(_PerVector):
+    r"""Angle by which each weight vector turned in a step, in radians: the root mean square over updates.
+
+    The mean of squares is what the predictions of :mod:`lightning_normdyn.equilibrium` are about; with ``reduction="mean"`` it is taken
+    over vectors too.
+
+    Args:
+        kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and those of ``torchmetrics.Metric``.
+
+    Example:
+        >>> metric = AngularUpdate()
+        >>> metric.update(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), weight_before=torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
+        >>> metric.compute()
+        tensor([0.7854, 1.5708], dtype=torch.float64)
+    """
+
+    axis_label = "angular update (radians per step)"
+    squared = True
+    plot_lower_bound = 0.0
+    plot_upper_bound = math.pi
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__("angular_update", **kwargs)
+
+    def update(self, weight: Weights, weight_before: Weights) -> None:
+        """See a weight after a step and a copy of it from before, or two lists of weights in the same order."""
+        after, before = self._vectors(weight), self._vectors(weight_before)
+        if len(after) != len(before):
+            raise NormDynError(
+                f"AngularUpdate was updated with {len(after)} weights and {len(before)} weights before the step; pass as many."
+            )
+        self._add([F.angular_update(old, new) for old, new in zip(before, after, strict=True)])
