@@ -1,0 +1,1157 @@
+r"""How a change of scale flows through the autograd graph of a loss.
+
+Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor :math:`T` computed from it? For many tensors the answer is
+
+.. math:: T_i \to c_{r(i)}^{k}\, (T_i - b_i) + b_i
+
+with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not scale (a bias). A `Flow` holds this answer, a *rule* says how
+one operation changes it, and `follow` walks the graph of a real loss from the weights to the loss. Where an operation mixes entries of several rows,
+these rows are united: from there on they must be scaled together. What reaches degree 0 no longer depends on the scale. Whatever is not
+understood, or reaches the loss, unites its rows with class 0, "must not be scaled". So an unknown operation can only cost a target, never invent one.
+
+Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+Shape = tuple[int, ...]
+Edge = tuple[Node, int]  # one output of one operation
+
+
+class Blocked(Exception):
+    """Raised by a rule: the scale does not pass this operation. The message says why, in words."""
+
+
+class Sign(IntEnum):
+    """What is known about the values of a tensor."""
+
+    ANY = 0
+    NONNEGATIVE = 1
+    STATISTIC = 2  # a norm, a variance, a mean of squares: a constant added to it is an epsilon
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Something added that does not scale with the weight.
+
+    Args:
+        varies: for each dimension of the tensor, whether the offset may differ along it.
+        token: equal tokens mean equal offsets (``x - x.mean()`` has none).
+        parameter: the bias it is, entry for entry (again from the start, if there are more) along the one dimension it varies along; None when changed on the way.
+    """
+
+    varies: tuple[bool, ...]
+    token: Hashable
+    parameter: str | None = None
+
+
+@dataclass(frozen=True)
+class Flow:
+    """How a tensor depends on the scales of one weight's rows.
+
+    Args:
+        degree: the power of the row's scale, e.g. 1 behind a linear layer, 2 behind its square, 0 behind a normalization.
+        rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row each entry scales with, 0 for a constant entry.
+        offset: what is added and does not scale, if anything.
+        sign: what is known about the values.
+    """
+
+    degree: float
+    rows: Tensor
+    offset: Offset | None = None
+    sign: Sign = Sign.ANY
+
+
+@dataclass
+class Link:
+    """A normalization with running statistics that was fed by scaled rows."""
+
+    module: str
+    rows: Tensor  # (channels,)
+    degree: float
+    offset: Offset | None
+
+
+class Rows:
+    """The rows of one weight: which have to be scaled together, and what was learnt on the way (union-find; class 0 must not be scaled)."""
+
+    def __init__(self, n: int) -> None:
+        self.parent = torch.arange(n + 1)
+        self.reasons: dict[str, None] = {}  # insertion-ordered sets
+        self.norms: dict[str, None] = {}
+        self.links: list[Link] = []
+        self.stale: dict[str, None] = {}
+        self.assumed = False
+        self.looked_up: Tensor | None = None  # embedding rows that occurred
+
+    def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
+        """Make entrywise partners scale together; ``reason`` is kept if this costs a row its freedom."""
+        if a is b or (a.numel() == 1 and b.numel() == 1 and int(a) == int(b)):
+            return
+        a, b = torch.broadcast_tensors(a, b)
+        left, right = self.parent[a].flatten(), self.parent[b].flatten()
+        differ = left != right
+        if not differ.any():
+            return
+        size = len(self.parent)
+        pairs = (left[differ] * size + right[differ]).unique()
+        left, right = pairs // size, pairs % size
+        if bool(((left == 0) | (right == 0)).any()):
+            self.reasons.setdefault(reason)
+        while True:  # hook the larger root below the smaller, then flatten, until no pair is apart
+            left, right = self.parent[left], self.parent[right]
+            apart = left != right
+            if not apart.any():
+                return
+            left, right = left[apart], right[apart]
+            self.parent.scatter_reduce_(0, torch.maximum(left, right), torch.minimum(left, right), "amin")
+            while not torch.equal(flat := self.parent[self.parent], self.parent):
+                self.parent = flat
+
+    def forbid(self, rows: Tensor, reason: str) -> None:
+        """These rows must not be scaled."""
+        self.unite(rows, torch.zeros(1, dtype=torch.long), reason)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation of the graph, as plain data."""
+
+    node: Node
+    name: str
+    sources: tuple[Edge | None, ...]
+    inputs: tuple[Shape | None, ...]
+    outputs: tuple[Shape, ...]
+
+
+class Operation:
+    """One operation while the scale of one weight is followed through it: what a rule gets to see.
+
+    ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None: a constant, shape unknown), ``outputs`` the shapes of its outputs.
+    """
+
+    def __init__(self, step: Step, rows: Rows, graph: Graph) -> None:
+        self.node, self.name, self.inputs, self.outputs = step.node, step.name, step.inputs, step.outputs
+        self.rows, self._step, self._graph = rows, step, graph
+
+    @property
+    def place(self) -> str:
+        """The operation and the module it ran in, for messages."""
+        name, _ = self.module
+        return f"{self.name} in {name}" if name else self.name
+
+    @property
+    def module(self) -> tuple[str, nn.Module | None]:
+        """Name and module in whose forward (innermost) the operation was recorded; ``("", None)`` if not known."""
+        return self._graph.module_of(self.node)
+
+    def parameter(self, k: int) -> str | None:
+        """Name of the parameter that input ``k`` is, also behind a cast to another dtype."""
+        edge = self._step.sources[k] if k < len(self._step.sources) else None
+        while edge is not None and edge not in self._graph.parameters and node_name(edge[0]) == "ToCopyBackward0":
+            edge = edge[0].next_functions[0]  # type: ignore[assignment]
+        return None if edge is None else self._graph.parameters.get(edge)
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        """A saved number or list of numbers of the node (never a tensor), with negative dims as negative numbers."""
+        value = getattr(self.node, f"_saved_{name}", default)
+        if isinstance(value, (tuple, list)):
+            return [signed(v) for v in value]
+        return signed(value)
+
+    def saved_tensor(self, name: str) -> tuple[bool, Any]:
+        """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading would recompute, so it is not done."""
+        raw = getattr(self.node, f"_raw_saved_{name}", None)
+        if raw is None:
+            return hasattr(self.node, f"_saved_{name}"), getattr(self.node, f"_saved_{name}", None)
+        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
+            if getattr(one, "unpack_hook", True) is not None:
+                return False, None
+        return True, getattr(self.node, f"_saved_{name}")
+
+    def same_factor(self, rows: Tensor, dims: Iterable[int]) -> Tensor:
+        """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size 1 there."""
+        for dim in dims:
+            if rows.size(dim) > 1:
+                first = rows.narrow(dim, 0, 1)
+                self.rows.unite(rows, first, f"{self.place} mixes entries that scale with entries that do not")
+                rows = first
+        return rows
+
+    def unite(self, a: Tensor, b: Tensor) -> Tensor:
+        """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they are one from here on)."""
+        self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
+        return a if a.numel() <= b.numel() else b
+
+    def normalized(self, flow: Flow, dims: Iterable[int]) -> Flow:
+        """The result of a normalization over ``dims`` that removes mean and scale (BatchNorm, LayerNorm)."""
+        dims = [d % flow.rows.ndim for d in dims]
+        if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
+            what = f"bias {flow.offset.parameter}" if flow.offset.parameter else "something that does not scale"
+            raise Blocked(f"{what} is added before {self.place} and differs within what is normalized together")
+        return Flow(0, self.same_factor(flow.rows, dims))
+
+    def forgive(self, flow: Flow, what: str) -> Flow:
+        """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its smallness. Anything else is blocked."""
+        if flow.sign != Sign.STATISTIC or flow.offset is not None:
+            raise Blocked(f"{what} in {self.place}")
+        self.rows.assumed = True
+        return flow
+
+
+Rule = Callable[[Operation, Sequence["Flow | None"]], "Flow | Sequence[Flow | None] | None"]
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(node_name: str, rule: Rule) -> None:
+    """Tell the target search how a scale passes an operation it does not know, e.g. a custom ``torch.autograd.Function``.
+
+    Args:
+        node_name: name of the autograd node, as ``tensor.grad_fn.name()`` gives it: the function's class name with ``Backward`` appended.
+        rule: called as ``rule(operation, flows)`` with one `Flow` (or None: does not depend on the weight) for each differentiable input.
+            Returns the flow of the output, or a list with one for each output, or raises `Blocked` with a reason. ``homogeneous`` is
+            a ready-made rule for :math:`f(cx) = c f(x)`; ``operation.normalized(flow, dims)`` is the result of a normalization.
+
+    Example:
+        A custom root-mean-square normalization over the last axis:
+
+        >>> class RootMeanSquare(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         return x / x.pow(2).mean(-1, keepdim=True).sqrt()
+        ...
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         raise NotImplementedError
+        >>> RootMeanSquare.apply(torch.ones(2, 3, requires_grad=True)).grad_fn.name()
+        'RootMeanSquareBackward'
+        >>> register_rule("RootMeanSquareBackward", lambda operation, flows: operation.normalized(flows[0], dims=[-1]))
+    """
+    if not isinstance(node_name, str) or not node_name:
+        raise ValueError(f"`node_name` must be the name of an autograd node, got {node_name!r}.")
+    if not callable(rule):
+        raise ValueError(f"`rule` must be callable as rule(operation, flows), got {rule!r}.")
+    RULES[node_name] = rule
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        for name in names:
+            RULES[name] = rule
+        return rule
+
+    return register
+
+
+# ---------------------------------------------------------------------------------------------------------------- the walk
+
+
+OPAQUE = ("CompiledFunctionBackward", "CheckpointFunctionBackward")  # a whole subgraph in one node, with weights that no edge shows
+
+
+@dataclass
+class Graph:
+    """The operations between some parameters and a loss, inputs first."""
+
+    root: Edge
+    parameters: Mapping[Edge, str]
+    steps: list[Step] = field(default_factory=list)
+    shapes: dict[Edge, Shape] = field(default_factory=dict)  # of the parameters that occur
+    module_of: Callable[[Node], tuple[str, nn.Module | None]] = lambda node: ("", None)
+
+    @property
+    def opaque(self) -> list[str]:
+        """Operations that hide others."""
+        return sorted({step.name for step in self.steps if step.name in OPAQUE})
+
+
+def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: Callable[[Node], tuple[str, nn.Module | None]]) -> Graph:
+    """Collect the operations that ``loss`` was computed with, down to the parameters.
+
+    Args:
+        loss: any tensor that requires grad.
+        parameters: which graph edge is which parameter (edges below are not followed).
+        module_of: names the module in whose forward a node was created.
+    """
+    edge = torch.autograd.graph.get_gradient_edge(loss)
+    graph = Graph((edge.node, edge.output_nr), parameters, module_of=module_of)
+    seen: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(edge.node, False)]
+    while stack:
+        node, done = stack.pop()
+        if not done:
+            if node in seen:
+                continue
+            seen.add(node)
+            stack.append((node, True))
+            stack.extend((source, False) for source, i in node.next_functions if source is not None and (source, i) not in parameters)
+            continue
+        sources = tuple(None if source is None else (source, i) for source, i in node.next_functions)
+        inputs = tuple(None if source is None else _shape(source) for source in sources)
+        for source, shape in zip(sources, inputs, strict=True):
+            if source in parameters and shape is not None:
+                graph.shapes[source] = shape
+        graph.steps.append(Step(node, node_name(node), sources, inputs, tuple(tuple(m.shape) for m in node._input_metadata)))
+    return graph
+
+
+def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> None:
+    """Walk ``graph`` once; what is learnt about each weight is left in its `Rows`.
+
+    Args:
+        graph: from `trace`.
+        leaves: for each weight to follow, 1 + the row of each entry, broadcastable to its shape.
+        rows: for each of these weights its `Rows`.
+    """
+    flows: dict[Edge, dict[str, Flow]] = {
+        edge: {name: Flow(1, leaves[name])} for edge, name in graph.parameters.items() if name in leaves and edge in graph.shapes
+    }
+    for step in graph.steps:
+        incoming = [flows.get(source, {}) if source is not None else {} for source in step.sources]
+        for name in dict.fromkeys(name for flow in incoming for name in flow):
+            entering = [flow.get(name) for flow in incoming]
+            operation = Operation(step, rows[name], graph)
+            try:
+                leaving = _apply(operation, entering)
+            except Blocked as blocked:
+                for flow in entering:
+                    if flow is not None:
+                        rows[name].forbid(flow.rows, str(blocked))
+                continue
+            for k, flow in enumerate(leaving):
+                if flow is None:
+                    continue
+                degree = round(flow.degree, 9)  # thirds and such
+                if degree != 0:
+                    flows.setdefault((step.node, k), {})[name] = replace(flow, degree=degree)
+                else:
+                    rows[name].norms.setdefault(_normalization_name(operation))
+    for name, flow in flows.get(graph.root, {}).items():
+        rows[name].forbid(flow.rows, "its scale reaches the loss")
+
+
+def _apply(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
+    rule = RULES.get(operation.name)
+    if rule is None:
+        raise Blocked(
+            f"{operation.place} does not commute with a change of scale"
+            if operation.name in NOT_HOMOGENEOUS
+            else f"no rule for {operation.place} (`register_rule` adds one)"
+        )
+    result = rule(operation, flows)
+    return result if isinstance(result, (list, tuple)) else [result]  # type: ignore[list-item]
+
+
+def _normalization_name(operation: Operation) -> str:
+    """The normalization module, or the node that did it by hand and the module it happened in."""
+    name, module = operation.module
+    by_hand = module is None or any(True for _ in module.children()) or any(p.ndim > 1 for p in module.parameters(recurse=False))
+    return operation.place if by_hand else name
+
+
+def node_name(node: Node) -> str:
+    """A node's name without C++ namespaces."""
+    return node.name().split("::")[-1]
+
+
+def _shape(edge: Edge) -> Shape:
+    node, k = edge
+    return tuple(node._input_metadata[k].shape) if k < len(node._input_metadata) else ()
+
+
+def signed(value: Any) -> Any:
+    """Negative dims are saved as uint64: undo that."""
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
+# ---------------------------------------------------------------------------------------------------------------- helpers of the rules
+
+_tokens = count()
+
+
+def fresh(varies: Iterable[bool], parameter: str | None = None) -> Offset:
+    """An offset that equals no other."""
+    return Offset(tuple(varies), next(_tokens), parameter)
+
+
+def lift(flow: Flow, ndim: int) -> Flow:
+    """Broadcasting: dimensions of size 1 in front."""
+    missing = ndim - flow.rows.ndim
+    if missing <= 0:
+        return flow
+    offset = flow.offset and replace(flow.offset, varies=(False,) * missing + flow.offset.varies)
+    return replace(flow, rows=flow.rows.reshape((1,) * missing + tuple(flow.rows.shape)), offset=offset)
+
+
+def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
+    """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape: along all."""
+    if shape is None:
+        return (True,) * ndim
+    return (False,) * (ndim - len(shape)) + tuple(n > 1 for n in shape)
+
+
+def either(a: Iterable[bool], b: Iterable[bool]) -> tuple[bool, ...]:
+    """Entrywise or."""
+    return tuple(x or y for x, y in zip(a, b, strict=True))
+
+
+def only(operation: Operation, flows: Sequence[Flow | None], k: int = 0) -> Flow:
+    """The flow of input ``k``, if no other input depends on the weight."""
+    flow = flows[k] if k < len(flows) else None
+    if flow is None or any(f is not None for i, f in enumerate(flows) if i != k):
+        raise Blocked(f"the scale enters {operation.place} by a side input")
+    return flow
+
+
+def pure(operation: Operation, flow: Flow) -> Flow:
+    """The flow, if nothing constant was added to it."""
+    if flow.offset is not None:
+        what = f"bias {flow.offset.parameter}" if flow.offset.parameter else "something that does not scale"
+        raise Blocked(f"{what} is added before {operation.place}")
+    return flow
+
+
+def expanded(rows: Tensor, shape: Shape, dims: Iterable[int]) -> Tensor:
+    """``rows`` with its full size along ``dims``."""
+    dims = {d % len(shape) for d in dims}
+    return rows.expand([shape[d] if d in dims else rows.size(d) for d in range(len(shape))])
+
+
+def compact(rows: Tensor) -> Tensor:
+    """Size 1 along every dimension along which nothing differs."""
+    for dim in range(rows.ndim):
+        if rows.size(dim) > 1:
+            first = rows.narrow(dim, 0, 1)
+            if rows.stride(dim) == 0 or bool((first == rows).all()):
+                rows = first
+    return rows
+
+
+def _blocks(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
+    """Pairs of dimension ranges that a reshape maps onto each other (equal products, as short as possible)."""
+    i = j = 0
+    while i < len(old) and j < len(new):
+        start_i, start_j, size_i, size_j = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while size_i != size_j:
+            if size_i < size_j:
+                size_i, i = size_i * old[i], i + 1
+            else:
+                size_j, j = size_j * new[j], j + 1
+        yield range(start_i, i), range(start_j, j)
+    if i < len(old) or j < len(new):  # what is left has size 1
+        yield range(i, len(old)), range(j, len(new))
+
+
+def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
+    """A view or reshape. Blocks of dimensions along which nothing differs are never expanded."""
+    if 0 in old:
+        return Flow(flow.degree, flow.rows.flatten()[:1].reshape((1,) * len(new)), flow.offset and fresh([True] * len(new)), flow.sign)
+    full, result, varies, parameter = list(flow.rows.shape), [1] * len(new), [False] * len(new), flow.offset and flow.offset.parameter
+    for before, after in _blocks(old, new):
+        if any(flow.rows.size(d) > 1 for d in before):
+            for d in before:
+                full[d] = old[d]
+            for d in after:
+                result[d] = new[d]
+        if flow.offset and any(flow.offset.varies[d] for d in before):
+            for d in after:
+                varies[d] = new[d] > 1
+            periodic = not any(flow.offset.varies[d] for d in before[:-1]) and sum(new[d] > 1 for d in after) == 1 and new[after[-1]] > 1
+            parameter = parameter if periodic else None
+    offset = flow.offset and Offset(tuple(varies), (flow.offset.token, new), parameter)
+    return replace(flow, rows=compact(flow.rows.expand(full).reshape(result)), offset=offset)
+
+
+def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
+    """A permutation of dimensions."""
+    dims = [d % flow.rows.ndim for d in dims]
+    offset = flow.offset and Offset(tuple(flow.offset.varies[d] for d in dims), (flow.offset.token, tuple(dims)), flow.offset.parameter)
+    return replace(flow, rows=flow.rows.permute(dims), offset=offset)
+
+
+def moved(flow: Flow, rows: Tensor) -> Flow:
+    """The flow after entries were moved along some dimension: new rows, and an offset that is no longer the same."""
+    return replace(flow, rows=rows, offset=flow.offset and fresh(flow.offset.varies))
+
+
+def everywhere(flow: Flow) -> Offset | None:
+    """The offset after an operation that may make it differ anywhere."""
+    return flow.offset and fresh([True] * flow.rows.ndim)
+
+
+# ---------------------------------------------------------------------------------------------------------------- elementwise
+
+NOT_HOMOGENEOUS = frozenset(
+    f"{name}Backward{k}"
+    for k in (0, 1)
+    for name in (
+        "Gelu Silu Sigmoid Tanh Softmax LogSoftmax Softplus Elu Celu Selu Hardtanh Hardswish Hardsigmoid Mish Exp Expm1 Log Log1P LogSigmoid Logsumexp Glu "
+        "Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv SoftMarginLoss Prod Threshold Where"
+    ).split()
+)
+
+
+@_rule(
+    "CloneBackward0", "ToCopyBackward0", "AliasBackward0", "ContiguousBackward0", "ViewAsBackward0", "IdentityBackward", "NegBackward0",
+    "_DDPSinkBackward", "RegisterPostBackwardFunctionBackward", "RegisterPreBackwardFunctionBackward", "RedistributeBackward",
+    "NestedRedistributeBackward",
+)  # fmt: skip
+def unchanged(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
+    """Copies, casts, and the marks that strategies leave in the graph: input k becomes output k."""
+    if operation.name == "NegBackward0":
+        return [flow and replace(flow, sign=Sign.ANY, offset=flow.offset and fresh(flow.offset.varies)) for flow in flows]
+    return flows
+
+
+@_rule(
+    "ReluBackward0", "LeakyReluBackward0", "PreluKernelBackward0", "RreluWithNoiseBackward0", "AbsBackward0", "LeakyReluBackward1",
+    "ReluBackward1",
+)  # fmt: skip
+def homogeneous(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """An elementwise function with :math:`f(cx) = c f(x)` for c > 0."""
+    flow = pure(operation, only(operation, flows))
+    nonnegative = operation.name.startswith(("Relu", "Abs", "Clamp"))
+    return replace(flow, sign=max(flow.sign, Sign.NONNEGATIVE) if nonnegative else flow.sign)
+
+
+@_rule("SignBackward0", "SgnBackward0")
+def _sign(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    return Flow(0, pure(operation, only(operation, flows)).rows)
+
+
+@_rule("NativeDropoutBackward0", "FusedDropoutBackward0", "TrilBackward0", "TriuBackward0")
+def _masked(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = only(operation, flows)
+    return replace(flow, offset=everywhere(flow))
+
+
+@_rule("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1")
+def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    ndim, power = len(operation.outputs[0]), -1 if operation.name.startswith("Div") else 1
+    a, b = (flow and lift(flow, ndim) for flow in [*flows, None][:2])
+    if a is not None and b is not None:
+        rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
+        square = operation.node.next_functions[0] == operation.node.next_functions[1]
+        return Flow(a.degree + power * b.degree, rows, sign=Sign.NONNEGATIVE if square else Sign.ANY)
+    if a is None and b is not None and power == -1:
+        return Flow(-b.degree, pure(operation, b).rows)
+    flow = a if a is not None else b
+    assert flow is not None
+    scalar = len(flows) == 1  # the overload with a python number
+    other = () if scalar else operation.inputs[1 if a is not None else 0]
+    offset = flow.offset and fresh(either(flow.offset.varies, varying(other, ndim)))
+    return replace(flow, offset=offset, sign=flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY)
+
+
+@_rule("AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1", "LerpBackward0")
+def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    ndim = len(operation.outputs[0])
+    a, b = (flow and lift(flow, ndim) for flow in [*flows, None][:2])
+    if a is not None and b is not None:
+        if a.degree != b.degree:
+            raise Blocked(f"{operation.place} adds tensors that scale differently")
+        offset = a.offset or b.offset
+        if a.offset is not None and b.offset is not None:
+            same = a.offset.token == b.offset.token and operation.name.startswith("Sub")  # x - mean(x): what was added cancels
+            offset = None if same else fresh(either(a.offset.varies, b.offset.varies))
+        elif offset is not None:
+            offset = fresh(offset.varies)
+        sign = min(a.sign, b.sign) if operation.name.startswith("Add") else Sign.ANY
+        return Flow(a.degree, operation.unite(a.rows, b.rows), offset, sign)
+    k = 1 if a is not None else 0
+    flow = a if a is not None else b
+    assert flow is not None
+    if len(flows) == 1:  # a python number
+        return operation.forgive(flow, "") if flow.sign == Sign.STATISTIC else _shifted(flow, (False,) * ndim, None)
+    other = operation.inputs[k]
+    if other is None:
+        return operation.forgive(flow, "a constant is added")
+    if len(other) > 1 and math.prod(other) == math.prod(operation.outputs[0]):
+        raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
+    keep = operation.name.startswith("Add") and operation.attribute("alpha", 1) == 1
+    return _shifted(flow, varying(other, ndim), operation.parameter(k) if keep else None)
+
+
+def _shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None) -> Flow:
+    """The flow plus something constant."""
+    if flow.offset is not None:
+        varies, parameter = either(varies, flow.offset.varies), None
+    return replace(flow, offset=fresh(varies, parameter if sum(varies) == 1 else None), sign=Sign.ANY)
+
+
+@_rule("MaximumBackward0", "MinimumBackward0")
+def _larger(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    a, b = (flow and lift(flow, len(operation.outputs[0])) for flow in flows)
+    if a is None or b is None:
+        return operation.forgive(a or b or only(operation, flows), "compared with something that does not scale")
+    if pure(operation, a).degree != pure(operation, b).degree:
+        raise Blocked(f"{operation.place} compares tensors that scale differently")
+    return Flow(a.degree, operation.unite(a.rows, b.rows), sign=min(a.sign, b.sign))
+
+
+@_rule("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1")
+def _clamp(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = only(operation, flows)
+    low, high = operation.attribute("min"), operation.attribute("max")
+    if low == 0 and high is None:
+        return homogeneous(operation, flows)
+    if high is not None or len(flows) == 3:
+        raise Blocked(f"{operation.place} does not commute with a change of scale")
+    return operation.forgive(flow, "values are cut off")
+
+
+@_rule("PowBackward0", "SqrtBackward0", "RsqrtBackward0", "ReciprocalBackward0")
+def _power(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = pure(operation, only(operation, flows))
+    exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
+    exponent = exponents[operation.name] if operation.name in exponents else float(operation.attribute("exponent"))
+    return replace(flow, degree=flow.degree * exponent, sign=max(flow.sign, Sign.NONNEGATIVE) if exponent % 2 == 0 else flow.sign)
+
+
+# ---------------------------------------------------------------------------------------------------------------- views
+
+
+@_rule(
+    "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1",
+    "SqueezeBackward2",
+)  # fmt: skip
+def _view(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    return reshaped(only(operation, flows), _known(operation.inputs[0]), operation.outputs[0])
+
+
+def _known(shape: Shape | None) -> Shape:
+    assert shape is not None  # an input with a flow requires grad, so its shape is known
+    return shape
+
+
+@_rule("TransposeBackward0", "TBackward0", "PermuteBackward0")
+def _permute(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = only(operation, flows)
+    dims = list(range(flow.rows.ndim))
+    if operation.name == "PermuteBackward0":
+        return permuted(flow, operation.attribute("dims"))
+    if operation.name == "TBackward0":
+        return permuted(flow, dims[::-1])
+    i, j = operation.attribute("dim0"), operation.attribute("dim1")
+    dims[i], dims[j] = dims[j], dims[i]
+    return permuted(flow, dims)
+
+
+@_rule("ExpandBackward0")
+def _expand(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    return lift(only(operation, flows), len(operation.outputs[0]))
+
+
+@_rule("RepeatBackward0")
+def _repeat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = lift(only(operation, flows), len(operation.outputs[0]))
+    rows = flow.rows.repeat([r if flow.rows.size(d) > 1 else 1 for d, r in enumerate(operation.attribute("repeats"))])
+    return moved(flow, rows)
+
+
+@_rule("SelectBackward0")
+def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    offset = flow.offset and fresh(v for d, v in enumerate(flow.offset.varies) if d != dim)
+    return replace(flow, rows=flow.rows.select(dim, operation.attribute("index") if flow.rows.size(dim) > 1 else 0), offset=offset)
+
+
+@_rule("SliceBackward0")
+def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    if flow.rows.size(dim) == 1:
+        return moved(flow, flow.rows)
+    start = operation.attribute("start") or 0
+    size, length, step = _known(operation.inputs[0])[dim], operation.outputs[0][dim], operation.attribute("step")
+    start = max(0, start + size) if start < 0 else min(start, size)
+    index = start + step * torch.arange(length)
+    return moved(flow, flow.rows.index_select(dim, index))
+
+
+@_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0", "UnbindBackward0")
+def _split(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]:
+    flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    if operation.name == "UnbindBackward0":
+        offset = flow.offset and fresh(v for d, v in enumerate(flow.offset.varies) if d != dim)
+        pieces = expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim)
+        return [replace(flow, rows=piece, offset=offset and fresh(offset.varies)) for piece in pieces]
+    if flow.rows.size(dim) == 1:
+        return [moved(flow, flow.rows) for _ in operation.outputs]
+    return [moved(flow, piece) for piece in flow.rows.split([shape[dim] for shape in operation.outputs], dim)]
+
+
+@_rule("CatBackward0", "StackBackward0")
+def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    present = [flow for flow in flows if flow is not None]
+    ndim, stack = len(operation.outputs[0]), operation.name == "StackBackward0"
+    dim = operation.attribute("dim") % ndim
+    if len({flow.degree for flow in present}) > 1:
+        raise Blocked(f"{operation.place} joins tensors that scale differently")
+    if any(shape is None for shape in operation.inputs):  # a constant: its share of the result is not known
+        known = sum((1 if stack else shape[dim]) for shape in operation.inputs if shape is not None)
+        if sum(shape is None for shape in operation.inputs) > 1:
+            raise Blocked(f"{operation.place} joins several constants of unknown size")
+    pieces = []
+    for flow, shape in zip(flows, operation.inputs, strict=True):
+        size = 1 if stack else shape[dim] if shape is not None else operation.outputs[0][dim] - known
+        rows = torch.zeros([1] * ndim, dtype=torch.long) if flow is None else flow.rows.unsqueeze(dim) if stack else flow.rows
+        pieces.append(rows.expand([size if d == dim else n for d, n in enumerate(rows.shape)]))
+    common = [max(piece.size(d) for piece in pieces) for d in range(ndim)]
+    rows = torch.cat([piece.expand([piece.size(d) if d == dim else n for d, n in enumerate(common)]) for piece in pieces], dim)
+    offset = None
+    for flow in present:
+        if flow.offset is not None:
+            varies = (*flow.offset.varies[:dim], True, *flow.offset.varies[dim if stack else dim + 1 :])
+            offset = fresh(varies if offset is None else either(varies, offset.varies))
+    return Flow(present[0].degree, compact(rows), offset, min(flow.sign for flow in present) if len(present) == len(flows) else Sign.ANY)
+
+
+@_rule("RollBackward0", "FlipBackward0")
+def _roll(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, shape = only(operation, flows), _known(operation.inputs[0])
+    dims = [d % len(shape) for d in operation.attribute("dims")] or list(range(len(shape)))
+    if any(flow.rows.size(d) > 1 for d in dims):
+        rows = expanded(flow.rows, shape, dims)
+        rows = (
+            rows.flip(dims)
+            if operation.name == "FlipBackward0"
+            else rows.roll(operation.attribute("shifts"), operation.attribute("dims") or None)
+        )
+        return moved(flow, rows)
+    return moved(flow, flow.rows)
+
+
+@_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0", "NativeChannelShuffleBackward0")
+def _shuffle(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, shape = only(operation, flows), _known(operation.inputs[0])
+    rows = expanded(flow.rows, shape, range(max(0, len(shape) - 4) + (len(shape) > 3), len(shape)))
+    if operation.name == "PixelShuffleBackward0":
+        rows = torch.pixel_shuffle(rows, operation.attribute("upscale_factor"))
+    elif operation.name == "PixelUnshuffleBackward0":
+        rows = torch.pixel_unshuffle(rows, operation.attribute("downscale_factor"))
+    else:
+        rows = torch.channel_shuffle(rows, operation.attribute("groups"))
+    return replace(flow, rows=compact(rows), offset=everywhere(flow))
+
+
+@_rule("DiagonalBackward0")
+def _diagonal(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = only(operation, flows)
+    i, j = operation.attribute("dim1"), operation.attribute("dim2")
+    rows = expanded(flow.rows, _known(operation.inputs[0]), [i, j]).diagonal(operation.attribute("offset"), i, j)
+    return replace(flow, rows=compact(rows), offset=flow.offset and fresh([True] * rows.ndim))
+
+
+@_rule("UnfoldBackward0")
+def _unfold(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, dim = only(operation, flows), operation.attribute("dimension")
+    rows = flow.rows.unsqueeze(-1)
+    if flow.rows.size(dim) > 1:
+        rows = flow.rows.unfold(dim, operation.attribute("size"), operation.attribute("step"))
+    return replace(flow, rows=compact(rows), offset=flow.offset and fresh([True] * rows.ndim))
+
+
+@_rule("IndexBackward0", "IndexSelectBackward0")
+def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, shape = only(operation, flows), _known(operation.inputs[0])
+    select = operation.name == "IndexSelectBackward0"
+    readable, index = operation.saved_tensor("index" if select else "indices")
+    if not readable:
+        raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
+    if select:
+        dim = operation.attribute("dim") % len(shape)
+        return moved(flow, compact(expanded(flow.rows, shape, [dim]).index_select(dim, index.cpu())))
+    rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
+    return replace(flow, rows=compact(rows), offset=flow.offset and fresh([True] * rows.ndim))
+
+
+@_rule(
+    "GatherBackward0",
+    "TopkBackward0",
+    "SortBackward0",
+    "CumsumBackward0",
+    "CummaxBackward0",
+    "CumminBackward0",
+    "MedianBackward1",
+    "KthvalueBackward0",
+)
+def _along_one_dim(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Entries are picked, ordered or added along one dimension."""
+    flow, dim = only(operation, flows), operation.attribute("dim")
+    rows = operation.same_factor(flow.rows, [dim])
+    if len(operation.outputs[0]) < rows.ndim:
+        rows = rows.squeeze(dim)
+    if operation.name == "CumsumBackward0":
+        return Flow(flow.degree, rows, everywhere(flow))
+    return Flow(pure(operation, flow).degree, rows)
+
+
+@_rule("ConstantPadNdBackward0")
+def _pad(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Zeros go with any row. The value padded with is not saved: taken as 0, and the claim is marked."""
+    flow, amounts = only(operation, flows), operation.attribute("pad")
+    ndim = flow.rows.ndim
+    padded = [ndim - 1 - k // 2 for k, amount in enumerate(amounts) if amount]
+    if any(amount > 0 for amount in amounts):
+        operation.rows.assumed = True
+    inside = [amount if flow.rows.size(ndim - 1 - k // 2) > 1 else 0 for k, amount in enumerate(amounts)]
+    rows = nn.functional.pad(flow.rows, inside) if any(inside) else flow.rows
+    offset = flow.offset and fresh(v or d in padded for d, v in enumerate(flow.offset.varies))
+    return replace(flow, rows=rows, offset=offset)
+
+
+# ---------------------------------------------------------------------------------------------------------------- reductions and pooling
+
+
+def _reduced(
+    operation: Operation,
+    flow: Flow,
+    dims: Sequence[int],
+    out: Shape,
+    *,
+    degree: float = 1,
+    offset: Offset | None = None,
+    sign: Sign = Sign.ANY,
+) -> Flow:
+    rows = operation.same_factor(flow.rows, dims)
+    if len(out) != rows.ndim:
+        keep = [d for d in range(rows.ndim) if d not in dims]
+        rows = rows.reshape([rows.size(d) for d in keep])
+        offset = offset and Offset(tuple(offset.varies[d] for d in keep), (offset.token, "squeezed"), offset.parameter)
+    return Flow(flow.degree * degree, rows, offset, sign)
+
+
+def _reduction_dims(operation: Operation) -> list[int]:
+    ndim = len(_known(operation.inputs[0]))
+    dims = operation.attribute("dim")
+    if dims is None or dims == []:
+        return list(range(ndim))
+    return [d % ndim for d in (dims if isinstance(dims, list) else [dims])] if ndim else []
+
+
+@_rule("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1")
+def _sum(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, dims = only(operation, flows), _reduction_dims(operation)
+    offset = flow.offset
+    if offset is not None and (operation.name.startswith("Sum") or any(offset.varies[d] for d in dims)):
+        offset = fresh(v and d not in dims for d, v in enumerate(offset.varies))  # else the mean of what is constant is the same constant
+    sign = Sign.STATISTIC if flow.sign != Sign.ANY else Sign.ANY
+    return _reduced(operation, flow, dims, operation.outputs[0], offset=offset, sign=sign)
+
+
+@_rule(
+    "LinalgVectorNormBackward0", "NormBackward0", "NormBackward1", "NormBackward2", "NormBackward3", "NormBackward4", "StdBackward0",
+    "VarBackward0",
+    "MaxBackward0", "MaxBackward1", "MinBackward0", "MinBackward1", "AmaxBackward0", "AminBackward0", "MedianBackward0",
+)  # fmt: skip
+def _statistic(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, dims = only(operation, flows), _reduction_dims(operation)
+    spread = operation.name.startswith(("Std", "Var"))
+    flow = _without_constant(operation, flow, dims) if spread else pure(operation, flow)
+    if operation.name.startswith("LinalgVectorNorm") and operation.attribute("ord") == 0:
+        return _reduced(operation, flow, dims, operation.outputs[0], degree=0)
+    measure = spread or "Norm" in operation.name
+    sign = Sign.STATISTIC if measure or flow.sign != Sign.ANY else Sign.ANY
+    return _reduced(operation, flow, dims, operation.outputs[0], degree=2 if operation.name.startswith("Var") else 1, sign=sign)
+
+
+def _without_constant(operation: Operation, flow: Flow, dims: Sequence[int]) -> Flow:
+    """The flow without an offset that is constant along ``dims``."""
+    if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
+        pure(operation, flow)
+    return replace(flow, offset=None)
+
+
+@_rule("VarMeanBackward0", "StdMeanBackward0")
+def _spread_and_mean(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]:
+    flow, dims = only(operation, flows), _reduction_dims(operation)
+    centered = _without_constant(operation, flow, dims)
+    degree = 2 if operation.name.startswith("Var") else 1
+    return [
+        _reduced(operation, centered, dims, operation.outputs[0], degree=degree, sign=Sign.STATISTIC),
+        _reduced(operation, flow, dims, operation.outputs[1], offset=flow.offset),
+    ]
+
+
+_SPATIAL = {
+    f"{name}{n}DBackward0": n
+    for n in (1, 2, 3)
+    for name in (
+        "AvgPool",
+        "AdaptiveAvgPool",
+        "AdaptiveMaxPool",
+        "MkldnnAdaptiveAvgPool",
+        "ReflectionPad",
+        "ReplicationPad",
+        "GridSampler",
+        "FractionalMaxPool",
+    )
+}
+_SPATIAL |= {f"MaxPool{n}DWithIndicesBackward0": n for n in (2, 3)} | {"MaxPool2DBackward0": 2, "MkldnnMaxPool2DBackward0": 2}
+_SPATIAL |= {f"Upsample{kind}Backward0": n for kind, n in (("Nearest1D", 1), ("Nearest2D", 2), ("Nearest3D", 3), ("NearestExact2D", 2))}
+_SPATIAL |= {
+    f"Upsample{kind}Backward0": n
+    for kind, n in (("Linear1D", 1), ("Bilinear2D", 2), ("Bicubic2D", 2), ("Trilinear3D", 3), ("Bilinear2DAa", 2))
+}
+
+
+@_rule(*_SPATIAL)
+def _pool(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Pooling, resampling and padding by repetition: neighbours are averaged or the largest is taken, channel by channel."""
+    flow = only(operation, flows)
+    dims = range(flow.rows.ndim - _SPATIAL[operation.name], flow.rows.ndim)
+    offset = flow.offset
+    if offset is not None:
+        if any(offset.varies[d] for d in dims):
+            pure(operation, flow)
+        zeros = any(operation.attribute("padding") or ()) and operation.attribute("count_include_pad", False)
+        if zeros or operation.attribute("divisor_override") or operation.name.startswith("Grid"):
+            offset = fresh(v or d in dims for d, v in enumerate(offset.varies))
+    return Flow(flow.degree, operation.same_factor(flow.rows, dims), offset)
+
+
+@_rule("Im2ColBackward0")
+def _im2col(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, shape = only(operation, flows), _known(operation.inputs[0])
+    rows = operation.same_factor(flow.rows, [-1, -2]).squeeze(-1)
+    if rows.size(-2) > 1:
+        rows = rows.repeat_interleave(operation.outputs[0][-2] // shape[-3], -2)
+    return Flow(flow.degree, rows, flow.offset and fresh([True] * rows.ndim))
+
+
+# ---------------------------------------------------------------------------------------------------------------- linear maps
+
+
+def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
+    """a @ b, both with the same number of dimensions."""
+    left = operation.same_factor(a.rows, [-1]) if a is not None else None
+    right = operation.same_factor(b.rows, [-2]) if b is not None else None
+    if left is not None and right is not None and a is not None and b is not None:
+        pure(operation, a), pure(operation, b)
+        return Flow(a.degree + b.degree, operation.unite(left, right))
+    flow, rows = (a, left) if a is not None else (b, right)
+    assert flow is not None
+    assert rows is not None
+    offset = flow.offset
+    if offset is not None:  # the other factor may differ along its own dimensions, and over the batch
+        kept = rows.ndim - 2 if a is not None else rows.ndim - 1
+        offset = fresh(offset.varies[d] if d == kept else True for d in range(rows.ndim))
+        if rows.ndim == 2 and a is not None:
+            offset = fresh((offset.varies[0], True))
+    return Flow(flow.degree, rows, offset)
+
+
+@_rule("MmBackward0", "BmmBackward0")
+def _matmul(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    return _contract(operation, flows[0], flows[1])
+
+
+@_rule("AddmmBackward0", "BaddbmmBackward0")
+def _matmul_plus(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    if flows[0] is not None:
+        raise Blocked(f"the scale enters {operation.place} as the term that is added")
+    return _with_bias(operation, _contract(operation, flows[1], flows[2]), 0, -1)
+
+
+@_rule("LinearBackward0", "MkldnnLinearBackward0")
+def _linear(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    ndim = len(operation.outputs[0])
+    weight = flows[1] and lift(permuted(flows[1], [1, 0]), ndim)
+    flow = _contract(operation, flows[0], weight)
+    return _with_bias(operation, flow, 2, -1) if len(flows) > 2 else flow
+
+
+def _with_bias(operation: Operation, flow: Flow, k: int, dim: int) -> Flow:
+    """Input ``k`` is added; a frozen one (shape unknown) counts as a bias only if the module has one."""
+    shape, ndim = operation.inputs[k], len(operation.outputs[0])
+    name, module = operation.module
+    bias = getattr(module, "bias", None)
+    along = tuple(d == dim % ndim for d in range(ndim))
+    if shape is None and isinstance(bias, Tensor) and bias.ndim == 1:
+        return _shifted(flow, along, f"{name}.bias" if name else "bias")
+    if shape is not None and math.prod(shape) == operation.outputs[0][dim] == shape[-1]:
+        return _shifted(flow, along, operation.parameter(k) if operation.attribute("beta", 1) == 1 else None)
+    return _shifted(flow, varying(shape, ndim), None)
+
+
+@_rule("MvBackward0")
+def _matvec(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    a, b = flows
+    flow = _contract(operation, a, b and reshaped(b, _known(operation.inputs[1]), (*_known(operation.inputs[1]), 1)))
+    return reshaped(flow, (*operation.outputs[0], 1), operation.outputs[0])
+
+
+@_rule("DotBackward0", "VdotBackward0")
+def _dot(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    a, b = (flow and pure(operation, flow) for flow in flows)
+    rows = [operation.same_factor(flow.rows, [0]).reshape(()) for flow in (a, b) if flow is not None]
+    if len(rows) == 2:
+        operation.unite(*rows)
+    return Flow(sum(flow.degree for flow in (a, b) if flow is not None), rows[0])
+
+
+@_rule(
+    "ConvolutionBackward0",
+    "MkldnnConvolutionBackward0",
+    "CudnnConvolutionBackward0",
+    "MiopenConvolutionBackward0",
+    "CudnnConvolutionTransposeBackward0",
+)
+def _convolution(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    x, weight = flows[:2]
+    if len(flows) > 2 and flows[2] is not None:
+        raise Blocked(f"the scale enters {operation.place} as its bias")
+    groups, channels, ndim = operation.attribute("groups"), operation.outputs[0][1], len(operation.outputs[0])
+    parts = []
+    offset = None
+    if x is not None:
+        spatial = range(2, ndim)
+        rows = operation.same_factor(x.rows, spatial)
+        rows = rows.reshape(rows.size(0), -1)
+        if rows.size(1) > 1:
+            rows = operation.same_factor(rows.reshape(rows.size(0), groups, -1), [2]).expand(-1, -1, channels // groups)
+        parts.append(compact(rows.reshape(rows.size(0), -1)))
+        if x.offset is not None:
+            border = any(operation.attribute("padding")) or operation.attribute("transposed")  # what is added meets the zeros around it
+            offset = fresh([x.offset.varies[0], True, *(border or x.offset.varies[d] for d in spatial)])
+    if weight is not None:
+        pure(operation, weight)
+        shape = _known(operation.inputs[1])
+        if operation.attribute("transposed"):
+            rows = expanded(operation.same_factor(weight.rows, range(2, ndim)), shape, [0, 1])
+            rows = operation.same_factor(rows.reshape(groups, shape[0] // groups, shape[1]), [1])
+        else:
+            rows = expanded(operation.same_factor(weight.rows, range(1, ndim)), shape, [0])
+        parts.append(rows.reshape(1, channels))
+    if x is not None and weight is not None:
+        pure(operation, x)
+        parts[0] = operation.unite(parts[1], parts[0])
+    flow = Flow(sum(f.degree for f in (x, weight) if f is not None), parts[0].reshape(*parts[0].shape, *[1] * (ndim - 2)), offset)
+    if any(operation.attribute("bias_sym_sizes_opt") or ()):
+        flow = _with_bias_named(operation, flow)
+    return flow
+
+
+def _with_bias_named(operation: Operation, flow: Flow) -> Flow:
+    ndim = len(operation.outputs[0])
+    name = operation.parameter(2)
+    if name is None and isinstance(getattr(operation.module[1], "bias", None), Tensor):  # frozen
+        name = f"{operation.module[0]}.bias".lstrip(".")
+    return _shifted(flow, tuple(d == 1 for d in range(ndim)), name)
+
+
+@_rule("EmbeddingBackward0")
+def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, out = pure(operation, only(operation, flows)), operation.outputs[0]
+    readable, index = operation.saved_tensor("indices")
+    rows = flow.rows
+    if rows.size(0) == 1:
+        return replace(flow, rows=rows.reshape([1] * (len(out) - 1) + [rows.size(1)]))
+    if not readable:  # inside a checkpoint: which rows occur is not known, so all go together
+        return replace(flow, rows=operation.same_factor(rows, [0]).reshape([1] * (len(out) - 1) + [rows.size(1)]))
+    rows = rows[index.cpu()]
+    known = [] if operation.rows.looked_up is None else [operation.rows.looked_up]
+    operation.rows.looked_up = torch.cat([rows.flatten(), *known]).unique()
+    return replace(flow, rows=rows)
+
+
+@_rule(
+    "ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0",
+    "ScaledDotProductEfficientAttentionBackward0",
+    "ScaledDotProductCudnnAttentionBackward0", "ScaledDotProductFusedAttentionOverrideableBackward0",
+)  # fmt: skip
+def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    if flows[0] is not None or flows[1] is not None:
+        raise Blocked(f"queries and keys enter a softmax in {operation.place}")
+    value = only(operation, flows, 2)
+    return Flow(value.degree, operation.same_factor(value.rows, [-2]), everywhere(value))
+
+
+# ---------------------------------------------------------------------------------------------------------------- normalizations
+
+
+@_rule(
+    "NativeBatchNormBackward0",
+    "CudnnBatchNormBackward0",
+    "MiopenBatchNormBackward0",
+    "BatchNormImplIndexBackward0",
+    "SyncBatchNormBackward",
+)
+def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, channels = only(operation, flows), _known(operation.inputs[0])[1]
+    ndim = flow.rows.ndim
+    if not operation.attribute("training", True):  # frozen, or in eval mode: an affine map
+        offset = fresh(d == 1 for d in range(ndim))
+        return replace(flow, offset=offset if flow.offset is None else fresh(either(offset.varies, flow.offset.varies)), sign=Sign.ANY)
+    result = operation.normalized(flow, [d for d in range(ndim) if d != 1])
+    _large_epsilon(operation)
+    rows = result.rows.expand(1, channels, *result.rows.shape[2:]).reshape(-1)
+    name, module = operation.module
+    statistics = getattr(module, "running_mean", None)
+    if isinstance(statistics, Tensor):
+        per_sample = rows.reshape(-1, statistics.numel())  # InstanceNorm folds the batch into the channels
+        if bool((per_sample == per_sample[:1]).all()):
+            operation.rows.links.append(Link(name, per_sample[0], flow.degree, flow.offset))
+        else:
+            operation.rows.stale.setdefault(name)
+    else:
+        readable, running = operation.saved_tensor("running_mean")
+        if running is not None or not readable:
+            operation.rows.stale.setdefault(operation.place)
+    return result
+
+
+def _large_epsilon(operation: Operation) -> None:
+    """An epsilon that is not obviously small beside a variance marks the claim."""
+    eps = getattr(operation.module[1], "eps", None)
+    if isinstance(eps, float) and eps > 1e-3:
+        operation.rows.assumed = True
+
+
+@_rule(
+    "NativeLayerNormBackward0", "FusedRmsNormBackward0", "RmsNormBackward0", "LigerLayerNormFunctionBackward",
+    "LigerRMSNormFunctionBackward",
+    "FusedLayerNormFunctionBackward", "FusedLayerNormAffineFunctionBackward", "FusedRMSNormFunctionBackward",
+    "FusedRMSNormAffineFunctionBackward",
+)  # fmt: skip
+def _layer_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow = only(operation, flows)
+    if "rms" in operation.name.lower():
+        pure(operation, flow)
+    normalized_shape = operation.attribute("normalized_shape") or getattr(operation.node, "normalized_shape", None) or (0,)
+    _large_epsilon(operation)
+    return operation.normalized(flow, range(-len(normalized_shape), 0))
+
+
+@_rule("NativeGroupNormBackward0")
+def _group_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, groups = only(operation, flows), operation.attribute("group")
+    shape = _known(operation.inputs[0])
+    _large_epsilon(operation)
+    if flow.offset is not None and (groups != shape[1] or any(flow.offset.varies[2:])):
+        operation.normalized(replace(flow, offset=replace(flow.offset, varies=(False, True) + (False,) * (len(shape) - 2))), [1])
+    rows = operation.same_factor(flow.rows, range(2, len(shape)))
+    rows = expanded(rows, shape, [1]).reshape(rows.size(0), groups, -1)
+    return Flow(0, operation.same_factor(rows, [2]).reshape(rows.size(0), groups, *[1] * (len(shape) - 2)))
+
+
+@_rule("WeightNormInterfaceBackward0", "WeightNormBackward0")
+def _weight_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    direction, gain = flows
+    if direction is None:
+        assert gain is not None
+        return gain
+    dim = operation.attribute("dim") % direction.rows.ndim
+    return Flow(0, operation.same_factor(only(operation, flows).rows, [d for d in range(direction.rows.ndim) if d != dim]))

@@ -1,0 +1,862 @@
+"""Which weights are scale-invariant, at which granularity, because of which normalization, and how that is known.
+
+*Structure* is read from the autograd graph of a real training loss (`ScaleInvarianceSearch`; the rules are in ``graph_rules.py``). *Number* is a pooled
+Euler test on real gradients that can only withdraw a claim (`EulerTest`). *Function* is `verify_scale_invariance`: rescale what is claimed, compare outputs.
+
+Letters: n vectors of one weight, d entries of a vector.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import math
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
+
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.graph_rules import Edge, Rows, Shape, follow, trace
+from lightning_normdyn.vectors import Partition
+
+# ---------------------------------------------------------------------------------------------------------------- names and patterns
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def clean_name(name: str) -> str:
+    """A parameter's or module's name without the wrappers of torch.compile, FSDP and activation checkpointing.
+
+    Example:
+        >>> clean_name("net._orig_mod.0._fsdp_wrapped_module.weight")
+        'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def parameter_names(module: nn.Module) -> dict[Tensor, tuple[str, ...]]:
+    """All names of every parameter, without wrappers; a tied weight has several.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+        >>> net[1].weight = net[0].weight
+        >>> list(parameter_names(net).values())
+        [('0.weight', '1.weight')]
+    """
+    names: dict[Tensor, tuple[str, ...]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        known, clean = names.get(parameter, ()), clean_name(name)
+        if clean not in known:
+            names[parameter] = (*known, clean)
+    return names
+
+
+def normalize_params(params: str | Sequence[str]) -> list[str]:
+    """Check the value of a ``params`` argument; returns a list of patterns, ``["auto"]`` for ``"auto"``.
+
+    Raises:
+        ValueError: for anything but ``"auto"``, a glob pattern, or a list of them.
+
+    Example:
+        >>> normalize_params("layer1.*")
+        ['layer1.*']
+    """
+    patterns = [params] if isinstance(params, str) else params
+    if isinstance(patterns, (bytes, Mapping)) or not isinstance(patterns, Iterable):
+        raise ValueError(f"`params` must be 'auto', a glob pattern, or a list of them, got {params!r}.")
+    patterns = list(patterns)
+    if not patterns:
+        raise ValueError("`params` is an empty list. Use 'auto', or name at least one pattern.")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.removeprefix("!"):
+            raise ValueError(f"`params` must be 'auto', a glob pattern, or a list of them, got {pattern!r} in it.")
+    if "auto" in patterns and len(patterns) > 1:
+        raise ValueError(
+            f"`params={patterns}` mixes 'auto' with patterns. Only excludes (\"!pattern\") mean 'auto' minus them; leave 'auto' out."
+        )
+    return patterns
+
+
+def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]], what: str = "weights") -> list[int]:
+    """Indices of the weights that ``params`` means.
+
+    Patterns are `fnmatch.fnmatchcase` globs on parameter names, so ``*`` crosses dots. ``"!pattern"`` excludes, after all includes; only excludes mean all of
+    ``names`` minus them. A tied weight matches under each of its names.
+
+    Args:
+        params: as `normalize_params` takes it.
+        names: for each weight all its names.
+        what: what the names are, for the message.
+
+    Raises:
+        NoTargetsError: if a pattern matches nothing.
+
+    Example:
+        >>> match_patterns(["conv*", "!*2*"], [("conv1.weight",), ("conv2.weight",), ("fc.weight",)])
+        [0]
+    """
+    patterns = normalize_params(params)
+    if patterns == ["auto"]:
+        return list(range(len(names)))
+
+    def matching(pattern: str) -> set[int]:
+        found = {i for i, aliases in enumerate(names) if any(fnmatchcase(name, pattern) for name in aliases)}
+        if not found:
+            everything = [name for aliases in names for name in aliases]
+            shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")
+            near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
+            closest = f" The nearest: {', '.join(near)}." if near else ""
+            raise NoTargetsError(
+                f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} {what}: {shown or '(there are none)'}.{closest} "
+                "Correct the pattern, or use params='auto'."
+            )
+        return found
+
+    includes = [matching(p) for p in patterns if not p.startswith("!")]
+    excludes = [matching(p[1:]) for p in patterns if p.startswith("!")]
+    chosen = set().union(*includes) if includes else set(range(len(names)))
+    return sorted(chosen.difference(*excludes))
+
+
+# ---------------------------------------------------------------------------------------------------------------- verdicts
+
+
+@dataclass(frozen=True, eq=False)
+class NormLink:
+    """A normalization with running statistics that a weight's vectors feed.
+
+    Args:
+        module: its name.
+        vector: int64 ``(channels,)``, which vector of the partition feeds each channel; -1 for none.
+        degree: a vector scaled by c scales its channel by ``c ** degree``.
+        offset: whether something that does not scale (a bias) was added before it.
+        bias: the parameter that was added, entry for entry of the channels, if known.
+    """
+
+    module: str
+    vector: Tensor
+    degree: float
+    offset: bool
+    bias: str | None = None
+
+
+@dataclass
+class Verdict:
+    """What is known about the scale invariance of one weight.
+
+    Args:
+        name: first name of the weight.
+        shape: full shape.
+        partition: its vectors; None if no row is scale-invariant, or not decided.
+        kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector); ``"no"``; ``"unknown"`` (in no loss so far).
+        norms: names of the normalization modules that make it so; ``"DivBackward0 in block.attn"`` where one was written by hand.
+        reason: for ``"no"``, ``"partly"`` and ``"unknown"``: why, in words.
+        eps: the claim rests on an epsilon or a padding value being negligible.
+        batch_norms: normalizations with running statistics behind it, for correcting them after a rescale.
+        stale_statistics: running statistics behind it that cannot be corrected.
+        known: how it is known.
+
+    Example:
+        >>> Verdict.unknown("fc.weight", (10, 4)).kind
+        'unknown'
+    """
+
+    name: str
+    shape: Shape
+    partition: Partition | None
+    kind: str
+    norms: tuple[str, ...] = ()
+    reason: str = ""
+    eps: bool = False
+    batch_norms: tuple[NormLink, ...] = ()
+    stale_statistics: tuple[str, ...] = ()
+    known: str = "graph"
+
+    @classmethod
+    def unknown(cls, name: str, shape: Shape, reason: str = "not part of any training loss so far") -> Verdict:
+        """A weight that nothing is known about."""
+        return cls(name, tuple(shape), None, "unknown", reason=reason, known="")
+
+    @property
+    def n(self) -> int:
+        """Number of vectors."""
+        return 0 if self.partition is None else self.partition.n
+
+    def withdrawn(self, rms: float, count: int) -> Verdict:
+        """The claim after an `EulerTest` contradicted it."""
+        by = ", ".join(self.norms) or "its graph"
+        reason = f"{by} says {self.kind}, but the gradient is not orthogonal: rms cos(w, g)*sqrt(d) = {rms:.2g} over {count} values (allowed {EULER_LIMIT})"
+        return replace(self, partition=None, kind="no", reason=reason, batch_norms=(), known="gradients")
+
+    def state(self) -> dict[str, Any]:
+        """As plain tensors, numbers and strings."""
+        partition = self.partition and {
+            "keep": list(self.partition.keep),
+            "labels": self.partition.labels,
+            "granularity": self.partition.granularity,
+        }
+        links = [{"module": b.module, "vector": b.vector, "degree": b.degree, "offset": b.offset, "bias": b.bias} for b in self.batch_norms]
+        return {
+            "shape": list(self.shape), "partition": partition, "kind": self.kind, "norms": list(self.norms), "reason": self.reason, "eps": self.eps,
+            "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, name: str, state: Mapping[str, Any]) -> Verdict:
+        """The inverse of `state`."""
+        p = state["partition"]
+        partition = p and Partition(tuple(p["keep"]), p["labels"], p["granularity"])
+        links = tuple(NormLink(**link) for link in state["batch_norms"])
+        return cls(
+            name, tuple(state["shape"]), partition, state["kind"], tuple(state["norms"]), state["reason"], state["eps"], links,
+            tuple(state["stale_statistics"]), state["known"],
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- partitions
+
+
+def filter_partition(module: nn.Module, name: str, shape: Shape) -> Partition:
+    """One vector per output channel: dim 0, but dim 1 within each group for transposed convolutions (also under parametrizations).
+
+    Args:
+        module: the module that ``name`` is relative to.
+        name: name of the weight.
+        shape: its full shape.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
+        >>> filter_partition(net, "0.weight", (4, 3, 3, 3)).n
+        6
+    """
+    owner = _owner(module, name)
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd) and len(shape) > 2:
+        return Partition.filters(tuple(shape), transposed_groups=owner.groups)
+    return Partition.filters(tuple(shape))
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module | None:
+    """The module that a weight, or the parametrization of one, belongs to."""
+    path = clean_name(name).split(".")[:-1]
+    if "parametrizations" in path:
+        path = path[: path.index("parametrizations")]
+    try:
+        return module.get_submodule(".".join(path))
+    except AttributeError:
+        return {clean_name(n): m for n, m in module.named_modules()}.get(".".join(path))
+
+
+_FINENESS = ("filter", "group", "layer")
+
+
+def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) -> Partition:
+    """The vectors to act on.
+
+    Args:
+        verdict: what is known about the weight.
+        granularity: ``"auto"`` follows the verdict; else ``"filter"``, ``"group"`` or ``"layer"``.
+        fallback: the filters, for a weight of which nothing is known ("by request").
+
+    Raises:
+        NotSupportedError: if ``granularity`` is finer than what the normalization allows (that would change the network's function), or
+            ``"group"`` is asked for and no group structure is known.
+
+    Example:
+        >>> verdict = Verdict.unknown("fc.weight", (10, 4))
+        >>> choose_partition(verdict, "auto", Partition.filters((10, 4))).granularity
+        'filter'
+    """
+    known = verdict.partition
+    if granularity == "auto" or (known is not None and granularity == known.granularity):
+        return fallback if known is None else known
+    if known is None:
+        if granularity == "layer":
+            return Partition.layer(verdict.shape)
+        if granularity == "filter":
+            return fallback
+        raise NotSupportedError(
+            f"granularity='group' was asked for `{verdict.name}`, but no normalization with groups is known behind it. Use 'filter' or 'layer'."
+        )
+    by = ", ".join(verdict.norms) or "its graph"
+    if granularity == "group" and known.granularity == "filter":
+        raise NotSupportedError(
+            f"granularity='group' was asked for `{verdict.name}`, but {by} normalizes single filters, so no groups are known. Use 'auto', 'filter' or 'layer'."
+        )
+    if _FINENESS.index(granularity) < _FINENESS.index(known.granularity):
+        raise NotSupportedError(
+            f"granularity={granularity!r} was asked for `{verdict.name}`, but {by} makes it scale-invariant only per {known.granularity}: "
+            f"scaling its {granularity}s separately would change the network's function. Use granularity='auto' or {known.granularity!r}."
+        )
+    return Partition(known.keep, known.labels.clamp(max=0), "layer")
+
+
+# ---------------------------------------------------------------------------------------------------------------- the search
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, e.g. because a checkpoint computes its forward again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+@contextmanager
+def visible_graph() -> Iterator[None]:
+    """What runs inside shows all its operations to autograd: compiled code runs eagerly, reentrant checkpoints become non-reentrant.
+
+    Both would otherwise be a single node, for which no rule can be given. Memory stays that of a checkpoint.
+    """
+    from torch.utils import checkpoint as module
+
+    function = module.CheckpointFunction
+    own = vars(function).get("apply")
+
+    def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        def visible(*inputs: Any) -> Any:
+            with (
+                visible_graph()
+            ):  # also when it is computed again, after we have left: nested checkpoints must do the same as the first time
+                return run(*inputs)
+
+        return module.checkpoint(visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    set_stance = getattr(
+        torch.compiler, "set_stance", None
+    )  # torch >= 2.6; before that, compiled code stays opaque and its weights undecided
+    with ExitStack() as stack:
+        if set_stance is not None:
+            stack.enter_context(set_stance("force_eager"))
+        function.apply = staticmethod(apply)
+        try:
+            yield
+        finally:
+            if own is None:
+                del function.apply
+            else:
+                function.apply = own
+
+
+class _Spans:
+    """Which module's forward created an autograd node: nodes are numbered in the order of their creation."""
+
+    def __init__(self) -> None:
+        self._open: list[tuple[nn.Module, str, int]] = []
+        self._closed: list[tuple[int, int, str, nn.Module]] = []
+        self._painted: tuple[list[int], list[tuple[str, nn.Module | None]]] | None = None
+
+    def enter(self, module: nn.Module, name: str) -> None:
+        self._open.append((module, name, torch.autograd._get_sequence_nr()))
+
+    def leave(self, module: nn.Module) -> None:
+        while any(m is module for m, _, _ in self._open):  # modules above it in the stack ended by an exception
+            m, name, start = self._open.pop()
+            if m is module:
+                self._closed.append((start, torch.autograd._get_sequence_nr(), name, module))
+                self._painted = None
+                return
+
+    def module_of(self, node: Node) -> tuple[str, nn.Module | None]:
+        if self._painted is None:
+            self._painted = self._paint()
+        starts, owners = self._painted
+        return owners[bisect.bisect_right(starts, node._sequence_nr())]
+
+    def _paint(self) -> tuple[list[int], list[tuple[str, nn.Module | None]]]:
+        """Breakpoints on the number line, and the innermost module between them."""
+        nobody: tuple[str, nn.Module | None] = ("", None)
+        # Open calls (a loss computed inside forward) last until now. Outer calls start no later and end no earlier than inner ones.
+        now = torch.autograd._get_sequence_nr()
+        calls = sorted(
+            [
+                *((start, -stop, -i, name, m) for i, (start, stop, name, m) in enumerate(self._closed)),
+                *((s, -now, -(10**9), n, m) for m, n, s in self._open),
+            ],
+            key=lambda call: call[:3],
+        )
+        starts: list[int] = []
+        owners = [nobody]
+        stack: list[tuple[int, tuple[str, nn.Module | None]]] = []
+
+        def mark(position: int) -> None:
+            owner = stack[-1][1] if stack else nobody
+            if starts and starts[-1] == position:
+                owners[-1] = owner
+            else:
+                starts.append(position)
+                owners.append(owner)
+
+        for start, minus_stop, _, name, module in calls:
+            while stack and stack[-1][0] <= start:
+                stop = stack.pop()[0]
+                mark(stop)
+            if -minus_stop > start:
+                stack.append((-minus_stop, (name, module)))
+                mark(start)
+        while stack:
+            stop = stack.pop()[0]
+            mark(stop)
+        return starts, owners
+
+
+@dataclass
+class _Candidate:
+    """One way to cut a weight into rows, and what the graph says about these rows."""
+
+    finest: Partition
+    rows: Rows
+
+
+class ScaleInvarianceSearch:
+    """Finds the scale-invariant weights of a module from the graph of its training losses.
+
+    ``watch()`` before a forward pass, ``analyze(loss)`` right before each backward, ``close()`` once that backward is over (a checkpoint
+    computes its forward again in the backward and must find things as they were). ``verdicts`` then holds a `Verdict` for each
+    weight, by its first name. Several losses are combined: a vector is scale-invariant if it is in all of them. Weights that no loss contained stay
+    ``"unknown"``; watch a later batch for them. When normalizations were switched between training and evaluation in between, everything is
+    judged afresh.
+
+    Args:
+        module: any module; made before a strategy has shown sharded or temporary parameters, e.g. in ``on_fit_start``.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 2))
+        >>> with ScaleInvarianceSearch(net) as search:
+        ...     search.analyze(net(torch.randn(8, 1, 4, 4)).square().sum())
+        >>> search.verdicts["0.weight"].kind, search.verdicts["0.weight"].norms
+        ('filter', ('1',))
+        >>> search.verdicts["3.weight"].kind
+        'no'
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        names = parameter_names(module)
+        self._slots: dict[nn.Module, list[tuple[str, str]]] = {}  # where each parameter is looked up at the moment of use, and its name
+        for owner in module.modules():
+            self._slots[owner] = [(key, names[p][0]) for key, p in owner._parameters.items() if p is not None]
+        self.verdicts: dict[str, Verdict] = {}
+        for parameter, (name, *_) in names.items():
+            if not is_lazy(parameter) and parameter.ndim >= 2:
+                reason = () if parameter.requires_grad else ("frozen: requires_grad is False",)
+                self.verdicts[name] = Verdict.unknown(name, tuple(parameter.shape), *reason)
+        self._candidates: dict[str, list[_Candidate]] = {}
+        self._hidden: dict[str, str] = {}
+        self._judged_in: tuple[bool, ...] | None = None
+        self._edges: dict[Edge, str] = {}
+        self._spans = _Spans()
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> ScaleInvarianceSearch:
+        self.watch()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def watch(self) -> None:
+        """Record the next forward passes, and make their graph visible; idempotent."""
+        if self._stack is not None:
+            return
+        modes = tuple(m.training for m in self._module.modules() if getattr(m, "running_mean", None) is not None)
+        if modes != self._judged_in:
+            self._candidates, self._hidden, self._judged_in = {}, {}, modes
+        with ExitStack() as stack:
+            stack.callback(self._forget)
+            stack.enter_context(visible_graph())
+            for name, module in self._module.named_modules():
+                below = [(owner, key, parameter) for owner in module.modules() for key, parameter in self._slots.get(owner, ())]
+                stack.callback(module.register_forward_pre_hook(self._entering(clean_name(name), below)).remove)
+                stack.callback(module.register_forward_hook(self._leaving).remove)
+            self._stack = stack.pop_all()
+
+    def close(self) -> None:
+        """Remove every hook and restore compilation and checkpoints; idempotent."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _forget(self) -> None:
+        self._edges, self._spans = {}, _Spans()
+
+    def _entering(self, name: str, below: list[tuple[nn.Module, str, str]]) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            if in_backward() or not torch.is_grad_enabled():
+                return
+            self._record(below)  # also those below: a module may read the weights of a child it never calls
+            self._spans.enter(module, name)
+
+        return hook
+
+    def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not in_backward():
+            self._spans.leave(module)
+
+    def _record(self, slots: Iterable[tuple[nn.Module, str, str]]) -> None:
+        """Which graph edge is which parameter, right now (FSDP1 shows a new view, FSDP2 another parameter at every use)."""
+        for owner, key, name in slots:
+            tensor = getattr(owner, key, None)
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not is_lazy(tensor):
+                edge = torch.autograd.graph.get_gradient_edge(tensor)
+                self._edges[edge.node, edge.output_nr] = name
+
+    def analyze(self, loss: Tensor) -> None:
+        """Judge the weights that ``loss`` depends on; call it right before ``loss.backward()``. Keeps nothing of the graph."""
+        if in_backward() or not isinstance(loss, Tensor) or not loss.requires_grad:
+            return
+        # Weights used without any module's forward (F.linear(x, self.layer.weight) in training_step).
+        self._record((owner, key, name) for owner, slots in self._slots.items() for key, name in slots)
+        graph = trace(loss, self._edges, self._spans.module_of)
+        shapes = {self._edges[edge]: shape for edge, shape in graph.shapes.items() if len(shape) >= 2}
+        first_time = [name for name in shapes if name not in self._candidates]
+        for name in first_time:
+            finest = filter_partition(self._module, name, shapes[name])
+            self._candidates[name] = [_Candidate(finest, Rows(finest.n))]
+        self._follow(graph, {name: self._candidates[name][0] for name in shapes})
+        # A finer cut along the other axis (x @ W) is only worth a look where the first is not already the finest.
+        for name in first_time:
+            first = self._candidates[name][0]
+            if len(_classes(first.rows, first.finest, shapes[name])[1]) < first.finest.n:
+                other = Partition.filters(shapes[name], axis=0 if first.finest.keep == (0, 1) else 1)
+                self._candidates[name].append(_Candidate(other, Rows(other.n)))
+        self._follow(graph, {name: self._candidates[name][1] for name in shapes if len(self._candidates[name]) > 1})
+        for hiding in graph.opaque:
+            self._hidden |= dict.fromkeys(shapes, hiding)
+        for name, shape in shapes.items():
+            self.verdicts[name] = self._judge(name, shape)
+
+    def _follow(self, graph: Any, candidates: Mapping[str, _Candidate]) -> None:
+        leaves = {}
+        shapes = {self._edges[edge]: shape for edge, shape in graph.shapes.items()}
+        for name, candidate in candidates.items():
+            keep, labels = candidate.finest.keep, candidate.finest.labels
+            leaves[name] = (labels + 1).reshape([n if d in keep else 1 for d, n in enumerate(shapes[name])])
+        if leaves:
+            follow(graph, leaves, {name: candidate.rows for name, candidate in candidates.items()})
+
+    def _judge(self, name: str, shape: Shape) -> Verdict:
+        best = max((_verdict(name, shape, candidate) for candidate in self._candidates[name]), key=_claimed)
+        if name in self._hidden and best.partition is not None:
+            reason = f"{self._hidden[name]} hides part of the graph (the loss was not watched)"
+            return replace(best, partition=None, kind="unknown", reason=reason, batch_norms=(), norms=())
+        return best
+
+
+def _classes(rows: Rows, finest: Partition, shape: Shape) -> tuple[Tensor, Tensor]:
+    """For each row its class number or -1, and the size of each class in rows."""
+    root = rows.parent[1:].clone()
+    if rows.looked_up is not None:  # an embedding: which rows meet depends on the data, so those that occurred speak for all
+        seen = rows.parent[rows.looked_up[rows.looked_up > 0]]
+        if bool((seen == 0).any()):
+            root = torch.zeros_like(root)
+        elif len(seen.unique()) < max(2, len(seen)):
+            root = torch.ones_like(root) if bool((root > 0).all()) else torch.zeros_like(root)
+    entries = math.prod(shape) // max(1, finest.n)
+    present, index, sizes = root.unique(return_inverse=True, return_counts=True)
+    vectors = (present > 0) & (sizes * entries > 1)  # a single number has no direction
+    number = torch.where(vectors, vectors.cumsum(0) - 1, -1)
+    return number[index], sizes[vectors]
+
+
+def _claimed(verdict: Verdict) -> tuple[float, int]:
+    if verdict.partition is None:
+        return 0.0, 0
+    labels = verdict.partition.labels
+    return float((labels >= 0).float().mean()), verdict.partition.n
+
+
+def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
+    rows, finest = candidate.rows, candidate.finest
+    if math.prod(shape) == finest.n:
+        return Verdict(name, shape, None, "no", reason="its rows are single numbers (a gain), which have no direction")
+    of_row, sizes = _classes(rows, finest, shape)
+    reason = "; ".join(list(rows.reasons)[:2])
+    if not len(sizes):
+        return Verdict(name, shape, None, "no", reason=reason or "its vectors are single numbers")
+    everything = bool((of_row >= 0).all())
+    granularity = "filter" if bool((sizes == 1).all()) else "layer" if len(sizes) == 1 and everything else "group"
+    partition = Partition(finest.keep, of_row[finest.labels], granularity)
+    links, stale = [], list(rows.stale)
+    for link in rows.links:
+        vector = torch.where(link.rows > 0, of_row[link.rows - 1], -1)
+        bias = link.offset.parameter if link.offset else None
+        links.append(NormLink(link.module, vector, link.degree, link.offset is not None, bias))
+        if link.offset is not None and bias is None:
+            stale.append(f"{link.module}: what is added before it is not a plain bias")
+    kind = granularity if everything else "partly"
+    return Verdict(
+        name, shape, partition, kind, tuple(rows.norms), "" if everything else reason or "some of its vectors are single numbers", rows.assumed, tuple(links),
+        tuple(dict.fromkeys(stale)),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- number
+
+EULER_LIMIT, EULER_COUNT = 0.1, 8
+
+
+class EulerTest:
+    r"""Tests claims of scale invariance on real gradients: :math:`\langle w, g\rangle = 0` for every vector (Euler's theorem for degree 0).
+
+    Pools :math:`z^2 = d \cos^2(w, g)` over the vectors of a weight and over steps. z is of the order of 1 for a weight that is not
+    scale-invariant; for those that are, the worst root mean square measured is 0.0045 in float32 and 0.022 in bfloat16. A weight is
+    rejected above 0.1 once 8 values are pooled. It can only withdraw a claim: of the weights that are not scale-invariant, about
+    one in fifteen passes.
+
+    Args:
+        weights: how many weights are tested.
+        device: where the sums are kept.
+
+    Example:
+        >>> test = EulerTest(1)
+        >>> one = torch.ones(8, dtype=torch.float64)
+        >>> test.update(0.5 * one, one, one, 16 * one, torch.zeros(8, dtype=torch.long))
+        >>> test.result()
+        [(2.0, 8)]
+        >>> test.rejected()
+        [0]
+    """
+
+    def __init__(self, weights: int, device: torch.device | str | None = None) -> None:
+        self.sums = torch.zeros(
+            weights, 2, dtype=torch.float64, device=device
+        )  # of z^2, and how many; to be summed over ranks that hold other vectors
+
+    def update(self, wg: Tensor, ww: Tensor, gg: Tensor, length: Tensor, weight_index: Tensor) -> None:
+        """Add the vectors of one step; all arguments ``(n,)``, nothing is copied to the host.
+
+        Args:
+            wg: inner products of weight and gradient.
+            ww: squared norms of the weight vectors.
+            gg: squared norms of the gradients; vectors with 0 (or anything not finite) are skipped.
+            length: d, entries per vector.
+            weight_index: int64, which weight each vector belongs to.
+        """
+        z = wg.double() ** 2 * length / (ww.double() * gg.double())
+        counts = torch.isfinite(z) & (ww > 0) & (gg > 0)
+        values = torch.stack([torch.where(counts, z, 0.0), counts.double()], dim=1)
+        self.sums.index_add_(0, weight_index.to(self.sums.device), values.to(self.sums.device))
+
+    def result(self) -> list[tuple[float, int]]:
+        """For each weight the root mean square of z, and over how many values (nan over 0). Copies to the host."""
+        return [(math.sqrt(total / number) if number else math.nan, int(number)) for total, number in self.sums.tolist()]
+
+    def rejected(self) -> list[int]:
+        """Weights whose claim is contradicted. Copies to the host."""
+        return [i for i, (rms, number) in enumerate(self.result()) if number >= EULER_COUNT and rms > EULER_LIMIT]
+
+
+# ---------------------------------------------------------------------------------------------------------------- function
+
+
+@dataclass(frozen=True)
+class InvarianceReport:
+    """What `verify_scale_invariance` found; true if the function did not change by more than ``tolerance``.
+
+    Args:
+        max_relative_change: largest change of an output tensor, relative to its largest entry.
+        claims: the verdicts that were tested (those that claim something).
+        tolerance: what still counts as unchanged (epsilons leave up to 3e-3).
+    """
+
+    max_relative_change: float
+    claims: tuple[Verdict, ...]
+    tolerance: float
+
+    def __bool__(self) -> bool:
+        return self.max_relative_change <= self.tolerance
+
+
+def verify_scale_invariance(
+    module: nn.Module,
+    *inputs: Any,
+    seed: int = 0,
+    loss: Callable[[Any], Tensor] | None = None,
+    verdicts: Iterable[Verdict] | None = None,
+    tolerance: float = 1e-2,
+) -> InvarianceReport:
+    """Test claims of scale invariance by what they mean: rescale every claimed vector by its own random factor, compare training-mode outputs.
+
+    All factors are drawn from 2**U(-1, 1) and applied at once. Weights, buffers, random states and training flags are restored bit for bit.
+
+    Args:
+        module: any module on one process; run in training mode (modules set to evaluation inside one in training mode, e.g. a frozen BatchNorm, stay so).
+        inputs: arguments of its forward.
+        seed: of the factors, and of every forward pass (dropout).
+        loss: from the module's output to the training loss, which is then compared too; without it the sum of the outputs stands for it.
+        verdicts: the claims; found by running the module once if not given.
+        tolerance: largest relative change that counts as none.
+
+    Raises:
+        NotSupportedError: for sharded weights.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> report = verify_scale_invariance(net, torch.randn(16, 4))
+        >>> bool(report), [claim.name for claim in report.claims]
+        (True, ['0.weight'])
+    """
+    found = inspect_module(module, *inputs, loss=loss, seed=seed) if verdicts is None else list(verdicts)
+    claims = tuple(v for v in found if v.partition is not None)
+    weights = {name: parameter for parameter, names in parameter_names(module).items() for name in names}
+    with _restored(module), torch.no_grad(), visible_graph():
+        before = _outputs(module, inputs, loss, seed)
+        generator = torch.Generator().manual_seed(seed)
+        for claim in claims:
+            assert claim.partition is not None
+            weight = weights[claim.name]
+            if type(weight.data) is not Tensor or tuple(weight.shape) != tuple(claim.shape):
+                raise NotSupportedError(
+                    f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape {tuple(weight.shape)}, in full {tuple(claim.shape)}), "
+                    "so its function cannot be compared here. Call verify_scale_invariance on the unwrapped module, on one process."
+                )
+            factors = torch.exp2(2 * torch.rand(claim.partition.n, generator=generator, dtype=torch.float64) - 1)
+            weight.mul_(spread(claim.partition, factors, weight))
+        after = _outputs(module, inputs, loss, seed)
+    return InvarianceReport(max((_change(a, b) for a, b in zip(before, after, strict=True)), default=0.0), claims, tolerance)
+
+
+def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
+    """``(n,)`` values at every entry's vector, broadcastable to ``weight``; 1 where an entry belongs to none."""
+    extended = torch.cat([values, values.new_ones(1)])[partition.labels]  # -1 picks the last
+    shape = [size if d in partition.keep else 1 for d, size in enumerate(weight.shape)]
+    return extended.reshape(shape).to(weight.device, weight.dtype)
+
+
+def inspect_module(module: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, seed: int = 0) -> list[Verdict]:
+    """Run one training-mode forward and say of every weight of two or more dimensions whether it is scale-invariant.
+
+    The module is left as it was: weights, buffers, random states, training flags.
+
+    Args:
+        module: any module.
+        inputs: arguments of its forward.
+        loss: from the module's output to the training loss; without it the sum of the outputs stands for it.
+        seed: of the forward pass.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+        >>> [(v.name, v.kind) for v in inspect_module(net, torch.randn(2, 4))]
+        [('0.weight', 'no')]
+        >>> net[0].bias = None
+        >>> [(v.name, v.kind) for v in inspect_module(net, torch.randn(2, 4))]
+        [('0.weight', 'layer')]
+    """
+    search = ScaleInvarianceSearch(module)
+    with _restored(module), torch.enable_grad(), search:
+        torch.manual_seed(seed)
+        output = module(*_copied(inputs))
+        total = loss(output) if loss is not None else sum(t.sum() for t in _tensors(output) if t.requires_grad)
+        if isinstance(total, Tensor):
+            search.analyze(total)
+    return list(search.verdicts.values())
+
+
+@contextmanager
+def _restored(module: nn.Module) -> Iterator[None]:
+    """Training mode inside; weights, buffers, random states and training flags as they were afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    weights = [(p, p.detach().clone()) for p in module.parameters() if not is_lazy(p)]
+    buffers = [(m, name, b, b.detach().clone()) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+    devices = list({p.device.index for p, _ in weights if p.device.type == "cuda"})
+    numpy = sys.modules.get("numpy")
+    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=devices):
+        try:
+            if not module.training:
+                module.train()
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, saved in weights:
+                    parameter.copy_(saved)
+                for owner, name, buffer, saved in buffers:
+                    buffer.copy_(saved)
+                    owner._buffers[name] = buffer
+            for m, mode in modes:
+                m.training = mode
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+def _outputs(module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    output = module(*_copied(inputs))
+    tensors = list(_tensors(output))
+    if loss is not None:
+        tensors.append(loss(output))
+    return [t.detach().clone() for t in tensors if t.is_floating_point()]
+
+
+def _change(before: Tensor, after: Tensor) -> float:
+    if before.shape != after.shape:
+        return math.inf
+    scale = float(before.double().abs().max()) if before.numel() else 0.0
+    change = float((before.double() - after.double()).abs().max()) if before.numel() else 0.0
+    return math.inf if math.isnan(change) else change / scale if scale else change
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _copied(value: Any) -> Any:
+    """Inputs that a forward may change in place."""
+    if isinstance(value, Tensor):
+        return value.detach().clone().requires_grad_(value.requires_grad)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [_copied(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------- the table
+
+TABLE_COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "normalized by", "how known", "why not")
+
+
+def _cells(verdict: Verdict) -> tuple[str, ...]:
+    known = verdict.known + (" (eps or padding assumed negligible)" if verdict.eps and verdict.partition is not None else "")
+    shape = " x ".join(str(n) for n in verdict.shape)
+    return verdict.name, shape, verdict.kind, str(verdict.n or ""), ", ".join(verdict.norms) if verdict.n else "", known, verdict.reason
+
+
+def targets_table(verdicts: Iterable[Verdict]) -> str:
+    """The verdicts as a plain-text table.
+
+    Example:
+        >>> print(targets_table([Verdict.unknown("fc.weight", (10, 4))]))
+        weight     shape   scale-invariant  vectors  normalized by  how known  why not
+        fc.weight  10 x 4  unknown                                             not part of any training loss so far
+    """
+    rows = [TABLE_COLUMNS, *(_cells(verdict) for verdict in verdicts)]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(TABLE_COLUMNS))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def rich_targets_table(verdicts: Iterable[Verdict]) -> Any:
+    """The verdicts as a ``rich`` table; None if rich is not installed."""
+    try:
+        from rich.table import Table
+    except ImportError:
+        return None
+    table = Table(*TABLE_COLUMNS)
+    for verdict in verdicts:
+        table.add_row(*_cells(verdict))
+    return table
