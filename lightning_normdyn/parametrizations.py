@@ -1,0 +1,352 @@
+r"""The weight-normalization family of the AWS paper, as parametrizations of torch.nn.utils.parametrize.
+
+Each replaces a weight by a function of a *direction* tensor whose length the network cannot see, filter by filter:
+
+=============================  ==================================================================  ================================
+function                       weight that the layer uses                                          parameters it leaves
+=============================  ==================================================================  ================================
+weight_normalization           :math:`g\,w/\lVert w\rVert` (eq. 23)                                ``original0`` gain, ``original1``
+centered_weight_normalization  :math:`g\,(w-\bar w)/\lVert w-\bar w\rVert` (eq. 24)                ``original0`` gain, ``original1``
+weight_standardization         :math:`(w-\bar w)/\mathrm{std}` (eq. 25)                            ``original``
+bounded_weight_normalization   :math:`\rho\,w/\lVert w\rVert`, :math:`\rho` fixed (Hoffer et al.)  ``original``
+=============================  ==================================================================  ================================
+
+``original1`` and ``original`` are directions: the tensors that AdaptiveWeightShrink, WeightRescaling and RadialProjection act on,
+never the gain. They live under ``<layer>.parametrizations.<name>.`` and are new parameters where a gain is split off, so build the
+optimizer afterwards.
+
+A filter is a slice of dim 0; of dim 1 within each group for transposed convolutions. A filter that is zero gives a zero weight.
+Norms are taken in float32 at least.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+
+__all__ = [
+    "bounded_weight_normalization",
+    "centered_weight_normalization",
+    "is_weight_standardized",
+    "remove_weight_normalizations",
+    "weight_normalization",
+    "weight_standardization",
+]
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight") -> ModuleT:
+    r"""Weight normalization (WN): :math:`W' = g\,W/\lVert W\rVert` per filter, with a learned gain :math:`g` (AWS paper, eq. 23).
+
+    The gain starts as the norm of each filter, so the network computes what it did before.
+
+    Args:
+        module: a layer, or a whole model.
+        name: a parameter of ``module``; or one glob pattern or a list of them over the parameter names of a model, where ``*``
+            crosses dots, ``"!pattern"`` excludes, and parameters of fewer than two dimensions are left out.
+
+    Returns:
+        ``module`` itself, changed in place.
+
+    Raises:
+        NoTargetsError: nothing matches.
+        NotSupportedError: a weight that is tied to another name, already parametrized, lazy, not of floating point, or 1-D and named.
+
+    Example:
+        >>> layer = weight_normalization(torch.nn.Linear(3, 4))
+        >>> [(name, tuple(p.shape)) for name, p in layer.parametrizations.named_parameters()]
+        [('weight.original0', (4, 1)), ('weight.original1', (4, 3))]
+    """
+    return _register(module, name, _WeightNormalization)
+
+
+def centered_weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight") -> ModuleT:
+    r"""Centered weight normalization (CWN): :math:`W' = g\,(W-\bar W)/\lVert W-\bar W\rVert` per filter (AWS paper, eq. 24).
+
+    The gain starts as the norm of each centred filter: only the filters' means are lost.
+
+    Args:
+        module: a layer, or a whole model.
+        name: as in :func:`weight_normalization`.
+
+    Returns:
+        ``module`` itself, changed in place.
+
+    Raises:
+        NoTargetsError: nothing matches.
+        NotSupportedError: as in :func:`weight_normalization`, and filters of one entry.
+
+    Example:
+        >>> layer = centered_weight_normalization(torch.nn.Linear(3, 4))
+        >>> layer.weight.mean(1).abs().max().item() < 1e-6
+        True
+    """
+    return _register(module, name, _CenteredWeightNormalization)
+
+
+def weight_standardization(module: ModuleT, name: str | Sequence[str] = "weight", *, eps: float = 0.0) -> ModuleT:
+    r"""Weight standardization (WS): :math:`W' = (W-\bar W)/(\mathrm{std}+\epsilon)` per filter (AWS paper, eq. 3 and 25).
+
+    The standard deviation is biased (divided by the number of entries). The paper has no :math:`\epsilon`; the code that circulates adds
+    1e-5. Any ``eps`` breaks the scale invariance by about :math:`\epsilon/\mathrm{std}`, so it is 0 here: a constant filter gives 0.
+    AdaptiveWeightShrink with ``statistic="auto"`` uses the standard deviation for these weights.
+
+    Args:
+        module: a layer, or a whole model.
+        name: as in :func:`weight_normalization`.
+        eps: >= 0, in weight units.
+
+    Returns:
+        ``module`` itself, changed in place. It computes something else than before, so follow each layer by a normalization.
+
+    Raises:
+        ValueError: ``eps`` is negative.
+        NoTargetsError: nothing matches.
+        NotSupportedError: as in :func:`weight_normalization`, and filters of one entry.
+
+    Example:
+        >>> layer = weight_standardization(torch.nn.Linear(3, 4))
+        >>> torch.allclose(layer.weight.std(1, correction=0), torch.ones(4))
+        True
+    """
+    if eps < 0:
+        raise ValueError(f"`eps` must be >= 0, got {eps}.")
+    return _register(module, name, lambda weight, split: _WeightStandardization(weight, split, eps))
+
+
+def bounded_weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight", *, length: float | None = None) -> ModuleT:
+    r"""Bounded weight normalization: :math:`W' = \rho\,W/\lVert W\rVert` per filter, with one fixed length :math:`\rho` per layer.
+
+    Hoffer et al., *Norm matters*: like weight normalization, but nothing can grow: the gain is not learned.
+
+    Args:
+        module: a layer, or a whole model.
+        name: as in :func:`weight_normalization`.
+        length: :math:`\rho`, > 0; ``None``: the root mean square of the norms of the layer's filters now. Kept in the state_dict.
+
+    Returns:
+        ``module`` itself, changed in place.
+
+    Raises:
+        ValueError: ``length`` is not positive.
+        NoTargetsError: nothing matches.
+        NotSupportedError: as in :func:`weight_normalization`.
+
+    Example:
+        >>> layer = bounded_weight_normalization(torch.nn.Linear(3, 4), length=2.0)
+        >>> layer.weight.norm(dim=1)
+        tensor([2.0000, 2.0000, 2.0000, 2.0000], grad_fn=<LinalgVectorNormBackward0>)
+    """
+    if length is not None and not 0 < length < math.inf:
+        raise ValueError(f"`length` must be > 0, got {length}.")
+    return _register(module, name, lambda weight, split: _BoundedWeightNormalization(weight, split, length))
+
+
+def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*") -> ModuleT:
+    """Turn weights that this module's functions have parametrized into plain parameters again, with the values that the layers use now.
+
+    Args:
+        module: a layer, or a whole model.
+        name: patterns over the names of the weights (``conv1.weight``), as in :func:`weight_normalization`.
+
+    Returns:
+        ``module`` itself, changed in place.
+
+    Raises:
+        NoTargetsError: nothing matches.
+
+    Example:
+        >>> layer = remove_weight_normalizations(weight_normalization(torch.nn.Linear(3, 4)))
+        >>> [name for name, _ in layer.named_parameters()]
+        ['bias', 'weight']
+    """
+    found = {}
+    for prefix, owner in module.named_modules():
+        if parametrize.is_parametrized(owner):
+            for tensor_name, chain in owner.parametrizations.items():  # type: ignore[union-attr, operator]
+                if isinstance(chain[0], _FilterParametrization):
+                    found[f"{prefix}.{tensor_name}" if prefix else tensor_name] = (owner, tensor_name)
+    for full_name in _matching(name, list(found)):
+        parametrize.remove_parametrizations(*found[full_name], leave_parametrized=True)
+    return module
+
+
+def is_weight_standardized(module: nn.Module, name: str) -> bool:
+    """Whether the parameter ``name`` of ``module`` is the direction of a weight-standardized weight.
+
+    Any parametrization says so by an attribute ``statistic = "std"``.
+
+    Args:
+        module: the model.
+        name: full name of a parameter, e.g. ``"conv1.parametrizations.weight.original"``.
+
+    Example:
+        >>> model = torch.nn.Sequential(weight_standardization(torch.nn.Linear(3, 4)), torch.nn.Linear(4, 2))
+        >>> [is_weight_standardized(model, name) for name in ("0.parametrizations.weight.original", "1.weight")]
+        [True, False]
+    """
+    try:
+        owner = module.get_submodule(name.rpartition(".")[0])
+    except AttributeError:  # a name from before the model was wrapped
+        return False
+    return isinstance(owner, parametrize.ParametrizationList) and any(getattr(step, "statistic", None) == "std" for step in owner)
+
+
+# ---- The parametrizations ----
+
+
+class _Split:
+    """How a weight divides into filters: dims to sum over, after ``split`` has separated the groups of a transposed convolution."""
+
+    def __init__(self, owner: nn.Module, name: str, dims: int) -> None:
+        transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd) and name == "weight"
+        # (C_in, C_out/groups, ...) becomes (groups, C_in/groups, C_out/groups, ...): a filter has one group and one output channel.
+        self.groups = int(owner.groups) if transposed else None  # type: ignore[arg-type]
+        self.dims = (1, *range(3, dims + 1)) if transposed else tuple(range(1, dims))
+
+    def split(self, weight: Tensor) -> Tensor:
+        wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
+        return wide if self.groups is None else wide.unflatten(0, (self.groups, -1))
+
+    def join(self, filters: Tensor, like: Tensor) -> Tensor:
+        return (filters if self.groups is None else filters.flatten(0, 1)).to(like.dtype)
+
+
+class _FilterParametrization(nn.Module):
+    statistic: ClassVar[str] = "norm"  # the size of the direction tensor that its gradient depends on
+    centered: ClassVar[bool] = False
+
+    def __init__(self, weight: Tensor, split: _Split) -> None:
+        super().__init__()
+        self.filters = split
+        if self.centered and math.prod(self.filters.split(weight).shape[d] for d in split.dims) == 1:
+            shape = tuple(weight.shape)
+            raise NotSupportedError(f"A centred filter of one entry is always 0; got a weight of shape {shape}. Exclude it by `name`.")
+
+    def _direction(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The filters, centred or not, and their norms, which broadcast against them."""
+        filters = self.filters.split(weight)
+        if self.centered:
+            filters = filters - filters.mean(self.filters.dims, keepdim=True)
+        return filters, torch.linalg.vector_norm(filters, dim=self.filters.dims, keepdim=True)
+
+
+def _or_one(norm: Tensor) -> Tensor:
+    # A zero filter is divided by 1: it stays zero and gets a finite gradient. A small constant instead would make that gradient enormous.
+    return norm + (norm == 0)
+
+
+class _WeightNormalization(_FilterParametrization):
+    def forward(self, gain: Tensor, weight: Tensor) -> Tensor:
+        filters, norm = self._direction(weight)
+        return self.filters.join(gain * (filters / _or_one(norm)), weight)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self._direction(weight)[1].to(weight.dtype), weight
+
+
+class _CenteredWeightNormalization(_WeightNormalization):
+    centered = True
+
+
+class _WeightStandardization(_FilterParametrization):
+    statistic = "std"
+    centered = True
+
+    def __init__(self, weight: Tensor, split: _Split, eps: float) -> None:
+        super().__init__(weight, split)
+        self.eps = eps
+
+    def forward(self, weight: Tensor) -> Tensor:
+        filters, norm = self._direction(weight)
+        std = norm / math.sqrt(filters.numel() // norm.numel())
+        return self.filters.join(filters / (_or_one(std) + self.eps if self.eps else _or_one(std)), weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+class _BoundedWeightNormalization(_FilterParametrization):
+    length: Tensor
+
+    def __init__(self, weight: Tensor, split: _Split, length: float | None) -> None:
+        super().__init__(weight, split)
+        rms = self._direction(weight.detach())[1].square().mean().sqrt()
+        self.register_buffer("length", rms if length is None else torch.full_like(rms, length))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        filters, norm = self._direction(weight)
+        return self.filters.join(self.length * (filters / _or_one(norm)), weight)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight
+
+
+# ---- One layer or a whole model ----
+
+
+def _register(module: ModuleT, name: str | Sequence[str], make: Callable[[Tensor, _Split], nn.Module]) -> ModuleT:
+    # All are looked at before the first is touched, so that a refusal leaves the model as it was.
+    owners = [_owner(module, full_name) for full_name in _weight_names(module, name)]
+    made = [(owner, tensor_name, make(weight, _Split(owner, tensor_name, weight.dim()))) for owner, tensor_name, weight in owners]
+    for owner, tensor_name, parametrization in made:
+        parametrize.register_parametrization(owner, tensor_name, parametrization)
+    return module
+
+
+def _weight_names(module: nn.Module, name: str | Sequence[str]) -> list[str]:
+    own = isinstance(name, str) and (name in module._parameters or parametrize.is_parametrized(module, name))
+    if own:
+        return [str(name)]
+    candidates = [n for n, p in module.named_parameters(remove_duplicate=False) if ".parametrizations." not in f".{n}" and _dims(p) > 1]
+    return _matching(name, candidates)
+
+
+def _owner(module: nn.Module, full_name: str) -> tuple[nn.Module, str, Tensor]:
+    prefix, _, tensor_name = full_name.rpartition(".")
+    owner = module.get_submodule(prefix)
+    if parametrize.is_parametrized(owner, tensor_name):
+        raise NotSupportedError(f"`{full_name}` is parametrized already. Remove that first, or exclude it by `name`.")
+    weight = owner._parameters[tensor_name]
+    assert weight is not None
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise NotSupportedError(f"`{full_name}` is lazy and has no shape yet. Run the model once first.")
+    if weight.dim() < 2 or not weight.is_floating_point():
+        raise NotSupportedError(
+            "Only weights of two or more dimensions and a floating dtype can be normalized; "
+            f"`{full_name}` has shape {tuple(weight.shape)} and {weight.dtype}. Choose another `name`."
+        )
+    names = [n for n, p in module.named_parameters(remove_duplicate=False) if p is weight]
+    if len(names) > 1:
+        raise NotSupportedError(f"{names} are one tensor, and a parametrization would untie them. Exclude each of them by '!name'.")
+    return owner, tensor_name, weight
+
+
+def _dims(parameter: Tensor) -> int:
+    # A lazy parameter has no dims to ask for; it counts as a weight, so that it is refused by name.
+    return 2 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.dim()
+
+
+def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:
+    patterns = [name] if isinstance(name, str) else list(name)
+    includes = [p for p in patterns if not p.startswith("!")]
+    excludes = [p[1:] for p in patterns if p.startswith("!")]
+    for pattern in (*includes, *excludes):
+        if not any(fnmatchcase(c, pattern) for c in candidates):
+            near = difflib.get_close_matches(pattern, candidates, 3, cutoff=0) or "nothing"
+            raise NoTargetsError(f"`name` {pattern!r} matches none of {len(candidates)} weights; nearest: {near}. Use '*' for all.")
+    chosen = [c for c in candidates if not includes or any(fnmatchcase(c, p) for p in includes)]
+    chosen = [c for c in chosen if not any(fnmatchcase(c, p) for p in excludes)]
+    if not chosen:
+        raise NoTargetsError(f"`name` {patterns} leaves none of the {len(candidates)} weights: {candidates[:3]} ... Exclude fewer.")
+    return chosen
