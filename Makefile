@@ -1,0 +1,44 @@
+# Every target sets up what it needs: a fresh machine needs only make and python3 (>= 3.10).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEEPSPEED := .venv-deepspeed
+
+.PHONY: demo test test-all test-deepspeed lint format types bench clean
+
+# The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $(READY)
+
+demo: $(READY)  ## train a small network twice and draw its effective learning rates
+	$(BIN)/python examples/digits_resnet.py --demo
+
+test: $(READY)  ## everything but what is slow
+	$(BIN)/python -m pytest -m "not slow and not deepspeed"
+
+test-all: $(READY)  ## everything
+	$(BIN)/python -m pytest -m "not deepspeed"
+	$(MAKE) test-deepspeed
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(READY)
+	$(BIN)/mypy
+
+bench: $(READY)  ## the cost of every callback, as ratios to floors and peers measured in the same run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt adamp pytorch_optimizer
+	$(BIN)/python benchmarks/cost.py
+
+clean:
+	rm -rf $(VENV) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

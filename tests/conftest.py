@@ -1,0 +1,21 @@
+"""Every test runs with small models, one thread's worth of noise, our own warnings as errors, and nothing of W&B outside its temporary folder."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("WANDB_SILENT", "true")
+
+
+@pytest.fixture(autouse=True)
+def _isolated(tmp_path, monkeypatch):
+    """A test leaves no file in the repository and no W&B setting behind."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    # WandbLogger(offline=True) sets this for the whole process.
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    torch.manual_seed(0)

@@ -1,0 +1,165 @@
+"""Small LightningModules, their data, and the plain-torch loop that tests compare a Trainer with."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.data import DataLoader, TensorDataset
+
+BATCH = 8
+MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
+
+
+def images(count: int = 4 * BATCH, dtype: torch.dtype = torch.float64) -> TensorDataset:
+    """Noise images of two kinds that a network can tell apart."""
+    generator = torch.Generator().manual_seed(7)
+    labels = torch.arange(count) % 2
+    pictures = torch.randn(count, 1, 6, 6, generator=generator, dtype=torch.float64)
+    pictures[:, :, :3] += labels[:, None, None, None]
+    return TensorDataset(pictures.to(dtype), labels)
+
+
+def loader(count: int = 4 * BATCH, dtype: torch.dtype = torch.float64, batch_size: int = BATCH) -> DataLoader[Any]:
+    """Batches in a fixed order."""
+    return DataLoader(images(count, dtype), batch_size=batch_size)
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.01)
+
+
+def convnet(bias: bool = False, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    """Two convolutions in front of a normalization, and a linear head that is not scale-invariant."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=bias),
+        norm(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, bias=bias),
+        norm(6),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 2),
+    )
+
+
+TARGETS = ["net.0.weight", "net.3.weight"]
+
+
+class Net(L.LightningModule):
+    """A classifier around ``net``; optimizer and scheduler are given as functions."""
+
+    def __init__(
+        self,
+        make_optimizer: MakeOptimizer = sgd,
+        net: nn.Module | None = None,
+        make_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        dtype: torch.dtype = torch.float64,
+    ) -> None:
+        super().__init__()
+        self.net = (convnet() if net is None else net).to(dtype)
+        self.make_optimizer, self.make_scheduler = make_optimizer, make_scheduler
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", F.cross_entropy(self(x), y), prog_bar=False)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": "step"}]
+
+
+class ManualNet(Net):
+    """Two halves, two optimizers, manual optimization: each half steps in turn within a batch."""
+
+    def __init__(self, make_optimizer: MakeOptimizer = sgd, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__(make_optimizer, dtype=dtype)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> None:
+        for optimizer in self.optimizers():
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [self.make_optimizer(self.net[:3].parameters()), self.make_optimizer(self.net[3:].parameters())]
+
+
+def make(model: Callable[..., Net] = Net, seed: int = 1, **arguments: Any) -> Net:
+    """The same initial weights at every call."""
+    torch.manual_seed(seed)
+    return model(**arguments)
+
+
+def trainer(callbacks: list[Any] | None = None, **arguments: Any) -> L.Trainer:
+    """A silent Trainer on one CPU, or whatever ``arguments`` say."""
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 2,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(callbacks=callbacks, **{**defaults, **arguments})
+
+
+def fit(module: Net, callbacks: list[Any] | None = None, data: DataLoader[Any] | None = None, ckpt_path: str | None = None, **arguments: Any) -> L.Trainer:
+    """Fit in silence and hand back the Trainer."""
+    runner = trainer(callbacks, **arguments)
+    with warnings.catch_warnings():
+        # Lightning's advice about loaders and devices is not what these tests are about.
+        warnings.filterwarnings("ignore", module="lightning.*")
+        runner.fit(module, loader(dtype=next(module.parameters()).dtype) if data is None else data, ckpt_path=ckpt_path)
+    return runner
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Largest difference, relative to the largest weight of each tensor."""
+    return max(float((a[k] - b[k].to(a[k].dtype)).abs().max() / b[k].abs().max().clamp_min(1e-30)) for k in a)
+
+
+def gradients(module: Net, batches: list[Any], accumulate: int = 1, transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> Any:
+    """What the reference needs: gradients of the loss of step t at given weights, averaged over ``accumulate`` batches."""
+    buffers = {name: b.clone() for name, b in module.named_buffers()}
+
+    def at(weights: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+        leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
+        mine = {name: b.clone() for name, b in buffers.items()}
+        total: Tensor = torch.zeros((), dtype=torch.float64)
+        for k in range(accumulate):
+            x, y = batches[(step * accumulate + k) % len(batches)]
+            total = total + F.cross_entropy(functional_call(module, {**leaves, **mine}, (x,)), y) / accumulate
+        found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        out = dict(zip(leaves, found, strict=True))
+        return out if transform is None else transform(out)
+
+    return at
