@@ -144,8 +144,8 @@ def bounded_weight_normalization(module: ModuleT, name: str | Sequence[str] = "w
 
     Example:
         >>> layer = bounded_weight_normalization(torch.nn.Linear(3, 4), length=2.0)
-        >>> layer.weight.norm(dim=1)
-        tensor([2.0000, 2.0000, 2.0000, 2.0000], grad_fn=<LinalgVectorNormBackward0>)
+        >>> torch.allclose(layer.weight.norm(dim=1), torch.full((4,), 2.0))
+        True
     """
     if length is not None and not 0 < length < math.inf:
         raise ValueError(f"`length` must be > 0, got {length}.")
