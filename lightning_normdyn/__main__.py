@@ -1,0 +1,344 @@
+"""The command line: ``python -m lightning_normdyn demo | inspect | report``.
+
+Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a log. Exit codes: 0 done, 1 the work failed, 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_normdyn import __version__
+from lightning_normdyn.errors import NormDynError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from lightning_normdyn.history import History
+
+_EXAMPLES = """examples:
+  python -m lightning_normdyn demo
+  python -m lightning_normdyn inspect my_project.models:LitResNet --input-shape 3,32,32 --set depth=18
+  python -m lightning_normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
+"""
+
+_DEMO = """Train a small residual network on scikit-learn's digits twice, with weight decay and with AdaptiveWeightShrink, and write pictures of
+both and a report. Takes about a minute on two cores; needs matplotlib and scikit-learn (pip install 'lightning-normdyn[examples]').
+
+examples:
+  python -m lightning_normdyn demo
+  python -m lightning_normdyn demo --preset tiny --out /tmp/demo
+"""
+
+_INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group or layer, and why. The model is built, run once in
+training mode on random inputs, and thrown away; its code is executed.
+
+examples:
+  python -m lightning_normdyn inspect my_project.models:LitResNet --input-shape 3,32,32 --set depth=18
+  python -m lightning_normdyn inspect examples/digits_resnet.py:ResidualDigits --input-shape 1,8,8
+  python -m lightning_normdyn inspect my_project.text:CharGPT --input-shape 64 --integers 256
+"""
+
+_REPORT = """Write one self-contained HTML file about one or several runs: pictures, comparisons, a sortable table of all layers.
+
+RUN is a history file (.npz), a CSV log (metrics.csv or its folder), or an offline W&B run (its folder; needs wandb). LABEL=RUN names it.
+
+examples:
+  python -m lightning_normdyn report runs/decay/history.npz -o report.html
+  python -m lightning_normdyn report decay=runs/decay aws=runs/aws -o report.html
+  python -m lightning_normdyn report wandb/offline-run-20260101_120000-abcdefgh
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        arguments: what stands behind ``python -m lightning_normdyn``; those of this process if None.
+
+    Returns:
+        the exit code: 0 done, 1 the work failed. Wrong usage leaves by ``SystemExit(2)``.
+
+    Example:
+        >>> main(["report", "nowhere.npz"])
+        1
+    """
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader has seen enough (`... | head`); Python must not complain about it at exit either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if options.traceback:
+            raise
+        known = isinstance(error, (NormDynError, OSError))
+        hint = "" if known else f" ({type(error).__name__}; run again with --traceback to see where)"
+        print(f"error: {error}{hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--traceback", action="store_true", help="show where an error comes from")
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_normdyn",
+        description="See the effective learning rate of a model.",
+        epilog=_EXAMPLES,
+        formatter_class=layout,
+    )
+    parser.add_argument("--version", action="version", version=f"lightning-normdyn {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,report}")
+
+    demo = commands.add_parser(
+        "demo", help="train a small network twice and look at it", description=_DEMO, formatter_class=layout, parents=[shared]
+    )
+    demo.add_argument("--out", type=Path, default=Path("runs") / "demo", help="folder to write to (default: runs/demo)")
+    demo.add_argument("--preset", choices=("tiny", "default"), default="default", help="tiny: a few seconds, too short to see much")
+    demo.set_defaults(command=_demo)
+
+    inspect = commands.add_parser(
+        "inspect", help="which weights are scale-invariant", description=_INSPECT, formatter_class=layout, parents=[shared]
+    )
+    inspect.add_argument(
+        "model", metavar="MODULE:CLASS", type=_model_name, help="importable module, or file.py, and the class of the model in it"
+    )
+    inspect.add_argument(
+        "--input-shape",
+        metavar="N,N,...",
+        type=_shape,
+        action="append",
+        help="of one example, without the batch; once per input of the model",
+    )
+    inspect.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="examples in the batch (default: 8)")
+    inspect.add_argument(
+        "--integers", metavar="HIGH", type=_positive, help="inputs are whole numbers below HIGH (token ids), not normal numbers"
+    )
+    inspect.add_argument(
+        "--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], help="argument of the class; once per argument"
+    )
+    inspect.set_defaults(command=_inspect)
+
+    report = commands.add_parser("report", help="one HTML file about runs", description=_REPORT, formatter_class=layout, parents=[shared])
+    report.add_argument("runs", metavar="RUN", nargs="+", help="history file, CSV log or offline W&B run; LABEL=RUN names it")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="file to write (default: report.html)")
+    report.set_defaults(command=_report)
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------------------------ demo
+
+
+def _demo(options: argparse.Namespace) -> None:
+    package = Path(__file__).parent
+    places = [folder / "examples" / "digits_resnet.py" for folder in (package.parent, package)]
+    example = next((place for place in places if place.is_file()), None)
+    if example is None:
+        raise NormDynError(
+            f"the demonstration is examples/digits_resnet.py of the source tree, and there is none beside {package}. "
+            "Get it with `pip download --no-deps --no-binary lightning-normdyn lightning-normdyn` and unpack it."
+        )
+    command = [sys.executable, str(example), "--demo", "--preset", options.preset, "--out", str(options.out), "--logger", "csv"]
+    watched = sys.stderr.isatty()
+    done = subprocess.run(command, capture_output=not watched, text=True, errors="replace", check=False)
+    if done.returncode:
+        said = (done.stderr or "").strip().splitlines()
+        raise NormDynError(f"the demonstration failed{': ' + said[-1].removeprefix('error: ') if said else ''}.")
+
+    from lightning_normdyn.report import load_run, write_report
+
+    runs = {label: load_run(options.out / folder) for label, folder in (("weight decay", "decay"), ("AdaptiveWeightShrink", "aws"))}
+    report = write_report(runs, options.out / "report.html", _say)
+    for path in (*sorted(options.out.glob("*.png")), report):
+        print(path)
+
+
+# ------------------------------------------------------------------------------------------------------------------ inspect
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from lightning_normdyn.targets import inspect_module, targets_table
+
+    module = _build(options.model, dict(options.set))
+    inputs = _inputs(module, options)
+    _say("running one forward pass")
+    try:
+        verdicts = inspect_module(module, *inputs)
+    except NormDynError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(tuple(each.shape)) for each in inputs if hasattr(each, "shape"))
+        raise NormDynError(
+            f"`{options.model}` does not run on inputs of shape {shapes}: {_first_line(error)}. Check --input-shape."
+        ) from error
+    print(targets_table(verdicts))
+
+
+def _build(name: str, settings: dict[str, Any]) -> nn.Module:
+    from torch import nn
+
+    source, _, attribute = name.rpartition(":")
+    _say(f"importing {source}")
+    with _importing_from_here():
+        try:
+            made = getattr(_import(source), attribute)
+        except AttributeError as error:
+            raise NormDynError(f"`{source}` has no `{attribute}`.") from error
+        except Exception as error:
+            raise NormDynError(f"`{source}` cannot be imported: {_first_line(error)}.") from error
+        try:
+            module = made(**settings)
+        except Exception as error:
+            raise NormDynError(f"`{attribute}` cannot be built: {_first_line(error)}. Give its arguments with --set KEY=VALUE.") from error
+    if not isinstance(module, nn.Module):
+        raise NormDynError(f"`{name}` gives {type(module).__name__}, and a torch.nn.Module or LightningModule is needed.")
+    return module
+
+
+def _import(source: str) -> Any:
+    if not source.endswith(".py"):
+        return importlib.import_module(source)
+    path = Path(source).resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    sys.path.insert(0, str(path.parent))  # so that it finds its neighbours, as when it is run
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """Find modules in the working folder too, whatever started this process."""
+    before = list(sys.path)
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
+    import torch
+
+    if options.input_shape:
+        return tuple(_random_input((options.batch_size, *shape), options.integers) for shape in options.input_shape)
+    example = getattr(module, "example_input_array", None)
+    if isinstance(example, torch.Tensor):
+        return (example,)
+    if isinstance(example, tuple):
+        return example
+    raise NormDynError(f"`{options.model}` has no `example_input_array` of tensors; give --input-shape, e.g. --input-shape 3,32,32.")
+
+
+def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(shape, generator=generator) if below is None else torch.randint(below, shape, generator=generator)
+
+
+# ------------------------------------------------------------------------------------------------------------------ report
+
+
+def _report(options: argparse.Namespace) -> None:
+    from lightning_normdyn.report import load_run, write_report
+
+    named = [_named_run(text) for text in options.runs]
+    output = options.output.resolve()
+    if options.output.is_dir():
+        raise NormDynError(f"`{options.output}` is a folder; name the file to write with -o, e.g. -o {options.output / 'report.html'}.")
+    if any(output == path.resolve() for _, path in named):
+        raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
+    runs: dict[str, History] = {}
+    for label, path in _distinct(named):
+        _say(f"reading {path}")
+        runs[label] = load_run(path)
+    print(write_report(runs, options.output, _say))
+
+
+def _named_run(text: str) -> tuple[str | None, Path]:
+    label, equals, path = text.partition("=")
+    if not equals or not label or Path(text).exists():
+        return None, Path(text)
+    return label, Path(path)
+
+
+def _distinct(named: Sequence[tuple[str | None, Path]]) -> Iterator[tuple[str, Path]]:
+    """Labels for runs: as given, else as much of the end of the path as tells them apart."""
+    parts = [
+        path.resolve().with_suffix("").parts if path.suffix in (".npz", ".csv", ".wandb") else path.resolve().parts for _, path in named
+    ]
+    parts = [each[:-1] if len(each) > 2 and each[-1] in ("history", "metrics") else each for each in parts]
+    used: dict[str, int] = {}
+    for (label, path), mine in zip(named, parts, strict=True):
+        length = 1
+        while length < len(mine) and sum(other[-length:] == mine[-length:] for other in parts) > 1:
+            length += 1
+        label = label or "/".join(mine[-length:])
+        used[label] = used.get(label, 0) + 1
+        yield (label if used[label] == 1 else f"{label} ({used[label]})"), path
+
+
+# ------------------------------------------------------------------------------------------------------------------ words
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+
+
+def _model_name(text: str) -> str:
+    source, _, attribute = text.rpartition(":")
+    if not source or not attribute.isidentifier():
+        raise argparse.ArgumentTypeError(f"MODULE:CLASS is needed, got {text!r}")
+    return text
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    return tuple(_positive(size) for size in text.split(","))
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"whole numbers above 0 are needed, got {text!r}")
+    return value
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise argparse.ArgumentTypeError(f"KEY=VALUE is needed, got {text!r}")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value  # a word, e.g. --set norm=batch
+
+
+if __name__ == "__main__":
+    sys.exit(main())
