@@ -9,8 +9,8 @@ Two rules hold for every function here.
   float16 inputs.
 - **Vectors that have no answer.** A *measurement* that needs a direction is NaN for a vector that is zero or holds an infinity or
   a NaN, so that a caller can leave it out of an average and count it; an *action* on such a vector is the identity (factor 1,
-  nothing projected), so that it is left alone. The exception is :func:`gradient_cosine`, which is 0 where one of the two vectors
-  is zero, as the gate of SGDP and AdamP has it.
+  nothing projected), so that it is left alone. The exceptions are :func:`gradient_cosine`, which is 0 where one of the two vectors
+  is zero, as the gate of SGDP and AdamP has it, and :func:`radial_coefficient`, which is also what a projection takes away.
 
 Sources: "AWS paper" is *Understanding the Disharmony between Weight Normalization Family and Weight Decay* (AAAI 2020); "WRS
 paper" is *The Implicit Biases of Stochastic Gradient Descent on Deep Neural Networks with Batch Normalization*; "SGDP/AdamP" is

@@ -218,4 +218,5 @@ def rescale_batch_norm_(running_mean: Tensor | None, running_var: Tensor | None,
 def _step_module(optimizer: Optimizer) -> str:
     # torch wraps the step of every class that it instantiates and LR schedulers wrap it on the instance; each wrapper names what it
     # wraps. The class is asked, so that a scheduler is no reason to refuse.
-    return inspect.unwrap(type(optimizer).step).__module__
+    module: str = inspect.unwrap(type(optimizer).step).__module__
+    return module

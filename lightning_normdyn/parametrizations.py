@@ -173,7 +173,7 @@ def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*
     found = {}
     for prefix, owner in module.named_modules():
         if parametrize.is_parametrized(owner):
-            for tensor_name, chain in owner.parametrizations.items():  # type: ignore[union-attr, operator]
+            for tensor_name, chain in owner.parametrizations.items():
                 if isinstance(chain[0], _FilterParametrization):
                     found[f"{prefix}.{tensor_name}" if prefix else tensor_name] = (owner, tensor_name)
     for full_name in _matching(name, list(found)):
@@ -216,7 +216,7 @@ class _Split:
 
     def split(self, weight: Tensor) -> Tensor:
         wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-        return wide if self.groups is None else wide.unflatten(0, (self.groups, -1))
+        return wide if self.groups is None else wide.reshape(self.groups, -1, *wide.shape[1:])
 
     def join(self, filters: Tensor, like: Tensor) -> Tensor:
         return (filters if self.groups is None else filters.flatten(0, 1)).to(like.dtype)

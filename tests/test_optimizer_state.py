@@ -203,6 +203,7 @@ def test_schedule_free_is_refused_always(mark):
         (torch.optim.Adadelta, {}, "coupled"),
         (torch.optim.ASGD, {}, "coupled"),
         (torch.optim.Adafactor, {}, "decoupled"),
+        *([(torch.optim.Muon, {}, "decoupled")] if hasattr(torch.optim, "Muon") else []),
     ],
 )
 def test_decay_kind_is_what_a_step_without_gradient_does(optimizer_class, options, kind):
