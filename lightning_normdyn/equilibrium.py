@@ -46,6 +46,7 @@ __all__ = [
     "nrq_norm",
     "relaxation_steps",
     "step_response",
+    "steps_like",
     "steps_to_overflow",
     "steps_to_underflow",
     "total_decay",
@@ -182,18 +183,18 @@ def _step_of(optimizer_class: type) -> Any:
     return inspect.unwrap(getattr(optimizer_class, "step", _step_of))
 
 
-def _keeps_step(optimizer_class: type, known: type) -> bool:
+def steps_like(optimizer_class: type, known: type) -> bool:
     """Whether ``optimizer_class`` steps exactly as ``known``: a subclass with a step of its own is an optimizer nobody has derived."""
     return issubclass(optimizer_class, known) and _step_of(optimizer_class) is _step_of(known)
 
 
 def _own_response(optimizer_class: type, group: Mapping[str, Any]) -> StepResponse | None:
     for known, rule in _TORCH_RULES:
-        if _keeps_step(optimizer_class, known):
+        if steps_like(optimizer_class, known):
             return rule(group)
     for known in optimizer_class.__mro__:
         rule_and_keys = _NAMED_RULES.get(known.__name__)
-        if rule_and_keys is not None and _keeps_step(optimizer_class, known):
+        if rule_and_keys is not None and steps_like(optimizer_class, known):
             named_rule, keys = rule_and_keys
             return named_rule(group) if all(key in group for key in ("lr", "weight_decay", *keys)) else None
     return None
