@@ -249,10 +249,11 @@ def _or_one(norm: Tensor) -> Tensor:
 class _WeightNormalization(_FilterParametrization):
     def forward(self, gain: Tensor, weight: Tensor) -> Tensor:
         filters, norm = self._direction(weight)
-        return self.filters.join(gain * (filters / _or_one(norm)), weight)
+        return self.filters.join(gain.reshape(norm.shape) * (filters / _or_one(norm)), weight)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return self._direction(weight)[1].to(weight.dtype), weight
+        # One number per row, whatever the layer: a gain must never look like a vector.
+        return self._direction(weight)[1].reshape(-1, *[1] * (weight.dim() - 1)).to(weight.dtype), weight
 
 
 class _CenteredWeightNormalization(_WeightNormalization):

@@ -98,6 +98,7 @@ def test_filters_of_a_transposed_convolution(normalize, groups):
     torch.testing.assert_close(layer(x), out)
     if normalize is weight_normalization:
         torch.testing.assert_close(layer.weight, before)
+        assert layer.parametrizations.weight.original0.shape == (6, 1, 1, 1)
 
 
 class Net(nn.Module):
