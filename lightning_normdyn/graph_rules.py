@@ -4,10 +4,11 @@ Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor 
 
 .. math:: T_i \to c_{r(i)}^{k}\, (T_i - b_i) + b_i
 
-with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not scale (a bias). A `Flow` holds this answer, a *rule* says how
-one operation changes it, and `follow` walks the graph of a real loss from the weights to the loss. Where an operation mixes entries of several rows,
-these rows are united: from there on they must be scaled together. What reaches degree 0 no longer depends on the scale. Whatever is not
-understood, or reaches the loss, unites its rows with class 0, "must not be scaled". So an unknown operation can only cost a target, never invent one.
+with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not scale (a bias). A `Flow` holds this
+answer, a *rule* says how one operation changes it, and `follow` walks the graph of a real loss from the weights to the loss. Where an
+operation mixes entries of several rows, these rows are united: from there on they must be scaled together. What reaches degree 0 no
+longer depends on the scale. Whatever is not understood, or reaches the loss, unites its rows with class 0, "must not be scaled". So an
+unknown operation can only cost a target, never invent one.
 
 Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
 """
@@ -48,12 +49,19 @@ class Offset:
     Args:
         varies: for each dimension of the tensor, whether the offset may differ along it.
         token: equal tokens mean equal offsets (``x - x.mean()`` has none).
-        parameter: the bias it is, entry for entry (again from the start, if there are more) along the one dimension it varies along; None when changed on the way.
+        parameter: the bias it is, entry for entry along the one dimension it varies along (again from its start, where that is longer);
+            None when it was changed on the way.
+        what: it is, in words.
     """
 
     varies: tuple[bool, ...]
     token: Hashable
     parameter: str | None = None
+    what: str = "something that does not scale"
+
+    def changed(self, varies: Iterable[bool]) -> Offset:
+        """After an operation that leaves another value, varying along ``varies``."""
+        return replace(self, varies=tuple(varies), token=next(_tokens), parameter=None)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,8 @@ class Step:
 class Operation:
     """One operation while the scale of one weight is followed through it: what a rule gets to see.
 
-    ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None: a constant, shape unknown), ``outputs`` the shapes of its outputs.
+    ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None: a constant, shape unknown), ``outputs``
+    the shapes of its outputs.
     """
 
     def __init__(self, step: Step, rows: Rows, graph: Graph) -> None:
@@ -198,8 +207,7 @@ class Operation:
         """The result of a normalization over ``dims`` that removes mean and scale (BatchNorm, LayerNorm)."""
         dims = [d % flow.rows.ndim for d in dims]
         if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
-            what = f"bias {flow.offset.parameter}" if flow.offset.parameter else "something that does not scale"
-            raise Blocked(f"{what} is added before {self.place} and differs within what is normalized together")
+            raise Blocked(f"{flow.offset.what} is added before {self.place} and differs within what is normalized together")
         return Flow(0, self.same_factor(flow.rows, dims))
 
     def forgive(self, flow: Flow, what: str) -> Flow:
@@ -346,10 +354,15 @@ def _apply(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow 
     if rule is None:
         raise Blocked(
             f"{operation.place} does not commute with a change of scale"
-            if operation.name in NOT_HOMOGENEOUS
+            if operation.name.removesuffix("0").removesuffix("Backward") in NOT_HOMOGENEOUS.split()
             else f"no rule for {operation.place} (`register_rule` adds one)"
         )
-    result = rule(operation, flows)
+    try:
+        result = rule(operation, flows)
+    except Blocked:
+        raise
+    except Exception as error:  # a rule that meets something unforeseen costs a target, not a training run
+        raise Blocked(f"the rule for {operation.place} failed ({type(error).__name__}: {error})") from None
     return result if isinstance(result, (list, tuple)) else [result]  # type: ignore[list-item]
 
 
@@ -380,9 +393,9 @@ def signed(value: Any) -> Any:
 _tokens = count()
 
 
-def fresh(varies: Iterable[bool], parameter: str | None = None) -> Offset:
+def new_offset(varies: Iterable[bool], parameter: str | None = None, what: str = "something that does not scale") -> Offset:
     """An offset that equals no other."""
-    return Offset(tuple(varies), next(_tokens), parameter)
+    return Offset(tuple(varies), next(_tokens), parameter, f"bias {parameter}" if parameter else what)
 
 
 def lift(flow: Flow, ndim: int) -> Flow:
@@ -398,7 +411,7 @@ def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
     """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape: along all."""
     if shape is None:
         return (True,) * ndim
-    return (False,) * (ndim - len(shape)) + tuple(n > 1 for n in shape)
+    return (*[False] * (ndim - len(shape)), *(n > 1 for n in shape))
 
 
 def either(a: Iterable[bool], b: Iterable[bool]) -> tuple[bool, ...]:
@@ -417,8 +430,7 @@ def only(operation: Operation, flows: Sequence[Flow | None], k: int = 0) -> Flow
 def pure(operation: Operation, flow: Flow) -> Flow:
     """The flow, if nothing constant was added to it."""
     if flow.offset is not None:
-        what = f"bias {flow.offset.parameter}" if flow.offset.parameter else "something that does not scale"
-        raise Blocked(f"{what} is added before {operation.place}")
+        raise Blocked(f"{flow.offset.what} is added before {operation.place}")
     return flow
 
 
@@ -457,7 +469,9 @@ def _blocks(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
 def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
     """A view or reshape. Blocks of dimensions along which nothing differs are never expanded."""
     if 0 in old:
-        return Flow(flow.degree, flow.rows.flatten()[:1].reshape((1,) * len(new)), flow.offset and fresh([True] * len(new)), flow.sign)
+        return Flow(
+            flow.degree, flow.rows.flatten()[:1].reshape((1,) * len(new)), flow.offset and flow.offset.changed([True] * len(new)), flow.sign
+        )
     full, result, varies, parameter = list(flow.rows.shape), [1] * len(new), [False] * len(new), flow.offset and flow.offset.parameter
     for before, after in _blocks(old, new):
         if any(flow.rows.size(d) > 1 for d in before):
@@ -470,37 +484,40 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
                 varies[d] = new[d] > 1
             periodic = not any(flow.offset.varies[d] for d in before[:-1]) and sum(new[d] > 1 for d in after) == 1 and new[after[-1]] > 1
             parameter = parameter if periodic else None
-    offset = flow.offset and Offset(tuple(varies), (flow.offset.token, new), parameter)
+    offset = None
+    if flow.offset is not None:  # broadcasting aligns at the right: what happens in front of the dims it varies along changes nothing
+        tail = len(old) - flow.offset.varies.index(True) if any(flow.offset.varies) else 0
+        token = flow.offset.token if old[len(old) - tail :] == new[len(new) - tail :] else (flow.offset.token, new)
+        offset = replace(flow.offset, varies=tuple(varies), token=token, parameter=parameter)
     return replace(flow, rows=compact(flow.rows.expand(full).reshape(result)), offset=offset)
 
 
 def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
     """A permutation of dimensions."""
     dims = [d % flow.rows.ndim for d in dims]
-    offset = flow.offset and Offset(tuple(flow.offset.varies[d] for d in dims), (flow.offset.token, tuple(dims)), flow.offset.parameter)
+    offset = flow.offset
+    if offset is not None:
+        offset = replace(offset, varies=tuple(offset.varies[d] for d in dims), token=(offset.token, tuple(dims)))
     return replace(flow, rows=flow.rows.permute(dims), offset=offset)
 
 
 def moved(flow: Flow, rows: Tensor) -> Flow:
     """The flow after entries were moved along some dimension: new rows, and an offset that is no longer the same."""
-    return replace(flow, rows=rows, offset=flow.offset and fresh(flow.offset.varies))
+    return replace(flow, rows=rows, offset=flow.offset and flow.offset.changed(flow.offset.varies))
 
 
 def everywhere(flow: Flow) -> Offset | None:
     """The offset after an operation that may make it differ anywhere."""
-    return flow.offset and fresh([True] * flow.rows.ndim)
+    return flow.offset and flow.offset.changed([True] * flow.rows.ndim)
 
 
 # ---------------------------------------------------------------------------------------------------------------- elementwise
 
-NOT_HOMOGENEOUS = frozenset(
-    f"{name}Backward{k}"
-    for k in (0, 1)
-    for name in (
-        "Gelu Silu Sigmoid Tanh Softmax LogSoftmax Softplus Elu Celu Selu Hardtanh Hardswish Hardsigmoid Mish Exp Expm1 Log Log1P LogSigmoid Logsumexp Glu "
-        "Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv SoftMarginLoss Prod Threshold Where"
-    ).split()
-)
+NOT_HOMOGENEOUS = """
+    Gelu Silu Sigmoid Tanh Softmax LogSoftmax Softplus Elu Celu Hardtanh Hardswish Hardsigmoid Mish Exp Expm1 Log Log1P LogSigmoid Logsumexp
+    Glu Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv SoftMarginLoss Prod
+    Threshold
+"""
 
 
 @_rule(
@@ -511,7 +528,7 @@ NOT_HOMOGENEOUS = frozenset(
 def unchanged(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
     """Copies, casts, and the marks that strategies leave in the graph: input k becomes output k."""
     if operation.name == "NegBackward0":
-        return [flow and replace(flow, sign=Sign.ANY, offset=flow.offset and fresh(flow.offset.varies)) for flow in flows]
+        return [flow and replace(flow, sign=Sign.ANY, offset=flow.offset and flow.offset.changed(flow.offset.varies)) for flow in flows]
     return flows
 
 
@@ -551,7 +568,7 @@ def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     assert flow is not None
     scalar = len(flows) == 1  # the overload with a python number
     other = () if scalar else operation.inputs[1 if a is not None else 0]
-    offset = flow.offset and fresh(either(flow.offset.varies, varying(other, ndim)))
+    offset = flow.offset and flow.offset.changed(either(flow.offset.varies, varying(other, ndim)))
     return replace(flow, offset=offset, sign=flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY)
 
 
@@ -565,9 +582,9 @@ def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         offset = a.offset or b.offset
         if a.offset is not None and b.offset is not None:
             same = a.offset.token == b.offset.token and operation.name.startswith("Sub")  # x - mean(x): what was added cancels
-            offset = None if same else fresh(either(a.offset.varies, b.offset.varies))
+            offset = None if same else a.offset.changed(either(a.offset.varies, b.offset.varies))
         elif offset is not None:
-            offset = fresh(offset.varies)
+            offset = offset.changed(offset.varies)
         sign = min(a.sign, b.sign) if operation.name.startswith("Add") else Sign.ANY
         return Flow(a.degree, operation.unite(a.rows, b.rows), offset, sign)
     k = 1 if a is not None else 0
@@ -586,9 +603,10 @@ def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 def _shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None) -> Flow:
     """The flow plus something constant."""
+    offset = new_offset(varies, parameter if sum(varies) == 1 else None)
     if flow.offset is not None:
-        varies, parameter = either(varies, flow.offset.varies), None
-    return replace(flow, offset=fresh(varies, parameter if sum(varies) == 1 else None), sign=Sign.ANY)
+        offset = flow.offset.changed(either(varies, flow.offset.varies))
+    return replace(flow, offset=offset, sign=Sign.ANY)
 
 
 @_rule("MaximumBackward0", "MinimumBackward0")
@@ -664,7 +682,7 @@ def _repeat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 @_rule("SelectBackward0")
 def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
-    offset = flow.offset and fresh(v for d, v in enumerate(flow.offset.varies) if d != dim)
+    offset = flow.offset and flow.offset.changed(v for d, v in enumerate(flow.offset.varies) if d != dim)
     return replace(flow, rows=flow.rows.select(dim, operation.attribute("index") if flow.rows.size(dim) > 1 else 0), offset=offset)
 
 
@@ -684,9 +702,9 @@ def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _split(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
     if operation.name == "UnbindBackward0":
-        offset = flow.offset and fresh(v for d, v in enumerate(flow.offset.varies) if d != dim)
+        offset = flow.offset and flow.offset.changed(v for d, v in enumerate(flow.offset.varies) if d != dim)
         pieces = expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim)
-        return [replace(flow, rows=piece, offset=offset and fresh(offset.varies)) for piece in pieces]
+        return [replace(flow, rows=piece, offset=offset and offset.changed(offset.varies)) for piece in pieces]
     if flow.rows.size(dim) == 1:
         return [moved(flow, flow.rows) for _ in operation.outputs]
     return [moved(flow, piece) for piece in flow.rows.split([shape[dim] for shape in operation.outputs], dim)]
@@ -714,7 +732,7 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     for flow in present:
         if flow.offset is not None:
             varies = (*flow.offset.varies[:dim], True, *flow.offset.varies[dim if stack else dim + 1 :])
-            offset = fresh(varies if offset is None else either(varies, offset.varies))
+            offset = flow.offset.changed(varies if offset is None else either(varies, offset.varies))
     return Flow(present[0].degree, compact(rows), offset, min(flow.sign for flow in present) if len(present) == len(flows) else Sign.ANY)
 
 
@@ -751,7 +769,7 @@ def _diagonal(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = only(operation, flows)
     i, j = operation.attribute("dim1"), operation.attribute("dim2")
     rows = expanded(flow.rows, _known(operation.inputs[0]), [i, j]).diagonal(operation.attribute("offset"), i, j)
-    return replace(flow, rows=compact(rows), offset=flow.offset and fresh([True] * rows.ndim))
+    return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
 @_rule("UnfoldBackward0")
@@ -760,7 +778,7 @@ def _unfold(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     rows = flow.rows.unsqueeze(-1)
     if flow.rows.size(dim) > 1:
         rows = flow.rows.unfold(dim, operation.attribute("size"), operation.attribute("step"))
-    return replace(flow, rows=compact(rows), offset=flow.offset and fresh([True] * rows.ndim))
+    return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
 @_rule("IndexBackward0", "IndexSelectBackward0")
@@ -774,7 +792,7 @@ def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         dim = operation.attribute("dim") % len(shape)
         return moved(flow, compact(expanded(flow.rows, shape, [dim]).index_select(dim, index.cpu())))
     rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
-    return replace(flow, rows=compact(rows), offset=flow.offset and fresh([True] * rows.ndim))
+    return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
 @_rule(
@@ -808,7 +826,7 @@ def _pad(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         operation.rows.assumed = True
     inside = [amount if flow.rows.size(ndim - 1 - k // 2) > 1 else 0 for k, amount in enumerate(amounts)]
     rows = nn.functional.pad(flow.rows, inside) if any(inside) else flow.rows
-    offset = flow.offset and fresh(v or d in padded for d, v in enumerate(flow.offset.varies))
+    offset = flow.offset and flow.offset.changed(v or d in padded for d, v in enumerate(flow.offset.varies))
     return replace(flow, rows=rows, offset=offset)
 
 
@@ -829,7 +847,9 @@ def _reduced(
     if len(out) != rows.ndim:
         keep = [d for d in range(rows.ndim) if d not in dims]
         rows = rows.reshape([rows.size(d) for d in keep])
-        offset = offset and Offset(tuple(offset.varies[d] for d in keep), (offset.token, "squeezed"), offset.parameter)
+        if offset is not None:  # broadcasting aligns at the right: dims removed in front change nothing
+            in_front = all(d < v for d in dims for v, varies in enumerate(offset.varies) if varies)
+            offset = replace(offset, varies=tuple(offset.varies[d] for d in keep), token=offset.token if in_front else next(_tokens))
     return Flow(flow.degree * degree, rows, offset, sign)
 
 
@@ -846,7 +866,9 @@ def _sum(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dims = only(operation, flows), _reduction_dims(operation)
     offset = flow.offset
     if offset is not None and (operation.name.startswith("Sum") or any(offset.varies[d] for d in dims)):
-        offset = fresh(v and d not in dims for d, v in enumerate(offset.varies))  # else the mean of what is constant is the same constant
+        offset = offset.changed(
+            v and d not in dims for d, v in enumerate(offset.varies)
+        )  # else the mean of what is constant is the same constant
     sign = Sign.STATISTIC if flow.sign != Sign.ANY else Sign.ANY
     return _reduced(operation, flow, dims, operation.outputs[0], offset=offset, sign=sign)
 
@@ -918,7 +940,7 @@ def _pool(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
             pure(operation, flow)
         zeros = any(operation.attribute("padding") or ()) and operation.attribute("count_include_pad", False)
         if zeros or operation.attribute("divisor_override") or operation.name.startswith("Grid"):
-            offset = fresh(v or d in dims for d, v in enumerate(offset.varies))
+            offset = offset.changed(v or d in dims for d, v in enumerate(offset.varies))
     return Flow(flow.degree, operation.same_factor(flow.rows, dims), offset)
 
 
@@ -928,7 +950,7 @@ def _im2col(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     rows = operation.same_factor(flow.rows, [-1, -2]).squeeze(-1)
     if rows.size(-2) > 1:
         rows = rows.repeat_interleave(operation.outputs[0][-2] // shape[-3], -2)
-    return Flow(flow.degree, rows, flow.offset and fresh([True] * rows.ndim))
+    return Flow(flow.degree, rows, flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
 # ---------------------------------------------------------------------------------------------------------------- linear maps
@@ -947,9 +969,7 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     offset = flow.offset
     if offset is not None:  # the other factor may differ along its own dimensions, and over the batch
         kept = rows.ndim - 2 if a is not None else rows.ndim - 1
-        offset = fresh(offset.varies[d] if d == kept else True for d in range(rows.ndim))
-        if rows.ndim == 2 and a is not None:
-            offset = fresh((offset.varies[0], True))
+        offset = offset.changed(offset.varies[d] if d == kept else True for d in range(rows.ndim))
     return Flow(flow.degree, rows, offset)
 
 
@@ -1025,7 +1045,7 @@ def _convolution(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         parts.append(compact(rows.reshape(rows.size(0), -1)))
         if x.offset is not None:
             border = any(operation.attribute("padding")) or operation.attribute("transposed")  # what is added meets the zeros around it
-            offset = fresh([x.offset.varies[0], True, *(border or x.offset.varies[d] for d in spatial)])
+            offset = x.offset.changed([x.offset.varies[0], True, *(border or x.offset.varies[d] for d in spatial)])
     if weight is not None:
         pure(operation, weight)
         shape = _known(operation.inputs[1])
@@ -1072,10 +1092,13 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     "ScaledDotProductEfficientAttentionBackward0",
     "ScaledDotProductCudnnAttentionBackward0", "ScaledDotProductFusedAttentionOverrideableBackward0",
 )  # fmt: skip
-def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    if flows[0] is not None or flows[1] is not None:
-        raise Blocked(f"queries and keys enter a softmax in {operation.place}")
-    value = only(operation, flows, 2)
+def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | None:
+    for flow in flows[:2]:
+        if flow is not None:  # only these rows are lost: those of the values in the same weight may be free
+            operation.rows.forbid(flow.rows, f"queries and keys enter a softmax in {operation.place}")
+    value = flows[2]
+    if value is None:
+        return None
     return Flow(value.degree, operation.same_factor(value.rows, [-2]), everywhere(value))
 
 
@@ -1093,8 +1116,10 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, channels = only(operation, flows), _known(operation.inputs[0])[1]
     ndim = flow.rows.ndim
     if not operation.attribute("training", True):  # frozen, or in eval mode: an affine map
-        offset = fresh(d == 1 for d in range(ndim))
-        return replace(flow, offset=offset if flow.offset is None else fresh(either(offset.varies, flow.offset.varies)), sign=Sign.ANY)
+        offset = new_offset((d == 1 for d in range(ndim)), what=f"the fixed mean of {operation.module[0] or operation.name}")
+        return replace(
+            flow, offset=offset if flow.offset is None else offset.changed(either(offset.varies, flow.offset.varies)), sign=Sign.ANY
+        )
     result = operation.normalized(flow, [d for d in range(ndim) if d != 1])
     _large_epsilon(operation)
     rows = result.rows.expand(1, channels, *result.rows.shape[2:]).reshape(-1)

@@ -1,7 +1,8 @@
 """Which weights are scale-invariant, at which granularity, because of which normalization, and how that is known.
 
-*Structure* is read from the autograd graph of a real training loss (`ScaleInvarianceSearch`; the rules are in ``graph_rules.py``). *Number* is a pooled
-Euler test on real gradients that can only withdraw a claim (`EulerTest`). *Function* is `verify_scale_invariance`: rescale what is claimed, compare outputs.
+*Structure* is read from the autograd graph of a real training loss (`ScaleInvarianceSearch`; the rules are in ``graph_rules.py``).
+*Number* is a pooled Euler test on real gradients that can only withdraw a claim (`EulerTest`). *Function* is
+`verify_scale_invariance`: rescale what is claimed, compare outputs.
 
 Letters: n vectors of one weight, d entries of a vector.
 """
@@ -89,8 +90,8 @@ def normalize_params(params: str | Sequence[str]) -> list[str]:
 def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]], what: str = "weights") -> list[int]:
     """Indices of the weights that ``params`` means.
 
-    Patterns are `fnmatch.fnmatchcase` globs on parameter names, so ``*`` crosses dots. ``"!pattern"`` excludes, after all includes; only excludes mean all of
-    ``names`` minus them. A tied weight matches under each of its names.
+    Patterns are `fnmatch.fnmatchcase` globs on parameter names, so ``*`` crosses dots. ``"!pattern"`` excludes, after all includes; only
+    excludes mean all of ``names`` minus them. A tied weight matches under each of its names.
 
     Args:
         params: as `normalize_params` takes it.
@@ -116,8 +117,8 @@ def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]]
             near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
             closest = f" The nearest: {', '.join(near)}." if near else ""
             raise NoTargetsError(
-                f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} {what}: {shown or '(there are none)'}.{closest} "
-                "Correct the pattern, or use params='auto'."
+                f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} {what}: "
+                f"{shown or '(there are none)'}.{closest} Correct the pattern, or use params='auto'."
             )
         return found
 
@@ -157,7 +158,7 @@ class Verdict:
         name: first name of the weight.
         shape: full shape.
         partition: its vectors; None if no row is scale-invariant, or not decided.
-        kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector); ``"no"``; ``"unknown"`` (in no loss so far).
+        kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector); ``"no"``; ``"unknown"`` (in no loss yet).
         norms: names of the normalization modules that make it so; ``"DivBackward0 in block.attn"`` where one was written by hand.
         reason: for ``"no"``, ``"partly"`` and ``"unknown"``: why, in words.
         eps: the claim rests on an epsilon or a padding value being negligible.
@@ -194,7 +195,8 @@ class Verdict:
     def withdrawn(self, rms: float, count: int) -> Verdict:
         """The claim after an `EulerTest` contradicted it."""
         by = ", ".join(self.norms) or "its graph"
-        reason = f"{by} says {self.kind}, but the gradient is not orthogonal: rms cos(w, g)*sqrt(d) = {rms:.2g} over {count} values (allowed {EULER_LIMIT})"
+        number = f"rms cos(w, g)*sqrt(d) = {rms:.2g} over {count} values (allowed {EULER_LIMIT})"
+        reason = f"{by} says {self.kind}, but the gradient is not orthogonal: {number}"
         return replace(self, partition=None, kind="no", reason=reason, batch_norms=(), known="gradients")
 
     def state(self) -> dict[str, Any]:
@@ -206,7 +208,8 @@ class Verdict:
         }
         links = [{"module": b.module, "vector": b.vector, "degree": b.degree, "offset": b.offset, "bias": b.bias} for b in self.batch_norms]
         return {
-            "shape": list(self.shape), "partition": partition, "kind": self.kind, "norms": list(self.norms), "reason": self.reason, "eps": self.eps,
+            "shape": list(self.shape), "partition": partition, "kind": self.kind, "norms": list(self.norms), "reason": self.reason,
+            "eps": self.eps,
             "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
         }  # fmt: skip
 
@@ -284,12 +287,14 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
         if granularity == "filter":
             return fallback
         raise NotSupportedError(
-            f"granularity='group' was asked for `{verdict.name}`, but no normalization with groups is known behind it. Use 'filter' or 'layer'."
+            f"granularity='group' was asked for `{verdict.name}`, but no normalization with groups is known behind it. "
+            "Use 'filter' or 'layer'."
         )
     by = ", ".join(verdict.norms) or "its graph"
     if granularity == "group" and known.granularity == "filter":
         raise NotSupportedError(
-            f"granularity='group' was asked for `{verdict.name}`, but {by} normalizes single filters, so no groups are known. Use 'auto', 'filter' or 'layer'."
+            f"granularity='group' was asked for `{verdict.name}`, but {by} normalizes single filters, so no groups are known. "
+            "Use 'auto', 'filter' or 'layer'."
         )
     if _FINENESS.index(granularity) < _FINENESS.index(known.granularity):
         raise NotSupportedError(
@@ -418,9 +423,9 @@ class ScaleInvarianceSearch:
 
     ``watch()`` before a forward pass, ``analyze(loss)`` right before each backward, ``close()`` once that backward is over (a checkpoint
     computes its forward again in the backward and must find things as they were). ``verdicts`` then holds a `Verdict` for each
-    weight, by its first name. Several losses are combined: a vector is scale-invariant if it is in all of them. Weights that no loss contained stay
-    ``"unknown"``; watch a later batch for them. When normalizations were switched between training and evaluation in between, everything is
-    judged afresh.
+    weight, by its first name. Several losses are combined: a vector is scale-invariant if it is in all of them. Weights that no loss
+    contained stay ``"unknown"``; watch a later batch for them. When normalizations were switched between training and evaluation in
+    between, everything is judged afresh.
 
     Args:
         module: any module; made before a strategy has shown sharded or temporary parameters, e.g. in ``on_fit_start``.
@@ -589,11 +594,9 @@ def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
         links.append(NormLink(link.module, vector, link.degree, link.offset is not None, bias))
         if link.offset is not None and bias is None:
             stale.append(f"{link.module}: what is added before it is not a plain bias")
-    kind = granularity if everything else "partly"
-    return Verdict(
-        name, shape, partition, kind, tuple(rows.norms), "" if everything else reason or "some of its vectors are single numbers", rows.assumed, tuple(links),
-        tuple(dict.fromkeys(stale)),
-    )  # fmt: skip
+    kind, why = (granularity, "") if everything else ("partly", reason or "some of its vectors are single numbers")
+    statistics = {"batch_norms": tuple(links), "stale_statistics": tuple(dict.fromkeys(stale))}
+    return Verdict(name, shape, partition, kind, tuple(rows.norms), why, rows.assumed, **statistics)
 
 
 # ---------------------------------------------------------------------------------------------------------------- number
@@ -681,12 +684,12 @@ def verify_scale_invariance(
     verdicts: Iterable[Verdict] | None = None,
     tolerance: float = 1e-2,
 ) -> InvarianceReport:
-    """Test claims of scale invariance by what they mean: rescale every claimed vector by its own random factor, compare training-mode outputs.
+    """Test claims of scale invariance by what they mean: rescale every claimed vector by its own random factor, compare the outputs.
 
     All factors are drawn from 2**U(-1, 1) and applied at once. Weights, buffers, random states and training flags are restored bit for bit.
 
     Args:
-        module: any module on one process; run in training mode (modules set to evaluation inside one in training mode, e.g. a frozen BatchNorm, stay so).
+        module: any module on one process; run in training mode (a module in evaluation mode inside it, e.g. a frozen BatchNorm, stays so).
         inputs: arguments of its forward.
         seed: of the factors, and of every forward pass (dropout).
         loss: from the module's output to the training loss, which is then compared too; without it the sum of the outputs stands for it.
@@ -707,14 +710,16 @@ def verify_scale_invariance(
     weights = {name: parameter for parameter, names in parameter_names(module).items() for name in names}
     with _restored(module), torch.no_grad(), visible_graph():
         before = _outputs(module, inputs, loss, seed)
+    with _restored(module), torch.no_grad(), visible_graph():  # from the same buffers (spectral_norm iterates in them)
         generator = torch.Generator().manual_seed(seed)
         for claim in claims:
             assert claim.partition is not None
             weight = weights[claim.name]
             if type(weight.data) is not Tensor or tuple(weight.shape) != tuple(claim.shape):
                 raise NotSupportedError(
-                    f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape {tuple(weight.shape)}, in full {tuple(claim.shape)}), "
-                    "so its function cannot be compared here. Call verify_scale_invariance on the unwrapped module, on one process."
+                    f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape {tuple(weight.shape)}, in full "
+                    f"{tuple(claim.shape)}), so its function cannot be compared here. Call verify_scale_invariance on the unwrapped module, "
+                    "on one process."
                 )
             factors = torch.exp2(2 * torch.rand(claim.partition.n, generator=generator, dtype=torch.float64) - 1)
             weight.mul_(spread(claim.partition, factors, weight))
@@ -752,9 +757,11 @@ def inspect_module(module: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor
     with _restored(module), torch.enable_grad(), search:
         torch.manual_seed(seed)
         output = module(*_copied(inputs))
-        total = loss(output) if loss is not None else sum(t.sum() for t in _tensors(output) if t.requires_grad)
-        if isinstance(total, Tensor):
-            search.analyze(total)
+        sums = [t.sum() for t in _tensors(output) if t.requires_grad]
+        if loss is not None:
+            search.analyze(loss(output))
+        elif sums:
+            search.analyze(torch.stack(sums).sum() if len(sums) > 1 else sums[0])
     return list(search.verdicts.values())
 
 
@@ -788,6 +795,7 @@ def _restored(module: nn.Module) -> Iterator[None]:
 
 def _outputs(module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
+    torch.clear_autocast_cache()  # under autocast: casts of the weights as they were
     output = module(*_copied(inputs))
     tensors = list(_tensors(output))
     if loss is not None:

@@ -1,0 +1,418 @@
+"""Small architectures with the truth about their weights written down: which are scale-invariant in training mode, at which granularity, in how many vectors.
+
+``truth`` maps every weight of two or more dimensions to ``"KIND N"`` (N vectors) or ``"no"`` / ``"unknown"``; it is a statement about the *function* and is itself checked
+by brute force in test_targets.py. ``misses`` lists weights that are scale-invariant though the search says no, with the reason. Everything in float64.
+
+The second half of the file was written after the rules had been fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+
+@dataclass
+class Case:
+    make: Callable[[], tuple[nn.Module, tuple[Any, ...]]]
+    truth: dict[str, str]
+    misses: dict[str, str] = field(default_factory=dict)
+    after_freeze: bool = False
+
+
+CASES: dict[str, Case] = {}
+
+
+def case(truth: dict[str, str], misses: dict[str, str] | None = None, after_freeze: bool = False) -> Callable[[Any], Any]:
+    def add(make: Any) -> Any:
+        CASES[make.__name__] = Case(make, truth, misses or {}, after_freeze)
+        return make
+
+    return add
+
+
+def images(n: int = 4, channels: int = 3, size: int = 8) -> Tensor:
+    return torch.randn(n, channels, size, size, dtype=torch.float64)
+
+
+def vectors(n: int = 8, d: int = 6) -> Tensor:
+    return torch.randn(n, d, dtype=torch.float64)
+
+
+def sequences(n: int = 2, t: int = 5, d: int = 8) -> Tensor:
+    return torch.randn(n, t, d, dtype=torch.float64)
+
+
+class Net(nn.Module):
+    """A module with a forward given as a function."""
+
+    def __init__(self, function: Callable[..., Any], **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            if isinstance(part, nn.Module):
+                self.add_module(name, part)
+            elif isinstance(part, Tensor) and not isinstance(part, nn.Parameter):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
+        self.function = function
+        self.double()
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.function(self, *inputs)
+
+
+def conv(i: int, o: int, k: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **{"padding": k // 2, "bias": False, **options})
+
+
+def linear(i: int, o: int, bias: bool = False) -> nn.Linear:
+    return nn.Linear(i, o, bias=bias)
+
+
+def weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.randn(shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------- residual nets
+
+
+@case({"stem.weight": "filter 4", "a.weight": "filter 4", "b.weight": "filter 4", "down.weight": "filter 4", "fc.weight": "no"})
+def resnet_post():
+    def forward(m, x):
+        x = F.relu(m.n0(m.stem(x)))
+        y = m.n2(m.b(F.relu(m.n1(m.a(x)))))
+        return m.fc(F.adaptive_avg_pool2d(F.relu(y + m.n3(m.down(x))), 1).flatten(1))
+
+    norms = {f"n{i}": nn.BatchNorm2d(4) for i in range(4)}
+    return Net(forward, stem=conv(3, 4), a=conv(4, 4), b=conv(4, 4), down=conv(4, 4, 1), fc=nn.Linear(4, 3), **norms), (images(),)
+
+
+@case({"stem.weight": "no", "a.weight": "filter 4", "b.weight": "no", "fc.weight": "no"})
+def resnet_pre():
+    def forward(m, x):  # the stem is followed by a BatchNorm, but also enters the residual stream
+        x = m.stem(x)
+        x = x + m.b(F.relu(m.n1(m.a(F.relu(m.n0(x))))))
+        return m.fc(F.relu(m.n2(x)).mean((2, 3)))
+
+    return Net(
+        forward, stem=conv(3, 4), a=conv(4, 4), b=conv(4, 4), fc=nn.Linear(4, 3), **{f"n{i}": nn.BatchNorm2d(4) for i in range(3)}
+    ), (images(),)
+
+
+@case({"a.weight": "group 2", "b.weight": "no", "c.weight": "filter 4", "fc.weight": "no"})
+def group_norm_net():
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(x)))
+        x = F.relu(m.n1(m.b(x)))  # bias before groups of two channels
+        return m.fc(F.relu(m.n2(m.c(x))).mean((2, 3)))  # bias before groups of one channel
+
+    norms = {"n0": nn.GroupNorm(2, 4), "n1": nn.GroupNorm(2, 4), "n2": nn.GroupNorm(4, 4)}
+    return Net(forward, a=conv(3, 4), b=conv(4, 4, bias=True), c=conv(4, 4, bias=True), fc=linear(4, 3), **norms), (images(),)
+
+
+@case({"a.weight": "layer 1", "b.weight": "no", "c.weight": "no"})
+def layer_norm_mlp():
+    layers = nn.Sequential(linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3))
+    return Net(lambda m, x: layers(x), a=layers[0], n0=layers[1], b=layers[3], n1=layers[4], c=layers[6]), (vectors(),)
+
+
+@case({"features.0.weight": "filter 4", "features.3.weight": "filter 6", "features.7.weight": "filter 6", "head.weight": "no"})
+def vgg_bn():
+    features = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True), nn.Dropout(0.3),
+    )  # fmt: skip
+    return Net(lambda m, x: m.head(m.features(x).flatten(1)), features=features, head=nn.Linear(6 * 16, 3)), (images(),)
+
+
+@case({"expand.weight": "filter 6", "depthwise.weight": "filter 6", "grouped.weight": "filter 6", "project.weight": "filter 4"})
+def mobile_block():
+    def forward(m, x):
+        x = F.relu(m.n0(m.expand(x)))
+        x = F.leaky_relu(m.n1(m.depthwise(x)))
+        return m.n3(m.project(F.relu(m.n2(m.grouped(x)))))
+
+    parts = {"expand": conv(3, 6, 1), "depthwise": conv(6, 6, groups=6), "grouped": conv(6, 6, groups=2), "project": conv(6, 4, 1)}
+    return Net(forward, **parts, n0=nn.BatchNorm2d(6), n1=nn.BatchNorm2d(6), n2=nn.BatchNorm2d(6), n3=nn.BatchNorm2d(4)), (images(),)
+
+
+@case({"a.weight": "filter 6", "b.weight": "filter 4", "c.weight": "group 2", "d.weight": "no"})
+def decoder_with_transposed_convolutions():
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(x)))
+        x = F.relu(m.n1(m.b(x)))
+        return m.d(F.relu(m.n2(m.c(x))))
+
+    up = {"kernel_size": 2, "stride": 2}
+    parts = {
+        "a": nn.ConvTranspose2d(3, 6, **up),
+        "b": nn.ConvTranspose2d(6, 4, groups=2, **up),
+        "c": nn.ConvTranspose2d(4, 4, groups=2, bias=False, **up),
+    }
+    return Net(forward, **parts, d=nn.ConvTranspose2d(4, 3, 2), n0=nn.BatchNorm2d(6), n1=nn.BatchNorm2d(4), n2=nn.GroupNorm(2, 4)), (
+        images(2, 3, 3),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- attention
+
+
+def heads(x: Tensor, h: int) -> Tensor:
+    return x.view(*x.shape[:2], h, -1).transpose(1, 2)
+
+
+@case({"qkv.weight": "no", "out.weight": "no", "up.weight": "no", "down.weight": "no", "head.weight": "no"})
+def transformer_pre_norm():
+    def forward(m, x):
+        q, k, v = (heads(t, 2) for t in m.qkv(m.n0(x)).chunk(3, -1))
+        x = x + m.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        x = x + m.down(F.gelu(m.up(m.n1(x))))
+        return m.head(m.n2(x))
+
+    parts = {"qkv": linear(8, 24), "out": linear(8, 8), "up": linear(8, 16), "down": linear(16, 8), "head": linear(8, 5)}
+    return Net(forward, **parts, **{f"n{i}": nn.LayerNorm(8) for i in range(3)}), (sequences(),)
+
+
+@case(
+    {
+        "block.self_attn.in_proj_weight": "no", "block.self_attn.out_proj.weight": "no", "block.linear1.weight": "no", "block.linear2.weight": "no",
+        "head.weight": "no",
+    }
+)  # fmt: skip
+def transformer_post_norm():
+    block = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, activation="relu")
+    return Net(lambda m, x: m.head(m.block(x)), block=block, head=nn.Linear(8, 5)), (sequences(),)
+
+
+@case({"qkv.weight": "partly 4", "out.weight": "no", "up.weight": "no", "down.weight": "no"})
+def attention_with_qk_norm():
+    def forward(m, x):
+        q, k, v = m.qkv(m.n(x)).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        x = x + m.out(F.scaled_dot_product_attention(m.nq(q), m.nk(k), v).transpose(1, 2).flatten(2))
+        return x + m.down(F.silu(m.up(x)))
+
+    parts = {"qkv": linear(8, 24), "out": linear(8, 8), "up": linear(8, 16), "down": linear(16, 8)}
+    return Net(forward, **parts, n=nn.LayerNorm(8), nq=nn.LayerNorm(4), nk=nn.RMSNorm(4)), (sequences(),)
+
+
+@case(
+    {
+        "q.weight": "no",
+        "k.weight": "no",
+        "v.weight": "layer 1",
+        "out.weight": "layer 1",
+        "gate.weight": "no",
+        "up.weight": "layer 1",
+        "down.weight": "layer 1",
+    }
+)
+def sandwich_norm_block():
+    def forward(m, x):  # as in Gemma 2: a normalization before and after each sublayer
+        y = m.n0(x)
+        y = F.scaled_dot_product_attention(heads(m.q(y), 2), heads(m.k(y), 2), heads(m.v(y), 2))
+        x = x + m.n1(m.out(y.transpose(1, 2).flatten(2)))
+        y = m.n2(x)
+        return x + m.n3(m.down(F.gelu(m.gate(y)) * m.up(y)))
+
+    parts = {name: linear(8, 8) for name in ("q", "k", "v", "out")} | {"gate": linear(8, 12), "up": linear(8, 12), "down": linear(12, 8)}
+    return Net(forward, **parts, **{f"n{i}": nn.RMSNorm(8) for i in range(4)}), (sequences(),)
+
+
+@case({"q": "filter 8", "k": "filter 8", "v": "filter 8", "out": "filter 8", "up": "filter 16", "down": "filter 8", "head": "filter 5"})
+def normalized_gpt():
+    def forward(m, x):  # as in nGPT: everything lives on the sphere (here each row of a matrix; down and out by column in the paper)
+        def unit(w):
+            return F.normalize(w, dim=-1)
+
+        x = unit(x)
+        q, k = unit(heads(x @ unit(m.q).t(), 2)), unit(heads(x @ unit(m.k).t(), 2))
+        y = (
+            F.scaled_dot_product_attention(q * m.scale, k * m.scale, heads(x @ unit(m.v).t(), 2)).transpose(1, 2).flatten(2)
+            @ unit(m.out).t()
+        )
+        x = unit(x + m.rate * (unit(y) - x))
+        y = unit(F.silu(x @ unit(m.up).t()) @ unit(m.down).t())
+        x = unit(x + m.rate * (y - x))
+        return x @ unit(m.head).t()
+
+    shapes = {"q": (8, 8), "k": (8, 8), "v": (8, 8), "out": (8, 8), "up": (16, 8), "down": (8, 16), "head": (5, 8)}
+    return Net(forward, scale=weight(4), rate=weight(8), **{name: weight(*shape) for name, shape in shapes.items()}), (sequences(),)
+
+
+@case({"attention.in_proj_weight": "partly 1", "attention.out_proj.weight": "layer 1", "fc.weight": "no"})
+def attention_then_layer_norm():
+    def forward(m, x):  # no bias, no residual: the value rows and the output projection
+        return m.fc(m.n(m.attention(x, x, x, need_weights=False)[0]))
+
+    return Net(forward, attention=nn.MultiheadAttention(8, 2, bias=False, batch_first=True), n=nn.LayerNorm(8), fc=linear(8, 3)), (
+        sequences(),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- recurrent nets, embeddings
+
+
+@case({"rnn.weight_ih_l0": "no", "rnn.weight_hh_l0": "no", "fc.weight": "no"})
+def lstm():
+    return Net(lambda m, x: m.fc(m.n(m.rnn(x)[0][:, -1])), rnn=nn.LSTM(8, 4, batch_first=True), n=nn.LayerNorm(4), fc=nn.Linear(4, 3)), (
+        sequences(),
+    )
+
+
+def tokens(n: int = 3, t: int = 5, vocabulary: int = 7) -> Tensor:
+    return torch.arange(n * t).reshape(n, t) * 3 % vocabulary
+
+
+@case({"embedding.weight": "no", "up.weight": "no"})
+def tied_embedding():
+    def forward(m, ids):  # the embedding is normalized, but is the output layer, too
+        x = m.n(m.embedding(ids))
+        return F.linear(x + m.up(x), m.embedding.weight)
+
+    return Net(forward, embedding=nn.Embedding(7, 8), n=nn.LayerNorm(8), up=linear(8, 8)), (tokens(),)
+
+
+@case({"embedding.weight": "filter 9", "fc.weight": "no"})
+def embedding_then_layer_norm():
+    def forward(m, ids):  # rows 7 and 8 do not occur
+        return m.fc(m.n(m.embedding(ids)).flatten(1))
+
+    return Net(forward, embedding=nn.Embedding(9, 8), n=nn.LayerNorm(8), fc=linear(40, 3)), (tokens(),)
+
+
+# ---------------------------------------------------------------------------------------------------------------- normalization without a module
+
+
+@case({"a": "filter 6", "b": "layer 1", "c": "filter 5", "d": "no"})
+def functional_norms():
+    def forward(m, x):
+        x = F.relu(F.batch_norm(F.linear(x, m.a, m.bias), None, None, training=True, eps=1e-30))
+        x = F.relu(F.layer_norm(x @ m.b, (8,), eps=1e-30))
+        return F.linear(F.batch_norm(x @ m.c, m.mean, m.var, training=True, eps=1e-30), m.d)
+
+    return Net(
+        forward, a=weight(6, 6), bias=weight(6), b=weight(6, 8), c=weight(8, 5), d=weight(3, 5), mean=torch.zeros(5), var=torch.ones(5)
+    ), (vectors(),)
+
+
+class HandMadeRMSNorm(nn.Module):
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.gain, self.eps = nn.Parameter(torch.rand(d)), 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+
+
+@case({"a.weight": "layer 1", "b.weight": "no", "c.weight": "filter 4", "d.weight": "no"})
+def hand_written_norms():
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(x)))
+        x = F.relu(m.n1(m.b(x)))
+        x = m.c(x)  # a BatchNorm by hand, with a bias in front
+        x = (x - x.mean(0)) / (x.var(0, unbiased=False) + m.eps).sqrt()
+        return m.d(x)
+
+    net = Net(
+        forward, a=linear(6, 8), b=nn.Linear(8, 8), c=nn.Linear(8, 4), d=nn.Linear(4, 3), n0=HandMadeRMSNorm(8), n1=HandMadeRMSNorm(8)
+    )
+    net.eps = 1e-30
+    return net, (vectors(),)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bookkeeping of channels
+
+
+@case({"stem.weight": "no", "a.weight": "no", "b.weight": "filter 2", "c.weight": "filter 2", "fc.weight": "no"})
+def dense_block():
+    def forward(m, x):  # every concatenation is normalized again, in groups that do not mix its parts; the last also leaves unnormalized
+        x = m.stem(x)
+        y = m.a(F.relu(m.n0(x)))
+        x = torch.cat([x, y], 1)
+        z = torch.cat([m.b(F.relu(m.n1(x))), m.c(F.relu(m.n1(x)))], 1)
+        return m.fc(torch.cat([x.flatten(1), m.n2(z).flatten(1)], 1))
+
+    norms = {"n0": nn.BatchNorm2d(4), "n1": nn.BatchNorm2d(6), "n2": nn.BatchNorm2d(4)}
+    return Net(forward, stem=conv(3, 4), a=conv(4, 2), b=conv(6, 2), c=conv(6, 2), fc=linear(160, 3), **norms), (images(4, 3, 4),)
+
+
+@case({"a.weight": "group 2", "b.weight": "filter 8", "c.weight": "group 2", "fc.weight": "no"})
+def pixel_and_channel_shuffle():
+    def forward(m, x):
+        x = F.relu(m.n0(F.pixel_shuffle(m.a(x), 2)))
+        x = F.relu(m.n1(F.channel_shuffle(m.b(x), 4)))
+        x = F.relu(m.n2(F.channel_shuffle(m.c(x), 2)))
+        return m.fc(x.mean((2, 3)))
+
+    norms = {"n0": nn.BatchNorm2d(2), "n1": nn.BatchNorm2d(8), "n2": nn.GroupNorm(2, 8)}
+    return Net(forward, a=conv(3, 8), b=conv(2, 8), c=conv(8, 8), fc=linear(8, 3), **norms), (images(4, 3, 4),)
+
+
+@case(
+    {
+        "a.weight": "layer 1",
+        "b.weight": "filter 4",
+        "c.weight": "filter 4",
+        "d.weight": "filter 4",
+        "e.weight": "no",
+        "f.weight": "filter 4",
+        "fc.weight": "no",
+    }
+)
+def chains_without_norm_in_between():
+    def forward(m, x):
+        x = m.n0(m.b(F.relu(m.a(x))))  # a and b behind one norm
+        x = m.d(F.relu(m.c(x)))  # pointwise, then depthwise: each filter of c feeds one of d
+        x = m.n1(x)
+        x = F.pad(F.dropout(F.avg_pool2d(m.f(x), 2, padding=1), 0.2), (1, 1, 1, 1))
+        x = F.relu(m.n2(x))
+        return m.fc(m.n3(F.pad(m.e(x), (1, 1, 1, 1))).mean((2, 3)))  # bias, then zeros around it
+
+    parts = {"a": conv(3, 4), "b": conv(4, 4), "c": conv(4, 4, 1), "d": conv(4, 4, groups=4), "e": conv(4, 4, bias=True), "f": conv(4, 4)}
+    return Net(forward, **parts, fc=linear(4, 3), **{f"n{i}": nn.BatchNorm2d(4) for i in range(4)}), (images(),)
+
+
+# ---------------------------------------------------------------------------------------------------------------- parametrizations
+
+
+class Standardized(nn.Module):
+    def forward(self, w: Tensor) -> Tensor:
+        dims = tuple(range(1, w.ndim))
+        return (w - w.mean(dims, keepdim=True)) / (w.std(dims, keepdim=True, unbiased=False) + 1e-30)
+
+
+@case(
+    {
+        "a.parametrizations.weight.original0": "no", "a.parametrizations.weight.original1": "filter 4", "b.parametrizations.weight.original": "filter 4",
+        "c.parametrizations.weight.original": "layer 1", "d.parametrizations.weight.original1": "filter 4", "d.parametrizations.weight.original0": "no",
+        "fc.weight": "no",
+    }
+)  # fmt: skip
+def parametrized():
+    a = parametrizations.weight_norm(conv(3, 4))
+    b, c = conv(4, 4, bias=True), parametrizations.spectral_norm(conv(4, 4))
+    parametrize.register_parametrization(b, "weight", Standardized())
+    d = parametrizations.weight_norm(nn.ConvTranspose2d(4, 4, 2, bias=False), dim=1)
+    return Net(lambda m, x: m.fc(m.d(m.c(F.relu(m.b(F.relu(m.a(x)))))).flatten(1)), a=a, b=b, c=c, d=d, fc=linear(4 * 25, 3)), (
+        images(4, 3, 4),
+    )
+
+
+@case({"a.weight": "no", "b.weight": "no", "c.weight": "no", "d.weight": "filter 4", "fc.weight": "no"})
+def bias_before_nonlinearity():
+    def forward(m, x):
+        x = m.n0(F.relu(m.a(x)))
+        x = m.n1(F.dropout(m.b(x), 0.3))
+        x = m.n2(F.avg_pool2d(m.c(x), 2, padding=1))
+        return m.fc(m.n3(F.avg_pool2d(F.max_pool2d(m.d(x), 2), 2)).mean((2, 3)))
+
+    parts = {name: conv(i, 4, bias=True) for name, i in {"a": 3, "b": 4, "c": 4, "d": 4}.items()}
+    return Net(forward, **parts, fc=linear(4, 3), **{f"n{i}": nn.BatchNorm2d(4) for i in range(4)}), (images(),)
