@@ -1,6 +1,7 @@
 """The command line: ``python -m lightning_normdyn demo | inspect | report``.
 
-Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a log. Exit codes: 0 done, 1 the work failed, 2 usage.
+Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a log.
+Exit codes: 0 done, 1 the work failed, 2 usage.
 """
 
 from __future__ import annotations
@@ -31,16 +32,17 @@ _EXAMPLES = """examples:
   python -m lightning_normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
 """
 
-_DEMO = """Train a small residual network on scikit-learn's digits twice, with weight decay and with AdaptiveWeightShrink, and write pictures of
-both and a report. Takes about a minute on two cores; needs matplotlib and scikit-learn (pip install 'lightning-normdyn[examples]').
+_DEMO = """Train a small residual network on scikit-learn's digits twice, with weight decay and with AdaptiveWeightShrink, and write
+pictures of both and a report. Takes about a minute on two cores; needs matplotlib and scikit-learn
+(pip install 'lightning-normdyn[examples]').
 
 examples:
   python -m lightning_normdyn demo
   python -m lightning_normdyn demo --preset tiny --out /tmp/demo
 """
 
-_INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group or layer, and why. The model is built, run once in
-training mode on random inputs, and thrown away; its code is executed.
+_INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group or layer, and why. The model is built, run
+once in training mode on random inputs, and thrown away; its code is executed.
 
 examples:
   python -m lightning_normdyn inspect my_project.models:LitResNet --input-shape 3,32,32 --set depth=18

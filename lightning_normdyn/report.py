@@ -16,6 +16,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -108,20 +109,32 @@ def _load_wandb(path: Path) -> History:
     """W&B's own reader, in a process of its own: the format of ``.wandb`` files is nobody else's business."""
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path.resolve())]
-    try:
-        done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, env=environment, timeout=_READ_SECONDS, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise NormDynError(f"W&B's reader did not finish `{path}` within {_READ_SECONDS} seconds.") from error
-    said = done.stderr.decode(errors="replace").strip()
-    if "No module named" in said or "No such command" in said:
-        raise NormDynError(f"reading `{path}` needs W&B's reader; `pip install 'wandb>=0.30'`.")
-    if done.returncode or "corrupt" in said:
-        raise NormDynError(f"`{path}` cannot be read as a W&B run: {said.splitlines()[-1] if said else 'its reader failed'}.")
+    # Files, not pipes: a long run need not fit in memory, and a process that the reader left behind cannot hold us up.
+    with tempfile.TemporaryFile() as records, tempfile.TemporaryFile() as messages:
+        try:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=records, stderr=messages, env=environment, timeout=_READ_SECONDS, check=False
+            )
+        except subprocess.TimeoutExpired as error:
+            raise NormDynError(f"W&B's reader did not finish `{path}` within {_READ_SECONDS} seconds.") from error
+        messages.seek(0)
+        said = messages.read().decode(errors="replace").strip()
+        if "No module named" in said or "No such command" in said:
+            raise NormDynError(f"reading `{path}` needs W&B's reader; `pip install 'wandb>=0.30'`.")
+        if done.returncode or "corrupt" in said:
+            raise NormDynError(f"`{path}` cannot be read as a W&B run: {said.splitlines()[-1] if said else 'its reader failed'}.")
+        records.seek(0)
+        history = _parse_wandb(records, path)
+    if "incomplete" in said:
+        history.meta["note"] = "The run was still active, or was interrupted."
+    return history
 
+
+def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
     rows: dict[int, dict[str, float]] = {}
     config: dict[str, Any] = {}
     try:
-        for line in done.stdout.splitlines():
+        for line in lines:
             record = json.loads(line)
             if record["type"] == "history":
                 item = record["history"]["item"]
@@ -139,8 +152,6 @@ def _load_wandb(path: Path) -> History:
     settings = config.get("normdyn")
     if isinstance(settings, dict):
         history.meta.update(settings)
-    if "incomplete" in said:
-        history.meta["note"] = "The run was still active, or was interrupted."
     return history
 
 

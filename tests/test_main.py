@@ -1,0 +1,305 @@
+"""The command line: results on stdout, errors in one line, exit codes, nothing half written."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import lightning_normdyn.__main__ as command_line
+from lightning_normdyn.history import History, load_history
+
+main = command_line.main
+
+
+def run_of(layers: int = 2) -> History:
+    history = History()
+    for step in range(5):
+        row = {f"effective_lr/conv{i}.weight": 0.1 * (i + 1) for i in range(layers)}
+        history.append(step, row, optimizer_step=step + 1)
+    return history
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def refused(capsys, *arguments: str) -> str:
+    """The one line that a failing command says."""
+    assert main(arguments) == 1
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+def usage_error(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- all commands
+
+
+@pytest.mark.parametrize("command", ["demo", "inspect", "report"])
+def test_help_shows_examples(capsys, command):
+    for arguments in (["--help"], [command, "--help"]):
+        with pytest.raises(SystemExit) as left:
+            main(arguments)
+        assert left.value.code == 0
+        assert f"  python -m lightning_normdyn {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["draw"], ["report"], ["inspect"], ["demo", "--preset", "huge"], ["inspect", "torch.nn"], ["inspect", "torch.nn:"]]
+    + [
+        ["inspect", "a:B", *rest] for rest in (["--input-shape", "3,x"], ["--input-shape", "0"], ["--set", "depth"], ["--batch-size", "-1"])
+    ],
+)
+def test_wrong_usage_is_2(capsys, arguments):
+    assert "usage:" in usage_error(capsys, *arguments)
+
+
+def test_a_failure_that_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
+    run_of().save("run.npz")
+    monkeypatch.setattr("lightning_normdyn.report.write_report", lambda *_: {}["missing"])
+    assert "KeyError; run again with --traceback" in refused(capsys, "report", "run.npz")
+    with pytest.raises(KeyError):
+        main(["report", "run.npz", "--traceback"])
+
+
+def test_ctrl_c_is_quiet(capsys, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_normdyn.report.load_run", interrupted)
+    assert main(["report", "run.npz"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
+    run_of().save("run.npz")
+    command = [sys.executable, "-m", "lightning_normdyn"]
+    done = subprocess.run([*command, "report", "run.npz"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "report.html\n", "")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([*command, "report", "run.npz"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# --- report
+
+
+def test_report_of_one_and_of_several_runs(capsys):
+    run_of().save("decay/history.npz")
+    run_of(3).save("aws/history.npz")
+    Path("version_0").mkdir()
+    Path("version_0/metrics.csv").write_text("step,effective_lr/conv0.weight\n0,0.5\n1,0.25\n")
+    assert main(["report", "decay/history.npz"]) == 0
+    assert capsys.readouterr().out == "report.html\n"
+    assert main(["report", "decay", "best=aws", "version_0", "-o", "new/all.html"]) == 0
+    page = Path("new/all.html").read_text()
+    assert "<h2>decay</h2>" in page
+    assert "<h2>best</h2>" in page
+    assert "<h2>version_0</h2>" in page
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["runs/decay/history.npz", "runs/aws/history.npz"], ["decay", "aws"]),
+        (["a/x/history.npz", "b/x/history.npz", "b/y"], ["a/x", "b/x", "y"]),
+        (["one.npz", "two.csv", "three"], ["one", "two", "three"]),
+        (["one.npz", "one.npz"], None),
+        (["L=one.npz", "L=two.npz"], ["L", "L (2)"]),
+    ],
+)
+def test_labels_tell_runs_apart(paths, labels):
+    found = [label for label, _ in command_line._distinct([command_line._named_run(path) for path in paths])]
+    assert len(set(found)) == len(paths)
+    assert labels is None or found == labels
+
+
+def test_a_path_with_an_equals_sign_is_a_path():
+    run_of().save("lr=0.1/history.npz")
+    assert main(["report", "lr=0.1"]) == 0
+    assert "<h2>lr=0.1</h2>" in Path("report.html").read_text()
+
+
+HOSTILE = {
+    "no.npz": b"",
+    "pickle.npz": b"\x80\x04cos\nsystem\n(S'touch executed'\ntR.",
+    "half.npz": None,
+    "text.csv": b"step,a\n0,__import__('os').mkdir('executed')\n",
+    "binary.csv": b"\x00\xff" * 100,
+    "run.wandb": b"\x00\xff" * 100,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_damaged_or_hostile_run_writes_nothing_and_runs_nothing(capsys, name):
+    run_of().save("good.npz")
+    if name.endswith(".wandb"):
+        pytest.importorskip("wandb")
+    content = HOSTILE[name] if HOSTILE[name] is not None else Path("good.npz").read_bytes()[:500]
+    Path(name).write_bytes(content)
+    assert name in refused(capsys, "report", "good.npz", name, "-o", "report.html")
+    assert sorted(os.listdir()) == sorted(["good.npz", name])
+
+
+def test_object_arrays_are_not_unpickled(capsys):
+    np.savez("objects.npz", header=np.array([print], dtype=object))
+    assert "objects.npz" in refused(capsys, "report", "objects.npz")
+
+
+def test_report_never_overwrites_a_run_or_a_folder(capsys):
+    run_of().save("run.npz")
+    assert "one of the runs" in refused(capsys, "report", "run.npz", "-o", "./run.npz")
+    assert len(load_history("run.npz")) == 5
+    assert "is a folder" in refused(capsys, "report", "run.npz", "-o", ".")
+    Path("file").touch()
+    assert "file" in refused(capsys, "report", "run.npz", "-o", "file/report.html")
+
+
+# --- inspect
+
+MODEL = """
+from torch import nn
+import neighbour
+
+class Net(nn.Module):
+    def __init__(self, width=4, norm="batch"):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, bias=False)
+        self.norm = nn.BatchNorm2d(width) if norm == "batch" else nn.Identity()
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+class Lit(Net):
+    def __init__(self):
+        import torch
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 3, 8, 8)
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.head = nn.Embedding(10, 6), nn.Linear(6, 5, bias=False)
+
+    def forward(self, ids):
+        return nn.functional.layer_norm(self.head(self.table(ids)), (5,))
+
+class Broken(nn.Module):
+    def __init__(self):
+        raise RuntimeError("no such luck\\nsecond line")
+
+nothing = dict
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "my_model.py").write_text(MODEL)
+    (folder / "neighbour.py").write_text("")
+    yield f"{folder}/my_model.py"
+    for name in ("my_model", "neighbour"):
+        sys.modules.pop(name, None)
+
+
+def table(capsys, *arguments: str) -> dict[str, str]:
+    """The verdict of each weight."""
+    path = list(sys.path)
+    assert main(["inspect", *arguments]) == 0
+    assert sys.path == path
+    lines = capsys.readouterr().out.splitlines()
+    place = lines[0].index("scale-invariant")
+    return {line.split()[0]: line[place:].split()[0] for line in lines[1:]}
+
+
+def test_inspect_says_which_weights_are_scale_invariant(capsys, model):
+    assert table(capsys, f"{model}:Net", "--input-shape", "3,8,8") == {"conv.weight": "filter"}
+    assert table(capsys, f"{model}:Net", "--input-shape", "3,8,8", "--set", "norm=none", "--set", "width=2") == {"conv.weight": "no"}
+    assert table(capsys, f"{model}:Lit") == {"conv.weight": "filter"}
+    assert table(capsys, f"{model}:Words", "--input-shape", "7", "--integers", "10")["head.weight"] == "layer"
+
+
+def test_inspect_takes_a_module_of_the_working_folder(capsys, model, monkeypatch):
+    monkeypatch.chdir(Path(model).parent)
+    assert table(capsys, "my_model:Lit") == {"conv.weight": "filter"}
+
+
+def test_inspect_says_what_is_wrong(capsys, model):
+    assert "give --input-shape" in refused(capsys, "inspect", f"{model}:Net")
+    assert "Check --input-shape" in refused(capsys, "inspect", f"{model}:Net", "--input-shape", "5")
+    assert "cannot be built: TypeError" in refused(capsys, "inspect", f"{model}:Net", "--set", "depth=3")
+    assert "cannot be built: RuntimeError: no such luck. " in refused(capsys, "inspect", f"{model}:Broken")
+    assert "has no `Other`" in refused(capsys, "inspect", f"{model}:Other")
+    assert "gives dict" in refused(capsys, "inspect", f"{model}:nothing")
+    assert "cannot be imported: ModuleNotFoundError" in refused(capsys, "inspect", "nowhere_at_all:Net")
+    assert "cannot be imported: FileNotFoundError" in refused(capsys, "inspect", "nowhere.py:Net")
+
+
+# --- demo
+
+
+def installed_with(monkeypatch, tmp_path: Path, example: str | None) -> None:
+    """As if the package lay in a folder of its own, with or without the example beside it."""
+    (tmp_path / "site" / "lightning_normdyn").mkdir(parents=True)
+    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "site" / "lightning_normdyn" / "__main__.py"))
+    if example is not None:
+        (tmp_path / "site" / "examples").mkdir()
+        (tmp_path / "site" / "examples" / "digits_resnet.py").write_text(example)
+
+
+def test_demo_without_the_example_says_where_to_get_it(capsys, monkeypatch, tmp_path):
+    installed_with(monkeypatch, tmp_path, None)
+    assert "pip download" in refused(capsys, "demo")
+
+
+def test_demo_runs_the_example_and_reports_its_runs(capsys, monkeypatch, tmp_path):
+    run_of().save("run.npz")
+    example = """
+import pathlib, shutil, sys
+assert sys.argv[1:] == ["--demo", "--preset", "tiny", "--out", "there", "--logger", "csv"], sys.argv
+for name in ("decay", "aws"):
+    pathlib.Path("there", name).mkdir(parents=True)
+    shutil.copy("run.npz", pathlib.Path("there", name, "history.npz"))
+pathlib.Path("there/compare.png").touch()
+print("chatter"); print("chatter", file=sys.stderr)
+"""
+    installed_with(monkeypatch, tmp_path, example)
+    assert main(["demo", "--preset", "tiny", "--out", "there"]) == 0
+    out, error = capsys.readouterr()
+    assert out.split() == ["there/compare.png", "there/report.html"]
+    assert error == ""
+    page = Path("there/report.html").read_text()
+    assert "<h2>weight decay</h2>" in page
+    assert "<h2>AdaptiveWeightShrink</h2>" in page
+
+
+def test_demo_that_fails_says_why(capsys, monkeypatch, tmp_path):
+    installed_with(monkeypatch, tmp_path, "import sys\nsys.exit('error: scikit-learn is missing')")
+    assert "the demonstration failed: scikit-learn is missing." in refused(capsys, "demo")
+
+
+@pytest.mark.slow
+def test_demo_for_real():
+    pytest.importorskip("sklearn")
+    assert main(["demo", "--preset", "tiny", "--out", "there"]) == 0
+    assert len(load_history("there/decay/history.npz")) > 1
+    assert len(load_history("there/aws/history.npz")) > 1
+    assert Path("there/report.html").is_file()
