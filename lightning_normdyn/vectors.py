@@ -6,14 +6,15 @@ of one channel group in front of GroupNorm, a whole matrix in front of LayerNorm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.sharding import Piece, Reduction, place
+from lightning_normdyn.sharding import Piece, Placement, Reduction, place_all
 
 if TYPE_CHECKING:
     from lightning_normdyn.steps import StepBracket
@@ -84,10 +85,11 @@ class WeightVectors:
         names: what to call each weight in messages.
 
     Attributes:
-        n: number of vectors.
+        n: number of vectors of which this rank holds an entry; all of them unless weights are sharded.
+        slices: the range of each weight's vectors among these ``n``.
         weight_of: int64 ``(n,)``: the weight that each vector belongs to.
-        length: float64 ``(n,)``: number of entries of each vector.
-        count: float64 ``(weights,)``: number of vectors of each weight.
+        length: float64 ``(n,)``: number of entries of each vector, over all ranks.
+        count: float64 ``(weights,)``: number of vectors of each weight, over all ranks.
 
     Raises:
         NotSupportedError: for sparse, complex, quantized or lazy weights.
@@ -109,24 +111,22 @@ class WeightVectors:
         self.device = self.weights[0].device if self.weights else torch.device("cpu")
         # Metal has no float64; everywhere else sums are exact enough for angles of 1e-6 rad.
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        self._placements = [place(w, p, name) for w, p, name in zip(self.weights, self.partitions, self.names, strict=True)]
-        self._reduction = Reduction(self._placements)
+        self._placements = place_all(self.weights, self.partitions, self.names)
         self.slices: list[slice] = []
         start = 0
-        for partition in self.partitions:
-            self.slices.append(slice(start, start + partition.n))
-            start += partition.n
+        for placement in self._placements:
+            self.slices.append(slice(start, start + len(placement.held)))
+            start += len(placement.held)
         self.n = start
         self._pieces = [
-            [_IndexedPiece(piece, s, self.n) for piece in placement.pieces]
+            [_IndexedPiece(piece, placement.held, s, self.n) for piece in placement.pieces]
             for placement, s in zip(self._placements, self.slices, strict=True)
         ]
-        counts = torch.tensor([p.n for p in self.partitions], dtype=torch.long)
-        self.weight_of = torch.repeat_interleave(torch.arange(len(self.weights)), counts).to(self.device)
-        self.count = counts.to(self.device, self.sum_dtype)
-        self.length = torch.cat([_lengths(w, p) for w, p in zip(self.weights, self.partitions, strict=True)] or [torch.zeros(0)]).to(
-            self.device, self.sum_dtype
-        )
+        lengths = [_lengths(p, partition).to(self.sum_dtype) for p, partition in zip(self._placements, self.partitions, strict=True)]
+        self._reduction = Reduction(self._placements, lengths, self.device)
+        self.weight_of = self._reduction.weight_of
+        self.length = self._reduction.length
+        self.count = torch.tensor([p.n for p in self.partitions], dtype=self.sum_dtype, device=self.device)
         self.low_precision = any(w.dtype in (torch.bfloat16, torch.float16) for w in self.weights)
         """Whether some weight is stored in a dtype in which a factor close to 1 is lost to rounding."""
 
@@ -144,6 +144,10 @@ class WeightVectors:
         """The gradients as the optimizer receives them; None where a weight has none."""
         return self.local([w.grad for w in self.weights])
 
+    def has_gradient(self) -> tuple[bool, ...]:
+        """For each weight whether it got a gradient; true also where this rank holds none of its entries, since other ranks decide."""
+        return tuple(not p.pieces or w.grad is not None for w, p in zip(self.weights, self._placements, strict=True))
+
     def snapshots(self, bracket: StepBracket) -> list[Tensor | None]:
         """The copies that ``bracket`` took of these weights in this step."""
         return [bracket.snapshot(w) for w in self.weights]
@@ -151,7 +155,7 @@ class WeightVectors:
     # -- sums over vectors ---------------------------------------------------------------------------------------------
 
     def inner(self, *pairs: tuple[Operand, Operand | None]) -> Tensor:
-        """Inner products of every vector, packed, completed over the ranks that share vectors.
+        """Inner products of every vector, packed, completed over the ranks that share vectors in one collective.
 
         Args:
             pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>. A weight whose operand is None contributes zeros.
@@ -159,6 +163,25 @@ class WeightVectors:
         Returns:
             ``(len(pairs), n)``, accumulated in float64.
         """
+        return self._reduction.sum_(self._local_inner(pairs))
+
+    def inner_and_totals(
+        self, *pairs: tuple[Operand, Operand | None], summarize: Callable[[Tensor, Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """`inner`, and in the same collective `totals` of what ``summarize`` makes of the inner products.
+
+        Args:
+            pairs: as for `inner`.
+            summarize: from the inner products ``(len(pairs), m)`` and the lengths ``(m,)`` of any m vectors to ``(J, m)`` values.
+
+        Returns:
+            ``(len(pairs), n)`` and ``(J, weights)``.
+        """
+        packed = self._local_inner(pairs)
+        totals = self._reduction.sum_with_totals_(packed, summarize)
+        return packed, totals
+
+    def _local_inner(self, pairs: Sequence[tuple[Operand, Operand | None]]) -> Tensor:
         packed = torch.zeros(len(pairs), self.n + 1, dtype=self.sum_dtype, device=self.device)
         for i, pieces in enumerate(self._pieces):
             for piece in pieces:
@@ -176,7 +199,7 @@ class WeightVectors:
                         assert y is not None
                         sums = piece.sum(first * self._widen(piece, y, wide))
                     piece.add_to(packed[row], sums)
-        return self._reduction.sum_(packed[:, : self.n])
+        return packed[:, : self.n]
 
     def _widen(self, piece: _IndexedPiece, tensor: Tensor, wide: dict[int, Tensor]) -> Tensor:
         key = id(tensor)
@@ -187,7 +210,8 @@ class WeightVectors:
     def displacement(self, before: Operand) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w = ``before`` and Δ = now - w.
 
-        The difference is taken in float64: taken in the weights' own precision it would cost angles below 1e-5 rad whenever the norm changes as well.
+        The difference is taken in float64: taken in the weights' own precision it would cost angles below 1e-5 rad whenever the norm
+        changes as well.
 
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
@@ -200,7 +224,7 @@ class WeightVectors:
                 start = piece.select(then).to(self.sum_dtype)
                 moved = piece.select(now).to(self.sum_dtype) - start
                 piece.add_to(packed[0], piece.norm(start).square_())
-                piece.add_to(packed[1], piece.sum(start.mul_(moved)))
+                piece.add_to(packed[1], piece.sum(start * moved))
                 piece.add_to(packed[2], piece.norm(moved).square_())
         return self._reduction.sum_(packed[:, : self.n])
 
@@ -210,6 +234,9 @@ class WeightVectors:
         One pass of the fastest kernel: right to float32 rounding, which is all that a factor or a division needs. Where a difference of
         norms or an angle is wanted, use `inner`.
         """
+        return self._reduction.sum_(self._local_squares()).sqrt_()
+
+    def _local_squares(self) -> Tensor:
         packed = torch.zeros(self.n + 1, dtype=self.sum_dtype, device=self.device)
         for tensor, pieces in zip(self.values(), self._pieces, strict=True):
             for piece in pieces:
@@ -217,20 +244,35 @@ class WeightVectors:
                 view = piece.select(tensor)
                 dtype = view.dtype if view.dtype in (torch.float32, torch.float64) else torch.float32
                 piece.add_to(packed, piece.norm(view, dtype).to(self.sum_dtype).square_())
-        return self._reduction.sum_(packed[: self.n]).sqrt_()
+        return packed[: self.n]
 
     def per_weight(self, values: Tensor) -> Tensor:
-        """Sum ``(..., n)`` values over the vectors of each weight: ``(..., weights)``."""
-        out = values.new_zeros(*values.shape[:-1], len(self.weights))
-        return out.index_add_(-1, self.weight_of, values)
+        """Sum ``(..., n)`` values over the vectors of each weight that this rank holds: ``(..., weights)``."""
+        return self._reduction.per_weight(values)
 
     def totals(self, values: Tensor) -> Tensor:
-        """`per_weight`, completed over all ranks, every vector counted once: ``(..., n)`` to ``(..., weights)``."""
-        return self.per_weight(values)
+        """`per_weight`, completed over all ranks, every vector counted once: ``(..., n)`` to ``(..., weights)``.
+
+        One collective, or none where every rank holds all vectors. Every rank must call it.
+        """
+        return self._reduction.totals(values)
 
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
         return per_weight[..., self.weight_of]
+
+    # -- all vectors of all ranks: for checkpoints and for what lies behind the weights ------------------------------------
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """From ``(..., n)`` values of the vectors held here to those of all vectors, for each weight ``(..., vectors of the weight)``.
+
+        One collective, or none where every rank holds all vectors. Every rank must call it.
+        """
+        return self._reduction.gather(values)
+
+    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+        """The inverse of `gather`, on any number of ranks, without communication."""
+        return self._reduction.scatter(values)
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -261,7 +303,7 @@ class WeightVectors:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
 
         A factor too close to 1 to survive rounding is kept in ``owed`` until it matters; what is then written is measured, so that
-        rounding leaves no bias.
+        rounding leaves no bias. Each rank does so for its own piece of a vector, without communication.
 
         Args:
             factor: ``(n,)``: this step's factor.
@@ -275,9 +317,9 @@ class WeightVectors:
         full = self.spread(rounding <= torch.finfo(torch.float32).eps)
         matters = (owed - 1).abs() >= self.spread(rounding)
         apply = torch.where(full | matters, owed, torch.ones_like(owed))
-        before = self.norms()
+        before = self._local_squares()
         self.scale_(apply)
-        done = (self.norms() / before).to(owed.dtype)
+        done = (self._local_squares() / before).sqrt().to(owed.dtype)
         done = torch.where(torch.isfinite(done) & (done > 0) & ~full, done, apply)
         return torch.where(full | matters, owed / done, owed)
 
@@ -285,14 +327,14 @@ class WeightVectors:
 class _IndexedPiece:
     """A piece with its rows mapped into the common index space; index ``n`` is a dummy for rows that belong to no vector."""
 
-    def __init__(self, piece: Piece, where: slice, n: int) -> None:
+    def __init__(self, piece: Piece, held: Tensor, where: slice, n: int) -> None:
         self.select, self.keep = piece.select, piece.keep
         labels = piece.labels.flatten()
-        self._shape = tuple(piece.labels.shape)
-        index = torch.where(labels >= 0, labels + where.start, torch.full_like(labels, n))
+        index = torch.where(labels >= 0, torch.searchsorted(held, labels) + where.start, n)
         rows = labels.numel()
+        start = int(index[0]) if rows else 0
         # Whole filters in order are the common case: plain slices instead of index kernels.
-        self._slice = slice(where.start, where.start + rows) if torch.equal(labels, torch.arange(rows)) else None
+        self._slice = slice(start, start + rows) if start + rows <= n and torch.equal(index, torch.arange(start, start + rows)) else None
         self._single = int(index[0]) if rows and bool((index == index[0]).all()) else None
         self._index = index
         self._on: dict[torch.device, Tensor] = {}
@@ -340,7 +382,7 @@ def _with_dummy(values: Tensor, dummy: float) -> Tensor:
     return torch.cat([values, values.new_full((1,), dummy)])
 
 
-def _lengths(weight: Tensor, partition: Partition) -> Tensor:
+def _lengths(placement: Placement, partition: Partition) -> Tensor:
     labels = partition.labels.flatten()
-    per_row = weight.numel() // max(1, labels.numel())
+    per_row = prod(placement.shape) // max(1, labels.numel())
     return torch.bincount(labels[labels >= 0], minlength=partition.n).to(torch.float64) * per_row
