@@ -107,13 +107,13 @@ class Rows:
         """Make entrywise partners scale together; ``reason`` is kept if this costs a row its freedom."""
         if a is b or (a.numel() == 1 and b.numel() == 1 and int(a) == int(b)):
             return
-        a, b = torch.broadcast_tensors(a, b)
+        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         left, right = self.parent[a].flatten(), self.parent[b].flatten()
         differ = left != right
         if not differ.any():
             return
         size = len(self.parent)
-        pairs = (left[differ] * size + right[differ]).unique()
+        pairs = distinct(left[differ] * size + right[differ])
         left, right = pairs // size, pairs % size
         if bool(((left == 0) | (right == 0)).any()):
             self.reasons.setdefault(reason)
@@ -262,7 +262,7 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-# ---------------------------------------------------------------------------------------------------------------- the walk
+# ------------------------------------------------------------------------------------------------ the walk
 
 
 OPAQUE = ("CompiledFunctionBackward", "CheckpointFunctionBackward")  # a whole subgraph in one node, with weights that no edge shows
@@ -308,7 +308,7 @@ def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: Callable[[Nod
         sources = tuple(None if source is None else (source, i) for source, i in node.next_functions)
         inputs = tuple(None if source is None else _shape(source) for source in sources)
         for source, shape in zip(sources, inputs, strict=True):
-            if source in parameters and shape is not None:
+            if source is not None and shape is not None and source in parameters:
                 graph.shapes[source] = shape
         graph.steps.append(Step(node, node_name(node), sources, inputs, tuple(tuple(m.shape) for m in node._input_metadata)))
     return graph
@@ -383,12 +383,17 @@ def _shape(edge: Edge) -> Shape:
     return tuple(node._input_metadata[k].shape) if k < len(node._input_metadata) else ()
 
 
+def distinct(values: Tensor) -> Tensor:
+    """The distinct values of an int64 tensor, ascending."""
+    return values.unique()  # type: ignore[no-untyped-call,no-any-return]
+
+
 def signed(value: Any) -> Any:
     """Negative dims are saved as uint64: undo that."""
     return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
-# ---------------------------------------------------------------------------------------------------------------- helpers of the rules
+# ------------------------------------------------------------------------------------------------ helpers of the rules
 
 _tokens = count()
 
@@ -472,7 +477,8 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
         return Flow(
             flow.degree, flow.rows.flatten()[:1].reshape((1,) * len(new)), flow.offset and flow.offset.changed([True] * len(new)), flow.sign
         )
-    full, result, varies, parameter = list(flow.rows.shape), [1] * len(new), [False] * len(new), flow.offset and flow.offset.parameter
+    full, result, varies = list(flow.rows.shape), [1] * len(new), [False] * len(new)
+    parameter = flow.offset.parameter if flow.offset is not None else None
     for before, after in _blocks(old, new):
         if any(flow.rows.size(d) > 1 for d in before):
             for d in before:
@@ -511,12 +517,12 @@ def everywhere(flow: Flow) -> Offset | None:
     return flow.offset and flow.offset.changed([True] * flow.rows.ndim)
 
 
-# ---------------------------------------------------------------------------------------------------------------- elementwise
+# ------------------------------------------------------------------------------------------------ elementwise
 
 NOT_HOMOGENEOUS = """
     Gelu Silu Sigmoid Tanh Softmax LogSoftmax Softplus Elu Celu Hardtanh Hardswish Hardsigmoid Mish Exp Expm1 Log Log1P LogSigmoid Logsumexp
-    Glu Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv SoftMarginLoss Prod
-    Threshold
+    Glu Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits KlDiv SoftMarginLoss
+    Prod Threshold
 """
 
 
@@ -539,7 +545,7 @@ def unchanged(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Fl
 def homogeneous(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     """An elementwise function with :math:`f(cx) = c f(x)` for c > 0."""
     flow = pure(operation, only(operation, flows))
-    nonnegative = operation.name.startswith(("Relu", "Abs", "Clamp"))
+    nonnegative = operation.name.startswith(("Relu", "Abs"))
     return replace(flow, sign=max(flow.sign, Sign.NONNEGATIVE) if nonnegative else flow.sign)
 
 
@@ -609,13 +615,15 @@ def _shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None) -> Flo
     return replace(flow, offset=offset, sign=Sign.ANY)
 
 
-@_rule("MaximumBackward0", "MinimumBackward0")
-def _larger(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+@_rule("MaximumBackward0", "MinimumBackward0", "WhereBackward0")
+def _choice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     a, b = (flow and lift(flow, len(operation.outputs[0])) for flow in flows)
     if a is None or b is None:
-        return operation.forgive(a or b or only(operation, flows), "compared with something that does not scale")
+        flow = a if a is not None else b
+        assert flow is not None
+        return operation.forgive(flow, "chosen between it and something that does not scale")
     if pure(operation, a).degree != pure(operation, b).degree:
-        raise Blocked(f"{operation.place} compares tensors that scale differently")
+        raise Blocked(f"{operation.place} chooses between tensors that scale differently")
     return Flow(a.degree, operation.unite(a.rows, b.rows), sign=min(a.sign, b.sign))
 
 
@@ -624,7 +632,7 @@ def _clamp(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = only(operation, flows)
     low, high = operation.attribute("min"), operation.attribute("max")
     if low == 0 and high is None:
-        return homogeneous(operation, flows)
+        return replace(pure(operation, flow), sign=max(flow.sign, Sign.NONNEGATIVE))
     if high is not None or len(flows) == 3:
         raise Blocked(f"{operation.place} does not commute with a change of scale")
     return operation.forgive(flow, "values are cut off")
@@ -638,7 +646,7 @@ def _power(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return replace(flow, degree=flow.degree * exponent, sign=max(flow.sign, Sign.NONNEGATIVE) if exponent % 2 == 0 else flow.sign)
 
 
-# ---------------------------------------------------------------------------------------------------------------- views
+# ------------------------------------------------------------------------------------------------ views
 
 
 @_rule(
@@ -707,7 +715,7 @@ def _split(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]
         return [replace(flow, rows=piece, offset=offset and offset.changed(offset.varies)) for piece in pieces]
     if flow.rows.size(dim) == 1:
         return [moved(flow, flow.rows) for _ in operation.outputs]
-    return [moved(flow, piece) for piece in flow.rows.split([shape[dim] for shape in operation.outputs], dim)]
+    return [moved(flow, piece) for piece in torch.split_with_sizes(flow.rows, [shape[dim] for shape in operation.outputs], dim)]
 
 
 @_rule("CatBackward0", "StackBackward0")
@@ -717,10 +725,9 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     dim = operation.attribute("dim") % ndim
     if len({flow.degree for flow in present}) > 1:
         raise Blocked(f"{operation.place} joins tensors that scale differently")
-    if any(shape is None for shape in operation.inputs):  # a constant: its share of the result is not known
-        known = sum((1 if stack else shape[dim]) for shape in operation.inputs if shape is not None)
-        if sum(shape is None for shape in operation.inputs) > 1:
-            raise Blocked(f"{operation.place} joins several constants of unknown size")
+    known = 0 if stack else sum(shape[dim] for shape in operation.inputs if shape is not None)
+    if not stack and sum(shape is None for shape in operation.inputs) > 1:  # one constant takes what the others leave
+        raise Blocked(f"{operation.place} joins several constants of unknown size")
     pieces = []
     for flow, shape in zip(flows, operation.inputs, strict=True):
         size = 1 if stack else shape[dim] if shape is not None else operation.outputs[0][dim] - known
@@ -740,15 +747,12 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _roll(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, shape = only(operation, flows), _known(operation.inputs[0])
     dims = [d % len(shape) for d in operation.attribute("dims")] or list(range(len(shape)))
-    if any(flow.rows.size(d) > 1 for d in dims):
-        rows = expanded(flow.rows, shape, dims)
-        rows = (
-            rows.flip(dims)
-            if operation.name == "FlipBackward0"
-            else rows.roll(operation.attribute("shifts"), operation.attribute("dims") or None)
-        )
-        return moved(flow, rows)
-    return moved(flow, flow.rows)
+    if all(flow.rows.size(d) == 1 for d in dims):
+        return moved(flow, flow.rows)
+    rows = expanded(flow.rows, shape, dims)
+    if operation.name == "FlipBackward0":
+        return moved(flow, rows.flip(dims))
+    return moved(flow, rows.roll(operation.attribute("shifts"), operation.attribute("dims") or []))
 
 
 @_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0", "NativeChannelShuffleBackward0")
@@ -795,6 +799,22 @@ def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
+@_rule("IndexPutBackward0")
+def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """``tensor[indices] = values``: what is not written over stays what it was."""
+    shape = operation.outputs[0]
+    readable, index = operation.saved_tensor("indices")
+    if not readable or operation.attribute("accumulate"):
+        raise Blocked(f"no rule for {operation.place} that adds, or inside a checkpoint")
+    target, values = flows
+    flow = pure(operation, target if target is not None else only(operation, flows, 1))
+    if target is not None and values is not None and pure(operation, values).degree != flow.degree:
+        raise Blocked(f"{operation.place} writes into a tensor that scales differently")
+    rows = torch.zeros(shape, dtype=torch.long) if target is None else target.rows.expand(shape).clone()
+    rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = torch.zeros(1, dtype=torch.long) if values is None else values.rows
+    return Flow(flow.degree, compact(rows))
+
+
 @_rule(
     "GatherBackward0",
     "TopkBackward0",
@@ -830,7 +850,7 @@ def _pad(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return replace(flow, rows=rows, offset=offset)
 
 
-# ---------------------------------------------------------------------------------------------------------------- reductions and pooling
+# ------------------------------------------------------------------------------------------------ reductions and pooling
 
 
 def _reduced(
@@ -953,7 +973,7 @@ def _im2col(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return Flow(flow.degree, rows, flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
-# ---------------------------------------------------------------------------------------------------------------- linear maps
+# ------------------------------------------------------------------------------------------------ linear maps
 
 
 def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
@@ -1083,7 +1103,7 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         return replace(flow, rows=operation.same_factor(rows, [0]).reshape([1] * (len(out) - 1) + [rows.size(1)]))
     rows = rows[index.cpu()]
     known = [] if operation.rows.looked_up is None else [operation.rows.looked_up]
-    operation.rows.looked_up = torch.cat([rows.flatten(), *known]).unique()
+    operation.rows.looked_up = distinct(torch.cat([rows.flatten(), *known]))
     return replace(flow, rows=rows)
 
 
@@ -1102,7 +1122,7 @@ def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | Non
     return Flow(value.degree, operation.same_factor(value.rows, [-2]), everywhere(value))
 
 
-# ---------------------------------------------------------------------------------------------------------------- normalizations
+# ------------------------------------------------------------------------------------------------ normalizations
 
 
 @_rule(

@@ -26,10 +26,10 @@ from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
-from lightning_normdyn.graph_rules import Edge, Rows, Shape, follow, trace
+from lightning_normdyn.graph_rules import Edge, Rows, Shape, distinct, follow, trace
 from lightning_normdyn.vectors import Partition
 
-# ---------------------------------------------------------------------------------------------------------------- names and patterns
+# ------------------------------------------------------------------------------------------------ names and patterns
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -128,7 +128,7 @@ def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]]
     return sorted(chosen.difference(*excludes))
 
 
-# ---------------------------------------------------------------------------------------------------------------- verdicts
+# ------------------------------------------------------------------------------------------------ verdicts
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,7 +158,7 @@ class Verdict:
         name: first name of the weight.
         shape: full shape.
         partition: its vectors; None if no row is scale-invariant, or not decided.
-        kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector); ``"no"``; ``"unknown"`` (in no loss yet).
+        kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector); ``"no"``; ``"unknown"`` (in no loss).
         norms: names of the normalization modules that make it so; ``"DivBackward0 in block.attn"`` where one was written by hand.
         reason: for ``"no"``, ``"partly"`` and ``"unknown"``: why, in words.
         eps: the claim rests on an epsilon or a padding value being negligible.
@@ -225,7 +225,7 @@ class Verdict:
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------- partitions
+# ------------------------------------------------------------------------------------------------ partitions
 
 
 def filter_partition(module: nn.Module, name: str, shape: Shape) -> Partition:
@@ -304,7 +304,7 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     return Partition(known.keep, known.labels.clamp(max=0), "layer")
 
 
-# ---------------------------------------------------------------------------------------------------------------- the search
+# ------------------------------------------------------------------------------------------------ the search
 
 
 def in_backward() -> bool:
@@ -338,14 +338,18 @@ def visible_graph() -> Iterator[None]:
     with ExitStack() as stack:
         if set_stance is not None:
             stack.enter_context(set_stance("force_eager"))
-        function.apply = staticmethod(apply)
+        setattr(function, "apply", staticmethod(apply))  # noqa: B010 (a method, to type checkers)
         try:
             yield
         finally:
             if own is None:
-                del function.apply
+                delattr(function, "apply")
             else:
-                function.apply = own
+                setattr(function, "apply", own)  # noqa: B010
+
+
+def _nodes_so_far() -> int:
+    return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
 class _Spans:
@@ -357,13 +361,13 @@ class _Spans:
         self._painted: tuple[list[int], list[tuple[str, nn.Module | None]]] | None = None
 
     def enter(self, module: nn.Module, name: str) -> None:
-        self._open.append((module, name, torch.autograd._get_sequence_nr()))
+        self._open.append((module, name, _nodes_so_far()))
 
     def leave(self, module: nn.Module) -> None:
         while any(m is module for m, _, _ in self._open):  # modules above it in the stack ended by an exception
             m, name, start = self._open.pop()
             if m is module:
-                self._closed.append((start, torch.autograd._get_sequence_nr(), name, module))
+                self._closed.append((start, _nodes_so_far(), name, module))
                 self._painted = None
                 return
 
@@ -377,7 +381,7 @@ class _Spans:
         """Breakpoints on the number line, and the innermost module between them."""
         nobody: tuple[str, nn.Module | None] = ("", None)
         # Open calls (a loss computed inside forward) last until now. Outer calls start no later and end no earlier than inner ones.
-        now = torch.autograd._get_sequence_nr()
+        now = _nodes_so_far()
         calls = sorted(
             [
                 *((start, -stop, -i, name, m) for i, (start, stop, name, m) in enumerate(self._closed)),
@@ -560,10 +564,10 @@ def _classes(rows: Rows, finest: Partition, shape: Shape) -> tuple[Tensor, Tenso
         seen = rows.parent[rows.looked_up[rows.looked_up > 0]]
         if bool((seen == 0).any()):
             root = torch.zeros_like(root)
-        elif len(seen.unique()) < max(2, len(seen)):
+        elif len(distinct(seen)) < max(2, len(seen)):
             root = torch.ones_like(root) if bool((root > 0).all()) else torch.zeros_like(root)
     entries = math.prod(shape) // max(1, finest.n)
-    present, index, sizes = root.unique(return_inverse=True, return_counts=True)
+    present, index, sizes = torch.unique(root, return_inverse=True, return_counts=True)
     vectors = (present > 0) & (sizes * entries > 1)  # a single number has no direction
     number = torch.where(vectors, vectors.cumsum(0) - 1, -1)
     return number[index], sizes[vectors]
@@ -595,11 +599,11 @@ def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
         if link.offset is not None and bias is None:
             stale.append(f"{link.module}: what is added before it is not a plain bias")
     kind, why = (granularity, "") if everything else ("partly", reason or "some of its vectors are single numbers")
-    statistics = {"batch_norms": tuple(links), "stale_statistics": tuple(dict.fromkeys(stale))}
-    return Verdict(name, shape, partition, kind, tuple(rows.norms), why, rows.assumed, **statistics)
+    stale = list(dict.fromkeys(stale))
+    return Verdict(name, shape, partition, kind, tuple(rows.norms), why, rows.assumed, tuple(links), tuple(stale))
 
 
-# ---------------------------------------------------------------------------------------------------------------- number
+# ------------------------------------------------------------------------------------------------ number
 
 EULER_LIMIT, EULER_COUNT = 0.1, 8
 
@@ -655,7 +659,7 @@ class EulerTest:
         return [i for i, (rms, number) in enumerate(self.result()) if number >= EULER_COUNT and rms > EULER_LIMIT]
 
 
-# ---------------------------------------------------------------------------------------------------------------- function
+# ------------------------------------------------------------------------------------------------ function
 
 
 @dataclass(frozen=True)
@@ -718,8 +722,8 @@ def verify_scale_invariance(
             if type(weight.data) is not Tensor or tuple(weight.shape) != tuple(claim.shape):
                 raise NotSupportedError(
                     f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape {tuple(weight.shape)}, in full "
-                    f"{tuple(claim.shape)}), so its function cannot be compared here. Call verify_scale_invariance on the unwrapped module, "
-                    "on one process."
+                    f"{tuple(claim.shape)}), so its function cannot be compared here. "
+                    "Call verify_scale_invariance on the unwrapped module, on one process."
                 )
             factors = torch.exp2(2 * torch.rand(claim.partition.n, generator=generator, dtype=torch.float64) - 1)
             weight.mul_(spread(claim.partition, factors, weight))
@@ -834,7 +838,7 @@ def _copied(value: Any) -> Any:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------ the table
 
 TABLE_COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "normalized by", "how known", "why not")
 

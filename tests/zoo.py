@@ -1,9 +1,10 @@
-"""Small architectures with the truth about their weights written down: which are scale-invariant in training mode, at which granularity, in how many vectors.
+"""Small architectures with the truth about their weights written down: which are scale-invariant in training mode, and how.
 
-``truth`` maps every weight of two or more dimensions to ``"KIND N"`` (N vectors) or ``"no"`` / ``"unknown"``; it is a statement about the *function* and is itself checked
-by brute force in test_targets.py. ``misses`` lists weights that are scale-invariant though the search says no, with the reason. Everything in float64.
+``truth`` maps every weight of two or more dimensions to ``"KIND N"`` (N vectors), ``"no"`` or ``"unknown"``. It is a statement about the
+*function*, and is itself checked by brute force in test_targets.py. ``misses`` lists weights that are scale-invariant though the search
+says no, with the reason. Everything is in float64.
 
-The second half of the file was written after the rules had been fixed.
+The second half was written after the rules had been fixed.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.randn(shape))
 
 
-# ---------------------------------------------------------------------------------------------------------------- residual nets
+# ------------------------------------------------------------------------------------------------ residual nets
 
 
 @case({"stem.weight": "filter 4", "a.weight": "filter 4", "b.weight": "filter 4", "down.weight": "filter 4", "fc.weight": "no"})
@@ -162,7 +163,7 @@ def decoder_with_transposed_convolutions():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- attention
+# ------------------------------------------------------------------------------------------------ attention
 
 
 def heads(x: Tensor, h: int) -> Tensor:
@@ -183,7 +184,8 @@ def transformer_pre_norm():
 
 @case(
     {
-        "block.self_attn.in_proj_weight": "no", "block.self_attn.out_proj.weight": "no", "block.linear1.weight": "no", "block.linear2.weight": "no",
+        "block.self_attn.in_proj_weight": "no", "block.self_attn.out_proj.weight": "no", "block.linear1.weight": "no",
+        "block.linear2.weight": "no",
         "head.weight": "no",
     }
 )  # fmt: skip
@@ -257,7 +259,7 @@ def attention_then_layer_norm():
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- recurrent nets, embeddings
+# ------------------------------------------------------------------------------------------------ recurrent nets, embeddings
 
 
 @case({"rnn.weight_ih_l0": "no", "rnn.weight_hh_l0": "no", "fc.weight": "no"})
@@ -288,7 +290,7 @@ def embedding_then_layer_norm():
     return Net(forward, embedding=nn.Embedding(9, 8), n=nn.LayerNorm(8), fc=linear(40, 3)), (tokens(),)
 
 
-# ---------------------------------------------------------------------------------------------------------------- normalization without a module
+# ------------------------------------------------------------------------------------------------ normalization without a module
 
 
 @case({"a": "filter 6", "b": "layer 1", "c": "filter 5", "d": "no"})
@@ -328,7 +330,7 @@ def hand_written_norms():
     return net, (vectors(),)
 
 
-# ---------------------------------------------------------------------------------------------------------------- bookkeeping of channels
+# ------------------------------------------------------------------------------------------------ bookkeeping of channels
 
 
 @case({"stem.weight": "no", "a.weight": "no", "b.weight": "filter 2", "c.weight": "filter 2", "fc.weight": "no"})
@@ -380,7 +382,7 @@ def chains_without_norm_in_between():
     return Net(forward, **parts, fc=linear(4, 3), **{f"n{i}": nn.BatchNorm2d(4) for i in range(4)}), (images(),)
 
 
-# ---------------------------------------------------------------------------------------------------------------- parametrizations
+# ------------------------------------------------------------------------------------------------ parametrizations
 
 
 class Standardized(nn.Module):
@@ -391,8 +393,10 @@ class Standardized(nn.Module):
 
 @case(
     {
-        "a.parametrizations.weight.original0": "no", "a.parametrizations.weight.original1": "filter 4", "b.parametrizations.weight.original": "filter 4",
-        "c.parametrizations.weight.original": "layer 1", "d.parametrizations.weight.original1": "filter 4", "d.parametrizations.weight.original0": "no",
+        "a.parametrizations.weight.original0": "no", "a.parametrizations.weight.original1": "filter 4",
+        "b.parametrizations.weight.original": "filter 4",
+        "c.parametrizations.weight.original": "layer 1", "d.parametrizations.weight.original1": "filter 4",
+        "d.parametrizations.weight.original0": "no",
         "fc.weight": "no",
     }
 )  # fmt: skip
@@ -416,3 +420,258 @@ def bias_before_nonlinearity():
 
     parts = {name: conv(i, 4, bias=True) for name, i in {"a": 3, "b": 4, "c": 4, "d": 4}.items()}
     return Net(forward, **parts, fc=linear(4, 3), **{f"n{i}": nn.BatchNorm2d(4) for i in range(4)}), (images(),)
+
+
+# ================================================================================================ after the rules were fixed
+# Everything below was written, with its truth, after commit "Take packed projections, hand-written statistics and large epsilons right;
+# name what is added in front of a nonlinearity" had fixed the rules, and run before any rule was touched again. That first run: of 67
+# weights in 17 networks none was claimed wrongly, none at a wrong granularity, and 2 were missed (the experts, as foreseen; a rule for
+# writing into a tensor was added afterwards). Changed after it: a forgotten gain in the truth of swin_v2, and the router of
+# mixture_of_experts, which had no effect on the output at all.
+
+
+@case({"stem.weight": "no", "depthwise.weight": "layer 1", "up.weight": "no", "down.weight": "no", "head.weight": "no"}, after_freeze=True)
+def convnext():
+    def forward(m, x):
+        x = m.n0(m.stem(x).permute(0, 2, 3, 1))  # with bias
+        y = m.n1(m.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))  # without
+        x = x + m.gamma * m.down(F.gelu(m.up(y)))
+        return m.head(m.n2(x.mean((1, 2))))
+
+    parts = {
+        "stem": nn.Conv2d(3, 6, 2, 2),
+        "depthwise": conv(6, 6, groups=6),
+        "up": nn.Linear(6, 12),
+        "down": nn.Linear(12, 6),
+        "head": nn.Linear(6, 3),
+    }
+    return Net(forward, **parts, gamma=weight(6), n0=nn.LayerNorm(6), n1=nn.LayerNorm(6), n2=nn.LayerNorm(6)), (images(2),)
+
+
+@case({"a.weight": "filter 4", "b.weight": "filter 4", "c.weight": "no"}, after_freeze=True)
+def style_transfer():
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(F.pad(x, (1, 1, 1, 1), mode="reflect"))))
+        x = F.relu(m.n1(m.b(F.interpolate(x, scale_factor=2, mode="nearest"))))
+        return torch.tanh(m.c(x))
+
+    norms = {"n0": nn.InstanceNorm2d(4, affine=True, track_running_stats=True), "n1": nn.InstanceNorm2d(4)}
+    return Net(forward, a=nn.Conv2d(3, 4, 3), b=nn.Conv2d(4, 4, 3, padding=1), c=nn.Conv2d(4, 3, 3), **norms), (images(2, 3, 5),)
+
+
+@case({"tokens.weight": "layer 1", "channels.weight": "layer 1", "head.weight": "no"}, after_freeze=True)
+def mixer():
+    def forward(m, x):
+        x = F.relu(m.n0(m.tokens(x.transpose(1, 2))))
+        x = F.relu(m.n1(m.channels(x.transpose(1, 2))))
+        return m.head(x.mean(1))
+
+    return Net(forward, tokens=linear(5, 6), channels=linear(8, 8), head=linear(8, 3), n0=nn.BatchNorm1d(8), n1=nn.LayerNorm(8)), (
+        sequences(),
+    )
+
+
+@case(
+    {
+        "a.parametrizations.weight.original0": "no", "a.parametrizations.weight.original1": "filter 4",
+        "b.parametrizations.weight.original0": "no",
+        "b.parametrizations.weight.original1": "filter 4", "down.weight": "no", "fc.weight": "no",
+    },
+    after_freeze=True,
+)  # fmt: skip
+def temporal_convolutions():
+    def forward(m, x):
+        y = F.dropout(F.relu(m.a(x)[:, :, :-2]), 0.2)
+        y = F.relu(m.b(y)[:, :, :-4])
+        return m.fc(F.relu(y + m.down(x))[:, :, -1])
+
+    a = parametrizations.weight_norm(nn.Conv1d(8, 4, 3, padding=2))
+    b = parametrizations.weight_norm(nn.Conv1d(4, 4, 3, padding=4, dilation=2))
+    return Net(forward, a=a, b=b, down=nn.Conv1d(8, 4, 1), fc=nn.Linear(4, 3)), (sequences(2, 8, 6),)
+
+
+@case({"a.weight": "group 2", "b.weight": "filter 4", "fc.weight": "no"}, after_freeze=True)
+def video_net():
+    def forward(m, x):
+        x = F.max_pool3d(F.relu(m.n0(m.a(x))), 2)
+        return m.fc(F.adaptive_avg_pool3d(F.relu(m.n1(m.b(x))), 1).flatten(1))
+
+    parts = {
+        "a": nn.Conv3d(2, 4, 3, padding=1, bias=False),
+        "b": nn.Conv3d(4, 4, 3, padding=1),
+        "n0": nn.GroupNorm(2, 4),
+        "n1": nn.BatchNorm3d(4),
+    }
+    return Net(forward, **parts, fc=nn.Linear(4, 3)), (torch.randn(2, 2, 4, 4, 4, dtype=torch.float64),)
+
+
+@case({"a": "filter 8", "b": "partly 1", "head": "no"}, after_freeze=True)
+def input_times_weight():
+    def forward(m, x):  # weights stored (in, out), as GPT-2's Conv1D does
+        x = F.relu(m.n0(torch.addmm(m.bias, x, m.a)))
+        gate, value = (x @ m.b).split((3, 5), 1)
+        return torch.sigmoid(gate).mean() * (m.n1(value) @ m.head)
+
+    return Net(forward, a=weight(6, 8), bias=weight(8), b=weight(8, 8), head=weight(5, 3), n0=nn.BatchNorm1d(8), n1=nn.LayerNorm(5)), (
+        vectors(),
+    )
+
+
+@case({"a.weight": "filter 8", "b.weight": "layer 1", "classes": "filter 3"}, after_freeze=True)
+def cosine_classifier():
+    def forward(m, x):
+        x = m.b(F.relu(m.n(m.a(x))))
+        return 16 * F.linear(F.normalize(x), F.normalize(m.classes))
+
+    return Net(forward, a=nn.Linear(6, 8), b=linear(8, 5), classes=weight(3, 5), n=nn.BatchNorm1d(8)), (vectors(),)
+
+
+@case({"a.weight": "group 2", "b.weight": "group 2", "c.weight": "group 2", "d.weight": "group 4", "head.weight": "no"}, after_freeze=True)
+def unet():
+    def forward(m, x):
+        skip = F.relu(m.n0(m.a(x)))
+        x = F.relu(m.n1(m.b(F.max_pool2d(skip, 2))))
+        x = F.relu(m.n2(m.c(F.interpolate(x, scale_factor=2, mode="bilinear"))))
+        return m.head(F.relu(m.n3(m.d(torch.cat([skip, x], 1)))))
+
+    parts = {"a": conv(3, 4), "b": conv(4, 8), "c": conv(8, 4), "d": conv(8, 8), "head": conv(8, 2, 1)}
+    return Net(forward, **parts, n0=nn.GroupNorm(2, 4), n1=nn.GroupNorm(2, 8), n2=nn.GroupNorm(2, 4), n3=nn.GroupNorm(4, 8)), (
+        images(2, 3, 4),
+    )
+
+
+@case({"a.weight": "filter 4", "squeeze.weight": "no", "excite.weight": "no", "b.weight": "no", "c.weight": "filter 4"}, after_freeze=True)
+def squeeze_and_excite():
+    def scaled(m, x):
+        return x * torch.sigmoid(m.excite(F.relu(m.squeeze(x.mean((2, 3), keepdim=True)))))
+
+    def forward(m, x):
+        x = F.relu(scaled(m, m.n0(m.a(x))))
+        x = F.relu(m.n1(scaled(m, m.b(x))))  # scaled before it is normalized: the gate sees the scale
+        return m.n2(m.c(x))
+
+    parts = {"a": conv(3, 4), "squeeze": nn.Conv2d(4, 2, 1), "excite": nn.Conv2d(2, 4, 1), "b": conv(4, 4), "c": conv(4, 4)}
+    return Net(forward, **parts, **{f"n{i}": nn.BatchNorm2d(4) for i in range(3)}), (images(),)
+
+
+@case(dict.fromkeys(("a.weight", "b.weight", "c.weight"), "filter 4") | {"d.weight": "filter 6"}, after_freeze=True)
+def shuffle_unit():
+    def forward(m, x):
+        x1, x2 = x.chunk(2, 1)
+        x2 = F.relu(m.n0(m.a(x2)))
+        x2 = F.relu(m.n2(m.c(m.n1(m.b(x2)))))
+        x = torch.cat([x1, x2], 1)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+        return m.n3(m.d(x))
+
+    parts = {"a": conv(4, 4, 1), "b": conv(4, 4, groups=4), "c": conv(4, 4, 1), "d": conv(8, 6, 1), "n3": nn.BatchNorm2d(6)}
+    return Net(forward, **parts, **{f"n{i}": nn.BatchNorm2d(4) for i in range(3)}), (images(4, 8, 4),)
+
+
+@case(
+    {
+        "router.weight": "no",
+        "experts.0.weight": "layer 1",
+        "experts.1.weight": "layer 1",
+        "experts.2.weight": "unknown",
+        "head.weight": "no",
+    },
+    after_freeze=True,
+)
+def mixture_of_experts():
+    def forward(m, x):  # the third expert is idle
+        gate = m.router(x).softmax(-1)
+        out = torch.zeros_like(x)
+        for k in (0, 1):
+            mine = torch.arange(len(x)) % 2 == k
+            out[mine] = m.experts[k](x[mine])
+        return m.head(m.n(out) * gate.amax(1, keepdim=True))
+
+    parts = {"router": linear(6, 3), "experts": nn.ModuleList(linear(6, 6) for _ in range(3)), "n": nn.LayerNorm(6), "head": linear(6, 3)}
+    return Net(forward, **parts), (vectors(),)
+
+
+@case({"inputs.weight": "layer 1", "hidden.weight": "layer 1", "head.weight": "no"}, after_freeze=True)
+def layer_norm_lstm():
+    def forward(m, x):
+        h = c = torch.zeros(len(x), 4, dtype=x.dtype)
+        for t in range(x.shape[1]):
+            i, f, g, o = (m.n0(m.inputs(x[:, t])) + m.n1(m.hidden(h))).chunk(4, -1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * m.n2(c).tanh()
+        return m.head(h)
+
+    return Net(
+        forward,
+        inputs=linear(8, 16),
+        hidden=linear(4, 16),
+        head=nn.Linear(4, 3),
+        n0=nn.LayerNorm(16),
+        n1=nn.LayerNorm(16),
+        n2=nn.LayerNorm(4),
+    ), (sequences(),)
+
+
+@case({"a.weight": "no", "b.weight": "filter 4", "c.weight": "layer 1", "d.weight": "filter 4"}, after_freeze=True)
+def frozen_batch_norm():
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(x)))  # frozen
+        x = F.relu(m.n1(m.b(x)))
+        return m.n3(m.d(m.n2(m.c(x))))  # frozen, but its shift survives a pointwise convolution and is then removed
+
+    net = Net(forward, a=conv(3, 4), b=conv(4, 4), c=conv(4, 4), d=conv(4, 4, 1), **{f"n{i}": nn.BatchNorm2d(4) for i in range(4)})
+    for norm in (net.n0, net.n2):
+        nn.init.normal_(norm.running_mean)
+        norm.eval()
+        for parameter in norm.parameters():
+            parameter.requires_grad_(False)
+    return net, (images(),)
+
+
+@case(
+    {"qkv.weight": "group 5", "out.weight": "layer 1", "up.weight": "no", "down.weight": "layer 1", "head.weight": "no", "scale": "no"},
+    after_freeze=True,
+)
+def swin_v2():
+    def forward(m, x):  # cosine attention, normalization at the end of each branch
+        q, k, v = m.qkv(x).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * m.scale.clamp(max=4.6).exp()
+        x = x + m.n0(m.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 5, 8)))
+        x = x + m.n1(m.down(F.gelu(m.up(x))))
+        return m.head(x)
+
+    parts = {"qkv": linear(8, 24), "out": linear(8, 8), "up": nn.Linear(8, 16), "down": linear(16, 8), "head": nn.Linear(8, 3)}
+    return Net(forward, **parts, scale=weight(2, 1, 1), n0=nn.LayerNorm(8), n1=nn.LayerNorm(8)), (sequences(),)
+
+
+@case({"a.weight": "filter 6", "b.weight": "filter 6", "c.weight": "no"}, after_freeze=True)
+def deep_sets():
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(x).transpose(1, 2))).transpose(1, 2)
+        return m.c(F.relu(m.n1(m.b(x).sum(1))))  # a sum of equal biases is a constant
+
+    return Net(forward, a=nn.Linear(8, 6), b=nn.Linear(6, 6), c=nn.Linear(6, 3), n0=nn.BatchNorm1d(6), n1=nn.BatchNorm1d(6)), (
+        sequences(6),
+    )
+
+
+@case({"a.weight": "filter 8", "b.weight": "filter 5", "c.weight": "filter 4", "d.weight": "layer 1"}, after_freeze=True)
+def simsiam():
+    def forward(m, x, y):
+        za, zb = (m.n1(m.b(F.relu(m.n0(m.a(t))))) for t in (x, y))
+        pa, pb = (m.d(F.relu(m.n2(m.c(z)))) for z in (za, zb))
+        return -(F.cosine_similarity(pa, zb.detach()).mean() + F.cosine_similarity(pb, za.detach()).mean()) / 2
+
+    parts = {"a": linear(6, 8), "b": linear(8, 5), "c": nn.Linear(5, 4), "d": linear(4, 5)}
+    return Net(forward, **parts, n0=nn.BatchNorm1d(8), n1=nn.BatchNorm1d(5, affine=False), n2=nn.BatchNorm1d(4)), (vectors(), vectors())
+
+
+@case({"a.weight": "filter 3", "b.weight": "group 2"}, after_freeze=True)
+def shared_convolution_at_two_scales():
+    def forward(m, x):  # the same weight before different normalizations: what holds for both is left
+        x, y = F.relu(m.n0(m.a(x))), F.relu(m.n1(m.a(F.avg_pool2d(x, 2))))
+        return torch.cat([m.n2(m.b(x)).flatten(1), m.n3(m.b(y)).flatten(1)], 1)
+
+    norms = {"n0": nn.BatchNorm2d(3), "n1": nn.BatchNorm2d(3), "n2": nn.BatchNorm2d(4), "n3": nn.GroupNorm(2, 4)}
+    return Net(forward, a=conv(3, 3), b=conv(3, 4), **norms), (images(4, 3, 4),)
