@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizer_state import supports_decay_takeover
+from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
 
 
 class Phase(IntEnum):
@@ -96,7 +96,7 @@ class StepBracket:
         >>> remove()
     """
 
-    _of: WeakKeyDictionary[Optimizer, StepBracket] = WeakKeyDictionary()
+    _of: ClassVar[WeakKeyDictionary[Optimizer, StepBracket]] = WeakKeyDictionary()
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> StepBracket:
@@ -107,7 +107,7 @@ class StepBracket:
         return bracket
 
     def __init__(self, optimizer: Optimizer) -> None:
-        check_closure(optimizer)
+        check_optimizer(optimizer)
         # The optimizer's hooks hold the bracket; a strong reference back would keep both alive for ever in the registry.
         self._optimizer_ref = ref(optimizer)
         self.steps = 0
@@ -237,7 +237,8 @@ class StepBracket:
     def _ready(self) -> None:
         self.settle()
         self._step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None))
-        self._run(0, Phase.SNAPSHOT)
+        self._run(Phase.RESOLVE, Phase.RESOLVE)  # may add handlers that act in this very step
+        self._run(Phase.RESOLVE + 1, Phase.SNAPSHOT)
         self._take_snapshots()
         self._split_groups()
 
@@ -307,8 +308,9 @@ class StepBracket:
             split.append({**group, "params": ours, "weight_decay": 0.0})
             if len(ours) < len(group["params"]):
                 split.append({**group, "params": [p for p in group["params"] if p not in taken]})
-        if len(split) != len(self.optimizer.param_groups) or any(a is not b for a, b in zip(split, self.optimizer.param_groups,
-        strict=True)):
+        if len(split) != len(self.optimizer.param_groups) or any(
+            a is not b for a, b in zip(split, self.optimizer.param_groups, strict=True)
+        ):
             self._groups = self.optimizer.param_groups
             self.optimizer.param_groups = split
 
@@ -319,14 +321,19 @@ class StepBracket:
             self._groups = None
 
 
-def check_closure(optimizer: Optimizer) -> None:
-    """Refuse optimizers that evaluate their closure more than once per step.
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse optimizers that have no single step from one weight to the next.
 
     Raises:
-        NotSupportedError: for LBFGS.
+        NotSupportedError: for LBFGS (evaluates its closure more than once) and schedule-free optimizers (keep a second copy of the weights).
     """
     if any(c.__name__ == "LBFGS" for c in type(optimizer).__mro__):
         raise _closure_error(optimizer)
+    if is_schedule_free(optimizer):
+        raise NotSupportedError(
+            f"{type(optimizer).__name__} keeps a second copy of the weights and trains at a point between the two, so a norm or a step of the "
+            "parameter alone means nothing. Use the optimizer's ordinary form with a learning rate schedule."
+        )
 
 
 def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:

@@ -113,8 +113,9 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""
-        where = plan.vectors.slices[plan.targets.index(target)]
-        now = float(equivalent_weight_decay(self.alpha, self.statistic_of(plan)[where]).mean())
+        position = plan.targets.index(target)
+        totals = plan.vectors.totals(equivalent_weight_decay(self.alpha, self.statistic_of(plan)))
+        now = float(totals[position] / plan.vectors.count[position])
         decay = plan.group_of(target).get("weight_decay") or 0.0
         tail = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
         return f"AWS, decay now {now:.2g}{tail}"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
-from lightning_normdyn.sharding import check_weight, full_shape, torch_optimizer
-from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_closure
+from lightning_normdyn.sharding import check_weight, full_shape, survey, torch_optimizer
+from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import (
     ScaleInvarianceSearch,
     Verdict,
@@ -119,7 +120,7 @@ class Plan:
 
     def active(self) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in this step; None if all did."""
-        missing = tuple(t.weight.grad is None for t in self.targets)
+        missing = tuple(not has for has in self.vectors.has_gradient())
         if not any(missing):
             return None
         if missing not in self._masks:
@@ -162,8 +163,7 @@ class Plan:
 
     def group_of(self, target: Target) -> dict[str, Any]:
         """The param group that owns ``target``."""
-        position = self.vectors.slices[self.targets.index(target)].start
-        return next(group for group, where in self.groups if where.start <= position < where.stop)
+        return next(group for group, _ in self.groups if any(p is target.weight for p in group["params"]))
 
 
 class Session:
@@ -184,6 +184,7 @@ class Session:
         self.closed = False
         # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
         self.names = parameter_names(module)
+        survey(module)
         self.shapes = {weight: full_shape(weight) for weight in self.names}
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
@@ -299,7 +300,7 @@ class Session:
 
     def counted(self, key: str) -> float | None:
         """Sum of a counter over all vectors of all callbacks; None if nobody counts it."""
-        totals = [plan.counters[key].sum() for m in self.members for plan in m.plans.values() if key in plan.counters]
+        totals = [plan.vectors.totals(plan.counters[key]).sum() for m in self.members for plan in m.plans.values() if key in plan.counters]
         return float(sum(t.item() for t in totals)) if totals else None
 
     def take_events(self) -> list[str]:
@@ -322,24 +323,25 @@ def agree(verdicts: dict[str, Verdict]) -> None:
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    mine = {name: v.state() for name, v in verdicts.items()}
+    mine = {name: (v.shape, _digest(v.state())) for name, v in verdicts.items()}
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     for name in sorted({n for table in everybody for n in table}):
         found = [table.get(name) for table in everybody]
-        if any(not _same(found[0], other) for other in found[1:]):
-            known = next(f for f in found if f is not None)
-            verdicts[name] = Verdict.unknown(name, tuple(known["shape"]), "the ranks see different graphs")
+        if any(f != found[0] for f in found):
+            shape, _ = next(f for f in found if f is not None)
+            verdicts[name] = Verdict.unknown(name, shape, "the ranks see different graphs")
 
 
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, Mapping) and isinstance(b, Mapping):
-        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return bool(a == b)
+def _digest(state: Any) -> str:
+    """Short and the same for equal states: the labels of a large model's weights are megabytes."""
+    if isinstance(state, Tensor):
+        return sha256(state.cpu().numpy().tobytes()).hexdigest()
+    if isinstance(state, Mapping):
+        return repr([(key, _digest(value)) for key, value in sorted(state.items())])
+    if isinstance(state, (list, tuple)):
+        return repr([_digest(value) for value in state])
+    return repr(state)
 
 
 class NormDynCallback(Callback):
@@ -364,7 +366,8 @@ class NormDynCallback(Callback):
         self._restored: dict[str, Any] | None = None
         self._counted: dict[int, int] = {}
         self._attached_at: dict[int, int] = {}
-        self._per_vector: dict[str, dict[str, Tensor]] = {}
+        self._per_vector: dict[str, dict[str, Tensor]] = {}  # of the vectors that this rank holds
+        self._restored_vectors: dict[str, dict[str, Tensor]] = {}  # of all vectors, from a checkpoint
         self._remove: list[Callable[[], None]] = []
         self._reported_bad = False
 
@@ -415,13 +418,29 @@ class NormDynCallback(Callback):
     def per_vector(self, key: str, plan: Plan, make: Callable[[], Tensor]) -> Tensor:
         """State of each vector, kept by weight name so that it survives new plans and checkpoints; ``make`` gives it for weights seen
         first."""
-        table = self._per_vector.setdefault(key, {})
+        table, restored = self._per_vector.setdefault(key, {}), self._restored_vectors.get(key, {})
+        vectors = plan.vectors
         fresh: Tensor | None = None
-        for target, where in zip(plan.targets, plan.vectors.slices, strict=True):
-            if target.name not in table or table[target.name].numel() != where.stop - where.start:
+        for i, (target, where) in enumerate(zip(plan.targets, vectors.slices, strict=True)):
+            whole = restored.pop(target.name, None)
+            if whole is not None and whole.numel() == target.partition.n:
+                table[target.name] = vectors.scatter_one(i, whole)
+            elif target.name not in table or table[target.name].numel() != where.stop - where.start:
                 fresh = make() if fresh is None else fresh
                 table[target.name] = fresh[where].clone()
-        return torch.cat([table[t.name].to(plan.vectors.device) for t in plan.targets]) if plan.targets else torch.zeros(0)
+        return torch.cat([table[t.name].to(vectors.device) for t in plan.targets]) if plan.targets else torch.zeros(0)
+
+    def _gather_per_vector(self) -> dict[str, dict[str, Tensor]]:
+        """The state of all vectors of all ranks, on every rank."""
+        gathered: dict[str, dict[str, Tensor]] = {}
+        for key, table in self._per_vector.items():
+            gathered[key] = {name: values.detach().cpu() for name, values in (table | self._restored_vectors.get(key, {})).items()}
+            for plan in self.plans.values():
+                if all(t.name in table for t in plan.targets):
+                    mine = torch.cat([table[t.name].to(plan.vectors.device) for t in plan.targets])
+                    whole = plan.vectors.gather(mine)
+                    gathered[key].update({t.name: values.cpu().clone() for t, values in zip(plan.targets, whole, strict=True)})
+        return {**self._restored_vectors, **gathered}
 
     def store_per_vector(self, key: str, plan: Plan, values: Tensor) -> None:
         """Keep new per-vector state under ``key``."""
@@ -490,7 +509,7 @@ class NormDynCallback(Callback):
         for module in session.module.modules():
             if getattr(module, "sparse", False) and any(p is weight for p in module.parameters(recurse=False)):
                 raise NotSupportedError(
-                    f"`{name}` gets sparse gradients ({type(module).__name__}(sparse=True)), whose untouched rows the optimizer does not step. "
+                    f"`{name}` gets sparse gradients ({type(module).__name__}(sparse=True)): the optimizer does not step untouched rows. "
                     f"Use sparse=False, or leave it out with params=[..., '!{name}']."
                 )
 
@@ -533,12 +552,15 @@ class NormDynCallback(Callback):
         if restored is None:
             return
         self._counted = {int(k): int(v) for k, v in restored["steps"].items()}
-        self._per_vector = {key: dict(table) for key, table in restored["per_vector"].items()}
+        self._restored_vectors = {key: dict(table) for key, table in restored["per_vector"].items()}
         self._load_extra(restored.get("extra", {}))
         then, now = restored.get("settings", {}), self.settings()
         changed = [f"{k}: {then[k]} -> {now[k]}" for k in now if k in then and then[k] != now[k]]
         if changed:
-            warn_once(f"{type(self).__name__} resumes with other settings than the checkpoint's ({', '.join(changed)}); the new ones hold, counters go on.")
+            warn_once(
+                f"{type(self).__name__} resumes with other settings than the checkpoint's ({', '.join(changed)}); "
+                "the new ones hold, counters go on."
+            )
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         """Take up what `_extra` stored."""
@@ -567,11 +589,11 @@ class NormDynCallback(Callback):
         """Map names, check patterns and optimizers."""
         self._session = Session.of(trainer, pl_module)
         self._session.members.append(self)
-        self.plans, self._counted, self._attached_at, self._per_vector = {}, {}, {}, {}
+        self.plans, self._counted, self._attached_at, self._per_vector, self._restored_vectors = {}, {}, {}, {}, {}
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
         for optimizer in trainer.optimizers:
-            check_closure(torch_optimizer(optimizer))
+            check_optimizer(torch_optimizer(optimizer))
         self._check_patterns(trainer)
 
     def _check_patterns(self, trainer: Trainer) -> None:
@@ -658,7 +680,7 @@ class NormDynCallback(Callback):
             "version": 1,
             "settings": self.settings(),
             "steps": {i: self.steps_of(i) for i in indices},
-            "per_vector": {key: {n: v.detach().cpu().clone() for n, v in table.items()} for key, table in self._per_vector.items()},
+            "per_vector": self._gather_per_vector(),
             "targets": verdicts,
             "extra": self._extra(),
         }
@@ -699,11 +721,12 @@ class NormDynCallback(Callback):
             return
         lines = []
         for plan in self.plans.values():
-            per_weight = plan.vectors.per_weight(plan.bad.to(plan.vectors.sum_dtype)).tolist()
+            per_weight = plan.vectors.totals(plan.bad.to(plan.vectors.sum_dtype)).tolist()
             lines += [f"{int(k)} in {t.name}" for k, t in zip(per_weight, plan.targets, strict=True) if k]
         if lines:
             self._reported_bad = True
-            warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {', '.join(lines[:8])}{' ...' if len(lines) > 8 else ''}.")
+            named = ", ".join(lines[:8]) + (" ..." if len(lines) > 8 else "")
+            warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {named}.")
 
 
 def _bind(handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step], None]:
@@ -722,8 +745,7 @@ def announce(session: Session) -> None:
     """Print the table of targets, once, on rank zero."""
     from lightning_normdyn.callbacks.tables import print_start_table
 
-    if session.trainer.is_global_zero:
-        print_start_table(session)
+    print_start_table(session)  # every rank works out the numbers in it, rank zero prints
 
 
 def owner_module(module: nn.Module, name: str) -> tuple[nn.Module, str]:

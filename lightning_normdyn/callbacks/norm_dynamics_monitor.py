@@ -210,10 +210,11 @@ class NormDynamicsMonitor(NormDynCallback):
         if active is not None:
             valid &= active
         packed = vectors.totals(torch.cat([torch.where(valid, powers, torch.zeros_like(powers)), valid.to(powers.dtype)]))
-        skipped = torch.zeros(1, dtype=packed.dtype, device=packed.device) if step.skipped is None else
-        step.skipped.to(packed.dtype).reshape(1) now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped packed =
-        torch.cat([packed.flatten(), skipped]) self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed)) if
-        self.per_vector_history:
+        skipped = packed.new_zeros(1) if step.skipped is None else step.skipped.to(packed.dtype).reshape(1)
+        now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
+        packed = torch.cat([packed.flatten(), skipped])
+        self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed))
+        if self.per_vector_history:
             self._keep_vectors(now, plan, norm_from_sums(sums["ww"]), sums["lr"])
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor) -> dict[str, Tensor]:
@@ -241,10 +242,11 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _keep_vectors(self, now: int, plan: Plan, norm: Tensor, lr: Tensor) -> None:
         assert self._session is not None
+        norms = plan.vectors.gather(norm)
         if not self._session.trainer.is_global_zero:
             return
-        for target, where in zip(plan.targets, plan.vectors.slices, strict=True):
-            self.history.append_vectors(now, {f"weight_norm/{target.name}": norm[where].float().cpu().numpy()})
+        for target, values in zip(plan.targets, norms, strict=True):
+            self.history.append_vectors(now, {f"weight_norm/{target.name}": values.float().cpu().numpy()})
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
@@ -345,8 +347,14 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _meta(self) -> dict[str, Any]:
         targets = {
-            t.name: {"shape": list(t.verdict.shape), "scale_invariant": t.verdict.kind, "norms": list(t.verdict.norms), "vectors":
-            t.partition.n} for plan in self.plans.values() for t in plan.targets
+            t.name: {
+                "shape": list(t.verdict.shape),
+                "scale_invariant": t.verdict.kind,
+                "norms": list(t.verdict.norms),
+                "vectors": t.partition.n,
+            }
+            for plan in self.plans.values()
+            for t in plan.targets
         }
         return {"targets": targets, "settings": self.settings()}
 
@@ -355,12 +363,13 @@ class NormDynamicsMonitor(NormDynCallback):
         assert self._session is not None
         if not len(self.history) or not self.plans:
             return None
-        rows = []
+        rows, known = [], set(self.history.keys())
         for plan in self.plans.values():
             for target in plan.targets:
-                norms = self.history.column(f"weight_norm/{target.name}")[1] if f"weight_norm/{target.name}" in self.history.keys() else []
-                if not len(norms):
+                key = f"weight_norm/{target.name}"
+                if key not in known:
                     continue
+                norms = self.history.column(key)[1]
                 how = "; ".join(
                     m.treatment(p, t)
                     for m in self._session.members
@@ -370,14 +379,20 @@ class NormDynamicsMonitor(NormDynCallback):
                     if t.weight is target.weight
                 )
                 rows.append(
-                    (target.name, how or "-", f"{norms[0]:.3g} → {norms[-1]:.3g}", self._latest("effective_lr", target), self._latest("angular_update", target))
+                    (
+                        target.name,
+                        how or "-",
+                        f"{norms[0]:.3g} → {norms[-1]:.3g}",
+                        self._latest("effective_lr", target),
+                        self._latest("angular_update", target),
+                    )
                 )
         title = f"lightning-normdyn: after {self.history[len(self.history) - 1]['optimizer_step']:.0f} optimizer steps"
         return render(title, ("weight", "treated how", "norm first → last", "effective lr", "angular update"), rows)
 
     def _latest(self, quantity: str, target: Target) -> str:
         key = f"{quantity}/{target.name}"
-        if key not in self.history.keys():
+        if key not in set(self.history.keys()):
             return "-"
         values = self.history.column(key)[1]
         return f"{values[-1]:.3g}" if len(values) else "-"

@@ -101,12 +101,12 @@ class RadialProjection(NormDynCallback):
         ours = {id(w) for w in weights}
         for group in optimizer.param_groups:
             decay = group.get("weight_decay")
-            coupled = decay_kind(optimizer, group) == "coupled"
-            if self.weight_decay == "replace" and decay and coupled and "momentum" not in group and any(id(p) in ours for p in
-            group["params"]):
+            if not decay or self.weight_decay != "replace" or not any(id(p) in ours for p in group["params"]):
+                continue
+            if decay_kind(optimizer, group) == "coupled" and not isinstance(optimizer, torch.optim.SGD):
                 raise NotSupportedError(
-                    f"RadialProjection(weight_decay='replace') cannot turn the coupled weight decay {decay} of {type(optimizer).__name__} into a decoupled one. "
-                    "Give a number, weight_decay=..., or use AdamW or SGD."
+                    f"RadialProjection(weight_decay='replace') cannot turn the coupled weight decay {decay} of "
+                    f"{type(optimizer).__name__} into a decoupled one. Give a number, weight_decay=..., or use AdamW or SGD."
                 )
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
@@ -120,10 +120,15 @@ class RadialProjection(NormDynCallback):
         if self.gate == "always":
             return
         weights, gradients = vectors.values(), vectors.gradients()
-        ww, wg, gg = sums = vectors.inner((weights, weights), (weights, gradients), (gradients, gradients))
-        # Rows of one weight have one length, so the filter test is a count of rows over the threshold, the layer test a sum over rows.
-        over = (cosine_from_sums(ww, wg, gg).abs() * vectors.length.sqrt() >= self.delta).to(ww.dtype)
-        totals = vectors.per_weight(torch.cat([sums, over[None], vectors.length[None]]))
+
+        def summarize(sums: Tensor, length: Tensor) -> Tensor:
+            # Rows of one weight have one length, so the filter test is a count of rows over the threshold, the layer test a sum over
+            # rows.
+            over = cosine_from_sums(*sums).abs() * length.sqrt() >= self.delta
+            return torch.cat([sums, over[None].to(sums.dtype), length[None]])
+
+        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
+        _, totals = vectors.inner_and_totals(*pairs, summarize=summarize)
         layer = cosine_from_sums(totals[0], totals[1], totals[2]).abs() * totals[4].sqrt() < self.delta
         by_filter = totals[3] == 0
         self._gates[plan.index] = (vectors.spread(by_filter), vectors.spread(layer & ~by_filter))
@@ -132,12 +137,15 @@ class RadialProjection(NormDynCallback):
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
         after = vectors.values()
-        ss, sa = vectors.inner((before, before), (before, after))
-        radial = _ratio(sa - ss, ss)
+        pairs = (before, before), (before, after)
         projected: Tensor | None = None
-        if self.gate == "cosine":
+        if self.gate == "always":
+            ss, sa = vectors.inner(*pairs)
+            radial = _ratio(sa - ss, ss)
+        else:
             by_filter, by_layer = self._gates[plan.index]
-            total, along = vectors.per_weight(torch.stack([ss, sa - ss]))
+            (ss, sa), (total, along) = vectors.inner_and_totals(*pairs, summarize=lambda s, _: torch.stack([s[0], s[1] - s[0]]))
+            radial = _ratio(sa - ss, ss)
             projected = by_filter | by_layer
             radial = torch.where(by_filter, radial, torch.where(by_layer, vectors.spread(_ratio(along, total)), torch.zeros_like(radial)))
         removed = radial + self._decay(step, plan, projected)
@@ -169,5 +177,4 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
 
     def influence(self, target: Target) -> dict[str, Any]:
         """For predictions."""
-        return {"projected": True, "gate": self.gate, "projection_decay": self.weight_decay, "weight_decay_ratio":
-        self.weight_decay_ratio}
+        return {"projected": True, "gate": self.gate, "projection_decay": self.weight_decay, "weight_decay_ratio": self.weight_decay_ratio}

@@ -38,8 +38,8 @@ class Rescaler:
             for target in plan.targets:
                 if target.partition.n > 1:
                     raise NotSupportedError(
-                        f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so `{target.name}` can only be rescaled by one factor, "
-                        f"but it has {target.partition.n} vectors. Use granularity='layer' or optimizer_state='keep'."
+                        f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so `{target.name}` can only be "
+                        f"rescaled by one factor, but it has {target.partition.n} vectors. Use granularity='layer' or optimizer_state='keep'."
                     )
         # Normalizations whose running statistics were gathered at the old scale: (module, vector of each channel, degree, bias).
         self._norms: list[tuple[nn.Module, Tensor, float, Tensor | None]] = []
@@ -48,8 +48,8 @@ class Rescaler:
             verdict = target.verdict
             if verdict.stale_statistics:
                 raise NotSupportedError(
-                    f"`{target.name}` is followed by running statistics that cannot be corrected ({', '.join(verdict.stale_statistics)}), so evaluation after a "
-                    f"rescale would be wrong. Leave it out with params=['auto', '!{target.name}'], or use track_running_stats=False."
+                    f"`{target.name}` is followed by running statistics that cannot be corrected "
+                    f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be wrong. Leave it out with params=['auto', '!{target.name}'], or use track_running_stats=False."
                 )
             for link in verdict.batch_norms:
                 module = session.module.get_submodule(link.module)
