@@ -214,8 +214,15 @@ class Operation:
         """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its smallness. Anything else is blocked."""
         if flow.sign != Sign.STATISTIC or flow.offset is not None:
             raise Blocked(f"{what} in {self.place}")
-        self.rows.assumed = True
+        if not self.small_epsilon():
+            self.rows.assumed = True
         return flow
+
+    def small_epsilon(self) -> bool:
+        """Whether the operation is part of a module that declares an epsilon that is small beside a variance of order 1."""
+        module = self.module[1]
+        eps = getattr(module, "eps", math.inf)
+        return eps is None or (isinstance(eps, float) and eps <= 1e-3)  # None: that of the dtype (RMSNorm)
 
 
 Rule = Callable[[Operation, Sequence["Flow | None"]], "Flow | Sequence[Flow | None] | None"]
@@ -572,8 +579,12 @@ def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         return Flow(-b.degree, pure(operation, b).rows)
     flow = a if a is not None else b
     assert flow is not None
-    scalar = len(flows) == 1  # the overload with a python number
-    other = () if scalar else operation.inputs[1 if a is not None else 0]
+    other: Shape | None = ()  # the overload with a python number
+    if len(flows) > 1:
+        other = operation.inputs[1 if a is not None else 0]
+    if other is None and flow.offset is not None:  # a constant: saved for the backward
+        readable, saved = operation.saved_tensor("other" if a is not None else "self")
+        other = tuple(saved.shape) if readable and isinstance(saved, Tensor) else None
     offset = flow.offset and flow.offset.changed(either(flow.offset.varies, varying(other, ndim)))
     return replace(flow, offset=offset, sign=flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY)
 
@@ -1141,7 +1152,7 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
             flow, offset=offset if flow.offset is None else offset.changed(either(offset.varies, flow.offset.varies)), sign=Sign.ANY
         )
     result = operation.normalized(flow, [d for d in range(ndim) if d != 1])
-    _large_epsilon(operation)
+    _check_epsilon(operation)
     rows = result.rows.expand(1, channels, *result.rows.shape[2:]).reshape(-1)
     name, module = operation.module
     statistics = getattr(module, "running_mean", None)
@@ -1158,10 +1169,9 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return result
 
 
-def _large_epsilon(operation: Operation) -> None:
-    """An epsilon that is not obviously small beside a variance marks the claim."""
-    eps = getattr(operation.module[1], "eps", None)
-    if isinstance(eps, float) and eps > 1e-3:
+def _check_epsilon(operation: Operation) -> None:
+    """A declared epsilon that is not small marks the claim (one of a functional call is not known)."""
+    if hasattr(operation.module[1], "eps") and not operation.small_epsilon():
         operation.rows.assumed = True
 
 
@@ -1176,7 +1186,7 @@ def _layer_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if "rms" in operation.name.lower():
         pure(operation, flow)
     normalized_shape = operation.attribute("normalized_shape") or getattr(operation.node, "normalized_shape", None) or (0,)
-    _large_epsilon(operation)
+    _check_epsilon(operation)
     return operation.normalized(flow, range(-len(normalized_shape), 0))
 
 
@@ -1184,7 +1194,7 @@ def _layer_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _group_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, groups = only(operation, flows), operation.attribute("group")
     shape = _known(operation.inputs[0])
-    _large_epsilon(operation)
+    _check_epsilon(operation)
     if flow.offset is not None and (groups != shape[1] or any(flow.offset.varies[2:])):
         operation.normalized(replace(flow, offset=replace(flow.offset, varies=(False, True) + (False,) * (len(shape) - 2))), [1])
     rows = operation.same_factor(flow.rows, range(2, len(shape)))

@@ -253,9 +253,12 @@ def _owner(module: nn.Module, name: str) -> nn.Module | None:
     if "parametrizations" in path:
         path = path[: path.index("parametrizations")]
     try:
-        return module.get_submodule(".".join(path))
+        owner = module.get_submodule(".".join(path))
     except AttributeError:
-        return {clean_name(n): m for n, m in module.named_modules()}.get(".".join(path))
+        return None
+    while wrapped := [owner._modules[name] for name in _WRAPPERS if owner._modules.get(name) is not None]:
+        owner = wrapped[0]
+    return owner
 
 
 _FINENESS = ("filter", "group", "layer")

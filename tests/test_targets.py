@@ -1,0 +1,613 @@
+"""Which weights are targets: the zoo's truth, the truth of the truth, modes of running, patterns, partitions, tables."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_normdyn import targets
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.targets import (
+    EulerTest,
+    ScaleInvarianceSearch,
+    Verdict,
+    choose_partition,
+    filter_partition,
+    inspect_module,
+    match_patterns,
+    normalize_params,
+    parameter_names,
+    rich_targets_table,
+    spread,
+    targets_table,
+    verify_scale_invariance,
+)
+from lightning_normdyn.vectors import Partition
+
+
+def build(name: str, tiny_epsilons: bool = False):
+    torch.manual_seed(0)
+    module, inputs = zoo.CASES[name].make()
+    if tiny_epsilons:
+        for part in module.modules():
+            if isinstance(getattr(part, "eps", None), float):
+                part.eps = 1e-30
+    return module, inputs
+
+
+def summary(verdicts) -> dict[str, str]:
+    return {v.name: f"{v.kind} {v.n}" if v.n else v.kind for v in verdicts}
+
+
+# ------------------------------------------------------------------------------------------------ the zoo
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_the_table_equals_the_truth(name):
+    module, inputs = build(name)
+    verdicts = inspect_module(module, *inputs)
+    expected = {**zoo.CASES[name].truth, **dict.fromkeys(zoo.CASES[name].misses, "no")}
+    assert summary(verdicts) == expected
+    for verdict in verdicts:
+        assert (verdict.partition is None) == (verdict.kind in ("no", "unknown"))
+        assert bool(verdict.reason) == (verdict.kind in ("no", "unknown", "partly"))
+        assert bool(verdict.norms) >= (verdict.partition is not None)
+        assert "failed" not in verdict.reason  # no rule met something unforeseen
+
+
+def changes(module, inputs, name, factor) -> bool:
+    """Whether multiplying one weight by ``factor`` changes the training-mode output, beyond rounding."""
+    weight = dict(module.named_parameters())[name]
+    with targets._restored(module), torch.no_grad():
+        before = targets._outputs(module, inputs, None, 0)
+    with targets._restored(module), torch.no_grad():
+        weight.mul_(factor)
+        after = targets._outputs(module, inputs, None, 0)
+    return max(targets._change(a, b) for a, b in zip(before, after, strict=True)) > 1e-8
+
+
+@pytest.mark.parametrize("name", zoo.CASES)
+def test_the_truth_is_the_truth(name):
+    """Brute force, without gradients or graphs: vectors may be scaled, each by its own factor; nothing finer and nothing else may."""
+    module, inputs = build(name, tiny_epsilons=True)
+    for verdict in inspect_module(module, *inputs):
+        if verdict.kind == "unknown" or verdict.name in zoo.CASES[name].misses:
+            continue
+
+        def one(axis, index, verdict=verdict):
+            factor = torch.ones(verdict.shape[axis], dtype=torch.float64)
+            factor[index] = 2
+            factor = factor.reshape([-1 if d == axis else 1 for d in range(len(verdict.shape))])
+            return changes(module, inputs, verdict.name, factor)
+
+        def some(axis, verdict=verdict):
+            return {0, verdict.shape[axis] // 2, verdict.shape[axis] - 1}
+
+        if verdict.partition is None:
+            assert any(one(0, i) for i in some(0)), f"{verdict.name} is scale-invariant by row"
+            assert any(one(1, i) for i in some(1)), f"{verdict.name} is scale-invariant by column"
+            assert changes(module, inputs, verdict.name, torch.tensor(2.0)), f"{verdict.name} is scale-invariant"
+            continue
+        partition = verdict.partition
+        factors = torch.exp2(2 * torch.rand(partition.n, dtype=torch.float64) - 1)
+        assert not changes(module, inputs, verdict.name, spread(partition, factors, torch.empty(verdict.shape))), f"{verdict.name} is not"
+        if len(partition.keep) > 1:
+            continue  # grouped transposed convolution: filters are the finest there is
+        axis = partition.keep[0]
+        for vector in range(partition.n):
+            rows = (partition.labels == vector).nonzero().flatten().tolist()
+            assert len(rows) == 1 or one(axis, rows[0]), f"vector {vector} of {verdict.name} could be finer"
+        entries_of_a_column = torch.Size(verdict.shape).numel() // verdict.shape[1 - axis]
+        if verdict.kind == "layer" and verdict.shape[1 - axis] > 1 and entries_of_a_column > 1:
+            assert any(one(1 - axis, i) for i in some(1 - axis)), f"the columns of {verdict.name} are free"
+        outside = (partition.labels < 0).nonzero().flatten().tolist()
+        assert not outside or any(one(axis, i) for i in outside), f"rows of {verdict.name} left out are free"
+
+
+def test_the_zoo_is_what_it_should_be():
+    assert len(zoo.CASES) >= 20
+    assert sum(case.after_freeze for case in zoo.CASES.values()) >= 10
+
+
+@pytest.mark.parametrize("name", ["resnet_post", "group_norm_net", "layer_norm_mlp", "attention_with_qk_norm", "unet", "swin_v2"])
+def test_bf16_autocast_gives_the_same_table(name):
+    module, inputs = build(name)
+    module, inputs = module.float(), tuple(x.float() for x in inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert summary(inspect_module(module, *inputs)) == zoo.CASES[name].truth
+
+
+@pytest.mark.parametrize("name", ["resnet_post", "dense_block", "attention_with_qk_norm", "hand_written_norms", "shuffle_unit"])
+def test_compiled_gives_the_same_table(name):
+    module, inputs = build(name)
+    compiled = torch.compile(module, backend="eager")
+    compiled(*inputs)  # already compiled when the search starts
+    assert summary(inspect_module(compiled, *inputs)) == zoo.CASES[name].truth
+    module.compile(backend="eager")
+    assert summary(inspect_module(module, *inputs)) == zoo.CASES[name].truth
+
+
+# ------------------------------------------------------------------------------------------------ norm links
+
+
+def small_net(**options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, **options), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False),
+        nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+
+
+def by_name(verdicts) -> dict[str, Verdict]:
+    return {v.name: v for v in verdicts}
+
+
+def test_links_say_what_evaluation_needs():
+    """Rescale, correct the running statistics with the links, and evaluation is as before."""
+    torch.manual_seed(0)
+    net, x = small_net().double(), zoo.images(6)
+    nn.init.normal_(net[0].bias)
+    for _ in range(20):
+        net(zoo.images(6))
+    parameters = dict(net.named_parameters())
+    with torch.no_grad():
+        before = net.eval()(x)
+        for verdict in inspect_module(net, x):
+            if verdict.partition is None:
+                continue
+            c = torch.exp2(2 * torch.rand(verdict.n, dtype=torch.float64) - 1)
+            parameters[verdict.name].mul_(spread(verdict.partition, c, parameters[verdict.name]))
+            assert verdict.batch_norms
+            for link in verdict.batch_norms:
+                norm, f = net.get_submodule(link.module), c[link.vector] ** link.degree
+                b = parameters[link.bias] if link.offset else 0.0
+                norm.running_mean.copy_(f * norm.running_mean + (1 - f) * b)
+                norm.running_var.copy_(f**2 * (norm.running_var + norm.eps) - norm.eps)
+        after = net(x)
+    assert torch.allclose(before, after, rtol=0, atol=1e-12)
+
+
+def test_link_through_concatenation_and_permutation():
+    module, inputs = build("dense_block")
+    links = {link.module: link for link in by_name(inspect_module(module, *inputs))["c.weight"].batch_norms}
+    assert links["n2"].vector.tolist() == [-1, -1, 0, 1]
+
+
+@pytest.mark.parametrize("name", ["chains_without_norm_in_between"])
+def test_link_degree_and_shared_vector(name):
+    module, inputs = build(name)
+    link = by_name(inspect_module(module, *inputs))["a.weight"].batch_norms[0]
+    assert (link.module, link.vector.tolist(), link.degree, link.offset) == ("n0", [0, 0, 0, 0], 1, False)
+
+
+class Functional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.statistics = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.batch_norm(self.conv(x), self.statistics.running_mean, self.statistics.running_var, training=True)
+
+
+def test_statistics_that_nobody_can_correct_are_flagged():
+    verdict = by_name(inspect_module(Functional(), zoo.images().float()))["conv.weight"]
+    assert verdict.kind == "filter"
+    assert verdict.stale_statistics
+    module, inputs = build("functional_norms")
+    table = by_name(inspect_module(module, *inputs))
+    assert not table["a"].stale_statistics  # no running statistics at all
+    assert table["c"].stale_statistics
+
+
+def test_a_changed_bias_makes_statistics_stale():
+    net = zoo.Net(lambda m, x: m.n(2 * m.a(x)), a=zoo.conv(3, 4, bias=True), n=nn.BatchNorm2d(4))
+    verdict = inspect_module(net, zoo.images())[0]
+    assert verdict.kind == "filter"
+    assert verdict.batch_norms[0].offset
+    assert "not a plain bias" in verdict.stale_statistics[0]
+
+
+# ------------------------------------------------------------------------------------------------ the search as an object
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool):
+        super().__init__()
+        self.net, self.reentrant = small_net(), reentrant
+
+    def forward(self, x):
+        def inner(x):
+            return checkpoint(self.net[:2], x, use_reentrant=self.reentrant)
+
+        return self.net[2:](checkpoint(inner, x, use_reentrant=self.reentrant))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoints_are_seen_through_and_still_work(reentrant):
+    from torch.utils import checkpoint as module
+
+    apply = module.CheckpointFunction.apply
+    torch.manual_seed(0)
+    net, x = Checkpointed(reentrant), zoo.images().float().requires_grad_()
+    plain = net.net(x).square().sum()
+    expected = torch.autograd.grad(plain, net.net[0].weight)[0]
+    search = ScaleInvarianceSearch(net)
+    search.watch()
+    loss = net(x).square().sum()
+    search.analyze(loss)
+    calls = []
+
+    def computed_again(*_):  # must not be judged
+        calls.append(1)
+        search.analyze(loss)
+
+    remove = net.net[0].register_forward_hook(computed_again)
+    judged = dict(search.verdicts)
+    search.close()
+    loss.backward()  # nested checkpoints run again, after close
+    remove.remove()
+    assert calls
+    assert search.verdicts == judged
+    assert torch.allclose(net.net[0].weight.grad, expected, rtol=1e-4, atol=1e-5)
+    assert summary(search.verdicts.values()) == {"net.0.weight": "filter 4", "net.3.weight": "filter 4", "net.7.weight": "no"}
+    assert module.CheckpointFunction.apply == apply
+
+
+def test_a_graph_that_hides_something_gives_no_claims():
+    net, x = Checkpointed(True), zoo.images().float().requires_grad_()
+    loss = net(x).square().sum()  # not watched: the checkpoint is one node, its weights are invisible
+    search = ScaleInvarianceSearch(net)
+    search.analyze(loss)
+    assert not any(v.partition is not None for v in search.verdicts.values())
+    assert "hides" in search.verdicts["net.3.weight"].reason
+
+
+def test_everything_is_restored_after_an_exception():
+    from torch.utils import checkpoint as module
+
+    apply, net = module.CheckpointFunction.apply, small_net()
+    search = ScaleInvarianceSearch(net)
+    with pytest.raises(RuntimeError), search:
+        net(torch.zeros(2, 5))  # fails inside a convolution
+    assert module.CheckpointFunction.apply == apply
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in net.modules())
+    search.close()
+    with search:  # and can be used again, with the module names right
+        search.analyze(net(zoo.images().float()).sum())
+    assert search.verdicts["0.weight"].norms == ("1",)
+
+
+def test_the_graph_is_not_kept():
+    net, x = small_net(), zoo.images().float()
+    search = ScaleInvarianceSearch(net)
+    search.watch()
+    kept = net(x)
+    activation = weakref.ref(kept)
+    search.analyze(kept.sum())
+    del kept
+    gc.collect()
+    assert activation() is None
+    search.close()
+
+
+def test_losses_are_combined():
+    """GAN-like: a weight must be free in every loss; a weight in no loss stays undecided until a later batch holds it."""
+    net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(6, 4), n=nn.BatchNorm1d(4), later=zoo.linear(6, 4))
+    x = zoo.vectors()
+    with ScaleInvarianceSearch(net) as search:
+        search.analyze(net(x).square().sum())
+        assert search.verdicts["a.weight"].kind == "filter"
+        search.analyze(net.a.weight.square().sum())
+        assert search.verdicts["a.weight"].kind == "no"
+    assert search.verdicts["later.weight"].kind == "unknown"
+    with search:
+        search.analyze(net(net.later(x) @ torch.ones(4, 6, dtype=torch.float64)).sum())
+    assert search.verdicts["a.weight"].kind == "no"  # for good
+    assert search.verdicts["later.weight"].kind == "layer"
+
+
+def test_a_gan_with_manual_optimization():
+    generator = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
+    discriminator = nn.Sequential(nn.Linear(6, 8, bias=False), nn.LayerNorm(8), nn.LeakyReLU(), nn.Linear(8, 1))
+    gan = nn.ModuleDict({"g": generator, "d": discriminator})
+    z, real = torch.randn(8, 3), torch.randn(8, 6)
+    search = ScaleInvarianceSearch(gan)
+    with search:
+        fake = generator(z)
+        d_loss = F.softplus(discriminator(fake.detach())).mean() + F.softplus(-discriminator(real)).mean()
+        search.analyze(d_loss)
+        assert search.verdicts["g.0.weight"].kind == "unknown"
+        d_loss.backward()
+        g_loss = F.softplus(-discriminator(fake)).mean()
+        search.analyze(g_loss)
+        g_loss.backward()
+    # The generator's last layer feeds a layer that is itself scale-invariant, but has a bias.
+    assert summary(search.verdicts.values()) == {"g.0.weight": "filter 8", "g.3.weight": "no", "d.0.weight": "layer 1", "d.3.weight": "no"}
+
+
+def test_unfreezing_a_norm_judges_afresh():
+    net, x = small_net(), zoo.images().float()
+    net[1].eval()
+    search = ScaleInvarianceSearch(net)
+    with search:
+        search.analyze(net(x).sum())
+    assert search.verdicts["0.weight"].kind == "no"
+    assert "fixed mean" in search.verdicts["0.weight"].reason
+    net[1].train()
+    with search:
+        search.analyze(net(x).sum())
+    assert search.verdicts["0.weight"].kind == "filter"
+
+
+def test_weights_used_without_their_module():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.n = nn.Linear(6, 4, bias=False), nn.LayerNorm(4)
+
+    net = Direct()
+    with ScaleInvarianceSearch(net) as search:
+        search.analyze(net.n(F.linear(torch.randn(2, 6), net.a.weight)).square().sum())
+    assert search.verdicts["a.weight"].kind == "layer"
+
+
+def test_frozen_lazy_and_no_grad():
+    net = nn.Sequential(nn.Linear(6, 4), nn.LazyLinear(3), nn.BatchNorm1d(3))
+    net[0].weight.requires_grad_(False)
+    search = ScaleInvarianceSearch(net)
+    assert list(search.verdicts) == ["0.weight"]
+    assert "frozen" in search.verdicts["0.weight"].reason
+    with search, torch.no_grad():
+        search.analyze(net(torch.randn(4, 6)).sum())  # no graph at all
+    with search:
+        search.analyze(net(torch.randn(4, 6)).sum())
+    assert summary(search.verdicts.values()) == {"0.weight": "unknown", "1.weight": "filter 3"}
+
+
+# ------------------------------------------------------------------------------------------------ function
+
+
+def test_verify_restores_everything_bit_for_bit():
+    net, x = small_net(), zoo.images().float()
+    net.append(nn.Dropout(0.5))
+    net[1].eval()
+    net.double()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    grad = net[0].weight.grad = torch.randn_like(net[0].weight)
+    modes, state = [m.training for m in net.modules()], torch.get_rng_state()
+    report = verify_scale_invariance(net, x.double())
+    assert report
+    assert len(report.claims) == 1
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [m.training for m in net.modules()] == modes
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    assert net[0].weight.grad is grad
+    assert verify_scale_invariance(net.eval(), x.double())  # an evaluated net is looked at in training mode
+    assert not any(m.training for m in net.modules())
+
+
+def test_verify_finds_false_claims():
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.LayerNorm(8)).double()
+    false = Verdict("0.weight", (8, 6), Partition.filters((8, 6)), "filter")
+    report = verify_scale_invariance(net, zoo.vectors(), verdicts=[false])
+    assert not report
+    assert report.max_relative_change > 0.05
+    assert verify_scale_invariance(net, zoo.vectors(), verdicts=[])
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(8, eps=1.0), zoo.Net(lambda m, x: x / (x.std(-1, keepdim=True) + 1.0))], ids=["LayerNorm", "by hand"]
+)  # fmt: skip
+def test_a_large_epsilon_is_marked_and_found_out(norm):
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), norm).double()
+    verdict = inspect_module(net, zoo.vectors())[0]
+    assert verdict.kind == "layer"
+    assert verdict.eps
+    assert "assumed" in targets_table([verdict])
+    assert not verify_scale_invariance(net, zoo.vectors())
+
+
+def test_a_padding_value_is_marked_and_found_out():
+    net = zoo.Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), value=3.0)), a=zoo.conv(3, 4), n=nn.BatchNorm2d(4))
+    assert inspect_module(net, zoo.images())[0].eps
+    assert not verify_scale_invariance(net, zoo.images())
+
+
+def test_verify_with_a_loss():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)).double()
+    report = verify_scale_invariance(net, zoo.vectors(), loss=lambda out: out.square().mean() + net[0].weight.square().sum())
+    assert report.claims == ()
+    assert report
+
+
+def test_verify_sees_through_the_autocast_cache():
+    net = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8))
+    claim = Verdict("0.weight", (8, 6), Partition.filters((8, 6)), "filter")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not verify_scale_invariance(net, torch.randn(4, 6), verdicts=[claim])
+
+
+# ------------------------------------------------------------------------------------------------ number
+
+
+def euler(module, inputs, name, partition, steps=8):
+    test, weight = EulerTest(1), dict(module.named_parameters())[name]
+    for _ in range(steps):
+        module.zero_grad()
+        out = module(*(x + 0.1 * torch.randn_like(x) for x in inputs))
+        (out * torch.randn_like(out)).sum().backward()
+        w, g = (t.detach().double().reshape(-1) for t in (weight, weight.grad))
+        labels = (
+            partition.labels.reshape([n if d in partition.keep else 1 for d, n in enumerate(weight.shape)]).expand(weight.shape).reshape(-1)
+        )
+        sums = [torch.zeros(partition.n, dtype=torch.float64).index_add(0, labels, v) for v in (w * g, w * w, g * g, torch.ones_like(w))]
+        test.update(*sums, torch.zeros(partition.n, dtype=torch.long))
+    return test
+
+
+def test_euler_separates():
+    module, inputs = build("group_norm_net")
+    module, inputs = module.float(), tuple(x.float() for x in inputs)
+    shape = tuple(module.a.weight.shape)
+    right = euler(module, inputs, "a.weight", Partition.groups(shape, 2))
+    assert right.rejected() == []
+    assert right.result()[0][0] < 0.01
+    assert euler(module, inputs, "a.weight", Partition.filters(shape)).rejected() == [0]
+    assert euler(module, inputs, "fc.weight", Partition.layer((3, 4))).rejected() == [0]
+
+
+def test_euler_skips_what_says_nothing_and_waits():
+    test, index = EulerTest(2), torch.tensor([0, 0, 0, 1])
+    one = torch.ones(4, dtype=torch.float64)
+    test.update(one, one, torch.tensor([1.0, 0.0, float("nan"), 1.0]), 4 * one, index)
+    assert test.result() == [(2.0, 1), (2.0, 1)]
+    assert test.rejected() == []  # too few
+    for _ in range(7):
+        test.update(one, one, one, 4 * one, index)
+    assert test.rejected() == [0, 1]
+    withdrawn = Verdict("w", (4, 4), Partition.filters((4, 4)), "filter", norms=("bn",)).withdrawn(*test.result()[0])
+    assert withdrawn.partition is None
+    assert "bn says filter" in withdrawn.reason
+    assert "= 2 over 22 values" in withdrawn.reason
+
+
+# ------------------------------------------------------------------------------------------------ names and patterns
+
+
+class Wrapper(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self._checkpoint_wrapped_module = inner
+
+
+def test_parameter_names():
+    net = nn.Sequential(nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2), backend="eager"))
+    net[2]._orig_mod.weight = net[0].weight
+    names = parameter_names(net)
+    assert names[net[0].weight] == ("0.weight", "2.weight")
+    assert list(names.values())[2:] == [("1.weight",), ("1.bias",), ("2.bias",)]
+
+
+NAMES = [("layer1.0.conv1.weight",), ("layer1.0.conv2.weight",), ("layer2.conv.weight",), ("embed.weight", "head.weight")]
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ("auto", [0, 1, 2, 3]), ("layer1.*", [0, 1]), (["layer2.*", "*conv1*"], [0, 2]), (["*", "!*conv*"], [3]), (["!*conv*", "*"], [3]),
+        ("!layer1.*", [2, 3]), ("head.*", [3]), ("embed.weight", [3]), (("*conv?.weight",), [0, 1]),
+    ],
+)  # fmt: skip
+def test_match_patterns(params, expected):
+    assert match_patterns(params, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    ("params", "nearest"), [("layer1.0.conv3.weight", "layer1.0.conv"), (["*", "!heads.weight"], "head.weight"), ("Layer2*", "layer2")]
+)
+def test_a_pattern_without_a_match_names_what_is_there(params, nearest):
+    with pytest.raises(NoTargetsError, match="matches none of the 4 weights: layer1.0.conv1.weight") as error:
+        match_patterns(params, NAMES)
+    assert nearest in str(error.value).split("nearest")[1]
+
+
+def test_a_pattern_where_there_is_nothing():
+    with pytest.raises(NoTargetsError, match="there are none"):
+        match_patterns("conv*", [], what="weights of two or more dimensions")
+
+
+@pytest.mark.parametrize("params", [1, None, [], [1], "", "!", b"conv", {"a": 1}, ["auto", "!x"]])
+def test_params_of_the_wrong_kind(params):
+    with pytest.raises(ValueError, match="`params"):
+        normalize_params(params)
+
+
+# ------------------------------------------------------------------------------------------------ partitions
+
+
+def test_filter_partition_finds_the_owner_under_wrappers_and_parametrizations():
+    net = nn.Sequential(
+        Wrapper(nn.utils.parametrizations.weight_norm(nn.ConvTranspose1d(4, 6, 3, groups=2))),
+        nn.ConvTranspose2d(4, 3, 1),
+        nn.Conv2d(4, 6, 1),
+    )
+    partition = filter_partition(net, "0.parametrizations.weight.original1", (4, 3, 3))
+    assert partition.keep == (0, 1)
+    assert partition.labels.tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
+    assert filter_partition(net, "1.weight", (4, 3, 1, 1)).n == 3
+    assert filter_partition(net, "2.weight", (6, 4, 1, 1)).keep == (0,)
+
+
+def verdict(kind: str) -> Verdict:
+    shape = (4, 3)
+    partitions = {"filter": Partition.filters(shape), "group": Partition.groups(shape, 2), "layer": Partition.layer(shape)}
+    partitions["partly"] = Partition((0,), torch.tensor([0, 0, 1, -1]), "group")
+    return Verdict("w", shape, partitions.get(kind), kind, norms=("n",))
+
+
+FALLBACK = Partition.filters((4, 3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "granularity", "labels"),
+    [
+        ("filter", "auto", [0, 1, 2, 3]), ("group", "auto", [0, 0, 1, 1]), ("no", "auto", [0, 1, 2, 3]),
+        ("unknown", "filter", [0, 1, 2, 3]),
+        ("unknown", "layer", [0, 0, 0, 0]), ("filter", "layer", [0, 0, 0, 0]), ("group", "layer", [0, 0, 0, 0]),
+        ("group", "group", [0, 0, 1, 1]),
+        ("partly", "auto", [0, 0, 1, -1]), ("partly", "layer", [0, 0, 0, -1]), ("layer", "layer", [0, 0, 0, 0]),
+    ],
+)  # fmt: skip
+def test_choose_partition(kind, granularity, labels):
+    assert choose_partition(verdict(kind), granularity, FALLBACK).labels.tolist() == labels
+
+
+@pytest.mark.parametrize(
+    ("kind", "granularity", "message"),
+    [
+        ("group", "filter", r"granularity='filter' was asked for `w`, but n makes it .* only per group.*Use granularity='auto' or 'group'"),
+        ("layer", "filter", "only per layer"), ("layer", "group", "only per layer"), ("partly", "filter", "only per group"),
+        ("filter", "group", r"no groups are known.*Use 'auto', 'filter' or 'layer'"),
+        ("unknown", "group", "no normalization with groups is known"),
+    ],
+)  # fmt: skip
+def test_contradictions_are_refused(kind, granularity, message):
+    with pytest.raises(NotSupportedError, match=message):
+        choose_partition(verdict(kind), granularity, FALLBACK)
+
+
+# ------------------------------------------------------------------------------------------------ tables and state
+
+
+def test_tables():
+    module, inputs = build("attention_with_qk_norm")
+    text = targets_table(inspect_module(module, *inputs))
+    lines = text.splitlines()
+    assert lines[0].split("  ")[0] == "weight"
+    row = next(line for line in lines if line.startswith("qkv.weight"))
+    assert "24 x 8" in row
+    assert "partly" in row
+    assert "nk" in row
+    assert "nq" in row
+    table = rich_targets_table(inspect_module(module, *inputs))
+    assert table is None or table.row_count == 4
+
+
+def test_verdicts_survive_a_checkpoint(tmp_path):
+    module, inputs = build("style_transfer")
+    found = inspect_module(module, *inputs)
+    torch.save({v.name: v.state() for v in found}, tmp_path / "verdicts.pt")
+    for name, state in torch.load(tmp_path / "verdicts.pt", weights_only=True).items():
+        again, original = Verdict.from_state(name, state), by_name(found)[name]
+        assert again.state().keys() == original.state().keys()
+        assert (again.kind, again.norms, again.shape, again.reason) == (original.kind, original.norms, original.shape, original.reason)
+        assert again.partition is None or torch.equal(again.partition.labels, original.partition.labels)
+        assert [(b.module, b.vector.tolist(), b.bias) for b in again.batch_norms] == [
+            (b.module, b.vector.tolist(), b.bias) for b in original.batch_norms
+        ]
