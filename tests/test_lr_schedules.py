@@ -4,13 +4,16 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD
 from torch.optim import lr_scheduler as schedules
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.lr_schedules import WeightDecayEquivalentLR, weight_decay_equivalent_lrs
@@ -189,7 +192,7 @@ def test_known_ahead_is_what_the_schedule_gives() -> None:
 
 
 @pytest.mark.parametrize("inner", [None, "step"])
-def test_resume_goes_on_as_if_uninterrupted(inner: str | None, tmp_path) -> None:
+def test_resume_goes_on_as_if_uninterrupted(inner: str | None, tmp_path: Path) -> None:
     def build() -> tuple[SGD, WeightDecayEquivalentLR]:
         _, optimizer = weight_and_optimizer(momentum=0.8)
         return optimizer, WeightDecayEquivalentLR(optimizer, 0.1, inner=schedules.StepLR(optimizer, 7, gamma=0.3) if inner else None)
@@ -334,3 +337,48 @@ def test_epochs_and_late_groups_are_refused() -> None:
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
     with pytest.raises(NotSupportedError, match="made for 1 param groups, but the optimizer now has 2"):
         scheduler.step()
+
+
+# --- under Lightning ----------------------------------------------------------------------------------------------------------------------
+
+
+class Module(L.LightningModule):
+    """A `Net` on fixed batches; what is asked of the optimizer comes from outside."""
+
+    def __init__(self, decay: float, equivalent: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.decay, self.equivalent = Net(normalized), decay, equivalent
+
+    def training_step(self, batch: list[Tensor]) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> dict[str, object]:
+        optimizer = SGD(self.parameters(), lr=0.1, momentum=0.5, weight_decay=0.0 if self.equivalent else self.decay)
+        scheduler = schedules.MultiStepLR(optimizer, [6], gamma=0.1)
+        if self.equivalent:
+            scheduler = WeightDecayEquivalentLR(optimizer, self.decay, inner=scheduler)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def fit(module: Module, folder: Path, epochs: int, resume_from: Path | None = None) -> L.Trainer:
+    data = torch.Generator().manual_seed(1)
+    inputs = torch.randn(16, 8, generator=data, dtype=torch.float64)
+    loader = DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(1)), batch_size=2)  # 8 batches, 4 optimizer steps an epoch
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    options = {"accumulate_grad_batches": 2, "accelerator": "cpu", "precision": "64-true", "default_root_dir": folder, **quiet}
+    trainer = L.Trainer(max_epochs=epochs, **options)
+    trainer.fit(module, loader, ckpt_path=resume_from)
+    return trainer
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # Lightning has advice about workers
+def test_a_fit_with_accumulation_and_resume_follows_the_decayed_one(tmp_path: Path) -> None:
+    decayed, equivalent, resumed = Module(0.2, False), Module(0.2, True), Module(0.2, True)
+    fit(decayed, tmp_path, 3)
+    fit(equivalent, tmp_path, 1).save_checkpoint(tmp_path / "first.ckpt")
+    assert fit(resumed, tmp_path, 3, resume_from=tmp_path / "first.ckpt").global_step == 12
+    for a, b in zip(decayed.net.directions(), resumed.net.directions(), strict=True):
+        assert (a - b).abs().max() < 1e-12
+    shrunk = decayed.net.first.detach().norm() / resumed.net.first.detach().norm()
+    assert shrunk < 0.95  # the decay was there, and only in the length
