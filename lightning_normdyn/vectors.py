@@ -274,6 +274,10 @@ class WeightVectors:
         """The inverse of `gather`, on any number of ranks, without communication."""
         return self._reduction.scatter(values)
 
+    def scatter_one(self, weight: int, values: Tensor) -> Tensor:
+        """`scatter` for the weight at position ``weight`` alone."""
+        return values.to(self.device)[..., self._placements[weight].held.to(self.device)]
+
     # -- writing -------------------------------------------------------------------------------------------------------
 
     def scale_(self, factor: Tensor, tensors: Operand | None = None) -> None:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_state import per_matrix_only, rescale_batch_norm_, state_exponents
+from lightning_normdyn.vectors import Partition, WeightVectors
 
 if TYPE_CHECKING:
     from lightning_normdyn.callbacks.base import Plan, Session
@@ -39,23 +40,31 @@ class Rescaler:
                 if target.partition.n > 1:
                     raise NotSupportedError(
                         f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so `{target.name}` can only be "
-                        f"rescaled by one factor, but it has {target.partition.n} vectors. Use granularity='layer' or optimizer_state='keep'."
+                        f"rescaled by one factor, but it has {target.partition.n} vectors. "
+                        "Use granularity='layer' or optimizer_state='keep'."
                     )
-        # Normalizations whose running statistics were gathered at the old scale: (module, vector of each channel, degree, bias).
-        self._norms: list[tuple[nn.Module, Tensor, float, Tensor | None]] = []
-        parameters = dict(session.module.named_parameters(remove_duplicate=False))
-        for target, where in zip(plan.targets, plan.vectors.slices, strict=True):
+        # Normalizations whose running statistics were gathered at the old scale: (module, position of the weight, vector of each channel,
+        # degree, position of the bias).
+        self._norms: list[tuple[nn.Module, int, Tensor, float, int | None]] = []
+        parameters = {name: weight for weight, names in session.names.items() for name in names}
+        biases: list[Tensor] = []
+        for position, target in enumerate(plan.targets):
             verdict = target.verdict
             if verdict.stale_statistics:
                 raise NotSupportedError(
                     f"`{target.name}` is followed by running statistics that cannot be corrected "
-                    f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be wrong. Leave it out with params=['auto', '!{target.name}'], or use track_running_stats=False."
+                    f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be wrong. "
+                    f"Leave it out with params=['auto', '!{target.name}'], or use track_running_stats=False."
                 )
             for link in verdict.batch_norms:
                 module = session.module.get_submodule(link.module)
-                index = torch.where(link.vector >= 0, link.vector + where.start, torch.full_like(link.vector, plan.vectors.n))
+                index = torch.where(link.vector >= 0, link.vector, torch.full_like(link.vector, target.partition.n))
                 bias = parameters.get(link.bias) if link.bias else None
-                self._norms.append((module, index.to(plan.vectors.device), link.degree, bias))
+                self._norms.append((module, position, index.to(plan.vectors.device), link.degree, None if bias is None else len(biases)))
+                if bias is not None:
+                    biases.append(bias)
+        # Statistics are whole on every rank; a bias may lie in pieces like any weight.
+        self._biases = WeightVectors(biases, [Partition.filters(session.shapes[b]) for b in biases])
 
     @staticmethod
     def check(optimizer: Optimizer, optimizer_state: str) -> None:
@@ -80,9 +89,12 @@ class Rescaler:
                 vectors.scale_(factor**exponent, vectors.local(buffers))
         if not self._norms:
             return
-        extended = torch.cat([factor, factor.new_ones(1)])
-        for module, index, degree, bias in self._norms:
+        factors = vectors.gather(factor)
+        biases = self._biases.gather(self._biases.inner((self._biases.values(), None))[0])
+        for module, position, index, degree, bias in self._norms:
             mean, var = module.running_mean, module.running_var
             if isinstance(mean, Tensor) and isinstance(var, Tensor):
+                extended = torch.cat([factors[position], factor.new_ones(1)])
                 channel = (extended[index] ** degree).to(mean.device)
-                rescale_batch_norm_(mean, var, channel, bias, float(module.eps))  # type: ignore[arg-type]
+                offset = None if bias is None else biases[bias].to(mean.device)
+                rescale_batch_norm_(mean, var, channel, offset, float(module.eps))  # type: ignore[arg-type]
