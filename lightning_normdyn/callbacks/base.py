@@ -16,10 +16,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.sharding import check_weight, full_shape, survey, torch_optimizer
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import (
@@ -42,9 +42,9 @@ class NormDynWarning(UserWarning):
 
 def warn_once(message: str) -> None:
     """Warn on rank zero."""
-    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+    from lightning.fabric.utilities.rank_zero import _get_rank
 
-    if rank_zero_only.rank == 0:
+    if not _get_rank():
         warnings.warn(message, NormDynWarning, stacklevel=3)
 
 
@@ -729,6 +729,36 @@ class NormDynCallback(Callback):
             warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {named}.")
 
 
+def log_every(trainer: Trainer) -> int:
+    """The Trainer's ``log_every_n_steps``."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
+
+
+def balance(influence: Mapping[str, Any], group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
+    """What pulls a weight shorter and what its steps lose, in the words of `lightning_normdyn.equilibrium`.
+
+    Args:
+        influence: what the callbacks do to the weight (`NormDynCallback.influence`, merged).
+        group: its param group.
+        shrink: the decay that AWS amounts to now.
+
+    Returns:
+        The options ``shrink``, ``projected`` and ``decay``; None where two decays act at once, of which nothing is predicted.
+    """
+    options: dict[str, Any] = {"projected": True} if influence.get("projected") else {}
+    own = group.get("weight_decay") or 0.0
+    if "alpha" in influence:
+        if own and not influence["replaces_decay"]:
+            return None
+        options["shrink"] = shrink
+    elif influence.get("projected"):
+        decay = influence["projection_decay"]
+        if decay == "replace":
+            decay = own / (1 - group["momentum"]) if "momentum" in group else own
+        options["decay"] = decay * influence["weight_decay_ratio"]
+    return options
+
+
 def _bind(handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step], None]:
     def call(step: Step) -> None:
         handler(step, plan)
@@ -748,10 +778,4 @@ def announce(session: Session) -> None:
     print_start_table(session)  # every rank works out the numbers in it, rank zero prints
 
 
-def owner_module(module: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The submodule that holds parameter ``name``, and the parameter's name in it."""
-    path, _, leaf = name.rpartition(".")
-    return module.get_submodule(path), leaf
-
-
-__all__ = ["NormDynCallback", "NormDynError", "NormDynWarning", "Plan", "Session", "Target", "owner_module", "warn_once"]
+__all__ = ["NormDynCallback", "NormDynWarning", "Plan", "Session", "Target", "balance", "log_every", "warn_once"]

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import isfinite, sqrt
+from math import isfinite, log, prod, sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, balance, log_every, warn_once
 from lightning_normdyn.callbacks.tables import render, show
+from lightning_normdyn.equilibrium import (
+    equilibrium_angular_update,
+    relaxation_steps,
+    total_decay,
+    verdict,
+    wrs_angular_update,
+)
 from lightning_normdyn.functional import (
     angle_from_sums,
     cosine_from_sums,
@@ -39,7 +46,18 @@ QUANTITIES = (
     "gradient_cosine",
     "radial_update",
     "equivalent_weight_decay",
+    "equilibrium_angular_update",
+    "equilibrium_ratio",
 )
+PREDICTED = ("equilibrium_angular_update", "equilibrium_ratio")
+# Measured for the predictions and the warnings, not logged.
+INTERNAL = ("lr", "gradient_scale", "dead", "steps_left", "collapsed")
+# E-foldings of the norm after which a run may be called settled.
+SETTLED_AFTER = 6
+# Logging steps in a row without any gradient before a vector counts as dead.
+DEAD_AFTER = 3
+# A vector this much shorter than the mean of its weight has collapsed.
+COLLAPSED = 1e-3
 
 
 @dataclass
@@ -51,6 +69,16 @@ class _Measured:
     optimizer_step: int
     quantities: list[str]
     packed: Tensor
+    groups: list[dict[str, Any]]  # hyperparameters of each target's group at this very step
+
+
+def send_alert(trainer: Trainer, title: str, text: str) -> None:
+    """A W&B alert in every W&B run of this Trainer."""
+    from lightning.pytorch.loggers import WandbLogger
+
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.alert(title=title, text=text)
 
 
 class NormDynamicsMonitor(NormDynCallback):
@@ -59,19 +87,21 @@ class NormDynamicsMonitor(NormDynCallback):
     One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>`` (mean over the weight's vectors; RMS
     for ``angular_update`` and ``effective_step_size``) and ``normdyn/<quantity>`` over all scale-invariant vectors:
 
-    ========================== ================================================================ ===================
-    quantity                   meaning                                                          unit
-    ========================== ================================================================ ===================
-    ``weight_norm``            ‖w‖ at the weight that the gradient was taken at                 weight units
-    ``weight_std``             biased standard deviation (weight-standardized weights)          weight units
-    ``effective_lr``           η/‖w‖ (η/std after weight standardization)                       AWS paper, eq. 12
-    ``direction_lr``           η/‖w‖²: the learning rate of the direction                       van Laarhoven
-    ``angular_update``         angle between the weight before and after one optimizer step     radians per step
-    ``effective_step_size``    2 sin(angle/2)                                                   chord per step
-    ``gradient_cosine``        cos(w, g): 0 for a scale-invariant weight                        -
-    ``radial_update``          ⟨Δ, ŵ⟩/‖w‖                                                       per step
-    ``equivalent_weight_decay`` the decay that AWS amounts to                                   1/(step η)
-    ========================== ================================================================ ===================
+    ============================== ============================================================ =====================
+    quantity                       meaning                                                      unit
+    ============================== ============================================================ =====================
+    ``weight_norm``                ‖w‖ at the weight that the gradient was taken at             weight units
+    ``weight_std``                 biased standard deviation (weight-standardized weights)      weight units
+    ``effective_lr``               η/‖w‖ (η/std after weight standardization)                   AWS paper, eq. 12, 13
+    ``direction_lr``               η/‖w‖²: the learning rate of the direction                   van Laarhoven
+    ``angular_update``             angle between the weight before and after one optimizer step radians per step
+    ``effective_step_size``        2 sin(angle/2)                                               chord per step
+    ``gradient_cosine``            cos(w, g): 0 for a scale-invariant weight                    -
+    ``radial_update``              ⟨Δ, ŵ⟩/‖w‖                                                   per step
+    ``equivalent_weight_decay``    the decay that AWS amounts to                                1/(step η)
+    ``equilibrium_angular_update`` RMS angle that optimizer, lr and decay settle at             radians per step
+    ``equilibrium_ratio``          ``angular_update`` / ``equilibrium_angular_update``          -
+    ============================== ============================================================ =====================
 
     Under SGD the direction follows ``direction_lr``; under Adam-like optimizers it follows ``effective_lr``.
 
@@ -125,11 +155,15 @@ class NormDynamicsMonitor(NormDynCallback):
         self.alert = alert
         self.history = History()
         self._off = False
-        self._step_due: int | None = None
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._results: list[_Measured] = []
         self._standardized: dict[int, Tensor] = {}
         self._quantities: dict[int, list[str]] = {}
+        self._influences: dict[str, dict[str, Any]] = {}
+        self._length: dict[str, int] = {}
+        self._dead: dict[int, Tensor] = {}
+        self._relaxation: dict[str, float] = {}
+        self._reported: set[str] = set()
         self._last_step = -1
 
     @property
@@ -151,12 +185,21 @@ class NormDynamicsMonitor(NormDynCallback):
         module, vectors = self._session.module, plan.vectors
         standardized = torch.tensor([is_weight_standardized(module, t.name) for t in plan.targets], device=vectors.device)
         self._standardized[plan.index] = vectors.spread(standardized)
-        wanted = list(QUANTITIES) if self.quantities is None else self.quantities
+        wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not bool(standardized.any()):
             wanted.remove("weight_std")
-        if not any(self._influence(t).get("alpha") for t in plan.targets) and "equivalent_weight_decay" in wanted:
+        self._influences.update({t.name: self._influence(t) for t in plan.targets})
+        shrunk = any("alpha" in self._influences[t.name] for t in plan.targets)
+        if not shrunk and "equivalent_weight_decay" in wanted:
             wanted.remove("equivalent_weight_decay")
-        self._quantities[plan.index] = wanted
+        # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
+        needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
+        self._quantities[plan.index] = list(dict.fromkeys([*wanted, *needed]))
+        self._dead[plan.index] = torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
+        for target in plan.targets:
+            labels = target.partition.labels
+            members = int((labels >= 0).sum()) * (prod(self._session.shapes[target.weight]) // max(1, labels.numel()))
+            self._length[target.name] = max(1, members // max(1, target.partition.n))
 
     def _influence(self, target: Target) -> dict[str, Any]:
         """What the other callbacks do to this weight."""
@@ -174,7 +217,7 @@ class NormDynamicsMonitor(NormDynCallback):
         trainer = self._session.trainer
         if self._off:
             return False
-        every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
+        every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
         now = trainer.fit_loop.epoch_loop._batches_that_stepped
         on_lattice = bool(every) and (now + 1) % every == 0
         return on_lattice or trainer.should_stop or self._last_step < 0 or self._is_last(trainer)
@@ -191,6 +234,9 @@ class NormDynamicsMonitor(NormDynCallback):
         vectors = plan.vectors
         weights, gradients = vectors.values(), vectors.gradients()
         ww, wg, gg, w1 = vectors.inner((weights, weights), (weights, gradients), (gradients, gradients), (weights, None))
+        scale = getattr(step.optimizer, "grad_scale", None)
+        if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
+            wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
         self._sums[plan.index] = {"ww": ww, "wg": wg, "gg": gg, "w1": w1, "lr": plan.group_values("lr").clone()}
         step.bracket.request_snapshot(dict(zip(vectors.weights, weights, strict=True)))
 
@@ -201,7 +247,7 @@ class NormDynamicsMonitor(NormDynCallback):
         assert self._session is not None
         vectors = plan.vectors
         ss, sd, dd = vectors.displacement(vectors.snapshots(step.bracket))
-        wanted = self._quantities[plan.index]
+        wanted = [*self._quantities[plan.index], *INTERNAL]
         values = self._quantities_of(plan, sums, ss, sd, dd)
         stacked = torch.stack([values[q] for q in wanted])
         powers = torch.stack([v.square() if q in ROOT_MEAN_SQUARE else v for q, v in zip(wanted, stacked, strict=True)])
@@ -213,18 +259,32 @@ class NormDynamicsMonitor(NormDynCallback):
         skipped = packed.new_zeros(1) if step.skipped is None else step.skipped.to(packed.dtype).reshape(1)
         now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
         packed = torch.cat([packed.flatten(), skipped])
-        self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed))
+        groups = [{k: v for k, v in plan.group_of(t).items() if k != "params"} for t in plan.targets]
+        self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed, groups))
         if self.per_vector_history:
             self._keep_vectors(now, plan, norm_from_sums(sums["ww"]), sums["lr"])
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor) -> dict[str, Tensor]:
+        vectors = plan.vectors
         norm = norm_from_sums(sums["ww"])
-        std = std_from_sums(sums["ww"], sums["w1"], plan.vectors.length)
+        std = std_from_sums(sums["ww"], sums["w1"], vectors.length)
         size = torch.where(self._standardized[plan.index], std, norm)
         angle = angle_from_sums(ss, sd, dd)
         # From w_t to here: the shrink to s = f w, then the step from s.
         shrunk = norm_from_sums(ss) / norm
+        radial = shrunk - 1 + shrunk * sd / ss
+        dead = self._dead[plan.index]
+        dead = self._dead[plan.index] = torch.where((sums["gg"] == 0) & (radial < 0), dead + 1, torch.zeros_like(dead))
+        is_dead = (dead >= DEAD_AFTER).to(norm.dtype)
+        least = torch.finfo(torch.float32).smallest_normal ** 0.5  # below it squares vanish in float32
+        left = (size / least).log() / -torch.log1p(radial)
+        mean = vectors.spread(vectors.per_weight(torch.nan_to_num(size)) / vectors.per_weight(torch.ones_like(size)))
         found = {
+            "lr": sums["lr"],
+            "gradient_scale": sums["gg"] * sums["ww"],
+            "dead": is_dead,
+            "steps_left": torch.where(is_dead > 0, left, torch.full_like(left, float("nan"))),
+            "collapsed": (size < COLLAPSED * mean).to(norm.dtype),
             "weight_norm": norm,
             "weight_std": std,
             "effective_lr": effective_lr(sums["lr"], size),
@@ -232,11 +292,11 @@ class NormDynamicsMonitor(NormDynCallback):
             "angular_update": angle,
             "effective_step_size": effective_step_size(angle),
             "gradient_cosine": cosine_from_sums(sums["ww"], sums["wg"], sums["gg"]),
-            "radial_update": shrunk - 1 + shrunk * sd / ss,
+            "radial_update": radial,
         }
         if "equivalent_weight_decay" in self._quantities[plan.index]:
-            alphas = [self._influence(t).get("alpha", float("nan")) for t in plan.targets]
-            alpha = plan.vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
+            alphas = [self._influences[t.name].get("alpha", float("nan")) for t in plan.targets]
+            alpha = vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
             found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, size)
         return found
 
@@ -258,9 +318,10 @@ class NormDynamicsMonitor(NormDynCallback):
             self._publish(trainer, results)
 
     def _publish(self, trainer: Trainer, results: list[_Measured]) -> None:
+        assert self._session is not None
         row: dict[str, float] = {}
         overview: dict[str, list[float]] = {}
-        step, optimizer_step, stepped = results[0].step, results[0].optimizer_step, False
+        step, optimizer_step, stepped, collapsed = results[0].step, results[0].optimizer_step, False, 0.0
         # One transfer to the host for all optimizers of this batch.
         numbers = torch.cat([r.packed.to(results[0].packed.device) for r in results]).tolist()
         for result in results:
@@ -268,37 +329,129 @@ class NormDynamicsMonitor(NormDynCallback):
             if mine[-1]:
                 continue  # a fused optimizer skipped this update inside its kernel
             stepped = True
-            width = len(result.plan.targets)
-            for i, quantity in enumerate(result.quantities):
-                for j, target in enumerate(result.plan.targets):
-                    total, count = mine[i * width + j], mine[(len(result.quantities) + i) * width + j]
-                    if not count:
-                        continue
-                    row[f"{quantity}/{target.name}"] = self._mean(quantity, total, count)
-                    if target.scale_invariant:
-                        sums = overview.setdefault(quantity, [0.0, 0.0])
-                        sums[0] += total
-                        sums[1] += count
+            kinds, width = result.quantities, len(result.plan.targets)
+            for j, (target, group) in enumerate(zip(result.plan.targets, result.groups, strict=True)):
+                sums = {q: (mine[i * width + j], mine[(len(kinds) + i) * width + j]) for i, q in enumerate(kinds)}
+                found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
+                self._predict(target, group, found, type(result.plan.optimizer))
+                row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})
+                collapsed += sums["collapsed"][0]
+                self._warn_dead(trainer, target, sums["dead"][0], found.get("steps_left"))
+                if not target.scale_invariant:
+                    continue
+                if "equilibrium_ratio" in found:
+                    total, count = sums["angular_update"]
+                    sums["predicted"] = (found["equilibrium_angular_update"] ** 2 * count, count)
+                    sums["measured"] = (total, count)
+                for q, (total, count) in sums.items():
+                    known = overview.setdefault(q, [0.0, 0.0])
+                    known[0] += total
+                    known[1] += count
         if not stepped:
             return
         self._last_step = step
-        for quantity, (total, count) in overview.items():
-            row[f"normdyn/{quantity}"] = self._mean(quantity, total, count)
-        assert self._session is not None
+        row.update({f"normdyn/{q}": self._mean(q, t, n) for q, (t, n) in overview.items() if n and q in QUANTITIES})
+        if "predicted" in overview:
+            total, count = overview["predicted"]
+            row["normdyn/equilibrium_angular_update"] = sqrt(total / count)
+            row["normdyn/equilibrium_ratio"] = sqrt(overview["measured"][0] / total)
         row["normdyn/skipped_steps"] = float(self._session.skipped_steps())
+        row["normdyn/collapsed_vectors"] = collapsed
         clamped = self._session.counted("clamped")
         if clamped is not None:
             row["normdyn/clamped_vectors"] = clamped
         row = {key: value for key, value in row.items() if isfinite(value)}
         if trainer.is_global_zero:
-            self.history.append(step, row, optimizer_step=optimizer_step)
-            for event in self._session.take_events():
-                self.history.mark(step, event)
-            every = trainer.log_every_n_steps if self.every_n_steps is None else self.every_n_steps
-            if every and ((step + 1) % every == 0 or trainer.should_stop):
-                for logger in trainer.loggers:
-                    logger.log_metrics(row, step=step)
+            self._keep(trainer, row, step, optimizer_step)
         self._to_progress_bar(row)
+
+    def _keep(self, trainer: Trainer, row: dict[str, float], step: int, optimizer_step: int) -> None:
+        """Rank zero: into the history with everything, into the loggers with what was asked for."""
+        assert self._session is not None
+        first = not len(self.history)
+        self.history.append(step, row, optimizer_step=optimizer_step)
+        for event in self._session.take_events():
+            self.history.mark(step, event)
+        if first:
+            self._say_idle_decay(trainer)
+        every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
+        if every and ((step + 1) % every == 0 or trainer.should_stop):
+            shown = row if self.quantities is None else {k: v for k, v in row.items() if self._asked_for(k)}
+            for logger in trainer.loggers:
+                logger.log_metrics(shown, step=step)
+
+    def _asked_for(self, key: str) -> bool:
+        section, _, name = key.partition("/")
+        quantity = name if section == "normdyn" else section
+        return quantity not in QUANTITIES or quantity in (self.quantities or QUANTITIES)
+
+    # -- predictions and warnings --------------------------------------------------------------------------------------
+
+    def _predict(self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer_class: type) -> None:
+        """Add what this weight settles at, if it is scale-invariant and its optimizer is understood."""
+        if not target.scale_invariant or "lr" not in found or "weight_norm" not in found:
+            return
+        group = {**group, "lr": found["lr"]}
+        influence = self._influences.get(target.name, {})
+        options = balance(influence, group, found.get("equivalent_weight_decay"))
+        if options is None:
+            return
+        scale, dim, norm = found.get("gradient_scale"), self._length[target.name], found["weight_norm"]
+        if "every_n_steps" in influence and "alpha" not in influence:
+            length = norm if influence["target_norm"] == "initial" else influence["target_norm"]
+            predicted = wrs_angular_update(
+                optimizer_class,
+                group,
+                influence["every_n_steps"],
+                gradient_scale=scale,
+                dim=dim,
+                target_norm=length,
+                projected="projected" in options,
+            )
+            relaxation = None
+        else:
+            predicted = equilibrium_angular_update(optimizer_class, group, gradient_scale=scale, dim=dim, norm=norm, **options)
+            relaxation = relaxation_steps(optimizer_class, group, gradient_scale=scale, dim=dim, norm=norm, **options)
+        if predicted is None or not isfinite(float(predicted)) or float(predicted) <= 0:
+            return
+        found["equilibrium_angular_update"] = float(predicted)
+        if "angular_update" in found:
+            found["equilibrium_ratio"] = found["angular_update"] / float(predicted)
+        if relaxation is not None:
+            self._relaxation[target.name] = float(relaxation)
+
+    def _warn_dead(self, trainer: Trainer, target: Target, dead: float, left: float | None) -> None:
+        """A vector without gradient only decays: say so before something divides by its length."""
+        if not dead or left is None or target.name in self._reported:
+            return
+        if left > trainer.estimated_stepping_batches - trainer.global_step:
+            return
+        self._reported.add(target.name)
+        text = (
+            f"{dead:.0f} vector{'s' if dead > 1 else ''} of `{target.name}` get no gradient and only shrink: at the present rate their length "
+            f"underflows in about {left:.0f} steps, and a division by it gives NaN. Lower the decay of this weight, or use AdaptiveWeightShrink."
+        )
+        warn_once(text)
+        if self.alert and trainer.is_global_zero:
+            send_alert(trainer, "Weights collapse", text)
+
+    def _say_idle_decay(self, trainer: Trainer) -> None:
+        """The usual AdamW trap: a decay too small to change any norm within this run."""
+        steps = trainer.estimated_stepping_batches
+        if not self.tables or not isfinite(steps):
+            return
+        said: set[int] = set()
+        for plan in self.plans.values():
+            for target in plan.targets:
+                group = plan.group_of(target)
+                if id(group) in said or self._influences[target.name] or not target.scale_invariant:
+                    continue
+                said.add(id(group))
+                decay, lr = float(group.get("weight_decay") or 0.0), float(group["lr"])
+                pull = total_decay(type(plan.optimizer), {**group, "lr": lr}, int(steps))
+                if pull is not None and 0 < pull < 0.1:
+                    much = f"shrinks a weight by {100 * pull:.2g} % over the {steps:.0f} steps of this run"
+                    show(trainer, f"lightning-normdyn: weight decay {decay:g} at lr {lr:g} {much}: it does next to nothing.")
 
     @staticmethod
     def _mean(quantity: str, total: float, count: float) -> float:
@@ -323,6 +476,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._off = bool(trainer.barebones)
         self.history = History()
         self._last_step, self._results, self._sums = -1, [], {}
+        self._influences, self._length, self._relaxation, self._reported = {}, {}, {}, set()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the last step if it was not foreseen, and print the end table."""
@@ -330,7 +484,7 @@ class NormDynamicsMonitor(NormDynCallback):
         if not self._off and self.plans and 0 <= self._last_step < now:
             self._append_final(trainer, now)
         self.history.meta.update(self._meta())
-        text = self.end_table() if self.tables and trainer.is_global_zero else None
+        text = self.end_table() if self.tables else None
         super().on_train_end(trainer, pl_module)
         if text:
             show(trainer, text)
@@ -359,36 +513,56 @@ class NormDynamicsMonitor(NormDynCallback):
         return {"targets": targets, "settings": self.settings()}
 
     def end_table(self) -> str | None:
-        """The table at the end of a fit as text; None if nothing was measured."""
+        """The table at the end of a fit as text; None if nothing was measured here. Sharded over ranks, all of them must call it."""
         assert self._session is not None
+        targets = [t for plan in self.plans.values() for t in plan.targets]
+        # Every rank takes part in these; what follows is known to rank zero only.
+        treated, clamped = [self._treatment_of(t) for t in targets], self._session.counted("clamped")
         if not len(self.history) or not self.plans:
             return None
         rows, known = [], set(self.history.keys())
-        for plan in self.plans.values():
-            for target in plan.targets:
-                key = f"weight_norm/{target.name}"
-                if key not in known:
-                    continue
-                norms = self.history.column(key)[1]
-                how = "; ".join(
-                    m.treatment(p, t)
-                    for m in self._session.members
-                    if m is not self
-                    for p in m.plans.values()
-                    for t in p.targets
-                    if t.weight is target.weight
-                )
-                rows.append(
-                    (
-                        target.name,
-                        how or "-",
-                        f"{norms[0]:.3g} → {norms[-1]:.3g}",
-                        self._latest("effective_lr", target),
-                        self._latest("angular_update", target),
-                    )
-                )
-        title = f"lightning-normdyn: after {self.history[len(self.history) - 1]['optimizer_step']:.0f} optimizer steps"
-        return render(title, ("weight", "treated how", "norm first → last", "effective lr", "angular update"), rows)
+        for target, how in zip(targets, treated, strict=True):
+            if f"weight_norm/{target.name}" not in known:
+                continue
+            norms = self.history.column(f"weight_norm/{target.name}")[1]
+            latest = [self._latest(q, target) for q in ("effective_lr", "angular_update", "equilibrium_angular_update")]
+            rows.append((target.name, how or "-", f"{norms[0]:.3g} → {norms[-1]:.3g}", *latest, *self._judge(target)))
+        title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
+        columns = ("weight", "treated how", "norm first → last", "effective lr", "angular update", "prediction", "e-foldings", "verdict")
+        text = render(title, columns, rows)
+        if clamped:
+            text += f"The shrink factor was clamped at 0.5 {clamped:.0f} times: lr * alpha * norm is too large for these weights.\n"
+        return text
+
+    def _judge(self, target: Target) -> tuple[str, str]:
+        """E-foldings elapsed, and the verdict from the drift of the norm."""
+        name = target.name
+        norm, angle, predicted = (f"{q}/{name}" for q in ("weight_norm", "angular_update", "equilibrium_angular_update"))
+        rows = [r for r in self.history if norm in r and angle in r and predicted in r]
+        if name not in self._relaxation or len(rows) < 4:
+            return "-", "-" if not target.scale_invariant else "no prediction" if name not in self._relaxation else "too few rows"
+        relaxation, adaptive = self._relaxation[name], "alpha" in self._influences.get(name, {})
+        steps = [r["optimizer_step"] for r in rows]
+        # lr x decay, up to a constant: the square of the prediction (under AWS per unit of norm).
+        pulls = [r[predicted] ** 2 / (r[norm] if adaptive else 1.0) for r in rows]
+        elapsed = sum((b - a) * pull / pulls[-1] for a, b, pull in zip(steps, steps[1:], pulls[1:], strict=False)) / relaxation
+        window = min(relaxation, (steps[-1] - steps[0]) / 2)
+        recent = [i for i, at in enumerate(steps) if at >= steps[-1] - window][-len(rows) :]
+        recent = recent if len(recent) > 1 else [len(rows) - 2, len(rows) - 1]
+        x = torch.tensor([steps[i] for i in recent], dtype=torch.float64)
+        y = torch.tensor([2 * log(max(rows[i][norm], 1e-300)) for i in recent], dtype=torch.float64)
+        drift = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+        turned, foreseen = (sqrt(sum(rows[i][key] ** 2 for i in recent) / len(recent)) for key in (angle, predicted))
+        changed = max(abs(pulls[i] / pulls[-1] - 1) for i in recent)
+        said = verdict(drift, relaxation, turned / foreseen, changed, angular_update=turned)
+        if elapsed < SETTLED_AFTER and said.startswith("settled"):
+            said = f"not settled yet ({turned / foreseen:.2g}x the prediction)"
+        return f"{elapsed:.1f}", said
+
+    def _treatment_of(self, target: Target) -> str:
+        assert self._session is not None
+        others = [(m, p, t) for m in self._session.members if m is not self for p in m.plans.values() for t in p.targets]
+        return "; ".join(m.treatment(p, t) for m, p, t in others if t.weight is target.weight)
 
     def _latest(self, quantity: str, target: Target) -> str:
         key = f"{quantity}/{target.name}"
