@@ -807,6 +807,8 @@ def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         dim = operation.attribute("dim") % len(shape)
         return moved(flow, compact(expanded(flow.rows, shape, [dim]).index_select(dim, index.cpu())))
     rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
+    if sum(i is not None for i in index) == 1 and rows.ndim == len(shape):  # entries picked along one dimension
+        return moved(flow, compact(rows))
     return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
@@ -852,7 +854,7 @@ def _pad(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     """Zeros go with any row. The value padded with is not saved: taken as 0, and the claim is marked."""
     flow, amounts = only(operation, flows), operation.attribute("pad")
     ndim = flow.rows.ndim
-    padded = [ndim - 1 - k // 2 for k, amount in enumerate(amounts) if amount]
+    padded = [ndim - 1 - k // 2 for k, amount in enumerate(amounts) if amount > 0]
     if any(amount > 0 for amount in amounts):
         operation.rows.assumed = True
     inside = [amount if flow.rows.size(ndim - 1 - k // 2) > 1 else 0 for k, amount in enumerate(amounts)]

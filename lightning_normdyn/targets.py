@@ -256,7 +256,7 @@ def _owner(module: nn.Module, name: str) -> nn.Module | None:
         owner = module.get_submodule(".".join(path))
     except AttributeError:
         return None
-    while wrapped := [owner._modules[name] for name in _WRAPPERS if owner._modules.get(name) is not None]:
+    while wrapped := [m for name, m in owner.named_children() if name in _WRAPPERS]:
         owner = wrapped[0]
     return owner
 

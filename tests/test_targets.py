@@ -512,7 +512,7 @@ def test_match_patterns(params, expected):
     ("params", "nearest"), [("layer1.0.conv3.weight", "layer1.0.conv"), (["*", "!heads.weight"], "head.weight"), ("Layer2*", "layer2")]
 )
 def test_a_pattern_without_a_match_names_what_is_there(params, nearest):
-    with pytest.raises(NoTargetsError, match="matches none of the 4 weights: layer1.0.conv1.weight") as error:
+    with pytest.raises(NoTargetsError, match=r"matches none of the 4 weights: layer1\.0\.conv1\.weight") as error:
         match_patterns(params, NAMES)
     assert nearest in str(error.value).split("nearest")[1]
 
