@@ -2,6 +2,7 @@
 
 from lightning_normdyn.callbacks import (
     AdaptiveWeightShrink,
+    LRDropRescaling,
     NormDynamicsMonitor,
     NormDynWarning,
     RadialProjection,
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveWeightShrink",
     "DecayOwner",
     "History",
+    "LRDropRescaling",
     "NoTargetsError",
     "NormDynError",
     "NormDynWarning",

@@ -2,8 +2,17 @@
 
 from lightning_normdyn.callbacks.adaptive_weight_shrink import AdaptiveWeightShrink
 from lightning_normdyn.callbacks.base import NormDynCallback, NormDynWarning
+from lightning_normdyn.callbacks.lr_drop_rescaling import LRDropRescaling
 from lightning_normdyn.callbacks.norm_dynamics_monitor import NormDynamicsMonitor
 from lightning_normdyn.callbacks.radial_projection import RadialProjection
 from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
 
-__all__ = ["AdaptiveWeightShrink", "NormDynCallback", "NormDynWarning", "NormDynamicsMonitor", "RadialProjection", "WeightRescaling"]
+__all__ = [
+    "AdaptiveWeightShrink",
+    "LRDropRescaling",
+    "NormDynCallback",
+    "NormDynWarning",
+    "NormDynamicsMonitor",
+    "RadialProjection",
+    "WeightRescaling",
+]

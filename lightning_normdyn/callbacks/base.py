@@ -303,6 +303,14 @@ class Session:
         totals = [plan.vectors.totals(plan.counters[key]).sum() for m in self.members for plan in m.plans.values() if key in plan.counters]
         return float(sum(t.item() for t in totals)) if totals else None
 
+    def influence(self, target: Target, besides: NormDynCallback | None = None) -> dict[str, Any]:
+        """What the callbacks, ``besides`` one, do to this weight: `NormDynCallback.influence`, merged."""
+        found: dict[str, Any] = {}
+        for member in self.members:
+            if member is not besides and any(t.weight is target.weight for plan in member.plans.values() for t in plan.targets):
+                found.update(member.influence(target))
+        return found
+
     def take_events(self) -> list[str]:
         """What callbacks noted since the last call."""
         events = []

@@ -188,7 +188,7 @@ class NormDynamicsMonitor(NormDynCallback):
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not bool(standardized.any()):
             wanted.remove("weight_std")
-        self._influences.update({t.name: self._influence(t) for t in plan.targets})
+        self._influences.update({t.name: self._session.influence(t, besides=self) for t in plan.targets})
         shrunk = any("alpha" in self._influences[t.name] for t in plan.targets)
         if not shrunk and "equivalent_weight_decay" in wanted:
             wanted.remove("equivalent_weight_decay")
@@ -200,15 +200,6 @@ class NormDynamicsMonitor(NormDynCallback):
             labels = target.partition.labels
             members = int((labels >= 0).sum()) * (prod(self._session.shapes[target.weight]) // max(1, labels.numel()))
             self._length[target.name] = max(1, members // max(1, target.partition.n))
-
-    def _influence(self, target: Target) -> dict[str, Any]:
-        """What the other callbacks do to this weight."""
-        assert self._session is not None
-        found: dict[str, Any] = {}
-        for member in self._session.members:
-            if any(t.weight is target.weight for plan in member.plans.values() for t in plan.targets):
-                found.update(member.influence(target))
-        return found
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -428,8 +419,9 @@ class NormDynamicsMonitor(NormDynCallback):
             return
         self._reported.add(target.name)
         text = (
-            f"{dead:.0f} vector{'s' if dead > 1 else ''} of `{target.name}` get no gradient and only shrink: at the present rate their length "
-            f"underflows in about {left:.0f} steps, and a division by it gives NaN. Lower the decay of this weight, or use AdaptiveWeightShrink."
+            f"{dead:.0f} vector{'s' if dead > 1 else ''} of `{target.name}` get no gradient and only shrink: at the present rate their "
+            f"length underflows in about {left:.0f} steps, and a division by it gives NaN. Lower the decay of this weight, or use "
+            "AdaptiveWeightShrink."
         )
         warn_once(text)
         if self.alert and trainer.is_global_zero:
