@@ -287,7 +287,7 @@ def plot_compare(histories: Mapping[str, History], quantity: str = "effective_lr
         curves = {"all": history.column(overview)} if only_overview else _curves(history, quantity)
         steps, table = _table(curves)
         colour = OKABE_ITO[i % len(OKABE_ITO)]
-        line = ("-", "--", "-.", ":")[i // len(OKABE_ITO) % 4]
+        line = ("-", (0, (5, 2)), "-.", (0, (1, 1)))[i % 4]  # so that two runs that agree are both seen
         low, middle, high = np.nanpercentile(table, [10, 50, 90], axis=0)
         if len(curves) > 1:
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)

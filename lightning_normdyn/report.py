@@ -336,7 +336,9 @@ def _section(label: str, history: History) -> str:
         except NormDynError as error:  # nothing finite in it; the other pictures still tell something
             pictures.append(f"<p>{html.escape(str(error))}</p>")
     first, last = history[0], history[-1]
-    facts = f"{len(history)} records from step {first['step']} to {last['step']}, {last['optimizer_step']} optimizer steps."
+    facts = f"{len(history)} records from step {first['step']} to {last['step']}."
+    if last["optimizer_step"] != last["step"]:  # logs other than a history do not know it
+        facts += f" {last['optimizer_step']} optimizer steps."
     others = {
         key: value for key, value in last.items() if key.split("/")[0] not in _LAYER_QUANTITIES and not key.startswith("equilibrium_")
     }
