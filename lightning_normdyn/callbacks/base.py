@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -23,6 +23,8 @@ from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.sharding import check_weight, full_shape, survey, torch_optimizer
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import (
+    EULER_COUNT,
+    EulerTest,
     ScaleInvarianceSearch,
     Verdict,
     choose_partition,
@@ -196,6 +198,7 @@ class Session:
         self._watched: tuple[Any, ...] | None = None
         self._undecided: set[Tensor] = set()
         self._version = 0
+        self._claims: dict[int, Claims | None] = {}
         self._announced = False
         self.attempts = 0
 
@@ -278,7 +281,11 @@ class Session:
     def _resolve(self, step: Step) -> None:
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
         groups = step.optimizer.param_groups
-        seen = (self._version, tuple((id(g), len(g["params"])) for g in groups))
+        layout = tuple((id(g), len(g["params"])) for g in groups)
+        if self._seen.get(index) != (self._version, layout):
+            self._claims.pop(index, None)
+        self._question(index, step.optimizer)
+        seen = (self._version, layout)
         if self._seen.get(index) == seen:
             return
         self._seen[index] = seen
@@ -320,9 +327,63 @@ class Session:
                 plan.events = []
         return list(dict.fromkeys(events))
 
+    def _question(self, index: int, optimizer: Optimizer) -> None:
+        """Hold what the graph claims against the first real gradients; a contradiction withdraws the claim before anything is touched."""
+        if index not in self._claims:
+            claimed = [w for w in self.owned(optimizer) if self.verdict(w).known == "graph" and self.verdict(w).partition is not None]
+            # Clipping by value turns the gradient, so it would say nothing about the loss.
+            by_value = self.trainer.gradient_clip_val and str(self.trainer.gradient_clip_algorithm).endswith("value")
+            self._claims[index] = None if by_value or not claimed else Claims(claimed, [self.verdict(w) for w in claimed])
+        claims = self._claims[index]
+        if claims is None:
+            return
+        for verdict, rms, count in claims.withdrawn():
+            withdrawn = self.search.verdicts[verdict.name] = verdict.withdrawn(rms, count)
+            self._version += 1
+            warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
+        if claims.decided:
+            for verdict in claims.verdicts:
+                if self.search.verdicts[verdict.name] is verdict:
+                    self.search.verdicts[verdict.name] = replace(verdict, known="graph and gradients")
+            self._claims[index] = None
+
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
         return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+
+
+class Claims:
+    """The claims of one optimizer's weights, held against its first gradients (`lightning_normdyn.targets.EulerTest`).
+
+    Args:
+        weights: the claimed weights.
+        verdicts: what the graph claims of each.
+    """
+
+    MOST_STEPS = 16
+
+    def __init__(self, weights: list[Tensor], verdicts: list[Verdict]) -> None:
+        self.verdicts = verdicts
+        partitions = [v.partition for v in verdicts if v.partition is not None]
+        self._vectors = WeightVectors(weights, partitions, [v.name for v in verdicts])
+        self._test = EulerTest(len(weights), self._vectors.device)
+        self._steps = 0
+        self._told: set[int] = set()
+        self.decided = False
+
+    def withdrawn(self) -> list[tuple[Verdict, float, int]]:
+        """Take this step's gradients in; claims that they contradict: verdict, rms of z, over how many values."""
+        vectors, test = self._vectors, self._test
+        weights, gradients = vectors.values(), vectors.gradients()
+        ww, wg, gg = vectors.inner((weights, weights), (weights, gradients), (gradients, gradients))
+        each = EulerTest(vectors.n, vectors.device)
+        each.update(wg, ww, gg, vectors.length, torch.arange(vectors.n, device=vectors.device))
+        test.sums += vectors.totals(each.sums.T.to(vectors.sum_dtype)).T
+        self._steps += 1
+        found, new = test.result(), [i for i in test.rejected() if i not in self._told]
+        self._told.update(new)
+        self.decided = self._steps >= self.MOST_STEPS or all(count >= EULER_COUNT for _, count in found)
+        return [(self.verdicts[i], *found[i]) for i in new]
 
 
 def agree(verdicts: dict[str, Verdict]) -> None:
