@@ -101,7 +101,9 @@ class Rows:
         self.links: list[Link] = []
         self.stale: dict[str, None] = {}
         self.assumed = False
-        self.looked_up: Tensor | None = None  # embedding rows that occurred
+        self.looked_up = torch.empty(0, dtype=torch.long)  # embedding rows that occurred
+        self.sharded = torch.empty(0, dtype=torch.long)  # rows of which each rank followed only its part (tensor parallelism),
+        self.elsewhere = False  # so that what this rank saw is not all
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Make entrywise partners scale together; ``reason`` is kept if this costs a row its freedom."""
@@ -130,6 +132,18 @@ class Rows:
     def forbid(self, rows: Tensor, reason: str) -> None:
         """These rows must not be scaled."""
         self.unite(rows, torch.zeros(1, dtype=torch.long), reason)
+
+    def merge(self, other: Rows) -> None:
+        """Take over what another rank learnt about the same weight: what must not be scaled separately there must not be here."""
+        self.reasons |= other.reasons
+        self.unite(torch.arange(len(self.parent)), other.parent, next(iter(other.reasons), "another rank"))
+        self.norms |= other.norms
+        self.stale |= other.stale
+        known = {link.module for link in self.links}
+        self.links += [link for link in other.links if link.module not in known]
+        self.assumed |= other.assumed
+        self.looked_up = distinct(torch.cat([self.looked_up, other.looked_up]))
+        self.sharded = distinct(torch.cat([self.sharded, other.sharded]))
 
 
 @dataclass(frozen=True)
@@ -1115,8 +1129,7 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if not readable:  # inside a checkpoint: which rows occur is not known, so all go together
         return replace(flow, rows=operation.same_factor(rows, [0]).reshape([1] * (len(out) - 1) + [rows.size(1)]))
     rows = rows[index.cpu()]
-    known = [] if operation.rows.looked_up is None else [operation.rows.looked_up]
-    operation.rows.looked_up = distinct(torch.cat([rows.flatten(), *known]))
+    operation.rows.looked_up = distinct(torch.cat([rows.flatten(), operation.rows.looked_up]))
     return replace(flow, rows=rows)
 
 
@@ -1133,6 +1146,36 @@ def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | Non
     if value is None:
         return None
     return Flow(value.degree, operation.same_factor(value.rows, [-2]), everywhere(value))
+
+
+# ------------------------------------------------------------------------------------------------ tensor parallelism
+
+
+@_rule("_ToTorchTensorBackward", "_FromTorchTensorBackward")
+def _local_tensor(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """From a DTensor to this rank's part of it, and back. On DTensors themselves operations show their full shapes."""
+    flow, before, after = only(operation, flows), _known(operation.inputs[0]), operation.outputs[0]
+    if before == after:
+        return flow
+    rows = operation.rows
+    if operation.name == "_FromTorchTensorBackward":  # the other ranks' entries come from rows that were not followed here: all go together
+        together = torch.cat([flow.rows.flatten(), rows.sharded])
+        operation.unite(together[:1], together)
+        return replace(flow, rows=together[:1].reshape([1] * len(after)), offset=everywhere(flow))
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec: Any = operation.node.dtensor_spec  # type: ignore[attr-defined]
+    if any(type(placement).__name__ == "_StridedShard" for placement in spec.placements):
+        raise Blocked(f"no rule for strided shards in {operation.place}")
+    _, start = compute_local_shape_and_global_offset(spec.shape, spec.mesh, spec.placements)
+    part = flow.rows
+    for dim, size in enumerate(after):
+        if part.size(dim) > 1 and size < before[dim]:
+            part = part.narrow(dim, start[dim], size)
+    if part.numel() < flow.rows.numel():
+        rows.elsewhere = True
+        rows.sharded = distinct(torch.cat([flow.rows.flatten(), rows.sharded]))
+    return moved(flow, part)
 
 
 # ------------------------------------------------------------------------------------------------ normalizations

@@ -21,6 +21,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
@@ -460,6 +461,7 @@ class ScaleInvarianceSearch:
                 self.verdicts[name] = Verdict.unknown(name, tuple(parameter.shape), *reason)
         self._candidates: dict[str, list[_Candidate]] = {}
         self._hidden: dict[str, str] = {}
+        self._shapes: dict[str, Shape] = {}
         self._judged_in: tuple[bool, ...] | None = None
         self._edges: dict[Edge, str] = {}
         self._spans = _Spans()
@@ -478,7 +480,7 @@ class ScaleInvarianceSearch:
             return
         modes = tuple(m.training for m in self._module.modules() if getattr(m, "running_mean", None) is not None)
         if modes != self._judged_in:
-            self._candidates, self._hidden, self._judged_in = {}, {}, modes
+            self._candidates, self._hidden, self._shapes, self._judged_in = {}, {}, {}, modes
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(visible_graph())
@@ -526,16 +528,17 @@ class ScaleInvarianceSearch:
         self._record((owner, key, name) for owner, slots in self._slots.items() for key, name in slots)
         graph = trace(loss, self._edges, self._spans.module_of)
         shapes = {self._edges[edge]: shape for edge, shape in graph.shapes.items() if len(shape) >= 2}
+        self._shapes |= shapes
         first_time = [name for name in shapes if name not in self._candidates]
         for name in first_time:
-            finest = filter_partition(self._module, name, shapes[name])
+            finest = self._cuts(name, shapes[name])[0]
             self._candidates[name] = [_Candidate(finest, Rows(finest.n))]
         self._follow(graph, {name: self._candidates[name][0] for name in shapes})
         # A finer cut along the other axis (x @ W) is only worth a look where the first is not already the finest.
         for name in first_time:
             first = self._candidates[name][0]
             if len(_classes(first.rows, first.finest, shapes[name])[1]) < first.finest.n:
-                other = Partition.filters(shapes[name], axis=0 if first.finest.keep == (0, 1) else 1)
+                other = self._cuts(name, shapes[name])[1]
                 self._candidates[name].append(_Candidate(other, Rows(other.n)))
         self._follow(graph, {name: self._candidates[name][1] for name in shapes if len(self._candidates[name]) > 1})
         for hiding in graph.opaque:
@@ -554,16 +557,45 @@ class ScaleInvarianceSearch:
 
     def _judge(self, name: str, shape: Shape) -> Verdict:
         best = max((_verdict(name, shape, candidate) for candidate in self._candidates[name]), key=_claimed)
-        if name in self._hidden and best.partition is not None:
-            reason = f"{self._hidden[name]} hides part of the graph (the loss was not watched)"
-            return replace(best, partition=None, kind="unknown", reason=reason, batch_norms=(), norms=())
+        doubts = [f"{self._hidden[name]} hides part of the graph (the loss was not watched)"] if name in self._hidden else []
+        if any(candidate.rows.elsewhere for candidate in self._candidates[name]):
+            doubts.append("other ranks hold some of its rows (they have not been asked yet)")
+        if doubts and best.partition is not None:
+            return Verdict.unknown(name, shape, doubts[0])
         return best
+
+    def agree(self) -> None:
+        """Combine what all ranks found, so that all hold the same verdicts; a collective, and nothing without a process group.
+
+        What one rank must not scale separately, none does (its batch may have routed tokens differently), and what tensor parallelism
+        shows to each rank in part is put together.
+        """
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        mine = ({name: [c.rows for c in found] for name, found in self._candidates.items()}, self._hidden, self._shapes)
+        everybody: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everybody, mine)
+        self._hidden = {name: hiding for _, hidden, _ in reversed(everybody) for name, hiding in hidden.items()}
+        self._shapes = {name: shape for _, _, shapes in reversed(everybody) for name, shape in shapes.items()}
+        for name, shape in self._shapes.items():
+            found = [rows[name] for rows, _, _ in everybody if name in rows]
+            cuts = self._cuts(name, shape)[: min(len(rows) for rows in found)]
+            self._candidates[name] = [_Candidate(finest, Rows(finest.n)) for finest in cuts]
+            for rows in found:  # in the order of the ranks, so that all end with the same
+                for candidate, other in zip(self._candidates[name], rows, strict=False):
+                    candidate.rows.merge(other)
+            self.verdicts[name] = self._judge(name, shape)
+
+    def _cuts(self, name: str, shape: Shape) -> list[Partition]:
+        """The finest vectors along the filter axis, and along the other."""
+        filters = filter_partition(self._module, name, shape)
+        return [filters, Partition.filters(shape, axis=0 if filters.keep == (0, 1) else 1)]
 
 
 def _classes(rows: Rows, finest: Partition, shape: Shape) -> tuple[Tensor, Tensor]:
     """For each row its class number or -1, and the size of each class in rows."""
     root = rows.parent[1:].clone()
-    if rows.looked_up is not None:  # an embedding: which rows meet depends on the data, so those that occurred speak for all
+    if len(rows.looked_up):  # an embedding: which rows meet depends on the data, so those that occurred speak for all
         seen = rows.parent[rows.looked_up[rows.looked_up > 0]]
         if bool((seen == 0).any()):
             root = torch.zeros_like(root)

@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 import zoo
@@ -368,6 +369,111 @@ def test_frozen_lazy_and_no_grad():
     with search:
         search.analyze(net(torch.randn(4, 6)).sum())
     assert summary(search.verdicts.values()) == {"0.weight": "unknown", "1.weight": "filter 3"}
+
+
+# ------------------------------------------------------------------------------------------------ several ranks
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.q, self.k, self.v, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
+        self.up, self.down, self.head = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False), nn.Linear(16, 3)
+        self.nq, self.nk, self.n0, self.n1 = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(16), nn.LayerNorm(16)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x))).flatten(2)
+        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.nq(q), self.nk(k), v).transpose(1, 2).flatten(2)
+        x = x + self.n0(self.out(y))
+        return self.head(x + self.n1(self.down(F.relu(self.up(x)))))
+
+
+def found_on_a_rank(strategy: str) -> list[dict[str, str]]:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.manual_seed(0)
+    net = Attention()
+    if strategy != "one":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    if strategy == "DDP":
+        net = nn.parallel.DistributedDataParallel(net)
+    elif strategy == "FSDP1":
+        net = FullyShardedDataParallel(
+            net, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), device_id=torch.device("cpu")
+        )
+    elif strategy == "FSDP2":
+        for part in (net.q, net.k, net.v, net.out, net.up, net.down, net):
+            fully_shard(part, mesh=mesh)
+    elif strategy == "TP":
+        columns, rows = dict.fromkeys(("q", "k", "v", "up"), ColwiseParallel()), dict.fromkeys(("out", "down"), RowwiseParallel())
+        parallelize_module(net, mesh, columns | rows)
+    search = ScaleInvarianceSearch(getattr(net, "module", net))
+    tables = []
+    for _ in range(2):  # FSDP shows other tensors in the second step
+        search.watch()
+        loss = net(torch.randn(2, 3, 4, 4)).square().sum()
+        search.analyze(loss)
+        tables.append(summary(search.verdicts.values()))
+        search.agree()
+        tables.append(summary(search.verdicts.values()))
+        loss.backward()
+        search.close()
+    return tables
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
+@pytest.mark.parametrize("strategy", ["DDP", "FSDP1", "FSDP2", "TP"])
+def test_strategies_give_the_same_table(strategy):
+    def on_rank():
+        ranks.init_process_group()
+        return found_on_a_rank(strategy)
+
+    alone = found_on_a_rank("one")[0]
+    assert alone == {
+        "conv.weight": "filter 4", "q.weight": "group 2", "k.weight": "group 2", "v.weight": "layer 1", "out.weight": "layer 1",
+        "up.weight": "layer 1", "down.weight": "layer 1", "head.weight": "no",
+    }  # fmt: skip
+    for tables in ranks.run_ranks(on_rank).values():
+        assert tables[1] == tables[3] == alone
+        if strategy == "TP":  # before the ranks agreed, nothing is claimed that only part of the rows was seen of
+            assert tables[0]["q.weight"] == tables[0]["v.weight"] == "unknown"
+        else:
+            assert tables[0] == alone
+
+
+def test_ranks_whose_graphs_differ_agree_on_what_holds_for_all():
+    def on_rank():
+        import torch.distributed as dist
+
+        ranks.init_process_group()
+        net = zoo.Net(
+            lambda m, x: m.n(m.a(x)) if dist.get_rank() else m.n(m.a(x)) + m.b(x),
+            a=zoo.linear(6, 4),
+            b=zoo.linear(6, 4),
+            n=nn.BatchNorm1d(4),
+        )
+        with ScaleInvarianceSearch(net) as search:
+            search.analyze(net(zoo.vectors()).square().sum() + dist.get_rank() * net.a.weight[:2].square().sum())
+        search.agree()
+        return [v.state() for v in search.verdicts.values()]
+
+    first, second = ranks.run_ranks(on_rank).values()
+    assert [v["kind"] for v in first] == ["partly", "no"]
+    assert first[0]["partition"]["labels"].tolist() == [-1, -1, 0, 1]
+    assert str(first) == str(second)
+
+
+def test_one_process_agrees_with_itself():
+    search = ScaleInvarianceSearch(small_net())
+    before = dict(search.verdicts)
+    search.agree()
+    assert search.verdicts == before
 
 
 # ------------------------------------------------------------------------------------------------ function
