@@ -274,7 +274,7 @@ class StepBracket:
         event = None
         if skipped.is_cuda:
             skipped = skipped.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._unsettled = (skipped.clone() if event is None else skipped, event)
 
@@ -325,14 +325,15 @@ def check_optimizer(optimizer: Optimizer) -> None:
     """Refuse optimizers that have no single step from one weight to the next.
 
     Raises:
-        NotSupportedError: for LBFGS (evaluates its closure more than once) and schedule-free optimizers (keep a second copy of the weights).
+        NotSupportedError: for LBFGS (evaluates its closure more than once) and schedule-free optimizers (keep a second copy of the
+            weights).
     """
     if any(c.__name__ == "LBFGS" for c in type(optimizer).__mro__):
         raise _closure_error(optimizer)
     if is_schedule_free(optimizer):
         raise NotSupportedError(
-            f"{type(optimizer).__name__} keeps a second copy of the weights and trains at a point between the two, so a norm or a step of the "
-            "parameter alone means nothing. Use the optimizer's ordinary form with a learning rate schedule."
+            f"{type(optimizer).__name__} keeps a second copy of the weights and trains at a point between the two, so a norm or a "
+            "step of the parameter alone means nothing. Use the optimizer's ordinary form with a learning rate schedule."
         )
 
 

@@ -40,8 +40,9 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *,
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide, strict=True)).rstrip() for r in cells]
         return "\n".join([title, *lines]) + "\n" + tail
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for i, column in enumerate(columns):
+        # Names are read whole, the rest may wrap.
+        table.add_column(column, overflow="fold", min_width=min(48, max((len(r[0]) for r in rows), default=1)) if i == 0 else None)
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
     out = io.StringIO()
