@@ -140,6 +140,10 @@ class WeightVectors:
         """The weights themselves; writing to them writes to the weights."""
         return self.local(self.weights)
 
+    def storages(self) -> dict[Tensor, Tensor]:
+        """Each weight's plain storage on this rank, as `StepBracket.request_snapshot` wants them."""
+        return {w: v for w, v in zip(self.weights, self.values(), strict=True) if v is not None}
+
     def gradients(self) -> list[Tensor | None]:
         """The gradients as the optimizer receives them; None where a weight has none."""
         return self.local([w.grad for w in self.weights])

@@ -12,7 +12,7 @@ bracket = StepBracket.of(optimizer)
 
 
 def keep(step: Step) -> None:
-    bracket.request_snapshot(dict(zip(vectors.weights, vectors.values(), strict=True)))
+    bracket.request_snapshot(vectors.storages())
 
 
 def measure(step: Step) -> None:

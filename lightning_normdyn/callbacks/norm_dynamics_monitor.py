@@ -229,7 +229,7 @@ class NormDynamicsMonitor(NormDynCallback):
         if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
             wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
         self._sums[plan.index] = {"ww": ww, "wg": wg, "gg": gg, "w1": w1, "lr": plan.group_values("lr").clone()}
-        step.bracket.request_snapshot(dict(zip(vectors.weights, weights, strict=True)))
+        step.bracket.request_snapshot(vectors.storages())
 
     def _measure_step(self, step: Step, plan: Plan) -> None:
         sums = self._sums.pop(plan.index, None)
@@ -450,15 +450,20 @@ class NormDynamicsMonitor(NormDynCallback):
         return sqrt(max(total, 0.0) / count) if quantity in ROOT_MEAN_SQUARE else total / count
 
     def _to_progress_bar(self, row: dict[str, float]) -> None:
-        quiet = {"logger": False, "on_step": True, "on_epoch": False, "batch_size": 1}
+        assert self._session is not None
+        module = self._session.module
+
+        def tell(key: str, value: float, prog_bar: bool) -> None:
+            module.log(key, value, prog_bar=prog_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
+
         for key in ("normdyn/angular_update", "normdyn/equilibrium_ratio"):
             if key in row:
-                self.log(key, row[key], **quiet)
+                tell(key, row[key], prog_bar=False)
         # rich prints three decimals: milliradians and norms stay readable, an effective learning rate would be 0.000.
         if "normdyn/angular_update" in row:
-            self.log("turn_mrad", 1e3 * row["normdyn/angular_update"], prog_bar=True, **quiet)
+            tell("turn_mrad", 1e3 * row["normdyn/angular_update"], prog_bar=True)
         if "normdyn/weight_norm" in row:
-            self.log("norm", row["normdyn/weight_norm"], prog_bar=True, **quiet)
+            tell("weight_norm", row["normdyn/weight_norm"], prog_bar=True)
 
     # -- a fit's beginning and end -------------------------------------------------------------------------------------
 

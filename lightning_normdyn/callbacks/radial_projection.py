@@ -116,7 +116,7 @@ class RadialProjection(NormDynCallback):
 
     def _look(self, step: Step, plan: Plan) -> None:
         vectors = plan.vectors
-        step.bracket.request_snapshot(dict(zip(vectors.weights, vectors.values(), strict=True)))
+        step.bracket.request_snapshot(vectors.storages())
         if self.gate == "always":
             return
         weights, gradients = vectors.values(), vectors.gradients()
