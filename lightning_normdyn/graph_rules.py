@@ -88,7 +88,13 @@ class Link:
     module: str
     rows: Tensor  # (channels,)
     degree: float
-    offset: Offset | None
+    offset: bool
+    bias: str | None
+
+    def same_as(self, other: Link) -> bool:
+        """Whether both say the same (a module that is called twice)."""
+        facts = [(link.module, link.degree, link.offset, link.bias) for link in (self, other)]
+        return facts[0] == facts[1] and torch.equal(self.rows, other.rows)
 
 
 class Rows:
@@ -100,10 +106,10 @@ class Rows:
         self.norms: dict[str, None] = {}
         self.links: list[Link] = []
         self.stale: dict[str, None] = {}
-        self.assumed = False
+        self.assumed = False  # an epsilon, a padding value or a condition was taken as harmless
         self.looked_up = torch.empty(0, dtype=torch.long)  # embedding rows that occurred
-        self.sharded = torch.empty(0, dtype=torch.long)  # rows of which each rank followed only its part (tensor parallelism),
-        self.elsewhere = False  # so that what this rank saw is not all
+        self.sharded = torch.empty(0, dtype=torch.long)  # rows of which each rank follows only its part (tensor parallelism)
+        self.elsewhere = False  # and other ranks have not been asked yet
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Make entrywise partners scale together; ``reason`` is kept if this costs a row its freedom."""
@@ -133,14 +139,19 @@ class Rows:
         """These rows must not be scaled."""
         self.unite(rows, torch.zeros(1, dtype=torch.long), reason)
 
+    def link(self, link: Link) -> None:
+        """Remember a normalization with running statistics, once."""
+        if not any(link.same_as(known) for known in self.links):
+            self.links.append(link)
+
     def merge(self, other: Rows) -> None:
         """Take over what another rank learnt about the same weight: what must not be scaled separately there must not be here."""
         self.reasons |= other.reasons
         self.unite(torch.arange(len(self.parent)), other.parent, next(iter(other.reasons), "another rank"))
         self.norms |= other.norms
         self.stale |= other.stale
-        known = {link.module for link in self.links}
-        self.links += [link for link in other.links if link.module not in known]
+        for link in other.links:
+            self.link(link)
         self.assumed |= other.assumed
         self.looked_up = distinct(torch.cat([self.looked_up, other.looked_up]))
         self.sharded = distinct(torch.cat([self.sharded, other.sharded]))
@@ -217,8 +228,10 @@ class Operation:
         self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
         return a if a.numel() <= b.numel() else b
 
-    def normalized(self, flow: Flow, dims: Iterable[int]) -> Flow:
-        """The result of a normalization over ``dims`` that removes mean and scale (BatchNorm, LayerNorm)."""
+    def normalized(self, flow: Flow, dims: Iterable[int], *, centered: bool = True) -> Flow:
+        """The result of a normalization over ``dims``; ``centered``: it removes a common offset, too (LayerNorm, but not RMSNorm)."""
+        if not centered:
+            pure(self, flow)
         dims = [d % flow.rows.ndim for d in dims]
         if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
             raise Blocked(f"{flow.offset.what} is added before {self.place} and differs within what is normalized together")
@@ -226,7 +239,7 @@ class Operation:
 
     def forgive(self, flow: Flow, what: str) -> Flow:
         """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its smallness. Anything else is blocked."""
-        if flow.sign != Sign.STATISTIC or flow.offset is not None:
+        if flow.sign != Sign.STATISTIC or flow.offset is not None or flow.degree < 0:
             raise Blocked(f"{what} in {self.place}")
         if not self.small_epsilon():
             self.rows.assumed = True
@@ -265,7 +278,7 @@ def register_rule(node_name: str, rule: Rule) -> None:
         ...         raise NotImplementedError
         >>> RootMeanSquare.apply(torch.ones(2, 3, requires_grad=True)).grad_fn.name()
         'RootMeanSquareBackward'
-        >>> register_rule("RootMeanSquareBackward", lambda operation, flows: operation.normalized(flows[0], dims=[-1]))
+        >>> register_rule("RootMeanSquareBackward", lambda operation, flows: operation.normalized(flows[0], [-1], centered=False))
     """
     if not isinstance(node_name, str) or not node_name:
         raise ValueError(f"`node_name` must be the name of an autograd node, got {node_name!r}.")
@@ -612,7 +625,8 @@ def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
             raise Blocked(f"{operation.place} adds tensors that scale differently")
         offset = a.offset or b.offset
         if a.offset is not None and b.offset is not None:
-            same = a.offset.token == b.offset.token and operation.name.startswith("Sub")  # x - mean(x): what was added cancels
+            plain = operation.name.startswith("Sub") and operation.attribute("alpha", 1) == 1
+            same = plain and a.offset.token == b.offset.token  # x - mean(x): what was added cancels
             offset = None if same else a.offset.changed(either(a.offset.varies, b.offset.varies))
         elif offset is not None:
             offset = offset.changed(offset.varies)
@@ -649,16 +663,19 @@ def _choice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         return operation.forgive(flow, "chosen between it and something that does not scale")
     if pure(operation, a).degree != pure(operation, b).degree:
         raise Blocked(f"{operation.place} chooses between tensors that scale differently")
+    if operation.name == "WhereBackward0":
+        operation.rows.assumed = True  # the condition is not part of the graph
     return Flow(a.degree, operation.unite(a.rows, b.rows), sign=min(a.sign, b.sign))
 
 
 @_rule("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1")
 def _clamp(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = only(operation, flows)
-    low, high = operation.attribute("min"), operation.attribute("max")
-    if low == 0 and high is None:
-        return replace(pure(operation, flow), sign=max(flow.sign, Sign.NONNEGATIVE))
-    if high is not None or len(flows) == 3:
+    if len(flows) == 1:
+        low, high = operation.attribute("min"), operation.attribute("max")
+        if low == 0 and high is None:
+            return replace(pure(operation, flow), sign=max(flow.sign, Sign.NONNEGATIVE))
+    if len(flows) == 3 or (len(flows) == 1 and high is not None):
         raise Blocked(f"{operation.place} does not commute with a change of scale")
     return operation.forgive(flow, "values are cut off")
 
@@ -1139,9 +1156,9 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     "ScaledDotProductCudnnAttentionBackward0", "ScaledDotProductFusedAttentionOverrideableBackward0",
 )  # fmt: skip
 def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | None:
-    for flow in flows[:2]:
-        if flow is not None:  # only these rows are lost: those of the values in the same weight may be free
-            operation.rows.forbid(flow.rows, f"queries and keys enter a softmax in {operation.place}")
+    for k, flow in enumerate(flows):
+        if k != 2 and flow is not None:  # only these rows are lost: those of the values in the same weight may be free
+            operation.rows.forbid(flow.rows, f"queries, keys and masks enter a softmax in {operation.place}")
     value = flows[2]
     if value is None:
         return None
@@ -1204,7 +1221,8 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if isinstance(statistics, Tensor):
         per_sample = rows.reshape(-1, statistics.numel())  # InstanceNorm folds the batch into the channels
         if bool((per_sample == per_sample[:1]).all()):
-            operation.rows.links.append(Link(name, per_sample[0], flow.degree, flow.offset))
+            bias = flow.offset.parameter if flow.offset is not None else None
+            operation.rows.link(Link(name, per_sample[0], flow.degree, flow.offset is not None, bias))
         else:
             operation.rows.stale.setdefault(name)
     else:
@@ -1228,11 +1246,9 @@ def _check_epsilon(operation: Operation) -> None:
 )  # fmt: skip
 def _layer_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = only(operation, flows)
-    if "rms" in operation.name.lower():
-        pure(operation, flow)
     normalized_shape = operation.attribute("normalized_shape") or getattr(operation.node, "normalized_shape", None) or (0,)
     _check_epsilon(operation)
-    return operation.normalized(flow, range(-len(normalized_shape), 0))
+    return operation.normalized(flow, range(-len(normalized_shape), 0), centered="rms" not in operation.name.lower())
 
 
 @_rule("NativeGroupNormBackward0")

@@ -162,7 +162,7 @@ class Verdict:
         kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector); ``"no"``; ``"unknown"`` (in no loss).
         norms: names of the normalization modules that make it so; ``"DivBackward0 in block.attn"`` where one was written by hand.
         reason: for ``"no"``, ``"partly"`` and ``"unknown"``: why, in words.
-        eps: the claim rests on an epsilon or a padding value being negligible.
+        eps: the claim rests on an epsilon or a padding value being negligible, or on a condition (``torch.where``) that does not change.
         batch_norms: normalizations with running statistics behind it, for correcting them after a rescale.
         stale_statistics: running statistics behind it that cannot be corrected.
         known: how it is known.
@@ -626,12 +626,14 @@ def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
     everything = bool((of_row >= 0).all())
     granularity = "filter" if bool((sizes == 1).all()) else "layer" if len(sizes) == 1 and everything else "group"
     partition = Partition(finest.keep, of_row[finest.labels], granularity)
-    links, stale = [], list(rows.stale)
+    links: list[NormLink] = []
+    stale = list(rows.stale)
     for link in rows.links:
         vector = torch.where(link.rows > 0, of_row[link.rows - 1], -1)
-        bias = link.offset.parameter if link.offset else None
-        links.append(NormLink(link.module, vector, link.degree, link.offset is not None, bias))
-        if link.offset is not None and bias is None:
+        if any(link.module == known.module for known in links):
+            stale.append(f"{link.module} is fed in different ways")
+        links.append(NormLink(link.module, vector, link.degree, link.offset, link.bias))
+        if link.offset and link.bias is None:
             stale.append(f"{link.module}: what is added before it is not a plain bias")
     kind, why = (granularity, "") if everything else ("partly", reason or "some of its vectors are single numbers")
     stale = list(dict.fromkeys(stale))
@@ -647,9 +649,9 @@ class EulerTest:
     r"""Tests claims of scale invariance on real gradients: :math:`\langle w, g\rangle = 0` for every vector (Euler's theorem for degree 0).
 
     Pools :math:`z^2 = d \cos^2(w, g)` over the vectors of a weight and over steps. z is of the order of 1 for a weight that is not
-    scale-invariant; for those that are, the worst root mean square measured is 0.0045 in float32 and 0.022 in bfloat16. A weight is
-    rejected above 0.1 once 8 values are pooled. It can only withdraw a claim: of the weights that are not scale-invariant, about
-    one in fifteen passes.
+    scale-invariant; for the 95 that are in the test networks, the worst root mean square over 20 steps is 0.005 in float32 and 0.031
+    in bfloat16. A weight is rejected above 0.1 once 8 values are pooled. It can only withdraw a claim: of the 68 weights that are not
+    scale-invariant, 5 pass.
 
     Args:
         weights: how many weights are tested.
@@ -879,7 +881,7 @@ TABLE_COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "normalized by
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:
-    known = verdict.known + (" (eps or padding assumed negligible)" if verdict.eps and verdict.partition is not None else "")
+    known = verdict.known + (" (eps, padding or a condition assumed harmless)" if verdict.eps and verdict.partition is not None else "")
     shape = " x ".join(str(n) for n in verdict.shape)
     return verdict.name, shape, verdict.kind, str(verdict.n or ""), ", ".join(verdict.norms) if verdict.n else "", known, verdict.reason
 

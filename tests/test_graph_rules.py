@@ -182,6 +182,7 @@ BETWEEN = {
     "where": (lambda x: torch.where(x > 0, x, 0.5 * x), "filter", "no"),
     "lerp": (lambda x: torch.lerp(x, x.relu(), 0.3), "filter", "no"),
     "centered": (lambda x: (x - x.mean((0, 2, 3), keepdim=True)).relu(), "filter", "filter"),
+    "centered twice over": (lambda x: torch.sub(x, x.mean((0, 2, 3), keepdim=True), alpha=2).relu(), "filter", "no"),
     "centered by rows": (lambda x: (x - x.mean(3, keepdim=True)).relu(), "filter", "filter"),
     "not centered": (lambda x: (x[:, :2] - x[:, 2:]).repeat(1, 2, 1, 1).relu(), "group", "no"),
     "added to what does not scale": (lambda x: x + torch.ones_like(x).requires_grad_(), "no", "no"),
@@ -264,6 +265,7 @@ NORMS = {
     "heads": (zoo.Net(lambda m, x: F.rms_norm(x.view(-1, 4, 2), (2,)).flatten(1)), "group", "no"),
     "max": (zoo.Net(lambda m, x: x / x.amax(1, keepdim=True)), "layer", "no"),
     "none": (nn.Identity(), "no", "no"),
+    "not quite centered": (zoo.Net(lambda m, x: torch.sub(x, x.mean(0), alpha=2).square().mean(0)), "no", "no"),
     "only centered": (zoo.Net(lambda m, x: x - x.mean(0)), "no", "no"),
     "detached": (zoo.Net(lambda m, x: x / x.norm(dim=-1, keepdim=True).detach()), "no", "no"),
     "a constant": (zoo.Net(lambda m, x: x / 3), "no", "no"),
@@ -314,6 +316,33 @@ REASONS = {
 def test_the_blocking_operation_is_named(reason):
     net = zoo.Net(REASONS[reason], a=nn.Linear(6, 6), b=nn.Linear(6, 6), n=nn.BatchNorm1d(6))
     assert re.search(re.escape(reason), inspect_module(net, zoo.vectors(6))[0].reason)
+
+
+def test_masks_that_are_learnt_are_not_free():
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mask, self.v, self.n = nn.Parameter(torch.randn(5, 5)), nn.Linear(8, 8, bias=False), nn.LayerNorm(8)
+
+        def forward(self, x):
+            return self.n(F.scaled_dot_product_attention(x[:, None], x[:, None], self.v(x)[:, None], attn_mask=self.mask))
+
+    kinds = [v.kind for v in inspect_module(Biased().double(), zoo.sequences())]
+    assert kinds == ["no", "layer"]
+
+
+def test_conditions_are_marked():
+    def verdicts(threshold):
+        net = zoo.Net(lambda m, x: m.n(torch.where(m.a(x) > threshold, m.a(x), 0.1 * m.a(x))), a=zoo.linear(6, 4), n=nn.LayerNorm(4))
+        return net, inspect_module(net, zoo.vectors())[0]
+
+    net, verdict = verdicts(0)
+    assert verdict.kind == "layer"
+    assert verdict.eps
+    assert verify_scale_invariance(net, zoo.vectors())
+    net, verdict = verdicts(0.3)  # a condition that looks at the scale: the graph is the same, only the function tells
+    assert verdict.kind == "layer"
+    assert not verify_scale_invariance(net, zoo.vectors())
 
 
 class Doubled(torch.autograd.Function):

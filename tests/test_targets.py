@@ -206,6 +206,20 @@ def test_statistics_that_nobody_can_correct_are_flagged():
     assert table["c"].stale_statistics
 
 
+def test_a_norm_that_is_called_twice_is_linked_once():
+    module, inputs = build("simsiam")
+    search = ScaleInvarianceSearch(module)
+    for _ in range(2):
+        with search:
+            search.analyze(module(*inputs))
+    assert [link.module for link in search.verdicts["a.weight"].batch_norms] == ["n0"]
+    assert not search.verdicts["a.weight"].stale_statistics
+    net = zoo.Net(lambda m, x: m.n(m.a(x)) + m.n(m.a(x).flip(1)), a=zoo.conv(3, 4), n=nn.BatchNorm2d(4))
+    verdict = inspect_module(net, zoo.images())[0]
+    assert verdict.kind == "filter"
+    assert "different ways" in verdict.stale_statistics[0]
+
+
 def test_a_changed_bias_makes_statistics_stale():
     net = zoo.Net(lambda m, x: m.n(2 * m.a(x)), a=zoo.conv(3, 4, bias=True), n=nn.BatchNorm2d(4))
     verdict = inspect_module(net, zoo.images())[0]
