@@ -197,6 +197,9 @@ class Session:
         self._seen: dict[int, tuple[Any, ...]] = {}
         self._watched: tuple[Any, ...] | None = None
         self._undecided: set[Tensor] = set()
+        # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch.
+        self._looks_left = 8
+        self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
         self._version = 0
         self._claims: dict[int, Claims | None] = {}
         self._announced = False
@@ -229,9 +232,10 @@ class Session:
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
         state = self._graph_state()
-        news = any(w.grad is not None and w.requires_grad for w in self._undecided)
+        news = self._looks_left > 0 and any(w.grad is not None and w.requires_grad for w in self._undecided)
         if self._watched == state and not news:
             return
+        self._looks_left -= news
         if self._watched is None and self._restore_verdicts():
             self._watched = state
             return
@@ -261,7 +265,7 @@ class Session:
         evaluation."""
         return (
             tuple(w.requires_grad for w in self.names),
-            tuple(m.training for m in self.module.modules() if getattr(m, "running_mean", None) is not None),
+            tuple(m.training for m in self._normalizations),
         )
 
     def _restore_verdicts(self) -> bool:
