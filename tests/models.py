@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -123,13 +122,12 @@ def trainer(callbacks: list[Any] | None = None, **arguments: Any) -> L.Trainer:
     return L.Trainer(callbacks=callbacks, **{**defaults, **arguments})
 
 
-def fit(module: Net, callbacks: list[Any] | None = None, data: DataLoader[Any] | None = None, ckpt_path: str | None = None, **arguments: Any) -> L.Trainer:
+def fit(
+    module: Net, callbacks: list[Any] | None = None, data: DataLoader[Any] | None = None, ckpt_path: str | None = None, **arguments: Any
+) -> L.Trainer:
     """Fit in silence and hand back the Trainer."""
     runner = trainer(callbacks, **arguments)
-    with warnings.catch_warnings():
-        # Lightning's advice about loaders and devices is not what these tests are about.
-        warnings.filterwarnings("ignore", module="lightning.*")
-        runner.fit(module, loader(dtype=next(module.parameters()).dtype) if data is None else data, ckpt_path=ckpt_path)
+    runner.fit(module, loader(dtype=next(module.parameters()).dtype) if data is None else data, ckpt_path=ckpt_path)
     return runner
 
 
@@ -147,7 +145,9 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[k] - b[k].to(a[k].dtype)).abs().max() / b[k].abs().max().clamp_min(1e-30)) for k in a)
 
 
-def gradients(module: Net, batches: list[Any], accumulate: int = 1, transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None) -> Any:
+def gradients(
+    module: Net, batches: list[Any], accumulate: int = 1, transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+) -> Any:
     """What the reference needs: gradients of the loss of step t at given weights, averaged over ``accumulate`` batches."""
     buffers = {name: b.clone() for name, b in module.named_buffers()}
 
