@@ -197,6 +197,7 @@ class Session:
         self._seen: dict[int, tuple[Any, ...]] = {}
         self._watched: tuple[Any, ...] | None = None
         self._undecided: set[Tensor] = set()
+        self._missed: set[Tensor] = set()
         # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch.
         self._looks_left = 8
         self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
@@ -232,7 +233,9 @@ class Session:
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
         state = self._graph_state()
-        news = self._looks_left > 0 and any(w.grad is not None and w.requires_grad for w in self._undecided)
+        # The batch that gave it a gradient is over; the next one that uses it may be several batches away.
+        self._missed = {w for w in self._undecided if w in self._missed or (w.grad is not None and w.requires_grad)}
+        news = self._looks_left > 0 and bool(self._missed)
         if self._watched == state and not news:
             return
         self._looks_left -= news
@@ -336,7 +339,7 @@ class Session:
         if index not in self._claims:
             claimed = [w for w in self.owned(optimizer) if self.verdict(w).known == "graph" and self.verdict(w).partition is not None]
             # Clipping by value turns the gradient, so it would say nothing about the loss.
-            by_value = self.trainer.gradient_clip_val and str(self.trainer.gradient_clip_algorithm).endswith("value")
+            by_value = self.trainer.gradient_clip_val and str(self.trainer.gradient_clip_algorithm).lower().endswith("value")
             self._claims[index] = None if by_value or not claimed else Claims(claimed, [self.verdict(w) for w in claimed])
         claims = self._claims[index]
         if claims is None:
