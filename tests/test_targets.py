@@ -174,6 +174,14 @@ def test_links_say_what_evaluation_needs():
     assert torch.allclose(before, after, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_links_name_the_bias(frozen):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.InstanceNorm2d(4, track_running_stats=True))
+    net[0].bias.requires_grad_(not frozen)
+    (link,) = inspect_module(net, zoo.images().float())[0].batch_norms
+    assert (link.module, link.vector.tolist(), link.offset, link.bias) == ("2", [0, 1, 2, 3], True, "0.bias")
+
+
 def test_link_through_concatenation_and_permutation():
     module, inputs = build("dense_block")
     links = {link.module: link for link in by_name(inspect_module(module, *inputs))["c.weight"].batch_norms}
@@ -272,6 +280,19 @@ def test_checkpoints_are_seen_through_and_still_work(reentrant):
     assert torch.allclose(net.net[0].weight.grad, expected, rtol=1e-4, atol=1e-5)
     assert summary(search.verdicts.values()) == {"net.0.weight": "filter 4", "net.3.weight": "filter 4", "net.7.weight": "no"}
     assert module.CheckpointFunction.apply == apply
+
+
+def test_embedding_rows_inside_a_checkpoint_go_together():
+    """Which rows occur is saved inside the checkpoint; reading it would compute the checkpoint again."""
+    embedding, norm, calls = nn.Embedding(7, 8), nn.LayerNorm(8), []
+
+    def run(ids):
+        calls.append(1)
+        return norm(embedding(ids))
+
+    net = zoo.Net(lambda m, ids: checkpoint(run, ids, use_reentrant=False), e=embedding, n=norm)
+    assert inspect_module(net, zoo.tokens())[0].kind == "layer"
+    assert len(calls) == 1
 
 
 def test_a_graph_that_hides_something_gives_no_claims():
@@ -537,6 +558,12 @@ def test_a_padding_value_is_marked_and_found_out():
     net = zoo.Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), value=3.0)), a=zoo.conv(3, 4), n=nn.BatchNorm2d(4))
     assert inspect_module(net, zoo.images())[0].eps
     assert not verify_scale_invariance(net, zoo.images())
+
+
+def test_sharded_weights_are_refused():
+    whole = Verdict("0.weight", (16, 6), Partition.filters((16, 6)), "filter")
+    with pytest.raises(NotSupportedError, match=r"`0.weight` is sharded \(Tensor of shape \(8, 6\), in full \(16, 6\)\).*on one process"):
+        verify_scale_invariance(nn.Sequential(nn.Linear(6, 8)), torch.randn(2, 6), verdicts=[whole])
 
 
 def test_verify_with_a_loss():
