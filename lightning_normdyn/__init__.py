@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_normdyn.callbacks import (
         AdaptiveWeightShrink,
+        EffectiveLRReplay,
         LRDropRescaling,
         NormDynamicsMonitor,
         NormDynWarning,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveWeightShrink",
     "DecayOwner",
+    "EffectiveLRReplay",
     "History",
     "LRDropRescaling",
     "NoTargetsError",
@@ -42,6 +44,7 @@ __all__ = [
 _ROOMS = {
     "callbacks": (
         "AdaptiveWeightShrink",
+        "EffectiveLRReplay",
         "LRDropRescaling",
         "NormDynWarning",
         "NormDynamicsMonitor",

@@ -524,7 +524,8 @@ def _compare_ranks(
         if digest != everybody[0][2]:
             raise NotSupportedError(
                 f"Rank {rank} has other target weights than rank 0 ({count} against {everybody[0][1]}, or other shapes or vectors). "
-                "A strategy that gives ranks different weights, such as pipeline parallelism, is not understood. Use one in which all ranks share all."
+                "A strategy that gives ranks different weights, such as pipeline parallelism, is not understood. "
+                "Use one in which all ranks share all."
             )
     found, expected = [], []
     for weight, partition, placement in zip(weights, partitions, placements, strict=True):

@@ -122,4 +122,8 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def influence(self, target: Target) -> dict[str, Any]:
         """For predictions."""
-        return {"alpha": self.alpha, "statistic": self.statistic, "replaces_decay": self.weight_decay == "replace"}
+        statistic = self.statistic
+        if statistic == "auto":
+            assert self._session is not None
+            statistic = "std" if is_weight_standardized(self._session.module, target.name) else "norm"
+        return {"alpha": self.alpha, "statistic": statistic, "replaces_decay": self.weight_decay == "replace"}

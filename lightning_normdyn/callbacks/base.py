@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -151,6 +152,13 @@ class Plan:
         if owned not in self._owned:
             self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
         return self._owned[owned]
+
+    def optimizer_decay(self, step: Step) -> Tensor:
+        """``(n,)``: lr times the weight decay that the optimizer itself applies in this step; 0 where a callback owns the decay."""
+        owned = tuple(step.bracket.decay_owner(t.weight) is None for t in self.targets)
+        if owned not in self._owned:
+            self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
+        return self.group_values("lr") * self.group_values("weight_decay") * self._owned[owned]
 
     def count(self, key: str, values: Tensor) -> None:
         """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it."""
@@ -296,6 +304,7 @@ class Session:
         if self._seen.get(index) == seen:
             return
         self._seen[index] = seen
+        self.search.agree()
         agree(self.search.verdicts)
         self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
         for member in self.members:
@@ -324,6 +333,31 @@ class Session:
             if member is not besides and any(t.weight is target.weight for plan in member.plans.values() for t in plan.targets):
                 found.update(member.influence(target))
         return found
+
+    def applied_decay(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> Tensor:
+        """The share of each vector that decay takes away in this step, whoever applies it: ``(n,)``.
+
+        Exact for plain SGD and for decoupled decays.
+
+        Args:
+            plan: the vectors.
+            norm: their norms, ``(n,)``.
+            std: their standard deviations, for AWS on weight-standardized weights.
+        """
+        constant, adaptive = [], []  # per target: λ, and α times the size that it refers to
+        for target in plan.targets:
+            influence, group = self.influence(target), plan.group_of(target)
+            own = float(group.get("weight_decay") or 0.0)
+            replaced = bool(influence.get("replaces_decay"))
+            if influence.get("projected"):
+                decay = influence["projection_decay"]
+                own, replaced = (own if decay == "replace" else decay) * influence["weight_decay_ratio"], "alpha" in influence
+            constant.append(0.0 if replaced else own)
+            adaptive.append((float(influence.get("alpha", 0.0)), influence.get("statistic") == "std"))
+        tensor = partial(torch.tensor, dtype=norm.dtype, device=norm.device)
+        size = norm if std is None else torch.where(plan.vectors.spread(tensor([s for _, s in adaptive])) > 0, std, norm)
+        rate = plan.vectors.spread(tensor(constant)) + plan.vectors.spread(tensor([a for a, _ in adaptive])) * size
+        return (plan.group_values("lr") * rate).clamp(max=0.5)
 
     def take_events(self) -> list[str]:
         """What callbacks noted since the last call."""
@@ -654,18 +688,21 @@ class NormDynCallback(Callback):
         return self._generate_state_key(params=_shown(self.params), granularity=self.granularity)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a Trainer of another package."""
+        """Refuse a Trainer of another package; forget an earlier fit."""
         if not isinstance(trainer, Trainer):
             raise NotSupportedError(
                 f"{type(self).__name__} was given to a Trainer of `{type(trainer).__module__.split('.')[0]}`; it belongs to `lightning`. "
                 "Use `from lightning import Trainer` (and LightningModule) throughout."
             )
+        if stage == "fit":
+            # Here and not in on_fit_start: the tuner may save and restore a checkpoint before that.
+            self._session, self._restored = None, None
+            self.plans, self._counted, self._attached_at, self._per_vector, self._restored_vectors = {}, {}, {}, {}, {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Map names, check patterns and optimizers."""
         self._session = Session.of(trainer, pl_module)
         self._session.members.append(self)
-        self.plans, self._counted, self._attached_at, self._per_vector, self._restored_vectors = {}, {}, {}, {}, {}
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
         for optimizer in trainer.optimizers:

@@ -253,7 +253,7 @@ class NormDynamicsMonitor(NormDynCallback):
         groups = [{k: v for k, v in plan.group_of(t).items() if k != "params"} for t in plan.targets]
         self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed, groups))
         if self.per_vector_history:
-            self._keep_vectors(now, plan, norm_from_sums(sums["ww"]), sums["lr"])
+            self._keep_vectors(now, plan, sums)
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor) -> dict[str, Tensor]:
         vectors = plan.vectors
@@ -291,13 +291,18 @@ class NormDynamicsMonitor(NormDynCallback):
             found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, size)
         return found
 
-    def _keep_vectors(self, now: int, plan: Plan, norm: Tensor, lr: Tensor) -> None:
+    def _keep_vectors(self, now: int, plan: Plan, sums: dict[str, Tensor]) -> None:
+        """Every vector's norm and applied decay, for ridge plots and for EffectiveLRReplay."""
         assert self._session is not None
-        norms = plan.vectors.gather(norm)
+        norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], plan.vectors.length)
+        decay = self._session.applied_decay(plan, norm, std)
+        gathered = plan.vectors.gather(torch.stack([norm, decay]))
         if not self._session.trainer.is_global_zero:
             return
-        for target, values in zip(plan.targets, norms, strict=True):
-            self.history.append_vectors(now, {f"weight_norm/{target.name}": values.float().cpu().numpy()})
+        rows: dict[str, Any] = {}
+        for target, values in zip(plan.targets, gathered, strict=True):
+            rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = values.float().cpu().numpy()
+        self.history.append_vectors(now, rows)
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 

@@ -128,4 +128,6 @@ class WeightRescaling(NormDynCallback):
 
     def influence(self, target: Target) -> dict[str, Any]:
         """For predictions."""
-        return {"every_n_steps": self.every_n_steps, "target_norm": self.target_norm} if self._in_window() else {}
+        if not self._in_window():
+            return {}
+        return {"every_n_steps": self.every_n_steps, "target_norm": self.target_norm, "replaces_decay": self.weight_decay == "replace"}
