@@ -103,6 +103,7 @@ class ResidualDigits(ImageClassifier):
 
 
 def train(args: argparse.Namespace) -> Run:
+    torch.set_num_threads(1)  # such small matrices are slower on several threads, and much slower while others use the machine
     L.seed_everything(args.seed, verbose=False)
     module = ResidualDigits(args.width, args.lr, weight_decay=args.weight_decay, init_scale=args.init_scale)
     callbacks = build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps)

@@ -15,13 +15,15 @@ import char_gpt
 import lightning as L
 from lightning.pytorch.strategies import ModelParallelStrategy
 from running import Run, build_callbacks, fit, parse, parser, run_as_script
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 class ShardedGPT(char_gpt.CharGPT):
     """CharGPT with each block, and then the rest, sharded over the data-parallel ranks."""
 
     def configure_model(self) -> None:
+        if isinstance(self.network, FSDPModule):
+            return  # Lightning calls this again for a second fit or a test
         mesh = self.device_mesh["data_parallel"]
         for block in self.network.blocks:
             fully_shard(block, mesh=mesh)

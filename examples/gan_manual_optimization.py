@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> Run:
     p = parser("gan_manual_optimization", __doc__.splitlines()[0])
     p.add_argument("--width", type=positive_int, help="channels")
     args = parse(p, PRESETS, argv)
+    torch.set_num_threads(1)  # such small matrices are slower on several threads, and much slower while others use the machine
     L.seed_everything(args.seed, verbose=False)
     module = GAN(args.width, args.lr, args.weight_decay)
     data = Digits(args.batch_size, noise=0.0)

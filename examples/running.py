@@ -197,7 +197,7 @@ def build_logger(args: argparse.Namespace) -> Logger | bool:
             return WandbLogger(
                 project="lightning-normdyn",
                 name=f"{args.example}-{args.method}",
-                save_dir=args.out,
+                save_dir=args.out.absolute(),  # W&B writes from a process of its own, which keeps the folder it was started in
                 mode="online" if online else "offline",
                 settings=settings,
             )

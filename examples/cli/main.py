@@ -18,12 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the examples 
 from data_modules import Digits
 from digits_resnet import ResidualDigits
 
-from lightning_normdyn.errors import NormDynError
+from lightning_normdyn import NormDynamicsMonitor, NormDynError
 
 
 def main(args: ArgsType = None) -> LightningCLI:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # the data lie in memory
-    return LightningCLI(ResidualDigits, Digits, args=args, save_config_callback=None)
+    cli = LightningCLI(ResidualDigits, Digits, args=args, save_config_callback=None)
+    for callback in cli.trainer.callbacks:
+        if isinstance(callback, NormDynamicsMonitor) and cli.trainer.is_global_zero and cli.trainer.log_dir is not None:
+            callback.history.save(Path(cli.trainer.log_dir) / "history.npz")
+    return cli
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The transformer examples: on Python's help texts and a text file, on one device and sharded over two ranks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import char_gpt
+import pytest
+import running
+import torch
+from data_modules import Text
+
+TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
+
+
+@pytest.mark.parametrize("method", running.METHODS)
+def test_each_method_trains(method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = char_gpt.main([*TINY, "--method", method])
+    assert run.trainer.global_step == 4
+    assert (run.out / "angular_update.png").stat().st_size > 1000
+    assert "The model writes:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_only_queries_and_keys_are_scale_invariant(norm: str) -> None:
+    run = char_gpt.main([*TINY, "--norm", norm])
+    found = {name: target["scale_invariant"] for name, target in run.history.meta["targets"].items()}
+    invariant = {name for name, kind in found.items() if kind in ("filter", "group", "layer")}
+    assert invariant == {"network.blocks.0.attention.query.weight", "network.blocks.0.attention.key.weight"}
+    assert found["network.blocks.0.attention.query.weight"] == "group"  # one vector per head
+    assert "network.blocks.0.attention.value.weight" in found  # the tables have the others too
+
+
+def test_a_text_file(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("äbc\n" * 2000, encoding="utf-8")
+    run = char_gpt.main([*TINY, "--text", str(text)])
+    assert run.trainer.datamodule.characters == ["\n", "b", "c", "ä"]
+
+
+@pytest.mark.parametrize(
+    ("content", "words"), [(None, "no file is there"), (b"\xff\xfe\x00", "not UTF-8 text"), (b"short", "at least 340 are needed")]
+)
+def test_unusable_text_ends_in_one_line(tmp_path: Path, content: bytes | None, words: str) -> None:
+    text = tmp_path / "text.txt"
+    if content is not None:
+        text.write_bytes(content)
+    with pytest.raises(SystemExit, match=f"error: .*{words}"):
+        running.run_as_script(lambda: char_gpt.main([*TINY, "--text", str(text)]))
+
+
+def test_width_that_heads_do_not_divide() -> None:
+    with pytest.raises(SystemExit, match="error: --width 16 must be a multiple of --heads 3"):
+        running.run_as_script(lambda: char_gpt.main([*TINY, "--heads", "3"]))
+
+
+def test_targets_are_the_next_characters() -> None:
+    data = Text(batch_size=2, context=10)
+    data.setup()
+    codes, following = data.train.tensors
+    assert torch.equal(codes[:, 1:], following[:, :-1])
+    assert torch.equal(codes[1:, 0], following[:-1, -1])
+    assert data.decode(codes[0].tolist()) == data.decode(data._codes[:10].tolist())
+
+
+def test_the_model_does_not_look_ahead() -> None:
+    torch.manual_seed(0)
+    module = char_gpt.CharGPT(5, context=8, width=8, layers=2, heads=2).double()
+    codes = torch.tensor([[1, 2, 3, 4, 0, 1]])
+    changed = codes.clone()
+    changed[0, 4] = 2
+    torch.testing.assert_close(module(codes)[:, :4], module(changed)[:, :4], rtol=0, atol=1e-12)
+    assert not torch.allclose(module(codes)[:, 4], module(changed)[:, 4])
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fsdp2_on_cpu_ranks(examples_folder: Path, tmp_path: Path, devices: int) -> None:
+    script = [sys.executable, str(examples_folder / "fsdp_transformer.py"), *TINY, "--method", "aws", "--devices", str(devices)]
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("history   runs/fsdp_transformer/aws/history.npz") == 1

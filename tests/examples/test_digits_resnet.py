@@ -1,0 +1,139 @@
+"""The demo's example: each method runs, leaves its files, and bad flags end in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import digits_resnet
+import numpy as np
+import pytest
+import running
+import torch
+
+TINY = ("--preset", "tiny", "--accelerator", "cpu")
+
+
+@pytest.mark.parametrize("method", running.METHODS)
+def test_each_method_trains_and_leaves_history_and_pictures(method: str) -> None:
+    run = digits_resnet.main([*TINY, "--method", method, "--logger", "none"])
+    assert run.trainer.global_step == 12
+    assert run.out == Path("runs/digits_resnet") / method
+    for name in ("history.npz", "effective_lr.png", "angular_update.png"):
+        assert (run.out / name).stat().st_size > 1000
+    names = {key.split("/", 1)[1] for key in run.history.keys() if key.startswith("effective_lr/")}  # noqa: SIM118
+    assert names == {name for name, p in run.trainer.lightning_module.named_parameters() if p.dim() > 1}
+    _, norms = run.history.column("weight_norm/network.0.weight")
+    assert np.isfinite(norms).all()
+
+
+def test_methods_do_what_they_say() -> None:
+    """From the same start, only WeightRescaling ends at length 1, and AdaptiveWeightShrink shortens faster than nothing does."""
+    last = {}
+    for method in running.METHODS:
+        module = digits_resnet.main(
+            [*TINY, "--method", method, "--logger", "none", "--max-steps", "15", "--every-n-steps", "5"]
+        ).trainer.lightning_module
+        last[method] = module.network[0].weight.detach().flatten(1).norm(dim=1)
+    assert torch.allclose(last["wrs"], torch.ones_like(last["wrs"]), atol=1e-5)
+    for method in ("none", "decay", "aws", "projection"):
+        assert not torch.allclose(last[method], torch.ones_like(last[method]), atol=1e-3)
+    assert (last["aws"] < last["decay"]).all()
+    assert (last["decay"] < last["none"]).all()
+
+
+def test_none_switches_the_optimizers_decay_off_and_decay_keeps_it() -> None:
+    for method, expected in (("none", 0.0), ("decay", 5e-3)):
+        run = digits_resnet.main([*TINY, "--method", method, "--logger", "none", "--max-steps", "1"])
+        assert [group["weight_decay"] for group in run.trainer.optimizers[0].param_groups] == [expected, 0.0]
+
+
+def test_init_scale_leaves_the_function_as_it_is() -> None:
+    images = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0)).double()
+    outputs = []
+    for scale in (1.0, 5.0):
+        torch.manual_seed(0)
+        outputs.append(digits_resnet.ResidualDigits(4, init_scale=scale).double()(images))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=1e-3)  # BatchNorm's eps is the difference
+
+
+def test_demo_draws_both_methods_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    runs = digits_resnet.main([*TINY, "--demo", "--out", "shown"])
+    assert list(runs) == ["decay", "aws"]
+    assert Path("shown/compare.png").stat().st_size > 10_000
+    said = capsys.readouterr().out
+    assert "Both runs in one picture: shown/compare.png" in said
+    for method in ("decay", "aws"):
+        folder = next(Path(f"shown/{method}/wandb").glob("offline-run-*"))
+        assert f"wandb leet {folder}" in said
+        assert f"wandb sync {folder}" in said
+
+
+def test_wandb_run_holds_a_curve_for_every_weight() -> None:
+    """Read back with W&B's own reader: an effective_lr series per weight, over trainer/global_step."""
+    run = digits_resnet.main([*TINY, "--method", "aws"])
+    file = next(run.out.glob("wandb/offline-run-*/*.wandb"))
+    read = subprocess.run(["wandb", "leet", "inspect", "--json", str(file)], capture_output=True, text=True, check=True, env=_environment())
+    records = [json.loads(line) for line in read.stdout.splitlines()]
+    rows = [record["history"]["item"] for record in records if record["type"] == "history"]
+    for name, p in run.trainer.lightning_module.named_parameters():
+        if p.dim() > 1:
+            steps = [row["trainer/global_step"] for row in rows if f"effective_lr/{name}" in row]
+            assert len(steps) >= 5
+            assert steps == sorted(set(steps))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--method", "magic"], "invalid choice: 'magic'"),
+        (["--preset", "huge"], "invalid choice: 'huge'"),
+        (["--lr", "-1"], "argument --lr: must be above 0 and finite, got -1"),
+        (["--lr", "nan"], "argument --lr: must be above 0 and finite"),
+        (["--alpha", "0"], "argument --alpha: must be above 0"),
+        (["--weight-decay", "-1"], "argument --weight-decay: must be 0 or above"),
+        (["--epochs", "0"], "argument --epochs: must be a whole number above 0"),
+        (["--batch-size", "many"], "argument --batch-size: invalid"),
+        (["--unheard-of"], "unrecognized arguments: --unheard-of"),
+    ],
+)
+def test_bad_flags_end_in_one_line(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        digits_resnet.main([*TINY, *flags])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [["--accelerator", "abacus"], ["--precision", "7-true"], ["--strategy", "luck"]])
+def test_what_the_trainer_refuses_is_told_in_one_line(flags: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^error: the Trainer does not take these flags: .*"):
+        running.run_as_script(lambda: digits_resnet.main([*TINY, "--logger", "none", *flags]))
+
+
+def test_output_folder_that_is_a_file() -> None:
+    Path("taken").write_text("a file")
+    with pytest.raises(SystemExit, match="error: --out taken cannot be made a folder"):
+        running.run_as_script(lambda: digits_resnet.main([*TINY, "--out", "taken"]))
+
+
+def test_script_runs_from_any_folder_on_two_ranks(examples_folder: Path, tmp_path: Path) -> None:
+    script = [sys.executable, str(examples_folder / "digits_resnet.py"), *TINY, "--method", "aws", "--logger", "csv", "--out", "here"]
+    done = subprocess.run(
+        [*script, "--devices", "2", "--strategy", "ddp"],
+        cwd=tmp_path,
+        env={**_environment(), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("history   here/history.npz") == 1  # rank zero alone tells
+    assert (tmp_path / "here" / "history.npz").is_file()
+    assert "effective_lr/network.0.weight" in (tmp_path / "here" / "csv" / "metrics.csv").read_text()

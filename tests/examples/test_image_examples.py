@@ -1,0 +1,92 @@
+"""ResNet18, VGG16 and the weight-standardized ResNet, on digits and on a CIFAR-10 archive of random pixels."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from types import ModuleType
+
+import cifar_resnet18
+import cifar_vgg16_bn
+import numpy as np
+import pytest
+import running
+import ws_resnet
+from cifar10 import FOLDER, TEST_BATCH, TRAIN_BATCHES
+
+TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for name in (*TRAIN_BATCHES, TEST_BATCH):
+        batch = {b"data": random.integers(0, 256, (32, 3072), dtype=np.uint8), b"labels": random.integers(0, 10, 32).tolist()}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=4))
+    return folder
+
+
+def scale_invariant(run: running.Run) -> dict[str, bool]:
+    """Whether each weight was found scale-invariant, by name."""
+    return {name: target["scale_invariant"] in ("filter", "group", "layer") for name, target in run.history.meta["targets"].items()}
+
+
+@pytest.mark.parametrize("method", running.METHODS)
+@pytest.mark.parametrize("example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__)
+def test_runs_on_digits_and_says_so(example: ModuleType, method: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = example.main([*TINY, "--method", method])
+    assert run.trainer.global_step == 4
+    assert (run.out / "effective_lr.png").stat().st_size > 1000
+    assert "uses scikit-learn's digits, enlarged, instead of CIFAR-10" in capsys.readouterr().out or run.trainer.datamodule.resolution == 8
+
+
+@pytest.mark.parametrize("example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__)
+def test_runs_on_cifar(example: ModuleType, cifar: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = example.main([*TINY, "--cifar", str(cifar)])
+    assert run.trainer.global_step == 4
+    assert run.trainer.datamodule.channels == 3
+    assert "digits" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__)
+def test_unreadable_cifar_ends_in_one_line_and_starts_nothing(example: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: CIFAR-10 was asked for at .*, and nothing is there"):
+        running.run_as_script(lambda: example.main([*TINY, "--cifar", str(tmp_path / "no")]))
+
+
+def test_full_size_networks_have_the_papers_parameter_counts() -> None:
+    resnet = cifar_resnet18.ResNet18("wrs", width=64)
+    assert sum(p.numel() for p in resnet.parameters()) == 11_173_962
+    vgg = cifar_vgg16_bn.VGG16(width=64)
+    assert sum(p.numel() for p in vgg.parameters()) == 14_728_266 - 4_224  # the usual one has biases in its convolutions
+
+
+def test_original_resnet_has_three_convolutions_that_are_not_scale_invariant() -> None:
+    found = scale_invariant(cifar_resnet18.main([*TINY, "--arch", "original"]))
+    shortcuts = {name for name in found if "shortcut" in name}
+    assert len(shortcuts) == 3
+    assert {name for name, yes in found.items() if not yes} == shortcuts | {"network.13.weight"}
+    found = scale_invariant(cifar_resnet18.main([*TINY, "--arch", "wrs"]))
+    assert {name for name, yes in found.items() if not yes} == {"network.13.weight"}
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn"])
+def test_aws_goes_by_the_deviation_of_standardized_weights(norm: str) -> None:
+    run = ws_resnet.main([*TINY, "--norm", norm, "--method", "aws", "--drops", ""])
+    deviations = {name for name in run.history.meta["targets"] if len(run.history.column(f"weight_std/{name}")[0])}
+    assert len(deviations & {name for name, yes in scale_invariant(run).items() if yes}) == 9
+    lr, alpha = ws_resnet.PRESETS["default"]["lr"], ws_resnet.PRESETS["default"]["alpha"]
+    name = "network.3.conv2.parametrizations.weight.original"
+    std, effective, equivalent = (
+        run.history.column(f"{quantity}/{name}")[1] for quantity in ("weight_std", "effective_lr", "equivalent_weight_decay")
+    )
+    np.testing.assert_allclose(effective, lr / std, rtol=0.02)  # means over filters: of a quotient, and a quotient of means
+    np.testing.assert_allclose(equivalent, alpha * std, rtol=1e-5)
+
+
+def test_width_that_groups_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        ws_resnet.main([*TINY, "--width", "6"])
+    assert "argument --width: must be a multiple of 4" in capsys.readouterr().err
