@@ -795,7 +795,7 @@ class NormDynCallback(Callback):
             "steps": {i: self.steps_of(i) for i in indices},
             "per_vector": self._gather_per_vector(),
             "targets": verdicts,
-            "extra": self._extra(),
+            "extra": {} if session is None else self._extra(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
