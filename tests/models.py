@@ -77,6 +77,9 @@ class Net(L.LightningModule):
         x, y = batch
         self.log("val_loss", F.cross_entropy(self(x), y), prog_bar=False)
 
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0])
+
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.parameters())
         if self.make_scheduler is None:
@@ -123,11 +126,16 @@ def trainer(callbacks: list[Any] | None = None, **arguments: Any) -> L.Trainer:
 
 
 def fit(
-    module: Net, callbacks: list[Any] | None = None, data: DataLoader[Any] | None = None, ckpt_path: str | None = None, **arguments: Any
+    module: Net,
+    callbacks: list[Any] | None = None,
+    data: DataLoader[Any] | None = None,
+    val_data: DataLoader[Any] | None = None,
+    ckpt_path: Any = None,
+    **arguments: Any,
 ) -> L.Trainer:
     """Fit in silence and hand back the Trainer."""
     runner = trainer(callbacks, **arguments)
-    runner.fit(module, loader(dtype=next(module.parameters()).dtype) if data is None else data, ckpt_path=ckpt_path)
+    runner.fit(module, loader(dtype=next(module.parameters()).dtype) if data is None else data, val_data, ckpt_path=ckpt_path)
     return runner
 
 

@@ -13,9 +13,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, ManualNet, Net, convnet, distance, fit, images, make, same, weights_of
+from lightning.pytorch.tuner import Tuner
+from models import TARGETS, ManualNet, Net, convnet, distance, fit, images, loader, make, same, trainer, weights_of
 from reference import Project, Rescale, Shrink
 from replay import Recorder, replay
 from torch import nn
@@ -184,3 +185,334 @@ def test_follows_its_paper(case, mode):
     module, recorder = run(CASES[case].callbacks(), MODES[mode])
     assert sum(map(len, recorder.steps)) >= 4
     check(module, recorder, CASES[case], 1e-12 if MODES[mode].get("dtype") is None else 1e-6)
+
+
+# ---- Precision ----
+
+
+class Overflows(Net):
+    """Float16 with a loss that overflows in the given batches."""
+
+    bad: tuple[int, ...] = ()
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if batch_idx in self.bad else loss
+
+
+def scaled(callbacks: list[Any], batches: list[int], bad: tuple[int, ...], make_optimizer: Any, **arguments: Any) -> tuple[Net, Any]:
+    """Train in "16-mixed" with a real gradient scaler on the given batches, of which those at the positions ``bad`` overflow."""
+    module = make(Overflows, make_optimizer=make_optimizer, dtype=torch.float32)
+    module.bad = bad
+    data = DataLoader(images(dtype=torch.float32), batch_sampler=[list(range(8 * b, 8 * b + 8)) for b in batches])
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    return module, fit(module, callbacks, data, max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **arguments)
+
+
+def optimizer_state(trainer: L.Trainer) -> list[dict[str, Any]]:
+    return [optimizer.state_dict()["state"] for optimizer in trainer.optimizers]
+
+
+def identical(a: Any, b: Any) -> bool:
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return bool(a == b)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("case", CASES)
+def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
+    def make_optimizer(p):
+        return adamw(p, fused=fused)
+
+    callbacks, control = CASES[case].callbacks(), CASES[case].callbacks()
+    # Skipped: the very first step, the third real step (a WRS step), and the last.
+    module, trainer = scaled(callbacks, [3, 0, 1, 3, 2, 3, 0, 1, 3], (0, 3, 5, 8), make_optimizer)
+    expected, control_trainer = scaled(control, [0, 1, 2, 0, 1], (), make_optimizer)
+    assert same(weights_of(module), weights_of(expected))
+    assert identical(optimizer_state(trainer), optimizer_state(control_trainer))
+    assert [c.steps_of(0) for c in callbacks] == [5] * len(callbacks)
+    assert identical([c.state_dict()["per_vector"] for c in callbacks], [c.state_dict()["per_vector"] for c in control])
+
+
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("case", CASES)
+def test_follows_its_paper_under_a_gradient_scaler(case, clip):
+    recorder = Recorder()
+    module, _ = scaled([recorder, *CASES[case].callbacks()], [0, 1, 2, 3, 2, 1, 0], (2,), sgd, gradient_clip_val=clip)
+    assert len(recorder.steps[0]) == 6
+    check(module, recorder, CASES[case], 1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_trains_bf16_weights(case):
+    module, recorder = run(CASES[case].callbacks(), MODES["sgd"], dtype=torch.float32, precision="bf16-true")
+    assert all(p.dtype == torch.bfloat16 for p in module.parameters())
+    recorder.start = {name: w.double() for name, w in recorder.start.items()}
+    recorder.steps = [
+        [{n: (None if g is None else g.double(), settings) for n, (g, settings) in received.items()} for received in steps]
+        for steps in recorder.steps
+    ]
+    expected = replay(recorder, CASES[case].targets, **CASES[case].rules)
+    assert distance({n: w.double() for n, w in weights_of(module).items()}, expected) < 0.03  # 8 steps of bf16, eps 2^-8
+
+
+# ---- Callbacks together ----
+
+
+@pytest.mark.parametrize("mode", ["sgd", "adamw"])
+def test_the_order_of_the_list_changes_no_bit(mode):
+    weights = [
+        weights_of(run([CASES["all"].callbacks()[i] for i in order], MODES[mode])[0]) for order in itertools.permutations(range(4))
+    ]
+    assert all(same(w, weights[0]) for w in weights)
+
+
+@pytest.mark.parametrize("mode", ["sgd", "manual", "schedule", "finetuning"])
+def test_the_monitor_changes_no_bit(mode):
+    plain = weights_of(run([], MODES[mode])[0])
+    assert same(weights_of(run([NormDynamicsMonitor(1, tables=False)], MODES[mode])[0]), plain)
+    aws = weights_of(run([AdaptiveWeightShrink(0.5)], MODES[mode])[0])
+    assert same(weights_of(run([NormDynamicsMonitor(1, tables=False), AdaptiveWeightShrink(0.5)], MODES[mode])[0]), aws)
+
+
+def test_two_of_a_kind_with_different_targets():
+    first, second = AdaptiveWeightShrink(0.5, params="net.0.*"), AdaptiveWeightShrink(0.1, params="net.3.weight")
+    module, recorder = run([second, first], MODES["sgd"])
+    got = weights_of(module)
+    halves = [
+        replay(recorder, ["net.0.weight"], shrink=Shrink(0.5))["net.0.weight"],
+        replay(recorder, ["net.3.weight"], shrink=Shrink(0.1))["net.3.weight"],
+    ]
+    assert distance({n: got[n] for n in TARGETS}, dict(zip(TARGETS, halves, strict=True))) < 1e-12
+
+
+def test_a_compiled_submodule():
+    module, recorder = run(CASES["all"].callbacks(), {"make_optimizer": sgd, "net": compiled})
+    names = ["net.0._orig_mod.0.weight", "net.0._orig_mod.3.weight"]
+    check(module, recorder, Case(list, CASES["all"].rules, names))
+
+
+# ---- Fits, interrupted and repeated ----
+
+
+class ByStep(Net):
+    """Takes its batch by the step that it is at, so that a resumed run sees what the uninterrupted one saw."""
+
+    def training_step(self, batch, batch_idx=0):
+        rows = slice(8 * (self.trainer.global_step % 4), 8 * (self.trainer.global_step % 4) + 8)
+        return super().training_step([t[rows] for t in images().tensors])
+
+
+class SavesAt(L.Callback):
+    """A checkpoint after so many steps, in the middle of an epoch or at its end."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> list[Any]:
+    """All that a resumed run has to have in common with the uninterrupted one."""
+    return [
+        dict(module.state_dict()),
+        optimizer_state(trainer),
+        {c.state_key: c.state_dict() for c in callbacks if not isinstance(c, NormDynamicsMonitor)},
+    ]
+
+
+RESUMABLE = {
+    **{name: case.callbacks for name, case in CASES.items()},
+    "wrs-window": lambda: [WeightRescaling(2, start_epoch=1, stop_epoch=2)],
+}
+
+
+@pytest.mark.parametrize("step", [5, 4])
+@pytest.mark.parametrize("case", RESUMABLE)
+def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
+    def go(callbacks, extra=(), **arguments):
+        module = make(ByStep, make_optimizer=adamw)
+        trainer = fit(module, [*callbacks, *extra], max_epochs=3, **arguments)
+        assert trainer.global_step == 12
+        return everything(module, trainer, callbacks)
+
+    path = tmp_path / "middle.ckpt"
+    whole, resumed = RESUMABLE[case](), RESUMABLE[case]()
+    expected = go(whole, [SavesAt(step, path)])
+    assert identical(go(resumed, ckpt_path=path), expected)
+    torch.load(path, weights_only=True)
+    for a, b in zip(whole, resumed, strict=True):
+        if isinstance(a, NormDynamicsMonitor):
+            assert list(a.history) == list(b.history)
+            assert len(a.history) == 12
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("monitor", "all")])
+def test_resume_with_the_monitor_added_or_removed(case, tmp_path):
+    def go(callbacks, extra=(), **arguments):
+        module = make(ByStep, make_optimizer=adamw)
+        return everything(module, fit(module, [*extra, *callbacks], max_epochs=3, **arguments), callbacks)
+
+    def monitor():
+        return NormDynamicsMonitor(1, tables=False)
+
+    with_, without = tmp_path / "with.ckpt", tmp_path / "without.ckpt"
+    expected = go(CASES[case].callbacks(), [SavesAt(5, without)])
+    go(CASES[case].callbacks(), [monitor(), SavesAt(5, with_)])
+    assert identical(go(CASES[case].callbacks(), [monitor()], ckpt_path=without), expected)
+    assert identical(go(CASES[case].callbacks(), ckpt_path=with_), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_fit_starts_afresh(case):
+    used, fresh = CASES[case].callbacks(), CASES[case].callbacks()
+    run(used, MODES["sgd"], max_steps=5)
+    again, _ = run(used, MODES["sgd"])
+    once, _ = run(fresh, MODES["sgd"])
+    assert same(weights_of(again), weights_of(once))
+    assert [c.steps_of(0) for c in used] == [8] * len(used)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_second_fit_of_one_trainer_with_evaluation_in_between(case):
+    module, recorder, data = make(make_optimizer=sgd), Recorder(), loader()
+    trainer = fit(module, [recorder, *CASES[case].callbacks()], max_steps=5)
+    before = weights_of(module)
+    trainer.validate(module, data, verbose=False)
+    trainer.predict(module, data)
+    assert same(weights_of(module), before)
+    trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = 13, 5
+    trainer.fit(module, data)
+    assert len(recorder.steps[0]) == 8  # the second fit alone: steps are counted from its start
+    check(module, recorder, CASES[case])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_validation_within_a_fit_changes_no_bit(case):
+    weights = []
+    for data in (None, loader()):
+        module = make(make_optimizer=sgd)
+        fit(module, CASES[case].callbacks(), val_data=data, val_check_interval=2)
+        weights.append(weights_of(module))
+    assert same(*weights)
+
+
+class Tunable(Net):
+    """What Lightning's tuner needs to find."""
+
+    lr, batch_size = 0.1, 4
+
+    def train_dataloader(self):
+        return loader(batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        return loader()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_tuner_leaves_no_trace(case):
+    def go(tune):
+        module, callbacks = make(Tunable, make_optimizer=sgd), CASES[case].callbacks()
+        runner = trainer(callbacks)
+        tune(runner, module)
+        runner.fit(module)
+        return module.batch_size, everything(module, runner, callbacks)
+
+    def find_lr(runner, module):
+        Tuner(runner).lr_find(module, num_training=12, update_attr=False)
+
+    def scale_batch_size(runner, module):
+        Tuner(runner).scale_batch_size(module, max_trials=3, steps_per_trial=2)
+
+    def set_batch_size(size):
+        return lambda runner, module: setattr(module, "batch_size", size)
+
+    assert identical(go(find_lr), go(set_batch_size(4)))
+    found = go(scale_batch_size)
+    assert found[0] > 4
+    assert identical(found, go(set_batch_size(found[0])))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_tuner_as_a_callback_of_a_second_fit(first):
+    def go(finder):
+        callbacks = CASES["all"].callbacks()
+        fit(make(make_optimizer=sgd), callbacks, max_steps=5)  # what it counted must not come back with the tuner's checkpoint
+        module = make(Tunable, make_optimizer=sgd)
+        fit(module, [*finder, *callbacks] if first else [*callbacks, *finder])
+        return weights_of(module)
+
+    assert same(go([LearningRateFinder(num_training_steps=12, update_attr=False)]), go([]))
+
+
+def hooks(optimizer: torch.optim.Optimizer) -> int:
+    return len(optimizer._optimizer_step_pre_hooks) + len(optimizer._optimizer_step_post_hooks)
+
+
+class Remembers(Net):
+    """Keeps its optimizers, and what their param groups were when they were made."""
+
+    fails_at = -1
+
+    def configure_optimizers(self):
+        made = super().configure_optimizers()
+        self.made = [made] if isinstance(made, torch.optim.Optimizer) else made
+        self.groups = [[(id(g), g["weight_decay"], [id(p) for p in g["params"]]) for g in o.param_groups] for o in self.made]
+        return made
+
+    def training_step(self, batch, batch_idx=0):
+        if self.trainer.global_step == self.fails_at:
+            raise RuntimeError("the training step fails")
+        return super().training_step(batch, batch_idx)
+
+    def as_made(self) -> bool:
+        now = [[(id(g), g["weight_decay"], [id(p) for p in g["params"]]) for g in o.param_groups] for o in self.made]
+        forward_hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules())
+        return now == self.groups and sum(map(hooks, self.made)) == 0 and forward_hooks == 0
+
+
+class FailingSGD(torch.optim.SGD):
+    """Fails inside its third step, where the param groups are split."""
+
+    calls = 0
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == "param_groups" and len(value) > 1:
+            self.calls += 1
+            if self.calls == 3:
+                raise RuntimeError("the optimizer fails")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_leaves_nothing_behind(case):
+    module = make(Remembers, make_optimizer=sgd)
+    fit(module, CASES[case].callbacks())
+    assert module.as_made()
+
+
+@pytest.mark.parametrize("fails_at", [0, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_an_exception_leaves_nothing_behind(case, fails_at):
+    module, callbacks = make(Remembers, make_optimizer=sgd), CASES[case].callbacks()
+    module.fails_at = fails_at
+    with pytest.raises(RuntimeError, match="the training step fails"):
+        fit(module, callbacks)
+    assert module.as_made()
+    run(callbacks, MODES["sgd"])  # and can be used again
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c].rules and c not in ("aws-keep", "wrs-keep")])
+def test_an_exception_within_the_optimizer_restores_its_param_groups(case):
+    module = make(Remembers, make_optimizer=lambda p: FailingSGD(p, lr=0.1, weight_decay=0.1))
+    with pytest.raises(RuntimeError, match="the optimizer fails"):
+        fit(module, CASES[case].callbacks())
+    assert module.as_made()
