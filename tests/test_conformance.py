@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,9 +16,12 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, LearningRateFinder
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from models import TARGETS, ManualNet, Net, convnet, distance, fit, images, loader, make, same, trainer, weights_of
+from ranks import run_ranks
 from reference import Project, Rescale, Shrink
 from replay import Recorder, replay
 from torch import nn
@@ -267,9 +272,7 @@ def test_trains_bf16_weights(case):
 
 @pytest.mark.parametrize("mode", ["sgd", "adamw"])
 def test_the_order_of_the_list_changes_no_bit(mode):
-    weights = [
-        weights_of(run([CASES["all"].callbacks()[i] for i in order], MODES[mode])[0]) for order in itertools.permutations(range(4))
-    ]
+    weights = [weights_of(run([CASES["all"].callbacks()[i] for i in order], MODES[mode])[0]) for order in itertools.permutations(range(4))]
     assert all(same(w, weights[0]) for w in weights)
 
 
@@ -516,3 +519,113 @@ def test_an_exception_within_the_optimizer_restores_its_param_groups(case):
     with pytest.raises(RuntimeError, match="the optimizer fails"):
         fit(module, CASES[case].callbacks())
     assert module.as_made()
+
+
+# ---- Several ranks ----
+
+
+class KeepsRows(Logger):
+    """A logger that does not look at its rank."""
+
+    name, version = "rows", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append(dict(metrics))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+
+def _fit_under_ddp(case: str) -> tuple[dict[str, Any], float, int, int, str]:
+    logger, recorder, printed = KeepsRows(), Recorder(), io.StringIO()
+    monitor = NormDynamicsMonitor(1, tables=False)
+    callbacks = [*(c for c in CASES[case].callbacks() if not isinstance(c, NormDynamicsMonitor)), monitor]
+    module = make(make_optimizer=sgd)
+    with contextlib.redirect_stdout(printed):
+        fit(module, [recorder, *callbacks], strategy="ddp", devices=2, logger=logger, log_every_n_steps=1)
+    logged = sum("normdyn/weight_norm" in row for row in logger.rows)
+    weights = weights_of(module)
+    return (
+        weights,
+        distance(weights, replay(recorder, CASES[case].targets, **CASES[case].rules)),
+        len(monitor.history),
+        logged,
+        printed.getvalue(),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp_keeps_the_ranks_equal_and_logs_from_rank_zero(case):
+    first, second = run_ranks(_fit_under_ddp, args=(case,)).values()
+    assert same(first[0], second[0])
+    assert max(first[1], second[1]) < 1e-12
+    assert first[2:4] == (4, 4)  # 2 epochs of 4 batches, half of them on each rank
+    assert second[2:4] == (0, 0)
+    assert ("scale-invariant" in first[4]) == (case != "monitor")
+    assert "scale-invariant" not in second[4]
+
+
+# ---- Other ways in ----
+
+
+class CliNet(Net):
+    """A module that a command line can build."""
+
+    def __init__(self, lr: float = 0.1) -> None:
+        super().__init__(lambda p: sgd(p, lr=lr))
+
+    def train_dataloader(self):
+        return loader()
+
+
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cpu
+  max_epochs: 2
+  logger: false
+  enable_checkpointing: false
+  enable_progress_bar: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning_normdyn.AdaptiveWeightShrink
+      init_args: {alpha: 0.5, statistic: norm, params: [net.*, "!net.8.*"]}
+    - class_path: lightning_normdyn.RadialProjection
+      init_args: {weight_decay: replace, params: "net.[03].weight"}
+    - class_path: lightning_normdyn.callbacks.WeightRescaling
+      init_args: {every_n_steps: 3, target_norm: 1.0, stop_epoch: null}
+    - class_path: lightning_normdyn.NormDynamicsMonitor
+      init_args: {every_n_steps: 1, quantities: [weight_norm], tables: false}
+"""
+
+
+def test_lightning_cli_builds_the_callbacks_from_yaml(tmp_path):
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    recorder = Recorder()
+    cli = LightningCLI(
+        CliNet, args=["fit", "--config", "config.yaml"], save_config_callback=None, trainer_defaults={"callbacks": [recorder]}
+    )
+    check(cli.model, recorder, CASES["all"])
+    monitor = next(c for c in cli.trainer.callbacks if isinstance(c, NormDynamicsMonitor))
+    assert len(monitor.history) == 8
+    rescaling = next(c for c in cli.trainer.callbacks if isinstance(c, WeightRescaling))
+    assert (rescaling.every_n_steps, rescaling.stop_epoch) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("statistic: norm", ["statistic: median", "'auto'", "'norm'", "'std'"]),
+        ("alpha: 0.5", ["alpha: -1", "must be > 0 and finite, got -1"]),
+    ],
+)
+def test_lightning_cli_shows_what_is_wrong(wrong, says, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(CONFIG.replace(wrong, says[0]))
+    with pytest.raises((SystemExit, ValueError)) as raised:
+        LightningCLI(CliNet, args=["fit", "--config", "config.yaml"], save_config_callback=None)
+    shown = capsys.readouterr().err + str(raised.value)
+    assert all(word in shown for word in says[1:])
