@@ -100,7 +100,10 @@ class StepBracket:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> StepBracket:
-        """The bracket of ``optimizer``, attached on the first request."""
+        """The bracket of ``optimizer``, or of the one that Lightning or Fabric has wrapped."""
+        # Their wrappers pass for the optimizer but hold no param groups; splitting groups there would reach nobody.
+        while "param_groups" not in vars(optimizer) and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
+            optimizer = optimizer.optimizer  # type: ignore[attr-defined]
         bracket = cls._of.get(optimizer)
         if bracket is None:
             bracket = cls._of[optimizer] = cls(optimizer)
@@ -192,12 +195,20 @@ class StepBracket:
     # -- the two moments -----------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
+        self._of[self.optimizer] = self
         post = self.optimizer.register_step_post_hook(self._post)
         self._hooks = [self.optimizer.register_step_pre_hook(self._pre), post]
         # First among the post hooks: whoever else listens must find the param groups as the user made them.
-        order = getattr(self.optimizer, "_optimizer_step_post_hooks", None)
-        if order is not None and post.id in order:
-            order.move_to_end(post.id, last=False)
+        self.optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # type: ignore[attr-defined]
+
+    def close_in(self) -> None:
+        """Be the last hook before the update, also if others were registered later: they find the param groups as the user made them,
+        and ``ready`` comes after what they do to gradients.
+
+        Happens after every step; to be called before a step for hooks that are new since the last one.
+        """
+        if self._hooks:
+            self.optimizer._optimizer_step_pre_hooks.move_to_end(self._hooks[0].id)  # type: ignore[attr-defined]
 
     def detach(self) -> None:
         """Leave the optimizer as if the bracket had never been there."""
@@ -256,6 +267,7 @@ class StepBracket:
         self._run(Phase.SNAPSHOT + 1, Phase.RESCALE)
         self._step = None
         self._snapshots.clear()
+        self.close_in()
 
     def _run(self, first: int, last: int) -> None:
         assert self._step is not None

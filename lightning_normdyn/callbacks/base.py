@@ -315,6 +315,8 @@ class Session:
     def attempt(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, unless its scaler finds an inf."""
         self.attempts += 1
+        for bracket in self.brackets:
+            bracket.close_in()
 
     def skipped_steps(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""
