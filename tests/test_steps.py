@@ -148,7 +148,7 @@ def test_an_optimizer_that_turns_out_to_call_its_closure_twice_is_refused_before
 
 
 def test_schedule_free_is_refused():
-    weight, optimizer = weight_and_sgd()
+    _weight, optimizer = weight_and_sgd()
     optimizer.param_groups[0]["train_mode"] = True
     with pytest.raises(NotSupportedError, match="second copy of the weights"):
         StepBracket.of(optimizer)
@@ -196,7 +196,7 @@ def test_a_bracket_can_be_used_again_and_is_still_the_only_one():
 
 
 def test_neither_optimizer_nor_bracket_outlives_the_other():
-    weight, optimizer = weight_and_sgd()
+    _weight, optimizer = weight_and_sgd()
     bracket = StepBracket.of(optimizer)
     bracket.add(Phase.MEASURE, lambda step: None)
     gone = weakref.ref(optimizer), weakref.ref(bracket)
