@@ -168,3 +168,7 @@ class EffectiveLRReplay(NormDynCallback):
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""
         return "replays a recorded effective lr"
+
+    def influence(self, target: Target) -> dict[str, Any]:
+        """For predictions: nobody has derived any for steps of a recorded length."""
+        return {"scales_steps": True}

@@ -171,10 +171,10 @@ class RadialProjection(NormDynCallback):
         """What the start table says."""
         return "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
 
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
-
     def influence(self, target: Target) -> dict[str, Any]:
         """For predictions."""
         return {"projected": True, "gate": self.gate, "projection_decay": self.weight_decay, "weight_decay_ratio": self.weight_decay_ratio}
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))

@@ -127,7 +127,8 @@ class WeightRescaling(NormDynCallback):
         return f"WRS to {length} every {self.every_n_steps} steps"
 
     def influence(self, target: Target) -> dict[str, Any]:
-        """For predictions."""
-        if not self._in_window():
-            return {}
-        return {"every_n_steps": self.every_n_steps, "target_norm": self.target_norm, "replaces_decay": self.weight_decay == "replace"}
+        """For predictions; outside its epochs it only says that it is there."""
+        found: dict[str, Any] = {"rescaled": True}
+        if self._in_window():
+            found.update(every_n_steps=self.every_n_steps, target_norm=self.target_norm, replaces_decay=self.weight_decay == "replace")
+        return found
