@@ -211,6 +211,7 @@ class Session:
         self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
         self._version = 0
         self._claims: dict[int, Claims | None] = {}
+        self._withdrawn: dict[str, Verdict] = {}
         self._announced = False
         self.attempts = 0
 
@@ -298,14 +299,15 @@ class Session:
         groups = step.optimizer.param_groups
         layout = tuple((id(g), len(g["params"])) for g in groups)
         if self._seen.get(index) != (self._version, layout):
+            self.search.agree()
+            agree(self.search.verdicts)
+            self.search.verdicts.update(self._withdrawn)
             self._claims.pop(index, None)
-        self._question(index, step.optimizer)
+        self._question(index, step.optimizer)  # the same on every rank, because its sums are
         seen = (self._version, layout)
         if self._seen.get(index) == seen:
             return
         self._seen[index] = seen
-        self.search.agree()
-        agree(self.search.verdicts)
         self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
         for member in self.members:
             member._resolve(index)
@@ -381,7 +383,7 @@ class Session:
         if claims is None:
             return
         for verdict, rms, count in claims.withdrawn():
-            withdrawn = self.search.verdicts[verdict.name] = verdict.withdrawn(rms, count)
+            withdrawn = self._withdrawn[verdict.name] = self.search.verdicts[verdict.name] = verdict.withdrawn(rms, count)
             self._version += 1
             warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
         if claims.decided:
