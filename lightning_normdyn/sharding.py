@@ -12,12 +12,13 @@ Letters: n vectors of a weight, W weights, K sums.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
 from math import prod
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary, ref
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.optimizer_state import decay_kind
 
 if TYPE_CHECKING:
     from lightning_normdyn.vectors import Partition
@@ -85,6 +87,7 @@ class Placement:
         storage: from the parameter, its gradient or a state tensor to this rank's plain tensor.
         pieces: the views of that tensor, together covering every entry that this rank holds; none if it holds nothing.
         sharing: None if every rank holds the whole weight.
+        master: None, or what the optimizer updates in place of the parameter (DeepSpeed).
         held: int64, ascending: the vectors of which this rank holds a piece.
     """
 
@@ -93,6 +96,7 @@ class Placement:
     storage: Callable[[Tensor], Tensor]
     pieces: tuple[Piece, ...]
     sharing: Sharing | None = None
+    master: Master | None = None
     held: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,6 +106,15 @@ class Placement:
             found = [p.labels.flatten() for p in self.pieces]
             held = _distinct(torch.cat(found)) if found else torch.zeros(0, dtype=torch.long)
         object.__setattr__(self, "held", held[held >= 0])
+
+    def value(self, weight: Tensor) -> Tensor:
+        """This rank's plain tensor of the numbers that the optimizer updates; writing to it writes to the weight."""
+        return self.storage(weight.detach() if self.master is None else self.master.value())
+
+    def gradient(self, weight: Tensor) -> Tensor | None:
+        """Its gradient as the optimizer receives it, or None."""
+        gradient = weight.grad if self.master is None else self.master.gradient()
+        return None if gradient is None else self.storage(gradient.detach())
 
 
 def place_all(weights: Sequence[Tensor], partitions: Sequence[Partition], names: Sequence[str]) -> list[Placement]:
@@ -184,7 +197,16 @@ def full_shape(weight: Tensor) -> Shape:
 
     if is_lazy(weight):
         return ()
-    return _FLAT[weight].shape if weight in _FLAT else tuple(weight.shape)
+    if weight in _FLAT:
+        return cast(Shape, _FLAT[weight].shape)
+    if isinstance(weight, nn.Parameter) and hasattr(weight, "ds_shape"):  # DeepSpeed stage 3 leaves an empty tensor behind
+        return tuple(weight.ds_shape)
+    return tuple(weight.shape)
+
+
+def has_gradient(weight: Tensor) -> bool:
+    """Whether ``weight`` got a gradient, as far as every rank can answer the same: a flat shard counts as if it had."""
+    return weight.grad is not None or weight in _FLAT
 
 
 def _distinct(values: Tensor) -> Tensor:
@@ -343,6 +365,33 @@ def _extremes_differ(values: Tensor, vector: Tensor, n: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Master:
+    """A slice of the flat float32 tensor that DeepSpeed's optimizer updates; the parameter itself is a copy of it.
+
+    Args:
+        flat: the tensor.
+        start: where the weight's entries on this rank begin in it.
+        length: how many they are.
+    """
+
+    flat: Tensor
+    start: int
+    length: int
+
+    def value(self) -> Tensor:
+        """The entries on this rank."""
+        return self.of(self.flat)
+
+    def gradient(self) -> Tensor | None:
+        """Their gradient, unscaled and clipped; there between the moments ``ready`` and ``stepped``."""
+        return None if self.flat.grad is None else self.of(self.flat.grad)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The same entries of another tensor of this layout (optimizer state)."""
+        return flat.detach()[self.start : self.start + self.length]
+
+
+@dataclass(frozen=True, eq=False)
 class FlatSlice:
     """Where a flattened weight lies in a flat buffer that ranks hold in equal chunks.
 
@@ -353,6 +402,7 @@ class FlatSlice:
         chunk: entries per rank.
         rank: of this process within ``group``.
         group: the ranks that hold the buffer.
+        master: None, or what the optimizer updates in place of the parameter.
     """
 
     shape: Shape
@@ -361,6 +411,7 @@ class FlatSlice:
     chunk: int
     rank: int
     group: Any
+    master: Master | None = None
 
     def range_of(self, rank: int) -> Range:
         """The entries ``start .. stop - 1`` of the flattened weight that ``rank`` holds."""
@@ -371,12 +422,22 @@ class FlatSlice:
 _FLAT: Any = WeakTensorKeyDictionary()  # weight -> FlatSlice
 
 
-def survey(module: nn.Module) -> None:
-    """Learn where the parameters of ``module`` that FSDP has flattened lie. Call it once after wrapping; without FSDP it does nothing.
+def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
+    """Learn where the parameters lie that FSDP or DeepSpeed has flattened. Call it once after wrapping; without them it does nothing.
+
+    Args:
+        module: whose FSDP units are looked at.
+        optimizers: as the strategy has wrapped them.
 
     Raises:
         NotSupportedError: for ``use_orig_params=False`` and for parameters that another strategy has sharded before.
     """
+    for parameter in module.parameters():
+        _FLAT.pop(parameter, None)  # an earlier fit may have used another strategy
+    for optimizer in optimizers:
+        for view in torch_optimizers(optimizer):
+            if isinstance(view, _DeepSpeedView):
+                _FLAT.update(view._places)
     for name, submodule in module.named_modules():
         handle = submodule.__dict__.get("_handle")
         if type(handle).__name__ != "FlatParamHandle":
@@ -445,7 +506,8 @@ def _place_flat(place: FlatSlice, partition: Partition, name: str) -> Placement:
         form = tuple(b - a for a, b in box)
         pieces.append(Piece(_window(done, form), tuple(kept), inside))
         done += prod(form)
-    return Placement(place.shape, partition.n, _itself, tuple(pieces), _flat_sharing(place, labels, kept, tuple(sizes), partition.n))
+    sharing = _flat_sharing(place, labels, kept, tuple(sizes), partition.n)
+    return Placement(place.shape, partition.n, _itself, tuple(pieces), sharing, place.master)
 
 
 def _window(start: int, form: Shape) -> Callable[[Tensor], Tensor]:
@@ -530,7 +592,7 @@ def _compare_ranks(
     found, expected = [], []
     for weight, partition, placement in zip(weights, partitions, placements, strict=True):
         sharing = placement.sharing or _whole(placement.n)
-        entries = placement.storage(weight.detach()).numel() if sharing.first_copy else 0
+        entries = placement.value(weight).numel() if sharing.first_copy else 0
         found.append([int(sharing.counted.sum()), entries])
         expected.append([_distinct(partition.labels[partition.labels >= 0]).numel(), prod(placement.shape)])
     total = _all_reduce(torch.tensor(found, device=weights[0].device if weights else None), None).tolist()
@@ -728,19 +790,259 @@ def _repeat(values: Iterable[int], counts: Sequence[int]) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------- optimizers
 
 
-def torch_optimizer(optimizer: Any) -> Optimizer:
-    """The torch optimizer whose step changes the weights, inside whatever a strategy has wrapped around it.
+_VIEWS: WeakKeyDictionary[Any, list[Optimizer]] = WeakKeyDictionary()
+
+
+def torch_optimizers(optimizer: Any) -> list[Optimizer]:
+    """What steps when ``optimizer`` does, each as a torch optimizer of the model's own weights.
+
+    That is the optimizer itself, inside whatever a strategy has wrapped around it. Where a strategy steps something else than the weights
+    it is a view, which has the class, the param groups, the state and the step hooks that the optimizer would have on one process:
+    one for torch's ZeroRedundancyOptimizer, one for each part that DeepSpeed steps on its own.
 
     Raises:
-        NotSupportedError: if there is none.
+        NotSupportedError: if there is none, or a way of stepping that is not understood.
+
+    Example:
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+        >>> torch_optimizers(optimizer) == [optimizer]
+        True
     """
     inner, seen = optimizer, set[int]()
-    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer") and id(inner) not in seen:
+    # Lightning's and Fabric's wrappers pass for torch optimizers, but hold no param groups.
+    while (
+        not isinstance(inner, _View)
+        and not _is_deepspeed(inner)
+        and "param_groups" not in getattr(inner, "__dict__", ())
+        and id(inner) not in seen
+    ):
         seen.add(id(inner))
-        inner = inner.optimizer
+        inner = getattr(inner, "optimizer", inner)
+    if _is_deepspeed(inner) or _is_zero_redundancy(inner):
+        if inner not in _VIEWS:
+            _VIEWS[inner] = _deepspeed_views(inner) if _is_deepspeed(inner) else [_zero_redundancy_view(inner)]
+        return _VIEWS[inner]
     if not isinstance(inner, Optimizer):
         raise NotSupportedError(f"{type(optimizer).__name__} is not a torch optimizer and wraps none. Use a torch.optim.Optimizer.")
-    return inner
+    return [inner]
+
+
+class _View:
+    """An optimizer as it would be on one process. It never steps; it only tells, and passes hooks on."""
+
+    _target: Any  # weak: the registry of views must not keep optimizers alive
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_target" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self._target(), name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} as seen on one process"
+
+
+def _new_view(view: type[_View], target: Optimizer) -> Any:
+    """A ``view`` that passes for an instance of the class of ``target``."""
+    rule = type(target)
+    made: Any = object.__new__(type(rule.__name__, (view, rule), {"__module__": rule.__module__}))
+    made._target = ref(target)
+    return made
+
+
+def _is_zero_redundancy(optimizer: Any) -> bool:
+    return any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__)
+
+
+def _zero_redundancy_view(outer: Any) -> Optimizer:
+    inner, overlap = _private(outer, "optim", "_overlap_with_ddp")
+    if overlap:
+        raise NotSupportedError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside of DDP's backward pass, where no gradient is final. "
+            "Use overlap_with_ddp=False."
+        )
+    view = _new_view(_ZeroRedundancyView, inner)
+    view._outer, view._whole = ref(outer), None
+    return cast(Optimizer, view)
+
+
+class _ZeroRedundancyView(_View):
+    """Every rank holds all weights and gradients and updates some, which are then sent to all.
+
+    So every rank treats all weights alike, as under DDP: at ``ready`` inside the inner step, at ``stepped`` after the outer one, when the
+    others' updates have arrived.
+    """
+
+    _outer: Any
+    _whole: list[dict[str, Any]] | None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], self._outer().param_groups)
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        inner = self._target()
+        if groups is self._outer().param_groups:
+            self._restore()
+            return
+        mine = {id(p) for group in inner.param_groups for p in group["params"]}
+        self._whole = inner.param_groups
+        inner.param_groups = [{**group, "params": [p for p in group["params"] if id(p) in mine]} for group in groups]
+
+        def restore(*_: Any) -> None:
+            handle.remove()
+            self._restore()
+
+        # The outer step compares its groups with the inner ones as soon as the inner step is over.
+        handle = inner.register_step_post_hook(restore)
+
+    def _restore(self) -> None:
+        if self._whole is not None:
+            self._target().param_groups, self._whole = self._whole, None
+
+    @property
+    def state(self) -> Any:
+        return self._target().state
+
+    @property
+    def _optimizer_step_post_hooks(self) -> Any:
+        return self._outer()._optimizer_step_post_hooks
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        return self._target().register_step_pre_hook(lambda _, args, kwargs: hook(self, args, kwargs))
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        return self._outer().register_step_post_hook(lambda _, args, kwargs: hook(self, args, kwargs))
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.runtime.")
+
+
+_UNTESTED_DEEPSPEED = ("cpu_offload", "offload_optimizer", "swap_optimizer", "zenflow", "torch_autocast_gradscaler", "use_muon")
+
+
+def _deepspeed_views(optimizer: Any) -> list[Optimizer]:
+    name = type(optimizer).__name__
+    if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
+        raise NotSupportedError(
+            f"DeepSpeed's {name} is not understood (ZeRO stages 1, 2 and 3 are, and stage 0 in float32). "
+            "Use stage 1, 2 or 3, or precision='32-true'."
+        )
+    switched_on = [key for key in _UNTESTED_DEEPSPEED if getattr(optimizer, key, None)]
+    if switched_on:
+        raise NotSupportedError(f"DeepSpeed with {switched_on[0]} was not tested. Leave it out of the DeepSpeed configuration.")
+    parts = _deepspeed_stage3(optimizer) if name.endswith("3") else _deepspeed_stage12(optimizer)
+    views = []
+    for flat, group, weights in parts:
+        view = _new_view(_DeepSpeedView, optimizer.optimizer)
+        view._flat, view._group, view._places = flat, group, weights
+        view._whole = view._groups = [{**group, "params": list(weights)}]
+        views.append(cast(Optimizer, view))
+    return views
+
+
+Part = tuple[Tensor, dict[str, Any], dict[Tensor, FlatSlice]]
+
+
+def _deepspeed_stage12(optimizer: Any) -> Iterator[Part]:
+    weights, buffers, masters, sizes, groups = _private(
+        optimizer, "bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "partition_size", "real_dp_process_group"
+    )
+    for i, group in enumerate(optimizer.optimizer.param_groups):
+        rank, places = dist.get_rank(groups[i]), {}
+        for weight in weights[i]:
+            # Parameters are views of the flat buffer, whatever the order and the gaps in it.
+            offset = (weight.data_ptr() - buffers[i].data_ptr()) // weight.element_size()
+            place = FlatSlice(tuple(weight.shape), tuple(range(weight.dim())), offset, sizes[i], rank, groups[i])
+            start, stop = place.range_of(rank)
+            (mapping,) = _private(weight, "_hp_mapping")
+            theirs = (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel) if mapping is not None else None
+            if theirs != ((start, stop - start) if stop > start else None):
+                raise _untested(
+                    f"DeepSpeed holds the entries {theirs} (start, number) of a weight where {(start, stop - start)} was expected"
+                )
+            begin = mapping.hp_fragment_address.start if mapping is not None else 0
+            places[weight] = replace(place, master=Master(masters[i], begin, stop - start))
+        yield masters[i], group, places
+
+
+def _deepspeed_stage3(optimizer: Any) -> Iterator[Part]:
+    weights, masters, group_of = _private(optimizer, "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id")
+    for i, master in enumerate(masters):
+        begin, places = 0, {}
+        for weight in weights[i]:
+            shape, piece, group = _private(weight, "ds_shape", "ds_tensor", "ds_process_group")
+            chunk = piece.ds_numel
+            place = FlatSlice(tuple(shape), tuple(range(len(shape))), 0, chunk, dist.get_rank(group), group)
+            start, stop = place.range_of(place.rank)
+            places[weight] = replace(place, master=Master(master, begin, stop - start))
+            begin += chunk  # what lies between the end of the weight and that of the chunk is padding
+        if begin != master.numel():
+            raise _untested(f"a sub-group of DeepSpeed stage 3 has {master.numel()} entries where {begin} were expected")
+        yield master, optimizer.optimizer.param_groups[group_of[i]], places
+
+
+class _DeepSpeedView(_View):
+    """One of the flat tensors that DeepSpeed steps one after the other, as the weights that it is made of."""
+
+    _flat: Tensor
+    _group: dict[str, Any]
+    _places: dict[Tensor, FlatSlice]
+    _groups: list[dict[str, Any]]
+    _whole: list[dict[str, Any]]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self._groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        """Taking decay over: the flat tensor has one group only, so the weights that keep their decay get it here."""
+        if groups is self._whole:
+            self._group["weight_decay"] = self._whole[0].get("weight_decay", 0.0)
+        else:
+            self._group["weight_decay"] = 0.0
+            for group in groups:
+                for weight in group["params"] if group["weight_decay"] else ():
+                    self._decay(weight, group)
+        self._groups = groups
+
+    def _decay(self, weight: Tensor, group: dict[str, Any]) -> None:
+        master = self._places[weight].master
+        assert master is not None
+        value, gradient = master.value(), master.gradient()
+        if decay_kind(cast(Optimizer, self), group) == "decoupled":
+            value.mul_(1 - group["lr"] * group["weight_decay"])
+        elif gradient is not None:
+            gradient.add_(value, alpha=-group["weight_decay"] if group.get("maximize") else group["weight_decay"])
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        flat = self._target().state.get(self._flat, {})
+        return {w: {k: self._part(place, v) for k, v in flat.items()} for w, place in self._places.items()}
+
+    def _part(self, place: FlatSlice, value: Any) -> Any:
+        assert place.master is not None
+        return place.master.of(value) if isinstance(value, Tensor) and value.shape == self._flat.shape else value
+
+    def _steps(self) -> bool:
+        return any(p is self._flat for group in self._target().param_groups for p in group["params"])
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        def ours(_: Any, args: Any, kwargs: Any) -> Any:
+            if self._steps():
+                self._whole[0].update({key: value for key, value in self._group.items() if key != "params"})  # a schedule changes it
+                hook(self, args, kwargs)
+
+        return self._target().register_step_pre_hook(ours)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        def ours(_: Any, args: Any, kwargs: Any) -> None:
+            if self._steps():
+                hook(self, args, kwargs)
+
+        return self._target().register_step_post_hook(ours)
 
 
 def _private(owner: Any, *names: str) -> list[Any]:

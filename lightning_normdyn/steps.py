@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
+from lightning_normdyn.sharding import torch_optimizers
 
 
 class Phase(IntEnum):
@@ -101,9 +102,13 @@ class StepBracket:
     @classmethod
     def of(cls, optimizer: Optimizer) -> StepBracket:
         """The bracket of ``optimizer``, or of the one that Lightning or Fabric has wrapped."""
-        # Their wrappers pass for the optimizer but hold no param groups; splitting groups there would reach nobody.
-        while "param_groups" not in vars(optimizer) and isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-            optimizer = optimizer.optimizer  # type: ignore[attr-defined]
+        parts = torch_optimizers(optimizer)
+        if len(parts) > 1:
+            raise NotSupportedError(
+                f"{type(optimizer).__name__} steps {len(parts)} groups of weights one after the other. "
+                "Bracket each of lightning_normdyn.sharding.torch_optimizers(optimizer)."
+            )
+        optimizer = parts[0]
         bracket = cls._of.get(optimizer)
         if bracket is None:
             bracket = cls._of[optimizer] = cls(optimizer)

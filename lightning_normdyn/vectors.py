@@ -127,7 +127,7 @@ class WeightVectors:
         self.weight_of = self._reduction.weight_of
         self.length = self._reduction.length
         self.count = torch.tensor([p.n for p in self.partitions], dtype=self.sum_dtype, device=self.device)
-        self.low_precision = any(w.dtype in (torch.bfloat16, torch.float16) for w in self.weights)
+        self.low_precision = any(t.dtype in (torch.bfloat16, torch.float16) for t in self.values())
         """Whether some weight is stored in a dtype in which a factor close to 1 is lost to rounding."""
 
     # -- operands: one local tensor (or None) per weight ---------------------------------------------------------------
@@ -136,9 +136,9 @@ class WeightVectors:
         """This rank's plain storage of tensors laid out like the weights (gradients, state), without autograd history."""
         return [None if t is None else p.storage(t.detach()) for t, p in zip(tensors, self._placements, strict=True)]
 
-    def values(self) -> list[Tensor | None]:
+    def values(self) -> list[Tensor]:
         """The weights themselves; writing to them writes to the weights."""
-        return self.local(self.weights)
+        return [p.value(w) for w, p in zip(self.weights, self._placements, strict=True)]
 
     def storages(self) -> dict[Tensor, Tensor]:
         """Each weight's plain storage on this rank, as `StepBracket.request_snapshot` wants them."""
@@ -146,11 +146,11 @@ class WeightVectors:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients as the optimizer receives them; None where a weight has none."""
-        return self.local([w.grad for w in self.weights])
+        return [p.gradient(w) for w, p in zip(self.weights, self._placements, strict=True)]
 
     def has_gradient(self) -> tuple[bool, ...]:
         """For each weight whether it got a gradient; true also where this rank holds none of its entries, since other ranks decide."""
-        return tuple(not p.pieces or w.grad is not None for w, p in zip(self.weights, self._placements, strict=True))
+        return tuple(not p.pieces or p.gradient(w) is not None for w, p in zip(self.weights, self._placements, strict=True))
 
     def snapshots(self, bracket: StepBracket) -> list[Tensor | None]:
         """The copies that ``bracket`` took of these weights in this step."""
@@ -321,7 +321,7 @@ class WeightVectors:
             The new ``owed``.
         """
         owed = owed * factor.to(owed.dtype)
-        rounding = torch.stack([torch.tensor(torch.finfo(w.dtype).eps, dtype=owed.dtype) for w in self.weights]).to(owed.device)
+        rounding = torch.stack([torch.tensor(torch.finfo(t.dtype).eps, dtype=owed.dtype) for t in self.values()]).to(owed.device)
         full = self.spread(rounding <= torch.finfo(torch.float32).eps)
         matters = (owed - 1).abs() >= self.spread(rounding)
         apply = torch.where(full | matters, owed, torch.ones_like(owed))

@@ -11,7 +11,7 @@ from ranks import RankError, init_process_group, run_ranks
 from torch import Tensor, nn
 
 from lightning_normdyn import NotSupportedError, Partition, WeightVectors
-from lightning_normdyn.sharding import _boxes, _successive_chunks, check_weight, full_shape, place, survey, torch_optimizer
+from lightning_normdyn.sharding import _boxes, _successive_chunks, check_weight, full_shape, place, survey, torch_optimizers
 
 
 def _rows_without(shape: tuple[int, ...], rows: list[int]) -> Partition:
@@ -445,12 +445,12 @@ def test_unknown_subclasses_are_refused():
         check_weight(weight, "w")
 
 
-def test_torch_optimizer_unwraps():
+def test_torch_optimizers_unwraps():
     class Wrapper:
         def __init__(self, optimizer: Any) -> None:
             self.optimizer = optimizer
 
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2, 2))], lr=0.1)
-    assert torch_optimizer(Wrapper(Wrapper(optimizer))) is optimizer
+    assert torch_optimizers(Wrapper(Wrapper(optimizer))) == [optimizer]
     with pytest.raises(NotSupportedError, match="Wrapper"):
-        torch_optimizer(Wrapper(None))
+        torch_optimizers(Wrapper(None))

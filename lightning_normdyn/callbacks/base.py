@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
-from lightning_normdyn.sharding import check_weight, full_shape, survey, torch_optimizer
+from lightning_normdyn.sharding import check_weight, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import (
     EULER_COUNT,
@@ -194,7 +194,7 @@ class Session:
         self.closed = False
         # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
         self.names = parameter_names(module)
-        survey(module)
+        survey(module, trainer.optimizers)
         self.shapes = {weight: full_shape(weight) for weight in self.names}
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
@@ -221,7 +221,7 @@ class Session:
         """Bracket every optimizer of the fit; idempotent."""
         if self.brackets:
             return
-        self.optimizers = [torch_optimizer(o) for o in self.trainer.optimizers]
+        self.optimizers = [part for o in self.trainer.optimizers for part in torch_optimizers(o)]
         self.brackets = [StepBracket.of(o) for o in self.optimizers]
         for bracket in self.brackets:
             self._remove.append(bracket.add(Phase.RESOLVE, self._resolve))
@@ -243,7 +243,7 @@ class Session:
         """Watch the forward pass of this batch if it may tell something new."""
         state = self._graph_state()
         # The batch that gave it a gradient is over; the next one that uses it may be several batches away.
-        self._missed = {w for w in self._undecided if w in self._missed or (w.grad is not None and w.requires_grad)}
+        self._missed = {w for w in self._undecided if w in self._missed or (w.requires_grad and has_gradient(w))}
         news = self._looks_left > 0 and bool(self._missed)
         if self._watched == state and not news:
             return
@@ -710,7 +710,8 @@ class NormDynCallback(Callback):
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
         for optimizer in trainer.optimizers:
-            check_optimizer(torch_optimizer(optimizer))
+            for part in torch_optimizers(optimizer):
+                check_optimizer(part)
         self._check_patterns(trainer)
 
     def _check_patterns(self, trainer: Trainer) -> None:
@@ -722,7 +723,7 @@ class NormDynCallback(Callback):
         chosen = match_patterns(self.params, [session.names[w] for w in weights], what="weights of two or more dimensions")
         if not any(not p.startswith("!") for p in self.params):
             return
-        owned = {p for o in trainer.optimizers for g in torch_optimizer(o).param_groups for p in g["params"]}
+        owned = {p for o in trainer.optimizers for part in torch_optimizers(o) for g in part.param_groups for p in g["params"]}
         for i in chosen:
             weight = weights[i]
             self._check_weight(weight, session.names[weight][0])
@@ -860,19 +861,22 @@ def balance(influence: Mapping[str, Any], group: Mapping[str, Any], shrink: floa
         shrink: the decay that AWS amounts to now.
 
     Returns:
-        The options ``shrink``, ``projected`` and ``decay``; None where two decays act at once, of which nothing is predicted.
+        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: two decays at once, steps of a
+        recorded length, a norm that WRS sets now and then (`lightning_normdyn.equilibrium.wrs_angular_update` knows about that).
     """
+    if influence.get("scales_steps") or "every_n_steps" in influence:
+        return None
     options: dict[str, Any] = {"projected": True} if influence.get("projected") else {}
-    own = group.get("weight_decay") or 0.0
-    if "alpha" in influence:
-        if own and not influence["replaces_decay"]:
-            return None
-        options["shrink"] = shrink
-    elif influence.get("projected"):
-        decay = influence["projection_decay"]
-        if decay == "replace":
-            decay = own / (1 - group["momentum"]) if "momentum" in group else own
+    decay = group.get("weight_decay") or 0.0
+    if "projection_decay" in influence:
+        replaced = decay / (1 - group["momentum"]) if "momentum" in group else decay
+        decay = replaced if influence["projection_decay"] == "replace" else influence["projection_decay"]
         options["decay"] = decay * influence["weight_decay_ratio"]
+    if "alpha" in influence:
+        if decay and not influence["replaces_decay"]:
+            return None
+        options.pop("decay", None)
+        options["shrink"] = shrink
     return options
 
 
