@@ -93,7 +93,7 @@ def state_exponents(optimizer: Optimizer) -> dict[str, float]:
         {'square_avg': -2.0, 'grad_avg': -1.0}
     """
     asked = f"Rescaling the state of {type(optimizer).__name__} together with its weights was asked for"
-    way_out = "Use optimizer_state='keep' to leave the state alone."
+    way_out = "Use another optimizer, or optimizer_state='keep' where the callback has it."
     if is_schedule_free(optimizer):
         raise NotSupportedError(
             f"{asked}, but a schedule-free optimizer keeps a second copy of the weights, which would stay at the old scale. "

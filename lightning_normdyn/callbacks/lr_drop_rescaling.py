@@ -2,18 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import isfinite
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import inf, log
 from typing import Any, Literal
 
+import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target, balance
 from lightning_normdyn.callbacks.rescaling import Rescaler
-from lightning_normdyn.equilibrium import lr_drop_exponent
+from lightning_normdyn.equilibrium import lr_drop_exponent, step_response
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.steps import Phase, Step, StepBracket
+
+# The falls of a smooth schedule grow gradually, also at its very end: from one change to the next by a factor below 4 for a cosine and
+# below 7 for the last step of a one-cycle schedule. A drop comes out of the blue.
+ABRUPT = 8.0
+
+
+@dataclass(frozen=True)
+class Rate:
+    """What is remembered of a weight's learning rate.
+
+    Args:
+        lr: at the last real step.
+        fall: ln(before/after) of its last change, if that was a fall and no drop; else 0.
+    """
+
+    lr: float
+    fall: float = 0.0
+
+    def then(self, lr: float, min_drop: float) -> tuple[float, Rate]:
+        """The drop k on the way to ``lr``, 1 if there is none, and what to remember from there on.
+
+        Example:
+            >>> Rate(0.1).then(0.01, 1.5)
+            (10.0, Rate(lr=0.01, fall=0.0))
+            >>> Rate(0.1, fall=0.3).then(0.06, 1.5)[0]  # a cosine on its way to zero
+            1.0
+        """
+        if not (0 < self.lr < inf and 0 < lr < inf):
+            return 1.0, Rate(lr)
+        k = self.lr / lr
+        if k <= 1:
+            return 1.0, Rate(lr, 0.0 if k < 1 else self.fall)
+        if k >= min_drop * (1 - 1e-9) and log(k) >= ABRUPT * self.fall:
+            return k, Rate(lr, self.fall)
+        return 1.0, Rate(lr, log(k))
+
+
+@dataclass
+class _Settings:
+    """What is known of a plan's weights before the first step, in the order of its targets."""
+
+    groups: list[dict[str, Any]]
+    exponents: list[float]
+
+
+@dataclass
+class _Pending:
+    """What a step saw. It counts once that step is known to have happened."""
+
+    number: int
+    rates: dict[str, Rate] = field(default_factory=dict)
+    unmarked: bool = False
 
 
 class LRDropRescaling(NormDynCallback):
@@ -22,20 +77,26 @@ class LRDropRescaling(NormDynCallback):
 
     After a drop, the angular update falls with the learning rate at once, but the equilibrium that belongs to the new learning rate is
     reached only after a relaxation time; meanwhile the weights turn far too slowly. Dividing the weights by :math:`k^e` puts them there
-    directly. It acts before the first step with the lower learning rate; optimizer state and this step's gradients follow.
+    directly. It acts before the first step with the lower learning rate; optimizer state, this step's gradients and the statistics of a
+    BatchNorm behind the weights follow.
 
     The exponent follows from how the equilibrium norm depends on the learning rate: 1/4 for SGD, 1/2 for AdamW and AdamP, 1/3 for Adam
     with coupled decay, 1/5 for AdaptiveWeightShrink on SGD, 1/3 for it on Adam. It assumes that the run was at equilibrium before the
-    drop.
+    drop. With other optimizers, or without a decay, there is no equilibrium to land on: ``"auto"`` is refused at the first step.
+
+    A drop is a fall by ``min_drop`` or more from one real step to the next. One that continues smaller falls, as at the end of a
+    cosine, is none: there the weights have been following all along. A learning rate of 0 is no drop either, nor what follows it.
 
     Args:
         exponent: ``"auto"``, or a number >= 0.
-        min_drop: smallest ratio of learning rates, from one real step to the next, that counts as a drop; smooth schedules stay below it.
+        min_drop: smallest ratio of learning rates that counts as a drop.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
     Raises:
         ValueError: for numbers out of range.
+        NotSupportedError: at the first step, for an optimizer whose state cannot follow, for weights without a known exponent, and for
+            weights whose norm WeightRescaling fixes.
 
     Example:
         >>> from lightning_normdyn import LRDropRescaling
@@ -52,15 +113,20 @@ class LRDropRescaling(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if exponent != "auto" and not (isinstance(exponent, (int, float)) and 0 <= exponent < float("inf")):
+        if exponent != "auto" and not (isinstance(exponent, (int, float)) and 0 <= exponent < inf):
             raise ValueError(f"`exponent` must be 'auto' or a number >= 0, got {exponent!r}.")
-        if not (isinstance(min_drop, (int, float)) and 1 < min_drop < float("inf")):
+        if not (isinstance(min_drop, (int, float)) and 1 < min_drop < inf):
             raise ValueError(f"`min_drop` must be > 1 and finite, got {min_drop!r}.")
         self.exponent: float | str = exponent if isinstance(exponent, str) else float(exponent)
         self.min_drop = float(min_drop)
+        self._forget()
+
+    def _forget(self) -> None:
         self._rescalers: dict[int, Rescaler] = {}
-        self._exponents: dict[int, list[float]] = {}
-        self._last_lr: dict[str, float] = {}  # by weight: param groups have no name that survives a resume
+        self._known: dict[int, _Settings] = {}
+        self._rates: dict[str, Rate] = {}  # by weight: param groups have no name that survives a resume
+        self._pending: dict[int, _Pending] = {}
+        self._read: dict[int, tuple[Tensor, int, float]] = {}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
@@ -68,7 +134,13 @@ class LRDropRescaling(NormDynCallback):
 
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
         """Acts at `ready`, before any shrink."""
-        return {Phase.LR_DROP: self._drop}
+        return {Phase.LR_DROP: self._step}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget the learning rates of an earlier fit."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._forget()
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale."""
@@ -76,71 +148,97 @@ class LRDropRescaling(NormDynCallback):
             Rescaler.check(optimizer, "rescale")
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Prepare the rescale; the other callbacks' targets are known only at the first use."""
+        """Prepare the rescale; what the other callbacks do to these weights is known only when all have made their plans."""
         assert self._session is not None
         self._rescalers[plan.index] = Rescaler(plan, self._session, "rescale")
-        self._exponents.pop(plan.index, None)
+        self._known.pop(plan.index, None)
 
-    def _exponents_of(self, plan: Plan) -> list[float]:
-        """One exponent per param group of the plan."""
-        assert self._session is not None
-        if plan.index not in self._exponents:
-            self._exponents[plan.index] = [self._exponent(plan, group, self._session) for group, _ in plan.groups]
-        return self._exponents[plan.index]
+    def _settings_of(self, plan: Plan) -> _Settings:
+        if plan.index not in self._known:
+            assert self._session is not None
+            groups = [plan.group_of(target) for target in plan.targets]
+            exponents = [self._exponent(plan, t, g, self._session) for t, g in zip(plan.targets, groups, strict=True)]
+            self._known[plan.index] = _Settings(groups, exponents)
+        return self._known[plan.index]
 
-    def _exponent(self, plan: Plan, group: dict[str, Any], session: Session) -> float:
-        members = {id(p) for p in group["params"]}
-        found: set[float | None] = set()
-        for target in plan.targets:
-            if id(target.weight) not in members:
-                continue
-            influence = session.influence(target, besides=self)
-            if "every_n_steps" in influence:
-                raise NotSupportedError(
-                    f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of LRDropRescaling, which changes it. "
-                    "Give them different `params`."
-                )
-            if self.exponent != "auto":
-                found.add(float(self.exponent))
-                continue
-            options = balance(influence, group, 1.0)
-            found.add(None if options is None else lr_drop_exponent(type(plan.optimizer), group, **options))
-        if len(found) > 1 or None in found:
+    def _exponent(self, plan: Plan, target: Target, group: Mapping[str, Any], session: Session) -> float:
+        influence, kind = session.influence(target, besides=self), type(plan.optimizer)
+        if "rescaled" in influence:
             raise NotSupportedError(
-                f"LRDropRescaling(exponent='auto') knows no exponent for {type(plan.optimizer).__name__} with these settings "
-                f"(weight_decay={group.get('weight_decay')!r}): without a decay there is no equilibrium to land on. "
-                "Give exponent=..., or set a decay."
+                f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of LRDropRescaling, which changes it. "
+                "Give them different `params`."
             )
-        return float(next(iter(found)) or 0.0)
+        if self.exponent != "auto":
+            return float(self.exponent)
+        options = balance(influence, group, 1.0)
+        exponent = None if options is None else lr_drop_exponent(kind, group, **options)
+        if exponent is not None:
+            return exponent
+        if options is None:
+            reason = "the equilibrium under the other callbacks on it is not known"
+        elif step_response(kind, group) is None:
+            reason = f"the equilibrium of {kind.__name__} with these settings is not known"
+        else:
+            reason = "it has no weight decay, and without one there is no equilibrium to land on"
+        raise NotSupportedError(
+            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under {kind.__name__}: {reason}. "
+            "Give exponent=..., or leave the weight out of `params`."
+        )
 
-    def _drop(self, step: Step, plan: Plan) -> None:
-        exponents = self._exponents_of(plan)
-        factors, any_drop, known = [], False, dict(self._last_lr)
-        for (group, where), exponent in zip(plan.groups, exponents, strict=True):
-            lr = float(group["lr"])
-            names = [t.name for t, s in zip(plan.targets, plan.vectors.slices, strict=True) if where.start <= s.start < where.stop]
-            before = self._last_lr.get(names[0], lr)
-            self._last_lr.update(dict.fromkeys(names, lr))
-            drop = before / lr if lr > 0 and before > 0 and isfinite(before) and isfinite(lr) else 1.0
-            dropped = drop >= self.min_drop * (1 - 1e-9)
-            any_drop |= dropped
-            factors.append(drop**-exponent if dropped else 1.0)
-        if not any_drop:
+    def _step(self, step: Step, plan: Plan) -> None:
+        known = self._settings_of(plan)  # at the first step, so that a refusal does not wait for the drop
+        self._settle(plan, step.number - 1)
+        pending = self._pending[plan.index] = _Pending(step.number)
+        factors = [1.0] * len(plan.targets)
+        settings = zip(plan.targets, known.groups, known.exponents, plan.vectors.has_gradient(), strict=True)
+        for i, (target, group, exponent, has_gradient) in enumerate(settings):
+            if has_gradient:  # a weight that does not step finds the drop still due when it does
+                lr = self._lr(group)
+                drop, pending.rates[target.name] = self._rates.get(target.name, Rate(lr)).then(lr, self.min_drop)
+                factors[i] = drop**-exponent
+        if all(factor == 1.0 for factor in factors):
             return
-        # One look at the device, at a drop only: a fused optimizer that skips this update must find the drop still due at the next.
-        if step.skipped is not None and bool(step.skipped):
-            self._last_lr = known
-            return
-        factor = plan.guard(plan.spread_groups("lr_drop", factors), 1.0, step)
-        self._rescalers[plan.index].apply(factor, gradients=True)
-        plan.mark("lr_drop")
+        vectors = plan.vectors
+        factor = vectors.spread(torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device))
+        # A fused optimizer that skips this update on the device gets factors of 1, and the drop is due again at the next.
+        self._rescalers[plan.index].apply(plan.guard(factor, 1.0, step), gradients=True)
+        pending.unmarked = step.skipped is not None
+        if not pending.unmarked:
+            plan.mark("lr_drop")
+
+    def _settle(self, plan: Plan, steps: int) -> None:
+        """Remember what the last step saw if it was among the ``steps`` that happened."""
+        pending = self._pending.get(plan.index)
+        if pending is not None and pending.number <= steps:
+            del self._pending[plan.index]
+            self._rates.update(pending.rates)
+            if pending.unmarked:
+                plan.mark("lr_drop")
+
+    def _lr(self, group: Mapping[str, Any]) -> float:
+        """The learning rate on the host; one that lives on a device is fetched only when somebody has written to it."""
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            return float(lr)
+        last = self._read.get(id(group))
+        if last is None or last[0] is not lr or last[1] != lr._version:
+            last = self._read[id(group)] = (lr, lr._version, float(lr))
+        return last[2]
 
     def _extra(self) -> dict[str, Any]:
-        return {"last_lr": dict(self._last_lr)}
+        assert self._session is not None
+        for index, plan in self.plans.items():
+            self._settle(plan, self._session.brackets[index].steps)
+        return {
+            "last_lr": {name: rate.lr for name, rate in self._rates.items()},
+            "last_fall": {name: rate.fall for name, rate in self._rates.items()},
+        }
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
-        self._last_lr = dict(extra.get("last_lr", {}))
+        falls = extra.get("last_fall", {})
+        self._rates = {name: Rate(lr, falls.get(name, 0.0)) for name, lr in extra.get("last_lr", {}).items()}
 
     def treatment(self, plan: Plan, target: Target) -> str:
-        """What the start table says."""
-        return "rescaled at LR drops"
+        """What the tables say."""
+        known = self._known.get(plan.index)
+        return "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.targets.index(target)]:.3g} at an LR drop by k"

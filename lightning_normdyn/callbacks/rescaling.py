@@ -41,7 +41,7 @@ class Rescaler:
                     raise NotSupportedError(
                         f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so `{target.name}` can only be "
                         f"rescaled by one factor, but it has {target.partition.n} vectors. "
-                        "Use granularity='layer' or optimizer_state='keep'."
+                        "Use granularity='layer', or optimizer_state='keep' where the callback has it."
                     )
         # Normalizations whose running statistics were gathered at the old scale: (module, position of the weight, vector of each channel,
         # degree, position of the bias).
