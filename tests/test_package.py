@@ -1,0 +1,149 @@
+"""The house itself: imports point down, nothing heavy comes in by the door, and the public names are what they say."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lightning_normdyn
+
+ROOT = Path(lightning_normdyn.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+# A module imports from lower floors only, and from its own floor without a circle. Whatever is not listed stands at the top.
+FLOORS = {
+    "errors": 0, "functional": 0, "equilibrium": 0,
+    "graph_rules": 1, "history": 1, "lr_schedules": 1, "metrics": 1, "optimizer_state": 1, "parametrizations": 1, "plots": 1,
+    "report": 1, "sharding": 1, "targets": 1, "vectors": 1,
+    "steps": 2,
+    "callbacks": 3,
+    "__init__": 4, "__main__": 4,
+}  # fmt: skip
+HEAVY = {"wandb", "wandb_workspaces", "matplotlib", "sklearn", "deepspeed", "rich", "scipy", "tensorboard", "torchmetrics"}
+
+
+def room(path: Path) -> str:
+    """The top-level part of the package that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def only_for_types(tree: ast.Module) -> set[ast.AST]:
+    """What stands under ``if TYPE_CHECKING``."""
+    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"]
+    return {node for block in blocks for statement in block.body for node in ast.walk(statement)}
+
+
+def imported(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        module = node.module or ""
+        return [f"{module}.{alias.name}" for alias in node.names] if module == "lightning_normdyn" else [module]
+    return []
+
+
+def imports(path: Path, *, top_level: bool = False) -> list[str]:
+    """Names of the modules that a file imports when it runs; with ``top_level`` only when it is imported."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    ignored = only_for_types(tree)
+    if top_level:
+        functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+        ignored |= {node for function in functions for node in ast.walk(function)}
+    return [name for node in ast.walk(tree) if node not in ignored for name in imported(node)]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path):
+    here = room(path)
+    assert here in FLOORS, f"{here} has no floor yet"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[0] == "lightning_normdyn" and len(parts) > 1 and parts[1] in FLOORS:
+            assert FLOORS[parts[1]] <= FLOORS[here], f"{here} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[parts[1]]})"
+        if parts[0] in ("lightning", "pytorch_lightning", "lightning_fabric"):
+            assert FLOORS[here] >= FLOORS["callbacks"], f"{here} imports {name}; only callbacks know Lightning"
+
+
+def test_no_circles_among_modules():
+    graph = {".".join(("lightning_normdyn", *p.relative_to(ROOT).with_suffix("").parts)): p for p in MODULES if p.name != "__init__.py"}
+    below = {name: {i for i in imports(path, top_level=True) if i in graph} for name, path in graph.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join((*trail, name))}"
+        if name not in done:
+            for other in below[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in below:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "callbacks"], ids=lambda p: p.name)
+def test_callbacks_never_import_each_other(path):
+    shared = {"base", "rescaling", "tables", "__init__"}
+    others = {p.stem for p in MODULES if room(p) == "callbacks"} - shared - {path.stem}
+    if path.stem not in ("__init__",):
+        assert not [n for n in imports(path) if n.split(".")[-1] in others and n.startswith("lightning_normdyn.callbacks")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    found = {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY
+    assert found <= ({"torchmetrics"} if room(path) == "metrics" else set())
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_import_brings_neither_wandb_nor_pyplot():
+    code = "import sys, lightning_normdyn; print(sorted({'wandb', 'matplotlib.pyplot', 'sklearn', 'deepspeed', 'rich'} & set(sys.modules)))"
+    assert run(code) == "[]"
+
+
+def test_the_callbacks_bring_no_more_than_lightning_does():
+    code = "import sys, lightning.pytorch; before = set(sys.modules); {}; print(sorted({{'wandb', 'matplotlib.pyplot', 'sklearn', 'deepspeed'}} & (set(sys.modules) - before)))"
+    names = ", ".join(lightning_normdyn.__all__)
+    assert run(code.format(f"from lightning_normdyn import {names}")) == "[]"
+
+
+def test_public_names_are_sorted_and_there():
+    assert lightning_normdyn.__all__ == sorted(lightning_normdyn.__all__)
+    for name in lightning_normdyn.__all__:
+        assert getattr(lightning_normdyn, name).__module__.startswith("lightning_normdyn.")
+    assert set(lightning_normdyn.__all__) <= set(dir(lightning_normdyn))
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        _ = lightning_normdyn.Nothing
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_all_is_sorted_and_true(path):
+    name = ".".join(("lightning_normdyn", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    if name.endswith("__main__"):
+        return
+    module = importlib.import_module(name)
+    listed = getattr(module, "__all__", [])
+    assert list(listed) == sorted(listed)
+    assert all(hasattr(module, n) for n in listed)
+
+
+def test_the_version_is_one_string():
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", lightning_normdyn.__version__)
+    assert (ROOT / "py.typed").exists()
+
+
+def test_exceptions_are_value_errors_of_one_family():
+    from lightning_normdyn import NormDynError, NoTargetsError, NotSupportedError
+
+    assert issubclass(NormDynError, ValueError)
+    assert issubclass(NoTargetsError, NormDynError)
+    assert issubclass(NotSupportedError, NormDynError)
