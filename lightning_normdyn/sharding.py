@@ -130,7 +130,7 @@ def place_all(weights: Sequence[Tensor], partitions: Sequence[Partition], names:
         placements = [place(w, p, name) for w, p, name in zip(weights, partitions, names, strict=True)]
     except NotSupportedError as error:
         refusal = error
-    if _world() > 1 and any(_is_dtensor(w) or w in _FLAT for w in weights):
+    if _world() > 1 and any(_is_dtensor(w) or _flat_slice(w) for w in weights):
         _compare_ranks(weights, partitions, names, placements, refusal)
     if refusal is not None:
         raise refusal
@@ -156,8 +156,9 @@ def place(weight: Tensor, partition: Partition, name: str = "weight") -> Placeme
             f"`{name}` has shape {shape} here, which does not fit its partition into vectors (dims {partition.keep} of sizes "
             f"{tuple(partition.labels.shape)}). If it is a slice of a flat FSDP parameter, call sharding.survey(module) first."
         )
-    if weight in _FLAT:
-        return _place_flat(_FLAT[weight], partition, name)
+    flat = _flat_slice(weight)
+    if flat is not None:
+        return _place_flat(flat, partition, name)
     if _is_dtensor(weight):
         return _place_dtensor(weight, partition, name)
     return Placement(shape, partition.n, _itself, (Piece(_itself, partition.keep, partition.labels),))
@@ -197,8 +198,9 @@ def full_shape(weight: Tensor) -> Shape:
 
     if is_lazy(weight):
         return ()
-    if weight in _FLAT:
-        return cast(Shape, _FLAT[weight].shape)
+    flat = _flat_slice(weight)
+    if flat is not None:
+        return flat.shape
     if isinstance(weight, nn.Parameter) and hasattr(weight, "ds_shape"):  # DeepSpeed stage 3 leaves an empty tensor behind
         return tuple(weight.ds_shape)
     return tuple(weight.shape)
@@ -206,7 +208,7 @@ def full_shape(weight: Tensor) -> Shape:
 
 def has_gradient(weight: Tensor) -> bool:
     """Whether ``weight`` got a gradient, as far as every rank can answer the same: a flat shard counts as if it had."""
-    return weight.grad is not None or weight in _FLAT
+    return weight.grad is not None or _flat_slice(weight) is not None
 
 
 def _distinct(values: Tensor) -> Tensor:
@@ -419,14 +421,23 @@ class FlatSlice:
         return start, min(max((rank + 1) * self.chunk - self.offset, start), prod(self.shape))
 
 
-_FLAT: Any = WeakTensorKeyDictionary()  # weight -> FlatSlice
+_FLAT: Any = WeakTensorKeyDictionary()  # weight -> FlatSlice, or None if it was flattened but not sharded
+
+
+def _flat_slice(weight: Tensor) -> FlatSlice | None:
+    if weight not in _FLAT and getattr(weight, "_fsdp_flattened", False):
+        raise NotSupportedError(
+            "FSDP has flattened the weights, and where they lie was not looked up. Call lightning_normdyn.sharding.survey(model) "
+            "with the outermost FSDP module first."
+        )
+    return cast("FlatSlice | None", _FLAT.get(weight))
 
 
 def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
     """Learn where the parameters lie that FSDP or DeepSpeed has flattened. Call it once after wrapping; without them it does nothing.
 
     Args:
-        module: whose FSDP units are looked at.
+        module: the outermost FSDP module, or any other.
         optimizers: as the strategy has wrapped them.
 
     Raises:
@@ -450,6 +461,7 @@ def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
                 "Pass use_orig_params=True to FSDPStrategy (Lightning's default)."
             )
         if not sharded:
+            _FLAT.update({weight: None for weight in _private(flat, "_params")[0]})
             continue
         shapes, strides, numels, padding, extensions, size, shards, params = _private(
             flat,
@@ -734,6 +746,17 @@ class Reduction:
         if self.everywhere:
             return self.per_weight(values)
         return _all_reduce(self._spoken(values, self._speaks), None)
+
+    def counts(self, bins: Tensor, size: int) -> Tensor:
+        """How many vectors of each weight on all ranks lie in each bin, each counted once: ``(..., n)`` to ``(..., weights, size)``."""
+        chosen = slice(None) if self.everywhere else self._speaks
+        weight_of, none = self.weight_of[chosen], self.weights * size
+        out = self.length.new_zeros(bins[..., 0].numel(), none + 1)
+        for row, mine in zip(out, bins[..., chosen].flatten(0, -2), strict=True):
+            index = torch.where(mine >= 0, weight_of * size + mine, none)
+            row.index_add_(0, index, torch.ones_like(index, dtype=out.dtype))
+        out = out[:, :none].reshape(*bins.shape[:-1], self.weights, size)
+        return out if self.everywhere else _all_reduce(out, None)
 
     def _spoken(self, values: Tensor, chosen: Tensor) -> Tensor:
         out = values.new_zeros(*values.shape[:-1], self.weights)

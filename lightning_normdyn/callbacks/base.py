@@ -194,7 +194,7 @@ class Session:
         self.closed = False
         # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
         self.names = parameter_names(module)
-        survey(module, trainer.optimizers)
+        survey(trainer.strategy.model or module, trainer.optimizers)  # the module inside of whatever the strategy wraps around it
         self.shapes = {weight: full_shape(weight) for weight in self.names}
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
