@@ -261,6 +261,20 @@ class WeightVectors:
         """
         return self._reduction.totals(values)
 
+    def counts(self, bins: Tensor, size: int) -> Tensor:
+        """How many vectors of each weight lie in each bin, over all ranks, every vector counted once.
+
+        One collective, or none where every rank holds all vectors. Every rank must call it.
+
+        Args:
+            bins: ``(..., n)`` int64: the bin of each vector, ``0..size-1``, or -1 for none.
+            size: number of bins.
+
+        Returns:
+            ``(..., weights, size)``.
+        """
+        return self._reduction.counts(bins, size)
+
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
         return per_weight[..., self.weight_of]
