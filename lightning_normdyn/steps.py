@@ -126,6 +126,7 @@ class StepBracket:
         self._snapshot_requests: dict[Tensor, Tensor] = {}
         self._snapshots: dict[Tensor, Tensor] = {}
         self._step: Step | None = None
+        self._depth = 0
         self._groups: list[dict[str, Any]] | None = None
         self._unsettled: tuple[Tensor, torch.cuda.Event | None] | None = None
         self._hooks: list[Any] = []
@@ -227,7 +228,13 @@ class StepBracket:
         self._of.pop(self.optimizer, None)
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.restore()  # an earlier step that raised may have left the groups split
+        hooked = sum(getattr(vars(c).get("step"), "hooked", False) for c in type(optimizer).__mro__)
+        if self._depth >= hooked:  # an earlier step raised and never came to its end
+            self._depth = 0
+        self._depth += 1
+        if self._depth > 1:  # torch calls hooks again for the super().step() of a subclass
+            return None
+        self.restore()
         positional = len(args) > 1
         closure = args[1] if positional else kwargs.get("closure")
         if closure is None:
@@ -260,6 +267,9 @@ class StepBracket:
 
     @torch.no_grad()
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._depth = max(0, self._depth - 1)
+        if self._depth:
+            return
         self.restore()
         step, self._step = self._step, None
         if step is None:  # attached between ready and stepped

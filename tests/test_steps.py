@@ -147,6 +147,56 @@ def test_an_optimizer_that_turns_out_to_call_its_closure_twice_is_refused_before
     assert optimizer.param_groups is groups
 
 
+class Clamps(torch.optim.SGD):
+    """An optimizer as people write them: something before, the step of its base class, something after."""
+
+    fails = ""
+
+    def step(self, closure=None):
+        loss = None if closure is None else closure()
+        if self.fails == "before":
+            raise RuntimeError("before")
+        super().step()
+        if self.fails == "after":
+            raise RuntimeError("after")
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data.clamp_(max=2.0)
+        return loss
+
+
+@pytest.mark.parametrize("fails", ["", "before", "after"])
+@pytest.mark.parametrize("with_closure", [True, False])
+def test_a_subclass_that_calls_its_base_class_steps_once(with_closure, fails):
+    weight = weight_and_sgd()[0]  # SGD was used before: torch now calls hooks for the step of both classes
+    optimizer, seen = Clamps([weight], lr=0.5), []
+    bracket = StepBracket.of(optimizer)
+    bracket.add(Phase.SHRINK, lambda step: seen.append(("ready", step.number, float(weight.max()))))
+    bracket.add(Phase.RESCALE, lambda step: seen.append(("stepped", step.number, float(weight.max()))))
+
+    def step():
+        if with_closure:
+            optimizer.step(lambda: backward(weight))
+        else:
+            backward(weight)
+            optimizer.step()
+
+    if fails:
+        optimizer.fails = fails
+        with pytest.raises(RuntimeError, match=fails):
+            step()
+        optimizer.fails = ""
+        assert [event[:2] for event in seen] == [("ready", 1)]
+        seen.clear()
+        step()
+        assert [event[:2] for event in seen] == [("ready", 1), ("stepped", 1)]
+        assert bracket.steps == 1
+    else:
+        step()
+        step()
+        assert seen == [("ready", 1, 6.0), ("stepped", 1, 2.0), ("ready", 2, 2.0), ("stepped", 2, 1.5)]
+
+
 def test_schedule_free_is_refused():
     _weight, optimizer = weight_and_sgd()
     optimizer.param_groups[0]["train_mode"] = True
