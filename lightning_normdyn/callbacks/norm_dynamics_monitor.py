@@ -12,6 +12,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, balance, log_every, warn_once
+from lightning_normdyn.callbacks.publishing import (
+    Outcome,
+    can_show_histograms,
+    publish_about,
+    publish_alert,
+    publish_outcome,
+    publish_row,
+)
 from lightning_normdyn.callbacks.tables import render, show
 from lightning_normdyn.equilibrium import (
     equilibrium_angular_update,
@@ -30,6 +38,7 @@ from lightning_normdyn.functional import (
     norm_from_sums,
     std_from_sums,
 )
+from lightning_normdyn.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.steps import Phase, Step, StepBracket
@@ -50,6 +59,8 @@ QUANTITIES = (
     "equilibrium_ratio",
 )
 PREDICTED = ("equilibrium_angular_update", "equilibrium_ratio")
+# Shown as histograms over vectors, in the section `<quantity>_histogram`.
+BINNED = ("weight_norm", "angular_update")
 # Measured for the predictions and the warnings, not logged.
 INTERNAL = ("lr", "gradient_scale", "dead", "steps_left", "collapsed")
 # E-foldings of the norm after which a run may be called settled.
@@ -69,16 +80,8 @@ class _Measured:
     optimizer_step: int
     quantities: list[str]
     packed: Tensor
+    binned: bool  # whether histograms are in it
     groups: list[dict[str, Any]]  # hyperparameters of each target's group at this very step
-
-
-def send_alert(trainer: Trainer, title: str, text: str) -> None:
-    """A W&B alert in every W&B run of this Trainer."""
-    from lightning.pytorch.loggers import WandbLogger
-
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.alert(title=title, text=text)
 
 
 class NormDynamicsMonitor(NormDynCallback):
@@ -165,6 +168,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._relaxation: dict[str, float] = {}
         self._reported: set[str] = set()
         self._last_step = -1
+        self._told = 0  # how many targets the loggers know of
 
     @property
     def shows_tables(self) -> bool:
@@ -248,10 +252,16 @@ class NormDynamicsMonitor(NormDynCallback):
             valid &= active
         packed = vectors.totals(torch.cat([torch.where(valid, powers, torch.zeros_like(powers)), valid.to(powers.dtype)]))
         skipped = packed.new_zeros(1) if step.skipped is None else step.skipped.to(packed.dtype).reshape(1)
-        now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
-        packed = torch.cat([packed.flatten(), skipped])
+        trainer = self._session.trainer
+        now = trainer.fit_loop.epoch_loop._batches_that_stepped
+        binned = self.histograms and can_show_histograms(trainer.loggers)
+        histograms = packed.new_zeros(0)
+        if binned:
+            chosen = torch.stack([values[q] for q in BINNED])
+            histograms = bin_vectors(vectors, chosen if active is None else torch.where(active, chosen, float("nan")))
+        packed = torch.cat([packed.flatten(), histograms.flatten(), skipped])
         groups = [{k: v for k, v in plan.group_of(t).items() if k != "params"} for t in plan.targets]
-        self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed, groups))
+        self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed, binned, groups))
         if self.per_vector_history:
             self._keep_vectors(now, plan, sums)
 
@@ -312,10 +322,12 @@ class NormDynamicsMonitor(NormDynCallback):
         results, self._results = self._results, []
         if results:
             self._publish(trainer, results)
+            self._publish_about(trainer)
 
     def _publish(self, trainer: Trainer, results: list[_Measured]) -> None:
         assert self._session is not None
         row: dict[str, float] = {}
+        histograms: dict[str, Histogram] = {}
         overview: dict[str, list[float]] = {}
         step, optimizer_step, stepped, collapsed = results[0].step, results[0].optimizer_step, False, 0.0
         # One transfer to the host for all optimizers of this batch.
@@ -326,6 +338,8 @@ class NormDynamicsMonitor(NormDynCallback):
                 continue  # a fused optimizer skipped this update inside its kernel
             stepped = True
             kinds, width = result.quantities, len(result.plan.targets)
+            if result.binned:
+                histograms.update(self._histograms(result, mine[2 * len(kinds) * width : -1]))
             for j, (target, group) in enumerate(zip(result.plan.targets, result.groups, strict=True)):
                 sums = {q: (mine[i * width + j], mine[(len(kinds) + i) * width + j]) for i, q in enumerate(kinds)}
                 found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
@@ -358,10 +372,21 @@ class NormDynamicsMonitor(NormDynCallback):
             row["normdyn/clamped_vectors"] = clamped
         row = {key: value for key, value in row.items() if isfinite(value)}
         if trainer.is_global_zero:
-            self._keep(trainer, row, step, optimizer_step)
+            self._keep(trainer, row, histograms, step, optimizer_step)
         self._to_progress_bar(row)
 
-    def _keep(self, trainer: Trainer, row: dict[str, float], step: int, optimizer_step: int) -> None:
+    @staticmethod
+    def _histograms(result: _Measured, numbers: list[float]) -> dict[str, Histogram]:
+        packed = iter([numbers[i : i + PACKED] for i in range(0, len(numbers), PACKED)])
+        by_quantity = unpack([[next(packed) for _ in result.plan.targets] for _ in BINNED])
+        return {
+            f"{quantity}_histogram/{target.name}": histogram
+            for quantity, histograms in zip(BINNED, by_quantity, strict=True)
+            for target, histogram in zip(result.plan.targets, histograms, strict=True)
+            if histogram is not None
+        }
+
+    def _keep(self, trainer: Trainer, row: dict[str, float], histograms: dict[str, Histogram], step: int, optimizer_step: int) -> None:
         """Rank zero: into the history with everything, into the loggers with what was asked for."""
         assert self._session is not None
         first = not len(self.history)
@@ -372,9 +397,9 @@ class NormDynamicsMonitor(NormDynCallback):
             self._say_idle_decay(trainer)
         every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
         if every and ((step + 1) % every == 0 or trainer.should_stop):
-            shown = row if self.quantities is None else {k: v for k, v in row.items() if self._asked_for(k)}
-            for logger in trainer.loggers:
-                logger.log_metrics(shown, step=step)
+            shown = {key: value for key, value in row.items() if self._asked_for(key)}
+            shown["normdyn/optimizer_step"] = float(optimizer_step)
+            publish_row(trainer.loggers, shown, histograms, step)
 
     def _asked_for(self, key: str) -> bool:
         section, _, name = key.partition("/")
@@ -430,7 +455,7 @@ class NormDynamicsMonitor(NormDynCallback):
         )
         warn_once(text)
         if self.alert and trainer.is_global_zero:
-            send_alert(trainer, "Weights collapse", text)
+            publish_alert(trainer.loggers, "Weights collapse", text)
 
     def _say_idle_decay(self, trainer: Trainer) -> None:
         """The usual AdamW trap: a decay too small to change any norm within this run."""
@@ -477,19 +502,23 @@ class NormDynamicsMonitor(NormDynCallback):
         super().on_fit_start(trainer, pl_module)
         self._off = bool(trainer.barebones)
         self.history = History()
-        self._last_step, self._results, self._sums = -1, [], {}
+        self._last_step, self._told, self._results, self._sums = -1, 0, [], {}
         self._influences, self._length, self._relaxation, self._reported = {}, {}, {}, set()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the last step if it was not foreseen, and print the end table."""
+        """Add the last step if it was not foreseen, publish what came of the fit, and print the end table."""
         now = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         if not self._off and self.plans and 0 <= self._last_step < now:
             self._append_final(trainer, now)
-        self.history.meta.update(self._meta())
-        text = self.end_table() if self.tables else None
+        self._publish_about(trainer)
+        layers = self._layers()
+        text = self._end_table(layers) if self.tables else None
         super().on_train_end(trainer, pl_module)
         if text:
             show(trainer, text)
+        if trainer.is_global_zero:
+            outcome = Outcome(self.history, layers, self.quantities or QUANTITIES, self._label())
+            publish_outcome(trainer.loggers, outcome)
 
     def _append_final(self, trainer: Trainer, now: int) -> None:
         """A run that ended before its time (early stopping, a time limit): the last weights at least, if not the last angle."""
@@ -501,37 +530,89 @@ class NormDynamicsMonitor(NormDynCallback):
         if trainer.is_global_zero:
             self.history.append(now, row, optimizer_step=max(self.steps_of(i) for i in self.plans))
 
-    def _meta(self) -> dict[str, Any]:
-        targets = {
+    def _publish_about(self, trainer: Trainer) -> None:
+        """What the run consists of: at its first step, and again when more weights are trained (finetuning)."""
+        assert self._session is not None
+        targets = [t for plan in self.plans.values() for t in plan.targets]
+        if len(targets) == self._told:
+            return
+        self._told = len(targets)
+        callbacks: dict[str, dict[str, Any]] = {}
+        for member in self._session.members:
+            kind = type(member).__name__
+            name = kind if kind not in callbacks else f"{kind}-{len(callbacks)}"
+            callbacks[name] = {"params": member.params, "granularity": member.granularity, **member.settings()}
+        # Every rank takes part in the treatments.
+        table = {
             t.name: {
                 "shape": list(t.verdict.shape),
                 "scale_invariant": t.verdict.kind,
                 "norms": list(t.verdict.norms),
                 "vectors": t.partition.n,
+                "treated": self._treatment_of(t),
             }
-            for plan in self.plans.values()
-            for t in plan.targets
+            for t in targets
         }
-        return {"targets": targets, "settings": self.settings()}
+        about = {"callbacks": callbacks, "targets": table}
+        self.history.meta.update(about)
+        if trainer.is_global_zero:
+            publish_about(trainer.loggers, about, self._label())
 
-    def end_table(self) -> str | None:
-        """The table at the end of a fit as text; None if nothing was measured here. Sharded over ranks, all of them must call it."""
+    def _label(self) -> str:
+        """What tells this monitor's tables and files from those of others on the same Trainer."""
         assert self._session is not None
+        position = [m for m in self._session.members if isinstance(m, NormDynamicsMonitor)].index(self)
+        return f"-{position}" if position else ""
+
+    def _layers(self) -> list[dict[str, Any]]:
+        """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks, all of them must call it."""
         targets = [t for plan in self.plans.values() for t in plan.targets]
-        # Every rank takes part in these; what follows is known to rank zero only.
-        treated, clamped = [self._treatment_of(t) for t in targets], self._session.counted("clamped")
-        if not len(self.history) or not self.plans:
-            return None
-        rows, known = [], set(self.history.keys())
+        # Every rank takes part in this; what follows is known to rank zero only.
+        treated = [self._treatment_of(t) for t in targets]
+        layers, known = [], set(self.history.keys())
         for target, how in zip(targets, treated, strict=True):
             if f"weight_norm/{target.name}" not in known:
                 continue
-            norms = self.history.column(f"weight_norm/{target.name}")[1]
-            latest = [self._latest(q, target) for q in ("effective_lr", "angular_update", "equilibrium_angular_update")]
-            rows.append((target.name, how or "-", f"{norms[0]:.3g} → {norms[-1]:.3g}", *latest, *self._judge(target)))
-        title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
+            norms = self.history.column(f"weight_norm/{target.name}")[1].tolist()
+            elapsed, verdict = self._judge(target)
+            layers.append(
+                {
+                    "weight": target.name,
+                    "scale-invariant": target.verdict.kind,
+                    "vectors": target.partition.n,
+                    "treated how": how or "-",
+                    "norm first": norms[0],
+                    "norm last": norms[-1],
+                    "effective lr": self._latest("effective_lr", target),
+                    "angular update": self._latest("angular_update", target),
+                    "prediction": self._latest("equilibrium_angular_update", target),
+                    "e-foldings": None if elapsed == "-" else float(elapsed),
+                    "verdict": verdict,
+                }
+            )
+        return layers
+
+    def end_table(self) -> str | None:
+        """The table at the end of a fit as text; None if nothing was measured here. Sharded over ranks, all of them must call it."""
+        return self._end_table(self._layers())
+
+    def _end_table(self, layers: list[dict[str, Any]]) -> str | None:
+        assert self._session is not None
+        clamped = self._session.counted("clamped")
+        if not layers:
+            return None
         columns = ("weight", "treated how", "norm first → last", "effective lr", "angular update", "prediction", "e-foldings", "verdict")
-        text = render(title, columns, rows)
+
+        def cell(row: dict[str, Any], column: str) -> str:
+            if column == "norm first → last":
+                return f"{row['norm first']:.3g} → {row['norm last']:.3g}"
+            value = row[column]
+            if isinstance(value, float):
+                return f"{value:.1f}" if column == "e-foldings" else f"{value:.3g}"
+            return "-" if value is None else str(value)
+
+        title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
+        text = render(title, columns, [[cell(row, column) for column in columns] for row in layers])
         if clamped:
             text += f"The shrink factor was clamped at 0.5 {clamped:.0f} times: lr * alpha * norm is too large for these weights.\n"
         return text
@@ -566,12 +647,12 @@ class NormDynamicsMonitor(NormDynCallback):
         others = [(m, p, t) for m in self._session.members if m is not self for p in m.plans.values() for t in p.targets]
         return "; ".join(m.treatment(p, t) for m, p, t in others if t.weight is target.weight)
 
-    def _latest(self, quantity: str, target: Target) -> str:
+    def _latest(self, quantity: str, target: Target) -> float | None:
         key = f"{quantity}/{target.name}"
         if key not in set(self.history.keys()):
-            return "-"
+            return None
         values = self.history.column(key)[1]
-        return f"{values[-1]:.3g}" if len(values) else "-"
+        return float(values[-1]) if len(values) else None
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """Measuring is not treating."""
