@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import reference
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -171,3 +172,55 @@ def gradients(
         return out if transform is None else transform(out)
 
     return at
+
+
+def against_paper(
+    callbacks: list[Any],
+    make_optimizer: MakeOptimizer,
+    optimizer: Any,
+    *,
+    lr: float,
+    steps: int = 8,
+    dtype: torch.dtype = torch.float64,
+    make_scheduler: Any = None,
+    reference_lr: Callable[[int], float] | None = None,
+    accumulate: int = 1,
+    transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    targets: list[str] | None = None,
+    net: Callable[[], nn.Module] = convnet,
+    state: dict[str, Any] | None = None,
+    rules: dict[str, Any],
+    **arguments: Any,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same training by a Trainer with our callbacks and by `reference.train`, each with its own gradients: both final weights."""
+
+    def fresh() -> Net:
+        torch.manual_seed(1)
+        return Net(make_optimizer, net(), make_scheduler, dtype)
+
+    module = fresh()
+    fit(module, callbacks, accumulate_grad_batches=accumulate, max_steps=steps, max_epochs=-1, **arguments)
+    other = fresh()
+    expected = reference.train(
+        weights_of(other),
+        gradients(other, list(loader(dtype=dtype)), accumulate, transform),
+        optimizer,
+        lr=lr if reference_lr is None else reference_lr,
+        steps=steps,
+        targets=TARGETS if targets is None else targets,
+        state=state,
+        **rules,
+    )[-1]
+    return weights_of(module), expected
+
+
+def clip_by_value(limit: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda grads: {name: g.clamp(-limit, limit) for name, g in grads.items()}
+
+
+def clip_by_norm(limit: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    def clip(grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
+        return {name: g * min(1.0, limit / (float(total) + 1e-6)) for name, g in grads.items()}  # torch's 1e-6
+
+    return clip

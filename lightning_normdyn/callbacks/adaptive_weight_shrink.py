@@ -104,7 +104,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         statistic = self.statistic_of(plan)
         lr = plan.group_values("lr")
         factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
-        plan.count("clamped", step.unless_skipped((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0))
+        plan.count("clamped", plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step))
         if plan.vectors.low_precision:
             owed = self.per_vector("owed", plan, lambda: torch.ones(plan.vectors.n, device=plan.vectors.device))
             self.store_per_vector("owed", plan, plan.vectors.scale_rounded_(factor, owed))

@@ -167,6 +167,18 @@ class Plan:
         else:
             self.counters[key] = values.clone()
 
+    def inherit(self, earlier: Plan) -> None:
+        """Take over what was counted for weights that an earlier plan had as well."""
+        where = {t.name: s for t, s in zip(earlier.targets, earlier.vectors.slices, strict=True)}
+        for target, now in zip(self.targets, self.vectors.slices, strict=True):
+            before = where.get(target.name)
+            if before is None or before.stop - before.start != now.stop - now.start:
+                continue
+            self.bad[now] = earlier.bad[before]
+            for key, values in earlier.counters.items():
+                self.counters.setdefault(key, values.new_zeros(self.vectors.n))[now] = values[before]
+        self.events = earlier.events
+
     def mark(self, event: str) -> None:
         """Note that something happened to these weights in this step; the monitor writes it into its history."""
         self.events.append(event)
@@ -482,7 +494,7 @@ class NormDynCallback(Callback):
         self._attached_at: dict[int, int] = {}
         self._per_vector: dict[str, dict[str, Tensor]] = {}  # of the vectors that this rank holds
         self._restored_vectors: dict[str, dict[str, Tensor]] = {}  # of all vectors, from a checkpoint
-        self._remove: list[Callable[[], None]] = []
+        self._named: set[Tensor] = set()  # by patterns, known at fit start
         self._reported_bad = False
 
     # -- what a callback adds ------------------------------------------------------------------------------------------
@@ -571,13 +583,15 @@ class NormDynCallback(Callback):
         bracket, optimizer = session.brackets[index], session.optimizers[index]
         owned = session.owned(optimizer)
         targets = [t for w in self._select(owned) if (t := self._target(w)) is not None]
-        self._refuse_rivals(targets)
+        self._refuse_rivals([t.weight for t in targets])
         self.check_optimizer(optimizer, [t.weight for t in targets])
         self._drop_handlers(index)
         if not targets:
             self.plans.pop(index, None)
             return
         plan = self._make_plan(index, optimizer, targets)
+        if index in self.plans:
+            plan.inherit(self.plans[index])
         self.plans[index] = plan
         self._attached_at.setdefault(index, bracket.steps)
         for phase, handler in self.handlers().items():
@@ -635,13 +649,14 @@ class NormDynCallback(Callback):
         partition = choose_partition(verdict, self.granularity, fallback)
         return Target(name, weight, partition, verdict, by_request=verdict.partition is None)
 
-    def _refuse_rivals(self, targets: list[Target]) -> None:
-        assert self._session is not None
-        for other in self._session.members:
+    def _refuse_rivals(self, weights: list[Tensor]) -> None:
+        session = self._session
+        assert session is not None
+        for other in session.members:
             if other is self or type(other) is not type(self):
                 continue
-            theirs = {id(t.weight) for plan in other.plans.values() for t in plan.targets}
-            both = [t.name for t in targets if id(t.weight) in theirs]
+            theirs = other._named | {t.weight for plan in other.plans.values() for t in plan.targets}
+            both = [session.names[w][0] for w in weights if w in theirs]
             if both:
                 raise NotSupportedError(
                     f"Two {type(self).__name__} callbacks target `{both[0]}`{f' and {len(both) - 1} more' if len(both) > 1 else ''}. "
@@ -709,6 +724,7 @@ class NormDynCallback(Callback):
         self._session.members.append(self)
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
+        self._named = set()
         for optimizer in trainer.optimizers:
             for part in torch_optimizers(optimizer):
                 check_optimizer(part)
@@ -733,6 +749,11 @@ class NormDynCallback(Callback):
                     f"`{session.names[weight][0]}` was asked to be a target, but no optimizer holds it. "
                     "Return it from configure_optimizers, or leave it out."
                 )
+        self._named = {weights[i] for i in chosen}
+        self._refuse_rivals([weights[i] for i in chosen])
+        for optimizer in trainer.optimizers:
+            for part in torch_optimizers(optimizer):
+                self.check_optimizer(part, [p for g in part.param_groups for p in g["params"] if p in self._named])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bracket the optimizers: only here are weights, optimizer state and callback state restored under every strategy."""
