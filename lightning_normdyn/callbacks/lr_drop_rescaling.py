@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target, balance
-from lightning_normdyn.callbacks.rescaling import Rescaler
+from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging
 from lightning_normdyn.equilibrium import lr_drop_exponent, step_response
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.steps import Phase, Step, StepBracket
@@ -141,6 +141,11 @@ class LRDropRescaling(NormDynCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self._forget()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse averages over weights whose scale this callback changes."""
+        refuse_averaging(trainer, self)
+        super().on_fit_start(trainer, pl_module)
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale."""

@@ -16,6 +16,8 @@ from lightning_normdyn.optimizer_state import per_matrix_only, rescale_batch_nor
 from lightning_normdyn.vectors import Partition, WeightVectors
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+
     from lightning_normdyn.callbacks.base import Plan, Session
 
 
@@ -98,3 +100,21 @@ class Rescaler:
                 channel = (extended[index] ** degree).to(mean.device)
                 offset = None if bias is None else biases[bias].to(mean.device)
                 rescale_batch_norm_(mean, var, channel, offset, float(module.eps))  # type: ignore[arg-type]
+
+
+def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
+    """Refuse, at fit start, Lightning's averages of weights beside a callback that changes their scale.
+
+    An average over weights of different lengths points elsewhere than any of them, and its BatchNorm statistics belong to none.
+
+    Raises:
+        NotSupportedError: naming both callbacks.
+    """
+    averaging = [
+        c for c in trainer.callbacks if any(k.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for k in type(c).__mro__)
+    ]
+    if averaging:
+        raise NotSupportedError(
+            f"{type(callback).__name__} changes the length of weights that {type(averaging[0]).__name__} averages, so the average would mix "
+            "weights of different scales. Remove one of the two; AdaptiveWeightShrink and RadialProjection change lengths smoothly."
+        )

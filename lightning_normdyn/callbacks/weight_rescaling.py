@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
-from lightning_normdyn.callbacks.rescaling import Rescaler
+from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
 
@@ -84,6 +85,11 @@ class WeightRescaling(NormDynCallback):
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
         """Acts after the step, last of all."""
         return {Phase.RESCALE: self._rescale}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse averages over weights whose scale this callback changes."""
+        refuse_averaging(trainer, self)
+        super().on_fit_start(trainer, pl_module)
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale, its decay ours to take over."""
