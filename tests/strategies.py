@@ -31,7 +31,9 @@ class CPUFSDPStrategy(FSDPStrategy):
     def setup_environment(self) -> None:
         shape = self.kwargs.pop("cpu_mesh", None)
         super().setup_environment()
-        self.precision_plugin.convert_input = lambda data: data  # Lightning casts batches to float32, for float64 models as well
+        # Lightning casts modules and batches to float32; a float64 model stays one.
+        self.precision_plugin.convert_module = lambda module: module
+        self.precision_plugin.convert_input = lambda data: data
         if shape is not None:  # Lightning builds meshes for "cuda"
             from torch.distributed.device_mesh import init_device_mesh
 
@@ -280,9 +282,7 @@ STRATEGIES: dict[str, Strategy] = {
     "FSDP1 NO_SHARD": Strategy(2, _fsdp1("NO_SHARD")),
     "FSDP1 HYBRID_SHARD": Strategy(4, _fsdp1("HYBRID_SHARD", cpu_mesh=(2, 2))),
 }
-DEEPSPEED: dict[str, Strategy] = {
-    f"DeepSpeed ZeRO-{stage}": Strategy(2, _deepspeed(stage), dtypes=(torch.float32,)) for stage in range(4)
-}
+DEEPSPEED: dict[str, Strategy] = {f"DeepSpeed ZeRO-{stage}": Strategy(2, _deepspeed(stage), dtypes=(torch.float32,)) for stage in range(4)}
 
 
 def fit(
@@ -292,7 +292,6 @@ def fit(
     dtype: torch.dtype = torch.float64,
     optimizer: Callable[[Any], Any] | None = None,
     steps: int = STEPS,
-    devices: int | None = None,
     ckpt_path: str | None = None,
     model: Callable[..., Module] = Module,
     **arguments: Any,
@@ -314,7 +313,7 @@ def fit(
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
             accelerator="cpu",
-            devices=int(os.environ["WORLD_SIZE"]) if devices is None else devices,
+            devices=world_size(),
             strategy=strategy.make(),
             callbacks=made,
             use_distributed_sampler=False,
@@ -338,7 +337,6 @@ def adamw(module: Any) -> Any:
     return torch.optim.AdamW([{"params": first, "lr": 0.02, "weight_decay": 0.05}, {"params": rest}], lr=0.01, weight_decay=0.01)
 
 
-def close_process_group() -> None:
-    """Before the ranks answer: gloo's threads do not like to be killed."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def world_size() -> int:
+    """Number of ranks. Lightning deletes the variable at the end of a fit."""
+    return dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"])
