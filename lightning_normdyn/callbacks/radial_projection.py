@@ -122,9 +122,9 @@ class RadialProjection(NormDynCallback):
         weights, gradients = vectors.values(), vectors.gradients()
 
         def summarize(sums: Tensor, length: Tensor) -> Tensor:
-            # Rows of one weight have one length, so the filter test is a count of rows over the threshold, the layer test a sum over
-            # rows.
-            over = cosine_from_sums(*sums).abs() * length.sqrt() >= self.delta
+            # Rows of one weight have one length, so the filter test is a count of rows that are not under the threshold (a NaN is not),
+            # the layer test a sum over rows.
+            over = ~(cosine_from_sums(*sums).abs() * length.sqrt() < self.delta)
             return torch.cat([sums, over[None].to(sums.dtype), length[None]])
 
         pairs = (weights, weights), (weights, gradients), (gradients, gradients)

@@ -1,0 +1,273 @@
+"""Radial projection against SGDP and AdamP as their papers have them, and against the statements that they rest on."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import pytest
+import reference
+import torch
+from models import TARGETS, Net, against_paper, convnet, distance, fit, gradients, loader, make, same, weights_of
+from reference import Project, Shrink
+from replay import Recorder, replay
+from torch import nn
+
+from lightning_normdyn import AdaptiveWeightShrink, NormDynWarning, NotSupportedError, RadialProjection
+
+
+def matrices_only(norm):
+    """No parameter of one dimension: SGDP decays those decoupled, torch's SGD does not."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), norm(4), nn.ReLU(), nn.Conv2d(4, 6, 3, bias=False), norm(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(24, 2, bias=False),
+    )  # fmt: skip
+
+
+NETS = {
+    "batch norm": partial(matrices_only, lambda c: nn.BatchNorm2d(c, affine=False)),
+    "one group": partial(matrices_only, lambda c: nn.GroupNorm(1, c, affine=False)),
+    "no norm": partial(matrices_only, lambda c: nn.Identity()),
+}
+# Which network, which threshold, and what the gate must then have said of its weights. The head of each is not scale-invariant, and the
+# filters in front of a GroupNorm of one group are orthogonal to their gradients only together.
+GATES = {
+    "filter and closed": ("batch norm", 0.1, {"filter", None}),
+    "layer and closed": ("one group", 0.1, {"layer", None}),
+    "closed": ("no norm", 0.001, {None}),
+    "open to everything": ("no norm", 1000.0, {"filter"}),
+}
+
+
+def both(monkeypatch, make_optimizer, algorithm, gate, steps=8, **options):
+    """Final weights of a Trainer with the callback, of the paper's algorithm, and what the paper's gate said on the way."""
+    net, delta, _ = GATES[gate]
+    module, other = (make(make_optimizer=make_optimizer, net=seeded(NETS[net])) for _ in range(2))
+    fit(module, [RadialProjection(gate="cosine", delta=delta)], max_steps=steps, max_epochs=-1)
+    original, views = reference.open_gate, set()
+    monkeypatch.setattr(reference, "open_gate", lambda w, g, d: views.add(found := original(w, g, d)) or found)
+    expected = algorithm(weights_of(other), gradients(other, list(loader())), steps=steps, delta=delta, **options)[-1]
+    return weights_of(module), expected, views
+
+
+def seeded(net):
+    torch.manual_seed(1)
+    return net()
+
+
+@pytest.mark.parametrize("options", [{}, {"nesterov": True}, {"dampening": 0.5}], ids=["heavy ball", "nesterov", "dampening"])
+@pytest.mark.parametrize("gate", GATES)
+def test_sgd_with_the_gate_is_sgdp(monkeypatch, gate, options):
+    def make_optimizer(p):
+        return torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+
+    got, expected, views = both(monkeypatch, make_optimizer, reference.sgdp, gate, lr=0.1, momentum=0.9, weight_decay=0.1, **options)
+    assert views >= GATES[gate][2]
+    assert distance(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_adamw_with_the_gate_is_adamp(monkeypatch, gate):
+    def make_optimizer(p):
+        return torch.optim.AdamW(p, lr=0.02, weight_decay=0.5)
+
+    got, expected, views = both(monkeypatch, make_optimizer, reference.adamp, gate, lr=0.02, weight_decay=0.5)
+    assert views >= GATES[gate][2]
+    assert distance(got, expected) <= 1e-12
+
+
+@pytest.mark.parametrize("gate", ["always", "cosine"])
+@pytest.mark.parametrize(
+    ("make_optimizer", "optimizer", "lr"),
+    [
+        (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), reference.SGD(weight_decay=0.1), 0.1),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), reference.SGD(0.9, nesterov=True), 0.1),
+        (lambda p: torch.optim.Adam(p, 0.02), reference.Adam(), 0.02),
+        (lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.5), reference.AdamW(weight_decay=0.5), 0.02),
+    ],
+    ids=["sgd", "nesterov", "adam", "adamw"],
+)
+def test_projects_the_step_of_any_optimizer(make_optimizer, optimizer, lr, gate):
+    targets = TARGETS if gate == "always" else [*TARGETS, "net.8.weight"]
+    callback, rules = RadialProjection(gate=gate), {"project": Project(gate)}
+    assert distance(*against_paper([callback], make_optimizer, optimizer, lr=lr, targets=targets, rules=rules)) <= 1e-12
+    got, expected = against_paper(
+        [RadialProjection(gate=gate)], make_optimizer, optimizer, lr=lr, targets=targets, rules=rules, dtype=torch.float32, steps=4
+    )
+    assert distance(got, expected) <= 1e-6
+
+
+def test_with_aws_over_300_steps():
+    # w <- f w - lr Pi_w(step): AWS is the decay, the projection takes the radial part of the rest.
+    recorder = Recorder()
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1))
+    fit(module, [RadialProjection(), AdaptiveWeightShrink(0.1), recorder], max_steps=300, max_epochs=-1)
+    assert len(recorder.steps[0]) == 300
+    got = weights_of(module)
+    assert distance(got, replay(recorder, TARGETS, shrink=Shrink(0.1), project=Project())) <= 1e-12
+    assert distance(got, replay(recorder, TARGETS, shrink=Shrink(0.1))) > 1e-3
+
+
+@pytest.mark.parametrize("granularity", ["group", "layer"])
+def test_vectors_larger_than_a_filter(granularity):
+    recorder, groups = Recorder(), {"group": 2, "layer": 1}[granularity]
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1), net=seeded(partial(convnet, norm=lambda c: nn.GroupNorm(2, c))))
+    fit(module, [RadialProjection(granularity=granularity), recorder], max_steps=1)
+    for name in TARGETS:
+        w, g = recorder.start[name], recorder.steps[0][0][name][0]
+        parts = zip(w.chunk(groups), g.chunk(groups), strict=True)
+        expected = torch.cat([a - 0.1 * (b - (a * b).sum() / (a * a).sum() * a) for a, b in parts])
+        torch.testing.assert_close(weights_of(module)[name], expected, rtol=1e-13, atol=1e-15)
+
+
+# ---- What it is for ----
+
+
+def norms(weights):
+    return torch.cat([weights[name].flatten(1).norm(dim=1) for name in TARGETS])
+
+
+class EachStep(Recorder):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.trajectory = [*getattr(self, "trajectory", [self.start]), weights_of(pl_module)]
+
+
+def test_norms_grow_by_the_projected_step_only():
+    """SGDP, lemma 2.1: ‖w'‖² = ‖w‖² + ‖Π(Δ)‖²; with momentum and no projection it is more."""
+    look = EachStep()
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    fit(module, [RadialProjection(), look])
+    for before, after in itertools.pairwise(look.trajectory):
+        step = norms({name: after[name] - before[name] for name in TARGETS})
+        torch.testing.assert_close(norms(after) ** 2, norms(before) ** 2 + step**2, rtol=1e-13, atol=0)
+    free = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    fit(free, [])
+    assert (norms(weights_of(free)) > norms(weights_of(module))).all()
+
+
+def test_projecting_does_not_erase_weight_decay():
+    runs = {}
+    for decay in (0.0, 0.5):
+        module = make(make_optimizer=lambda p, decay=decay: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=decay))
+        fit(module, [RadialProjection(weight_decay_ratio=1.0)], max_steps=20, max_epochs=-1)
+        runs[decay] = norms(weights_of(module))
+    assert (runs[0.5] < 0.5 * runs[0.0]).all()
+
+
+# ---- Whose decay, and how much ----
+
+
+@pytest.mark.parametrize(
+    ("given", "optimizer_decay", "rule"),
+    [
+        ({"weight_decay": 0.3}, 0.0, Project(weight_decay=0.3)),
+        ({"weight_decay": 0.3}, 0.2, Project(weight_decay=0.3)),  # instead of the optimizer's, not on top of it
+        ({"weight_decay": 0.0}, 0.2, Project(weight_decay=0.0)),
+        ({"weight_decay_ratio": 1.0}, 0.2, Project(weight_decay_ratio=1.0)),
+        ({"weight_decay_ratio": 0.0}, 0.2, Project(weight_decay_ratio=0.0)),
+    ],
+)
+def test_decay_of_its_own(given, optimizer_decay, rule):
+    def make_optimizer(p):
+        return torch.optim.SGD(p, lr=0.1, momentum=0.5, weight_decay=optimizer_decay)
+
+    optimizer = reference.SGD(0.5, weight_decay=optimizer_decay)
+    assert distance(*against_paper([RadialProjection(**given)], make_optimizer, optimizer, lr=0.1, rules={"project": rule})) <= 1e-12
+
+
+def test_a_number_serves_optimizers_whose_decay_has_no_decoupled_equivalent():
+    def make_optimizer(p):
+        return torch.optim.Adam(p, lr=0.02, weight_decay=0.5)
+
+    module = make(make_optimizer=make_optimizer)
+    before = weights_of(module)
+    with pytest.raises(NotSupportedError, match=r"cannot turn the coupled weight decay 0\.5 of Adam .*Give a number"):
+        fit(module, [RadialProjection()])
+    assert same(weights_of(module), before)
+    rules = {"project": Project(weight_decay=0.3)}
+    got = against_paper([RadialProjection(weight_decay=0.3)], make_optimizer, reference.Adam(weight_decay=0.5), lr=0.02, rules=rules)
+    assert distance(*got) <= 1e-12
+
+
+def test_adam_with_the_flag_of_adamw_is_decoupled():
+    def make_optimizer(p):
+        return torch.optim.Adam(p, lr=0.02, weight_decay=0.5, decoupled_weight_decay=True)
+
+    got = against_paper([RadialProjection()], make_optimizer, reference.AdamW(weight_decay=0.5), lr=0.02, rules={"project": Project()})
+    assert distance(*got) <= 1e-12
+
+
+def test_a_coupled_decay_is_refused_before_the_first_step_of_named_weights():
+    class Untouched(Net):
+        def training_step(self, batch, batch_idx=0):
+            raise AssertionError("a training step was run")
+
+    module = make(Untouched, make_optimizer=lambda p: torch.optim.RMSprop(p, lr=0.1, weight_decay=0.1))
+    with pytest.raises(NotSupportedError, match="cannot turn the coupled weight decay 0.1 of RMSprop"):
+        fit(module, [RadialProjection(params="net.0.weight")])
+
+
+# ---- Edges ----
+
+
+@pytest.mark.parametrize("gate", ["always", "cosine"])
+def test_a_zero_filter_is_stepped_as_if_nobody_projected(gate):
+    module, recorder = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1)), Recorder()
+    with torch.no_grad():
+        module.net[0].weight[1] = 0
+    fit(module, [RadialProjection(gate=gate), recorder], max_steps=1)
+    g = recorder.steps[0][0]["net.0.weight"][0]
+    torch.testing.assert_close(weights_of(module)["net.0.weight"][1], -0.1 * g[1])
+    assert all(w.isfinite().all() for w in weights_of(module).values())
+
+
+def test_a_gradient_that_is_not_finite_closes_the_gate():
+    # |cos| < delta is false for NaN, so nothing of the tensor is projected; and no other tensor is touched.
+    module, recorder = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1)), Recorder()
+    module.net[3].weight.register_hook(lambda g: g.index_fill(0, torch.tensor([2]), float("nan")))
+    with pytest.warns(NormDynWarning, match=r"1 in net\.3\.weight"):
+        fit(module, [RadialProjection(gate="cosine", delta=100.0), recorder], max_steps=1)
+    w, g = recorder.start["net.3.weight"], recorder.steps[0][0]["net.3.weight"][0]
+    finite = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(weights_of(module)["net.3.weight"][finite], (w - 0.1 * g)[finite], rtol=0, atol=1e-15)
+    assert distance({"a": weights_of(module)["net.0.weight"]}, {"a": replay(recorder, TARGETS, project=Project())["net.0.weight"]}) < 1e-12
+
+
+def test_a_weight_without_a_gradient_keeps_its_decay_to_itself():
+    class HeadOnly(Net):
+        def forward(self, x):
+            if self.trainer.global_step == 0:
+                return self.net(x)
+            with torch.no_grad():
+                x = self.net[:3](x)
+            return self.net[3:](x)
+
+    look, module = EachStep(), make(HeadOnly, make_optimizer=lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.3))
+    fit(module, [RadialProjection(), look])
+    assert torch.equal(look.trajectory[1]["net.0.weight"], look.trajectory[-1]["net.0.weight"])
+    assert distance(weights_of(module), replay(look, TARGETS, project=Project())) < 1e-12
+
+
+def test_the_gate_takes_every_matrix_and_always_only_what_is_scale_invariant():
+    always, gated = RadialProjection(), RadialProjection(gate="cosine")
+    for callback in (always, gated):
+        fit(make(), [callback], max_steps=1)
+    assert [t.name for t in always.plans[0].targets] == TARGETS
+    assert [t.name for t in gated.plans[0].targets] == [*TARGETS, "net.8.weight"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"gate": "sometimes"}, "`gate` must be 'always' or 'cosine', got 'sometimes'"),
+        ({"delta": 0.0}, "`delta` must be > 0 and finite, got 0.0"),
+        ({"delta": float("nan")}, "`delta` must be > 0 and finite, got nan"),
+        ({"weight_decay": -0.1}, "`weight_decay` must be 'replace' or a number >= 0, got -0.1"),
+        ({"weight_decay": "keep"}, "`weight_decay` must be 'replace' or a number >= 0, got 'keep'"),
+        ({"weight_decay_ratio": -1}, "`weight_decay_ratio` must be >= 0 and finite, got -1"),
+        ({"gate": "cosine", "granularity": "layer"}, "gate='cosine' brings its own granularity"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        RadialProjection(**arguments)
