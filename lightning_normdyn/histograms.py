@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_normdyn.vectors import WeightVectors
 
-BINS = 64
+BINS = 32
 PACKED = BINS + 2
 """Numbers per histogram as `bin_vectors` packs them."""
 REACH = 4.0
@@ -77,4 +77,5 @@ def _unpack_one(numbers: Sequence[float]) -> Histogram | None:
     if not any(counts):
         return None
     edges = [exp(min(mean + reach * (2 * i / BINS - 1), MOST)) for i in range(BINS + 1)]
-    return Histogram(edges, [round(count) for count in counts])
+    # Loggers write edges as text: six digits, where sixteen would triple a run's file.
+    return Histogram([float(f"{edge:.6g}") for edge in edges], [round(count) for count in counts])

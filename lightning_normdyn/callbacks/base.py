@@ -337,10 +337,10 @@ class Session:
         pending = sum(b.unsettled for b in self.brackets)
         return max(0, self.attempts - sum(b.steps for b in self.brackets) - pending)
 
-    def counted(self, key: str) -> float | None:
-        """Sum of a counter over all vectors of all callbacks; None if nobody counts it."""
-        totals = [plan.vectors.totals(plan.counters[key]).sum() for m in self.members for plan in m.plans.values() if key in plan.counters]
-        return float(sum(t.item() for t in totals)) if totals else None
+    def counted(self, key: str) -> Tensor | None:
+        """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if nobody counts it."""
+        totals = [plan.vectors.totals(plan.counters[key]) for m in self.members for plan in m.plans.values() if key in plan.counters]
+        return torch.cat([t.to(totals[0].device) for t in totals]).sum(0, keepdim=True) if totals else None
 
     def influence(self, target: Target, besides: NormDynCallback | None = None) -> dict[str, Any]:
         """What the callbacks, ``besides`` one, do to this weight: `NormDynCallback.influence`, merged."""

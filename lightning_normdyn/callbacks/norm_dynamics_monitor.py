@@ -331,7 +331,9 @@ class NormDynamicsMonitor(NormDynCallback):
         overview: dict[str, list[float]] = {}
         step, optimizer_step, stepped, collapsed = results[0].step, results[0].optimizer_step, False, 0.0
         # One transfer to the host for all optimizers of this batch.
-        numbers = torch.cat([r.packed.to(results[0].packed.device) for r in results]).tolist()
+        clamped = self._session.counted("clamped")
+        packed = [r.packed for r in results] + ([] if clamped is None else [clamped])
+        numbers = torch.cat([p.to(packed[0]) for p in packed]).tolist()
         for result in results:
             mine, numbers = numbers[: result.packed.numel()], numbers[result.packed.numel() :]
             if mine[-1]:
@@ -367,9 +369,8 @@ class NormDynamicsMonitor(NormDynCallback):
             row["normdyn/equilibrium_ratio"] = sqrt(overview["measured"][0] / total)
         row["normdyn/skipped_steps"] = float(self._session.skipped_steps())
         row["normdyn/collapsed_vectors"] = collapsed
-        clamped = self._session.counted("clamped")
         if clamped is not None:
-            row["normdyn/clamped_vectors"] = clamped
+            row["normdyn/clamped_vectors"] = numbers[-1]
         row = {key: value for key, value in row.items() if isfinite(value)}
         if trainer.is_global_zero:
             self._keep(trainer, row, histograms, step, optimizer_step)
@@ -613,8 +614,8 @@ class NormDynamicsMonitor(NormDynCallback):
 
         title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
         text = render(title, columns, [[cell(row, column) for column in columns] for row in layers])
-        if clamped:
-            text += f"The shrink factor was clamped at 0.5 {clamped:.0f} times: lr * alpha * norm is too large for these weights.\n"
+        if clamped is not None and clamped:
+            text += f"The shrink factor was clamped at 0.5 {int(clamped)} times: lr * alpha * norm is too large for these weights.\n"
         return text
 
     def _judge(self, target: Target) -> tuple[str, str]:
