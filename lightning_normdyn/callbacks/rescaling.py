@@ -110,11 +110,11 @@ def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
     Raises:
         NotSupportedError: naming both callbacks.
     """
-    averaging = [
-        c for c in trainer.callbacks if any(k.__name__ in ("WeightAveraging", "StochasticWeightAveraging") for k in type(c).__mro__)
-    ]
+    names = {"WeightAveraging", "StochasticWeightAveraging"}
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
+    averaging = [c for c in callbacks if names & {k.__name__ for k in type(c).__mro__}]
     if averaging:
         raise NotSupportedError(
-            f"{type(callback).__name__} changes the length of weights that {type(averaging[0]).__name__} averages, so the average would mix "
-            "weights of different scales. Remove one of the two; AdaptiveWeightShrink and RadialProjection change lengths smoothly."
+            f"{type(callback).__name__} changes the length of weights that {type(averaging[0]).__name__} averages, so the average would "
+            "mix weights of different scales. Remove one of the two; AdaptiveWeightShrink and RadialProjection change lengths smoothly."
         )
