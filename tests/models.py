@@ -140,6 +140,17 @@ def fit(
     return runner
 
 
+class SavesAt(L.Callback):
+    """A checkpoint after so many steps, in the middle of an epoch or at its end."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
 

@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from models import TARGETS, ManualNet, Net, convnet, distance, fit, images, loader, make, same, trainer, weights_of
+from models import TARGETS, ManualNet, Net, SavesAt, convnet, distance, fit, images, loader, make, same, trainer, weights_of
 from ranks import run_ranks
 from reference import Project, Rescale, Shrink
 from replay import Recorder, replay
@@ -310,17 +310,6 @@ class ByStep(Net):
     def training_step(self, batch, batch_idx=0):
         rows = slice(8 * (self.trainer.global_step % 4), 8 * (self.trainer.global_step % 4) + 8)
         return super().training_step([t[rows] for t in images().tensors])
-
-
-class SavesAt(L.Callback):
-    """A checkpoint after so many steps, in the middle of an epoch or at its end."""
-
-    def __init__(self, step, path):
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> list[Any]:

@@ -1,0 +1,254 @@
+"""WRS against its paper; when it acts; and that a rescale changes nothing but lengths."""
+
+from __future__ import annotations
+
+import pytest
+import reference
+import torch
+from models import TARGETS, Net, SavesAt, against_paper, convnet, distance, fit, images, make, same, weights_of
+from reference import Rescale
+from replay import Recorder, replay
+from torch import nn
+
+from lightning_normdyn import AdaptiveWeightShrink, NormDynWarning, NotSupportedError, Phase, StepBracket, WeightRescaling
+
+OPTIMIZERS = {
+    "sgd": (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), reference.SGD(weight_decay=0.1), 0.1),
+    "momentum": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), reference.SGD(0.9, weight_decay=0.1), 0.1),
+    "nesterov": (
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        reference.SGD(0.9, nesterov=True, weight_decay=0.1),
+        0.1,
+    ),
+    "adam": (lambda p: torch.optim.Adam(p, 0.02, weight_decay=0.1), reference.Adam(weight_decay=0.1), 0.02),
+    "adamw": (lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1), reference.AdamW(weight_decay=0.1), 0.02),
+}
+
+
+@pytest.mark.parametrize("weight_decay", ["replace", "keep"])
+@pytest.mark.parametrize("target", [2.0, "initial"])
+@pytest.mark.parametrize("state", ["keep", "rescale"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_the_paper_in_float64(name, state, target, weight_decay):
+    make_optimizer, optimizer, lr = OPTIMIZERS[name]
+    callback = WeightRescaling(3, target_norm=target, optimizer_state=state, weight_decay=weight_decay)
+    rules = {"rescale": Rescale(3, target, state == "rescale", weight_decay)}
+    assert distance(*against_paper([callback], make_optimizer, optimizer, lr=lr, rules=rules)) <= 1e-12
+
+
+@pytest.mark.parametrize("state", ["keep", "rescale"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equals_the_paper_in_float32(name, state):
+    make_optimizer, optimizer, lr = OPTIMIZERS[name]
+    callback, rules = WeightRescaling(2, optimizer_state=state), {"rescale": Rescale(2, 1.0, state == "rescale")}
+    got, expected = against_paper([callback], make_optimizer, optimizer, lr=lr, rules=rules, dtype=torch.float32, steps=4)
+    assert distance(got, expected) <= 1e-6
+
+
+# ---- When ----
+
+
+class Lengths(Recorder):
+    """The length of every filter after every batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        weights = weights_of(pl_module)
+        self.lengths = [*getattr(self, "lengths", []), torch.cat([weights[n].flatten(1).norm(dim=1) for n in TARGETS])]
+
+
+def rescaled_after(callback, **arguments):
+    """The batches (from 1) after which every filter has norm 1."""
+    look = Lengths()
+    fit(make(), [callback, look], **arguments)
+    return [i + 1 for i, lengths in enumerate(look.lengths) if bool(((lengths - 1).abs() < 1e-12).all())]
+
+
+def test_steps_are_counted_from_one():
+    assert rescaled_after(WeightRescaling(3)) == [3, 6]
+    assert rescaled_after(WeightRescaling(1)) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert rescaled_after(WeightRescaling(9)) == []
+
+
+def test_optimizer_steps_are_counted_not_batches():
+    # Two batches make a step: steps 2 and 4 are batches 4 and 8; after 5 nothing has moved since the rescale.
+    assert rescaled_after(WeightRescaling(2), accumulate_grad_batches=2) == [4, 5, 8]
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "steps"),
+    [(0, 1, [2, 4]), (1, 2, [6, 8]), (1, None, [6, 8, 10, 12]), (2, 3, [10, 12]), (0, None, [2, 4, 6, 8, 10, 12]), (5, 6, [])],
+)
+def test_the_epoch_window_is_half_open(start, stop, steps):
+    assert rescaled_after(WeightRescaling(2, start_epoch=start, stop_epoch=stop), max_epochs=3) == steps
+
+
+def test_outside_its_window_the_optimizer_decays():
+    module, recorder = make(make_optimizer=OPTIMIZERS["momentum"][0]), Recorder()
+    fit(module, [WeightRescaling(2, start_epoch=1, stop_epoch=2), recorder], max_epochs=3)
+    rule = Rescale(2, active=lambda step: 4 <= step < 8)
+    assert distance(weights_of(module), replay(recorder, TARGETS, rescale=rule)) <= 1e-12
+    assert distance(weights_of(module), replay(recorder, TARGETS, rescale=Rescale(2, weight_decay="keep", active=rule.active))) > 1e-4
+
+
+def test_aws_owns_the_decay_also_inside_the_window():
+    module, recorder = make(make_optimizer=OPTIMIZERS["momentum"][0]), Recorder()
+    fit(module, [WeightRescaling(3), AdaptiveWeightShrink(0.5), recorder])
+    rules = {"rescale": Rescale(3), "shrink": reference.Shrink(0.5)}
+    assert distance(weights_of(module), replay(recorder, TARGETS, **rules)) <= 1e-12
+
+
+# ---- Nothing changes but lengths ----
+
+
+class EvaluatesAroundRescale(Recorder):
+    """The outputs in evaluation mode right before the last phase of a step, and after the step."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.before, self.after, self.module = [], [], pl_module
+        bracket = StepBracket.of(trainer.optimizers[0])
+        bracket.add(Phase.MEASURE_STEP, lambda step: self.before.append(self.outputs()))
+
+    def outputs(self):
+        training = {m: m.training for m in self.module.modules()}
+        self.module.eval()
+        with torch.no_grad():
+            result = self.module(images(dtype=next(self.module.parameters()).dtype).tensors[0])
+        for module, mode in training.items():
+            module.training = mode
+        return result
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after.append(self.outputs())
+
+
+def no_statistics(channels):
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+def large_eps(channels):
+    return nn.BatchNorm2d(channels, eps=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, large_eps, no_statistics, lambda c: nn.InstanceNorm2d(c, track_running_stats=True)])
+def test_evaluation_right_after_a_rescale_equals_evaluation_right_before(norm, bias, dtype):
+    torch.manual_seed(1)
+    module, look = Net(net=convnet(bias, norm), dtype=dtype), EvaluatesAroundRescale()
+    fit(module, [WeightRescaling(2, target_norm=3.0), look], data=None)
+    for step, (before, after) in enumerate(zip(look.before, look.after, strict=True), start=1):
+        if step % 2:
+            assert torch.equal(before, after)
+        else:
+            # Without running statistics nothing corrects for eps: the batch is normalized anew.
+            exact = getattr(module.net[1], "running_var", None) is not None
+            tolerance = (1e-12 if dtype == torch.float64 else 1e-4) if exact else 1e-3
+            torch.testing.assert_close(after, before, rtol=0, atol=tolerance)
+    lengths = torch.cat([module.net[i].weight.detach().flatten(1).norm(dim=1) for i in (0, 3)])
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 3.0), rtol=1e-5, atol=0)
+
+
+def test_without_the_correction_evaluation_would_change(monkeypatch):
+    monkeypatch.setattr("lightning_normdyn.callbacks.rescaling.rescale_batch_norm_", lambda *args, **kwargs: None)
+    look = EvaluatesAroundRescale()
+    fit(make(), [WeightRescaling(2, target_norm=3.0), look])
+    assert float((look.after[1] - look.before[1]).abs().max()) > 0.1
+
+
+def test_evaluation_of_a_compiled_submodule():
+    torch.manual_seed(1)
+    net = convnet(bias=True)
+    net = nn.Sequential(torch.compile(net[:6], backend="eager"), *net[6:])
+    look = EvaluatesAroundRescale()
+    fit(Net(net=net), [WeightRescaling(2, target_norm=3.0), look], max_steps=2)
+    torch.testing.assert_close(look.after[1], look.before[1], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_factor_of_one_changes_no_bit(dtype):
+    """What a step that the device skips, a zero filter and a weight without gradient get."""
+    module, callback = make(make_optimizer=OPTIMIZERS["adamw"][0], dtype=dtype, net=convnet(bias=True)), WeightRescaling(1000)
+    optimizer = fit(module, [callback]).optimizers[0]
+
+    def everything():
+        state = optimizer.state_dict()["state"].values()
+        return {**module.state_dict(), **{f"{i}.{k}": v for i, s in enumerate(state) for k, v in s.items()}}
+
+    before = {name: value.clone() for name, value in everything().items()}
+    callback._rescalers[0].apply(torch.ones(callback.plans[0].vectors.n, dtype=torch.float64))
+    assert same(everything(), before)
+
+
+# ---- Edges ----
+
+
+def test_a_zero_filter_stays_and_is_named():
+    module, recorder = make(make_optimizer=OPTIMIZERS["sgd"][0]), Recorder()
+    with torch.no_grad():
+        module.net[3].weight[4] = 0
+    module.net[3].weight.register_hook(lambda g: g * torch.tensor([1.0, 1, 1, 1, 0, 1]).view(6, 1, 1, 1))
+    with pytest.warns(NormDynWarning, match=r"WeightRescaling left vectors alone .*: 1 in net\.3\.weight\.$"):
+        fit(module, [WeightRescaling(2), recorder])
+    weight = weights_of(module)["net.3.weight"]
+    lengths = weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(lengths, torch.tensor([1.0, 1, 1, 1, 0, 1], dtype=torch.float64))
+
+
+def test_groups_get_one_length_together():
+    module = make(net=convnet(norm=lambda c: nn.GroupNorm(2, c)))
+    fit(module, [WeightRescaling(4, target_norm=2.0)])
+    for name in TARGETS:
+        assert [float(part.norm()) for part in weights_of(module)[name].chunk(2)] == pytest.approx([2.0, 2.0])
+
+
+def test_an_optimizer_whose_state_is_not_understood_is_refused_and_can_be_kept():
+    def make_optimizer(p):
+        return torch.optim.Adadelta(p, lr=0.1)
+
+    with pytest.raises(NotSupportedError, match=r"state of Adadelta .*optimizer_state='keep'"):
+        fit(make(make_optimizer=make_optimizer), [WeightRescaling(2)])
+    module = make(make_optimizer=make_optimizer)
+    fit(module, [WeightRescaling(4, optimizer_state="keep")])
+    assert float(module.net[0].weight.detach()[0].norm()) == pytest.approx(1.0)
+
+
+def test_named_weights_of_such_an_optimizer_are_refused_at_fit_start():
+    class Untouched(Net):
+        def training_step(self, batch, batch_idx=0):
+            raise AssertionError("a training step was run")
+
+    with pytest.raises(NotSupportedError, match="state of Adadelta"):
+        fit(make(Untouched, make_optimizer=lambda p: torch.optim.Adadelta(p, lr=0.1)), [WeightRescaling(2, params="net.0.weight")])
+
+
+def test_resuming_with_other_settings_is_said_once_and_keeps_the_count(tmp_path):
+    fit(make(), [WeightRescaling(3), SavesAt(5, tmp_path / "five.ckpt")], max_steps=9, max_epochs=3)
+    again, look = WeightRescaling(4, target_norm=1.0), Lengths()
+    with pytest.warns(NormDynWarning) as caught:
+        fit(make(), [again, look], ckpt_path=tmp_path / "five.ckpt", max_steps=9, max_epochs=3)
+    ours = [str(w.message) for w in caught if w.category is NormDynWarning]
+    assert len(ours) == 1
+    assert "WeightRescaling resumes with other settings than the checkpoint's (every_n_steps: 3 -> 4)" in ours[0]
+    # Steps 6, 7, 8, 9: the eighth since the beginning is the one.
+    assert [bool(((x - 1).abs() < 1e-12).all()) for x in look.lengths] == [False, False, True, False]
+    assert again.steps_of(0) == 9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"every_n_steps": 0}, "`every_n_steps` must be an integer >= 1, got 0"),
+        ({"every_n_steps": 2.0}, "`every_n_steps` must be an integer >= 1, got 2.0"),
+        ({"every_n_steps": True}, "`every_n_steps` must be an integer >= 1, got True"),
+        ({"target_norm": 0.0}, "`target_norm` must be > 0 and finite, or 'initial', got 0.0"),
+        ({"target_norm": "first"}, "`target_norm` must be > 0 and finite, or 'initial', got 'first'"),
+        ({"start_epoch": -1}, "`start_epoch` must be an integer >= 0, got -1"),
+        ({"start_epoch": 3, "stop_epoch": 3}, "`stop_epoch` must be None or an integer > start_epoch=3, got 3"),
+        ({"optimizer_state": "drop"}, "`optimizer_state` must be 'rescale' or 'keep', got 'drop'"),
+        ({"weight_decay": 0.1}, "`weight_decay` must be 'replace' or 'keep', got 0.1"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        WeightRescaling(**{"every_n_steps": 10, **arguments})
