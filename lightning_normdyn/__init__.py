@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lightning_normdyn.callbacks import (
         AdaptiveWeightShrink,
         EffectiveLRReplay,
+        InputSpanMonitor,
         LRDropRescaling,
         NormDynamicsMonitor,
         NormDynWarning,
@@ -25,6 +26,7 @@ __all__ = [
     "DecayOwner",
     "EffectiveLRReplay",
     "History",
+    "InputSpanMonitor",
     "LRDropRescaling",
     "NoTargetsError",
     "NormDynError",
@@ -45,6 +47,7 @@ _ROOMS = {
     "callbacks": (
         "AdaptiveWeightShrink",
         "EffectiveLRReplay",
+        "InputSpanMonitor",
         "LRDropRescaling",
         "NormDynWarning",
         "NormDynamicsMonitor",

@@ -3,6 +3,7 @@
 from lightning_normdyn.callbacks.adaptive_weight_shrink import AdaptiveWeightShrink
 from lightning_normdyn.callbacks.base import NormDynCallback, NormDynWarning
 from lightning_normdyn.callbacks.effective_lr_replay import EffectiveLRReplay
+from lightning_normdyn.callbacks.input_span_monitor import InputSpanMonitor
 from lightning_normdyn.callbacks.lr_drop_rescaling import LRDropRescaling
 from lightning_normdyn.callbacks.norm_dynamics_monitor import NormDynamicsMonitor
 from lightning_normdyn.callbacks.radial_projection import RadialProjection
@@ -11,6 +12,7 @@ from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
 __all__ = [
     "AdaptiveWeightShrink",
     "EffectiveLRReplay",
+    "InputSpanMonitor",
     "LRDropRescaling",
     "NormDynCallback",
     "NormDynWarning",

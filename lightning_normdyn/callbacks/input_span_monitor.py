@@ -1,0 +1,613 @@
+"""What part of the weights the training data can see: the WRS paper's input space projection, at the end of epochs."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import isfinite, nan
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.functional import generalized_gaussian_shape
+from lightning_normdyn.history import History
+from lightning_normdyn.input_span import (
+    LAYERS,
+    Covariance,
+    InputRows,
+    covariance_bytes,
+    filter_labels,
+    filters_of,
+    input_span,
+    row_shape,
+    spread_rows,
+    vector_shares,
+    weight_shape,
+)
+from lightning_normdyn.steps import Phase, Step, StepBracket
+
+BLOCK_BYTES = 2**31
+"""Covariances held at once; more layers than fit are done in turn, each turn with a pass of its own over the sample."""
+BINS = 61
+REACH = 6.0
+"""Histograms of weights span so many root mean squares to either side."""
+QUANTITIES = ("input_span_energy", "input_span_noise", "input_span_rank", "ggd_shape_input", "ggd_shape_parameter")
+
+
+class InputSpanMonitor(NormDynCallback):
+    r"""Logs what part of each layer's weights its inputs can see, and how the weights are distributed (WRS paper, Figures 4 to 6).
+
+    At the end of an epoch, inputs of the targeted layers (rows of linear layers, patches of convolutions) are gathered over a sample of
+    the training data, and the eigenvectors of their covariance are computed. The leading ones, which hold the share ``energy`` of the
+    variance, are the span of the inputs. Keys are ``<quantity>/<parameter name>``:
+
+    ======================= ===================================================================================================
+    quantity                meaning
+    ======================= ===================================================================================================
+    ``input_span_energy``   share of a weight vector's squared norm inside the span (truncated basis), mean over the vectors
+    ``input_span_noise``    the rest: what the data cannot see
+    ``input_span_rank``     directions in the span; for grouped convolutions the mean over groups, 0 for constant inputs
+    ``ggd_shape_input``     generalized-Gaussian shape of the weights in the whole eigenbasis (rotated, norms kept): 2 Gaussian, 1 Laplace
+    ``ggd_shape_parameter`` the same of the weights as they are
+    ======================= ===================================================================================================
+
+    The sample is drawn from the training *dataset* (which must be map-style) with a seed of its own: the same examples at every epoch
+    and on any number of ranks, which share the work. They are collated and transferred as in training, so training-time augmentation
+    applies, then ``forward`` of the LightningModule is called in evaluation mode, without gradients, on the first element of the batch,
+    or with the entries of a mapping that ``forward`` takes as keyword arguments; override `call_model` where that is not what it wants.
+    One call is tried at fit start. Model, buffers, random numbers, training flags, data order and loggers are left as they were.
+
+    **Cost.** A pass of ``forward`` over at most ``max_samples`` examples. Per layer with :math:`d` entries per filter and :math:`g`
+    groups: at most ``max_samples`` rows, :math:`g d^2` multiply-adds for each, :math:`8 g d^2` bytes, and about :math:`10 g d^3`
+    operations for the eigenvectors (beyond 5120 entries: a randomized method for the leading ones only, and no ``ggd_shape_input``). At
+    most 2 GiB of covariances are held at once; layers that do not fit take turns, with a pass each, and a layer that does not fit alone
+    is refused by name (left out, with a warning, under ``"auto"``).
+
+    Not for FSDP1, DeepSpeed and tensor parallelism, where whole inputs or weights are not at hand.
+
+    Args:
+        every_n_epochs: measure at the end of every so many training epochs.
+        max_samples: most examples to pass through the model, and most rows to take per layer, spread over all examples.
+        energy: share of the inputs' variance that makes the span, in (0, 1].
+        method: how the shape is fitted: ``"moments"``, or ``"mle"`` (slower, more precise on clean data).
+        seed: of the sample.
+        params: ``"auto"`` (every weight of a linear layer or convolution that an optimizer owns and ``forward`` uses), a glob pattern, or
+            a list of them.
+        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``: the vectors that energy and noise are averaged over.
+
+    Attributes:
+        history: the same rows in memory, on rank zero, logger or not, with histograms of the weights as per-vector arrays
+            (`lightning_normdyn.plots.plot_input_span`, `plot_weight_histogram`).
+
+    Raises:
+        ValueError: for numbers out of range.
+
+    Example:
+        >>> from lightning_normdyn import InputSpanMonitor
+        >>> InputSpanMonitor(10, max_samples=20_000).energy
+        0.99
+    """
+
+    writes: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        *,
+        max_samples: int = 100_000,
+        energy: float = 0.99,
+        method: Literal["moments", "mle"] = "moments",
+        seed: int = 0,
+        params: str | list[str] = "auto",
+        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+    ) -> None:
+        super().__init__(params, granularity)
+        for name, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+        if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+            raise ValueError(f"`energy` must be in (0, 1], got {energy!r}.")
+        if method not in ("moments", "mle"):
+            raise ValueError(f"`method` must be 'moments' or 'mle', got {method!r}.")
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.energy = energy
+        self.method = method
+        self.seed = seed
+        self.history = History()
+        self._off = False
+        self._readers: dict[Tensor, list[nn.Module]] = {}
+        self._tried: dict[nn.Module, _Trial] | None = None
+        self._labels: dict[str, Tensor] = {}
+
+    @property
+    def shows_tables(self) -> bool:
+        """It has no part in the tables."""
+        return False
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers."""
+        return {key: getattr(self, key) for key in ("every_n_epochs", "max_samples", "energy", "method", "seed")}
+
+    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
+        """It has no part in a step."""
+        return {}
+
+    def treatment(self, plan: Plan, target: Target) -> str:
+        """Measuring is not treating."""
+        return ""
+
+    def call_model(self, module: LightningModule, batch: Any) -> None:
+        """Run ``module`` on a batch as it came from the loader; override it where ``forward`` wants something else.
+
+        Args:
+            module: the LightningModule, in evaluation mode.
+            batch: collated and on the device.
+        """
+        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if isinstance(first, Mapping):
+            taken = inspect.signature(module.forward).parameters.values()
+            everything = any(p.kind is p.VAR_KEYWORD for p in taken)
+            named = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+            chosen = {key: value for key, value in first.items() if everything or key in named}
+            if chosen:
+                module(**chosen)
+                return
+        module(first)
+
+    # -- which layers --------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the layers, and refuse strategies that cut inputs or weights."""
+        self._off, self._tried, self._labels, self.history = bool(trainer.barebones), None, {}, History()
+        self._refuse_strategy(trainer)
+        self._readers = {}
+        super().on_fit_start(trainer, pl_module)
+        assert self._session is not None
+        for layer in pl_module.modules():
+            for weight in layer.parameters() if isinstance(layer, LAYERS) else ():  # also behind a parametrization
+                if self._session.shapes.get(weight) == weight_shape(layer):
+                    self._readers.setdefault(weight, []).append(layer)
+        self._check_patterns(trainer)
+
+    @staticmethod
+    def _refuse_strategy(trainer: Trainer) -> None:
+        found = None
+        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            found = type(trainer.strategy).__name__
+        elif trainer.world_size > 1 and (trainer.distributed_sampler_kwargs or {}).get("num_replicas") != trainer.world_size:
+            found = f"{type(trainer.strategy).__name__} with tensor parallelism"
+        if found is not None:
+            raise NotSupportedError(
+                f"InputSpanMonitor needs the layers' whole inputs and weights, which {found} does not keep at hand. "
+                "Use one device, DDP or ModelParallelStrategy with data parallelism (FSDP2), or remove the callback."
+            )
+
+    def _check_weight(self, weight: Tensor, name: str) -> None:
+        super()._check_weight(weight, name)
+        reason = self._obstacle(weight)
+        if reason is not None:
+            raise NotSupportedError(
+                f"`{name}` was asked to be a target of InputSpanMonitor, but {reason}. Leave it out with params=[..., '!{name}']."
+            )
+
+    def _obstacle(self, weight: Tensor) -> str | None:
+        """Why the inputs of ``weight`` cannot be looked at; None if they can."""
+        if self._readers and weight not in self._readers:
+            return "it is not the weight of a linear layer or a convolution, so it has no input rows"
+        for layer in self._readers.get(weight, ()):
+            if covariance_bytes(layer) > BLOCK_BYTES:
+                groups, entries = row_shape(layer)
+                need, most = covariance_bytes(layer) / 2**30, BLOCK_BYTES / 2**30
+                return f"its rows of {entries} entries need {need:.1f} GiB for {groups} covariance(s), and at most {most:g} GiB are spent"
+        if self._tried is not None and weight in self._readers:
+            trials = [self._tried[layer] for layer in self._readers[weight] if layer in self._tried]
+            if not trials:
+                return "`forward` does not call the layer that it belongs to"
+            return next((t.obstacle for t in trials if t.obstacle), None)
+        return None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Try one call of the model, and refuse what it does not reach."""
+        super().on_train_start(trainer, pl_module)
+        if self._off:
+            return
+        sample = Sample(trainer, self.max_samples, self.seed)
+        with undisturbed(pl_module, self.seed):
+            self._tried = self._try(trainer, pl_module, sample)
+        self._check_patterns(trainer)
+        assert self._session is not None
+        if not any(self._can_measure(w) for w in self._session.names if w in self._readers):
+            raise NoTargetsError(
+                f"InputSpanMonitor found no linear layer or convolution that `{type(pl_module).__name__}.forward` uses. "
+                "Override `call_model` so that it runs the layers, or remove the callback."
+            )
+        for weight in self._readers if self.params == ["auto"] else ():
+            if weight.requires_grad and any(covariance_bytes(m) > BLOCK_BYTES for m in self._readers[weight]):
+                warn_once(f"InputSpanMonitor leaves out `{self._session.names[weight][0]}`: {self._obstacle(weight)}.")
+
+    def _try(self, trainer: Trainer, module: LightningModule, sample: Sample) -> dict[nn.Module, _Trial]:
+        tried: dict[nn.Module, _Trial] = {}
+
+        def look(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            trial = tried.setdefault(layer, _Trial())
+            trial.calls += 1
+            try:
+                InputRows(layer, _input_of(args, kwargs))
+            except NotSupportedError as error:
+                trial.obstacle = str(error)
+
+        layers = {layer for layers in self._readers.values() for layer in layers}
+        with _watching(layers, look):
+            try:
+                self._run(trainer, module, sample.small_batch())
+            except Exception as error:
+                raise NotSupportedError(
+                    f"InputSpanMonitor calls `{type(module).__name__}.forward` with the first element of a batch (with the entries of a "
+                    f"mapping by name), and here that raised {type(error).__name__}: {error}\n"
+                    "Let `forward` take it, or override `InputSpanMonitor.call_model(module, batch)` in a subclass."
+                ) from error
+        return tried
+
+    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """Which vector each filter belongs to."""
+        for target in plan.targets:
+            try:
+                self._labels[target.name] = filter_labels(self._readers[target.weight][0], target.partition)
+            except NotSupportedError as error:
+                raise NotSupportedError(
+                    f"`{target.name}` cannot be a target of InputSpanMonitor: {error}. Leave it out with params=[..., '!{target.name}']."
+                ) from error
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure, if it is time."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._off or not self.plans or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        targets = [t for plan in self.plans.values() for t in plan.targets]
+        sample = Sample(trainer, self.max_samples, self.seed)
+        found: dict[str, _Found] = {}
+        with undisturbed(pl_module, self.seed), self._progress(trainer, sample, targets) as advance:
+            for block in self._blocks(targets):
+                streams = self._gather(trainer, pl_module, sample, block, advance)
+                found.update(self._describe(block, streams))
+        if trainer.is_global_zero:
+            self._publish(trainer, sample, found)
+
+    def _blocks(self, targets: list[Target]) -> list[list[Target]]:
+        """Targets whose covariances fit into memory together."""
+        blocks: list[list[Target]] = [[]]
+        held = 0
+        for target in targets:
+            need = covariance_bytes(self._readers[target.weight][0])
+            if held + need > BLOCK_BYTES and blocks[-1]:
+                blocks.append([])
+                held = 0
+            blocks[-1].append(target)
+            held += need
+        return blocks
+
+    def _gather(
+        self, trainer: Trainer, module: LightningModule, sample: Sample, targets: list[Target], advance: Callable[[], None]
+    ) -> list[Covariance]:
+        """Mean and covariance of the targets' input rows, over the whole sample and all ranks."""
+        assert self._tried is not None
+        streams = [Covariance(*row_shape(self._readers[t.weight][0]), module.device) for t in targets]
+        of_layer: dict[nn.Module, list[tuple[Covariance, int]]] = {}
+        for target, stream in zip(targets, streams, strict=True):
+            layers = self._readers[target.weight]
+            calls = sum(self._tried[layer].calls for layer in layers if layer in self._tried)
+            for layer in layers:
+                of_layer.setdefault(layer, []).append((stream, max(1, calls)))
+        quantiles: Tensor | None = None
+
+        def look(layer: nn.Module, args: Any, kwargs: Any) -> None:
+            if quantiles is None:
+                return
+            rows = InputRows(layer, _input_of(args, kwargs))
+            for stream, calls in of_layer[layer]:
+                each = max(1, quantiles.shape[1] // calls)  # a layer that is called several times takes fewer rows of each call
+                stream.add(rows.take(spread_rows(rows.count, quantiles[:, :each].flatten())))
+
+        with _watching(of_layer, look):
+            for number, batch in sample.share(trainer.global_rank, trainer.world_size):
+                quantiles = None if number is None else sample.quantiles[number]
+                self._run(trainer, module, batch, sample.seed_of(number))
+                advance()
+        if trainer.world_size > 1:
+            for stream in streams:
+                stream.merge(dist.all_reduce)
+        return streams
+
+    def _run(self, trainer: Trainer, module: LightningModule, batch: Any, seed: int = 0) -> None:
+        """Transfer a batch and call the model as in training."""
+        _seed(seed, module.device)  # augmentation on the device
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch))
+        with trainer.precision_plugin.forward_context():
+            self.call_model(module, batch)
+
+    def _describe(self, targets: list[Target], streams: list[Covariance]) -> dict[str, _Found]:
+        """The numbers of each layer; where there are several ranks, each works out its share of the layers."""
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        table = streams[0].mean.new_zeros(len(targets), _Found.WIDTH)
+        for i, (target, stream) in enumerate(zip(targets, streams, strict=True)):
+            weight: Any = target.weight.detach()
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # every rank takes part
+            if i % world == rank and stream.count:
+                filters = filters_of(self._readers[target.weight][0], whole).to(table)
+                table[i] = self._numbers(filters, stream, self._labels[target.name]).to(table)
+        if world > 1:
+            dist.all_reduce(table)
+        return {t.name: _Found(t, s.count, row) for t, s, row in zip(targets, streams, table.tolist(), strict=True) if s.count}
+
+    def _numbers(self, filters: Tensor, stream: Covariance, labels: Tensor) -> Tensor:
+        covariance = stream.covariance()
+        if not bool(torch.isfinite(covariance).all() & torch.isfinite(filters).all()):
+            return torch.full((_Found.WIDTH,), nan)
+        span = input_span(filters, covariance, stream.mean, self.energy)
+        shares = vector_shares(span, labels)
+        rotated = span.rotated if span.rotated is not None else filters[:0]
+        shapes = [generalized_gaussian_shape(x, method=self.method) for x in (rotated, filters)]
+        sizes = [torch.nan_to_num(x / filters.square().mean().sqrt()).clamp(-REACH, REACH) for x in (rotated, filters)]
+        # On the host: on a GPU it is not deterministic, which a Trainer may have been told to be.
+        histograms = [torch.histc(x.float().cpu(), BINS, -REACH, REACH) for x in sizes]
+        numbers = torch.tensor([float(shares.nanmean()), float(span.rank.double().mean()), *shapes], dtype=torch.float64)
+        return torch.cat([numbers, *(h.double() for h in histograms)])
+
+    @contextmanager
+    def _progress(self, trainer: Trainer, sample: Sample, targets: list[Target]) -> Iterator[Callable[[], None]]:
+        """A bar on rank zero's terminal, where the Trainer shows one too."""
+        bar, rounds = trainer.progress_bar_callback, sample.rounds(trainer.world_size) * len(self._blocks(targets))
+        if bar is None or not trainer.is_global_zero or not sys.stderr.isatty():
+            yield lambda: None
+        elif isinstance(bar, RichProgressBar):  # it owns the screen
+            bar.print(f"lightning-normdyn: inputs of {len(targets)} weights over {sample.count} examples")
+            yield lambda: None
+        else:
+            with Tqdm(total=rounds, desc=f"Inputs of {len(targets)} weights", leave=False, dynamic_ncols=True) as shown:
+                yield lambda: shown.update() and None
+
+    def _publish(self, trainer: Trainer, sample: Sample, found: dict[str, _Found]) -> None:
+        """Rank zero: into the history and the loggers."""
+        # As Lightning has it for values of an epoch: the step of its last batch.
+        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        row = {f"{quantity}/{name}": value for name, f in found.items() for quantity, value in f.values().items() if isfinite(value)}
+        broken = [name for name, f in found.items() if not isfinite(f.numbers[1])]
+        if broken:
+            warn_once(f"InputSpanMonitor: inputs or weights of {', '.join(broken[:4])} are not finite; nothing is logged for them.")
+        self.history.append(step, row, optimizer_step=max(self.steps_of(i) for i in self.plans))
+        histograms = {key: np.asarray(v) for name, f in found.items() for key, v in f.histograms(name).items() if name not in broken}
+        self.history.append_vectors(step, histograms)
+        self.history.meta.update(self._meta(sample, found))
+        for logger in trainer.loggers:
+            logger.log_metrics(row, step=step)
+
+    def _meta(self, sample: Sample, found: dict[str, _Found]) -> dict[str, Any]:
+        targets = {
+            name: {
+                "shape": list(f.target.verdict.shape),
+                "scale_invariant": f.target.verdict.kind,
+                "vectors": f.target.partition.n,
+                "rows": f.rows,
+            }
+            for name, f in found.items()
+        }
+        return {"targets": targets, "settings": self.settings(), "examples": sample.count, "histogram_reach": REACH}
+
+    def _extra(self) -> dict[str, Any]:
+        return {"history": self.history.state_dict()}
+
+    def _load_extra(self, extra: dict[str, Any]) -> None:
+        if "history" in extra:
+            self.history.load_state_dict(extra["history"])
+
+
+@dataclass
+class _Trial:
+    """What one call of the model did with a layer."""
+
+    calls: int = 0
+    obstacle: str | None = None
+
+
+@dataclass
+class _Found:
+    """The numbers of one layer."""
+
+    target: Target
+    rows: int
+    numbers: Sequence[float]
+
+    WIDTH: ClassVar[int] = 4 + 2 * BINS
+
+    def values(self) -> dict[str, float]:
+        energy, rank, rotated, as_is = self.numbers[:4]
+        return dict(zip(QUANTITIES, (energy, 1 - energy, rank, rotated, as_is), strict=True))
+
+    def histograms(self, name: str) -> dict[str, Sequence[float]]:
+        counts = {"histogram_input": self.numbers[4 : 4 + BINS], "histogram_parameter": self.numbers[4 + BINS :]}
+        return {f"{kind}/{name}": values for kind, values in counts.items() if sum(values)}
+
+
+# ------------------------------------------------------------------------------------------------------------------ the sample
+
+
+class Sample:
+    """A bounded, seeded sample of the training set, in batches as its loader makes them: the same on any number of ranks.
+
+    Args:
+        trainer: whose training set.
+        most: most examples.
+        seed: what they depend on.
+
+    Attributes:
+        count: examples in the sample.
+        quantiles: for each batch ``(examples, rows per example)``: which rows to look at (`spread_rows`).
+
+    Raises:
+        NotSupportedError: where the training data are no DataLoader over a map-style dataset.
+    """
+
+    def __init__(self, trainer: Trainer, most: int, seed: int) -> None:
+        loader = trainer.train_dataloader
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+            found = (
+                f"a DataLoader over the iterable {type(loader.dataset).__name__}"
+                if isinstance(loader, DataLoader)
+                else type(loader).__name__
+            )
+            raise NotSupportedError(
+                "InputSpanMonitor draws a sample from the training set, so it needs one DataLoader over a map-style dataset "
+                f"(with __len__ and __getitem__), and found {found}. Give it one, or remove the callback."
+            )
+        size = len(loader.dataset)
+        if trainer.world_size > 1:  # somebody may have cut the dataset by rank
+            sizes = torch.tensor([size], device=trainer.strategy.root_device)
+            dist.all_reduce(sizes, dist.ReduceOp.MIN)
+            size = int(sizes)
+        batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's connectors
+            most = min(most, int(trainer.num_training_batches) * batch)
+        self.count = min(size, most)
+        self._loader, self._seed = loader, seed
+        generator = torch.Generator().manual_seed(seed)
+        self._batches = torch.randperm(size, generator=generator)[: self.count].split(batch)  # type: ignore[no-untyped-call]
+        quantiles = torch.rand(self.count, most // max(1, self.count), generator=generator, dtype=torch.float64)
+        self.quantiles = quantiles.split(batch)  # type: ignore[no-untyped-call]
+
+    def rounds(self, world: int) -> int:
+        """Batches that each of ``world`` ranks runs."""
+        return -(-len(self._batches) // world)
+
+    def share(self, rank: int, world: int) -> Iterator[tuple[int | None, Any]]:
+        """This rank's batches with their numbers; with the number None, one that only keeps step with the others."""
+        mine: list[int | None] = list(range(rank, len(self._batches), world))
+        mine += [None] * (self.rounds(world) - len(mine))
+        source = self._loader
+        workers = {} if not source.num_workers else {"multiprocessing_context": source.multiprocessing_context}
+        data: DataLoader[Any] = DataLoader(
+            _Fetch(source, self._batches, self._seed),
+            batch_size=None,
+            sampler=[0 if number is None else number for number in mine],
+            collate_fn=_as_it_is,
+            num_workers=source.num_workers,
+            worker_init_fn=source.worker_init_fn,
+            generator=torch.Generator().manual_seed(self._seed),
+            **workers,
+        )
+        yield from zip(mine, data, strict=True)
+
+    def small_batch(self) -> Any:
+        """Two examples, or one item of a dataset of batches."""
+        return _Fetch(self._loader, (self._batches[0][:2],), self._seed)[0]
+
+    def seed_of(self, number: int | None) -> int:
+        """What the random numbers of a batch start from."""
+        return self._seed + (number or 0)
+
+
+class _Fetch(Dataset[Any]):
+    """Whole batches of a dataset, each with random numbers of its own, so that it does not matter who fetches them."""
+
+    def __init__(self, loader: DataLoader[Any], batches: Sequence[Tensor], seed: int) -> None:
+        self.dataset, self.collate = loader.dataset, loader.collate_fn
+        self.whole = loader.batch_sampler is None  # an item is a batch already
+        self.batches, self.seed = batches, seed
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Any:
+        _seed(self.seed + number)
+        indices = self.batches[number].tolist()
+        if self.whole:
+            return self.collate(self.dataset[indices[0]])
+        several = getattr(self.dataset, "__getitems__", None)
+        return self.collate(several(indices) if several else [self.dataset[i] for i in indices])
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------------------------ leaving no trace
+
+
+def _seed(seed: int, device: torch.device | None = None) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+@contextmanager
+def undisturbed(module: LightningModule, seed: int) -> Iterator[None]:
+    """What runs inside finds ``module`` in evaluation mode without gradients, and leaves it and all random numbers as they were."""
+    flags = [(m, m.training) for m in module.modules()]
+    buffers = [(m, dict(m._buffers), [None if b is None else b.clone() for b in m._buffers.values()]) for m in module.modules()]
+    numbers, numpy_numbers = random.getstate(), np.random.get_state()
+    devices = [module.device.index or 0] if module.device.type == "cuda" else []
+    own_log = vars(module).get("log")
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(torch.no_grad())
+        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6; hooks inside compiled code are not called
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        _seed(seed, module.device)
+        # A `self.log` inside forward must not reach the loggers: this is no training step.
+        vars(module)["log"] = lambda *_, **__: None
+        try:
+            module.eval()
+            yield
+        finally:
+            vars(module).pop("log")
+            if own_log is not None:
+                vars(module)["log"] = own_log
+            for m, training in flags:
+                m.training = training
+            for m, held, values in buffers:
+                for buffer, value in zip(held.values(), values, strict=True):
+                    if buffer is not None and value is not None and not torch.equal(buffer, value):
+                        buffer.copy_(value)
+                m._buffers.clear()
+                m._buffers.update(held)
+            for m in module.modules():
+                reshard: Any = getattr(m, "reshard", None)
+                if reshard is not None and hasattr(m, "unshard"):  # FSDP2: a forward without gradients leaves the root whole
+                    reshard()
+            random.setstate(numbers)
+            np.random.set_state(numpy_numbers)
+
+
+@contextmanager
+def _watching(layers: Any, look: Callable[[nn.Module, Any, Any], None]) -> Iterator[None]:
+    """Call ``look`` before each of the layers runs."""
+    handles = [layer.register_forward_pre_hook(look, with_kwargs=True) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_of(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs.get("input")
