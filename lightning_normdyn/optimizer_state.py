@@ -212,7 +212,8 @@ def rescale_batch_norm_(running_mean: Tensor | None, running_var: Tensor | None,
         mean = c * running_mean.double()
         running_mean.copy_(mean if bias is None else mean + (1 - c) * bias.double())
     if running_var is not None:
-        running_var.copy_(c.square() * (running_var.double() + eps) - eps)
+        var = running_var.double()
+        running_var.copy_(torch.where(c == 1, var, c.square() * (var + eps) - eps))  # v + eps - eps is not always v
 
 
 def _step_module(optimizer: Optimizer) -> str:
