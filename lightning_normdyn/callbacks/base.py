@@ -226,6 +226,8 @@ class Session:
         self._withdrawn: dict[str, Verdict] = {}
         self._announced = False
         self.attempts = 0
+        self.batch: Any = None
+        """The batch that is being trained on."""
 
     # -- brackets ------------------------------------------------------------------------------------------------------
 
@@ -767,6 +769,7 @@ class NormDynCallback(Callback):
         """Watch the first forward pass."""
         if self._leads():
             assert self._session is not None
+            self._session.batch = batch
             self._session.batch_start()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -785,6 +788,7 @@ class NormDynCallback(Callback):
         """Print the start table after the first step."""
         if self._session is not None and self._session.members[-1] is self:
             self._session.batch_end()
+            self._session.batch = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report vectors that had to be left alone, once."""

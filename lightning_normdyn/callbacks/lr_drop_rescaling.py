@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target, balance
-from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging
+from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.equilibrium import lr_drop_exponent, step_response
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.steps import Phase, Step, StepBracket
@@ -90,6 +90,7 @@ class LRDropRescaling(NormDynCallback):
     Args:
         exponent: ``"auto"``, or a number >= 0.
         min_drop: smallest ratio of learning rates that counts as a drop.
+        verify: before the first step, rescale all targets by random factors and compare the outputs of the first batch.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
@@ -109,6 +110,7 @@ class LRDropRescaling(NormDynCallback):
         *,
         exponent: float | Literal["auto"] = "auto",
         min_drop: float = 1.5,
+        verify: bool = False,
         params: str | list[str] = "auto",
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
@@ -119,6 +121,7 @@ class LRDropRescaling(NormDynCallback):
             raise ValueError(f"`min_drop` must be > 1 and finite, got {min_drop!r}.")
         self.exponent: float | str = exponent if isinstance(exponent, str) else float(exponent)
         self.min_drop = float(min_drop)
+        self.verify = bool(verify)
         self._forget()
 
     def _forget(self) -> None:
@@ -155,6 +158,8 @@ class LRDropRescaling(NormDynCallback):
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Prepare the rescale; what the other callbacks do to these weights is known only when all have made their plans."""
         assert self._session is not None
+        if self.verify:
+            verify_targets(plan, self._session)
         self._rescalers[plan.index] = Rescaler(plan, self._session, "rescale")
         self._known.pop(plan.index, None)
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_state import per_matrix_only, rescale_batch_norm_, state_exponents
+from lightning_normdyn.targets import verify_scale_invariance
 from lightning_normdyn.vectors import Partition, WeightVectors
 
 if TYPE_CHECKING:
@@ -100,6 +101,32 @@ class Rescaler:
                 channel = (extended[index] ** degree).to(mean.device)
                 offset = None if bias is None else biases[bias].to(mean.device)
                 rescale_batch_norm_(mean, var, channel, offset, float(module.eps))  # type: ignore[arg-type]
+
+
+def verify_targets(plan: Plan, session: Session) -> None:
+    """Rescale all claimed vectors of a plan by random factors on the present batch: the outputs must not change.
+
+    The one test that also catches what gradients cannot show, such as a detached copy of the weight's output. Everything is put back
+    bit for bit.
+
+    Raises:
+        NotSupportedError: naming the weights on whose length the function depends; or for a batch that the forward cannot be called with.
+    """
+    batch = session.batch[0] if isinstance(session.batch, (tuple, list)) and session.batch else session.batch
+    if not isinstance(batch, Tensor):
+        raise NotSupportedError(
+            f"verify=True calls the LightningModule with the batch, or its first element, but that is a {type(batch).__name__}. "
+            "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
+        )
+    claims = [t.verdict for t in plan.targets if t.verdict.partition is not None]
+    with session.trainer.precision_plugin.forward_context():
+        if verify_scale_invariance(session.module, batch, verdicts=claims):
+            return
+        guilty = [c.name for c in claims if not verify_scale_invariance(session.module, batch, verdicts=[c])]
+    raise NotSupportedError(
+        f"The function changes with the length of {', '.join(f'`{name}`' for name in guilty) or 'these weights together'}, although the "
+        "gradients do not show it. Exclude them: params=['!NAME'] means all scale-invariant weights but that one."
+    )
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
-from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging
+from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
 
@@ -31,6 +31,7 @@ class WeightRescaling(NormDynCallback):
         stop_epoch: first epoch in which to act no more; None: never stop.
         optimizer_state: ``"rescale"`` divides momentum by the factor (second moments by its square), ``"keep"`` leaves it.
         weight_decay: ``"replace"``: no decay of the targets inside the window; ``"keep"``: the optimizer's own.
+        verify: before the first step, rescale all targets by random factors and compare the outputs of the first batch.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
@@ -52,6 +53,7 @@ class WeightRescaling(NormDynCallback):
         stop_epoch: int | None = None,
         optimizer_state: Literal["rescale", "keep"] = "rescale",
         weight_decay: Literal["replace", "keep"] = "replace",
+        verify: bool = False,
         params: str | list[str] = "auto",
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
@@ -74,6 +76,7 @@ class WeightRescaling(NormDynCallback):
         self.stop_epoch = stop_epoch
         self.optimizer_state = optimizer_state
         self.weight_decay = weight_decay
+        self.verify = bool(verify)
         self._rescalers: dict[int, Rescaler] = {}
         self._targets: dict[int, Tensor] = {}
 
@@ -101,6 +104,8 @@ class WeightRescaling(NormDynCallback):
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Remember initial lengths, find the BatchNorms behind, claim the decay."""
         assert self._session is not None
+        if self.verify:
+            verify_targets(plan, self._session)
         self._rescalers[plan.index] = Rescaler(plan, self._session, self.optimizer_state)
         if self.target_norm == "initial":
             self._targets[plan.index] = self.per_vector("initial_norm", plan, plan.vectors.norms)
