@@ -11,8 +11,10 @@ picture, with the *corrected* formulas drawn in (dashed; limits dotted):
 
     python examples/noisy_rayleigh_quotient.py --out runs/nrq
     python examples/noisy_rayleigh_quotient.py --preset tiny
+    python examples/noisy_rayleigh_quotient.py --lightning      # through a Trainer; LRDropRescaling divides the weights (a few minutes)
 
-`simulate` is fast (all trials at once, no autograd); `NoisyRayleighQuotient` is the same problem as a LightningModule, for callbacks.
+`simulate` is fast (all trials at once, no autograd); `NoisyRayleighQuotient` is the same problem as a LightningModule, for callbacks, and
+`train` runs it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_normdyn import LRDropRescaling
 from lightning_normdyn.equilibrium import (
     equivalent_hyperparameters,
     nrq_concentration,
@@ -35,6 +38,7 @@ from lightning_normdyn.equilibrium import (
     nrq_limit_risk_first_order,
     nrq_norm,
 )
+from lightning_normdyn.functional import angular_update
 
 
 @dataclass(frozen=True)
@@ -160,14 +164,23 @@ class NoisyRayleighQuotient(L.LightningModule):
         self.problem, self.schedule, self.seed = problem, schedule, seed
         self.weight = torch.nn.Parameter(start.clone())
         self.risks: list[Tensor] = []
+        self.angular_updates: list[Tensor] = []
+        self.norms: list[Tensor] = []
 
     def training_step(self, noise: Tensor) -> Tensor:
         unit = self.weight / self.weight.norm(dim=1, keepdim=True)
         quotient = self.problem.gap * unit[:, 1:].square().sum() / 2
-        risk = risk_of(self.weight.detach()).mean()
-        self.risks.append(risk)
-        self.log("risk", risk)
+        self._before = self.weight.detach().clone()
+        self.risks.append(risk_of(self._before).mean())
+        self.log("risk", self.risks[-1])
         return quotient + self.problem.sigma * (noise * unit).sum()  # the gradient of the second term is the noise of eq. 4
+
+    def on_train_batch_end(self, outputs: object, batch: Tensor, batch_idx: int) -> None:
+        self.angular_updates.append(angular_update(self._before, self.weight.detach()).square().mean().sqrt())
+        self.norms.append(self._before.norm(dim=1).pow(4).mean() ** 0.25)
+
+    def curves(self) -> Curves:
+        return Curves(torch.stack(self.risks), torch.stack(self.angular_updates), torch.stack(self.norms))
 
     def configure_optimizers(self) -> dict[str, object]:
         schedule = self.schedule
@@ -178,6 +191,23 @@ class NoisyRayleighQuotient(L.LightningModule):
 
     def train_dataloader(self) -> DataLoader[Tensor]:
         return DataLoader(NoiseStream(self.problem, self.schedule.steps, self.seed), batch_size=None)
+
+
+def train(problem: Problem, schedule: Schedule, start: Tensor, *, seed: int = 1) -> Curves:
+    """`simulate` through a Trainer: at the drop, LRDropRescaling finds the exponent 1/4 of SGD by itself."""
+    module = NoisyRayleighQuotient(problem, schedule, start, seed)
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        precision="64-true",
+        callbacks=[LRDropRescaling()] if schedule.exponent else [],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return module.curves()
 
 
 # --- Figure 2 -----------------------------------------------------------------------------------------------------------------------------
@@ -292,12 +322,14 @@ def main() -> None:
     parser.add_argument(
         "--preset", choices=("paper", "tiny"), default="paper", help="tiny: a tenth of the steps and trials, for a quick look"
     )
+    parser.add_argument("--lightning", action="store_true", help="train the LightningModule instead of simulating: slower, the same curves")
     parser.add_argument("--out", type=Path, default=Path("runs/noisy_rayleigh_quotient"), help="folder for the picture")
     arguments = parser.parse_args()
     tiny = arguments.preset == "tiny"
     problem = Problem(trials=10 if tiny else 100)
     rows = experiments(problem, scale=0.1 if tiny else 1.0)
-    measured = {name: [simulate(problem, line.schedule, line.start) for line in lines] for name, lines in rows.items()}
+    run = train if arguments.lightning else simulate
+    measured = {name: [run(problem, line.schedule, line.start) for line in lines] for name, lines in rows.items()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "figure2.png"
     draw(problem, rows, measured, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -98,6 +99,38 @@ def test_the_lightning_module_is_the_simulation(tmp_path: Path) -> None:
     assert trainer.global_step == 30
     assert torch.stack(module.risks).tolist() == pytest.approx(simulate(problem, schedule, start).risk.tolist(), abs=1e-12)
     assert trainer.callback_metrics["risk"].item() == pytest.approx(module.risks[-1].item())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:lightning")
+@pytest.mark.parametrize(
+    ("problem", "plain"),
+    [
+        (Problem(dim=10, sigma=0.5, gap=3.0), Schedule(0.3, 0.1, steps=600, drop_at=100)),
+        pytest.param(Problem(dim=20, sigma=0.5, gap=2.0), Schedule(0.1, 0.1, steps=3000, drop_at=300), marks=pytest.mark.slow),
+    ],
+    ids=["quick", "slower"],
+)
+def test_lr_drop_rescaling_prevents_the_escape(problem: Problem, plain: Schedule) -> None:
+    start = problem.start(problem.equilibrium_norm(plain.lr, plain.weight_decay), risk=problem.limit_risk(plain.lr, plain.weight_decay))
+    ratios, at_drop = [], []
+    for schedule in (plain, replace(plain, exponent=0.25)):
+        curves = nrq.train(problem, schedule, start)
+        assert len(curves.risk) == plain.steps
+        ratios.append(nrq.escape_ratio(curves, schedule))
+        at_drop.append(curves.angular_update[plain.drop_at].item() / (2 * plain.lr / plain.drop * plain.weight_decay) ** 0.5)
+    assert ratios[0] < 0.6
+    assert ratios[1] > 0.85
+    assert at_drop == pytest.approx([plain.drop**-0.5, 1], rel=0.03)
+
+
+def test_train_is_simulate_at_every_step() -> None:
+    problem = Problem(dim=6, trials=4)
+    schedule = Schedule(0.1, 0.02, steps=30, drop_at=20, exponent=0.25)
+    start = problem.start(1.5)
+    trained, simulated = nrq.train(problem, schedule, start), nrq.simulate(problem, schedule, start)
+    simulated.norm[20] *= 10**0.25  # what was trained is recorded before the optimizer's step, within which the drop is answered
+    for curve in ("risk", "angular_update", "norm"):
+        assert getattr(trained, curve).tolist() == pytest.approx(getattr(simulated, curve).tolist(), rel=1e-9)
 
 
 def test_starts_have_the_norm_and_risk_asked_for() -> None:
