@@ -563,7 +563,7 @@ NOT_HOMOGENEOUS = """
 @_rule(
     "CloneBackward0", "ToCopyBackward0", "AliasBackward0", "NegBackward0",
     "_DDPSinkBackward", "RegisterPostBackwardFunctionBackward", "RegisterPreBackwardFunctionBackward", "RedistributeBackward",
-    "NestedRedistributeBackward",
+    "NestedRedistributeBackward", "PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward",
 )  # fmt: skip
 def unchanged(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
     """Copies, casts, and the marks that strategies leave in the graph: input k becomes output k."""
@@ -1031,7 +1031,7 @@ def _matmul_plus(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return _with_bias(operation, _contract(operation, flows[1], flows[2]), 0, -1)
 
 
-@_rule("LinearBackward0")
+@_rule("LinearBackward0", "LinearFunctionForZeroStage3Backward")  # DeepSpeed's has the same inputs
 def _linear(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     ndim = len(operation.outputs[0])
     weight = flows[1] and lift(permuted(flows[1], [1, 0]), ndim)
