@@ -1,4 +1,4 @@
-"""Every multi-process strategy of Lightning on CPU ranks, a model that each of them can shard, and one function that runs a fit under any of them.
+"""Every multi-process strategy of Lightning on CPU ranks, a model that each of them can shard, and a fit under any of them.
 
 FSDP1 and DeepSpeed ask for a GPU; the subclasses here take that question out and nothing else.
 """
@@ -63,14 +63,17 @@ class CPUFSDPStrategy(FSDPStrategy):
 
 
 class CPUDeepSpeedStrategy(DeepSpeedStrategy):
-    """DeepSpeed on CPU ranks; needs DS_ACCELERATOR=cpu in the environment."""
+    """DeepSpeed on CPU ranks."""
 
     def setup_environment(self) -> None:
         DDPStrategy.setup_environment(self)  # without the check for a CUDA accelerator
 
     def setup_distributed(self) -> None:
+        import deepspeed.ops
         from lightning.fabric.utilities.seed import reset_seed
 
+        # DeepSpeed would compile a shared-memory backend, for a minute; gloo serves as well.
+        deepspeed.ops.__compatible_ops__ = dict.fromkeys(deepspeed.ops.__compatible_ops__, False)
         reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -261,7 +264,8 @@ def _fsdp1(sharding: str, units: bool = True, **kwargs: Any) -> Callable[[], Any
 
 def _deepspeed(stage: int) -> Callable[[], Any]:
     def make() -> Any:
-        config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
         if stage:
             config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
         return CPUDeepSpeedStrategy(config=config, process_group_backend="gloo", timeout=TIMEOUT)
