@@ -52,6 +52,10 @@ class _Record(NamedTuple):
     content: Any
 
 
+def _one(content: Any) -> int:
+    return 1  # a name, and not a lambda, so that a history can be pickled
+
+
 class _Thinned:
     """An ordered list of bounded size: of each kind it holds the records 0, stride, 2 stride, ..., and always the newest record of all.
 
@@ -65,7 +69,7 @@ class _Thinned:
         size: size of one record's content.
     """
 
-    def __init__(self, capacity: int, max_kinds: int, size: Callable[[Any], int] = lambda content: 1) -> None:
+    def __init__(self, capacity: int, max_kinds: int, size: Callable[[Any], int] = _one) -> None:
         self.capacity = capacity
         self.max_kinds = max_kinds
         self.records: list[_Record] = []

@@ -389,7 +389,8 @@ class Session:
     def _question(self, index: int, optimizer: Optimizer) -> None:
         """Hold what the graph claims against the first real gradients; a contradiction withdraws the claim before anything is touched."""
         if index not in self._claims:
-            claimed = [w for w in self.owned(optimizer) if self.verdict(w).known == "graph" and self.verdict(w).partition is not None]
+            verdicts = {w: self.verdict(w) for w in self.owned(optimizer) if not _has_sparse_gradient(w)}
+            claimed = [w for w, verdict in verdicts.items() if verdict.known == "graph" and verdict.partition is not None]
             # Clipping by value turns the gradient, so it would say nothing about the loss.
             by_value = self.trainer.gradient_clip_val and str(self.trainer.gradient_clip_algorithm).lower().endswith("value")
             self._claims[index] = None if by_value or not claimed else Claims(claimed, [self.verdict(w) for w in claimed])
@@ -525,6 +526,11 @@ class NormDynCallback(Callback):
         return {}
 
     @property
+    def acts(self) -> bool:
+        """Whether it is an error to find nothing: not for those who only look."""
+        return self.writes
+
+    @property
     def shows_tables(self) -> bool:
         """Whether this callback wants the tables printed."""
         return True
@@ -584,7 +590,10 @@ class NormDynCallback(Callback):
         self._adopt_restored()
         bracket, optimizer = session.brackets[index], session.optimizers[index]
         owned = session.owned(optimizer)
-        targets = [t for w in self._select(owned) if (t := self._target(w)) is not None]
+        selected = self._select(owned)
+        for weight in selected:
+            self._check_weight(weight, session.names[weight][0])
+        targets = [t for w in selected if (t := self._target(w)) is not None]
         self._refuse_rivals([t.weight for t in targets])
         self.check_optimizer(optimizer, [t.weight for t in targets])
         self._drop_handlers(index)
@@ -636,12 +645,12 @@ class NormDynCallback(Callback):
         check_weight(weight, name)
         session = self._session
         assert session is not None
-        for module in session.module.modules():
-            if getattr(module, "sparse", False) and any(p is weight for p in module.parameters(recurse=False)):
-                raise NotSupportedError(
-                    f"`{name}` gets sparse gradients ({type(module).__name__}(sparse=True)): the optimizer does not step untouched rows. "
-                    f"Use sparse=False, or leave it out with params=[..., '!{name}']."
-                )
+        holders = [m for m in session.module.modules() if any(p is weight for p in m.parameters(recurse=False))]
+        if _has_sparse_gradient(weight) or any(getattr(m, "sparse", False) for m in holders):
+            raise NotSupportedError(
+                f"`{name}` gets sparse gradients ({type(holders[0]).__name__}): the optimizer does not step untouched rows. "
+                f"Use sparse=False, or leave it out with params=[..., '!{name}']."
+            )
 
     def _target(self, weight: Tensor) -> Target | None:
         session = self._session
@@ -667,14 +676,15 @@ class NormDynCallback(Callback):
 
     def _check_found(self) -> None:
         """After every optimizer has stepped once: ``"auto"`` must have found something to act on."""
-        if not self.writes or self.plans:
+        if self.plans or not self.acts:
             return
         assert self._session is not None
         verdicts = self._session.search.verdicts.values()
         reasons = [f"  {v.name}: {v.reason or v.kind}" for v in verdicts][:8]
+        kind = "scale-invariant weight" if self.writes else "weight of two or more dimensions"
         found = "\n".join(reasons) if reasons else "  no training loss was seen in on_before_backward (call self.manual_backward(loss))"
         raise NoTargetsError(
-            f"{type(self).__name__}(params={_shown(self.params)}) found no scale-invariant weight to act on:\n{found}\n"
+            f"{type(self).__name__}(params={_shown(self.params)}) found no {kind} to act on:\n{found}\n"
             "Name weights with params='PATTERN' if you know better, or remove the callback."
         )
 
@@ -903,6 +913,10 @@ def balance(influence: Mapping[str, Any], group: Mapping[str, Any], shrink: floa
         options.pop("decay", None)
         options["shrink"] = shrink
     return options
+
+
+def _has_sparse_gradient(weight: Tensor) -> bool:
+    return weight.grad is not None and weight.grad.layout != torch.strided
 
 
 def _bind(handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step], None]:

@@ -78,6 +78,11 @@ class RadialProjection(NormDynCallback):
         """With its own gate it takes every matrix; otherwise the scale-invariant weights."""
         return self.gate == "always"
 
+    @property
+    def acts(self) -> bool:
+        """With either gate."""
+        return True
+
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
         return {key: getattr(self, key) for key in ("gate", "delta", "weight_decay", "weight_decay_ratio")}

@@ -1,0 +1,492 @@
+"""What all callbacks share: which weights they mean, what they refuse and in which words, and when they do nothing at all."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins import MixedPrecision
+from models import TARGETS, ManualNet, Net, SavesAt, convnet, distance, fit, loader, make, same, sgd, trainer, weights_of
+from reference import Rescale, Shrink
+from replay import Recorder, replay
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    NormDynamicsMonitor,
+    NormDynWarning,
+    NoTargetsError,
+    NotSupportedError,
+    RadialProjection,
+    StepBracket,
+    WeightRescaling,
+)
+
+WRITERS = {
+    "aws": lambda **common: AdaptiveWeightShrink(0.5, **common),
+    "wrs": lambda **common: WeightRescaling(2, **common),
+    "projection": lambda **common: RadialProjection(**common),
+}
+EVERYBODY = {**WRITERS, "monitor": lambda **common: NormDynamicsMonitor(1, tables=False, **common)}
+
+
+def targets_of(callback):
+    return [t.name for _, plan in sorted(callback.plans.items()) for t in plan.targets]
+
+
+def refused(module, callbacks, error, says, **arguments):
+    """The fit raises this, and no weight has been touched."""
+    before = weights_of(module)
+    with pytest.raises(error, match=says):
+        fit(module, callbacks, **arguments)
+    assert same(weights_of(module), before)
+
+
+# ---- Which weights ----
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ("auto", TARGETS),
+        ("net.0.weight", ["net.0.weight"]),
+        ("*", [*TARGETS, "net.8.weight"]),
+        ("net.*.weight", [*TARGETS, "net.8.weight"]),
+        (["net.8*", "net.0*"], ["net.0.weight", "net.8.weight"]),
+        (["*", "!net.8.*"], TARGETS),
+        (["!net.8.*"], TARGETS),
+        (["!net.0.*"], ["net.3.weight"]),
+        ("net.[03].weight", TARGETS),
+    ],
+)
+def test_params_are_globs_over_names(params, expected):
+    callback = AdaptiveWeightShrink(0.5, params=params)
+    fit(make(), [callback], max_steps=1)
+    assert targets_of(callback) == expected
+
+
+def test_a_tied_weight_is_one_target_under_any_of_its_names():
+    class Tied(Net):
+        def __init__(self):
+            super().__init__(
+                net=nn.Sequential(nn.Flatten(), nn.Linear(36, 36, bias=False), nn.LayerNorm(36), nn.Linear(36, 36, bias=False))
+            )
+            self.net[3].weight = self.net[1].weight
+            self.head = nn.Linear(36, 2).double()
+
+        def forward(self, x):
+            return self.head(self.net(x))
+
+    for name in ("net.1.weight", "net.3.weight"):
+        callback, recorder, module = AdaptiveWeightShrink(0.5, params=name), Recorder(), make(Tied)
+        fit(module, [callback, recorder])
+        assert targets_of(callback) == ["net.1.weight"]
+        assert distance(weights_of(module), replay(recorder, ["net.1.weight"], shrink=Shrink(0.5))) < 1e-12
+
+
+class Bag(Net):
+    """Layers of every kind, none of them in front of a normalization."""
+
+    def __init__(self):
+        super().__init__(net=nn.Identity())
+        self.conv = nn.Conv2d(1, 4, 3).to(memory_format=torch.channels_last)
+        self.grouped = nn.Conv2d(4, 4, 3, groups=2)
+        self.up = nn.ConvTranspose2d(4, 6, 2, groups=2)
+        self.embedding = nn.Embedding(5, 9)
+        self.lstm = nn.LSTM(9, 4, batch_first=True)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.linear = nn.Linear(4, 2)
+        self.double()
+
+    def forward(self, x):
+        x = self.up(self.grouped(torch.tanh(self.conv(x)))).flatten(2)
+        x = x + self.embedding(torch.arange(len(x)) % 5).unsqueeze(1)
+        x, _ = self.lstm(x)
+        return self.linear(self.attention(x, x, x)[0].mean(1))
+
+
+KINDS = [
+    "conv.weight", "grouped.weight", "up.weight", "embedding.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0", "attention.in_proj_weight",
+    "attention.out_proj.weight", "linear.weight",
+]  # fmt: skip
+
+
+def as_filters(name, w):
+    """A transposed convolution keeps its output channels in dim 1 of each group: bring them to the front."""
+    return w.reshape(2, 2, 3, 2, 2).transpose(1, 2).reshape(6, 2, 2, 2) if name == "up.weight" else w
+
+
+@pytest.mark.parametrize("rule", ["aws", "wrs"])
+def test_every_kind_of_layer_by_name(rule):
+    module, recorder, callback = make(Bag), Recorder(), WRITERS[rule](params=KINDS)
+    fit(module, [callback, recorder])
+    assert sorted(targets_of(callback)) == sorted(KINDS)
+    assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    got = {name: as_filters(name, w) for name, w in weights_of(module).items()}
+    recorder.start = {name: as_filters(name, w) for name, w in recorder.start.items()}
+    recorder.steps = [[{n: (as_filters(n, g), s) for n, (g, s) in received.items()} for received in steps] for steps in recorder.steps]
+    rules = {"aws": {"shrink": Shrink(0.5)}, "wrs": {"rescale": Rescale(2)}}[rule]
+    assert distance(got, replay(recorder, KINDS, **rules)) < 1e-12
+
+
+def test_a_weight_that_the_first_batches_do_not_use_is_found_later():
+    class Later(Net):
+        def forward(self, x):
+            x = self.net[:3](x)
+            x = self.net[3:6](x) if self.trainer.global_step % 3 == 2 else x[:, [0, 1, 2, 3, 0, 1]]
+            return self.net[6:](x)
+
+    callback, module, recorder = AdaptiveWeightShrink(0.5), make(Later), Recorder()
+    fit(module, [callback, recorder])
+    assert targets_of(callback) == TARGETS
+    # Batch 2 was the first that used it; its gradient told that something had been missed, so batch 5 was watched.
+    late = [{n: v for n, v in r.items() if n == "net.3.weight"} for r in recorder.steps[0]]
+    assert [r["net.3.weight"][0] is not None for r in late] == [i % 3 == 2 for i in range(8)]
+
+
+def test_counts_survive_targets_that_join():
+    class Joins(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                trainer.optimizers[0].add_param_group({"params": [pl_module.net[0].weight]})
+
+    def without_first(parameters):
+        return torch.optim.SGD([p for p in parameters if tuple(p.shape) != (4, 1, 3, 3)], lr=0.1)
+
+    callback = AdaptiveWeightShrink(1e6)
+    fit(make(make_optimizer=without_first), [callback, Joins()])
+    assert targets_of(callback) == ["net.3.weight", "net.0.weight"]
+    assert callback.plans[0].counters["clamped"].tolist() == [8.0] * 6 + [3.0] * 4
+
+
+def test_a_claim_that_the_gradients_contradict_is_withdrawn():
+    module, callback = make(), AdaptiveWeightShrink(0.5)
+    weight = module.net[3].weight
+    weight.register_hook(lambda g: g + weight.detach())  # a penalty that no graph of the loss shows
+    with pytest.warns(NormDynWarning) as caught:
+        fit(module, [callback])
+    ours = [str(w.message) for w in caught if w.category is NormDynWarning]
+    assert len(ours) == 1
+    assert ours[0].startswith(
+        "`net.3.weight` is no longer taken for scale-invariant: net.4 says filter, but the gradient is not orthogonal"
+    )
+    assert targets_of(callback) == ["net.0.weight"]
+
+
+# ---- What is refused ----
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_a_pattern_that_matches_nothing_names_the_nearest(name):
+    says = r"'net\.0\.wieght', which matches none of the 3 weights .*: net\.0\.weight, net\.3\..*\. The nearest: net\.0\.weight"
+    refused(make(), [EVERYBODY[name](params="net.0.wieght")], NoTargetsError, says)
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_an_exclude_that_matches_nothing_is_refused_as_well(name):
+    refused(make(), [EVERYBODY[name](params=["*", "!body.*"])], NoTargetsError, r"'body\.\*', which matches none")
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_parameters_of_one_dimension_are_never_targets(name):
+    refused(make(), [EVERYBODY[name](params="net.*.bias")], NoTargetsError, "matches none of the 3 weights of two or more dimensions")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_auto_without_a_scale_invariant_weight_says_why(name):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with pytest.raises(
+        NoTargetsError, match=r"(?s)found no scale-invariant weight to act on:.*net\.1\.weight: .*Name weights with params="
+    ):
+        fit(make(net=net), [WRITERS[name]()])
+
+
+def test_a_gated_projection_without_any_matrix_is_refused():
+    class Flat(Net):
+        def __init__(self):
+            super().__init__(net=nn.BatchNorm2d(1))
+
+        def training_step(self, batch, batch_idx=0):
+            return self.net(batch[0]).square().mean() + self.net.weight.sum()
+
+    with pytest.raises(NoTargetsError, match=r"RadialProjection\(params='auto'\) found no weight of two or more dimensions to act on"):
+        fit(make(Flat), [RadialProjection(gate="cosine")])
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_lbfgs_is_refused_before_training(name):
+    module = make(make_optimizer=lambda p: torch.optim.LBFGS(p, max_iter=3))
+    refused(module, [EVERYBODY[name]()], NotSupportedError, r"LBFGS evaluates its closure more than once .*such as SGD or AdamW")
+
+
+class Sparse(Net):
+    def __init__(self):
+        super().__init__(lambda p: torch.optim.SparseAdam(p, lr=0.1), net=nn.Identity())
+        self.table = nn.Embedding(5, 4, sparse=True).double()
+
+    def training_step(self, batch, batch_idx=0):
+        return nn.functional.layer_norm(self.table(torch.tensor([0, 2])), [4])[:, 0].sum()
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_sparse_gradients_are_refused_by_name(name):
+    says = r"`table\.weight` gets sparse gradients .*sparse=False, or leave it out with"
+    refused(make(Sparse), [EVERYBODY[name](params="table.weight")], NotSupportedError, says)
+
+
+def test_the_monitor_leaves_sparse_gradients_out():
+    monitor = NormDynamicsMonitor(1, tables=False)
+    fit(make(Sparse), [monitor])
+    assert targets_of(monitor) == []
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_complex_weights_are_refused_by_name_and_left_out_otherwise(name):
+    class Complex(Net):
+        def __init__(self):
+            super().__init__()
+            self.rotation = nn.Parameter(torch.randn(2, 3, dtype=torch.complex128))
+
+        def training_step(self, batch, batch_idx=0):
+            return super().training_step(batch, batch_idx) + self.rotation.abs().square().sum()
+
+    refused(
+        make(Complex), [EVERYBODY[name](params="rotation")], NotSupportedError, r"`rotation` .* is complex; leave it out", data=loader()
+    )
+    callback = EVERYBODY[name]()
+    fit(make(Complex), [callback], loader(), max_steps=1)
+    assert "rotation" not in targets_of(callback)
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_lazy_weights_are_refused_by_name(name):
+    class Lazy(Net):
+        def __init__(self):
+            super().__init__(lambda p: torch.optim.SGD([q for q in p if not isinstance(q, nn.UninitializedParameter)], lr=0.1))
+            self.lazy = nn.LazyLinear(2)
+
+    module = make(Lazy)
+    with pytest.raises((NotSupportedError, NoTargetsError), match=r"lazy\.weight"):
+        trainer([EVERYBODY[name](params="lazy.weight")]).fit(module, loader())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_an_exact_name_that_no_optimizer_holds_is_refused(name):
+    module = make(make_optimizer=lambda p: sgd([q for q in p if q.ndim != 2]))
+    refused(module, [WRITERS[name](params="net.8.weight")], NoTargetsError, r"`net\.8\.weight` was asked .* no optimizer holds it")
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_two_of_a_kind_on_one_weight_are_refused_before_training(name):
+    first, second = WRITERS[name](params="net.*"), WRITERS[name](params="net.3.weight")
+    says = r"Two \w+ callbacks target `net\.3\.weight`\. Give them different `params`, or remove one\."
+    refused(make(), [first, second], NotSupportedError, says)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("order", [1, -1])
+def test_two_of_a_kind_on_one_weight_are_refused_under_auto_as_well(name, order):
+    callbacks = [WRITERS[name](), WRITERS[name](params="net.3.weight")][::order]
+    refused(make(), callbacks, NotSupportedError, r"Two \w+ callbacks target `net\.3\.weight`")
+
+
+def test_two_with_the_same_arguments_are_refused_by_lightning():
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        trainer([AdaptiveWeightShrink(0.5), AdaptiveWeightShrink(0.1)])
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_the_trainer_of_the_other_package_is_refused(name):
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Other(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = convnet()
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return sgd(self.parameters())
+
+    other = pl.Trainer(
+        accelerator="cpu", callbacks=[EVERYBODY[name]()], max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(
+        NotSupportedError, match=r"Trainer of `pytorch_lightning`; it belongs to `lightning`\. Use `from lightning import Trainer`"
+    ):
+        other.fit(Other(), loader(dtype=torch.float32))
+
+
+def test_manual_optimization_that_hides_its_loss_is_told_how():
+    class Hides(ManualNet):
+        def training_step(self, batch, batch_idx=0):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+                Net.training_step(self, batch).backward()
+                optimizer.step()
+
+    with pytest.raises(NoTargetsError, match=r"call self\.manual_backward\(loss\)|not part of any training loss"):
+        fit(make(Hides), [AdaptiveWeightShrink(0.5)])
+
+
+# ---- When nothing happens ----
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+@pytest.mark.parametrize("arguments", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}], ids=lambda a: next(iter(a)))
+def test_a_fit_without_a_step_changes_nothing(name, arguments, tmp_path):
+    module, callback = make(), EVERYBODY[name]()
+    before = {n: v.clone() for n, v in module.state_dict().items()}
+    runner = fit(module, [callback], **arguments)
+    assert same(dict(module.state_dict()), before)
+    runner.save_checkpoint(tmp_path / "nothing.ckpt")
+    torch.load(tmp_path / "nothing.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_an_empty_dataloader(name):
+    module = make()
+    before = weights_of(module)
+    with pytest.warns(UserWarning, match="Total length of `DataLoader` across ranks is zero"):
+        fit(module, [EVERYBODY[name]()], DataLoader(TensorDataset(torch.empty(0, 1, 6, 6), torch.empty(0))))
+    assert same(weights_of(module), before)
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_evaluation_alone(name):
+    module, callback = make(), EVERYBODY[name]()
+    before = weights_of(module)
+    runner = trainer([callback])
+    runner.validate(module, loader(), verbose=False)
+    runner.predict(module, loader())
+    assert same(weights_of(module), before)
+    assert callback.plans == {}
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_barebones_and_fast_dev_run(name):
+    for arguments in ({"barebones": True, "max_steps": 2}, {"fast_dev_run": 2}):
+        settings = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False, **arguments}
+        callback, recorder, module = EVERYBODY[name](), Recorder(), make()
+        L.Trainer(callbacks=[callback, recorder], **settings).fit(module, loader())
+        rules = {"aws": {"shrink": Shrink(0.5)}, "wrs": {"rescale": Rescale(2)}}.get(name)
+        if rules:
+            assert distance(weights_of(module), replay(recorder, TARGETS, **rules)) < 1e-12
+        if name == "monitor":
+            assert len(callback.history) == (0 if "barebones" in arguments else 2)
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_a_fit_that_ends_early(name):
+    class Worse(Net):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", float(self.trainer.global_step))
+
+    module, callback = make(Worse), EVERYBODY[name]()
+    runner = fit(module, [EarlyStopping("val_loss", patience=1), callback], val_data=loader(), max_epochs=10)
+    assert runner.current_epoch < 5
+    assert len(runner.optimizers[0]._optimizer_step_post_hooks) == 0
+
+
+# ---- Beside others ----
+
+
+def test_with_a_scaler_other_hooks_never_see_split_groups():
+    class Looks(L.Callback):
+        def on_train_start(self, trainer, pl_module):  # after ours
+            optimizer, self.seen = trainer.optimizers[0], []
+            optimizer.register_step_pre_hook(lambda *_: self.seen.append(len(optimizer.param_groups)))
+            optimizer.register_step_post_hook(lambda *_: self.seen.append(len(optimizer.param_groups)))
+
+        def on_train_batch_end(self, trainer, *_):
+            self.seen.append(len(trainer.optimizers[0].param_groups))
+
+    looks = Looks()
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**4))
+    fit(make(dtype=torch.float32), [AdaptiveWeightShrink(0.5), looks], plugins=[precision])
+    assert looks.seen == [1] * 24
+
+
+def test_a_bracket_of_the_users_own_stays():
+    class Mine(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            self.numbers, self.bracket = [], StepBracket.of(trainer.optimizers[0])
+            self.bracket.add(30, lambda step: self.numbers.append(step.number))
+
+    mine = Mine()
+    runner = fit(make(), [mine, AdaptiveWeightShrink(0.5)])
+    assert mine.numbers == list(range(1, 9))
+    assert len(runner.optimizers[0]._optimizer_step_pre_hooks) == 1
+
+
+def test_the_table_is_printed_once_and_can_be_had_without(capsys):
+    fit(make(), [AdaptiveWeightShrink(0.5), WeightRescaling(2)])
+    printed = capsys.readouterr().out
+    assert printed.count("lightning-normdyn: targets") == 1
+    assert "WRS to norm 1 every 2 steps" in printed
+    fit(make(), [NormDynamicsMonitor(1, tables=False)])
+    assert "lightning-normdyn" not in capsys.readouterr().out
+
+
+# ---- State ----
+
+
+def test_state_key_names_class_params_and_granularity_only():
+    assert AdaptiveWeightShrink(0.5).state_key == AdaptiveWeightShrink(0.1, statistic="std").state_key
+    assert AdaptiveWeightShrink(0.5).state_key != AdaptiveWeightShrink(0.5, params="net.*").state_key
+    assert AdaptiveWeightShrink(0.5).state_key != AdaptiveWeightShrink(0.5, granularity="layer").state_key
+    assert AdaptiveWeightShrink(0.5).state_key != WeightRescaling(5).state_key
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_state_is_plain(name, tmp_path):
+    callback = EVERYBODY[name]()
+    fit(make(make_optimizer=sgd), [callback])
+    torch.save(callback.state_dict(), tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert state["steps"] == {0: 8}
+    assert set(TARGETS) <= set(state["targets"])
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_a_callback_can_be_copied_and_pickled(name):
+    """Launchers that spawn processes pickle the Trainer with everything in it."""
+    weights = []
+    for callback in (EVERYBODY[name](), copy.deepcopy(EVERYBODY[name]()), pickle.loads(pickle.dumps(EVERYBODY[name]()))):
+        module = make()
+        fit(module, [callback])
+        weights.append(weights_of(module))
+    assert same(weights[0], weights[1])
+    assert same(weights[0], weights[2])
+
+
+def test_resume_of_an_unchanged_run_says_nothing(tmp_path):
+    path = tmp_path / "three.ckpt"
+    fit(make(), [AdaptiveWeightShrink(0.5), SavesAt(3, path)])
+    fit(make(), [AdaptiveWeightShrink(0.5)], ckpt_path=path)  # a warning of ours would be an error
+
+
+def test_resume_takes_the_targets_from_the_checkpoint(tmp_path, monkeypatch):
+    path, callback = tmp_path / "three.ckpt", AdaptiveWeightShrink(0.5)
+    fit(make(), [AdaptiveWeightShrink(0.5), SavesAt(3, path)])
+    monkeypatch.setattr("lightning_normdyn.targets.ScaleInvarianceSearch.analyze", lambda *_: pytest.fail("traced again"))
+    fit(make(), [callback], ckpt_path=path)
+    assert targets_of(callback) == TARGETS
+
+
+def test_an_evaluation_that_loads_a_checkpoint_is_no_resume(tmp_path):
+    path, callback = tmp_path / "three.ckpt", WeightRescaling(3)
+    fit(make(), [WeightRescaling(3), SavesAt(2, path)])
+    module, recorder = make(), Recorder()
+    runner = trainer([callback, recorder])
+    runner.validate(module, loader(), ckpt_path=path, verbose=False)
+    runner.fit(module, loader())
+    assert distance(weights_of(module), replay(recorder, TARGETS, rescale=Rescale(3))) < 1e-12
