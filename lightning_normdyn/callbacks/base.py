@@ -435,10 +435,15 @@ class Claims:
         """Take this step's gradients in; claims that they contradict: verdict, rms of z, over how many values."""
         vectors, test = self._vectors, self._test
         weights, gradients = vectors.values(), vectors.gradients()
-        ww, wg, gg = vectors.inner((weights, weights), (weights, gradients), (gradients, gradients))
-        each = EulerTest(vectors.n, vectors.device)
-        each.update(wg, ww, gg, vectors.length, torch.arange(vectors.n, device=vectors.device))
-        test.sums += vectors.totals(each.sums.T.to(vectors.sum_dtype)).T
+
+        def summarize(sums: Tensor, length: Tensor) -> Tensor:
+            ww, wg, gg = sums
+            each = EulerTest(length.numel(), vectors.device)
+            each.update(wg, ww, gg, length, torch.arange(length.numel(), device=vectors.device))
+            return each.sums.T.to(vectors.sum_dtype)
+
+        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
+        test.sums += vectors.inner_and_totals(*pairs, summarize=summarize)[1].T
         self._steps += 1
         found, new = test.result(), [i for i in test.rejected() if i not in self._told]
         self._told.update(new)

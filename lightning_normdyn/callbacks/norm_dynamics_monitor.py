@@ -279,7 +279,7 @@ class NormDynamicsMonitor(NormDynCallback):
         is_dead = (dead >= DEAD_AFTER).to(norm.dtype)
         least = torch.finfo(torch.float32).smallest_normal ** 0.5  # below it squares vanish in float32
         left = (size / least).log() / -torch.log1p(radial)
-        mean = vectors.spread(vectors.per_weight(torch.nan_to_num(size)) / vectors.per_weight(torch.ones_like(size)))
+        mean = vectors.spread(vectors.totals(torch.nan_to_num(size)) / vectors.count)
         found = {
             "lr": sums["lr"],
             "gradient_scale": sums["gg"] * sums["ww"],
