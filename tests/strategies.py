@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -249,7 +249,8 @@ def _model_parallel(data: int, tensor: int) -> Callable[[], Any]:
     )
 
 
-def _fsdp1(sharding: str, units: bool = True, **kwargs: Any) -> Callable[[], Any]:
+def fsdp1(sharding: str, units: bool = True, **kwargs: Any) -> Callable[[], Any]:
+    """FSDP1, with units of their own for the blocks and layers or one for everything."""
     from torch.distributed.fsdp import MixedPrecision
 
     return lambda: CPUFSDPStrategy(
@@ -280,13 +281,25 @@ STRATEGIES: dict[str, Strategy] = {
     "HSDP": Strategy(4, _model_parallel(4, 1), _hybrid),
     "TP": Strategy(2, _model_parallel(1, 2), _tensor_parallel),
     "FSDP2 + TP": Strategy(4, _model_parallel(2, 2), _both),
-    "FSDP1 FULL_SHARD": Strategy(2, _fsdp1("FULL_SHARD")),
-    "FSDP1 FULL_SHARD, one unit": Strategy(2, _fsdp1("FULL_SHARD", units=False)),
-    "FSDP1 SHARD_GRAD_OP": Strategy(2, _fsdp1("SHARD_GRAD_OP")),
-    "FSDP1 NO_SHARD": Strategy(2, _fsdp1("NO_SHARD")),
-    "FSDP1 HYBRID_SHARD": Strategy(4, _fsdp1("HYBRID_SHARD", cpu_mesh=(2, 2))),
+    "FSDP1 FULL_SHARD": Strategy(2, fsdp1("FULL_SHARD")),
+    "FSDP1 FULL_SHARD, one unit": Strategy(2, fsdp1("FULL_SHARD", units=False)),
+    "FSDP1 SHARD_GRAD_OP": Strategy(2, fsdp1("SHARD_GRAD_OP")),
+    "FSDP1 NO_SHARD": Strategy(2, fsdp1("NO_SHARD")),
+    "FSDP1 HYBRID_SHARD": Strategy(4, fsdp1("HYBRID_SHARD", cpu_mesh=(2, 2))),
 }
 DEEPSPEED: dict[str, Strategy] = {f"DeepSpeed ZeRO-{stage}": Strategy(2, _deepspeed(stage), dtypes=(torch.float32,)) for stage in range(4)}
+
+
+def with_ranks(strategy: Strategy, world: int) -> Strategy:
+    """The strategy on more ranks."""
+
+    def make() -> Any:
+        made = strategy.make()
+        if isinstance(made, ModelParallelStrategy):
+            made._data_parallel_size = world
+        return made
+
+    return replace(strategy, world=world, make=make)
 
 
 def fit(

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import strategies
 import torch
-from ranks import run_ranks
+from ranks import RankError, run_ranks
 from strategies import DEEPSPEED, STEPS, STRATEGIES, adamw, fit, sgd
 from torch import Tensor
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NotSupportedError, RadialProjection, WeightRescaling
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -43,11 +43,16 @@ def fits(strategy: strategies.Strategy, dtype: torch.dtype) -> dict[str, Any]:
     return found
 
 
+def require(name: str) -> None:
+    """Skip, saying why, where DeepSpeed is asked for and not there."""
+    if name in DEEPSPEED and find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed: `make test-deepspeed` does it in an environment of its own")
+
+
 @functools.cache
 def outcome(name: str, dtype: torch.dtype) -> dict[int, Any]:
     """All ranks of one strategy; forked once."""
-    if name in DEEPSPEED and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed: `make test-deepspeed` does it in an environment of its own")
+    require(name)
     strategy = {**STRATEGIES, **DEEPSPEED}[name]
     return run_ranks(fits, strategy.world, (strategy, dtype), timeout=200)
 
@@ -93,3 +98,348 @@ def test_matrix(strategy: str, callbacks: str):
     # Values are logged in float32.
     assert_same_rows(answers[0][1], rows, 1e-5, 1e-3)
     assert not any(len(history) for rank, (_, history, _) in answers.items() if rank)
+
+
+def test_the_matrix_says_something():
+    """Each writer changes the weights, and the cosine gate opens for some weights and not for others."""
+    found = reference(torch.float64)
+    quiet = {adamw: found["monitor"][0]}
+    quiet[sgd] = run_ranks(lambda: fit(STRATEGIES["ddp"], lambda: [], optimizer=sgd)[1].final, 1)[0]
+    for name, (_, optimizer) in CALLBACKS.items():
+        if name != "monitor":
+            assert distance(found[name][0], quiet[optimizer]) > 1e-4, name
+
+    def gates() -> list[bool]:
+        gate = RadialProjection(gate="cosine", delta=0.5)
+        fit(STRATEGIES["ddp"], lambda: [gate], optimizer=sgd)
+        by_filter, by_layer = gate._gates[0]
+        return (by_filter | by_layer).tolist()
+
+    opened = run_ranks(gates, 1)[0]
+    assert any(opened)
+    assert not all(opened)
+
+
+def test_a_broken_reduction_is_seen():
+    """Without completing sums over ranks, tensor parallelism trains other weights."""
+
+    def broken() -> dict[str, Tensor]:
+        from lightning_normdyn.sharding import Reduction
+
+        Reduction.sum_ = lambda self, packed: packed  # type: ignore[method-assign]
+        return fit(STRATEGIES["TP"], lambda: [AdaptiveWeightShrink(0.5)], optimizer=sgd)[1].final
+
+    assert distance(run_ranks(broken)[0], reference(torch.float64)["AWS norm"][0]) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------- communication
+
+FILTERS = {"params": ["net.conv.weight", "net.block.up.weight"], "granularity": "filter"}
+WRITERS: dict[str, Callable[..., Any]] = {
+    "AWS norm": lambda **k: AdaptiveWeightShrink(0.01, **k),
+    "AWS std": lambda **k: AdaptiveWeightShrink(0.01, statistic="std", **k),
+    "WRS": lambda **k: WeightRescaling(1, **k),
+    "projection always": lambda **k: RadialProjection(**k),
+    "projection cosine": lambda **k: RadialProjection(gate="cosine", params=k.get("params", "auto")),
+}
+
+
+def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[str, int]:
+    """In a rank: the largest number of collectives in each phase, over the last steps of a fit that logs nothing in them."""
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from lightning_normdyn.steps import Phase, StepBracket
+
+    most: dict[str, int] = {}
+    add = StepBracket.add
+
+    def counting_add(self: StepBracket, phase: Phase, handler: Any, order: str = "") -> Any:
+        def counted(step: Any) -> None:
+            with CommDebugMode() as mode:
+                handler(step)
+            # The claims of the graph are held against the first 16 gradients; the monitor measures the very last step.
+            if 16 < step.number < 19:
+                most[phase.name] = max(most.get(phase.name, 0), mode.get_total_counts())
+
+        return add(self, phase, counted, order)
+
+    StepBracket.add = counting_add  # type: ignore[method-assign]
+    callbacks = [WRITERS[writer](**arguments), NormDynamicsMonitor(50, tables=False)]
+    fit(STRATEGIES[strategy], lambda: callbacks, optimizer=sgd, steps=19)
+    return most
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize(
+    ("strategy", "arguments", "most"),
+    [
+        ("ddp", {}, 0),
+        ("FSDP2", FILTERS, 0),
+        ("FSDP2", {}, 1),
+        ("TP", {}, 1),
+        pytest.param("FSDP1 FULL_SHARD", {}, 1, marks=pytest.mark.slow),
+        pytest.param("FSDP2 + TP", {}, 1, marks=pytest.mark.slow),
+        pytest.param("HSDP", FILTERS, 0, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "filters" if value == FILTERS else "auto" if value == {} else str(value),
+)
+def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: int, writer: str):
+    if writer == "projection cosine" and strategy != "ddp":
+        most = 1  # the gate's tests look at all filters of a weight
+    for counts in run_ranks(collectives, STRATEGIES[strategy].world, (strategy, writer, arguments)).values():
+        assert counts.pop("RESOLVE") == 0
+        assert max(counts.values()) == most, counts
+
+
+# ---------------------------------------------------------------------------------------------------------------- traps
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["FSDP2", "FSDP1 SHARD_GRAD_OP", pytest.param("HSDP", marks=pytest.mark.slow), pytest.param("FSDP2 + TP", marks=pytest.mark.slow)],
+)
+def test_validation_does_not_lead_astray(strategy: str):
+    """After a forward pass without gradients FSDP shows whole parameters that are not the optimizer's; writing to them would be lost."""
+
+    def main() -> dict[str, Tensor]:
+        shrink = AdaptiveWeightShrink(0.5)
+        _, module, _ = fit(
+            STRATEGIES[strategy],
+            lambda: [shrink, WeightRescaling(3), NormDynamicsMonitor(1, tables=False)],
+            optimizer=sgd,
+            limit_val_batches=1,
+            num_sanity_val_steps=1,
+            val_check_interval=2,
+        )
+        (plan,) = shrink.plans.values()
+        owned = [p for group in plan.optimizer.param_groups for p in group["params"]]
+        assert all(any(w is p for p in owned) for w in plan.vectors.weights)
+        return module.final
+
+    def reference_without() -> dict[str, Tensor]:
+        return fit(STRATEGIES["ddp"], lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)], optimizer=sgd)[1].final
+
+    expected = run_ranks(reference_without, 1)[0]
+    assert all(distance(found, expected) <= 1e-12 for found in run_ranks(main, STRATEGIES[strategy].world).values())
+
+
+def resumable() -> list[Any]:
+    """Counters that do not divide the epoch, and a length remembered from the start."""
+    return [WeightRescaling(4, target_norm="initial"), AdaptiveWeightShrink(0.2), NormDynamicsMonitor(1, tables=False)]
+
+
+def train_two_epochs(strategy: strategies.Strategy, folder: str, ckpt_path: str | None, dtype: torch.dtype) -> Any:
+    """In a rank: two epochs of three steps with a checkpoint after each, or what is left of them after a checkpoint."""
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    keeper = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
+    trainer, module, callbacks = fit(
+        strategy,
+        lambda: [*resumable(), keeper],
+        optimizer=adamw,
+        steps=3,
+        dtype=dtype,
+        max_epochs=2,
+        enable_checkpointing=True,
+        ckpt_path=ckpt_path,
+        limit_val_batches=1,
+    )
+    return module.final, [c.state_dict() for c in callbacks[:2]], list(callbacks[2].history), trainer.global_step
+
+
+def full_checkpoints(name: str) -> strategies.Strategy:
+    """The strategy, saving its weights in one file."""
+    from dataclasses import replace
+
+    strategy = STRATEGIES[name]
+
+    def make() -> Any:
+        made = strategy.make()
+        made._save_distributed_checkpoint = False
+        return made
+
+    return replace(strategy, make=make)
+
+
+def sharded_checkpoints() -> strategies.Strategy:
+    """FSDP1, each rank saving what it holds."""
+    from dataclasses import replace
+
+    return replace(STRATEGIES["FSDP1 FULL_SHARD"], make=strategies.fsdp1("FULL_SHARD", state_dict_type="sharded"))
+
+
+RESUMES: dict[str, Callable[[], strategies.Strategy]] = {
+    "ddp": lambda: STRATEGIES["ddp"],
+    "FSDP2, sharded": lambda: STRATEGIES["FSDP2"],
+    "FSDP2, full": lambda: full_checkpoints("FSDP2"),
+    "TP, full": lambda: full_checkpoints("TP"),
+    "FSDP2 + TP, sharded": lambda: STRATEGIES["FSDP2 + TP"],
+    "FSDP1, full": lambda: STRATEGIES["FSDP1 FULL_SHARD"],
+    "FSDP1, sharded": sharded_checkpoints,
+    **{name: (lambda name=name: DEEPSPEED[name]) for name in list(DEEPSPEED)[1:]},  # type: ignore[misc]
+}
+QUICK_RESUMES = ["FSDP2, full", "FSDP1, full"]
+RESUME_MARKS = [
+    pytest.param(n, marks=pytest.mark.deepspeed if "DeepSpeed" in n else () if n in QUICK_RESUMES else pytest.mark.slow) for n in RESUMES
+]
+
+
+def assert_same_state(ours: Any, theirs: Any, tolerance: float) -> None:
+    """Two state_dicts of a callback, whatever ranks they come from."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key in theirs:
+            assert_same_state(ours[key], theirs[key], tolerance)
+    elif isinstance(theirs, Tensor):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+    else:
+        assert ours == theirs
+
+
+@pytest.mark.parametrize("name", RESUME_MARKS)
+def test_resume_equals_uninterrupted(name: str, tmp_path: Any):
+    require(name)
+    strategy = RESUMES[name]()
+    dtype = strategy.dtypes[0]
+    whole = run_ranks(train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, dtype), timeout=120)
+    resumed = run_ranks(
+        train_two_epochs, strategy.world, (strategy, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), dtype), timeout=120
+    )
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    for rank in whole:
+        assert distance(resumed[rank][0], whole[rank][0]) <= tolerance
+        assert resumed[rank][3] == whole[rank][3] == 6
+        for mine, other in zip(resumed[rank][1], whole[rank][1], strict=True):
+            assert other["steps"][0] == 6
+            assert_same_state(mine, other, tolerance)
+    assert_same_rows_of(resumed[0][2], whole[0][2])
+
+
+def assert_same_rows_of(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert {k: v for k, v in mine.items() if "turn" not in k} == pytest.approx(other, rel=1e-4, abs=1e-7, nan_ok=True)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("FSDP2, full", 4), pytest.param("FSDP1, full", 4, marks=pytest.mark.slow)])
+def test_resume_on_another_number_of_ranks(name: str, ranks: int, tmp_path: Any):
+    strategy = RESUMES[name]()
+    more = strategies.with_ranks(strategy, ranks)
+    whole = run_ranks(train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, torch.float64))
+    resumed = run_ranks(train_two_epochs, ranks, (more, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), torch.float64))
+    assert distance(resumed[3][0], whole[0][0]) <= 1e-12
+    for mine, other in zip(resumed[3][1], whole[0][1], strict=True):
+        assert_same_state(mine, other, 1e-12)
+
+
+class BatchNormModule(strategies.Module):
+    """A convolution whose bias lies in front of a BatchNorm with running statistics."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.net.conv = torch.nn.Conv1d(1, 5, 3, bias=True).to(self.dtype_)
+        self.net.conv_norm = torch.nn.BatchNorm1d(5).to(self.dtype_)
+
+
+@pytest.mark.parametrize("strategy", ["FSDP2", "TP", pytest.param("FSDP1 FULL_SHARD, one unit", marks=pytest.mark.slow)])
+def test_batch_norm_follows_a_rescale(strategy: str):
+    """Weight and bias lie in pieces, the statistics behind them are whole on every rank."""
+
+    def main(name: str) -> Any:
+        _, module, _ = fit(STRATEGIES[name], lambda: [WeightRescaling(2, target_norm=3.0)], optimizer=sgd, model=BatchNormModule)
+        return module.final, module.net.conv_norm.running_mean, module.net.conv_norm.running_var
+
+    # As many BatchNorm batches as there are shares of the data; DDP hands rank zero's statistics to all.
+    expected = run_ranks(main, 1 if strategy == "TP" else 2, ("ddp",))[0]
+    weights, *statistics = run_ranks(main, 2, (strategy,))[0]
+    assert distance(weights, expected[0]) <= 1e-11
+    torch.testing.assert_close(statistics, list(expected[1:]), rtol=1e-11, atol=1e-11)
+
+
+# ---------------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("strategy", ["FSDP2", "FSDP1 FULL_SHARD"])
+def test_what_bfloat16_swallows_is_kept_per_vector(strategy: str):
+    """Shrinks below the rounding of bfloat16 add up, wherever the vectors lie, and go into checkpoints whole."""
+
+    def main() -> Any:
+        shrink = AdaptiveWeightShrink(0.02)
+        fit(STRATEGIES[strategy], lambda: [shrink], dtype=torch.bfloat16, optimizer=sgd, precision="bf16-true")
+        return shrink.state_dict()["per_vector"]["owed"]
+
+    for owed in run_ranks(main).values():
+        assert {name: values.numel() for name, values in owed.items()} == {
+            "net.conv.weight": 5,
+            "net.grouped.weight": 3,
+            "net.block.down.weight": 1,
+        }
+        assert all(bool(((values > 0.9) & (values < 1)).all()) for values in owed.values())
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_deepspeed_writes_to_the_float32_masters(precision: str):
+    """Norms are right to float32 although the weights that take part in the forward pass are rounded to bfloat16."""
+    found = {}
+    for stage in (1, 2, 3):
+        require(f"DeepSpeed ZeRO-{stage}")
+
+        def main(stage: int = stage) -> Any:
+            rescale = WeightRescaling(1)
+            shrink = AdaptiveWeightShrink(0.2, params=["net.block.up.weight"])
+            _, module, _ = fit(
+                DEEPSPEED[f"DeepSpeed ZeRO-{stage}"], lambda: [rescale, shrink], dtype=torch.float32, optimizer=adamw, precision=precision
+            )
+            norms = {t.name: v for p in rescale.plans.values() for t, v in zip(p.targets, p.vectors.gather(p.vectors.norms()), strict=True)}
+            return module.final, norms, rescale.state_dict()["steps"]
+
+        found[stage] = run_ranks(main, timeout=120)[0]
+    for weights, norms, steps in found.values():
+        assert len(norms) == 3
+        assert all(float((values - 1).abs().max()) < 1e-6 for values in norms.values())
+        assert set(steps.values()) == {STEPS}  # once per real step, however many groups it has
+        assert distance(weights, found[1][0]) < 1e-6
+
+
+# ---------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_flat_parameters_are_refused():
+    from dataclasses import replace
+
+    strategy = replace(STRATEGIES["FSDP1 FULL_SHARD"], make=strategies.fsdp1("FULL_SHARD", units=False, use_orig_params=False))
+
+    def main() -> str:
+        with pytest.raises(NotSupportedError) as error:
+            fit(strategy, lambda: [AdaptiveWeightShrink(0.1)], optimizer=sgd)
+        return str(error.value)
+
+    assert all("use_orig_params=True" in message for message in run_ranks(main).values())
+
+
+@pytest.mark.deepspeed
+def test_deepspeed_stage_0_in_bfloat16_is_refused():
+    require("DeepSpeed ZeRO-0")
+
+    def main() -> str:
+        with pytest.raises(NotSupportedError) as error:
+            fit(DEEPSPEED["DeepSpeed ZeRO-0"], lambda: [AdaptiveWeightShrink(0.1)], dtype=torch.float32, precision="bf16-mixed")
+        return str(error.value)
+
+    assert all("ZeRO" in message and "32-true" in message for message in run_ranks(main).values())
+
+
+def test_a_rank_that_raises_is_named():
+    """The others wait for it in a collective; nobody waits longer than the collective's own limit, and the message names rank and reason."""
+
+    class Failing(strategies.Module):
+        def on_before_optimizer_step(self, optimizer: Any) -> None:
+            if self.trainer.global_rank == 1 and self.trainer.global_step == 2:
+                raise RuntimeError("out of luck")
+
+    def main() -> None:
+        fit(STRATEGIES["TP"], lambda: [AdaptiveWeightShrink(0.1)], optimizer=sgd, model=Failing)
+
+    with pytest.raises(RankError, match=r"(?s)rank 1 raised.*out of luck"):
+        run_ranks(main, timeout=30)
