@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
-from lightning_normdyn.functional import norm_from_sums
-from lightning_normdyn.history import load_history
+from lightning_normdyn.functional import norm_from_sums, std_from_sums
+from lightning_normdyn.history import History, load_history
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
 
@@ -27,17 +30,20 @@ class EffectiveLRReplay(NormDynCallback):
     that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay accounted for). A run without weight
     decay then turns its weights as the recorded run with decay did: what the decay did was its effective learning rate.
 
-    Exact for plain SGD; approximate with momentum (it says so). Between recorded steps, norms are interpolated.
+    Exact for plain SGD; approximate with momentum (it says so). Between recorded steps, norms are interpolated (it says so too). The step
+    is scaled after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding left of a small step.
 
     Args:
-        history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``.
+        history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``; read at fit start, by every rank.
         uniform: one factor for all weights and all steps, the geometric mean of what the recorded decay amounts to: the paper's control,
             which does not follow the recorded directions.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: as in the recorded run.
 
     Raises:
-        NormDynError: for a file that is damaged, holds no per-vector norms, or comes from another architecture.
+        NormDynError: at fit start for a file that is damaged, holds no per-vector norms, or comes from another architecture; at the first
+            step for a target that was not recorded.
+        NotSupportedError: for another optimizer than ``torch.optim.SGD``.
 
     Example:
         >>> from lightning_normdyn import EffectiveLRReplay
@@ -56,11 +62,10 @@ class EffectiveLRReplay(NormDynCallback):
         super().__init__(params, granularity)
         self.path = os.fspath(history)
         self.uniform = uniform
-        self._steps: list[int] = []
-        self._log_norms: dict[int, list[Tensor]] = {}
-        self._decays: dict[int, list[Tensor]] = {}
+        self._history: History | None = None
+        self._uniform_factor = 1.0
+        self._records: dict[int, _Record] = {}
         self._factors: dict[int, Tensor] = {}
-        self._mean_log = 0.0
         self._told: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
@@ -71,6 +76,14 @@ class EffectiveLRReplay(NormDynCallback):
         """Looks at `ready`, scales the step at `stepped`."""
         return {Phase.MEASURE: self._look, Phase.PROJECT: self._scale}
 
+    def treatment(self, plan: Plan, target: Target) -> str:
+        """What the start table says."""
+        return "replays a recorded effective lr"
+
+    def influence(self, target: Target) -> dict[str, Any]:
+        """For predictions: nobody has derived any for steps of a recorded length."""
+        return {"scales_steps": True}
+
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The factor is SGD's: its steps are proportional to the gradient."""
         if weights and not isinstance(optimizer, SGD):
@@ -79,84 +92,75 @@ class EffectiveLRReplay(NormDynCallback):
                 f"{type(optimizer).__name__}. Use torch.optim.SGD in both runs."
             )
 
-    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+    # -- the record ----------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the record, and refuse one of another architecture."""
+        self._records, self._factors, self._told = {}, {}, set()
+        super().on_fit_start(trainer, pl_module)
         history = load_history(self.path)
-        known = set(history.vector_names())
-        if not any(name.startswith("weight_norm/") for name in known):
+        recorded = _recorded_names(history)
+        if not recorded:
             raise NormDynError(
                 f"`{self.path}` holds no per-vector norms. Record it with NormDynamicsMonitor(every_n_steps=1, per_vector=True) and "
                 "save its history."
             )
-        norms, decays = [], []
+        assert self._session is not None
+        shapes = {name: self._session.shapes[weight] for weight, names in self._session.names.items() for name in names}
+        for name in recorded:
+            if name not in shapes:
+                raise self._mismatch(f"it has a weight `{name}`, which this model has not")
+            then = _about(history, name).get("shape")
+            if then is not None and list(shapes[name]) != then:
+                raise self._mismatch(f"`{name}` has shape {tuple(then)} there and {shapes[name]} here")
+        self._history = history
+        if self.uniform:
+            self._uniform_factor = _uniform_factor(history, recorded)
+
+    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """Bring what was recorded of these weights to their device."""
+        history = self._history
+        assert history is not None
+        recorded = _recorded_names(history)
         for target in plan.targets:
-            key = f"weight_norm/{target.name}"
-            if key not in known:
-                there = sorted(n.partition("/")[2] for n in known if n.startswith("weight_norm/"))
-                raise NormDynError(
-                    f"`{self.path}` comes from another model: it has no weight `{target.name}`, but {', '.join(there[:4])}. "
-                    "Replay it on the same architecture."
-                )
-            steps, values = history.vectors(key)
-            if values.shape[1] != target.partition.n:
-                raise NormDynError(
-                    f"`{self.path}` comes from another model: `{target.name}` had {values.shape[1]} vectors there and has "
-                    f"{target.partition.n} here. Replay it on the same architecture."
-                )
-            self._steps = [int(s) for s in steps]
-            norms.append(torch.from_numpy(values.copy()))
-            decays.append(torch.from_numpy(history.vectors(f"decay/{target.name}")[1].copy()))
-        # On the host until a row is wanted: for each weight, s recorded steps of all its vectors.
-        self._log_norms[plan.index] = [n.double().log() for n in norms]
-        self._decays[plan.index] = [d.double() for d in decays]
-        self._mean_log = self._mean_log_factor(self._decays[plan.index])
+            if target.name not in recorded:
+                raise self._mismatch(f"it has no weight `{target.name}`, but {', '.join(recorded[:4])}")
+            there = history.vectors(f"weight_norm/{target.name}")[1].shape[1]
+            if there != target.partition.n:
+                raise self._mismatch(f"`{target.name}` has {there} vectors there and {target.partition.n} here")
+        record = self._records[plan.index] = _Record.of(plan, history)
         if any(group.get("momentum") for group, _ in plan.groups):
             self._say("momentum", "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are followed approximately.")
-        if any(b - a > 1 for a, b in zip(self._steps, self._steps[1:], strict=False)):
+        if record.has_gaps:
             self._say("gaps", f"`{self.path}` was not recorded at every step; norms in between are interpolated.")
 
-    def _mean_log_factor(self, decays: list[Tensor]) -> float:
-        """Mean over steps and vectors of the log factor that the recorded decay amounts to in a run without decay (AWS paper, eq. 16)."""
-        steps = torch.tensor(self._steps, dtype=torch.float64)
-        gaps = torch.diff(steps, append=steps[-1:] + 1)[:, None]
-        log_kept = torch.log1p(-torch.cat(decays, dim=1))
-        shrunk = torch.cumsum(log_kept * gaps, dim=0) - log_kept * gaps  # of p, the length that is left, before each step
-        return float(((-2 * shrunk - log_kept) * gaps).nanmean(dim=1).sum() / gaps.sum())
+    def _mismatch(self, what: str) -> NormDynError:
+        return NormDynError(f"`{self.path}` comes from another model: {what}. Replay it on the same architecture.")
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._told:
             self._told.add(key)
             warn_once(text)
 
-    def _recorded(self, plan: Plan) -> tuple[Tensor, Tensor]:
-        """Log norm and decay of the recorded run at the present step, ``(n,)`` each."""
-        assert self._session is not None
-        now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
-        steps, log_norms, decays = self._steps, self._log_norms[plan.index], self._decays[plan.index]
-        after = min(bisect_right(steps, now), len(steps) - 1)
-        before = max(after - 1, 0) if steps[after] > now else after
-        if now > steps[-1]:
-            self._say("end", f"`{self.path}` ends at step {steps[-1]}; its last norms are held from there on.")
-        share = (now - steps[before]) / (steps[after] - steps[before]) if steps[after] > steps[before] else 0.0
-        share = min(max(share, 0.0), 1.0)
-
-        def at(tables: list[Tensor]) -> Tensor:
-            return plan.vectors.scatter([torch.lerp(t[before], t[after], share) for t in tables])
-
-        return at(log_norms), at(decays)
+    # -- a step --------------------------------------------------------------------------------------------------------
 
     def _look(self, step: Step, plan: Plan) -> None:
-        vectors = plan.vectors
+        vectors, record = plan.vectors, self._records[plan.index]
         step.bracket.request_snapshot(vectors.storages())
         weights = vectors.values()
-        norm = norm_from_sums(vectors.inner((weights, weights))[0])
-        log_reference, reference_decay = self._recorded(plan)
-        assert self._session is not None
-        decay = self._session.applied_decay(plan, norm)
-        factor = 2 * (norm.log() - log_reference) + torch.log1p(-decay) - torch.log1p(-reference_decay)
+        ww, w1 = vectors.inner((weights, weights), (weights, None))
+        norm = norm_from_sums(ww)
         if self.uniform:
-            factor = torch.full_like(factor, self._mean_log)
-        self._factors[plan.index] = plan.guard(factor.exp(), 1.0, step)
+            factor = torch.full_like(norm, self._uniform_factor)
+        else:
+            assert self._session is not None
+            now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
+            if now > record.steps[-1]:
+                self._say("end", f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from there on.")
+            reference, reference_decay = record.at(now)
+            decay = self._session.applied_decay(plan, norm, std_from_sums(ww, w1, vectors.length))
+            factor = (norm / reference).square() * (1 - decay) / (1 - reference_decay)
+        self._factors[plan.index] = plan.guard(factor, 1.0, step)
 
     def _scale(self, step: Step, plan: Plan) -> None:
         vectors, factor = plan.vectors, self._factors.pop(plan.index)
@@ -165,10 +169,84 @@ class EffectiveLRReplay(NormDynCallback):
         vectors.scale_(factor)
         vectors.add_scaled_((1 - factor) * kept, vectors.snapshots(step.bracket))
 
-    def treatment(self, plan: Plan, target: Target) -> str:
-        """What the start table says."""
-        return "replays a recorded effective lr"
 
-    def influence(self, target: Target) -> dict[str, Any]:
-        """For predictions: nobody has derived any for steps of a recorded length."""
-        return {"scales_steps": True}
+@dataclass
+class _Record:
+    """What was recorded of one optimizer's targets, on their device.
+
+    Args:
+        steps: the ``s`` recorded steps, ascending.
+        norms: float32 ``(s, n)``, of the vectors that this rank holds.
+        decays: float32 ``(s, n)``.
+    """
+
+    steps: list[int]
+    norms: Tensor
+    decays: Tensor
+
+    @classmethod
+    def of(cls, plan: Plan, history: History) -> _Record:
+        """The record of a plan's targets; a weight that joined later, or was recorded at other steps than the rest, is interpolated."""
+        found = [(history.vectors(f"weight_norm/{t.name}"), history.vectors(f"decay/{t.name}")[1]) for t in plan.targets]
+        steps = np.unique(np.concatenate([own for (own, _), _ in found])).tolist()
+        norms, decays = [], []
+        for (own, norm), decay in found:
+            places = [_around(own.tolist(), step) for step in steps]
+            norms.append(torch.stack([_between(torch.from_numpy(norm), place, geometric=True) for place in places]).float())
+            decays.append(torch.stack([_between(torch.from_numpy(decay), place) for place in places]).float())
+        return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays))
+
+    @property
+    def has_gaps(self) -> bool:
+        """Whether a step between the first and the last is missing."""
+        return self.steps[-1] - self.steps[0] >= len(self.steps)
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """Norm and decay, ``(n,)`` each; norms interpolated geometrically, and held before the first and after the last step."""
+        place = _around(self.steps, step)
+        return _between(self.norms, place, geometric=True), _between(self.decays, place)
+
+
+Place = tuple[int, int, float]
+
+
+def _around(steps: Sequence[int], step: int) -> Place:
+    """The records before and after ``step``, and how far it is on the way from one to the other."""
+    after = min(bisect_left(steps, step), len(steps) - 1)
+    if after == 0 or steps[after] <= step:
+        return after, after, 0.0
+    return after - 1, after, (step - steps[after - 1]) / (steps[after] - steps[after - 1])
+
+
+def _between(table: Tensor, place: Place, *, geometric: bool = False) -> Tensor:
+    before, after, share = place
+    wide = torch.float32 if table.device.type == "mps" else torch.float64
+    first = table[before].to(wide)
+    if before == after:
+        return first
+    last = table[after].to(wide)
+    return (first.log().lerp(last.log(), share)).exp() if geometric else first.lerp(last, share)
+
+
+def _recorded_names(history: History) -> list[str]:
+    return [name.removeprefix("weight_norm/") for name in history.vector_names() if name.startswith("weight_norm/")]
+
+
+def _about(history: History, name: str) -> dict[str, Any]:
+    """What the monitor noted about a weight at the end of its fit; nothing for a file that was saved before."""
+    targets = history.meta.get("targets")
+    about = targets.get(name) if isinstance(targets, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def _uniform_factor(history: History, names: Sequence[str]) -> float:
+    """Geometric mean, over steps and vectors, of the factor that the recorded decay amounts to in a run without (AWS paper, eq. 16)."""
+    invariant = [name for name in names if _about(history, name).get("scale_invariant") not in ("no", "unknown")]
+    logs = []
+    for name in invariant or names:
+        steps, decays = history.vectors(f"decay/{name}")
+        lasts = np.diff(steps, append=steps[-1] + 1)[:, None]  # a record stands for the steps up to the next one
+        kept = np.log1p(-decays.astype(np.float64))
+        before = np.cumsum(kept * lasts, axis=0) - kept * lasts  # log of p, the length that decay alone would have left
+        logs.append(((-2 * before - kept) * lasts).sum(axis=0) / lasts.sum())
+    return float(np.exp(np.concatenate(logs).mean()))
