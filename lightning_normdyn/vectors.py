@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import gcd, prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -71,6 +71,11 @@ class Partition:
 
 Operand = Sequence["Tensor | None"]
 
+CACHED_ENTRIES = 2**15
+"""On a CPU, this many entries of two weights stay in a core's cache in float64 while several sums are taken of them."""
+KERNEL_ENTRIES = 2**22
+"""Elsewhere one kernel per weight is best; very large weights are cut so that temporaries stay small."""
+
 
 class WeightVectors:
     """The targeted weights as one index space of ``n`` vectors.
@@ -109,8 +114,7 @@ class WeightVectors:
         self.partitions = list(partitions)
         self.names = list(names) if names is not None else [f"weight {i}" for i in range(len(self.weights))]
         self.device = self.weights[0].device if self.weights else torch.device("cpu")
-        # Metal has no float64; everywhere else sums are exact enough for angles of 1e-6 rad.
-        self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        self.sum_dtype = _sum_dtype(self.device)
         self._placements = place_all(self.weights, self.partitions, self.names)
         self.slices: list[slice] = []
         start = 0
@@ -122,6 +126,11 @@ class WeightVectors:
             [_IndexedPiece(piece, placement.held, s, self.n) for piece in placement.pieces]
             for placement, s in zip(self._placements, self.slices, strict=True)
         ]
+        pieces = [piece.where for pieces in self._pieces for piece in pieces]
+        starts = [0, *(w.stop for w in pieces if w is not None)]
+        # Each vector in exactly one piece, in order: what is found piece by piece only needs to be put one behind the other.
+        self._in_order = starts[-1] == self.n and all(w is not None and w.start == at for w, at in zip(pieces, starts, strict=False))
+        self._entries = CACHED_ENTRIES if self.device.type == "cpu" else KERNEL_ENTRIES
         lengths = [_lengths(p, partition).to(self.sum_dtype) for p, partition in zip(self._placements, self.partitions, strict=True)]
         self._reduction = Reduction(self._placements, lengths, self.device)
         self.weight_of = self._reduction.weight_of
@@ -158,58 +167,67 @@ class WeightVectors:
 
     # -- sums over vectors ---------------------------------------------------------------------------------------------
 
-    def inner(self, *pairs: tuple[Operand, Operand | None]) -> Tensor:
+    def inner(self, *pairs: tuple[Operand, Operand | None], exact: bool = True) -> Tensor:
         """Inner products of every vector, packed, completed over the ranks that share vectors in one collective.
 
         Args:
             pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>. A weight whose operand is None contributes zeros.
+            exact: whether products are taken in float64; otherwise in the operands' own precision, float32 at least, which is twice as
+                fast and errs by 1e-7 of the product of the two lengths. Enough for norms and cosines, not for differences of sums.
 
         Returns:
-            ``(len(pairs), n)``, accumulated in float64.
+            ``(len(pairs), n)``, float64.
         """
-        return self._reduction.sum_(self._local_inner(pairs))
+        return self._reduction.sum_(self._products(pairs, exact))
 
     def inner_and_totals(
-        self, *pairs: tuple[Operand, Operand | None], summarize: Callable[[Tensor, Tensor], Tensor]
+        self, *pairs: tuple[Operand, Operand | None], summarize: Callable[[Tensor, Tensor], Tensor], exact: bool = True
     ) -> tuple[Tensor, Tensor]:
         """`inner`, and in the same collective `totals` of what ``summarize`` makes of the inner products.
 
         Args:
             pairs: as for `inner`.
             summarize: from the inner products ``(len(pairs), m)`` and the lengths ``(m,)`` of any m vectors to ``(J, m)`` values.
+            exact: as for `inner`.
 
         Returns:
             ``(len(pairs), n)`` and ``(J, weights)``.
         """
-        packed = self._local_inner(pairs)
+        packed = self._products(pairs, exact)
         totals = self._reduction.sum_with_totals_(packed, summarize)
         return packed, totals
 
-    def _local_inner(self, pairs: Sequence[tuple[Operand, Operand | None]]) -> Tensor:
-        packed = torch.zeros(len(pairs), self.n + 1, dtype=self.sum_dtype, device=self.device)
-        for i, pieces in enumerate(self._pieces):
-            for piece in pieces:
-                wide: dict[int, Tensor] = {}  # each operand is widened once, however many products it enters
-                for row, (a, b) in enumerate(pairs):
-                    x, y = a[i], None if b is None else b[i]
-                    if x is None or (b is not None and y is None):
-                        continue
-                    first = self._widen(piece, x, wide)
-                    if b is None:
-                        sums = piece.sum(first)
-                    elif y is x:
-                        sums = piece.norm(first).square_()
-                    else:
-                        assert y is not None
-                        sums = piece.sum(first * self._widen(piece, y, wide))
-                    piece.add_to(packed[row], sums)
-        return packed[:, : self.n]
+    def _products(self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool) -> Tensor:
+        def of_piece(i: int, piece: _IndexedPiece) -> Tensor | None:
+            used: list[Tensor] = []  # each operand once, however many products it enters
 
-    def _widen(self, piece: _IndexedPiece, tensor: Tensor, wide: dict[int, Tensor]) -> Tensor:
-        key = id(tensor)
-        if key not in wide:
-            wide[key] = piece.select(tensor).to(self.sum_dtype)
-        return wide[key]
+            def position(tensor: Tensor) -> int:
+                if not any(t is tensor for t in used):
+                    used.append(tensor)
+                return next(k for k, t in enumerate(used) if t is tensor)
+
+            factors: dict[int, tuple[int, int | None]] = {}
+            for row, (a, b) in enumerate(pairs):
+                x, y = a[i], None if b is None else b[i]
+                if x is not None and b is None:
+                    factors[row] = (position(x), None)
+                elif x is not None and y is not None:
+                    factors[row] = (position(x), position(y))
+            if not factors:
+                return None
+
+            def kernel(*chunks: Tensor) -> Tensor:
+                values = [c.to(dtype) for c in chunks]
+                return torch.stack([_product(values[x], None if y is None else values[y], dims) for x, y in factors.values()])
+
+            views = [piece.view(t) for t in used]
+            dims, dtype = piece.summed(views[0]), self.sum_dtype if exact else _own_precision(*views)
+            sums = _in_chunks(kernel, views, dims, self._entries).flatten(1)
+            if len(factors) == len(pairs):
+                return sums
+            return sums.new_zeros(len(pairs), sums.shape[1]).index_copy_(0, torch.tensor(list(factors), device=sums.device), sums)
+
+        return self._collect(len(pairs), of_piece)
 
     def displacement(self, before: Operand) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w = ``before`` and Δ = now - w.
@@ -220,17 +238,46 @@ class WeightVectors:
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
         """
-        packed = torch.zeros(3, self.n + 1, dtype=self.sum_dtype, device=self.device)
-        for then, now, pieces in zip(before, self.values(), self._pieces, strict=True):
-            if then is None or now is None:
-                continue
-            for piece in pieces:
-                start = piece.select(then).to(self.sum_dtype)
-                moved = piece.select(now).to(self.sum_dtype) - start
-                piece.add_to(packed[0], piece.norm(start).square_())
-                piece.add_to(packed[1], piece.sum(start * moved))
-                piece.add_to(packed[2], piece.norm(moved).square_())
-        return self._reduction.sum_(packed[:, : self.n])
+
+        def kernel(dims: list[int]) -> Kernel:
+            def sums(start: Tensor, now: Tensor) -> Tensor:
+                start = start.to(self.sum_dtype)
+                moved = now.to(self.sum_dtype) - start
+                return torch.stack([_product(start, start, dims), _product(start, moved, dims), _product(moved, moved, dims)])
+
+            return sums
+
+        return self._reduction.sum_(self._of_both(3, before, kernel))
+
+    def radial_and_totals(self, before: Operand, *, summarize: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and `totals` in the same collective.
+
+        The step is taken in the weights' own precision, float32 at least: right to 1e-7 of the step.
+
+        Args:
+            before: w, the weights before the step.
+            summarize: from the sums ``(2, m)`` and the lengths ``(m,)`` of any m vectors to ``(J, m)`` values.
+
+        Returns:
+            ``(2, n)`` and ``(J, weights)``.
+        """
+        packed = self._of_both(2, before, _radial_kernel)
+        totals = self._reduction.sum_with_totals_(packed, summarize)
+        return packed, totals
+
+    def _of_both(self, count: int, before: Operand, kernel: Callable[[list[int]], Kernel]) -> Tensor:
+        """Collect what a kernel makes of the weights before and now."""
+        values = self.values()
+
+        def of_piece(i: int, piece: _IndexedPiece) -> Tensor | None:
+            then = before[i]
+            if then is None:
+                return None
+            views = [piece.view(then), piece.view(values[i])]
+            dims = piece.summed(views[0])
+            return _in_chunks(kernel(dims), views, dims, self._entries).flatten(1)
+
+        return self._collect(count, of_piece)
 
     def norms(self) -> Tensor:
         """Norm of every vector, ``(n,)``, summed in the weights' own precision, float32 at least.
@@ -238,17 +285,39 @@ class WeightVectors:
         One pass of the fastest kernel: right to float32 rounding, which is all that a factor or a division needs. Where a difference of
         norms or an angle is wanted, use `inner`.
         """
-        return self._reduction.sum_(self._local_squares()).sqrt_()
+        norms = self._local_norms()
+        if self._in_order and not self._reduction.cuts:
+            return norms
+        return self._reduction.sum_(norms.square_()).sqrt_()
 
-    def _local_squares(self) -> Tensor:
-        packed = torch.zeros(self.n + 1, dtype=self.sum_dtype, device=self.device)
-        for tensor, pieces in zip(self.values(), self._pieces, strict=True):
-            for piece in pieces:
-                assert tensor is not None
-                view = piece.select(tensor)
-                dtype = view.dtype if view.dtype in (torch.float32, torch.float64) else torch.float32
-                piece.add_to(packed, piece.norm(view, dtype).to(self.sum_dtype).square_())
-        return packed[: self.n]
+    def _local_norms(self) -> Tensor:
+        """Norms of what this rank holds of every vector."""
+        values = self.values()
+
+        def of_piece(i: int, piece: _IndexedPiece) -> Tensor:
+            view = piece.view(values[i])
+            dims, dtype = piece.summed(view), _own_precision(view)
+            # A kernel that need not convert and sums short vectors has no use for the cache, and keeps its precision.
+            if view.dtype == dtype and view.numel() <= piece.rows * self._entries:
+                return _norm(view, dims)[None].flatten(1)
+            squares = _in_chunks(lambda part: _norm(part.to(dtype), dims).to(self.sum_dtype).square_()[None], [view], dims, self._entries)
+            return squares.flatten(1).sqrt_()
+
+        if self._in_order:
+            return self._collect(1, of_piece)[0]
+        return self._collect(1, lambda i, piece: of_piece(i, piece).to(self.sum_dtype).square_())[0].sqrt_()
+
+    def _collect(self, count: int, of_piece: Callable[[int, _IndexedPiece], Tensor | None]) -> Tensor:
+        """Pack what is found for each piece, ``(count, rows)``, into ``(count, n)``; None stands for zeros."""
+        found = [(piece, of_piece(i, piece)) for i, pieces in enumerate(self._pieces) for piece in pieces]
+        if self._in_order and found:
+            parts = [torch.zeros(count, p.rows, device=self.device) if sums is None else sums.to(self.device) for p, sums in found]
+            return torch.cat(parts, 1).to(self.sum_dtype)
+        packed = torch.zeros(count, self.n + 1, dtype=self.sum_dtype, device=self.device)
+        for piece, sums in found:
+            if sums is not None:
+                piece.add_to(packed, sums.to(packed))
+        return packed[:, : self.n]
 
     def per_weight(self, values: Tensor) -> Tensor:
         """Sum ``(..., n)`` values over the vectors of each weight that this rank holds: ``(..., weights)``."""
@@ -309,17 +378,59 @@ class WeightVectors:
         for tensor, pieces in zip(self.values() if tensors is None else tensors, self._pieces, strict=True):
             if tensor is not None:
                 for piece in pieces:
-                    view = piece.select(tensor)
-                    view.mul_(piece.rows(factor, view))
+                    view = piece.view(tensor)
+                    view.mul_(piece.spread(factor, view))
 
     def add_scaled_(self, coefficient: Tensor, source: Operand) -> None:
         """Add ``coefficient * source`` to every vector of the weights, in place; ``coefficient`` is ``(n,)``."""
         coefficient = _with_dummy(coefficient, 0.0)
-        for tensor, other, pieces in zip(self.values(), source, self._pieces, strict=True):
-            if tensor is not None and other is not None:
+        for value, other, pieces in zip(self.values(), source, self._pieces, strict=True):
+            if other is not None:
                 for piece in pieces:
-                    view = piece.select(tensor)
-                    view.addcmul_(piece.select(other), piece.rows(coefficient, view))
+                    view = piece.view(value)
+                    view.addcmul_(piece.view(other), piece.spread(coefficient, view))
+
+    def remove_radial_(self, before: Operand, share: Tensor, active: Tensor | None = None) -> Tensor:
+        """Take the part along ``before`` out of the step since then, and a share of ``before`` with it, in place.
+
+        With s = ``before``, w now: ``w <- w - (<s, w - s> / <s, s> + share) s``. The step is taken as in `radial_and_totals`; a vector for
+        which this is not finite is left alone. One pass where no vector lies on several ranks, one collective otherwise.
+
+        Args:
+            before: s, the weights before the step.
+            share: ``(n,)``, e.g. the part that decay takes away.
+            active: bool ``(n,)``, vectors to be changed; None: all.
+
+        Returns:
+            ``(n,)``: by how much of ``before`` each vector was changed or would have been.
+        """
+        mask = None if active is None else active.to(share.dtype)
+        if not self._in_order or self._reduction.cuts:
+            ss, sd = self._reduction.sum_(self._of_both(2, before, _radial_kernel))
+            removed = _removed(ss, sd, share)
+            self.add_scaled_(-_applied(removed, mask), before)
+            return removed
+        values = self.values()
+
+        def of_piece(i: int, piece: _IndexedPiece) -> Tensor | None:
+            then = before[i]
+            if then is None:
+                return None
+            now, start = piece.view(values[i]), piece.view(then)
+            dims = piece.summed(now)
+            kernel = _radial_kernel(dims)
+
+            def project(start: Tensor, now: Tensor, share: Tensor, *mask: Tensor) -> Tensor:
+                sums = _in_chunks(kernel, [start, now], dims, self._entries)
+                removed = _removed(sums[0], sums[1], share)
+                now.addcmul_(start, _applied(removed, *mask).to(share.dtype), value=-1)
+                return removed[None]
+
+            numbers = [piece.spread(v, now) for v in (share, mask) if v is not None]
+            # Vectors together, as long as they stay in the cache from their sums to their change.
+            return _in_chunks(project, [start, now, *numbers], dims, 4 * self._entries, whole=True).flatten(1)
+
+        return self._collect(1, of_piece)[0]
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
@@ -339,26 +450,32 @@ class WeightVectors:
         full = self.spread(rounding <= torch.finfo(torch.float32).eps)
         matters = (owed - 1).abs() >= self.spread(rounding)
         apply = torch.where(full | matters, owed, torch.ones_like(owed))
-        before = self._local_squares()
+        before = self._local_norms()
         self.scale_(apply)
-        done = (self._local_squares() / before).sqrt().to(owed.dtype)
+        done = (self._local_norms() / before).to(owed.dtype)
         done = torch.where(torch.isfinite(done) & (done > 0) & ~full, done, apply)
         return torch.where(full | matters, owed / done, owed)
 
 
 class _IndexedPiece:
-    """A piece with its rows mapped into the common index space; index ``n`` is a dummy for rows that belong to no vector."""
+    """A piece with its rows mapped into the common index space; index ``n`` is a dummy for rows that belong to no vector.
+
+    Attributes:
+        rows: number of rows: entries of the kept dimensions.
+        where: the range of vectors that they are, in order; None if they are no such range.
+    """
 
     def __init__(self, piece: Piece, held: Tensor, where: slice, n: int) -> None:
-        self.select, self.keep = piece.select, piece.keep
-        labels = piece.labels.flatten()
-        index = torch.where(labels >= 0, torch.searchsorted(held, labels) + where.start, n)
-        rows = labels.numel()
-        start = int(index[0]) if rows else 0
+        self._select = piece.select
+        labels, keep, self._blocks = _merge_rows(piece.labels, piece.keep)
+        self._keep = frozenset(keep)
+        labels = labels.flatten()
+        self._index = torch.where(labels >= 0, torch.searchsorted(held, labels) + where.start, n)
+        self.rows = labels.numel()
+        start = int(self._index[0]) if self.rows else where.start
+        in_order = start + self.rows <= n and torch.equal(self._index, torch.arange(start, start + self.rows))
         # Whole filters in order are the common case: plain slices instead of index kernels.
-        self._slice = slice(start, start + rows) if start + rows <= n and torch.equal(index, torch.arange(start, start + rows)) else None
-        self._single = int(index[0]) if rows and bool((index == index[0]).all()) else None
-        self._index = index
+        self.where = slice(start, start + self.rows) if in_order else None
         self._on: dict[torch.device, Tensor] = {}
 
     def _index_on(self, device: torch.device) -> Tensor:
@@ -366,38 +483,128 @@ class _IndexedPiece:
             self._on[device] = self._index.to(device)
         return self._on[device]
 
-    def _dims(self, view: Tensor) -> list[int]:
-        return [d for d in range(view.ndim) if d not in self.keep]
+    def view(self, tensor: Tensor) -> Tensor:
+        """This piece of a tensor, with one row per entry of the kept dimensions."""
+        view = self._select(tensor)
+        for dim, block in self._blocks:
+            view = view.unflatten(dim, (-1, block))  # type: ignore[no-untyped-call]
+        return view
 
-    def sum(self, view: Tensor) -> Tensor:
-        dims = self._dims(view)
-        return view.sum(dims) if dims else view
-
-    def norm(self, view: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        dims = self._dims(view)
-        return torch.linalg.vector_norm(view, dim=dims, dtype=dtype) if dims else view.abs().to(dtype or view.dtype)
+    def summed(self, view: Tensor) -> list[int]:
+        """The dimensions of a view within which a row lies."""
+        return [d for d in range(view.ndim) if d not in self._keep]
 
     def add_to(self, packed: Tensor, sums: Tensor) -> None:
-        sums = sums.flatten().to(packed.device)
-        if self._slice is not None:
-            packed[self._slice] += sums
-        elif self._single is not None:
-            packed[self._single] += sums.sum()
+        """Add ``(count, rows)`` to ``(count, n + 1)``."""
+        if self.where is not None:
+            packed[:, self.where] += sums
         else:
-            packed.index_add_(0, self._index_on(packed.device), sums)
+            packed.index_add_(1, self._index_on(packed.device), sums)
 
-    def rows(self, values: Tensor, view: Tensor) -> Tensor:
-        """The values of this piece's vectors, shaped to broadcast over ``view``, in a dtype that loses nothing that ``view`` could
-        keep."""
-        if self._slice is not None:
-            rows = values[self._slice]
-        elif self._single is not None:
-            rows = values[self._single].expand(self._index.numel())
-        else:
-            rows = values[self._index_on(values.device)]
-        shape = [view.shape[d] if d in self.keep else 1 for d in range(view.ndim)]
-        dtype = view.dtype if view.dtype == torch.float64 else torch.float32
-        return rows.reshape(shape).to(view.device, dtype)
+    def spread(self, values: Tensor, view: Tensor) -> Tensor:
+        """``(n + 1,)`` values of vectors, shaped to broadcast over ``view``, in a dtype that loses nothing that ``view`` could keep."""
+        rows = values[self.where] if self.where is not None else values[self._index_on(values.device)]
+        shape = [view.shape[d] if d in self._keep else 1 for d in range(view.ndim)]
+        return rows.to(view.device, _own_precision(view)).reshape(shape)
+
+
+def _merge_rows(labels: Tensor, keep: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
+    """Take neighbouring entries with the same label together, so that groups, layers and transposed filters are rows as well.
+
+    Returns:
+        The labels of the merged rows, the dimensions that are kept, and which dimensions to unflatten first: ``(dim, size of the inner
+        one)``, one after the other.
+    """
+    keep, blocks = list(keep), []
+    for axis in reversed(range(labels.ndim)) if labels.numel() else ():
+        size = labels.shape[axis]
+        rows = labels.movedim(axis, 0).reshape(size, -1)
+        changes = (rows[1:] != rows[:-1]).any(1).nonzero().flatten() + 1
+        block = gcd(size, *changes.tolist())
+        labels = labels.index_select(axis, torch.arange(0, size, block))
+        if block == size:
+            labels = labels.squeeze(axis)
+            del keep[axis]
+        elif block > 1:
+            blocks.append((keep[axis], block))
+            keep = [k + (k > keep[axis]) for k in keep]
+    return labels, keep, blocks
+
+
+# -- sums of views: every kernel goes from views of one shape to (K, ...), of size 1 where rows were summed -------------------
+
+Kernel = Callable[..., Tensor]
+
+
+def _in_chunks(kernel: Kernel, views: Sequence[Tensor], summed: Sequence[int], entries: int, *, whole: bool = False) -> Tensor:
+    """``kernel(*views)``, applied to so few entries at a time that they stay in the cache between its operations.
+
+    Args:
+        kernel: from views to ``(K, ...)``.
+        views: of one shape, or of size 1 in the summed dimensions.
+        summed: the dimensions that the kernel sums.
+        entries: how many at a time.
+        whole: never cut a row.
+    """
+    first = views[0]
+    if first.numel() > entries:
+        # Along the dimension whose steps in memory are longest, so that a chunk lies in one place.
+        dim = max((d for d in range(first.ndim) if first.shape[d] > 1), key=first.stride)
+        if dim not in summed or not whole:
+            step = max(1, entries * first.shape[dim] // first.numel())
+            chunks = zip(*(torch.split(v, step, dim) for v in views), strict=True)
+            parts = [_in_chunks(kernel, chunk, summed, entries, whole=whole) for chunk in chunks]
+            if dim not in summed:
+                return torch.cat(parts, dim + 1)
+            total = parts[0].to(_sum_dtype(first.device))
+            for part in parts[1:]:
+                total += part
+            return total
+    return kernel(*views)
+
+
+def _radial_kernel(dims: list[int]) -> Kernel:
+    """<w, w> and <w, Δ>, in the precision of the weights."""
+
+    def sums(start: Tensor, now: Tensor) -> Tensor:
+        dtype = _own_precision(start)
+        start = start.to(dtype)
+        return torch.stack([_product(start, start, dims), _sum((now.to(dtype) - start).mul_(start), dims)])
+
+    return sums
+
+
+def _removed(ss: Tensor, sd: Tensor, share: Tensor) -> Tensor:
+    return share + sd / ss.clamp(min=torch.finfo(ss.dtype).tiny)
+
+
+def _applied(removed: Tensor, mask: Tensor | None = None) -> Tensor:
+    taken = removed.nan_to_num(0.0, 0.0, 0.0)
+    return taken if mask is None else taken * mask
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    # Metal has no float64; everywhere else sums are exact enough for angles of 1e-6 rad.
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _own_precision(*views: Tensor) -> torch.dtype:
+    return torch.float64 if any(v.dtype == torch.float64 for v in views) else torch.float32
+
+
+def _product(x: Tensor, y: Tensor | None, dims: list[int]) -> Tensor:
+    """<x, y>, <x, x>, or <1, x> if ``y`` is None."""
+    if y is x:
+        return _norm(x, dims).square_()
+    return _sum(x if y is None else x * y, dims)
+
+
+def _sum(x: Tensor, dims: list[int]) -> Tensor:
+    return x.sum(dims, keepdim=True) if dims else x
+
+
+def _norm(x: Tensor, dims: list[int]) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else x.abs()
 
 
 def _with_dummy(values: Tensor, dummy: float) -> Tensor:
