@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import isfinite, log, prod, sqrt
+from dataclasses import dataclass, field
+from math import inf, isfinite, prod, sqrt
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, balance, log_every, warn_once
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, log_every, warn_once
+from lightning_normdyn.callbacks.predictions import (
+    Course,
+    idle_decay,
+    judge,
+    least_of,
+    log_smallest,
+    predict,
+    steps_to_collapse,
+    steps_until_overflow,
+    urgency,
+)
 from lightning_normdyn.callbacks.publishing import (
     Outcome,
     can_show_histograms,
@@ -21,13 +33,6 @@ from lightning_normdyn.callbacks.publishing import (
     publish_row,
 )
 from lightning_normdyn.callbacks.tables import render, show
-from lightning_normdyn.equilibrium import (
-    equilibrium_angular_update,
-    relaxation_steps,
-    total_decay,
-    verdict,
-    wrs_angular_update,
-)
 from lightning_normdyn.functional import (
     angle_from_sums,
     cosine_from_sums,
@@ -62,13 +67,20 @@ PREDICTED = ("equilibrium_angular_update", "equilibrium_ratio")
 # Shown as histograms over vectors, in the section `<quantity>_histogram`.
 BINNED = ("weight_norm", "angular_update")
 # Measured for the predictions and the warnings, not logged.
-INTERNAL = ("lr", "gradient_scale", "dead", "steps_left", "collapsed")
-# E-foldings of the norm after which a run may be called settled.
-SETTLED_AFTER = 6
-# Logging steps in a row without any gradient before a vector counts as dead.
-DEAD_AFTER = 3
+INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency", "collapsed")
+# Optimizer steps without any gradient after which a vector counts as dead, and how many of them one look may vouch for.
+DEAD_AFTER, VOUCHED = 75, 25
 # A vector this much shorter than the mean of its weight has collapsed.
 COLLAPSED = 1e-3
+
+
+@dataclass
+class _Norms:
+    """A weight's first norm and its last ones, with their steps: enough to see it run away."""
+
+    first: float
+    steps: deque[float] = field(default_factory=lambda: deque(maxlen=4))
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=4))
 
 
 @dataclass
@@ -164,9 +176,12 @@ class NormDynamicsMonitor(NormDynCallback):
         self._quantities: dict[int, list[str]] = {}
         self._influences: dict[str, dict[str, Any]] = {}
         self._length: dict[str, int] = {}
-        self._dead: dict[int, Tensor] = {}
-        self._relaxation: dict[str, float] = {}
-        self._reported: set[str] = set()
+        self._aws_by_std: dict[int, Tensor] = {}
+        self._log_smallest: dict[int, Tensor] = {}
+        self._dead: dict[int, tuple[int, Tensor]] = {}
+        self._courses: dict[str, Course] = {}
+        self._norms: dict[str, _Norms] = {}
+        self._reported: set[tuple[str, str]] = set()
         self._last_step = -1
         self._told = 0  # how many targets the loggers know of
 
@@ -184,6 +199,19 @@ class NormDynamicsMonitor(NormDynCallback):
         return {Phase.MEASURE: self._measure_weight, Phase.MEASURE_STEP: self._measure_step}
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
+        """What applies to which weights depends on the other callbacks' plans too, so it is worked out when all have been made."""
+        self._quantities.pop(plan.index, None)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """What the callbacks do may change from epoch to epoch (WRS in its window)."""
+        for plan in self.plans.values():
+            self._read_influences(plan)
+
+    def _read_influences(self, plan: Plan) -> None:
+        assert self._session is not None
+        self._influences.update({t.name: self._session.influence(t, besides=self) for t in plan.targets})
+
+    def _prepare(self, plan: Plan) -> None:
         """Which quantities apply to which weights."""
         assert self._session is not None
         module, vectors = self._session.module, plan.vectors
@@ -192,14 +220,19 @@ class NormDynamicsMonitor(NormDynCallback):
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not bool(standardized.any()):
             wanted.remove("weight_std")
-        self._influences.update({t.name: self._session.influence(t, besides=self) for t in plan.targets})
-        shrunk = any("alpha" in self._influences[t.name] for t in plan.targets)
+        self._read_influences(plan)
+        influences = [self._influences[t.name] for t in plan.targets]
+        shrunk = any("alpha" in influence for influence in influences)
         if not shrunk and "equivalent_weight_decay" in wanted:
             wanted.remove("equivalent_weight_decay")
+        by_std = torch.tensor([influence.get("statistic") == "std" for influence in influences], device=vectors.device)
+        self._aws_by_std[plan.index] = vectors.spread(by_std)
         # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self._quantities[plan.index] = list(dict.fromkeys([*wanted, *needed]))
-        self._dead[plan.index] = torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
+        smallest = [log_smallest(t.weight.dtype) for t in plan.targets]
+        self._log_smallest[plan.index] = vectors.spread(torch.tensor(smallest, dtype=vectors.sum_dtype, device=vectors.device))
+        self._dead[plan.index] = (0, torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device))
         for target in plan.targets:
             labels = target.partition.labels
             members = int((labels >= 0).sum()) * (prod(self._session.shapes[target.weight]) // max(1, labels.numel()))
@@ -226,6 +259,8 @@ class NormDynamicsMonitor(NormDynCallback):
     def _measure_weight(self, step: Step, plan: Plan) -> None:
         if not self._due(step):
             return
+        if plan.index not in self._quantities:
+            self._prepare(plan)
         vectors = plan.vectors
         weights, gradients = vectors.values(), vectors.gradients()
         ww, wg, gg, w1 = vectors.inner((weights, weights), (weights, gradients), (gradients, gradients), (weights, None))
@@ -243,7 +278,7 @@ class NormDynamicsMonitor(NormDynCallback):
         vectors = plan.vectors
         ss, sd, dd = vectors.displacement(vectors.snapshots(step.bracket))
         wanted = [*self._quantities[plan.index], *INTERNAL]
-        values = self._quantities_of(plan, sums, ss, sd, dd)
+        values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
         stacked = torch.stack([values[q] for q in wanted])
         powers = torch.stack([v.square() if q in ROOT_MEAN_SQUARE else v for q, v in zip(wanted, stacked, strict=True)])
         valid = torch.isfinite(stacked)
@@ -265,7 +300,7 @@ class NormDynamicsMonitor(NormDynCallback):
         if self.per_vector_history:
             self._keep_vectors(now, plan, sums)
 
-    def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor) -> dict[str, Tensor]:
+    def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
         vectors = plan.vectors
         norm = norm_from_sums(sums["ww"])
         std = std_from_sums(sums["ww"], sums["w1"], vectors.length)
@@ -274,17 +309,21 @@ class NormDynamicsMonitor(NormDynCallback):
         # From w_t to here: the shrink to s = f w, then the step from s.
         shrunk = norm_from_sums(ss) / norm
         radial = shrunk - 1 + shrunk * sd / ss
-        dead = self._dead[plan.index]
-        dead = self._dead[plan.index] = torch.where((sums["gg"] == 0) & (radial < 0), dead + 1, torch.zeros_like(dead))
-        is_dead = (dead >= DEAD_AFTER).to(norm.dtype)
-        least = torch.finfo(torch.float32).smallest_normal ** 0.5  # below it squares vanish in float32
-        left = (size / least).log() / -torch.log1p(radial)
-        mean = vectors.spread(vectors.totals(torch.nan_to_num(size)) / vectors.count)
+        last, dead = self._dead[plan.index]
+        passed = max(0, min(number - last, VOUCHED))
+        dead = torch.where((sums["gg"] == 0) & (radial < 0), dead + passed, torch.zeros_like(dead))
+        self._dead[plan.index] = (number, dead)
+        none, rate, left = torch.zeros_like(dead), -torch.log1p(radial), size.log() - self._log_smallest[plan.index]
+        is_dead = (dead >= DEAD_AFTER) | ((dead >= 3) & (left < DEAD_AFTER * rate))  # or it would be over before we are sure
+        # An infinite length elsewhere must not make all the others look short.
+        finite = torch.where(torch.isfinite(size), size, none)
+        mean = vectors.spread(vectors.per_weight(finite) / vectors.per_weight(torch.ones_like(size)))
         found = {
             "lr": sums["lr"],
             "gradient_scale": sums["gg"] * sums["ww"],
-            "dead": is_dead,
-            "steps_left": torch.where(is_dead > 0, left, torch.full_like(left, float("nan"))),
+            "dead": is_dead.to(norm.dtype),
+            "dead_rate": torch.where(is_dead, rate, none),
+            "urgency": torch.where(is_dead, urgency(left), none),
             "collapsed": (size < COLLAPSED * mean).to(norm.dtype),
             "weight_norm": norm,
             "weight_std": std,
@@ -298,7 +337,7 @@ class NormDynamicsMonitor(NormDynCallback):
         if "equivalent_weight_decay" in self._quantities[plan.index]:
             alphas = [self._influences[t.name].get("alpha", float("nan")) for t in plan.targets]
             alpha = vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
-            found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, size)
+            found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, torch.where(self._aws_by_std[plan.index], std, norm))
         return found
 
     def _keep_vectors(self, now: int, plan: Plan, sums: dict[str, Tensor]) -> None:
@@ -345,12 +384,13 @@ class NormDynamicsMonitor(NormDynCallback):
             for j, (target, group) in enumerate(zip(result.plan.targets, result.groups, strict=True)):
                 sums = {q: (mine[i * width + j], mine[(len(kinds) + i) * width + j]) for i, q in enumerate(kinds)}
                 found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
-                self._predict(target, group, found, type(result.plan.optimizer))
+                self._predict(target, group, found, type(result.plan.optimizer), result.optimizer_step)
                 row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})
-                collapsed += sums["collapsed"][0]
-                self._warn_dead(trainer, target, sums["dead"][0], found.get("steps_left"))
+                self._warn_overflow(trainer, target, result.optimizer_step, found.get("weight_norm"))
                 if not target.scale_invariant:
                     continue
+                collapsed += sums["collapsed"][0]
+                self._warn_dead(trainer, result.plan, target, group, sums)
                 if "equilibrium_ratio" in found:
                     total, count = sums["angular_update"]
                     sums["predicted"] = (found["equilibrium_angular_update"] ** 2 * count, count)
@@ -394,7 +434,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self.history.append(step, row, optimizer_step=optimizer_step)
         for event in self._session.take_events():
             self.history.mark(step, event)
-        if first:
+        if first and self.tables:
             self._say_idle_decay(trainer)
         every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
         if every and ((step + 1) % every == 0 or trainer.should_stop):
@@ -409,60 +449,75 @@ class NormDynamicsMonitor(NormDynCallback):
 
     # -- predictions and warnings --------------------------------------------------------------------------------------
 
-    def _predict(self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer_class: type) -> None:
+    def _predict(self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer_class: type, step: int) -> None:
         """Add what this weight settles at, if it is scale-invariant and its optimizer is understood."""
         if not target.scale_invariant or "lr" not in found or "weight_norm" not in found:
             return
-        group = {**group, "lr": found["lr"]}
-        influence = self._influences.get(target.name, {})
-        options = balance(influence, group, found.get("equivalent_weight_decay"))
-        if options is None:
+        course = self._courses.setdefault(target.name, Course())
+        if found["lr"] == 0:  # nothing moves: the step teaches nothing, and the last prediction stands
             return
-        scale, dim, norm = found.get("gradient_scale"), self._length[target.name], found["weight_norm"]
-        if "every_n_steps" in influence and "alpha" not in influence:
-            length = norm if influence["target_norm"] == "initial" else influence["target_norm"]
-            predicted = wrs_angular_update(
-                optimizer_class,
-                group,
-                influence["every_n_steps"],
-                gradient_scale=scale,
-                dim=dim,
-                target_norm=length,
-                projected="projected" in options,
-            )
-            relaxation = None
-        else:
-            predicted = equilibrium_angular_update(optimizer_class, group, gradient_scale=scale, dim=dim, norm=norm, **options)
-            relaxation = relaxation_steps(optimizer_class, group, gradient_scale=scale, dim=dim, norm=norm, **options)
-        if predicted is None or not isfinite(float(predicted)) or float(predicted) <= 0:
-            return
-        found["equilibrium_angular_update"] = float(predicted)
-        if "angular_update" in found:
-            found["equilibrium_ratio"] = found["angular_update"] / float(predicted)
-        if relaxation is not None:
-            self._relaxation[target.name] = float(relaxation)
+        prediction = predict(optimizer_class, group, self._influences[target.name], found, self._length[target.name])
+        course.add(step, prediction)
+        if prediction is not None:
+            found["equilibrium_angular_update"] = prediction.angular_update
+            if "angular_update" in found:
+                found["equilibrium_ratio"] = found["angular_update"] / prediction.angular_update
 
-    def _warn_dead(self, trainer: Trainer, target: Target, dead: float, left: float | None) -> None:
+    def _warn_dead(self, trainer: Trainer, plan: Plan, target: Target, group: dict[str, Any], sums: dict[str, tuple[float, float]]) -> None:
         """A vector without gradient only decays: say so before something divides by its length."""
-        if not dead or left is None or target.name in self._reported:
+        count = sums["dead"][0]
+        if not count:
             return
-        if left > trainer.estimated_stepping_batches - trainer.global_step:
+        e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
+        rate = sums["dead_rate"][0] / count
+        group = {**group, "lr": float(group["lr"])}
+        left = steps_to_collapse(type(plan.optimizer), group, self._influences[target.name], e_foldings, rate)
+        if left <= self._steps_to_go(trainer):
+            self._warn(
+                trainer,
+                "Weights collapse",
+                target,
+                f"{count:.0f} vector{'s get' if count > 1 else ' gets'} no gradient and only shrink{'' if count > 1 else 's'}: at the "
+                f"present learning rate the length underflows in about {left:.0f} steps, and what divides by it (weight standardization, "
+                "weight normalization) then gives NaN. Lower the decay of this weight, or use AdaptiveWeightShrink, which shrinks short "
+                "vectors ever more slowly.",
+            )
+
+    def _warn_overflow(self, trainer: Trainer, target: Target, step: int, norm: float | None) -> None:
+        """A norm that grows exponentially: say so before it overflows."""
+        if norm is None:
             return
-        self._reported.add(target.name)
-        text = (
-            f"{dead:.0f} vector{'s' if dead > 1 else ''} of `{target.name}` get no gradient and only shrink: at the present rate their "
-            f"length underflows in about {left:.0f} steps, and a division by it gives NaN. Lower the decay of this weight, or use "
-            "AdaptiveWeightShrink."
-        )
+        seen = self._norms.setdefault(target.name, _Norms(norm))
+        seen.steps.append(step)
+        seen.norms.append(norm)
+        left = steps_until_overflow([0, *seen.steps], [seen.first, *seen.norms])
+        if left <= self._steps_to_go(trainer):
+            self._warn(
+                trainer,
+                "Weights explode",
+                target,
+                f"its norm has grown from {seen.first:.2g} to {norm:.2g} and grows exponentially: at the present rate its square overflows "
+                f"in about {left:.0f} steps. Lower the learning rate or the decay of this weight: lr x decay must stay far below 2.",
+            )
+
+    def _warn(self, trainer: Trainer, title: str, target: Target, text: str) -> None:
+        """Say it once per weight and kind of trouble, on rank zero."""
+        if (title, target.name) in self._reported:
+            return
+        self._reported.add((title, target.name))
+        text = f"`{target.name}`: {text}"
         warn_once(text)
         if self.alert and trainer.is_global_zero:
-            publish_alert(trainer.loggers, "Weights collapse", text)
+            publish_alert(trainer.loggers, title, text)
+
+    @staticmethod
+    def _steps_to_go(trainer: Trainer) -> float:
+        """Optimizer steps until the end of the fit; infinite where nobody knows."""
+        planned = trainer.estimated_stepping_batches
+        return planned - trainer.global_step / max(1, len(trainer.optimizers)) if planned > 0 else inf
 
     def _say_idle_decay(self, trainer: Trainer) -> None:
         """The usual AdamW trap: a decay too small to change any norm within this run."""
-        steps = trainer.estimated_stepping_batches
-        if not self.tables or not isfinite(steps):
-            return
         said: set[int] = set()
         for plan in self.plans.values():
             for target in plan.targets:
@@ -470,11 +525,9 @@ class NormDynamicsMonitor(NormDynCallback):
                 if id(group) in said or self._influences[target.name] or not target.scale_invariant:
                     continue
                 said.add(id(group))
-                decay, lr = float(group.get("weight_decay") or 0.0), float(group["lr"])
-                pull = total_decay(type(plan.optimizer), {**group, "lr": lr}, int(steps))
-                if pull is not None and 0 < pull < 0.1:
-                    much = f"shrinks a weight by {100 * pull:.2g} % over the {steps:.0f} steps of this run"
-                    show(trainer, f"lightning-normdyn: weight decay {decay:g} at lr {lr:g} {much}: it does next to nothing.")
+                text = idle_decay(type(plan.optimizer), group, trainer.estimated_stepping_batches)
+                if text is not None:
+                    show(trainer, f"lightning-normdyn: {text}")
 
     @staticmethod
     def _mean(quantity: str, total: float, count: float) -> float:
@@ -504,7 +557,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._off = bool(trainer.barebones)
         self.history = History()
         self._last_step, self._told, self._results, self._sums = -1, 0, [], {}
-        self._influences, self._length, self._relaxation, self._reported = {}, {}, {}, set()
+        self._influences, self._length, self._quantities, self._courses, self._norms, self._reported = {}, {}, {}, {}, {}, set()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the last step if it was not foreseen, publish what came of the fit, and print the end table."""
@@ -575,7 +628,8 @@ class NormDynamicsMonitor(NormDynCallback):
             if f"weight_norm/{target.name}" not in known:
                 continue
             norms = self.history.column(f"weight_norm/{target.name}")[1].tolist()
-            elapsed, verdict = self._judge(target)
+            course = self._courses.get(target.name, Course())
+            said = judge(self.history, target.name, course)
             layers.append(
                 {
                     "weight": target.name,
@@ -587,8 +641,8 @@ class NormDynamicsMonitor(NormDynCallback):
                     "effective lr": self._latest("effective_lr", target),
                     "angular update": self._latest("angular_update", target),
                     "prediction": self._latest("equilibrium_angular_update", target),
-                    "e-foldings": None if elapsed == "-" else float(elapsed),
-                    "verdict": verdict,
+                    "e-foldings": course.elapsed or None,
+                    "verdict": said if target.scale_invariant or said in ("frozen", "collapsing") else "-",
                 }
             )
         return layers
@@ -618,31 +672,6 @@ class NormDynamicsMonitor(NormDynCallback):
             text += f"The shrink factor was clamped at 0.5 {int(clamped)} times: lr * alpha * norm is too large for these weights.\n"
         return text
 
-    def _judge(self, target: Target) -> tuple[str, str]:
-        """E-foldings elapsed, and the verdict from the drift of the norm."""
-        name = target.name
-        norm, angle, predicted = (f"{q}/{name}" for q in ("weight_norm", "angular_update", "equilibrium_angular_update"))
-        rows = [r for r in self.history if norm in r and angle in r and predicted in r]
-        if name not in self._relaxation or len(rows) < 4:
-            return "-", "-" if not target.scale_invariant else "no prediction" if name not in self._relaxation else "too few rows"
-        relaxation, adaptive = self._relaxation[name], "alpha" in self._influences.get(name, {})
-        steps = [r["optimizer_step"] for r in rows]
-        # lr x decay, up to a constant: the square of the prediction (under AWS per unit of norm).
-        pulls = [r[predicted] ** 2 / (r[norm] if adaptive else 1.0) for r in rows]
-        elapsed = sum((b - a) * pull / pulls[-1] for a, b, pull in zip(steps, steps[1:], pulls[1:], strict=False)) / relaxation
-        window = min(relaxation, (steps[-1] - steps[0]) / 2)
-        recent = [i for i, at in enumerate(steps) if at >= steps[-1] - window][-len(rows) :]
-        recent = recent if len(recent) > 1 else [len(rows) - 2, len(rows) - 1]
-        x = torch.tensor([steps[i] for i in recent], dtype=torch.float64)
-        y = torch.tensor([2 * log(max(rows[i][norm], 1e-300)) for i in recent], dtype=torch.float64)
-        drift = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
-        turned, foreseen = (sqrt(sum(rows[i][key] ** 2 for i in recent) / len(recent)) for key in (angle, predicted))
-        changed = max(abs(pulls[i] / pulls[-1] - 1) for i in recent)
-        said = verdict(drift, relaxation, turned / foreseen, changed, angular_update=turned)
-        if elapsed < SETTLED_AFTER and said.startswith("settled"):
-            said = f"not settled yet ({turned / foreseen:.2g}x the prediction)"
-        return f"{elapsed:.1f}", said
-
     def _treatment_of(self, target: Target) -> str:
         assert self._session is not None
         others = [(m, p, t) for m in self._session.members if m is not self for p in m.plans.values() for t in p.targets]
@@ -660,9 +689,11 @@ class NormDynamicsMonitor(NormDynCallback):
         return ""
 
     def _extra(self) -> dict[str, Any]:
-        return {"history": self.history.state_dict(), "last_step": self._last_step}
+        elapsed = {name: [course.step, course.elapsed] for name, course in self._courses.items()}
+        return {"history": self.history.state_dict(), "last_step": self._last_step, "elapsed": elapsed}
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         if "history" in extra:
             self.history.load_state_dict(extra["history"])
             self._last_step = int(extra["last_step"])
+            self._courses = {name: Course(step=step, elapsed=elapsed) for name, (step, elapsed) in extra.get("elapsed", {}).items()}

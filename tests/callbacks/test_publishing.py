@@ -349,7 +349,7 @@ class Dying(Net):
     """Two filters of the first layer get no gradient, and decay would end them within the run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(dtype=torch.float32)
         with torch.no_grad():
             self.net[1].weight[:2] = 0
         self.net[1].weight.requires_grad_(False)

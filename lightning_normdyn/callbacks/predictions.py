@@ -1,0 +1,325 @@
+"""What theory makes of the monitor's measurements: a prediction beside each curve, a verdict at the end, warnings before it is too late.
+
+Numbers of the host throughout; nothing here touches a device. Formulas: `lightning_normdyn.equilibrium`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import exp, inf, isfinite, log
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_normdyn.callbacks.base import balance
+from lightning_normdyn.equilibrium import (
+    equilibrium_angular_update,
+    free_decay_rate,
+    relaxation_steps,
+    step_response,
+    steps_to_overflow,
+    steps_to_underflow,
+    total_decay,
+    verdict,
+    wrs_angular_update,
+)
+from lightning_normdyn.history import History
+
+# Relaxation times after which a start within 20 % of the equilibrium is forgotten.
+SETTLED_AFTER = 6.0
+# Below this many powers of e, a decay does next to nothing to a norm within the whole run.
+IDLE_DECAY = 0.1
+# A norm that has grown by this factor and still grows exponentially is on its way to overflow: a random walk never gets there.
+RUNAWAY = 1e4
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a weight settles at if its hyperparameters stay as they are.
+
+    Args:
+        angular_update: RMS, radians per optimizer step.
+        relaxation: optimizer steps in which a deviation of the norm falls by e; None where WRS sets the norm.
+        power: P of `lightning_normdyn.equilibrium`.
+        pull: lr x decay; under AWS, lr x alpha. Changes with the schedule only.
+        rough: 13-38 % off on a real network (Adam with coupled decay).
+    """
+
+    angular_update: float
+    relaxation: float | None
+    power: float
+    pull: float
+    rough: bool = False
+
+
+def predict(
+    optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any], measured: Mapping[str, float], length: int
+) -> Prediction | None:
+    """What a scale-invariant weight settles at; None where nothing has been derived, never a guess.
+
+    Args:
+        optimizer_class: class of the optimizer.
+        group: the weight's param group at this step.
+        influence: what the callbacks do to the weight (`NormDynCallback.influence`, merged).
+        measured: means over the weight's vectors at this step: ``lr``, ``weight_norm``, and where they are asked for ``gradient_scale``
+            (E‖g‖²‖w‖²: WRS on SGD, Adam with coupled decay) and ``equivalent_weight_decay`` (AWS).
+        length: entries of a vector.
+
+    Example:
+        >>> group = {"weight_decay": 5e-4, "momentum": 0.9, "dampening": 0, "nesterov": False}
+        >>> found = predict(torch.optim.SGD, group, {}, {"lr": 0.1, "weight_norm": 2.0}, 27)
+        >>> round(found.angular_update, 6), round(found.relaxation)
+        (0.007255, 500)
+    """
+    group = {**group, "lr": measured["lr"]}
+    norm, scale = measured["weight_norm"], measured.get("gradient_scale")
+    if "every_n_steps" in influence:
+        return _predict_rescaled(optimizer_class, group, influence, norm, scale, length)
+    options = balance(influence, group, measured.get("equivalent_weight_decay"))
+    if options is None:
+        return None
+    response = step_response(optimizer_class, group, **options)
+    if response is None or response.decay is None:
+        return None
+    more: dict[str, Any] = {"gradient_scale": scale, "dim": length, "norm": norm, **options}
+    angle, relaxation = (f(optimizer_class, group, **more) for f in (equilibrium_angular_update, relaxation_steps))
+    if angle is None or relaxation is None or not 0 < float(angle) < inf:
+        return None
+    pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
+    return Prediction(float(angle), float(relaxation), response.power, pull, response.rough)
+
+
+def _predict_rescaled(
+    optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any], norm: float, scale: float | None, length: int
+) -> Prediction | None:
+    """Under WRS, which has been derived for steps without any decay."""
+    options = balance({key: value for key, value in influence.items() if key != "every_n_steps"}, group, 1.0)
+    if options is None or "shrink" in options or options.get("decay"):
+        return None
+    projected = bool(options.get("projected"))
+    if group.get("weight_decay") and not projected and not influence["replaces_decay"]:
+        return None
+    angle = wrs_angular_update(
+        optimizer_class,
+        group,
+        influence["every_n_steps"],
+        gradient_scale=scale,
+        dim=length,
+        target_norm=norm if influence["target_norm"] == "initial" else influence["target_norm"],
+        projected=projected,
+    )
+    return None if angle is None or not 0 < float(angle) < inf else Prediction(float(angle), None, 0, float(group["lr"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Course:
+    """What happened to a weight's prediction on the way: the e-foldings elapsed, and how the schedule moved.
+
+    Args:
+        latest: the newest prediction.
+        step: optimizer step of it.
+        elapsed: relaxation times since the start.
+        pulls: (optimizer step, lr x decay), an entry for each change by a hundredth.
+    """
+
+    latest: Prediction | None = None
+    step: int = 0
+    elapsed: float = 0.0
+    pulls: list[tuple[int, float]] = field(default_factory=list)
+
+    def add(self, step: int, prediction: Prediction | None) -> None:
+        """Take in the prediction of an optimizer step, counted from 1."""
+        if prediction is not None and prediction.relaxation:
+            # Steps since the last look went by at this rate.
+            self.elapsed += (step - self.step) / prediction.relaxation
+            if not self.pulls or abs(prediction.pull / self.pulls[-1][1] - 1) > 0.01:
+                self.pulls.append((step, prediction.pull))
+            if len(self.pulls) > 512:
+                del self.pulls[1::2]
+        self.latest, self.step = prediction, step
+
+    def change(self, window: float) -> float:
+        """Largest relative change of lr x decay within the last ``window`` steps."""
+        start = self.step - window
+        within = [pull for step, pull in self.pulls if step > start]
+        before = [pull for step, pull in self.pulls if step <= start]
+        now = self.pulls[-1][1]
+        return max((abs(pull / now - 1) for pull in [*before[-1:], *within]), default=0.0)
+
+
+def judge(history: History, name: str, course: Course) -> str:
+    """What a person should read from the curves of weight ``name``, judged by its norm.
+
+    Args:
+        history: rows with ``weight_norm``, ``angular_update`` and, where there is a prediction, ``equilibrium_angular_update``.
+        name: the weight.
+        course: its predictions on the way.
+
+    Returns:
+        a verdict of `lightning_normdyn.equilibrium.verdict`; "not settled yet" instead of "settled" before `SETTLED_AFTER` e-foldings;
+        under WRS the comparison alone; "too few rows".
+    """
+    at, norms, angles, predicted = _aligned(history, name)
+    if len(at) < 3:
+        return "too few rows"
+    if course.step:
+        at *= course.step / (at[-1] + 1)  # its own optimizer may step more or less often than others
+    prediction = course.latest
+    relaxation = None if prediction is None else prediction.relaxation
+    window = min(relaxation or inf, (at[-1] - at[0]) / 2)
+    recent = at >= at[-1] - window
+    recent[-2:] = True
+    turned = _root_mean_square(angles[recent])
+    known = recent & np.isfinite(predicted)
+    ratio = _root_mean_square(angles[known]) / _root_mean_square(predicted[known]) if known.any() and prediction is not None else None
+    drift = _slope(at[recent], 2 * np.log(np.maximum(norms[recent], 1e-300)))
+    if prediction is not None and relaxation is None and ratio is not None and turned > 0:
+        return f"length held by WeightRescaling, {ratio:.2g}x the prediction"
+    said = verdict(
+        drift,
+        relaxation,
+        ratio,
+        course.change(relaxation) if relaxation else 0.0,
+        angular_update=turned,
+        power=prediction.power if prediction is not None else 4,
+    )
+    if said.startswith("settled") and course.elapsed < SETTLED_AFTER:
+        said = f"not settled yet, {ratio:.2g}x the prediction"
+    rough = prediction is not None and prediction.rough and "prediction" in said
+    return f"{said} (a rough one)" if rough and said != "no prediction" else said
+
+
+def _aligned(history: History, name: str) -> list[Any]:
+    """Steps, norms, angles and predictions (NaN where there is none) of the rows that have an angle, float64."""
+    known = set(history.keys())
+    keys = [f"{quantity}/{name}" for quantity in ("weight_norm", "angular_update", "equilibrium_angular_update")]
+    curves = [dict(zip(*(c.tolist() for c in history.column(key)), strict=True)) if key in known else {} for key in keys]
+    steps = [step for step in curves[1] if step in curves[0]]
+    columns = [[curve.get(step, float("nan")) for step in steps] for curve in curves]
+    return [np.array(column, dtype=np.float64) for column in (steps, *columns)]
+
+
+def _slope(x: Any, y: Any) -> float:
+    centred = x - x.mean()
+    return float((centred * (y - y.mean())).sum() / np.square(centred).sum())
+
+
+def _root_mean_square(values: Any) -> float:
+    return float(np.sqrt(np.square(values).mean()))
+
+
+# ----------------------------------------------------------------------------------------------------------------------------------------
+# Warnings
+# ----------------------------------------------------------------------------------------------------------------------------------------
+
+
+def log_smallest(dtype: torch.dtype) -> float:
+    """ln of the norm whose square vanishes in ``dtype``; float32 for weights that are stored shorter.
+
+    Example:
+        >>> round(exp(log_smallest(torch.float32)) / 1e-23, 2)
+        2.65
+    """
+    return -steps_to_underflow(1.0, 1.0, dtype if dtype in (torch.float32, torch.float64) else torch.float32)
+
+
+def urgency(e_foldings: Tensor) -> Tensor:
+    """A power of each vector's e-foldings left, so high that the sum over vectors tells the smallest: see `least_of`."""
+    return e_foldings.clamp(min=1.0).pow(-_sharpness(e_foldings.dtype))
+
+
+def least_of(total: float, dtype: torch.dtype = torch.float64) -> float:
+    """The smallest of the e-foldings whose `urgency` sums to ``total``; a little less where several are equally small.
+
+    Sums are all that ranks exchange, so the smallest must come from a sum.
+
+    Example:
+        >>> round(least_of(float(urgency(torch.tensor([31.0, 50.0, 44.0], dtype=torch.float64)).sum())), 1)
+        31.0
+    """
+    return inf if total <= 0 else total ** (-1 / _sharpness(dtype))
+
+
+def _sharpness(dtype: torch.dtype) -> int:
+    return 64 if dtype == torch.float64 else 20  # 60 to this power is still a number
+
+
+def steps_to_collapse(
+    optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any], e_foldings: float, rate: float
+) -> float:
+    """Optimizer steps until a vector without gradient has shrunk by ``e_foldings`` powers of e, at the present learning rate.
+
+    Args:
+        optimizer_class: class of the optimizer.
+        group: the weight's param group.
+        influence: what the callbacks do to the weight.
+        e_foldings: how far it has to go.
+        rate: -d ln‖w‖ per step as measured, for optimizers that are not understood; soon after the last gradient the momentum still
+            moves the vector, so the known rate is the better one.
+
+    Returns:
+        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
+        >>> round(steps_to_collapse(torch.optim.SGD, group, {}, log(0.17 / 2.6e-23), 0.0))  # measured: 4490
+        4489
+    """
+    if "alpha" in influence or "rescaled" in influence:
+        return inf
+    options = balance(influence, group)
+    known = None if options is None else free_decay_rate(optimizer_class, group, **options)
+    rate = rate if known is None else known
+    return e_foldings / rate if rate > 0 else inf
+
+
+def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> float:
+    """Steps until the square of a norm overflows float32, if it has run away and keeps growing exponentially; else ``inf``.
+
+    Args:
+        steps: of the recorded norms.
+        norms: the first one of the run, and the last ones.
+
+    Example:
+        >>> round(steps_until_overflow([0, 28, 29, 30, 31], [1.0, 1.5**28, 1.5**29, 1.5**30, 1.5**31]))
+        78
+        >>> steps_until_overflow([0, 28, 29, 30, 31], [1.0, 2.30, 2.32, 2.34, 2.36])
+        inf
+    """
+    if len(norms) < 5 or not (0 < norms[0] * RUNAWAY < norms[-1] < inf):
+        return inf
+    rates = [log(b / a) / (t - s) for s, t, a, b in zip(steps[1:], steps[2:], norms[1:], norms[2:], strict=False) if a > 0]
+    if len(rates) < 3 or min(rates) <= 0 or rates[-1] < 0.8 * rates[0]:
+        return inf
+    return steps_to_overflow(norms[-1], min(rates))
+
+
+def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) -> str | None:
+    """A sentence about a decay that cannot act within a run of ``steps`` optimizer steps; None where there is nothing to say.
+
+    Args:
+        optimizer_class: class of the optimizer.
+        group: a param group; during a warm-up its ``initial_lr`` or ``max_lr`` counts.
+        steps: of the whole run.
+
+    Example:
+        >>> print(idle_decay(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}, 30_000))
+        weight decay 0.0005 at lr 0.001 shrinks a weight by 1.5 % over the 30000 steps of this run: it does next to nothing.
+    """
+    if not 0 < steps < inf:
+        return None
+    lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
+    pull = total_decay(optimizer_class, {**group, "lr": lr}, int(steps))
+    if pull is None or not isfinite(pull) or not 0 < pull < IDLE_DECAY:
+        return None
+    much = f"{100 * (1 - exp(-pull)):.2g} %"
+    settings = f"weight decay {float(group['weight_decay']):g} at lr {lr:g}"
+    return f"{settings} shrinks a weight by {much} over the {steps:.0f} steps of this run: it does next to nothing."
