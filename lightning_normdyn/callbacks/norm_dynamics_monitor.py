@@ -472,7 +472,7 @@ class NormDynamicsMonitor(NormDynCallback):
         rate = sums["dead_rate"][0] / count
         group = {**group, "lr": float(group["lr"])}
         left = steps_to_collapse(type(plan.optimizer), group, self._influences[target.name], e_foldings, rate)
-        if left <= self._steps_to_go(trainer):
+        if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
                 trainer,
                 "Weights collapse",
@@ -491,7 +491,7 @@ class NormDynamicsMonitor(NormDynCallback):
         seen.steps.append(step)
         seen.norms.append(norm)
         left = steps_until_overflow([0, *seen.steps], [seen.first, *seen.norms])
-        if left <= self._steps_to_go(trainer):
+        if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
                 trainer,
                 "Weights explode",

@@ -1,0 +1,374 @@
+"""The monitor's numbers against their definitions, step by step; when it measures; and what it keeps."""
+
+from __future__ import annotations
+
+from math import atan2, sin, sqrt
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.plugins import MixedPrecision
+from models import TARGETS, ManualNet, Net, convnet, fit, images, loader, make, trainer, weights_of
+from replay import Recorder
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn.parametrizations import weight_standardization
+
+
+class KeepsRows(Logger):
+    """A logger in memory."""
+
+    name, version = "rows", "0"
+
+    def __init__(self):
+        super().__init__()
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, dict(metrics)))
+
+    def log_hyperparams(self, *args, **kwargs):
+        pass
+
+    def ours(self) -> list[tuple[int, dict[str, float]]]:
+        return [(step, row) for step, row in self.rows if "normdyn/weight_norm" in row]
+
+
+def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
+    return NormDynamicsMonitor(every, tables=False, **arguments)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+# ---- The numbers ----
+
+
+class Trajectory(Recorder):
+    """The weights after every batch, beside what the optimizers received."""
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.weights = [self.start]
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.weights.append(weights_of(pl_module))
+
+
+def mean(values):
+    return sum(values) / len(values)
+
+
+def root_mean_square(values):
+    return sqrt(mean([v * v for v in values]))
+
+
+def naive(before, after, grad, lr, alpha=None, standardized=False):
+    """Every quantity of one weight by its definition, filter by filter."""
+    rows: dict[str, list[float]] = {}
+    for w, v, g in zip(before.flatten(1), after.flatten(1), grad.flatten(1), strict=True):
+        norm, std = float(w.norm()), float(((w - w.mean()) ** 2).mean().sqrt())
+        size = std if standardized else norm
+        unit = w / w.norm()
+        along = float(v @ unit)
+        angle = atan2(float((v - along * unit).norm()), along)
+        found = {
+            "weight_norm": norm,
+            "weight_std": std,
+            "effective_lr": lr / size,
+            "direction_lr": lr / size**2,
+            "angular_update": angle,
+            "effective_step_size": 2 * sin(angle / 2),
+            "gradient_cosine": float(w @ g / (w.norm() * g.norm())),
+            "radial_update": float((v - w) @ unit) / norm,
+            **({} if alpha is None else {"equivalent_weight_decay": alpha * size}),
+        }
+        for key, value in found.items():
+            rows.setdefault(key, []).append(value)
+    return {k: (root_mean_square if k in ("angular_update", "effective_step_size") else mean)(v) for k, v in rows.items()}
+
+
+ALONE = {"plain": ([], None), "aws": ([lambda: AdaptiveWeightShrink(0.5)], 0.5), "projection": ([lambda: RadialProjection()], None)}
+
+
+@pytest.mark.parametrize("case", ALONE)
+def test_every_quantity_is_what_its_name_says(case):
+    others, alpha = ALONE[case]
+    asked = [*naive(*torch.ones(3, 2, 2), lr=1.0, alpha=1.0)]
+    look, watch = Trajectory(), monitor(quantities=asked)
+    schedule = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8)  # noqa: E731
+    fit(make(make_optimizer=momentum, make_scheduler=schedule), [look, watch, *(c() for c in others)])
+    assert len(watch.history) == 8
+    for t, row in enumerate(watch.history):
+        every = {}
+        for name in [*TARGETS, "net.8.weight"]:
+            mine = alpha if name in TARGETS else None
+            expected = naive(look.weights[t][name], look.weights[t + 1][name], look.steps[0][t][name][0], 0.1 * 0.8**t, mine)
+            every[name] = expected
+            for quantity, value in expected.items():
+                assert row[f"{quantity}/{name}"] == pytest.approx(value, rel=1e-6, abs=1e-15), (t, quantity, name)
+        for quantity in ("weight_norm", "effective_lr", "gradient_cosine"):  # 4 and 6 filters; the head is not scale-invariant
+            pooled = (4 * every[TARGETS[0]][quantity] + 6 * every[TARGETS[1]][quantity]) / 10
+            assert row[f"normdyn/{quantity}"] == pytest.approx(pooled, rel=1e-6, abs=1e-15)
+        pooled = sqrt((4 * every[TARGETS[0]]["angular_update"] ** 2 + 6 * every[TARGETS[1]]["angular_update"] ** 2) / 10)
+        assert row["normdyn/angular_update"] == pytest.approx(pooled, rel=1e-6)
+
+
+def test_the_gradient_is_orthogonal_where_the_loss_does_not_see_the_length():
+    watch = monitor()
+    fit(make(net=convnet(norm=lambda c: nn.BatchNorm2d(c, eps=1e-12))), [watch])
+    for row in watch.history:
+        assert all(abs(row[f"gradient_cosine/{name}"]) < 1e-6 for name in TARGETS)
+        assert abs(row["gradient_cosine/net.8.weight"]) > 1e-4
+
+
+def test_a_rescale_is_in_no_angle_and_in_the_next_norm():
+    look, watch = Trajectory(), monitor()
+    fit(make(make_optimizer=momentum), [look, watch, WeightRescaling(2, target_norm=3.0)])
+    norms = watch.history.column("weight_norm/net.0.weight")[1]
+    assert norms[2::2] == pytest.approx([3.0] * 3, rel=1e-6)
+    angles = watch.history.column("angular_update/net.0.weight")[1]
+    for t in range(8):
+        expected = naive(look.weights[t]["net.0.weight"], look.weights[t + 1]["net.0.weight"], look.steps[0][t]["net.0.weight"][0], 0.1)
+        assert angles[t] == pytest.approx(expected["angular_update"], rel=1e-6)  # a rescale turns nothing
+    assert [event.kind for event in watch.history.events] == ["rescale"] * 4
+
+
+def test_weight_standardized_weights_are_measured_by_their_std():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    weight_standardization(net[0])
+    look, watch, name = Trajectory(), monitor(), "net.0.parametrizations.weight.original"
+    fit(Net(momentum, net), [look, watch])
+    for t, row in enumerate(watch.history):
+        expected = naive(look.weights[t][name], look.weights[t + 1][name], look.steps[0][t][name][0], 0.1, standardized=True)
+        for quantity in ("weight_std", "effective_lr", "direction_lr", "angular_update"):
+            assert row[f"{quantity}/{name}"] == pytest.approx(expected[quantity], rel=1e-6)
+
+
+def test_small_angles_keep_their_digits_in_float32():
+    # 1e-6 rad per step while the norm shrinks by 1e-3: what a difference of cosines could not see.
+    look, watch = Trajectory(), monitor()
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-5, weight_decay=100.0), dtype=torch.float32)
+    fit(module, [look, watch], max_steps=3)
+    for t, row in enumerate(watch.history):
+        before, after = (look.weights[i]["net.3.weight"].double() for i in (t, t + 1))
+        angle = naive(before, after, before, 0.1)["angular_update"]
+        assert angle < 1e-4
+        assert row["angular_update/net.3.weight"] == pytest.approx(angle, rel=1e-3)
+
+
+def test_a_weight_without_gradient_enters_no_average():
+    class HalfTrained(Net):
+        def forward(self, x):
+            if self.trainer.global_step < 2:
+                return self.net(x)
+            with torch.no_grad():
+                x = self.net[:3](x)
+            return self.net[3:](x)
+
+    watch = monitor()
+    fit(make(HalfTrained, make_optimizer=momentum), [watch])
+    rows = list(watch.history)
+    assert "angular_update/net.0.weight" in rows[1]
+    assert not any(key.endswith("net.0.weight") for key in rows[2])
+    assert rows[2]["normdyn/angular_update"] == rows[2]["angular_update/net.3.weight"]
+
+
+# ---- When ----
+
+
+def steps_of(watch):
+    return [int(row["step"]) for row in watch.history]
+
+
+@pytest.mark.parametrize(
+    ("every", "arguments", "in_history", "logged"),
+    [
+        (1, {}, [0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 5, 6, 7]),
+        (3, {}, [0, 2, 5, 7], [2, 5]),
+        (None, {"log_every_n_steps": 4}, [0, 3, 7], [3, 7]),
+        (None, {"log_every_n_steps": 0}, [0, 7], []),
+        (5, {"log_every_n_steps": 0}, [0, 4, 7], [4]),
+        (2, {"accumulate_grad_batches": 2}, [0, 1, 3], [1, 3]),
+        (100, {"max_steps": 5}, [0, 4], []),
+        (100, {"max_epochs": 1}, [0, 3], []),
+        (100, {"limit_train_batches": 3}, [0, 5], []),
+    ],
+)
+def test_rows_come_at_logging_steps_and_at_both_ends(every, arguments, in_history, logged):
+    watch, rows = monitor(every), KeepsRows()
+    fit(make(), [watch], logger=rows, **arguments)
+    assert steps_of(watch) == in_history
+    assert [step for step, _ in rows.ours()] == logged
+
+
+@pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}, {"max_steps": 5}])
+def test_the_x_axis_is_that_of_the_learning_rate_monitor(arguments):
+    rows = KeepsRows()
+    fit(make(), [monitor(2), LearningRateMonitor("step")], logger=rows, log_every_n_steps=2, **arguments)
+    lr = sorted({step for step, row in rows.rows if "lr-SGD" in row})  # it repeats a row for every batch of a step
+    assert [step for step, _ in rows.ours()] == lr
+    assert len(lr) >= 2
+
+
+def test_one_call_per_logging_step_and_logger(tmp_path):
+    first, second = KeepsRows(), KeepsRows()
+    fit(make(), [monitor(2)], logger=[first, second, CSVLogger(tmp_path)])
+    assert [step for step, _ in first.ours()] == [1, 3, 5, 7]
+    assert first.ours() == second.ours()
+    header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
+    assert {"effective_lr/net.0.weight", "angular_update/net.8.weight", "normdyn/effective_lr", "step"} <= set(header)
+
+
+def test_log_keys():
+    rows = KeepsRows()
+    fit(make(make_optimizer=momentum), [monitor(), AdaptiveWeightShrink(0.5)], logger=rows, max_steps=1)
+    keys = set(rows.ours()[0][1])
+    quantities = {
+        "weight_norm", "effective_lr", "direction_lr", "angular_update", "effective_step_size", "gradient_cosine", "radial_update",
+        "equivalent_weight_decay",
+    }  # fmt: skip
+    assert {f"{q}/net.0.weight" for q in quantities} <= keys
+    assert {f"normdyn/{q}" for q in quantities} | {"normdyn/skipped_steps", "normdyn/clamped_vectors"} <= keys
+    assert "equivalent_weight_decay/net.8.weight" not in keys
+    assert not any("bias" in key or "net.1." in key for key in keys)
+
+
+def test_only_what_was_asked_for_is_logged():
+    rows = KeepsRows()
+    fit(make(), [monitor(quantities=["effective_lr"])], logger=rows, max_steps=1)
+    sections = {key.split("/")[0] for _, row in rows.rows for key in row}
+    assert "effective_lr" in sections
+    assert not sections & {"angular_update", "weight_norm", "direction_lr", "gradient_cosine"}
+
+
+def test_two_optimizers_and_one_that_waits():
+    class TakesTurns(ManualNet):
+        def training_step(self, batch, batch_idx=0):
+            optimizer = self.optimizers()[batch_idx % 2]
+            loss = Net.training_step(self, batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+    watch = monitor()
+    fit(make(TakesTurns), [watch])
+    rows = list(watch.history)
+    assert len(rows) == 8
+    for i, row in enumerate(rows):
+        here, there = TARGETS if i % 2 == 0 else TARGETS[::-1]
+        assert f"angular_update/{here}" in row
+        assert f"angular_update/{there}" not in row
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_skipped_steps_are_counted_and_measure_nothing(fused):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx in (0, 2) else 1.0)
+
+    watch = monitor()
+    module = make(Overflows, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, fused=fused), dtype=torch.float32)
+    precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+    fit(module, [watch], plugins=[precision], max_epochs=1)
+    rows = list(watch.history)
+    assert [int(row["step"]) for row in rows] == [1, 3]
+    assert [int(row["optimizer_step"]) for row in rows] == [1, 2]
+    assert [row["normdyn/skipped_steps"] for row in rows] == [1.0, 2.0]
+    assert watch.steps_of(0) == 2
+
+
+# ---- What it keeps ----
+
+
+def test_history_and_callback_metrics_need_no_logger():
+    watch = monitor()
+    runner = fit(make(), [watch])
+    assert len(watch.history) == 8
+    assert float(runner.callback_metrics["normdyn/angular_update"]) == pytest.approx(watch.history[7]["normdyn/angular_update"], rel=1e-6)
+
+
+def test_a_fit_that_stops_early_still_has_its_last_norm():
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.should_stop = trainer.global_step == 6
+
+    watch = monitor(100)
+    fit(make(), [watch, Stops()])
+    assert steps_of(watch)[0] == 0
+    assert steps_of(watch)[-1] == 5
+
+
+def test_every_vector_can_be_kept():
+    watch, look = monitor(2, per_vector=True), Trajectory()
+    fit(make(make_optimizer=momentum), [watch, look, AdaptiveWeightShrink(0.5)])
+    assert "weight_norm/net.0.weight" in watch.history.vector_names()
+    steps, norms = watch.history.vectors("weight_norm/net.0.weight")
+    for step, values in zip(steps, norms, strict=True):
+        torch.testing.assert_close(
+            torch.as_tensor(values).double(), look.weights[int(step)]["net.0.weight"].flatten(1).norm(dim=1), rtol=1e-6, atol=0
+        )
+
+
+def test_barebones_measures_nothing():
+    watch = NormDynamicsMonitor(1)
+    L.Trainer(callbacks=[watch], barebones=True, max_steps=2, accelerator="cpu").fit(make(), loader())
+    assert len(watch.history) == 0
+
+
+def test_numbers_that_are_not_finite_are_left_out():
+    module, rows = make(make_optimizer=momentum), KeepsRows()
+    with torch.no_grad():
+        module.net[0].weight.zero_()
+    module.net[0].weight.register_hook(torch.zeros_like)
+    fit(module, [monitor()], logger=rows, max_steps=2)
+    for _, row in rows.ours():
+        assert all(value == value and abs(value) < float("inf") for value in row.values())
+        assert "effective_lr/net.0.weight" not in row
+        assert "effective_lr/net.3.weight" in row
+
+
+def test_the_tables_at_start_and_end(capsys):
+    fit(make(make_optimizer=momentum), [NormDynamicsMonitor(1), AdaptiveWeightShrink(0.5)])
+    printed = capsys.readouterr().out
+    start, end = printed.split("lightning-normdyn: after 8 optimizer steps")
+    assert "lightning-normdyn: targets" in start
+    for name in (*TARGETS, "net.8.weight"):
+        assert name in start
+        assert name in end
+    assert "AWS" in start
+    assert "→" in end
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"every_n_steps": 0}, "`every_n_steps` must be None or an integer >= 1, got 0"),
+        ({"every_n_steps": True}, "`every_n_steps` must be None or an integer >= 1, got True"),
+        ({"every_n_steps": 1.5}, r"`every_n_steps` must be None or an integer >= 1, got 1\.5"),
+        ({"quantities": ["weight_nrom"]}, r"`quantities` must be None or names out of .*'weight_norm'.*got \['weight_nrom'\]"),
+        ({"quantities": []}, r"`quantities` must be None or names out of .*got \[\]"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        NormDynamicsMonitor(**arguments)
+
+
+def test_the_last_batches_of_an_unknown_length_are_not_lost():
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(zip(*images().tensors, strict=True))
+
+    watch = monitor(100)
+    runner = trainer([watch], max_epochs=1)
+    runner.fit(make(), DataLoader(Stream(), batch_size=8))
+    assert steps_of(watch)[0] == 0
+    assert steps_of(watch)[-1] == 3
