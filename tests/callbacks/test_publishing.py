@@ -252,6 +252,7 @@ def test_the_history_lies_beside_a_wandb_run_and_report_reads_it(full):
     assert not [key for key in without.keys() if "histogram" in key]  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_what_the_last_logging_step_missed_is_in_the_summary(tmp_path):
     monitor = NormDynamicsMonitor(3, tables=False)
     fit(make(), [monitor], logger=wandb_logger(tmp_path), max_epochs=2)
