@@ -131,6 +131,14 @@ class Plan:
             self._masks[missing] = self.vectors.spread(per_weight)
         return self._masks[missing]
 
+    def treated(self, step: Step) -> Tensor | None:
+        """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does not skip; None: all, for certain."""
+        active = self.active()
+        if step.skipped is None:
+            return active
+        all_active = torch.ones_like(self.bad) if active is None else active
+        return step.unless_skipped(all_active, False)
+
     def guard(self, values: Tensor, neutral: float, step: Step, norms: Tensor | None = None) -> Tensor:
         """``values`` where a vector can be treated, ``neutral`` elsewhere.
 

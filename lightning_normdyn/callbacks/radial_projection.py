@@ -133,7 +133,7 @@ class RadialProjection(NormDynCallback):
             return torch.cat([sums, over[None].to(sums.dtype), length[None]])
 
         pairs = (weights, weights), (weights, gradients), (gradients, gradients)
-        _, totals = vectors.inner_and_totals(*pairs, summarize=summarize)
+        _, totals = vectors.inner_and_totals(*pairs, summarize=summarize, exact=False)
         layer = cosine_from_sums(totals[0], totals[1], totals[2]).abs() * totals[4].sqrt() < self.delta
         by_filter = totals[3] == 0
         self._gates[plan.index] = (vectors.spread(by_filter), vectors.spread(layer & ~by_filter))
@@ -141,19 +141,15 @@ class RadialProjection(NormDynCallback):
     def _project(self, step: Step, plan: Plan) -> None:
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
-        after = vectors.values()
-        pairs = (before, before), (before, after)
-        projected: Tensor | None = None
         if self.gate == "always":
-            ss, sa = vectors.inner(*pairs)
-            radial = _ratio(sa - ss, ss)
-        else:
-            by_filter, by_layer = self._gates[plan.index]
-            (ss, sa), (total, along) = vectors.inner_and_totals(*pairs, summarize=lambda s, _: torch.stack([s[0], s[1] - s[0]]))
-            radial = _ratio(sa - ss, ss)
-            projected = by_filter | by_layer
-            radial = torch.where(by_filter, radial, torch.where(by_layer, vectors.spread(_ratio(along, total)), torch.zeros_like(radial)))
-        removed = radial + self._decay(step, plan, projected)
+            removed = vectors.remove_radial_(before, self._decay(step, plan, None), plan.treated(step))
+            plan.guard(removed, 0.0, step)  # has been left alone where it is not finite; here it is remembered
+            return
+        by_filter, by_layer = self._gates[plan.index]
+        (ss, sd), (total, along) = vectors.radial_and_totals(before, summarize=lambda sums, _: sums)
+        layer = vectors.spread(_ratio(along, total))
+        radial = torch.where(by_filter, _ratio(sd, ss), torch.where(by_layer, layer, torch.zeros_like(layer)))
+        removed = radial + self._decay(step, plan, by_filter | by_layer)
         vectors.add_scaled_(-plan.guard(removed, 0.0, step), before)
 
     def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
