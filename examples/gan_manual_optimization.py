@@ -2,8 +2,8 @@
 
     python examples/gan_manual_optimization.py --method aws
 
-The callbacks follow the optimizers' own steps, not the Trainer's count of batches: the critic steps twice as often as
-the generator here, and each has its own effective learning rates, in one history.
+The callbacks follow the optimizers' own steps, not the Trainer's count of batches: the generator steps twice as often
+as the discriminator here, and each has its own effective learning rates, in one history.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PRESETS: dict[str, dict] = {
     "paper": {"width": 64, "epochs": 1000, "batch_size": 128, "lr": 2e-4, "weight_decay": 0.5, "alpha": 0.5, "log_every": 50},
 }
 NOISE = 16  # entries of the generator's input
-CRITIC_STEPS = 2  # per step of the generator
+GENERATOR_STEPS = 2  # per step of the discriminator, which learns faster
 
 
 class GAN(L.LightningModule):
@@ -82,22 +82,24 @@ class GAN(L.LightningModule):
         generator_optimizer, discriminator_optimizer = self.optimizers()
         noise = torch.randn(len(real), NOISE, device=self.device)
 
-        if batch_idx % CRITIC_STEPS == 0:
-            self.toggle_optimizer(generator_optimizer)
-            loss = F.softplus(-self.discriminator(self(noise))).mean()  # -log of the discriminator's belief that it is real
-            generator_optimizer.zero_grad()
-            self.manual_backward(loss)
-            generator_optimizer.step()
-            self.untoggle_optimizer(generator_optimizer)
-            self.log("train_generator_loss", loss, prog_bar=True)
-
-        self.toggle_optimizer(discriminator_optimizer)
-        loss = F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(self(noise).detach())).mean()
-        discriminator_optimizer.zero_grad()
+        self.toggle_optimizer(generator_optimizer)
+        loss = F.softplus(-self.discriminator(self(noise))).mean()  # -log of the discriminator's belief that it is real
+        generator_optimizer.zero_grad()
         self.manual_backward(loss)
-        discriminator_optimizer.step()
-        self.untoggle_optimizer(discriminator_optimizer)
-        self.log("train_discriminator_loss", loss, prog_bar=True)
+        generator_optimizer.step()
+        self.untoggle_optimizer(generator_optimizer)
+        self.log("train_generator_loss", loss)
+
+        # On the last batch of each round, so that a logging step (every tenth batch here) is a step of both: a weight
+        # has no angular update at a step at which its optimizer stands still.
+        if (batch_idx + 1) % GENERATOR_STEPS == 0:
+            self.toggle_optimizer(discriminator_optimizer)
+            loss = F.softplus(-self.discriminator(real)).mean() + F.softplus(self.discriminator(self(noise).detach())).mean()
+            discriminator_optimizer.zero_grad()
+            self.manual_backward(loss)
+            discriminator_optimizer.step()
+            self.untoggle_optimizer(discriminator_optimizer)
+            self.log("train_discriminator_loss", loss)
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         settings = {"lr": self.hparams.lr, "betas": (0.5, 0.99)}
@@ -115,7 +117,9 @@ def save_samples(module: GAN, picture: Path) -> None:
     module.eval()
     with torch.no_grad():
         images = module(torch.randn(64, NOISE, generator=torch.Generator().manual_seed(0)).to(module.device)).cpu()
-    plt.imsave(picture, images.view(8, 8, 8, 8).permute(0, 2, 1, 3).reshape(64, 64), cmap="gray_r")
+    framed = F.pad(images.view(8, 8, 8, 8), (1, 1, 1, 1), value=float(images.min()))
+    sheet = framed.permute(0, 2, 1, 3).reshape(80, 80)
+    plt.imsave(picture, sheet.repeat_interleave(6, 0).repeat_interleave(6, 1), cmap="gray_r")
     print(f"samples   {picture}")
 
 

@@ -78,6 +78,6 @@ def test_the_model_does_not_look_ahead() -> None:
 @pytest.mark.parametrize("devices", [1, 2])
 def test_fsdp2_on_cpu_ranks(examples_folder: Path, tmp_path: Path, devices: int) -> None:
     script = [sys.executable, str(examples_folder / "fsdp_transformer.py"), *TINY, "--method", "aws", "--devices", str(devices)]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("history   runs/fsdp_transformer/aws/history.npz") == 1

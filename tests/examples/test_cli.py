@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import lightning_normdyn
 import pytest
 import yaml
+
+import lightning_normdyn
 
 CLI = Path(__file__).resolve().parents[2] / "examples" / "cli"
 CONFIGS = sorted(CLI.glob("*.yaml"))

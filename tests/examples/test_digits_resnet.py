@@ -131,7 +131,7 @@ def test_script_runs_from_any_folder_on_two_ranks(examples_folder: Path, tmp_pat
         env={**_environment(), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("history   here/history.npz") == 1  # rank zero alone tells

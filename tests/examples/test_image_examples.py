@@ -52,7 +52,7 @@ def test_runs_on_cifar(example: ModuleType, cifar: Path, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__)
 def test_unreadable_cifar_ends_in_one_line_and_starts_nothing(example: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="error: CIFAR-10 was asked for at .*, and nothing is there"):
+    with pytest.raises(SystemExit, match=r"error: CIFAR-10 was asked for at .*, and nothing is there"):
         running.run_as_script(lambda: example.main([*TINY, "--cifar", str(tmp_path / "no")]))
 
 
