@@ -125,6 +125,7 @@ class StepBracket:
         self._claims: dict[object, tuple[DecayOwner, Callable[[], Set[Tensor]]]] = {}
         self._snapshot_requests: dict[Tensor, Tensor] = {}
         self._snapshots: dict[Tensor, Tensor] = {}
+        self._buffers: dict[Tensor, Tensor] = {}
         self._step: Step | None = None
         self._depth = 0
         self._groups: list[dict[str, Any]] | None = None
@@ -224,7 +225,7 @@ class StepBracket:
         self._hooks = []
         self._handlers = []
         self._claims = {}
-        self._snapshots = {}
+        self._snapshots, self._buffers = {}, {}
         self._of.pop(self.optimizer, None)
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -291,8 +292,21 @@ class StepBracket:
                 handler(self._step)
 
     def _take_snapshots(self) -> None:
-        self._snapshots = {weight: storage.clone() for weight, storage in self._snapshot_requests.items()}
-        self._snapshot_requests.clear()
+        requests, self._snapshot_requests = self._snapshot_requests, {}
+        if not requests:
+            return
+        self._snapshots = {weight: self._buffer(weight, storage) for weight, storage in requests.items()}
+        torch._foreach_copy_(list(self._snapshots.values()), list(requests.values()))
+
+    def _buffer(self, weight: Tensor, storage: Tensor) -> Tensor:
+        # New memory of a CPU is fetched page by page from the system, which takes three times as long as the copy. An accelerator's
+        # allocator keeps what is freed, and there others can use it between two steps.
+        if storage.device.type != "cpu":
+            return torch.empty_like(storage)
+        known = self._buffers.get(weight)
+        if known is None or known.shape != storage.shape or known.dtype != storage.dtype:
+            known = self._buffers[weight] = torch.empty_like(storage)
+        return known
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
