@@ -184,8 +184,17 @@ def check(module: Net, recorder: Recorder, case: Case, tolerance: float = 1e-12)
         assert distance(got, replay(recorder, [])) > 1e-3
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("case", CASES)
+# Options whose every mode differs little from that of their class: in `make test` with two optimizers only.
+VARIANTS = ("aws-std", "aws-keep", "wrs-keep")
+
+
+def every_case_and_mode():
+    for case, mode in itertools.product(CASES, MODES):
+        slow = case in VARIANTS and mode not in ("sgd", "adamw")
+        yield pytest.param(case, mode, marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("case", "mode"), list(every_case_and_mode()))
 def test_follows_its_paper(case, mode):
     module, recorder = run(CASES[case].callbacks(), MODES[mode])
     assert sum(map(len, recorder.steps)) >= 4
