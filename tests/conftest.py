@@ -1,4 +1,4 @@
-"""Every test runs with small models, one thread's worth of noise, our own warnings as errors, and nothing of W&B outside its temporary folder."""
+"""Every test runs with small models, our own warnings as errors (pyproject.toml), and nothing of W&B outside its temporary folder."""
 
 from __future__ import annotations
 
