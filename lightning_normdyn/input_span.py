@@ -30,6 +30,8 @@ LARGEST_EXACT = 5120
 """Up to this many entries of a row the whole eigenbasis is computed; beyond, only the leading directions, by a randomized method."""
 CONSTANT = 1e-12
 """Inputs whose variance is below this share of their mean square count as constant: they differ by rounding only."""
+IDLE = 1e-10
+"""Directions with less than this share of the largest variance are noise of float32 inputs."""
 _MOST_ENTRIES = 2**22  # of rows that are copied at once: 32 MiB in float64
 
 
@@ -296,9 +298,9 @@ def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float)
             seen.append(torch.zeros_like(rows[:, 0]))
             continue
         if len(spread) <= LARGEST_EXACT:
-            eigenvalues, basis = input_space_basis(spread)
+            eigenvalues, basis = _eigenbasis(spread)
             rank = spectral_rank(eigenvalues, energy)
-            turned = rows @ basis.to(rows.dtype)
+            turned = rows @ basis
             rotated.append(turned)
         else:
             exact, basis = False, _leading_directions(spread, energy * variance)
@@ -307,6 +309,18 @@ def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float)
         seen.append(turned[:, :rank].square().sum(1))
     whole = torch.stack(rotated) if exact and rotated else filters[:0] if exact else None
     return InputSpan(torch.tensor(ranks), torch.stack(seen), filters.square().sum(-1), whole)
+
+
+def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """As `input_space_basis`, with one answer also where the inputs do not vary: there any basis would do, and rounding would choose it."""
+    eigenvalues, basis = (x.to(covariance.dtype) for x in input_space_basis(covariance))
+    idle = int((eigenvalues <= IDLE * eigenvalues[0]).sum())
+    if idle:
+        varied, rest = basis[:, :-idle], basis[:, -idle:]
+        # The basis in which the place of an entry within the row is diagonal: for entries that are always 0, those entries themselves.
+        place = torch.linspace(0, 1, len(covariance), dtype=rest.dtype, device=rest.device)
+        basis = torch.cat([varied, rest @ torch.linalg.eigh(rest.T @ (place[:, None] * rest))[1]], dim=1)
+    return eigenvalues, basis
 
 
 def _leading_directions(covariance: Tensor, variance: float) -> Tensor:

@@ -1,0 +1,687 @@
+"""What inputs see of weights: exact where it is known, the same on any number of ranks, and without a trace in the fit."""
+
+from __future__ import annotations
+
+import random
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from models import Net, fit, images, loader, make, same, weights_of
+from ranks import run_ranks
+from test_conformance import MODES, ByStep, KeepsRows, Remembers, SavesAt, adamw, compiled, everything, identical, run, sgd
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+from lightning_normdyn import (
+    InputSpanMonitor,
+    NormDynamicsMonitor,
+    NormDynWarning,
+    NoTargetsError,
+    NotSupportedError,
+    load_history,
+)
+from lightning_normdyn.callbacks import input_span_monitor
+from lightning_normdyn.parametrizations import weight_normalization
+
+QUANTITIES = ["input_span_energy", "input_span_noise", "input_span_rank", "ggd_shape_input", "ggd_shape_parameter"]
+
+
+def frozen(parameters: Any) -> torch.optim.Optimizer:
+    """A learning rate of 0: the weights are those that the test has set."""
+    return torch.optim.SGD(parameters, lr=0.0)
+
+
+def measure(
+    net: nn.Module, x: Tensor, *, monitor: InputSpanMonitor | None = None, batch_size: int = 16, **arguments: Any
+) -> dict[str, float]:
+    """The last row for a network on given inputs."""
+    monitor = InputSpanMonitor(energy=1.0) if monitor is None else monitor
+    data = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=batch_size)
+    module = Net(frozen, net, dtype=x.dtype)
+    fit(module, [monitor], data, max_epochs=1, **arguments)
+    return monitor.history[-1]
+
+
+def head(layer: nn.Module) -> nn.Sequential:
+    """A layer under test, and what makes a loss of its output."""
+    return nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2))
+
+
+# ---- Known spans ----
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(10, 7), (40,)),
+    "tokens": (lambda: nn.Linear(10, 7), (40, 3)),
+    "conv": (lambda: nn.Conv2d(10, 7, 3, padding=1), (40, 5, 5)),
+    "conv 1d": (lambda: nn.Conv1d(10, 6, 3, stride=2, dilation=2, bias=False), (40, 11)),
+    "grouped": (lambda: nn.Conv2d(10, 6, (3, 2), groups=2), (60, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(10, 6, 3, stride=2, groups=2, padding=1), (60, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_noise_share_is_that_of_a_known_span(name, dtype):
+    make_layer, (count, *places) = LAYERS[name]
+    layer = make_layer()
+    groups = getattr(layer, "groups", 1)
+    channels = 10 // groups
+    # Each group's channels vary in 3 directions only, around a mean that the border of zeros must not show: none with padding.
+    basis = torch.linalg.qr(torch.randn(groups, channels, 3, dtype=torch.float64))[0]
+    x = torch.einsum("gck,ngk...->ngc...", basis, torch.randn(count, groups, 3, *places, dtype=torch.float64)).flatten(1, 2)
+    if name == "tokens":
+        x = x.movedim(1, -1)
+    if name in ("linear", "grouped"):
+        x = x + torch.randn(1, 10, *[1] * len(places), dtype=torch.float64)
+    row = measure(head(layer), x.to(dtype))
+
+    w = layer.weight.detach().double()  # entries of one filter with one place of the kernel: a vector of channels
+    if name == "transposed":
+        w = w.reshape(groups, channels, -1, *w.shape[2:]).movedim(1, 2).flatten(0, 1)
+    w = w.reshape(groups, len(w) // groups, channels, -1)
+    seen = torch.einsum("gck,gocp->gokp", basis, w).square().sum((2, 3)) / w.square().sum((2, 3))
+    assert row["input_span_energy/net.0.weight"] == pytest.approx(float(seen.mean()), abs=1e-6)
+    assert row["input_span_noise/net.0.weight"] == pytest.approx(1 - float(seen.mean()), abs=1e-6)
+    assert row["input_span_rank/net.0.weight"] == 3 * w.shape[-1]
+    assert 0.05 < row["input_span_noise/net.0.weight"] < 0.95
+
+
+def test_the_share_is_that_of_vectors_at_the_asked_granularity():
+    layer = nn.Linear(4, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
+    x = torch.randn(40, 4, dtype=torch.float64) * torch.tensor([1.0, 1.0, 0.0, 0.0])
+    by_filter, by_layer = (measure(head(layer), x, monitor=InputSpanMonitor(energy=1.0, granularity=g)) for g in ("filter", "layer"))
+    assert by_filter["input_span_energy/net.0.weight"] == pytest.approx(0.5, abs=1e-7)
+    assert by_layer["input_span_energy/net.0.weight"] == pytest.approx(0.9, abs=1e-7)
+
+
+def test_a_smaller_share_of_the_spectrum_makes_a_smaller_span():
+    x = torch.randn(2000, 6, dtype=torch.float64) * torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.03])
+    rows = [measure(head(nn.Linear(6, 3)), x, monitor=InputSpanMonitor(energy=e)) for e in (0.85, 0.97, 0.999, 1.0)]
+    assert [row["input_span_rank/net.0.weight"] for row in rows] == [1, 2, 3, 6]
+    assert rows[3]["input_span_noise/net.0.weight"] == pytest.approx(0, abs=1e-9)
+
+
+def test_zero_filters_constant_inputs_and_rank_deficient_inputs():
+    layer, x = nn.Linear(6, 4), torch.zeros(40, 6, dtype=torch.float64) + 3
+    with torch.no_grad():
+        layer.weight[1] = 0
+    constant = measure(head(layer), x)
+    assert (constant["input_span_energy/net.0.weight"], constant["input_span_rank/net.0.weight"]) == (0, 0)
+    assert "ggd_shape_input/net.0.weight" not in constant
+    x[:, 0] += torch.randn(40, dtype=torch.float64)
+    deficient = measure(head(layer), x)
+    w = layer.weight.detach()
+    expected = (w[:, 0] ** 2 / w.square().sum(1))[[0, 2, 3]].mean()  # the filter of zeros has no share
+    assert deficient["input_span_energy/net.0.weight"] == pytest.approx(float(expected), abs=1e-6)
+    assert deficient["input_span_rank/net.0.weight"] == 1
+    with torch.no_grad():
+        layer.weight.zero_()
+    nothing = measure(head(layer), x)
+    assert [q for q in QUANTITIES if f"{q}/net.0.weight" in nothing] == ["input_span_rank"]
+
+
+def test_inputs_that_are_not_finite_are_told_and_left_out():
+    x = torch.randn(40, 6, dtype=torch.float64)
+    x[3, 2] = torch.inf
+    with pytest.warns(NormDynWarning, match=r"inputs or weights of net.0.weight are not finite"):
+        row = measure(head(nn.Linear(6, 4)), x)
+    assert set(row) == {"step", "optimizer_step"}
+
+
+# ---- Shapes ----
+
+
+@pytest.mark.parametrize("method", ["moments", "mle"])
+@pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])
+def test_the_shape_in_input_space_is_found(shape, method):
+    gennorm = pytest.importorskip("scipy.stats").gennorm
+    d, n = 50, 400  # 20,000 weights
+    x = torch.randn(300, d, dtype=torch.float64) * torch.linspace(1, 3, d)
+    _, basis = torch.linalg.eigh(torch.cov(x.T, correction=0))
+    # One sample from each 20,000th of the distribution: the moments' own sampling error is 3 % at shape 4.
+    generator = np.random.default_rng(0)
+    quantiles = (generator.permutation(n * d) + generator.random(n * d)) / (n * d)
+    v = torch.from_numpy(gennorm.ppf(quantiles, shape)).view(n, d)
+    layer = nn.Linear(d, n)
+    layer.weight = nn.Parameter(v @ basis.T)
+    row = measure(head(layer.double()), x, monitor=InputSpanMonitor(method=method, params="net.0.weight"))
+    assert row["ggd_shape_input/net.0.weight"] == pytest.approx(shape, rel=0.03)
+    if shape != 2.0:  # turned back, the entries are sums of many
+        assert abs(row["ggd_shape_parameter/net.0.weight"] - 2) < abs(shape - 2) / 2
+
+
+def test_histograms_count_every_weight():
+    monitor, layer = InputSpanMonitor(), nn.Linear(6, 4)
+    with torch.no_grad():
+        layer.weight[0, 0] = 1000
+    measure(head(layer), torch.randn(40, 6, dtype=torch.float64), monitor=monitor)
+    for kind in ("histogram_input", "histogram_parameter"):
+        steps, counts = monitor.history.vectors(f"{kind}/net.0.weight")
+        assert (steps.tolist(), counts.shape, counts.sum()) == ([2], (1, input_span_monitor.BINS), 24)
+    assert monitor.history.meta["histogram_reach"] == input_span_monitor.REACH
+
+
+# ---- The sample ----
+
+
+class Labelled(Dataset):
+    """Remembers which examples were fetched; augments them with all three generators of random numbers."""
+
+    def __init__(self, count: int, augment: float = 0.0) -> None:
+        self.x, self.augment = torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64), augment
+        self.fetched: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+        self.fetched.append(i)
+        noise = random.random() + np.random.rand() + float(torch.rand(1, dtype=torch.float64))
+        return self.x[i] + self.augment * noise * torch.randn(1, 6, 6, dtype=torch.float64), i % 2
+
+
+def smooth() -> nn.Sequential:
+    """The same weights at every call, and no BatchNorm, whose statistics differ with the number of ranks."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2))
+
+
+def _sampled(batch_size: int, augment: float, **arguments: Any) -> tuple[dict[str, float], list[int], int]:
+    dataset, monitor = Labelled(40, augment), InputSpanMonitor(max_samples=24)
+    module = make(make_optimizer=frozen, net=smooth())
+    fit(module, [monitor], DataLoader(dataset, batch_size=batch_size), max_epochs=1, limit_train_batches=1, **arguments)
+    return (monitor.history[-1] if len(monitor.history) else {}), dataset.fetched, len(monitor.history)
+
+
+@pytest.mark.parametrize(("batch_sizes", "augment"), [((4, 8), 0.0), ((5, 5), 0.5)])
+def test_two_ranks_measure_what_one_measures(batch_sizes, augment):
+    alone, fetched, _ = _sampled(batch_sizes[1], augment)
+    (first, fetched_0, _), (second, fetched_1, kept) = run_ranks(
+        lambda: _sampled(batch_sizes[0], augment, strategy="ddp", devices=2)
+    ).values()
+    assert (second, kept) == ({}, 0)
+    assert first.keys() == alone.keys()
+    for key, value in alone.items():
+        assert first[key] == pytest.approx(value, rel=1e-5, abs=1e-7) or key.startswith("optimizer_step"), key
+    sample = set(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:24].tolist())
+    assert sample <= set(fetched)
+    assert sample <= set(fetched_0) | set(fetched_1)
+    assert min(len(sample - set(f)) for f in (fetched_0, fetched_1)) >= 4  # they share the work
+
+
+class Sharded(Net):
+    """FSDP2: both convolutions and the root are cut over the ranks."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = self.device_mesh["data_parallel"]
+        if not hasattr(self.net, "unshard"):
+            for layer in (self.net[0], self.net[2], self.net):
+                fully_shard(layer, mesh=mesh)
+
+
+def _sharded() -> tuple[dict[str, float], bool]:
+    monitor, module = InputSpanMonitor(max_samples=24), make(Sharded, make_optimizer=frozen, net=smooth())
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    fit(module, [monitor], DataLoader(Labelled(40), batch_size=4), max_epochs=2, limit_train_batches=2, strategy=strategy, devices=2)
+    return (monitor.history[-1] if len(monitor.history) else {}), all(hasattr(p, "full_tensor") for p in module.parameters())
+
+
+def test_fsdp2_measures_what_one_process_measures():
+    (first, cut), (second, _) = run_ranks(_sharded).values()
+    alone, _, _ = _sampled(4, 0.0)
+    assert cut
+    assert second == {}
+    for key in alone.keys() - {"step", "optimizer_step"}:
+        assert first[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-7), key
+
+
+def test_another_seed_is_another_sample_and_the_same_seed_the_same():
+    def rank(seed: int) -> float:
+        monitor = InputSpanMonitor(max_samples=10, seed=seed, params="net.0.weight")
+        return measure(smooth(), Labelled(40).x, monitor=monitor)["input_span_energy/net.0.weight"]
+
+    assert rank(3) == rank(3)
+    assert rank(3) != rank(4)
+
+
+def test_at_most_so_many_rows_are_taken_and_they_are_spread():
+    monitor = InputSpanMonitor(max_samples=100)
+    measure(smooth(), torch.randn(40, 1, 6, 6, dtype=torch.float64), monitor=monitor)
+    assert {name: about["rows"] for name, about in monitor.history.meta["targets"].items()} == {
+        "net.0.weight": 80, "net.2.weight": 80, "net.5.weight": 40,
+    }  # fmt: skip
+    assert monitor.history.meta["examples"] == 40
+
+
+def test_layers_that_do_not_fit_together_take_turns(monkeypatch):
+    x = torch.randn(40, 1, 6, 6, dtype=torch.float64)
+    net = smooth()
+    at_once = measure(net, x)
+    monkeypatch.setattr(input_span_monitor, "BLOCK_BYTES", 8 * 96**2)
+    blocks = []
+    monkeypatch.setattr(InputSpanMonitor, "_gather", lambda self, *a, _own=InputSpanMonitor._gather: blocks.append(a[3]) or _own(self, *a))
+    assert measure(net, x) == pytest.approx(at_once)
+    assert [[t.name for t in block] for block in blocks] == [["net.0.weight", "net.2.weight"], ["net.5.weight"]]
+
+
+def test_a_layer_that_is_called_twice_takes_half_of_its_rows_from_each_call():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.out(self.layer(self.layer(x)))
+
+    monitor = InputSpanMonitor(max_samples=80)
+    measure(Twice(), torch.randn(20, 6, dtype=torch.float64), monitor=monitor)
+    rows = {name: about["rows"] for name, about in monitor.history.meta["targets"].items()}
+    assert rows == {"net.layer.weight": 40, "net.out.weight": 20}
+
+
+class WholeBatches(Dataset):
+    """Every item is a batch already."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return images(48).tensors[0][8 * i : 8 * i + 8], torch.zeros(8, dtype=torch.long)
+
+
+def test_a_dataset_of_batches_and_one_that_fetches_several_at_once():
+    monitor = InputSpanMonitor(max_samples=4)
+    fit(make(), [monitor], DataLoader(WholeBatches(), batch_size=None), max_epochs=1)
+    assert monitor.history.meta["examples"] == 4
+
+    class Several(Labelled):
+        def __getitems__(self, indices):
+            self.fetched += indices
+            return [(self.x[i], 0) for i in indices]
+
+        def __getitem__(self, i):
+            raise AssertionError("asked for one")
+
+    dataset = Several(40)
+    fit(make(), [InputSpanMonitor()], DataLoader(dataset, batch_size=8), max_epochs=1)
+    assert len(dataset.fetched) == 40 + 40 + 2
+
+
+@pytest.mark.slow
+def test_worker_processes_fetch_the_same():
+    rows = []
+    for workers in (0, 2):
+        monitor = InputSpanMonitor(max_samples=24)
+        data = DataLoader(Labelled(40, augment=0.5), batch_size=4, num_workers=workers)
+        fit(make(make_optimizer=frozen, net=smooth()), [monitor], data, max_epochs=1)
+        rows.append(monitor.history[-1])
+    assert rows[0] == rows[1]
+
+
+# ---- No trace ----
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_changes_no_bit(mode):
+    plain = weights_of(run([], MODES[mode])[0])
+    monitor = InputSpanMonitor(max_samples=64)
+    module, _ = run([monitor], MODES[mode])
+    assert same(weights_of(module), plain)
+    assert len(monitor.history)
+    assert all(np.isfinite(list(row.values())).all() for row in monitor.history)
+
+
+class Restless(Net):
+    """Whatever a forward pass may disturb: dropout, running statistics, a buffer that counts, logs, a part kept in evaluation mode."""
+
+    def __init__(self, make_optimizer: Any = sgd, dtype: torch.dtype = torch.float64) -> None:
+        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 2))
+        super().__init__(make_optimizer, net, dtype=dtype)
+        self.register_buffer("calls", torch.zeros(1))
+        self.seen: list[Any] = []
+
+    def on_train_start(self) -> None:
+        self.net[1].eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.log("from_forward", 1.0)
+        random.random()
+        np.random.rand()
+        return self.net(x + 0.1 * torch.randn_like(x))
+
+    def on_train_epoch_start(self) -> None:
+        self.seen.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
+        self.seen.append([m.training for m in self.modules()])
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        self.seen.append(batch[1].tolist())
+        return super().training_step(batch, batch_idx)
+
+
+def test_model_buffers_flags_random_numbers_order_and_loggers_are_left_as_they_were():
+    def go(callbacks: list[Any]) -> tuple[Any, ...]:
+        random.seed(1)
+        np.random.seed(1)
+        module, logger = make(Restless), KeepsRows()
+        fit(module, callbacks, DataLoader(Labelled(24), batch_size=8, shuffle=True), max_epochs=3, logger=logger, log_every_n_steps=1)
+        return dict(module.state_dict()), module.seen, [r for r in logger.rows if "from_forward" in r]
+
+    expected, got = go([]), go([InputSpanMonitor()])
+    assert expected[0]["calls"].item() == 9
+    assert identical(got, expected)
+
+
+def test_leaves_nothing_behind_also_after_an_exception():
+    module, monitor = make(Remembers, make_optimizer=sgd), InputSpanMonitor()
+    fit(module, [monitor])
+    assert module.as_made()
+    module = make(Remembers, make_optimizer=sgd)
+    module.fails_at = 5
+    with pytest.raises(RuntimeError, match="the training step fails"):
+        fit(module, [monitor])
+    assert module.as_made()
+    assert len(monitor.history) == 1
+
+    class FailsInEvaluation(Remembers):
+        def forward(self, x):
+            if not self.training and self.trainer.global_step:
+                raise RuntimeError("the evaluation fails")
+            return super().forward(x)
+
+    module = make(FailsInEvaluation, make_optimizer=sgd)
+    with pytest.raises(RuntimeError, match="the evaluation fails"):
+        fit(module, [monitor])
+    assert module.as_made()
+    assert module.training
+    assert "log" not in vars(module)
+
+
+# ---- When, and where to ----
+
+
+def test_rows_go_to_the_loggers_and_the_history_at_the_chosen_epochs(tmp_path):
+    logger, monitor = KeepsRows(), InputSpanMonitor(2)
+    steps = []
+    logger.log_metrics = lambda metrics, step=None: steps.append((step, metrics))
+    fit(make(), [monitor], max_epochs=5, logger=logger)
+    rows = [(step, row) for step, row in steps if "input_span_noise/net.0.weight" in row]
+    assert [step for step, _ in rows] == [7, 15]
+    assert [(r["step"], r["optimizer_step"]) for r in monitor.history] == [(7, 8), (15, 16)]
+    names = ["net.0.weight", "net.3.weight", "net.8.weight"]
+    assert set(rows[0][1]) == {f"{q}/{name}" for q in QUANTITIES for name in names}
+    assert list(load_history(monitor.history.save(tmp_path / "h.npz"))) == list(monitor.history)
+
+
+def test_barebones_measures_nothing_and_a_fast_dev_run_looks_at_few_examples():
+    monitor = InputSpanMonitor()
+    runner = L.Trainer(accelerator="cpu", barebones=True, callbacks=[monitor], max_epochs=1)
+    runner.fit(make(), loader())
+    assert len(monitor.history) == 0
+    fit(make(), [monitor], fast_dev_run=2)
+    assert monitor.history.meta["examples"] == 16
+
+
+def test_a_second_fit_starts_afresh_and_an_evaluation_measures_nothing():
+    monitor = InputSpanMonitor()
+    fit(make(), [monitor], max_epochs=3)
+    module = make()
+    runner = fit(module, [monitor], max_epochs=2)
+    assert [r["step"] for r in monitor.history] == [3, 7]
+    runner.validate(module, loader(), verbose=False)
+    assert len(monitor.history) == 2
+
+
+class SavesAtEpochEnd(L.Callback):
+    def __init__(self, path: Any) -> None:
+        self.path = path
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("saves", [lambda path: SavesAt(5, path), SavesAtEpochEnd])
+def test_resume_equals_the_uninterrupted_run(saves, tmp_path):
+    def go(monitor: InputSpanMonitor, *extra: Any, **arguments: Any) -> Any:
+        module = make(ByStep, make_optimizer=adamw)
+        return everything(module, fit(module, [monitor, *extra], max_epochs=3, **arguments), [monitor])
+
+    path, whole, resumed = tmp_path / "middle.ckpt", InputSpanMonitor(), InputSpanMonitor()
+    expected = go(whole, saves(path))
+    assert identical(go(resumed, ckpt_path=path), expected)
+    assert list(whole.history) == list(resumed.history)
+    torch.load(path, weights_only=True)
+
+
+def test_with_the_other_callbacks_of_the_suite():
+    monitor, watching = InputSpanMonitor(), NormDynamicsMonitor(1, tables=False)
+    plain, _ = run([watching], MODES["sgd"])
+    module, _ = run([monitor, NormDynamicsMonitor(1, tables=False)], MODES["sgd"])
+    assert same(weights_of(module), weights_of(plain))
+    assert monitor.history.meta["targets"]["net.0.weight"]["scale_invariant"] == "filter"
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+    def go() -> str:
+        bar = RichProgressBar() if rich else TQDMProgressBar(refresh_rate=1000)
+        fit(make(), [InputSpanMonitor(), bar], max_epochs=1, enable_progress_bar=True)
+        captured = capsys.readouterr()
+        return captured.out + captured.err
+
+    text = "inputs of 3 weights over 32 examples" if rich else "Inputs of 3 weights"
+    assert text not in go()
+    monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    assert text in go()
+
+
+# ---- Which layers, and what the model is called with ----
+
+
+class Attends(nn.Module):
+    """A layer whose weight is used without its forward, one that takes indices, and one that is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.attention = nn.Embedding(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.out, self.unused = nn.Linear(8, 2), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = self.embed(x.abs().long().flatten(1).clamp(max=4))
+        return self.out(self.attention(x, x, x)[0].mean(1))
+
+
+def test_auto_takes_what_it_can_see_and_a_named_one_is_refused_with_the_reason():
+    monitor = InputSpanMonitor()
+    fit(make(net=Attends()), [monitor])
+    assert list(monitor.history.meta["targets"]) == ["net.out.weight"]
+    for name, says in (
+        ("net.embed.weight", "it is not the weight of a linear layer or a convolution"),
+        ("net.attention.in_proj_weight", "it is not the weight of a linear layer or a convolution"),
+        ("net.attention.out_proj.weight", "`forward` does not call the layer that it belongs to"),
+        ("net.unused.weight", "`forward` does not call the layer"),
+    ):
+        with pytest.raises(NotSupportedError, match=f"`{name}` was asked to be a target of InputSpanMonitor, but {says}"):
+            fit(make(net=Attends()), [InputSpanMonitor(params=["net.out.*", name])])
+
+
+def test_a_layer_that_is_too_large_is_refused_by_the_number_needed(monkeypatch):
+    monkeypatch.setattr(input_span_monitor, "BLOCK_BYTES", 8 * 36**2 - 1)
+    says = r"`net.3.weight` was asked .* rows of 36 entries need 0.0 GiB for 1 covariance\(s\), and at most .* Leave it out with"
+    with pytest.raises(NotSupportedError, match=says):
+        fit(make(), [InputSpanMonitor(params="net.3.weight")])
+    monitor = InputSpanMonitor()
+    with pytest.warns(NormDynWarning, match="leaves out `net.3.weight`: its rows of 36 entries need"):
+        fit(make(), [monitor])
+    assert list(monitor.history.meta["targets"]) == ["net.0.weight", "net.8.weight"]
+
+
+def test_parametrized_compiled_and_tied_layers():
+    net = smooth()
+    weight_normalization(net[2])
+    monitor = InputSpanMonitor()
+    fit(make(net=net), [monitor])
+    assert list(monitor.history.meta["targets"]) == ["net.0.weight", "net.2.parametrizations.weight.original1", "net.5.weight"]
+    fit(make(net=compiled()), [monitor])
+    assert [n.replace("_orig_mod.", "") for n in monitor.history.meta["targets"]] == ["net.0.0.weight", "net.0.3.weight", "net.3.weight"]
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(5, 8), nn.Linear(8, 5, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, x):
+            return self.head(self.embed(x.abs().long().flatten(1).clamp(max=4)).mean(1))
+
+    fit(make(net=Tied()), [monitor])
+    assert list(monitor.history.meta["targets"]) == ["net.embed.weight"]
+
+
+class Mappings(Dataset):
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"image": images().tensors[0][i], "label": i % 2, "path": str(i)}
+
+
+class TakesNames(Net):
+    def forward(self, image: Tensor, scale: float = 1.0) -> Tensor:
+        return self.net(image * scale)
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return nn.functional.cross_entropy(self(batch["image"]), batch["label"])
+
+
+class TakesTheBatch(TakesNames):
+    def forward(self, batch: Any) -> Tensor:
+        return self.net(batch["image"])
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return nn.functional.cross_entropy(self(batch), batch["label"])
+
+
+@pytest.mark.parametrize("model", [TakesNames, TakesTheBatch])
+def test_mappings_are_given_by_name_or_whole(model):
+    monitor = InputSpanMonitor()
+    fit(make(model), [monitor], DataLoader(Mappings(), batch_size=8), max_epochs=1)
+    assert len(monitor.history) == 1
+
+
+class NeedsBoth(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return self(*batch)
+
+
+def test_a_forward_that_wants_something_else_is_refused_before_training_unless_told_how():
+    module = make(NeedsBoth)
+    before = weights_of(module)
+    with pytest.raises(
+        NotSupportedError, match=r"calls `NeedsBoth.forward` with the first element .* TypeError: .*'y'\s.*override `InputSpan"
+    ):
+        fit(module, [InputSpanMonitor()])
+    assert same(weights_of(module), before)
+
+    class CallsBoth(InputSpanMonitor):
+        def call_model(self, module, batch):
+            module(*batch)
+
+    monitor = CallsBoth()
+    fit(make(NeedsBoth), [monitor])
+    assert len(monitor.history) == 2
+
+
+def test_a_model_without_layers_to_look_at_is_refused():
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 36))
+
+        def forward(self, x):
+            return x.flatten(1) @ self.weight.T
+
+    with pytest.raises(NoTargetsError, match=r"found no linear layer or convolution that `Net.forward` uses"):
+        fit(make(net=Bare()), [InputSpanMonitor()])
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(x, y) for x, y in zip(*images().tensors, strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (lambda: DataLoader(Stream(), batch_size=8), "a DataLoader over the iterable Stream"),
+        (lambda: list(loader()), "found list"),
+        (lambda: {"a": loader(), "b": loader()}, "found dict"),
+    ],
+)
+def test_data_without_a_map_style_dataset_are_refused_by_name(data, says):
+    with pytest.raises(NotSupportedError, match=f"needs one DataLoader over a map-style dataset .*{says}"):
+        fit(make(), [InputSpanMonitor()], data())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "replicas", "says"),
+    [
+        (FSDPStrategy.__new__(FSDPStrategy), 2, "which FSDPStrategy does not keep"),
+        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), 2, "which DeepSpeedStrategy does not keep"),
+        (ModelParallelStrategy(), 1, "which ModelParallelStrategy with tensor parallelism does not keep"),
+    ],
+)
+def test_strategies_that_cut_inputs_or_weights_are_refused(strategy, replicas, says):
+    fake: Any = SimpleNamespace(strategy=strategy, world_size=2, distributed_sampler_kwargs={"num_replicas": replicas})
+    with pytest.raises(NotSupportedError, match=says):
+        InputSpanMonitor._refuse_strategy(fake)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"every_n_epochs": 0}, "`every_n_epochs` must be an integer >= 1, got 0"),
+        ({"max_samples": 1.5}, "`max_samples` must be an integer >= 2, got 1.5"),
+        ({"energy": 0.0}, r"`energy` must be in \(0, 1\], got 0.0"),
+        ({"energy": True}, "`energy` must be"),
+        ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
+        ({"method": "fit"}, "`method` must be 'moments' or 'mle', got 'fit'"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(arguments, says):
+    with pytest.raises(ValueError, match=says):
+        InputSpanMonitor(**arguments)
+
+
+def test_lightning_cli_builds_it(tmp_path):
+    class CliNet(Net):
+        def __init__(self) -> None:
+            super().__init__(sgd)
+
+        def train_dataloader(self):
+            return loader()
+
+    (tmp_path / "config.yaml").write_text(
+        "trainer: {accelerator: cpu, max_epochs: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false, callbacks: ["
+        "{class_path: lightning_normdyn.InputSpanMonitor, init_args: {every_n_epochs: 1, max_samples: 50, energy: 0.9, method: mle}}]}"
+    )
+    cli = LightningCLI(CliNet, args=["fit", "--config", "config.yaml"], save_config_callback=None)
+    monitor = next(c for c in cli.trainer.callbacks if isinstance(c, InputSpanMonitor))
+    assert (len(monitor.history), monitor.method) == (1, "mle")
