@@ -120,11 +120,16 @@ class NormDynamicsMonitor(NormDynCallback):
 
     Under SGD the direction follows ``direction_lr``; under Adam-like optimizers it follows ``effective_lr``.
 
+    At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures (``normdyn_tables``, ``normdyn_charts``,
+    ``normdyn_pictures``), TensorBoard and MLflow get the table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The
+    history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads. Pictures need matplotlib.
+
     Args:
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's ``log_every_n_steps``.
         quantities: which of the above; None: all that apply.
         per_vector: also keep every vector's norm and applied decay in `history`.
-        histograms: also send histograms over vectors to W&B and TensorBoard.
+        histograms: also send histograms over vectors to W&B and TensorBoard: ``weight_norm_histogram/<parameter name>`` and
+            ``angular_update_histogram/<parameter name>``.
         tables: print the tables at the start and the end of a fit.
         alert: send W&B alerts for weights that collapse.
         params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns), a glob pattern, or a list of them.
