@@ -225,7 +225,7 @@ def main() -> None:
             "# Which weights are scale-invariant: who is wrong how often",
             "",
             f"`python benchmarks/scale_invariance.py`, {platform.machine()}, one thread, torch {torch.__version__}, seed 0; the "
-            f"{len(zoo.CASES)} networks of tests/zoo.py, {sum(c.after_freeze for c in zoo.CASES.values())} of them written after the rules.",
+            f"{len(zoo.CASES)} networks of tests/zoo.py, {sum(c.after_freeze for c in zoo.CASES.values())} written after the rules.",
             "",
             *lines,
             "",

@@ -461,7 +461,7 @@ def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
                 "Pass use_orig_params=True to FSDPStrategy (Lightning's default)."
             )
         if not sharded:
-            _FLAT.update({weight: None for weight in _private(flat, "_params")[0]})
+            _FLAT.update(dict.fromkeys(_private(flat, "_params")[0]))
             continue
         shapes, strides, numels, padding, extensions, size, shards, params = _private(
             flat,

@@ -432,7 +432,7 @@ def test_deepspeed_stage_0_in_bfloat16_is_refused():
 
 
 def test_a_rank_that_raises_is_named():
-    """The others wait for it in a collective; nobody waits longer than the collective's own limit, and the message names rank and reason."""
+    """The others wait for it in a collective, no longer than its limit; the message names rank and reason."""
 
     class Failing(strategies.Module):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
