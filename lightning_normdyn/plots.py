@@ -50,6 +50,11 @@ _QUANTITIES = {
     "equivalent_weight_decay": _Quantity("Equivalent weight decay", r"$\alpha\Vert w\Vert$", "log"),
     "equilibrium_angular_update": _Quantity("Predicted angular update", "angle  (radians per step)", "log"),
     "equilibrium_ratio": _Quantity("Angular update over its prediction", "ratio", "ratio"),
+    "input_span_energy": _Quantity("Weight energy inside the input span", "share", "linear"),
+    "input_span_noise": _Quantity("Weight noise outside the input span", "share", "linear"),
+    "input_span_rank": _Quantity("Rank of the inputs", "directions", "log"),
+    "ggd_shape_input": _Quantity("Shape of the weights in input space", r"$\beta_{GG}$  (2: Gaussian, 1: Laplace)", "log"),
+    "ggd_shape_parameter": _Quantity("Shape of the weights as they are", r"$\beta_{GG}$  (2: Gaussian, 1: Laplace)", "log"),
 }
 
 _EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 2)))}
@@ -298,6 +303,127 @@ def plot_compare(histories: Mapping[str, History], quantity: str = "effective_lr
     return fig, ax
 
 
+def plot_input_span(histories: History | Mapping[str, History], ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
+    """Layer by layer, at the newest record: the shape of the weights in input space, their shape as they are, and their noise share.
+
+    The first two panels are the WRS paper's Figure 5; `plot_weight_shape` is its Figure 6.
+
+    Args:
+        histories: of `InputSpanMonitor`, by the label of each run; or one of them.
+        ax: three axes; a new figure if None.
+
+    Returns:
+        the figure and the axes of the three panels.
+
+    Raises:
+        NormDynError: where a history was not recorded by InputSpanMonitor, or ``ax`` holds fewer than three axes.
+
+    Example:
+        >>> history = History()
+        >>> row = {f"{q}/conv{i}.weight": 1.0 for q in ("ggd_shape_input", "ggd_shape_parameter", "input_span_noise") for i in range(3)}
+        >>> history.append(0, row, optimizer_step=1)
+        >>> fig, axes = plot_input_span(history)
+        >>> len(axes)
+        3
+    """
+    runs = _runs(histories)
+    if ax is None:
+        ax = _new_figure(15.0, 4.4).subplots(1, 3).tolist()
+    elif len(ax) < 3:
+        raise NormDynError(f"the input span has 3 panels, and `ax` holds {len(ax)} axes; pass 3 or None.")
+    # One order of layers for all panels and runs, and a layer that has no shape (constant inputs) keeps its place.
+    names = list(dict.fromkeys(name for history in runs.values() for name in _curves(history, "input_span_noise")))
+    for quantity, panel in zip(("ggd_shape_input", "ggd_shape_parameter", "input_span_noise"), ax, strict=False):
+        seen = []
+        for i, (label, history) in enumerate(runs.items()):
+            found = _curves(history, quantity)
+            values = np.array([found[name][1][-1] if name in found else np.nan for name in names], dtype=np.float64)
+            line = ("-", (0, (5, 2)), "-.", (0, (1, 1)))[i % 4]
+            panel.plot(
+                np.arange(len(names)),
+                values,
+                color=OKABE_ITO[i % len(OKABE_ITO)],
+                linestyle=line,
+                linewidth=1.6,
+                marker="osD^"[i % 4],
+                markersize=4,
+                label=_plain(_elide(label, 40)) if len(runs) > 1 else None,
+            )
+            seen.append(values)
+        _finish(panel, quantity, np.concatenate(seen))
+        if quantity != "input_span_noise":
+            panel.axhline(2.0, color="black", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)  # a Gaussian
+        panel.set_xlabel("layer")
+        every = -(-len(names) // 20)
+        panel.set_xticks(range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right", fontsize=7)
+    _inside_legend(ax[2])
+    return _figure_of(ax[0]), list(ax[:3])
+
+
+def plot_weight_shape(histories: History | Mapping[str, History], name: str | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """The shape of one layer's weights over time, in input space (solid) and as they are (dashed): the WRS paper's Figure 6.
+
+    Args:
+        histories: of `InputSpanMonitor`, by the label of each run; or one of them.
+        name: the parameter; the middle layer if None.
+        ax: where to draw; a new figure if None.
+
+    Raises:
+        NormDynError: where a history has no shapes, or none of this parameter.
+    """
+    runs = _runs(histories)
+    name = _middle_layer(next(iter(runs.values()))) if name is None else name
+    fig, ax = _axes(ax)
+    seen = []
+    for i, (label, history) in enumerate(runs.items()):
+        for quantity, line, where in (("ggd_shape_input", "-", "input space"), ("ggd_shape_parameter", "--", "as they are")):
+            steps, values = history.column(f"{quantity}/{name}")
+            text = _plain(_elide(f"{label}, {where}" if label else where, 40))
+            ax.plot(steps, values, color=OKABE_ITO[i % len(OKABE_ITO)], linestyle=line, linewidth=1.6, label=text, marker=_marker(steps))
+            seen.append(values)
+    _finish(ax, "ggd_shape_input", np.concatenate(seen))
+    ax.set_title(f"Shape of the weights of {_short(name)}")
+    _legend(ax)
+    return fig, ax
+
+
+def plot_weight_histogram(history: History, name: str | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """How one layer's weights are distributed, in input space and as they are, at the newest record (WRS paper, Figure S2).
+
+    Args:
+        history: of `InputSpanMonitor`.
+        name: the parameter; the middle layer if None.
+        ax: where to draw; a new figure if None.
+
+    Raises:
+        NormDynError: where the history has no histograms, or none of this parameter.
+    """
+    name = _middle_layer(history) if name is None else name
+    fig, ax = _axes(ax)
+    reach = history.meta.get("histogram_reach", 6.0)
+    drawn = (
+        ("histogram_input", "ggd_shape_input", "input space", "-"),
+        ("histogram_parameter", "ggd_shape_parameter", "as they are", "--"),
+    )
+    for i, (kind, quantity, where, line) in enumerate(drawn):
+        if f"{kind}/{name}" not in history.vector_names() and kind == "histogram_input":
+            continue  # too large a layer to be rotated
+        counts = history.vectors(f"{kind}/{name}")[1][-1].astype(np.float64)
+        edges = np.linspace(-reach, reach, len(counts) + 1)
+        shape = history.column(f"{quantity}/{name}")[1][-1]
+        density = counts / counts.sum() / (edges[1] - edges[0])
+        ax.stairs(density, edges, color=OKABE_ITO[i], linestyle=line, linewidth=1.6, label=rf"{where}: $\beta_{{GG}}$ = {shape:.2f}")
+    ax.set_yscale("log")  # tails are what tells the shapes apart
+    ax.set_xlabel("weight, in units of the layer's root mean square")
+    ax.set_ylabel("density")
+    ax.set_title(f"Weights of {_short(name)}")
+    ax.grid(True, color="#DDDDDD", linewidth=0.6)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right"]].set_visible(False)
+    _inside_legend(ax)
+    return fig, ax
+
+
 def draw_metric(values: Doubles, label: str, single: bool, ax: Axes | None = None) -> tuple[Figure, Axes]:
     """What the metrics' ``plot`` shows: one dot per vector for a single value, one line per vector for the values of several steps.
 
@@ -343,6 +469,18 @@ def _curves(history: History, quantity: str) -> dict[str, tuple[Ints, Floats]]:
         found = f"it has {', '.join(recorded)}" if recorded else "it has no curves of layers at all"
         raise NormDynError(f"curves of `{quantity}` were asked for, and this history has none: {found}.")
     return curves
+
+
+def _runs(histories: History | Mapping[str, History]) -> Mapping[str, History]:
+    runs = {"": histories} if isinstance(histories, History) else histories
+    if not runs:
+        raise NormDynError("a picture of runs needs at least one, got none.")
+    return runs
+
+
+def _middle_layer(history: History) -> str:
+    names = list(_curves(history, "ggd_shape_parameter"))
+    return names[len(names) // 2]
 
 
 def _table(curves: Mapping[str, tuple[Ints, Floats]]) -> tuple[Ints, Doubles]:
@@ -517,6 +655,12 @@ def _legend(ax: Axes) -> None:
     for handle in legend.legend_handles:
         if handle is not None and (handle.get_alpha() or 1.0) < 0.2:
             handle.set_alpha(0.4)
+
+
+def _inside_legend(ax: Axes) -> None:
+    """A legend within the axes, for panels whose lower edge is taken by names."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=8, framealpha=0.9)
 
 
 def _marker(steps: Ints) -> str | None:

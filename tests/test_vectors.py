@@ -138,7 +138,7 @@ def test_displacement_sums_are_those_of_the_stored_numbers(kind, turn):
 
 
 def test_every_vector_has_its_place():
-    vectors, weights = made(*ALL)
+    vectors, _ = made(*ALL)
     assert vectors.n == sum(KINDS[k][1].n for k in ALL)
     assert [s.stop - s.start for s in vectors.slices] == [KINDS[k][1].n for k in ALL] == vectors.count.tolist()
     assert vectors.slices[0].start == 0

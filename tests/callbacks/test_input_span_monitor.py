@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 from lightning_normdyn import (
     InputSpanMonitor,
     NormDynamicsMonitor,
+    NormDynError,
     NormDynWarning,
     NoTargetsError,
     NotSupportedError,
@@ -29,6 +30,7 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.callbacks import input_span_monitor
 from lightning_normdyn.parametrizations import weight_normalization
+from lightning_normdyn.plots import plot_input_span, plot_weight_histogram, plot_weight_shape
 
 QUANTITIES = ["input_span_energy", "input_span_noise", "input_span_rank", "ggd_shape_input", "ggd_shape_parameter"]
 
@@ -685,3 +687,44 @@ def test_lightning_cli_builds_it(tmp_path):
     cli = LightningCLI(CliNet, args=["fit", "--config", "config.yaml"], save_config_callback=None)
     monitor = next(c for c in cli.trainer.callbacks if isinstance(c, InputSpanMonitor))
     assert (len(monitor.history), monitor.method) == (1, "mle")
+
+
+# ---- Pictures ----
+
+
+@pytest.fixture
+def recorded():
+    monitor = InputSpanMonitor()
+    fit(make(), [monitor], max_epochs=3)
+    return monitor.history
+
+
+def test_pictures_show_every_layer_run_and_epoch(recorded):
+    noise = [recorded.column(f"input_span_noise/{name}")[1][-1] for name in recorded.meta["targets"]]
+    figure, panels = plot_input_span({"first": recorded, "second": recorded})
+    figure.savefig("span.png")
+    assert [len([line for line in panel.get_lines() if len(line.get_xdata()) == 3]) for panel in panels] == [2, 2, 2]
+    assert np.allclose(panels[2].get_lines()[0].get_ydata(), noise)
+    assert [t.get_text() for t in panels[0].get_xticklabels()] == ["net.0", "net.3", "net.8"]
+    figure, ax = plot_weight_shape(recorded, "net.0.weight")
+    figure.savefig("shape.png")
+    assert [line.get_xdata().tolist() for line in ax.get_lines()] == [[3, 7, 11], [3, 7, 11]]
+    figure, ax = plot_weight_histogram(recorded)
+    figure.savefig("histogram.png")
+    assert len(ax.patches) == 2
+    for patch in ax.patches:
+        values, edges, _ = patch.get_data()
+        assert (values * np.diff(edges)).sum() == pytest.approx(1)
+
+
+def test_pictures_say_what_is_missing(recorded):
+    watching = NormDynamicsMonitor(1, tables=False)
+    fit(make(), [watching])
+    with pytest.raises(NormDynError, match="curves of `input_span_noise` were asked for"):
+        plot_input_span(watching.history)
+    with pytest.raises(NormDynError, match="needs at least one, got none"):
+        plot_weight_shape({})
+    with pytest.raises(NormDynError, match=r"net\.9\.weight"):
+        plot_weight_histogram(recorded, "net.9.weight")
+    with pytest.raises(NormDynError, match="has 3 panels, and `ax` holds 1 axes"):
+        plot_input_span(recorded, [plot_weight_shape(recorded)[1]])
