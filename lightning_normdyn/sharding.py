@@ -1050,7 +1050,12 @@ class _DeepSpeedView(_View):
         return place.master.of(value) if isinstance(value, Tensor) and value.shape == self._flat.shape else value
 
     def _steps(self) -> bool:
-        return any(p is self._flat for group in self._target().param_groups for p in group["params"])
+        """Whether the flat tensor is what steps now; its group is looked up each time, since loading a checkpoint makes new ones."""
+        for group in self._target().param_groups:
+            if any(p is self._flat for p in group["params"]):
+                self._group = group
+                return True
+        return False
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         def ours(_: Any, args: Any, kwargs: Any) -> Any:
