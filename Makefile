@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo test test-slow test-all test-deepspeed lint format types bench clean
+.PHONY: demo test test-slow test-all test-deepspeed lint format types clean
 
 # The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
 $(READY): pyproject.toml constraints.txt
@@ -48,10 +48,6 @@ format: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
-
-bench: $(READY)  ## the cost of every callback, as ratios to floors and peers measured in the same run
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt adamp pytorch_optimizer
-	$(BIN)/python benchmarks/cost.py
 
 clean:
 	rm -rf $(VENV) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -277,11 +277,10 @@ RESUMES: dict[str, Callable[[], strategies.Strategy]] = {
     "FSDP2 + TP, sharded": lambda: STRATEGIES["FSDP2 + TP"],
     "FSDP1, full": lambda: STRATEGIES["FSDP1 FULL_SHARD"],
     "FSDP1, sharded": sharded_checkpoints,
-    **{name: (lambda name=name: DEEPSPEED[name]) for name in list(DEEPSPEED)[1:]},  # type: ignore[misc]
 }
 QUICK_RESUMES = ["FSDP2, full", "FSDP1, full"]
 RESUME_MARKS = [
-    pytest.param(n, marks=pytest.mark.deepspeed if "DeepSpeed" in n else () if n in QUICK_RESUMES else pytest.mark.slow) for n in RESUMES
+    pytest.param(n, marks=() if n in QUICK_RESUMES else pytest.mark.slow) for n in RESUMES
 ]
 
 
