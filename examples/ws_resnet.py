@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import lightning as L
 from image_classifier import ImageClassifier
-from lightning_normdyn.parametrizations import weight_standardization
 from running import Run, add_image_flags, build_callbacks, fit, fractions, image_data, parse, parser, positive_int, run_as_script
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_normdyn.parametrizations import weight_standardization
 
 # alpha and decay of the preset "paper" are the AWS paper's (its text and tables 1 to 3), of "default" ones that act within 1000 steps.
 PRESETS: dict[str, dict] = {

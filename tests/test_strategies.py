@@ -279,9 +279,7 @@ RESUMES: dict[str, Callable[[], strategies.Strategy]] = {
     "FSDP1, sharded": sharded_checkpoints,
 }
 QUICK_RESUMES = ["FSDP2, full", "FSDP1, full"]
-RESUME_MARKS = [
-    pytest.param(n, marks=() if n in QUICK_RESUMES else pytest.mark.slow) for n in RESUMES
-]
+RESUME_MARKS = [pytest.param(n, marks=() if n in QUICK_RESUMES else pytest.mark.slow) for n in RESUMES]
 
 
 def assert_same_state(ours: Any, theirs: Any, tolerance: float) -> None:
