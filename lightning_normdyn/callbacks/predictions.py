@@ -75,7 +75,7 @@ def predict(
         (0.007255, 500)
     """
     group = {**group, "lr": measured["lr"]}
-    norm, scale = measured["weight_norm"], measured.get("gradient_scale")
+    norm, scale = measured["weight_norm"], measured.get("gradient_scale") or None  # without any gradient, none is known
     if "every_n_steps" in influence:
         return _predict_rescaled(optimizer_class, group, influence, norm, scale, length)
     options = balance(influence, group, measured.get("equivalent_weight_decay"))
