@@ -19,10 +19,10 @@ demo: $(READY)  ## train a small network twice and draw its effective learning r
 	$(BIN)/python examples/digits_resnet.py --demo
 
 test: $(READY)  ## everything but what is slow
-	$(BIN)/python -m pytest -m "not slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not deepspeed"
 
 test-slow: $(READY)  ## what `make test` leaves out
-	$(BIN)/python -m pytest -m "slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not deepspeed"
 
 test-all: test test-slow test-deepspeed  ## everything
 

@@ -383,6 +383,7 @@ def test_every_rule_is_for_an_operation_that_exists():
     elsewhere = {name for name in graph_rules.RULES if name not in known}
     assert elsewhere - {"RootMeanSquareBackward"} == {
         "_DDPSinkBackward", "RegisterPreBackwardFunctionBackward", "RegisterPostBackwardFunctionBackward",  # strategies
+        "PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "LinearFunctionForZeroStage3Backward",  # DeepSpeed
         "RedistributeBackward", "NestedRedistributeBackward", "_ToTorchTensorBackward", "_FromTorchTensorBackward",  # DTensor
         "SyncBatchNormBackward", "LigerLayerNormFunctionBackward", "LigerRMSNormFunctionBackward",  # kernels
         "FusedLayerNormFunctionBackward", "FusedLayerNormAffineFunctionBackward", "FusedRMSNormFunctionBackward",

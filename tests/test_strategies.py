@@ -110,10 +110,16 @@ def test_the_matrix_says_something():
             assert distance(found[name][0], quiet[optimizer]) > 1e-4, name
 
     def gates() -> list[bool]:
-        gate = RadialProjection(gate="cosine", delta=0.5)
-        fit(STRATEGIES["ddp"], lambda: [gate], optimizer=sgd)
-        by_filter, by_layer = gate._gates[0]
-        return (by_filter | by_layer).tolist()
+        seen: list[bool] = []
+
+        class Watched(RadialProjection):
+            def _project(self, step: Any, plan: Any) -> None:
+                by_filter, by_layer = self._gates[plan.index]
+                seen.extend((by_filter | by_layer).tolist())
+                super()._project(step, plan)
+
+        fit(STRATEGIES["ddp"], lambda: [Watched(gate="cosine", delta=0.5)], optimizer=sgd)
+        return seen
 
     opened = run_ranks(gates, 1)[0]
     assert any(opened)
