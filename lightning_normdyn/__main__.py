@@ -38,7 +38,7 @@ pictures of both and a report. Takes about a minute on two cores; needs matplotl
 
 examples:
   python -m lightning_normdyn demo
-  python -m lightning_normdyn demo --preset tiny --out /tmp/demo
+  python -m lightning_normdyn demo --preset tiny --out runs/demo
 """
 
 _INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group or layer, and why. The model is built, run
