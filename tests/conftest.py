@@ -16,6 +16,8 @@ def _isolated(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
+    # Tables are read whole, whatever terminal or worker runs the tests.
+    monkeypatch.setenv("COLUMNS", "200")
     # WandbLogger(offline=True) sets this for the whole process.
     monkeypatch.setenv("WANDB_MODE", "offline")
     torch.manual_seed(0)
