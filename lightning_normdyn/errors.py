@@ -16,3 +16,7 @@ class NoTargetsError(NormDynError):
 
 class NotSupportedError(NormDynError):
     """A weight, optimizer or strategy that cannot be handled rightly, and so is not handled at all."""
+
+
+class NormDynWarning(UserWarning):
+    """Something a person should know; said once."""

@@ -214,12 +214,19 @@ class Overflows(Net):
         return loss * float("inf") if batch_idx in self.bad else loss
 
 
+class SteadyScaler(torch.amp.GradScaler):
+    """Keeps its scale after a skip: at another scale, float16 rounds the next gradients differently, callbacks or not."""
+
+    def update(self, new_scale=None):
+        super().update(self._init_scale if new_scale is None else new_scale)
+
+
 def scaled(callbacks: list[Any], batches: list[int], bad: tuple[int, ...], make_optimizer: Any, **arguments: Any) -> tuple[Net, Any]:
     """Train in "16-mixed" with a real gradient scaler on the given batches, of which those at the positions ``bad`` overflow."""
     module = make(Overflows, make_optimizer=make_optimizer, dtype=torch.float32)
     module.bad = bad
     data = DataLoader(images(dtype=torch.float32), batch_sampler=[list(range(8 * b, 8 * b + 8)) for b in batches])
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    scaler = SteadyScaler("cpu", init_scale=2.0**8)
     return module, fit(module, callbacks, data, max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **arguments)
 
 

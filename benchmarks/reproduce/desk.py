@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_normdyn import NormDynamicsMonitor
-from lightning_normdyn.callbacks.base import NormDynWarning
+from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.history import History
 
 HERE = Path(__file__).resolve().parent

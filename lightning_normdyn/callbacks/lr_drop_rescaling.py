@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target, balance
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target
+from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.equilibrium import lr_drop_exponent, step_response
 from lightning_normdyn.errors import NotSupportedError

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_normdyn.callbacks.base import balance
 from lightning_normdyn.equilibrium import (
     equilibrium_angular_update,
     free_decay_rate,
@@ -34,6 +33,34 @@ SETTLED_AFTER = 6.0
 IDLE_DECAY = 0.1
 # A norm that has grown by this factor and still grows exponentially is on its way to overflow: a random walk never gets there.
 RUNAWAY = 1e4
+
+
+def balance(influence: Mapping[str, Any], group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
+    """What pulls a weight shorter and what its steps lose, in the words of `lightning_normdyn.equilibrium`.
+
+    Args:
+        influence: what the callbacks do to the weight (`NormDynCallback.influence`, merged).
+        group: its param group.
+        shrink: the decay that AWS amounts to now.
+
+    Returns:
+        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: two decays at once, steps of a
+        recorded length, a norm that WRS sets now and then (`lightning_normdyn.equilibrium.wrs_angular_update` knows about that).
+    """
+    if influence.get("scales_steps") or "every_n_steps" in influence:
+        return None
+    options: dict[str, Any] = {"projected": True} if influence.get("projected") else {}
+    decay = group.get("weight_decay") or 0.0
+    if "projection_decay" in influence:
+        replaced = decay / (1 - group["momentum"]) if "momentum" in group else decay
+        decay = replaced if influence["projection_decay"] == "replace" else influence["projection_decay"]
+        options["decay"] = decay * influence["weight_decay_ratio"]
+    if "alpha" in influence:
+        if decay and not influence["replaces_decay"]:
+            return None
+        options.pop("decay", None)
+        options["shrink"] = shrink
+    return options
 
 
 @dataclass(frozen=True)

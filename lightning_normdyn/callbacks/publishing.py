@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lightning_normdyn.callbacks.base import warn_once
+from lightning_normdyn.callbacks.session import warn_once
 from lightning_normdyn.histograms import Histogram
 from lightning_normdyn.history import History
 

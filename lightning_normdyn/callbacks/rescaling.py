@@ -19,7 +19,8 @@ from lightning_normdyn.vectors import Partition, WeightVectors
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
-    from lightning_normdyn.callbacks.base import Plan, Session
+    from lightning_normdyn.callbacks.plan import Plan
+    from lightning_normdyn.callbacks.session import Session
 
 
 class Rescaler:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
-    from lightning_normdyn.callbacks.base import Session
+    from lightning_normdyn.callbacks.session import Session
 
 MOST_ROWS = 60
 

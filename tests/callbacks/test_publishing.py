@@ -23,8 +23,8 @@ from models import ManualNet, Net, SavesAt, fit, loader, make
 from ranks import run_ranks
 
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
-from lightning_normdyn.callbacks.base import NormDynWarning
 from lightning_normdyn.callbacks.publishing import Outcome, markdown, publish_alert, publish_outcome
+from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.history import History, load_history
 from lightning_normdyn.report import load_run
 

@@ -1,0 +1,162 @@
+"""What a callback treats in one optimizer: its targets, as vectors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.steps import DecayOwner, Step
+from lightning_normdyn.targets import Verdict
+from lightning_normdyn.vectors import Partition, WeightVectors
+
+
+@dataclass
+class Target:
+    """One targeted weight of one optimizer.
+
+    Args:
+        name: its first name in the LightningModule.
+        weight: the parameter that the optimizer holds.
+        partition: how it splits into vectors.
+        verdict: what is known about its scale invariance.
+        by_request: whether a person named it although nothing is known to make it scale-invariant.
+    """
+
+    name: str
+    weight: Tensor
+    partition: Partition
+    verdict: Verdict
+    by_request: bool
+
+    @property
+    def scale_invariant(self) -> bool:
+        """Whether the loss is known not to see the length of these vectors."""
+        return not self.by_request
+
+
+@dataclass
+class Plan:
+    """The targets of one callback in one optimizer, as vectors.
+
+    Args:
+        index: the optimizer's position in ``trainer.optimizers``.
+        optimizer: the torch optimizer.
+        targets: in optimizer order.
+        vectors: their index space.
+        groups: each param group with the range of vectors that it owns.
+    """
+
+    index: int
+    optimizer: Optimizer
+    targets: list[Target]
+    vectors: WeightVectors
+    groups: list[tuple[dict[str, Any], slice]]
+    bad: Tensor = field(init=False)
+    _values: dict[str, tuple[list[Any], Tensor]] = field(default_factory=dict)
+    _masks: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    _owned: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    counters: dict[str, Tensor] = field(default_factory=dict)
+    events: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.bad = torch.zeros(self.vectors.n, dtype=torch.bool, device=self.vectors.device)
+
+    def group_values(self, key: str) -> Tensor:
+        """A number of the param groups (``"lr"``, ...) for each vector, ``(n,)`` float64, read at this very step."""
+        values = [group.get(key) for group, _ in self.groups]
+        return self.spread_groups(key, [0.0 if v is None else v for v in values])
+
+    def spread_groups(self, key: str, values: list[Any]) -> Tensor:
+        """One number per param group, for each vector: ``(n,)`` float64; cached under ``key`` while the numbers stay the same."""
+        # A float is a kernel argument; only a tensor that lives on the device is read there. Nothing waits for the device.
+        values = [float(v) if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in values]
+        known = self._values.get(key)
+        constant = not any(isinstance(v, Tensor) for v in values)
+        if known is not None and constant and known[0] == values:
+            return known[1]
+        out = torch.empty(self.vectors.n, dtype=self.vectors.sum_dtype, device=self.vectors.device)
+        for value, (_, where) in zip(values, self.groups, strict=True):
+            out[where] = value
+        self._values[key] = (values if constant else [], out)
+        return out
+
+    def active(self) -> Tensor | None:
+        """``(n,)`` bool: vectors of weights that got a gradient in this step; None if all did."""
+        missing = tuple(not has for has in self.vectors.has_gradient())
+        if not any(missing):
+            return None
+        if missing not in self._masks:
+            per_weight = ~torch.tensor(missing, dtype=torch.bool, device=self.vectors.device)
+            self._masks[missing] = self.vectors.spread(per_weight)
+        return self._masks[missing]
+
+    def treated(self, step: Step) -> Tensor | None:
+        """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does not skip; None: all, for certain."""
+        active = self.active()
+        if step.skipped is None:
+            return active
+        all_active = torch.ones_like(self.bad) if active is None else active
+        return step.unless_skipped(all_active, False)
+
+    def guard(self, values: Tensor, neutral: float, step: Step, norms: Tensor | None = None) -> Tensor:
+        """``values`` where a vector can be treated, ``neutral`` elsewhere.
+
+        Elsewhere means: a weight without gradient, an update that the device skips, a zero norm, a non-finite number. The last two are
+        remembered in ``bad``.
+        """
+        good = torch.isfinite(values)
+        if norms is not None:
+            good &= torch.isfinite(norms) & (norms > 0)
+        self.bad |= ~good
+        active = self.active()
+        if active is not None:
+            good = good & active
+        return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
+
+    def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
+        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another callback decays."""
+        owned = tuple(step.bracket.decay_owner(t.weight) == owner for t in self.targets)
+        if owned not in self._owned:
+            self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
+        return self._owned[owned]
+
+    def optimizer_decay(self, step: Step) -> Tensor:
+        """``(n,)``: lr times the weight decay that the optimizer itself applies in this step; 0 where a callback owns the decay."""
+        owned = tuple(step.bracket.decay_owner(t.weight) is None for t in self.targets)
+        if owned not in self._owned:
+            self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
+        return self.group_values("lr") * self.group_values("weight_decay") * self._owned[owned]
+
+    def count(self, key: str, values: Tensor) -> None:
+        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it."""
+        if key in self.counters:
+            self.counters[key] += values
+        else:
+            self.counters[key] = values.clone()
+
+    def inherit(self, earlier: Plan) -> None:
+        """Take over what was counted for weights that an earlier plan had as well."""
+        where = {t.name: s for t, s in zip(earlier.targets, earlier.vectors.slices, strict=True)}
+        for target, now in zip(self.targets, self.vectors.slices, strict=True):
+            before = where.get(target.name)
+            if before is None or before.stop - before.start != now.stop - now.start:
+                continue
+            self.bad[now] = earlier.bad[before]
+            for key, values in earlier.counters.items():
+                self.counters.setdefault(key, values.new_zeros(self.vectors.n))[now] = values[before]
+        self.events = earlier.events
+
+    def mark(self, event: str) -> None:
+        """Note that something happened to these weights in this step; the monitor writes it into its history."""
+        self.events.append(event)
+
+    def group_of(self, target: Target) -> dict[str, Any]:
+        """The param group that owns ``target``."""
+        return next(group for group, _ in self.groups if any(p is target.weight for p in group["params"]))
+
+
+__all__ = ["Plan", "Target"]

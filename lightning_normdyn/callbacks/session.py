@@ -1,0 +1,339 @@
+"""What all callbacks of the suite share during one fit: the names, the brackets, and the search for scale-invariant weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.callbacks.plan import Plan, Target
+from lightning_normdyn.errors import NormDynWarning
+from lightning_normdyn.sharding import full_shape, has_gradient, survey, torch_optimizers
+from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.targets import EULER_COUNT, EulerTest, ScaleInvarianceSearch, Verdict, parameter_names
+from lightning_normdyn.vectors import WeightVectors
+
+if TYPE_CHECKING:
+    from lightning_normdyn.callbacks.base import NormDynCallback
+
+
+def warn_once(message: str) -> None:
+    """Warn on rank zero."""
+    from lightning.fabric.utilities.rank_zero import _get_rank
+
+    if not _get_rank():
+        warnings.warn(message, NormDynWarning, stacklevel=3)
+
+
+class Session:
+    """What all callbacks of the suite share during one fit."""
+
+    _of: ClassVar[WeakKeyDictionary[Trainer, Session]] = WeakKeyDictionary()
+
+    @classmethod
+    def of(cls, trainer: Trainer, module: LightningModule) -> Session:
+        """The session of the fit that is running on ``trainer``."""
+        session = cls._of.get(trainer)
+        if session is None or session.closed:
+            session = cls._of[trainer] = cls(trainer, module)
+        return session
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+        self.closed = False
+        # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
+        self.names = parameter_names(module)
+        survey(trainer.strategy.model or module, trainer.optimizers)  # the module inside of whatever the strategy wraps around it
+        self.shapes = {weight: full_shape(weight) for weight in self.names}
+        self.search = ScaleInvarianceSearch(module)
+        self.members: list[NormDynCallback] = []
+        self.optimizers: list[Optimizer] = []
+        self.brackets: list[StepBracket] = []
+        self._remove: list[Callable[[], None]] = []
+        self._watching = False
+        self._seen: dict[int, tuple[Any, ...]] = {}
+        self._watched: tuple[Any, ...] | None = None
+        self._undecided: set[Tensor] = set()
+        self._missed: set[Tensor] = set()
+        # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch.
+        self._looks_left = 8
+        self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+        self._version = 0
+        self._claims: dict[int, Claims | None] = {}
+        self._withdrawn: dict[str, Verdict] = {}
+        self._announced = False
+        self.attempts = 0
+        self.batch: Any = None
+        """The batch that is being trained on."""
+
+    # -- brackets ------------------------------------------------------------------------------------------------------
+
+    def attach(self) -> None:
+        """Bracket every optimizer of the fit; idempotent."""
+        if self.brackets:
+            return
+        self.optimizers = [part for o in self.trainer.optimizers for part in torch_optimizers(o)]
+        self.brackets = [StepBracket.of(o) for o in self.optimizers]
+        for bracket in self.brackets:
+            self._remove.append(bracket.add(Phase.RESOLVE, self._resolve))
+
+    def close(self) -> None:
+        """Leave no hook behind; idempotent."""
+        self.search.close()
+        self._watching = False
+        for bracket in self.brackets:
+            bracket.restore()
+        for remove in self._remove:
+            remove()
+        self._remove = []
+        self.closed = True
+
+    # -- the search for scale-invariant weights ------------------------------------------------------------------------
+
+    def batch_start(self) -> None:
+        """Watch the forward pass of this batch if it may tell something new."""
+        state = self._graph_state()
+        # The batch that gave it a gradient is over; the next one that uses it may be several batches away.
+        self._missed = {w for w in self._undecided if w in self._missed or (w.requires_grad and has_gradient(w))}
+        news = self._looks_left > 0 and bool(self._missed)
+        if self._watched == state and not news:
+            return
+        self._looks_left -= news
+        if self._watched is None and self._restore_verdicts():
+            self._watched = state
+            return
+        self._watched = state
+        self._watching = True
+        self.search.watch()
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Read the graph of this loss, if its forward was watched."""
+        if self._watching:
+            self.search.analyze(loss)
+            self._version += 1
+
+    def batch_end(self) -> None:
+        """Stop watching; once every optimizer has stepped, say what was found."""
+        if self._watching:
+            self.search.close()
+            self._watching = False
+        if not self._announced and self.optimizers and len(self._seen) == len(self.optimizers):
+            self._announced = True
+            for member in self.members:
+                member._check_found()
+            announce(self)
+
+    def _graph_state(self) -> tuple[Any, ...]:
+        """What decides the graph's shape and may change during a fit: frozen weights, normalizations switched between training and
+        evaluation."""
+        return (
+            tuple(w.requires_grad for w in self.names),
+            tuple(m.training for m in self._normalizations),
+        )
+
+    def _restore_verdicts(self) -> bool:
+        tables = [m._restored["targets"] for m in self.members if m._restored and m._restored.get("targets")]
+        for table in tables:
+            self.search.verdicts.update({name: Verdict.from_state(name, state) for name, state in table.items()})
+        return bool(tables)
+
+    def verdict(self, weight: Tensor) -> Verdict:
+        """What is known about ``weight``."""
+        names = self.names.get(weight, ())
+        for name in names:
+            if name in self.search.verdicts:
+                return self.search.verdicts[name]
+        return Verdict.unknown(names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape)))
+
+    def _resolve(self, step: Step) -> None:
+        index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
+        groups = step.optimizer.param_groups
+        layout = tuple((id(g), len(g["params"])) for g in groups)
+        if self._seen.get(index) != (self._version, layout):
+            self.search.agree()
+            agree(self.search.verdicts)
+            self.search.verdicts.update(self._withdrawn)
+            self._claims.pop(index, None)
+        self._question(index, step.optimizer)  # the same on every rank, because its sums are
+        seen = (self._version, layout)
+        if self._seen.get(index) == seen:
+            return
+        self._seen[index] = seen
+        self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
+        for member in self.members:
+            member._resolve(index)
+
+    # -- numbers that the monitor shows --------------------------------------------------------------------------------
+
+    def attempt(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step, unless its scaler finds an inf."""
+        self.attempts += 1
+        for bracket in self.brackets:
+            bracket.close_in()
+
+    def skipped_steps(self) -> int:
+        """Updates that a gradient scaler skipped in this fit."""
+        pending = sum(b.unsettled for b in self.brackets)
+        return max(0, self.attempts - sum(b.steps for b in self.brackets) - pending)
+
+    def counted(self, key: str) -> Tensor | None:
+        """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if nobody counts it."""
+        totals = [plan.vectors.totals(plan.counters[key]) for m in self.members for plan in m.plans.values() if key in plan.counters]
+        return torch.cat([t.to(totals[0].device) for t in totals]).sum(0, keepdim=True) if totals else None
+
+    def influence(self, target: Target, besides: NormDynCallback | None = None) -> dict[str, Any]:
+        """What the callbacks, ``besides`` one, do to this weight: `NormDynCallback.influence`, merged."""
+        found: dict[str, Any] = {}
+        for member in self.members:
+            if member is not besides and any(t.weight is target.weight for plan in member.plans.values() for t in plan.targets):
+                found.update(member.influence(target))
+        return found
+
+    def applied_decay(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> Tensor:
+        """The share of each vector that decay takes away in this step, whoever applies it: ``(n,)``.
+
+        Exact for plain SGD and for decoupled decays.
+
+        Args:
+            plan: the vectors.
+            norm: their norms, ``(n,)``.
+            std: their standard deviations, for AWS on weight-standardized weights.
+        """
+        constant, adaptive = [], []  # per target: λ, and α times the size that it refers to
+        for target in plan.targets:
+            influence, group = self.influence(target), plan.group_of(target)
+            own = float(group.get("weight_decay") or 0.0)
+            replaced = bool(influence.get("replaces_decay"))
+            if influence.get("projected"):
+                decay = influence["projection_decay"]
+                own, replaced = (own if decay == "replace" else decay) * influence["weight_decay_ratio"], "alpha" in influence
+            constant.append(0.0 if replaced else own)
+            adaptive.append((float(influence.get("alpha", 0.0)), influence.get("statistic") == "std"))
+        tensor = partial(torch.tensor, dtype=norm.dtype, device=norm.device)
+        size = norm if std is None else torch.where(plan.vectors.spread(tensor([s for _, s in adaptive])) > 0, std, norm)
+        rate = plan.vectors.spread(tensor(constant)) + plan.vectors.spread(tensor([a for a, _ in adaptive])) * size
+        return (plan.group_values("lr") * rate).clamp(max=0.5)
+
+    def take_events(self) -> list[str]:
+        """What callbacks noted since the last call."""
+        events = []
+        for member in self.members:
+            for plan in member.plans.values():
+                events += plan.events
+                plan.events = []
+        return list(dict.fromkeys(events))
+
+    def _question(self, index: int, optimizer: Optimizer) -> None:
+        """Hold what the graph claims against the first real gradients; a contradiction withdraws the claim before anything is touched."""
+        if index not in self._claims:
+            verdicts = {w: self.verdict(w) for w in self.owned(optimizer) if not has_sparse_gradient(w)}
+            claimed = [w for w, verdict in verdicts.items() if verdict.known == "graph" and verdict.partition is not None]
+            # Clipping by value turns the gradient, so it would say nothing about the loss.
+            by_value = self.trainer.gradient_clip_val and str(self.trainer.gradient_clip_algorithm).lower().endswith("value")
+            self._claims[index] = None if by_value or not claimed else Claims(claimed, [self.verdict(w) for w in claimed])
+        claims = self._claims[index]
+        if claims is None:
+            return
+        for verdict, rms, count in claims.withdrawn():
+            withdrawn = self._withdrawn[verdict.name] = self.search.verdicts[verdict.name] = verdict.withdrawn(rms, count)
+            self._version += 1
+            warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
+        if claims.decided:
+            for verdict in claims.verdicts:
+                if self.search.verdicts[verdict.name] is verdict:
+                    self.search.verdicts[verdict.name] = replace(verdict, known="graph and gradients")
+            self._claims[index] = None
+
+    def owned(self, optimizer: Optimizer) -> list[Tensor]:
+        """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
+        return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+
+
+class Claims:
+    """The claims of one optimizer's weights, held against its first gradients (`lightning_normdyn.targets.EulerTest`).
+
+    Args:
+        weights: the claimed weights.
+        verdicts: what the graph claims of each.
+    """
+
+    MOST_STEPS = 16
+
+    def __init__(self, weights: list[Tensor], verdicts: list[Verdict]) -> None:
+        self.verdicts = verdicts
+        partitions = [v.partition for v in verdicts if v.partition is not None]
+        self._vectors = WeightVectors(weights, partitions, [v.name for v in verdicts])
+        self._test = EulerTest(len(weights), self._vectors.device)
+        self._steps = 0
+        self._told: set[int] = set()
+        self.decided = False
+
+    def withdrawn(self) -> list[tuple[Verdict, float, int]]:
+        """Take this step's gradients in; claims that they contradict: verdict, rms of z, over how many values."""
+        vectors, test = self._vectors, self._test
+        weights, gradients = vectors.values(), vectors.gradients()
+
+        def summarize(sums: Tensor, length: Tensor) -> Tensor:
+            ww, wg, gg = sums
+            each = EulerTest(length.numel(), vectors.device)
+            each.update(wg, ww, gg, length, torch.arange(length.numel(), device=vectors.device))
+            return each.sums.T.to(vectors.sum_dtype)
+
+        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
+        test.sums += vectors.inner_and_totals(*pairs, summarize=summarize)[1].T
+        self._steps += 1
+        found, new = test.result(), [i for i in test.rejected() if i not in self._told]
+        self._told.update(new)
+        self.decided = self._steps >= self.MOST_STEPS or all(count >= EULER_COUNT for _, count in found)
+        return [(self.verdicts[i], *found[i]) for i in new]
+
+
+def agree(verdicts: dict[str, Verdict]) -> None:
+    """Make all ranks hold the same verdicts: a weight on which they differ is not touched."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    mine = {name: (v.shape, _digest(v.state())) for name, v in verdicts.items()}
+    everybody: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everybody, mine)
+    for name in sorted({n for table in everybody for n in table}):
+        found = [table.get(name) for table in everybody]
+        if any(f != found[0] for f in found):
+            shape, _ = next(f for f in found if f is not None)
+            verdicts[name] = Verdict.unknown(name, shape, "the ranks see different graphs")
+
+
+def _digest(state: Any) -> str:
+    """Short and the same for equal states: the labels of a large model's weights are megabytes."""
+    if isinstance(state, Tensor):
+        return sha256(state.cpu().numpy().tobytes()).hexdigest()
+    if isinstance(state, Mapping):
+        return repr([(key, _digest(value)) for key, value in sorted(state.items())])
+    if isinstance(state, (list, tuple)):
+        return repr([_digest(value) for value in state])
+    return repr(state)
+
+
+def has_sparse_gradient(weight: Tensor) -> bool:
+    """Whether the last backward pass left a sparse gradient."""
+    return weight.grad is not None and weight.grad.layout != torch.strided
+
+
+def announce(session: Session) -> None:
+    """Print the table of targets, once, on rank zero."""
+    from lightning_normdyn.callbacks.tables import print_start_table
+
+    print_start_table(session)  # every rank works out the numbers in it, rank zero prints
+
+
+__all__ = ["Claims", "Session", "has_sparse_gradient", "warn_once"]
