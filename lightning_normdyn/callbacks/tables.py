@@ -39,10 +39,11 @@ def render(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *,
         wide = [max(len(r[i]) for r in cells) for i in range(len(columns))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(r, wide, strict=True)).rstrip() for r in cells]
         return "\n".join([title, *lines]) + "\n" + tail
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    # Names are read whole where there is room; a fixed width, because rich cuts the last columns off below a minimal one.
+    names = min(48, 2 * width // 5, max((len(r[0]) for r in rows), default=1))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for i, column in enumerate(columns):
-        # Names are read whole, the rest may wrap.
-        table.add_column(column, overflow="fold", min_width=min(48, max((len(r[0]) for r in rows), default=1)) if i == 0 else None)
+        table.add_column(column, overflow="fold", width=names if i == 0 else None)
     for row in rows:
         table.add_row(*[Text(cell) for cell in row])
     out = io.StringIO()
