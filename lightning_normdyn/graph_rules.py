@@ -73,12 +73,14 @@ class Flow:
         rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row each entry scales with, 0 for a constant entry.
         offset: what is added and does not scale, if anything.
         sign: what is known about the values.
+        padded: whether a constant was added as an epsilon. That is what it is in a denominator only: ``1 + mean`` as a factor is none.
     """
 
     degree: float
     rows: Tensor
     offset: Offset | None = None
     sign: Sign = Sign.ANY
+    padded: bool = False
 
 
 @dataclass
@@ -243,7 +245,7 @@ class Operation:
             raise Blocked(f"{what} in {self.place}")
         if not self.small_epsilon():
             self.rows.assumed = True
-        return flow
+        return replace(flow, padded=True)
 
     def small_epsilon(self) -> bool:
         """Whether the operation is part of a module that declares an epsilon that is small beside a variance of order 1."""
@@ -433,8 +435,10 @@ _tokens = count()
 
 
 def new_offset(varies: Iterable[bool], parameter: str | None = None, what: str = "something that does not scale") -> Offset:
-    """An offset that equals no other."""
-    return Offset(tuple(varies), next(_tokens), parameter, f"bias {parameter}" if parameter else what)
+    """An offset that equals no other, unless it is the same parameter along the same dimension, counted from the right."""
+    varies = tuple(varies)
+    token = (parameter, varies[varies.index(True) :]) if parameter and any(varies) else next(_tokens)
+    return Offset(varies, token, parameter, f"bias {parameter}" if parameter else what)
 
 
 def lift(flow: Flow, ndim: int) -> Flow:
@@ -541,9 +545,24 @@ def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
     return replace(flow, rows=flow.rows.permute(dims), offset=offset)
 
 
-def moved(flow: Flow, rows: Tensor) -> Flow:
-    """The flow after entries were moved along some dimension: new rows, and an offset that is no longer the same."""
-    return replace(flow, rows=rows, offset=flow.offset and flow.offset.changed(flow.offset.varies))
+def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
+    """The flow after entries were moved or picked along ``dims``: new rows, and another offset if it differs along them."""
+    offset = flow.offset
+    if offset is not None and any(offset.varies[d] for d in dims):
+        offset = offset.changed(offset.varies)
+    return replace(flow, rows=rows, offset=offset)
+
+
+def without_dim(offset: Offset | None, dim: int) -> Offset | None:
+    """The offset at one index of ``dim``."""
+    if offset is None:
+        return None
+    varies = [v for d, v in enumerate(offset.varies) if d != dim]
+    if offset.varies[dim]:
+        return offset.changed(varies)
+    # Broadcasting aligns at the right: a dimension that goes in front of those it varies along changes nothing.
+    token = offset.token if not any(offset.varies[:dim]) else next(_tokens)
+    return replace(offset, varies=tuple(varies), token=token)
 
 
 def everywhere(flow: Flow) -> Offset | None:
@@ -555,7 +574,7 @@ def everywhere(flow: Flow) -> Offset | None:
 
 NOT_HOMOGENEOUS = """
     Gelu Silu Sigmoid Tanh Softmax LogSoftmax Softplus Elu Celu Hardtanh Hardswish Hardsigmoid Mish Exp Expm1 Log Log1P LogSigmoid Logsumexp
-    Glu Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss
+    Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss
     Prod Threshold
 """
 
@@ -597,6 +616,8 @@ def _masked(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     ndim, power = len(operation.outputs[0]), -1 if operation.name.startswith("Div") else 1
     a, b = (flow and lift(flow, ndim) for flow in [*flows, None][:2])
+    if (a is not None and b is not None and a.padded) or (power == 1 and a is not None and b is not None and b.padded):
+        raise Blocked(f"a constant is added to a factor in {operation.place}")
     if a is not None and b is not None:
         rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
         square = operation.node.next_functions[0] == operation.node.next_functions[1]
@@ -612,7 +633,7 @@ def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         readable, saved = operation.saved_tensor("other" if a is not None else "self")
         other = tuple(saved.shape) if readable and isinstance(saved, Tensor) else None
     offset = flow.offset and flow.offset.changed(either(flow.offset.varies, varying(other, ndim)))
-    return replace(flow, offset=offset, sign=flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY)
+    return replace(flow, offset=offset, sign=flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY)  # a multiple is still padded
 
 
 @_rule("AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1", "LerpBackward0")
@@ -630,7 +651,7 @@ def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         elif offset is not None:
             offset = offset.changed(offset.varies)
         sign = min(a.sign, b.sign) if operation.name.startswith("Add") else Sign.ANY
-        return Flow(a.degree, operation.unite(a.rows, b.rows), offset, sign)
+        return Flow(a.degree, operation.unite(a.rows, b.rows), offset, sign, a.padded or b.padded)
     k = 1 if a is not None else 0
     flow = a if a is not None else b
     assert flow is not None
@@ -684,7 +705,8 @@ def _power(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = pure(operation, only(operation, flows))
     exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
     exponent = exponents[operation.name] if operation.name in exponents else float(operation.attribute("exponent"))
-    return replace(flow, degree=flow.degree * exponent, sign=max(flow.sign, Sign.NONNEGATIVE) if exponent % 2 == 0 else flow.sign)
+    sign = max(flow.sign, Sign.NONNEGATIVE) if exponent % 2 == 0 else flow.sign
+    return replace(flow, degree=flow.degree * exponent, sign=sign, padded=flow.padded and exponent > 0)
 
 
 # ------------------------------------------------------------------------------------------------ views
@@ -725,38 +747,38 @@ def _expand(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _repeat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = lift(only(operation, flows), len(operation.outputs[0]))
     rows = flow.rows.repeat([r if flow.rows.size(d) > 1 else 1 for d, r in enumerate(operation.attribute("repeats"))])
-    return moved(flow, rows)
+    return moved(flow, rows, range(rows.ndim))
 
 
 @_rule("SelectBackward0")
 def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
-    offset = flow.offset and flow.offset.changed(v for d, v in enumerate(flow.offset.varies) if d != dim)
-    return replace(flow, rows=flow.rows.select(dim, operation.attribute("index") if flow.rows.size(dim) > 1 else 0), offset=offset)
+    rows = flow.rows.select(dim, operation.attribute("index") if flow.rows.size(dim) > 1 else 0)
+    return replace(flow, rows=rows, offset=without_dim(flow.offset, dim))
 
 
 @_rule("SliceBackward0")
 def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
     if flow.rows.size(dim) == 1:
-        return moved(flow, flow.rows)
+        return moved(flow, flow.rows, [dim])
     start = operation.attribute("start") or 0
     size, length, step = _known(operation.inputs[0])[dim], operation.outputs[0][dim], operation.attribute("step")
     start = max(0, start + size) if start < 0 else min(start, size)
     index = start + step * torch.arange(length)
-    return moved(flow, flow.rows.index_select(dim, index))
+    return moved(flow, flow.rows.index_select(dim, index), [dim])
 
 
 @_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0", "UnbindBackward0")
 def _split(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
     if operation.name == "UnbindBackward0":
-        offset = flow.offset and flow.offset.changed(v for d, v in enumerate(flow.offset.varies) if d != dim)
-        pieces = expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim)
-        return [replace(flow, rows=piece, offset=offset and offset.changed(offset.varies)) for piece in pieces]
+        pieces, offset = expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim), without_dim(flow.offset, dim)
+        differs = flow.offset is not None and flow.offset.varies[dim]
+        return [replace(flow, rows=piece, offset=offset.changed(offset.varies) if offset and differs else offset) for piece in pieces]
     if flow.rows.size(dim) == 1:
-        return [moved(flow, flow.rows) for _ in operation.outputs]
-    return [moved(flow, piece) for piece in torch.split_with_sizes(flow.rows, [shape[dim] for shape in operation.outputs], dim)]
+        return [moved(flow, flow.rows, [dim]) for _ in operation.outputs]
+    return [moved(flow, piece, [dim]) for piece in torch.split_with_sizes(flow.rows, [shape[dim] for shape in operation.outputs], dim)]
 
 
 @_rule("CatBackward0", "StackBackward0")
@@ -777,6 +799,13 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     common = [max(piece.size(d) for piece in pieces) for d in range(ndim)]
     rows = torch.cat([piece.expand([piece.size(d) if d == dim else n for d, n in enumerate(common)]) for piece in pieces], dim)
     offset = None
+    offsets = [flow.offset for flow in present if flow.offset is not None]
+    if len(offsets) == len(flows) and len({o.token for o in offsets}) == 1 and (stack or not offsets[0].varies[dim]):
+        same = offsets[0]
+        if stack:
+            token = same.token if not any(same.varies[:dim]) else next(_tokens)
+            same = replace(same, varies=(*same.varies[:dim], False, *same.varies[dim:]), token=token)
+        return Flow(present[0].degree, compact(rows), same, min(flow.sign for flow in present))
     for flow in present:
         if flow.offset is not None:
             varies = (*flow.offset.varies[:dim], True, *flow.offset.varies[dim if stack else dim + 1 :])
@@ -784,16 +813,21 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return Flow(present[0].degree, compact(rows), offset, min(flow.sign for flow in present) if len(present) == len(flows) else Sign.ANY)
 
 
-@_rule("RollBackward0", "FlipBackward0")
+@_rule("RollBackward0", "FlipBackward0", "Rot90Backward0")
 def _roll(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, shape = only(operation, flows), _known(operation.inputs[0])
     dims = [d % len(shape) for d in operation.attribute("dims")] or list(range(len(shape)))
+    if operation.name == "Rot90Backward0":
+        offset = flow.offset
+        if offset is not None and any(offset.varies[d] for d in dims):
+            offset = offset.changed(v or d in dims for d, v in enumerate(offset.varies))
+        return replace(flow, rows=compact(torch.rot90(expanded(flow.rows, shape, dims), operation.attribute("k"), dims)), offset=offset)
     if all(flow.rows.size(d) == 1 for d in dims):
-        return moved(flow, flow.rows)
+        return moved(flow, flow.rows, dims)
     rows = expanded(flow.rows, shape, dims)
     if operation.name == "FlipBackward0":
-        return moved(flow, rows.flip(dims))
-    return moved(flow, rows.roll(operation.attribute("shifts"), operation.attribute("dims") or []))
+        return moved(flow, rows.flip(dims), dims)
+    return moved(flow, rows.roll(operation.attribute("shifts"), operation.attribute("dims") or []), dims)
 
 
 @_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0")
@@ -835,11 +869,28 @@ def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
     if select:
         dim = operation.attribute("dim") % len(shape)
-        return moved(flow, compact(expanded(flow.rows, shape, [dim]).index_select(dim, index.cpu())))
+        return moved(flow, compact(expanded(flow.rows, shape, [dim]).index_select(dim, index.cpu())), [dim])
     rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
-    if sum(i is not None for i in index) == 1 and rows.ndim == len(shape):  # entries picked along one dimension
-        return moved(flow, compact(rows))
-    return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
+    return replace(flow, rows=compact(rows), offset=flow.offset and _picked(flow.offset, index, rows.ndim))
+
+
+def _picked(offset: Offset, index: Sequence[Tensor | None], ndim: int) -> Offset:
+    """The offset of ``tensor[index]``: dimensions that are not indexed keep it entry for entry."""
+    kept: list[tuple[int, bool]] = []  # where in the index a dimension stood, and whether the offset differs along it
+    indexed, dim = False, 0
+    for position, i in enumerate(index):
+        size = 1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim  # a mask stands for all its dimensions
+        if i is None:
+            kept.append((position, offset.varies[dim]))
+        else:
+            indexed |= any(offset.varies[dim : dim + size])
+        dim += size
+    kept += [(len(index) + d, v) for d, v in enumerate(offset.varies[dim:])]
+    where = [position for position, i in enumerate(index) if i is not None]
+    together = where == list(range(where[0], where[-1] + 1))  # what is indexed comes out there, else in front
+    front = [v for position, v in kept if together and position < where[0]]
+    varies = [*front, *[indexed] * (ndim - len(kept)), *[v for _, v in kept[len(front) :]]]
+    return offset.changed(varies) if indexed else replace(offset, varies=tuple(varies), token=next(_tokens))
 
 
 @_rule("IndexPutBackward0")
@@ -847,8 +898,10 @@ def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     """``tensor[indices] = values``: what is not written over stays what it was."""
     shape = operation.outputs[0]
     readable, index = operation.saved_tensor("indices")
-    if not readable or operation.attribute("accumulate"):
-        raise Blocked(f"no rule for {operation.place} that adds, or inside a checkpoint")
+    if operation.attribute("accumulate"):
+        return _accumulate(operation, flows)
+    if not readable:
+        raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
     target, values = flows
     flow = pure(operation, target if target is not None else only(operation, flows, 1))
     if target is not None and values is not None and pure(operation, values).degree != flow.degree:
@@ -856,6 +909,65 @@ def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     rows = torch.zeros(shape, dtype=torch.long) if target is None else target.rows.expand(shape).clone()
     rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = torch.zeros(1, dtype=torch.long) if values is None else values.rows
     return Flow(flow.degree, compact(rows))
+
+
+def _accumulate(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Entries are added, averaged or compared at indices along one dimension (messages between the nodes of a graph).
+
+    A constant to add to is taken as zeros, and the claim is marked.
+    """
+    segments = operation.name.startswith("Segment")
+    target, source = (None, only(operation, flows)) if segments else flows
+    reduce = operation.attribute("reduce", "sum")
+    if reduce == "prod":
+        raise Blocked(f"{operation.place} does not commute with a change of scale")
+    out = operation.outputs[0]
+    dims = [operation.attribute("axis" if segments else "dim", 0) % len(out)]
+    if operation.name == "IndexPutBackward0":  # at any index of the whole tensor
+        dims = list(range(len(out)))
+    for flow in (target, source):
+        if flow is not None and reduce in ("amax", "amin", "max", "min"):
+            pure(operation, flow)
+    rows = None if source is None else operation.same_factor(source.rows, dims if source.rows.ndim == len(out) else range(source.rows.ndim))
+    if rows is not None and rows.ndim != len(out):
+        rows = rows.reshape([1] * len(out))
+    if rows is not None and any(n not in (1, out[d]) for d, n in enumerate(rows.shape)):
+        raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
+    offset = None if source is None or source.offset is None else source.offset.changed([True] * len(out))
+    if target is None:
+        assert source is not None
+        assert rows is not None
+        if not segments and operation.inputs[0] is not None:
+            raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
+        operation.rows.assumed |= not segments
+        return Flow(source.degree, rows, offset)
+    if source is None or rows is None:
+        raise Blocked(f"a constant is added in {operation.place}")
+    if target.degree != source.degree:
+        raise Blocked(f"{operation.place} adds tensors that scale differently")
+    if target.offset is not None:
+        offset = target.offset.changed([True] * len(out))
+    return Flow(source.degree, operation.unite(operation.same_factor(target.rows, dims), rows), offset)
+
+
+_rule("IndexAddBackward0", "ScatterAddBackward0", "ScatterReduceBackward0", "IndexReduceBackward0", "SegmentReduceBackward0")(_accumulate)
+
+
+@_rule("MaskedFillBackward0", "MaskedFillBackward1")
+def _masked_fill(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Zeros and infinities go with any row. The value is not saved: taken as one of these, and the claim is marked."""
+    flow = lift(only(operation, flows), len(operation.outputs[0]))
+    operation.rows.assumed = True
+    return replace(flow, offset=everywhere(flow), sign=Sign.ANY)
+
+
+@_rule("GluBackward0")
+def _gated(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Gated linear unit, a * sigmoid(b) of the two halves: the scale passes in the first and is seen by the second."""
+    flow, dim = only(operation, flows), operation.attribute("dim")
+    rows, gates = expanded(flow.rows, _known(operation.inputs[0]), [dim]).chunk(2, dim)
+    operation.rows.forbid(gates, f"gates enter a sigmoid in {operation.place}")
+    return Flow(flow.degree, compact(rows), everywhere(flow))
 
 
 @_rule(
@@ -972,6 +1084,7 @@ _SPATIAL = {  # over how many last dimensions
     "UpsampleNearestExact3D": 3, "UpsampleLinear1D": 1, "UpsampleBilinear2D": 2, "UpsampleBilinear2DAa": 2, "UpsampleBicubic2D": 2,
     "UpsampleBicubic2DAa": 2, "UpsampleTrilinear3D": 3, "ReflectionPad1D": 1, "ReflectionPad2D": 2, "ReflectionPad3D": 3,
     "ReplicationPad1D": 1, "ReplicationPad2D": 2, "ReplicationPad3D": 3, "GridSampler2D": 2, "GridSampler3D": 3,
+    "MaxUnpool2D": 2, "MaxUnpool3D": 3,
 }  # fmt: skip
 
 
@@ -985,9 +1098,11 @@ def _pool(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         if any(offset.varies[d] for d in dims):
             pure(operation, flow)
         zeros = any(operation.attribute("padding") or ()) and operation.attribute("count_include_pad", False)
-        if zeros or operation.attribute("divisor_override") or operation.name.startswith("Grid"):
+        if zeros or operation.attribute("divisor_override") or operation.name.startswith(("Grid", "MaxUnpool")):
             offset = offset.changed(v or d in dims for d, v in enumerate(offset.varies))
-    return Flow(flow.degree, operation.same_factor(flow.rows, dims), offset)
+    # The mean of squares of a whole channel is a statistic; a local one (LocalResponseNorm) has a constant beside it that is no epsilon.
+    sign = Sign.STATISTIC if flow.sign != Sign.ANY and operation.name.startswith("AdaptiveAvg") else Sign.ANY
+    return Flow(flow.degree, operation.same_factor(flow.rows, dims), offset, sign)
 
 
 @_rule("Im2ColBackward0")
@@ -1029,6 +1144,34 @@ def _matmul_plus(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if flows[0] is not None:
         raise Blocked(f"the scale enters {operation.place} as the term that is added")
     return _with_bias(operation, _contract(operation, flows[1], flows[2]), 0, -1)
+
+
+@_rule("SparseAddmmBackward0")
+def _sparse_matmul(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """A sparse matrix (an adjacency matrix) times a dense one, plus a multiple of another."""
+    if flows[0] is not None or flows[1] is not None or operation.attribute("beta", 0) != 0:
+        raise Blocked(f"the scale enters {operation.place} by a side input, or something is added")
+    return _contract(operation, None, flows[2])
+
+
+@_rule("TrilinearBackward0")
+def _trilinear(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Sum of products of three tensors (``nn.Bilinear``)."""
+    parts = []
+    for k, flow in enumerate(flows):
+        if flow is not None:
+            rows = pure(operation, flow).rows
+            for dim in sorted(operation.attribute(f"expand{k + 1}")):
+                rows = rows.unsqueeze(dim)
+            parts.append((flow.degree, rows))
+    rows = parts[0][1]
+    for _, other in parts[1:]:
+        rows = operation.unite(rows, other)
+    summed = operation.attribute("sumdim")
+    rows = operation.same_factor(rows, summed)
+    for dim in sorted(summed, reverse=True):
+        rows = rows.squeeze(dim)
+    return Flow(sum(degree for degree, _ in parts), rows)
 
 
 @_rule("LinearBackward0", "LinearFunctionForZeroStage3Backward")  # DeepSpeed's has the same inputs
@@ -1126,6 +1269,13 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return replace(flow, rows=rows)
 
 
+@_rule("EmbeddingBagBackward0")
+def _embedding_bag(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all go together."""
+    flow = pure(operation, only(operation, flows))
+    return replace(flow, rows=operation.same_factor(flow.rows, [0]), sign=Sign.ANY)
+
+
 @_rule(
     "ScaledDotProductFlashAttentionForCpuBackward0", "ScaledDotProductFlashAttentionBackward0",
     "ScaledDotProductEfficientAttentionBackward0",
@@ -1138,7 +1288,10 @@ def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | Non
     value = flows[2]
     if value is None:
         return None
-    return Flow(value.degree, operation.same_factor(value.rows, [-2]), everywhere(value))
+    rows, heads = operation.same_factor(value.rows, [-2]), operation.outputs[0][-3]
+    if rows.size(-3) not in (1, heads):  # grouped queries: several heads share their values
+        rows = rows.repeat_interleave(heads // rows.size(-3), -3)
+    return Flow(value.degree, rows, everywhere(value))
 
 
 # ------------------------------------------------------------------------------------------------ tensor parallelism
@@ -1168,7 +1321,7 @@ def _local_tensor(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if part.numel() < flow.rows.numel():
         rows.elsewhere = True
         rows.sharded = distinct(torch.cat([flow.rows.flatten(), rows.sharded]))
-    return moved(flow, part)
+    return moved(flow, part, range(part.ndim))
 
 
 # ------------------------------------------------------------------------------------------------ normalizations
@@ -1206,8 +1359,10 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 
 def _check_epsilon(operation: Operation) -> None:
-    """A declared epsilon that is not small marks the claim (one of a functional call is not known)."""
-    if hasattr(operation.module[1], "eps") and not operation.small_epsilon():
+    """An epsilon that is not small marks the claim. Nodes save it or modules declare it; else it is not known."""
+    eps = operation.attribute("eps")
+    small = eps <= 1e-3 if isinstance(eps, float) else not hasattr(operation.module[1], "eps") or operation.small_epsilon()
+    if not small:
         operation.rows.assumed = True
 
 

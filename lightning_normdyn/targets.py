@@ -193,12 +193,11 @@ class Verdict:
         """Number of vectors."""
         return 0 if self.partition is None else self.partition.n
 
-    def withdrawn(self, rms: float, count: int) -> Verdict:
-        """The claim after an `EulerTest` contradicted it."""
+    def withdrawn(self, found: str, known: str) -> Verdict:
+        """The claim after it was contradicted: by what, in words, and in what (``"gradients"`` or ``"function"``)."""
         by = ", ".join(self.norms) or "its graph"
-        number = f"rms cos(w, g)*sqrt(d) = {rms:.2g} over {count} values (allowed {EULER_LIMIT})"
-        reason = f"{by} says {self.kind}, but the gradient is not orthogonal: {number}"
-        return replace(self, partition=None, kind="no", reason=reason, batch_norms=(), known="gradients")
+        reason = f"{by} says {self.kind}, but {found}"
+        return replace(self, partition=None, kind="no", reason=reason, batch_norms=(), stale_statistics=(), known=known)
 
     def state(self) -> dict[str, Any]:
         """As plain tensors, numbers and strings."""
@@ -534,10 +533,10 @@ class ScaleInvarianceSearch:
             finest = self._cuts(name, shapes[name])[0]
             self._candidates[name] = [_Candidate(finest, Rows(finest.n))]
         self._follow(graph, {name: self._candidates[name][0] for name in shapes})
-        # A finer cut along the other axis (x @ W) is only worth a look where the first is not already the finest.
+        # A finer cut along the other axis (x @ W) is worth a look only where the first is not the finest already, or cuts nothing.
         for name in first_time:
             first = self._candidates[name][0]
-            if len(_classes(first.rows, first.finest, shapes[name])[1]) < first.finest.n:
+            if first.finest.n == 1 or len(_classes(first.rows, first.finest, shapes[name])[1]) < first.finest.n:
                 other = self._cuts(name, shapes[name])[1]
                 self._candidates[name].append(_Candidate(other, Rows(other.n)))
         self._follow(graph, {name: self._candidates[name][1] for name in shapes if len(self._candidates[name]) > 1})
@@ -691,6 +690,11 @@ class EulerTest:
         """For each weight the root mean square of z, and over how many values (nan over 0). Copies to the host."""
         return [(math.sqrt(total / number) if number else math.nan, int(number)) for total, number in self.sums.tolist()]
 
+    @staticmethod
+    def contradiction(rms: float, count: int) -> str:
+        """A result in words."""
+        return f"the gradient is not orthogonal: rms cos(w, g)*sqrt(d) = {rms:.2g} over {count} values (allowed {EULER_LIMIT})"
+
     def rejected(self) -> list[int]:
         """Weights whose claim is contradicted. Copies to the host."""
         return [i for i, (rms, number) in enumerate(self.result()) if number >= EULER_COUNT and rms > EULER_LIMIT]
@@ -746,26 +750,29 @@ def verify_scale_invariance(
         >>> bool(report), [claim.name for claim in report.claims]
         (True, ['0.weight'])
     """
-    found = inspect_module(module, *inputs, loss=loss, seed=seed) if verdicts is None else list(verdicts)
+    found = _read_graph(module, inputs, loss, seed) if verdicts is None else list(verdicts)
     claims = tuple(v for v in found if v.partition is not None)
     weights = {name: parameter for parameter, names in parameter_names(module).items() for name in names}
-    with _restored(module), torch.no_grad(), visible_graph():
-        before = _outputs(module, inputs, loss, seed)
-    with _restored(module), torch.no_grad(), visible_graph():  # from the same buffers (spectral_norm iterates in them)
-        generator = torch.Generator().manual_seed(seed)
-        for claim in claims:
-            assert claim.partition is not None
-            weight = weights[claim.name]
-            if type(weight.data) is not Tensor or tuple(weight.shape) != tuple(claim.shape):
-                raise NotSupportedError(
-                    f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape {tuple(weight.shape)}, in full "
-                    f"{tuple(claim.shape)}), so its function cannot be compared here. "
-                    "Call verify_scale_invariance on the unwrapped module, on one process."
-                )
-            factors = torch.exp2(2 * torch.rand(claim.partition.n, generator=generator, dtype=torch.float64) - 1)
-            weight.mul_(spread(claim.partition, factors, weight))
-        after = _outputs(module, inputs, loss, seed)
-    return InvarianceReport(max((_change(a, b) for a, b in zip(before, after, strict=True)), default=0.0), claims, tolerance)
+    for claim in claims:
+        weight = weights[claim.name]
+        if not _is_whole(weight, claim):
+            raise NotSupportedError(
+                f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape {tuple(weight.shape)}, in full "
+                f"{tuple(claim.shape)}), so its function cannot be compared here. "
+                "Call verify_scale_invariance on the unwrapped module, on one process."
+            )
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(n: int) -> Tensor:
+        return torch.exp2(2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1)
+
+    before = _outputs(module, inputs, loss, seed)
+    after = _outputs(module, inputs, loss, seed, [(weights[c.name], c.partition) for c in claims if c.partition is not None], factors)
+    return InvarianceReport(_largest_change(before, after), claims, tolerance)
+
+
+def _is_whole(weight: Tensor, verdict: Verdict) -> bool:
+    return type(weight.data) is Tensor and tuple(weight.shape) == tuple(verdict.shape)
 
 
 def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
@@ -776,9 +783,11 @@ def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
 
 
 def inspect_module(module: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, seed: int = 0) -> list[Verdict]:
-    """Run one training-mode forward and say of every weight of two or more dimensions whether it is scale-invariant.
+    """Run a training-mode forward and say of every weight of two or more dimensions whether it is scale-invariant.
 
-    The module is left as it was: weights, buffers, random states, training flags.
+    The claims of the graph are then held against the function: the outputs must stay what they are when all claimed vectors are multiplied
+    by up to 16. A claim that changes them by more than a tenth (a large epsilon, a padding value, a detached copy) is withdrawn. The module
+    is left as it was: weights, buffers, random states, training flags.
 
     Args:
         module: any module.
@@ -794,6 +803,10 @@ def inspect_module(module: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor
         >>> [(v.name, v.kind) for v in inspect_module(net, torch.randn(2, 4))]
         [('0.weight', 'layer')]
     """
+    return _withdraw_by_function(module, inputs, loss, seed, _read_graph(module, inputs, loss, seed))
+
+
+def _read_graph(module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int) -> list[Verdict]:
     search = ScaleInvarianceSearch(module)
     with _restored(module), torch.enable_grad(), search:
         torch.manual_seed(seed)
@@ -804,6 +817,46 @@ def inspect_module(module: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor
         elif sums:
             search.analyze(torch.stack(sums).sum() if len(sums) > 1 else sums[0])
     return list(search.verdicts.values())
+
+
+FUNCTION_LIMIT = 0.1
+
+
+def _withdraw_by_function(
+    module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int, verdicts: list[Verdict]
+) -> list[Verdict]:
+    """The verdicts without the claims that the function contradicts."""
+    weights = {name: parameter for parameter, names in parameter_names(module).items() for name in names}
+    claims = [v for v in verdicts if v.partition is not None]
+    if not claims or not all(_is_whole(weights[v.name], v) for v in claims):
+        return verdicts
+    before = _outputs(module, inputs, loss, seed)
+
+    def change(*tested: Verdict) -> float:
+        # Powers of two, which no precision rounds, and upwards, which makes an ordinary epsilon matter less and a large one show.
+        generator = torch.Generator().manual_seed(seed)
+
+        def factors(n: int) -> Tensor:
+            exponents = torch.randint(1, 5, (n,), generator=generator)
+            exponents[0] = 4
+            return torch.exp2(exponents.double())
+
+        scaled = [(weights[v.name], v.partition) for v in tested if v.partition is not None]
+        return _largest_change(before, _outputs(module, inputs, loss, seed, scaled, factors))
+
+    if not change() <= FUNCTION_LIMIT / 10:  # two runs of the same differ: nothing can be told
+        return verdicts
+    wrong = {}
+    if not change(*claims) <= FUNCTION_LIMIT:
+        wrong = {v.name: by for v in claims if not (by := change(v)) <= FUNCTION_LIMIT}
+    return [
+        v.withdrawn(f"the outputs change by {wrong[v.name]:.2g} of their size when it is multiplied by up to 16", "function")
+        if v.name in wrong
+        else replace(v, known="graph and function")
+        if v.partition is not None
+        else v
+        for v in verdicts
+    ]
 
 
 @contextmanager
@@ -834,14 +887,31 @@ def _restored(module: nn.Module) -> Iterator[None]:
                 numpy.random.set_state(numpy_state)
 
 
-def _outputs(module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int) -> list[Tensor]:
-    torch.manual_seed(seed)
-    torch.clear_autocast_cache()  # under autocast: casts of the weights as they were
-    output = module(*_copied(inputs))
-    tensors = list(_tensors(output))
-    if loss is not None:
-        tensors.append(loss(output))
-    return [t.detach().clone() for t in tensors if t.is_floating_point()]
+def _outputs(
+    module: nn.Module,
+    inputs: tuple[Any, ...],
+    loss: Callable[[Any], Tensor] | None,
+    seed: int,
+    scaled: Iterable[tuple[Tensor, Partition]] = (),
+    factors: Callable[[int], Tensor] = torch.ones,
+) -> list[Tensor]:
+    """What the module gives in training mode when these weights are scaled; every call starts from, and leaves, the same state."""
+    with _restored(module), visible_graph():  # also the same buffers: spectral_norm iterates in them
+        with torch.no_grad():
+            for weight, partition in scaled:
+                weight.mul_(spread(partition, factors(partition.n), weight))
+        torch.manual_seed(seed)
+        torch.clear_autocast_cache()  # under autocast: casts of the weights as they were
+        with torch.enable_grad():  # as in training: a gradient penalty needs it
+            output = module(*_copied(inputs))
+            tensors = list(_tensors(output))
+            if loss is not None:
+                tensors.append(loss(output))
+            return [t.detach().clone() for t in tensors if t.is_floating_point()]
+
+
+def _largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    return max((_change(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
 
 
 def _change(before: Tensor, after: Tensor) -> float:

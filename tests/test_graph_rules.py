@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_normdyn import graph_rules
 from lightning_normdyn.graph_rules import Flow, Offset, Rows, compact, new_offset, register_rule, reshaped
-from lightning_normdyn.targets import inspect_module, verify_scale_invariance
+from lightning_normdyn.targets import ScaleInvarianceSearch, inspect_module, verify_scale_invariance
 
 # ------------------------------------------------------------------------------------------------ union-find and reshapes
 
@@ -110,6 +110,8 @@ def claim(net: nn.Module, *inputs) -> str:
 
 MISSED = "no"  # scale-invariant, but the bias is lost track of in rearrangements as rare as these
 
+TO_ROWS = torch.tensor([1, 0, 1, 3])[:, None, None, None].expand(4, 4, 6, 6)
+
 # What stands between a convolution and its BatchNorm: (operation, kind without a bias, kind with one).
 BETWEEN = {
     "nothing": (lambda x: x, "filter", "filter"),
@@ -155,13 +157,53 @@ BETWEEN = {
     "flip": (lambda x: x.flip(3), "filter", "filter"),
     "index": (lambda x: x[torch.tensor([1, 0, 3, 2])], "filter", "filter"),
     "index_select": (lambda x: x.index_select(1, torch.tensor([3, 2, 1, 0])), "filter", "filter"),
+    "index of pairs": (lambda x: x[torch.arange(4), :, torch.arange(4) % 3, :, None], "filter", "filter"),
+    "index of places": (lambda x: x[:, :, torch.tensor([0, 2, 4]), torch.tensor([1, 1, 5]), None], "filter", "filter"),
+    "packed by a mask": (
+        lambda x: x.permute(0, 2, 3, 1)[torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5][..., None, None],
+        "filter",
+        "filter",
+    ),
+    "parts of the batch": (lambda x: torch.cat([part[:1] for part in x.chunk(2)]), "filter", "filter"),
+    "unbound and stacked": (lambda x: torch.stack(x.unbind(2), 2), "filter", "filter"),
+    "rot90": (lambda x: torch.rot90(x, 1, (2, 3)), "filter", "filter"),
+    "rot90 of channels": (lambda x: torch.rot90(x[:, :, :4], 1, (1, 2)), "layer", "no"),
+    "max_unpool": (lambda x: F.max_unpool2d(*F.max_pool2d(x, 2, return_indices=True), 2), "filter", "no"),
+    "masked_fill": (lambda x: x.masked_fill(torch.ones(6, 6).tril() > 0, 0.0), "filter", "no"),
+    "masked_fill with a tensor": (lambda x: x.masked_fill(torch.ones(6, 6).tril() > 0, torch.tensor(0.0)), "filter", "no"),
+    "glu": (lambda x: F.glu(x, 1).repeat(1, 2, 1, 1), "partly", "no"),
+    "glu of a row with itself": (lambda x: F.glu(torch.cat([x, x], 1), 1), "no", "no"),
+    "index_add": (lambda x: torch.zeros_like(x).index_add(0, torch.tensor([1, 0, 1, 3]), x), "filter", "no"),
+    "index_add to itself": (lambda x: x.index_add(0, torch.tensor([1, 0]), x[:2]), "filter", "no"),
+    "index_add of channels": (lambda x: torch.zeros_like(x).index_add(1, torch.tensor([1, 0, 1, 3]), x), "layer", "no"),
+    "index_add to what does not scale": (lambda x: torch.ones_like(x).requires_grad_().index_add(0, torch.arange(4), x), "no", "no"),
+    "index_put that adds": (
+        lambda x: torch.zeros_like(x).index_put((torch.tensor([1, 0, 1, 3]),), x, accumulate=True), "layer", "no"
+    ),
+    "scatter_add": (
+        lambda x: torch.zeros_like(x).scatter_add(0, TO_ROWS, x), "filter", "no"
+    ),
+    "scatter_reduce": (
+        lambda x: torch.zeros_like(x).scatter_reduce(0, TO_ROWS, x, "amax"), "filter", "no"
+    ),
+    "scatter_reduce by products": (
+        lambda x: torch.ones_like(x).scatter_reduce(0, TO_ROWS, x, "prod"), "no", "no"
+    ),
+    "index_reduce": (
+        lambda x: torch.zeros_like(x).index_reduce(0, torch.arange(4), x, "mean", include_self=False), "filter", MISSED
+    ),
+    "segment_reduce": (lambda x: torch.segment_reduce(x, "mean", lengths=torch.tensor([1, 3]), axis=0), "filter", MISSED),
+    "root mean square of a channel": (lambda x: x * torch.rsqrt(F.adaptive_avg_pool2d(x * x, 1) + 1e-30), "filter", "no"),
+    "local response normalization": (lambda x: F.local_response_norm(x, 3, alpha=1.0), "no", "no"),
+    "one plus a mean as a factor": (lambda x: x * (1 + x.relu().mean((2, 3), keepdim=True)), "no", "no"),
+    "divided by a mean plus a small number": (lambda x: x / (x.abs().mean((2, 3), keepdim=True) + 1e-30), "filter", "no"),
     "boolean index": (lambda x: x[torch.tensor([True, False, True, True])], "filter", "filter"),
     "sort": (lambda x: x.sort(3)[0], "filter", "no"),
     "top": (lambda x: x.topk(2, 3)[0], "filter", "no"),
     "cumsum": (lambda x: x.cumsum(2), "filter", "no"),
     "gather": (lambda x: x.gather(3, torch.zeros(4, 4, 6, 2, dtype=torch.long)), "filter", "no"),
     "cat with itself": (lambda x: torch.cat([x[:, :2], x[:, 2:].relu()], 1), "filter", "partly"),
-    "stack": (lambda x: torch.stack([x, x], 2).flatten(2, 3), "filter", MISSED),
+    "stack": (lambda x: torch.stack([x, x], 2).flatten(2, 3), "filter", "filter"),
     "split": (lambda x: torch.cat(x.split(1, 1)[::-1], 1), "filter", "filter"),
     "unbind": (lambda x: torch.stack(x.unbind(1), 1), "filter", "filter"),
     "permute": (lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), "filter", "filter"),
@@ -290,6 +332,77 @@ def test_group_norm_of_single_channels_forgives_a_bias_unless_it_is_spatial():
     assert claim(net, zoo.images()) == "no"
 
 
+def test_a_bilinear_map():
+    net = zoo.Net(lambda m, x: m.n(m.b(x, x[:, :4])), b=nn.Bilinear(6, 4, 5), n=nn.BatchNorm1d(5))
+    assert claim(net, zoo.vectors()) == "filter"
+    net = zoo.Net(lambda m, x: m.n(m.b(m.a(x), m.a(x))), a=zoo.linear(6, 4), b=nn.Bilinear(4, 4, 5, bias=False), n=nn.BatchNorm1d(5))
+    assert claim(net, zoo.vectors()) == "layer"
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_messages_by_a_sparse_matrix(layout):
+    adjacency = (torch.rand(8, 8) > 0.5).double().to_sparse(layout=layout)
+    for multiply in (torch.sparse.mm, torch.matmul):
+        net = zoo.Net(lambda m, x, multiply=multiply: m.n(multiply(adjacency, m.a(x))), a=zoo.linear(6, 5), n=nn.BatchNorm1d(5))
+        assert claim(net, zoo.vectors()) == "filter"
+        net.n = nn.LayerNorm(5).double()
+        assert claim(net, zoo.vectors()) == "layer"
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_values_shared_by_grouped_queries(heads):
+    def forward(m, x):
+        q, k, v = (part(x).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (m.q, m.k, m.v))
+        y = F.scaled_dot_product_attention(m.nq(q), m.nk(k), v, enable_gqa=True).transpose(1, 2)
+        return m.n(y)
+
+    parts = {"v": zoo.linear(8, 8), "q": zoo.linear(8, 4 * heads), "k": zoo.linear(8, 8)}
+    net = zoo.Net(forward, **parts, nq=nn.RMSNorm(4), nk=nn.RMSNorm(4), n=nn.RMSNorm(4))
+    assert claim(net, zoo.sequences()) == "group"  # the values of one head
+    assert [v.kind for v in inspect_module(net, zoo.sequences())] == ["group"] * 3
+
+
+def test_filters_behind_an_axis_of_one():
+    """StyleGAN2 stores its modulated convolutions as (1, O, I, k, k)."""
+
+    def forward(m, x, style):
+        w = m.a * style.view(len(x), 1, 3, 1, 1)
+        w = w * torch.rsqrt(w.square().sum((2, 3, 4), keepdim=True) + 1e-30)
+        return F.conv2d(x.reshape(1, -1, 8, 8), w.flatten(0, 1), padding=1, groups=len(x))
+
+    net = zoo.Net(forward, a=zoo.weight(1, 4, 3, 3, 3))
+    (verdict,) = inspect_module(net, zoo.images(2), torch.rand(2, 3, dtype=torch.float64))
+    assert (verdict.kind, verdict.n) == ("filter", 4)
+
+
+def test_embedding_bags_go_together():
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(9, 4, mode="sum"), n=nn.LayerNorm(4))
+    assert claim(net, zoo.tokens()) == "layer"
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(9, 4), n=nn.BatchNorm1d(4))
+    assert claim(net, zoo.tokens()) == "filter"  # its columns
+
+
+def test_one_bias_before_and_after_a_rearrangement_is_one_offset():
+    """The same layer called twice adds the same bias; what is equal cancels, and one BatchNorm removes it from both."""
+    net = zoo.Net(lambda m, x: m.n(torch.cat([m.a(x), m.a(2 * x)])), a=nn.Linear(6, 5), n=nn.BatchNorm1d(5))
+    assert claim(net, zoo.vectors()) == "filter"
+    (link,) = inspect_module(net, zoo.vectors())[0].batch_norms
+    assert link.bias == "a.bias"
+    net = zoo.Net(lambda m, x: m.n(torch.cat([m.a(x), m.b(x)])), a=nn.Linear(6, 5), b=nn.Linear(6, 5), n=nn.BatchNorm1d(5))
+    assert claim(net, zoo.vectors()) == "no"
+    net = zoo.Net(lambda m, x: F.normalize(m.a(x) - m.a(x.flip(0)), dim=0), a=nn.Linear(6, 5))
+    assert claim(net, zoo.vectors()) == "filter"
+    net = zoo.Net(lambda m, x: F.normalize(m.a(x) - m.a(x).roll(1, 1), dim=0), a=nn.Linear(6, 5))
+    assert claim(net, zoo.vectors()) == "no"
+
+
+def test_the_bias_of_a_batch_in_parts_is_known():
+    """Ghost batch normalization: one BatchNorm on parts of the batch, whose statistics follow a rescale."""
+    net = zoo.Net(lambda m, x: torch.cat([m.n(part) for part in m.a(x).chunk(2)]), a=nn.Linear(6, 5), n=nn.BatchNorm1d(5))
+    verdict = inspect_module(net, zoo.vectors())[0]
+    assert (verdict.kind, verdict.stale_statistics, [link.bias for link in verdict.batch_norms]) == ("filter", (), ["a.bias"])
+
+
 def test_embedding_rows_that_meet_are_one_layer():
     net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(9, 4), n=nn.LayerNorm((5, 4)))
     assert claim(net, zoo.tokens()) == "layer"
@@ -334,7 +447,9 @@ def test_masks_that_are_learnt_are_not_free():
 def test_conditions_are_marked():
     def verdicts(threshold):
         net = zoo.Net(lambda m, x: m.n(torch.where(m.a(x) > threshold, m.a(x), 0.1 * m.a(x))), a=zoo.linear(6, 4), n=nn.LayerNorm(4))
-        return net, inspect_module(net, zoo.vectors())[0]
+        with ScaleInvarianceSearch(net) as search:
+            search.analyze(net(zoo.vectors()).sum())
+        return net, search.verdicts["a.weight"]
 
     net, verdict = verdicts(0)
     assert verdict.kind == "layer"
@@ -396,7 +511,8 @@ def test_every_rule_is_for_an_operation_that_exists():
 
 MISSES = {
     "circular padding": (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), "CopySlices"),  # in-place writes into views
-    "masked_fill": (lambda x: x.masked_fill(torch.ones(6, 6).tril() > 0, 0.0), "MaskedFill"),  # the value is not saved
+    "nan_to_num": (lambda x: x.nan_to_num(), "NanToNum"),
+    "fft": (lambda x: torch.fft.fft(x).real, "FftR2C"),
     "as_strided": (lambda x: x.as_strided((4, 4, 6, 6), (144, 36, 6, 1)), "AsStrided"),
     "softplus with a tiny beta": (lambda x: F.threshold(x, 0.0, 0.0), "Threshold"),  # the value is not saved
 }

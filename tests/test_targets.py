@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -291,7 +292,9 @@ def test_embedding_rows_inside_a_checkpoint_go_together():
         return norm(embedding(ids))
 
     net = zoo.Net(lambda m, ids: checkpoint(run, ids, use_reentrant=False), e=embedding, n=norm)
-    assert inspect_module(net, zoo.tokens())[0].kind == "layer"
+    with ScaleInvarianceSearch(net) as search:
+        search.analyze(net(zoo.tokens()).sum())
+    assert search.verdicts["e.weight"].kind == "layer"
     assert len(calls) == 1
 
 
@@ -547,17 +550,73 @@ def test_verify_finds_false_claims():
 )  # fmt: skip
 def test_a_large_epsilon_is_marked_and_found_out(norm):
     net = nn.Sequential(nn.Linear(6, 8, bias=False), norm).double()
-    verdict = inspect_module(net, zoo.vectors())[0]
+    (verdict,) = claims_of_the_graph(net, zoo.vectors())
     assert verdict.kind == "layer"
     assert verdict.eps
     assert "assumed" in targets_table([verdict])
     assert not verify_scale_invariance(net, zoo.vectors())
+    assert inspect_module(net, zoo.vectors())[0].known == "function"
 
 
-def test_a_padding_value_is_marked_and_found_out():
-    net = zoo.Net(lambda m, x: m.n(F.pad(m.a(x), (1, 1, 1, 1), value=3.0)), a=zoo.conv(3, 4), n=nn.BatchNorm2d(4))
-    assert inspect_module(net, zoo.images())[0].eps
-    assert not verify_scale_invariance(net, zoo.images())
+def claims_of_the_graph(net, *inputs) -> list[Verdict]:
+    with ScaleInvarianceSearch(net) as search:
+        search.analyze(net(*inputs).square().sum())
+    return [v for v in search.verdicts.values() if v.partition is not None]
+
+
+def squash(x):  # capsules
+    squares = x.view(-1, 2, 4).square().sum(-1, keepdim=True)
+    return squares / (1 + squares) * x.view(-1, 2, 4) / squares.sqrt()
+
+
+ASSUMED = {  # what the graph alone would claim: a number that it does not show, or a copy that it does not hold
+    "a padding value": lambda m, x: m.n(F.pad(m.a(x), (2, 2), value=3.0)),
+    "a filling value": lambda m, x: m.n(m.a(x).masked_fill(torch.arange(12) > 4, 2.0)),
+    "a condition": lambda m, x: m.n(torch.where(m.a(x) > 0.3, m.a(x), 0.1 * m.a(x))),
+    "a detached copy": lambda m, x: m.a(x).detach() + m.n(m.a(x)),
+    "a large epsilon": lambda m, x: F.layer_norm(m.a(x), (8,), eps=1.0),
+    "a constant in a denominator": lambda m, x: m.a(x) / (1 + m.a(x).norm(dim=1, keepdim=True)),
+    "a squashed capsule": lambda m, x: squash(m.a(x)),
+    "ones to add to": lambda m, x: m.n(torch.ones(8, 8, dtype=x.dtype).index_reduce(0, torch.arange(8) % 3, m.a(x), "amax")),
+}
+
+
+@pytest.mark.parametrize("what", ASSUMED)
+def test_inspection_withdraws_what_the_function_contradicts(what):
+    torch.manual_seed(0)
+    width = 12 if "value" in what else 8
+    norm = nn.LayerNorm(width) if "value" in what else nn.BatchNorm1d(width)
+    net = zoo.Net(ASSUMED[what], a=zoo.linear(6, 8 if "padding" in what else width), n=norm)
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    assert claims_of_the_graph(net, zoo.vectors())
+    net.load_state_dict(before)
+    (verdict,) = inspect_module(net, zoo.vectors())
+    assert (verdict.kind, verdict.partition, verdict.known) == ("no", None, "function")
+    assert re.search(r"says \w+, but the outputs change by [0-9.]+ of their size", verdict.reason)
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    torch.set_rng_state(state)
+
+
+def test_inspection_keeps_claims_where_two_runs_differ():
+    class Unsteady(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.calls * x
+
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), Unsteady())
+    (verdict,) = inspect_module(net, torch.randn(8, 6))
+    assert (verdict.kind, verdict.known) == ("filter", "graph")
+
+
+def test_only_the_guilty_claim_is_withdrawn():
+    net = zoo.Net(
+        lambda m, x: m.n(m.a(x)) + (lambda y: y.detach() + m.n(y))(m.b(x)), a=zoo.linear(6, 8), b=zoo.linear(6, 8), n=nn.BatchNorm1d(8)
+    )
+    found = by_name(inspect_module(net, zoo.vectors()))
+    assert (found["a.weight"].kind, found["a.weight"].known) == ("filter", "graph and function")
+    assert (found["b.weight"].kind, found["b.weight"].known) == ("no", "function")
 
 
 def test_sharded_weights_are_refused():
@@ -618,7 +677,9 @@ def test_euler_skips_what_says_nothing_and_waits():
     for _ in range(7):
         test.update(one, one, one, 4 * one, index)
     assert test.rejected() == [0, 1]
-    withdrawn = Verdict("w", (4, 4), Partition.filters((4, 4)), "filter", norms=("bn",)).withdrawn(*test.result()[0])
+    withdrawn = Verdict("w", (4, 4), Partition.filters((4, 4)), "filter", norms=("bn",)).withdrawn(
+        test.contradiction(*test.result()[0]), "gradients"
+    )
     assert withdrawn.partition is None
     assert "bn says filter" in withdrawn.reason
     assert "= 2 over 22 values" in withdrawn.reason

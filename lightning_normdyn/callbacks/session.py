@@ -244,7 +244,9 @@ class Session:
         if claims is None:
             return
         for verdict, rms, count in claims.withdrawn():
-            withdrawn = self._withdrawn[verdict.name] = self.search.verdicts[verdict.name] = verdict.withdrawn(rms, count)
+            withdrawn = self._withdrawn[verdict.name] = self.search.verdicts[verdict.name] = verdict.withdrawn(
+                EulerTest.contradiction(rms, count), "gradients"
+            )
             self._version += 1
             warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
         if claims.decided:
