@@ -63,8 +63,8 @@ _DECOUPLED: tuple[type[Optimizer], ...] = tuple(
     c for c in (torch.optim.AdamW, getattr(torch.optim, "Adafactor", None), _Muon) if c is not None
 )
 
-# Packages whose `step` was read: it takes group["weight_decay"] anew at every step and keeps nothing in the group.
-_READS_DECAY_EVERY_STEP = ("torch.optim.", "lion_pytorch.")
+# Packages besides torch whose `step` was read: it takes group["weight_decay"] anew at every step and keeps nothing in the group.
+_READS_DECAY_EVERY_STEP = ("lion_pytorch.",)
 
 # Keys that optimizers write into their param groups at every step (schedule-free, Prodigy, fused Adams with one step count per group).
 _PER_STEP_GROUP_KEYS = frozenset({"step", "k", "d", "d_numerator", "weight_sum", "lr_max", "scheduled_lr", "train_mode"})
@@ -156,13 +156,14 @@ def supports_decay_takeover(optimizer: Optimizer) -> str | None:
         >>> supports_decay_takeover(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))])) is None
         True
     """
-    name = type(optimizer).__name__
-    kept = sorted({key for group in optimizer.param_groups for key in group if key in _PER_STEP_GROUP_KEYS})
+    name, module = type(optimizer).__name__, _step_module(optimizer)
     if is_schedule_free(optimizer):
         return f"{name} is schedule-free and keeps a second copy of the weights"
+    if module.startswith("torch.optim."):  # read, all of them; Adafactor has a constant "d" in its groups
+        return None
+    kept = sorted({key for group in optimizer.param_groups for key in group if key in _PER_STEP_GROUP_KEYS})
     if kept:
         return f"{name} keeps per-step state in its param groups ({', '.join(kept)})"
-    module = _step_module(optimizer)
     if not module.startswith(_READS_DECAY_EVERY_STEP):
         return f"the step of {name} is defined in {module}, and whether it reads weight_decay from its group at every step is not known"
     return None

@@ -625,7 +625,7 @@ def test_lightning_cli_builds_the_callbacks_from_yaml(tmp_path):
     ("wrong", "says"),
     [
         ("statistic: norm", ["statistic: median", "'auto'", "'norm'", "'std'"]),
-        ("alpha: 0.5", ["alpha: -1", "must be > 0 and finite, got -1"]),
+        ("alpha: 0.5", ["alpha: -1", "must be > 0, got -1"]),
     ],
 )
 def test_lightning_cli_shows_what_is_wrong(wrong, says, tmp_path, capsys):

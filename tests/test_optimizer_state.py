@@ -238,6 +238,7 @@ def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
     weight = nn.Parameter(torch.randn(2, 2))
     for name in OPTIMIZERS:
         assert supports_decay_takeover(build(name, weight)) is None
+    assert supports_decay_takeover(torch.optim.Adafactor([weight])) is None  # its group has a "d", as Prodigy's, but a constant
     optimizer = torch.optim.SGD([weight], lr=0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     optimizer.step = torch.compile(optimizer.step, backend="eager")
@@ -253,8 +254,8 @@ def test_decay_takeover_is_refused_with_the_reason():
             return super().step(closure)
 
     assert "step of OwnStep is defined in test_optimizer_state" in supports_decay_takeover(OwnStep([weight], lr=0.1))
-    prodigy_like = torch.optim.SGD([{"params": [weight], "d": 1e-6, "k": 0}], lr=0.1)
-    assert supports_decay_takeover(prodigy_like) == "SGD keeps per-step state in its param groups (d, k)"
+    prodigy_like = OwnStep([{"params": [weight], "d": 1e-6, "k": 0}], lr=0.1)
+    assert supports_decay_takeover(prodigy_like) == "OwnStep keeps per-step state in its param groups (d, k)"
 
 
 # ---- The statistics behind a rescaled filter ----

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
@@ -53,13 +53,11 @@ class AdaptiveWeightShrink(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if not (isinstance(alpha, (int, float)) and 0 < alpha < float("inf")):
-            raise ValueError(f"`alpha` must be > 0 and finite, got {alpha!r}.")
         if statistic not in ("auto", "norm", "std"):
             raise ValueError(f"`statistic` must be 'auto', 'norm' or 'std', got {statistic!r}.")
         if weight_decay not in ("replace", "keep"):
             raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
-        self.alpha = float(alpha)
+        self.alpha = check_number("alpha", alpha, "> 0")
         self.statistic = statistic
         self.weight_decay = weight_decay
         self._standardized: dict[int, Tensor | None] = {}

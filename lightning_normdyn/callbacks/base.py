@@ -8,7 +8,9 @@ A callback adds a policy: which phases it acts in, and with which number.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from math import inf
+from numbers import Real
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -50,7 +52,7 @@ class NormDynCallback(Callback):
         self._attached_at: dict[int, int] = {}
         self._per_vector: dict[str, dict[str, Tensor]] = {}  # of the vectors that this rank holds
         self._restored_vectors: dict[str, dict[str, Tensor]] = {}  # of all vectors, from a checkpoint
-        self._named: set[Tensor] = set()  # by patterns, known at fit start
+        self._matched: set[Tensor] = set()  # weights that `params` lets in, whoever owns them: known at fit start
         self._reported_bad = False
 
     # -- what a callback adds ------------------------------------------------------------------------------------------
@@ -175,14 +177,15 @@ class NormDynCallback(Callback):
     def _select(self, owned: list[Tensor]) -> list[Tensor]:
         session = self._session
         assert session is not None
-        auto = [w for w in owned if not self.writes or session.verdict(w).partition is not None]
-        if self.params == ["auto"]:
-            return [w for w in auto if self._can_measure(w)]
-        weights = [w for w in session.names if len(session.shapes[w]) >= 2]
-        chosen = match_patterns(self.params, [session.names[w] for w in weights], what="weights of two or more dimensions")
-        named = {weights[i] for i in chosen}
-        includes = any(not p.startswith("!") for p in self.params)
-        return [w for w in (owned if includes else auto) if w in named and (includes or self._can_measure(w))]
+        matched = [w for w in owned if w in self._matched]
+        if self._by_name:
+            return matched
+        return [w for w in matched if (not self.writes or session.verdict(w).partition is not None) and self._can_measure(w)]
+
+    @property
+    def _by_name(self) -> bool:
+        """Whether ``params`` names weights: not ``"auto"``, and not ``"auto"`` minus some."""
+        return self.params != ["auto"] and not all(p.startswith("!") for p in self.params)
 
     def _can_measure(self, weight: Tensor) -> bool:
         """Whether ``"auto"`` takes this weight in; a named one is refused with the reason instead."""
@@ -213,33 +216,53 @@ class NormDynCallback(Callback):
         partition = choose_partition(verdict, self.granularity, fallback)
         return Target(name, weight, partition, verdict, by_request=verdict.partition is None)
 
-    def _refuse_rivals(self, weights: list[Tensor]) -> None:
+    def _refuse_rivals(self, weights: Iterable[Tensor]) -> None:
         session = self._session
         assert session is not None
         for other in session.members:
-            if other is self or type(other) is not type(self):
+            if other is self or other._kind is not self._kind:
                 continue
-            theirs = other._named | {t.weight for plan in other.plans.values() for t in plan.targets}
+            theirs = {t.weight for plan in other.plans.values() for t in plan.targets} | (other._matched if other._by_name else set())
             both = [session.names[w][0] for w in weights if w in theirs]
             if both:
                 raise NotSupportedError(
-                    f"Two {type(self).__name__} callbacks target `{both[0]}`{f' and {len(both) - 1} more' if len(both) > 1 else ''}. "
+                    f"Two {self._kind.__name__} callbacks target `{both[0]}`{f' and {len(both) - 1} more' if len(both) > 1 else ''}. "
                     "Give them different `params`, or remove one."
                 )
 
+    @property
+    def _kind(self) -> type:
+        """The class whose rule this is: a subclass of `AdaptiveWeightShrink` shrinks as well."""
+        mro = type(self).__mro__
+        return mro[mro.index(NormDynCallback) - 1]
+
     def _check_found(self) -> None:
-        """After every optimizer has stepped once: ``"auto"`` must have found something to act on."""
-        if self.plans or not self.acts:
+        """After every optimizer has stepped once: there must be something to act on, or something that may still come."""
+        if self.plans or not self.acts or self._may_come():
             return
-        assert self._session is not None
-        verdicts = self._session.search.verdicts.values()
-        reasons = [f"  {v.name}: {v.reason or v.kind}" for v in verdicts][:8]
+        session = self._session
+        assert session is not None
+        verdicts = [session.verdict(w) for w in session.names if len(session.shapes[w]) >= 2]
+        reasons = [f"  {v.name}: {v.reason or v.kind}" for v in verdicts]
+        if not any(v.known for v in verdicts):
+            reasons = ["  no training loss was seen in on_before_backward (call self.manual_backward(loss))"]
+        lazy = [f"  {session.names[w][0]}: a lazy parameter; run one forward pass before the fit" for w in session.lazy]
         kind = "scale-invariant weight" if self.writes else "weight of two or more dimensions"
-        found = "\n".join(reasons) if reasons else "  no training loss was seen in on_before_backward (call self.manual_backward(loss))"
+        found = "\n".join([*lazy, *reasons][:8])
         raise NoTargetsError(
             f"{type(self).__name__}(params={_shown(self.params)}) found no {kind} to act on:\n{found}\n"
             "Name weights with params='PATTERN' if you know better, or remove the callback."
         )
+
+    def _may_come(self) -> list[str]:
+        """Names of weights that may become targets later in this fit: they are frozen, or no optimizer holds them yet."""
+        session = self._session
+        assert session is not None
+        trained = {w for o in session.optimizers for w in session.owned(o) if w.requires_grad}
+        waiting = [w for w in session.names if w in self._matched and w not in trained and w not in session.lazy]
+        if not self._by_name and self.writes:
+            waiting = [w for w in waiting if (v := session.verdict(w)).partition is not None or v.kind == "unknown"]
+        return [session.names[w][0] for w in waiting]
 
     def _adopt_restored(self) -> None:
         restored, self._restored = self._restored, None
@@ -289,7 +312,6 @@ class NormDynCallback(Callback):
         self._session.members.append(self)
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
-        self._named = set()
         for optimizer in trainer.optimizers:
             for part in torch_optimizers(optimizer):
                 check_optimizer(part)
@@ -298,15 +320,22 @@ class NormDynCallback(Callback):
     def _check_patterns(self, trainer: Trainer) -> None:
         session = self._session
         assert session is not None
-        if self.params == ["auto"]:
-            return
-        weights = [w for w in session.names if len(session.shapes[w]) >= 2]
-        chosen = match_patterns(self.params, [session.names[w] for w in weights], what="weights of two or more dimensions")
-        if not any(not p.startswith("!") for p in self.params):
+        weights = [w for w in session.names if len(session.shapes[w]) >= 2 or w in session.lazy]
+        chosen = [
+            weights[i] for i in match_patterns(self.params, [session.names[w] for w in weights], what="weights of two or more dimensions")
+        ]
+        self._matched = set(chosen)
+        if self.params != ["auto"] and not chosen:
+            raise NoTargetsError(
+                f'`params={_shown(self.params)}` excludes all that it includes. Leave a "!pattern" out, or remove the callback.'
+            )
+        if not self._by_name:
+            lazy = [f"`{session.names[w][0]}`" for w in chosen if w in session.lazy]
+            if lazy and self.acts:
+                warn_once(f"{type(self).__name__} leaves lazy parameters alone ({', '.join(lazy)}). Run one forward pass before the fit.")
             return
         owned = {p for o in trainer.optimizers for part in torch_optimizers(o) for g in part.param_groups for p in g["params"]}
-        for i in chosen:
-            weight = weights[i]
+        for weight in chosen:
             self._check_weight(weight, session.names[weight][0])
             exact = any(n in self.params for n in session.names[weight])
             if exact and weight.requires_grad and weight not in owned:
@@ -314,11 +343,10 @@ class NormDynCallback(Callback):
                     f"`{session.names[weight][0]}` was asked to be a target, but no optimizer holds it. "
                     "Return it from configure_optimizers, or leave it out."
                 )
-        self._named = {weights[i] for i in chosen}
-        self._refuse_rivals([weights[i] for i in chosen])
+        self._refuse_rivals(chosen)
         for optimizer in trainer.optimizers:
             for part in torch_optimizers(optimizer):
-                self.check_optimizer(part, [p for g in part.param_groups for p in g["params"] if p in self._named])
+                self.check_optimizer(part, [p for g in part.param_groups for p in g["params"] if p in self._matched])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bracket the optimizers: only here are weights, optimizer state and callback state restored under every strategy."""
@@ -360,6 +388,7 @@ class NormDynCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizers."""
         self._report_bad()
+        self._report_idle()
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -434,6 +463,36 @@ class NormDynCallback(Callback):
             named = ", ".join(lines[:8]) + (" ..." if len(lines) > 8 else "")
             warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {named}.")
 
+    def _report_idle(self) -> None:
+        """Say so if nothing ever came of what might have come."""
+        session = self._session
+        if session is None or not session.attempts or self.plans or not self.acts:
+            return
+        names = [f"`{name}`" for name in self._may_come()]
+        if names:
+            named = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+            warn_once(f"{type(self).__name__} did nothing in this fit: {named} stayed frozen, or no optimizer held them.")
+
+
+def check_number(name: str, value: object, bound: Literal["> 0", ">= 0"], otherwise: str = "") -> float:
+    """An argument as a float, if it is a finite number within ``bound``.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        bound: what it must be.
+        otherwise: what else it may be, for the message.
+
+    Raises:
+        ValueError: "`alpha` must be > 0, got -1.0."
+    """
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not (value > 0 or (value == 0 and bound == ">= 0")):  # type: ignore[operator]
+        raise ValueError(f"`{name}` must be {bound}{otherwise}, got {value!r}.")
+    if value == inf:
+        raise ValueError(f"`{name}` must be finite, got {value!r}.")
+    return float(value)  # type: ignore[arg-type]
+
 
 def log_every(trainer: Trainer) -> int:
     """The Trainer's ``log_every_n_steps``."""
@@ -452,4 +511,4 @@ def _shown(params: Iterable[str]) -> str:
     return repr(params[0]) if len(params) == 1 else repr(params)
 
 
-__all__ = ["NormDynCallback", "Plan", "Session", "Target", "log_every", "warn_once"]
+__all__ = ["NormDynCallback", "Plan", "Session", "Target", "check_number", "log_every", "warn_once"]

@@ -174,6 +174,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self.tables = tables
         self.alert = alert
         self.history = History()
+        self._evidence = self.history  # what verdicts rest on, also where less was asked for
         self._off = False
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._results: list[_Measured] = []
@@ -412,6 +413,7 @@ class NormDynamicsMonitor(NormDynCallback):
             total, count = overview["predicted"]
             row["normdyn/equilibrium_angular_update"] = sqrt(total / count)
             row["normdyn/equilibrium_ratio"] = sqrt(overview["measured"][0] / total)
+        row["normdyn/optimizer_step"] = float(optimizer_step)
         row["normdyn/skipped_steps"] = float(self._session.skipped_steps())
         row["normdyn/collapsed_vectors"] = collapsed
         if clamped is not None:
@@ -433,19 +435,25 @@ class NormDynamicsMonitor(NormDynCallback):
         }
 
     def _keep(self, trainer: Trainer, row: dict[str, float], histograms: dict[str, Histogram], step: int, optimizer_step: int) -> None:
-        """Rank zero: into the history with everything, into the loggers with what was asked for."""
+        """Rank zero: into the history and, at a logging step, into the loggers."""
         assert self._session is not None
         first = not len(self.history)
-        self.history.append(step, row, optimizer_step=optimizer_step)
+        shown = self._append(step, row, optimizer_step)
         for event in self._session.take_events():
             self.history.mark(step, event)
         if first and self.tables:
             self._say_idle_decay(trainer)
         every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
         if every and ((step + 1) % every == 0 or trainer.should_stop):
-            shown = {key: value for key, value in row.items() if self._asked_for(key)}
-            shown["normdyn/optimizer_step"] = float(optimizer_step)
             publish_row(trainer.loggers, shown, histograms, step)
+
+    def _append(self, step: int, row: dict[str, float], optimizer_step: int) -> dict[str, float]:
+        """Into the history goes what was asked for, which is handed back; verdicts need more."""
+        shown = {key: value for key, value in row.items() if self._asked_for(key)}
+        self.history.append(step, shown, optimizer_step=optimizer_step)
+        if self._evidence is not self.history:
+            self._evidence.append(step, row, optimizer_step=optimizer_step)
+        return shown
 
     def _asked_for(self, key: str) -> bool:
         section, _, name = key.partition("/")
@@ -561,6 +569,7 @@ class NormDynamicsMonitor(NormDynCallback):
         super().on_fit_start(trainer, pl_module)
         self._off = bool(trainer.barebones)
         self.history = History()
+        self._evidence = self.history if self.quantities is None else History()
         self._last_step, self._told, self._results, self._sums = -1, 0, [], {}
         self._influences, self._length, self._quantities, self._courses, self._norms, self._reported = {}, {}, {}, {}, {}, set()
 
@@ -587,7 +596,7 @@ class NormDynamicsMonitor(NormDynCallback):
             means = (plan.vectors.totals(norms) / plan.vectors.totals(torch.ones_like(norms))).tolist()
             row.update({f"weight_norm/{t.name}": m for t, m in zip(plan.targets, means, strict=True)})
         if trainer.is_global_zero:
-            self.history.append(now, row, optimizer_step=max(self.steps_of(i) for i in self.plans))
+            self._append(now, row, max(self.steps_of(i) for i in self.plans))
 
     def _publish_about(self, trainer: Trainer) -> None:
         """What the run consists of: at its first step, and again when more weights are trained (finetuning)."""
@@ -628,13 +637,13 @@ class NormDynamicsMonitor(NormDynCallback):
         targets = [t for plan in self.plans.values() for t in plan.targets]
         # Every rank takes part in this; what follows is known to rank zero only.
         treated = [self._treatment_of(t) for t in targets]
-        layers, known = [], set(self.history.keys())
+        layers, known = [], set(self._evidence.keys())
         for target, how in zip(targets, treated, strict=True):
             if f"weight_norm/{target.name}" not in known:
                 continue
-            norms = self.history.column(f"weight_norm/{target.name}")[1].tolist()
+            norms = self._evidence.column(f"weight_norm/{target.name}")[1].tolist()
             course = self._courses.get(target.name, Course())
-            said = judge(self.history, target.name, course)
+            said = judge(self._evidence, target.name, course)
             layers.append(
                 {
                     "weight": target.name,
@@ -658,7 +667,7 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _end_table(self, layers: list[dict[str, Any]]) -> str | None:
         assert self._session is not None
-        clamped = self._session.counted("clamped")
+        clamped = self._session.counted_by_weight("clamped")
         if not layers:
             return None
         columns = ("weight", "treated how", "norm first → last", "effective lr", "angular update", "prediction", "e-foldings", "verdict")
@@ -673,8 +682,9 @@ class NormDynamicsMonitor(NormDynCallback):
 
         title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
         text = render(title, columns, [[cell(row, column) for column in columns] for row in layers])
-        if clamped is not None and clamped:
-            text += f"The shrink factor was clamped at 0.5 {int(clamped)} times: lr * alpha * norm is too large for these weights.\n"
+        if clamped:
+            named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
+            text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.\n"
         return text
 
     def _treatment_of(self, target: Target) -> str:
@@ -684,9 +694,9 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _latest(self, quantity: str, target: Target) -> float | None:
         key = f"{quantity}/{target.name}"
-        if key not in set(self.history.keys()):
+        if key not in set(self._evidence.keys()):
             return None
-        values = self.history.column(key)[1]
+        values = self._evidence.column(key)[1]
         return float(values[-1]) if len(values) else None
 
     def treatment(self, plan: Plan, target: Target) -> str:
@@ -695,10 +705,15 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _extra(self) -> dict[str, Any]:
         elapsed = {name: [course.step, course.elapsed] for name, course in self._courses.items()}
-        return {"history": self.history.state_dict(), "last_step": self._last_step, "elapsed": elapsed}
+        kept = {"history": self.history.state_dict()}
+        if self._evidence is not self.history:
+            kept["evidence"] = self._evidence.state_dict()
+        return {**kept, "last_step": self._last_step, "elapsed": elapsed}
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         if "history" in extra:
             self.history.load_state_dict(extra["history"])
+            if self._evidence is not self.history:
+                self._evidence.load_state_dict(extra.get("evidence", extra["history"]))
             self._last_step = int(extra["last_step"])
             self._courses = {name: Course(step=step, elapsed=elapsed) for name, (step, elapsed) in extra.get("elapsed", {}).items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.optimizer_state import decay_kind
@@ -28,14 +28,15 @@ class RadialProjection(NormDynCallback):
 
     Args:
         gate: ``"always"`` projects every target (one vector per ``granularity``); ``"cosine"`` is the paper's rule per tensor: filter
-        view first, then layer view, if
-            ``|cos(w, g)| < delta / sqrt(d)`` for every row of the view; a tensor that is not projected decays with ratio 1.
+            view first, then layer view, if ``|cos(w, g)| < delta / sqrt(d)`` for every row of the view; a tensor that is not projected
+            decays with ratio 1.
         delta: threshold of the gate.
-        weight_decay: ``"replace"``: SGD's coupled decay becomes decoupled ``decay / (1 - momentum)``, a decoupled optimizer's stays as it
-        is; or a number, decoupled. weight_decay_ratio: factor on the decay of projected weights (adamp's ``wd_ratio``). params:
-        ``"auto"``, a glob pattern, or a list of them; ``"auto"`` means the scale-invariant weights, with ``gate="cosine"`` every weight
-        of two or more dimensions. granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``; with ``gate="cosine"`` it is the
-        rule's own.
+        weight_decay: ``"replace"``: SGD's coupled decay becomes decoupled ``decay / (1 - momentum)``, a decoupled optimizer's stays as
+            it is; or a number, decoupled.
+        weight_decay_ratio: factor on the decay of projected weights (adamp's ``wd_ratio``).
+        params: ``"auto"``, a glob pattern, or a list of them; ``"auto"`` means the scale-invariant weights, with ``gate="cosine"`` every
+            weight of two or more dimensions.
+        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``; with ``gate="cosine"`` it is the rule's own.
 
     Raises:
         ValueError: for numbers out of range and unknown literals.
@@ -59,18 +60,14 @@ class RadialProjection(NormDynCallback):
         super().__init__(params, granularity)
         if gate not in ("always", "cosine"):
             raise ValueError(f"`gate` must be 'always' or 'cosine', got {gate!r}.")
-        if not (isinstance(delta, (int, float)) and 0 < delta < float("inf")):
-            raise ValueError(f"`delta` must be > 0 and finite, got {delta!r}.")
-        if weight_decay != "replace" and not (isinstance(weight_decay, (int, float)) and 0 <= weight_decay < float("inf")):
-            raise ValueError(f"`weight_decay` must be 'replace' or a number >= 0, got {weight_decay!r}.")
-        if not (isinstance(weight_decay_ratio, (int, float)) and 0 <= weight_decay_ratio < float("inf")):
-            raise ValueError(f"`weight_decay_ratio` must be >= 0 and finite, got {weight_decay_ratio!r}.")
         if gate == "cosine" and granularity != "auto":
             raise ValueError(f"gate='cosine' brings its own granularity (filter view, then layer view); got granularity={granularity!r}.")
         self.gate = gate
-        self.delta = float(delta)
-        self.weight_decay: float | str = weight_decay if isinstance(weight_decay, str) else float(weight_decay)
-        self.weight_decay_ratio = float(weight_decay_ratio)
+        self.delta = check_number("delta", delta, "> 0")
+        self.weight_decay: float | str = (
+            "replace" if weight_decay == "replace" else check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
+        )
+        self.weight_decay_ratio = check_number("weight_decay_ratio", weight_decay_ratio, ">= 0")
         self._gates: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.plan import Plan, Target
@@ -54,6 +56,7 @@ class Session:
         self.names = parameter_names(module)
         survey(trainer.strategy.model or module, trainer.optimizers)  # the module inside of whatever the strategy wraps around it
         self.shapes = {weight: full_shape(weight) for weight in self.names}
+        self.lazy = {weight for weight in self.names if is_lazy(weight)}  # of no known shape, now that everything is mapped
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
         self.optimizers: list[Optimizer] = []
@@ -70,7 +73,9 @@ class Session:
         self._version = 0
         self._claims: dict[int, Claims | None] = {}
         self._withdrawn: dict[str, Verdict] = {}
-        self._announced = False
+        self._checked = False
+        self._announced: set[Tensor] = set()
+        self._resolved = False
         self.attempts = 0
         self.batch: Any = None
         """The batch that is being trained on."""
@@ -122,14 +127,20 @@ class Session:
             self._version += 1
 
     def batch_end(self) -> None:
-        """Stop watching; once every optimizer has stepped, say what was found."""
+        """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
         if self._watching:
             self.search.close()
             self._watching = False
-        if not self._announced and self.optimizers and len(self._seen) == len(self.optimizers):
-            self._announced = True
+        if not self._resolved or len(self._seen) < len(self.optimizers):
+            return
+        self._resolved = False
+        if not self._checked:
+            self._checked = True
             for member in self.members:
                 member._check_found()
+        targets = {t.weight for m in self.members for plan in m.plans.values() for t in plan.targets}
+        if not targets <= self._announced:
+            self._announced |= targets
             announce(self)
 
     def _graph_state(self) -> tuple[Any, ...]:
@@ -167,7 +178,7 @@ class Session:
         seen = (self._version, layout)
         if self._seen.get(index) == seen:
             return
-        self._seen[index] = seen
+        self._seen[index], self._resolved = seen, True
         self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
         for member in self.members:
             member._resolve(index)
@@ -189,6 +200,14 @@ class Session:
         """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if nobody counts it."""
         totals = [plan.vectors.totals(plan.counters[key]) for m in self.members for plan in m.plans.values() if key in plan.counters]
         return torch.cat([t.to(totals[0].device) for t in totals]).sum(0, keepdim=True) if totals else None
+
+    def counted_by_weight(self, key: str) -> dict[str, int]:
+        """Sum of a counter over the vectors of each weight where it is not 0; every rank must call it."""
+        found: Counter[str] = Counter()
+        for plan in (plan for m in self.members for plan in m.plans.values() if key in plan.counters):
+            totals = plan.vectors.totals(plan.counters[key]).tolist()
+            found.update({t.name: int(total) for t, total in zip(plan.targets, totals, strict=True) if total})
+        return dict(found)
 
     def influence(self, target: Target, besides: NormDynCallback | None = None) -> dict[str, Any]:
         """What the callbacks, ``besides`` one, do to this weight: `NormDynCallback.influence`, merged."""
@@ -332,7 +351,7 @@ def has_sparse_gradient(weight: Tensor) -> bool:
 
 
 def announce(session: Session) -> None:
-    """Print the table of targets, once, on rank zero."""
+    """Print the table of targets on rank zero."""
     from lightning_normdyn.callbacks.tables import print_start_table
 
     print_start_table(session)  # every rank works out the numbers in it, rank zero prints

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
@@ -60,8 +60,6 @@ class WeightRescaling(NormDynCallback):
         super().__init__(params, granularity)
         if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be an integer >= 1, got {every_n_steps!r}.")
-        if target_norm != "initial" and not (isinstance(target_norm, (int, float)) and 0 < target_norm < float("inf")):
-            raise ValueError(f"`target_norm` must be > 0 and finite, or 'initial', got {target_norm!r}.")
         if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
             raise ValueError(f"`start_epoch` must be an integer >= 0, got {start_epoch!r}.")
         if stop_epoch is not None and (not isinstance(stop_epoch, int) or stop_epoch <= start_epoch):
@@ -71,7 +69,9 @@ class WeightRescaling(NormDynCallback):
         if weight_decay not in ("replace", "keep"):
             raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
         self.every_n_steps = every_n_steps
-        self.target_norm: float | str = target_norm if isinstance(target_norm, str) else float(target_norm)
+        self.target_norm: float | str = (
+            "initial" if target_norm == "initial" else check_number("target_norm", target_norm, "> 0", " or 'initial'")
+        )
         self.start_epoch = start_epoch
         self.stop_epoch = stop_epoch
         self.optimizer_state = optimizer_state

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import pytest
 import reference
 import torch
@@ -10,7 +12,7 @@ from reference import Shrink
 from replay import Recorder, replay
 from torch import nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynWarning, NotSupportedError
+from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NormDynWarning, NotSupportedError
 from lightning_normdyn.parametrizations import weight_standardization
 
 # torch's optimizer, the reference's, and a learning rate; all with a decay that AWS has to take over or to leave
@@ -157,6 +159,30 @@ def test_the_optimizers_decay_of_other_weights_stays():
     assert same(weights_of(ours), weights_of(theirs))
 
 
+TORCH_OPTIMIZERS = [
+    kind
+    for kind in vars(torch.optim).values()
+    if isinstance(kind, type) and "weight_decay" in signature(kind).parameters and kind is not getattr(torch.optim, "Muon", None)
+]
+
+
+@pytest.mark.parametrize("kind", TORCH_OPTIMIZERS, ids=lambda kind: kind.__name__)
+def test_takes_the_decay_over_from_every_optimizer_of_torch(kind):
+    def one_group(parameters):
+        return kind(parameters, lr=0.05, weight_decay=0.3)
+
+    def by_hand(parameters):
+        parameters = list(parameters)
+        targets = [p for p in parameters if p.ndim == 4]
+        rest = [p for p in parameters if p.ndim != 4]
+        return kind([{"params": targets, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.3}], lr=0.05)
+
+    ours, theirs = make(make_optimizer=one_group, dtype=torch.float32), make(make_optimizer=by_hand, dtype=torch.float32)
+    for module in (ours, theirs):
+        fit(module, [AdaptiveWeightShrink(0.5)], max_steps=4)
+    assert same(weights_of(ours), weights_of(theirs))
+
+
 def test_a_decay_that_cannot_be_taken_over_is_refused_and_can_be_kept():
     class Mine(torch.optim.SGD):
         def step(self, closure=None):
@@ -223,6 +249,14 @@ def test_the_factor_is_clamped_at_one_half_and_counted():
     assert callback.plans[0].counters["clamped"].tolist() == [3.0] * 10
 
 
+def test_clamped_vectors_are_named_in_the_end_table(capsys):
+    module = make(make_optimizer=OPTIMIZERS["sgd"][0])
+    with torch.no_grad():
+        module.net[3].weight[:2] *= 1e6  # its first two filters stay too long for all three steps
+    fit(module, [NormDynamicsMonitor(1), AdaptiveWeightShrink(0.5)], max_steps=3)
+    assert "clamped at 0.5 6 times (net.3.weight: 6): lr * alpha * norm is too large there" in capsys.readouterr().out
+
+
 def test_a_zero_filter_is_left_alone_counted_and_named_once():
     module = make(make_optimizer=OPTIMIZERS["sgd"][0])
     with torch.no_grad():
@@ -275,11 +309,11 @@ def test_bf16_weights_shrink_without_bias():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"alpha": -1.0}, r"`alpha` must be > 0 and finite, got -1\.0\."),
-        ({"alpha": 0}, "`alpha` must be > 0 and finite, got 0"),
-        ({"alpha": float("nan")}, "`alpha` must be > 0 and finite, got nan"),
-        ({"alpha": float("inf")}, "`alpha` must be > 0 and finite, got inf"),
-        ({"alpha": "1e-3"}, "`alpha` must be > 0 and finite, got '1e-3'"),
+        ({"alpha": -1.0}, r"`alpha` must be > 0, got -1\.0\."),
+        ({"alpha": 0}, "`alpha` must be > 0, got 0"),
+        ({"alpha": float("nan")}, "`alpha` must be > 0, got nan"),
+        ({"alpha": float("inf")}, "`alpha` must be finite, got inf"),
+        ({"alpha": "1e-3"}, "`alpha` must be > 0, got '1e-3'"),
         ({"alpha": 1.0, "statistic": "median"}, "`statistic` must be 'auto', 'norm' or 'std', got 'median'"),
         ({"alpha": 1.0, "weight_decay": "drop"}, "`weight_decay` must be 'replace' or 'keep', got 'drop'"),
         ({"alpha": 1.0, "granularity": "row"}, "`granularity` must be .*got 'row'"),

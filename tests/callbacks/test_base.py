@@ -8,7 +8,7 @@ import pickle
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
 from models import TARGETS, ManualNet, Net, SavesAt, convnet, distance, fit, loader, make, same, sgd, trainer, weights_of
 from reference import Rescale, Shrink
@@ -178,6 +178,68 @@ def test_a_claim_that_the_gradients_contradict_is_withdrawn():
     assert targets_of(callback) == ["net.0.weight"]
 
 
+# ---- Finetuning: weights that nobody trains yet ----
+
+
+class Backbone(BaseFinetuning):
+    """Both convolutions frozen until epoch ``at``."""
+
+    def __init__(self, at: int = 1):
+        super().__init__()
+        self.at = at
+
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net[:6], train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == self.at:
+            self.unfreeze_and_add_param_group(pl_module.net[:6], optimizer, lr=0.05)
+
+
+def trainable(parameters):
+    return sgd([p for p in parameters if p.requires_grad])
+
+
+@pytest.mark.parametrize("params", ["auto", "net.[03].weight", TARGETS, "!net.8.*"], ids=str)
+@pytest.mark.parametrize("make_optimizer", [trainable, lambda p: sgd([q for q in p if q.ndim == 2])], ids=["frozen", "unowned"])
+def test_a_backbone_that_joins_later_is_picked_up_then(params, make_optimizer, capsys):
+    class Joins(L.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 1:
+                trainer.optimizers[0].add_param_group({"params": list(pl_module.net[:6].parameters()), "lr": 0.05})
+
+    if make_optimizer is not trainable and params == TARGETS:
+        return  # an exact name of a trainable weight that nobody owns is refused
+    module, recorder, callback = make(make_optimizer=make_optimizer), Recorder(), AdaptiveWeightShrink(0.5, params=params)
+    fit(module, [Backbone() if make_optimizer is trainable else Joins(), recorder, callback])
+    assert targets_of(callback) == TARGETS
+    assert distance(weights_of(module), replay(recorder, TARGETS, shrink=Shrink(0.5))) < 1e-12
+    tables = capsys.readouterr().out.split("lightning-normdyn: targets")[1:]
+    assert len(tables) == 1  # nothing to show before
+    assert "net.3.weight" in tables[0]
+
+
+@pytest.mark.parametrize("name", [n for n in EVERYBODY if n != "monitor"])
+def test_a_backbone_that_never_joins_is_said_at_the_end(name):
+    callback = WRITERS[name](params="net.[03].weight")
+    with pytest.warns(NormDynWarning, match=r"did nothing in this fit: `net\.0\.weight`, `net\.3\.weight` stayed frozen"):
+        fit(make(make_optimizer=trainable), [Backbone(at=9), callback])
+
+
+def test_weights_that_join_are_shown_in_a_table_of_their_own(capsys):
+    class First(Backbone):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 1:
+                self.unfreeze_and_add_param_group(pl_module.net[0], optimizer, lr=0.05)
+
+    fit(make(make_optimizer=trainable), [First(), AdaptiveWeightShrink(0.5)], max_epochs=3)
+    tables = capsys.readouterr().out.split("lightning-normdyn: targets")[1:]
+    assert ["net.0.weight" in table for table in tables] == [False, True]
+
+
 # ---- What is refused ----
 
 
@@ -190,6 +252,12 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(name):
 @pytest.mark.parametrize("name", EVERYBODY)
 def test_an_exclude_that_matches_nothing_is_refused_as_well(name):
     refused(make(), [EVERYBODY[name](params=["*", "!body.*"])], NoTargetsError, r"'body\.\*', which matches none")
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+@pytest.mark.parametrize("params", [["net.0*", "!net.*"], "!*"], ids=str)
+def test_excluding_all_that_is_included_is_refused(name, params):
+    refused(make(), [EVERYBODY[name](params=params)], NoTargetsError, r"`params=.*` excludes all that it includes\. Leave a")
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
@@ -263,16 +331,36 @@ def test_complex_weights_are_refused_by_name_and_left_out_otherwise(name):
     assert "rotation" not in targets_of(callback)
 
 
-@pytest.mark.parametrize("name", EVERYBODY)
-def test_lazy_weights_are_refused_by_name(name):
-    class Lazy(Net):
-        def __init__(self):
-            super().__init__(lambda p: torch.optim.SGD([q for q in p if not isinstance(q, nn.UninitializedParameter)], lr=0.1))
-            self.lazy = nn.LazyLinear(2)
+class Lazy(Net):
+    """Its first convolution learns its shape from the first batch."""
 
+    def __init__(self, make_optimizer=sgd):
+        super().__init__(make_optimizer)
+        self.net[0] = nn.LazyConv2d(4, 3, bias=False).double()
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+@pytest.mark.parametrize("params", ["net.0.weight", "net.*"])
+def test_lazy_weights_are_refused_by_name(name, params):
+    with pytest.raises(
+        NotSupportedError, match=r"`net\.0\.weight` was asked .* a lazy parameter without a shape yet; run one forward pass"
+    ):
+        fit(make(Lazy), [EVERYBODY[name](params=params)], loader())
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_lazy_weights_are_left_alone_under_auto_and_said(name):
+    callback = WRITERS[name]()
+    with pytest.warns(NormDynWarning, match=r"leaves lazy parameters alone \(`net\.0\.weight`\)\. Run one forward pass before the fit"):
+        fit(make(Lazy), [callback], loader())
+    assert targets_of(callback) == ["net.3.weight"]
+
+
+def test_auto_with_nothing_but_lazy_weights_says_so():
     module = make(Lazy)
-    with pytest.raises((NotSupportedError, NoTargetsError), match=r"lazy\.weight"):
-        trainer([EVERYBODY[name](params="lazy.weight")]).fit(module, loader())
+    module.net = nn.Sequential(module.net[0], nn.BatchNorm2d(4).double(), nn.Flatten(), nn.LazyLinear(2).double())
+    with pytest.warns(NormDynWarning), pytest.raises(NoTargetsError, match=r"  net\.0\.weight: a lazy parameter; run one forward pass"):
+        fit(module, [AdaptiveWeightShrink(0.5)], loader())
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -293,6 +381,14 @@ def test_two_of_a_kind_on_one_weight_are_refused_before_training(name):
 def test_two_of_a_kind_on_one_weight_are_refused_under_auto_as_well(name, order):
     callbacks = [WRITERS[name](), WRITERS[name](params="net.3.weight")][::order]
     refused(make(), callbacks, NotSupportedError, r"Two \w+ callbacks target `net\.3\.weight`")
+
+
+@pytest.mark.parametrize("name", EVERYBODY)
+def test_a_subclass_is_of_the_same_kind(name):
+    base = type(EVERYBODY[name]())
+    second = EVERYBODY[name](params="net.3.weight")
+    second.__class__ = type("Mine", (base,), {})
+    refused(make(), [EVERYBODY[name](), second], NotSupportedError, rf"Two {base.__name__} callbacks target `net\.3\.weight`")
 
 
 def test_two_with_the_same_arguments_are_refused_by_lightning():

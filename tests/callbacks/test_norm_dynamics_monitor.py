@@ -241,12 +241,24 @@ def test_log_keys():
     assert not any("bias" in key or "net.1." in key for key in keys)
 
 
-def test_only_what_was_asked_for_is_logged():
-    rows = KeepsRows()
-    fit(make(), [monitor(quantities=["effective_lr"])], logger=rows, max_steps=1)
-    sections = {key.split("/")[0] for _, row in rows.rows for key in row}
-    assert "effective_lr" in sections
-    assert not sections & {"angular_update", "weight_norm", "direction_lr", "gradient_cosine"}
+def test_only_what_was_asked_for_is_logged_and_kept():
+    rows, watch = KeepsRows(), NormDynamicsMonitor(1, quantities=["effective_lr"])
+    fit(make(), [watch], logger=rows)
+    logged = {key for _, row in rows.rows for key in row}
+    assert logged == {
+        "effective_lr/net.0.weight", "effective_lr/net.3.weight", "effective_lr/net.8.weight", "normdyn/effective_lr",
+        "normdyn/optimizer_step", "normdyn/skipped_steps", "normdyn/collapsed_vectors",
+    }  # fmt: skip
+    assert set(watch.history.keys()) == logged
+    assert "approaching" in watch.end_table()  # the verdict has all it needs
+
+
+def test_the_history_keeps_the_rows_that_are_logged():
+    rows, watch = KeepsRows(), monitor()
+    fit(make(), [watch, AdaptiveWeightShrink(0.5)], logger=rows)
+    assert len(watch.history) == len(rows.rows) == 8
+    for (step, logged), kept in zip(rows.rows, watch.history, strict=True):
+        assert kept == {"step": step, "optimizer_step": step + 1, **{key: pytest.approx(value, rel=1e-6) for key, value in logged.items()}}
 
 
 def test_two_optimizers_and_one_that_waits():
