@@ -9,7 +9,7 @@ Legend: ``r`` rows, ``g`` groups of a convolution (1 for other layers), ``d`` en
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,17 @@ def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
     return weight.reshape(groups, -1, entries)
 
 
+def share_filters(layers: Sequence[nn.Module]) -> bool:
+    """Whether layers that share a weight divide it into the same filters.
+
+    Example:
+        >>> layer = nn.Conv2d(4, 4, 3)
+        >>> share_filters([layer, nn.Conv2d(4, 4, 3, stride=2)]), share_filters([layer, nn.ConvTranspose2d(4, 4, 3)])
+        (True, False)
+    """
+    return len({(isinstance(layer, TRANSPOSED), row_shape(layer)) for layer in layers}) == 1
+
+
 def filter_labels(layer: nn.Module, partition: Partition) -> Tensor:
     """The weight vector that each filter belongs to.
 
@@ -116,6 +127,7 @@ class InputRows:
 
     Attributes:
         count: how many rows there are: all leading dimensions of a linear layer's input, all places of a convolution's output.
+        at_once: how many to take at once, so that the copies stay small.
 
     Raises:
         NotSupportedError: for an input that is no dense tensor of floating-point numbers of the right width.
@@ -141,6 +153,7 @@ class InputRows:
             self._windows = _transposed_windows(layer, x) if isinstance(layer, TRANSPOSED) else _windows(layer, x)
             self._places = (len(x), *self._windows.shape[2 : 2 + spatial])
         self.count = math.prod(self._places)
+        self.at_once = rows_at_once(*self._shape)
 
     def take(self, index: Tensor) -> Tensor:
         """Some of the rows, ``(r, g, d)``, for their numbers ``(r,)``."""
@@ -189,6 +202,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
+def rows_at_once(groups: int, entries: int) -> int:
+    """How many rows of ``(g, d)`` entries are copied at once."""
+    return max(1, _MOST_ENTRIES // (groups * entries))
+
+
 def covariance_bytes(layer: nn.Module) -> int:
     """What the covariance of a layer's rows takes in float64.
 
@@ -223,9 +241,7 @@ class Covariance:
 
     def add(self, rows: Tensor) -> None:
         """Take ``(r, g, d)`` rows in."""
-        most = max(1, _MOST_ENTRIES // self.mean.numel())
-        for start in range(0, len(rows), most):
-            part = rows[start : start + most]
+        for part in rows.split(rows_at_once(*self.mean.shape)) if len(rows) else ():  # type: ignore[no-untyped-call]
             centred = part.to(self.mean.device, self.mean.dtype).transpose(0, 1)  # (g, r, d)
             mean, count = centred.mean(1), len(part)
             centred = centred - mean[:, None]

@@ -30,8 +30,9 @@ class EffectiveLRReplay(NormDynCallback):
     that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay accounted for). A run without weight
     decay then turns its weights as the recorded run with decay did: what the decay did was its effective learning rate.
 
-    Exact for plain SGD; approximate with momentum (it says so). Between recorded steps, norms are interpolated (it says so too). The step
-    is scaled after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding left of a small step.
+    Exact for plain SGD; approximate with momentum, where an optimizer steps several times in a batch, and between recorded steps, where
+    norms are interpolated; it says so. Both runs need the same learning rates, of which a ratio of norms says nothing. The step is scaled
+    after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding left of a small step.
 
     Args:
         history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``; read at fit start, by every rank.
@@ -66,6 +67,7 @@ class EffectiveLRReplay(NormDynCallback):
         self._uniform_factor = 1.0
         self._records: dict[int, _Record] = {}
         self._factors: dict[int, Tensor] = {}
+        self._looked: dict[int, int] = {}
         self._told: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
@@ -96,7 +98,7 @@ class EffectiveLRReplay(NormDynCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the record, and refuse one of another architecture."""
-        self._records, self._factors, self._told = {}, {}, set()
+        self._records, self._factors, self._looked, self._told = {}, {}, {}, set()
         super().on_fit_start(trainer, pl_module)
         history = load_history(self.path)
         recorded = _recorded_names(history)
@@ -113,6 +115,7 @@ class EffectiveLRReplay(NormDynCallback):
             then = _about(history, name).get("shape")
             if then is not None and list(shapes[name]) != then:
                 raise self._mismatch(f"`{name}` has shape {tuple(then)} there and {shapes[name]} here")
+        _check_record(self.path, history, recorded)
         self._history = history
         if self.uniform:
             self._uniform_factor = _uniform_factor(history, recorded)
@@ -155,6 +158,13 @@ class EffectiveLRReplay(NormDynCallback):
         else:
             assert self._session is not None
             now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
+            if self._looked.get(plan.index) == now:
+                self._say(
+                    "several",
+                    f"An optimizer steps several times in a batch, and `{self.path}` holds one norm for all of them: they are followed "
+                    "approximately.",
+                )
+            self._looked[plan.index] = now
             if now > record.steps[-1]:
                 self._say("end", f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from there on.")
             reference, reference_decay = record.at(now)
@@ -191,6 +201,11 @@ class _Record:
         steps = np.unique(np.concatenate([own for (own, _), _ in found])).tolist()
         norms, decays = [], []
         for (own, norm), decay in found:
+            norm = np.where(np.isfinite(norm), norm, np.nan)  # of a run that diverged: such vectors are left alone
+            if len(own) == len(steps):
+                norms.append(torch.from_numpy(norm).float())
+                decays.append(torch.from_numpy(decay))
+                continue
             places = [_around(own.tolist(), step) for step in steps]
             norms.append(torch.stack([_between(torch.from_numpy(norm), place, geometric=True) for place in places]).float())
             decays.append(torch.stack([_between(torch.from_numpy(decay), place) for place in places]).float())
@@ -237,6 +252,26 @@ def _about(history: History, name: str) -> dict[str, Any]:
     targets = history.meta.get("targets")
     about = targets.get(name) if isinstance(targets, dict) else None
     return about if isinstance(about, dict) else {}
+
+
+def _check_record(path: str, history: History, names: Sequence[str]) -> None:
+    """Refuse what no run can have recorded, before anything is scaled by it."""
+    for name in names:
+        steps, norms = history.vectors(f"weight_norm/{name}")
+        decays = None
+        if f"decay/{name}" in history.vector_names():
+            decay_steps, decays = history.vectors(f"decay/{name}")
+        fault = None
+        if not len(steps):
+            fault = "no record at all"
+        elif decays is None or decays.shape != norms.shape or not np.array_equal(steps, decay_steps):
+            fault = "norms without the decays that were applied"
+        elif (norms < 0).any():
+            fault = "norms below 0"
+        elif (decays < 0).any() or (decays >= 1).any():  # NaN, of a run that diverged, is neither
+            fault = "decays that are not in [0, 1)"
+        if fault is not None:
+            raise NormDynError(f"`{path}` holds {fault} for `{name}`, which no run of NormDynamicsMonitor leaves. Record it again.")
 
 
 def _uniform_factor(history: History, names: Sequence[str]) -> float:

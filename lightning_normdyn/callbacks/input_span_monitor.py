@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, nan
 from typing import Any, ClassVar, Literal
@@ -18,10 +17,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.callbacks.training_sample import Sample, seed_everything, undisturbed
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.functional import generalized_gaussian_shape
 from lightning_normdyn.history import History
@@ -34,6 +34,7 @@ from lightning_normdyn.input_span import (
     filters_of,
     input_span,
     row_shape,
+    share_filters,
     spread_rows,
     vector_shares,
     weight_shape,
@@ -67,9 +68,11 @@ class InputSpanMonitor(NormDynCallback):
 
     The sample is drawn from the training *dataset* (which must be map-style) with a seed of its own: the same examples at every epoch
     and on any number of ranks, which share the work. They are collated and transferred as in training, so training-time augmentation
-    applies, then ``forward`` of the LightningModule is called in evaluation mode, without gradients, on the first element of the batch,
-    or with the entries of a mapping that ``forward`` takes as keyword arguments; override `call_model` where that is not what it wants.
-    One call is tried at fit start. Model, buffers, random numbers, training flags, data order and loggers are left as they were.
+    applies, with the same random numbers for an example at every epoch. Then ``forward`` of the LightningModule is called in evaluation
+    mode, without gradients, on the first element of the batch, or with the entries of a mapping that ``forward`` takes as keyword
+    arguments; override `call_model` where that is not what it wants. One call is tried at fit start. Model, buffers, training flags,
+    data order, loggers and random numbers (also those of generators that the dataset, its collate function, the datamodule or the
+    model hold) are left as they were.
 
     **Cost.** A pass of ``forward`` over at most ``max_samples`` examples. Per layer with :math:`d` entries per filter and :math:`g`
     groups: at most ``max_samples`` rows, :math:`g d^2` multiply-adds for each, :math:`8 g d^2` bytes, and about :math:`10 g d^3`
@@ -133,6 +136,7 @@ class InputSpanMonitor(NormDynCallback):
         self._readers: dict[Tensor, list[nn.Module]] = {}
         self._tried: dict[nn.Module, _Trial] | None = None
         self._labels: dict[str, Tensor] = {}
+        self._cut: set[nn.Module] = set()  # layers of whose rows some were left out
 
     @property
     def shows_tables(self) -> bool:
@@ -209,13 +213,17 @@ class InputSpanMonitor(NormDynCallback):
         """Why the inputs of ``weight`` cannot be looked at; None if they can."""
         if self._readers and weight not in self._readers:
             return "it is not the weight of a linear layer or a convolution, so it has no input rows"
-        for layer in self._readers.get(weight, ()):
+        readers = self._readers.get(weight, [])
+        if readers and not share_filters(readers):
+            kinds = " and ".join(dict.fromkeys(type(layer).__name__ for layer in readers))
+            return f"it is shared by layers ({kinds}) that divide it into different filters"
+        for layer in readers:
             if covariance_bytes(layer) > BLOCK_BYTES:
                 groups, entries = row_shape(layer)
                 need, most = covariance_bytes(layer) / 2**30, BLOCK_BYTES / 2**30
                 return f"its rows of {entries} entries need {need:.1f} GiB for {groups} covariance(s), and at most {most:g} GiB are spent"
-        if self._tried is not None and weight in self._readers:
-            trials = [self._tried[layer] for layer in self._readers[weight] if layer in self._tried]
+        if self._tried is not None and readers:
+            trials = [self._tried[layer] for layer in readers if layer in self._tried]
             if not trials:
                 return "`forward` does not call the layer that it belongs to"
             return next((t.obstacle for t in trials if t.obstacle), None)
@@ -227,7 +235,7 @@ class InputSpanMonitor(NormDynCallback):
         if self._off:
             return
         sample = Sample(trainer, self.max_samples, self.seed)
-        with undisturbed(pl_module, self.seed):
+        with undisturbed(pl_module, self.seed, sample.sources):
             self._tried = self._try(trainer, pl_module, sample)
         self._check_patterns(trainer)
         assert self._session is not None
@@ -237,7 +245,8 @@ class InputSpanMonitor(NormDynCallback):
                 "Override `call_model` so that it runs the layers, or remove the callback."
             )
         for weight in self._readers if self.params == ["auto"] else ():
-            if weight.requires_grad and any(covariance_bytes(m) > BLOCK_BYTES for m in self._readers[weight]):
+            readers = self._readers[weight]
+            if weight.requires_grad and (covariance_bytes(readers[0]) > BLOCK_BYTES or not share_filters(readers)):
                 warn_once(f"InputSpanMonitor leaves out `{self._session.names[weight][0]}`: {self._obstacle(weight)}.")
 
     def _try(self, trainer: Trainer, module: LightningModule, sample: Sample) -> dict[nn.Module, _Trial]:
@@ -283,7 +292,8 @@ class InputSpanMonitor(NormDynCallback):
         targets = [t for plan in self.plans.values() for t in plan.targets]
         sample = Sample(trainer, self.max_samples, self.seed)
         found: dict[str, _Found] = {}
-        with undisturbed(pl_module, self.seed), self._progress(trainer, sample, targets) as advance:
+        self._cut.clear()
+        with undisturbed(pl_module, self.seed, sample.sources), self._progress(trainer, sample, targets) as advance:
             for block in self._blocks(targets):
                 streams = self._gather(trainer, pl_module, sample, block, advance)
                 found.update(self._describe(block, streams))
@@ -323,7 +333,11 @@ class InputSpanMonitor(NormDynCallback):
             rows = InputRows(layer, _input_of(args, kwargs))
             for stream, calls in of_layer[layer]:
                 each = max(1, quantiles.shape[1] // calls)  # a layer that is called several times takes fewer rows of each call
-                stream.add(rows.take(spread_rows(rows.count, quantiles[:, :each].flatten())))
+                chosen = spread_rows(rows.count, quantiles[:, :each].flatten())
+                if len(chosen) < rows.count:
+                    self._cut.add(layer)
+                for part in chosen.split(rows.at_once):  # type: ignore[no-untyped-call]
+                    stream.add(rows.take(part))
 
         with _watching(of_layer, look):
             for number, batch in sample.share(trainer.global_rank, trainer.world_size):
@@ -337,7 +351,7 @@ class InputSpanMonitor(NormDynCallback):
 
     def _run(self, trainer: Trainer, module: LightningModule, batch: Any, seed: int = 0) -> None:
         """Transfer a batch and call the model as in training."""
-        _seed(seed, module.device)  # augmentation on the device
+        seed_everything(seed, module.device)  # augmentation on the device
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch))
         with trainer.precision_plugin.forward_context():
@@ -392,6 +406,17 @@ class InputSpanMonitor(NormDynCallback):
         broken = [name for name, f in found.items() if not isfinite(f.numbers[1])]
         if broken:
             warn_once(f"InputSpanMonitor: inputs or weights of {', '.join(broken[:4])} are not finite; nothing is logged for them.")
+        few = [
+            f"`{name}` ({f.rows} for {row_shape(layers[0])[1]} entries)"
+            for name, f in found.items()
+            for layers in [self._readers[f.target.weight]]
+            if f.rows <= row_shape(layers[0])[1] and not (sample.whole and self._cut.isdisjoint(layers))
+        ]
+        if few and not len(self.history):
+            rank_zero_info(
+                f"InputSpanMonitor took fewer rows than a filter has entries of {', '.join(few[:4])}{' and more' if len(few) > 4 else ''}: "
+                "their inputs may vary in more directions than so few rows show. Raise `max_samples`."
+            )
         self.history.append(step, row, optimizer_step=max(self.steps_of(i) for i in self.plans))
         histograms = {key: np.asarray(v) for name, f in found.items() for key, v in f.histograms(name).items() if name not in broken}
         self.history.append_vectors(step, histograms)
@@ -444,158 +469,6 @@ class _Found:
     def histograms(self, name: str) -> dict[str, Sequence[float]]:
         counts = {"histogram_input": self.numbers[4 : 4 + BINS], "histogram_parameter": self.numbers[4 + BINS :]}
         return {f"{kind}/{name}": values for kind, values in counts.items() if sum(values)}
-
-
-# ------------------------------------------------------------------------------------------------------------------ the sample
-
-
-class Sample:
-    """A bounded, seeded sample of the training set, in batches as its loader makes them: the same on any number of ranks.
-
-    Args:
-        trainer: whose training set.
-        most: most examples.
-        seed: what they depend on.
-
-    Attributes:
-        count: examples in the sample.
-        quantiles: for each batch ``(examples, rows per example)``: which rows to look at (`spread_rows`).
-
-    Raises:
-        NotSupportedError: where the training data are no DataLoader over a map-style dataset.
-    """
-
-    def __init__(self, trainer: Trainer, most: int, seed: int) -> None:
-        loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
-            found = (
-                f"a DataLoader over the iterable {type(loader.dataset).__name__}"
-                if isinstance(loader, DataLoader)
-                else type(loader).__name__
-            )
-            raise NotSupportedError(
-                "InputSpanMonitor draws a sample from the training set, so it needs one DataLoader over a map-style dataset "
-                f"(with __len__ and __getitem__), and found {found}. Give it one, or remove the callback."
-            )
-        size = len(loader.dataset)
-        if trainer.world_size > 1:  # somebody may have cut the dataset by rank
-            sizes = torch.tensor([size], device=trainer.strategy.root_device)
-            dist.all_reduce(sizes, dist.ReduceOp.MIN)
-            size = int(sizes)
-        batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by Lightning's connectors
-            most = min(most, int(trainer.num_training_batches) * batch)
-        self.count = min(size, most)
-        self._loader, self._seed = loader, seed
-        generator = torch.Generator().manual_seed(seed)
-        self._batches = torch.randperm(size, generator=generator)[: self.count].split(batch)  # type: ignore[no-untyped-call]
-        quantiles = torch.rand(self.count, most // max(1, self.count), generator=generator, dtype=torch.float64)
-        self.quantiles = quantiles.split(batch)  # type: ignore[no-untyped-call]
-
-    def rounds(self, world: int) -> int:
-        """Batches that each of ``world`` ranks runs."""
-        return -(-len(self._batches) // world)
-
-    def share(self, rank: int, world: int) -> Iterator[tuple[int | None, Any]]:
-        """This rank's batches with their numbers; with the number None, one that only keeps step with the others."""
-        mine: list[int | None] = list(range(rank, len(self._batches), world))
-        mine += [None] * (self.rounds(world) - len(mine))
-        source = self._loader
-        workers = {} if not source.num_workers else {"multiprocessing_context": source.multiprocessing_context}
-        data: DataLoader[Any] = DataLoader(
-            _Fetch(source, self._batches, self._seed),
-            batch_size=None,
-            sampler=[0 if number is None else number for number in mine],
-            collate_fn=_as_it_is,
-            num_workers=source.num_workers,
-            worker_init_fn=source.worker_init_fn,
-            generator=torch.Generator().manual_seed(self._seed),
-            **workers,
-        )
-        yield from zip(mine, data, strict=True)
-
-    def small_batch(self) -> Any:
-        """Two examples, or one item of a dataset of batches."""
-        return _Fetch(self._loader, (self._batches[0][:2],), self._seed)[0]
-
-    def seed_of(self, number: int | None) -> int:
-        """What the random numbers of a batch start from."""
-        return self._seed + (number or 0)
-
-
-class _Fetch(Dataset[Any]):
-    """Whole batches of a dataset, each with random numbers of its own, so that it does not matter who fetches them."""
-
-    def __init__(self, loader: DataLoader[Any], batches: Sequence[Tensor], seed: int) -> None:
-        self.dataset, self.collate = loader.dataset, loader.collate_fn
-        self.whole = loader.batch_sampler is None  # an item is a batch already
-        self.batches, self.seed = batches, seed
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> Any:
-        _seed(self.seed + number)
-        indices = self.batches[number].tolist()
-        if self.whole:
-            return self.collate(self.dataset[indices[0]])
-        several = getattr(self.dataset, "__getitems__", None)
-        return self.collate(several(indices) if several else [self.dataset[i] for i in indices])
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-# ------------------------------------------------------------------------------------------------------------------ leaving no trace
-
-
-def _seed(seed: int, device: torch.device | None = None) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    if device is not None and device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-
-
-@contextmanager
-def undisturbed(module: LightningModule, seed: int) -> Iterator[None]:
-    """What runs inside finds ``module`` in evaluation mode without gradients, and leaves it and all random numbers as they were."""
-    flags = [(m, m.training) for m in module.modules()]
-    buffers = [(m, dict(m._buffers), [None if b is None else b.clone() for b in m._buffers.values()]) for m in module.modules()]
-    numbers, numpy_numbers = random.getstate(), np.random.get_state()
-    devices = [module.device.index or 0] if module.device.type == "cuda" else []
-    own_log = vars(module).get("log")
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.no_grad())
-        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6; hooks inside compiled code are not called
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        _seed(seed, module.device)
-        # A `self.log` inside forward must not reach the loggers: this is no training step.
-        vars(module)["log"] = lambda *_, **__: None
-        try:
-            module.eval()
-            yield
-        finally:
-            vars(module).pop("log")
-            if own_log is not None:
-                vars(module)["log"] = own_log
-            for m, training in flags:
-                m.training = training
-            for m, held, values in buffers:
-                for buffer, value in zip(held.values(), values, strict=True):
-                    if buffer is not None and value is not None and not torch.equal(buffer, value):
-                        buffer.copy_(value)
-                m._buffers.clear()
-                m._buffers.update(held)
-            for m in module.modules():
-                reshard: Any = getattr(m, "reshard", None)
-                if reshard is not None and hasattr(m, "unshard"):  # FSDP2: a forward without gradients leaves the root whole
-                    reshard()
-            random.setstate(numbers)
-            np.random.set_state(numpy_numbers)
 
 
 @contextmanager

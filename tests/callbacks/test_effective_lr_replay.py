@@ -219,6 +219,27 @@ def test_beyond_its_end_the_last_norms_are_held_and_it_says_so(tmp_path):
     assert len([w for w in said if w.category is NormDynWarning]) == 1
 
 
+def test_several_steps_of_one_batch_are_followed_approximately_and_it_says_so(tmp_path):
+    class TwiceABatch(Net):
+        def training_step(self, batch, batch_idx=0):
+            optimizer = self.optimizers()
+            for _ in range(2):
+                loss = super().training_step(batch, batch_idx)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+    def twice() -> Net:
+        module = make(TwiceABatch, make_optimizer=plain_sgd)
+        module.automatic_optimization = False
+        return module
+
+    watching = monitor()
+    fit(twice(), [watching])
+    with pytest.warns(NormDynWarning, match=r"steps several times in a batch, and .* holds one norm for all of them"):
+        fit(twice(), [EffectiveLRReplay(watching.history.save(tmp_path / "run.npz"))])
+
+
 def test_other_optimizers_are_refused(tmp_path):
     record(tmp_path / "run.npz", "wn", 3)
     torch.manual_seed(1)
@@ -298,6 +319,52 @@ def test_a_history_without_vectors_says_how_to_record_them(tmp_path):
         NormDynError, match=r"holds no per-vector norms. Record it with NormDynamicsMonitor\(every_n_steps=1, per_vector=True\)"
     ):
         fit(make(), [EffectiveLRReplay(path)])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("decay", 1.0, r"holds decays that are not in \[0, 1\) for `net.0.weight`"),
+        ("decay", -0.1, r"decays that are not in"),
+        ("decay", np.inf, r"decays that are not in"),
+        ("weight_norm", -1.0, r"holds norms below 0 for `net.0.weight`"),
+        ("decay", None, r"holds norms without the decays that were applied for `net.0.weight`"),
+    ],
+)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_record_that_no_run_can_have_left_is_refused_at_fit_start(key, value, says, uniform, good, tmp_path):
+    history, changed = load_history(good), History()
+    for step in range(4):
+        arrays = {name: history.vectors(name)[1][step] for name in history.vector_names()}
+        if step == 2 and value is None:
+            del arrays[f"{key}/net.0.weight"]
+        elif step == 2:
+            arrays[f"{key}/net.0.weight"] = np.full(4, value)
+        changed.append_vectors(step, arrays)
+    module = make(Remembers, make_optimizer=plain_sgd)
+    with pytest.raises(NormDynError, match=says):
+        fit(module, [EffectiveLRReplay(changed.save(tmp_path / "changed.npz"), uniform=uniform)])
+    assert module.as_made()
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_a_weight_without_any_record_is_refused(uniform, good, tmp_path):
+    history = load_history(good)
+    history._vectors.restore([], {}, {})
+    with pytest.raises(NormDynError, match=r"holds no record at all for `net.0.weight`"):
+        fit(make(make_optimizer=plain_sgd), [EffectiveLRReplay(history.save(tmp_path / "empty.npz"), uniform=uniform)])
+
+
+@pytest.mark.parametrize("norm", [np.inf, np.nan])
+def test_vectors_of_a_run_that_diverged_are_left_alone(norm, good, tmp_path):
+    history = load_history(good)
+    for record in history._vectors.records:
+        record.content["weight_norm/net.0.weight"][1] = norm
+    replayed, recorded = make(make_optimizer=plain_sgd), make(make_optimizer=plain_sgd)
+    fit(recorded)
+    with pytest.warns(NormDynWarning, match=r"left vectors alone whose norm is zero or not finite: 1 in net.0.weight"):
+        fit(replayed, [EffectiveLRReplay(history.save(tmp_path / "inf.npz"))])
+    assert distance(weights_of(replayed), weights_of(recorded)) < 1e-6
 
 
 def test_vectors_of_zero_norm_are_left_alone(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import sys
 from types import SimpleNamespace
@@ -26,9 +27,11 @@ from lightning_normdyn import (
     NormDynWarning,
     NoTargetsError,
     NotSupportedError,
+    input_span,
     load_history,
 )
 from lightning_normdyn.callbacks import input_span_monitor
+from lightning_normdyn.input_span import InputRows
 from lightning_normdyn.parametrizations import weight_normalization
 from lightning_normdyn.plots import plot_input_span, plot_weight_histogram, plot_weight_shape
 
@@ -204,7 +207,7 @@ def _sampled(batch_size: int, augment: float, **arguments: Any) -> tuple[dict[st
     return (monitor.history[-1] if len(monitor.history) else {}), dataset.fetched, len(monitor.history)
 
 
-@pytest.mark.parametrize(("batch_sizes", "augment"), [((4, 8), 0.0), ((5, 5), 0.5)])
+@pytest.mark.parametrize(("batch_sizes", "augment"), [((4, 8), 0.5), ((5, 5), 0.0)])
 def test_two_ranks_measure_what_one_measures(batch_sizes, augment):
     alone, fetched, _ = _sampled(batch_sizes[1], augment)
     (first, fetched_0, _), (second, fetched_1, kept) = run_ranks(
@@ -214,7 +217,7 @@ def test_two_ranks_measure_what_one_measures(batch_sizes, augment):
     assert first.keys() == alone.keys()
     for key, value in alone.items():
         assert first[key] == pytest.approx(value, rel=1e-5, abs=1e-7) or key.startswith("optimizer_step"), key
-    sample = set(torch.randperm(40, generator=torch.Generator().manual_seed(0))[:24].tolist())
+    sample = set(random.Random(0).sample(range(40), 24))
     assert sample <= set(fetched)
     assert sample <= set(fetched_0) | set(fetched_1)
     assert min(len(sample - set(f)) for f in (fetched_0, fetched_1)) >= 4  # they share the work
@@ -290,6 +293,35 @@ def test_a_layer_that_is_called_twice_takes_half_of_its_rows_from_each_call():
     measure(Twice(), torch.randn(20, 6, dtype=torch.float64), monitor=monitor)
     rows = {name: about["rows"] for name, about in monitor.history.meta["targets"].items()}
     assert rows == {"net.layer.weight": 40, "net.out.weight": 20}
+
+
+def test_rows_are_copied_a_few_at_a_time(monkeypatch):
+    x = torch.randn(40, 1, 6, 6, dtype=torch.float64)
+    at_once = measure(smooth(), x)
+    monkeypatch.setattr(input_span, "_MOST_ENTRIES", 200)
+    taken: list[int] = []
+    monkeypatch.setattr(InputRows, "take", lambda self, index, _own=InputRows.take: taken.append(len(index)) or _own(self, index))
+    assert measure(smooth(), x) == pytest.approx(at_once)
+    assert max(taken) == 200 // 9
+
+
+def test_it_says_so_where_fewer_rows_were_taken_than_a_filter_has_entries(caplog):
+    def net() -> nn.Module:
+        return head(nn.Linear(50, 4))
+
+    def said(x: Tensor, most: int, **arguments: Any) -> list[str]:
+        caplog.clear()
+        measure(net(), x, monitor=InputSpanMonitor(max_samples=most), **arguments)
+        return [record.message for record in caplog.records if "fewer rows" in record.message]
+
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    x = torch.randn(80, 50, dtype=torch.float64)
+    (text,) = said(x, 30)
+    assert "fewer rows than a filter has entries of `net.0.weight` (30 for 50 entries)" in text
+    (text,) = said(x.view(40, 2, 50), 40)  # half of the 80 rows in 40 examples
+    assert "(40 for 50 entries)" in text
+    assert said(x, 60) == []
+    assert said(x[:30], 60) == []  # there are no more
 
 
 class WholeBatches(Dataset):
@@ -530,6 +562,31 @@ def test_a_layer_that_is_too_large_is_refused_by_the_number_needed(monkeypatch):
     with pytest.warns(NormDynWarning, match="leaves out `net.3.weight`: its rows of 36 entries need"):
         fit(make(), [monitor])
     assert list(monitor.history.meta["targets"]) == ["net.0.weight", "net.8.weight"]
+
+
+class Autoencoder(nn.Module):
+    """A convolution, and a transposed or a grouped one with the same weight."""
+
+    def __init__(self, grouped: bool) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(2 if grouped else 4, 4, 3, padding=1, bias=False)
+        self.up = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False) if grouped else nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False)
+        self.up.weight, self.out = self.down.weight, nn.Linear(4 * 25, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.up(self.down(x)).flatten(1))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_weight_that_layers_share_and_divide_differently_is_left_out(grouped):
+    x = torch.randn(40, 2 if grouped else 4, 5, 5, dtype=torch.float64)
+    kinds = "Conv2d" if grouped else "Conv2d and ConvTranspose2d"
+    says = rf"it is shared by layers \({kinds}\) that divide it into different filters"
+    with pytest.warns(NormDynWarning, match=f"leaves out `net.down.weight`: {says}"):
+        row = measure(Autoencoder(grouped), x)
+    assert [key for key in row if "noise" in key] == ["input_span_noise/net.out.weight"]
+    with pytest.raises(NotSupportedError, match=says):
+        measure(Autoencoder(grouped), x, monitor=InputSpanMonitor(params="net.down.weight"))
 
 
 def test_parametrized_compiled_and_tied_layers():
