@@ -1,6 +1,6 @@
 """What it costs to log 8 quantities of 54 layers at every step, beside `self.log_dict` and beside `wandb.watch`.
 
-    python benchmarks/logging_cost.py [--steps 40] [--rounds 3] [--out logging_cost.md]
+    python benchmarks/logging_cost.py [--steps 40] [--rounds 2] [--out logging_cost.md]
 
 Prints a Markdown table. The floor is the same training without any logging, measured in the same run; W&B is offline throughout.
 """
@@ -161,7 +161,7 @@ def inside(make_logger: Callable[[Path], Logger], calls: int = 40) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=40, help="steps per variant and round")
-    parser.add_argument("--rounds", type=int, default=3, help="how often to measure all variants")
+    parser.add_argument("--rounds", type=int, default=2, help="how often to measure all variants")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -171,6 +171,10 @@ def main() -> None:
     times = {name: min(each[name] for each in rounds) for name in VARIANTS}
     floor = times["no logging (floor)"]
     lines = [
+        "# What logging costs",
+        "",
+        "`python benchmarks/logging_cost.py --out benchmarks/logging_cost.md`",
+        "",
         f"{len(QUANTITIES)} quantities of {LAYERS} layers at every step: {len(NUMBERS)} numbers, one transfer, one call per logger.",
         f"Lower quartile of {args.steps} steps, best of {args.rounds} rounds; one CPU thread, torch {torch.__version__}, "
         f"lightning {L.__version__}, wandb {wandb.__version__}.",

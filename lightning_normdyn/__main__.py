@@ -11,6 +11,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -187,7 +188,8 @@ def _inspect(options: argparse.Namespace) -> None:
         raise NormDynError(
             f"`{options.model}` does not run on inputs of shape {shapes}: {_first_line(error)}. Check --input-shape."
         ) from error
-    print(targets_table(verdicts))
+    # A person gets what fits the terminal, a pipe one line per weight.
+    print(targets_table(verdicts, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
 
 
 def _build(name: str, settings: dict[str, Any]) -> nn.Module:

@@ -53,23 +53,26 @@ _QUANTITIES = {
     "input_span_energy": _Quantity("Weight energy inside the input span", "share", "linear"),
     "input_span_noise": _Quantity("Weight noise outside the input span", "share", "linear"),
     "input_span_rank": _Quantity("Rank of the inputs", "directions", "log"),
-    "ggd_shape_input": _Quantity("Shape of the weights in input space", r"$\beta_{GG}$  (2: Gaussian, 1: Laplace)", "log"),
-    "ggd_shape_parameter": _Quantity("Shape of the weights as they are", r"$\beta_{GG}$  (2: Gaussian, 1: Laplace)", "log"),
+    "ggd_shape_input": _Quantity("Shape of the weights in input space", r"$\beta$  (2: Gaussian, 1: Laplace)", "log"),
+    "ggd_shape_parameter": _Quantity("Shape of the weights as they are", r"$\beta$  (2: Gaussian, 1: Laplace)", "log"),
 }
 
-_EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 2)))}
+_EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 1)))}
 _OTHER_EVENT = ("#999999", (0, (1, 1)))
 _MOST_EVENT_LINES = 40
 """More lines of one kind would hide the curves; they become ticks at the upper edge."""
 
 
-def plot_effective_lr(history: History, ax: Axes | None = None, quantity: str = "effective_lr") -> tuple[Figure, Axes]:
+def plot_effective_lr(
+    history: History, ax: Axes | None = None, quantity: str = "effective_lr", *, limits: tuple[float, float] | None = None
+) -> tuple[Figure, Axes]:
     """Curves of a quantity, one per layer, coloured by depth.
 
     Args:
         history: what was recorded.
         ax: where to draw; a new figure if None.
         quantity: any recorded quantity, e.g. ``"direction_lr"``, ``"weight_norm"``.
+        limits: values that the axis holds at least, e.g. those of other runs beside this one (`shared_limits`).
 
     Raises:
         NormDynError: where the history has no curve of this quantity.
@@ -86,13 +89,13 @@ def plot_effective_lr(history: History, ax: Axes | None = None, quantity: str = 
     curves = _curves(history, quantity)
     fig, ax = _axes(ax)
     _draw_by_depth(fig, ax, curves)
-    _finish(ax, quantity, np.concatenate([values for _, values in curves.values()]))
+    _finish(ax, quantity, np.concatenate([values for _, values in curves.values()]), limits)
     _mark_events(ax, history)
     _legend(ax)
     return fig, ax
 
 
-def plot_angular_update(history: History, ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_angular_update(history: History, ax: Axes | None = None, *, limits: tuple[float, float] | None = None) -> tuple[Figure, Axes]:
     """The angular updates of all layers as a bundle, their median, and the prediction where the history has one.
 
     The band is 10 % around the predictions: from below the smallest to above the largest of all layers.
@@ -100,6 +103,7 @@ def plot_angular_update(history: History, ax: Axes | None = None) -> tuple[Figur
     Args:
         history: what was recorded.
         ax: where to draw; a new figure if None.
+        limits: as in `plot_effective_lr`.
 
     Raises:
         NormDynError: where the history has no angular updates.
@@ -112,7 +116,7 @@ def plot_angular_update(history: History, ax: Axes | None = None) -> tuple[Figur
             values,
             color="#8C8C8C",
             linewidth=0.8,
-            alpha=max(0.1, min(0.8, 8 / len(curves))),
+            alpha=max(0.3, min(0.8, 8 / len(curves))),  # a single layer far from the others must still be seen
             label="each layer" if i == 0 else None,
         )
     steps, table = _table(curves)
@@ -124,19 +128,22 @@ def plot_angular_update(history: History, ax: Axes | None = None) -> tuple[Figur
         ax.fill_between(steps, low, high, color=OKABE_ITO[1], alpha=0.2, linewidth=0, label="prediction ± 10 %")
         ax.plot(steps, np.nanmedian(predicted, axis=0), color=OKABE_ITO[1], linewidth=1.6, linestyle="--", label="prediction")
         seen.append(predicted.ravel())
-    _finish(ax, "angular_update", np.concatenate(seen))
+    _finish(ax, "angular_update", np.concatenate(seen), limits)
     _mark_events(ax, history)
     _legend(ax)
     return fig, ax
 
 
-def plot_heatmap(history: History, ax: Axes | None = None, quantity: str = "effective_lr") -> tuple[Figure, Axes]:
+def plot_heatmap(
+    history: History, ax: Axes | None = None, quantity: str = "effective_lr", *, limits: tuple[float, float] | None = None
+) -> tuple[Figure, Axes]:
     """Layer by step, the quantity as colour: the layer that is off is the row that differs.
 
     Args:
         history: what was recorded. Between two of its records a layer shows the earlier one.
         ax: where to draw; a new figure, taller for more layers, if None.
         quantity: any recorded quantity.
+        limits: values that the colours reach at least, e.g. those of other runs beside this one (`shared_limits`).
 
     Raises:
         NormDynError: where the history has no curve of this quantity.
@@ -150,7 +157,7 @@ def plot_heatmap(history: History, ax: Axes | None = None, quantity: str = "effe
     table = _fill_forward(table)
     edges, table = _bin_columns(steps, table)
 
-    finite = table[np.isfinite(table)]
+    finite = np.concatenate([table[np.isfinite(table)], limits or ()])
     positive = finite[finite > 0]
     scale = _about(quantity).scale
     norm: Normalize
@@ -170,13 +177,36 @@ def plot_heatmap(history: History, ax: Axes | None = None, quantity: str = "effe
     ax.invert_yaxis()
     inches = ax.get_position().height * fig.get_figheight()
     every = -(-len(names) // max(int(inches / 0.13), 1))
-    ax.set_yticks(range(0, len(names), every), [_short(name) for name in names[::every]], fontsize=8 if len(names) <= 20 else 6)
+    ax.set_yticks(range(0, len(names), every), _labels(names)[::every], fontsize=8 if len(names) <= 20 else 6)
     ax.set_xlabel("step")
     ax.set_title(_about(quantity).title)
     bar = fig.colorbar(mesh, ax=ax, label=_about(quantity).axis)
     if isinstance(norm, LogNorm):
         _plain_log_ticks(bar.ax.yaxis, *mesh.get_clim())
     return fig, ax
+
+
+def shared_limits(histories: Sequence[History], quantity: str) -> tuple[float, float] | None:
+    """The smallest and the largest value that any run has of a quantity, its prediction included; None where there is none to draw.
+
+    Pictures of several runs side by side are compared by eye, which needs one scale for all of them.
+
+    Args:
+        histories: the runs.
+        quantity: any quantity; runs that have not recorded it do not count.
+
+    Example:
+        >>> runs = [History(), History()]
+        >>> for run, value in zip(runs, (2.0, 8.0)):
+        ...     run.append(0, {"weight_norm/conv.weight": value}, optimizer_step=1)
+        >>> shared_limits(runs, "weight_norm")
+        (2.0, 8.0)
+    """
+    wanted = [quantity, "equilibrium_angular_update"] if quantity == "angular_update" else [quantity]
+    curves = [history.column(f"{each}/{name}")[1] for history in histories for each in wanted for name in _names(history, each)]
+    values = np.concatenate(curves) if curves else np.zeros(0, dtype=np.float32)
+    drawn = values[np.isfinite(values) & ((values > 0) | (_about(quantity).scale == "linear"))]
+    return (float(drawn.min()), float(drawn.max())) if drawn.size else None
 
 
 def plot_norm_ridge(history: History, ax: Axes | None = None, name: str | None = None) -> tuple[Figure, Axes]:
@@ -210,11 +240,12 @@ def plot_norm_ridge(history: History, ax: Axes | None = None, name: str | None =
     logarithmic = finite.max() > 20 * finite.min()
     scaled = np.log(finite) if logarithmic else finite
     margin = 0.05 * float(np.ptp(scaled)) or 0.05 * (abs(float(scaled[0])) or 1.0)
-    grid = np.linspace(scaled.min() - margin, scaled.max() + margin, 400)
+    widest = max(_bandwidth(_seen(norms[i], logarithmic)) for i in chosen)
+    grid = np.linspace(scaled.min() - max(margin, 3 * widest), scaled.max() + max(margin, 3 * widest), 400)
+    grid = grid if logarithmic else grid[grid >= 0]
     colours = _depth_colours(len(chosen))
     for rank, (i, colour) in enumerate(zip(chosen, colours, strict=True)):
-        values = norms[i][np.isfinite(norms[i]) & (norms[i] > 0)].astype(np.float64)
-        density = _density(np.log(values) if logarithmic else values, grid)
+        density = _density(_seen(norms[i], logarithmic), grid)
         base = float(steps[i])
         hill = density > 0.003
         x, density = (np.exp(grid) if logarithmic else grid)[hill], density[hill]
@@ -344,8 +375,8 @@ def plot_input_span(histories: History | Mapping[str, History], ax: Sequence[Axe
                 values,
                 color=OKABE_ITO[i % len(OKABE_ITO)],
                 linestyle=line,
-                linewidth=1.6,
-                marker="osD^"[i % 4],
+                linewidth=1.6 if len(names) <= 40 else 0.9,
+                marker="osD^"[i % 4] if len(names) <= 40 else _marker(names),
                 markersize=4,
                 label=_plain(_elide(label, 40)) if len(runs) > 1 else None,
             )
@@ -355,7 +386,7 @@ def plot_input_span(histories: History | Mapping[str, History], ax: Sequence[Axe
             panel.axhline(2.0, color="black", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)  # a Gaussian
         panel.set_xlabel("layer")
         every = -(-len(names) // 20)
-        panel.set_xticks(range(0, len(names), every), [_short(name) for name in names[::every]], rotation=60, ha="right", fontsize=7)
+        panel.set_xticks(range(0, len(names), every), _labels(names)[::every], rotation=60, ha="right", fontsize=7)
     _inside_legend(ax[2])
     return _figure_of(ax[0]), list(ax[:3])
 
@@ -412,7 +443,7 @@ def plot_weight_histogram(history: History, name: str | None = None, ax: Axes | 
         edges = np.linspace(-reach, reach, len(counts) + 1)
         shape = history.column(f"{quantity}/{name}")[1][-1]
         density = counts / counts.sum() / (edges[1] - edges[0])
-        ax.stairs(density, edges, color=OKABE_ITO[i], linestyle=line, linewidth=1.6, label=rf"{where}: $\beta_{{GG}}$ = {shape:.2f}")
+        ax.stairs(density, edges, color=OKABE_ITO[i], linestyle=line, linewidth=1.6, label=rf"{where}: $\beta$ = {shape:.2f}")
     ax.set_yscale("log")  # tails are what tells the shapes apart
     ax.set_xlabel("weight, in units of the layer's root mean square")
     ax.set_ylabel("density")
@@ -514,11 +545,21 @@ def _bin_columns(steps: Ints, table: Doubles, most: int = 300) -> tuple[Doubles,
     return edges, np.array(columns).T
 
 
+def _seen(norms: Floats, logarithmic: bool) -> Doubles:
+    """The norms that can be drawn, on the axis that they are drawn on."""
+    values = norms[np.isfinite(norms) & (norms > 0)].astype(np.float64)
+    return np.log(values) if logarithmic else values
+
+
+def _bandwidth(values: Doubles) -> float:
+    return float(values.std()) * values.size**-0.2 if values.size else 0.0
+
+
 def _density(values: Doubles, grid: Doubles) -> Doubles:
     """A Gaussian kernel density on ``grid``, scaled to a height of 1; never narrower than the picture can show."""
     if not values.size:
         return np.zeros_like(grid)
-    bandwidth = max(float(values.std()) * values.size**-0.2, float(grid[-1] - grid[0]) / 120)
+    bandwidth = max(_bandwidth(values), float(grid[-1] - grid[0]) / 120)
     centres, counts = np.unique(
         np.round(values / bandwidth * 8) / 8 * bandwidth, return_counts=True
     )  # a kernel cannot tell closer ones apart
@@ -568,20 +609,22 @@ def _draw_by_depth(fig: Figure, ax: Axes, curves: Mapping[str, tuple[Ints, Float
     colours = _depth_colours(len(curves))
     many = len(curves) > MOST_NAMED
     order = np.random.default_rng(0).permutation(len(curves)) if many else range(len(curves))  # else the deepest would cover all others
-    names = list(curves)
+    names, labels = list(curves), _labels(list(curves))
     for i in order:
         steps, values = curves[names[i]]
-        ax.plot(
-            steps, values, color=colours[i], linewidth=0.7 if many else 1.5, label=None if many else _short(names[i]), marker=_marker(steps)
-        )
+        ax.plot(steps, values, color=colours[i], linewidth=0.7 if many else 1.5, label=None if many else labels[i], marker=_marker(steps))
     if many:
         mappable = ScalarMappable(Normalize(1, len(curves)), ListedColormap(_depth_colours(256)))
         bar = fig.colorbar(mappable, ax=ax, label="depth (layer number)")
         bar.set_ticks(np.unique(np.linspace(1, len(curves), 5).round()).tolist())
 
 
-def _finish(ax: Axes, quantity: str, values: NDArray[Any]) -> None:
+def _finish(ax: Axes, quantity: str, values: NDArray[Any], limits: tuple[float, float] | None = None) -> None:
     about = _about(quantity)
+    if limits is not None:
+        x = ax.dataLim.x0
+        ax.update_datalim([(x, limits[0]), (x, limits[1])])
+        values = np.concatenate([values, limits])
     positive = values[np.isfinite(values) & (values > 0)]
     if about.scale in ("log", "ratio") and positive.size:
         ax.set_yscale("log")
@@ -601,13 +644,15 @@ def _finish(ax: Axes, quantity: str, values: NDArray[Any]) -> None:
 
 
 def _plain_log_ticks(axis: Axis, low: float, high: float) -> None:
-    """On a log axis that spans little, ticks such as 0.5, 1, 2 in place of powers of ten that hardly occur."""
+    """On a log axis that spans little, ticks such as 0.5, 1, 2 in place of powers of ten that hardly occur; 0.1 in place of 10⁻¹."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     if high < 100 * low:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)) if high > 4 * low else MaxNLocator(6))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
+        axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
+    if high < 100 * low or (low > 1e-5 and high < 1e5):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def _mark_events(ax: Axes, history: History) -> None:
@@ -618,7 +663,7 @@ def _mark_events(ax: Axes, history: History) -> None:
         style = dashes if len(steps) <= _MOST_EVENT_LINES else "-"
         for i, step in enumerate(steps):
             label = _event_label(kind) if i == 0 else None
-            ax.axvline(step, *reach, color=colour, linestyle=style, linewidth=0.9, zorder=1, label=label)
+            ax.axvline(step, *reach, color=colour, linestyle=style, linewidth=1.1, zorder=1, label=label)
 
 
 def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
@@ -663,13 +708,28 @@ def _inside_legend(ax: Axes) -> None:
         ax.legend(fontsize=8, framealpha=0.9)
 
 
-def _marker(steps: Ints) -> str | None:
+def _marker(steps: Ints | Sequence[str]) -> str | None:
     return "o" if len(steps) == 1 else None  # a line through one point is invisible
 
 
 def _short(name: str) -> str:
     """A parameter's name as a label: without the ``.weight`` that all of them end in, and not longer than a label can be."""
     return _plain(_elide(name.removesuffix(".weight"), 28))
+
+
+def _labels(names: Sequence[str]) -> list[str]:
+    """Labels that tell these names apart: what all of them begin with is left out before anything else is."""
+    parts = [name.removesuffix(".weight").split(".") for name in names]
+    shared = 0
+    if len(names) > 1:
+        while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
+            shared += 1
+    rests = [".".join(each[shared:]) for each in parts]
+    for length in (28, 40, 60):
+        labels = [_plain(_elide(rest, length)) for rest in rests]
+        if len(set(labels)) == len(set(rests)):
+            break
+    return labels
 
 
 def _elide(text: str, length: int) -> str:

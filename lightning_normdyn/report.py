@@ -19,6 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DRAWN = ("effective_lr", "angular_update", "weight_norm", "weight_std")
+_MAPPED = ("effective_lr", "angular_update", "equilibrium_ratio")
 _COMPARED = ("effective_lr", "direction_lr", "angular_update", "equilibrium_ratio", "weight_norm")
 _LAYER_QUANTITIES = ("weight_norm", "weight_std", "effective_lr", "direction_lr", "angular_update", "equilibrium_ratio", "gradient_cosine")
 _RUNS = "a history file (.npz), a folder with metrics.csv, or an offline W&B run"
@@ -200,9 +202,13 @@ class _Layer(NamedTuple):
     angular_update: float | None
     prediction: float | None
     ratio: float | None
+    said: str | None
+    """What the monitor said of it at the end of the fit, which knows more than the curves do."""
 
     @property
     def verdict(self) -> str:
+        if self.said and self.said != "-":
+            return self.said
         if self.ratio is None:
             return "–"
         return "as predicted" if 0.9 <= self.ratio <= 1.1 else "turns faster" if self.ratio > 1 else "turns slower"
@@ -237,6 +243,7 @@ def _layers(label: str, history: History) -> list[_Layer]:
                 angular_update=angle,
                 prediction=prediction,
                 ratio=angle / prediction if angle is not None and prediction else _late(values("equilibrium_ratio", name), np.mean),
+                said=about["verdict"] if isinstance(about.get("verdict"), str) else None,
             )
         )
     return layers
@@ -286,10 +293,13 @@ def write_report(runs: Mapping[str, History], path: str | os.PathLike[str], say:
     order = {name: i for i, name in enumerate(dict.fromkeys(layer.name for each in layers.values() for layer in each))}
     side_by_side = sorted((layer for each in layers.values() for layer in each), key=lambda layer: order[layer.name])
     parts.append(_table(side_by_side, with_run=len(runs) > 1))
+    from lightning_normdyn.plots import shared_limits
+
+    limits = {quantity: shared_limits(list(runs.values()), quantity) for quantity in (*_DRAWN, *_MAPPED)}
     sections = []
     for label, history in runs.items():
         say(f"drawing {label}")
-        sections.append(_section(label, history))
+        sections.append(_section(label, history, limits))
     parts.append(f'<div class="runs">{"".join(sections)}</div>')
     page = _PAGE.substitute(
         title=html.escape(", ".join(runs)),
@@ -318,18 +328,19 @@ def _comparison(runs: Mapping[str, History], say: Callable[[str], None]) -> str:
     return f'<section><h2>Runs compared</h2><p>{note}</p><div class="pictures">{"".join(pictures)}</div></section>'
 
 
-def _section(label: str, history: History) -> str:
+def _section(label: str, history: History, limits: Mapping[str, tuple[float, float] | None]) -> str:
     from lightning_normdyn import plots
 
     pictures = []
     for quantity in _DRAWN:
         if _has(history, quantity):
-            is_angle = quantity == "angular_update"
-            fig, _ = plots.plot_angular_update(history) if is_angle else plots.plot_effective_lr(history, quantity=quantity)
+            draw = plots.plot_angular_update if quantity == "angular_update" else partial(plots.plot_effective_lr, quantity=quantity)
+            fig, _ = draw(history, limits=limits[quantity])
             pictures.append(_picture(fig, f"{quantity} of {label}"))
-    for quantity in ("effective_lr", "angular_update", "equilibrium_ratio"):
+    for quantity in _MAPPED:
         if _has(history, quantity):
-            pictures.append(_picture(plots.plot_heatmap(history, quantity=quantity)[0], f"{quantity} of {label}, layer by step"))
+            fig, _ = plots.plot_heatmap(history, quantity=quantity, limits=limits[quantity])
+            pictures.append(_picture(fig, f"{quantity} of {label}, layer by step"))
     if any(name.startswith("weight_norm/") for name in history.vector_names()):
         try:
             pictures.append(_picture(plots.plot_norm_ridge(history)[0], f"norms of single vectors of {label}"))
@@ -374,8 +385,10 @@ _COLUMNS = (
     ("angular update", "radians per step, root mean square over the last tenth of the records"),
     ("prediction", "radians per step, for the same records"),
     ("ratio", "angular update over prediction"),
-    ("verdict", "as predicted: within 10 %"),
+    ("verdict", "of the monitor at the end of the fit; else as predicted: within 10 %"),
 )
+_OFF = ("turns", "collapsing", "frozen")
+"""How the verdicts begin that a reader should not miss."""
 
 
 def _table(layers: Iterable[_Layer], with_run: bool) -> str:
@@ -385,8 +398,8 @@ def _table(layers: Iterable[_Layer], with_run: bool) -> str:
     )
     rows = []
     for layer in layers:
-        cells = [_text_cell(layer.run)] if with_run else []
-        cells += [_text_cell(layer.name), _text_cell(layer.kind)]
+        cells = [_text_cell(layer.run, "run")] if with_run else []
+        cells += [_text_cell(layer.name, "name"), _text_cell(layer.kind)]
         numbers = (
             layer.vectors,
             layer.first_norm,
@@ -397,7 +410,7 @@ def _table(layers: Iterable[_Layer], with_run: bool) -> str:
             layer.ratio,
         )
         cells += [_number_cell(number) for number in numbers]
-        cells.append(_text_cell(layer.verdict, "off" if layer.verdict.startswith("turns") else ""))
+        cells.append(_text_cell(layer.verdict, "off" if layer.verdict.startswith(_OFF) else ""))
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = "Click a heading to sort. Numbers other than norms are averages over the last tenth of the records."
     return (
@@ -425,7 +438,7 @@ body { font: 15px/1.45 system-ui, sans-serif; color: #1c1c1c; background: #fff; 
 h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2rem; overflow-wrap: anywhere; }
 p { max-width: 60rem; color: #444; }
 img { display: block; max-width: 100%; margin: 0.8rem 0; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 500px), 1fr)); gap: 0 1rem; align-items: start; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 600px), 1fr)); gap: 0 1rem; align-items: start; }
 .runs { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 620px), 1fr)); gap: 0 2rem; align-items: start; }
 .runs > section { min-width: 0; }
 .wide { overflow: auto; max-height: 32rem; border: 1px solid #ccc; }
@@ -435,7 +448,8 @@ th button { font: inherit; font-weight: 600; border: 0; background: none; paddin
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
 td { padding: 0.22rem 0.7rem; border-top: 1px solid #e6e6e6; overflow-wrap: anywhere; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.off { color: #a33c00; font-weight: 600; white-space: nowrap; }
+td.run { min-width: 6rem; } td.name { min-width: 17rem; } td:last-child { min-width: 10rem; }
+td.off { color: #a33c00; font-weight: 600; }
 tbody tr:hover { background: #f6f9fc; }
 pre { overflow: auto; max-height: 30rem; background: #f6f6f6; padding: 0.8rem; font-size: 0.8rem; }
 """

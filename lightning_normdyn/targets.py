@@ -28,6 +28,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.graph_rules import Edge, Rows, Shape, distinct, follow, trace
+from lightning_normdyn.tables import render
 from lightning_normdyn.vectors import Partition
 
 # ------------------------------------------------------------------------------------------------ names and patterns
@@ -956,26 +957,22 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
     return verdict.name, shape, verdict.kind, str(verdict.n or ""), ", ".join(verdict.norms) if verdict.n else "", known, verdict.reason
 
 
-def targets_table(verdicts: Iterable[Verdict]) -> str:
+def targets_table(verdicts: Iterable[Verdict], width: int | None = None) -> str:
     """The verdicts as a plain-text table.
+
+    Args:
+        verdicts: one per weight.
+        width: columns of the terminal that the table shall fit; None: a line per weight, however long.
 
     Example:
         >>> print(targets_table([Verdict.unknown("fc.weight", (10, 4))]))
         weight     shape   scale-invariant  vectors  normalized by  how known  why not
         fc.weight  10 x 4  unknown                                             not part of any training loss so far
     """
-    rows = [TABLE_COLUMNS, *(_cells(verdict) for verdict in verdicts)]
+    cells = [_cells(verdict) for verdict in verdicts]
+    if width is not None:
+        text = render("", TABLE_COLUMNS, cells, noted=("why not",), optional=("how known", "shape"), width=width, most_rows=None)
+        return text.rstrip("\n")
+    rows = [TABLE_COLUMNS, *cells]
     widths = [max(len(row[k]) for row in rows) for k in range(len(TABLE_COLUMNS))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def rich_targets_table(verdicts: Iterable[Verdict]) -> Any:
-    """The verdicts as a ``rich`` table; None if rich is not installed."""
-    try:
-        from rich.table import Table
-    except ImportError:
-        return None
-    table = Table(*TABLE_COLUMNS)
-    for verdict in verdicts:
-        table.add_row(*_cells(verdict))
-    return table

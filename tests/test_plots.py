@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import itertools
 
@@ -280,3 +281,54 @@ def test_importing_the_module_needs_no_matplotlib():
     imports = [line for line in inspect.getsource(plots).splitlines() if "matplotlib" in line and "import" in line]
     assert imports
     assert all(line.startswith("    ") for line in imports)  # inside a function, or for type checkers only
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a.conv1.weight", "a.conv2.weight"], ["conv1", "conv2"]),
+        (["model.head.weight"], ["model.head"]),
+        (["model.weight", "model.head.weight"], ["model", "model.head"]),
+        (["x.weight", "x.weight_v"], ["x", "x.weight_v"]),
+        (["a.b.c.weight", "a.b.weight", "a.d.weight"], ["b.c", "b", "d"]),
+    ],
+)
+def test_labels_leave_out_what_all_names_begin_with(names, labels):
+    assert plots._labels(names) == labels
+
+
+def test_long_names_of_many_layers_stay_apart_in_a_heat_map():
+    names = [f"model.transformer.encoder.layers.{i}.attention.self.{part}.weight" for i in range(40) for part in ("query", "key")]
+    history = History()
+    history.append(0, {f"effective_lr/{name}": 1.0 + i for i, name in enumerate(names)}, optimizer_step=1)
+    _, ax = plots.plot_heatmap(history)
+    shown = [label.get_text() for label in ax.get_yticklabels()]
+    assert len(shown) > 20
+    assert len(set(shown)) == len(shown)
+    assert shown[0] == "0.attention.self.query"
+
+
+def test_one_layer_far_from_160_others_is_seen():
+    history = synthetic(160)
+    _, ax = plots.plot_angular_update(history)
+    assert all((line.get_alpha() or 1.0) >= 0.3 for line in ax.get_lines())
+
+
+@pytest.mark.parametrize("quantity", ["effective_lr", "angular_update", "equilibrium_ratio", "gradient_cosine"])
+def test_pictures_side_by_side_share_a_scale(quantity):
+    low, high = synthetic(), History()
+    for row in synthetic():
+        values = {key: 8 * value for key, value in row.items() if "/" in key}
+        high.append(int(row["step"]), values, optimizer_step=int(row["optimizer_step"]))
+    limits = plots.shared_limits([low, high, History()], quantity)
+    draw = (
+        plots.plot_angular_update if quantity == "angular_update" else lambda h, **kw: plots.plot_effective_lr(h, quantity=quantity, **kw)
+    )
+    views = [draw(history, limits=limits)[1].get_ylim() for history in (low, high)]
+    assert views[0] == pytest.approx(views[1])
+    assert views[0][0] <= limits[0] < limits[1] <= views[0][1]
+    assert draw(low)[1].get_ylim() != pytest.approx(views[0])
+    colours = [plots.plot_heatmap(history, quantity=quantity, limits=limits)[1].collections[0].get_clim() for history in (low, high)]
+    assert colours[0] == pytest.approx(colours[1])
+    assert plots.shared_limits([History()], quantity) is None
+    assert plots.shared_limits([], quantity) is None

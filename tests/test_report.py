@@ -139,6 +139,7 @@ def wandb_run(tmp_path, monkeypatch):
         )
     folder = Path(run.dir).parent
     run.finish()
+    wandb.teardown()  # its service may still be writing when finish() returns
     return folder
 
 
@@ -316,6 +317,17 @@ def test_the_table_holds_the_numbers(tmp_path):
         ["conv1.weight", "–", "–", "4", "2.1", "0.0465", "0.02", "0.02", "1", "as predicted"],
         ["conv2.weight", "–", "–", "6", "3.15", "0.031", "0.03", "0.02", "1.5", "turns faster"],
     ]
+
+
+def test_the_verdict_is_what_the_monitor_said(tmp_path):
+    history = synthetic()
+    history.meta["targets"] = {
+        "conv0.weight": {"verdict": "settled, 0.5x the prediction (below)"},
+        "conv1.weight": {"verdict": "-"},
+        "conv2.weight": {"verdict": 3},
+    }
+    page = Page(write_report({"run": history}, tmp_path / "report.html"))
+    assert [row[-1] for row in page.rows[1:]] == ["settled, 0.5x the prediction (below)", "as predicted", "turns faster"]
 
 
 def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):

@@ -32,7 +32,7 @@ from lightning_normdyn.callbacks.publishing import (
     publish_outcome,
     publish_row,
 )
-from lightning_normdyn.callbacks.tables import render, show
+from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.functional import (
     angle_from_sums,
     cosine_from_sums,
@@ -47,6 +47,7 @@ from lightning_normdyn.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.tables import render
 
 # Averaged over the vectors of a weight as RMS, because that is what predictions are about; everything else as mean.
 ROOT_MEAN_SQUARE = frozenset({"angular_update", "effective_step_size"})
@@ -585,6 +586,8 @@ class NormDynamicsMonitor(NormDynCallback):
         if text:
             show(trainer, text)
         if trainer.is_global_zero:
+            for row in layers:  # a report of this history says what the table says
+                self.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
             outcome = Outcome(self.history, layers, self.quantities or QUANTITIES, self._label())
             publish_outcome(trainer.loggers, outcome)
 
@@ -674,17 +677,19 @@ class NormDynamicsMonitor(NormDynCallback):
 
         def cell(row: dict[str, Any], column: str) -> str:
             if column == "norm first → last":
-                return f"{row['norm first']:.3g} → {row['norm last']:.3g}"
+                return f"{row['norm first']:.3g}→{row['norm last']:.3g}"
             value = row[column]
             if isinstance(value, float):
                 return f"{value:.1f}" if column == "e-foldings" else f"{value:.3g}"
             return "-" if value is None else str(value)
 
         title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
-        text = render(title, columns, [[cell(row, column) for column in columns] for row in layers])
+        cells = [[cell(row, column) for column in columns] for row in layers]
+        text = render(title, columns, cells, noted=("treated how",), optional=("e-foldings", "treated how"))
         if clamped:
             named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
-            text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.\n"
+            text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.
+"
         return text
 
     def _treatment_of(self, target: Target) -> str:

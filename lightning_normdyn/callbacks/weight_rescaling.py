@@ -135,7 +135,7 @@ class WeightRescaling(NormDynCallback):
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""
         length = "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
-        return f"WRS to {length} every {self.every_n_steps} steps"
+        return f"WRS to {length} every {'step' if self.every_n_steps == 1 else f'{self.every_n_steps} steps'}"
 
     def influence(self, target: Target) -> dict[str, Any]:
         """For predictions; outside its epochs it only says that it is there."""

@@ -44,7 +44,10 @@ PICTURES = ("effective_lr", "angular_update", "weight_norm", "heat_map_effective
 
 
 @pytest.fixture(autouse=True)
-def _no_run_left():
+def _no_run_left(monkeypatch):
+    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it would report its use to its makers.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     yield
     wandb.finish()
 
@@ -91,6 +94,7 @@ class WandbRun:
 
 
 def wandb_runs(folder: Path) -> list[WandbRun]:
+    wandb.teardown()  # its service may still be writing when finish() returns
     return [WandbRun(each) for each in sorted((folder / "wandb").glob("offline-run-*"), key=lambda each: each.stat().st_ctime_ns)]
 
 
@@ -316,7 +320,8 @@ def test_wandb_rows_under(kind, tmp_path):
 
 def fit_on_two_ranks(folder: Path) -> tuple[int, int]:
     monitor = NormDynamicsMonitor(1, histograms=True, tables=False, alert=True)
-    loggers = [wandb_logger(folder), TensorBoardLogger(folder / "tb"), CSVLogger(folder / "csv")]
+    mlflow = MLFlowLogger(save_dir=str(folder / "mlruns"))
+    loggers = [wandb_logger(folder), TensorBoardLogger(folder / "tb"), CSVLogger(folder / "csv"), mlflow]
     runner = fit(make(), [AdaptiveWeightShrink(0.1), monitor], logger=loggers, strategy="ddp", devices=2, max_epochs=2)
     if runner.is_global_zero:
         monitor.history.save(folder / "expected.npz")
@@ -333,6 +338,8 @@ def test_of_two_ranks_one_publishes(tmp_path):
     assert "normdyn" in run.config
     assert len(list((tmp_path / "tb").rglob("events.out*"))) == 1
     assert len(list((tmp_path / "csv").rglob("metrics.csv"))) == 1
+    [mlflow] = [folder.parent for folder in (tmp_path / "mlruns").glob("*/*/metrics")]  # one run
+    assert (mlflow / "artifacts" / "normdyn" / "history.npz").exists()
 
 
 def test_wandb_gets_each_alert(tmp_path):
@@ -464,19 +471,10 @@ def test_report_reads_the_folder_of_the_logger(several, which):
     assert list(load_run(getattr(several, which))) == list(several.history)
 
 
-@pytest.fixture
-def mlflow(monkeypatch):
-    pytest.importorskip("mlflow")
-    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring.
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    return MLFlowLogger
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:mlflow")
-def test_mlflow(mlflow, tmp_path):
+def test_mlflow(tmp_path):
     store = str(tmp_path / "mlruns")
-    first = mlflow(save_dir=store)
+    first = MLFlowLogger(save_dir=store)
     monitor = NormDynamicsMonitor(1, tables=False)
     fit(make(), [AdaptiveWeightShrink(0.1), monitor], logger=first, max_epochs=2)
     client, run = first.experiment, first.run_id
@@ -492,7 +490,7 @@ def test_mlflow(mlflow, tmp_path):
     assert list(load_history(client.download_artifacts(run, "normdyn/history.npz"))) == list(monitor.history)
 
     # The same run again, with another alpha: a parameter of MLflow cannot change, and that is no reason to fail.
-    again = mlflow(save_dir=store, run_id=run)
+    again = MLFlowLogger(save_dir=store, run_id=run)
     fit(make(), [AdaptiveWeightShrink(0.2), NormDynamicsMonitor(1, tables=False)], logger=again, max_epochs=1)
     assert client.get_run(run).data.params == params
 

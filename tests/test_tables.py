@@ -1,0 +1,91 @@
+"""tables.py: tables fit the terminal, and nothing in them is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_normdyn.tables import MOST_ROWS, render
+
+COLUMNS = ["weight", "treated how", "norm first → last", "effective lr", "e-foldings", "verdict"]
+WRS = "WRS to its initial norm every 20 steps"
+VERDICT = "length held by WeightRescaling, 1.1x the prediction"
+NAMES = ["network.0.weight", "network.4.shortcut.0.weight", "model.transformer.encoder.layers.11.attention.output.dense.weight"]
+ROWS = [[name, WRS, "0.57→0.809", "0.0252", "-", VERDICT] for name in NAMES] + [["head.weight", "-", "1→2", "0.1", "3.5", "-"]]
+
+
+def table(width: int) -> list[str]:
+    return render("a title", COLUMNS, ROWS, noted=["treated how"], optional=["e-foldings", "treated how"], width=width).splitlines()
+
+
+def cells(lines: list[str], columns: list[str]) -> list[list[str]]:
+    """The cells below the rule, each read down its column and put together again, blanks left out."""
+    rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
+    starts = [0]
+    for column in columns[1:]:
+        starts.append(lines[2].index(column.split()[0], starts[-1] + 1))
+    rows: list[list[str]] = []
+    for line in lines[rule + 1 :]:
+        if line.startswith(("[", "Not shown", "...")):
+            break
+        parts = [line[a:b].strip() for a, b in zip(starts, [*starts[1:], None], strict=True)]
+        if parts[2]:  # the norms stand in a row's first line only
+            rows.append(parts)
+        else:
+            rows[-1] = [above + part for above, part in zip(rows[-1], parts, strict=True)]
+    return rows
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140, 200, 400])
+def test_no_line_is_wider_than_the_terminal(width):
+    assert max(map(len, table(width))) <= width
+
+
+@pytest.mark.parametrize(
+    ("width", "left_out", "noted"), [(400, [], False), (200, [], True), (140, [], True), (80, ["e-foldings", "treated how"], False)]
+)
+def test_every_cell_is_there_whole_or_as_a_note_or_said_to_be_missing(width, left_out, noted):
+    lines = table(width)
+    columns = [column for column in COLUMNS if column not in left_out]
+    expected = [[*row] for row in ROWS]
+    if noted:
+        assert f"[1] {WRS}" in lines
+        expected = [["[1]" if cell == WRS else cell for cell in row] for row in expected]
+    kept = [[cell.replace(" ", "") for cell, column in zip(row, COLUMNS, strict=True) if column in columns] for row in expected]
+    found = [[cell.replace(" ", "") for cell in row] for row in cells(lines, columns)]
+    assert found == kept
+    said = [line for line in lines if line.startswith("Not shown")]
+    assert said == ([f"Not shown in a terminal of {width} columns: {', '.join(left_out)}"] if left_out else [])
+
+
+def test_names_break_after_dots_and_numbers_do_not():
+    lines = table(80)
+    assert any(line.startswith("shortcut.0.weight") or line.startswith("network.4.shortcut.0.weight") for line in lines)
+    assert sum("0.57→0.809" in line for line in lines) == 3
+
+
+def test_many_different_texts_stay_in_the_table():
+    rows = [[f"conv{i}.weight", f"AWS, decay now 0.{i} (replaces 0.0005)"] for i in range(1, 10)]
+    lines = render("title", ["weight", "treated how"], rows, noted=["treated how"], width=40).splitlines()
+    assert not [line for line in lines if line.startswith("[")]
+    assert sum("AWS, decay" in line for line in lines) == 9
+
+
+def test_a_long_table_says_how_much_it_leaves_out():
+    rows = [[f"conv{i}.weight", "1"] for i in range(MOST_ROWS + 100)]
+    lines = render("title", ["weight", "norm"], rows).splitlines()
+    assert lines[-1] == "... and 100 more weights"
+    assert len(lines) == MOST_ROWS + 5
+
+
+def test_it_asks_the_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    lines = render("title", COLUMNS, ROWS).splitlines()
+    assert 60 < max(map(len, lines)) <= 70
+
+
+@pytest.mark.parametrize("text", ["", "   ", "a" * 500, "x.y." * 100, "...", "[1]", "ein\nanderer", "[bold]name[/bold]"])
+def test_strange_cells_do_not_break_it(text):
+    rendered = render("title", ["weight", "norm"], [[text, text]], width=60)
+    assert max(map(len, rendered.splitlines())) <= 60
+    together = "".join(rendered.split())
+    assert all(together.count(character) >= text.count(character) for character in set("".join(text.split())))
