@@ -12,7 +12,7 @@ MOST_NOTES = 4
 """More different texts than this stay in the table: nobody looks up ten notes."""
 LONG = 24
 """Characters beyond which a cell may become a note."""
-NAME = 32
+NAME = 40
 """Characters of a name that stay on one line as long as other cells can be wrapped."""
 SHORTEST_NAME = 12
 GAP = 2

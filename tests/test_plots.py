@@ -321,9 +321,8 @@ def test_pictures_side_by_side_share_a_scale(quantity):
         values = {key: 8 * value for key, value in row.items() if "/" in key}
         high.append(int(row["step"]), values, optimizer_step=int(row["optimizer_step"]))
     limits = plots.shared_limits([low, high, History()], quantity)
-    draw = (
-        plots.plot_angular_update if quantity == "angular_update" else lambda h, **kw: plots.plot_effective_lr(h, quantity=quantity, **kw)
-    )
+    curves = functools.partial(plots.plot_effective_lr, quantity=quantity)
+    draw = plots.plot_angular_update if quantity == "angular_update" else curves
     views = [draw(history, limits=limits)[1].get_ylim() for history in (low, high)]
     assert views[0] == pytest.approx(views[1])
     assert views[0][0] <= limits[0] < limits[1] <= views[0][1]

@@ -89,3 +89,22 @@ def test_strange_cells_do_not_break_it(text):
     assert max(map(len, rendered.splitlines())) <= 60
     together = "".join(rendered.split())
     assert all(together.count(character) >= text.count(character) for character in set("".join(text.split())))
+
+
+HEADS = ("weight", "treated", "norm, first → last", "effective lr", "angular update", "equilibrium", "ratio", "verdict")
+DIGITS = ("0" * 60, "1 1111 1111 11 (11111 11)", "22222 22222", "33333333", "4444444", "5555555", "666", "777777 77 7777777777 7777")
+
+
+@pytest.mark.parametrize("width", [100, 120, 139, 140, 141, 200, 400])
+def test_no_part_of_a_cell_is_cut_off(width):
+    text = render("title", HEADS, [DIGITS, (*DIGITS[:-1], "7")], width=width)
+    assert max(map(len, text.splitlines())) <= width
+    for i, cell in enumerate(DIGITS[:-1]):
+        assert text.count(str(i)) == 2 * cell.count(str(i)), cell
+    assert text.count("7") == DIGITS[-1].count("7") + 1
+
+
+@pytest.mark.parametrize("width", [100, 140, 200])
+def test_a_usual_name_is_read_in_one_piece(width):
+    name = "model.layers.10.self_attn.q_proj.weight"
+    assert name in render("title", HEADS, [(name, *DIGITS[1:])], width=width)

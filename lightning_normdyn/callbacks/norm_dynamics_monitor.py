@@ -688,8 +688,7 @@ class NormDynamicsMonitor(NormDynCallback):
         text = render(title, columns, cells, noted=("treated how",), optional=("e-foldings", "treated how"))
         if clamped:
             named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
-            text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.
-"
+            text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.\n"
         return text
 
     def _treatment_of(self, target: Target) -> str:
