@@ -104,7 +104,7 @@ def test_no_part_of_a_cell_is_cut_off(width):
     assert text.count("7") == DIGITS[-1].count("7") + 1
 
 
-@pytest.mark.parametrize("width", [100, 140, 200])
+@pytest.mark.parametrize("width", [120, 140, 200])
 def test_a_usual_name_is_read_in_one_piece(width):
     name = "model.layers.10.self_attn.q_proj.weight"
     assert name in render("title", HEADS, [(name, *DIGITS[1:])], width=width)
