@@ -274,7 +274,10 @@ class InputSpanMonitor(NormDynCallback):
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Which vector each filter belongs to."""
-        for target in plan.targets:
+        self._label(plan.targets)
+
+    def _label(self, targets: Sequence[Target]) -> None:
+        for target in targets:
             try:
                 self._labels[target.name] = filter_labels(self._readers[target.weight][0], target.partition)
             except NotSupportedError as error:
@@ -287,9 +290,46 @@ class InputSpanMonitor(NormDynCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, if it is time."""
         super().on_train_epoch_end(trainer, pl_module)
-        if self._off or not self.plans or (trainer.current_epoch + 1) % self.every_n_epochs:
+        if not self.plans:
+            self._catch_up(trainer, pl_module, trainer.current_epoch)
+        elif self._is_due(trainer.current_epoch):
+            targets = [t for plan in self.plans.values() for t in plan.targets]
+            self._measure(trainer, pl_module, targets, max(self.steps_of(i) for i in self.plans))
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """In the first epoch after a resume: look whether the one before it was measured."""
+        if batch_idx == 0:
+            self._catch_up(trainer, pl_module, trainer.current_epoch - 1)
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _is_due(self, epoch: int) -> bool:
+        return not self._off and (epoch + 1) % self.every_n_epochs == 0
+
+    def _catch_up(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
+        """Measure an epoch whose last step came before a checkpoint, and whose end after it (as where a validation has it saved): the
+        weights are still those of its end."""
+        restored, session = self._restored, self._session
+        if restored is None or epoch < 0 or not self._is_due(epoch) or "history" not in restored.get("extra", {}):
             return
-        targets = [t for plan in self.plans.values() for t in plan.targets]
+        assert session is not None
+        history = History()
+        history.load_state_dict(restored["extra"]["history"])
+        if (len(history) and history[-1]["step"] >= self._newest_step(trainer)) or not session.restore_verdicts():
+            return
+        chosen = {i: [self._target(w) for w in self._select(session.owned(o))] for i, o in enumerate(session.optimizers)}
+        targets = [t for found in chosen.values() for t in found if t is not None]
+        if targets:
+            self._label(targets)
+            self.history = history
+            self._measure(trainer, module, targets, max(int(restored["steps"].get(i, 0)) for i, found in chosen.items() if found))
+            self._restored = {**restored, "extra": self._extra()}
+
+    @staticmethod
+    def _newest_step(trainer: Trainer) -> int:
+        """As Lightning has it for values of an epoch: the step of its last batch."""
+        return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, targets: list[Target], optimizer_step: int) -> None:
         sample = Sample(trainer, self.max_samples, self.seed)
         found: dict[str, _Found] = {}
         self._cut.clear()
@@ -298,7 +338,7 @@ class InputSpanMonitor(NormDynCallback):
                 streams = self._gather(trainer, pl_module, sample, block, advance)
                 found.update(self._describe(block, streams))
         if trainer.is_global_zero:
-            self._publish(trainer, sample, found)
+            self._publish(trainer, sample, found, optimizer_step)
 
     def _blocks(self, targets: list[Target]) -> list[list[Target]]:
         """Targets whose covariances fit into memory together."""
@@ -398,10 +438,9 @@ class InputSpanMonitor(NormDynCallback):
             with Tqdm(total=rounds, desc=f"Inputs of {len(targets)} weights", leave=False, dynamic_ncols=True) as shown:
                 yield lambda: shown.update() and None
 
-    def _publish(self, trainer: Trainer, sample: Sample, found: dict[str, _Found]) -> None:
+    def _publish(self, trainer: Trainer, sample: Sample, found: dict[str, _Found], optimizer_step: int) -> None:
         """Rank zero: into the history and the loggers."""
-        # As Lightning has it for values of an epoch: the step of its last batch.
-        step = max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        step = self._newest_step(trainer)
         row = {f"{quantity}/{name}": value for name, f in found.items() for quantity, value in f.values().items() if isfinite(value)}
         broken = [name for name, f in found.items() if not isfinite(f.numbers[1])]
         if broken:
@@ -417,7 +456,7 @@ class InputSpanMonitor(NormDynCallback):
                 f"InputSpanMonitor took fewer rows than a filter has entries of {', '.join(few[:4])}{' and more' if len(few) > 4 else ''}: "
                 "their inputs may vary in more directions than so few rows show. Raise `max_samples`."
             )
-        self.history.append(step, row, optimizer_step=max(self.steps_of(i) for i in self.plans))
+        self.history.append(step, row, optimizer_step=optimizer_step)
         histograms = {key: np.asarray(v) for name, f in found.items() for key, v in f.histograms(name).items() if name not in broken}
         self.history.append_vectors(step, histograms)
         self.history.meta.update(self._meta(sample, found))

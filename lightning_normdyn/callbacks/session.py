@@ -113,7 +113,7 @@ class Session:
         if self._watched == state and not news:
             return
         self._looks_left -= news
-        if self._watched is None and self._restore_verdicts():
+        if self._watched is None and self.restore_verdicts():
             self._watched = state
             return
         self._watched = state
@@ -151,7 +151,8 @@ class Session:
             tuple(m.training for m in self._normalizations),
         )
 
-    def _restore_verdicts(self) -> bool:
+    def restore_verdicts(self) -> bool:
+        """Take up what a checkpoint says about the weights, until the first step takes up the rest of it; whether it says anything."""
         tables = [m._restored["targets"] for m in self.members if m._restored and m._restored.get("targets")]
         for table in tables:
             self.search.verdicts.update({name: Verdict.from_state(name, state) for name, state in table.items()})

@@ -486,13 +486,28 @@ class SavesAtEpochEnd(L.Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("saves", [lambda path: SavesAt(5, path), SavesAtEpochEnd])
-def test_resume_equals_the_uninterrupted_run(saves, tmp_path):
+class SavesAfterValidation(SavesAtEpochEnd):
+    """As ModelCheckpoint does where it monitors a value of the validation: before the end of the epoch."""
+
+    on_train_epoch_end = L.Callback.on_train_epoch_end
+
+    def on_validation_end(self, trainer, pl_module):
+        if trainer.current_epoch == 1 and not trainer.sanity_checking:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize(
+    "saves", [lambda path: SavesAt(5, path), lambda path: SavesAt(8, path), SavesAtEpochEnd, SavesAfterValidation], ids=range(4)
+)
+def test_resume_equals_the_uninterrupted_run(saves, every, first, tmp_path):
     def go(monitor: InputSpanMonitor, *extra: Any, **arguments: Any) -> Any:
         module = make(ByStep, make_optimizer=adamw)
-        return everything(module, fit(module, [monitor, *extra], max_epochs=3, **arguments), [monitor])
+        callbacks = [*extra, monitor] if first else [monitor, *extra]  # a checkpoint from before and from after its measurement
+        return everything(module, fit(module, callbacks, val_data=loader(), max_epochs=3, **arguments), [monitor])
 
-    path, whole, resumed = tmp_path / "middle.ckpt", InputSpanMonitor(), InputSpanMonitor()
+    path, whole, resumed = tmp_path / "middle.ckpt", InputSpanMonitor(every), InputSpanMonitor(every)
     expected = go(whole, saves(path))
     assert identical(go(resumed, ckpt_path=path), expected)
     assert list(whole.history) == list(resumed.history)
