@@ -60,6 +60,9 @@ class AdaptiveWeightShrink(NormDynCallback):
         self.alpha = check_number("alpha", alpha, "> 0")
         self.statistic = statistic
         self.weight_decay = weight_decay
+
+    def _forget(self) -> None:
+        super()._forget()
         self._standardized: dict[int, Tensor | None] = {}
 
     def settings(self) -> dict[str, Any]:

@@ -45,6 +45,10 @@ class NormDynCallback(Callback):
         if granularity not in GRANULARITIES:
             raise ValueError(f"`granularity` must be one of {GRANULARITIES}, got {granularity!r}.")
         self.granularity = granularity
+        self._forget()
+
+    def _forget(self) -> None:
+        """Set everything that belongs to one fit to what it is before a fit."""
         self.plans: dict[int, Plan] = {}
         self._session: Session | None = None
         self._restored: dict[str, Any] | None = None
@@ -53,7 +57,15 @@ class NormDynCallback(Callback):
         self._per_vector: dict[str, dict[str, Tensor]] = {}  # of the vectors that this rank holds
         self._restored_vectors: dict[str, dict[str, Tensor]] = {}  # of all vectors, from a checkpoint
         self._matched: set[Tensor] = set()  # weights that `params` lets in, whoever owns them: known at fit start
+        self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or what a spawned process gets, is ready for a fit of its own: the Trainer, the weights and their hooks stay behind."""
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        other._forget()
+        return vars(other)
 
     # -- what a callback adds ------------------------------------------------------------------------------------------
 
@@ -302,16 +314,12 @@ class NormDynCallback(Callback):
                 "Use `from lightning import Trainer` (and LightningModule) throughout."
             )
         if stage == "fit":
-            # Here and not in on_fit_start: the tuner may save and restore a checkpoint before that.
-            self._session, self._restored = None, None
-            self.plans, self._counted, self._attached_at, self._per_vector, self._restored_vectors = {}, {}, {}, {}, {}
+            self._forget()  # here and not in on_fit_start: the tuner may save and restore a checkpoint before that
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Map names, check patterns and optimizers."""
         self._session = Session.of(trainer, pl_module)
         self._session.members.append(self)
-        self._handler_removers: dict[int, list[Callable[[], None]]] = {}
-        self._reported_bad = False
         for optimizer in trainer.optimizers:
             for part in torch_optimizers(optimizer):
                 check_optimizer(part)

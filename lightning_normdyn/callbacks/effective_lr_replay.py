@@ -63,6 +63,9 @@ class EffectiveLRReplay(NormDynCallback):
         super().__init__(params, granularity)
         self.path = os.fspath(history)
         self.uniform = uniform
+
+    def _forget(self) -> None:
+        super()._forget()
         self._history: History | None = None
         self._uniform_factor = 1.0
         self._records: dict[int, _Record] = {}
@@ -98,7 +101,6 @@ class EffectiveLRReplay(NormDynCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the record, and refuse one of another architecture."""
-        self._records, self._factors, self._looked, self._told = {}, {}, {}, set()
         super().on_fit_start(trainer, pl_module)
         history = load_history(self.path)
         recorded = _recorded_names(history)

@@ -132,6 +132,9 @@ class InputSpanMonitor(NormDynCallback):
         self.method = method
         self.seed = seed
         self.history = History()
+
+    def _forget(self) -> None:
+        super()._forget()
         self._off = False
         self._readers: dict[Tensor, list[nn.Module]] = {}
         self._tried: dict[nn.Module, _Trial] | None = None
@@ -177,9 +180,8 @@ class InputSpanMonitor(NormDynCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and refuse strategies that cut inputs or weights."""
-        self._off, self._tried, self._labels, self.history = bool(trainer.barebones), None, {}, History()
+        self._off, self.history = bool(trainer.barebones), History()
         self._refuse_strategy(trainer)
-        self._readers = {}
         super().on_fit_start(trainer, pl_module)
         assert self._session is not None
         for layer in pl_module.modules():

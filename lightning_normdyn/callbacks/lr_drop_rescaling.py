@@ -123,9 +123,9 @@ class LRDropRescaling(NormDynCallback):
         self.exponent: float | str = exponent if isinstance(exponent, str) else float(exponent)
         self.min_drop = float(min_drop)
         self.verify = bool(verify)
-        self._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self._rescalers: dict[int, Rescaler] = {}
         self._known: dict[int, _Settings] = {}
         self._rates: dict[str, Rate] = {}  # by weight: param groups have no name that survives a resume
@@ -139,12 +139,6 @@ class LRDropRescaling(NormDynCallback):
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
         """Acts at `ready`, before any shrink."""
         return {Phase.LR_DROP: self._step}
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget the learning rates of an earlier fit."""
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._forget()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse averages over weights whose scale this callback changes."""

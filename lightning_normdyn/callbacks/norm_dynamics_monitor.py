@@ -176,6 +176,9 @@ class NormDynamicsMonitor(NormDynCallback):
         self.alert = alert
         self.history = History()
         self._evidence = self.history  # what verdicts rest on, also where less was asked for
+
+    def _forget(self) -> None:
+        super()._forget()
         self._off = False
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._results: list[_Measured] = []
@@ -571,8 +574,6 @@ class NormDynamicsMonitor(NormDynCallback):
         self._off = bool(trainer.barebones)
         self.history = History()
         self._evidence = self.history if self.quantities is None else History()
-        self._last_step, self._told, self._results, self._sums = -1, 0, [], {}
-        self._influences, self._length, self._quantities, self._courses, self._norms, self._reported = {}, {}, {}, {}, {}, set()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the last step if it was not foreseen, publish what came of the fit, and print the end table."""

@@ -68,6 +68,9 @@ class RadialProjection(NormDynCallback):
             "replace" if weight_decay == "replace" else check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
         )
         self.weight_decay_ratio = check_number("weight_decay_ratio", weight_decay_ratio, ">= 0")
+
+    def _forget(self) -> None:
+        super()._forget()
         self._gates: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property

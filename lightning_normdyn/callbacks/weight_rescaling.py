@@ -77,6 +77,9 @@ class WeightRescaling(NormDynCallback):
         self.optimizer_state = optimizer_state
         self.weight_decay = weight_decay
         self.verify = bool(verify)
+
+    def _forget(self) -> None:
+        super()._forget()
         self._rescalers: dict[int, Rescaler] = {}
         self._targets: dict[int, Tensor] = {}
 

@@ -553,10 +553,20 @@ def test_state_is_plain(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
-def test_a_callback_can_be_copied_and_pickled(name):
-    """Launchers that spawn processes pickle the Trainer with everything in it."""
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a fit"])
+def test_a_callback_can_be_copied_and_pickled(name, used):
+    """Launchers that spawn processes pickle the Trainer with everything in it; a copy is ready for a fit of its own."""
+    original = EVERYBODY[name]()
+    if used:
+        fit(make(seed=5), [original], max_steps=3)
+    copies = [copy.deepcopy(original), pickle.loads(pickle.dumps(original))]
+    if used:  # nothing was taken from the original, and nothing of its fit went into the copies
+        assert original.steps_of(0) == 3
+        assert TARGETS[0] in targets_of(original)
+        assert all(not c.plans and c._session is None for c in copies)
+        assert len(pickle.dumps(original)) < 20_000
     weights = []
-    for callback in (EVERYBODY[name](), copy.deepcopy(EVERYBODY[name]()), pickle.loads(pickle.dumps(EVERYBODY[name]()))):
+    for callback in (EVERYBODY[name](), *copies):
         module = make()
         fit(module, [callback])
         weights.append(weights_of(module))
