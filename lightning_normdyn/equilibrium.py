@@ -663,6 +663,7 @@ def verdict(
     angular_update: float | None = None,
     angle_floor: float = 1e-7,
     power: float = 4,
+    age: float = 0.0,
 ) -> str:
     """What a person should read from a weight's curve, judged by the drift of its norm.
 
@@ -676,6 +677,7 @@ def verdict(
         angular_update: RMS angular update, radians per step; tells frozen and collapsing weights.
         angle_floor: angle that counts as not turning at all: what rounding of float32 weights makes.
         power: P of the optimizer, :attr:`StepResponse.power`; for the steps left.
+        age: how many steps ago the drift was that large: half of the window that it was measured over; for the steps left.
 
     Returns:
         "settled"; "settled, R x the prediction (below)" or "(above)"; "schedule faster than relaxation"; "approaching, about N steps left";
@@ -703,7 +705,7 @@ def verdict(
     if abs(drift) < SETTLED_DRIFT:
         low, high = AS_PREDICTED
         return "settled" if low <= ratio <= high else f"settled, {ratio:.2g}x the prediction ({'below' if ratio < 1 else 'above'})"
-    steps = _steps_to_settle(drift, ratio, power) * relaxation
+    steps = max(_steps_to_settle(drift, ratio, power) * relaxation - age, 0.1 * relaxation)
     return f"approaching, about {_rounded(steps)} steps left"
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import exp, inf, isfinite, log
+from math import copysign, exp, inf, isfinite, log
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ from lightning_normdyn.history import History
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
 SETTLED_AFTER = 6.0
+# A norm counts as drifting if it does so both over the last 2 and over the last 4 relaxation times (and these many rows): within one, the
+# norms of a settled network wander by a tenth all the time.
+WINDOWS = ((2.0, 6), (4.0, 12))
 # Below this many powers of e, a decay does next to nothing to a norm within the whole run.
 IDLE_DECAY = 0.1
 # A norm that has grown by this factor and still grows exponentially is on its way to overflow: a random walk never gets there.
@@ -173,6 +176,14 @@ class Course:
                 del self.pulls[1::2]
         self.latest, self.step = prediction, step
 
+    def steady_since(self) -> float:
+        """The step since which lr x decay has been within a tenth of what it is now; before, another equilibrium was aimed at."""
+        if not self.pulls:
+            return -inf
+        now = self.pulls[-1][1]
+        changed = [i for i, (_, pull) in enumerate(self.pulls) if abs(pull / now - 1) > 0.1]
+        return float(self.pulls[changed[-1] + 1][0]) if changed else -inf
+
     def change(self, window: float) -> float:
         """Largest relative change of lr x decay within the last ``window`` steps."""
         start = self.step - window
@@ -201,13 +212,12 @@ def judge(history: History, name: str, course: Course) -> str:
         at *= course.step / (at[-1] + 1)  # its own optimizer may step more or less often than others
     prediction = course.latest
     relaxation = None if prediction is None else prediction.relaxation
-    window = min(relaxation or inf, (at[-1] - at[0]) / 2)
-    recent = at >= at[-1] - window
-    recent[-2:] = True
+    recent, longer = (_window(at, relaxations * (relaxation or inf), rows, course.steady_since()) for relaxations, rows in WINDOWS)
     turned = _root_mean_square(angles[recent])
     known = recent & np.isfinite(predicted)
     ratio = _root_mean_square(angles[known]) / _root_mean_square(predicted[known]) if known.any() and prediction is not None else None
-    drift = _slope(at[recent], 2 * np.log(np.maximum(norms[recent], 1e-300)))
+    growth = 2 * np.log(np.maximum(norms, 1e-300))
+    drift = _common(_slope(at[recent], growth[recent]), _slope(at[longer], growth[longer]))
     if prediction is not None and relaxation is None and ratio is not None and turned > 0:
         return f"length held by WeightRescaling, {ratio:.2g}x the prediction"
     said = verdict(
@@ -217,6 +227,7 @@ def judge(history: History, name: str, course: Course) -> str:
         course.change(relaxation) if relaxation else 0.0,
         angular_update=turned,
         power=prediction.power if prediction is not None else 4,
+        age=(at[-1] - at[recent][0]) / 2,  # a slope is that of the middle of its window
     )
     if said.startswith("settled") and course.elapsed < SETTLED_AFTER:
         said = f"not settled yet, {ratio:.2g}x the prediction"
@@ -232,6 +243,21 @@ def _aligned(history: History, name: str) -> list[Any]:
     steps = [step for step in curves[1] if step in curves[0]]
     columns = [[curve.get(step, float("nan")) for step in steps] for curve in curves]
     return [np.array(column, dtype=np.float64) for column in (steps, *columns)]
+
+
+def _window(at: Any, length: float, rows: int, since: float) -> Any:
+    """Which rows to look at: the last ``length`` steps, at least ``rows`` rows, but not more than the second half of the run, and nothing
+    from before ``since``; three rows in any case."""
+    half = (at[0] + at[-1]) / 2
+    start = min(at[-1] - length, at[-min(rows, len(at))])
+    chosen = at >= max(start, half, since)
+    chosen[-3:] = True
+    return chosen
+
+
+def _common(first: float, second: float) -> float:
+    """The smaller of two slopes that agree on the direction; else 0."""
+    return copysign(min(abs(first), abs(second)), first) if first * second > 0 else 0.0
 
 
 def _slope(x: Any, y: Any) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from math import log, sqrt
+from math import exp, log, sqrt
 from typing import Any
 
 import lightning as L
@@ -262,6 +262,42 @@ def test_a_schedule_faster_than_the_relaxation() -> None:
         dropped.add(step, Prediction(0.01, 5.0, 4, 1e-3 if step < 50 else 1e-4))
     assert judge(curves(lambda i: 2.0, lambda i: 0.01, lambda i: 0.01), "w", dropped) == "settled"
     assert dropped.change(20.0) < 0.1 < dropped.change(60.0)
+
+
+def verdicts_of_a_wandering_norm(trend: float) -> list[str]:
+    """What is said at every tenth step from the seventh relaxation time on: of a norm whose logarithm wanders by 0.07 within a relaxation
+    time of 50 steps, as in a settled network, and has a trend besides."""
+    said, relaxation, rows = [], 50.0, 150
+    for seed in range(3):
+        wander, kept = torch.randn(rows, generator=torch.Generator().manual_seed(seed)).tolist(), exp(-10 / relaxation)
+        history, seen, deviation = History(), Course(), 0.0
+        for i in range(rows):
+            deviation = kept * deviation + sqrt(1 - kept**2) * 0.07 * wander[i]
+            norm = exp((deviation + trend * 10 * i / relaxation) / 2)
+            row = {"weight_norm/w": norm, "angular_update/w": 0.01, "equilibrium_angular_update/w": 0.01}
+            history.append(10 * i, row, optimizer_step=10 * i + 1)
+            seen.add(10 * i + 1, Prediction(0.01, relaxation, 4, 1e-4))
+            if i >= 35:
+                said.append(judge(history, "w", seen).split(",")[0])
+    return said
+
+
+@pytest.mark.parametrize(("trend", "expected"), [(0.0, "settled"), (0.05, "settled"), (-0.25, "approaching"), (0.25, "approaching")])
+def test_verdicts_do_not_flicker(trend: float, expected: str) -> None:
+    said = verdicts_of_a_wandering_norm(trend)
+    assert said.count(expected) > 0.97 * len(said)
+
+
+def test_what_was_before_a_drop_of_the_rate_does_not_count() -> None:
+    """A norm that fell until the drop and is still from there on: settled soon after, although four relaxation times look back further."""
+    seen, history = Course(), History()
+    for i in range(100):
+        prediction = Prediction(0.01, 10.0, 4, 1e-3 if i < 87 else 1e-4)
+        seen.add(i + 1, prediction)
+        norm = 0.97 ** min(i, 87)
+        history.append(i, {"weight_norm/w": norm, "angular_update/w": 0.01, "equilibrium_angular_update/w": 0.01}, optimizer_step=i + 1)
+    assert seen.steady_since() == 88
+    assert judge(history, "w", seen) == "settled"
 
 
 def test_too_few_rows() -> None:
