@@ -577,6 +577,58 @@ def test_a_dead_filter_underflows_when_predicted(hyper: dict[str, float], tolera
     assert steps == pytest.approx(eq.steps_to_underflow(0.17, rate), rel=tolerance)
 
 
+@pytest.mark.parametrize(
+    ("alive", "hyper", "vanishes"),
+    [
+        # Dead from the start: the second moments are those of the decay itself, and λ cancels.
+        (0, {"lr": 1e-2, "weight_decay": 3e-2}, True),
+        (0, {"lr": 1e-2, "weight_decay": 2e-5}, True),
+        # So slow that its fastest entries swing up again before its slowest are gone.
+        (0, {"lr": 4e-3, "weight_decay": 1e-2, "betas": (0.8, 0.995)}, False),
+        (0, {"lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.998)}, False),
+        # After gradients of 5e-3 and different sizes from entry to entry.
+        (400, {"lr": 3e-3, "weight_decay": 2e-2}, True),
+        (400, {"lr": 3e-3, "weight_decay": 5e-4, "betas": (0.9, 0.99)}, True),
+        (400, {"lr": 5e-3, "weight_decay": 5e-2, "betas": (0.6, 0.98)}, True),
+        (400, {"lr": 3e-3, "weight_decay": 0.2, "eps": 1e-3}, True),
+    ],
+    ids=str,
+)
+def test_a_dead_filter_underflows_under_adam_when_predicted(alive: int, hyper: dict[str, Any], vanishes: bool) -> None:
+    noise = torch.Generator().manual_seed(4)
+    weight = torch.nn.Parameter(0.2 * torch.randn(40, generator=noise))
+    scale = 5e-3 * (0.5 + torch.rand(40, generator=noise))
+    optimizer = ADAM([weight], **hyper)
+    weight.grad = torch.zeros_like(weight)
+    for step in range(alive + 60):
+        weight.grad.copy_(scale * torch.randn(40, generator=noise) if step < alive else torch.zeros(40))
+        optimizer.step()
+    state, entries = optimizer.state[weight], []
+    for size, second in zip(weight.detach().abs().tolist(), state["exp_avg_sq"].tolist(), strict=True):
+        entry = {"weight": size, "second_moment": second, "smallest_second_moment": state["exp_avg_sq"].min().item()}
+        fall = eq.steps_to_underflow(size, 1.0)
+        entries.append(eq.adam_collapse_steps(optimizer.param_groups[0], fall, step=float(state["step"]), **entry))
+    steps = 0
+    while weight.detach().square().sum() > 0 and steps < 4000:
+        optimizer.step()
+        steps += 1
+    if vanishes:
+        assert steps == pytest.approx(max(entries), rel=0.07)
+    else:
+        assert max(entries) == math.inf
+        assert steps == 4000
+
+
+def test_what_adam_never_brings_to_zero() -> None:
+    group = group_of(ADAM, lr=1e-3, weight_decay=1e-2)
+    entry = {"weight": 0.1, "second_moment": 1e-10, "smallest_second_moment": 5e-11, "step": 100.0}
+    assert eq.adam_collapse_steps({**group, "weight_decay": 0.0}, 50.0, **entry) == math.inf
+    assert eq.adam_collapse_steps({**group, "lr": 1e3}, 50.0, **entry) == math.inf  # swings from side to side
+    assert eq.adam_collapse_steps({**group, "betas": (0.0, 0.0)}, 50.0, **entry) == math.inf
+    assert eq.adam_collapse_steps({**group, "lr": 1e-12}, 50.0, **entry) == math.inf  # not within any run
+    assert eq.adam_collapse_steps(group, 0.0, **entry) == 0
+
+
 def test_free_decay_of_the_other_optimizers() -> None:
     assert eq.free_decay_rate(ADAMW, group_of(ADAMW, lr=0.1, weight_decay=0.2)) == pytest.approx(-math.log(0.98))
     assert eq.free_decay_rate(ADAM, group_of(ADAM, lr=0.1, weight_decay=0.2)) is None

@@ -15,6 +15,9 @@ from torch import Tensor
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, log_every, warn_once
 from lightning_normdyn.callbacks.predictions import (
     Course,
+    Dying,
+    entries_of_dying,
+    falls_ever_faster,
     idle_decay,
     judge,
     least_of,
@@ -33,6 +36,7 @@ from lightning_normdyn.callbacks.publishing import (
     publish_row,
 )
 from lightning_normdyn.callbacks.tables import show
+from lightning_normdyn.equilibrium import step_response
 from lightning_normdyn.functional import (
     angle_from_sums,
     cosine_from_sums,
@@ -71,6 +75,7 @@ BINNED = ("weight_norm", "angular_update")
 INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency", "collapsed")
 # Optimizer steps without any gradient after which a vector counts as dead, and how many of them one look may vouch for.
 DEAD_AFTER, VOUCHED = 75, 25
+COLLAPSE = "Weights collapse"
 # A vector this much shorter than the mean of its weight has collapsed.
 COLLAPSED = 1e-3
 
@@ -189,6 +194,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._aws_by_std: dict[int, Tensor] = {}
         self._log_smallest: dict[int, Tensor] = {}
         self._dead: dict[int, tuple[int, Tensor]] = {}
+        self._to_fall: dict[int, Tensor] = {}
         self._courses: dict[str, Course] = {}
         self._norms: dict[str, _Norms] = {}
         self._reported: set[tuple[str, str]] = set()
@@ -325,6 +331,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._dead[plan.index] = (number, dead)
         none, rate, left = torch.zeros_like(dead), -torch.log1p(radial), size.log() - self._log_smallest[plan.index]
         is_dead = (dead >= DEAD_AFTER) | ((dead >= 3) & (left < DEAD_AFTER * rate))  # or it would be over before we are sure
+        self._to_fall[plan.index] = torch.where(is_dead, left, torch.full_like(left, inf))
         # An infinite length elsewhere must not make all the others look short.
         finite = torch.where(torch.isfinite(size), size, none)
         mean = vectors.spread(vectors.per_weight(finite) / vectors.per_weight(torch.ones_like(size)))
@@ -483,22 +490,32 @@ class NormDynamicsMonitor(NormDynCallback):
     def _warn_dead(self, trainer: Trainer, plan: Plan, target: Target, group: dict[str, Any], sums: dict[str, tuple[float, float]]) -> None:
         """A vector without gradient only decays: say so before something divides by its length."""
         count = sums["dead"][0]
-        if not count:
+        if not count or (COLLAPSE, target.name) in self._reported:
             return
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
         rate = sums["dead_rate"][0] / count
-        group = {**group, "lr": float(group["lr"])}
-        left = steps_to_collapse(type(plan.optimizer), group, self._influences[target.name], e_foldings, rate)
+        group, kind, influence = {**group, "lr": float(group["lr"])}, type(plan.optimizer), self._influences[target.name]
+        faster = falls_ever_faster(kind, group, influence)
+        dying = self._dying(plan, target, group) if faster else []
+        known = bool(dying) if faster else step_response(kind, group) is not None
+        left = steps_to_collapse(kind, group, influence, e_foldings, rate, dying)
         if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
                 trainer,
-                "Weights collapse",
+                COLLAPSE,
                 target,
                 f"{count:.0f} vector{'s get' if count > 1 else ' gets'} no gradient and only shrink{'' if count > 1 else 's'}: at the "
-                f"present learning rate the length underflows in about {left:.0f} steps, and what divides by it (weight standardization, "
-                "weight normalization) then gives NaN. Lower the decay of this weight, or use AdaptiveWeightShrink, which shrinks short "
-                "vectors ever more slowly.",
+                f"present learning rate the length underflows in about {left:.0f} steps{'' if known else ' or sooner'}, and what divides "
+                "by it (weight standardization, weight normalization) then gives NaN. Lower the decay of this weight, or use "
+                "AdaptiveWeightShrink, which shrinks short vectors ever more slowly.",
             )
+
+    def _dying(self, plan: Plan, target: Target, group: dict[str, Any]) -> list[Dying]:
+        """Every vector without gradient of one weight. Rare, and a matter of all ranks: they have seen the same sums."""
+        position = plan.targets.index(target)
+        entries = entries_of_dying(plan.vectors, plan.optimizer.state, position, group)
+        of_all = plan.vectors.gather(torch.cat([self._to_fall[plan.index][None], entries]))[position]
+        return [Dying(*numbers) for numbers in of_all.T.tolist() if all(isfinite(number) for number in numbers)]
 
     def _warn_overflow(self, trainer: Trainer, target: Target, step: int, norm: float | None) -> None:
         """A norm that grows exponentially: say so before it overflows."""

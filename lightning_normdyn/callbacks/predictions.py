@@ -1,6 +1,6 @@
 """What theory makes of the monitor's measurements: a prediction beside each curve, a verdict at the end, warnings before it is too late.
 
-Numbers of the host throughout; nothing here touches a device. Formulas: `lightning_normdyn.equilibrium`.
+Numbers of the host, but for `urgency` and `entries_of_dying`. Formulas: `lightning_normdyn.equilibrium`.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import copysign, exp, inf, isfinite, log
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_normdyn.equilibrium import (
+    adam_collapse_steps,
     equilibrium_angular_update,
     free_decay_rate,
+    is_rough,
     relaxation_steps,
     step_response,
     steps_to_overflow,
@@ -26,6 +28,7 @@ from lightning_normdyn.equilibrium import (
     wrs_angular_update,
 )
 from lightning_normdyn.history import History
+from lightning_normdyn.vectors import WeightVectors
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
 SETTLED_AFTER = 6.0
@@ -305,8 +308,82 @@ def _sharpness(dtype: torch.dtype) -> int:
     return 64 if dtype == torch.float64 else 20  # 60 to this power is still a number
 
 
+class Dying(NamedTuple):
+    """A vector without gradient under Adam with coupled decay, as far as its first and its last entry to go tell.
+
+    Args:
+        e_foldings: how far it has to fall.
+        weight: size of its last entry.
+        second_moment: Adam's ``exp_avg_sq`` of its last entry.
+        smallest_second_moment: and of its first.
+        step: Adam's step count.
+    """
+
+    e_foldings: float
+    weight: float
+    second_moment: float
+    smallest_second_moment: float
+    step: float
+
+    def steps_left(self, group: Mapping[str, Any]) -> float:
+        """Until it vanishes."""
+        return adam_collapse_steps(group, **self._asdict())
+
+
+def falls_ever_faster(optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any]) -> bool:
+    """Whether a vector without gradient falls at a rate that its second moments decide (Adam with coupled decay).
+
+    Example:
+        >>> falls_ever_faster(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}, {})
+        True
+    """
+    options = _fixed_decay(influence, group)
+    return options is not None and is_rough(optimizer_class, group, **options)
+
+
+def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], position: int, group: Mapping[str, Any]) -> Tensor:
+    """What `Dying` has to know of the entries of each vector of one weight: Adam shrinks that with the largest second moment last.
+
+    Means over the entries with the root of the second moment to a high power as their weight, because sums are all that ranks exchange.
+    Every rank must call it.
+
+    Args:
+        vectors: index space of the weights.
+        state: the optimizer's state.
+        position: of the weight among them.
+        group: its param group.
+
+    Returns:
+        ``(4, n)``: ``weight``, ``second_moment``, ``smallest_second_moment``, ``step``; NaN for other weights and without second moments.
+    """
+    weight, nothing = vectors.weights[position], [None] * len(vectors.weights)
+
+    def of_this(tensor: Tensor) -> list[Tensor | None]:
+        return [*nothing[:position], tensor, *nothing[position + 1 :]]
+
+    known = state.get(weight, {})
+    local = vectors.local(of_this(known["exp_avg_sq"]))[position] if "exp_avg_sq" in known else None
+    values, at = vectors.values()[position].abs(), 0.0
+    second = torch.zeros_like(values, dtype=vectors.sum_dtype)
+    last = first = second
+    if local is not None:
+        at, second = float(known["step"]), local.to(vectors.sum_dtype)
+        root = (second / (1 - group["betas"][1] ** at)).sqrt() + group["eps"]
+        power = 16 if vectors.sum_dtype == torch.float64 else 4
+        # An entry without any second moment is 0 and stays so.
+        last, first = root.pow(power), torch.where(second > 0, root.pow(-power), torch.zeros_like(root))
+    pairs = ((last, None), (last, values), (last, second), (first, None), (first, second))
+    sums = vectors.inner(*((of_this(a), None if b is None else of_this(b)) for a, b in pairs))
+    return torch.stack([sums[1] / sums[0], sums[2] / sums[0], sums[4] / sums[3], sums[0] * at / sums[0]])
+
+
 def steps_to_collapse(
-    optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any], e_foldings: float, rate: float
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    influence: Mapping[str, Any],
+    e_foldings: float,
+    rate: float,
+    dying: Sequence[Dying] = (),
 ) -> float:
     """Optimizer steps until a vector without gradient has shrunk by ``e_foldings`` powers of e, at the present learning rate.
 
@@ -317,6 +394,7 @@ def steps_to_collapse(
         e_foldings: how far it has to go.
         rate: -d ln‖w‖ per step as measured, for optimizers that are not understood; soon after the last gradient the momentum still
             moves the vector, so the known rate is the better one.
+        dying: where the vector `falls_ever_faster`, what is known of each of them.
 
     Returns:
         ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back.
@@ -326,12 +404,23 @@ def steps_to_collapse(
         >>> round(steps_to_collapse(torch.optim.SGD, group, {}, log(0.17 / 2.6e-23), 0.0))  # measured: 4490
         4489
     """
-    if "alpha" in influence or "rescaled" in influence:
+    options = _fixed_decay(influence, group)
+    if "rescaled" in influence or ("alpha" in influence and options is None):
         return inf
-    options = balance(influence, group)
+    if dying and falls_ever_faster(optimizer_class, group, influence):
+        return min(vector.steps_left(group) for vector in dying)
     known = None if options is None else free_decay_rate(optimizer_class, group, **options)
     rate = rate if known is None else known
     return e_foldings / rate if rate > 0 else inf
+
+
+def _fixed_decay(influence: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`balance` of the decay that does not fade with the length: all but AWS. None where there is no other or none is known."""
+    if "alpha" not in influence:
+        return balance(influence, group)
+    others = {key: value for key, value in influence.items() if key != "alpha"}
+    options = None if influence["replaces_decay"] else balance(others, group)
+    return options if options is not None and (options.get("decay") or group.get("weight_decay")) else None
 
 
 def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> float:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from walk import SETTINGS, Angles, Setting, Walk, batches, by_rates, noise, settled
 
 from lightning_normdyn import AdaptiveWeightShrink, EffectiveLRReplay, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn.callbacks import predictions
 from lightning_normdyn.callbacks.predictions import (
     Course,
     Prediction,
@@ -512,10 +513,17 @@ def test_a_dead_filter_is_reported_before_the_loss_is_nan(monkeypatch: pytest.Mo
     assert 800 < module.died_at < 1050
 
 
+def test_a_dead_filter_under_adam_is_foretold_although_it_falls_ever_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = train_until_nan(in_groups(lambda p: ADAM(p, lr=1e-2, weight_decay=1e-2)), monkeypatch, 1300, 20)
+    assert 800 < module.died_at < 1100
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("make_optimizer", "steps", "dead"),
     [
+        (lambda p: ADAM(p, lr=3e-3, weight_decay=1e-4), 3000, (0, 2)),
+        (lambda p: ADAM(p, lr=1e-2, weight_decay=5e-2), 3000, (1,)),
         (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2), 6000, (1,)),
         (lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=1e-2), 6000, (0, 2, 3, 4)),
         (lambda p: SGD(p, lr=0.5, weight_decay=5e-2), 4000, (1, 2)),
@@ -556,7 +564,16 @@ def test_steps_to_collapse() -> None:
     assert steps_to_collapse(SGD, {**group, "weight_decay": 1e-3}, {}, left, 1.0) == pytest.approx(49650, rel=0.003)
     adam = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}
     assert steps_to_collapse(ADAM, adam, {}, 48.0, 0.016) == pytest.approx(3000)
+    # Known of two vectors: the first one to vanish counts.
+    dying = [predictions.Dying(50.0, 0.1, moment, 0.3 * moment, 500.0) for moment in (1e-6, 1e-7)]
+    group_of_adam = {**adam, "eps": 1e-8}
+    first = steps_to_collapse(ADAM, group_of_adam, {}, 48.0, 0.016, dying)
+    assert first == dying[1].steps_left(group_of_adam) < dying[0].steps_left(group_of_adam)
     assert steps_to_collapse(SGD, group, {"alpha": 0.1, "replaces_decay": True}, left, 0.01) == float("inf")
+    # AWS fades with the length, a decay that is kept beside it does not.
+    kept = {"alpha": 0.1, "replaces_decay": False}
+    assert steps_to_collapse(SGD, group, kept, left, 1.0) == steps_to_collapse(SGD, group, {}, left, 1.0)
+    assert steps_to_collapse(SGD, {**group, "weight_decay": 0}, kept, left, 1.0) == float("inf")
     assert steps_to_collapse(SGD, group, {"rescaled": True}, left, 0.01) == float("inf")
     assert log_smallest(torch.bfloat16) == log_smallest(torch.float32) > log_smallest(torch.float64)
 
