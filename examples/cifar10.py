@@ -45,7 +45,10 @@ def read_cifar10(path: str | Path) -> Cifar10Images:
     Raises:
         Cifar10Error: Nothing is there, a batch is missing or damaged, or a file is something else than a batch of CIFAR-10.
     """
-    files = _batch_files(Path(path))
+    try:
+        files = _batch_files(Path(path))
+    except OSError as error:  # no permission, a failing disk, a name too long
+        raise Cifar10Error(f"CIFAR-10 was asked for at {path}, and it cannot be read: {error.strerror or error}.") from error
     train = [_read_batch(name, files[name]) for name in TRAIN_BATCHES]
     test_images, test_labels = _read_batch(TEST_BATCH, files[TEST_BATCH])
     return Cifar10Images(np.concatenate([x for x, _ in train]), np.concatenate([y for _, y in train]), test_images, test_labels)
@@ -69,6 +72,8 @@ def _batch_files(path: Path) -> dict[str, bytes]:
                 f"The folder {path} holds neither {FOLDER}/ nor the batches nor cifar-10-python.tar.gz. Name the folder that does."
             )
         path = archives[0]
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise Cifar10Error(f"{path} is neither a file nor a folder. Give the archive cifar-10-python.tar.gz or its folder.")
     return _complete(_batches_in_archive(path), path)
 
 
@@ -90,7 +95,7 @@ def _batches_in_archive(archive: Path) -> dict[str, bytes]:
                 if member.size > LARGEST_BATCH:
                     raise Cifar10Error(f"{name} in {archive} has {member.size} bytes, far more than a batch of CIFAR-10 (31 MB).")
                 found[name] = tar.extractfile(member).read()  # type: ignore[union-attr]  # a regular file always opens
-    except Cifar10Error:
+    except (Cifar10Error, PermissionError):
         raise
     except Exception as error:  # tarfile, gzip, bz2, lzma and zlib each raise their own kinds on damaged input
         raise Cifar10Error(f"{archive} is damaged or no tar archive ({_in_words(error)}). Fetch it again.") from error
@@ -133,8 +138,10 @@ class _Array:
         type_name = dtype.name.decode("ascii") if isinstance(dtype.name, bytes) else dtype.name
         if type_name not in ("u1", "|u1", "uint8"):
             raise ValueError(f"pixels of type {type_name!r} instead of uint8")
-        if len(shape) != 2 or shape[1] != PIXELS or not isinstance(raw, bytes) or len(raw) != shape[0] * PIXELS:
-            raise ValueError(f"pixels of shape {tuple(shape)} instead of (n, {PIXELS})")
+        if not isinstance(shape, tuple) or [type(size) for size in shape] != [int, int] or shape[1] != PIXELS:
+            raise ValueError(f"pixels of shape {shape} instead of (n, {PIXELS})")
+        if not isinstance(raw, bytes) or len(raw) != shape[0] * PIXELS:
+            raise ValueError(f"pixels of shape {shape} that are not {shape[0] * PIXELS} bytes")
         return np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran_order else "C")
 
 
@@ -184,4 +191,5 @@ def _read_batch(name: str, raw: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _in_words(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    words = str(error) or type(error).__name__
+    return words if len(words) < 300 else f"{words[:300]}..."  # a hostile file decides how long they are

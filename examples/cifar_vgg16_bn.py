@@ -12,9 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import lightning as L
 from image_classifier import ImageClassifier
-from running import Run, add_image_flags, build_callbacks, fit, fractions, image_data, parse, parser, positive_int, run_as_script
+from running import Run, add_image_flags, parse, parser, run_as_script, train_on_images
 from torch import nn
 
 # alpha = weight_decay / (1 - momentum), see digits_resnet.py; tau (every_n_steps) of VGG16: WRS paper, table S1.
@@ -30,7 +29,7 @@ PRESETS: dict[str, dict] = {
         "weight_decay": 5e-3,
         "alpha": 5e-2,
         "every_n_steps": 40,
-        "drops": (0.6, 0.85),
+        "drops": "0.6,0.85",
         "log_every": 10,
     },
     "paper": {
@@ -41,7 +40,7 @@ PRESETS: dict[str, dict] = {
         "batch_size": 128,
         "weight_decay": 5e-4,
         "alpha": 5e-3,
-        "drops": (0.3, 0.6, 0.8),
+        "drops": "0.3,0.6,0.8",
         "log_every": 50,
     },
 }
@@ -73,17 +72,8 @@ class VGG16(ImageClassifier):
 
 def main(argv: Sequence[str] | None = None) -> Run:
     p = parser("cifar_vgg16_bn", __doc__.splitlines()[0])
-    p.add_argument("--width", type=positive_int, help="channels of the first stage")
-    p.add_argument("--optimizer", choices=("sgd", "adamw"), default="sgd", help="for adamw, give --lr and --weight-decay too")
-    p.add_argument("--drops", type=fractions, help="divide the learning rate by 10 at these fractions of the training")
     add_image_flags(p)
-    args = parse(p, PRESETS, argv)
-    L.seed_everything(args.seed, verbose=False)
-    data = image_data(args)
-    module = VGG16(
-        args.width, data.channels, data.classes, optimizer=args.optimizer, lr=args.lr, weight_decay=args.weight_decay, drops=args.drops
-    )
-    return fit(module, data, args, build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps))
+    return train_on_images(parse(p, PRESETS, argv), VGG16)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,9 @@ def main(argv: Sequence[str] | None = None) -> Run:
         len(data.characters), args.context, args.width, args.layers, args.heads, args.norm, lr=args.lr, weight_decay=args.weight_decay
     )
     callbacks = build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps)
-    return fit(module, data, args, callbacks, strategy=ModelParallelStrategy())
+    # Left to itself, Lightning would take the ranks of one machine for tensor parallelism, and shard nothing here.
+    strategy = ModelParallelStrategy(data_parallel_size=args.devices, tensor_parallel_size=1)
+    return fit(module, data, args, callbacks, strategy=strategy)
 
 
 if __name__ == "__main__":

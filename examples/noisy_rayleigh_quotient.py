@@ -258,7 +258,11 @@ def experiments(problem: Problem, scale: float) -> dict[str, list[Line]]:
 
 
 def draw(problem: Problem, rows: dict[str, list[Line]], measured: dict[str, list[Curves]], path: Path) -> None:
-    """Rows: experiments. Columns: risk, angular update, norm."""
+    """Rows: experiments. Columns: risk, angular update, norm.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -332,8 +336,13 @@ def main() -> None:
     measured = {name: [run(problem, line.schedule, line.start) for line in lines] for name, lines in rows.items()}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "figure2.png"
-    draw(problem, rows, measured, path)
-    print("\n".join([*report(problem, rows, measured), f"picture: {path}"]))
+    print("\n".join(report(problem, rows, measured)))
+    try:
+        draw(problem, rows, measured, path)
+    except ModuleNotFoundError:
+        print("matplotlib is not installed (pip install matplotlib): no picture.")
+    else:
+        print(f"picture: {path}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ METHODS = {
     "projection": "RadialProjection (SGDP, AdamP) with its decoupled decay",
 }
 PRESETS = ("tiny", "default", "paper")
+# For `--optimizer adamw` of the image examples, whatever the preset: SGD's learning rate is far too large for it, and a decay
+# that acts has to be of the order of 1 / (lr * steps). alpha = weight_decay / length, which settles near 1.
+ADAMW = {"lr": 1e-3, "weight_decay": 1.0, "alpha": 1.0}
+EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "wandb": "wandb", "jsonargparse": "jsonargparse"}
 
 
 class ExampleError(ValueError):
@@ -63,6 +67,13 @@ def fractions(text: str) -> tuple[float, ...]:
     return values
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, except those that only say that nothing was given."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """Give the flags that every example has; an example adds its own and then calls :func:`parse`.
 
@@ -70,7 +81,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         name: Of the example, as it appears in the output folder and in W&B.
         description: Its first docstring line.
     """
-    p = argparse.ArgumentParser(prog=f"{name}.py", description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(prog=f"{name}.py", description=description, formatter_class=_Formatter)
     p.set_defaults(example=name)
     p.add_argument("--method", choices=METHODS, default="aws", help="; ".join(f"{key}: {text}" for key, text in METHODS.items()))
     p.add_argument("--preset", choices=PRESETS, default="default", help="tiny: seconds on two cores; paper: the paper's setting, for a GPU")
@@ -102,8 +113,13 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 def parse(p: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the flags; what is not given comes from the preset, and what the preset leaves open from the preset "default"."""
     p.set_defaults(**presets["default"])
-    preset = p.parse_known_args(argv)[0].preset
-    p.set_defaults(**presets[preset])
+    first = argparse.ArgumentParser(add_help=False)  # only looks, before any help is shown; what is wrong is told by `p`
+    first.add_argument("--preset", default="default")
+    first.add_argument("--optimizer")
+    asked = first.parse_known_args(argv)[0]
+    p.set_defaults(**presets.get(asked.preset, {}))
+    if asked.optimizer == "adamw":
+        p.set_defaults(**ADAMW)
     args = p.parse_args(argv)
     if args.method == "none":
         args.weight_decay = 0.0
@@ -153,6 +169,15 @@ def build_callbacks(
 
 
 def add_image_flags(p: argparse.ArgumentParser) -> None:
+    """Add the flags of the examples that classify images: those of the data, and of :class:`ImageClassifier`."""
+    p.add_argument("--width", type=positive_int, help="channels of the first stage")
+    p.add_argument(
+        "--optimizer",
+        choices=("sgd", "adamw"),
+        default="sgd",
+        help="adamw means " + " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in ADAMW.items()) + " unless given",
+    )
+    p.add_argument("--drops", type=fractions, metavar="0.6,0.85", help="divide the learning rate by 10 at these fractions of the training")
     p.add_argument("--cifar", type=Path, help="CIFAR-10: cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits are used")
     p.add_argument("--resolution", type=int, choices=(8, 16, 32), help="edge of the images in pixels")
     p.add_argument("--train-images", type=positive_int, help="use only the first so many training images")
@@ -262,8 +287,16 @@ def fit(module: L.LightningModule, data: TensorDataModule, args: argparse.Namesp
         raise ExampleError(f"--out {args.out} cannot be made a folder: {error.strerror}.") from error
     data.setup()  # unreadable data are told before a Trainer or a W&B run exists
     trainer = build_trainer(args, callbacks, **extra)
+    stopped: SystemExit | None = None
     try:
         trainer.fit(module, data)
+    except SystemExit as stop:  # how Lightning ends after Ctrl-C; what was measured until then is worth keeping
+        if not trainer.interrupted:
+            raise
+        if not len(callbacks[-1].history):  # type: ignore[attr-defined]  # NormDynamicsMonitor
+            raise
+        stopped = stop
+        say(f"\nInterrupted after {trainer.global_step} steps. What was measured until then:")
     finally:
         wandb_folder = _finish_wandb(trainer)
     history = callbacks[-1].history  # type: ignore[attr-defined]  # NormDynamicsMonitor
@@ -277,7 +310,30 @@ def fit(module: L.LightningModule, data: TensorDataModule, args: argparse.Namesp
             print(f"W&B run   {wandb_folder}")
             print(f"          view it here: wandb leet {wandb_folder}")
             print(f"          upload it:    wandb sync {wandb_folder}")
+    if stopped is not None:
+        raise stopped
     return Run(history, trainer, args.out)
+
+
+def train_on_images(args: argparse.Namespace, build: Callable[..., L.LightningModule]) -> Run:
+    """Train an :class:`ImageClassifier` as the flags of :func:`add_image_flags` say.
+
+    Args:
+        args: The flags.
+        build: Makes the module from ``width``, ``channels``, ``classes`` and the arguments of :class:`ImageClassifier`.
+    """
+    L.seed_everything(args.seed, verbose=False)
+    data = image_data(args)
+    module = build(
+        width=args.width,
+        channels=data.channels,
+        classes=data.classes,
+        optimizer=args.optimizer,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        drops=args.drops,
+    )
+    return fit(module, data, args, build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps))
 
 
 def _finish_wandb(trainer: L.Trainer) -> Path | None:
@@ -326,3 +382,10 @@ def run_as_script(main: Callable[[], object]) -> None:
         main()
     except (ExampleError, Cifar10Error, NormDynError) as error:
         sys.exit(f"error: {error}")
+    except ModuleNotFoundError as error:
+        package = EXTRAS.get((error.name or "").partition(".")[0])
+        if package is None:
+            raise
+        sys.exit(f"error: {package} is not installed, and this needs it: pip install {package}, or 'lightning-normdyn[examples]' for all.")
+    except KeyboardInterrupt:  # before or after training; Lightning itself answers while it trains
+        sys.exit("interrupted")

@@ -75,7 +75,11 @@ def table(paths: dict[Run, Tensor]) -> list[str]:
 
 
 def draw(paths: dict[Run, Tensor], file: Path) -> None:
-    """Above: the paths in the plane. Below: what is left to turn, and the norm."""
+    """Above: the paths in the plane. Below: what is left to turn, and the norm.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -117,8 +121,13 @@ def main() -> None:
     paths = {run: train(run) for run in (GRADIENT_DESCENT, *(run for pair in PANELS.values() for run in pair))}
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "toy_2d.png"
-    draw(paths, file)
-    print("\n".join([*table(paths), f"picture: {file}"]))
+    print("\n".join(table(paths)))
+    try:
+        draw(paths, file)
+    except ModuleNotFoundError:
+        print("matplotlib is not installed (pip install matplotlib): no picture.")
+    else:
+        print(f"picture: {file}")
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ then goes by that deviation (``statistic="auto"`` finds it), and so do the curve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
-import lightning as L
 from image_classifier import ImageClassifier
-from running import Run, add_image_flags, build_callbacks, fit, fractions, image_data, parse, parser, positive_int, run_as_script
+from running import Run, add_image_flags, parse, parser, run_as_script, train_on_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -32,7 +32,7 @@ PRESETS: dict[str, dict] = {
         "weight_decay": 5e-3,
         "alpha": 0.5,
         "every_n_steps": 20,
-        "drops": (0.6, 0.85),
+        "drops": "0.6,0.85",
         "log_every": 10,
     },
     "paper": {
@@ -43,7 +43,7 @@ PRESETS: dict[str, dict] = {
         "batch_size": 256,
         "weight_decay": 1e-4,
         "alpha": 2.5e-3,
-        "drops": (0.3, 0.6, 0.9),
+        "drops": "0.3,0.6,0.9",
         "log_every": 50,
     },
 }
@@ -109,18 +109,11 @@ class StandardizedResNet(ImageClassifier):
 def main(argv: Sequence[str] | None = None) -> Run:
     p = parser("ws_resnet", __doc__.splitlines()[0])
     p.add_argument("--norm", choices=("bn", "gn"), default="bn", help="BatchNorm or GroupNorm behind each standardized convolution")
-    p.add_argument("--width", type=positive_int, help=f"channels of the first stage, a multiple of {GROUPS}")
-    p.add_argument("--drops", type=fractions, help="divide the learning rate by 10 at these fractions of the training")
     add_image_flags(p)
     args = parse(p, PRESETS, argv)
     if args.width % GROUPS:
         p.error(f"argument --width: must be a multiple of {GROUPS}, the groups of GroupNorm, got {args.width}")
-    L.seed_everything(args.seed, verbose=False)
-    data = image_data(args)
-    module = StandardizedResNet(
-        args.norm, args.width, data.channels, data.classes, lr=args.lr, weight_decay=args.weight_decay, drops=args.drops
-    )
-    return fit(module, data, args, build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps))
+    return train_on_images(args, partial(StandardizedResNet, args.norm))
 
 
 if __name__ == "__main__":

@@ -33,5 +33,5 @@ def main(args: ArgsType = None) -> LightningCLI:
 if __name__ == "__main__":
     try:
         main()
-    except NormDynError as error:
+    except (NormDynError, ModuleNotFoundError) as error:  # jsonargparse and scikit-learn come with lightning-normdyn[examples]
         sys.exit(f"error: {error}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import char_gpt
+import numpy as np
 import pytest
 import running
 import torch
 from data_modules import Text
+
+from lightning_normdyn import load_history
 
 TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
 
@@ -75,9 +79,35 @@ def test_the_model_does_not_look_ahead() -> None:
     assert not torch.allclose(module(codes)[:, 4], module(changed)[:, 4])
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_fsdp2_on_cpu_ranks(examples_folder: Path, tmp_path: Path, devices: int) -> None:
-    script = [sys.executable, str(examples_folder / "fsdp_transformer.py"), *TINY, "--method", "aws", "--devices", str(devices)]
-    done = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+def run_script(script: Path, folder: Path, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(script), *TINY, *flags],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("history   runs/fsdp_transformer/aws/history.npz") == 1
+    return done.stdout
+
+
+@pytest.mark.parametrize("method", ["aws", pytest.param("projection", marks=pytest.mark.slow), pytest.param("wrs", marks=pytest.mark.slow)])
+def test_two_cpu_ranks_have_the_same_curves_under_ddp_and_fsdp2(examples_folder: Path, tmp_path: Path, method: str) -> None:
+    flags = ("--method", method, "--devices", "2", "--every-n-steps", "2")
+    said = run_script(examples_folder / "char_gpt.py", tmp_path, *flags, "--strategy", "ddp")
+    assert said.count(f"history   runs/char_gpt/{method}/history.npz") == 1  # rank zero alone tells
+    said = run_script(examples_folder / "fsdp_transformer.py", tmp_path, *flags)
+    assert said.count(f"history   runs/fsdp_transformer/{method}/history.npz") == 1
+    whole, sharded = (load_history(tmp_path / "runs" / name / method / "history.npz") for name in ("char_gpt", "fsdp_transformer"))
+    keys = [key for key in whole.keys() if key.startswith(("weight_norm/", "angular_update/", "effective_lr/"))]  # noqa: SIM118
+    assert "angular_update/network.blocks.0.attention.query.weight" in keys
+    for key in keys:
+        np.testing.assert_array_equal(sharded.column(key)[0], whole.column(key)[0])
+        np.testing.assert_allclose(sharded.column(key)[1], whole.column(key)[1], rtol=1e-3, err_msg=key)
+
+
+@pytest.mark.slow
+def test_fsdp2_on_one_cpu_rank(examples_folder: Path, tmp_path: Path) -> None:
+    said = run_script(examples_folder / "fsdp_transformer.py", tmp_path, "--method", "aws", "--devices", "1")
+    assert said.count("history   runs/fsdp_transformer/aws/history.npz") == 1

@@ -139,6 +139,17 @@ CIFAR_100 = {b"data": pixels(0), b"fine_labels": [1] * PER_BATCH, b"coarse_label
         (CIFAR_100, "not CIFAR-100"),
         ({b"data": b"raw", b"labels": [1]}, "is a bytes instead of an array"),
         ({b"data": pixels(0).astype(np.float32), b"labels": [1] * PER_BATCH}, "type 'f4' instead of uint8"),
+        ({b"data": pixels(0).astype(">u2"), b"labels": [1] * PER_BATCH}, "type 'u2' instead of uint8"),
+        ({b"data": pixels(0).astype("<u2"), b"labels": [1] * PER_BATCH}, "type 'u2' instead of uint8"),
+        ({b"data": pixels(0).astype(np.int8), b"labels": [1] * PER_BATCH}, "type 'i1' instead of uint8"),
+        ({b"data": pixels(0).astype(object), b"labels": [1] * PER_BATCH}, "type 'O8' instead of uint8"),
+        ({b"data": pixels(0).view([("a", "u1")]), b"labels": [1] * PER_BATCH}, "type 'V1' instead of uint8"),
+        ({b"data": pixels(0).reshape(-1), b"labels": [1] * PER_BATCH}, r"shape \(9216,\) instead of \(n, 3072\)"),
+        ({b"data": pixels(0).reshape(-1, 3, 32, 32), b"labels": [1] * PER_BATCH}, r"shape \(3, 3, 32, 32\) instead of \(n, 3072\)"),
+        ({b"data": pixels(0)[:0], b"labels": []}, "0 images and 0 labels"),
+        ({b"data": pixels(0), b"labels": np.ones(PER_BATCH, np.int64)}, "not a list of integers"),
+        ({b"data": pixels(0), b"labels": [1, 2, 2**70]}, r"1 labels are outside 0\.\.9, the first is 1180591620717411303424"),
+        ({"data": pixels(0), "labels": [1] * PER_BATCH}, "instead of a dict with b'data' and b'labels'"),
         ({b"data": pixels(0)[:, :1024].copy(), b"labels": [1] * PER_BATCH}, r"shape \(3, 1024\) instead of \(n, 3072\)"),
         ({b"data": pixels(0), b"labels": "abc"}, "not a list of integers"),
         ({b"data": pixels(0), b"labels": [1, True, 2]}, "not a list of integers"),
@@ -184,6 +195,24 @@ def test_pickle_that_would_run_a_command_runs_nothing(tmp_path: Path, inside: st
         assert not witness.exists()
 
 
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        ("(I1\n(I3\nI3072\ntVu1\nI00\nS'short'\nt", "is not as CIFAR-10 has it"),
+        ("(I1\n(S'3'\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt", "shape .* instead of"),
+        ("(I1\n(I-3\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt", "that are not -9216 bytes"),
+        ("(I1\n(I3\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt", "that are not 9216 bytes"),
+        ("(I1\n(I3\nI3072\ntcnumpy\ndtype\n(S'" + "u" * 5000 + "'\ntRI00\nS'short'\nt", r"pixels of type 'u{200,300}\.\.\."),
+        ("N", "is not as CIFAR-10 has it"),
+    ],
+)
+def test_array_whose_parts_do_not_fit_each_other(tmp_path: Path, state: str, words: str) -> None:
+    array = f"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR{state}b"
+    raw = f"(dS'data'\n{array}sS'labels'\n(lI1\naI2\naI3\nas.".encode()
+    with pytest.raises(Cifar10Error, match=words):
+        read_cifar10(write_folder(tmp_path, data_batch_1=raw))
+
+
 @pytest.mark.parametrize("name", ["builtins\neval", "builtins\ngetattr", "numpy\nload", "numpy.core.multiarray\nfromfile", "os\nsystem"])
 def test_only_the_three_names_of_an_array_are_known(tmp_path: Path, name: str) -> None:
     module, attribute = name.split("\n")
@@ -203,6 +232,70 @@ def test_archive_writes_nothing_wherever_its_members_point(tmp_path: Path) -> No
     before = sorted(tmp_path.rglob("*"))
     assert len(read_cifar10(path).train_labels) == 5 * PER_BATCH
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+def test_member_that_is_a_link_or_no_file_is_not_followed(tmp_path: Path, kind: bytes) -> None:
+    """A link out of the archive to a file that has the right content: it is not read, and nothing is made on disk."""
+    secret = tmp_path / "secret"
+    secret.write_bytes(pickle.dumps(batch(0), protocol=4))
+    path = tmp_path / "cifar-10-python.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        for seed, name in enumerate((*TRAIN_BATCHES, TEST_BATCH)):
+            member = tarfile.TarInfo(f"{FOLDER}/{name}")
+            raw = pickle.dumps(batch(seed), protocol=4)
+            if name == "data_batch_4":
+                member.type, member.linkname, raw = kind, str(secret), b""
+            member.size = len(raw)
+            tar.addfile(member, io.BytesIO(raw))
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(Cifar10Error, match="lacks data_batch_4"):
+        read_cifar10(path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_member_that_unpacks_to_far_too_much_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "cifar-10-python.tar"
+    member = tarfile.TarInfo("data_batch_1")
+    member.size = 2**40
+    path.write_bytes(member.tobuf() + bytes(1024))
+    with pytest.raises(Cifar10Error, match=r"data_batch_1 in .* has 1099511627776 bytes, far more than a batch"):
+        read_cifar10(path)
+
+
+def test_folder_in_place_of_a_batch_is_a_missing_batch(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path, data_batch_2=None)
+    (folder / "data_batch_2").mkdir()
+    with pytest.raises(Cifar10Error, match="lacks data_batch_2"):
+        read_cifar10(folder)
+
+
+def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Cifar10Error, match="neither a file nor a folder"):
+        read_cifar10(tmp_path / "pipe")
+
+
+def test_what_the_system_refuses_to_read_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "a")
+    tar = archive(folder, tmp_path / "cifar-10-python.tar.gz")
+    with pytest.raises(Cifar10Error, match="cannot be read: File name too long"):
+        read_cifar10(tmp_path / ("x" * 5000))
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(tarfile, "open", refuse)
+    for path in (folder, tar):
+        with pytest.raises(Cifar10Error, match="cannot be read: Permission denied"):
+            read_cifar10(path)
+
+
+def test_pixels_column_by_column_are_the_same_pixels(tmp_path: Path) -> None:
+    raw = pickle.dumps(batch(3) | {b"data": np.asfortranarray(pixels(3))}, protocol=4)
+    data = read_cifar10(write_folder(tmp_path, test_batch=raw))
+    np.testing.assert_array_equal(data.test_images.reshape(PER_BATCH, -1), pixels(3))
 
 
 def test_data_module_averages_down_and_takes_a_subset(tmp_path: Path) -> None:

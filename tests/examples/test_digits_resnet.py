@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 import running
 import torch
+
+from lightning_normdyn import load_history
+from lightning_normdyn.errors import NormDynWarning
 
 TINY = ("--preset", "tiny", "--accelerator", "cpu")
 
@@ -115,6 +119,77 @@ def test_bad_flags_end_in_one_line(flags: list[str], words: str, capsys: pytest.
 def test_what_the_trainer_refuses_is_told_in_one_line(flags: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^error: the Trainer does not take these flags: .*"):
         running.run_as_script(lambda: digits_resnet.main([*TINY, "--logger", "none", *flags]))
+
+
+@pytest.fixture
+def _signals():
+    """Lightning ignores further Ctrl-C while it shuts down, and leaves it so."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_interrupted_run_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    step = digits_resnet.ResidualDigits.training_step
+
+    def interrupted(module, batch, batch_idx):
+        if batch_idx == 7:
+            raise KeyboardInterrupt
+        return step(module, batch, batch_idx)
+
+    monkeypatch.setattr(digits_resnet.ResidualDigits, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        running.run_as_script(lambda: digits_resnet.main([*TINY, "--logger", "csv", "--method", "aws"]))
+    assert stop.value.code == 1
+    assert "Interrupted after 7 steps. What was measured until then:" in capsys.readouterr().out
+    steps, norms = load_history("runs/digits_resnet/aws/history.npz").column("weight_norm/network.0.weight")
+    assert len(steps) >= 3
+    assert steps[-1] < 7
+    assert np.isfinite(norms).all()
+    assert Path("runs/digits_resnet/aws/effective_lr.png").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("_signals")
+def test_interrupted_before_anything_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(digits_resnet.ResidualDigits, "training_step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        running.run_as_script(lambda: digits_resnet.main([*TINY, "--logger", "none"]))
+    assert stop.value.code == 1
+
+
+def test_interrupted_outside_of_training() -> None:
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit, match="interrupted"):
+        running.run_as_script(interrupted)
+
+
+def test_missing_packages_are_named_or_done_without(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("wandb", "matplotlib", "matplotlib.pyplot"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.warns(NormDynWarning, match="matplotlib is not installed: the loggers get no pictures"):
+        run = digits_resnet.main([*TINY, "--method", "none"])
+    said = capsys.readouterr().out
+    assert "W&B is not installed (pip install wandb): logging to CSV." in said
+    assert "matplotlib is not installed (pip install matplotlib): no pictures." in said
+    assert (run.out / "csv" / "metrics.csv").is_file()
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(SystemExit, match=r"error: scikit-learn is not installed, and this needs it: pip install scikit-learn, or"):
+        running.run_as_script(lambda: digits_resnet.main([*TINY, "--logger", "none"]))
+
+
+def test_a_missing_module_that_is_no_extra_is_not_explained_away() -> None:
+    def main():
+        raise ModuleNotFoundError("No module named 'typo'", name="typo")
+
+    with pytest.raises(ModuleNotFoundError, match="typo"):
+        running.run_as_script(main)
 
 
 def test_output_folder_that_is_a_file() -> None:

@@ -86,6 +86,38 @@ def test_aws_goes_by_the_deviation_of_standardized_weights(norm: str) -> None:
     np.testing.assert_allclose(equivalent, alpha * std, rtol=1e-5)
 
 
+@pytest.mark.parametrize("example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__)
+def test_adamw_has_defaults_of_its_own_and_flags_still_count(example: ModuleType) -> None:
+    def groups(*flags: str) -> list[tuple[float, float]]:
+        run = example.main([*TINY, "--method", "decay", "--max-steps", "1", "--optimizer", "adamw", *flags])
+        return [(group["lr"], group["weight_decay"]) for group in run.trainer.optimizers[0].param_groups]
+
+    assert groups() == [(1e-3, 1.0), (1e-3, 0.0)]
+    assert groups("--weight-decay", "0.25") == [(1e-3, 0.25), (1e-3, 0.0)]
+    if example is cifar_vgg16_bn:
+        assert groups("--preset", "paper", "--width", "4", "--resolution", "8", "--batch-size", "8") == [(1e-3, 1.0), (1e-3, 0.0)]
+
+
+def test_drops_divide_the_learning_rate(capsys: pytest.CaptureFixture[str]) -> None:
+    run = cifar_vgg16_bn.main([*TINY, "--method", "decay", "--drops", "0.25,0.75"])
+    _, lr_over_norm = run.history.column("effective_lr/network.0.weight")
+    _, norm = run.history.column("weight_norm/network.0.weight")
+    np.testing.assert_allclose(lr_over_norm * norm, [0.1, 0.01, 0.01, 0.001], rtol=0.05)  # means over filters
+    with pytest.raises(SystemExit):
+        cifar_vgg16_bn.main([*TINY, "--drops", "0.5,2"])
+    assert "argument --drops: must be fractions between 0 and 1 such as 0.3,0.6,0.8, got 0.5,2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__)
+def test_help_shows_the_defaults_of_the_preset_asked_for(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        example.main(["--preset", "paper", "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"passes through the training set (default: {example.PRESETS['paper']['epochs']})" in said
+    assert "(default: None)" not in said
+
+
 def test_width_that_groups_do_not_divide(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         ws_resnet.main([*TINY, "--width", "6"])
