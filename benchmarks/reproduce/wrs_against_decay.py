@@ -20,7 +20,7 @@ from lightning_normdyn.equilibrium import total_decay
 from lightning_normdyn.plots import OKABE_ITO
 
 DESK = {
-    "steps": 3_000,
+    "steps": 1_500,
     "width": 8,
     "train_images": 1_000,
     "sgd_lr": 0.1,

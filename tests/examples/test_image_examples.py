@@ -90,7 +90,7 @@ def test_aws_goes_by_the_deviation_of_standardized_weights(norm: str) -> None:
 def test_adamw_has_defaults_of_its_own_and_flags_still_count(example: ModuleType) -> None:
     def groups(*flags: str) -> list[tuple[float, float]]:
         run = example.main([*TINY, "--method", "decay", "--max-steps", "1", "--optimizer", "adamw", *flags])
-        return [(group["lr"], group["weight_decay"]) for group in run.trainer.optimizers[0].param_groups]
+        return [(group["initial_lr"], group["weight_decay"]) for group in run.trainer.optimizers[0].param_groups]
 
     assert groups() == [(1e-3, 1.0), (1e-3, 0.0)]
     assert groups("--weight-decay", "0.25") == [(1e-3, 0.25), (1e-3, 0.0)]
