@@ -15,8 +15,8 @@ from typing import Any
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_normdyn.equilibrium import steps_like
 from lightning_normdyn.errors import NormDynError, NotSupportedError
+from lightning_normdyn.step_response import steps_like
 
 __all__ = ["WeightDecayEquivalentLR", "weight_decay_equivalent_lrs"]
 

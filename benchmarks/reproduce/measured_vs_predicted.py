@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from lightning_normdyn.callbacks.predictions import Course, Prediction, judge, predict
-from lightning_normdyn.equilibrium import AS_PREDICTED
 from lightning_normdyn.plots import OKABE_ITO
+from lightning_normdyn.verdicts import AS_PREDICTED
 
 DESK = {"width": 8, "lr": 0.1, "momentum": 0.9, "strong": 5e-3, "weak": 5e-4, "strong_steps": 1_500, "weak_steps": 3_500, "noise": 0.5}
 TINY = {"width": 2, "strong_steps": 40, "weak_steps": 40}

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import WeightRescaling
-from lightning_normdyn.equilibrium import total_decay
 from lightning_normdyn.plots import OKABE_ITO
+from lightning_normdyn.verdicts import total_decay
 
 DESK = {
     "steps": 1_500,

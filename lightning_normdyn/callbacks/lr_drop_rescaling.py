@@ -15,8 +15,9 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target
 from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
-from lightning_normdyn.equilibrium import lr_drop_exponent, step_response
+from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
 # The falls of a smooth schedule grow gradually, also at its very end: from one change to the next by a factor below 4 for a cosine and

@@ -36,7 +36,6 @@ from lightning_normdyn.callbacks.publishing import (
     publish_row,
 )
 from lightning_normdyn.callbacks.tables import show
-from lightning_normdyn.equilibrium import step_response
 from lightning_normdyn.functional import (
     angle_from_sums,
     cosine_from_sums,
@@ -50,6 +49,7 @@ from lightning_normdyn.functional import (
 from lightning_normdyn.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import is_weight_standardized
+from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import Phase, Step, StepBracket
 from lightning_normdyn.tables import render
 

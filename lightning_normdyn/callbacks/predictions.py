@@ -1,6 +1,6 @@
 """What theory makes of the monitor's measurements: a prediction beside each curve, a verdict at the end, warnings before it is too late.
 
-Numbers of the host, but for `urgency` and `entries_of_dying`. Formulas: `lightning_normdyn.equilibrium`.
+Numbers of the host, but for `urgency` and `entries_of_dying`. Formulas: `lightning_normdyn.equilibrium`, `lightning_normdyn.verdicts`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_normdyn.equilibrium import (
+from lightning_normdyn.equilibrium import equilibrium_angular_update, relaxation_steps, wrs_angular_update
+from lightning_normdyn.history import History
+from lightning_normdyn.step_response import is_rough, step_response
+from lightning_normdyn.vectors import WeightVectors
+from lightning_normdyn.verdicts import (
     adam_collapse_steps,
-    equilibrium_angular_update,
     free_decay_rate,
-    is_rough,
-    relaxation_steps,
-    step_response,
     steps_to_overflow,
     steps_to_underflow,
     total_decay,
     verdict,
-    wrs_angular_update,
 )
-from lightning_normdyn.history import History
-from lightning_normdyn.vectors import WeightVectors
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
 SETTLED_AFTER = 6.0
@@ -205,7 +202,7 @@ def judge(history: History, name: str, course: Course) -> str:
         course: its predictions on the way.
 
     Returns:
-        a verdict of `lightning_normdyn.equilibrium.verdict`; "not settled yet" instead of "settled" before `SETTLED_AFTER` e-foldings;
+        a verdict of `lightning_normdyn.verdicts.verdict`; "not settled yet" instead of "settled" before `SETTLED_AFTER` e-foldings;
         under WRS the comparison alone; "too few rows".
     """
     at, norms, angles, predicted = _aligned(history, name)
