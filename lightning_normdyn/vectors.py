@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd, prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,8 +71,8 @@ class Partition:
 
 Operand = Sequence["Tensor | None"]
 
-CACHED_ENTRIES = 2**15
-"""On a CPU, this many entries of two weights stay in a core's cache in float64 while several sums are taken of them."""
+CACHED_ENTRIES = 2**16
+"""On a CPU, this many float32 entries per thread of two weights and their difference stay in the cores' caches while sums are taken."""
 KERNEL_ENTRIES = 2**22
 """Elsewhere one kernel per weight is best; very large weights are cut so that temporaries stay small."""
 
@@ -130,14 +130,20 @@ class WeightVectors:
         starts = [0, *(w.stop for w in pieces if w is not None)]
         # Each vector in exactly one piece, in order: what is found piece by piece only needs to be put one behind the other.
         self._in_order = starts[-1] == self.n and all(w is not None and w.start == at for w, at in zip(pieces, starts, strict=False))
-        self._entries = CACHED_ENTRIES if self.device.type == "cpu" else KERNEL_ENTRIES
         lengths = [_lengths(p, partition).to(self.sum_dtype) for p, partition in zip(self._placements, self.partitions, strict=True)]
         self._reduction = Reduction(self._placements, lengths, self.device)
         self.weight_of = self._reduction.weight_of
         self.length = self._reduction.length
         self.count = torch.tensor([p.n for p in self.partitions], dtype=self.sum_dtype, device=self.device)
+        self._rounding: Tensor | None = None  # of each vector's weight
         self.low_precision = any(t.dtype in (torch.bfloat16, torch.float16) for t in self.values())
         """Whether some weight is stored in a dtype in which a factor close to 1 is lost to rounding."""
+
+    @property
+    def _entries(self) -> int:
+        """How many entries of a weight a kernel takes at a time."""
+        # Every thread takes its part of each kernel; below 2**15 entries a kernel has only one.
+        return CACHED_ENTRIES * torch.get_num_threads() if self.device.type == "cpu" else KERNEL_ENTRIES
 
     # -- operands: one local tensor (or None) per weight ---------------------------------------------------------------
 
@@ -198,7 +204,7 @@ class WeightVectors:
         return packed, totals
 
     def _products(self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool) -> Tensor:
-        def of_piece(i: int, piece: _IndexedPiece) -> Tensor | None:
+        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
             used: list[Tensor] = []  # each operand once, however many products it enters
 
             def position(tensor: Tensor) -> int:
@@ -206,34 +212,84 @@ class WeightVectors:
                     used.append(tensor)
                 return next(k for k, t in enumerate(used) if t is tensor)
 
-            factors: dict[int, tuple[int, int | None]] = {}
-            for row, (a, b) in enumerate(pairs):
+            factors: list[tuple[int, int | None] | None] = []
+            for a, b in pairs:
                 x, y = a[i], None if b is None else b[i]
-                if x is not None and b is None:
-                    factors[row] = (position(x), None)
-                elif x is not None and y is not None:
-                    factors[row] = (position(x), position(y))
-            if not factors:
+                absent = x is None or (b is not None and y is None)
+                factors.append(None if absent else (position(x), None if y is None else position(y)))  # type: ignore[arg-type]
+            if not used:
                 return None
+            views = [piece.view(t) for t in used]
+            dims, dtype = piece.summed(views[0]), self.sum_dtype if exact else _own_precision(*views)
+            # A product of two weights first: two of them come into the cache faster together than one after the other.
+            order = sorted((row for row, f in enumerate(factors) if f is not None), key=squares.__contains__)
 
             def kernel(*chunks: Tensor) -> Tensor:
                 values = [c.to(dtype) for c in chunks]
-                return torch.stack([_product(values[x], None if y is None else values[y], dims) for x, y in factors.values()])
+                rows: dict[int, Tensor] = {}
+                for row in order:
+                    x, y = factors[row]  # type: ignore[misc]
+                    rows[row] = _norm(values[x], dims) if row in squares else _product(values[x], None if y is None else values[y], dims)
+                none = None if len(rows) == len(factors) else torch.zeros_like(rows[order[0]])
+                return torch.stack([rows.get(row, none) for row in range(len(factors))])  # type: ignore[misc]
 
-            views = [piece.view(t) for t in used]
-            dims, dtype = piece.summed(views[0]), self.sum_dtype if exact else _own_precision(*views)
-            sums = _in_chunks(kernel, views, dims, self._entries).flatten(1)
-            if len(factors) == len(pairs):
-                return sums
-            return sums.new_zeros(len(pairs), sums.shape[1]).index_copy_(0, torch.tensor(list(factors), device=sums.device), sums)
+            return _sums(kernel, finish, views, dims, self._entries)
 
-        return self._collect(len(pairs), of_piece)
+        squares = {row for row, (a, b) in enumerate(pairs) if b is not None and all(x is y for x, y in zip(a, b, strict=True))}
+
+        def finish(found: Tensor) -> Tensor:
+            found = found.to(self.sum_dtype)
+            for row in squares:
+                found[row].square_()
+            return found
+
+        return self._collect(len(pairs), of_piece, finish)
+
+    def moments(self, tensors: Operand) -> tuple[Tensor, Tensor]:
+        """Sums of squares and sums of the entries of every vector, for standard deviations.
+
+        Summed around a first estimate of the mean, in the tensors' own precision, float32 at least: a standard deviation from the two is
+        right to 1e-6 even where the mean is a thousand times as large.
+
+        Args:
+            tensors: laid out like the weights; None contributes zeros.
+
+        Returns:
+            <w, w> and <1, w>, each ``(n,)`` float64.
+        """
+
+        def kernel(dims: list[int]) -> Kernel:
+            def sums(x: Tensor) -> Tensor:
+                x = x.to(_own_precision(x))
+                members = prod(x.shape[d] for d in dims)
+                mean = _sum(x, dims) / members
+                rest = x - mean
+                return torch.stack([mean, _norm(rest, dims), _sum(rest, dims), torch.full_like(mean, members)])
+
+            return sums
+
+        def finish(found: Tensor) -> Tensor:
+            mean, rest, left, members = found.to(self.sum_dtype)
+            return torch.stack([rest.square() + mean * (2 * left + members * mean), left + members * mean])
+
+        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
+            tensor = tensors[i]
+            if tensor is None:
+                return None
+            view = piece.view(tensor)
+            dims = piece.summed(view)
+            return _sums(kernel(dims), finish, [view], dims, self._entries)
+
+        ww, w1 = self._reduction.sum_(self._collect(4, of_piece, finish))
+        return ww, w1
 
     def displacement(self, before: Operand) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w = ``before`` and Δ = now - w.
 
-        The difference is taken in float64: taken in the weights' own precision it would cost angles below 1e-5 rad whenever the norm
-        changes as well.
+        Angles and radial parts from them are right to 1e-6 of themselves, down to angles of 1e-6 rad and also when the norm changes many
+        times over, although all passes over the weights are in their own precision, float32 at least: what is summed is the residual
+        r = now - k w with the ratio of norms k, which is nearly orthogonal to w, and only the few numbers per vector are combined in
+        float64.
 
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
@@ -241,13 +297,23 @@ class WeightVectors:
 
         def kernel(dims: list[int]) -> Kernel:
             def sums(start: Tensor, now: Tensor) -> Tensor:
-                start = start.to(self.sum_dtype)
-                moved = now.to(self.sum_dtype) - start
-                return torch.stack([_product(start, start, dims), _product(start, moved, dims), _product(moved, moved, dims)])
+                dtype = _own_precision(start, now)
+                start, now = start.to(dtype), now.to(dtype)
+                norm = _norm(start, dims)
+                ratio = (_norm(now, dims) / norm).nan_to_num_(0.0, 0.0, 0.0)
+                # One rounding where the machine multiplies and adds at once; where it does not, entries are off by 3e-8 of themselves.
+                residual = torch.addcmul(now, start, ratio.neg())
+                length = _norm(residual, dims)
+                return torch.stack([norm, ratio, length, _sum(residual.mul_(start), dims)])
 
             return sums
 
-        return self._reduction.sum_(self._of_both(3, before, kernel))
+        def finish(found: Tensor) -> Tensor:
+            norm, ratio, length, along = found.to(self.sum_dtype)
+            ww, growth = norm.square(), ratio - 1
+            return torch.stack([ww, growth * ww + along, growth * (growth * ww + 2 * along) + length.square()])
+
+        return self._reduction.sum_(self._of_both(4, before, kernel, finish))
 
     def radial_and_totals(self, before: Operand, *, summarize: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and `totals` in the same collective.
@@ -261,23 +327,28 @@ class WeightVectors:
         Returns:
             ``(2, n)`` and ``(J, weights)``.
         """
-        packed = self._of_both(2, before, _radial_kernel)
+        packed = self._of_both(2, before, _radial_kernel, self._radial_sums)
         totals = self._reduction.sum_with_totals_(packed, summarize)
         return packed, totals
 
-    def _of_both(self, count: int, before: Operand, kernel: Callable[[list[int]], Kernel]) -> Tensor:
+    def _radial_sums(self, found: Tensor) -> Tensor:
+        """<w, w> and <w, Δ> from what `_radial_kernel` finds."""
+        norm, product = found.to(self.sum_dtype)
+        return torch.stack([norm.square(), product])
+
+    def _of_both(self, count: int, before: Operand, kernel: Callable[[list[int]], Kernel], finish: Finish) -> Tensor:
         """Collect what a kernel makes of the weights before and now."""
         values = self.values()
 
-        def of_piece(i: int, piece: _IndexedPiece) -> Tensor | None:
+        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
             then = before[i]
             if then is None:
                 return None
             views = [piece.view(then), piece.view(values[i])]
             dims = piece.summed(views[0])
-            return _in_chunks(kernel(dims), views, dims, self._entries).flatten(1)
+            return _sums(kernel(dims), finish, views, dims, self._entries)
 
-        return self._collect(count, of_piece)
+        return self._collect(count, of_piece, finish)
 
     def norms(self) -> Tensor:
         """Norm of every vector, ``(n,)``, summed in the weights' own precision, float32 at least.
@@ -294,29 +365,38 @@ class WeightVectors:
         """Norms of what this rank holds of every vector."""
         values = self.values()
 
-        def of_piece(i: int, piece: _IndexedPiece) -> Tensor:
+        def square(found: Tensor) -> Tensor:
+            return found.to(self.sum_dtype).square_()
+
+        def of_piece(i: int, piece: _IndexedPiece) -> _Found:
             view = piece.view(values[i])
             dims, dtype = piece.summed(view), _own_precision(view)
             # A kernel that need not convert and sums short vectors has no use for the cache, and keeps its precision.
-            if view.dtype == dtype and view.numel() <= piece.rows * self._entries:
-                return _norm(view, dims)[None].flatten(1)
-            squares = _in_chunks(lambda part: _norm(part.to(dtype), dims).to(self.sum_dtype).square_()[None], [view], dims, self._entries)
-            return squares.flatten(1).sqrt_()
+            if view.dtype == dtype and view.numel() <= piece.rows * CACHED_ENTRIES:
+                return _Found(_norm(view, dims)[None].flatten(1), False)
+            return _sums(lambda part: _norm(part.to(dtype), dims)[None], square, [view], dims, self._entries)
 
-        if self._in_order:
-            return self._collect(1, of_piece)[0]
-        return self._collect(1, lambda i, piece: of_piece(i, piece).to(self.sum_dtype).square_())[0].sqrt_()
+        return self._collect(1, of_piece, square)[0].sqrt_()
 
-    def _collect(self, count: int, of_piece: Callable[[int, _IndexedPiece], Tensor | None]) -> Tensor:
-        """Pack what is found for each piece, ``(count, rows)``, into ``(count, n)``; None stands for zeros."""
-        found = [(piece, of_piece(i, piece)) for i, pieces in enumerate(self._pieces) for piece in pieces]
-        if self._in_order and found:
-            parts = [torch.zeros(count, p.rows, device=self.device) if sums is None else sums.to(self.device) for p, sums in found]
-            return torch.cat(parts, 1).to(self.sum_dtype)
-        packed = torch.zeros(count, self.n + 1, dtype=self.sum_dtype, device=self.device)
-        for piece, sums in found:
-            if sums is not None:
-                piece.add_to(packed, sums.to(packed))
+    def _collect(self, count: int, of_piece: Callable[[int, _IndexedPiece], _Found | None], finish: Finish) -> Tensor:
+        """Pack what is found for each piece into ``(J, n)``.
+
+        Args:
+            count: how many rows kernels find, K.
+            of_piece: what is found for a piece; None stands for zeros.
+            finish: from ``(K, m)`` to ``(J, m)``, for what is not finished yet.
+        """
+        pieces = [(i, piece) for i, pieces in enumerate(self._pieces) for piece in pieces]
+        found = [of_piece(i, piece) or _Found(torch.zeros(count, piece.rows, device=self.device), False) for i, piece in pieces]
+        if self._in_order and found and not any(f.finished for f in found):
+            return finish(torch.cat([f.sums.to(self.device) for f in found], 1))
+        sums = [_finished(f, finish).to(self.device) for f in found]
+        if self._in_order and sums:
+            return torch.cat(sums, 1)
+        size = sums[0].shape[0] if sums else finish(torch.zeros(count, 0, device=self.device)).shape[0]
+        packed = torch.zeros(size, self.n + 1, dtype=self.sum_dtype, device=self.device)
+        for (_, piece), part in zip(pieces, sums, strict=True):
+            piece.add_to(packed, part)
         return packed[:, : self.n]
 
     def per_weight(self, values: Tensor) -> Tensor:
@@ -406,13 +486,13 @@ class WeightVectors:
         """
         mask = None if active is None else active.to(share.dtype)
         if not self._in_order or self._reduction.cuts:
-            ss, sd = self._reduction.sum_(self._of_both(2, before, _radial_kernel))
+            ss, sd = self._reduction.sum_(self._of_both(2, before, _radial_kernel, self._radial_sums))
             removed = _removed(ss, sd, share)
             self.add_scaled_(-_applied(removed, mask), before)
             return removed
-        values = self.values()
+        values, entries = self.values(), self._entries
 
-        def of_piece(i: int, piece: _IndexedPiece) -> Tensor | None:
+        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
             then = before[i]
             if then is None:
                 return None
@@ -421,16 +501,20 @@ class WeightVectors:
             kernel = _radial_kernel(dims)
 
             def project(start: Tensor, now: Tensor, share: Tensor, *mask: Tensor) -> Tensor:
-                sums = _in_chunks(kernel, [start, now], dims, self._entries)
-                removed = _removed(sums[0], sums[1], share)
-                now.addcmul_(start, _applied(removed, *mask).to(share.dtype), value=-1)
+                # Vectors together, as long as they stay in the cache from their sums to their change.
+                if start.numel() <= entries:
+                    norm, product = _radial(start, now, dims)
+                    removed = _removed(norm.square_(), product, share)
+                else:  # a single vector is longer than that
+                    sums = _finished(_sums(kernel, self._radial_sums, [start, now], dims, entries), self._radial_sums)
+                    removed = _removed(sums[0].reshape(share.shape), sums[1].reshape(share.shape), share).to(share.dtype)
+                now.addcmul_(start, _applied(removed, *mask), value=-1)
                 return removed[None]
 
             numbers = [piece.spread(v, now) for v in (share, mask) if v is not None]
-            # Vectors together, as long as they stay in the cache from their sums to their change.
-            return _in_chunks(project, [start, now, *numbers], dims, 4 * self._entries, whole=True).flatten(1)
+            return _Found(_in_chunks(project, [start, now, *numbers], dims, entries, whole=True).flatten(1), False)
 
-        return self._collect(1, of_piece)[0]
+        return self._collect(1, of_piece, lambda found: found.to(self.sum_dtype))[0]
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
@@ -446,9 +530,11 @@ class WeightVectors:
             The new ``owed``.
         """
         owed = owed * factor.to(owed.dtype)
-        rounding = torch.stack([torch.tensor(torch.finfo(t.dtype).eps, dtype=owed.dtype) for t in self.values()]).to(owed.device)
-        full = self.spread(rounding <= torch.finfo(torch.float32).eps)
-        matters = (owed - 1).abs() >= self.spread(rounding)
+        if self._rounding is None:
+            per_weight = torch.tensor([torch.finfo(t.dtype).eps for t in self.values()], dtype=torch.float32, device=self.device)
+            self._rounding = self.spread(per_weight)
+        full = self._rounding <= torch.finfo(torch.float32).eps
+        matters = (owed - 1).abs() >= self._rounding
         apply = torch.where(full | matters, owed, torch.ones_like(owed))
         before = self._local_norms()
         self.scale_(apply)
@@ -548,34 +634,77 @@ def _in_chunks(kernel: Kernel, views: Sequence[Tensor], summed: Sequence[int], e
     """
     first = views[0]
     if first.numel() > entries:
-        # Along the dimension whose steps in memory are longest, so that a chunk lies in one place.
-        dim = max((d for d in range(first.ndim) if first.shape[d] > 1), key=first.stride)
+        dim = _outermost(first.shape, first)
         if dim not in summed or not whole:
             step = max(1, entries * first.shape[dim] // first.numel())
             chunks = zip(*(torch.split(v, step, dim) for v in views), strict=True)
             parts = [_in_chunks(kernel, chunk, summed, entries, whole=whole) for chunk in chunks]
             if dim not in summed:
                 return torch.cat(parts, dim + 1)
-            total = parts[0].to(_sum_dtype(first.device))
-            for part in parts[1:]:
-                total += part
-            return total
+            return torch.stack(parts).sum(0, dtype=_sum_dtype(first.device))
     return kernel(*views)
 
 
+Finish = Callable[[Tensor], Tensor]
+
+
+class _Found(NamedTuple):
+    """What kernels found for the rows of a piece: ``(K, rows)``, or ``(J, rows)`` if already finished."""
+
+    sums: Tensor
+    finished: bool
+
+
+def _sums(kernel: Kernel, finish: Finish, views: Sequence[Tensor], summed: Sequence[int], entries: int) -> _Found:
+    """``kernel(*views)``, applied in chunks; finished only where rows are cut.
+
+    Args:
+        kernel: from views to ``(K, ...)``.
+        finish: from ``(K, ...)`` to what may be added over the parts of a row, ``(J, ...)``.
+        views: as for `_in_chunks`.
+        summed: the dimensions that the kernel sums.
+        entries: how many at a time.
+    """
+    cut = _cuts_rows(views[0], summed, entries)
+    applied = (lambda *chunks: finish(kernel(*chunks))) if cut else kernel
+    return _Found(_in_chunks(applied, views, summed, entries).flatten(1), cut)
+
+
+def _finished(found: _Found, finish: Finish) -> Tensor:
+    return found.sums if found.finished else finish(found.sums)
+
+
+def _cuts_rows(view: Tensor, summed: Sequence[int], entries: int) -> bool:
+    """Whether `_in_chunks` will cut this view within a row."""
+    shape = list(view.shape)
+    while prod(shape) > entries:
+        dim = _outermost(shape, view)
+        if dim in summed:
+            return True
+        shape[dim] = max(1, entries * shape[dim] // prod(shape))
+    return False
+
+
+def _outermost(shape: Sequence[int], view: Tensor) -> int:
+    """The dimension whose steps in memory are longest: cut along it, a chunk lies in one place."""
+    return max((d for d in range(view.ndim) if shape[d] > 1), key=view.stride)
+
+
+def _radial(start: Tensor, now: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """The norm of w, and <w, Δ>, in the precision of the weights."""
+    dtype = _own_precision(start)
+    start = start.to(dtype)
+    # First what reads both: two weights come into the cache faster together than one after the other.
+    product = _sum((now.to(dtype) - start).mul_(start), dims)
+    return _norm(start, dims), product
+
+
 def _radial_kernel(dims: list[int]) -> Kernel:
-    """<w, w> and <w, Δ>, in the precision of the weights."""
-
-    def sums(start: Tensor, now: Tensor) -> Tensor:
-        dtype = _own_precision(start)
-        start = start.to(dtype)
-        return torch.stack([_product(start, start, dims), _sum((now.to(dtype) - start).mul_(start), dims)])
-
-    return sums
+    return lambda start, now: torch.stack(_radial(start, now, dims))
 
 
 def _removed(ss: Tensor, sd: Tensor, share: Tensor) -> Tensor:
-    return share + sd / ss.clamp(min=torch.finfo(ss.dtype).tiny)
+    return (sd / ss.clamp_(min=torch.finfo(ss.dtype).tiny)).add_(share)
 
 
 def _applied(removed: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -593,9 +722,7 @@ def _own_precision(*views: Tensor) -> torch.dtype:
 
 
 def _product(x: Tensor, y: Tensor | None, dims: list[int]) -> Tensor:
-    """<x, y>, <x, x>, or <1, x> if ``y`` is None."""
-    if y is x:
-        return _norm(x, dims).square_()
+    """<x, y>, or <1, x> if ``y`` is None."""
     return _sum(x if y is None else x * y, dims)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import NotSupportedError, Partition, Phase, StepBracket, WeightVectors
+from lightning_normdyn import vectors as vectors_module
+from lightning_normdyn.functional import angle_from_sums, std_from_sums
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -121,10 +124,13 @@ def test_scaling_and_adding(kind, dtype):
     torch.testing.assert_close(momentum.double(), other.double() * extended[0][labels], rtol=2 * eps, atol=0)
 
 
+MOVED = ["conv", "conv channels_last", "grouped transposed conv", "packed qkv", "layer", "columns", "one row"]
+
+
 @pytest.mark.parametrize("turn", [1e-6, 1e-3, 1.0])
-@pytest.mark.parametrize("kind", ["conv", "conv channels_last", "grouped transposed conv", "packed qkv", "layer", "columns"])
+@pytest.mark.parametrize("kind", MOVED)
 def test_displacement_sums_are_those_of_the_stored_numbers(kind, turn):
-    vectors, (weight,) = made(kind, dtype=torch.float32)
+    vectors, (weight,) = made(kind)
     partition, before = KINDS[kind][1], weight.detach().clone()
     with torch.no_grad():
         weight.mul_(1.7).add_(same_layout(before), alpha=turn)
@@ -132,6 +138,76 @@ def test_displacement_sums_are_those_of_the_stored_numbers(kind, turn):
     pairs = list(zip(by_vector(before, partition, before), by_vector(before, partition, weight.detach()), strict=True))
     expected = [[float(a @ a) for a, _ in pairs], [float(a @ (b - a)) for a, b in pairs], [float((b - a) @ (b - a)) for a, b in pairs]]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=0)
+
+
+def turned(before: Tensor, labels: Tensor, n: int, angle: float, growth: float) -> Tensor:
+    """Every vector of ``before`` turned by an angle and multiplied in length, in float64, then stored as ``before`` is."""
+    start, across, chosen = before.double(), same_layout(before.double()), [labels == j for j in range(n)]
+    after = start.clone()
+    for where in chosen:
+        w, v = start[where], across[where]
+        v = v - w * (w @ v) / (w @ w)
+        v = v - w * (w @ v) / (w @ w)
+        after[where] = growth * (math.cos(angle) * w + math.sin(angle) * v * w.norm() / v.norm())
+    return torch.empty_like(before).copy_(after)
+
+
+def true_angle(a: Tensor, b: Tensor) -> Tensor:
+    unit = a / a.norm()
+    along, across = b @ unit, b - (b @ unit) * unit
+    return torch.atan2((across - (across @ unit) * unit).norm(), along)
+
+
+@pytest.mark.parametrize("small_chunks", [False, True])
+@pytest.mark.parametrize("kind", [*MOVED, "long rows"])
+def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes(kind, small_chunks, monkeypatch):
+    if small_chunks:
+        monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
+    weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
+    before = weight.clone().float()
+    for angle in (1e-6, 1e-5, 1e-3, 1.0, 2.5, 3.14159):
+        for growth in (0.5, 0.999, 1.0, 1.001, 20.0):
+            after = nn.Parameter(turned(before, labels_of(before, partition), partition.n, angle, growth))
+            ww, wd, dd = WeightVectors([after], [partition]).displacement([before])
+            pairs = list(zip(by_vector(before, partition, before), by_vector(before, partition, after.detach()), strict=True))
+            expected = torch.stack([true_angle(a, b) for a, b in pairs])
+            torch.testing.assert_close(angle_from_sums(ww, wd, dd), expected, rtol=5e-4, atol=0)
+            radial = torch.stack([a @ (b - a) / (a @ a) for a, b in pairs])
+            moved = torch.stack([(b - a).norm() / a.norm() for a, b in pairs])
+            torch.testing.assert_close((wd / ww - radial) / moved, torch.zeros_like(radial), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_that_have_no_angle_and_vectors_that_did_not_move(dtype):
+    before = randn(5, 40).to(dtype)
+    before[0] = 0
+    after = nn.Parameter(before.clone())
+    with torch.no_grad():
+        after[0] = 1
+        after[1] = 0
+        after[2, 3] = float("inf")
+        after[3, 3] = float("nan")
+    sums = WeightVectors([after], [Partition.filters((5, 40))]).displacement([before])
+    angles = angle_from_sums(*sums)
+    assert angles[:4].isnan().all()
+    assert float(angles[4]) == 0
+    assert float(sums[1, 4]) == float(sums[2, 4]) == 0
+
+
+@pytest.mark.parametrize("small_chunks", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_moments_give_standard_deviations_beside_a_large_mean(kind, small_chunks, monkeypatch):
+    if small_chunks:
+        monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 5)
+    vectors, (weight,) = made(kind, dtype=torch.float32)
+    with torch.no_grad():
+        weight.mul_(0.01).add_(3.0)
+    ww, w1 = vectors.moments(vectors.values())
+    pieces = by_vector(weight, KINDS[kind][1], weight.detach())
+    torch.testing.assert_close(ww, torch.stack([x @ x for x in pieces]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(w1, torch.stack([x.sum() for x in pieces]), rtol=1e-6, atol=0)
+    std = std_from_sums(ww, w1, vectors.length)
+    torch.testing.assert_close(std, torch.stack([x.std(unbiased=False) for x in pieces]), rtol=1e-5, atol=1e-7)
 
 
 # ---- Many weights in one index space ----

@@ -97,8 +97,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         standardized = self._standardized[plan.index]
         if standardized is None:
             return vectors.norms()
-        values = vectors.values()
-        ww, w1 = vectors.inner((values, values), (values, None))
+        ww, w1 = vectors.moments(vectors.values())
         return torch.where(standardized, std_from_sums(ww, w1, vectors.length), norm_from_sums(ww))
 
     def _shrink(self, step: Step, plan: Plan) -> None:
