@@ -283,13 +283,17 @@ class WeightVectors:
         ww, w1 = self._reduction.sum_(self._collect(4, of_piece, finish))
         return ww, w1
 
-    def displacement(self, before: Operand) -> Tensor:
+    def displacement(self, before: Operand, *, exact: bool = False) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w = ``before`` and Δ = now - w.
 
         Angles and radial parts from them are right to 1e-6 of themselves, down to angles of 1e-6 rad and also when the norm changes many
         times over, although all passes over the weights are in their own precision, float32 at least: what is summed is the residual
         r = now - k w with the ratio of norms k, which is nearly orthogonal to w, and only the few numbers per vector are combined in
         float64.
+
+        Args:
+            before: w, the weights before the step.
+            exact: whether <w, w> too is summed in float64, so that it can be set against another norm.
 
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
@@ -299,12 +303,12 @@ class WeightVectors:
             def sums(start: Tensor, now: Tensor) -> Tensor:
                 dtype = _own_precision(start, now)
                 start, now = start.to(dtype), now.to(dtype)
-                norm = _norm(start, dims)
-                ratio = (_norm(now, dims) / norm).nan_to_num_(0.0, 0.0, 0.0)
+                norm = _norm(start.to(self.sum_dtype) if exact else start, dims)
+                ratio = (_norm(now, dims) / norm).to(dtype).nan_to_num_(0.0, 0.0, 0.0)
                 # One rounding where the machine multiplies and adds at once; where it does not, entries are off by 3e-8 of themselves.
                 residual = torch.addcmul(now, start, ratio.neg())
                 length = _norm(residual, dims)
-                return torch.stack([norm, ratio, length, _sum(residual.mul_(start), dims)])
+                return torch.stack([norm, *(x.to(norm) for x in (ratio, length, _sum(residual.mul_(start), dims)))])
 
             return sums
 

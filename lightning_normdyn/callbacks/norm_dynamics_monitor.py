@@ -192,7 +192,6 @@ class NormDynamicsMonitor(NormDynCallback):
         self._influences: dict[str, dict[str, Any]] = {}
         self._length: dict[str, int] = {}
         self._aws_by_std: dict[int, Tensor] = {}
-        self._needs_std: dict[int, bool] = {}
         self._needs_exact: dict[int, bool] = {}
         self._log_smallest: dict[int, Tensor] = {}
         self._dead: dict[int, tuple[int, Tensor]] = {}
@@ -245,9 +244,9 @@ class NormDynamicsMonitor(NormDynCallback):
             wanted.remove("equivalent_weight_decay")
         by_std = torch.tensor([influence.get("statistic") == "std" for influence in influences], device=vectors.device)
         self._aws_by_std[plan.index] = vectors.spread(by_std)
-        self._needs_std[plan.index] = "weight_std" in wanted or bool(standardized.any()) or bool(by_std.any())
-        # A shrink may be as small as 1e-7, which norms summed in float32 do not tell.
-        self._needs_exact[plan.index] = shrunk or self._needs_std[plan.index]
+        # A shrink just before the step may be as small as 1e-7, and a mean much larger than the standard deviation beside it: more than
+        # sums in float32 can tell.
+        self._needs_exact[plan.index] = shrunk or "weight_std" in wanted or bool(standardized.any())
         # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self._quantities[plan.index] = list(dict.fromkeys([*wanted, *needed]))
@@ -284,18 +283,14 @@ class NormDynamicsMonitor(NormDynCallback):
             self._prepare(plan)
         vectors = plan.vectors
         weights, gradients = vectors.values(), vectors.gradients()
-        sums: dict[str, Tensor] = {}
-        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
-        sums["ww"], sums["wg"], sums["gg"] = vectors.inner(*pairs, exact=False)
-        sums["w1"] = torch.zeros_like(sums["ww"])
-        if self._needs_std[plan.index]:
-            sums["ww"], sums["w1"] = vectors.moments(weights)
-        if self._needs_exact[plan.index]:
-            sums["exact"] = vectors.inner((weights, weights))[0]
+        pairs = (weights, weights), (weights, gradients), (gradients, gradients), (weights, None)
+        exact = self._needs_exact[plan.index]
+        ww, wg, gg, *w1 = vectors.inner(*pairs[: 4 if exact else 3], exact=exact)
         scale = getattr(step.optimizer, "grad_scale", None)
         if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
-            sums["wg"], sums["gg"] = sums["wg"] / scale.to(sums["wg"]), sums["gg"] / scale.to(sums["gg"]) ** 2
-        self._sums[plan.index] = {**sums, "lr": plan.group_values("lr").clone()}
+            wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
+        lr = plan.group_values("lr").clone()
+        self._sums[plan.index] = {"ww": ww, "wg": wg, "gg": gg, "w1": w1[0] if w1 else torch.zeros_like(ww), "lr": lr}
         step.bracket.request_snapshot(vectors.storages())
 
     def _measure_step(self, step: Step, plan: Plan) -> None:
@@ -304,12 +299,9 @@ class NormDynamicsMonitor(NormDynCallback):
             return
         assert self._session is not None
         vectors = plan.vectors
-        before = vectors.snapshots(step.bracket)
-        ss, sd, dd = vectors.displacement(before)
-        # From w_t to s = f w_t, the weight that the step starts at.
-        shrunk = (ss / sums["ww"] if "exact" not in sums else vectors.inner((before, before))[0] / sums["exact"]).sqrt()
+        ss, sd, dd = vectors.displacement(vectors.snapshots(step.bracket), exact=self._needs_exact[plan.index])
         wanted = [*self._quantities[plan.index], *INTERNAL]
-        values = self._quantities_of(plan, sums, shrunk, angle_from_sums(ss, sd, dd), sd / ss, self.number(step, plan))
+        values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
         stacked = torch.stack([values[q] for q in wanted])
         powers = torch.stack([v.square() if q in ROOT_MEAN_SQUARE else v for q, v in zip(wanted, stacked, strict=True)])
         valid = torch.isfinite(stacked)
@@ -331,14 +323,15 @@ class NormDynamicsMonitor(NormDynCallback):
         if self.per_vector_history:
             self._keep_vectors(now, plan, sums)
 
-    def _quantities_of(
-        self, plan: Plan, sums: dict[str, Tensor], shrunk: Tensor, angle: Tensor, along: Tensor, number: int
-    ) -> dict[str, Tensor]:
+    def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
         vectors = plan.vectors
         norm = norm_from_sums(sums["ww"])
         std = std_from_sums(sums["ww"], sums["w1"], vectors.length)
         size = torch.where(self._standardized[plan.index], std, norm)
-        radial = shrunk - 1 + shrunk * along  # from w_t to here: the shrink, then the step
+        angle = angle_from_sums(ss, sd, dd)
+        # From w_t to here: the shrink to s = f w, then the step from s.
+        shrunk = norm_from_sums(ss) / norm
+        radial = shrunk - 1 + shrunk * sd / ss
         last, dead = self._dead[plan.index]
         passed = max(0, min(number - last, VOUCHED))
         dead = torch.where((sums["gg"] == 0) & (radial < 0), dead + passed, torch.zeros_like(dead))
