@@ -345,6 +345,8 @@ def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
     :math:`\theta=\mathrm{atan2}(\sqrt{\langle\Delta,\Delta\rangle-\langle w,\Delta\rangle^2/\langle w,w\rangle},\;
     (\langle w,w\rangle+\langle w,\Delta\rangle)/\lVert w\rVert)`. The difference cancels, so the sums have to be float64: then
     the relative error is below 1e-3 from 1e-6 rad on, also when the norm changes by a factor between 0.5 and 20 in the same step.
+    What rounding leaves of it in a step that only shortens or lengthens (a decay alone, a vector of one entry) is taken for the zero
+    that it is.
 
     Args:
         ww: ``(n,)``, :math:`\langle w,w\rangle` before the step.
@@ -360,7 +362,9 @@ def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
         tensor(0.7854)
     """
     old, product, step = _wide(ww), _wide(wd), _wide(dd)
-    across = (step - product.square() / old).clamp(min=0).sqrt()  # 0/0: NaN for a zero vector, which clamp keeps
+    square = step - product.square() / old
+    rounding = 16 * torch.finfo(square.dtype).eps * step
+    across = square.where((square > rounding) | square.isnan(), 0.0).sqrt()  # 0/0: NaN for a zero vector
     along = (old + product) / old.sqrt()
     return _narrow(torch.atan2(across, along).where((across > 0) | (along != 0), math.nan), ww, wd, dd)
 

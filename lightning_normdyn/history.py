@@ -211,6 +211,16 @@ class History:
         else:
             self._vectors.append(int(step), " ".join(sorted(content)), content)
 
+    def forget_vectors(self, name: str) -> None:
+        """Forget the arrays of a name, so that it may have another length from now on: its weight is cut into other vectors."""
+        if self._vector_sizes.pop(name, None) is not None:
+            kept = [r._replace(content={key: array for key, array in r.content.items() if key != name}) for r in self._vectors.records]
+            self._vectors.restore(kept, self._vectors.counts, self._vectors.strides)
+
+    def vector_count(self, name: str) -> int | None:
+        """The length of the arrays of a name; None for an unknown one."""
+        return self._vector_sizes.get(name)
+
     def mark(self, step: int, kind: str, name: str = "") -> None:
         """Remember an event, e.g. ``mark(800, "lr_drop")``; plots draw it."""
         self._events.append(int(step), f"{kind} {name}", Event(int(step), kind, name))

@@ -211,6 +211,22 @@ def has_gradient(weight: Tensor) -> bool:
     return weight.grad is not None or _flat_slice(weight) is not None
 
 
+def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
+    """Before compiled code runs for the first time, take gradients away that torch's compiler stumbles over.
+
+    FSDP shows whole weights in a forward pass, with the gradients of their shards from the step before, which Lightning zeroes only
+    later; the compiler takes a weight for the same as its gradient. Without somebody who looks at a first batch uncompiled, there are none.
+
+    Args:
+        module: what may be compiled, or a part of it.
+        stepped: the parameters that an optimizer has just stepped, so that nothing is lost.
+    """
+    if any(getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod") for m in module.modules()):
+        for weight in stepped:
+            if _flat_slice(weight) is not None:
+                weight.grad = None
+
+
 def _distinct(values: Tensor) -> Tensor:
     return cast(Tensor, torch.unique(values))
 
@@ -940,6 +956,12 @@ class _ZeroRedundancyView(_View):
 
 def _is_deepspeed(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith("deepspeed.runtime.")
+
+
+def accumulates(model: Any) -> bool:
+    """Whether what is called a step now only adds to the gradients: DeepSpeed's engine accumulates by itself, after it was told to step."""
+    is_boundary = getattr(model, "is_gradient_accumulation_boundary", None)
+    return is_boundary is not None and not is_boundary()
 
 
 _UNTESTED_DEEPSPEED = ("cpu_offload", "offload_optimizer", "swap_optimizer", "zenflow", "torch_autocast_gradscaler", "use_muon")

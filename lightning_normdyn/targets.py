@@ -167,6 +167,7 @@ class Verdict:
         batch_norms: normalizations with running statistics behind it, for correcting them after a rescale.
         stale_statistics: running statistics behind it that cannot be corrected.
         known: how it is known.
+        withdrawn_partition: the vectors of a claim that the gradients have contradicted.
 
     Example:
         >>> Verdict.unknown("fc.weight", (10, 4)).kind
@@ -183,6 +184,7 @@ class Verdict:
     batch_norms: tuple[NormLink, ...] = ()
     stale_statistics: tuple[str, ...] = ()
     known: str = "graph"
+    withdrawn_partition: Partition | None = None
 
     @classmethod
     def unknown(cls, name: str, shape: Shape, reason: str = "not part of any training loss so far") -> Verdict:
@@ -198,32 +200,40 @@ class Verdict:
         """The claim after it was contradicted: by what, in words, and in what (``"gradients"`` or ``"function"``)."""
         by = ", ".join(self.norms) or "its graph"
         reason = f"{by} says {self.kind}, but {found}"
-        return replace(self, partition=None, kind="no", reason=reason, batch_norms=(), stale_statistics=(), known=known)
+        gone = self.partition
+        return replace(
+            self, partition=None, kind="no", reason=reason, batch_norms=(), stale_statistics=(), known=known, withdrawn_partition=gone
+        )
 
     def state(self) -> dict[str, Any]:
         """As plain tensors, numbers and strings."""
-        partition = self.partition and {
-            "keep": list(self.partition.keep),
-            "labels": self.partition.labels,
-            "granularity": self.partition.granularity,
-        }
         links = [{"module": b.module, "vector": b.vector, "degree": b.degree, "offset": b.offset, "bias": b.bias} for b in self.batch_norms]
         return {
-            "shape": list(self.shape), "partition": partition, "kind": self.kind, "norms": list(self.norms), "reason": self.reason,
-            "eps": self.eps,
+            "shape": list(self.shape), "partition": _partition_state(self.partition), "kind": self.kind, "norms": list(self.norms),
+            "reason": self.reason, "eps": self.eps,
             "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
+            "withdrawn_partition": _partition_state(self.withdrawn_partition),
         }  # fmt: skip
 
     @classmethod
     def from_state(cls, name: str, state: Mapping[str, Any]) -> Verdict:
         """The inverse of `state`."""
-        p = state["partition"]
-        partition = p and Partition(tuple(p["keep"]), p["labels"], p["granularity"])
         links = tuple(NormLink(**link) for link in state["batch_norms"])
         return cls(
-            name, tuple(state["shape"]), partition, state["kind"], tuple(state["norms"]), state["reason"], state["eps"], links,
-            tuple(state["stale_statistics"]), state["known"],
+            name, tuple(state["shape"]), _partition_of(state["partition"]), state["kind"], tuple(state["norms"]), state["reason"],
+            state["eps"], links,
+            tuple(state["stale_statistics"]), state["known"], _partition_of(state.get("withdrawn_partition")),
         )  # fmt: skip
+
+
+def _partition_state(partition: Partition | None) -> dict[str, Any] | None:
+    if partition is None:
+        return None
+    return {"keep": list(partition.keep), "labels": partition.labels, "granularity": partition.granularity}
+
+
+def _partition_of(state: Mapping[str, Any] | None) -> Partition | None:
+    return None if state is None else Partition(tuple(state["keep"]), state["labels"], state["granularity"])
 
 
 # ------------------------------------------------------------------------------------------------ partitions
@@ -282,7 +292,9 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
         >>> choose_partition(verdict, "auto", Partition.filters((10, 4))).granularity
         'filter'
     """
-    known = verdict.partition
+    known, withdrawn = verdict.partition, verdict.withdrawn_partition
+    if known is None and withdrawn is not None and granularity in ("auto", withdrawn.granularity):
+        return withdrawn  # who named the weight gets the same vectors as before the gradients spoke
     if granularity == "auto" or (known is not None and granularity == known.granularity):
         return fallback if known is None else known
     if known is None:
@@ -516,7 +528,9 @@ class ScaleInvarianceSearch:
         """Which graph edge is which parameter, right now (FSDP1 shows a new view, FSDP2 another parameter at every use)."""
         for owner, key, name in slots:
             tensor = getattr(owner, key, None)
-            if isinstance(tensor, Tensor) and tensor.requires_grad and not is_lazy(tensor):
+            # Asking for the edge of what a strategy has emptied (DeepSpeed stage 3) would make a node of that shape, for whoever uses
+            # the weight next.
+            if isinstance(tensor, Tensor) and tensor.requires_grad and not is_lazy(tensor) and tensor.numel():
                 edge = torch.autograd.graph.get_gradient_edge(tensor)
                 self._edges[edge.node, edge.output_nr] = name
 

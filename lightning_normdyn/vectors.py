@@ -68,6 +68,10 @@ class Partition:
         """Number of vectors."""
         return int(self.labels.max()) + 1 if self.labels.numel() else 0
 
+    def equal(self, other: Partition) -> bool:
+        """Whether ``other`` splits a weight into the same vectors."""
+        return self.keep == other.keep and torch.equal(self.labels, other.labels)
+
 
 Operand = Sequence["Tensor | None"]
 

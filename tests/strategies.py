@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStr
 from torch import Tensor, nn
 
 TIMEOUT = timedelta(seconds=20)
-BATCH = 8  # rows of a global batch
+BATCH = 12  # rows of a global batch, for up to four ranks
 STEPS = 6
 
 
@@ -115,6 +115,35 @@ class Net(nn.Module):
         return self.head(self.block(self.mix(x)[:, 0, :12]))
 
 
+class ManyKinds(nn.Module):
+    """Grouped and transposed convolutions, layers of few filters and of one, a filter of one entry; vectors of every granularity."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 7, 3, bias=False)
+        self.conv_norm = nn.GroupNorm(7, 7)
+        self.transposed = nn.ConvTranspose1d(7, 14, 2, groups=7, bias=False)
+        self.transposed_norm = nn.GroupNorm(7, 14)
+        self.grouped = nn.Conv1d(14, 10, 3, groups=2, bias=False)
+        self.grouped_norm = nn.GroupNorm(5, 10)
+        self.one = nn.Conv1d(10, 1, 1, bias=False)
+        self.one_norm = nn.LayerNorm(10)
+        self.linear = nn.Linear(10, 3, bias=False)
+        self.linear_norm = nn.LayerNorm(3)
+        self.tall = nn.ConvTranspose1d(1, 3, 2, bias=False)
+        self.tall_norm = nn.GroupNorm(1, 3)
+        self.head = nn.Linear(12, 1)
+        self.block = nn.Linear(1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skipped = self.block(x[:, :1])
+        x = torch.tanh(self.conv_norm(self.conv(x[:, None])))
+        x = torch.tanh(self.transposed_norm(self.transposed(x)))
+        x = torch.tanh(self.grouped_norm(self.grouped(x)))
+        x = self.linear_norm(self.linear(self.one_norm(self.one(x)[:, 0])))
+        return self.head(self.tall_norm(self.tall(x[:, None])).flatten(1)) + skipped
+
+
 def batches(dtype: torch.dtype, steps: int = STEPS) -> list[tuple[Tensor, Tensor]]:
     """Global batches, the same on every rank."""
     generator = torch.Generator().manual_seed(5)
@@ -206,6 +235,18 @@ def _fully_shard(net: Net, mesh: Any) -> None:
     fully_shard(net, mesh=mesh["data_parallel"])
 
 
+def _fully_shard_by_columns(net: Net, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Shard
+
+    ranks = mesh["data_parallel"]
+
+    def last_if_it_divides(parameter: nn.Parameter) -> Any:
+        return Shard(parameter.ndim - 1) if parameter.ndim > 1 and parameter.shape[-1] % ranks.size() == 0 else None
+
+    fully_shard(net, mesh=ranks, shard_placement_fn=last_if_it_divides)
+
+
 def _both(net: Net, mesh: Any) -> None:
     _tensor_parallel(net, mesh)
     _fully_shard(net, mesh)
@@ -279,10 +320,13 @@ STRATEGIES: dict[str, Strategy] = {
     "ddp, ZeroRedundancyOptimizer": Strategy(2, _ddp, zero_redundancy=True),
     "FSDP2": Strategy(2, _model_parallel(2, 1), _fully_shard),
     "HSDP": Strategy(4, _model_parallel(4, 1), _hybrid),
+    "FSDP2, 3 ranks": Strategy(3, _model_parallel(3, 1), _fully_shard),
+    "FSDP2 by columns": Strategy(2, _model_parallel(2, 1), _fully_shard_by_columns),
     "TP": Strategy(2, _model_parallel(1, 2), _tensor_parallel),
     "FSDP2 + TP": Strategy(4, _model_parallel(2, 2), _both),
     "FSDP1 FULL_SHARD": Strategy(2, fsdp1("FULL_SHARD")),
     "FSDP1 FULL_SHARD, one unit": Strategy(2, fsdp1("FULL_SHARD", units=False)),
+    "FSDP1 FULL_SHARD, one unit, 3 ranks": Strategy(3, fsdp1("FULL_SHARD", units=False)),
     "FSDP1 SHARD_GRAD_OP": Strategy(2, fsdp1("SHARD_GRAD_OP")),
     "FSDP1 NO_SHARD": Strategy(2, fsdp1("NO_SHARD")),
     "FSDP1 HYBRID_SHARD": Strategy(4, fsdp1("HYBRID_SHARD", cpu_mesh=(2, 2))),

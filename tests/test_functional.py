@@ -137,6 +137,15 @@ def test_the_angle_of_stored_values_is_exact(dtype, angle, growth):
     assert result.item() == pytest.approx(exact, rel=1e-5, abs=1e-12)
 
 
+@pytest.mark.parametrize("d", [1, 2, 7, 4608])
+def test_a_step_along_the_weight_turns_nothing(d):
+    """What rounding leaves of it would be another number on every number of ranks."""
+    w = randn(200, d, seed=d)
+    for factor in (1 - 1e-7, 0.999, 0.5, 1.7, 20.0):
+        delta = factor * w - w
+        assert angle_from_sums(sums(w, w), sums(w, delta), sums(delta, delta)).eq(0).all()
+
+
 def test_no_angle_without_two_directions():
     one, zero, bad = torch.ones(1, 3), torch.zeros(1, 3), torch.tensor([[1.0, math.inf, 0.0]])
     assert angular_update(one, one).item() == pytest.approx(0, abs=1e-15)

@@ -173,6 +173,20 @@ def test_vector_arrays_are_copied_and_keep_their_length():
         history.append_vectors(1, {"b": np.ones((2, 2))})
 
 
+def test_a_weight_may_be_cut_into_other_vectors(tmp_path):
+    history = History()
+    history.append_vectors(0, {"a": np.ones(3), "b": np.ones(2)})
+    history.forget_vectors("a")
+    assert history.vector_count("a") is None
+    history.append_vectors(1, {"a": np.ones(4), "b": np.ones(2)})
+    assert history.vector_count("a") == 4
+    history.save(tmp_path / "history.npz")
+    for one in (history, load_history(tmp_path / "history.npz")):
+        assert one.vectors("a")[0].tolist() == [1]
+        assert one.vectors("a")[1].shape == (1, 4)
+        assert one.vectors("b")[0].tolist() == [0, 1]
+
+
 # --- crash and resume
 
 

@@ -138,6 +138,73 @@ def test_a_broken_reduction_is_seen():
     assert distance(run_ranks(broken)[0], reference(torch.float64)["AWS norm"][0]) > 1e-4
 
 
+class ManyKindsModule(strategies.Module):
+    """`ManyKinds`, with filters that have collapsed."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        torch.manual_seed(3)
+        self.net = strategies.ManyKinds().to(self.dtype_)
+        with torch.no_grad():
+            self.net.conv.weight[5:] *= 1e-5
+
+
+def kinds(strategy: strategies.Strategy) -> dict[str, Any]:
+    """In a rank: what callbacks make of `ManyKinds`, with everything that the monitor can keep."""
+    found = {}
+    several = ["net.transposed.weight", "net.grouped.weight"]
+    writers: dict[str, Callable[[], list[Any]]] = {
+        "groups": lambda: [AdaptiveWeightShrink(1.0, statistic="std", params=several, granularity="group"), RadialProjection()],
+        "layers": lambda: [WeightRescaling(2, params=["net.tall.weight", "net.linear.weight", "net.one.weight"], granularity="layer")],
+        "all": lambda: [WeightRescaling(4, target_norm="initial"), AdaptiveWeightShrink(0.3)],
+    }
+    for name, make in writers.items():
+        monitor = NormDynamicsMonitor(1, per_vector=True)
+        _, module, _ = fit(strategy, lambda w=make, m=monitor: [*w(), m], optimizer=adamw, model=ManyKindsModule)  # type: ignore[misc]
+        vectors = {key: torch.from_numpy(monitor.history.vectors(key)[1]) for key in monitor.history.vector_names()}
+        found[name] = (module.final, list(monitor.history), vectors)
+    return found
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["FSDP2, 3 ranks", *[pytest.param(n, marks=pytest.mark.slow) for n in ("HSDP", "FSDP1 FULL_SHARD, one unit, 3 ranks")]],
+)
+def test_kinds_of_layers(strategy: str):
+    """Vectors across rank borders, more ranks than filters, collapsed filters on one rank only; the same numbers for every vector."""
+    expected = run_ranks(kinds, 1, (STRATEGIES["ddp"],))[0]
+    answers = run_ranks(kinds, STRATEGIES[strategy].world, (STRATEGIES[strategy],))
+    for name, (weights, rows, vectors) in expected.items():
+        assert all(distance(found[name][0], weights) <= 1e-12 for found in answers.values())
+        assert_same_rows(answers[0][name][1], rows, 1e-5, 1e-3)
+        assert rows[0]["normdyn/collapsed_vectors"] == 2
+        assert answers[0][name][2].keys() == vectors.keys()
+        for key, values in vectors.items():
+            torch.testing.assert_close(answers[0][name][2][key], values, rtol=1e-6, atol=1e-12)
+
+
+class CompiledModule(strategies.Module):
+    """The whole net and a part of it compiled in place, before a strategy wraps them."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.net.block.compile(backend="eager")
+        self.net.compile(backend="eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "FSDP2", "FSDP1 FULL_SHARD", "FSDP1 FULL_SHARD, one unit"])
+def test_compiled_modules(strategy: str):
+    """The first batch is watched uncompiled, so the compiler sees weights that have gradients already."""
+
+    def main(name: str, model: Any) -> dict[str, Tensor]:
+        return fit(STRATEGIES[name], lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)], optimizer=adamw, model=model)[1].final
+
+    expected = run_ranks(main, 1, ("ddp", strategies.Module))[0]
+    for found in run_ranks(main, 2, (strategy, CompiledModule), timeout=120).values():
+        assert distance(found, expected) <= 1e-12
+
+
 # ---------------------------------------------------------------------------------------------------------------- communication
 
 FILTERS = {"params": ["net.conv.weight", "net.block.up.weight"], "granularity": "filter"}
@@ -202,16 +269,29 @@ def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: i
 
 @pytest.mark.parametrize(
     "strategy",
-    ["FSDP2", "FSDP1 SHARD_GRAD_OP", pytest.param("HSDP", marks=pytest.mark.slow), pytest.param("FSDP2 + TP", marks=pytest.mark.slow)],
+    [
+        "FSDP2",
+        "FSDP1 SHARD_GRAD_OP",
+        pytest.param("HSDP", marks=pytest.mark.slow),
+        pytest.param("FSDP2 + TP", marks=pytest.mark.slow),
+        *[pytest.param(name, marks=pytest.mark.deepspeed) for name in DEEPSPEED],
+    ],
 )
 def test_validation_does_not_lead_astray(strategy: str):
-    """After a forward pass without gradients FSDP shows whole parameters that are not the optimizer's; writing to them would be lost."""
+    """After a forward pass without gradients FSDP shows whole parameters that are not the optimizer's; writing to them would be lost.
+
+    And before the first training step DeepSpeed's stage 3 has nothing to show.
+    """
+    require(strategy)
+    how = {**STRATEGIES, **DEEPSPEED}[strategy]
+    dtype = how.dtypes[0]
 
     def main() -> dict[str, Tensor]:
         shrink = AdaptiveWeightShrink(0.5)
         _, module, _ = fit(
-            STRATEGIES[strategy],
+            how,
             lambda: [shrink, WeightRescaling(3), NormDynamicsMonitor(1, tables=False)],
+            dtype=dtype,
             optimizer=sgd,
             limit_val_batches=1,
             num_sanity_val_steps=1,
@@ -223,10 +303,11 @@ def test_validation_does_not_lead_astray(strategy: str):
         return module.final
 
     def reference_without() -> dict[str, Tensor]:
-        return fit(STRATEGIES["ddp"], lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)], optimizer=sgd)[1].final
+        return fit(STRATEGIES["ddp"], lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)], dtype=dtype, optimizer=sgd)[1].final
 
     expected = run_ranks(reference_without, 1)[0]
-    assert all(distance(found, expected) <= 1e-12 for found in run_ranks(main, STRATEGIES[strategy].world).values())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    assert all(distance(found, expected) <= tolerance for found in run_ranks(main, how.world).values())
 
 
 def resumable() -> list[Any]:
@@ -277,15 +358,25 @@ def sharded_checkpoints() -> strategies.Strategy:
 
 RESUMES: dict[str, Callable[[], strategies.Strategy]] = {
     "ddp": lambda: STRATEGIES["ddp"],
+    "ddp, ZeroRedundancyOptimizer": lambda: STRATEGIES["ddp, ZeroRedundancyOptimizer"],
+    "HSDP, sharded": lambda: STRATEGIES["HSDP"],
     "FSDP2, sharded": lambda: STRATEGIES["FSDP2"],
     "FSDP2, full": lambda: full_checkpoints("FSDP2"),
     "TP, full": lambda: full_checkpoints("TP"),
     "FSDP2 + TP, sharded": lambda: STRATEGIES["FSDP2 + TP"],
+    "FSDP2 + TP, full": lambda: full_checkpoints("FSDP2 + TP"),
     "FSDP1, full": lambda: STRATEGIES["FSDP1 FULL_SHARD"],
     "FSDP1, sharded": sharded_checkpoints,
+    **{name: functools.partial(DEEPSPEED.__getitem__, name) for name in DEEPSPEED},
 }
 QUICK_RESUMES = ["FSDP2, full", "FSDP1, full"]
-RESUME_MARKS = [pytest.param(n, marks=() if n in QUICK_RESUMES else pytest.mark.slow) for n in RESUMES]
+
+
+def _resume_marks(name: str) -> Any:
+    return pytest.mark.deepspeed if name in DEEPSPEED else () if name in QUICK_RESUMES else pytest.mark.slow
+
+
+RESUME_MARKS = [pytest.param(n, marks=_resume_marks(n)) for n in RESUMES]
 
 
 def assert_same_state(ours: Any, theirs: Any, tolerance: float) -> None:
@@ -325,14 +416,21 @@ def assert_same_rows_of(ours: list[dict[str, float]], theirs: list[dict[str, flo
         assert {k: v for k, v in mine.items() if "turn" not in k} == pytest.approx(other, rel=1e-4, abs=1e-7, nan_ok=True)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("FSDP2, full", 4), pytest.param("FSDP1, full", 4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [
+        ("FSDP2, full", 3),
+        *[pytest.param(n, r, marks=pytest.mark.slow) for n, r in (("FSDP2, full", 4), ("FSDP1, full", 3), ("FSDP1, full", 4))],
+    ],
+)
 def test_resume_on_another_number_of_ranks(name: str, ranks: int, tmp_path: Any):
     strategy = RESUMES[name]()
     more = strategies.with_ranks(strategy, ranks)
     whole = run_ranks(train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, torch.float64))
     resumed = run_ranks(train_two_epochs, ranks, (more, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), torch.float64))
-    assert distance(resumed[3][0], whole[0][0]) <= 1e-12
-    for mine, other in zip(resumed[3][1], whole[0][1], strict=True):
+    last = ranks - 1
+    assert distance(resumed[last][0], whole[0][0]) <= 1e-12
+    for mine, other in zip(resumed[last][1], whole[0][1], strict=True):
         assert_same_state(mine, other, 1e-12)
 
 
@@ -404,6 +502,23 @@ def test_deepspeed_writes_to_the_float32_masters(precision: str):
         assert all(float((values - 1).abs().max()) < 1e-6 for values in norms.values())
         assert set(steps.values()) == {STEPS}  # once per real step, however many groups it has
         assert distance(weights, found[1][0]) < 1e-6
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("strategy", DEEPSPEED)
+def test_deepspeed_accumulates_without_skipping(strategy: str):
+    """DeepSpeed is told to step at every batch; the steps in between are no steps, and none that a scaler has skipped."""
+    require(strategy)
+
+    def main() -> Any:
+        rescale, monitor = WeightRescaling(1), NormDynamicsMonitor(1, tables=False)
+        fit(DEEPSPEED[strategy], lambda: [rescale, monitor], dtype=torch.float32, optimizer=adamw, accumulate_grad_batches=2)
+        return rescale.state_dict()["steps"], list(monitor.history)
+
+    steps, rows = run_ranks(main, timeout=120)[0]
+    assert set(steps.values()) == {STEPS // 2}
+    assert [row["optimizer_step"] for row in rows] == [1, 2, 3]
+    assert all(row["normdyn/skipped_steps"] == 0 for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals

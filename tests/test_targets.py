@@ -47,6 +47,40 @@ def summary(verdicts) -> dict[str, str]:
     return {v.name: f"{v.kind} {v.n}" if v.n else v.kind for v in verdicts}
 
 
+class Emptied(nn.Module):
+    """Its weight is there within its own forward and backward only, as DeepSpeed's stage 3 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.norm = nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4)
+        weight, whole = self.convolution.weight, self.convolution.weight.data
+
+        def fill(*_):
+            weight.data = whole
+
+        def empty(*_):
+            weight.data = torch.empty(0)
+
+        empty()
+        self.convolution.register_forward_pre_hook(fill)
+        self.convolution.register_forward_hook(empty)
+        self.fill = fill
+
+    def forward(self, x):
+        return self.norm(self.convolution(x))
+
+
+def test_a_weight_that_is_there_only_while_it_is_used_keeps_its_gradient():
+    module = Emptied()
+    with ScaleInvarianceSearch(module) as search:
+        loss = module(torch.randn(2, 1, 5, 5)).pow(3).sum()
+        search.analyze(loss)
+        module.fill()
+        loss.backward()
+    assert search.verdicts["convolution.weight"].kind == "filter"
+    assert module.convolution.weight.grad.shape == (4, 1, 3, 3)
+
+
 # ------------------------------------------------------------------------------------------------ the zoo
 
 

@@ -23,7 +23,7 @@ from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.sharding import check_weight, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import choose_partition, filter_partition, match_patterns, normalize_params
-from lightning_normdyn.vectors import WeightVectors
+from lightning_normdyn.vectors import Partition, WeightVectors
 
 GRANULARITIES = ("auto", "filter", "group", "layer")
 
@@ -55,6 +55,7 @@ class NormDynCallback(Callback):
         self._counted: dict[int, int] = {}
         self._attached_at: dict[int, int] = {}
         self._per_vector: dict[str, dict[str, Tensor]] = {}  # of the vectors that this rank holds
+        self._partitions: dict[tuple[str, str], Partition] = {}  # by key and weight: what that state's vectors are
         self._restored_vectors: dict[str, dict[str, Tensor]] = {}  # of all vectors, from a checkpoint
         self._matched: set[Tensor] = set()  # weights that `params` lets in, whoever owns them: known at fit start
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
@@ -123,12 +124,13 @@ class NormDynCallback(Callback):
         vectors = plan.vectors
         fresh: Tensor | None = None
         for i, (target, where) in enumerate(zip(plan.targets, vectors.slices, strict=True)):
-            whole = restored.pop(target.name, None)
+            whole, split = restored.pop(target.name, None), self._partitions.get((key, target.name))
             if whole is not None and whole.numel() == target.partition.n:
                 table[target.name] = vectors.scatter_one(i, whole)
-            elif target.name not in table or table[target.name].numel() != where.stop - where.start:
+            elif split is None or not split.equal(target.partition):  # not by what this rank holds: `make` may be a collective
                 fresh = make() if fresh is None else fresh
                 table[target.name] = fresh[where].clone()
+            self._partitions[key, target.name] = target.partition
         return torch.cat([table[t.name].to(vectors.device) for t in plan.targets]) if plan.targets else torch.zeros(0)
 
     def _gather_per_vector(self) -> dict[str, dict[str, Tensor]]:

@@ -72,7 +72,7 @@ PREDICTED = ("equilibrium_angular_update", "equilibrium_ratio")
 # Shown as histograms over vectors, in the section `<quantity>_histogram`.
 BINNED = ("weight_norm", "angular_update")
 # Measured for the predictions and the warnings, not logged.
-INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency", "collapsed")
+INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
 # Optimizer steps without any gradient after which a vector counts as dead, and how many of them one look may vouch for.
 DEAD_AFTER, VOUCHED = 75, 25
 COLLAPSE = "Weights collapse"
@@ -91,15 +91,34 @@ class _Norms:
 
 @dataclass
 class _Measured:
-    """Packed results of one optimizer's step, still on the device."""
+    """What one optimizer's step gave for each vector, still on the device and on the rank that holds it."""
 
     plan: Plan
     step: int
     optimizer_step: int
     quantities: list[str]
-    packed: Tensor
-    binned: bool  # whether histograms are in it
+    values: Tensor  # (2 quantities, n): what to sum over vectors, and whether it counts
+    size: Tensor
+    active: Tensor | None
+    binned: Tensor | None  # (BINNED, n), if there are to be histograms
+    kept: Tensor | None  # (2, n): norm and applied decay, if the history keeps vectors
+    skipped: Tensor
     groups: list[dict[str, Any]]  # hyperparameters of each target's group at this very step
+
+    def reduce(self) -> Tensor:
+        """All that goes to the host, over the vectors of all ranks: sums and counts, collapsed vectors, histograms, whether skipped.
+
+        Every rank must call it. Two small collectives, and two more for histograms; none where every rank holds all vectors.
+        """
+        vectors = self.plan.vectors
+        # An infinite length elsewhere must not make all the others look short.
+        finite = torch.where(torch.isfinite(self.size), self.size, torch.zeros_like(self.size))
+        *totals, sizes = vectors.totals(torch.cat([self.values, finite[None]]))
+        collapsed = self.size < COLLAPSED * vectors.spread(sizes / vectors.count)
+        if self.active is not None:
+            collapsed &= self.active
+        histograms = [] if self.binned is None else [bin_vectors(vectors, self.binned).flatten()]
+        return torch.cat([*totals, vectors.totals(collapsed.to(sizes.dtype)), *histograms, self.skipped])
 
 
 class NormDynamicsMonitor(NormDynCallback):
@@ -308,20 +327,20 @@ class NormDynamicsMonitor(NormDynCallback):
         active = plan.active()
         if active is not None:
             valid &= active
-        packed = vectors.totals(torch.cat([torch.where(valid, powers, torch.zeros_like(powers)), valid.to(powers.dtype)]))
-        skipped = packed.new_zeros(1) if step.skipped is None else step.skipped.to(packed.dtype).reshape(1)
+        measured = torch.cat([torch.where(valid, powers, torch.zeros_like(powers)), valid.to(powers.dtype)])
+        skipped = measured.new_zeros(1) if step.skipped is None else step.skipped.to(measured.dtype).reshape(1)
         trainer = self._session.trainer
-        now = trainer.fit_loop.epoch_loop._batches_that_stepped
-        binned = self.histograms and can_show_histograms(trainer.loggers)
-        histograms = packed.new_zeros(0)
-        if binned:
-            chosen = torch.stack([values[q] for q in BINNED])
-            histograms = bin_vectors(vectors, chosen if active is None else torch.where(active, chosen, float("nan")))
-        packed = torch.cat([packed.flatten(), histograms.flatten(), skipped])
-        groups = [{k: v for k, v in plan.group_of(t).items() if k != "params"} for t in plan.targets]
-        self._results.append(_Measured(plan, now, self.number(step, plan), wanted, packed, binned, groups))
+        now, number = trainer.fit_loop.epoch_loop._batches_that_stepped, self.number(step, plan)
+        binned = None
+        if self.histograms and can_show_histograms(trainer.loggers):
+            binned = torch.stack([values[q] for q in BINNED])
+            binned = binned if active is None else torch.where(active, binned, float("nan"))
+        kept = None
         if self.per_vector_history:
-            self._keep_vectors(now, plan, sums)
+            norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], vectors.length)
+            kept = torch.stack([norm, self._session.applied_decay(plan, norm, std)])
+        groups = [{k: v for k, v in plan.group_of(t).items() if k != "params"} for t in plan.targets]
+        self._results.append(_Measured(plan, now, number, wanted, measured, values["size"], active, binned, kept, skipped, groups))
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
         vectors = plan.vectors
@@ -339,16 +358,13 @@ class NormDynamicsMonitor(NormDynCallback):
         none, rate, left = torch.zeros_like(dead), -torch.log1p(radial), size.log() - self._log_smallest[plan.index]
         is_dead = (dead >= DEAD_AFTER) | ((dead >= 3) & (left < DEAD_AFTER * rate))  # or it would be over before we are sure
         self._to_fall[plan.index] = torch.where(is_dead, left, torch.full_like(left, inf))
-        # An infinite length elsewhere must not make all the others look short.
-        finite = torch.where(torch.isfinite(size), size, none)
-        mean = vectors.spread(vectors.per_weight(finite) / vectors.per_weight(torch.ones_like(size)))
         found = {
             "lr": sums["lr"],
             "gradient_scale": sums["gg"] * sums["ww"],
             "dead": is_dead.to(norm.dtype),
             "dead_rate": torch.where(is_dead, rate, none),
             "urgency": torch.where(is_dead, urgency(left), none),
-            "collapsed": (size < COLLAPSED * mean).to(norm.dtype),
+            "size": size,
             "weight_norm": norm,
             "weight_std": std,
             "effective_lr": effective_lr(sums["lr"], size),
@@ -364,17 +380,18 @@ class NormDynamicsMonitor(NormDynCallback):
             found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, torch.where(self._aws_by_std[plan.index], std, norm))
         return found
 
-    def _keep_vectors(self, now: int, plan: Plan, sums: dict[str, Tensor]) -> None:
+    def _keep_vectors(self, now: int, plan: Plan, kept: Tensor) -> None:
         """Every vector's norm and applied decay, for ridge plots and for EffectiveLRReplay."""
         assert self._session is not None
-        norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], plan.vectors.length)
-        decay = self._session.applied_decay(plan, norm, std)
-        gathered = plan.vectors.gather(torch.stack([norm, decay]))
+        gathered = plan.vectors.gather(kept)
         if not self._session.trainer.is_global_zero:
             return
         rows: dict[str, Any] = {}
         for target, values in zip(plan.targets, gathered, strict=True):
             rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = values.float().cpu().numpy()
+        for name, values in rows.items():
+            if self.history.vector_count(name) not in (None, len(values)):
+                self.history.forget_vectors(name)  # it was in no loss yet, and now it is known what it consists of
         self.history.append_vectors(now, rows)
 
     # -- publishing ----------------------------------------------------------------------------------------------------
@@ -395,16 +412,19 @@ class NormDynamicsMonitor(NormDynCallback):
         step, optimizer_step, stepped, collapsed = results[0].step, results[0].optimizer_step, False, 0.0
         # One transfer to the host for all optimizers of this batch.
         clamped = self._session.counted("clamped")
-        packed = [r.packed for r in results] + ([] if clamped is None else [clamped])
-        numbers = torch.cat([p.to(packed[0]) for p in packed]).tolist()
         for result in results:
-            mine, numbers = numbers[: result.packed.numel()], numbers[result.packed.numel() :]
+            if result.kept is not None:
+                self._keep_vectors(result.step, result.plan, result.kept)
+        packed = [r.reduce() for r in results] + ([] if clamped is None else [clamped])
+        numbers = torch.cat([p.to(packed[0]) for p in packed]).tolist()
+        for result, its in zip(results, packed, strict=False):
+            mine, numbers = numbers[: its.numel()], numbers[its.numel() :]
             if mine[-1]:
                 continue  # a fused optimizer skipped this update inside its kernel
             stepped = True
             kinds, width = result.quantities, len(result.plan.targets)
-            if result.binned:
-                histograms.update(self._histograms(result, mine[2 * len(kinds) * width : -1]))
+            if result.binned is not None:
+                histograms.update(self._histograms(result, mine[(2 * len(kinds) + 1) * width : -1]))
             for j, (target, group) in enumerate(zip(result.plan.targets, result.groups, strict=True)):
                 sums = {q: (mine[i * width + j], mine[(len(kinds) + i) * width + j]) for i, q in enumerate(kinds)}
                 found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
@@ -413,7 +433,7 @@ class NormDynamicsMonitor(NormDynCallback):
                 self._warn_overflow(trainer, target, result.optimizer_step, found.get("weight_norm"))
                 if not target.scale_invariant:
                     continue
-                collapsed += sums["collapsed"][0]
+                collapsed += mine[2 * len(kinds) * width + j]
                 self._warn_dead(trainer, result.plan, target, group, sums)
                 if "equilibrium_ratio" in found:
                     total, count = sums["angular_update"]

@@ -140,14 +140,16 @@ class Plan:
 
     def inherit(self, earlier: Plan) -> None:
         """Take over what was counted for weights that an earlier plan had as well."""
-        where = {t.name: s for t, s in zip(earlier.targets, earlier.vectors.slices, strict=True)}
+        where = {t.name: (s, t.partition) for t, s in zip(earlier.targets, earlier.vectors.slices, strict=True)}
+        # Every rank must know the same counters, whatever it holds of these weights.
+        self.counters = {key: values.new_zeros(self.vectors.n) for key, values in earlier.counters.items()}
         for target, now in zip(self.targets, self.vectors.slices, strict=True):
-            before = where.get(target.name)
-            if before is None or before.stop - before.start != now.stop - now.start:
+            before, partition = where.get(target.name, (None, target.partition))
+            if before is None or not partition.equal(target.partition):
                 continue
             self.bad[now] = earlier.bad[before]
             for key, values in earlier.counters.items():
-                self.counters.setdefault(key, values.new_zeros(self.vectors.n))[now] = values[before]
+                self.counters[key][now] = values[before]
         self.events = earlier.events
 
     def mark(self, event: str) -> None:

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.errors import NormDynWarning
-from lightning_normdyn.sharding import full_shape, has_gradient, survey, torch_optimizers
+from lightning_normdyn.sharding import accumulates, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket
 from lightning_normdyn.targets import EULER_COUNT, EulerTest, ScaleInvarianceSearch, Verdict, parameter_names
 from lightning_normdyn.vectors import WeightVectors
@@ -61,6 +61,7 @@ class Session:
         self.members: list[NormDynCallback] = []
         self.optimizers: list[Optimizer] = []
         self.brackets: list[StepBracket] = []
+        self._leading: list[StepBracket] = []  # one for each optimizer of the Trainer; DeepSpeed steps an optimizer in parts
         self._remove: list[Callable[[], None]] = []
         self._watching = False
         self._seen: dict[int, tuple[Any, ...]] = {}
@@ -73,9 +74,12 @@ class Session:
         self._version = 0
         self._claims: dict[int, Claims | None] = {}
         self._withdrawn: dict[str, Verdict] = {}
+        self._confirmed: dict[str, Verdict] = {}
         self._checked = False
         self._announced: set[Tensor] = set()
         self._resolved = False
+        self._steps_before: list[int] = []
+        self._compile_next = False
         self.attempts = 0
         self.batch: Any = None
         """The batch that is being trained on."""
@@ -86,8 +90,10 @@ class Session:
         """Bracket every optimizer of the fit; idempotent."""
         if self.brackets:
             return
-        self.optimizers = [part for o in self.trainer.optimizers for part in torch_optimizers(o)]
+        parts = [torch_optimizers(o) for o in self.trainer.optimizers]
+        self.optimizers = [part for ours in parts for part in ours]
         self.brackets = [StepBracket.of(o) for o in self.optimizers]
+        self._leading = [StepBracket.of(ours[0]) for ours in parts if ours]
         for bracket in self.brackets:
             self._remove.append(bracket.add(Phase.RESOLVE, self._resolve))
 
@@ -106,6 +112,10 @@ class Session:
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
+        if self._compile_next:
+            self._compile_next = False
+            stepped = [o for o, b, before in zip(self.optimizers, self.brackets, self._steps_before, strict=True) if b.steps > before]
+            forget_gradients(self.module, [p for o in stepped for g in o.param_groups for p in g["params"]])
         state = self._graph_state()
         # The batch that gave it a gradient is over; the next one that uses it may be several batches away.
         self._missed = {w for w in self._undecided if w in self._missed or (w.requires_grad and has_gradient(w))}
@@ -118,6 +128,7 @@ class Session:
             return
         self._watched = state
         self._watching = True
+        self._steps_before = [b.steps for b in self.brackets]
         self.search.watch()
 
     def before_backward(self, loss: Tensor) -> None:
@@ -125,12 +136,13 @@ class Session:
         if self._watching:
             self.search.analyze(loss)
             self._version += 1
+            self._confirmed = {}
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
         if self._watching:
             self.search.close()
-            self._watching = False
+            self._watching, self._compile_next = False, True
         if not self._resolved or len(self._seen) < len(self.optimizers):
             return
         self._resolved = False
@@ -174,6 +186,7 @@ class Session:
             self.search.agree()
             agree(self.search.verdicts)
             self.search.verdicts.update(self._withdrawn)
+            self._mark_confirmed()  # another optimizer's weights, which have stepped before
             self._claims.pop(index, None)
         self._question(index, step.optimizer)  # the same on every rank, because its sums are
         seen = (self._version, layout)
@@ -188,14 +201,14 @@ class Session:
 
     def attempt(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, unless its scaler finds an inf."""
-        self.attempts += 1
+        self.attempts += not accumulates(self.trainer.strategy.model)
         for bracket in self.brackets:
             bracket.close_in()
 
     def skipped_steps(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""
-        pending = sum(b.unsettled for b in self.brackets)
-        return max(0, self.attempts - sum(b.steps for b in self.brackets) - pending)
+        pending = sum(b.unsettled for b in self._leading)
+        return max(0, self.attempts - sum(b.steps for b in self._leading) - pending)
 
     def counted(self, key: str) -> Tensor | None:
         """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if nobody counts it."""
@@ -270,10 +283,16 @@ class Session:
             self._version += 1
             warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
         if claims.decided:
-            for verdict in claims.verdicts:
-                if self.search.verdicts[verdict.name] is verdict:
-                    self.search.verdicts[verdict.name] = replace(verdict, known="graph and gradients")
+            self._confirmed.update({v.name: v for v in claims.verdicts})
+            self._mark_confirmed()
             self._claims[index] = None
+
+    def _mark_confirmed(self) -> None:
+        for name, then in self._confirmed.items():
+            now = self.search.verdicts[name]
+            same = now.partition is not None and then.partition is not None and now.partition.equal(then.partition)
+            if same and now.known == "graph":
+                self.search.verdicts[name] = replace(now, known="graph and gradients")
 
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""

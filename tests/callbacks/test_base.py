@@ -22,10 +22,14 @@ from lightning_normdyn import (
     NormDynWarning,
     NoTargetsError,
     NotSupportedError,
+    Partition,
     RadialProjection,
     StepBracket,
     WeightRescaling,
+    WeightVectors,
 )
+from lightning_normdyn.callbacks.plan import Plan, Target
+from lightning_normdyn.targets import Verdict
 
 WRITERS = {
     "aws": lambda **common: AdaptiveWeightShrink(0.5, **common),
@@ -176,6 +180,76 @@ def test_a_claim_that_the_gradients_contradict_is_withdrawn():
         "`net.3.weight` is no longer taken for scale-invariant: net.4 says filter, but the gradient is not orthogonal"
     )
     assert targets_of(callback) == ["net.0.weight"]
+
+
+@pytest.mark.parametrize("granularity", ["auto", "group"])
+def test_a_weight_that_was_named_keeps_its_vectors_when_its_claim_is_withdrawn(granularity):
+    """In the middle of a fit nothing is refused, and no other vectors are scaled from then on."""
+    module = make(net=convnet(norm=lambda n: nn.GroupNorm(2, n)))
+    callback = AdaptiveWeightShrink(0.5, params="net.3.weight", granularity=granularity)
+    monitor = NormDynamicsMonitor(1, tables=False, per_vector=True)
+    weight = module.net[3].weight
+    weight.register_hook(lambda g: g + weight.detach())
+    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken for scale-invariant: net\.4 says group"):
+        fit(module, [callback, monitor])
+    (target,) = callback.plans[0].targets
+    assert target.by_request
+    assert target.partition.n == 2
+    assert monitor.history.vectors("weight_norm/net.3.weight")[1].shape == (8, 2)
+
+
+def test_a_history_starts_anew_with_the_vectors_of_a_weight_that_are_known_later():
+    """A weight that no loss has shown yet is measured by filters; the monitor goes on when it turns out to be one layer."""
+
+    class Late(Net):
+        def __init__(self):
+            super().__init__()
+            self.late = nn.Sequential(nn.Flatten(), nn.Linear(36, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+
+        def training_step(self, batch, batch_idx=0):
+            loss = super().training_step(batch)
+            return loss + self.late(batch[0]).square().sum() if self.trainer.global_step > 2 else loss
+
+    monitor = NormDynamicsMonitor(1, tables=False, per_vector=True)
+    fit(make(Late), [monitor])
+    steps, norms = monitor.history.vectors("weight_norm/late.1.weight")
+    assert norms.shape == (len(steps), 1)
+    assert steps[-1] == 7
+    assert 2 < steps[0] < 7
+    assert monitor.history.vectors("weight_norm/net.0.weight")[1].shape == (8, 4)
+
+
+def test_state_per_vector_belongs_to_a_partition():
+    """Not to a number of vectors: of those each rank holds some, and all must come to the same."""
+    weight = nn.Parameter(torch.arange(1.0, 10.0).reshape(3, 3))
+    callback = WeightRescaling(1)
+
+    def plan(partition):
+        target = Target("w", weight, partition, Verdict.unknown("w", (3, 3)), by_request=True)
+        return Plan(0, torch.optim.SGD([weight], lr=0.1), [target], WeightVectors([weight], [partition]), [])
+
+    rows, columns = plan(Partition.filters((3, 3))), plan(Partition.filters((3, 3), axis=1))
+    first = callback.per_vector("norm", rows, rows.vectors.norms)
+    assert callback.per_vector("norm", plan(Partition.filters((3, 3))), lambda: torch.zeros(3)).equal(first)
+    assert callback.per_vector("norm", columns, columns.vectors.norms).tolist() == columns.vectors.norms().tolist()
+    rows.counters["clamped"] = torch.ones(3)
+    columns.inherit(rows)
+    assert columns.counters["clamped"].tolist() == [0, 0, 0]
+
+
+def test_what_gradients_have_confirmed_stays_confirmed_when_another_optimizer_joins():
+    class Late(ManualNet):
+        def training_step(self, batch, batch_idx=0):
+            loss = Net.training_step(self, batch)
+            self.manual_backward(loss)
+            for optimizer in self.optimizers()[: 1 if batch_idx < 5 else 2]:
+                optimizer.step()
+                optimizer.zero_grad()
+
+    callback = WeightRescaling(2)
+    fit(make(Late), [callback], loader(8 * 8), max_epochs=1)
+    known = {name: verdict["known"] for name, verdict in callback.state_dict()["targets"].items()}
+    assert known["net.0.weight"] == "graph and gradients"
 
 
 # ---- Finetuning: weights that nobody trains yet ----
