@@ -265,10 +265,10 @@ def _report(options: argparse.Namespace) -> None:
     from lightning_normdyn.report import load_run, write_report
 
     named = [_named_run(text) for text in options.runs]
-    output = options.output.resolve()
+    output = os.path.realpath(options.output)
     if options.output.is_dir():
         raise NormDynError(f"`{options.output}` is a folder; name the file to write with -o, e.g. -o {options.output / 'report.html'}.")
-    if any(output == path.resolve() for _, path in named):
+    if any(output == os.path.realpath(path) for _, path in named):
         raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
     runs: dict[str, History] = {}
     for label, path in _distinct(named):
@@ -286,9 +286,8 @@ def _named_run(text: str) -> tuple[str | None, Path]:
 
 def _distinct(named: Sequence[tuple[str | None, Path]]) -> Iterator[tuple[str, Path]]:
     """Labels for runs: as given, else as much of the end of the path as tells them apart."""
-    parts = [
-        path.resolve().with_suffix("").parts if path.suffix in (".npz", ".csv", ".wandb") else path.resolve().parts for _, path in named
-    ]
+    places = [Path(os.path.realpath(path)) for _, path in named]  # Path.resolve() stumbles over a link to itself
+    parts = [each.with_suffix("").parts if each.suffix in (".npz", ".csv", ".wandb") else each.parts for each in places]
     parts = [each[:-1] if len(each) > 2 and each[-1] in ("history", "metrics") else each for each in parts]
     used: dict[str, int] = {}
     for (label, path), mine in zip(named, parts, strict=True):

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import reprlib
 import zipfile
 import zlib
 from collections import Counter
@@ -32,6 +33,8 @@ Ints = NDArray[np.int64]
 _FORMAT = "lightning-normdyn history"
 _VERSION = 1
 _OTHER = "other"
+_MOST = 2**53
+"""No run counts as far, and beyond it a float no longer counts by ones."""
 
 
 class Event(NamedTuple):
@@ -372,11 +375,15 @@ class History:
             strides = {_text(kind): _count(stride) for kind, _, stride in header[part]["kinds"]}
             places[part] = (_array(arrays, part, np.int64, (None, 3)), counts, strides, kinds)
             in_order = places[part][0][:, 0]
+            _require(bool(((in_order > -_MOST) & (in_order < _MOST)).all()), f"a step of `{part}` is none that a run can reach")
             _require(part == "event" or bool((in_order[1:] >= in_order[:-1]).all()), f"the steps of `{part}` are not in order")
 
         def restore(thinned: _Thinned, part: str, contents: list[Any]) -> None:
             table, counts, strides, kinds = places[part]
             _require(len(contents) == len(table), f"`{part}` has {len(table)} places for {len(contents)} records")
+            _require(
+                bool(((table[:, 1] >= 0) & (table[:, 1] < len(kinds)) & (table[:, 2] >= 0)).all()), f"a record of `{part}` has no kind"
+            )
             thinned.capacity, thinned.max_kinds = _count(header[part]["capacity"]), _count(header[part]["max_kinds"])
             thinned.restore(
                 [
@@ -499,8 +506,8 @@ def _text(value: object) -> str:
 
 
 def _count(value: object, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise NormDynError(f"a number is {value!r}, where a whole number from {least} belongs")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST:
+        raise NormDynError(f"a number is {reprlib.repr(value)}, where a whole number from {least} to 2^53 belongs")
     return value
 
 

@@ -326,6 +326,11 @@ DAMAGES = {
     "events missing": lambda path: with_header(path, events=[]),
     "vector size hostile": lambda path: with_header(path, vectors=[["weight_norm/conv.weight", -3]]),
     "capacity hostile": lambda path: with_header(path, row={"capacity": "1", "max_kinds": 1, "kinds": [["a", 1, 1]]}),
+    "count hostile": lambda path: with_header(path, row={"capacity": 8, "max_kinds": 1, "kinds": [["a", 10**30, 1]]}),
+    "capacity huge": lambda path: with_header(path, row={"capacity": 10**4000, "max_kinds": 1, "kinds": [["a", 1, 1]]}),
+    "negative kind": lambda path: rewritten(path, row=np.array([[i, -1, i] for i in range(6)])),
+    "step out of reach": lambda path: rewritten(path, row=np.array([[2**62 + i, 0, i] for i in range(6)])),
+    "event out of reach": lambda path: rewritten(path, event=np.array([[-(2**63), 0, 0]])),
     "stride zero": lambda path: with_header(path, row={"capacity": 8, "max_kinds": 1, "kinds": [["a", 1, 0]]}),
 }
 
