@@ -121,7 +121,7 @@ def demo(args: argparse.Namespace) -> dict[str, Run]:
         histories = {"weight decay": runs["decay"].history, "AdaptiveWeightShrink": runs["aws"].history}
         picture = save_comparison(histories, args.out / "compare.png")
         if picture is not None:
-            say(f"\nBoth runs in one picture: {picture}")
+            say(f"\nBoth runs in one picture: {picture}; every layer under AdaptiveWeightShrink: {args.out / 'overview.png'}")
     return runs
 
 
@@ -130,13 +130,14 @@ def save_comparison(histories: dict, picture: Path) -> Path | None:
         from matplotlib import pyplot as plt
     except ImportError:
         return None  # said already, for the pictures of the single runs
-    from lightning_normdyn.plots import plot_compare
+    from lightning_normdyn.plots import plot_compare, plot_overview
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
     for ax, quantity in zip(axes, ("effective_lr", "angular_update"), strict=True):
         plot_compare(histories, quantity, ax=ax)
     figure.savefig(picture, dpi=120, bbox_inches="tight")
     plt.close(figure)
+    plot_overview(histories["AdaptiveWeightShrink"])[0].savefig(picture.with_name("overview.png"), dpi=100)
     return picture
 
 

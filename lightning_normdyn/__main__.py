@@ -33,8 +33,9 @@ _EXAMPLES = """examples:
   python -m lightning_normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
 """
 
-_DEMO = """Train a small residual network on scikit-learn's digits twice, with weight decay and with AdaptiveWeightShrink, and write
-pictures of both and a report. Takes about a minute on two cores; needs matplotlib and scikit-learn
+_DEMO = """Train a small residual network on scikit-learn's digits twice, with weight
+decay and with AdaptiveWeightShrink, and write pictures of both and a report.
+Takes about a minute on two cores; needs matplotlib and scikit-learn
 (pip install 'lightning-normdyn[examples]').
 
 examples:
@@ -42,8 +43,9 @@ examples:
   python -m lightning_normdyn demo --preset tiny --out runs/demo
 """
 
-_INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group or layer, and why. The model is built, run
-once in training mode on random inputs, and thrown away; its code is executed.
+_INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group
+or layer, and why. The model is built, run once in training mode on random
+inputs, and thrown away; its code is executed.
 
 examples:
   python -m lightning_normdyn inspect my_project.models:LitResNet --input-shape 3,32,32 --set depth=18
@@ -51,9 +53,11 @@ examples:
   python -m lightning_normdyn inspect my_project.text:CharGPT --input-shape 64 --integers 256
 """
 
-_REPORT = """Write one self-contained HTML file about one or several runs: pictures, comparisons, a sortable table of all layers.
+_REPORT = """Write one self-contained HTML file about one or several runs: pictures,
+comparisons, a sortable table of all layers.
 
-RUN is a history file (.npz), a CSV log (metrics.csv or its folder), or an offline W&B run (its folder; needs wandb). LABEL=RUN names it.
+RUN is a history file (.npz), a CSV log (metrics.csv or its folder), or an
+offline W&B run (its folder; needs wandb). LABEL=RUN names it.
 
 examples:
   python -m lightning_normdyn report runs/decay/history.npz -o report.html

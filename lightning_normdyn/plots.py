@@ -718,16 +718,17 @@ def _short(name: str) -> str:
 
 
 def _labels(names: Sequence[str]) -> list[str]:
-    """Labels that tell these names apart: what all of them begin with is left out before anything else is."""
-    parts = [name.removesuffix(".weight").split(".") for name in names]
+    """Labels that tell these names apart: of long ones, what all of them begin with is left out before anything else is."""
+    texts = [name.removesuffix(".weight") for name in names]
+    parts = [text.split(".") for text in texts]
     shared = 0
-    if len(names) > 1:
+    if len(names) > 1 and max(map(len, texts)) > 28:
         while all(len(each) > shared + 1 and each[shared] == parts[0][shared] for each in parts):
             shared += 1
-    rests = [".".join(each[shared:]) for each in parts]
+    texts = [".".join(each[shared:]) for each in parts]
     for length in (28, 40, 60):
-        labels = [_plain(_elide(rest, length)) for rest in rests]
-        if len(set(labels)) == len(set(rests)):
+        labels = [_plain(_elide(text, length)) for text in texts]
+        if len(set(labels)) == len(set(texts)):
             break
     return labels
 

@@ -444,11 +444,11 @@ img { display: block; max-width: 100%; margin: 0.8rem 0; }
 .wide { overflow: auto; max-height: 32rem; border: 1px solid #ccc; }
 table { border-collapse: collapse; font-size: 0.88rem; width: 100%; }
 th { position: sticky; top: 0; background: #f1f3f5; text-align: left; white-space: nowrap; }
-th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0.4rem 0.7rem; cursor: pointer; text-align: inherit; }
+th button { font: inherit; font-weight: 600; border: 0; background: none; padding: 0.4rem 0.6rem; cursor: pointer; text-align: inherit; }
 th[aria-sort=ascending] button::after { content: " ▲"; } th[aria-sort=descending] button::after { content: " ▼"; }
-td { padding: 0.22rem 0.7rem; border-top: 1px solid #e6e6e6; overflow-wrap: anywhere; }
+td { padding: 0.22rem 0.6rem; border-top: 1px solid #e6e6e6; overflow-wrap: anywhere; }
 td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td.run { min-width: 6rem; } td.name { min-width: 17rem; } td:last-child { min-width: 10rem; }
+td.run { min-width: 4.5rem; } td.name { min-width: 11rem; } td:last-child { min-width: 7.5rem; }
 td.off { color: #a33c00; font-weight: 600; }
 tbody tr:hover { background: #f6f9fc; }
 pre { overflow: auto; max-height: 30rem; background: #f6f6f6; padding: 0.8rem; font-size: 0.8rem; }

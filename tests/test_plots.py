@@ -286,14 +286,14 @@ def test_importing_the_module_needs_no_matplotlib():
 @pytest.mark.parametrize(
     ("names", "labels"),
     [
-        (["a.conv1.weight", "a.conv2.weight"], ["conv1", "conv2"]),
-        (["model.head.weight"], ["model.head"]),
-        (["model.weight", "model.head.weight"], ["model", "model.head"]),
+        (["net.0.weight", "net.8.weight"], ["net.0", "net.8"]),
         (["x.weight", "x.weight_v"], ["x", "x.weight_v"]),
-        (["a.b.c.weight", "a.b.weight", "a.d.weight"], ["b.c", "b", "d"]),
+        ([f"a.{'b' * 30}.c.weight", f"a.{'b' * 30}.d.weight"], ["c", "d"]),
+        ([f"{'a' * 30}.weight", f"{'a' * 30}.d.weight"], [f"{'a' * 13}…{'a' * 14}", f"{'a' * 13}…{'a' * 12}.d"]),
+        ([f"x.{i}{'y' * 99}.weight" for i in range(3)], [f"{i}{'y' * 12}…{'y' * 14}" for i in range(3)]),
     ],
 )
-def test_labels_leave_out_what_all_names_begin_with(names, labels):
+def test_labels_of_long_names_leave_out_what_all_of_them_begin_with(names, labels):
     assert plots._labels(names) == labels
 
 

@@ -151,7 +151,8 @@ class NormDynamicsMonitor(NormDynCallback):
 
     Args:
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's ``log_every_n_steps``.
-        quantities: which of the above; None: all that apply.
+        quantities: e.g. ``["effective_lr", "angular_update"]``, names out of the table (a wrong one is answered with all of them);
+            None: all that apply.
         per_vector: also keep every vector's norm and applied decay in `history`.
         histograms: also send histograms over vectors to W&B and TensorBoard: ``weight_norm_histogram/<parameter name>`` and
             ``angular_update_histogram/<parameter name>``.

@@ -68,6 +68,7 @@ def test_demo_draws_both_methods_in_one_picture(capsys: pytest.CaptureFixture[st
     runs = digits_resnet.main([*TINY, "--demo", "--out", "shown"])
     assert list(runs) == ["decay", "aws"]
     assert Path("shown/compare.png").stat().st_size > 10_000
+    assert Path("shown/overview.png").stat().st_size > 10_000
     said = capsys.readouterr().out
     assert "Both runs in one picture: shown/compare.png" in said
     for method in ("decay", "aws"):
