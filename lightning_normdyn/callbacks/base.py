@@ -40,6 +40,9 @@ class NormDynCallback(Callback):
     """Whether ``params="auto"`` means the scale-invariant weights (an error if there are none), or every weight of two or more
     dimensions."""
 
+    marks: ClassVar[tuple[str, ...]] = ()
+    """Kinds of events that this callback itself marks in the monitor's history."""
+
     def __init__(self, params: str | Sequence[str] = "auto", granularity: str = "auto") -> None:
         self.params = normalize_params(params)
         if granularity not in GRANULARITIES:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf, log
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -106,6 +106,8 @@ class LRDropRescaling(NormDynCallback):
         >>> LRDropRescaling(exponent=0.25).min_drop
         1.5
     """
+
+    marks: ClassVar[tuple[str, ...]] = ("lr_drop",)
 
     def __init__(
         self,

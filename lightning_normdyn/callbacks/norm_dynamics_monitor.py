@@ -76,6 +76,8 @@ INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
 # Optimizer steps without any gradient after which a vector counts as dead, and how many of them one look may vouch for.
 DEAD_AFTER, VOUCHED = 75, 25
 COLLAPSE = "Weights collapse"
+# A learning rate that was constant and is this much lower at the next record has dropped; a schedule that glides never does.
+LR_DROP = 1.5
 # A vector this much shorter than the mean of its weight has collapsed.
 COLLAPSED = 1e-3
 
@@ -218,6 +220,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._to_fall: dict[int, Tensor] = {}
         self._courses: dict[str, Course] = {}
         self._norms: dict[str, _Norms] = {}
+        self._rates: dict[str, list[float]] = {}
         self._reported: set[tuple[str, str]] = set()
         self._last_step = -1
         self._told = 0  # how many targets the loggers know of
@@ -411,6 +414,7 @@ class NormDynamicsMonitor(NormDynCallback):
         histograms: dict[str, Histogram] = {}
         overview: dict[str, list[float]] = {}
         step, optimizer_step, stepped, collapsed = results[0].step, results[0].optimizer_step, False, 0.0
+        dropped = False
         # One transfer to the host for all optimizers of this batch.
         clamped = self._session.counted("clamped")
         for result in results:
@@ -432,6 +436,7 @@ class NormDynamicsMonitor(NormDynCallback):
                 self._predict(target, group, found, type(result.plan.optimizer), result.optimizer_step)
                 row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})
                 self._warn_overflow(trainer, target, result.optimizer_step, found.get("weight_norm"))
+                dropped |= "lr" in found and self._has_dropped(target, found["lr"])
                 if not target.scale_invariant:
                     continue
                 collapsed += mine[2 * len(kinds) * width + j]
@@ -459,7 +464,9 @@ class NormDynamicsMonitor(NormDynCallback):
             row["normdyn/clamped_vectors"] = numbers[-1]
         row = {key: value for key, value in row.items() if isfinite(value)}
         if trainer.is_global_zero:
-            self._keep(trainer, row, histograms, step, optimizer_step)
+            # One who acts on drops marks them itself, at the step at which it acted.
+            dropped &= not any("lr_drop" in member.marks for member in self._session.members)
+            self._keep(trainer, row, histograms, step, optimizer_step, ["lr_drop"] if dropped else [])
         self._to_progress_bar(row)
 
     @staticmethod
@@ -473,12 +480,20 @@ class NormDynamicsMonitor(NormDynCallback):
             if histogram is not None
         }
 
-    def _keep(self, trainer: Trainer, row: dict[str, float], histograms: dict[str, Histogram], step: int, optimizer_step: int) -> None:
+    def _keep(
+        self,
+        trainer: Trainer,
+        row: dict[str, float],
+        histograms: dict[str, Histogram],
+        step: int,
+        optimizer_step: int,
+        events: list[str],
+    ) -> None:
         """Rank zero: into the history and, at a logging step, into the loggers."""
         assert self._session is not None
         first = not len(self.history)
         shown = self._append(step, row, optimizer_step)
-        for event in self._session.take_events():
+        for event in [*self._session.take_events(), *events]:
             self.history.mark(step, event)
         if first and self.tables:
             self._say_idle_decay(trainer)
@@ -544,6 +559,13 @@ class NormDynamicsMonitor(NormDynCallback):
         entries = entries_of_dying(plan.vectors, plan.optimizer.state, position, group)
         of_all = plan.vectors.gather(torch.cat([self._to_fall[plan.index][None], entries]))[position]
         return [Dying(*numbers) for numbers in of_all.T.tolist() if all(isfinite(number) for number in numbers)]
+
+    def _has_dropped(self, target: Target, lr: float) -> bool:
+        """Whether the learning rate of this weight just fell by a jump, which pictures mark."""
+        before = self._rates.get(target.name, [])
+        self._rates[target.name] = [*before[-1:], lr]
+        constant = bool(before) and abs(before[0] - before[-1]) <= 1e-3 * before[-1]
+        return constant and 0 < lr <= before[-1] / LR_DROP
 
     def _warn_overflow(self, trainer: Trainer, target: Target, step: int, norm: float | None) -> None:
         """A norm that grows exponentially: say so before it overflows."""

@@ -347,6 +347,23 @@ def test_numbers_that_are_not_finite_are_left_out():
         assert "effective_lr/net.3.weight" in row
 
 
+@pytest.mark.parametrize(
+    ("factor", "marked"),
+    [
+        (lambda step: 1.0 if step < 5 else 0.1, [5]),
+        (lambda step: 1.0 if step < 3 else 0.3 if step < 6 else 0.1, [3, 6]),
+        (lambda step: (8 - step) / 8, []),  # glides, although its last steps fall by more than a third
+        (lambda step: min(1.0, (step + 1) / 4), []),
+    ],
+)
+@pytest.mark.parametrize("quantities", [None, ["weight_norm"]])
+def test_drops_of_the_learning_rate_are_marked_in_the_history(factor, marked, quantities):
+    module = make(make_optimizer=momentum, make_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+    watch = monitor(quantities=quantities)
+    fit(module, [watch], max_epochs=2)
+    assert [(event.step, event.kind) for event in watch.history.events] == [(step, "lr_drop") for step in marked]
+
+
 def test_the_tables_at_start_and_end(capsys):
     fit(make(make_optimizer=momentum), [NormDynamicsMonitor(1), AdaptiveWeightShrink(0.5)])
     printed = capsys.readouterr().out
