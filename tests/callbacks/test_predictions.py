@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Net, convnet, fit, loader, make
+from ranks import init_process_group, run_ranks
 from test_equilibrium import SGDP, AdamP, Lion
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -34,6 +35,7 @@ from lightning_normdyn.callbacks.predictions import (
 from lightning_normdyn.equilibrium import equilibrium_angular_update
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import weight_standardization
+from lightning_normdyn.vectors import Partition, WeightVectors
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 SHAPE = (3, 5)
@@ -576,6 +578,53 @@ def test_steps_to_collapse() -> None:
     assert steps_to_collapse(SGD, {**group, "weight_decay": 0}, kept, left, 1.0) == float("inf")
     assert steps_to_collapse(SGD, group, {"rescaled": True}, left, 0.01) == float("inf")
     assert log_smallest(torch.bfloat16) == log_smallest(torch.float32) > log_smallest(torch.float64)
+
+
+def dying(weight: nn.Parameter, gradients: Sequence[Tensor]) -> Tensor:
+    """What is known of the vectors of ``weight`` after a few steps of Adam, beside another weight: ``(4, vectors)``."""
+    other = nn.Parameter(torch.ones(2, 3))
+    optimizer = ADAM([other, weight], lr=0.01, weight_decay=0.1)
+    for gradient in gradients:
+        other.grad, weight.grad = torch.ones(2, 3), gradient
+        optimizer.step()
+    vectors = WeightVectors([other, weight], [Partition.filters((2, 3)), Partition.filters(tuple(weight.shape))])
+    found = predictions.entries_of_dying(vectors, optimizer.state, 1, optimizer.param_groups[0])
+    return vectors.gather(found)[1]
+
+
+def test_the_last_and_the_first_entry_to_go() -> None:
+    weight = nn.Parameter(start((4, 30)))
+    gradients = [g * torch.linspace(0.2, 1, 30) for g in noise(3, (4, 30))]
+    size, largest, smallest, step = dying(weight, gradients)
+    reference = nn.Parameter(start((4, 30)))
+    optimizer = ADAM([reference], lr=0.01, weight_decay=0.1)
+    for gradient in gradients:
+        reference.grad = gradient
+        optimizer.step()
+    seconds = optimizer.state[reference]["exp_avg_sq"]
+    assert (largest / seconds.amax(1)).tolist() == pytest.approx([0.95] * 4, abs=0.1)
+    assert (smallest / seconds.amin(1)).tolist() == pytest.approx([1.1] * 4, abs=0.2)
+    assert size.tolist() == pytest.approx(reference.abs()[torch.arange(4), seconds.argmax(1)].tolist(), rel=0.5)
+    assert step.tolist() == pytest.approx([3.0] * 4)
+
+
+def test_dying_vectors_in_pieces_are_those_of_the_whole() -> None:
+    """Rows, columns, and a rank that holds none of it."""
+
+    def main() -> list[Tensor]:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        init_process_group()
+        mesh, found = init_device_mesh("cpu", (2,)), []
+        for shape, dim in (((4, 6), 0), ((4, 6), 1), ((1, 6), 0)):
+            gradients = [distribute_tensor(g, mesh, [Shard(dim)]) for g in noise(3, shape)]
+            found.append(dying(nn.Parameter(distribute_tensor(start(shape), mesh, [Shard(dim)])), gradients))
+        return found
+
+    for values in run_ranks(main).values():
+        for value, shape in zip(values, ((4, 6), (4, 6), (1, 6)), strict=True):
+            assert torch.allclose(value, dying(nn.Parameter(start(shape)), noise(3, shape)), rtol=1e-9)
 
 
 # ---- Warnings: overflow ----
