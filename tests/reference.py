@@ -128,6 +128,14 @@ class Rescale:
     active: Callable[[int], bool] = lambda step: True  # stands for the epoch window; gets the step, counted from 0
 
 
+@dataclass
+class Drop:
+    """NRQ paper, Corollary 2: where the learning rate falls by k >= ``min_drop``, weights are divided by k^exponent, and buffers follow."""
+
+    exponent: float
+    min_drop: float = 1.5
+
+
 def train(
     weights: Weights,
     gradients: Gradients,
@@ -138,10 +146,11 @@ def train(
     shrink: Shrink | None = None,
     project: Project | None = None,
     rescale: Rescale | None = None,
+    drop: Drop | None = None,
     targets: list[str] | None = None,
     state: State | None = None,
 ) -> Trajectory:
-    """A run of ``optimizer`` under any of the three rules.
+    """A run of ``optimizer`` under any of the rules.
 
     Args:
         weights: the initial weights; left alone.
@@ -152,6 +161,7 @@ def train(
         shrink: AWS.
         project: SGDP and AdamP.
         rescale: WRS.
+        drop: rescaling at LR drops; ``gradients`` are then those that the optimizer receives, taken at the rescaled weight.
         targets: the weights that the rules act on; by default all of two or more dimensions.
         state: filled with the optimizer's buffers, by weight.
     """
@@ -159,12 +169,17 @@ def train(
     state = {} if state is None else state
     weights = {name: w.detach().clone() for name, w in weights.items()}
     initial = {name: [norm(filter_) for filter_ in weights[name]] for name in targets}
+    last_lr: dict[str, float] = {}
     trajectory = [dict(weights)]
     for t in range(steps):
         lr_t = lr(t) if callable(lr) else lr
         for name, g in gradients(weights, t).items():
             if g is None:
                 continue
+            k = last_lr.get(name, lr_t) / lr_t
+            last_lr[name] = lr_t
+            if name in targets and drop and k >= drop.min_drop:
+                _multiply_filters(weights, name, [k**-drop.exponent] * len(weights[name]), state[name], optimizer)
             w, decay = weights[name], optimizer.weight_decay
             rules = name in targets
             view = project.view(w, g) if rules and project else None
@@ -197,11 +212,14 @@ def _rescale_filters(
 ) -> None:
     wanted = initial if rule.target == "initial" else [rule.target] * len(initial)
     factors = [target / norm(filter_) for target, filter_ in zip(wanted, weights[name], strict=True)]
+    _multiply_filters(weights, name, factors, buffers if rule.rescale_state else {}, optimizer)
+
+
+def _multiply_filters(weights: Weights, name: str, factors: list[Any], buffers: dict[str, Any], optimizer: SGD | Adam) -> None:
     weights[name] = _by_filter(weights[name], factors, 1)
-    if rule.rescale_state:
-        for key, exponent in optimizer.scale_exponents.items():
-            if key in buffers:
-                buffers[key] = _by_filter(buffers[key], factors, exponent)
+    for key, exponent in optimizer.scale_exponents.items():
+        if key in buffers:
+            buffers[key] = _by_filter(buffers[key], factors, exponent)
 
 
 def _by_filter(x: Tensor, factors: list[Any], exponent: int) -> Tensor:
