@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo test test-slow test-all test-deepspeed lint format types clean
+.PHONY: demo bench test test-slow test-all test-deepspeed lint format types clean
 
 # The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
 $(READY): pyproject.toml constraints.txt
@@ -17,6 +17,11 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train a small network twice and draw its effective learning rates
 	$(BIN)/python examples/digits_resnet.py --demo
+
+# Peers come from an extra of their own; where one cannot be installed, the table says that it is missing.
+bench: $(READY)  ## what each callback costs, beside floors and peers; writes benchmarks/cost.md
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
+	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cost.py
 
 test: $(READY)  ## everything but what is slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not deepspeed"

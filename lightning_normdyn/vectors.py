@@ -75,7 +75,7 @@ class Partition:
 
 Operand = Sequence["Tensor | None"]
 
-CACHED_ENTRIES = 2**16
+CACHED_ENTRIES = 2**17
 """On a CPU, this many float32 entries per thread of two weights and their difference stay in the cores' caches while sums are taken."""
 KERNEL_ENTRIES = 2**22
 """Elsewhere one kernel per weight is best; very large weights are cut so that temporaries stay small."""

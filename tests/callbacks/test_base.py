@@ -14,6 +14,7 @@ from models import TARGETS, ManualNet, Net, SavesAt, convnet, distance, fit, loa
 from reference import Rescale, Shrink
 from replay import Recorder, replay
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normdyn import (
@@ -670,3 +671,72 @@ def test_an_evaluation_that_loads_a_checkpoint_is_no_resume(tmp_path):
     runner.validate(module, loader(), ckpt_path=path, verbose=False)
     runner.fit(module, loader())
     assert distance(weights_of(module), replay(recorder, TARGETS, rescale=Rescale(3))) < 1e-12
+
+
+# ---- What it costs to do nothing ----
+
+
+class Operations(TorchDispatchMode, L.Callback):
+    """Everything that is dispatched in one batch, from the first callback's start to the last one's end: kernels, waits, collectives."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step, self.names, self.last, self.open = step, [], Closing(self), False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+    def on_train_batch_start(self, trainer, *args):
+        if trainer.global_step == self.step:
+            self.open = True
+            self.__enter__()
+
+
+class Closing(L.Callback):
+    def __init__(self, operations):
+        self.operations = operations
+
+    def on_train_batch_end(self, trainer, *args):
+        if trainer.global_step == self.operations.step + 1:
+            self.operations.open = False
+            self.operations.__exit__(None, None, None)
+
+
+def dispatched(callbacks, monkeypatch, decay):
+    """In the 20th step: the claims about weights have been tested by then."""
+    counted = Operations(19)
+    for name in ("tolist", "numpy", "item", "cpu"):
+        original = getattr(torch.Tensor, name)
+
+        def call(tensor, *args, original=original, name=name, **kwargs):
+            if counted.open:
+                counted.names.append(name)
+            return original(tensor, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, call)
+
+    def fused(parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=decay, fused=True)
+
+    fit(make(make_optimizer=fused, dtype=torch.float32), [counted, *callbacks, counted.last], max_epochs=-1, max_steps=30)
+    assert len(counted.names) > 50
+    monkeypatch.undo()
+    return counted.names
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.01])
+def test_a_step_that_neither_logs_nor_rescales_adds_no_operation(decay, monkeypatch):
+    bare = dispatched([], monkeypatch, decay)
+    assert dispatched([NormDynamicsMonitor(7, tables=False)], monkeypatch, decay) == bare
+    both = dispatched([NormDynamicsMonitor(7, tables=False), WeightRescaling(7)], monkeypatch, decay)
+    # While WRS owns the decay of its targets, the optimizer steps them as a group of their own.
+    assert both == bare if not decay else set(both) == set(bare)
+    assert len(both) <= len(bare) + 4 * bool(decay)
+
+
+def test_a_step_that_logs_waits_once(monkeypatch):
+    bare = dispatched([], monkeypatch, 0.0)
+    names = dispatched([NormDynamicsMonitor(20, tables=False)], monkeypatch, 0.0)
+    waits = ("tolist", "numpy", "item", "cpu", "aten._local_scalar_dense.default")
+    assert sum(names.count(name) - bare.count(name) for name in waits) == 1

@@ -1,0 +1,960 @@
+"""What every callback costs: time, operations, host synchronizations, collectives and memory, beside floors and peers.
+
+    python benchmarks/cost.py                    # everything, writes benchmarks/cost.md
+    python benchmarks/cost.py --only resnet50    # one section, the others stay as they are
+    python benchmarks/cost.py --quick            # small shapes, a minute, writes nothing
+
+Milliseconds belong to one machine and one hour; ratios taken in one process, turn by turn, do not. So every case of a table runs once per
+round, in changing order, and a table shows medians over rounds with the middle half of the rounds as spread.
+
+A *floor* is the least that the same bytes can cost: the fastest torch primitive that reads or writes them, on the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import math
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+# Before torch is loaded: threads that wait for work must not spin on cores that others use.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    LRDropRescaling,
+    NormDynamicsMonitor,
+    Partition,
+    RadialProjection,
+    StepBracket,
+    WeightRescaling,
+)
+from lightning_normdyn.callbacks.base import NormDynCallback
+from lightning_normdyn.callbacks.session import Session
+from lightning_normdyn.targets import Verdict
+
+Shapes = list[tuple[int, ...]]
+NEVER = 10**9
+
+
+# ---------------------------------------------------------------------------------------------------------------- shapes
+
+
+def resnet50() -> Shapes:
+    """All parameters of a ResNet-50 for ImageNet: 161 tensors, 25.6 million entries."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    inputs = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            convolutions = [(width, inputs, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                convolutions.append((4 * width, inputs, 1, 1))
+            for shape in convolutions:
+                shapes += [shape, shape[:1], shape[:1]]
+            inputs = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def vit(dim: int = 768, depth: int = 12) -> Shapes:
+    """All parameters of a ViT (ViT-B: 86 million entries)."""
+    shapes: Shapes = [(dim, 3, 16, 16), (dim,), (197, dim)]
+    for _ in range(depth):
+        shapes += [(dim,), (dim,), (3 * dim, dim), (3 * dim,), (dim, dim), (dim,)]
+        shapes += [(dim,), (dim,), (4 * dim, dim), (4 * dim,), (dim, 4 * dim), (dim,)]
+    return [*shapes, (dim,), (dim,), (1000, dim), (1000,)]
+
+
+def transformer(blocks: int, dim: int = 2048) -> Shapes:
+    """Blocks of a 1B-class language model: width 2048, gated feed-forward of 5632, no biases (51 million entries per block)."""
+    hidden = 11 * dim // 4
+    block: Shapes = [(dim,), (dim, dim), (dim, dim), (dim, dim), (dim, dim), (dim,), (hidden, dim), (hidden, dim), (dim, hidden)]
+    return block * blocks
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut, each convolution followed by BatchNorm."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+def residual_net(channels: int, width: int, blocks: Sequence[tuple[int, int]]) -> nn.Module:
+    """A stem, blocks of (width, stride), and a linear head of 10 classes."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    for outputs, stride in blocks:
+        layers.append(Block(width, outputs, stride))
+        width = outputs
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 10))
+
+
+def resnet18(width: int = 64) -> nn.Module:
+    """The ResNet-18 that papers train on CIFAR: 11.2 million parameters, 0.56 GFLOP per image."""
+    return residual_net(3, width, [(width * 2**i, stride) for i in range(4) for stride in (1 if i == 0 else 2, 1)])
+
+
+def digits_net(width: int = 12) -> nn.Module:
+    """The network of examples/digits_resnet.py, on images of 8 x 8."""
+    return residual_net(1, width, [(width, 1), (2 * width, 2), (4 * width, 2)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- a thin fit
+
+
+class Weights(nn.Module):
+    """Parameters of given shapes with given or random gradients; its forward touches one entry of each."""
+
+    def __init__(self, shapes: Shapes, device: str = "cpu", gradients: Sequence[Tensor | None] | None = None) -> None:
+        super().__init__()
+        generator = torch.Generator(device).manual_seed(0)
+
+        def normal(shape: tuple[int, ...]) -> Tensor:
+            return torch.randn(shape, generator=generator, device=device).mul_(0.05)
+
+        self.layers = nn.ParameterList([nn.Parameter(normal(shape)) for shape in shapes])
+        for weight, gradient in zip(self.layers, gradients or [normal(shape) for shape in shapes], strict=True):
+            weight.grad = gradient
+
+    def forward(self, _: Any = None) -> Tensor:
+        return torch.stack([weight.flatten()[:1].sum() for weight in self.layers]).sum()
+
+
+class Loop:
+    """As much of a Trainer as the callbacks look at between fit start and fit end."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any]) -> None:
+        self.optimizers, self.callbacks, self.loggers = [optimizer], list(callbacks), list[Any]()
+        self.strategy = SimpleNamespace(model=None)
+        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
+        self.current_epoch, self.global_step, self.log_every_n_steps = 0, 0, 50
+        self.max_steps, self.max_epochs, self.estimated_stepping_batches = -1, None, math.inf
+        self.should_stop = self.barebones = self.is_last_batch = False
+        self.is_global_zero = True
+        self.gradient_clip_val = self.gradient_clip_algorithm = self.progress_bar_callback = None
+
+
+class Fit:
+    """Callbacks around an optimizer, without a Trainer in between; targets are all weights of two or more dimensions, by filter.
+
+    Args:
+        module: the weights.
+        optimizer: over its parameters.
+        callbacks: of the suite.
+    """
+
+    seconds_inside = 0.0
+    """What all brackets have spent around optimizer steps so far, apart from the steps themselves."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Sequence[NormDynCallback] = ()) -> None:
+        self.module, self.optimizer, self.callbacks = module, optimizer, list(callbacks)
+        self.ours = 0.0
+        self.loop: Any = Loop(optimizer, callbacks)
+        module.log = lambda *args, **kwargs: None  # type: ignore[assignment]  # what a LightningModule has; here nobody listens
+        facts: Any = (self.loop, module)
+        for callback in self.callbacks:
+            callback.on_fit_start(*facts)
+        if self.callbacks:
+            session = Session.of(*facts)
+            session._announced.update(session.names)  # no tables
+            for weight, (name, *_) in session.names.items():
+                if weight.ndim > 1:
+                    partition = Partition.filters(tuple(weight.shape))
+                    known = Verdict(name, tuple(weight.shape), partition, "filter", ("norm",), known="graph and gradients")
+                    session.search.verdicts[name] = known
+        for callback in self.callbacks:
+            callback.on_train_start(*facts)
+
+    def step(self, update: Callable[[], Any] | None = None) -> None:
+        """One optimizer step, what callbacks do around it, and what they do at the batch's end.
+
+        Args:
+            update: what steps the optimizer; None: itself.
+        """
+        inside = Fit.seconds_inside
+        (update or self.optimizer.step)()
+        start = time.perf_counter()
+        facts: Any = (self.loop, self.module)
+        for callback in self.callbacks:
+            callback.on_train_batch_end(*facts, None, None, 0)
+        self.loop.fit_loop.epoch_loop._batches_that_stepped += 1
+        self.loop.global_step += 1
+        self.ours = Fit.seconds_inside - inside + time.perf_counter() - start
+
+
+def time_brackets(device: str) -> None:
+    """Have brackets add up what they spend, from now on."""
+
+    def timed(original: Any) -> Any:
+        def call(*args: Any) -> Any:
+            wait(device)
+            start = time.perf_counter()
+            try:
+                return original(*args)
+            finally:
+                wait(device)
+                Fit.seconds_inside += time.perf_counter() - start
+
+        return call
+
+    StepBracket._ready = timed(StepBracket._ready)  # type: ignore[method-assign]
+    StepBracket._post = timed(StepBracket._post)  # type: ignore[method-assign]
+
+
+def sgd(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=1e-4, **options)
+
+
+def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-2, **options)
+
+
+def sgd_fused(parameters: Any) -> torch.optim.Optimizer:
+    return sgd(parameters, fused=True)
+
+
+def adamw_fused(parameters: Any) -> torch.optim.Optimizer:
+    return adamw(parameters, fused=True)
+
+
+def monitor(every: int) -> NormDynamicsMonitor:
+    return NormDynamicsMonitor(every, tables=False)
+
+
+def suite(log_every: int) -> list[NormDynCallback]:
+    """What acts together in an ordinary step: shrink, projection, a rescale that is not due, the monitor."""
+    return [AdaptiveWeightShrink(1e-3), RadialProjection(), WeightRescaling(NEVER), monitor(log_every)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- measuring
+
+
+class Counter(TorchDispatchMode):
+    """Counts what the dispatcher sees: operations (views and bare allocations left out) and waits for the device."""
+
+    FREE = frozenset(
+        [
+            "detach",
+            "alias",
+            "view",
+            "_unsafe_view",
+            "reshape",
+            "expand",
+            "slice",
+            "select",
+            "split",
+            "split_with_sizes",
+            "as_strided",
+            "permute",
+            "transpose",
+            "t",
+            "unsqueeze",
+            "squeeze",
+            "unfold",
+            "unbind",
+            "lift_fresh",
+            "narrow",
+            "unflatten",
+            "empty",
+            "empty_like",
+            "empty_strided",
+            "new_empty",
+            "new_empty_strided",
+            "_reshape_alias",
+        ]
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.waits = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name == "_local_scalar_dense":
+            self.waits += 1
+        elif name not in self.FREE:
+            self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Counter]:
+    """Count, also the transfers that leave no trace in the dispatcher on a CPU but would wait for a GPU."""
+    with Counter() as counter, contextlib.ExitStack() as undo:
+        for name in ("tolist", "numpy"):
+            original = getattr(Tensor, name)
+
+            def call(tensor: Tensor, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                counter.waits += 1
+                return original(tensor, *args, **kwargs)
+
+            setattr(Tensor, name, call)
+            undo.callback(setattr, Tensor, name, original)
+        yield counter
+
+
+def peak_memory(make: Callable[[], Callable[[], Any]], device: str) -> int:
+    """Most bytes of tensors that were alive at once while something was built and ran three times."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call = make()
+        for _ in range(3):
+            call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call = make()
+        for _ in range(3):
+            call()
+    alive = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+@dataclass
+class Case:
+    """Something that is timed, turn by turn with others.
+
+    Args:
+        name: in the table.
+        call: one step, or one call of a primitive.
+        fit: whose step it is, if callbacks are at work.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    fit: Fit | None = None
+    times: list[float] = field(default_factory=list)
+    ours: list[float] = field(default_factory=list)
+    operations: int = 0
+    waits: int = 0
+
+
+def measure(cases: Sequence[Case], rounds: int, device: str, warmup: int = 2) -> dict[str, Case]:
+    """Run all cases once per round, in changing order; then count what one call does."""
+    order, shuffle = list(cases), random.Random(0).shuffle
+    for turn in range(rounds + warmup):
+        shuffle(order)
+        for case in order:
+            wait(device)
+            start = time.perf_counter()
+            case.call()
+            wait(device)
+            if turn >= warmup:
+                case.times.append(time.perf_counter() - start)
+                case.ours.append(case.fit.ours if case.fit else case.times[-1])
+    for case in cases:
+        with counting() as counter:
+            case.call()
+        case.operations, case.waits = counter.operations, counter.waits
+    return {case.name: case for case in cases}
+
+
+def wait(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    """Median over rounds of the ratio within a round."""
+    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+
+
+def milliseconds(times: Sequence[float]) -> str:
+    """Median and the middle half of the rounds."""
+    quartiles = statistics.quantiles(times, n=4) if len(times) > 2 else [min(times), 0, max(times)]
+    return f"{1e3 * statistics.median(times):.3g} ({1e3 * quartiles[0]:.3g}-{1e3 * quartiles[2]:.3g})"
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [f"### {title}", ""] if title else []
+    lines += ["| " + " | ".join(head) + " |", "|---" + "|--:" * (len(head) - 1) + "|"]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows), ""])
+
+
+@dataclass
+class Bar:
+    """A figure and what it must not exceed."""
+
+    text: str
+    limit: float
+    found: float
+    reason: str = ""
+
+    def row(self) -> list[str]:
+        held = self.found <= self.limit
+        return [self.text, f"{self.limit:g}", f"{self.found:.3g}", "held" if held else f"missed{': ' + self.reason if self.reason else ''}"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- one step, on given shapes
+
+
+class Steps:
+    """All callbacks, floors and peers on the same shapes.
+
+    Args:
+        shapes: of all parameters.
+        device: where.
+        everything: peers and the less frequent cases too.
+    """
+
+    def __init__(self, shapes: Shapes, device: str, everything: bool = True) -> None:
+        self.shapes, self.device, self.everything = shapes, device, everything
+        some = Weights(shapes, device)
+        self.gradients = [w.grad for w in some.layers]
+        self.matrices = [w.detach() for w in some.layers if w.ndim > 1]
+        self.targeted = sum(w.numel() * w.element_size() for w in self.matrices)
+        self.cases: list[Case] = []
+        self.builders: dict[str, Callable[[], Any]] = {}
+
+    def weights(self) -> Weights:
+        return Weights(self.shapes, self.device, self.gradients)
+
+    def add(
+        self, name: str, optimizer: Callable[[Any], torch.optim.Optimizer], callbacks: Callable[[], Sequence[NormDynCallback]] = tuple
+    ) -> None:
+        """An optimizer step with callbacks around it."""
+
+        def build() -> Fit:
+            module = self.weights()
+            fit = Fit(module, optimizer(module.parameters()), callbacks())
+            fit.step()  # the first one resolves targets, and the monitor always logs it
+            return fit
+
+        fit = build()
+        self.cases.append(Case(name, fit.step, fit))
+        self.builders[name] = lambda: build().step
+
+    def add_floors(self) -> None:
+        """The fastest primitives over the same bytes."""
+        w, copies = self.matrices, [m.clone() for m in self.matrices]
+        for name, call in {
+            "floor: norm": lambda: torch._foreach_norm(w),
+            "floor: mul": lambda: torch._foreach_mul_(w, 1.0),
+            "floor: copy": lambda: torch._foreach_copy_(copies, w),
+            "floor: norm, mul": lambda: (torch._foreach_norm(w), torch._foreach_mul_(w, 1.0)),
+            "floor: norms of both": lambda: (torch._foreach_norm(w), torch._foreach_norm(copies)),
+        }.items():
+            self.cases.append(Case(name, call))
+
+    def add_suite(self) -> None:
+        """The callbacks."""
+        self.add("SGD fused", sgd_fused)
+        self.add("SGD foreach", lambda p: sgd(p, foreach=True))
+        self.add("AdamW fused", adamw_fused)
+        self.add("AWS (norm)", sgd_fused, lambda: [AdaptiveWeightShrink(1e-3, statistic="norm")])
+        self.add("AWS (std)", sgd_fused, lambda: [AdaptiveWeightShrink(1e-3, statistic="std")])
+        self.add("RadialProjection on SGD", sgd_fused, lambda: [RadialProjection()])
+        self.add("RadialProjection on AdamW", adamw_fused, lambda: [RadialProjection()])
+        self.add("monitor, idle", sgd_fused, lambda: [monitor(NEVER)])
+        self.add("monitor, logging", sgd_fused, lambda: [monitor(1)])
+        self.add("WRS, idle", sgd_fused, lambda: [WeightRescaling(NEVER)])
+        self.add("suite, idle", sgd_fused, lambda: suite(NEVER))
+        if self.everything:
+            self.add("AdamW foreach", lambda p: adamw(p, foreach=True))
+            self.add("RadialProjection, cosine gate", sgd_fused, lambda: [RadialProjection(gate="cosine")])
+            self.add("WRS, rescaling", sgd_fused, lambda: [WeightRescaling(1)])
+            self.add("LRDropRescaling, no drop", sgd_fused, lambda: [LRDropRescaling(exponent=0.25)])
+            self.add("suite, logging", sgd_fused, lambda: suite(1))
+
+    def add_peers(self) -> None:
+        """Other packages on the same weights."""
+        for package, names in (("adamp", ("SGDP", "AdamP")), ("pytorch_optimizer", ("SGDP", "AdamP"))):
+            try:
+                module = __import__(package)
+            except ImportError:
+                continue
+            for name in names:
+                options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9} if name == "SGDP" else {"lr": 1e-5}
+
+                def make(
+                    parameters: Any, module: Any = module, name: str = name, options: dict[str, Any] = options
+                ) -> torch.optim.Optimizer:
+                    optimizer: torch.optim.Optimizer = getattr(module, name)(parameters, weight_decay=1e-4, **options)
+                    return optimizer
+
+                self.add(f"{package}.{name}", make)
+        from lightning.pytorch.utilities.grads import grad_norm
+
+        mine = self.weights()
+        self.cases.append(Case("Lightning grad_norm", lambda: {k: float(v) for k, v in grad_norm(mine, 2).items()}))
+        with contextlib.suppress(ImportError):
+            self.add_watch()
+
+    def add_watch(self) -> None:
+        """wandb.watch: a forward and backward pass, in which every parameter and gradient becomes a histogram."""
+        import wandb
+
+        run = wandb.init(mode="offline", project="cost", dir=tempfile.mkdtemp(), settings=wandb.Settings(silent=True, console="off"))
+        module = self.weights()
+        wandb.watch(module, log="all", log_freq=1)
+
+        def call() -> None:
+            sum((w * 1.0).sum() for w in module.layers).backward()  # type: ignore[union-attr]
+            module(None)
+            run.log({})
+
+        plain = self.weights()
+        self.cases.append(Case("wandb.watch", call))
+        self.cases.append(Case("the same passes without it", lambda: (sum((w * 1.0).sum() for w in plain.layers).backward(), plain(None))))  # type: ignore[union-attr]
+
+    def run(self, rounds: int) -> None:
+        """Measure all cases."""
+        self.found = measure(self.cases, rounds, self.device)
+
+    def case(self, name: str) -> Case:
+        return self.found[name]
+
+    def added(self, name: str, *floors: str) -> float:
+        """What callbacks add to a step, over floors taken together."""
+        total = [sum(parts) for parts in zip(*(self.found[f].times for f in floors), strict=True)]
+        return median_ratio(self.found[name].ours, total)
+
+    def ratio(self, name: str, other: str) -> float:
+        """Whole step over whole step; NaN where the other is not there."""
+        if other not in self.found or name not in self.found:
+            return math.nan
+        return median_ratio(self.found[name].times, self.found[other].times)
+
+    def memory(self, name: str, bare: str) -> float:
+        """Peak of memory beyond the bare optimizer's, over the targeted weights."""
+        return (peak_memory(self.builders[name], self.device) - peak_memory(self.builders[bare], self.device)) / self.targeted
+
+    def rows(self) -> list[list[str]]:
+        """One row per case."""
+        rows = []
+        for case in self.cases:
+            added = "" if case.fit is None or not case.fit.callbacks else f"{1e3 * statistics.median(case.ours):.3g}"
+            over = "" if not added else f"{self.added(case.name, 'floor: norm', 'floor: mul'):.2f}"
+            of_base = f"{self.ratio(case.name, 'SGD fused'):.2f}" if "floor" not in case.name else ""
+            rows.append([case.name, milliseconds(case.times), added, over, of_base, str(case.operations), str(case.waits)])
+        return rows
+
+
+HEAD = ["case", "ms (middle half)", "added ms", "added / (norm + mul)", "/ SGD fused", "operations", "host syncs"]
+
+
+def on_shapes(title: str, shapes: Shapes, rounds: int, device: str, peers: bool, everything: bool) -> str:
+    """Section: one optimizer step of given shapes, with every callback."""
+    steps = Steps(shapes, device, everything)
+    steps.add_floors()
+    steps.add_suite()
+    if peers:
+        steps.add_peers()
+    steps.run(rounds)
+    size = sum(math.prod(s) for s in shapes) / 1e6
+    text = f"{len(shapes)} tensors, {size:.1f} million entries, {len(steps.matrices)} targeted weights; {rounds} rounds.\n\n"
+    text += table("", HEAD, steps.rows())
+    idle = max(steps.case(c).operations - steps.case("SGD fused").operations for c in ("monitor, idle", "WRS, idle"))
+    waits = max(steps.case(c).waits - steps.case("SGD fused").waits for c in ("monitor, idle", "WRS, idle"))
+    bars = [
+        Bar("operations that an idle monitor or WRS adds", 0, idle, SPLIT),
+        Bar("host synchronizations that they add", 0, waits),
+        Bar("AWS (norm) / (foreach norm + foreach mul)", 1.5, steps.added("AWS (norm)", "floor: norm", "floor: mul")),
+        Bar("AWS (std) / (foreach norm + foreach mul)", 2, steps.added("AWS (std)", "floor: norm", "floor: mul")),
+        Bar("projected fused SGD / adamp SGDP", 0.25, steps.ratio("RadialProjection on SGD", "adamp.SGDP"), PROJECTION),
+        Bar("projected fused AdamW / adamp AdamP", 0.25, steps.ratio("RadialProjection on AdamW", "adamp.AdamP"), PROJECTION),
+        Bar("peak extra memory of a projection / targeted weights", 1.10, steps.memory("RadialProjection on SGD", "SGD fused")),
+        Bar("logging step / norms of both tensors", 3, steps.added("monitor, logging", "floor: norms of both"), LOGGING),
+        Bar("host synchronizations of a logging step", 1, steps.case("monitor, logging").waits - steps.case("SGD fused").waits),
+    ]
+    absent = [name for name, module in (("adamp", "adamp"), ("pytorch_optimizer", "pytorch_optimizer")) if not find_spec(module)]
+    if peers and absent:
+        text += f"\nNot installed here, so not measured: {', '.join(absent)} (`pip install 'lightning-normdyn[bench]'`).\n"
+    return text + "\n" + bar_table(bars)
+
+
+SPLIT = (
+    "not an operation of a callback: while WRS owns the decay of its targets, the optimizer steps them as a group of their own, so its "
+    "fused kernel is called once more"
+)
+PROJECTION = (
+    "a copy of the weights before the step, and a pass that reads both and writes one, move more bytes than a quarter of the peer's time "
+    "allows; without the copy the step of an arbitrary optimizer is not known"
+)
+LOGGING = (
+    "weight and gradient are read, the weight is copied, copy and weight are read: five times the bytes of one norm, on top of arithmetic"
+)
+
+
+def bar_table(bars: Sequence[Bar]) -> str:
+    return table("", ["bar", "at most", "found", ""], [bar.row() for bar in bars if not math.isnan(bar.found)])
+
+
+# ---------------------------------------------------------------------------------------------------------------- growth
+
+
+def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
+    """Slope of log(time) over log(size), by least squares."""
+    xs, ys = [math.log(s) for s in sizes], [math.log(t) for t in times]
+    x, y = statistics.mean(xs), statistics.mean(ys)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+
+
+def growth(rounds: int, device: str, scale: int) -> str:
+    """Section: how what is added grows with parameters, layers and filters."""
+    unit = 512 // scale
+    axes: dict[str, list[Shapes]] = {
+        "parameters (longer filters)": [[(unit, unit * k)] * 8 for k in (2, 4, 8)],
+        "layers (of 16 filters of 64 entries)": [[(16, 64)] * (40 // scale * k) for k in (1, 2, 4)],
+        "layers (parameters kept)": [[(unit, 4 * unit * 16 // k)] * k for k in (4, 8, 16)],
+        "filters (parameters kept)": [[(unit * k, 4 * unit // k)] * 8 for k in (1, 2, 4)],
+    }
+    cases = {
+        "AWS (norm)": lambda: [AdaptiveWeightShrink(1e-3, statistic="norm")],
+        "RadialProjection": lambda: [RadialProjection()],
+        "monitor, logging": lambda: [monitor(1)],
+    }
+    rows, bars = [], []
+    for axis, models in axes.items():
+        sizes = [math.prod(s[0]) * len(s) for s in models] if "param" in axis.split("(")[0] else [len(s) for s in models]
+        if axis.startswith("filters"):
+            sizes = [sum(shape[0] for shape in s) for s in models]
+        found: dict[str, list[float]] = {name: [] for name in cases}
+        chosen = []
+        for i, shapes in enumerate(models):
+            steps = Steps(shapes, device, everything=False)
+            for name, callbacks in cases.items():
+                steps.add(f"{name} {i}", sgd_fused, callbacks)
+            chosen += steps.cases
+        measured = measure(chosen, rounds, device)
+        for name in cases:
+            found[name] = [statistics.median(measured[f"{name} {i}"].ours) for i in range(len(models))]
+            slope = exponent(sizes, found[name])
+            counts = [measured[f"{name} {i}"].operations for i in range(len(models))]
+            per_layer = (counts[-1] - counts[0]) / (len(models[-1]) - len(models[0])) if len(models[-1]) > len(models[0]) else math.nan
+            rows.append(
+                [
+                    f"{name}, {axis}",
+                    ", ".join(map(str, sizes)),
+                    ", ".join(f"{1e3 * t:.3g}" for t in found[name]),
+                    f"{slope:.2f}",
+                    "" if math.isnan(per_layer) else f"{per_layer:.1f}",
+                ]
+            )
+            if "kept" not in axis:
+                bars.append(Bar(f"exponent of {name} over {axis}", 1.15, slope))
+    text = table("", ["what is added", "sizes", "ms", "exponent", "operations per layer"], rows)
+    return text + "\n" + bar_table(bars)
+
+
+# ---------------------------------------------------------------------------------------------------------------- training steps
+
+
+def training(rounds: int, device: str, quick: bool) -> str:
+    """Section: what the whole suite adds to training steps of two models."""
+    rows, bars = [], []
+    models: dict[str, tuple[nn.Module, tuple[int, ...], float]] = {"digits example": (digits_net(), (64, 1, 8, 8), 0.01)}
+    models["ResNet-18, CIFAR"] = (resnet18(16 if quick else 64), (32 if quick else 128, 3, 32, 32), 0.005)
+    for name, (module, shape, most) in models.items():
+        module.to(device)
+        x, y = torch.randn(shape, device=device), torch.randint(0, 10, shape[:1], device=device)
+
+        def make(callbacks: Sequence[NormDynCallback], module: nn.Module = module, x: Tensor = x, y: Tensor = y) -> Case:
+            module = copy.deepcopy(module)
+            fit = Fit(module, sgd_fused(module.parameters()), callbacks)
+
+            def call() -> None:
+                fit.optimizer.zero_grad()
+                F.cross_entropy(module(x), y).backward()
+                fit.step()
+
+            call()
+            return Case("", call, fit)
+
+        every = {
+            "bare": make([]),
+            "suite, idle": make(suite(NEVER)),
+            "suite, logging": make(suite(1)),
+            "monitor, logging": make([monitor(1)]),
+        }
+        for label, case in every.items():
+            case.name = label
+        turns = rounds * (1 if "ResNet" in name else 4)
+        measured = measure([*every.values()], turns, device)
+        # What callbacks add is timed inside the step, so that the noise of the rest does not enter.
+        share = {
+            label: statistics.median(c.ours) / statistics.median([t - o for t, o in zip(c.times, c.ours, strict=True)])
+            for label, c in measured.items()
+            if label != "bare"
+        }
+        step = milliseconds(measured["bare"].times)
+        extra = max(0.0, share["suite, logging"] - share["suite, idle"])
+        whole = share["suite, idle"] + extra / 50
+        rows += [
+            [name, step, label, f"{1e3 * statistics.median(measured[label].ours):.3g}", f"{100 * part:.3g} %"]
+            for label, part in share.items()
+        ]
+        rows.append([name, step, "suite, logging every 50 steps", "", f"{100 * whole:.3g} %"])
+        bars.append(Bar(f"{name}: logging every 50 steps, share of a step", most, share["monitor, logging"] / 50))
+        if "ResNet" in name:
+            bars.append(Bar(f"{name}: whole suite, share of a step", 0.02, whole))
+    return table("", ["model", "step ms", "callbacks", "added ms", "share of a step"], rows) + "\n" + bar_table(bars)
+
+
+# ---------------------------------------------------------------------------------------------------------------- collectives
+
+
+class Wire(TorchDispatchMode):
+    """Counts collectives and the bytes that this rank puts into them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, _, name = func._schema.name.partition("::")
+        if space in ("c10d", "_c10d_functional") and "wait" not in name:
+            self.calls += 1
+            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
+def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool) -> None:
+    """One of two ranks: count what a step with each callback sends."""
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    found: dict[str, tuple[int, int]] = {}
+    for name, callbacks in {
+        "AWS (norm)": lambda: [AdaptiveWeightShrink(1e-3, statistic="norm")],
+        "RadialProjection": lambda: [RadialProjection()],
+        "WRS, idle": lambda: [WeightRescaling(NEVER)],
+        "WRS, rescaling": lambda: [WeightRescaling(1)],
+        "monitor, idle": lambda: [monitor(NEVER)],
+        "monitor, logging": lambda: [monitor(1)],
+    }.items():
+        module = Weights(shapes)
+        if sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(module)
+            for weight in module.layers:
+                weight.grad = torch.ones_like(weight)
+        fit = Fit(module, sgd(module.parameters()), callbacks())
+        for _ in range(2):
+            fit.step()
+        with Wire() as wire:
+            fit.step()
+        found[name] = (wire.calls, wire.bytes)
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def collectives() -> str:
+    """Section: what goes over the wire in one step, two ranks, gloo."""
+    import torch.multiprocessing as mp
+
+    rows, bars = [], []
+    shapes = resnet50()
+    for layout, sharded in (("DDP (whole weights on every rank)", False), ("FSDP2 (rows sharded)", True)):
+        with tempfile.TemporaryDirectory() as folder:
+            mp.spawn(_rank, (folder, shapes, sharded), nprocs=2)
+            found = json.loads(Path(folder, "found.json").read_text())
+        rows += [[name, layout, str(calls), str(size)] for name, (calls, size) in found.items()]
+        idle = max(found[name][0] for name in ("WRS, idle", "monitor, idle"))
+        bars.append(Bar(f"collectives of idle callbacks, {layout}", 0, idle))
+    return table("", ["callback", "weights", "collectives per step", "bytes per rank"], rows) + "\n" + bar_table(bars)
+
+
+# ---------------------------------------------------------------------------------------------------------------- logging through a Trainer
+
+
+def logged() -> str:
+    """Section: the same numbers through `log_metrics` in one call, through `self.log_dict`, and by wandb.watch, in a Trainer."""
+    try:
+        import logging_cost
+    except ImportError as error:
+        return f"not run: {error}\n"
+    names = (
+        "no logging (floor)",
+        "NormDynamicsMonitor, no logger",
+        "NormDynamicsMonitor, CSV",
+        "self.log_dict of as many numbers, CSV",
+        "wandb.watch(log='all', log_freq=1)",
+    )
+    times = {name: logging_cost.measure(make(), logger, 20) for name, (make, logger) in logging_cost.VARIANTS.items() if name in names}
+    floor = times[names[0]]
+    rows = [[name, f"{ms:.1f}", f"{ms - floor:.1f}"] for name, ms in times.items()]
+    text = f"{len(logging_cost.NUMBERS)} numbers of {logging_cost.LAYERS} small layers at every step, from batch to batch.\n\n"
+    return text + table("", ["what", "ms per step", "added ms"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+
+
+def kernels(call: Callable[[], Any]) -> int:
+    """CUDA kernels and copies that a call launches."""
+    from torch.autograd import DeviceType
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(1 for event in profile.events() if event.device_type == DeviceType.CUDA)
+
+
+def on_cuda(rounds: int) -> str:
+    """Section: the same on a GPU, with kernel counts, synchronizations as errors, and the precisions that people train in."""
+    if not torch.cuda.is_available():
+        return "not run: no CUDA device on this machine.\n"
+    text = on_shapes("cuda", resnet50(), rounds, "cuda", peers=True, everything=True)
+    rows = []
+    for name, (memory_format, autocast, scaled) in {
+        "float32, channels_last": (torch.channels_last, None, False),
+        "bf16-mixed, channels_last": (torch.channels_last, torch.bfloat16, False),
+        "16-mixed, fused, skipped steps": (torch.contiguous_format, torch.float16, True),
+    }.items():
+        for label, callbacks in {"bare": list, "suite, idle": lambda: suite(NEVER), "suite, logging": lambda: suite(1)}.items():
+            module = resnet18().cuda().to(memory_format=memory_format)  # type: ignore[call-overload]
+            fit = Fit(module, sgd_fused(module.parameters()), callbacks())
+            # A scale that overflows float16 at first: the first steps are skipped inside the kernel.
+            scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=2.0**24)
+            x, y = torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=memory_format), torch.randint(0, 10, (128,), device="cuda")
+
+            def backward(
+                fit: Fit = fit, module: nn.Module = module, scaler: Any = scaler, autocast: Any = autocast, x: Tensor = x, y: Tensor = y
+            ) -> None:
+                fit.optimizer.zero_grad()
+                with torch.autocast("cuda", autocast, enabled=autocast is not None):
+                    loss = F.cross_entropy(module(x), y)
+                scaler.scale(loss).backward()
+
+            def step(fit: Fit = fit, scaler: Any = scaler) -> None:
+                fit.step(lambda: scaler.step(fit.optimizer))
+                scaler.update()
+
+            for _ in range(20):
+                backward()
+                step()
+            count = 0
+            for _ in range(3):
+                backward()
+                count = kernels(step)
+            backward()
+            quiet = "not asked for"
+            if label != "suite, logging":
+                torch.cuda.set_sync_debug_mode("error")
+                try:
+                    step()
+                    quiet = "none"
+                except RuntimeError as error:
+                    quiet = str(error).splitlines()[0]
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+            brackets = [callback.steps_of(0) for callback in fit.callbacks[:1]]
+            rows.append([name, label, str(count), quiet, str(brackets[0]) if brackets else ""])
+    return text + "\n" + table("", ["precision", "callbacks", "kernels of the step", "synchronizations", "real steps counted of 24"], rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------- all of it
+
+
+def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
+    """Title and maker of each section."""
+    rounds = 3 if quick else 15
+    if quick:
+        return {
+            "small": ("Small shapes", lambda: on_shapes("small", transformer(1, 256), rounds, "cpu", peers=True, everything=False)),
+            "growth": ("Growth", lambda: growth(rounds, "cpu", 4)),
+            "training": ("Training steps", lambda: training(rounds, "cpu", quick=True)),
+            "cuda": ("CUDA", lambda: on_cuda(rounds)),
+        }
+    return {
+        "resnet50": ("ResNet-50", lambda: on_shapes("resnet50", resnet50(), rounds, "cpu", peers=True, everything=True)),
+        "vit": ("ViT-B", lambda: on_shapes("vit", vit(), 7, "cpu", peers=False, everything=False)),
+        "transformer": (
+            "One block of a 1B-class transformer",
+            lambda: on_shapes("t", transformer(1), 7, "cpu", peers=False, everything=False),
+        ),
+        "growth": ("Growth", lambda: growth(rounds, "cpu", 1)),
+        "training": ("Training steps", lambda: training(rounds, "cpu", quick=False)),
+        "collectives": ("Two ranks", collectives),
+        "logged": ("In a Trainer, beside self.log_dict and wandb.watch", logged),
+        "cuda": ("CUDA", lambda: on_cuda(rounds)),
+    }
+
+
+INTRODUCTION = """# What the callbacks cost
+
+Written by `make bench` (`python benchmarks/cost.py`); each section names its machine, day and command. Ratios are medians over rounds of
+ratios within a round; milliseconds are for orientation. "Operations" are what the dispatcher sees of one step, views and bare allocations
+left out; "added" is what happens in the brackets around the optimizer's step and at the batch's end.
+"""
+
+
+def machine() -> str:
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}{load}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small shapes, a minute; writes nothing")
+    parser.add_argument("--only", nargs="*", help="sections to measure; the others are kept as they are in the file")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(args.threads)
+    time_brackets("cuda" if torch.cuda.is_available() else "cpu")
+    known: dict[str, str] = {}
+    if args.out.exists() and not args.quick:
+        parts = args.out.read_text().split("\n## ")[1:]
+        known = {part.split("\n", 1)[0]: part.split("\n", 1)[1].strip() for part in parts}
+    for key, (title, make) in sections(args.quick).items():
+        if args.only and key not in args.only:
+            continue
+        command = "python benchmarks/cost.py" + (" --quick" if args.quick else "") + (f" --only {key}" if args.only else "")
+        head = f"{machine()}; {time.strftime('%Y-%m-%d')}; `{command}`"
+        start = time.perf_counter()
+        known[title] = f"{head}\n\n{make().strip()}"
+        print(f"## {title}\n\n{known[title]}\n\n({time.perf_counter() - start:.0f} s)\n", flush=True)
+        gc.collect()
+    if not args.quick:
+        titles = [title for title, _ in sections(False).values()]
+        text = "\n".join(f"## {title}\n\n{known[title]}\n" for title in titles if title in known)
+        args.out.write_text(f"{INTRODUCTION}\n{text}")
+
+
+if __name__ == "__main__":
+    main()
