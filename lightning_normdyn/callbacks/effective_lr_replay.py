@@ -171,7 +171,8 @@ class EffectiveLRReplay(NormDynCallback):
                 self._say("end", f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from there on.")
             reference, reference_decay = record.at(now)
             decay = self._session.applied_decay(plan, norm, std_from_sums(ww, w1, vectors.length))
-            factor = (norm / reference).square() * (1 - decay) / (1 - reference_decay)
+            # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no rounding for training to amplify.
+            factor = (_as_recorded(norm) / reference).square() * (1 - _as_recorded(decay)) / (1 - reference_decay)
         self._factors[plan.index] = plan.guard(factor, 1.0, step)
 
     def _scale(self, step: Step, plan: Plan) -> None:
@@ -222,6 +223,10 @@ class _Record:
         """Norm and decay, ``(n,)`` each; norms interpolated geometrically, and held before the first and after the last step."""
         place = _around(self.steps, step)
         return _between(self.norms, place, geometric=True), _between(self.decays, place)
+
+
+def _as_recorded(values: Tensor) -> Tensor:
+    return values.float().to(values.dtype)
 
 
 Place = tuple[int, int, float]
