@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
@@ -172,7 +173,8 @@ class EffectiveLRReplay(NormDynCallback):
             reference, reference_decay = record.at(now)
             decay = self._session.applied_decay(plan, norm, std_from_sums(ww, w1, vectors.length))
             # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no rounding for training to amplify.
-            factor = (_as_recorded(norm) / reference).square() * (1 - _as_recorded(decay)) / (1 - reference_decay)
+            own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
+            factor = (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
         self._factors[plan.index] = plan.guard(factor, 1.0, step)
 
     def _scale(self, step: Step, plan: Plan) -> None:
@@ -189,30 +191,34 @@ class _Record:
 
     Args:
         steps: the ``s`` recorded steps, ascending.
-        norms: float32 ``(s, n)``, of the vectors that this rank holds.
+        norms: float32, or float64 if ``exact``, ``(s, n)``, of the vectors that this rank holds.
         decays: float32 ``(s, n)``.
+        exact: whether what float32 leaves of the norms was recorded, too.
     """
 
     steps: list[int]
     norms: Tensor
     decays: Tensor
+    exact: bool
 
     @classmethod
     def of(cls, plan: Plan, history: History) -> _Record:
         """The record of a plan's targets; a weight that joined later, or was recorded at other steps than the rest, is interpolated."""
-        found = [(history.vectors(f"weight_norm/{t.name}"), history.vectors(f"decay/{t.name}")[1]) for t in plan.targets]
+        found = [(_recorded_norms(history, t.name), history.vectors(f"decay/{t.name}")[1]) for t in plan.targets]
+        exact = any(norm.dtype == np.float64 for (_, norm), _ in found)
+        kept = torch.float64 if exact else torch.float32
         steps = np.unique(np.concatenate([own for (own, _), _ in found])).tolist()
         norms, decays = [], []
         for (own, norm), decay in found:
             norm = np.where(np.isfinite(norm), norm, np.nan)  # of a run that diverged: such vectors are left alone
             if len(own) == len(steps):
-                norms.append(torch.from_numpy(norm).float())
+                norms.append(torch.from_numpy(norm).to(kept))
                 decays.append(torch.from_numpy(decay))
                 continue
             places = [_around(own.tolist(), step) for step in steps]
-            norms.append(torch.stack([_between(torch.from_numpy(norm), place, geometric=True) for place in places]).float())
+            norms.append(torch.stack([_between(torch.from_numpy(norm), place, geometric=True) for place in places]).to(kept))
             decays.append(torch.stack([_between(torch.from_numpy(decay), place) for place in places]).float())
-        return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays))
+        return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays), exact)
 
     @property
     def has_gaps(self) -> bool:
@@ -225,8 +231,9 @@ class _Record:
         return _between(self.norms, place, geometric=True), _between(self.decays, place)
 
 
-def _as_recorded(values: Tensor) -> Tensor:
-    return values.float().to(values.dtype)
+def _as_recorded(values: Tensor, exact: bool = False) -> Tensor:
+    rounded = values.float().to(values.dtype)
+    return rounded + (values - rounded).float().to(values.dtype) if exact else rounded
 
 
 Place = tuple[int, int, float]
@@ -254,6 +261,14 @@ def _recorded_names(history: History) -> list[str]:
     return [name.removeprefix("weight_norm/") for name in history.vector_names() if name.startswith("weight_norm/")]
 
 
+def _recorded_norms(history: History, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Steps, and norms ``(s, n)``: float64 where what float32 leaves of them was recorded, too."""
+    steps, norms = history.vectors(f"weight_norm/{name}")
+    if f"weight_norm_rest/{name}" not in history.vector_names():
+        return steps, norms
+    return steps, norms.astype(np.float64) + history.vectors(f"weight_norm_rest/{name}")[1]
+
+
 def _about(history: History, name: str) -> dict[str, Any]:
     """What the monitor noted about a weight at the end of its fit; nothing for a file that was saved before."""
     targets = history.meta.get("targets")
@@ -265,7 +280,9 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
     """Refuse what no run can have recorded, before anything is scaled by it."""
     for name in names:
         steps, norms = history.vectors(f"weight_norm/{name}")
-        decays = None
+        decays, rests = None, norms
+        if f"weight_norm_rest/{name}" in history.vector_names():
+            rests = history.vectors(f"weight_norm_rest/{name}")[1]
         if f"decay/{name}" in history.vector_names():
             decay_steps, decays = history.vectors(f"decay/{name}")
         fault = None
@@ -275,6 +292,8 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
             fault = "norms without the decays that were applied"
         elif (norms < 0).any():
             fault = "norms below 0"
+        elif rests.shape != norms.shape or (rests > norms).any():
+            fault = "norms that do not fit each other"
         elif (decays < 0).any() or (decays >= 1).any():  # NaN, of a run that diverged, is neither
             fault = "decays that are not in [0, 1)"
         if fault is not None:

@@ -155,7 +155,8 @@ class NormDynamicsMonitor(NormDynCallback):
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's ``log_every_n_steps``.
         quantities: e.g. ``["effective_lr", "angular_update"]``, names out of the table (a wrong one is answered with all of them);
             None: all that apply.
-        per_vector: also keep every vector's norm and applied decay in `history`.
+        per_vector: also keep every vector's norm and applied decay in `history`, as float32; of float64 weights also what float32 leaves of
+            the norm (``weight_norm_rest``).
         histograms: also send histograms over vectors to W&B and TensorBoard: ``weight_norm_histogram/<parameter name>`` and
             ``angular_update_histogram/<parameter name>``.
         tables: print the tables at the start and the end of a fit.
@@ -393,6 +394,9 @@ class NormDynamicsMonitor(NormDynCallback):
         rows: dict[str, Any] = {}
         for target, values in zip(plan.targets, gathered, strict=True):
             rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = values.float().cpu().numpy()
+            if target.weight.dtype == torch.float64:
+                # What float32 leaves of the norm: an experiment in float64 is to be followed as closely as training allows.
+                rows[f"weight_norm_rest/{target.name}"] = (values[0] - values[0].float()).float().cpu().numpy()
         for name, values in rows.items():
             if self.history.vector_count(name) not in (None, len(values)):
                 self.history.forget_vectors(name)  # it was in no loss yet, and now it is known what it consists of

@@ -112,8 +112,31 @@ def record(path: Path, kind: str, steps: int, every: int = 1, callbacks: Any = (
 def test_without_decay_the_replay_follows_the_decayed_run_and_a_uniform_factor_does_not(kind, tmp_path):
     steps = 300
     recorded = record(tmp_path / "run.npz", kind, steps)
-    assert train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz")]).apart(recorded) < 1e-6
+    assert train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz")]).apart(recorded) < 1e-9
     assert train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz", uniform=True)]).apart(recorded) > 0.02
+
+
+def test_what_float32_leaves_of_the_norms_is_recorded_of_float64_weights_only(tmp_path):
+    def recorded(dtype: torch.dtype) -> History:
+        watching = monitor()
+        fit(make(make_optimizer=plain_sgd, dtype=dtype), [watching], max_steps=3)
+        return watching.history
+
+    assert not [name for name in recorded(torch.float32).vector_names() if "rest" in name]
+    history = recorded(torch.float64)
+    module = make(make_optimizer=plain_sgd)
+    norms = module.net[0].weight.detach().flatten(1).norm(dim=1).numpy()
+    first, rest = (history.vectors(f"{key}/net.0.weight")[1][0].astype(np.float64) for key in ("weight_norm", "weight_norm_rest"))
+    assert np.abs(first + rest - norms).max() < 1e-14
+    assert np.abs(first - norms).max() > 1e-10
+    # Without it the replay is as close as float32 is.
+    path, thin = tmp_path / "run.npz", History()
+    recorded_run = record(path, "wn", 20)
+    whole = load_history(path)
+    for step in range(20):
+        thin.append_vectors(step, {name: whole.vectors(name)[1][step] for name in whole.vector_names() if "rest" not in name})
+    apart = [train("wn", 20, [EffectiveLRReplay(file)]).apart(recorded_run) for file in (path, thin.save(tmp_path / "thin.npz"))]
+    assert 100 * apart[0] < apart[1] < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -329,6 +352,8 @@ def test_a_history_without_vectors_says_how_to_record_them(tmp_path):
         ("decay", np.inf, r"decays that are not in"),
         ("weight_norm", -1.0, r"holds norms below 0 for `net.0.weight`"),
         ("decay", None, r"holds norms without the decays that were applied for `net.0.weight`"),
+        ("weight_norm_rest", None, r"holds norms that do not fit each other for `net.0.weight`"),
+        ("weight_norm_rest", 1e9, r"holds norms that do not fit each other"),
     ],
 )
 @pytest.mark.parametrize("uniform", [False, True])
