@@ -269,8 +269,8 @@ class NormDynamicsMonitor(NormDynCallback):
         by_std = torch.tensor([influence.get("statistic") == "std" for influence in influences], device=vectors.device)
         self._aws_by_std[plan.index] = vectors.spread(by_std)
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the standard deviation beside it: more than
-        # sums in float32 can tell.
-        self._needs_exact[plan.index] = shrunk or "weight_std" in wanted or bool(standardized.any())
+        # sums in float32 can tell. And a replay compares its own norms with those kept.
+        self._needs_exact[plan.index] = shrunk or "weight_std" in wanted or bool(standardized.any()) or self.per_vector_history
         # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self._quantities[plan.index] = list(dict.fromkeys([*wanted, *needed]))
