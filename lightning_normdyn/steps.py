@@ -53,7 +53,7 @@ class Step:
         bracket: the bracket it belongs to.
         number: 1-based count of real steps of this optimizer since the bracket was attached, this one included.
         skipped: None, or a 0/1 float tensor on the device: whether a fused optimizer skips this update inside its kernel (GradScaler
-        found an inf).
+            found an inf).
     """
 
     bracket: StepBracket
@@ -383,7 +383,7 @@ def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor]) -> Non
 
     Raises:
         NotSupportedError: if a group that holds one of ``weights`` has a decay that is not 0 and the optimizer keeps per-step state in
-        its groups, or is not known.
+            its groups, or is not known.
     """
     reason = supports_decay_takeover(optimizer)
     if reason is None:

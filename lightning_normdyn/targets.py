@@ -341,16 +341,13 @@ def visible_graph() -> Iterator[None]:
 
     def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         def visible(*inputs: Any) -> Any:
-            with (
-                visible_graph()
-            ):  # also when it is computed again, after we have left: nested checkpoints must do the same as the first time
+            # Also when it is computed again, after we have left: nested checkpoints must do the same as the first time.
+            with visible_graph():
                 return run(*inputs)
 
         return module.checkpoint(visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
-    set_stance = getattr(
-        torch.compiler, "set_stance", None
-    )  # torch >= 2.6; before that, compiled code stays opaque and its weights undecided
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6; before that, compiled code stays opaque
     with ExitStack() as stack:
         if set_stance is not None:
             stack.enter_context(set_stance("force_eager"))
@@ -682,9 +679,8 @@ class EulerTest:
     """
 
     def __init__(self, weights: int, device: torch.device | str | None = None) -> None:
-        self.sums = torch.zeros(
-            weights, 2, dtype=torch.float64, device=device
-        )  # of z^2, and how many; to be summed over ranks that hold other vectors
+        # Of z^2, and how many; to be summed over ranks that hold other vectors.
+        self.sums = torch.zeros(weights, 2, dtype=torch.float64, device=device)
 
     def update(self, wg: Tensor, ww: Tensor, gg: Tensor, length: Tensor, weight_index: Tensor) -> None:
         """Add the vectors of one step; all arguments ``(n,)``, nothing is copied to the host.

@@ -58,7 +58,7 @@ class Rescaler:
                 raise NotSupportedError(
                     f"`{target.name}` is followed by running statistics that cannot be corrected "
                     f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be wrong. "
-                    f"Leave it out with params=['auto', '!{target.name}'], or use track_running_stats=False."
+                    f"Leave it out with params='!{target.name}', or use track_running_stats=False."
                 )
             for link in verdict.batch_norms:
                 module = session.module.get_submodule(link.module)

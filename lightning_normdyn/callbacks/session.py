@@ -75,6 +75,8 @@ class Session:
         self._claims: dict[int, Claims | None] = {}
         self._withdrawn: dict[str, Verdict] = {}
         self._confirmed: dict[str, Verdict] = {}
+        self._analyzed = False
+        self._begun = False  # whether a loss was seen, or a step with gradients
         self._checked = False
         self._announced: set[Tensor] = set()
         self._resolved = False
@@ -124,10 +126,10 @@ class Session:
             return
         self._looks_left -= news
         if self._watched is None and self.restore_verdicts():
-            self._watched = state
+            self._watched, self._begun = state, True
             return
         self._watched = state
-        self._watching = True
+        self._watching, self._analyzed = True, False
         self._steps_before = [b.steps for b in self.brackets]
         self.search.watch()
 
@@ -137,13 +139,17 @@ class Session:
             self.search.analyze(loss)
             self._version += 1
             self._confirmed = {}
+            self._analyzed = self._begun = True
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
         if self._watching:
             self.search.close()
             self._watching, self._compile_next = False, True
-        if not self._resolved or len(self._seen) < len(self.optimizers):
+            if not self._analyzed and self._looks_left:  # this batch had no loss (training_step may return None)
+                self._looks_left -= 1
+                self._watched = ()
+        if not self._resolved or not self._begun or len(self._seen) < len(self.optimizers):
             return
         self._resolved = False
         if not self._checked:
@@ -188,6 +194,7 @@ class Session:
             self.search.verdicts.update(self._withdrawn)
             self._mark_confirmed()  # another optimizer's weights, which have stepped before
             self._claims.pop(index, None)
+        self._begun = self._begun or any(has_gradient(w) for w in self.owned(step.optimizer))
         self._question(index, step.optimizer)  # the same on every rank, because its sums are
         seen = (self._version, layout)
         if self._seen.get(index) == seen:

@@ -34,18 +34,12 @@ def print_start_table(session: Session) -> None:
     for weight in weights:
         verdict = session.verdict(weight)
         found = [(m, p, t) for m in session.members for p in m.plans.values() for t in p.targets if t.weight is weight]
-        _, plan, target = found[0]
+        target = found[0][2]
         how = "; ".join(text for m, p, t in found if (text := m.treatment(p, t)))
-        kind = (
-            verdict.kind
-            if not target.by_request
-            else f"{verdict.kind} (by request)"
-            if any(m.writes for m, _, _ in found)
-            else verdict.kind
-        )
+        asked = target.by_request and any(m.writes for m, _, _ in found)
+        kind = f"{verdict.kind} (by request)" if asked else verdict.kind
         because = ", ".join(verdict.norms) if verdict.norms else verdict.reason
         rows.append((target.name, "×".join(map(str, session.shapes[weight])), kind, str(target.partition.n), because, how or "measured"))
-        del plan
     columns = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
     text = render("lightning-normdyn: targets", columns, rows, noted=("treated how", "because of"), optional=("shape", "vectors"))
     show(session.trainer, text)

@@ -154,6 +154,18 @@ def test_a_weight_that_the_first_batches_do_not_use_is_found_later():
     assert [r["net.3.weight"][0] is not None for r in late] == [i % 3 == 2 for i in range(8)]
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batches_without_a_loss_at_the_start_are_no_reason_to_give_up(accumulate):
+    class Skips(Net):
+        def training_step(self, batch, batch_idx):
+            return None if self.trainer.current_epoch == 0 and batch_idx < 2 else super().training_step(batch, batch_idx)
+
+    callback, module, recorder = AdaptiveWeightShrink(0.5), make(Skips), Recorder()
+    fit(module, [callback, recorder], accumulate_grad_batches=accumulate)
+    assert recorder.steps[0][0]["net.0.weight"][0] is None
+    assert distance(weights_of(module), replay(recorder, TARGETS, shrink=Shrink(0.5))) < 1e-12
+
+
 def test_counts_survive_targets_that_join():
     class Joins(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

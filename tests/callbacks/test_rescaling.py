@@ -27,6 +27,32 @@ class Detached(nn.Module):
         return self.head(self.norm(y) + y.detach() + self.bn(self.outer(x)))
 
 
+class Doubled(nn.Module):
+    """What is added in front of the first BatchNorm is twice the bias, and no rule corrects its statistics for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stale, self.sound = nn.Linear(36, 8), nn.Linear(36, 8)
+        self.one, self.two, self.head = nn.BatchNorm1d(8), nn.BatchNorm1d(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.head(self.one(2 * self.stale(x)) + self.two(self.sound(x)))
+
+
+@pytest.mark.parametrize("callback", [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)])
+def test_statistics_that_cannot_follow_are_refused_and_the_way_out_works(callback):
+    module = make(net=Doubled())
+    before = weights_of(module)
+    way_out = r"`net\.stale\.weight` is followed by running statistics .*Leave it out with params='!net\.stale\.weight'"
+    with pytest.raises(NotSupportedError, match=way_out):
+        fit(module, [callback()])
+    assert same(weights_of(module), before)
+    rescaling = callback(params="!net.stale.weight")
+    fit(module, [rescaling])
+    assert [t.name for t in rescaling.plans[0].targets] == ["net.sound.weight"]
+
+
 def test_verify_names_the_weight_whose_length_the_function_sees():
     module = make(net=Detached())
     before = weights_of(module)
