@@ -76,7 +76,7 @@ class Session:
         self._withdrawn: dict[str, Verdict] = {}
         self._confirmed: dict[str, Verdict] = {}
         self._analyzed = False
-        self._begun = False  # whether a loss was seen, or a step with gradients
+        self._begun = False  # whether a step came after a loss that was seen, or had gradients
         self._checked = False
         self._announced: set[Tensor] = set()
         self._resolved = False
@@ -139,7 +139,7 @@ class Session:
             self.search.analyze(loss)
             self._version += 1
             self._confirmed = {}
-            self._analyzed = self._begun = True
+            self._analyzed = True
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
@@ -194,7 +194,7 @@ class Session:
             self.search.verdicts.update(self._withdrawn)
             self._mark_confirmed()  # another optimizer's weights, which have stepped before
             self._claims.pop(index, None)
-        self._begun = self._begun or any(has_gradient(w) for w in self.owned(step.optimizer))
+        self._begun = self._begun or self._version > 0 or any(has_gradient(w) for w in self.owned(step.optimizer))
         self._question(index, step.optimizer)  # the same on every rank, because its sums are
         seen = (self._version, layout)
         if self._seen.get(index) == seen:
