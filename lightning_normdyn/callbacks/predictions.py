@@ -394,7 +394,7 @@ def steps_to_collapse(
         dying: where the vector `falls_ever_faster`, what is known of each of them.
 
     Returns:
-        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back.
+        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back until its last epoch.
 
     Example:
         >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
@@ -402,7 +402,7 @@ def steps_to_collapse(
         4489
     """
     options = _fixed_decay(influence, group)
-    if "rescaled" in influence or ("alpha" in influence and options is None):
+    if influence.get("rescaled") == "now or later" or ("alpha" in influence and options is None):
         return inf
     if dying and falls_ever_faster(optimizer_class, group, influence):
         return min(vector.steps_left(group) for vector in dying)

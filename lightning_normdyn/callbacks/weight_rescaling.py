@@ -142,7 +142,9 @@ class WeightRescaling(NormDynCallback):
 
     def influence(self, target: Target) -> dict[str, Any]:
         """For predictions; outside its epochs it only says that it is there."""
-        found: dict[str, Any] = {"rescaled": True}
+        assert self._session is not None
+        past = self.stop_epoch is not None and self._session.trainer.current_epoch >= self.stop_epoch
+        found: dict[str, Any] = {"rescaled": "before" if past else "now or later"}
         if self._in_window():
             found.update(every_n_steps=self.every_n_steps, target_norm=self.target_norm, replaces_decay=self.weight_decay == "replace")
         return found

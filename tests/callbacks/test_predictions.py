@@ -192,6 +192,16 @@ def test_a_rescaling_window_changes_what_is_predicted() -> None:
     alone = sqrt(2 * 0.01 * 0.1)
     assert [predicted[i] for i in (0, 1, 4, 5)] == pytest.approx([alone] * 4)
     assert min(abs(predicted[i] / alone - 1) for i in (2, 3)) > 0.1
+    rescaled: list[str] = []
+
+    class Looks(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
+            if callbacks[1].plans:
+                (target,) = callbacks[1].plans[0].targets
+                rescaled.append(callbacks[1].influence(target)["rescaled"])
+
+    fit(Walk(start(norm=1.0), optimizer), [*callbacks, Looks()], batches(noise(2, SHAPE)), max_epochs=3)
+    assert rescaled[-2:] == ["now or later", "before"]
 
 
 def test_the_strength_of_aws_is_that_of_its_own_statistic() -> None:
@@ -576,7 +586,8 @@ def test_steps_to_collapse() -> None:
     kept = {"alpha": 0.1, "replaces_decay": False}
     assert steps_to_collapse(SGD, group, kept, left, 1.0) == steps_to_collapse(SGD, group, {}, left, 1.0)
     assert steps_to_collapse(SGD, {**group, "weight_decay": 0}, kept, left, 1.0) == float("inf")
-    assert steps_to_collapse(SGD, group, {"rescaled": True}, left, 0.01) == float("inf")
+    assert steps_to_collapse(SGD, group, {"rescaled": "now or later"}, left, 0.01) == float("inf")
+    assert steps_to_collapse(SGD, group, {"rescaled": "before"}, left, 1.0) == steps_to_collapse(SGD, group, {}, left, 1.0)
     assert log_smallest(torch.bfloat16) == log_smallest(torch.float32) > log_smallest(torch.float64)
 
 
