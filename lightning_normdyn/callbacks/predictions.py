@@ -32,6 +32,8 @@ SETTLED_AFTER = 6.0
 # A norm counts as drifting if it does so both over the last 2 and over the last 4 relaxation times (and these many rows): within one, the
 # norms of a settled network wander by a tenth all the time.
 WINDOWS = ((2.0, 6), (4.0, 12))
+# But a drift by this much within a relaxation time is none of that: after a burst the two windows may even disagree on the direction.
+WANDERING = 0.3
 # Below this many powers of e, a decay does next to nothing to a norm within the whole run.
 IDLE_DECAY = 0.1
 # A norm that has grown by this factor and still grows exponentially is on its way to overflow: a random walk never gets there.
@@ -217,7 +219,9 @@ def judge(history: History, name: str, course: Course) -> str:
     known = recent & np.isfinite(predicted)
     ratio = _root_mean_square(angles[known]) / _root_mean_square(predicted[known]) if known.any() and prediction is not None else None
     growth = 2 * np.log(np.maximum(norms, 1e-300))
-    drift = _common(_slope(at[recent], growth[recent]), _slope(at[longer], growth[longer]))
+    drift, before = _slope(at[recent], growth[recent]), _slope(at[longer], growth[longer])
+    if relaxation and abs(drift) * relaxation < WANDERING:
+        drift = _common(drift, before)
     if prediction is not None and relaxation is None and ratio is not None and turned > 0:
         return f"length held by WeightRescaling, {ratio:.2g}x the prediction"
     said = verdict(

@@ -301,6 +301,14 @@ def test_verdicts_do_not_flicker(trend: float, expected: str) -> None:
     assert said.count(expected) > 0.97 * len(said)
 
 
+def test_a_norm_that_falls_after_a_burst_is_not_settled() -> None:
+    """Over the last two relaxation times it falls as fast as the decay allows, over the last four it has grown."""
+    relaxation = 50.0
+    norm = lambda i: (1.0 if i < 330 else 4.0) * exp(-max(i - 330, 0) / relaxation / 4)  # noqa: E731
+    history = curves(norm, lambda i: 0.002, lambda i: 0.01, rows=480)
+    assert judge(history, "w", course(Prediction(0.01, relaxation, 4, 1e-4), 480)).startswith("approaching, about ")
+
+
 def test_what_was_before_a_drop_of_the_rate_does_not_count() -> None:
     """A norm that fell until the drop and is still from there on: settled soon after, although four relaxation times look back further."""
     seen, history = Course(), History()
