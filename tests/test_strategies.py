@@ -264,7 +264,116 @@ def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: i
         assert max(counts.values()) == most, counts
 
 
+def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[int]], int, int, int]:
+    """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut vectors, weights and measured numbers."""
+    from lightning_normdyn import sharding
+    from lightning_normdyn.steps import Phase, StepBracket
+
+    sent: list[int] = []
+    found: dict[str, list[int]] = {}
+    add, all_reduce = StepBracket.add, sharding._all_reduce
+
+    def noting(values: Tensor, group: Any) -> Tensor:
+        sent.append(values.numel() * values.element_size())
+        return all_reduce(values, group)
+
+    def watching(moment: str, call: Callable[..., Any], *given: Any) -> None:
+        sent.clear()
+        call(*given)
+        found[moment] = list(sent)
+
+    def noting_add(self: StepBracket, phase: Phase, handler: Any, order: str = "") -> Any:
+        return add(self, phase, lambda step: watching(phase.name, handler, step), order)
+
+    class Watched(NormDynamicsMonitor):
+        def _publish(self, *given: Any) -> None:
+            watching("publish", super()._publish, *given)
+
+    sharding._all_reduce = noting
+    StepBracket.add = noting_add  # type: ignore[method-assign]
+    monitor = Watched(1, tables=False, **arguments)
+    fit(STRATEGIES[strategy], lambda: [monitor], optimizer=sgd, steps=2)
+    (plan,) = monitor.plans.values()
+    cut = sum(int(p.sharing.cut.sum()) for p in plan.vectors._placements if p.sharing is not None)
+    numbers = len(monitor._quantities[plan.index]) + 5
+    return {k: v for k, v in found.items() if k != "RESOLVE"}, cut, len(plan.targets), numbers
+
+
+@pytest.mark.parametrize(("strategy", "arguments"), [("ddp", {}), ("FSDP2", FILTERS), ("FSDP2", {}), ("FSDP1 FULL_SHARD, one unit", {})])
+def test_what_the_monitor_sends(strategy: str, arguments: dict[str, Any]):
+    """One collective in each phase of a step, as large as docs/strategies.md says."""
+    for found, cut, weights, numbers in run_ranks(traffic, 2, (strategy, arguments)).values():
+        assert (cut == 0) == (strategy == "ddp" or arguments == FILTERS)
+        publish = [] if strategy == "ddp" else [8 * (2 * numbers + 1) * weights, 8 * weights]
+        assert found == {"MEASURE": [24 * cut] if cut else [], "MEASURE_STEP": [24 * cut] if cut else [], "publish": publish}
+
+
 # ---------------------------------------------------------------------------------------------------------------- traps
+
+
+class Sometimes(torch.nn.Module):
+    """Every second step leaves a weight out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv1d(1, 7, 3, bias=False)
+        self.conv_norm = torch.nn.GroupNorm(7, 7)
+        self.extra = torch.nn.Linear(11, 11, bias=False)
+        self.extra_norm = torch.nn.LayerNorm(11)
+        self.block = torch.nn.Linear(11, 5, bias=False)
+        self.block_norm = torch.nn.LayerNorm(5)
+        self.head = torch.nn.Linear(5, 1)
+        self.passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.conv_norm(self.conv(x[:, None]))).mean(1)
+        if self.passes % 2 == 0:
+            x = x + self.extra_norm(self.extra(x))
+        self.passes += 1
+        return self.head(torch.tanh(self.block_norm(self.block(x))))
+
+
+class SometimesModule(strategies.Module):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        torch.manual_seed(3)
+        self.net = Sometimes().to(self.dtype_)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "alone"),
+    [
+        ("FSDP2, 3 ranks", "ddp"),
+        pytest.param("FSDP1 FULL_SHARD, one unit, 3 ranks", "FSDP1 NO_SHARD, one unit", marks=pytest.mark.slow),
+    ],
+)
+def test_steps_without_some_gradients(strategy: str, alone: str):
+    """Under FSDP1 a weight that was left out has a gradient of zeros, on one rank as well."""
+
+    def main(how: strategies.Strategy) -> list[Any]:
+        found = []
+        for writers in (
+            lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3, target_norm="initial")],
+            lambda: [RadialProjection(gate="cosine", delta=0.5)],
+        ):
+            monitor = NormDynamicsMonitor(1, tables=False)
+            _, module, _ = fit(how, lambda w=writers, m=monitor: [*w(), m], optimizer=adamw, model=SometimesModule)  # type: ignore[misc]
+            found.append((module.final, list(monitor.history)))
+        return found
+
+    def on_one_rank() -> Any:
+        from lightning.pytorch.strategies import DDPStrategy
+
+        if alone == "ddp":
+            return DDPStrategy(process_group_backend="gloo", timeout=strategies.TIMEOUT, find_unused_parameters=True)
+        return strategies.fsdp1("NO_SHARD", units=False)()
+
+    expected = run_ranks(main, 1, (strategies.Strategy(1, on_one_rank),))[0]
+    answers = run_ranks(main, STRATEGIES[strategy].world, (STRATEGIES[strategy],))
+    for i, (weights, rows) in enumerate(expected):
+        assert ("angular_update/net.extra.weight" in rows[1]) == (alone != "ddp")
+        assert all(distance(found[i][0], weights) <= 1e-12 for found in answers.values())
+        assert_same_rows(answers[0][i][1], rows, 1e-5, 1e-3)
 
 
 @pytest.mark.parametrize(
