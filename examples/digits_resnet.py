@@ -137,7 +137,7 @@ def save_comparison(histories: dict, picture: Path) -> Path | None:
         plot_compare(histories, quantity, ax=ax)
     figure.savefig(picture, dpi=120, bbox_inches="tight")
     plt.close(figure)
-    plot_overview(histories["AdaptiveWeightShrink"])[0].savefig(picture.with_name("overview.png"), dpi=100)
+    plot_overview(histories["AdaptiveWeightShrink"])[0].savefig(picture.with_name("overview.png"), dpi=85)
     return picture
 
 

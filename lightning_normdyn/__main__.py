@@ -93,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         known = isinstance(error, (NormDynError, OSError))
         hint = "" if known else f" ({type(error).__name__}; run again with --traceback to see where)"
-        print(f"error: {error}{hint}", file=sys.stderr)
+        said = f"`{error.filename}`: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else error
+        print(f"error: {said}{hint}", file=sys.stderr)
         return 1
     return 0
 

@@ -457,8 +457,16 @@ def load_history(path: str | os.PathLike[str]) -> History:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write whose content appears under ``path`` only when it is complete; folders are made as needed."""
-    path = Path(path)
+    """A file to write whose content appears under ``path`` only when it is complete; folders are made as needed.
+
+    Raises:
+        NormDynError: where ``path`` is a folder, a device or a pipe, which a file must not take the place of.
+    """
+    path = Path(os.path.realpath(path))  # of a link, what it points at is replaced, and the link stays
+    if path.exists() and not path.is_file():
+        raise NormDynError(
+            f"`{path}` is a {'folder' if path.is_dir() else 'device or pipe'}, not a file that can be written; name another."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

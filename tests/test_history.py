@@ -238,6 +238,24 @@ def test_the_file_opens_without_pickle(tmp_path):
         assert {name: file[name].dtype.kind for name in file.files}["cells"] == "f"
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "run.npz"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    before = path.stat()
+    with pytest.raises(NormDynError, match=f"is a {'folder' if kind == 'folder' else 'device or pipe'}, not a file"):
+        filled().save(path)
+    assert path.stat() == before
+    assert os.listdir(tmp_path) == ["run.npz"]
+
+
+def test_of_a_link_what_it_points_at_is_replaced(tmp_path):
+    (tmp_path / "link.npz").symlink_to(tmp_path / "run.npz")
+    filled().save(tmp_path / "link.npz")
+    assert (tmp_path / "link.npz").is_symlink()
+    assert_same(filled(), load_history(tmp_path / "run.npz"))
+
+
 def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
     path = filled().save(tmp_path / "run.npz")
     before = path.read_bytes()

@@ -115,6 +115,16 @@ def test_report_of_one_and_of_several_runs(capsys):
     assert "<h2>version_0</h2>" in page
 
 
+@pytest.mark.parametrize(("output", "says"), [("run.npz/report.html", "File exists"), ("/proc/nowhere/report.html", "No such file")])
+def test_what_cannot_be_written_is_said_in_words(capsys, output, says):
+    run_of().save("run.npz")
+    assert main(["report", "run.npz", "-o", output]) == 1
+    said = capsys.readouterr().err
+    assert says in said
+    assert "Errno" not in said
+    assert os.listdir() == ["run.npz"]
+
+
 @pytest.mark.parametrize(
     ("paths", "labels"),
     [
