@@ -1351,7 +1351,7 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
             operation.rows.link(Link(name, per_sample[0], flow.degree, flow.offset is not None, bias))
         else:
             operation.rows.stale.setdefault(name)
-    else:
+    elif not isinstance(module, nn.modules.batchnorm._NormBase):  # torch's own hold them there or have none
         readable, running = operation.saved_tensor("running_mean")
         if running is not None or not readable:
             operation.rows.stale.setdefault(operation.place)

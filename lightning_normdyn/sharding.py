@@ -239,10 +239,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _dtensor_class() -> Any:
-    try:
-        return import_module("torch.distributed.tensor").DTensor
-    except ImportError:  # torch 2.4
-        return import_module("torch.distributed._tensor").DTensor
+    return import_module("torch.distributed.tensor").DTensor
 
 
 def _is_dtensor(tensor: Tensor) -> bool:

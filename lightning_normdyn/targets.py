@@ -347,10 +347,7 @@ def visible_graph() -> Iterator[None]:
 
         return module.checkpoint(visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
 
-    set_stance = getattr(torch.compiler, "set_stance", None)  # torch >= 2.6; before that, compiled code stays opaque
-    with ExitStack() as stack:
-        if set_stance is not None:
-            stack.enter_context(set_stance("force_eager"))
+    with torch.compiler.set_stance("force_eager"):
         setattr(function, "apply", staticmethod(apply))  # noqa: B010 (a method, to type checkers)
         try:
             yield

@@ -268,8 +268,7 @@ def undisturbed(module: LightningModule, seed: int, sources: Sequence[Any] = ())
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
-        if hasattr(torch.compiler, "set_stance"):  # torch >= 2.6; hooks inside compiled code are not called
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks inside compiled code are not called
         seed_everything(seed, module.device)
         # A `self.log` inside forward must not reach the loggers: this is no training step.
         vars(module)["log"] = lambda *_, **__: None
