@@ -63,6 +63,8 @@ def free_decay_rate(optimizer_class: type, group: Mapping[str, Any], **options: 
 
     For :func:`steps_to_underflow`. With decay inside the gradient, momentum β and dampening d: -ln|a|, with a the larger root of
     x² - (1 + β - lr·λ·(1-d))x + β. For lr·λ·(1-d) > (1-√β)² the roots are complex, |a| = √β, and more decay no longer kills faster.
+    There a vector whose entries swing through zero together is gone a little earlier than its envelope (measured: by 4 to 7 % of the steps
+    at β = 0.9 to 0.95, by 18 % at 0.99).
     ``options``: :class:`lightning_normdyn.step_response.Options`.
 
     Returns:
