@@ -290,10 +290,10 @@ class WeightVectors:
     def displacement(self, before: Operand, *, exact: bool = False) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w = ``before`` and Δ = now - w.
 
-        Angles and radial parts from them are right to 1e-6 of themselves, down to angles of 1e-6 rad and also when the norm changes many
-        times over, although all passes over the weights are in their own precision, float32 at least: what is summed is the residual
-        r = now - k w with the ratio of norms k, which is nearly orthogonal to w, and only the few numbers per vector are combined in
-        float64.
+        Angles from them are right to 1e-3 of themselves from 1e-6 rad on (to 1e-6 where rounding of the weights is no matter), radial parts
+        to 1e-6 of the step, also when the norm changes many times over, although all passes over the weights are in their own precision,
+        float32 at least: what is summed is the residual r = now - k w with the ratio of norms k, which is nearly orthogonal to w, and only
+        the few numbers per vector are combined in float64.
 
         Args:
             before: w, the weights before the step.
