@@ -32,9 +32,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-# Before torch is loaded: threads that wait for work must not spin on cores that others use.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
