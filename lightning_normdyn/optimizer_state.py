@@ -166,6 +166,8 @@ def supports_decay_takeover(optimizer: Optimizer) -> str | None:
         return f"{name} keeps per-step state in its param groups ({', '.join(kept)})"
     if not module.startswith(_READS_DECAY_EVERY_STEP):
         return f"the step of {name} is defined in {module}, and whether it reads weight_decay from its group at every step is not known"
+    if any(group.get("weight_decay") and decay_kind(optimizer, group) is None for group in optimizer.param_groups):
+        return f"how {name} applies it is not known"
     return None
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
+from lightning_normdyn.optimizer_state import decay_kind, is_schedule_free, supports_decay_takeover
 from lightning_normdyn.sharding import torch_optimizers
+from lightning_normdyn.vectors import Partition, WeightVectors
 
 
 class Phase(IntEnum):
@@ -73,6 +74,8 @@ class Step:
 
 
 Handler = Callable[[Step], None]
+Claimed = Set[Tensor] | Mapping[Tensor, Partition]
+"""Weights whose decay is taken over: whole, or only in the rows that belong to a vector of their partition."""
 
 
 class StepBracket:
@@ -122,7 +125,9 @@ class StepBracket:
         """Real steps since the bracket was attached; call `settle` first if a fused optimizer may have skipped the last one."""
         self._handlers: list[tuple[int, str, int, Handler]] = []
         self._added = 0
-        self._claims: dict[object, tuple[DecayOwner, Callable[[], Set[Tensor]]]] = {}
+        self._claims: dict[object, tuple[DecayOwner, Callable[[], Claimed]]] = {}
+        self._rest: tuple[list[tuple[Tensor, Partition]], WeightVectors] | None = None
+        self._gradients: list[tuple[Tensor, Tensor]] = []
         self._snapshot_requests: dict[Tensor, Tensor] = {}
         self._snapshots: dict[Tensor, Tensor] = {}
         self._buffers: dict[Tensor, Tensor] = {}
@@ -167,11 +172,15 @@ class StepBracket:
 
         return remove
 
-    def claim_decay(self, claimant: object, owner: DecayOwner, weights: Set[Tensor] | Callable[[], Set[Tensor]]) -> Callable[[], None]:
+    def claim_decay(self, claimant: object, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]) -> Callable[[], None]:
         """Take over the weight decay of ``weights`` from the optimizer; a callable is asked at every step.
 
         From ``ready`` to ``stepped`` the optimizer sees those weights in param groups of their own with ``weight_decay=0``: bit-exact in
         every precision, and invisible to schedulers and ``state_dict``. A second claim by the same claimant replaces its first.
+
+        With a partition for a weight, only its vectors are meant. The rows that belong to none (the value rows of a packed qkv with
+        QK-norm) get the optimizer's own decay from the bracket, as the optimizer itself would apply it: a decoupled one as a factor on
+        the rows before the update, a coupled one added to their gradient, which is put back afterwards.
 
         Returns:
             A function that takes the claim back.
@@ -225,7 +234,7 @@ class StepBracket:
         self._hooks = []
         self._handlers = []
         self._claims = {}
-        self._snapshots, self._buffers = {}, {}
+        self._snapshots, self._buffers, self._rest = {}, {}, None
         self._of.pop(self.optimizer, None)
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -337,9 +346,12 @@ class StepBracket:
     # -- decay take-over -----------------------------------------------------------------------------------------------
 
     def _split_groups(self) -> None:
-        taken = {w for _, weights in self._claims.values() for w in weights()}
+        taken: dict[Tensor, Partition | None] = {}
+        for _, weights in sorted(((owner, weights()) for owner, weights in self._claims.values()), key=lambda claim: claim[0]):
+            taken.update(weights if isinstance(weights, Mapping) else dict.fromkeys(weights))  # the highest owner's rows count
         if not taken:
             return
+        self._decay_rest(taken)
         split: list[dict[str, Any]] = []
         for group in self.optimizer.param_groups:
             ours = [p for p in group["params"] if p in taken]
@@ -355,8 +367,47 @@ class StepBracket:
             self._groups = self.optimizer.param_groups
             self.optimizer.param_groups = split
 
+    def _decay_rest(self, taken: Mapping[Tensor, Partition | None]) -> None:
+        """Apply the optimizer's decay to rows of claimed weights that nobody claimed."""
+        groups = [(group, p) for group in self.optimizer.param_groups if group.get("weight_decay") for p in group["params"]]
+        partly = [(w, part, group) for group, w in groups if (part := taken.get(w)) is not None and bool((part.labels < 0).any())]
+        if not partly:
+            return
+        known = [(w, part) for w, part, _ in partly]
+        if self._rest is None or [(id(w), id(part)) for w, part in self._rest[0]] != [(id(w), id(part)) for w, part in known]:
+            rest = [Partition(part.keep, torch.where(part.labels < 0, 0, -1), "layer") for _, part in known]
+            self._rest = known, WeightVectors([w for w, _ in known], rest)
+        vectors = self._rest[1]
+        has_gradient = vectors.has_gradient()
+        coupled, factors = [], []
+        for (_, _, group), present in zip(partly, has_gradient, strict=True):
+            kind, decay = decay_kind(self.optimizer, group), group["weight_decay"]
+            if getattr(self.optimizer, "decoupled_wd", False):  # Lion's option
+                decay = decay / self.optimizer._init_lr  # type: ignore[attr-defined]
+            factors.append(1 - group["lr"] * decay if present and kind == "decoupled" else 1.0)
+            coupled.append(decay * (-1 if group.get("maximize") else 1) if present and kind == "coupled" else 0.0)
+        assert self._step is not None
+        if any(isinstance(f, Tensor) or f != 1 for f in factors):
+            vectors.scale_(self._step.unless_skipped(self._of_rest(vectors, factors), 1.0))
+        if not any(isinstance(c, Tensor) or c != 0 for c in coupled):
+            return
+        scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer divides by it in its kernel, before the decay
+        gradients = vectors.gradients()
+        self._gradients = [(g, g.clone()) for g in gradients if g is not None]
+        amounts = self._of_rest(vectors, coupled)
+        vectors.add_scaled_(amounts if scale is None else amounts * scale.to(amounts), vectors.values(), gradients)
+
+    @staticmethod
+    def _of_rest(vectors: WeightVectors, values: list[Any]) -> Tensor:
+        per_weight = torch.stack([torch.as_tensor(v, dtype=vectors.sum_dtype, device=vectors.device) for v in values])
+        return vectors.spread(per_weight)
+
+    @torch.no_grad()
     def restore(self) -> None:
-        """Give the optimizer its own param groups back, if a step left them split."""
+        """Give the optimizer its own param groups and gradients back, if a step left them changed."""
+        for gradient, before in self._gradients:
+            gradient.copy_(before)
+        self._gradients = []
         if self._groups is not None:
             self.optimizer.param_groups = self._groups
             self._groups = None
@@ -378,15 +429,20 @@ def check_optimizer(optimizer: Optimizer) -> None:
         )
 
 
-def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
+def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor] | Mapping[Tensor, Partition]) -> None:
     """Refuse, before training, a decay that cannot be taken over.
 
+    Args:
+        optimizer: whose decay.
+        weights: of these weights, or of the vectors of these partitions.
+
     Raises:
-        NotSupportedError: if a group that holds one of ``weights`` has a decay that is not 0 and the optimizer keeps per-step state in
-            its groups, or is not known.
+        NotSupportedError: if a group that holds one of ``weights`` has a decay that is not 0 and the optimizer keeps per-step state in its
+            groups, or is not known, or applies it to the rows that nobody takes over in a way that cannot be repeated.
     """
     reason = supports_decay_takeover(optimizer)
     if reason is None:
+        _check_rest(optimizer, weights if isinstance(weights, Mapping) else {})
         return
     ours = {id(w) for w in weights}
     for group in optimizer.param_groups:
@@ -395,6 +451,18 @@ def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor]) -> Non
             raise NotSupportedError(
                 f"The weight decay {decay} of {type(optimizer).__name__} would have to be taken over for these weights, but {reason}. "
                 "Set weight_decay=0 in their param group, or use weight_decay='keep' where the callback has it."
+            )
+
+
+def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) -> None:
+    for group in optimizer.param_groups:
+        if not group.get("weight_decay") or not group.get("fused"):
+            continue
+        if any(p.dtype.itemsize < 4 and p in partitions and bool((partitions[p].labels < 0).any()) for p in group["params"]):
+            raise NotSupportedError(
+                f"Some rows of a weight keep the weight decay {group['weight_decay']} of {type(optimizer).__name__} while that of the "
+                "others is taken over, but its fused kernel applies it in float32 within the update, and the weight is stored in less. "
+                "Use fused=False, set weight_decay=0 in the weight's param group, or weight_decay='keep' where the callback has it."
             )
 
 

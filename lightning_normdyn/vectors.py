@@ -469,11 +469,17 @@ class WeightVectors:
                     view = piece.view(tensor)
                     view.mul_(piece.spread(factor, view))
 
-    def add_scaled_(self, coefficient: Tensor, source: Operand) -> None:
-        """Add ``coefficient * source`` to every vector of the weights, in place; ``coefficient`` is ``(n,)``."""
+    def add_scaled_(self, coefficient: Tensor, source: Operand, tensors: Operand | None = None) -> None:
+        """Add ``coefficient * source`` to every vector, in place.
+
+        Args:
+            coefficient: ``(n,)``.
+            source: what to add.
+            tensors: what to add to instead of the weights (gradients); None entries are passed over, on either side.
+        """
         coefficient = _with_dummy(coefficient, 0.0)
-        for value, other, pieces in zip(self.values(), source, self._pieces, strict=True):
-            if other is not None:
+        for value, other, pieces in zip(self.values() if tensors is None else tensors, source, self._pieces, strict=True):
+            if value is not None and other is not None:
                 for piece in pieces:
                     view = piece.view(value)
                     view.addcmul_(piece.view(other), piece.spread(coefficient, view))

@@ -330,6 +330,52 @@ def test_a_compiled_submodule():
     check(module, recorder, Case(list, CASES["all"].rules, names))
 
 
+class Packed(nn.Module):
+    """Attention over image rows with one weight for queries, keys and values, of which only the first two are normalized, per head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Linear(6, 18, bias=False), nn.Linear(6, 2)
+        self.nq, self.nk = nn.LayerNorm(3, eps=1e-12), nn.LayerNorm(3, eps=1e-12)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x[:, 0]).unflatten(-1, (3, 2, 3)).permute(2, 0, 3, 1, 4)
+        y = nn.functional.scaled_dot_product_attention(self.nq(q), self.nk(k), v)
+        return self.head(y.transpose(1, 2).flatten(2).tanh().mean(1))
+
+
+def by_vector(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The four normalized vectors of `Packed.qkv`, each as a weight of one filter, and the value rows."""
+    return {**{f"vector {i}": part.reshape(1, -1) for i, part in enumerate(weight[:12].split(3))}, "values": weight[12:]}
+
+
+@pytest.mark.parametrize(
+    ("case", "make_optimizer"),
+    [
+        *itertools.product(["aws", "wrs", "projection", "all"], [sgd, adamw]),
+        *itertools.product(["aws", "wrs"], [lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.5)]),
+        ("aws", lambda p: sgd(p, maximize=True)), ("wrs", lambda p: adamw(p, fused=True)),
+    ],
+)  # fmt: skip
+def test_a_packed_projection_is_treated_in_its_normalized_rows(case, make_optimizer):
+    """Like weights apart: the value rows neither lose their decay nor are touched."""
+    module, recorder = run(CASES[case].callbacks(), {"make_optimizer": make_optimizer, "net": Packed, "max_epochs": 3})
+    got = weights_of(module)
+
+    def apart(table: dict[str, Any], split: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        return {n: v for name, value in table.items() for n, v in (split(value) if name == "net.qkv.weight" else {name: value}).items()}
+
+    recorder.start = apart(recorder.start, by_vector)
+    recorder.steps = [
+        [apart(received, lambda value: {n: (g, value[1]) for n, g in by_vector(value[0]).items()}) for received in steps]
+        for steps in recorder.steps
+    ]
+    vectors = [f"vector {i}" for i in range(4)]
+    expected = replay(recorder, vectors, **CASES[case].rules)
+    assert distance(apart(got, by_vector), expected) <= 1e-12
+    assert distance({"": expected["values"]}, {"": replay(recorder, [*vectors, "values"], **CASES[case].rules)["values"]}) > 1e-3
+
+
 # ---- Fits, interrupted and repeated ----
 
 

@@ -89,7 +89,8 @@ class AdaptiveWeightShrink(NormDynCallback):
         if any(standardized):
             self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device))
         if self.weight_decay == "replace":
-            bracket.claim_decay((self, plan.index), DecayOwner.SHRINK, {t.weight for t in plan.targets})
+            check_decay_takeover(plan.optimizer, plan.claimed)
+            bracket.claim_decay((self, plan.index), DecayOwner.SHRINK, plan.claimed)
 
     def statistic_of(self, plan: Plan) -> Tensor:
         """Norm, or biased standard deviation where weight standardization follows, of every vector: ``(n,)``."""

@@ -65,6 +65,11 @@ class Plan:
     def __post_init__(self) -> None:
         self.bad = torch.zeros(self.vectors.n, dtype=torch.bool, device=self.vectors.device)
 
+    @property
+    def claimed(self) -> dict[Tensor, Partition]:
+        """What of each weight is treated, for `StepBracket.claim_decay`: rows that are not keep the optimizer's decay."""
+        return {t.weight: t.partition for t in self.targets}
+
     def group_values(self, key: str) -> Tensor:
         """A number of the param groups (``"lr"``, ...) for each vector, ``(n,)`` float64, read at this very step."""
         values = [group.get(key) for group, _ in self.groups]

@@ -116,8 +116,8 @@ class RadialProjection(NormDynCallback):
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Claim the decay, AWS going first."""
-        weights = {t.weight for t in plan.targets}
-        bracket.claim_decay((self, plan.index), DecayOwner.PROJECTION, weights)
+        check_decay_takeover(plan.optimizer, plan.claimed)
+        bracket.claim_decay((self, plan.index), DecayOwner.PROJECTION, plan.claimed)
 
     def _look(self, step: Step, plan: Plan) -> None:
         vectors = plan.vectors

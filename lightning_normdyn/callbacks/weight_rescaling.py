@@ -113,8 +113,9 @@ class WeightRescaling(NormDynCallback):
         if self.target_norm == "initial":
             self._targets[plan.index] = self.per_vector("initial_norm", plan, plan.vectors.norms)
         if self.weight_decay == "replace":
-            weights = {t.weight for t in plan.targets}
-            bracket.claim_decay((self, plan.index), DecayOwner.RESCALING, lambda: weights if self._in_window() else set())
+            claimed = plan.claimed
+            check_decay_takeover(plan.optimizer, claimed)
+            bracket.claim_decay((self, plan.index), DecayOwner.RESCALING, lambda: claimed if self._in_window() else {})
 
     def _in_window(self) -> bool:
         assert self._session is not None
