@@ -207,8 +207,11 @@ def full_shape(weight: Tensor) -> Shape:
 
 
 def has_gradient(weight: Tensor) -> bool:
-    """Whether ``weight`` got a gradient, as far as every rank can answer the same: a flat shard counts as if it had."""
-    return weight.grad is not None or _flat_slice(weight) is not None
+    """Whether ``weight`` got a gradient, as far as every rank can answer the same: of a flat shard, whether anything beside it did."""
+    place = _flat_slice(weight)
+    if place is None:
+        return weight.grad is not None
+    return place.flat is None or place.flat.grad is not None
 
 
 def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
@@ -418,6 +421,7 @@ class FlatSlice:
         rank: of this process within ``group``.
         group: the ranks that hold the buffer.
         master: None, or what the optimizer updates in place of the parameter.
+        flat: FSDP's flat parameter, which has a gradient on every rank or on none.
     """
 
     shape: Shape
@@ -427,6 +431,7 @@ class FlatSlice:
     rank: int
     group: Any
     master: Master | None = None
+    flat: Tensor | None = None
 
     def range_of(self, rank: int) -> Range:
         """The entries ``start .. stop - 1`` of the flattened weight that ``rank`` holds."""
@@ -500,7 +505,7 @@ def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
         chunk = -(-size.numel() // world)
         for weight, shape, stride, offset, shard in zip(params, shapes, strides, offsets, shards, strict=True):
             order = tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
-            place = FlatSlice(tuple(shape), order, offset, chunk, rank, group)
+            place = FlatSlice(tuple(shape), order, offset, chunk, rank, group, flat=flat)
             begin, end = place.range_of(rank)
             theirs = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1) if shard.in_shard else None
             if (begin, end) != theirs and not (begin == end and theirs is None):

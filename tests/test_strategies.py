@@ -14,7 +14,7 @@ import strategies
 import torch
 from ranks import RankError, run_ranks
 from strategies import DEEPSPEED, STEPS, STRATEGIES, adamw, fit, sgd
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NotSupportedError, RadialProjection, WeightRescaling
 
@@ -628,6 +628,131 @@ def test_deepspeed_accumulates_without_skipping(strategy: str):
     assert set(steps.values()) == {STEPS // 2}
     assert [row["optimizer_step"] for row in rows] == [1, 2, 3]
     assert all(row["normdyn/skipped_steps"] == 0 for row in rows)
+
+
+# ------------------------------------------------------------------------------------------------ losses and weights that come later
+
+
+class Generator(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.na, self.b = nn.Linear(13, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 12, bias=False)
+        self.nb, self.c = nn.GroupNorm(3, 12), nn.Linear(12, 13)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.nb(self.b(torch.relu(self.na(self.a(x)))))))
+
+
+class Gan(strategies.Module):
+    """Manual optimization; the generator joins at the third batch."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        torch.manual_seed(3)
+        critic = nn.Sequential(nn.Linear(13, 9, bias=False), nn.LayerNorm(9), nn.LeakyReLU(), nn.Linear(9, 1))
+        self.net = nn.ModuleDict({"generator": Generator(), "critic": critic}).to(self.dtype_)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        real, loss = batch[0], nn.functional.softplus
+        for optimizer, fooling in zip(self.optimizers(), (False, True), strict=True):
+            if fooling and batch_idx < 2:
+                continue
+            fake = self.net["generator"](real.flip(0))
+            if fooling:
+                value = loss(-self.net["critic"](fake)).mean()
+            else:
+                value = loss(self.net["critic"](fake.detach())).mean() + loss(-self.net["critic"](real)).mean()
+            optimizer.zero_grad()
+            self.manual_backward(value)
+            optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.AdamW(self.net[part].parameters(), lr=0.01, weight_decay=0.1) for part in ("critic", "generator")]
+
+
+class LateNet(nn.Module):
+    """Its block is used from the third batch on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm, self.block, self.head = nn.Linear(13, 12, bias=False), nn.LayerNorm(12), Late(), nn.Linear(12, 1)
+
+    def forward(self, x: Tensor, late: bool) -> Tensor:
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head(self.block(x) if late else x)
+
+
+class Late(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.norm, self.down, self.last = nn.Linear(12, 10, bias=False), nn.GroupNorm(2, 10), nn.Linear(10, 12, bias=False), None
+        self.last = nn.LayerNorm(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.down(torch.relu(self.norm(self.up(x)))))
+
+
+class LateModule(strategies.Module):
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        torch.manual_seed(3)
+        self.net = LateNet().to(self.dtype_)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return nn.functional.mse_loss(self.net(batch[0], batch_idx >= 2), batch[1])
+
+
+def _each_part(net: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    parts = net.values() if isinstance(net, nn.ModuleDict) else (net.block, net)
+    for part in parts:
+        fully_shard(part, mesh=mesh["data_parallel"])
+
+
+def joining(name: str, model: Any) -> Any:
+    """In a rank: weights at the end, the table, and the targets."""
+    from dataclasses import replace
+
+    from lightning.pytorch.strategies import DDPStrategy
+    from torch.distributed.fsdp import MixedPrecision
+
+    make: dict[str, Any] = {
+        "ddp": lambda: DDPStrategy(process_group_backend="gloo", timeout=strategies.TIMEOUT, find_unused_parameters=True),
+        "FSDP1 FULL_SHARD": lambda: strategies.CPUFSDPStrategy(
+            auto_wrap_policy={Late}, mixed_precision=MixedPrecision(), process_group_backend="gloo", timeout=strategies.TIMEOUT
+        ),
+    }
+    strategy = STRATEGIES[name]
+    strategy = replace(strategy, make=make.get(name, strategy.make), parallelize=_each_part if name == "FSDP2" else None)
+    shrink = AdaptiveWeightShrink(0.5)
+
+    def optimizer(module: Any) -> Any:
+        return torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1)
+
+    _, module, _ = fit(strategy, lambda: [shrink, WeightRescaling(3)], optimizer=optimizer, model=model, steps=8)
+    assert shrink._session is not None
+    table = {v.name: (v.kind, v.n, v.reason) for v in shrink._session.search.verdicts.values()}
+    return module.final, table, sorted(t.name for plan in shrink.plans.values() for t in plan.targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("FSDP1 FULL_SHARD", LateModule),
+        ("FSDP2", Gan),
+        pytest.param("FSDP2", LateModule, marks=pytest.mark.slow),
+        pytest.param("ddp", LateModule, marks=pytest.mark.slow),
+        pytest.param("ddp", Gan, marks=pytest.mark.slow),
+    ],
+)
+def test_weights_that_join_later_are_found_at_the_same_step(name: str, model: Any):
+    expected, table, targets = run_ranks(joining, 1, ("ddp", model))[0]
+    assert len(targets) == 3
+    for weights, found, theirs in run_ranks(joining, 2, (name, model)).values():
+        assert (found, theirs) == (table, targets)
+        assert distance(weights, expected) <= 1e-12
 
 
 # ---------------------------------------------------------------------------------------------------------------- refusals

@@ -68,8 +68,9 @@ class Session:
         self._watched: tuple[Any, ...] | None = None
         self._undecided: set[Tensor] = set()
         self._missed: set[Tensor] = set()
-        # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch.
-        self._looks_left = 8
+        # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch: eight looks,
+        # then at growing distances.
+        self._batches, self._looks, self._next_look = 0, 0, 0
         self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
         self._version = 0
         self._claims: dict[int, Claims | None] = {}
@@ -119,12 +120,14 @@ class Session:
             stepped = [o for o, b, before in zip(self.optimizers, self.brackets, self._steps_before, strict=True) if b.steps > before]
             forget_gradients(self.module, [p for o in stepped for g in o.param_groups for p in g["params"]])
         state = self._graph_state()
-        # The batch that gave it a gradient is over; the next one that uses it may be several batches away.
-        self._missed = {w for w in self._undecided if w in self._missed or (w.requires_grad and has_gradient(w))}
-        news = self._looks_left > 0 and bool(self._missed)
+        self._missed &= self._undecided  # the batch that gave them gradients is over; the next one that uses them may be several away
+        self._batches += 1
+        news = bool(self._missed) and self._batches >= self._next_look
         if self._watched == state and not news:
             return
-        self._looks_left -= news
+        if news:
+            self._looks += 1
+            self._next_look = self._batches + 1 if self._looks < 8 else self._batches + self._batches // 2
         if self._watched is None and self.restore_verdicts():
             self._watched, self._begun = state, True
             return
@@ -185,6 +188,12 @@ class Session:
         return Verdict.unknown(names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape)))
 
     def _resolve(self, step: Step) -> None:
+        self._decide(step)
+        if self._undecided:  # gradients are there now; later somebody may have cleared them
+            ours = {p for group in step.optimizer.param_groups for p in group["params"]}
+            self._missed |= {w for w in self._undecided & ours if w.requires_grad and has_gradient(w)}
+
+    def _decide(self, step: Step) -> None:
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
         groups = step.optimizer.param_groups
         layout = tuple((id(g), len(g["params"])) for g in groups)

@@ -166,6 +166,28 @@ def test_batches_without_a_loss_at_the_start_are_no_reason_to_give_up(accumulate
     assert distance(weights_of(module), replay(recorder, TARGETS, shrink=Shrink(0.5))) < 1e-12
 
 
+def test_a_weight_is_found_whenever_it_appears_and_whoever_clears_its_gradient():
+    """After more batches than the search looks at one after the other, in a loop that clears gradients right after each step."""
+
+    class Rare(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx=0):
+            optimizer, used = self.optimizers(), batch_idx % 7 in (3, 5)
+            x = self.net[:3](batch[0])
+            x = self.net[3:6](x) if used else x[:, [0, 1, 2, 3, 0, 1]]
+            self.manual_backward(nn.functional.cross_entropy(self.net[6:](x), batch[1]))
+            optimizer.step()
+            optimizer.zero_grad()
+
+    callback = AdaptiveWeightShrink(0.5)
+    module = make(Rare)
+    fit(module, [callback], loader(count=8 * 16), max_epochs=1)
+    assert targets_of(callback) == TARGETS
+    session = callback._session
+    assert session._next_look > session._batches or not session._missed
+
+
 def test_counts_survive_targets_that_join():
     class Joins(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
