@@ -28,6 +28,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_normdyn import AdaptiveWeightShrink, LRDropRescaling, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn.functional import gradient_cosine, weight_norm
+from lightning_normdyn.parametrizations import (
+    bounded_weight_normalization,
+    centered_weight_normalization,
+    weight_normalization,
+    weight_standardization,
+)
 
 EVERY_MATRIX = [*TARGETS, "net.8.weight"]
 
@@ -328,6 +335,59 @@ def test_a_compiled_submodule():
     module, recorder = run(CASES["all"].callbacks(), {"make_optimizer": sgd, "net": compiled})
     names = ["net.0._orig_mod.0.weight", "net.0._orig_mod.3.weight"]
     check(module, recorder, Case(list, CASES["all"].rules, names))
+
+
+def plain_convnet() -> nn.Sequential:
+    """Two convolutions without a normalization behind them."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, bias=False), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+    )
+
+
+def torch_weight_norm(net: nn.Module, names: list[str]) -> nn.Module:
+    for name in names:
+        nn.utils.parametrizations.weight_norm(net.get_submodule(name.removesuffix(".weight")))
+    return net
+
+
+FAMILY = [
+    weight_normalization,
+    weight_standardization,
+    pytest.param(centered_weight_normalization, marks=pytest.mark.slow),
+    pytest.param(bounded_weight_normalization, marks=pytest.mark.slow),
+    pytest.param(torch_weight_norm, marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("normalize", FAMILY)
+@pytest.mark.parametrize("case", ["aws", "wrs", "projection", "projection-cosine", "monitor", "all"])
+def test_normalized_weights_train_under_each_callback(case, normalize):
+    """The direction is what is treated, never the gain, and its gradient stays orthogonal to it in float32."""
+    split = normalize not in (weight_standardization, bounded_weight_normalization)
+    targets = [f"net.{k}.parametrizations.weight.original{'1' if split else ''}" for k in (0, 2)]
+    callbacks = CASES[case].callbacks()
+
+    def net() -> nn.Module:
+        return normalize(plain_convnet(), ["0.weight", "2.weight"])
+
+    module, recorder = run(
+        callbacks, {"make_optimizer": lambda p: sgd(p, weight_decay=0.02), "net": net}, dtype=torch.float32, max_epochs=4
+    )
+    for callback in callbacks:
+        if case != "projection-cosine" and not isinstance(callback, NormDynamicsMonitor):
+            assert [t.name for plan in callback.plans.values() for t in plan.targets] == targets
+    rules = dict(CASES[case].rules)
+    if normalize is weight_standardization and "shrink" in rules:
+        rules["shrink"] = Shrink(0.5, statistic="std")
+    if case != "projection-cosine":  # which also looks at gains
+        check(module, recorder, Case(list, rules, targets), 1e-5)
+    module.zero_grad()
+    module.training_step(next(iter(loader(dtype=torch.float32)))).backward()
+    for name in targets:
+        w = module.get_parameter(name)
+        assert weight_norm(w.detach()).min() >= 0.1
+        assert w.grad.abs().max() > 0
+        assert gradient_cosine(w.detach(), w.grad).abs().max() <= 1e-5
 
 
 class Packed(nn.Module):
