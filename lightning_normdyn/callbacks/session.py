@@ -71,6 +71,7 @@ class Session:
         # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch: eight looks,
         # then at growing distances.
         self._batches, self._looks, self._next_look = 0, 0, 0
+        self._unread = False
         self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
         self._version = 0
         self._claims: dict[int, Claims | None] = {}
@@ -122,7 +123,7 @@ class Session:
         state = self._graph_state()
         self._missed &= self._undecided  # the batch that gave them gradients is over; the next one that uses them may be several away
         self._batches += 1
-        news = bool(self._missed) and self._batches >= self._next_look
+        news = (bool(self._missed) or self._unread) and self._batches >= self._next_look
         if self._watched == state and not news:
             return
         if news:
@@ -149,9 +150,7 @@ class Session:
         if self._watching:
             self.search.close()
             self._watching, self._compile_next = False, True
-            if not self._analyzed and self._looks_left:  # this batch had no loss (training_step may return None)
-                self._looks_left -= 1
-                self._watched = ()
+            self._unread = not self._analyzed  # this batch had no loss (training_step may return None)
         if not self._resolved or not self._begun or len(self._seen) < len(self.optimizers):
             return
         self._resolved = False
