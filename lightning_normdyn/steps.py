@@ -370,7 +370,7 @@ class StepBracket:
     def _decay_rest(self, taken: Mapping[Tensor, Partition | None]) -> None:
         """Apply the optimizer's decay to rows of claimed weights that nobody claimed."""
         groups = [(group, p) for group in self.optimizer.param_groups if group.get("weight_decay") for p in group["params"]]
-        partly = [(w, part, group) for group, w in groups if (part := taken.get(w)) is not None and bool((part.labels < 0).any())]
+        partly = [(w, part, group) for group, w in groups if (part := taken.get(w)) is not None and part.partial]
         if not partly:
             return
         known = [(w, part) for w, part, _ in partly]
@@ -458,7 +458,7 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
     for group in optimizer.param_groups:
         if not group.get("weight_decay") or not group.get("fused"):
             continue
-        if any(p.dtype.itemsize < 4 and p in partitions and bool((partitions[p].labels < 0).any()) for p in group["params"]):
+        if any(p.dtype.itemsize < 4 and p in partitions and partitions[p].partial for p in group["params"]):
             raise NotSupportedError(
                 f"Some rows of a weight keep the weight decay {group['weight_decay']} of {type(optimizer).__name__} while that of the "
                 "others is taken over, but its fused kernel applies it in float32 within the update, and the weight is stored in less. "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import gcd, prod
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,6 +68,11 @@ class Partition:
     def n(self) -> int:
         """Number of vectors."""
         return int(self.labels.max()) + 1 if self.labels.numel() else 0
+
+    @cached_property
+    def partial(self) -> bool:
+        """Whether some entries belong to no vector."""
+        return bool((self.labels < 0).any())
 
     def equal(self, other: Partition) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
