@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
+import summary
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -323,8 +324,10 @@ def paired(these: Sequence[float], those: Sequence[float]) -> tuple[float, float
     differences = [a - b for a, b in zip(these, those, strict=True)]
     if len(differences) < 2:
         return differences[0], math.nan
-    deviation = statistics.stdev(differences)
-    return mean(differences), mean(differences) / (deviation / len(differences) ** 0.5) if deviation else math.inf
+    difference, error = mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    if error == 0:
+        return difference, math.copysign(math.inf, difference) if difference else 0.0
+    return difference, difference / error
 
 
 def clear(t: float, seeds: int) -> bool:
@@ -451,6 +454,8 @@ class Report:
         )
         (out / f"{name}.md").write_text(text, encoding="utf-8")
         print(text)
+        if out.resolve() == HERE:
+            summary.refresh()
         return out / f"{name}.md"
 
     def _circumstances(self) -> list[str]:

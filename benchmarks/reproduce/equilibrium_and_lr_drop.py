@@ -198,6 +198,7 @@ def lr_drop(report: desk.Report, args: Any, images: desk.Images, width: int) -> 
         f"{data}: dividing the weights by {k:g}^(1/4) lands on it at once (Corollary 2)",
         f"{rescaled:.2f} of the new equilibrium angle just after",
         0.8 < rescaled < 1.25,
+        "gradients shrink at the drop together with the loss, while the formula takes them to stay as they were",
     )
     still_falling = "the network is not stationary at this length of training: its loss keeps falling for other reasons"
     gap, t = desk.paired(loss("as it is", first), loss("LRDropRescaling", first))
