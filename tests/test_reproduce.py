@@ -151,6 +151,7 @@ def test_statistics_taken_anew_are_those_of_the_training_images(digits):
 def test_decay_window_opens_and_closes_with_the_epochs(digits):
     from wrs_against_decay import DecayWindow
 
+    digits = digits._replace(train_x=digits.train_x[:640], train_y=digits.train_y[:640])
     epoch = len(desk.Batches(digits, 64, 0))
     recipe = desk.Recipe(2 * epoch, weight_decay=0.3)
     build = lambda: desk.plain_network(1, 2)  # noqa: E731
