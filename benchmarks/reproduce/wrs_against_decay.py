@@ -200,7 +200,7 @@ def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
         late, _ = desk.paired(loss(f"SGD, {rule} late"), loss("SGD, none"))
         difference, t, differs = comparison(loss, f"SGD, {rule} early", f"SGD, {rule} late")
         report.claim(
-            f"{rule} acts early: in the test loss, early does what always does, late does not (Figure 7)",
+            f"{rule} acts early: in the test loss, early does what always does, late does less (Figure 7)",
             f"against none: always {always:+.3f} (t {t_always:.1f}), early {early:+.3f}, late {late:+.3f}; early - late t {t:.1f}",
             always < 0 and acts and difference < 0 and differs and abs(early - always) < abs(late - always),
             guesses[rule],
