@@ -183,6 +183,36 @@ def test_kinds_of_layers(strategy: str):
             torch.testing.assert_close(answers[0][name][2][key], values, rtol=1e-6, atol=1e-12)
 
 
+class TwoOptimizers(strategies.Module):
+    """The second one steps for the first time when the claims of the first one's weights have long been decided."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        first = [p for n, p in self.named_parameters() if ".conv" in n]
+        ours = {id(p) for p in first}
+        return [torch.optim.SGD(ps, lr=0.05) for ps in (first, [p for p in self.parameters() if id(p) not in ours])]
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        for optimizer in self.optimizers()[: 1 if batch_idx < STEPS - 1 else 2]:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def test_what_gradients_have_confirmed_stays_confirmed_when_another_optimizer_joins():
+    """The ranks then put together anew what their graphs say."""
+
+    def main() -> str:
+        shrink = AdaptiveWeightShrink(0.1)
+        fit(STRATEGIES["ddp"], lambda: [shrink], model=TwoOptimizers)
+        return shrink.state_dict()["targets"]["net.conv.weight"]["known"]
+
+    assert set(run_ranks(main).values()) == {"graph and gradients"}
+
+
 class CompiledModule(strategies.Module):
     """The whole net and a part of it compiled in place, before a strategy wraps them."""
 

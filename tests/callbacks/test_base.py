@@ -272,21 +272,6 @@ def test_state_per_vector_belongs_to_a_partition():
     assert columns.counters["clamped"].tolist() == [0, 0, 0]
 
 
-def test_what_gradients_have_confirmed_stays_confirmed_when_another_optimizer_joins():
-    class Late(ManualNet):
-        def training_step(self, batch, batch_idx=0):
-            loss = Net.training_step(self, batch)
-            self.manual_backward(loss)
-            for optimizer in self.optimizers()[: 1 if batch_idx < 5 else 2]:
-                optimizer.step()
-                optimizer.zero_grad()
-
-    callback = WeightRescaling(2)
-    fit(make(Late), [callback], loader(8 * 8), max_epochs=1)
-    known = {name: verdict["known"] for name, verdict in callback.state_dict()["targets"].items()}
-    assert known["net.0.weight"] == "graph and gradients"
-
-
 # ---- Finetuning: weights that nobody trains yet ----
 
 
