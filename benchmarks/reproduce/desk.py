@@ -281,7 +281,7 @@ def fit(
 def fit_quietly(module: L.LightningModule, batches: Any, **settings: Any) -> None:
     """One fit that writes nothing, neither files nor lines; the tables of targets would be the same for every run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", module=r"lightning\.")  # not this package, whose name begins like it
     trainer = L.Trainer(
         logger=False,
         enable_checkpointing=False,
