@@ -125,7 +125,7 @@ def plot_angular_update(history: History, ax: Axes | None = None, *, limits: tup
     if _names(history, "equilibrium_angular_update"):
         steps, predicted = _table(_curves(history, "equilibrium_angular_update"))
         low, high = 0.9 * np.nanmin(predicted, axis=0), 1.1 * np.nanmax(predicted, axis=0)
-        ax.fill_between(steps, low, high, color=OKABE_ITO[1], alpha=0.2, linewidth=0, label="prediction ± 10 %")
+        ax.fill_between(steps, low, high, color=OKABE_ITO[1], alpha=0.2, linewidth=0, label="all predictions ± 10 %")
         ax.plot(steps, np.nanmedian(predicted, axis=0), color=OKABE_ITO[1], linewidth=1.6, linestyle="--", label="prediction")
         seen.append(predicted.ravel())
     _finish(ax, "angular_update", np.concatenate(seen), limits)
