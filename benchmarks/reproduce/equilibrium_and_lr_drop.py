@@ -161,7 +161,8 @@ def lr_drop(report: desk.Report, args: Any, images: desk.Images, width: int) -> 
         "a relaxation time on": (DROP + 0.9 * relaxed, DROP + 1.1 * relaxed),
         "end": (0.95, 1.0),
     }
-    # Windows of the loss, set after a look at one seed (7) that is not in the table: the first relaxation time after the drop, and as long a time at the end.
+    # Windows of the loss, set after a look at one seed (7) that is not in the table: the first relaxation time after the drop, and as
+    # long a time at the end.
     first, last = (DROP, DROP + relaxed), (1 - relaxed, 1.0)
 
     def angle(name: str, moment: str) -> list[float]:
