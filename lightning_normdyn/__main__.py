@@ -183,7 +183,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
     module = _build(options.model, dict(options.set))
     inputs = _inputs(module, options)
-    _say("running one forward pass")
+    _say("reading the graph of one forward pass and testing the outputs")
     try:
         verdicts = inspect_module(module, *inputs)
     except NormDynError:

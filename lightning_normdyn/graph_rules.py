@@ -281,6 +281,7 @@ def register_rule(node_name: str, rule: Rule) -> None:
         >>> RootMeanSquare.apply(torch.ones(2, 3, requires_grad=True)).grad_fn.name()
         'RootMeanSquareBackward'
         >>> register_rule("RootMeanSquareBackward", lambda operation, flows: operation.normalized(flows[0], [-1], centered=False))
+        >>> del RULES["RootMeanSquareBackward"]  # a rule holds for the whole process; this example takes its own back
     """
     if not isinstance(node_name, str) or not node_name:
         raise ValueError(f"`node_name` must be the name of an autograd node, got {node_name!r}.")

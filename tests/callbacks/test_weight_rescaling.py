@@ -149,6 +149,70 @@ def test_evaluation_right_after_a_rescale_equals_evaluation_right_before(norm, b
     torch.testing.assert_close(lengths, torch.full_like(lengths, 3.0), rtol=1e-5, atol=0)
 
 
+class FrozenFirst(Net):
+    """The first normalization stays in evaluation mode: what is in front of it is not scale-invariant."""
+
+    def __init__(self, **arguments):
+        super().__init__(net=convnet(bias=True), **arguments)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.net[1].eval()
+
+
+def classifier(*layers):
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(2))
+
+
+BEHIND = {
+    "linear, BatchNorm1d": lambda: classifier(nn.Flatten(), nn.Linear(36, 6), nn.BatchNorm1d(6), nn.ReLU()),
+    "conv, BatchNorm1d": lambda: classifier(nn.Flatten(2), nn.Conv1d(1, 6, 5, stride=2), nn.BatchNorm1d(6), nn.ReLU()),
+    "conv, BatchNorm3d": lambda: classifier(nn.Unflatten(3, (3, 2)), nn.Conv3d(1, 6, 2), nn.BatchNorm3d(6), nn.ReLU()),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm.convert_sync_batchnorm(convnet(bias=True)),
+    "momentum=None": lambda: convnet(bias=True, norm=lambda c: nn.BatchNorm2d(c, momentum=None)),
+    "affine=False": lambda: convnet(bias=True, norm=lambda c: nn.BatchNorm2d(c, affine=False)),
+    "grouped": lambda: classifier(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)),
+    "depthwise": lambda: classifier(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d(8)),
+    "transposed": lambda: classifier(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()),
+    "transposed, grouped": lambda: classifier(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.BatchNorm2d(6)
+    ),
+}
+
+
+def around_one_rescale(module, **arguments):
+    """Outputs before and after the rescale of step 2, and by how much it changed a weight."""
+    look = EvaluatesAroundRescale()
+    weights = []
+
+    class Weights(Recorder):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            weights.append(weights_of(pl_module))
+
+    fit(module, [WeightRescaling(2, target_norm=3.0, **arguments), look, Weights()], max_steps=2)
+    now = weights_of(module)
+    lengthened = {name for name, w in now.items() if w.dim() > 1 and float(w.norm() / weights[-1][name].norm()) > 1.5}
+    return look.before[1], look.after[1], lengthened
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("name", BEHIND)
+def test_evaluation_is_unchanged_behind_every_kind_of_batch_norm_and_layer(name, dtype):
+    torch.manual_seed(1)
+    net = BEHIND[name]()
+    with torch.no_grad():
+        net(images(dtype=torch.float32).tensors[0])  # the lazy head gets its shape
+    before, after, lengthened = around_one_rescale(Net(net=net, dtype=dtype))
+    assert lengthened
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_filter_in_front_of_a_frozen_batch_norm_is_left_alone(dtype):
+    before, after, lengthened = around_one_rescale(make(FrozenFirst, dtype=dtype))
+    assert lengthened == {"net.3.weight"}
+    torch.testing.assert_close(after, before, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+
+
 def test_without_the_correction_evaluation_would_change(monkeypatch):
     monkeypatch.setattr("lightning_normdyn.callbacks.rescaling.rescale_batch_norm_", lambda *args, **kwargs: None)
     look = EvaluatesAroundRescale()
