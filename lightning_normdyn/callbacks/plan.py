@@ -122,8 +122,8 @@ class Plan:
             good = good & active
         return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
 
-    def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
-        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another callback decays."""
+    def owns_decay(self, step: Step, owner: DecayOwner | None) -> Tensor:
+        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply (None: the optimizer's own), 0 for those that another decays."""
         owned = tuple(step.bracket.decay_owner(t.weight) == owner for t in self.targets)
         if owned not in self._owned:
             self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
@@ -131,10 +131,7 @@ class Plan:
 
     def optimizer_decay(self, step: Step) -> Tensor:
         """``(n,)``: lr times the weight decay that the optimizer itself applies in this step; 0 where a callback owns the decay."""
-        owned = tuple(step.bracket.decay_owner(t.weight) is None for t in self.targets)
-        if owned not in self._owned:
-            self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
-        return self.group_values("lr") * self.group_values("weight_decay") * self._owned[owned]
+        return self.group_values("lr") * self.group_values("weight_decay") * self.owns_decay(step, None)
 
     def count(self, key: str, values: Tensor) -> None:
         """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it."""
