@@ -44,6 +44,7 @@ __all__ = [
     "nrq_limit_risk_first_order",
     "nrq_norm",
     "relaxation_steps",
+    "settles_at",
     "wrs_angular_update",
     "wrs_direction_lr",
 ]
@@ -85,6 +86,23 @@ def _settled_decay(response: StepResponse, gradient_scale: Number | None, dim: i
     return decay * settled * (dim / gradient_scale) ** 0.5
 
 
+def settles_at(
+    response: StepResponse, *, gradient_scale: Number | None = None, dim: int | None = None, norm: Number | None = None
+) -> tuple[Number, Number] | None:
+    """`equilibrium_angular_update` and `relaxation_steps` of a response that is known already; arguments as there.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> angle, steps = settles_at(step_response(torch.optim.SGD, group))
+        >>> round(angle, 6), round(steps)
+        (0.007255, 500)
+    """
+    pull = _settled_decay(response, gradient_scale, dim, norm)
+    if pull is None:
+        return None
+    return (2 * response.lr * pull * response.turn / response.growth) ** 0.5, _inverse(response.power * response.lr * pull)
+
+
 def equilibrium_angular_update(
     optimizer_class: type,
     group: Mapping[str, Any],
@@ -120,10 +138,8 @@ def equilibrium_angular_update(
         True
     """
     response = step_response(optimizer_class, group, **options)
-    if response is None:
-        return None
-    pull = _settled_decay(response, gradient_scale, dim, norm)
-    return None if pull is None else (2 * response.lr * pull * response.turn / response.growth) ** 0.5
+    found = None if response is None else settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
+    return None if found is None else found[0]
 
 
 def equilibrium_norm(
@@ -178,10 +194,8 @@ def relaxation_steps(
         500
     """
     response = step_response(optimizer_class, group, **options)
-    if response is None:
-        return None
-    pull = _settled_decay(response, gradient_scale, dim, norm)
-    return None if pull is None else _inverse(response.power * response.lr * pull)
+    found = None if response is None else settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
+    return None if found is None else found[1]
 
 
 def lr_drop_exponent(optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]) -> float | None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import repeat
 from math import gcd, prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -146,6 +147,7 @@ class WeightVectors:
         self.length = self._reduction.length
         self.count = torch.tensor([p.n for p in self.partitions], dtype=self.sum_dtype, device=self.device)
         self._rounding: Tensor | None = None  # of each vector's weight
+        self._precision = _own_precision(*self.values())
         self.low_precision = any(t.dtype in (torch.bfloat16, torch.float16) for t in self.values())
         """Whether some weight is stored in a dtype in which a factor close to 1 is lost to rounding."""
 
@@ -214,38 +216,30 @@ class WeightVectors:
         return packed, totals
 
     def _products(self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool) -> Tensor:
-        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
-            used: list[Tensor] = []  # each operand once, however many products it enters
+        operands: list[Operand] = []  # each once, however many products it enters
 
-            def position(tensor: Tensor) -> int:
-                if not any(t is tensor for t in used):
-                    used.append(tensor)
-                return next(k for k, t in enumerate(used) if t is tensor)
+        def position(operand: Operand) -> int:
+            known = (k for k, o in enumerate(operands) if o is operand or all(x is y for x, y in zip(o, operand, strict=True)))
+            found = next(known, len(operands))
+            if found == len(operands):
+                operands.append(operand)
+            return found
 
-            factors: list[tuple[int, int | None] | None] = []
-            for a, b in pairs:
-                x, y = a[i], None if b is None else b[i]
-                absent = x is None or (b is not None and y is None)
-                factors.append(None if absent else (position(x), None if y is None else position(y)))  # type: ignore[arg-type]
-            if not used:
-                return None
-            views = [piece.view(t) for t in used]
-            dims, dtype = piece.summed(views[0]), self.sum_dtype if exact else _own_precision(*views)
-            # A product of two weights first: two of them come into the cache faster together than one after the other.
-            order = sorted((row for row, f in enumerate(factors) if f is not None), key=squares.__contains__)
+        factors = [(row, position(a), None if b is None else position(b)) for row, (a, b) in enumerate(pairs)]
+        squares = [row for row, x, y in factors if x == y]
+        # A product of two weights first: two of them come into the cache faster together than one after the other.
+        factors.sort(key=lambda factor: factor[1] == factor[2])
 
-            def kernel(*chunks: Tensor) -> Tensor:
-                values = [c.to(dtype) for c in chunks]
-                rows: dict[int, Tensor] = {}
-                for row in order:
-                    x, y = factors[row]  # type: ignore[misc]
-                    rows[row] = _norm(values[x], dims) if row in squares else _product(values[x], None if y is None else values[y], dims)
-                none = None if len(rows) == len(factors) else torch.zeros_like(rows[order[0]])
-                return torch.stack([rows.get(row, none) for row in range(len(factors))])  # type: ignore[misc]
-
-            return _sums(kernel, finish, views, dims, self._entries)
-
-        squares = {row for row, (a, b) in enumerate(pairs) if b is not None and all(x is y for x, y in zip(a, b, strict=True))}
+        def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor | None]) -> None:
+            values = [None if v is None else v.to(self.sum_dtype) if exact else _widened(v) for v in views]
+            for row, left, right in factors:
+                x, y = values[left], None if right is None else values[right]
+                if x is None or (right is not None and y is None):
+                    outs[row].zero_()
+                elif left == right:
+                    _norm(x, dims, outs[row])
+                else:
+                    _sum(x if y is None else x * y, dims, outs[row])
 
         def finish(found: Tensor) -> Tensor:
             found = found.to(self.sum_dtype)
@@ -253,7 +247,7 @@ class WeightVectors:
                 found[row].square_()
             return found
 
-        return self._collect(len(pairs), of_piece, finish)
+        return self._collect(kernel, operands, finish, len(pairs), exact=exact)
 
     def moments(self, tensors: Operand) -> tuple[Tensor, Tensor]:
         """Sums of squares and sums of the entries of every vector, for standard deviations.
@@ -268,29 +262,22 @@ class WeightVectors:
             <w, w> and <1, w>, each ``(n,)`` float64.
         """
 
-        def kernel(dims: list[int]) -> Kernel:
-            def sums(x: Tensor) -> Tensor:
-                x = x.to(_own_precision(x))
-                members = prod(x.shape[d] for d in dims)
-                mean = _sum(x, dims) / members
-                rest = x - mean
-                return torch.stack([mean, _norm(rest, dims), _sum(rest, dims), torch.full_like(mean, members)])
-
-            return sums
+        def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+            mean, length, left, members = outs
+            x = _widened(views[0])
+            count = prod(x.shape[d] for d in dims)
+            first = _sum(x, dims) / count
+            rest = x - first
+            mean.copy_(first)
+            _norm(rest, dims, length)
+            _sum(rest, dims, left)
+            members.fill_(count)
 
         def finish(found: Tensor) -> Tensor:
             mean, rest, left, members = found.to(self.sum_dtype)
             return torch.stack([rest.square() + mean * (2 * left + members * mean), left + members * mean])
 
-        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
-            tensor = tensors[i]
-            if tensor is None:
-                return None
-            view = piece.view(tensor)
-            dims = piece.summed(view)
-            return _sums(kernel(dims), finish, [view], dims, self._entries)
-
-        ww, w1 = self._reduction.sum_(self._collect(4, of_piece, finish))
+        ww, w1 = self._reduction.sum_(self._collect(kernel, [tensors], finish, 4, 2))
         return ww, w1
 
     def displacement(self, before: Operand, *, exact: bool = False) -> Tensor:
@@ -309,25 +296,25 @@ class WeightVectors:
             ``(3, n)``, completed over the ranks that share vectors.
         """
 
-        def kernel(dims: list[int]) -> Kernel:
-            def sums(start: Tensor, now: Tensor) -> Tensor:
-                dtype = _own_precision(start, now)
-                start, now = start.to(dtype), now.to(dtype)
-                norm = _norm(start.to(self.sum_dtype) if exact else start, dims)
-                ratio = (_norm(now, dims) / norm).to(dtype).nan_to_num_(0.0, 0.0, 0.0)
-                # One rounding where the machine multiplies and adds at once; where it does not, entries are off by 3e-8 of themselves.
-                residual = torch.addcmul(now, start, ratio.neg())
-                length = _norm(residual, dims)
-                return torch.stack([norm, *(x.to(norm) for x in (ratio, length, _sum(residual.mul_(start), dims)))])
-
-            return sums
+        def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+            norm, ratio, length, along = outs
+            start, now = map(_widened, views)
+            _norm(start.to(self.sum_dtype) if exact else start, dims, norm)
+            factor = _norm(now, dims, ratio).div_(norm).nan_to_num_(0.0, 0.0, 0.0)
+            if ratio.dtype != now.dtype:
+                factor = factor.to(now.dtype)
+                ratio.copy_(factor)  # the one that is used
+            # One rounding where the machine multiplies and adds at once; where it does not, entries are off by 3e-8 of themselves.
+            residual = torch.addcmul(now, start, factor, value=-1)
+            _norm(residual, dims, length)
+            _sum(residual.mul_(start), dims, along)
 
         def finish(found: Tensor) -> Tensor:
             norm, ratio, length, along = found.to(self.sum_dtype)
             ww, growth = norm.square(), ratio - 1
             return torch.stack([ww, growth * ww + along, growth * (growth * ww + 2 * along) + length.square()])
 
-        return self._reduction.sum_(self._of_both(4, before, kernel, finish))
+        return self._reduction.sum_(self._collect(kernel, self._and_now(before), finish, 4, 3, exact=exact))
 
     def radial_and_totals(self, before: Operand, *, summarize: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and `totals` in the same collective.
@@ -341,7 +328,7 @@ class WeightVectors:
         Returns:
             ``(2, n)`` and ``(J, weights)``.
         """
-        packed = self._of_both(2, before, _radial_kernel, self._radial_sums)
+        packed = self._collect(_radial_kernel, self._and_now(before), self._radial_sums, 2)
         totals = self._reduction.sum_with_totals_(packed, summarize)
         return packed, totals
 
@@ -350,19 +337,8 @@ class WeightVectors:
         norm, product = found.to(self.sum_dtype)
         return torch.stack([norm.square(), product])
 
-    def _of_both(self, count: int, before: Operand, kernel: Callable[[list[int]], Kernel], finish: Finish) -> Tensor:
-        """Collect what a kernel makes of the weights before and now."""
-        values = self.values()
-
-        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
-            then = before[i]
-            if then is None:
-                return None
-            views = [piece.view(then), piece.view(values[i])]
-            dims = piece.summed(views[0])
-            return _sums(kernel(dims), finish, views, dims, self._entries)
-
-        return self._collect(count, of_piece, finish)
+    def _and_now(self, before: Operand) -> list[Operand]:
+        return [before, [None if then is None else now for then, now in zip(before, self.values(), strict=True)]]
 
     def norms(self) -> Tensor:
         """Norm of every vector, ``(n,)``, summed in the weights' own precision, float32 at least.
@@ -377,40 +353,80 @@ class WeightVectors:
 
     def _local_norms(self) -> Tensor:
         """Norms of what this rank holds of every vector."""
-        values = self.values()
+
+        def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+            _norm(_widened(views[0]), dims, outs[0])
 
         def square(found: Tensor) -> Tensor:
             return found.to(self.sum_dtype).square_()
 
-        def of_piece(i: int, piece: _IndexedPiece) -> _Found:
-            view = piece.view(values[i])
-            dims, dtype = piece.summed(view), _own_precision(view)
-            # A kernel that need not convert and sums short vectors has no use for the cache, and keeps its precision.
-            if view.dtype == dtype and view.numel() <= piece.rows * CACHED_ENTRIES:
-                return _Found(_norm(view, dims)[None].flatten(1), False)
-            return _sums(lambda part: _norm(part.to(dtype), dims)[None], square, [view], dims, self._entries)
+        return self._collect(kernel, [self.values()], square, 1, streaming=True)[0].sqrt_()
 
-        return self._collect(1, of_piece, square)[0].sqrt_()
-
-    def _collect(self, count: int, of_piece: Callable[[int, _IndexedPiece], _Found | None], finish: Finish) -> Tensor:
-        """Pack what is found for each piece into ``(J, n)``.
+    def _collect(
+        self,
+        kernel: Kernel,
+        operands: Sequence[Operand],
+        finish: Finish,
+        count: int,
+        results: int | None = None,
+        *,
+        numbers: Sequence[Tensor] = (),
+        exact: bool = False,
+        streaming: bool = False,
+        whole: bool = False,
+    ) -> Tensor:
+        """Pack what a kernel finds for each piece into ``(results, n)``.
 
         Args:
-            count: how many rows kernels find, K.
-            of_piece: what is found for a piece; None stands for zeros.
-            finish: from ``(K, m)`` to ``(J, m)``, for what is not finished yet.
+            kernel: see `Kernel`.
+            operands: what it reads; a weight for which all of them are None contributes zeros.
+            finish: from ``(K, ...)`` to what may be added over the parts of a vector, ``(J, ...)``.
+            count: how many numbers the kernel writes per vector, K.
+            results: how many ``finish`` makes of them, J; None: as many.
+            numbers: ``(n + 1,)``, given to the kernel behind the operands.
+            exact: whether what it writes is kept in float64.
+            streaming: whether the kernel reads everything once, so that the cache is of no use unless sums are long or dtypes converted.
+            whole: never cut a row.
         """
-        pieces = [(i, piece) for i, pieces in enumerate(self._pieces) for piece in pieces]
-        found = [of_piece(i, piece) or _Found(torch.zeros(count, piece.rows, device=self.device), False) for i, piece in pieces]
-        if self._in_order and found and not any(f.finished for f in found):
-            return finish(torch.cat([f.sums.to(self.device) for f in found], 1))
-        sums = [_finished(f, finish).to(self.device) for f in found]
-        if self._in_order and sums:
-            return torch.cat(sums, 1)
-        size = sums[0].shape[0] if sums else finish(torch.zeros(count, 0, device=self.device)).shape[0]
-        packed = torch.zeros(size, self.n + 1, dtype=self.sum_dtype, device=self.device)
-        for (_, piece), part in zip(pieces, sums, strict=True):
-            piece.add_to(packed, part)
+        entries, results = self._entries, results or count
+        dtype = self.sum_dtype if exact else self._precision
+        packed = torch.empty(count, self.n, dtype=dtype, device=self.device) if self._in_order else None
+        apart: list[tuple[_IndexedPiece, Tensor]] = []  # what is finished already
+        for i, pieces in enumerate(self._pieces):
+            for piece in pieces:
+                views = [None if o[i] is None else piece.view(o[i]) for o in operands]  # type: ignore[arg-type]
+                first = next((v for v in views if v is not None), None)
+                place = None if packed is None else packed[:, piece.where]
+                if first is None:
+                    if place is not None:
+                        place.zero_()
+                    continue
+                views += [piece.spread(v, first) for v in numbers]
+                dims, form = piece.summed(first), piece.form(first)
+                # A kernel that need not convert and sums short vectors has no use for the cache, and keeps its precision.
+                at_once = streaming and first.dtype == dtype and first.numel() <= piece.rows * CACHED_ENTRIES
+                limit = first.numel() if at_once else entries
+                if not whole and _cuts_rows(first, dims, limit):
+                    sums = torch.zeros(results, *form, dtype=self.sum_dtype, device=first.device)
+                    _in_chunks(_summing(kernel, count, finish, dtype), sums.unbind(), views, dims, limit)
+                    apart.append((piece, sums.flatten(1)))
+                elif place is not None and place.device == first.device:
+                    _in_chunks(kernel, place.view(count, *form).unbind(), views, dims, limit, whole=whole)
+                else:
+                    own = torch.empty(count, *form, dtype=dtype, device=first.device)
+                    _in_chunks(kernel, own.unbind(), views, dims, limit, whole=whole)
+                    if place is None:
+                        apart.append((piece, finish(own.flatten(1))))
+                    else:
+                        place.copy_(own.flatten(1))
+        if packed is not None:
+            packed = finish(packed)
+            for piece, sums in apart:
+                packed[:, piece.where] = sums.to(packed)
+            return packed
+        packed = torch.zeros(results, self.n + 1, dtype=self.sum_dtype, device=self.device)
+        for piece, sums in apart:
+            piece.add_to(packed, sums.to(packed))
         return packed[:, : self.n]
 
     def per_weight(self, values: Tensor) -> Tensor:
@@ -504,37 +520,32 @@ class WeightVectors:
         Returns:
             ``(n,)``: by how much of ``before`` each vector was changed or would have been.
         """
-        mask = None if active is None else active.to(share.dtype)
+        operands = self._and_now(before)
+        mask = None if active is None else active.to(self._precision)
         if not self._in_order or self._reduction.cuts:
-            ss, sd = self._reduction.sum_(self._of_both(2, before, _radial_kernel, self._radial_sums))
+            ss, sd = self._reduction.sum_(self._collect(_radial_kernel, operands, self._radial_sums, 2))
             removed = _removed(ss, sd, share)
             self.add_scaled_(-_applied(removed, mask), before)
             return removed
-        values, entries = self.values(), self._entries
+        entries = self._entries
 
-        def of_piece(i: int, piece: _IndexedPiece) -> _Found | None:
-            then = before[i]
-            if then is None:
-                return None
-            now, start = piece.view(values[i]), piece.view(then)
-            dims = piece.summed(now)
-            kernel = _radial_kernel(dims)
+        def project(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+            # Vectors together, as long as they stay in the cache from their sums to their change.
+            start, now, share, *mask = views
+            if start.numel() <= entries:
+                wide = _widened(start)
+                product = _sum((_widened(now) - wide).mul_(wide), dims)
+                square = _norm(wide, dims).square_()
+            else:  # a single vector is longer than that
+                sums = torch.zeros(2, *share.shape, dtype=self.sum_dtype, device=share.device)
+                _in_chunks(_summing(_radial_kernel, 2, self._radial_sums, share.dtype), sums.unbind(), [start, now], dims, entries)
+                square, product = sums.to(share.dtype)
+            removed = torch.addcdiv(share, product, square.clamp_(min=torch.finfo(square.dtype).tiny))
+            outs[0].copy_(removed)
+            now.addcmul_(start, _applied(removed, *mask), value=-1)
 
-            def project(start: Tensor, now: Tensor, share: Tensor, *mask: Tensor) -> Tensor:
-                # Vectors together, as long as they stay in the cache from their sums to their change.
-                if start.numel() <= entries:
-                    norm, product = _radial(start, now, dims)
-                    removed = _removed(norm.square_(), product, share)
-                else:  # a single vector is longer than that
-                    sums = _finished(_sums(kernel, self._radial_sums, [start, now], dims, entries), self._radial_sums)
-                    removed = _removed(sums[0].reshape(share.shape), sums[1].reshape(share.shape), share).to(share.dtype)
-                now.addcmul_(start, _applied(removed, *mask), value=-1)
-                return removed[None]
-
-            numbers = [piece.spread(v, now) for v in (share, mask) if v is not None]
-            return _Found(_in_chunks(project, [start, now, *numbers], dims, entries, whole=True).flatten(1), False)
-
-        return self._collect(1, of_piece, lambda found: found.to(self.sum_dtype))[0]
+        numbers = [share.to(self._precision)] if mask is None else [share.to(self._precision), mask]
+        return self._collect(project, operands, lambda found: found.to(self.sum_dtype), 1, numbers=numbers, whole=True)[0]
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
@@ -596,6 +607,10 @@ class _IndexedPiece:
             view = view.unflatten(dim, (-1, block))  # type: ignore[no-untyped-call]
         return view
 
+    def form(self, view: Tensor) -> list[int]:
+        """The shape of one number per row, such that it broadcasts over a view."""
+        return [size if d in self._keep else 1 for d, size in enumerate(view.shape)]
+
     def summed(self, view: Tensor) -> list[int]:
         """The dimensions of a view within which a row lies."""
         return [d for d in range(view.ndim) if d not in self._keep]
@@ -610,8 +625,7 @@ class _IndexedPiece:
     def spread(self, values: Tensor, view: Tensor) -> Tensor:
         """``(n + 1,)`` values of vectors, shaped to broadcast over ``view``, in a dtype that loses nothing that ``view`` could keep."""
         rows = values[self.where] if self.where is not None else values[self._index_on(values.device)]
-        shape = [view.shape[d] if d in self._keep else 1 for d in range(view.ndim)]
-        return rows.to(view.device, _own_precision(view)).reshape(shape)
+        return rows.to(view.device, _own_precision(view)).reshape(self.form(view))
 
 
 def _merge_rows(labels: Tensor, keep: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
@@ -639,59 +653,46 @@ def _merge_rows(labels: Tensor, keep: Sequence[int]) -> tuple[Tensor, list[int],
 
 # -- sums of views: every kernel goes from views of one shape to (K, ...), of size 1 where rows were summed -------------------
 
-Kernel = Callable[..., Tensor]
+Kernel = Callable[[list[int], Sequence[Tensor], Sequence[Any]], None]
+"""``kernel(summed, outs, views)`` sums views over some dimensions and writes what it finds to outs, which are of size 1 in those."""
+Finish = Callable[[Tensor], Tensor]
 
 
-def _in_chunks(kernel: Kernel, views: Sequence[Tensor], summed: Sequence[int], entries: int, *, whole: bool = False) -> Tensor:
-    """``kernel(*views)``, applied to so few entries at a time that they stay in the cache between its operations.
+def _in_chunks(
+    kernel: Kernel, outs: Sequence[Tensor], views: Sequence[Tensor | None], summed: list[int], entries: int, *, whole: bool = False
+) -> None:
+    """``kernel(summed, outs, views)``, applied to so few entries at a time that they stay in the cache between its operations.
 
     Args:
-        kernel: from views to ``(K, ...)``.
-        views: of one shape, or of size 1 in the summed dimensions.
+        kernel: see `Kernel`.
+        outs: of size 1 in the summed dimensions.
+        views: of one shape, or of size 1 in the summed dimensions; one of the first kind must come before all others.
         summed: the dimensions that the kernel sums.
         entries: how many at a time.
         whole: never cut a row.
     """
-    first = views[0]
+    first = next(v for v in views if v is not None)
     if first.numel() > entries:
         dim = _outermost(first.shape, first)
         if dim not in summed or not whole:
             step = max(1, entries * first.shape[dim] // first.numel())
-            chunks = zip(*(torch.split(v, step, dim) for v in views), strict=True)
-            parts = [_in_chunks(kernel, chunk, summed, entries, whole=whole) for chunk in chunks]
-            if dim not in summed:
-                return torch.cat(parts, dim + 1)
-            return torch.stack(parts).sum(0, dtype=_sum_dtype(first.device))
-    return kernel(*views)
+            parts = [repeat(t) if t is None or t.shape[dim] == 1 else t.unsafe_split(step, dim) for t in (*outs, *views)]
+            for chunk in zip(*parts, strict=False):
+                _in_chunks(kernel, chunk[: len(outs)], chunk[len(outs) :], summed, entries, whole=whole)
+            return
+    kernel(summed, outs, views)
 
 
-Finish = Callable[[Tensor], Tensor]
+def _summing(kernel: Kernel, count: int, finish: Finish, dtype: torch.dtype) -> Kernel:
+    """A kernel that adds to its outs what ``kernel`` finds, finished: for rows that are cut."""
 
+    def summing(summed: list[int], outs: Sequence[Tensor], views: Sequence[Any]) -> None:
+        found = torch.empty(count, *outs[0].shape, dtype=dtype, device=outs[0].device)
+        kernel(summed, found.unbind(), views)
+        for out, part in zip(outs, finish(found), strict=True):
+            out += part
 
-class _Found(NamedTuple):
-    """What kernels found for the rows of a piece: ``(K, rows)``, or ``(J, rows)`` if already finished."""
-
-    sums: Tensor
-    finished: bool
-
-
-def _sums(kernel: Kernel, finish: Finish, views: Sequence[Tensor], summed: Sequence[int], entries: int) -> _Found:
-    """``kernel(*views)``, applied in chunks; finished only where rows are cut.
-
-    Args:
-        kernel: from views to ``(K, ...)``.
-        finish: from ``(K, ...)`` to what may be added over the parts of a row, ``(J, ...)``.
-        views: as for `_in_chunks`.
-        summed: the dimensions that the kernel sums.
-        entries: how many at a time.
-    """
-    cut = _cuts_rows(views[0], summed, entries)
-    applied = (lambda *chunks: finish(kernel(*chunks))) if cut else kernel
-    return _Found(_in_chunks(applied, views, summed, entries).flatten(1), cut)
-
-
-def _finished(found: _Found, finish: Finish) -> Tensor:
-    return found.sums if found.finished else finish(found.sums)
+    return summing
 
 
 def _cuts_rows(view: Tensor, summed: Sequence[int], entries: int) -> bool:
@@ -710,21 +711,16 @@ def _outermost(shape: Sequence[int], view: Tensor) -> int:
     return max((d for d in range(view.ndim) if shape[d] > 1), key=view.stride)
 
 
-def _radial(start: Tensor, now: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+def _radial_kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
     """The norm of w, and <w, Δ>, in the precision of the weights."""
-    dtype = _own_precision(start)
-    start = start.to(dtype)
+    start, now = map(_widened, views)
     # First what reads both: two weights come into the cache faster together than one after the other.
-    product = _sum((now.to(dtype) - start).mul_(start), dims)
-    return _norm(start, dims), product
-
-
-def _radial_kernel(dims: list[int]) -> Kernel:
-    return lambda start, now: torch.stack(_radial(start, now, dims))
+    _sum((now - start).mul_(start), dims, outs[1])
+    _norm(start, dims, outs[0])
 
 
 def _removed(ss: Tensor, sd: Tensor, share: Tensor) -> Tensor:
-    return (sd / ss.clamp_(min=torch.finfo(ss.dtype).tiny)).add_(share)
+    return torch.addcdiv(share, sd, ss.clamp_(min=torch.finfo(ss.dtype).tiny))
 
 
 def _applied(removed: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -741,17 +737,24 @@ def _own_precision(*views: Tensor) -> torch.dtype:
     return torch.float64 if any(v.dtype == torch.float64 for v in views) else torch.float32
 
 
-def _product(x: Tensor, y: Tensor | None, dims: list[int]) -> Tensor:
-    """<x, y>, or <1, x> if ``y`` is None."""
-    return _sum(x if y is None else x * y, dims)
+def _widened(x: Tensor) -> Tensor:
+    """In its own precision, float32 at least."""
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
-def _sum(x: Tensor, dims: list[int]) -> Tensor:
-    return x.sum(dims, keepdim=True) if dims else x
+def _sum(x: Tensor, dims: list[int], out: Tensor | None = None) -> Tensor:
+    if dims and out is not None and out.dtype == x.dtype:
+        return torch.sum(x, dims, keepdim=True, out=out)
+    found = x.sum(dims, keepdim=True) if dims else x
+    return found if out is None else out.copy_(found)
 
 
-def _norm(x: Tensor, dims: list[int]) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else x.abs()
+def _norm(x: Tensor, dims: list[int], out: Tensor | None = None) -> Tensor:
+    if dims and out is not None and out.dtype == x.dtype:
+        torch.linalg.vector_norm(x, dim=dims, keepdim=True, out=out)
+        return out
+    found: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else x.abs()
+    return found if out is None else out.copy_(found)
 
 
 def _with_dummy(values: Tensor, dummy: float) -> Tensor:

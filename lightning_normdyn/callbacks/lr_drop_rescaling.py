@@ -164,7 +164,7 @@ class LRDropRescaling(NormDynCallback):
     def _settings_of(self, plan: Plan) -> _Settings:
         if plan.index not in self._known:
             assert self._session is not None
-            groups = [plan.group_of(target) for target in plan.targets]
+            groups = plan.groups_of(plan.targets)
             exponents = [self._exponent(plan, t, g, self._session) for t, g in zip(plan.targets, groups, strict=True)]
             self._known[plan.index] = _Settings(groups, exponents)
         return self._known[plan.index]

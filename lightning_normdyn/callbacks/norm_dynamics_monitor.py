@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import inf, isfinite, prod, sqrt
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
@@ -99,7 +100,7 @@ class _Measured:
     step: int
     optimizer_step: int
     quantities: list[str]
-    values: Tensor  # (2 quantities, n): what to sum over vectors, and whether it counts
+    values: Tensor  # (2 quantities + 1, n): what to sum over vectors, whether it counts, and the size with 0 for what is not finite
     size: Tensor
     active: Tensor | None
     binned: Tensor | None  # (BINNED, n), if there are to be histograms
@@ -113,9 +114,7 @@ class _Measured:
         Every rank must call it. Two small collectives, and two more for histograms; none where every rank holds all vectors.
         """
         vectors = self.plan.vectors
-        # An infinite length elsewhere must not make all the others look short.
-        finite = torch.where(torch.isfinite(self.size), self.size, torch.zeros_like(self.size))
-        *totals, sizes = vectors.totals(torch.cat([self.values, finite[None]]))
+        *totals, sizes = vectors.totals(self.values)
         collapsed = self.size < COLLAPSED * vectors.spread(sizes / vectors.count)
         if self.active is not None:
             collapsed &= self.active
@@ -209,6 +208,7 @@ class NormDynamicsMonitor(NormDynCallback):
         super()._forget()
         self._off = False
         self._sums: dict[int, dict[str, Tensor]] = {}
+        self._spare: dict[int, Tensor] = {}  # memory for the values of the next logging step
         self._results: list[_Measured] = []
         self._standardized: dict[int, Tensor] = {}
         self._quantities: dict[int, list[str]] = {}
@@ -326,13 +326,11 @@ class NormDynamicsMonitor(NormDynCallback):
         ss, sd, dd = vectors.displacement(vectors.snapshots(step.bracket), exact=self._needs_exact[plan.index])
         wanted = [*self._quantities[plan.index], *INTERNAL]
         values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
-        stacked = torch.stack([values[q] for q in wanted])
-        powers = torch.stack([v.square() if q in ROOT_MEAN_SQUARE else v for q, v in zip(wanted, stacked, strict=True)])
-        valid = torch.isfinite(stacked)
         active = plan.active()
-        if active is not None:
-            valid &= active
-        measured = torch.cat([torch.where(valid, powers, torch.zeros_like(powers)), valid.to(powers.dtype)])
+        measured = self._pack([values[q] for q in wanted], values["size"], active, self._spare.pop(plan.index, None))
+        for i, quantity in enumerate(wanted):
+            if quantity in ROOT_MEAN_SQUARE:
+                measured[i].square_()
         skipped = measured.new_zeros(1) if step.skipped is None else step.skipped.to(measured.dtype).reshape(1)
         trainer = self._session.trainer
         now, number = trainer.fit_loop.epoch_loop._batches_that_stepped, self.number(step, plan)
@@ -344,8 +342,26 @@ class NormDynamicsMonitor(NormDynCallback):
         if self.per_vector_history:
             norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], vectors.length)
             kept = torch.stack([norm, self._session.applied_decay(plan, norm, std)])
-        groups = [{k: v for k, v in plan.group_of(t).items() if k != "params"} for t in plan.targets]
+        # A copy of each group: a schedule may have moved on when this is read.
+        copies = {id(group): {k: v for k, v in group.items() if k != "params"} for group, _ in plan.groups}
+        groups = [copies[id(group)] for group in plan.groups_of(plan.targets)]
         self._results.append(_Measured(plan, now, number, wanted, measured, values["size"], active, binned, kept, skipped, groups))
+
+    @staticmethod
+    def _pack(values: list[Tensor], size: Tensor, active: Tensor | None, out: Tensor | None) -> Tensor:
+        """What is to be summed over vectors, in one tensor; ``out`` is used again if it fits."""
+        count = len(values)
+        if out is None or out.shape != (2 * count + 1, len(size)):
+            out = size.new_empty(2 * count + 1, len(size))
+        numbers, counts = out[:count], out[count : 2 * count]
+        torch.stack(values, out=numbers)
+        counts.copy_(torch.isfinite(numbers))
+        out[-1] = size  # an infinite length elsewhere must not make all the others look short
+        numbers.nan_to_num_(0.0, 0.0, 0.0)
+        out[-1].nan_to_num_(0.0, 0.0, 0.0)
+        if active is not None:
+            out[:-1].mul_(active)
+        return out
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
         vectors = plan.vectors
@@ -425,6 +441,7 @@ class NormDynamicsMonitor(NormDynCallback):
             if result.kept is not None:
                 self._keep_vectors(result.step, result.plan, result.kept)
         packed = [r.reduce() for r in results] + ([] if clamped is None else [clamped])
+        self._spare = {r.plan.index: r.values for r in results}
         numbers = torch.cat([p.to(packed[0]) for p in packed]).tolist()
         for result, its in zip(results, packed, strict=False):
             mine, numbers = numbers[: its.numel()], numbers[its.numel() :]
@@ -434,8 +451,10 @@ class NormDynamicsMonitor(NormDynCallback):
             kinds, width = result.quantities, len(result.plan.targets)
             if result.binned is not None:
                 histograms.update(self._histograms(result, mine[(2 * len(kinds) + 1) * width : -1]))
-            for j, (target, group) in enumerate(zip(result.plan.targets, result.groups, strict=True)):
-                sums = {q: (mine[i * width + j], mine[(len(kinds) + i) * width + j]) for i, q in enumerate(kinds)}
+            totals, counts = np.array(mine[: 2 * len(kinds) * width]).reshape(2, len(kinds), width)
+            columns = zip(totals.T.tolist(), counts.T.tolist(), strict=True)
+            for j, (target, group, column) in enumerate(zip(result.plan.targets, result.groups, columns, strict=True)):
+                sums = dict(zip(kinds, zip(*column, strict=True), strict=True))
                 found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
                 self._predict(target, group, found, type(result.plan.optimizer), result.optimizer_step)
                 row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +161,12 @@ class Plan:
 
     def group_of(self, target: Target) -> dict[str, Any]:
         """The param group that owns ``target``."""
-        return next(group for group, _ in self.groups if any(p is target.weight for p in group["params"]))
+        return self.groups_of([target])[0]
+
+    def groups_of(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
+        """The param group that owns each of ``targets``."""
+        owners = {id(p): group for group, _ in self.groups for p in group["params"]}
+        return [owners[id(target.weight)] for target in targets]
 
 
 __all__ = ["Plan", "Target"]

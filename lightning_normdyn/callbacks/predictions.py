@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_normdyn.equilibrium import equilibrium_angular_update, relaxation_steps, wrs_angular_update
+from lightning_normdyn.equilibrium import settles_at, wrs_angular_update
 from lightning_normdyn.history import History
 from lightning_normdyn.step_response import is_rough, step_response
 from lightning_normdyn.vectors import WeightVectors
@@ -116,10 +116,10 @@ def predict(
     response = step_response(optimizer_class, group, **options)
     if response is None or response.decay is None:
         return None
-    more: dict[str, Any] = {"gradient_scale": scale, "dim": length, "norm": norm, **options}
-    angle, relaxation = (f(optimizer_class, group, **more) for f in (equilibrium_angular_update, relaxation_steps))
-    if angle is None or relaxation is None or not 0 < float(angle) < inf:
+    settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
+    if settled is None or not 0 < float(settled[0]) < inf:
         return None
+    angle, relaxation = settled
     pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
     return Prediction(float(angle), float(relaxation), response.power, pull, response.rough)
 
