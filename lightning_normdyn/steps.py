@@ -46,6 +46,40 @@ class DecayOwner(IntEnum):
     SHRINK = 3
 
 
+class HostCopy:
+    """A tensor on its way to the host: from a GPU it arrives while the next steps run, and nobody waits.
+
+    Args:
+        tensor: what to copy, as it is at this point of the device's work.
+
+    Example:
+        >>> HostCopy(torch.ones(2)).get()
+        tensor([1., 1.])
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            # Only into pinned memory does a copy go on by itself.
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record(torch.cuda.current_stream(tensor.device))
+        else:
+            self._host = tensor.to("cpu", copy=True)
+
+    @property
+    def arrives_later(self) -> bool:
+        """Whether `get` might have to wait if it is called at once; the same on every rank."""
+        return self._event is not None
+
+    def get(self) -> Tensor:
+        """The copy; waits until the device has come to the point where it was asked for."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 @dataclass
 class Step:
     """One update of one optimizer, as handlers see it.
@@ -134,7 +168,7 @@ class StepBracket:
         self._step: Step | None = None
         self._depth = 0
         self._groups: list[dict[str, Any]] | None = None
-        self._unsettled: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._unsettled: HostCopy | None = None
         self._hooks: list[Any] = []
 
     @property
@@ -321,12 +355,7 @@ class StepBracket:
 
     def _unsettle(self, skipped: Tensor) -> None:
         """A fused optimizer decides on the device: fetch its decision without waiting for it."""
-        event = None
-        if skipped.is_cuda:
-            skipped = skipped.to("cpu", non_blocking=True)
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._unsettled = (skipped.clone() if event is None else skipped, event)
+        self._unsettled = HostCopy(skipped)
 
     @property
     def unsettled(self) -> bool:
@@ -337,10 +366,7 @@ class StepBracket:
         """Make `steps` final: count the last update of a fused optimizer unless it was skipped."""
         if self._unsettled is None:
             return
-        skipped, event = self._unsettled
-        self._unsettled = None
-        if event is not None:
-            event.synchronize()
+        skipped, self._unsettled = self._unsettled.get(), None
         self.steps += int(not bool(skipped))
 
     # -- decay take-over -----------------------------------------------------------------------------------------------

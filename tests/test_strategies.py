@@ -316,8 +316,10 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
         return add(self, phase, lambda step: watching(phase.name, handler, step), order)
 
     class Watched(NormDynamicsMonitor):
-        def _publish(self, *given: Any) -> None:
-            watching("publish", super()._publish, *given)
+        def _send(self, *given: Any) -> Any:
+            sent: list[Any] = []
+            watching("send", lambda: sent.append(super(Watched, self)._send(*given)))
+            return sent[0]
 
     sharding._all_reduce = noting
     StepBracket.add = noting_add  # type: ignore[method-assign]
@@ -334,8 +336,8 @@ def test_what_the_monitor_sends(strategy: str, arguments: dict[str, Any]):
     """One collective in each phase of a step, as large as docs/strategies.md says."""
     for found, cut, weights, numbers in run_ranks(traffic, 2, (strategy, arguments)).values():
         assert (cut == 0) == (strategy == "ddp" or arguments == FILTERS)
-        publish = [] if strategy == "ddp" else [8 * (2 * numbers + 1) * weights, 8 * weights]
-        assert found == {"MEASURE": [24 * cut] if cut else [], "MEASURE_STEP": [24 * cut] if cut else [], "publish": publish}
+        send = [] if strategy == "ddp" else [8 * (2 * numbers + 1) * weights, 8 * weights]
+        assert found == {"MEASURE": [24 * cut] if cut else [], "MEASURE_STEP": [24 * cut] if cut else [], "send": send}
 
 
 # ---------------------------------------------------------------------------------------------------------------- traps

@@ -51,7 +51,7 @@ from lightning_normdyn.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.step_response import step_response
-from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket
 from lightning_normdyn.tables import render
 
 # Averaged over the vectors of a weight as RMS, because that is what predictions are about; everything else as mean.
@@ -122,6 +122,18 @@ class _Measured:
         return torch.cat([*totals, vectors.totals(collapsed.to(sizes.dtype)), *histograms, self.skipped])
 
 
+@dataclass
+class _Sent:
+    """What was measured in one batch, on its way to the host."""
+
+    results: list[_Measured]
+    sizes: list[int]  # how many of the numbers belong to each result; the rest is the number of clamped vectors
+    numbers: HostCopy
+    events: list[str]
+    skipped_steps: int
+    shown: bool  # whether loggers get it
+
+
 class NormDynamicsMonitor(NormDynCallback):
     r"""Logs norm, effective learning rate, angular update and their relatives for every weight, and prints what came of them.
 
@@ -164,7 +176,8 @@ class NormDynamicsMonitor(NormDynCallback):
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
     Attributes:
-        history: the same rows in memory, on rank zero, logger or not (`lightning_normdyn.history.History`).
+        history: the same rows in memory, on rank zero, logger or not (`lightning_normdyn.history.History`). From a GPU a row arrives,
+            here and in the loggers, one batch later, under its own step; at an epoch's end and before a checkpoint all are there.
 
     Raises:
         ValueError: for numbers out of range and unknown quantities.
@@ -210,6 +223,8 @@ class NormDynamicsMonitor(NormDynCallback):
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._spare: dict[int, Tensor] = {}  # memory for the values of the next logging step
         self._results: list[_Measured] = []
+        self._sent: list[_Sent] = []
+        self._events: list[str] = []  # of rows that turned out to belong to skipped steps
         self._standardized: dict[int, Tensor] = {}
         self._quantities: dict[int, list[str]] = {}
         self._influences: dict[str, dict[str, Any]] = {}
@@ -292,7 +307,8 @@ class NormDynamicsMonitor(NormDynCallback):
         every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
         now = trainer.fit_loop.epoch_loop._batches_that_stepped
         on_lattice = bool(every) and (now + 1) % every == 0
-        return on_lattice or trainer.should_stop or self._last_step < 0 or self._is_last(trainer)
+        first = self._last_step < 0 and not self._sent
+        return on_lattice or trainer.should_stop or first or self._is_last(trainer)
 
     @staticmethod
     def _is_last(trainer: Trainer) -> bool:
@@ -421,30 +437,54 @@ class NormDynamicsMonitor(NormDynCallback):
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Publish what was measured in this batch."""
+        """Send what was measured in this batch to the host, and publish it when it is there: from a GPU one batch later."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._receive(trainer, in_batch=True)
         results, self._results = self._results, []
         if results:
-            self._publish(trainer, results)
+            self._sent.append(self._send(trainer, results))
+            # Publishing takes collectives, so what decides must be the same on every rank: never whether it has arrived by now.
+            if not self._sent[-1].numbers.arrives_later:
+                self._receive(trainer, in_batch=True)
             self._publish_about(trainer)
 
-    def _publish(self, trainer: Trainer, results: list[_Measured]) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Publish what is still on its way."""
+        self._receive(trainer)
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def _send(self, trainer: Trainer, results: list[_Measured]) -> _Sent:
+        """One transfer to the host for all optimizers of this batch."""
         assert self._session is not None
-        row: dict[str, float] = {}
-        histograms: dict[str, Histogram] = {}
-        overview: dict[str, list[float]] = {}
-        step, optimizer_step, stepped, collapsed = results[0].step, results[0].optimizer_step, False, 0.0
-        dropped = False
-        # One transfer to the host for all optimizers of this batch.
         clamped = self._session.counted("clamped")
         for result in results:
             if result.kept is not None:
                 self._keep_vectors(result.step, result.plan, result.kept)
-        packed = [r.reduce() for r in results] + ([] if clamped is None else [clamped])
+        packed = [r.reduce() for r in results]
+        sizes = [p.numel() for p in packed]
         self._spare = {r.plan.index: r.values for r in results}
-        numbers = torch.cat([p.to(packed[0]) for p in packed]).tolist()
-        for result, its in zip(results, packed, strict=False):
-            mine, numbers = numbers[: its.numel()], numbers[its.numel() :]
+        numbers = HostCopy(torch.cat([p.to(packed[0]) for p in [*packed, *([] if clamped is None else [clamped])]]))
+        every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
+        shown = bool(every) and ((results[0].step + 1) % every == 0 or trainer.should_stop)
+        return _Sent(results, sizes, numbers, self._session.take_events(), self._session.skipped_steps(), shown)
+
+    def _receive(self, trainer: Trainer, *, in_batch: bool = False) -> None:
+        """Publish what is on its way, in order."""
+        sent, self._sent = self._sent, []
+        for one in sent:
+            self._publish(trainer, one, in_batch)
+
+    def _publish(self, trainer: Trainer, sent: _Sent, in_batch: bool) -> None:
+        assert self._session is not None
+        row: dict[str, float] = {}
+        histograms: dict[str, Histogram] = {}
+        overview: dict[str, list[float]] = {}
+        step, optimizer_step, stepped, collapsed = sent.results[0].step, sent.results[0].optimizer_step, False, 0.0
+        dropped = False
+        numbers = sent.numbers.get().tolist()
+        self._events += sent.events
+        for result, size in zip(sent.results, sent.sizes, strict=True):
+            mine, numbers = numbers[:size], numbers[size:]
             if mine[-1]:
                 continue  # a fused optimizer skipped this update inside its kernel
             stepped = True
@@ -481,16 +521,19 @@ class NormDynamicsMonitor(NormDynCallback):
             row["normdyn/equilibrium_angular_update"] = sqrt(total / count)
             row["normdyn/equilibrium_ratio"] = sqrt(overview["measured"][0] / total)
         row["normdyn/optimizer_step"] = float(optimizer_step)
-        row["normdyn/skipped_steps"] = float(self._session.skipped_steps())
+        row["normdyn/skipped_steps"] = float(sent.skipped_steps)
         row["normdyn/collapsed_vectors"] = collapsed
-        if clamped is not None:
+        if numbers:
             row["normdyn/clamped_vectors"] = numbers[-1]
         row = {key: value for key, value in row.items() if isfinite(value)}
         if trainer.is_global_zero:
             # One who acts on drops marks them itself, at the step at which it acted.
             dropped &= not any("lr_drop" in member.marks for member in self._session.members)
-            self._keep(trainer, row, histograms, step, optimizer_step, ["lr_drop"] if dropped else [])
-        self._to_progress_bar(row)
+            events = [*self._events, *(["lr_drop"] if dropped else [])]
+            self._keep(trainer, row, histograms, step, optimizer_step, events, sent.shown)
+        self._events = []
+        if in_batch:
+            self._to_progress_bar(row)
 
     @staticmethod
     def _histograms(result: _Measured, numbers: list[float]) -> dict[str, Histogram]:
@@ -511,17 +554,16 @@ class NormDynamicsMonitor(NormDynCallback):
         step: int,
         optimizer_step: int,
         events: list[str],
+        logged: bool,
     ) -> None:
         """Rank zero: into the history and, at a logging step, into the loggers."""
-        assert self._session is not None
         first = not len(self.history)
         shown = self._append(step, row, optimizer_step)
-        for event in [*self._session.take_events(), *events]:
+        for event in events:
             self.history.mark(step, event)
         if first and self.tables:
             self._say_idle_decay(trainer)
-        every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
-        if every and ((step + 1) % every == 0 or trainer.should_stop):
+        if logged:
             publish_row(trainer.loggers, shown, histograms, step)
 
     def _append(self, step: int, row: dict[str, float], optimizer_step: int) -> dict[str, float]:
@@ -667,6 +709,7 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the last step if it was not foreseen, publish what came of the fit, and print the end table."""
+        self._receive(trainer)
         now = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
         if not self._off and self.plans and 0 <= self._last_step < now:
             self._append_final(trainer, now)
@@ -799,6 +842,8 @@ class NormDynamicsMonitor(NormDynCallback):
         return ""
 
     def _extra(self) -> dict[str, Any]:
+        assert self._session is not None
+        self._receive(self._session.trainer)
         elapsed = {name: [course.step, course.elapsed] for name, course in self._courses.items()}
         kept = {"history": self.history.state_dict()}
         if self._evidence is not self.history:

@@ -7,17 +7,20 @@ from typing import Any
 
 import lightning as L
 import pytest
+import strategies
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
 from models import TARGETS, ManualNet, Net, convnet, fit, images, loader, make, trainer, weights_of
+from ranks import run_ranks
 from replay import Recorder
 from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, RadialProjection, WeightRescaling
 from lightning_normdyn.parametrizations import weight_standardization
+from lightning_normdyn.steps import HostCopy
 
 
 class KeepsRows(Logger):
@@ -41,6 +44,13 @@ class KeepsRows(Logger):
 
 def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
     return NormDynamicsMonitor(every, tables=False, **arguments)
+
+
+@pytest.fixture(params=["at once", "later"])
+def arrival(request, monkeypatch):
+    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch later."""
+    if request.param == "later":
+        monkeypatch.setattr(HostCopy, "arrives_later", True)
 
 
 def momentum(parameters):
@@ -97,6 +107,7 @@ def naive(before, after, grad, lr, alpha=None, standardized=False):
 ALONE = {"plain": ([], None), "aws": ([lambda: AdaptiveWeightShrink(0.5)], 0.5), "projection": ([lambda: RadialProjection()], None)}
 
 
+@pytest.mark.usefixtures("arrival")
 @pytest.mark.parametrize("case", ALONE)
 def test_every_quantity_is_what_its_name_says(case):
     others, alpha = ALONE[case]
@@ -202,6 +213,7 @@ def steps_of(watch):
         (100, {"limit_train_batches": 3}, [0, 5], []),
     ],
 )
+@pytest.mark.usefixtures("arrival")
 def test_rows_come_at_logging_steps_and_at_both_ends(every, arguments, in_history, logged):
     watch, rows = monitor(every), KeepsRows()
     fit(make(), [watch], logger=rows, **arguments)
@@ -261,6 +273,7 @@ def test_the_history_keeps_the_rows_that_are_logged():
         assert kept == {"step": step, "optimizer_step": step + 1, **{key: pytest.approx(value, rel=1e-6) for key, value in logged.items()}}
 
 
+@pytest.mark.usefixtures("arrival")
 def test_two_optimizers_and_one_that_waits():
     class TakesTurns(ManualNet):
         def training_step(self, batch, batch_idx=0):
@@ -280,6 +293,7 @@ def test_two_optimizers_and_one_that_waits():
         assert f"angular_update/{there}" not in row
 
 
+@pytest.mark.usefixtures("arrival")
 @pytest.mark.parametrize("fused", [False, True])
 def test_skipped_steps_are_counted_and_measure_nothing(fused):
     class Overflows(Net):
@@ -297,6 +311,96 @@ def test_skipped_steps_are_counted_and_measure_nothing(fused):
     assert watch.steps_of(0) == 2
 
 
+# ---- How its numbers come to the host ----
+
+
+class Looks(L.Callback):
+    """How many rows there are after every batch and every epoch, and what a checkpoint in the middle of an epoch holds."""
+
+    def __init__(self, watch: NormDynamicsMonitor, checkpoint: Any = None) -> None:
+        self.watch, self.checkpoint = watch, checkpoint
+        self.after_batches: list[int] = []
+        self.after_epochs: list[int] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.after_batches.append(len(self.watch.history))
+        if self.checkpoint is not None and trainer.global_step == 3:
+            trainer.save_checkpoint(self.checkpoint)
+            self.in_checkpoint = len(self.watch.history)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.after_epochs.append(len(self.watch.history))
+
+
+def everything(tmp_path, **arguments):
+    """A fit with all that a row can tell of, the rows that were logged, and who looked on."""
+    watch, rows = monitor(per_vector=True), KeepsRows()
+    look = Looks(watch, tmp_path / "middle.ckpt")
+    fit(make(make_optimizer=momentum), [watch, look, AdaptiveWeightShrink(50.0), WeightRescaling(3)], logger=rows, **arguments)
+    return watch, rows, look
+
+
+def test_from_a_gpu_rows_come_one_batch_later_and_are_the_same(monkeypatch, tmp_path):
+    watch, rows, look = everything(tmp_path)
+    monkeypatch.setattr(HostCopy, "arrives_later", True)
+    watch_later, rows_later, look_later = everything(tmp_path)
+    assert look.after_batches == [1, 2, 3, 4, 5, 6, 7, 8]
+    # The third and the fourth were fetched for a checkpoint and at the epoch's end.
+    assert look_later.after_batches == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert look.after_epochs == look_later.after_epochs == [4, 8]
+    assert look_later.in_checkpoint == 3
+    assert rows_later.ours() == rows.ours()
+    assert list(watch_later.history) == list(watch.history)
+    assert watch_later.history.events == watch.history.events
+    assert any(row["normdyn/clamped_vectors"] for row in watch.history)
+    assert {event.kind for event in watch.history.events} == {"rescale"}
+
+
+def test_a_resume_continues_the_rows_that_were_on_their_way(monkeypatch, tmp_path):
+    monkeypatch.setattr(HostCopy, "arrives_later", True)
+    watch, _, _ = everything(tmp_path)
+    again = monitor(per_vector=True)
+    fit(make(make_optimizer=momentum), [again, AdaptiveWeightShrink(50.0), WeightRescaling(3)], ckpt_path=tmp_path / "middle.ckpt")
+    assert steps_of(again) == steps_of(watch)
+    assert list(again.history)[:3] == list(watch.history)[:3]  # from the checkpoint; the other batches come in another order
+
+
+def test_what_happened_in_a_skipped_step_is_told_with_the_next_row(monkeypatch):
+    class Marks(WeightRescaling):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:  # its update is skipped
+                next(iter(self.plans.values())).mark("something")
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 2 else 1.0)
+
+    for later in (False, True):
+        monkeypatch.setattr(HostCopy, "arrives_later", later)
+        watch = monitor()
+        module = make(Overflows, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, fused=True), dtype=torch.float32)
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+        fit(module, [Marks(1000), watch], plugins=[precision], max_epochs=1)
+        assert steps_of(watch) == [0, 1, 3]
+        assert [(event.step, event.kind) for event in watch.history.events] == [(3, "something")]
+
+
+def sharded_rows(later):
+    """In a rank: the rows of a monitor over sharded weights."""
+    HostCopy.arrives_later = later  # type: ignore[method-assign,assignment]
+    watch = monitor()
+    strategies.fit(strategies.STRATEGIES["FSDP2"], lambda: [watch, AdaptiveWeightShrink(0.1)])
+    return list(watch.history)
+
+
+def test_rows_that_come_later_on_two_ranks():
+    at_once, later = (run_ranks(sharded_rows, 2, (late,)) for late in (False, True))
+    assert later == at_once
+    assert len(later[0]) == strategies.STEPS
+    assert later[1] == []  # rank zero keeps them
+
+
 # ---- What it keeps ----
 
 
@@ -307,6 +411,7 @@ def test_history_and_callback_metrics_need_no_logger():
     assert float(runner.callback_metrics["normdyn/angular_update"]) == pytest.approx(watch.history[7]["normdyn/angular_update"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("arrival")
 def test_a_fit_that_stops_early_still_has_its_last_norm():
     class Stops(L.Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
@@ -356,6 +461,7 @@ def test_numbers_that_are_not_finite_are_left_out():
         (lambda step: min(1.0, (step + 1) / 4), []),
     ],
 )
+@pytest.mark.usefixtures("arrival")
 @pytest.mark.parametrize("quantities", [None, ["weight_norm"]])
 def test_drops_of_the_learning_rate_are_marked_in_the_history(factor, marked, quantities):
     module = make(make_optimizer=momentum, make_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
