@@ -141,6 +141,7 @@ class WeightVectors:
         starts = [0, *(w.stop for w in pieces if w is not None)]
         # Each vector in exactly one piece, in order: what is found piece by piece only needs to be put one behind the other.
         self._in_order = starts[-1] == self.n and all(w is not None and w.start == at for w, at in zip(pieces, starts, strict=False))
+        self._rows = [piece.rows for pieces in self._pieces for piece in pieces]
         lengths = [_lengths(p, partition).to(self.sum_dtype) for p, partition in zip(self._placements, self.partitions, strict=True)]
         self._reduction = Reduction(self._placements, lengths, self.device)
         self.weight_of = self._reduction.weight_of
@@ -383,7 +384,7 @@ class WeightVectors:
             finish: from ``(K, ...)`` to what may be added over the parts of a vector, ``(J, ...)``.
             count: how many numbers the kernel writes per vector, K.
             results: how many ``finish`` makes of them, J; None: as many.
-            numbers: ``(n + 1,)``, given to the kernel behind the operands.
+            numbers: ``(n,)``, given to the kernel behind the operands; where each vector lies in one piece, in order.
             exact: whether what it writes is kept in float64.
             streaming: whether the kernel reads everything once, so that the cache is of no use unless sums are long or dtypes converted.
             whole: never cut a row.
@@ -391,18 +392,21 @@ class WeightVectors:
         entries, results = self._entries, results or count
         dtype = self.sum_dtype if exact else self._precision
         packed = torch.empty(count, self.n, dtype=dtype, device=self.device) if self._in_order else None
+        places = repeat(None) if packed is None else iter(packed.split_with_sizes(self._rows, 1))
+        given = [v.split_with_sizes(self._rows) for v in numbers]
         apart: list[tuple[_IndexedPiece, Tensor]] = []  # what is finished already
+        position = -1
         for i, pieces in enumerate(self._pieces):
             for piece in pieces:
+                position, place = position + 1, next(places)
                 views = [None if o[i] is None else piece.view(o[i]) for o in operands]  # type: ignore[arg-type]
                 first = next((v for v in views if v is not None), None)
-                place = None if packed is None else packed[:, piece.where]
                 if first is None:
                     if place is not None:
                         place.zero_()
                     continue
-                views += [piece.spread(v, first) for v in numbers]
                 dims, form = piece.summed(first), piece.form(first)
+                views += [v[position].to(first.device, _own_precision(first)).view(form) for v in given]
                 # A kernel that need not convert and sums short vectors has no use for the cache, and keeps its precision.
                 at_once = streaming and first.dtype == dtype and first.numel() <= piece.rows * CACHED_ENTRIES
                 limit = first.numel() if at_once else entries
@@ -697,6 +701,8 @@ def _summing(kernel: Kernel, count: int, finish: Finish, dtype: torch.dtype) -> 
 
 def _cuts_rows(view: Tensor, summed: Sequence[int], entries: int) -> bool:
     """Whether `_in_chunks` will cut this view within a row."""
+    if view.numel() <= entries:
+        return False
     shape = list(view.shape)
     while prod(shape) > entries:
         dim = _outermost(shape, view)
