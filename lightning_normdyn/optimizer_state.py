@@ -27,6 +27,7 @@ __all__ = [
     "per_matrix_only",
     "rescale_batch_norm_",
     "state_exponents",
+    "step_buffer",
     "supports_decay_takeover",
 ]
 
@@ -169,6 +170,27 @@ def supports_decay_takeover(optimizer: Optimizer) -> str | None:
     if any(group.get("weight_decay") and decay_kind(optimizer, group) is None for group in optimizer.param_groups):
         return f"how {name} applies it is not known"
     return None
+
+
+def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
+    r"""The buffer :math:`b` that tells what the last step was: after it, every weight has moved by :math:`-\eta b`.
+
+    So it is for SGD with momentum and without Nesterov, whatever else is set: coupled decay, dampening and ``maximize`` are in the buffer.
+
+    Args:
+        optimizer: the optimizer itself; a subclass may step otherwise.
+        group: one of its param groups.
+
+    Returns:
+        The name of the buffer in the state of each weight that was stepped; ``None`` where a step cannot be told from one buffer.
+
+    Example:
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1, momentum=0.9)
+        >>> step_buffer(sgd, sgd.param_groups[0])
+        'momentum_buffer'
+    """
+    plain = type(optimizer) is torch.optim.SGD and group["momentum"] != 0 and not group["nesterov"]
+    return "momentum_buffer" if plain else None
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:

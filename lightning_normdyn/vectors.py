@@ -525,11 +525,10 @@ class WeightVectors:
             ``(n,)``: by how much of ``before`` each vector was changed or would have been.
         """
         operands = self._and_now(before)
-        mask = None if active is None else active.to(self._precision)
         if not self._in_order or self._reduction.cuts:
             ss, sd = self._reduction.sum_(self._collect(_radial_kernel, operands, self._radial_sums, 2))
             removed = _removed(ss, sd, share)
-            self.add_scaled_(-_applied(removed, mask), before)
+            self.add_scaled_(-_applied(removed, *self._numbers(active)), before)
             return removed
         entries = self._entries
 
@@ -541,15 +540,69 @@ class WeightVectors:
                 product = _sum((_widened(now) - wide).mul_(wide), dims)
                 square = _norm(wide, dims).square_()
             else:  # a single vector is longer than that
-                sums = torch.zeros(2, *share.shape, dtype=self.sum_dtype, device=share.device)
-                _in_chunks(_summing(_radial_kernel, 2, self._radial_sums, share.dtype), sums.unbind(), [start, now], dims, entries)
-                square, product = sums.to(share.dtype)
-            removed = torch.addcdiv(share, product, square.clamp_(min=torch.finfo(square.dtype).tiny))
-            outs[0].copy_(removed)
-            now.addcmul_(start, _applied(removed, *mask), value=-1)
+                square, product = self._radial_in_chunks(_radial_kernel, [start, now], dims, share)
+            removed = outs[0].copy_(_removed(square, product, share))
+            now.addcmul_(start, _applied(removed.to(share), *mask), value=-1)
 
-        numbers = [share.to(self._precision)] if mask is None else [share.to(self._precision), mask]
-        return self._collect(project, operands, lambda found: found.to(self.sum_dtype), 1, numbers=numbers, whole=True)[0]
+        return self._collect(project, operands, self._widest, 1, numbers=self._numbers(share, active), whole=True)[0]
+
+    def remove_radial_of_(self, direction: Operand, length: Tensor, share: Tensor, active: Tensor | None = None) -> Tensor:
+        """`remove_radial_` where the step is known, so that no copy of the weights is needed: w - s = ``length * direction``.
+
+        Args:
+            direction: laid out like the weights; None entries are passed over.
+            length: ``(n,)``.
+            share: as for `remove_radial_`.
+            active: as for `remove_radial_`.
+
+        Returns:
+            as `remove_radial_`.
+        """
+        operands = self._and_now(direction)
+        if not self._in_order or self._reduction.cuts:
+            ww, wd, dd = self._reduction.sum_(
+                self._products(((operands[1], operands[1]), (operands[1], direction), (direction, direction)), False)
+            )
+            sd = length * (wd - length * dd)
+            removed = _removed(ww - 2 * length * wd + length.square() * dd, sd, share)
+            applied = _applied(removed, *self._numbers(active))
+            self.add_scaled_(-applied, operands[1], operands[1])
+            self.add_scaled_(applied * length, direction)
+            return removed
+        entries = self._entries
+
+        def project(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+            step, now, length, share, *mask = views
+            whole = now.numel() <= entries
+            if whole:
+                start = torch.addcmul(now, step, length, value=-1)
+                product = _sum(start * step, dims).mul_(length)
+                square = _norm(start, dims).square_()
+            else:
+                square, product = self._radial_in_chunks(_radial_kernel_of_step, [step, now, length], dims, share)
+            removed = outs[0].copy_(_removed(square, product, share))
+            applied = _applied(removed.to(share), *mask)
+            if whole:
+                now.addcmul_(start, applied, value=-1)
+            else:
+                now.addcmul_(now, applied, value=-1).addcmul_(step, applied * length)
+
+        numbers = self._numbers(length, share, active)
+        return self._collect(project, operands, self._widest, 1, numbers=numbers, whole=True)[0]
+
+    def _radial_in_chunks(self, kernel: Kernel, views: list[Tensor], dims: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
+        """<s, s> and <s, w - s> of vectors that are longer than what stays in the cache."""
+        sums = torch.zeros(2, *like.shape, dtype=self.sum_dtype, device=like.device)
+        _in_chunks(_summing(kernel, 2, self._radial_sums, like.dtype), sums.unbind(), views, dims, self._entries)
+        ss, sd = sums.to(like.dtype)
+        return ss, sd
+
+    def _numbers(self, *numbers: Tensor | None) -> list[Tensor]:
+        """Those that are given, in the precision of the weights."""
+        return [v.to(self._precision) for v in numbers if v is not None]
+
+    def _widest(self, found: Tensor) -> Tensor:
+        return found.to(self.sum_dtype)
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
@@ -722,6 +775,14 @@ def _radial_kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tens
     start, now = map(_widened, views)
     # First what reads both: two weights come into the cache faster together than one after the other.
     _sum((now - start).mul_(start), dims, outs[1])
+    _norm(start, dims, outs[0])
+
+
+def _radial_kernel_of_step(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+    """`_radial_kernel` where the step is a number times a direction."""
+    step, now, length = views
+    start = torch.addcmul(now, step, length, value=-1)
+    outs[1].copy_(_sum(start * step, dims) * length)
     _norm(start, dims, outs[0])
 
 

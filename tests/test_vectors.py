@@ -177,6 +177,43 @@ def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes
             torch.testing.assert_close((wd / ww - radial) / moved, torch.zeros_like(radial), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("told", ["by a copy", "by the step"])
+@pytest.mark.parametrize("some", [False, True])
+@pytest.mark.parametrize("small_chunks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", [*KINDS, "long rows"])
+def test_the_radial_part_of_a_step_is_removed(kind, dtype, small_chunks, some, told, monkeypatch):
+    if small_chunks:
+        monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
+    weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
+    start = weight.clone().to(dtype)
+    parameter = nn.Parameter(start.clone())
+    vectors, labels = WeightVectors([parameter], [partition]), labels_of(start, partition)
+    share, active = randn(vectors.n).abs() / 100, torch.arange(vectors.n) % 2 == 0 if some else None
+    length, direction = -randn(vectors.n).abs() - 0.1, same_layout(start) / 100
+    moved = torch.cat([length, length.new_zeros(1)])[labels] * direction.double()  # rows of no vector stand still here
+    now = start.double() + moved
+    with torch.no_grad():
+        parameter.copy_(now)
+        if told == "by a copy":
+            now = parameter.detach().clone().double()  # as it is stored: what rounding has added is part of the step
+            moved = now - start.double()
+            removed = vectors.remove_radial_([start], share, active)
+        else:
+            removed = vectors.remove_radial_of_([direction], length, share, active)
+    expected = now.clone()
+    for j in range(vectors.n):
+        where = labels == j
+        s, d = start.double()[where], moved[where]
+        part = s @ d / (s @ s) + share[j]
+        error = (1e-13 if dtype == torch.float64 else 1e-6) * (float(d.norm() / s.norm()) + float(share[j]))
+        assert float(removed[j]) == pytest.approx(float(part), rel=0, abs=error)
+        if active is None or active[j]:
+            expected[where] -= part * s
+    tolerance = 1e-13 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=tolerance * float(start.abs().max()))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vectors_that_have_no_angle_and_vectors_that_did_not_move(dtype):
     before = randn(5, 40).to(dtype)

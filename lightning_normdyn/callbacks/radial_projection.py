@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
-from lightning_normdyn.optimizer_state import decay_kind
+from lightning_normdyn.optimizer_state import decay_kind, step_buffer
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
 from lightning_normdyn.vectors import Partition
 
@@ -72,6 +72,7 @@ class RadialProjection(NormDynCallback):
     def _forget(self) -> None:
         super()._forget()
         self._gates: dict[int, tuple[Tensor, Tensor]] = {}
+        self._buffers: dict[int, str | None] = {}
 
     @property
     def writes(self) -> bool:  # type: ignore[override]
@@ -121,7 +122,9 @@ class RadialProjection(NormDynCallback):
 
     def _look(self, step: Step, plan: Plan) -> None:
         vectors = plan.vectors
-        step.bracket.request_snapshot(vectors.storages())
+        self._buffers[plan.index] = buffer = self._told_by(step, plan)
+        if buffer is None:
+            step.bracket.request_snapshot(vectors.storages())
         if self.gate == "always":
             return
         weights, gradients = vectors.values(), vectors.gradients()
@@ -139,18 +142,32 @@ class RadialProjection(NormDynCallback):
         self._gates[plan.index] = (vectors.spread(by_filter), vectors.spread(layer & ~by_filter))
 
     def _project(self, step: Step, plan: Plan) -> None:
-        vectors = plan.vectors
-        before = vectors.snapshots(step.bracket)
+        vectors, buffer = plan.vectors, self._buffers[plan.index]
         if self.gate == "always":
-            removed = vectors.remove_radial_(before, self._decay(step, plan, None), plan.treated(step))
+            share, active = self._decay(step, plan, None), plan.treated(step)
+            if buffer is None:
+                removed = vectors.remove_radial_(vectors.snapshots(step.bracket), share, active)
+            else:
+                state = step.optimizer.state
+                moved = vectors.local([state[w].get(buffer) if w in state else None for w in vectors.weights])
+                removed = vectors.remove_radial_of_(moved, -plan.group_values("lr"), share, active)
             plan.guard(removed, 0.0, step)  # has been left alone where it is not finite; here it is remembered
             return
+        before = vectors.snapshots(step.bracket)
         by_filter, by_layer = self._gates[plan.index]
         (ss, sd), (total, along) = vectors.radial_and_totals(before, summarize=lambda sums, _: sums)
         layer = vectors.spread(_ratio(along, total))
         radial = torch.where(by_filter, _ratio(sd, ss), torch.where(by_layer, layer, torch.zeros_like(layer)))
         removed = radial + self._decay(step, plan, by_filter | by_layer)
         vectors.add_scaled_(-plan.guard(removed, 0.0, step), before)
+
+    def _told_by(self, step: Step, plan: Plan) -> str | None:
+        """The optimizer's buffer that tells what its step was; None: a copy of the weights must tell, as it does for most optimizers."""
+        # In bfloat16 and float16 a weight moves by what rounding leaves of the step.
+        if self.gate == "cosine" or plan.vectors.low_precision:
+            return None
+        buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
+        return buffers.pop() if len(buffers) == 1 else None
 
     def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""

@@ -13,7 +13,8 @@ from reference import Project, Shrink
 from replay import Recorder, replay
 from torch import nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynWarning, NotSupportedError, RadialProjection
+from lightning_normdyn import AdaptiveWeightShrink, NormDynWarning, NotSupportedError, RadialProjection, StepBracket
+from lightning_normdyn.callbacks import radial_projection
 
 
 def matrices_only(norm):
@@ -81,11 +82,12 @@ def test_adamw_with_the_gate_is_adamp(monkeypatch, gate):
     ("make_optimizer", "optimizer", "lr"),
     [
         (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), reference.SGD(weight_decay=0.1), 0.1),
+        (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), reference.SGD(0.9, weight_decay=0.1), 0.1),
         (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True), reference.SGD(0.9, nesterov=True), 0.1),
         (lambda p: torch.optim.Adam(p, 0.02), reference.Adam(), 0.02),
         (lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.5), reference.AdamW(weight_decay=0.5), 0.02),
     ],
-    ids=["sgd", "nesterov", "adam", "adamw"],
+    ids=["sgd", "momentum", "nesterov", "adam", "adamw"],
 )
 def test_projects_the_step_of_any_optimizer(make_optimizer, optimizer, lr, gate):
     targets = TARGETS if gate == "always" else [*TARGETS, "net.8.weight"]
@@ -95,6 +97,79 @@ def test_projects_the_step_of_any_optimizer(make_optimizer, optimizer, lr, gate)
         [RadialProjection(gate=gate)], make_optimizer, optimizer, lr=lr, targets=targets, rules=rules, dtype=torch.float32, steps=4
     )
     assert distance(got, expected) <= 1e-6
+
+
+class Schedule(torch.optim.lr_scheduler.LRScheduler):
+    """Changes momentum, and learning rate, from step to step; at times there is no momentum at all."""
+
+    def get_lr(self):
+        for group in self.optimizer.param_groups:
+            group["momentum"] = (0.9, 0.0, 0.5, 0.95)[self.last_epoch % 4]
+        return [base * (1 - 0.1 * (self.last_epoch % 3)) for base in self.base_lrs]
+
+
+class OwnStep(torch.optim.SGD):
+    """Steps twice as far as SGD does."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        weights = [p for group in self.param_groups for p in group["params"]]
+        before = [p.clone() for p in weights]
+        loss = super().step(closure)
+        for p, b in zip(weights, before, strict=True):
+            p.add_(p - b)
+        return loss
+
+
+class Skips(Net):
+    """Its first layer gets a gradient in every second step only."""
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.trainer.global_step % 2 == 1:
+            self.net[0].weight.grad = None
+
+
+def final_and_copies(monkeypatch, model=Net, **arguments):
+    """The weights after eight projected steps, and in which of these the weights were copied."""
+    taken, take = [], StepBracket._take_snapshots
+    with monkeypatch.context() as patch:
+        patch.setattr(StepBracket, "_take_snapshots", lambda self: taken.append(bool(self._snapshot_requests)) or take(self))
+        module = make(model, **arguments)
+        fit(module, [RadialProjection()])
+    return weights_of(module), taken
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ({}, {}),
+        ({"fused": True}, {}),
+        ({"foreach": True}, {}),
+        ({"maximize": True, "lr": 1e-3}, {}),
+        ({"dampening": 0.5}, {}),
+        ({"lr": torch.tensor(0.1, dtype=torch.float64)}, {}),
+        ({}, {"make_scheduler": Schedule}),
+        ({}, {"model": Skips}),
+    ],
+    ids=["plain", "fused", "foreach", "maximize", "dampening", "lr tensor", "schedule", "no gradient"],
+)
+def test_the_momentum_buffer_tells_as_much_as_a_copy_of_the_weights(monkeypatch, options, arguments):
+    def make_optimizer(p):
+        return torch.optim.SGD(p, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, **options})
+
+    got, copied = final_and_copies(monkeypatch, make_optimizer=make_optimizer, **arguments)
+    assert copied == [k % 4 == 1 and "make_scheduler" in arguments for k in range(8)]  # where the schedule took the momentum away
+    monkeypatch.setattr(radial_projection, "step_buffer", lambda optimizer, group: None)
+    expected, copied = final_and_copies(monkeypatch, make_optimizer=make_optimizer, **arguments)
+    assert all(copied)
+    assert distance(got, expected) <= 1e-13
+
+
+def test_a_step_of_its_own_is_told_by_a_copy_of_the_weights(monkeypatch):
+    got, copied = final_and_copies(monkeypatch, make_optimizer=lambda p: OwnStep(p, lr=0.05, momentum=0.9))
+    expected, _ = final_and_copies(monkeypatch, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
+    assert all(copied)
+    assert distance(got, expected) <= 1e-13
 
 
 def test_with_aws_over_300_steps():
