@@ -238,6 +238,14 @@ def sgd_fused(parameters: Any) -> torch.optim.Optimizer:
     return sgd(parameters, fused=True)
 
 
+def sgd_scaled(parameters: Any) -> torch.optim.Optimizer:
+    """As a GradScaler leaves it: the kernel divides by the scale, and decides by itself whether it skips the step."""
+    optimizer = sgd(parameters, fused=True)
+    device = optimizer.param_groups[0]["params"][0].device
+    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=device), torch.zeros((), device=device)  # type: ignore[attr-defined]
+    return optimizer
+
+
 def adamw_fused(parameters: Any) -> torch.optim.Optimizer:
     return adamw(parameters, fused=True)
 
@@ -481,6 +489,9 @@ class Steps:
         self.add("WRS, idle", sgd_fused, lambda: [WeightRescaling(NEVER)])
         self.add("suite, idle", sgd_fused, lambda: suite(NEVER))
         if self.everything:
+            self.add("SGD fused, scaled", sgd_scaled)
+            self.add("monitor, idle, scaled", sgd_scaled, lambda: [monitor(NEVER)])
+            self.add("WRS, idle, scaled", sgd_scaled, lambda: [WeightRescaling(NEVER)])
             self.add("AdamW foreach", lambda p: adamw(p, foreach=True))
             self.add("RadialProjection, cosine gate", sgd_fused, lambda: [RadialProjection(gate="cosine")])
             self.add("WRS, rescaling", sgd_fused, lambda: [WeightRescaling(1)])
@@ -564,7 +575,7 @@ class Steps:
 HEAD = ["case", "ms (middle half)", "added ms", "added / (norm + mul)", "/ SGD fused", "operations", "host syncs"]
 
 
-def on_shapes(title: str, shapes: Shapes, rounds: int, device: str, peers: bool, everything: bool) -> str:
+def on_shapes(shapes: Shapes, rounds: int, device: str, peers: bool, everything: bool, bars_apply: bool = True) -> str:
     """Section: one optimizer step of given shapes, with every callback."""
     steps = Steps(shapes, device, everything)
     steps.add_floors()
@@ -577,6 +588,9 @@ def on_shapes(title: str, shapes: Shapes, rounds: int, device: str, peers: bool,
     text += table("", HEAD, steps.rows())
     idle = max(steps.case(c).operations - steps.case("SGD fused").operations for c in ("monitor, idle", "WRS, idle"))
     waits = max(steps.case(c).waits - steps.case("SGD fused").waits for c in ("monitor, idle", "WRS, idle"))
+    memory = max(steps.memory(f"RadialProjection on {name}", f"{name} fused") for name in ("SGD", "AdamW"))
+    if not bars_apply:
+        return text
     bars = [
         Bar("operations that an idle monitor or WRS adds", 0, idle, SPLIT),
         Bar("host synchronizations that they add", 0, waits),
@@ -584,10 +598,13 @@ def on_shapes(title: str, shapes: Shapes, rounds: int, device: str, peers: bool,
         Bar("AWS (std) / (foreach norm + foreach mul)", 2, steps.added("AWS (std)", "floor: norm", "floor: mul")),
         Bar("projected fused SGD / adamp SGDP", 0.25, steps.ratio("RadialProjection on SGD", "adamp.SGDP"), PROJECTION),
         Bar("projected fused AdamW / adamp AdamP", 0.25, steps.ratio("RadialProjection on AdamW", "adamp.AdamP"), PROJECTION),
-        Bar("peak extra memory of a projection / targeted weights", 1.10, steps.memory("RadialProjection on SGD", "SGD fused")),
+        Bar("peak extra memory of a projection / targeted weights", 1.10, memory),
         Bar("logging step / norms of both tensors", 3, steps.added("monitor, logging", "floor: norms of both"), LOGGING),
         Bar("host synchronizations of a logging step", 1, steps.case("monitor, logging").waits - steps.case("SGD fused").waits),
     ]
+    if everything:
+        scaled = [steps.case(f"{c}, idle, scaled").operations - steps.case("SGD fused, scaled").operations for c in ("monitor", "WRS")]
+        bars.insert(1, Bar("the same with a fused optimizer and a GradScaler", 2, max(scaled), SPLIT))
     absent = [name for name, module in (("adamp", "adamp"), ("pytorch_optimizer", "pytorch_optimizer")) if not find_spec(module)]
     if peers and absent:
         text += f"\nNot installed here, so not measured: {', '.join(absent)} (`pip install 'lightning-normdyn[bench]'`).\n"
@@ -599,8 +616,8 @@ SPLIT = (
     "fused kernel is called once more"
 )
 PROJECTION = (
-    "a copy of the weights before the step, and a pass that reads both and writes one, move more bytes than a quarter of the peer's time "
-    "allows; without the copy the step of an arbitrary optimizer is not known"
+    "the optimizer's own fused kernel and one pass that reads two tensors of the weights' size and writes one; a kernel that torch.compile "
+    "makes for this pass takes as long"
 )
 LOGGING = (
     "weight and gradient are read, the weight is copied, copy and weight are read: five times the bytes of one norm, on top of arithmetic"
@@ -830,7 +847,7 @@ def on_cuda(rounds: int) -> str:
     """Section: the same on a GPU, with kernel counts, synchronizations as errors, and the precisions that people train in."""
     if not torch.cuda.is_available():
         return "not run: no CUDA device on this machine.\n"
-    text = on_shapes("cuda", resnet50(), rounds, "cuda", peers=True, everything=True)
+    text = on_shapes(resnet50(), rounds, "cuda", peers=True, everything=True)
     rows = []
     for name, (memory_format, autocast, scaled) in {
         "float32, channels_last": (torch.channels_last, None, False),
@@ -887,17 +904,17 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
     rounds = 3 if quick else 15
     if quick:
         return {
-            "small": ("Small shapes", lambda: on_shapes("small", transformer(1, 256), rounds, "cpu", peers=True, everything=False)),
+            "small": ("Small shapes", lambda: on_shapes(transformer(1, 256), rounds, "cpu", True, False, bars_apply=False)),
             "growth": ("Growth", lambda: growth(rounds, "cpu", 4)),
             "training": ("Training steps", lambda: training(rounds, "cpu", quick=True)),
             "cuda": ("CUDA", lambda: on_cuda(rounds)),
         }
     return {
-        "resnet50": ("ResNet-50", lambda: on_shapes("resnet50", resnet50(), rounds, "cpu", peers=True, everything=True)),
-        "vit": ("ViT-B", lambda: on_shapes("vit", vit(), 7, "cpu", peers=False, everything=False)),
+        "resnet50": ("ResNet-50", lambda: on_shapes(resnet50(), rounds, "cpu", peers=True, everything=True)),
+        "vit": ("ViT-B", lambda: on_shapes(vit(), 7, "cpu", peers=False, everything=False)),
         "transformer": (
             "One block of a 1B-class transformer",
-            lambda: on_shapes("t", transformer(1), 7, "cpu", peers=False, everything=False),
+            lambda: on_shapes(transformer(1), 7, "cpu", peers=False, everything=False),
         ),
         "growth": ("Growth", lambda: growth(rounds, "cpu", 1)),
         "training": ("Training steps", lambda: training(rounds, "cpu", quick=False)),
