@@ -230,6 +230,10 @@ class StepBracket:
         """Who applies the decay of ``weight``; None: the optimizer."""
         return max((owner for owner, weights in self._claims.values() if weight in weights()), default=None)
 
+    def acts_between(self, first: Phase, last: Phase) -> bool:
+        """Whether some handler is called after phase ``first`` and before phase ``last``: whether weights may change in between."""
+        return any(first < phase < last for phase, *_ in self._handlers)
+
     def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
         """Ask, before phase SNAPSHOT, that the shrunk weights of this step be copied.
 

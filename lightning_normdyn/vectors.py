@@ -281,7 +281,7 @@ class WeightVectors:
         ww, w1 = self._reduction.sum_(self._collect(kernel, [tensors], finish, 4, 2))
         return ww, w1
 
-    def displacement(self, before: Operand, *, exact: bool = False) -> Tensor:
+    def displacement(self, before: Operand, *, exact: bool = False, norms: Tensor | None = None) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w = ``before`` and Δ = now - w.
 
         Angles from them are right to 1e-3 of themselves from 1e-6 rad on (to 1e-6 where rounding of the weights is no matter), radial parts
@@ -292,6 +292,8 @@ class WeightVectors:
         Args:
             before: w, the weights before the step.
             exact: whether <w, w> too is summed in float64, so that it can be set against another norm.
+            norms: ``(n,)``, the norms of ``before`` as `inner` gave them, if they are known; a pass over it is saved where vectors are
+                whole. Not with ``exact``.
 
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
@@ -299,8 +301,11 @@ class WeightVectors:
 
         def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
             norm, ratio, length, along = outs
-            start, now = map(_widened, views)
-            _norm(start.to(self.sum_dtype) if exact else start, dims, norm)
+            start, now = map(_widened, views[:2])
+            if len(views) > 2:
+                norm.copy_(views[2])
+            else:
+                _norm(start.to(self.sum_dtype) if exact else start, dims, norm)
             factor = _norm(now, dims, ratio).div_(norm).nan_to_num_(0.0, 0.0, 0.0)
             if ratio.dtype != now.dtype:
                 factor = factor.to(now.dtype)
@@ -315,7 +320,9 @@ class WeightVectors:
             ww, growth = norm.square(), ratio - 1
             return torch.stack([ww, growth * ww + along, growth * (growth * ww + 2 * along) + length.square()])
 
-        return self._reduction.sum_(self._collect(kernel, self._and_now(before), finish, 4, 3, exact=exact))
+        known = norms is not None and self._in_order and not self._reduction.cuts
+        numbers = self._numbers(norms) if known else []
+        return self._reduction.sum_(self._collect(kernel, self._and_now(before), finish, 4, 3, numbers=numbers, exact=exact))
 
     def radial_and_totals(self, before: Operand, *, summarize: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and `totals` in the same collective.
@@ -384,7 +391,7 @@ class WeightVectors:
             finish: from ``(K, ...)`` to what may be added over the parts of a vector, ``(J, ...)``.
             count: how many numbers the kernel writes per vector, K.
             results: how many ``finish`` makes of them, J; None: as many.
-            numbers: ``(n,)``, given to the kernel behind the operands; where each vector lies in one piece, in order.
+            numbers: ``(n,)``, given to the kernel behind the operands, but not where rows are cut; only if each vector lies in one piece.
             exact: whether what it writes is kept in float64.
             streaming: whether the kernel reads everything once, so that the cache is of no use unless sums are long or dtypes converted.
             whole: never cut a row.
@@ -406,7 +413,6 @@ class WeightVectors:
                         place.zero_()
                     continue
                 dims, form = piece.summed(first), piece.form(first)
-                views += [v[position].to(first.device, _own_precision(first)).view(form) for v in given]
                 # A kernel that need not convert and sums short vectors has no use for the cache, and keeps its precision.
                 at_once = streaming and first.dtype == dtype and first.numel() <= piece.rows * CACHED_ENTRIES
                 limit = first.numel() if at_once else entries
@@ -414,7 +420,9 @@ class WeightVectors:
                     sums = torch.zeros(results, *form, dtype=self.sum_dtype, device=first.device)
                     _in_chunks(_summing(kernel, count, finish, dtype), sums.unbind(), views, dims, limit)
                     apart.append((piece, sums.flatten(1)))
-                elif place is not None and place.device == first.device:
+                    continue
+                views += [v[position].to(first.device, _own_precision(first)).view(form) for v in given]
+                if place is not None and place.device == first.device:
                     _in_chunks(kernel, place.view(count, *form).unbind(), views, dims, limit, whole=whole)
                 else:
                     own = torch.empty(count, *form, dtype=dtype, device=first.device)

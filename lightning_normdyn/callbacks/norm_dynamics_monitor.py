@@ -330,7 +330,9 @@ class NormDynamicsMonitor(NormDynCallback):
         if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
             wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
         lr = plan.group_values("lr").clone()
-        self._sums[plan.index] = {"ww": ww, "wg": wg, "gg": gg, "w1": w1[0] if w1 else torch.zeros_like(ww), "lr": lr}
+        self._sums[plan.index] = sums = {"ww": ww, "wg": wg, "gg": gg, "w1": w1[0] if w1 else torch.zeros_like(ww), "lr": lr}
+        if not exact and not step.bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT):
+            sums["norms"] = ww.sqrt()  # of the snapshot, too
         step.bracket.request_snapshot(vectors.storages())
 
     def _measure_step(self, step: Step, plan: Plan) -> None:
@@ -339,7 +341,8 @@ class NormDynamicsMonitor(NormDynCallback):
             return
         assert self._session is not None
         vectors = plan.vectors
-        ss, sd, dd = vectors.displacement(vectors.snapshots(step.bracket), exact=self._needs_exact[plan.index])
+        before, exact = vectors.snapshots(step.bracket), self._needs_exact[plan.index]
+        ss, sd, dd = vectors.displacement(before, exact=exact, norms=sums.get("norms"))
         wanted = [*self._quantities[plan.index], *INTERNAL]
         values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
         active = plan.active()
@@ -371,7 +374,7 @@ class NormDynamicsMonitor(NormDynCallback):
             out = size.new_empty(2 * count + 1, len(size))
         numbers, counts = out[:count], out[count : 2 * count]
         torch.stack(values, out=numbers)
-        counts.copy_(torch.isfinite(numbers))
+        torch.mul(numbers, 0, out=counts).eq_(0)  # 1 where a number is finite: 0 times infinity is none
         out[-1] = size  # an infinite length elsewhere must not make all the others look short
         numbers.nan_to_num_(0.0, 0.0, 0.0)
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
