@@ -242,6 +242,16 @@ class StepBracket:
         """
         self._snapshot_requests.update(storages)
 
+    def early_snapshot(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """Memory for this step's snapshot, in the order of ``storages``, for one who reads the weights anyway and copies them on the way.
+
+        Only for a handler in a phase after which nothing `acts_between` it and SNAPSHOT; it must copy all.
+        """
+        for weight, storage in storages.items():
+            if weight not in self._snapshots:
+                self._snapshots[weight] = self._buffer(weight, storage)
+        return [self._snapshots[weight] for weight in storages]
+
     def snapshot(self, weight: Tensor) -> Tensor:
         """The copy of the storage of ``weight`` that was taken in this step's SNAPSHOT phase."""
         return self._snapshots[weight]
@@ -307,6 +317,7 @@ class StepBracket:
     @torch.no_grad()
     def _ready(self) -> None:
         self.settle()
+        self._snapshots.clear()  # of a step that raised
         self._step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None))
         self._run(Phase.RESOLVE, Phase.RESOLVE)  # may add handlers that act in this very step
         self._run(Phase.RESOLVE + 1, Phase.SNAPSHOT)
@@ -339,11 +350,13 @@ class StepBracket:
                 handler(self._step)
 
     def _take_snapshots(self) -> None:
-        requests, self._snapshot_requests = self._snapshot_requests, {}
+        requests = {w: storage for w, storage in self._snapshot_requests.items() if w not in self._snapshots}
+        self._snapshot_requests = {}
         if not requests:
             return
-        self._snapshots = {weight: self._buffer(weight, storage) for weight, storage in requests.items()}
-        torch._foreach_copy_(list(self._snapshots.values()), list(requests.values()))
+        buffers = {weight: self._buffer(weight, storage) for weight, storage in requests.items()}
+        torch._foreach_copy_(list(buffers.values()), list(requests.values()))
+        self._snapshots.update(buffers)
 
     def _buffer(self, weight: Tensor, storage: Tensor) -> Tensor:
         # New memory of a CPU is fetched page by page from the system, which takes three times as long as the copy. An accelerator's

@@ -186,18 +186,19 @@ class WeightVectors:
 
     # -- sums over vectors ---------------------------------------------------------------------------------------------
 
-    def inner(self, *pairs: tuple[Operand, Operand | None], exact: bool = True) -> Tensor:
+    def inner(self, *pairs: tuple[Operand, Operand | None], exact: bool = True, copy: tuple[Operand, Operand] | None = None) -> Tensor:
         """Inner products of every vector, packed, completed over the ranks that share vectors in one collective.
 
         Args:
             pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>. A weight whose operand is None contributes zeros.
             exact: whether products are taken in float64; otherwise in the operands' own precision, float32 at least, which is twice as
                 fast and errs by 1e-7 of the product of the two lengths. Enough for norms and cosines, not for differences of sums.
+            copy: one of the operands, and where to copy it on the way: cheaper than a pass of its own. None entries are passed over.
 
         Returns:
             ``(len(pairs), n)``, float64.
         """
-        return self._reduction.sum_(self._products(pairs, exact))
+        return self._reduction.sum_(self._products(pairs, exact, copy))
 
     def inner_and_totals(
         self, *pairs: tuple[Operand, Operand | None], summarize: Callable[[Tensor, Tensor], Tensor], exact: bool = True
@@ -216,7 +217,9 @@ class WeightVectors:
         totals = self._reduction.sum_with_totals_(packed, summarize)
         return packed, totals
 
-    def _products(self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool) -> Tensor:
+    def _products(
+        self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool, copy: tuple[Operand, Operand] | None = None
+    ) -> Tensor:
         operands: list[Operand] = []  # each once, however many products it enters
 
         def position(operand: Operand) -> int:
@@ -230,9 +233,12 @@ class WeightVectors:
         squares = [row for row, x, y in factors if x == y]
         # A product of two weights first: two of them come into the cache faster together than one after the other.
         factors.sort(key=lambda factor: factor[1] == factor[2])
+        source, known = (None, len(operands)) if copy is None else (position(copy[0]), len(operands))
+        if copy is not None:
+            operands.append(copy[1])
 
         def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor | None]) -> None:
-            values = [None if v is None else v.to(self.sum_dtype) if exact else _widened(v) for v in views]
+            values = [None if v is None else v.to(self.sum_dtype) if exact else _widened(v) for v in views[:known]]
             for row, left, right in factors:
                 x, y = values[left], None if right is None else values[right]
                 if x is None or (right is not None and y is None):
@@ -241,6 +247,8 @@ class WeightVectors:
                     _norm(x, dims, outs[row])
                 else:
                     _sum(x if y is None else x * y, dims, outs[row])
+            if source is not None and (x := views[source]) is not None and (y := views[-1]) is not None:
+                y.copy_(x)
 
         def finish(found: Tensor) -> Tensor:
             found = found.to(self.sum_dtype)
@@ -737,13 +745,18 @@ def _in_chunks(
         whole: never cut a row.
     """
     first = next(v for v in views if v is not None)
-    if first.numel() > entries:
+    size = first.numel()
+    if size > entries:
         dim = _outermost(first.shape, first)
         if dim not in summed or not whole:
-            step = max(1, entries * first.shape[dim] // first.numel())
+            step, count = max(1, entries * first.shape[dim] // size), len(outs)
+            fits = size // first.shape[dim] * step <= entries
             parts = [repeat(t) if t is None or t.shape[dim] == 1 else t.unsafe_split(step, dim) for t in (*outs, *views)]
             for chunk in zip(*parts, strict=False):
-                _in_chunks(kernel, chunk[: len(outs)], chunk[len(outs) :], summed, entries, whole=whole)
+                if fits:
+                    kernel(summed, chunk[:count], chunk[count:])
+                else:
+                    _in_chunks(kernel, chunk[:count], chunk[count:], summed, entries, whole=whole)
             return
     kernel(summed, outs, views)
 

@@ -259,6 +259,35 @@ def test_neither_optimizer_nor_bracket_outlives_the_other():
 # ---- Snapshots ----
 
 
+def test_who_reads_the_weights_may_take_the_snapshot_early():
+    weights = first, second = [nn.Parameter(torch.randn(3, 2)) for _ in range(2)]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    bracket, seen = StepBracket.of(optimizer), []
+
+    def look(step):
+        assert not bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
+        (memory,) = bracket.early_snapshot({first: first.data})
+        memory.copy_(first)
+        bracket.request_snapshot({first: torch.zeros_like(first), second: second.data})  # the first is not copied again
+        (again,) = bracket.early_snapshot({first: first.data})
+        assert again is memory
+        if step.number == 2:
+            raise RuntimeError("a handler fails")
+
+    bracket.add(Phase.MEASURE, look)
+    bracket.add(Phase.MEASURE_STEP, lambda step: seen.append([bracket.snapshot(w).clone() for w in weights]))
+    before = [w.detach().clone() for w in weights]
+    for weight in weights:
+        backward(weight)
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(seen[0], before, strict=True))
+    with pytest.raises(RuntimeError, match="a handler fails"):
+        optimizer.step()
+    bracket.add(Phase.SHRINK, lambda step: None)
+    assert bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
+    assert not bracket.acts_between(Phase.SNAPSHOT, Phase.MEASURE_STEP)
+
+
 def test_a_snapshot_is_of_the_shrunk_weight_and_of_this_step_only():
     weight, optimizer = weight_and_sgd()
     bracket, seen = StepBracket.of(optimizer), []
@@ -414,8 +443,8 @@ def test_rows_that_nobody_claims_under_a_gradient_scaler(kind):
             scaler.scale(loss * (float("inf") if step == 3 else 1.0)).backward()
             scaler.step(optimizer)
             scaler.update()
-    assert float((packed[free] - vectors).abs().max()) <= 1e-6
-    assert float((packed[~free] - rest).abs().max()) <= 1e-6
+    assert float((packed[free] - vectors).detach().abs().max()) <= 1e-6
+    assert float((packed[~free] - rest).detach().abs().max()) <= 1e-6
 
 
 def test_an_exception_inside_the_step_puts_gradients_back():

@@ -325,15 +325,20 @@ class NormDynamicsMonitor(NormDynCallback):
         weights, gradients = vectors.values(), vectors.gradients()
         pairs = (weights, weights), (weights, gradients), (gradients, gradients), (weights, None)
         exact = self._needs_exact[plan.index]
-        ww, wg, gg, *w1 = vectors.inner(*pairs[: 4 if exact else 3], exact=exact)
+        # Where nothing changes the weights from here to the snapshot, that has the same norms, and a CPU can take it in the same pass.
+        unchanged = not exact and not step.bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
+        early = unchanged and vectors.device.type == "cpu"  # elsewhere one kernel copies all weights
+        copy = (weights, step.bracket.early_snapshot(vectors.storages())) if early else None
+        ww, wg, gg, *w1 = vectors.inner(*pairs[: 4 if exact else 3], exact=exact, copy=copy)
         scale = getattr(step.optimizer, "grad_scale", None)
         if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
             wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
         lr = plan.group_values("lr").clone()
         self._sums[plan.index] = sums = {"ww": ww, "wg": wg, "gg": gg, "w1": w1[0] if w1 else torch.zeros_like(ww), "lr": lr}
-        if not exact and not step.bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT):
-            sums["norms"] = ww.sqrt()  # of the snapshot, too
-        step.bracket.request_snapshot(vectors.storages())
+        if unchanged:
+            sums["norms"] = ww.sqrt()
+        if not early:
+            step.bracket.request_snapshot(vectors.storages())
 
     def _measure_step(self, step: Step, plan: Plan) -> None:
         sums = self._sums.pop(plan.index, None)

@@ -13,7 +13,14 @@ from reference import Project, Shrink
 from replay import Recorder, replay
 from torch import nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynWarning, NotSupportedError, RadialProjection, StepBracket
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    NormDynamicsMonitor,
+    NormDynWarning,
+    NotSupportedError,
+    RadialProjection,
+    StepBracket,
+)
 from lightning_normdyn.callbacks import radial_projection
 
 
@@ -170,6 +177,17 @@ def test_a_step_of_its_own_is_told_by_a_copy_of_the_weights(monkeypatch):
     expected, _ = final_and_copies(monkeypatch, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9))
     assert all(copied)
     assert distance(got, expected) <= 1e-13
+
+
+@pytest.mark.parametrize("make_optimizer", [partial(torch.optim.SGD, lr=0.1, momentum=0.9), partial(torch.optim.AdamW, lr=0.02)])
+def test_a_monitor_changes_no_bit(make_optimizer):
+    def final(*others):
+        module = make(make_optimizer=make_optimizer, dtype=torch.float32)
+        fit(module, [*others, RadialProjection()])
+        return weights_of(module)
+
+    expected, got = final(), final(NormDynamicsMonitor(3, tables=False))
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
 def test_with_aws_over_300_steps():
