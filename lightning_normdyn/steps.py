@@ -134,7 +134,8 @@ class StepBracket:
         >>> remove()
     """
 
-    _of: ClassVar[WeakKeyDictionary[Optimizer, StepBracket]] = WeakKeyDictionary()
+    # Weak on both sides, since a handler may hold the optimizer: the hooks of the optimizer hold the bracket.
+    _of: ClassVar[WeakKeyDictionary[Optimizer, ref[StepBracket]]] = WeakKeyDictionary()
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> StepBracket:
@@ -146,14 +147,15 @@ class StepBracket:
                 "Bracket each of lightning_normdyn.sharding.torch_optimizers(optimizer)."
             )
         optimizer = parts[0]
-        bracket = cls._of.get(optimizer)
+        known = cls._of.get(optimizer)
+        bracket = None if known is None else known()
         if bracket is None:
-            bracket = cls._of[optimizer] = cls(optimizer)
+            bracket = cls(optimizer)
+            cls._of[optimizer] = ref(bracket)
         return bracket
 
     def __init__(self, optimizer: Optimizer) -> None:
         check_optimizer(optimizer)
-        # The optimizer's hooks hold the bracket; a strong reference back would keep both alive for ever in the registry.
         self._optimizer_ref = ref(optimizer)
         self.steps = 0
         """Real steps since the bracket was attached; call `settle` first if a fused optimizer may have skipped the last one."""
@@ -259,7 +261,7 @@ class StepBracket:
     # -- the two moments -----------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
-        self._of[self.optimizer] = self
+        self._of[self.optimizer] = ref(self)
         post = self.optimizer.register_step_post_hook(self._post)
         self._hooks = [self.optimizer.register_step_pre_hook(self._pre), post]
         # First among the post hooks: whoever else listens must find the param groups as the user made them.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, ClassVar
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -39,14 +39,16 @@ def warn_once(message: str) -> None:
 class Session:
     """What all callbacks of the suite share during one fit."""
 
-    _of: ClassVar[WeakKeyDictionary[Trainer, Session]] = WeakKeyDictionary()
+    _of: ClassVar[WeakKeyDictionary[Trainer, ref[Session]]] = WeakKeyDictionary()  # its members hold it, and it holds the Trainer
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule) -> Session:
         """The session of the fit that is running on ``trainer``."""
-        session = cls._of.get(trainer)
+        known = cls._of.get(trainer)
+        session = None if known is None else known()
         if session is None or session.closed:
-            session = cls._of[trainer] = cls(trainer, module)
+            session = cls(trainer, module)
+            cls._of[trainer] = ref(session)
         return session
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import pickle
+import weakref
 
 import lightning as L
 import pytest
@@ -759,3 +762,26 @@ def test_a_step_that_logs_waits_once(monkeypatch):
     names = dispatched([NormDynamicsMonitor(20, tables=False)], monkeypatch, 0.0)
     waits = ("tolist", "numpy", "item", "cpu", "aten._local_scalar_dense.default")
     assert sum(names.count(name) - bare.count(name) for name in waits) == 1
+
+
+class Fails(L.Callback):
+    """An error in the second batch."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 1:
+            raise RuntimeError("something else went wrong")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fit_that_is_over_keeps_nothing_alive(fails):
+    def run():
+        module = make()
+        callbacks = [AdaptiveWeightShrink(0.1), RadialProjection(), NormDynamicsMonitor(1, tables=False), *([Fails()] if fails else [])]
+        runner = trainer(callbacks)
+        with pytest.raises(RuntimeError, match="something else") if fails else contextlib.nullcontext():
+            runner.fit(module, loader())
+        return weakref.ref(module), weakref.ref(runner), weakref.ref(runner.optimizers[0])
+
+    left = run()
+    gc.collect()
+    assert [ref() for ref in left] == [None, None, None]
