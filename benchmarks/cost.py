@@ -18,6 +18,7 @@ import copy
 import gc
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
@@ -26,6 +27,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -498,8 +500,8 @@ class Steps:
             self.add("LRDropRescaling, no drop", sgd_fused, lambda: [LRDropRescaling(exponent=0.25)])
             self.add("suite, logging", sgd_fused, lambda: suite(1))
 
-    def add_peers(self) -> None:
-        """Other packages on the same weights."""
+    def add_optimizers(self) -> None:
+        """Optimizers of other packages that project."""
         for package, names in (("adamp", ("SGDP", "AdamP")), ("pytorch_optimizer", ("SGDP", "AdamP"))):
             try:
                 module = __import__(package)
@@ -515,6 +517,10 @@ class Steps:
                     return optimizer
 
                 self.add(f"{package}.{name}", make)
+
+    def add_peers(self) -> None:
+        """Other packages on the same weights."""
+        self.add_optimizers()
         from lightning.pytorch.utilities.grads import grad_norm
 
         mine = self.weights()
@@ -596,8 +602,7 @@ def on_shapes(shapes: Shapes, rounds: int, device: str, peers: bool, everything:
         Bar("host synchronizations that they add", 0, waits),
         Bar("AWS (norm) / (foreach norm + foreach mul)", 1.5, steps.added("AWS (norm)", "floor: norm", "floor: mul")),
         Bar("AWS (std) / (foreach norm + foreach mul)", 2, steps.added("AWS (std)", "floor: norm", "floor: mul")),
-        Bar("projected fused SGD / adamp SGDP", 0.25, steps.ratio("RadialProjection on SGD", "adamp.SGDP"), PROJECTION),
-        Bar("projected fused AdamW / adamp AdamP", 0.25, steps.ratio("RadialProjection on AdamW", "adamp.AdamP"), PROJECTION),
+        *projection_bars(steps),
         Bar("peak extra memory of a projection / targeted weights", 1.10, memory),
         Bar("logging step / norms of both tensors", 3, steps.added("monitor, logging", "floor: norms of both"), LOGGING),
         Bar("host synchronizations of a logging step", 1, steps.case("monitor, logging").waits - steps.case("SGD fused").waits),
@@ -615,13 +620,51 @@ SPLIT = (
     "not an operation of a callback: while WRS owns the decay of its targets, the optimizer steps them as a group of their own, so its "
     "fused kernel is called once more"
 )
-PROJECTION = (
-    "the optimizer's own fused kernel and one pass that reads two tensors of the weights' size and writes one; a kernel that torch.compile "
-    "makes for this pass takes as long"
-)
 LOGGING = (
     "weight and gradient are read, the weight is copied, copy and weight are read: five times the bytes of one norm, on top of arithmetic"
 )
+
+
+def projection_bars(steps: Steps) -> list[Bar]:
+    """Projected steps beside those of the peer, and what of it is out of reach."""
+    bars = []
+    for name, peer in (("SGD", "SGDP"), ("AdamW", "AdamP")):
+        bare, reading = (steps.ratio(case, f"adamp.{peer}") for case in (f"{name} fused", "floor: norms of both"))
+        reason = (
+            f"of this the bare {name} is {bare:.2f}, and to read two tensors of the weights' size as fast as a norm can {reading:.2f}; the "
+            "pass that projects takes as long as the kernel that torch.compile makes for it. What the peer takes depends on where its "
+            "temporary tensors come from (next section)"
+        )
+        bars.append(
+            Bar(f"projected fused {name} / adamp {peer}", 0.25, steps.ratio(f"RadialProjection on {name}", f"adamp.{peer}"), reason)
+        )
+    return bars
+
+
+def alone(rounds: int) -> str:
+    """Section: nothing but the projections and their peers, in a new process."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_alone, rounds, torch.get_num_threads()).result()
+
+
+def _alone(rounds: int, threads: int) -> str:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(threads)
+    time_brackets("cpu")
+    steps = Steps(resnet50(), "cpu")
+    steps.add_floors()
+    steps.add("SGD fused", sgd_fused)
+    steps.add("AdamW fused", adamw_fused)
+    steps.add("RadialProjection on SGD", sgd_fused, lambda: [RadialProjection()])
+    steps.add("RadialProjection on AdamW", adamw_fused, lambda: [RadialProjection()])
+    steps.add_optimizers()
+    steps.run(rounds)
+    rows = [[case.name, milliseconds(case.times), str(case.operations), str(case.waits)] for case in steps.cases]
+    text = (
+        "The peers make temporary tensors as large as the weights. Where larger ones were freed before, as in the section above, the C "
+        "library keeps that memory for them; in a new process it comes from the system page by page.\n\n"
+    )
+    return text + table("", ["case", "ms (middle half)", "operations", "host syncs"], rows) + "\n" + bar_table(projection_bars(steps))
 
 
 def bar_table(bars: Sequence[Bar]) -> str:
@@ -911,6 +954,7 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
         }
     return {
         "resnet50": ("ResNet-50", lambda: on_shapes(resnet50(), rounds, "cpu", peers=True, everything=True)),
+        "alone": ("Projections beside their peers, alone in a process", lambda: alone(rounds)),
         "vit": ("ViT-B", lambda: on_shapes(vit(), 7, "cpu", peers=False, everything=False)),
         "transformer": (
             "One block of a 1B-class transformer",
@@ -951,6 +995,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    os.environ.setdefault("WANDB_MODE", "offline")
     torch.set_num_threads(args.threads)
     time_brackets("cuda" if torch.cuda.is_available() else "cpu")
     known: dict[str, str] = {}
@@ -966,10 +1011,10 @@ def main() -> None:
         known[title] = f"{head}\n\n{make().strip()}"
         print(f"## {title}\n\n{known[title]}\n\n({time.perf_counter() - start:.0f} s)\n", flush=True)
         gc.collect()
-    if not args.quick:
-        titles = [title for title, _ in sections(False).values()]
-        text = "\n".join(f"## {title}\n\n{known[title]}\n" for title in titles if title in known)
-        args.out.write_text(f"{INTRODUCTION}\n{text}")
+        if not args.quick:  # after every section: what is measured is kept, whatever comes next
+            titles = [title for title, _ in sections(False).values()]
+            text = "\n".join(f"## {title}\n\n{known[title]}\n" for title in titles if title in known)
+            args.out.write_text(f"{INTRODUCTION}\n{text}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Prints a Markdown table. The floor is the same training without any logging, mea
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 import time
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often to measure all variants")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
+    os.environ.setdefault("WANDB_MODE", "offline")  # wandb asks for a key even where the logger says offline
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     # Rounds, not one variant after the other: what else the machine does then disturbs all of them alike.
