@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -99,6 +100,11 @@ class Step:
     def optimizer(self) -> Optimizer:
         """The torch optimizer that steps."""
         return self.bracket.optimizer
+
+    @cached_property
+    def decay_owners(self) -> dict[Tensor, DecayOwner]:
+        """Who applies the decay of each weight in this step, apart from those that the optimizer decays itself; from SHRINK on."""
+        return self.bracket.decay_owners()
 
     def unless_skipped(self, value: Tensor, otherwise: float) -> Tensor:
         """``value``, or ``otherwise`` everywhere if the update is skipped on the device; no host synchronization."""
@@ -230,7 +236,12 @@ class StepBracket:
 
     def decay_owner(self, weight: Tensor) -> DecayOwner | None:
         """Who applies the decay of ``weight``; None: the optimizer."""
-        return max((owner for owner, weights in self._claims.values() if weight in weights()), default=None)
+        return self.decay_owners().get(weight)
+
+    def decay_owners(self) -> dict[Tensor, DecayOwner]:
+        """Who applies the decay of each weight that somebody has claimed."""
+        claims = sorted(((owner, weights()) for owner, weights in self._claims.values()), key=lambda claim: claim[0])
+        return {weight: owner for owner, weights in claims for weight in weights}  # the highest owner comes last
 
     def acts_between(self, first: Phase, last: Phase) -> bool:
         """Whether some handler is called after phase ``first`` and before phase ``last``: whether weights may change in between."""

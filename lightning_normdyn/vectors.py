@@ -6,7 +6,7 @@ of one channel group in front of GroupNorm, a whole matrix in front of LayerNorm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import repeat
@@ -429,7 +429,7 @@ class WeightVectors:
                     _in_chunks(_summing(kernel, count, finish, dtype), sums.unbind(), views, dims, limit)
                     apart.append((piece, sums.flatten(1)))
                     continue
-                views += [v[position].to(first.device, _own_precision(first)).view(form) for v in given]
+                views += [piece.spread(v[position], first) for v in given]
                 if place is not None and place.device == first.device:
                     _in_chunks(kernel, place.view(count, *form).unbind(), views, dims, limit, whole=whole)
                 else:
@@ -504,12 +504,13 @@ class WeightVectors:
             factor: ``(n,)``.
             tensors: what to scale instead of the weights (gradients, state buffers); None entries are passed over.
         """
-        factor = _with_dummy(factor, 1.0)
+        factors = self._by_piece(factor, 1.0)
         for tensor, pieces in zip(self.values() if tensors is None else tensors, self._pieces, strict=True):
-            if tensor is not None:
-                for piece in pieces:
+            for piece in pieces:
+                mine = next(factors)
+                if tensor is not None:
                     view = piece.view(tensor)
-                    view.mul_(piece.spread(factor, view))
+                    view.mul_(piece.spread(mine, view))
 
     def add_scaled_(self, coefficient: Tensor, source: Operand, tensors: Operand | None = None) -> None:
         """Add ``coefficient * source`` to every vector, in place.
@@ -519,12 +520,20 @@ class WeightVectors:
             source: what to add.
             tensors: what to add to instead of the weights (gradients); None entries are passed over, on either side.
         """
-        coefficient = _with_dummy(coefficient, 0.0)
+        coefficients = self._by_piece(coefficient, 0.0)
         for value, other, pieces in zip(self.values() if tensors is None else tensors, source, self._pieces, strict=True):
-            if value is not None and other is not None:
-                for piece in pieces:
+            for piece in pieces:
+                mine = next(coefficients)
+                if value is not None and other is not None:
                     view = piece.view(value)
-                    view.addcmul_(piece.view(other), piece.spread(coefficient, view))
+                    view.addcmul_(piece.view(other), piece.spread(mine, view))
+
+    def _by_piece(self, values: Tensor, dummy: float) -> Iterator[Tensor]:
+        """From ``(n,)`` the values of each piece's rows, ``dummy`` for rows that belong to no vector."""
+        if self._in_order:
+            return iter(values.split_with_sizes(self._rows))
+        extended = torch.cat([values, values.new_full((1,), dummy)])
+        return (piece.rows_of(extended) for pieces in self._pieces for piece in pieces)
 
     def remove_radial_(self, before: Operand, share: Tensor, active: Tensor | None = None) -> Tensor:
         """Take the part along ``before`` out of the step since then, and a share of ``before`` with it, in place.
@@ -695,10 +704,13 @@ class _IndexedPiece:
         else:
             packed.index_add_(1, self._index_on(packed.device), sums)
 
-    def spread(self, values: Tensor, view: Tensor) -> Tensor:
-        """``(n + 1,)`` values of vectors, shaped to broadcast over ``view``, in a dtype that loses nothing that ``view`` could keep."""
-        rows = values[self.where] if self.where is not None else values[self._index_on(values.device)]
-        return rows.to(view.device, _own_precision(view)).reshape(self.form(view))
+    def rows_of(self, values: Tensor) -> Tensor:
+        """From ``(n + 1,)`` values of vectors those of the rows."""
+        return values[self.where] if self.where is not None else values[self._index_on(values.device)]
+
+    def spread(self, rows: Tensor, view: Tensor) -> Tensor:
+        """One value per row, shaped to broadcast over ``view``, in a dtype that loses nothing that ``view`` could keep."""
+        return rows.to(view.device, _own_precision(view)).view(self.form(view))
 
 
 def _merge_rows(labels: Tensor, keep: Sequence[int]) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
@@ -843,10 +855,6 @@ def _norm(x: Tensor, dims: list[int], out: Tensor | None = None) -> Tensor:
         return out
     found: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else x.abs()
     return found if out is None else out.copy_(found)
-
-
-def _with_dummy(values: Tensor, dummy: float) -> Tensor:
-    return torch.cat([values, values.new_full((1,), dummy)])
 
 
 def _lengths(placement: Placement, partition: Partition) -> Tensor:
