@@ -158,6 +158,13 @@ class WeightVectors:
         # Every thread takes its part of each kernel; below 2**15 entries a kernel has only one.
         return CACHED_ENTRIES * torch.get_num_threads() if self.device.type == "cpu" else KERNEL_ENTRIES
 
+    @property
+    def _one_pass(self) -> bool:
+        """Whether sums and the change that they lead to are best taken piece by piece: where a piece holds whole vectors and stays in a
+        CPU's cache. Elsewhere two passes cost no more memory traffic, and what lies between them is done once for all vectors.
+        """
+        return self.device.type == "cpu" and self._in_order and not self._reduction.cuts
+
     # -- operands: one local tensor (or None) per weight ---------------------------------------------------------------
 
     def local(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
@@ -530,6 +537,7 @@ class WeightVectors:
 
     def _by_piece(self, values: Tensor, dummy: float) -> Iterator[Tensor]:
         """From ``(n,)`` the values of each piece's rows, ``dummy`` for rows that belong to no vector."""
+        values = values.to(self._precision)  # once, not for every piece
         if self._in_order:
             return iter(values.split_with_sizes(self._rows))
         extended = torch.cat([values, values.new_full((1,), dummy)])
@@ -539,7 +547,7 @@ class WeightVectors:
         """Take the part along ``before`` out of the step since then, and a share of ``before`` with it, in place.
 
         With s = ``before``, w now: ``w <- w - (<s, w - s> / <s, s> + share) s``. The step is taken as in `radial_and_totals`; a vector for
-        which this is not finite is left alone. One pass where no vector lies on several ranks, one collective otherwise.
+        which this is not finite is left alone. One collective where vectors lie on several ranks, none otherwise.
 
         Args:
             before: s, the weights before the step.
@@ -550,7 +558,7 @@ class WeightVectors:
             ``(n,)``: by how much of ``before`` each vector was changed or would have been.
         """
         operands = self._and_now(before)
-        if not self._in_order or self._reduction.cuts:
+        if not self._one_pass:
             ss, sd = self._reduction.sum_(self._collect(_radial_kernel, operands, self._radial_sums, 2))
             removed = _removed(ss, sd, share)
             self.add_scaled_(-_applied(removed, *self._numbers(active)), before)
@@ -584,7 +592,7 @@ class WeightVectors:
             as `remove_radial_`.
         """
         operands = self._and_now(direction)
-        if not self._in_order or self._reduction.cuts:
+        if not self._one_pass:
             ww, wd, dd = self._reduction.sum_(
                 self._products(((operands[1], operands[1]), (operands[1], direction), (direction, direction)), False)
             )

@@ -470,7 +470,8 @@ class NormDynamicsMonitor(NormDynCallback):
                 self._keep_vectors(result.step, result.plan, result.kept)
         packed = [r.reduce() for r in results]
         sizes = [p.numel() for p in packed]
-        self._spare = {r.plan.index: r.values for r in results}
+        # An accelerator's allocator keeps what is freed, and there others can use it until the next logging step.
+        self._spare = {r.plan.index: r.values for r in results if r.values.device.type == "cpu"}
         numbers = HostCopy(torch.cat([p.to(packed[0]) for p in [*packed, *([] if clamped is None else [clamped])]]))
         every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
         shown = bool(every) and ((results[0].step + 1) % every == 0 or trainer.should_stop)
