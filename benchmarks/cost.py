@@ -621,7 +621,8 @@ SPLIT = (
     "fused kernel is called once more"
 )
 LOGGING = (
-    "weight and gradient are read, the weight is copied, copy and weight are read: five times the bytes of one norm, on top of arithmetic"
+    "weight and gradient are read, the weight is copied, copy and weight are read: two and a half times what the floor reads, and a write; "
+    "each operation on a piece costs its call"
 )
 
 
@@ -633,7 +634,7 @@ def projection_bars(steps: Steps) -> list[Bar]:
         reason = (
             f"of this the bare {name} is {bare:.2f}, and to read two tensors of the weights' size as fast as a norm can {reading:.2f}; the "
             "pass that projects takes as long as the kernel that torch.compile makes for it. What the peer takes depends on where its "
-            "temporary tensors come from (next section)"
+            "temporary tensors come from: here and alone in a process"
         )
         bars.append(
             Bar(f"projected fused {name} / adamp {peer}", 0.25, steps.ratio(f"RadialProjection on {name}", f"adamp.{peer}"), reason)
