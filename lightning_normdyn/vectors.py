@@ -319,9 +319,10 @@ class WeightVectors:
             start, now = map(_widened, views[:2])
             if len(views) > 2:
                 norm.copy_(views[2])
+                factor = _norm(now, dims, ratio).mul_(views[3])
             else:
                 _norm(start.to(self.sum_dtype) if exact else start, dims, norm)
-            factor = _norm(now, dims, ratio).div_(norm).nan_to_num_(0.0, 0.0, 0.0)
+                factor = _norm(now, dims, ratio).div_(norm).nan_to_num_(0.0, 0.0, 0.0)
             if ratio.dtype != now.dtype:
                 factor = factor.to(now.dtype)
                 ratio.copy_(factor)  # the one that is used
@@ -335,8 +336,9 @@ class WeightVectors:
             ww, growth = norm.square(), ratio - 1
             return torch.stack([ww, growth * ww + along, growth * (growth * ww + 2 * along) + length.square()])
 
-        known = norms is not None and self._in_order and not self._reduction.cuts
-        numbers = self._numbers(norms) if known else []
+        numbers = []
+        if norms is not None and self._in_order and not self._reduction.cuts:
+            numbers = self._numbers(norms, norms.reciprocal().nan_to_num_(0.0, 0.0, 0.0))
         return self._reduction.sum_(self._collect(kernel, self._and_now(before), finish, 4, 3, numbers=numbers, exact=exact))
 
     def radial_and_totals(self, before: Operand, *, summarize: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:

@@ -225,7 +225,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._results: list[_Measured] = []
         self._sent: list[_Sent] = []
         self._events: list[str] = []  # of rows that turned out to belong to skipped steps
-        self._standardized: dict[int, Tensor] = {}
+        self._standardized: dict[int, Tensor | None] = {}
         self._quantities: dict[int, list[str]] = {}
         self._influences: dict[str, dict[str, Any]] = {}
         self._length: dict[str, int] = {}
@@ -272,7 +272,7 @@ class NormDynamicsMonitor(NormDynCallback):
         assert self._session is not None
         module, vectors = self._session.module, plan.vectors
         standardized = torch.tensor([is_weight_standardized(module, t.name) for t in plan.targets], device=vectors.device)
-        self._standardized[plan.index] = vectors.spread(standardized)
+        self._standardized[plan.index] = vectors.spread(standardized) if bool(standardized.any()) else None
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not bool(standardized.any()):
             wanted.remove("weight_std")
@@ -389,9 +389,11 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
         vectors = plan.vectors
-        norm = norm_from_sums(sums["ww"])
-        std = std_from_sums(sums["ww"], sums["w1"], vectors.length)
-        size = torch.where(self._standardized[plan.index], std, norm)
+        norm, standardized, asked = norm_from_sums(sums["ww"]), self._standardized[plan.index], self._quantities[plan.index]
+        std = norm
+        if standardized is not None or "weight_std" in asked or "equivalent_weight_decay" in asked:
+            std = std_from_sums(sums["ww"], sums["w1"], vectors.length)
+        size = norm if standardized is None else torch.where(standardized, std, norm)
         angle = angle_from_sums(ss, sd, dd)
         # From w_t to here: the shrink to s = f w, then the step from s.
         shrunk = norm_from_sums(ss) / norm
@@ -419,7 +421,7 @@ class NormDynamicsMonitor(NormDynCallback):
             "gradient_cosine": cosine_from_sums(sums["ww"], sums["wg"], sums["gg"]),
             "radial_update": radial,
         }
-        if "equivalent_weight_decay" in self._quantities[plan.index]:
+        if "equivalent_weight_decay" in asked:
             alphas = [self._influences[t.name].get("alpha", float("nan")) for t in plan.targets]
             alpha = vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
             found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, torch.where(self._aws_by_std[plan.index], std, norm))
@@ -577,7 +579,7 @@ class NormDynamicsMonitor(NormDynCallback):
 
     def _append(self, step: int, row: dict[str, float], optimizer_step: int) -> dict[str, float]:
         """Into the history goes what was asked for, which is handed back; verdicts need more."""
-        shown = {key: value for key, value in row.items() if self._asked_for(key)}
+        shown = row if self.quantities is None else {key: value for key, value in row.items() if self._asked_for(key)}
         self.history.append(step, shown, optimizer_step=optimizer_step)
         if self._evidence is not self.history:
             self._evidence.append(step, row, optimizer_step=optimizer_step)
