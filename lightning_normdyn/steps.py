@@ -67,7 +67,7 @@ class HostCopy:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record(torch.cuda.current_stream(tensor.device))
         else:
-            self._host = tensor.to("cpu", copy=True)
+            self._host = tensor.clone()
 
     @property
     def arrives_later(self) -> bool:
@@ -78,7 +78,7 @@ class HostCopy:
         """The copy; waits until the device has come to the point where it was asked for."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host
+        return self._host.cpu()
 
 
 @dataclass
