@@ -26,6 +26,9 @@ class RadialProjection(NormDynCallback):
     SGDP, with AdamW it is AdamP. Since projecting would also remove weight decay, this callback applies the decay of its targets itself,
     decoupled: ``w <- (1 - lr * decay * ratio) w``.
 
+    What the step was is told by a copy of the targets that is taken before it; under SGD with momentum (no Nesterov, float32 or more, no
+    fused kernel under a GradScaler) by the momentum buffer, without a copy.
+
     Args:
         gate: ``"always"`` projects every target (one vector per ``granularity``); ``"cosine"`` is the paper's rule per tensor: filter
             view first, then layer view, if ``|cos(w, g)| < delta / sqrt(d)`` for every row of the view; a tensor that is not projected
@@ -163,8 +166,9 @@ class RadialProjection(NormDynCallback):
 
     def _told_by(self, step: Step, plan: Plan) -> str | None:
         """The optimizer's buffer that tells what its step was; None: a copy of the weights must tell, as it does for most optimizers."""
-        # In bfloat16 and float16 a weight moves by what rounding leaves of the step.
-        if self.gate == "cosine" or plan.vectors.low_precision:
+        # In bfloat16 and float16 a weight moves by what rounding leaves of the step. A fused kernel that skips its update under a
+        # GradScaler leaves in the buffer what was there: at the first step, any numbers at all.
+        if self.gate == "cosine" or plan.vectors.low_precision or step.skipped is not None:
             return None
         buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
         return buffers.pop() if len(buffers) == 1 else None

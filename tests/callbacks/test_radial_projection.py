@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import reference
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from models import TARGETS, Net, against_paper, convnet, distance, fit, gradients, loader, make, same, weights_of
 from reference import Project, Shrink
 from replay import Recorder, replay
@@ -136,14 +137,32 @@ class Skips(Net):
             self.net[0].weight.grad = None
 
 
-def final_and_copies(monkeypatch, model=Net, **arguments):
+def final_and_copies(monkeypatch, model=Net, plugins=(), **arguments):
     """The weights after eight projected steps, and in which of these the weights were copied."""
     taken, take = [], StepBracket._take_snapshots
     with monkeypatch.context() as patch:
         patch.setattr(StepBracket, "_take_snapshots", lambda self: taken.append(bool(self._snapshot_requests)) or take(self))
         module = make(model, **arguments)
-        fit(module, [RadialProjection()])
+        fit(module, [RadialProjection()], plugins=list(plugins))
     return weights_of(module), taken
+
+
+def test_a_buffer_that_a_skipped_update_never_filled_is_not_looked_at(monkeypatch):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if self.trainer.current_epoch + batch_idx == 0 else 1.0)
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    got, copied = final_and_copies(
+        monkeypatch,
+        Overflows,
+        [MixedPrecision("16-mixed", "cpu", scaler)],
+        make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, fused=True),
+        dtype=torch.float32,
+    )
+    assert all(copied)
+    assert len(copied) == 8
+    assert all(w.isfinite().all() for w in got.values())
 
 
 @pytest.mark.parametrize(
