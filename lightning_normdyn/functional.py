@@ -619,7 +619,7 @@ def _rows(weight: Tensor) -> Tensor:
 
 
 def _where_directed(norm: Tensor, value: Tensor) -> Tensor:
-    return value.where(norm.isfinite() & (norm > 0), math.nan)
+    return value * (norm / norm)  # 1, or NaN for 0 and for what is not finite
 
 
 def _check_same_shape(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:

@@ -245,6 +245,8 @@ class WeightVectors:
             operands.append(copy[1])
 
         def kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor | None]) -> None:
+            if source is not None and (x := views[source]) is not None and (y := views[-1]) is not None:
+                y.copy_(x)
             values = [None if v is None else v.to(self.sum_dtype) if exact else _widened(v) for v in views[:known]]
             for row, left, right in factors:
                 x, y = values[left], None if right is None else values[right]
@@ -254,8 +256,6 @@ class WeightVectors:
                     _norm(x, dims, outs[row])
                 else:
                     _sum(x if y is None else x * y, dims, outs[row])
-            if source is not None and (x := views[source]) is not None and (y := views[-1]) is not None:
-                y.copy_(x)
 
         def finish(found: Tensor) -> Tensor:
             found = found.to(self.sum_dtype)

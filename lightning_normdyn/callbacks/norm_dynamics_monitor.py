@@ -233,7 +233,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._needs_exact: dict[int, bool] = {}
         self._log_smallest: dict[int, Tensor] = {}
         self._dead: dict[int, tuple[int, Tensor]] = {}
-        self._to_fall: dict[int, Tensor] = {}
+        self._to_fall: dict[int, tuple[Tensor, Tensor]] = {}  # whether a vector is dead, and the e-foldings that it has left
         self._courses: dict[str, Course] = {}
         self._norms: dict[str, _Norms] = {}
         self._rates: dict[str, list[float]] = {}
@@ -404,7 +404,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._dead[plan.index] = (number, dead)
         none, rate, left = torch.zeros_like(dead), -torch.log1p(radial), size.log() - self._log_smallest[plan.index]
         is_dead = (dead >= DEAD_AFTER) | ((dead >= 3) & (left < DEAD_AFTER * rate))  # or it would be over before we are sure
-        self._to_fall[plan.index] = torch.where(is_dead, left, torch.full_like(left, inf))
+        self._to_fall[plan.index] = is_dead, left
         found = {
             "lr": sums["lr"],
             "gradient_scale": sums["gg"] * sums["ww"],
@@ -489,7 +489,8 @@ class NormDynamicsMonitor(NormDynCallback):
         assert self._session is not None
         row: dict[str, float] = {}
         histograms: dict[str, Histogram] = {}
-        overview: dict[str, list[float]] = {}
+        overview: dict[str, list[float]] = {}  # over all scale-invariant vectors: sum and count
+        predicted = measured = number = 0.0  # the same of squared angles, of the vectors for which there is a prediction
         step, optimizer_step, stepped, collapsed = sent.results[0].step, sent.results[0].optimizer_step, False, 0.0
         dropped = False
         numbers = sent.numbers.get().tolist()
@@ -517,20 +518,21 @@ class NormDynamicsMonitor(NormDynCallback):
                 self._warn_dead(trainer, result.plan, target, group, sums)
                 if "equilibrium_ratio" in found:
                     total, count = sums["angular_update"]
-                    sums["predicted"] = (found["equilibrium_angular_update"] ** 2 * count, count)
-                    sums["measured"] = (total, count)
-                for q, (total, count) in sums.items():
-                    known = overview.setdefault(q, [0.0, 0.0])
-                    known[0] += total
-                    known[1] += count
+                    predicted += found["equilibrium_angular_update"] ** 2 * count
+                    measured += total
+                    number += count
+            pooled = [j for j, target in enumerate(result.plan.targets) if target.scale_invariant]
+            for q, total, count in zip(kinds, totals[:, pooled].sum(1).tolist(), counts[:, pooled].sum(1).tolist(), strict=True):
+                known = overview.setdefault(q, [0.0, 0.0])
+                known[0] += total
+                known[1] += count
         if not stepped:
             return
         self._last_step = step
         row.update({f"normdyn/{q}": self._mean(q, t, n) for q, (t, n) in overview.items() if n and q in QUANTITIES})
-        if "predicted" in overview:
-            total, count = overview["predicted"]
-            row["normdyn/equilibrium_angular_update"] = sqrt(total / count)
-            row["normdyn/equilibrium_ratio"] = sqrt(overview["measured"][0] / total)
+        if number:
+            row["normdyn/equilibrium_angular_update"] = sqrt(predicted / number)
+            row["normdyn/equilibrium_ratio"] = sqrt(measured / predicted)
         row["normdyn/optimizer_step"] = float(optimizer_step)
         row["normdyn/skipped_steps"] = float(sent.skipped_steps)
         row["normdyn/collapsed_vectors"] = collapsed
@@ -633,7 +635,8 @@ class NormDynamicsMonitor(NormDynCallback):
         """Every vector without gradient of one weight. Rare, and a matter of all ranks: they have seen the same sums."""
         position = plan.targets.index(target)
         entries = entries_of_dying(plan.vectors, plan.optimizer.state, position, group)
-        of_all = plan.vectors.gather(torch.cat([self._to_fall[plan.index][None], entries]))[position]
+        is_dead, left = self._to_fall[plan.index]
+        of_all = plan.vectors.gather(torch.cat([torch.where(is_dead, left, inf)[None], entries]))[position]
         return [Dying(*numbers) for numbers in of_all.T.tolist() if all(isfinite(number) for number in numbers)]
 
     def _has_dropped(self, target: Target, lr: float) -> bool:
