@@ -78,7 +78,7 @@ class HostCopy:
         """The copy; waits until the device has come to the point where it was asked for."""
         if self._event is not None:
             self._event.synchronize()
-        return self._host.cpu()
+        return self._host if self._host.device.type == "cpu" else self._host.cpu()
 
 
 @dataclass

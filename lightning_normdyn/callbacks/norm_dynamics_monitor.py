@@ -271,10 +271,11 @@ class NormDynamicsMonitor(NormDynCallback):
         """Which quantities apply to which weights."""
         assert self._session is not None
         module, vectors = self._session.module, plan.vectors
-        standardized = torch.tensor([is_weight_standardized(module, t.name) for t in plan.targets], device=vectors.device)
-        self._standardized[plan.index] = vectors.spread(standardized) if bool(standardized.any()) else None
+        standardized = [is_weight_standardized(module, t.name) for t in plan.targets]
+        by_target = vectors.spread(torch.tensor(standardized, device=vectors.device))
+        self._standardized[plan.index] = by_target if any(standardized) else None
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
-        if self.quantities is None and not bool(standardized.any()):
+        if self.quantities is None and not any(standardized):
             wanted.remove("weight_std")
         self._read_influences(plan)
         influences = [self._influences[t.name] for t in plan.targets]
@@ -285,7 +286,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._aws_by_std[plan.index] = vectors.spread(by_std)
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the standard deviation beside it: more than
         # sums in float32 can tell. And a replay compares its own norms with those kept.
-        self._needs_exact[plan.index] = shrunk or "weight_std" in wanted or bool(standardized.any()) or self.per_vector_history
+        self._needs_exact[plan.index] = shrunk or "weight_std" in wanted or any(standardized) or self.per_vector_history
         # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self._quantities[plan.index] = list(dict.fromkeys([*wanted, *needed]))
