@@ -594,9 +594,9 @@ def on_shapes(shapes: Shapes, rounds: int, device: str, peers: bool, everything:
     text += table("", HEAD, steps.rows())
     idle = max(steps.case(c).operations - steps.case("SGD fused").operations for c in ("monitor, idle", "WRS, idle"))
     waits = max(steps.case(c).waits - steps.case("SGD fused").waits for c in ("monitor, idle", "WRS, idle"))
-    memory = max(steps.memory(f"RadialProjection on {name}", f"{name} fused") for name in ("SGD", "AdamW"))
     if not bars_apply:
         return text
+    memory = max(steps.memory(f"RadialProjection on {name}", f"{name} fused") for name in ("SGD", "AdamW"))
     bars = [
         Bar("operations that an idle monitor or WRS adds", 0, idle, SPLIT),
         Bar("host synchronizations that they add", 0, waits),
@@ -780,7 +780,8 @@ def training(rounds: int, device: str, quick: bool) -> str:
         bars.append(Bar(f"{name}: logging every 50 steps, share of a step", most, share["monitor, logging"] / 50))
         if "ResNet" in name:
             bars.append(Bar(f"{name}: whole suite, share of a step", 0.02, whole))
-    return table("", ["model", "step ms", "callbacks", "added ms", "share of a step"], rows) + "\n" + bar_table(bars)
+    text = table("", ["model", "step ms", "callbacks", "added ms", "share of a step"], rows)
+    return text if quick else text + "\n" + bar_table(bars)
 
 
 # ---------------------------------------------------------------------------------------------------------------- collectives
