@@ -279,6 +279,7 @@ class Counter(TorchDispatchMode):
             "select",
             "split",
             "split_with_sizes",
+            "unsafe_split",
             "as_strided",
             "permute",
             "transpose",

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
-from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -100,11 +99,6 @@ class Step:
     def optimizer(self) -> Optimizer:
         """The torch optimizer that steps."""
         return self.bracket.optimizer
-
-    @cached_property
-    def decay_owners(self) -> dict[Tensor, DecayOwner]:
-        """Who applies the decay of each weight in this step, apart from those that the optimizer decays itself; from SHRINK on."""
-        return self.bracket.decay_owners()
 
     def unless_skipped(self, value: Tensor, otherwise: float) -> Tensor:
         """``value``, or ``otherwise`` everywhere if the update is skipped on the device; no host synchronization."""
@@ -240,8 +234,11 @@ class StepBracket:
 
     def decay_owners(self) -> dict[Tensor, DecayOwner]:
         """Who applies the decay of each weight that somebody has claimed."""
-        claims = sorted(((owner, weights()) for owner, weights in self._claims.values()), key=lambda claim: claim[0])
-        return {weight: owner for owner, weights in claims for weight in weights}  # the highest owner comes last
+        return {weight: owner for owner, weights in self._claimed() for weight in weights}
+
+    def _claimed(self) -> list[tuple[DecayOwner, Claimed]]:
+        """All claims, the highest owner last: it is the one that counts."""
+        return sorted(((owner, weights()) for owner, weights in self._claims.values()), key=lambda claim: claim[0])
 
     def acts_between(self, first: Phase, last: Phase) -> bool:
         """Whether some handler is called after phase ``first`` and before phase ``last``: whether weights may change in between."""
@@ -403,8 +400,8 @@ class StepBracket:
 
     def _split_groups(self) -> None:
         taken: dict[Tensor, Partition | None] = {}
-        for _, weights in sorted(((owner, weights()) for owner, weights in self._claims.values()), key=lambda claim: claim[0]):
-            taken.update(weights if isinstance(weights, Mapping) else dict.fromkeys(weights))  # the highest owner's rows count
+        for _, weights in self._claimed():
+            taken.update(weights if isinstance(weights, Mapping) else dict.fromkeys(weights))
         if not taken:
             return
         self._decay_rest(taken)

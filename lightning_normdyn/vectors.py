@@ -163,7 +163,12 @@ class WeightVectors:
         """Whether sums and the change that they lead to are best taken piece by piece: where a piece holds whole vectors and stays in a
         CPU's cache. Elsewhere two passes cost no more memory traffic, and what lies between them is done once for all vectors.
         """
-        return self.device.type == "cpu" and self._in_order and not self._reduction.cuts
+        return self.device.type == "cpu" and self._whole
+
+    @property
+    def _whole(self) -> bool:
+        """Whether each vector lies whole in one piece, in order: what is found for a piece is final."""
+        return self._in_order and not self._reduction.cuts
 
     # -- operands: one local tensor (or None) per weight ---------------------------------------------------------------
 
@@ -337,7 +342,7 @@ class WeightVectors:
             return torch.stack([ww, growth * ww + along, growth * (growth * ww + 2 * along) + length.square()])
 
         numbers = []
-        if norms is not None and self._in_order and not self._reduction.cuts:
+        if norms is not None and self._whole:
             numbers = self._numbers(norms, norms.reciprocal().nan_to_num_(0.0, 0.0, 0.0))
         return self._reduction.sum_(self._collect(kernel, self._and_now(before), finish, 4, 3, numbers=numbers, exact=exact))
 
@@ -372,7 +377,7 @@ class WeightVectors:
         norms or an angle is wanted, use `inner`.
         """
         norms = self._local_norms()
-        if self._in_order and not self._reduction.cuts:
+        if self._whole:
             return norms
         return self._reduction.sum_(norms.square_()).sqrt_()
 
@@ -560,26 +565,12 @@ class WeightVectors:
             ``(n,)``: by how much of ``before`` each vector was changed or would have been.
         """
         operands = self._and_now(before)
-        if not self._one_pass:
-            ss, sd = self._reduction.sum_(self._collect(_radial_kernel, operands, self._radial_sums, 2))
-            removed = _removed(ss, sd, share)
-            self.add_scaled_(-_applied(removed, *self._numbers(active)), before)
-            return removed
-        entries = self._entries
-
-        def project(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-            # Vectors together, as long as they stay in the cache from their sums to their change.
-            start, now, share, *mask = views
-            if start.numel() <= entries:
-                wide = _widened(start)
-                product = _sum((_widened(now) - wide).mul_(wide), dims)
-                square = _norm(wide, dims).square_()
-            else:  # a single vector is longer than that
-                square, product = self._radial_in_chunks(_radial_kernel, [start, now], dims, share)
-            removed = outs[0].copy_(_removed(square, product, share))
-            now.addcmul_(start, _applied(removed.to(share), *mask), value=-1)
-
-        return self._collect(project, operands, self._widest, 1, numbers=self._numbers(share, active), whole=True)[0]
+        if self._one_pass:
+            return self._remove_in_one_pass_(_radial_kernel, operands, [], share, active)
+        ss, sd = self._reduction.sum_(self._collect(_radial_kernel, operands, self._radial_sums, 2))
+        removed = _removed(ss, sd, share)
+        self.add_scaled_(-_applied(removed, *self._numbers(active)), before)
+        return removed
 
     def remove_radial_of_(self, direction: Operand, length: Tensor, share: Tensor, active: Tensor | None = None) -> Tensor:
         """`remove_radial_` where the step is known, so that no copy of the weights is needed: w - s = ``length * direction``.
@@ -593,51 +584,46 @@ class WeightVectors:
         Returns:
             as `remove_radial_`.
         """
-        operands = self._and_now(direction)
-        if not self._one_pass:
-            ww, wd, dd = self._reduction.sum_(
-                self._products(((operands[1], operands[1]), (operands[1], direction), (direction, direction)), False)
-            )
-            sd = length * (wd - length * dd)
-            removed = _removed(ww - 2 * length * wd + length.square() * dd, sd, share)
-            applied = _applied(removed, *self._numbers(active))
-            self.add_scaled_(-applied, operands[1], operands[1])
-            self.add_scaled_(applied * length, direction)
-            return removed
-        entries = self._entries
+        operands = _, now = self._and_now(direction)
+        if self._one_pass:
+            return self._remove_in_one_pass_(_radial_kernel_of_step, operands, [length], share, active)
+        ww, wd, dd = self.inner((now, now), (now, direction), (direction, direction), exact=False)
+        removed = _removed(ww - 2 * length * wd + length.square() * dd, length * (wd - length * dd), share)
+        applied = _applied(removed, *self._numbers(active))
+        self.add_scaled_(-applied, now, now)
+        self.add_scaled_(applied * length, direction)
+        return removed
+
+    def _remove_in_one_pass_(
+        self, kernel: Kernel, operands: list[Operand], lengths: list[Tensor], share: Tensor, active: Tensor | None
+    ) -> Tensor:
+        """`remove_radial_`, or with ``lengths`` `remove_radial_of_`; ``kernel`` sums what tells the step and hands back s."""
+        entries, told = self._entries, len(operands) + len(lengths)
 
         def project(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-            step, now, length, share, *mask = views
-            whole = now.numel() <= entries
-            if whole:
-                start = torch.addcmul(now, step, length, value=-1)
-                product = _sum(start * step, dims).mul_(length)
-                square = _norm(start, dims).square_()
-            else:
-                square, product = self._radial_in_chunks(_radial_kernel_of_step, [step, now, length], dims, share)
+            # Vectors together, as long as they stay in the cache from their sums to their change.
+            (other, now), (share, *mask) = views[:2], views[told:]
+            if now.numel() <= entries:
+                square, product = sums = share.new_empty(2, *share.shape).unbind()
+                start = kernel(dims, sums, views[:told])
+                square.square_()
+            else:  # a single vector is longer than that
+                sums = share.new_zeros(2, *share.shape, dtype=self.sum_dtype).unbind()
+                _in_chunks(_summing(kernel, 2, self._radial_sums, share.dtype), sums, views[:told], dims, entries)
+                (square, product), start = (x.to(share) for x in sums), None if lengths else other
             removed = outs[0].copy_(_removed(square, product, share))
             applied = _applied(removed.to(share), *mask)
-            if whole:
-                now.addcmul_(start, applied, value=-1)
+            if start is None:  # as long as the vector itself
+                now.addcmul_(now, applied, value=-1).addcmul_(other, applied * views[2])
             else:
-                now.addcmul_(now, applied, value=-1).addcmul_(step, applied * length)
+                now.addcmul_(start, applied, value=-1)
 
-        numbers = self._numbers(length, share, active)
-        return self._collect(project, operands, self._widest, 1, numbers=numbers, whole=True)[0]
-
-    def _radial_in_chunks(self, kernel: Kernel, views: list[Tensor], dims: list[int], like: Tensor) -> tuple[Tensor, Tensor]:
-        """<s, s> and <s, w - s> of vectors that are longer than what stays in the cache."""
-        sums = torch.zeros(2, *like.shape, dtype=self.sum_dtype, device=like.device)
-        _in_chunks(_summing(kernel, 2, self._radial_sums, like.dtype), sums.unbind(), views, dims, self._entries)
-        ss, sd = sums.to(like.dtype)
-        return ss, sd
+        numbers = self._numbers(*lengths, share, active)
+        return self._collect(project, operands, lambda found: found.to(self.sum_dtype), 1, numbers=numbers, whole=True)[0]
 
     def _numbers(self, *numbers: Tensor | None) -> list[Tensor]:
         """Those that are given, in the precision of the weights."""
         return [v.to(self._precision) for v in numbers if v is not None]
-
-    def _widest(self, found: Tensor) -> Tensor:
-        return found.to(self.sum_dtype)
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
@@ -748,7 +734,7 @@ def _merge_rows(labels: Tensor, keep: Sequence[int]) -> tuple[Tensor, list[int],
 
 # -- sums of views: every kernel goes from views of one shape to (K, ...), of size 1 where rows were summed -------------------
 
-Kernel = Callable[[list[int], Sequence[Tensor], Sequence[Any]], None]
+Kernel = Callable[[list[int], Sequence[Tensor], Sequence[Any]], Any]
 """``kernel(summed, outs, views)`` sums views over some dimensions and writes what it finds to outs, which are of size 1 in those."""
 Finish = Callable[[Tensor], Tensor]
 
@@ -813,20 +799,22 @@ def _outermost(shape: Sequence[int], view: Tensor) -> int:
     return max((d for d in range(view.ndim) if shape[d] > 1), key=view.stride)
 
 
-def _radial_kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
-    """The norm of w, and <w, Δ>, in the precision of the weights."""
+def _radial_kernel(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> Tensor:
+    """The norm of w, and <w, Δ>, in the precision of the weights; hands back w."""
     start, now = map(_widened, views)
     # First what reads both: two weights come into the cache faster together than one after the other.
     _sum((now - start).mul_(start), dims, outs[1])
     _norm(start, dims, outs[0])
+    return start
 
 
-def _radial_kernel_of_step(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+def _radial_kernel_of_step(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> Tensor:
     """`_radial_kernel` where the step is a number times a direction."""
     step, now, length = views
     start = torch.addcmul(now, step, length, value=-1)
-    outs[1].copy_(_sum(start * step, dims) * length)
+    _sum(start * step, dims, outs[1]).mul_(length)
     _norm(start, dims, outs[0])
+    return start
 
 
 def _removed(ss: Tensor, sd: Tensor, share: Tensor) -> Tensor:

@@ -351,7 +351,7 @@ class NormDynamicsMonitor(NormDynCallback):
         ss, sd, dd = vectors.displacement(before, exact=exact, norms=sums.get("norms"))
         wanted = [*self._quantities[plan.index], *INTERNAL]
         values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
-        active = plan.active(step)
+        active = plan.active()
         measured = self._pack([values[q] for q in wanted], values["size"], active, self._spare.pop(plan.index, None))
         for i, quantity in enumerate(wanted):
             if quantity in ROOT_MEAN_SQUARE:

@@ -60,7 +60,6 @@ class Plan:
     _values: dict[str, tuple[list[Any], Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
     _owned: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
-    _asked: tuple[Step, Tensor | None] | None = None
     counters: dict[str, Tensor] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
 
@@ -91,13 +90,8 @@ class Plan:
         self._values[key] = (values if constant else [], out)
         return out
 
-    def active(self, step: Step) -> Tensor | None:
+    def active(self) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in this step; None if all did."""
-        if self._asked is None or self._asked[0] is not step:
-            self._asked = step, self._active()
-        return self._asked[1]
-
-    def _active(self) -> Tensor | None:
         missing = tuple(not has for has in self.vectors.has_gradient())
         if not any(missing):
             return None
@@ -108,7 +102,7 @@ class Plan:
 
     def treated(self, step: Step) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does not skip; None: all, for certain."""
-        active = self.active(step)
+        active = self.active()
         if step.skipped is None:
             return active
         all_active = torch.ones_like(self.bad) if active is None else active
@@ -124,14 +118,14 @@ class Plan:
         if norms is not None:
             good &= torch.isfinite(norms) & (norms > 0)
         self.bad |= ~good
-        active = self.active(step)
+        active = self.active()
         if active is not None:
             good = good & active
         return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
 
     def owns_decay(self, step: Step, owner: DecayOwner | None) -> Tensor:
         """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply (None: the optimizer's own), 0 for those that another decays."""
-        owners = step.decay_owners
+        owners = step.bracket.decay_owners()
         owned = tuple(owners.get(t.weight) == owner for t in self.targets)
         if owned not in self._owned:
             self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
