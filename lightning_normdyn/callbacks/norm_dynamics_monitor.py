@@ -335,7 +335,9 @@ class NormDynamicsMonitor(NormDynCallback):
         if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
             wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
         lr = plan.group_values("lr").clone()
-        self._sums[plan.index] = sums = {"ww": ww, "wg": wg, "gg": gg, "w1": w1[0] if w1 else torch.zeros_like(ww), "lr": lr}
+        self._sums[plan.index] = sums = {"ww": ww, "wg": wg, "gg": gg, "lr": lr}
+        if w1:
+            sums["w1"] = w1[0]
         if unchanged:
             sums["norms"] = ww.sqrt()
         if not early:
@@ -391,9 +393,8 @@ class NormDynamicsMonitor(NormDynCallback):
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
         vectors = plan.vectors
         norm, standardized, asked = norm_from_sums(sums["ww"]), self._standardized[plan.index], self._quantities[plan.index]
-        std = norm
-        if standardized is not None or "weight_std" in asked or "equivalent_weight_decay" in asked:
-            std = std_from_sums(sums["ww"], sums["w1"], vectors.length)
+        # Whatever needs a standard deviation needs exact sums, too; nothing else looks at it.
+        std = std_from_sums(sums["ww"], sums["w1"], vectors.length) if "w1" in sums else norm
         size = norm if standardized is None else torch.where(standardized, std, norm)
         angle = angle_from_sums(ss, sd, dd)
         # From w_t to here: the shrink to s = f w, then the step from s.
