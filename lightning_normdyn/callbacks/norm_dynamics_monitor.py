@@ -35,6 +35,7 @@ from lightning_normdyn.callbacks.publishing import (
     publish_alert,
     publish_outcome,
     publish_row,
+    publish_to_trainer,
 )
 from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.functional import (
@@ -547,8 +548,7 @@ class NormDynamicsMonitor(NormDynCallback):
             events = [*self._events, *(["lr_drop"] if dropped else [])]
             self._keep(trainer, row, histograms, step, optimizer_step, events, sent.shown)
         self._events = []
-        if in_batch:
-            self._to_progress_bar(row)
+        publish_to_trainer(trainer, row)
 
     @staticmethod
     def _histograms(result: _Measured, numbers: list[float]) -> dict[str, Histogram]:
@@ -697,22 +697,6 @@ class NormDynamicsMonitor(NormDynCallback):
     @staticmethod
     def _mean(quantity: str, total: float, count: float) -> float:
         return sqrt(max(total, 0.0) / count) if quantity in ROOT_MEAN_SQUARE else total / count
-
-    def _to_progress_bar(self, row: dict[str, float]) -> None:
-        assert self._session is not None
-        module = self._session.module
-
-        def tell(key: str, value: float, prog_bar: bool) -> None:
-            module.log(key, value, prog_bar=prog_bar, logger=False, on_step=True, on_epoch=False, batch_size=1)
-
-        for key in ("normdyn/angular_update", "normdyn/equilibrium_ratio"):
-            if key in row:
-                tell(key, row[key], prog_bar=False)
-        # rich prints three decimals: milliradians and norms stay readable, an effective learning rate would be 0.000.
-        if "normdyn/angular_update" in row:
-            tell("turn_mrad", 1e3 * row["normdyn/angular_update"], prog_bar=True)
-        if "normdyn/weight_norm" in row:
-            tell("weight_norm", row["normdyn/weight_norm"], prog_bar=True)
 
     # -- a fit's beginning and end -------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_normdyn.callbacks.session import warn_once
@@ -24,6 +25,7 @@ from lightning_normdyn.histograms import Histogram
 from lightning_normdyn.history import History
 
 if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
     from matplotlib.figure import Figure
 
 # What is worth a picture of its own at the end of a fit.
@@ -33,6 +35,11 @@ MAPPED = ("effective_lr", "equilibrium_ratio")
 # W&B draws no more of a custom chart than this.
 MOST_CHART_ROWS = 10_000
 DOTS_PER_INCH = 110
+# What other callbacks of the Trainer may wait for.
+TOLD_TO_CALLBACKS = ("normdyn/angular_update", "normdyn/equilibrium_ratio")
+# By log key, the name in the progress bar and the unit. Rich prints three decimals: milliradians and norms stay readable there, an
+# effective learning rate would be 0.000.
+SHOWN_IN_PROGRESS_BAR = {"normdyn/angular_update": ("normdyn/turn_mrad", 1e3), "normdyn/weight_norm": ("normdyn/weight_norm", 1.0)}
 
 
 @dataclass(frozen=True)
@@ -272,6 +279,26 @@ def publish_row(loggers: Iterable[Logger], values: Mapping[str, float], histogra
         publisher.row(values, histograms, step)
 
 
+def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
+    """Give other callbacks (EarlyStopping, ModelCheckpoint) and the progress bar the numbers that they may use.
+
+    Not through ``LightningModule.log``: that method belongs to the user, who may have overridden it, and a name logged there by a
+    callback and by the user is an error or a mix of both. Lightning's own tables of the current values take ours beside the user's, and
+    the prefix keeps the names apart. The tables are written without being asked for: asking computes the user's metrics.
+
+    Args:
+        trainer: of the fit; call it on every rank, since every rank's callbacks decide by these values.
+        row: values by log key.
+    """
+    connector = trainer._logger_connector
+    for key in TOLD_TO_CALLBACKS:
+        if key in row:
+            connector._callback_metrics[key] = torch.tensor(row[key], dtype=torch.float32, device="cpu")
+    for key, (shown_as, unit) in SHOWN_IN_PROGRESS_BAR.items():
+        if key in row:
+            connector._progress_bar_metrics[shown_as] = unit * row[key]
+
+
 def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str = "") -> None:
     """What the run consists of.
 
@@ -376,4 +403,4 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-__all__ = ["Outcome", "Publisher", "publish_about", "publish_alert", "publish_outcome", "publish_row", "publishers"]
+__all__ = ["Outcome", "Publisher", "publish_about", "publish_alert", "publish_outcome", "publish_row", "publish_to_trainer", "publishers"]

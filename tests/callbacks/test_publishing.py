@@ -609,3 +609,81 @@ def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
     assert counted[20:] == [1] * len(counted[20:])  # the first steps also question what the graph claims
     assert len(counted) == 32
     assert os.environ["WANDB_MODE"] == "offline"
+
+
+# ---- Other callbacks and the progress bar ----
+
+
+class LogsItsOwn(Net):
+    """A LightningModule whose own metrics have the names of our quantities, in every hook of a batch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("weight_norm", 7.0, prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.log("angular_update", 8.0)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("turn_mrad", 9.0, on_step=False, on_epoch=True, prog_bar=True)
+
+    def on_train_epoch_end(self):
+        self.log("equilibrium_ratio", 10.0)
+
+
+class LogsDifferently(Net):
+    """A LightningModule that means something else by ``log``."""
+
+    def log(self, message):
+        raise AssertionError("the user's own `log` was called")
+
+
+def bar_of(rich: bool) -> Any:
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+    class Keeps(RichProgressBar if rich else TQDMProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            self.seen = super().get_metrics(trainer, pl_module)
+            return self.seen
+
+    return Keeps()
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_the_users_own_metrics_stay_theirs(rich, capsys):
+    bar, watch = bar_of(rich), NormDynamicsMonitor(1, tables=False)
+    told = fit(make(LogsItsOwn), [watch, bar], enable_progress_bar=True, log_every_n_steps=1).callback_metrics
+    theirs = {"weight_norm": 7.0, "angular_update": 8.0, "turn_mrad": 9.0, "equilibrium_ratio": 10.0}
+    assert {key: float(told[key]) for key in theirs} == theirs
+    assert {key for key in told if key.startswith("normdyn/")} <= {"normdyn/angular_update", "normdyn/equilibrium_ratio"}
+    last = watch.history[-1]
+    assert float(told["normdyn/angular_update"]) == pytest.approx(last["normdyn/angular_update"])
+    assert (bar.seen["weight_norm"], bar.seen["turn_mrad"]) == (7.0, 9.0)
+    assert bar.seen["normdyn/weight_norm"] == pytest.approx(last["normdyn/weight_norm"])
+    assert bar.seen["normdyn/turn_mrad"] == pytest.approx(1e3 * last["normdyn/angular_update"])
+
+
+def test_everything_of_ours_carries_the_prefix():
+    watch = NormDynamicsMonitor(1, tables=False)
+    runner = fit(make(), [watch, AdaptiveWeightShrink(0.5)])
+    ours = {*runner.callback_metrics, *runner.progress_bar_metrics, *runner.logged_metrics}
+    assert ours >= {"normdyn/angular_update", "normdyn/weight_norm"}
+    assert all(key.startswith("normdyn/") for key in ours)
+
+
+def test_a_module_that_means_something_else_by_log_is_not_asked():
+    runner = fit(make(LogsDifferently), [NormDynamicsMonitor(1, tables=False)])
+    assert "normdyn/angular_update" in runner.callback_metrics
+
+
+@pytest.mark.parametrize("key", ["normdyn/angular_update", "normdyn/equilibrium_ratio"])
+def test_early_stopping_and_checkpoints_read_our_metrics(key, tmp_path):
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    stopping = EarlyStopping(key, patience=5, check_on_train_epoch_end=True)
+    keeping = ModelCheckpoint(tmp_path, monitor=key, save_top_k=1)
+    decays = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1))
+    fit(decays, [NormDynamicsMonitor(1, tables=False), stopping, keeping], enable_checkpointing=True)
+    assert torch.isfinite(stopping.best_score)
+    assert torch.isfinite(keeping.best_model_score)
