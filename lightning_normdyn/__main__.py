@@ -260,7 +260,11 @@ def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
     import torch
 
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(shape, generator=generator) if below is None else torch.randint(below, shape, generator=generator)
+    return (
+        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+        if below is None
+        else torch.randint(below, shape, generator=generator, dtype=torch.long, device="cpu")
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ report

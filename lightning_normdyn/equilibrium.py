@@ -381,7 +381,7 @@ def nrq_limit_risk(concentration: float, dim: int) -> float:
     width = 1 / math.sqrt(root * mode * (1 - mode))
     step = min(width, 1.0) / 4
     half = math.ceil(100 / step)  # both tails fall at least as exp(-|x|/2)
-    logit = math.log(mode / (1 - mode)) + step * torch.arange(-half, half + 1, dtype=torch.float64)
+    logit = math.log(mode / (1 - mode)) + step * torch.arange(-half, half + 1, dtype=torch.float64, device="cpu")
     u = torch.sigmoid(logit)
     log_density = a * torch.nn.functional.logsigmoid(logit) + 0.5 * torch.nn.functional.logsigmoid(-logit) - concentration * u
     density = torch.exp(log_density - log_density.max())

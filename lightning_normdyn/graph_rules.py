@@ -103,14 +103,14 @@ class Rows:
     """The rows of one weight: which have to be scaled together, and what was learnt on the way (union-find; class 0 must not be scaled)."""
 
     def __init__(self, n: int) -> None:
-        self.parent = torch.arange(n + 1)
+        self.parent = torch.arange(n + 1, dtype=torch.long, device="cpu")
         self.reasons: dict[str, None] = {}  # insertion-ordered sets
         self.norms: dict[str, None] = {}
         self.links: list[Link] = []
         self.stale: dict[str, None] = {}
         self.assumed = False  # an epsilon, a padding value or a condition was taken as harmless
-        self.looked_up = torch.empty(0, dtype=torch.long)  # embedding rows that occurred
-        self.sharded = torch.empty(0, dtype=torch.long)  # rows of which each rank follows only its part (tensor parallelism)
+        self.looked_up = torch.empty(0, dtype=torch.long, device="cpu")  # embedding rows that occurred
+        self.sharded = torch.empty(0, dtype=torch.long, device="cpu")  # rows of which each rank follows only its part (tensor parallelism)
         self.elsewhere = False  # and other ranks have not been asked yet
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
@@ -139,7 +139,7 @@ class Rows:
 
     def forbid(self, rows: Tensor, reason: str) -> None:
         """These rows must not be scaled."""
-        self.unite(rows, torch.zeros(1, dtype=torch.long), reason)
+        self.unite(rows, torch.zeros(1, dtype=torch.long, device="cpu"), reason)
 
     def link(self, link: Link) -> None:
         """Remember a normalization with running statistics, once."""
@@ -149,7 +149,7 @@ class Rows:
     def merge(self, other: Rows) -> None:
         """Take over what another rank learnt about the same weight: what must not be scaled separately there must not be here."""
         self.reasons |= other.reasons
-        self.unite(torch.arange(len(self.parent)), other.parent, next(iter(other.reasons), "another rank"))
+        self.unite(torch.arange(len(self.parent), dtype=torch.long, device="cpu"), other.parent, next(iter(other.reasons), "another rank"))
         self.norms |= other.norms
         self.stale |= other.stale
         for link in other.links:
@@ -766,7 +766,7 @@ def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     start = operation.attribute("start") or 0
     size, length, step = _known(operation.inputs[0])[dim], operation.outputs[0][dim], operation.attribute("step")
     start = max(0, start + size) if start < 0 else min(start, size)
-    index = start + step * torch.arange(length)
+    index = start + step * torch.arange(length, dtype=torch.long, device="cpu")
     return moved(flow, flow.rows.index_select(dim, index), [dim])
 
 
@@ -795,7 +795,7 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     pieces = []
     for flow, shape in zip(flows, operation.inputs, strict=True):
         size = 1 if stack else shape[dim] if shape is not None else operation.outputs[0][dim] - known
-        rows = torch.zeros([1] * ndim, dtype=torch.long) if flow is None else flow.rows.unsqueeze(dim) if stack else flow.rows
+        rows = torch.zeros([1] * ndim, dtype=torch.long, device="cpu") if flow is None else flow.rows.unsqueeze(dim) if stack else flow.rows
         pieces.append(rows.expand([size if d == dim else n for d, n in enumerate(rows.shape)]))
     common = [max(piece.size(d) for piece in pieces) for d in range(ndim)]
     rows = torch.cat([piece.expand([piece.size(d) if d == dim else n for d, n in enumerate(common)]) for piece in pieces], dim)
@@ -907,8 +907,10 @@ def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = pure(operation, target if target is not None else only(operation, flows, 1))
     if target is not None and values is not None and pure(operation, values).degree != flow.degree:
         raise Blocked(f"{operation.place} writes into a tensor that scales differently")
-    rows = torch.zeros(shape, dtype=torch.long) if target is None else target.rows.expand(shape).clone()
-    rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = torch.zeros(1, dtype=torch.long) if values is None else values.rows
+    rows = torch.zeros(shape, dtype=torch.long, device="cpu") if target is None else target.rows.expand(shape).clone()
+    rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = (
+        torch.zeros(1, dtype=torch.long, device="cpu") if values is None else values.rows
+    )
     return Flow(flow.degree, compact(rows))
 
 

@@ -324,7 +324,7 @@ def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float)
         ranks.append(rank)
         seen.append(turned[:, :rank].square().sum(1))
     whole = torch.stack(rotated) if exact and rotated else filters[:0] if exact else None
-    return InputSpan(torch.tensor(ranks), torch.stack(seen), filters.square().sum(-1), whole)
+    return InputSpan(torch.tensor(ranks, dtype=torch.long, device="cpu"), torch.stack(seen), filters.square().sum(-1), whole)
 
 
 def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -391,5 +391,5 @@ def spread_rows(count: int, quantiles: Tensor) -> Tensor:
     """
     k = len(quantiles)
     if count <= k:
-        return torch.arange(count)
-    return ((torch.arange(k) + quantiles) * (count / k)).long().clamp(max=count - 1)
+        return torch.arange(count, dtype=torch.long, device="cpu")
+    return ((torch.arange(k, dtype=torch.long, device="cpu") + quantiles) * (count / k)).long().clamp(max=count - 1)

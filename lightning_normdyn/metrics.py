@@ -58,7 +58,7 @@ class _PerVector(Metric):
         self.reduction = reduction
         # Without dimensions until the first update says how many vectors there are: a zero adds to anything. The names tell the classes
         # apart, because MetricCollection lets metrics share their states when names and first values agree.
-        empty = torch.zeros(() if num_vectors is None else num_vectors, dtype=torch.float64)
+        empty = torch.zeros(() if num_vectors is None else num_vectors, dtype=torch.float64, device="cpu")
         self._total, self._count = f"{quantity}_total", f"{quantity}_count"
         self.add_state(self._total, empty, dist_reduce_fx="sum")
         self.add_state(self._count, empty.long(), dist_reduce_fx="sum")

@@ -101,10 +101,10 @@ class Placement:
 
     def __post_init__(self) -> None:
         if self.sharing is None:
-            held = torch.arange(self.n)
+            held = torch.arange(self.n, dtype=torch.long, device="cpu")
         else:
             found = [p.labels.flatten() for p in self.pieces]
-            held = _distinct(torch.cat(found)) if found else torch.zeros(0, dtype=torch.long)
+            held = _distinct(torch.cat(found)) if found else torch.zeros(0, dtype=torch.long, device="cpu")
         object.__setattr__(self, "held", held[held >= 0])
 
     def value(self, weight: Tensor) -> Tensor:
@@ -262,7 +262,7 @@ def _place_dtensor(weight: Any, partition: Partition, name: str) -> Placement:
     # This rank's block: along each dimension the indices that have this rank's coordinates.
     block = []
     for d in range(len(shape)):
-        inside = torch.ones(shape[d], dtype=torch.bool)
+        inside = torch.ones(shape[d], dtype=torch.bool, device="cpu")
         for m in sharded:
             if sharded[m] == d:
                 inside &= coordinate[m] == mine[m]
@@ -318,8 +318,8 @@ def _coordinates(shape: Shape, mesh: Any, placements: Any, sharded: dict[int, in
 @lru_cache(maxsize=4096)
 def _successive_chunks(size: int, counts: tuple[int, ...]) -> Tensor:
     """Which chunk each of ``size`` indices falls into when they are chunked ``counts[0]``-fold, each chunk ``counts[1]``-fold, ..."""
-    table = torch.zeros(len(counts), size, dtype=torch.long)
-    blocks = [torch.arange(size)]
+    table = torch.zeros(len(counts), size, dtype=torch.long, device="cpu")
+    blocks = [torch.arange(size, dtype=torch.long, device="cpu")]
     for row, count in enumerate(counts):
         chunked = []
         for block in blocks:
@@ -335,14 +335,17 @@ def _dtensor_sharing(partition: Partition, mesh: Any, sharded: dict[int, int], c
     if not sharded:
         return None
     keep, labels, n = partition.keep, partition.labels, partition.n
-    position = torch.arange(labels.numel())[labels.flatten() >= 0]
+    position = torch.arange(labels.numel(), dtype=torch.long, device="cpu")[labels.flatten() >= 0]
     vector = labels.flatten()[position]
     index = dict(zip(keep, torch.unravel_index(position, labels.shape), strict=True))
 
     # at[m]: the coordinate along mesh dimension m of each position in the kept dimensions, if m shards one of those.
     at = {m: coordinate[m][index[d]] for m, d in sharded.items() if d in keep}
     chunks = {m: int(coordinate[m].max()) + 1 if len(coordinate[m]) else 0 for m in sharded}  # not empty
-    cut_by = {m: _extremes_differ(at[m], vector, n) if m in at else torch.full((n,), chunks[m] > 1) for m in sharded}
+    cut_by = {
+        m: _extremes_differ(at[m], vector, n) if m in at else torch.full((n,), chunks[m] > 1, dtype=torch.bool, device="cpu")
+        for m in sharded
+    }
     cut = torch.stack(list(cut_by.values())).any(0)
     cutting = [m for m in sharded if bool(cut_by[m].any())]
     group = mesh.get_group(cutting[0]) if len(cutting) == 1 else None
@@ -351,16 +354,16 @@ def _dtensor_sharing(partition: Partition, mesh: Any, sharded: dict[int, int], c
     reachable = torch.ones_like(vector, dtype=torch.bool)
     for m in sharded:
         if m not in cutting:
-            reachable &= at[m] == mine[m] if m in at else torch.tensor(mine[m] == 0)
-    present = torch.zeros(n, dtype=torch.bool).index_fill_(0, vector[reachable], True) & cut
+            reachable &= at[m] == mine[m] if m in at else torch.tensor(mine[m] == 0, dtype=torch.bool, device="cpu")
+    present = torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vector[reachable], True) & cut
 
     # The holder of a vector's first entry speaks for it.
-    first = torch.full((n,), labels.numel()).scatter_reduce(0, vector, position, "amin")
-    some = torch.zeros(n, dtype=torch.bool).index_fill_(0, vector, True)
+    first = torch.full((n,), labels.numel(), dtype=torch.long, device="cpu").scatter_reduce(0, vector, position, "amin")
+    some = torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vector, True)
     at_first = dict(zip(keep, torch.unravel_index(first.clamp(max=max(labels.numel() - 1, 0)), labels.shape), strict=True))
     speaks = some.clone()
     for m, d in sharded.items():
-        speaks &= coordinate[m][at_first[d]] == mine[m] if d in keep else torch.tensor(mine[m] == 0)
+        speaks &= coordinate[m][at_first[d]] == mine[m] if d in keep else torch.tensor(mine[m] == 0, dtype=torch.bool, device="cpu")
     first_copy = bool((mesh.mesh == 0).any()) and all(mine[m] == 0 for m in range(mesh.ndim) if m not in sharded)
 
     # Everywhere: along the kept dimensions each combination of coordinates holds all vectors, along the others no chunk is empty.
@@ -374,8 +377,8 @@ def _dtensor_sharing(partition: Partition, mesh: Any, sharded: dict[int, int], c
 
 def _extremes_differ(values: Tensor, vector: Tensor, n: int) -> Tensor:
     """Whether the ``values`` of a vector's positions are not all the same: bool ``(n,)``."""
-    low = torch.zeros(n, dtype=torch.long).scatter_reduce(0, vector, values, "amin", include_self=False)
-    high = torch.zeros(n, dtype=torch.long).scatter_reduce(0, vector, values, "amax", include_self=False)
+    low = torch.zeros(n, dtype=torch.long, device="cpu").scatter_reduce(0, vector, values, "amin", include_self=False)
+    high = torch.zeros(n, dtype=torch.long, device="cpu").scatter_reduce(0, vector, values, "amax", include_self=False)
     return low != high
 
 
@@ -570,14 +573,14 @@ def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Range, ...]]:
 
 def _flat_sharing(place: FlatSlice, labels: Tensor, kept: list[int], sizes: Shape, n: int) -> Sharing:
     stride = [prod(sizes[d + 1 :]) for d in range(len(sizes))]
-    position = torch.zeros(labels.shape, dtype=torch.long)
+    position = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
     for i, d in enumerate(kept):
-        steps = torch.arange(sizes[d]) * stride[d]
+        steps = torch.arange(sizes[d], dtype=torch.long, device="cpu") * stride[d]
         position += steps.reshape([-1 if j == i else 1 for j in range(labels.dim())])
     span = sum((sizes[d] - 1) * stride[d] for d in range(len(sizes)) if d not in kept)
     valid = labels >= 0
     vector, position = labels[valid], position[valid]
-    nowhere = torch.full((n,), -1, dtype=torch.long)
+    nowhere = torch.full((n,), -1, dtype=torch.long, device="cpu")
     first = nowhere.scatter_reduce(0, vector, position, "amin", include_self=False)
     last = nowhere.scatter_reduce(0, vector, position, "amax", include_self=False) + span
     holder, end = (first + place.offset) // place.chunk, (last + place.offset) // place.chunk
@@ -625,7 +628,7 @@ def _compare_ranks(
         entries = placement.value(weight).numel() if sharing.first_copy else 0
         found.append([int(sharing.counted.sum()), entries])
         expected.append([_distinct(partition.labels[partition.labels >= 0]).numel(), prod(placement.shape)])
-    total = _all_reduce(torch.tensor(found, device=weights[0].device if weights else None), None).tolist()
+    total = _all_reduce(torch.tensor(found, dtype=torch.long, device=weights[0].device if weights else "cpu"), None).tolist()
     for name, got, want in zip(names, total, expected, strict=True):
         if got != want:
             raise _untested(f"The pieces of `{name}` on all ranks make up {got} (vectors, entries) where {want} were expected")
@@ -643,8 +646,8 @@ def _all_reduce(values: Tensor, group: Any) -> Tensor:
 
 def _whole(n: int) -> Sharing:
     """Every rank holds everything; rank zero speaks."""
-    none, speaks = torch.zeros(n, dtype=torch.bool), _world() == 1 or dist.get_rank() == 0
-    return Sharing(none, none, torch.full((n,), speaks), speaks, everywhere=True, group=None)
+    none, speaks = torch.zeros(n, dtype=torch.bool, device="cpu"), _world() == 1 or dist.get_rank() == 0
+    return Sharing(none, none, torch.full((n,), speaks, dtype=torch.bool, device="cpu"), speaks, everywhere=True, group=None)
 
 
 @dataclass(frozen=True)
@@ -709,7 +712,10 @@ class Reduction:
 
     def _locally(self, per_weight: Sequence[Tensor]) -> Tensor:
         """From all vectors of each weight to those held here, weight after weight."""
-        return torch.cat([values[held] for values, held in zip(per_weight, self._held, strict=True)] or [torch.zeros(0)])
+        return torch.cat(
+            [values[held] for values, held in zip(per_weight, self._held, strict=True)]
+            or [torch.zeros(0, dtype=torch.float32, device="cpu")]
+        )
 
     def _buffer(self, near: bool) -> _Buffer:
         """The buffer of the group, or (not ``near``) the one that all cut vectors of all ranks fit into."""
@@ -725,10 +731,15 @@ class Reduction:
 
     def _make_buffer(self, near: bool) -> _Buffer:
         chosen = [s.present if near else s.cut for s in self._sharings]
-        counts = torch.tensor([int(c.sum()) for c in chosen], dtype=torch.long)
+        counts = torch.tensor([int(c.sum()) for c in chosen], dtype=torch.long, device="cpu")
         starts = counts.cumsum(0) - counts
         slot = self._locally([torch.where(c, c.cumsum(0) - 1 + start, -1) for c, start in zip(chosen, starts, strict=True)])
-        adds = self._locally([torch.full((n,), near or s.first_copy) for n, s in zip(self._sizes, self._sharings, strict=True)])
+        adds = self._locally(
+            [
+                torch.full((n,), near or s.first_copy, dtype=torch.bool, device="cpu")
+                for n, s in zip(self._sizes, self._sharings, strict=True)
+            ]
+        )
         cut = (slot >= 0).nonzero().flatten()
         speaks = self._speaks.cpu()
         return _Buffer(
@@ -806,7 +817,7 @@ class Reduction:
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """From ``(..., n)`` values of the vectors held here to those of all vectors of each weight, on every rank."""
-        starts = torch.tensor([0, *self._sizes[:-1]] if self._sizes else [], dtype=torch.long).cumsum(0)
+        starts = torch.tensor([0, *self._sizes[:-1]] if self._sizes else [], dtype=torch.long, device="cpu").cumsum(0)
         place = torch.cat([held + start for held, start in zip(self._held, starts, strict=True)] or [starts]).to(values.device)
         out = values.new_zeros(*values.shape[:-1], sum(self._sizes), dtype=torch.float64 if values.device.type != "mps" else torch.float32)
         chosen = slice(None) if self.everywhere else self._speaks
@@ -818,7 +829,7 @@ class Reduction:
     def scatter(self, values: Sequence[Tensor]) -> Tensor:
         """From values of all vectors of each weight to those of the vectors held here: the inverse of `gather`, without communication."""
         if not values:
-            return torch.zeros(0, device=self._device)
+            return torch.zeros(0, dtype=torch.float64, device=self._device)
         return torch.cat([v.to(self._device)[..., h.to(self._device)] for v, h in zip(values, self._held, strict=True)], -1)
 
 
@@ -828,7 +839,9 @@ def groups_of(sharings: Iterable[Sharing]) -> dict[tuple[int, ...] | None, Any]:
 
 
 def _repeat(values: Iterable[int], counts: Sequence[int]) -> Tensor:
-    return torch.repeat_interleave(torch.tensor(list(values), dtype=torch.long), torch.tensor(list(counts), dtype=torch.long))
+    return torch.repeat_interleave(
+        torch.tensor(list(values), dtype=torch.long, device="cpu"), torch.tensor(list(counts), dtype=torch.long, device="cpu")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------- optimizers

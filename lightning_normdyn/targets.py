@@ -772,7 +772,7 @@ def verify_scale_invariance(
     generator = torch.Generator().manual_seed(seed)
 
     def factors(n: int) -> Tensor:
-        return torch.exp2(2 * torch.rand(n, generator=generator, dtype=torch.float64) - 1)
+        return torch.exp2(2 * torch.rand(n, generator=generator, dtype=torch.float64, device="cpu") - 1)
 
     before = _outputs(module, inputs, loss, seed)
     after = _outputs(module, inputs, loss, seed, [(weights[c.name], c.partition) for c in claims if c.partition is not None], factors)
@@ -845,7 +845,7 @@ def _withdraw_by_function(
         generator = torch.Generator().manual_seed(seed)
 
         def factors(n: int) -> Tensor:
-            exponents = torch.randint(1, 5, (n,), generator=generator)
+            exponents = torch.randint(1, 5, (n,), generator=generator, dtype=torch.long, device="cpu")
             exponents[0] = 4
             return torch.exp2(exponents.double())
 

@@ -51,19 +51,19 @@ class Partition:
         """One vector per output channel: dim ``axis``, or dim 1 within each group of a transposed convolution."""
         if transposed_groups is not None:
             inputs, per_group = shape[:2]
-            group = torch.arange(inputs) // (inputs // transposed_groups)
-            return cls((0, 1), group[:, None] * per_group + torch.arange(per_group), "filter")
-        return cls((axis,), torch.arange(shape[axis]), "filter")
+            group = torch.arange(inputs, dtype=torch.long, device="cpu") // (inputs // transposed_groups)
+            return cls((0, 1), group[:, None] * per_group + torch.arange(per_group, dtype=torch.long, device="cpu"), "filter")
+        return cls((axis,), torch.arange(shape[axis], dtype=torch.long, device="cpu"), "filter")
 
     @classmethod
     def groups(cls, shape: tuple[int, ...], groups: int) -> Partition:
         """``groups`` vectors, each of ``shape[0] / groups`` neighbouring rows."""
-        return cls((0,), torch.arange(shape[0]) // (shape[0] // groups), "group")
+        return cls((0,), torch.arange(shape[0], dtype=torch.long, device="cpu") // (shape[0] // groups), "group")
 
     @classmethod
     def layer(cls, shape: tuple[int, ...]) -> Partition:
         """One vector: the whole weight."""
-        return cls((0,), torch.zeros(shape[0], dtype=torch.long), "layer")
+        return cls((0,), torch.zeros(shape[0], dtype=torch.long, device="cpu"), "layer")
 
     @property
     def n(self) -> int:
@@ -668,7 +668,9 @@ class _IndexedPiece:
         self._index = torch.where(labels >= 0, torch.searchsorted(held, labels) + where.start, n)
         self.rows = labels.numel()
         start = int(self._index[0]) if self.rows else where.start
-        in_order = start + self.rows <= n and torch.equal(self._index, torch.arange(start, start + self.rows))
+        in_order = start + self.rows <= n and torch.equal(
+            self._index, torch.arange(start, start + self.rows, dtype=torch.long, device="cpu")
+        )
         # Whole filters in order are the common case: plain slices instead of index kernels.
         self.where = slice(start, start + self.rows) if in_order else None
         self._on: dict[torch.device, Tensor] = {}
@@ -722,7 +724,7 @@ def _merge_rows(labels: Tensor, keep: Sequence[int]) -> tuple[Tensor, list[int],
         rows = labels.movedim(axis, 0).reshape(size, -1)
         changes = (rows[1:] != rows[:-1]).any(1).nonzero().flatten() + 1
         block = gcd(size, *changes.tolist())
-        labels = labels.index_select(axis, torch.arange(0, size, block))
+        labels = labels.index_select(axis, torch.arange(0, size, block, dtype=torch.long, device="cpu"))
         if block == size:
             labels = labels.squeeze(axis)
             del keep[axis]

@@ -218,6 +218,85 @@ def test_follows_its_paper(case, mode):
     check(module, recorder, CASES[case], 1e-12 if MODES[mode].get("dtype") is None else 1e-6)
 
 
+# ---- Another default dtype or device ----
+
+
+class Batches:
+    """Batches in memory: a DataLoader's own bookkeeping does not work on every default device."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+@contextlib.contextmanager
+def another_default(name: str):
+    """bfloat16 has 8 bits, so a number of ours that is made in the default dtype is seen. On "meta" a tensor holds no numbers at all."""
+    if name == "bfloat16":
+        torch.set_default_dtype(torch.bfloat16)
+    else:
+        torch.set_default_device(name)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
+def every_case_under_another_default():
+    for case, mode, default in itertools.product(CASES, MODES, ("bfloat16", "meta")):
+        if CASES[case].make_scheduler is not None and (MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]):
+            continue
+        if mode == "tensor lr" and default == "meta":
+            continue  # LambdaLR itself makes a rate there
+        if default == "meta" and case in ("all", "monitor"):
+            continue  # Lightning's own `log` makes a tensor there
+        quick = (case, mode) in {("all", "sgd"), ("lr-drop", "adamw"), ("aws", "bf16-mixed")}
+        yield pytest.param(case, mode, default, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("case", "mode", "default"), list(every_case_under_another_default()))
+def test_follows_its_paper_under_another_default(case, mode, default):
+    settings = dict(MODES[mode])
+    dtype = settings.pop("dtype", torch.float64)
+    # The user's own tensors are made before: what is made during the fit is Lightning's, torch's and ours.
+    data = Batches(list(loader(dtype=dtype)))
+    if CASES[case].make_scheduler is not None:
+        settings["make_scheduler"] = CASES[case].make_scheduler
+    model = settings.pop("model", Net)
+    chosen = {key: settings.pop(key) for key in ("make_optimizer", "make_scheduler") if key in settings}
+    if "net" in settings:
+        torch.manual_seed(1)
+        chosen["net"] = settings.pop("net")()
+    extra = [make_callback() for make_callback in settings.pop("extra", [])]
+    module, recorder = make(model, dtype=dtype, **chosen), Recorder()
+    callbacks = [*extra, recorder, *CASES[case].callbacks()]
+    with another_default(default):
+        fit(module, callbacks, data, **settings)
+    check(module, recorder, CASES[case], 1e-12 if dtype is torch.float64 else 1e-6)
+
+
+def test_bfloat16_weights_shrink_under_a_bfloat16_default():
+    """A factor of 0.9995 is lost in bfloat16: what is owed must be kept in float32, whatever the default is."""
+    lengths = {}
+    for default in ("float32", "bfloat16"):
+        with another_default(default) if default == "bfloat16" else contextlib.nullcontext():
+            module = make(dtype=torch.bfloat16, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+            data = Batches(list(loader(dtype=torch.bfloat16)))
+            fit(module, [AdaptiveWeightShrink(0.05)], data, max_epochs=50)
+        lengths[default] = {name: float(module.get_parameter(name).detach().double().norm()) for name in TARGETS}
+    untreated = make(dtype=torch.bfloat16, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+    fit(untreated, [], Batches(list(loader(dtype=torch.bfloat16))), max_epochs=50)
+    for name in TARGETS:
+        free = float(untreated.get_parameter(name).detach().double().norm())
+        assert lengths["bfloat16"][name] == lengths["float32"][name] < 0.97 * free
+
+
 # ---- Precision ----
 
 

@@ -102,6 +102,27 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
     assert found <= ({"torchmetrics"} if room(path) == "metrics" else set())
 
 
+MAKES_A_TENSOR = frozenset(
+    "arange as_tensor asarray empty empty_strided eye full linspace logspace ones rand randint randn randperm scalar_tensor tensor "
+    "tril_indices triu_indices zeros".split()
+)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_tensor_that_is_made_names_its_dtype_and_device(path):
+    """A user may have set another default dtype or device for the whole process."""
+    silent = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)):
+            continue
+        if node.func.value.id != "torch" or node.func.attr not in MAKES_A_TENSOR:
+            continue
+        missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
+        if missing:
+            silent.append(f"line {node.lineno}: torch.{node.func.attr} names no {' and no '.join(sorted(missing))}")
+    assert not silent
+
+
 def run(code: str) -> str:
     return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
 

@@ -87,7 +87,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         ]
         self._standardized[plan.index] = None
         if any(standardized):
-            self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device))
+            self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device, dtype=torch.bool))
         if self.weight_decay == "replace":
             check_decay_takeover(plan.optimizer, plan.claimed)
             bracket.claim_decay((self, plan.index), DecayOwner.SHRINK, plan.claimed)
@@ -107,7 +107,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
         plan.count("clamped", plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step))
         if plan.vectors.low_precision:
-            owed = self.per_vector("owed", plan, lambda: torch.ones(plan.vectors.n, device=plan.vectors.device))
+            owed = self.per_vector("owed", plan, lambda: torch.ones(plan.vectors.n, dtype=torch.float32, device=plan.vectors.device))
             self.store_per_vector("owed", plan, plan.vectors.scale_rounded_(factor, owed))
         else:
             plan.vectors.scale_(factor)

@@ -134,7 +134,11 @@ class NormDynCallback(Callback):
                 fresh = make() if fresh is None else fresh
                 table[target.name] = fresh[where].clone()
             self._partitions[key, target.name] = target.partition
-        return torch.cat([table[t.name].to(vectors.device) for t in plan.targets]) if plan.targets else torch.zeros(0)
+        return (
+            torch.cat([table[t.name].to(vectors.device) for t in plan.targets])
+            if plan.targets
+            else torch.zeros(0, dtype=torch.float32, device=vectors.device)
+        )
 
     def _gather_per_vector(self) -> dict[str, dict[str, Tensor]]:
         """The state of all vectors of all ranks, on every rank."""

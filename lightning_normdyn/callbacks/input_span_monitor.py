@@ -416,7 +416,7 @@ class InputSpanMonitor(NormDynCallback):
     def _numbers(self, filters: Tensor, stream: Covariance, labels: Tensor) -> Tensor:
         covariance = stream.covariance()
         if not bool(torch.isfinite(covariance).all() & torch.isfinite(filters).all()):
-            return torch.full((_Found.WIDTH,), nan)
+            return torch.full((_Found.WIDTH,), nan, dtype=torch.float64, device="cpu")
         span = input_span(filters, covariance, stream.mean, self.energy)
         shares = vector_shares(span, labels)
         rotated = span.rotated if span.rotated is not None else filters[:0]
@@ -424,7 +424,7 @@ class InputSpanMonitor(NormDynCallback):
         sizes = [torch.nan_to_num(x / filters.square().mean().sqrt()).clamp(-REACH, REACH) for x in (rotated, filters)]
         # On the host: on a GPU it is not deterministic, which a Trainer may have been told to be.
         histograms = [torch.histc(x.float().cpu(), BINS, -REACH, REACH) for x in sizes]
-        numbers = torch.tensor([float(shares.nanmean()), float(span.rank.double().mean()), *shapes], dtype=torch.float64)
+        numbers = torch.tensor([float(shares.nanmean()), float(span.rank.double().mean()), *shapes], dtype=torch.float64, device="cpu")
         return torch.cat([numbers, *(h.double() for h in histograms)])
 
     @contextmanager

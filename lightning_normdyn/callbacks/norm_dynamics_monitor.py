@@ -273,7 +273,7 @@ class NormDynamicsMonitor(NormDynCallback):
         assert self._session is not None
         module, vectors = self._session.module, plan.vectors
         standardized = [is_weight_standardized(module, t.name) for t in plan.targets]
-        by_target = vectors.spread(torch.tensor(standardized, device=vectors.device))
+        by_target = vectors.spread(torch.tensor(standardized, device=vectors.device, dtype=torch.bool))
         self._standardized[plan.index] = by_target if any(standardized) else None
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not any(standardized):
@@ -283,7 +283,7 @@ class NormDynamicsMonitor(NormDynCallback):
         shrunk = any("alpha" in influence for influence in influences)
         if not shrunk and "equivalent_weight_decay" in wanted:
             wanted.remove("equivalent_weight_decay")
-        by_std = torch.tensor([influence.get("statistic") == "std" for influence in influences], device=vectors.device)
+        by_std = torch.tensor([influence.get("statistic") == "std" for influence in influences], device=vectors.device, dtype=torch.bool)
         self._aws_by_std[plan.index] = vectors.spread(by_std)
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the standard deviation beside it: more than
         # sums in float32 can tell. And a replay compares its own norms with those kept.

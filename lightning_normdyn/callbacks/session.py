@@ -343,7 +343,7 @@ class Claims:
         def summarize(sums: Tensor, length: Tensor) -> Tensor:
             ww, wg, gg = sums
             each = EulerTest(length.numel(), vectors.device)
-            each.update(wg, ww, gg, length, torch.arange(length.numel(), device=vectors.device))
+            each.update(wg, ww, gg, length, torch.arange(length.numel(), device=vectors.device, dtype=torch.long))
             return each.sums.T.to(vectors.sum_dtype)
 
         pairs = (weights, weights), (weights, gradients), (gradients, gradients)

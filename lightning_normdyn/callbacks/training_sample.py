@@ -54,7 +54,7 @@ class Sample:
         chosen = _trained_on(loader)
         size = len(chosen)
         if trainer.world_size > 1:  # somebody may have cut the dataset by rank
-            sizes = torch.tensor([size], device=trainer.strategy.root_device)
+            sizes = torch.tensor([size], device=trainer.strategy.root_device, dtype=torch.long)
             dist.all_reduce(sizes, dist.ReduceOp.MIN)
             size = int(sizes)
         batch = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 1
@@ -68,7 +68,7 @@ class Sample:
         drawn = [int(chosen[i]) for i in random.Random(seed).sample(range(size), self.count)]
         self._batches = [drawn[start : start + batch] for start in range(0, self.count, batch)]
         generator = torch.Generator().manual_seed(seed)
-        quantiles = torch.rand(self.count, most // max(1, self.count), generator=generator, dtype=torch.float64)
+        quantiles = torch.rand(self.count, most // max(1, self.count), generator=generator, dtype=torch.float64, device="cpu")
         self.quantiles = quantiles.split(batch)  # type: ignore[no-untyped-call]
 
     def rounds(self, world: int) -> int:
