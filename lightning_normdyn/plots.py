@@ -8,7 +8,8 @@ Legend: ``l`` layers (parameters), ``s`` recorded steps, ``n`` weight vectors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -96,7 +97,11 @@ def plot_effective_lr(
 
 
 def plot_angular_update(history: History, ax: Axes | None = None, *, limits: tuple[float, float] | None = None) -> tuple[Figure, Axes]:
-    """The angular updates of all layers as a bundle, their median, and the prediction where the history has one.
+    """The angular updates of all layers as a bundle, and the median of those that have a prediction beside the prediction's median.
+
+    Only scale-invariant layers have a prediction. A classifier's head turns as its own loss asks: in the median it would move the curve
+    away from a prediction that was never about it. Layers outside the median are drawn dotted. A history without predictions shows the
+    median of its scale-invariant layers, or of all layers where it does not say which these are.
 
     The band is 10 % around the predictions: from below the smallest to above the largest of all layers.
 
@@ -109,24 +114,34 @@ def plot_angular_update(history: History, ax: Axes | None = None, *, limits: tup
         NormDynError: where the history has no angular updates.
     """
     curves = _curves(history, "angular_update")
+    predictions = {name: curve for name, curve in _all_curves(history, "equilibrium_angular_update").items() if name in curves}
+    if predictions:
+        compared, which = list(predictions), "predicted layers"
+    else:
+        compared, which = _scale_invariant_among(curves, history)
+
     fig, ax = _axes(ax)
-    for i, (steps, values) in enumerate(curves.values()):
-        ax.plot(
-            steps,
-            values,
-            color="#8C8C8C",
-            linewidth=0.8,
-            alpha=max(0.3, min(0.8, 8 / len(curves))),  # a single layer far from the others must still be seen
-            label="each layer" if i == 0 else None,
-        )
-    steps, table = _table(curves)
-    ax.plot(steps, np.nanmedian(table, axis=0), color=OKABE_ITO[0], linewidth=2.0, label="median", marker=_marker(steps))
-    seen = [table.ravel()]
-    if _names(history, "equilibrium_angular_update"):
-        steps, predicted = _table(_curves(history, "equilibrium_angular_update"))
-        low, high = 0.9 * np.nanmin(predicted, axis=0), 1.1 * np.nanmax(predicted, axis=0)
-        ax.fill_between(steps, low, high, color=OKABE_ITO[1], alpha=0.2, linewidth=0, label="all predictions ± 10 %")
-        ax.plot(steps, np.nanmedian(predicted, axis=0), color=OKABE_ITO[1], linewidth=1.6, linestyle="--", label="prediction")
+    faint = max(0.3, min(0.8, 8 / len(curves)))  # a single layer far from the others must still be seen
+    labelled: set[str] = set()
+    for name, (steps, values) in curves.items():
+        label, colour, line = (which, "#8C8C8C", "-") if name in compared else ("other layers", "#5F7F5F", ":")
+        ax.plot(steps, values, color=colour, linestyle=line, linewidth=0.8, alpha=faint, label=None if label in labelled else label)
+        labelled.add(label)
+
+    steps, table = _table({name: curves[name] for name in compared})
+    seen = [_table(curves)[1].ravel()]
+    if predictions:
+        predicted_steps, predicted = _table(predictions)
+        common, here, there = np.intersect1d(steps, predicted_steps, return_indices=True)
+        # Where a layer has no prediction at a step (its rate was 0), its angle has no part in the median either.
+        table = np.where(np.isnan(predicted[:, there]), np.nan, table[:, here])
+        steps = common
+    ax.plot(steps, _over_layers(np.nanmedian, table), color=OKABE_ITO[0], linewidth=2.0, label=f"median, {which}", marker=_marker(steps))
+    if predictions:
+        low, high = 0.9 * _over_layers(np.nanmin, predicted), 1.1 * _over_layers(np.nanmax, predicted)
+        middle = _over_layers(np.nanmedian, predicted)
+        ax.fill_between(predicted_steps, low, high, color=OKABE_ITO[1], alpha=0.2, linewidth=0, label="all predictions ± 10 %")
+        ax.plot(predicted_steps, middle, color=OKABE_ITO[1], linewidth=1.6, linestyle="--", label="prediction, median")
         seen.append(predicted.ravel())
     _finish(ax, "angular_update", np.concatenate(seen), limits)
     _mark_events(ax, history)
@@ -305,6 +320,9 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
 def plot_compare(histories: Mapping[str, History], quantity: str = "effective_lr", ax: Axes | None = None) -> tuple[Figure, Axes]:
     """Several runs in one picture: the median over layers, and a band that holds the middle 80 % of them.
 
+    The layers are the scale-invariant ones that all runs have, as far as the runs say which these are; the title of the legend says over
+    which layers the median was taken. Runs that share no layer are each shown with their own.
+
     Args:
         histories: by the label of each run.
         quantity: any recorded quantity; a run without layers' curves shows its ``normdyn/<quantity>``.
@@ -315,22 +333,30 @@ def plot_compare(histories: Mapping[str, History], quantity: str = "effective_lr
     """
     if not histories:
         raise NormDynError("a comparison needs at least one run, got none.")
+    curves: dict[str, dict[str, tuple[Ints, Floats]]] = {}
+    for label, history in histories.items():
+        overview = f"normdyn/{quantity}"
+        only_overview = overview in history.keys() and not _names(history, quantity)  # noqa: SIM118
+        if not only_overview:
+            curves[label] = _curves(history, quantity)
+    curves, of_which = _alike(curves, histories)
+
     fig, ax = _axes(ax)
     seen = []
     for i, (label, history) in enumerate(histories.items()):
-        recorded, overview = history.keys(), f"normdyn/{quantity}"
-        only_overview = overview in recorded and not _names(history, quantity)
-        curves = {"all": history.column(overview)} if only_overview else _curves(history, quantity)
-        steps, table = _table(curves)
+        ours = curves.get(label) or {"all": history.column(f"normdyn/{quantity}")}
+        steps, table = _table(ours)
         colour = OKABE_ITO[i % len(OKABE_ITO)]
         line = ("-", (0, (5, 2)), "-.", (0, (1, 1)))[i % 4]  # so that two runs that agree are both seen
-        low, middle, high = np.nanpercentile(table, [10, 50, 90], axis=0)
-        if len(curves) > 1:
+        low, middle, high = _over_layers(partial(np.nanpercentile, q=[10, 50, 90]), table)
+        if len(ours) > 1:
             ax.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        ax.plot(steps, middle, color=colour, linestyle=line, linewidth=1.8, label=_plain(_elide(label, 40)), marker=_marker(steps))
+        ax.plot(
+            steps, middle, color=colour, linestyle=line, linewidth=1.8, label=_in_legend(_plain(_elide(label, 40))), marker=_marker(steps)
+        )
         seen.append(np.concatenate([low, middle, high]))
     _finish(ax, quantity, np.concatenate(seen))
-    _legend(ax)
+    _legend(ax, title=of_which)
     return fig, ax
 
 
@@ -378,7 +404,7 @@ def plot_input_span(histories: History | Mapping[str, History], ax: Sequence[Axe
                 linewidth=1.6 if len(names) <= 40 else 0.9,
                 marker="osD^"[i % 4] if len(names) <= 40 else _marker(names),
                 markersize=4,
-                label=_plain(_elide(label, 40)) if len(runs) > 1 else None,
+                label=_in_legend(_plain(_elide(label, 40))) if len(runs) > 1 else None,
             )
             seen.append(values)
         _finish(panel, quantity, np.concatenate(seen))
@@ -409,7 +435,7 @@ def plot_weight_shape(histories: History | Mapping[str, History], name: str | No
     for i, (label, history) in enumerate(runs.items()):
         for quantity, line, where in (("ggd_shape_input", "-", "input space"), ("ggd_shape_parameter", "--", "as they are")):
             steps, values = history.column(f"{quantity}/{name}")
-            text = _plain(_elide(f"{label}, {where}" if label else where, 40))
+            text = _in_legend(_plain(_elide(f"{label}, {where}" if label else where, 40)))
             ax.plot(steps, values, color=OKABE_ITO[i % len(OKABE_ITO)], linestyle=line, linewidth=1.6, label=text, marker=_marker(steps))
             seen.append(values)
     _finish(ax, "ggd_shape_input", np.concatenate(seen))
@@ -492,14 +518,72 @@ def _names(history: History, quantity: str) -> list[str]:
 
 def _curves(history: History, quantity: str) -> dict[str, tuple[Ints, Floats]]:
     """The curves of a quantity by parameter name, in the order of the network."""
-    curves = {name: history.column(f"{quantity}/{name}") for name in _names(history, quantity)}
-    curves = {name: curve for name, curve in curves.items() if len(curve[0])}
+    curves = _all_curves(history, quantity)
     if not curves:
         keys = history.keys()
         recorded = sorted({key.split("/")[0] for key in keys if "/" in key and not key.startswith("normdyn/")})
         found = f"it has {', '.join(recorded)}" if recorded else "it has no curves of layers at all"
         raise NormDynError(f"curves of `{quantity}` were asked for, and this history has none: {found}.")
     return curves
+
+
+def _all_curves(history: History, quantity: str) -> dict[str, tuple[Ints, Floats]]:
+    """The curves of a quantity by parameter name, in the order of the network; empty where the history has none."""
+    curves = {name: history.column(f"{quantity}/{name}") for name in _names(history, quantity)}
+    return {name: curve for name, curve in curves.items() if len(curve[0])}
+
+
+def _invariant(history: History) -> set[str] | None:
+    """Names of the layers that the run knows to be scale-invariant; None where it does not say (a CSV log without predictions)."""
+    targets = history.meta.get("targets")
+    known: set[str] = set()
+    invariant: set[str] = set()
+    for name, about in (targets if isinstance(targets, dict) else {}).items():
+        kind = about.get("scale_invariant") if isinstance(about, dict) else None
+        if isinstance(kind, str):
+            known.add(name)
+            if kind not in ("no", "unknown"):
+                invariant.add(name)
+    if known:
+        return invariant
+    return set(_names(history, "equilibrium_angular_update")) or None  # predictions are made of scale-invariant layers only
+
+
+def _scale_invariant_among(names: Iterable[str], history: History) -> tuple[list[str], str]:
+    """Those of these layers that are scale-invariant, or all of them where that leaves none; and what to call them."""
+    invariant = _invariant(history) or set()
+    chosen = [name for name in names if name in invariant]
+    return (chosen, "scale-invariant layers") if chosen else (list(names), "all layers")
+
+
+def _alike(
+    curves: Mapping[str, Mapping[str, tuple[Ints, Floats]]], histories: Mapping[str, History]
+) -> tuple[dict[str, dict[str, tuple[Ints, Floats]]], str]:
+    """Like with like: of each run's curves those of the scale-invariant layers that all runs have; and what to say of them."""
+    invariant: set[str] = set()
+    for label in curves:
+        invariant |= _invariant(histories[label]) or set()
+    chosen: dict[str, list[str]] = {}
+    for label, ours in curves.items():
+        own = _invariant(histories[label])
+        wanted = invariant if own is None else own  # a run that does not say is believed to be as the others
+        chosen[label] = [name for name in ours if name in wanted] or list(ours)
+    common = set.intersection(*map(set, chosen.values())) if chosen else set()
+    if not common:
+        text = "median and middle 80 % of each run's layers" if len(curves) > 0 else ""
+        return {label: {name: curves[label][name] for name in names} for label, names in chosen.items()}, text
+    kind = "scale-invariant layers" if common <= invariant else "layers"
+    text = f"median and middle 80 % of {len(common)} {kind}" if len(common) > 1 else ""
+    return {label: {name: ours[name] for name in ours if name in common} for label, ours in curves.items()}, text
+
+
+def _over_layers(reduce: Callable[..., Any], table: Doubles) -> Doubles:
+    """``reduce`` over the layers of a table ``(l, s)``, with NaN (and without numpy's warning) at steps where no layer has a value."""
+    known = ~np.isnan(table).all(axis=0)
+    found = np.asarray(reduce(table[:, known], axis=0))
+    result = np.full((*found.shape[:-1], table.shape[1]), np.nan)
+    result[..., known] = found
+    return result
 
 
 def _runs(histories: History | Mapping[str, History]) -> Mapping[str, History]:
@@ -609,7 +693,7 @@ def _draw_by_depth(fig: Figure, ax: Axes, curves: Mapping[str, tuple[Ints, Float
     colours = _depth_colours(len(curves))
     many = len(curves) > MOST_NAMED
     order = np.random.default_rng(0).permutation(len(curves)) if many else range(len(curves))  # else the deepest would cover all others
-    names, labels = list(curves), _labels(list(curves))
+    names, labels = list(curves), [_in_legend(label) for label in _labels(list(curves))]
     for i in order:
         steps, values = curves[names[i]]
         ax.plot(steps, values, color=colours[i], linewidth=0.7 if many else 1.5, label=None if many else labels[i], marker=_marker(steps))
@@ -682,10 +766,10 @@ def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
 
 
 def _event_label(kind: str) -> str:
-    return _plain(_elide("LR drop" if kind == "lr_drop" else kind.replace("_", " "), 30))
+    return _in_legend(_plain(_elide("LR drop" if kind == "lr_drop" else kind.replace("_", " "), 30)))
 
 
-def _legend(ax: Axes) -> None:
+def _legend(ax: Axes, title: str = "") -> None:
     """A legend below the axes, where no curve can run behind it."""
     from matplotlib.transforms import ScaledTranslation
 
@@ -697,6 +781,8 @@ def _legend(ax: Axes) -> None:
     inches = ax.get_position().width * figure.get_figwidth()
     columns = max(1, min(4, int(inches / (0.55 + 0.066 * max(map(len, labels))))))
     legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), bbox_transform=below, ncols=columns, frameon=False, fontsize=8)
+    if title:
+        legend.set_title(title, prop={"size": 8})
     for handle in legend.legend_handles:
         if handle is not None and (handle.get_alpha() or 1.0) < 0.2:
             handle.set_alpha(0.4)
@@ -731,6 +817,11 @@ def _labels(names: Sequence[str]) -> list[str]:
         if len(set(labels)) == len(set(texts)):
             break
     return labels
+
+
+def _in_legend(text: str) -> str:
+    """Matplotlib leaves labels that begin with an underscore out of legends; one with a blank before it is shown."""
+    return f" {text}" if text.startswith("_") else text
 
 
 def _elide(text: str, length: int) -> str:

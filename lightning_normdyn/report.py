@@ -324,7 +324,7 @@ def _comparison(runs: Mapping[str, History], say: Callable[[str], None]) -> str:
             pictures.append(_picture(plot_compare(having, quantity)[0], f"{quantity} of {', '.join(having)}"))
     if not pictures:
         return ""
-    note = "Median over layers; the band holds the middle 80 % of them."
+    note = "Median over the scale-invariant layers that all runs have; the band holds the middle 80 % of them."
     return f'<section><h2>Runs compared</h2><p>{note}</p><div class="pictures">{"".join(pictures)}</div></section>'
 
 

@@ -145,13 +145,85 @@ def test_angular_update_draws_the_median_and_its_prediction():
     lines = {line.get_label(): line for line in ax.get_lines()}
     keys = [key for key in list(history.keys()) if key.startswith("angular_update/")]
     expected = np.median([history.column(key)[1] for key in keys], axis=0)
-    np.testing.assert_allclose(lines["median"].get_ydata(), expected, rtol=1e-6)
-    assert lines["prediction"].get_ydata()[0] == pytest.approx(0.01)
+    np.testing.assert_allclose(lines["median, predicted layers"].get_ydata(), expected, rtol=1e-6)
+    assert lines["prediction, median"].get_ydata()[0] == pytest.approx(0.01)
     (band,) = ax.collections
     assert band.get_datalim(ax.transData).y1 == pytest.approx(0.011)
     _, ax = plots.plot_angular_update(synthetic(5, predictions=False))
-    assert "prediction" not in {line.get_label() for line in ax.get_lines()}
+    assert "median, all layers" in {line.get_label() for line in ax.get_lines()}
+    assert "prediction, median" not in {line.get_label() for line in ax.get_lines()}
     assert not ax.collections
+
+
+def with_heads(kinds: bool, predicted: bool = True, factor: float = 1.0, heads: int = 4) -> History:
+    """Three scale-invariant layers that turn by 0.01, as predicted, and more heads that turn by 1: the median of all would be a head's."""
+    history = History()
+    for step in range(20):
+        row = {f"angular_update/conv{i}.weight": 0.01 * factor for i in range(3)}
+        row |= {f"angular_update/head{i}.weight": 1.0 for i in range(heads)}
+        if predicted and step:  # at step 0 the rate was 0, and nothing was predicted
+            row |= {f"equilibrium_angular_update/conv{i}.weight": 0.01 for i in range(3)}
+        history.append(step, row, optimizer_step=step + 1)
+    if kinds:
+        names = [*[f"conv{i}.weight" for i in range(3)], *[f"head{i}.weight" for i in range(heads)]]
+        history.meta["targets"] = {name: {"scale_invariant": "filter" if name.startswith("conv") else "no"} for name in names}
+    return history
+
+
+@pytest.mark.parametrize("kinds", [False, True])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_the_median_beside_a_prediction_is_of_the_layers_it_is_about(kinds, predicted):
+    _, ax = plots.plot_angular_update(with_heads(kinds, predicted))
+    (median,) = (line for line in ax.get_lines() if str(line.get_label()).startswith("median"))
+    known = kinds or predicted
+    assert median.get_ydata().tolist() == pytest.approx([0.01 if known else 1.0] * (19 if predicted else 20))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert ("other layers" in labels) == known
+    assert (("median, all layers" in labels), ("prediction, median" in labels)) == (not known, predicted)
+
+
+@pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
+def test_runs_are_compared_by_the_scale_invariant_layers_that_all_of_them_have(kinds):
+    one, two = (with_heads(kind, predicted=False, factor=f, heads=h) for kind, f, h in zip(kinds, (1.0, 3.0), (4, 9), strict=True))
+    two.append(20, {"angular_update/conv9.weight": 1.0}, optimizer_step=21)  # a layer that only one run has
+    _, ax = plots.plot_compare({"one": one, "two": two}, "angular_update")
+    middles = [line.get_ydata() for line in ax.get_lines()]
+    assert [len(values) for values in middles] == [20, 20]
+    assert [values[-1] for values in middles] == pytest.approx([0.01, 0.03])
+    assert ax.get_legend().get_title().get_text() == "median and middle 80 % of 3 scale-invariant layers"
+
+
+def test_runs_that_say_nothing_of_their_layers_are_compared_by_those_that_they_share():
+    _, ax = plots.plot_compare({"one": with_heads(False, False), "two": with_heads(False, False, heads=9)}, "angular_update")
+    assert ax.get_legend().get_title().get_text() == "median and middle 80 % of 7 layers"
+    other = History()
+    other.append(0, {"angular_update/x": 0.5, "angular_update/y": 0.5}, optimizer_step=1)
+    _, ax = plots.plot_compare({"one": with_heads(True), "two": other}, "angular_update")
+    assert ax.get_legend().get_title().get_text() == "median and middle 80 % of each run's layers"
+    assert ax.get_lines()[0].get_ydata()[-1] == pytest.approx(0.01)
+
+
+def named_layers() -> History:
+    history = History()
+    for step in range(3):
+        values = {f"{q}/_stem{i}.weight": 1.0 + i for i in range(3) for q in ("effective_lr", "ggd_shape_input", "ggd_shape_parameter")}
+        history.append(step, values | {f"input_span_noise/_stem{i}.weight": 0.1 for i in range(3)}, optimizer_step=step + 1)
+    return history
+
+
+@pytest.mark.parametrize(
+    ("draw", "label"),
+    [
+        (lambda h: plots.plot_effective_lr(h)[1], "_stem1"),
+        (lambda h: plots.plot_compare({"_run": h, "b": h})[1], "_run"),
+        (lambda h: plots.plot_input_span({"_run": h, "b": h})[1][2], "_run"),
+        (lambda h: plots.plot_weight_shape({"_run": h, "b": h})[1], "_run, input space"),
+    ],
+    ids=["layers", "runs", "input span", "weight shape"],
+)
+def test_names_that_begin_with_an_underscore_stand_in_the_legend(draw, label):
+    shown = [text.get_text().strip() for text in draw(named_layers()).get_legend().get_texts()]
+    assert label in shown
 
 
 def test_heatmap_shows_the_layer_that_is_off():
