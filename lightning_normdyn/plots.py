@@ -782,7 +782,8 @@ def _legend(ax: Axes, title: str = "") -> None:
     columns = max(1, min(4, int(inches / (0.55 + 0.066 * max(map(len, labels))))))
     legend = ax.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), bbox_transform=below, ncols=columns, frameon=False, fontsize=8)
     if title:
-        legend.set_title(title, prop={"size": 8})
+        legend.set_title(title)
+        legend.get_title().set_fontsize(8)
     for handle in legend.legend_handles:
         if handle is not None and (handle.get_alpha() or 1.0) < 0.2:
             handle.set_alpha(0.4)
