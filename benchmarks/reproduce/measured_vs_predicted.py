@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from lightning_normdyn import AdaptiveWeightShrink, RadialProjection
+from lightning_normdyn.callbacks.effect import Effects
 from lightning_normdyn.callbacks.predictions import Course, Prediction, judge, predict
 from lightning_normdyn.plots import OKABE_ITO
 from lightning_normdyn.verdicts import AS_PREDICTED
@@ -36,7 +37,7 @@ ROUGH = "Adam with decay in the gradient"
 def prediction(args: Any, weight_decay: float) -> Prediction:
     """The same for every layer: SGD's angle asks for neither norm nor gradient."""
     group = {"weight_decay": weight_decay, "momentum": args.momentum, "dampening": 0, "nesterov": False}
-    found = predict(torch.optim.SGD, group, {}, {"lr": args.lr, "weight_norm": 1.0}, 1)
+    found = predict(torch.optim.SGD, group, Effects(), {"lr": args.lr, "weight_norm": 1.0}, 1)
     assert found is not None
     return found
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.callbacks.effect import Effect, Shrink
 from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
@@ -58,7 +59,7 @@ class AdaptiveWeightShrink(NormDynCallback):
         if weight_decay not in ("replace", "keep"):
             raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
         self.alpha = check_number("alpha", alpha, "> 0")
-        self.statistic = statistic
+        self.statistic: Literal["auto", "norm", "std"] = statistic
         self.weight_decay = weight_decay
 
     def _forget(self) -> None:
@@ -80,11 +81,7 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Find the weight-standardized vectors and claim the decay."""
-        assert self._session is not None
-        module = self._session.module
-        standardized = [
-            self.statistic == "std" or (self.statistic == "auto" and is_weight_standardized(module, t.name)) for t in plan.targets
-        ]
+        standardized = [self.statistic_for(t) == "std" for t in plan.targets]
         self._standardized[plan.index] = None
         if any(standardized):
             self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device, dtype=torch.bool))
@@ -121,10 +118,13 @@ class AdaptiveWeightShrink(NormDynCallback):
         tail = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
         return f"AWS, decay now {now:.2g}{tail}"
 
-    def influence(self, target: Target) -> dict[str, Any]:
-        """For predictions."""
-        statistic = self.statistic
-        if statistic == "auto":
-            assert self._session is not None
-            statistic = "std" if is_weight_standardized(self._session.module, target.name) else "norm"
-        return {"alpha": self.alpha, "statistic": statistic, "replaces_decay": self.weight_decay == "replace"}
+    def statistic_for(self, target: Target) -> Literal["norm", "std"]:
+        """Weight standardization removes the mean, so for such weights the norm would count what the loss cannot see."""
+        if self.statistic != "auto":
+            return self.statistic
+        assert self._session is not None
+        return "std" if is_weight_standardized(self._session.module, target.name) else "norm"
+
+    def effect(self, target: Target) -> Effect:
+        """It shrinks the weight in proportion to its size."""
+        return Shrink(self.alpha, self.statistic_for(target), replaces_decay=self.weight_decay == "replace")

@@ -17,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.callbacks.effect import Effect, NoEffect, UnknownEffect
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, warn_once
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
@@ -26,6 +27,10 @@ from lightning_normdyn.targets import choose_partition, filter_partition, match_
 from lightning_normdyn.vectors import Partition, WeightVectors
 
 GRANULARITIES = ("auto", "filter", "group", "layer")
+# Phases in which a handler finds weights to look at. Whoever acts in others changes them.
+LOOKING = frozenset({Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.MEASURE_STEP})
+# What a subclass may override without doing anything else to a weight.
+SAYING = frozenset({"__init__", "settings", "treatment"})
 
 
 class NormDynCallback(Callback):
@@ -91,10 +96,33 @@ class NormDynCallback(Callback):
         """How the tables say what happens to ``target``."""
         return type(self).__name__
 
-    def influence(self, target: Target) -> dict[str, Any]:
-        """What this callback does to ``target``, in numbers that predictions need: ``alpha``, ``statistic``, ``projected``,
-        ``every_n_steps``, ..."""
-        return {}
+    def effect(self, target: Target) -> Effect:
+        """What this callback does to ``target``: predictions, records and tables rest on it.
+
+        Unless a subclass says it, a callback that changes weights has an effect that nobody has derived, so there is no prediction.
+        """
+        if self.writes or self.acts or not LOOKING.issuperset(self.handlers()):
+            return UnknownEffect(type(self).__name__)
+        return NoEffect()
+
+    def stated_effect(self, target: Target) -> Effect:
+        """`effect`, if it is still true: a subclass that changes what is done, and does not say what that is, does something unknown."""
+        if self._changes_what_is_done():
+            return UnknownEffect(type(self).__name__)
+        stated = self.effect(target)
+        return stated if isinstance(stated, Effect) else UnknownEffect(type(self).__name__)
+
+    @classmethod
+    def _changes_what_is_done(cls) -> bool:
+        """Whether a class below the one that defines `effect` overrides methods of the rule itself."""
+        classes = list(cls.__mro__)
+        states = next(i for i, c in enumerate(classes) if "effect" in vars(c))
+        below, rule = classes[:states], classes[states : classes.index(NormDynCallback)]
+        if not rule:  # nobody has said anything: `effect` of the base class decides
+            return False
+        methods = {name for c in rule for name, value in vars(c).items() if callable(value) or isinstance(value, property)}
+        methods = (methods | {"handlers", "on_plan"}) - SAYING
+        return any(name in vars(c) for c in below for name in methods)
 
     @property
     def acts(self) -> bool:

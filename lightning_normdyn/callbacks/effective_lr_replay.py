@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.callbacks.effect import Effect, ScaledSteps
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
 from lightning_normdyn.history import History, load_history
@@ -86,9 +87,9 @@ class EffectiveLRReplay(NormDynCallback):
         """What the start table says."""
         return "replays a recorded effective lr"
 
-    def influence(self, target: Target) -> dict[str, Any]:
-        """For predictions: nobody has derived any for steps of a recorded length."""
-        return {"scales_steps": True}
+    def effect(self, target: Target) -> Effect:
+        """Steps get the length that was recorded."""
+        return ScaledSteps()
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The factor is SGD's: its steps are proportional to the gradient."""

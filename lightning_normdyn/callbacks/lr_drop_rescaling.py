@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target
+from lightning_normdyn.callbacks.effect import Effect, LengthJumps
 from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.equilibrium import lr_drop_exponent
@@ -170,15 +171,15 @@ class LRDropRescaling(NormDynCallback):
         return self._known[plan.index]
 
     def _exponent(self, plan: Plan, target: Target, group: Mapping[str, Any], session: Session) -> float:
-        influence, kind = session.influence(target, besides=self), type(plan.optimizer)
-        if "rescaled" in influence:
+        effects, kind = session.effect(target, besides=self), type(plan.optimizer)
+        if effects.rescaling is not None:
             raise NotSupportedError(
                 f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of LRDropRescaling, which changes it. "
                 "Give them different `params`."
             )
         if self.exponent != "auto":
             return float(self.exponent)
-        options = balance(influence, group, 1.0)
+        options = balance(effects, group, 1.0)
         exponent = None if options is None else lr_drop_exponent(kind, group, **options)
         if exponent is not None:
             return exponent
@@ -250,3 +251,7 @@ class LRDropRescaling(NormDynCallback):
         """What the tables say."""
         known = self._known.get(plan.index)
         return "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.targets.index(target)]:.3g} at an LR drop by k"
+
+    def effect(self, target: Target) -> Effect:
+        """Its length jumps at drops of the learning rate."""
+        return LengthJumps()

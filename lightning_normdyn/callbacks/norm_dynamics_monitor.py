@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, log_every, warn_once
+from lightning_normdyn.callbacks.effect import Effects
 from lightning_normdyn.callbacks.predictions import (
     Course,
     Dying,
@@ -228,7 +229,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._events: list[str] = []  # of rows that turned out to belong to skipped steps
         self._standardized: dict[int, Tensor | None] = {}
         self._quantities: dict[int, list[str]] = {}
-        self._influences: dict[str, dict[str, Any]] = {}
+        self._effects: dict[str, Effects] = {}
         self._length: dict[str, int] = {}
         self._aws_by_std: dict[int, Tensor] = {}
         self._needs_exact: dict[int, bool] = {}
@@ -262,11 +263,12 @@ class NormDynamicsMonitor(NormDynCallback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What the callbacks do may change from epoch to epoch (WRS in its window)."""
         for plan in self.plans.values():
-            self._read_influences(plan)
+            self._read_effects(plan)
 
-    def _read_influences(self, plan: Plan) -> None:
+    def _read_effects(self, plan: Plan) -> None:
         assert self._session is not None
-        self._influences.update({t.name: self._session.influence(t, besides=self) for t in plan.targets})
+        effects = self._session.effects(plan.targets, besides=self)
+        self._effects.update({t.name: found for t, found in zip(plan.targets, effects, strict=True)})
 
     def _prepare(self, plan: Plan) -> None:
         """Which quantities apply to which weights."""
@@ -278,12 +280,14 @@ class NormDynamicsMonitor(NormDynCallback):
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not any(standardized):
             wanted.remove("weight_std")
-        self._read_influences(plan)
-        influences = [self._influences[t.name] for t in plan.targets]
-        shrunk = any("alpha" in influence for influence in influences)
+        self._read_effects(plan)
+        shrinks = [self._effects[t.name].shrink for t in plan.targets]
+        shrunk = any(shrink is not None for shrink in shrinks)
         if not shrunk and "equivalent_weight_decay" in wanted:
             wanted.remove("equivalent_weight_decay")
-        by_std = torch.tensor([influence.get("statistic") == "std" for influence in influences], device=vectors.device, dtype=torch.bool)
+        by_std = torch.tensor(
+            [shrink is not None and shrink.statistic == "std" for shrink in shrinks], device=vectors.device, dtype=torch.bool
+        )
         self._aws_by_std[plan.index] = vectors.spread(by_std)
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the standard deviation beside it: more than
         # sums in float32 can tell. And a replay compares its own norms with those kept.
@@ -425,7 +429,8 @@ class NormDynamicsMonitor(NormDynCallback):
             "radial_update": radial,
         }
         if "equivalent_weight_decay" in asked:
-            alphas = [self._influences[t.name].get("alpha", float("nan")) for t in plan.targets]
+            shrinks = [self._effects[t.name].shrink for t in plan.targets]
+            alphas = [float("nan") if shrink is None else shrink.alpha for shrink in shrinks]
             alpha = vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
             found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, torch.where(self._aws_by_std[plan.index], std, norm))
         return found
@@ -603,7 +608,7 @@ class NormDynamicsMonitor(NormDynCallback):
         course = self._courses.setdefault(target.name, Course())
         if found["lr"] == 0:  # nothing moves: the step teaches nothing, and the last prediction stands
             return
-        prediction = predict(optimizer_class, group, self._influences[target.name], found, self._length[target.name])
+        prediction = predict(optimizer_class, group, self._effects[target.name], found, self._length[target.name])
         course.add(step, prediction)
         if prediction is not None:
             found["equilibrium_angular_update"] = prediction.angular_update
@@ -617,11 +622,11 @@ class NormDynamicsMonitor(NormDynCallback):
             return
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
         rate = sums["dead_rate"][0] / count
-        group, kind, influence = {**group, "lr": float(group["lr"])}, type(plan.optimizer), self._influences[target.name]
-        faster = falls_ever_faster(kind, group, influence)
+        group, kind, effects = {**group, "lr": float(group["lr"])}, type(plan.optimizer), self._effects[target.name]
+        faster = falls_ever_faster(kind, group, effects)
         dying = self._dying(plan, target, group) if faster else []
         known = bool(dying) if faster else step_response(kind, group) is not None
-        left = steps_to_collapse(kind, group, influence, e_foldings, rate, dying)
+        left = steps_to_collapse(kind, group, effects, e_foldings, rate, dying)
         if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
                 trainer,
@@ -687,7 +692,7 @@ class NormDynamicsMonitor(NormDynCallback):
         for plan in self.plans.values():
             for target in plan.targets:
                 group = plan.group_of(target)
-                if id(group) in said or self._influences[target.name] or not target.scale_invariant:
+                if id(group) in said or not self._effects[target.name].none or not target.scale_invariant:
                     continue
                 said.add(id(group))
                 text = idle_decay(type(plan.optimizer), group, trainer.estimated_stepping_batches)

@@ -6,7 +6,7 @@ Numbers of the host, but for `urgency` and `entries_of_dying`. Formulas: `lightn
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import copysign, exp, inf, isfinite, log
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_normdyn.callbacks.effect import Effects, Rescaling
 from lightning_normdyn.equilibrium import settles_at, wrs_angular_update
 from lightning_normdyn.history import History
 from lightning_normdyn.step_response import is_rough, step_response
@@ -40,28 +41,29 @@ IDLE_DECAY = 0.1
 RUNAWAY = 1e4
 
 
-def balance(influence: Mapping[str, Any], group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
+def balance(effects: Effects, group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
     """What pulls a weight shorter and what its steps lose, in the words of `lightning_normdyn.equilibrium`.
 
     Args:
-        influence: what the callbacks do to the weight (`NormDynCallback.influence`, merged).
+        effects: what the callbacks do to the weight.
         group: its param group.
         shrink: the decay that AWS amounts to now.
 
     Returns:
-        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: two decays at once, steps of a
-        recorded length, a norm that WRS sets now and then (`lightning_normdyn.equilibrium.wrs_angular_update` knows about that).
+        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: a callback of somebody else, two decays
+        at once, steps of a recorded length, a norm that WRS sets now and then (for which there is
+        `lightning_normdyn.equilibrium.wrs_angular_update`).
     """
-    if influence.get("scales_steps") or "every_n_steps" in influence:
+    if effects.underived or effects.scaled_steps or effects.rescaled_now is not None:
         return None
-    options: dict[str, Any] = {"projected": True} if influence.get("projected") else {}
+    options: dict[str, Any] = {}
     decay = group.get("weight_decay") or 0.0
-    if "projection_decay" in influence:
+    if effects.projection is not None:
         replaced = decay / (1 - group["momentum"]) if "momentum" in group else decay
-        decay = replaced if influence["projection_decay"] == "replace" else influence["projection_decay"]
-        options["decay"] = decay * influence["weight_decay_ratio"]
-    if "alpha" in influence:
-        if decay and not influence["replaces_decay"]:
+        decay = replaced if effects.projection.weight_decay == "replace" else effects.projection.weight_decay
+        options = {"projected": True, "decay": decay * effects.projection.ratio}
+    if effects.shrink is not None:
+        if decay and not effects.shrink.replaces_decay:
             return None
         options.pop("decay", None)
         options["shrink"] = shrink
@@ -88,29 +90,29 @@ class Prediction:
 
 
 def predict(
-    optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any], measured: Mapping[str, float], length: int
+    optimizer_class: type, group: Mapping[str, Any], effects: Effects, measured: Mapping[str, float], length: int
 ) -> Prediction | None:
     """What a scale-invariant weight settles at; None where nothing has been derived, never a guess.
 
     Args:
         optimizer_class: class of the optimizer.
         group: the weight's param group at this step.
-        influence: what the callbacks do to the weight (`NormDynCallback.influence`, merged).
+        effects: what the callbacks do to the weight.
         measured: means over the weight's vectors at this step: ``lr``, ``weight_norm``, and where they are asked for ``gradient_scale``
             (E‖g‖²‖w‖²: WRS on SGD, Adam with coupled decay) and ``equivalent_weight_decay`` (AWS).
         length: entries of a vector.
 
     Example:
         >>> group = {"weight_decay": 5e-4, "momentum": 0.9, "dampening": 0, "nesterov": False}
-        >>> found = predict(torch.optim.SGD, group, {}, {"lr": 0.1, "weight_norm": 2.0}, 27)
+        >>> found = predict(torch.optim.SGD, group, Effects(), {"lr": 0.1, "weight_norm": 2.0}, 27)
         >>> round(found.angular_update, 6), round(found.relaxation)
         (0.007255, 500)
     """
     group = {**group, "lr": measured["lr"]}
     norm, scale = measured["weight_norm"], measured.get("gradient_scale") or None  # without any gradient, none is known
-    if "every_n_steps" in influence:
-        return _predict_rescaled(optimizer_class, group, influence, norm, scale, length)
-    options = balance(influence, group, measured.get("equivalent_weight_decay"))
+    if effects.rescaled_now is not None:
+        return _predict_rescaled(optimizer_class, group, effects, effects.rescaled_now, norm, scale, length)
+    options = balance(effects, group, measured.get("equivalent_weight_decay"))
     if options is None:
         return None
     response = step_response(optimizer_class, group, **options)
@@ -125,22 +127,28 @@ def predict(
 
 
 def _predict_rescaled(
-    optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any], norm: float, scale: float | None, length: int
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    effects: Effects,
+    rescaling: Rescaling,
+    norm: float,
+    scale: float | None,
+    length: int,
 ) -> Prediction | None:
     """Under WRS, which has been derived for steps without any decay."""
-    options = balance({key: value for key, value in influence.items() if key != "every_n_steps"}, group, 1.0)
+    options = balance(replace(effects, rescaling=None), group, 1.0)
     if options is None or "shrink" in options or options.get("decay"):
         return None
     projected = bool(options.get("projected"))
-    if group.get("weight_decay") and not projected and not influence["replaces_decay"]:
+    if group.get("weight_decay") and not projected and not rescaling.replaces_decay:
         return None
     angle = wrs_angular_update(
         optimizer_class,
         group,
-        influence["every_n_steps"],
+        rescaling.every_n_steps,
         gradient_scale=scale,
         dim=length,
-        target_norm=norm if influence["target_norm"] == "initial" else influence["target_norm"],
+        target_norm=norm if rescaling.target_norm == "initial" else rescaling.target_norm,
         projected=projected,
     )
     return None if angle is None or not 0 < float(angle) < inf else Prediction(float(angle), None, 0, float(group["lr"]))
@@ -331,14 +339,14 @@ class Dying(NamedTuple):
         return adam_collapse_steps(group, **self._asdict())
 
 
-def falls_ever_faster(optimizer_class: type, group: Mapping[str, Any], influence: Mapping[str, Any]) -> bool:
+def falls_ever_faster(optimizer_class: type, group: Mapping[str, Any], effects: Effects) -> bool:
     """Whether a vector without gradient falls at a rate that its second moments decide (Adam with coupled decay).
 
     Example:
-        >>> falls_ever_faster(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}, {})
+        >>> falls_ever_faster(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}, Effects())
         True
     """
-    options = _fixed_decay(influence, group)
+    options = _fixed_decay(effects, group)
     return options is not None and is_rough(optimizer_class, group, **options)
 
 
@@ -381,7 +389,7 @@ def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], positi
 def steps_to_collapse(
     optimizer_class: type,
     group: Mapping[str, Any],
-    influence: Mapping[str, Any],
+    effects: Effects,
     e_foldings: float,
     rate: float,
     dying: Sequence[Dying] = (),
@@ -391,36 +399,37 @@ def steps_to_collapse(
     Args:
         optimizer_class: class of the optimizer.
         group: the weight's param group.
-        influence: what the callbacks do to the weight.
+        effects: what the callbacks do to the weight.
         e_foldings: how far it has to go.
         rate: -d ln‖w‖ per step as measured, for optimizers that are not understood; soon after the last gradient the momentum still
             moves the vector, so the known rate is the better one.
         dying: where the vector `falls_ever_faster`, what is known of each of them.
 
     Returns:
-        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back until its last epoch.
+        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back until its last epoch. ``inf`` also where
+        nobody knows, because a callback of somebody else acts on it.
 
     Example:
         >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
-        >>> round(steps_to_collapse(torch.optim.SGD, group, {}, log(0.17 / 2.6e-23), 0.0))  # measured: 4490
+        >>> round(steps_to_collapse(torch.optim.SGD, group, Effects(), log(0.17 / 2.6e-23), 0.0))  # measured: 4490
         4489
     """
-    options = _fixed_decay(influence, group)
-    if influence.get("rescaled") == "now or later" or ("alpha" in influence and options is None):
+    options = _fixed_decay(effects, group)
+    put_back = effects.rescaling is not None and effects.rescaling.window != "over"
+    if effects.underived or put_back or (effects.shrink is not None and options is None):
         return inf
-    if dying and falls_ever_faster(optimizer_class, group, influence):
+    if dying and falls_ever_faster(optimizer_class, group, effects):
         return min(vector.steps_left(group) for vector in dying)
     known = None if options is None else free_decay_rate(optimizer_class, group, **options)
     rate = rate if known is None else known
     return e_foldings / rate if rate > 0 else inf
 
 
-def _fixed_decay(influence: Mapping[str, Any], group: Mapping[str, Any]) -> dict[str, Any] | None:
+def _fixed_decay(effects: Effects, group: Mapping[str, Any]) -> dict[str, Any] | None:
     """`balance` of the decay that does not fade with the length: all but AWS. None where there is no other or none is known."""
-    if "alpha" not in influence:
-        return balance(influence, group)
-    others = {key: value for key, value in influence.items() if key != "alpha"}
-    options = None if influence["replaces_decay"] else balance(others, group)
+    if effects.shrink is None:
+        return balance(effects, group)
+    options = None if effects.shrink.replaces_decay else balance(replace(effects, shrink=None), group)
     return options if options is not None and (options.get("decay") or group.get("weight_decay")) else None
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.callbacks.effect import Effect, Projection
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.optimizer_state import decay_kind, step_buffer
@@ -65,9 +66,9 @@ class RadialProjection(NormDynCallback):
             raise ValueError(f"`gate` must be 'always' or 'cosine', got {gate!r}.")
         if gate == "cosine" and granularity != "auto":
             raise ValueError(f"gate='cosine' brings its own granularity (filter view, then layer view); got granularity={granularity!r}.")
-        self.gate = gate
+        self.gate: Literal["always", "cosine"] = gate
         self.delta = check_number("delta", delta, "> 0")
-        self.weight_decay: float | str = (
+        self.weight_decay: float | Literal["replace"] = (
             "replace" if weight_decay == "replace" else check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
         )
         self.weight_decay_ratio = check_number("weight_decay_ratio", weight_decay_ratio, ">= 0")
@@ -193,9 +194,9 @@ class RadialProjection(NormDynCallback):
         """What the start table says."""
         return "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
 
-    def influence(self, target: Target) -> dict[str, Any]:
-        """For predictions."""
-        return {"projected": True, "gate": self.gate, "projection_decay": self.weight_decay, "weight_decay_ratio": self.weight_decay_ratio}
+    def effect(self, target: Target) -> Effect:
+        """It removes the radial part of steps, and decays."""
+        return Projection(self.gate, self.weight_decay, self.weight_decay_ratio)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoEffect, Projection, UnknownEffect, combine
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.sharding import accumulates, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
@@ -240,13 +241,23 @@ class Session:
             found.update({t.name: int(total) for t, total in zip(plan.targets, totals, strict=True) if total})
         return dict(found)
 
-    def influence(self, target: Target, besides: NormDynCallback | None = None) -> dict[str, Any]:
-        """What the callbacks, ``besides`` one, do to this weight: `NormDynCallback.influence`, merged."""
-        found: dict[str, Any] = {}
+    def effects(self, targets: Sequence[Target], besides: NormDynCallback | None = None) -> list[Effects]:
+        """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all plans."""
+        found: dict[Tensor, list[Effect]] = {t.weight: [] for t in targets}
+        asked = {t.weight: t for t in targets}
         for member in self.members:
-            if member is not besides and any(t.weight is target.weight for plan in member.plans.values() for t in plan.targets):
-                found.update(member.influence(target))
-        return found
+            if member is besides:
+                continue
+            for theirs in (t for plan in member.plans.values() for t in plan.targets if t.weight in asked):
+                effect = member.stated_effect(theirs)
+                if not _on_the_same_vectors(effect, theirs, asked[theirs.weight]):
+                    effect = UnknownEffect(f"{type(member).__name__} on other vectors")
+                found[theirs.weight].append(effect)
+        return [combine(found[t.weight]) for t in targets]
+
+    def effect(self, target: Target, besides: NormDynCallback | None = None) -> Effects:
+        """What the callbacks, ``besides`` one, do to this weight together."""
+        return self.effects([target], besides)[0]
 
     def applied_decay(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> Tensor:
         """The share of each vector that decay takes away in this step, whoever applies it: ``(n,)``.
@@ -260,14 +271,15 @@ class Session:
         """
         constant, adaptive = [], []  # per target: λ, and α times the size that it refers to
         for target in plan.targets:
-            influence, group = self.influence(target), plan.group_of(target)
+            effects, group = self.effect(target), plan.group_of(target)
             own = float(group.get("weight_decay") or 0.0)
-            replaced = bool(influence.get("replaces_decay"))
-            if influence.get("projected"):
-                decay = influence["projection_decay"]
-                own, replaced = (own if decay == "replace" else decay) * influence["weight_decay_ratio"], "alpha" in influence
+            shrink, rescaling, projection = effects.shrink, effects.rescaled_now, effects.projection
+            replaced = any(e is not None and e.replaces_decay for e in (shrink, rescaling))
+            if projection is not None:
+                decay = projection.weight_decay
+                own, replaced = (own if decay == "replace" else decay) * projection.ratio, shrink is not None
             constant.append(0.0 if replaced else own)
-            adaptive.append((float(influence.get("alpha", 0.0)), influence.get("statistic") == "std"))
+            adaptive.append((0.0, False) if shrink is None else (shrink.alpha, shrink.statistic == "std"))
         tensor = partial(torch.tensor, dtype=norm.dtype, device=norm.device)
         size = norm if std is None else torch.where(plan.vectors.spread(tensor([s for _, s in adaptive])) > 0, std, norm)
         rate = plan.vectors.spread(tensor(constant)) + plan.vectors.spread(tensor([a for a, _ in adaptive])) * size
@@ -314,6 +326,14 @@ class Session:
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
         return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+
+
+def _on_the_same_vectors(effect: Effect, theirs: Target, ours: Target) -> bool:
+    """Whether what holds for the vectors of one callback's target may be said of another's."""
+    if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
+        return True
+    # Gated projection takes the filter view or else the layer view, whichever is at right angles to the gradient.
+    return isinstance(effect, Projection) and effect.gate == "cosine" and ours.partition.n == 1
 
 
 class Claims:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.callbacks.effect import Effect, Rescaling
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
@@ -69,7 +70,7 @@ class WeightRescaling(NormDynCallback):
         if weight_decay not in ("replace", "keep"):
             raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
         self.every_n_steps = every_n_steps
-        self.target_norm: float | str = (
+        self.target_norm: float | Literal["initial"] = (
             "initial" if target_norm == "initial" else check_number("target_norm", target_norm, "> 0", " or 'initial'")
         )
         self.start_epoch = start_epoch
@@ -117,10 +118,15 @@ class WeightRescaling(NormDynCallback):
             check_decay_takeover(plan.optimizer, claimed)
             bracket.claim_decay((self, plan.index), DecayOwner.RESCALING, lambda: claimed if self._in_window() else {})
 
-    def _in_window(self) -> bool:
+    def _window(self) -> Literal["later", "now", "over"]:
         assert self._session is not None
         epoch = self._session.trainer.current_epoch
-        return self.start_epoch <= epoch and (self.stop_epoch is None or epoch < self.stop_epoch)
+        if epoch < self.start_epoch:
+            return "later"
+        return "now" if self.stop_epoch is None or epoch < self.stop_epoch else "over"
+
+    def _in_window(self) -> bool:
+        return self._window() == "now"
 
     def due(self, number: int) -> bool:
         """Whether to rescale after optimizer step ``number`` (1-based)."""
@@ -141,11 +147,6 @@ class WeightRescaling(NormDynCallback):
         length = "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
         return f"WRS to {length} every {'step' if self.every_n_steps == 1 else f'{self.every_n_steps} steps'}"
 
-    def influence(self, target: Target) -> dict[str, Any]:
-        """For predictions; outside its epochs it only says that it is there."""
-        assert self._session is not None
-        past = self.stop_epoch is not None and self._session.trainer.current_epoch >= self.stop_epoch
-        found: dict[str, Any] = {"rescaled": "before" if past else "now or later"}
-        if self._in_window():
-            found.update(every_n_steps=self.every_n_steps, target_norm=self.target_norm, replaces_decay=self.weight_decay == "replace")
-        return found
+    def effect(self, target: Target) -> Effect:
+        """It sets the length now and then, within its epochs."""
+        return Rescaling(self.every_n_steps, self.target_norm, self.weight_decay == "replace", self._window())

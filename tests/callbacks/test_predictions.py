@@ -21,6 +21,7 @@ from walk import SETTINGS, Angles, Setting, Walk, batches, by_rates, noise, sett
 
 from lightning_normdyn import AdaptiveWeightShrink, EffectiveLRReplay, NormDynamicsMonitor, RadialProjection, WeightRescaling
 from lightning_normdyn.callbacks import predictions
+from lightning_normdyn.callbacks.effect import Effects, Rescaling, Shrink
 from lightning_normdyn.callbacks.predictions import (
     Course,
     Prediction,
@@ -39,6 +40,7 @@ from lightning_normdyn.vectors import Partition, WeightVectors
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 SHAPE = (3, 5)
+NOTHING = Effects()
 KEYS = ("equilibrium_angular_update/weight", "equilibrium_ratio/weight")
 
 
@@ -192,16 +194,16 @@ def test_a_rescaling_window_changes_what_is_predicted() -> None:
     alone = sqrt(2 * 0.01 * 0.1)
     assert [predicted[i] for i in (0, 1, 4, 5)] == pytest.approx([alone] * 4)
     assert min(abs(predicted[i] / alone - 1) for i in (2, 3)) > 0.1
-    rescaled: list[str] = []
+    windows: list[str] = []
 
     class Looks(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             if callbacks[1].plans:
                 (target,) = callbacks[1].plans[0].targets
-                rescaled.append(callbacks[1].influence(target)["rescaled"])
+                windows.append(callbacks[1].effect(target).window)
 
     fit(Walk(start(norm=1.0), optimizer), [*callbacks, Looks()], batches(noise(2, SHAPE)), max_epochs=3)
-    assert rescaled[-2:] == ["now or later", "before"]
+    assert windows[-2:] == ["now", "over"]
 
 
 def test_the_strength_of_aws_is_that_of_its_own_statistic() -> None:
@@ -580,22 +582,24 @@ def test_steps_to_collapse() -> None:
     left = log(0.17) - log_smallest(torch.float32)
     group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
     # Measured: the first look at a variance of 0, every 10 steps.
-    assert steps_to_collapse(SGD, group, {}, left, 1.0) == pytest.approx(4490, abs=10)
-    assert steps_to_collapse(SGD, {**group, "weight_decay": 1e-3}, {}, left, 1.0) == pytest.approx(49650, rel=0.003)
+    assert steps_to_collapse(SGD, group, NOTHING, left, 1.0) == pytest.approx(4490, abs=10)
+    assert steps_to_collapse(SGD, {**group, "weight_decay": 1e-3}, NOTHING, left, 1.0) == pytest.approx(49650, rel=0.003)
     adam = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}
-    assert steps_to_collapse(ADAM, adam, {}, 48.0, 0.016) == pytest.approx(3000)
+    assert steps_to_collapse(ADAM, adam, NOTHING, 48.0, 0.016) == pytest.approx(3000)
     # Known of two vectors: the first one to vanish counts.
     dying = [predictions.Dying(50.0, 0.1, moment, 0.3 * moment, 500.0) for moment in (1e-6, 1e-7)]
     group_of_adam = {**adam, "eps": 1e-8}
-    first = steps_to_collapse(ADAM, group_of_adam, {}, 48.0, 0.016, dying)
+    first = steps_to_collapse(ADAM, group_of_adam, NOTHING, 48.0, 0.016, dying)
     assert first == dying[1].steps_left(group_of_adam) < dying[0].steps_left(group_of_adam)
-    assert steps_to_collapse(SGD, group, {"alpha": 0.1, "replaces_decay": True}, left, 0.01) == float("inf")
+    assert steps_to_collapse(SGD, group, Effects(shrink=Shrink(0.1, "norm", True)), left, 0.01) == float("inf")
     # AWS fades with the length, a decay that is kept beside it does not.
-    kept = {"alpha": 0.1, "replaces_decay": False}
-    assert steps_to_collapse(SGD, group, kept, left, 1.0) == steps_to_collapse(SGD, group, {}, left, 1.0)
+    kept = Effects(shrink=Shrink(0.1, "norm", False))
+    assert steps_to_collapse(SGD, group, kept, left, 1.0) == steps_to_collapse(SGD, group, NOTHING, left, 1.0)
     assert steps_to_collapse(SGD, {**group, "weight_decay": 0}, kept, left, 1.0) == float("inf")
-    assert steps_to_collapse(SGD, group, {"rescaled": "now or later"}, left, 0.01) == float("inf")
-    assert steps_to_collapse(SGD, group, {"rescaled": "before"}, left, 1.0) == steps_to_collapse(SGD, group, {}, left, 1.0)
+    later, over = (Effects(rescaling=Rescaling(2, 1.0, True, window)) for window in ("later", "over"))
+    assert steps_to_collapse(SGD, group, later, left, 0.01) == float("inf")
+    assert steps_to_collapse(SGD, group, Effects(underived=("MyRule",)), left, 0.01) == float("inf")
+    assert steps_to_collapse(SGD, group, over, left, 1.0) == steps_to_collapse(SGD, group, NOTHING, left, 1.0)
     assert log_smallest(torch.bfloat16) == log_smallest(torch.float32) > log_smallest(torch.float64)
 
 
