@@ -29,9 +29,11 @@ from lightning_normdyn.errors import NormDynError
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 
 _FORMAT = "lightning-normdyn history"
-_VERSION = 1
+_VERSION = 2
+_OLDER_VERSION = 1  # had no place for "recorded, and not a number": in it NaN means missing
 _OTHER = "other"
 _MOST = 2**53
 """No run counts as far, and beyond it a float no longer counts by ones."""
@@ -53,6 +55,15 @@ class _Record(NamedTuple):
     number: int
     """How many records of this kind came before it, dropped ones included."""
     content: Any
+
+
+class _Row(NamedTuple):
+    """One row's numbers; columns that came after it are missing at the end of its arrays."""
+
+    optimizer_step: int
+    cells: Floats
+    present: Flags
+    """Which cells were recorded: a recorded NaN is a number of a run that diverged, and not a gap."""
 
 
 def _one(content: Any) -> int:
@@ -98,7 +109,19 @@ class _Thinned:
         self._fit()
 
     def truncate_after(self, step: int) -> None:
-        self.restore([record for record in self.records if record.step <= step], self.counts, self.strides)
+        kept = [record for record in self.records if record.step <= step]
+        # Count on from the last record that stays, so that the same records are thinned as if the later ones had never been.
+        counts = {record.kind: record.number + 1 for record in kept}
+        strides = {kind: stride for kind, stride in self.strides.items() if kind in counts}
+        if len(kept) < len(self.records):
+            self.restore(kept, counts, strides)
+
+    def fork(self) -> _Thinned:
+        """A list of its own with the same records."""
+        other = _Thinned(self.capacity, self.max_kinds, self._size)
+        other.records, other.counts, other.strides = list(self.records), dict(self.counts), dict(self.strides)
+        other._total = self._total
+        return other
 
     def restore(self, records: list[_Record], counts: dict[str, int], strides: dict[str, int]) -> None:
         self.records, self.counts, self.strides = records, counts, strides
@@ -122,8 +145,8 @@ class History:
     """Rows of named numbers by step, with marked events and optional per-vector arrays.
 
     A row holds float32 values under log keys such as ``effective_lr/layer1.0.conv1.weight``. A key may be missing from a row (an
-    optimizer that did not step), and a value that is NaN counts as missing. Iterating, or ``history[i]``, gives dicts with ``"step"``,
-    ``"optimizer_step"`` and the row's keys.
+    optimizer that did not step). A value may be NaN or infinite, which is not the same as missing: a run that diverged shows it.
+    Iterating, or ``history[i]``, gives dicts with ``"step"``, ``"optimizer_step"`` and the row's keys.
 
     Args:
         max_rows: most rows to hold, at least 4. The first and the newest row are always among them.
@@ -178,13 +201,19 @@ class History:
                 f"a row of step {step} was asked for, but the newest row is of step {self._rows.records[-1].step}; rows come in order. "
                 f"After going back to a checkpoint, call `truncate_after({step - 1})` first."
             )
-        for key in values:
-            self._columns.setdefault(key, len(self._columns))
+        new = [key for key in values if key not in self._columns]
+        if new:  # another dict: forks share the old one
+            self._columns = {**self._columns, **{key: len(self._columns) + i for i, key in enumerate(new)}}
         cells = np.full(len(self._columns), np.nan, dtype=np.float32)
+        present = np.zeros(len(self._columns), dtype=np.bool_)
+        columns = [self._columns[key] for key in values]
         with np.errstate(over="ignore"):  # beyond float32 is inf, which is what a diverged run should show
-            for key, value in values.items():
-                cells[self._columns[key]] = value
-        self._rows.append(int(step), _same_cells(cells), (int(optimizer_step), cells))
+            cells[columns] = [float(value) for value in values.values()]
+        present[columns] = True
+        newest = self._rows.records[-1].content.present if self._rows.records else None
+        if newest is not None and np.array_equal(newest, present):
+            present = newest  # rows alike share one array
+        self._rows.append(int(step), _same_cells(present), _Row(int(optimizer_step), cells, present))
 
     def append_vectors(self, step: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep one number per weight vector at a step; arrays given for the same step in several calls become one record.
@@ -201,7 +230,10 @@ class History:
             content[name] = np.array(array, dtype=np.float32)
             if content[name].ndim != 1:
                 raise NormDynError(f"per-vector arrays have the shape (n,); `{name}` has {content[name].shape}.")
-            size = self._vector_sizes.setdefault(name, content[name].size)
+            size = self._vector_sizes.get(name)
+            if size is None:
+                size = content[name].size
+                self._vector_sizes = {**self._vector_sizes, name: size}  # another dict: forks share the old one
             if content[name].size != size:
                 raise NormDynError(
                     f"`{name}` has {content[name].size} vectors now and had {size} before; another model needs a History of its own."
@@ -216,7 +248,8 @@ class History:
 
     def forget_vectors(self, name: str) -> None:
         """Forget the arrays of a name, so that it may have another length from now on: its weight is cut into other vectors."""
-        if self._vector_sizes.pop(name, None) is not None:
+        if name in self._vector_sizes:
+            self._vector_sizes = {key: size for key, size in self._vector_sizes.items() if key != name}
             kept = [r._replace(content={key: array for key, array in r.content.items() if key != name}) for r in self._vectors.records]
             self._vectors.restore(kept, self._vectors.counts, self._vectors.strides)
 
@@ -232,6 +265,17 @@ class History:
         """Forget all that is later than ``step``: what a crashed run did between its last checkpoint and its end."""
         for thinned in (self._rows, self._events, self._vectors):
             thinned.truncate_after(step)
+
+    def fork(self) -> History:
+        """A history that starts as this one and goes on by itself; ``meta`` and the recorded arrays, which never change, are shared."""
+        other = History()
+        other.meta, other._columns, other._vector_sizes = self.meta, self._columns, self._vector_sizes
+        other._rows, other._events, other._vectors = self._rows.fork(), self._events.fork(), self._vectors.fork()
+        return other
+
+    def show(self, other: History) -> None:
+        """Show what ``other`` shows, from now on too, to everybody who holds this object."""
+        vars(self).update(vars(other))
 
     # ---------------------------------------------------------------------------------------------------------------- reading
 
@@ -263,17 +307,18 @@ class History:
     def column(self, key: str) -> tuple[Ints, Floats]:
         """One curve: the steps at which ``key`` was recorded, int64 of shape ``(s,)``, and its values, float32 of shape ``(s,)``.
 
+        The values of a run that diverged contain NaN.
+
         Raises:
             NormDynError: for a key that was never recorded.
         """
         if key not in self._columns:
             _refuse_name("key", key, list(self._columns))
         column = self._columns[key]
-        found = [(record.step, record.content[1][column]) for record in self._rows.records if column < len(record.content[1])]
-        steps = np.array([step for step, _ in found], dtype=np.int64)
-        values = np.array([value for _, value in found], dtype=np.float32)
-        present = ~np.isnan(values)
-        return steps[present], values[present]
+        rows = [record for record in self._rows.records if column < len(record.content.cells) and record.content.present[column]]
+        steps = np.array([record.step for record in rows], dtype=np.int64)
+        values = np.array([record.content.cells[column] for record in rows], dtype=np.float32)
+        return steps, values
 
     @property
     def events(self) -> list[Event]:
@@ -298,9 +343,10 @@ class History:
         return steps, values.reshape(len(found), self._vector_sizes[name])
 
     def _as_dict(self, record: _Record) -> dict[str, float]:
-        optimizer_step, cells = record.content
-        row: dict[str, float] = {"step": record.step, "optimizer_step": optimizer_step}
-        row.update((key, float(cell)) for key, cell in zip(self._columns, cells, strict=False) if not math.isnan(cell))
+        content: _Row = record.content
+        row: dict[str, float] = {"step": record.step, "optimizer_step": content.optimizer_step}
+        cells = zip(self._columns, content.cells.tolist(), content.present.tolist(), strict=False)
+        row.update((key, cell) for key, cell, present in cells if present)
         return row
 
     # ---------------------------------------------------------------------------------------------------------------- keeping
@@ -342,10 +388,13 @@ class History:
         header["events"] = [[event.kind, event.name] for event in self.events]
 
         cells = np.full((len(self), len(self._columns)), np.nan, dtype=np.float32)
+        present = np.zeros((len(self), len(self._columns)), dtype=np.bool_)
         for i, record in enumerate(self._rows.records):
-            cells[i, : len(record.content[1])] = record.content[1]
+            width = len(record.content.cells)
+            cells[i, :width], present[i, :width] = record.content.cells, record.content.present
         arrays["cells"] = cells
-        arrays["optimizer_step"] = np.array([record.content[0] for record in self._rows.records], dtype=np.int64)
+        arrays["present"] = np.packbits(present, axis=1)
+        arrays["optimizer_step"] = np.array([record.content.optimizer_step for record in self._rows.records], dtype=np.int64)
 
         header["vectors"] = []
         for i, (name, size) in enumerate(self._vector_sizes.items()):
@@ -363,7 +412,11 @@ class History:
     def _unpack(self, text: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         header = json.loads(text)
         _require(isinstance(header, dict) and header.get("format") == _FORMAT, "it is not a history of lightning-normdyn")
-        _require(header["version"] == _VERSION, f"it has format version {header['version']!r}, and this package reads version {_VERSION}")
+        version = header["version"]
+        _require(
+            version in (_OLDER_VERSION, _VERSION) and not isinstance(version, bool),
+            f"it has format version {reprlib.repr(version)}, and this package reads versions {_OLDER_VERSION} and {_VERSION}",
+        )
         columns = {_text(key): i for i, key in enumerate(header["keys"])}
         _require(len(columns) == len(header["keys"]), "a key stands twice")
         _require(isinstance(header["meta"], dict), "`meta` is no dict")
@@ -397,8 +450,13 @@ class History:
         fresh = History()
         rows = len(places["row"][0])
         cells = _array(arrays, "cells", np.float32, (rows, len(columns)))
+        if version == _OLDER_VERSION:
+            present = ~np.isnan(cells)
+        else:
+            packed = _array(arrays, "present", np.uint8, (rows, -(-len(columns) // 8)))
+            present = np.unpackbits(packed, axis=1, count=len(columns)).astype(np.bool_)
         optimizer_steps = _array(arrays, "optimizer_step", np.int64, (rows,))
-        restore(fresh._rows, "row", list(zip(optimizer_steps.tolist(), cells, strict=True)))
+        restore(fresh._rows, "row", [_Row(*row) for row in zip(optimizer_steps.tolist(), cells, present, strict=True)])
 
         steps = places["event"][0][:, 0].tolist()
         names = [(_text(kind), _text(name)) for kind, name in header["events"]]
@@ -530,9 +588,9 @@ def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:
     raise NormDynError(f"{what} `{name}` was asked for, and this history has {len(known)} others ({hint}).")
 
 
-def _same_cells(cells: Floats) -> str:
+def _same_cells(present: Flags) -> str:
     """A short name for which cells of a row are filled."""
-    return f"{zlib.crc32(np.flatnonzero(~np.isnan(cells)).tobytes()):08x}"
+    return f"{zlib.crc32(np.flatnonzero(present).tobytes()):08x}"
 
 
 def _total_bytes(content: Mapping[str, Floats]) -> int:

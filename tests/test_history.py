@@ -73,7 +73,48 @@ def test_a_key_that_comes_later_is_a_gap_before():
 def test_infinite_and_huge_values_stay_visible_without_a_warning():
     history = History()
     history.append(0, {"a": 1e300, "b": float("-inf"), "c": float("nan")}, optimizer_step=1)
-    assert history[0] == {"step": 0, "optimizer_step": 1, "a": float("inf"), "b": float("-inf")}
+    assert history[0] == {"step": 0, "optimizer_step": 1, "a": float("inf"), "b": float("-inf"), "c": pytest.approx(float("nan"), nan_ok=True)}
+
+
+def test_not_a_number_is_not_missing(tmp_path):
+    history = History()
+    history.append(0, {"a": float("nan")}, optimizer_step=1)
+    history.append(1, {"b": 1.0}, optimizer_step=2)
+    history.append(2, {"a": 2.0, "b": float("nan")}, optimizer_step=3)
+    restored = History()
+    restored.load_state_dict(history.state_dict())
+    for one in (history, load_history(history.save(tmp_path / "run.npz")), restored, history.fork()):
+        assert [sorted(row) for row in one] == [["a", "optimizer_step", "step"], ["b", "optimizer_step", "step"], sorted([*one[2]])]
+        for key, steps, values in (("a", [0, 2], [np.nan, 2.0]), ("b", [1, 2], [1.0, np.nan])):
+            assert one.column(key)[0].tolist() == steps
+            np.testing.assert_array_equal(one.column(key)[1], np.float32(values))
+
+
+def test_a_file_of_the_first_version_is_still_read(tmp_path):
+    # It had no place for a recorded NaN: there NaN is a gap.
+    path = filled().save(tmp_path / "run.npz")
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files if name != "present"}
+    header = json.loads(arrays["header"].tobytes())
+    arrays["header"] = np.frombuffer(json.dumps({**header, "version": 1}).encode(), dtype=np.uint8)
+    np.savez(path, **arrays)
+    assert_same(load_history(path), filled())
+
+
+def test_a_fork_goes_on_by_itself():
+    history = filled(40, max_rows=16)
+    before = list(history)
+    fork = history.fork()
+    for step in range(400, 440):
+        fork.append(step, {"new": 1.0}, optimizer_step=step)
+        fork.append_vectors(step, {"new": np.ones(2)})
+        fork.mark(step, "new")
+    fork.truncate_after(420)
+    assert list(history) == before
+    assert_same(history, history.fork())
+    assert "new" not in history.keys()  # noqa: SIM118
+    history.show(fork)
+    assert_same(history, fork)
 
 
 def test_unknown_names_are_answered_with_the_closest():
@@ -198,6 +239,20 @@ def test_truncate_after_forgets_what_is_later_and_goes_on():
     assert history.vectors("weight_norm/conv.weight")[0].tolist() == [0, 10, 20]
     history.append(25, {"effective_lr/conv.weight": 5.0}, optimizer_step=4)
     assert history[-1]["effective_lr/conv.weight"] == 5.0
+
+
+def test_after_truncation_the_same_rows_are_thinned_as_without_the_forgotten_ones():
+    def go(history, steps):
+        for step in steps:
+            history.append(step, {"a": float(step)}, optimizer_step=step)
+            history.mark(step, "rescale")
+
+    whole, crashed = History(max_rows=8), History(max_rows=8)
+    go(whole, range(40))
+    go(crashed, range(6))
+    crashed.truncate_after(4)
+    go(crashed, range(5, 40))
+    assert_same(whole, crashed)
 
 
 def test_state_dict_survives_torch_load_weights_only():
@@ -337,7 +392,7 @@ DAMAGES = {
     "header no JSON": lambda path: rewritten(path, header=np.frombuffer(b"{'a': 1", dtype=np.uint8)),
     "header deep": lambda path: rewritten(path, header=np.frombuffer(b"[" * 200_000, dtype=np.uint8)),
     "header a list": lambda path: rewritten(path, header=np.frombuffer(b"[]", dtype=np.uint8)),
-    "later version": lambda path: with_header(path, version=2),
+    "later version": lambda path: with_header(path, version=3),
     "keys no text": lambda path: with_header(path, keys=[["a"], 2]),
     "keys twice": lambda path: with_header(path, keys=["a", "a"]),
     "meta no dict": lambda path: with_header(path, meta=[1]),
