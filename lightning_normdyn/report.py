@@ -166,7 +166,7 @@ def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
             continue
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             found[key] = value
-        elif value in ("Infinity", "-Infinity"):
+        elif value in ("Infinity", "-Infinity", "NaN"):
             found[key] = float(value)
     return found
 
@@ -387,7 +387,7 @@ _COLUMNS = (
     ("ratio", "angular update over prediction"),
     ("verdict", "of the monitor at the end of the fit; else as predicted: within 10 %"),
 )
-_OFF = ("turns", "collapsing", "frozen")
+_OFF = ("turns", "collapsing", "frozen", "not finite")
 """How the verdicts begin that a reader should not miss."""
 
 
@@ -424,8 +424,10 @@ def _text_cell(text: str, style: str = "") -> str:
 
 
 def _number_cell(number: float | None) -> str:
-    if number is None or math.isnan(number):
+    if number is None:
         return '<td class="number">–</td>'
+    if math.isnan(number):  # recorded: the run diverged
+        return '<td class="number">NaN</td>'
     return f'<td class="number" data-number="{float(number)!r}">{number:.3g}</td>'
 
 

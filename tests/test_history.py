@@ -73,7 +73,13 @@ def test_a_key_that_comes_later_is_a_gap_before():
 def test_infinite_and_huge_values_stay_visible_without_a_warning():
     history = History()
     history.append(0, {"a": 1e300, "b": float("-inf"), "c": float("nan")}, optimizer_step=1)
-    assert history[0] == {"step": 0, "optimizer_step": 1, "a": float("inf"), "b": float("-inf"), "c": pytest.approx(float("nan"), nan_ok=True)}
+    assert history[0] == {
+        "step": 0,
+        "optimizer_step": 1,
+        "a": float("inf"),
+        "b": float("-inf"),
+        "c": pytest.approx(float("nan"), nan_ok=True),
+    }
 
 
 def test_not_a_number_is_not_missing(tmp_path):

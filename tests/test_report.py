@@ -103,7 +103,12 @@ def test_a_csv_log_as_lightning_writes_it(tmp_path):
                 "angular_update/conv.weight": pytest.approx(0.1),
             },
             {"step": 7, "optimizer_step": 7, "val_loss": 1.0, "epoch": 0.0},
-            {"step": 9, "optimizer_step": 9, "effective_lr/conv.weight": 0.25},
+            {
+                "step": 9,
+                "optimizer_step": 9,
+                "effective_lr/conv.weight": 0.25,
+                "angular_update/conv.weight": pytest.approx(float("nan"), nan_ok=True),
+            },
         ]
 
 
@@ -148,7 +153,8 @@ def test_an_offline_wandb_run(wandb_run):
         history = load_run(path)
         assert history.column("effective_lr/a.weight")[0].tolist() == [0, 10, 20, 30, 40]
         np.testing.assert_allclose(history.column("effective_lr/a.weight")[1], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
-        assert history.column("angular_update/a.weight")[0].tolist() == [0, 10, 30, 40]
+        assert history.column("angular_update/a.weight")[0].tolist() == [0, 10, 20, 30, 40]
+        np.testing.assert_array_equal(history.column("angular_update/a.weight")[1], np.float32([0.5, 0.5, np.nan, 0.5, 0.5]))
         assert history.column("weight_norm/a.weight")[1].tolist() == [2, 2, 2, float("inf"), 2]
         assert history.meta == {"targets": {"a.weight": {"vectors": 3}}}
         assert set(history.keys()) == {"effective_lr/a.weight", "angular_update/a.weight", "weight_norm/a.weight", "epoch"}
