@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.sharding import Piece, Placement, Reduction, place_all
+from lightning_normdyn.sharding import Piece, Placement, Reduction, place, place_all
 
 if TYPE_CHECKING:
     from lightning_normdyn.steps import StepBracket
@@ -99,12 +99,14 @@ class WeightVectors:
         weights: the parameters, in optimizer order.
         partitions: how each weight splits into vectors.
         names: what to call each weight in messages.
+        read: for each weight, bool of its full shape: the entries that the loss reads, where a mask in the network hides the others. Only
+            these enter sums and lengths; factors are applied to all. None, for one weight or for all: every entry.
 
     Attributes:
         n: number of vectors of which this rank holds an entry; all of them unless weights are sharded.
         slices: the range of each weight's vectors among these ``n``.
         weight_of: int64 ``(n,)``: the weight that each vector belongs to.
-        length: float64 ``(n,)``: number of entries of each vector, over all ranks.
+        length: float64 ``(n,)``: number of entries of each vector that the loss reads, over all ranks.
         count: float64 ``(weights,)``: number of vectors of each weight, over all ranks.
 
     Raises:
@@ -120,7 +122,13 @@ class WeightVectors:
         [[3.0, 4.0], [3.0, 4.0]]
     """
 
-    def __init__(self, weights: Sequence[Tensor], partitions: Sequence[Partition], names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        partitions: Sequence[Partition],
+        names: Sequence[str] | None = None,
+        read: Sequence[Tensor | None] | None = None,
+    ) -> None:
         self.weights = list(weights)
         self.partitions = list(partitions)
         self.names = list(names) if names is not None else [f"weight {i}" for i in range(len(self.weights))]
@@ -142,7 +150,16 @@ class WeightVectors:
         # Each vector in exactly one piece, in order: what is found piece by piece only needs to be put one behind the other.
         self._in_order = starts[-1] == self.n and all(w is not None and w.start == at for w, at in zip(pieces, starts, strict=False))
         self._rows = [piece.rows for pieces in self._pieces for piece in pieces]
-        lengths = [_lengths(p, partition).to(self.sum_dtype) for p, partition in zip(self._placements, self.partitions, strict=True)]
+        read = [None] * len(self.weights) if read is None else read
+        lengths = [
+            _lengths(placement, partition, entries).to(self.sum_dtype)
+            for placement, partition, entries in zip(self._placements, self.partitions, read, strict=True)
+        ]
+        self._hidden = [
+            None if entries is None else _hidden(weight, entries, name)
+            for weight, entries, name in zip(self.weights, read, self.names, strict=True)
+        ]
+        self._masked = any(hidden is not None for hidden in self._hidden)
         self._reduction = Reduction(self._placements, lengths, self.device)
         self.weight_of = self._reduction.weight_of
         self.length = self._reduction.length
@@ -163,7 +180,7 @@ class WeightVectors:
         """Whether sums and the change that they lead to are best taken piece by piece: where a piece holds whole vectors and stays in a
         CPU's cache. Elsewhere two passes cost no more memory traffic, and what lies between them is done once for all vectors.
         """
-        return self.device.type == "cpu" and self._whole
+        return self.device.type == "cpu" and self._whole and not self._masked
 
     @property
     def _whole(self) -> bool:
@@ -232,6 +249,11 @@ class WeightVectors:
     def _products(
         self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool, copy: tuple[Operand, Operand] | None = None
     ) -> Tensor:
+        if copy is not None and self._masked:  # what is summed then is not what is to be copied
+            pairs_to_copy = [(x, y) for x, y in zip(*copy, strict=True) if x is not None and y is not None]
+            for original, destination in pairs_to_copy:
+                destination.copy_(original)
+            copy = None
         operands: list[Operand] = []  # each once, however many products it enters
 
         def position(operand: Operand) -> int:
@@ -429,6 +451,10 @@ class WeightVectors:
             for piece in pieces:
                 position, place = position + 1, next(places)
                 views = [None if o[i] is None else piece.view(o[i]) for o in operands]  # type: ignore[arg-type]
+                hidden = self._hidden[i]
+                if hidden is not None:
+                    mask = piece.view(hidden)
+                    views = [None if view is None else view.masked_fill(mask, 0) for view in views]
                 first = next((v for v in views if v is not None), None)
                 if first is None:
                     if place is not None:
@@ -857,7 +883,25 @@ def _norm(x: Tensor, dims: list[int], out: Tensor | None = None) -> Tensor:
     return found if out is None else out.copy_(found)
 
 
-def _lengths(placement: Placement, partition: Partition) -> Tensor:
-    labels = partition.labels.flatten()
-    per_row = prod(placement.shape) // max(1, labels.numel())
-    return torch.bincount(labels[labels >= 0], minlength=partition.n).to(torch.float64) * per_row
+def _lengths(placement: Placement, partition: Partition, read: Tensor | None) -> Tensor:
+    """How many entries of each vector of a weight the loss reads."""
+    labels = partition.labels
+    if read is None:
+        labels = labels.flatten()
+        per_row = prod(placement.shape) // max(1, labels.numel())
+        return torch.bincount(labels[labels >= 0], minlength=partition.n).to(torch.float64) * per_row
+    rows = [size if d in partition.keep else 1 for d, size in enumerate(placement.shape)]
+    of_entry = labels.reshape(rows).expand(placement.shape)[read]
+    return torch.bincount(of_entry[of_entry >= 0], minlength=partition.n).to(torch.float64)
+
+
+def _hidden(weight: Tensor, read: Tensor, name: str) -> Tensor:
+    """Which entries of this rank's storage the loss does not read: bool, laid out like the storage."""
+    labels = torch.where(read, 0, -1)
+    placement = place(weight, Partition(tuple(range(read.ndim)), labels, "layer"), name)
+    storage = placement.value(weight)
+    hidden = torch.zeros_like(storage, dtype=torch.bool)
+    for piece in placement.pieces:
+        view = piece.select(hidden)
+        view.copy_((piece.labels < 0).reshape(view.shape).to(hidden.device))
+    return hidden
