@@ -294,10 +294,7 @@ class MaskMemory:
     def _addresses(self) -> set[int]:
         """Of all tensors that the network keeps; remembers which buffers are masks of weights."""
         self._buffers = [
-            (owner, name)
-            for owner in self._owners
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and buffer.ndim >= 2
+            (owner, name) for owner in self._owners for name, buffer in owner._buffers.items() if buffer is not None and buffer.ndim >= 2
         ]
         tensors = [*self._module.buffers(), *self._module.parameters()]
         return {0, *(tensor.data_ptr() for tensor in tensors)}

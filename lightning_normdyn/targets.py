@@ -26,10 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 
+from lightning_normdyn.entry_masks import MaskMemory
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.graph_rules import Edge, Rows, Shape, distinct, follow, trace
 from lightning_normdyn.tables import render
-from lightning_normdyn.vectors import Partition
+from lightning_normdyn.vectors import Partition, renumbered
 
 # ------------------------------------------------------------------------------------------------ names and patterns
 
@@ -168,6 +169,8 @@ class Verdict:
         stale_statistics: running statistics behind it that cannot be corrected.
         known: how it is known.
         withdrawn_partition: the vectors of a claim that the gradients have contradicted.
+        read: bool, of the full shape: the entries that the loss reads, where a mask in the network hides the others (a masked
+            autoencoder, torch's pruning); None: all. Only these count as length.
 
     Example:
         >>> Verdict.unknown("fc.weight", (10, 4)).kind
@@ -185,6 +188,7 @@ class Verdict:
     stale_statistics: tuple[str, ...] = ()
     known: str = "graph"
     withdrawn_partition: Partition | None = None
+    read: Tensor | None = None
 
     @classmethod
     def unknown(cls, name: str, shape: Shape, reason: str = "not part of any training loss so far") -> Verdict:
@@ -212,7 +216,7 @@ class Verdict:
             "shape": list(self.shape), "partition": _partition_state(self.partition), "kind": self.kind, "norms": list(self.norms),
             "reason": self.reason, "eps": self.eps,
             "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
-            "withdrawn_partition": _partition_state(self.withdrawn_partition),
+            "withdrawn_partition": _partition_state(self.withdrawn_partition), "read": self.read,
         }  # fmt: skip
 
     @classmethod
@@ -223,6 +227,7 @@ class Verdict:
             name, tuple(state["shape"]), _partition_of(state["partition"]), state["kind"], tuple(state["norms"]), state["reason"],
             state["eps"], links,
             tuple(state["stale_statistics"]), state["known"], _partition_of(state.get("withdrawn_partition")),
+            state.get("read"),
         )  # fmt: skip
 
 
@@ -465,6 +470,7 @@ class ScaleInvarianceSearch:
             if not is_lazy(parameter) and parameter.ndim >= 2:
                 reason = () if parameter.requires_grad else ("frozen: requires_grad is False",)
                 self.verdicts[name] = Verdict.unknown(name, tuple(parameter.shape), *reason)
+        self.masks = MaskMemory(module)
         self._candidates: dict[str, list[_Candidate]] = {}
         self._hidden: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
@@ -495,6 +501,7 @@ class ScaleInvarianceSearch:
                 stack.callback(module.register_forward_pre_hook(self._entering(clean_name(name), below)).remove)
                 stack.callback(module.register_forward_hook(self._leaving).remove)
             self._stack = stack.pop_all()
+        self.masks.begin()
 
     def close(self) -> None:
         """Remove every hook and restore compilation and checkpoints; idempotent."""
@@ -521,7 +528,9 @@ class ScaleInvarianceSearch:
     def _record(self, slots: Iterable[tuple[nn.Module, str, str]]) -> None:
         """Which graph edge is which parameter, right now (FSDP1 shows a new view, FSDP2 another parameter at every use)."""
         for owner, key, name in slots:
-            tensor = getattr(owner, key, None)
+            # torch's pruning keeps the parameter under another name and puts what is left of it in its place.
+            original = owner._parameters.get(f"{key}_orig")
+            tensor = getattr(owner, key, None) if original is None else original
             # Asking for the edge of what a strategy has emptied (DeepSpeed stage 3) would make a node of that shape, for whoever uses
             # the weight next.
             if isinstance(tensor, Tensor) and tensor.requires_grad and not is_lazy(tensor) and tensor.numel():
@@ -537,6 +546,7 @@ class ScaleInvarianceSearch:
         graph = trace(loss, self._edges, self._spans.module_of)
         shapes = {self._edges[edge]: shape for edge, shape in graph.shapes.items() if len(shape) >= 2}
         self._shapes |= shapes
+        self.masks.see(graph)
         first_time = [name for name in shapes if name not in self._candidates]
         for name in first_time:
             finest = self._cuts(name, shapes[name])[0]
@@ -552,7 +562,7 @@ class ScaleInvarianceSearch:
         for hiding in graph.opaque:
             self._hidden |= dict.fromkeys(shapes, hiding)
         for name, shape in shapes.items():
-            self.verdicts[name] = self._judge(name, shape)
+            self.verdicts[name] = unmasked(self._judge(name, shape), self.masks.read(name))
 
     def _follow(self, graph: Any, candidates: Mapping[str, _Candidate]) -> None:
         leaves = {}
@@ -592,7 +602,7 @@ class ScaleInvarianceSearch:
             for rows in found:  # in the order of the ranks, so that all end with the same
                 for candidate, other in zip(self._candidates[name], rows, strict=False):
                     candidate.rows.merge(other)
-            self.verdicts[name] = self._judge(name, shape)
+            self.verdicts[name] = unmasked(self._judge(name, shape), self.masks.read(name))
 
     def _cuts(self, name: str, shape: Shape) -> list[Partition]:
         """The finest vectors along the filter axis, and along the other."""
@@ -646,6 +656,30 @@ def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
     kind, why = (granularity, "") if everything else ("partly", reason or "some of its vectors are single numbers")
     stale = list(dict.fromkeys(stale))
     return Verdict(name, shape, partition, kind, tuple(rows.norms), why, rows.assumed, tuple(links), tuple(stale))
+
+
+def unmasked(verdict: Verdict, read: Tensor | None) -> Verdict:
+    """The verdict for a weight of which the loss reads only some entries: a vector that it reads less than two entries of is none.
+
+    Args:
+        verdict: as the scales of whole rows say.
+        read: bool of the weight's shape, the entries that the loss reads; None: all.
+    """
+    if read is None or tuple(read.shape) != tuple(verdict.shape):
+        return verdict
+    if verdict.partition is None:
+        return replace(verdict, read=read)
+    kept = verdict.partition.lengths(verdict.shape, read) > 1  # a single number has no direction
+    if bool(kept.all()):
+        return replace(verdict, read=read)
+    reason = "a mask hides all entries of some of its vectors"
+    if not bool(kept.any()):
+        reason = "a mask hides all entries of its vectors"
+        return replace(verdict, partition=None, kind="no", reason=reason, batch_norms=(), stale_statistics=(), read=read)
+    number = renumbered(kept)
+    links = tuple(replace(link, vector=number[link.vector]) for link in verdict.batch_norms)
+    partition = verdict.partition.only(kept)
+    return replace(verdict, partition=partition, kind="partly", reason=verdict.reason or reason, batch_norms=links, read=read)
 
 
 # ------------------------------------------------------------------------------------------------ number

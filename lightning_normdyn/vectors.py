@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.sharding import Piece, Placement, Reduction, place, place_all
+from lightning_normdyn.sharding import Piece, Reduction, place, place_all
 
 if TYPE_CHECKING:
     from lightning_normdyn.steps import StepBracket
@@ -75,9 +75,52 @@ class Partition:
         """Whether some entries belong to no vector."""
         return bool((self.labels < 0).any())
 
+    def lengths(self, shape: Sequence[int], read: Tensor | None = None) -> Tensor:
+        """How many entries each vector has: int64 ``(n,)``.
+
+        Args:
+            shape: of the weight.
+            read: bool of that shape: count only these entries; None: all.
+
+        Example:
+            >>> Partition.filters((2, 3)).lengths((2, 3), torch.tensor([[True, False, True], [True, True, True]])).tolist()
+            [2, 3]
+        """
+        if read is None:
+            labels = self.labels.flatten()
+            entries_per_row = prod(shape) // max(1, labels.numel())
+            return torch.bincount(labels[labels >= 0], minlength=self.n) * entries_per_row
+        of_row = self.labels.reshape([size if d in self.keep else 1 for d, size in enumerate(shape)])
+        of_entry = of_row.expand(tuple(shape))[read]
+        return torch.bincount(of_entry[of_entry >= 0], minlength=self.n)
+
+    def only(self, kept: Tensor) -> Partition:
+        """Only some of these vectors, numbered anew; the entries of the others belong to none.
+
+        Args:
+            kept: bool ``(n,)``.
+
+        Example:
+            >>> Partition.filters((3, 2)).only(torch.tensor([True, False, True])).labels.tolist()
+            [0, -1, 1]
+        """
+        if bool(kept.all()):
+            return self
+        return Partition(self.keep, renumbered(kept)[self.labels], self.granularity)
+
     def equal(self, other: Partition) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
         return self.keep == other.keep and torch.equal(self.labels, other.labels)
+
+
+def renumbered(kept: Tensor) -> Tensor:
+    """The new number of each vector when only some are kept: int64 ``(n + 1,)``, -1 for those that are not, and at the end for label -1.
+
+    Args:
+        kept: bool ``(n,)``.
+    """
+    number = torch.where(kept, kept.cumsum(0) - 1, -1)
+    return torch.cat([number, number.new_full((1,), -1)])
 
 
 Operand = Sequence["Tensor | None"]
@@ -152,7 +195,7 @@ class WeightVectors:
         self._rows = [piece.rows for pieces in self._pieces for piece in pieces]
         read = [None] * len(self.weights) if read is None else read
         lengths = [
-            _lengths(placement, partition, entries).to(self.sum_dtype)
+            partition.lengths(placement.shape, entries).to(self.sum_dtype)
             for placement, partition, entries in zip(self._placements, self.partitions, read, strict=True)
         ]
         self._hidden = [
@@ -881,18 +924,6 @@ def _norm(x: Tensor, dims: list[int], out: Tensor | None = None) -> Tensor:
         return out
     found: Tensor = torch.linalg.vector_norm(x, dim=dims, keepdim=True) if dims else x.abs()
     return found if out is None else out.copy_(found)
-
-
-def _lengths(placement: Placement, partition: Partition, read: Tensor | None) -> Tensor:
-    """How many entries of each vector of a weight the loss reads."""
-    labels = partition.labels
-    if read is None:
-        labels = labels.flatten()
-        per_row = prod(placement.shape) // max(1, labels.numel())
-        return torch.bincount(labels[labels >= 0], minlength=partition.n).to(torch.float64) * per_row
-    rows = [size if d in partition.keep else 1 for d, size in enumerate(placement.shape)]
-    of_entry = labels.reshape(rows).expand(placement.shape)[read]
-    return torch.bincount(of_entry[of_entry >= 0], minlength=partition.n).to(torch.float64)
 
 
 def _hidden(weight: Tensor, read: Tensor, name: str) -> Tensor:

@@ -254,8 +254,6 @@ def every_case_under_another_default():
             continue
         if mode == "tensor lr" and default == "meta":
             continue  # LambdaLR itself makes a rate there
-        if default == "meta" and case in ("all", "monitor"):
-            continue  # Lightning's own `log` makes a tensor there
         quick = (case, mode) in {("all", "sgd"), ("lr-drop", "adamw"), ("aws", "bf16-mixed")}
         yield pytest.param(case, mode, default, marks=[] if quick else [pytest.mark.slow])
 

@@ -214,7 +214,9 @@ class NormDynCallback(Callback):
         self.on_plan(plan, bracket)
 
     def _make_plan(self, index: int, optimizer: Optimizer, targets: list[Target]) -> Plan:
-        vectors = WeightVectors([t.weight for t in targets], [t.partition for t in targets], [t.name for t in targets])
+        vectors = WeightVectors(
+            [t.weight for t in targets], [t.partition for t in targets], [t.name for t in targets], [t.verdict.read for t in targets]
+        )
         where = {t.weight: s for t, s in zip(targets, vectors.slices, strict=True)}
         groups = []
         for group in optimizer.param_groups:
@@ -263,6 +265,10 @@ class NormDynCallback(Callback):
         verdict, name, shape = session.verdict(weight), session.names[weight][0], session.shapes[weight]
         fallback = filter_partition(session.module, name, shape)
         partition = choose_partition(verdict, self.granularity, fallback)
+        if verdict.read is not None:
+            partition = partition.only(partition.lengths(shape, verdict.read) > 0)
+            if not partition.n:
+                return None
         return Target(name, weight, partition, verdict, by_request=verdict.partition is None)
 
     def _refuse_rivals(self, weights: Iterable[Tensor]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import inf, isfinite, prod, sqrt
+from math import inf, isfinite, sqrt
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -299,8 +299,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self._log_smallest[plan.index] = vectors.spread(torch.tensor(smallest, dtype=vectors.sum_dtype, device=vectors.device))
         self._dead[plan.index] = (0, torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device))
         for target in plan.targets:
-            labels = target.partition.labels
-            members = int((labels >= 0).sum()) * (prod(self._session.shapes[target.weight]) // max(1, labels.numel()))
+            members = int(target.partition.lengths(self._session.shapes[target.weight], target.verdict.read).sum())
             self._length[target.name] = max(1, members // max(1, target.partition.n))
 
     # -- measuring -----------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ class Session:
         state = self._graph_state()
         self._missed &= self._undecided  # the batch that gave them gradients is over; the next one that uses them may be several away
         self._batches += 1
-        news = (bool(self._missed) or self._unread) and self._batches >= self._next_look
+        news = (bool(self._missed) or self._unread or self.search.masks.wants_a_look) and self._batches >= self._next_look
         if self._watched == state and not news:
             return
         if news:
@@ -349,7 +349,7 @@ class Claims:
     def __init__(self, weights: list[Tensor], verdicts: list[Verdict]) -> None:
         self.verdicts = verdicts
         partitions = [v.partition for v in verdicts if v.partition is not None]
-        self._vectors = WeightVectors(weights, partitions, [v.name for v in verdicts])
+        self._vectors = WeightVectors(weights, partitions, [v.name for v in verdicts], [v.read for v in verdicts])
         self._test = EulerTest(len(weights), self._vectors.device)
         self._steps = 0
         self._told: set[int] = set()
