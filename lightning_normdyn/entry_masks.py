@@ -10,6 +10,7 @@ Recognized where the mask is put on the weight itself (also behind copies, casts
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,13 +65,17 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
     """
     readers = _readers(graph)
     masks: dict[str, EntryMask] = {}
+    whole: set[str] = set()  # all entries of these are read by some use
     for edge, name in graph.parameters.items():
         shape = graph.shapes.get(edge)
         if shape is None or len(shape) < 2:
             continue
-        found = _Reading(graph, readers, shape).of(edge)
-        masks[name] = masks[name].joined(found) if name in masks else found
-    return {name: mask for name, mask in masks.items() if not bool(mask.read.all())}
+        found = _Reading(graph, readers).of(edge, shape)
+        if found is None:
+            whole.add(name)
+        else:
+            masks[name] = masks[name].joined(found) if name in masks else found
+    return {name: mask for name, mask in masks.items() if name not in whole and not bool(mask.read.all())}
 
 
 def _readers(graph: Graph) -> dict[Edge, list[tuple[Step, int]]]:
@@ -86,53 +91,66 @@ def _readers(graph: Graph) -> dict[Edge, list[tuple[Step, int]]]:
 class _Reading:
     """Follows one use of a weight until an operation reads its numbers."""
 
-    def __init__(self, graph: Graph, readers: dict[Edge, list[tuple[Step, int]]], shape: Shape) -> None:
-        self._graph, self._readers, self._shape = graph, readers, shape
-        self._sources: set[int] = set()
-        self._read = torch.zeros(shape, dtype=torch.bool, device="cpu").flatten()
+    def __init__(self, graph: Graph, readers: dict[Edge, list[tuple[Step, int]]]) -> None:
+        self._graph, self._readers = graph, readers
 
-    def of(self, edge: Edge) -> EntryMask:
-        # Most weights meet no mask: nothing is made for them.
-        if not any(_can_hide(step, slot) or _passes_on(step) for step, slot in self._readers.get(edge, [])):
-            return EntryMask(torch.ones(self._shape, dtype=torch.bool, device="cpu"))
-        entries = torch.arange(self._read.numel(), dtype=torch.long, device="cpu").reshape(self._shape)
-        self._follow(edge, entries)
-        return EntryMask(self._read.reshape(self._shape), frozenset(self._sources))
-
-    def _follow(self, edge: Edge, entries: Tensor) -> None:
-        """``entries``: of the tensor at ``edge``, which entry of the weight each one is, or `NO_ENTRY`."""
+    def of(self, edge: Edge, shape: Shape) -> EntryMask | None:
+        """What this use reads; None: all entries."""
+        # Nearly all weights meet no mask, and a map of the entries of a large one would take eight bytes for each.
+        if not self._meets_a_mask(edge):
+            return None
+        read = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
+        sources: set[int] = set()
+        entries = torch.arange(read.numel(), dtype=torch.long, device="cpu").reshape(shape)
         stack = [(edge, entries)]
         while stack:
             edge, entries = stack.pop()
             for step, slot in self._readers.get(edge, []):
-                passed = self._pass(step, slot, entries)
-                if passed is None:
-                    self._read[entries[entries >= 0]] = True
-                else:
-                    output, left = passed
-                    stack.append(((step.node, output), left))
+                operation = Operation(step, Rows(0), self._graph)
+                if _passes_on(step):
+                    stack.append(((step.node, _output_of(step, slot)), _rearranged(operation, entries)))
+                    continue
+                hidden = _hidden(operation, slot)
+                left = None if hidden is None else _without(entries, hidden[0], step.outputs[0])
+                if left is None or hidden is None:
+                    read[entries[entries >= 0]] = True
+                    continue
+                sources.add(hidden[1])
+                stack.append(((step.node, 0), left))
+        return EntryMask(read.reshape(shape), frozenset(sources))
 
-    def _pass(self, step: Step, slot: int, entries: Tensor) -> tuple[int, Tensor] | None:
-        """The output that is a rearranged or masked weight, with its entries; None: the operation reads what it gets."""
-        if RULES.get(step.name) is unchanged:
-            output = slot if len(step.outputs) > 1 else 0
-            return output, entries
-        operation = Operation(step, Rows(0), self._graph)
-        move = _MOVES.get(step.name)
-        if move is not None:
-            return 0, move(operation, entries)
-        hidden = _hidden(operation, slot)
-        if hidden is None:
-            return None
-        tensor, address = hidden
-        shape = step.outputs[0]
-        try:
-            entries, tensor = entries.expand(shape), tensor.expand(shape)
-        except RuntimeError:  # a mask of a rank's part beside a weight that is whole, or the other way round
-            return None
-        if bool(tensor.any()):
-            self._sources.add(address)
-        return 0, torch.where(tensor, NO_ENTRY, entries)
+    def _meets_a_mask(self, edge: Edge) -> bool:
+        stack = [edge]
+        while stack:
+            for step, slot in self._readers.get(stack.pop(), []):
+                if _passes_on(step):
+                    stack.append((step.node, _output_of(step, slot)))
+                    continue
+                hidden = _hidden(Operation(step, Rows(0), self._graph), slot)
+                if hidden is None:
+                    continue
+                if bool(hidden[0].any()):
+                    return True
+                stack.append((step.node, 0))
+        return False
+
+
+def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
+    """The map of entries after a mask; None where the two do not fit (a rank's part of a mask beside a whole weight)."""
+    try:
+        return torch.where(hidden.expand(shape), NO_ENTRY, entries.expand(shape))
+    except RuntimeError:
+        return None
+
+
+def _output_of(step: Step, slot: int) -> int:
+    """Which output of an operation that only passes tensors on is its input ``slot``."""
+    return slot if len(step.outputs) > 1 else 0
+
+
+def _rearranged(operation: Operation, entries: Tensor) -> Tensor:
+    move = _MOVES.get(operation.name)
+    return entries if move is None else move(operation, entries)
 
 
 def _transposed(operation: Operation, entries: Tensor) -> Tensor:
@@ -155,18 +173,10 @@ _MOVES: dict[str, Callable[[Operation, Tensor], Tensor]] = {
         _reshaped,
     ),
 }  # fmt: skip
-_MASKING = ("MulBackward0", "WhereBackward0", "MaskedFillBackward0", "MaskedFillBackward1", "TrilBackward0", "TriuBackward0")
 
 
 def _passes_on(step: Step) -> bool:
     return step.name in _MOVES or RULES.get(step.name) is unchanged
-
-
-def _can_hide(step: Step, slot: int) -> bool:
-    if step.name not in _MASKING:
-        return False
-    others = [source for k, source in enumerate(step.sources) if k != slot]
-    return step.name != "MulBackward0" or all(source is None for source in others)
 
 
 def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
