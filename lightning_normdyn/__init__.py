@@ -14,9 +14,10 @@ if TYPE_CHECKING:
         RadialProjection,
         WeightRescaling,
     )
+    from lightning_normdyn.decay import DecayOwner
     from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
     from lightning_normdyn.history import History, load_history
-    from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket
+    from lightning_normdyn.steps import Phase, Step, StepBracket
     from lightning_normdyn.vectors import Partition, WeightVectors
 
 __version__ = "0.1.0"
@@ -54,9 +55,10 @@ _ROOMS = {
         "RadialProjection",
         "WeightRescaling",
     ),
+    "decay": ("DecayOwner",),
     "errors": ("NoTargetsError", "NormDynError", "NotSupportedError"),
     "history": ("History", "load_history"),
-    "steps": ("DecayOwner", "Phase", "Step", "StepBracket"),
+    "steps": ("Phase", "Step", "StepBracket"),
     "vectors": ("Partition", "WeightVectors"),
 }
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.decay import DecayOwner, written_decay
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_state import decay_kind, is_schedule_free, supports_decay_takeover
 from lightning_normdyn.sharding import torch_optimizers
@@ -36,14 +37,6 @@ class Phase(IntEnum):
     PROJECT = 50  # stepped: on w' - s
     MEASURE_STEP = 60  # stepped: angle of the step
     RESCALE = 70  # stepped: last, so that no step's angle contains it
-
-
-class DecayOwner(IntEnum):
-    """Who applies the weight decay of a target; the highest claim wins, the optimizer itself is the default."""
-
-    RESCALING = 1
-    PROJECTION = 2
-    SHRINK = 3
 
 
 class HostCopy:
@@ -434,9 +427,7 @@ class StepBracket:
         has_gradient = vectors.has_gradient()
         coupled, factors = [], []
         for (_, _, group), present in zip(partly, has_gradient, strict=True):
-            kind, decay = decay_kind(self.optimizer, group), group["weight_decay"]
-            if getattr(self.optimizer, "decoupled_wd", False):  # Lion's option
-                decay = decay / self.optimizer._init_lr  # type: ignore[attr-defined]
+            kind, decay = decay_kind(self.optimizer, group), written_decay(self.optimizer, group)
             factors.append(1 - group["lr"] * decay if present and kind == "decoupled" else 1.0)
             coupled.append(decay * (-1 if group.get("maximize") else 1) if present and kind == "coupled" else 0.0)
         assert self._step is not None

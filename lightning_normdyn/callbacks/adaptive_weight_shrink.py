@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.callbacks.effect import Effect, Shrink
+from lightning_normdyn.decay import DecayOwner
 from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
 from lightning_normdyn.parametrizations import is_weight_standardized
-from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 
 
 class AdaptiveWeightShrink(NormDynCallback):

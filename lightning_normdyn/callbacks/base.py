@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.effect import Effect, NoEffect, UnknownEffect
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, warn_once
+from lightning_normdyn.decay import Decay
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.sharding import check_weight, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
@@ -44,6 +45,8 @@ class NormDynCallback(Callback):
     writes: ClassVar[bool] = True
     """Whether ``params="auto"`` means the scale-invariant weights (an error if there are none), or every weight of two or more
     dimensions."""
+
+    _unstated: ClassVar[bool] = False  # whether `effect` was inherited from a class that did something else
 
     marks: ClassVar[tuple[str, ...]] = ()
     """Kinds of events that this callback itself marks in the monitor's history."""
@@ -105,12 +108,25 @@ class NormDynCallback(Callback):
             return UnknownEffect(type(self).__name__)
         return NoEffect()
 
+    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+        """Put right, in this very step, what `effect` can only say of the usual case.
+
+        Args:
+            plan: somebody's plan.
+            decays: what is known of the decay of each of its targets.
+            rates: ``(targets,)``, the ``rate`` of each; to be changed in place.
+        """
+
     def stated_effect(self, target: Target) -> Effect:
         """`effect`, if it is still true: a subclass that changes what is done, and does not say what that is, does something unknown."""
-        if self._changes_what_is_done():
+        if self._unstated:
             return UnknownEffect(type(self).__name__)
         stated = self.effect(target)
         return stated if isinstance(stated, Effect) else UnknownEffect(type(self).__name__)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._unstated = cls._changes_what_is_done()
 
     @classmethod
     def _changes_what_is_done(cls) -> bool:

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+from lightning_normdyn.decay import DecayOwner, DecayRule
 
 __all__ = [
     "Effect",
     "Effects",
     "LengthJumps",
     "NoEffect",
+    "OnOtherVectors",
     "Projection",
     "Rescaling",
     "ScaledSteps",
@@ -32,6 +35,17 @@ class Effect:
 @dataclass(frozen=True)
 class NoEffect(Effect):
     """The callback only looks."""
+
+
+@dataclass(frozen=True)
+class OnOtherVectors(Effect):
+    """The callback splits the weight into other vectors than the one who asks: its numbers are not about the vectors that are asked about.
+
+    Args:
+        effect: what it does to its own.
+    """
+
+    effect: Effect
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,11 @@ class Shrink(Effect):
     statistic: Literal["norm", "std"]
     replaces_decay: bool
 
+    @property
+    def decay(self) -> DecayRule:
+        """It is the decay of the weight."""
+        return DecayRule(DecayOwner.SHRINK, self.replaces_decay, alpha=self.alpha, statistic=self.statistic)
+
 
 @dataclass(frozen=True)
 class Projection(Effect):
@@ -78,6 +97,11 @@ class Projection(Effect):
     gate: Literal["always", "cosine"]
     weight_decay: float | Literal["replace"]
     ratio: float
+
+    @property
+    def decay(self) -> DecayRule:
+        """Projecting would remove any other decay."""
+        return DecayRule(DecayOwner.PROJECTION, claims=True, rate=self.weight_decay, ratio=self.ratio)
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,11 @@ class Rescaling(Effect):
     replaces_decay: bool
     window: Literal["later", "now", "over"]
 
+    @property
+    def decay(self) -> DecayRule:
+        """None, within its epochs."""
+        return DecayRule(DecayOwner.RESCALING, self.replaces_decay and self.window == "now")
+
 
 @dataclass(frozen=True)
 class ScaledSteps(Effect):
@@ -110,6 +139,7 @@ class Effects:
         shrink, projection, rescaling: who does this, if somebody does.
         scaled_steps: whether steps have recorded lengths.
         underived: why nothing can be predicted; empty where it can.
+        decay_untold: who decays the weight in a way that nobody can tell here.
     """
 
     shrink: Shrink | None = None
@@ -117,6 +147,12 @@ class Effects:
     rescaling: Rescaling | None = None
     scaled_steps: bool = False
     underived: tuple[str, ...] = ()
+    decay_untold: tuple[str, ...] = ()
+
+    @property
+    def decay_rules(self) -> list[DecayRule]:
+        """What callbacks make of the weight's decay."""
+        return [effect.decay for effect in (self.shrink, self.projection, self.rescaling) if effect is not None]
 
     @property
     def none(self) -> bool:
@@ -141,37 +177,36 @@ def combine(effects: Iterable[Effect]) -> Effects:
         >>> combine([UnknownEffect("MyRule"), Shrink(0.1, "norm", replaces_decay=True)]).underived
         ('MyRule',)
     """
-    shrinks: list[Shrink] = []
-    projections: list[Projection] = []
-    rescalings: list[Rescaling] = []
-    scaled_steps = 0
-    underived = []
+    known: dict[type[Effect], list[Any]] = {Shrink: [], Projection: [], Rescaling: [], ScaledSteps: []}
+    underived: list[str] = []
+    decay_untold: list[str] = []
     for effect in effects:
+        if isinstance(effect, OnOtherVectors):
+            effect = effect.effect
+            underived.append(f"{type(effect).__name__} on other vectors")
+            # A shrink by the size of other vectors; a decay that is a number is the same for all.
+            if type(effect) is Shrink:
+                decay_untold.append("Shrink on other vectors")
         # By the exact class: what a subclass of an effect adds is derived nowhere.
         kind = type(effect)
         if kind is NoEffect or kind is LengthJumps:
             continue
-        if kind is Shrink:
-            shrinks.append(effect)  # type: ignore[arg-type]
-        elif kind is Projection:
-            projections.append(effect)  # type: ignore[arg-type]
-        elif kind is Rescaling:
-            rescalings.append(effect)  # type: ignore[arg-type]
-        elif kind is ScaledSteps:
-            scaled_steps += 1
-        elif isinstance(effect, UnknownEffect):
-            underived.append(effect.by)
-        else:
-            underived.append(kind.__name__)
-    for found in (shrinks, projections, rescalings):
+        if kind in known:
+            known[kind].append(effect)
+            continue
+        by = effect.by if isinstance(effect, UnknownEffect) else kind.__name__
+        underived.append(by)
+        decay_untold.append(by)
+    for kind, found in known.items():
         if len(found) > 1:
-            underived.append(f"{len(found)} times {type(found[0]).__name__}")
-    if scaled_steps > 1:
-        underived.append(f"{scaled_steps} times {ScaledSteps.__name__}")
+            several = f"{len(found)} times {kind.__name__}"
+            underived.append(several)
+            decay_untold.append(several)
     return Effects(
-        shrink=shrinks[0] if shrinks else None,
-        projection=projections[0] if projections else None,
-        rescaling=rescalings[0] if rescalings else None,
-        scaled_steps=scaled_steps > 0,
+        shrink=next(iter(known[Shrink]), None),
+        projection=next(iter(known[Projection]), None),
+        rescaling=next(iter(known[Rescaling]), None),
+        scaled_steps=bool(known[ScaledSteps]),
         underived=tuple(sorted(underived)),
+        decay_untold=tuple(sorted(decay_untold)),
     )

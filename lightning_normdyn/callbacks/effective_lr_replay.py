@@ -72,6 +72,8 @@ class EffectiveLRReplay(NormDynCallback):
         self._uniform_factor = 1.0
         self._records: dict[int, _Record] = {}
         self._factors: dict[int, Tensor] = {}
+        self._decayed: dict[int, Tensor] = {}
+        self._decayed_before: set[int] = set()  # optimizers whose decays have been looked at
         self._looked: dict[int, int] = {}
         self._told: set[str] = set()
 
@@ -156,11 +158,16 @@ class EffectiveLRReplay(NormDynCallback):
         step.bracket.request_snapshot(vectors.storages())
         weights = vectors.values()
         ww, w1 = vectors.inner((weights, weights), (weights, None))
-        norm = norm_from_sums(ww)
+        norm, std = norm_from_sums(ww), std_from_sums(ww, w1, vectors.length)
+        assert self._session is not None
+        if plan.index not in self._decayed_before:
+            self._check_decays(step, plan)
+        _, decayed = self._session.decay_shares(plan, norm, std)
+        # The first step refuses a decay that nobody can tell; one that comes about later must not become a NaN in the weights.
+        self._decayed[plan.index] = decayed.nan_to_num(0.0)
         if self.uniform:
             factor = torch.full_like(norm, self._uniform_factor)
         else:
-            assert self._session is not None
             now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
             if self._looked.get(plan.index) == now:
                 self._say(
@@ -172,16 +179,32 @@ class EffectiveLRReplay(NormDynCallback):
             if now > record.steps[-1]:
                 self._say("end", f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from there on.")
             reference, reference_decay = record.at(now)
-            decay = self._session.applied_decay(plan, norm, std_from_sums(ww, w1, vectors.length))
+            decay = self._session.applied_decay(plan, norm, std)
             # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no rounding for training to amplify.
             own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
             factor = (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
         self._factors[plan.index] = plan.guard(factor, 1.0, step)
 
+    def _check_decays(self, step: Step, plan: Plan) -> None:
+        """Refuse targets whose decay nobody can tell; here, since what other callbacks do is known only when all have made their plans."""
+        assert self._session is not None
+        self._decayed_before.add(plan.index)
+        untold = [f"`{t.name}`" for t, decay in zip(plan.targets, self._session.decays(plan), strict=True) if decay.rate is None]
+        if not untold:
+            return
+        named = ", ".join(untold[:4]) + (" ..." if len(untold) > 4 else "")
+        text = (
+            f"EffectiveLRReplay has to know what share of a weight its decay takes away, and nobody can tell that of {named} under the "
+            "other callbacks on it. Remove those, or leave the weights out of `params`."
+        )
+        if step.number == 1:
+            raise NotSupportedError(text)
+        warn_once(f"{text} They are left alone.")
+
     def _scale(self, step: Step, plan: Plan) -> None:
         vectors, factor = plan.vectors, self._factors.pop(plan.index)
-        # w' = (1 - d) s + step, with d the decay that the optimizer itself applied: only the step is scaled.
-        kept = 1 - plan.optimizer_decay(step)
+        # w' = (1 - d) s + step, with d the decay since the copy s was taken: only the step is scaled.
+        kept = 1 - self._decayed.pop(plan.index)
         vectors.scale_(factor)
         vectors.add_scaled_((1 - factor) * kept, vectors.snapshots(step.bracket))
 
@@ -297,6 +320,11 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
             fault = "norms that do not fit each other"
         elif (decays < 0).any() or (decays >= 1).any():  # NaN, of a run that diverged, is neither
             fault = "decays that are not in [0, 1)"
+        elif np.isnan(decays[np.isfinite(norms) & (norms > 0)]).any():
+            raise NormDynError(
+                f"`{path}` holds no decay for `{name}`: under its optimizer or callbacks nobody could tell what share of the weight it "
+                "took away. Record a run under SGD with weight decay."
+            )
         if fault is not None:
             raise NormDynError(f"`{path}` holds {fault} for `{name}`, which no run of NormDynamicsMonitor leaves. Record it again.")
 

@@ -179,7 +179,7 @@ class LRDropRescaling(NormDynCallback):
             )
         if self.exponent != "auto":
             return float(self.exponent)
-        options = balance(effects, group, 1.0)
+        options = balance(effects, plan.optimizer, group, 1.0)
         exponent = None if options is None else lr_drop_exponent(kind, group, **options)
         if exponent is not None:
             return exponent

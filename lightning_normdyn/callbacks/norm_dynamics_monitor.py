@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, log_every, warn_once
 from lightning_normdyn.callbacks.effect import Effects
@@ -515,7 +516,7 @@ class NormDynamicsMonitor(NormDynCallback):
             for j, (target, group, column) in enumerate(zip(result.plan.targets, result.groups, columns, strict=True)):
                 sums = dict(zip(kinds, zip(*column, strict=True), strict=True))
                 found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
-                self._predict(target, group, found, type(result.plan.optimizer), result.optimizer_step)
+                self._predict(target, group, found, result.plan.optimizer, result.optimizer_step)
                 row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})
                 self._warn_overflow(trainer, target, result.optimizer_step, found.get("weight_norm"))
                 dropped |= "lr" in found and self._has_dropped(target, found["lr"])
@@ -600,14 +601,14 @@ class NormDynamicsMonitor(NormDynCallback):
 
     # -- predictions and warnings --------------------------------------------------------------------------------------
 
-    def _predict(self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer_class: type, step: int) -> None:
+    def _predict(self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer: Optimizer, step: int) -> None:
         """Add what this weight settles at, if it is scale-invariant and its optimizer is understood."""
         if not target.scale_invariant or "lr" not in found or "weight_norm" not in found:
             return
         course = self._courses.setdefault(target.name, Course())
         if found["lr"] == 0:  # nothing moves: the step teaches nothing, and the last prediction stands
             return
-        prediction = predict(optimizer_class, group, self._effects[target.name], found, self._length[target.name])
+        prediction = predict(optimizer, group, self._effects[target.name], found, self._length[target.name])
         course.add(step, prediction)
         if prediction is not None:
             found["equilibrium_angular_update"] = prediction.angular_update
@@ -621,11 +622,11 @@ class NormDynamicsMonitor(NormDynCallback):
             return
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
         rate = sums["dead_rate"][0] / count
-        group, kind, effects = {**group, "lr": float(group["lr"])}, type(plan.optimizer), self._effects[target.name]
-        faster = falls_ever_faster(kind, group, effects)
+        group, optimizer, effects = {**group, "lr": float(group["lr"])}, plan.optimizer, self._effects[target.name]
+        faster = falls_ever_faster(optimizer, group, effects)
         dying = self._dying(plan, target, group) if faster else []
-        known = bool(dying) if faster else step_response(kind, group) is not None
-        left = steps_to_collapse(kind, group, effects, e_foldings, rate, dying)
+        known = bool(dying) if faster else step_response(type(optimizer), group) is not None
+        left = steps_to_collapse(optimizer, group, effects, e_foldings, rate, dying)
         if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
                 trainer,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.steps import DecayOwner, Step
+from lightning_normdyn.decay import DecayOwner
+from lightning_normdyn.steps import Step
 from lightning_normdyn.targets import Verdict
 from lightning_normdyn.vectors import Partition, WeightVectors
 
@@ -123,17 +124,13 @@ class Plan:
             good = good & active
         return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
 
-    def owns_decay(self, step: Step, owner: DecayOwner | None) -> Tensor:
-        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply (None: the optimizer's own), 0 for those that another decays."""
+    def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
+        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another decays."""
         owners = step.bracket.decay_owners()
         owned = tuple(owners.get(t.weight) == owner for t in self.targets)
         if owned not in self._owned:
             self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
         return self._owned[owned]
-
-    def optimizer_decay(self, step: Step) -> Tensor:
-        """``(n,)``: lr times the weight decay that the optimizer itself applies in this step; 0 where a callback owns the decay."""
-        return self.group_values("lr") * self.group_values("weight_decay") * self.owns_decay(step, None)
 
     def count(self, key: str, values: Tensor) -> None:
         """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it."""

@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.effect import Effects, Rescaling
+from lightning_normdyn.decay import AnOptimizer, Decay, decay_of, highest_claim
 from lightning_normdyn.equilibrium import settles_at, wrs_angular_update
 from lightning_normdyn.history import History
-from lightning_normdyn.step_response import is_rough, step_response
+from lightning_normdyn.step_response import is_rough, is_zero, step_response
 from lightning_normdyn.vectors import WeightVectors
 from lightning_normdyn.verdicts import (
     adam_collapse_steps,
@@ -41,11 +43,12 @@ IDLE_DECAY = 0.1
 RUNAWAY = 1e4
 
 
-def balance(effects: Effects, group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
+def balance(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
     """What pulls a weight shorter and what its steps lose, in the words of `lightning_normdyn.equilibrium`.
 
     Args:
         effects: what the callbacks do to the weight.
+        optimizer: its optimizer, or the class of it.
         group: its param group.
         shrink: the decay that AWS amounts to now.
 
@@ -56,18 +59,29 @@ def balance(effects: Effects, group: Mapping[str, Any], shrink: float | None = N
     """
     if effects.underived or effects.scaled_steps or effects.rescaled_now is not None:
         return None
+    decay = _decay(effects, optimizer, group)
+    if decay.doubled:
+        return None
     options: dict[str, Any] = {}
-    decay = group.get("weight_decay") or 0.0
     if effects.projection is not None:
-        replaced = decay / (1 - group["momentum"]) if "momentum" in group else decay
-        decay = replaced if effects.projection.weight_decay == "replace" else effects.projection.weight_decay
-        options = {"projected": True, "decay": decay * effects.projection.ratio}
+        options["projected"] = True
     if effects.shrink is not None:
-        if decay and not effects.shrink.replaces_decay:
-            return None
-        options.pop("decay", None)
         options["shrink"] = shrink
+    elif effects.projection is not None:
+        if decay.rate is None:
+            return None
+        options["decay"] = decay.rate
     return options
+
+
+def _decay(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]) -> Decay:
+    """Who decays the weight, and by how much."""
+    rules = effects.decay_rules
+    return decay_of(optimizer, group, rules, highest_claim(rules))
+
+
+def _class_of(optimizer: AnOptimizer) -> type[Optimizer]:
+    return optimizer if isinstance(optimizer, type) else type(optimizer)
 
 
 @dataclass(frozen=True)
@@ -90,12 +104,12 @@ class Prediction:
 
 
 def predict(
-    optimizer_class: type, group: Mapping[str, Any], effects: Effects, measured: Mapping[str, float], length: int
+    optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects, measured: Mapping[str, float], length: int
 ) -> Prediction | None:
     """What a scale-invariant weight settles at; None where nothing has been derived, never a guess.
 
     Args:
-        optimizer_class: class of the optimizer.
+        optimizer: the optimizer, or its class.
         group: the weight's param group at this step.
         effects: what the callbacks do to the weight.
         measured: means over the weight's vectors at this step: ``lr``, ``weight_norm``, and where they are asked for ``gradient_scale``
@@ -111,11 +125,11 @@ def predict(
     group = {**group, "lr": measured["lr"]}
     norm, scale = measured["weight_norm"], measured.get("gradient_scale") or None  # without any gradient, none is known
     if effects.rescaled_now is not None:
-        return _predict_rescaled(optimizer_class, group, effects, effects.rescaled_now, norm, scale, length)
-    options = balance(effects, group, measured.get("equivalent_weight_decay"))
+        return _predict_rescaled(optimizer, group, effects, effects.rescaled_now, norm, scale, length)
+    options = balance(effects, optimizer, group, measured.get("equivalent_weight_decay"))
     if options is None:
         return None
-    response = step_response(optimizer_class, group, **options)
+    response = step_response(_class_of(optimizer), group, **options)
     if response is None or response.decay is None:
         return None
     settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
@@ -127,7 +141,7 @@ def predict(
 
 
 def _predict_rescaled(
-    optimizer_class: type,
+    optimizer: AnOptimizer,
     group: Mapping[str, Any],
     effects: Effects,
     rescaling: Rescaling,
@@ -136,20 +150,19 @@ def _predict_rescaled(
     length: int,
 ) -> Prediction | None:
     """Under WRS, which has been derived for steps without any decay."""
-    options = balance(replace(effects, rescaling=None), group, 1.0)
-    if options is None or "shrink" in options or options.get("decay"):
+    if effects.underived or effects.scaled_steps or effects.shrink is not None:
         return None
-    projected = bool(options.get("projected"))
-    if group.get("weight_decay") and not projected and not rescaling.replaces_decay:
+    rate = _decay(effects, optimizer, group).rate
+    if rate is None or not is_zero(rate):
         return None
     angle = wrs_angular_update(
-        optimizer_class,
+        _class_of(optimizer),
         group,
         rescaling.every_n_steps,
         gradient_scale=scale,
         dim=length,
         target_norm=norm if rescaling.target_norm == "initial" else rescaling.target_norm,
-        projected=projected,
+        projected=effects.projection is not None,
     )
     return None if angle is None or not 0 < float(angle) < inf else Prediction(float(angle), None, 0, float(group["lr"]))
 
@@ -339,15 +352,15 @@ class Dying(NamedTuple):
         return adam_collapse_steps(group, **self._asdict())
 
 
-def falls_ever_faster(optimizer_class: type, group: Mapping[str, Any], effects: Effects) -> bool:
+def falls_ever_faster(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects) -> bool:
     """Whether a vector without gradient falls at a rate that its second moments decide (Adam with coupled decay).
 
     Example:
         >>> falls_ever_faster(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}, Effects())
         True
     """
-    options = _fixed_decay(effects, group)
-    return options is not None and is_rough(optimizer_class, group, **options)
+    options = _fixed_decay(effects, optimizer, group)
+    return options is not None and is_rough(_class_of(optimizer), group, **options)
 
 
 def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], position: int, group: Mapping[str, Any]) -> Tensor:
@@ -387,7 +400,7 @@ def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], positi
 
 
 def steps_to_collapse(
-    optimizer_class: type,
+    optimizer: AnOptimizer,
     group: Mapping[str, Any],
     effects: Effects,
     e_foldings: float,
@@ -397,7 +410,7 @@ def steps_to_collapse(
     """Optimizer steps until a vector without gradient has shrunk by ``e_foldings`` powers of e, at the present learning rate.
 
     Args:
-        optimizer_class: class of the optimizer.
+        optimizer: the optimizer, or its class.
         group: the weight's param group.
         effects: what the callbacks do to the weight.
         e_foldings: how far it has to go.
@@ -414,22 +427,22 @@ def steps_to_collapse(
         >>> round(steps_to_collapse(torch.optim.SGD, group, Effects(), log(0.17 / 2.6e-23), 0.0))  # measured: 4490
         4489
     """
-    options = _fixed_decay(effects, group)
+    options = _fixed_decay(effects, optimizer, group)
     put_back = effects.rescaling is not None and effects.rescaling.window != "over"
     if effects.underived or put_back or (effects.shrink is not None and options is None):
         return inf
-    if dying and falls_ever_faster(optimizer_class, group, effects):
+    if dying and falls_ever_faster(optimizer, group, effects):
         return min(vector.steps_left(group) for vector in dying)
-    known = None if options is None else free_decay_rate(optimizer_class, group, **options)
+    known = None if options is None else free_decay_rate(_class_of(optimizer), group, **options)
     rate = rate if known is None else known
     return e_foldings / rate if rate > 0 else inf
 
 
-def _fixed_decay(effects: Effects, group: Mapping[str, Any]) -> dict[str, Any] | None:
+def _fixed_decay(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]) -> dict[str, Any] | None:
     """`balance` of the decay that does not fade with the length: all but AWS. None where there is no other or none is known."""
     if effects.shrink is None:
-        return balance(effects, group)
-    options = None if effects.shrink.replaces_decay else balance(replace(effects, shrink=None), group)
+        return balance(effects, optimizer, group)
+    options = None if effects.shrink.replaces_decay else balance(replace(effects, shrink=None), optimizer, group)
     return options if options is not None and (options.get("decay") or group.get("weight_decay")) else None
 
 
@@ -458,7 +471,7 @@ def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) ->
     """A sentence about a decay that cannot act within a run of ``steps`` optimizer steps; None where there is nothing to say.
 
     Args:
-        optimizer_class: class of the optimizer.
+        optimizer: the optimizer, or its class.
         group: a param group; during a warm-up its ``initial_lr`` or ``max_lr`` counts.
         steps: of the whole run.
 

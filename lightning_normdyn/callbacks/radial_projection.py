@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number, warn_once
 from lightning_normdyn.callbacks.effect import Effect, Projection
+from lightning_normdyn.decay import Decay, DecayOwner, DecayRule
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.optimizer_state import decay_kind, step_buffer
-from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 from lightning_normdyn.vectors import Partition
 
 
@@ -76,7 +78,9 @@ class RadialProjection(NormDynCallback):
     def _forget(self) -> None:
         super()._forget()
         self._gates: dict[int, tuple[Tensor, Tensor]] = {}
+        self._open: dict[int, Tensor] = {}  # (targets,) of this step
         self._buffers: dict[int, str | None] = {}
+        self._said_unknown = False
 
     @property
     def writes(self) -> bool:  # type: ignore[override]
@@ -110,13 +114,12 @@ class RadialProjection(NormDynCallback):
         check_decay_takeover(optimizer, weights)
         ours = {id(w) for w in weights}
         for group in optimizer.param_groups:
-            decay = group.get("weight_decay")
-            if not decay or self.weight_decay != "replace" or not any(id(p) in ours for p in group["params"]):
-                continue
-            if decay_kind(optimizer, group) == "coupled" and not isinstance(optimizer, torch.optim.SGD):
+            if any(id(p) in ours for p in group["params"]) and self._rule.applied(optimizer, group) is None:
+                kind = decay_kind(optimizer, group)
                 raise NotSupportedError(
-                    f"RadialProjection(weight_decay='replace') cannot turn the coupled weight decay {decay} of "
-                    f"{type(optimizer).__name__} into a decoupled one. Give a number, weight_decay=..., or use AdamW or SGD."
+                    f"RadialProjection(weight_decay='replace') cannot turn the {f'{kind} ' if kind else ''}weight decay "
+                    f"{group['weight_decay']} of {type(optimizer).__name__} into a decoupled one. "
+                    "Give a number, weight_decay=..., or use AdamW or SGD."
                 )
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
@@ -144,6 +147,7 @@ class RadialProjection(NormDynCallback):
         layer = cosine_from_sums(totals[0], totals[1], totals[2]).abs() * totals[4].sqrt() < self.delta
         by_filter = totals[3] == 0
         self._gates[plan.index] = (vectors.spread(by_filter), vectors.spread(layer & ~by_filter))
+        self._open[plan.index] = by_filter | layer
 
     def _project(self, step: Step, plan: Plan) -> None:
         vectors, buffer = plan.vectors, self._buffers[plan.index]
@@ -176,19 +180,40 @@ class RadialProjection(NormDynCallback):
 
     def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
-        rate = plan.group_values("lr") * plan.spread_groups("projection_decay", [self._decoupled(step, g) for g, _ in plan.groups])
+        rates = [self._rate(step.optimizer, group) for group, _ in plan.groups]
+        rate = plan.group_values("lr") * plan.spread_groups("projection_decay", rates)
         ratio: float | Tensor = self.weight_decay_ratio
         if projected is not None:
             ratio = torch.where(projected, torch.full_like(rate, self.weight_decay_ratio), torch.ones_like(rate))
         return rate * ratio * plan.owns_decay(step, DecayOwner.PROJECTION)
 
-    def _decoupled(self, step: Step, group: dict[str, Any]) -> Any:
-        if self.weight_decay != "replace":
-            return self.weight_decay
-        decay = group.get("weight_decay") or 0.0
-        if decay and decay_kind(step.optimizer, group) == "coupled":
-            return decay / (1 - group["momentum"])
-        return decay
+    @property
+    def _rule(self) -> DecayRule:
+        """The decay of a weight that is not projected."""
+        return replace(Projection(self.gate, self.weight_decay, self.weight_decay_ratio).decay, ratio=1.0)
+
+    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> Any:
+        """Decoupled λ of a param group, before the ratio."""
+        rate = self._rule.applied(optimizer, group)
+        if rate is not None:
+            return rate
+        # Fit start refuses this. A schedule of the decay can still bring it about, and a step raises nothing.
+        if not self._said_unknown:
+            self._said_unknown = True
+            warn_once(
+                f"RadialProjection(weight_decay='replace') cannot turn the weight decay {group['weight_decay']} that "
+                f"{type(optimizer).__name__} has now into a decoupled one, so its targets have none from here on."
+            )
+        return 0.0
+
+    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+        """A weight whose gate is closed in this step decays with ratio 1."""
+        if self.gate == "always":
+            return
+        gates = {t.weight: gate for i, p in self.plans.items() for t, gate in zip(p.targets, self._open[i], strict=True)}
+        for i, (target, group) in enumerate(zip(plan.targets, plan.groups_of(plan.targets), strict=True)):
+            if decays[i].owner == DecayOwner.PROJECTION and target.weight in gates:
+                rates[i] = torch.where(gates[target.weight], rates[i], self._rate(plan.optimizer, group))
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
+from math import nan
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoEffect, Projection, UnknownEffect, combine
+from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoEffect, OnOtherVectors, Projection, combine
 from lightning_normdyn.callbacks.plan import Plan, Target
+from lightning_normdyn.decay import Decay, decay_of
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.sharding import accumulates, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket
@@ -250,40 +252,65 @@ class Session:
                 continue
             for theirs in (t for plan in member.plans.values() for t in plan.targets if t.weight in asked):
                 effect = member.stated_effect(theirs)
-                if not _on_the_same_vectors(effect, theirs, asked[theirs.weight]):
-                    effect = UnknownEffect(f"{type(member).__name__} on other vectors")
-                found[theirs.weight].append(effect)
+                same = _on_the_same_vectors(effect, theirs, asked[theirs.weight])
+                found[theirs.weight].append(effect if same else OnOtherVectors(effect))
         return [combine(found[t.weight]) for t in targets]
 
     def effect(self, target: Target, besides: NormDynCallback | None = None) -> Effects:
         """What the callbacks, ``besides`` one, do to this weight together."""
         return self.effects([target], besides)[0]
 
-    def applied_decay(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> Tensor:
-        """The share of each vector that decay takes away in this step, whoever applies it: ``(n,)``.
+    def decays(self, plan: Plan) -> list[Decay]:
+        """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where nobody can tell."""
+        owners = StepBracket.of(plan.optimizer).decay_owners()
+        found = []
+        targets = zip(plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True)
+        for target, group, effects in targets:
+            owner = owners.get(target.weight)
+            decay = decay_of(plan.optimizer, group, effects.decay_rules, owner)
+            found.append(Decay(owner, None) if effects.decay_untold else decay)
+        return found
 
-        Exact for plain SGD and for decoupled decays.
+    def decay_shares(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The share of each vector that AWS takes away before this step, and that decay takes away within it, whoever applies it.
 
         Args:
             plan: the vectors.
             norm: their norms, ``(n,)``.
             std: their standard deviations, for AWS on weight-standardized weights.
+
+        Returns:
+            Two ``(n,)``, at most 0.5 each; the second is NaN where nobody can tell. Exact for plain SGD and decoupled decays; of a coupled
+            decay under momentum, the mean.
         """
-        constant, adaptive = [], []  # per target: λ, and α times the size that it refers to
-        for target in plan.targets:
-            effects, group = self.effect(target), plan.group_of(target)
-            own = float(group.get("weight_decay") or 0.0)
-            shrink, rescaling, projection = effects.shrink, effects.rescaled_now, effects.projection
-            replaced = any(e is not None and e.replaces_decay for e in (shrink, rescaling))
-            if projection is not None:
-                decay = projection.weight_decay
-                own, replaced = (own if decay == "replace" else decay) * projection.ratio, shrink is not None
-            constant.append(0.0 if replaced else own)
-            adaptive.append((0.0, False) if shrink is None else (shrink.alpha, shrink.statistic == "std"))
-        tensor = partial(torch.tensor, dtype=norm.dtype, device=norm.device)
-        size = norm if std is None else torch.where(plan.vectors.spread(tensor([s for _, s in adaptive])) > 0, std, norm)
-        rate = plan.vectors.spread(tensor(constant)) + plan.vectors.spread(tensor([a for a, _ in adaptive])) * size
-        return (plan.group_values("lr") * rate).clamp(max=0.5)
+        decays = self.decays(plan)
+        vectors = plan.vectors
+        tensor = partial(torch.tensor, device=norm.device)
+
+        size = norm
+        if std is not None:
+            by_std = vectors.spread(tensor([decay.statistic == "std" for decay in decays], dtype=torch.bool))
+            size = torch.where(by_std, std, norm)
+        alphas = vectors.spread(tensor([decay.alpha for decay in decays], dtype=norm.dtype))
+        rates = tensor([0.0 if isinstance(decay.rate, Tensor) else _or_nan(decay.rate) for decay in decays], dtype=norm.dtype)
+        for i, decay in enumerate(decays):
+            if isinstance(decay.rate, Tensor):  # it may lie on the device, and nothing waits for that
+                rates[i] = decay.rate
+        for member in self.members:
+            member.correct_decays(plan, decays, rates)
+
+        lr = plan.group_values("lr")
+        before = (lr * alphas * size).clamp(max=0.5)
+        within = (lr * vectors.spread(rates)).clamp(max=0.5)
+        active = plan.active()
+        if active is None:
+            return before, within
+        return torch.where(active, before, 0.0), torch.where(active, within, 0.0)
+
+    def applied_decay(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> Tensor:
+        """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as for `decay_shares`."""
+        before, within = self.decay_shares(plan, norm, std)
+        return before + within - before * within
 
     def take_events(self) -> list[str]:
         """What callbacks noted since the last call."""
@@ -326,6 +353,10 @@ class Session:
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
         return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+
+
+def _or_nan(number: float | None) -> float:
+    return nan if number is None else float(number)
 
 
 def _on_the_same_vectors(effect: Effect, theirs: Target, ours: Target) -> bool:

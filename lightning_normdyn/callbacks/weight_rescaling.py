@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.callbacks.effect import Effect, Rescaling
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
+from lightning_normdyn.decay import DecayOwner
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
-from lightning_normdyn.steps import DecayOwner, Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 
 
 class WeightRescaling(NormDynCallback):
