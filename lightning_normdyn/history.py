@@ -304,6 +304,10 @@ class History:
         """All log keys, in the order in which they first came."""
         return list(self._columns)
 
+    def has(self, key: str) -> bool:
+        """Whether ``key`` was ever recorded."""
+        return key in self._columns
+
     def column(self, key: str) -> tuple[Ints, Floats]:
         """One curve: the steps at which ``key`` was recorded, int64 of shape ``(s,)``, and its values, float32 of shape ``(s,)``.
 

@@ -110,14 +110,16 @@ class AdaptiveWeightShrink(NormDynCallback):
         else:
             plan.vectors.scale_(factor)
 
-    def treatment(self, plan: Plan, target: Target) -> str:
-        """What the start table says."""
-        position = plan.targets.index(target)
+    def treatments(self, plan: Plan) -> list[str]:
+        """What the tables say: the norms of all weights are taken once."""
         totals = plan.vectors.totals(equivalent_weight_decay(self.alpha, self.statistic_of(plan)))
-        now = float(totals[position] / plan.vectors.count[position])
-        decay = plan.group_of(target).get("weight_decay") or 0.0
-        tail = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
-        return f"AWS, decay now {now:.2g}{tail}"
+        means = (totals / plan.vectors.count).tolist()
+        texts = []
+        for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
+            decay = group.get("weight_decay") or 0.0
+            replaced = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
+            texts.append(f"AWS, decay now {mean:.2g}{replaced}")
+        return texts
 
     def statistic_for(self, target: Target) -> Literal["norm", "std"]:
         """Weight standardization removes the mean, so for such weights the norm would count what the loss cannot see."""

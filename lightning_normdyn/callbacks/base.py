@@ -31,7 +31,7 @@ GRANULARITIES = ("auto", "filter", "group", "layer")
 # Phases in which a handler finds weights to look at. Whoever acts in others changes them.
 LOOKING = frozenset({Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.MEASURE_STEP})
 # What a subclass may override without doing anything else to a weight.
-SAYING = frozenset({"__init__", "settings", "treatment"})
+SAYING = frozenset({"__init__", "settings", "treatment", "treatments"})
 
 
 class NormDynCallback(Callback):
@@ -98,6 +98,10 @@ class NormDynCallback(Callback):
     def treatment(self, plan: Plan, target: Target) -> str:
         """How the tables say what happens to ``target``."""
         return type(self).__name__
+
+    def treatments(self, plan: Plan) -> list[str]:
+        """`treatment` of all targets of ``plan``, in their order; where that takes sums over vectors, every rank must call it."""
+        return [self.treatment(plan, target) for target in plan.targets]
 
     def effect(self, target: Target) -> Effect:
         """What this callback does to ``target``: predictions, records and tables rest on it.
@@ -268,10 +272,11 @@ class NormDynCallback(Callback):
         check_weight(weight, name)
         session = self._session
         assert session is not None
-        holders = [m for m in session.module.modules() if any(p is weight for p in m.parameters(recurse=False))]
+        holders = session.holders.get(weight, [])
         if has_sparse_gradient(weight) or any(getattr(m, "sparse", False) for m in holders):
+            kind = type(holders[0]).__name__ if holders else "its layer"
             raise NotSupportedError(
-                f"`{name}` gets sparse gradients ({type(holders[0]).__name__}): the optimizer does not step untouched rows. "
+                f"`{name}` gets sparse gradients ({kind}): the optimizer does not step untouched rows. "
                 f"Use sparse=False, or leave it out with params=[..., '!{name}']."
             )
 

@@ -12,8 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Session, Target
-from lightning_normdyn.callbacks.effect import Effect, LengthJumps
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.equilibrium import lr_drop_exponent
@@ -166,12 +166,13 @@ class LRDropRescaling(NormDynCallback):
         if plan.index not in self._known:
             assert self._session is not None
             groups = plan.groups_of(plan.targets)
-            exponents = [self._exponent(plan, t, g, self._session) for t, g in zip(plan.targets, groups, strict=True)]
+            effects = self._session.effects(plan.targets, besides=self)
+            exponents = [self._exponent(plan, *each) for each in zip(plan.targets, groups, effects, strict=True)]
             self._known[plan.index] = _Settings(groups, exponents)
         return self._known[plan.index]
 
-    def _exponent(self, plan: Plan, target: Target, group: Mapping[str, Any], session: Session) -> float:
-        effects, kind = session.effect(target, besides=self), type(plan.optimizer)
+    def _exponent(self, plan: Plan, target: Target, group: Mapping[str, Any], effects: Effects) -> float:
+        kind = type(plan.optimizer)
         if effects.rescaling is not None:
             raise NotSupportedError(
                 f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of LRDropRescaling, which changes it. "
@@ -250,7 +251,7 @@ class LRDropRescaling(NormDynCallback):
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the tables say."""
         known = self._known.get(plan.index)
-        return "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.targets.index(target)]:.3g} at an LR drop by k"
+        return "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.positions[target.weight]]:.3g} at an LR drop by k"
 
     def effect(self, target: Target) -> Effect:
         """Its length jumps at drops of the learning rate."""

@@ -752,14 +752,14 @@ class NormDynamicsMonitor(NormDynCallback):
             kind = type(member).__name__
             name = kind if kind not in callbacks else f"{kind}-{len(callbacks)}"
             callbacks[name] = {"params": member.params, "granularity": member.granularity, **member.settings()}
-        # Every rank takes part in the treatments.
+        treatments = self._session.treatments()  # every rank takes part
         table = {
             t.name: {
                 "shape": list(t.verdict.shape),
                 "scale_invariant": t.verdict.kind,
                 "norms": list(t.verdict.norms),
                 "vectors": t.partition.n,
-                "treated": self._treatment_of(t),
+                "treated": treatments[t.weight],
             }
             for t in targets
         }
@@ -778,10 +778,11 @@ class NormDynamicsMonitor(NormDynCallback):
         """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks, all of them must call it."""
         targets = [t for plan in self.plans.values() for t in plan.targets]
         # Every rank takes part in this; what follows is known to rank zero only.
-        treated = [self._treatment_of(t) for t in targets]
-        layers, known = [], set(self._evidence.keys())
-        for target, how in zip(targets, treated, strict=True):
-            if f"weight_norm/{target.name}" not in known:
+        assert self._session is not None
+        treatments = self._session.treatments()
+        layers = []
+        for target in targets:
+            if not self._evidence.has(f"weight_norm/{target.name}"):
                 continue
             norms = self._evidence.column(f"weight_norm/{target.name}")[1].tolist()
             course = self._courses.get(target.name, Course())
@@ -791,7 +792,7 @@ class NormDynamicsMonitor(NormDynCallback):
                     "weight": target.name,
                     "scale-invariant": target.verdict.kind,
                     "vectors": target.partition.n,
-                    "treated how": how or "-",
+                    "treated how": treatments[target.weight] or "-",
                     "norm first": norms[0],
                     "norm last": norms[-1],
                     "effective lr": self._latest("effective_lr", target),
@@ -830,14 +831,9 @@ class NormDynamicsMonitor(NormDynCallback):
             text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.\n"
         return text
 
-    def _treatment_of(self, target: Target) -> str:
-        assert self._session is not None
-        others = [(m, p, t) for m in self._session.members if m is not self for p in m.plans.values() for t in p.targets]
-        return "; ".join(m.treatment(p, t) for m, p, t in others if t.weight is target.weight)
-
     def _latest(self, quantity: str, target: Target) -> float | None:
         key = f"{quantity}/{target.name}"
-        if key not in set(self._evidence.keys()):
+        if not self._evidence.has(key):
             return None
         values = self._evidence.column(key)[1]
         return float(values[-1]) if len(values) else None

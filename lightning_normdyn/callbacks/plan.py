@@ -50,6 +50,10 @@ class Plan:
         targets: in optimizer order.
         vectors: their index space.
         groups: each param group with the range of vectors that it owns.
+
+    Attributes:
+        bad: bool ``(n,)``: vectors that had to be left alone at some step.
+        positions: where each weight stands in ``targets``.
     """
 
     index: int
@@ -58,14 +62,18 @@ class Plan:
     vectors: WeightVectors
     groups: list[tuple[dict[str, Any], slice]]
     bad: Tensor = field(init=False)
+    positions: dict[Tensor, int] = field(init=False)
     _values: dict[str, tuple[list[Any], Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
     _owned: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
+    _group_of: dict[Tensor, dict[str, Any]] = field(init=False)
     counters: dict[str, Tensor] = field(default_factory=dict)
     events: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.bad = torch.zeros(self.vectors.n, dtype=torch.bool, device=self.vectors.device)
+        self.positions = {target.weight: i for i, target in enumerate(self.targets)}
+        self._group_of = {p: group for group, _ in self.groups for p in group["params"]}
 
     @property
     def claimed(self) -> dict[Tensor, Partition]:
@@ -163,8 +171,7 @@ class Plan:
 
     def groups_of(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """The param group that owns each of ``targets``."""
-        owners = {id(p): group for group, _ in self.groups for p in group["params"]}
-        return [owners[id(target.weight)] for target in targets]
+        return [self._group_of[target.weight] for target in targets]
 
 
 __all__ = ["Plan", "Target"]

@@ -262,9 +262,8 @@ def judge(history: History, name: str, course: Course) -> str:
 
 def _aligned(history: History, name: str) -> list[Any]:
     """Steps, norms, angles and predictions (NaN where there is none) of the rows that have an angle, float64."""
-    known = set(history.keys())
     keys = [f"{quantity}/{name}" for quantity in ("weight_norm", "angular_update", "equilibrium_angular_update")]
-    curves = [dict(zip(*(c.tolist() for c in history.column(key)), strict=True)) if key in known else {} for key in keys]
+    curves = [dict(zip(*(c.tolist() for c in history.column(key)), strict=True)) if history.has(key) else {} for key in keys]
     steps = [step for step in curves[1] if step in curves[0]]
     columns = [[curve.get(step, float("nan")) for step in steps] for curve in curves]
     return [np.array(column, dtype=np.float64) for column in (steps, *columns)]

@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -60,6 +60,7 @@ class Session:
         # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
         self.names = parameter_names(module)
         survey(trainer.strategy.model or module, trainer.optimizers)  # the module inside of whatever the strategy wraps around it
+        self.holders = holders_of(module)
         self.shapes = {weight: full_shape(weight) for weight in self.names}
         self.lazy = {weight for weight in self.names if is_lazy(weight)}  # of no known shape, now that everything is mapped
         self.search = ScaleInvarianceSearch(module)
@@ -260,6 +261,20 @@ class Session:
         """What the callbacks, ``besides`` one, do to this weight together."""
         return self.effects([target], besides)[0]
 
+    def treatments(self) -> dict[Tensor, str]:
+        """How the callbacks treat each targeted weight, in words; empty for one that is only measured.
+
+        Takes norms once for each plan, over all ranks: every rank must call it.
+        """
+        texts: dict[Tensor, list[str]] = {}
+        for member in self.members:
+            for plan in member.plans.values():
+                for target, text in zip(plan.targets, member.treatments(plan), strict=True):
+                    texts.setdefault(target.weight, [])
+                    if text:
+                        texts[target.weight].append(text)
+        return {weight: "; ".join(found) for weight, found in texts.items()}
+
     def decays(self, plan: Plan) -> list[Decay]:
         """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where nobody can tell."""
         owners = StepBracket.of(plan.optimizer).decay_owners()
@@ -404,6 +419,15 @@ class Claims:
         self._told.update(new)
         self.decided = self._steps >= self.MOST_STEPS or all(count >= EULER_COUNT for _, count in found)
         return [(self.verdicts[i], *found[i]) for i in new]
+
+
+def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
+    """The modules that hold each parameter; several where it is tied."""
+    holders: dict[Tensor, list[nn.Module]] = {}
+    for submodule in module.modules():
+        for parameter in submodule.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(submodule)
+    return holders
 
 
 def agree(verdicts: dict[str, Verdict]) -> None:

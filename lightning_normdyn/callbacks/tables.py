@@ -9,7 +9,9 @@ from lightning_normdyn.tables import render
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
+    from lightning_normdyn.callbacks.plan import Target
     from lightning_normdyn.callbacks.session import Session
 
 
@@ -29,14 +31,20 @@ def print_start_table(session: Session) -> None:
     members = [m for m in session.members if m.shows_tables]
     if not members:
         return
-    weights = list(dict.fromkeys(t.weight for m in session.members for p in m.plans.values() for t in p.targets))
+    first: dict[Tensor, Target] = {}
+    written: set[Tensor] = set()
+    for member in session.members:
+        for plan in member.plans.values():
+            for target in plan.targets:
+                first.setdefault(target.weight, target)
+                if member.writes:
+                    written.add(target.weight)
+    treatments = session.treatments()
     rows = []
-    for weight in weights:
+    for weight, target in first.items():
         verdict = session.verdict(weight)
-        found = [(m, p, t) for m in session.members for p in m.plans.values() for t in p.targets if t.weight is weight]
-        target = found[0][2]
-        how = "; ".join(text for m, p, t in found if (text := m.treatment(p, t)))
-        asked = target.by_request and any(m.writes for m, _, _ in found)
+        how = treatments[weight]
+        asked = target.by_request and weight in written
         kind = f"{verdict.kind} (by request)" if asked else verdict.kind
         because = ", ".join(verdict.norms) if verdict.norms else verdict.reason
         rows.append((target.name, "×".join(map(str, session.shapes[weight])), kind, str(target.partition.n), because, how or "measured"))

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import sys
 import weakref
 
 import lightning as L
@@ -785,3 +786,46 @@ def test_a_fit_that_is_over_keeps_nothing_alive(fails):
     left = run()
     gc.collect()
     assert [ref() for ref in left] == [None, None, None]
+
+
+# ---- What a fit's start and end cost ----
+
+
+def deep(layers):
+    """Small layers, each in front of a normalization, and a head."""
+    blocks = [layer for _ in range(layers) for layer in (nn.Linear(4, 4, bias=False), nn.LayerNorm(4))]
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, 4, bias=False), nn.LayerNorm(4), *blocks, nn.Linear(4, 2))
+
+
+def python_calls(layers, monkeypatch):
+    """How many Python functions a fit of two steps calls, and how often norms are taken of all weights together."""
+    callbacks, module = [AdaptiveWeightShrink(0.01), NormDynamicsMonitor(1)], make(net=deep(layers))
+    calls, taken = 0, 0
+    norms = WeightVectors.norms
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event == "call"
+
+    def counting(vectors):
+        nonlocal taken
+        taken += 1
+        return norms(vectors)
+
+    monkeypatch.setattr(WeightVectors, "norms", counting)
+    sys.setprofile(count)
+    try:
+        fit(module, callbacks, max_steps=2)
+    finally:
+        sys.setprofile(None)
+        monkeypatch.undo()
+    return calls, taken
+
+
+def test_the_cost_of_a_fits_start_and_end_grows_with_the_number_of_layers_and_not_with_its_square(monkeypatch, capsys):
+    python_calls(4, monkeypatch)  # what happens once per process
+    (few, taken_of_few), (more, _), (many, taken_of_many) = (python_calls(n, monkeypatch) for n in (4, 12, 28))
+    per_layer, further = (more - few) / 8, (many - more) / 16
+    assert further < 1.05 * per_layer
+    # Once in each of two steps (AWS), and once each for the start table, the run's description and the end table.
+    assert taken_of_few == taken_of_many == 5
