@@ -28,6 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_state import decay_kind
+from lightning_normdyn.wrappers import second_phase, steps_in_two_phases, without_framework
 
 if TYPE_CHECKING:
     from lightning_normdyn.vectors import Partition
@@ -853,9 +854,13 @@ _VIEWS: WeakKeyDictionary[Any, list[Optimizer]] = WeakKeyDictionary()
 def torch_optimizers(optimizer: Any) -> list[Optimizer]:
     """What steps when ``optimizer`` does, each as a torch optimizer of the model's own weights.
 
-    That is the optimizer itself, inside whatever a strategy has wrapped around it. Where a strategy steps something else than the weights
-    it is a view, which has the class, the param groups, the state and the step hooks that the optimizer would have on one process:
-    one for torch's ZeroRedundancyOptimizer, one for each part that DeepSpeed steps on its own.
+    That is the optimizer itself, inside whatever Lightning, Fabric or a strategy has wrapped around it. Where a strategy steps something
+    else than the weights it is a view, which has the class, the param groups, the state and the step hooks that the optimizer would have
+    on one process: one for torch's ZeroRedundancyOptimizer, one for each part that DeepSpeed steps on its own.
+
+    An optimizer that a person has put around another one steps itself: what it does to the weights after the inner step (Lookahead) belongs
+    to its step. The exception is one in two phases (SAM): its first moves the weights aside for a second gradient, its second moves them
+    back and lets the inner optimizer make the step.
 
     Raises:
         NotSupportedError: if there is none, or a way of stepping that is not understood.
@@ -865,23 +870,14 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
         >>> torch_optimizers(optimizer) == [optimizer]
         True
     """
-    inner, seen = optimizer, set[int]()
-    # Lightning's and Fabric's wrappers pass for torch optimizers, but hold no param groups.
-    while (
-        not isinstance(inner, _View)
-        and not _is_deepspeed(inner)
-        and "param_groups" not in getattr(inner, "__dict__", ())
-        and id(inner) not in seen
-    ):
-        seen.add(id(inner))
-        inner = getattr(inner, "optimizer", inner)
+    inner = without_framework(optimizer)
     if _is_deepspeed(inner) or _is_zero_redundancy(inner):
         if inner not in _VIEWS:
             _VIEWS[inner] = _deepspeed_views(inner) if _is_deepspeed(inner) else [_zero_redundancy_view(inner)]
         return _VIEWS[inner]
     if not isinstance(inner, Optimizer):
         raise NotSupportedError(f"{type(optimizer).__name__} is not a torch optimizer and wraps none. Use a torch.optim.Optimizer.")
-    return [inner]
+    return [second_phase(inner) if steps_in_two_phases(inner) else inner]
 
 
 class _View:

@@ -24,6 +24,7 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_state import decay_kind, is_schedule_free, supports_decay_takeover
 from lightning_normdyn.sharding import torch_optimizers
 from lightning_normdyn.vectors import Partition, WeightVectors
+from lightning_normdyn.wrappers import fires_step_hooks, inner_optimizers
 
 
 class Phase(IntEnum):
@@ -462,8 +463,13 @@ def check_optimizer(optimizer: Optimizer) -> None:
 
     Raises:
         NotSupportedError: for LBFGS (evaluates its closure more than once) and schedule-free optimizers (keep a second copy of the
-            weights).
+            weights), and for one whose step hooks torch does not call.
     """
+    if not fires_step_hooks(optimizer):
+        raise NotSupportedError(
+            f"torch calls no hooks around the step of {type(optimizer).__name__}, so nobody would see it step: its __init__ never calls "
+            "torch.optim.Optimizer.__init__. Let it call super().__init__(params, defaults), or return the optimizer inside it."
+        )
     if any(c.__name__ == "LBFGS" for c in type(optimizer).__mro__):
         raise _closure_error(optimizer)
     if is_schedule_free(optimizer):
@@ -485,6 +491,8 @@ def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor] | Mappi
             groups, or is not known, or applies it to the rows that nobody takes over in a way that cannot be repeated.
     """
     reason = supports_decay_takeover(optimizer)
+    if inner_optimizers(optimizer):
+        reason = f"{type(optimizer).__name__} steps through the optimizer inside it, which has param groups of its own"
     if reason is None:
         _check_rest(optimizer, weights if isinstance(weights, Mapping) else {})
         return

@@ -26,6 +26,7 @@ from lightning_normdyn.sharding import check_weight, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import choose_partition, filter_partition, match_patterns, normalize_params
 from lightning_normdyn.vectors import Partition, WeightVectors
+from lightning_normdyn.wrappers import copies_of_weights
 
 GRANULARITIES = ("auto", "filter", "group", "layer")
 # Phases in which a handler finds weights to look at. Whoever acts in others changes them.
@@ -220,6 +221,7 @@ class NormDynCallback(Callback):
         targets = [t for w in selected if (t := self._target(w)) is not None]
         self._refuse_rivals([t.weight for t in targets])
         self.check_optimizer(optimizer, [t.weight for t in targets])
+        self._check_copies(optimizer, targets)
         self._drop_handlers(index)
         if not targets:
             self.plans.pop(index, None)
@@ -232,6 +234,20 @@ class NormDynCallback(Callback):
         for phase, handler in self.handlers().items():
             self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=self.state_key))
         self.on_plan(plan, bracket)
+
+    def _check_copies(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
+        """Refuse to change weights that the optimizer sets back to a copy of its own."""
+        if not self.writes:
+            return
+        # A sharded weight lies beside a sharded copy, and ranks might find different things.
+        plain = [t for t in targets if type(t.weight.data) is Tensor]
+        copies = copies_of_weights(optimizer, [t.weight for t in plain])
+        if copies:
+            named = ", ".join(f"`{name}`" for name in copies)
+            raise NotSupportedError(
+                f"{type(optimizer).__name__} keeps a second copy of the weights ({named}) and moves them towards it, which would undo what "
+                f"{type(self).__name__} does to `{plain[0].name}`. Use the optimizer without that copy, or remove the callback."
+            )
 
     def _make_plan(self, index: int, optimizer: Optimizer, targets: list[Target]) -> Plan:
         vectors = WeightVectors(

@@ -106,6 +106,20 @@ class Session:
         self._leading = [StepBracket.of(ours[0]) for ours in parts if ours]
         for bracket in self.brackets:
             self._remove.append(bracket.add(Phase.RESOLVE, self._resolve))
+            self._look_again_after_the_first_step(bracket)
+
+    def _look_again_after_the_first_step(self, bracket: StepBracket) -> None:
+        """Many optimizers make their state, a second copy of the weights among it, in their first step."""
+
+        def look(step: Step) -> None:
+            remove()
+            index = self.brackets.index(bracket)
+            for member in self.members:
+                if index in member.plans:
+                    member._check_copies(step.optimizer, member.plans[index].targets)
+
+        remove = bracket.add(Phase.RESCALE, look, order="~")
+        self._remove.append(remove)
 
     def close(self) -> None:
         """Leave no hook behind; idempotent."""

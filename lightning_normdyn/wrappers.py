@@ -1,0 +1,178 @@
+"""Optimizers that people put around other optimizers: which of the two makes the step, and what the outer one does to the weights.
+
+A framework's wrapper (Lightning, Fabric, Accelerate) passes everything on. A person's wrapper (Lookahead, schedule-free wrappers, TRAC)
+steps itself: what it does to the weights after the inner step is part of its step. An optimizer in two phases (SAM) steps by the inner one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NotSupportedError
+
+__all__ = [
+    "copies_of_weights",
+    "fires_step_hooks",
+    "inner_optimizers",
+    "second_phase",
+    "steps_in_two_phases",
+    "without_framework",
+]
+
+_FRAMEWORK_WRAPPERS = frozenset({"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"})
+_FRAMEWORKS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "accelerate"})
+
+
+def without_framework(optimizer: Any) -> Any:
+    """The optimizer that a person has made, inside of what Lightning, Fabric or Accelerate has put around it."""
+    while any(_is_framework_wrapper(c) for c in type(optimizer).__mro__):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _is_framework_wrapper(kind: type) -> bool:
+    return kind.__name__ in _FRAMEWORK_WRAPPERS and kind.__module__.split(".")[0] in _FRAMEWORKS
+
+
+def fires_step_hooks(optimizer: Any) -> bool:
+    """Whether torch calls the step hooks of ``optimizer``: it does so once ``torch.optim.Optimizer.__init__`` has run for its class.
+
+    A wrapper that leaves ``super().__init__()`` out, as many forms of Lookahead do, has a ``step`` that nobody is told about.
+
+    Example:
+        >>> fires_step_hooks(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
+        True
+    """
+    has_hooks = all(hasattr(optimizer, f"_optimizer_step_{moment}_hooks") for moment in ("pre", "post"))
+    step = getattr(type(optimizer), "step", None)
+    return has_hooks and bool(getattr(step, "hooked", False))
+
+
+def inner_optimizers(optimizer: Any) -> list[Optimizer]:
+    """The torch optimizers that ``optimizer`` holds in its attributes, alone or in containers: it is then a wrapper around them.
+
+    Example:
+        >>> inner_optimizers(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
+        []
+    """
+    found: dict[int, Optimizer] = {}
+    for name, value in list(getattr(optimizer, "__dict__", {}).items()):
+        if name in ("state", "param_groups"):
+            continue
+        for entry in _entries(value):
+            if isinstance(entry, Optimizer) and entry is not optimizer:
+                found[id(entry)] = entry
+    return list(found.values())
+
+
+def _entries(value: Any) -> list[Any]:
+    """What a container holds; anything else as the only entry."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
+
+
+def steps_in_two_phases(optimizer: Any) -> bool:
+    """Whether ``optimizer`` has the two phases of SAM: ``first_step`` moves the weights aside, ``second_step`` back and steps."""
+    return all(callable(getattr(optimizer, phase, None)) for phase in ("first_step", "second_step"))
+
+
+def second_phase(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that makes the step of one in two phases.
+
+    Raises:
+        NotSupportedError: if it does not hold exactly one torch optimizer of the same weights.
+    """
+    weights = _weights_of(optimizer)
+    makers = [inner for inner in inner_optimizers(optimizer) if fires_step_hooks(inner) and _weights_of(inner) == weights]
+    if len(makers) == 1:
+        return makers[0]
+    raise NotSupportedError(
+        f"{type(optimizer).__name__} steps in two phases (first_step, second_step), and {len(makers)} torch optimizers of the same weights "
+        "were found inside that could make the step, so its real step cannot be seen. Use a form around one torch optimizer, such as "
+        "SAM(params, torch.optim.SGD, ...)."
+    )
+
+
+def _weights_of(optimizer: Optimizer) -> set[int]:
+    return {id(p) for group in optimizer.param_groups for p in group["params"]}
+
+
+# A copy that is this close to a weight, relative to its length, is one of this weight: a momentum or a second moment never is.
+_CLOSE = 0.5
+_DEPTH = 4
+# In the state of an optimizer that wraps none, a copy of the weights may be a point that distances are measured from (Prodigy, DoG).
+# Under these names it is a second weight that the first is set back to.
+_SLOW = re.compile(r"slow|lookahead", re.IGNORECASE)
+
+
+@torch.no_grad()
+def copies_of_weights(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[str]:
+    """Where ``optimizer`` keeps second copies of ``weights`` that its step may set them back to (Lookahead, schedule-free, TRAC).
+
+    Looks at numbers, so it waits for the device: for the start of a fit.
+
+    Args:
+        optimizer: the optimizer, with state or without.
+        weights: plain tensors that it updates.
+
+    Returns:
+        Names of attributes or entries of its state; empty if there are none.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> sgd = torch.optim.SGD([weight], lr=0.1)
+        >>> sgd.state[weight]["slow_buffer"] = torch.full((2, 3), 0.9)
+        >>> copies_of_weights(sgd, [weight])
+        ['slow_buffer']
+    """
+    inner = inner_optimizers(optimizer)
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for weight in weights:
+        by_shape.setdefault(tuple(weight.shape), []).append(weight.detach())
+    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    found: dict[str, None] = {}
+    for name, tensor in _tensors_in([optimizer, *inner]):
+        if id(tensor) in own or not (inner or _SLOW.search(name)):
+            continue
+        for weight in by_shape.get(tuple(tensor.shape), []):
+            if _is_copy(tensor, weight):
+                found[name] = None
+                break
+    return list(found)
+
+
+def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.device != weight.device or tensor.data_ptr() == weight.data_ptr():
+        return False
+    length = torch.linalg.vector_norm(weight.float())
+    distance = torch.linalg.vector_norm(tensor.float() - weight.float())
+    return bool((length > 0) & (distance <= _CLOSE * length))
+
+
+def _tensors_in(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in the attributes and the state of ``optimizers``, with the name of the entry that holds it."""
+    for optimizer in optimizers:
+        attributes = {name: value for name, value in vars(optimizer).items() if name != "param_groups"}
+        yield from _walk(attributes, "", _DEPTH)
+        if "state" not in attributes:
+            yield from _walk(optimizer.state, "", _DEPTH)
+
+
+def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif depth and isinstance(value, dict):
+        for key, entry in list(value.items()):
+            yield from _walk(entry, key if isinstance(key, str) else name, depth - 1)
+    elif depth and isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _walk(entry, name, depth - 1)
