@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_normdyn import __version__
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.storage import is_remote
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -286,16 +287,18 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(runs, options.output, _say))
 
 
-def _named_run(text: str) -> tuple[str | None, Path]:
+def _named_run(text: str) -> tuple[str | None, str | Path]:
+    """Label and place of a run; a URL stays text, because `Path` would make ``s3:/`` of ``s3://``."""
     label, equals, path = text.partition("=")
-    if not equals or not label or Path(text).exists():
-        return None, Path(text)
-    return label, Path(path)
+    if not equals or not label or is_remote(text) or Path(text).exists():
+        label, path = "", text
+    return label or None, path if is_remote(path) else Path(path)
 
 
-def _distinct(named: Sequence[tuple[str | None, Path]]) -> Iterator[tuple[str, Path]]:
+def _distinct(named: Sequence[tuple[str | None, str | Path]]) -> Iterator[tuple[str, str | Path]]:
     """Labels for runs: as given, else as much of the end of the path as tells them apart."""
-    places = [Path(os.path.realpath(path)) for _, path in named]  # Path.resolve() stumbles over a link to itself
+    # Path.resolve() stumbles over a link to itself.
+    places = [Path(path if is_remote(path) else os.path.realpath(path)) for _, path in named]
     parts = [each.with_suffix("").parts if each.suffix in (".npz", ".csv", ".wandb") else each.parts for each in places]
     parts = [each[:-1] if len(each) > 2 and each[-1] in ("history", "metrics") else each for each in parts]
     used: dict[str, int] = {}

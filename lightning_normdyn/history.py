@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn, overload
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.storage import is_remote, local, read, replacing
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -355,17 +356,23 @@ class History:
 
     # ---------------------------------------------------------------------------------------------------------------- keeping
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str]) -> Path | str:
         """Write everything to one ``.npz`` file without pickle; an interrupted save leaves an older file as it was.
 
+        Args:
+            path: of the file, or a URL that fsspec knows (``s3://bucket/run/history.npz``).
+
+        Returns:
+            the path; of a URL, the URL.
+
         Raises:
-            NormDynError: where ``meta`` holds something that JSON cannot say.
+            NormDynError: where ``meta`` holds something that JSON cannot say, or ``path`` cannot be written.
         """
         header, arrays = self._pack()
         # Stored, not deflated: a file can then never hold more than its own size, so that reading a hostile one stays bounded.
         with replacing(path) as file:
             np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
-        return Path(path)
+        return os.fspath(path) if is_remote(path) else local(path)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything as one string and plain tensors, so that ``torch.load(..., weights_only=True)`` reads it."""
@@ -496,14 +503,15 @@ def load_history(path: str | os.PathLike[str]) -> History:
         ...     load_history(history.save(os.path.join(folder, "run.npz")))
         History(1 rows, steps 0 to 0, 1 keys)
     """
-    path = Path(path)
-    if not path.is_file():
+    if not is_remote(path) and not local(path).is_file():
         raise NormDynError(f"there is no history file `{path}`; write one with `history.save(path)`.")
     history = History()
     try:
         arrays = _read_npz(path)
         _require("header" in arrays, "it is not a history of lightning-normdyn")
         history._unpack(arrays.pop("header").tobytes().decode(), arrays)
+    except FileNotFoundError as error:
+        raise NormDynError(f"there is no history file `{path}`; write one with `history.save(path)`.") from error
     except NormDynError as error:
         raise NormDynError(f"`{path}` cannot be read as a history: {error}. Save it again from the run.") from error
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
@@ -517,37 +525,18 @@ def load_history(path: str | os.PathLike[str]) -> History:
     return history
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A file to write whose content appears under ``path`` only when it is complete; folders are made as needed.
-
-    Raises:
-        NormDynError: where ``path`` is a folder, a device or a pipe, which a file must not take the place of.
-    """
-    path = Path(os.path.realpath(path))  # of a link, what it points at is replaced, and the link stays
-    if path.exists() and not path.is_file():
-        raise NormDynError(
-            f"`{path}` is a {'folder' if path.is_dir() else 'device or pipe'}, not a file that can be written; name another."
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(beside, "wb") as file:
-            yield file
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def _read_npz(path: Path) -> dict[str, NDArray[Any]]:
+def _read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
     """``numpy.load`` for files one does not trust: no pickle, no compression, and no array larger than the bytes that are really there."""
     arrays: dict[str, NDArray[Any]] = {}
-    with zipfile.ZipFile(path) as archive:
+    with ExitStack() as opened:
+        file: BinaryIO = io.BytesIO(read(path)) if is_remote(path) else opened.enter_context(open(local(path), "rb"))
+        size = file.seek(0, os.SEEK_END)
+        archive = opened.enter_context(zipfile.ZipFile(file))
         members = archive.infolist()
         _require(
             all(member.compress_type == zipfile.ZIP_STORED for member in members), "its parts are compressed, which this package never does"
         )
-        _require(sum(member.file_size for member in members) <= path.stat().st_size, "its parts claim more bytes than it has")
+        _require(sum(member.file_size for member in members) <= size, "its parts claim more bytes than it has")
         for member in members:
             content = io.BytesIO(archive.read(member))
             if np.lib.format.read_magic(content) != (1, 0):

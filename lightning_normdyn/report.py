@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.history import History, load_history, replacing
+from lightning_normdyn.history import History, load_history
+from lightning_normdyn.storage import is_remote, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,11 +52,14 @@ def load_run(path: str | os.PathLike[str]) -> History:
 
     Args:
         path: a history file (``.npz``), a CSV log (``metrics.csv`` or the ``version_N`` folder with it), or an offline W&B run (the folder
-            ``offline-run-*`` or its ``.wandb`` file; needs ``wandb``). A folder that holds a history file is read from that.
+            ``offline-run-*`` or its ``.wandb`` file; needs ``wandb``). A folder that holds a history file is read from that. Of what lies
+            at a URL (``s3://``), the history file.
 
     Raises:
         NormDynError: where there is no such run, or it is damaged; nothing in it is executed.
     """
+    if is_remote(path):
+        return load_history(path)
     path = Path(path)
     if path.is_dir():
         path = _run_in(path)

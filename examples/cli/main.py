@@ -26,7 +26,7 @@ def main(args: ArgsType = None) -> LightningCLI:
     cli = LightningCLI(ResidualDigits, Digits, args=args, save_config_callback=None)
     for callback in cli.trainer.callbacks:
         if isinstance(callback, NormDynamicsMonitor) and cli.trainer.is_global_zero and cli.trainer.log_dir is not None:
-            callback.history.save(Path(cli.trainer.log_dir) / "history.npz")
+            callback.history.save(f"{cli.trainer.log_dir}/history.npz")  # a folder, or a URL such as s3://bucket/run
     return cli
 
 

@@ -31,10 +31,12 @@ from lightning_normdyn.callbacks.predictions import (
     urgency,
 )
 from lightning_normdyn.callbacks.publishing import (
+    HistoryFiles,
     Outcome,
     can_show_histograms,
     publish_about,
     publish_alert,
+    publish_history,
     publish_outcome,
     publish_row,
     publish_to_trainer,
@@ -243,6 +245,9 @@ class NormDynamicsMonitor(NormDynCallback):
         self._reported: set[tuple[str, str]] = set()
         self._last_step = -1
         self._told = 0  # how many targets the loggers know of
+        self._files: HistoryFiles | None = None  # where this fit's history lies, once it has been written
+        self._ended = False  # whether the fit is over, and all has been written
+        self._continued = False  # whether the history came from a checkpoint
 
     @property
     def shows_tables(self) -> bool:
@@ -727,8 +732,37 @@ class NormDynamicsMonitor(NormDynCallback):
         if trainer.is_global_zero:
             for row in layers:  # a report of this history says what the table says
                 self.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
+            self._write_history(trainer)
+            self._ended = True
             outcome = Outcome(self.history, layers, self.quantities or QUANTITIES, self._label())
             publish_outcome(trainer.loggers, outcome)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the history beside the logs too: a run that is killed later can then be reported, whatever kills it."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if self._session is not None and not self._ended:
+            self._write_history(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Keep what was measured until the interruption (Ctrl-C, SIGTERM, an error)."""
+        try:
+            if self._session is not None and not self._ended:  # another callback may have closed the session already
+                self._ended = True
+                if trainer.world_size == 1:  # of several ranks, the others may be anywhere: nothing that waits for them
+                    self._receive(trainer)
+                self._write_history(trainer)
+        except Exception as error:  # the person must see what interrupted the run, and not what came of it here
+            warn_once(f"the history of the interrupted fit could not be written ({type(error).__name__}: {error}).")
+        finally:
+            super().on_exception(trainer, pl_module, exception)
+
+    def _write_history(self, trainer: Trainer) -> None:
+        """Rank zero: the history so far into a file beside each logger's own."""
+        if not trainer.is_global_zero or self._off:
+            return
+        if self._files is None:
+            self._files = HistoryFiles(self._label(), continued=self._continued)
+        publish_history(trainer.loggers, self.history, self._files)
 
     def _append_final(self, trainer: Trainer, now: int) -> None:
         """A run that ended before its time (early stopping, a time limit): the last weights at least, if not the last angle."""
@@ -854,6 +888,7 @@ class NormDynamicsMonitor(NormDynCallback):
     def _load_extra(self, extra: dict[str, Any]) -> None:
         if "history" in extra:
             self.history.load_state_dict(extra["history"])
+            self._continued = True
             if self._evidence is not self.history:
                 self._evidence.load_state_dict(extra.get("evidence", extra["history"]))
             self._last_step = int(extra["last_step"])

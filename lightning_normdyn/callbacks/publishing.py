@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,10 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from lightning_normdyn.callbacks.session import warn_once
+from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.histograms import Histogram
-from lightning_normdyn.history import History
+from lightning_normdyn.history import History, load_history
+from lightning_normdyn.storage import Location, exists, join, replacing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -103,6 +105,55 @@ class Outcome:
         return xs, ys, [key.removeprefix(f"{quantity}/") for key in keys]
 
 
+class HistoryFiles:
+    """Where the history of one fit lies: one file beside the log of each logger, never in the place of another fit's.
+
+    A run may be fitted twice, and a script run again into the same folder. The second fit's file then has a number. A fit that goes on
+    from a checkpoint goes on in the file of the fit that it continues, which is the one that begins with the same row.
+
+    Args:
+        label: as in `Outcome`.
+        continued: whether this fit goes on from a checkpoint that held a history.
+    """
+
+    def __init__(self, label: str = "", *, continued: bool = False) -> None:
+        self.label, self.continued = label, continued
+        self._chosen: dict[str, str] = {}
+
+    def name(self, folder: str, exists: Callable[[str], bool], continues: Callable[[str], bool]) -> str:
+        """The file's name in ``folder``, chosen at the first call and kept from then on.
+
+        Args:
+            folder: what tells the places of several loggers apart.
+            exists: whether there is a file of a name.
+            continues: whether this fit continues the one whose file has a name.
+        """
+        if folder not in self._chosen:
+            taken: list[str] = []
+            while exists(self._numbered(len(taken) + 1)):
+                taken.append(self._numbered(len(taken) + 1))
+            free = self._numbered(len(taken) + 1)
+            # The newest first: fits that were repeated from the same start begin with the same row.
+            own = next((name for name in reversed(taken) if continues(name)), None) if self.continued else None
+            self._chosen[folder] = own or free
+        return self._chosen[folder]
+
+    def place(self, folder: Location, history: History) -> str | Path:
+        """The file of this fit in a folder or at a URL."""
+
+        def continues(name: str) -> bool:
+            try:
+                earlier = load_history(join(folder, name))
+            except NormDynError:
+                return False
+            return len(earlier) > 0 and _same_row(earlier[0], history[0])
+
+        return join(folder, self.name(str(folder), lambda name: exists(join(folder, name)), continues))
+
+    def _numbered(self, number: int) -> str:
+        return f"history{self.label}.npz" if number == 1 else f"history{self.label}.fit{number}.npz"
+
+
 class Publisher:
     """Scalars, which every logger takes. Subclasses add what their logger can show besides.
 
@@ -125,6 +176,16 @@ class Publisher:
 
     def outcome(self, outcome: Outcome) -> None:
         """What came of it, once, at the end of a fit."""
+
+    def keep(self, history: History, files: HistoryFiles) -> None:
+        """Write the history beside what this logger writes: at checkpoints, at the end of a fit, and when it is interrupted."""
+        folder = self.folder()
+        if folder is not None:
+            history.save(files.place(folder, history))
+
+    def folder(self) -> Location | None:
+        """Where this logger's own files lie, a folder or a URL; None where nobody knows."""
+        return None
 
     def alert(self, title: str, text: str) -> None:
         """Something that a person should know now."""
@@ -153,7 +214,7 @@ class WandbPublisher(Publisher):
         self.logger.experiment.config.update({f"normdyn{label}": dict(about)}, allow_val_change=True)
 
     def outcome(self, outcome: Outcome) -> None:
-        """One row with everything at the last step; the last overview in the summary; the history beside the run."""
+        """One row with everything at the last step; the last overview in the summary."""
         import wandb
 
         shown: dict[str, Any] = {}
@@ -171,9 +232,11 @@ class WandbPublisher(Publisher):
         run = self.logger.experiment
         # What the last logging step left there may be older than the end of the fit.
         run.summary.update({self._key(key): value for key, value in outcome.final.items()})
-        # Beside, and not in, the folder that is uploaded: with per_vector it may be large.
-        if not getattr(run, "disabled", False):
-            _save_history(outcome, Path(run.dir).parent)
+
+    def folder(self) -> Location | None:
+        """Beside, and not in, the folder that is uploaded: with per_vector a history may be large."""
+        run = self.logger.experiment
+        return None if getattr(run, "disabled", False) else Path(run.dir).parent
 
     def alert(self, title: str, text: str) -> None:
         """A W&B alert."""
@@ -214,12 +277,15 @@ class TensorBoardPublisher(Publisher):
         self.logger.experiment.add_text(self._key(f"normdyn/targets{label}"), markdown(targets))
 
     def outcome(self, outcome: Outcome) -> None:
-        """Figures and the table; the history beside the event file."""
+        """Figures and the table."""
         experiment, step = self.logger.experiment, outcome.step
         for name, pixels in outcome.pictures.items():
             experiment.add_image(self._key(f"normdyn/{name}"), pixels, global_step=step, dataformats="HWC")
         experiment.add_text(self._key(f"normdyn/layers{outcome.label}"), outcome.markdown(), global_step=step)
-        _save_history(outcome, Path(self.logger.log_dir))
+
+    def folder(self) -> Location | None:
+        """Beside the event file."""
+        return str(self.logger.log_dir)
 
 
 class MLflowPublisher(Publisher):
@@ -236,15 +302,22 @@ class MLflowPublisher(Publisher):
         client.log_dict(run, dict(about), f"normdyn/about{label}.json")
 
     def outcome(self, outcome: Outcome) -> None:
-        """Figures, the table, and the history."""
-        from tempfile import TemporaryDirectory
-
+        """Figures and the table."""
         client, run = self.logger.experiment, self.logger.run_id
         for name, pixels in outcome.pictures.items():
             client.log_image(run, pixels, f"normdyn/{name}.png")
         client.log_dict(run, {"layers": outcome.layers}, f"normdyn/layers{outcome.label}.json")
+
+    def keep(self, history: History, files: HistoryFiles) -> None:
+        """As an artifact."""
+        from tempfile import TemporaryDirectory
+
+        client, run = self.logger.experiment, self.logger.run_id
+        there = {Path(artifact.path).name for artifact in client.list_artifacts(run, "normdyn")}
+        # What a fit continues is not fetched to be compared: a run that goes on from a checkpoint goes on in its newest history.
+        name = files.name(f"MLflow {run}", there.__contains__, lambda name: True)
         with TemporaryDirectory() as folder:
-            client.log_artifact(run, str(_save_history(outcome, Path(folder))), "normdyn")
+            client.log_artifact(run, str(history.save(Path(folder) / name)), "normdyn")
 
 
 class CSVPublisher(Publisher):
@@ -254,10 +327,12 @@ class CSVPublisher(Publisher):
 
     def outcome(self, outcome: Outcome) -> None:
         """PNG files."""
-        folder = Path(self.logger.log_dir)
-        _save_history(outcome, folder)
         for name, pixels in outcome.pictures.items():
-            _write_png(folder / f"{name}.png", pixels)
+            _write_png(join(self.logger.log_dir, f"{name}.png"), pixels)
+
+    def folder(self) -> Location | None:
+        """Beside ``metrics.csv``."""
+        return str(self.logger.log_dir)
 
 
 _PUBLISHERS: tuple[tuple[type[Logger], type[Publisher]], ...] = (
@@ -313,8 +388,23 @@ def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: st
             publisher.about(about, label)
 
 
+def publish_history(loggers: Iterable[Logger], history: History, files: HistoryFiles) -> None:
+    """Write the history beside each logger's own files; what stood there of this fit is replaced.
+
+    Args:
+        loggers: the Trainer's.
+        history: all rows so far; nothing is written of an empty one.
+        files: of this fit, the same at every call.
+    """
+    if not len(history):
+        return
+    for publisher in publishers(loggers):
+        with _Survived(publisher, "the history"):
+            publisher.keep(history, files)
+
+
 def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
-    """What came of the fit."""
+    """What came of the fit; the history itself is a matter of `publish_history`."""
     if not len(outcome.history):
         return
     chosen = publishers(loggers)
@@ -377,15 +467,17 @@ def _pixels(figure: Figure) -> Any:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _write_png(path: Path, pixels: Any) -> None:
+def _write_png(path: Location, pixels: Any) -> None:
     from matplotlib.image import imsave
 
-    imsave(path, pixels)
+    with replacing(path) as file:
+        imsave(file, pixels, format="png")
 
 
-def _save_history(outcome: Outcome, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return outcome.history.save(folder / f"history{outcome.label}.npz")
+def _same_row(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two rows hold the same numbers under the same keys; NaN is the same as NaN."""
+    same_keys = one.keys() == other.keys()
+    return same_keys and all(one[key] == other[key] or (isnan(one[key]) and isnan(other[key])) for key in one)
 
 
 def _recorded(history: History) -> list[str]:
@@ -403,4 +495,15 @@ def _cell(value: Any) -> str:
     return text.replace("|", "\\|")
 
 
-__all__ = ["Outcome", "Publisher", "publish_about", "publish_alert", "publish_outcome", "publish_row", "publish_to_trainer", "publishers"]
+__all__ = [
+    "HistoryFiles",
+    "Outcome",
+    "Publisher",
+    "publish_about",
+    "publish_alert",
+    "publish_history",
+    "publish_outcome",
+    "publish_row",
+    "publish_to_trainer",
+    "publishers",
+]
