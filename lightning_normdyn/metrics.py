@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_normdyn import functional as F
 from lightning_normdyn.errors import NormDynError
@@ -73,6 +74,25 @@ class _PerVector(Metric):
         setattr(self, self._total, total + (new.square() if self.squared else new).where(seen, 0.0))
         setattr(self, self._count, getattr(self, self._count) + seen)
 
+    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+        """Sum both states over the ranks; ranks that had no update yet add nothing.
+
+        Such a rank does not know how many vectors there are, and a state of another shape than the other ranks' would leave all of them
+        waiting for each other. So the number of vectors is agreed upon first, by a tensor of the same shape everywhere.
+        """
+        total = getattr(self, self._total)
+        mine = total.numel() if total.ndim else 0
+        number = torch.tensor([mine], dtype=torch.int64, device=total.device)
+        of_ranks = [int(each) for each in dist_sync_fn(number, group=process_group or self.process_group)]
+        updated = sorted({each for each in of_ranks if each})
+        if len(updated) > 1:  # every rank sees the same list, so every rank raises, and none waits
+            found = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(of_ranks))
+            raise NormDynError(f"{type(self).__name__} has other weight vectors on other ranks ({found}); pass the same weights on all.")
+        if not mine and updated:
+            for state in (self._total, self._count):
+                setattr(self, state, getattr(self, state).new_zeros(updated[0]))
+        super()._sync_dist(dist_sync_fn, process_group=process_group)
+
     def compute(self) -> Tensor:
         """The averages, float64: ``(n,)``, or one number with ``reduction="mean"`` (and, as torchmetrics has it, for n = 1); NaN where
         nothing was seen.
@@ -109,7 +129,7 @@ class WeightNorm(_PerVector):
         granularity: what one vector is: ``"filter"``, an index of dim 0, or ``"layer"``, a whole weight. For groups, or for a transposed
             convolution, pass the weight reshaped to ``(n, d)``.
         reduction: ``"none"`` gives ``(n,)``, ``"mean"`` the mean over vectors, which is what ``self.log`` of a LightningModule needs.
-        num_vectors: vectors of all weights together; needed only where a process may synchronize without having updated.
+        num_vectors: vectors of all weights together; given, a metric that saw no update at all on any process computes NaN for each.
         kwargs: of ``torchmetrics.Metric``.
 
     Example:

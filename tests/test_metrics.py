@@ -128,18 +128,69 @@ def test_two_ranks_average_over_both(make, names, reference, function):
         np.testing.assert_allclose(alone, reference(stream(seed)), rtol=1e-12)
 
 
-def test_a_rank_without_updates_joins_when_the_number_of_vectors_is_given():
+@cases
+@pytest.mark.parametrize("idle", [0, 1])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+def test_a_rank_without_updates_adds_nothing(make, names, reference, function, idle, reduction):
     def rank():
         init_process_group()
-        metric = WeightNorm(num_vectors=9)
-        if torch.distributed.get_rank() == 0:
-            updated(metric, ("weight",), stream())
-            return metric.compute().numpy()
-        with pytest.warns(UserWarning, match="before the ``update`` method"):
-            return metric.compute().numpy()
+        metric = make(reduction=reduction)
+        values = []
+        for _ in range(2):  # and again after a reset, and after the state was put back
+            if torch.distributed.get_rank() != idle:
+                updated(metric, names, stream())
+            values.append(metric.compute().numpy())
+            metric.reset()
+        updated(metric, names, stream())
+        return [*values, metric.compute().numpy()]
 
-    for value in run_ranks(rank).values():
-        np.testing.assert_allclose(value, reference_norm(stream()), rtol=1e-12)
+    first, second = run_ranks(rank).values()
+    for one, other in zip(first, second, strict=True):
+        np.testing.assert_array_equal(one, other)
+        if reduction == "none":
+            np.testing.assert_allclose(one, reference(stream()), rtol=1e-12)
+        else:
+            assert one.ndim == 0
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+def test_no_rank_with_updates_is_no_number_on_all():
+    def rank():
+        init_process_group()
+        return WeightNorm().compute().item(), WeightNorm(num_vectors=9).compute().tolist()
+
+    for one, nine in run_ranks(rank).values():
+        assert np.isnan(one)
+        assert np.isnan(nine).tolist() == [True] * 9
+
+
+def test_ranks_with_other_weights_all_say_so():
+    def rank():
+        init_process_group()
+        metric = WeightNorm()
+        metric.update(torch.ones(2 + torch.distributed.get_rank(), 3))
+        with pytest.raises(NormDynError, match=r"rank 0: 2, rank 1: 3"):
+            metric.compute()
+        return True
+
+    assert run_ranks(rank) == {0: True, 1: True}
+
+
+@pytest.mark.filterwarnings("ignore:The ``compute`` method of metric:UserWarning")
+def test_a_collection_takes_idle_ranks_too():
+    def rank():
+        init_process_group()
+        metrics = MetricCollection([WeightNorm(), AngularUpdate()])
+        if torch.distributed.get_rank():
+            metrics.update(**stream()[0])
+        return {name: value.numpy() for name, value in metrics.compute().items()}
+
+    first, second = run_ranks(rank).values()
+    assert first.keys() == second.keys() == {"WeightNorm", "AngularUpdate"}
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name])
+    np.testing.assert_allclose(first["WeightNorm"], reference_norm(stream()[:1]), rtol=1e-12)
 
 
 @cases
