@@ -220,6 +220,58 @@ def test_only_the_three_names_of_an_array_are_known(tmp_path: Path, name: str) -
         read_cifar10(write_folder(tmp_path, data_batch_1=f"c{name}\n(S'1'\ntR.".encode()))
 
 
+def bomb(where: bytes) -> bytes:
+    """A tuple of two times a tuple of two times ..., 100 deep: 2^100 steps for who hashes, compares or prints it."""
+    levels = b"".join(b"q\x00h\x00\x86" for _ in range(100))  # remember it, take it again, make a pair
+    return where.replace(b"BOMB", b"K\x01" + levels)
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (b"\x80\x02}BOMBK\x01s.", "a key of it is a tuple"),
+        (b"\x80\x02(BOMBK\x01d.", "a key of it is a tuple"),
+        (b"\x80\x02\x8fBOMB.", "the operation EMPTY_SET"),
+        (b"\x80\x02BOMB.", "holds a tuple instead of a dict"),
+        (b"\x80\x02}(U\x04dataBOMBU\x06labels]u.", "b'data' is a tuple"),
+        (b"\x80\x02}(U\x04dataK\x01U\x06labels]BOMBau.", "b'data' is a int"),
+        (
+            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01BOMBcnumpy\ndtype\nU\x02u1\x85RK\x00Nt" + b"bU\x06labels]u.",
+            "pixels of shape",
+        ),
+        (
+            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\nBOMB\x85RK\x00Nt" + b"bU\x06labels]u.",
+            "pixels of type",
+        ),
+        (b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n)RBOMBtbU\x06labels]u.", "without a name"),
+        (b"\x80\x02" + b"]" * 200_001 + b".", "more than 200000 operations"),
+        (b"\x80\x04\x8b" + (2**24).to_bytes(4, "little") + b"\x01" * 2**24 + b".", "the operation LONG4"),
+        (b"\x80\x02cnumpy\nndarray\n)\x81.", "the operation NEWOBJ"),
+        (b"\x80\x02K\x01K\x01R.", "calls something that is no name"),
+        (b"\x80\x02K\x01K\x01b.", "fills a int"),
+        (b"\x80\x02R.", "takes more values than it has"),
+    ],
+)
+def test_a_small_file_does_not_keep_the_reader_busy(tmp_path: Path, raw: bytes, words: str) -> None:
+    with pytest.raises(Cifar10Error, match=words) as said:
+        read_cifar10(write_folder(tmp_path, data_batch_1=bomb(raw)))
+    assert len(str(said.value)) < 600
+
+
+def test_a_flood_of_members_or_a_large_one_beside_the_batches_is_refused(tmp_path: Path) -> None:
+    flood, large = tmp_path / "flood.tar", tmp_path / "large.tar"
+    with tarfile.open(flood, "w") as tar:
+        for i in range(101):
+            tar.addfile(tarfile.TarInfo(f"readme {i}"))
+    member = tarfile.TarInfo("readme")
+    member.size = 2**40
+    large.write_bytes(member.tobuf() + bytes(1024))
+    with pytest.raises(Cifar10Error, match="more than 100 files"):
+        read_cifar10(flood)
+    with pytest.raises(Cifar10Error, match=r"readme in .* far more than a batch"):
+        read_cifar10(large)
+
+
 def test_archive_writes_nothing_wherever_its_members_point(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "cifar-10-python.tar"
     path.parent.mkdir(parents=True)
