@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from torch import Tensor, nn
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.callbacks.spawned import KeepsHistory
 from lightning_normdyn.callbacks.training_sample import Sample, seed_everything, undisturbed
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.functional import generalized_gaussian_shape
@@ -49,7 +50,7 @@ REACH = 6.0
 QUANTITIES = ("input_span_energy", "input_span_noise", "input_span_rank", "ggd_shape_input", "ggd_shape_parameter")
 
 
-class InputSpanMonitor(NormDynCallback):
+class InputSpanMonitor(NormDynCallback, KeepsHistory):
     r"""Logs what part of each layer's weights its inputs can see, and how the weights are distributed (WRS paper, Figures 4 to 6).
 
     At the end of an epoch, inputs of the targeted layers (rows of linear layers, patches of convolutions) are gathered over a sample of
@@ -131,7 +132,7 @@ class InputSpanMonitor(NormDynCallback):
         self.energy = energy
         self.method = method
         self.seed = seed
-        self.history = History()
+        KeepsHistory.__init__(self)
 
     def _forget(self) -> None:
         super()._forget()
@@ -189,6 +190,17 @@ class InputSpanMonitor(NormDynCallback):
                 if self._session.shapes.get(weight) == weight_shape(layer):
                     self._readers.setdefault(weight, []).append(layer)
         self._check_patterns(trainer)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Send what was measured to the process that called ``fit``: one that the Trainer started gets no on_exception when it fails."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self.send_history(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Send the history to the process that called ``fit``, if that is another one."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self.send_history(trainer)
 
     @staticmethod
     def _refuse_strategy(trainer: Trainer) -> None:

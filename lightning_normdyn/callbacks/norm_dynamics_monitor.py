@@ -41,6 +41,7 @@ from lightning_normdyn.callbacks.publishing import (
     publish_row,
     publish_to_trainer,
 )
+from lightning_normdyn.callbacks.spawned import KeepsHistory
 from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.functional import (
     angle_from_sums,
@@ -139,7 +140,7 @@ class _Sent:
     shown: bool  # whether loggers get it
 
 
-class NormDynamicsMonitor(NormDynCallback):
+class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     r"""Logs norm, effective learning rate, angular update and their relatives for every weight, and prints what came of them.
 
     One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>`` (mean over the weight's vectors; RMS
@@ -219,7 +220,7 @@ class NormDynamicsMonitor(NormDynCallback):
         self.histograms = histograms
         self.tables = tables
         self.alert = alert
-        self.history = History()
+        KeepsHistory.__init__(self)
         self._evidence = self.history  # what verdicts rest on, also where less was asked for
 
     def _forget(self) -> None:
@@ -742,6 +743,7 @@ class NormDynamicsMonitor(NormDynCallback):
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._session is not None and not self._ended:
             self._write_history(trainer)
+            self.send_history(trainer)  # a process that the Trainer started gets no on_exception when it fails
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Keep what was measured until the interruption (Ctrl-C, SIGTERM, an error)."""
@@ -755,6 +757,12 @@ class NormDynamicsMonitor(NormDynCallback):
             warn_once(f"the history of the interrupted fit could not be written ({type(error).__name__}: {error}).")
         finally:
             super().on_exception(trainer, pl_module, exception)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Send the history to the process that called ``fit``, if that is another one."""
+        super().teardown(trainer, pl_module, stage)
+        if stage == "fit":
+            self.send_history(trainer)
 
     def _write_history(self, trainer: Trainer) -> None:
         """Rank zero: the history so far into a file beside each logger's own."""
