@@ -780,6 +780,12 @@ class Reduction:
             return self.per_weight(values)
         return _all_reduce(self._spoken(values, self._speaks), None)
 
+    def mean_over_copies(self, totals: Tensor) -> Tensor:
+        """The mean over all ranks of totals that were taken without communication; others are equal on all ranks already."""
+        if not self.everywhere or _world() == 1:
+            return totals
+        return _all_reduce(totals.contiguous(), None) / _world()
+
     def counts(self, bins: Tensor, size: int) -> Tensor:
         """How many vectors of each weight on all ranks lie in each bin, each counted once: ``(..., n)`` to ``(..., weights, size)``."""
         chosen = slice(None) if self.everywhere else self._speaks

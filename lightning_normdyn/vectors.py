@@ -289,6 +289,27 @@ class WeightVectors:
         totals = self._reduction.sum_with_totals_(packed, summarize)
         return packed, totals
 
+    def partial_inner(self, *pairs: tuple[Operand, Operand | None], exact: bool = True) -> Tensor:
+        """This rank's part of `inner`, without any communication: `complete_with_totals` completes it, later if need be."""
+        return self._products(pairs, exact)
+
+    def complete_with_totals(self, packed: Tensor, summarize: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Complete what `partial_inner` gave, in place, and return `totals` of what ``summarize`` makes of it, as `inner_and_totals`."""
+        return self._reduction.sum_with_totals_(packed, summarize)
+
+    def mean_over_copies(self, totals: Tensor) -> Tensor:
+        """Make ``(..., weights)`` totals equal on all ranks where each rank worked them out for itself.
+
+        Where every rank holds all vectors, `totals` communicates nothing, and ranks could come to different conclusions if a person's code
+        changed the numbers on one of them. One collective with more than one rank, nothing with one.
+        """
+        return self._reduction.mean_over_copies(totals)
+
+    @property
+    def through_masters(self) -> bool:
+        """Whether an optimizer updates other tensors in place of the weights (DeepSpeed), which get their gradients late."""
+        return any(p.master is not None for p in self._placements)
+
     def _products(
         self, pairs: Sequence[tuple[Operand, Operand | None]], exact: bool, copy: tuple[Operand, Operand] | None = None
     ) -> Tensor:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_normdyn.graph_rules import register_rule
+
 BATCH = 8
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
@@ -149,6 +151,40 @@ class SavesAt(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
+
+
+class HiddenPenalty(torch.autograd.Function):
+    """Hands ``x`` through and adds ``strength * weight`` to the gradient of ``weight``: a penalty that no graph of the loss shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, strength: float) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.strength = strength
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return gradient, ctx.strength * weight, None
+
+
+# Of its own it would be an operation without a rule; here it pretends to depend on x alone.
+register_rule("HiddenPenaltyBackward", lambda operation, flows: flows[0])
+
+
+class Penalized(Net):
+    """From batch ``since`` on, the gradient of net.3.weight has a part along the weight that the graph does not show."""
+
+    def __init__(self, since: int = 0, strength: float = 1.0, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.since, self.strength = since, strength
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.fit_loop.epoch_loop._batches_that_stepped < self.since:
+            return loss
+        penalized: Tensor = HiddenPenalty.apply(loss, self.net[3].weight, self.strength)  # type: ignore[no-untyped-call]
+        return penalized
 
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:

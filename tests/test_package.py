@@ -18,8 +18,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 # A module imports from lower floors only, and from its own floor without a circle. Whatever is not listed stands at the top.
 FLOORS = {
-    "errors": 0, "functional": 0, "equilibrium": 0, "step_response": 0, "storage": 0, "tables": 0, "verdicts": 0, "wrappers": 0,
-    "decay": 1, "entry_masks": 1, "graph_rules": 1, "histograms": 1, "history": 1, "input_span": 1, "lr_schedules": 1,
+    "errors": 0, "functional": 0, "equilibrium": 0, "names": 0, "step_response": 0, "storage": 0, "tables": 0, "verdicts": 0, "wrappers": 0,
+    "decay": 1, "entry_masks": 1, "graph_rules": 1, "graph_state": 1, "histograms": 1, "history": 1, "input_span": 1, "lr_schedules": 1,
     "metrics": 1, "optimizer_state": 1, "parametrizations": 1, "plots": 1,
     "report": 1, "sharding": 1, "targets": 1, "vectors": 1, "workspace": 1,
     "steps": 2,
@@ -101,6 +101,8 @@ def test_callbacks_never_import_each_other(path):
         "spawned",
         "tables",
         "training_sample",
+        "evidence",
+        "loss_gradients",
         "__init__",
     }
     others = {p.stem for p in MODULES if room(p) == "callbacks"} - shared - {path.stem}

@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.effect import Effect, NoEffect, UnknownEffect
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, warn_once
+from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.decay import Decay
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.sharding import check_weight, torch_optimizers
@@ -329,9 +331,30 @@ class NormDynCallback(Callback):
         return mro[mro.index(NormDynCallback) - 1]
 
     def _check_found(self) -> None:
-        """After every optimizer has stepped once: there must be something to act on, or something that may still come."""
-        if self.plans or not self.acts or self._may_come():
+        """After every optimizer has stepped once: there must be something to act on, or something that may still come.
+
+        A fit that goes on from a checkpoint has had its first steps: there nothing is refused, as nothing would have been without the
+        interruption.
+        """
+        if self.plans or not self.acts:
             return
+        session = self._session
+        assert session is not None
+        waiting = self._may_come()
+        if waiting or session.resumed:
+            self._say_waiting(waiting)
+            return
+        raise NoTargetsError(
+            f"{self._found_nothing()} to act on:\n{self._reasons()}\n"
+            "Name weights with params='PATTERN' if you know better, or remove the callback."
+        )
+
+    def _found_nothing(self) -> str:
+        kind = "scale-invariant weight" if self.writes else "weight of two or more dimensions"
+        return f"{type(self).__name__}(params={_shown(self.params)}) found no {kind}"
+
+    def _reasons(self) -> str:
+        """Why no weight is a target, one a line."""
         session = self._session
         assert session is not None
         verdicts = [session.verdict(w) for w in session.names if len(session.shapes[w]) >= 2]
@@ -339,12 +362,27 @@ class NormDynCallback(Callback):
         if not any(v.known for v in verdicts):
             reasons = ["  no training loss was seen in on_before_backward (call self.manual_backward(loss))"]
         lazy = [f"  {session.names[w][0]}: a lazy parameter; run one forward pass before the fit" for w in session.lazy]
-        kind = "scale-invariant weight" if self.writes else "weight of two or more dimensions"
-        found = "\n".join([*lazy, *reasons][:8])
-        raise NoTargetsError(
-            f"{type(self).__name__}(params={_shown(self.params)}) found no {kind} to act on:\n{found}\n"
-            "Name weights with params='PATTERN' if you know better, or remove the callback."
+        return "\n".join([*lazy, *reasons][:8])
+
+    def _say_waiting(self, waiting: list[str]) -> None:
+        """Nothing to act on yet: name what may still come, so that nobody finds out at the end of the fit."""
+        session = self._session
+        assert session is not None
+        if not waiting:
+            if not session.losses:  # those have been named one by one
+                warn_once(f"{self._found_nothing()} to act on any more:\n{self._reasons()}")
+            return
+        named = _named(waiting)
+        text = (
+            f"{self._found_nothing()} among the weights that are trained. It does nothing until one of those that are frozen, or that no "
+            f"optimizer holds, is trained: {named}. If none ever will be, name weights with params='PATTERN', or remove the callback."
         )
+        frozen = {name for weight, (name, *_) in session.names.items() if not weight.requires_grad}
+        planned = any(isinstance(callback, BaseFinetuning) for callback in session.trainer.callbacks)  # type: ignore[attr-defined]
+        if planned or not frozen.intersection(waiting):
+            show(session.trainer, f"lightning-normdyn: {text}")
+        else:
+            warn_once(text)
 
     def _may_come(self) -> list[str]:
         """Names of weights that may become targets later in this fit: they are frozen, or no optimizer holds them yet."""
@@ -497,14 +535,13 @@ class NormDynCallback(Callback):
         if session is not None:
             for bracket in session.brackets:
                 bracket.settle()
-        verdicts = {} if session is None else {n: v.state() for n, v in session.search.verdicts.items() if v.kind != "unknown"}
         indices = range(len(session.brackets)) if session is not None else sorted(self._counted)
         return {
             "version": 1,
             "settings": self.settings(),
             "steps": {i: self.steps_of(i) for i in indices},
             "per_vector": self._gather_per_vector(),
-            "targets": verdicts,
+            **({"targets": {}} if session is None else session.state()),
             "extra": {} if session is None else self._extra(),
         }
 
@@ -556,9 +593,9 @@ class NormDynCallback(Callback):
         session = self._session
         if session is None or not session.attempts or self.plans or not self.acts:
             return
-        names = [f"`{name}`" for name in self._may_come()]
+        names = self._may_come()
         if names:
-            named = ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")
+            named = _named(names)
             warn_once(f"{type(self).__name__} did nothing in this fit: {named} stayed frozen, or no optimizer held them.")
 
 
@@ -592,6 +629,11 @@ def _bind(handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step],
         handler(step, plan)
 
     return call
+
+
+def _named(names: Sequence[str]) -> str:
+    """The first eight names, for a message."""
+    return ", ".join(f"`{name}`" for name in names[:8]) + (" ..." if len(names) > 8 else "")
 
 
 def _shown(params: Iterable[str]) -> str:

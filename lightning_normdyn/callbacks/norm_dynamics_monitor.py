@@ -871,7 +871,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         if clamped:
             named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
             text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.\n"
-        return text
+        return text + self._session.losses_in_words()
 
     def _latest(self, quantity: str, target: Target) -> float | None:
         key = f"{quantity}/{target.name}"

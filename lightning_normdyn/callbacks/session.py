@@ -19,13 +19,15 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoEffect, OnOtherVectors, Projection, combine
+from lightning_normdyn.callbacks.evidence import Contradiction, Evidence
+from lightning_normdyn.callbacks.loss_gradients import LossGradients, changed_between_ranks
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.decay import Decay, decay_of
 from lightning_normdyn.errors import NormDynWarning
+from lightning_normdyn.graph_state import GraphState, Normalizations
 from lightning_normdyn.sharding import accumulates, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket
-from lightning_normdyn.targets import EULER_COUNT, EulerTest, ScaleInvarianceSearch, Verdict, parameter_names
-from lightning_normdyn.vectors import WeightVectors
+from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, parameter_names
 
 if TYPE_CHECKING:
     from lightning_normdyn.callbacks.base import NormDynCallback
@@ -78,11 +80,16 @@ class Session:
         # then at growing distances.
         self._batches, self._looks, self._next_look = 0, 0, 0
         self._unread = False
-        self._normalizations = [m for m in module.modules() if getattr(m, "running_mean", None) is not None]
+        self._unknown = dict(self.search.verdicts)
+        self._normalizations = Normalizations(module)
+        self._graph: GraphState | None = None  # of the graph that the verdicts were read from
         self._version = 0
-        self._claims: dict[int, Claims | None] = {}
+        self.evidence = Evidence()
         self._withdrawn: dict[str, Verdict] = {}
-        self._confirmed: dict[str, Verdict] = {}
+        self.resumed = False
+        """Whether the verdicts come from a checkpoint of the same network: its fit had its first steps, so nothing is refused any more."""
+        self.losses: dict[str, str] = {}
+        """Weights that callbacks acted on and no longer do, for tables: since when and why."""
         self._analyzed = False
         self._begun = False  # whether a step came after a loss that was seen, or had gradients
         self._checked = False
@@ -143,16 +150,19 @@ class Session:
         state = self._graph_state()
         self._missed &= self._undecided  # the batch that gave them gradients is over; the next one that uses them may be several away
         self._batches += 1
-        news = (bool(self._missed) or self._unread or self.search.masks.wants_a_look) and self._batches >= self._next_look
+        news = (bool(self._missed) or self._unread) and self._batches >= self._next_look
         if self._watched == state and not news:
             return
         if news:
             self._looks += 1
             self._next_look = self._batches + 1 if self._looks < 8 else self._batches + self._batches // 2
-        if self._watched is None and self.restore_verdicts():
-            self._watched, self._begun = state, True
+        graph = GraphState.of(self.module)
+        if self._watched is None and self._resume(graph):
+            self._watched, self._begun, self._graph = state, True, graph
             return
-        self._watched = state
+        if self._watched is not None and self._watched[1] != state[1]:
+            self.evidence.reconsider(list(self.evidence.records))  # a normalization behaves differently from here on
+        self._watched, self._graph = state, graph
         self._watching, self._analyzed = True, False
         self._steps_before = [b.steps for b in self.brackets]
         self.search.watch()
@@ -162,8 +172,9 @@ class Session:
         if self._watching:
             self.search.analyze(loss)
             self._version += 1
-            self._confirmed = {}
             self._analyzed = True
+        for index in range(len(self.optimizers)):
+            self._watch_gradients(index, loss)
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
@@ -184,12 +195,19 @@ class Session:
             announce(self)
 
     def _graph_state(self) -> tuple[Any, ...]:
-        """What decides the graph's shape and may change during a fit: frozen weights, normalizations switched between training and
-        evaluation."""
-        return (
-            tuple(w.requires_grad for w in self.names),
-            tuple(m.training for m in self._normalizations),
-        )
+        """What decides the graph's shape and may change during a fit: frozen weights, and mode, kind and settings of normalizations."""
+        return tuple(w.requires_grad for w in self.names), self._normalizations.state()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """What is known of the weights, of which graph it was read from, and the evidence for it: plain tensors, numbers and strings."""
+        return {
+            "targets": {n: v.state() for n, v in self.search.verdicts.items() if v.kind != "unknown"},
+            "graph": None if self._graph is None else self._graph.state(),
+            "evidence": self.evidence.state(),
+            "losses": dict(self.losses),
+        }
 
     def restore_verdicts(self) -> bool:
         """Take up what a checkpoint says about the weights, until the first step takes up the rest of it; whether it says anything."""
@@ -197,6 +215,33 @@ class Session:
         for table in tables:
             self.search.verdicts.update({name: Verdict.from_state(name, state) for name, state in table.items()})
         return bool(tables)
+
+    def _resume(self, now: GraphState) -> bool:
+        """Take up what a checkpoint knows of the weights, as far as it holds for the network as it is ``now``; whether all of it does."""
+        if not self.restore_verdicts():
+            return False
+        restored = next(m._restored for m in self.members if m._restored and m._restored.get("targets"))
+        then = None if restored.get("graph") is None else GraphState.from_state(restored["graph"])
+        same_network = then is not None and then.network == now.network
+        verdicts = dict(self.search.verdicts)
+        for verdict in verdicts.values():
+            unchanged = same_network or (
+                then is not None and all(then.normalizations.get(name) == now.normalizations.get(name) for name in verdict.norms)
+            )
+            if verdict.withdrawn_partition is not None and unchanged:
+                self._withdrawn[verdict.name] = verdict
+                warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {verdict.reason}.")
+        if not same_network:
+            # Another network: judged as a fresh fit would judge it, but for claims that gradients have contradicted already.
+            self.search.verdicts = {**self._unknown, **self._withdrawn}
+            self.resumed = bool(self._withdrawn)
+            return False
+        self.resumed = True
+        self.losses = dict(restored.get("losses", {}))
+        if restored.get("evidence"):
+            self.evidence.load(restored["evidence"], verdicts)
+        assert then is not None
+        return then.frozen == now.frozen
 
     def verdict(self, weight: Tensor) -> Verdict:
         """What is known about ``weight``."""
@@ -214,23 +259,99 @@ class Session:
 
     def _decide(self, step: Step) -> None:
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
-        groups = step.optimizer.param_groups
-        layout = tuple((id(g), len(g["params"])) for g in groups)
+        layout = _layout(step.optimizer)
         if self._seen.get(index) != (self._version, layout):
             self.search.agree()
             agree(self.search.verdicts)
-            self.search.verdicts.update(self._withdrawn)
-            self._mark_confirmed()  # another optimizer's weights, which have stepped before
-            self._claims.pop(index, None)
+            self._keep_withdrawn()
+            self._claim(index)
         self._begun = self._begun or self._version > 0 or any(has_gradient(w) for w in self.owned(step.optimizer))
-        self._question(index, step.optimizer)  # the same on every rank, because its sums are
+        self._question(index)  # the same on every rank, because its sums are
         seen = (self._version, layout)
         if self._seen.get(index) == seen:
             return
         self._seen[index], self._resolved = seen, True
         self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
+        treated = self._treated(index)
         for member in self.members:
             member._resolve(index)
+        self._tell_losses(index, treated)
+
+    # -- evidence ------------------------------------------------------------------------------------------------------
+
+    def _logging_step(self) -> int:
+        """How many logging steps the Trainer has come to with this batch; 0 if it does not log."""
+        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
+        return (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) // every if every else 0
+
+    def _watch_gradients(self, index: int, loss: Tensor) -> None:
+        """If the next step of this optimizer is to be looked at: by the gradients as this backward pass leaves them."""
+        examination, optimizer = self.evidence.of(index), self.optimizers[index]
+        settled = self._seen.get(index) == (self._version, _layout(optimizer))
+        # What else is claimed by now is settled at the step, with all ranks.
+        claimed = {} if settled else {w: v for w in self.owned(optimizer) if _is_claimed(v := self.verdict(w))}
+        if not self.evidence.wants_look(index, self._logging_step(), claimed.values()):
+            return
+        if examination.gradients is None:
+            if settled:
+                examination.gradients = LossGradients(examination.weights, examination.vectors)
+            else:
+                examination.gradients = LossGradients(claimed, None)
+        examination.gradients.watch(loss)
+
+    def _claim(self, index: int) -> None:
+        """Say what is claimed about the weights of this optimizer, and how far gradients have confirmed it."""
+        verdicts = {w: self.verdict(w) for w in self.owned(self.optimizers[index]) if not has_sparse_gradient(w)}
+        claimed = {w: verdict for w, verdict in verdicts.items() if _is_claimed(verdict)}
+        self.evidence.claim(index, list(claimed), list(claimed.values()))
+        self._mark_confirmed()
+
+    def _question(self, index: int) -> None:
+        """Hold what the graph claims against real gradients; a contradiction withdraws the claim before this step touches anything."""
+        trainer = self.trainer
+        # Clipping by value turns the gradient, so it would say nothing about the loss.
+        by_value = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm).lower().endswith("value")
+        trusted = not changed_between_ranks(trainer.strategy.model)
+        found = self.evidence.question(index, self._logging_step(), trusted=trusted, as_received=not by_value)
+        for contradiction in found:
+            self._withdraw(contradiction)
+        self._mark_confirmed()
+
+    def _withdraw(self, found: Contradiction) -> None:
+        name = found.claim.name
+        claim = self.search.verdicts.get(name, found.claim)
+        withdrawn = claim.withdrawn(EulerTest.contradiction(found.rms, found.count), "gradients")
+        self._withdrawn[name] = self.search.verdicts[name] = withdrawn
+        self._version += 1
+        self.losses[name] = f"since step {found.step}, {withdrawn.reason}"
+        warn_once(f"`{name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
+
+    def _keep_withdrawn(self) -> None:
+        """A graph that was read again claims the same: it shows no more than it did before."""
+        for name, withdrawn in self._withdrawn.items():
+            now = self.search.verdicts.get(name)
+            if now is None or now.partition is None or now.norms == withdrawn.norms:
+                self.search.verdicts[name] = withdrawn
+
+    def _mark_confirmed(self) -> None:
+        for name, verdict in self.search.verdicts.items():
+            if verdict.known == "graph" and verdict.partition is not None and self.evidence.confirmed(verdict):
+                self.search.verdicts[name] = replace(verdict, known="graph and gradients")
+
+    def _treated(self, index: int) -> dict[str, Tensor]:
+        """Weights of one optimizer that some callback acts on."""
+        plans = [member.plans.get(index) for member in self.members if member.acts]
+        return {t.name: t.weight for plan in plans if plan is not None for t in plan.targets}
+
+    def _tell_losses(self, index: int, before: Mapping[str, Tensor]) -> None:
+        """Name the weights that callbacks acted on until now and cannot act on any more, since the graph has changed."""
+        now, owned = self._treated(index), set(self.owned(self.optimizers[index]))
+        for name, weight in before.items():
+            if name in now or name in self.losses or weight not in owned or not weight.requires_grad:
+                continue
+            reason = self.verdict(weight).reason or "no loss contains it any more"
+            self.losses[name] = f"since step {self.evidence.of(index).steps}, {reason}"
+            warn_once(f"`{name}` is no longer taken for scale-invariant: {reason}.")
 
     # -- numbers that the monitor shows --------------------------------------------------------------------------------
 
@@ -350,34 +471,12 @@ class Session:
                 plan.events = []
         return list(dict.fromkeys(events))
 
-    def _question(self, index: int, optimizer: Optimizer) -> None:
-        """Hold what the graph claims against the first real gradients; a contradiction withdraws the claim before anything is touched."""
-        if index not in self._claims:
-            verdicts = {w: self.verdict(w) for w in self.owned(optimizer) if not has_sparse_gradient(w)}
-            claimed = [w for w, verdict in verdicts.items() if verdict.known == "graph" and verdict.partition is not None]
-            # Clipping by value turns the gradient, so it would say nothing about the loss.
-            by_value = self.trainer.gradient_clip_val and str(self.trainer.gradient_clip_algorithm).lower().endswith("value")
-            self._claims[index] = None if by_value or not claimed else Claims(claimed, [self.verdict(w) for w in claimed])
-        claims = self._claims[index]
-        if claims is None:
-            return
-        for verdict, rms, count in claims.withdrawn():
-            withdrawn = self._withdrawn[verdict.name] = self.search.verdicts[verdict.name] = verdict.withdrawn(
-                EulerTest.contradiction(rms, count), "gradients"
-            )
-            self._version += 1
-            warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {withdrawn.reason}.")
-        if claims.decided:
-            self._confirmed.update({v.name: v for v in claims.verdicts})
-            self._mark_confirmed()
-            self._claims[index] = None
-
-    def _mark_confirmed(self) -> None:
-        for name, then in self._confirmed.items():
-            now = self.search.verdicts[name]
-            same = now.partition is not None and then.partition is not None and now.partition.equal(then.partition)
-            if same and now.known == "graph":
-                self.search.verdicts[name] = replace(now, known="graph and gradients")
+    def losses_in_words(self) -> str:
+        """For the table at the end of a fit: the weights that callbacks have stopped acting on; empty without any."""
+        lines = [f"  {name}: {why}" for name, why in self.losses.items()]
+        if len(lines) > 8:
+            lines = [*lines[:8], f"  and {len(lines) - 8} more"]
+        return "\n".join(["No longer treated, because the claim of scale invariance did not hold:", *lines, ""]) if lines else ""
 
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
@@ -396,43 +495,13 @@ def _on_the_same_vectors(effect: Effect, theirs: Target, ours: Target) -> bool:
     return isinstance(effect, Projection) and effect.gate == "cosine" and ours.partition.n == 1
 
 
-class Claims:
-    """The claims of one optimizer's weights, held against its first gradients (`lightning_normdyn.targets.EulerTest`).
+def _is_claimed(verdict: Verdict) -> bool:
+    return verdict.partition is not None and verdict.known in ("graph", "graph and gradients")
 
-    Args:
-        weights: the claimed weights.
-        verdicts: what the graph claims of each.
-    """
 
-    MOST_STEPS = 16
-
-    def __init__(self, weights: list[Tensor], verdicts: list[Verdict]) -> None:
-        self.verdicts = verdicts
-        partitions = [v.partition for v in verdicts if v.partition is not None]
-        self._vectors = WeightVectors(weights, partitions, [v.name for v in verdicts], [v.read for v in verdicts])
-        self._test = EulerTest(len(weights), self._vectors.device)
-        self._steps = 0
-        self._told: set[int] = set()
-        self.decided = False
-
-    def withdrawn(self) -> list[tuple[Verdict, float, int]]:
-        """Take this step's gradients in; claims that they contradict: verdict, rms of z, over how many values."""
-        vectors, test = self._vectors, self._test
-        weights, gradients = vectors.values(), vectors.gradients()
-
-        def summarize(sums: Tensor, length: Tensor) -> Tensor:
-            ww, wg, gg = sums
-            each = EulerTest(length.numel(), vectors.device)
-            each.update(wg, ww, gg, length, torch.arange(length.numel(), device=vectors.device, dtype=torch.long))
-            return each.sums.T.to(vectors.sum_dtype)
-
-        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
-        test.sums += vectors.inner_and_totals(*pairs, summarize=summarize)[1].T
-        self._steps += 1
-        found, new = test.result(), [i for i in test.rejected() if i not in self._told]
-        self._told.update(new)
-        self.decided = self._steps >= self.MOST_STEPS or all(count >= EULER_COUNT for _, count in found)
-        return [(self.verdicts[i], *found[i]) for i in new]
+def _layout(optimizer: Optimizer) -> tuple[tuple[int, int], ...]:
+    """The param groups of an optimizer, to see when one joins or grows."""
+    return tuple((id(g), len(g["params"])) for g in optimizer.param_groups)
 
 
 def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
@@ -483,4 +552,4 @@ def announce(session: Session) -> None:
     print_start_table(session)  # every rank works out the numbers in it, rank zero prints
 
 
-__all__ = ["Claims", "Session", "has_sparse_gradient", "warn_once"]
+__all__ = ["Session", "has_sparse_gradient", "warn_once"]
