@@ -149,7 +149,21 @@ FAR = 1000
         [lambda: AdaptiveWeightShrink(0.2, weight_decay="keep"), RadialProjection],
         [lambda: AdaptiveWeightShrink(0.2, weight_decay="keep"), lambda: WeightRescaling(FAR)],
     ],
-    ids=str,
+    ids=[
+        "none",
+        "aws",
+        "aws keep",
+        "projection",
+        "projection own",
+        "projection whole",
+        "wrs",
+        "wrs keep",
+        "wrs later",
+        "wrs projection",
+        "aws projection wrs",
+        "aws keep projection",
+        "aws keep wrs",
+    ],
 )
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_record_holds_what_the_weights_lost(make_optimizer: Any, callbacks: Any, order: int) -> None:
