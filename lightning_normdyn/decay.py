@@ -21,8 +21,9 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizer_state import decay_kind
-from lightning_normdyn.step_response import Number, own_response
+from lightning_normdyn.group_numbers import Number, as_number, group_number
+from lightning_normdyn.optimizer_facts import decays_at_its_rate, law_of
+from lightning_normdyn.step_response import own_response
 
 __all__ = ["AnOptimizer", "Decay", "DecayOwner", "DecayRule", "decay_of", "highest_claim", "optimizer_decay", "written_decay"]
 
@@ -96,7 +97,7 @@ class Decay:
         return self.alpha > 0 and (self.rate is None or isinstance(self.rate, Tensor) or self.rate != 0)
 
 
-def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Any:
+def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
     """λ of a param group as ``optimizer`` reads it at this step; 0 without any.
 
     Example:
@@ -104,9 +105,10 @@ def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Any:
         >>> written_decay(SGD, {"lr": 0.1, "weight_decay": 5e-4})
         0.0005
     """
-    decay = group.get("weight_decay") or 0.0
-    if getattr(optimizer, "decoupled_wd", False) and hasattr(optimizer, "_init_lr"):
-        return decay / optimizer._init_lr  # an option of lion_pytorch: lr x decay is meant, at the first lr
+    decay = group_number(group, "weight_decay")
+    if getattr(optimizer, "decoupled_wd", False):
+        first_lr = as_number(getattr(optimizer, "_init_lr", None))
+        return decay if first_lr is None else decay / first_lr  # an option of lion_pytorch: lr x decay is meant, at the first lr
     return decay
 
 
@@ -131,8 +133,10 @@ def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number 
     decay = written_decay(optimizer, group)
     if not isinstance(decay, Tensor) and decay == 0:
         return 0.0
-    if isinstance(optimizer, Optimizer) and decay_kind(optimizer, dict(group)) == "decoupled":
-        return decay  # type: ignore[no-any-return]  # a number, or a tensor with one
+    if isinstance(optimizer, Optimizer):
+        law = law_of(optimizer, group)
+        if law is not None and law[0] == "decoupled":
+            return decay if decays_at_its_rate(optimizer, group) else None
     kind = optimizer if isinstance(optimizer, type) else type(optimizer)
     response = own_response(kind, group)
     if response is None or response.rough:

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.step_response import Number, Options, StepResponse, is_zero, own_response, step_response
+from lightning_normdyn.group_numbers import Number, group_number, is_zero
+from lightning_normdyn.step_response import Options, StepResponse, own_response, step_response
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -336,11 +337,11 @@ def equivalent_hyperparameters(optimizer_class: type, group: Mapping[str, Any], 
         return None
     faster = scale if response.normalized else scale**2  # a gradient is 1/scale as long, a normalized one as long as before
     changed: dict[str, Number] = {
-        "lr": group["lr"] * faster,
-        "weight_decay": group["weight_decay"] / (scale**2 if response.coupled else faster),
+        "lr": response.lr * faster,
+        "weight_decay": group_number(group, "weight_decay") / (scale**2 if response.coupled else faster),
     }
     if response.normalized and "eps" in group:
-        changed["eps"] = group["eps"] / scale
+        changed["eps"] = group_number(group, "eps") / scale
     return changed
 
 

@@ -13,6 +13,7 @@ applies the factors.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.group_numbers import as_number
+from lightning_normdyn.optimizer_facts import TABLE, facts_of, law_of
 
 __all__ = [
     "decay_kind",
@@ -31,40 +34,7 @@ __all__ = [
     "supports_decay_takeover",
 ]
 
-_Muon: type[Optimizer] | None = getattr(torch.optim, "Muon", None)  # newer torch only
-
-_ADAM = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0}
-
-# {class: {buffer: e}}: w -> f w makes the buffer f^e times what it was. Only per-entry buffers; step counts and the like do not change.
-_STATE_EXPONENTS: dict[type[Optimizer], dict[str, float]] = {
-    torch.optim.SGD: {"momentum_buffer": -1.0},
-    torch.optim.Adam: _ADAM,
-    torch.optim.AdamW: _ADAM,
-    torch.optim.NAdam: _ADAM,
-    torch.optim.RAdam: _ADAM,
-    torch.optim.Adamax: {"exp_avg": -1.0, "exp_inf": -1.0},  # exp_inf is a maximum of |g|, not of g²
-    torch.optim.RMSprop: {"square_avg": -2.0, "grad_avg": -1.0, "momentum_buffer": 0.0},  # this momentum holds g/√v: no scale
-    torch.optim.Adagrad: {"sum": -2.0},
-}
-if _Muon is not None:
-    _STATE_EXPONENTS[_Muon] = {"momentum_buffer": -1.0}
-
-_COUPLED = (
-    torch.optim.SGD,
-    torch.optim.Adam,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.Adamax,
-    torch.optim.RMSprop,
-    torch.optim.Adagrad,
-    torch.optim.Adadelta,
-    torch.optim.ASGD,
-)
-_DECOUPLED: tuple[type[Optimizer], ...] = tuple(
-    c for c in (torch.optim.AdamW, getattr(torch.optim, "Adafactor", None), _Muon) if c is not None
-)
-
-# Packages besides torch whose `step` was read: it takes group["weight_decay"] anew at every step and keeps nothing in the group.
+# lion_pytorch's step was read: it takes group["weight_decay"] anew at every step and keeps nothing in the group.
 _READS_DECAY_EVERY_STEP = ("lion_pytorch.",)
 
 # Keys that optimizers write into their param groups at every step (schedule-free, Prodigy, fused Adams with one step count per group).
@@ -100,14 +70,37 @@ def state_exponents(optimizer: Optimizer) -> dict[str, float]:
             f"{asked}, but a schedule-free optimizer keeps a second copy of the weights, which would stay at the old scale. "
             "Use another optimizer."
         )
-    known = next((table for c in type(optimizer).__mro__ if (table := _STATE_EXPONENTS.get(c)) is not None), None)
+    known = facts_of(optimizer).exponents
     if known is None:
-        names = ", ".join(sorted(c.__name__ for c in _STATE_EXPONENTS))
+        names = ", ".join(sorted(row.name for row in TABLE if row.exponents is not None))
         raise NotSupportedError(f"{asked}, but only the state of {names} is understood. {way_out}")
-    present = {key for state in optimizer.state.values() for key, value in state.items() if isinstance(value, Tensor) and value.dim()}
-    if unknown := sorted(present - known.keys()):
+    if unknown := sorted(_buffers_of(optimizer) - known.keys()):
         raise NotSupportedError(f"{asked}, but what a change of scale does to its buffers {unknown} is not known. {way_out}")
     return {key: exponent for key, exponent in known.items() if exponent}
+
+
+def _buffers_of(optimizer: Optimizer) -> set[str]:
+    """Names of everything in the state of single weights that may depend on their scale: tensors that are no mere numbers, alone or in
+    containers, and objects that may hold some.
+
+    Optimizers also keep numbers of their own in ``state`` (MADGRAD's "k", SPAM's "total_step"): those belong to no weight.
+    """
+    names: set[str] = set()
+    for state in optimizer.state.values():
+        if isinstance(state, Mapping):
+            names |= {str(key) for key, value in state.items() if not _is_plain(value)}
+    return names
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value in the state is a number, a flag or a name, alone or in containers."""
+    if isinstance(value, Tensor):
+        return value.dim() == 0
+    if isinstance(value, Mapping):
+        return all(_is_plain(entry) for entry in value.values())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return all(_is_plain(entry) for entry in value)
+    return value is None or isinstance(value, (bool, str)) or as_number(value) is not None
 
 
 def per_matrix_only(optimizer: Optimizer) -> bool:
@@ -117,7 +110,7 @@ def per_matrix_only(optimizer: Optimizer) -> bool:
         >>> per_matrix_only(torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1))
         False
     """
-    return _Muon is not None and isinstance(optimizer, _Muon)
+    return facts_of(optimizer).per_matrix
 
 
 def decay_kind(optimizer: Optimizer, group: dict[str, Any]) -> Literal["coupled", "decoupled"] | None:
@@ -138,13 +131,8 @@ def decay_kind(optimizer: Optimizer, group: dict[str, Any]) -> Literal["coupled"
         >>> decay_kind(adam, adam.param_groups[0])
         'coupled'
     """
-    if "weight_decay" not in group:
-        return None
-    if isinstance(optimizer, _DECOUPLED) or _step_module(optimizer).startswith("lion_pytorch."):
-        return "decoupled"
-    if isinstance(optimizer, _COUPLED):
-        return "decoupled" if group.get("decoupled_weight_decay") else "coupled"
-    return None
+    law = law_of(optimizer, group)
+    return None if law is None else law[0]
 
 
 def supports_decay_takeover(optimizer: Optimizer) -> str | None:
@@ -160,7 +148,7 @@ def supports_decay_takeover(optimizer: Optimizer) -> str | None:
     name, module = type(optimizer).__name__, _step_module(optimizer)
     if is_schedule_free(optimizer):
         return f"{name} is schedule-free and keeps a second copy of the weights"
-    if module.startswith("torch.optim."):  # read, all of them; Adafactor has a constant "d" in its groups
+    if facts_of(optimizer).reads_decay:
         return None
     kept = sorted({key for group in optimizer.param_groups for key in group if key in _PER_STEP_GROUP_KEYS})
     if kept:
@@ -189,8 +177,10 @@ def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
         >>> step_buffer(sgd, sgd.param_groups[0])
         'momentum_buffer'
     """
-    plain = type(optimizer) is torch.optim.SGD and group["momentum"] != 0 and not group["nesterov"]
-    return "momentum_buffer" if plain else None
+    facts = facts_of(optimizer)
+    if facts.step_buffer is None or type(optimizer) is not facts.known_class:
+        return None
+    return facts.step_buffer(group)
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
@@ -203,7 +193,7 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
     return (
         any(c.__module__.split(".")[0] == "schedulefree" for c in type(optimizer).__mro__)
         or any("train_mode" in group for group in optimizer.param_groups)
-        or any("z" in state for state in optimizer.state.values())
+        or any("z" in state for state in optimizer.state.values() if isinstance(state, Mapping))
     )
 
 

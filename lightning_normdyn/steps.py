@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.decay import DecayOwner, written_decay
+from lightning_normdyn.decay import DecayOwner
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizer_state import decay_kind, is_schedule_free, supports_decay_takeover
+from lightning_normdyn.optimizer_facts import applied_decay
+from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
 from lightning_normdyn.sharding import torch_optimizers
 from lightning_normdyn.vectors import Partition, WeightVectors
 from lightning_normdyn.wrappers import fires_step_hooks, inner_optimizers
@@ -427,10 +428,12 @@ class StepBracket:
         vectors = self._rest[1]
         has_gradient = vectors.has_gradient()
         coupled, factors = [], []
-        for (_, _, group), present in zip(partly, has_gradient, strict=True):
-            kind, decay = decay_kind(self.optimizer, group), written_decay(self.optimizer, group)
-            factors.append(1 - group["lr"] * decay if present and kind == "decoupled" else 1.0)
-            coupled.append(decay * (-1 if group.get("maximize") else 1) if present and kind == "coupled" else 0.0)
+        for (weight, _, group), present in zip(partly, has_gradient, strict=True):
+            decay = applied_decay(self.optimizer, group, weight) if present else None
+            is_coupled = decay is not None and decay.kind == "coupled"
+            sign = -1.0 if group.get("maximize") else 1.0  # torch turns the gradient around before it adds the decay
+            factors.append(1.0 if decay is None else decay.factor)
+            coupled.append(sign * decay.amount if decay is not None and is_coupled else 0.0)
         assert self._step is not None
         if any(isinstance(f, Tensor) or f != 1 for f in factors):
             vectors.scale_(self._step.unless_skipped(self._of_rest(vectors, factors), 1.0))

@@ -13,6 +13,7 @@ from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, chec
 from lightning_normdyn.callbacks.effect import Effect, Shrink
 from lightning_normdyn.decay import DecayOwner
 from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
+from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 
@@ -76,7 +77,8 @@ class AdaptiveWeightShrink(NormDynCallback):
         return {Phase.SHRINK: self._shrink}
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
-        """The decay of the targets must be ours to take over."""
+        """The rate must be known, and the decay of the targets ours to take over."""
+        check_rate(optimizer, weights)
         if self.weight_decay == "replace":
             check_decay_takeover(optimizer, weights)
 
@@ -101,7 +103,7 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def _shrink(self, step: Step, plan: Plan) -> None:
         statistic = self.statistic_of(plan)
-        lr = plan.group_values("lr")
+        lr = plan.rates()
         factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
         plan.count("clamped", plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step))
         if plan.vectors.low_precision:

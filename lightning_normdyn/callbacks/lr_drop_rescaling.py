@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import inf, log
+from math import inf, log, nan
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,6 +18,7 @@ from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
 from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.optimizer_facts import applied_rate, check_rate
 from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
@@ -152,6 +153,7 @@ class LRDropRescaling(NormDynCallback):
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale."""
         if weights:
+            check_rate(optimizer, weights)
             Rescaler.check(optimizer, "rescale")
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
@@ -203,7 +205,7 @@ class LRDropRescaling(NormDynCallback):
         settings = zip(plan.targets, known.groups, known.exponents, plan.vectors.has_gradient(), strict=True)
         for i, (target, group, exponent, has_gradient) in enumerate(settings):
             if has_gradient:  # a weight that does not step finds the drop still due when it does
-                lr = self._lr(group)
+                lr = self._lr(plan.optimizer, group, target.weight)
                 drop, pending.rates[target.name] = self._rates.get(target.name, Rate(lr)).then(lr, self.min_drop)
                 factors[i] = drop**-exponent
         if all(factor == 1.0 for factor in factors):
@@ -225,11 +227,14 @@ class LRDropRescaling(NormDynCallback):
             if pending.unmarked:
                 plan.mark("lr_drop")
 
-    def _lr(self, group: Mapping[str, Any]) -> float:
-        """The learning rate on the host; one that lives on a device is fetched only when somebody has written to it."""
-        lr = group["lr"]
-        if not isinstance(lr, Tensor):
-            return float(lr)
+    def _lr(self, optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> float:
+        """The rate of the coming step on the host; one that lives on a device is fetched only when somebody has written to it."""
+        rate = applied_rate(optimizer, group, weight)
+        if rate is None:
+            return nan
+        if isinstance(rate, float):
+            return rate
+        lr = group["lr"]  # computed from a tensor, the rate is a new tensor at each step, but only a schedule makes it drop
         last = self._read.get(id(group))
         if last is None or last[0] is not lr or last[1] != lr._version:
             last = self._read[id(group)] = (lr, lr._version, float(lr))

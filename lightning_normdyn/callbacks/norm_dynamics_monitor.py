@@ -345,7 +345,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         scale = getattr(step.optimizer, "grad_scale", None)
         if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
             wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
-        lr = plan.group_values("lr").clone()
+        lr = plan.rates().clone()
         self._sums[plan.index] = sums = {"ww": ww, "wg": wg, "gg": gg, "lr": lr}
         if w1:
             sums["w1"] = w1[0]

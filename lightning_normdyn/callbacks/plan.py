@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.decay import DecayOwner
+from lightning_normdyn.group_numbers import Number, group_number
+from lightning_normdyn.optimizer_facts import applied_rate, rate_differs_within
 from lightning_normdyn.steps import Step
 from lightning_normdyn.targets import Verdict
 from lightning_normdyn.vectors import Partition, WeightVectors
@@ -80,15 +83,33 @@ class Plan:
         """What of each weight is treated, for `StepBracket.claim_decay`: rows that are not keep the optimizer's decay."""
         return {t.weight: t.partition for t in self.targets}
 
-    def group_values(self, key: str) -> Tensor:
-        """A number of the param groups (``"lr"``, ...) for each vector, ``(n,)`` float64, read at this very step."""
-        values = [group.get(key) for group, _ in self.groups]
-        return self.spread_groups(key, [0.0 if v is None else v for v in values])
+    def rates(self) -> Tensor:
+        """The rate that the optimizer's next step really applies to each vector, ``(n,)`` float64; NaN where nobody can tell.
 
-    def spread_groups(self, key: str, values: list[Any]) -> Tensor:
+        For most optimizers that is the learning rate of the param group, read at this very step
+        (`lightning_normdyn.optimizer_facts.applied_rate`).
+        """
+        if not any(rate_differs_within(self.optimizer, group) for group, _ in self.groups):
+            values = [self._rate(group, group["params"][0]) for group, _ in self.groups]
+            return self.spread_groups("rate", values)
+        groups = self.groups_of(self.targets)
+        by_weight = [self._rate(group, target.weight) for target, group in zip(self.targets, groups, strict=True)]
+        rates = torch.empty(self.vectors.n, dtype=self.vectors.sum_dtype, device=self.vectors.device)
+        for rate, where in zip(by_weight, self.vectors.slices, strict=True):
+            rates[where] = rate
+        return rates
+
+    def _rate(self, group: dict[str, Any], weight: Tensor) -> Number:
+        rate = applied_rate(self.optimizer, group, weight)
+        return nan if rate is None else rate
+
+    def group_values(self, key: str) -> Tensor:
+        """A number of the param groups (``"weight_decay"``, ...) for each vector, ``(n,)`` float64, read at this very step."""
+        return self.spread_groups(key, [group_number(group, key) for group, _ in self.groups])
+
+    def spread_groups(self, key: str, values: list[Number]) -> Tensor:
         """One number per param group, for each vector: ``(n,)`` float64; cached under ``key`` while the numbers stay the same."""
         # A float is a kernel argument; only a tensor that lives on the device is read there. Nothing waits for the device.
-        values = [float(v) if isinstance(v, Tensor) and v.device.type == "cpu" else v for v in values]
         known = self._values.get(key)
         constant = not any(isinstance(v, Tensor) for v in values)
         if known is not None and constant and known[0] == values:

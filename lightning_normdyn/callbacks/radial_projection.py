@@ -15,6 +15,7 @@ from lightning_normdyn.callbacks.effect import Effect, Projection
 from lightning_normdyn.decay import Decay, DecayOwner, DecayRule
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
+from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.optimizer_state import decay_kind, step_buffer
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 from lightning_normdyn.vectors import Partition
@@ -111,6 +112,7 @@ class RadialProjection(NormDynCallback):
         """The decay must be one that has a decoupled equivalent, and ours to take over."""
         if not weights:
             return
+        check_rate(optimizer, weights)
         check_decay_takeover(optimizer, weights)
         ours = {id(w) for w in weights}
         for group in optimizer.param_groups:
@@ -158,7 +160,7 @@ class RadialProjection(NormDynCallback):
             else:
                 state = step.optimizer.state
                 moved = vectors.local([state[w].get(buffer) if w in state else None for w in vectors.weights])
-                removed = vectors.remove_radial_of_(moved, -plan.group_values("lr"), share, active)
+                removed = vectors.remove_radial_of_(moved, -plan.rates(), share, active)
             plan.guard(removed, 0.0, step)  # has been left alone where it is not finite; here it is remembered
             return
         before = vectors.snapshots(step.bracket)
@@ -181,7 +183,7 @@ class RadialProjection(NormDynCallback):
     def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
         rates = [self._rate(step.optimizer, group) for group, _ in plan.groups]
-        rate = plan.group_values("lr") * plan.spread_groups("projection_decay", rates)
+        rate = plan.rates() * plan.spread_groups("projection_decay", rates)
         ratio: float | Tensor = self.weight_decay_ratio
         if projected is not None:
             ratio = torch.where(projected, torch.full_like(rate, self.weight_decay_ratio), torch.ones_like(rate))

@@ -449,7 +449,7 @@ class Session:
         for member in self.members:
             member.correct_decays(plan, decays, rates)
 
-        lr = plan.group_values("lr")
+        lr = plan.rates()
         before = (lr * alphas * size).clamp(max=0.5)
         within = (lr * vectors.spread(rates)).clamp(max=0.5)
         active = plan.active()

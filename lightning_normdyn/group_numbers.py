@@ -1,0 +1,96 @@
+"""The numbers of a param group, however they are written.
+
+A schedule over a numpy array leaves a ``numpy.float32`` in ``group["lr"]``, a capturable optimizer keeps a tensor there, a person writes an
+``int`` or a ``Fraction``. Everything that computes with a number of a group reads it through `as_number`, so that no other place has to
+know which types there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from decimal import Decimal
+from numbers import Real
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+__all__ = ["Number", "as_number", "group_number", "is_zero", "with_plain_numbers"]
+
+Number: TypeAlias = float | Tensor
+
+
+def as_number(value: object) -> Number | None:
+    """``value`` as a Python float, or as a tensor if it lives on an accelerator, where looking at it would wait for the device.
+
+    Args:
+        value: a Python, numpy or ``Fraction`` number, or a tensor or numpy array that holds a single number.
+
+    Returns:
+        A float; a tensor without dimensions for a number on an accelerator; ``None`` for what is no number (a bool is none).
+
+    Example:
+        >>> import numpy as np, torch
+        >>> as_number(np.float32(0.5)), as_number(torch.tensor([0.5])), as_number("0.5"), as_number(True)
+        (0.5, 0.5, None, None)
+    """
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, Tensor):
+        return _of_tensor(value)
+    if isinstance(value, (Real, Decimal)):
+        return float(value)
+    # A numpy array that holds one number; asked for by what it can do, so that numpy is not imported here.
+    if getattr(value, "size", None) == 1 and hasattr(value, "item"):
+        return as_number(value.item())
+    return None
+
+
+def _of_tensor(value: Tensor) -> Number | None:
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        return None
+    if value.device.type == "cpu":
+        return float(value)
+    return value.detach().reshape(())
+
+
+def group_number(group: Mapping[str, Any], key: str, default: float = 0.0) -> Number:
+    """``group[key]`` as a number; ``default`` where it is missing, ``None`` or no number.
+
+    Example:
+        >>> group_number({"weight_decay": None}, "weight_decay"), group_number({"lr": 1}, "lr")
+        (0.0, 1.0)
+    """
+    number = as_number(group.get(key))
+    return default if number is None else number
+
+
+def with_plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of ``group`` in which each number, and each number of a tuple or list (``betas``), is a float or a device tensor.
+
+    What is no single number stays as it is: flags, strings, the list of parameters.
+
+    Example:
+        >>> import numpy as np
+        >>> with_plain_numbers({"lr": np.float32(0.5), "betas": (np.float64(0.9), 1), "nesterov": False})
+        {'lr': 0.5, 'betas': (0.9, 1.0), 'nesterov': False}
+    """
+    plain: dict[str, Any] = {}
+    for key, value in group.items():
+        if key == "params":
+            plain[key] = value
+        elif isinstance(value, (tuple, list)):
+            plain[key] = tuple(_number_or_same(entry) for entry in value)
+        else:
+            plain[key] = _number_or_same(value)
+    return plain
+
+
+def _number_or_same(value: Any) -> Any:
+    number = as_number(value)
+    return value if number is None else number
+
+
+def is_zero(x: Number) -> bool:
+    """Whether ``x`` is the number 0. A tensor is never looked into: that would wait for the device."""
+    return not isinstance(x, Tensor) and x == 0
