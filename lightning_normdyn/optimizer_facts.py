@@ -28,7 +28,6 @@ from lightning_normdyn.rate_rules import RateRule
 from lightning_normdyn.step_rules import ResponseRule, StepResponse
 
 __all__ = [
-    "TABLE",
     "AppliedDecay",
     "OptimizerFacts",
     "applied_decay",
