@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 MOST_ROWS = 60
 MOST_NOTES = 4
@@ -17,6 +16,8 @@ NAME = 40
 SHORTEST_NAME = 12
 GAP = 2
 """Blanks between two columns."""
+_PATH = re.compile(r"[A-Za-z_]\w*\.\w")
+"""The beginning of a module path, in whatever column it stands; a number such as 0.0014 is none."""
 
 
 def render(
@@ -32,7 +33,7 @@ def render(
     """A table as text that fits the terminal; the first column holds names.
 
     A table that is too wide moves the long, repeated cells of the columns ``noted`` into notes below it, wraps cells between words and
-    names after dots, and leaves out the columns ``optional``, which it says. Nothing is ever cut off.
+    module paths after dots, and leaves out the columns ``optional``, which it says. Nothing is ever cut off.
 
     Args:
         title: a line above; none if empty.
@@ -53,7 +54,7 @@ def render(
         conv2.weight  2
         <BLANKLINE>
     """
-    width = max(40, width or shutil.get_terminal_size((140, 24)).columns)
+    width = _terminal(width)
     cells = [list(columns), *([*row] for row in rows[:most_rows])]
     notes, left_out = _make_room(cells, noted, optional, width)
     widths = _widths(cells, width)
@@ -66,8 +67,27 @@ def render(
     if left_out:
         notes.append(f"Not shown in a terminal of {width} columns: {', '.join(left_out)}")
     for note in notes:
-        lines += textwrap.wrap(note, width)
+        lines += _fold(note, width)
     return "\n".join(lines) + "\n"
+
+
+def paragraph(text: str, width: int | None = None) -> str:
+    """A sentence below a table, folded like its cells: between words, and module paths after dots.
+
+    Args:
+        text: one line.
+        width: columns of the terminal; None: what the terminal has, 140 where there is none.
+
+    Example:
+        >>> print(paragraph("clamped 3 times: model.layers.10.self_attention.query.weight", width=40), end="")
+        clamped 3 times: model.layers.10.
+        self_attention.query.weight
+    """
+    return "\n".join(_fold(text, _terminal(width))) + "\n"
+
+
+def _terminal(width: int | None) -> int:
+    return max(40, width or shutil.get_terminal_size((140, 24)).columns)
 
 
 def _make_room(cells: list[list[str]], noted: Sequence[str], optional: Sequence[str], width: int) -> tuple[list[str], list[str]]:
@@ -111,30 +131,53 @@ def _natural(cells: Sequence[Sequence[str]]) -> list[int]:
     return [max(map(len, column)) for column in zip(*cells, strict=True)]
 
 
+def _pieces(text: str, is_name: bool = False) -> list[str]:
+    """What stays in one line if there is room: words with the blanks behind them, of a module path each part with its dot."""
+    pieces: list[str] = []
+    for word in re.findall(r"\s*\S+\s*", text):
+        at_dots = is_name or _PATH.search(word)
+        pieces += re.findall(r"[^.]*\.|[^.]+", word) if at_dots else [word]
+    return pieces
+
+
+def _longest(cells: Sequence[Sequence[str]], split: Callable[[str, bool], list[str]]) -> list[int]:
+    """The length of the longest part of each column; the first column holds names."""
+    columns = zip(*cells, strict=True)
+    return [max(len(part.strip()) for cell in column for part in split(cell, i == 0) or [""]) for i, column in enumerate(columns)]
+
+
 def _least(cells: Sequence[Sequence[str]]) -> list[int]:
-    """Widths below which a word would be broken, or a name of ordinary length."""
-    least = [max(len(word) for cell in column for word in cell.split() or [""]) for column in zip(*cells, strict=True)]
-    return [min(least[0], NAME), *least[1:]]
+    """Widths below which a word, a part of a path or a name of ordinary length would be broken."""
+    whole_name = _longest(cells, lambda text, _: text.split())[0]
+    return [min(whole_name, NAME), *_longest(cells, _pieces)[1:]]
 
 
 def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int]:
     """The widest column gives way first, down to its longest word; then the names do; words are broken only at last."""
-    widths, least = _natural(cells), _least(cells)
-    for floor in (least, [min(least[0], SHORTEST_NAME), *least[1:]], [1] * len(widths)):
+    widths, least, parts = _natural(cells), _least(cells), _longest(cells, _pieces)
+    floors = (
+        least,
+        [min(least[0], parts[0]), *least[1:]],  # names are folded after every dot, if need be
+        [min(least[0], SHORTEST_NAME), *least[1:]],
+        [1] * len(widths),
+    )
+    for floor in floors:
         while _total(widths) > width and any(w > f for w, f in zip(widths, floor, strict=True)):
             widths[max(range(len(widths)), key=lambda i, floor=floor: (widths[i] > floor[i], widths[i]))] -= 1  # type: ignore[misc]
     return widths
 
 
-def _fold(text: str, width: int, is_name: bool) -> list[str]:
-    """Lines of at most ``width`` characters: broken between words, a name also after a dot, and anywhere where neither is enough."""
+def _fold(text: str, width: int, is_name: bool = False) -> list[str]:
+    """Lines of at most ``width`` characters: broken between words and after the dots of paths, within a word only where nothing else
+    is enough, and then after an underscore if there is one."""
     lines = [""]
-    for part in re.findall(r"[^.]*\.|[^.]+" if is_name else r"\S+\s*", text):
-        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+    for piece in _pieces(text, is_name):
+        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
             lines.append("")
-        lines[-1] += part
+        lines[-1] += piece
         while len(lines[-1].rstrip()) > width:
-            lines[-1:] = [lines[-1][:width], lines[-1][width:]]
+            end = lines[-1].rfind("_", 0, width) + 1 or width
+            lines[-1:] = [lines[-1][:end], lines[-1][end:]]
     return [line.rstrip() for line in lines]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_normdyn.tables import MOST_ROWS, render
+from lightning_normdyn.tables import MOST_ROWS, paragraph, render
 
 COLUMNS = ["weight", "treated how", "norm first → last", "effective lr", "e-foldings", "verdict"]
 WRS = "WRS to its initial norm every 20 steps"
@@ -61,6 +61,53 @@ def test_names_break_after_dots_and_numbers_do_not():
     lines = table(80)
     assert any(line.startswith("shortcut.0.weight") or line.startswith("network.4.shortcut.0.weight") for line in lines)
     assert sum("0.57→0.809" in line for line in lines) == 3
+
+
+LAYERS = [f"model.language_model.layers.{i}" for i in (0, 1, 11)]
+TARGETS = [
+    [f"{layer}.{part}.weight", "4096×4096", f"layer{asked}", "1", f"{layer}.{norm}, {layer}.norm", "AWS, decay now 0.0014 (replaces 0.005)"]
+    for layer, asked in zip(LAYERS, ("", " (by request)", ""), strict=True)
+    for part, norm in (("self_attn.q_proj", "input_layernorm"), ("mlp.gate_proj", "post_attention_layernorm"))
+]
+TARGETS += [["head.weight", "10×64", "no", "10", "LogSoftmaxBackward0 does not commute with a change of scale", "measured"]]
+HEADINGS = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("noted", [("treated how", "because of"), ("treated how",), ()])
+def test_module_paths_fold_at_dots_in_every_column_and_no_word_is_broken(width, noted):
+    lines = render("title", HEADINGS, TARGETS, noted=noted, optional=("shape", "vectors"), width=width).splitlines()
+    assert max(map(len, lines)) <= width
+    whole = {part for row in TARGETS for cell in row for word in cell.split() for part in word.split(".")}
+    rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
+    for line in lines[rule + 1 :]:
+        for word in line.split():
+            if line.startswith(("Not shown", "[")):
+                continue
+            assert {part for part in word.split(".") if part} <= whole | {"[1]", "[2]"}, line
+    assert "0.0014" in "".join(lines)  # a number is no path
+
+
+def test_a_name_has_the_room_that_it_needs_at_80_columns():
+    lines = render("", HEADINGS, TARGETS, noted=("treated how", "because of"), optional=("shape", "vectors"), width=80).splitlines()
+    first = [number for number, line in enumerate(lines) if line.startswith(("model.", "head."))]
+    assert len(first) == 7
+    assert max(b - a for a, b in zip(first, first[1:], strict=False)) <= 5
+
+
+def test_a_part_of_a_path_that_is_too_long_breaks_after_an_underscore_first():
+    name = "post_attention_layernorm_of_the_very_long_name_of_a_block"
+    lines = render("", ["weight", "norm"], [[f"{name}.weight", "1"]], width=40).splitlines()
+    assert lines[2].split()[0].endswith("_")
+    assert name in "".join("".join(line.split()).removesuffix("1") for line in lines[2:])
+
+
+def test_a_sentence_below_a_table_folds_as_its_cells_do():
+    text = f"clamped 12 times ({', '.join(f'{layer}.mlp.weight: 4' for layer in LAYERS)}): lr * alpha * norm is too large there."
+    folded = paragraph(text, 80)
+    assert max(map(len, folded.splitlines())) <= 80
+    assert "".join(folded.split()) == "".join(text.split())
+    assert all(line.endswith((".", ",", "(", ")", ":", "4")) or " " in line for line in folded.splitlines())
 
 
 def test_many_different_texts_stay_in_the_table():

@@ -58,7 +58,7 @@ from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket
-from lightning_normdyn.tables import render
+from lightning_normdyn.tables import paragraph, render
 
 # Averaged over the vectors of a weight as RMS, because that is what predictions are about; everything else as mean.
 ROOT_MEAN_SQUARE = frozenset({"angular_update", "effective_step_size"})
@@ -870,7 +870,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         text = render(title, columns, cells, noted=("treated how",), optional=("e-foldings", "treated how"))
         if clamped:
             named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
-            text += f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times ({named}): lr * alpha * norm is too large there.\n"
+            times = sum(clamped.values())
+            text += paragraph(f"The shrink factor was clamped at 0.5 {times} times ({named}): lr * alpha * norm is too large there.")
         return text + self._session.losses_in_words()
 
     def _latest(self, quantity: str, target: Target) -> float | None:
