@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough (`... | head`); Python must not complain about it at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the model's code may call sys.exit, which must not end this without a word
         if options.traceback:
             raise
         known = isinstance(error, (NormDynError, OSError))
@@ -189,7 +189,7 @@ def _inspect(options: argparse.Namespace) -> None:
         verdicts = inspect_module(module, *inputs)
     except NormDynError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shapes = ", ".join(str(tuple(each.shape)) for each in inputs if hasattr(each, "shape"))
         raise NormDynError(
             f"`{options.model}` does not run on inputs of shape {shapes}: {_first_line(error)}. Check --input-shape."
@@ -205,14 +205,14 @@ def _build(name: str, settings: dict[str, Any]) -> nn.Module:
     _say(f"importing {source}")
     with _importing_from_here():
         try:
-            made = getattr(_import(source), attribute)
-        except AttributeError as error:
-            raise NormDynError(f"`{source}` has no `{attribute}`.") from error
-        except Exception as error:
+            imported = _import(source)
+        except (Exception, SystemExit) as error:  # a script that is no module may end itself, or parse its command line and end
             raise NormDynError(f"`{source}` cannot be imported: {_first_line(error)}.") from error
+        if not hasattr(imported, attribute):
+            raise NormDynError(f"`{source}` has no `{attribute}`.")
         try:
-            module = made(**settings)
-        except Exception as error:
+            module = getattr(imported, attribute)(**settings)
+        except (Exception, SystemExit) as error:
             raise NormDynError(f"`{attribute}` cannot be built: {_first_line(error)}. Give its arguments with --set KEY=VALUE.") from error
     if not isinstance(module, nn.Module):
         raise NormDynError(f"`{name}` gives {type(module).__name__}, and a torch.nn.Module or LightningModule is needed.")

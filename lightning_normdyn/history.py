@@ -11,7 +11,6 @@ import io
 import json
 import math
 import os
-import reprlib
 import zipfile
 import zlib
 from collections import Counter
@@ -25,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.errors import NormDynError, shown
 from lightning_normdyn.storage import is_remote, local, read, replacing
 
 Floats = NDArray[np.float32]
@@ -168,10 +167,9 @@ class History:
     """
 
     def __init__(self, max_rows: int = 4096, *, max_vector_bytes: int = 2**27) -> None:
-        if max_rows < 4:
-            raise NormDynError(f"`max_rows` must be at least 4, got {max_rows!r}.")
-        if max_vector_bytes < 1:
-            raise NormDynError(f"`max_vector_bytes` must be at least 1, got {max_vector_bytes!r}.")
+        for name, limit, least in (("max_rows", max_rows, 4), ("max_vector_bytes", max_vector_bytes, 1)):
+            if not least <= limit < _MOST:  # beyond, no file could be read back
+                raise NormDynError(f"`{name}` must be at least {least} and below 2^53, got {shown(limit)}.")
         self.meta: dict[str, Any] = {}
         self._columns: dict[str, int] = {}
         self._rows = _Thinned(max_rows, max_kinds=min(16, max_rows // 4))
@@ -195,8 +193,9 @@ class History:
             optimizer_step: optimizer steps that really happened so far.
 
         Raises:
-            NormDynError: for a step that lies before the newest row.
+            NormDynError: for a step that lies before the newest row or that no run can reach, and for a value that no float can hold.
         """
+        _check_steps(step, optimizer_step)
         if self._rows.records and step < self._rows.records[-1].step:
             raise NormDynError(
                 f"a row of step {step} was asked for, but the newest row is of step {self._rows.records[-1].step}; rows come in order. "
@@ -209,7 +208,7 @@ class History:
         present = np.zeros(len(self._columns), dtype=np.bool_)
         columns = [self._columns[key] for key in values]
         with np.errstate(over="ignore"):  # beyond float32 is inf, which is what a diverged run should show
-            cells[columns] = [float(value) for value in values.values()]
+            cells[columns] = [_as_float(value) for value in values.values()]
         present[columns] = True
         newest = self._rows.records[-1].content.present if self._rows.records else None
         if newest is not None and np.array_equal(newest, present):
@@ -226,6 +225,7 @@ class History:
         Raises:
             NormDynError: where a name had another length before, or the step lies before the newest record.
         """
+        _check_steps(step)
         content: dict[str, Floats] = {}
         for name, array in arrays.items():
             content[name] = np.array(array, dtype=np.float32)
@@ -260,6 +260,7 @@ class History:
 
     def mark(self, step: int, kind: str, name: str = "") -> None:
         """Remember an event, e.g. ``mark(800, "lr_drop")``; plots draw it."""
+        _check_steps(step)
         self._events.append(int(step), f"{kind} {name}", Event(int(step), kind, name))
 
     def truncate_after(self, step: int) -> None:
@@ -426,7 +427,7 @@ class History:
         version = header["version"]
         _require(
             version in (_OLDER_VERSION, _VERSION) and not isinstance(version, bool),
-            f"it has format version {reprlib.repr(version)}, and this package reads versions {_OLDER_VERSION} and {_VERSION}",
+            f"it has format version {shown(version)}, and this package reads versions {_OLDER_VERSION} and {_VERSION}",
         )
         columns = {_text(key): i for i, key in enumerate(header["keys"])}
         _require(len(columns) == len(header["keys"]), "a key stands twice")
@@ -558,6 +559,24 @@ def _array(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type, shape: tu
     return array
 
 
+def _check_steps(*steps: int) -> None:
+    for step in steps:
+        if not -_MOST < step < _MOST:
+            raise NormDynError(f"a step of {shown(step)} was asked for; no run counts beyond 2^53.")
+
+
+def _as_float(value: float) -> float:
+    """A number as a float; what diverges is inf, and an integer beyond that was never measured.
+
+    Raises:
+        NormDynError: for an integer that no float can hold.
+    """
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise NormDynError(f"a value of {shown(value)} was to be kept, and no float can hold it.") from error
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise NormDynError(f"a name is {type(value).__name__}, not text")
@@ -566,7 +585,7 @@ def _text(value: object) -> str:
 
 def _count(value: object, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST:
-        raise NormDynError(f"a number is {reprlib.repr(value)}, where a whole number from {least} to 2^53 belongs")
+        raise NormDynError(f"a number is {shown(value)}, where a whole number from {least} to 2^53 belongs")
     return value
 
 

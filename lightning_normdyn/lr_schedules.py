@@ -15,7 +15,7 @@ from typing import Any
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_normdyn.errors import NormDynError, NotSupportedError
+from lightning_normdyn.errors import NormDynError, NotSupportedError, shown
 from lightning_normdyn.step_response import steps_like
 
 __all__ = ["WeightDecayEquivalentLR", "weight_decay_equivalent_lrs"]
@@ -203,7 +203,10 @@ class WeightDecayEquivalentLR(LRScheduler):
 
 def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) -> list[float]:
     groups = len(optimizer.param_groups)
-    decays = [float(weight_decay)] * groups if isinstance(weight_decay, float | int) else [float(decay) for decay in weight_decay]
+    try:
+        decays = [float(weight_decay)] * groups if isinstance(weight_decay, float | int) else [float(decay) for decay in weight_decay]
+    except OverflowError as error:
+        raise NormDynError(f"`weight_decay` must be finite, got {shown(weight_decay)}.") from error
     if len(decays) != groups:
         raise NormDynError(f"`weight_decay` must be one number, or one per param group ({groups}), got {len(decays)}.")
     if not all(math.isfinite(decay) and decay >= 0 for decay in decays) or not any(decays):

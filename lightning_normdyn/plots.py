@@ -457,7 +457,9 @@ def plot_weight_histogram(history: History, name: str | None = None, ax: Axes | 
     """
     name = _middle_layer(history) if name is None else name
     fig, ax = _axes(ax)
-    reach = history.meta.get("histogram_reach", 6.0)
+    reach = history.meta.get("histogram_reach")
+    if not isinstance(reach, float | int) or not 0 < reach < 1e6:  # the file may say anything
+        reach = 6.0
     drawn = (
         ("histogram_input", "ggd_shape_input", "input space", "-"),
         ("histogram_parameter", "ggd_shape_parameter", "as they are", "--"),

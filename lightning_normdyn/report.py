@@ -240,7 +240,7 @@ def _layers(label: str, history: History) -> list[_Layer]:
                 run=label,
                 name=name,
                 kind=str(about.get("scale_invariant", "–")),
-                vectors=vectors if isinstance(vectors, int) else None,
+                vectors=vectors if isinstance(vectors, int) and 0 <= vectors < _MOST_STEPS else None,
                 first_norm=norms[0] if norms else None,
                 last_norm=norms[-1] if norms else None,
                 effective_lr=_late(values("effective_lr", name), np.mean),

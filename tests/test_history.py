@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -140,10 +141,28 @@ def test_rows_come_in_order():
         history.append_vectors(40, {"weight_norm/conv.weight": np.zeros(3)})
 
 
-@pytest.mark.parametrize("limit", [{"max_rows": 3}, {"max_vector_bytes": 0}])
+@pytest.mark.parametrize("limit", [{"max_rows": 3}, {"max_vector_bytes": 0}, {"max_rows": 10**400}, {"max_vector_bytes": 2**53}])
 def test_limits_are_checked(limit):
     with pytest.raises(NormDynError, match="at least"):
         History(**limit)
+
+
+def test_numbers_too_large_for_a_float_and_steps_beyond_reach_are_refused(tmp_path):
+    history = History()
+    history.append(0, {"a": 1e300}, optimizer_step=1)
+    assert history[0] == {"step": 0, "optimizer_step": 1, "a": float("inf")}
+    for value in (10**400, -(10**5000)):
+        with pytest.raises(NormDynError, match="no float can hold it"):
+            history.append(1, {"a": value, "b": 1.0}, optimizer_step=1)
+    for act in (
+        lambda: history.append(10**400, {"a": 1.0}, optimizer_step=2),
+        lambda: history.append(1, {"a": 1.0}, optimizer_step=10**5000),
+        lambda: history.append_vectors(2**53, {"weight_norm/a": np.ones(2)}),
+        lambda: history.mark(-(2**53), "rescale"),
+    ):
+        with pytest.raises(NormDynError, match=r"no run counts beyond 2\^53"):
+            act()
+    assert list(load_history(history.save(tmp_path / "run.npz"))) == list(history)
 
 
 # --- thinning
@@ -431,6 +450,32 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
         with contextlib.suppress(NormDynError):  # any other exception, and any other content, fails the test
             assert_same(load_history(path), filled())
+
+
+def places_of_numbers(value, place=()):
+    if isinstance(value, int) and not isinstance(value, bool):
+        yield place
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        yield from places_of_numbers(part, (*place, key))
+
+
+def test_an_integer_of_thousands_of_digits_anywhere_in_the_header_is_refused(tmp_path):
+    path = filled().save(tmp_path / "run.npz")
+    with np.load(path) as file:
+        header = json.loads(file["header"].tobytes())
+    places = [place for place in places_of_numbers(header) if place[0] != "meta"]
+    assert len(places) > 10
+    for place in places:
+        changed = copy.deepcopy(header)
+        part = changed
+        for key in place[:-1]:
+            part = part[key]
+        part[place[-1]] = 10**4000
+        with_header(path, **changed)
+        with pytest.raises(NormDynError, match="cannot be read as a history") as said:
+            load_history(path)
+        assert len(str(said.value)) < 1000, place
 
 
 @pytest.mark.parametrize("path", ["nowhere.npz", "."])

@@ -275,6 +275,31 @@ def installed_with(monkeypatch, tmp_path: Path, example: str | None) -> None:
         (tmp_path / "site" / "examples" / "digits_resnet.py").write_text(example)
 
 
+ENDS = {
+    "import": "import sys\nsys.exit({code})\n",
+    "construction": "import sys\n\nclass Model:\n    def __init__(self):\n        sys.exit({code})\n",
+    "forward": "import sys\nfrom torch import nn\n\nclass Model(nn.Module):\n    def forward(self, x):\n        sys.exit({code})\n",
+    "example": "import sys\nfrom torch import nn\n\nclass Model(nn.Module):\n    @property\n    def example_input_array(self):\n"
+    "        sys.exit({code})\n",
+}
+
+
+@pytest.mark.parametrize("code", ["", "0", "3", "'usage: train.py'"])
+@pytest.mark.parametrize("where", ENDS)
+def test_inspect_of_code_that_ends_the_process_says_so(capsys, where, code, request):
+    name = f"ends_{abs(hash(request.node.name))}"
+    Path(f"{name}.py").write_text(ENDS[where].format(code=code))
+    shape = () if where == "example" else ("--input-shape", "3")
+    said = refused(capsys, "inspect", f"{name}:Model", *shape)
+    assert "SystemExit" in said
+    assert code.strip("'") in said
+
+
+def test_inspect_of_a_module_with_an_attribute_error_of_its_own_names_that(capsys):
+    Path("broken_inside.py").write_text("import math\nmath.nothing\n")
+    assert "cannot be imported: AttributeError" in refused(capsys, "inspect", "broken_inside:Model", "--input-shape", "3")
+
+
 def test_demo_without_the_example_says_where_to_get_it(capsys, monkeypatch, tmp_path):
     installed_with(monkeypatch, tmp_path, None)
     assert "pip download" in refused(capsys, "demo")

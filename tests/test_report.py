@@ -452,3 +452,25 @@ def test_the_policy_stops_a_script_that_slipped_through(tmp_path):
     page = write_report({"run": synthetic()}, tmp_path / "report.html")
     page.write_text(page.read_text().replace("</body>", "<script>document.title = 'attacked'</script></body>"))
     assert dumped_title(page, tmp_path) == "Weight dynamics: run"
+
+
+@pytest.mark.parametrize("number", [10**4000, -(10**4000), True, 1.5, "7", None], ids=["huge", "negative", "true", "float", "text", "none"])
+def test_a_number_in_the_notes_of_a_run_that_is_none_is_left_out(number, tmp_path):
+    history = synthetic(1, 2)
+    history.meta["targets"] = {"conv0.weight": {"vectors": number, "scale_invariant": number, "verdict": number}}
+    run = load_run(history.save(tmp_path / "run.npz"))
+    page = Page(write_report({"run": run}, tmp_path / "report.html"))
+    assert ["–" if number is not True else page.rows[1][2]] == [page.rows[1][2]]
+
+
+@pytest.mark.parametrize("cell", ["9" * 4000, "-" + "9" * 4000, "1e999"])
+@pytest.mark.parametrize("column", ["step", "effective_lr/conv.weight", "normdyn/optimizer_step"])
+def test_a_number_of_thousands_of_digits_in_a_log_is_refused_or_infinite(cell, column, tmp_path):
+    cells = {"step": "1", "effective_lr/conv.weight": "0.5", "normdyn/optimizer_step": "2", column: cell}
+    (tmp_path / "metrics.csv").write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
+    if column == "effective_lr/conv.weight":
+        assert abs(load_run(tmp_path)[0][column]) == float("inf")
+    else:
+        with pytest.raises(NormDynError, match="is damaged") as said:
+            load_run(tmp_path)
+        assert len(str(said.value)) < 500

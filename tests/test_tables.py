@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from lightning_normdyn.tables import MOST_ROWS, paragraph, render
@@ -92,7 +94,7 @@ def test_a_name_has_the_room_that_it_needs_at_80_columns():
     lines = render("", HEADINGS, TARGETS, noted=("treated how", "because of"), optional=("shape", "vectors"), width=80).splitlines()
     first = [number for number, line in enumerate(lines) if line.startswith(("model.", "head."))]
     assert len(first) == 7
-    assert max(b - a for a, b in zip(first, first[1:], strict=False)) <= 5
+    assert max(b - a for a, b in pairwise(first)) <= 5
 
 
 def test_a_part_of_a_path_that_is_too_long_breaks_after_an_underscore_first():

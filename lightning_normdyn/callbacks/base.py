@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, SupportsFloat
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -23,7 +23,7 @@ from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, warn_once
 from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.decay import Decay
-from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError, shown
 from lightning_normdyn.sharding import check_weight, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import choose_partition, filter_partition, match_patterns, normalize_params
@@ -613,10 +613,18 @@ def check_number(name: str, value: object, bound: Literal["> 0", ">= 0"], otherw
     """
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not (value > 0 or (value == 0 and bound == ">= 0")):  # type: ignore[operator]
-        raise ValueError(f"`{name}` must be {bound}{otherwise}, got {value!r}.")
-    if value == inf:
-        raise ValueError(f"`{name}` must be finite, got {value!r}.")
+        raise ValueError(f"`{name}` must be {bound}{otherwise}, got {shown(value)}.")
+    if as_float(value) == inf:  # type: ignore[arg-type]
+        raise ValueError(f"`{name}` must be finite, got {shown(value)}.")
     return float(value)  # type: ignore[arg-type]
+
+
+def as_float(value: SupportsFloat) -> float:
+    """A number as a float, infinite where it is too large for one (``10**400``)."""
+    try:
+        return float(value)
+    except OverflowError:
+        return inf if value > 0 else -inf  # type: ignore[operator]
 
 
 def log_every(trainer: Trainer) -> int:
@@ -641,4 +649,4 @@ def _shown(params: Iterable[str]) -> str:
     return repr(params[0]) if len(params) == 1 else repr(params)
 
 
-__all__ = ["NormDynCallback", "Plan", "Session", "Target", "check_number", "log_every", "warn_once"]
+__all__ = ["NormDynCallback", "Plan", "Session", "Target", "as_float", "check_number", "log_every", "warn_once"]

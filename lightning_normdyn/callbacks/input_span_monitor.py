@@ -123,6 +123,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         for name, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+        if seed >= 2**31:  # what numpy, torch and Python all take, with the number of a batch added
+            raise ValueError(f"`seed` must be below 2**31, got {seed!r}.")
         if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
             raise ValueError(f"`energy` must be in (0, 1], got {energy!r}.")
         if method not in ("moments", "mle"):

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, as_float
 from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
@@ -121,9 +121,9 @@ class LRDropRescaling(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if exponent != "auto" and not (isinstance(exponent, (int, float)) and 0 <= exponent < inf):
+        if exponent != "auto" and not (isinstance(exponent, (int, float)) and 0 <= as_float(exponent) < inf):
             raise ValueError(f"`exponent` must be 'auto' or a number >= 0, got {exponent!r}.")
-        if not (isinstance(min_drop, (int, float)) and 1 < min_drop < inf):
+        if not (isinstance(min_drop, (int, float)) and 1 < as_float(min_drop) < inf):
             raise ValueError(f"`min_drop` must be > 1 and finite, got {min_drop!r}.")
         self.exponent: float | str = exponent if isinstance(exponent, str) else float(exponent)
         self.min_drop = float(min_drop)

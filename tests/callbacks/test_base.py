@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,
+    InputSpanMonitor,
+    LRDropRescaling,
     NormDynamicsMonitor,
     NormDynWarning,
     NoTargetsError,
@@ -791,6 +793,25 @@ def deep(layers):
     """Small layers, each in front of a normalization, and a head."""
     blocks = [layer for _ in range(layers) for layer in (nn.Linear(4, 4, bias=False), nn.LayerNorm(4))]
     return nn.Sequential(nn.Flatten(), nn.Linear(36, 4, bias=False), nn.LayerNorm(4), *blocks, nn.Linear(4, 2))
+
+
+TOO_LARGE = {
+    "alpha": lambda n: AdaptiveWeightShrink(n),
+    "target_norm": lambda n: WeightRescaling(10, target_norm=n),
+    "delta": lambda n: RadialProjection(delta=n),
+    "weight_decay": lambda n: RadialProjection(weight_decay=n),
+    "weight_decay_ratio": lambda n: RadialProjection(weight_decay_ratio=n),
+    "exponent": lambda n: LRDropRescaling(exponent=n),
+    "min_drop": lambda n: LRDropRescaling(min_drop=n),
+    "energy": lambda n: InputSpanMonitor(energy=n),
+    "seed": lambda n: InputSpanMonitor(seed=n),
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_a_number_too_large_for_a_float_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be"):
+        TOO_LARGE[name](10**400)
 
 
 def python_calls(layers, monkeypatch):
