@@ -11,7 +11,7 @@ Letters: n vectors of a weight, W weights, K sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizer_state import decay_kind
+from lightning_normdyn.step_view import part_of, split_groups
 from lightning_normdyn.wrappers import second_phase, steps_in_two_phases, without_framework
 
 if TYPE_CHECKING:
@@ -920,8 +920,32 @@ def _zero_redundancy_view(outer: Any) -> Optimizer:
             "Use overlap_with_ddp=False."
         )
     view = _new_view(_ZeroRedundancyView, inner)
-    view._outer, view._whole = ref(outer), None
+    view._outer = ref(outer)
     return cast(Optimizer, view)
+
+
+def groups_for_step(
+    optimizer: Optimizer, groups: Sequence[dict[str, Any]], taken: Container[Tensor], *, write_through: bool
+) -> list[dict[str, Any]] | None:
+    """What a step is to see in place of ``groups``, so that it applies no weight decay to the weights in ``taken``.
+
+    Args:
+        optimizer: one of `torch_optimizers`.
+        groups: those of the object that steps: the optimizer itself, or what a strategy steps in its place.
+        taken: the model's own weights.
+        write_through: as for `lightning_normdyn.step_view.split_groups`.
+
+    Returns:
+        As `lightning_normdyn.step_view.split_groups`.
+    """
+    if isinstance(optimizer, _DeepSpeedView):
+        return optimizer.groups_for_step(groups, taken, write_through)
+    return split_groups(groups, taken, write_through=write_through)
+
+
+def steps_as_one(optimizer: Optimizer) -> bool:
+    """Whether all weights of ``optimizer`` are stepped as one tensor, so that its weight decay is on for all of them or off for all."""
+    return isinstance(optimizer, _DeepSpeedView)
 
 
 class _ZeroRedundancyView(_View):
@@ -932,32 +956,10 @@ class _ZeroRedundancyView(_View):
     """
 
     _outer: Any
-    _whole: list[dict[str, Any]] | None
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         return cast(list[dict[str, Any]], self._outer().param_groups)
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        inner = self._target()
-        if groups is self._outer().param_groups:
-            self._restore()
-            return
-        mine = {id(p) for group in inner.param_groups for p in group["params"]}
-        self._whole = inner.param_groups
-        inner.param_groups = [{**group, "params": [p for p in group["params"] if id(p) in mine]} for group in groups]
-
-        def restore(*_: Any) -> None:
-            handle.remove()
-            self._restore()
-
-        # The outer step compares its groups with the inner ones as soon as the inner step is over.
-        handle = inner.register_step_post_hook(restore)
-
-    def _restore(self) -> None:
-        if self._whole is not None:
-            self._target().param_groups, self._whole = self._whole, None
 
     @property
     def state(self) -> Any:
@@ -1002,7 +1004,7 @@ def _deepspeed_views(optimizer: Any) -> list[Optimizer]:
     for flat, group, weights in parts:
         view = _new_view(_DeepSpeedView, optimizer.optimizer)
         view._flat, view._group, view._places = flat, group, weights
-        view._whole = view._groups = [{**group, "params": list(weights)}]
+        view.param_groups = [{**group, "params": list(weights)}]
         views.append(cast(Optimizer, view))
     return views
 
@@ -1054,33 +1056,19 @@ class _DeepSpeedView(_View):
     _flat: Tensor
     _group: dict[str, Any]
     _places: dict[Tensor, FlatSlice]
-    _groups: list[dict[str, Any]]
-    _whole: list[dict[str, Any]]
+    param_groups: list[dict[str, Any]]
 
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self._groups
-
-    @param_groups.setter
-    def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Taking decay over: the flat tensor has one group only, so the weights that keep their decay get it here."""
-        if groups is self._whole:
-            self._group["weight_decay"] = self._whole[0].get("weight_decay", 0.0)
-        else:
-            self._group["weight_decay"] = 0.0
-            for group in groups:
-                for weight in group["params"] if group["weight_decay"] else ():
-                    self._decay(weight, group)
-        self._groups = groups
-
-    def _decay(self, weight: Tensor, group: dict[str, Any]) -> None:
-        master = self._places[weight].master
-        assert master is not None
-        value, gradient = master.value(), master.gradient()
-        if decay_kind(cast(Optimizer, self), group) == "decoupled":
-            value.mul_(1 - group["lr"] * group["weight_decay"])
-        elif gradient is not None:
-            gradient.add_(value, alpha=-group["weight_decay"] if group.get("maximize") else group["weight_decay"])
+    def groups_for_step(
+        self, groups: Sequence[dict[str, Any]], taken: Container[Tensor], write_through: bool
+    ) -> list[dict[str, Any]] | None:
+        """`groups_for_step`: a flat tensor has one group only, so none of its weights gets decay from the optimizer."""
+        if not self._group.get("weight_decay") or not any(weight in taken for weight in self._places):
+            return None
+        shown: list[dict[str, Any]] = []
+        for group in groups:
+            ours = any(p is self._flat for p in group["params"])
+            shown.append(part_of(group, {"weight_decay": 0.0}, write_through=write_through) if ours else group)
+        return shown
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
@@ -1101,9 +1089,11 @@ class _DeepSpeedView(_View):
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         def ours(_: Any, args: Any, kwargs: Any) -> Any:
-            if self._steps():
-                self._whole[0].update({key: value for key, value in self._group.items() if key != "params"})  # a schedule changes it
-                hook(self, args, kwargs)
+            if not self._steps():
+                return None
+            settings = {key: value for key, value in self._group.items() if key != "params"}
+            self.param_groups[0].update(settings)  # a schedule changes them
+            return hook(self, args, kwargs)
 
         return self._target().register_step_pre_hook(ours)
 

@@ -9,7 +9,7 @@ manual optimization and several optimizers, in Lightning, Fabric or a plain loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar
@@ -23,7 +23,8 @@ from lightning_normdyn.decay import DecayOwner
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_facts import applied_decay
 from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
-from lightning_normdyn.sharding import torch_optimizers
+from lightning_normdyn.sharding import full_shape, groups_for_step, steps_as_one, torch_optimizers
+from lightning_normdyn.step_view import show, unsplit, view_class, view_of, writes_into_groups
 from lightning_normdyn.vectors import Partition, WeightVectors
 from lightning_normdyn.wrappers import fires_step_hooks, inner_optimizers
 
@@ -157,14 +158,17 @@ class StepBracket:
         self._handlers: list[tuple[int, str, int, Handler]] = []
         self._added = 0
         self._claims: dict[object, tuple[DecayOwner, Callable[[], Claimed]]] = {}
-        self._rest: tuple[list[tuple[Tensor, Partition]], WeightVectors] | None = None
+        self._rest: tuple[list[tuple[Tensor, Partition | None]], WeightVectors] | None = None
         self._gradients: list[tuple[Tensor, Tensor]] = []
         self._snapshot_requests: dict[Tensor, Tensor] = {}
         self._snapshots: dict[Tensor, Tensor] = {}
         self._buffers: dict[Tensor, Tensor] = {}
         self._step: Step | None = None
         self._depth = 0
-        self._groups: list[dict[str, Any]] | None = None
+        # Weak: a view shares the optimizer's __dict__, which holds this bracket.
+        self._view: ref[Optimizer] | None = None
+        self._view_class: tuple[type[Optimizer], type[Any] | None] | None = None
+        self._writes_into_groups = True
         self._unsettled: HostCopy | None = None
         self._hooks: list[Any] = []
 
@@ -206,8 +210,9 @@ class StepBracket:
     def claim_decay(self, claimant: object, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]) -> Callable[[], None]:
         """Take over the weight decay of ``weights`` from the optimizer; a callable is asked at every step.
 
-        From ``ready`` to ``stepped`` the optimizer sees those weights in param groups of their own with ``weight_decay=0``: bit-exact in
-        every precision, and invisible to schedulers and ``state_dict``. A second claim by the same claimant replaces its first.
+        From ``ready`` to ``stepped`` the step sees those weights in param groups of their own with ``weight_decay=0``: bit-exact in every
+        precision. The step alone does (`lightning_normdyn.step_view`): the optimizer keeps its param groups, whoever looks at it meanwhile.
+        A second claim by the same claimant replaces its first.
 
         With a partition for a weight, only its vectors are meant. The rows that belong to none (the value rows of a packed qkv with
         QK-norm) get the optimizer's own decay from the bracket, as the optimizer itself would apply it: a decoupled one as a factor on
@@ -267,12 +272,11 @@ class StepBracket:
         self._of[self.optimizer] = ref(self)
         post = self.optimizer.register_step_post_hook(self._post)
         self._hooks = [self.optimizer.register_step_pre_hook(self._pre), post]
-        # First among the post hooks: whoever else listens must find the param groups as the user made them.
+        # First among the post hooks: whoever else listens must find the weights as the callbacks leave them.
         self.optimizer._optimizer_step_post_hooks.move_to_end(post.id, last=False)  # type: ignore[attr-defined]
 
     def close_in(self) -> None:
-        """Be the last hook before the update, also if others were registered later: they find the param groups as the user made them,
-        and ``ready`` comes after what they do to gradients.
+        """Be the last hook before the update, also if others were registered later: ``ready`` comes after what they do to gradients.
 
         Happens after every step; to be called before a step for hooks that are new since the last one.
         """
@@ -300,9 +304,10 @@ class StepBracket:
         self.restore()
         positional = len(args) > 1
         closure = args[1] if positional else kwargs.get("closure")
+        view = self._view_of(args[0])
         if closure is None:
-            self._ready()
-            return None
+            self._ready(args[0])
+            return (view, *args[1:]), kwargs
         calls = 0
 
         def wrapped(*a: Any, **k: Any) -> Any:
@@ -312,22 +317,36 @@ class StepBracket:
                 self.restore()
                 raise _closure_error(optimizer)
             loss = closure(*a, **k)
-            self._ready()
+            self._ready(args[0])
             return loss
 
         if positional:
-            return (args[0], wrapped, *args[2:]), kwargs
-        return args, {**kwargs, "closure": wrapped}
+            return (view, wrapped, *args[2:]), kwargs
+        return (view, *args[1:]), {**kwargs, "closure": wrapped}
 
     @torch.no_grad()
-    def _ready(self) -> None:
+    def _ready(self, stepping: Optimizer) -> None:
         self.settle()
         self._snapshots.clear()  # of a step that raised
         self._step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None))
         self._run(Phase.RESOLVE, Phase.RESOLVE)  # may add handlers that act in this very step
         self._run(Phase.RESOLVE + 1, Phase.SNAPSHOT)
         self._take_snapshots()
-        self._split_groups()
+        self._take_decay_over(stepping)
+
+    def _view_of(self, stepping: Optimizer) -> Optimizer:
+        """What ``step`` is to run on: a view of what was about to step, or that itself where no view can be made."""
+        kind = type(stepping)
+        if self._view_class is None or self._view_class[0] is not kind:
+            self._view_class = kind, view_class(kind)
+            self._writes_into_groups = writes_into_groups(kind)
+        made = self._view_class[1]
+        if made is None:
+            self._view = None
+            return stepping
+        view = view_of(stepping, made)
+        self._view = ref(view)
+        return view
 
     @torch.no_grad()
     def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -393,37 +412,53 @@ class StepBracket:
 
     # -- decay take-over -----------------------------------------------------------------------------------------------
 
-    def _split_groups(self) -> None:
+    def _take_decay_over(self, stepping: Optimizer) -> None:
+        """Let the step see the claimed weights without weight decay, and apply it to those of their rows that nobody claimed."""
         taken: dict[Tensor, Partition | None] = {}
         for _, weights in self._claimed():
             taken.update(weights if isinstance(weights, Mapping) else dict.fromkeys(weights))
         if not taken:
             return
+        optimizer, write_through = self.optimizer, self._writes_into_groups
+
+        def split(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+            return groups_for_step(optimizer, groups, taken, write_through=write_through)
+
+        groups = stepping.param_groups
+        shown = split(groups)
+        if shown is None:
+            return
+        view = None if self._view is None else self._view()
+        if view is None:
+            raise NotSupportedError(
+                f"The weight decay of {type(optimizer).__name__} would have to be taken over, but its class cannot be derived from. "
+                "Set weight_decay=0 in the param groups of these weights, or use weight_decay='keep' where the callback has it."
+            )
         self._decay_rest(taken)
-        split: list[dict[str, Any]] = []
-        for group in self.optimizer.param_groups:
-            ours = [p for p in group["params"] if p in taken]
-            if not ours or not group.get("weight_decay"):
-                split.append(group)
-                continue
-            split.append({**group, "params": ours, "weight_decay": 0.0})
-            if len(ours) < len(group["params"]):
-                split.append({**group, "params": [p for p in group["params"] if p not in taken]})
-        if len(split) != len(self.optimizer.param_groups) or any(
-            a is not b for a, b in zip(split, self.optimizer.param_groups, strict=True)
-        ):
-            self._groups = self.optimizer.param_groups
-            self.optimizer.param_groups = split
+        show(view, split, groups, shown)
 
     def _decay_rest(self, taken: Mapping[Tensor, Partition | None]) -> None:
-        """Apply the optimizer's decay to rows of claimed weights that nobody claimed."""
+        """Apply the optimizer's decay to what the step now sees without it although nobody claimed it.
+
+        That is rows of claimed weights, and whole weights where a strategy steps all weights of a group as one tensor.
+        """
+        as_one = steps_as_one(self.optimizer)
+        if not as_one and not any(part is not None and part.partial for part in taken.values()):
+            return
         groups = [(group, p) for group in self.optimizer.param_groups if group.get("weight_decay") for p in group["params"]]
-        partly = [(w, part, group) for group, w in groups if (part := taken.get(w)) is not None and part.partial]
+        partly: list[tuple[Tensor, Partition | None, dict[str, Any]]] = []
+        for group, weight in groups:
+            if weight in taken:
+                part = taken[weight]
+                if part is not None and part.partial:
+                    partly.append((weight, part, group))
+            elif as_one:
+                partly.append((weight, None, group))
         if not partly:
             return
         known = [(w, part) for w, part, _ in partly]
         if self._rest is None or [(id(w), id(part)) for w, part in self._rest[0]] != [(id(w), id(part)) for w, part in known]:
-            rest = [Partition(part.keep, torch.where(part.labels < 0, 0, -1), "layer") for _, part in known]
+            rest = [Partition.whole(full_shape(w)) if part is None else part.rest() for w, part in known]
             self._rest = known, WeightVectors([w for w, _ in known], rest)
         vectors = self._rest[1]
         has_gradient = vectors.has_gradient()
@@ -452,13 +487,14 @@ class StepBracket:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the optimizer its own param groups and gradients back, if a step left them changed."""
+        """Give the optimizer its own gradients back, if a step left them changed, and show nobody split param groups any more."""
         for gradient, before in self._gradients:
             gradient.copy_(before)
         self._gradients = []
-        if self._groups is not None:
-            self.optimizer.param_groups = self._groups
-            self._groups = None
+        view = None if self._view is None else self._view()
+        self._view = None
+        if view is not None:
+            unsplit(view)
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

@@ -65,6 +65,20 @@ class Partition:
         """One vector: the whole weight."""
         return cls((0,), torch.zeros(shape[0], dtype=torch.long, device="cpu"), "layer")
 
+    @classmethod
+    def whole(cls, shape: tuple[int, ...]) -> Partition:
+        """`layer` for a parameter of any shape, a bias or a single number among them."""
+        return cls.layer(shape) if shape else cls((), torch.zeros((), dtype=torch.long), "layer")
+
+    def rest(self) -> Partition:
+        """One vector: the entries that belong to no vector of this partition.
+
+        Example:
+            >>> Partition((0,), torch.tensor([0, -1, 1]), "filter").rest().labels.tolist()
+            [-1, 0, -1]
+        """
+        return Partition(self.keep, torch.where(self.labels < 0, 0, -1), "layer")
+
     @property
     def n(self) -> int:
         """Number of vectors."""
