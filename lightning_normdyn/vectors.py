@@ -68,7 +68,7 @@ class Partition:
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Partition:
         """`layer` for a parameter of any shape, a bias or a single number among them."""
-        return cls.layer(shape) if shape else cls((), torch.zeros((), dtype=torch.long), "layer")
+        return cls.layer(shape) if shape else cls((), torch.zeros((), dtype=torch.long, device="cpu"), "layer")
 
     def rest(self) -> Partition:
         """One vector: the entries that belong to no vector of this partition.
