@@ -178,6 +178,11 @@ class History:
         self._vector_sizes: dict[str, int] = {}
 
     @property
+    def newest_step(self) -> int | None:
+        """The step of the newest row; None without any."""
+        return self._rows.records[-1].step if self._rows.records else None
+
+    @property
     def max_rows(self) -> int:
         """Most rows it holds."""
         return self._rows.capacity
@@ -201,6 +206,14 @@ class History:
                 f"a row of step {step} was asked for, but the newest row is of step {self._rows.records[-1].step}; rows come in order. "
                 f"After going back to a checkpoint, call `truncate_after({step - 1})` first."
             )
+        cells, present = self._cells(values)
+        newest = self._rows.records[-1].content.present if self._rows.records else None
+        if newest is not None and np.array_equal(newest, present):
+            present = newest  # rows alike share one array
+        self._rows.append(int(step), _same_cells(present), _Row(int(optimizer_step), cells, present))
+
+    def _cells(self, values: Mapping[str, float]) -> tuple[Floats, Flags]:
+        """The cells of a row, and which of them are recorded; columns are made as needed."""
         new = [key for key in values if key not in self._columns]
         if new:  # another dict: forks share the old one
             self._columns = {**self._columns, **{key: len(self._columns) + i for i, key in enumerate(new)}}
@@ -210,10 +223,23 @@ class History:
         with np.errstate(over="ignore"):  # beyond float32 is inf, which is what a diverged run should show
             cells[columns] = [_as_float(value) for value in values.values()]
         present[columns] = True
-        newest = self._rows.records[-1].content.present if self._rows.records else None
-        if newest is not None and np.array_equal(newest, present):
-            present = newest  # rows alike share one array
-        self._rows.append(int(step), _same_cells(present), _Row(int(optimizer_step), cells, present))
+        return cells, present
+
+    def amend(self, values: Mapping[str, float]) -> None:
+        """Add keys to the newest row, if it does not have them yet.
+
+        Raises:
+            NormDynError: for an empty history.
+        """
+        if not self._rows.records:
+            raise NormDynError("the newest row was to be amended, and this history has none yet; call `append` first.")
+        content: _Row = self._rows.records[-1].content
+        had = {key for key, there in zip(self._columns, content.present.tolist(), strict=False) if there}
+        cells, present = self._cells({key: value for key, value in values.items() if key not in had})
+        width = len(content.cells)
+        cells[:width] = np.where(content.present, content.cells, cells[:width])
+        present[:width] |= content.present
+        self._rows.replace_newest(_Row(content.optimizer_step, cells, present))
 
     def append_vectors(self, step: int, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Keep one number per weight vector at a step; arrays given for the same step in several calls become one record.

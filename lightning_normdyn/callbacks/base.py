@@ -31,6 +31,8 @@ from lightning_normdyn.vectors import Partition, WeightVectors
 from lightning_normdyn.wrappers import copies_of_weights
 
 GRANULARITIES = ("auto", "filter", "group", "layer")
+# In checkpoints, before the name of a counter per vector (`Plan.counters`).
+COUNTED = "counted/"
 # Phases in which a handler finds weights to look at. Whoever acts in others changes them.
 LOOKING = frozenset({Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.MEASURE_STEP})
 # What a subclass may override without doing anything else to a weight.
@@ -201,7 +203,23 @@ class NormDynCallback(Callback):
                     mine = torch.cat([table[t.name].to(plan.vectors.device) for t in plan.targets])
                     whole = plan.vectors.gather(mine)
                     gathered[key].update({t.name: values.cpu().clone() for t, values in zip(plan.targets, whole, strict=True)})
+        for plan in self.plans.values():
+            for counter, counts in plan.counters.items():
+                key = COUNTED + counter
+                table = gathered.setdefault(key, dict(self._restored_vectors.get(key, {})))
+                whole = plan.vectors.gather(counts)
+                table.update({t.name: values.cpu().clone() for t, values in zip(plan.targets, whole, strict=True)})
         return {**self._restored_vectors, **gathered}
+
+    def _restore_counters(self, plan: Plan) -> None:
+        """Let the counters of a plan's vectors go on from a checkpoint."""
+        for key in [key for key in self._restored_vectors if key.startswith(COUNTED)]:
+            zeros = torch.zeros(plan.vectors.n, dtype=plan.vectors.sum_dtype, device=plan.vectors.device)
+            counts = plan.counters.setdefault(key.removeprefix(COUNTED), zeros)
+            for i, (target, where) in enumerate(zip(plan.targets, plan.vectors.slices, strict=True)):
+                restored = self._restored_vectors[key].pop(target.name, None)
+                if restored is not None and restored.numel() == target.partition.n:
+                    counts[where] += plan.vectors.scatter_one(i, restored).to(counts.dtype)
 
     def store_per_vector(self, key: str, plan: Plan, values: Tensor) -> None:
         """Keep new per-vector state under ``key``."""
@@ -232,6 +250,7 @@ class NormDynCallback(Callback):
         if index in self.plans:
             plan.inherit(self.plans[index])
         self.plans[index] = plan
+        self._restore_counters(plan)
         self._attached_at.setdefault(index, bracket.steps)
         for phase, handler in self.handlers().items():
             self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=self.state_key))

@@ -457,10 +457,17 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     def _publish(self, trainer: Trainer, sample: Sample, found: dict[str, _Found], optimizer_step: int) -> None:
         """Rank zero: into the history and the loggers."""
         step = self._newest_step(trainer)
-        row = {f"{quantity}/{name}": value for name, f in found.items() for quantity, value in f.values().items() if isfinite(value)}
         broken = [name for name, f in found.items() if not isfinite(f.numbers[1])]
+        row = {
+            f"{quantity}/{name}": value
+            for name, f in found.items()
+            for quantity, value in f.values().items()
+            if isfinite(value) or name in broken  # NaN where a run has diverged; what is undefined (constant inputs) is left out
+        }
         if broken:
-            warn_once(f"InputSpanMonitor: inputs or weights of {', '.join(broken[:4])} are not finite; nothing is logged for them.")
+            warn_once(
+                f"InputSpanMonitor: inputs or weights of {', '.join(broken[:4])} are not finite at step {step}; NaN is logged for them."
+            )
         few = [
             f"`{name}` ({f.rows} for {row_shape(layers[0])[1]} entries)"
             for name, f in found.items()
@@ -472,10 +479,20 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 f"InputSpanMonitor took fewer rows than a filter has entries of {', '.join(few[:4])}{' and more' if len(few) > 4 else ''}: "
                 "their inputs may vary in more directions than so few rows show. Raise `max_samples`."
             )
-        self.history.append(step, row, optimizer_step=optimizer_step)
+        # Aside, and then in one go: a signal handler may save a checkpoint at any moment.
+        history = self.history.fork()
+        newest = history.newest_step
+        if newest is not None and newest > step:
+            warn_once(
+                f"InputSpanMonitor's history reaches to step {newest}, and this fit counts from an earlier one, because its loops were not "
+                f"restored with the weights. Rows from step {step} on are dropped."
+            )
+            history.truncate_after(step - 1)
+        history.append(step, row, optimizer_step=optimizer_step)
         histograms = {key: np.asarray(v) for name, f in found.items() for key, v in f.histograms(name).items() if name not in broken}
-        self.history.append_vectors(step, histograms)
-        self.history.meta.update(self._meta(sample, found))
+        history.append_vectors(step, histograms)
+        history.meta = {**history.meta, **self._meta(sample, found)}
+        self.history.show(history)
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
 

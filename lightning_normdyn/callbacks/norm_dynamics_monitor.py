@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
+import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import inf, isfinite, sqrt
+from dataclasses import dataclass, replace
+from functools import partial
+from math import inf, isfinite, nan, sqrt
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, log_every, warn_once
 from lightning_normdyn.callbacks.effect import Effects
+from lightning_normdyn.callbacks.ledger import Ledger, Norms, Row, whole_number
 from lightning_normdyn.callbacks.predictions import (
     Course,
     Dying,
@@ -40,9 +42,11 @@ from lightning_normdyn.callbacks.publishing import (
     publish_outcome,
     publish_row,
     publish_to_trainer,
+    told_to_trainer,
 )
 from lightning_normdyn.callbacks.spawned import KeepsHistory
 from lightning_normdyn.callbacks.tables import show
+from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.functional import (
     angle_from_sums,
     cosine_from_sums,
@@ -83,19 +87,11 @@ INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
 # Optimizer steps without any gradient after which a vector counts as dead, and how many of them one look may vouch for.
 DEAD_AFTER, VOUCHED = 75, 25
 COLLAPSE = "Weights collapse"
+DIVERGED = "Weights are not finite"
 # A learning rate that was constant and is this much lower at the next record has dropped; a schedule that glides never does.
 LR_DROP = 1.5
 # A vector this much shorter than the mean of its weight has collapsed.
 COLLAPSED = 1e-3
-
-
-@dataclass
-class _Norms:
-    """A weight's first norm and its last ones, with their steps: enough to see it run away."""
-
-    first: float
-    steps: deque[float] = field(default_factory=lambda: deque(maxlen=4))
-    norms: deque[float] = field(default_factory=lambda: deque(maxlen=4))
 
 
 @dataclass
@@ -106,6 +102,8 @@ class _Measured:
     step: int
     optimizer_step: int
     quantities: list[str]
+    due: bool  # or measured only because the fit may end here
+    overdue: bool  # due because of a logging step, and not as the first step of the fit: loggers get it
     values: Tensor  # (2 quantities + 1, n): what to sum over vectors, whether it counts, and the size with 0 for what is not finite
     size: Tensor
     active: Tensor | None
@@ -135,9 +133,30 @@ class _Sent:
     results: list[_Measured]
     sizes: list[int]  # how many of the numbers belong to each result; the rest is the number of clamped vectors
     numbers: HostCopy
-    events: list[str]
+    vectors: list[dict[str, Any]]  # what the history keeps of each result's vectors
+    events: tuple[str, ...]  # what happened since the results before these
+    marked: dict[tuple[int, int, str], int]  # how often it had happened by then
     skipped_steps: int
     shown: bool  # whether loggers get it
+
+
+@dataclass
+class _Published:
+    """What became of results that were sent: all of it worked out before anything is changed.
+
+    Args:
+        ledger: the one that takes the place of the ledger there is.
+        row: the numbers by log key; None if the device skipped every update.
+        histograms: by log key.
+        step: the x axis.
+        concerns: warnings to give, each as a function to call.
+    """
+
+    ledger: Ledger
+    row: dict[str, float] | None
+    histograms: dict[str, Histogram]
+    step: int
+    concerns: list[Callable[[], None]]
 
 
 class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
@@ -164,6 +183,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     Under SGD the direction follows ``direction_lr``; under Adam-like optimizers it follows ``effective_lr``.
 
+    An optimizer that does not step at a logging step (the generator of a GAN, manual accumulation) is measured at its next real step. Of
+    an optimizer that steps several times within one batch, the first of these steps is measured. A row's ``optimizer_step`` is the number
+    of the measured step; of several optimizers in one row, that of the first. Where weights or gradients are not finite, the numbers that
+    rest on them are NaN.
+
     At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures (``normdyn_tables``, ``normdyn_charts``,
     ``normdyn_pictures``), TensorBoard and MLflow get the table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The
     history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads. Pictures need matplotlib.
@@ -183,7 +207,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     Attributes:
         history: the same rows in memory, on rank zero, logger or not (`lightning_normdyn.history.History`). From a GPU a row arrives,
-            here and in the loggers, one batch later, under its own step; at an epoch's end and before a checkpoint all are there.
+            here and in the loggers, one batch later, under its own step; at an epoch's end and in a checkpoint all are there.
 
     Raises:
         ValueError: for numbers out of range and unknown quantities.
@@ -221,16 +245,19 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self.tables = tables
         self.alert = alert
         KeepsHistory.__init__(self)
-        self._evidence = self.history  # what verdicts rest on, also where less was asked for
 
     def _forget(self) -> None:
         super()._forget()
         self._off = False
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._spare: dict[int, Tensor] = {}  # memory for the values of the next logging step
-        self._results: list[_Measured] = []
-        self._sent: list[_Sent] = []
-        self._events: list[str] = []  # of rows that turned out to belong to skipped steps
+        self._due_now: dict[int, tuple[bool, bool]] = {}  # by optimizer: `due` and `overdue` of the step that is being measured
+        # Replaced as a whole, so that a signal handler's checkpoint finds the state before a row or the one after it.
+        self._ledger = Ledger.new(separate=False)
+        self._position: list[int] | None = None  # of the checkpoint that this fit goes on from
+        self._begun_at: int | None = None  # x of the first batch of this fit
+        self._taken_up = False  # whether the ledger holds what `_restored` says
+        self._skipped_before = 0  # steps skipped before the checkpoint
         self._standardized: dict[int, Tensor | None] = {}
         self._quantities: dict[int, list[str]] = {}
         self._effects: dict[str, Effects] = {}
@@ -240,11 +267,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._log_smallest: dict[int, Tensor] = {}
         self._dead: dict[int, tuple[int, Tensor]] = {}
         self._to_fall: dict[int, tuple[Tensor, Tensor]] = {}  # whether a vector is dead, and the e-foldings that it has left
-        self._courses: dict[str, Course] = {}
-        self._norms: dict[str, _Norms] = {}
-        self._rates: dict[str, list[float]] = {}
         self._reported: set[tuple[str, str]] = set()
-        self._last_step = -1
         self._told = 0  # how many targets the loggers know of
         self._files: HistoryFiles | None = None  # where this fit's history lies, once it has been written
         self._ended = False  # whether the fit is over, and all has been written
@@ -311,16 +334,34 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
-    def _due(self, step: Step) -> bool:
+    @property
+    def _every(self) -> int:
+        """Batches that step from one logging step to the next; 0: there are none."""
         assert self._session is not None
-        trainer = self._session.trainer
+        return log_every(self._session.trainer) if self.every_n_steps is None else self.every_n_steps
+
+    def _look_for(self, step: Step, plan: Plan) -> tuple[bool, bool] | None:
+        """Whether this step is to be measured: None, or `_Measured.due` and `_Measured.overdue`."""
+        assert self._session is not None
         if self._off:
-            return False
-        every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
-        now = trainer.fit_loop.epoch_loop._batches_that_stepped
-        on_lattice = bool(every) and (now + 1) % every == 0
-        first = self._last_step < 0 and not self._sent
-        return on_lattice or trainer.should_stop or first or self._is_last(trainer)
+            return None
+        trainer, now, number = self._session.trainer, self._session.now, self.number(step, plan)
+        if self._begun_at is None:
+            self._begun_at = now
+        ledger = self._ledger
+        newest = ledger.measured.get(plan.index)
+        for result in [*(r for sent in ledger.sent for r in sent.results), *ledger.results]:
+            if result.plan.index != plan.index or result.optimizer_step == number:
+                continue  # of the same number: the device skipped that update, or it raised, and this is the same step again
+            if result.step == now:
+                return None  # a row holds one step of each optimizer
+            if result.due:
+                newest = result.step
+        # The last logging step up to now. An optimizer that was not measured at it or since is due, whenever it steps next.
+        logging_step = (now + 1) // self._every * self._every - 1 if self._every else -1
+        overdue = (self._begun_at - 1 if newest is None else newest) < logging_step
+        due = overdue or newest is None
+        return (due, overdue) if due or trainer.should_stop or self._is_last(trainer) else None
 
     @staticmethod
     def _is_last(trainer: Trainer) -> bool:
@@ -329,8 +370,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         return bool(by_steps or by_epochs)
 
     def _measure_weight(self, step: Step, plan: Plan) -> None:
-        if not self._due(step):
+        self._sums.pop(plan.index, None)  # of a step that raised
+        look = self._look_for(step, plan)
+        if look is None:
             return
+        self._due_now[plan.index] = look
         if plan.index not in self._quantities:
             self._prepare(plan)
         vectors = plan.vectors
@@ -365,13 +409,15 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         wanted = [*self._quantities[plan.index], *INTERNAL]
         values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
         active = plan.active()
-        measured = self._pack([values[q] for q in wanted], values["size"], active, self._spare.pop(plan.index, None))
+        numbers, diverged = [values[q] for q in wanted], values["diverged"]
+        measured = self._pack(numbers, values["size"], diverged, active, self._spare.pop(plan.index, None))
         for i, quantity in enumerate(wanted):
             if quantity in ROOT_MEAN_SQUARE:
                 measured[i].square_()
         skipped = measured.new_zeros(1) if step.skipped is None else step.skipped.to(measured.dtype).reshape(1)
         trainer = self._session.trainer
-        now, number = trainer.fit_loop.epoch_loop._batches_that_stepped, self.number(step, plan)
+        now, number = self._session.now, self.number(step, plan)
+        due, overdue = self._due_now.pop(plan.index)
         binned = None
         if self.histograms and can_show_histograms(trainer.loggers):
             binned = torch.stack([values[q] for q in BINNED])
@@ -383,22 +429,30 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         # A copy of each group: a schedule may have moved on when this is read.
         copies = {id(group): {k: v for k, v in group.items() if k != "params"} for group, _ in plan.groups}
         groups = [copies[id(group)] for group in plan.groups_of(plan.targets)]
-        self._results.append(_Measured(plan, now, number, wanted, measured, values["size"], active, binned, kept, skipped, groups))
+        result = _Measured(plan, now, number, wanted, due, overdue, measured, values["size"], active, binned, kept, skipped, groups)
+        # The same step again (a fused optimizer's update that was skipped, tried once more within a batch) takes the place of the first.
+        others = [r for r in self._ledger.results if r.plan.index != plan.index]
+        self._ledger = replace(self._ledger, results=(*others, result))
 
     @staticmethod
-    def _pack(values: list[Tensor], size: Tensor, active: Tensor | None, out: Tensor | None) -> Tensor:
-        """What is to be summed over vectors, in one tensor; ``out`` is used again if it fits."""
+    def _pack(values: list[Tensor], size: Tensor, diverged: Tensor, active: Tensor | None, out: Tensor | None) -> Tensor:
+        """What is to be summed over vectors, in one tensor; ``out`` is used again if it fits.
+
+        A number that is not finite is left out (the effective learning rate of a vector of length 0 is undefined), but not where the
+        weight or its gradient is not finite either: there the mean over the vectors is not finite, and shall say so.
+        """
         count = len(values)
         if out is None or out.shape != (2 * count + 1, len(size)):
             out = size.new_empty(2 * count + 1, len(size))
         numbers, counts = out[:count], out[count : 2 * count]
         torch.stack(values, out=numbers)
         torch.mul(numbers, 0, out=counts).eq_(0)  # 1 where a number is finite: 0 times infinity is none
-        out[-1] = size  # an infinite length elsewhere must not make all the others look short
-        numbers.nan_to_num_(0.0, 0.0, 0.0)
-        out[-1].nan_to_num_(0.0, 0.0, 0.0)
+        torch.maximum(counts, diverged, out=counts)
         if active is not None:
-            out[:-1].mul_(active)
+            counts.mul_(active)
+        numbers.masked_fill_(counts == 0, 0.0)
+        out[-1] = size  # an infinite length elsewhere must not make all the others look short
+        out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
 
     def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
@@ -425,6 +479,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             "dead_rate": torch.where(is_dead, rate, none),
             "urgency": torch.where(is_dead, urgency(left), none),
             "size": size,
+            "diverged": torch.isfinite(sums["ww"] + sums["gg"] + ss + dd).logical_not_().to(norm.dtype),
             "weight_norm": norm,
             "weight_std": std,
             "effective_lr": effective_lr(sums["lr"], size),
@@ -441,35 +496,38 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, torch.where(self._aws_by_std[plan.index], std, norm))
         return found
 
-    def _keep_vectors(self, now: int, plan: Plan, kept: Tensor) -> None:
-        """Every vector's norm and applied decay, for ridge plots and for EffectiveLRReplay."""
+    def _vectors_of(self, plan: Plan, kept: Tensor) -> dict[str, Any]:
+        """Every vector's norm and applied decay, for ridge plots and for EffectiveLRReplay.
+
+        Empty but on rank zero; every rank must call it.
+        """
         assert self._session is not None
         gathered = plan.vectors.gather(kept)
         if not self._session.trainer.is_global_zero:
-            return
+            return {}
         rows: dict[str, Any] = {}
         for target, values in zip(plan.targets, gathered, strict=True):
             rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = values.float().cpu().numpy()
             if target.weight.dtype == torch.float64:
                 # What float32 leaves of the norm: an experiment in float64 is to be followed as closely as training allows.
                 rows[f"weight_norm_rest/{target.name}"] = (values[0] - values[0].float()).float().cpu().numpy()
-        for name, values in rows.items():
-            if self.history.vector_count(name) not in (None, len(values)):
-                self.history.forget_vectors(name)  # it was in no loss yet, and now it is known what it consists of
-        self.history.append_vectors(now, rows)
+        return rows
 
     # -- publishing ----------------------------------------------------------------------------------------------------
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Send what was measured in this batch to the host, and publish it when it is there: from a GPU one batch later."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._receive(trainer, in_batch=True)
-        results, self._results = self._results, []
+        self._receive(trainer)
+        results = self._ledger.results
         if results:
-            self._sent.append(self._send(trainer, results))
+            sent = self._send(results)
+            self._ledger = replace(self._ledger, results=(), sent=(sent,))
+            # An accelerator's allocator keeps what is freed, and there others can use it until the next logging step.
+            self._spare = {r.plan.index: r.values for r in results if r.values.device.type == "cpu"}
             # Publishing takes collectives, so what decides must be the same on every rank: never whether it has arrived by now.
-            if not self._sent[-1].numbers.arrives_later:
-                self._receive(trainer, in_batch=True)
+            if not sent.numbers.arrives_later:
+                self._receive(trainer)
             self._publish_about(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -477,43 +535,80 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._receive(trainer)
         super().on_train_epoch_end(trainer, pl_module)
 
-    def _send(self, trainer: Trainer, results: list[_Measured]) -> _Sent:
-        """One transfer to the host for all optimizers of this batch."""
+    def _send(self, results: tuple[_Measured, ...]) -> _Sent:
+        """One transfer to the host for all optimizers of this batch. Changes nothing; every rank must call it."""
         assert self._session is not None
         clamped = self._session.counted("clamped")
-        for result in results:
-            if result.kept is not None:
-                self._keep_vectors(result.step, result.plan, result.kept)
+        vectors = [{} if r.kept is None else self._vectors_of(r.plan, r.kept) for r in results]
         packed = [r.reduce() for r in results]
         sizes = [p.numel() for p in packed]
-        # An accelerator's allocator keeps what is freed, and there others can use it until the next logging step.
-        self._spare = {r.plan.index: r.values for r in results if r.values.device.type == "cpu"}
         numbers = HostCopy(torch.cat([p.to(packed[0]) for p in [*packed, *([] if clamped is None else [clamped])]]))
-        every = log_every(trainer) if self.every_n_steps is None else self.every_n_steps
-        shown = bool(every) and ((results[0].step + 1) % every == 0 or trainer.should_stop)
-        return _Sent(results, sizes, numbers, self._session.take_events(), self._session.skipped_steps(), shown)
+        shown = bool(self._every) and (any(r.overdue for r in results) or self._session.trainer.should_stop)
+        marked = self._session.events()
+        events = self._new_events(self._ledger, marked)
+        skipped = self._skipped_before + self._session.skipped_steps()
+        return _Sent(list(results), sizes, numbers, vectors, events, marked, skipped, shown)
 
-    def _receive(self, trainer: Trainer, *, in_batch: bool = False) -> None:
+    @staticmethod
+    def _new_events(ledger: Ledger, counts: dict[tuple[int, int, str], int]) -> tuple[str, ...]:
+        """Kinds of what happened since the newest results that were sent."""
+        known = ledger.sent[-1].marked if ledger.sent else ledger.marked
+        kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
+        return tuple(dict.fromkeys(kinds))
+
+    def _receive(self, trainer: Trainer) -> None:
         """Publish what is on its way, in order."""
-        sent, self._sent = self._sent, []
-        for one in sent:
-            self._publish(trainer, one, in_batch)
+        while self._ledger.sent:
+            sent, *others = self._ledger.sent
+            published = self._published(self._ledger, sent)
+            is_first = not len(self.history)
+            self._ledger = replace(published.ledger, sent=tuple(others))
+            self.history.show(published.ledger.history)
+            for warn in published.concerns:
+                warn()
+            if published.row is None:
+                continue
+            if trainer.is_global_zero:
+                if is_first and self.tables:
+                    self._say_idle_decay(trainer)
+                if sent.shown:
+                    shown = {key: value for key, value in published.row.items() if self._asked_for(key)}
+                    publish_row(trainer.loggers, shown, published.histograms, published.step)
+            publish_to_trainer(trainer, published.row)
 
-    def _publish(self, trainer: Trainer, sent: _Sent, in_batch: bool) -> None:
+    def _published(self, ledger: Ledger, sent: _Sent) -> _Published:
+        """What becomes of results once their numbers are here. Changes nothing."""
+        lasting = ledger.lasting
+        due = [result.due for result in sent.results]
+        if all(due):
+            return self._with_row(lasting, sent, due)
+        # Measured only because the fit may end here: if it goes on, or is resumed, the row is one without these results.
+        without = self._with_row(lasting, sent, due).ledger
+        return self._with_row(lasting, sent, [True] * len(due), without)
+
+    def _with_row(self, ledger: Ledger, sent: _Sent, chosen: list[bool], without: Ledger | None = None) -> _Published:
+        """`_published` for some of the results; with ``without`` as what lasts of them."""
         assert self._session is not None
+        trainer = self._session.trainer
         row: dict[str, float] = {}
         histograms: dict[str, Histogram] = {}
+        concerns: list[Callable[[], None]] = []
         overview: dict[str, list[float]] = {}  # over all scale-invariant vectors: sum and count
-        predicted = measured = number = 0.0  # the same of squared angles, of the vectors for which there is a prediction
-        step, optimizer_step, stepped, collapsed = sent.results[0].step, sent.results[0].optimizer_step, False, 0.0
-        dropped = False
+        predicted = measured = number = collapsed = 0.0  # squared angles and their count, of the vectors for which there is a prediction
+        dropped, step, optimizer_step = False, sent.results[0].step, 0
+        courses, norms, rates = dict(ledger.courses), dict(ledger.norms), dict(ledger.rates)
+        measured_at, counted, vectors = dict(ledger.measured), dict(ledger.counted), {}
+        not_finite: list[str] = []
         numbers = sent.numbers.get().tolist()
-        self._events += sent.events
-        for result, size in zip(sent.results, sent.sizes, strict=True):
+        for result, size, mine_is_chosen, kept in zip(sent.results, sent.sizes, chosen, sent.vectors, strict=True):
             mine, numbers = numbers[:size], numbers[size:]
-            if mine[-1]:
+            if not mine_is_chosen or mine[-1]:
                 continue  # a fused optimizer skipped this update inside its kernel
-            stepped = True
+            optimizer_step = optimizer_step or result.optimizer_step
+            counted[result.plan.index] = result.optimizer_step
+            if result.due:
+                measured_at[result.plan.index] = step
+            vectors.update(kept)
             kinds, width = result.quantities, len(result.plan.targets)
             if result.binned is not None:
                 histograms.update(self._histograms(result, mine[(2 * len(kinds) + 1) * width : -1]))
@@ -522,14 +617,24 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             for j, (target, group, column) in enumerate(zip(result.plan.targets, result.groups, columns, strict=True)):
                 sums = dict(zip(kinds, zip(*column, strict=True), strict=True))
                 found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
-                self._predict(target, group, found, result.plan.optimizer, result.optimizer_step)
+                if not all(isfinite(value) for value in found.values()):
+                    not_finite.append(target.name)
+                course = courses.get(target.name, Course()).fork()
+                if self._predict(target, group, found, result.plan.optimizer, result.optimizer_step, course):
+                    courses[target.name] = course
                 row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})
-                self._warn_overflow(trainer, target, result.optimizer_step, found.get("weight_norm"))
-                dropped |= "lr" in found and self._has_dropped(target, found["lr"])
+                norm = found.get("weight_norm")
+                if norm is not None:
+                    norms[target.name] = norms.get(target.name, Norms(norm)).seen_at(result.optimizer_step, norm)
+                    concerns.append(partial(self._warn_overflow, trainer, target, norms[target.name]))
+                if "lr" in found:
+                    before = rates.get(target.name, ())
+                    rates[target.name] = (*before[-1:], found["lr"])
+                    dropped |= self._has_dropped(rates[target.name], before)
                 if not target.scale_invariant:
                     continue
                 collapsed += mine[2 * len(kinds) * width + j]
-                self._warn_dead(trainer, result.plan, target, group, sums)
+                concerns.append(partial(self._warn_dead, trainer, result.plan, target, group, sums))
                 if "equilibrium_ratio" in found:
                     total, count = sums["angular_update"]
                     predicted += found["equilibrium_angular_update"] ** 2 * count
@@ -540,9 +645,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 known = overview.setdefault(q, [0.0, 0.0])
                 known[0] += total
                 known[1] += count
-        if not stepped:
-            return
-        self._last_step = step
+        events = tuple(dict.fromkeys([*ledger.events, *sent.events]))
+        ledger = replace(ledger, marked=sent.marked)
+        if not optimizer_step:  # what happened is told with the next row
+            return _Published(replace(ledger, events=events), None, {}, step, concerns)
         row.update({f"normdyn/{q}": self._mean(q, t, n) for q, (t, n) in overview.items() if n and q in QUANTITIES})
         if number:
             row["normdyn/equilibrium_angular_update"] = sqrt(predicted / number)
@@ -552,14 +658,33 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         row["normdyn/collapsed_vectors"] = collapsed
         if numbers:
             row["normdyn/clamped_vectors"] = numbers[-1]
-        row = {key: value for key, value in row.items() if isfinite(value)}
-        if trainer.is_global_zero:
-            # One who acts on drops marks them itself, at the step at which it acted.
-            dropped &= not any("lr_drop" in member.marks for member in self._session.members)
-            events = [*self._events, *(["lr_drop"] if dropped else [])]
-            self._keep(trainer, row, histograms, step, optimizer_step, events, sent.shown)
-        self._events = []
-        publish_to_trainer(trainer, row)
+        if not_finite:
+            concerns.append(partial(self._warn_not_finite, trainer, not_finite, step, row))
+        ledger = replace(
+            ledger,
+            courses=courses,
+            norms=norms,
+            rates=rates,
+            measured=measured_at,
+            counted=counted,
+            events=(),
+            last_step=step,
+            promised={**ledger.promised, **told_to_trainer(row)},
+        )
+        # One who acts on drops marks them itself, at the step at which it acted.
+        dropped &= not any("lr_drop" in member.marks for member in self._session.members)
+        events = (*events, "lr_drop") if dropped else events
+        told = Row(step, optimizer_step, row, events, vectors)
+        return _Published(self._recorded(ledger, told, without), row, histograms, step, concerns)
+
+    def _recorded(self, ledger: Ledger, row: Row, without: Ledger | None = None) -> Ledger:
+        """The ledger with the row, which on rank zero is in the history too; with ``without`` as what lasts if the run goes on."""
+        assert self._session is not None
+        if self._session.trainer.is_global_zero:
+            ledger = ledger.with_row(row, self._asked_for)
+        else:
+            ledger = replace(ledger, last_step=row.step)
+        return ledger if without is None else ledger.ending_with(row, without)
 
     @staticmethod
     def _histograms(result: _Measured, numbers: list[float]) -> dict[str, Histogram]:
@@ -572,34 +697,6 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             if histogram is not None
         }
 
-    def _keep(
-        self,
-        trainer: Trainer,
-        row: dict[str, float],
-        histograms: dict[str, Histogram],
-        step: int,
-        optimizer_step: int,
-        events: list[str],
-        logged: bool,
-    ) -> None:
-        """Rank zero: into the history and, at a logging step, into the loggers."""
-        first = not len(self.history)
-        shown = self._append(step, row, optimizer_step)
-        for event in events:
-            self.history.mark(step, event)
-        if first and self.tables:
-            self._say_idle_decay(trainer)
-        if logged:
-            publish_row(trainer.loggers, shown, histograms, step)
-
-    def _append(self, step: int, row: dict[str, float], optimizer_step: int) -> dict[str, float]:
-        """Into the history goes what was asked for, which is handed back; verdicts need more."""
-        shown = row if self.quantities is None else {key: value for key, value in row.items() if self._asked_for(key)}
-        self.history.append(step, shown, optimizer_step=optimizer_step)
-        if self._evidence is not self.history:
-            self._evidence.append(step, row, optimizer_step=optimizer_step)
-        return shown
-
     def _asked_for(self, key: str) -> bool:
         section, _, name = key.partition("/")
         quantity = name if section == "normdyn" else section
@@ -607,19 +704,27 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     # -- predictions and warnings --------------------------------------------------------------------------------------
 
-    def _predict(self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer: Optimizer, step: int) -> None:
-        """Add what this weight settles at, if it is scale-invariant and its optimizer is understood."""
+    def _predict(
+        self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer: Optimizer, step: int, course: Course
+    ) -> bool:
+        """Add what this weight settles at, if it is scale-invariant and its optimizer is understood; whether the course has gone on."""
         if not target.scale_invariant or "lr" not in found or "weight_norm" not in found:
-            return
-        course = self._courses.setdefault(target.name, Course())
+            return False
         if found["lr"] == 0:  # nothing moves: the step teaches nothing, and the last prediction stands
-            return
-        prediction = predict(optimizer, group, self._effects[target.name], found, self._length[target.name])
+            return True
+        effects, length = self._effects[target.name], self._length[target.name]
+        if not all(isfinite(found.get(q, 0.0)) for q in ("weight_norm", "gradient_scale", "equivalent_weight_decay")):
+            would_be = {**found, "weight_norm": 1.0, "gradient_scale": 1.0, "equivalent_weight_decay": 1.0}
+            if course.latest is not None or predict(optimizer, group, effects, would_be, length) is not None:
+                found["equilibrium_angular_update"] = found["equilibrium_ratio"] = nan
+            return True
+        prediction = predict(optimizer, group, effects, found, length)
         course.add(step, prediction)
         if prediction is not None:
             found["equilibrium_angular_update"] = prediction.angular_update
             if "angular_update" in found:
                 found["equilibrium_ratio"] = found["angular_update"] / prediction.angular_update
+        return True
 
     def _warn_dead(self, trainer: Trainer, plan: Plan, target: Target, group: dict[str, Any], sums: dict[str, tuple[float, float]]) -> None:
         """A vector without gradient only decays: say so before something divides by its length."""
@@ -652,20 +757,30 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         of_all = plan.vectors.gather(torch.cat([torch.where(is_dead, left, inf)[None], entries]))[position]
         return [Dying(*numbers) for numbers in of_all.T.tolist() if all(isfinite(number) for number in numbers)]
 
-    def _has_dropped(self, target: Target, lr: float) -> bool:
-        """Whether the learning rate of this weight just fell by a jump, which pictures mark."""
-        before = self._rates.get(target.name, [])
-        self._rates[target.name] = [*before[-1:], lr]
+    @staticmethod
+    def _has_dropped(rates: tuple[float, ...], before: tuple[float, ...]) -> bool:
+        """Whether the learning rate of a weight just fell by a jump, which pictures mark."""
         constant = bool(before) and abs(before[0] - before[-1]) <= 1e-3 * before[-1]
-        return constant and 0 < lr <= before[-1] / LR_DROP
+        return constant and 0 < rates[-1] <= before[-1] / LR_DROP
 
-    def _warn_overflow(self, trainer: Trainer, target: Target, step: int, norm: float | None) -> None:
-        """A norm that grows exponentially: say so before it overflows."""
-        if norm is None:
+    def _warn_not_finite(self, trainer: Trainer, names: list[str], step: int, row: dict[str, float]) -> None:
+        """Say once that a run has diverged: its losses may be averaged away, and curves that end are easily overlooked."""
+        if (DIVERGED, "") in self._reported:
             return
-        seen = self._norms.setdefault(target.name, _Norms(norm))
-        seen.steps.append(step)
-        seen.norms.append(norm)
+        self._reported.add((DIVERGED, ""))
+        others = f" and {len(names) - 1} more weights" if len(names) > 2 else f" and `{names[1]}`" if len(names) == 2 else ""
+        what = "a gradient or an update" if isfinite(row.get(f"weight_norm/{names[0]}", nan)) else "weights"
+        text = (
+            f"{what} of `{names[0]}`{others} {'are' if what == 'weights' else 'is'} not finite at step {step}: the run has diverged, and "
+            "from here on its curves show NaN. Look at the loss and the learning rate before this step."
+        )
+        warn_once(text)
+        if self.alert and trainer.is_global_zero:
+            publish_alert(trainer.loggers, DIVERGED, text)
+
+    def _warn_overflow(self, trainer: Trainer, target: Target, seen: Norms) -> None:
+        """A norm that grows exponentially: say so before it overflows."""
+        norm = seen.norms[-1]
         left = steps_until_overflow([0, *seen.steps], [seen.first, *seen.norms])
         if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
@@ -715,17 +830,73 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         """Start a new history."""
         super().on_fit_start(trainer, pl_module)
         self._off = bool(trainer.barebones)
-        self.history = History()
-        self._evidence = self.history if self.quantities is None else History()
+        self._set(Ledger.new(separate=self.quantities is not None))
+        if self._restored is not None:  # some strategies load a checkpoint before this, others after it
+            self._take_up(trainer, self._restored)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every callback's; the rows can be seen at once, also where no step follows because the fit was finished."""
+        super().load_state_dict(state_dict)
+        if self._session is not None:
+            self._take_up(self._session.trainer, state_dict)
+
+    def _set(self, ledger: Ledger) -> None:
+        self._ledger, self.history = ledger, History()
+        self.history.show(ledger.history)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put back what other callbacks were promised: the next row may be several epochs away."""
+        super().on_train_start(trainer, pl_module)
+        publish_to_trainer(trainer, self._ledger.promised)
+
+    def _take_up(self, trainer: Trainer, state: dict[str, Any]) -> None:
+        """The rows of a checkpoint."""
+        extra = state.get("extra", {})
+        if self._off or "history" not in extra:
+            return
+        separate = self.quantities is not None
+        try:
+            ledger = Ledger.from_state(extra, separate=separate, asked_for=self._asked_for)
+            position = [whole_number(x) for x in extra["position"]] if "position" in extra else None
+            skipped = whole_number(extra.get("skipped_steps", 0))
+        except NormDynError as error:
+            warn_once(f"NormDynamicsMonitor starts a new history, because that of the checkpoint cannot be read: {error}.")
+            return
+        self._position, self._skipped_before, self._taken_up, self._continued = position, skipped, True, True
+        self._set(ledger)
+        publish_to_trainer(trainer, ledger.promised)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count on from a checkpoint before the first batch, then as every callback."""
+        if self._taken_up:
+            self._taken_up = False
+            self._go_on()
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    def _go_on(self) -> None:
+        """A run that goes on has no row that only its end asked for, and counts from where it was."""
+        assert self._session is not None
+        known = self._ledger.lasting
+        # A checkpoint of an earlier version does not say where it was saved: right after its newest row, or not far from it.
+        restored = self._session.go_on_from(self._position) if self._position is not None else known.last_step <= self._session.now
+        now = self._session.now
+        if not restored and known.last_step >= now:
+            warn_once(
+                f"The history of the checkpoint reaches to step {known.last_step}, and this fit counts from step {now}, because its loops "
+                f"were not restored with the weights. Rows from step {now} on are dropped."
+            )
+        ledger = known.going_on_at(now)
+        self._ledger = ledger
+        self.history.show(ledger.history)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Add the last step if it was not foreseen, publish what came of the fit, and print the end table."""
         self._receive(trainer)
-        now = trainer.fit_loop.epoch_loop._batches_that_stepped - 1
-        if not self._off and self.plans and 0 <= self._last_step < now:
-            self._append_final(trainer, now)
+        norms = self._norms_now()
+        if norms and not self._off:
+            self._append_final(trainer, norms)
         self._publish_about(trainer)
-        layers = self._layers()
+        layers = self._layers(norms)
         text = self._end_table(layers) if self.tables else None
         super().on_train_end(trainer, pl_module)
         if text:
@@ -742,7 +913,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         """Keep the history beside the logs too: a run that is killed later can then be reported, whatever kills it."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._session is not None and not self._ended:
-            self._write_history(trainer)
+            self._write_history(trainer, self._completed().history)
             self.send_history(trainer)  # a process that the Trainer started gets no on_exception when it fails
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -764,23 +935,50 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         if stage == "fit":
             self.send_history(trainer)
 
-    def _write_history(self, trainer: Trainer) -> None:
+    def _write_history(self, trainer: Trainer, history: History | None = None) -> None:
         """Rank zero: the history so far into a file beside each logger's own."""
+        history = self.history if history is None else history
         if not trainer.is_global_zero or self._off:
             return
         if self._files is None:
             self._files = HistoryFiles(self._label(), continued=self._continued)
-        publish_history(trainer.loggers, self.history, self._files)
+        publish_history(trainer.loggers, history, self._files)
 
-    def _append_final(self, trainer: Trainer, now: int) -> None:
-        """A run that ended before its time (early stopping, a time limit): the last weights at least, if not the last angle."""
-        row: dict[str, float] = {}
-        for plan in self.plans.values():
-            norms = plan.vectors.norms()
-            means = (plan.vectors.totals(norms) / plan.vectors.totals(torch.ones_like(norms))).tolist()
-            row.update({f"weight_norm/{t.name}": m for t, m in zip(plan.targets, means, strict=True)})
-        if trainer.is_global_zero:
-            self._append(now, row, max(self.steps_of(i) for i in self.plans))
+    def _norms_now(self) -> dict[int, dict[str, float]]:
+        """The mean norm of each weight at this moment, by optimizer. Every rank must call it."""
+        norms: dict[int, dict[str, float]] = {}
+        for index, plan in self.plans.items():
+            lengths = plan.vectors.norms()
+            means = (plan.vectors.totals(lengths) / plan.vectors.totals(torch.ones_like(lengths))).tolist()
+            norms[index] = {t.name: mean for t, mean in zip(plan.targets, means, strict=True)}
+        return norms
+
+    def _append_final(self, trainer: Trainer, norms: dict[int, dict[str, float]]) -> None:
+        """The last norms of every optimizer that stepped after its newest row: the fit ended before its time (early stopping, a time
+        limit), or another optimizer took the last turn. Its last angle is not known any more."""
+        assert self._session is not None
+        for bracket in self._session.brackets:
+            bracket.settle()
+        ledger, now = self._ledger, self._session.now - 1
+        is_newer = ledger.last_step < now
+        moved = [i for i in norms if is_newer or self.steps_of(i) > ledger.counted.get(i, 0)]
+        if ledger.last_step < 0 or not moved:
+            return
+        values = {f"weight_norm/{name}": norm for i in moved for name, norm in norms[i].items()}
+        not_finite = [name for i in moved for name, norm in norms[i].items() if not isfinite(norm)]
+        steps, lasting = max(self.steps_of(i) for i in self.plans), ledger.lasting
+        if is_newer:
+            ledger = self._recorded(replace(lasting, events=()), Row(now, steps, values, lasting.events), lasting)
+        elif ledger.ending is None:
+            ledger = self._recorded(ledger, Row(now, steps, values, amends=True), lasting)
+        else:  # the row that was there, with more keys in it
+            newest = ledger.ending.row
+            row = replace(newest, values={**values, **newest.values})
+            ledger = self._recorded(replace(ledger, history=lasting.history, evidence=lasting.evidence), row, lasting)
+        self._ledger = ledger
+        self.history.show(ledger.history)
+        if not_finite:
+            self._warn_not_finite(trainer, not_finite, now, values)
 
     def _publish_about(self, trainer: Trainer) -> None:
         """What the run consists of: at its first step, and again when more weights are trained (finetuning)."""
@@ -805,8 +1003,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             }
             for t in targets
         }
-        about = {"callbacks": callbacks, "targets": table}
-        self.history.meta.update(about)
+        about = json.loads(json.dumps({"callbacks": callbacks, "targets": table}, default=str))
+        meta = self.history.meta
+        # What a checkpoint says of a weight is what was true when the run began; only other settings make another run of it.
+        known = meta.get("targets", {}) if meta.get("callbacks") == about["callbacks"] else {}
+        meta.update({**about, "targets": {**about["targets"], **known}})
         if trainer.is_global_zero:
             publish_about(trainer.loggers, about, self._label())
 
@@ -816,19 +1017,26 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         position = [m for m in self._session.members if isinstance(m, NormDynamicsMonitor)].index(self)
         return f"-{position}" if position else ""
 
-    def _layers(self) -> list[dict[str, Any]]:
-        """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks, all of them must call it."""
+    def _layers(self, norms_now: dict[int, dict[str, float]] | None = None) -> list[dict[str, Any]]:
+        """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks, all of them must call it.
+
+        Args:
+            norms_now: `_norms_now`, at the end of a fit: an optimizer may have stepped many times since its newest row.
+        """
+        last = {name: norm for table in (norms_now or {}).values() for name, norm in table.items()}
         targets = [t for plan in self.plans.values() for t in plan.targets]
         # Every rank takes part in this; what follows is known to rank zero only.
         assert self._session is not None
         treatments = self._session.treatments()
+        evidence, courses = self._ledger.evidence, self._ledger.courses
         layers = []
         for target in targets:
-            if not self._evidence.has(f"weight_norm/{target.name}"):
+            if not evidence.has(f"weight_norm/{target.name}"):
                 continue
-            norms = self._evidence.column(f"weight_norm/{target.name}")[1].tolist()
-            course = self._courses.get(target.name, Course())
-            said = judge(self._evidence, target.name, course)
+            norms = evidence.column(f"weight_norm/{target.name}")[1].tolist()
+            course = courses.get(target.name, Course())
+            said = judge(evidence, target.name, course)
+            is_for_all = said in ("frozen", "collapsing") or said.startswith("not finite")
             layers.append(
                 {
                     "weight": target.name,
@@ -836,12 +1044,12 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                     "vectors": target.partition.n,
                     "treated how": treatments[target.weight] or "-",
                     "norm first": norms[0],
-                    "norm last": norms[-1],
+                    "norm last": last.get(target.name, norms[-1]),
                     "effective lr": self._latest("effective_lr", target),
                     "angular update": self._latest("angular_update", target),
                     "prediction": self._latest("equilibrium_angular_update", target),
                     "e-foldings": course.elapsed or None,
-                    "verdict": said if target.scale_invariant or said in ("frozen", "collapsing") else "-",
+                    "verdict": said if target.scale_invariant or is_for_all else "-",
                 }
             )
         return layers
@@ -876,29 +1084,46 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     def _latest(self, quantity: str, target: Target) -> float | None:
         key = f"{quantity}/{target.name}"
-        if not self._evidence.has(key):
+        if not self._ledger.evidence.has(key):
             return None
-        values = self._evidence.column(key)[1]
+        values = self._ledger.evidence.column(key)[1]
         return float(values[-1]) if len(values) else None
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """Measuring is not treating."""
         return ""
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every callback's; rows that were taken up from a checkpoint go on before the first step."""
+        state = super().state_dict()
+        if self._restored is None or self._session is None or not len(self._ledger.history):
+            return state
+        return {**state, "extra": self._extra()}
+
     def _extra(self) -> dict[str, Any]:
+        """The ledger as it will be when all that was measured is there. Changes nothing, so a signal handler may ask at any moment."""
         assert self._session is not None
-        self._receive(self._session.trainer)
-        elapsed = {name: [course.step, course.elapsed] for name, course in self._courses.items()}
-        kept = {"history": self.history.state_dict()}
-        if self._evidence is not self.history:
-            kept["evidence"] = self._evidence.state_dict()
-        return {**kept, "last_step": self._last_step, "elapsed": elapsed}
+        # Before the first batch of a fit that goes on, the loops are not yet where the checkpoint was.
+        position = self._position if self._taken_up and self._position is not None else self._session.position()
+        ledger = self._completed()
+        happened = [] if self._session.closed else self._new_events(ledger, self._session.events())
+        state = ledger.state()
+        state["events"] = list(dict.fromkeys([*state["events"], *happened]))
+        skipped = self._skipped_before + self._session.skipped_steps()
+        return {**state, "position": position, "skipped_steps": skipped}
+
+    def _completed(self) -> Ledger:
+        """The ledger as it will be when all that was measured is there; every rank must call it."""
+        assert self._session is not None
+        ledger = self._ledger
+        for sent in ledger.sent:
+            ledger = self._published(ledger, sent).ledger
+        # What an update did in a batch that is not over will be done again after a resume, and measured again.
+        following, _ = self._session.position()
+        results = tuple(r for r in ledger.results if r.step < following)
+        if results:
+            ledger = self._published(ledger, self._send(results)).ledger
+        return replace(ledger, results=(), sent=())
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
-        if "history" in extra:
-            self.history.load_state_dict(extra["history"])
-            self._continued = True
-            if self._evidence is not self.history:
-                self._evidence.load_state_dict(extra.get("evidence", extra["history"]))
-            self._last_step = int(extra["last_step"])
-            self._courses = {name: Course(step=step, elapsed=elapsed) for name, (step, elapsed) in extra.get("elapsed", {}).items()}
+        """Taken up before the first step already, in `on_train_start`."""

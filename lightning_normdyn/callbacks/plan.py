@@ -71,7 +71,7 @@ class Plan:
     _owned: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
     _group_of: dict[Tensor, dict[str, Any]] = field(init=False)
     counters: dict[str, Tensor] = field(default_factory=dict)
-    events: list[str] = field(default_factory=list)
+    events: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.bad = torch.zeros(self.vectors.n, dtype=torch.bool, device=self.vectors.device)
@@ -184,7 +184,8 @@ class Plan:
 
     def mark(self, event: str) -> None:
         """Note that something happened to these weights in this step; the monitor writes it into its history."""
-        self.events.append(event)
+        # Counted and not listed: without a monitor nobody ever takes a list away, and of two monitors only one could.
+        self.events[event] = self.events.get(event, 0) + 1
 
     def group_of(self, target: Target) -> dict[str, Any]:
         """The param group that owns ``target``."""

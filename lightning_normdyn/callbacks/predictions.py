@@ -199,6 +199,10 @@ class Course:
                 del self.pulls[1::2]
         self.latest, self.step = prediction, step
 
+    def fork(self) -> Course:
+        """A course that starts as this one and goes on by itself."""
+        return replace(self, pulls=list(self.pulls))
+
     def steady_since(self) -> float:
         """The step since which lr x decay has been within a tenth of what it is now; before, another equilibrium was aimed at."""
         if not self.pulls:
@@ -226,8 +230,11 @@ def judge(history: History, name: str, course: Course) -> str:
 
     Returns:
         a verdict of `lightning_normdyn.verdicts.verdict`; "not settled yet" instead of "settled" before `SETTLED_AFTER` e-foldings;
-        under WRS the comparison alone; "too few rows".
+        under WRS the comparison alone; "too few rows"; "not finite since step 5" for a weight that ended with NaN.
     """
+    diverged = _not_finite_since(history, name)
+    if diverged is not None:
+        return f"not finite since step {diverged}"
     at, norms, angles, predicted = _aligned(history, name)
     if len(at) < 3:
         return "too few rows"
@@ -260,11 +267,25 @@ def judge(history: History, name: str, course: Course) -> str:
     return f"{said} (a rough one)" if rough and said != "no prediction" else said
 
 
+def _not_finite_since(history: History, name: str) -> int | None:
+    """The first of the steps, up to the newest row, at which the norm or the angle was NaN or infinite; None if the newest is finite."""
+    since: list[int] = []
+    for key in (f"weight_norm/{name}", f"angular_update/{name}"):
+        if not history.has(key):
+            continue
+        steps, values = history.column(key)
+        finite = np.flatnonzero(np.isfinite(values))
+        trailing = steps[finite[-1] + 1 :] if len(finite) else steps
+        since += trailing[:1].tolist()
+    return min(since, default=None)
+
+
 def _aligned(history: History, name: str) -> list[Any]:
     """Steps, norms, angles and predictions (NaN where there is none) of the rows that have an angle, float64."""
     keys = [f"{quantity}/{name}" for quantity in ("weight_norm", "angular_update", "equilibrium_angular_update")]
     curves = [dict(zip(*(c.tolist() for c in history.column(key)), strict=True)) if history.has(key) else {} for key in keys]
-    steps = [step for step in curves[1] if step in curves[0]]
+    # A number of a single step that was not finite, after which the run went on, is no part of a curve.
+    steps = [step for step in curves[1] if step in curves[0] and isfinite(curves[0][step]) and isfinite(curves[1][step])]
     columns = [[curve.get(step, float("nan")) for step in steps] for curve in curves]
     return [np.array(column, dtype=np.float64) for column in (steps, *columns)]
 

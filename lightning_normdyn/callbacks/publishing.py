@@ -374,6 +374,11 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
             connector._progress_bar_metrics[shown_as] = unit * row[key]
 
 
+def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
+    """What of a row `publish_to_trainer` publishes."""
+    return {key: row[key] for key in dict.fromkeys([*TOLD_TO_CALLBACKS, *SHOWN_IN_PROGRESS_BAR]) if key in row}
+
+
 def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str = "") -> None:
     """What the run consists of.
 

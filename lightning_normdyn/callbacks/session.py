@@ -98,6 +98,9 @@ class Session:
         self._steps_before: list[int] = []
         self._compile_next = False
         self.attempts = 0
+        self._stepped_before_attempt = 0
+        self._shift = 0  # from Lightning's count of batches to that of a run without interruption
+        self._last_ended = -1  # Lightning's count at the newest end of a batch
         self.batch: Any = None
         """The batch that is being trained on."""
 
@@ -178,6 +181,7 @@ class Session:
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
+        self._last_ended = self._counted_batches()
         if self._watching:
             self.search.close()
             self._watching, self._compile_next = False, True
@@ -357,14 +361,55 @@ class Session:
 
     def attempt(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, unless its scaler finds an inf."""
+        self._stepped_before_attempt = self._stepped()
         self.attempts += not accumulates(self.trainer.strategy.model)
         for bracket in self.brackets:
             bracket.close_in()
 
     def skipped_steps(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""
-        pending = sum(b.unsettled for b in self._leading)
-        return max(0, self.attempts - sum(b.steps for b in self._leading) - pending)
+        return max(0, self.attempts - self._stepped() - self._attempt_is_open())
+
+    def _stepped(self) -> int:
+        """Updates that happened, or of which a fused optimizer has not told yet that they did not."""
+        return sum(b.steps + b.unsettled for b in self._leading)
+
+    def _attempt_is_open(self) -> bool:
+        """Whether a step is being attempted right now: a checkpoint saved in the middle of it must not count it as skipped."""
+        batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        is_inside_step = bool(batch.processed < batch.started)
+        return is_inside_step and self.attempts > 0 and self._stepped() == self._stepped_before_attempt
+
+    # -- the x axis ------------------------------------------------------------------------------------------------------
+
+    @property
+    def now(self) -> int:
+        """The x axis of curves, as Lightning's loggers count it: batches that stepped before this one, over resumes."""
+        return self._counted_batches() + self._shift
+
+    def _counted_batches(self) -> int:
+        return int(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    def position(self) -> list[int]:
+        """For a checkpoint: ``now`` of the next batch to be trained on, as a run without interruption counts it, and Lightning's count."""
+        loop = self.trainer.fit_loop.epoch_loop
+        batch: Any = loop.batch_progress.current
+        is_inside_step = batch.processed < batch.ready
+        # Lightning counts a batch only after the hooks of its end and after a validation that follows it.
+        is_counted = batch.processed == batch.completed and self._counted_batches() != self._last_ended
+        done = int(not is_inside_step and not is_counted and batch.ready > 0 and not loop._should_accumulate())
+        return [self.now + done, self._counted_batches()]
+
+    def go_on_from(self, position: Sequence[int]) -> bool:
+        """Count on from the `position` of a checkpoint, from the first batch on; False where the loops were not restored with it.
+
+        Lightning itself counts a batch once more or not at all, depending on the hook in which the checkpoint was saved.
+        """
+        following, counted = position
+        if self._counted_batches() - counted not in (0, 1):
+            return False
+        self._shift = following - self._counted_batches()
+        return True
 
     def counted(self, key: str) -> Tensor | None:
         """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if nobody counts it."""
@@ -462,14 +507,13 @@ class Session:
         before, within = self.decay_shares(plan, norm, std)
         return before + within - before * within
 
-    def take_events(self) -> list[str]:
-        """What callbacks noted since the last call."""
-        events = []
-        for member in self.members:
+    def events(self) -> dict[tuple[int, int, str], int]:
+        """How often each kind of event has happened in this fit, by callback (its place in the list), optimizer and kind."""
+        counts: dict[tuple[int, int, str], int] = {}
+        for place, member in enumerate(self.members):
             for plan in member.plans.values():
-                events += plan.events
-                plan.events = []
-        return list(dict.fromkeys(events))
+                counts.update({(place, plan.index, kind): count for kind, count in plan.events.items()})
+        return counts
 
     def losses_in_words(self) -> str:
         """For the table at the end of a fit: the weights that callbacks have stopped acting on; empty without any."""

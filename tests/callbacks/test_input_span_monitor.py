@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from math import isnan
 from types import SimpleNamespace
 from typing import Any
 
@@ -134,12 +135,13 @@ def test_zero_filters_constant_inputs_and_rank_deficient_inputs():
     assert [q for q in QUANTITIES if f"{q}/net.0.weight" in nothing] == ["input_span_rank"]
 
 
-def test_inputs_that_are_not_finite_are_told_and_left_out():
+def test_inputs_that_are_not_finite_are_told_and_shown():
     x = torch.randn(40, 6, dtype=torch.float64)
     x[3, 2] = torch.inf
-    with pytest.warns(NormDynWarning, match=r"inputs or weights of net.0.weight are not finite"):
+    with pytest.warns(NormDynWarning, match=r"inputs or weights of net.0.weight are not finite at step 0"):
         row = measure(head(nn.Linear(6, 4)), x)
-    assert set(row) == {"step", "optimizer_step"}
+    assert isnan(row["ggd_shape_input/net.0.weight"])
+    assert isnan(row["input_span_energy/net.0.weight"])
 
 
 # ---- Shapes ----

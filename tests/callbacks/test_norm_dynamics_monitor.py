@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from math import atan2, sin, sqrt
+import sys
+from math import atan2, isnan, sin, sqrt
 from typing import Any
 
 import lightning as L
 import pytest
 import strategies
 import torch
-from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, ManualNet, Net, convnet, fit, images, loader, make, trainer, weights_of
+from models import TARGETS, ManualNet, Net, SavesAt, convnet, fit, images, loader, make, trainer, weights_of
 from ranks import run_ranks
 from replay import Recorder
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn import AdaptiveWeightShrink, InputSpanMonitor, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn.callbacks.ledger import Ledger
+from lightning_normdyn.errors import NormDynWarning
+from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import weight_standardization
 from lightning_normdyn.steps import HostCopy
 
@@ -326,7 +330,10 @@ class Looks(L.Callback):
         self.after_batches.append(len(self.watch.history))
         if self.checkpoint is not None and trainer.global_step == 3:
             trainer.save_checkpoint(self.checkpoint)
-            self.in_checkpoint = len(self.watch.history)
+            state = torch.load(self.checkpoint, weights_only=True)["callbacks"][self.watch.state_key]
+            saved = History()
+            saved.load_state_dict(state["extra"]["history"])
+            self.in_checkpoint = list(saved)
 
     def on_train_epoch_end(self, trainer, pl_module):
         self.after_epochs.append(len(self.watch.history))
@@ -345,10 +352,10 @@ def test_from_a_gpu_rows_come_one_batch_later_and_are_the_same(monkeypatch, tmp_
     monkeypatch.setattr(HostCopy, "arrives_later", True)
     watch_later, rows_later, look_later = everything(tmp_path)
     assert look.after_batches == [1, 2, 3, 4, 5, 6, 7, 8]
-    # The third and the fourth were fetched for a checkpoint and at the epoch's end.
+    # The fourth was fetched at the epoch's end.
     assert look_later.after_batches == [0, 1, 2, 3, 4, 5, 6, 7]
     assert look.after_epochs == look_later.after_epochs == [4, 8]
-    assert look_later.in_checkpoint == 3
+    assert look_later.in_checkpoint == look.in_checkpoint == list(watch.history)[:3]
     assert rows_later.ours() == rows.ours()
     assert list(watch_later.history) == list(watch.history)
     assert watch_later.history.events == watch.history.events
@@ -507,3 +514,295 @@ def test_the_last_batches_of_an_unknown_length_are_not_lost():
     runner.fit(make(), DataLoader(Stream(), batch_size=8))
     assert steps_of(watch)[0] == 0
     assert steps_of(watch)[-1] == 3
+
+
+# ---- Optimizers that take turns, or step several times ----
+
+
+class Turns(ManualNet):
+    """A GAN's way: the first half steps in every batch, ``repeats`` times, the second one in every ``n_critic``-th batch."""
+
+    n_critic, offset, repeats = 5, 0, 1
+
+    def training_step(self, batch, batch_idx=0):
+        for index, optimizer in enumerate(self.optimizers()):
+            turns = self.repeats if index == 0 else int(batch_idx % self.n_critic == self.offset)
+            for _ in range(turns):
+                loss = Net.training_step(self, batch, batch_idx)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+
+def steps_with(watch, name):
+    return watch.history.column(f"angular_update/{name}")[0].tolist()
+
+
+@pytest.mark.usefixtures("arrival")
+@pytest.mark.parametrize(("offset", "expected"), [(0, [0, 5, 10, 15, 20]), (2, [2, 7, 12, 17, 22]), (4, [4, 9, 14, 19, 24])])
+def test_an_optimizer_that_misses_the_logging_steps_is_measured_at_its_next_step(offset, expected):
+    watch, rows = monitor(5), KeepsRows()
+    module = make(Turns)
+    module.offset = offset
+    fit(module, [watch], loader(25 * 8), max_epochs=1, logger=rows)
+    assert steps_with(watch, TARGETS[0]) == [0, 4, 9, 14, 19, 24]
+    assert steps_with(watch, TARGETS[1]) == expected
+    # As ever, the first step is in the history alone, unless it is a logging step or comes after one.
+    logged = [step for step, row in rows.ours() if f"angular_update/{TARGETS[1]}" in row]
+    assert logged == [step for step in expected if step >= 4]
+
+
+def test_every_few_batches_only_and_on_no_logging_step_it_is_measured_again_and_again():
+    # Steps in even batches, logs in odd ones: no logging step is ever met.
+    class Accumulates(ManualNet):
+        def training_step(self, batch, batch_idx=0):
+            loss = Net.training_step(self, batch, batch_idx) / 2
+            self.manual_backward(loss)
+            if batch_idx % 2 == 0:
+                for optimizer in self.optimizers():
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    watch = monitor(4)
+    fit(make(Accumulates), [watch], loader(16 * 8), max_epochs=1)
+    assert steps_of(watch)[:-1] == [0, 4, 8, 12]
+
+
+def test_the_end_table_takes_the_norms_of_every_optimizer_anew():
+    watch = monitor(50)
+    module = make(Turns, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    fit(module, [watch], loader(20 * 8), max_epochs=1)
+    table = {row["weight"]: row for row in watch._layers(watch._norms_now())}
+    for name in TARGETS:
+        norm = float(weights_of(module)[name].flatten(1).norm(dim=1).mean())
+        assert table[name]["norm last"] == pytest.approx(norm, rel=1e-6)
+    # In the history too, beside the numbers of the one that stepped last: a weight that does not step keeps its norm.
+    assert watch.history[-1]["step"] == 19
+    norm = float(weights_of(module)[TARGETS[1]].flatten(1).norm(dim=1).mean())
+    assert watch.history[-1][f"weight_norm/{TARGETS[1]}"] == pytest.approx(norm, rel=1e-6)
+    assert f"{norm:.3g}" in watch._end_table(watch._layers(watch._norms_now()))
+
+
+@pytest.mark.usefixtures("arrival")
+def test_of_several_steps_in_a_batch_a_row_holds_the_first_with_its_own_number():
+    look, watch = Trajectory(), monitor(2)
+    module = make(Turns)
+    module.repeats = 3
+    with torch.no_grad():
+        module.net[0].weight[1] = 1e-9 * module.net[0].weight[1]  # collapsed, whatever it is compared with
+    fit(module, [look, watch], loader(6 * 8), max_epochs=1)
+    rows = list(watch.history)
+    assert steps_of(watch) == [0, 1, 3, 5]
+    assert [int(row["optimizer_step"]) for row in rows] == [1, 4, 10, 16]
+    for row in rows:
+        assert row["normdyn/collapsed_vectors"] <= 1  # not once for every step
+        expected = look.weights[int(row["step"])][TARGETS[0]].flatten(1).norm(dim=1).mean()
+        assert row[f"weight_norm/{TARGETS[0]}"] == pytest.approx(float(expected), rel=1e-6)  # before the batch: of its first step
+
+
+# ---- Runs that diverge ----
+
+
+class Diverges(Net):
+    """From batch ``since`` on its loss is NaN."""
+
+    since = 5
+
+    def training_step(self, batch, batch_idx=0):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step >= self.since else loss
+
+
+@pytest.mark.usefixtures("arrival")
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_run_that_turns_nan_says_so_once_and_shows_it(every, capsys):
+    watch, rows, module = NormDynamicsMonitor(every), KeepsRows(), make(Diverges, make_optimizer=momentum)
+    with pytest.warns(NormDynWarning, match="not finite at step 5") as said:
+        runner = fit(module, [watch], loader(12 * 8), max_epochs=1, logger=rows)
+    assert len([w for w in said if issubclass(w.category, NormDynWarning)]) == 1
+    for row in watch.history:
+        assert isnan(row["angular_update/net.0.weight"]) == isnan(row["normdyn/equilibrium_ratio"]) == (row["step"] >= 5)
+        assert isnan(row["weight_norm/net.0.weight"]) == isnan(row["effective_lr/net.3.weight"]) == (row["step"] > 5)
+    logged = [row for step, row in rows.ours() if step > 5]
+    assert logged
+    assert all(isnan(row["weight_norm/net.0.weight"]) for row in logged)
+    for key in ("normdyn/angular_update", "normdyn/equilibrium_ratio"):
+        assert isnan(runner.callback_metrics[key])
+    table = capsys.readouterr().out.split("optimizer steps")[-1]
+    assert table.count("not finite since step 5") == 3 or "not finite" in table
+    assert not any(word in table for word in ("settled", "approaching"))
+
+
+def test_a_run_that_turns_nan_between_its_last_rows_says_so_at_its_end():
+    class Stops(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            if trainer.global_step == 7:
+                raise KeyboardInterrupt
+
+    watch, module = monitor(100), make(Diverges, make_optimizer=momentum)
+    with pytest.warns(NormDynWarning, match="not finite at step 7"):
+        fit(module, [watch], loader(8 * 8), max_epochs=1)
+    assert {row["verdict"] for row in watch._layers()} == {"not finite since step 7"}
+
+
+def test_early_stopping_sees_that_a_run_has_diverged():
+    module = make(Diverges, make_optimizer=momentum)
+    stop = EarlyStopping("normdyn/angular_update", check_finite=True, check_on_train_epoch_end=True, patience=100)
+    with pytest.warns(NormDynWarning, match="not finite"):
+        runner = fit(module, [monitor(), stop], max_epochs=6)
+    assert runner.current_epoch == 2
+    assert "not finite" in stop.stopping_reason_message or stop.stopped_epoch == 1
+
+
+def test_one_vector_that_is_not_finite_shows_in_the_mean_of_its_weight_alone():
+    module = make(make_optimizer=momentum, net=convnet(norm=lambda c: nn.GroupNorm(1, c)))
+    module.net[8].weight.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("nan")))
+    watch = monitor()
+    with pytest.warns(NormDynWarning, match=r"a gradient or an update of `net\.8\.weight` is not finite at step 0"):
+        fit(module, [watch], max_steps=1)
+    row = watch.history[0]
+    assert isnan(row["angular_update/net.8.weight"])
+    assert isnan(row["gradient_cosine/net.8.weight"])
+    assert not isnan(row["weight_norm/net.8.weight"])
+    assert not any(isnan(value) for key, value in row.items() if "net.8" not in key)
+
+
+# ---- Resumes ----
+
+
+def test_a_resume_puts_promised_numbers_back(tmp_path):
+    """An EarlyStopping that asks for them every epoch gets them although the next row is far away, and no row is added for it."""
+    stop = lambda: EarlyStopping("normdyn/angular_update", check_on_train_epoch_end=True, patience=100)  # noqa: E731
+    whole, again = monitor(50), monitor(50)
+    expected = fit(make(make_optimizer=momentum), [whole, stop(), SavesAt(4, tmp_path / "four.ckpt")], max_epochs=4)
+    found = fit(make(make_optimizer=momentum), [again, stop()], ckpt_path=tmp_path / "four.ckpt", max_epochs=4)
+    assert steps_of(again) == steps_of(whole) == [0, 15]
+    assert found.callback_metrics["normdyn/angular_update"] == pytest.approx(
+        float(expected.callback_metrics["normdyn/angular_update"]), rel=0.2
+    )
+
+
+def test_a_row_that_the_end_of_a_fit_asked_for_is_gone_when_the_run_goes_on(tmp_path):
+    first, again = monitor(5, per_vector=True), monitor(5, per_vector=True)
+    fit(make(make_optimizer=momentum), [first], max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
+    assert steps_of(first) == [0, 4, 7]
+    fit(make(make_optimizer=momentum), [again], ckpt_path=tmp_path / "two.ckpt", max_epochs=4)
+    assert steps_of(again) == [0, 4, 9, 14, 15]
+    assert again.history.vectors("weight_norm/net.0.weight")[0].tolist() == [0, 4, 9, 14, 15]
+
+
+def test_a_finished_run_shows_its_history(tmp_path):
+    first, again = monitor(5, per_vector=True, quantities=["effective_lr"]), monitor(5, per_vector=True, quantities=["effective_lr"])
+    fit(make(make_optimizer=momentum), [first], max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
+    runner = fit(make(make_optimizer=momentum), [again], ckpt_path=tmp_path / "two.ckpt", max_epochs=2)
+    assert list(again.history) == list(first.history)
+    runner.save_checkpoint(tmp_path / "again.ckpt")
+    third = monitor(5, per_vector=True, quantities=["effective_lr"])
+    fit(make(make_optimizer=momentum), [third], ckpt_path=tmp_path / "again.ckpt", max_epochs=4)
+    assert steps_of(third) == [0, 4, 9, 14, 15]
+
+
+def test_an_old_checkpoint_in_a_new_schedule_ends_no_fit(tmp_path):
+    """Weights and optimizer go on, the loops begin anew: rows that lie ahead are forgotten, with a warning."""
+    fit(make(make_optimizer=momentum), [monitor(), InputSpanMonitor(1, max_samples=40)], max_epochs=2).save_checkpoint(
+        tmp_path / "old.ckpt"
+    )
+    state = torch.load(tmp_path / "old.ckpt", weights_only=True)
+    fresh = fit(make(make_optimizer=momentum), max_steps=0)
+    fresh.save_checkpoint(tmp_path / "fresh.ckpt")
+    state["loops"] = torch.load(tmp_path / "fresh.ckpt", weights_only=True)["loops"]
+    state["epoch"] = state["global_step"] = 0
+    torch.save(state, tmp_path / "new.ckpt")
+    watch = monitor(2)
+    with pytest.warns(NormDynWarning) as said:
+        fit(make(make_optimizer=momentum), [watch, InputSpanMonitor(1, max_samples=40)], ckpt_path=tmp_path / "new.ckpt", max_epochs=1)
+    assert steps_of(watch) == [0, 1, 3]
+    assert [int(row["optimizer_step"]) for row in watch.history] == [9, 10, 12]
+    texts = " ".join(str(warning.message) for warning in said)
+    assert "The history of the checkpoint reaches to step 7, and this fit counts from step 0" in texts
+    assert "InputSpanMonitor's history reaches to step 7" in texts
+
+
+def test_a_checkpoint_of_another_shape_starts_a_new_history(tmp_path):
+    fit(make(), [monitor()], max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
+    state = torch.load(tmp_path / "one.ckpt", weights_only=True)
+    [(key, mine)] = state["callbacks"].items()
+    for damage in ({"last_step": "x"}, {"history": {}}, {"elapsed": [3]}, {"position": [float("nan"), 2]}, {"norms": {"a": 3}}):
+        state["callbacks"][key] = {**mine, "extra": {**mine["extra"], **damage}}
+        torch.save(state, tmp_path / "damaged.ckpt")
+        watch = monitor()
+        with pytest.warns(NormDynWarning, match="starts a new history"):
+            fit(make(), [watch], ckpt_path=tmp_path / "damaged.ckpt", max_epochs=2)
+        assert steps_of(watch) == [4, 5, 6, 7]
+
+
+def test_skipped_and_clamped_go_on_over_a_resume(tmp_path):
+    class Overflows(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 2 else 1.0)
+
+    def go(callbacks, **arguments):
+        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+        return fit(make(Overflows, dtype=torch.float32), callbacks, plugins=[precision], **arguments)
+
+    whole, again, shrink = monitor(), monitor(), AdaptiveWeightShrink(50.0)
+    go([whole, AdaptiveWeightShrink(50.0), SavesAt(8, tmp_path / "eight.ckpt")], max_epochs=3)
+    go([again, shrink], ckpt_path=tmp_path / "eight.ckpt", max_epochs=3)
+    for key in ("normdyn/skipped_steps", "normdyn/clamped_vectors"):
+        assert again.history[-1][key] == whole.history[-1][key] > 0
+    assert sum(shrink._session.counted_by_weight("clamped").values()) == again.history[-1]["normdyn/clamped_vectors"]
+
+
+# ---- A signal handler that saves at any moment ----
+
+
+class Interrupts:
+    """Calls ``act`` at every line of the given functions, as a signal handler may be called."""
+
+    def __init__(self, act, *functions):
+        self.act, self.codes, self.inside, self.calls = act, {f.__code__ for f in functions}, False, 0
+
+    def __call__(self, frame, event, argument):
+        if frame.f_code not in self.codes or self.inside:
+            return None
+        if event == "line":
+            self.inside = True
+            self.calls += 1
+            try:
+                self.act()
+            finally:
+                self.inside = False
+        return self
+
+
+@pytest.mark.usefixtures("arrival")
+def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
+    kinds = NormDynamicsMonitor
+    functions = [
+        kinds.on_train_batch_end, kinds._receive, kinds._send, kinds._published, kinds._with_row, kinds._recorded, kinds._measure_step,
+        kinds._publish_about, Ledger.with_row, History.append, History.show, kinds.on_train_end, kinds._append_final,
+    ]  # fmt: skip
+    quiet, watch = monitor(per_vector=True), monitor(per_vector=True)
+    fit(make(make_optimizer=momentum), [quiet, AdaptiveWeightShrink(50.0), WeightRescaling(3)])
+    expected, states = list(quiet.history), []
+    interrupts = Interrupts(lambda: states.append(watch.state_dict()["extra"]), *functions)
+
+    class Starts(L.Callback):
+        def on_train_start(self, trainer, pl_module):
+            sys.settrace(interrupts)
+
+    try:
+        fit(make(make_optimizer=momentum), [watch, AdaptiveWeightShrink(50.0), WeightRescaling(3), Starts()])
+    finally:
+        sys.settrace(None)
+    assert interrupts.calls > 300
+    assert list(watch.history) == expected
+    assert watch.history.events == quiet.history.events
+    for state in states:  # each holds the rows of the batches that are over, each once
+        saved = History()
+        saved.load_state_dict(state["history"])
+        rows = list(saved)
+        assert rows == expected[: len(rows)]
+        assert len(rows) == len(expected) or int(rows[-1]["step"] if rows else -1) + 1 >= state["position"][0] - int(len(rows) == 0)
+        for name in saved.vector_names():
+            assert saved.vectors(name)[0].tolist() == [int(row["step"]) for row in rows]

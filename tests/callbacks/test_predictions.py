@@ -34,6 +34,7 @@ from lightning_normdyn.callbacks.predictions import (
     urgency,
 )
 from lightning_normdyn.equilibrium import equilibrium_angular_update
+from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import weight_standardization
 from lightning_normdyn.vectors import Partition, WeightVectors
@@ -504,13 +505,15 @@ def foretold(text: str) -> float:
 
 
 def train_until_nan(make_optimizer: Any, monkeypatch: pytest.MonkeyPatch, steps: int, every: int, **arguments: Any) -> Dying:
-    """Exactly one warning, before the NaN, and right about the number of steps left."""
+    """Exactly one warning before the NaN, right about the number of steps left, and one when it is there."""
     module, notes = make(Dying, make_optimizer=make_optimizer, **arguments), Notes(monkeypatch)
     monitor = NormDynamicsMonitor(every, tables=False)
     data = loader(8, torch.float32)
     fit(module, [notes, monitor], data, max_epochs=steps, max_steps=steps, check_val_every_n_epoch=None)
     assert module.died_at is not None
-    [(said_at, text)] = notes.texts
+    (said_at, text), (diverged_at, diverged) = notes.texts
+    assert "not finite at step" in diverged
+    assert module.died_at <= diverged_at <= module.died_at + every
     assert "net.3.parametrizations.weight.original" in text
     assert said_at < module.died_at
     assert said_at + foretold(text) == pytest.approx(module.died_at, rel=0.1)
@@ -666,7 +669,7 @@ def test_a_norm_on_its_way_to_overflow_is_reported_once(monkeypatch: pytest.Monk
     callbacks = [notes, norms, NormDynamicsMonitor(3, tables=False)]
     fit(module, callbacks, batches(noise(400, SHAPE, dtype=torch.float32)), max_epochs=1)
     assert norms.overflown is not None
-    [(said_at, text)] = notes.texts
+    [(said_at, text)] = [note for note in notes.texts if "not finite" not in note[1]]
     assert "`weight`: its norm has grown from" in text
     assert said_at < norms.overflown
     assert foretold(text) == pytest.approx(norms.overflown - said_at, rel=0.1)
@@ -752,7 +755,8 @@ def test_an_infinite_vector_does_not_make_the_others_look_collapsed() -> None:
     weight = start((6, 5))
     weight[4] = 1e308
     monitor = NormDynamicsMonitor(1, tables=False)
-    fit(Walk(weight, lambda p: SGD(p, lr=1e-12)), [monitor], batches(noise(2, (6, 5))), max_epochs=1)
+    with pytest.warns(NormDynWarning, match="`weight` are not finite at step 0"):  # its square overflows
+        fit(Walk(weight, lambda p: SGD(p, lr=1e-12)), [monitor], batches(noise(2, (6, 5))), max_epochs=1)
     assert monitor.history[0]["normdyn/collapsed_vectors"] == 0
 
 
