@@ -94,6 +94,7 @@ def test_callbacks_never_import_each_other(path):
     shared = {
         "base",
         "effect",
+        "ledger",
         "plan",
         "session",
         "predictions",
