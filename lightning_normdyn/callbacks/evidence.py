@@ -254,6 +254,10 @@ class Evidence:
         record = self.records.get(verdict.name)
         return record is not None and record.confirmed and same_claim(record.claim, verdict)
 
+    def looked_at_closely(self) -> list[Verdict]:
+        """The claims that are looked at in every step at present."""
+        return [record.claim for record in self.records.values() if record.close]
+
     # -- looks ---------------------------------------------------------------------------------------------------------
 
     def wants_look(self, index: int, logging_step: int, new_claims: Iterable[Verdict] = ()) -> bool:

@@ -23,6 +23,7 @@ from lightning_normdyn.callbacks.evidence import Contradiction, Evidence
 from lightning_normdyn.callbacks.loss_gradients import LossGradients, changed_between_ranks
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.decay import Decay, decay_of
+from lightning_normdyn.epsilons import EpsilonWatch
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.graph_state import GraphState, Normalizations
 from lightning_normdyn.sharding import accumulates, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
@@ -85,6 +86,7 @@ class Session:
         self._graph: GraphState | None = None  # of the graph that the verdicts were read from
         self._version = 0
         self.evidence = Evidence()
+        self._epsilons = EpsilonWatch(module)  # where a claim is looked at closely: it may be false because of an epsilon
         self._withdrawn: dict[str, Verdict] = {}
         self.resumed = False
         """Whether the verdicts come from a checkpoint of the same network: its fit had its first steps, so nothing is refused any more."""
@@ -134,6 +136,7 @@ class Session:
     def close(self) -> None:
         """Leave no hook behind; idempotent."""
         self.search.close()
+        self._epsilons.stop()
         self._watching = False
         for bracket in self.brackets:
             bracket.restore()
@@ -146,6 +149,9 @@ class Session:
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
+        doubtful = self.evidence.looked_at_closely()
+        if doubtful:
+            self._epsilons.start({name for claim in doubtful for name in claim.norms})
         if self._compile_next:
             self._compile_next = False
             stepped = [o for o, b, before in zip(self.optimizers, self.brackets, self._steps_before, strict=True) if b.steps > before]
@@ -168,6 +174,7 @@ class Session:
         self._watched, self._graph = state, graph
         self._watching, self._analyzed = True, False
         self._steps_before = [b.steps for b in self.brackets]
+        self._epsilons.start()
         self.search.watch()
 
     def before_backward(self, loss: Tensor) -> None:
@@ -182,6 +189,7 @@ class Session:
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
         self._last_ended = self._counted_batches()
+        self._epsilons.stop()
         if self._watching:
             self.search.close()
             self._watching, self._compile_next = False, True
@@ -324,7 +332,11 @@ class Session:
     def _withdraw(self, found: Contradiction) -> None:
         name = found.claim.name
         claim = self.search.verdicts.get(name, found.claim)
-        withdrawn = claim.withdrawn(EulerTest.contradiction(found.rms, found.count), "gradients")
+        text = EulerTest.contradiction(found.rms, found.count)
+        epsilon = self._epsilons.largest(claim.norms)
+        if epsilon is not None and epsilon.explains(found.rms):
+            text += f", because {epsilon}"
+        withdrawn = claim.withdrawn(text, "gradients")
         self._withdrawn[name] = self.search.verdicts[name] = withdrawn
         self._version += 1
         self.losses[name] = f"since step {found.step}, {withdrawn.reason}"
@@ -563,7 +575,8 @@ def agree(verdicts: dict[str, Verdict]) -> None:
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return
-    mine = {name: (v.shape, _digest(v.state())) for name, v in verdicts.items()}
+    # A reason may name numbers that one rank has seen.
+    mine = {name: (v.shape, _digest({**v.state(), "reason": ""})) for name, v in verdicts.items()}
     everybody: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everybody, mine)
     for name in sorted({n for table in everybody for n in table}):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 import lightning as L
 import pytest
 import torch
-from models import TARGETS, Net, Penalized, convnet, fit, make, sgd
+from models import TARGETS, Net, Penalized, SavesAt, convnet, fit, loader, make, same, sgd, weights_of
 from torch import nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NormDynWarning, WeightRescaling
+from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NormDynWarning, NoTargetsError, WeightRescaling
 from lightning_normdyn.callbacks.evidence import CLOSE_LOOKS, Record
 from lightning_normdyn.targets import Verdict
 
@@ -367,3 +369,191 @@ def test_clipping_by_the_trainer_disturbs_nothing(algorithm):
     callback = AdaptiveWeightShrink(0.01)
     fit(make(), [callback], gradient_clip_val=1e-3, gradient_clip_algorithm=algorithm)
     assert known(callback) == dict.fromkeys(TARGETS, "graph and gradients")
+
+
+# ---- Over a resume ----
+
+
+def one_batch():
+    """Lightning does not go back to the batch at which a checkpoint was saved, so all are the same."""
+    return loader(count=8)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"])
+@pytest.mark.parametrize("since", [0, 20])
+def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, since, tmp_path):
+    def go(**arguments):
+        module, callback = make(Penalized, net=convnet(norm=norm), since=since), AdaptiveWeightShrink(0.05)
+        at = WithdrawnAt(callback)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NormDynWarning)
+            fit(module, [callback, at, *arguments.pop("more", [])], one_batch(), max_epochs=40, log_every_n_steps=3, **arguments)
+        return at.batch, weights_of(module), callback.state_dict()
+
+    steps = (1, 3, 7, 21, 24, 25, 30)
+    saved = {step: tmp_path / f"{step}.ckpt" for step in steps}
+    batch, weights, state = go(more=[SavesAt(step, path) for step, path in saved.items()])
+    assert batch > since
+    for step, path in saved.items():
+        batch_again, weights_again, state_again = go(ckpt_path=path)
+        assert same(weights_again, weights)
+        assert batch_again == max(batch, step)
+        assert repr(state_again["evidence"]) == repr(state["evidence"])
+
+
+@pytest.mark.parametrize("params", ["!net.0.*", "auto"])
+def test_what_was_withdrawn_stays_withdrawn_and_ends_no_resumed_fit(params, tmp_path):
+    path, net = tmp_path / "later.ckpt", convnet(norm=lambda n: nn.GroupNorm(1, n))
+    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken") as first:
+        fit(make(Penalized, net=net), [WeightRescaling(2, params=params), SavesAt(20, path)], one_batch(), max_epochs=20)
+    callback, module = WeightRescaling(2, params=params), make(Penalized, net=convnet(norm=lambda n: nn.GroupNorm(1, n)))
+    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken") as again:
+        runner = fit(module, [callback], one_batch(), max_epochs=30, ckpt_path=path)
+    assert runner.global_step == 30
+    assert targets_of(callback) == ([] if params != "auto" else ["net.0.weight"])
+    ours = [[str(w.message) for w in caught if w.category is NormDynWarning] for caught in (first, again)]
+    assert ours[0] == ours[1]
+
+
+def frozen(module):
+    """BatchNorm goes to evaluation, as in finetuning."""
+
+    class Freezes(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            for m in pl_module.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.eval()
+
+    return module, [Freezes()]
+
+
+def replaced(module):
+    """Another normalization, which makes other vectors of the weights in front of it; its parameters have the same names."""
+    module.net[1] = nn.GroupNorm(1, 4).double()
+    module.net[4] = nn.GroupNorm(1, 6).double()
+    return module, []
+
+
+def removed(module):
+    """Normalizations that only scale and shift."""
+
+    class Affine(nn.Module):
+        def __init__(self, n):
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.ones(n).double()), nn.Parameter(torch.zeros(n).double())
+
+        def forward(self, x):
+            return x * self.weight[:, None, None] + self.bias[:, None, None]
+
+    module.net[1], module.net[4] = Affine(4), Affine(6)
+    return module, []
+
+
+@pytest.mark.parametrize("change", [frozen, removed])
+def test_a_network_that_changed_is_judged_as_in_a_fresh_fit(change, tmp_path):
+    path = tmp_path / "before.ckpt"
+    fit(make(), [AdaptiveWeightShrink(0.5), SavesAt(6, path)])
+    states = torch.load(path, weights_only=True)
+    states["state_dict"] = {k: v for k, v in states["state_dict"].items() if change is frozen or ("running" not in k and "num_" not in k)}
+    torch.save(states, path)
+    module, others = change(make())
+    with pytest.raises(NoTargetsError, match="found no scale-invariant weight"):
+        fit(module, [*others, AdaptiveWeightShrink(0.5)], ckpt_path=path, max_epochs=4)
+
+
+def grouped(groups):
+    return lambda n: nn.GroupNorm(groups, n)
+
+
+@pytest.mark.parametrize(("before", "after"), [(grouped(1), grouped(2)), (grouped(2), grouped(1)), (nn.BatchNorm2d, grouped(2))], ids=str)
+def test_vectors_follow_a_normalization_that_was_set_otherwise_between_the_runs(before, after, tmp_path):
+    path = tmp_path / "before.ckpt"
+    fit(make(net=convnet(norm=before)), [AdaptiveWeightShrink(0.5), SavesAt(6, path)])
+    states = torch.load(path, weights_only=True)
+    states["state_dict"] = {k: v for k, v in states["state_dict"].items() if "running" not in k and "num_" not in k}
+    torch.save(states, path)
+    fresh, resumed = AdaptiveWeightShrink(0.5), AdaptiveWeightShrink(0.5)
+    fit(make(net=convnet(norm=after)), [fresh])
+    fit(make(net=convnet(norm=after)), [resumed], ckpt_path=path, max_epochs=4)
+    sizes = [[t.partition.n for t in callback.plans[0].targets] for callback in (fresh, resumed)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("setting", ["eps", "training"])
+def test_a_setting_that_changes_during_a_fit_calls_for_another_look(setting):
+    class Changes(L.Callback):
+        looks = 0
+
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 5:
+                norm = pl_module.net[4]
+                norm.eps = 2e-5 if setting == "eps" else norm.eps
+                norm.training = setting == "eps"
+
+    callback = AdaptiveWeightShrink(0.5)
+    if setting == "eps":
+        fit(make(), [Changes(), callback])
+        assert targets_of(callback) == TARGETS
+        return
+    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken for scale-invariant: "):
+        fit(make(), [Changes(), callback])
+    assert targets_of(callback) == ["net.0.weight"]
+
+
+def test_a_weight_that_is_trained_from_the_resumed_step_on_is_treated_in_it(tmp_path):
+    path = tmp_path / "frozen.ckpt"
+    module = make()
+    module.net[3].weight.requires_grad_(False)
+    fit(module, [AdaptiveWeightShrink(0.5), SavesAt(4, path)], one_batch(), max_epochs=4)
+    callback, module = AdaptiveWeightShrink(0.5), make()
+    seen = []
+
+    class First(L.Callback):
+        def on_train_batch_end(self, *_):
+            seen.append(targets_of(callback))
+
+    fit(module, [callback, First()], one_batch(), ckpt_path=path, max_epochs=6)
+    assert seen == [TARGETS] * 2
+
+
+def test_a_checkpoint_in_the_middle_of_a_validation_holds_the_modes_of_training(tmp_path):
+    """All modules are in evaluation then; the resumed fit must not take that for another network."""
+
+    class Saves(L.Callback):
+        def on_validation_end(self, trainer, pl_module):
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "validating.ckpt")
+
+    fit(make(), [AdaptiveWeightShrink(0.5), Saves()], val_data=loader(), max_epochs=3)
+    callback = AdaptiveWeightShrink(0.5)
+    fit(make(), [callback], val_data=loader(), max_epochs=4, ckpt_path=tmp_path / "validating.ckpt")
+    assert callback._session.resumed
+
+
+# ---- The reason ----
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n, eps: nn.GroupNorm(2, n, eps=eps)], ids=["batch", "group"])
+def test_the_reason_names_the_epsilon_where_it_explains_the_contradiction(norm):
+    callback = AdaptiveWeightShrink(0.01)
+    module = make(net=convnet(norm=lambda n: norm(n, eps=0.5 if n == 6 else 1e-5)))
+    says = r"because eps = 0\.5 of net\.4 is not small beside the variance that it is added to \(median 0\.\d+, smallest"
+    with pytest.warns(NormDynWarning, match=says):
+        fit(module, [callback])
+    assert targets_of(callback) == ["net.0.weight"]
+
+
+def test_the_reason_names_no_epsilon_where_it_explains_nothing():
+    with pytest.warns(NormDynWarning) as caught:
+        fit(make(Penalized), [AdaptiveWeightShrink(0.01)])
+    (text,) = [str(w.message) for w in caught if w.category is NormDynWarning]
+    assert "eps" not in text
+
+
+def test_an_epsilon_that_comes_to_matter_late_is_named_with_the_variance_of_then():
+    """AWS shrinks a weight until the variance behind it is no longer large beside the epsilon."""
+    callback = AdaptiveWeightShrink(5.0, params="net.3.weight", weight_decay="replace")
+    module = make(net=convnet(norm=lambda n: nn.BatchNorm2d(n, eps=1e-4)))
+    module.net[3].weight.data *= 30
+    with pytest.warns(NormDynWarning, match=r"because eps = 0\.0001 of net\.4 is not small beside the variance"):
+        fit(module, [callback], max_epochs=200, log_every_n_steps=5)
