@@ -322,6 +322,43 @@ def test_a_backbone_that_never_joins_is_said_at_the_end(name):
         fit(make(make_optimizer=trainable), [Backbone(at=9), callback])
 
 
+class Positions(Net):
+    """No target, and a frozen positional encoding."""
+
+    def __init__(self, **arguments):
+        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 2)), **arguments)
+        self.positions = nn.Parameter(torch.randn(1, 36, dtype=torch.float64), requires_grad=False)
+
+    def training_step(self, batch, batch_idx=0):
+        return super().training_step((batch[0] + self.positions.reshape(1, 1, 6, 6), batch[1]))
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_frozen_tensor_does_not_hide_that_there_is_no_target(name):
+    """Said after the first step, and not at the end of the fit."""
+
+    class Looks(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            self.first = [str(w.message) for w in caught if w.category is NormDynWarning]
+            trainer.should_stop = True
+
+    looks = Looks()
+    with pytest.warns(NormDynWarning) as caught:
+        fit(make(Positions), [WRITERS[name](), looks], min_epochs=0)
+    (said,) = looks.first
+    assert "found no scale-invariant weight among the weights that are trained" in said
+    assert "that are frozen, or that no optimizer holds, is trained: `positions`" in said
+
+
+def test_weights_that_a_finetuning_callback_will_bring_are_announced_without_a_warning(capsys):
+    fit(make(make_optimizer=trainable), [Backbone(), AdaptiveWeightShrink(0.5)])  # a warning of ours would be an error
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        "It does nothing until one of those that are frozen, or that no optimizer holds, is trained: `net.0.weight`, `net.3.weight`"
+        in printed
+    )
+
+
 def test_weights_that_join_are_shown_in_a_table_of_their_own(capsys):
     class First(Backbone):
         def freeze_before_training(self, pl_module):
