@@ -33,6 +33,7 @@ from lightning_normdyn.graph_state import Normalizations
 from lightning_normdyn.names import WRAPPERS, clean_name
 from lightning_normdyn.tables import render
 from lightning_normdyn.vectors import Partition, renumbered
+from lightning_normdyn.visibility import visible_graph
 
 # ------------------------------------------------------------------------------------------------ names and patterns
 
@@ -321,36 +322,6 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
 def in_backward() -> bool:
     """Whether a backward pass is running, e.g. because a checkpoint computes its forward again."""
     return bool(torch._C._current_graph_task_id() != -1)
-
-
-@contextmanager
-def visible_graph() -> Iterator[None]:
-    """What runs inside shows all its operations to autograd: compiled code runs eagerly, reentrant checkpoints become non-reentrant.
-
-    Both would otherwise be a single node, for which no rule can be given. Memory stays that of a checkpoint.
-    """
-    from torch.utils import checkpoint as module
-
-    function = module.CheckpointFunction
-    own = vars(function).get("apply")
-
-    def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        def visible(*inputs: Any) -> Any:
-            # Also when it is computed again, after we have left: nested checkpoints must do the same as the first time.
-            with visible_graph():
-                return run(*inputs)
-
-        return module.checkpoint(visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
-
-    with torch.compiler.set_stance("force_eager"):
-        setattr(function, "apply", staticmethod(apply))  # noqa: B010 (a method, to type checkers)
-        try:
-            yield
-        finally:
-            if own is None:
-                delattr(function, "apply")
-            else:
-                setattr(function, "apply", own)  # noqa: B010
 
 
 def _nodes_so_far() -> int:

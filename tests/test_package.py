@@ -23,7 +23,7 @@ FLOORS = {
     "lr_schedules": 1, "group_numbers": 0, "optimizer_facts": 0, "optimizer_trial": 0, "rate_rules": 0, "step_rules": 0,
     "metrics": 1, "optimizer_state": 1, "parametrizations": 1, "plots": 1,
     "report": 1, "sharding": 1, "step_view": 1, "targets": 1, "vectors": 1, "workspace": 1,
-    "steps": 2,
+    "steps": 2, "visibility": 0,
     "callbacks": 3,
     "__init__": 4, "__main__": 4,
 }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -73,6 +73,7 @@ class Session:
         self._leading: list[StepBracket] = []  # one for each optimizer of the Trainer; DeepSpeed steps an optimizer in parts
         self._remove: list[Callable[[], None]] = []
         self._watching = False
+        self._guard = _Guard(self)
         self._seen: dict[int, tuple[Any, ...]] = {}
         self._watched: tuple[Any, ...] | None = None
         self._undecided: set[Tensor] = set()
@@ -135,9 +136,8 @@ class Session:
 
     def close(self) -> None:
         """Leave no hook behind; idempotent."""
-        self.search.close()
+        self.stop_watching()
         self._epsilons.stop()
-        self._watching = False
         for bracket in self.brackets:
             bracket.restore()
         for remove in self._remove:
@@ -175,7 +175,14 @@ class Session:
         self._watching, self._analyzed = True, False
         self._steps_before = [b.steps for b in self.brackets]
         self._epsilons.start()
+        self._guard.stand_first()
         self.search.watch()
+
+    def stop_watching(self) -> None:
+        """Put back the switches of the process that show the graph; idempotent."""
+        self.search.close()
+        self._guard.leave()
+        self._watching = False
 
     def before_backward(self, loss: Tensor) -> None:
         """Read the graph of this loss, if its forward was watched."""
@@ -191,8 +198,8 @@ class Session:
         self._last_ended = self._counted_batches()
         self._epsilons.stop()
         if self._watching:
-            self.search.close()
-            self._watching, self._compile_next = False, True
+            self.stop_watching()
+            self._compile_next = True
             self._unread = not self._analyzed  # this batch had no loss (training_step may return None)
         if not self._resolved or not self._begun or len(self._seen) < len(self.optimizers):
             return
@@ -537,6 +544,42 @@ class Session:
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
         return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+
+
+class _Guard(Callback):
+    """Stands first among the Trainer's callbacks while a forward pass is watched, and ends the watch if anything goes wrong.
+
+    Watching sets switches of the whole process. Another callback's ``on_exception`` may raise, and what stands behind it in the list is
+    then never called.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = ref(session)  # a cycle would keep the Trainer alive
+
+    def stand_first(self) -> None:
+        """Another list, not a change of this one: Lightning may be going through it right now."""
+        session = self._session()
+        if session is not None and self not in session.trainer.callbacks:  # type: ignore[attr-defined]
+            session.trainer.callbacks = [self, *session.trainer.callbacks]  # type: ignore[attr-defined]
+
+    def leave(self) -> None:
+        """Take it out of the list again; idempotent."""
+        session = self._session()
+        if session is not None and self in session.trainer.callbacks:  # type: ignore[attr-defined]
+            session.trainer.callbacks = [c for c in session.trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Before any other callback's."""
+        self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before any other callback's; where the tuner ends a fit, it is all that is called."""
+        self._stop()
+
+    def _stop(self) -> None:
+        session = self._session()
+        if session is not None:
+            session.stop_watching()
 
 
 def _or_nan(number: float | None) -> float:

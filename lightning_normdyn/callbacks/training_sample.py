@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.visibility import eager
 
 # ------------------------------------------------------------------------------------------------------------------ the sample
 
@@ -268,7 +269,7 @@ def undisturbed(module: LightningModule, seed: int, sources: Sequence[Any] = ())
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))  # hooks inside compiled code are not called
+        stack.enter_context(eager())  # hooks inside compiled code are not called
         seed_everything(seed, module.device)
         # A `self.log` inside forward must not reach the loggers: this is no training step.
         vars(module)["log"] = lambda *_, **__: None

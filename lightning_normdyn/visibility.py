@@ -1,0 +1,117 @@
+"""Switches that make code show all its operations to autograd: compiled code runs eagerly, reentrant checkpoints become non-reentrant.
+
+Both would otherwise be a single node of the graph, for which no rule can be given. torch has these switches for the whole process only.
+So they are counted: the first who needs one sets it, the last one who leaves puts back what was there, in whatever order and thread. Code
+of other threads keeps its checkpoints as they are, and runs eagerly for as long as somebody watches, which changes no result.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_LOCK = threading.RLock()
+_HERE = threading.local()
+"""How many `visible_graph` this thread is inside of."""
+
+
+class _Counted:
+    """A switch of the process that stays on while somebody needs it."""
+
+    def __init__(self, switch_on: Callable[[], Callable[[], None]]) -> None:
+        self._switch_on = switch_on
+        self._users = 0
+        self._undo: Callable[[], None] | None = None
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        with _LOCK:
+            if not self._users:
+                self._undo = self._switch_on()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with _LOCK:
+                self._users -= 1
+                if not self._users and self._undo is not None:
+                    undo, self._undo = self._undo, None
+                    undo()
+
+
+def _force_eager() -> Callable[[], None]:
+    from torch._dynamo import eval_frame
+
+    ours = torch.compiler.set_stance("force_eager")
+
+    def undo() -> None:
+        # Somebody may have chosen another stance meanwhile; that is theirs.
+        if eval_frame._stance is ours.stance:
+            ours.__exit__(None, None, None)
+
+    return undo
+
+
+def _show_checkpoints() -> Callable[[], None]:
+    from torch.utils import checkpoint as module
+
+    function = module.CheckpointFunction
+    own = vars(function).get("apply")
+    original = function.apply
+
+    def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if not getattr(_HERE, "depth", 0):
+            return original(run, preserve_rng_state, *args)
+
+        def visible(*inputs: Any) -> Any:
+            # Also when it is computed again, after we have left: nested checkpoints must do the same as the first time.
+            with visible_graph():
+                return run(*inputs)
+
+        return module.checkpoint(visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    ours = staticmethod(apply)
+    setattr(function, "apply", ours)  # noqa: B010 (a method, to type checkers)
+
+    def undo() -> None:
+        if vars(function).get("apply") is not ours:  # somebody patched it after us; theirs calls ours, which then does nothing
+            return
+        if own is None:
+            delattr(function, "apply")
+        else:
+            setattr(function, "apply", own)  # noqa: B010
+
+    return undo
+
+
+_EAGER = _Counted(_force_eager)
+_CHECKPOINTS = _Counted(_show_checkpoints)
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled code runs eagerly inside, so that its modules' hooks are called.
+
+    Example:
+        >>> compiled = torch.compile(torch.nn.Linear(2, 2), backend="eager")
+        >>> with eager():
+        ...     compiled(torch.ones(1, 2)).grad_fn.name()
+        'AddmmBackward0'
+    """
+    with _EAGER.on():
+        yield
+
+
+@contextmanager
+def visible_graph() -> Iterator[None]:
+    """What runs inside shows all its operations to autograd. Memory stays that of a checkpoint."""
+    with _EAGER.on(), _CHECKPOINTS.on():
+        _HERE.depth = getattr(_HERE, "depth", 0) + 1
+        try:
+            yield
+        finally:
+            _HERE.depth -= 1
