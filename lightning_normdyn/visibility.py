@@ -46,7 +46,7 @@ class _Counted:
 def _force_eager() -> Callable[[], None]:
     from torch._dynamo import eval_frame
 
-    ours = torch.compiler.set_stance("force_eager")
+    ours: Any = torch.compiler.set_stance("force_eager")
 
     def undo() -> None:
         # Somebody may have chosen another stance meanwhile; that is theirs.
@@ -61,7 +61,7 @@ def _show_checkpoints() -> Callable[[], None]:
 
     function = module.CheckpointFunction
     own = vars(function).get("apply")
-    original = function.apply
+    original: Callable[..., Any] = function.apply
 
     def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if not getattr(_HERE, "depth", 0):
