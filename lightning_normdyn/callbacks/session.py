@@ -226,6 +226,7 @@ class Session:
             "graph": None if self._graph is None else self._graph.state(),
             "evidence": self.evidence.state(),
             "losses": dict(self.losses),
+            "position": self.position(),
         }
 
     def restore_verdicts(self) -> bool:
@@ -240,6 +241,8 @@ class Session:
         if not self.restore_verdicts():
             return False
         restored = next(m._restored for m in self.members if m._restored and m._restored.get("targets"))
+        if restored.get("position") is not None:
+            self.go_on_from(restored["position"])
         then = None if restored.get("graph") is None else GraphState.from_state(restored["graph"])
         same_network = then is not None and then.network == now.network
         verdicts = dict(self.search.verdicts)
@@ -301,7 +304,7 @@ class Session:
     def _logging_step(self) -> int:
         """How many logging steps the Trainer has come to with this batch; 0 if it does not log."""
         every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
-        return (self.trainer.fit_loop.epoch_loop._batches_that_stepped + 1) // every if every else 0
+        return (self.now + 1) // every if every else 0
 
     def _watch_gradients(self, index: int, loss: Tensor) -> None:
         """If the next step of this optimizer is to be looked at: by the gradients as this backward pass leaves them."""

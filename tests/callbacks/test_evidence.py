@@ -7,6 +7,7 @@ import warnings
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from models import TARGETS, Net, Penalized, SavesAt, convnet, fit, loader, make, same, sgd, weights_of
 from torch import nn
 
@@ -399,6 +400,28 @@ def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, si
         assert same(weights_again, weights)
         assert batch_again == max(batch, step)
         assert repr(state_again["evidence"]) == repr(state["evidence"])
+
+
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_train_batch_end", "on_train_epoch_start", "on_train_epoch_end", "on_validation_end"]
+)
+def test_looks_come_at_the_same_steps_in_whatever_hook_a_checkpoint_was_saved(hook, tmp_path):
+    def saves(step, path):
+        def save(trainer, *_):
+            if trainer.global_step == step and not path.exists():
+                trainer.save_checkpoint(path)
+
+        return LambdaCallback(**{hook: save})
+
+    def go(*others, **arguments):
+        callback = AdaptiveWeightShrink(0.05)
+        fit(make(), [callback, *others], one_batch(), one_batch(), max_epochs=34, log_every_n_steps=3, **arguments)
+        return callback.state_dict()["evidence"]
+
+    steps = (18, 19, 20)
+    expected = go(*(saves(step, tmp_path / f"{step}.ckpt") for step in steps))
+    for step in steps:
+        assert repr(go(ckpt_path=tmp_path / f"{step}.ckpt")) == repr(expected)
 
 
 @pytest.mark.parametrize("params", ["!net.0.*", "auto"])
