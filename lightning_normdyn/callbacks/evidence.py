@@ -159,6 +159,7 @@ class Examination:
         logged: the last logging step that was looked at, counted in logging steps.
         gradients: of the backward passes since the last step.
         looks: that have not been read yet.
+        close: whether some claim is looked at in every step.
     """
 
     weights: list[Tensor] = field(default_factory=list)
@@ -169,6 +170,7 @@ class Examination:
     logged: int = 0
     gradients: LossGradients | None = None
     looks: list[Look] = field(default_factory=list)
+    close: bool = False
 
     def disregard(self, name: str) -> None:
         """What is on its way about this weight was about another claim."""
@@ -214,6 +216,8 @@ class Evidence:
 
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
+        self.judged = 0
+        """How many looks have been judged: as long as it does not change, nothing is confirmed or withdrawn."""
         self._examinations: dict[int, Examination] = {}
 
     def of(self, index: int) -> Examination:
@@ -243,11 +247,14 @@ class Evidence:
         if not unchanged:
             examination.vectors = WeightVectors(weights, partitions, names, reads) if weights else None
         examination.weights, examination.names, examination.reads = list(weights), names, reads
+        self._note_closeness(examination)
 
     def reconsider(self, names: Iterable[str]) -> None:
         """What these claims rest on has changed: everything seen of them so far counts no more."""
         for name in names:
             self.records.pop(name, None)
+        for examination in self._examinations.values():
+            self._note_closeness(examination)
 
     def confirmed(self, verdict: Verdict) -> bool:
         """Whether gradients have agreed with this claim."""
@@ -256,30 +263,33 @@ class Evidence:
 
     def looked_at_closely(self) -> list[Verdict]:
         """The claims that are looked at in every step at present."""
-        return [record.claim for record in self.records.values() if record.close]
+        close = [name for examination in self._examinations.values() if examination.close for name in examination.names]
+        return [self.records[name].claim for name in close if name in self.records and self.records[name].close]
 
     # -- looks ---------------------------------------------------------------------------------------------------------
 
-    def wants_look(self, index: int, logging_step: int, new_claims: Iterable[Verdict] = ()) -> bool:
-        """Whether the next step of this optimizer is to be looked at.
+    def wanted(self, index: int, logging_step: int, claims: Iterable[Verdict]) -> list[Verdict]:
+        """Which of these claims about the weights of an optimizer are to be looked at in its next step.
 
         Args:
             index: of the optimizer.
             logging_step: how many logging steps the Trainer will have come to with this batch. An optimizer that did not step at one is
                 looked at in its next step.
-            new_claims: that will be made about its weights at that step.
+            claims: that hold now, or will be made at that step.
         """
-        examination = self.of(index)
-        if logging_step > examination.logged or self._closely(examination):
-            return True
-        for verdict in new_claims:
-            record = self.records.get(verdict.name)
-            if record is None or record.close or not same_claim(record.claim, verdict):
-                return True
-        return False
+        if logging_step > self.of(index).logged:
+            return list(claims)
+        return [claim for claim in claims if self.is_open(claim)]
 
-    def _closely(self, examination: Examination) -> bool:
-        return any(name in self.records and self.records[name].close for name in examination.names)
+    def is_due(self, index: int, logging_step: int) -> bool:
+        """Whether the claims that have been made about the weights of an optimizer are to be looked at in its next step."""
+        examination = self.of(index)
+        return bool(examination.names) and (examination.close or logging_step > examination.logged)
+
+    def is_open(self, claim: Verdict) -> bool:
+        """Whether a claim is to be looked at closely: a new one is."""
+        record = self.records.get(claim.name)
+        return record is None or record.close > 0 or not same_claim(record.claim, claim)
 
     def question(self, index: int, logging_step: int, *, trusted: bool, as_received: bool) -> list[Contradiction]:
         """At ``ready``: take in what this step says, if it is to be looked at; claims that were contradicted. Every rank must call it.
@@ -290,13 +300,13 @@ class Evidence:
         examination = self.of(index)
         examination.steps += 1
         examination.logged = min(examination.logged, logging_step)  # a checkpoint of a longer run, its loops reset
-        logs, close = logging_step > examination.logged, self._closely(examination)
+        logs, close = logging_step > examination.logged, examination.close
+        if logs:
+            examination.logged = logging_step
         found = self._read(examination)
         if not (logs or close) or examination.vectors is None:
             self._start_anew(examination)
             return found
-        if logs:
-            examination.logged = logging_step
         values = euler_values(examination.totals(trusted=trusted, as_received=as_received))
         self._start_anew(examination)
         if close:
@@ -325,7 +335,13 @@ class Evidence:
             if record is not None and contradiction is not None:
                 del self.records[name]
                 found.append(Contradiction(record.claim, *contradiction, examination.steps))
+        self.judged += 1
+        self._note_closeness(examination)
         return found
+
+    def _note_closeness(self, examination: Examination) -> None:
+        records = [self.records[name] for name in examination.names if name in self.records]
+        examination.close = any(record.close for record in records)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 

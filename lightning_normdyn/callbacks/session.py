@@ -308,17 +308,20 @@ class Session:
 
     def _watch_gradients(self, index: int, loss: Tensor) -> None:
         """If the next step of this optimizer is to be looked at: by the gradients as this backward pass leaves them."""
-        examination, optimizer = self.evidence.of(index), self.optimizers[index]
-        settled = self._seen.get(index) == (self._version, _layout(optimizer))
-        # What else is claimed by now is settled at the step, with all ranks.
-        claimed = {} if settled else {w: v for w in self.owned(optimizer) if _is_claimed(v := self.verdict(w))}
-        if not self.evidence.wants_look(index, self._logging_step(), claimed.values()):
-            return
+        examination, optimizer, logging_step = self.evidence.of(index), self.optimizers[index], self._logging_step()
+        if self._seen.get(index) == (self._version, _layout(optimizer)):
+            if not self.evidence.is_due(index, logging_step):
+                return
+            gradients = LossGradients(examination.weights, examination.vectors)
+        else:
+            # What is claimed is settled at the step, with all ranks. Until then the gradients are copied.
+            claimed = {verdict.name: w for w in self.owned(optimizer) if _is_claimed(verdict := self.verdict(w))}
+            wanted = self.evidence.wanted(index, logging_step, [self.verdict(w) for w in claimed.values()])
+            if not wanted:
+                return
+            gradients = LossGradients([claimed[verdict.name] for verdict in wanted], None)
         if examination.gradients is None:
-            if settled:
-                examination.gradients = LossGradients(examination.weights, examination.vectors)
-            else:
-                examination.gradients = LossGradients(claimed, None)
+            examination.gradients = gradients
         examination.gradients.watch(loss)
 
     def _claim(self, index: int) -> None:
@@ -334,10 +337,12 @@ class Session:
         # Clipping by value turns the gradient, so it would say nothing about the loss.
         by_value = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm).lower().endswith("value")
         trusted = not changed_between_ranks(trainer.strategy.model)
+        judged = self.evidence.judged
         found = self.evidence.question(index, self._logging_step(), trusted=trusted, as_received=not by_value)
         for contradiction in found:
             self._withdraw(contradiction)
-        self._mark_confirmed()
+        if self.evidence.judged != judged:
+            self._mark_confirmed()
 
     def _withdraw(self, found: Contradiction) -> None:
         name = found.claim.name

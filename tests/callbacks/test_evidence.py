@@ -402,9 +402,7 @@ def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, si
         assert repr(state_again["evidence"]) == repr(state["evidence"])
 
 
-@pytest.mark.parametrize(
-    "hook", ["on_train_batch_start", "on_train_batch_end", "on_train_epoch_start", "on_train_epoch_end", "on_validation_end"]
-)
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end"])
 def test_looks_come_at_the_same_steps_in_whatever_hook_a_checkpoint_was_saved(hook, tmp_path):
     def saves(step, path):
         def save(trainer, *_):
