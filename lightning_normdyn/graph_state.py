@@ -6,6 +6,7 @@ of trained weights are what they were.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from hashlib import sha256
@@ -20,6 +21,9 @@ EPSILONS = ("eps", "variance_epsilon", "epsilon")
 
 # What a person changes in a module that is already there. `extra_repr` says more, but takes too long for every batch.
 _SETTINGS = (*EPSILONS, "num_groups", "normalized_shape", "num_features", "track_running_stats", "affine", "elementwise_affine")
+
+
+_DEVICE = re.compile(r"\b(cuda|xpu|hpu|mps|npu|xla):\d+")
 
 
 def is_normalization(module: nn.Module) -> bool:
@@ -124,6 +128,7 @@ def describe(module: nn.Module) -> str:
         settings = module.extra_repr()
     except Exception:  # a lazy module, or a person's own that cannot describe itself yet
         settings = "?"
+    settings = _DEVICE.sub(r"\1", settings)  # some modules name theirs, and every rank has another
     return f"{kind.__name__}({settings}), {'training' if module.training else 'evaluation'}"
 
 

@@ -244,7 +244,7 @@ class Session:
         if restored.get("position") is not None:
             self.go_on_from(restored["position"])
         then = None if restored.get("graph") is None else GraphState.from_state(restored["graph"])
-        same_network = then is not None and then.network == now.network
+        same_network = everywhere(then is not None and then.network == now.network)
         verdicts = dict(self.search.verdicts)
         for verdict in verdicts.values():
             unchanged = same_network or (
@@ -262,8 +262,7 @@ class Session:
         self.losses = dict(restored.get("losses", {}))
         if restored.get("evidence"):
             self.evidence.load(restored["evidence"], verdicts)
-        assert then is not None
-        return then.frozen == now.frozen
+        return everywhere(then is not None and then.frozen == now.frozen)
 
     def verdict(self, weight: Tensor) -> Verdict:
         """What is known about ``weight``."""
@@ -618,6 +617,17 @@ def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
         for parameter in submodule.parameters(recurse=False):
             holders.setdefault(parameter, []).append(submodule)
     return holders
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether something holds on every rank; every rank must call it."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return holds
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, holds)
+    return all(found)
 
 
 def agree(verdicts: dict[str, Verdict]) -> None:
