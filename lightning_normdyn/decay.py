@@ -25,7 +25,17 @@ from lightning_normdyn.group_numbers import Number, as_number, group_number
 from lightning_normdyn.optimizer_facts import decays_at_its_rate, law_of
 from lightning_normdyn.step_response import own_response
 
-__all__ = ["AnOptimizer", "Decay", "DecayOwner", "DecayRule", "decay_of", "highest_claim", "optimizer_decay", "written_decay"]
+__all__ = [
+    "AnOptimizer",
+    "Decay",
+    "DecayOwner",
+    "DecayRule",
+    "decay_of",
+    "highest_claim",
+    "optimizer_decay",
+    "replaced_decay",
+    "written_decay",
+]
 
 
 AnOptimizer: TypeAlias = Optimizer | type[Optimizer]
@@ -183,3 +193,30 @@ def decay_of(optimizer: AnOptimizer, group: Mapping[str, Any], rules: Sequence[D
     if len(shrinks) > 1:
         return Decay(owner, None)
     return Decay(owner, rate, shrinks[0].alpha, shrinks[0].statistic)
+
+
+def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
+    """What is no longer applied when the decay of a weight is taken over, for tables: as it is written, and what it acted like.
+
+    Returns:
+        ``""`` without decay.
+
+    Example:
+        >>> from torch.optim import SGD, AdamW
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+        >>> replaced_decay(SGD, group)
+        'replaces 0.005, which acted like 0.05 under momentum 0.9'
+        >>> replaced_decay(AdamW, {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 5e-3})
+        'replaces 0.005'
+    """
+    written = float(written_decay(optimizer, group))
+    if not written:
+        return ""
+    acted = optimizer_decay(optimizer, group)
+    if acted is None:
+        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
+        return f"replaces {written:g}, which {kind.__name__} divides by the size of the gradient"
+    if abs(float(acted) / written - 1) < 1e-6:
+        return f"replaces {written:g}"
+    momentum = f" under momentum {float(group['momentum']):g}" if group.get("momentum") else ""
+    return f"replaces {written:g}, which acted like {float(acted):.3g}{momentum}"

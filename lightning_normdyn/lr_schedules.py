@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 from torch.optim import SGD, Optimizer
@@ -203,8 +204,9 @@ class WeightDecayEquivalentLR(LRScheduler):
 
 def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) -> list[float]:
     groups = len(optimizer.param_groups)
+    given: object = weight_decay  # numpy's numbers are none for the type checker
     try:
-        decays = [float(weight_decay)] * groups if isinstance(weight_decay, float | int) else [float(decay) for decay in weight_decay]
+        decays = [float(weight_decay)] * groups if isinstance(given, Real) else [float(decay) for decay in weight_decay]  # type: ignore[arg-type,union-attr]
     except OverflowError as error:
         raise NormDynError(f"`weight_decay` must be finite, got {shown(weight_decay)}.") from error
     if len(decays) != groups:
@@ -253,7 +255,7 @@ def _refuse_what_is_not_exact(optimizer: Optimizer, weight_decays: list[float], 
 
 def _write_lr(group: dict[str, Any], lr: float) -> None:
     """A tensor stays the same tensor: captured and compiled steps hold on to it."""
-    if isinstance(group["lr"], float | int):
+    if isinstance(group["lr"], Real):
         group["lr"] = lr
     else:
         group["lr"].fill_(lr)

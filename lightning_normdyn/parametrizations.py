@@ -340,14 +340,19 @@ def _dims(parameter: Tensor) -> int:
 
 def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:
     patterns = [name] if isinstance(name, str) else list(name)
-    includes = [p for p in patterns if not p.startswith("!")]
-    excludes = [p[1:] for p in patterns if p.startswith("!")]
-    for pattern in (*includes, *excludes):
-        if not any(fnmatchcase(c, pattern) for c in candidates):
+
+    def matches(pattern: str) -> set[str]:
+        # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes first.
+        found = {pattern} & set(candidates) or {c for c in candidates if fnmatchcase(c, pattern)}
+        if not found:
             near = difflib.get_close_matches(pattern, candidates, 3, cutoff=0) or "nothing"
             raise NoTargetsError(f"`name` {pattern!r} matches none of {len(candidates)} weights; nearest: {near}. Use '*' for all.")
-    chosen = [c for c in candidates if not includes or any(fnmatchcase(c, p) for p in includes)]
-    chosen = [c for c in chosen if not any(fnmatchcase(c, p) for p in excludes)]
+        return found
+
+    includes = [matches(p) for p in patterns if not p.startswith("!")]
+    excluded = set().union(*(matches(p[1:]) for p in patterns if p.startswith("!")))
+    included = set().union(*includes) if includes else set(candidates)
+    chosen = [c for c in candidates if c in included - excluded]
     if not chosen:
         raise NoTargetsError(f"`name` {patterns} leaves none of the {len(candidates)} weights: {candidates[:3]} ... Exclude fewer.")
     return chosen

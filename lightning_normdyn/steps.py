@@ -38,6 +38,7 @@ class Phase(IntEnum):
     SHRINK = 30  # ready: w <- f w
     SNAPSHOT = 40  # ready: copy the shrunk weight, where somebody asks for it
     PROJECT = 50  # stepped: on w' - s
+    SCALE_STEP = 55  # stepped: make what is left of the step longer or shorter, where a rule gives steps a length
     MEASURE_STEP = 60  # stepped: angle of the step
     RESCALE = 70  # stepped: last, so that no step's angle contains it
 
@@ -155,7 +156,7 @@ class StepBracket:
         self._optimizer_ref = ref(optimizer)
         self.steps = 0
         """Real steps since the bracket was attached; call `settle` first if a fused optimizer may have skipped the last one."""
-        self._handlers: list[tuple[int, str, int, Handler]] = []
+        self._handlers: list[tuple[int, int, str, int, Handler]] = []
         self._added = 0
         self._claims: dict[object, tuple[DecayOwner, Callable[[], Claimed]]] = {}
         self._rest: tuple[list[tuple[Tensor, Partition | None]], WeightVectors] | None = None
@@ -181,13 +182,14 @@ class StepBracket:
 
     # -- registration --------------------------------------------------------------------------------------------------
 
-    def add(self, phase: Phase, handler: Handler, order: str = "") -> Callable[[], None]:
+    def add(self, phase: Phase, handler: Handler, order: str = "", rank: int = 0) -> Callable[[], None]:
         """Call ``handler(step)`` in ``phase`` of every real step.
 
         Args:
             phase: when within the step.
             handler: what to call.
             order: breaks ties within a phase, so that the order of registration does not matter.
+            rank: who comes first within a phase, where that makes a difference: a lower rank does.
 
         Returns:
             A function that takes the handler away again; the last one to go detaches the bracket from the optimizer.
@@ -195,9 +197,9 @@ class StepBracket:
         if not self._hooks:
             self._attach()
         self._added += 1
-        entry = (int(phase), order, self._added, handler)
+        entry = (int(phase), rank, order, self._added, handler)
         self._handlers.append(entry)
-        self._handlers.sort(key=lambda e: e[:3])
+        self._handlers.sort(key=lambda e: e[:4])
 
         def remove() -> None:
             if entry in self._handlers:
@@ -369,7 +371,7 @@ class StepBracket:
 
     def _run(self, first: int, last: int) -> None:
         assert self._step is not None
-        for phase, _, _, handler in list(self._handlers):
+        for phase, *_, handler in list(self._handlers):
             if first <= phase <= last:
                 handler(self._step)
 

@@ -84,8 +84,8 @@ def normalize_params(params: str | Sequence[str]) -> list[str]:
 def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]], what: str = "weights") -> list[int]:
     """Indices of the weights that ``params`` means.
 
-    Patterns are `fnmatch.fnmatchcase` globs on parameter names, so ``*`` crosses dots. ``"!pattern"`` excludes, after all includes; only
-    excludes mean all of ``names`` minus them. A tied weight matches under each of its names.
+    Patterns are exact names, or else `fnmatch.fnmatchcase` globs on parameter names, so ``*`` crosses dots. ``"!pattern"`` excludes, after
+    all includes; only excludes mean all of ``names`` minus them. A tied weight matches under each of its names.
 
     Args:
         params: as `normalize_params` takes it.
@@ -104,7 +104,10 @@ def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]]
         return list(range(len(names)))
 
     def matching(pattern: str) -> set[int]:
-        found = {i for i, aliases in enumerate(names) if any(fnmatchcase(name, pattern) for name in aliases)}
+        # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes first.
+        found = {i for i, aliases in enumerate(names) if pattern in aliases}
+        if not found:
+            found = {i for i, aliases in enumerate(names) if any(fnmatchcase(name, pattern) for name in aliases)}
         if not found:
             everything = [name for aliases in names for name in aliases]
             shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")

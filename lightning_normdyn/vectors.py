@@ -122,9 +122,38 @@ class Partition:
             return self
         return Partition(self.keep, renumbered(kept)[self.labels], self.granularity)
 
+    def within(self, coarser: Partition) -> Tensor:
+        """Which vector of ``coarser`` each of these vectors lies in: int64 ``(n,)``, -1 for none.
+
+        Args:
+            coarser: another partition of the same weight.
+
+        Raises:
+            ValueError: if one of these vectors lies in several of ``coarser``, or only partly in one.
+
+        Example:
+            >>> Partition.filters((4, 3)).within(Partition.groups((4, 3), 2)).tolist()
+            [0, 0, 1, 1]
+        """
+        both = sorted({*self.keep, *coarser.keep})
+        mine, theirs = (p.labels.reshape(_sizes(p, both)) for p in (self, coarser))
+        mine, theirs = mine.expand_as(mine + theirs), theirs.expand_as(mine + theirs)
+        of_vector, other = mine[mine >= 0], theirs[mine >= 0]
+        found = torch.full((self.n,), -1, dtype=torch.long, device="cpu")
+        found[of_vector] = other
+        if not torch.equal(found[of_vector], other):
+            raise ValueError(f"vectors by {self.granularity} do not lie within vectors by {coarser.granularity}")
+        return found
+
     def equal(self, other: Partition) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
         return self.keep == other.keep and torch.equal(self.labels, other.labels)
+
+
+def _sizes(partition: Partition, dims: Sequence[int]) -> list[int]:
+    """The shape of a partition's labels over more dimensions than it keeps."""
+    sizes = dict(zip(partition.keep, partition.labels.shape, strict=True))
+    return [sizes.get(dim, 1) for dim in dims]
 
 
 def renumbered(kept: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import os
 import re
 import subprocess
@@ -23,11 +25,60 @@ def test_every_python_block_is_a_snippet_file():
     assert sorted(blocks) == sorted(s.read_text(encoding="utf-8") for s in SNIPPETS)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: s.stem)
-def test_snippet_runs(snippet, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "examples"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(snippet)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
+def run_snippet(name: str, folder: Path, code: str | None = None) -> str:
+    """What a snippet prints, in a folder of its own and with nothing of ours in the environment but the package."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "PYTHON"))}
+    environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    path = folder / "snippet.py"
+    path.write_text((ROOT / "examples" / "readme" / name).read_text(encoding="utf-8") if code is None else code, encoding="utf-8")
+    done = subprocess.run([sys.executable, str(path)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_snippets_need_no_file_of_the_examples():
+    ours = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    for snippet in SNIPPETS:
+        nodes = ast.walk(ast.parse(snippet.read_text(encoding="utf-8")))
+        assert not {n.module for n in nodes if isinstance(n, ast.ImportFrom)} & ours, snippet
+
+
+def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(tmp_path):
+    printed = run_snippet("quickstart.py", tmp_path)
+    angle = float(re.search(r"angular update: ([\d.]+) rad per step", printed)[1])
+    assert 1e-4 < angle < 0.1
+    (metrics,) = tmp_path.glob("logs/lightning_logs/*/metrics.csv")
+    with metrics.open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[-1]["effective_lr/net.0.weight"]) > 0
+    assert float(rows[-1]["normdyn/angular_update"]) == pytest.approx(angle, abs=1e-4)
+    # "alpha = decay / (1 - momentum) / norm": to begin where the decay is that it replaces.
+    code = (ROOT / "examples" / "readme" / "quickstart.py").read_text(encoding="utf-8")
+    decay, momentum = (float(re.search(rf"{key}=([\d.e-]+)", code)[1]) for key in ("weight_decay", "momentum"))
+    begins = [float(rows[0][f"equivalent_weight_decay/net.{layer}.weight"]) for layer in (0, 3)]
+    assert begins == pytest.approx([decay / (1 - momentum)] * 2, rel=0.15)
+    # The table says the same.
+    assert f"(replaces {decay:g}, which acted like {decay / (1 - momentum):g} under momentum {momentum:g})" in " ".join(printed.split())
+
+
+def test_the_raw_loop_shrinks(tmp_path):
+    code = "import torch\ntorch.manual_seed(0)\n" + (ROOT / "examples" / "readme" / "raw_loop.py").read_text(encoding="utf-8")
+    norms = []
+    for alpha in ("2.5e-3", "0.0"):
+        assert "alpha=2.5e-3" in code
+        printed = run_snippet("raw_loop.py", tmp_path, code.replace("alpha=2.5e-3", f"alpha={alpha}") + "print(vectors.norms().tolist())\n")
+        norms.append(ast.literal_eval(printed.splitlines()[-1]))
+    shrunk = [a / b for a, b in zip(*norms, strict=True)]
+    # Three steps, each by lr · alpha · norm, with a norm of about 0.58.
+    assert shrunk == pytest.approx([1 - 3 * 0.1 * 2.5e-3 * norm for norm in norms[1]], abs=2e-5)
+
+
+def test_the_fabric_loop_tells_how_far_each_step_turned(tmp_path):
+    printed = run_snippet("fabric_loop.py", tmp_path)
+    found = re.findall(r"step (\d): turned by ([\d.e-]+) rad", printed)
+    assert [int(step) for step, _ in found] == [1, 2, 3]
+    # A step of AdamW moves an entry by at most about lr: 27 entries of a filter of norm 0.58.
+    assert all(1e-4 < float(angle) < 1.2 * 1e-3 * 27**0.5 / 0.58 for _, angle in found)
 
 
 def test_tables_name_every_callback_and_every_log_key():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.callbacks.effect import Effect, Shrink
-from lightning_normdyn.decay import DecayOwner
+from lightning_normdyn.decay import DecayOwner, replaced_decay
 from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
 from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.parametrizations import is_weight_standardized
@@ -45,6 +45,8 @@ class AdaptiveWeightShrink(NormDynCallback):
         >>> AdaptiveWeightShrink(2.5e-3).alpha
         0.0025
     """
+
+    needs_length: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -118,9 +120,8 @@ class AdaptiveWeightShrink(NormDynCallback):
         means = (totals / plan.vectors.count).tolist()
         texts = []
         for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
-            decay = group.get("weight_decay") or 0.0
-            replaced = f" (replaces {float(decay):g})" if decay and self.weight_decay == "replace" else ""
-            texts.append(f"AWS, decay now {mean:.2g}{replaced}")
+            replaced = replaced_decay(plan.optimizer, group) if self.weight_decay == "replace" else ""
+            texts.append(f"AWS, decay now {mean:.2g}" + (f" ({replaced})" if replaced else ""))
         return texts
 
     def statistic_for(self, target: Target) -> Literal["norm", "std"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, SupportsFloat
 
 import torch
@@ -52,6 +52,13 @@ class NormDynCallback(Callback):
     dimensions."""
 
     _unstated: ClassVar[bool] = False  # whether `effect` was inherited from a class that did something else
+
+    rank: ClassVar[int] = 0
+    """Who acts first of the callbacks that change the same weights in the same phase: a lower rank does. Equal ranks are refused, since
+    what comes out would depend on the order of the list."""
+
+    needs_length: ClassVar[bool] = False
+    """Whether it can do nothing for a weight that is zero: such a weight is refused by name instead of seeming to be treated."""
 
     marks: ClassVar[tuple[str, ...]] = ()
     """Kinds of events that this callback itself marks in the monitor's history."""
@@ -240,6 +247,7 @@ class NormDynCallback(Callback):
             self._check_weight(weight, session.names[weight][0])
         targets = [t for w in selected if (t := self._target(w)) is not None]
         self._refuse_rivals([t.weight for t in targets])
+        targets = self._without_unranked(targets, bracket)
         self.check_optimizer(optimizer, [t.weight for t in targets])
         self._check_copies(optimizer, targets)
         self._drop_handlers(index)
@@ -247,13 +255,22 @@ class NormDynCallback(Callback):
             self.plans.pop(index, None)
             return
         plan = self._make_plan(index, optimizer, targets)
+        zeros = self._zeros(plan)
+        if zeros:
+            targets = [t for t in targets if t.name not in zeros]
+            self._refuse_zeros(zeros, bracket)
+            if not targets:
+                self.plans.pop(index, None)
+                return
+            plan = self._make_plan(index, optimizer, targets)
         if index in self.plans:
             plan.inherit(self.plans[index])
         self.plans[index] = plan
         self._restore_counters(plan)
         self._attached_at.setdefault(index, bracket.steps)
+        order = f"{int(self.writes or self.acts)} {self.state_key}"  # within a phase, who only looks comes first
         for phase, handler in self.handlers().items():
-            self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=self.state_key))
+            self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=order, rank=self.rank))
         self.on_plan(plan, bracket)
 
     def _check_copies(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
@@ -281,6 +298,26 @@ class NormDynCallback(Callback):
             if slices:
                 groups.append((group, slice(slices[0].start, slices[-1].stop)))
         return Plan(index, optimizer, targets, vectors, groups)
+
+    def _zeros(self, plan: Plan) -> list[str]:
+        """Names of new targets that are zero, all of them; every rank must call it."""
+        if not self.needs_length:
+            return []
+        norms = plan.vectors.norms()
+        longest = plan.vectors.totals(norms).tolist()
+        seen = {t.name for t in self.plans[plan.index].targets} if plan.index in self.plans else set()
+        return [t.name for t, total in zip(plan.targets, longest, strict=True) if total == 0 and t.name not in seen]
+
+    def _refuse_zeros(self, names: list[str], bracket: StepBracket) -> None:
+        """An error before the first step; later, or in a run that is resumed, a warning: the weights are left alone."""
+        named = ", ".join(f"`{name}`" for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        text = (
+            f"{type(self).__name__} was to act on {named}, but all entries are zero: that has no length and no direction, so nothing would "
+            "be done to it"
+        )
+        if bracket.steps == 0 and not self._counted:
+            raise NotSupportedError(f"{text}. Initialize it with other numbers, or leave it out with params=[..., '!{names[0]}'].")
+        warn_once(f"{text}; it is left to its optimizer.")
 
     def _select(self, owned: list[Tensor]) -> list[Tensor]:
         session = self._session
@@ -342,6 +379,38 @@ class NormDynCallback(Callback):
                     f"Two {self._kind.__name__} callbacks target `{both[0]}`{f' and {len(both) - 1} more' if len(both) > 1 else ''}. "
                     "Give them different `params`, or remove one."
                 )
+
+    def _acting_phases(self) -> set[Phase]:
+        """The phases in which it may change weights."""
+        phases = set(self.handlers())
+        changing = phases - LOOKING
+        if changing or not (self.writes or self.acts):
+            return changing
+        return phases  # it changes them where one is expected to look
+
+    def _without_unranked(self, targets: list[Target], bracket: StepBracket) -> list[Target]:
+        """Those that no callback of another kind changes in the same phase with the same rank.
+
+        Whose turn it is must not depend on names or on the order of the list. Before the first step such a pair is refused; later, weights
+        that join are left to the one who has them.
+        """
+        session = self._session
+        assert session is not None
+        for other in session.members:
+            if other is self or other._kind is self._kind or other.rank != self.rank:
+                continue
+            shared = self._acting_phases() & other._acting_phases()
+            theirs = {t.weight for plan in other.plans.values() for t in plan.targets}
+            both = [t for t in targets if t.weight in theirs]
+            if not shared or not both:
+                continue
+            mine, its = type(self).__name__, type(other).__name__
+            text = f"{its} and {mine} both change `{both[0].name}` in phase {min(shared).name} of a step, and nothing says who comes first"
+            if bracket.steps == 0:
+                raise NotSupportedError(f"{text}. Give one of the classes another `rank`, or the callbacks different `params`.")
+            warn_once(f"{text}: it is left to {its}.")
+            targets = [t for t in targets if t.weight not in theirs]
+        return targets
 
     @property
     def _kind(self) -> type:
@@ -618,6 +687,11 @@ class NormDynCallback(Callback):
             warn_once(f"{type(self).__name__} did nothing in this fit: {named} stayed frozen, or no optimizer held them.")
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number, numpy's included; True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_number(name: str, value: object, bound: Literal["> 0", ">= 0"], otherwise: str = "") -> float:
     """An argument as a float, if it is a finite number within ``bound``.
 
@@ -630,8 +704,7 @@ def check_number(name: str, value: object, bound: Literal["> 0", ">= 0"], otherw
     Raises:
         ValueError: "`alpha` must be > 0, got -1.0."
     """
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not (value > 0 or (value == 0 and bound == ">= 0")):  # type: ignore[operator]
+    if not is_number(value) or not (value > 0 or (value == 0 and bound == ">= 0")):  # type: ignore[operator]
         raise ValueError(f"`{name}` must be {bound}{otherwise}, got {shown(value)}.")
     if as_float(value) == inf:  # type: ignore[arg-type]
         raise ValueError(f"`{name}` must be finite, got {shown(value)}.")
@@ -644,6 +717,23 @@ def as_float(value: SupportsFloat) -> float:
         return float(value)
     except OverflowError:
         return inf if value > 0 else -inf  # type: ignore[operator]
+
+
+def check_count(name: str, value: object, least: int, otherwise: str = "") -> int:
+    """An argument as an int, if it is a whole number >= ``least``; numpy's integers are.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        least: what it must be at least.
+        otherwise: what else it may be, for the message.
+
+    Raises:
+        ValueError: "`every_n_steps` must be an integer >= 1, got 0."
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ValueError(f"`{name}` must be {otherwise}an integer >= {least}, got {shown(value)}.")
+    return int(value)
 
 
 def log_every(trainer: Trainer) -> int:
@@ -668,4 +758,15 @@ def _shown(params: Iterable[str]) -> str:
     return repr(params[0]) if len(params) == 1 else repr(params)
 
 
-__all__ = ["NormDynCallback", "Plan", "Session", "Target", "as_float", "check_number", "log_every", "warn_once"]
+__all__ = [
+    "NormDynCallback",
+    "Plan",
+    "Session",
+    "Target",
+    "as_float",
+    "check_count",
+    "check_number",
+    "is_number",
+    "log_every",
+    "warn_once",
+]

@@ -6,7 +6,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,6 +54,11 @@ class EffectiveLRReplay(NormDynCallback):
         False
     """
 
+    needs_length: ClassVar[bool] = True
+
+    rank: ClassVar[int] = 1
+    """It looks after others have: what decay a gated projection applies is known only then."""
+
     def __init__(
         self,
         history: str | os.PathLike[str],
@@ -82,8 +87,8 @@ class EffectiveLRReplay(NormDynCallback):
         return {"history": self.path, "uniform": self.uniform}
 
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
-        """Looks at `ready`, scales the step at `stepped`."""
-        return {Phase.MEASURE: self._look, Phase.PROJECT: self._scale}
+        """Looks at `ready`, scales at `stepped` what a projection has left of the step."""
+        return {Phase.MEASURE: self._look, Phase.SCALE_STEP: self._scale}
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
 from torch import Tensor, nn
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, is_number, warn_once
 from lightning_normdyn.callbacks.spawned import KeepsHistory
 from lightning_normdyn.callbacks.training_sample import Sample, seed_everything, undisturbed
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
@@ -120,20 +120,17 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        for name, value, least in (("every_n_epochs", every_n_epochs, 1), ("max_samples", max_samples, 2), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be an integer >= {least}, got {value!r}.")
-        if seed >= 2**31:  # what numpy, torch and Python all take, with the number of a batch added
+        self.every_n_epochs = check_count("every_n_epochs", every_n_epochs, 1)
+        self.max_samples = check_count("max_samples", max_samples, 2)
+        self.seed = check_count("seed", seed, 0)
+        if self.seed >= 2**31:  # what numpy, torch and Python all take, with the number of a batch added
             raise ValueError(f"`seed` must be below 2**31, got {seed!r}.")
-        if isinstance(energy, bool) or not isinstance(energy, (int, float)) or not 0 < energy <= 1:
+        if not is_number(energy) or not 0 < energy <= 1:
             raise ValueError(f"`energy` must be in (0, 1], got {energy!r}.")
         if method not in ("moments", "mle"):
             raise ValueError(f"`method` must be 'moments' or 'mle', got {method!r}.")
-        self.every_n_epochs = every_n_epochs
-        self.max_samples = max_samples
-        self.energy = energy
+        self.energy = float(energy)
         self.method = method
-        self.seed = seed
         KeepsHistory.__init__(self)
 
     def _forget(self) -> None:

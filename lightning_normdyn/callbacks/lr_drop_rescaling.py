@@ -12,10 +12,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, as_float
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, as_float, is_number
 from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.callbacks.predictions import balance
-from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
+from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
 from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_facts import applied_rate, check_rate
@@ -109,6 +109,8 @@ class LRDropRescaling(NormDynCallback):
         1.5
     """
 
+    needs_length: ClassVar[bool] = True
+
     marks: ClassVar[tuple[str, ...]] = ("lr_drop",)
 
     def __init__(
@@ -121,9 +123,9 @@ class LRDropRescaling(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if exponent != "auto" and not (isinstance(exponent, (int, float)) and 0 <= as_float(exponent) < inf):
+        if exponent != "auto" and not (is_number(exponent) and 0 <= as_float(exponent) < inf):
             raise ValueError(f"`exponent` must be 'auto' or a number >= 0, got {exponent!r}.")
-        if not (isinstance(min_drop, (int, float)) and 1 < as_float(min_drop) < inf):
+        if not (is_number(min_drop) and 1 < as_float(min_drop) < inf):
             raise ValueError(f"`min_drop` must be > 1 and finite, got {min_drop!r}.")
         self.exponent: float | str = exponent if isinstance(exponent, str) else float(exponent)
         self.min_drop = float(min_drop)
@@ -133,6 +135,7 @@ class LRDropRescaling(NormDynCallback):
         super()._forget()
         self._rescalers: dict[int, Rescaler] = {}
         self._known: dict[int, _Settings] = {}
+        self._warned: set[str] = set()
         self._rates: dict[str, Rate] = {}  # by weight: param groups have no name that survives a resume
         self._pending: dict[int, _Pending] = {}
         self._read: dict[int, tuple[Tensor, int, float]] = {}
@@ -159,6 +162,7 @@ class LRDropRescaling(NormDynCallback):
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Prepare the rescale; what the other callbacks do to these weights is known only when all have made their plans."""
         assert self._session is not None
+        warn_of_changed_function(self, plan, self._warned)
         if self.verify:
             verify_targets(plan, self._session)
         self._rescalers[plan.index] = Rescaler(plan, self._session, "rescale")
@@ -256,7 +260,8 @@ class LRDropRescaling(NormDynCallback):
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the tables say."""
         known = self._known.get(plan.index)
-        return "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.positions[target.weight]]:.3g} at an LR drop by k"
+        how = "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.positions[target.weight]]:.3g} at an LR drop by k"
+        return how + changes_function(target)
 
     def effect(self, target: Target) -> Effect:
         """Its length jumps at drops of the learning rate."""

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, log_every, warn_once
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, log_every, warn_once
 from lightning_normdyn.callbacks.effect import Effects
 from lightning_normdyn.callbacks.ledger import Ledger, Norms, Row, whole_number
 from lightning_normdyn.callbacks.predictions import (
@@ -233,12 +233,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if every_n_steps is not None and (isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1):
-            raise ValueError(f"`every_n_steps` must be None or an integer >= 1, got {every_n_steps!r}.")
         unknown = [q for q in quantities or [] if q not in QUANTITIES]
         if unknown or quantities == []:
             raise ValueError(f"`quantities` must be None or names out of {list(QUANTITIES)}, got {quantities!r}.")
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = None if every_n_steps is None else check_count("every_n_steps", every_n_steps, 1, "None or ")
         self.quantities = None if quantities is None else list(quantities)
         self.per_vector_history = per_vector
         self.histograms = histograms

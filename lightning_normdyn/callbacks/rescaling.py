@@ -5,13 +5,15 @@ Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.callbacks.session import warn_once
+from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.optimizer_state import per_matrix_only, rescale_batch_norm_, state_exponents
 from lightning_normdyn.targets import verify_scale_invariance
 from lightning_normdyn.vectors import Partition, WeightVectors
@@ -19,7 +21,7 @@ from lightning_normdyn.vectors import Partition, WeightVectors
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
-    from lightning_normdyn.callbacks.plan import Plan
+    from lightning_normdyn.callbacks.plan import Plan, Target
     from lightning_normdyn.callbacks.session import Session
 
 
@@ -60,9 +62,18 @@ class Rescaler:
                     f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be wrong. "
                     f"Leave it out with params='!{target.name}', or use track_running_stats=False."
                 )
+            if not verdict.batch_norms:
+                continue
+            # The links count the vectors of the verdict, the factors those of the target, which may be coarser (granularity="layer").
+            # The last entry stands for channels that no vector feeds.
+            partition = verdict.partition
+            assert partition is not None, "a link leads from a vector"
+            nowhere = target.partition.n
+            vector_of = torch.cat([partition.within(target.partition), torch.tensor([-1], dtype=torch.long, device="cpu")])
+            vector_of = torch.where(vector_of >= 0, vector_of, nowhere)
             for link in verdict.batch_norms:
                 module = session.module.get_submodule(link.module)
-                index = torch.where(link.vector >= 0, link.vector, torch.full_like(link.vector, target.partition.n))
+                index = vector_of[link.vector.cpu()]
                 bias = parameters.get(link.bias) if link.bias else None
                 self._norms.append((module, position, index.to(plan.vectors.device), link.degree, None if bias is None else len(biases)))
                 if bias is not None:
@@ -104,6 +115,33 @@ class Rescaler:
                 rescale_batch_norm_(mean, var, channel, offset, float(module.eps))  # type: ignore[arg-type]
 
 
+def changes_function(target: Target) -> str:
+    """What tables add for a target whose length the network's function depends on, or may do."""
+    if target.scale_invariant:
+        return ""
+    return f"; {'changes' if target.verdict.kind == 'no' else 'may change'} the network's function"
+
+
+def warn_of_changed_function(callback: Callback, plan: Plan, warned: set[str]) -> None:
+    """Say once that a rescale of weights named by a person, and not known to be scale-invariant, changes what the network computes.
+
+    Args:
+        callback: who rescales.
+        plan: its targets.
+        warned: names that have been told before; added to.
+    """
+    named = [t for t in plan.targets if not t.scale_invariant and t.name not in warned]
+    if not named:
+        return
+    warned.update(t.name for t in named)
+    reasons = [f"`{t.name}` ({t.verdict.reason or t.verdict.kind})" for t in named[:4]]
+    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+    warn_once(
+        f"{type(callback).__name__} rescales weights that are not known to be scale-invariant, which changes the network's function: "
+        f"{', '.join(reasons)}{more}. Leave them out of `params` unless that is meant."
+    )
+
+
 def verify_targets(plan: Plan, session: Session) -> None:
     """Rescale all claimed vectors of a plan by random factors on the present batch: the outputs must not change.
 
@@ -113,21 +151,48 @@ def verify_targets(plan: Plan, session: Session) -> None:
     Raises:
         NotSupportedError: naming the weights on whose length the function depends; or for a batch that the forward cannot be called with.
     """
-    batch = session.batch[0] if isinstance(session.batch, (tuple, list)) and session.batch else session.batch
-    if not isinstance(batch, Tensor):
-        raise NotSupportedError(
-            f"verify=True calls the LightningModule with the batch, or its first element, but that is a {type(batch).__name__}. "
-            "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
-        )
+    inputs = _inputs_of(session)
     claims = [t.verdict for t in plan.targets if t.verdict.partition is not None]
     with session.trainer.precision_plugin.forward_context():
-        if verify_scale_invariance(session.module, batch, verdicts=claims):
-            return
-        guilty = [c.name for c in claims if not verify_scale_invariance(session.module, batch, verdicts=[c])]
+        try:
+            if verify_scale_invariance(session.module, *inputs, verdicts=claims):
+                return
+        except NormDynError:
+            raise
+        except Exception as error:  # whatever a forward raises that expects something else than the batch
+            raise NotSupportedError(
+                f"verify=True calls the LightningModule with the batch, and its forward raised {type(error).__name__}: {error}. {_BY_HAND}"
+            ) from error
+        guilty = [c.name for c in claims if not verify_scale_invariance(session.module, *inputs, verdicts=[c])]
     raise NotSupportedError(
         f"The function changes with the length of {', '.join(f'`{name}`' for name in guilty) or 'these weights together'}, although the "
         "gradients do not show it. Exclude them: params=['!NAME'] means all scale-invariant weights but that one."
     )
+
+
+_BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
+
+
+def _inputs_of(session: Session) -> tuple[Any, ...]:
+    """What to call the LightningModule's forward with: the batch, or as many of its first elements as the forward asks for."""
+    batch = session.batch
+    several = isinstance(batch, (tuple, list)) and len(batch) > 0
+    candidates: list[tuple[Any, ...]] = [(batch,)]
+    if several:
+        candidates = [(batch[0],), *(tuple(batch[:count]) for count in range(2, len(batch) + 1))]
+    signature = inspect.signature(session.module.forward)
+    for inputs in candidates:
+        if not all(isinstance(value, Tensor) for value in inputs):
+            continue
+        try:
+            signature.bind(*inputs)
+        except TypeError:
+            continue
+        return inputs
+    first = f", or its first element, but that is a {type(batch[0] if several else batch).__name__}"
+    tensors = isinstance(batch[0] if several else batch, Tensor)
+    reason = f", but its forward{signature} takes other arguments" if tensors else first
+    raise NotSupportedError(f"verify=True calls the LightningModule with the batch{reason}. {_BY_HAND}")
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from math import nan
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, check_number
 from lightning_normdyn.callbacks.effect import Effect, Rescaling
-from lightning_normdyn.callbacks.rescaling import Rescaler, refuse_averaging, verify_targets
-from lightning_normdyn.decay import DecayOwner
+from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
+from lightning_normdyn.decay import DecayOwner, replaced_decay
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 
@@ -46,6 +47,8 @@ class WeightRescaling(NormDynCallback):
         20
     """
 
+    needs_length: ClassVar[bool] = True
+
     def __init__(
         self,
         every_n_steps: int,
@@ -60,22 +63,18 @@ class WeightRescaling(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if isinstance(every_n_steps, bool) or not isinstance(every_n_steps, int) or every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be an integer >= 1, got {every_n_steps!r}.")
-        if isinstance(start_epoch, bool) or not isinstance(start_epoch, int) or start_epoch < 0:
-            raise ValueError(f"`start_epoch` must be an integer >= 0, got {start_epoch!r}.")
-        if stop_epoch is not None and (not isinstance(stop_epoch, int) or stop_epoch <= start_epoch):
+        self.every_n_steps = check_count("every_n_steps", every_n_steps, 1)
+        self.start_epoch = check_count("start_epoch", start_epoch, 0)
+        self.stop_epoch = None if stop_epoch is None else check_count("stop_epoch", stop_epoch, 1, "None or ")
+        if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
             raise ValueError(f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got {stop_epoch!r}.")
         if optimizer_state not in ("rescale", "keep"):
             raise ValueError(f"`optimizer_state` must be 'rescale' or 'keep', got {optimizer_state!r}.")
         if weight_decay not in ("replace", "keep"):
             raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
-        self.every_n_steps = every_n_steps
         self.target_norm: float | Literal["initial"] = (
             "initial" if target_norm == "initial" else check_number("target_norm", target_norm, "> 0", " or 'initial'")
         )
-        self.start_epoch = start_epoch
-        self.stop_epoch = stop_epoch
         self.optimizer_state = optimizer_state
         self.weight_decay = weight_decay
         self.verify = bool(verify)
@@ -84,6 +83,7 @@ class WeightRescaling(NormDynCallback):
         super()._forget()
         self._rescalers: dict[int, Rescaler] = {}
         self._targets: dict[int, Tensor] = {}
+        self._warned: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
@@ -109,6 +109,7 @@ class WeightRescaling(NormDynCallback):
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Remember initial lengths, find the BatchNorms behind, claim the decay."""
         assert self._session is not None
+        warn_of_changed_function(self, plan, self._warned)
         if self.verify:
             verify_targets(plan, self._session)
         self._rescalers[plan.index] = Rescaler(plan, self._session, self.optimizer_state)
@@ -139,14 +140,18 @@ class WeightRescaling(NormDynCallback):
         values = plan.vectors.values()
         norms = norm_from_sums(plan.vectors.inner((values, values))[0])
         length = self._targets[plan.index] if self.target_norm == "initial" else torch.full_like(norms, float(self.target_norm))
-        factor = plan.guard(rescale_factor(norms, length), 1.0, step, norms)
+        # A vector that was zero at the start has no length of its own to go back to: it is left alone, and named.
+        factor = torch.where(length > 0, rescale_factor(norms, length), nan)
+        factor = plan.guard(factor, 1.0, step, norms)
         self._rescalers[plan.index].apply(factor)
         plan.mark("rescale")
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""
         length = "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
-        return f"WRS to {length} every {'step' if self.every_n_steps == 1 else f'{self.every_n_steps} steps'}"
+        text = f"WRS to {length} every {'step' if self.every_n_steps == 1 else f'{self.every_n_steps} steps'}"
+        replaced = replaced_decay(plan.optimizer, plan.group_of(target)) if self.weight_decay == "replace" else ""
+        return text + (f", without decay ({replaced})" if replaced else "") + changes_function(target)
 
     def effect(self, target: Target) -> Effect:
         """It sets the length now and then, within its epochs."""

@@ -336,3 +336,23 @@ def test_the_start_table_says_what_is_replaced(capsys):
     assert "(replaces 0.03)" in line
     shown = float(line.split("decay now")[1].split()[0])
     assert shown == pytest.approx(0.5 * norm, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "says"),
+    [
+        (
+            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.005),
+            "(replaces 0.005, which acted like 0.05 under momentum 0.9)",
+        ),
+        (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.005), "(replaces 0.005)"),
+        (lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.005), "(replaces 0.005, which Adam divides by the size of the gradient)"),
+    ],
+    ids=["momentum", "decoupled", "coupled Adam"],
+)
+def test_the_start_table_says_what_the_replaced_decay_acted_like(make_optimizer, says):
+    """A decoupled decay stands beside it, and what is written in a coupled one is another unit."""
+    callback = AdaptiveWeightShrink(0.5)
+    fit(make(make_optimizer=make_optimizer), [callback], max_steps=1)
+    (plan,) = callback.plans.values()
+    assert callback.treatments(plan)[0].endswith(says)

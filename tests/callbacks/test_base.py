@@ -8,8 +8,10 @@ import gc
 import pickle
 import sys
 import weakref
+from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
@@ -881,5 +883,99 @@ def test_the_cost_of_a_fits_start_and_end_grows_with_the_number_of_layers_and_no
     (few, taken_of_few), (more, _), (many, taken_of_many) = (python_calls(n, monkeypatch) for n in (4, 12, 28))
     per_layer, further = (more - few) / 8, (many - more) / 16
     assert further < 1.05 * per_layer
-    # Once in each of two steps (AWS), and once each for the start table, the run's description and the end table.
-    assert taken_of_few == taken_of_many == 5
+    # Once to find weights of zeros, in each of two steps (AWS), and once each for the start table, the run's description, the end table.
+    assert taken_of_few == taken_of_many == 6
+
+
+# ---- Weights that are zero ----
+
+
+def zeroed(**arguments: Any) -> Net:
+    module = make(**arguments)
+    with torch.no_grad():
+        module.net[3].weight.zero_()
+    return module
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda **k: AdaptiveWeightShrink(0.1, **k),
+        lambda **k: RadialProjection(**k),
+        lambda **k: LRDropRescaling(exponent=0.25, **k),
+        lambda **k: WeightRescaling(2, target_norm="initial", **k),
+    ],
+    ids=["aws", "projection", "lr drop", "wrs"],
+)
+@pytest.mark.parametrize("params", ["auto", "net.3.weight"])
+def test_a_weight_of_zeros_is_refused_by_name_and_the_way_out_works(callback, params):
+    module = zeroed()
+    before = weights_of(module)
+    with pytest.raises(NotSupportedError, match=r"`net\.3\.weight`, but all entries are zero.*'!net\.3\.weight'"):
+        fit(module, [callback(params=params)])
+    assert same(weights_of(module), before), "refused before the first step"
+    assert not any(group["weight_decay"] == 0 for group in module.trainer.optimizers[0].param_groups)
+    fit(zeroed(), [callback(params=["net.0.weight", "net.3.weight", "!net.3.weight"])], max_steps=2)
+
+
+def test_who_only_looks_and_a_gate_let_a_weight_of_zeros_be():
+    fit(zeroed(), [NormDynamicsMonitor(1, tables=False), RadialProjection(gate="cosine")], max_steps=2)
+
+
+def test_a_weight_of_zeros_that_is_unfrozen_later_is_left_to_its_optimizer():
+    class Unfreezes(L.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            pl_module.net[3].weight.requires_grad_(trainer.current_epoch > 0)
+
+    module, callback = zeroed(), AdaptiveWeightShrink(0.1)
+    module.net[3].weight.requires_grad_(False)
+    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight`, but all entries are zero.*left to its optimizer"):
+        fit(module, [Unfreezes(), callback], max_epochs=2)
+    assert [t.name for t in callback.plans[0].targets] == ["net.0.weight"]
+
+
+# ---- Names with brackets ----
+
+
+class Bracketed(nn.Module):
+    """torch lets a module be registered under any name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("q[0]", nn.Conv2d(1, 4, 3))
+        self.add_module("q0", nn.Conv2d(1, 4, 3))
+        self.norm, self.other, self.head = nn.BatchNorm2d(4), nn.BatchNorm2d(4), nn.Linear(64, 2)
+
+    def forward(self, x):
+        return self.head((self.norm(getattr(self, "q[0]")(x)) + self.other(self.q0(x))).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        ("net.q[0].weight", ["net.q[0].weight"]),
+        ("net.q0.weight", ["net.q0.weight"]),
+        ("net.q[0-9].weight", ["net.q0.weight"]),  # no such name, so it is a glob
+        ("!net.q[0].weight", ["net.q0.weight"]),
+        ("net.q*.weight", ["net.q[0].weight", "net.q0.weight"]),
+    ],
+)
+def test_an_exact_name_comes_before_a_glob(params, expected):
+    callback = AdaptiveWeightShrink(0.1, params=params)
+    fit(make(net=Bracketed()), [callback], max_steps=1)
+    assert [t.name for t in callback.plans[0].targets] == expected
+
+
+def test_numbers_of_numpy_are_numbers_everywhere():
+    assert AdaptiveWeightShrink(np.float32(0.5)).alpha == 0.5
+    assert RadialProjection(delta=np.float64(0.2), weight_decay=np.float32(0.5)).weight_decay == 0.5
+    assert LRDropRescaling(exponent=np.float32(0.25), min_drop=np.int64(2)).settings() == {"exponent": 0.25, "min_drop": 2.0}
+    assert NormDynamicsMonitor(np.int64(10)).every_n_steps == 10
+    assert InputSpanMonitor(np.int64(2), max_samples=np.int32(50), energy=np.float32(0.5), seed=np.int64(3)).max_samples == 50
+    for refused in (
+        lambda: NormDynamicsMonitor(np.float64(10)),
+        lambda: WeightRescaling(np.int64(0)),
+        lambda: LRDropRescaling(exponent=True),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            refused()

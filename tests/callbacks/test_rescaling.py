@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
-from models import Net, fit, images, make, same, weights_of
+from models import Net, fit, images, loader, make, same, weights_of
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_normdyn import LRDropRescaling, NotSupportedError, WeightRescaling
+from lightning_normdyn import LRDropRescaling, NormDynWarning, NotSupportedError, Phase, StepBracket, WeightRescaling
 
 
 class Detached(nn.Module):
@@ -88,3 +93,145 @@ def test_verify_wants_a_tensor():
 def test_averages_of_other_lengths_are_refused(averaging, callback):
     with pytest.raises(NotSupportedError, match=f"{type(callback).__name__} changes the length of weights that {type(averaging).__name__}"):
         fit(make(), [averaging, callback])
+
+
+# ---- Coarser vectors than the normalization has ----
+
+
+class EvaluatesAround(L.Callback):
+    """What the network gives in evaluation before and after the last rescale of a fit."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase, self.seen = phase, []
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        x = next(iter(loader()))[0].to(next(pl_module.parameters()).dtype)
+
+        def evaluate(step: Any) -> None:
+            pl_module.eval()
+            self.seen.append(pl_module(x).detach().clone())
+            pl_module.train()
+
+        bracket = StepBracket.of(trainer.optimizers[0])
+        for rank in (-10, 10):
+            bracket.add(self.phase, evaluate, rank=rank)
+
+
+def convolutions(filters: int) -> nn.Sequential:
+    net = nn.Sequential(nn.Conv2d(1, filters, 3), nn.BatchNorm2d(filters), nn.ReLU(), nn.Flatten(), nn.Linear(16 * filters, 2))
+    with torch.no_grad():
+        net[0].bias.copy_(torch.linspace(-1, 1, filters))
+    return net
+
+
+@pytest.mark.parametrize("filters", [1, 2, 3, 6])
+@pytest.mark.parametrize("granularity", ["filter", "layer"])
+def test_running_statistics_follow_whatever_counts_as_one_vector(filters: int, granularity: Any) -> None:
+    look = EvaluatesAround(Phase.RESCALE)
+    rescaling = WeightRescaling(1, target_norm=5.0, granularity=granularity)
+    module = make(net=convolutions(filters))
+    fit(module, [rescaling, look], max_steps=2)
+    torch.testing.assert_close(look.seen[1], look.seen[0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(look.seen[3], look.seen[2], rtol=0, atol=1e-10)
+    vectors = module.net[0].weight.detach().reshape(1 if granularity == "layer" else filters, -1)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.full((len(vectors),), 5.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("filters", [2, 3, 6])
+def test_running_statistics_follow_a_layer_at_a_drop_too(filters: int) -> None:
+    look = EvaluatesAround(Phase.LR_DROP)
+    module = make(net=convolutions(filters), make_scheduler=lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2], 0.01))
+    before = float(module.net[0].weight.detach().norm())
+    fit(module, [LRDropRescaling(exponent=0.5, granularity="layer"), look], max_steps=3)
+    torch.testing.assert_close(look.seen[-1], look.seen[-2], rtol=0, atol=1e-10)
+    assert float(module.net[0].weight.detach().norm()) < 0.5 * before, "nothing was rescaled"
+
+
+def linears() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(36, 5, bias=False),
+        nn.BatchNorm1d(5),
+        nn.ReLU(),
+        nn.Linear(5, 4, bias=False),
+        nn.BatchNorm1d(4),
+        nn.ReLU(),
+        nn.Linear(4, 2, bias=False),
+    )
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="newer torch only")
+def test_muon_can_be_rescaled_by_the_layer_as_its_refusal_says() -> None:
+    def optimizer(p: Any) -> Any:
+        return torch.optim.Muon([w for w in p if w.dim() == 2], lr=0.02, momentum=0.9, weight_decay=0.1)
+
+    data = loader(dtype=torch.float32)
+    with pytest.raises(NotSupportedError, match=r"orthogonalizes whole matrices.*Use granularity='layer'"):
+        fit(make(make_optimizer=optimizer, net=linears(), dtype=torch.float32), [WeightRescaling(2)], data)
+    look = EvaluatesAround(Phase.RESCALE)
+    module = make(make_optimizer=optimizer, net=linears(), dtype=torch.float32)
+    fit(module, [WeightRescaling(1, target_norm=3.0, granularity="layer"), look], data, max_steps=6)
+    for before, after in zip(look.seen[::2], look.seen[1::2], strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
+    assert [float(module.net[i].weight.detach().norm()) for i in (1, 4)] == pytest.approx([3.0, 3.0], rel=1e-5)
+
+
+# ---- verify=True with other forwards ----
+
+
+class TwoInputs(Net):
+    def forward(self, x, y):  # type: ignore[override]
+        return F.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch, batch_idx=0):
+        return self(*batch)
+
+
+class Keywords(TwoInputs):
+    def forward(self, *, x, y):  # type: ignore[override]
+        return F.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch, batch_idx=0):
+        return self(x=batch[0], y=batch[1])
+
+
+class Raises(Net):
+    """Its forward wants something else than it is given, and says so late."""
+
+    def forward(self, x):
+        return self.net(x.pixels)
+
+    def training_step(self, batch, batch_idx=0):
+        return F.cross_entropy(self(SimpleNamespace(pixels=batch[0])), batch[1])
+
+
+def test_verify_calls_a_forward_with_as_many_inputs_as_it_asks_for() -> None:
+    fit(make(TwoInputs), [WeightRescaling(2, verify=True)])
+    with pytest.raises(NotSupportedError, match=r"length of `net\.inner\.weight`"):
+        fit(make(TwoInputs, net=Detached()), [WeightRescaling(1, verify=True)])
+
+
+@pytest.mark.parametrize(("model", "says"), [(Keywords, r"takes other arguments"), (Raises, r"its forward raised \w+Error: ")])
+def test_verify_refuses_by_name_what_it_cannot_call(model, says) -> None:
+    with pytest.raises(NotSupportedError, match=rf"{says}.*Leave verify off, and call .*verify_scale_invariance"):
+        fit(make(model), [WeightRescaling(2, verify=True)])
+
+
+# ---- Weights whose length the network sees ----
+
+
+@pytest.mark.parametrize("callback", [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)])
+def test_a_rescale_that_changes_the_function_is_announced(callback, capsys) -> None:
+    with pytest.warns(NormDynWarning, match=r"which changes the network's function: `net\.8\.weight` \(") as said:
+        fit(make(), [callback(params=["net.8.weight", "net.0.weight"])])
+    ours = [str(w.message) for w in said if "network's function" in str(w.message)]
+    assert len(ours) == 1
+    assert "net.0.weight" not in ours[0]
+    table = capsys.readouterr().out
+    assert "changes the network's function" in " ".join(table.split())
+
+
+def test_a_rescale_that_changes_nothing_is_not(capsys, recwarn) -> None:
+    fit(make(), [WeightRescaling(2)])
+    assert not [w for w in recwarn if "network's function" in str(w.message)]
+    assert "function" not in capsys.readouterr().out

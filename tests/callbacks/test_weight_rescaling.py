@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -317,3 +318,45 @@ def test_resuming_with_other_settings_is_said_once_and_keeps_the_count(tmp_path)
 def test_wrong_arguments_are_named(arguments, says):
     with pytest.raises(ValueError, match=says):
         WeightRescaling(**{"every_n_steps": 10, **arguments})
+
+
+# ---- A weight that starts at zero ----
+
+
+def zeroed(*rows: int) -> Net:
+    """A network whose second convolution is zero, wholly or in these rows."""
+    module = make(make_optimizer=OPTIMIZERS["sgd"][0])
+    with torch.no_grad():
+        module.net[3].weight[list(rows) or slice(None)] = 0
+    return module
+
+
+@pytest.mark.parametrize("target_norm", ["initial", 1.0])
+def test_a_norm_of_zero_is_refused_by_name_before_anything_is_touched(target_norm):
+    module = zeroed()
+    before = weights_of(module)
+    with pytest.raises(NotSupportedError, match=r"`net\.3\.weight`, but all entries are zero.*'!net\.3\.weight'"):
+        fit(module, [WeightRescaling(2, target_norm=target_norm)])
+    assert same(weights_of(module), before)
+    rescaling = WeightRescaling(2, target_norm="initial", params="!net.3.weight")  # the way out
+    fit(zeroed(), [rescaling])
+    assert [t.name for t in rescaling.plans[0].targets] == ["net.0.weight"]
+
+
+def test_a_row_that_starts_at_zero_is_left_alone_and_named_and_the_others_are_rescaled():
+    module = zeroed(4)
+    torch.nn.init.ones_(module.net[4].bias)  # behind a ReLU it gets a gradient only so
+    lengths = module.net[3].weight.detach().flatten(1).norm(dim=1)
+    with pytest.warns(NormDynWarning, match=r"WeightRescaling left vectors alone whose norm is zero.*: 1 in net\.3\.weight"):
+        fit(module, [WeightRescaling(1, target_norm="initial")])
+    now = module.net[3].weight.detach().flatten(1).norm(dim=1)
+    others = [0, 1, 2, 3, 5]
+    torch.testing.assert_close(now[others], lengths[others])
+    assert now[4] > 0, "its steps were undone"
+
+
+def test_numbers_of_numpy_are_numbers():
+    rescaling = WeightRescaling(np.int64(10), target_norm=np.float32(2), start_epoch=np.int32(1), stop_epoch=np.uint8(3))
+    assert rescaling.settings() == {**rescaling.settings(), "every_n_steps": 10, "target_norm": 2.0, "start_epoch": 1, "stop_epoch": 3}
+    # A checkpoint holds plain numbers, which torch loads with weights_only=True.
+    assert {type(value) for value in rescaling.settings().values()} <= {int, float, str}
