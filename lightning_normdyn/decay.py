@@ -205,7 +205,7 @@ def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
         >>> from torch.optim import SGD, AdamW
         >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
         >>> replaced_decay(SGD, group)
-        'replaces 0.005, which acted like 0.05 under momentum 0.9'
+        'replaces 0.005, acting like 0.05'
         >>> replaced_decay(AdamW, {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 5e-3})
         'replaces 0.005'
     """
@@ -214,9 +214,8 @@ def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
         return ""
     acted = optimizer_decay(optimizer, group)
     if acted is None:
-        kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-        return f"replaces {written:g}, which {kind.__name__} divides by the size of the gradient"
+        law = law_of(optimizer, group) if isinstance(optimizer, Optimizer) else None
+        return f"replaces {written:g}" + (" inside the gradient" if law is not None and law[0] == "coupled" else "")
     if abs(float(acted) / written - 1) < 1e-6:
         return f"replaces {written:g}"
-    momentum = f" under momentum {float(group['momentum']):g}" if group.get("momentum") else ""
-    return f"replaces {written:g}, which acted like {float(acted):.3g}{momentum}"
+    return f"replaces {written:g}, acting like {float(acted):.3g}"

@@ -38,7 +38,6 @@ class Phase(IntEnum):
     SHRINK = 30  # ready: w <- f w
     SNAPSHOT = 40  # ready: copy the shrunk weight, where somebody asks for it
     PROJECT = 50  # stepped: on w' - s
-    SCALE_STEP = 55  # stepped: make what is left of the step longer or shorter, where a rule gives steps a length
     MEASURE_STEP = 60  # stepped: angle of the step
     RESCALE = 70  # stepped: last, so that no step's angle contains it
 

@@ -303,10 +303,11 @@ class NormDynCallback(Callback):
         """Names of new targets that are zero, all of them; every rank must call it."""
         if not self.needs_length:
             return []
-        norms = plan.vectors.norms()
-        longest = plan.vectors.totals(norms).tolist()
         seen = {t.name for t in self.plans[plan.index].targets} if plan.index in self.plans else set()
-        return [t.name for t, total in zip(plan.targets, longest, strict=True) if total == 0 and t.name not in seen]
+        if seen.issuperset(t.name for t in plan.targets):
+            return []
+        lengths = plan.vectors.totals(plan.vectors.norms()).tolist()
+        return [t.name for t, length in zip(plan.targets, lengths, strict=True) if length == 0 and t.name not in seen]
 
     def _refuse_zeros(self, names: list[str], bracket: StepBracket) -> None:
         """An error before the first step; later, or in a run that is resumed, a warning: the weights are left alone."""

@@ -57,7 +57,7 @@ class EffectiveLRReplay(NormDynCallback):
     needs_length: ClassVar[bool] = True
 
     rank: ClassVar[int] = 1
-    """It looks after others have: what decay a gated projection applies is known only then."""
+    """It comes after a projection: what decay a gate applies is known only then, and what is left of the step is what it scales."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class EffectiveLRReplay(NormDynCallback):
 
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
         """Looks at `ready`, scales at `stepped` what a projection has left of the step."""
-        return {Phase.MEASURE: self._look, Phase.SCALE_STEP: self._scale}
+        return {Phase.MEASURE: self._look, Phase.PROJECT: self._scale}
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""

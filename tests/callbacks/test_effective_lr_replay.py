@@ -25,6 +25,7 @@ from lightning_normdyn import (
     NormDynError,
     NormDynWarning,
     NotSupportedError,
+    RadialProjection,
     load_history,
 )
 from lightning_normdyn.parametrizations import weight_normalization, weight_standardization
@@ -494,3 +495,18 @@ def test_an_evaluation_changes_nothing(tmp_path):
     )
     runner.validate(module, loader(), verbose=False)
     assert same(weights_of(module), before)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_beside_a_projection_the_step_that_is_left_of_it_is_scaled(order, tmp_path):
+    """A run replayed onto itself has factors of 1, whatever else acts in the same phase, so it ends at the same weights."""
+
+    def run(*callbacks):
+        module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05))
+        fit(module, list(callbacks), max_steps=6)
+        return weights_of(module)
+
+    watching = monitor()
+    recorded = run(RadialProjection(), watching)
+    watching.history.save(tmp_path / "run.npz")
+    assert same(run(*[RadialProjection(), EffectiveLRReplay(tmp_path / "run.npz")][::order]), recorded)
