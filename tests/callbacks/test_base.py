@@ -885,8 +885,9 @@ def test_the_cost_of_a_fits_start_and_end_grows_with_the_number_of_layers_and_no
     (few, taken_of_few), (more, _), (many, taken_of_many) = (python_calls(n, monkeypatch) for n in (4, 12, 28))
     per_layer, further = (more - few) / 8, (many - more) / 16
     assert further < 1.05 * per_layer
-    # Once to find weights of zeros, in each of two steps (AWS), and once each for the start table, the run's description, the end table.
-    assert taken_of_few == taken_of_many == 6
+    # Once to find weights of zeros, in each of two steps (AWS), and once each for the start table, the run's description, the last
+    # norms and the end table.
+    assert taken_of_few == taken_of_many == 7
 
 
 # ---- Weights that are zero ----
