@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_normdyn.graph_rules import RULES, Edge, Graph, Operation, Rows, Shape, Step, unchanged
 
@@ -311,7 +312,11 @@ class MaskMemory:
 
     def _masking_state(self) -> tuple[object, ...]:
         """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the layer, and replaces or writes that."""
-        hooks = [(len(owner._forward_pre_hooks), len(owner._buffers)) for owner in self._owners]
+        # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
+        hooks = [
+            (sum(isinstance(hook, BasePruningMethod) for hook in owner._forward_pre_hooks.values()), len(owner._buffers))
+            for owner in self._owners
+        ]
         masks = [(id(b), b._version) for owner, name in self._buffers if (b := owner._buffers.get(name)) is not None]
         return (*hooks, *masks)
 

@@ -7,8 +7,9 @@ Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor 
 with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not scale (a bias). A `Flow` holds this
 answer, a *rule* says how one operation changes it, and `follow` walks the graph of a real loss from the weights to the loss. Where an
 operation mixes entries of several rows, these rows are united: from there on they must be scaled together. What reaches degree 0 no
-longer depends on the scale. Whatever is not understood, or reaches the loss, unites its rows with class 0, "must not be scaled". So an
-unknown operation can only cost a target, never invent one.
+longer depends on the scale: its rows have *met* a normalization, and only such rows are claimed. Whatever is not understood, or reaches
+the loss, unites its rows with class 0, "must not be scaled". So an unknown operation can only cost a target, never invent one, and rows
+that the loss did not read (``table[:n]``, an expert without tokens) are neither: nothing is known of them.
 
 Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
 """
@@ -16,6 +17,7 @@ Nothing is run again, and no saved tensor is read that a checkpoint would have t
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -74,6 +76,7 @@ class Flow:
         offset: what is added and does not scale, if anything.
         sign: what is known about the values.
         padded: whether a constant was added as an epsilon. That is what it is in a denominator only: ``1 + mean`` as a factor is none.
+        other: the flow of other entries of the same tensor, which scale by another degree; ``rows`` is 0 there. Rules never see it.
     """
 
     degree: float
@@ -81,6 +84,12 @@ class Flow:
     offset: Offset | None = None
     sign: Sign = Sign.ANY
     padded: bool = False
+    other: Flow | None = None
+
+    @property
+    def parts(self) -> list[Flow]:
+        """The flow of each degree, alone."""
+        return [replace(self, other=None), *(self.other.parts if self.other is not None else [])]
 
 
 @dataclass
@@ -93,10 +102,10 @@ class Link:
     offset: bool
     bias: str | None
 
-    def same_as(self, other: Link) -> bool:
-        """Whether both say the same (a module that is called twice)."""
+    def same_as(self, other: Link, parent: Tensor) -> bool:
+        """Whether both say the same (a module that is called twice), where ``parent`` is the class of each row."""
         facts = [(link.module, link.degree, link.offset, link.bias) for link in (self, other)]
-        return facts[0] == facts[1] and torch.equal(self.rows, other.rows)
+        return facts[0] == facts[1] and torch.equal(parent[self.rows], parent[other.rows])
 
 
 class Rows:
@@ -109,7 +118,12 @@ class Rows:
         self.links: list[Link] = []
         self.stale: dict[str, None] = {}
         self.assumed = False  # an epsilon, a padding value or a condition was taken as harmless
-        self.looked_up = torch.empty(0, dtype=torch.long, device="cpu")  # embedding rows that occurred
+        # Rows that reached an operation of degree 0. One of them may stand for its class: see `reached`.
+        self.met = torch.zeros(n + 1, dtype=torch.bool, device="cpu")
+        self.varies = False  # some loss read only a part of the rows: which part it is may depend on the batch
+        self.picked = torch.empty(0, dtype=torch.long, device="cpu")  # rows picked by an index tensor: the data say which rows meet
+        self.veiled: dict[str, None] = {}  # places where rows were picked by indices that cannot be looked at
+        self.cut_elsewhere = False  # entries were left out along a dimension that these rows are not cut along
         self.sharded = torch.empty(0, dtype=torch.long, device="cpu")  # rows of which each rank follows only its part (tensor parallelism)
         self.elsewhere = False  # and other ranks have not been asked yet
 
@@ -143,8 +157,24 @@ class Rows:
 
     def link(self, link: Link) -> None:
         """Remember a normalization with running statistics, once."""
-        if not any(link.same_as(known) for known in self.links):
+        if not any(link.same_as(known, self.parent) for known in self.links):
             self.links.append(link)
+
+    def meet(self, rows: Tensor) -> None:
+        """These rows reached an operation of degree 0."""
+        self.met[rows] = True
+
+    def pick(self, rows: Tensor) -> None:
+        """These rows were picked by an index tensor."""
+        self.picked = distinct(torch.cat([rows.flatten(), self.picked]))
+
+    def reached(self) -> Tensor:
+        """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of the others nothing is known."""
+        # A rule may go on with one row for all that it has united, so one row speaks for its class.
+        classes = torch.zeros_like(self.met)
+        classes[self.parent[self.met]] = True
+        classes[0] = True
+        return classes[self.parent]
 
     def merge(self, other: Rows) -> None:
         """Take over what another rank learnt about the same weight: what must not be scaled separately there must not be here."""
@@ -155,7 +185,11 @@ class Rows:
         for link in other.links:
             self.link(link)
         self.assumed |= other.assumed
-        self.looked_up = distinct(torch.cat([self.looked_up, other.looked_up]))
+        self.met |= other.met
+        self.varies |= other.varies
+        self.veiled |= other.veiled
+        self.cut_elsewhere |= other.cut_elsewhere
+        self.pick(other.picked)
         self.sharded = distinct(torch.cat([self.sharded, other.sharded]))
 
 
@@ -168,6 +202,10 @@ class Step:
     sources: tuple[Edge | None, ...]
     inputs: tuple[Shape | None, ...]
     outputs: tuple[Shape, ...]
+
+    def is_empty(self, k: int) -> bool:
+        """Whether output ``k`` has no entries."""
+        return k < len(self.outputs) and 0 in self.outputs[k]
 
 
 class Operation:
@@ -199,6 +237,21 @@ class Operation:
             edge = edge[0].next_functions[0]  # type: ignore[assignment]
         return None if edge is None else self._graph.parameters.get(edge)
 
+    def zeros(self, k: int) -> Tensor | None:
+        """Which entries of input ``k``, a bias that was put together, no parameter reaches: bool ``(n,)``; None: not known.
+
+        They are constants, nearly always zeros (``torch.cat([q, zeros, v])``, ``bias * mask``, ``bias[n : 2 * n] = 0``): taken as such, and
+        the claim is marked.
+        """
+        edge = self._step.sources[k] if k < len(self._step.sources) else None
+        shape = self.inputs[k] if k < len(self.inputs) else None
+        if edge is None or shape is None or len(shape) != 1 or edge in self._graph.parameters:
+            return None
+        zeros = _constant_entries(edge, shape[0], self._graph.parameters)
+        if zeros is not None and bool(zeros.any()):
+            self.rows.assumed = True
+        return zeros
+
     def attribute(self, name: str, default: Any = None) -> Any:
         """A saved number or list of numbers of the node (never a tensor), with negative dims as negative numbers."""
         value = getattr(self.node, f"_saved_{name}", default)
@@ -225,6 +278,24 @@ class Operation:
                 rows = first
         return rows
 
+    def indices(self, name: str, flow: Flow, dims: Iterable[int]) -> Any:
+        """The saved indices with which entries of ``flow`` are picked along ``dims``; None where they are saved inside a checkpoint.
+
+        Then it is not known which rows were read, and if rows differ along these dims, they must not be scaled.
+        """
+        readable, index = self.saved_tensor(name)
+        if readable:
+            return index
+        if any(flow.rows.size(dim) > 1 for dim in dims):
+            self.rows.veiled.setdefault(self.place)
+            raise Blocked(f"the indices of {self.place} are inside a checkpoint, so that it is not known which rows are read")
+        return None
+
+    def left_out(self, flow: Flow, dims: Iterable[int]) -> None:
+        """Entries were left out along ``dims``. Where the rows do not differ along them, another cut of the weight has to show which."""
+        if any(flow.rows.size(dim) == 1 for dim in dims):
+            self.rows.cut_elsewhere = True
+
     def unite(self, a: Tensor, b: Tensor) -> Tensor:
         """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they are one from here on)."""
         self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
@@ -247,11 +318,88 @@ class Operation:
             self.rows.assumed = True
         return replace(flow, padded=True)
 
+    def sign(self, k: int) -> Sign:
+        """What is known of the values of input ``k``, whether they scale or not."""
+        edge = self._step.sources[k] if k < len(self._step.sources) else None
+        return Sign.ANY if edge is None else self._graph.signs.get(edge, Sign.ANY)
+
     def small_epsilon(self) -> bool:
         """Whether the operation is part of a module that declares an epsilon that is small beside a variance of order 1."""
-        module = self.module[1]
-        eps = getattr(module, "eps", math.inf)
-        return eps is None or (isinstance(eps, float) and eps <= 1e-3)  # None: that of the dtype (RMSNorm)
+        eps = declared_epsilon(self.module[1])
+        return eps is not None and eps <= 1e-3
+
+
+def _constant_entries(edge: Edge | None, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
+    """Which entries of a tensor of one dimension no parameter reaches: bool ``(size,)``, None where it cannot be said."""
+    everything = torch.ones(size, dtype=torch.bool, device="cpu")
+    if edge is None:
+        return everything
+    if edge in parameters:
+        return ~everything
+    node, name = edge[0], node_name(edge[0])
+    sources = [None if source is None else (source, i) for source, i in node.next_functions]
+    if name == "CatBackward0":
+        sizes = [None if source is None else _shape(source)[0] for source in sources]
+        if sizes.count(None) > 1:  # one constant takes what the others leave
+            return None
+        left = size - sum(n for n in sizes if n is not None)
+        pieces = [_constant_entries(s, left if n is None else n, parameters) for s, n in zip(sources, sizes, strict=True)]
+        known = [piece for piece in pieces if piece is not None]
+        return torch.cat(known) if len(known) == len(pieces) else None
+    source = sources[0] if sources else None
+    if name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
+        key = "other" if sources[1] is None else "self"
+        hooks = getattr(getattr(node, f"_raw_saved_{key}", None), "unpack_hook", None)
+        factor = getattr(node, f"_saved_{key}", None) if hooks is None else None  # inside a checkpoint it would have to be computed again
+        below = _constant_entries(sources[0] or sources[1], size, parameters)
+        if not isinstance(factor, Tensor) or factor.shape != (size,) or below is None:
+            return None
+        return below | (factor == 0).cpu()
+    if name in ("CloneBackward0", "ToCopyBackward0") and source is not None:
+        return _constant_entries(source, size, parameters)
+    if name == "CopySlices" and source is not None:
+        return _overwritten(edge, size, parameters)
+    return None
+
+
+def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
+    """Entries of a copy of a parameter that were written over in place: those that pass no gradient on. Nothing is saved in this graph."""
+    below: Edge | None = edge
+    while below is not None and below not in parameters:
+        if node_name(below[0]) not in ("CopySlices", "CloneBackward0", "ToCopyBackward0"):
+            return None
+        source, i = below[0].next_functions[0]
+        below = None if source is None else (source, i)
+    if below is None or _shape(below) != (size,):
+        return None
+    output, parameter = torch.autograd.graph.GradientEdge(*edge), torch.autograd.graph.GradientEdge(*below)
+    metadata = edge[0]._input_metadata[edge[1]]
+    ones = torch.ones(size, dtype=metadata.dtype, device=metadata.device)
+    (passed,) = torch.autograd.grad([output], [parameter], [ones], retain_graph=True)
+    return (passed == 0).cpu()
+
+
+_EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
+
+
+def declared_epsilon(module: nn.Module | None) -> float | None:
+    """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...), the largest if there are several.
+
+    0 for an epsilon of None, which is that of the dtype (RMSNorm). None if nothing is declared.
+
+    Example:
+        >>> declared_epsilon(torch.nn.LayerNorm(4, eps=1e-6))
+        1e-06
+    """
+    if module is None:
+        return None
+    found = []
+    for name in ("eps", *vars(module), *module._parameters, *module._buffers):
+        if _EPSILON.search(name) and hasattr(module, name):
+            value = getattr(module, name)
+            known = value is None or isinstance(value, (int, float))
+            found.append(float(value or 0.0) if known else math.inf)  # a tensor is not looked at
+    return max(found, default=None)
 
 
 Rule = Callable[[Operation, Sequence["Flow | None"]], "Flow | Sequence[Flow | None] | None"]
@@ -314,6 +462,7 @@ class Graph:
     steps: list[Step] = field(default_factory=list)
     shapes: dict[Edge, Shape] = field(default_factory=dict)  # of the parameters that occur
     module_of: Callable[[Node], tuple[str, nn.Module | None]] = lambda node: ("", None)
+    signs: dict[Edge, Sign] = field(default_factory=dict)  # what is known of the values, whatever they were computed from; else ANY
 
     @property
     def opaque(self) -> list[str]:
@@ -333,6 +482,7 @@ def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: Callable[[Nod
     graph = Graph((edge.node, edge.output_nr), parameters, module_of=module_of)
     seen: set[Node] = set()
     stack: list[tuple[Node, bool]] = [(edge.node, False)]
+    paddings: dict[Edge, Padding] = {}
     while stack:
         node, done = stack.pop()
         if not done:
@@ -347,8 +497,104 @@ def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: Callable[[Nod
         for source, shape in zip(sources, inputs, strict=True):
             if source is not None and shape is not None and source in parameters:
                 graph.shapes[source] = shape
-        graph.steps.append(Step(node, node_name(node), sources, inputs, tuple(tuple(m.shape) for m in node._input_metadata)))
+        step = Step(node, node_name(node), sources, inputs, tuple(tuple(m.shape) for m in node._input_metadata))
+        graph.steps.append(step)
+        sign = _sign_of_result(step, [graph.signs.get(s, Sign.ANY) if s is not None else Sign.ANY for s in sources])
+        padding = _padding_of_result(step, paddings, graph.signs)
+        if padding is not None and step.name == "SliceBackward0" and padding.start == 0:
+            sign = max(sign, padding.sign)
+        elif padding is not None:
+            paddings[node, 0] = padding
+        if sign != Sign.ANY:
+            graph.signs.update({(node, k): sign for k in range(len(step.outputs))})
     return graph
+
+
+def _sign_of_result(step: Step, inputs: Sequence[Sign]) -> Sign:
+    """What is known of the values that an operation gives."""
+    name = step.name
+    if name in _NEVER_NEGATIVE:
+        return Sign.NONNEGATIVE
+    if not inputs:
+        return Sign.ANY
+    lowest = min(inputs)
+    square = len(inputs) == 2 and step.sources[0] is not None and step.sources[0] == step.sources[1]
+    if name.startswith("Mul") and square:
+        return Sign.NONNEGATIVE
+    if name in ("MmBackward0", "BmmBackward0", "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "DotBackward0"):
+        return Sign.STATISTIC if lowest != Sign.ANY or (square and name == "DotBackward0") else Sign.ANY
+    if name.startswith(("Mul", "Div")):
+        return Sign.NONNEGATIVE if len(inputs) == 2 and lowest != Sign.ANY else Sign.ANY
+    return lowest if (name.startswith("Add") and len(inputs) == 2) or name in _KEEPS_SIGN else Sign.ANY
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Entries at the end of one dimension whose values have one sign: a constant, or sums of products of it with what is not negative.
+
+    Args:
+        dim: counted from the right, -1 or -2.
+        start: where they begin.
+        sign: what is known of them.
+    """
+
+    dim: int
+    start: int
+    sign: Sign
+
+
+def _padding_of_result(step: Step, paddings: Mapping[Edge, Padding], signs: Mapping[Edge, Sign]) -> Padding | None:
+    """The padded entries of what an operation gives. After a slice, ``start`` is 0 where nothing else is left.
+
+    Linear attention appends ones to its values, so that one product gives the sums of what is attended to and of the attention.
+    """
+    node, name, shapes, outputs = step.node, step.name, step.inputs, step.outputs
+    if name == "ConstantPadNdBackward0" and shapes[0] is not None:
+        padded = [(k, amount) for k, amount in enumerate(map(signed, node._saved_pad)) if amount]  # type: ignore[attr-defined]
+        if len(padded) == 1 and padded[0][0] in (1, 3) and padded[0][1] > 0:  # at the end of one of the last two dimensions
+            dim = -1 - padded[0][0] // 2
+            return Padding(dim, shapes[0][dim], Sign.NONNEGATIVE)
+        return None
+    found = [paddings.get(source) if source is not None else None for source in step.sources]
+    if name in ("MmBackward0", "BmmBackward0"):
+        for k, dim in ((0, -2), (1, -1)):
+            padding, factor = found[k], step.sources[1 - k]
+            if padding is not None and padding.dim == dim and factor is not None and signs.get(factor, Sign.ANY) != Sign.ANY:
+                return replace(padding, sign=Sign.STATISTIC)
+        return None
+    if len(found) != 1 or found[0] is None or shapes[0] is None or len(outputs[0]) < 2:
+        return None
+    padding, ndim = found[0], len(outputs[0])
+    if name in ("TransposeBackward0", "TBackward0"):
+        swapped = {-1, -2} if name == "TBackward0" else {_from_the_right(node, key, ndim) for key in ("dim0", "dim1")}
+        if padding.dim not in swapped:
+            return padding
+        return replace(padding, dim=-3 - padding.dim) if swapped == {-1, -2} else None
+    if name == "SliceBackward0" and _from_the_right(node, "dim", ndim) == padding.dim:
+        start = signed(node._saved_start or 0)  # type: ignore[attr-defined]
+        start = start + shapes[0][padding.dim] if start < 0 else start
+        return replace(padding, start=0) if start >= padding.start else None
+    same_end = shapes[0][-2:] == outputs[0][-2:]
+    views = ("CloneBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0")
+    return padding if name in views and same_end else None
+
+
+def _from_the_right(node: Node, key: str, ndim: int) -> int:
+    dim = int(signed(getattr(node, f"_saved_{key}")))
+    return dim - ndim if dim >= 0 else dim
+
+
+_NEVER_NEGATIVE = (
+    "ReluBackward0", "AbsBackward0", "SigmoidBackward0", "ExpBackward0", "SoftplusBackward0", "SoftmaxBackward0", "SafeSoftmaxBackward0",
+)  # fmt: skip
+_KEEPS_SIGN = (
+    "CloneBackward0", "ToCopyBackward0", "AliasBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
+    "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "TransposeBackward0", "TBackward0",
+    "PermuteBackward0",
+    "ExpandBackward0", "RepeatBackward0", "SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0",
+    "UnbindBackward0", "CatBackward0", "StackBackward0", "IndexBackward0", "IndexSelectBackward0", "ConstantPadNdBackward0",
+    "SqrtBackward0", "NativeDropoutBackward0",
+)  # fmt: skip
 
 
 def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> None:
@@ -362,38 +608,79 @@ def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows])
     flows: dict[Edge, dict[str, Flow]] = {
         edge: {name: Flow(1, leaves[name])} for edge, name in graph.parameters.items() if name in leaves and edge in graph.shapes
     }
+    met_before = {name: rows[name].met for name in leaves}
+    for name in leaves:
+        rows[name].met = torch.zeros_like(met_before[name])
     for step in graph.steps:
         incoming = [flows.get(source, {}) if source is not None else {} for source in step.sources]
-        for name in dict.fromkeys(name for flow in incoming for name in flow):
+        names = dict.fromkeys(name for flow in incoming for name in flow)
+        if all(step.is_empty(k) for k in range(len(step.outputs))):
+            continue  # an expert without tokens: no entry of its weight reaches the loss
+        for name in names:
             entering = [flow.get(name) for flow in incoming]
             operation = Operation(step, rows[name], graph)
             try:
                 leaving = _apply(operation, entering)
             except Blocked as blocked:
                 for flow in entering:
-                    if flow is not None:
-                        rows[name].forbid(flow.rows, str(blocked))
+                    for part in [] if flow is None else flow.parts:
+                        rows[name].forbid(part.rows, str(blocked))
                 continue
             for k, flow in enumerate(leaving):
-                if flow is None:
+                if flow is None or step.is_empty(k):
                     continue
-                degree = round(flow.degree, 9)  # thirds and such
-                if degree != 0:
-                    flows.setdefault((step.node, k), {})[name] = replace(flow, degree=degree)
-                else:
-                    rows[name].norms.setdefault(_normalization_name(operation))
+                scaling = []
+                for part in flow.parts:
+                    degree = round(part.degree, 9)  # thirds and such
+                    if not bool(part.rows.any()):  # nothing of the weight is in it
+                        continue
+                    if degree != 0:
+                        sign = max(part.sign, graph.signs.get((step.node, k), Sign.ANY))
+                        scaling.append(replace(part, degree=degree, sign=sign))
+                    else:
+                        rows[name].meet(part.rows)
+                        rows[name].norms.setdefault(_normalization_name(operation))
+                if scaling:
+                    flows.setdefault((step.node, k), {})[name] = _joined(scaling)
     for name, flow in flows.get(graph.root, {}).items():
-        rows[name].forbid(flow.rows, "its scale reaches the loss")
+        for part in flow.parts:
+            rows[name].forbid(part.rows, "its scale reaches the loss")
+    for name, before in met_before.items():
+        # Under tensor parallelism other ranks hold the rest of the rows.
+        rows[name].varies |= not rows[name].elsewhere and not bool(rows[name].reached().all())
+        rows[name].met |= before
+
+
+def _joined(parts: Sequence[Flow]) -> Flow:
+    """One flow of parts that scale by different degrees."""
+    first, *rest = parts
+    return replace(first, other=_joined(rest)) if rest else first
 
 
 def _apply(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
+    """What leaves an operation, also where entries of one tensor scale by different degrees."""
+    if all(flow is None or flow.other is None for flow in flows):
+        return _apply_rule(operation, flows)
+    present = [k for k, flow in enumerate(flows) if flow is not None]
+    if len(present) > 1:
+        if operation.name not in ("MmBackward0", "BmmBackward0"):
+            raise Blocked(f"{operation.place} combines entries that scale differently")
+        return _apply_rule(operation, flows)
+    (k,) = present
+    flow = flows[k]
+    assert flow is not None
+    results = [_apply_rule(operation, [part if i == k else None for i in range(len(flows))]) for part in flow.parts]
+    leaving: list[Flow | None] = []
+    for outputs in zip(*results, strict=True):
+        parts = [output for output in outputs if output is not None]
+        leaving.append(_joined(parts) if parts else None)
+    return leaving
+
+
+def _apply_rule(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
     rule = RULES.get(operation.name)
     if rule is None:
-        raise Blocked(
-            f"{operation.place} does not commute with a change of scale"
-            if operation.name.removesuffix("0").removesuffix("Backward") in NOT_HOMOGENEOUS.split()
-            else f"no rule for {operation.place} (`register_rule` adds one)"
-        )
+        raise Blocked(_why_not(operation))
     try:
         result = rule(operation, flows)
     except Blocked:
@@ -401,6 +688,19 @@ def _apply(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow 
     except Exception as error:  # a rule that meets something unforeseen costs a target, not a training run
         raise Blocked(f"the rule for {operation.place} failed ({type(error).__name__}: {error})") from None
     return result if isinstance(result, (list, tuple)) else [result]  # type: ignore[list-item]
+
+
+def _why_not(operation: Operation) -> str:
+    """Why the scale does not pass an operation without a rule."""
+    kind = re.sub(r"(AutogradNestedTensor)?Backward(AutogradNestedTensor)?\d*$", "", operation.name)
+    if kind in NOT_HOMOGENEOUS.split():
+        return f"{operation.place} does not commute with a change of scale"
+    for what, kinds in NOT_FOLLOWED.items():
+        if kind in kinds.split() or ("Linalg" in kinds and kind.startswith("Linalg")):
+            return f"{operation.place} {what}"
+    if "Nested" in operation.name:
+        return f"{operation.place} works on a nested tensor, whose rows are not followed"
+    return f"no rule for {operation.place} (`register_rule` adds one)"
 
 
 def _normalization_name(operation: Operation) -> str:
@@ -574,10 +874,33 @@ def everywhere(flow: Flow) -> Offset | None:
 # ------------------------------------------------------------------------------------------------ elementwise
 
 NOT_HOMOGENEOUS = """
-    Gelu Silu Sigmoid Tanh Softmax LogSoftmax Softplus Elu Celu Hardtanh Hardswish Hardsigmoid Mish Exp Expm1 Log Log1P LogSigmoid Logsumexp
-    Sin Cos Erf NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss
-    Prod Threshold
+    Softmax LogSoftmax SafeSoftmax MaskedSoftmax SparseSoftmax SparseLogSoftmax Logsumexp Logcumsumexp Logaddexp Logaddexp2
+    Gelu Silu Sigmoid Tanh Softplus Elu Celu Hardtanh Hardswish Hardsigmoid Hardshrink Softshrink Mish LogSigmoid Logit Threshold
+    Exp Exp2 Expm1 Log Log2 Log10 Log1P Xlogy SpecialXlog1Py SpecialEntr Erf Erfc Erfinv SpecialErfcx SpecialLogNdtr SpecialNdtri
+    Sin Cos Tan Sinc Asin Acos Atan Sinh Cosh Asinh Acosh Atanh Lgamma Digamma Polygamma Mvlgamma I0 SpecialI0E SpecialI1 SpecialI1E
+    Prod Cumprod Round Floor Ceil Trunc Frac Fmod Remainder Renorm
+    NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy BinaryCrossEntropyWithLogits SoftMarginLoss MultiMarginLoss
+    MultilabelMarginLoss CtcLoss CudnnCtcLoss MiopenCtcLoss
 """
+NOT_FOLLOWED = {
+    "is a whole recurrent layer, whose gates do not commute with a change of scale": """
+        MkldnnRnnLayer CudnnRnn MiopenRnn LstmMps ThnnFusedLstmCell ThnnFusedGruCell
+    """,
+    "writes into a part of a tensor in place (`x[i] = y`), and that is not followed": """
+        CopySlices SelectScatter SliceScatter DiagonalScatter AsStridedScatter MaskedScatter Scatter IndexCopy IndexFill Put Fill
+    """,
+    "reads memory in another layout (`as_strided`), and rows are not followed through it": "AsStrided",
+    "multiplies groups of rows with one matrix each (experts), and rows are not followed through it": "GroupedMm ScaledGroupedMm ForeachMm",
+    "is a Fourier transform, and complex numbers are not followed": "FftC2C FftR2C FftC2R",
+    "computes with complex numbers, and these are not followed": "ViewAsComplex ViewAsReal Complex Conj ConjPhysical Angle Polar",
+    "factors, inverts or solves with a matrix, and rows are not followed through it": """
+        Linalg Cholesky CholeskyInverse CholeskySolve Geqrf Ormqr LuUnpack TriangularSolve
+    """,
+    "changes the layout of a sparse tensor, and rows are not followed through it": """
+        ToSparse ToSparseCsr ToSparseCsc ToSparseBsr ToSparseBsc ToDense ToPaddedTensor Coalesce Values SparseMask SparseSum
+    """,
+}
+"""What operations without a rule are, in words that follow their name."""
 
 
 @_rule(
@@ -622,7 +945,8 @@ def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if a is not None and b is not None:
         rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
         square = operation.node.next_functions[0] == operation.node.next_functions[1]
-        return Flow(a.degree + power * b.degree, rows, sign=Sign.NONNEGATIVE if square else Sign.ANY)
+        nonnegative = square or min(a.sign, b.sign) != Sign.ANY
+        return Flow(a.degree + power * b.degree, rows, sign=Sign.NONNEGATIVE if nonnegative else Sign.ANY)
     if a is None and b is not None and power == -1:
         return Flow(-b.degree, pure(operation, b).rows)
     flow = a if a is not None else b
@@ -634,7 +958,10 @@ def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         readable, saved = operation.saved_tensor("other" if a is not None else "self")
         other = tuple(saved.shape) if readable and isinstance(saved, Tensor) else None
     offset = flow.offset and flow.offset.changed(either(flow.offset.varies, varying(other, ndim)))
-    return replace(flow, offset=offset, sign=flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY)  # a multiple is still padded
+    sign: Sign = flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY  # a multiple is still padded
+    if flow.sign == Sign.NONNEGATIVE and len(flows) > 1 and operation.sign(1 if a is not None else 0) != Sign.ANY:
+        sign = Sign.NONNEGATIVE
+    return replace(flow, offset=offset, sign=sign)
 
 
 @_rule("AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1", "LerpBackward0")
@@ -664,6 +991,8 @@ def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if len(other) > 1 and math.prod(other) == math.prod(operation.outputs[0]):
         raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
     keep = operation.name.startswith("Add") and operation.attribute("alpha", 1) == 1
+    if len(other) == 1 and (parts := _without_bias_in_part(operation, flow, k, ndim - 1)) is not None:
+        return parts
     return _shifted(flow, varying(other, ndim), operation.parameter(k) if keep else None)
 
 
@@ -754,6 +1083,7 @@ def _repeat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 @_rule("SelectBackward0")
 def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    operation.left_out(flow, [dim])
     rows = flow.rows.select(dim, operation.attribute("index") if flow.rows.size(dim) > 1 else 0)
     return replace(flow, rows=rows, offset=without_dim(flow.offset, dim))
 
@@ -761,6 +1091,8 @@ def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 @_rule("SliceBackward0")
 def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    if operation.outputs[0][dim] < _known(operation.inputs[0])[dim]:
+        operation.left_out(flow, [dim])
     if flow.rows.size(dim) == 1:
         return moved(flow, flow.rows, [dim])
     start = operation.attribute("start") or 0
@@ -773,6 +1105,7 @@ def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 @_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0", "UnbindBackward0")
 def _split(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]:
     flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    operation.left_out(flow, [dim])  # a piece may be used nowhere
     if operation.name == "UnbindBackward0":
         pieces, offset = expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim), without_dim(flow.offset, dim)
         differs = flow.offset is not None and flow.offset.varies[dim]
@@ -861,18 +1194,72 @@ def _unfold(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
-@_rule("IndexBackward0", "IndexSelectBackward0")
+@_rule("IndexSelectBackward0")
+def _index_select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, shape = only(operation, flows), _known(operation.inputs[0])
+    dim = operation.attribute("dim") % len(shape)
+    operation.left_out(flow, [dim])
+    index = operation.indices("index", flow, [dim])
+    rows = flow.rows
+    if rows.size(dim) > 1:
+        rows = compact(rows.index_select(dim, index.cpu()))
+        if not _is_permutation(index, shape[dim]):
+            operation.rows.pick(distinct(rows))
+    return moved(flow, rows, [dim])
+
+
+@_rule("IndexBackward0")
 def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, shape = only(operation, flows), _known(operation.inputs[0])
-    select = operation.name == "IndexSelectBackward0"
-    readable, index = operation.saved_tensor("index" if select else "indices")
-    if not readable:
+    index = operation.indices("indices", flow, range(len(shape)))
+    if index is None:  # nothing differs, but how many dimensions are left, and where, is not known
         raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
-    if select:
-        dim = operation.attribute("dim") % len(shape)
-        return moved(flow, compact(expanded(flow.rows, shape, [dim]).index_select(dim, index.cpu())), [dim])
+    dims = _indexed_dims(index)
+    operation.left_out(flow, dims)
     rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
+    tensors = [i for i in index if i is not None]
+    order = len(dims) == len(tensors) == 1 and _is_permutation(tensors[0], shape[dims[0]])
+    if not order and any(flow.rows.size(d) > 1 for d in dims):
+        operation.rows.pick(distinct(rows))
     return replace(flow, rows=compact(rows), offset=flow.offset and _picked(flow.offset, index, rows.ndim))
+
+
+def _indexed_dims(index: Sequence[Tensor | None]) -> list[int]:
+    """The dimensions of ``tensor`` that ``tensor[index]`` picks from; a mask stands for as many as it has itself."""
+    dims: list[int] = []
+    dim = 0
+    for i in index:
+        size = i.ndim if i is not None and i.dtype in (torch.bool, torch.uint8) else 1
+        if i is not None:
+            dims.extend(range(dim, dim + size))
+        dim += size
+    return dims
+
+
+def _is_permutation(index: Tensor, size: int) -> bool:
+    """Whether ``index`` names each of ``size`` entries once: an order of channels, which does not depend on the data."""
+    if index.dtype in (torch.bool, torch.uint8) or index.shape != (size,):
+        return False
+    return len(distinct(index.cpu() % size)) == size
+
+
+@_rule("MaskedSelectBackward0", "TakeBackward0")
+def _select_entries(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    """Entries are picked from anywhere in the tensor, into one dimension."""
+    flow, shape = only(operation, flows), _known(operation.inputs[0])
+    masked = operation.name == "MaskedSelectBackward0"
+    operation.left_out(flow, range(len(shape)))
+    index = operation.indices("mask" if masked else "index", flow, range(len(shape)))
+    if index is None:
+        return Flow(flow.degree, flow.rows.reshape(1), flow.offset and flow.offset.changed([True]))
+    index = index.cpu()
+    if masked:
+        wide, mask = torch.broadcast_tensors(flow.rows.expand(shape), index)  # type: ignore[no-untyped-call]
+        rows = wide[mask]
+    else:
+        rows = flow.rows.expand(shape).take(index)
+    operation.rows.pick(distinct(rows))
+    return Flow(flow.degree, compact(rows), flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
 def _picked(offset: Offset, index: Sequence[Tensor | None], ndim: int) -> Offset:
@@ -908,6 +1295,8 @@ def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if target is not None and values is not None and pure(operation, values).degree != flow.degree:
         raise Blocked(f"{operation.place} writes into a tensor that scales differently")
     rows = torch.zeros(shape, dtype=torch.long, device="cpu") if target is None else target.rows.expand(shape).clone()
+    if values is not None and any(rows.size(d) > 1 for d in _indexed_dims(index)):
+        operation.rows.pick(distinct(values.rows))  # where they come to lie, and so what they meet there, depends on the data
     rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = (
         torch.zeros(1, dtype=torch.long, device="cpu") if values is None else values.rows
     )
@@ -943,14 +1332,24 @@ def _accumulate(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         if not segments and operation.inputs[0] is not None:
             raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
         operation.rows.assumed |= not segments
-        return Flow(source.degree, rows, offset)
+        return Flow(source.degree, rows, offset, _sign_of_sums(reduce, [source.sign]))
     if source is None or rows is None:
+        added = operation.inputs[1] if len(operation.inputs) > 1 else None
+        if added is not None and 0 in added:  # an expert without tokens adds nothing
+            return target
         raise Blocked(f"a constant is added in {operation.place}")
     if target.degree != source.degree:
         raise Blocked(f"{operation.place} adds tensors that scale differently")
     if target.offset is not None:
         offset = target.offset.changed([True] * len(out))
-    return Flow(source.degree, operation.unite(operation.same_factor(target.rows, dims), rows), offset)
+    rows = operation.unite(operation.same_factor(target.rows, dims), rows)
+    return Flow(source.degree, rows, offset, _sign_of_sums(reduce, [target.sign, source.sign]))
+
+
+def _sign_of_sums(reduce: str, signs: Sequence[Sign]) -> Sign:
+    """Sums and means of squares over the nodes of a graph are statistics, as they are over an axis."""
+    lowest = min(signs)
+    return Sign.STATISTIC if reduce in ("sum", "mean") and lowest != Sign.ANY else lowest
 
 
 _rule("IndexAddBackward0", "ScatterAddBackward0", "ScatterReduceBackward0", "IndexReduceBackward0", "SegmentReduceBackward0")(_accumulate)
@@ -973,8 +1372,28 @@ def _gated(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return Flow(flow.degree, compact(rows), everywhere(flow))
 
 
+@_rule("GatherBackward0")
+def _gather(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+    flow, shape, out = only(operation, flows), _known(operation.inputs[0]), operation.outputs[0]
+    dim = operation.attribute("dim") % max(1, len(shape))
+    if not shape:
+        return flow
+    others = [d for d in range(len(shape)) if d != dim]
+    operation.left_out(flow, [dim, *(d for d in others if out[d] < shape[d])])
+    rows = flow.rows
+    for d in others:  # the index may be smaller than the tensor there
+        if rows.size(d) > 1:
+            rows = rows.narrow(d, 0, out[d])
+    index = operation.indices("index", flow, [dim])
+    if rows.size(dim) > 1:
+        wide = rows.expand([shape[d] if d == dim else out[d] for d in range(len(shape))])
+        rows = compact(wide.gather(dim, index.cpu()))
+        operation.rows.pick(distinct(rows))
+    return moved(flow, rows, range(len(shape)))
+
+
 @_rule(
-    "GatherBackward0", "TopkBackward0", "SortBackward0", "CumsumBackward0", "CummaxBackward0", "CumminBackward0", "MedianBackward1",
+    "TopkBackward0", "SortBackward0", "CumsumBackward0", "CummaxBackward0", "CumminBackward0", "MedianBackward1",
     "KthvalueBackward0",
 )  # fmt: skip
 def _along_one_dim(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
@@ -1122,11 +1541,15 @@ def _im2col(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     """a @ b, both with the same number of dimensions."""
+    if a is not None and b is not None and not all(bool(part.rows.all()) for part in (*a.parts, *b.parts)):
+        return _contract_parts(operation, a, b)
     left = operation.same_factor(a.rows, [-1]) if a is not None else None
     right = operation.same_factor(b.rows, [-2]) if b is not None else None
+    # Sums of products of what is not negative (linear attention): a statistic, as their sum would be.
+    sign = Sign.STATISTIC if _product_is_nonnegative(operation, a, b) else Sign.ANY
     if left is not None and right is not None and a is not None and b is not None:
         pure(operation, a), pure(operation, b)
-        return Flow(a.degree + b.degree, operation.unite(left, right))
+        return Flow(a.degree + b.degree, operation.unite(left, right), sign=sign)
     flow, rows = (a, left) if a is not None else (b, right)
     assert flow is not None
     assert rows is not None
@@ -1134,7 +1557,34 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     if offset is not None:  # the other factor may differ along its own dimensions, and over the batch
         kept = rows.ndim - 2 if a is not None else rows.ndim - 1
         offset = offset.changed(offset.varies[d] if d == kept else True for d in range(rows.ndim))
-    return Flow(flow.degree, rows, offset)
+    return Flow(flow.degree, rows, offset, sign if offset is None else Sign.ANY)
+
+
+def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
+    """a @ b where only some entries of a factor scale, or by different degrees: linear attention pads its values with ones."""
+    factors: list[list[tuple[float, Tensor]]] = []
+    for flow, dim in ((a, -1), (b, -2)):
+        parts = [(pure(operation, part).degree, operation.same_factor(part.rows, [dim])) for part in flow.parts]
+        scales = torch.stack(torch.broadcast_tensors(*[rows > 0 for _, rows in parts])).any(0)  # type: ignore[no-untyped-call]
+        factors.append([*parts, (0.0, torch.where(scales, 0, -1))])  # -1: an entry that does not scale
+    by_degree: dict[float, Tensor] = {}
+    for degree_a, rows_a in factors[0]:
+        for degree_b, rows_b in factors[1]:
+            left, right = torch.broadcast_tensors(rows_a, rows_b)  # type: ignore[no-untyped-call]
+            both, either_one = (left > 0) & (right > 0), ((left > 0) & (right < 0)) | ((left < 0) & (right > 0))
+            operation.unite(left[both], right[both])
+            rows = torch.where(both | either_one, torch.maximum(left, right), 0)
+            degree = round(degree_a + degree_b, 9)
+            by_degree[degree] = torch.maximum(by_degree[degree], rows) if degree in by_degree else rows
+    return _joined([Flow(degree, compact(rows)) for degree, rows in by_degree.items() if bool(rows.any())])
+
+
+def _product_is_nonnegative(operation: Operation, a: Flow | None, b: Flow | None) -> bool:
+    """Whether both factors of a matrix product have no negative entries; a factor that does not scale may be any tensor of the graph."""
+    if operation.name not in ("MmBackward0", "BmmBackward0"):
+        return False
+    signs = [operation.sign(k) if flow is None else max(flow.sign, operation.sign(k)) for k, flow in enumerate((a, b))]
+    return min(signs) != Sign.ANY
 
 
 @_rule("MmBackward0", "BmmBackward0")
@@ -1188,6 +1638,8 @@ def _linear(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _with_bias(operation: Operation, flow: Flow, k: int, dim: int) -> Flow:
     """Input ``k`` is added; a frozen one (shape unknown) counts as a bias only if the module has one."""
     shape, ndim = operation.inputs[k], len(operation.outputs[0])
+    if (parts := _without_bias_in_part(operation, flow, k, dim % ndim)) is not None:
+        return parts
     name, module = operation.module
     bias = getattr(module, "bias", None)
     along = tuple(d == dim % ndim for d in range(ndim))
@@ -1196,6 +1648,20 @@ def _with_bias(operation: Operation, flow: Flow, k: int, dim: int) -> Flow:
     if shape is not None and math.prod(shape) == operation.outputs[0][dim] == shape[-1]:
         return _shifted(flow, along, operation.parameter(k) if operation.attribute("beta", 1) == 1 else None)
     return _shifted(flow, varying(shape, ndim), None)
+
+
+def _without_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
+    """The flow after adding input ``k``, where some of its entries are known to be zero (keys have no bias in Swin v2); None: nowhere."""
+    size = operation.outputs[0][dim]
+    zeros = operation.zeros(k)
+    if zeros is None or zeros.shape != (size,) or not bool(zeros.any()) or flow.offset is not None:
+        return None
+    along = [size if d == dim else 1 for d in range(len(operation.outputs[0]))]
+    wide = flow.rows.expand([size if d == dim else n for d, n in enumerate(flow.rows.shape)])
+    free = torch.where(zeros.reshape(along), wide, 0)
+    biased = torch.where(zeros.reshape(along), 0, wide)
+    shifted = _shifted(replace(flow, rows=biased), tuple(d == dim for d in range(len(along))), None)
+    return _joined([replace(flow, rows=free), *([shifted] if bool(biased.any()) else [])])
 
 
 @_rule("MvBackward0")
@@ -1261,22 +1727,35 @@ def _with_bias_named(operation: Operation, flow: Flow) -> Flow:
 @_rule("EmbeddingBackward0")
 def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, out = pure(operation, only(operation, flows)), operation.outputs[0]
-    readable, index = operation.saved_tensor("indices")
+    _refuse_max_norm(operation)
+    operation.left_out(flow, [0])
+    index = operation.indices("indices", flow, [0])
     rows = flow.rows
     if rows.size(0) == 1:
         return replace(flow, rows=rows.reshape([1] * (len(out) - 1) + [rows.size(1)]))
-    if not readable:  # inside a checkpoint: which rows occur is not known, so all go together
-        return replace(flow, rows=operation.same_factor(rows, [0]).reshape([1] * (len(out) - 1) + [rows.size(1)]))
     rows = rows[index.cpu()]
-    operation.rows.looked_up = distinct(torch.cat([rows.flatten(), operation.rows.looked_up]))
+    operation.rows.pick(rows)
     return replace(flow, rows=rows)
+
+
+def _refuse_max_norm(operation: Operation) -> None:
+    """A lookup with ``max_norm`` changes the length of rows before it reads them."""
+    if getattr(operation.module[1], "max_norm", None) is not None:
+        raise Blocked(f"max_norm of {operation.module[0] or operation.name} rescales the rows in every forward pass")
 
 
 @_rule("EmbeddingBagBackward0")
 def _embedding_bag(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all go together."""
+    """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all that occur go together."""
     flow = pure(operation, only(operation, flows))
-    return replace(flow, rows=operation.same_factor(flow.rows, [0]), sign=Sign.ANY)
+    _refuse_max_norm(operation)
+    operation.left_out(flow, [0])
+    index = operation.indices("indices", flow, [0])
+    rows = flow.rows
+    if rows.size(0) > 1:
+        rows = rows[distinct(index.cpu())]
+        operation.rows.pick(rows)
+    return replace(flow, rows=operation.same_factor(rows, [0]), sign=Sign.ANY)
 
 
 @_rule(
@@ -1364,7 +1843,8 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _check_epsilon(operation: Operation) -> None:
     """An epsilon that is not small marks the claim. Nodes save it or modules declare it; else it is not known."""
     eps = operation.attribute("eps")
-    small = eps <= 1e-3 if isinstance(eps, float) else not hasattr(operation.module[1], "eps") or operation.small_epsilon()
+    declared = eps if isinstance(eps, float) else declared_epsilon(operation.module[1])
+    small = declared is None or declared <= 1e-3
     if not small:
         operation.rows.assumed = True
 

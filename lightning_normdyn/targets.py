@@ -28,7 +28,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.entry_masks import MaskMemory
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
-from lightning_normdyn.graph_rules import Edge, Rows, Shape, distinct, follow, trace
+from lightning_normdyn.graph_rules import Edge, Link, Rows, Shape, distinct, follow, trace
 from lightning_normdyn.graph_state import Normalizations
 from lightning_normdyn.names import WRAPPERS, clean_name
 from lightning_normdyn.tables import render
@@ -165,6 +165,7 @@ class Verdict:
         withdrawn_partition: the vectors of a claim that the gradients have contradicted.
         read: bool, of the full shape: the entries that the loss reads, where a mask in the network hides the others (a masked
             autoencoder, torch's pruning); None: all. Only these count as length.
+        unread: one vector: the entries that no loss has read so far. They belong to no vector of ``partition``. None if all were read.
 
     Example:
         >>> Verdict.unknown("fc.weight", (10, 4)).kind
@@ -183,6 +184,7 @@ class Verdict:
     known: str = "graph"
     withdrawn_partition: Partition | None = None
     read: Tensor | None = None
+    unread: Partition | None = None
 
     @classmethod
     def unknown(cls, name: str, shape: Shape, reason: str = "not part of any training loss so far") -> Verdict:
@@ -193,6 +195,11 @@ class Verdict:
     def n(self) -> int:
         """Number of vectors."""
         return 0 if self.partition is None else self.partition.n
+
+    @property
+    def waits(self) -> bool:
+        """Whether rows that are one vector have to wait for others, which no loss has read so far, before anything may scale them."""
+        return self.kind == "unknown" and self.unread is not None
 
     def withdrawn(self, found: str, known: str) -> Verdict:
         """The claim after it was contradicted: by what, in words, and in what (``"gradients"`` or ``"function"``)."""
@@ -210,7 +217,7 @@ class Verdict:
             "shape": list(self.shape), "partition": _partition_state(self.partition), "kind": self.kind, "norms": list(self.norms),
             "reason": self.reason, "eps": self.eps,
             "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
-            "withdrawn_partition": _partition_state(self.withdrawn_partition), "read": self.read,
+            "withdrawn_partition": _partition_state(self.withdrawn_partition), "read": self.read, "unread": _partition_state(self.unread),
         }  # fmt: skip
 
     @classmethod
@@ -221,7 +228,7 @@ class Verdict:
             name, tuple(state["shape"]), _partition_of(state["partition"]), state["kind"], tuple(state["norms"]), state["reason"],
             state["eps"], links,
             tuple(state["stale_statistics"]), state["known"], _partition_of(state.get("withdrawn_partition")),
-            state.get("read"),
+            state.get("read"), _partition_of(state.get("unread")),
         )  # fmt: skip
 
 
@@ -271,6 +278,31 @@ def _owner(module: nn.Module, name: str) -> nn.Module | None:
     return owner
 
 
+SINGLE_NUMBERS = "single numbers (a gain), which have no direction"
+
+
+def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
+    """Whether the filters of a weight are single numbers, or it is a factor for each channel (``1 x C x 1 x 1``).
+
+    A vector along the last axis (a class token, the weight of ``Linear(n, 1)``) is none, and neither is the kernel of a convolution.
+
+    Args:
+        module: the module that ``name`` is relative to.
+        name: name of the weight.
+        shape: its full shape.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1, groups=8), torch.nn.Conv2d(8, 1, 1), torch.nn.Linear(8, 1))
+        >>> [is_gain(net, name, tuple(p.shape)) for name, p in net.named_parameters() if p.ndim >= 2]
+        [True, False, False]
+    """
+    numbers = math.prod(shape)
+    if filter_partition(module, name, shape).n == numbers:
+        return True
+    layer = isinstance(_owner(module, name), (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
+    return not layer and max(shape, default=1) == numbers and shape[-1] == 1
+
+
 _FINENESS = ("filter", "group", "layer")
 
 
@@ -280,7 +312,8 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     Args:
         verdict: what is known about the weight.
         granularity: ``"auto"`` follows the verdict; else ``"filter"``, ``"group"`` or ``"layer"``.
-        fallback: the filters, for a weight of which nothing is known ("by request").
+        fallback: the filters, for a weight of which nothing is known ("by request"). Where the rows that were read are one vector, this is
+            the whole weight.
 
     Raises:
         NotSupportedError: if ``granularity`` is finer than what the normalization allows (that would change the network's function), or
@@ -294,6 +327,13 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     known, withdrawn = verdict.partition, verdict.withdrawn_partition
     if known is None and withdrawn is not None and granularity in ("auto", withdrawn.granularity):
         return withdrawn  # who named the weight gets the same vectors as before the gradients spoke
+    if verdict.waits and granularity in ("filter", "group"):
+        raise NotSupportedError(
+            f"granularity={granularity!r} was asked for `{verdict.name}`, but {verdict.reason}: scaling its "
+            f"{granularity}s separately would change the network's function. Use granularity='auto' or 'layer'."
+        )
+    if verdict.waits:
+        return Partition.layer(verdict.shape)
     if granularity == "auto" or (known is not None and granularity == known.granularity):
         return fallback if known is None else known
     if known is None:
@@ -393,6 +433,10 @@ class _Spans:
         return starts, owners
 
 
+def _numbers(n: int) -> Tensor:
+    return torch.arange(n, dtype=torch.long, device="cpu")
+
+
 @dataclass
 class _Candidate:
     """One way to cut a weight into rows, and what the graph says about these rows."""
@@ -400,15 +444,43 @@ class _Candidate:
     finest: Partition
     rows: Rows
 
+    @classmethod
+    def of_verdict(cls, verdict: Verdict) -> _Candidate | None:
+        """What a verdict of an earlier fit says, so that later losses can add to it; None where it says nothing about rows."""
+        known = verdict.partition or verdict.unread
+        if known is None or verdict.kind == "unknown":
+            return None
+        finest = Partition(known.keep, _numbers(known.labels.numel()).reshape(known.labels.shape), "filter")
+        rows = Rows(finest.n)
+        vector = torch.full_like(finest.labels, -1).flatten() if verdict.partition is None else known.labels.flatten().cpu()
+        unread = torch.zeros_like(vector, dtype=torch.bool)
+        if verdict.unread is not None:
+            unread = verdict.unread.labels.flatten().cpu() >= 0
+        # The first row of each vector stands for it: 1 + its number, by the vector's number. Vector -1 is none.
+        first = torch.zeros(max(0, verdict.n) + 1, dtype=torch.long, device="cpu")
+        for row in reversed((vector >= 0).nonzero().flatten().tolist()):
+            first[vector[row]] = row + 1
+        rows.parent[1:] = torch.where(vector >= 0, first[vector], torch.where(unread, rows.parent[1:], 0))
+        rows.met[1:] = vector >= 0
+        rows.varies = verdict.unread is not None
+        rows.assumed = verdict.eps
+        forbidden = ~unread & (vector < 0)
+        rows.reasons = {verdict.reason: None} if bool(forbidden.any()) else {}
+        rows.norms = dict.fromkeys(verdict.norms)
+        rows.stale = dict.fromkeys(verdict.stale_statistics)
+        for link in verdict.batch_norms:
+            rows.link(Link(link.module, first[link.vector.cpu()], link.degree, link.offset, link.bias))
+        return cls(finest, rows)
+
 
 class ScaleInvarianceSearch:
     """Finds the scale-invariant weights of a module from the graph of its training losses.
 
     ``watch()`` before a forward pass, ``analyze(loss)`` right before each backward, ``close()`` once that backward is over (a checkpoint
     computes its forward again in the backward and must find things as they were). ``verdicts`` then holds a `Verdict` for each
-    weight, by its first name. Several losses are combined: a vector is scale-invariant if it is in all of them. Weights that no loss
-    contained stay ``"unknown"``; watch a later batch for them. When normalizations were switched between training and evaluation in
-    between, everything is judged afresh.
+    weight, by its first name. Several losses are combined: a vector is scale-invariant if it is in all of them that read it. Weights that
+    no loss contained stay ``"unknown"``, and rows that none has read (`Verdict.unread`) belong to no vector; watch a later batch for them.
+    When normalizations were switched between training and evaluation in between, everything is judged afresh.
 
     Args:
         module: any module; made before a strategy has shown sharded or temporary parameters, e.g. in ``on_fit_start``.
@@ -440,8 +512,11 @@ class ScaleInvarianceSearch:
         self._shapes: dict[str, Shape] = {}
         self._normalizations = Normalizations(module)
         self._judged_in: tuple[Any, ...] | None = None
+        self._earlier: dict[str, Verdict] = {}  # of an earlier fit: what is found adds to them
         self._edges: dict[Edge, str] = {}
         self._spans = _Spans()
+        self._versions: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
+        self._rewritten: dict[str, str] = {}  # weights that a forward pass writes in place, and whose
         self._stack: ExitStack | None = None
 
     def __enter__(self) -> ScaleInvarianceSearch:
@@ -457,7 +532,7 @@ class ScaleInvarianceSearch:
             return
         state = self._normalizations.state()
         if state != self._judged_in:
-            self._candidates, self._hidden, self._shapes, self._judged_in = {}, {}, {}, state
+            self._candidates, self._hidden, self._shapes, self._earlier, self._judged_in = {}, {}, {}, {}, state
         with ExitStack() as stack:
             stack.callback(self._forget)
             stack.enter_context(visible_graph())
@@ -468,6 +543,16 @@ class ScaleInvarianceSearch:
             self._stack = stack.pop_all()
         self.masks.begin()
 
+    def take_up(self, verdicts: Mapping[str, Verdict]) -> None:
+        """Go on from what an earlier fit found, under the normalizations as they are switched now."""
+        self.verdicts.update(verdicts)
+        self._earlier.update(verdicts)
+        self._judged_in = self._normalizations.state()
+
+    def start_afresh(self, verdicts: Mapping[str, Verdict]) -> None:
+        """Forget what was found, but for ``verdicts``: the network is another one."""
+        self.verdicts, self._earlier, self._judged_in = dict(verdicts), {}, None
+
     def close(self) -> None:
         """Remove every hook and restore compilation and checkpoints; idempotent."""
         stack, self._stack = self._stack, None
@@ -475,7 +560,7 @@ class ScaleInvarianceSearch:
             stack.close()
 
     def _forget(self) -> None:
-        self._edges, self._spans = {}, _Spans()
+        self._edges, self._spans, self._versions = {}, _Spans(), {}
 
     def _entering(self, name: str, below: list[tuple[nn.Module, str, str]]) -> Callable[[nn.Module, Any], None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -483,12 +568,30 @@ class ScaleInvarianceSearch:
                 return
             self._record(below)  # also those below: a module may read the weights of a child it never calls
             self._spans.enter(module, name)
+            self._versions[module] = self._versions_of(module)
 
         return hook
 
     def _leaving(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not in_backward():
-            self._spans.leave(module)
+        if in_backward():
+            return
+        self._spans.leave(module)
+        before = self._versions.pop(module, {})
+        for name, (parameter, version) in self._versions_of(module).items():
+            if name in before and before[name][0] is parameter and before[name][1] != version:
+                self._rewritten[name] = type(module).__name__
+
+    def _versions_of(self, module: nn.Module) -> dict[str, tuple[Tensor, int]]:
+        """The module's own weights, and how often each was written in place so far.
+
+        Not the root's: a whole training step may run inside its forward, and an optimizer writes, too.
+        """
+        if module is self._module:
+            return {}
+        slots = [(name, module._parameters.get(key)) for key, name in self._slots.get(module, ())]
+        # Views and emptied parameters are written by strategies that gather the weights.
+        plain = [(name, p) for name, p in slots if p is not None and not is_lazy(p) and not p._is_view() and p.numel()]
+        return {name: (p, p._version) for name, p in plain}
 
     def _record(self, slots: Iterable[tuple[nn.Module, str, str]]) -> None:
         """Which graph edge is which parameter, right now (FSDP1 shows a new view, FSDP2 another parameter at every use)."""
@@ -512,18 +615,21 @@ class ScaleInvarianceSearch:
         shapes = {self._edges[edge]: shape for edge, shape in graph.shapes.items() if len(shape) >= 2}
         self._shapes |= shapes
         self.masks.see(graph)
-        first_time = [name for name in shapes if name not in self._candidates]
-        for name in first_time:
-            finest = self._cuts(name, shapes[name])[0]
-            self._candidates[name] = [_Candidate(finest, Rows(finest.n))]
+        first_time = []
+        for name in shapes:
+            if name in self._candidates:
+                continue
+            known = _Candidate.of_verdict(self._earlier[name]) if name in self._earlier else None
+            if known is None:
+                first_time.append(name)
+                finest = self._cuts(name, shapes[name])[0]
+                known = _Candidate(finest, Rows(finest.n))
+            self._candidates[name] = [known]
         self._follow(graph, {name: self._candidates[name][0] for name in shapes})
-        # A finer cut along the other axis (x @ W) is worth a look only where the first is not the finest already, or cuts nothing.
         for name in first_time:
-            first = self._candidates[name][0]
-            if first.finest.n == 1 or len(_classes(first.rows, first.finest, shapes[name])[1]) < first.finest.n:
-                other = self._cuts(name, shapes[name])[1]
-                self._candidates[name].append(_Candidate(other, Rows(other.n)))
-        self._follow(graph, {name: self._candidates[name][1] for name in shapes if len(self._candidates[name]) > 1})
+            self._candidates[name] += [_Candidate(cut, Rows(cut.n)) for cut in self._further_cuts(name, shapes[name])]
+        for k in range(1, max(map(len, self._candidates.values()), default=0)):
+            self._follow(graph, {name: self._candidates[name][k] for name in shapes if len(self._candidates[name]) > k})
         for hiding in graph.opaque:
             self._hidden |= dict.fromkeys(shapes, hiding)
         for name, shape in shapes.items():
@@ -538,8 +644,29 @@ class ScaleInvarianceSearch:
         if leaves:
             follow(graph, leaves, {name: candidate.rows for name, candidate in candidates.items()})
 
+    def _further_cuts(self, name: str, shape: Shape) -> list[Partition]:
+        """Other cuts that are worth a look, after the first one was followed."""
+        first = self._candidates[name][0]
+        classes = first.rows.parent[1:][first.rows.parent[1:] > 0]
+        # A finer cut along the other axis (x @ W) only where the first is not the finest already, or cuts nothing.
+        whole = first.finest.n > 1 and len(distinct(classes)) == first.finest.n and bool(first.rows.reached().all())
+        cuts = [] if whole else self._cuts(name, shape)[1:2]
+        if first.rows.cut_elsewhere:  # only another cut can show which entries were left out (``pos[:, :, :n]``)
+            cuts = self._cuts(name, shape)[1:]
+        return cuts
+
     def _judge(self, name: str, shape: Shape) -> Verdict:
-        best = max((_verdict(name, shape, candidate) for candidate in self._candidates[name]), key=_claimed)
+        candidates = self._candidates[name]
+        unread = next((found for c in candidates if (found := _unread(c)) is not None), None)
+        numbers = [candidate for candidate in candidates if _frees_single_numbers(candidate, shape)]
+        best = max((_verdict(name, shape, candidate, unread) for candidate in numbers or candidates), key=_claimed)
+        if name in self._rewritten and (best.partition is not None or best.waits):
+            reason = f"the forward pass of {self._rewritten[name]} writes it in place (as max_norm does)"
+            return Verdict(name, shape, None, "no", reason=reason)
+        veils = list(dict.fromkeys(place for candidate in candidates for place in candidate.rows.veiled))
+        if veils and best.partition is not None:
+            reason = f"the indices of {veils[0]} are inside a checkpoint, so that it is not known which rows are read"
+            return Verdict(name, shape, None, "no", reason=reason)
         doubts = [f"{self._hidden[name]} hides part of the graph (the loss was not watched)"] if name in self._hidden else []
         if any(candidate.rows.elsewhere for candidate in self._candidates[name]):
             doubts.append("other ranks hold some of its rows (they have not been asked yet)")
@@ -570,20 +697,36 @@ class ScaleInvarianceSearch:
             self.verdicts[name] = unmasked(self._judge(name, shape), self.masks.read(name))
 
     def _cuts(self, name: str, shape: Shape) -> list[Partition]:
-        """The finest vectors along the filter axis, and along the other."""
+        """The finest vectors along the filter axis, along the other, and along those behind."""
         filters = filter_partition(self._module, name, shape)
-        return [filters, Partition.filters(shape, axis=0 if filters.keep == (0, 1) else 1)]
+        other = Partition.filters(shape, axis=0 if filters.keep == (0, 1) else 1)
+        return [filters, other, *(Partition.filters(shape, axis=axis) for axis in range(2, len(shape)) if shape[axis] > 1)]
 
 
-def _classes(rows: Rows, finest: Partition, shape: Shape) -> tuple[Tensor, Tensor]:
-    """For each row its class number or -1, and the size of each class in rows."""
-    root = rows.parent[1:].clone()
-    if len(rows.looked_up):  # an embedding: which rows meet depends on the data, so those that occurred speak for all
-        seen = rows.parent[rows.looked_up[rows.looked_up > 0]]
-        if bool((seen == 0).any()):
-            root = torch.zeros_like(root)
-        elif len(distinct(seen)) < max(2, len(seen)):
-            root = torch.ones_like(root) if bool((root > 0).all()) else torch.zeros_like(root)
+def _unread(candidate: _Candidate) -> Partition | None:
+    """The rows that no loss has read so far, as one vector; None if there are none."""
+    rows, finest = candidate.rows, candidate.finest
+    unread = ~rows.reached()[1:]
+    if rows.picked.numel() and bool((rows.parent[rows.picked] == 0)[rows.picked > 0].any()):
+        return None  # the data say which rows are picked, and one of those that were must not be scaled: it speaks for the others
+    if not bool(unread.any()):
+        return None
+    return Partition(finest.keep, torch.where(unread, 0, -1)[finest.labels], "layer")
+
+
+def _classes(candidate: _Candidate, shape: Shape) -> tuple[Tensor, Tensor]:
+    """For each row its class number, or -1 where it belongs to none, and the size of each class in rows."""
+    rows, finest = candidate.rows, candidate.finest
+    root = torch.where(rows.reached()[1:], rows.parent[1:], 0)
+    # Where the data say which rows meet, or are read at all, those that did speak for the others.
+    picked = rows.picked[rows.picked > 0]
+    if len(picked) and bool((rows.parent[picked] == 0).any()):
+        root = torch.zeros_like(root)
+    elif len(picked) or rows.varies:
+        speaking = root[picked - 1] if len(picked) and not rows.varies else root[root > 0]
+        if len(distinct(speaking)) < max(2, len(speaking)):
+            forbidden = bool((rows.parent[1:] == 0).any())
+            root = torch.zeros_like(root) if len(picked) and forbidden else (root > 0).long()
     entries = math.prod(shape) // max(1, finest.n)
     present, index, sizes = torch.unique(root, return_inverse=True, return_counts=True)
     vectors = (present > 0) & (sizes * entries > 1)  # a single number has no direction
@@ -591,23 +734,46 @@ def _classes(rows: Rows, finest: Partition, shape: Shape) -> tuple[Tensor, Tenso
     return number[index], sizes[vectors]
 
 
-def _claimed(verdict: Verdict) -> tuple[float, int]:
+def _frees_single_numbers(candidate: _Candidate, shape: Shape) -> bool:
+    """Whether single numbers may be scaled each by its own factor: then no other cut has vectors with a direction that means something."""
+    if candidate.finest.n != math.prod(shape):
+        return False
+    rows = candidate.rows
+    root = torch.where(rows.reached()[1:], rows.parent[1:], 0)
+    sizes = torch.bincount(root, minlength=1)
+    return bool((sizes[root[root > 0]] == 1).any())
+
+
+def _claimed(verdict: Verdict) -> tuple[float, int, bool]:
     if verdict.partition is None:
-        return 0.0, 0
+        return 0.0, 0, verdict.waits
     labels = verdict.partition.labels
-    return float((labels >= 0).float().mean()), verdict.partition.n
+    return float((labels >= 0).float().mean()), verdict.partition.n, False
 
 
-def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
+def _verdict(name: str, shape: Shape, candidate: _Candidate, unread: Partition | None) -> Verdict:
+    """What one cut of a weight says, ``unread`` being the entries that no loss has read, as this or another cut shows them."""
     rows, finest = candidate.rows, candidate.finest
-    if math.prod(shape) == finest.n:
-        return Verdict(name, shape, None, "no", reason="its rows are single numbers (a gain), which have no direction")
-    of_row, sizes = _classes(rows, finest, shape)
-    reason = "; ".join(list(rows.reasons)[:2])
+    of_row, sizes = _classes(candidate, shape)
+    reasons = list(rows.reasons)[:2]
+    if unread is not None:
+        missing = int((unread.labels >= 0).sum())
+        reasons.append(f"{missing} of its {unread.labels.numel()} rows not read by any loss so far")
+    reason = "; ".join(reasons)
     if not len(sizes):
-        return Verdict(name, shape, None, "no", reason=reason or "its vectors are single numbers")
+        if math.prod(shape) == finest.n:
+            return Verdict(name, shape, None, "no", reason=f"its rows are {SINGLE_NUMBERS}")
+        nothing_read = unread is not None and not rows.reasons
+        kind = "unknown" if nothing_read else "no"
+        return Verdict(name, shape, None, kind, reason=reason or "its vectors are single numbers", unread=unread)
     everything = bool((of_row >= 0).all())
-    granularity = "filter" if bool((sizes == 1).all()) else "layer" if len(sizes) == 1 and everything else "group"
+    single = bool((sizes == 1).all())
+    if unread is not None and not (single and len(sizes) > 1 and unread.keep == finest.keep):
+        # A row that joins later would be mixed with rows that were scaled already. One row alone does not show whether rows join.
+        norms = tuple(rows.norms)
+        waiting = f"the rows that were read are one vector ({', '.join(norms)}); {reason}"
+        return Verdict(name, shape, None, "unknown", norms, waiting, unread=unread)
+    granularity = "filter" if single else "layer" if len(sizes) == 1 and everything else "group"
     partition = Partition(finest.keep, of_row[finest.labels], granularity)
     links: list[NormLink] = []
     stale = list(rows.stale)
@@ -620,7 +786,7 @@ def _verdict(name: str, shape: Shape, candidate: _Candidate) -> Verdict:
             stale.append(f"{link.module}: what is added before it is not a plain bias")
     kind, why = (granularity, "") if everything else ("partly", reason or "some of its vectors are single numbers")
     stale = list(dict.fromkeys(stale))
-    return Verdict(name, shape, partition, kind, tuple(rows.norms), why, rows.assumed, tuple(links), tuple(stale))
+    return Verdict(name, shape, partition, kind, tuple(rows.norms), why, rows.assumed, tuple(links), tuple(stale), unread=unread)
 
 
 def unmasked(verdict: Verdict, read: Tensor | None) -> Verdict:

@@ -108,6 +108,24 @@ class Partition:
         of_entry = of_row.expand(tuple(shape))[read]
         return torch.bincount(of_entry[of_entry >= 0], minlength=self.n)
 
+    def found_in(self, other: Partition) -> Tensor:
+        """For each vector the number of the vector of ``other`` that has exactly its entries, or -1: int64 ``(n,)``.
+
+        Example:
+            >>> Partition((0,), torch.tensor([0, -1, 1]), "filter").found_in(Partition((0,), torch.tensor([-1, 1, 0]), "filter")).tolist()
+            [-1, 0]
+        """
+        nowhere = torch.full((self.n,), -1, dtype=torch.long, device=self.labels.device)
+        if self.keep != other.keep or self.labels.shape != other.labels.shape or not self.n or not other.n:
+            return nowhere
+        inside = self.labels >= 0
+        mine, theirs = self.labels[inside], other.labels.to(self.labels.device)[inside]
+        lowest = nowhere.scatter_reduce(0, mine, theirs, "amin", include_self=False)
+        highest = nowhere.scatter_reduce(0, mine, theirs, "amax", include_self=False)
+        sizes = torch.bincount(other.labels[other.labels >= 0], minlength=other.n).to(self.labels.device)
+        same = (lowest == highest) & (lowest >= 0) & (torch.bincount(mine, minlength=self.n) == sizes[lowest.clamp(min=0)])
+        return torch.where(same, lowest, nowhere)
+
     def only(self, kept: Tensor) -> Partition:
         """Only some of these vectors, numbered anew; the entries of the others belong to none.
 

@@ -151,7 +151,7 @@ BETWEEN = {
     "reflection": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), "filter", "filter"),
     "replication": (lambda x: F.pad(x, (1, 1, 1, 1), mode="replicate"), "filter", "filter"),
     "slice": (lambda x: x[:, :, 1:-1, ::2], "filter", "filter"),
-    "slice of channels": (lambda x: x[:, 1:3].repeat(1, 2, 1, 1), "filter", "filter"),
+    "slice of channels": (lambda x: x[:, 1:3].repeat(1, 2, 1, 1), "partly", "partly"),
     "roll": (lambda x: x.roll(1, 2), "filter", "filter"),
     "roll of channels": (lambda x: x.roll(1, 1), "filter", "filter"),
     "flip": (lambda x: x.flip(3), "filter", "filter"),
@@ -201,7 +201,7 @@ BETWEEN = {
     "sort": (lambda x: x.sort(3)[0], "filter", "no"),
     "top": (lambda x: x.topk(2, 3)[0], "filter", "no"),
     "cumsum": (lambda x: x.cumsum(2), "filter", "no"),
-    "gather": (lambda x: x.gather(3, torch.zeros(4, 4, 6, 2, dtype=torch.long)), "filter", "no"),
+    "gather": (lambda x: x.gather(3, torch.zeros(4, 4, 6, 2, dtype=torch.long)), "filter", "filter"),
     "cat with itself": (lambda x: torch.cat([x[:, :2], x[:, 2:].relu()], 1), "filter", "partly"),
     "stack": (lambda x: torch.stack([x, x], 2).flatten(2, 3), "filter", "filter"),
     "split": (lambda x: torch.cat(x.split(1, 1)[::-1], 1), "filter", "filter"),
@@ -376,9 +376,9 @@ def test_filters_behind_an_axis_of_one():
 
 
 def test_embedding_bags_go_together():
-    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(9, 4, mode="sum"), n=nn.LayerNorm(4))
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(7, 4, mode="sum"), n=nn.LayerNorm(4))
     assert claim(net, zoo.tokens()) == "layer"
-    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(9, 4), n=nn.BatchNorm1d(4))
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(7, 4), n=nn.BatchNorm1d(4))
     assert claim(net, zoo.tokens()) == "filter"  # its columns
 
 
@@ -404,11 +404,11 @@ def test_the_bias_of_a_batch_in_parts_is_known():
 
 
 def test_embedding_rows_that_meet_are_one_layer():
-    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(9, 4), n=nn.LayerNorm((5, 4)))
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(7, 4), n=nn.LayerNorm((5, 4)))
     assert claim(net, zoo.tokens()) == "layer"
-    net = zoo.Net(lambda m, ids: m.n(m.e(ids).transpose(1, 2)), e=nn.Embedding(9, 4), n=nn.BatchNorm1d(4))
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids).transpose(1, 2)), e=nn.Embedding(7, 4), n=nn.BatchNorm1d(4))
     assert claim(net, zoo.tokens()) == "filter"  # its columns
-    net = zoo.Net(lambda m, ids: m.e(ids), e=nn.Embedding(9, 4))
+    net = zoo.Net(lambda m, ids: m.e(ids), e=nn.Embedding(7, 4))
     assert claim(net, zoo.tokens()) == "no"
 
 
@@ -419,16 +419,79 @@ REASONS = {
     "bias a.bias is added before ReluBackward0": lambda m, x: m.n(F.relu(m.a(x))),
     "added to a tensor that does not scale with it": lambda m, x: m.n(m.b(x) + m.a(x)),
     "its scale reaches the loss": lambda m, x: m.a(x),
-    "no rule for LinalgDetBackward0": lambda m, x: m.n(m.a(x)) * torch.linalg.det(m.a.weight),
+    "LinalgDetBackward0 factors, inverts or solves with a matrix": lambda m, x: m.n(m.a(x)) * torch.linalg.det(m.a.weight),
     "scale differently": lambda m, x: m.n(F.linear(x, m.a.weight) + F.linear(x, m.a.weight).square()),
     "a constant is added": lambda m, x: m.n(m.a(x) + torch.ones_like(x)),
+    "SafeSoftmaxBackward0 does not commute": lambda m, x: m.n(torch._safe_softmax(m.a(x), -1)),
+    "CopySlices writes into a part of a tensor in place": lambda m, x: m.n(written_over(m.a(x))),
+    "SliceScatterBackward0 writes into a part of a tensor": lambda m, x: m.n(m.a(x).slice_scatter(torch.ones(6, 2).double(), 1, 0, 2)),
+    "AsStridedBackward0 reads memory in another layout": lambda m, x: m.n(m.a(x).as_strided((6, 6), (6, 1))),
+    "GroupedMmBackward0 multiplies groups of rows": lambda m, x: m.n(grouped(m.a(x)).double()),
+    "FftR2CBackward0 is a Fourier transform": lambda m, x: m.n(torch.fft.rfft(m.a(x), 6).abs()[:, [0, 1, 2, 3, 2, 1]]),
+    "FftC2CBackward0 is a Fourier transform": lambda m, x: m.n(torch.fft.fft(x.mul(1j) @ m.a.weight.mul(1.0 + 0j)).real),
+    "computes with complex numbers": lambda m, x: m.n(torch.view_as_complex(m.a(x).view(6, 3, 2)).abs().repeat(1, 2)),
+    "LinalgInvExBackward0 factors, inverts": lambda m, x: m.n(m.b(x) @ torch.linalg.inv(m.a.weight)),
+    "LogcumsumexpBackward0 does not commute": lambda m, x: m.n(m.a(x).logcumsumexp(1)),
 }
+
+
+def written_over(x):
+    x = x.clone()
+    x[:, 0] = 1.0
+    return x
+
+
+def grouped(x):
+    tokens = torch.cat([x, x, x[:, :4]], 1).bfloat16()
+    experts = torch.ones(2, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    return torch._grouped_mm(tokens, experts, offs=torch.tensor([2, 6], dtype=torch.int32))[:, :6]
 
 
 @pytest.mark.parametrize("reason", REASONS)
 def test_the_blocking_operation_is_named(reason):
     net = zoo.Net(REASONS[reason], a=nn.Linear(6, 6), b=nn.Linear(6, 6), n=nn.BatchNorm1d(6))
     assert re.search(re.escape(reason), inspect_module(net, zoo.vectors(6))[0].reason)
+
+
+def test_a_recurrent_layer_says_what_it_is():
+    verdict = inspect_module(nn.LSTM(6, 6), torch.randn(3, 2, 6))[0]
+    assert "MkldnnRnnLayerBackward0" in verdict.reason
+    assert "is a whole recurrent layer, whose gates do not commute with a change of scale" in verdict.reason
+
+
+class NamedEpsilon(nn.Module):
+    """A root-mean-square normalization written by hand, with its epsilon under another name."""
+
+    def __init__(self, name: str, value: float) -> None:
+        super().__init__()
+        self.name = name
+        setattr(self, name, value)
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + getattr(self, self.name))
+
+
+@pytest.mark.parametrize("name", ["eps", "epsilon", "variance_epsilon", "layer_norm_epsilon", "norm_eps", "rms_norm_eps", "_eps"])
+def test_an_epsilon_is_known_by_its_name(name):
+    for value, harmless in ((1e-6, True), (1e-2, False)):
+        net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(6, 6), n=NamedEpsilon(name, value))
+        with ScaleInvarianceSearch(net) as search:
+            search.analyze(net(zoo.vectors()).sum())
+        assert search.verdicts["a.weight"].kind == "layer"
+        assert search.verdicts["a.weight"].eps is not harmless
+
+
+def test_an_epsilon_that_no_name_tells_is_marked():
+    for name in ("steps", "reps"):
+        net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(6, 6), n=NamedEpsilon(name, 1e-6))
+        with ScaleInvarianceSearch(net) as search:
+            search.analyze(net(zoo.vectors()).sum())
+        assert search.verdicts["a.weight"].eps
+    assert graph_rules.declared_epsilon(nn.Linear(2, 2)) is None
+    assert graph_rules.declared_epsilon(nn.RMSNorm(2)) == 0.0
+    tensor = nn.Module()
+    tensor.register_buffer("eps", torch.tensor(1e-6))
+    assert graph_rules.declared_epsilon(tensor) == float("inf")
 
 
 def test_masks_that_are_learnt_are_not_free():

@@ -23,6 +23,7 @@ from lightning_normdyn.targets import (
     choose_partition,
     filter_partition,
     inspect_module,
+    is_gain,
     match_patterns,
     normalize_params,
     parameter_names,
@@ -142,7 +143,8 @@ def test_the_truth_is_the_truth(name):
         entries_of_a_column = torch.Size(verdict.shape).numel() // verdict.shape[1 - axis]
         if verdict.kind == "layer" and verdict.shape[1 - axis] > 1 and entries_of_a_column > 1:
             assert any(one(1 - axis, i) for i in some(1 - axis)), f"the columns of {verdict.name} are free"
-        outside = (partition.labels < 0).nonzero().flatten().tolist()
+        never_read = torch.zeros_like(partition.labels) if verdict.unread is None else verdict.unread.labels + 1
+        outside = ((partition.labels < 0) & (never_read == 0)).nonzero().flatten().tolist()
         assert not outside or any(one(axis, i) for i in outside), f"rows of {verdict.name} left out are free"
 
 
@@ -329,8 +331,8 @@ def test_checkpoints_are_seen_through_and_still_work(reentrant):
     assert module.CheckpointFunction.apply == apply
 
 
-def test_embedding_rows_inside_a_checkpoint_go_together():
-    """Which rows occur is saved inside the checkpoint; reading it would compute the checkpoint again."""
+def test_embedding_rows_inside_a_checkpoint_are_not_claimed():
+    """Which rows are read is saved inside the checkpoint; reading it would compute the checkpoint again."""
     embedding, norm, calls = nn.Embedding(7, 8), nn.LayerNorm(8), []
 
     def run(ids):
@@ -340,7 +342,8 @@ def test_embedding_rows_inside_a_checkpoint_go_together():
     net = zoo.Net(lambda m, ids: checkpoint(run, ids, use_reentrant=False), e=embedding, n=norm)
     with ScaleInvarianceSearch(net) as search:
         search.analyze(net(zoo.tokens()).sum())
-    assert search.verdicts["e.weight"].kind == "layer"
+    assert search.verdicts["e.weight"].kind == "no"
+    assert "not known which rows are read" in search.verdicts["e.weight"].reason
     assert len(calls) == 1
 
 
@@ -866,3 +869,254 @@ def test_verdicts_survive_a_checkpoint(tmp_path):
         assert [(b.module, b.vector.tolist(), b.bias) for b in again.batch_norms] == [
             (b.module, b.vector.tolist(), b.bias) for b in original.batch_norms
         ]
+
+
+# ------------------------------------------------------------------------------------------------ rows that not every loss reads
+
+
+def lengths(*sizes: int, d: int = 4) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(2, size, d, dtype=torch.float64) for size in sizes]
+
+
+def choices(*rows: list[int]) -> list[torch.Tensor]:
+    return [torch.tensor(row) for row in rows]
+
+
+def experts(routes: str) -> zoo.Net:
+    """A stack of four experts in front of a LayerNorm; a batch names one or two experts for each token."""
+
+    def forward(m, x):
+        tokens = torch.linspace(-1, 1, x.shape[0] * 6, dtype=torch.float64).reshape(x.shape[0], 6).cos()
+        if routes == "alone":  # each token goes to one expert
+            out = torch.zeros(len(tokens), 4, dtype=torch.float64)
+            for e in range(4):
+                out[x == e] = tokens[x == e] @ m.w[e]
+        elif routes == "added":
+            out = torch.zeros(len(tokens), 4, dtype=torch.float64)
+            for e in range(4):
+                token, _ = torch.where(x == e)
+                out = out.index_add(0, token, tokens[token] @ m.w[e])
+        else:  # gathered
+            out = torch.einsum("td,tkde->te", tokens, m.w[x])
+        return m.n(out)
+
+    return zoo.Net(forward, w=zoo.weight(4, 6, 4), n=nn.LayerNorm(4))
+
+
+def relative_positions(m, x):
+    index = torch.arange(x.shape[1])
+    return m.n(m.w[(index[:, None] - index[None]) + 5])
+
+
+def read_and_normalize(read, *shape: int, norm=None) -> zoo.Net:
+    """What ``read(weight, batch)`` gives goes through a LayerNorm, or another norm."""
+    return zoo.Net(lambda m, x: m.n(read(m.w, x)), w=zoo.weight(*shape), n=norm or nn.LayerNorm(4))
+
+
+def unequal_parts(w, x):
+    return w.split([x.shape[1], 6 - x.shape[1]])[0]
+
+
+def one_half(w, x):
+    return (x.flatten(0, -2) @ w).chunk(2, -1)[0]
+
+
+def columns(x):
+    return x[:, None].expand(-1, 4)
+
+
+SIZES, ROWS = lengths(3, 6), choices([0, 2], [1, 3, 4, 5])
+PAIRS = choices([0, 2], [1, 3], [4, 5])
+MASKS = choices([1, 0, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1])
+
+# What is read of a table, or of another net; batches, the first of which is judged; its claim; what is claimed after all of them.
+READINGS = {
+    "slice": (lambda w, x: w[: x.shape[1]], SIZES, "partly 3", "filter 6"),
+    "slice that is added": (lambda w, x: x + w[: x.shape[1]], SIZES, "no", "no"),
+    "slice in a softmax": (lambda w, x: w[: x.shape[1]].softmax(-1), SIZES, "no", "no"),
+    "slice from one on": (read_and_normalize(lambda w, x: w[:, 1 : x.shape[1]], 1, 6, 4), SIZES, "partly 2", "partly 5"),
+    "slice of the last axis": (
+        read_and_normalize(lambda w, x: w[:, :, : x.shape[1]].transpose(1, 2), 1, 4, 6), SIZES, "partly 3", "filter 6",
+    ),
+    "slice of the last axis, together": (
+        read_and_normalize(lambda w, x: w[:, :, : x.shape[1]].flatten(1), 1, 4, 6, norm=nn.GroupNorm(1, 1, eps=1e-30, affine=False)),
+        [t[..., 0] for t in SIZES], "unknown", "filter 1",
+    ),
+    "narrow": (lambda w, x: w.narrow(0, 0, x.shape[1]), SIZES, "partly 3", "filter 6"),
+    "split": (unequal_parts, SIZES, "partly 3", "filter 6"),
+    "tensor_split": (lambda w, x: w.tensor_split([x.shape[1]])[0], SIZES, "partly 3", "filter 6"),
+    "unbind": (lambda w, x: torch.stack(w.unbind()[: x.shape[1]]), SIZES, "partly 3", "filter 6"),
+    "one half of a chunk": (read_and_normalize(one_half, 4, 8), SIZES[:1], "unknown", "unknown"),
+    "one half of a chunk, filters": (read_and_normalize(one_half, 4, 8, norm=nn.BatchNorm1d(4)), SIZES[:1], "partly 4", "partly 4"),
+    "select": (lambda w, x: torch.stack([w[int(i)] for i in x]), ROWS, "partly 2", "filter 6"),
+    "index": (lambda w, x: w[x], ROWS, "partly 2", "filter 6"),
+    "index_select": (lambda w, x: w.index_select(0, x), ROWS, "partly 2", "filter 6"),
+    "mask": (lambda w, x: w[x > 0], MASKS, "partly 2", "filter 6"),
+    "masked_select": (lambda w, x: w.masked_select((x > 0)[:, None]).view(-1, 4), MASKS, "partly 2", "filter 6"),
+    "gather": (lambda w, x: w.gather(0, columns(x)), ROWS, "partly 2", "filter 6"),
+    "take_along_dim": (lambda w, x: torch.take_along_dim(w, x[:, None], 0), ROWS, "partly 2", "filter 6"),
+    "take": (lambda w, x: w.take(4 * x[:, None] + torch.arange(4)), ROWS, "partly 2", "filter 6"),
+    "embedding": (lambda w, x: F.embedding(x, w), ROWS, "partly 2", "filter 6"),
+    "embedding, one row": (lambda w, x: F.embedding(x, w), choices([2], [1, 3, 4, 5]), "unknown", "partly 5"),
+    "embedding, columns": (
+        read_and_normalize(lambda w, x: F.embedding(x, w), 6, 4, norm=nn.BatchNorm1d(4)), choices([0, 2, 1], [3, 4, 5]),
+        "unknown", "filter 4",
+    ),
+    "embedding, rows that meet": (lambda w, x: F.embedding(x, w).mean(0), PAIRS, "unknown", "layer 1"),
+    "index, rows that meet": (lambda w, x: w[x].mean(0), PAIRS, "unknown", "layer 1"),
+    "gather, rows that meet": (lambda w, x: w.gather(0, columns(x)).mean(0), PAIRS, "unknown", "layer 1"),
+    "index, pairs that meet": (
+        lambda w, x: w[x].unflatten(0, (-1, 2)).mean(1), choices([0, 1, 2, 3, 5, 5, 4, 4], [1, 2, 4, 5]), "layer 1", "layer 1",
+    ),
+    "bag": (lambda w, x: F.embedding_bag(x[None], w), ROWS, "unknown", "layer 1"),
+    "relative positions": (zoo.Net(relative_positions, w=zoo.weight(11, 4), n=nn.LayerNorm(4)), SIZES, "partly 5", "filter 11"),
+    "experts alone": (experts("alone"), choices([0, 2, 2, 0], [1, 3, 1, 3], [0, 1, 2, 3]), "partly 2", "filter 4"),
+    "experts added": (experts("added"), choices([[0, 2], [2, 0]], [[0, 1], [1, 3]]), "unknown", "layer 1"),
+    "experts gathered": (experts("gathered"), choices([[0, 2], [2, 0]], [[0, 1], [1, 3]]), "unknown", "layer 1"),
+    "experts gathered in pairs": (experts("gathered"), choices([[0, 2], [1, 3]], [[0, 1], [1, 3]]), "layer 1", "layer 1"),
+}  # fmt: skip
+
+
+def scaled_outputs_change(net, batches, verdicts) -> float:
+    """The largest relative change of the outputs of any of these batches when every claimed vector is scaled by its own factor."""
+    weights = dict(net.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    scaled = [(weights[v.name], v.partition) for v in verdicts if v.partition is not None]
+
+    def factors(n):
+        return torch.exp2(4 * torch.rand(n, generator=generator, dtype=torch.float64) - 2)
+
+    def outputs(*scaled):
+        generator.manual_seed(3)
+        return [t for batch in batches for t in targets._outputs(net, (batch,), None, 0, scaled, factors)]
+
+    return targets._largest_change(outputs(), outputs(*scaled))
+
+
+def reading_net(name: str) -> nn.Module:
+    read = READINGS[name][0]
+    net = read if isinstance(read, nn.Module) else read_and_normalize(read, 6, 4)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        net.w.normal_()
+    for part in net.modules():
+        if isinstance(getattr(part, "eps", None), float):
+            part.eps = 1e-30
+    return net
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_rows_are_claimed_only_when_a_loss_has_read_them(name):
+    """Scaling what is claimed changes neither the outputs of the batch that was seen nor those of others, with other rows."""
+    _, batches, first, last = READINGS[name]
+    net = reading_net(name)
+    search = ScaleInvarianceSearch(net)
+    for number, batch in enumerate(batches):
+        with search:
+            search.analyze(net(batch).square().sum())
+        verdict = next(iter(search.verdicts.values()))
+        expected = first if number == 0 else last if number == len(batches) - 1 else None
+        assert expected in (None, f"{verdict.kind} {verdict.n}".removesuffix(" 0"))
+        if verdict.unread is not None:
+            assert "not read by any loss so far" in verdict.reason
+            if verdict.partition is not None:
+                assert not ((verdict.partition.labels >= 0) & (verdict.unread.labels >= 0)).any()
+        assert scaled_outputs_change(net, batches, [verdict]) < 1e-8
+
+
+@pytest.mark.parametrize("name", READINGS)
+def test_a_checkpoint_keeps_which_rows_were_read(name):
+    """A search that goes on from stored verdicts ends where one that saw all batches does."""
+    _, batches, first, last = READINGS[name]
+    net, stored = reading_net(name), {}
+    for batch in batches:
+        search = ScaleInvarianceSearch(net)
+        search.take_up({n: Verdict.from_state(n, state) for n, state in stored.items()})
+        with search:
+            search.analyze(net(batch).square().sum())
+        verdict = next(iter(search.verdicts.values()))
+        stored = {} if verdict.kind == "unknown" else {verdict.name: verdict.state()}  # as callbacks store them
+        assert scaled_outputs_change(net, batches, [verdict]) < 1e-8
+    if first != "unknown":
+        assert f"{verdict.kind} {verdict.n}".removesuffix(" 0") == last
+
+
+class Rescaling(nn.Module):
+    """A lookup, or a linear map, that sets the length of its weight's rows in every forward pass."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.weight, self.how = nn.Parameter(torch.randn(7, 8)), how
+
+    def forward(self, ids):
+        if self.how == "functional embedding":
+            return F.embedding(ids, self.weight, max_norm=1.0)
+        if self.how == "functional bag":
+            return F.embedding_bag(ids, self.weight, max_norm=1.0)
+        with torch.no_grad():
+            self.weight.copy_(F.normalize(self.weight, dim=1))
+        return F.one_hot(ids, 7).to(self.weight) @ self.weight
+
+
+@pytest.mark.parametrize(
+    ("lookup", "reason"),
+    [
+        (lambda: nn.Embedding(7, 8, max_norm=1.0), "max_norm of e rescales the rows"),
+        (lambda: nn.EmbeddingBag(7, 8, max_norm=1.0), "max_norm of e rescales the rows"),
+        (lambda: Rescaling("functional embedding"), "the forward pass of Rescaling writes it in place"),
+        (lambda: Rescaling("functional bag"), "the forward pass of Rescaling writes it in place"),
+        (lambda: Rescaling("by hand"), "the forward pass of Rescaling writes it in place"),
+    ],
+)
+def test_weights_that_the_forward_pass_rescales_are_not_claimed(lookup, reason):
+    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=lookup(), n=nn.LayerNorm(8))
+    with ScaleInvarianceSearch(net) as search:
+        search.analyze(net(zoo.tokens()).square().sum())
+    verdict = search.verdicts["e.weight"]
+    assert (verdict.kind, verdict.partition, verdict.unread) == ("no", None, None)
+    assert reason in verdict.reason
+
+
+GAINS = {
+    "depthwise 1x1": (lambda: conv(4, 4, 1, groups=4), nn.BatchNorm2d(4)),
+    "transposed depthwise 1x1": (lambda: nn.ConvTranspose2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4)),
+    "Cx1x1": (lambda: Gain(4, 1, 1), nn.BatchNorm2d(4)),
+    "Cx1x1x1": (lambda: Gain(4, 1, 1, 1), nn.BatchNorm2d(4)),
+    "1xCx1x1": (lambda: Gain(1, 4, 1, 1), nn.BatchNorm2d(4)),
+}
+
+
+def conv(*shape: int, **options) -> nn.Conv2d:
+    return nn.Conv2d(*shape, bias=False, **options)
+
+
+class Gain(nn.Module):
+    """A factor for each channel."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(shape) + 0.5)
+
+    def forward(self, x):
+        return x * self.weight.reshape(4, 1, 1)
+
+
+@pytest.mark.parametrize("name", GAINS)
+def test_single_numbers_have_no_direction(name):
+    make, norm = GAINS[name]
+    net = zoo.Net(lambda m, x: m.n(m.a(x)), a=make(), n=norm)
+    verdict = inspect_module(net, zoo.images(4, 4))[0]
+    assert (verdict.kind, verdict.partition) == ("no", None)
+    assert "its rows are single numbers (a gain), which have no direction" in verdict.reason
+    assert is_gain(net, "a.weight", verdict.shape)
+
+
+def test_numbers_that_are_one_vector_have_a_direction():
+    """The embedding of a number in front of a LayerNorm; a class token; a map to one number or one channel."""
+    net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(1, 6), n=nn.LayerNorm(6))
+    assert [(v.kind, v.n) for v in inspect_module(net, zoo.vectors(8, 1))] == [("layer", 1)]
+    layers = nn.ModuleDict({"linear": nn.Linear(6, 1), "conv": nn.Conv2d(6, 1, 1), "up": nn.ConvTranspose2d(6, 1, 1)})
+    layers.token = nn.Parameter(torch.randn(1, 1, 6))
+    for name, weight in layers.named_parameters():
+        assert weight.ndim < 2 or not is_gain(layers, name, tuple(weight.shape))

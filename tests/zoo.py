@@ -282,7 +282,7 @@ def tied_embedding():
     return Net(forward, embedding=nn.Embedding(7, 8), n=nn.LayerNorm(8), up=linear(8, 8)), (tokens(),)
 
 
-@case({"embedding.weight": "filter 9", "fc.weight": "no"})
+@case({"embedding.weight": "partly 7", "fc.weight": "no"})
 def embedding_then_layer_norm():
     def forward(m, ids):  # rows 7 and 8 do not occur
         return m.fc(m.n(m.embedding(ids)).flatten(1))
@@ -808,3 +808,107 @@ def packed_sequences_in_ghost_batches():
 
     parts = {"a": nn.Linear(8, 5), "b": nn.Linear(5, 6), "head": nn.Linear(6, 2)}
     return Net(forward, **parts, n0=nn.BatchNorm1d(5), n1=nn.BatchNorm1d(6)), (sequences(3, 4),)
+
+
+# ------------------------------------------------------------------------------------------------ found on public models
+
+
+@case({"qkv.weight": "layer 1", "out.weight": "filter 8", "head.weight": "no"})
+def linear_attention_with_ones_appended_to_packed_values():
+    def forward(m, x):  # EfficientViT: one product gives the sums over values and the sums of the attention
+        q, k, v = m.qkv(x).chunk(3, -1)
+        attended = F.relu(q) @ (F.relu(k).transpose(-1, -2) @ F.pad(v, (0, 1), value=1.0))
+        attended = attended[..., :-1] / (attended[..., -1:] + 1e-15)
+        return m.head(m.n(m.out(attended).transpose(1, 2)).mean(2))
+
+    return Net(forward, qkv=linear(8, 24), out=linear(8, 8), n=nn.BatchNorm1d(8), head=nn.Linear(8, 3)), (sequences(3, 6),)
+
+
+@case({"q.weight": "layer 1", "k.weight": "layer 1", "v.weight": "layer 1", "out.weight": "filter 8", "head.weight": "no"})
+def linear_attention_with_ones_appended_to_values():
+    def forward(m, x):  # DC-AE, Sana: channels before tokens
+        q, k, v = (part(x).transpose(1, 2) for part in (m.q, m.k, m.v))
+        scores = F.pad(v, (0, 0, 0, 1), value=1.0) @ F.relu(k).transpose(-1, -2)
+        attended = scores @ F.relu(q)
+        attended = attended[:, :-1] / (attended[:, -1:] + 1e-15)
+        return m.head(m.n(m.out(attended.transpose(1, 2)).transpose(1, 2)).mean(2))
+
+    parts = {name: linear(8, 8) for name in ("q", "k", "v", "out")}
+    return Net(forward, **parts, n=nn.BatchNorm1d(8), head=nn.Linear(8, 3)), (sequences(3, 6),)
+
+
+@case({"qkv.weight": "layer 1", "out.weight": "filter 8", "head.weight": "no"})
+def linear_attention_with_a_sum_of_keys():
+    def forward(m, x):
+        q, k, v = m.qkv(x).chunk(3, -1)
+        q, k = F.relu(q), F.relu(k)
+        attended = (q @ (k.transpose(-1, -2) @ v)) / (q @ k.sum(1, keepdim=True).transpose(-1, -2) + 1e-15)
+        return m.head(m.n(m.out(attended).transpose(1, 2)).mean(2))
+
+    return Net(forward, qkv=linear(8, 24), out=linear(8, 8), n=nn.BatchNorm1d(8), head=nn.Linear(8, 3)), (sequences(3, 6),)
+
+
+def cosine_attention(qkv: Tensor) -> Tensor:
+    q, k, v = (heads(part, 2) for part in qkv.chunk(3, -1))
+    return ((F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+
+@case({"qkv.weight": "partly 2", "head.weight": "no"})
+def swin_v2_with_a_bias_that_is_put_together():
+    def forward(m, x):  # keys have no bias, so their heads are free
+        bias = torch.cat([m.q_bias, torch.zeros_like(m.v_bias, requires_grad=False), m.v_bias])
+        return m.head(cosine_attention(F.linear(x, m.qkv.weight, bias)))
+
+    biases = {"q_bias": nn.Parameter(torch.randn(8)), "v_bias": nn.Parameter(torch.randn(8))}
+    return Net(forward, qkv=linear(8, 24), **biases, head=linear(8, 3)), (sequences(),)
+
+
+@case({"qkv.weight": "partly 2", "head.weight": "no"})
+def swin_v2_with_a_bias_that_is_masked():
+    def forward(m, x):
+        return m.head(cosine_attention(m.qkv(x) + m.bias * m.mask))
+
+    mask = torch.ones(24)
+    mask[8:16] = 0
+    return Net(forward, qkv=linear(8, 24), bias=nn.Parameter(torch.randn(24)), mask=mask, head=linear(8, 3)), (sequences(),)
+
+
+@case({"qkv.weight": "partly 2", "head.weight": "no"})
+def swin_v2_with_a_bias_that_is_written_over():
+    def forward(m, x):
+        bias = m.qkv.bias.clone()
+        bias[8:16].zero_()
+        return m.head(cosine_attention(F.linear(x, m.qkv.weight, bias)))
+
+    return Net(forward, qkv=nn.Linear(8, 24), head=linear(8, 3)), (sequences(),)
+
+
+class GraphNorm(nn.Module):
+    """A normalization over the nodes of each of several graphs, by sums at indices (PyTorch Geometric); ``instance``: its InstanceNorm."""
+
+    def __init__(self, instance: bool = False) -> None:
+        super().__init__()
+        self.eps, self.instance = 1e-5, instance
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        count = torch.zeros(2, dtype=x.dtype).scatter_add_(0, graph, torch.ones_like(graph, dtype=x.dtype)).clamp(min=1)[:, None]
+
+        def mean(values: Tensor) -> Tensor:
+            index = graph[:, None].expand_as(values)
+            return torch.zeros(2, values.size(1), dtype=x.dtype).scatter_add_(0, index, values) / count
+
+        x = x - mean(x).index_select(0, graph)
+        variance = mean(x * x if self.instance else x.pow(2))
+        return x / (variance + self.eps).sqrt().index_select(0, graph)
+
+
+@case({"a.weight": "filter 6", "b.weight": "filter 5", "head.weight": "no"})
+def graph_norms():
+    graph = torch.tensor([0, 0, 0, 0, 1, 1, 1])
+
+    def forward(m, x):
+        x = F.relu(m.n0(m.a(x), graph))
+        return m.head(m.n1(m.b(x), graph))
+
+    parts = {"a": linear(4, 6), "b": linear(6, 5), "head": nn.Linear(5, 2)}
+    return Net(forward, **parts, n0=GraphNorm(), n1=GraphNorm(instance=True)), (vectors(7, 4),)

@@ -26,7 +26,7 @@ from lightning_normdyn.decay import Decay
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError, shown
 from lightning_normdyn.sharding import check_weight, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
-from lightning_normdyn.targets import choose_partition, filter_partition, match_patterns, normalize_params
+from lightning_normdyn.targets import SINGLE_NUMBERS, Verdict, choose_partition, filter_partition, match_patterns, normalize_params
 from lightning_normdyn.vectors import Partition, WeightVectors
 from lightning_normdyn.wrappers import copies_of_weights
 
@@ -79,10 +79,12 @@ class NormDynCallback(Callback):
         self._attached_at: dict[int, int] = {}
         self._per_vector: dict[str, dict[str, Tensor]] = {}  # of the vectors that this rank holds
         self._partitions: dict[tuple[str, str], Partition] = {}  # by key and weight: what that state's vectors are
+        self._laid_out: dict[tuple[str, int], Plan] = {}  # by key and optimizer: the plan whose vectors that state belongs to
         self._restored_vectors: dict[str, dict[str, Tensor]] = {}  # of all vectors, from a checkpoint
         self._matched: set[Tensor] = set()  # weights that `params` lets in, whoever owns them: known at fit start
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
+        self._left_alone: set[str] = set()  # weights of which it was said that nothing acts on them
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what a spawned process gets, is ready for a fit of its own: the Trainer, the weights and their hooks stay behind."""
@@ -182,10 +184,10 @@ class NormDynCallback(Callback):
 
     def per_vector(self, key: str, plan: Plan, make: Callable[[], Tensor]) -> Tensor:
         """State of each vector, kept by weight name so that it survives new plans and checkpoints; ``make`` gives it for weights seen
-        first."""
+        first, and for vectors of a weight that got more of them."""
         table, restored = self._per_vector.setdefault(key, {}), self._restored_vectors.get(key, {})
         vectors = plan.vectors
-        fresh: Tensor | None = None
+        fresh = self._carry_state(key, plan, make)
         for i, (target, where) in enumerate(zip(plan.targets, vectors.slices, strict=True)):
             whole, split = restored.pop(target.name, None), self._partitions.get((key, target.name))
             if whole is not None and whole.numel() == target.partition.n:
@@ -194,11 +196,24 @@ class NormDynCallback(Callback):
                 fresh = make() if fresh is None else fresh
                 table[target.name] = fresh[where].clone()
             self._partitions[key, target.name] = target.partition
+        self._laid_out[key, plan.index] = plan
         return (
             torch.cat([table[t.name].to(vectors.device) for t in plan.targets])
             if plan.targets
             else torch.zeros(0, dtype=torch.float32, device=vectors.device)
         )
+
+    def _carry_state(self, key: str, plan: Plan, make: Callable[[], Tensor]) -> Tensor | None:
+        """``(n,)`` state for the weights whose vectors changed: as it was for vectors that stayed, fresh for others; None if none did."""
+        earlier, table = self._laid_out.get((key, plan.index)), self._per_vector[key]
+        if earlier is None or earlier is plan:
+            return None
+        splits = {t.name: self._partitions.get((key, t.name)) for t in plan.targets}
+        changed = any((split := splits[t.name]) is not None and not split.equal(t.partition) for t in plan.targets)
+        if not changed or not all(t.name in table for t in earlier.targets):
+            return None
+        values = torch.cat([table[t.name].to(earlier.vectors.device) for t in earlier.targets])
+        return plan.carry(earlier, values, make())
 
     def _gather_per_vector(self) -> dict[str, dict[str, Tensor]]:
         """The state of all vectors of all ranks, on every rank."""
@@ -245,7 +260,7 @@ class NormDynCallback(Callback):
         selected = self._select(owned)
         for weight in selected:
             self._check_weight(weight, session.names[weight][0])
-        targets = [t for w in selected if (t := self._target(w)) is not None]
+        targets = [t for w in selected if (t := self._target_or_none(w)) is not None]
         self._refuse_rivals([t.weight for t in targets])
         targets = self._without_unranked(targets, bracket)
         self.check_optimizer(optimizer, [t.weight for t in targets])
@@ -323,7 +338,14 @@ class NormDynCallback(Callback):
     def _select(self, owned: list[Tensor]) -> list[Tensor]:
         session = self._session
         assert session is not None
-        matched = [w for w in owned if w in self._matched]
+        matched = []
+        for weight in owned:
+            if weight in self._matched and not session.has_no_direction(weight):
+                matched.append(weight)
+            elif weight in self._matched and any(name in self.params for name in session.names[weight]):
+                raise NotSupportedError(
+                    f"`{session.names[weight][0]}` was asked to be a target, but its rows are {SINGLE_NUMBERS}. Leave it out of `params`."
+                )
         if self._by_name:
             return matched
         return [w for w in matched if (not self.writes or session.verdict(w).partition is not None) and self._can_measure(w)]
@@ -366,6 +388,21 @@ class NormDynCallback(Callback):
             if not partition.n:
                 return None
         return Target(name, weight, partition, verdict, by_request=verdict.partition is None)
+
+    def _target_or_none(self, weight: Tensor) -> Target | None:
+        """The target, or None where there is nothing to act on; what later losses contradict is left alone, and said once."""
+        session = self._session
+        assert session is not None
+        try:
+            return self._target(weight)
+        except NotSupportedError as error:
+            if not session.checked:
+                raise
+            name = session.names[weight][0]
+            if name not in self._left_alone:
+                self._left_alone.add(name)
+                warn_once(f"{type(self).__name__} leaves `{name}` alone from now on. {error}")
+            return None
 
     def _refuse_rivals(self, weights: Iterable[Tensor]) -> None:
         session = self._session
@@ -425,6 +462,7 @@ class NormDynCallback(Callback):
         A fit that goes on from a checkpoint has had its first steps: there nothing is refused, as nothing would have been without the
         interruption.
         """
+        self._report_waiting()
         if self.plans or not self.acts:
             return
         session = self._session
@@ -474,14 +512,30 @@ class NormDynCallback(Callback):
             warn_once(text)
 
     def _may_come(self) -> list[str]:
-        """Names of weights that may become targets later in this fit: they are frozen, or no optimizer holds them yet."""
+        """Names of weights that may become targets later in this fit: they are frozen, no optimizer holds them yet, or some of their rows
+        were not read yet."""
         session = self._session
         assert session is not None
         trained = {w for o in session.optimizers for w in session.owned(o) if w.requires_grad}
         waiting = [w for w in session.names if w in self._matched and w not in trained and w not in session.lazy]
         if not self._by_name and self.writes:
             waiting = [w for w in waiting if (v := session.verdict(w)).partition is not None or v.kind == "unknown"]
-        return [session.names[w][0] for w in waiting]
+        return [*(session.names[w][0] for w in waiting), *(v.name for v in self._waiting_for_rows())]
+
+    def _waiting_for_rows(self) -> list[Verdict]:
+        """Trained weights that stay untouched until a loss has read their other rows, too."""
+        session = self._session
+        assert session is not None
+        if self._by_name or not self.writes:
+            return []
+        trained = {w for o in session.optimizers for w in session.owned(o) if w.requires_grad}
+        return [v for w in session.names if w in self._matched & trained and (v := session.verdict(w)).waits and v.norms]
+
+    def _report_waiting(self) -> None:
+        for verdict in self._waiting_for_rows():
+            if verdict.name not in self._left_alone:
+                self._left_alone.add(verdict.name)
+                warn_once(f"{type(self).__name__} leaves `{verdict.name}` alone until all its rows were read: {verdict.reason}.")
 
     def _adopt_restored(self) -> None:
         restored, self._restored = self._restored, None
@@ -685,7 +739,10 @@ class NormDynCallback(Callback):
         names = self._may_come()
         if names:
             named = _named(names)
-            warn_once(f"{type(self).__name__} did nothing in this fit: {named} stayed frozen, or no optimizer held them.")
+            warn_once(
+                f"{type(self).__name__} did nothing in this fit: {named} stayed frozen, no optimizer held them, "
+                "or no loss read all their rows."
+            )
 
 
 def is_number(value: object) -> bool:

@@ -169,18 +169,37 @@ class Plan:
             self.counters[key] = values.clone()
 
     def inherit(self, earlier: Plan) -> None:
-        """Take over what was counted for weights that an earlier plan had as well."""
-        where = {t.name: (s, t.partition) for t, s in zip(earlier.targets, earlier.vectors.slices, strict=True)}
+        """Take over what was counted for vectors that an earlier plan had as well."""
         # Every rank must know the same counters, whatever it holds of these weights.
-        self.counters = {key: values.new_zeros(self.vectors.n) for key, values in earlier.counters.items()}
-        for target, now in zip(self.targets, self.vectors.slices, strict=True):
-            before, partition = where.get(target.name, (None, target.partition))
-            if before is None or not partition.equal(target.partition):
-                continue
-            self.bad[now] = earlier.bad[before]
-            for key, values in earlier.counters.items():
-                self.counters[key][now] = values[before]
+        for key, values in earlier.counters.items():
+            self.counters[key] = self.carry(earlier, values, values.new_zeros(self.vectors.n))
+        self.bad = self.carry(earlier, earlier.bad, self.bad)
         self.events = earlier.events
+
+    def carry(self, earlier: Plan, values: Tensor, fresh: Tensor) -> Tensor:
+        """An earlier plan's values, ``(earlier.vectors.n,)``, at the vectors that are still the same, ``fresh`` ``(n,)`` at the others.
+
+        A weight may have got more vectors since: rows that no loss had read before. Then this is a collective, if vectors are sharded.
+        """
+        position = {t.name: j for j, t in enumerate(earlier.targets)}
+        shared = [(i, position[t.name]) for i, t in enumerate(self.targets) if t.name in position]
+        changed = [(i, j) for i, j in shared if not earlier.targets[j].partition.equal(self.targets[i].partition)]
+        result = fresh.clone()
+        for i, j in shared:
+            if (i, j) not in changed:
+                result[self.vectors.slices[i]] = values[earlier.vectors.slices[j]].to(result)
+        if not changed:
+            return result
+        gathered = earlier.vectors.gather(values)
+        for i, j in changed:
+            same = self.targets[i].partition.found_in(earlier.targets[j].partition)
+            if not bool((same >= 0).any()):
+                continue
+            before = self.vectors.scatter_one(i, gathered[j][same.clamp(min=0).to(gathered[j].device)]).to(result)
+            known = self.vectors.scatter_one(i, same >= 0)
+            here = self.vectors.slices[i]
+            result[here] = torch.where(known, before, result[here])
+        return result
 
     def mark(self, event: str) -> None:
         """Note that something happened to these weights in this step; the monitor writes it into its history."""

@@ -24,11 +24,12 @@ from lightning_normdyn.callbacks.loss_gradients import LossGradients, changed_be
 from lightning_normdyn.callbacks.plan import Plan, Target
 from lightning_normdyn.decay import Decay, decay_of
 from lightning_normdyn.epsilons import EpsilonWatch
-from lightning_normdyn.errors import NormDynWarning
+from lightning_normdyn.errors import NormDynWarning, NotSupportedError
 from lightning_normdyn.graph_state import GraphState, Normalizations
-from lightning_normdyn.sharding import accumulates, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
+from lightning_normdyn.sharding import accumulates, check_weight, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket
-from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, parameter_names
+from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, is_gain, parameter_names
+from lightning_normdyn.vectors import Partition, WeightVectors
 
 if TYPE_CHECKING:
     from lightning_normdyn.callbacks.base import NormDynCallback
@@ -66,6 +67,11 @@ class Session:
         self.holders = holders_of(module)
         self.shapes = {weight: full_shape(weight) for weight in self.names}
         self.lazy = {weight for weight in self.names if is_lazy(weight)}  # of no known shape, now that everything is mapped
+        self._gains = {
+            weight
+            for weight, names in self.names.items()
+            if len(self.shapes[weight]) >= 2 and weight not in self.lazy and is_gain(module, names[0], self.shapes[weight])
+        }
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
         self.optimizers: list[Optimizer] = []
@@ -78,6 +84,8 @@ class Session:
         self._watched: tuple[Any, ...] | None = None
         self._undecided: set[Tensor] = set()
         self._missed: set[Tensor] = set()
+        self._unread_rows: dict[int, UnreadRows | None] = {}  # of each optimizer's weights
+        self._last_look: dict[int, int] = {}  # at the gradients of each optimizer's unread rows
         # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch: eight looks,
         # then at growing distances.
         self._batches, self._looks, self._next_look = 0, 0, 0
@@ -95,7 +103,7 @@ class Session:
         """Weights that callbacks acted on and no longer do, for tables: since when and why."""
         self._analyzed = False
         self._begun = False  # whether a step came after a loss that was seen, or had gradients
-        self._checked = False
+        self.checked = False  # whether every optimizer has stepped, and what was asked for was found
         self._announced: set[Tensor] = set()
         self._resolved = False
         self._steps_before: list[int] = []
@@ -157,9 +165,11 @@ class Session:
             stepped = [o for o, b, before in zip(self.optimizers, self.brackets, self._steps_before, strict=True) if b.steps > before]
             forget_gradients(self.module, [p for o in stepped for g in o.param_groups for p in g["params"]])
         state = self._graph_state()
-        self._missed &= self._undecided  # the batch that gave them gradients is over; the next one that uses them may be several away
+        partly_read = {w for rows in self._unread_rows.values() if rows is not None for w in rows.weights}
+        # The batch that gave them gradients is over; the next one that uses them may be several away.
+        self._missed &= self._undecided | partly_read
         self._batches += 1
-        news = (bool(self._missed) or self._unread) and self._batches >= self._next_look
+        news = (bool(self._missed) or self._unread or self.search.masks.wants_a_look) and self._batches >= self._next_look
         if self._watched == state and not news:
             return
         if news:
@@ -204,8 +214,8 @@ class Session:
         if not self._resolved or not self._begun or len(self._seen) < len(self.optimizers):
             return
         self._resolved = False
-        if not self._checked:
-            self._checked = True
+        if not self.checked:
+            self.checked = True
             for member in self.members:
                 member._check_found()
         targets = {t.weight for m in self.members for plan in m.plans.values() for t in plan.targets}
@@ -233,7 +243,7 @@ class Session:
         """Take up what a checkpoint says about the weights, until the first step takes up the rest of it; whether it says anything."""
         tables = [m._restored["targets"] for m in self.members if m._restored and m._restored.get("targets")]
         for table in tables:
-            self.search.verdicts.update({name: Verdict.from_state(name, state) for name, state in table.items()})
+            self.search.take_up({name: Verdict.from_state(name, state) for name, state in table.items()})
         return bool(tables)
 
     def _resume(self, now: GraphState) -> bool:
@@ -255,7 +265,7 @@ class Session:
                 warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {verdict.reason}.")
         if not same_network:
             # Another network: judged as a fresh fit would judge it, but for claims that gradients have contradicted already.
-            self.search.verdicts = {**self._unknown, **self._withdrawn}
+            self.search.start_afresh({**self._unknown, **self._withdrawn})
             self.resumed = bool(self._withdrawn)
             return False
         self.resumed = True
@@ -272,11 +282,31 @@ class Session:
                 return self.search.verdicts[name]
         return Verdict.unknown(names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape)))
 
+    def has_no_direction(self, weight: Tensor) -> bool:
+        """Whether the vectors of ``weight`` are single numbers: nothing that is said of directions means anything for them."""
+        # The numbers of Linear(1, n) in front of a LayerNorm are one vector.
+        return weight in self._gains and self.verdict(weight).partition is None
+
     def _resolve(self, step: Step) -> None:
         self._decide(step)
         if self._undecided:  # gradients are there now; later somebody may have cleared them
             ours = {p for group in step.optimizer.param_groups for p in group["params"]}
             self._missed |= {w for w in self._undecided & ours if w.requires_grad and has_gradient(w)}
+        index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
+        rows = self._unread_rows.get(index)
+        if rows is not None and self._may_wait_for_the_device(index, step):
+            self._missed |= rows.with_gradient()
+
+    def _may_wait_for_the_device(self, index: int, step: Step) -> bool:
+        """Whether numbers may be copied to the host in this step: in the first ones, and where a logger gets its numbers anyway.
+
+        An optimizer that did not step at a logging step is looked at when it steps next.
+        """
+        looked_at, now = self._last_look.get(index, 0), self._logging_step()
+        if not int(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]  # set by the logger connector
+            now = step.number // 50
+        self._last_look[index] = now
+        return step.number <= UnreadRows.FIRST_STEPS or now > looked_at
 
     def _decide(self, step: Step) -> None:
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
@@ -292,7 +322,9 @@ class Session:
         if self._seen.get(index) == seen:
             return
         self._seen[index], self._resolved = seen, True
-        self._undecided = {w for o in self.optimizers for w in self.owned(o) if self.verdict(w).kind == "unknown"}
+        unknown = {w: v for o in self.optimizers for w in self.owned(o) if (v := self.verdict(w)).kind == "unknown"}
+        self._undecided = {w for w, verdict in unknown.items() if verdict.unread is None}
+        self._watch_unread_rows(index, step.optimizer)
         treated = self._treated(index)
         for member in self.members:
             member._resolve(index)
@@ -541,6 +573,20 @@ class Session:
                 counts.update({(place, plan.index, kind): count for kind, count in plan.events.items()})
         return counts
 
+    def _watch_unread_rows(self, index: int, optimizer: Optimizer) -> None:
+        """Remember which rows of this optimizer's weights no loss has read, so that a gradient there leads to another look."""
+        before = self._unread_rows.get(index)
+        found: dict[Tensor, Partition] = {}
+        for weight in self.owned(optimizer):
+            unread = self.verdict(weight).unread
+            if unread is not None and weight.requires_grad and is_measurable(weight):
+                found[weight] = unread
+        now = self._unread_rows[index] = UnreadRows(found) if found else None
+        if before is not None:  # the last look has found some of what it was for
+            for weight, unread in before.weights.items():
+                if now is None or weight not in now.weights or not now.weights[weight].equal(unread):
+                    self._missed.discard(weight)
+
     def losses_in_words(self) -> str:
         """For the table at the end of a fit: the weights that callbacks have stopped acting on; empty without any."""
         lines = [f"  {name}: {why}" for name, why in self.losses.items()]
@@ -605,6 +651,33 @@ def _is_claimed(verdict: Verdict) -> bool:
     return verdict.partition is not None and verdict.known in ("graph", "graph and gradients")
 
 
+class UnreadRows:
+    """Rows that no loss has read so far, as far as its graph was looked at. A gradient there says that a loss has.
+
+    Args:
+        weights: for each weight these entries, as one vector.
+    """
+
+    FIRST_STEPS = 16
+
+    def __init__(self, weights: dict[Tensor, Partition]) -> None:
+        self.weights = weights
+        self._vectors = WeightVectors(list(weights), list(weights.values()))
+
+    def with_gradient(self) -> set[Tensor]:
+        """The weights with a gradient that is not zero in these rows, the same on every rank.
+
+        Copies to the host. Every rank must call it.
+        """
+        gradients = self._vectors.gradients()
+
+        def summarize(sums: Tensor, length: Tensor) -> Tensor:
+            return (sums > 0).to(self._vectors.sum_dtype)
+
+        found = self._vectors.inner_and_totals((gradients, gradients), summarize=summarize)[1][0].tolist()
+        return {weight for weight, number in zip(self.weights, found, strict=True) if number}
+
+
 def _layout(optimizer: Optimizer) -> tuple[tuple[int, int], ...]:
     """The param groups of an optimizer, to see when one joins or grows."""
     return tuple((id(g), len(g["params"])) for g in optimizer.param_groups)
@@ -656,6 +729,15 @@ def _digest(state: Any) -> str:
     if isinstance(state, (list, tuple)):
         return repr([_digest(value) for value in state])
     return repr(state)
+
+
+def is_measurable(weight: Tensor) -> bool:
+    """Whether sums can be taken over this weight and its gradient."""
+    try:
+        check_weight(weight, "weight")
+    except NotSupportedError:
+        return False
+    return not has_sparse_gradient(weight)
 
 
 def has_sparse_gradient(weight: Tensor) -> bool:
