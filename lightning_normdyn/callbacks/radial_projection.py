@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number, warn_once
 from lightning_normdyn.callbacks.effect import Effect, Projection
-from lightning_normdyn.decay import Decay, DecayOwner, DecayRule
+from lightning_normdyn.decay import Decay, DecayOwner, DecayRule, replaced_decay
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
+from lightning_normdyn.group_numbers import is_zero
 from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.optimizer_state import decay_kind, step_buffer
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
@@ -222,9 +223,18 @@ class RadialProjection(NormDynCallback):
             if decays[i].owner == DecayOwner.PROJECTION and target.weight in gates:
                 rates[i] = torch.where(gates[target.weight], rates[i], self._rate(plan.optimizer, group))
 
-    def treatment(self, plan: Plan, target: Target) -> str:
-        """What the start table says."""
-        return "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
+    def treatments(self, plan: Plan) -> list[str]:
+        """What the tables say: whether a weight is projected, and which decay it has now."""
+        assert self._session is not None
+        how = "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
+        texts = []
+        for group, decay in zip(plan.groups_of(plan.targets), self._session.decays(plan), strict=True):
+            text = how
+            if decay.owner == DecayOwner.PROJECTION and decay.rate is not None and not is_zero(decay.rate):
+                replaced = replaced_decay(plan.optimizer, group)
+                text += f", decay {float(decay.rate):.2g}" + (f" ({replaced})" if replaced else "")
+            texts.append(text)
+        return texts
 
     def effect(self, target: Target) -> Effect:
         """It removes the radial part of steps, and decays."""

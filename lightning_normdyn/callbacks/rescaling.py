@@ -151,19 +151,24 @@ def verify_targets(plan: Plan, session: Session) -> None:
     Raises:
         NotSupportedError: naming the weights on whose length the function depends; or for a batch that the forward cannot be called with.
     """
-    inputs = _inputs_of(session)
     claims = [t.verdict for t in plan.targets if t.verdict.partition is not None]
     with session.trainer.precision_plugin.forward_context():
-        try:
-            if verify_scale_invariance(session.module, *inputs, verdicts=claims):
-                return
-        except NormDynError:
-            raise
-        except Exception as error:  # whatever a forward raises that expects something else than the batch
+        for inputs in _inputs_of(session):
+            try:
+                if verify_scale_invariance(session.module, *inputs, verdicts=claims):
+                    return
+            except NormDynError:
+                raise
+            except Exception as error:  # whatever a forward raises that expects something else
+                refusal = error
+                continue
+            guilty = [c.name for c in claims if not verify_scale_invariance(session.module, *inputs, verdicts=[c])]
+            break
+        else:
             raise NotSupportedError(
-                f"verify=True calls the LightningModule with the batch, and its forward raised {type(error).__name__}: {error}. {_BY_HAND}"
-            ) from error
-        guilty = [c.name for c in claims if not verify_scale_invariance(session.module, *inputs, verdicts=[c])]
+                f"verify=True calls the LightningModule with the batch, and its forward raised {type(refusal).__name__}: {refusal}. "
+                f"{_BY_HAND}"
+            ) from refusal
     raise NotSupportedError(
         f"The function changes with the length of {', '.join(f'`{name}`' for name in guilty) or 'these weights together'}, although the "
         "gradients do not show it. Exclude them: params=['!NAME'] means all scale-invariant weights but that one."
@@ -173,26 +178,39 @@ def verify_targets(plan: Plan, session: Session) -> None:
 _BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
 
 
-def _inputs_of(session: Session) -> tuple[Any, ...]:
-    """What to call the LightningModule's forward with: the batch, or as many of its first elements as the forward asks for."""
+def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
+    """With what to try to call the LightningModule's forward: the first element of the batch, the first two, ..., the whole batch.
+
+    Raises:
+        NotSupportedError: if its signature takes none of them.
+    """
     batch = session.batch
-    several = isinstance(batch, (tuple, list)) and len(batch) > 0
-    candidates: list[tuple[Any, ...]] = [(batch,)]
-    if several:
-        candidates = [(batch[0],), *(tuple(batch[:count]) for count in range(2, len(batch) + 1))]
+    parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    candidates: list[tuple[Any, ...]] = [tuple(parts[:count]) for count in range(1, len(parts) + 1)]
+    if not isinstance(batch, Tensor):
+        candidates.append((batch,))
     signature = inspect.signature(session.module.forward)
-    for inputs in candidates:
-        if not all(isinstance(value, Tensor) for value in inputs):
-            continue
-        try:
-            signature.bind(*inputs)
-        except TypeError:
-            continue
-        return inputs
-    first = f", or its first element, but that is a {type(batch[0] if several else batch).__name__}"
-    tensors = isinstance(batch[0] if several else batch, Tensor)
-    reason = f", but its forward{signature} takes other arguments" if tensors else first
+    fitting = [inputs for inputs in candidates if _takes(signature, inputs) and _tensors_of(inputs)]
+    if fitting:
+        return fitting
+    if parts and isinstance(parts[0], Tensor):
+        reason = f", but its forward{signature} takes other arguments"
+    else:
+        reason = f", or its first element, but that is a {type(parts[0] if parts else batch).__name__}"
     raise NotSupportedError(f"verify=True calls the LightningModule with the batch{reason}. {_BY_HAND}")
+
+
+def _takes(signature: inspect.Signature, inputs: tuple[Any, ...]) -> bool:
+    try:
+        signature.bind(*inputs)
+    except TypeError:
+        return False
+    return True
+
+
+def _tensors_of(inputs: tuple[Any, ...]) -> bool:
+    """Whether these are tensors, or sequences of tensors."""
+    return all(isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and bool(x) and _tensors_of(tuple(x))) for x in inputs)
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:

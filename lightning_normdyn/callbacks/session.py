@@ -22,7 +22,7 @@ from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoE
 from lightning_normdyn.callbacks.evidence import Contradiction, Evidence
 from lightning_normdyn.callbacks.loss_gradients import LossGradients, changed_between_ranks
 from lightning_normdyn.callbacks.plan import Plan, Target
-from lightning_normdyn.decay import Decay, decay_of
+from lightning_normdyn.decay import Decay, decay_of, highest_claim
 from lightning_normdyn.epsilons import EpsilonWatch
 from lightning_normdyn.errors import NormDynWarning, NotSupportedError
 from lightning_normdyn.graph_state import GraphState, Normalizations
@@ -519,7 +519,8 @@ class Session:
         found = []
         targets = zip(plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True)
         for target, group, effects in targets:
-            owner = owners.get(target.weight)
+            # Claims say who decays it, also where somebody claims it who is no callback; after a fit there are none any more.
+            owner = owners.get(target.weight, highest_claim(effects.decay_rules))
             decay = decay_of(plan.optimizer, group, effects.decay_rules, owner)
             found.append(Decay(owner, None) if effects.decay_untold else decay)
         return found

@@ -389,3 +389,19 @@ def test_the_gate_takes_every_matrix_and_always_only_what_is_scale_invariant():
 def test_wrong_arguments_are_named(arguments, says):
     with pytest.raises(ValueError, match=says):
         RadialProjection(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("callback", "others", "says"),
+    [
+        (lambda: RadialProjection(), [], "projected, decay 0.005 (replaces 0.005, acting like 0.05)"),
+        (lambda: RadialProjection(weight_decay=0.2), [], "projected, decay 0.02 (replaces 0.005, acting like 0.05)"),
+        (lambda: RadialProjection(), [lambda: AdaptiveWeightShrink(0.1)], "projected"),
+        (lambda: RadialProjection(weight_decay_ratio=0.0), [], "projected"),
+    ],
+)
+def test_the_tables_say_which_decay_it_applies_in_whose_place(callback, others, says):
+    projection = callback()
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.005))
+    fit(module, [projection, *(other() for other in others)], max_steps=1)
+    assert projection.treatments(projection.plans[0])[0] == says

@@ -205,10 +205,20 @@ class Raises(Net):
         return F.cross_entropy(self(SimpleNamespace(pixels=batch[0])), batch[1])
 
 
+class WholeBatch(Net):
+    def forward(self, batch):  # type: ignore[override]
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def training_step(self, batch, batch_idx=0):
+        return self(batch)
+
+
 def test_verify_calls_a_forward_with_as_many_inputs_as_it_asks_for() -> None:
-    fit(make(TwoInputs), [WeightRescaling(2, verify=True)])
-    with pytest.raises(NotSupportedError, match=r"length of `net\.inner\.weight`"):
-        fit(make(TwoInputs, net=Detached()), [WeightRescaling(1, verify=True)])
+    for model in (TwoInputs, WholeBatch):
+        fit(make(model), [WeightRescaling(2, verify=True)])
+        with pytest.raises(NotSupportedError, match=r"length of `net\.inner\.weight`"):
+            fit(make(model, net=Detached()), [WeightRescaling(1, verify=True)])
 
 
 @pytest.mark.parametrize(("model", "says"), [(Keywords, r"takes other arguments"), (Raises, r"its forward raised \w+Error: ")])
