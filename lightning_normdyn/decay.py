@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.group_numbers import Number, as_number, group_number
-from lightning_normdyn.optimizer_facts import decays_at_its_rate, law_of
+from lightning_normdyn.optimizer_facts import class_for_predictions, decays_at_its_rate, law_of
 from lightning_normdyn.step_response import own_response
 
 __all__ = [
@@ -147,8 +147,7 @@ def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number 
         law = law_of(optimizer, group)
         if law is not None and law[0] == "decoupled":
             return decay if decays_at_its_rate(optimizer, group) else None
-    kind = optimizer if isinstance(optimizer, type) else type(optimizer)
-    response = own_response(kind, group)
+    response = own_response(class_for_predictions(optimizer), group)
     if response is None or response.rough:
         return None
     return response.effective_decay

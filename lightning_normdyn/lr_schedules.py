@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from numbers import Real
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_normdyn.errors import NormDynError, NotSupportedError, shown
-from lightning_normdyn.step_response import steps_like
+from lightning_normdyn.group_numbers import as_number
+from lightning_normdyn.optimizer_facts import facts_of
 
 __all__ = ["WeightDecayEquivalentLR", "weight_decay_equivalent_lrs"]
 
@@ -204,9 +205,9 @@ class WeightDecayEquivalentLR(LRScheduler):
 
 def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) -> list[float]:
     groups = len(optimizer.param_groups)
-    given: object = weight_decay  # numpy's numbers are none for the type checker
     try:
-        decays = [float(weight_decay)] * groups if isinstance(given, Real) else [float(decay) for decay in weight_decay]  # type: ignore[arg-type,union-attr]
+        one = as_number(weight_decay)
+        decays = [float(decay) for decay in cast("Sequence[float]", weight_decay)] if one is None else [float(one)] * groups
     except OverflowError as error:
         raise NormDynError(f"`weight_decay` must be finite, got {shown(weight_decay)}.") from error
     if len(decays) != groups:
@@ -218,7 +219,7 @@ def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) 
 
 def _refuse_what_is_not_exact(optimizer: Optimizer, weight_decays: list[float], inner: LRScheduler | None) -> None:
     """Everything that is known at construction."""
-    if not steps_like(type(optimizer), SGD):
+    if facts_of(optimizer).known_class is not SGD:
         raise NotSupportedError(
             f"`WeightDecayEquivalentLR` was asked for {type(optimizer).__name__}, but the equivalence holds for torch.optim.SGD only: "
             "other optimizers do not step in proportion to the gradient. Use the weight decay itself."
@@ -255,7 +256,7 @@ def _refuse_what_is_not_exact(optimizer: Optimizer, weight_decays: list[float], 
 
 def _write_lr(group: dict[str, Any], lr: float) -> None:
     """A tensor stays the same tensor: captured and compiled steps hold on to it."""
-    if isinstance(group["lr"], Real):
-        group["lr"] = lr
-    else:
+    if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr

@@ -14,7 +14,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -24,27 +24,30 @@ from torch.optim import Optimizer
 from lightning_normdyn import rate_rules, step_rules
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.group_numbers import Number, as_number, group_number, with_plain_numbers
+from lightning_normdyn.optimizer_trial import DecayTrial, Kind, Pace, remembers_weights, steps_as, try_decay, undoes_changes
 from lightning_normdyn.rate_rules import RateRule
 from lightning_normdyn.step_rules import ResponseRule, StepResponse
 
 __all__ = [
     "AppliedDecay",
     "OptimizerFacts",
+    "Unknown",
     "applied_decay",
     "applied_rate",
     "check_rate",
+    "class_for_predictions",
+    "decay_trial",
     "decays_at_its_rate",
     "facts_of",
+    "has_plain_rate",
     "law_of",
     "rate_differs_within",
     "response_of_class",
     "row_of_class",
+    "sets_weights_back",
     "steps_like",
+    "why_not_as_base",
 ]
-
-Kind: TypeAlias = Literal["coupled", "decoupled"]
-Pace: TypeAlias = Literal["rate", "lr", "step"]
-"""What a decoupled decay is multiplied by: the rate of the step, the learning rate as it is written, or nothing (once per step)."""
 
 _Law: TypeAlias = "tuple[Kind, Pace] | None"
 _LawRule: TypeAlias = Callable[[Mapping[str, Any]], _Law]
@@ -292,12 +295,117 @@ def response_of_class(optimizer_class: type, group: Mapping[str, Any]) -> StepRe
 def facts_of(optimizer: Optimizer) -> OptimizerFacts:
     """What is known about ``optimizer``: a row of `TABLE`, or one with nothing but the name.
 
+    A subclass with a step of its own has the row of its base if a trial shows that it steps as its base does.
+
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1, momentum=0.9)
         >>> facts_of(sgd).name, facts_of(sgd).exponents
         ('SGD', {'momentum_buffer': -1.0})
     """
-    return row_of_class(type(optimizer)) or OptimizerFacts(type(optimizer).__name__)
+    row = row_of_class(type(optimizer))
+    if row is not None:
+        return row
+    base = _known_base(type(optimizer))
+    if base is not None and why_not_as_base(optimizer) is None:
+        row = row_of_class(base)
+    return row or OptimizerFacts(type(optimizer).__name__)
+
+
+def _known_base(optimizer_class: type) -> type[Optimizer] | None:
+    """The nearest base class with a row."""
+    for base in optimizer_class.__mro__[1:]:
+        if base is not Optimizer and issubclass(base, Optimizer) and row_of_class(base) is not None:
+            return base
+    return None
+
+
+def why_not_as_base(optimizer: Optimizer) -> str | None:
+    """Why the step of ``optimizer`` is not that of the nearest class that is known; None if it is, or if no base class is known."""
+    base = _known_base(type(optimizer))
+    if row_of_class(type(optimizer)) is not None or base is None:
+        return None
+    return _tried(optimizer, "base", lambda: steps_as(optimizer, base))
+
+
+def class_for_predictions(optimizer: Optimizer | type[Optimizer]) -> type[Optimizer]:
+    """The class whose predictions hold for ``optimizer``; `Unknown` where its attributes change what the class alone would say.
+
+    Example:
+        >>> class Logging(torch.optim.SGD):
+        ...     def step(self, closure=None):
+        ...         return super().step(closure)
+        >>> class_for_predictions(Logging([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)).__name__
+        'SGD'
+    """
+    if isinstance(optimizer, type):
+        return optimizer
+    row = row_of_class(type(optimizer))
+    if row is not None and row.known_class is not None:
+        return type(optimizer)
+    base = type(optimizer) if row is not None else _known_base(type(optimizer))
+    if base is None or facts_of(optimizer).response is None:
+        return Unknown
+    if facts_of(optimizer).known_class is None and _has_options_of_its_own(optimizer):
+        return Unknown
+    return base
+
+
+class Unknown(Optimizer):
+    """Stands for an optimizer that nobody has derived."""
+
+
+# Attributes of optimizers of other packages that change how a step is computed and not what it does.
+_HARMLESS_ATTRIBUTES = frozenset({"defaults", "state", "param_groups", "maximize", "foreach"})
+
+
+def _has_options_of_its_own(optimizer: Optimizer) -> bool:
+    """Whether an attribute switches something on (gradient centralization, another decay) that a row by name does not know about."""
+    options = {name: value for name, value in vars(optimizer).items() if not name.startswith("_") and name not in _HARMLESS_ATTRIBUTES}
+    return any(value is True for value in options.values())
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Trials: each once per optimizer, and again when an option of its param groups changes
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+_T = TypeVar("_T")
+_trials: WeakKeyDictionary[Optimizer, tuple[Any, dict[str, Any]]] = WeakKeyDictionary()
+
+
+def _tried(optimizer: Optimizer, question: str, trial: Callable[[], _T]) -> _T:
+    """The answer of a trial; it is not made again while the optimizer's options stay the same."""
+    options = [
+        [(key, value) for key, value in group.items() if value is None or isinstance(value, (bool, str))]
+        for group in optimizer.param_groups
+    ]
+    known = _trials.get(optimizer)
+    if known is None or known[0] != options:
+        known = _trials[optimizer] = (options, {})
+    answers = known[1]
+    if question not in answers:
+        answers[question] = trial()
+    return answers[question]  # type: ignore[no-any-return]
+
+
+def decay_trial(optimizer: Optimizer) -> DecayTrial:
+    """What a trial says about the weight decay of an optimizer that is in no row (`lightning_normdyn.optimizer_trial.try_decay`)."""
+    return _tried(optimizer, "decay", lambda: try_decay(optimizer, applied_rate))
+
+
+def sets_weights_back(optimizer: Optimizer) -> float | None:
+    """The share that is left, a dozen steps later, of a change made to the weights of ``optimizer`` from outside; None if it stays.
+
+    Where little is left, the optimizer sets weights back to something that it remembers (a slow copy, the start of a dual averaging), so
+    what a callback does to them is undone. torch's own optimizers do not.
+
+    Example:
+        >>> sets_weights_back(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)) is None
+        True
+    """
+    if facts_of(optimizer).known_class is not None:
+        return None
+    left = _tried(optimizer, "memory", lambda: remembers_weights(optimizer))
+    return left if undoes_changes(left) else None
 
 
 # ------------------------------------------------------------------------------------------------------------------------------------------
@@ -322,7 +430,17 @@ def applied_rate(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor)
         >>> applied_rate(sgd, sgd.param_groups[0], weight)
         0.1
     """
-    return facts_of(optimizer).rate(optimizer, group, weight)
+    rate = facts_of(optimizer).rate(optimizer, group, weight)
+    lr = as_number(group.get("lr"))
+    if rate is not None or lr is None or not rate_rules.has_own_schedule(optimizer, group):
+        return rate
+    # It speaks of a warmup that may be one of the rate or of something else: its weight decay tells.
+    return lr if group_number(group, "weight_decay") != 0 and law_of(optimizer, group) == ("decoupled", "lr") else None
+
+
+def has_plain_rate(optimizer: Optimizer) -> bool:
+    """Whether the rate is the learning rate of the param group for certain; else a step itself may move it on."""
+    return facts_of(optimizer).rate is rate_rules.plain
 
 
 def rate_differs_within(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
@@ -396,8 +514,10 @@ def law_of(optimizer: Optimizer, group: Mapping[str, Any]) -> _Law:
     if "weight_decay" not in group:
         return None
     row = facts_of(optimizer)
-    if row.decay_law is None:
+    if row.decay_law is not None and (row.known_class is not None or _knows_all_that_is_set(row, group)):
+        return row.decay_law(group)
+    decay = as_number(group["weight_decay"])
+    if row.known_class is not None or decay is None or (isinstance(decay, float) and decay == 0):
         return None
-    if row.known_class is None and not _knows_all_that_is_set(row, group):
-        return None
-    return row.decay_law(group)
+    trial = decay_trial(optimizer)
+    return None if trial.kind is None else (trial.kind, trial.pace or "lr")

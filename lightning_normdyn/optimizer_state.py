@@ -12,7 +12,6 @@ applies the factors.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -22,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.group_numbers import as_number
-from lightning_normdyn.optimizer_facts import TABLE, facts_of, law_of
+from lightning_normdyn.optimizer_facts import TABLE, decay_trial, facts_of, law_of, sets_weights_back, why_not_as_base
 
 __all__ = [
     "decay_kind",
@@ -32,13 +31,8 @@ __all__ = [
     "state_exponents",
     "step_buffer",
     "supports_decay_takeover",
+    "taken_over_by_trial",
 ]
-
-# lion_pytorch's step was read: it takes group["weight_decay"] anew at every step and keeps nothing in the group.
-_READS_DECAY_EVERY_STEP = ("lion_pytorch.",)
-
-# Keys that optimizers write into their param groups at every step (schedule-free, Prodigy, fused Adams with one step count per group).
-_PER_STEP_GROUP_KEYS = frozenset({"step", "k", "d", "d_numerator", "weight_sum", "lr_max", "scheduled_lr", "train_mode"})
 
 
 def state_exponents(optimizer: Optimizer) -> dict[str, float]:
@@ -73,7 +67,9 @@ def state_exponents(optimizer: Optimizer) -> dict[str, float]:
     known = facts_of(optimizer).exponents
     if known is None:
         names = ", ".join(sorted(row.name for row in TABLE if row.exponents is not None))
-        raise NotSupportedError(f"{asked}, but only the state of {names} is understood. {way_out}")
+        own_step = why_not_as_base(optimizer)
+        because = "" if own_step is None else f" ({own_step})"
+        raise NotSupportedError(f"{asked}, but only the state of {names} is understood{because}. {way_out}")
     if unknown := sorted(_buffers_of(optimizer) - known.keys()):
         raise NotSupportedError(f"{asked}, but what a change of scale does to its buffers {unknown} is not known. {way_out}")
     return {key: exponent for key, exponent in known.items() if exponent}
@@ -138,26 +134,31 @@ def decay_kind(optimizer: Optimizer, group: dict[str, Any]) -> Literal["coupled"
 def supports_decay_takeover(optimizer: Optimizer) -> str | None:
     """Why the weight decay of single weights cannot be taken over from ``optimizer``, or ``None`` if it can.
 
-    To take over the decay, a param group is shown to the optimizer as two for the duration of one step. That is right only if
-    ``step`` reads ``weight_decay`` from the group each time and writes nothing into it.
+    To take over the decay, a param group is shown to the optimizer as two for the duration of one step. That is right only if ``step``
+    reads ``weight_decay`` from the group each time. torch's own optimizers do; for any other class a trial on scratch weights tells
+    (`lightning_normdyn.optimizer_trial.try_decay`).
 
     Example:
         >>> supports_decay_takeover(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))])) is None
         True
     """
-    name, module = type(optimizer).__name__, _step_module(optimizer)
+    name = type(optimizer).__name__
     if is_schedule_free(optimizer):
         return f"{name} is schedule-free and keeps a second copy of the weights"
     if facts_of(optimizer).reads_decay:
         return None
-    kept = sorted({key for group in optimizer.param_groups for key in group if key in _PER_STEP_GROUP_KEYS})
-    if kept:
-        return f"{name} keeps per-step state in its param groups ({', '.join(kept)})"
-    if not module.startswith(_READS_DECAY_EVERY_STEP):
-        return f"the step of {name} is defined in {module}, and whether it reads weight_decay from its group at every step is not known"
-    if any(group.get("weight_decay") and decay_kind(optimizer, group) is None for group in optimizer.param_groups):
-        return f"how {name} applies it is not known"
-    return None
+    refusal = decay_trial(optimizer).refusal
+    return None if refusal is None else f"of {name} it is not known how it decays: {refusal}"
+
+
+def taken_over_by_trial(optimizer: Optimizer) -> bool:
+    """Whether it is a trial, and not the table, that says the weight decay of ``optimizer`` can be taken over.
+
+    Example:
+        >>> taken_over_by_trial(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))]))
+        False
+    """
+    return not facts_of(optimizer).reads_decay and supports_decay_takeover(optimizer) is None
 
 
 def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
@@ -186,15 +187,20 @@ def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
 def is_schedule_free(optimizer: Optimizer) -> bool:
     """Whether ``optimizer`` trains a weight that is an interpolation of others in its state (schedule-free): no rule here is right for it.
 
+    Told by what it does: it has a mode for training and one for evaluation, and it sets weights back to points that it remembers. Names of
+    attributes do not tell: SPlus has the modes as well, DAdaptSGD and FTRL have a buffer called "z".
+
     Example:
-        >>> is_schedule_free(torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1))
+        >>> is_schedule_free(torch.optim.SGD([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1))
         False
     """
-    return (
-        any(c.__module__.split(".")[0] == "schedulefree" for c in type(optimizer).__mro__)
-        or any("train_mode" in group for group in optimizer.param_groups)
-        or any("z" in state for state in optimizer.state.values() if isinstance(state, Mapping))
-    )
+    kind = type(optimizer)
+    if facts_of(optimizer).known_class is not None:
+        return False
+    if any(c.__module__.split(".")[0] == "schedulefree" for c in kind.__mro__):
+        return True
+    has_modes = callable(getattr(kind, "train", None)) and callable(getattr(kind, "eval", None))
+    return has_modes and sets_weights_back(optimizer) is not None
 
 
 @torch.no_grad()
@@ -229,10 +235,3 @@ def rescale_batch_norm_(running_mean: Tensor | None, running_var: Tensor | None,
     if running_var is not None:
         var = running_var.double()
         running_var.copy_(torch.where(c == 1, var, c.square() * (var + eps) - eps))  # v + eps - eps is not always v
-
-
-def _step_module(optimizer: Optimizer) -> str:
-    # torch wraps the step of every class that it instantiates and LR schedulers wrap it on the instance; each wrapper names what it
-    # wraps. The class is asked, so that a scheduler is no reason to refuse.
-    module: str = inspect.unwrap(type(optimizer).step).__module__
-    return module

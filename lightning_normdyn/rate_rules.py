@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.group_numbers import Number, as_number, group_number
 
-__all__ = ["RateRule", "adagrad", "asgd", "by_keys", "plain", "torch_adafactor"]
+__all__ = ["RateRule", "adagrad", "asgd", "by_keys", "has_own_schedule", "plain", "torch_adafactor"]
 
 RateRule: TypeAlias = Callable[[Optimizer, Mapping[str, Any], Tensor], "Number | None"]
 """Optimizer, param group, weight of that group -> the rate of the weight's next step."""
@@ -72,7 +72,7 @@ def by_keys(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> N
         return None
     if "base_lr" in group or "step_count" in group or _is_heavyball(optimizer):
         return _heavyball(group, lr)
-    if _has_own_schedule(optimizer, group):
+    if has_own_schedule(optimizer, group):
         return None
     return lr
 
@@ -133,7 +133,7 @@ def _is_heavyball(optimizer: Optimizer) -> bool:
     return any(c.__module__.split(".")[0] == "heavyball" for c in type(optimizer).__mro__)
 
 
-def _has_own_schedule(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+def has_own_schedule(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     """Whether a number of the group or of the optimizer speaks of a warmup or warmdown that we do not know."""
     named = {**{k: v for k, v in vars(optimizer).items() if not k.startswith("_")}, **group}
     return any("warm" in key.lower() and bool(as_number(value) or value is True) for key, value in named.items() if key != "params")

@@ -17,6 +17,8 @@ from typing import Any, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.group_numbers import group_number, is_zero
+
 __all__ = ["SplitGroup", "is_view", "part_of", "show", "split_groups", "unsplit", "view_class", "view_of", "writes_into_groups"]
 
 Group = dict[str, Any]
@@ -61,9 +63,16 @@ class SplitGroup(dict[str, Any]):
     # dict writes to itself directly; these go through the two methods above.
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
-    pop = MutableMapping.pop
     popitem = MutableMapping.popitem
     clear = MutableMapping.clear
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict: MutableMapping's own looks for a private default that is not here."""
+        if key not in self and default:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
 
     def __ior__(self, other: Any) -> SplitGroup:  # type: ignore[override,misc]
         self.update(other)
@@ -105,7 +114,8 @@ def split_groups(groups: Sequence[Group], taken: Container[Tensor], *, write_thr
     """
     shown: list[Group] = []
     for group in groups:
-        ours = [p for p in group["params"] if p in taken] if group.get("weight_decay") else []
+        decays = not is_zero(group_number(group, "weight_decay"))
+        ours = [p for p in group["params"] if p in taken] if decays else []
         if not ours:
             shown.append(group)
             continue

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.decay import DecayOwner
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizer_facts import applied_decay
 from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
 from lightning_normdyn.sharding import full_shape, groups_for_step, steps_as_one, torch_optimizers
@@ -37,6 +38,7 @@ class Phase(IntEnum):
     LR_DROP = 20  # ready: rescale weights, state and this step's gradients
     SHRINK = 30  # ready: w <- f w
     SNAPSHOT = 40  # ready: copy the shrunk weight, where somebody asks for it
+    LOOK_AGAIN = 45  # stepped: the first real step has filled the optimizer's state; last moment for an error
     PROJECT = 50  # stepped: on w' - s
     MEASURE_STEP = 60  # stepped: angle of the step
     RESCALE = 70  # stepped: last, so that no step's angle contains it
@@ -446,7 +448,7 @@ class StepBracket:
         as_one = steps_as_one(self.optimizer)
         if not as_one and not any(part is not None and part.partial for part in taken.values()):
             return
-        groups = [(group, p) for group in self.optimizer.param_groups if group.get("weight_decay") for p in group["params"]]
+        groups = [(group, p) for group in self._decaying_groups() for p in group["params"]]
         partly: list[tuple[Tensor, Partition | None, dict[str, Any]]] = []
         for group, weight in groups:
             if weight in taken:
@@ -480,6 +482,10 @@ class StepBracket:
         self._gradients = [(g, g.clone()) for g in gradients if g is not None]
         amounts = self._of_rest(vectors, coupled)
         vectors.add_scaled_(amounts if scale is None else amounts * scale.to(amounts), vectors.values(), gradients)
+
+    def _decaying_groups(self) -> list[dict[str, Any]]:
+        """Param groups with a weight decay; one that lives on a device counts as one, since nothing waits for it."""
+        return [group for group in self.optimizer.param_groups if not is_zero(group_number(group, "weight_decay"))]
 
     @staticmethod
     def _of_rest(vectors: WeightVectors, values: list[Any]) -> Tensor:
@@ -538,8 +544,8 @@ def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor] | Mappi
         return
     ours = {id(w) for w in weights}
     for group in optimizer.param_groups:
-        decay = group.get("weight_decay")
-        if decay and any(id(p) in ours for p in group["params"]):
+        decay = group_number(group, "weight_decay")
+        if not is_zero(decay) and any(id(p) in ours for p in group["params"]):
             raise NotSupportedError(
                 f"The weight decay {decay} of {type(optimizer).__name__} would have to be taken over for these weights, but {reason}. "
                 "Set weight_decay=0 in their param group, or use weight_decay='keep' where the callback has it."
@@ -548,9 +554,18 @@ def check_decay_takeover(optimizer: Optimizer, weights: Iterable[Tensor] | Mappi
 
 def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) -> None:
     for group in optimizer.param_groups:
-        if not group.get("weight_decay") or not group.get("fused"):
+        partial = [p for p in group["params"] if p in partitions and partitions[p].partial]
+        if not partial or is_zero(group_number(group, "weight_decay")):
             continue
-        if any(p.dtype.itemsize < 4 and p in partitions and partitions[p].partial for p in group["params"]):
+        if applied_decay(optimizer, group, partial[0]) is None:
+            raise NotSupportedError(
+                f"Some rows of a weight keep the weight decay {group['weight_decay']} of {type(optimizer).__name__} while that of the "
+                "others is taken over, but a trial could not tell how it applies its decay, so it cannot be applied to those rows alone. "
+                "Set weight_decay=0 in the weight's param group, or use weight_decay='keep' where the callback has it."
+            )
+        if not group.get("fused"):
+            continue
+        if any(p.dtype.itemsize < 4 for p in partial):
             raise NotSupportedError(
                 f"Some rows of a weight keep the weight decay {group['weight_decay']} of {type(optimizer).__name__} while that of the "
                 "others is taken over, but its fused kernel applies it in float32 within the update, and the weight is stored in less. "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 
+import doubles
 import pytest
 import torch
 from torch import nn
@@ -15,7 +17,9 @@ from lightning_normdyn.optimizer_state import (
     per_matrix_only,
     rescale_batch_norm_,
     state_exponents,
+    step_buffer,
     supports_decay_takeover,
+    taken_over_by_trial,
 )
 
 # name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of Adam-like optimizers not at all)
@@ -188,19 +192,41 @@ def test_unknown_state_is_refused_by_name():
         state_exponents(sgd)
 
 
-@pytest.mark.parametrize("mark", ["group", "state"])
-def test_schedule_free_is_refused_always(mark):
+def test_schedule_free_is_told_by_what_it_does_and_refused():
     weight = nn.Parameter(torch.randn(2, 2))
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    assert not is_schedule_free(optimizer)
-    if mark == "group":
-        optimizer.param_groups[0]["train_mode"] = True
-    else:
-        optimizer.state[weight] = {"z": torch.zeros(2, 2)}
+    optimizer = doubles.ScheduleFree([weight])
     assert is_schedule_free(optimizer)
     with pytest.raises(NotSupportedError, match="Use another optimizer"):
         state_exponents(optimizer)
     assert "schedule-free" in supports_decay_takeover(optimizer)
+
+
+@pytest.mark.parametrize("kind", [doubles.HasModes, doubles.DualAveraging, doubles.SlowCopy])
+def test_names_of_attributes_make_nobody_schedule_free(kind):
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = kind([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert not is_schedule_free(optimizer)
+    marked = torch.optim.SGD([{"params": [weight], "train_mode": True}], lr=0.1)
+    marked.state[weight] = {"z": torch.zeros(2, 2)}
+    assert not is_schedule_free(marked)
+
+
+def test_state_that_is_no_dict_belongs_to_no_weight():
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    optimizer.state.update(k=torch.tensor([3]), total_step=7, ema={"short": 0.0})
+    assert state_exponents(optimizer) == {"momentum_buffer": -1.0}
+
+
+@pytest.mark.parametrize("held", [{0.9: torch.zeros(2, 2)}, [torch.zeros(2, 2)], object()])
+def test_buffers_in_containers_are_seen(held):
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.state[weight] = {"buffers": held, "step": 3, "flag": True}
+    with pytest.raises(NotSupportedError, match=r"buffers \['buffers'\]"):
+        state_exponents(optimizer)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +272,7 @@ def test_decay_kind_of_the_unknown_is_none():
     assert decay_kind(own, own.param_groups[0]) is None
     rprop = torch.optim.Rprop([nn.Parameter(torch.randn(2, 2))])
     assert decay_kind(rprop, rprop.param_groups[0]) is None
-    assert "step of Own is defined in test_optimizer_state" in supports_decay_takeover(own)
+    assert "changes nothing" in supports_decay_takeover(own)
 
 
 def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
@@ -260,17 +286,24 @@ def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
     assert supports_decay_takeover(optimizer) is None
 
 
-def test_decay_takeover_is_refused_with_the_reason():
+def test_decay_takeover_rests_on_a_trial_where_the_step_is_not_torchs():
     weight = nn.Parameter(torch.randn(2, 2))
+    known = torch.optim.AdamW([weight], weight_decay=0.1)
+    assert not taken_over_by_trial(known)
+    assert not taken_over_by_trial(doubles.LoggingSGD([weight], lr=0.1, weight_decay=0.1))  # shown to step as SGD
+    assert taken_over_by_trial(doubles.Options([weight], weight_decay=0.1))
+    cached = doubles.CachesDecay([weight], weight_decay=0.1)
+    assert re.search("of CachesDecay it is not known how it decays: .*changes nothing", supports_decay_takeover(cached))
 
-    class OwnStep(torch.optim.SGD):
-        @torch.no_grad()
-        def step(self, closure=None):
-            return super().step(closure)
 
-    assert "step of OwnStep is defined in test_optimizer_state" in supports_decay_takeover(OwnStep([weight], lr=0.1))
-    prodigy_like = OwnStep([{"params": [weight], "d": 1e-6, "k": 0}], lr=0.1)
-    assert supports_decay_takeover(prodigy_like) == "OwnStep keeps per-step state in its param groups (d, k)"
+def test_an_own_step_is_unknown_unless_it_steps_as_its_base():
+    weight = nn.Parameter(torch.randn(2, 2))
+    assert state_exponents(doubles.LoggingSGD([weight], lr=0.1, momentum=0.9)) == {"momentum_buffer": -1.0}
+    with pytest.raises(NotSupportedError, match=r"state of ClippingSGD.*differs from that of SGD"):
+        state_exponents(doubles.ClippingSGD([weight], lr=0.1, momentum=0.9))
+    with pytest.raises(NotSupportedError, match=r"state of SlowCopy.*AdamW"):  # before it has any state
+        state_exponents(doubles.SlowCopy([weight]))
+    assert step_buffer(doubles.ClippingSGD([weight], lr=0.1, momentum=0.9), {"momentum": 0.9, "nesterov": False}) is None
 
 
 # ---- The statistics behind a rescaled filter ----

@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import doubles
 import pytest
 import reference
 import torch
@@ -74,7 +75,7 @@ def test_phases_then_names_decide_the_order_not_the_registration():
 
 def test_the_phases_of_architecture():
     assert list(Phase) == sorted(Phase)
-    names = ["RESOLVE", "MEASURE", "LR_DROP", "SHRINK", "SNAPSHOT", "PROJECT", "MEASURE_STEP", "RESCALE"]
+    names = ["RESOLVE", "MEASURE", "LR_DROP", "SHRINK", "SNAPSHOT", "LOOK_AGAIN", "PROJECT", "MEASURE_STEP", "RESCALE"]
     assert [p.name for p in Phase] == names
 
 
@@ -198,8 +199,7 @@ def test_a_subclass_that_calls_its_base_class_steps_once(with_closure, fails):
 
 
 def test_schedule_free_is_refused():
-    _weight, optimizer = weight_and_sgd()
-    optimizer.param_groups[0]["train_mode"] = True
+    optimizer = doubles.ScheduleFree([torch.nn.Parameter(torch.ones(2, 3))])
     with pytest.raises(NotSupportedError, match="second copy of the weights"):
         StepBracket.of(optimizer)
 
@@ -545,17 +545,28 @@ def test_the_highest_claim_owns_the_decay_and_a_claim_can_be_taken_back():
 
 
 def test_a_decay_that_cannot_be_taken_over_is_refused_by_name():
-    class Mine(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
-
-    weight = nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(NotSupportedError, match=r"weight decay 0.1 of Mine.*Set weight_decay=0 in their param group"):
-        check_decay_takeover(Mine([weight], lr=0.1, weight_decay=0.1), [weight])
-    check_decay_takeover(Mine([weight], lr=0.1), [weight])
+    kind, weight = doubles.CachesDecay, nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(NotSupportedError, match=r"weight decay 0.1 of CachesDecay.*Set weight_decay=0 in their param group"):
+        check_decay_takeover(kind([weight], weight_decay=0.1), [weight])
+    check_decay_takeover(kind([weight]), [weight])
     check_decay_takeover(
-        Mine([{"params": [weight], "weight_decay": 0.0}, {"params": [nn.Parameter(torch.ones(1))]}], 0.1, weight_decay=1), [weight]
+        kind([{"params": [weight], "weight_decay": 0.0}, {"params": [nn.Parameter(torch.ones(1))]}], weight_decay=1), [weight]
     )
+
+
+def test_rows_that_nobody_claims_are_refused_where_the_kind_of_the_decay_is_not_known():
+    class LaterDecay(doubles.Options):
+        """Decays after its update, with momentum: of no kind that could be applied to single rows."""
+
+        def update(self, p, g, group, state):
+            super().update(p, g, {**group, "weight_decay": 0.0}, state)
+            p.mul_(1 - 3 * group["lr"] * group["weight_decay"])
+
+    weight = nn.Parameter(torch.randn(6, 4))
+    optimizer = LaterDecay([weight], weight_decay=0.1)
+    check_decay_takeover(optimizer, [weight])
+    with pytest.raises(NotSupportedError, match=r"Some rows .*of LaterDecay.*a trial could not tell how"):
+        check_decay_takeover(optimizer, {weight: ROWS})
 
 
 # ---- Counting ----

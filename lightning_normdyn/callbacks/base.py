@@ -24,6 +24,7 @@ from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, wa
 from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.decay import Decay
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError, shown
+from lightning_normdyn.optimizer_facts import has_plain_rate, sets_weights_back
 from lightning_normdyn.sharding import check_weight, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import SINGLE_NUMBERS, Verdict, choose_partition, filter_partition, match_patterns, normalize_params
@@ -34,7 +35,7 @@ GRANULARITIES = ("auto", "filter", "group", "layer")
 # In checkpoints, before the name of a counter per vector (`Plan.counters`).
 COUNTED = "counted/"
 # Phases in which a handler finds weights to look at. Whoever acts in others changes them.
-LOOKING = frozenset({Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.MEASURE_STEP})
+LOOKING = frozenset({Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.LOOK_AGAIN, Phase.MEASURE_STEP})
 # What a subclass may override without doing anything else to a weight.
 SAYING = frozenset({"__init__", "settings", "treatment", "treatments"})
 
@@ -85,6 +86,7 @@ class NormDynCallback(Callback):
         self._handler_removers: dict[int, list[Callable[[], None]]] = {}
         self._reported_bad = False
         self._left_alone: set[str] = set()  # weights of which it was said that nothing acts on them
+        self._looked_again: set[int] = set()  # optimizers whose first real step has shown their state
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what a spawned process gets, is ready for a fit of its own: the Trainer, the weights and their hooks stay behind."""
@@ -286,12 +288,37 @@ class NormDynCallback(Callback):
         order = f"{int(self.writes or self.acts)} {self.state_key}"  # within a phase, who only looks comes first
         for phase, handler in self.handlers().items():
             self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=order, rank=self.rank))
+        if not has_plain_rate(optimizer):
+            removers = self._handler_removers.setdefault(index, [])
+            removers.append(bracket.add(Phase.MEASURE, lambda step: plan.fix_rates(), order=""))  # before everybody who asks for them
+        self._look_again_after_first_step(index, plan)
         self.on_plan(plan, bracket)
+
+    def _look_again_after_first_step(self, index: int, plan: Plan) -> None:
+        """Ask once more after the optimizer's first real step: before it, most optimizers have no state that could be judged."""
+
+        def look(step: Step) -> None:
+            if index in self._looked_again:
+                return
+            self._looked_again.add(index)
+            self.check_optimizer(plan.optimizer, [t.weight for t in plan.targets])
+            self._check_copies(plan.optimizer, plan.targets)
+
+        if index not in self._looked_again and self.acts:
+            bracket = self._session.brackets[index]  # type: ignore[union-attr]  # there is a plan, so there is a session
+            self._handler_removers.setdefault(index, []).append(bracket.add(Phase.LOOK_AGAIN, look, order=self.state_key))
 
     def _check_copies(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
         """Refuse to change weights that the optimizer sets back to a copy of its own."""
-        if not self.writes:
+        if not self.acts or not targets:
             return
+        left = sets_weights_back(optimizer)
+        if left is not None:
+            raise NotSupportedError(
+                f"{type(optimizer).__name__} sets weights back to points that it remembers: of a change made to weights from outside, a "
+                f"trial found {left:.0%} left a dozen steps later. That would undo what {type(self).__name__} does to "
+                f"`{targets[0].name}`. Use an optimizer that steps from where a weight is, such as AdamW or SGD, or remove the callback."
+            )
         # A sharded weight lies beside a sharded copy, and ranks might find different things.
         plain = [t for t in targets if type(t.weight.data) is Tensor]
         copies = copies_of_weights(optimizer, [t.weight for t in plain])

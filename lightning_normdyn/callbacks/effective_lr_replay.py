@@ -19,7 +19,9 @@ from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn
 from lightning_normdyn.callbacks.effect import Effect, ScaledSteps
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
+from lightning_normdyn.group_numbers import group_number, is_zero
 from lightning_normdyn.history import History, load_history
+from lightning_normdyn.optimizer_facts import facts_of, why_not_as_base
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
 
@@ -100,10 +102,12 @@ class EffectiveLRReplay(NormDynCallback):
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The factor is SGD's: its steps are proportional to the gradient."""
-        if weights and not isinstance(optimizer, SGD):
+        if weights and facts_of(optimizer).known_class is not SGD:
+            own_step = why_not_as_base(optimizer)
+            because = "" if own_step is None else f" ({own_step})"
             raise NotSupportedError(
                 f"EffectiveLRReplay scales steps by a ratio of squared norms, which is right for SGD, but the optimizer is "
-                f"{type(optimizer).__name__}. Use torch.optim.SGD in both runs."
+                f"{type(optimizer).__name__}{because}. Use torch.optim.SGD in both runs."
             )
 
     # -- the record ----------------------------------------------------------------------------------------------------
@@ -143,7 +147,7 @@ class EffectiveLRReplay(NormDynCallback):
             if there != target.partition.n:
                 raise self._mismatch(f"`{target.name}` has {there} vectors there and {target.partition.n} here")
         record = self._records[plan.index] = _Record.of(plan, history)
-        if any(group.get("momentum") for group, _ in plan.groups):
+        if any(not is_zero(group_number(group, "momentum")) for group, _ in plan.groups):
             self._say("momentum", "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are followed approximately.")
         if record.has_gaps:
             self._say("gaps", f"`{self.path}` was not recorded at every step; norms in between are interpolated.")

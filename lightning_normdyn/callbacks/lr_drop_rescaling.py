@@ -18,7 +18,7 @@ from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
 from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizer_facts import applied_rate, check_rate
+from lightning_normdyn.optimizer_facts import applied_rate, check_rate, class_for_predictions
 from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
@@ -178,7 +178,7 @@ class LRDropRescaling(NormDynCallback):
         return self._known[plan.index]
 
     def _exponent(self, plan: Plan, target: Target, group: Mapping[str, Any], effects: Effects) -> float:
-        kind = type(plan.optimizer)
+        kind = class_for_predictions(plan.optimizer)
         if effects.rescaling is not None:
             raise NotSupportedError(
                 f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of LRDropRescaling, which changes it. "
@@ -193,11 +193,11 @@ class LRDropRescaling(NormDynCallback):
         if options is None:
             reason = "the equilibrium under the other callbacks on it is not known"
         elif step_response(kind, group) is None:
-            reason = f"the equilibrium of {kind.__name__} with these settings is not known"
+            reason = f"the equilibrium of {type(plan.optimizer).__name__} with these settings is not known"
         else:
             reason = "it has no weight decay, and without one there is no equilibrium to land on"
         raise NotSupportedError(
-            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under {kind.__name__}: {reason}. "
+            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under {type(plan.optimizer).__name__}: {reason}. "
             "Give exponent=..., or leave the weight out of `params`."
         )
 

@@ -57,8 +57,10 @@ from lightning_normdyn.functional import (
     norm_from_sums,
     std_from_sums,
 )
+from lightning_normdyn.group_numbers import with_plain_numbers
 from lightning_normdyn.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.history import History
+from lightning_normdyn.optimizer_facts import applied_rate, class_for_predictions
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket
@@ -266,6 +268,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._dead: dict[int, tuple[int, Tensor]] = {}
         self._to_fall: dict[int, tuple[Tensor, Tensor]] = {}  # whether a vector is dead, and the e-foldings that it has left
         self._reported: set[tuple[str, str]] = set()
+        self._unknown_rates: set[str] = set()
         self._told = 0  # how many targets the loggers know of
         self._files: HistoryFiles | None = None  # where this fit's history lies, once it has been written
         self._ended = False  # whether the fit is over, and all has been written
@@ -308,6 +311,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not any(standardized):
             wanted.remove("weight_std")
+        self._say_unknown_rate(plan)
         self._read_effects(plan)
         shrinks = [self._effects[t.name].shrink for t in plan.targets]
         shrunk = any(shrink is not None for shrink in shrinks)
@@ -329,6 +333,19 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         for target in plan.targets:
             members = int(target.partition.lengths(self._session.shapes[target.weight], target.verdict.read).sum())
             self._length[target.name] = max(1, members // max(1, target.partition.n))
+
+    def _say_unknown_rate(self, plan: Plan) -> None:
+        """Whoever misses a curve must find out why it is not there."""
+        groups = plan.groups_of(plan.targets)
+        if all(applied_rate(plan.optimizer, g, t.weight) is not None for g, t in zip(groups, plan.targets, strict=True)):
+            return
+        name = type(plan.optimizer).__name__
+        if name not in self._unknown_rates:
+            self._unknown_rates.add(name)
+            warn_once(
+                f"The learning rate that {name} applies in its next step cannot be told from its param groups and its state. Until it can "
+                "be, effective_lr, direction_lr and predictions are left out for its weights; norms and angles are measured."
+            )
 
     # -- measuring -----------------------------------------------------------------------------------------------------
 
@@ -425,7 +442,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], vectors.length)
             kept = torch.stack([norm, self._session.applied_decay(plan, norm, std)])
         # A copy of each group: a schedule may have moved on when this is read.
-        copies = {id(group): {k: v for k, v in group.items() if k != "params"} for group, _ in plan.groups}
+        copies = {id(group): with_plain_numbers({k: v for k, v in group.items() if k != "params"}) for group, _ in plan.groups}
         groups = [copies[id(group)] for group in plan.groups_of(plan.targets)]
         result = _Measured(plan, now, number, wanted, due, overdue, measured, values["size"], active, binned, kept, skipped, groups)
         # The same step again (a fused optimizer's update that was skipped, tried once more within a batch) takes the place of the first.
@@ -727,14 +744,14 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _warn_dead(self, trainer: Trainer, plan: Plan, target: Target, group: dict[str, Any], sums: dict[str, tuple[float, float]]) -> None:
         """A vector without gradient only decays: say so before something divides by its length."""
         count = sums["dead"][0]
-        if not count or (COLLAPSE, target.name) in self._reported:
+        if not count or not sums["lr"][1] or (COLLAPSE, target.name) in self._reported:
             return
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
         rate = sums["dead_rate"][0] / count
-        group, optimizer, effects = {**group, "lr": float(group["lr"])}, plan.optimizer, self._effects[target.name]
+        group, optimizer, effects = {**group, "lr": self._mean("lr", *sums["lr"])}, plan.optimizer, self._effects[target.name]
         faster = falls_ever_faster(optimizer, group, effects)
         dying = self._dying(plan, target, group) if faster else []
-        known = bool(dying) if faster else step_response(type(optimizer), group) is not None
+        known = bool(dying) if faster else step_response(class_for_predictions(optimizer), group) is not None
         left = steps_to_collapse(optimizer, group, effects, e_foldings, rate, dying)
         if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
@@ -814,7 +831,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 if id(group) in said or not self._effects[target.name].none or not target.scale_invariant:
                     continue
                 said.add(id(group))
-                text = idle_decay(type(plan.optimizer), group, trainer.estimated_stepping_batches)
+                text = idle_decay(class_for_predictions(plan.optimizer), group, trainer.estimated_stepping_batches)
                 if text is not None:
                     show(trainer, f"lightning-normdyn: {text}")
 

@@ -65,6 +65,7 @@ class Plan:
     vectors: WeightVectors
     groups: list[tuple[dict[str, Any], slice]]
     bad: Tensor = field(init=False)
+    _fixed_rates: Tensor | None = None
     positions: dict[Tensor, int] = field(init=False)
     _values: dict[str, tuple[list[Any], Tensor]] = field(default_factory=dict)
     _masks: dict[tuple[bool, ...], Tensor] = field(default_factory=dict)
@@ -87,8 +88,10 @@ class Plan:
         """The rate that the optimizer's next step really applies to each vector, ``(n,)`` float64; NaN where nobody can tell.
 
         For most optimizers that is the learning rate of the param group, read at this very step
-        (`lightning_normdyn.optimizer_facts.applied_rate`).
+        (`lightning_normdyn.optimizer_facts.applied_rate`). A rate that a step itself moves on is the one that was `fix_rates`.
         """
+        if self._fixed_rates is not None:
+            return self._fixed_rates
         if not any(rate_differs_within(self.optimizer, group) for group, _ in self.groups):
             values = [self._rate(group, group["params"][0]) for group, _ in self.groups]
             return self.spread_groups("rate", values)
@@ -98,6 +101,11 @@ class Plan:
         for rate, where in zip(by_weight, self.vectors.slices, strict=True):
             rates[where] = rate
         return rates
+
+    def fix_rates(self) -> None:
+        """Read the rates of the coming step, for all of its phases: afterwards the optimizer's state speaks of the next one."""
+        self._fixed_rates = None
+        self._fixed_rates = self.rates()
 
     def _rate(self, group: dict[str, Any], weight: Tensor) -> Number:
         rate = applied_rate(self.optimizer, group, weight)

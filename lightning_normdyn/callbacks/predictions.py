@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.effect import Effects, Rescaling
 from lightning_normdyn.decay import AnOptimizer, Decay, decay_of, highest_claim
 from lightning_normdyn.equilibrium import settles_at, wrs_angular_update
 from lightning_normdyn.history import History
+from lightning_normdyn.optimizer_facts import class_for_predictions
 from lightning_normdyn.step_response import is_rough, is_zero, step_response
 from lightning_normdyn.vectors import WeightVectors
 from lightning_normdyn.verdicts import (
@@ -80,10 +80,6 @@ def _decay(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]) -
     return decay_of(optimizer, group, rules, highest_claim(rules))
 
 
-def _class_of(optimizer: AnOptimizer) -> type[Optimizer]:
-    return optimizer if isinstance(optimizer, type) else type(optimizer)
-
-
 @dataclass(frozen=True)
 class Prediction:
     """What a weight settles at if its hyperparameters stay as they are.
@@ -129,7 +125,7 @@ def predict(
     options = balance(effects, optimizer, group, measured.get("equivalent_weight_decay"))
     if options is None:
         return None
-    response = step_response(_class_of(optimizer), group, **options)
+    response = step_response(class_for_predictions(optimizer), group, **options)
     if response is None or response.decay is None:
         return None
     settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
@@ -156,7 +152,7 @@ def _predict_rescaled(
     if rate is None or not is_zero(rate):
         return None
     angle = wrs_angular_update(
-        _class_of(optimizer),
+        class_for_predictions(optimizer),
         group,
         rescaling.every_n_steps,
         gradient_scale=scale,
@@ -380,7 +376,7 @@ def falls_ever_faster(optimizer: AnOptimizer, group: Mapping[str, Any], effects:
         True
     """
     options = _fixed_decay(effects, optimizer, group)
-    return options is not None and is_rough(_class_of(optimizer), group, **options)
+    return options is not None and is_rough(class_for_predictions(optimizer), group, **options)
 
 
 def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], position: int, group: Mapping[str, Any]) -> Tensor:
@@ -453,7 +449,7 @@ def steps_to_collapse(
         return inf
     if dying and falls_ever_faster(optimizer, group, effects):
         return min(vector.steps_left(group) for vector in dying)
-    known = None if options is None else free_decay_rate(_class_of(optimizer), group, **options)
+    known = None if options is None else free_decay_rate(class_for_predictions(optimizer), group, **options)
     rate = rate if known is None else known
     return e_foldings / rate if rate > 0 else inf
 

@@ -26,6 +26,8 @@ from lightning_normdyn.decay import Decay, decay_of, highest_claim
 from lightning_normdyn.epsilons import EpsilonWatch
 from lightning_normdyn.errors import NormDynWarning, NotSupportedError
 from lightning_normdyn.graph_state import GraphState, Normalizations
+from lightning_normdyn.group_numbers import group_number, is_zero
+from lightning_normdyn.optimizer_state import taken_over_by_trial
 from lightning_normdyn.sharding import accumulates, check_weight, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket
 from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, is_gain, parameter_names
@@ -511,7 +513,19 @@ class Session:
                     texts.setdefault(target.weight, [])
                     if text:
                         texts[target.weight].append(text)
+        for weight in self._decays_taken_by_trial() & texts.keys():
+            texts[weight].append("its decay taken over, as a trial showed to be exact")
         return {weight: "; ".join(found) for weight, found in texts.items()}
+
+    def _decays_taken_by_trial(self) -> set[Tensor]:
+        """Weights whose decay is taken over from an optimizer of which nobody has read the step."""
+        found: set[Tensor] = set()
+        for bracket in self.brackets:
+            owners = bracket.decay_owners()
+            decaying = [group for group in bracket.optimizer.param_groups if not is_zero(group_number(group, "weight_decay"))]
+            if owners and decaying and taken_over_by_trial(bracket.optimizer):
+                found |= {p for group in decaying for p in group["params"] if p in owners}
+        return found
 
     def decays(self, plan: Plan) -> list[Decay]:
         """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where nobody can tell."""
