@@ -59,9 +59,9 @@ class Looks(torch.optim.SGD):
 def looking(look: Any = None, kind: Any = Looks, **options: Any) -> tuple[Any, list[nn.Parameter]]:
     weights = pair()
     optimizer = kind(weights, **{"lr": 0.1, "weight_decay": 0.5, **options})
-    if look is not None:
-        optimizer.look = look
     taken_over(optimizer, weights[0])
+    if look is not None:
+        optimizer.look = look  # only now: whose step is not torch's is tried before
     return optimizer, weights
 
 
