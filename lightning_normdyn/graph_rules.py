@@ -305,6 +305,7 @@ class Operation:
         """The result of a normalization over ``dims``; ``centered``: it removes a common offset, too (LayerNorm, but not RMSNorm)."""
         if not centered:
             pure(self, flow)
+        _refuse_padded(self, flow)
         dims = [d % flow.rows.ndim for d in dims]
         if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
             raise Blocked(f"{flow.offset.what} is added before {self.place} and differs within what is normalized together")
@@ -776,6 +777,12 @@ def pure(operation: Operation, flow: Flow) -> Flow:
     if flow.offset is not None:
         raise Blocked(f"{flow.offset.what} is added before {operation.place}")
     return flow
+
+
+def _refuse_padded(operation: Operation, flow: Flow) -> None:
+    """A constant beside a statistic is an epsilon in a denominator; where it enters as a value, it is a value that does not scale."""
+    if flow.padded:
+        raise Blocked(f"a constant is added to what enters {operation.place}")
 
 
 def expanded(rows: Tensor, shape: Shape, dims: Iterable[int]) -> Tensor:
@@ -1541,6 +1548,9 @@ def _im2col(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     """a @ b, both with the same number of dimensions."""
+    for factor in (a, b):
+        if factor is not None:
+            _refuse_padded(operation, factor)
     if a is not None and b is not None and not all(bool(part.rows.all()) for part in (*a.parts, *b.parts)):
         return _contract_parts(operation, a, b)
     left = operation.same_factor(a.rows, [-1]) if a is not None else None

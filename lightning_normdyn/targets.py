@@ -197,6 +197,14 @@ class Verdict:
         return 0 if self.partition is None else self.partition.n
 
     @property
+    def unread_rows(self) -> str:
+        """How many rows no loss has read so far, in words; empty if there are none."""
+        if self.unread is None:
+            return ""
+        labels = self.unread.labels
+        return f"{int((labels >= 0).sum())} of its {labels.numel()} rows not read by any loss so far"
+
+    @property
     def waits(self) -> bool:
         """Whether rows that are one vector have to wait for others, which no loss has read so far, before anything may scale them."""
         return self.kind == "unknown" and self.unread is not None
@@ -682,18 +690,20 @@ class ScaleInvarianceSearch:
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
-        mine = ({name: [c.rows for c in found] for name, found in self._candidates.items()}, self._hidden, self._shapes)
+        found_here = {name: [(c.finest.keep, c.rows) for c in candidates] for name, candidates in self._candidates.items()}
+        mine = (found_here, self._hidden, self._shapes)
         everybody: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everybody, mine)
         self._hidden = {name: hiding for _, hidden, _ in reversed(everybody) for name, hiding in hidden.items()}
         self._shapes = {name: shape for _, _, shapes in reversed(everybody) for name, shape in shapes.items()}
         for name, shape in self._shapes.items():
             found = [rows[name] for rows, _, _ in everybody if name in rows]
-            cuts = self._cuts(name, shape)[: min(len(rows) for rows in found)]
+            # A cut that some rank did not look at reads whole rows there, so nothing is left unread of it.
+            cuts = [cut for cut in self._cuts(name, shape) if all(cut.keep in dict(rows) for rows in found)]
             self._candidates[name] = [_Candidate(finest, Rows(finest.n)) for finest in cuts]
-            for rows in found:  # in the order of the ranks, so that all end with the same
-                for candidate, other in zip(self._candidates[name], rows, strict=False):
-                    candidate.rows.merge(other)
+            for candidate in self._candidates[name]:
+                for rows in found:  # in the order of the ranks, so that all end with the same
+                    candidate.rows.merge(dict(rows)[candidate.finest.keep])
             self.verdicts[name] = unmasked(self._judge(name, shape), self.masks.read(name))
 
     def _cuts(self, name: str, shape: Shape) -> list[Partition]:
@@ -755,11 +765,8 @@ def _verdict(name: str, shape: Shape, candidate: _Candidate, unread: Partition |
     """What one cut of a weight says, ``unread`` being the entries that no loss has read, as this or another cut shows them."""
     rows, finest = candidate.rows, candidate.finest
     of_row, sizes = _classes(candidate, shape)
-    reasons = list(rows.reasons)[:2]
-    if unread is not None:
-        missing = int((unread.labels >= 0).sum())
-        reasons.append(f"{missing} of its {unread.labels.numel()} rows not read by any loss so far")
-    reason = "; ".join(reasons)
+    left = replace(Verdict.unknown(name, shape), unread=unread).unread_rows
+    reason = "; ".join([*list(rows.reasons)[:2], *([left] if left else [])])
     if not len(sizes):
         if math.prod(shape) == finest.n:
             return Verdict(name, shape, None, "no", reason=f"its rows are {SINGLE_NUMBERS}")

@@ -787,6 +787,65 @@ def test_weights_that_join_later_are_found_at_the_same_step(name: str, model: An
         assert distance(weights, expected) <= 1e-12
 
 
+class Lengths(nn.Module):
+    """A table of positions that is longer than most inputs; what is read of it goes through a LayerNorm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.positions, self.norm = nn.Parameter(torch.randn(9, 6)), nn.LayerNorm(6, eps=1e-12)
+        self.block = nn.Sequential(nn.Linear(6, 5, bias=False), nn.LayerNorm(5, eps=1e-12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x * self.norm(self.positions[: x.shape[1]]))
+
+
+class LengthsModule(strategies.Module):
+    """Each rank has inputs of its own lengths; a single process has all of them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        torch.manual_seed(3)
+        self.net = Lengths().to(self.dtype_)  # type: ignore[assignment]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return torch.stack([self.net(x).sin().mean() for x in batch]).mean()
+
+    def train_dataloader(self) -> Any:
+        generator = torch.Generator().manual_seed(5)
+        inputs = [
+            [torch.randn(2, n, 6, generator=generator, dtype=torch.float64).to(self.dtype_) for n in lengths]
+            for lengths in ((3, 4), (3, 4), (5, 9), (5, 9), (3, 9), (6, 7))
+        ]
+        share = self.trainer.strategy.distributed_sampler_kwargs
+        count, rank = share["num_replicas"], share["rank"]
+        return torch.utils.data.DataLoader([each if count == 1 else [each[rank]] for each in inputs], batch_size=None)
+
+
+def reading(name: str) -> Any:
+    """In a rank: weights at the end, what is known of the table of positions, and the lengths that its vectors are kept at."""
+    from dataclasses import replace
+
+    strategy = STRATEGIES[name]
+    strategy = replace(strategy, parallelize=_each_part if name == "FSDP2" else None)
+    rule, shrink = WeightRescaling(2, target_norm="initial"), AdaptiveWeightShrink(6.0)
+    _, module, _ = fit(strategy, lambda: [rule, shrink], optimizer=strategies.sgd, model=LengthsModule, steps=6)
+    assert rule._session is not None
+    verdict = rule._session.search.verdicts["net.positions"]
+    clamped = shrink._session.counted_by_weight("clamped")  # type: ignore[union-attr]
+    return module.final, (verdict.kind, verdict.n), rule.state_dict()["per_vector"]["initial_norm"]["net.positions"], clamped
+
+
+@pytest.mark.parametrize("name", ["ddp", "FSDP2", "FSDP1 FULL_SHARD, one unit"])
+def test_rows_that_one_rank_reads_later_are_treated_by_all(name: str):
+    expected, known, lengths, clamped = run_ranks(reading, 1, ("ddp",))[0]
+    assert known == ("filter", 9)
+    assert clamped["net.positions"]
+    for weights, found, theirs, counted in run_ranks(reading, 2, (name,)).values():
+        assert (found, counted) == (known, clamped)
+        assert distance(weights, expected) <= 1e-12
+        assert torch.allclose(theirs, lengths, atol=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------------- refusals
 
 

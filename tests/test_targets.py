@@ -1042,6 +1042,40 @@ def test_a_checkpoint_keeps_which_rows_were_read(name):
         assert f"{verdict.kind} {verdict.n}".removesuffix(" 0") == last
 
 
+def test_ranks_that_read_other_rows_agree_on_what_all_of_them_have_read(tmp_path):
+    def on_rank():
+        import torch.distributed as dist
+
+        ranks.init_process_group()
+        rank = dist.get_rank()
+        tables = {
+            "singles": (read_and_normalize(lambda w, x: w[x], 6, 4), [[0, 2], [1, 3]][rank], [[4], [5]][rank]),
+            "together": (read_and_normalize(lambda w, x: w[x].mean(0), 6, 4), [[0, 2], [1, 3]][rank], [[0, 4], [1, 5]][rank]),
+            "columns": (read_and_normalize(lambda w, x: w[:, :, : len(x)].transpose(1, 2), 1, 4, 6), [[0, 0], [0, 0, 0]][rank], [0] * 6),
+        }
+        said = {}
+        for name, (net, first, second) in tables.items():
+            search, said[name] = ScaleInvarianceSearch(net), []
+            for batch in (first, second):
+                with search:
+                    search.analyze(net(torch.tensor(batch)).square().sum())
+                search.agree()
+                said[name].append(search.verdicts["w"])
+            resumed = ScaleInvarianceSearch(net)
+            resumed.take_up({"w": Verdict.from_state("w", said[name][-1].state())})
+            with resumed:
+                resumed.analyze(net(torch.tensor(first)).square().sum())
+            resumed.agree()
+            said[name].append(resumed.verdicts["w"])
+        return {name: [f"{v.kind} {v.n} {v.unread_rows}" for v in verdicts] for name, verdicts in said.items()}
+
+    first, second = ranks.run_ranks(on_rank).values()
+    assert first == second
+    assert first["singles"] == ["partly 4 2 of its 6 rows not read by any loss so far", "filter 6 ", "filter 6 "]
+    assert first["together"] == ["unknown 0 2 of its 6 rows not read by any loss so far", "layer 1 ", "layer 1 "]
+    assert first["columns"] == ["partly 3 3 of its 6 rows not read by any loss so far", "filter 6 ", "filter 6 "]
+
+
 class Rescaling(nn.Module):
     """A lookup, or a linear map, that sets the length of its weight's rows in every forward pass."""
 

@@ -135,6 +135,21 @@ class EffectiveLRReplay(NormDynCallback):
         if self.uniform:
             self._uniform_factor = _uniform_factor(history, recorded)
 
+    def _target(self, weight: Tensor) -> Target | None:
+        """None for a weight whose vectors are others here than in the record because losses of the two runs read other rows of it."""
+        target, history = super()._target(weight), self._history
+        assert history is not None
+        if target is None or target.verdict.unread is None or target.name not in _recorded_names(history):
+            return target
+        there = history.vectors(f"weight_norm/{target.name}")[1].shape[1]
+        # Equal numbers of vectors need not be the same rows.
+        self._say(
+            f"rows of {target.name}",
+            f"EffectiveLRReplay leaves the steps of `{target.name}` alone: {target.verdict.unread_rows}, and the record has {there} "
+            "vectors.",
+        )
+        return None
+
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Bring what was recorded of these weights to their device."""
         history = self._history

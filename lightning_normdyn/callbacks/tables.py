@@ -46,7 +46,7 @@ def print_start_table(session: Session) -> None:
         how = treatments[weight]
         asked = target.by_request and weight in written
         kind = f"{verdict.kind} (by request)" if asked else verdict.kind
-        because = ", ".join(verdict.norms) if verdict.norms else verdict.reason
+        because = "; ".join(text for text in (", ".join(verdict.norms), verdict.unread_rows) if text) if verdict.norms else verdict.reason
         rows.append((target.name, "×".join(map(str, session.shapes[weight])), kind, str(target.partition.n), because, how or "measured"))
     columns = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
     text = render("lightning-normdyn: targets", columns, rows, noted=("treated how", "because of"), optional=("shape", "vectors"))

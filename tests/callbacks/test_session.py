@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, WeightRescaling
+from lightning_normdyn import AdaptiveWeightShrink, EffectiveLRReplay, NormDynamicsMonitor, WeightRescaling
 from lightning_normdyn.errors import NormDynWarning, NoTargetsError
 
 
@@ -123,6 +123,26 @@ def test_a_resumed_fit_remembers_which_rows_were_read(tmp_path):
     (target,) = [t for t in longer.plans[0].targets if t.name == "position"]
     assert (target.partition.n, target.verdict.kind) == (20, "filter")
     assert torch.equal(lengths_kept(longer)[:15], lengths_kept(first)[:15])
+
+
+def test_a_record_is_replayed_on_rows_that_both_runs_have_read(tmp_path):
+    batches, path = labels(12, 12, 12, 20, 20, 20, 20), tmp_path / "history.npz"
+    monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
+    fit(Decoder(normalized=True, lr=0.5), [monitor, AdaptiveWeightShrink(0.01)], batches)
+    monitor.history.save(path)
+    replay = EffectiveLRReplay(path)
+    with pytest.warns(NormDynWarning) as warned:
+        fit(Decoder(normalized=True, lr=0.5), [replay], batches)
+    said = [str(w.message) for w in warned]
+    assert [text for text in said if "leaves the steps of `position` alone: 8 of its 20 rows not read" in text]
+    assert [t.partition.n for t in replay.plans[0].targets if t.name == "position"] == [20]
+
+
+def test_the_start_table_says_how_many_rows_were_not_read(capsys):
+    fit(Decoder(normalized=True), [WeightRescaling(1)], labels(12))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "partly" in printed
+    assert "norm; 8 of its 20 rows not read by any loss so far" in printed
 
 
 class WithGains(L.LightningModule):
