@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -66,6 +67,31 @@ class _Row(NamedTuple):
     """Which cells were recorded: a recorded NaN is a number of a run that diverged, and not a gap."""
 
 
+class _Vectors(NamedTuple):
+    """The per-vector arrays of one record, in one piece: with an array for each weight, small ones would take ten times their bytes."""
+
+    layout: Mapping[str, slice]
+    """Where the array of each name lies; records alike share it."""
+    values: Floats
+
+    def arrays(self) -> dict[str, Floats]:
+        """By name."""
+        return {name: self.values[where] for name, where in self.layout.items()}
+
+
+def _in_one_piece(arrays: Mapping[str, Floats], like: _Vectors | None) -> _Vectors:
+    """``arrays`` with the layout of ``like``, if it is the same."""
+    layout: dict[str, slice] = {}
+    start = 0
+    for name, array in arrays.items():
+        layout[name] = slice(start, start + array.size)
+        start += array.size
+    values = np.concatenate([*arrays.values()]) if arrays else np.zeros(0, dtype=np.float32)
+    if like is not None and like.layout == layout and [*like.layout] == [*layout]:
+        return _Vectors(like.layout, values)
+    return _Vectors(layout, values)
+
+
 def _one(content: Any) -> int:
     return 1  # a name, and not a lambda, so that a history can be pickled
 
@@ -97,6 +123,7 @@ class _Thinned:
             kind = _OTHER
         if self.records and not self._stays(self.records[-1]):
             self._total -= self._size(self.records.pop().content)
+        kind = sys.intern(kind)  # thousands of records would each hold a text of their own
         number = self.counts.get(kind, 0)
         self.counts[kind] = number + 1
         self.records.append(_Record(step, kind, number, content))
@@ -269,15 +296,20 @@ class History:
         if newest is not None and step < newest.step:
             raise NormDynError(f"per-vector arrays of step {step} come after those of step {newest.step}; records come in order.")
         if newest is not None and newest.step == step:
-            self._vectors.replace_newest({**newest.content, **content})
+            self._vectors.replace_newest(_in_one_piece({**newest.content.arrays(), **content}, newest.content))
         else:
-            self._vectors.append(int(step), " ".join(sorted(content)), content)
+            like = None if newest is None else newest.content
+            self._vectors.append(int(step), " ".join(sorted(content)), _in_one_piece(content, like))
 
     def forget_vectors(self, name: str) -> None:
         """Forget the arrays of a name, so that it may have another length from now on: its weight is cut into other vectors."""
         if name in self._vector_sizes:
             self._vector_sizes = {key: size for key, size in self._vector_sizes.items() if key != name}
-            kept = [r._replace(content={key: array for key, array in r.content.items() if key != name}) for r in self._vectors.records]
+            kept: list[_Record] = []
+            for record in self._vectors.records:
+                arrays = {key: array for key, array in record.content.arrays().items() if key != name}
+                like = kept[-1].content if kept else None
+                kept.append(record._replace(content=_in_one_piece(arrays, like)))
             self._vectors.restore(kept, self._vectors.counts, self._vectors.strides)
 
     def vector_count(self, name: str) -> int | None:
@@ -369,9 +401,9 @@ class History:
         """
         if name not in self._vector_sizes:
             _refuse_name("per-vector array", name, list(self._vector_sizes))
-        found = [record for record in self._vectors.records if name in record.content]
+        found = [record for record in self._vectors.records if name in record.content.layout]
         steps = np.array([record.step for record in found], dtype=np.int64)
-        values = np.array([record.content[name] for record in found], dtype=np.float32)
+        values = np.array([record.content.values[record.content.layout[name]] for record in found], dtype=np.float32)
         return steps, values.reshape(len(found), self._vector_sizes[name])
 
     def _as_dict(self, record: _Record) -> dict[str, float]:
@@ -436,7 +468,7 @@ class History:
 
         header["vectors"] = []
         for i, (name, size) in enumerate(self._vector_sizes.items()):
-            records = [k for k, record in enumerate(self._vectors.records) if name in record.content]
+            records = [k for k, record in enumerate(self._vectors.records) if name in record.content.layout]
             header["vectors"].append([name, size])
             arrays[f"records_{i}"] = np.array(records, dtype=np.int64)
             arrays[f"vectors_{i}"] = self.vectors(name)[1]
@@ -509,7 +541,10 @@ class History:
             for record, value in zip(records.tolist(), values, strict=True):
                 _require(0 <= record < len(contents), f"`{name}` points at record {record} of {len(contents)}")
                 contents[record][name] = value
-        restore(fresh._vectors, "vector", contents)
+        bundles: list[_Vectors] = []
+        for content in contents:
+            bundles.append(_in_one_piece(content, bundles[-1] if bundles else None))
+        restore(fresh._vectors, "vector", bundles)
 
         # Only now, when all of it has proved sound.
         self.meta, self._columns, self._vector_sizes = header["meta"], columns, fresh._vector_sizes
@@ -631,5 +666,5 @@ def _same_cells(present: Flags) -> str:
     return f"{zlib.crc32(np.flatnonzero(present).tobytes()):08x}"
 
 
-def _total_bytes(content: Mapping[str, Floats]) -> int:
-    return sum(array.nbytes for array in content.values())
+def _total_bytes(content: _Vectors) -> int:
+    return int(content.values.nbytes)

@@ -307,6 +307,9 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             self._catch_up(trainer, pl_module, trainer.current_epoch)
         elif self._is_due(trainer.current_epoch):
             targets = [t for plan in self.plans.values() for t in plan.targets]
+            assert self._session is not None
+            for bracket in self._session.brackets:
+                bracket.settle()  # a fused optimizer tells later whether it skipped its last update
             self._measure(trainer, pl_module, targets, max(self.steps_of(i) for i in self.plans))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

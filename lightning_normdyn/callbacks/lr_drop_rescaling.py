@@ -138,6 +138,7 @@ class LRDropRescaling(NormDynCallback):
         self._warned: set[str] = set()
         self._rates: dict[str, Rate] = {}  # by weight: param groups have no name that survives a resume
         self._pending: dict[int, _Pending] = {}
+        self._unmarked: set[int] = set()  # optimizers whose drop a fused update turned out to have taken, for the next row to tell
         self._read: dict[int, tuple[Tensor, int, float]] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -204,6 +205,9 @@ class LRDropRescaling(NormDynCallback):
     def _step(self, step: Step, plan: Plan) -> None:
         known = self._settings_of(plan)  # at the first step, so that a refusal does not wait for the drop
         self._settle(plan, step.number - 1)
+        if plan.index in self._unmarked:  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
+            self._unmarked.discard(plan.index)
+            plan.mark("lr_drop")
         pending = self._pending[plan.index] = _Pending(step.number)
         factors = [1.0] * len(plan.targets)
         settings = zip(plan.targets, known.groups, known.exponents, plan.vectors.has_gradient(), strict=True)
@@ -226,10 +230,11 @@ class LRDropRescaling(NormDynCallback):
         """Remember what the last step saw if it was among the ``steps`` that happened."""
         pending = self._pending.get(plan.index)
         if pending is not None and pending.number <= steps:
-            del self._pending[plan.index]
+            # Twice does no harm: a signal handler's checkpoint may come in between.
             self._rates.update(pending.rates)
             if pending.unmarked:
-                plan.mark("lr_drop")
+                self._unmarked.add(plan.index)
+            self._pending.pop(plan.index, None)
 
     def _lr(self, optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> float:
         """The rate of the coming step on the host; one that lives on a device is fetched only when somebody has written to it."""
@@ -251,10 +256,12 @@ class LRDropRescaling(NormDynCallback):
         return {
             "last_lr": {name: rate.lr for name, rate in self._rates.items()},
             "last_fall": {name: rate.fall for name, rate in self._rates.items()},
+            "unmarked": sorted(self._unmarked),
         }
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         falls = extra.get("last_fall", {})
+        self._unmarked = set(extra.get("unmarked", []))
         self._rates = {name: Rate(lr, falls.get(name, 0.0)) for name, lr in extra.get("last_lr", {}).items()}
 
     def treatment(self, plan: Plan, target: Target) -> str:
