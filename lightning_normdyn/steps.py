@@ -27,7 +27,7 @@ from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_t
 from lightning_normdyn.sharding import full_shape, groups_for_step, steps_as_one, torch_optimizers
 from lightning_normdyn.step_view import show, unsplit, view_class, view_of, writes_into_groups
 from lightning_normdyn.vectors import Partition, WeightVectors
-from lightning_normdyn.wrappers import fires_step_hooks, inner_optimizers
+from lightning_normdyn.wrappers import fires_step_hooks, inner_optimizers, prepare_step_hooks
 
 
 class Phase(IntEnum):
@@ -157,6 +157,10 @@ class StepBracket:
         self._optimizer_ref = ref(optimizer)
         self.steps = 0
         """Real steps since the bracket was attached; call `settle` first if a fused optimizer may have skipped the last one."""
+        self.evaluations = 0
+        """How often the step that goes on, or the last one, has evaluated its closure so far."""
+        self.on_refusal: Callable[[NotSupportedError], None] | None = None
+        """Called in place of an error where a step cannot be handled after others could; None: an error at any time."""
         self._handlers: list[tuple[int, int, str, int, Handler]] = []
         self._added = 0
         self._claims: dict[object, tuple[DecayOwner, Callable[[], Claimed]]] = {}
@@ -293,6 +297,7 @@ class StepBracket:
             hook.remove()
         self._hooks = []
         self._handlers = []
+        self.on_refusal = None
         self._claims = {}
         self._snapshots, self._buffers, self._rest = {}, {}, None
         self._of.pop(self.optimizer, None)
@@ -311,14 +316,13 @@ class StepBracket:
         if closure is None:
             self._ready(args[0])
             return (view, *args[1:]), kwargs
-        calls = 0
+        self.evaluations = 0
 
         def wrapped(*a: Any, **k: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls > 1:
-                self.restore()
-                raise _closure_error(optimizer)
+            self.evaluations += 1
+            if self.evaluations > 1:
+                self._evaluated_again()
+                return closure(*a, **k)
             loss = closure(*a, **k)
             self._ready(args[0])
             return loss
@@ -326,6 +330,21 @@ class StepBracket:
         if positional:
             return (view, wrapped, *args[2:]), kwargs
         return (view, *args[1:]), {**kwargs, "closure": wrapped}
+
+    def _evaluated_again(self) -> None:
+        """The optimizer takes a second gradient in one step, at whatever weights (SAM, a line search).
+
+        The step still leads from the weights of the first gradient to those that it leaves, so it can be measured and projected, and its
+        weights rescaled. But what acts between a gradient and the update is no longer between them.
+        """
+        acts = any(Phase.MEASURE < phase < Phase.SNAPSHOT for phase, *_ in self._handlers)
+        if not acts and not self._gradients:
+            return
+        error = _closure_error(self.optimizer)
+        if not self.steps or self.on_refusal is None:
+            self.restore()
+            raise error
+        self.on_refusal(error)
 
     @torch.no_grad()
     def _ready(self, stepping: Optimizer) -> None:
@@ -400,6 +419,11 @@ class StepBracket:
     def _unsettle(self, skipped: Tensor) -> None:
         """A fused optimizer decides on the device: fetch its decision without waiting for it."""
         self._unsettled = HostCopy(skipped)
+
+    @property
+    def stepping(self) -> bool:
+        """Whether the optimizer is within its ``step``."""
+        return self._depth > 0
 
     @property
     def unsettled(self) -> bool:
@@ -511,6 +535,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
         NotSupportedError: for LBFGS (evaluates its closure more than once) and schedule-free optimizers (keep a second copy of the
             weights), and for one whose step hooks torch does not call.
     """
+    prepare_step_hooks(optimizer)
     if not fires_step_hooks(optimizer):
         raise NotSupportedError(
             f"torch calls no hooks around the step of {type(optimizer).__name__}, so nobody would see it step: its __init__ never calls "
@@ -575,6 +600,6 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
 
 def _closure_error(optimizer: Optimizer) -> NotSupportedError:
     return NotSupportedError(
-        f"{type(optimizer).__name__} evaluates its closure more than once per step, so there is no single step to bracket. "
-        "Use an optimizer that evaluates it once, such as SGD or AdamW."
+        f"{type(optimizer).__name__} evaluates its closure more than once per step, so there is no single gradient that the update follows "
+        "on. Use an optimizer that evaluates it once, such as SGD or AdamW, or SAM around one of them."
     )

@@ -81,7 +81,9 @@ def normalize_params(params: str | Sequence[str]) -> list[str]:
     return patterns
 
 
-def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]], what: str = "weights") -> list[int]:
+def match_patterns(
+    params: str | Sequence[str], names: Sequence[tuple[str, ...]], what: str = "weights", *, all_must_match: bool = True
+) -> list[int]:
     """Indices of the weights that ``params`` means.
 
     Patterns are exact names, or else `fnmatch.fnmatchcase` globs on parameter names, so ``*`` crosses dots. ``"!pattern"`` excludes, after
@@ -91,6 +93,7 @@ def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]]
         params: as `normalize_params` takes it.
         names: for each weight all its names.
         what: what the names are, for the message.
+        all_must_match: whether a pattern that matches nothing is an error.
 
     Raises:
         NoTargetsError: if a pattern matches nothing.
@@ -108,7 +111,7 @@ def match_patterns(params: str | Sequence[str], names: Sequence[tuple[str, ...]]
         found = {i for i, aliases in enumerate(names) if pattern in aliases}
         if not found:
             found = {i for i, aliases in enumerate(names) if any(fnmatchcase(name, pattern) for name in aliases)}
-        if not found:
+        if not found and all_must_match:
             everything = [name for aliases in names for name in aliases]
             shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")
             near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
@@ -505,15 +508,9 @@ class ScaleInvarianceSearch:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        names = parameter_names(module)
         self._slots: dict[nn.Module, list[tuple[str, str]]] = {}  # where each parameter is looked up at the moment of use, and its name
-        for owner in module.modules():
-            self._slots[owner] = [(key, names[p][0]) for key, p in owner._parameters.items() if p is not None]
         self.verdicts: dict[str, Verdict] = {}
-        for parameter, (name, *_) in names.items():
-            if not is_lazy(parameter) and parameter.ndim >= 2:
-                reason = () if parameter.requires_grad else ("frozen: requires_grad is False",)
-                self.verdicts[name] = Verdict.unknown(name, tuple(parameter.shape), *reason)
+        self._look_parameters_up()
         self.masks = MaskMemory(module)
         self._candidates: dict[str, list[_Candidate]] = {}
         self._hidden: dict[str, str] = {}
@@ -526,6 +523,25 @@ class ScaleInvarianceSearch:
         self._versions: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
         self._rewritten: dict[str, str] = {}  # weights that a forward pass writes in place, and whose
         self._stack: ExitStack | None = None
+
+    def _look_parameters_up(self) -> None:
+        names = parameter_names(self._module)
+        self._slots = {}
+        for owner in self._module.modules():
+            self._slots[owner] = [(key, names[p][0]) for key, p in owner._parameters.items() if p is not None]
+        for parameter, (name, *_) in names.items():
+            if name not in self.verdicts and not is_lazy(parameter) and parameter.ndim >= 2:
+                reason = () if parameter.requires_grad else ("frozen: requires_grad is False",)
+                self.verdicts[name] = Verdict.unknown(name, tuple(parameter.shape), *reason)
+
+    def take_in(self, changed: Iterable[str]) -> None:
+        """Weights of these names are new, or others than before under the same name: nothing is known about them."""
+        for name in changed:
+            for known in (self.verdicts, self._candidates, self._hidden, self._shapes, self._earlier, self._rewritten):
+                known.pop(name, None)
+        self._look_parameters_up()
+        self._normalizations = Normalizations(self._module)
+        self.masks = MaskMemory(self._module)
 
     def __enter__(self) -> ScaleInvarianceSearch:
         self.watch()

@@ -20,6 +20,7 @@ __all__ = [
     "copies_of_weights",
     "fires_step_hooks",
     "inner_optimizers",
+    "prepare_step_hooks",
     "second_phase",
     "steps_in_two_phases",
     "without_framework",
@@ -49,9 +50,23 @@ def fires_step_hooks(optimizer: Any) -> bool:
         >>> fires_step_hooks(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
         True
     """
-    has_hooks = all(hasattr(optimizer, f"_optimizer_step_{moment}_hooks") for moment in ("pre", "post"))
     step = getattr(type(optimizer), "step", None)
-    return has_hooks and bool(getattr(step, "hooked", False))
+    return _has_hook_lists(optimizer) and bool(getattr(step, "hooked", False))
+
+
+def _has_hook_lists(optimizer: Any) -> bool:
+    return all(hasattr(optimizer, f"_optimizer_step_{moment}_hooks") for moment in ("pre", "post"))
+
+
+def prepare_step_hooks(optimizer: Any) -> None:
+    """Let torch do now what it would do at the first ``zero_grad`` of ``optimizer``: call step hooks around its ``step``.
+
+    Some wrappers (timm's Lookahead) leave ``super().__init__()`` out but have lists for hooks, and torch's own ``zero_grad``.
+    """
+    by_torch = getattr(type(optimizer), "zero_grad", None) is Optimizer.zero_grad
+    late = by_torch and not hasattr(optimizer, "_zero_grad_profile_name") and not fires_step_hooks(optimizer)
+    if late and _has_hook_lists(optimizer):
+        optimizer._patch_step_function()
 
 
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:

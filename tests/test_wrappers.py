@@ -5,13 +5,16 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from models import TARGETS, fit, make, same, weights_of
+from models import TARGETS, Net, fit, make, same, weights_of
 from torch import nn
 from wrapping import (
     CopiesDict,
     Damps,
+    HookedLate,
     PullsBack,
     PullsBackFromLists,
+    TwiceEvaluated,
+    TwoPhases,
     Unhooked,
     UnhookedWithHookLists,
     Wrapper,
@@ -20,7 +23,9 @@ from wrapping import (
 from lightning_normdyn import (
     AdaptiveWeightShrink,
     NormDynamicsMonitor,
+    NormDynWarning,
     NotSupportedError,
+    Phase,
     RadialProjection,
     StepBracket,
     WeightRescaling,
@@ -59,7 +64,7 @@ def logged_angles(monitor):
     return [{name: row[f"angular_update/{name}"] for name in TARGETS} for row in monitor.history]
 
 
-@pytest.mark.parametrize("kind", [Wrapper, PullsBack, PullsBackFromLists, Damps])
+@pytest.mark.parametrize("kind", [Wrapper, PullsBack, PullsBackFromLists, HookedLate, Damps])
 def test_the_angle_is_that_of_the_outer_step(kind):
     monitor, follows = NormDynamicsMonitor(1, tables=False), Follows()
     fit(make(make_optimizer=lambda p: kind(sgd(p))), [follows, monitor])
@@ -79,7 +84,7 @@ def test_only_a_frameworks_wrapper_is_taken_off():
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-@pytest.mark.parametrize("kind", [PullsBack, PullsBackFromLists])
+@pytest.mark.parametrize("kind", [PullsBack, PullsBackFromLists, HookedLate])
 def test_writers_are_refused_where_the_outer_step_would_undo_them(kind, writer):
     module = make(make_optimizer=lambda p: kind(sgd(p)))
     with pytest.raises(NotSupportedError, match=f"{kind.__name__} keeps a second copy of the weights .*would undo what"):
@@ -152,3 +157,124 @@ def test_a_wrappers_momentum_is_no_copy():
     outer.optimizer.state[weight]["momentum_buffer"] = torch.randn(3, 4)
     outer.same_tensor = [weight]
     assert copies_of_weights(outer, [weight]) == []
+
+
+# ---- Two gradients in a step ----
+
+
+class InTwoPhases(Net):
+    """Calls the two phases itself, as public examples do."""
+
+    def __init__(self, make_optimizer):
+        super().__init__(make_optimizer)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx=0):
+        optimizer = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.first_step(zero_grad=True)
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.second_step(zero_grad=True)
+
+
+def sam(parameters, comes_back=True, **options):
+    return TwoPhases(parameters, torch.optim.SGD, comes_back=comes_back, lr=0.1, momentum=0.9, **options)
+
+
+def twice(parameters, **options):
+    return TwiceEvaluated(parameters, lr=0.1, momentum=0.9, **options)
+
+
+FORMS = {"phases": (InTwoPhases, sam), "closure": (Net, sam), "one class": (Net, twice)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_angle_under_sam_is_that_of_the_step(form):
+    kind, optimizer = FORMS[form]
+    monitor, follows = NormDynamicsMonitor(1, tables=False), Follows()
+    fit(make(kind, make_optimizer=optimizer), [follows, monitor])
+    assert len(monitor.history) == len(follows.angles) == 8
+    for row, logged, true in zip(monitor.history, logged_angles(monitor), follows.angles, strict=True):
+        assert logged == pytest.approx(true, rel=1e-5)
+        assert row["normdyn/skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+@pytest.mark.parametrize("form", ["phases", "closure"])
+def test_writers_act_on_sam_around_an_optimizer(form, writer):
+    kind, optimizer = FORMS[form]
+    plain, module, callback = make(kind, make_optimizer=optimizer), make(kind, make_optimizer=optimizer), WRITERS[writer]()
+    fit(plain, log_every_n_steps=1)
+    fit(module, [callback], log_every_n_steps=1)
+    assert callback.steps_of(0) == 8
+    before, after = (float(m.net[0].weight.detach().norm()) for m in (plain, module))
+    if writer == "wrs":
+        assert torch.allclose(module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64))
+    else:
+        assert after < 0.98 * before
+
+
+@pytest.mark.parametrize("form", ["phases", "closure"])
+def test_the_shrink_under_sam_is_that_of_the_paper(form):
+    kind, optimizer = FORMS[form]
+    module, recorder = make(kind, make_optimizer=lambda p: optimizer(p, weight_decay=0.3)), []
+
+    class Records(L.Callback):
+        """Before the base optimizer's step, and after it."""
+
+        def on_train_start(self, trainer, pl_module):
+            inner = trainer.optimizers[0].base_optimizer
+            weight = pl_module.net[0].weight
+            first, last = [], []
+            StepBracket.of(inner).add(Phase.MEASURE, lambda step: first.append(weight.detach().clone()))
+            StepBracket.of(inner).add(Phase.SNAPSHOT, lambda step: last.append(weight.detach() / first[-1]))
+            recorder.extend([first, last])
+
+    fit(module, [AdaptiveWeightShrink(0.5), Records()])
+    before, ratios = recorder
+    for w, ratio in zip(before, ratios, strict=True):
+        factor = 1 - 0.1 * 0.5 * w.flatten(1).norm(dim=1)
+        assert torch.allclose(ratio.flatten(1), factor[:, None].expand(4, 9), rtol=1e-9)
+
+
+@pytest.mark.parametrize("writer", ["wrs", "projection"])
+def test_what_acts_after_the_step_acts_on_sam_in_one_class(writer):
+    module = make(make_optimizer=twice)
+    fit(module, [WRITERS[writer]()])
+    if writer == "wrs":
+        assert torch.allclose(module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64))
+
+
+def test_what_acts_before_the_update_is_refused_on_sam_in_one_class():
+    with pytest.raises(NotSupportedError, match="TwiceEvaluated evaluates its closure more than once per step"):
+        fit(make(make_optimizer=twice), [AdaptiveWeightShrink(0.5)])
+
+
+def test_an_optimizer_that_begins_to_take_two_gradients_later_stops_the_shrink_and_not_the_fit():
+    class Begins(TwiceEvaluated):
+        count = 0
+
+        def step(self, closure=None):
+            self.count += 1
+            return super().step(closure) if self.count > 3 else torch.optim.SGD.step(self, closure)
+
+    module, monitor = make(make_optimizer=lambda p: Begins(p, lr=0.1)), NormDynamicsMonitor(1, tables=False)
+    with pytest.warns(NormDynWarning, match="AdaptiveWeightShrink does not act on .* after step 3: Begins evaluates its closure"):
+        fit(module, [AdaptiveWeightShrink(0.5), monitor])
+    assert len(monitor.history) == 8
+
+
+def test_sam_whose_weights_are_not_back_is_refused_by_name():
+    module = make(make_optimizer=lambda p: sam(p, comes_back=False))
+    with pytest.raises(NotSupportedError, match=r"TwoPhases takes its gradient at other weights, and `net.0.weight` is not back when SGD"):
+        fit(module, [NormDynamicsMonitor(1, tables=False)])
+
+
+def test_two_phases_without_an_optimizer_inside_are_refused_by_name():
+    class Alone(torch.optim.SGD):
+        def first_step(self, zero_grad=False): ...
+
+        def second_step(self, zero_grad=False): ...
+
+    with pytest.raises(NotSupportedError, match=r"Alone steps in two phases .* and 0 torch optimizers of the same weights"):
+        fit(make(make_optimizer=lambda p: Alone(p, lr=0.1)), [NormDynamicsMonitor(1)])

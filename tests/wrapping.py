@@ -114,6 +114,31 @@ class UnhookedWithHookLists(Unhooked):
         self._optimizer_step_post_hooks = OrderedDict()
 
 
+class HookedLate(Optimizer):
+    """A wrapper with places for hooks whose ``step`` torch itself gets hold of at its first ``zero_grad`` (timm's Lookahead)."""
+
+    def __init__(self, inner: Optimizer) -> None:
+        self._optimizer_step_pre_hooks = OrderedDict()
+        self._optimizer_step_post_hooks = OrderedDict()
+        self._base_optimizer = inner
+        self.param_groups = inner.param_groups
+        self.defaults = inner.defaults
+        self.state = defaultdict(dict)
+        self.count = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = self._base_optimizer.step(closure)
+        self.count += 1
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self._base_optimizer.state[p]
+            slow = state.setdefault("lookahead_slow_buff", p.detach().clone())
+            if self.count % 2 == 0:
+                slow.lerp_(p, 0.5)
+                p.copy_(slow)
+        return loss
+
+
 class CopiesDict(Optimizer):
     """A wrapper that takes the inner optimizer's attributes over."""
 

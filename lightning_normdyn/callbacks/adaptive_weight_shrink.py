@@ -92,7 +92,7 @@ class AdaptiveWeightShrink(NormDynCallback):
             self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device, dtype=torch.bool))
         if self.weight_decay == "replace":
             check_decay_takeover(plan.optimizer, plan.claimed)
-            bracket.claim_decay((self, plan.index), DecayOwner.SHRINK, plan.claimed)
+            self.claim_decay(plan, bracket, DecayOwner.SHRINK, plan.claimed)
 
     def statistic_of(self, plan: Plan) -> Tensor:
         """Norm, or biased standard deviation where weight standardization follows, of every vector: ``(n,)``."""

@@ -7,7 +7,7 @@ A callback adds a policy: which phases it acts in, and with which number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import inf
 from numbers import Integral, Real
 from typing import Any, ClassVar, Literal, SupportsFloat
@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.effect import Effect, NoEffect, UnknownEffect
-from lightning_normdyn.callbacks.plan import Plan, Target
+from lightning_normdyn.callbacks.plan import Plan, Tally, Target
 from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, warn_once
 from lightning_normdyn.callbacks.tables import show
-from lightning_normdyn.decay import Decay
-from lightning_normdyn.errors import NoTargetsError, NotSupportedError, shown
+from lightning_normdyn.callbacks.witness import named
+from lightning_normdyn.decay import Decay, DecayOwner
+from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError, shown
 from lightning_normdyn.optimizer_facts import has_plain_rate, sets_weights_back
 from lightning_normdyn.sharding import check_weight, torch_optimizers
-from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
+from lightning_normdyn.steps import Claimed, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import SINGLE_NUMBERS, Verdict, choose_partition, filter_partition, match_patterns, normalize_params
 from lightning_normdyn.vectors import Partition, WeightVectors
 from lightning_normdyn.wrappers import copies_of_weights
@@ -87,6 +88,10 @@ class NormDynCallback(Callback):
         self._reported_bad = False
         self._left_alone: set[str] = set()  # weights of which it was said that nothing acts on them
         self._looked_again: set[int] = set()  # optimizers whose first real step has shown their state
+        self._tallies: dict[int, Tally] = {}
+        self._steps_of_gone = 0  # seen in this fit, of optimizers that others have taken the place of
+        self._stopped: set[int] = set()  # optimizers whose weights this callback no longer acts on
+        self._refused: set[Tensor] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what a spawned process gets, is ready for a fit of its own: the Trainer, the weights and their hooks stay behind."""
@@ -164,6 +169,11 @@ class NormDynCallback(Callback):
     def acts(self) -> bool:
         """Whether it is an error to find nothing: not for those who only look."""
         return self.writes
+
+    @property
+    def acts_around_steps(self) -> bool:
+        """Whether nothing that this callback does lies between a gradient and the update that follows on it."""
+        return not any(Phase.MEASURE < phase < Phase.SNAPSHOT for phase in self.handlers())
 
     @property
     def shows_tables(self) -> bool:
@@ -254,14 +264,53 @@ class NormDynCallback(Callback):
     # -- resolution ----------------------------------------------------------------------------------------------------
 
     def _resolve(self, index: int) -> None:
+        """Find out which weights of optimizer ``index`` are meant, and make a plan for them."""
+        self._adopt_restored()
+        if index in self._stopped:
+            return
+        try:
+            self._replan(index)
+        except NormDynError as error:
+            self._refuse(index, error)
+
+    def _refuse(self, index: int, error: NormDynError, weight: Tensor | None = None, *, first: bool | None = None) -> None:
+        """The one rule for refusals: an error until the end of the optimizer's first real step; later, stop acting and say so once.
+
+        Args:
+            index: the optimizer.
+            error: the refusal.
+            weight: what is refused; None: the optimizer.
+            first: whether this is still the first step; None: find out.
+        """
         session = self._session
         assert session is not None
-        self._adopt_restored()
+        if session.in_first_step(index) if first is None else first:
+            raise error
+        kind, optimizer = type(self).__name__, session.optimizers[index]
+        if weight is not None:
+            self._refused.add(weight)
+            what = f"`{session.names[weight][0]}`"
+        else:
+            plan = self.plans.pop(index, None)
+            self._stopped.add(index)
+            self._drop_handlers(index)
+            names = [t.name for t in plan.targets] if plan is not None else []
+            what = f"{named(names)} ({type(optimizer).__name__})" if names else f"the weights of {type(optimizer).__name__}"
+        session.note(f"{kind} does not act on {what} after step {self.steps_of(index)}: {error}")
+
+    def _replan(self, index: int) -> None:
+        session = self._session
+        assert session is not None
         bracket, optimizer = session.brackets[index], session.optimizers[index]
-        owned = session.owned(optimizer)
-        selected = self._select(owned)
-        for weight in selected:
-            self._check_weight(weight, session.names[weight][0])
+        owned = [w for w in session.owned(optimizer) if w not in self._refused]
+        selected = []
+        for weight in self._select(owned):
+            try:
+                self._check_weight(weight, session.names[weight][0])
+            except NotSupportedError as error:
+                self._refuse(index, error, weight)
+            else:
+                selected.append(weight)
         targets = [t for w in selected if (t := self._target_or_none(w)) is not None]
         self._refuse_rivals([t.weight for t in targets])
         targets = self._without_unranked(targets, bracket)
@@ -282,12 +331,13 @@ class NormDynCallback(Callback):
             plan = self._make_plan(index, optimizer, targets)
         if index in self.plans:
             plan.inherit(self.plans[index])
+        plan.tally = self._tallies.setdefault(index, plan.tally)
         self.plans[index] = plan
         self._restore_counters(plan)
         self._attached_at.setdefault(index, bracket.steps)
         order = f"{int(self.writes or self.acts)} {self.state_key}"  # within a phase, who only looks comes first
         for phase, handler in self.handlers().items():
-            self._handler_removers.setdefault(index, []).append(bracket.add(phase, _bind(handler, plan), order=order, rank=self.rank))
+            self._handler_removers.setdefault(index, []).append(bracket.add(phase, self._bind(handler, plan), order=order, rank=self.rank))
         if not has_plain_rate(optimizer):
             removers = self._handler_removers.setdefault(index, [])
             removers.append(bracket.add(Phase.MEASURE, lambda step: plan.fix_rates(), order=""))  # before everybody who asks for them
@@ -297,7 +347,7 @@ class NormDynCallback(Callback):
     def _look_again_after_first_step(self, index: int, plan: Plan) -> None:
         """Ask once more after the optimizer's first real step: before it, most optimizers have no state that could be judged."""
 
-        def look(step: Step) -> None:
+        def look(step: Step, plan: Plan) -> None:
             if index in self._looked_again:
                 return
             self._looked_again.add(index)
@@ -306,7 +356,24 @@ class NormDynCallback(Callback):
 
         if index not in self._looked_again and self.acts:
             bracket = self._session.brackets[index]  # type: ignore[union-attr]  # there is a plan, so there is a session
-            self._handler_removers.setdefault(index, []).append(bracket.add(Phase.LOOK_AGAIN, look, order=self.state_key))
+            handler = self._bind(look, plan)
+            self._handler_removers.setdefault(index, []).append(bracket.add(Phase.LOOK_AGAIN, handler, order=self.state_key))
+
+    def claim_decay(self, plan: Plan, bracket: StepBracket, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]) -> None:
+        """`StepBracket.claim_decay` for as long as ``plan`` is in force; for `on_plan`."""
+        remove = bracket.claim_decay((self, plan.index), owner, weights)
+        self._handler_removers.setdefault(plan.index, []).append(remove)
+
+    def _bind(self, handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step], None]:
+        def call(step: Step) -> None:
+            try:
+                handler(step, plan)
+            except NormDynError as error:
+                assert self._session is not None
+                first = step.number <= self._attached_at[plan.index] + 1 and plan.index not in self._session.replaced
+                self._refuse(plan.index, error, first=first)
+
+        return call
 
     def _check_copies(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
         """Refuse to change weights that the optimizer sets back to a copy of its own."""
@@ -323,10 +390,9 @@ class NormDynCallback(Callback):
         plain = [t for t in targets if type(t.weight.data) is Tensor]
         copies = copies_of_weights(optimizer, [t.weight for t in plain])
         if copies:
-            named = ", ".join(f"`{name}`" for name in copies)
             raise NotSupportedError(
-                f"{type(optimizer).__name__} keeps a second copy of the weights ({named}) and moves them towards it, which would undo what "
-                f"{type(self).__name__} does to `{plain[0].name}`. Use the optimizer without that copy, or remove the callback."
+                f"{type(optimizer).__name__} keeps a second copy of the weights ({named(copies)}) and moves them towards it, which would "
+                f"undo what {type(self).__name__} does to `{plain[0].name}`. Use the optimizer without that copy, or remove the callback."
             )
 
     def _make_plan(self, index: int, optimizer: Optimizer, targets: list[Target]) -> Plan:
@@ -526,10 +592,10 @@ class NormDynCallback(Callback):
             if not session.losses:  # those have been named one by one
                 warn_once(f"{self._found_nothing()} to act on any more:\n{self._reasons()}")
             return
-        named = _named(waiting)
+        in_words = named(waiting)
         text = (
             f"{self._found_nothing()} among the weights that are trained. It does nothing until one of those that are frozen, or that no "
-            f"optimizer holds, is trained: {named}. If none ever will be, name weights with params='PATTERN', or remove the callback."
+            f"optimizer holds, is trained: {in_words}. If none ever will be, name weights with params='PATTERN', or remove the callback."
         )
         frozen = {name for weight, (name, *_) in session.names.items() if not weight.requires_grad}
         planned = any(isinstance(callback, BaseFinetuning) for callback in session.trainer.callbacks)  # type: ignore[attr-defined]
@@ -644,6 +710,29 @@ class NormDynCallback(Callback):
             for part in torch_optimizers(optimizer):
                 self.check_optimizer(part, [p for g in part.param_groups for p in g["params"] if p in self._matched])
 
+    def _take_in(self, new: Mapping[Tensor, Sequence[str]], changed: Iterable[str]) -> None:
+        """Weights have come during the fit.
+
+        Args:
+            new: the weights and their names.
+            changed: these names; what was known of other weights under them is gone.
+        """
+        session = self._session
+        assert session is not None
+        weights = [w for w in new if len(session.shapes[w]) >= 2 or w in session.lazy]
+        # Those that were there cannot match less than before, and a pattern may mean layers that are gone.
+        chosen = match_patterns(self.params, [tuple(new[w]) for w in weights], all_must_match=False)
+        self._matched = {w for w in self._matched if w in session.names} | {weights[i] for i in chosen}
+        for name in changed:
+            self._forget_weight(name)
+
+    def _forget_weight(self, name: str) -> None:
+        """Another weight has taken the place of the one that was called ``name``."""
+        for tables in (self._per_vector, self._restored_vectors):
+            for table in tables.values():
+                table.pop(name, None)
+        self._partitions = {key: partition for key, partition in self._partitions.items() if key[1] != name}
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bracket the optimizers: only here are weights, optimizer state and callback state restored under every strategy."""
         # The tuner's inner fits and sanity checks come before this, so nothing acts in them.
@@ -684,6 +773,8 @@ class NormDynCallback(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizers."""
         self._report_bad()
+        if self._session is not None and not self._session.closed:
+            self._session.last_look()
         self._report_idle()
         self._let_go()
 
@@ -746,6 +837,41 @@ class NormDynCallback(Callback):
         self._counted = {i: self.steps_of(i) for i in self._attached_at} or self._counted
         self._attached_at = {}
 
+    def idle_in_words(self) -> str:
+        """A callback that was to act and never could, in a sentence; empty for any other."""
+        session = self._session
+        if session is None:
+            return ""
+        seen, due, acted = self._counts()
+        name = type(self).__name__
+        if seen == 0 and session.attempts and not self._stopped:
+            did = "acted in" if self.writes else "measured"
+            return f"{name} {did} 0 of {session.attempts} steps: no step of an optimizer was seen, or a gradient scaler skipped all."
+        if due and not acted:
+            return f"{name} acted in 0 of {seen} steps: no weight that it acts on had a gradient when it was to act."
+        return ""
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Steps of this fit that were seen, those in which this callback was to act, and those in which it did."""
+        session = self._session
+        assert session is not None
+        seen = sum(session.brackets[i].steps - start for i, start in self._attached_at.items() if i < len(session.brackets))
+        seen += self._steps_of_gone
+        due = sum(tally.due for tally in self._tallies.values())
+        return seen, min(due, seen), min(sum(tally.acted for tally in self._tallies.values()), seen)
+
+    def tally_in_words(self) -> str:
+        """For the end table: in how many steps this callback acted, unless it did in all that it was to act in."""
+        if not self.writes:
+            return ""
+        idle = self.idle_in_words()
+        seen, due, acted = self._counts()
+        always = acted > 0 and acted == due and not self._stopped
+        if idle or always or not seen:
+            return idle
+        when = f"; it was to act in {due}" if due != seen else ""
+        return f"{type(self).__name__} acted in {acted} of {seen} steps{when}."
+
     def _report_bad(self) -> None:
         if self._reported_bad:
             return
@@ -755,8 +881,8 @@ class NormDynCallback(Callback):
             lines += [f"{int(k)} in {t.name}" for k, t in zip(per_weight, plan.targets, strict=True) if k]
         if lines:
             self._reported_bad = True
-            named = ", ".join(lines[:8]) + (" ..." if len(lines) > 8 else "")
-            warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {named}.")
+            first = ", ".join(lines[:8]) + (" ..." if len(lines) > 8 else "")
+            warn_once(f"{type(self).__name__} left vectors alone whose norm is zero or not finite: {first}.")
 
     def _report_idle(self) -> None:
         """Say so if nothing ever came of what might have come."""
@@ -765,9 +891,8 @@ class NormDynCallback(Callback):
             return
         names = self._may_come()
         if names:
-            named = _named(names)
             warn_once(
-                f"{type(self).__name__} did nothing in this fit: {named} stayed frozen, no optimizer held them, "
+                f"{type(self).__name__} did nothing in this fit: {named(names)} stayed frozen, no optimizer held them, "
                 "or no loss read all their rows."
             )
 
@@ -824,18 +949,6 @@ def check_count(name: str, value: object, least: int, otherwise: str = "") -> in
 def log_every(trainer: Trainer) -> int:
     """The Trainer's ``log_every_n_steps``."""
     return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
-
-
-def _bind(handler: Callable[[Step, Plan], None], plan: Plan) -> Callable[[Step], None]:
-    def call(step: Step) -> None:
-        handler(step, plan)
-
-    return call
-
-
-def _named(names: Sequence[str]) -> str:
-    """The first eight names, for a message."""
-    return ", ".join(f"`{name}`" for name in names[:8]) + (" ..." if len(names) > 8 else "")
 
 
 def _shown(params: Iterable[str]) -> str:

@@ -123,6 +123,13 @@ class Ledger:
         history = History()
         return cls(history, History() if separate else history)
 
+    def without(self, name: str) -> Ledger:
+        """Another weight has taken the place of the one that was called ``name``: its rows stay, what they led to expect does not."""
+        courses = {other: course for other, course in self.courses.items() if other != name}
+        norms = {other: known for other, known in self.norms.items() if other != name}
+        rates = {other: known for other, known in self.rates.items() if other != name}
+        return replace(self, courses=courses, norms=norms, rates=rates)
+
     @property
     def lasting(self) -> Ledger:
         """Without a row that only the end of a fit asked for."""

@@ -249,6 +249,10 @@ class LRDropRescaling(NormDynCallback):
             last = self._read[id(group)] = (lr, lr._version, float(lr))
         return last[2]
 
+    def _forget_weight(self, name: str) -> None:
+        super()._forget_weight(name)
+        self._rates.pop(name, None)
+
     def _extra(self) -> dict[str, Any]:
         assert self._session is not None
         for index, plan in self.plans.items():

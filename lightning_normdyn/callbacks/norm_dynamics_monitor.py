@@ -911,6 +911,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         if norms and not self._off:
             self._append_final(trainer, norms)
         self._publish_about(trainer)
+        if self._session is not None and not self._session.closed:
+            self._session.last_look()
         layers = self._layers(norms)
         text = self._end_table(layers) if self.tables else None
         super().on_train_end(trainer, pl_module)
@@ -1095,7 +1097,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
             times = sum(clamped.values())
             text += paragraph(f"The shrink factor was clamped at 0.5 {times} times ({named}): lr * alpha * norm is too large there.")
-        return text + self._session.losses_in_words()
+        text += self._session.losses_in_words()
+        return text + "".join(paragraph(words) for words in self._session.closing_words())
 
     def _latest(self, quantity: str, target: Target) -> float | None:
         key = f"{quantity}/{target.name}"
@@ -1114,6 +1117,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         if self._restored is None or self._session is None or not len(self._ledger.history):
             return state
         return {**state, "extra": self._extra()}
+
+    def _forget_weight(self, name: str) -> None:
+        super()._forget_weight(name)
+        self._ledger = self._ledger.without(name)
+        self._told = 0  # described anew to the loggers
 
     def _extra(self) -> dict[str, Any]:
         """The ledger as it will be when all that was measured is there. Changes nothing, so a signal handler may ask at any moment."""

@@ -44,6 +44,27 @@ class Target:
 
 
 @dataclass
+class Tally:
+    """In how many steps of one optimizer a callback meant to act, and in how many it found something to act on.
+
+    Args:
+        due: steps in which it was to act.
+        acted: those of them in which some target had a gradient.
+    """
+
+    due: int = 0
+    acted: int = 0
+    _last: int = 0
+
+    def note(self, number: int, found: bool) -> None:
+        """Count step ``number``; several notes about one step count once."""
+        if number != self._last:
+            self._last = number
+            self.due += 1
+            self.acted += found
+
+
+@dataclass
 class Plan:
     """The targets of one callback in one optimizer, as vectors.
 
@@ -73,6 +94,7 @@ class Plan:
     _group_of: dict[Tensor, dict[str, Any]] = field(init=False)
     counters: dict[str, Tensor] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
         self.bad = torch.zeros(self.vectors.n, dtype=torch.bool, device=self.vectors.device)
@@ -157,6 +179,7 @@ class Plan:
             good &= torch.isfinite(norms) & (norms > 0)
         self.bad |= ~good
         active = self.active()
+        self.tally.note(step.number, active is None or any(self.vectors.has_gradient()))
         if active is not None:
             good = good & active
         return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)

@@ -133,7 +133,7 @@ class RadialProjection(NormDynCallback):
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
         """Claim the decay, AWS going first."""
         check_decay_takeover(plan.optimizer, plan.claimed)
-        bracket.claim_decay((self, plan.index), DecayOwner.PROJECTION, plan.claimed)
+        self.claim_decay(plan, bracket, DecayOwner.PROJECTION, plan.claimed)
 
     def _look(self, step: Step, plan: Plan) -> None:
         vectors = plan.vectors

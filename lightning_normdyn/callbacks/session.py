@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from math import nan
+from operator import is_
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -22,6 +23,7 @@ from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoE
 from lightning_normdyn.callbacks.evidence import Contradiction, Evidence
 from lightning_normdyn.callbacks.loss_gradients import LossGradients, changed_between_ranks
 from lightning_normdyn.callbacks.plan import Plan, Target
+from lightning_normdyn.callbacks.witness import Witness
 from lightning_normdyn.decay import Decay, decay_of, highest_claim
 from lightning_normdyn.epsilons import EpsilonWatch
 from lightning_normdyn.errors import NormDynWarning, NotSupportedError
@@ -29,9 +31,10 @@ from lightning_normdyn.graph_state import GraphState, Normalizations
 from lightning_normdyn.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizer_state import taken_over_by_trial
 from lightning_normdyn.sharding import accumulates, check_weight, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
-from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, is_gain, parameter_names
 from lightning_normdyn.vectors import Partition, WeightVectors
+from lightning_normdyn.wrappers import steps_in_two_phases, without_framework
 
 if TYPE_CHECKING:
     from lightning_normdyn.callbacks.base import NormDynCallback
@@ -69,17 +72,15 @@ class Session:
         self.holders = holders_of(module)
         self.shapes = {weight: full_shape(weight) for weight in self.names}
         self.lazy = {weight for weight in self.names if is_lazy(weight)}  # of no known shape, now that everything is mapped
-        self._gains = {
-            weight
-            for weight, names in self.names.items()
-            if len(self.shapes[weight]) >= 2 and weight not in self.lazy and is_gain(module, names[0], self.shapes[weight])
-        }
+        self._gains = {weight for weight in self.names if self._is_gain(weight)}
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
         self.optimizers: list[Optimizer] = []
+        self.outers: list[Any] = []
+        """For each of them what a person has made: itself, or what steps through it."""
         self.brackets: list[StepBracket] = []
         self._leading: list[StepBracket] = []  # one for each optimizer of the Trainer; DeepSpeed steps an optimizer in parts
-        self._remove: list[Callable[[], None]] = []
+        self._remove: dict[StepBracket, list[Callable[[], None]]] = {}
         self._watching = False
         self._guard = _Guard(self)
         self._seen: dict[int, tuple[Any, ...]] = {}
@@ -114,6 +115,19 @@ class Session:
         self._stepped_before_attempt = 0
         self._shift = 0  # from Lightning's count of batches to that of a run without interruption
         self._last_ended = -1  # Lightning's count at the newest end of a batch
+        self._steps_of_gone = 0  # of optimizers that others have taken the place of
+        self._followed: list[Any] = []  # the Trainer's optimizers as they were found
+        self._places: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._left_alone: list[Any] = []
+        self._mapped: dict[int, tuple[Any, ...]] = {}  # by optimizer: the param groups whose weights have names
+        self.replaced: set[int] = set()
+        """Optimizers that came during the fit: what is refused of them is no error."""
+        self.known: set[int] = set()
+        """Ids of the optimizers whose steps are seen, and of those around them."""
+        self._witness: Witness | None = None
+        self._tallies: list[str] | None = None
+        self.notes: list[str] = []
+        """What the end table says below: on which weights or optimizers a callback stopped acting, and why."""
         self.batch: Any = None
         """The batch that is being trained on."""
 
@@ -126,39 +140,197 @@ class Session:
         parts = [torch_optimizers(o) for o in self.trainer.optimizers]
         self.optimizers = [part for ours in parts for part in ours]
         self.brackets = [StepBracket.of(o) for o in self.optimizers]
-        self._leading = [StepBracket.of(ours[0]) for ours in parts if ours]
+        # Lightning hears nothing of the steps of an optimizer in two phases, so none of them can be known to have been skipped.
+        told = [ours for o, ours in zip(self.trainer.optimizers, parts, strict=True) if not steps_in_two_phases(without_framework(o))]
+        self._leading = [StepBracket.of(ours[0]) for ours in told if ours]
         for bracket in self.brackets:
-            self._remove.append(bracket.add(Phase.RESOLVE, self._resolve))
-            self._look_again_after_the_first_step(bracket)
+            self._listen(bracket)
+        self._followed = list(self.trainer.optimizers)
+        self.outers = [without_framework(o) for o, ours in zip(self._followed, parts, strict=True) for _ in ours]
+        self.known = {id(o) for o in [*self.optimizers, *self.outers]}
+        self._witness = Witness(self)
 
-    def _look_again_after_the_first_step(self, bracket: StepBracket) -> None:
-        """Many optimizers make their state, a second copy of the weights among it, in their first step."""
+    def _listen(self, bracket: StepBracket) -> None:
+        self._remove[bracket] = [bracket.add(Phase.RESOLVE, self._resolve)]
+        bracket.on_refusal = partial(self._refuse_acting, bracket)
 
-        def look(step: Step) -> None:
-            remove()
-            index = self.brackets.index(bracket)
+    def _refuse_acting(self, bracket: StepBracket, error: NotSupportedError) -> None:
+        """A step turns out to be one that nothing may act in, after others were handled: the callbacks that only look go on."""
+        index = next(i for i, b in enumerate(self.brackets) if b is bracket)
+        for member in self.members:
+            if index in member.plans and not member.acts_around_steps:
+                member._refuse(index, error, first=False)
+
+    def _held(self) -> list[Any]:
+        """The optimizers that Lightning holds now, each as a person has made it."""
+        strategy = self.trainer.strategy
+        # Automatic optimization steps what these wrap; an entry of strategy.optimizers that was exchanged alone is stepped by hand only.
+        wrapped = getattr(strategy, "_lightning_optimizers", [])
+        return [without_framework(o) for o in [*strategy.optimizers, *wrapped]]
+
+    def check_new_optimizers(self) -> None:
+        """Say which of the optimizers that have come since the last batch cannot be handled: nobody may be told when they step."""
+        now = self.trainer.optimizers
+        if len(now) == len(self._followed) and all(map(is_, now, self._followed)):
+            return
+        for optimizer in now:
+            if not any(optimizer is o for o in self._followed):
+                self._supported(without_framework(optimizer))
+        self._followed = list(now)
+
+    def _supported(self, optimizer: Any) -> list[Optimizer]:
+        """What steps when ``optimizer`` does; nothing, with a word, if that cannot be handled."""
+        try:
+            parts = torch_optimizers(optimizer)
+            for part in parts:
+                check_optimizer(part)
+        except NotSupportedError as error:  # training goes on without us
+            self.known.add(id(optimizer))
+            self._left_alone.append(optimizer)  # so that nothing else gets its id
+            self.note(f"Nothing acts on the steps of {type(optimizer).__name__}, which came during the fit, or measures them: {error}")
+            return []
+        return parts
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """``optimizer``, which nobody has bracketed, is about to step: go on with it if it has taken the place of another."""
+        held = self._held()
+        for outer in held:
+            if id(outer) in self.known and id(optimizer) != id(outer):
+                continue
+            parts = self._supported(outer)
+            if not any(optimizer is part or optimizer is outer for part in parts):
+                continue
+            self.known.add(id(outer))
+            gone = [i for i, o in enumerate(self.outers) if not any(o is h for h in held[: len(self.trainer.optimizers)])]
+            for part in parts:
+                self._take_up(part, outer, gone.pop(0) if gone else len(self.optimizers))
+            return
+
+    def _take_up(self, optimizer: Optimizer, outer: Any, index: int) -> None:
+        """From its next step on ``optimizer`` is number ``index``: what was counted for its predecessor goes on."""
+        from lightning_normdyn.callbacks.tables import show
+
+        self.replaced.add(index)
+        counts = [member.steps_of(index) for member in self.members]
+        if index < len(self.optimizers):
+            before, self.optimizers[index], self.outers[index] = self.outers[index], optimizer, outer
+            self.known -= {id(before), id(self.brackets[index].optimizer)}
+            old = self.brackets[index]
+            old.settle()
+            if any(old is bracket for bracket in self._leading):
+                self._leading = [bracket for bracket in self._leading if bracket is not old]
+                self._steps_of_gone += old.steps
             for member in self.members:
-                if index in member.plans:
-                    member._check_copies(step.optimizer, member.plans[index].targets)
+                member._steps_of_gone += old.steps - member._attached_at.get(index, old.steps)
+                member._drop_handlers(index)
+            for remove in self._remove.pop(old, []):
+                remove()
+            self.brackets[index] = StepBracket.of(optimizer)
+            text = f"{type(before).__name__} was replaced by another {type(outer).__name__}"
+        else:
+            self.optimizers.append(optimizer)
+            self.outers.append(outer)
+            self.brackets.append(StepBracket.of(optimizer))
+            text = f"{type(outer).__name__} has joined the optimizers"
+        bracket = self.brackets[index]
+        self.known.add(id(optimizer))
+        if not steps_in_two_phases(outer):
+            self._leading.append(bracket)
+        for member, count in zip(self.members, counts, strict=True):
+            member._counted[index], member._attached_at[index] = count, bracket.steps
+        self._seen.pop(index, None)
+        self._steps_before = [b.steps for b in self.brackets]
+        self._listen(bracket)
+        step = max(counts, default=0)
+        show(self.trainer, f"lightning-normdyn: {text} after {step} steps. The callbacks go on with it, and go on counting.")
 
-        remove = bracket.add(Phase.RESCALE, look, order="~")
-        self._remove.append(remove)
+    def _take_in_new_weights(self, index: int, *, final: bool) -> None:
+        """Map weights that have come since the start of the fit: layers that grew, a head that was exchanged.
+
+        Args:
+            index: of an optimizer whose param groups may have changed.
+            final: whether the module shows the optimizer's own parameters for certain, as it does when a step is due.
+        """
+        optimizer = self.optimizers[index]
+        layout = _layout(optimizer)
+        if self._mapped.get(index) == layout:
+            return
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        names = parameter_names(self.module) if not held <= self.names.keys() else {}
+        new = {weight: found for weight, found in names.items() if weight in held and weight not in self.names}
+        if final or held <= self.names.keys() | new.keys():
+            self._mapped[index] = layout
+        if not new:
+            return
+        changed = {name for found in new.values() for name in found}
+        for weight, found in list(self.names.items()):  # those whose place has been taken
+            rest = tuple(name for name in found if name not in changed)
+            if rest:
+                self.names[weight] = rest
+            else:
+                del self.names[weight]
+        self.names.update(new)
+        survey(self.trainer.strategy.model or self.module, self.trainer.optimizers)
+        self.holders = holders_of(self.module)
+        self.shapes.update({weight: full_shape(weight) for weight in new})
+        self.lazy.update(weight for weight in new if is_lazy(weight))
+        self._gains = {weight for weight in self.names if self._is_gain(weight)}
+        self._unread_rows = {}
+        self.search.take_in(changed)
+        self._unknown = {name: Verdict.unknown(name, v.shape, v.reason) for name, v in self.search.verdicts.items()}
+        self._normalizations = Normalizations(self.module)
+        self.evidence.reconsider(changed)
+        for name in changed:
+            self._withdrawn.pop(name, None)
+            self.losses.pop(name, None)
+        for member in self.members:
+            member._take_in(new, changed)
+        # The next forward pass is watched; what it shows is told in a table when the new weights have stepped.
+        self._unread, self._next_look = True, self._batches
+
+    def is_targeted(self, weight: Tensor) -> bool:
+        """Whether some callback's ``params`` let this weight in."""
+        return len(self.shapes[weight]) >= 2 and any(weight in member._matched for member in self.members)
+
+    def in_first_step(self, index: int) -> bool:
+        """Whether a refusal still is an error: until the end of the first real step of an optimizer that was there from the start."""
+        if index in self.replaced:
+            return False
+        return all(self.brackets[index].steps <= member._attached_at.get(index, 0) for member in self.members)
+
+    def note(self, text: str) -> None:
+        """Say something once, now and in the end table."""
+        if text not in self.notes:
+            self.notes.append(text)
+            warn_once(text)
+
+    def closing_words(self) -> list[str]:
+        """What a person should read below the end table: what was left alone or not seen, and callbacks that did not always act."""
+        unseen = [] if self._witness is None else self._witness.notes
+        return [*self.notes, *unseen, *(self._tallies or [])]
 
     def close(self) -> None:
         """Leave no hook behind; idempotent."""
         self.stop_watching()
         self._epsilons.stop()
+        if self._witness is not None:
+            self._witness.close()
         for bracket in self.brackets:
             bracket.restore()
-        for remove in self._remove:
-            remove()
-        self._remove = []
+        for removers in self._remove.values():
+            for remove in removers:
+                remove()
+        self._remove = {}
         self.closed = True
 
     # -- the search for scale-invariant weights ------------------------------------------------------------------------
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
+        self.check_new_optimizers()
+        for index in range(len(self.optimizers)):
+            self._take_in_new_weights(index, final=False)
+            self._remember_place(index)
         doubtful = self.evidence.looked_at_closely()
         if doubtful:
             self._epsilons.start({name for claim in doubtful for name in claim.norms})
@@ -213,6 +385,7 @@ class Session:
             self.stop_watching()
             self._compile_next = True
             self._unread = not self._analyzed  # this batch had no loss (training_step may return None)
+        self._look_for_unseen_steps()
         if not self._resolved or not self._begun or len(self._seen) < len(self.optimizers):
             return
         self._resolved = False
@@ -224,6 +397,24 @@ class Session:
         if not targets <= self._announced:
             self._announced |= targets
             announce(self)
+
+    def _look_for_unseen_steps(self) -> None:
+        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
+        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        if self._witness is not None and every and stepped % every == 0:
+            self._witness.look()
+
+    def last_look(self) -> None:
+        """At the end of the fit, once: was every step seen, and did every callback act where it was to act?"""
+        if self._witness is None or self._tallies is not None:
+            return
+        self._witness.look(last=True)
+        for member in self.members:
+            idle = member.idle_in_words()
+            if idle:
+                warn_once(idle)
+        # Now: when the first callback of the list lets go of the brackets, nobody counts any more.
+        self._tallies = [text for member in self.members if (text := member.tally_in_words())]
 
     def _graph_state(self) -> tuple[Any, ...]:
         """What decides the graph's shape and may change during a fit: frozen weights, and mode, kind and settings of normalizations."""
@@ -284,12 +475,36 @@ class Session:
                 return self.search.verdicts[name]
         return Verdict.unknown(names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape)))
 
+    def _is_gain(self, weight: Tensor) -> bool:
+        shape = self.shapes[weight]
+        return len(shape) >= 2 and weight not in self.lazy and is_gain(self.module, self.names[weight][0], shape)
+
     def has_no_direction(self, weight: Tensor) -> bool:
         """Whether the vectors of ``weight`` are single numbers: nothing that is said of directions means anything for them."""
         # The numbers of Linear(1, n) in front of a LayerNorm are one vector.
         return weight in self._gains and self.verdict(weight).partition is None
 
+    def _remember_place(self, index: int) -> None:
+        """Before the first step of an optimizer in two phases: where its weights are, to which they must come back."""
+        optimizer = self.optimizers[index]
+        if self.outers[index] is optimizer or not steps_in_two_phases(self.outers[index]) or self.brackets[index].steps:
+            return
+        weights = [p for p in self.owned(optimizer) if p.requires_grad and type(p.data) is Tensor]
+        self._places[index] = [(p, p.detach().clone()) for p in weights]
+
+    def _check_place(self, index: int) -> None:
+        places = self._places.pop(index, [])
+        away = [p for p, before in places if not _is_back(p.detach(), before)]
+        if away:
+            outer, inner = type(self.outers[index]).__name__, type(self.optimizers[index]).__name__
+            raise NotSupportedError(
+                f"{outer} takes its gradient at other weights, and `{self.names[away[0]][0]}` is not back when {inner} makes the step, so "
+                f"the step of {outer} cannot be told from that of {inner}. Use a form that brings the weights back first."
+            )
+
     def _resolve(self, step: Step) -> None:
+        if self._places:
+            self._check_place(next(i for i, b in enumerate(self.brackets) if b is step.bracket))
         self._decide(step)
         if self._undecided:  # gradients are there now; later somebody may have cleared them
             ours = {p for group in step.optimizer.param_groups for p in group["params"]}
@@ -312,6 +527,7 @@ class Session:
 
     def _decide(self, step: Step) -> None:
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
+        self._take_in_new_weights(index, final=True)
         layout = _layout(step.optimizer)
         if self._seen.get(index) != (self._version, layout):
             self.search.agree()
@@ -369,7 +585,9 @@ class Session:
         trainer = self.trainer
         # Clipping by value turns the gradient, so it would say nothing about the loss.
         by_value = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm).lower().endswith("value")
-        trusted = not changed_between_ranks(trainer.strategy.model)
+        # One in two phases (SAM) gets a gradient that was taken at other weights.
+        aside = steps_in_two_phases(self.outers[index])
+        trusted = not aside and not changed_between_ranks(trainer.strategy.model)
         judged = self.evidence.judged
         found = self.evidence.question(index, self._logging_step(), trusted=trusted, as_received=not by_value)
         for contradiction in found:
@@ -413,6 +631,8 @@ class Session:
         for name, weight in before.items():
             if name in now or name in self.losses or weight not in owned or not weight.requires_grad:
                 continue
+            if self.verdict(weight).partition is not None:  # left alone for another reason, which has been said
+                continue
             reason = self.verdict(weight).reason or "no loss contains it any more"
             self.losses[name] = f"since step {self.evidence.of(index).steps}, {reason}"
             warn_once(f"`{name}` is no longer taken for scale-invariant: {reason}.")
@@ -421,6 +641,10 @@ class Session:
 
     def attempt(self, optimizer: Optimizer) -> None:
         """An optimizer is about to step, unless its scaler finds an inf."""
+        # An optimizer that takes two gradients in a step (SAM) has Lightning say so twice.
+        counted_before = any(bracket.stepping and bracket.evaluations > 1 for bracket in self.brackets)
+        if counted_before or steps_in_two_phases(without_framework(optimizer)):
+            return
         self._stepped_before_attempt = self._stepped()
         self.attempts += not accumulates(self.trainer.strategy.model)
         for bracket in self.brackets:
@@ -432,7 +656,7 @@ class Session:
 
     def _stepped(self) -> int:
         """Updates that happened, or of which a fused optimizer has not told yet that they did not."""
-        return sum(b.steps + b.unsettled for b in self._leading)
+        return self._steps_of_gone + sum(b.steps + b.unsettled for b in self._leading)
 
     def _attempt_is_open(self) -> bool:
         """Whether a step is being attempted right now: a checkpoint saved in the middle of it must not count it as skipped."""
@@ -693,9 +917,16 @@ class UnreadRows:
         return {weight for weight, number in zip(self.weights, found, strict=True) if number}
 
 
-def _layout(optimizer: Optimizer) -> tuple[tuple[int, int], ...]:
-    """The param groups of an optimizer, to see when one joins or grows."""
-    return tuple((id(g), len(g["params"])) for g in optimizer.param_groups)
+def _layout(optimizer: Optimizer) -> tuple[tuple[int, ...], ...]:
+    """The param groups of an optimizer, to see when one joins, grows, or gets other weights."""
+    return tuple((id(g), *map(id, g["params"])) for g in optimizer.param_groups)
+
+
+def _is_back(weight: Tensor, before: Tensor) -> bool:
+    """Whether a weight is where it was, but for the roundings of a way there and back."""
+    distance = torch.linalg.vector_norm((weight - before).float())
+    length = torch.linalg.vector_norm(before.float())
+    return bool(distance <= 8 * torch.finfo(weight.dtype).eps * length)
 
 
 def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:

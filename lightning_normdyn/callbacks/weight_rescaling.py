@@ -118,7 +118,7 @@ class WeightRescaling(NormDynCallback):
         if self.weight_decay == "replace":
             claimed = plan.claimed
             check_decay_takeover(plan.optimizer, claimed)
-            bracket.claim_decay((self, plan.index), DecayOwner.RESCALING, lambda: claimed if self._in_window() else {})
+            self.claim_decay(plan, bracket, DecayOwner.RESCALING, lambda: claimed if self._in_window() else {})
 
     def _window(self) -> Literal["later", "now", "over"]:
         assert self._session is not None
