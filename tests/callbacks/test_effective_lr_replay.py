@@ -385,7 +385,7 @@ def test_a_weight_without_any_record_is_refused(uniform, good, tmp_path):
 def test_vectors_of_a_run_that_diverged_are_left_alone(norm, good, tmp_path):
     history = load_history(good)
     for record in history._vectors.records:
-        record.content["weight_norm/net.0.weight"][1] = norm
+        record.content.arrays()["weight_norm/net.0.weight"][1] = norm
     replayed, recorded = make(make_optimizer=plain_sgd), make(make_optimizer=plain_sgd)
     fit(recorded)
     with pytest.warns(NormDynWarning, match=r"left vectors alone whose norm is zero or not finite: 1 in net.0.weight"):
