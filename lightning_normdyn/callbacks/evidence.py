@@ -11,7 +11,7 @@ All decisions come from sums over all ranks, so all ranks decide the same.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -211,6 +211,14 @@ class Contradiction:
     step: int
 
 
+@dataclass(frozen=True)
+class Memory:
+    """The evidence at one moment: records by weight name, and of each optimizer its steps, logging steps and looks on their way."""
+
+    records: Mapping[str, Record]
+    examinations: Mapping[int, tuple[int, int, list[Look]]]
+
+
 class Evidence:
     """The evidence of one fit, for all its optimizers (by index)."""
 
@@ -218,6 +226,7 @@ class Evidence:
         self.records: dict[str, Record] = {}
         self.judged = 0
         """How many looks have been judged: as long as it does not change, nothing is confirmed or withdrawn."""
+        self._before_batch: Memory | None = None
         self._examinations: dict[int, Examination] = {}
 
     def of(self, index: int) -> Examination:
@@ -298,6 +307,8 @@ class Evidence:
         second next), when its numbers have arrived.
         """
         examination = self.of(index)
+        if self._before_batch is None:
+            self._before_batch = self._memory()
         examination.steps += 1
         examination.logged = min(examination.logged, logging_step)  # a checkpoint of a longer run, its loops reset
         logs, close = logging_step > examination.logged, examination.close
@@ -345,13 +356,28 @@ class Evidence:
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, Any]:
-        """As plain tensors, numbers and strings."""
+    def begin_batch(self) -> None:
+        """A batch begins: what is known from here on is not yet what a checkpoint in the middle of it holds."""
+        self._before_batch = None
+
+    def _memory(self) -> Memory:
+        # Records change when looks are judged and are small; nothing is copied to the host.
+        records = {name: replace(record) for name, record in self.records.items()}
+        return Memory(records, {index: (e.steps, e.logged, list(e.looks)) for index, e in self._examinations.items()})
+
+    def state(self, *, in_batch: bool) -> dict[str, Any]:
+        """As plain tensors, numbers and strings.
+
+        Args:
+            in_batch: whether a batch is being trained on. After a resume it is trained on again, so what its steps have said so far is
+                left out.
+        """
+        memory = self._before_batch if in_batch and self._before_batch is not None else self._memory()
         examinations = {}
-        for index, examination in self._examinations.items():
-            looks = [[look.due, look.names, look.values.get().double()] for look in examination.looks]
-            examinations[index] = {"steps": examination.steps, "logged": examination.logged, "looks": looks}
-        records = {name: record.state() for name, record in self.records.items()}
+        for index, (steps, logged, on_their_way) in memory.examinations.items():
+            looks = [[look.due, list(look.names), look.values.get().double()] for look in on_their_way]
+            examinations[index] = {"steps": steps, "logged": logged, "looks": looks}
+        records = {name: record.state() for name, record in memory.records.items()}
         return {"records": records, "examinations": examinations}
 
     def load(self, state: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> None:

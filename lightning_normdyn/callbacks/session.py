@@ -327,6 +327,7 @@ class Session:
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
+        self.evidence.begin_batch()
         self.check_new_optimizers()
         for index in range(len(self.optimizers)):
             self._take_in_new_weights(index, final=False)
@@ -423,11 +424,12 @@ class Session:
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What is known of the weights, of which graph it was read from, and the evidence for it: plain tensors, numbers and strings."""
+        """What is known of the weights, which graph it was read from, and the evidence for it: plain tensors, numbers and strings."""
         return {
             "targets": {n: v.state() for n, v in self.search.verdicts.items() if v.kind != "unknown"},
             "graph": None if self._graph is None else self._graph.state(),
-            "evidence": self.evidence.state(),
+            "is_reading": self._watching,
+            "evidence": self.evidence.state(in_batch=self._is_inside_batch()),
             "losses": dict(self.losses),
             "position": self.position(),
         }
@@ -461,11 +463,12 @@ class Session:
             self.search.start_afresh({**self._unknown, **self._withdrawn})
             self.resumed = bool(self._withdrawn)
             return False
-        self.resumed = True
+        self.resumed = bool(self._withdrawn) or any(int(steps) for steps in restored["steps"].values())
         self.losses = dict(restored.get("losses", {}))
         if restored.get("evidence"):
             self.evidence.load(restored["evidence"], verdicts)
-        return everywhere(then is not None and then.frozen == now.frozen)
+        # Saved in the middle of a batch whose graph was being read, verdicts may lack some of its losses.
+        return everywhere(then is not None and then.frozen == now.frozen and not restored.get("is_reading"))
 
     def verdict(self, weight: Tensor) -> Verdict:
         """What is known about ``weight``."""
@@ -674,11 +677,16 @@ class Session:
     def _counted_batches(self) -> int:
         return int(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
 
+    def _is_inside_batch(self) -> bool:
+        """Whether a batch is being trained on; a fit that resumes from here trains on it again."""
+        batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return bool(batch.processed < batch.ready)
+
     def position(self) -> list[int]:
         """For a checkpoint: ``now`` of the next batch to be trained on, as a run without interruption counts it, and Lightning's count."""
         loop = self.trainer.fit_loop.epoch_loop
         batch: Any = loop.batch_progress.current
-        is_inside_step = batch.processed < batch.ready
+        is_inside_step = self._is_inside_batch()
         # Lightning counts a batch only after the hooks of its end and after a validation that follows it.
         is_counted = batch.processed == batch.completed and self._counted_batches() != self._last_ended
         done = int(not is_inside_step and not is_counted and batch.ready > 0 and not loop._should_accumulate())

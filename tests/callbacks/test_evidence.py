@@ -422,6 +422,75 @@ def test_looks_come_at_the_same_steps_in_whatever_hook_a_checkpoint_was_saved(ho
         assert repr(go(ckpt_path=tmp_path / f"{step}.ckpt")) == repr(expected)
 
 
+def test_a_checkpoint_between_two_losses_of_the_first_batch_is_no_reason_to_believe_one_of_them(tmp_path):
+    """The second loss sees the length of a weight that the first does not see."""
+
+    class TwoLosses(Net):
+        def __init__(self, path=None, **arguments):
+            super().__init__(**arguments)
+            self.automatic_optimization, self.path = False, path
+
+        def training_step(self, batch, batch_idx=0):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch))
+            if self.path is not None and not self.path.exists():
+                self.trainer.save_checkpoint(self.path)
+            self.manual_backward(1e-12 * self.net[3].weight.square().sum())
+            optimizer.step()
+
+    path, callback = tmp_path / "between.ckpt", AdaptiveWeightShrink(0.5)
+    fit(make(TwoLosses, path=path), [AdaptiveWeightShrink(0.5)], max_steps=2)
+    fit(make(TwoLosses), [callback], ckpt_path=path, max_steps=2)
+    assert targets_of(callback) == ["net.0.weight"]
+
+
+class SavesInside(torch.optim.SGD):
+    """A handler of the cluster saves while an optimizer steps, before it has written."""
+
+    def __init__(self, parameters, trainer=None, paths=None):
+        super().__init__(parameters, lr=0.05)
+        self.trainer, self.paths = trainer, paths or {}
+
+    def step(self, closure=None):
+        loss = closure()
+        path = self.paths.get(self.trainer.global_step) if self.trainer else None
+        if path is not None and not path.exists():
+            self.trainer.save_checkpoint(path)
+        super().step()
+        return loss
+
+
+@pytest.mark.parametrize("inside", ["step", "backward"])
+def test_what_a_step_says_is_not_counted_twice_where_a_checkpoint_was_saved_in_it(inside, tmp_path):
+    paths = {step: tmp_path / f"{step}.ckpt" for step in (2, 5, 17, 18, 21)}
+
+    class Saved(Net):
+        def configure_optimizers(self):
+            return SavesInside(self.parameters(), self.trainer, paths if inside == "step" else {})
+
+        def on_after_backward(self):
+            path = paths.get(self.trainer.global_step) if inside == "backward" else None
+            if path is not None and not path.exists():
+                self.trainer.save_checkpoint(path)
+
+    def go(**arguments):
+        monitor = NormDynamicsMonitor(3, tables=False)
+        fit(
+            make(Saved, net=convnet(norm=lambda n: nn.GroupNorm(1, n))),
+            [monitor],
+            one_batch(),
+            max_epochs=26,
+            log_every_n_steps=3,
+            **arguments,
+        )
+        return monitor.state_dict()["evidence"]
+
+    expected = go()
+    for path in paths.values():
+        assert repr(go(ckpt_path=path)) == repr(expected)
+
+
 @pytest.mark.parametrize("params", ["!net.0.*", "auto"])
 def test_what_was_withdrawn_stays_withdrawn_and_ends_no_resumed_fit(params, tmp_path):
     path, net = tmp_path / "later.ckpt", convnet(norm=lambda n: nn.GroupNorm(1, n))
