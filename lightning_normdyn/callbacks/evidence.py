@@ -242,7 +242,10 @@ class Evidence:
         names, reads = [v.name for v in verdicts], [v.read for v in verdicts]
         for verdict in verdicts:
             known = self.records.get(verdict.name)
-            if known is None or not same_claim(known.claim, verdict):
+            if known is not None and grew(known.claim, verdict):
+                # More rows of the kind that has been looked at: not yet confirmed, but no reason to wait for gradients at every step.
+                self.records[verdict.name] = replace(known, claim=verdict, confirmed=False)
+            elif known is None or not same_claim(known.claim, verdict):
                 self.records[verdict.name] = Record(verdict)
                 examination.disregard(verdict.name)
         vectors = examination.vectors
@@ -298,7 +301,9 @@ class Evidence:
     def is_open(self, claim: Verdict) -> bool:
         """Whether a claim is to be looked at closely: a new one is."""
         record = self.records.get(claim.name)
-        return record is None or record.close > 0 or not same_claim(record.claim, claim)
+        if record is None or record.close > 0:
+            return True
+        return not (same_claim(record.claim, claim) or grew(record.claim, claim))
 
     def question(self, index: int, logging_step: int, *, trusted: bool, as_received: bool) -> list[Contradiction]:
         """At ``ready``: take in what this step says, if it is to be looked at; claims that were contradicted. Every rank must call it.
@@ -392,10 +397,32 @@ class Evidence:
                 examination.looks.append(Look(int(due), list(names), HostCopy(values)))
 
 
+def grew(before: Verdict, now: Verdict) -> bool:
+    """Whether a claim is about the rows that it was about, and about more that a loss has read since.
+
+    Example:
+        >>> from lightning_normdyn.vectors import Partition
+        >>> labels = torch.tensor([0, -1, 1]), torch.tensor([0, 1, 2])
+        >>> few, all_of_them = (Verdict("w", (3, 4), Partition((0,), rows, "filter"), "filter", ("norm",)) for rows in labels)
+        >>> grew(few, all_of_them), grew(all_of_them, few), grew(few, few)
+        (True, False, False)
+    """
+    old, new = before.partition, now.partition
+    if old is None or new is None or before.norms != now.norms or old.keep != new.keep or old.granularity != new.granularity:
+        return False
+    was_in, is_in = old.labels >= 0, new.labels >= 0
+    if was_in.shape != is_in.shape or bool((was_in & ~is_in).any()) or torch.equal(was_in, is_in):
+        return False
+    # Rows that were apart still are, and those that belonged together still do.
+    pairs = torch.stack([old.labels[was_in], new.labels[was_in]])
+    together = len(torch.unique(pairs, dim=1)[0])
+    return together == len(torch.unique(pairs[0])) == len(torch.unique(pairs[1]))
+
+
 def same_claim(a: Verdict, b: Verdict) -> bool:
     """Whether two verdicts claim the same vectors because of the same normalizations."""
     same_vectors = a.partition is not None and b.partition is not None and a.partition.equal(b.partition)
     return same_vectors and a.norms == b.norms
 
 
-__all__ = ["Contradiction", "Evidence", "Record", "same_claim"]
+__all__ = ["Contradiction", "Evidence", "Record", "grew", "same_claim"]

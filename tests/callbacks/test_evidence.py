@@ -647,3 +647,29 @@ def test_an_epsilon_that_comes_to_matter_late_is_named_with_the_variance_of_then
     module.net[3].weight.data *= 30
     with pytest.warns(NormDynWarning, match=r"because eps = 0\.0001 of net\.4 is not small beside the variance"):
         fit(module, [callback], max_epochs=200, log_every_n_steps=5)
+
+
+def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
+    class Table(Net):
+        """Batch k reads the first 3 + k rows of a table in front of a LayerNorm."""
+
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.table = nn.Embedding(40, 6).double()
+
+        def training_step(self, batch, batch_idx=0):
+            rows = torch.arange(min(40, 3 + self.trainer.global_step // 10))
+            weights = torch.linspace(0.1, 1.0, 6, dtype=torch.float64)
+            read = nn.functional.layer_norm(self.table(rows), [6]) @ weights
+            return super().training_step(batch) + read.square().mean()
+
+    callback, close = AdaptiveWeightShrink(0.01), []
+
+    class Counts(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            close.append(bool(callback._session.evidence.looked_at_closely()))
+
+    fit(make(Table), [callback, Counts()], max_epochs=40, log_every_n_steps=5)
+    (target,) = [t for t in callback.plans[0].targets if t.name == "table.weight"]
+    assert target.partition.n >= 15
+    assert sum(close) <= CLOSE_LOOKS
