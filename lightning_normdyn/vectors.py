@@ -165,7 +165,7 @@ class Partition:
 
     def equal(self, other: Partition) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
-        return self.keep == other.keep and torch.equal(self.labels, other.labels)
+        return self is other or (self.keep == other.keep and torch.equal(self.labels, other.labels))
 
 
 def _sizes(partition: Partition, dims: Sequence[int]) -> list[int]:

@@ -763,11 +763,15 @@ class Session:
         """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where nobody can tell."""
         owners = StepBracket.of(plan.optimizer).decay_owners()
         found = []
+        known: dict[Any, Decay] = {}  # most weights of a group are treated alike, and this may be asked at every step
         targets = zip(plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True)
         for target, group, effects in targets:
             # Claims say who decays it, also where somebody claims it who is no callback; after a fit there are none any more.
             owner = owners.get(target.weight, highest_claim(effects.decay_rules))
-            decay = decay_of(plan.optimizer, group, effects.decay_rules, owner)
+            alike = id(group), effects, owner
+            if alike not in known:
+                known[alike] = decay_of(plan.optimizer, group, effects.decay_rules, owner)
+            decay = known[alike]
             found.append(Decay(owner, None) if effects.decay_untold else decay)
         return found
 

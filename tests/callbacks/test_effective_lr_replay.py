@@ -510,3 +510,13 @@ def test_beside_a_projection_the_step_that_is_left_of_it_is_scaled(order, tmp_pa
     recorded = run(RadialProjection(), watching)
     watching.history.save(tmp_path / "run.npz")
     assert same(run(*[RadialProjection(), EffectiveLRReplay(tmp_path / "run.npz")][::order]), recorded)
+
+
+def test_a_weight_of_zeros_is_refused_by_name(tmp_path):
+    watching = monitor()
+    fit(make(make_optimizer=plain_sgd), [watching], max_steps=2)
+    watching.history.save(tmp_path / "run.npz")
+    module = make(make_optimizer=plain_sgd)
+    nn.init.zeros_(module.net[3].weight)
+    with pytest.raises(NotSupportedError, match=r"`net\.3\.weight`, but all entries are zero"):
+        fit(module, [EffectiveLRReplay(tmp_path / "run.npz")], max_steps=2)

@@ -125,7 +125,7 @@ CASES = {
     "python -m lightning_normdyn report history.npz": Case(
         leaves("history.html"), instead=(("history.npz", "recorded/history.npz -o history.html"),), slow=False
     ),
-    "python examples/digits_resnet.py --demo": Case(leaves("runs/digits_resnet/demo.png"), TINY),
+    "python examples/digits_resnet.py --demo": Case(leaves("runs/demo/compare.png", "runs/demo/overview.png"), TINY),
     "python examples/digits_resnet.py --method aws": Case(leaves_history("runs/digits_resnet/aws"), TINY),
     "python examples/char_gpt.py --method aws": Case(leaves_history("runs/char_gpt/aws"), TINY),
     "python examples/char_gpt.py --text my_book.txt --norm layer --method decay": Case(leaves_history("runs/char_gpt/decay"), TINY),
