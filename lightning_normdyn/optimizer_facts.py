@@ -434,8 +434,9 @@ def applied_rate(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor)
     lr = as_number(group.get("lr"))
     if rate is not None or lr is None or not rate_rules.has_own_schedule(optimizer, group):
         return rate
-    # It speaks of a warmup that may be one of the rate or of something else: its weight decay tells.
-    return lr if group_number(group, "weight_decay") != 0 and law_of(optimizer, group) == ("decoupled", "lr") else None
+    # It speaks of a warmup, which may be one of the rate or of something else: a trial of its weight decay tells.
+    trial = decay_trial(optimizer)
+    return lr if (trial.kind, trial.pace) == ("decoupled", "lr") else None
 
 
 def has_plain_rate(optimizer: Optimizer) -> bool:

@@ -35,7 +35,7 @@ _LR = 0.02
 _STEPS = 13
 # By the first of these that changes a weight visibly: D-Adaptation starts with rates of 1e-6.
 _DECAYS = (0.1, 1e2, 1e5, 1e8)
-_VISIBLE = 1e-3
+_VISIBLE = 1e-4
 # A kind of decay must explain its effect up to this share.
 _EXPLAINED = 1e-3
 # A change from outside that shrinks below this share is being undone.

@@ -16,6 +16,7 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightning_normdyn.group_numbers import as_number
 
-__all__ = ["CannotTryError", "ScratchOptimizer", "Start", "seed_generators"]
+__all__ = ["CannotTryError", "ScratchOptimizer", "Start", "is_scratch", "seed_generators"]
 
 Start: TypeAlias = Literal["new", "with state", "as it is"]
 
@@ -94,6 +95,7 @@ class ScratchOptimizer:
                 attributes[name] = copier.copy(value)
         # An optimizer may keep numbers of its own in its state from the start (MADGRAD, SPAM).
         state.update({key: copier.copy(value) for key, value in optimizer.state.items() if isinstance(key, str)})
+        _scratch_optimizers.add(self.optimizer)
         vars(self.optimizer).update(attributes)
         vars(self.optimizer).update(state=state, param_groups=self.groups)
         real_groups = optimizer.param_groups
@@ -168,7 +170,7 @@ class ScratchOptimizer:
 
         Whatever the trial raises becomes `CannotTryError`: a trial must never end a fit.
         """
-        if _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        if _others_listen() and _calls_a_hooked_step(type(optimizer)):
             raise CannotTryError("somebody listens to the steps of all optimizers")
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
         accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
@@ -187,6 +189,31 @@ class ScratchOptimizer:
             random.setstate(python)
             np.random.set_state(numpy)
             torch.set_default_dtype(dtype)
+
+
+_scratch_optimizers: WeakSet[Optimizer] = WeakSet()
+
+
+def is_scratch(optimizer: Optimizer) -> bool:
+    """Whether ``optimizer`` is only tried: whoever listens to the steps of all optimizers leaves it alone.
+
+    Example:
+        >>> is_scratch(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
+        False
+    """
+    return optimizer in _scratch_optimizers
+
+
+def _others_listen() -> bool:
+    """Whether somebody else has hooked the steps of all optimizers; our own hooks ask `is_scratch`."""
+    hooks = [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
+    return any(not type(getattr(hook, "__self__", None)).__module__.startswith("lightning_normdyn.") for hook in hooks)
+
+
+def _calls_a_hooked_step(kind: type) -> bool:
+    """Whether the step of ``kind`` may call that of a base class around which torch calls hooks."""
+    steps = [vars(c)["step"] for c in kind.__mro__ if "step" in vars(c)]
+    return any(getattr(step, "hooked", False) for step in steps[1:])
 
 
 def seed_generators(device: torch.device) -> None:

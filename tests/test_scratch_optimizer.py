@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from lightning_normdyn.scratch_optimizer import CannotTryError, ScratchOptimizer
+from lightning_normdyn.scratch_optimizer import CannotTryError, ScratchOptimizer, is_scratch
 
 
 def plain():
@@ -32,14 +32,22 @@ def test_what_cannot_be_copied_is_said(held, reason):
 
 
 def test_who_listens_to_all_optimizers_hears_no_trial():
-    optimizer, heard = plain(), []
+    weight, heard = nn.Parameter(torch.randn(5, 7)), []
+    wrapping, plainly = doubles.LoggingSGD([weight], lr=0.1), doubles.Plain([weight])
+    torch.optim.SGD([weight], lr=0.1)  # from its first instance on, torch calls hooks around the step that LoggingSGD wraps
     handle = register_optimizer_step_pre_hook(lambda *_: heard.append(1))
     try:
-        with pytest.raises(CannotTryError, match="listens"), ScratchOptimizer.untouched(optimizer):
+        with pytest.raises(CannotTryError, match="listens"), ScratchOptimizer.untouched(wrapping):
             pass
+        with ScratchOptimizer.untouched(plainly):
+            scratch = ScratchOptimizer(plainly)
+            scratch.set_gradients(0)
+            scratch.step()
     finally:
         handle.remove()
     assert not heard
+    assert is_scratch(scratch.optimizer)
+    assert not is_scratch(plainly)
 
 
 def test_a_learning_rate_keeps_its_form():

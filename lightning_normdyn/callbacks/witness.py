@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from lightning_normdyn.scratch_optimizer import is_scratch
 from lightning_normdyn.steps import StepBracket
 
 if TYPE_CHECKING:
@@ -75,12 +76,14 @@ class Witness:
         session = self._session()
         if session is None or session.closed:  # a fit whose end came without ours
             self.close()
-        elif id(optimizer) not in session.known:
+        elif id(optimizer) not in session.known and not is_scratch(optimizer):
             session.follow(optimizer)  # its own hooks are called after this one
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         session = self._session()
         if session is None or session.closed or id(optimizer) in session.known or optimizer in self._strangers:
+            return
+        if is_scratch(optimizer):
             return
         if any(bracket.stepping for bracket in session.brackets):
             return  # an optimizer inside another one
