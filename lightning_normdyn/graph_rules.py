@@ -1210,8 +1210,7 @@ def _index_select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     rows = flow.rows
     if rows.size(dim) > 1:
         rows = compact(rows.index_select(dim, index.cpu()))
-        if not _is_permutation(index, shape[dim]):
-            operation.rows.pick(distinct(rows))
+        operation.rows.pick(distinct(rows))
     return moved(flow, rows, [dim])
 
 
@@ -1224,9 +1223,7 @@ def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     dims = _indexed_dims(index)
     operation.left_out(flow, dims)
     rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
-    tensors = [i for i in index if i is not None]
-    order = len(dims) == len(tensors) == 1 and _is_permutation(tensors[0], shape[dims[0]])
-    if not order and any(flow.rows.size(d) > 1 for d in dims):
+    if any(flow.rows.size(d) > 1 for d in dims):
         operation.rows.pick(distinct(rows))
     return replace(flow, rows=compact(rows), offset=flow.offset and _picked(flow.offset, index, rows.ndim))
 
@@ -1241,13 +1238,6 @@ def _indexed_dims(index: Sequence[Tensor | None]) -> list[int]:
             dims.extend(range(dim, dim + size))
         dim += size
     return dims
-
-
-def _is_permutation(index: Tensor, size: int) -> bool:
-    """Whether ``index`` names each of ``size`` entries once: an order of channels, which does not depend on the data."""
-    if index.dtype in (torch.bool, torch.uint8) or index.shape != (size,):
-        return False
-    return len(distinct(index.cpu() % size)) == size
 
 
 @_rule("MaskedSelectBackward0", "TakeBackward0")

@@ -969,6 +969,9 @@ READINGS = {
     "index, pairs that meet": (
         lambda w, x: w[x].unflatten(0, (-1, 2)).mean(1), choices([0, 1, 2, 3, 5, 5, 4, 4], [1, 2, 4, 5]), "layer 1", "layer 1",
     ),
+    "index, an order of all rows": (
+        lambda w, x: w[x].view(3, 2, 4).mean(1), choices([0, 1, 2, 3, 4, 5], [5, 3, 4, 2, 1, 0]), "layer 1", "layer 1",
+    ),
     "bag": (lambda w, x: F.embedding_bag(x[None], w), ROWS, "unknown", "layer 1"),
     "relative positions": (zoo.Net(relative_positions, w=zoo.weight(11, 4), n=nn.LayerNorm(4)), SIZES, "partly 5", "filter 11"),
     "experts alone": (experts("alone"), choices([0, 2, 2, 0], [1, 3, 1, 3], [0, 1, 2, 3]), "partly 2", "filter 4"),

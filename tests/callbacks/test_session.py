@@ -145,6 +145,37 @@ def test_the_start_table_says_how_many_rows_were_not_read(capsys):
     assert "norm; 8 of its 20 rows not read by any loss so far" in printed
 
 
+class Codes(L.LightningModule):
+    """Rows of a table, each normalized on its own in batches of even length and as one mean in others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.codes, self.norm = nn.Parameter(torch.randn(6, 8)), nn.LayerNorm(8, eps=1e-12)
+        self.head = nn.Linear(8, 3)
+        self.to(torch.float64)
+
+    def training_step(self, batch, batch_idx=0):
+        rows = self.codes[batch]
+        return self.head(self.norm(rows if len(batch) % 2 == 0 else rows.mean(0))).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("granularity", ["auto", "filter"])
+def test_rows_that_turn_out_to_be_one_vector_are_no_longer_treated_apart(granularity):
+    apart, together = torch.tensor([0, 1, 2, 3]), torch.tensor([1, 4, 5])
+    rule = WeightRescaling(1, params="codes", granularity=granularity)
+    if granularity == "auto":
+        fit(Codes(), [rule], [apart, apart, together, together, together])
+        assert [(t.partition.n, t.verdict.kind) for t in rule.plans[0].targets] == [(1, "layer")]
+        return
+    with pytest.warns(NormDynWarning, match=r"leaves `codes` alone from now on\. granularity='filter' was asked for"):
+        fit(Codes(), [rule], [apart, apart, together, together, together])
+    assert not rule.plans
+
+
 class WithGains(L.LightningModule):
     """A depthwise 1x1 convolution in front of a BatchNorm, gains of several shapes, and the embedding of a number."""
 
