@@ -177,8 +177,8 @@ class InTwoPhases(Net):
         optimizer.second_step(zero_grad=True)
 
 
-def sam(parameters, comes_back=True, **options):
-    return TwoPhases(parameters, torch.optim.SGD, comes_back=comes_back, lr=0.1, momentum=0.9, **options)
+def sam(parameters, **options):
+    return TwoPhases(parameters, torch.optim.SGD, **{"lr": 0.1, "momentum": 0.9, **options})
 
 
 def twice(parameters, **options):
@@ -264,10 +264,16 @@ def test_an_optimizer_that_begins_to_take_two_gradients_later_stops_the_shrink_a
     assert len(monitor.history) == 8
 
 
-def test_sam_whose_weights_are_not_back_is_refused_by_name():
-    module = make(make_optimizer=lambda p: sam(p, comes_back=False))
-    with pytest.raises(NotSupportedError, match=r"TwoPhases takes its gradient at other weights, and `net.0.weight` is not back when SGD"):
+@pytest.mark.parametrize("form", ["phases", "closure"])
+@pytest.mark.parametrize("fault", [{"comes_back": False}, {"moves_on": 0.01}])
+def test_sam_whose_inner_step_is_not_all_that_moves_the_weights_is_refused_by_name(fault, form):
+    kind, optimizer = FORMS[form]
+    module = make(kind, make_optimizer=lambda p: optimizer(p, **fault))
+    with pytest.raises(
+        NotSupportedError, match="TwoPhases takes its gradient at other weights, and the step that SGD makes inside it is not"
+    ):
         fit(module, [NormDynamicsMonitor(1, tables=False)])
+    assert module.trainer.fit_loop.epoch_loop.batch_idx == 0
 
 
 def test_two_phases_without_an_optimizer_inside_are_refused_by_name():

@@ -153,11 +153,13 @@ class CopiesDict(Optimizer):
 class TwoPhases(Optimizer):
     """Sharpness-aware: the gradient of a step is taken aside, ``rho`` up the slope (SAM around a base optimizer)."""
 
-    def __init__(self, params: Any, base: type[Optimizer], rho: float = 0.5, comes_back: bool = True, **options: Any) -> None:
+    def __init__(
+        self, params: Any, base: type[Optimizer], rho: float = 0.5, comes_back: bool = True, moves_on: float = 0.0, **options: Any
+    ) -> None:
         super().__init__(params, {"rho": rho, **options})
         self.base_optimizer = base(self.param_groups, **options)
         self.param_groups = self.base_optimizer.param_groups
-        self.comes_back = comes_back
+        self.comes_back, self.moves_on = comes_back, moves_on
 
     def _with_gradient(self):
         return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
@@ -178,6 +180,8 @@ class TwoPhases(Optimizer):
             for p in self._with_gradient():
                 p.data = self.state[p]["old"]
         self.base_optimizer.step()
+        for p in self._with_gradient():
+            p.add_(p.grad, alpha=-self.moves_on)
         if zero_grad:
             self.zero_grad()
 

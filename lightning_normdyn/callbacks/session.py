@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from lightning_normdyn.callbacks.base import NormDynCallback
 
 
+# The rank of what comes after whatever callbacks do in a phase.
+LAST = 1000
+
+
 def warn_once(message: str) -> None:
     """Warn on rank zero."""
     from lightning.fabric.utilities.rank_zero import _get_rank
@@ -117,7 +121,8 @@ class Session:
         self._last_ended = -1  # Lightning's count at the newest end of a batch
         self._steps_of_gone = 0  # of optimizers that others have taken the place of
         self._followed: list[Any] = []  # the Trainer's optimizers as they were found
-        self._places: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._two_phases: set[int] = set()  # optimizers in two phases that have not stepped
+        self._places: dict[int, list[tuple[Tensor, Tensor]]] = {}  # where their weights must be when it is next looked
         self._left_alone: list[Any] = []
         self._mapped: dict[int, tuple[Any, ...]] = {}  # by optimizer: the param groups whose weights have names
         self.replaced: set[int] = set()
@@ -143,16 +148,20 @@ class Session:
         # Lightning hears nothing of the steps of an optimizer in two phases, so none of them can be known to have been skipped.
         told = [ours for o, ours in zip(self.trainer.optimizers, parts, strict=True) if not steps_in_two_phases(without_framework(o))]
         self._leading = [StepBracket.of(ours[0]) for ours in told if ours]
-        for bracket in self.brackets:
-            self._listen(bracket)
         self._followed = list(self.trainer.optimizers)
         self.outers = [without_framework(o) for o, ours in zip(self._followed, parts, strict=True) for _ in ours]
+        for bracket in self.brackets:
+            self._listen(bracket)
         self.known = {id(o) for o in [*self.optimizers, *self.outers]}
         self._witness = Witness(self)
 
     def _listen(self, bracket: StepBracket) -> None:
         self._remove[bracket] = [bracket.add(Phase.RESOLVE, self._resolve)]
         bracket.on_refusal = partial(self._refuse_acting, bracket)
+        index = next(i for i, b in enumerate(self.brackets) if b is bracket)
+        if steps_in_two_phases(self.outers[index]):
+            self._two_phases.add(index)
+            self._remove[bracket].append(bracket.add(Phase.RESCALE, self._remember_where_it_ended, rank=LAST))
 
     def _refuse_acting(self, bracket: StepBracket, error: NotSupportedError) -> None:
         """A step turns out to be one that nothing may act in, after others were handled: the callbacks that only look go on."""
@@ -386,6 +395,9 @@ class Session:
             self.stop_watching()
             self._compile_next = True
             self._unread = not self._analyzed  # this batch had no loss (training_step may return None)
+        for index in list(self._places):
+            if index not in self._two_phases:
+                self._check_place(index)
         self._look_for_unseen_steps()
         if not self._resolved or not self._begun or len(self._seen) < len(self.optimizers):
             return
@@ -489,21 +501,33 @@ class Session:
 
     def _remember_place(self, index: int) -> None:
         """Before the first step of an optimizer in two phases: where its weights are, to which they must come back."""
-        optimizer = self.optimizers[index]
-        if self.outers[index] is optimizer or not steps_in_two_phases(self.outers[index]) or self.brackets[index].steps:
-            return
-        weights = [p for p in self.owned(optimizer) if p.requires_grad and type(p.data) is Tensor]
-        self._places[index] = [(p, p.detach().clone()) for p in weights]
+        if index in self._two_phases:
+            self._places[index] = [(p, p.detach().clone()) for p in self._plain_weights(index)]
 
     def _check_place(self, index: int) -> None:
-        places = self._places.pop(index, [])
-        away = [p for p, before in places if not _is_back(p.detach(), before)]
+        """Refuse an optimizer in two phases whose inner step is not all that moves its weights: the step could not be seen."""
+        away = [p for p, before in self._places.pop(index, []) if not _is_back(p.detach(), before)]
         if away:
             outer, inner = type(self.outers[index]).__name__, type(self.optimizers[index]).__name__
-            raise NotSupportedError(
-                f"{outer} takes its gradient at other weights, and `{self.names[away[0]][0]}` is not back when {inner} makes the step, so "
-                f"the step of {outer} cannot be told from that of {inner}. Use a form that brings the weights back first."
+            error = NotSupportedError(
+                f"{outer} takes its gradient at other weights, and the step that {inner} makes inside it is not all that moves "
+                f"`{self.names[away[0]][0]}`: it does not start where the weights were, or they are moved on after it. So the step of "
+                f"{outer} cannot be seen. Use a form that brings the weights back first and ends with the inner step."
             )
+            if index not in self.replaced:
+                raise error
+            for member in self.members:
+                member._refuse(index, error, first=False)
+
+    def _remember_where_it_ended(self, step: Step) -> None:
+        """After the first step of an optimizer in two phases: where the inner step has left the weights."""
+        index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
+        if index in self._two_phases:
+            self._two_phases.discard(index)
+            self._places[index] = [(p, p.detach().clone()) for p in self._plain_weights(index)]
+
+    def _plain_weights(self, index: int) -> list[Tensor]:
+        return [p for p in self.owned(self.optimizers[index]) if p.requires_grad and type(p.data) is Tensor]
 
     def _resolve(self, step: Step) -> None:
         if self._places:
