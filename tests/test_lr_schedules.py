@@ -4,9 +4,11 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -382,3 +384,16 @@ def test_a_fit_with_accumulation_and_resume_follows_the_decayed_one(tmp_path: Pa
         assert (a - b).abs().max() < 1e-12
     shrunk = decayed.net.first.detach().norm() / resumed.net.first.detach().norm()
     assert shrunk < 0.95  # the decay was there, and only in the length
+
+
+@pytest.mark.parametrize("form", [np.float32, Fraction])
+def test_learning_rates_and_decays_in_every_form(form):
+    def rates(number):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3, 4))], lr=number(0.125), momentum=0.5)
+        schedule = WeightDecayEquivalentLR(optimizer, number(0.25))
+        for _ in range(3):
+            optimizer.step()
+            schedule.step()
+        return schedule.get_last_lr()
+
+    assert rates(form) == pytest.approx(rates(float))

@@ -212,14 +212,22 @@ def test_a_logging_subclass_is_predicted_and_rescaled_as_its_base():
     assert not any(key.startswith("equilibrium") for key in set(clipped.history.keys()))
 
 
-def test_numbers_in_the_state_survive_a_resume(tmp_path):
+RESUMED = {
+    "numbers in the state, aws": (doubles.Counting, lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)]),
+    "a buffer called z": (doubles.DualAveraging, lambda: [NormDynamicsMonitor(1)]),
+    "modes": (doubles.HasModes, lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)]),
+    "a rate of its own": (lambda p: doubles.Prodigy(p, lr=2.0), lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)]),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resume_goes_on_as_if_nothing_had_happened(name, tmp_path):
+    kind, callbacks = RESUMED[name]
     path = tmp_path / "last.ckpt"
-    runner = fit(make(make_optimizer=doubles.Counting), [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)], max_epochs=1)
-    runner.save_checkpoint(path)
-    module = make(make_optimizer=doubles.Counting)
-    fit(module, [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)], ckpt_path=path)
-    straight = make(make_optimizer=doubles.Counting)
-    fit(straight, [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)])
+    fit(make(make_optimizer=kind), callbacks(), max_epochs=1).save_checkpoint(path)
+    module, straight = make(make_optimizer=kind), make(make_optimizer=kind)
+    fit(module, callbacks(), ckpt_path=path)
+    fit(straight, callbacks())
     assert same(weights_of(module), weights_of(straight))
 
 
