@@ -436,12 +436,24 @@ class NormDynCallback(Callback):
             if weight in self._matched and not session.has_no_direction(weight):
                 matched.append(weight)
             elif weight in self._matched and any(name in self.params for name in session.names[weight]):
-                raise NotSupportedError(
-                    f"`{session.names[weight][0]}` was asked to be a target, but its rows are {SINGLE_NUMBERS}. Leave it out of `params`."
-                )
+                self._refuse_gain(weight)
         if self._by_name:
             return matched
         return [w for w in matched if (not self.writes or session.verdict(w).partition is not None) and self._can_measure(w)]
+
+    def _refuse_gain(self, weight: Tensor) -> None:
+        """A person named a weight whose rows are single numbers: an error, unless it is known too late for one."""
+        session = self._session
+        assert session is not None
+        name = session.names[weight][0]
+        if session.verdict(weight).kind == "unknown":  # in no loss so far: its numbers may turn out to be one vector
+            return
+        text = f"`{name}` was asked to be a target, but its rows are {SINGLE_NUMBERS}. Leave it out of `params`."
+        if not session.checked:
+            raise NotSupportedError(text)
+        if name not in self._left_alone:
+            self._left_alone.add(name)
+            warn_once(f"{type(self).__name__} leaves `{name}` alone from now on. {text}")
 
     @property
     def _by_name(self) -> bool:

@@ -204,7 +204,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             ``angular_update_histogram/<parameter name>``.
         tables: print the tables at the start and the end of a fit.
         alert: send W&B alerts for weights that collapse.
-        params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns), a glob pattern, or a list of them.
+        params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for gains, whose rows are single numbers), a
+            glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
     Attributes:

@@ -43,7 +43,7 @@ class RadialProjection(NormDynCallback):
             it is; or a number, decoupled.
         weight_decay_ratio: factor on the decay of projected weights (adamp's ``wd_ratio``).
         params: ``"auto"``, a glob pattern, or a list of them; ``"auto"`` means the scale-invariant weights, with ``gate="cosine"`` every
-            weight of two or more dimensions.
+            weight of two or more dimensions whose rows are no single numbers.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``; with ``gate="cosine"`` it is the rule's own.
 
     Raises:

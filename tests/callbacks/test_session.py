@@ -222,6 +222,34 @@ def test_a_gain_that_a_person_names_is_refused(name):
         fit(WithGains(), [AdaptiveWeightShrink(0.1, params=["body*", name])], pictures())
 
 
+class Embedded(L.LightningModule):
+    """The embedding of a number; a loss of its own sees its length in batches above zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.number, self.norm, self.head = nn.Linear(1, 6, bias=False), nn.LayerNorm(6, eps=1e-12), nn.Linear(6, 1)
+
+    def training_step(self, batch, batch_idx=0):
+        embedded = self.number(batch[:, None])
+        loss = self.head(self.norm(embedded)).square().mean()
+        return loss + embedded.square().mean() if batch.min() > 0 else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_numbers_that_turn_out_to_be_no_vector_do_not_end_a_fit():
+    below, above = torch.linspace(-2, -1, 8), torch.linspace(1, 2, 8)
+    rule = WeightRescaling(1, params="number.weight")
+    with (
+        pytest.warns(NormDynWarning, match=r"`number.weight` is no longer taken for scale-invariant"),
+        pytest.warns(NormDynWarning, match=r"leaves `number.weight` alone from now on\. .* its rows are single numbers"),
+    ):
+        fit(Embedded(), [rule], [below] * 4 + [above] * 40, log_every_n_steps=1)
+    assert not rule.plans
+
+
 def test_gains_that_a_pattern_brings_along_are_left_alone():
     rule = WeightRescaling(1, params=["body*", "depth*", "number*", "*gain"])
     fit(WithGains(), [rule], pictures())
