@@ -284,3 +284,20 @@ def test_two_phases_without_an_optimizer_inside_are_refused_by_name():
 
     with pytest.raises(NotSupportedError, match=r"Alone steps in two phases .* and 0 torch optimizers of the same weights"):
         fit(make(make_optimizer=lambda p: Alone(p, lr=0.1)), [NormDynamicsMonitor(1)])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_claims_are_held_against_gradients_at_the_weights_that_they_were_taken_at(form):
+    """SAM takes its gradient at weights that it has moved far, where it is orthogonal to those and not to the ones that step."""
+    kind, optimizer = FORMS[form]
+
+    def far(parameters):
+        made = optimizer(parameters)
+        for group in made.param_groups:
+            group["rho"] = 2.0
+        return made
+
+    monitor = NormDynamicsMonitor(1, tables=False)
+    fit(make(kind, make_optimizer=far), [monitor], max_epochs=5, log_every_n_steps=1)
+    known = {v.known for v in monitor._session.search.verdicts.values() if v.partition is not None}
+    assert known == {"graph and gradients"}

@@ -61,6 +61,7 @@ class LossGradients:
         self.vectors = vectors
         self._sums: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
+        self._weights: dict[Tensor, Tensor] = {}  # their lengths when the gradients were copied
         self._changed: dict[Tensor, Tensor] = {}  # weight -> 1 where something changed its gradient, on its device
         self._hooks: list[Any] = []
         self.seen = False
@@ -83,6 +84,7 @@ class LossGradients:
         if self.vectors is None:
             gradients = {w: _gradient(w) for w in self.weights}
             self._copies = {w: g.clone() for w, g in gradients.items() if g is not None}
+            self._weights = {w: _length(w) for w in self._copies}
         else:
             self._sums = self._products()
 
@@ -137,11 +139,14 @@ class LossGradients:
             lengths: list[Tensor] = []
 
             def arrives(_: Tensor) -> None:
-                lengths.extend(_length(weight))
+                gradient = _gradient(weight)
+                if gradient is not None:
+                    lengths.append(_length(gradient))
 
             def goes(_: Tensor) -> None:
-                for before, after in zip(lengths, _length(weight), strict=False):  # an optimizer that steps in here leaves none
-                    self._note(weight, before != after)
+                gradient = _gradient(weight)
+                if lengths and gradient is not None:  # an optimizer that steps in here leaves none
+                    self._note(weight, _length(gradient) != lengths[-1])
                 lengths.clear()
 
             register_after: Any = weight.register_post_accumulate_grad_hook
@@ -164,6 +169,9 @@ class LossGradients:
             copies, weights = vectors.local([self._copies.get(w) for w in vectors.weights]), vectors.values()
             if not _fit(weights, copies):
                 return None
+            # SAM takes its gradient at weights that it has moved, and moves them back before it steps.
+            for weight, length in self._weights.items():
+                self._note(weight, _length(weight) != length)
             sums = vectors.partial_inner((weights, weights), (weights, copies), (copies, copies), exact=False)
         if sums is None:
             return None
@@ -193,13 +201,13 @@ def _gradient(weight: Tensor) -> Tensor | None:
     return gradient.detach()
 
 
-def _length(weight: Tensor) -> list[Tensor]:
-    """The length of what this rank holds of its gradient; nothing if there is none."""
-    gradient = _gradient(weight)
-    if gradient is None:
-        return []
-    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
-    return [torch.linalg.vector_norm(local)]
+def _length(tensor: Tensor) -> Tensor:
+    """The length of what this rank holds of a weight or gradient."""
+    local: Any = tensor.detach()
+    if hasattr(local, "to_local"):
+        local = local.to_local()
+    length: Tensor = torch.linalg.vector_norm(local)
+    return length
 
 
 def _put_first(hooks: Any, handle: Any) -> Callable[[], None]:

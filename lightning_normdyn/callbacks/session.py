@@ -610,13 +610,13 @@ class Session:
     def _question(self, index: int) -> None:
         """Hold what the graph claims against real gradients; a contradiction withdraws the claim before this step touches anything."""
         trainer = self.trainer
-        # Clipping by value turns the gradient, so it would say nothing about the loss.
+        # What the optimizer receives will do where the backward pass was not seen, but for clipping by value, which turns it, and for
+        # an optimizer in two phases (SAM), whose gradient was taken at other weights.
         by_value = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm).lower().endswith("value")
-        # One in two phases (SAM) gets a gradient that was taken at other weights.
-        aside = steps_in_two_phases(self.outers[index])
-        trusted = not aside and not changed_between_ranks(trainer.strategy.model)
+        as_received = not by_value and not steps_in_two_phases(self.outers[index])
+        trusted = not changed_between_ranks(trainer.strategy.model)
         judged = self.evidence.judged
-        found = self.evidence.question(index, self._logging_step(), trusted=trusted, as_received=not by_value)
+        found = self.evidence.question(index, self._logging_step(), trusted=trusted, as_received=as_received)
         for contradiction in found:
             self._withdraw(contradiction)
         if self.evidence.judged != judged:
