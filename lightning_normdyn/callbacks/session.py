@@ -210,7 +210,10 @@ class Session:
             if not any(optimizer is part or optimizer is outer for part in parts):
                 continue
             self.known.add(id(outer))
-            gone = [i for i, o in enumerate(self.outers) if not any(o is h for h in held[: len(self.trainer.optimizers)])]
+            listed = held[: len(self.trainer.optimizers)]
+            gone = [i for i, o in enumerate(self.outers) if not any(o is h for h in listed)]
+            # Of several that were replaced at once, the one in the same place.
+            gone.sort(key=lambda i: not (i < len(listed) and listed[i] is outer))
             for part in parts:
                 self._take_up(part, outer, gone.pop(0) if gone else len(self.optimizers))
             return
@@ -416,6 +419,25 @@ class Session:
         stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
         if self._witness is not None and every and stepped % every == 0:
             self._witness.look()
+            self._look_for_replaced_weights()
+
+    def _look_for_replaced_weights(self) -> None:
+        """Say so if a weight without a gradient has been replaced in the network, and the optimizer holds the old one."""
+        held = {w for optimizer in self.optimizers for w in self.owned(optimizer)}
+        idle = [w for w in held if w.grad is None and w.requires_grad and type(w.data) is Tensor and self.is_targeted(w)]
+        if not idle:
+            return
+        present = parameter_names(self.module)
+        by_name = {name: weight for weight, names in present.items() for name in names}
+        for weight in idle:
+            name = self.names[weight][0]
+            now = by_name.get(name)
+            if weight in present or now is None or now.grad is None:
+                continue
+            self.note(
+                f"`{name}` was replaced in the network by a parameter that no optimizer holds: it is not trained, and nothing acts on it. "
+                "Put it into a param group."
+            )
 
     def last_look(self) -> None:
         """At the end of the fit, once: was every step seen, and did every callback act where it was to act?"""

@@ -405,3 +405,43 @@ def test_a_pattern_takes_in_new_layers_and_may_lose_those_that_it_named():
     module, aws = make(), AdaptiveWeightShrink(0.5, params=["net.8.weight", "net.8.*", "net.0.*"])
     fit(module, [Calls(3, exchange), aws])
     assert [t.name for t in aws.plans[0].targets] == ["net.0.weight", "net.8.0.weight", "net.8.2.weight"]
+
+
+def test_a_weight_that_is_replaced_in_the_network_alone_is_told(capsys):
+    def forget_the_optimizer(trainer, module):
+        module.net[3] = nn.Conv2d(4, 6, 3, bias=False).double()
+
+    with pytest.warns(NormDynWarning, match=r"`net.3.weight` was replaced in the network by a parameter that no optimizer holds") as caught:
+        fit(make(), [Calls(3, forget_the_optimizer), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)], log_every_n_steps=1)
+    assert len([w for w in caught if w.category is NormDynWarning]) == 1
+    assert "was replaced in the network" in end_table(capsys)
+
+
+def test_a_new_layer_in_a_new_optimizer():
+    def both(trainer, module):
+        module.net[3] = nn.Conv2d(4, 6, 3, bias=False).double()
+        trainer.optimizers = [torch.optim.SGD(module.parameters(), lr=0.05)]
+
+    module, aws, monitor = make(), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1, tables=False)
+    fit(module, [Calls(3, both), aws, monitor])
+    assert [t.weight for t in aws.plans[0].targets] == [module.net[0].weight, module.net[3].weight]
+    assert [row["normdyn/optimizer_step"] for row in monitor.history] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert "equivalent_weight_decay/net.3.weight" in monitor.history[-1]
+
+
+def test_optimizers_that_are_replaced_together_or_again_keep_their_places():
+    def both(trainer, module):
+        trainer.optimizers = module.configure_optimizers()
+
+    def swapped(trainer, module):
+        both(trainer, module)
+        first, second = trainer.optimizers
+        first.param_groups, second.param_groups = second.param_groups, first.param_groups
+
+    module, monitor = make(ManualNet), NormDynamicsMonitor(1, tables=False)
+    fit(module, [Calls(4, both), Calls(8, both), monitor])
+    assert [monitor.steps_of(i) for i in (0, 1)] == [8, 8]
+    assert [[t.name for t in monitor.plans[i].targets] for i in (0, 1)] == [["net.0.weight"], ["net.3.weight", "net.8.weight"]]
+    other, again = make(ManualNet), NormDynamicsMonitor(1, tables=False)
+    fit(other, [Calls(4, swapped), again])
+    assert [[t.name for t in again.plans[i].targets] for i in (0, 1)] == [["net.3.weight", "net.8.weight"], ["net.0.weight"]]
