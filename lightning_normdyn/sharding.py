@@ -215,6 +215,31 @@ def has_gradient(weight: Tensor) -> bool:
     return place.flat is None or place.flat.grad is not None
 
 
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """What the optimizer takes for the gradient of ``weight`` on this rank: its own, or that of the tensor that is updated instead."""
+    master = _master_of(weight)
+    return weight.grad if master is None else master.flat.grad
+
+
+def version_of(weight: Tensor) -> int:
+    """How often the numbers of ``weight`` on this rank were written to, as torch counts it; for a gradient or a state tensor, too."""
+    master = _master_of(weight)
+    tensor = weight if master is None else master.flat
+    if _is_dtensor(tensor):  # writing to the local tensor is not counted by what is around it
+        tensor = cast(Any, tensor)._local_tensor
+    return int(tensor._version)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether the optimizer writes to ``weight`` itself, and not to something inside it or in its place."""
+    return not _is_dtensor(weight) and _master_of(weight) is None
+
+
+def _master_of(weight: Tensor) -> Master | None:
+    place = _FLAT.get(weight) if len(_FLAT.data) else None
+    return None if place is None else place.master
+
+
 def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
     """Before compiled code runs for the first time, take gradients away that torch's compiler stumbles over.
 

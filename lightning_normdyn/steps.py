@@ -10,8 +10,9 @@ manual optimization and several optimizers, in Lightning, Fabric or a plain loop
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
@@ -24,10 +25,18 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizer_facts import applied_decay
 from lightning_normdyn.optimizer_state import is_schedule_free, supports_decay_takeover
-from lightning_normdyn.sharding import full_shape, groups_for_step, steps_as_one, torch_optimizers
+from lightning_normdyn.scaling import Scaling
+from lightning_normdyn.sharding import (
+    full_shape,
+    gradient_of,
+    groups_for_step,
+    has_gradient,
+    steps_as_one,
+    torch_optimizers,
+)
 from lightning_normdyn.step_view import show, unsplit, view_class, view_of, writes_into_groups
 from lightning_normdyn.vectors import Partition, WeightVectors
-from lightning_normdyn.wrappers import fires_step_hooks, inner_optimizers, prepare_step_hooks
+from lightning_normdyn.wrappers import closure_does_nothing, fires_step_hooks, inner_optimizers, prepare_step_hooks
 
 
 class Phase(IntEnum):
@@ -87,16 +96,48 @@ class Step:
         number: 1-based count of real steps of this optimizer since the bracket was attached, this one included.
         skipped: None, or a 0/1 float tensor on the device: whether a fused optimizer skips this update inside its kernel (GradScaler
             found an inf).
+        with_gradient: ids of the weights that had a gradient at ``ready``; the step may free or replace it.
     """
 
     bracket: StepBracket
     number: int
     skipped: Tensor | None = None
+    with_gradient: Set[int] = frozenset()
+    _scalings: list[Scaling] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list)
+    _notes: list[Callable[[], None]] = field(default_factory=list)
+    _happened: bool = False
 
     @property
     def optimizer(self) -> Optimizer:
         """The torch optimizer that steps."""
         return self.bracket.optimizer
+
+    def scale(self, scaling: Scaling) -> None:
+        """Multiply weights at ``ready``, so that it is not done twice if this step raises, or a checkpoint is saved before its update.
+
+        The next step then finds the weights as they are and goes straight to the update, or divides them by the factor first.
+        """
+        self._scalings.append(scaling)
+        scaling.apply()
+
+    def undo_with(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` if this step raises and the next one has to begin anew; for what else than `scale` is done at ``ready``."""
+        self._undo.append(undo)
+
+    def when_done(self, note: Callable[[], None]) -> None:
+        """Call ``note`` as soon as it is known that this step has happened: after the update, or when a fused optimizer has told the host
+        that it did not skip it."""
+        if self._happened:
+            note()
+        else:
+            self._notes.append(note)
+
+    def _mark_happened(self) -> None:
+        self._happened = True
+        notes, self._notes = self._notes, []
+        for note in notes:
+            note()
 
     def unless_skipped(self, value: Tensor, otherwise: float) -> Tensor:
         """``value``, or ``otherwise`` everywhere if the update is skipped on the device; no host synchronization."""
@@ -156,7 +197,8 @@ class StepBracket:
         check_optimizer(optimizer)
         self._optimizer_ref = ref(optimizer)
         self.steps = 0
-        """Real steps since the bracket was attached; call `settle` first if a fused optimizer may have skipped the last one."""
+        """Real steps since the bracket was attached, in which some weight had a gradient; call `settle` first if a fused optimizer may have
+        skipped the last one."""
         self.evaluations = 0
         """How often the step that goes on, or the last one, has evaluated its closure so far."""
         self.on_refusal: Callable[[NotSupportedError], None] | None = None
@@ -165,7 +207,8 @@ class StepBracket:
         self._added = 0
         self._claims: dict[object, tuple[DecayOwner, Callable[[], Claimed]]] = {}
         self._rest: tuple[list[tuple[Tensor, Partition | None]], WeightVectors] | None = None
-        self._gradients: list[tuple[Tensor, Tensor]] = []
+        # Gradients that were changed for the step: what they were before, and their version afterwards.
+        self._gradients: list[tuple[Tensor, Tensor, int]] = []
         self._snapshot_requests: dict[Tensor, Tensor] = {}
         self._snapshots: dict[Tensor, Tensor] = {}
         self._buffers: dict[Tensor, Tensor] = {}
@@ -175,7 +218,8 @@ class StepBracket:
         self._view: ref[Optimizer] | None = None
         self._view_class: tuple[type[Optimizer], type[Any] | None] | None = None
         self._writes_into_groups = True
-        self._unsettled: HostCopy | None = None
+        self._settings_left: list[Any] | None = None
+        self._unsettled: tuple[HostCopy, Step] | None = None
         self._hooks: list[Any] = []
 
     @property
@@ -299,7 +343,7 @@ class StepBracket:
         self._handlers = []
         self.on_refusal = None
         self._claims = {}
-        self._snapshots, self._buffers, self._rest = {}, {}, None
+        self._snapshots, self._buffers, self._rest, self._step = {}, {}, None, None
         self._of.pop(self.optimizer, None)
 
     def _pre(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -317,6 +361,8 @@ class StepBracket:
             self._ready(args[0])
             return (view, *args[1:]), kwargs
         self.evaluations = 0
+        if not closure_does_nothing(closure):
+            self.take_back()  # of a step that raised, before new gradients are taken
 
         def wrapped(*a: Any, **k: Any) -> Any:
             self.evaluations += 1
@@ -349,12 +395,64 @@ class StepBracket:
     @torch.no_grad()
     def _ready(self, stepping: Optimizer) -> None:
         self.settle()
+        if self._step is not None and self._is_as_left():
+            # The last step raised before it wrote anything: all that has to be done for this one is done.
+            self._step.skipped = getattr(self.optimizer, "found_inf", None)
+            self._take_decay_over(stepping, self._step, again=True)
+            return
+        self.take_back(gradients_count=True)
         self._snapshots.clear()  # of a step that raised
-        self._step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None))
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if not any(map(has_gradient, parameters)):
+            return
+        with_gradient = frozenset(id(p) for p in parameters if gradient_of(p) is not None)
+        step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None), with_gradient)
+        self._step = step
         self._run(Phase.RESOLVE, Phase.RESOLVE)  # may add handlers that act in this very step
         self._run(Phase.RESOLVE + 1, Phase.SNAPSHOT)
         self._take_snapshots()
-        self._take_decay_over(stepping)
+        self._take_decay_over(stepping, step)
+
+    # -- steps that do not happen ----------------------------------------------------------------------------------------
+
+    def _is_as_left(self) -> bool:
+        """Whether ``ready`` was there already, and neither weights, gradients nor the numbers of the param groups changed since."""
+        step = self._step
+        if step is None or self._settings_left is None or not step._scalings:
+            return False
+        return self._settings_left == self._settings() and all(scaling.untouched() for scaling in step._scalings)
+
+    def _settings(self) -> list[Any]:
+        """The numbers that a step is made with, as the param groups have them; of tensors, which and how often written to."""
+        found: list[Any] = []
+        for group in self.optimizer.param_groups:
+            for key in ("lr", "weight_decay"):
+                value = group.get(key)
+                found.append((id(value), value._version) if isinstance(value, Tensor) else value)
+        return found
+
+    @property
+    def unfinished(self) -> list[Scaling]:
+        """What was multiplied for a step that is not over: its update is running, or it raised."""
+        return [] if self._step is None or self._step._happened else list(self._step._scalings)
+
+    @torch.no_grad()
+    def take_back(self, *, gradients_count: bool = False) -> None:
+        """If the last step raised, make the weights what they were before it, up to one rounding: those that it has not stepped.
+
+        Args:
+            gradients_count: whether the gradients that are there now are what the next update will be made of.
+        """
+        step, self._step = self._step, None
+        self._settings_left = None
+        if step is None or step._happened:
+            return
+        for scaling in step._scalings:
+            scaling.judge()
+        for scaling in reversed(step._scalings):
+            scaling.take_back(gradients_count=gradients_count)
+        for undo in reversed(step._undo):
+            undo()
 
     def _view_of(self, stepping: Optimizer) -> Optimizer:
         """What ``step`` is to run on: a view of what was about to step, or that itself where no view can be made."""
@@ -375,14 +473,16 @@ class StepBracket:
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return
-        self.restore()
+        self.restore(after_update=True)
         step, self._step = self._step, None
-        if step is None:  # attached between ready and stepped
+        if step is None:  # attached between ready and stepped, or no weight had a gradient
+            self.close_in()
             return
         if step.skipped is None:
             self.steps += 1
+            step._mark_happened()
         else:
-            self._unsettle(step.skipped)
+            self._unsettle(step)
         self._step = step
         self._run(Phase.SNAPSHOT + 1, Phase.RESCALE)
         self._step = None
@@ -416,9 +516,10 @@ class StepBracket:
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
-    def _unsettle(self, skipped: Tensor) -> None:
+    def _unsettle(self, step: Step) -> None:
         """A fused optimizer decides on the device: fetch its decision without waiting for it."""
-        self._unsettled = HostCopy(skipped)
+        assert step.skipped is not None
+        self._unsettled = HostCopy(step.skipped), step
 
     @property
     def stepping(self) -> bool:
@@ -434,18 +535,35 @@ class StepBracket:
         """Make `steps` final: count the last update of a fused optimizer unless it was skipped."""
         if self._unsettled is None:
             return
-        skipped, self._unsettled = self._unsettled.get(), None
-        self.steps += int(not bool(skipped))
+        (copy, step), self._unsettled = self._unsettled, None
+        if not bool(copy.get()):
+            self.steps += 1
+            step._mark_happened()
 
     # -- decay take-over -----------------------------------------------------------------------------------------------
 
-    def _take_decay_over(self, stepping: Optimizer) -> None:
-        """Let the step see the claimed weights without weight decay, and apply it to those of their rows that nobody claimed."""
+    def _take_decay_over(self, stepping: Optimizer, step: Step, *, again: bool = False) -> None:
+        """Let the step see the claimed weights without weight decay, and apply it to those of their rows that nobody claimed.
+
+        Args:
+            stepping: what steps.
+            step: the step.
+            again: whether the last step raised, and its weights are as they were left for it.
+        """
+        add_decay = self._split(stepping, step, again=again)
+        if not again:
+            for scaling in step._scalings:
+                scaling.seal()
+            self._settings_left = self._settings() if step._scalings else None
+        if add_decay is not None:
+            add_decay()
+
+    def _split(self, stepping: Optimizer, step: Step, *, again: bool) -> Callable[[], None] | None:
         taken: dict[Tensor, Partition | None] = {}
         for _, weights in self._claimed():
             taken.update(weights if isinstance(weights, Mapping) else dict.fromkeys(weights))
         if not taken:
-            return
+            return None
         optimizer, write_through = self.optimizer, self._writes_into_groups
 
         def split(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
@@ -454,24 +572,28 @@ class StepBracket:
         groups = stepping.param_groups
         shown = split(groups)
         if shown is None:
-            return
+            return None
         view = None if self._view is None else self._view()
         if view is None:
             raise NotSupportedError(
                 f"The weight decay of {type(optimizer).__name__} would have to be taken over, but its class cannot be derived from. "
                 "Set weight_decay=0 in the param groups of these weights, or use weight_decay='keep' where the callback has it."
             )
-        self._decay_rest(taken)
+        add_decay = self._decay_rest(taken, step, again=again)
         show(view, split, groups, shown)
+        return add_decay
 
-    def _decay_rest(self, taken: Mapping[Tensor, Partition | None]) -> None:
+    def _decay_rest(self, taken: Mapping[Tensor, Partition | None], step: Step, *, again: bool) -> Callable[[], None] | None:
         """Apply the optimizer's decay to what the step now sees without it although nobody claimed it.
 
         That is rows of claimed weights, and whole weights where a strategy steps all weights of a group as one tensor.
+
+        Returns:
+            What adds a coupled decay to the gradients; None if there is none to add.
         """
         as_one = steps_as_one(self.optimizer)
         if not as_one and not any(part is not None and part.partial for part in taken.values()):
-            return
+            return None
         groups = [(group, p) for group in self._decaying_groups() for p in group["params"]]
         partly: list[tuple[Tensor, Partition | None, dict[str, Any]]] = []
         for group, weight in groups:
@@ -482,30 +604,33 @@ class StepBracket:
             elif as_one:
                 partly.append((weight, None, group))
         if not partly:
-            return
+            return None
         known = [(w, part) for w, part, _ in partly]
         if self._rest is None or [(id(w), id(part)) for w, part in self._rest[0]] != [(id(w), id(part)) for w, part in known]:
             rest = [Partition.whole(full_shape(w)) if part is None else part.rest() for w, part in known]
             self._rest = known, WeightVectors([w for w, _ in known], rest)
         vectors = self._rest[1]
-        has_gradient = vectors.has_gradient()
+        present_gradients = vectors.has_gradient(step)
         coupled, factors = [], []
-        for (weight, _, group), present in zip(partly, has_gradient, strict=True):
+        for (weight, _, group), present in zip(partly, present_gradients, strict=True):
             decay = applied_decay(self.optimizer, group, weight) if present else None
             is_coupled = decay is not None and decay.kind == "coupled"
             sign = -1.0 if group.get("maximize") else 1.0  # torch turns the gradient around before it adds the decay
             factors.append(1.0 if decay is None else decay.factor)
             coupled.append(sign * decay.amount if decay is not None and is_coupled else 0.0)
-        assert self._step is not None
-        if any(isinstance(f, Tensor) or f != 1 for f in factors):
-            vectors.scale_(self._step.unless_skipped(self._of_rest(vectors, factors), 1.0))
+        if not again and any(isinstance(f, Tensor) or f != 1 for f in factors):
+            step.scale(Scaling(vectors, step.unless_skipped(self._of_rest(vectors, factors), 1.0), invariant=[False] * len(partly)))
         if not any(isinstance(c, Tensor) or c != 0 for c in coupled):
-            return
+            return None
+        amounts = self._of_rest(vectors, coupled)
+        return partial(self._add_to_gradients, vectors, amounts)
+
+    def _add_to_gradients(self, vectors: WeightVectors, amounts: Tensor) -> None:
         scale = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer divides by it in its kernel, before the decay
         gradients = vectors.gradients()
-        self._gradients = [(g, g.clone()) for g in gradients if g is not None]
-        amounts = self._of_rest(vectors, coupled)
+        before = [(g, g.clone()) for g in gradients if g is not None]
         vectors.add_scaled_(amounts if scale is None else amounts * scale.to(amounts), vectors.values(), gradients)
+        self._gradients = [(g, copy, g._version) for g, copy in before]
 
     def _decaying_groups(self) -> list[dict[str, Any]]:
         """Param groups with a weight decay; one that lives on a device counts as one, since nothing waits for it."""
@@ -517,11 +642,20 @@ class StepBracket:
         return vectors.spread(per_weight)
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Give the optimizer its own gradients back, if a step left them changed, and show nobody split param groups any more."""
-        for gradient, before in self._gradients:
-            gradient.copy_(before)
-        self._gradients = []
+    def restore(self, *, after_update: bool = False) -> None:
+        """Give the optimizer its own gradients back, if a step left them changed, and show nobody split param groups any more.
+
+        Args:
+            after_update: whether only the update has been there since. If the step raised, somebody may have written new gradients into
+                the same memory: these stay.
+        """
+        changed, self._gradients = self._gradients, []
+        for gradient, before, version in changed:
+            if after_update or gradient._version == version:
+                gradient.copy_(before)
+        if changed and self._step is not None:
+            for scaling in self._step._scalings:
+                scaling.seal_gradients()
         view = None if self._view is None else self._view()
         self._view = None
         if view is not None:

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.sharding import Piece, Reduction, place, place_all
+from lightning_normdyn.sharding import Piece, Reduction, is_plain, place, place_all, version_of
 
 if TYPE_CHECKING:
-    from lightning_normdyn.steps import StepBracket
+    from lightning_normdyn.steps import Step, StepBracket
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,6 +268,7 @@ class WeightVectors:
         self.weight_of = self._reduction.weight_of
         self.length = self._reduction.length
         self.count = torch.tensor([p.n for p in self.partitions], dtype=self.sum_dtype, device=self.device)
+        self._plain = all(map(is_plain, self.weights))
         self._rounding: Tensor | None = None  # of each vector's weight
         self._precision = _own_precision(*self.values())
         self.low_precision = any(t.dtype in (torch.bfloat16, torch.float16) for t in self.values())
@@ -309,9 +310,16 @@ class WeightVectors:
         """The gradients as the optimizer receives them; None where a weight has none."""
         return [p.gradient(w) for w, p in zip(self.weights, self._placements, strict=True)]
 
-    def has_gradient(self) -> tuple[bool, ...]:
-        """For each weight whether it got a gradient; true also where this rank holds none of its entries, since other ranks decide."""
-        return tuple(not p.pieces or p.gradient(w) is not None for w, p in zip(self.weights, self._placements, strict=True))
+    def has_gradient(self, step: Step) -> tuple[bool, ...]:
+        """For each weight whether it had a gradient when ``step`` was ready; true also where this rank holds none of its entries, since
+        other ranks decide."""
+        return tuple(not p.pieces or id(w) in step.with_gradient for w, p in zip(self.weights, self._placements, strict=True))
+
+    def versions(self) -> list[int]:
+        """For each weight how often its numbers were written to: `lightning_normdyn.sharding.version_of`."""
+        if self._plain:
+            return [w._version for w in self.weights]
+        return [version_of(w) for w in self.weights]
 
     def snapshots(self, bracket: StepBracket) -> list[Tensor | None]:
         """The copies that ``bracket`` took of these weights in this step."""

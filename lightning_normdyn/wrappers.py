@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.errors import NotSupportedError
 
 __all__ = [
+    "closure_does_nothing",
     "copies_of_weights",
     "fires_step_hooks",
     "inner_optimizers",
@@ -39,6 +41,21 @@ def without_framework(optimizer: Any) -> Any:
 
 def _is_framework_wrapper(kind: type) -> bool:
     return kind.__name__ in _FRAMEWORK_WRAPPERS and kind.__module__.split(".")[0] in _FRAMEWORKS
+
+
+def closure_does_nothing(closure: Any) -> bool:
+    """Whether ``closure`` is what Lightning passes to ``step`` where a person passes none: no gradient comes from it.
+
+    Lightning wraps it, together with what its precision plugin does before a step, in partial functions.
+
+    Example:
+        >>> closure_does_nothing(lambda: None)
+        False
+    """
+    if isinstance(closure, partial):
+        return any(closure_does_nothing(part) for part in (closure.func, *closure.args))
+    name, module = getattr(closure, "__name__", ""), str(getattr(closure, "__module__", ""))
+    return name == "do_nothing_closure" and module.split(".")[0] in _FRAMEWORKS
 
 
 def fires_step_hooks(optimizer: Any) -> bool:

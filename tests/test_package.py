@@ -22,7 +22,7 @@ FLOORS = {
     "decay": 1, "entry_masks": 1, "epsilons": 1, "graph_rules": 1, "graph_state": 1, "histograms": 1, "history": 1, "input_span": 1,
     "group_numbers": 0, "optimizer_facts": 0, "optimizer_trial": 0, "rate_rules": 0, "scratch_optimizer": 0, "step_rules": 0,
     "step_view": 0, "lr_schedules": 1, "metrics": 1, "optimizer_state": 1, "parametrizations": 1, "plots": 1,
-    "report": 1, "sharding": 1, "targets": 1, "vectors": 1, "workspace": 1,
+    "report": 1, "scaling": 1, "sharding": 1, "targets": 1, "vectors": 1, "workspace": 1,
     "steps": 2, "visibility": 0,
     "callbacks": 3,
     "__init__": 4, "__main__": 4,

@@ -15,6 +15,7 @@ from lightning_normdyn.decay import DecayOwner, replaced_decay
 from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
 from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.parametrizations import is_weight_standardized
+from lightning_normdyn.scaling import RoundedScaling, Scaling
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 
 
@@ -107,12 +108,20 @@ class AdaptiveWeightShrink(NormDynCallback):
         statistic = self.statistic_of(plan)
         lr = plan.rates()
         factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
-        plan.count("clamped", plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step))
+        plan.count("clamped", plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step), step)
         if plan.vectors.low_precision:
-            owed = self.per_vector("owed", plan, lambda: torch.ones(plan.vectors.n, dtype=torch.float32, device=plan.vectors.device))
-            self.store_per_vector("owed", plan, plan.vectors.scale_rounded_(factor, owed))
+            self._shrink_rounded(step, plan, factor)
         else:
-            plan.vectors.scale_(factor)
+            step.scale(Scaling(plan.vectors, factor, invariant=plan.invariant))
+
+    def _shrink_rounded(self, step: Step, plan: Plan, factor: Tensor) -> None:
+        """Where rounding would swallow a factor, it is owed until it matters."""
+        vectors = plan.vectors
+        owed = self.per_vector("owed", plan, lambda: torch.ones(vectors.n, dtype=torch.float32, device=vectors.device))
+        shrink = RoundedScaling(vectors, factor, owed)
+        step.undo_with(lambda: self.store_per_vector("owed", plan, shrink.owed))
+        step.scale(shrink)
+        self.store_per_vector("owed", plan, shrink.owed)
 
     def treatments(self, plan: Plan) -> list[str]:
         """What the tables say: the norms of all weights are taken once."""

@@ -750,6 +750,7 @@ class NormDynCallback(Callback):
         # The tuner's inner fits and sanity checks come before this, so nothing acts in them.
         assert self._session is not None
         self._session.attach()
+        self._put_back_ahead()
         for index, bracket in enumerate(self._session.brackets):
             self._attached_at[index] = bracket.steps
 
@@ -816,7 +817,32 @@ class NormDynCallback(Callback):
             "per_vector": self._gather_per_vector(),
             **({"targets": {}} if session is None else session.state()),
             "extra": {} if session is None else self._extra(),
+            **({} if session is None else self._ahead(session)),
         }
+
+    def _ahead(self, session: Session) -> dict[str, Any]:
+        """What is done already for a step that is not over: for a checkpoint that is saved in the middle of it, or because it raised."""
+        ahead: dict[str, Any] = {}
+        plans = {id(plan.vectors): member for member in session.members for plan in member.plans.values()}
+        for bracket in session.brackets:
+            for scaling in bracket.unfinished:
+                owner = plans.get(id(scaling.vectors), session.members[0])  # of nobody: rows whose decay the bracket applies
+                if owner is self:
+                    for key, entries in scaling.state([session.names[w][0] for w in scaling.vectors.weights]).items():
+                        ahead.setdefault(key, {}).update(entries)
+        return {"ahead": ahead} if ahead else {}
+
+    def _put_back_ahead(self) -> None:
+        """What the checkpoint holds for a step that never happened is taken back before the first forward pass, and not done twice."""
+        if not self._restored or not self._restored.get("ahead"):
+            return
+        assert self._session is not None
+        ahead = self._restored["ahead"]
+        self._session.put_back(ahead)
+        owed = self._restored.get("per_vector", {}).get("owed", {})
+        paid_back = {n: owed[n] / e["factor"].to(owed[n]) for n, e in ahead.get("weights", {}).items() if e.get("owed") and n in owed}
+        per_vector = {**self._restored.get("per_vector", {}), "owed": {**owed, **paid_back}} if paid_back else self._restored["per_vector"]
+        self._restored = {key: value for key, value in self._restored.items() if key != "ahead"} | {"per_vector": per_vector}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the state; it is taken up at the first step, when every strategy has restored the weights."""

@@ -186,7 +186,7 @@ class EffectiveLRReplay(NormDynCallback):
         assert self._session is not None
         if plan.index not in self._decayed_before:
             self._check_decays(step, plan)
-        _, decayed = self._session.decay_shares(plan, norm, std)
+        _, decayed = self._session.decay_shares(plan, step, norm, std)
         # The first step refuses a decay that nobody can tell; one that comes about later must not become a NaN in the weights.
         self._decayed[plan.index] = decayed.nan_to_num(0.0)
         if self.uniform:
@@ -203,7 +203,7 @@ class EffectiveLRReplay(NormDynCallback):
             if now > record.steps[-1]:
                 self._say("end", f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from there on.")
             reference, reference_decay = record.at(now)
-            decay = self._session.applied_decay(plan, norm, std)
+            decay = self._session.applied_decay(plan, step, norm, std)
             # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no rounding for training to amplify.
             own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
             factor = (own / reference).square() * (1 - own_decay) / (1 - reference_decay)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from math import inf, log, nan
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +20,7 @@ from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, re
 from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_facts import applied_rate, check_rate, class_for_predictions
+from lightning_normdyn.scaling import Scaling
 from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
@@ -67,12 +69,21 @@ class _Settings:
 
 
 @dataclass
-class _Pending:
-    """What a step saw. It counts once that step is known to have happened."""
+class _Drop:
+    """A rescale for a step that is not over.
 
-    number: int
-    rates: dict[str, Rate] = field(default_factory=dict)
-    unmarked: bool = False
+    Args:
+        scaling: what was multiplied.
+        rates: what is to be remembered of each weight that steps.
+    """
+
+    scaling: Scaling
+    rates: dict[str, Rate]
+
+    def stepped(self) -> dict[str, Rate]:
+        """Of the weights that the optimizer has stepped, as `Scaling.judge` found: for them the drop is over."""
+        names = self.scaling.vectors.names
+        return {n: self.rates[n] for n, stepped in zip(names, self.scaling.stepped, strict=True) if stepped and n in self.rates}
 
 
 class LRDropRescaling(NormDynCallback):
@@ -137,8 +148,8 @@ class LRDropRescaling(NormDynCallback):
         self._known: dict[int, _Settings] = {}
         self._warned: set[str] = set()
         self._rates: dict[str, Rate] = {}  # by weight: param groups have no name that survives a resume
-        self._pending: dict[int, _Pending] = {}
         self._unmarked: set[int] = set()  # optimizers whose drop a fused update turned out to have taken, for the next row to tell
+        self._drops: dict[int, _Drop] = {}
         self._read: dict[int, tuple[Tensor, int, float]] = {}
 
     def settings(self) -> dict[str, Any]:
@@ -204,37 +215,33 @@ class LRDropRescaling(NormDynCallback):
 
     def _step(self, step: Step, plan: Plan) -> None:
         known = self._settings_of(plan)  # at the first step, so that a refusal does not wait for the drop
-        self._settle(plan, step.number - 1)
         if plan.index in self._unmarked:  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
             self._unmarked.discard(plan.index)
             plan.mark("lr_drop")
-        pending = self._pending[plan.index] = _Pending(step.number)
+        rates: dict[str, Rate] = {}
         factors = [1.0] * len(plan.targets)
-        settings = zip(plan.targets, known.groups, known.exponents, plan.vectors.has_gradient(), strict=True)
+        settings = zip(plan.targets, known.groups, known.exponents, plan.vectors.has_gradient(step), strict=True)
         for i, (target, group, exponent, has_gradient) in enumerate(settings):
             if has_gradient:  # a weight that does not step finds the drop still due when it does
                 lr = self._lr(plan.optimizer, group, target.weight)
-                drop, pending.rates[target.name] = self._rates.get(target.name, Rate(lr)).then(lr, self.min_drop)
+                drop, rates[target.name] = self._rates.get(target.name, Rate(lr)).then(lr, self.min_drop)
                 factors[i] = drop**-exponent
+        # A step that raises, or that a fused optimizer skips on the device, changes nothing: the drop is due again at the next.
+        step.when_done(lambda: self._rates.update(rates))
+        self._drops.pop(plan.index, None)
         if all(factor == 1.0 for factor in factors):
             return
         vectors = plan.vectors
         factor = vectors.spread(torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device))
-        # A fused optimizer that skips this update on the device gets factors of 1, and the drop is due again at the next.
-        self._rescalers[plan.index].apply(plan.guard(factor, 1.0, step), gradients=True)
-        pending.unmarked = step.skipped is not None
-        if not pending.unmarked:
-            plan.mark("lr_drop")
-
-    def _settle(self, plan: Plan, steps: int) -> None:
-        """Remember what the last step saw if it was among the ``steps`` that happened."""
-        pending = self._pending.get(plan.index)
-        if pending is not None and pending.number <= steps:
-            # Twice does no harm: a signal handler's checkpoint may come in between.
-            self._rates.update(pending.rates)
-            if pending.unmarked:
-                self._unmarked.add(plan.index)
-            self._pending.pop(plan.index, None)
+        scaling = self._rescalers[plan.index].scaling(plan.guard(factor, 1.0, step), gradients=True)
+        self._drops[plan.index] = _Drop(scaling, rates)
+        step.undo_with(lambda: self._rates.update(self._drops.pop(plan.index).stepped()))
+        step.when_done(partial(self._drops.__delitem__, plan.index))
+        step.scale(scaling)
+        if step.skipped is None:
+            step.when_done(partial(plan.mark, "lr_drop"))
+        else:
+            step.when_done(partial(self._unmarked.add, plan.index))
 
     def _lr(self, optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> float:
         """The rate of the coming step on the host; one that lives on a device is fetched only when somebody has written to it."""
@@ -254,12 +261,13 @@ class LRDropRescaling(NormDynCallback):
         self._rates.pop(name, None)
 
     def _extra(self) -> dict[str, Any]:
-        assert self._session is not None
-        for index, plan in self.plans.items():
-            self._settle(plan, self._session.brackets[index].steps)
+        rates = dict(self._rates)
+        for drop in self._drops.values():  # a checkpoint in the middle of a step
+            drop.scaling.judge()
+            rates.update(drop.stepped())
         return {
-            "last_lr": {name: rate.lr for name, rate in self._rates.items()},
-            "last_fall": {name: rate.fall for name, rate in self._rates.items()},
+            "last_lr": {name: rate.lr for name, rate in rates.items()},
+            "last_fall": {name: rate.fall for name, rate in rates.items()},
             "unmarked": sorted(self._unmarked),
         }
 

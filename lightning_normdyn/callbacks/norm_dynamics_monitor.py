@@ -424,7 +424,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         ss, sd, dd = vectors.displacement(before, exact=exact, norms=sums.get("norms"))
         wanted = [*self._quantities[plan.index], *INTERNAL]
         values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
-        active = plan.active()
+        active = plan.active(step)
         numbers, diverged = [values[q] for q in wanted], values["diverged"]
         measured = self._pack(numbers, values["size"], diverged, active, self._spare.pop(plan.index, None))
         for i, quantity in enumerate(wanted):
@@ -441,7 +441,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         kept = None
         if self.per_vector_history:
             norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], vectors.length)
-            kept = torch.stack([norm, self._session.applied_decay(plan, norm, std)])
+            kept = torch.stack([norm, self._session.applied_decay(plan, step, norm, std)])
         # A copy of each group: a schedule may have moved on when this is read.
         copies = {id(group): with_plain_numbers({k: v for k, v in group.items() if k != "params"}) for group, _ in plan.groups}
         groups = [copies[id(group)] for group in plan.groups_of(plan.targets)]

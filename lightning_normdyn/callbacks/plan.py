@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import nan
 from typing import Any
 
@@ -150,9 +151,9 @@ class Plan:
         self._values[key] = (values if constant else [], out)
         return out
 
-    def active(self) -> Tensor | None:
+    def active(self, step: Step) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in this step; None if all did."""
-        missing = tuple(not has for has in self.vectors.has_gradient())
+        missing = tuple(not has for has in self.vectors.has_gradient(step))
         if not any(missing):
             return None
         if missing not in self._masks:
@@ -162,7 +163,7 @@ class Plan:
 
     def treated(self, step: Step) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does not skip; None: all, for certain."""
-        active = self.active()
+        active = self.active(step)
         if step.skipped is None:
             return active
         all_active = torch.ones_like(self.bad) if active is None else active
@@ -178,8 +179,8 @@ class Plan:
         if norms is not None:
             good &= torch.isfinite(norms) & (norms > 0)
         self.bad |= ~good
-        active = self.active()
-        self.tally.note(step.number, active is None or any(self.vectors.has_gradient()))
+        active = self.active(step)
+        self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
         if active is not None:
             good = good & active
         return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
@@ -192,12 +193,14 @@ class Plan:
             self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
         return self._owned[owned]
 
-    def count(self, key: str, values: Tensor) -> None:
-        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it."""
-        if key in self.counters:
-            self.counters[key] += values
-        else:
-            self.counters[key] = values.clone()
+    def count(self, key: str, values: Tensor, step: Step) -> None:
+        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it, once ``step`` has happened."""
+        if key not in self.counters:  # now, so that every rank knows the same counters
+            self.counters[key] = torch.zeros_like(values)
+        step.when_done(partial(self._add, key, values))
+
+    def _add(self, key: str, values: Tensor) -> None:
+        self.counters[key] += values
 
     def inherit(self, earlier: Plan) -> None:
         """Take over what was counted for vectors that an earlier plan had as well."""
@@ -244,6 +247,11 @@ class Plan:
     def groups_of(self, targets: Sequence[Target]) -> list[dict[str, Any]]:
         """The param group that owns each of ``targets``."""
         return [self._group_of[target.weight] for target in targets]
+
+    @property
+    def invariant(self) -> list[bool]:
+        """For each target whether the loss is known not to see its length."""
+        return [target.scale_invariant for target in self.targets]
 
 
 __all__ = ["Plan", "Target"]

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.session import warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
-from lightning_normdyn.optimizer_state import per_matrix_only, rescale_batch_norm_, state_exponents
+from lightning_normdyn.optimizer_state import per_matrix_only, state_exponents
+from lightning_normdyn.scaling import Scaling, Statistics
 from lightning_normdyn.targets import verify_scale_invariance
 from lightning_normdyn.vectors import Partition, WeightVectors
 
@@ -49,9 +50,9 @@ class Rescaler:
                         f"rescaled by one factor, but it has {target.partition.n} vectors. "
                         "Use granularity='layer', or optimizer_state='keep' where the callback has it."
                     )
-        # Normalizations whose running statistics were gathered at the old scale: (module, position of the weight, vector of each channel,
-        # degree, position of the bias).
-        self._norms: list[tuple[nn.Module, int, Tensor, float, int | None]] = []
+        # Normalizations whose running statistics were gathered at the old scale: (name, module, position of the weight, vector of each
+        # channel, degree, position of the bias).
+        self._norms: list[tuple[str, nn.Module, int, Tensor, float, int | None]] = []
         parameters = {name: weight for weight, names in session.names.items() for name in names}
         biases: list[Tensor] = []
         for position, target in enumerate(plan.targets):
@@ -75,7 +76,8 @@ class Rescaler:
                 module = session.module.get_submodule(link.module)
                 index = vector_of[link.vector.cpu()]
                 bias = parameters.get(link.bias) if link.bias else None
-                self._norms.append((module, position, index.to(plan.vectors.device), link.degree, None if bias is None else len(biases)))
+                place = None if bias is None else len(biases)
+                self._norms.append((link.module, module, position, index.to(plan.vectors.device), link.degree, place))
                 if bias is not None:
                     biases.append(bias)
         # Statistics are whole on every rank; a bias may lie in pieces like any weight.
@@ -91,28 +93,32 @@ class Rescaler:
         if optimizer_state == "rescale":
             state_exponents(optimizer)
 
-    def apply(self, factor: Tensor, *, gradients: bool = False) -> None:
-        """Multiply every vector by ``factor`` (``(n,)``); state, statistics and, on request, this step's gradients follow."""
-        vectors = self.plan.vectors
-        vectors.scale_(factor)
-        if gradients:
-            vectors.scale_(1 / factor, vectors.gradients())
-        state = self.plan.optimizer.state
-        for key, exponent in self._exponents.items():
-            buffers = [state[w].get(key) if w in state else None for w in vectors.weights]
-            if any(b is not None for b in buffers):
-                vectors.scale_(factor**exponent, vectors.local(buffers))
+    def scaling(self, factor: Tensor, *, gradients: bool = False) -> Scaling:
+        """What multiplies every vector by ``factor`` (``(n,)``); state, statistics and, on request, this step's gradients follow."""
+        return Scaling(
+            self.plan.vectors,
+            factor,
+            state=self.plan.optimizer.state,
+            exponents=self._exponents,
+            gradients=gradients,
+            statistics=self._statistics(factor),
+            invariant=self.plan.invariant,
+        )
+
+    def _statistics(self, factor: Tensor) -> list[Statistics]:
         if not self._norms:
-            return
-        factors = vectors.gather(factor)
+            return []
+        factors = self.plan.vectors.gather(factor)
         biases = self._biases.gather(self._biases.inner((self._biases.values(), None))[0])
-        for module, position, index, degree, bias in self._norms:
+        found = []
+        for name, module, position, index, degree, bias in self._norms:
             mean, var = module.running_mean, module.running_var
             if isinstance(mean, Tensor) and isinstance(var, Tensor):
                 extended = torch.cat([factors[position], factor.new_ones(1)])
                 channel = (extended[index] ** degree).to(mean.device)
                 offset = None if bias is None else biases[bias].to(mean.device)
-                rescale_batch_norm_(mean, var, channel, offset, float(module.eps))  # type: ignore[arg-type]
+                found.append(Statistics(name, module, position, channel, offset))
+        return found
 
 
 def changes_function(target: Target) -> str:

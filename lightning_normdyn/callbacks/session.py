@@ -30,6 +30,7 @@ from lightning_normdyn.errors import NormDynWarning, NotSupportedError
 from lightning_normdyn.graph_state import GraphState, Normalizations
 from lightning_normdyn.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizer_state import taken_over_by_trial
+from lightning_normdyn.scaling import put_back
 from lightning_normdyn.sharding import accumulates, check_weight, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, is_gain, parameter_names
@@ -329,16 +330,26 @@ class Session:
             self._witness.close()
         for bracket in self.brackets:
             bracket.restore()
+            self._take_back(bracket)
         for removers in self._remove.values():
             for remove in removers:
                 remove()
         self._remove = {}
         self.closed = True
 
+    def _take_back(self, bracket: StepBracket) -> None:
+        """The fit ends in the middle of a step: leave no weight shrunk for an update that did not come."""
+        try:
+            bracket.take_back()
+        except Exception as error:  # a device that has failed; what ends the fit must come through
+            warn_once(f"What was done to weights for the step that failed could not be taken back: {type(error).__name__}: {error}")
+
     # -- the search for scale-invariant weights ------------------------------------------------------------------------
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
+        for bracket in self.brackets:
+            bracket.take_back()  # of a step that raised, before a forward pass sees these weights again
         self.evidence.begin_batch()
         self.check_new_optimizers()
         for index in range(len(self.optimizers)):
@@ -503,6 +514,16 @@ class Session:
             self.evidence.load(restored["evidence"], verdicts)
         # Saved in the middle of a batch whose graph was being read, verdicts may lack some of its losses.
         return everywhere(then is not None and then.frozen == now.frozen and not restored.get("is_reading"))
+
+    def put_back(self, ahead: dict[str, Any]) -> None:
+        """Take back what a checkpoint holds for a step that had not written anything yet when it was saved."""
+        weights = {name: weight for weight, names in self.names.items() for name in names}
+        unfit = put_back(ahead, weights, self.optimizers, self.module)
+        if unfit:
+            warn_once(
+                f"The checkpoint was saved in the middle of a step, and what had been done for it to {', '.join(unfit)} does not fit this "
+                "model. These weights go on as the checkpoint has them."
+            )
 
     def verdict(self, weight: Tensor) -> Verdict:
         """What is known about ``weight``."""
@@ -689,13 +710,15 @@ class Session:
     # -- numbers that the monitor shows --------------------------------------------------------------------------------
 
     def attempt(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step, unless its scaler finds an inf."""
+        """An optimizer is about to step, unless its scaler finds an inf or no weight has a gradient."""
         # An optimizer that takes two gradients in a step (SAM) has Lightning say so twice.
         counted_before = any(bracket.stepping and bracket.evaluations > 1 for bracket in self.brackets)
         if counted_before or steps_in_two_phases(without_framework(optimizer)):
             return
-        self._stepped_before_attempt = self._stepped()
-        self.attempts += not accumulates(self.trainer.strategy.model)
+        parameters = (p for part in torch_optimizers(optimizer) for g in part.param_groups for p in g["params"])
+        is_attempt = not accumulates(self.trainer.strategy.model) and any(map(has_gradient, parameters))
+        self.attempts += is_attempt
+        self._stepped_before_attempt = self._stepped() if is_attempt else -1
         for bracket in self.brackets:
             bracket.close_in()
 
@@ -821,11 +844,12 @@ class Session:
             found.append(Decay(owner, None) if effects.decay_untold else decay)
         return found
 
-    def decay_shares(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def decay_shares(self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The share of each vector that AWS takes away before this step, and that decay takes away within it, whoever applies it.
 
         Args:
             plan: the vectors.
+            step: the step.
             norm: their norms, ``(n,)``.
             std: their standard deviations, for AWS on weight-standardized weights.
 
@@ -852,14 +876,14 @@ class Session:
         lr = plan.rates()
         before = (lr * alphas * size).clamp(max=0.5)
         within = (lr * vectors.spread(rates)).clamp(max=0.5)
-        active = plan.active()
+        active = plan.active(step)
         if active is None:
             return before, within
         return torch.where(active, before, 0.0), torch.where(active, within, 0.0)
 
-    def applied_decay(self, plan: Plan, norm: Tensor, std: Tensor | None = None) -> Tensor:
+    def applied_decay(self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None) -> Tensor:
         """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as for `decay_shares`."""
-        before, within = self.decay_shares(plan, norm, std)
+        before, within = self.decay_shares(plan, step, norm, std)
         return before + within - before * within
 
     def events(self) -> dict[tuple[int, int, str], int]:

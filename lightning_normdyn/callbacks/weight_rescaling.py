@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import nan
 from typing import Any, ClassVar, Literal
 
@@ -82,6 +83,7 @@ class WeightRescaling(NormDynCallback):
     def _forget(self) -> None:
         super()._forget()
         self._rescalers: dict[int, Rescaler] = {}
+        self._unmarked: set[int] = set()  # optimizers whose rescale a fused update turned out to have taken, for the next row to tell
         self._targets: dict[int, Tensor] = {}
         self._warned: set[str] = set()
 
@@ -135,6 +137,9 @@ class WeightRescaling(NormDynCallback):
         return number % self.every_n_steps == 0 and self._in_window()
 
     def _rescale(self, step: Step, plan: Plan) -> None:
+        if plan.index in self._unmarked:  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
+            self._unmarked.discard(plan.index)
+            plan.mark("rescale")
         if not self.due(self.number(step, plan)):
             return
         values = plan.vectors.values()
@@ -143,8 +148,19 @@ class WeightRescaling(NormDynCallback):
         # A vector that was zero at the start has no length of its own to go back to: it is left alone, and named.
         factor = torch.where(length > 0, rescale_factor(norms, length), nan)
         factor = plan.guard(factor, 1.0, step, norms)
-        self._rescalers[plan.index].apply(factor)
-        plan.mark("rescale")
+        self._rescalers[plan.index].scaling(factor).apply()
+        if not any(plan.vectors.has_gradient(step)):
+            return  # nothing was rescaled
+        if step.skipped is None:
+            plan.mark("rescale")
+        else:
+            step.when_done(partial(self._unmarked.add, plan.index))
+
+    def _extra(self) -> dict[str, Any]:
+        return {"unmarked": sorted(self._unmarked)}
+
+    def _load_extra(self, extra: dict[str, Any]) -> None:
+        self._unmarked = set(extra.get("unmarked", []))
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""

@@ -20,6 +20,7 @@ from lightning_normdyn import AdaptiveWeightShrink, LRDropRescaling, NormDynamic
 from lightning_normdyn.callbacks.lr_drop_rescaling import Rate
 from lightning_normdyn.callbacks.rescaling import Rescaler
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.scaling import Scaling
 from lightning_normdyn.steps import Phase, StepBracket
 
 # Lightning has advice about one-cycle schedules by epoch, torch about schedules and skipped steps.
@@ -60,8 +61,8 @@ def test_the_first_angle_after_the_drop_is_that_of_the_new_equilibrium(setting: 
 def test_gradients_and_buffers_left_alone_would_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, momentum = SETTINGS[0], SETTINGS[1]
     with monkeypatch.context() as patch:
-        apply = Rescaler.apply
-        patch.setattr(Rescaler, "apply", lambda self, factor, *, gradients=False: apply(self, factor))
+        scaling = Rescaler.scaling
+        patch.setattr(Rescaler, "scaling", lambda self, factor, *, gradients=False: scaling(self, factor))
         assert angles_across_a_drop(plain, 10.0, "auto")[1][0] == pytest.approx(0.56, abs=0.02)
     with monkeypatch.context() as patch:
         patch.setattr("lightning_normdyn.callbacks.rescaling.state_exponents", lambda optimizer: {})
@@ -300,7 +301,7 @@ SMOOTH: dict[str, Any] = {
 @pytest.mark.parametrize("schedule", SMOOTH)
 def test_smooth_schedules_do_nothing(schedule: str, interval: str, monkeypatch: pytest.MonkeyPatch) -> None:
     applied: list[Any] = []
-    monkeypatch.setattr(Rescaler, "apply", lambda self, factor, **_: applied.append(factor))
+    monkeypatch.setattr(Scaling, "apply", lambda self: applied.append(self.factor))
     module = Walk(start(), OPTIMIZERS["SGDM"][0], SMOOTH[schedule], interval)
     per_epoch = STEPS if interval == "step" else 2
     epochs = 1 if interval == "step" else STEPS

@@ -215,7 +215,7 @@ def test_a_filter_in_front_of_a_frozen_batch_norm_is_left_alone(dtype):
 
 
 def test_without_the_correction_evaluation_would_change(monkeypatch):
-    monkeypatch.setattr("lightning_normdyn.callbacks.rescaling.rescale_batch_norm_", lambda *args, **kwargs: None)
+    monkeypatch.setattr("lightning_normdyn.scaling.rescale_batch_norm_", lambda *args, **kwargs: None)
     look = EvaluatesAroundRescale()
     fit(make(), [WeightRescaling(2, target_norm=3.0), look])
     assert float((look.after[1] - look.before[1]).abs().max()) > 0.1
@@ -242,7 +242,7 @@ def test_a_factor_of_one_changes_no_bit(dtype):
         return {**module.state_dict(), **{f"{i}.{k}": v for i, s in enumerate(state) for k, v in s.items()}}
 
     before = {name: value.clone() for name, value in everything().items()}
-    callback._rescalers[0].apply(torch.ones(callback.plans[0].vectors.n, dtype=torch.float64))
+    callback._rescalers[0].scaling(torch.ones(callback.plans[0].vectors.n, dtype=torch.float64)).apply()
     assert same(everything(), before)
 
 
