@@ -97,6 +97,7 @@ def test_callbacks_never_import_each_other(path):
         "ledger",
         "plan",
         "session",
+        "state",
         "predictions",
         "publishing",
         "rescaling",

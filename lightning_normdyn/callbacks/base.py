@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.effect import Effect, NoEffect, UnknownEffect
 from lightning_normdyn.callbacks.plan import Plan, Tally, Target
 from lightning_normdyn.callbacks.session import Session, has_sparse_gradient, warn_once
+from lightning_normdyn.callbacks.state import seal, unseal
 from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.callbacks.witness import named
 from lightning_normdyn.decay import Decay, DecayOwner
@@ -804,14 +805,13 @@ class NormDynCallback(Callback):
     def state_dict(self) -> dict[str, Any]:
         """Counters, per-vector state and the table of targets: plain tensors, numbers and strings."""
         if self._restored is not None:
-            return self._restored
+            return seal(self._restored)
         session = self._session
         if session is not None:
             for bracket in session.brackets:
                 bracket.settle()
         indices = range(len(session.brackets)) if session is not None else sorted(self._counted)
-        return {
-            "version": 1,
+        content = {
             "settings": self.settings(),
             "steps": {i: self.steps_of(i) for i in indices},
             "per_vector": self._gather_per_vector(),
@@ -819,6 +819,7 @@ class NormDynCallback(Callback):
             "extra": {} if session is None else self._extra(),
             **({} if session is None else self._ahead(session)),
         }
+        return seal(content)
 
     def _ahead(self, session: Session) -> dict[str, Any]:
         """What is done already for a step that is not over: for a checkpoint that is saved in the middle of it, or because it raised."""
@@ -845,8 +846,21 @@ class NormDynCallback(Callback):
         self._restored = {key: value for key, value in self._restored.items() if key != "ahead"} | {"per_vector": per_vector}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the state; it is taken up at the first step, when every strategy has restored the weights."""
-        self._restored = dict(state_dict)
+        """Remember the state; it is taken up at the first step, when every strategy has restored the weights.
+
+        A state that does not fit is not believed: this callback then starts as in a fresh fit, and says so.
+        """
+        try:
+            self._restored = unseal(state_dict, self._check_extra)
+        except NormDynError as error:
+            self._restored = None
+            warn_once(
+                f"{type(self).__name__} cannot use its state in the checkpoint: {error}. It starts as in a fresh fit; "
+                "resume from another checkpoint if that is not what you want."
+            )
+
+    def _check_extra(self, extra: Any, where: str) -> None:
+        """Refuse, by a NormDynError, what `_extra` cannot have stored."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, is_number, warn_once
 from lightning_normdyn.callbacks.spawned import KeepsHistory
+from lightning_normdyn.callbacks.state import history as check_history
 from lightning_normdyn.callbacks.training_sample import Sample, seed_everything, undisturbed
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.functional import generalized_gaussian_shape
@@ -510,6 +511,10 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
 
     def _extra(self) -> dict[str, Any]:
         return {"history": self.history.state_dict()}
+
+    def _check_extra(self, extra: Any, where: str) -> None:
+        if "history" in extra:
+            check_history(extra["history"], f"{where}.history")
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         if "history" in extra:

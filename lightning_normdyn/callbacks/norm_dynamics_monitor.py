@@ -45,6 +45,7 @@ from lightning_normdyn.callbacks.publishing import (
     told_to_trainer,
 )
 from lightning_normdyn.callbacks.spawned import KeepsHistory
+from lightning_normdyn.callbacks.state import seal
 from lightning_normdyn.callbacks.tables import show
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.functional import (
@@ -853,8 +854,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every callback's; the rows can be seen at once, also where no step follows because the fit was finished."""
         super().load_state_dict(state_dict)
-        if self._session is not None:
-            self._take_up(self._session.trainer, state_dict)
+        if self._session is not None and self._restored is not None:
+            self._take_up(self._session.trainer, self._restored)
 
     def _set(self, ledger: Ledger) -> None:
         self._ledger, self.history = ledger, History()
@@ -1117,7 +1118,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         state = super().state_dict()
         if self._restored is None or self._session is None or not len(self._ledger.history):
             return state
-        return {**state, "extra": self._extra()}
+        return seal({**state, "extra": self._extra()})
 
     def _forget_weight(self, name: str) -> None:
         super()._forget_weight(name)

@@ -482,8 +482,15 @@ class Session:
     def restore_verdicts(self) -> bool:
         """Take up what a checkpoint says about the weights, until the first step takes up the rest of it; whether it says anything."""
         tables = [m._restored["targets"] for m in self.members if m._restored and m._restored.get("targets")]
+        shapes = {name: tuple(self.shapes[weight]) for weight, names in self.names.items() for name in names}
         for table in tables:
-            self.search.take_up({name: Verdict.from_state(name, state) for name, state in table.items()})
+            known = {}
+            for name, state in table.items():
+                if shapes.get(name, tuple(state["shape"])) == tuple(state["shape"]):
+                    known[name] = Verdict.from_state(name, state)
+                else:  # another model of the same names
+                    warn_once(f"What the checkpoint says of `{name}` is not used: it had the shape {tuple(state['shape'])} there.")
+            self.search.take_up(known)
         return bool(tables)
 
     def _resume(self, now: GraphState) -> bool:

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from lightning_normdyn import AdaptiveWeightShrink, InputSpanMonitor, NormDynamicsMonitor, RadialProjection, WeightRescaling
 from lightning_normdyn.callbacks.ledger import Ledger
+from lightning_normdyn.callbacks.state import seal
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.history import History
 from lightning_normdyn.parametrizations import weight_standardization
@@ -728,7 +729,7 @@ def test_a_checkpoint_of_another_shape_starts_a_new_history(tmp_path):
     state = torch.load(tmp_path / "one.ckpt", weights_only=True)
     [(key, mine)] = state["callbacks"].items()
     for damage in ({"last_step": "x"}, {"history": {}}, {"elapsed": [3]}, {"position": [float("nan"), 2]}, {"norms": {"a": 3}}):
-        state["callbacks"][key] = {**mine, "extra": {**mine["extra"], **damage}}
+        state["callbacks"][key] = seal({**mine, "extra": {**mine["extra"], **damage}})
         torch.save(state, tmp_path / "damaged.ckpt")
         watch = monitor()
         with pytest.warns(NormDynWarning, match="starts a new history"):
