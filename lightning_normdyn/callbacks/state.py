@@ -372,7 +372,7 @@ _STATE = record(
         "targets": table(text(), _verdict),
         "extra": table(text(), plain),
     },
-    {"graph": optional(_GRAPH), "evidence": plain, "losses": table(text(), text()), "position": many(whole())},
+    {"graph": optional(_GRAPH), "evidence": plain, "losses": table(text(), text()), "position": many(whole()), "is_reading": flag},
 )
 
 
