@@ -23,6 +23,9 @@ EPSILONS = ("eps", "variance_epsilon", "epsilon")
 _SETTINGS = (*EPSILONS, "num_groups", "normalized_shape", "num_features", "track_running_stats", "affine", "elementwise_affine")
 
 
+# Sizes are tuples of integers.
+_PLAIN = frozenset([type(None), bool, int, float, str, tuple])
+
 _DEVICE = re.compile(r"\b(cuda|xpu|hpu|mps|npu|xla):\d+")
 
 
@@ -56,23 +59,24 @@ class Normalizations:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._places: list[tuple[nn.Module, str]] = []
+        self._places: list[tuple[nn.Module, str, list[str]]] = []
         for owner in module.modules():
             for key, child in owner._modules.items():
                 if child is not None and is_normalization(child):
-                    self._places.append((owner, key))
+                    self._places.append((owner, key, [setting for setting in _SETTINGS if setting in vars(child)]))
 
     def state(self) -> tuple[Any, ...]:
         """Mode and settings of each; equal as long as nothing changes."""
-        return tuple(self._of(owner._modules.get(key)) for owner, key in self._places)
-
-    @staticmethod
-    def _of(module: nn.Module | None) -> tuple[Any, ...]:
-        if module is None:
-            return ()
-        attributes = vars(module)
-        # id: a normalization that was put in the place of another is another one.
-        return id(module), module.training, *[_plain(attributes.get(setting)) for setting in _SETTINGS]
+        found = []
+        for owner, key, settings in self._places:
+            module = owner._modules.get(key)
+            # id: a normalization that was put in the place of another is another one.
+            found.append(id(module))
+            if module is not None:
+                attributes = vars(module)
+                found.append(module.training)
+                found.extend([_plain(attributes.get(setting)) for setting in settings])
+        return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,9 @@ def describe(module: nn.Module) -> str:
 
 def _plain(value: Any) -> Any:
     """A setting that can be compared; of anything else only whether it is the same object."""
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if type(value) in _PLAIN:
         return value
-    if isinstance(value, (tuple, list)):
-        return tuple(_plain(item) for item in value)
-    return id(value)
+    return tuple(value) if isinstance(value, list) else id(value)
 
 
 __all__ = ["EPSILONS", "GraphState", "Normalizations", "describe", "is_normalization"]
