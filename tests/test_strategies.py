@@ -256,7 +256,7 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
     most: dict[str, int] = {}
     add = StepBracket.add
 
-    def counting_add(self: StepBracket, phase: Phase, handler: Any, order: str = "") -> Any:
+    def counting_add(self: StepBracket, phase: Phase, handler: Any, **place: Any) -> Any:
         def counted(step: Any) -> None:
             with CommDebugMode() as mode:
                 handler(step)
@@ -264,7 +264,7 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
             if 16 < step.number < 19:
                 most[phase.name] = max(most.get(phase.name, 0), mode.get_total_counts())
 
-        return add(self, phase, counted, order)
+        return add(self, phase, counted, **place)
 
     StepBracket.add = counting_add  # type: ignore[method-assign]
     callbacks = [WRITERS[writer](**arguments), NormDynamicsMonitor(50, tables=False)]
@@ -312,8 +312,8 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
         call(*given)
         found[moment] = list(sent)
 
-    def noting_add(self: StepBracket, phase: Phase, handler: Any, order: str = "") -> Any:
-        return add(self, phase, lambda step: watching(phase.name, handler, step), order)
+    def noting_add(self: StepBracket, phase: Phase, handler: Any, **place: Any) -> Any:
+        return add(self, phase, lambda step: watching(phase.name, handler, step), **place)
 
     class Watched(NormDynamicsMonitor):
         def _send(self, *given: Any) -> Any:
