@@ -193,7 +193,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures (``normdyn_tables``, ``normdyn_charts``,
     ``normdyn_pictures``), TensorBoard and MLflow get the table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The
-    history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads. Pictures need matplotlib.
+    history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads; on a disk or at a URL
+    (``s3://``). It is written at every checkpoint and when a fit is interrupted, too; a second fit of the same run writes
+    ``history.fit2.npz``. Pictures need matplotlib.
 
     Args:
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's ``log_every_n_steps``.
