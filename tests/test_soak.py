@@ -1,0 +1,109 @@
+"""A long run costs at its end what it cost at its beginning: memory, checkpoint, operations."""
+
+from __future__ import annotations
+
+import gc
+import io
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from models import fit, loader, make, sgd
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    InputSpanMonitor,
+    LRDropRescaling,
+    NormDynamicsMonitor,
+    RadialProjection,
+    WeightRescaling,
+)
+from lightning_normdyn.history import History
+
+
+class Counts(TorchDispatchMode):
+    """How often each operation runs; one that waits for the device (`_local_scalar_dense`) is among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.found[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+class Looks(L.Callback):
+    """At some steps: objects alive, resident memory, size of the callbacks' state without histories, operations of the step."""
+
+    def __init__(self, steps, monitor):
+        self.steps, self.monitor = steps, monitor
+        self.objects, self.memory, self.sizes, self.operations = [], [], [], []
+        self.most_rows = 0
+        self.counting = None
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step + 1 in self.steps:
+            self.counting = Counts()
+            self.counting.__enter__()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.most_rows = max(self.most_rows, len(self.monitor.history))
+        if self.counting is None:
+            return
+        self.counting.__exit__(None, None, None)
+        self.operations.append(self.counting.found)
+        self.counting = None
+        self.sizes.append(sum(size_of(c.state_dict()) for c in trainer.callbacks if c.state_dict()))
+        gc.collect()
+        self.objects.append(len(gc.get_objects()))
+        self.memory.append(int(Path("/proc/self/statm").read_text().split()[1]))
+
+
+def size_of(state: dict[str, Any]) -> int:
+    file = io.BytesIO()
+    extra = {key: value for key, value in state.get("extra", {}).items() if key not in ("history", "evidence")}
+    torch.save({**state, "extra": extra}, file)
+    return len(file.getvalue())
+
+
+def soak(steps: tuple[int, ...]) -> Looks:
+    monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
+    look = Looks(steps, monitor)
+    callbacks = [
+        AdaptiveWeightShrink(0.5, params="net.0.weight"),
+        RadialProjection(params="net.0.weight"),
+        WeightRescaling(3, params="net.0.weight"),
+        LRDropRescaling(exponent=0.3, params="net.3.weight"),
+        InputSpanMonitor(10, max_samples=64),
+        monitor,
+        look,
+    ]
+    fit(make(make_optimizer=sgd), callbacks, loader(8 * 100), max_steps=steps[-1], max_epochs=-1)
+    return look
+
+
+def test_once_histories_are_full_nothing_grows(monkeypatch):
+    monkeypatch.setattr("lightning_normdyn.callbacks.ledger.History", partial(History, 16, max_vector_bytes=2**12))
+    look = soak((150, 210, 270))  # multiples of 3 and of half the epochs: the same rules act in each of these steps
+    assert look.operations[1] == look.operations[2]
+    assert look.sizes[1] <= look.sizes[0] + 64  # counters that are written with more digits
+    assert look.most_rows <= 16
+    assert look.objects[2] <= look.objects[1] + 60  # a history that was just thinned is half empty
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+def test_twenty_thousand_steps_end_as_they_began():
+    look = soak((2_000, 5_000, 10_000, 20_000))
+    at = dict(zip((2_000, 5_000, 10_000, 20_000), range(4), strict=True))
+    assert look.memory[at[20_000]] <= 1.02 * look.memory[at[10_000]]
+    assert look.sizes[at[20_000]] <= look.sizes[at[2_000]] + 256
+    assert look.operations[at[5_000]] == look.operations[at[20_000]]
+    assert look.most_rows <= 4096
