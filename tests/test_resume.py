@@ -138,7 +138,16 @@ def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> dict[st
     }
 
 
-def go(case: Case, every: int, scaler: str, saver: Any = None, saves: str = "last", ckpt_path: Any = None, **arguments: Any) -> Any:
+def go(
+    case: Case,
+    every: int,
+    scaler: str,
+    saver: Any = None,
+    saves: str = "last",
+    ckpt_path: Any = None,
+    val_data: Any = None,
+    **arguments: Any,
+) -> Any:
     """One fit of 20 steps; with a gradient scaler some of them are skipped."""
     callbacks = [*case.callbacks(), NormDynamicsMonitor(every, per_vector=True, tables=False)]
     inserted = [] if saver is None else [saver]
@@ -154,6 +163,7 @@ def go(case: Case, every: int, scaler: str, saver: Any = None, saves: str = "las
         module,
         [*inserted, *callbacks] if saves == "first" else [*callbacks, *inserted],
         torch.utils.data.DataLoader(images(8 * BATCHES, dtype), batch_size=8),
+        val_data,
         ckpt_path=ckpt_path,
         plugins=plugins,
         **{"max_epochs": STEPS // BATCHES, "logger": False, **arguments},
@@ -199,3 +209,28 @@ def test_a_fit_resumes_from_the_ends_of_its_epochs(hook, tmp_path):
             continue
         found = [*differences(expected, go(CASES["aws"], 3, "", ckpt_path=path))]
         assert not found, (path.name, found[:5])
+
+
+def test_rows_go_on_from_a_checkpoint_of_a_validation_in_the_middle_of_an_epoch(tmp_path):
+    """Where most checkpoints are saved; Lightning's own count of batches goes on one too low there."""
+    validates = {"val_data": torch.utils.data.DataLoader(images(8), batch_size=8), "val_check_interval": 2, "num_sanity_val_steps": 0}
+    saver = SavesEveryStep(tmp_path, "on_validation_end")
+    expected = go(CASES["aws"], 3, "", saver, "last", **validates)
+    assert [int(path.stem) for path in saver.paths][:4] == [2, 4, 7, 9]
+    for path in saver.paths[:5]:
+        again = go(CASES["aws"], 3, "", ckpt_path=path, **validates)
+        assert not [*differences(expected["histories"], again["histories"])], path.name
+        assert not [*differences(expected["weights"], again["weights"])], path.name
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_before_optimizer_step"])
+def test_rows_and_counts_go_on_from_the_middle_of_a_batch(hook, tmp_path):
+    """Lightning trains on such a batch again. Its running statistics have then seen it twice, with or without our callbacks."""
+    saver = SavesEveryStep(tmp_path, hook)
+    expected = go(CASES["wrs-window"], 5, "scaler", saver, "last")
+    for path in [saver.paths[i] for i in (0, 5, 10, 12)]:
+        again = go(CASES["wrs-window"], 5, "scaler", ckpt_path=path)
+        if hook == "on_train_batch_start":
+            assert not [*differences(expected, again)], path.name
+        for key in ("step", "optimizer_step", "normdyn/skipped_steps"):
+            assert [row[key] for row in again["histories"][0]["rows"]] == [row[key] for row in expected["histories"][0]["rows"]]

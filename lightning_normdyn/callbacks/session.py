@@ -118,6 +118,7 @@ class Session:
         self._compile_next = False
         self.attempts = 0
         self._stepped_before_attempt = 0
+        self._attempted_in = -1  # the batch, counted over the fit, of the newest attempt
         self._shift = 0  # from Lightning's count of batches to that of a run without interruption
         self._last_ended = -1  # Lightning's count at the newest end of a batch
         self._steps_of_gone = 0  # of optimizers that others have taken the place of
@@ -726,6 +727,7 @@ class Session:
         is_attempt = not accumulates(self.trainer.strategy.model) and any(map(has_gradient, parameters))
         self.attempts += is_attempt
         self._stepped_before_attempt = self._stepped() if is_attempt else -1
+        self._attempted_in = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         for bracket in self.brackets:
             bracket.close_in()
 
@@ -739,9 +741,9 @@ class Session:
 
     def _attempt_is_open(self) -> bool:
         """Whether a step is being attempted right now: a checkpoint saved in the middle of it must not count it as skipped."""
-        batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        is_inside_step = bool(batch.processed < batch.started)
-        return is_inside_step and self.attempts > 0 and self._stepped() == self._stepped_before_attempt
+        progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
+        is_of_this_batch = self._attempted_in == progress.total.ready and progress.current.processed < progress.current.started
+        return is_of_this_batch and self._stepped() == self._stepped_before_attempt
 
     # -- the x axis ------------------------------------------------------------------------------------------------------
 
