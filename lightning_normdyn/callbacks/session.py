@@ -258,24 +258,27 @@ class Session:
         step = max(counts, default=0)
         show(self.trainer, f"lightning-normdyn: {text} after {step} steps. The callbacks go on with it, and go on counting.")
 
-    def _take_in_new_weights(self, index: int, *, final: bool) -> None:
+    def _take_in_new_weights(self, index: int, *, final: bool) -> tuple[Any, ...]:
         """Map weights that have come since the start of the fit: layers that grew, a head that was exchanged.
 
         Args:
             index: of an optimizer whose param groups may have changed.
             final: whether the module shows the optimizer's own parameters for certain, as it does when a step is due.
+
+        Returns:
+            The layout of these param groups.
         """
         optimizer = self.optimizers[index]
         layout = _layout(optimizer)
         if self._mapped.get(index) == layout:
-            return
+            return layout
         held = {p for group in optimizer.param_groups for p in group["params"]}
         names = parameter_names(self.module) if not held <= self.names.keys() else {}
         new = {weight: found for weight, found in names.items() if weight in held and weight not in self.names}
         if final or held <= self.names.keys() | new.keys():
             self._mapped[index] = layout
         if not new:
-            return
+            return layout
         changed = {name for found in new.values() for name in found}
         for weight, found in list(self.names.items()):  # those whose place has been taken
             rest = tuple(name for name in found if name not in changed)
@@ -301,6 +304,7 @@ class Session:
             member._take_in(new, changed)
         # The next forward pass is watched; what it shows is told in a table when the new weights have stepped.
         self._unread, self._next_look = True, self._batches
+        return layout
 
     def is_targeted(self, weight: Tensor) -> bool:
         """Whether some callback's ``params`` let this weight in."""
@@ -605,8 +609,7 @@ class Session:
 
     def _decide(self, step: Step) -> None:
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
-        self._take_in_new_weights(index, final=True)
-        layout = _layout(step.optimizer)
+        layout = self._take_in_new_weights(index, final=True)
         if self._seen.get(index) != (self._version, layout):
             self.search.agree()
             agree(self.search.verdicts)
