@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -46,8 +46,6 @@ class AdaptiveWeightShrink(NormDynCallback):
         >>> AdaptiveWeightShrink(2.5e-3).alpha
         0.0025
     """
-
-    needs_length: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -61,7 +61,8 @@ class NormDynCallback(Callback):
     what comes out would depend on the order of the list."""
 
     needs_length: ClassVar[bool] = False
-    """Whether it can do nothing for a weight that is zero: such a weight is refused by name instead of seeming to be treated."""
+    """Whether it can never do anything for a weight that is zero at the start: such a weight is refused by name instead of seeming to be
+    treated. A rule that acts as soon as the weight has grown needs none."""
 
     marks: ClassVar[tuple[str, ...]] = ()
     """Kinds of events that this callback itself marks in the monitor's history."""

@@ -121,8 +121,6 @@ class LRDropRescaling(NormDynCallback):
         1.5
     """
 
-    needs_length: ClassVar[bool] = True
-
     marks: ClassVar[tuple[str, ...]] = ("lr_drop",)
 
     def __init__(

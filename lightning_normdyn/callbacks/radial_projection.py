@@ -90,11 +90,6 @@ class RadialProjection(NormDynCallback):
         return self.gate == "always"
 
     @property
-    def needs_length(self) -> bool:  # type: ignore[override]
-        """A gate looks at every matrix and stays closed for those without a direction."""
-        return self.gate == "always"
-
-    @property
     def acts(self) -> bool:
         """With either gate."""
         return True

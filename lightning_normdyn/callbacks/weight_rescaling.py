@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import nan
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -47,8 +47,6 @@ class WeightRescaling(NormDynCallback):
         >>> WeightRescaling(20, stop_epoch=60).every_n_steps
         20
     """
-
-    needs_length: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -100,6 +98,11 @@ class WeightRescaling(NormDynCallback):
         """Refuse averages over weights whose scale this callback changes."""
         refuse_averaging(trainer, self)
         super().on_fit_start(trainer, pl_module)
+
+    @property
+    def needs_length(self) -> bool:  # type: ignore[override]
+        """A weight of zeros has no initial norm to go back to; to a norm that is a number it is set as soon as it has a direction."""
+        return self.target_norm == "initial"
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale, its decay ours to take over."""

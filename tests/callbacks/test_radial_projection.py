@@ -212,7 +212,12 @@ def test_a_monitor_changes_no_bit(make_optimizer):
 def test_with_aws_over_300_steps():
     # w <- f w - lr Pi_w(step): AWS is the decay, the projection takes the radial part of the rest.
     recorder = Recorder()
-    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1))
+    # AWS shortens the weights until an ordinary eps would matter, and they would no longer be scale-invariant.
+    norm = partial(nn.BatchNorm2d, eps=1e-12)
+    module = make(
+        net=seeded(partial(convnet, norm=norm)),
+        make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    )
     fit(module, [RadialProjection(), AdaptiveWeightShrink(0.1), recorder], max_steps=300, max_epochs=-1)
     assert len(recorder.steps[0]) == 300
     got = weights_of(module)
