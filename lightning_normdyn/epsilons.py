@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from lightning_normdyn.graph_state import EPSILONS, is_normalization
 from lightning_normdyn.names import clean_name
 
+# Batches after which nothing is left of a running variance's first value: 0.9**100 with the usual momentum.
+SETTLED = 100
+
 
 @dataclass(frozen=True)
 class EpsilonShare:
@@ -119,11 +122,13 @@ class EpsilonWatch:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._seen: dict[str, tuple[float, Tensor]] = {}
+        self._fresh: set[str] = set()  # seen since the last `start`
         self._remove: list[Callable[[], None]] = []
 
     def start(self, names: Iterable[str] | None = None) -> None:
         """Look at the next forward passes of these modules, or of all normalizations."""
         self.stop()
+        self._fresh = set()
         chosen = None if names is None else set(names)
         for name, module in self._module.named_modules():
             if epsilon_of(module) is not None and (chosen is None or clean_name(name) in chosen):
@@ -143,19 +148,42 @@ class EpsilonWatch:
                 return
             statistic = statistic_of(module, args[0])
             if statistic is not None and statistic.numel():
-                share = (eps / (statistic + eps)).square().mean().sqrt()
-                self._seen[name] = eps, torch.stack([statistic.median(), statistic.min(), share])
+                self._seen[name] = eps, _summary(statistic, eps)
+                self._fresh.add(name)
 
         return hook
 
+    def forget_old(self) -> None:
+        """What was seen up to now is of weights as they were: where running statistics tell of the present ones, those count from now."""
+        self._fresh = set()
+
     def largest(self, names: Iterable[str]) -> EpsilonShare | None:
         """Of these normalizations the one whose epsilon matters most; None if none was seen. Copies to the host."""
+        modules = {clean_name(name): module for name, module in self._module.named_modules()}
         found = []
         for name in names:
-            if name in self._seen:
-                eps, numbers = self._seen[name]
+            known = self._seen.get(name)
+            if name not in self._fresh:
+                known = _running(modules.get(name)) or known
+            if known is not None:
+                eps, numbers = known
                 found.append(EpsilonShare(name, eps, *numbers.tolist()))
         return max(found, key=lambda one: one.share, default=None)
+
+
+def _summary(statistic: Tensor, eps: float) -> Tensor:
+    """Median, smallest, and the root mean square of the share that the epsilon has."""
+    share = (eps / (statistic + eps)).square().mean().sqrt()
+    return torch.stack([statistic.median(), statistic.min(), share])
+
+
+def _running(module: nn.Module | None) -> tuple[float, Tensor] | None:
+    """The same of running variances, once they are those of the network and no longer the ones that they began with."""
+    variances, batches = getattr(module, "running_var", None), getattr(module, "num_batches_tracked", None)
+    if module is None or variances is None or batches is None or int(batches) < SETTLED:
+        return None
+    eps = epsilon_of(module)
+    return None if eps is None else (eps, _summary(variances.detach(), eps))
 
 
 __all__ = ["EpsilonShare", "EpsilonWatch", "epsilon_of", "statistic_of"]

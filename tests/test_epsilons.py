@@ -68,3 +68,17 @@ def test_hooks_are_gone_afterwards():
     assert len(net[1]._forward_pre_hooks) == 1
     watch.stop()
     assert not net[1]._forward_pre_hooks
+
+
+def test_running_variances_tell_of_the_present_where_nothing_was_looked_at():
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, eps=1.0))
+    watch = EpsilonWatch(net)
+    watch.start()
+    net(torch.randn(64, 4))
+    watch.stop()
+    first = watch.largest(["1"]).share
+    for _ in range(120):
+        net(1000 * torch.randn(64, 4))
+    assert watch.largest(["1"]).share == first  # what was looked at last
+    watch.forget_old()
+    assert watch.largest(["1"]).share < 1e-3 * first

@@ -278,6 +278,10 @@ class Evidence:
         close = [name for examination in self._examinations.values() if examination.close for name in examination.names]
         return [self.records[name].claim for name in close if name in self.records and self.records[name].close]
 
+    def doubted(self) -> list[Verdict]:
+        """Those of them that a look of a logging step has contradicted."""
+        return [claim for claim in self.looked_at_closely() if self.records[claim.name].doubt[1] > 0]
+
     # -- looks ---------------------------------------------------------------------------------------------------------
 
     def wanted(self, index: int, logging_step: int, claims: Iterable[Verdict]) -> list[Verdict]:

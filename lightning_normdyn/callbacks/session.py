@@ -360,9 +360,11 @@ class Session:
         for index in range(len(self.optimizers)):
             self._take_in_new_weights(index, final=False)
             self._remember_place(index)
-        doubtful = self.evidence.looked_at_closely()
+        doubtful = self.evidence.doubted()
         if doubtful:
-            self._epsilons.start({name for claim in doubtful for name in claim.norms})
+            self._epsilons.forget_old()
+            if not something_is_compiled():  # it would be compiled again, for a hook more and then for one less
+                self._epsilons.start({name for claim in doubtful for name in claim.norms})
         if self._compile_next:
             self._compile_next = False
             stepped = [o for o, b, before in zip(self.optimizers, self.brackets, self._steps_before, strict=True) if b.steps > before]
@@ -982,6 +984,13 @@ def _on_the_same_vectors(effect: Effect, theirs: Target, ours: Target) -> bool:
 
 def _is_claimed(verdict: Verdict) -> bool:
     return verdict.partition is not None and verdict.known in ("graph", "graph and gradients")
+
+
+def something_is_compiled() -> bool:
+    """Whether torch.compile has compiled anything in this process."""
+    import torch._dynamo.utils
+
+    return bool(torch._dynamo.utils.counters["frames"])
 
 
 class UnreadRows:

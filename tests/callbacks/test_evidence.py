@@ -673,3 +673,23 @@ def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
     (target,) = [t for t in callback.plans[0].targets if t.name == "table.weight"]
     assert target.partition.n >= 15
     assert sum(close) <= CLOSE_LOOKS
+
+
+def test_close_looks_compile_nothing_again():
+    """What is compiled is compiled anew for every hook that a module has more or less."""
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    callback = AdaptiveWeightShrink(0.01)
+    module = torch.compile(make(Penalized, dtype=torch.float32, since=30), backend=backend)
+    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken"):
+        fit(module, [callback], loader(dtype=torch.float32), max_epochs=12, log_every_n_steps=2)
+    graphs = len(compiled)
+    compiled.clear()
+    torch.compiler.reset()
+    plain = torch.compile(make(Penalized, dtype=torch.float32, since=30), backend=backend)
+    fit(plain, [], loader(dtype=torch.float32), max_epochs=12, log_every_n_steps=2)
+    assert 0 < graphs <= len(compiled)
