@@ -899,7 +899,7 @@ class NormDynCallback(Callback):
         name = type(self).__name__
         if seen == 0 and session.attempts and not self._stopped:
             did = "acted in" if self.writes else "measured"
-            return f"{name} {did} 0 of {session.attempts} steps: no step of an optimizer was seen, none had a gradient, or a scaler skipped all."
+            return f"{name} {did} 0 of {session.attempts} steps: no step was seen, none had a gradient, or a scaler skipped all."
         if due and not acted:
             return f"{name} acted in 0 of {seen} steps: no weight that it acts on had a gradient when it was to act."
         return ""
