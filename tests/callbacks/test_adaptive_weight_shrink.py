@@ -183,11 +183,16 @@ def test_takes_the_decay_over_from_every_optimizer_of_torch(kind):
     assert same(weights_of(ours), weights_of(theirs))
 
 
-def test_a_decay_that_cannot_be_taken_over_is_refused_and_can_be_kept():
-    class Mine(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
+class Mine(torch.optim.SGD):
+    """Decays all weights by the number that it was made with, whatever the param groups say."""
 
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["weight_decay"] = self.defaults["weight_decay"]
+        return super().step(closure)
+
+
+def test_a_decay_that_cannot_be_taken_over_is_refused_and_can_be_kept():
     def make_optimizer(p):
         return Mine(p, lr=0.1, weight_decay=0.1)
 
@@ -202,10 +207,6 @@ def test_a_decay_that_cannot_be_taken_over_is_refused_and_can_be_kept():
 
 
 def test_a_decay_that_cannot_be_taken_over_of_named_weights_is_refused_at_fit_start():
-    class Mine(torch.optim.SGD):
-        def step(self, closure=None):
-            return super().step(closure)
-
     class Untouched(Net):
         def training_step(self, batch, batch_idx=0):
             raise AssertionError("a training step was run")

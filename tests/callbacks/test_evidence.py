@@ -555,7 +555,11 @@ def grouped(groups):
     return lambda n: nn.GroupNorm(groups, n)
 
 
-@pytest.mark.parametrize(("before", "after"), [(grouped(1), grouped(2)), (grouped(2), grouped(1)), (nn.BatchNorm2d, grouped(2))], ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(grouped(1), grouped(2)), (grouped(2), grouped(1)), (nn.BatchNorm2d, grouped(2))],
+    ids=["finer", "coarser", "another kind"],
+)
 def test_vectors_follow_a_normalization_that_was_set_otherwise_between_the_runs(before, after, tmp_path):
     path = tmp_path / "before.ckpt"
     fit(make(net=convnet(norm=before)), [AdaptiveWeightShrink(0.5), SavesAt(6, path)])
