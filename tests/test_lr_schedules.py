@@ -259,8 +259,13 @@ def test_a_group_without_decay_follows_the_inner_schedule() -> None:
 
 
 class OtherStep(SGD):
+    @torch.no_grad()
     def step(self, closure=None):
-        return super().step(closure)
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+        return loss
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop, OtherStep])
