@@ -26,6 +26,7 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.group_numbers import Number, as_number, group_number, with_plain_numbers
 from lightning_normdyn.optimizer_trial import DecayTrial, Kind, Pace, remembers_weights, steps_as, try_decay, undoes_changes
 from lightning_normdyn.rate_rules import RateRule
+from lightning_normdyn.scratch_optimizer import is_scratch
 from lightning_normdyn.step_rules import ResponseRule, StepResponse
 
 __all__ = [
@@ -434,6 +435,8 @@ def applied_rate(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor)
     lr = as_number(group.get("lr"))
     if rate is not None or lr is None or not rate_rules.has_own_schedule(optimizer, group):
         return rate
+    if is_scratch(optimizer):
+        return None  # the trial that is being made must not rest on another of the same kind
     # It speaks of a warmup, which may be one of the rate or of something else: a trial of its weight decay tells.
     trial = decay_trial(optimizer)
     return lr if (trial.kind, trial.pace) == ("decoupled", "lr") else None
