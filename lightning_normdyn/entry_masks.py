@@ -72,6 +72,8 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
         if shape is None or len(shape) < 2:
             continue
         found = _Reading(graph, readers).of(edge, shape)
+        if found is not None and not bool(found.read.any()):
+            continue  # a use that is switched off by a factor of 0 says nothing of which entries another one reads
         if found is None:
             whole.add(name)
         else:

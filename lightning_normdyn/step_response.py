@@ -54,6 +54,7 @@ def step_response(optimizer_class: type, group: Mapping[str, Any], **options: Un
         options: what callbacks do to its weights, :class:`Options`.
 
     Example:
+        >>> import torch
         >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
         >>> response = step_response(torch.optim.SGD, group)
         >>> round(response.total, 6), round(response.turn, 4), response.power
@@ -79,6 +80,7 @@ def is_rough(optimizer_class: type, group: Mapping[str, Any], **options: Unpack[
     """Whether a prediction for this group is a rough one: Adam with coupled decay. ``options``: :class:`Options`.
 
     Example:
+        >>> import torch
         >>> is_rough(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-4})
         True
     """

@@ -136,6 +136,20 @@ def test_a_second_use_without_a_mask_reads_everything():
     assert read_of(nn.Sequential(Both(""), nn.BatchNorm1d(4)).double(), "0.weight") is None
 
 
+def test_a_use_that_a_factor_of_zero_switches_off_says_nothing():
+    class SwitchedOff(Masked):
+        def forward(self, x):
+            return F.linear(x, self.weight * self.mask) + F.linear(x, torch.zeros(()) * self.weight)
+
+    assert torch.equal(read_of(nn.Sequential(SwitchedOff(""), nn.BatchNorm1d(4)).double(), "0.weight"), KEPT)
+
+    class Nothing(Masked):
+        def forward(self, x):
+            return F.linear(x, 0 * self.weight) + F.linear(x, torch.zeros(()) * self.weight)
+
+    assert read_of(nn.Sequential(Nothing(""), nn.BatchNorm1d(4)).double(), "0.weight") is None
+
+
 def test_two_masks_of_two_uses_join():
     class Halves(Masked):
         def forward(self, x):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import EffectiveLRReplay, NormDynamicsMonitor, WeightRescaling
+from lightning_normdyn.callbacks.effect import Effect, ScaledSteps
 from lightning_normdyn.parametrizations import weight_normalization, weight_standardization
 from lightning_normdyn.plots import OKABE_ITO
 
@@ -51,6 +52,10 @@ class Printed(EffectiveLRReplay):
         super()._look(step, plan)
         self._factors[plan.index] = self._factors[plan.index].sqrt()
 
+    def effect(self, target: Any) -> Effect:
+        """As the rule itself: only the length of steps is another one."""
+        return ScaledSteps()
+
 
 class Replay(EffectiveLRReplay):
     """Keeps the multipliers of one layer."""
@@ -67,6 +72,10 @@ class Replay(EffectiveLRReplay):
             where = next(s for s, t in zip(plan.vectors.slices, plan.targets, strict=True) if t.name == LAYER)
             self.steps.append(step.number - 1)
             self.factors.append(self._factors[plan.index][where].clone())
+
+    def effect(self, target: Any) -> Effect:
+        """As the rule itself, which is only looked at."""
+        return ScaledSteps()
 
 
 # ------------------------------------------------------------------------------------------------------------------ step by step
