@@ -281,6 +281,11 @@ class WeightVectors:
         return CACHED_ENTRIES * torch.get_num_threads() if self.device.type == "cpu" else KERNEL_ENTRIES
 
     @property
+    def cut(self) -> bool:
+        """Whether some vector lies on several ranks in pieces; the same on every rank that shares these weights."""
+        return self._reduction.cuts
+
+    @property
     def _one_pass(self) -> bool:
         """Whether sums and the change that they lead to are best taken piece by piece: where a piece holds whole vectors and stays in a
         CPU's cache. Elsewhere two passes cost no more memory traffic, and what lies between them is done once for all vectors.
@@ -725,14 +730,17 @@ class WeightVectors:
         """
         operands = self._and_now(before)
         if self._one_pass:
-            return self._remove_in_one_pass_(_radial_kernel, operands, [], share, active)
+            return self._remove_in_one_pass_(_radial_kernel, operands, [], share, active)[0]
         ss, sd = self._reduction.sum_(self._collect(_radial_kernel, operands, self._radial_sums, 2))
         removed = _removed(ss, sd, share)
         self.add_scaled_(-_applied(removed, *self._numbers(active)), before)
         return removed
 
-    def remove_radial_of_(self, direction: Operand, length: Tensor, share: Tensor, active: Tensor | None = None) -> Tensor:
+    def remove_radial_of_(self, direction: Operand, length: Tensor, share: Tensor, active: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """`remove_radial_` where the step is known, so that no copy of the weights is needed: w - s = ``length * direction``.
+
+        s is told from the sum of itself and the step, so what is removed is wrong by the rounding of the weights' dtype times the length of
+        the step over that of s.
 
         Args:
             direction: laid out like the weights; None entries are passed over.
@@ -741,22 +749,30 @@ class WeightVectors:
             active: as for `remove_radial_`.
 
         Returns:
-            as `remove_radial_`.
+            What `remove_radial_` returns, and ``(n,)``: how many times longer than s the step was.
         """
         operands = _, now = self._and_now(direction)
         if self._one_pass:
-            return self._remove_in_one_pass_(_radial_kernel_of_step, operands, [length], share, active)
-        ww, wd, dd = self.inner((now, now), (now, direction), (direction, direction), exact=False)
-        removed = _removed(ww - 2 * length * wd + length.square() * dd, length * (wd - length * dd), share)
+            removed, ratio = self._remove_in_one_pass_(_radial_kernel_of_step, operands, [length], share, active)
+            return removed, ratio
+        # Exactly: <s, s> is a small difference of large sums where the step is longer than s.
+        ww, wd, dd = self.inner((now, now), (now, direction), (direction, direction))
+        ss = (ww - 2 * length * wd + length.square() * dd).clamp_(min=torch.finfo(ww.dtype).tiny)
+        ratio = length.abs() * (dd / ss).sqrt()
+        removed = _removed(ss, length * (wd - length * dd), share)
         applied = _applied(removed, *self._numbers(active))
         self.add_scaled_(-applied, now, now)
         self.add_scaled_(applied * length, direction)
-        return removed
+        return removed, ratio
 
     def _remove_in_one_pass_(
         self, kernel: Kernel, operands: list[Operand], lengths: list[Tensor], share: Tensor, active: Tensor | None
     ) -> Tensor:
-        """`remove_radial_`, or with ``lengths`` `remove_radial_of_`; ``kernel`` sums what tells the step and hands back s."""
+        """`remove_radial_`, or with ``lengths`` `remove_radial_of_`; ``kernel`` sums what tells the step and hands back s.
+
+        Returns:
+            ``(1, n)``, or ``(2, n)`` with ``lengths``.
+        """
         entries, told = self._entries, len(operands) + len(lengths)
 
         def project(dims: list[int], outs: Sequence[Tensor], views: Sequence[Tensor]) -> None:
@@ -771,6 +787,8 @@ class WeightVectors:
                 _in_chunks(_summing(kernel, 2, self._radial_sums, share.dtype), sums, views[:told], dims, entries)
                 (square, product), start = (x.to(share) for x in sums), None if lengths else other
             removed = outs[0].copy_(_removed(square, product, share))
+            if lengths:
+                _norm(_widened(other), dims, outs[1]).mul_(views[2].abs()).div_(square.sqrt())
             applied = _applied(removed.to(share), *mask)
             if start is None:  # as long as the vector itself
                 now.addcmul_(now, applied, value=-1).addcmul_(other, applied * views[2])
@@ -778,7 +796,8 @@ class WeightVectors:
                 now.addcmul_(start, applied, value=-1)
 
         numbers = self._numbers(*lengths, share, active)
-        return self._collect(project, operands, lambda found: found.to(self.sum_dtype), 1, numbers=numbers, whole=True)[0]
+        count = 2 if lengths else 1
+        return self._collect(project, operands, lambda found: found.to(self.sum_dtype), count, numbers=numbers, whole=True)
 
     def _numbers(self, *numbers: Tensor | None) -> list[Tensor]:
         """Those that are given, in the precision of the weights."""

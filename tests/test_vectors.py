@@ -206,7 +206,7 @@ def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, m
             moved = now - start.double()
             removed = vectors.remove_radial_([start], share, active)
         else:
-            removed = vectors.remove_radial_of_([direction], length, share, active)
+            removed, _ = vectors.remove_radial_of_([direction], length, share, active)
     expected = now.clone()
     for j in range(vectors.n):
         where = labels == j

@@ -17,7 +17,7 @@ from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, as_f
 from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.callbacks.predictions import balance
 from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
-from lightning_normdyn.callbacks.state import number, record, table, text
+from lightning_normdyn.callbacks.state import many, number, record, table, text, whole
 from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizer_facts import applied_rate, check_rate, class_for_predictions
@@ -272,7 +272,7 @@ class LRDropRescaling(NormDynCallback):
 
     def _check_extra(self, extra: Any, where: str) -> None:
         by_name = table(text(), number(0.0))
-        record({}, {"last_lr": by_name, "last_fall": by_name})(extra, where)
+        record({}, {"last_lr": by_name, "last_fall": by_name, "unmarked": many(whole())})(extra, where)
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         falls = extra.get("last_fall", {})

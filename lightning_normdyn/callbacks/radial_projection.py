@@ -12,14 +12,18 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number, warn_once
 from lightning_normdyn.callbacks.effect import Effect, Projection
+from lightning_normdyn.callbacks.state import many, number, record, table, whole
 from lightning_normdyn.decay import Decay, DecayOwner, DecayRule, replaced_decay
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.group_numbers import is_zero
 from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.optimizer_state import decay_kind, step_buffer
-from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket, check_decay_takeover
 from lightning_normdyn.vectors import Partition
+
+# A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step over the weight.
+LONGEST_TOLD = 1.0
 
 
 class RadialProjection(NormDynCallback):
@@ -32,7 +36,7 @@ class RadialProjection(NormDynCallback):
     decoupled: ``w <- (1 - lr * decay * ratio) w``.
 
     What the step was is told by a copy of the targets that is taken before it; under SGD with momentum (no Nesterov, float32 or more, no
-    fused kernel under a GradScaler) by the momentum buffer, without a copy.
+    fused kernel under a GradScaler) by the momentum buffer, without a copy, as long as no step is longer than its weight.
 
     Args:
         gate: ``"always"`` projects every target (one vector per ``granularity``); ``"cosine"`` is the paper's rule per tensor: filter
@@ -82,6 +86,8 @@ class RadialProjection(NormDynCallback):
         self._gates: dict[int, tuple[Tensor, Tensor]] = {}
         self._open: dict[int, Tensor] = {}  # (targets,) of this step
         self._buffers: dict[int, str | None] = {}
+        self._ratios: dict[int, list[HostCopy | float]] = {}  # by optimizer: of the newest steps, how much longer than its weight
+        self._copies: set[int] = set()  # optimizers whose steps were too long to be told by a buffer
         self._said_unknown = False
 
     @property
@@ -161,7 +167,9 @@ class RadialProjection(NormDynCallback):
             else:
                 state = step.optimizer.state
                 moved = vectors.local([state[w].get(buffer) if w in state else None for w in vectors.weights])
-                removed = vectors.remove_radial_of_(moved, -plan.rates(), share, active)
+                removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, active)
+                largest = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)]).amax()
+                self._ratios.setdefault(plan.index, []).append(HostCopy(largest))
             plan.guard(removed, 0.0, step)  # has been left alone where it is not finite; here it is remembered
             return
         before = vectors.snapshots(step.bracket)
@@ -178,8 +186,36 @@ class RadialProjection(NormDynCallback):
         # GradScaler leaves in the buffer what was there: at the first step, any numbers at all.
         if self.gate == "cosine" or plan.vectors.low_precision or step.skipped is not None:
             return None
+        if self._steps_are_long(plan):
+            return None
         buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
         return buffers.pop() if len(buffers) == 1 else None
+
+    def _steps_are_long(self, plan: Plan) -> bool:
+        """Whether some step was longer than its weight: from then on copies tell, since a sum of the two has lost digits of the weight."""
+        # Those before the last two have arrived on the host; to wait for them costs nothing. Always the same, so that runs repeat.
+        ratios = self._ratios.get(plan.index, [])
+        while len(ratios) > 2:
+            oldest = ratios.pop(0)
+            if self._on_host(oldest) > LONGEST_TOLD:
+                self._copies.add(plan.index)
+        # Each rank sees its own vectors. Where some are cut, all ranks must take the same way: that of a copy, unless all see all.
+        return plan.index in self._copies or plan.vectors.cut
+
+    @staticmethod
+    def _on_host(ratio: HostCopy | float) -> float:
+        return float(ratio.get()) if isinstance(ratio, HostCopy) else ratio
+
+    def _extra(self) -> dict[str, Any]:
+        pending = {index: [self._on_host(ratio) for ratio in ratios] for index, ratios in self._ratios.items()}
+        return {"copies": sorted(self._copies), "ratios": pending}
+
+    def _check_extra(self, extra: Any, where: str) -> None:
+        record({}, {"copies": many(whole()), "ratios": table(whole(), many(number(0.0, finite=False)))})(extra, where)
+
+    def _load_extra(self, extra: dict[str, Any]) -> None:
+        self._copies = set(extra.get("copies", []))
+        self._ratios = {index: list(ratios) for index, ratios in extra.get("ratios", {}).items()}
 
     def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""

@@ -412,3 +412,30 @@ def test_the_tables_say_which_decay_it_applies_in_whose_place(callback, others, 
     module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.005))
     fit(module, [projection, *(other() for other in others)], max_steps=1)
     assert projection.treatments(projection.plans[0])[0] == says
+
+
+# ---- Steps that are far longer than their weights ----
+
+
+@pytest.mark.parametrize("ratio", [1e0, 1e3, 1e6])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_longer_than_their_weights_are_projected_as_the_rule_says(ratio, dtype):
+    """The momentum buffer tells w only as now - step, which loses digits; a copy does not."""
+    recorder = Recorder()
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1 * ratio, momentum=0.9), dtype=dtype)
+    fit(module, [RadialProjection(), recorder], max_steps=8, max_epochs=-1)
+    expected = replay(recorder, TARGETS, project=Project())
+    got = weights_of(module)
+    for name in TARGETS:
+        error = (got[name].double() - expected[name].double()).norm() / expected[name].double().norm()
+        assert float(error) < (1e-9 if dtype == torch.float64 else 1e-4 if ratio < 1e6 else 1e-3)
+
+
+def test_long_steps_are_told_by_copies_from_then_on():
+    callback = RadialProjection()
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e3, momentum=0.9))
+    fit(module, [callback], max_steps=8, max_epochs=-1)
+    assert callback._copies == {0}
+    short = RadialProjection()
+    fit(make(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)), [short], max_steps=8, max_epochs=-1)
+    assert short._copies == set()
