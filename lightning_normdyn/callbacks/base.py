@@ -908,6 +908,8 @@ class NormDynCallback(Callback):
         """Steps of this fit that were seen, those in which this callback was to act, and those in which it did."""
         session = self._session
         assert session is not None
+        for bracket in session.brackets:
+            bracket.settle()  # of a fused optimizer, whether the last step was skipped is still on its way
         seen = sum(session.brackets[i].steps - start for i, start in self._attached_at.items() if i < len(session.brackets))
         seen += self._steps_of_gone
         due = sum(tally.due for tally in self._tallies.values())

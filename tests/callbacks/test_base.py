@@ -1011,3 +1011,12 @@ def test_numbers_of_numpy_are_numbers_everywhere():
     ):
         with pytest.raises(ValueError, match="must be"):
             refused()
+
+
+def test_the_only_step_of_a_fused_optimizer_counts_before_a_callback_says_what_it_did():
+    """Whether it was skipped is still on its way when the fit ends."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    module = make(make_optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5, fused=True), dtype=torch.float32)
+    callback = AdaptiveWeightShrink(0.5)
+    fit(module, [callback], max_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    assert callback.steps_of(0) == 1
