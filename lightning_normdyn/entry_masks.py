@@ -64,6 +64,8 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
         >>> masked_weights(graph)["weight"].read.tolist()
         [[True, False], [True, True]]
     """
+    if not any(_can_hide(step) for step in graph.steps):
+        return {}
     readers = _readers(graph)
     masks: dict[str, EntryMask] = {}
     whole: set[str] = set()  # all entries of these are read by some use
@@ -180,6 +182,14 @@ _MOVES: dict[str, Callable[[Operation, Tensor], Tensor]] = {
 
 def _passes_on(step: Step) -> bool:
     return step.name in _MOVES or RULES.get(step.name) is unchanged
+
+
+_HIDING = ("WhereBackward0", "MaskedFillBackward0", "MaskedFillBackward1", "TrilBackward0", "TriuBackward0")
+
+
+def _can_hide(step: Step) -> bool:
+    """Whether this operation may put a constant in the place of entries; in most networks no operation does."""
+    return step.name in _HIDING or (step.name == "MulBackward0" and None in step.sources)
 
 
 def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
