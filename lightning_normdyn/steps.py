@@ -106,6 +106,7 @@ class Step:
     _scalings: list[Scaling] = field(default_factory=list)
     _undo: list[Callable[[], None]] = field(default_factory=list)
     _notes: list[Callable[[], None]] = field(default_factory=list)
+    _counts: list[Callable[[], None]] = field(default_factory=list)
     _happened: bool = False
 
     @property
@@ -132,6 +133,15 @@ class Step:
             note()
         else:
             self._notes.append(note)
+
+    def when_updated(self, count: Callable[[], None]) -> None:
+        """Call ``count`` after the update, whether or not a fused optimizer skipped it: for counts that are 0 where it did."""
+        self._counts.append(count)
+
+    def _mark_updated(self) -> None:
+        counts, self._counts = self._counts, []
+        for count in counts:
+            count()
 
     def _mark_happened(self) -> None:
         self._happened = True
@@ -478,6 +488,7 @@ class StepBracket:
         if step is None:  # attached between ready and stepped, or no weight had a gradient
             self.close_in()
             return
+        step._mark_updated()
         if step.skipped is None:
             self.steps += 1
             step._mark_happened()

@@ -194,10 +194,10 @@ class Plan:
         return self._owned[owned]
 
     def count(self, key: str, values: Tensor, step: Step) -> None:
-        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it, once ``step`` has happened."""
+        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it, after the update."""
         if key not in self.counters:  # now, so that every rank knows the same counters
             self.counters[key] = torch.zeros_like(values)
-        step.when_done(partial(self._add, key, values))
+        step.when_updated(partial(self._add, key, values))
 
     def _add(self, key: str, values: Tensor) -> None:
         self.counters[key] += values
