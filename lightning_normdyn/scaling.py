@@ -299,7 +299,8 @@ def put_back(ahead: Ahead, weights: Mapping[str, Tensor], optimizers: Sequence[O
     for name, entry in ahead.get("statistics", {}).items():
         norm = modules.get(name)
         buffers = {part: getattr(norm, f"running_{part}", None) for part in entry["done"]}
-        if norm is None or any(not isinstance(b, Tensor) or b.shape != entry["factor"].shape for b in buffers.values()):
+        tensors = [*buffers.values(), *([] if entry["bias"] is None else [entry["bias"]])]
+        if norm is None or any(not isinstance(t, Tensor) or t.shape != entry["factor"].shape for t in tensors):
             unfit.append(name)
             continue
         _rescale_statistics(norm, {part: b for part, b in buffers.items() if b is not None}, 1 / entry["factor"], entry["bias"])

@@ -220,6 +220,25 @@ def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, m
     torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=tolerance * float(start.abs().max()))
 
 
+@pytest.mark.parametrize("passes", ["one", "two"])
+@pytest.mark.parametrize("ratio", [1e1, 1e3, 1e6])
+def test_a_known_step_is_removed_as_well_as_the_sum_of_both_allows(ratio, passes, monkeypatch):
+    if passes == "two":
+        monkeypatch.setattr(WeightVectors, "_one_pass", False)
+    start, direction = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(5))
+    direction = direction / direction.norm(dim=1, keepdim=True) * start.norm(dim=1, keepdim=True)
+    length = torch.full((4,), -ratio, dtype=torch.float64)
+    weight = nn.Parameter(start + length[:, None].float() * direction)
+    vectors = WeightVectors([weight], [Partition.filters((4, 32))])
+    with torch.no_grad():
+        _, seen = vectors.remove_radial_of_([direction], length, torch.zeros(4, dtype=torch.float64))
+    s, step = start.double(), -ratio * direction.double()
+    expected = s + step - (s * step).sum(1, keepdim=True) / s.square().sum(1, keepdim=True) * s
+    wrong = (weight.detach().double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert float(wrong.max()) < 1e-7 * ratio
+    assert seen == pytest.approx([ratio] * 4, rel=1e-7 * ratio + 1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_vectors_that_have_no_angle_and_vectors_that_did_not_move(dtype):
     before = randn(5, 40).to(dtype)

@@ -842,9 +842,13 @@ class NormDynCallback(Callback):
         ahead = self._restored["ahead"]
         self._session.put_back(ahead)
         owed = self._restored.get("per_vector", {}).get("owed", {})
-        paid_back = {n: owed[n] / e["factor"].to(owed[n]) for n, e in ahead.get("weights", {}).items() if e.get("owed") and n in owed}
-        per_vector = {**self._restored.get("per_vector", {}), "owed": {**owed, **paid_back}} if paid_back else self._restored["per_vector"]
-        self._restored = {key: value for key, value in self._restored.items() if key != "ahead"} | {"per_vector": per_vector}
+        paid_back = {}
+        for name, entry in ahead["weights"].items():
+            if entry.get("owed") and name in owed and owed[name].shape == entry["factor"].shape:
+                paid_back[name] = owed[name] / entry["factor"].to(owed[name])
+        self._restored = {key: value for key, value in self._restored.items() if key != "ahead"}
+        if paid_back:
+            self._restored["per_vector"] = {**self._restored["per_vector"], "owed": {**owed, **paid_back}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the state; it is taken up at the first step, when every strategy has restored the weights.

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number, warn_once
 from lightning_normdyn.callbacks.effect import Effect, Projection
-from lightning_normdyn.callbacks.state import many, number, record, table, whole
+from lightning_normdyn.callbacks.state import many, number, optional, record, table, whole
 from lightning_normdyn.decay import Decay, DecayOwner, DecayRule, replaced_decay
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
@@ -36,7 +36,8 @@ class RadialProjection(NormDynCallback):
     decoupled: ``w <- (1 - lr * decay * ratio) w``.
 
     What the step was is told by a copy of the targets that is taken before it; under SGD with momentum (no Nesterov, float32 or more, no
-    fused kernel under a GradScaler) by the momentum buffer, without a copy, as long as no step is longer than its weight.
+    fused kernel under a GradScaler) by the momentum buffer, without a copy, once two steps were seen and as long as none was longer than
+    its weight.
 
     Args:
         gate: ``"always"`` projects every target (one vector per ``granularity``); ``"cosine"`` is the paper's rule per tensor: filter
@@ -86,8 +87,10 @@ class RadialProjection(NormDynCallback):
         self._gates: dict[int, tuple[Tensor, Tensor]] = {}
         self._open: dict[int, Tensor] = {}  # (targets,) of this step
         self._buffers: dict[int, str | None] = {}
-        self._ratios: dict[int, list[HostCopy | float]] = {}  # by optimizer: of the newest steps, how much longer than its weight
-        self._copies: set[int] = set()  # optimizers whose steps were too long to be told by a buffer
+        # By optimizer, of the newest steps: how many times longer than its weight the longest was, and the learning rate.
+        self._ratios: dict[int, list[tuple[HostCopy | float, float | None]]] = {}
+        self._long: set[int] = set()  # optimizers whose steps were too long to be told by a buffer
+        self._asking: set[int] = set()  # optimizers of whose steps it is not known yet
         self._said_unknown = False
 
     @property
@@ -163,13 +166,15 @@ class RadialProjection(NormDynCallback):
         if self.gate == "always":
             share, active = self._decay(step, plan, None), plan.treated(step)
             if buffer is None:
-                removed = vectors.remove_radial_(vectors.snapshots(step.bracket), share, active)
+                before = vectors.snapshots(step.bracket)
+                removed = vectors.remove_radial_(before, share, active)
+                if plan.index in self._asking:
+                    moved = self._buffer_of(step, plan)
+                    ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
+                    self._remember_ratio(plan, plan.rates() * (dd / ss).sqrt())
             else:
-                state = step.optimizer.state
-                moved = vectors.local([state[w].get(buffer) if w in state else None for w in vectors.weights])
-                removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, active)
-                largest = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)]).amax()
-                self._ratios.setdefault(plan.index, []).append(HostCopy(largest))
+                removed, ratio = vectors.remove_radial_of_(self._buffer_of(step, plan), -plan.rates(), share, active)
+                self._remember_ratio(plan, ratio)
             plan.guard(removed, 0.0, step)  # has been left alone where it is not finite; here it is remembered
             return
         before = vectors.snapshots(step.bracket)
@@ -182,40 +187,75 @@ class RadialProjection(NormDynCallback):
 
     def _told_by(self, step: Step, plan: Plan) -> str | None:
         """The optimizer's buffer that tells what its step was; None: a copy of the weights must tell, as it does for most optimizers."""
+        self._asking.discard(plan.index)
         # In bfloat16 and float16 a weight moves by what rounding leaves of the step. A fused kernel that skips its update under a
         # GradScaler leaves in the buffer what was there: at the first step, any numbers at all.
         if self.gate == "cosine" or plan.vectors.low_precision or step.skipped is not None:
             return None
-        if self._steps_are_long(plan):
+        # Where vectors are cut, ranks would have to agree whether steps are short.
+        if plan.vectors.cut or plan.index in self._long:
             return None
         buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
-        return buffers.pop() if len(buffers) == 1 else None
+        buffer = buffers.pop() if len(buffers) == 1 else None
+        if buffer is None or self._steps_are_short(plan):
+            return buffer
+        if plan.index not in self._long:
+            self._asking.add(plan.index)
+        return None
 
-    def _steps_are_long(self, plan: Plan) -> bool:
-        """Whether some step was longer than its weight: from then on copies tell, since a sum of the two has lost digits of the weight."""
-        # Those before the last two have arrived on the host; to wait for them costs nothing. Always the same, so that runs repeat.
+    def _buffer_of(self, step: Step, plan: Plan) -> list[Tensor | None]:
+        state = step.optimizer.state
+        buffers = [step_buffer(step.optimizer, group) for group in plan.groups_of(plan.targets)]
+        found = [state[w].get(b) if w in state and b else None for w, b in zip(plan.vectors.weights, buffers, strict=True)]
+        return plan.vectors.local(found)
+
+    # -- how long steps are ----------------------------------------------------------------------------------------------
+
+    def _steps_are_short(self, plan: Plan) -> bool:
+        """Whether every step so far was shorter than its weight, as far as the host knows; once one was not, copies tell for good."""
+        # The last step's ratio may still be on its way from the device, so always the one before it is asked for: runs must repeat.
+        # Nothing is changed here: a step that raised asks again.
         ratios = self._ratios.get(plan.index, [])
-        while len(ratios) > 2:
-            oldest = ratios.pop(0)
-            if self._on_host(oldest) > LONGEST_TOLD:
-                self._copies.add(plan.index)
-        # Each rank sees its own vectors. Where some are cut, all ranks must take the same way: that of a copy, unless all see all.
-        return plan.index in self._copies or plan.vectors.cut
+        if len(ratios) < 2:
+            return False
+        ratio, rate = self._on_host(ratios[0][0]), ratios[0][1]
+        now = self._rate_on_host(plan)
+        growth = now / rate if now is not None and rate else 1.0
+        if not ratio * max(growth, 1.0) <= LONGEST_TOLD:
+            self._long.add(plan.index)
+        return plan.index not in self._long
+
+    def _remember_ratio(self, plan: Plan, ratio: Tensor) -> None:
+        # A vector of length zero that did not move says nothing.
+        largest = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)]).amax()
+        newest = (HostCopy(largest), self._rate_on_host(plan))
+        self._ratios[plan.index] = [*self._ratios.get(plan.index, [])[-1:], newest]
+
+    @staticmethod
+    def _rate_on_host(plan: Plan) -> float | None:
+        """The largest learning rate, or None if one of them is a tensor, which may lie on the device."""
+        rates = [group["lr"] for group, _ in plan.groups]
+        return None if any(isinstance(rate, Tensor) for rate in rates) else max(map(float, rates))
 
     @staticmethod
     def _on_host(ratio: HostCopy | float) -> float:
         return float(ratio.get()) if isinstance(ratio, HostCopy) else ratio
 
     def _extra(self) -> dict[str, Any]:
-        pending = {index: [self._on_host(ratio) for ratio in ratios] for index, ratios in self._ratios.items()}
-        return {"copies": sorted(self._copies), "ratios": pending}
+        pending = {}
+        for index, ratios in self._ratios.items():
+            pending[index] = [{"ratio": self._on_host(ratio), "rate": rate} for ratio, rate in ratios]
+        return {"long_steps": sorted(self._long), "ratios": pending}
 
     def _check_extra(self, extra: Any, where: str) -> None:
-        record({}, {"copies": many(whole()), "ratios": table(whole(), many(number(0.0, finite=False)))})(extra, where)
+        known = record({"ratio": number(0.0, finite=False), "rate": optional(number())}, closed=True)
+        record({}, {"long_steps": many(whole()), "ratios": table(whole(), many(known))})(extra, where)
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
-        self._copies = set(extra.get("copies", []))
-        self._ratios = {index: list(ratios) for index, ratios in extra.get("ratios", {}).items()}
+        self._long = set(extra.get("long_steps", []))
+        self._ratios = {}
+        for index, ratios in extra.get("ratios", {}).items():
+            self._ratios[index] = [(each["ratio"], each["rate"]) for each in ratios]
 
     def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""

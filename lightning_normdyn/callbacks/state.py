@@ -364,6 +364,25 @@ def _one_per_vector(value: Any, where: str) -> None:
     _require(isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension")
 
 
+def _positive(value: Any, where: str) -> None:
+    numbers(0.0)(value, where)
+    _require(bool((value > 0).all()), f"{where} holds factors of 0")
+
+
+def _scaled(value: Any, where: str) -> None:
+    """What `lightning_normdyn.scaling.Scaling.state` says of one weight."""
+    _SCALED(value, where)
+    keep = list(value["keep"])
+    _require(keep == sorted(set(keep)) and len(keep) == value["labels"].ndim, f"{where} keeps dimensions that its labels have not")
+
+
+_SCALED = record(
+    {"factor": _positive, "keep": many(whole(0, 64)), "labels": _labels, "buffers": table(text(), number())}, {"owed": flag}, closed=True
+)
+_STATISTICS = record({"factor": _positive, "bias": optional(numbers()), "done": many(text("mean", "var"))}, closed=True)
+_AHEAD = record({"weights": table(text(), _scaled), "statistics": table(text(), _STATISTICS)}, closed=True)
+
+
 _STATE = record(
     {
         "settings": table(text(), plain),
@@ -372,7 +391,14 @@ _STATE = record(
         "targets": table(text(), _verdict),
         "extra": table(text(), plain),
     },
-    {"graph": optional(_GRAPH), "evidence": plain, "losses": table(text(), text()), "position": many(whole()), "is_reading": flag},
+    {
+        "graph": optional(_GRAPH),
+        "evidence": plain,
+        "losses": table(text(), text()),
+        "position": many(whole()),
+        "is_reading": flag,
+        "ahead": _AHEAD,
+    },
 )
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, check_number
 from lightning_normdyn.callbacks.effect import Effect, Rescaling
 from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
+from lightning_normdyn.callbacks.state import many, record, whole
 from lightning_normdyn.decay import DecayOwner, replaced_decay
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
@@ -161,6 +162,9 @@ class WeightRescaling(NormDynCallback):
 
     def _extra(self) -> dict[str, Any]:
         return {"unmarked": sorted(self._unmarked)}
+
+    def _check_extra(self, extra: Any, where: str) -> None:
+        record({}, {"unmarked": many(whole())})(extra, where)
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         self._unmarked = set(extra.get("unmarked", []))

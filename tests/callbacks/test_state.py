@@ -395,3 +395,37 @@ def test_saving_does_not_fail_because_of_what_a_persons_own_callback_keeps():
 )
 def test_a_digest_tells_contents_apart_and_nothing_else(one, other, equal):
     assert (digest(one) == digest(other)) == equal
+
+
+# ---- What is done for a step that is not over ----
+
+
+def unfinished() -> dict[str, Any]:
+    weight = {"factor": torch.tensor([0.5, 0.9]), "keep": [0], "labels": torch.tensor([0, 1]), "buffers": {"momentum_buffer": -1.0}}
+    statistics = {"factor": torch.tensor([0.5, 0.9]), "bias": None, "done": ["mean"]}
+    return {"weights": {"net.weight": weight}, "statistics": {"norm": statistics}}
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("weights", "factor", torch.tensor([0.5, 0.0])),
+        ("weights", "factor", torch.tensor([0.5, float("nan")])),
+        ("weights", "factor", [0.5, 0.9]),
+        ("weights", "keep", [0, 0]),
+        ("weights", "keep", [-1]),
+        ("weights", "labels", torch.tensor([0, 10**9])),
+        ("weights", "buffers", {"momentum_buffer": float("inf")}),
+        ("weights", "owed", 1),
+        ("weights", "foreign", 1),
+        ("statistics", "factor", torch.tensor([-0.5, 0.9])),
+        ("statistics", "bias", torch.tensor([[0.1]])),
+        ("statistics", "done", ["weight"]),
+    ],
+)
+def test_what_is_said_of_an_unfinished_step_is_checked(part, key, value):
+    content = {"settings": {}, "steps": {}, "per_vector": {}, "targets": {}, "extra": {}, "ahead": unfinished()}
+    assert set(unseal(seal(content))["ahead"]) == {"weights", "statistics"}
+    next(iter(content["ahead"][part].values()))[key] = value
+    with pytest.raises(NormDynError, match="ahead"):
+        unseal(seal(content))
