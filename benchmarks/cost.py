@@ -1,13 +1,17 @@
-"""What every callback costs: time, operations, host synchronizations, collectives and memory, beside floors and peers.
+"""What every callback costs: time, operations, host synchronizations, collectives and memory,
+beside floors and peers.
 
     python benchmarks/cost.py                    # everything, writes benchmarks/cost.md
     python benchmarks/cost.py --only resnet50    # one section, the others stay as they are
     python benchmarks/cost.py --quick            # small shapes, a minute, writes nothing
 
-Milliseconds belong to one machine and one hour; ratios taken in one process, turn by turn, do not. So every case of a table runs once per
-round, in changing order, and a table shows medians over rounds with the middle half of the rounds as spread.
+Milliseconds belong to one machine and one hour; ratios taken in one process, turn by turn, do not.
+So every case of a table runs once per
+round, in changing order, and a table shows medians over rounds with the middle half of the rounds
+as spread.
 
-A *floor* is the least that the same bytes can cost: the fastest torch primitive that reads or writes them, on the same weights.
+A *floor* is the least that the same bytes can cost: the fastest torch primitive that reads or
+writes them, on the same weights.
 """
 
 from __future__ import annotations
@@ -57,7 +61,7 @@ Shapes = list[tuple[int, ...]]
 NEVER = 10**9
 
 
-# ---------------------------------------------------------------------------------------------------------------- shapes
+# ------------------------------------------------------------------------------------------- shapes
 
 
 def resnet50() -> Shapes:
@@ -85,9 +89,20 @@ def vit(dim: int = 768, depth: int = 12) -> Shapes:
 
 
 def transformer(blocks: int, dim: int = 2048) -> Shapes:
-    """Blocks of a 1B-class language model: width 2048, gated feed-forward of 5632, no biases (51 million entries per block)."""
+    """Blocks of a 1B-class language model: width 2048, gated feed-forward of 5632, no biases (51
+    million entries per block)."""
     hidden = 11 * dim // 4
-    block: Shapes = [(dim,), (dim, dim), (dim, dim), (dim, dim), (dim, dim), (dim,), (hidden, dim), (hidden, dim), (dim, hidden)]
+    block: Shapes = [
+        (dim,),
+        (dim, dim),
+        (dim, dim),
+        (dim, dim),
+        (dim, dim),
+        (dim,),
+        (hidden, dim),
+        (hidden, dim),
+        (dim, hidden),
+    ]
     return block * blocks
 
 
@@ -96,11 +111,19 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = (
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.conv2, self.bn2 = (
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -109,7 +132,11 @@ class Block(nn.Module):
 
 def residual_net(channels: int, width: int, blocks: Sequence[tuple[int, int]]) -> nn.Module:
     """A stem, blocks of (width, stride), and a linear head of 10 classes."""
-    layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+    layers: list[nn.Module] = [
+        nn.Conv2d(channels, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
     for outputs, stride in blocks:
         layers.append(Block(width, outputs, stride))
         width = outputs
@@ -118,7 +145,9 @@ def residual_net(channels: int, width: int, blocks: Sequence[tuple[int, int]]) -
 
 def resnet18(width: int = 64) -> nn.Module:
     """The ResNet-18 that papers train on CIFAR: 11.2 million parameters, 0.56 GFLOP per image."""
-    return residual_net(3, width, [(width * 2**i, stride) for i in range(4) for stride in (1 if i == 0 else 2, 1)])
+    return residual_net(
+        3, width, [(width * 2**i, stride) for i in range(4) for stride in (1 if i == 0 else 2, 1)]
+    )
 
 
 def digits_net(width: int = 12) -> nn.Module:
@@ -126,13 +155,16 @@ def digits_net(width: int = 12) -> nn.Module:
     return residual_net(1, width, [(width, 1), (2 * width, 2), (4 * width, 2)])
 
 
-# ---------------------------------------------------------------------------------------------------------------- a thin fit
+# --------------------------------------------------------------------------------------- a thin fit
 
 
 class Weights(nn.Module):
-    """Parameters of given shapes with given or random gradients; its forward touches one entry of each."""
+    """Parameters of given shapes with given or random gradients; its forward touches one entry of
+    each."""
 
-    def __init__(self, shapes: Shapes, device: str = "cpu", gradients: Sequence[Tensor | None] | None = None) -> None:
+    def __init__(
+        self, shapes: Shapes, device: str = "cpu", gradients: Sequence[Tensor | None] | None = None
+    ) -> None:
         super().__init__()
         generator = torch.Generator(device).manual_seed(0)
 
@@ -140,7 +172,9 @@ class Weights(nn.Module):
             return torch.randn(shape, generator=generator, device=device).mul_(0.05)
 
         self.layers = nn.ParameterList([nn.Parameter(normal(shape)) for shape in shapes])
-        for weight, gradient in zip(self.layers, gradients or [normal(shape) for shape in shapes], strict=True):
+        for weight, gradient in zip(
+            self.layers, gradients or [normal(shape) for shape in shapes], strict=True
+        ):
             weight.grad = gradient
 
     def forward(self, _: Any = None) -> Tensor:
@@ -162,7 +196,8 @@ class Loop:
 
 
 class Fit:
-    """Callbacks around an optimizer, without a Trainer in between; targets are all weights of two or more dimensions, by filter.
+    """Callbacks around an optimizer, without a Trainer in between; targets are all weights of two
+    or more dimensions, by filter.
 
     Args:
         module: the weights.
@@ -171,9 +206,15 @@ class Fit:
     """
 
     seconds_inside = 0.0
-    """What all brackets have spent around optimizer steps so far, apart from the steps themselves."""
+    """What all brackets have spent around optimizer steps so far, apart from the steps
+    themselves."""
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, callbacks: Sequence[NormDynCallback] = ()) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        callbacks: Sequence[NormDynCallback] = (),
+    ) -> None:
         self.module, self.optimizer, self.callbacks = module, optimizer, list(callbacks)
         self.ours = 0.0
         self.loop: Any = Loop(optimizer, callbacks)
@@ -187,7 +228,14 @@ class Fit:
             for weight, (name, *_) in session.names.items():
                 if weight.ndim > 1:
                     partition = Partition.filters(tuple(weight.shape))
-                    known = Verdict(name, tuple(weight.shape), partition, "filter", ("norm",), known="graph and gradients")
+                    known = Verdict(
+                        name,
+                        tuple(weight.shape),
+                        partition,
+                        "filter",
+                        ("norm",),
+                        known="graph and gradients",
+                    )
                     session.search.verdicts[name] = known
         for callback in self.callbacks:
             callback.on_train_start(*facts)
@@ -241,10 +289,14 @@ def sgd_fused(parameters: Any) -> torch.optim.Optimizer:
 
 
 def sgd_scaled(parameters: Any) -> torch.optim.Optimizer:
-    """As a GradScaler leaves it: the kernel divides by the scale, and decides by itself whether it skips the step."""
+    """As a GradScaler leaves it: the kernel divides by the scale, and decides by itself whether it
+    skips the step."""
     optimizer = sgd(parameters, fused=True)
     device = optimizer.param_groups[0]["params"][0].device
-    optimizer.grad_scale, optimizer.found_inf = torch.ones((), device=device), torch.zeros((), device=device)  # type: ignore[attr-defined]
+    optimizer.grad_scale, optimizer.found_inf = (
+        torch.ones((), device=device),
+        torch.zeros((), device=device),
+    )  # type: ignore[attr-defined]
     return optimizer
 
 
@@ -257,15 +309,22 @@ def monitor(every: int) -> NormDynamicsMonitor:
 
 
 def suite(log_every: int) -> list[NormDynCallback]:
-    """What acts together in an ordinary step: shrink, projection, a rescale that is not due, the monitor."""
-    return [AdaptiveWeightShrink(1e-3), RadialProjection(), WeightRescaling(NEVER), monitor(log_every)]
+    """What acts together in an ordinary step: shrink, projection, a rescale that is not due, the
+    monitor."""
+    return [
+        AdaptiveWeightShrink(1e-3),
+        RadialProjection(),
+        WeightRescaling(NEVER),
+        monitor(log_every),
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- measuring
+# ---------------------------------------------------------------------------------------- measuring
 
 
 class Counter(TorchDispatchMode):
-    """Counts what the dispatcher sees: operations (views and bare allocations left out) and waits for the device."""
+    """Counts what the dispatcher sees: operations (views and bare allocations left out) and waits
+    for the device."""
 
     FREE = frozenset(
         [
@@ -315,7 +374,8 @@ class Counter(TorchDispatchMode):
 
 @contextlib.contextmanager
 def counting() -> Iterator[Counter]:
-    """Count, also the transfers that leave no trace in the dispatcher on a CPU but would wait for a GPU."""
+    """Count, also the transfers that leave no trace in the dispatcher on a CPU but would wait for a
+    GPU."""
     with Counter() as counter, contextlib.ExitStack() as undo:
         for name in ("tolist", "numpy"):
             original = getattr(Tensor, name)
@@ -330,7 +390,8 @@ def counting() -> Iterator[Counter]:
 
 
 def peak_memory(make: Callable[[], Callable[[], Any]], device: str) -> int:
-    """Most bytes of tensors that were alive at once while something was built and ran three times."""
+    """Most bytes of tensors that were alive at once while something was built and ran three
+    times."""
     gc.collect()
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
@@ -339,7 +400,9 @@ def peak_memory(make: Callable[[], Callable[[], Any]], device: str) -> int:
         for _ in range(3):
             call()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         call = make()
         for _ in range(3):
             call()
@@ -403,7 +466,9 @@ def median_ratio(a: Sequence[float], b: Sequence[float]) -> float:
 def milliseconds(times: Sequence[float]) -> str:
     """Median and the middle half of the rounds."""
     quartiles = statistics.quantiles(times, n=4) if len(times) > 2 else [min(times), 0, max(times)]
-    return f"{1e3 * statistics.median(times):.3g} ({1e3 * quartiles[0]:.3g}-{1e3 * quartiles[2]:.3g})"
+    return (
+        f"{1e3 * statistics.median(times):.3g} ({1e3 * quartiles[0]:.3g}-{1e3 * quartiles[2]:.3g})"
+    )
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -424,10 +489,15 @@ class Bar:
 
     def row(self) -> list[str]:
         held = self.found <= self.limit
-        return [self.text, f"{self.limit:g}", f"{self.found:.3g}", "held" if held else f"missed{': ' + self.reason if self.reason else ''}"]
+        return [
+            self.text,
+            f"{self.limit:g}",
+            f"{self.found:.3g}",
+            "held" if held else f"missed{': ' + self.reason if self.reason else ''}",
+        ]
 
 
-# ---------------------------------------------------------------------------------------------------------------- one step, on given shapes
+# ------------------------------------------------------------------------ one step, on given shapes
 
 
 class Steps:
@@ -452,7 +522,10 @@ class Steps:
         return Weights(self.shapes, self.device, self.gradients)
 
     def add(
-        self, name: str, optimizer: Callable[[Any], torch.optim.Optimizer], callbacks: Callable[[], Sequence[NormDynCallback]] = tuple
+        self,
+        name: str,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        callbacks: Callable[[], Sequence[NormDynCallback]] = tuple,
     ) -> None:
         """An optimizer step with callbacks around it."""
 
@@ -496,25 +569,41 @@ class Steps:
             self.add("monitor, idle, scaled", sgd_scaled, lambda: [monitor(NEVER)])
             self.add("WRS, idle, scaled", sgd_scaled, lambda: [WeightRescaling(NEVER)])
             self.add("AdamW foreach", lambda p: adamw(p, foreach=True))
-            self.add("RadialProjection, cosine gate", sgd_fused, lambda: [RadialProjection(gate="cosine")])
+            self.add(
+                "RadialProjection, cosine gate",
+                sgd_fused,
+                lambda: [RadialProjection(gate="cosine")],
+            )
             self.add("WRS, rescaling", sgd_fused, lambda: [WeightRescaling(1)])
-            self.add("LRDropRescaling, no drop", sgd_fused, lambda: [LRDropRescaling(exponent=0.25)])
+            self.add(
+                "LRDropRescaling, no drop", sgd_fused, lambda: [LRDropRescaling(exponent=0.25)]
+            )
             self.add("suite, logging", sgd_fused, lambda: suite(1))
 
     def add_optimizers(self) -> None:
         """Optimizers of other packages that project."""
-        for package, names in (("adamp", ("SGDP", "AdamP")), ("pytorch_optimizer", ("SGDP", "AdamP"))):
+        for package, names in (
+            ("adamp", ("SGDP", "AdamP")),
+            ("pytorch_optimizer", ("SGDP", "AdamP")),
+        ):
             try:
                 module = __import__(package)
             except ImportError:
                 continue
             for name in names:
-                options: dict[str, Any] = {"lr": 1e-3, "momentum": 0.9} if name == "SGDP" else {"lr": 1e-5}
+                options: dict[str, Any] = (
+                    {"lr": 1e-3, "momentum": 0.9} if name == "SGDP" else {"lr": 1e-5}
+                )
 
                 def make(
-                    parameters: Any, module: Any = module, name: str = name, options: dict[str, Any] = options
+                    parameters: Any,
+                    module: Any = module,
+                    name: str = name,
+                    options: dict[str, Any] = options,
                 ) -> torch.optim.Optimizer:
-                    optimizer: torch.optim.Optimizer = getattr(module, name)(parameters, weight_decay=1e-4, **options)
+                    optimizer: torch.optim.Optimizer = getattr(module, name)(
+                        parameters, weight_decay=1e-4, **options
+                    )
                     return optimizer
 
                 self.add(f"{package}.{name}", make)
@@ -525,15 +614,25 @@ class Steps:
         from lightning.pytorch.utilities.grads import grad_norm
 
         mine = self.weights()
-        self.cases.append(Case("Lightning grad_norm", lambda: {k: float(v) for k, v in grad_norm(mine, 2).items()}))
+        self.cases.append(
+            Case(
+                "Lightning grad_norm", lambda: {k: float(v) for k, v in grad_norm(mine, 2).items()}
+            )
+        )
         with contextlib.suppress(ImportError):
             self.add_watch()
 
     def add_watch(self) -> None:
-        """wandb.watch: a forward and backward pass, in which every parameter and gradient becomes a histogram."""
+        """wandb.watch: a forward and backward pass, in which every parameter and gradient becomes a
+        histogram."""
         import wandb
 
-        run = wandb.init(mode="offline", project="cost", dir=tempfile.mkdtemp(), settings=wandb.Settings(silent=True, console="off"))
+        run = wandb.init(
+            mode="offline",
+            project="cost",
+            dir=tempfile.mkdtemp(),
+            settings=wandb.Settings(silent=True, console="off"),
+        )
         module = self.weights()
         wandb.watch(module, log="all", log_freq=1)
 
@@ -544,7 +643,12 @@ class Steps:
 
         plain = self.weights()
         self.cases.append(Case("wandb.watch", call))
-        self.cases.append(Case("the same passes without it", lambda: (sum((w * 1.0).sum() for w in plain.layers).backward(), plain(None))))  # type: ignore[union-attr]
+        self.cases.append(
+            Case(
+                "the same passes without it",
+                lambda: (sum((w * 1.0).sum() for w in plain.layers).backward(), plain(None)),
+            )
+        )  # type: ignore[union-attr]
 
     def run(self, rounds: int) -> None:
         """Measure all cases."""
@@ -566,23 +670,52 @@ class Steps:
 
     def memory(self, name: str, bare: str) -> float:
         """Peak of memory beyond the bare optimizer's, over the targeted weights."""
-        return (peak_memory(self.builders[name], self.device) - peak_memory(self.builders[bare], self.device)) / self.targeted
+        return (
+            peak_memory(self.builders[name], self.device)
+            - peak_memory(self.builders[bare], self.device)
+        ) / self.targeted
 
     def rows(self) -> list[list[str]]:
         """One row per case."""
         rows = []
         for case in self.cases:
-            added = "" if case.fit is None or not case.fit.callbacks else f"{1e3 * statistics.median(case.ours):.3g}"
+            added = (
+                ""
+                if case.fit is None or not case.fit.callbacks
+                else f"{1e3 * statistics.median(case.ours):.3g}"
+            )
             over = "" if not added else f"{self.added(case.name, 'floor: norm', 'floor: mul'):.2f}"
-            of_base = f"{self.ratio(case.name, 'SGD fused'):.2f}" if "floor" not in case.name else ""
-            rows.append([case.name, milliseconds(case.times), added, over, of_base, str(case.operations), str(case.waits)])
+            of_base = (
+                f"{self.ratio(case.name, 'SGD fused'):.2f}" if "floor" not in case.name else ""
+            )
+            rows.append(
+                [
+                    case.name,
+                    milliseconds(case.times),
+                    added,
+                    over,
+                    of_base,
+                    str(case.operations),
+                    str(case.waits),
+                ]
+            )
         return rows
 
 
-HEAD = ["case", "ms (middle half)", "added ms", "added / (norm + mul)", "/ SGD fused", "operations", "host syncs"]
+HEAD = [
+    "case",
+    "ms (middle half)",
+    "added ms",
+    "added / (norm + mul)",
+    "/ SGD fused",
+    "operations",
+    "host syncs",
+]
 
 
-def on_shapes(shapes: Shapes, rounds: int, device: str, peers: bool, everything: bool, bars_apply: bool = True) -> str:
+def on_shapes(
+    shapes: Shapes, rounds: int, device: str, peers: bool, everything: bool, bars_apply: bool = True
+) -> str:
     """Section: one optimizer step of given shapes, with every callback."""
     steps = Steps(shapes, device, everything)
     steps.add_floors()
@@ -593,36 +726,71 @@ def on_shapes(shapes: Shapes, rounds: int, device: str, peers: bool, everything:
     size = sum(math.prod(s) for s in shapes) / 1e6
     text = f"{len(shapes)} tensors, {size:.1f} million entries, {len(steps.matrices)} targeted weights; {rounds} rounds.\n\n"
     text += table("", HEAD, steps.rows())
-    idle = max(steps.case(c).operations - steps.case("SGD fused").operations for c in ("monitor, idle", "WRS, idle"))
-    waits = max(steps.case(c).waits - steps.case("SGD fused").waits for c in ("monitor, idle", "WRS, idle"))
+    idle = max(
+        steps.case(c).operations - steps.case("SGD fused").operations
+        for c in ("monitor, idle", "WRS, idle")
+    )
+    waits = max(
+        steps.case(c).waits - steps.case("SGD fused").waits for c in ("monitor, idle", "WRS, idle")
+    )
     if not bars_apply:
         return text
-    memory = max(steps.memory(f"RadialProjection on {name}", f"{name} fused") for name in ("SGD", "AdamW"))
+    memory = max(
+        steps.memory(f"RadialProjection on {name}", f"{name} fused") for name in ("SGD", "AdamW")
+    )
     bars = [
         Bar("operations that an idle monitor or WRS adds", 0, idle, SPLIT),
         Bar("host synchronizations that they add", 0, waits),
-        Bar("AWS (norm) / (foreach norm + foreach mul)", 1.5, steps.added("AWS (norm)", "floor: norm", "floor: mul")),
-        Bar("AWS (std) / (foreach norm + foreach mul)", 2, steps.added("AWS (std)", "floor: norm", "floor: mul")),
+        Bar(
+            "AWS (norm) / (foreach norm + foreach mul)",
+            1.5,
+            steps.added("AWS (norm)", "floor: norm", "floor: mul"),
+        ),
+        Bar(
+            "AWS (std) / (foreach norm + foreach mul)",
+            2,
+            steps.added("AWS (std)", "floor: norm", "floor: mul"),
+        ),
         *projection_bars(steps),
         Bar("peak extra memory of a projection / targeted weights", 1.10, memory),
-        Bar("logging step / norms of both tensors", 3, steps.added("monitor, logging", "floor: norms of both"), LOGGING),
-        Bar("host synchronizations of a logging step", 1, steps.case("monitor, logging").waits - steps.case("SGD fused").waits),
+        Bar(
+            "logging step / norms of both tensors",
+            3,
+            steps.added("monitor, logging", "floor: norms of both"),
+            LOGGING,
+        ),
+        Bar(
+            "host synchronizations of a logging step",
+            1,
+            steps.case("monitor, logging").waits - steps.case("SGD fused").waits,
+        ),
     ]
     if everything:
-        scaled = [steps.case(f"{c}, idle, scaled").operations - steps.case("SGD fused, scaled").operations for c in ("monitor", "WRS")]
-        bars.insert(1, Bar("the same with a fused optimizer and a GradScaler", 2, max(scaled), SPLIT))
-    absent = [name for name, module in (("adamp", "adamp"), ("pytorch_optimizer", "pytorch_optimizer")) if not find_spec(module)]
+        scaled = [
+            steps.case(f"{c}, idle, scaled").operations - steps.case("SGD fused, scaled").operations
+            for c in ("monitor", "WRS")
+        ]
+        bars.insert(
+            1, Bar("the same with a fused optimizer and a GradScaler", 2, max(scaled), SPLIT)
+        )
+    absent = [
+        name
+        for name, module in (("adamp", "adamp"), ("pytorch_optimizer", "pytorch_optimizer"))
+        if not find_spec(module)
+    ]
     if peers and absent:
         text += f"\nNot installed here, so not measured: {', '.join(absent)} (`pip install 'lightning-normdyn[bench]'`).\n"
     return text + "\n" + bar_table(bars)
 
 
 SPLIT = (
-    "not an operation of a callback: while WRS owns the decay of its targets, the optimizer steps them as a group of their own, so its "
+    "not an operation of a callback: while WRS owns the decay of its targets, the optimizer steps "
+    "them as a group of their own, so its "
     "fused kernel is called once more"
 )
 LOGGING = (
-    "weight and gradient are read, the weight is copied, copy and weight are read: two and a half times what the floor reads, and a write; "
+    "weight and gradient are read, the weight is copied, copy and weight are read: two and a half "
+    "times what the floor reads, and a write; "
     "each operation on a piece costs its call"
 )
 
@@ -631,14 +799,23 @@ def projection_bars(steps: Steps) -> list[Bar]:
     """Projected steps beside those of the peer, and what of it is out of reach."""
     bars = []
     for name, peer in (("SGD", "SGDP"), ("AdamW", "AdamP")):
-        bare, reading = (steps.ratio(case, f"adamp.{peer}") for case in (f"{name} fused", "floor: norms of both"))
+        bare, reading = (
+            steps.ratio(case, f"adamp.{peer}") for case in (f"{name} fused", "floor: norms of both")
+        )
         reason = (
-            f"of this the bare {name} is {bare:.2f}, and to read two tensors of the weights' size as fast as a norm can {reading:.2f}; the "
-            "pass that projects takes as long as the kernel that torch.compile makes for it. What the peer takes depends on where its "
+            f"of this the bare {name} is {bare:.2f}, and to read two tensors of the weights' size "
+            f"as fast as a norm can {reading:.2f}; the "
+            "pass that projects takes as long as the kernel that torch.compile makes for it. What "
+            "the peer takes depends on where its "
             "temporary tensors come from: here and alone in a process"
         )
         bars.append(
-            Bar(f"projected fused {name} / adamp {peer}", 0.25, steps.ratio(f"RadialProjection on {name}", f"adamp.{peer}"), reason)
+            Bar(
+                f"projected fused {name} / adamp {peer}",
+                0.25,
+                steps.ratio(f"RadialProjection on {name}", f"adamp.{peer}"),
+                reason,
+            )
         )
     return bars
 
@@ -661,26 +838,42 @@ def _alone(rounds: int, threads: int) -> str:
     steps.add("RadialProjection on AdamW", adamw_fused, lambda: [RadialProjection()])
     steps.add_optimizers()
     steps.run(rounds)
-    rows = [[case.name, milliseconds(case.times), str(case.operations), str(case.waits)] for case in steps.cases]
+    rows = [
+        [case.name, milliseconds(case.times), str(case.operations), str(case.waits)]
+        for case in steps.cases
+    ]
     text = (
-        "The peers make temporary tensors as large as the weights. Where larger ones were freed before, as in the section above, the C "
-        "library keeps that memory for them; in a new process it comes from the system page by page.\n\n"
+        "The peers make temporary tensors as large as the weights. Where larger ones were freed "
+        "before, as in the section above, the C "
+        "library keeps that memory for them; in a new process it comes from the system page by "
+        "page.\n\n"
     )
-    return text + table("", ["case", "ms (middle half)", "operations", "host syncs"], rows) + "\n" + bar_table(projection_bars(steps))
+    return (
+        text
+        + table("", ["case", "ms (middle half)", "operations", "host syncs"], rows)
+        + "\n"
+        + bar_table(projection_bars(steps))
+    )
 
 
 def bar_table(bars: Sequence[Bar]) -> str:
-    return table("", ["bar", "at most", "found", ""], [bar.row() for bar in bars if not math.isnan(bar.found)])
+    return table(
+        "",
+        ["bar", "at most", "found", ""],
+        [bar.row() for bar in bars if not math.isnan(bar.found)],
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- growth
+# ------------------------------------------------------------------------------------------- growth
 
 
 def exponent(sizes: Sequence[float], times: Sequence[float]) -> float:
     """Slope of log(time) over log(size), by least squares."""
     xs, ys = [math.log(s) for s in sizes], [math.log(t) for t in times]
     x, y = statistics.mean(xs), statistics.mean(ys)
-    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum((a - x) ** 2 for a in xs)
+    return sum((a - x) * (b - y) for a, b in zip(xs, ys, strict=True)) / sum(
+        (a - x) ** 2 for a in xs
+    )
 
 
 def growth(rounds: int, device: str, scale: int) -> str:
@@ -699,7 +892,11 @@ def growth(rounds: int, device: str, scale: int) -> str:
     }
     rows, bars = [], []
     for axis, models in axes.items():
-        sizes = [math.prod(s[0]) * len(s) for s in models] if "param" in axis.split("(")[0] else [len(s) for s in models]
+        sizes = (
+            [math.prod(s[0]) * len(s) for s in models]
+            if "param" in axis.split("(")[0]
+            else [len(s) for s in models]
+        )
         if axis.startswith("filters"):
             sizes = [sum(shape[0] for shape in s) for s in models]
         found: dict[str, list[float]] = {name: [] for name in cases}
@@ -711,10 +908,16 @@ def growth(rounds: int, device: str, scale: int) -> str:
             chosen += steps.cases
         measured = measure(chosen, rounds, device)
         for name in cases:
-            found[name] = [statistics.median(measured[f"{name} {i}"].ours) for i in range(len(models))]
+            found[name] = [
+                statistics.median(measured[f"{name} {i}"].ours) for i in range(len(models))
+            ]
             slope = exponent(sizes, found[name])
             counts = [measured[f"{name} {i}"].operations for i in range(len(models))]
-            per_layer = (counts[-1] - counts[0]) / (len(models[-1]) - len(models[0])) if len(models[-1]) > len(models[0]) else math.nan
+            per_layer = (
+                (counts[-1] - counts[0]) / (len(models[-1]) - len(models[0]))
+                if len(models[-1]) > len(models[0])
+                else math.nan
+            )
             rows.append(
                 [
                     f"{name}, {axis}",
@@ -730,19 +933,30 @@ def growth(rounds: int, device: str, scale: int) -> str:
     return text + "\n" + bar_table(bars)
 
 
-# ---------------------------------------------------------------------------------------------------------------- training steps
+# ----------------------------------------------------------------------------------- training steps
 
 
 def training(rounds: int, device: str, quick: bool) -> str:
     """Section: what the whole suite adds to training steps of two models."""
     rows, bars = [], []
-    models: dict[str, tuple[nn.Module, tuple[int, ...], float]] = {"digits example": (digits_net(), (64, 1, 8, 8), 0.01)}
-    models["ResNet-18, CIFAR"] = (resnet18(16 if quick else 64), (32 if quick else 128, 3, 32, 32), 0.005)
+    models: dict[str, tuple[nn.Module, tuple[int, ...], float]] = {
+        "digits example": (digits_net(), (64, 1, 8, 8), 0.01)
+    }
+    models["ResNet-18, CIFAR"] = (
+        resnet18(16 if quick else 64),
+        (32 if quick else 128, 3, 32, 32),
+        0.005,
+    )
     for name, (module, shape, most) in models.items():
         module.to(device)
         x, y = torch.randn(shape, device=device), torch.randint(0, 10, shape[:1], device=device)
 
-        def make(callbacks: Sequence[NormDynCallback], module: nn.Module = module, x: Tensor = x, y: Tensor = y) -> Case:
+        def make(
+            callbacks: Sequence[NormDynCallback],
+            module: nn.Module = module,
+            x: Tensor = x,
+            y: Tensor = y,
+        ) -> Case:
             module = copy.deepcopy(module)
             fit = Fit(module, sgd_fused(module.parameters()), callbacks)
 
@@ -766,7 +980,8 @@ def training(rounds: int, device: str, quick: bool) -> str:
         measured = measure([*every.values()], turns, device)
         # What callbacks add is timed inside the step, so that the noise of the rest does not enter.
         share = {
-            label: statistics.median(c.ours) / statistics.median([t - o for t, o in zip(c.times, c.ours, strict=True)])
+            label: statistics.median(c.ours)
+            / statistics.median([t - o for t, o in zip(c.times, c.ours, strict=True)])
             for label, c in measured.items()
             if label != "bare"
         }
@@ -774,18 +989,30 @@ def training(rounds: int, device: str, quick: bool) -> str:
         extra = max(0.0, share["suite, logging"] - share["suite, idle"])
         whole = share["suite, idle"] + extra / 50
         rows += [
-            [name, step, label, f"{1e3 * statistics.median(measured[label].ours):.3g}", f"{100 * part:.3g} %"]
+            [
+                name,
+                step,
+                label,
+                f"{1e3 * statistics.median(measured[label].ours):.3g}",
+                f"{100 * part:.3g} %",
+            ]
             for label, part in share.items()
         ]
         rows.append([name, step, "suite, logging every 50 steps", "", f"{100 * whole:.3g} %"])
-        bars.append(Bar(f"{name}: logging every 50 steps, share of a step", most, share["monitor, logging"] / 50))
+        bars.append(
+            Bar(
+                f"{name}: logging every 50 steps, share of a step",
+                most,
+                share["monitor, logging"] / 50,
+            )
+        )
         if "ResNet" in name:
             bars.append(Bar(f"{name}: whole suite, share of a step", 0.02, whole))
     text = table("", ["model", "step ms", "callbacks", "added ms", "share of a step"], rows)
     return text if quick else text + "\n" + bar_table(bars)
 
 
-# ---------------------------------------------------------------------------------------------------------------- collectives
+# -------------------------------------------------------------------------------------- collectives
 
 
 class Wire(TorchDispatchMode):
@@ -799,7 +1026,9 @@ class Wire(TorchDispatchMode):
         space, _, name = func._schema.name.partition("::")
         if space in ("c10d", "_c10d_functional") and "wait" not in name:
             self.calls += 1
-            self.bytes += sum(t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor))
+            self.bytes += sum(
+                t.numel() * t.element_size() for t in tree_leaves(args) if isinstance(t, Tensor)
+            )
         return func(*args, **(kwargs or {}))
 
 
@@ -808,7 +1037,9 @@ def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     found: dict[str, tuple[int, int]] = {}
     for name, callbacks in {
         "AWS (norm)": lambda: [AdaptiveWeightShrink(1e-3, statistic="norm")],
@@ -843,21 +1074,29 @@ def collectives() -> str:
 
     rows, bars = [], []
     shapes = resnet50()
-    for layout, sharded in (("DDP (whole weights on every rank)", False), ("FSDP2 (rows sharded)", True)):
+    for layout, sharded in (
+        ("DDP (whole weights on every rank)", False),
+        ("FSDP2 (rows sharded)", True),
+    ):
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_rank, (folder, shapes, sharded), nprocs=2)
             found = json.loads(Path(folder, "found.json").read_text())
         rows += [[name, layout, str(calls), str(size)] for name, (calls, size) in found.items()]
         idle = max(found[name][0] for name in ("WRS, idle", "monitor, idle"))
         bars.append(Bar(f"collectives of idle callbacks, {layout}", 0, idle))
-    return table("", ["callback", "weights", "collectives per step", "bytes per rank"], rows) + "\n" + bar_table(bars)
+    return (
+        table("", ["callback", "weights", "collectives per step", "bytes per rank"], rows)
+        + "\n"
+        + bar_table(bars)
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- logging through a Trainer
+# ------------------------------------------------------------------------ logging through a Trainer
 
 
 def logged() -> str:
-    """Section: the same numbers through `log_metrics` in one call, through `self.log_dict`, and by wandb.watch, in a Trainer."""
+    """Section: the same numbers through `log_metrics` in one call, through `self.log_dict`, and by
+    wandb.watch, in a Trainer."""
     try:
         import logging_cost
     except ImportError as error:
@@ -869,28 +1108,35 @@ def logged() -> str:
         "self.log_dict of as many numbers, CSV",
         "wandb.watch(log='all', log_freq=1)",
     )
-    times = {name: logging_cost.measure(make(), logger, 20) for name, (make, logger) in logging_cost.VARIANTS.items() if name in names}
+    times = {
+        name: logging_cost.measure(make(), logger, 20)
+        for name, (make, logger) in logging_cost.VARIANTS.items()
+        if name in names
+    }
     floor = times[names[0]]
     rows = [[name, f"{ms:.1f}", f"{ms - floor:.1f}"] for name, ms in times.items()]
     text = f"{len(logging_cost.NUMBERS)} numbers of {logging_cost.LAYERS} small layers at every step, from batch to batch.\n\n"
     return text + table("", ["what", "ms per step", "added ms"], rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------- CUDA
+# --------------------------------------------------------------------------------------------- CUDA
 
 
 def kernels(call: Callable[[], Any]) -> int:
     """CUDA kernels and copies that a call launches."""
     from torch.autograd import DeviceType
 
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    ) as profile:
         call()
         torch.cuda.synchronize()
     return sum(1 for event in profile.events() if event.device_type == DeviceType.CUDA)
 
 
 def on_cuda(rounds: int) -> str:
-    """Section: the same on a GPU, with kernel counts, synchronizations as errors, and the precisions that people train in."""
+    """Section: the same on a GPU, with kernel counts, synchronizations as errors, and the
+    precisions that people train in."""
     if not torch.cuda.is_available():
         return "not run: no CUDA device on this machine.\n"
     text = on_shapes(resnet50(), rounds, "cuda", peers=True, everything=True)
@@ -900,15 +1146,28 @@ def on_cuda(rounds: int) -> str:
         "bf16-mixed, channels_last": (torch.channels_last, torch.bfloat16, False),
         "16-mixed, fused, skipped steps": (torch.contiguous_format, torch.float16, True),
     }.items():
-        for label, callbacks in {"bare": list, "suite, idle": lambda: suite(NEVER), "suite, logging": lambda: suite(1)}.items():
+        for label, callbacks in {
+            "bare": list,
+            "suite, idle": lambda: suite(NEVER),
+            "suite, logging": lambda: suite(1),
+        }.items():
             module = resnet18().cuda().to(memory_format=memory_format)  # type: ignore[call-overload]
             fit = Fit(module, sgd_fused(module.parameters()), callbacks())
-            # A scale that overflows float16 at first: the first steps are skipped inside the kernel.
+            # A scale that overflows float16 at first: the first steps are skipped inside the
+            # kernel.
             scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=2.0**24)
-            x, y = torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=memory_format), torch.randint(0, 10, (128,), device="cuda")
+            x, y = (
+                torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=memory_format),
+                torch.randint(0, 10, (128,), device="cuda"),
+            )
 
             def backward(
-                fit: Fit = fit, module: nn.Module = module, scaler: Any = scaler, autocast: Any = autocast, x: Tensor = x, y: Tensor = y
+                fit: Fit = fit,
+                module: nn.Module = module,
+                scaler: Any = scaler,
+                autocast: Any = autocast,
+                x: Tensor = x,
+                y: Tensor = y,
             ) -> None:
                 fit.optimizer.zero_grad()
                 with torch.autocast("cuda", autocast, enabled=autocast is not None):
@@ -939,10 +1198,24 @@ def on_cuda(rounds: int) -> str:
                     torch.cuda.set_sync_debug_mode("default")
             brackets = [callback.steps_of(0) for callback in fit.callbacks[:1]]
             rows.append([name, label, str(count), quiet, str(brackets[0]) if brackets else ""])
-    return text + "\n" + table("", ["precision", "callbacks", "kernels of the step", "synchronizations", "real steps counted of 24"], rows)
+    return (
+        text
+        + "\n"
+        + table(
+            "",
+            [
+                "precision",
+                "callbacks",
+                "kernels of the step",
+                "synchronizations",
+                "real steps counted of 24",
+            ],
+            rows,
+        )
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------- all of it
+# ---------------------------------------------------------------------------------------- all of it
 
 
 def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
@@ -950,13 +1223,21 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
     rounds = 3 if quick else 15
     if quick:
         return {
-            "small": ("Small shapes", lambda: on_shapes(transformer(1, 256), rounds, "cpu", True, False, bars_apply=False)),
+            "small": (
+                "Small shapes",
+                lambda: on_shapes(
+                    transformer(1, 256), rounds, "cpu", True, False, bars_apply=False
+                ),
+            ),
             "growth": ("Growth", lambda: growth(rounds, "cpu", 4)),
             "training": ("Training steps", lambda: training(rounds, "cpu", quick=True)),
             "cuda": ("CUDA", lambda: on_cuda(rounds)),
         }
     return {
-        "resnet50": ("ResNet-50", lambda: on_shapes(resnet50(), rounds, "cpu", peers=True, everything=True)),
+        "resnet50": (
+            "ResNet-50",
+            lambda: on_shapes(resnet50(), rounds, "cpu", peers=True, everything=True),
+        ),
         "alone": ("Projections beside their peers, alone in a process", lambda: alone(rounds)),
         "vit": ("ViT-B", lambda: on_shapes(vit(), 7, "cpu", peers=False, everything=False)),
         "transformer": (
@@ -984,7 +1265,9 @@ def machine() -> str:
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+        name = next(
+            (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name
+        )
     load = f", load {os.getloadavg()[0]:.1f} at the start" if hasattr(os, "getloadavg") else ""
     nice = f", niceness {os.nice(0)}" if hasattr(os, "nice") and os.nice(0) else ""
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}{load}{nice}"
@@ -992,8 +1275,12 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small shapes, a minute; writes nothing")
-    parser.add_argument("--only", nargs="*", help="sections to measure; the others are kept as they are in the file")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, a minute; writes nothing"
+    )
+    parser.add_argument(
+        "--only", nargs="*", help="sections to measure; the others are kept as they are in the file"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     args = parser.parse_args()
@@ -1008,15 +1295,23 @@ def main() -> None:
     for key, (title, make) in sections(args.quick).items():
         if args.only and key not in args.only:
             continue
-        command = "python benchmarks/cost.py" + (" --quick" if args.quick else "") + (f" --only {key}" if args.only else "")
+        command = (
+            "python benchmarks/cost.py"
+            + (" --quick" if args.quick else "")
+            + (f" --only {key}" if args.only else "")
+        )
         head = f"{machine()}; {time.strftime('%Y-%m-%d')}; `{command}`"
         start = time.perf_counter()
         known[title] = f"{head}\n\n{make().strip()}"
-        print(f"## {title}\n\n{known[title]}\n\n({time.perf_counter() - start:.0f} s)\n", flush=True)
+        print(
+            f"## {title}\n\n{known[title]}\n\n({time.perf_counter() - start:.0f} s)\n", flush=True
+        )
         gc.collect()
         if not args.quick:  # after every section: what is measured is kept, whatever comes next
             titles = [title for title, _ in sections(False).values()]
-            text = "\n".join(f"## {title}\n\n{known[title]}\n" for title in titles if title in known)
+            text = "\n".join(
+                f"## {title}\n\n{known[title]}\n" for title in titles if title in known
+            )
             args.out.write_text(f"{INTRODUCTION}\n{text}")
 
 

@@ -1,8 +1,10 @@
-"""What it costs to log 8 quantities of 54 layers at every step, beside `self.log_dict` and beside `wandb.watch`.
+"""What it costs to log 8 quantities of 54 layers at every step, beside `self.log_dict` and beside
+`wandb.watch`.
 
     python benchmarks/logging_cost.py [--steps 40] [--rounds 2] [--out logging_cost.md]
 
-Prints a Markdown table. The floor is the same training without any logging, measured in the same run; W&B is offline throughout.
+Prints a Markdown table. The floor is the same training without any logging, measured in the same
+run; W&B is offline throughout.
 """
 
 from __future__ import annotations
@@ -48,7 +50,12 @@ class Deep(L.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        blocks = [nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()) for _ in range(LAYERS)]
+        blocks = [
+            nn.Sequential(
+                nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()
+            )
+            for _ in range(LAYERS)
+        ]
         self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
@@ -79,7 +86,8 @@ class Stopwatch(L.Callback):
 
 
 class LogDict(L.Callback):
-    """As many ready-made numbers through Lightning's own `log_dict`, which is what a callback without `log_metrics` does."""
+    """As many ready-made numbers through Lightning's own `log_dict`, which is what a callback
+    without `log_metrics` does."""
 
     def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *args: Any) -> None:
         module.log_dict(NUMBERS, on_step=True, on_epoch=False)
@@ -124,7 +132,9 @@ VARIANTS: dict[str, tuple[Callable[[], list[L.Callback]], Callable[[Path], Logge
 LOGGERS = {"W&B": wandb_logger, "CSV": csv_logger, "TensorBoard": tensorboard_logger}
 
 
-def measure(callbacks: list[L.Callback], make_logger: Callable[[Path], Logger] | None, steps: int) -> float:
+def measure(
+    callbacks: list[L.Callback], make_logger: Callable[[Path], Logger] | None, steps: int
+) -> float:
     torch.manual_seed(0)
     data = TensorDataset(torch.randn(64, 16, 8, 8), torch.randint(0, 16, (64,)))
     watch = Stopwatch()
@@ -165,11 +175,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often to measure all variants")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
-    os.environ.setdefault("WANDB_MODE", "offline")  # wandb asks for a key even where the logger says offline
+    os.environ.setdefault(
+        "WANDB_MODE", "offline"
+    )  # wandb asks for a key even where the logger says offline
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    # Rounds, not one variant after the other: what else the machine does then disturbs all of them alike.
-    rounds = [{name: measure(make(), logger, args.steps) for name, (make, logger) in VARIANTS.items()} for _ in range(args.rounds)]
+    # Rounds, not one variant after the other: what else the machine does then disturbs all of them
+    # alike.
+    rounds = [
+        {name: measure(make(), logger, args.steps) for name, (make, logger) in VARIANTS.items()}
+        for _ in range(args.rounds)
+    ]
     times = {name: min(each[name] for each in rounds) for name in VARIANTS}
     floor = times["no logging (floor)"]
     lines = [
@@ -177,13 +193,18 @@ def main() -> None:
         "",
         "`python benchmarks/logging_cost.py --out benchmarks/logging_cost.md`",
         "",
-        f"{len(QUANTITIES)} quantities of {LAYERS} layers at every step: {len(NUMBERS)} numbers, one transfer, one call per logger.",
-        f"Lower quartile of {args.steps} steps, best of {args.rounds} rounds; one CPU thread, torch {torch.__version__}, "
+        f"{len(QUANTITIES)} quantities of {LAYERS} layers at every step: {len(NUMBERS)} numbers, "
+        f"one transfer, one call per logger.",
+        f"Lower quartile of {args.steps} steps, best of {args.rounds} rounds; one CPU thread, "
+        f"torch {torch.__version__}, "
         f"lightning {L.__version__}, wandb {wandb.__version__}.",
         "",
         "| what | ms per step | above the floor (ms) | times the floor |",
         "| --- | --- | --- | --- |",
-        *(f"| {name} | {ms:.1f} | {ms - floor:.1f} | {ms / floor:.2f} |" for name, ms in times.items()),
+        *(
+            f"| {name} | {ms:.1f} | {ms - floor:.1f} | {ms / floor:.2f} |"
+            for name, ms in times.items()
+        ),
         "",
         "| the call to the logger alone | ms |",
         "| --- | --- |",

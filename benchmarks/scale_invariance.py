@@ -1,10 +1,14 @@
-"""How often each way of telling scale-invariant weights is wrong, on the networks of tests/zoo.py, and what the analysis costs.
+"""How often each way of telling scale-invariant weights is wrong, on the networks of tests/zoo.py,
+and what the analysis costs.
 
     python benchmarks/scale_invariance.py            # prints the table and writes benchmarks/scale_invariance.md
 
-- graph: this package, from the autograd graph of the first loss (its misses are listed in tests/zoo.py);
-- Euler: the pooled test of <w, g> = 0 that this package holds against the graph's claims, used alone;
-- AdamP: its rule per tensor and step, filter view first, then layer view: max |cos(w, g)| < 0.1/sqrt(d).
+- graph: this package, from the autograd graph of the first loss (its misses are listed in
+  tests/zoo.py);
+- Euler: the pooled test of <w, g> = 0 that this package holds against the graph's claims, used
+  alone;
+- AdamP: its rule per tensor and step, filter view first, then layer view: max |cos(w, g)| <
+  0.1/sqrt(d).
 """
 
 from __future__ import annotations
@@ -52,7 +56,9 @@ def vector_sums(partition: Partition, w: Tensor, g: Tensor) -> tuple[Tensor, ...
     member = labels >= 0
 
     def total(v: Tensor) -> Tensor:
-        return torch.zeros(partition.n, dtype=torch.float64).index_add(0, labels[member], v.reshape(-1)[member])
+        return torch.zeros(partition.n, dtype=torch.float64).index_add(
+            0, labels[member], v.reshape(-1)[member]
+        )
 
     return total(w * g), total(w * w), total(g * g), total(torch.ones_like(w))
 
@@ -71,11 +77,16 @@ def right_views(verdict: Verdict) -> tuple[str, ...]:
     """The views of dim 0 in which this weight really is scale-invariant."""
     if verdict.partition is None or verdict.kind == "partly":
         return ()
-    return ("filter", "layer") if verdict.kind == "filter" and verdict.partition.keep == (0,) else ("layer",)
+    return (
+        ("filter", "layer")
+        if verdict.kind == "filter" and verdict.partition.keep == (0,)
+        else ("layer",)
+    )
 
 
 def rates(bfloat16: bool) -> tuple[Rates, Rates, float]:
-    """20 SGD steps of every network: the Euler test per weight, AdamP's rule per weight and step, the worst rms of an invariant weight."""
+    """20 SGD steps of every network: the Euler test per weight, AdamP's rule per weight and step,
+    the worst rms of an invariant weight."""
     euler, adamp, worst = Rates(), Rates(), 0.0
     for case in zoo.CASES.values():
         torch.manual_seed(0)
@@ -89,11 +100,16 @@ def rates(bfloat16: bool) -> tuple[Rates, Rates, float]:
             continue  # a network that torch itself cannot run under autocast
         verdicts = {v.name: v for v in inspect_module(module, *inputs)}
         weights = dict(module.named_parameters())
-        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [p for p in module.parameters() if p.requires_grad], lr=0.02, momentum=0.9
+        )
         tests = {name: EulerTest(1) for name in verdicts}
         goal: Tensor | None = None
         for _ in range(STEPS):
-            batch = tuple(x + 0.3 * torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 7) for x in inputs)
+            batch = tuple(
+                x + 0.3 * torch.randn_like(x) if x.is_floating_point() else torch.randint_like(x, 7)
+                for x in inputs
+            )
             optimizer.zero_grad()
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 output = module(*batch)
@@ -102,11 +118,18 @@ def rates(bfloat16: bool) -> tuple[Rates, Rates, float]:
             (output if output.ndim == 0 else (output - goal).square().mean()).backward()
             for name, verdict in verdicts.items():
                 gradient = weights[name].grad
-                if gradient is None or verdict.kind == "unknown" or "single numbers" in verdict.reason or not gradient.any():
+                if (
+                    gradient is None
+                    or verdict.kind == "unknown"
+                    or "single numbers" in verdict.reason
+                    or not gradient.any()
+                ):
                     continue
                 w, g = weights[name].detach().double(), gradient.double()
                 partition = verdict.partition or Partition.layer(verdict.shape)
-                tests[name].update(*vector_sums(partition, w, g), torch.zeros(partition.n, dtype=torch.long))
+                tests[name].update(
+                    *vector_sums(partition, w, g), torch.zeros(partition.n, dtype=torch.long)
+                )
                 view, right = adamp_view(w, g), right_views(verdict)
                 adamp.invariant += bool(right)
                 adamp.missed += bool(right) and view is None
@@ -129,7 +152,8 @@ def rates(bfloat16: bool) -> tuple[Rates, Rates, float]:
 
 
 def structure() -> Rates:
-    """The graph's verdicts against the truth that tests/zoo.py writes down and tests/test_targets.py proves."""
+    """The graph's verdicts against the truth that tests/zoo.py writes down and
+    tests/test_targets.py proves."""
     found = Rates()
     for case in zoo.CASES.values():
         torch.manual_seed(0)
@@ -152,17 +176,27 @@ class Bottleneck(nn.Module):
         sizes = [(inputs, width, 1, 1), (width, width, 3, stride), (width, 4 * width, 1, 1)]
         self.body = nn.Sequential()
         for i, (a, b, k, s) in enumerate(sizes):
-            self.body.extend([nn.Conv2d(a, b, k, s, k // 2, bias=False), nn.BatchNorm2d(b)] + [nn.ReLU()] * (i < 2))
+            self.body.extend(
+                [nn.Conv2d(a, b, k, s, k // 2, bias=False), nn.BatchNorm2d(b)]
+                + [nn.ReLU()] * (i < 2)
+            )
         self.skip = nn.Identity()
         if stride > 1 or inputs != 4 * width:
-            self.skip = nn.Sequential(nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
+            self.skip = nn.Sequential(
+                nn.Conv2d(inputs, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(self.body(x) + self.skip(x))
 
 
 def resnet50() -> nn.Module:
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, 64, 7, 2, 3, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2, 1),
+    ]
     inputs = 64
     for width, blocks, stride in ((64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2)):
         for i in range(blocks):
@@ -179,14 +213,22 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self.qkv(self.n1(x)).chunk(3, -1))
+        q, k, v = (
+            t.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in self.qkv(self.n1(x)).chunk(3, -1)
+        )
         a = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(a.transpose(1, 2).flatten(2))
         return x + self.mlp(self.n2(x))
 
 
 def gpt(layers: int = 12, d: int = 512) -> nn.Module:
-    return nn.Sequential(nn.Embedding(256, d), *(Block(d, 8) for _ in range(layers)), nn.LayerNorm(d), nn.Linear(d, 256))
+    return nn.Sequential(
+        nn.Embedding(256, d),
+        *(Block(d, 8) for _ in range(layers)),
+        nn.LayerNorm(d),
+        nn.Linear(d, 256),
+    )
 
 
 def analysis_ms(module: nn.Module, batch: Tensor, repeats: int = 5) -> float:
@@ -202,30 +244,48 @@ def analysis_ms(module: nn.Module, batch: Tensor, repeats: int = 5) -> float:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     arguments.add_argument("--out", type=Path, default=HERE / "scale_invariance.md")
     out = arguments.parse_args().out
     torch.set_num_threads(1)
-    lines = ["| rule | precision | scale-invariant weights missed | false hits |", "|---|---|---|---|"]
+    lines = [
+        "| rule | precision | scale-invariant weights missed | false hits |",
+        "|---|---|---|---|",
+    ]
     missed, false_hits = structure().show()
     lines.append(f"| graph (this package) | float64 | {missed} | {false_hits} |")
     notes = []
     for bfloat16 in (False, True):
         euler, adamp, worst = rates(bfloat16)
         precision = "bf16 autocast" if bfloat16 else "float32"
-        lines.append("| Euler test alone, {} steps | {} | {} | {} |".format(STEPS, precision, *euler.show()))
-        lines.append("| AdamP's rule, weight-steps | {} | {} | {} |".format(precision, *adamp.show()))
-        notes.append(
-            f"- Worst rms of the Euler test on a scale-invariant weight, {precision}: {worst:.3f} (a claim is withdrawn above 0.1)."
+        lines.append(
+            "| Euler test alone, {} steps | {} | {} | {} |".format(STEPS, precision, *euler.show())
         )
-    resnet, transformer = analysis_ms(resnet50(), torch.randn(2, 3, 64, 64)), analysis_ms(gpt(), torch.randint(256, (2, 32)))
-    notes.append(f"- Reading the graph, once per fit: ResNet-50 {resnet:.0f} ms, GPT of 12 layers of 512 {transformer:.0f} ms.")
+        lines.append(
+            "| AdamP's rule, weight-steps | {} | {} | {} |".format(precision, *adamp.show())
+        )
+        notes.append(
+            f"- Worst rms of the Euler test on a scale-invariant weight, {precision}: {worst:.3f} "
+            f"(a claim is withdrawn above 0.1)."
+        )
+    resnet, transformer = (
+        analysis_ms(resnet50(), torch.randn(2, 3, 64, 64)),
+        analysis_ms(gpt(), torch.randint(256, (2, 32))),
+    )
+    notes.append(
+        f"- Reading the graph, once per fit: ResNet-50 {resnet:.0f} ms, GPT of 12 layers of 512 "
+        f"{transformer:.0f} ms."
+    )
     text = "\n".join(
         [
             "# Which weights are scale-invariant: who is wrong how often",
             "",
-            f"`python benchmarks/scale_invariance.py`, {platform.machine()}, one thread, torch {torch.__version__}, seed 0; the "
-            f"{len(zoo.CASES)} networks of tests/zoo.py, {sum(c.after_freeze for c in zoo.CASES.values())} written after the rules.",
+            f"`python benchmarks/scale_invariance.py`, {platform.machine()}, one thread, torch "
+            f"{torch.__version__}, seed 0; the "
+            f"{len(zoo.CASES)} networks of tests/zoo.py, "
+            f"{sum(c.after_freeze for c in zoo.CASES.values())} written after the rules.",
             "",
             *lines,
             "",

@@ -1,11 +1,15 @@
-"""Train a small GPT with QK-norm on characters, and see which of a transformer's weights are scale-invariant: most are not.
+"""Train a small GPT with QK-norm on characters, and see which of a transformer's weights are
+scale-invariant: most are not.
 
     python examples/char_gpt.py --method aws
     python examples/char_gpt.py --text my_book.txt --norm layer --method decay
 
-LayerNorm or RMSNorm stands *before* each sublayer, so it makes the sublayer's input independent of the residual
-stream's scale, but not the output of its matrices independent of theirs. Only the query and key projections have a
-normalization right behind them (per head), so only they have an effective learning rate in the sense of the papers.
+LayerNorm or RMSNorm stands *before* each sublayer, so it makes the sublayer's input independent of
+the residual
+stream's scale, but not the output of its matrices independent of theirs. Only the query and key
+projections have a
+normalization right behind them (per head), so only they have an effective learning rate in the
+sense of the papers.
 The tables at start and end say so, and the methods leave all other weights to AdamW.
 """
 
@@ -18,14 +22,34 @@ import lightning as L
 import torch
 from data_modules import Text
 from image_classifier import parameter_groups
-from running import ExampleError, Run, build_callbacks, fit, parse, parser, positive_int, run_as_script
+from running import (
+    ExampleError,
+    Run,
+    build_callbacks,
+    fit,
+    parse,
+    parser,
+    positive_int,
+    run_as_script,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# alpha = weight_decay / length: both decoupled, and the projection of a head has a length of about sqrt(head_size / 3) at the start.
-# None of the papers trains a transformer; "paper" is the size of character models that people train on one GPU.
+# alpha = weight_decay / length: both decoupled, and the projection of a head has a length of about
+# sqrt(head_size / 3) at the start.
+# None of the papers trains a transformer; "paper" is the size of character models that people train
+# on one GPU.
 PRESETS: dict[str, dict] = {
-    "tiny": {"width": 16, "layers": 1, "heads": 2, "context": 16, "epochs": 1, "max_steps": 4, "batch_size": 8, "log_every": 1},
+    "tiny": {
+        "width": 16,
+        "layers": 1,
+        "heads": 2,
+        "context": 16,
+        "epochs": 1,
+        "max_steps": 4,
+        "batch_size": 8,
+        "log_every": 1,
+    },
     "default": {
         "width": 64,
         "layers": 2,
@@ -85,7 +109,9 @@ class Block(nn.Module):
         self.attention_norm = norm(width)
         self.attention = Attention(width, heads)
         self.mlp_norm = norm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -95,7 +121,15 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Characters ``(batch, time)`` to logits ``(batch, time, characters)``."""
 
-    def __init__(self, characters: int, context: int, width: int, layers: int, heads: int, norm: type[nn.Module]) -> None:
+    def __init__(
+        self,
+        characters: int,
+        context: int,
+        width: int,
+        layers: int,
+        heads: int,
+        norm: type[nn.Module],
+    ) -> None:
         super().__init__()
         self.context = context
         self.characters = nn.Embedding(characters, width)
@@ -140,7 +174,9 @@ class CharGPT(L.LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.network = GPT(characters, context, width, layers, heads, nn.RMSNorm if norm == "rms" else nn.LayerNorm)
+        self.network = GPT(
+            characters, context, width, layers, heads, nn.RMSNorm if norm == "rms" else nn.LayerNorm
+        )
 
     def forward(self, codes: Tensor) -> Tensor:
         return self.network(codes)
@@ -158,8 +194,12 @@ class CharGPT(L.LightningModule):
         self.log("val_loss", self._loss(batch), prog_bar=True, sync_dist=True)
 
     def configure_optimizers(self) -> dict:
-        optimizer = torch.optim.AdamW(parameter_groups(self, self.hparams.weight_decay), lr=self.hparams.lr)
-        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.hparams.warmup))
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self, self.hparams.weight_decay), lr=self.hparams.lr
+        )
+        warmup = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min(1.0, (step + 1) / self.hparams.warmup)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
 
     @torch.no_grad()
@@ -173,8 +213,15 @@ class CharGPT(L.LightningModule):
 
 
 def add_text_flags(p) -> None:
-    p.add_argument("--text", type=Path, help="a UTF-8 text file; without it, Python's own help texts are used")
-    p.add_argument("--norm", choices=("rms", "layer"), default="rms", help="RMSNorm or LayerNorm before each sublayer")
+    p.add_argument(
+        "--text", type=Path, help="a UTF-8 text file; without it, Python's own help texts are used"
+    )
+    p.add_argument(
+        "--norm",
+        choices=("rms", "layer"),
+        default="rms",
+        help="RMSNorm or LayerNorm before each sublayer",
+    )
     for flag, words in (
         ("width", "of the residual stream"),
         ("layers", "blocks"),
@@ -200,11 +247,28 @@ def main(argv: Sequence[str] | None = None) -> Run:
     L.seed_everything(args.seed, verbose=False)
     data = text_data(args)
     module = CharGPT(
-        len(data.characters), args.context, args.width, args.layers, args.heads, args.norm, lr=args.lr, weight_decay=args.weight_decay
+        len(data.characters),
+        args.context,
+        args.width,
+        args.layers,
+        args.heads,
+        args.norm,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
     )
-    run = fit(module, data, args, build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps))
+    run = fit(
+        module,
+        data,
+        args,
+        build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps),
+    )
     if run.trainer.is_global_zero:
-        print("\nThe model writes:\n" + data.decode(module.write([data.characters.index("\n")] if "\n" in data.characters else [0], 200)))
+        print(
+            "\nThe model writes:\n"
+            + data.decode(
+                module.write([data.characters.index("\n")] if "\n" in data.characters else [0], 200)
+            )
+        )
     return run
 
 

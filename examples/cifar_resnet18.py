@@ -1,11 +1,15 @@
-"""Train a ResNet18 on CIFAR-10 with weight decay, AdaptiveWeightShrink, WeightRescaling or RadialProjection.
+"""Train a ResNet18 on CIFAR-10 with weight decay, AdaptiveWeightShrink, WeightRescaling or
+RadialProjection.
 
     python examples/cifar_resnet18.py --cifar cifar-10-python.tar.gz --method wrs
     python examples/cifar_resnet18.py --cifar cifar-10-python.tar.gz --preset paper          # on a GPU
 
-``--arch wrs`` is the WRS paper's variant with BatchNorm after every convolution, so that all its filters are
-scale-invariant. ``--arch original`` has shortcuts without BatchNorm: three convolutions whose length the loss does
-see. The table at the start of the run tells them apart, and the callbacks leave them to the optimizer.
+``--arch wrs`` is the WRS paper's variant with BatchNorm after every convolution, so that all its
+filters are
+scale-invariant. ``--arch original`` has shortcuts without BatchNorm: three convolutions whose
+length the loss does
+see. The table at the start of the run tells them apart, and the callbacks leave them to the
+optimizer.
 """
 
 from __future__ import annotations
@@ -18,9 +22,17 @@ from running import Run, add_image_flags, parse, parser, run_as_script, train_on
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# alpha = weight_decay / (1 - momentum), see digits_resnet.py; tau (every_n_steps) of ResNet18 with SGD: WRS paper, table S1.
+# alpha = weight_decay / (1 - momentum), see digits_resnet.py; tau (every_n_steps) of ResNet18 with
+# SGD: WRS paper, table S1.
 PRESETS: dict[str, dict] = {
-    "tiny": {"width": 4, "resolution": 8, "epochs": 1, "max_steps": 4, "batch_size": 32, "log_every": 1},
+    "tiny": {
+        "width": 4,
+        "resolution": 8,
+        "epochs": 1,
+        "max_steps": 4,
+        "batch_size": 32,
+        "log_every": 1,
+    },
     "default": {
         "width": 8,
         "resolution": 16,
@@ -49,7 +61,8 @@ PRESETS: dict[str, dict] = {
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with BatchNorm; where the shape changes, a 1x1 shortcut with BatchNorm or without."""
+    """Two 3x3 convolutions with BatchNorm; where the shape changes, a 1x1 shortcut with BatchNorm
+    or without."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, norm_in_shortcut: bool) -> None:
         super().__init__()
@@ -79,7 +92,9 @@ class ResNet18(ImageClassifier):
         training: Arguments of :class:`ImageClassifier`.
     """
 
-    def __init__(self, arch: str = "wrs", width: int = 64, channels: int = 3, classes: int = 10, **training) -> None:
+    def __init__(
+        self, arch: str = "wrs", width: int = 64, channels: int = 3, classes: int = 10, **training
+    ) -> None:
         super().__init__(**training)
         self.save_hyperparameters()
         blocks: list[nn.Module] = []
@@ -102,7 +117,12 @@ class ResNet18(ImageClassifier):
 
 def main(argv: Sequence[str] | None = None) -> Run:
     p = parser("cifar_resnet18", __doc__.splitlines()[0])
-    p.add_argument("--arch", choices=("wrs", "original"), default="wrs", help="BatchNorm after every convolution, or shortcuts without")
+    p.add_argument(
+        "--arch",
+        choices=("wrs", "original"),
+        default="wrs",
+        help="BatchNorm after every convolution, or shortcuts without",
+    )
     add_image_flags(p)
     args = parse(p, PRESETS, argv)
     return train_on_images(args, partial(ResNet18, args.arch))

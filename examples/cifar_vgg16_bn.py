@@ -1,10 +1,13 @@
-"""Train a VGG16 with BatchNorm on CIFAR-10 with weight decay, AdaptiveWeightShrink, WeightRescaling or RadialProjection.
+"""Train a VGG16 with BatchNorm on CIFAR-10 with weight decay, AdaptiveWeightShrink, WeightRescaling
+or RadialProjection.
 
     python examples/cifar_vgg16_bn.py --cifar cifar-10-python.tar.gz --method wrs
     python examples/cifar_vgg16_bn.py --cifar cifar-10-python.tar.gz --preset paper          # on a GPU
 
-A plain chain of thirteen convolutions, each with BatchNorm: the network of the WRS paper's pictures. Without
-shortcuts the gradients differ much from layer to layer, and the early layers' angular updates with them until the
+A plain chain of thirteen convolutions, each with BatchNorm: the network of the WRS paper's
+pictures. Without
+shortcuts the gradients differ much from layer to layer, and the early layers' angular updates with
+them until the
 norms have settled.
 """
 
@@ -16,9 +19,17 @@ from image_classifier import ImageClassifier
 from running import Run, add_image_flags, parse, parser, run_as_script, train_on_images
 from torch import nn
 
-# alpha = weight_decay / (1 - momentum), see digits_resnet.py; tau (every_n_steps) of VGG16: WRS paper, table S1.
+# alpha = weight_decay / (1 - momentum), see digits_resnet.py; tau (every_n_steps) of VGG16: WRS
+# paper, table S1.
 PRESETS: dict[str, dict] = {
-    "tiny": {"width": 4, "resolution": 8, "epochs": 1, "max_steps": 4, "batch_size": 32, "log_every": 1},
+    "tiny": {
+        "width": 4,
+        "resolution": 8,
+        "epochs": 1,
+        "max_steps": 4,
+        "batch_size": 32,
+        "log_every": 1,
+    },
     "default": {
         "width": 8,
         "resolution": 16,
@@ -45,11 +56,18 @@ PRESETS: dict[str, dict] = {
     },
 }
 
-STAGES = ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3))  # (channels in units of the width, convolutions), each followed by pooling
+STAGES = (
+    (1, 2),
+    (2, 2),
+    (4, 3),
+    (8, 3),
+    (8, 3),
+)  # (channels in units of the width, convolutions), each followed by pooling
 
 
 class VGG16(ImageClassifier):
-    """VGG16 with BatchNorm after each convolution and one linear layer, without dropout (WRS paper, section B.2).
+    """VGG16 with BatchNorm after each convolution and one linear layer, without dropout (WRS paper,
+    section B.2).
 
     Args:
         width: Channels of the first stage; 64 in the paper.
@@ -64,10 +82,18 @@ class VGG16(ImageClassifier):
         layers: list[nn.Module] = []
         for factor, convolutions in STAGES:
             for _ in range(convolutions):
-                layers += [nn.Conv2d(channels, factor * width, 3, padding=1, bias=False), nn.BatchNorm2d(factor * width), nn.ReLU()]
+                layers += [
+                    nn.Conv2d(channels, factor * width, 3, padding=1, bias=False),
+                    nn.BatchNorm2d(factor * width),
+                    nn.ReLU(),
+                ]
                 channels = factor * width
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))  # images smaller than 32 arrive at one pixel early and stay there
-        self.network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes))
+            layers.append(
+                nn.MaxPool2d(2, ceil_mode=True)
+            )  # images smaller than 32 arrive at one pixel early and stay there
+        self.network = nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> Run:

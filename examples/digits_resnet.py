@@ -1,10 +1,13 @@
-"""Train a small residual BatchNorm network on scikit-learn's digits and watch its effective learning rates.
+"""Train a small residual BatchNorm network on scikit-learn's digits and watch its effective
+learning rates.
 
     python examples/digits_resnet.py --method aws
     python examples/digits_resnet.py --demo          # weight decay, then AdaptiveWeightShrink, in one picture
 
-What to see: under weight decay as well as under AdaptiveWeightShrink the weights find a length at which each step
-turns them by the same angle, whatever length they began with. The effective learning rate rises or falls until then,
+What to see: under weight decay as well as under AdaptiveWeightShrink the weights find a length at
+which each step
+turns them by the same angle, whatever length they began with. The effective learning rate rises or
+falls until then,
 and this is what the learning rate alone does not tell.
 """
 
@@ -19,12 +22,24 @@ import lightning as L
 import torch
 from data_modules import Digits
 from image_classifier import ImageClassifier
-from running import Run, build_callbacks, fit, parse, parser, positive, positive_int, run_as_script, say
+from running import (
+    Run,
+    build_callbacks,
+    fit,
+    parse,
+    parser,
+    positive,
+    positive_int,
+    run_as_script,
+    say,
+)
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# alpha is chosen so that the filters, whose length settles near 1, shrink under AWS at the rate at which SGD's own
-# (coupled) decay shrinks them: alpha * length = weight_decay / (1 - momentum). They start five times as
+# alpha is chosen so that the filters, whose length settles near 1, shrink under AWS at the rate at
+# which SGD's own
+# (coupled) decay shrinks them: alpha * length = weight_decay / (1 - momentum). They start five
+# times as
 # long as torch makes them (init_scale), so that there is a way to go.
 PRESETS: dict[str, dict] = {
     "tiny": {"width": 4, "epochs": 1, "max_steps": 12, "log_every": 2},
@@ -39,12 +54,21 @@ PRESETS: dict[str, dict] = {
         "log_every": 4,
         "init_scale": 5.0,
     },
-    "paper": {"width": 32, "epochs": 200, "batch_size": 128, "weight_decay": 5e-4, "alpha": 5e-3, "every_n_steps": 20, "init_scale": 1.0},
+    "paper": {
+        "width": 32,
+        "epochs": 200,
+        "batch_size": 128,
+        "weight_decay": 5e-4,
+        "alpha": 5e-3,
+        "every_n_steps": 20,
+        "init_scale": 1.0,
+    },
 }
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut, each convolution followed by BatchNorm: every filter is scale-invariant."""
+    """Two 3x3 convolutions and a shortcut, each convolution followed by BatchNorm: every filter is
+    scale-invariant."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -55,7 +79,9 @@ class ResidualBlock(nn.Module):
         if stride == 1 and inputs == outputs:
             self.shortcut: nn.Module = nn.Identity()
         else:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
@@ -63,7 +89,8 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualDigits(ImageClassifier):
-    """A stem and three residual blocks on images of 8 x 8; only the last linear layer is not scale-invariant.
+    """A stem and three residual blocks on images of 8 x 8; only the last linear layer is not
+    scale-invariant.
 
     Args:
         width: Channels of the stem; the blocks have 1, 2 and 4 times as many.
@@ -71,7 +98,8 @@ class ResidualDigits(ImageClassifier):
         momentum: Of SGD.
         weight_decay: On all weights, inside the gradient (coupled), as torch's SGD has it.
         drops: When to divide the learning rate by 5, as fractions of the training.
-        init_scale: Factor on all convolutions at the start. It leaves the network's function as it is, and the length to be shed differs.
+        init_scale: Factor on all convolutions at the start. It leaves the network's function as it
+            is, and the length to be shed differs.
     """
 
     def __init__(
@@ -103,25 +131,38 @@ class ResidualDigits(ImageClassifier):
 
 
 def train(args: argparse.Namespace) -> Run:
-    torch.set_num_threads(1)  # such small matrices are slower on several threads, and much slower while others use the machine
+    torch.set_num_threads(
+        1
+        # such small matrices are slower on several threads, and much slower while others use the
+        # machine
+    )
     L.seed_everything(args.seed, verbose=False)
-    module = ResidualDigits(args.width, args.lr, weight_decay=args.weight_decay, init_scale=args.init_scale)
+    module = ResidualDigits(
+        args.width, args.lr, weight_decay=args.weight_decay, init_scale=args.init_scale
+    )
     callbacks = build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps)
     return fit(module, Digits(args.batch_size), args, callbacks)
 
 
 def demo(args: argparse.Namespace) -> dict[str, Run]:
-    """Train with weight decay and with AdaptiveWeightShrink, and draw both sets of curves in one picture."""
+    """Train with weight decay and with AdaptiveWeightShrink, and draw both sets of curves in one
+    picture."""
     runs = {}
     for method in ("decay", "aws"):
         one = copy.copy(args)
         one.method, one.out = method, args.out / method
         runs[method] = train(one)
     if runs["aws"].trainer.is_global_zero:
-        histories = {"weight decay": runs["decay"].history, "AdaptiveWeightShrink": runs["aws"].history}
+        histories = {
+            "weight decay": runs["decay"].history,
+            "AdaptiveWeightShrink": runs["aws"].history,
+        }
         picture = save_comparison(histories, args.out / "compare.png")
         if picture is not None:
-            say(f"\nBoth runs in one picture: {picture}; every layer under AdaptiveWeightShrink: {args.out / 'overview.png'}")
+            say(
+                f"\nBoth runs in one picture: {picture}; every layer under AdaptiveWeightShrink: "
+                f"{args.out / 'overview.png'}"
+            )
     return runs
 
 
@@ -137,7 +178,9 @@ def save_comparison(histories: dict, picture: Path) -> Path | None:
         plot_compare(histories, quantity, ax=ax)
     figure.savefig(picture, dpi=120, bbox_inches="tight")
     plt.close(figure)
-    plot_overview(histories["AdaptiveWeightShrink"])[0].savefig(picture.with_name("overview.png"), dpi=85)
+    plot_overview(histories["AdaptiveWeightShrink"])[0].savefig(
+        picture.with_name("overview.png"), dpi=85
+    )
     return picture
 
 
@@ -145,10 +188,18 @@ def main(argv: Sequence[str] | None = None) -> Run | dict[str, Run]:
     p = parser("digits_resnet", __doc__.splitlines()[0])
     p.add_argument("--width", type=positive_int, help="channels of the first layer")
     p.add_argument("--init-scale", type=positive, help="factor on all convolutions at the start")
-    p.add_argument("--demo", action="store_true", help="train with decay and with aws, one after the other, and draw both in one picture")
+    p.add_argument(
+        "--demo",
+        action="store_true",
+        help="train with decay and with aws, one after the other, and draw both in one picture",
+    )
     args = parse(p, PRESETS, argv)
     if args.demo:
-        args.out = Path("runs") / "demo" if args.out == Path("runs") / args.example / args.method else args.out
+        args.out = (
+            Path("runs") / "demo"
+            if args.out == Path("runs") / args.example / args.method
+            else args.out
+        )
         return demo(args)
     return train(args)
 

@@ -1,10 +1,13 @@
-"""Train the transformer of char_gpt.py sharded with FSDP2 (Lightning's ModelParallelStrategy), on GPUs or on CPU ranks.
+"""Train the transformer of char_gpt.py sharded with FSDP2 (Lightning's ModelParallelStrategy), on
+GPUs or on CPU ranks.
 
     python examples/fsdp_transformer.py --devices 2 --accelerator cpu
     python examples/fsdp_transformer.py --devices 8 --preset paper
 
-Each weight is cut by rows over the ranks. The callbacks work on the shards where a head's rows lie on one rank, and
-sum over the ranks where the cut goes through a head; the curves and the weights are those of one device.
+Each weight is cut by rows over the ranks. The callbacks work on the shards where a head's rows lie
+on one rank, and
+sum over the ranks where the cut goes through a head; the curves and the weights are those of one
+device.
 """
 
 from __future__ import annotations
@@ -37,10 +40,18 @@ def main(argv: Sequence[str] | None = None) -> Run:
     L.seed_everything(args.seed, verbose=False)
     data = char_gpt.text_data(args)
     module = ShardedGPT(
-        len(data.characters), args.context, args.width, args.layers, args.heads, args.norm, lr=args.lr, weight_decay=args.weight_decay
+        len(data.characters),
+        args.context,
+        args.width,
+        args.layers,
+        args.heads,
+        args.norm,
+        lr=args.lr,
+        weight_decay=args.weight_decay,
     )
     callbacks = build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps)
-    # Left to itself, Lightning would take the ranks of one machine for tensor parallelism, and shard nothing here.
+    # Left to itself, Lightning would take the ranks of one machine for tensor parallelism, and
+    # shard nothing here.
     strategy = ModelParallelStrategy(data_parallel_size=args.devices, tensor_parallel_size=1)
     return fit(module, data, args, callbacks, strategy=strategy)
 

@@ -1,4 +1,5 @@
-"""What the examples share around their models: flags, callbacks behind ``--method``, Trainer, and what they leave and print."""
+"""What the examples share around their models: flags, callbacks behind ``--method``, Trainer, and
+what they leave and print."""
 
 from __future__ import annotations
 
@@ -26,17 +27,24 @@ METHODS = {
     "projection": "RadialProjection (SGDP, AdamP) with its decoupled decay",
 }
 PRESETS = ("tiny", "default", "paper")
-# For `--optimizer adamw` of the image examples, whatever the preset: SGD's learning rate is far too large for it, and a decay
-# that acts has to be of the order of 1 / (lr * steps). alpha = weight_decay / length, which settles near 1.
+# For `--optimizer adamw` of the image examples, whatever the preset: SGD's learning rate is far too
+# large for it, and a decay
+# that acts has to be of the order of 1 / (lr * steps). alpha = weight_decay / length, which settles
+# near 1.
 ADAMW = {"lr": 1e-3, "weight_decay": 1.0, "alpha": 1.0}
-EXTRAS = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "wandb": "wandb", "jsonargparse": "jsonargparse"}
+EXTRAS = {
+    "sklearn": "scikit-learn",
+    "matplotlib": "matplotlib",
+    "wandb": "wandb",
+    "jsonargparse": "jsonargparse",
+}
 
 
 class ExampleError(ValueError):
     """Something that the person who started the example can put right; told without a traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- flags
+# -------------------------------------------------------------------------------------------- flags
 
 
 def positive_int(text: str) -> int:
@@ -63,7 +71,9 @@ def not_negative(text: str) -> float:
 def fractions(text: str) -> tuple[float, ...]:
     values = tuple(float(part) for part in text.split(",") if part)
     if not all(0 < value < 1 for value in values):
-        raise argparse.ArgumentTypeError(f"must be fractions between 0 and 1 such as 0.3,0.6,0.8, got {text}")
+        raise argparse.ArgumentTypeError(
+            f"must be fractions between 0 and 1 such as 0.3,0.6,0.8, got {text}"
+        )
     return values
 
 
@@ -81,39 +91,85 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
         name: Of the example, as it appears in the output folder and in W&B.
         description: Its first docstring line.
     """
-    p = argparse.ArgumentParser(prog=f"{name}.py", description=description, formatter_class=_Formatter)
+    p = argparse.ArgumentParser(
+        prog=f"{name}.py", description=description, formatter_class=_Formatter
+    )
     p.set_defaults(example=name)
-    p.add_argument("--method", choices=METHODS, default="aws", help="; ".join(f"{key}: {text}" for key, text in METHODS.items()))
-    p.add_argument("--preset", choices=PRESETS, default="default", help="tiny: seconds on two cores; paper: the paper's setting, for a GPU")
+    p.add_argument(
+        "--method",
+        choices=METHODS,
+        default="aws",
+        help="; ".join(f"{key}: {text}" for key, text in METHODS.items()),
+    )
+    p.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="default",
+        help="tiny: seconds on two cores; paper: the paper's setting, for a GPU",
+    )
     training = p.add_argument_group("training")
     training.add_argument("--epochs", type=positive_int, help="passes through the training set")
-    training.add_argument("--max-steps", type=int, default=-1, help="stop after so many optimizer steps; -1: no limit")
-    training.add_argument("--batch-size", type=positive_int, help="examples per optimizer step and device")
+    training.add_argument(
+        "--max-steps", type=int, default=-1, help="stop after so many optimizer steps; -1: no limit"
+    )
+    training.add_argument(
+        "--batch-size", type=positive_int, help="examples per optimizer step and device"
+    )
     training.add_argument("--lr", type=positive, help="learning rate")
-    training.add_argument("--weight-decay", type=not_negative, help="of the optimizer; with --method none it is 0")
+    training.add_argument(
+        "--weight-decay", type=not_negative, help="of the optimizer; with --method none it is 0"
+    )
     training.add_argument("--alpha", type=positive, help="of AdaptiveWeightShrink")
-    training.add_argument("--every-n-steps", type=positive_int, help="of WeightRescaling: optimizer steps from one rescaling to the next")
-    training.add_argument("--seed", type=int, default=0, help="of initialization, order and augmentation")
+    training.add_argument(
+        "--every-n-steps",
+        type=positive_int,
+        help="of WeightRescaling: optimizer steps from one rescaling to the next",
+    )
+    training.add_argument(
+        "--seed", type=int, default=0, help="of initialization, order and augmentation"
+    )
     place = p.add_argument_group("output and machine")
     place.add_argument(
-        "--out", type=Path, default=argparse.SUPPRESS, help="folder for history, pictures and logs (default: runs/EXAMPLE/METHOD)"
+        "--out",
+        type=Path,
+        default=argparse.SUPPRESS,
+        help="folder for history, pictures and logs (default: runs/EXAMPLE/METHOD)",
     )
-    place.add_argument("--logger", choices=("wandb", "csv", "none"), default="wandb", help="W&B is offline unless you are logged in")
     place.add_argument(
-        "--no-wandb", dest="logger", action="store_const", const="csv", default=argparse.SUPPRESS, help="same as --logger csv"
+        "--logger",
+        choices=("wandb", "csv", "none"),
+        default="wandb",
+        help="W&B is offline unless you are logged in",
     )
-    place.add_argument("--log-every", type=positive_int, help="steps from one measurement to the next")
+    place.add_argument(
+        "--no-wandb",
+        dest="logger",
+        action="store_const",
+        const="csv",
+        default=argparse.SUPPRESS,
+        help="same as --logger csv",
+    )
+    place.add_argument(
+        "--log-every", type=positive_int, help="steps from one measurement to the next"
+    )
     place.add_argument("--accelerator", default="auto", help="cpu, gpu, ...")
     place.add_argument("--devices", type=positive_int, default=1, help="how many")
-    place.add_argument("--strategy", default="auto", help="for example ddp, with --devices 2 --accelerator cpu")
+    place.add_argument(
+        "--strategy", default="auto", help="for example ddp, with --devices 2 --accelerator cpu"
+    )
     place.add_argument("--precision", default="32-true", help="for example bf16-mixed")
     return p
 
 
-def parse(p: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the flags; what is not given comes from the preset, and what the preset leaves open from the preset "default"."""
+def parse(
+    p: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], argv: Sequence[str] | None
+) -> argparse.Namespace:
+    """Read the flags; what is not given comes from the preset, and what the preset leaves open from
+    the preset "default"."""
     p.set_defaults(**presets["default"])
-    first = argparse.ArgumentParser(add_help=False)  # only looks, before any help is shown; what is wrong is told by `p`
+    first = argparse.ArgumentParser(
+        add_help=False
+    )  # only looks, before any help is shown; what is wrong is told by `p`
     first.add_argument("--preset", default="default")
     first.add_argument("--optimizer")
     asked = first.parse_known_args(argv)[0]
@@ -128,7 +184,7 @@ def parse(p: argparse.ArgumentParser, presets: Mapping[str, Mapping[str, Any]], 
     return args
 
 
-# ------------------------------------------------------------------------------------------------------------------------ callbacks
+# ---------------------------------------------------------------------------------------- callbacks
 
 
 def build_callbacks(
@@ -146,11 +202,17 @@ def build_callbacks(
         method: A key of :data:`METHODS`.
         alpha: Of AdaptiveWeightShrink.
         every_n_steps: Of WeightRescaling, in optimizer steps.
-        log_every: Logging steps between two rows of the monitor; None: the Trainer's ``log_every_n_steps``.
+        log_every: Logging steps between two rows of the monitor; None: the Trainer's
+            ``log_every_n_steps``.
         params: Which weights the method acts on; the monitor always watches all.
         per_vector: Whether the monitor also keeps single filters.
     """
-    from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, RadialProjection, WeightRescaling
+    from lightning_normdyn import (
+        AdaptiveWeightShrink,
+        NormDynamicsMonitor,
+        RadialProjection,
+        WeightRescaling,
+    )
 
     if method == "aws":
         acting: list[L.Callback] = [AdaptiveWeightShrink(alpha, params=params)]
@@ -165,33 +227,52 @@ def build_callbacks(
     return [*acting, NormDynamicsMonitor(log_every, per_vector=per_vector)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def add_image_flags(p: argparse.ArgumentParser) -> None:
-    """Add the flags of the examples that classify images: those of the data, and of :class:`ImageClassifier`."""
+    """Add the flags of the examples that classify images: those of the data, and of
+    :class:`ImageClassifier`."""
     p.add_argument("--width", type=positive_int, help="channels of the first stage")
     p.add_argument(
         "--optimizer",
         choices=("sgd", "adamw"),
         default="sgd",
-        help="adamw means " + " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in ADAMW.items()) + " unless given",
+        help="adamw means "
+        + " ".join(f"--{key.replace('_', '-')} {value:g}" for key, value in ADAMW.items())
+        + " unless given",
     )
-    p.add_argument("--drops", type=fractions, metavar="0.6,0.85", help="divide the learning rate by 10 at these fractions of the training")
-    p.add_argument("--cifar", type=Path, help="CIFAR-10: cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits are used")
-    p.add_argument("--resolution", type=int, choices=(8, 16, 32), help="edge of the images in pixels")
-    p.add_argument("--train-images", type=positive_int, help="use only the first so many training images")
+    p.add_argument(
+        "--drops",
+        type=fractions,
+        metavar="0.6,0.85",
+        help="divide the learning rate by 10 at these fractions of the training",
+    )
+    p.add_argument(
+        "--cifar",
+        type=Path,
+        help="CIFAR-10: cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits are used",
+    )
+    p.add_argument(
+        "--resolution", type=int, choices=(8, 16, 32), help="edge of the images in pixels"
+    )
+    p.add_argument(
+        "--train-images", type=positive_int, help="use only the first so many training images"
+    )
 
 
 def image_data(args: argparse.Namespace) -> TensorDataModule:
     """Give CIFAR-10 if the person has it, else digits, and say so."""
     if args.cifar is not None:
         return Cifar10(args.cifar, args.batch_size, args.resolution, args.train_images)
-    say("No --cifar PATH was given: this run uses scikit-learn's digits, enlarged, instead of CIFAR-10.")
+    say(
+        "No --cifar PATH was given: this run uses scikit-learn's digits, enlarged, instead of "
+        "CIFAR-10."
+    )
     return Digits(args.batch_size, args.resolution, args.train_images)
 
 
-# ------------------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 class Run(NamedTuple):
@@ -222,7 +303,8 @@ def build_logger(args: argparse.Namespace) -> Logger | bool:
             return WandbLogger(
                 project="lightning-normdyn",
                 name=f"{args.example}-{args.method}",
-                save_dir=args.out.absolute(),  # W&B writes from a process of its own, which keeps the folder it was started in
+                # W&B writes from a process of its own, which keeps the folder it was started in
+                save_dir=args.out.absolute(),
                 mode="online" if online else "offline",
                 settings=settings,
             )
@@ -243,10 +325,15 @@ def _wandb_credentials() -> bool:
         return bool(wandb.api.api_key)
 
 
-def build_trainer(args: argparse.Namespace, callbacks: Sequence[L.Callback], **extra: Any) -> L.Trainer:
-    # Data held in memory need no worker processes, and a short run has few batches: both hints are beside the point here.
+def build_trainer(
+    args: argparse.Namespace, callbacks: Sequence[L.Callback], **extra: Any
+) -> L.Trainer:
+    # Data held in memory need no worker processes, and a short run has few batches: both hints are
+    # beside the point here.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*The number of training batches.*is smaller than the logging interval.*")
+    warnings.filterwarnings(
+        "ignore", message=".*The number of training batches.*is smaller than the logging interval.*"
+    )
     settings: dict[str, Any] = {
         "max_epochs": args.epochs,
         "max_steps": args.max_steps,
@@ -270,7 +357,13 @@ def build_trainer(args: argparse.Namespace, callbacks: Sequence[L.Callback], **e
         raise ExampleError(f"the Trainer does not take these flags: {error}") from error
 
 
-def fit(module: L.LightningModule, data: TensorDataModule, args: argparse.Namespace, callbacks: Sequence[L.Callback], **extra: Any) -> Run:
+def fit(
+    module: L.LightningModule,
+    data: TensorDataModule,
+    args: argparse.Namespace,
+    callbacks: Sequence[L.Callback],
+    **extra: Any,
+) -> Run:
     """Train, then leave history and pictures in ``args.out`` and print where everything lies.
 
     Args:
@@ -284,13 +377,17 @@ def fit(module: L.LightningModule, data: TensorDataModule, args: argparse.Namesp
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ExampleError(f"--out {args.out} cannot be made a folder: {error.strerror}.") from error
+        raise ExampleError(
+            f"--out {args.out} cannot be made a folder: {error.strerror}."
+        ) from error
     data.setup()  # unreadable data are told before a Trainer or a W&B run exists
     trainer = build_trainer(args, callbacks, **extra)
     stopped: SystemExit | None = None
     try:
         trainer.fit(module, data)
-    except SystemExit as stop:  # how Lightning ends after Ctrl-C; what was measured until then is worth keeping
+    except (
+        SystemExit
+    ) as stop:  # how Lightning ends after Ctrl-C; what was measured until then is worth keeping
         if not trainer.interrupted:
             raise
         if not len(callbacks[-1].history):  # type: ignore[attr-defined]  # NormDynamicsMonitor
@@ -320,7 +417,8 @@ def train_on_images(args: argparse.Namespace, build: Callable[..., L.LightningMo
 
     Args:
         args: The flags.
-        build: Makes the module from ``width``, ``channels``, ``classes`` and the arguments of :class:`ImageClassifier`.
+        build: Makes the module from ``width``, ``channels``, ``classes`` and the arguments of
+            :class:`ImageClassifier`.
     """
     L.seed_everything(args.seed, verbose=False)
     data = image_data(args)
@@ -333,11 +431,17 @@ def train_on_images(args: argparse.Namespace, build: Callable[..., L.LightningMo
         weight_decay=args.weight_decay,
         drops=args.drops,
     )
-    return fit(module, data, args, build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps))
+    return fit(
+        module,
+        data,
+        args,
+        build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps),
+    )
 
 
 def _finish_wandb(trainer: L.Trainer) -> Path | None:
-    """Close the W&B run, so that a second fit in this process gets one of its own; return its folder."""
+    """Close the W&B run, so that a second fit in this process gets one of its own; return its
+    folder."""
     if not isinstance(trainer.logger, WandbLogger) or not trainer.is_global_zero:
         return None
     import wandb
@@ -353,7 +457,9 @@ def _finish_wandb(trainer: L.Trainer) -> Path | None:
 
 def _results(trainer: L.Trainer) -> str:
     shown = {
-        key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith(("train_", "val_")) and "_step" not in key
+        key: float(value)
+        for key, value in trainer.callback_metrics.items()
+        if key.startswith(("train_", "val_")) and "_step" not in key
     }
     return "results   " + ", ".join(f"{key} {value:.4g}" for key, value in sorted(shown.items()))
 
@@ -368,7 +474,10 @@ def save_pictures(history: Any, out: Path) -> list[Path]:
     from lightning_normdyn import plots
 
     made = []
-    for name, draw in (("effective_lr", plots.plot_effective_lr), ("angular_update", plots.plot_angular_update)):
+    for name, draw in (
+        ("effective_lr", plots.plot_effective_lr),
+        ("angular_update", plots.plot_angular_update),
+    ):
         figure, _ = draw(history)
         made.append(out / f"{name}.png")
         figure.savefig(made[-1], dpi=120, bbox_inches="tight")
@@ -386,6 +495,9 @@ def run_as_script(main: Callable[[], object]) -> None:
         package = EXTRAS.get((error.name or "").partition(".")[0])
         if package is None:
             raise
-        sys.exit(f"error: {package} is not installed, and this needs it: pip install {package}, or 'lightning-normdyn[examples]' for all.")
+        sys.exit(
+            f"error: {package} is not installed, and this needs it: pip install {package}, or "
+            f"'lightning-normdyn[examples]' for all."
+        )
     except KeyboardInterrupt:  # before or after training; Lightning itself answers while it trains
         sys.exit("interrupted")

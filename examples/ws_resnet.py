@@ -1,10 +1,13 @@
-"""Train a ResNet with weight standardization, as in the AWS paper: its effective learning rate is lr over the deviation.
+"""Train a ResNet with weight standardization, as in the AWS paper: its effective learning rate is
+lr over the deviation.
 
     python examples/ws_resnet.py --norm bn --method aws
     python examples/ws_resnet.py --cifar cifar-10-python.tar.gz --norm gn --method decay
 
-Each convolution works with its filters minus their mean, divided by their standard deviation. AdaptiveWeightShrink
-then goes by that deviation (``statistic="auto"`` finds it), and so do the curves ``weight_std`` and ``effective_lr``.
+Each convolution works with its filters minus their mean, divided by their standard deviation.
+AdaptiveWeightShrink
+then goes by that deviation (``statistic="auto"`` finds it), and so do the curves ``weight_std`` and
+``effective_lr``.
 """
 
 from __future__ import annotations
@@ -19,9 +22,17 @@ from torch.nn import functional as F
 
 from lightning_normdyn.parametrizations import weight_standardization
 
-# alpha and decay of the preset "paper" are the AWS paper's (its text and tables 1 to 3), of "default" ones that act within 1000 steps.
+# alpha and decay of the preset "paper" are the AWS paper's (its text and tables 1 to 3), of
+# "default" ones that act within 1000 steps.
 PRESETS: dict[str, dict] = {
-    "tiny": {"width": 8, "resolution": 8, "epochs": 1, "max_steps": 4, "batch_size": 32, "log_every": 1},
+    "tiny": {
+        "width": 8,
+        "resolution": 8,
+        "epochs": 1,
+        "max_steps": 4,
+        "batch_size": 32,
+        "log_every": 1,
+    },
     "default": {
         "width": 8,
         "resolution": 16,
@@ -55,7 +66,8 @@ def normalization(kind: str, channels: int) -> nn.Module:
 
 
 def standardized(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
-    """Give a convolution whose filters are standardized before use; the trained parameter is the raw filter."""
+    """Give a convolution whose filters are standardized before use; the trained parameter is the
+    raw filter."""
     conv = nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
     weight_standardization(conv)
     return conv
@@ -72,7 +84,9 @@ class StandardizedBlock(nn.Module):
         self.norm2 = normalization(norm, outputs)
         self.shortcut = nn.Sequential()
         if stride != 1 or inputs != outputs:
-            self.shortcut.extend([standardized(inputs, outputs, 1, stride), normalization(norm, outputs)])
+            self.shortcut.extend(
+                [standardized(inputs, outputs, 1, stride), normalization(norm, outputs)]
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -90,7 +104,9 @@ class StandardizedResNet(ImageClassifier):
         training: Arguments of :class:`ImageClassifier`.
     """
 
-    def __init__(self, norm: str = "bn", width: int = 64, channels: int = 3, classes: int = 10, **training) -> None:
+    def __init__(
+        self, norm: str = "bn", width: int = 64, channels: int = 3, classes: int = 10, **training
+    ) -> None:
         super().__init__(**training)
         self.save_hyperparameters()
         self.network = nn.Sequential(
@@ -108,11 +124,19 @@ class StandardizedResNet(ImageClassifier):
 
 def main(argv: Sequence[str] | None = None) -> Run:
     p = parser("ws_resnet", __doc__.splitlines()[0])
-    p.add_argument("--norm", choices=("bn", "gn"), default="bn", help="BatchNorm or GroupNorm behind each standardized convolution")
+    p.add_argument(
+        "--norm",
+        choices=("bn", "gn"),
+        default="bn",
+        help="BatchNorm or GroupNorm behind each standardized convolution",
+    )
     add_image_flags(p)
     args = parse(p, PRESETS, argv)
     if args.width % GROUPS:
-        p.error(f"argument --width: must be a multiple of {GROUPS}, the groups of GroupNorm, got {args.width}")
+        p.error(
+            f"argument --width: must be a multiple of {GROUPS}, the groups of GroupNorm, got "
+            f"{args.width}"
+        )
     return train_on_images(args, partial(StandardizedResNet, args.norm))
 
 

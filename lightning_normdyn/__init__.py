@@ -64,7 +64,8 @@ _ROOMS = {
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: the formulas and StepBracket serve people without Lightning, whose import takes seconds and brings pyplot along.
+    # Loaded on first use: the formulas and StepBracket serve people without Lightning, whose import
+    # takes seconds and brings pyplot along.
     for room, names in _ROOMS.items():
         if name in names:
             value = globals()[name] = getattr(import_module(f"{__name__}.{room}"), name)

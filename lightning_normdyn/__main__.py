@@ -1,6 +1,7 @@
 """The command line: ``python -m lightning_normdyn demo | inspect | report``.
 
-Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a log.
+Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a
+log.
 Exit codes: 0 done, 1 the work failed, 2 usage.
 """
 
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: what stands behind ``python -m lightning_normdyn``; those of this process if None.
+        arguments: what stands behind ``python -m lightning_normdyn``; those of this process if
+            None.
 
     Returns:
         the exit code: 0 done, 1 the work failed. Wrong usage leaves by ``SystemExit(2)``.
@@ -86,15 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # the reader has seen enough (`... | head`); Python must not complain about it at exit either
+    # the reader has seen enough (`... | head`); Python must not complain about it at exit either
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (Exception, SystemExit) as error:  # the model's code may call sys.exit, which must not end this without a word
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the model's code may call sys.exit, which must not end this without a word
         if options.traceback:
             raise
         known = isinstance(error, (NormDynError, OSError))
-        hint = "" if known else f" ({type(error).__name__}; run again with --traceback to see where)"
-        said = f"`{error.filename}`: {error.strerror}" if isinstance(error, OSError) and error.filename and error.strerror else error
+        hint = (
+            "" if known else f" ({type(error).__name__}; run again with --traceback to see where)"
+        )
+        said = (
+            f"`{error.filename}`: {error.strerror}"
+            if isinstance(error, OSError) and error.filename and error.strerror
+            else error
+        )
         print(f"error: {said}{hint}", file=sys.stderr)
         return 1
     return 0
@@ -114,17 +126,38 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="{demo,inspect,report}")
 
     demo = commands.add_parser(
-        "demo", help="train a small network twice and look at it", description=_DEMO, formatter_class=layout, parents=[shared]
+        "demo",
+        help="train a small network twice and look at it",
+        description=_DEMO,
+        formatter_class=layout,
+        parents=[shared],
     )
-    demo.add_argument("--out", type=Path, default=Path("runs") / "demo", help="folder to write to (default: runs/demo)")
-    demo.add_argument("--preset", choices=("tiny", "default"), default="default", help="tiny: a few seconds, too short to see much")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs") / "demo",
+        help="folder to write to (default: runs/demo)",
+    )
+    demo.add_argument(
+        "--preset",
+        choices=("tiny", "default"),
+        default="default",
+        help="tiny: a few seconds, too short to see much",
+    )
     demo.set_defaults(command=_demo)
 
     inspect = commands.add_parser(
-        "inspect", help="which weights are scale-invariant", description=_INSPECT, formatter_class=layout, parents=[shared]
+        "inspect",
+        help="which weights are scale-invariant",
+        description=_INSPECT,
+        formatter_class=layout,
+        parents=[shared],
     )
     inspect.add_argument(
-        "model", metavar="MODULE:CLASS", type=_model_name, help="importable module, or file.py, and the class of the model in it"
+        "model",
+        metavar="MODULE:CLASS",
+        type=_model_name,
+        help="importable module, or file.py, and the class of the model in it",
     )
     inspect.add_argument(
         "--input-shape",
@@ -133,23 +166,54 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="of one example, without the batch; once per input of the model",
     )
-    inspect.add_argument("--batch-size", metavar="N", type=_positive, default=8, help="examples in the batch (default: 8)")
     inspect.add_argument(
-        "--integers", metavar="HIGH", type=_positive, help="inputs are whole numbers below HIGH (token ids), not normal numbers"
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        default=8,
+        help="examples in the batch (default: 8)",
     )
     inspect.add_argument(
-        "--set", metavar="KEY=VALUE", type=_setting, action="append", default=[], help="argument of the class; once per argument"
+        "--integers",
+        metavar="HIGH",
+        type=_positive,
+        help="inputs are whole numbers below HIGH (token ids), not normal numbers",
+    )
+    inspect.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        type=_setting,
+        action="append",
+        default=[],
+        help="argument of the class; once per argument",
     )
     inspect.set_defaults(command=_inspect)
 
-    report = commands.add_parser("report", help="one HTML file about runs", description=_REPORT, formatter_class=layout, parents=[shared])
-    report.add_argument("runs", metavar="RUN", nargs="+", help="history file, CSV log or offline W&B run; LABEL=RUN names it")
-    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), help="file to write (default: report.html)")
+    report = commands.add_parser(
+        "report",
+        help="one HTML file about runs",
+        description=_REPORT,
+        formatter_class=layout,
+        parents=[shared],
+    )
+    report.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="history file, CSV log or offline W&B run; LABEL=RUN names it",
+    )
+    report.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("report.html"),
+        help="file to write (default: report.html)",
+    )
     report.set_defaults(command=_report)
     return parser
 
 
-# ------------------------------------------------------------------------------------------------------------------ demo
+# --------------------------------------------------------------------------------------------- demo
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -158,25 +222,44 @@ def _demo(options: argparse.Namespace) -> None:
     example = next((place for place in places if place.is_file()), None)
     if example is None:
         raise NormDynError(
-            f"the demonstration is examples/digits_resnet.py of the source tree, and there is none beside {package}. "
-            "Get it with `pip download --no-deps --no-binary lightning-normdyn lightning-normdyn` and unpack it."
+            f"the demonstration is examples/digits_resnet.py of the source tree, and there is none "
+            f"beside {package}. "
+            "Get it with `pip download --no-deps --no-binary lightning-normdyn lightning-normdyn` "
+            "and unpack it."
         )
-    command = [sys.executable, str(example), "--demo", "--preset", options.preset, "--out", str(options.out), "--logger", "csv"]
+    command = [
+        sys.executable,
+        str(example),
+        "--demo",
+        "--preset",
+        options.preset,
+        "--out",
+        str(options.out),
+        "--logger",
+        "csv",
+    ]
     watched = sys.stderr.isatty()
-    done = subprocess.run(command, capture_output=not watched, text=True, errors="replace", check=False)
+    done = subprocess.run(
+        command, capture_output=not watched, text=True, errors="replace", check=False
+    )
     if done.returncode:
         said = (done.stderr or "").strip().splitlines()
-        raise NormDynError(f"the demonstration failed{': ' + said[-1].removeprefix('error: ') if said else ''}.")
+        raise NormDynError(
+            f"the demonstration failed{': ' + said[-1].removeprefix('error: ') if said else ''}."
+        )
 
     from lightning_normdyn.report import load_run, write_report
 
-    runs = {label: load_run(options.out / folder) for label, folder in (("weight decay", "decay"), ("AdaptiveWeightShrink", "aws"))}
+    runs = {
+        label: load_run(options.out / folder)
+        for label, folder in (("weight decay", "decay"), ("AdaptiveWeightShrink", "aws"))
+    }
     report = write_report(runs, options.out / "report.html", _say)
     for path in (*sorted(options.out.glob("*.png")), report):
         print(path)
 
 
-# ------------------------------------------------------------------------------------------------------------------ inspect
+# ------------------------------------------------------------------------------------------ inspect
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -192,10 +275,13 @@ def _inspect(options: argparse.Namespace) -> None:
     except (Exception, SystemExit) as error:
         shapes = ", ".join(str(tuple(each.shape)) for each in inputs if hasattr(each, "shape"))
         raise NormDynError(
-            f"`{options.model}` does not run on inputs of shape {shapes}: {_first_line(error)}. Check --input-shape."
+            f"`{options.model}` does not run on inputs of shape {shapes}: {_first_line(error)}. "
+            f"Check --input-shape."
         ) from error
     # A person gets what fits the terminal, a pipe one line per weight.
-    print(targets_table(verdicts, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
+    print(
+        targets_table(verdicts, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
+    )
 
 
 def _build(name: str, settings: dict[str, Any]) -> nn.Module:
@@ -206,16 +292,25 @@ def _build(name: str, settings: dict[str, Any]) -> nn.Module:
     with _importing_from_here():
         try:
             imported = _import(source)
-        except (Exception, SystemExit) as error:  # a script that is no module may end itself, or parse its command line and end
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # a script that is no module may end itself, or parse its command line and end
             raise NormDynError(f"`{source}` cannot be imported: {_first_line(error)}.") from error
         if not hasattr(imported, attribute):
             raise NormDynError(f"`{source}` has no `{attribute}`.")
         try:
             module = getattr(imported, attribute)(**settings)
         except (Exception, SystemExit) as error:
-            raise NormDynError(f"`{attribute}` cannot be built: {_first_line(error)}. Give its arguments with --set KEY=VALUE.") from error
+            raise NormDynError(
+                f"`{attribute}` cannot be built: {_first_line(error)}. Give its arguments with "
+                f"--set KEY=VALUE."
+            ) from error
     if not isinstance(module, nn.Module):
-        raise NormDynError(f"`{name}` gives {type(module).__name__}, and a torch.nn.Module or LightningModule is needed.")
+        raise NormDynError(
+            f"`{name}` gives {type(module).__name__}, and a torch.nn.Module or LightningModule is "
+            f"needed."
+        )
     return module
 
 
@@ -248,13 +343,19 @@ def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
     import torch
 
     if options.input_shape:
-        return tuple(_random_input((options.batch_size, *shape), options.integers) for shape in options.input_shape)
+        return tuple(
+            _random_input((options.batch_size, *shape), options.integers)
+            for shape in options.input_shape
+        )
     example = getattr(module, "example_input_array", None)
     if isinstance(example, torch.Tensor):
         return (example,)
     if isinstance(example, tuple):
         return example
-    raise NormDynError(f"`{options.model}` has no `example_input_array` of tensors; give --input-shape, e.g. --input-shape 3,32,32.")
+    raise NormDynError(
+        f"`{options.model}` has no `example_input_array` of tensors; give --input-shape, e.g. "
+        f"--input-shape 3,32,32."
+    )
 
 
 def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
@@ -268,7 +369,7 @@ def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------ report
+# ------------------------------------------------------------------------------------------- report
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -277,7 +378,10 @@ def _report(options: argparse.Namespace) -> None:
     named = [_named_run(text) for text in options.runs]
     output = os.path.realpath(options.output)
     if options.output.is_dir():
-        raise NormDynError(f"`{options.output}` is a folder; name the file to write with -o, e.g. -o {options.output / 'report.html'}.")
+        raise NormDynError(
+            f"`{options.output}` is a folder; name the file to write with -o, e.g. -o "
+            f"{options.output / 'report.html'}."
+        )
     if any(output == os.path.realpath(path) for _, path in named):
         raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
     runs: dict[str, History] = {}
@@ -288,7 +392,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _named_run(text: str) -> tuple[str | None, str | Path]:
-    """Label and place of a run; a URL stays text, because `Path` would make ``s3:/`` of ``s3://``."""
+    """Label and place of a run; a URL stays text, because `Path` would make ``s3:/`` of
+    ``s3://``."""
     label, equals, path = text.partition("=")
     if not equals or not label or is_remote(text) or Path(text).exists():
         label, path = "", text
@@ -299,8 +404,14 @@ def _distinct(named: Sequence[tuple[str | None, str | Path]]) -> Iterator[tuple[
     """Labels for runs: as given, else as much of the end of the path as tells them apart."""
     # Path.resolve() stumbles over a link to itself.
     places = [Path(path if is_remote(path) else os.path.realpath(path)) for _, path in named]
-    parts = [each.with_suffix("").parts if each.suffix in (".npz", ".csv", ".wandb") else each.parts for each in places]
-    parts = [each[:-1] if len(each) > 2 and each[-1] in ("history", "metrics") else each for each in parts]
+    parts = [
+        each.with_suffix("").parts if each.suffix in (".npz", ".csv", ".wandb") else each.parts
+        for each in places
+    ]
+    parts = [
+        each[:-1] if len(each) > 2 and each[-1] in ("history", "metrics") else each
+        for each in parts
+    ]
     used: dict[str, int] = {}
     for (label, path), mine in zip(named, parts, strict=True):
         length = 1
@@ -311,7 +422,7 @@ def _distinct(named: Sequence[tuple[str | None, str | Path]]) -> Iterator[tuple[
         yield (label if used[label] == 1 else f"{label} ({used[label]})"), path
 
 
-# ------------------------------------------------------------------------------------------------------------------ words
+# -------------------------------------------------------------------------------------------- words
 
 
 def _say(text: str) -> None:

@@ -1,11 +1,15 @@
 r"""Who decays a weight, and by how much: the one place.
 
-A weight has the decay of its optimizer, unless a callback claims it. What is told here is the *decoupled equivalent* :math:`\lambda`: in
-one step the weight is multiplied by :math:`1 - \eta\lambda`, whatever form the decay was written in.
+A weight has the decay of its optimizer, unless a callback claims it. What is told here is the
+*decoupled equivalent* :math:`\lambda`: in
+one step the weight is multiplied by :math:`1 - \eta\lambda`, whatever form the decay was written
+in.
 
 - Decoupled decay (AdamW) is that already.
-- Coupled decay is added to the gradient, so momentum repeats it: under SGD with momentum :math:`\beta` and dampening :math:`d` it acts like
-  :math:`\lambda (1-d)/(1-\beta)`, ten times what is written at :math:`\beta = 0.9`. Exact in the mean, once the buffer is filled.
+- Coupled decay is added to the gradient, so momentum repeats it: under SGD with momentum
+  :math:`\beta` and dampening :math:`d` it acts like
+  :math:`\lambda (1-d)/(1-\beta)`, ten times what is written at :math:`\beta = 0.9`. Exact in the
+  mean, once the buffer is filled.
 - Coupled decay under Adam is divided by the size of the gradient: no number says what it comes to.
 
 The act (RadialProjection), the record and the replay of it, predictions and tables all ask here.
@@ -43,7 +47,8 @@ AnOptimizer: TypeAlias = Optimizer | type[Optimizer]
 
 
 class DecayOwner(IntEnum):
-    """Who applies the weight decay of a target; the highest claim wins, the optimizer itself is the default."""
+    """Who applies the weight decay of a target; the highest claim wins, the optimizer itself is the
+    default."""
 
     RESCALING = 1
     PROJECTION = 2
@@ -56,8 +61,10 @@ class DecayRule:
 
     Args:
         owner: as whom it claims the decay.
-        claims: whether it takes the decay over at present. If not, what it does itself comes on top.
-        rate: λ that it applies, decoupled, in 1/(step·lr); ``"replace"``: the decoupled equivalent of the optimizer's own.
+        claims: whether it takes the decay over at present. If not, what it does itself comes on
+            top.
+        rate: λ that it applies, decoupled, in 1/(step·lr); ``"replace"``: the decoupled equivalent
+            of the optimizer's own.
         ratio: factor on ``rate``.
         alpha: λ per unit of the weight's size, for a decay that grows with the size (AWS).
         statistic: what that size is.
@@ -71,7 +78,8 @@ class DecayRule:
     statistic: Literal["norm", "std"] = "norm"
 
     def applied(self, optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
-        """λ that it applies to weights of ``group`` where it owns their decay, ``alpha`` aside; None where nobody can tell.
+        """λ that it applies to weights of ``group`` where it owns their decay, ``alpha`` aside;
+        None where nobody can tell.
 
         Example:
             >>> from torch.optim import SGD
@@ -81,13 +89,18 @@ class DecayRule:
             0.005
         """
         # SGDP's convention is λ/(1-β), also with dampening.
-        rate = optimizer_decay(optimizer, {**group, "dampening": 0}) if self.rate == "replace" else self.rate
+        rate = (
+            optimizer_decay(optimizer, {**group, "dampening": 0})
+            if self.rate == "replace"
+            else self.rate
+        )
         return None if rate is None else rate * self.ratio
 
 
 @dataclass(frozen=True)
 class Decay:
-    """The decay of one weight in one step: its length is multiplied by (1 - lr · ``rate``)(1 - lr · ``alpha`` · size).
+    """The decay of one weight in one step: its length is multiplied by (1 - lr · ``rate``)(1 - lr ·
+    ``alpha`` · size).
 
     Args:
         owner: who applies ``rate``; None: the optimizer.
@@ -104,7 +117,9 @@ class Decay:
     @property
     def doubled(self) -> bool:
         """Whether two decays act at once, or may do."""
-        return self.alpha > 0 and (self.rate is None or isinstance(self.rate, Tensor) or self.rate != 0)
+        return self.alpha > 0 and (
+            self.rate is None or isinstance(self.rate, Tensor) or self.rate != 0
+        )
 
 
 def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
@@ -118,19 +133,23 @@ def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
     decay = group_number(group, "weight_decay")
     if getattr(optimizer, "decoupled_wd", False):
         first_lr = as_number(getattr(optimizer, "_init_lr", None))
-        return decay if first_lr is None else decay / first_lr  # an option of lion_pytorch: lr x decay is meant, at the first lr
+        return (
+            decay if first_lr is None else decay / first_lr
+        )  # an option of lion_pytorch: lr x decay is meant, at the first lr
     return decay
 
 
 def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
-    """The decoupled equivalent λ of what ``optimizer`` itself does to the weights of a param group, in 1/(step·lr).
+    """The decoupled equivalent λ of what ``optimizer`` itself does to the weights of a param group,
+    in 1/(step·lr).
 
     Args:
         optimizer: the optimizer, or its class.
         group: the param group at this step.
 
     Returns:
-        0 without decay; ``None`` where no number says what it comes to (Adam with coupled decay) or the optimizer is not understood.
+        0 without decay; ``None`` where no number says what it comes to (Adam with coupled decay) or
+        the optimizer is not understood.
 
     Example:
         >>> from torch.optim import SGD, Adam
@@ -163,7 +182,12 @@ def highest_claim(rules: Iterable[DecayRule]) -> DecayOwner | None:
     return max((rule.owner for rule in rules if rule.claims), default=None)
 
 
-def decay_of(optimizer: AnOptimizer, group: Mapping[str, Any], rules: Sequence[DecayRule], owner: DecayOwner | None) -> Decay:
+def decay_of(
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    rules: Sequence[DecayRule],
+    owner: DecayOwner | None,
+) -> Decay:
     """The decay of a weight in ``group`` of ``optimizer``, on which callbacks follow ``rules``.
 
     Args:
@@ -184,8 +208,11 @@ def decay_of(optimizer: AnOptimizer, group: Mapping[str, Any], rules: Sequence[D
         rate = optimizer_decay(optimizer, group)
     else:
         named = [rule for rule in rules if rule.owner == owner and rule.claims]
-        rate = named[0].applied(optimizer, group) if len(named) == 1 else None  # somebody who claims it and says nothing
-    # Who claims a decay and is outbid applies nothing; who leaves the decay where it is acts besides.
+        rate = (
+            named[0].applied(optimizer, group) if len(named) == 1 else None
+        )  # somebody who claims it and says nothing
+    # Who claims a decay and is outbid applies nothing; who leaves the decay where it is acts
+    # besides.
     shrinks = [rule for rule in rules if rule.alpha and (rule.owner == owner or not rule.claims)]
     if not shrinks:
         return Decay(owner, rate)
@@ -195,7 +222,8 @@ def decay_of(optimizer: AnOptimizer, group: Mapping[str, Any], rules: Sequence[D
 
 
 def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
-    """What is no longer applied when the decay of a weight is taken over, for tables: as it is written, and what it acted like.
+    """What is no longer applied when the decay of a weight is taken over, for tables: as it is
+    written, and what it acted like.
 
     Returns:
         ``""`` without decay.
@@ -214,7 +242,9 @@ def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
     acted = optimizer_decay(optimizer, group)
     if acted is None:
         law = law_of(optimizer, group) if isinstance(optimizer, Optimizer) else None
-        return f"replaces {written:g}" + (" inside the gradient" if law is not None and law[0] == "coupled" else "")
+        return f"replaces {written:g}" + (
+            " inside the gradient" if law is not None and law[0] == "coupled" else ""
+        )
     if abs(float(acted) / written - 1) < 1e-6:
         return f"replaces {written:g}"
     return f"replaces {written:g}, acting like {float(acted):.3g}"

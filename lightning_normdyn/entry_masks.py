@@ -1,11 +1,16 @@
-"""Which entries of a weight the loss reads: a mask that the network puts on a weight hides the others.
+"""Which entries of a weight the loss reads: a mask that the network puts on a weight hides the
+others.
 
-A masked autoencoder, a masked convolution and torch's pruning all compute with ``weight * mask``. The hidden entries still exist, they are
-initialized and they decay, but the loss never sees them. So they must not count as length: the norm, the angle of a step and the cosine
+A masked autoencoder, a masked convolution and torch's pruning all compute with ``weight * mask``.
+The hidden entries still exist, they are
+initialized and they decay, but the loss never sees them. So they must not count as length: the
+norm, the angle of a step and the cosine
 with the gradient are those of the entries that are read.
 
-Recognized where the mask is put on the weight itself (also behind copies, casts, views and permutations of it): a product with a constant,
-``where``, ``masked_fill``, ``tril`` and ``triu``. Any other operation reads all entries that reach it.
+Recognized where the mask is put on the weight itself (also behind copies, casts, views and
+permutations of it): a product with a constant,
+``where``, ``masked_fill``, ``tril`` and ``triu``. Any other operation reads all entries that reach
+it.
 """
 
 from __future__ import annotations
@@ -18,7 +23,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_normdyn.graph_rules import RULES, Edge, Graph, Operation, Rows, Shape, Step, unchanged
+from lightning_normdyn.graph_rules import (
+    RULES,
+    Edge,
+    Graph,
+    Operation,
+    Rows,
+    Shape,
+    Step,
+    unchanged,
+)
 
 NO_ENTRY = -1
 """Stands in a map of entries where a constant has replaced the weight's entry."""
@@ -30,7 +44,8 @@ class EntryMask:
 
     Args:
         read: bool, of the weight's shape, on the CPU: whether the loss reads an entry.
-        sources: memory addresses of the tensors that hide entries, to find out whose buffers they are; 0 for ``tril`` and ``triu``,
+        sources: memory addresses of the tensors that hide entries, to find out whose buffers they
+            are; 0 for ``tril`` and ``triu``,
             which need no tensor.
     """
 
@@ -53,7 +68,8 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
         graph: from `lightning_normdyn.graph_rules.trace`.
 
     Returns:
-        For each such weight, by its name, what is read of it. A weight whose mask cannot be seen (its tensor would have to be computed
+        For each such weight, by its name, what is read of it. A weight whose mask cannot be seen
+        (its tensor would have to be computed
         again by a checkpoint) is left out: all its entries count.
 
     Example:
@@ -75,12 +91,18 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
             continue
         found = _Reading(graph, readers).of(edge, shape)
         if found is not None and not bool(found.read.any()):
-            continue  # a use that is switched off by a factor of 0 says nothing of which entries another one reads
+            # a use that is switched off by a factor of 0 says nothing of which entries another one
+            # reads
+            continue
         if found is None:
             whole.add(name)
         else:
             masks[name] = masks[name].joined(found) if name in masks else found
-    return {name: mask for name, mask in masks.items() if name not in whole and not bool(mask.read.all())}
+    return {
+        name: mask
+        for name, mask in masks.items()
+        if name not in whole and not bool(mask.read.all())
+    }
 
 
 def _readers(graph: Graph) -> dict[Edge, list[tuple[Step, int]]]:
@@ -101,7 +123,8 @@ class _Reading:
 
     def of(self, edge: Edge, shape: Shape) -> EntryMask | None:
         """What this use reads; None: all entries."""
-        # Nearly all weights meet no mask, and a map of the entries of a large one would take eight bytes for each.
+        # Nearly all weights meet no mask, and a map of the entries of a large one would take eight
+        # bytes for each.
         if not self._meets_a_mask(edge):
             return None
         read = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
@@ -113,7 +136,9 @@ class _Reading:
             for step, slot in self._readers.get(edge, []):
                 operation = Operation(step, Rows(0), self._graph)
                 if _passes_on(step):
-                    stack.append(((step.node, _output_of(step, slot)), _rearranged(operation, entries)))
+                    stack.append(
+                        ((step.node, _output_of(step, slot)), _rearranged(operation, entries))
+                    )
                     continue
                 hidden = _hidden(operation, slot)
                 left = None if hidden is None else _without(entries, hidden[0], step.outputs[0])
@@ -141,7 +166,8 @@ class _Reading:
 
 
 def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
-    """The map of entries after a mask; None where the two do not fit (a rank's part of a mask beside a whole weight)."""
+    """The map of entries after a mask; None where the two do not fit (a rank's part of a mask
+    beside a whole weight)."""
     try:
         return torch.where(hidden.expand(shape), NO_ENTRY, entries.expand(shape))
     except RuntimeError:
@@ -184,16 +210,24 @@ def _passes_on(step: Step) -> bool:
     return step.name in _MOVES or RULES.get(step.name) is unchanged
 
 
-_HIDING = ("WhereBackward0", "MaskedFillBackward0", "MaskedFillBackward1", "TrilBackward0", "TriuBackward0")
+_HIDING = (
+    "WhereBackward0",
+    "MaskedFillBackward0",
+    "MaskedFillBackward1",
+    "TrilBackward0",
+    "TriuBackward0",
+)
 
 
 def _can_hide(step: Step) -> bool:
-    """Whether this operation may put a constant in the place of entries; in most networks no operation does."""
+    """Whether this operation may put a constant in the place of entries; in most networks no
+    operation does."""
     return step.name in _HIDING or (step.name == "MulBackward0" and None in step.sources)
 
 
 def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
-    """Where this operation puts a constant in the place of input ``slot``: a bool tensor, and the address of the mask.
+    """Where this operation puts a constant in the place of input ``slot``: a bool tensor, and the
+    address of the mask.
 
     None: it hides nothing, or nobody can see what it hides.
     """
@@ -245,10 +279,13 @@ class _Known:
 
 
 class MaskMemory:
-    """What is known about the masks of a network from the losses seen so far, and when to look again.
+    """What is known about the masks of a network from the losses seen so far, and when to look
+    again.
 
-    A mask counts at once if it is a buffer or a parameter of the network, or the shape of a triangle. One that is computed in the forward
-    pass counts once two batches have shown the same. A mask that is drawn anew in every step (DropConnect) hides no entry for long, so all
+    A mask counts at once if it is a buffer or a parameter of the network, or the shape of a
+    triangle. One that is computed in the forward
+    pass counts once two batches have shown the same. A mask that is drawn anew in every step
+    (DropConnect) hides no entry for long, so all
     of them count.
 
     Args:
@@ -257,7 +294,11 @@ class MaskMemory:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._owners = [m for m in module.modules() if any(p.ndim >= 2 for p in m._parameters.values() if p is not None)]
+        self._owners = [
+            m
+            for m in module.modules()
+            if any(p.ndim >= 2 for p in m._parameters.values() if p is not None)
+        ]
         self._known: dict[str, _Known] = {}
         self._whole: set[str] = set()  # some loss reads all of these
         self._buffers: list[tuple[nn.Module, str]] = []  # where the masks lie that have been seen
@@ -269,7 +310,9 @@ class MaskMemory:
         """A batch begins that will be looked at."""
         self._batch += 1
         state = self._masking_state()
-        if state != self._state:  # somebody has pruned: what was seen before says nothing about the masks of now
+        if (
+            state != self._state
+        ):  # somebody has pruned: what was seen before says nothing about the masks of now
             self._known, self._whole, self._extra_looks = {}, set(), 0
             self._state = state
         if any(known.looks == 1 for known in self._known.values()):
@@ -308,7 +351,8 @@ class MaskMemory:
 
     @property
     def wants_a_look(self) -> bool:
-        """Whether the next batch should be looked at: a mask was seen only once, or somebody has pruned since."""
+        """Whether the next batch should be looked at: a mask was seen only once, or somebody has
+        pruned since."""
         if self._state != self._masking_state():
             return True
         seen_once = any(known.looks == 1 for known in self._known.values())
@@ -317,19 +361,33 @@ class MaskMemory:
     def _addresses(self) -> set[int]:
         """Of all tensors that the network keeps; remembers which buffers are masks of weights."""
         self._buffers = [
-            (owner, name) for owner in self._owners for name, buffer in owner._buffers.items() if buffer is not None and buffer.ndim >= 2
+            (owner, name)
+            for owner in self._owners
+            for name, buffer in owner._buffers.items()
+            if buffer is not None and buffer.ndim >= 2
         ]
         tensors = [*self._module.buffers(), *self._module.parameters()]
         return {0, *(tensor.data_ptr() for tensor in tensors)}
 
     def _masking_state(self) -> tuple[object, ...]:
-        """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the layer, and replaces or writes that."""
+        """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the
+        layer, and replaces or writes that."""
         # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
         hooks = [
-            (sum(isinstance(hook, BasePruningMethod) for hook in owner._forward_pre_hooks.values()), len(owner._buffers))
+            (
+                sum(
+                    isinstance(hook, BasePruningMethod)
+                    for hook in owner._forward_pre_hooks.values()
+                ),
+                len(owner._buffers),
+            )
             for owner in self._owners
         ]
-        masks = [(id(b), b._version) for owner, name in self._buffers if (b := owner._buffers.get(name)) is not None]
+        masks = [
+            (id(b), b._version)
+            for owner, name in self._buffers
+            if (b := owner._buffers.get(name)) is not None
+        ]
         return (*hooks, *masks)
 
 

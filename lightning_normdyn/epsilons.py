@@ -1,7 +1,9 @@
 """How small the epsilon of a normalization is beside the statistic that it is added to.
 
-With y = x / sqrt(v + eps), a weight in front of the normalization is scale-invariant only as far as eps / (v + eps) is small. Under common
-initializations it is not always: MobileNetV3 has eps = 1e-3 beside variances of the same order in its depthwise layers.
+With y = x / sqrt(v + eps), a weight in front of the normalization is scale-invariant only as far as
+eps / (v + eps) is small. Under common
+initializations it is not always: MobileNetV3 has eps = 1e-3 beside variances of the same order in
+its depthwise layers.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from lightning_normdyn.graph_state import EPSILONS, is_normalization
 from lightning_normdyn.names import clean_name
 
-# Batches after which nothing is left of a running variance's first value: 0.9**100 with the usual momentum.
+# Batches after which nothing is left of a running variance's first value: 0.9**100 with the usual
+# momentum.
 SETTLED = 100
 
 
@@ -27,7 +30,8 @@ class EpsilonShare:
     Args:
         name: of the module.
         eps: its epsilon.
-        median: of the statistic over channels, groups or positions: a variance, or a mean of squares.
+        median: of the statistic over channels, groups or positions: a variance, or a mean of
+            squares.
         smallest: of it.
         share: root mean square of eps / (statistic + eps).
     """
@@ -39,9 +43,11 @@ class EpsilonShare:
     share: float
 
     def explains(self, rms: float) -> bool:
-        """Whether gradients that are as far from orthogonal as this (`EulerTest`) come from the epsilon.
+        """Whether gradients that are as far from orthogonal as this (`EulerTest`) come from the
+        epsilon.
 
-        They are of the order of the share: a weight without a normalization has values of the order of 1.
+        They are of the order of the share: a weight without a normalization has values of the order
+        of 1.
         """
         return 10 * self.share >= rms
 
@@ -50,14 +56,16 @@ class EpsilonShare:
 
         Example:
             >>> print(EpsilonShare("bn", 1e-3, 0.002, 0.0004, 0.4))
-            eps = 0.001 of bn is not small beside the variance that it is added to (median 0.002, smallest 0.0004)
+            eps = 0.001 of bn is not small beside the variance that it is added to (median 0.002,
+            smallest 0.0004)
         """
         beside = f"median {self.median:.2g}, smallest {self.smallest:.2g}"
         return f"eps = {self.eps:g} of {self.name} is not small beside the variance that it is added to ({beside})"
 
 
 def epsilon_of(module: nn.Module) -> float | None:
-    """The constant that a normalization adds to its statistic, by whatever name; None if it names none.
+    """The constant that a normalization adds to its statistic, by whatever name; None if it names
+    none.
 
     Example:
         >>> epsilon_of(nn.BatchNorm2d(4)), epsilon_of(nn.Linear(4, 4))
@@ -66,18 +74,22 @@ def epsilon_of(module: nn.Module) -> float | None:
     if not is_normalization(module):
         return None
     values = [getattr(module, name, None) for name in EPSILONS]
-    return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None)
+    return next(
+        (float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None
+    )
 
 
 def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a normalization adds its epsilon to, one number for each thing that it normalizes; None if that is not known.
+    """What a normalization adds its epsilon to, one number for each thing that it normalizes; None
+    if that is not known.
 
     Args:
         module: a normalization.
         x: its input.
 
     Returns:
-        Biased variances, or means of squares for a root-mean-square normalization, in float32 or better.
+        Biased variances, or means of squares for a root-mean-square normalization, in float32 or
+        better.
 
     Example:
         >>> statistic_of(nn.BatchNorm1d(2), torch.tensor([[1.0, 0.0], [3.0, 0.0]])).tolist()
@@ -104,7 +116,8 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class EpsilonWatch:
-    """Takes the statistics that normalizations see in forward passes; nothing is copied to the host before somebody asks.
+    """Takes the statistics that normalizations see in forward passes; nothing is copied to the host
+    before somebody asks.
 
     Args:
         module: the network.
@@ -132,7 +145,9 @@ class EpsilonWatch:
         chosen = None if names is None else set(names)
         for name, module in self._module.named_modules():
             if epsilon_of(module) is not None and (chosen is None or clean_name(name) in chosen):
-                self._remove.append(module.register_forward_pre_hook(self._look(clean_name(name))).remove)
+                self._remove.append(
+                    module.register_forward_pre_hook(self._look(clean_name(name))).remove
+                )
 
     def stop(self) -> None:
         """Remove every hook; idempotent."""
@@ -144,7 +159,13 @@ class EpsilonWatch:
         @torch.no_grad()
         def hook(module: nn.Module, args: Any) -> None:
             eps = epsilon_of(module)
-            if eps is None or not args or not isinstance(args[0], Tensor) or not args[0].is_floating_point() or args[0].numel() == 0:
+            if (
+                eps is None
+                or not args
+                or not isinstance(args[0], Tensor)
+                or not args[0].is_floating_point()
+                or args[0].numel() == 0
+            ):
                 return
             statistic = statistic_of(module, args[0])
             if statistic is not None and statistic.numel():
@@ -154,11 +175,13 @@ class EpsilonWatch:
         return hook
 
     def forget_old(self) -> None:
-        """What was seen up to now is of weights as they were: where running statistics tell of the present ones, those count from now."""
+        """What was seen up to now is of weights as they were: where running statistics tell of the
+        present ones, those count from now."""
         self._fresh = set()
 
     def largest(self, names: Iterable[str]) -> EpsilonShare | None:
-        """Of these normalizations the one whose epsilon matters most; None if none was seen. Copies to the host."""
+        """Of these normalizations the one whose epsilon matters most; None if none was seen. Copies
+        to the host."""
         modules = {clean_name(name): module for name, module in self._module.named_modules()}
         found = []
         for name in names:
@@ -178,8 +201,12 @@ def _summary(statistic: Tensor, eps: float) -> Tensor:
 
 
 def _running(module: nn.Module | None) -> tuple[float, Tensor] | None:
-    """The same of running variances, once they are those of the network and no longer the ones that they began with."""
-    variances, batches = getattr(module, "running_var", None), getattr(module, "num_batches_tracked", None)
+    """The same of running variances, once they are those of the network and no longer the ones that
+    they began with."""
+    variances, batches = (
+        getattr(module, "running_var", None),
+        getattr(module, "num_batches_tracked", None),
+    )
     if module is None or variances is None or batches is None or int(batches) < SETTLED:
         return None
     eps = epsilon_of(module)

@@ -9,7 +9,8 @@ import reprlib
 
 
 class NormDynError(ValueError):
-    """Anything this package refuses; the message says what was asked, what was found, and one way out."""
+    """Anything this package refuses; the message says what was asked, what was found, and one way
+    out."""
 
 
 class NoTargetsError(NormDynError):
@@ -17,7 +18,8 @@ class NoTargetsError(NormDynError):
 
 
 class NotSupportedError(NormDynError):
-    """A weight, optimizer or strategy that cannot be handled rightly, and so is not handled at all."""
+    """A weight, optimizer or strategy that cannot be handled rightly, and so is not handled at
+    all."""
 
 
 class NormDynWarning(UserWarning):
@@ -34,4 +36,8 @@ def shown(value: object) -> str:
     try:
         return reprlib.repr(value)
     except ValueError:  # Python prints no integer of more than 4300 digits
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+        return (
+            f"a number of {value.bit_length()} bits"
+            if isinstance(value, int)
+            else f"a {type(value).__name__}"
+        )

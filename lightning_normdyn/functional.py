@@ -1,19 +1,27 @@
 r"""The papers' formulas on tensors: no module, no optimizer, no process group (floor 0).
 
-Legend: ``n`` weight vectors of ``d`` entries each. A weight is given as ``(n, d)`` or ``(n, ...)``: everything behind the first
+Legend: ``n`` weight vectors of ``d`` entries each. A weight is given as ``(n, d)`` or ``(n, ...)``:
+everything behind the first
 dimension is one vector.
 
 Two rules hold for every function here.
 
-- **Precision.** Sums are accumulated in float64. The result is float64 for float64 inputs and float32 for float32, bfloat16 and
+- **Precision.** Sums are accumulated in float64. The result is float64 for float64 inputs and
+  float32 for float32, bfloat16 and
   float16 inputs.
-- **Vectors that have no answer.** A *measurement* that needs a direction is NaN for a vector that is zero or holds an infinity or
-  a NaN, so that a caller can leave it out of an average and count it; an *action* on such a vector is the identity (factor 1,
-  nothing projected), so that it is left alone. The exceptions are :func:`gradient_cosine`, which is 0 where one of the two vectors
-  is zero, as the gate of SGDP and AdamP has it, and :func:`radial_coefficient`, which is also what a projection takes away.
+- **Vectors that have no answer.** A *measurement* that needs a direction is NaN for a vector that
+  is zero or holds an infinity or
+  a NaN, so that a caller can leave it out of an average and count it; an *action* on such a vector
+  is the identity (factor 1,
+  nothing projected), so that it is left alone. The exceptions are :func:`gradient_cosine`, which is
+  0 where one of the two vectors
+  is zero, as the gate of SGDP and AdamP has it, and :func:`radial_coefficient`, which is also what
+  a projection takes away.
 
-Sources: "AWS paper" is *Understanding the Disharmony between Weight Normalization Family and Weight Decay* (AAAI 2020); "WRS
-paper" is *The Implicit Biases of Stochastic Gradient Descent on Deep Neural Networks with Batch Normalization*; "SGDP/AdamP" is
+Sources: "AWS paper" is *Understanding the Disharmony between Weight Normalization Family and Weight
+Decay* (AAAI 2020); "WRS
+paper" is *The Implicit Biases of Stochastic Gradient Descent on Deep Neural Networks with Batch
+Normalization*; "SGDP/AdamP" is
 *Slowing Down the Weight Norm Increase in Momentum-based Optimizers*.
 """
 
@@ -51,7 +59,8 @@ __all__ = [
 
 Scalar = float | Tensor
 
-# Below this factor AWS stops following its formula: at 0 the direction would be lost and below 0 it would turn round.
+# Below this factor AWS stops following its formula: at 0 the direction would be lost and below 0 it
+# would turn round.
 _MIN_SHRINK_FACTOR = 0.5
 
 
@@ -76,9 +85,11 @@ def weight_norm(weight: Tensor) -> Tensor:
 
 
 def weight_std(weight: Tensor) -> Tensor:
-    r"""Standard deviation of each weight vector, biased: :math:`\sqrt{\frac1d\sum_i (w_i-\bar w)^2}` (AWS paper, eq. 3 and 25).
+    r"""Standard deviation of each weight vector, biased: :math:`\sqrt{\frac1d\sum_i (w_i-\bar
+    w)^2}` (AWS paper, eq. 3 and 25).
 
-    It is the size that matters for weight-standardized weights; for a centred vector it is the norm divided by :math:`\sqrt d`.
+    It is the size that matters for weight-standardized weights; for a centred vector it is the norm
+    divided by :math:`\sqrt d`.
 
     Args:
         weight: ``(n, ...)``, any floating dtype.
@@ -99,10 +110,13 @@ def weight_std(weight: Tensor) -> Tensor:
 
 
 def effective_lr(lr: Scalar, norm: Tensor) -> Tensor:
-    r"""Effective learning rate of the AWS paper, :math:`\eta/\lVert w\rVert` (eq. 12, Figures 2 and 4).
+    r"""Effective learning rate of the AWS paper, :math:`\eta/\lVert w\rVert` (eq. 12, Figures 2 and
+    4).
 
-    For weight-standardized weights it is :math:`\eta/\mathrm{std}` (eq. 13). With :math:`\eta` = ``lr`` and :math:`\lVert
-    w\rVert` = ``norm`` (give :func:`weight_std` for weight-standardized weights). It governs the direction under Adam-like
+    For weight-standardized weights it is :math:`\eta/\mathrm{std}` (eq. 13). With :math:`\eta` =
+    ``lr`` and :math:`\lVert
+    w\rVert` = ``norm`` (give :func:`weight_std` for weight-standardized weights). It governs the
+    direction under Adam-like
     optimizers; under SGD read :func:`direction_lr`.
 
     Args:
@@ -110,7 +124,8 @@ def effective_lr(lr: Scalar, norm: Tensor) -> Tensor:
         norm: ``(n,)``, norm or standard deviation of each vector.
 
     Returns:
-        ``(n,)``; NaN where the norm is zero or not finite. Log the mean of this, not ``lr / norm.mean()`` (Jensen).
+        ``(n,)``; NaN where the norm is zero or not finite. Log the mean of this, not ``lr /
+        norm.mean()`` (Jensen).
 
     Example:
         >>> effective_lr(0.1, torch.tensor([0.5, 2.0, 0.0]))
@@ -121,10 +136,13 @@ def effective_lr(lr: Scalar, norm: Tensor) -> Tensor:
 
 
 def direction_lr(lr: Scalar, norm: Tensor) -> Tensor:
-    r"""Learning rate of the direction, :math:`\eta/\lVert w\rVert^2`, or :math:`\eta/\mathrm{std}^2` (van Laarhoven; Hoffer et al.).
+    r"""Learning rate of the direction, :math:`\eta/\lVert w\rVert^2`, or
+    :math:`\eta/\mathrm{std}^2` (van Laarhoven; Hoffer et al.).
 
-    With :math:`\eta` = ``lr`` and :math:`\lVert w\rVert` = ``norm``. Under plain SGD, :math:`\hat w_{t+1}-\hat
-    w_t\approx-\eta/\lVert w\rVert^2` times the gradient at unit norm, so equal ``direction_lr`` means equal trajectories; under
+    With :math:`\eta` = ``lr`` and :math:`\lVert w\rVert` = ``norm``. Under plain SGD, :math:`\hat
+    w_{t+1}-\hat
+    w_t\approx-\eta/\lVert w\rVert^2` times the gradient at unit norm, so equal ``direction_lr``
+    means equal trajectories; under
     Adam-like optimizers read :func:`effective_lr`.
 
     Args:
@@ -143,7 +161,8 @@ def direction_lr(lr: Scalar, norm: Tensor) -> Tensor:
 
 
 def equivalent_weight_decay(alpha: Scalar, norm: Tensor) -> Tensor:
-    r"""The weight decay that shrinks as much as AWS does now, :math:`\lambda = \alpha\lVert w\rVert` (AWS paper, eq. 20).
+    r"""The weight decay that shrinks as much as AWS does now, :math:`\lambda = \alpha\lVert
+    w\rVert` (AWS paper, eq. 20).
 
     For weight-standardized weights it is :math:`\alpha\,\mathrm{std}`.
 
@@ -164,9 +183,12 @@ def equivalent_weight_decay(alpha: Scalar, norm: Tensor) -> Tensor:
 def angular_update(before: Tensor, after: Tensor) -> Tensor:
     r"""Angle between each vector before and after one optimizer step, :math:`\angle(w_t, w_{t+1})`.
 
-    The part of ``after`` across ``before`` is formed explicitly, with one re-orthogonalisation, and put into ``atan2``: the
-    relative error stays below 1e-3 from 1e-6 rad to :math:`\pi`, also when the norm changes in the same step. (``arccos`` of the
-    cosine returns 0 for angles below 3e-4 in float32.) The angle is that of the *stored* values: bfloat16 weights turn by about
+    The part of ``after`` across ``before`` is formed explicitly, with one re-orthogonalisation, and
+    put into ``atan2``: the
+    relative error stays below 1e-3 from 1e-6 rad to :math:`\pi`, also when the norm changes in the
+    same step. (``arccos`` of the
+    cosine returns 0 for angles below 3e-4 in float32.) The angle is that of the *stored* values:
+    bfloat16 weights turn by about
     2.5e-3 rad from rounding alone.
 
     Args:
@@ -174,7 +196,8 @@ def angular_update(before: Tensor, after: Tensor) -> Tensor:
         after: the same shape, the weight after the step.
 
     Returns:
-        ``(n,)``, radians per step, in :math:`[0, \pi]`; NaN where one of the vectors is zero or not finite.
+        ``(n,)``, radians per step, in :math:`[0, \pi]`; NaN where one of the vectors is zero or not
+        finite.
 
     Raises:
         ValueError: if the shapes differ or have fewer than two dimensions.
@@ -188,14 +211,16 @@ def angular_update(before: Tensor, after: Tensor) -> Tensor:
     unit = old / old.square().sum(1, keepdim=True).sqrt()  # NaN for a zero vector, and so the angle
     along = (new * unit).sum(1, keepdim=True)
     across = new - along * unit
-    # The first subtraction leaves a radial part of about 1e-16 of the norm; a second one makes it 1e-16 of what is left.
+    # The first subtraction leaves a radial part of about 1e-16 of the norm; a second one makes it
+    # 1e-16 of what is left.
     across = across - (across * unit).sum(1, keepdim=True) * unit
     angle = torch.atan2(across.square().sum(1).sqrt(), along.squeeze(1))
     return _narrow(angle.where(new.square().sum(1) > 0, math.nan), before, after)
 
 
 def effective_step_size(angle: Tensor) -> Tensor:
-    r"""Distance between the unit vectors before and after a step, :math:`\lVert\hat w_{t+1}-\hat w_t\rVert = 2\sin(\theta/2)` (SGDP/AdamP).
+    r"""Distance between the unit vectors before and after a step, :math:`\lVert\hat w_{t+1}-\hat
+    w_t\rVert = 2\sin(\theta/2)` (SGDP/AdamP).
 
     Args:
         angle: ``(n,)``, :math:`\theta`, the angular update in radians.
@@ -211,10 +236,13 @@ def effective_step_size(angle: Tensor) -> Tensor:
 
 
 def shrink_factor(norm: Tensor, lr: Scalar, alpha: Scalar) -> Tensor:
-    r"""Factor by which AWS multiplies each vector in one optimizer step, :math:`1-\eta\alpha\lVert w\rVert` (AWS paper, eq. 21).
+    r"""Factor by which AWS multiplies each vector in one optimizer step, :math:`1-\eta\alpha\lVert
+    w\rVert` (AWS paper, eq. 21).
 
-    With :math:`\eta` = ``lr``, :math:`\alpha` = ``alpha`` and :math:`\lVert w\rVert` = ``norm``, all of them before the step.
-    Exact down to 0.5 and clamped there (the paper has no clamp; at 0 the direction would be lost, below 0 it would turn round):
+    With :math:`\eta` = ``lr``, :math:`\alpha` = ``alpha`` and :math:`\lVert w\rVert` = ``norm``,
+    all of them before the step.
+    Exact down to 0.5 and clamped there (the paper has no clamp; at 0 the direction would be lost,
+    below 0 it would turn round):
     compare with 0.5 to count the clamped vectors.
 
     Args:
@@ -223,7 +251,8 @@ def shrink_factor(norm: Tensor, lr: Scalar, alpha: Scalar) -> Tensor:
         alpha: the AWS coefficient, > 0.
 
     Returns:
-        ``(n,)``, in [0.5, 1] for positive ``lr`` and ``alpha``; 1 (left alone) where the norm is not finite.
+        ``(n,)``, in [0.5, 1] for positive ``lr`` and ``alpha``; 1 (left alone) where the norm is
+        not finite.
 
     Example:
         >>> shrink_factor(torch.tensor([1.0, 2.0, 1000.0]), 0.1, 0.1)
@@ -235,14 +264,16 @@ def shrink_factor(norm: Tensor, lr: Scalar, alpha: Scalar) -> Tensor:
 
 
 def rescale_factor(norm: Tensor, target_norm: Scalar) -> Tensor:
-    r"""Factor that gives each vector the norm ``target_norm`` (WRS paper, weight rescaling: :math:`w\leftarrow w/\lVert w\rVert`).
+    r"""Factor that gives each vector the norm ``target_norm`` (WRS paper, weight rescaling:
+    :math:`w\leftarrow w/\lVert w\rVert`).
 
     Args:
         norm: ``(n,)``, norm of each vector.
         target_norm: the norm wanted; a number or ``(n,)``.
 
     Returns:
-        ``(n,)``; 1 (left alone) where there is no positive finite factor: a zero or non-finite norm, a target of zero.
+        ``(n,)``; 1 (left alone) where there is no positive finite factor: a zero or non-finite
+        norm, a target of zero.
 
     Example:
         >>> rescale_factor(torch.tensor([4.0, 0.0]), 1.0)
@@ -253,14 +284,16 @@ def rescale_factor(norm: Tensor, target_norm: Scalar) -> Tensor:
 
 
 def project_tangent(update: Tensor, weight: Tensor) -> Tensor:
-    r"""Remove from each update its part along the weight, :math:`\Pi_w(x) = x - (\hat w\cdot x)\,\hat w` (SGDP/AdamP, "Projected updates").
+    r"""Remove from each update its part along the weight, :math:`\Pi_w(x) = x - (\hat w\cdot
+    x)\,\hat w` (SGDP/AdamP, "Projected updates").
 
     Args:
         update: ``(n, ...)``, :math:`x`.
         weight: the same shape, :math:`w`.
 
     Returns:
-        the shape of ``update``; the update itself where the weight is zero or where one of the two is not finite.
+        the shape of ``update``; the update itself where the weight is zero or where one of the two
+        is not finite.
 
     Raises:
         ValueError: if the shapes differ or have fewer than two dimensions.
@@ -277,7 +310,8 @@ def project_tangent(update: Tensor, weight: Tensor) -> Tensor:
 
 
 def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
-    r"""Cosine between each vector and its gradient, :math:`\cos(w, g)`: 0 for a scale-invariant weight, up to the normalization's eps.
+    r"""Cosine between each vector and its gradient, :math:`\cos(w, g)`: 0 for a scale-invariant
+    weight, up to the normalization's eps.
 
     Args:
         weight: ``(n, ...)``.
@@ -295,10 +329,13 @@ def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
     """
     _check_same_shape(weight, grad, "weight", "grad")
     w, g = _rows(weight), _rows(grad)
-    return _narrow(cosine_from_sums(w.square().sum(1), (w * g).sum(1), g.square().sum(1)), weight, grad)
+    return _narrow(
+        cosine_from_sums(w.square().sum(1), (w * g).sum(1), g.square().sum(1)), weight, grad
+    )
 
 
-# ---- The same formulas from per-vector sums, for weights that lie in pieces. Angles need the sums in float64. ----
+# ---- The same formulas from per-vector sums, for weights that lie in pieces. Angles need the sums
+# in float64. ----
 
 
 def norm_from_sums(ww: Tensor) -> Tensor:
@@ -318,9 +355,11 @@ def norm_from_sums(ww: Tensor) -> Tensor:
 
 
 def std_from_sums(ww: Tensor, w1: Tensor, length: Scalar) -> Tensor:
-    r""":func:`weight_std` from :math:`\langle w,w\rangle`, :math:`\langle 1,w\rangle` and the number of entries.
+    r""":func:`weight_std` from :math:`\langle w,w\rangle`, :math:`\langle 1,w\rangle` and the
+    number of entries.
 
-    One pass, so digits are lost where the mean is large against the standard deviation: in float64, a relative error of about
+    One pass, so digits are lost where the mean is large against the standard deviation: in float64,
+    a relative error of about
     1e-16 times (mean/std) squared.
 
     Args:
@@ -340,12 +379,17 @@ def std_from_sums(ww: Tensor, w1: Tensor, length: Scalar) -> Tensor:
 
 
 def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
-    r""":func:`angular_update` from three sums over the vector :math:`w` and its step :math:`\Delta=w'-w`.
+    r""":func:`angular_update` from three sums over the vector :math:`w` and its step
+    :math:`\Delta=w'-w`.
 
-    :math:`\theta=\mathrm{atan2}(\sqrt{\langle\Delta,\Delta\rangle-\langle w,\Delta\rangle^2/\langle w,w\rangle},\;
-    (\langle w,w\rangle+\langle w,\Delta\rangle)/\lVert w\rVert)`. The difference cancels, so the sums have to be float64: then
-    the relative error is below 1e-3 from 1e-6 rad on, also when the norm changes by a factor between 0.5 and 20 in the same step.
-    What rounding leaves of it in a step that only shortens or lengthens (a decay alone, a vector of one entry) is taken for the zero
+    :math:`\theta=\mathrm{atan2}(\sqrt{\langle\Delta,\Delta\rangle-\langle w,\Delta\rangle^2/\langle
+    w,w\rangle},\;
+    (\langle w,w\rangle+\langle w,\Delta\rangle)/\lVert w\rVert)`. The difference cancels, so the
+    sums have to be float64: then
+    the relative error is below 1e-3 from 1e-6 rad on, also when the norm changes by a factor
+    between 0.5 and 20 in the same step.
+    What rounding leaves of it in a step that only shortens or lengthens (a decay alone, a vector of
+    one entry) is taken for the zero
     that it is.
 
     Args:
@@ -354,7 +398,8 @@ def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
         dd: ``(n,)``, :math:`\langle\Delta,\Delta\rangle`.
 
     Returns:
-        ``(n,)``, radians per step; NaN where the vector before or after the step is zero or not finite.
+        ``(n,)``, radians per step; NaN where the vector before or after the step is zero or not
+        finite.
 
     Example:
         >>> w, delta = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -364,15 +409,21 @@ def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
     old, product, step = _wide(ww), _wide(wd), _wide(dd)
     square = step - product.square() / old
     rounding = 16 * torch.finfo(square.dtype).eps * step
-    across = square.where((square > rounding) | square.isnan(), 0.0).sqrt()  # 0/0: NaN for a zero vector
+    across = square.where(
+        (square > rounding) | square.isnan(), 0.0
+    ).sqrt()  # 0/0: NaN for a zero vector
     along = (old + product) / old.sqrt()
-    return _narrow(torch.atan2(across, along).where((across > 0) | (along != 0), math.nan), ww, wd, dd)
+    return _narrow(
+        torch.atan2(across, along).where((across > 0) | (along != 0), math.nan), ww, wd, dd
+    )
 
 
 def radial_coefficient(ww: Tensor, wd: Tensor) -> Tensor:
-    r"""Part of a step along the weight, as a multiple of the weight: :math:`\langle w,\Delta\rangle/\langle w,w\rangle`.
+    r"""Part of a step along the weight, as a multiple of the weight: :math:`\langle
+    w,\Delta\rangle/\langle w,w\rangle`.
 
-    It is both the logged ``radial_update`` (:math:`\langle\Delta,\hat w\rangle/\lVert w\rVert`) and what a projection takes away:
+    It is both the logged ``radial_update`` (:math:`\langle\Delta,\hat w\rangle/\lVert w\rVert`) and
+    what a projection takes away:
     :math:`\Pi_w(\Delta)=\Delta - c\,w`.
 
     Args:
@@ -391,7 +442,8 @@ def radial_coefficient(ww: Tensor, wd: Tensor) -> Tensor:
 
 
 def cosine_from_sums(ww: Tensor, wg: Tensor, gg: Tensor) -> Tensor:
-    r""":func:`gradient_cosine` from :math:`\langle w,w\rangle`, :math:`\langle w,g\rangle`, :math:`\langle g,g\rangle`.
+    r""":func:`gradient_cosine` from :math:`\langle w,w\rangle`, :math:`\langle w,g\rangle`,
+    :math:`\langle g,g\rangle`.
 
     Args:
         ww: ``(n,)``, :math:`\langle w,w\rangle`.
@@ -414,14 +466,17 @@ def cosine_from_sums(ww: Tensor, wg: Tensor, gg: Tensor) -> Tensor:
 
 
 def input_space_basis(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Eigenvalues and eigenvectors of an input covariance, largest first (WRS paper, input space projection).
+    r"""Eigenvalues and eigenvectors of an input covariance, largest first (WRS paper, input space
+    projection).
 
     Args:
-        covariance: ``(d, d)``, symmetric: the covariance of a layer's inputs (for a convolution, of its patches), divided by the
+        covariance: ``(d, d)``, symmetric: the covariance of a layer's inputs (for a convolution, of
+            its patches), divided by the
             sample count.
 
     Returns:
-        ``(eigenvalues, basis)``, ``(d,)`` descending and ``(d, d)`` with the eigenvectors as columns, orthonormal.
+        ``(eigenvalues, basis)``, ``(d,)`` descending and ``(d, d)`` with the eigenvectors as
+        columns, orthonormal.
 
     Raises:
         ValueError: if ``covariance`` is not a square matrix.
@@ -433,16 +488,21 @@ def input_space_basis(covariance: Tensor) -> tuple[Tensor, Tensor]:
                 [1., 0.]]))
     """
     if covariance.dim() != 2 or covariance.shape[0] != covariance.shape[1]:
-        raise ValueError(f"`covariance` must be a square matrix (d, d), got shape {tuple(covariance.shape)}.")
+        raise ValueError(
+            f"`covariance` must be a square matrix (d, d), got shape {tuple(covariance.shape)}."
+        )
     eigenvalues, basis = torch.linalg.eigh(_wide(covariance))
     return _narrow(eigenvalues.flip(0), covariance), _narrow(basis.flip(1), covariance)
 
 
 def input_space_projection(weight: Tensor, covariance: Tensor, rank: int | None = None) -> Tensor:
-    r"""Coordinates of each vector in the eigenbasis of its inputs, :math:`V = W U` (WRS paper, input space projection, Figures 5 and 6).
+    r"""Coordinates of each vector in the eigenbasis of its inputs, :math:`V = W U` (WRS paper,
+    input space projection, Figures 5 and 6).
 
-    Without ``rank`` this is a *rotation*: the square basis, every norm kept. With ``rank`` it is *truncated* to the leading
-    coordinates and the norms shrink (the paper's eq. 28 holds for the square basis only); :func:`in_span_energy` is the share
+    Without ``rank`` this is a *rotation*: the square basis, every norm kept. With ``rank`` it is
+    *truncated* to the leading
+    coordinates and the norms shrink (the paper's eq. 28 holds for the square basis only);
+    :func:`in_span_energy` is the share
     that is kept.
 
     Args:
@@ -466,7 +526,10 @@ def input_space_projection(weight: Tensor, covariance: Tensor, rank: int | None 
     rows = _rows(weight)
     d = rows.shape[1]
     if covariance.shape != (d, d):
-        raise ValueError(f"`covariance` must be ({d}, {d}) for vectors of {d} entries, got shape {tuple(covariance.shape)}.")
+        raise ValueError(
+            f"`covariance` must be ({d}, {d}) for vectors of {d} entries, got shape "
+            f"{tuple(covariance.shape)}."
+        )
     if rank is not None and not 1 <= rank <= d:
         raise ValueError(f"`rank` must be between 1 and {d}, got {rank}.")
     _, basis = input_space_basis(_wide(covariance))
@@ -474,13 +537,15 @@ def input_space_projection(weight: Tensor, covariance: Tensor, rank: int | None 
 
 
 def in_span_energy(weight: Tensor, basis: Tensor) -> Tensor:
-    r"""Share of each vector that its inputs can see, :math:`\lVert U_r^\top w\rVert^2/\lVert w\rVert^2` (WRS paper, Figure 4).
+    r"""Share of each vector that its inputs can see, :math:`\lVert U_r^\top w\rVert^2/\lVert
+    w\rVert^2` (WRS paper, Figure 4).
 
     One minus this is the noise share.
 
     Args:
         weight: ``(n, ...)``, :math:`d` entries per vector.
-        basis: ``(d, r)``, orthonormal columns: the leading eigenvectors of :func:`input_space_basis`.
+        basis: ``(d, r)``, orthonormal columns: the leading eigenvectors of
+            :func:`input_space_basis`.
 
     Returns:
         ``(n,)``, in [0, 1]; NaN where the vector is zero or not finite.
@@ -494,7 +559,10 @@ def in_span_energy(weight: Tensor, basis: Tensor) -> Tensor:
     """
     rows = _rows(weight)
     if basis.dim() != 2 or basis.shape[0] != rows.shape[1]:
-        raise ValueError(f"`basis` must have {rows.shape[1]} rows, one per entry of a vector, got shape {tuple(basis.shape)}.")
+        raise ValueError(
+            f"`basis` must have {rows.shape[1]} rows, one per entry of a vector, got shape "
+            f"{tuple(basis.shape)}."
+        )
     seen = (rows @ _wide(basis)).square().sum(1)
     return _narrow((seen / rows.square().sum(1)).clamp(max=1), weight, basis)
 
@@ -526,19 +594,27 @@ def spectral_rank(eigenvalues: Tensor, energy: float) -> int:
     return int((missing > 1 - energy + 1e-12).sum().clamp(max=len(spectrum) - 1)) + 1
 
 
-def generalized_gaussian_shape(x: Tensor, *, method: Literal["moments", "mle"] = "moments") -> float:
-    r"""Shape :math:`\beta` of a zero-mean generalized Gaussian fitted to the entries of ``x`` (WRS paper, Figures 5 and 6).
+def generalized_gaussian_shape(
+    x: Tensor, *, method: Literal["moments", "mle"] = "moments"
+) -> float:
+    r"""Shape :math:`\beta` of a zero-mean generalized Gaussian fitted to the entries of ``x`` (WRS
+    paper, Figures 5 and 6).
 
-    Density :math:`\frac{\beta}{2a\Gamma(1/\beta)}\exp(-(|x|/a)^\beta)`: 2 is Gaussian, 1 is Laplace, large is uniform.
+    Density :math:`\frac{\beta}{2a\Gamma(1/\beta)}\exp(-(|x|/a)^\beta)`: 2 is Gaussian, 1 is
+    Laplace, large is uniform.
 
-    - ``"moments"`` solves :math:`\Gamma(2/\beta)^2/(\Gamma(1/\beta)\Gamma(3/\beta)) = (E|x|)^2/E x^2`.
-    - ``"mle"`` maximises the profile likelihood: slower, more precise on clean data, and pulled towards 0 by exact zeros (pruned
+    - ``"moments"`` solves :math:`\Gamma(2/\beta)^2/(\Gamma(1/\beta)\Gamma(3/\beta)) = (E|x|)^2/E
+      x^2`.
+    - ``"mle"`` maximises the profile likelihood: slower, more precise on clean data, and pulled
+      towards 0 by exact zeros (pruned
       weights).
 
-    On 20,000 random samples both scatter by 1 to 2 % (standard deviation) for shapes 0.5 to 2; at shape 4 it is 3 % (moments) and 2 %
+    On 20,000 random samples both scatter by 1 to 2 % (standard deviation) for shapes 0.5 to 2; at
+    shape 4 it is 3 % (moments) and 2 %
     (mle).
 
-    Both search in [0.05, 50] and return the end of that range for data outside (uniform data give 50 or so).
+    Both search in [0.05, 50] and return the end of that range for data outside (uniform data give
+    50 or so).
 
     Args:
         x: samples, any shape; subtract the mean first if it is not negligible.
@@ -575,7 +651,10 @@ def _shape_by_moments(size: Tensor) -> float:
         middle = (low + high) / 2
         inverse = math.exp(-middle)
         # increasing in the shape, from 0 to 3/4
-        if math.exp(2 * math.lgamma(2 * inverse) - math.lgamma(inverse) - math.lgamma(3 * inverse)) < ratio:
+        if (
+            math.exp(2 * math.lgamma(2 * inverse) - math.lgamma(inverse) - math.lgamma(3 * inverse))
+            < ratio
+        ):
             low = middle
         else:
             high = middle
@@ -585,10 +664,13 @@ def _shape_by_moments(size: Tensor) -> float:
 def _shape_by_likelihood(size: Tensor) -> float:
     def likelihood(log_shape: float) -> float:
         shape = math.exp(log_shape)
-        scale_power = shape * float(size.pow(shape).mean())  # a^beta, which maximises the likelihood for this shape
+        scale_power = shape * float(
+            size.pow(shape).mean()
+        )  # a^beta, which maximises the likelihood for this shape
         return log_shape - math.lgamma(1 / shape) - (math.log(scale_power) + 1) / shape
 
-    # A coarse grid finds the highest hill, then the grid is refined around it: nothing is assumed about the number of hills.
+    # A coarse grid finds the highest hill, then the grid is refined around it: nothing is assumed
+    # about the number of hills.
     low, high = map(math.log, _SHAPE_RANGE)
     points = 25
     while high - low > 1e-7:
@@ -603,17 +685,22 @@ def _shape_by_likelihood(size: Tensor) -> float:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # Apple GPUs have no float64
+    return x.to(
+        torch.float32 if x.device.type == "mps" else torch.float64
+    )  # Apple GPUs have no float64
 
 
 def _narrow(result: Tensor, *inputs: Tensor) -> Tensor:
-    return result.to(torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32)
+    return result.to(
+        torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
+    )
 
 
 def _rows(weight: Tensor) -> Tensor:
     if weight.dim() < 2:
         raise ValueError(
-            f"A weight needs two or more dimensions, (n, d), got shape {tuple(weight.shape)}; a single vector is `weight[None]`."
+            f"A weight needs two or more dimensions, (n, d), got shape {tuple(weight.shape)}; a "
+            f"single vector is `weight[None]`."
         )
     return _wide(weight).flatten(1)
 
@@ -626,5 +713,6 @@ def _check_same_shape(first: Tensor, second: Tensor, first_name: str, second_nam
     # Broadcasting would silently compare every vector with one.
     if first.shape != second.shape:
         raise ValueError(
-            f"`{first_name}` and `{second_name}` must have the same shape, got {tuple(first.shape)} and {tuple(second.shape)}."
+            f"`{first_name}` and `{second_name}` must have the same shape, got "
+            f"{tuple(first.shape)} and {tuple(second.shape)}."
         )

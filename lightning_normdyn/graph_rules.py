@@ -1,15 +1,22 @@
 r"""How a change of scale flows through the autograd graph of a loss.
 
-Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor :math:`T` computed from it? For many tensors the answer is
+Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor :math:`T` computed
+from it? For many tensors the answer is
 
 .. math:: T_i \to c_{r(i)}^{k}\, (T_i - b_i) + b_i
 
-with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not scale (a bias). A `Flow` holds this
-answer, a *rule* says how one operation changes it, and `follow` walks the graph of a real loss from the weights to the loss. Where an
-operation mixes entries of several rows, these rows are united: from there on they must be scaled together. What reaches degree 0 no
-longer depends on the scale: its rows have *met* a normalization, and only such rows are claimed. Whatever is not understood, or reaches
-the loss, unites its rows with class 0, "must not be scaled". So an unknown operation can only cost a target, never invent one, and rows
-that the loss did not read (``table[:n]``, an expert without tokens) are neither: nothing is known of them.
+with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not
+scale (a bias). A `Flow` holds this
+answer, a *rule* says how one operation changes it, and `follow` walks the graph of a real loss from
+the weights to the loss. Where an
+operation mixes entries of several rows, these rows are united: from there on they must be scaled
+together. What reaches degree 0 no
+longer depends on the scale: its rows have *met* a normalization, and only such rows are claimed.
+Whatever is not understood, or reaches
+the loss, unites its rows with class 0, "must not be scaled". So an unknown operation can only cost
+a target, never invent one, and rows
+that the loss did not read (``table[:n]``, an expert without tokens) are neither: nothing is known
+of them.
 
 Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
 """
@@ -51,7 +58,8 @@ class Offset:
     Args:
         varies: for each dimension of the tensor, whether the offset may differ along it.
         token: equal tokens mean equal offsets (``x - x.mean()`` has none).
-        parameter: the bias it is, entry for entry along the one dimension it varies along (again from its start, where that is longer);
+        parameter: the bias it is, entry for entry along the one dimension it varies along (again
+            from its start, where that is longer);
             None when it was changed on the way.
         what: it is, in words.
     """
@@ -71,12 +79,16 @@ class Flow:
     """How a tensor depends on the scales of one weight's rows.
 
     Args:
-        degree: the power of the row's scale, e.g. 1 behind a linear layer, 2 behind its square, 0 behind a normalization.
-        rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row each entry scales with, 0 for a constant entry.
+        degree: the power of the row's scale, e.g. 1 behind a linear layer, 2 behind its square, 0
+            behind a normalization.
+        rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row each
+            entry scales with, 0 for a constant entry.
         offset: what is added and does not scale, if anything.
         sign: what is known about the values.
-        padded: whether a constant was added as an epsilon. That is what it is in a denominator only: ``1 + mean`` as a factor is none.
-        other: the flow of other entries of the same tensor, which scale by another degree; ``rows`` is 0 there. Rules never see it.
+        padded: whether a constant was added as an epsilon. That is what it is in a denominator
+            only: ``1 + mean`` as a factor is none.
+        other: the flow of other entries of the same tensor, which scale by another degree; ``rows``
+            is 0 there. Rules never see it.
     """
 
     degree: float
@@ -103,13 +115,15 @@ class Link:
     bias: str | None
 
     def same_as(self, other: Link, parent: Tensor) -> bool:
-        """Whether both say the same (a module that is called twice), where ``parent`` is the class of each row."""
+        """Whether both say the same (a module that is called twice), where ``parent`` is the class
+        of each row."""
         facts = [(link.module, link.degree, link.offset, link.bias) for link in (self, other)]
         return facts[0] == facts[1] and torch.equal(parent[self.rows], parent[other.rows])
 
 
 class Rows:
-    """The rows of one weight: which have to be scaled together, and what was learnt on the way (union-find; class 0 must not be scaled)."""
+    """The rows of one weight: which have to be scaled together, and what was learnt on the way
+    (union-find; class 0 must not be scaled)."""
 
     def __init__(self, n: int) -> None:
         self.parent = torch.arange(n + 1, dtype=torch.long, device="cpu")
@@ -118,17 +132,28 @@ class Rows:
         self.links: list[Link] = []
         self.stale: dict[str, None] = {}
         self.assumed = False  # an epsilon, a padding value or a condition was taken as harmless
-        # Rows that reached an operation of degree 0. One of them may stand for its class: see `reached`.
+        # Rows that reached an operation of degree 0. One of them may stand for its class: see
+        # `reached`.
         self.met = torch.zeros(n + 1, dtype=torch.bool, device="cpu")
-        self.varies = False  # some loss read only a part of the rows: which part it is may depend on the batch
-        self.picked = torch.empty(0, dtype=torch.long, device="cpu")  # rows picked by an index tensor: the data say which rows meet
-        self.veiled: dict[str, None] = {}  # places where rows were picked by indices that cannot be looked at
-        self.cut_elsewhere = False  # entries were left out along a dimension that these rows are not cut along
-        self.sharded = torch.empty(0, dtype=torch.long, device="cpu")  # rows of which each rank follows only its part (tensor parallelism)
+        # some loss read only a part of the rows: which part it is may depend on the batch
+        self.varies = False
+        self.picked = torch.empty(
+            0, dtype=torch.long, device="cpu"
+        )  # rows picked by an index tensor: the data say which rows meet
+        self.veiled: dict[
+            str, None
+        ] = {}  # places where rows were picked by indices that cannot be looked at
+        self.cut_elsewhere = (
+            False  # entries were left out along a dimension that these rows are not cut along
+        )
+        self.sharded = torch.empty(
+            0, dtype=torch.long, device="cpu"
+        )  # rows of which each rank follows only its part (tensor parallelism)
         self.elsewhere = False  # and other ranks have not been asked yet
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Make entrywise partners scale together; ``reason`` is kept if this costs a row its freedom."""
+        """Make entrywise partners scale together; ``reason`` is kept if this costs a row its
+        freedom."""
         if a is b or (a.numel() == 1 and b.numel() == 1 and int(a) == int(b)):
             return
         a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
@@ -147,7 +172,9 @@ class Rows:
             if not apart.any():
                 return
             left, right = left[apart], right[apart]
-            self.parent.scatter_reduce_(0, torch.maximum(left, right), torch.minimum(left, right), "amin")
+            self.parent.scatter_reduce_(
+                0, torch.maximum(left, right), torch.minimum(left, right), "amin"
+            )
             while not torch.equal(flat := self.parent[self.parent], self.parent):
                 self.parent = flat
 
@@ -169,7 +196,8 @@ class Rows:
         self.picked = distinct(torch.cat([rows.flatten(), self.picked]))
 
     def reached(self) -> Tensor:
-        """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of the others nothing is known."""
+        """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of
+        the others nothing is known."""
         # A rule may go on with one row for all that it has united, so one row speaks for its class.
         classes = torch.zeros_like(self.met)
         classes[self.parent[self.met]] = True
@@ -177,9 +205,14 @@ class Rows:
         return classes[self.parent]
 
     def merge(self, other: Rows) -> None:
-        """Take over what another rank learnt about the same weight: what must not be scaled separately there must not be here."""
+        """Take over what another rank learnt about the same weight: what must not be scaled
+        separately there must not be here."""
         self.reasons |= other.reasons
-        self.unite(torch.arange(len(self.parent), dtype=torch.long, device="cpu"), other.parent, next(iter(other.reasons), "another rank"))
+        self.unite(
+            torch.arange(len(self.parent), dtype=torch.long, device="cpu"),
+            other.parent,
+            next(iter(other.reasons), "another rank"),
+        )
         self.norms |= other.norms
         self.stale |= other.stale
         for link in other.links:
@@ -211,12 +244,18 @@ class Step:
 class Operation:
     """One operation while the scale of one weight is followed through it: what a rule gets to see.
 
-    ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None: a constant, shape unknown), ``outputs``
+    ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None:
+    a constant, shape unknown), ``outputs``
     the shapes of its outputs.
     """
 
     def __init__(self, step: Step, rows: Rows, graph: Graph) -> None:
-        self.node, self.name, self.inputs, self.outputs = step.node, step.name, step.inputs, step.outputs
+        self.node, self.name, self.inputs, self.outputs = (
+            step.node,
+            step.name,
+            step.inputs,
+            step.outputs,
+        )
         self.rows, self._step, self._graph = rows, step, graph
 
     @property
@@ -227,20 +266,27 @@ class Operation:
 
     @property
     def module(self) -> tuple[str, nn.Module | None]:
-        """Name and module in whose forward (innermost) the operation was recorded; ``("", None)`` if not known."""
+        """Name and module in whose forward (innermost) the operation was recorded; ``("", None)``
+        if not known."""
         return self._graph.module_of(self.node)
 
     def parameter(self, k: int) -> str | None:
         """Name of the parameter that input ``k`` is, also behind a cast to another dtype."""
         edge = self._step.sources[k] if k < len(self._step.sources) else None
-        while edge is not None and edge not in self._graph.parameters and node_name(edge[0]) == "ToCopyBackward0":
+        while (
+            edge is not None
+            and edge not in self._graph.parameters
+            and node_name(edge[0]) == "ToCopyBackward0"
+        ):
             edge = edge[0].next_functions[0]  # type: ignore[assignment]
         return None if edge is None else self._graph.parameters.get(edge)
 
     def zeros(self, k: int) -> Tensor | None:
-        """Which entries of input ``k``, a bias that was put together, no parameter reaches: bool ``(n,)``; None: not known.
+        """Which entries of input ``k``, a bias that was put together, no parameter reaches: bool
+        ``(n,)``; None: not known.
 
-        They are constants, nearly always zeros (``torch.cat([q, zeros, v])``, ``bias * mask``, ``bias[n : 2 * n] = 0``): taken as such, and
+        They are constants, nearly always zeros (``torch.cat([q, zeros, v])``, ``bias * mask``,
+        ``bias[n : 2 * n] = 0``): taken as such, and
         the claim is marked.
         """
         edge = self._step.sources[k] if k < len(self._step.sources) else None
@@ -253,14 +299,16 @@ class Operation:
         return zeros
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """A saved number or list of numbers of the node (never a tensor), with negative dims as negative numbers."""
+        """A saved number or list of numbers of the node (never a tensor), with negative dims as
+        negative numbers."""
         value = getattr(self.node, f"_saved_{name}", default)
         if isinstance(value, (tuple, list)):
             return [signed(v) for v in value]
         return signed(value)
 
     def saved_tensor(self, name: str) -> tuple[bool, Any]:
-        """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading would recompute, so it is not done."""
+        """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
+        would recompute, so it is not done."""
         raw = getattr(self.node, f"_raw_saved_{name}", None)
         if raw is None:
             return hasattr(self.node, f"_saved_{name}"), getattr(self.node, f"_saved_{name}", None)
@@ -270,49 +318,64 @@ class Operation:
         return True, getattr(self.node, f"_saved_{name}")
 
     def same_factor(self, rows: Tensor, dims: Iterable[int]) -> Tensor:
-        """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size 1 there."""
+        """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size
+        1 there."""
         for dim in dims:
             if rows.size(dim) > 1:
                 first = rows.narrow(dim, 0, 1)
-                self.rows.unite(rows, first, f"{self.place} mixes entries that scale with entries that do not")
+                self.rows.unite(
+                    rows, first, f"{self.place} mixes entries that scale with entries that do not"
+                )
                 rows = first
         return rows
 
     def indices(self, name: str, flow: Flow, dims: Iterable[int]) -> Any:
-        """The saved indices with which entries of ``flow`` are picked along ``dims``; None where they are saved inside a checkpoint.
+        """The saved indices with which entries of ``flow`` are picked along ``dims``; None where
+        they are saved inside a checkpoint.
 
-        Then it is not known which rows were read, and if rows differ along these dims, they must not be scaled.
+        Then it is not known which rows were read, and if rows differ along these dims, they must
+        not be scaled.
         """
         readable, index = self.saved_tensor(name)
         if readable:
             return index
         if any(flow.rows.size(dim) > 1 for dim in dims):
             self.rows.veiled.setdefault(self.place)
-            raise Blocked(f"the indices of {self.place} are inside a checkpoint, so that it is not known which rows are read")
+            raise Blocked(
+                f"the indices of {self.place} are inside a checkpoint, so that it is not known "
+                f"which rows are read"
+            )
         return None
 
     def left_out(self, flow: Flow, dims: Iterable[int]) -> None:
-        """Entries were left out along ``dims``. Where the rows do not differ along them, another cut of the weight has to show which."""
+        """Entries were left out along ``dims``. Where the rows do not differ along them, another
+        cut of the weight has to show which."""
         if any(flow.rows.size(dim) == 1 for dim in dims):
             self.rows.cut_elsewhere = True
 
     def unite(self, a: Tensor, b: Tensor) -> Tensor:
-        """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they are one from here on)."""
+        """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they
+        are one from here on)."""
         self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
         return a if a.numel() <= b.numel() else b
 
     def normalized(self, flow: Flow, dims: Iterable[int], *, centered: bool = True) -> Flow:
-        """The result of a normalization over ``dims``; ``centered``: it removes a common offset, too (LayerNorm, but not RMSNorm)."""
+        """The result of a normalization over ``dims``; ``centered``: it removes a common offset,
+        too (LayerNorm, but not RMSNorm)."""
         if not centered:
             pure(self, flow)
         _refuse_padded(self, flow)
         dims = [d % flow.rows.ndim for d in dims]
         if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
-            raise Blocked(f"{flow.offset.what} is added before {self.place} and differs within what is normalized together")
+            raise Blocked(
+                f"{flow.offset.what} is added before {self.place} and differs within what is "
+                f"normalized together"
+            )
         return Flow(0, self.same_factor(flow.rows, dims))
 
     def forgive(self, flow: Flow, what: str) -> Flow:
-        """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its smallness. Anything else is blocked."""
+        """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its
+        smallness. Anything else is blocked."""
         if flow.sign != Sign.STATISTIC or flow.offset is not None or flow.degree < 0:
             raise Blocked(f"{what} in {self.place}")
         if not self.small_epsilon():
@@ -325,13 +388,17 @@ class Operation:
         return Sign.ANY if edge is None else self._graph.signs.get(edge, Sign.ANY)
 
     def small_epsilon(self) -> bool:
-        """Whether the operation is part of a module that declares an epsilon that is small beside a variance of order 1."""
+        """Whether the operation is part of a module that declares an epsilon that is small beside a
+        variance of order 1."""
         eps = declared_epsilon(self.module[1])
         return eps is not None and eps <= 1e-3
 
 
-def _constant_entries(edge: Edge | None, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
-    """Which entries of a tensor of one dimension no parameter reaches: bool ``(size,)``, None where it cannot be said."""
+def _constant_entries(
+    edge: Edge | None, size: int, parameters: Mapping[Edge, str]
+) -> Tensor | None:
+    """Which entries of a tensor of one dimension no parameter reaches: bool ``(size,)``, None where
+    it cannot be said."""
     everything = torch.ones(size, dtype=torch.bool, device="cpu")
     if edge is None:
         return everything
@@ -344,14 +411,19 @@ def _constant_entries(edge: Edge | None, size: int, parameters: Mapping[Edge, st
         if sizes.count(None) > 1:  # one constant takes what the others leave
             return None
         left = size - sum(n for n in sizes if n is not None)
-        pieces = [_constant_entries(s, left if n is None else n, parameters) for s, n in zip(sources, sizes, strict=True)]
+        pieces = [
+            _constant_entries(s, left if n is None else n, parameters)
+            for s, n in zip(sources, sizes, strict=True)
+        ]
         known = [piece for piece in pieces if piece is not None]
         return torch.cat(known) if len(known) == len(pieces) else None
     source = sources[0] if sources else None
     if name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
         key = "other" if sources[1] is None else "self"
         hooks = getattr(getattr(node, f"_raw_saved_{key}", None), "unpack_hook", None)
-        factor = getattr(node, f"_saved_{key}", None) if hooks is None else None  # inside a checkpoint it would have to be computed again
+        factor = (
+            getattr(node, f"_saved_{key}", None) if hooks is None else None
+        )  # inside a checkpoint it would have to be computed again
         below = _constant_entries(sources[0] or sources[1], size, parameters)
         if not isinstance(factor, Tensor) or factor.shape != (size,) or below is None:
             return None
@@ -364,7 +436,8 @@ def _constant_entries(edge: Edge | None, size: int, parameters: Mapping[Edge, st
 
 
 def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
-    """Entries of a copy of a parameter that were written over in place: those that pass no gradient on. Nothing is saved in this graph."""
+    """Entries of a copy of a parameter that were written over in place: those that pass no gradient
+    on. Nothing is saved in this graph."""
     below: Edge | None = edge
     while below is not None and below not in parameters:
         if node_name(below[0]) not in ("CopySlices", "CloneBackward0", "ToCopyBackward0"):
@@ -373,7 +446,10 @@ def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tenso
         below = None if source is None else (source, i)
     if below is None or _shape(below) != (size,):
         return None
-    output, parameter = torch.autograd.graph.GradientEdge(*edge), torch.autograd.graph.GradientEdge(*below)
+    output, parameter = (
+        torch.autograd.graph.GradientEdge(*edge),
+        torch.autograd.graph.GradientEdge(*below),
+    )
     metadata = edge[0]._input_metadata[edge[1]]
     ones = torch.ones(size, dtype=metadata.dtype, device=metadata.device)
     (passed,) = torch.autograd.grad([output], [parameter], [ones], retain_graph=True)
@@ -384,7 +460,8 @@ _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 
 
 def declared_epsilon(module: nn.Module | None) -> float | None:
-    """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...), the largest if there are several.
+    """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...),
+    the largest if there are several.
 
     0 for an epsilon of None, which is that of the dtype (RMSNorm). None if nothing is declared.
 
@@ -408,13 +485,18 @@ RULES: dict[str, Rule] = {}
 
 
 def register_rule(node_name: str, rule: Rule) -> None:
-    """Tell the target search how a scale passes an operation it does not know, e.g. a custom ``torch.autograd.Function``.
+    """Tell the target search how a scale passes an operation it does not know, e.g. a custom
+    ``torch.autograd.Function``.
 
     Args:
-        node_name: name of the autograd node, as ``tensor.grad_fn.name()`` gives it: the function's class name with ``Backward`` appended.
-        rule: called as ``rule(operation, flows)`` with one `Flow` (or None: does not depend on the weight) for each differentiable input.
-            Returns the flow of the output, or a list with one for each output, or raises `Blocked` with a reason. ``homogeneous`` is
-            a ready-made rule for :math:`f(cx) = c f(x)`; ``operation.normalized(flow, dims)`` is the result of a normalization.
+        node_name: name of the autograd node, as ``tensor.grad_fn.name()`` gives it: the function's
+            class name with ``Backward`` appended.
+        rule: called as ``rule(operation, flows)`` with one `Flow` (or None: does not depend on the
+            weight) for each differentiable input.
+            Returns the flow of the output, or a list with one for each output, or raises `Blocked`
+            with a reason. ``homogeneous`` is
+            a ready-made rule for :math:`f(cx) = c f(x)`; ``operation.normalized(flow, dims)`` is
+            the result of a normalization.
 
     Example:
         A custom root-mean-square normalization over the last axis:
@@ -448,10 +530,13 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-# ------------------------------------------------------------------------------------------------ the walk
+# ----------------------------------------------------------------------------------------- the walk
 
 
-OPAQUE = ("CompiledFunctionBackward", "CheckpointFunctionBackward")  # a whole subgraph in one node, with weights that no edge shows
+OPAQUE = (
+    "CompiledFunctionBackward",
+    "CheckpointFunctionBackward",
+)  # a whole subgraph in one node, with weights that no edge shows
 
 
 @dataclass
@@ -463,7 +548,9 @@ class Graph:
     steps: list[Step] = field(default_factory=list)
     shapes: dict[Edge, Shape] = field(default_factory=dict)  # of the parameters that occur
     module_of: Callable[[Node], tuple[str, nn.Module | None]] = lambda node: ("", None)
-    signs: dict[Edge, Sign] = field(default_factory=dict)  # what is known of the values, whatever they were computed from; else ANY
+    signs: dict[Edge, Sign] = field(
+        default_factory=dict
+    )  # what is known of the values, whatever they were computed from; else ANY
 
     @property
     def opaque(self) -> list[str]:
@@ -471,7 +558,11 @@ class Graph:
         return sorted({step.name for step in self.steps if step.name in OPAQUE})
 
 
-def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: Callable[[Node], tuple[str, nn.Module | None]]) -> Graph:
+def trace(
+    loss: Tensor,
+    parameters: Mapping[Edge, str],
+    module_of: Callable[[Node], tuple[str, nn.Module | None]],
+) -> Graph:
     """Collect the operations that ``loss`` was computed with, down to the parameters.
 
     Args:
@@ -491,16 +582,30 @@ def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: Callable[[Nod
                 continue
             seen.add(node)
             stack.append((node, True))
-            stack.extend((source, False) for source, i in node.next_functions if source is not None and (source, i) not in parameters)
+            stack.extend(
+                (source, False)
+                for source, i in node.next_functions
+                if source is not None and (source, i) not in parameters
+            )
             continue
-        sources = tuple(None if source is None else (source, i) for source, i in node.next_functions)
+        sources = tuple(
+            None if source is None else (source, i) for source, i in node.next_functions
+        )
         inputs = tuple(None if source is None else _shape(source) for source in sources)
         for source, shape in zip(sources, inputs, strict=True):
             if source is not None and shape is not None and source in parameters:
                 graph.shapes[source] = shape
-        step = Step(node, node_name(node), sources, inputs, tuple(tuple(m.shape) for m in node._input_metadata))
+        step = Step(
+            node,
+            node_name(node),
+            sources,
+            inputs,
+            tuple(tuple(m.shape) for m in node._input_metadata),
+        )
         graph.steps.append(step)
-        sign = _sign_of_result(step, [graph.signs.get(s, Sign.ANY) if s is not None else Sign.ANY for s in sources])
+        sign = _sign_of_result(
+            step, [graph.signs.get(s, Sign.ANY) if s is not None else Sign.ANY for s in sources]
+        )
         padding = _padding_of_result(step, paddings, graph.signs)
         if padding is not None and step.name == "SliceBackward0" and padding.start == 0:
             sign = max(sign, padding.sign)
@@ -522,16 +627,31 @@ def _sign_of_result(step: Step, inputs: Sequence[Sign]) -> Sign:
     square = len(inputs) == 2 and step.sources[0] is not None and step.sources[0] == step.sources[1]
     if name.startswith("Mul") and square:
         return Sign.NONNEGATIVE
-    if name in ("MmBackward0", "BmmBackward0", "SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1", "DotBackward0"):
-        return Sign.STATISTIC if lowest != Sign.ANY or (square and name == "DotBackward0") else Sign.ANY
+    if name in (
+        "MmBackward0",
+        "BmmBackward0",
+        "SumBackward0",
+        "SumBackward1",
+        "MeanBackward0",
+        "MeanBackward1",
+        "DotBackward0",
+    ):
+        return (
+            Sign.STATISTIC
+            if lowest != Sign.ANY or (square and name == "DotBackward0")
+            else Sign.ANY
+        )
     if name.startswith(("Mul", "Div")):
         return Sign.NONNEGATIVE if len(inputs) == 2 and lowest != Sign.ANY else Sign.ANY
-    return lowest if (name.startswith("Add") and len(inputs) == 2) or name in _KEEPS_SIGN else Sign.ANY
+    return (
+        lowest if (name.startswith("Add") and len(inputs) == 2) or name in _KEEPS_SIGN else Sign.ANY
+    )
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Entries at the end of one dimension whose values have one sign: a constant, or sums of products of it with what is not negative.
+    """Entries at the end of one dimension whose values have one sign: a constant, or sums of
+    products of it with what is not negative.
 
     Args:
         dim: counted from the right, -1 or -2.
@@ -544,15 +664,21 @@ class Padding:
     sign: Sign
 
 
-def _padding_of_result(step: Step, paddings: Mapping[Edge, Padding], signs: Mapping[Edge, Sign]) -> Padding | None:
-    """The padded entries of what an operation gives. After a slice, ``start`` is 0 where nothing else is left.
+def _padding_of_result(
+    step: Step, paddings: Mapping[Edge, Padding], signs: Mapping[Edge, Sign]
+) -> Padding | None:
+    """The padded entries of what an operation gives. After a slice, ``start`` is 0 where nothing
+    else is left.
 
-    Linear attention appends ones to its values, so that one product gives the sums of what is attended to and of the attention.
+    Linear attention appends ones to its values, so that one product gives the sums of what is
+    attended to and of the attention.
     """
     node, name, shapes, outputs = step.node, step.name, step.inputs, step.outputs
     if name == "ConstantPadNdBackward0" and shapes[0] is not None:
         padded = [(k, amount) for k, amount in enumerate(map(signed, node._saved_pad)) if amount]  # type: ignore[attr-defined]
-        if len(padded) == 1 and padded[0][0] in (1, 3) and padded[0][1] > 0:  # at the end of one of the last two dimensions
+        if (
+            len(padded) == 1 and padded[0][0] in (1, 3) and padded[0][1] > 0
+        ):  # at the end of one of the last two dimensions
             dim = -1 - padded[0][0] // 2
             return Padding(dim, shapes[0][dim], Sign.NONNEGATIVE)
         return None
@@ -560,14 +686,23 @@ def _padding_of_result(step: Step, paddings: Mapping[Edge, Padding], signs: Mapp
     if name in ("MmBackward0", "BmmBackward0"):
         for k, dim in ((0, -2), (1, -1)):
             padding, factor = found[k], step.sources[1 - k]
-            if padding is not None and padding.dim == dim and factor is not None and signs.get(factor, Sign.ANY) != Sign.ANY:
+            if (
+                padding is not None
+                and padding.dim == dim
+                and factor is not None
+                and signs.get(factor, Sign.ANY) != Sign.ANY
+            ):
                 return replace(padding, sign=Sign.STATISTIC)
         return None
     if len(found) != 1 or found[0] is None or shapes[0] is None or len(outputs[0]) < 2:
         return None
     padding, ndim = found[0], len(outputs[0])
     if name in ("TransposeBackward0", "TBackward0"):
-        swapped = {-1, -2} if name == "TBackward0" else {_from_the_right(node, key, ndim) for key in ("dim0", "dim1")}
+        swapped = (
+            {-1, -2}
+            if name == "TBackward0"
+            else {_from_the_right(node, key, ndim) for key in ("dim0", "dim1")}
+        )
         if padding.dim not in swapped:
             return padding
         return replace(padding, dim=-3 - padding.dim) if swapped == {-1, -2} else None
@@ -576,7 +711,14 @@ def _padding_of_result(step: Step, paddings: Mapping[Edge, Padding], signs: Mapp
         start = start + shapes[0][padding.dim] if start < 0 else start
         return replace(padding, start=0) if start >= padding.start else None
     same_end = shapes[0][-2:] == outputs[0][-2:]
-    views = ("CloneBackward0", "ToCopyBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "ExpandBackward0")
+    views = (
+        "CloneBackward0",
+        "ToCopyBackward0",
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "ExpandBackward0",
+    )
     return padding if name in views and same_end else None
 
 
@@ -607,7 +749,9 @@ def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows])
         rows: for each of these weights its `Rows`.
     """
     flows: dict[Edge, dict[str, Flow]] = {
-        edge: {name: Flow(1, leaves[name])} for edge, name in graph.parameters.items() if name in leaves and edge in graph.shapes
+        edge: {name: Flow(1, leaves[name])}
+        for edge, name in graph.parameters.items()
+        if name in leaves and edge in graph.shapes
     }
     met_before = {name: rows[name].met for name in leaves}
     for name in leaves:
@@ -670,7 +814,10 @@ def _apply(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow 
     (k,) = present
     flow = flows[k]
     assert flow is not None
-    results = [_apply_rule(operation, [part if i == k else None for i in range(len(flows))]) for part in flow.parts]
+    results = [
+        _apply_rule(operation, [part if i == k else None for i in range(len(flows))])
+        for part in flow.parts
+    ]
     leaving: list[Flow | None] = []
     for outputs in zip(*results, strict=True):
         parts = [output for output in outputs if output is not None]
@@ -686,8 +833,12 @@ def _apply_rule(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[
         result = rule(operation, flows)
     except Blocked:
         raise
-    except Exception as error:  # a rule that meets something unforeseen costs a target, not a training run
-        raise Blocked(f"the rule for {operation.place} failed ({type(error).__name__}: {error})") from None
+    except (
+        Exception
+    ) as error:  # a rule that meets something unforeseen costs a target, not a training run
+        raise Blocked(
+            f"the rule for {operation.place} failed ({type(error).__name__}: {error})"
+        ) from None
     return result if isinstance(result, (list, tuple)) else [result]  # type: ignore[list-item]
 
 
@@ -707,7 +858,11 @@ def _why_not(operation: Operation) -> str:
 def _normalization_name(operation: Operation) -> str:
     """The normalization module, or the node that did it by hand and the module it happened in."""
     name, module = operation.module
-    by_hand = module is None or any(True for _ in module.children()) or any(p.ndim > 1 for p in module.parameters(recurse=False))
+    by_hand = (
+        module is None
+        or any(True for _ in module.children())
+        or any(p.ndim > 1 for p in module.parameters(recurse=False))
+    )
     return operation.place if by_hand else name
 
 
@@ -731,15 +886,22 @@ def signed(value: Any) -> Any:
     return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
 
-# ------------------------------------------------------------------------------------------------ helpers of the rules
+# ----------------------------------------------------------------------------- helpers of the rules
 
 _tokens = count()
 
 
-def new_offset(varies: Iterable[bool], parameter: str | None = None, what: str = "something that does not scale") -> Offset:
-    """An offset that equals no other, unless it is the same parameter along the same dimension, counted from the right."""
+def new_offset(
+    varies: Iterable[bool],
+    parameter: str | None = None,
+    what: str = "something that does not scale",
+) -> Offset:
+    """An offset that equals no other, unless it is the same parameter along the same dimension,
+    counted from the right."""
     varies = tuple(varies)
-    token = (parameter, varies[varies.index(True) :]) if parameter and any(varies) else next(_tokens)
+    token = (
+        (parameter, varies[varies.index(True) :]) if parameter and any(varies) else next(_tokens)
+    )
     return Offset(varies, token, parameter, f"bias {parameter}" if parameter else what)
 
 
@@ -749,11 +911,14 @@ def lift(flow: Flow, ndim: int) -> Flow:
     if missing <= 0:
         return flow
     offset = flow.offset and replace(flow.offset, varies=(False,) * missing + flow.offset.varies)
-    return replace(flow, rows=flow.rows.reshape((1,) * missing + tuple(flow.rows.shape)), offset=offset)
+    return replace(
+        flow, rows=flow.rows.reshape((1,) * missing + tuple(flow.rows.shape)), offset=offset
+    )
 
 
 def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
-    """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape: along all."""
+    """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape:
+    along all."""
     if shape is None:
         return (True,) * ndim
     return (*[False] * (ndim - len(shape)), *(n > 1 for n in shape))
@@ -780,7 +945,8 @@ def pure(operation: Operation, flow: Flow) -> Flow:
 
 
 def _refuse_padded(operation: Operation, flow: Flow) -> None:
-    """A constant beside a statistic is an epsilon in a denominator; where it enters as a value, it is a value that does not scale."""
+    """A constant beside a statistic is an epsilon in a denominator; where it enters as a value, it
+    is a value that does not scale."""
     if flow.padded:
         raise Blocked(f"a constant is added to what enters {operation.place}")
 
@@ -802,7 +968,8 @@ def compact(rows: Tensor) -> Tensor:
 
 
 def _blocks(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
-    """Pairs of dimension ranges that a reshape maps onto each other (equal products, as short as possible)."""
+    """Pairs of dimension ranges that a reshape maps onto each other (equal products, as short as
+    possible)."""
     i = j = 0
     while i < len(old) and j < len(new):
         start_i, start_j, size_i, size_j = i, j, old[i], new[j]
@@ -821,7 +988,10 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
     """A view or reshape. Blocks of dimensions along which nothing differs are never expanded."""
     if 0 in old:
         return Flow(
-            flow.degree, flow.rows.flatten()[:1].reshape((1,) * len(new)), flow.offset and flow.offset.changed([True] * len(new)), flow.sign
+            flow.degree,
+            flow.rows.flatten()[:1].reshape((1,) * len(new)),
+            flow.offset and flow.offset.changed([True] * len(new)),
+            flow.sign,
         )
     full, result, varies = list(flow.rows.shape), [1] * len(new), [False] * len(new)
     parameter = flow.offset.parameter if flow.offset is not None else None
@@ -834,12 +1004,25 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
         if flow.offset and any(flow.offset.varies[d] for d in before):
             for d in after:
                 varies[d] = new[d] > 1
-            periodic = not any(flow.offset.varies[d] for d in before[:-1]) and sum(new[d] > 1 for d in after) == 1 and new[after[-1]] > 1
+            periodic = (
+                not any(flow.offset.varies[d] for d in before[:-1])
+                and sum(new[d] > 1 for d in after) == 1
+                and new[after[-1]] > 1
+            )
             parameter = parameter if periodic else None
     offset = None
-    if flow.offset is not None:  # broadcasting aligns at the right: what happens in front of the dims it varies along changes nothing
+    if (
+        flow.offset is not None
+        # broadcasting aligns at the right: what happens in front of the dims it varies along
+        # changes
+        # nothing
+    ):
         tail = len(old) - flow.offset.varies.index(True) if any(flow.offset.varies) else 0
-        token = flow.offset.token if old[len(old) - tail :] == new[len(new) - tail :] else (flow.offset.token, new)
+        token = (
+            flow.offset.token
+            if old[len(old) - tail :] == new[len(new) - tail :]
+            else (flow.offset.token, new)
+        )
         offset = replace(flow.offset, varies=tuple(varies), token=token, parameter=parameter)
     return replace(flow, rows=compact(flow.rows.expand(full).reshape(result)), offset=offset)
 
@@ -849,12 +1032,15 @@ def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
     dims = [d % flow.rows.ndim for d in dims]
     offset = flow.offset
     if offset is not None:
-        offset = replace(offset, varies=tuple(offset.varies[d] for d in dims), token=(offset.token, tuple(dims)))
+        offset = replace(
+            offset, varies=tuple(offset.varies[d] for d in dims), token=(offset.token, tuple(dims))
+        )
     return replace(flow, rows=flow.rows.permute(dims), offset=offset)
 
 
 def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
-    """The flow after entries were moved or picked along ``dims``: new rows, and another offset if it differs along them."""
+    """The flow after entries were moved or picked along ``dims``: new rows, and another offset if
+    it differs along them."""
     offset = flow.offset
     if offset is not None and any(offset.varies[d] for d in dims):
         offset = offset.changed(offset.varies)
@@ -868,7 +1054,8 @@ def without_dim(offset: Offset | None, dim: int) -> Offset | None:
     varies = [v for d, v in enumerate(offset.varies) if d != dim]
     if offset.varies[dim]:
         return offset.changed(varies)
-    # Broadcasting aligns at the right: a dimension that goes in front of those it varies along changes nothing.
+    # Broadcasting aligns at the right: a dimension that goes in front of those it varies along
+    # changes nothing.
     token = offset.token if not any(offset.varies[:dim]) else next(_tokens)
     return replace(offset, varies=tuple(varies), token=token)
 
@@ -878,7 +1065,7 @@ def everywhere(flow: Flow) -> Offset | None:
     return flow.offset and flow.offset.changed([True] * flow.rows.ndim)
 
 
-# ------------------------------------------------------------------------------------------------ elementwise
+# -------------------------------------------------------------------------------------- elementwise
 
 NOT_HOMOGENEOUS = """
     Softmax LogSoftmax SafeSoftmax MaskedSoftmax SparseSoftmax SparseLogSoftmax Logsumexp Logcumsumexp Logaddexp Logaddexp2
@@ -918,7 +1105,13 @@ NOT_FOLLOWED = {
 def unchanged(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
     """Copies, casts, and the marks that strategies leave in the graph: input k becomes output k."""
     if operation.name == "NegBackward0":
-        return [flow and replace(flow, sign=Sign.ANY, offset=flow.offset and flow.offset.changed(flow.offset.varies)) for flow in flows]
+        return [
+            flow
+            and replace(
+                flow, sign=Sign.ANY, offset=flow.offset and flow.offset.changed(flow.offset.varies)
+            )
+            for flow in flows
+        ]
     return flows
 
 
@@ -947,13 +1140,17 @@ def _masked(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     ndim, power = len(operation.outputs[0]), -1 if operation.name.startswith("Div") else 1
     a, b = (flow and lift(flow, ndim) for flow in [*flows, None][:2])
-    if (a is not None and b is not None and a.padded) or (power == 1 and a is not None and b is not None and b.padded):
+    if (a is not None and b is not None and a.padded) or (
+        power == 1 and a is not None and b is not None and b.padded
+    ):
         raise Blocked(f"a constant is added to a factor in {operation.place}")
     if a is not None and b is not None:
         rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
         square = operation.node.next_functions[0] == operation.node.next_functions[1]
         nonnegative = square or min(a.sign, b.sign) != Sign.ANY
-        return Flow(a.degree + power * b.degree, rows, sign=Sign.NONNEGATIVE if nonnegative else Sign.ANY)
+        return Flow(
+            a.degree + power * b.degree, rows, sign=Sign.NONNEGATIVE if nonnegative else Sign.ANY
+        )
     if a is None and b is not None and power == -1:
         return Flow(-b.degree, pure(operation, b).rows)
     flow = a if a is not None else b
@@ -965,13 +1162,27 @@ def _multiply(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         readable, saved = operation.saved_tensor("other" if a is not None else "self")
         other = tuple(saved.shape) if readable and isinstance(saved, Tensor) else None
     offset = flow.offset and flow.offset.changed(either(flow.offset.varies, varying(other, ndim)))
-    sign: Sign = flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY  # a multiple is still padded
-    if flow.sign == Sign.NONNEGATIVE and len(flows) > 1 and operation.sign(1 if a is not None else 0) != Sign.ANY:
+    sign: Sign = (
+        flow.sign if flow.sign == Sign.STATISTIC else Sign.ANY
+    )  # a multiple is still padded
+    if (
+        flow.sign == Sign.NONNEGATIVE
+        and len(flows) > 1
+        and operation.sign(1 if a is not None else 0) != Sign.ANY
+    ):
         sign = Sign.NONNEGATIVE
     return replace(flow, offset=offset, sign=sign)
 
 
-@_rule("AddBackward0", "AddBackward1", "SubBackward0", "SubBackward1", "RsubBackward0", "RsubBackward1", "LerpBackward0")
+@_rule(
+    "AddBackward0",
+    "AddBackward1",
+    "SubBackward0",
+    "SubBackward1",
+    "RsubBackward0",
+    "RsubBackward1",
+    "LerpBackward0",
+)
 def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     ndim = len(operation.outputs[0])
     a, b = (flow and lift(flow, ndim) for flow in [*flows, None][:2])
@@ -991,14 +1202,21 @@ def _add(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = a if a is not None else b
     assert flow is not None
     if len(flows) == 1:  # a python number
-        return operation.forgive(flow, "") if flow.sign == Sign.STATISTIC else _shifted(flow, (False,) * ndim, None)
+        return (
+            operation.forgive(flow, "")
+            if flow.sign == Sign.STATISTIC
+            else _shifted(flow, (False,) * ndim, None)
+        )
     other = operation.inputs[k]
     if other is None:
         return operation.forgive(flow, "a constant is added")
     if len(other) > 1 and math.prod(other) == math.prod(operation.outputs[0]):
         raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
     keep = operation.name.startswith("Add") and operation.attribute("alpha", 1) == 1
-    if len(other) == 1 and (parts := _without_bias_in_part(operation, flow, k, ndim - 1)) is not None:
+    if (
+        len(other) == 1
+        and (parts := _without_bias_in_part(operation, flow, k, ndim - 1)) is not None
+    ):
         return parts
     return _shifted(flow, varying(other, ndim), operation.parameter(k) if keep else None)
 
@@ -1041,12 +1259,18 @@ def _clamp(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _power(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = pure(operation, only(operation, flows))
     exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
-    exponent = exponents[operation.name] if operation.name in exponents else float(operation.attribute("exponent"))
+    exponent = (
+        exponents[operation.name]
+        if operation.name in exponents
+        else float(operation.attribute("exponent"))
+    )
     sign = max(flow.sign, Sign.NONNEGATIVE) if exponent % 2 == 0 else flow.sign
-    return replace(flow, degree=flow.degree * exponent, sign=sign, padded=flow.padded and exponent > 0)
+    return replace(
+        flow, degree=flow.degree * exponent, sign=sign, padded=flow.padded and exponent > 0
+    )
 
 
-# ------------------------------------------------------------------------------------------------ views
+# -------------------------------------------------------------------------------------------- views
 
 
 @_rule(
@@ -1083,13 +1307,18 @@ def _expand(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 @_rule("RepeatBackward0")
 def _repeat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = lift(only(operation, flows), len(operation.outputs[0]))
-    rows = flow.rows.repeat([r if flow.rows.size(d) > 1 else 1 for d, r in enumerate(operation.attribute("repeats"))])
+    rows = flow.rows.repeat(
+        [r if flow.rows.size(d) > 1 else 1 for d, r in enumerate(operation.attribute("repeats"))]
+    )
     return moved(flow, rows, range(rows.ndim))
 
 
 @_rule("SelectBackward0")
 def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    flow, dim = (
+        only(operation, flows),
+        operation.attribute("dim") % len(_known(operation.inputs[0])),
+    )
     operation.left_out(flow, [dim])
     rows = flow.rows.select(dim, operation.attribute("index") if flow.rows.size(dim) > 1 else 0)
     return replace(flow, rows=rows, offset=without_dim(flow.offset, dim))
@@ -1097,13 +1326,20 @@ def _select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 @_rule("SliceBackward0")
 def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    flow, dim = (
+        only(operation, flows),
+        operation.attribute("dim") % len(_known(operation.inputs[0])),
+    )
     if operation.outputs[0][dim] < _known(operation.inputs[0])[dim]:
         operation.left_out(flow, [dim])
     if flow.rows.size(dim) == 1:
         return moved(flow, flow.rows, [dim])
     start = operation.attribute("start") or 0
-    size, length, step = _known(operation.inputs[0])[dim], operation.outputs[0][dim], operation.attribute("step")
+    size, length, step = (
+        _known(operation.inputs[0])[dim],
+        operation.outputs[0][dim],
+        operation.attribute("step"),
+    )
     start = max(0, start + size) if start < 0 else min(start, size)
     index = start + step * torch.arange(length, dtype=torch.long, device="cpu")
     return moved(flow, flow.rows.index_select(dim, index), [dim])
@@ -1111,15 +1347,33 @@ def _slice(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 @_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0", "UnbindBackward0")
 def _split(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow]:
-    flow, dim = only(operation, flows), operation.attribute("dim") % len(_known(operation.inputs[0]))
+    flow, dim = (
+        only(operation, flows),
+        operation.attribute("dim") % len(_known(operation.inputs[0])),
+    )
     operation.left_out(flow, [dim])  # a piece may be used nowhere
     if operation.name == "UnbindBackward0":
-        pieces, offset = expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim), without_dim(flow.offset, dim)
+        pieces, offset = (
+            expanded(flow.rows, _known(operation.inputs[0]), [dim]).unbind(dim),
+            without_dim(flow.offset, dim),
+        )
         differs = flow.offset is not None and flow.offset.varies[dim]
-        return [replace(flow, rows=piece, offset=offset.changed(offset.varies) if offset and differs else offset) for piece in pieces]
+        return [
+            replace(
+                flow,
+                rows=piece,
+                offset=offset.changed(offset.varies) if offset and differs else offset,
+            )
+            for piece in pieces
+        ]
     if flow.rows.size(dim) == 1:
         return [moved(flow, flow.rows, [dim]) for _ in operation.outputs]
-    return [moved(flow, piece, [dim]) for piece in torch.split_with_sizes(flow.rows, [shape[dim] for shape in operation.outputs], dim)]
+    return [
+        moved(flow, piece, [dim])
+        for piece in torch.split_with_sizes(
+            flow.rows, [shape[dim] for shape in operation.outputs], dim
+        )
+    ]
 
 
 @_rule("CatBackward0", "StackBackward0")
@@ -1130,28 +1384,61 @@ def _cat(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if len({flow.degree for flow in present}) > 1:
         raise Blocked(f"{operation.place} joins tensors that scale differently")
     known = 0 if stack else sum(shape[dim] for shape in operation.inputs if shape is not None)
-    if not stack and sum(shape is None for shape in operation.inputs) > 1:  # one constant takes what the others leave
+    if (
+        not stack and sum(shape is None for shape in operation.inputs) > 1
+    ):  # one constant takes what the others leave
         raise Blocked(f"{operation.place} joins several constants of unknown size")
     pieces = []
     for flow, shape in zip(flows, operation.inputs, strict=True):
-        size = 1 if stack else shape[dim] if shape is not None else operation.outputs[0][dim] - known
-        rows = torch.zeros([1] * ndim, dtype=torch.long, device="cpu") if flow is None else flow.rows.unsqueeze(dim) if stack else flow.rows
+        size = (
+            1 if stack else shape[dim] if shape is not None else operation.outputs[0][dim] - known
+        )
+        rows = (
+            torch.zeros([1] * ndim, dtype=torch.long, device="cpu")
+            if flow is None
+            else flow.rows.unsqueeze(dim)
+            if stack
+            else flow.rows
+        )
         pieces.append(rows.expand([size if d == dim else n for d, n in enumerate(rows.shape)]))
     common = [max(piece.size(d) for piece in pieces) for d in range(ndim)]
-    rows = torch.cat([piece.expand([piece.size(d) if d == dim else n for d, n in enumerate(common)]) for piece in pieces], dim)
+    rows = torch.cat(
+        [
+            piece.expand([piece.size(d) if d == dim else n for d, n in enumerate(common)])
+            for piece in pieces
+        ],
+        dim,
+    )
     offset = None
     offsets = [flow.offset for flow in present if flow.offset is not None]
-    if len(offsets) == len(flows) and len({o.token for o in offsets}) == 1 and (stack or not offsets[0].varies[dim]):
+    if (
+        len(offsets) == len(flows)
+        and len({o.token for o in offsets}) == 1
+        and (stack or not offsets[0].varies[dim])
+    ):
         same = offsets[0]
         if stack:
             token = same.token if not any(same.varies[:dim]) else next(_tokens)
-            same = replace(same, varies=(*same.varies[:dim], False, *same.varies[dim:]), token=token)
+            same = replace(
+                same, varies=(*same.varies[:dim], False, *same.varies[dim:]), token=token
+            )
         return Flow(present[0].degree, compact(rows), same, min(flow.sign for flow in present))
     for flow in present:
         if flow.offset is not None:
-            varies = (*flow.offset.varies[:dim], True, *flow.offset.varies[dim if stack else dim + 1 :])
-            offset = flow.offset.changed(varies if offset is None else either(varies, offset.varies))
-    return Flow(present[0].degree, compact(rows), offset, min(flow.sign for flow in present) if len(present) == len(flows) else Sign.ANY)
+            varies = (
+                *flow.offset.varies[:dim],
+                True,
+                *flow.offset.varies[dim if stack else dim + 1 :],
+            )
+            offset = flow.offset.changed(
+                varies if offset is None else either(varies, offset.varies)
+            )
+    return Flow(
+        present[0].degree,
+        compact(rows),
+        offset,
+        min(flow.sign for flow in present) if len(present) == len(flows) else Sign.ANY,
+    )
 
 
 @_rule("RollBackward0", "FlipBackward0", "Rot90Backward0")
@@ -1162,13 +1449,21 @@ def _roll(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         offset = flow.offset
         if offset is not None and any(offset.varies[d] for d in dims):
             offset = offset.changed(v or d in dims for d, v in enumerate(offset.varies))
-        return replace(flow, rows=compact(torch.rot90(expanded(flow.rows, shape, dims), operation.attribute("k"), dims)), offset=offset)
+        return replace(
+            flow,
+            rows=compact(
+                torch.rot90(expanded(flow.rows, shape, dims), operation.attribute("k"), dims)
+            ),
+            offset=offset,
+        )
     if all(flow.rows.size(d) == 1 for d in dims):
         return moved(flow, flow.rows, dims)
     rows = expanded(flow.rows, shape, dims)
     if operation.name == "FlipBackward0":
         return moved(flow, rows.flip(dims), dims)
-    return moved(flow, rows.roll(operation.attribute("shifts"), operation.attribute("dims") or []), dims)
+    return moved(
+        flow, rows.roll(operation.attribute("shifts"), operation.attribute("dims") or []), dims
+    )
 
 
 @_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0")
@@ -1188,8 +1483,12 @@ def _shuffle(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _diagonal(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = only(operation, flows)
     i, j = operation.attribute("dim1"), operation.attribute("dim2")
-    rows = expanded(flow.rows, _known(operation.inputs[0]), [i, j]).diagonal(operation.attribute("offset"), i, j)
-    return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
+    rows = expanded(flow.rows, _known(operation.inputs[0]), [i, j]).diagonal(
+        operation.attribute("offset"), i, j
+    )
+    return replace(
+        flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim)
+    )
 
 
 @_rule("UnfoldBackward0")
@@ -1198,7 +1497,9 @@ def _unfold(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     rows = flow.rows.unsqueeze(-1)
     if flow.rows.size(dim) > 1:
         rows = flow.rows.unfold(dim, operation.attribute("size"), operation.attribute("step"))
-    return replace(flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim))
+    return replace(
+        flow, rows=compact(rows), offset=flow.offset and flow.offset.changed([True] * rows.ndim)
+    )
 
 
 @_rule("IndexSelectBackward0")
@@ -1225,11 +1526,14 @@ def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
     if any(flow.rows.size(d) > 1 for d in dims):
         operation.rows.pick(distinct(rows))
-    return replace(flow, rows=compact(rows), offset=flow.offset and _picked(flow.offset, index, rows.ndim))
+    return replace(
+        flow, rows=compact(rows), offset=flow.offset and _picked(flow.offset, index, rows.ndim)
+    )
 
 
 def _indexed_dims(index: Sequence[Tensor | None]) -> list[int]:
-    """The dimensions of ``tensor`` that ``tensor[index]`` picks from; a mask stands for as many as it has itself."""
+    """The dimensions of ``tensor`` that ``tensor[index]`` picks from; a mask stands for as many as
+    it has itself."""
     dims: list[int] = []
     dim = 0
     for i in index:
@@ -1261,10 +1565,14 @@ def _select_entries(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 def _picked(offset: Offset, index: Sequence[Tensor | None], ndim: int) -> Offset:
     """The offset of ``tensor[index]``: dimensions that are not indexed keep it entry for entry."""
-    kept: list[tuple[int, bool]] = []  # where in the index a dimension stood, and whether the offset differs along it
+    kept: list[
+        tuple[int, bool]
+    ] = []  # where in the index a dimension stood, and whether the offset differs along it
     indexed, dim = False, 0
     for position, i in enumerate(index):
-        size = 1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim  # a mask stands for all its dimensions
+        size = (
+            1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim
+        )  # a mask stands for all its dimensions
         if i is None:
             kept.append((position, offset.varies[dim]))
         else:
@@ -1272,10 +1580,16 @@ def _picked(offset: Offset, index: Sequence[Tensor | None], ndim: int) -> Offset
         dim += size
     kept += [(len(index) + d, v) for d, v in enumerate(offset.varies[dim:])]
     where = [position for position, i in enumerate(index) if i is not None]
-    together = where == list(range(where[0], where[-1] + 1))  # what is indexed comes out there, else in front
+    together = where == list(
+        range(where[0], where[-1] + 1)
+    )  # what is indexed comes out there, else in front
     front = [v for position, v in kept if together and position < where[0]]
     varies = [*front, *[indexed] * (ndim - len(kept)), *[v for _, v in kept[len(front) :]]]
-    return offset.changed(varies) if indexed else replace(offset, varies=tuple(varies), token=next(_tokens))
+    return (
+        offset.changed(varies)
+        if indexed
+        else replace(offset, varies=tuple(varies), token=next(_tokens))
+    )
 
 
 @_rule("IndexPutBackward0")
@@ -1291,9 +1605,15 @@ def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = pure(operation, target if target is not None else only(operation, flows, 1))
     if target is not None and values is not None and pure(operation, values).degree != flow.degree:
         raise Blocked(f"{operation.place} writes into a tensor that scales differently")
-    rows = torch.zeros(shape, dtype=torch.long, device="cpu") if target is None else target.rows.expand(shape).clone()
+    rows = (
+        torch.zeros(shape, dtype=torch.long, device="cpu")
+        if target is None
+        else target.rows.expand(shape).clone()
+    )
     if values is not None and any(rows.size(d) > 1 for d in _indexed_dims(index)):
-        operation.rows.pick(distinct(values.rows))  # where they come to lie, and so what they meet there, depends on the data
+        operation.rows.pick(
+            distinct(values.rows)
+        )  # where they come to lie, and so what they meet there, depends on the data
     rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = (
         torch.zeros(1, dtype=torch.long, device="cpu") if values is None else values.rows
     )
@@ -1301,7 +1621,8 @@ def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 
 def _accumulate(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Entries are added, averaged or compared at indices along one dimension (messages between the nodes of a graph).
+    """Entries are added, averaged or compared at indices along one dimension (messages between the
+    nodes of a graph).
 
     A constant to add to is taken as zeros, and the claim is marked.
     """
@@ -1317,12 +1638,22 @@ def _accumulate(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     for flow in (target, source):
         if flow is not None and reduce in ("amax", "amin", "max", "min"):
             pure(operation, flow)
-    rows = None if source is None else operation.same_factor(source.rows, dims if source.rows.ndim == len(out) else range(source.rows.ndim))
+    rows = (
+        None
+        if source is None
+        else operation.same_factor(
+            source.rows, dims if source.rows.ndim == len(out) else range(source.rows.ndim)
+        )
+    )
     if rows is not None and rows.ndim != len(out):
         rows = rows.reshape([1] * len(out))
     if rows is not None and any(n not in (1, out[d]) for d, n in enumerate(rows.shape)):
         raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
-    offset = None if source is None or source.offset is None else source.offset.changed([True] * len(out))
+    offset = (
+        None
+        if source is None or source.offset is None
+        else source.offset.changed([True] * len(out))
+    )
     if target is None:
         assert source is not None
         assert rows is not None
@@ -1344,17 +1675,25 @@ def _accumulate(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 
 def _sign_of_sums(reduce: str, signs: Sequence[Sign]) -> Sign:
-    """Sums and means of squares over the nodes of a graph are statistics, as they are over an axis."""
+    """Sums and means of squares over the nodes of a graph are statistics, as they are over an
+    axis."""
     lowest = min(signs)
     return Sign.STATISTIC if reduce in ("sum", "mean") and lowest != Sign.ANY else lowest
 
 
-_rule("IndexAddBackward0", "ScatterAddBackward0", "ScatterReduceBackward0", "IndexReduceBackward0", "SegmentReduceBackward0")(_accumulate)
+_rule(
+    "IndexAddBackward0",
+    "ScatterAddBackward0",
+    "ScatterReduceBackward0",
+    "IndexReduceBackward0",
+    "SegmentReduceBackward0",
+)(_accumulate)
 
 
 @_rule("MaskedFillBackward0", "MaskedFillBackward1")
 def _masked_fill(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Zeros and infinities go with any row. The value is not saved: taken as one of these, and the claim is marked."""
+    """Zeros and infinities go with any row. The value is not saved: taken as one of these, and the
+    claim is marked."""
     flow = lift(only(operation, flows), len(operation.outputs[0]))
     operation.rows.assumed = True
     return replace(flow, offset=everywhere(flow), sign=Sign.ANY)
@@ -1362,7 +1701,8 @@ def _masked_fill(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 @_rule("GluBackward0")
 def _gated(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Gated linear unit, a * sigmoid(b) of the two halves: the scale passes in the first and is seen by the second."""
+    """Gated linear unit, a * sigmoid(b) of the two halves: the scale passes in the first and is
+    seen by the second."""
     flow, dim = only(operation, flows), operation.attribute("dim")
     rows, gates = expanded(flow.rows, _known(operation.inputs[0]), [dim]).chunk(2, dim)
     operation.rows.forbid(gates, f"gates enter a sigmoid in {operation.place}")
@@ -1406,19 +1746,24 @@ def _along_one_dim(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 @_rule("ConstantPadNdBackward0")
 def _pad(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Zeros go with any row. The value padded with is not saved: taken as 0, and the claim is marked."""
+    """Zeros go with any row. The value padded with is not saved: taken as 0, and the claim is
+    marked."""
     flow, amounts = only(operation, flows), operation.attribute("pad")
     ndim = flow.rows.ndim
     padded = [ndim - 1 - k // 2 for k, amount in enumerate(amounts) if amount > 0]
     if any(amount > 0 for amount in amounts):
         operation.rows.assumed = True
-    inside = [amount if flow.rows.size(ndim - 1 - k // 2) > 1 else 0 for k, amount in enumerate(amounts)]
+    inside = [
+        amount if flow.rows.size(ndim - 1 - k // 2) > 1 else 0 for k, amount in enumerate(amounts)
+    ]
     rows = nn.functional.pad(flow.rows, inside) if any(inside) else flow.rows
-    offset = flow.offset and flow.offset.changed(v or d in padded for d, v in enumerate(flow.offset.varies))
+    offset = flow.offset and flow.offset.changed(
+        v or d in padded for d, v in enumerate(flow.offset.varies)
+    )
     return replace(flow, rows=rows, offset=offset)
 
 
-# ------------------------------------------------------------------------------------------------ reductions and pooling
+# --------------------------------------------------------------------------- reductions and pooling
 
 
 def _reduced(
@@ -1435,9 +1780,15 @@ def _reduced(
     if len(out) != rows.ndim:
         keep = [d for d in range(rows.ndim) if d not in dims]
         rows = rows.reshape([rows.size(d) for d in keep])
-        if offset is not None:  # broadcasting aligns at the right: dims removed in front change nothing
+        if (
+            offset is not None
+        ):  # broadcasting aligns at the right: dims removed in front change nothing
             in_front = all(d < v for d in dims for v, varies in enumerate(offset.varies) if varies)
-            offset = replace(offset, varies=tuple(offset.varies[d] for d in keep), token=offset.token if in_front else next(_tokens))
+            offset = replace(
+                offset,
+                varies=tuple(offset.varies[d] for d in keep),
+                token=offset.token if in_front else next(_tokens),
+            )
     return Flow(flow.degree * degree, rows, offset, sign)
 
 
@@ -1453,7 +1804,9 @@ def _reduction_dims(operation: Operation) -> list[int]:
 def _sum(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, dims = only(operation, flows), _reduction_dims(operation)
     offset = flow.offset
-    if offset is not None and (operation.name.startswith("Sum") or any(offset.varies[d] for d in dims)):
+    if offset is not None and (
+        operation.name.startswith("Sum") or any(offset.varies[d] for d in dims)
+    ):
         offset = offset.changed(
             v and d not in dims for d, v in enumerate(offset.varies)
         )  # else the mean of what is constant is the same constant
@@ -1474,7 +1827,14 @@ def _statistic(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         return _reduced(operation, flow, dims, operation.outputs[0], degree=0)
     measure = spread or "Norm" in operation.name
     sign = Sign.STATISTIC if measure or flow.sign != Sign.ANY else Sign.ANY
-    return _reduced(operation, flow, dims, operation.outputs[0], degree=2 if operation.name.startswith("Var") else 1, sign=sign)
+    return _reduced(
+        operation,
+        flow,
+        dims,
+        operation.outputs[0],
+        degree=2 if operation.name.startswith("Var") else 1,
+        sign=sign,
+    )
 
 
 def _without_constant(operation: Operation, flow: Flow, dims: Sequence[int]) -> Flow:
@@ -1490,7 +1850,9 @@ def _spread_and_mean(operation: Operation, flows: Sequence[Flow | None]) -> Sequ
     centered = _without_constant(operation, flow, dims)
     degree = 2 if operation.name.startswith("Var") else 1
     return [
-        _reduced(operation, centered, dims, operation.outputs[0], degree=degree, sign=Sign.STATISTIC),
+        _reduced(
+            operation, centered, dims, operation.outputs[0], degree=degree, sign=Sign.STATISTIC
+        ),
         _reduced(operation, flow, dims, operation.outputs[1], offset=flow.offset),
     ]
 
@@ -1509,18 +1871,32 @@ _SPATIAL = {  # over how many last dimensions
 
 @_rule(*(f"{name}Backward0" for name in _SPATIAL))
 def _pool(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Pooling, resampling and padding by repetition: neighbours are averaged or the largest is taken, channel by channel."""
+    """Pooling, resampling and padding by repetition: neighbours are averaged or the largest is
+    taken, channel by channel."""
     flow = only(operation, flows)
-    dims = range(flow.rows.ndim - _SPATIAL[operation.name.removesuffix("Backward0")], flow.rows.ndim)
+    dims = range(
+        flow.rows.ndim - _SPATIAL[operation.name.removesuffix("Backward0")], flow.rows.ndim
+    )
     offset = flow.offset
     if offset is not None:
         if any(offset.varies[d] for d in dims):
             pure(operation, flow)
-        zeros = any(operation.attribute("padding") or ()) and operation.attribute("count_include_pad", False)
-        if zeros or operation.attribute("divisor_override") or operation.name.startswith(("Grid", "MaxUnpool")):
+        zeros = any(operation.attribute("padding") or ()) and operation.attribute(
+            "count_include_pad", False
+        )
+        if (
+            zeros
+            or operation.attribute("divisor_override")
+            or operation.name.startswith(("Grid", "MaxUnpool"))
+        ):
             offset = offset.changed(v or d in dims for d, v in enumerate(offset.varies))
-    # The mean of squares of a whole channel is a statistic; a local one (LocalResponseNorm) has a constant beside it that is no epsilon.
-    sign = Sign.STATISTIC if flow.sign != Sign.ANY and operation.name.startswith("AdaptiveAvg") else Sign.ANY
+    # The mean of squares of a whole channel is a statistic; a local one (LocalResponseNorm) has a
+    # constant beside it that is no epsilon.
+    sign = (
+        Sign.STATISTIC
+        if flow.sign != Sign.ANY and operation.name.startswith("AdaptiveAvg")
+        else Sign.ANY
+    )
     return Flow(flow.degree, operation.same_factor(flow.rows, dims), offset, sign)
 
 
@@ -1533,7 +1909,7 @@ def _im2col(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return Flow(flow.degree, rows, flow.offset and flow.offset.changed([True] * rows.ndim))
 
 
-# ------------------------------------------------------------------------------------------------ linear maps
+# -------------------------------------------------------------------------------------- linear maps
 
 
 def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
@@ -1541,11 +1917,16 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     for factor in (a, b):
         if factor is not None:
             _refuse_padded(operation, factor)
-    if a is not None and b is not None and not all(bool(part.rows.all()) for part in (*a.parts, *b.parts)):
+    if (
+        a is not None
+        and b is not None
+        and not all(bool(part.rows.all()) for part in (*a.parts, *b.parts))
+    ):
         return _contract_parts(operation, a, b)
     left = operation.same_factor(a.rows, [-1]) if a is not None else None
     right = operation.same_factor(b.rows, [-2]) if b is not None else None
-    # Sums of products of what is not negative (linear attention): a statistic, as their sum would be.
+    # Sums of products of what is not negative (linear attention): a statistic, as their sum would
+    # be.
     sign = Sign.STATISTIC if _product_is_nonnegative(operation, a, b) else Sign.ANY
     if left is not None and right is not None and a is not None and b is not None:
         pure(operation, a), pure(operation, b)
@@ -1554,36 +1935,55 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     assert flow is not None
     assert rows is not None
     offset = flow.offset
-    if offset is not None:  # the other factor may differ along its own dimensions, and over the batch
+    if (
+        offset is not None
+    ):  # the other factor may differ along its own dimensions, and over the batch
         kept = rows.ndim - 2 if a is not None else rows.ndim - 1
         offset = offset.changed(offset.varies[d] if d == kept else True for d in range(rows.ndim))
     return Flow(flow.degree, rows, offset, sign if offset is None else Sign.ANY)
 
 
 def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
-    """a @ b where only some entries of a factor scale, or by different degrees: linear attention pads its values with ones."""
+    """a @ b where only some entries of a factor scale, or by different degrees: linear attention
+    pads its values with ones."""
     factors: list[list[tuple[float, Tensor]]] = []
     for flow, dim in ((a, -1), (b, -2)):
-        parts = [(pure(operation, part).degree, operation.same_factor(part.rows, [dim])) for part in flow.parts]
+        parts = [
+            (pure(operation, part).degree, operation.same_factor(part.rows, [dim]))
+            for part in flow.parts
+        ]
         scales = torch.stack(torch.broadcast_tensors(*[rows > 0 for _, rows in parts])).any(0)  # type: ignore[no-untyped-call]
-        factors.append([*parts, (0.0, torch.where(scales, 0, -1))])  # -1: an entry that does not scale
+        factors.append(
+            [*parts, (0.0, torch.where(scales, 0, -1))]
+        )  # -1: an entry that does not scale
     by_degree: dict[float, Tensor] = {}
     for degree_a, rows_a in factors[0]:
         for degree_b, rows_b in factors[1]:
             left, right = torch.broadcast_tensors(rows_a, rows_b)  # type: ignore[no-untyped-call]
-            both, either_one = (left > 0) & (right > 0), ((left > 0) & (right < 0)) | ((left < 0) & (right > 0))
+            both, either_one = (
+                (left > 0) & (right > 0),
+                ((left > 0) & (right < 0)) | ((left < 0) & (right > 0)),
+            )
             operation.unite(left[both], right[both])
             rows = torch.where(both | either_one, torch.maximum(left, right), 0)
             degree = round(degree_a + degree_b, 9)
-            by_degree[degree] = torch.maximum(by_degree[degree], rows) if degree in by_degree else rows
-    return _joined([Flow(degree, compact(rows)) for degree, rows in by_degree.items() if bool(rows.any())])
+            by_degree[degree] = (
+                torch.maximum(by_degree[degree], rows) if degree in by_degree else rows
+            )
+    return _joined(
+        [Flow(degree, compact(rows)) for degree, rows in by_degree.items() if bool(rows.any())]
+    )
 
 
 def _product_is_nonnegative(operation: Operation, a: Flow | None, b: Flow | None) -> bool:
-    """Whether both factors of a matrix product have no negative entries; a factor that does not scale may be any tensor of the graph."""
+    """Whether both factors of a matrix product have no negative entries; a factor that does not
+    scale may be any tensor of the graph."""
     if operation.name not in ("MmBackward0", "BmmBackward0"):
         return False
-    signs = [operation.sign(k) if flow is None else max(flow.sign, operation.sign(k)) for k, flow in enumerate((a, b))]
+    signs = [
+        operation.sign(k) if flow is None else max(flow.sign, operation.sign(k))
+        for k, flow in enumerate((a, b))
+    ]
     return min(signs) != Sign.ANY
 
 
@@ -1636,7 +2036,8 @@ def _linear(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 
 def _with_bias(operation: Operation, flow: Flow, k: int, dim: int) -> Flow:
-    """Input ``k`` is added; a frozen one (shape unknown) counts as a bias only if the module has one."""
+    """Input ``k`` is added; a frozen one (shape unknown) counts as a bias only if the module has
+    one."""
     shape, ndim = operation.inputs[k], len(operation.outputs[0])
     if (parts := _without_bias_in_part(operation, flow, k, dim % ndim)) is not None:
         return parts
@@ -1646,12 +2047,15 @@ def _with_bias(operation: Operation, flow: Flow, k: int, dim: int) -> Flow:
     if shape is None and isinstance(bias, Tensor) and bias.ndim == 1:
         return _shifted(flow, along, f"{name}.bias" if name else "bias")
     if shape is not None and math.prod(shape) == operation.outputs[0][dim] == shape[-1]:
-        return _shifted(flow, along, operation.parameter(k) if operation.attribute("beta", 1) == 1 else None)
+        return _shifted(
+            flow, along, operation.parameter(k) if operation.attribute("beta", 1) == 1 else None
+        )
     return _shifted(flow, varying(shape, ndim), None)
 
 
 def _without_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
-    """The flow after adding input ``k``, where some of its entries are known to be zero (keys have no bias in Swin v2); None: nowhere."""
+    """The flow after adding input ``k``, where some of its entries are known to be zero (keys have
+    no bias in Swin v2); None: nowhere."""
     size = operation.outputs[0][dim]
     zeros = operation.zeros(k)
     if zeros is None or zeros.shape != (size,) or not bool(zeros.any()) or flow.offset is not None:
@@ -1667,14 +2071,20 @@ def _without_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) ->
 @_rule("MvBackward0")
 def _matvec(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     a, b = flows
-    flow = _contract(operation, a, b and reshaped(b, _known(operation.inputs[1]), (*_known(operation.inputs[1]), 1)))
+    flow = _contract(
+        operation,
+        a,
+        b and reshaped(b, _known(operation.inputs[1]), (*_known(operation.inputs[1]), 1)),
+    )
     return reshaped(flow, (*operation.outputs[0], 1), operation.outputs[0])
 
 
 @_rule("DotBackward0", "VdotBackward0")
 def _dot(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     a, b = (flow and pure(operation, flow) for flow in flows)
-    rows = [operation.same_factor(flow.rows, [0]).reshape(()) for flow in (a, b) if flow is not None]
+    rows = [
+        operation.same_factor(flow.rows, [0]).reshape(()) for flow in (a, b) if flow is not None
+    ]
     if len(rows) == 2:
         operation.unite(*rows)
     return Flow(sum(flow.degree for flow in (a, b) if flow is not None), rows[0])
@@ -1685,7 +2095,11 @@ def _convolution(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     x, weight = flows[:2]
     if len(flows) > 2 and flows[2] is not None:
         raise Blocked(f"the scale enters {operation.place} as its bias")
-    groups, channels, ndim = operation.attribute("groups"), operation.outputs[0][1], len(operation.outputs[0])
+    groups, channels, ndim = (
+        operation.attribute("groups"),
+        operation.outputs[0][1],
+        len(operation.outputs[0]),
+    )
     parts = []
     offset = None
     if x is not None:
@@ -1693,11 +2107,17 @@ def _convolution(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         rows = operation.same_factor(x.rows, spatial)
         rows = rows.reshape(rows.size(0), -1)
         if rows.size(1) > 1:
-            rows = operation.same_factor(rows.reshape(rows.size(0), groups, -1), [2]).expand(-1, -1, channels // groups)
+            rows = operation.same_factor(rows.reshape(rows.size(0), groups, -1), [2]).expand(
+                -1, -1, channels // groups
+            )
         parts.append(compact(rows.reshape(rows.size(0), -1)))
         if x.offset is not None:
-            border = any(operation.attribute("padding")) or operation.attribute("transposed")  # what is added meets the zeros around it
-            offset = x.offset.changed([x.offset.varies[0], True, *(border or x.offset.varies[d] for d in spatial)])
+            border = any(operation.attribute("padding")) or operation.attribute(
+                "transposed"
+            )  # what is added meets the zeros around it
+            offset = x.offset.changed(
+                [x.offset.varies[0], True, *(border or x.offset.varies[d] for d in spatial)]
+            )
     if weight is not None:
         pure(operation, weight)
         shape = _known(operation.inputs[1])
@@ -1710,7 +2130,11 @@ def _convolution(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     if x is not None and weight is not None:
         pure(operation, x)
         parts[0] = operation.unite(parts[1], parts[0])
-    flow = Flow(sum(f.degree for f in (x, weight) if f is not None), parts[0].reshape(*parts[0].shape, *[1] * (ndim - 2)), offset)
+    flow = Flow(
+        sum(f.degree for f in (x, weight) if f is not None),
+        parts[0].reshape(*parts[0].shape, *[1] * (ndim - 2)),
+        offset,
+    )
     if any(operation.attribute("bias_sym_sizes_opt") or ()):
         flow = _with_bias_named(operation, flow)
     return flow
@@ -1741,12 +2165,16 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 def _refuse_max_norm(operation: Operation) -> None:
     """A lookup with ``max_norm`` changes the length of rows before it reads them."""
     if getattr(operation.module[1], "max_norm", None) is not None:
-        raise Blocked(f"max_norm of {operation.module[0] or operation.name} rescales the rows in every forward pass")
+        raise Blocked(
+            f"max_norm of {operation.module[0] or operation.name} rescales the rows in every "
+            f"forward pass"
+        )
 
 
 @_rule("EmbeddingBagBackward0")
 def _embedding_bag(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all that occur go together."""
+    """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all
+    that occur go together."""
     flow = pure(operation, only(operation, flows))
     _refuse_max_norm(operation)
     operation.left_out(flow, [0])
@@ -1765,8 +2193,12 @@ def _embedding_bag(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 )  # fmt: skip
 def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | None:
     for k, flow in enumerate(flows):
-        if k != 2 and flow is not None:  # only these rows are lost: those of the values in the same weight may be free
-            operation.rows.forbid(flow.rows, f"queries, keys and masks enter a softmax in {operation.place}")
+        if (
+            k != 2 and flow is not None
+        ):  # only these rows are lost: those of the values in the same weight may be free
+            operation.rows.forbid(
+                flow.rows, f"queries, keys and masks enter a softmax in {operation.place}"
+            )
     value = flows[2]
     if value is None:
         return None
@@ -1776,17 +2208,20 @@ def _attention(operation: Operation, flows: Sequence[Flow | None]) -> Flow | Non
     return Flow(value.degree, rows, everywhere(value))
 
 
-# ------------------------------------------------------------------------------------------------ tensor parallelism
+# ------------------------------------------------------------------------------- tensor parallelism
 
 
 @_rule("_ToTorchTensorBackward", "_FromTorchTensorBackward")
 def _local_tensor(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """From a DTensor to this rank's part of it, and back. On DTensors themselves operations show their full shapes."""
+    """From a DTensor to this rank's part of it, and back. On DTensors themselves operations show
+    their full shapes."""
     flow, before, after = only(operation, flows), _known(operation.inputs[0]), operation.outputs[0]
     if before == after:
         return flow
     rows = operation.rows
-    if operation.name == "_FromTorchTensorBackward":  # the other ranks' entries come from rows that were not followed here: all go together
+    if (
+        operation.name == "_FromTorchTensorBackward"
+    ):  # the other ranks' entries come from rows that were not followed here: all go together
         together = torch.cat([flow.rows.flatten(), rows.sharded])
         operation.unite(together[:1], together)
         return replace(flow, rows=together[:1].reshape([1] * len(after)), offset=everywhere(flow))
@@ -1806,7 +2241,7 @@ def _local_tensor(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return moved(flow, part, range(part.ndim))
 
 
-# ------------------------------------------------------------------------------------------------ normalizations
+# ----------------------------------------------------------------------------------- normalizations
 
 
 @_rule(
@@ -1817,9 +2252,16 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow, channels = only(operation, flows), _known(operation.inputs[0])[1]
     ndim = flow.rows.ndim
     if not operation.attribute("training", True):  # frozen, or in eval mode: an affine map
-        offset = new_offset((d == 1 for d in range(ndim)), what=f"the fixed mean of {operation.module[0] or operation.name}")
+        offset = new_offset(
+            (d == 1 for d in range(ndim)),
+            what=f"the fixed mean of {operation.module[0] or operation.name}",
+        )
         return replace(
-            flow, offset=offset if flow.offset is None else offset.changed(either(offset.varies, flow.offset.varies)), sign=Sign.ANY
+            flow,
+            offset=offset
+            if flow.offset is None
+            else offset.changed(either(offset.varies, flow.offset.varies)),
+            sign=Sign.ANY,
         )
     result = operation.normalized(flow, [d for d in range(ndim) if d != 1])
     _check_epsilon(operation)
@@ -1827,13 +2269,19 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     name, module = operation.module
     statistics = getattr(module, "running_mean", None)
     if isinstance(statistics, Tensor):
-        per_sample = rows.reshape(-1, statistics.numel())  # InstanceNorm folds the batch into the channels
+        per_sample = rows.reshape(
+            -1, statistics.numel()
+        )  # InstanceNorm folds the batch into the channels
         if bool((per_sample == per_sample[:1]).all()):
             bias = flow.offset.parameter if flow.offset is not None else None
-            operation.rows.link(Link(name, per_sample[0], flow.degree, flow.offset is not None, bias))
+            operation.rows.link(
+                Link(name, per_sample[0], flow.degree, flow.offset is not None, bias)
+            )
         else:
             operation.rows.stale.setdefault(name)
-    elif not isinstance(module, nn.modules.batchnorm._NormBase):  # torch's own hold them there or have none
+    elif not isinstance(
+        module, nn.modules.batchnorm._NormBase
+    ):  # torch's own hold them there or have none
         readable, running = operation.saved_tensor("running_mean")
         if running is not None or not readable:
             operation.rows.stale.setdefault(operation.place)
@@ -1841,7 +2289,8 @@ def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
 
 
 def _check_epsilon(operation: Operation) -> None:
-    """An epsilon that is not small marks the claim. Nodes save it or modules declare it; else it is not known."""
+    """An epsilon that is not small marks the claim. Nodes save it or modules declare it; else it is
+    not known."""
     eps = operation.attribute("eps")
     declared = eps if isinstance(eps, float) else declared_epsilon(operation.module[1])
     small = declared is None or declared <= 1e-3
@@ -1857,9 +2306,15 @@ def _check_epsilon(operation: Operation) -> None:
 )  # fmt: skip
 def _layer_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     flow = only(operation, flows)
-    normalized_shape = operation.attribute("normalized_shape") or getattr(operation.node, "normalized_shape", None) or (0,)
+    normalized_shape = (
+        operation.attribute("normalized_shape")
+        or getattr(operation.node, "normalized_shape", None)
+        or (0,)
+    )
     _check_epsilon(operation)
-    return operation.normalized(flow, range(-len(normalized_shape), 0), centered="rms" not in operation.name.lower())
+    return operation.normalized(
+        flow, range(-len(normalized_shape), 0), centered="rms" not in operation.name.lower()
+    )
 
 
 @_rule("NativeGroupNormBackward0")
@@ -1868,10 +2323,18 @@ def _group_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     shape = _known(operation.inputs[0])
     _check_epsilon(operation)
     if flow.offset is not None and (groups != shape[1] or any(flow.offset.varies[2:])):
-        operation.normalized(replace(flow, offset=replace(flow.offset, varies=(False, True) + (False,) * (len(shape) - 2))), [1])
+        operation.normalized(
+            replace(
+                flow,
+                offset=replace(flow.offset, varies=(False, True) + (False,) * (len(shape) - 2)),
+            ),
+            [1],
+        )
     rows = operation.same_factor(flow.rows, range(2, len(shape)))
     rows = expanded(rows, shape, [1]).reshape(rows.size(0), groups, -1)
-    return Flow(0, operation.same_factor(rows, [2]).reshape(rows.size(0), groups, *[1] * (len(shape) - 2)))
+    return Flow(
+        0, operation.same_factor(rows, [2]).reshape(rows.size(0), groups, *[1] * (len(shape) - 2))
+    )
 
 
 @_rule("WeightNormInterfaceBackward0")
@@ -1881,4 +2344,9 @@ def _weight_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         assert gain is not None
         return gain
     dim = operation.attribute("dim") % direction.rows.ndim
-    return Flow(0, operation.same_factor(only(operation, flows).rows, [d for d in range(direction.rows.ndim) if d != dim]))
+    return Flow(
+        0,
+        operation.same_factor(
+            only(operation, flows).rows, [d for d in range(direction.rows.ndim) if d != dim]
+        ),
+    )

@@ -1,6 +1,8 @@
-"""What decides the graph of a network and may change: between two batches, or between a checkpoint and the run that resumes from it.
+"""What decides the graph of a network and may change: between two batches, or between a checkpoint
+and the run that resumes from it.
 
-Which weights are scale-invariant is read from one graph. It stays true while the modules, their kind and settings, their mode and the set
+Which weights are scale-invariant is read from one graph. It stays true while the modules, their
+kind and settings, their mode and the set
 of trained weights are what they were.
 """
 
@@ -19,8 +21,17 @@ from lightning_normdyn.names import clean_name
 EPSILONS = ("eps", "variance_epsilon", "epsilon")
 """What normalizations call the constant beside their statistic."""
 
-# What a person changes in a module that is already there. `extra_repr` says more, but takes too long for every batch.
-_SETTINGS = (*EPSILONS, "num_groups", "normalized_shape", "num_features", "track_running_stats", "affine", "elementwise_affine")
+# What a person changes in a module that is already there. `extra_repr` says more, but takes too
+# long for every batch.
+_SETTINGS = (
+    *EPSILONS,
+    "num_groups",
+    "normalized_shape",
+    "num_features",
+    "track_running_stats",
+    "affine",
+    "elementwise_affine",
+)
 
 
 # Sizes are tuples of integers.
@@ -37,11 +48,16 @@ def is_normalization(module: nn.Module) -> bool:
         (True, False)
     """
     attributes = vars(module)
-    return "running_mean" in module._buffers or "norm" in type(module).__name__.lower() or any(e in attributes for e in EPSILONS)
+    return (
+        "running_mean" in module._buffers
+        or "norm" in type(module).__name__.lower()
+        or any(e in attributes for e in EPSILONS)
+    )
 
 
 class Normalizations:
-    """The normalizations of a network, to be compared between two batches without a walk through all modules.
+    """The normalizations of a network, to be compared between two batches without a walk through
+    all modules.
 
     Args:
         module: the network.
@@ -63,7 +79,9 @@ class Normalizations:
         for owner in module.modules():
             for key, child in owner._modules.items():
                 if child is not None and is_normalization(child):
-                    self._places.append((owner, key, [setting for setting in _SETTINGS if setting in vars(child)]))
+                    self._places.append(
+                        (owner, key, [setting for setting in _SETTINGS if setting in vars(child)])
+                    )
 
     def state(self) -> tuple[Any, ...]:
         """Mode and settings of each; equal as long as nothing changes."""
@@ -100,22 +118,32 @@ class GraphState:
         Example:
             >>> net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
             >>> GraphState.of(net).normalizations["1"]
-            'BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True), training'
+            'BatchNorm1d(4, eps=1e-05, momentum=0.1, affine=True, bias=True,
+            track_running_stats=True), training'
         """
         # A wrapper has the same clean name as what it wraps, which comes after it.
         modules = {clean_name(name): child for name, child in module.named_modules()}
         described = {name: describe(child) for name, child in modules.items() if name}
-        parameters = {clean_name(name): parameter.requires_grad for name, parameter in module.named_parameters(remove_duplicate=False)}
+        parameters = {
+            clean_name(name): parameter.requires_grad
+            for name, parameter in module.named_parameters(remove_duplicate=False)
+        }
         facts = [*sorted(described.items()), *sorted(parameters)]
         return cls(
             network=sha256(repr(facts).encode()).hexdigest(),
             frozen=tuple(sorted(name for name, trained in parameters.items() if not trained)),
-            normalizations={name: text for name, text in described.items() if is_normalization(modules[name])},
+            normalizations={
+                name: text for name, text in described.items() if is_normalization(modules[name])
+            },
         )
 
     def state(self) -> dict[str, Any]:
         """As plain strings."""
-        return {"network": self.network, "frozen": list(self.frozen), "normalizations": dict(self.normalizations)}
+        return {
+            "network": self.network,
+            "frozen": list(self.frozen),
+            "normalizations": dict(self.normalizations),
+        }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GraphState:
@@ -126,7 +154,11 @@ class GraphState:
 def describe(module: nn.Module) -> str:
     """Class, settings and mode of a module, in words."""
     # FSDP2 gives a module a class of its own, derived from the module's.
-    kinds = [kind for kind in type(module).__mro__ if not kind.__module__.startswith("torch.distributed.fsdp")]
+    kinds = [
+        kind
+        for kind in type(module).__mro__
+        if not kind.__module__.startswith("torch.distributed.fsdp")
+    ]
     kind = next((k for k in kinds if not k.__name__.startswith("FSDP")), type(module))
     try:
         settings = module.extra_repr()

@@ -1,7 +1,9 @@
 """The numbers of a param group, however they are written.
 
-A schedule over a numpy array leaves a ``numpy.float32`` in ``group["lr"]``, a capturable optimizer keeps a tensor there, a person writes an
-``int`` or a ``Fraction``. Everything that computes with a number of a group reads it through `as_number`, so that no other place has to
+A schedule over a numpy array leaves a ``numpy.float32`` in ``group["lr"]``, a capturable optimizer
+keeps a tensor there, a person writes an
+``int`` or a ``Fraction``. Everything that computes with a number of a group reads it through
+`as_number`, so that no other place has to
 know which types there are.
 """
 
@@ -21,13 +23,16 @@ Number: TypeAlias = float | Tensor
 
 
 def as_number(value: object) -> Number | None:
-    """``value`` as a Python float, or as a tensor if it lives on an accelerator, where looking at it would wait for the device.
+    """``value`` as a Python float, or as a tensor if it lives on an accelerator, where looking at
+    it would wait for the device.
 
     Args:
-        value: a Python, numpy or ``Fraction`` number, or a tensor or numpy array that holds a single number.
+        value: a Python, numpy or ``Fraction`` number, or a tensor or numpy array that holds a
+            single number.
 
     Returns:
-        A float; a tensor without dimensions for a number on an accelerator; ``None`` for what is no number (a bool is none).
+        A float; a tensor without dimensions for a number on an accelerator; ``None`` for what is no
+        number (a bool is none).
 
     Example:
         >>> import numpy as np, torch
@@ -40,7 +45,8 @@ def as_number(value: object) -> Number | None:
         return _of_tensor(value)
     if isinstance(value, (Real, Decimal)):
         return float(value)
-    # A numpy array that holds one number; asked for by what it can do, so that numpy is not imported here.
+    # A numpy array that holds one number; asked for by what it can do, so that numpy is not
+    # imported here.
     if getattr(value, "size", None) == 1 and hasattr(value, "item"):
         return as_number(value.item())
     return None
@@ -66,7 +72,8 @@ def group_number(group: Mapping[str, Any], key: str, default: float = 0.0) -> Nu
 
 
 def with_plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of ``group`` in which each number, and each number of a tuple or list (``betas``), is a float or a device tensor.
+    """A copy of ``group`` in which each number, and each number of a tuple or list (``betas``), is
+    a float or a device tensor.
 
     What is no single number stays as it is: flags, strings, the list of parameters.
 
@@ -92,5 +99,6 @@ def _number_or_same(value: Any) -> Any:
 
 
 def is_zero(x: Number) -> bool:
-    """Whether ``x`` is the number 0. A tensor is never looked into: that would wait for the device."""
+    """Whether ``x`` is the number 0. A tensor is never looked into: that would wait for the
+    device."""
     return not isinstance(x, Tensor) and x == 0

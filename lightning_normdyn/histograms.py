@@ -1,4 +1,5 @@
-"""Histograms over the vectors of each weight, binned where the weights are: only counts travel to the host and between ranks.
+"""Histograms over the vectors of each weight, binned where the weights are: only counts travel to
+the host and between ranks.
 
 Legend: ``n`` vectors, ``w`` weights, ``q`` quantities, ``b`` bins.
 """
@@ -32,10 +33,13 @@ class Histogram(NamedTuple):
 
 
 def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
-    r"""Bin the values of each weight's vectors on a logarithmic scale, on the device, without waiting for it.
+    r"""Bin the values of each weight's vectors on a logarithmic scale, on the device, without
+    waiting for it.
 
-    The edges reach 4 standard deviations of log(value) to either side of its mean, and at least 1 %. Mean and deviation are sums, which
-    ranks can complete together; a smallest and a largest value are not. Of up to 17 values none can lie further out; of more, what does
+    The edges reach 4 standard deviations of log(value) to either side of its mean, and at least 1
+    %. Mean and deviation are sums, which
+    ranks can complete together; a smallest and a largest value are not. Of up to 17 values none can
+    lie further out; of more, what does
     is counted in the outermost bins. Values that are zero, negative or not finite are left out.
 
     Args:
@@ -43,7 +47,8 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
         values: ``(q, n)``, of the vectors held here.
 
     Returns:
-        ``(q, w, PACKED)``: mean of log(value), reach, and the counts, over all ranks. Two collectives, or none where every rank holds all
+        ``(q, w, PACKED)``: mean of log(value), reach, and the counts, over all ranks. Two
+        collectives, or none where every rank holds all
         vectors. Every rank must call it.
 
     Example:
@@ -68,7 +73,8 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
 
 
 def unpack(packed: Sequence[Sequence[Sequence[float]]]) -> list[list[Histogram | None]]:
-    """From what `bin_vectors` gave, as nested lists, to histograms by quantity and weight; None for a weight without values."""
+    """From what `bin_vectors` gave, as nested lists, to histograms by quantity and weight; None for
+    a weight without values."""
     return [[_unpack_one(numbers) for numbers in quantity] for quantity in packed]
 
 

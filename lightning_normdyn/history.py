@@ -1,6 +1,8 @@
-"""The rows of a run kept in memory and in one file: what the monitor writes, and what plots, reports and the replay read.
+"""The rows of a run kept in memory and in one file: what the monitor writes, and what plots,
+reports and the replay read.
 
-Bounded however long the run is: a full history drops every second row, and from then on keeps only every 2nd (4th, 8th, ...) new one.
+Bounded however long the run is: a full history drops every second row, and from then on keeps only
+every 2nd (4th, 8th, ...) new one.
 Legend: ``r`` rows, ``s`` recorded steps, ``n`` weight vectors.
 """
 
@@ -64,11 +66,13 @@ class _Row(NamedTuple):
     optimizer_step: int
     cells: Floats
     present: Flags
-    """Which cells were recorded: a recorded NaN is a number of a run that diverged, and not a gap."""
+    """Which cells were recorded: a recorded NaN is a number of a run that diverged, and not a
+    gap."""
 
 
 class _Vectors(NamedTuple):
-    """The per-vector arrays of one record, in one piece: with an array for each weight, small ones would take ten times their bytes."""
+    """The per-vector arrays of one record, in one piece: with an array for each weight, small ones
+    would take ten times their bytes."""
 
     layout: Mapping[str, slice]
     """Where the array of each name lies; records alike share it."""
@@ -97,15 +101,20 @@ def _one(content: Any) -> int:
 
 
 class _Thinned:
-    """An ordered list of bounded size: of each kind it holds the records 0, stride, 2 stride, ..., and always the newest record of all.
+    """An ordered list of bounded size: of each kind it holds the records 0, stride, 2 stride, ...,
+    and always the newest record of all.
 
-    A full list doubles the stride of its most frequent kind. Kinds are thinned apart because a plain "every second one" would erase
-    whatever happens to alternate: a GAN whose two optimizers take turns would lose one of them for good, and three LR drops would drown
+    A full list doubles the stride of its most frequent kind. Kinds are thinned apart because a
+    plain "every second one" would erase
+    whatever happens to alternate: a GAN whose two optimizers take turns would lose one of them for
+    good, and three LR drops would drown
     in a thousand rescales.
 
     Args:
-        capacity: most allowed total size. The first record of each kind and the newest one stay even where they alone exceed it.
-        max_kinds: kinds beyond this many are thinned together, so that a list of nothing but firsts cannot fill the capacity.
+        capacity: most allowed total size. The first record of each kind and the newest one stay
+            even where they alone exceed it.
+        max_kinds: kinds beyond this many are thinned together, so that a list of nothing but firsts
+            cannot fill the capacity.
         size: size of one record's content.
     """
 
@@ -137,7 +146,8 @@ class _Thinned:
 
     def truncate_after(self, step: int) -> None:
         kept = [record for record in self.records if record.step <= step]
-        # Count on from the last record that stays, so that the same records are thinned as if the later ones had never been.
+        # Count on from the last record that stays, so that the same records are thinned as if the
+        # later ones had never been.
         counts = {record.kind: record.number + 1 for record in kept}
         strides = {kind: stride for kind, stride in self.strides.items() if kind in counts}
         if len(kept) < len(self.records):
@@ -146,11 +156,17 @@ class _Thinned:
     def fork(self) -> _Thinned:
         """A list of its own with the same records."""
         other = _Thinned(self.capacity, self.max_kinds, self._size)
-        other.records, other.counts, other.strides = list(self.records), dict(self.counts), dict(self.strides)
+        other.records, other.counts, other.strides = (
+            list(self.records),
+            dict(self.counts),
+            dict(self.strides),
+        )
         other._total = self._total
         return other
 
-    def restore(self, records: list[_Record], counts: dict[str, int], strides: dict[str, int]) -> None:
+    def restore(
+        self, records: list[_Record], counts: dict[str, int], strides: dict[str, int]
+    ) -> None:
         self.records, self.counts, self.strides = records, counts, strides
         self._total = sum(self._size(record.content) for record in records)
 
@@ -159,21 +175,30 @@ class _Thinned:
 
     def _fit(self) -> None:
         while self._total > self.capacity:
-            kind, most = Counter(record.kind for record in self.records[:-1]).most_common(1)[0] if len(self.records) > 1 else ("", 0)
+            kind, most = (
+                Counter(record.kind for record in self.records[:-1]).most_common(1)[0]
+                if len(self.records) > 1
+                else ("", 0)
+            )
             if most < 2:  # only firsts are left
                 return
             self.strides[kind] = 2 * self.strides.get(kind, 1)
             newest = self.records[-1]
-            self.records = [record for record in self.records if record is newest or self._stays(record)]
+            self.records = [
+                record for record in self.records if record is newest or self._stays(record)
+            ]
             self._total = sum(self._size(record.content) for record in self.records)
 
 
 class History:
     """Rows of named numbers by step, with marked events and optional per-vector arrays.
 
-    A row holds float32 values under log keys such as ``effective_lr/layer1.0.conv1.weight``. A key may be missing from a row (an
-    optimizer that did not step). A value may be NaN or infinite, which is not the same as missing: a run that diverged shows it.
-    Iterating, or ``history[i]``, gives dicts with ``"step"``, ``"optimizer_step"`` and the row's keys.
+    A row holds float32 values under log keys such as ``effective_lr/layer1.0.conv1.weight``. A key
+    may be missing from a row (an
+    optimizer that did not step). A value may be NaN or infinite, which is not the same as missing:
+    a run that diverged shows it.
+    Iterating, or ``history[i]``, gives dicts with ``"step"``, ``"optimizer_step"`` and the row's
+    keys.
 
     Args:
         max_rows: most rows to hold, at least 4. The first and the newest row are always among them.
@@ -194,9 +219,14 @@ class History:
     """
 
     def __init__(self, max_rows: int = 4096, *, max_vector_bytes: int = 2**27) -> None:
-        for name, limit, least in (("max_rows", max_rows, 4), ("max_vector_bytes", max_vector_bytes, 1)):
+        for name, limit, least in (
+            ("max_rows", max_rows, 4),
+            ("max_vector_bytes", max_vector_bytes, 1),
+        ):
             if not least <= limit < _MOST:  # beyond, no file could be read back
-                raise NormDynError(f"`{name}` must be at least {least} and below 2^53, got {shown(limit)}.")
+                raise NormDynError(
+                    f"`{name}` must be at least {least} and below 2^53, got {shown(limit)}."
+                )
         self.meta: dict[str, Any] = {}
         self._columns: dict[str, int] = {}
         self._rows = _Thinned(max_rows, max_kinds=min(16, max_rows // 4))
@@ -214,7 +244,7 @@ class History:
         """Most rows it holds."""
         return self._rows.capacity
 
-    # ---------------------------------------------------------------------------------------------------------------- writing
+    # -------------------------------------------------------------------------------------- writing
 
     def append(self, step: int, values: Mapping[str, float], *, optimizer_step: int) -> None:
         """Add the row of a step.
@@ -225,29 +255,38 @@ class History:
             optimizer_step: optimizer steps that really happened so far.
 
         Raises:
-            NormDynError: for a step that lies before the newest row or that no run can reach, and for a value that no float can hold.
+            NormDynError: for a step that lies before the newest row or that no run can reach, and
+                for a value that no float can hold.
         """
         _check_steps(step, optimizer_step)
         if self._rows.records and step < self._rows.records[-1].step:
             raise NormDynError(
-                f"a row of step {step} was asked for, but the newest row is of step {self._rows.records[-1].step}; rows come in order. "
+                f"a row of step {step} was asked for, but the newest row is of step "
+                f"{self._rows.records[-1].step}; rows come in order. "
                 f"After going back to a checkpoint, call `truncate_after({step - 1})` first."
             )
         cells, present = self._cells(values)
         newest = self._rows.records[-1].content.present if self._rows.records else None
         if newest is not None and np.array_equal(newest, present):
             present = newest  # rows alike share one array
-        self._rows.append(int(step), _same_cells(present), _Row(int(optimizer_step), cells, present))
+        self._rows.append(
+            int(step), _same_cells(present), _Row(int(optimizer_step), cells, present)
+        )
 
     def _cells(self, values: Mapping[str, float]) -> tuple[Floats, Flags]:
         """The cells of a row, and which of them are recorded; columns are made as needed."""
         new = [key for key in values if key not in self._columns]
         if new:  # another dict: forks share the old one
-            self._columns = {**self._columns, **{key: len(self._columns) + i for i, key in enumerate(new)}}
+            self._columns = {
+                **self._columns,
+                **{key: len(self._columns) + i for i, key in enumerate(new)},
+            }
         cells = np.full(len(self._columns), np.nan, dtype=np.float32)
         present = np.zeros(len(self._columns), dtype=np.bool_)
         columns = [self._columns[key] for key in values]
-        with np.errstate(over="ignore"):  # beyond float32 is inf, which is what a diverged run should show
+        with np.errstate(
+            over="ignore"
+        ):  # beyond float32 is inf, which is what a diverged run should show
             cells[columns] = [_as_float(value) for value in values.values()]
         present[columns] = True
         return cells, present
@@ -259,55 +298,83 @@ class History:
             NormDynError: for an empty history.
         """
         if not self._rows.records:
-            raise NormDynError("the newest row was to be amended, and this history has none yet; call `append` first.")
+            raise NormDynError(
+                "the newest row was to be amended, and this history has none yet; call `append` "
+                "first."
+            )
         content: _Row = self._rows.records[-1].content
-        had = {key for key, there in zip(self._columns, content.present.tolist(), strict=False) if there}
-        cells, present = self._cells({key: value for key, value in values.items() if key not in had})
+        had = {
+            key
+            for key, there in zip(self._columns, content.present.tolist(), strict=False)
+            if there
+        }
+        cells, present = self._cells(
+            {key: value for key, value in values.items() if key not in had}
+        )
         width = len(content.cells)
         cells[:width] = np.where(content.present, content.cells, cells[:width])
         present[:width] |= content.present
         self._rows.replace_newest(_Row(content.optimizer_step, cells, present))
 
     def append_vectors(self, step: int, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Keep one number per weight vector at a step; arrays given for the same step in several calls become one record.
+        """Keep one number per weight vector at a step; arrays given for the same step in several
+        calls become one record.
 
         Args:
             step: as in :meth:`append`.
-            arrays: by name, e.g. ``weight_norm/layer1.0.conv1.weight``, each of shape ``(n,)``; copied to float32.
+            arrays: by name, e.g. ``weight_norm/layer1.0.conv1.weight``, each of shape ``(n,)``;
+                copied to float32.
 
         Raises:
-            NormDynError: where a name had another length before, or the step lies before the newest record.
+            NormDynError: where a name had another length before, or the step lies before the newest
+                record.
         """
         _check_steps(step)
         content: dict[str, Floats] = {}
         for name, array in arrays.items():
             content[name] = np.array(array, dtype=np.float32)
             if content[name].ndim != 1:
-                raise NormDynError(f"per-vector arrays have the shape (n,); `{name}` has {content[name].shape}.")
+                raise NormDynError(
+                    f"per-vector arrays have the shape (n,); `{name}` has {content[name].shape}."
+                )
             size = self._vector_sizes.get(name)
             if size is None:
                 size = content[name].size
-                self._vector_sizes = {**self._vector_sizes, name: size}  # another dict: forks share the old one
+                self._vector_sizes = {
+                    **self._vector_sizes,
+                    name: size,
+                }  # another dict: forks share the old one
             if content[name].size != size:
                 raise NormDynError(
-                    f"`{name}` has {content[name].size} vectors now and had {size} before; another model needs a History of its own."
+                    f"`{name}` has {content[name].size} vectors now and had {size} before; another "
+                    f"model needs a History of its own."
                 )
         newest = self._vectors.records[-1] if self._vectors.records else None
         if newest is not None and step < newest.step:
-            raise NormDynError(f"per-vector arrays of step {step} come after those of step {newest.step}; records come in order.")
+            raise NormDynError(
+                f"per-vector arrays of step {step} come after those of step {newest.step}; records "
+                f"come in order."
+            )
         if newest is not None and newest.step == step:
-            self._vectors.replace_newest(_in_one_piece({**newest.content.arrays(), **content}, newest.content))
+            self._vectors.replace_newest(
+                _in_one_piece({**newest.content.arrays(), **content}, newest.content)
+            )
         else:
             like = None if newest is None else newest.content
             self._vectors.append(int(step), " ".join(sorted(content)), _in_one_piece(content, like))
 
     def forget_vectors(self, name: str) -> None:
-        """Forget the arrays of a name, so that it may have another length from now on: its weight is cut into other vectors."""
+        """Forget the arrays of a name, so that it may have another length from now on: its weight
+        is cut into other vectors."""
         if name in self._vector_sizes:
-            self._vector_sizes = {key: size for key, size in self._vector_sizes.items() if key != name}
+            self._vector_sizes = {
+                key: size for key, size in self._vector_sizes.items() if key != name
+            }
             kept: list[_Record] = []
             for record in self._vectors.records:
-                arrays = {key: array for key, array in record.content.arrays().items() if key != name}
+                arrays = {
+                    key: array for key, array in record.content.arrays().items() if key != name
+                }
                 like = kept[-1].content if kept else None
                 kept.append(record._replace(content=_in_one_piece(arrays, like)))
             self._vectors.restore(kept, self._vectors.counts, self._vectors.strides)
@@ -322,22 +389,32 @@ class History:
         self._events.append(int(step), f"{kind} {name}", Event(int(step), kind, name))
 
     def truncate_after(self, step: int) -> None:
-        """Forget all that is later than ``step``: what a crashed run did between its last checkpoint and its end."""
+        """Forget all that is later than ``step``: what a crashed run did between its last
+        checkpoint and its end."""
         for thinned in (self._rows, self._events, self._vectors):
             thinned.truncate_after(step)
 
     def fork(self) -> History:
-        """A history that starts as this one and goes on by itself; ``meta`` and the recorded arrays, which never change, are shared."""
+        """A history that starts as this one and goes on by itself; ``meta`` and the recorded
+        arrays, which never change, are shared."""
         other = History()
-        other.meta, other._columns, other._vector_sizes = self.meta, self._columns, self._vector_sizes
-        other._rows, other._events, other._vectors = self._rows.fork(), self._events.fork(), self._vectors.fork()
+        other.meta, other._columns, other._vector_sizes = (
+            self.meta,
+            self._columns,
+            self._vector_sizes,
+        )
+        other._rows, other._events, other._vectors = (
+            self._rows.fork(),
+            self._events.fork(),
+            self._vectors.fork(),
+        )
         return other
 
     def show(self, other: History) -> None:
         """Show what ``other`` shows, from now on too, to everybody who holds this object."""
         vars(self).update(vars(other))
 
-    # ---------------------------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
 
     def __len__(self) -> int:
         return len(self._rows.records)
@@ -357,7 +434,11 @@ class History:
         return map(self._as_dict, self._rows.records)
 
     def __repr__(self) -> str:
-        span = f", steps {self._rows.records[0].step} to {self._rows.records[-1].step}" if len(self) else ""
+        span = (
+            f", steps {self._rows.records[0].step} to {self._rows.records[-1].step}"
+            if len(self)
+            else ""
+        )
         return f"History({len(self)} rows{span}, {len(self._columns)} keys)"
 
     def keys(self) -> list[str]:
@@ -369,7 +450,8 @@ class History:
         return key in self._columns
 
     def column(self, key: str) -> tuple[Ints, Floats]:
-        """One curve: the steps at which ``key`` was recorded, int64 of shape ``(s,)``, and its values, float32 of shape ``(s,)``.
+        """One curve: the steps at which ``key`` was recorded, int64 of shape ``(s,)``, and its
+        values, float32 of shape ``(s,)``.
 
         The values of a run that diverged contain NaN.
 
@@ -379,7 +461,11 @@ class History:
         if key not in self._columns:
             _refuse_name("key", key, list(self._columns))
         column = self._columns[key]
-        rows = [record for record in self._rows.records if column < len(record.content.cells) and record.content.present[column]]
+        rows = [
+            record
+            for record in self._rows.records
+            if column < len(record.content.cells) and record.content.present[column]
+        ]
         steps = np.array([record.step for record in rows], dtype=np.int64)
         values = np.array([record.content.cells[column] for record in rows], dtype=np.float32)
         return steps, values
@@ -394,7 +480,8 @@ class History:
         return list(self._vector_sizes)
 
     def vectors(self, name: str) -> tuple[Ints, Floats]:
-        """One per-vector array over time: steps, int64 of shape ``(s,)``, and values, float32 of shape ``(s, n)``.
+        """One per-vector array over time: steps, int64 of shape ``(s,)``, and values, float32 of
+        shape ``(s, n)``.
 
         Raises:
             NormDynError: for a name that was never recorded.
@@ -403,7 +490,10 @@ class History:
             _refuse_name("per-vector array", name, list(self._vector_sizes))
         found = [record for record in self._vectors.records if name in record.content.layout]
         steps = np.array([record.step for record in found], dtype=np.int64)
-        values = np.array([record.content.values[record.content.layout[name]] for record in found], dtype=np.float32)
+        values = np.array(
+            [record.content.values[record.content.layout[name]] for record in found],
+            dtype=np.float32,
+        )
         return steps, values.reshape(len(found), self._vector_sizes[name])
 
     def _as_dict(self, record: _Record) -> dict[str, float]:
@@ -413,10 +503,11 @@ class History:
         row.update((key, cell) for key, cell, present in cells if present)
         return row
 
-    # ---------------------------------------------------------------------------------------------------------------- keeping
+    # -------------------------------------------------------------------------------------- keeping
 
     def save(self, path: str | os.PathLike[str]) -> Path | str:
-        """Write everything to one ``.npz`` file without pickle; an interrupted save leaves an older file as it was.
+        """Write everything to one ``.npz`` file without pickle; an interrupted save leaves an older
+        file as it was.
 
         Args:
             path: of the file, or a URL that fsspec knows (``s3://bucket/run/history.npz``).
@@ -425,36 +516,59 @@ class History:
             the path; of a URL, the URL.
 
         Raises:
-            NormDynError: where ``meta`` holds something that JSON cannot say, or ``path`` cannot be written.
+            NormDynError: where ``meta`` holds something that JSON cannot say, or ``path`` cannot be
+                written.
         """
         header, arrays = self._pack()
-        # Stored, not deflated: a file can then never hold more than its own size, so that reading a hostile one stays bounded.
+        # Stored, not deflated: a file can then never hold more than its own size, so that reading a
+        # hostile one stays bounded.
         with replacing(path) as file:
             np.savez(file, header=np.frombuffer(header.encode(), dtype=np.uint8), **arrays)  # type: ignore[arg-type]
         return os.fspath(path) if is_remote(path) else local(path)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything as one string and plain tensors, so that ``torch.load(..., weights_only=True)`` reads it."""
+        """Everything as one string and plain tensors, so that ``torch.load(...,
+        weights_only=True)`` reads it."""
         header, arrays = self._pack()
-        return {"header": header, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+        return {
+            "header": header,
+            **{name: torch.from_numpy(array) for name, array in arrays.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what :meth:`state_dict` gave, limits included."""
-        arrays = {name: value.cpu().numpy().copy() for name, value in state.items() if isinstance(value, Tensor)}
+        arrays = {
+            name: value.cpu().numpy().copy()
+            for name, value in state.items()
+            if isinstance(value, Tensor)
+        }
         self._unpack(state["header"], arrays)
 
     def _pack(self) -> tuple[str, dict[str, NDArray[Any]]]:
-        header: dict[str, Any] = {"format": _FORMAT, "version": _VERSION, "meta": self.meta, "keys": list(self._columns)}
+        header: dict[str, Any] = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "meta": self.meta,
+            "keys": list(self._columns),
+        }
         arrays: dict[str, NDArray[Any]] = {}
-        for part, thinned in (("row", self._rows), ("event", self._events), ("vector", self._vectors)):
+        for part, thinned in (
+            ("row", self._rows),
+            ("event", self._events),
+            ("vector", self._vectors),
+        ):
             kinds = list(thinned.counts)
             header[part] = {
                 "capacity": thinned.capacity,
                 "max_kinds": thinned.max_kinds,
-                "kinds": [[kind, thinned.counts[kind], thinned.strides.get(kind, 1)] for kind in kinds],
+                "kinds": [
+                    [kind, thinned.counts[kind], thinned.strides.get(kind, 1)] for kind in kinds
+                ],
             }
             index = {kind: i for i, kind in enumerate(kinds)}
-            arrays[part] = np.array([(r.step, index[r.kind], r.number) for r in thinned.records], dtype=np.int64).reshape(-1, 3)
+            arrays[part] = np.array(
+                [(r.step, index[r.kind], r.number) for r in thinned.records], dtype=np.int64
+            ).reshape(-1, 3)
         header["events"] = [[event.kind, event.name] for event in self.events]
 
         cells = np.full((len(self), len(self._columns)), np.nan, dtype=np.float32)
@@ -464,11 +578,15 @@ class History:
             cells[i, :width], present[i, :width] = record.content.cells, record.content.present
         arrays["cells"] = cells
         arrays["present"] = np.packbits(present, axis=1)
-        arrays["optimizer_step"] = np.array([record.content.optimizer_step for record in self._rows.records], dtype=np.int64)
+        arrays["optimizer_step"] = np.array(
+            [record.content.optimizer_step for record in self._rows.records], dtype=np.int64
+        )
 
         header["vectors"] = []
         for i, (name, size) in enumerate(self._vector_sizes.items()):
-            records = [k for k, record in enumerate(self._vectors.records) if name in record.content.layout]
+            records = [
+                k for k, record in enumerate(self._vectors.records) if name in record.content.layout
+            ]
             header["vectors"].append([name, size])
             arrays[f"records_{i}"] = np.array(records, dtype=np.int64)
             arrays[f"vectors_{i}"] = self.vectors(name)[1]
@@ -476,16 +594,21 @@ class History:
             return json.dumps(header), arrays
         except (TypeError, ValueError, RecursionError) as error:
             raise NormDynError(
-                f"`History.meta` must hold only what JSON can say (str, int, float, bool, None, list, dict): {error}."
+                f"`History.meta` must hold only what JSON can say (str, int, float, bool, None, "
+                f"list, dict): {error}."
             ) from error
 
     def _unpack(self, text: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         header = json.loads(text)
-        _require(isinstance(header, dict) and header.get("format") == _FORMAT, "it is not a history of lightning-normdyn")
+        _require(
+            isinstance(header, dict) and header.get("format") == _FORMAT,
+            "it is not a history of lightning-normdyn",
+        )
         version = header["version"]
         _require(
             version in (_OLDER_VERSION, _VERSION) and not isinstance(version, bool),
-            f"it has format version {shown(version)}, and this package reads versions {_OLDER_VERSION} and {_VERSION}",
+            f"it has format version {shown(version)}, and this package reads versions "
+            f"{_OLDER_VERSION} and {_VERSION}",
         )
         columns = {_text(key): i for i, key in enumerate(header["keys"])}
         _require(len(columns) == len(header["keys"]), "a key stands twice")
@@ -498,16 +621,29 @@ class History:
             strides = {_text(kind): _count(stride) for kind, _, stride in header[part]["kinds"]}
             places[part] = (_array(arrays, part, np.int64, (None, 3)), counts, strides, kinds)
             in_order = places[part][0][:, 0]
-            _require(bool(((in_order > -_MOST) & (in_order < _MOST)).all()), f"a step of `{part}` is none that a run can reach")
-            _require(part == "event" or bool((in_order[1:] >= in_order[:-1]).all()), f"the steps of `{part}` are not in order")
+            _require(
+                bool(((in_order > -_MOST) & (in_order < _MOST)).all()),
+                f"a step of `{part}` is none that a run can reach",
+            )
+            _require(
+                part == "event" or bool((in_order[1:] >= in_order[:-1]).all()),
+                f"the steps of `{part}` are not in order",
+            )
 
         def restore(thinned: _Thinned, part: str, contents: list[Any]) -> None:
             table, counts, strides, kinds = places[part]
-            _require(len(contents) == len(table), f"`{part}` has {len(table)} places for {len(contents)} records")
             _require(
-                bool(((table[:, 1] >= 0) & (table[:, 1] < len(kinds)) & (table[:, 2] >= 0)).all()), f"a record of `{part}` has no kind"
+                len(contents) == len(table),
+                f"`{part}` has {len(table)} places for {len(contents)} records",
             )
-            thinned.capacity, thinned.max_kinds = _count(header[part]["capacity"]), _count(header[part]["max_kinds"])
+            _require(
+                bool(((table[:, 1] >= 0) & (table[:, 1] < len(kinds)) & (table[:, 2] >= 0)).all()),
+                f"a record of `{part}` has no kind",
+            )
+            thinned.capacity, thinned.max_kinds = (
+                _count(header[part]["capacity"]),
+                _count(header[part]["max_kinds"]),
+            )
             thinned.restore(
                 [
                     _Record(step, kinds[kind], number, content)
@@ -526,20 +662,33 @@ class History:
             packed = _array(arrays, "present", np.uint8, (rows, -(-len(columns) // 8)))
             present = np.unpackbits(packed, axis=1, count=len(columns)).astype(np.bool_)
         optimizer_steps = _array(arrays, "optimizer_step", np.int64, (rows,))
-        restore(fresh._rows, "row", [_Row(*row) for row in zip(optimizer_steps.tolist(), cells, present, strict=True)])
+        restore(
+            fresh._rows,
+            "row",
+            [_Row(*row) for row in zip(optimizer_steps.tolist(), cells, present, strict=True)],
+        )
 
         steps = places["event"][0][:, 0].tolist()
         names = [(_text(kind), _text(name)) for kind, name in header["events"]]
         _require(len(names) == len(steps), "events and their steps differ in number")
-        restore(fresh._events, "event", [Event(step, kind, name) for step, (kind, name) in zip(steps, names, strict=True)])
+        restore(
+            fresh._events,
+            "event",
+            [Event(step, kind, name) for step, (kind, name) in zip(steps, names, strict=True)],
+        )
 
         contents: list[dict[str, Floats]] = [{} for _ in places["vector"][0]]
         for i, (name, size) in enumerate(header["vectors"]):
             records = _array(arrays, f"records_{i}", np.int64, (None,))
-            values = _array(arrays, f"vectors_{i}", np.float32, (len(records), _count(size, least=0)))
+            values = _array(
+                arrays, f"vectors_{i}", np.float32, (len(records), _count(size, least=0))
+            )
             fresh._vector_sizes[_text(name)] = size
             for record, value in zip(records.tolist(), values, strict=True):
-                _require(0 <= record < len(contents), f"`{name}` points at record {record} of {len(contents)}")
+                _require(
+                    0 <= record < len(contents),
+                    f"`{name}` points at record {record} of {len(contents)}",
+                )
                 contents[record][name] = value
         bundles: list[_Vectors] = []
         for content in contents:
@@ -552,7 +701,8 @@ class History:
 
 
 def load_history(path: str | os.PathLike[str]) -> History:
-    """Read what :meth:`History.save` wrote. Nothing in the file is executed, and memory stays within the file's size.
+    """Read what :meth:`History.save` wrote. Nothing in the file is executed, and memory stays
+    within the file's size.
 
     Raises:
         NormDynError: for a missing, damaged, foreign or hostile file.
@@ -566,56 +716,97 @@ def load_history(path: str | os.PathLike[str]) -> History:
         History(1 rows, steps 0 to 0, 1 keys)
     """
     if not is_remote(path) and not local(path).is_file():
-        raise NormDynError(f"there is no history file `{path}`; write one with `history.save(path)`.")
+        raise NormDynError(
+            f"there is no history file `{path}`; write one with `history.save(path)`."
+        )
     history = History()
     try:
         arrays = _read_npz(path)
         _require("header" in arrays, "it is not a history of lightning-normdyn")
         history._unpack(arrays.pop("header").tobytes().decode(), arrays)
     except FileNotFoundError as error:
-        raise NormDynError(f"there is no history file `{path}`; write one with `history.save(path)`.") from error
+        raise NormDynError(
+            f"there is no history file `{path}`; write one with `history.save(path)`."
+        ) from error
     except NormDynError as error:
-        raise NormDynError(f"`{path}` cannot be read as a history: {error}. Save it again from the run.") from error
+        raise NormDynError(
+            f"`{path}` cannot be read as a history: {error}. Save it again from the run."
+        ) from error
     except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
         raise NormDynError(
-            f"`{path}` cannot be read as a history: no undamaged .npz file ({error}). Save it again from the run."
+            f"`{path}` cannot be read as a history: no undamaged .npz file ({error}). Save it "
+            f"again from the run."
         ) from error
-    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, EOFError, RecursionError, MemoryError, OverflowError) as error:
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+        EOFError,
+        RecursionError,
+        MemoryError,
+        OverflowError,
+    ) as error:
         raise NormDynError(
-            f"`{path}` cannot be read as a history: it is damaged ({type(error).__name__}: {error}). Save it again from the run."
+            f"`{path}` cannot be read as a history: it is damaged ({type(error).__name__}: "
+            f"{error}). Save it again from the run."
         ) from error
     return history
 
 
 def _read_npz(path: str | os.PathLike[str]) -> dict[str, NDArray[Any]]:
-    """``numpy.load`` for files one does not trust: no pickle, no compression, and no array larger than the bytes that are really there."""
+    """``numpy.load`` for files one does not trust: no pickle, no compression, and no array larger
+    than the bytes that are really there."""
     arrays: dict[str, NDArray[Any]] = {}
     with ExitStack() as opened:
-        file: BinaryIO = io.BytesIO(read(path)) if is_remote(path) else opened.enter_context(open(local(path), "rb"))
+        file: BinaryIO = (
+            io.BytesIO(read(path))
+            if is_remote(path)
+            else opened.enter_context(open(local(path), "rb"))
+        )
         size = file.seek(0, os.SEEK_END)
         archive = opened.enter_context(zipfile.ZipFile(file))
         members = archive.infolist()
         _require(
-            all(member.compress_type == zipfile.ZIP_STORED for member in members), "its parts are compressed, which this package never does"
+            all(member.compress_type == zipfile.ZIP_STORED for member in members),
+            "its parts are compressed, which this package never does",
         )
-        _require(sum(member.file_size for member in members) <= size, "its parts claim more bytes than it has")
+        _require(
+            sum(member.file_size for member in members) <= size,
+            "its parts claim more bytes than it has",
+        )
         for member in members:
             content = io.BytesIO(archive.read(member))
             if np.lib.format.read_magic(content) != (1, 0):
                 raise NormDynError(f"`{member.filename}` is no plain array")
             shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(content)
-            _require(dtype in (np.float32, np.int64, np.uint8), f"`{member.filename}` holds {dtype}, where only plain numbers belong")
-            _require(not fortran_order or len(shape) < 2, f"`{member.filename}` is stored by columns")
+            _require(
+                dtype in (np.float32, np.int64, np.uint8),
+                f"`{member.filename}` holds {dtype}, where only plain numbers belong",
+            )
+            _require(
+                not fortran_order or len(shape) < 2, f"`{member.filename}` is stored by columns"
+            )
             rest = content.read()
-            _require(all(size >= 0 for size in shape) and math.prod(shape) * dtype.itemsize == len(rest), f"`{member.filename}` is cut off")
-            arrays[member.filename.removesuffix(".npy")] = np.frombuffer(rest, dtype=dtype).reshape(shape).copy()
+            _require(
+                all(size >= 0 for size in shape) and math.prod(shape) * dtype.itemsize == len(rest),
+                f"`{member.filename}` is cut off",
+            )
+            arrays[member.filename.removesuffix(".npy")] = (
+                np.frombuffer(rest, dtype=dtype).reshape(shape).copy()
+            )
     return arrays
 
 
-def _array(arrays: Mapping[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
+def _array(
+    arrays: Mapping[str, NDArray[Any]], name: str, dtype: type, shape: tuple[int | None, ...]
+) -> NDArray[Any]:
     _require(name in arrays, f"`{name}` is missing")
     array = arrays[name]
-    fits = array.ndim == len(shape) and all(want is None or want == got for want, got in zip(shape, array.shape, strict=True))
+    fits = array.ndim == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, array.shape, strict=True)
+    )
     _require(fits and array.dtype == dtype, f"`{name}` is {array.dtype} of shape {array.shape}")
     return array
 
@@ -635,7 +826,9 @@ def _as_float(value: float) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise NormDynError(f"a value of {shown(value)} was to be kept, and no float can hold it.") from error
+        raise NormDynError(
+            f"a value of {shown(value)} was to be kept, and no float can hold it."
+        ) from error
 
 
 def _text(value: object) -> str:
@@ -646,7 +839,9 @@ def _text(value: object) -> str:
 
 def _count(value: object, least: int = 1) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST:
-        raise NormDynError(f"a number is {shown(value)}, where a whole number from {least} to 2^53 belongs")
+        raise NormDynError(
+            f"a number is {shown(value)}, where a whole number from {least} to 2^53 belongs"
+        )
     return value
 
 
@@ -658,7 +853,9 @@ def _require(sound: bool, otherwise: str) -> None:
 def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
     hint = f"closest: {', '.join(close)}" if close else "there are none"
-    raise NormDynError(f"{what} `{name}` was asked for, and this history has {len(known)} others ({hint}).")
+    raise NormDynError(
+        f"{what} `{name}` was asked for, and this history has {len(known)} others ({hint})."
+    )
 
 
 def _same_cells(present: Flags) -> str:

@@ -1,9 +1,13 @@
-r"""Which part of a layer's weights its inputs can see (WRS paper, input space projection; Figures 4 to 6).
+r"""Which part of a layer's weights its inputs can see (WRS paper, input space projection; Figures 4
+to 6).
 
-A filter's output is an inner product with an input row: for a linear layer the input vector, for a convolution an image patch. Directions
-in which the rows do not vary get no gradient behind a normalization; whatever a weight has there is noise that training cannot remove.
+A filter's output is an inner product with an input row: for a linear layer the input vector, for a
+convolution an image patch. Directions
+in which the rows do not vary get no gradient behind a normalization; whatever a weight has there is
+noise that training cannot remove.
 
-Legend: ``r`` rows, ``g`` groups of a convolution (1 for other layers), ``d`` entries of a row, ``m`` filters of a group.
+Legend: ``r`` rows, ``g`` groups of a convolution (1 for other layers), ``d`` entries of a row,
+``m`` filters of a group.
 """
 
 from __future__ import annotations
@@ -27,19 +31,22 @@ TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 LAYERS = (nn.Linear, *CONVOLUTIONS, *TRANSPOSED)
 
 LARGEST_EXACT = 5120
-"""Up to this many entries of a row the whole eigenbasis is computed; beyond, only the leading directions, by a randomized method."""
+"""Up to this many entries of a row the whole eigenbasis is computed; beyond, only the leading
+directions, by a randomized method."""
 CONSTANT = 1e-12
-"""Inputs whose variance is below this share of their mean square count as constant: they differ by rounding only."""
+"""Inputs whose variance is below this share of their mean square count as constant: they differ by
+rounding only."""
 IDLE = 1e-10
 """Directions with less than this share of the largest variance are noise of float32 inputs."""
 _MOST_ENTRIES = 2**22  # of rows that are copied at once: 32 MiB in float64
 
 
-# ------------------------------------------------------------------------------------------------------------------ the geometry
+# ------------------------------------------------------------------------------------- the geometry
 
 
 def weight_shape(layer: nn.Module) -> Shape:
-    """Shape of the weight of a linear layer or a convolution, read off its settings, so also where the weight itself is sharded.
+    """Shape of the weight of a linear layer or a convolution, read off its settings, so also where
+    the weight itself is sharded.
 
     Example:
         >>> weight_shape(nn.Conv2d(4, 6, 3, groups=2)), weight_shape(nn.ConvTranspose1d(4, 6, 5)), weight_shape(nn.Linear(3, 2))
@@ -48,7 +55,11 @@ def weight_shape(layer: nn.Module) -> Shape:
     of: Any = layer
     if isinstance(layer, nn.Linear):
         return (of.out_features, of.in_features)
-    first, second = (of.in_channels, of.out_channels) if isinstance(layer, TRANSPOSED) else (of.out_channels, of.in_channels)
+    first, second = (
+        (of.in_channels, of.out_channels)
+        if isinstance(layer, TRANSPOSED)
+        else (of.out_channels, of.in_channels)
+    )
     return (first, second // of.groups, *of.kernel_size)
 
 
@@ -66,7 +77,8 @@ def row_shape(layer: nn.Module) -> tuple[int, int]:
 
 
 def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
-    """The weight, or anything of its shape, filter by filter, with entries in the order of :class:`InputRows`.
+    """The weight, or anything of its shape, filter by filter, with entries in the order of
+    :class:`InputRows`.
 
     Returns:
         ``(g, m, d)``.
@@ -77,7 +89,8 @@ def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """
     groups, entries = row_shape(layer)
     if isinstance(layer, TRANSPOSED):
-        # (inputs, outputs of a group, kernel): swap within each group, and turn the kernel round, since it is laid out from the input.
+        # (inputs, outputs of a group, kernel): swap within each group, and turn the kernel round,
+        # since it is laid out from the input.
         kernel = tuple(range(2, weight.dim()))
         weight = weight.flip(kernel).reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
     return weight.reshape(groups, -1, entries)
@@ -113,7 +126,8 @@ def filter_labels(layer: nn.Module, partition: Partition) -> Tensor:
     labels = filters_of(layer, partition.labels.reshape(kept).expand(shape))
     if not bool((labels == labels[..., :1]).all()):
         raise NotSupportedError(
-            f"its vectors ({partition.granularity}, along dims {partition.keep}) are not made of whole filters of {type(layer).__name__}"
+            f"its vectors ({partition.granularity}, along dims {partition.keep}) are not made of "
+            f"whole filters of {type(layer).__name__}"
         )
     return labels[..., 0]
 
@@ -122,15 +136,18 @@ class InputRows:
     """The rows that the filters of a layer see in one input; none is copied before it is asked for.
 
     Args:
-        layer: a linear layer or a convolution, transposed or not, of any number of dimensions, groups, stride, padding, dilation.
+        layer: a linear layer or a convolution, transposed or not, of any number of dimensions,
+            groups, stride, padding, dilation.
         x: its input.
 
     Attributes:
-        count: how many rows there are: all leading dimensions of a linear layer's input, all places of a convolution's output.
+        count: how many rows there are: all leading dimensions of a linear layer's input, all places
+            of a convolution's output.
         at_once: how many to take at once, so that the copies stay small.
 
     Raises:
-        NotSupportedError: for an input that is no dense tensor of floating-point numbers of the right width.
+        NotSupportedError: for an input that is no dense tensor of floating-point numbers of the
+            right width.
 
     Example:
         >>> rows = InputRows(nn.Conv1d(1, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]]]))
@@ -139,9 +156,17 @@ class InputRows:
     """
 
     def __init__(self, layer: nn.Module, x: Any) -> None:
-        if not isinstance(x, Tensor) or type(x.data) is not Tensor or x.layout != torch.strided or not x.is_floating_point():
+        if (
+            not isinstance(x, Tensor)
+            or type(x.data) is not Tensor
+            or x.layout != torch.strided
+            or not x.is_floating_point()
+        ):
             kind = f"{type(x).__name__} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise NotSupportedError(f"its {type(layer).__name__} is given a {kind}, not a dense tensor of floating-point numbers")
+            raise NotSupportedError(
+                f"its {type(layer).__name__} is given a {kind}, not a dense tensor of "
+                f"floating-point numbers"
+            )
         self._shape = row_shape(layer)
         x = x.detach()
         if isinstance(layer, nn.Linear):
@@ -150,7 +175,11 @@ class InputRows:
         else:
             spatial = len(layer.kernel_size)  # type: ignore[arg-type]
             x = x if x.dim() == spatial + 2 else x[None]
-            self._windows = _transposed_windows(layer, x) if isinstance(layer, TRANSPOSED) else _windows(layer, x)
+            self._windows = (
+                _transposed_windows(layer, x)
+                if isinstance(layer, TRANSPOSED)
+                else _windows(layer, x)
+            )
             self._places = (len(x), *self._windows.shape[2 : 2 + spatial])
         self.count = math.prod(self._places)
         self.at_once = rows_at_once(*self._shape)
@@ -170,7 +199,10 @@ def _windows(layer: Any, x: Tensor) -> Tensor:
         total = [layer.dilation[i] * (layer.kernel_size[i] - 1) for i in dims]
         sides = [(t // 2, t - t // 2) for t in total]
     else:
-        sides = [(0, 0) if layer.padding == "valid" else (layer.padding[i], layer.padding[i]) for i in dims]
+        sides = [
+            (0, 0) if layer.padding == "valid" else (layer.padding[i], layer.padding[i])
+            for i in dims
+        ]
     if any(max(side) for side in sides):
         flat = [p for side in reversed(sides) for p in side]  # the last dimension comes first
         x = F.pad(x, flat, mode="constant" if layer.padding_mode == "zeros" else layer.padding_mode)
@@ -178,7 +210,8 @@ def _windows(layer: Any, x: Tensor) -> Tensor:
 
 
 def _transposed_windows(layer: Any, x: Tensor) -> Tensor:
-    """As for a convolution over the input with zeros between its entries, which is what a transposed one amounts to."""
+    """As for a convolution over the input with zeros between its entries, which is what a
+    transposed one amounts to."""
     dims = range(len(layer.kernel_size))
     spread = x.new_zeros(*x.shape[:2], *[(x.shape[2 + i] - 1) * layer.stride[i] + 1 for i in dims])
     where: Any = (..., *[slice(None, None, layer.stride[i]) for i in dims])
@@ -194,7 +227,7 @@ def _slide(x: Tensor, kernel: Shape, stride: Shape, dilation: Shape) -> Tensor:
     return x
 
 
-# ------------------------------------------------------------------------------------------------------------------ the stream
+# --------------------------------------------------------------------------------------- the stream
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -219,7 +252,8 @@ def covariance_bytes(layer: nn.Module) -> int:
 
 
 class Covariance:
-    """Mean and covariance of rows that come in pieces, without the loss of digits that a sum of squares has where the mean is large.
+    """Mean and covariance of rows that come in pieces, without the loss of digits that a sum of
+    squares has where the mean is large.
 
     Args:
         groups: ``g``.
@@ -237,7 +271,9 @@ class Covariance:
         dtype = sum_dtype(device)
         self.count = 0
         self.mean = torch.zeros(groups, entries, dtype=dtype, device=device)
-        self._scatter = torch.zeros(groups, entries, entries, dtype=dtype, device=device)  # sum of (x - mean)(x - mean)^T
+        self._scatter = torch.zeros(
+            groups, entries, entries, dtype=dtype, device=device
+        )  # sum of (x - mean)(x - mean)^T
 
     def add(self, rows: Tensor) -> None:
         """Take ``(r, g, d)`` rows in."""
@@ -251,7 +287,8 @@ class Covariance:
             self.mean += (mean - self.mean) * (count / self.count)
 
     def merge(self, all_reduce: Callable[[Tensor], Any]) -> None:
-        """Complete over ranks; ``all_reduce`` sums a tensor over them in place, and every rank must call this."""
+        """Complete over ranks; ``all_reduce`` sums a tensor over them in place, and every rank must
+        call this."""
         mine, count = self.mean.clone(), self.count
         packed = torch.cat([self.mean.flatten() * count, self.mean.new_tensor([float(count)])])
         all_reduce(packed)
@@ -269,29 +306,34 @@ class Covariance:
         self._scatter.baddbmm_(difference[:, :, None] * weight, difference[:, None, :])
 
 
-# ------------------------------------------------------------------------------------------------------------------ the span
+# ----------------------------------------------------------------------------------------- the span
 
 
 class InputSpan(NamedTuple):
     """What the inputs of a layer see of its filters."""
 
     rank: Tensor
-    """int64 ``(g,)``: directions that hold the asked share of the inputs' variance; 0 for constant inputs."""
+    """int64 ``(g,)``: directions that hold the asked share of the inputs' variance; 0 for constant
+    inputs."""
     seen: Tensor
     """``(g, m)``: squared length of each filter within those directions (truncated)."""
     energy: Tensor
     """``(g, m)``: squared length of each filter."""
     rotated: Tensor | None
-    """``(g', m, d)``: the filters in the whole eigenbasis (norms kept), without groups whose inputs are constant; None where only the
+    """``(g', m, d)``: the filters in the whole eigenbasis (norms kept), without groups whose inputs
+    are constant; None where only the
     leading directions were computed."""
 
 
 def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float) -> InputSpan:
     r"""Decompose filters along the directions in which their inputs vary.
 
-    The leading directions together hold the share ``energy`` of the inputs' variance. Up to ``LARGEST_EXACT`` entries they come from
-    ``torch.linalg.eigh``: about :math:`10 d^3` operations and memory for three covariances. Beyond, ``torch.svd_lowrank`` looks for as
-    many as are needed, at about :math:`20 k d^2` operations for :math:`k` of them; it draws random numbers.
+    The leading directions together hold the share ``energy`` of the inputs' variance. Up to
+    ``LARGEST_EXACT`` entries they come from
+    ``torch.linalg.eigh``: about :math:`10 d^3` operations and memory for three covariances. Beyond,
+    ``torch.svd_lowrank`` looks for as
+    many as are needed, at about :math:`20 k d^2` operations for :math:`k` of them; it draws random
+    numbers.
 
     Args:
         filters: ``(g, m, d)``.
@@ -324,18 +366,27 @@ def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float)
         ranks.append(rank)
         seen.append(turned[:, :rank].square().sum(1))
     whole = torch.stack(rotated) if exact and rotated else filters[:0] if exact else None
-    return InputSpan(torch.tensor(ranks, dtype=torch.long, device="cpu"), torch.stack(seen), filters.square().sum(-1), whole)
+    return InputSpan(
+        torch.tensor(ranks, dtype=torch.long, device="cpu"),
+        torch.stack(seen),
+        filters.square().sum(-1),
+        whole,
+    )
 
 
 def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """As `input_space_basis`, with one answer also where the inputs do not vary: there any basis would do, and rounding would choose it."""
+    """As `input_space_basis`, with one answer also where the inputs do not vary: there any basis
+    would do, and rounding would choose it."""
     eigenvalues, basis = (x.to(covariance.dtype) for x in input_space_basis(covariance))
     idle = int((eigenvalues <= IDLE * eigenvalues[0]).sum())
     if idle:
         varied, rest = basis[:, :-idle], basis[:, -idle:]
-        # The basis in which the place of an entry within the row is diagonal: for entries that are always 0, those entries themselves.
+        # The basis in which the place of an entry within the row is diagonal: for entries that are
+        # always 0, those entries themselves.
         place = torch.linspace(0, 1, len(covariance), dtype=rest.dtype, device=rest.device)
-        basis = torch.cat([varied, rest @ torch.linalg.eigh(rest.T @ (place[:, None] * rest))[1]], dim=1)
+        basis = torch.cat(
+            [varied, rest @ torch.linalg.eigh(rest.T @ (place[:, None] * rest))[1]], dim=1
+        )
     return eigenvalues, basis
 
 
@@ -346,7 +397,8 @@ def _leading_directions(covariance: Tensor, variance: float) -> Tensor:
     while True:
         vectors, values, _ = torch.svd_lowrank(covariance, q=k, niter=4)
         held = values.cumsum(0)
-        # A randomized method finds a little less than is there, so an energy of 1 could ask for more than it can ever find.
+        # A randomized method finds a little less than is there, so an energy of 1 could ask for
+        # more than it can ever find.
         enough = int((held < variance - 1e-12 * float(held[-1])).sum()) + 1
         if enough <= k or k == most:
             return vectors[:, : min(enough, k)]
@@ -371,12 +423,18 @@ def vector_shares(span: InputSpan, labels: Tensor) -> Tensor:
     labels = labels.flatten().to(span.seen.device)
     belongs = labels >= 0
     n = int(labels.max()) + 1 if len(labels) else 0
-    seen, energy = (torch.zeros(n, dtype=x.dtype, device=x.device).index_add_(0, labels[belongs], x.flatten()[belongs]) for x in span[1:3])
+    seen, energy = (
+        torch.zeros(n, dtype=x.dtype, device=x.device).index_add_(
+            0, labels[belongs], x.flatten()[belongs]
+        )
+        for x in span[1:3]
+    )
     return (seen / energy).clamp(max=1)
 
 
 def spread_rows(count: int, quantiles: Tensor) -> Tensor:
-    """Which of ``count`` rows to look at: one at random in each of ``len(quantiles)`` equal stretches, or all if there are no more.
+    """Which of ``count`` rows to look at: one at random in each of ``len(quantiles)`` equal
+    stretches, or all if there are no more.
 
     Args:
         count: rows there are.
@@ -392,4 +450,8 @@ def spread_rows(count: int, quantiles: Tensor) -> Tensor:
     k = len(quantiles)
     if count <= k:
         return torch.arange(count, dtype=torch.long, device="cpu")
-    return ((torch.arange(k, dtype=torch.long, device="cpu") + quantiles) * (count / k)).long().clamp(max=count - 1)
+    return (
+        ((torch.arange(k, dtype=torch.long, device="cpu") + quantiles) * (count / k))
+        .long()
+        .clamp(max=count - 1)
+    )

@@ -1,9 +1,13 @@
 r"""Weight decay as a learning rate schedule (AWS paper, eq. 14-17).
 
-A scale-invariant weight under SGD takes the same directions with weight decay and without it, if the learning rate makes up for the length
-that the decay would have taken. One number per param group carries the difference: let :math:`p_t` be a scalar weight stepped by the same
-SGD (same learning rate, momentum, dampening and weight decay) with gradient zero from :math:`p_0 = 1`. Then training without decay at the
-learning rates :math:`\eta_t / (p_t p_{t+1})` keeps :math:`w^{decay}_t = p_t w_t` at every step. (The printed eq. 15 is off by one step.)
+A scale-invariant weight under SGD takes the same directions with weight decay and without it, if
+the learning rate makes up for the length
+that the decay would have taken. One number per param group carries the difference: let :math:`p_t`
+be a scalar weight stepped by the same
+SGD (same learning rate, momentum, dampening and weight decay) with gradient zero from :math:`p_0 =
+1`. Then training without decay at the
+learning rates :math:`\eta_t / (p_t p_{t+1})` keeps :math:`w^{decay}_t = p_t w_t` at every step.
+(The printed eq. 15 is off by one step.)
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from lightning_normdyn.optimizer_facts import facts_of
 __all__ = ["WeightDecayEquivalentLR", "weight_decay_equivalent_lrs"]
 
 
-def weight_decay_equivalent_lrs(lrs: Iterable[float], weight_decay: float, *, momentum: float = 0.0, dampening: float = 0.0) -> list[float]:
+def weight_decay_equivalent_lrs(
+    lrs: Iterable[float], weight_decay: float, *, momentum: float = 0.0, dampening: float = 0.0
+) -> list[float]:
     """The decay-free learning rates for a whole schedule that is known ahead.
 
     Args:
@@ -50,54 +56,82 @@ def weight_decay_equivalent_lrs(lrs: Iterable[float], weight_decay: float, *, mo
 
 
 def _decayed(
-    scalar: float, velocity: float | None, lr: float, weight_decay: float, momentum: float, dampening: float
+    scalar: float,
+    velocity: float | None,
+    lr: float,
+    weight_decay: float,
+    momentum: float,
+    dampening: float,
 ) -> tuple[float, float]:
-    """One step of torch.optim.SGD on a number with gradient zero: the number and its momentum buffer afterwards."""
+    """One step of torch.optim.SGD on a number with gradient zero: the number and its momentum
+    buffer afterwards."""
     pull = weight_decay * scalar
     # torch starts the buffer with the undamped first gradient.
-    velocity = pull if velocity is None or not momentum else momentum * velocity + (1 - dampening) * pull
+    velocity = (
+        pull if velocity is None or not momentum else momentum * velocity + (1 - dampening) * pull
+    )
     return scalar - lr * velocity, velocity
 
 
-def _compensated(lr: float, scalar: float, following: float, weight_decay: float, momentum: float, step: int) -> float:
+def _compensated(
+    lr: float, scalar: float, following: float, weight_decay: float, momentum: float, step: int
+) -> float:
     """lr / (p_t p_{t+1}), as long as there is one."""
     if not following > 0:
         raise NotSupportedError(
-            f"A decay-free schedule equivalent to weight_decay={weight_decay:g} at lr={lr:g}, momentum={momentum:g} was asked for, but the "
-            f"scalar that carries the decay is not positive after step {step}: the decay turns weights around. At a constant learning rate "
-            f"it stays positive while lr x weight_decay < (1 - sqrt(momentum))² = {(1 - math.sqrt(momentum)) ** 2:.3g}: lower one of them."
+            f"A decay-free schedule equivalent to weight_decay={weight_decay:g} at lr={lr:g}, "
+            f"momentum={momentum:g} was asked for, but the "
+            f"scalar that carries the decay is not positive after step {step}: the decay turns "
+            f"weights around. At a constant learning rate "
+            f"it stays positive while lr x weight_decay < (1 - sqrt(momentum))² = "
+            f"{(1 - math.sqrt(momentum)) ** 2:.3g}: lower one of them."
         )
     compensated = lr / scalar / following
     if compensated == math.inf:
         raise NotSupportedError(
-            f"A decay-free schedule equivalent to weight_decay={weight_decay:g} was asked for, but its learning rate overflows at step "
-            f"{step}, where decay has shrunk the weights to {scalar:.1g} of their length. Train with the decay itself, or for fewer steps."
+            f"A decay-free schedule equivalent to weight_decay={weight_decay:g} was asked for, but "
+            f"its learning rate overflows at step "
+            f"{step}, where decay has shrunk the weights to {scalar:.1g} of their length. Train "
+            f"with the decay itself, or for fewer steps."
         )
     return compensated
 
 
 class WeightDecayEquivalentLR(LRScheduler):
-    """Train without weight decay along the directions that weight decay would take (AWS paper, eq. 14-17, index corrected).
+    """Train without weight decay along the directions that weight decay would take (AWS paper, eq.
+    14-17, index corrected).
 
-    For SGD with heavy-ball momentum and dampening, on scale-invariant weights, under any inner schedule. Step it after every optimizer step
-    (in Lightning: ``{"scheduler": ..., "interval": "step"}``); the inner schedule counts the same steps and is stepped from here. A step
-    that the gradient scaler skips moves the inner schedule, as it would without this class, but not the decay.
+    For SGD with heavy-ball momentum and dampening, on scale-invariant weights, under any inner
+    schedule. Step it after every optimizer step
+    (in Lightning: ``{"scheduler": ..., "interval": "step"}``); the inner schedule counts the same
+    steps and is stepped from here. A step
+    that the gradient scaler skips moves the inner schedule, as it would without this class, but not
+    the decay.
 
-    Exact for weight normalization and weight standardization (directions agree to 4e-15 over 500 steps). Behind BatchNorm the deviation is
-    proportional to its ``eps``, which matters the less the longer the weight: 2e-12 to 3e-11 with eps 1e-12, 2e-5 to 3e-4 with the default
-    1e-5, measured on a small network; up to order 1 where decay makes weights tiny. Clip no gradients by norm: those of the longer weights
+    Exact for weight normalization and weight standardization (directions agree to 4e-15 over 500
+    steps). Behind BatchNorm the deviation is
+    proportional to its ``eps``, which matters the less the longer the weight: 2e-12 to 3e-11 with
+    eps 1e-12, 2e-5 to 3e-4 with the default
+    1e-5, measured on a small network; up to order 1 where decay makes weights tiny. Clip no
+    gradients by norm: those of the longer weights
     are smaller. A skip inside a fused optimizer is not seen.
 
     Args:
         optimizer: a ``torch.optim.SGD`` with ``weight_decay=0`` and without Nesterov.
-        weight_decay: λ of the run to be reproduced, coupled (torch's SGD); or one per param group, where 0 leaves the group to the inner
-            schedule. A group with a λ may hold scale-invariant weights only: others would feel the learning rate without the decay.
-        inner: the schedule of the run to be reproduced, on the same optimizer; ``None`` for a constant learning rate.
+        weight_decay: λ of the run to be reproduced, coupled (torch's SGD); or one per param group,
+            where 0 leaves the group to the inner
+            schedule. A group with a λ may hold scale-invariant weights only: others would feel the
+            learning rate without the decay.
+        inner: the schedule of the run to be reproduced, on the same optimizer; ``None`` for a
+            constant learning rate.
 
     Raises:
-        NotSupportedError: for another optimizer, Nesterov, a group that has a weight decay already or holds parameters of fewer than two
-            dimensions, a ``ReduceLROnPlateau``; and for a learning rate and decay under which the scalar does not stay positive: at once
-            for a constant learning rate, at the step in question under a schedule (:func:`weight_decay_equivalent_lrs` tells ahead).
+        NotSupportedError: for another optimizer, Nesterov, a group that has a weight decay already
+            or holds parameters of fewer than two
+            dimensions, a ``ReduceLROnPlateau``; and for a learning rate and decay under which the
+            scalar does not stay positive: at once
+            for a constant learning rate, at the step in question under a schedule
+            (:func:`weight_decay_equivalent_lrs` tells ahead).
 
     Example:
         >>> import torch
@@ -113,7 +147,13 @@ class WeightDecayEquivalentLR(LRScheduler):
         0.10043
     """
 
-    def __init__(self, optimizer: Optimizer, weight_decay: float | Sequence[float], *, inner: LRScheduler | None = None) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        weight_decay: float | Sequence[float],
+        *,
+        inner: LRScheduler | None = None,
+    ) -> None:
         self._weight_decays = _one_per_group(weight_decay, optimizer)
         _refuse_what_is_not_exact(optimizer, self._weight_decays, inner)
         self.inner = inner
@@ -134,9 +174,13 @@ class WeightDecayEquivalentLR(LRScheduler):
         self._steps_unseen += 1
 
     def step(self, epoch: int | None = None) -> None:
-        """Follow one optimizer step: advance the scalars by it, step the inner schedule, and set the next learning rates."""
+        """Follow one optimizer step: advance the scalars by it, step the inner schedule, and set
+        the next learning rates."""
         if epoch is not None:
-            raise NormDynError(f"`WeightDecayEquivalentLR` goes step by step, but was asked for epoch={epoch}. Call `step()`.")
+            raise NormDynError(
+                f"`WeightDecayEquivalentLR` goes step by step, but was asked for epoch={epoch}. "
+                f"Call `step()`."
+            )
         if self._constructed:
             self._follow()
         super().step()
@@ -145,13 +189,16 @@ class WeightDecayEquivalentLR(LRScheduler):
         groups = self.optimizer.param_groups
         if len(groups) != len(self._scalars):
             raise NotSupportedError(
-                f"`WeightDecayEquivalentLR` was made for {len(self._scalars)} param groups, but the optimizer now has {len(groups)}. Make "
+                f"`WeightDecayEquivalentLR` was made for {len(self._scalars)} param groups, but "
+                f"the optimizer now has {len(groups)}. Make "
                 "the schedule after the last group is added."
             )
         if self._steps_unseen > 1:
             raise NormDynError(
-                f"`WeightDecayEquivalentLR` must be stepped after every optimizer step, but {self._steps_unseen} were taken since its last "
-                'step. In Lightning, return {"scheduler": ..., "interval": "step"} from configure_optimizers.'
+                f"`WeightDecayEquivalentLR` must be stepped after every optimizer step, but "
+                f"{self._steps_unseen} were taken since its last "
+                'step. In Lightning, return {"scheduler": ..., "interval": "step"} from '
+                "configure_optimizers."
             )
         if self._steps_unseen == 1:
             for i, group in enumerate(groups):
@@ -159,44 +206,76 @@ class WeightDecayEquivalentLR(LRScheduler):
             self._steps_taken += 1
             self._steps_unseen = 0
         if self.inner is not None:
-            for group, lr in zip(groups, self._inner_lrs, strict=True):  # an inner schedule goes on from the learning rate it finds
+            for group, lr in zip(
+                groups, self._inner_lrs, strict=True
+            ):  # an inner schedule goes on from the learning rate it finds
                 _write_lr(group, lr)
             self.inner.step()
             self._inner_lrs = [float(group["lr"]) for group in groups]
 
     def _advanced(self, i: int, group: dict[str, Any]) -> tuple[float, float]:
         momentum, dampening = float(group["momentum"]), float(group["dampening"])
-        return _decayed(self._scalars[i], self._velocities[i], self._inner_lrs[i], self._weight_decays[i], momentum, dampening)
+        return _decayed(
+            self._scalars[i],
+            self._velocities[i],
+            self._inner_lrs[i],
+            self._weight_decays[i],
+            momentum,
+            dampening,
+        )
 
     def get_lr(self) -> list[float]:  # type: ignore[override]  # floats; the base class also speaks of tensors
-        """The learning rates of the next step: those of the inner schedule over p_t p_{t+1}, with p = 1 where there is no decay."""
+        """The learning rates of the next step: those of the inner schedule over p_t p_{t+1}, with p
+        = 1 where there is no decay."""
         lrs = []
         for i, group in enumerate(self.optimizer.param_groups):
             following, _ = self._advanced(i, group)
             decay, momentum = self._weight_decays[i], float(group["momentum"])
-            lrs.append(_compensated(self._inner_lrs[i], self._scalars[i], following, decay, momentum, self._steps_taken))
+            lrs.append(
+                _compensated(
+                    self._inner_lrs[i],
+                    self._scalars[i],
+                    following,
+                    decay,
+                    momentum,
+                    self._steps_taken,
+                )
+            )
         return lrs
 
     def _refuse_constant_lr(self, optimizer: Optimizer) -> None:
-        """Run the scalar of a constant learning rate ahead: if the decay turns weights around, it does so soon."""
-        for lr, decay, group in zip(self._inner_lrs, self._weight_decays, optimizer.param_groups, strict=True):
+        """Run the scalar of a constant learning rate ahead: if the decay turns weights around, it
+        does so soon."""
+        for lr, decay, group in zip(
+            self._inner_lrs, self._weight_decays, optimizer.param_groups, strict=True
+        ):
             steps = min(10_000, math.ceil(30 / (lr * decay))) if lr * decay else 0
-            weight_decay_equivalent_lrs([lr] * steps, decay, momentum=float(group["momentum"]), dampening=float(group["dampening"]))
+            weight_decay_equivalent_lrs(
+                [lr] * steps,
+                decay,
+                momentum=float(group["momentum"]),
+                dampening=float(group["dampening"]),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists, and the inner schedule's own state under ``"inner"``."""
-        state = {key: value for key, value in self.__dict__.items() if key not in ("optimizer", "inner")}
+        state = {
+            key: value for key, value in self.__dict__.items() if key not in ("optimizer", "inner")
+        }
         state["inner"] = None if self.inner is None else self.inner.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`. Restore the optimizer as well: it holds the learning rate of the next step."""
+        """Restore :meth:`state_dict`. Restore the optimizer as well: it holds the learning rate of
+        the next step."""
         state = dict(state_dict)
         inner = state.pop("inner")
         if (inner is None) != (self.inner is None):
             raise NormDynError(
-                f"A state of `WeightDecayEquivalentLR` saved with{'out' if inner is None else ''} an inner schedule was given to one "
-                f"with{'out' if self.inner is None else ''}. Build the schedule as in the saved run."
+                f"A state of `WeightDecayEquivalentLR` saved with{'out' if inner is None else ''} "
+                f"an inner schedule was given to one "
+                f"with{'out' if self.inner is None else ''}. Build the schedule as in the saved "
+                f"run."
             )
         self.__dict__.update(state)
         if self.inner is not None:
@@ -207,51 +286,78 @@ def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) 
     groups = len(optimizer.param_groups)
     try:
         one = as_number(weight_decay)
-        decays = [float(decay) for decay in cast("Sequence[float]", weight_decay)] if one is None else [float(one)] * groups
+        decays = (
+            [float(decay) for decay in cast("Sequence[float]", weight_decay)]
+            if one is None
+            else [float(one)] * groups
+        )
     except OverflowError as error:
         raise NormDynError(f"`weight_decay` must be finite, got {shown(weight_decay)}.") from error
     if len(decays) != groups:
-        raise NormDynError(f"`weight_decay` must be one number, or one per param group ({groups}), got {len(decays)}.")
+        raise NormDynError(
+            f"`weight_decay` must be one number, or one per param group ({groups}), got "
+            f"{len(decays)}."
+        )
     if not all(math.isfinite(decay) and decay >= 0 for decay in decays) or not any(decays):
-        raise NormDynError(f"`weight_decay` must be > 0 (per group: >= 0, and > 0 for at least one), got {weight_decay!r}.")
+        raise NormDynError(
+            f"`weight_decay` must be > 0 (per group: >= 0, and > 0 for at least one), got "
+            f"{weight_decay!r}."
+        )
     return decays
 
 
-def _refuse_what_is_not_exact(optimizer: Optimizer, weight_decays: list[float], inner: LRScheduler | None) -> None:
+def _refuse_what_is_not_exact(
+    optimizer: Optimizer, weight_decays: list[float], inner: LRScheduler | None
+) -> None:
     """Everything that is known at construction."""
     if facts_of(optimizer).known_class is not SGD:
         raise NotSupportedError(
-            f"`WeightDecayEquivalentLR` was asked for {type(optimizer).__name__}, but the equivalence holds for torch.optim.SGD only: "
-            "other optimizers do not step in proportion to the gradient. Use the weight decay itself."
+            f"`WeightDecayEquivalentLR` was asked for {type(optimizer).__name__}, but the "
+            f"equivalence holds for torch.optim.SGD only: "
+            "other optimizers do not step in proportion to the gradient. Use the weight decay "
+            "itself."
         )
-    for i, (group, weight_decay) in enumerate(zip(optimizer.param_groups, weight_decays, strict=True)):
+    for i, (group, weight_decay) in enumerate(
+        zip(optimizer.param_groups, weight_decays, strict=True)
+    ):
         if not weight_decay:
             continue
         if group["nesterov"]:
             raise NotSupportedError(
-                f"`WeightDecayEquivalentLR` was asked for param group {i} with nesterov=True, where no scalar reproduces the decay "
+                f"`WeightDecayEquivalentLR` was asked for param group {i} with nesterov=True, "
+                f"where no scalar reproduces the decay "
                 "(directions end 8e-3 apart after 500 steps). Use heavy-ball momentum."
             )
         if group["weight_decay"] != 0:
             raise NotSupportedError(
-                f"`WeightDecayEquivalentLR` takes the place of weight decay, but param group {i} has weight_decay="
+                f"`WeightDecayEquivalentLR` takes the place of weight decay, but param group {i} "
+                f"has weight_decay="
                 f"{group['weight_decay']:g} as well. Set it to 0."
             )
         thin = [j for j, parameter in enumerate(group["params"]) if parameter.dim() < 2]
         if thin:
-            names = group.get("param_names") or [f"parameter {j}" for j in range(len(group["params"]))]
-            found = ", ".join(f"{names[j]} {list(group['params'][j].shape)}" for j in thin[:3]) + (", ..." if len(thin) > 3 else "")
+            names = group.get("param_names") or [
+                f"parameter {j}" for j in range(len(group["params"]))
+            ]
+            found = ", ".join(f"{names[j]} {list(group['params'][j].shape)}" for j in thin[:3]) + (
+                ", ..." if len(thin) > 3 else ""
+            )
             raise NotSupportedError(
-                f"`WeightDecayEquivalentLR` was asked for param group {i}, which mixes weights with parameters of fewer than two "
-                f"dimensions ({found}): those are not scale-invariant. Put them into a group of their own and give one "
+                f"`WeightDecayEquivalentLR` was asked for param group {i}, which mixes weights "
+                f"with parameters of fewer than two "
+                f"dimensions ({found}): those are not scale-invariant. Put them into a group of "
+                f"their own and give one "
                 "`weight_decay` per group, 0 for that one."
             )
     if isinstance(inner, ReduceLROnPlateau | WeightDecayEquivalentLR):
         raise NotSupportedError(
-            f"`inner` must be a schedule that `step()` moves, got {type(inner).__name__}. Use MultiStepLR, for example."
+            f"`inner` must be a schedule that `step()` moves, got {type(inner).__name__}. Use "
+            f"MultiStepLR, for example."
         )
     if inner is not None and inner.optimizer is not optimizer:
-        raise NormDynError("`inner` belongs to another optimizer than the one given. Build both on the same.")
+        raise NormDynError(
+            "`inner` belongs to another optimizer than the one given. Build both on the same."
+        )
 
 
 def _write_lr(group: dict[str, Any], lr: float) -> None:

@@ -1,7 +1,10 @@
-"""Weight norm, effective learning rate and angular update as torchmetrics, for people with a training loop of their own.
+"""Weight norm, effective learning rate and angular update as torchmetrics, for people with a
+training loop of their own.
 
-Each metric sees one weight or a list of weights and answers for every weight vector: ``(n,)``, an average over the updates since ``reset``.
-In a ``MetricCollection`` all of them take the same call, ``update(weight, weight_before=..., lr=...)``.
+Each metric sees one weight or a list of weights and answers for every weight vector: ``(n,)``, an
+average over the updates since ``reset``.
+In a ``MetricCollection`` all of them take the same call, ``update(weight, weight_before=...,
+lr=...)``.
 
 Legend: ``n`` weight vectors of all weights together.
 """
@@ -28,9 +31,11 @@ Weights = Tensor | Sequence[Tensor]
 
 
 class _PerVector(Metric):
-    """The average of one number per weight vector over updates; vectors whose number is NaN are left out of it.
+    """The average of one number per weight vector over updates; vectors whose number is NaN are
+    left out of it.
 
-    Processes that hold the same weights agree anyhow, and processes that hold different data average: both states are summed.
+    Processes that hold the same weights agree anyhow, and processes that hold different data
+    average: both states are summed.
     """
 
     is_differentiable = False
@@ -57,9 +62,13 @@ class _PerVector(Metric):
             raise ValueError(f"`reduction` must be 'none' or 'mean', got {reduction!r}.")
         self.granularity = granularity
         self.reduction = reduction
-        # Without dimensions until the first update says how many vectors there are: a zero adds to anything. The names tell the classes
-        # apart, because MetricCollection lets metrics share their states when names and first values agree.
-        empty = torch.zeros(() if num_vectors is None else num_vectors, dtype=torch.float64, device="cpu")
+        # Without dimensions until the first update says how many vectors there are: a zero adds to
+        # anything. The names tell the classes
+        # apart, because MetricCollection lets metrics share their states when names and first
+        # values agree.
+        empty = torch.zeros(
+            () if num_vectors is None else num_vectors, dtype=torch.float64, device="cpu"
+        )
         self._total, self._count = f"{quantity}_total", f"{quantity}_count"
         self.add_state(self._total, empty, dist_reduce_fx="sum")
         self.add_state(self._count, empty.long(), dist_reduce_fx="sum")
@@ -74,27 +83,37 @@ class _PerVector(Metric):
         setattr(self, self._total, total + (new.square() if self.squared else new).where(seen, 0.0))
         setattr(self, self._count, getattr(self, self._count) + seen)
 
-    def _sync_dist(self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None) -> None:
+    def _sync_dist(
+        self, dist_sync_fn: Callable[..., Any] = gather_all_tensors, process_group: Any = None
+    ) -> None:
         """Sum both states over the ranks; ranks that had no update yet add nothing.
 
-        Such a rank does not know how many vectors there are, and a state of another shape than the other ranks' would leave all of them
-        waiting for each other. So the number of vectors is agreed upon first, by a tensor of the same shape everywhere.
+        Such a rank does not know how many vectors there are, and a state of another shape than the
+        other ranks' would leave all of them
+        waiting for each other. So the number of vectors is agreed upon first, by a tensor of the
+        same shape everywhere.
         """
         total = getattr(self, self._total)
         mine = total.numel() if total.ndim else 0
         number = torch.tensor([mine], dtype=torch.int64, device=total.device)
-        of_ranks = [int(each) for each in dist_sync_fn(number, group=process_group or self.process_group)]
+        of_ranks = [
+            int(each) for each in dist_sync_fn(number, group=process_group or self.process_group)
+        ]
         updated = sorted({each for each in of_ranks if each})
         if len(updated) > 1:  # every rank sees the same list, so every rank raises, and none waits
             found = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(of_ranks))
-            raise NormDynError(f"{type(self).__name__} has other weight vectors on other ranks ({found}); pass the same weights on all.")
+            raise NormDynError(
+                f"{type(self).__name__} has other weight vectors on other ranks ({found}); pass "
+                f"the same weights on all."
+            )
         if not mine and updated:
             for state in (self._total, self._count):
                 setattr(self, state, getattr(self, state).new_zeros(updated[0]))
         super()._sync_dist(dist_sync_fn, process_group=process_group)
 
     def compute(self) -> Tensor:
-        """The averages, float64: ``(n,)``, or one number with ``reduction="mean"`` (and, as torchmetrics has it, for n = 1); NaN where
+        """The averages, float64: ``(n,)``, or one number with ``reduction="mean"`` (and, as
+        torchmetrics has it, for n = 1); NaN where
         nothing was seen.
         """
         mean: Tensor = getattr(self, self._total).double() / getattr(self, self._count)
@@ -105,31 +124,48 @@ class _PerVector(Metric):
     def _vectors(self, weight: Weights) -> list[Tensor]:
         weights = [weight] if isinstance(weight, Tensor) else list(weight)
         if not weights:
-            raise NormDynError(f"{type(self).__name__} was updated with an empty list of weights; pass at least one.")
+            raise NormDynError(
+                f"{type(self).__name__} was updated with an empty list of weights; pass at least "
+                f"one."
+            )
         return [each.reshape(1, -1) for each in weights] if self.granularity == "layer" else weights
 
-    def plot(self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
+    def plot(
+        self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
+    ) -> tuple[Figure, Axes]:
         """Draw a value, or the values of several steps.
 
         Args:
-            val: what ``compute`` or ``forward`` gave, or a list of it, one per step; ``compute()`` if None.
+            val: what ``compute`` or ``forward`` gave, or a list of it, one per step; ``compute()``
+                if None.
             ax: where to draw; a new figure if None.
         """
         from lightning_normdyn.plots import draw_metric
 
         val = self.compute() if val is None else val
-        values = torch.stack([val] if isinstance(val, Tensor) else list(val)).detach().cpu().double().numpy()
-        return draw_metric(values.reshape(len(values), -1), self.axis_label, isinstance(val, Tensor), ax)
+        values = (
+            torch.stack([val] if isinstance(val, Tensor) else list(val))
+            .detach()
+            .cpu()
+            .double()
+            .numpy()
+        )
+        return draw_metric(
+            values.reshape(len(values), -1), self.axis_label, isinstance(val, Tensor), ax
+        )
 
 
 class WeightNorm(_PerVector):
     r"""Norm of each weight vector, :math:`\lVert w\rVert_2`, averaged over updates.
 
     Args:
-        granularity: what one vector is: ``"filter"``, an index of dim 0, or ``"layer"``, a whole weight. For groups, or for a transposed
+        granularity: what one vector is: ``"filter"``, an index of dim 0, or ``"layer"``, a whole
+            weight. For groups, or for a transposed
             convolution, pass the weight reshaped to ``(n, d)``.
-        reduction: ``"none"`` gives ``(n,)``, ``"mean"`` the mean over vectors, which is what ``self.log`` of a LightningModule needs.
-        num_vectors: vectors of all weights together; given, a metric that saw no update at all on any process computes NaN for each.
+        reduction: ``"none"`` gives ``(n,)``, ``"mean"`` the mean over vectors, which is what
+            ``self.log`` of a LightningModule needs.
+        num_vectors: vectors of all weights together; given, a metric that saw no update at all on
+            any process computes NaN for each.
         kwargs: of ``torchmetrics.Metric``.
 
     Example:
@@ -150,11 +186,13 @@ class WeightNorm(_PerVector):
 
 
 class EffectiveLR(_PerVector):
-    r"""Effective learning rate of each weight vector, :math:`\eta/\lVert w\rVert` (AWS paper, eq. 12), averaged over updates.
+    r"""Effective learning rate of each weight vector, :math:`\eta/\lVert w\rVert` (AWS paper, eq.
+    12), averaged over updates.
 
     Args:
         statistic: ``"norm"``, or ``"std"`` for weight-standardized weights (eq. 13).
-        kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and those of ``torchmetrics.Metric``.
+        kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and
+            those of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = EffectiveLR()
@@ -172,25 +210,37 @@ class EffectiveLR(_PerVector):
         self.statistic = statistic
 
     def update(self, weight: Weights, lr: float | Tensor | Sequence[float]) -> None:
-        """See a weight ``(rows, ...)``, or a list of weights, with their learning rate, or a list with one for each weight."""
+        """See a weight ``(rows, ...)``, or a list of weights, with their learning rate, or a list
+        with one for each weight."""
         weights = self._vectors(weight)
         lrs = list(lr) if isinstance(lr, Sequence) else [lr] * len(weights)
         if len(lrs) != len(weights):
             raise NormDynError(
-                f"EffectiveLR was updated with {len(weights)} weights and {len(lrs)} learning rates; pass one, or one for each."
+                f"EffectiveLR was updated with {len(weights)} weights and {len(lrs)} learning "
+                f"rates; pass one, or one for each."
             )
-        size: Callable[[Tensor], Tensor] = F.weight_norm if self.statistic == "norm" else F.weight_std
-        self._add([F.effective_lr(each_lr, size(each)) for each, each_lr in zip(weights, lrs, strict=True)])
+        size: Callable[[Tensor], Tensor] = (
+            F.weight_norm if self.statistic == "norm" else F.weight_std
+        )
+        self._add(
+            [
+                F.effective_lr(each_lr, size(each))
+                for each, each_lr in zip(weights, lrs, strict=True)
+            ]
+        )
 
 
 class AngularUpdate(_PerVector):
-    r"""Angle by which each weight vector turned in a step, in radians: the root mean square over updates.
+    r"""Angle by which each weight vector turned in a step, in radians: the root mean square over
+    updates.
 
-    The mean of squares is what the predictions of :mod:`lightning_normdyn.equilibrium` are about; with ``reduction="mean"`` it is taken
+    The mean of squares is what the predictions of :mod:`lightning_normdyn.equilibrium` are about;
+    with ``reduction="mean"`` it is taken
     over vectors too.
 
     Args:
-        kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and those of ``torchmetrics.Metric``.
+        kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and
+            those of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = AngularUpdate()
@@ -208,10 +258,12 @@ class AngularUpdate(_PerVector):
         super().__init__("angular_update", **kwargs)
 
     def update(self, weight: Weights, weight_before: Weights) -> None:
-        """See a weight after a step and a copy of it from before, or two lists of weights in the same order."""
+        """See a weight after a step and a copy of it from before, or two lists of weights in the
+        same order."""
         after, before = self._vectors(weight), self._vectors(weight_before)
         if len(after) != len(before):
             raise NormDynError(
-                f"AngularUpdate was updated with {len(after)} weights and {len(before)} weights before the step; pass as many."
+                f"AngularUpdate was updated with {len(after)} weights and {len(before)} weights "
+                f"before the step; pass as many."
             )
         self._add([F.angular_update(old, new) for old, new in zip(before, after, strict=True)])

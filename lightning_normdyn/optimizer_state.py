@@ -1,12 +1,18 @@
-r"""What a change of a weight's scale does to everything that was gathered at the old scale, and how each optimizer decays.
+r"""What a change of a weight's scale does to everything that was gathered at the old scale, and how
+each optimizer decays.
 
-A loss that does not see the length of :math:`w` has gradients that go as :math:`1/\lVert w\rVert`. So when a weight vector is
-multiplied by :math:`f`, a buffer that holds gradients has to be multiplied by :math:`f^{-1}` and one that holds squared gradients
-by :math:`f^{-2}`: then the buffers are those that a run at the new scale would hold, and the direction goes on undisturbed. Left
-alone, they make AdamW turn three times too fast for hundreds of steps. The same holds for the running statistics of a BatchNorm
+A loss that does not see the length of :math:`w` has gradients that go as :math:`1/\lVert w\rVert`.
+So when a weight vector is
+multiplied by :math:`f`, a buffer that holds gradients has to be multiplied by :math:`f^{-1}` and
+one that holds squared gradients
+by :math:`f^{-2}`: then the buffers are those that a run at the new scale would hold, and the
+direction goes on undisturbed. Left
+alone, they make AdamW turn three times too fast for hundreds of steps. The same holds for the
+running statistics of a BatchNorm
 behind a rescaled filter.
 
-Everything here takes plain tensors and optimizers; where a buffer lies in pieces, it lies as its weight does, and the caller
+Everything here takes plain tensors and optimizers; where a buffer lies in pieces, it lies as its
+weight does, and the caller
 applies the factors.
 """
 
@@ -21,7 +27,14 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.group_numbers import as_number
-from lightning_normdyn.optimizer_facts import TABLE, decay_trial, facts_of, law_of, sets_weights_back, why_not_as_base
+from lightning_normdyn.optimizer_facts import (
+    TABLE,
+    decay_trial,
+    facts_of,
+    law_of,
+    sets_weights_back,
+    why_not_as_base,
+)
 
 __all__ = [
     "decay_kind",
@@ -36,19 +49,24 @@ __all__ = [
 
 
 def state_exponents(optimizer: Optimizer) -> dict[str, float]:
-    r"""How each buffer of ``optimizer`` follows its weight: when :math:`w` is multiplied by :math:`f`, the buffer is by :math:`f^e`.
+    r"""How each buffer of ``optimizer`` follows its weight: when :math:`w` is multiplied by
+    :math:`f`, the buffer is by :math:`f^e`.
 
-    Classes: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Muon (see :func:`per_matrix_only`) of torch.optim, with
-    any of their options (amsgrad, centered, capturable, fused, ...), and subclasses that keep no further per-entry buffers.
+    Classes: SGD, Adam, AdamW, NAdam, RAdam, Adamax, RMSprop, Adagrad, Muon (see
+    :func:`per_matrix_only`) of torch.optim, with
+    any of their options (amsgrad, centered, capturable, fused, ...), and subclasses that keep no
+    further per-entry buffers.
 
     Args:
         optimizer: the optimizer; with state or without.
 
     Returns:
-        ``{buffer: e}``. Buffers that do not change are not named, and a buffer that is named need not exist (or may be ``None``).
+        ``{buffer: e}``. Buffers that do not change are not named, and a buffer that is named need
+        not exist (or may be ``None``).
 
     Raises:
-        NotSupportedError: for another class, for a buffer that is not known, and for schedule-free optimizers.
+        NotSupportedError: for another class, for a buffer that is not known, and for schedule-free
+            optimizers.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.randn(4, 3))
@@ -57,11 +75,14 @@ def state_exponents(optimizer: Optimizer) -> dict[str, float]:
         >>> state_exponents(torch.optim.RMSprop([weight], lr=0.1, momentum=0.9))
         {'square_avg': -2.0, 'grad_avg': -1.0}
     """
-    asked = f"Rescaling the state of {type(optimizer).__name__} together with its weights was asked for"
+    asked = (
+        f"Rescaling the state of {type(optimizer).__name__} together with its weights was asked for"
+    )
     way_out = "Use another optimizer, or optimizer_state='keep' where the callback has it."
     if is_schedule_free(optimizer):
         raise NotSupportedError(
-            f"{asked}, but a schedule-free optimizer keeps a second copy of the weights, which would stay at the old scale. "
+            f"{asked}, but a schedule-free optimizer keeps a second copy of the weights, which "
+            f"would stay at the old scale. "
             "Use another optimizer."
         )
     known = facts_of(optimizer).exponents
@@ -69,17 +90,24 @@ def state_exponents(optimizer: Optimizer) -> dict[str, float]:
         names = ", ".join(sorted(row.name for row in TABLE if row.exponents is not None))
         own_step = why_not_as_base(optimizer)
         because = "" if own_step is None else f" ({own_step})"
-        raise NotSupportedError(f"{asked}, but only the state of {names} is understood{because}. {way_out}")
+        raise NotSupportedError(
+            f"{asked}, but only the state of {names} is understood{because}. {way_out}"
+        )
     if unknown := sorted(_buffers_of(optimizer) - known.keys()):
-        raise NotSupportedError(f"{asked}, but what a change of scale does to its buffers {unknown} is not known. {way_out}")
+        raise NotSupportedError(
+            f"{asked}, but what a change of scale does to its buffers {unknown} is not known. "
+            f"{way_out}"
+        )
     return {key: exponent for key, exponent in known.items() if exponent}
 
 
 def _buffers_of(optimizer: Optimizer) -> set[str]:
-    """Names of everything in the state of single weights that may depend on their scale: tensors that are no mere numbers, alone or in
+    """Names of everything in the state of single weights that may depend on their scale: tensors
+    that are no mere numbers, alone or in
     containers, and objects that may hold some.
 
-    Optimizers also keep numbers of their own in ``state`` (MADGRAD's "k", SPAM's "total_step"): those belong to no weight.
+    Optimizers also keep numbers of their own in ``state`` (MADGRAD's "k", SPAM's "total_step"):
+    those belong to no weight.
     """
     names: set[str] = set()
     for state in optimizer.state.values():
@@ -100,7 +128,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def per_matrix_only(optimizer: Optimizer) -> bool:
-    """Whether a rescale must use one factor for a whole matrix: Muon orthogonalises it, and per-filter factors do not commute with that.
+    """Whether a rescale must use one factor for a whole matrix: Muon orthogonalises it, and
+    per-filter factors do not commute with that.
 
     Example:
         >>> per_matrix_only(torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1))
@@ -109,10 +138,13 @@ def per_matrix_only(optimizer: Optimizer) -> bool:
     return facts_of(optimizer).per_matrix
 
 
-def decay_kind(optimizer: Optimizer, group: dict[str, Any]) -> Literal["coupled", "decoupled"] | None:
+def decay_kind(
+    optimizer: Optimizer, group: dict[str, Any]
+) -> Literal["coupled", "decoupled"] | None:
     r"""How ``optimizer`` applies ``weight_decay``.
 
-    "coupled": :math:`\lambda w` is added to the gradient (SGD, Adam). "decoupled": the weight is multiplied by
+    "coupled": :math:`\lambda w` is added to the gradient (SGD, Adam). "decoupled": the weight is
+    multiplied by
     :math:`1-\eta\lambda` (AdamW).
 
     Args:
@@ -132,10 +164,13 @@ def decay_kind(optimizer: Optimizer, group: dict[str, Any]) -> Literal["coupled"
 
 
 def supports_decay_takeover(optimizer: Optimizer) -> str | None:
-    """Why the weight decay of single weights cannot be taken over from ``optimizer``, or ``None`` if it can.
+    """Why the weight decay of single weights cannot be taken over from ``optimizer``, or ``None``
+    if it can.
 
-    To take over the decay, a param group is shown to the optimizer as two for the duration of one step. That is right only if ``step``
-    reads ``weight_decay`` from the group each time. torch's own optimizers do; for any other class a trial on scratch weights tells
+    To take over the decay, a param group is shown to the optimizer as two for the duration of one
+    step. That is right only if ``step``
+    reads ``weight_decay`` from the group each time. torch's own optimizers do; for any other class
+    a trial on scratch weights tells
     (`lightning_normdyn.optimizer_trial.try_decay`).
 
     Example:
@@ -152,7 +187,8 @@ def supports_decay_takeover(optimizer: Optimizer) -> str | None:
 
 
 def taken_over_by_trial(optimizer: Optimizer) -> bool:
-    """Whether it is a trial, and not the table, that says the weight decay of ``optimizer`` can be taken over.
+    """Whether it is a trial, and not the table, that says the weight decay of ``optimizer`` can be
+    taken over.
 
     Example:
         >>> taken_over_by_trial(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))]))
@@ -162,16 +198,19 @@ def taken_over_by_trial(optimizer: Optimizer) -> bool:
 
 
 def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
-    r"""The buffer :math:`b` that tells what the last step was: after it, every weight has moved by :math:`-\eta b`.
+    r"""The buffer :math:`b` that tells what the last step was: after it, every weight has moved by
+    :math:`-\eta b`.
 
-    So it is for SGD with momentum and without Nesterov, whatever else is set: coupled decay, dampening and ``maximize`` are in the buffer.
+    So it is for SGD with momentum and without Nesterov, whatever else is set: coupled decay,
+    dampening and ``maximize`` are in the buffer.
 
     Args:
         optimizer: the optimizer itself; a subclass may step otherwise.
         group: one of its param groups.
 
     Returns:
-        The name of the buffer in the state of each weight that was stepped; ``None`` where a step cannot be told from one buffer.
+        The name of the buffer in the state of each weight that was stepped; ``None`` where a step
+        cannot be told from one buffer.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.randn(4, 3))], lr=0.1, momentum=0.9)
@@ -185,10 +224,13 @@ def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer`` trains a weight that is an interpolation of others in its state (schedule-free): no rule here is right for it.
+    """Whether ``optimizer`` trains a weight that is an interpolation of others in its state
+    (schedule-free): no rule here is right for it.
 
-    Told by what it does: it has a mode for training and one for evaluation, and it sets weights back to points that it remembers. Names of
-    attributes do not tell: SPlus has the modes as well, DAdaptSGD and FTRL have a buffer called "z".
+    Told by what it does: it has a mode for training and one for evaluation, and it sets weights
+    back to points that it remembers. Names of
+    attributes do not tell: SPlus has the modes as well, DAdaptSGD and FTRL have a buffer called
+    "z".
 
     Example:
         >>> is_schedule_free(torch.optim.SGD([torch.nn.Parameter(torch.randn(2, 2))], lr=0.1))
@@ -204,21 +246,33 @@ def is_schedule_free(optimizer: Optimizer) -> bool:
 
 
 @torch.no_grad()
-def rescale_batch_norm_(running_mean: Tensor | None, running_var: Tensor | None, factor: Tensor, bias: Tensor | None, eps: float) -> None:
-    r"""Make the running statistics behind rescaled filters those that the new weights would have gathered, in place.
+def rescale_batch_norm_(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    factor: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> None:
+    r"""Make the running statistics behind rescaled filters those that the new weights would have
+    gathered, in place.
 
-    With :math:`c` = ``factor``, :math:`b` = ``bias``: mean :math:`m\to c\,m+(1-c)\,b`, variance :math:`v\to
-    c^2(v+\epsilon)-\epsilon`. Evaluation right after equals evaluation right before, eps included. The variance may come out
-    slightly negative (never below :math:`-\epsilon`); clamping it would be an error, since what the normalization uses is
+    With :math:`c` = ``factor``, :math:`b` = ``bias``: mean :math:`m\to c\,m+(1-c)\,b`, variance
+    :math:`v\to
+    c^2(v+\epsilon)-\epsilon`. Evaluation right after equals evaluation right before, eps included.
+    The variance may come out
+    slightly negative (never below :math:`-\epsilon`); clamping it would be an error, since what the
+    normalization uses is
     :math:`v+\epsilon`.
 
-    For BatchNorm, SyncBatchNorm and InstanceNorm with running statistics, any ``momentum`` (``None`` too), affine or not.
+    For BatchNorm, SyncBatchNorm and InstanceNorm with running statistics, any ``momentum``
+    (``None`` too), affine or not.
 
     Args:
         running_mean: ``(C,)``; ``None`` (no running statistics): nothing happens.
         running_var: ``(C,)`` or ``None``.
         factor: ``(C,)``, by how much the input of each channel was multiplied, its bias aside.
-        bias: ``(C,)``, what was added to the input after the weights (the bias of the layer in front), or ``None``.
+        bias: ``(C,)``, what was added to the input after the weights (the bias of the layer in
+            front), or ``None``.
         eps: eps of the normalization.
 
     Example:
@@ -234,4 +288,6 @@ def rescale_batch_norm_(running_mean: Tensor | None, running_var: Tensor | None,
         running_mean.copy_(mean if bias is None else mean + (1 - c) * bias.double())
     if running_var is not None:
         var = running_var.double()
-        running_var.copy_(torch.where(c == 1, var, c.square() * (var + eps) - eps))  # v + eps - eps is not always v
+        running_var.copy_(
+            torch.where(c == 1, var, c.square() * (var + eps) - eps)
+        )  # v + eps - eps is not always v

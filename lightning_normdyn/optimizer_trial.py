@@ -1,10 +1,14 @@
-"""How an optimizer behaves of which nobody has read the step: tried on scratch weights, before training.
+"""How an optimizer behaves of which nobody has read the step: tried on scratch weights, before
+training.
 
-Three questions: does it step exactly as a class that is known (a subclass that only logs around ``super().step()``); does a take-over take
-exactly its weight decay away, and of which kind is that decay; does it set weights back to something that it remembers, so that what a
+Three questions: does it step exactly as a class that is known (a subclass that only logs around
+``super().step()``); does a take-over take
+exactly its weight decay away, and of which kind is that decay; does it set weights back to
+something that it remembers, so that what a
 callback does to them is undone (schedule-free, Lookahead, dual averaging).
 
-Each takes a few dozen steps of weights with a few numbers (`lightning_normdyn.scratch_optimizer`). Exceptions of the optimizer mean "not
+Each takes a few dozen steps of weights with a few numbers (`lightning_normdyn.scratch_optimizer`).
+Exceptions of the optimizer mean "not
 known" and never reach the caller.
 """
 
@@ -19,24 +23,40 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.group_numbers import Number, group_number
-from lightning_normdyn.scratch_optimizer import CannotTryError, ScratchOptimizer, Start, seed_generators
+from lightning_normdyn.scratch_optimizer import (
+    CannotTryError,
+    ScratchOptimizer,
+    Start,
+    seed_generators,
+)
 from lightning_normdyn.step_view import show, split_groups, view_class, view_of
 
-__all__ = ["DecayTrial", "Kind", "Pace", "remembers_weights", "steps_as", "try_decay", "undoes_changes"]
+__all__ = [
+    "DecayTrial",
+    "Kind",
+    "Pace",
+    "remembers_weights",
+    "steps_as",
+    "try_decay",
+    "undoes_changes",
+]
 
 Kind: TypeAlias = Literal["coupled", "decoupled"]
 Pace: TypeAlias = Literal["rate", "lr", "step"]
-"""What a decoupled decay is multiplied by: the rate of the step, the learning rate as it is written, or nothing (once per step)."""
+"""What a decoupled decay is multiplied by: the rate of the step, the learning rate as it is
+written, or nothing (once per step)."""
 
 RateOf: TypeAlias = Callable[[Optimizer, Mapping[str, Any], Tensor], "Number | None"]
 
 _LR = 0.02
-# Enough for momentum and bias corrections to matter, and for a slow copy that is visited every 5 or 6 steps.
+# Enough for momentum and bias corrections to matter, and for a slow copy that is visited every 5 or
+# 6 steps.
 _STEPS = 13
 # By the first of these that changes a weight visibly: D-Adaptation starts with rates of 1e-6.
 _DECAYS = (0.1, 1e2, 1e5, 1e8)
 _VISIBLE = 1e-4
-# What nobody would write: an optimizer that keeps a copy of its first decay must not happen to agree.
+# What nobody would write: an optimizer that keeps a copy of its first decay must not happen to
+# agree.
 _ODD_DECAY = 0.1037
 # A kind of decay must explain its effect up to this share.
 _EXPLAINED = 1e-3
@@ -60,7 +80,8 @@ class DecayTrial:
 
 
 def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
-    """Whether a take-over takes exactly the weight decay of single weights away, and of which kind the decay is.
+    """Whether a take-over takes exactly the weight decay of single weights away, and of which kind
+    the decay is.
 
     Args:
         optimizer: of any class; it is left as it is.
@@ -75,7 +96,9 @@ def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
     others = _other_decays(optimizer)
     if others:
         return DecayTrial(f"it has another weight decay ({', '.join(others)})")
-    return _tried(lambda start: _try_decay(optimizer, rate_of, start), lambda reason: DecayTrial(reason))
+    return _tried(
+        lambda start: _try_decay(optimizer, rate_of, start), lambda reason: DecayTrial(reason)
+    )
 
 
 def _try_decay(optimizer: Optimizer, rate_of: RateOf, start: Start) -> DecayTrial:
@@ -93,9 +116,15 @@ def _try_decay(optimizer: Optimizer, rate_of: RateOf, start: Start) -> DecayTria
         is_taken = [any(weight is taken for taken in scratch.taken) for weight in scratch.weights]
         taken = _run(scratch, take_over=True)
         for number, values in enumerate(taken):
-            right = [_choose(*both) for both in zip(is_taken, without[number], decayed[number], strict=True)]
+            right = [
+                _choose(*both)
+                for both in zip(is_taken, without[number], decayed[number], strict=True)
+            ]
             if not all(torch.equal(a, b) for a, b in zip(values, right, strict=True)):
-                return DecayTrial("a trial on scratch weights shows that it does not take weight_decay from its param group alone")
+                return DecayTrial(
+                    "a trial on scratch weights shows that it does not take weight_decay from its "
+                    "param group alone"
+                )
         kind, pace = _kind_of_decay(optimizer, rate_of, decay, start)
     return DecayTrial(None, kind, pace)
 
@@ -115,15 +144,20 @@ def _other_decays(optimizer: Optimizer) -> list[str]:
     return list(found)
 
 
-def _kind_of_decay(optimizer: Optimizer, rate_of: RateOf, decay: float, start: Start) -> tuple[Kind | None, Pace | None]:
-    """Which of the known kinds gives the same weights when it is applied by hand to an optimizer without decay."""
+def _kind_of_decay(
+    optimizer: Optimizer, rate_of: RateOf, decay: float, start: Start
+) -> tuple[Kind | None, Pace | None]:
+    """Which of the known kinds gives the same weights when it is applied by hand to an optimizer
+    without decay."""
     # In low precision the kinds could not be told apart.
     dtype = torch.float32
     if all(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"]):
         dtype = torch.float64
 
     def scratch(weight_decay: float) -> ScratchOptimizer:
-        return ScratchOptimizer(optimizer, weight_decay=weight_decay, lr=_LR, dtype=dtype, start=start)
+        return ScratchOptimizer(
+            optimizer, weight_decay=weight_decay, lr=_LR, dtype=dtype, start=start
+        )
 
     without, decayed = _run(scratch(0.0)), _run(scratch(decay))
     hands: list[tuple[Kind, Pace | None, Callable[[ScratchOptimizer], None]]] = [
@@ -165,9 +199,14 @@ def _add_to_gradients(scratch: ScratchOptimizer, decay: float) -> None:
             weight.grad.add_(weight, alpha=sign * decay)
 
 
-def _explains(tried: list[list[Tensor]], without: list[list[Tensor]], decayed: list[list[Tensor]]) -> bool:
-    """Whether a run by hand moves weights as the decay does, where that does anything; matrices count if there are any."""
-    matrices = [i for i, weight in enumerate(without[0]) if weight.dim() >= 2] or list(range(len(without[0])))
+def _explains(
+    tried: list[list[Tensor]], without: list[list[Tensor]], decayed: list[list[Tensor]]
+) -> bool:
+    """Whether a run by hand moves weights as the decay does, where that does anything; matrices
+    count if there are any."""
+    matrices = [i for i, weight in enumerate(without[0]) if weight.dim() >= 2] or list(
+        range(len(without[0]))
+    )
     visible = 0
     for a, b, c in zip(tried, without, decayed, strict=True):
         for i in matrices:
@@ -181,7 +220,8 @@ def _explains(tried: list[list[Tensor]], without: list[list[Tensor]], decayed: l
 
 
 def steps_as(optimizer: Optimizer, known: type[Optimizer]) -> str | None:
-    """Why the step of ``optimizer`` is not that of its base class ``known``; None if a trial shows that it is, state and all.
+    """Why the step of ``optimizer`` is not that of its base class ``known``; None if a trial shows
+    that it is, state and all.
 
     Example:
         >>> class Logging(torch.optim.SGD):
@@ -196,15 +236,24 @@ def steps_as(optimizer: Optimizer, known: type[Optimizer]) -> str | None:
 def _compare_with(optimizer: Optimizer, known: type[Optimizer], start: Start) -> str | None:
     with ScratchOptimizer.untouched(optimizer):
         # With a decay, and with a rate that is not 0 as at the start of a warmup.
-        has_decay = any(group_number(group, "weight_decay") != 0 for group in optimizer.param_groups)
+        has_decay = any(
+            group_number(group, "weight_decay") != 0 for group in optimizer.param_groups
+        )
         decay = _ODD_DECAY if has_decay else None
         own = ScratchOptimizer(optimizer, weight_decay=decay, lr=_LR, start=start)
         base = ScratchOptimizer(optimizer, kind=known, weight_decay=decay, lr=_LR, start=start)
-        # Under a take-over, as it will have to step: one that decays by a number of its own is found out by the weights that are taken.
+        # Under a take-over, as it will have to step: one that decays by a number of its own is
+        # found out by the weights that are taken.
         if not _equal(_run(own, take_over=has_decay), _run(base, take_over=has_decay)):
             return f"its step is its own, and differs from that of {known.__name__} in a trial on scratch weights"
-        states = zip((own.optimizer.state[w] for w in own.weights), (base.optimizer.state[w] for w in base.weights), strict=True)
-        if own.optimizer.state.keys() - set(own.weights) or not all(_same_state(a, b) for a, b in states):
+        states = zip(
+            (own.optimizer.state[w] for w in own.weights),
+            (base.optimizer.state[w] for w in base.weights),
+            strict=True,
+        )
+        if own.optimizer.state.keys() - set(own.weights) or not all(
+            _same_state(a, b) for a, b in states
+        ):
             return f"its step is its own, and keeps other state than that of {known.__name__} in a trial on scratch weights"
         gradients = zip(own.weights, base.weights, strict=True)
         if not all(_same_tensor(a.grad, b.grad) for a, b in gradients):
@@ -232,9 +281,11 @@ def _same_tensor(a: Any, b: Any) -> bool:
 
 
 def remembers_weights(optimizer: Optimizer) -> float | None:
-    """How much of a change made to the weights from outside is left a dozen steps later; None if that cannot be tried.
+    """How much of a change made to the weights from outside is left a dozen steps later; None if
+    that cannot be tried.
 
-    1: the optimizer steps from wherever a weight is. Less: it sets weights back to something that it remembers (a slow copy, the starting
+    1: the optimizer steps from wherever a weight is. Less: it sets weights back to something that
+    it remembers (a slow copy, the starting
     point of a dual averaging), and what a callback does to a weight is undone.
 
     Example:
@@ -246,14 +297,18 @@ def remembers_weights(optimizer: Optimizer) -> float | None:
 
 
 def undoes_changes(share_left: float | None) -> bool:
-    """Whether so little of a change is left (`remembers_weights`) that writing to the weights makes no sense; not if nobody knows."""
+    """Whether so little of a change is left (`remembers_weights`) that writing to the weights makes
+    no sense; not if nobody knows."""
     return share_left is not None and not _KEPT <= share_left <= 2 - _KEPT
 
 
 def _share_left(optimizer: Optimizer, start: Start) -> float:
     with ScratchOptimizer.untouched(optimizer):
         # Small steps: a step that depends on the size of its weight must not look like a memory.
-        undisturbed = _run(ScratchOptimizer(optimizer, weight_decay=0.0, lr=_LR / 20, start=start), steps=_STEPS + 3)
+        undisturbed = _run(
+            ScratchOptimizer(optimizer, weight_decay=0.0, lr=_LR / 20, start=start),
+            steps=_STEPS + 3,
+        )
         calls = 0
 
         def disturb(scratch: ScratchOptimizer) -> None:
@@ -263,7 +318,11 @@ def _share_left(optimizer: Optimizer, start: Start) -> float:
                 for weight in scratch.weights:
                     weight.data.mul_(1.5)
 
-        disturbed = _run(ScratchOptimizer(optimizer, weight_decay=0.0, lr=_LR / 20, start=start), disturb, steps=_STEPS + 3)
+        disturbed = _run(
+            ScratchOptimizer(optimizer, weight_decay=0.0, lr=_LR / 20, start=start),
+            disturb,
+            steps=_STEPS + 3,
+        )
         shares = []
         for before, a, b in zip(undisturbed[2], undisturbed[-1], disturbed[-1], strict=True):
             change = 0.5 * before.double()
@@ -282,7 +341,8 @@ _T = TypeVar("_T")
 
 
 def _tried(attempt: Callable[[Start], _T], failed: Callable[[str], _T]) -> _T:
-    """``attempt`` with an optimizer as it is before its first step; if its step needs what only a real one has, with some of that."""
+    """``attempt`` with an optimizer as it is before its first step; if its step needs what only a
+    real one has, with some of that."""
     reason = ""
     starts: tuple[Start, ...] = ("new", "with state", "as it is")
     for start in starts:
@@ -305,7 +365,8 @@ def _run(
     Args:
         scratch: a fresh one.
         before_step: called when the gradients are there.
-        take_over: whether each step sees the first weight of each pair without decay, exactly as a take-over shows it.
+        take_over: whether each step sees the first weight of each pair without decay, exactly as a
+            take-over shows it.
         steps: how many.
     """
     seed_generators(scratch.weights[0].device)
@@ -336,9 +397,15 @@ def _view(scratch: ScratchOptimizer) -> Optimizer:
 
 
 def _equal(a: list[list[Tensor]], b: list[list[Tensor]]) -> bool:
-    return all(torch.equal(x, y) for now, then in zip(a, b, strict=True) for x, y in zip(now, then, strict=True))
+    return all(
+        torch.equal(x, y)
+        for now, then in zip(a, b, strict=True)
+        for x, y in zip(now, then, strict=True)
+    )
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> list[float]:
     """By how much each weight of ``a`` differs from that of ``b``, relative to its size."""
-    return [float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True) if y.numel()]
+    return [
+        float((x - y).abs().max() / y.abs().max()) for x, y in zip(a, b, strict=True) if y.numel()
+    ]

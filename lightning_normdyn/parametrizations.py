@@ -1,6 +1,8 @@
-r"""The weight-normalization family of the AWS paper, as parametrizations of torch.nn.utils.parametrize.
+r"""The weight-normalization family of the AWS paper, as parametrizations of
+torch.nn.utils.parametrize.
 
-Each replaces a weight by a function of a *direction* tensor whose length the network cannot see, filter by filter:
+Each replaces a weight by a function of a *direction* tensor whose length the network cannot see,
+filter by filter:
 
 =============================  ==================================================================  ================================
 function                       weight that the layer uses                                          parameters it leaves
@@ -11,11 +13,14 @@ weight_standardization         :math:`(w-\bar w)/\mathrm{std}` (eq. 25)         
 bounded_weight_normalization   :math:`\rho\,w/\lVert w\rVert`, :math:`\rho` fixed (Hoffer et al.)  ``original``
 =============================  ==================================================================  ================================
 
-``original1`` and ``original`` are directions: the tensors that AdaptiveWeightShrink, WeightRescaling and RadialProjection act on,
-never the gain. They live under ``<layer>.parametrizations.<name>.`` and are new parameters where a gain is split off, so build the
+``original1`` and ``original`` are directions: the tensors that AdaptiveWeightShrink,
+WeightRescaling and RadialProjection act on,
+never the gain. They live under ``<layer>.parametrizations.<name>.`` and are new parameters where a
+gain is split off, so build the
 optimizer afterwards.
 
-A filter is a slice of dim 0; of dim 1 within each group for transposed convolutions. A filter that is zero gives a zero weight.
+A filter is a slice of dim 0; of dim 1 within each group for transposed convolutions. A filter that
+is zero gives a zero weight.
 Norms are taken in float32 at least.
 """
 
@@ -46,21 +51,25 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight") -> ModuleT:
-    r"""Weight normalization (WN): :math:`W' = g\,W/\lVert W\rVert` per filter, with a learned gain :math:`g` (AWS paper, eq. 23).
+    r"""Weight normalization (WN): :math:`W' = g\,W/\lVert W\rVert` per filter, with a learned gain
+    :math:`g` (AWS paper, eq. 23).
 
     The gain starts as the norm of each filter, so the network computes what it did before.
 
     Args:
         module: a layer, or a whole model.
-        name: a parameter of ``module``; or one glob pattern or a list of them over the parameter names of a model, where ``*``
-            crosses dots, ``"!pattern"`` excludes, and parameters of fewer than two dimensions are left out.
+        name: a parameter of ``module``; or one glob pattern or a list of them over the parameter
+            names of a model, where ``*``
+            crosses dots, ``"!pattern"`` excludes, and parameters of fewer than two dimensions are
+            left out.
 
     Returns:
         ``module`` itself, changed in place.
 
     Raises:
         NoTargetsError: nothing matches.
-        NotSupportedError: a weight that is tied to another name, already parametrized, lazy, not of floating point, or 1-D and named.
+        NotSupportedError: a weight that is tied to another name, already parametrized, lazy, not of
+            floating point, or 1-D and named.
 
     Example:
         >>> layer = weight_normalization(torch.nn.Linear(3, 4))
@@ -71,7 +80,8 @@ def weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight") 
 
 
 def centered_weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight") -> ModuleT:
-    r"""Centered weight normalization (CWN): :math:`W' = g\,(W-\bar W)/\lVert W-\bar W\rVert` per filter (AWS paper, eq. 24).
+    r"""Centered weight normalization (CWN): :math:`W' = g\,(W-\bar W)/\lVert W-\bar W\rVert` per
+    filter (AWS paper, eq. 24).
 
     The gain starts as the norm of each centred filter: only the filters' means are lost.
 
@@ -94,11 +104,16 @@ def centered_weight_normalization(module: ModuleT, name: str | Sequence[str] = "
     return _register(module, name, _CenteredWeightNormalization)
 
 
-def weight_standardization(module: ModuleT, name: str | Sequence[str] = "weight", *, eps: float = 0.0) -> ModuleT:
-    r"""Weight standardization (WS): :math:`W' = (W-\bar W)/(\mathrm{std}+\epsilon)` per filter (AWS paper, eq. 3 and 25).
+def weight_standardization(
+    module: ModuleT, name: str | Sequence[str] = "weight", *, eps: float = 0.0
+) -> ModuleT:
+    r"""Weight standardization (WS): :math:`W' = (W-\bar W)/(\mathrm{std}+\epsilon)` per filter (AWS
+    paper, eq. 3 and 25).
 
-    The standard deviation is biased (divided by the number of entries). The paper has no :math:`\epsilon`; the code that circulates adds
-    1e-5. Any ``eps`` breaks the scale invariance by about :math:`\epsilon/\mathrm{std}`, so it is 0 here: a constant filter gives 0.
+    The standard deviation is biased (divided by the number of entries). The paper has no
+    :math:`\epsilon`; the code that circulates adds
+    1e-5. Any ``eps`` breaks the scale invariance by about :math:`\epsilon/\mathrm{std}`, so it is 0
+    here: a constant filter gives 0.
     AdaptiveWeightShrink with ``statistic="auto"`` uses the standard deviation for these weights.
 
     Args:
@@ -107,7 +122,8 @@ def weight_standardization(module: ModuleT, name: str | Sequence[str] = "weight"
         eps: >= 0, in weight units.
 
     Returns:
-        ``module`` itself, changed in place. It computes something else than before, so follow each layer by a normalization.
+        ``module`` itself, changed in place. It computes something else than before, so follow each
+        layer by a normalization.
 
     Raises:
         ValueError: ``eps`` is negative.
@@ -124,15 +140,20 @@ def weight_standardization(module: ModuleT, name: str | Sequence[str] = "weight"
     return _register(module, name, lambda weight, split: _WeightStandardization(weight, split, eps))
 
 
-def bounded_weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight", *, length: float | None = None) -> ModuleT:
-    r"""Bounded weight normalization: :math:`W' = \rho\,W/\lVert W\rVert` per filter, with one fixed length :math:`\rho` per layer.
+def bounded_weight_normalization(
+    module: ModuleT, name: str | Sequence[str] = "weight", *, length: float | None = None
+) -> ModuleT:
+    r"""Bounded weight normalization: :math:`W' = \rho\,W/\lVert W\rVert` per filter, with one fixed
+    length :math:`\rho` per layer.
 
-    Hoffer et al., *Norm matters*: like weight normalization, but nothing can grow: the gain is not learned.
+    Hoffer et al., *Norm matters*: like weight normalization, but nothing can grow: the gain is not
+    learned.
 
     Args:
         module: a layer, or a whole model.
         name: as in :func:`weight_normalization`.
-        length: :math:`\rho`, > 0; ``None``: the root mean square of the norms of the layer's filters now. Kept in the state_dict.
+        length: :math:`\rho`, > 0; ``None``: the root mean square of the norms of the layer's
+            filters now. Kept in the state_dict.
 
     Returns:
         ``module`` itself, changed in place.
@@ -149,15 +170,19 @@ def bounded_weight_normalization(module: ModuleT, name: str | Sequence[str] = "w
     """
     if length is not None and not 0 < length < math.inf:
         raise ValueError(f"`length` must be > 0, got {length}.")
-    return _register(module, name, lambda weight, split: _BoundedWeightNormalization(weight, split, length))
+    return _register(
+        module, name, lambda weight, split: _BoundedWeightNormalization(weight, split, length)
+    )
 
 
 def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*") -> ModuleT:
-    """Turn weights that this module's functions have parametrized into plain parameters again, with the values that the layers use now.
+    """Turn weights that this module's functions have parametrized into plain parameters again, with
+    the values that the layers use now.
 
     Args:
         module: a layer, or a whole model.
-        name: patterns over the names of the weights (``conv1.weight``), as in :func:`weight_normalization`.
+        name: patterns over the names of the weights (``conv1.weight``), as in
+            :func:`weight_normalization`.
 
     Returns:
         ``module`` itself, changed in place.
@@ -175,14 +200,18 @@ def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*
         if parametrize.is_parametrized(owner):
             for tensor_name, chain in owner.parametrizations.items():
                 if isinstance(chain[0], _FilterParametrization):
-                    found[f"{prefix}.{tensor_name}" if prefix else tensor_name] = (owner, tensor_name)
+                    found[f"{prefix}.{tensor_name}" if prefix else tensor_name] = (
+                        owner,
+                        tensor_name,
+                    )
     for full_name in _matching(name, list(found)):
         parametrize.remove_parametrizations(*found[full_name], leave_parametrized=True)
     return module
 
 
 def is_weight_standardized(module: nn.Module, name: str) -> bool:
-    """Whether the parameter ``name`` of ``module`` is the direction of a weight-standardized weight.
+    """Whether the parameter ``name`` of ``module`` is the direction of a weight-standardized
+    weight.
 
     Any parametrization says so by an attribute ``statistic = "std"``.
 
@@ -199,18 +228,22 @@ def is_weight_standardized(module: nn.Module, name: str) -> bool:
         owner = module.get_submodule(name.rpartition(".")[0])
     except AttributeError:  # a name from before the model was wrapped
         return False
-    return isinstance(owner, parametrize.ParametrizationList) and any(getattr(step, "statistic", None) == "std" for step in owner)
+    return isinstance(owner, parametrize.ParametrizationList) and any(
+        getattr(step, "statistic", None) == "std" for step in owner
+    )
 
 
 # ---- The parametrizations ----
 
 
 class _Split:
-    """How a weight divides into filters: dims to sum over, after ``split`` has separated the groups of a transposed convolution."""
+    """How a weight divides into filters: dims to sum over, after ``split`` has separated the groups
+    of a transposed convolution."""
 
     def __init__(self, owner: nn.Module, name: str, dims: int) -> None:
         transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd) and name == "weight"
-        # (C_in, C_out/groups, ...) becomes (groups, C_in/groups, C_out/groups, ...): a filter has one group and one output channel.
+        # (C_in, C_out/groups, ...) becomes (groups, C_in/groups, C_out/groups, ...): a filter has
+        # one group and one output channel.
         self.groups = int(owner.groups) if transposed else None  # type: ignore[arg-type]
         self.dims = (1, *range(3, dims + 1)) if transposed else tuple(range(1, dims))
 
@@ -223,15 +256,23 @@ class _Split:
 
 
 class _FilterParametrization(nn.Module):
-    statistic: ClassVar[str] = "norm"  # the size of the direction tensor that its gradient depends on
+    statistic: ClassVar[str] = (
+        "norm"  # the size of the direction tensor that its gradient depends on
+    )
     centered: ClassVar[bool] = False
 
     def __init__(self, weight: Tensor, split: _Split) -> None:
         super().__init__()
         self.filters = split
-        if self.centered and math.prod(self.filters.split(weight).shape[d] for d in split.dims) == 1:
+        if (
+            self.centered
+            and math.prod(self.filters.split(weight).shape[d] for d in split.dims) == 1
+        ):
             shape = tuple(weight.shape)
-            raise NotSupportedError(f"A centred filter of one entry is always 0; got a weight of shape {shape}. Exclude it by `name`.")
+            raise NotSupportedError(
+                f"A centred filter of one entry is always 0; got a weight of shape {shape}. "
+                f"Exclude it by `name`."
+            )
 
     def _direction(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The filters, centred or not, and their norms, which broadcast against them."""
@@ -242,7 +283,8 @@ class _FilterParametrization(nn.Module):
 
 
 def _or_one(norm: Tensor) -> Tensor:
-    # A zero filter is divided by 1: it stays zero and gets a finite gradient. A small constant instead would make that gradient enormous.
+    # A zero filter is divided by 1: it stays zero and gets a finite gradient. A small constant
+    # instead would make that gradient enormous.
     return norm + (norm == 0)
 
 
@@ -253,7 +295,9 @@ class _WeightNormalization(_FilterParametrization):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # One number per row, whatever the layer: a gain must never look like a vector.
-        return self._direction(weight)[1].reshape(-1, *[1] * (weight.dim() - 1)).to(weight.dtype), weight
+        return self._direction(weight)[1].reshape(-1, *[1] * (weight.dim() - 1)).to(
+            weight.dtype
+        ), weight
 
 
 class _CenteredWeightNormalization(_WeightNormalization):
@@ -271,7 +315,9 @@ class _WeightStandardization(_FilterParametrization):
     def forward(self, weight: Tensor) -> Tensor:
         filters, norm = self._direction(weight)
         std = norm / math.sqrt(filters.numel() // norm.numel())
-        return self.filters.join(filters / (_or_one(std) + self.eps if self.eps else _or_one(std)), weight)
+        return self.filters.join(
+            filters / (_or_one(std) + self.eps if self.eps else _or_one(std)), weight
+        )
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -296,20 +342,31 @@ class _BoundedWeightNormalization(_FilterParametrization):
 # ---- One layer or a whole model ----
 
 
-def _register(module: ModuleT, name: str | Sequence[str], make: Callable[[Tensor, _Split], nn.Module]) -> ModuleT:
+def _register(
+    module: ModuleT, name: str | Sequence[str], make: Callable[[Tensor, _Split], nn.Module]
+) -> ModuleT:
     # All are looked at before the first is touched, so that a refusal leaves the model as it was.
     owners = [_owner(module, full_name) for full_name in _weight_names(module, name)]
-    made = [(owner, tensor_name, make(weight, _Split(owner, tensor_name, weight.dim()))) for owner, tensor_name, weight in owners]
+    made = [
+        (owner, tensor_name, make(weight, _Split(owner, tensor_name, weight.dim())))
+        for owner, tensor_name, weight in owners
+    ]
     for owner, tensor_name, parametrization in made:
         parametrize.register_parametrization(owner, tensor_name, parametrization)
     return module
 
 
 def _weight_names(module: nn.Module, name: str | Sequence[str]) -> list[str]:
-    own = isinstance(name, str) and (name in module._parameters or parametrize.is_parametrized(module, name))
+    own = isinstance(name, str) and (
+        name in module._parameters or parametrize.is_parametrized(module, name)
+    )
     if own:
         return [str(name)]
-    candidates = [n for n, p in module.named_parameters(remove_duplicate=False) if ".parametrizations." not in f".{n}" and _dims(p) > 1]
+    candidates = [
+        n
+        for n, p in module.named_parameters(remove_duplicate=False)
+        if ".parametrizations." not in f".{n}" and _dims(p) > 1
+    ]
     return _matching(name, candidates)
 
 
@@ -317,19 +374,27 @@ def _owner(module: nn.Module, full_name: str) -> tuple[nn.Module, str, Tensor]:
     prefix, _, tensor_name = full_name.rpartition(".")
     owner = module.get_submodule(prefix)
     if parametrize.is_parametrized(owner, tensor_name):
-        raise NotSupportedError(f"`{full_name}` is parametrized already. Remove that first, or exclude it by `name`.")
+        raise NotSupportedError(
+            f"`{full_name}` is parametrized already. Remove that first, or exclude it by `name`."
+        )
     weight = owner._parameters[tensor_name]
     assert weight is not None
     if isinstance(weight, nn.parameter.UninitializedParameter):
-        raise NotSupportedError(f"`{full_name}` is lazy and has no shape yet. Run the model once first.")
+        raise NotSupportedError(
+            f"`{full_name}` is lazy and has no shape yet. Run the model once first."
+        )
     if weight.dim() < 2 or not weight.is_floating_point():
         raise NotSupportedError(
             "Only weights of two or more dimensions and a floating dtype can be normalized; "
-            f"`{full_name}` has shape {tuple(weight.shape)} and {weight.dtype}. Choose another `name`."
+            f"`{full_name}` has shape {tuple(weight.shape)} and {weight.dtype}. Choose another "
+            f"`name`."
         )
     names = [n for n, p in module.named_parameters(remove_duplicate=False) if p is weight]
     if len(names) > 1:
-        raise NotSupportedError(f"{names} are one tensor, and a parametrization would untie them. Exclude each of them by '!name'.")
+        raise NotSupportedError(
+            f"{names} are one tensor, and a parametrization would untie them. Exclude each of them "
+            f"by '!name'."
+        )
     return owner, tensor_name, weight
 
 
@@ -342,11 +407,15 @@ def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:
     patterns = [name] if isinstance(name, str) else list(name)
 
     def matches(pattern: str) -> set[str]:
-        # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes first.
+        # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes
+        # first.
         found = {pattern} & set(candidates) or {c for c in candidates if fnmatchcase(c, pattern)}
         if not found:
             near = difflib.get_close_matches(pattern, candidates, 3, cutoff=0) or "nothing"
-            raise NoTargetsError(f"`name` {pattern!r} matches none of {len(candidates)} weights; nearest: {near}. Use '*' for all.")
+            raise NoTargetsError(
+                f"`name` {pattern!r} matches none of {len(candidates)} weights; nearest: {near}. "
+                f"Use '*' for all."
+            )
         return found
 
     includes = [matches(p) for p in patterns if not p.startswith("!")]
@@ -354,5 +423,8 @@ def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:
     included = set().union(*includes) if includes else set(candidates)
     chosen = [c for c in candidates if c in included - excluded]
     if not chosen:
-        raise NoTargetsError(f"`name` {patterns} leaves none of the {len(candidates)} weights: {candidates[:3]} ... Exclude fewer.")
+        raise NoTargetsError(
+            f"`name` {patterns} leaves none of the {len(candidates)} weights: {candidates[:3]} ... "
+            f"Exclude fewer."
+        )
     return chosen

@@ -1,11 +1,15 @@
 r"""The rate that an optimizer's next step really applies, where that is not ``group["lr"]``.
 
-A rule is asked right before a step, with the state as the last step left it, and answers for that step. What counts as the rate is the
-factor :math:`\eta` in :math:`w' = w - \eta u` by the optimizer's own words: bias corrections and trust ratios belong to the update
-:math:`u`, a schedule inside of the optimizer (Adafactor's relative step, a warmup), the estimate ``d`` of D-Adaptation and Prodigy, and a
+A rule is asked right before a step, with the state as the last step left it, and answers for that
+step. What counts as the rate is the
+factor :math:`\eta` in :math:`w' = w - \eta u` by the optimizer's own words: bias corrections and
+trust ratios belong to the update
+:math:`u`, a schedule inside of the optimizer (Adafactor's relative step, a warmup), the estimate
+``d`` of D-Adaptation and Prodigy, and a
 scale by the size of the weight belong to the rate.
 
-``None`` means "nobody can tell", never a guess. Numbers are floats, or tensors without dimensions where they live on an accelerator:
+``None`` means "nobody can tell", never a guess. Numbers are floats, or tensors without dimensions
+where they live on an accelerator:
 nothing here waits for a device.
 """
 
@@ -26,8 +30,19 @@ __all__ = ["RateRule", "adagrad", "asgd", "by_keys", "has_own_schedule", "plain"
 RateRule: TypeAlias = Callable[[Optimizer, Mapping[str, Any], Tensor], "Number | None"]
 """Optimizer, param group, weight of that group -> the rate of the weight's next step."""
 
-# What D-Adaptation and Prodigy keep in a param group beside their estimate "d". Other optimizers call other things "d".
-_ADAPTATION_KEYS = frozenset({"d0", "d_coef", "d_numerator", "numerator_weighted", "growth_rate", "gsq_weighted", "numerator"})
+# What D-Adaptation and Prodigy keep in a param group beside their estimate "d". Other optimizers
+# call other things "d".
+_ADAPTATION_KEYS = frozenset(
+    {
+        "d0",
+        "d_coef",
+        "d_numerator",
+        "numerator_weighted",
+        "growth_rate",
+        "gsq_weighted",
+        "numerator",
+    }
+)
 _ADAPTATION_NAMES = ("DAdapt", "Prodigy")
 
 
@@ -52,7 +67,9 @@ def asgd(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Numb
     return lr if kept is None else as_number(kept)
 
 
-def torch_adafactor(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def torch_adafactor(
+    optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor
+) -> Number | None:
     """torch's Adafactor: min(lr, 1/√t) times the RMS of the weight."""
     lr = as_number(group.get("lr"))
     if lr is None:
@@ -62,7 +79,8 @@ def torch_adafactor(optimizer: Optimizer, group: Mapping[str, Any], weight: Tens
 
 
 def by_keys(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
-    """The rate of a class of which only the param groups are known: its keys say of which family it is."""
+    """The rate of a class of which only the param groups are known: its keys say of which family it
+    is."""
     if "relative_step" in group or "scale_parameter" in group:
         return _adafactor(optimizer, group, weight)
     if "d" in group:
@@ -78,11 +96,14 @@ def by_keys(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> N
 
 
 def _adafactor(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
-    """Adafactor as fairseq, transformers, timm and pytorch_optimizer write it: the relative step 1/√t, scaled by the RMS of the weight."""
+    """Adafactor as fairseq, transformers, timm and pytorch_optimizer write it: the relative step
+    1/√t, scaled by the RMS of the weight."""
     relative = bool(group.get("relative_step"))
     if relative:
         step = _steps_so_far(optimizer, group, weight) + 1
-        rate: Number | None = _smaller(1e-6 * step if group.get("warmup_init") else 1e-2, step**-0.5)
+        rate: Number | None = _smaller(
+            1e-6 * step if group.get("warmup_init") else 1e-2, step**-0.5
+        )
     else:
         rate = as_number(group.get("lr"))
     # timm scales a relative step only, and names the bound of the scale.
@@ -98,8 +119,12 @@ def _adafactor(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -
 
 
 def _adaptation(optimizer: Optimizer, group: Mapping[str, Any]) -> Number | None:
-    """D-Adaptation and Prodigy: d·lr, with the estimate d that the last step left; their SGD also divides by its first gradient."""
-    name = next((c.__name__ for c in type(optimizer).__mro__ if c.__name__.startswith(_ADAPTATION_NAMES)), None)
+    """D-Adaptation and Prodigy: d·lr, with the estimate d that the last step left; their SGD also
+    divides by its first gradient."""
+    name = next(
+        (c.__name__ for c in type(optimizer).__mro__ if c.__name__.startswith(_ADAPTATION_NAMES)),
+        None,
+    )
     if name is None and not _ADAPTATION_KEYS & group.keys():
         return None
     estimate = as_number(group.get("d"))
@@ -134,19 +159,26 @@ def _is_heavyball(optimizer: Optimizer) -> bool:
 
 
 def has_own_schedule(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
-    """Whether a number of the group or of the optimizer speaks of a warmup or warmdown that we do not know."""
+    """Whether a number of the group or of the optimizer speaks of a warmup or warmdown that we do
+    not know."""
     named = {**{k: v for k, v in vars(optimizer).items() if not k.startswith("_")}, **group}
-    return any("warm" in key.lower() and bool(as_number(value) or value is True) for key, value in named.items() if key != "params")
+    return any(
+        "warm" in key.lower() and bool(as_number(value) or value is True)
+        for key, value in named.items()
+        if key != "params"
+    )
 
 
 def _state_of(optimizer: Optimizer, weight: Tensor) -> Mapping[str, Any]:
-    """The state of one weight; empty before its first step, and where the optimizer keeps something else there."""
+    """The state of one weight; empty before its first step, and where the optimizer keeps something
+    else there."""
     state = optimizer.state.get(weight) if isinstance(optimizer.state, Mapping) else None
     return state if isinstance(state, Mapping) else {}
 
 
 def _steps_so_far(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number:
-    """Steps that this weight has made: counted in its state, or in the group for all of its weights."""
+    """Steps that this weight has made: counted in its state, or in the group for all of its
+    weights."""
     kept = _state_of(optimizer, weight).get("step")
     return group_number(group if kept is None else {"step": kept}, "step")
 
@@ -159,19 +191,26 @@ def _second(eps: Any) -> Any:
 def _smaller(a: Number, b: Number) -> Number:
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         device = a.device if isinstance(a, Tensor) else b.device  # type: ignore[union-attr]
-        return torch.minimum(torch.as_tensor(a, dtype=torch.float32, device=device), torch.as_tensor(b, dtype=torch.float32, device=device))
+        return torch.minimum(
+            torch.as_tensor(a, dtype=torch.float32, device=device),
+            torch.as_tensor(b, dtype=torch.float32, device=device),
+        )
     return min(a, b)
 
 
 def _scaled_by_size(rate: Number, weight: Tensor, bound: object) -> Number | None:
-    """``rate`` times the RMS of the weight, at least ``bound``: on the weight's device, since it is computed from it.
+    """``rate`` times the RMS of the weight, at least ``bound``: on the weight's device, since it is
+    computed from it.
 
-    Only for a weight that lies in one piece on this rank: what the optimizer computes from a shard is not known.
+    Only for a weight that lies in one piece on this rank: what the optimizer computes from a shard
+    is not known.
     """
     least = as_number(bound)
     if not isinstance(least, float) or type(weight) not in (Tensor, torch.nn.Parameter):
         return None
     values = weight.detach()
     accumulated = torch.promote_types(values.dtype, torch.float32)
-    size: Tensor = torch.linalg.vector_norm(values, dtype=accumulated) / sqrt(max(1, values.numel()))
+    size: Tensor = torch.linalg.vector_norm(values, dtype=accumulated) / sqrt(
+        max(1, values.numel())
+    )
     return rate * size.clamp(min=least)

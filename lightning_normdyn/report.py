@@ -1,6 +1,7 @@
 """One HTML file about one or several runs: pictures, comparisons, and the table of all layers.
 
-The file needs no network and no server; it may be mailed. Everything that comes from a run is escaped, and the page's own security policy
+The file needs no network and no server; it may be mailed. Everything that comes from a run is
+escaped, and the page's own security policy
 allows no script but its own.
 """
 
@@ -36,7 +37,15 @@ if TYPE_CHECKING:
 _DRAWN = ("effective_lr", "angular_update", "weight_norm", "weight_std")
 _MAPPED = ("effective_lr", "angular_update", "equilibrium_ratio")
 _COMPARED = ("effective_lr", "direction_lr", "angular_update", "equilibrium_ratio", "weight_norm")
-_LAYER_QUANTITIES = ("weight_norm", "weight_std", "effective_lr", "direction_lr", "angular_update", "equilibrium_ratio", "gradient_cosine")
+_LAYER_QUANTITIES = (
+    "weight_norm",
+    "weight_std",
+    "effective_lr",
+    "direction_lr",
+    "angular_update",
+    "equilibrium_ratio",
+    "gradient_cosine",
+)
 _RUNS = "a history file (.npz), a folder with metrics.csv, or an offline W&B run"
 _MOST_COLUMNS = 10_000
 _MOST_STEPS = 2**53
@@ -44,15 +53,17 @@ _CSV_STEP, _WANDB_STEPS = "step", ("trainer/global_step", "_step")
 _READ_SECONDS = 300
 
 
-# ------------------------------------------------------------------------------------------------------------------ reading runs
+# ------------------------------------------------------------------------------------- reading runs
 
 
 def load_run(path: str | os.PathLike[str]) -> History:
     """Read a run, whoever wrote it down.
 
     Args:
-        path: a history file (``.npz``), a CSV log (``metrics.csv`` or the ``version_N`` folder with it), or an offline W&B run (the folder
-            ``offline-run-*`` or its ``.wandb`` file; needs ``wandb``). A folder that holds a history file is read from that. Of what lies
+        path: a history file (``.npz``), a CSV log (``metrics.csv`` or the ``version_N`` folder with
+            it), or an offline W&B run (the folder
+            ``offline-run-*`` or its ``.wandb`` file; needs ``wandb``). A folder that holds a
+            history file is read from that. Of what lies
             at a URL (``s3://``), the history file.
 
     Raises:
@@ -78,8 +89,17 @@ def _run_in(folder: Path) -> Path:
         if len(found) == 1:
             return found[0]
         if found:
-            raise NormDynError(f"`{folder}` holds {len(found)} runs; name one of {', '.join(str(each) for each in found[:3])}.")
-    below = sorted({str(each.parent) for pattern in ("*.npz", "metrics.csv", "*.wandb") for each in folder.glob(f"*/{pattern}")})
+            raise NormDynError(
+                f"`{folder}` holds {len(found)} runs; name one of "
+                f"{', '.join(str(each) for each in found[:3])}."
+            )
+    below = sorted(
+        {
+            str(each.parent)
+            for pattern in ("*.npz", "metrics.csv", "*.wandb")
+            for each in folder.glob(f"*/{pattern}")
+        }
+    )
     hint = f"below it there is {', '.join(below[:3])}" if below else f"name {_RUNS}"
     raise NormDynError(f"`{folder}` holds no run; {hint}.")
 
@@ -91,19 +111,30 @@ def _load_csv(path: Path) -> History:
             reader = csv.reader(file, strict=True)
             names = next(reader, [])
             if _CSV_STEP not in names:
-                raise NormDynError(f"`{path}` is no CSV log of Lightning: it has no column `{_CSV_STEP}`.")
+                raise NormDynError(
+                    f"`{path}` is no CSV log of Lightning: it has no column `{_CSV_STEP}`."
+                )
             if len(names) > _MOST_COLUMNS or len(set(names)) < len(names):
                 found = f"{len(names)} columns, {len(set(names))} of them different"
-                raise NormDynError(f"`{path}` has {found}; up to {_MOST_COLUMNS} are read, each with a name of its own.")
+                raise NormDynError(
+                    f"`{path}` has {found}; up to {_MOST_COLUMNS} are read, each with a name of "
+                    f"its own."
+                )
             for cells in reader:
                 if len(cells) != len(names):
-                    raise NormDynError(f"`{path}` is damaged: line {reader.line_num} has {len(cells)} cells under {len(names)} names.")
+                    raise NormDynError(
+                        f"`{path}` is damaged: line {reader.line_num} has {len(cells)} cells under "
+                        f"{len(names)} names."
+                    )
                 try:
-                    values = {name: float(cell) for name, cell in zip(names, cells, strict=True) if cell}
+                    values = {
+                        name: float(cell) for name, cell in zip(names, cells, strict=True) if cell
+                    }
                     step = int(values.pop(_CSV_STEP))
                 except (ValueError, KeyError, OverflowError) as error:
                     raise NormDynError(
-                        f"`{path}` is damaged: line {reader.line_num} is no row of numbers with a step ({error})."
+                        f"`{path}` is damaged: line {reader.line_num} is no row of numbers with a "
+                        f"step ({error})."
                     ) from error
                 rows.setdefault(step, {}).update(values)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -112,23 +143,41 @@ def _load_csv(path: Path) -> History:
 
 
 def _load_wandb(path: Path) -> History:
-    """W&B's own reader, in a process of its own: the format of ``.wandb`` files is nobody else's business."""
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_ERROR_REPORTING": "false"}
+    """W&B's own reader, in a process of its own: the format of ``.wandb`` files is nobody else's
+    business."""
+    environment = {
+        **os.environ,
+        "WANDB_MODE": "offline",
+        "WANDB_SILENT": "true",
+        "WANDB_ERROR_REPORTING": "false",
+    }
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path.resolve())]
-    # Files, not pipes: a long run need not fit in memory, and a process that the reader left behind cannot hold us up.
+    # Files, not pipes: a long run need not fit in memory, and a process that the reader left behind
+    # cannot hold us up.
     with tempfile.TemporaryFile() as records, tempfile.TemporaryFile() as messages:
         try:
             done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=records, stderr=messages, env=environment, timeout=_READ_SECONDS, check=False
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=records,
+                stderr=messages,
+                env=environment,
+                timeout=_READ_SECONDS,
+                check=False,
             )
         except subprocess.TimeoutExpired as error:
-            raise NormDynError(f"W&B's reader did not finish `{path}` within {_READ_SECONDS} seconds.") from error
+            raise NormDynError(
+                f"W&B's reader did not finish `{path}` within {_READ_SECONDS} seconds."
+            ) from error
         messages.seek(0)
         said = messages.read().decode(errors="replace").strip()
         if "No module named" in said or "No such command" in said:
             raise NormDynError(f"reading `{path}` needs W&B's reader; `pip install 'wandb>=0.30'`.")
         if done.returncode or "corrupt" in said:
-            raise NormDynError(f"`{path}` cannot be read as a W&B run: {said.splitlines()[-1] if said else 'its reader failed'}.")
+            raise NormDynError(
+                f"`{path}` cannot be read as a W&B run: "
+                f"{said.splitlines()[-1] if said else 'its reader failed'}."
+            )
         records.seek(0)
         history = _parse_wandb(records, path)
     if "incomplete" in said:
@@ -150,9 +199,18 @@ def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
                 config.update(record["run"].get("config", {}).get("update", {}))
             elif record["type"] == "config":
                 config.update(record["config"].get("update", {}))
-    except (KeyError, TypeError, ValueError, AttributeError, StopIteration, RecursionError, OverflowError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        StopIteration,
+        RecursionError,
+        OverflowError,
+    ) as error:
         raise NormDynError(
-            f"`{path}` cannot be read as a W&B run: its reader gave something unknown ({type(error).__name__}: {error})."
+            f"`{path}` cannot be read as a W&B run: its reader gave something unknown "
+            f"({type(error).__name__}: {error})."
         ) from error
     history = _as_history(rows, path)
     settings = config.get("normdyn")
@@ -162,7 +220,8 @@ def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
 
 
 def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
-    """The plain numbers of a row that W&B's reader gave: no bookkeeping, and no parts of histograms, tables and pictures."""
+    """The plain numbers of a row that W&B's reader gave: no bookkeeping, and no parts of
+    histograms, tables and pictures."""
     media = tuple(key.removesuffix("_type") for key in item if key.endswith("._type"))
     found: dict[str, float] = {}
     for key, value in item.items():
@@ -176,23 +235,30 @@ def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _as_history(rows: Mapping[int, Mapping[str, float]], path: Path) -> History:
-    """A history of rows by step. What was logged twice for a step (a run that crashed and went on) stands there once, the later one."""
+    """A history of rows by step. What was logged twice for a step (a run that crashed and went on)
+    stands there once, the later one."""
     if not rows:
         raise NormDynError(f"`{path}` holds no logged rows.")
     if len({key for row in rows.values() for key in row}) > _MOST_COLUMNS:
-        raise NormDynError(f"`{path}` holds more than {_MOST_COLUMNS} different series; this is no log of layers.")
+        raise NormDynError(
+            f"`{path}` holds more than {_MOST_COLUMNS} different series; this is no log of layers."
+        )
     if not -_MOST_STEPS < min(rows) <= max(rows) < _MOST_STEPS:
         raise NormDynError(f"`{path}` is damaged: its steps go from {min(rows)} to {max(rows)}.")
     history = History()
     try:
         for step in sorted(rows):
-            history.append(step, rows[step], optimizer_step=int(rows[step].get("normdyn/optimizer_step", step)))
+            history.append(
+                step, rows[step], optimizer_step=int(rows[step].get("normdyn/optimizer_step", step))
+            )
         return history
     except (ValueError, OverflowError) as error:
-        raise NormDynError(f"`{path}` is damaged: a number in it is none that a run can log ({error}).") from error
+        raise NormDynError(
+            f"`{path}` is damaged: a number in it is none that a run can log ({error})."
+        ) from error
 
 
-# ------------------------------------------------------------------------------------------------------------------ the numbers
+# -------------------------------------------------------------------------------------- the numbers
 
 
 class _Layer(NamedTuple):
@@ -215,13 +281,23 @@ class _Layer(NamedTuple):
             return self.said
         if self.ratio is None:
             return "–"
-        return "as predicted" if 0.9 <= self.ratio <= 1.1 else "turns faster" if self.ratio > 1 else "turns slower"
+        return (
+            "as predicted"
+            if 0.9 <= self.ratio <= 1.1
+            else "turns faster"
+            if self.ratio > 1
+            else "turns slower"
+        )
 
 
 def _layers(label: str, history: History) -> list[_Layer]:
     targets = history.meta.get("targets")
     keys = history.keys()
-    names = dict.fromkeys(key.split("/", 1)[1] for key in keys if key.split("/")[0] in _LAYER_QUANTITIES and "/" in key)
+    names = dict.fromkeys(
+        key.split("/", 1)[1]
+        for key in keys
+        if key.split("/")[0] in _LAYER_QUANTITIES and "/" in key
+    )
 
     def values(quantity: str, name: str) -> list[float]:
         key = f"{quantity}/{name}"
@@ -240,13 +316,17 @@ def _layers(label: str, history: History) -> list[_Layer]:
                 run=label,
                 name=name,
                 kind=str(about.get("scale_invariant", "–")),
-                vectors=vectors if isinstance(vectors, int) and 0 <= vectors < _MOST_STEPS else None,
+                vectors=vectors
+                if isinstance(vectors, int) and 0 <= vectors < _MOST_STEPS
+                else None,
                 first_norm=norms[0] if norms else None,
                 last_norm=norms[-1] if norms else None,
                 effective_lr=_late(values("effective_lr", name), np.mean),
                 angular_update=angle,
                 prediction=prediction,
-                ratio=angle / prediction if angle is not None and prediction else _late(values("equilibrium_ratio", name), np.mean),
+                ratio=angle / prediction
+                if angle is not None and prediction
+                else _late(values("equilibrium_ratio", name), np.mean),
                 said=about["verdict"] if isinstance(about.get("verdict"), str) else None,
             )
         )
@@ -254,7 +334,8 @@ def _layers(label: str, history: History) -> list[_Layer]:
 
 
 def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
-    """The average over the last tenth of what was recorded: the last value alone is mostly noise."""
+    """The average over the last tenth of what was recorded: the last value alone is mostly
+    noise."""
     last = [value for value in values[-max(1, len(values) // 10) :] if math.isfinite(value)]
     return float(average(np.asarray(last, dtype=np.float64))) if last else None
 
@@ -263,10 +344,14 @@ def _root_mean_square(values: Any) -> float:
     return float(np.sqrt(np.mean(np.square(values))))
 
 
-# ------------------------------------------------------------------------------------------------------------------ writing
+# ------------------------------------------------------------------------------------------ writing
 
 
-def write_report(runs: Mapping[str, History], path: str | os.PathLike[str], say: Callable[[str], None] = lambda text: None) -> Path:
+def write_report(
+    runs: Mapping[str, History],
+    path: str | os.PathLike[str],
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
     """Write one self-contained HTML file about one or several runs.
 
     Args:
@@ -285,21 +370,35 @@ def write_report(runs: Mapping[str, History], path: str | os.PathLike[str], say:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise NormDynError("a report needs matplotlib; `pip install 'lightning-normdyn[plot]'`.") from error
+        raise NormDynError(
+            "a report needs matplotlib; `pip install 'lightning-normdyn[plot]'`."
+        ) from error
     layers = {label: _layers(label, history) for label, history in runs.items()}
     for label, history in runs.items():
         if not layers[label]:
             keys = ", ".join(history.keys()[:5]) or "nothing at all"
-            raise NormDynError(f"run `{label}` has no curves of layers, it has {keys}; record with `NormDynamicsMonitor`.")
+            raise NormDynError(
+                f"run `{label}` has no curves of layers, it has {keys}; record with "
+                f"`NormDynamicsMonitor`."
+            )
 
     parts = [_comparison(runs, say)] if len(runs) > 1 else []
     # The same layer of all runs side by side, in the order of the first run that has it.
-    order = {name: i for i, name in enumerate(dict.fromkeys(layer.name for each in layers.values() for layer in each))}
-    side_by_side = sorted((layer for each in layers.values() for layer in each), key=lambda layer: order[layer.name])
+    order = {
+        name: i
+        for i, name in enumerate(
+            dict.fromkeys(layer.name for each in layers.values() for layer in each)
+        )
+    }
+    side_by_side = sorted(
+        (layer for each in layers.values() for layer in each), key=lambda layer: order[layer.name]
+    )
     parts.append(_table(side_by_side, with_run=len(runs) > 1))
     from lightning_normdyn.plots import shared_limits
 
-    limits = {quantity: shared_limits(list(runs.values()), quantity) for quantity in (*_DRAWN, *_MAPPED)}
+    limits = {
+        quantity: shared_limits(list(runs.values()), quantity) for quantity in (*_DRAWN, *_MAPPED)
+    }
     sections = []
     for label, history in runs.items():
         say(f"drawing {label}")
@@ -325,7 +424,9 @@ def _comparison(runs: Mapping[str, History], say: Callable[[str], None]) -> str:
         having = {label: history for label, history in runs.items() if _has(history, quantity)}
         if len(having) > 1:
             say(f"comparing {quantity}")
-            pictures.append(_picture(plot_compare(having, quantity)[0], f"{quantity} of {', '.join(having)}"))
+            pictures.append(
+                _picture(plot_compare(having, quantity)[0], f"{quantity} of {', '.join(having)}")
+            )
     if not pictures:
         return ""
     note = "Median over the scale-invariant layers that all runs have; the band holds the middle 80 % of them."
@@ -338,7 +439,11 @@ def _section(label: str, history: History, limits: Mapping[str, tuple[float, flo
     pictures = []
     for quantity in _DRAWN:
         if _has(history, quantity):
-            draw = plots.plot_angular_update if quantity == "angular_update" else partial(plots.plot_effective_lr, quantity=quantity)
+            draw = (
+                plots.plot_angular_update
+                if quantity == "angular_update"
+                else partial(plots.plot_effective_lr, quantity=quantity)
+            )
             fig, _ = draw(history, limits=limits[quantity])
             pictures.append(_picture(fig, f"{quantity} of {label}"))
     for quantity in _MAPPED:
@@ -347,34 +452,52 @@ def _section(label: str, history: History, limits: Mapping[str, tuple[float, flo
             pictures.append(_picture(fig, f"{quantity} of {label}, layer by step"))
     if any(name.startswith("weight_norm/") for name in history.vector_names()):
         try:
-            pictures.append(_picture(plots.plot_norm_ridge(history)[0], f"norms of single vectors of {label}"))
-        except NormDynError as error:  # nothing finite in it; the other pictures still tell something
+            pictures.append(
+                _picture(plots.plot_norm_ridge(history)[0], f"norms of single vectors of {label}")
+            )
+        except (
+            NormDynError
+        ) as error:  # nothing finite in it; the other pictures still tell something
             pictures.append(f"<p>{html.escape(str(error))}</p>")
     first, last = history[0], history[-1]
     facts = f"{len(history)} records from step {first['step']} to {last['step']}."
     if last["optimizer_step"] != last["step"]:  # logs other than a history do not know it
         facts += f" {last['optimizer_step']} optimizer steps."
     others = {
-        key: value for key, value in last.items() if key.split("/")[0] not in _LAYER_QUANTITIES and not key.startswith("equilibrium_")
+        key: value
+        for key, value in last.items()
+        if key.split("/")[0] not in _LAYER_QUANTITIES and not key.startswith("equilibrium_")
     }
-    about = {"last record": {key: value for key, value in others.items() if key not in ("step", "optimizer_step")}, **history.meta}
+    about = {
+        "last record": {
+            key: value for key, value in others.items() if key not in ("step", "optimizer_step")
+        },
+        **history.meta,
+    }
     note = html.escape(str(history.meta.get("note", "")))
     details = html.escape(json.dumps(about, indent=1, default=str, ensure_ascii=False))
     return (
         f"<section><h2>{html.escape(label)}</h2><p>{facts} {note}</p>"
         f'<div class="pictures">{"".join(pictures)}</div>'
-        f"<details><summary>Settings and last numbers</summary><pre>{details}</pre></details></section>"
+        f"<details><summary>Settings and last "
+        f"numbers</summary><pre>{details}</pre></details></section>"
     )
 
 
 def _has(history: History, *quantities: str) -> bool:
-    return any(key.startswith(f"{quantity}/") and len(history.column(key)[0]) for key in history.keys() for quantity in quantities)  # noqa: SIM118
+    return any(
+        key.startswith(f"{quantity}/") and len(history.column(key)[0])
+        for key in history.keys()  # noqa: SIM118
+        for quantity in quantities
+    )
 
 
 def _picture(fig: Figure, alt: str) -> str:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # a name in a script the font lacks
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a name in a script the font lacks
         fig.savefig(file, format="png", dpi=110)
     return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
 
@@ -398,7 +521,9 @@ _OFF = ("turns", "collapsing", "frozen", "not finite")
 def _table(layers: Iterable[_Layer], with_run: bool) -> str:
     columns = ((("run", "label of the run"),) if with_run else ()) + _COLUMNS
     head = "".join(
-        f'<th scope="col" title="{html.escape(hint, quote=True)}"><button type="button">{name}</button></th>' for name, hint in columns
+        f'<th scope="col" title="{html.escape(hint, quote=True)}"><button '
+        f'type="button">{name}</button></th>'
+        for name, hint in columns
     )
     rows = []
     for layer in layers:
@@ -418,13 +543,18 @@ def _table(layers: Iterable[_Layer], with_run: bool) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     note = "Click a heading to sort. Numbers other than norms are averages over the last tenth of the records."
     return (
-        f'<section><h2>Layers at the end</h2><p>{note}</p><div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<section><h2>Layers at the end</h2><p>{note}</p><div "
+        f'class="wide"><table><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div></section>"
     )
 
 
 def _text_cell(text: str, style: str = "") -> str:
-    return f'<td class="{style}">{html.escape(text)}</td>' if style else f"<td>{html.escape(text)}</td>"
+    return (
+        f'<td class="{style}">{html.escape(text)}</td>'
+        if style
+        else f"<td>{html.escape(text)}</td>"
+    )
 
 
 def _number_cell(number: float | None) -> str:

@@ -1,7 +1,10 @@
-"""A change of scale that is made for an update still to come, and how to take it back if the update never comes.
+"""A change of scale that is made for an update still to come, and how to take it back if the update
+never comes.
 
-`ready` shrinks and rescales weights before the optimizer steps. The step may then raise, or a checkpoint may be saved before the optimizer
-has written anything: what was done must not be done again. Every tensor of torch counts how often it was written to; these versions tell
+`ready` shrinks and rescales weights before the optimizer steps. The step may then raise, or a
+checkpoint may be saved before the optimizer
+has written anything: what was done must not be done again. Every tensor of torch counts how often
+it was written to; these versions tell
 what has been done, and what the optimizer has stepped since.
 """
 
@@ -52,7 +55,8 @@ class Statistics:
 
 
 class Scaling:
-    """One factor per vector, for the weights and for everything whose meaning depends on their scale.
+    """One factor per vector, for the weights and for everything whose meaning depends on their
+    scale.
 
     Args:
         vectors: the weights.
@@ -61,7 +65,8 @@ class Scaling:
         exponents: ``{buffer: e}``: the buffer is multiplied by ``factor**e``.
         gradients: whether the gradients of the coming step are divided by the factor.
         statistics: what lies behind the weights.
-        invariant: for each weight whether the loss does not see its length; None: of all. Their gradients go as one over it.
+        invariant: for each weight whether the loss does not see its length; None: of all. Their
+            gradients go as one over it.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -95,20 +100,29 @@ class Scaling:
         self.exponents = {}
         self._buffers: dict[str, list[Tensor | None]] = {}
         for key, exponent in (exponents or {}).items():
-            buffers = [state[w].get(key) if state is not None and w in state else None for w in vectors.weights]
+            buffers = [
+                state[w].get(key) if state is not None and w in state else None
+                for w in vectors.weights
+            ]
             if any(b is not None for b in buffers):
                 self.exponents[key] = exponent
                 self._buffers[key] = buffers
         self._before = vectors.versions()
-        self._buffers_before = {key: [_version(b) for b in buffers] for key, buffers in self._buffers.items()}
-        self._statistics_before = [{name: b._version for name, b in s.buffers().items()} for s in self.statistics]
+        self._buffers_before = {
+            key: [_version(b) for b in buffers] for key, buffers in self._buffers.items()
+        }
+        self._statistics_before = [
+            {name: b._version for name, b in s.buffers().items()} for s in self.statistics
+        ]
         self._left: list[int] | None = None
         # Weak: gradients are the first thing that somebody who is out of memory lets go of.
         self._gradients_left: list[tuple[ref[Tensor] | None, int]] = []
         self.pending = [False] * len(vectors.weights)
-        """For each weight whether it has been multiplied and the optimizer has not stepped it since, when `judge` was last called."""
+        """For each weight whether it has been multiplied and the optimizer has not stepped it
+        since, when `judge` was last called."""
         self.stepped = list(self.pending)
-        """For each weight whether the optimizer has stepped it since `seal`, when `judge` was last called."""
+        """For each weight whether the optimizer has stepped it since `seal`, when `judge` was last
+        called."""
 
     def apply(self) -> None:
         """Multiply everything."""
@@ -119,19 +133,25 @@ class Scaling:
         for key, exponent in self.exponents.items():
             vectors.scale_(self.factor**exponent, vectors.local(self._buffers[key]))
         for statistics in self.statistics:
-            _rescale_statistics(statistics.module, statistics.buffers(), statistics.factor, statistics.bias)
+            _rescale_statistics(
+                statistics.module, statistics.buffers(), statistics.factor, statistics.bias
+            )
 
-    # -- and back ------------------------------------------------------------------------------------------------------
+    # -- and back
+    # ------------------------------------------------------------------------------------------------------
 
     def seal(self) -> None:
-        """Everything is ready for the update: whatever is written to weights and gradients from now on, others do."""
+        """Everything is ready for the update: whatever is written to weights and gradients from now
+        on, others do."""
         self._left = self.vectors.versions()
         self.seal_gradients()
 
     def seal_gradients(self) -> None:
         """`seal` the gradients again: they were changed for the step and put back."""
         gradients = [gradient_of(w) for w in self.vectors.weights]
-        self._gradients_left = [(None, 0) if g is None else (ref(g), version_of(g)) for g in gradients]
+        self._gradients_left = [
+            (None, 0) if g is None else (ref(g), version_of(g)) for g in gradients
+        ]
 
     def untouched(self) -> bool:
         """Whether nobody has written to weights and gradients since `seal`."""
@@ -142,18 +162,26 @@ class Scaling:
         if not self._gradients_left:
             return [False] * len(self.vectors.weights)
         new = []
-        for weight, (gradient_left, version) in zip(self.vectors.weights, self._gradients_left, strict=True):
+        for weight, (gradient_left, version) in zip(
+            self.vectors.weights, self._gradients_left, strict=True
+        ):
             gradient = gradient_of(weight)
             left = None if gradient_left is None else gradient_left()
-            new.append(gradient is not left or (gradient is not None and version_of(gradient) != version))
+            new.append(
+                gradient is not left or (gradient is not None and version_of(gradient) != version)
+            )
         return new
 
     def judge(self) -> None:
-        """Find out what has been done by now: sets `pending` and `stepped`, before anybody takes anything back."""
+        """Find out what has been done by now: sets `pending` and `stepped`, before anybody takes
+        anything back."""
         now = self.vectors.versions()
         left = now if self._left is None else self._left
         self.stepped = [version != at_end for version, at_end in zip(now, left, strict=True)]
-        self.pending = [here and not away for here, away in zip(self._multiplied(now), self.stepped, strict=True)]
+        self.pending = [
+            here and not away
+            for here, away in zip(self._multiplied(now), self.stepped, strict=True)
+        ]
 
     def _multiplied(self, now: Sequence[int]) -> list[bool]:
         return [version != before for version, before in zip(now, self._before, strict=True)]
@@ -162,8 +190,10 @@ class Scaling:
         """Divide by the factor again what `judge` found to be pending. No collective.
 
         Args:
-            gradients_count: whether the gradients that are there now are what the next update will be made of. They are then brought to
-                the scale of the weights: those of this step were divided, new ones were taken at weights that had been multiplied.
+            gradients_count: whether the gradients that are there now are what the next update will
+                be made of. They are then brought to
+                the scale of the weights: those of this step were divided, new ones were taken at
+                    weights that had been multiplied.
         """
         pending, vectors = self.pending, self.vectors
         if not any(pending):
@@ -171,19 +201,32 @@ class Scaling:
         vectors.scale_(1 / self._where(pending, self.factor))
         if gradients_count:
             each = zip(pending, self._new_gradients(), self.invariant, strict=True)
-            other_scale = [here and (invariant if new else self.gradients) for here, new, invariant in each]
+            other_scale = [
+                here and (invariant if new else self.gradients) for here, new, invariant in each
+            ]
             if any(other_scale):
                 vectors.scale_(self._where(other_scale, self.factor), vectors.gradients())
         for key, exponent in self.exponents.items():
-            written = [here and done for here, done in zip(pending, self._written(key), strict=True)]
-            vectors.scale_(self._where(written, self.factor) ** -exponent, vectors.local(self._buffers[key]))
+            written = [
+                here and done for here, done in zip(pending, self._written(key), strict=True)
+            ]
+            vectors.scale_(
+                self._where(written, self.factor) ** -exponent, vectors.local(self._buffers[key])
+            )
         for statistics, before in zip(self.statistics, self._statistics_before, strict=True):
             if pending[statistics.position]:
-                done = {name: b for name, b in statistics.buffers().items() if b._version != before[name]}
+                done = {
+                    name: b
+                    for name, b in statistics.buffers().items()
+                    if b._version != before[name]
+                }
                 _rescale_statistics(statistics.module, done, 1 / statistics.factor, statistics.bias)
 
     def _written(self, key: str) -> list[bool]:
-        return [_version(b) != before for b, before in zip(self._buffers[key], self._buffers_before[key], strict=True)]
+        return [
+            _version(b) != before
+            for b, before in zip(self._buffers[key], self._buffers_before[key], strict=True)
+        ]
 
     def _where(self, chosen: Sequence[bool], factor: Tensor) -> Tensor:
         if all(chosen):
@@ -191,7 +234,8 @@ class Scaling:
         of_weight = torch.tensor(list(chosen), dtype=torch.bool, device=factor.device)
         return torch.where(self.vectors.spread(of_weight), factor, torch.ones_like(factor))
 
-    # -- over a checkpoint ---------------------------------------------------------------------------------------------
+    # -- over a checkpoint
+    # ---------------------------------------------------------------------------------------------
 
     def state(self, names: Sequence[str]) -> Ahead:
         """What a checkpoint must say, so that `put_back` can take this back in another process.
@@ -216,19 +260,26 @@ class Scaling:
                     "factor": whole[i].cpu().clone(),
                     "keep": list(partition.keep),
                     "labels": partition.labels.cpu().clone(),
-                    "buffers": {key: e for key, e in self.exponents.items() if self._written(key)[i]},
+                    "buffers": {
+                        key: e for key, e in self.exponents.items() if self._written(key)[i]
+                    },
                 }
         statistics: Ahead = {}
         for each, before in zip(self.statistics, self._statistics_before, strict=True):
             done = [name for name, b in each.buffers().items() if b._version != before[name]]
             if pending[each.position] and done:
                 bias = None if each.bias is None else each.bias.cpu().clone()
-                statistics[each.name] = {"factor": each.factor.cpu().clone(), "bias": bias, "done": done}
+                statistics[each.name] = {
+                    "factor": each.factor.cpu().clone(),
+                    "bias": bias,
+                    "done": done,
+                }
         return {"weights": weights, "statistics": statistics}
 
 
 class RoundedScaling(Scaling):
-    """A scaling of weights stored in bfloat16 or float16: factors that rounding would swallow are owed.
+    """A scaling of weights stored in bfloat16 or float16: factors that rounding would swallow are
+    owed.
 
     Taken back, the factor is owed in the other direction; the weights stay as they are.
 
@@ -259,7 +310,8 @@ class RoundedScaling(Scaling):
         self.owed = self.owed / self._where(self.pending, self.factor).to(self.owed.dtype)
 
     def state(self, names: Sequence[str]) -> Ahead:
-        """See `Scaling.state`; `put_back` does not touch these weights: who keeps what is owed divides it."""
+        """See `Scaling.state`; `put_back` does not touch these weights: who keeps what is owed
+        divides it."""
         state = super().state(names)
         for entry in state.get("weights", {}).values():
             entry["owed"] = True
@@ -267,8 +319,11 @@ class RoundedScaling(Scaling):
 
 
 @torch.no_grad()
-def put_back(ahead: Ahead, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer], module: nn.Module) -> list[str]:
-    """Take back what a checkpoint holds although its step never happened: `Scaling.state`, in the process that goes on from there.
+def put_back(
+    ahead: Ahead, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer], module: nn.Module
+) -> list[str]:
+    """Take back what a checkpoint holds although its step never happened: `Scaling.state`, in the
+    process that goes on from there.
 
     Args:
         ahead: from the checkpoint.
@@ -300,10 +355,17 @@ def put_back(ahead: Ahead, weights: Mapping[str, Tensor], optimizers: Sequence[O
         norm = modules.get(name)
         buffers = {part: getattr(norm, f"running_{part}", None) for part in entry["done"]}
         tensors = [*buffers.values(), *([] if entry["bias"] is None else [entry["bias"]])]
-        if norm is None or any(not isinstance(t, Tensor) or t.shape != entry["factor"].shape for t in tensors):
+        if norm is None or any(
+            not isinstance(t, Tensor) or t.shape != entry["factor"].shape for t in tensors
+        ):
             unfit.append(name)
             continue
-        _rescale_statistics(norm, {part: b for part, b in buffers.items() if b is not None}, 1 / entry["factor"], entry["bias"])
+        _rescale_statistics(
+            norm,
+            {part: b for part, b in buffers.items() if b is not None},
+            1 / entry["factor"],
+            entry["bias"],
+        )
     return unfit
 
 
@@ -318,7 +380,9 @@ def _vectors_of(name: str, weight: Tensor, entry: Ahead) -> WeightVectors | None
         return None
 
 
-def _rescale_statistics(module: nn.Module, buffers: Mapping[str, Tensor], factor: Tensor, bias: Tensor | None) -> None:
+def _rescale_statistics(
+    module: nn.Module, buffers: Mapping[str, Tensor], factor: Tensor, bias: Tensor | None
+) -> None:
     if not buffers:
         return
     device = next(iter(buffers.values())).device

@@ -1,7 +1,10 @@
-"""A second optimizer of the same class with tiny weights of its own, to try on it how its class steps.
+"""A second optimizer of the same class with tiny weights of its own, to try on it how its class
+steps.
 
-``copy.deepcopy`` cannot serve: a copy loses what the optimizer keeps as attributes, and it doubles the model. Here an instance is made
-without ``__init__``, with a copy of the attributes, other weights in its param groups and no state. The optimizer itself, its weights, its
+``copy.deepcopy`` cannot serve: a copy loses what the optimizer keeps as attributes, and it doubles
+the model. Here an instance is made
+without ``__init__``, with a copy of the attributes, other weights in its param groups and no state.
+The optimizer itself, its weights, its
 hooks, class-level counters and all random generators are left as they are.
 """
 
@@ -31,11 +34,20 @@ __all__ = ["CannotTryError", "ScratchOptimizer", "Start", "is_scratch", "seed_ge
 Start: TypeAlias = Literal["new", "with state", "as it is"]
 
 # Sizes of scratch weights by their number of dimensions: small, and different in each direction.
-_SIZES: dict[int, tuple[int, ...]] = {0: (), 1: (6,), 2: (4, 6), 3: (4, 3, 2), 4: (4, 3, 2, 2), 5: (3, 2, 2, 2, 2)}
+_SIZES: dict[int, tuple[int, ...]] = {
+    0: (),
+    1: (6,),
+    2: (4, 6),
+    3: (4, 3, 2),
+    4: (4, 3, 2, 2),
+    5: (3, 2, 2, 2, 2),
+}
 # Larger tensors in attributes belong to the real weights.
 _LARGEST_COPY = 4096
 # Attributes that belong to the life of the real optimizer and not to what it is.
-_OF_ITS_LIFE = frozenset({"state", "param_groups", "step", "_opt_called", "_step_count", "grad_scale", "found_inf"})
+_OF_ITS_LIFE = frozenset(
+    {"state", "param_groups", "step", "_opt_called", "_step_count", "grad_scale", "found_inf"}
+)
 # Numbers of a group that steps count in; an optimizer without state has not counted yet.
 _COUNTERS = frozenset({"step", "step_count", "prev_lr", "base_lr"})
 
@@ -45,7 +57,8 @@ class CannotTryError(Exception):
 
 
 class ScratchOptimizer:
-    """An optimizer of the class of ``optimizer``, or of ``kind``, on two tiny weights for each group and number of dimensions.
+    """An optimizer of the class of ``optimizer``, or of ``kind``, on two tiny weights for each
+    group and number of dimensions.
 
     Args:
         optimizer: the real one; nothing of it is changed.
@@ -53,7 +66,8 @@ class ScratchOptimizer:
         weight_decay: replaces that of every param group; None leaves them.
         lr: replaces the learning rate of every param group where that is a number.
         dtype: of the scratch weights; None: that of the real ones.
-        start: "new": as before its first step. "with state": scratch weights have zeros where the real ones have state. "as it is":
+        start: "new": as before its first step. "with state": scratch weights have zeros where the
+            real ones have state. "as it is":
             numbers that steps count in the param groups are kept, too.
 
     Attributes:
@@ -90,11 +104,19 @@ class ScratchOptimizer:
         attributes: dict[str, Any] = {}
         for name, value in vars(optimizer).items():
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
-                attributes[name] = OrderedDict()  # whoever listens to the real optimizer must not hear the trial
+                attributes[name] = (
+                    OrderedDict()
+                )  # whoever listens to the real optimizer must not hear the trial
             elif name not in _OF_ITS_LIFE:
                 attributes[name] = copier.copy(value)
         # An optimizer may keep numbers of its own in its state from the start (MADGRAD, SPAM).
-        state.update({key: copier.copy(value) for key, value in optimizer.state.items() if isinstance(key, str)})
+        state.update(
+            {
+                key: copier.copy(value)
+                for key, value in optimizer.state.items()
+                if isinstance(key, str)
+            }
+        )
         _scratch_optimizers.add(self.optimizer)
         vars(self.optimizer).update(attributes)
         vars(self.optimizer).update(state=state, param_groups=self.groups)
@@ -102,7 +124,11 @@ class ScratchOptimizer:
         for group, real in zip(self.groups, real_groups, strict=True):
             defaults = getattr(optimizer, "defaults", {})
             dropped = set() if start == "as it is" else _COUNTERS - set(defaults)
-            options = {key: copier.copy(value) for key, value in real.items() if key != "params" and key not in dropped}
+            options = {
+                key: copier.copy(value)
+                for key, value in real.items()
+                if key != "params" and key not in dropped
+            }
             group.update(options)
             if weight_decay is not None and "weight_decay" in group:
                 group["weight_decay"] = weight_decay
@@ -112,7 +138,11 @@ class ScratchOptimizer:
                 group["train_mode"] = True
 
     def _add_group(
-        self, optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype | None, state: defaultdict[Any, Any] | None
+        self,
+        optimizer: Optimizer,
+        group: Mapping[str, Any],
+        dtype: torch.dtype | None,
+        state: defaultdict[Any, Any] | None,
     ) -> None:
         weights: list[nn.Parameter] = []
         seen: dict[int, nn.Parameter] = {}
@@ -129,17 +159,23 @@ class ScratchOptimizer:
             self.taken.append(pair[0])
             if state is not None and isinstance(optimizer.state.get(real), Mapping):
                 for scratch in pair:
-                    state[scratch] = {key: _fresh_state(value, real, scratch) for key, value in optimizer.state[real].items()}
+                    state[scratch] = {
+                        key: _fresh_state(value, real, scratch)
+                        for key, value in optimizer.state[real].items()
+                    }
         self.weights += weights
         self.groups.append({"params": weights})
 
     def _scratch_like(self, real: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
         number = len(self.weights) + 2 * len(self.taken)
         values = _numbers(_SIZES[real.dim()], seed=1000 + number)
-        return nn.Parameter(values.to(device=real.device, dtype=real.dtype if dtype is None else dtype))
+        return nn.Parameter(
+            values.to(device=real.device, dtype=real.dtype if dtype is None else dtype)
+        )
 
     def set_gradients(self, number: int) -> None:
-        """Give every weight the gradient of step ``number``: the same in every trial, of changing size, independent of the weights."""
+        """Give every weight the gradient of step ``number``: the same in every trial, of changing
+        size, independent of the weights."""
         scale = (1.0, 0.03, 20.0, 0.5)[number % 4]
         for position, weight in enumerate(self.weights):
             values = scale * _numbers(tuple(weight.shape), seed=31 * number + position)
@@ -166,7 +202,8 @@ class ScratchOptimizer:
     @staticmethod
     @contextmanager
     def untouched(optimizer: Optimizer) -> Iterator[None]:
-        """Put back what a step may change beside its own optimizer: random generators, class-level numbers, the default dtype.
+        """Put back what a step may change beside its own optimizer: random generators, class-level
+        numbers, the default dtype.
 
         Whatever the trial raises becomes `CannotTryError`: a trial must never end a fit.
         """
@@ -183,7 +220,9 @@ class ScratchOptimizer:
         except CannotTryError:
             raise
         except Exception as error:
-            raise CannotTryError(f"its step raised {type(error).__name__}: {_first_line(error)}") from error
+            raise CannotTryError(
+                f"its step raised {type(error).__name__}: {_first_line(error)}"
+            ) from error
         finally:
             restore_classes()
             random.setstate(python)
@@ -195,7 +234,8 @@ _scratch_optimizers: WeakSet[Optimizer] = WeakSet()
 
 
 def is_scratch(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer`` is only tried: whoever listens to the steps of all optimizers leaves it alone.
+    """Whether ``optimizer`` is only tried: whoever listens to the steps of all optimizers leaves it
+    alone.
 
     Example:
         >>> is_scratch(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
@@ -205,9 +245,13 @@ def is_scratch(optimizer: Optimizer) -> bool:
 
 
 def _others_listen() -> bool:
-    """Whether somebody else has hooked the steps of all optimizers; our own hooks ask `is_scratch`."""
+    """Whether somebody else has hooked the steps of all optimizers; our own hooks ask
+    `is_scratch`."""
     hooks = [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
-    return any(not type(getattr(hook, "__self__", None)).__module__.startswith("lightning_normdyn.") for hook in hooks)
+    return any(
+        not type(getattr(hook, "__self__", None)).__module__.startswith("lightning_normdyn.")
+        for hook in hooks
+    )
 
 
 def _calls_a_hooked_step(kind: type) -> bool:
@@ -217,7 +261,8 @@ def _calls_a_hooked_step(kind: type) -> bool:
 
 
 def seed_generators(device: torch.device) -> None:
-    """Let every trial draw the same random numbers, without touching generators of other devices."""
+    """Let every trial draw the same random numbers, without touching generators of other
+    devices."""
     torch.default_generator.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
@@ -242,7 +287,8 @@ def _like(value: Any, number: float) -> Any:
 
 
 def _fresh_state(value: Any, real: Tensor, scratch: Tensor) -> Any:
-    """State of a scratch weight for one that the optimizer makes before its first step (torch's Adagrad)."""
+    """State of a scratch weight for one that the optimizer makes before its first step (torch's
+    Adagrad)."""
     if isinstance(value, Tensor) and value.shape == real.shape and value.dim():
         return torch.zeros_like(scratch, dtype=value.dtype)
     if isinstance(value, Tensor) and value.dim() == 0:
@@ -257,7 +303,14 @@ def _fresh_state(value: Any, real: Tensor, scratch: Tensor) -> Any:
 def _remember_classes(kind: type) -> Callable[[], None]:
     """A function that sets class-level attributes back to what they are now."""
     classes = [c for c in kind.__mro__ if c not in (Optimizer, object)]
-    before = {c: {name: (value, _shallow(value)) for name, value in vars(c).items() if not name.startswith("__")} for c in classes}
+    before = {
+        c: {
+            name: (value, _shallow(value))
+            for name, value in vars(c).items()
+            if not name.startswith("__")
+        }
+        for c in classes
+    }
 
     def restore() -> None:
         for c, attributes in before.items():
@@ -292,7 +345,8 @@ _SHARED_TYPES: tuple[type, ...] = (
 
 
 class _Copier:
-    """Copies what an optimizer keeps in its attributes, with scratch weights in the place of real ones.
+    """Copies what an optimizer keeps in its attributes, with scratch weights in the place of real
+    ones.
 
     Args:
         optimizer: whose attributes are copied.
@@ -300,7 +354,9 @@ class _Copier:
         stands_for: ``{id of a real weight: scratch weight}``.
     """
 
-    def __init__(self, optimizer: Optimizer, scratch: Optimizer, stands_for: Mapping[int, Tensor]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, scratch: Optimizer, stands_for: Mapping[int, Tensor]
+    ) -> None:
         self._weights = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._stands_for = stands_for
         self._optimizer, self._scratch = optimizer, scratch
@@ -377,7 +433,8 @@ class _Copier:
         return value
 
     def _object(self, value: Any) -> Any:
-        """An object that is nothing but its attributes is rebuilt; one that lives outside of Python is shared."""
+        """An object that is nothing but its attributes is rebuilt; one that lives outside of Python
+        is shared."""
         if not hasattr(value, "__dict__") or not inspect.isclass(type(value)):
             return value
         try:

@@ -1,8 +1,12 @@
-"""What a step sees of its optimizer while some weight decay is taken over: the same optimizer, with split param groups.
+"""What a step sees of its optimizer while some weight decay is taken over: the same optimizer, with
+split param groups.
 
-torch hands ``step`` the object that a step pre-hook puts into its arguments, so the optimizer itself need not be changed: `view_of` makes
-a second instance that shares its ``__dict__`` and differs in ``param_groups`` only. Whoever else looks at the optimizer while ``step`` runs
-(a signal handler that saves, a scheduler, another thread) finds the user's own groups, and nothing has to be restored.
+torch hands ``step`` the object that a step pre-hook puts into its arguments, so the optimizer
+itself need not be changed: `view_of` makes
+a second instance that shares its ``__dict__`` and differs in ``param_groups`` only. Whoever else
+looks at the optimizer while ``step`` runs
+(a signal handler that saves, a scheduler, another thread) finds the user's own groups, and nothing
+has to be restored.
 """
 
 from __future__ import annotations
@@ -19,7 +23,17 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.group_numbers import group_number, is_zero
 
-__all__ = ["SplitGroup", "is_view", "part_of", "show", "split_groups", "unsplit", "view_class", "view_of", "writes_into_groups"]
+__all__ = [
+    "SplitGroup",
+    "is_view",
+    "part_of",
+    "show",
+    "split_groups",
+    "unsplit",
+    "view_class",
+    "view_of",
+    "writes_into_groups",
+]
 
 Group = dict[str, Any]
 Split = Callable[[Sequence[Group]], "list[Group] | None"]
@@ -28,7 +42,8 @@ Split = Callable[[Sequence[Group]], "list[Group] | None"]
 class SplitGroup(dict[str, Any]):
     """A param group as a step sees it, with some entries replaced.
 
-    What the step writes under any other key reaches the user's group at once, since some optimizers keep state there.
+    What the step writes under any other key reaches the user's group at once, since some optimizers
+    keep state there.
 
     Args:
         group: the user's group.
@@ -84,18 +99,23 @@ class SplitGroup(dict[str, Any]):
 
 
 def part_of(group: Group, replaced: Group, *, write_through: bool) -> Group:
-    """``group`` with some entries replaced: a `SplitGroup`, or a plain dict, which is all that torch's compiler understands."""
+    """``group`` with some entries replaced: a `SplitGroup`, or a plain dict, which is all that
+    torch's compiler understands."""
     return SplitGroup(group, replaced) if write_through else {**group, **replaced}
 
 
 def writes_into_groups(kind: type[Optimizer]) -> bool:
-    """Whether a step of this class may keep state in its param groups; those of torch.optim were read, and none does."""
+    """Whether a step of this class may keep state in its param groups; those of torch.optim were
+    read, and none does."""
     step = inspect.unwrap(kind.step)
     return not step.__module__.startswith("torch.optim.")
 
 
-def split_groups(groups: Sequence[Group], taken: Container[Tensor], *, write_through: bool = True) -> list[Group] | None:
-    """Param groups in which the weights whose decay is taken over stand apart, with a weight decay of 0.
+def split_groups(
+    groups: Sequence[Group], taken: Container[Tensor], *, write_through: bool = True
+) -> list[Group] | None:
+    """Param groups in which the weights whose decay is taken over stand apart, with a weight decay
+    of 0.
 
     Args:
         groups: the optimizer's own.
@@ -119,7 +139,9 @@ def split_groups(groups: Sequence[Group], taken: Container[Tensor], *, write_thr
         if not ours:
             shown.append(group)
             continue
-        shown.append(part_of(group, {"params": ours, "weight_decay": 0.0}, write_through=write_through))
+        shown.append(
+            part_of(group, {"params": ours, "weight_decay": 0.0}, write_through=write_through)
+        )
         rest = [p for p in group["params"] if p not in taken]
         if rest:
             shown.append(part_of(group, {"params": rest}, write_through=write_through))
@@ -128,7 +150,8 @@ def split_groups(groups: Sequence[Group], taken: Container[Tensor], *, write_thr
 
 
 class _View:
-    """What every view adds to the class of its optimizer; stands before it in the order of inheritance."""
+    """What every view adds to the class of its optimizer; stands before it in the order of
+    inheritance."""
 
     __slots__ = ()
 
@@ -153,7 +176,8 @@ class _View:
     def param_groups(self, groups: list[Group]) -> None:
         self._normdyn_original.param_groups = groups
 
-    # A subclass that calls super().step() makes torch call all hooks again, with the view: others must get the optimizer itself.
+    # A subclass that calls super().step() makes torch call all hooks again, with the view: others
+    # must get the optimizer itself.
     @property
     def _optimizer_step_pre_hooks(self) -> OrderedDict[int, Any]:
         return _for_original(self, self._normdyn_original._optimizer_step_pre_hooks)
@@ -201,7 +225,12 @@ def _on_original(view: _View, hook: Any) -> Any:
 
     def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = hook(original, (original, *args[1:]), kwargs)
-        if isinstance(result, tuple) and len(result) == 2 and result[0] and result[0][0] is original:
+        if (
+            isinstance(result, tuple)
+            and len(result) == 2
+            and result[0]
+            and result[0][0] is original
+        ):
             (_, *rest), kwargs = result
             return (view, *rest), kwargs
         return result
@@ -210,7 +239,8 @@ def _on_original(view: _View, hook: Any) -> Any:
 
 
 def _forwarded(name: str) -> Any:
-    """A method that reads or writes the groups for others than the step: it acts on the optimizer itself."""
+    """A method that reads or writes the groups for others than the step: it acts on the optimizer
+    itself."""
 
     def call(self: _View, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._normdyn_original, name)(*args, **kwargs)
@@ -247,7 +277,8 @@ _FORWARDED = (
 
 
 def view_class(kind: type[Optimizer]) -> type[Any] | None:
-    """The class of the views of optimizers of class ``kind``; None where Python does not let anything derive from it."""
+    """The class of the views of optimizers of class ``kind``; None where Python does not let
+    anything derive from it."""
     body: dict[str, Any] = {name: _forwarded(name) for name in _FORWARDED}
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
@@ -258,7 +289,11 @@ def view_class(kind: type[Optimizer]) -> type[Any] | None:
                 name = f"_{base.__name__.lstrip('_')}{name}"  # as Python mangles private names
             body[name] = _slot(name)
     body["__slots__"] = ("_normdyn_original", "_normdyn_split", "_normdyn_shown")
-    body["__module__"], body["__qualname__"], body["__doc__"] = kind.__module__, kind.__qualname__, kind.__doc__
+    body["__module__"], body["__qualname__"], body["__doc__"] = (
+        kind.__module__,
+        kind.__qualname__,
+        kind.__doc__,
+    )
     metaclass: Any = type(kind)
     try:
         return cast(type[Any], metaclass(kind.__name__, (_View, kind), body))
@@ -312,5 +347,6 @@ def unsplit(view: Any) -> None:
 
 
 def is_view(optimizer: object) -> bool:
-    """Whether ``optimizer`` is only a view, as torch passes it to hooks where a step calls ``super().step()``."""
+    """Whether ``optimizer`` is only a view, as torch passes it to hooks where a step calls
+    ``super().step()``."""
     return isinstance(optimizer, _View)

@@ -1,6 +1,8 @@
-"""Files of this package, on this machine or at a URL (``s3://``, ``gs://``, ``memory://``), written so that none is ever seen half-done.
+"""Files of this package, on this machine or at a URL (``s3://``, ``gs://``, ``memory://``), written
+so that none is ever seen half-done.
 
-URLs go through fsspec, which Lightning brings and uses for its own logs and checkpoints; each scheme needs its own package there (s3fs,
+URLs go through fsspec, which Lightning brings and uses for its own logs and checkpoints; each
+scheme needs its own package there (s3fs,
 gcsfs, ...). fsspec is imported only when a URL is met.
 """
 
@@ -19,7 +21,8 @@ from lightning_normdyn.errors import NormDynError
 
 Location = str | os.PathLike[str]
 
-# A scheme has two characters or more: a single one is a drive of Windows. fsspec chains schemes by `::`.
+# A scheme has two characters or more: a single one is a drive of Windows. fsspec chains schemes by
+# `::`.
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]+://")
 
 
@@ -40,7 +43,8 @@ def local(path: Location) -> Path:
 
 
 def join(folder: Location, name: str) -> str | Path:
-    """The place of ``name`` in a folder: a `Path`, or a URL where the folder is one (`Path` would make ``s3:/`` of ``s3://``).
+    """The place of ``name`` in a folder: a `Path`, or a URL where the folder is one (`Path` would
+    make ``s3:/`` of ``s3://``).
 
     Example:
         >>> join("s3://bucket/run", "history.npz")
@@ -76,24 +80,30 @@ def read(path: Location) -> bytes:
 
 @contextmanager
 def replacing(path: Location) -> Iterator[BinaryIO]:
-    """A file to write whose content appears under ``path`` only when it is complete; folders are made as needed.
+    """A file to write whose content appears under ``path`` only when it is complete; folders are
+    made as needed.
 
-    Several threads and processes may write the same path at the same time: the one that ends last wins, and none sees another's parts.
+    Several threads and processes may write the same path at the same time: the one that ends last
+    wins, and none sees another's parts.
 
     Raises:
-        NormDynError: where ``path`` is a folder, a device or a pipe, which a file must not take the place of, or a URL that cannot be
+        NormDynError: where ``path`` is a folder, a device or a pipe, which a file must not take the
+            place of, or a URL that cannot be
             reached.
     """
     if is_remote(path):
         with _replacing_at_url(path) as buffer:
             yield buffer
         return
-    target = Path(os.path.realpath(local(path)))  # of a link, what it points at is replaced, and the link stays
+    target = Path(
+        os.path.realpath(local(path))
+    )  # of a link, what it points at is replaced, and the link stays
     if target.exists() and not target.is_file():
         what = "folder" if target.is_dir() else "device or pipe"
         raise NormDynError(f"`{target}` is a {what}, not a file that can be written; name another.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A name that nobody else has: not another thread, not a signal handler in the middle of this, not a machine that shares the disk.
+    # A name that nobody else has: not another thread, not a signal handler in the middle of this,
+    # not a machine that shares the disk.
     beside = target.with_name(f".{uuid4().hex}.part")
     try:
         with open(beside, "xb") as file:
@@ -105,7 +115,8 @@ def replacing(path: Location) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _replacing_at_url(path: Location) -> Iterator[BinaryIO]:
-    """In memory first: an object that is opened for writing would be completed by an exception, too."""
+    """In memory first: an object that is opened for writing would be completed by an exception,
+    too."""
     buffer = io.BytesIO()
     yield buffer
     with _said(path):
@@ -125,11 +136,15 @@ def _at_url(path: Location) -> tuple[Any, str]:
 
 @contextmanager
 def _said(path: Location) -> Iterator[None]:
-    """Whatever a scheme's package raises (a missing package, unknown credentials, ...) is a fact about the path."""
+    """Whatever a scheme's package raises (a missing package, unknown credentials, ...) is a fact
+    about the path."""
     try:
         yield
     except OSError:
         raise
     except Exception as error:
         found = f"{type(error).__name__}: {error}"
-        raise NormDynError(f"`{os.fspath(path)}` cannot be reached ({found}). Install what its scheme needs, or name a folder.") from error
+        raise NormDynError(
+            f"`{os.fspath(path)}` cannot be reached ({found}). Install what its scheme needs, or "
+            f"name a folder."
+        ) from error

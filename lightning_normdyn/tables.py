@@ -32,8 +32,10 @@ def render(
 ) -> str:
     """A table as text that fits the terminal; the first column holds names.
 
-    A table that is too wide moves the long, repeated cells of the columns ``noted`` into notes below it, wraps cells between words and
-    module paths after dots, and leaves out the columns ``optional``, which it says. Nothing is ever cut off.
+    A table that is too wide moves the long, repeated cells of the columns ``noted`` into notes
+    below it, wraps cells between words and
+    module paths after dots, and leaves out the columns ``optional``, which it says. Nothing is ever
+    cut off.
 
     Args:
         title: a line above; none if empty.
@@ -58,7 +60,13 @@ def render(
     cells = [list(columns), *([*row] for row in rows[:most_rows])]
     notes, left_out = _make_room(cells, noted, optional, width)
     widths = _widths(cells, width)
-    head, *body = ([_fold(cell, each, is_name=i == 0) for i, (cell, each) in enumerate(zip(row, widths, strict=True))] for row in cells)
+    head, *body = (
+        [
+            _fold(cell, each, is_name=i == 0)
+            for i, (cell, each) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in cells
+    )
     lines = [*([title, ""] if title else []), *_beside(head, widths), "─" * _total(widths)]
     for row in body:
         lines += _beside(row, widths)
@@ -90,8 +98,11 @@ def _terminal(width: int | None) -> int:
     return max(40, width or shutil.get_terminal_size((140, 24)).columns)
 
 
-def _make_room(cells: list[list[str]], noted: Sequence[str], optional: Sequence[str], width: int) -> tuple[list[str], list[str]]:
-    """Shorten a table that is too wide, in place: the notes that it needs, and the columns that it lost."""
+def _make_room(
+    cells: list[list[str]], noted: Sequence[str], optional: Sequence[str], width: int
+) -> tuple[list[str], list[str]]:
+    """Shorten a table that is too wide, in place: the notes that it needs, and the columns that it
+    lost."""
     if _total(_natural(cells)) <= width:
         return [], []
     left_out: list[str] = []
@@ -132,7 +143,8 @@ def _natural(cells: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _pieces(text: str, is_name: bool = False) -> list[str]:
-    """What stays in one line if there is room: words with the blanks behind them, of a module path each part with its dot."""
+    """What stays in one line if there is room: words with the blanks behind them, of a module path
+    each part with its dot."""
     pieces: list[str] = []
     for word in re.findall(r"\s*\S+\s*", text):
         at_dots = is_name or _PATH.search(word)
@@ -143,7 +155,10 @@ def _pieces(text: str, is_name: bool = False) -> list[str]:
 def _longest(cells: Sequence[Sequence[str]], split: Callable[[str, bool], list[str]]) -> list[int]:
     """The length of the longest part of each column; the first column holds names."""
     columns = zip(*cells, strict=True)
-    return [max(len(part.strip()) for cell in column for part in split(cell, i == 0) or [""]) for i, column in enumerate(columns)]
+    return [
+        max(len(part.strip()) for cell in column for part in split(cell, i == 0) or [""])
+        for i, column in enumerate(columns)
+    ]
 
 
 def _least(cells: Sequence[Sequence[str]]) -> list[int]:
@@ -153,7 +168,8 @@ def _least(cells: Sequence[Sequence[str]]) -> list[int]:
 
 
 def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The widest column gives way first, down to its longest word; then the names do; words are broken only at last."""
+    """The widest column gives way first, down to its longest word; then the names do; words are
+    broken only at last."""
     widths, least, parts = _natural(cells), _least(cells), _longest(cells, _pieces)
     floors = (
         least,
@@ -163,12 +179,16 @@ def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int]:
     )
     for floor in floors:
         while _total(widths) > width and any(w > f for w, f in zip(widths, floor, strict=True)):
-            widths[max(range(len(widths)), key=lambda i, floor=floor: (widths[i] > floor[i], widths[i]))] -= 1  # type: ignore[misc]
+            # The widest column that is still wider than its floor gives up one character.
+            shrinkable = [i for i, w in enumerate(widths) if w > floor[i]]
+            widest = max(shrinkable, key=widths.__getitem__)
+            widths[widest] -= 1
     return widths
 
 
 def _fold(text: str, width: int, is_name: bool = False) -> list[str]:
-    """Lines of at most ``width`` characters: broken between words and after the dots of paths, within a word only where nothing else
+    """Lines of at most ``width`` characters: broken between words and after the dots of paths,
+    within a word only where nothing else
     is enough, and then after an underscore if there is one."""
     lines = [""]
     for piece in _pieces(text, is_name):
@@ -185,4 +205,9 @@ def _beside(row: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
     """Folded cells as lines."""
     height = max(map(len, row))
     lines = zip(*([*cell, *[""] * (height - len(cell))] for cell in row), strict=True)
-    return [(" " * GAP).join(part.ljust(width) for part, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return [
+        (" " * GAP)
+        .join(part.ljust(width) for part, width in zip(line, widths, strict=True))
+        .rstrip()
+        for line in lines
+    ]

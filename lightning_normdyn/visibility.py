@@ -1,8 +1,12 @@
-"""Switches that make code show all its operations to autograd: compiled code runs eagerly, reentrant checkpoints become non-reentrant.
+"""Switches that make code show all its operations to autograd: compiled code runs eagerly,
+reentrant checkpoints become non-reentrant.
 
-Both would otherwise be a single node of the graph, for which no rule can be given. torch has these switches for the whole process only.
-So they are counted: the first who needs one sets it, the last one who leaves puts back what was there, in whatever order and thread. Code
-of other threads keeps its checkpoints as they are, and runs eagerly for as long as somebody watches, which changes no result.
+Both would otherwise be a single node of the graph, for which no rule can be given. torch has these
+switches for the whole process only.
+So they are counted: the first who needs one sets it, the last one who leaves puts back what was
+there, in whatever order and thread. Code
+of other threads keeps its checkpoints as they are, and runs eagerly for as long as somebody
+watches, which changes no result.
 """
 
 from __future__ import annotations
@@ -68,17 +72,22 @@ def _show_checkpoints() -> Callable[[], None]:
             return original(run, preserve_rng_state, *args)
 
         def visible(*inputs: Any) -> Any:
-            # Also when it is computed again, after we have left: nested checkpoints must do the same as the first time.
+            # Also when it is computed again, after we have left: nested checkpoints must do the
+            # same as the first time.
             with visible_graph():
                 return run(*inputs)
 
-        return module.checkpoint(visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+        return module.checkpoint(
+            visible, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state
+        )
 
     ours = staticmethod(apply)
     setattr(function, "apply", ours)  # noqa: B010 (a method, to type checkers)
 
     def undo() -> None:
-        if vars(function).get("apply") is not ours:  # somebody patched it after us; theirs calls ours, which then does nothing
+        if (
+            vars(function).get("apply") is not ours
+        ):  # somebody patched it after us; theirs calls ours, which then does nothing
             return
         if own is None:
             delattr(function, "apply")

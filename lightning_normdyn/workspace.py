@@ -23,7 +23,9 @@ class _Panel(NamedTuple):
 _LAYERS = (
     _Panel("Effective learning rate, η/‖w‖", "^effective_lr/", True),
     _Panel("Learning rate of the direction, η/‖w‖²", "^direction_lr/", True),
-    _Panel("Angular update and prediction (radians per step)", "^(equilibrium_)?angular_update/", True),
+    _Panel(
+        "Angular update and prediction (radians per step)", "^(equilibrium_)?angular_update/", True
+    ),
     _Panel("Angular update over its prediction", "^equilibrium_ratio/", True),
     _Panel("Weight norm", "^weight_norm/", True),
     _Panel("Weight standard deviation", "^weight_std/", True),
@@ -38,16 +40,23 @@ _OVERVIEW = (
     _Panel("Angular update and prediction", "^normdyn/(equilibrium_)?angular_update$", True),
     _Panel("Angular update over its prediction", "^normdyn/equilibrium_ratio$", True),
     _Panel("Weight norm", "^normdyn/weight_norm$", True),
-    _Panel("Skipped, clamped, collapsed", "^normdyn/(skipped_steps|clamped_vectors|collapsed_vectors)$", False),
+    _Panel(
+        "Skipped, clamped, collapsed",
+        "^normdyn/(skipped_steps|clamped_vectors|collapsed_vectors)$",
+        False,
+    ),
 )
 X_AXIS = "trainer/global_step"
 
 
 def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics") -> Workspace:
-    """Lay out a workspace that shows every run of a project, with any number of layers and without a click.
+    """Lay out a workspace that shows every run of a project, with any number of layers and without
+    a click.
 
-    The curves are those of `NormDynamicsMonitor`; runs that differ in their method (weight decay, AWS, WRS) overlay in the section
-    "Overview". Nothing is sent until you call ``save()``, which needs a login (``wandb login``, or ``WANDB_API_KEY``).
+    The curves are those of `NormDynamicsMonitor`; runs that differ in their method (weight decay,
+    AWS, WRS) overlay in the section
+    "Overview". Nothing is sent until you call ``save()``, which needs a login (``wandb login``, or
+    ``WANDB_API_KEY``).
 
     Args:
         entity: the W&B user or team.
@@ -66,16 +75,30 @@ def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics")
     try:
         from wandb_workspaces import workspaces as ws
     except ImportError as error:
-        raise NormDynError(f"a workspace needs wandb-workspaces ({error}). `pip install 'lightning-normdyn[workspace]'`.") from error
+        raise NormDynError(
+            f"a workspace needs wandb-workspaces ({error}). `pip install "
+            f"'lightning-normdyn[workspace]'`."
+        ) from error
     wide = ws.SectionLayoutSettings(columns=1, rows=1)
-    layers = [ws.Section(name=panel.title, panels=[_line_plot(panel)], is_open=True, layout_settings=wide) for panel in _LAYERS]
-    overview = ws.Section(name="Overview", panels=[_line_plot(panel) for panel in _OVERVIEW], is_open=True)
+    layers = [
+        ws.Section(name=panel.title, panels=[_line_plot(panel)], is_open=True, layout_settings=wide)
+        for panel in _LAYERS
+    ]
+    overview = ws.Section(
+        name="Overview", panels=[_line_plot(panel) for panel in _OVERVIEW], is_open=True
+    )
     return ws.Workspace(
-        entity=entity, project=project, name=name, sections=[overview, *layers], settings=ws.WorkspaceSettings(x_axis=X_AXIS)
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[overview, *layers],
+        settings=ws.WorkspaceSettings(x_axis=X_AXIS),
     )
 
 
 def _line_plot(panel: _Panel) -> Any:
     from wandb_workspaces.reports.v2.interface import LinePlot
 
-    return LinePlot(title=panel.title, x=X_AXIS, y=[], metric_regex=panel.pattern, log_y=panel.logarithmic)
+    return LinePlot(
+        title=panel.title, x=X_AXIS, y=[], metric_regex=panel.pattern, log_y=panel.logarithmic
+    )

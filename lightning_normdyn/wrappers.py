@@ -1,7 +1,10 @@
-"""Optimizers that people put around other optimizers: which of the two makes the step, and what the outer one does to the weights.
+"""Optimizers that people put around other optimizers: which of the two makes the step, and what the
+outer one does to the weights.
 
-A framework's wrapper (Lightning, Fabric, Accelerate) passes everything on. A person's wrapper (Lookahead, schedule-free wrappers, TRAC)
-steps itself: what it does to the weights after the inner step is part of its step. An optimizer in two phases (SAM) steps by the inner one.
+A framework's wrapper (Lightning, Fabric, Accelerate) passes everything on. A person's wrapper
+(Lookahead, schedule-free wrappers, TRAC)
+steps itself: what it does to the weights after the inner step is part of its step. An optimizer in
+two phases (SAM) steps by the inner one.
 """
 
 from __future__ import annotations
@@ -33,7 +36,8 @@ _FRAMEWORKS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "
 
 
 def without_framework(optimizer: Any) -> Any:
-    """The optimizer that a person has made, inside of what Lightning, Fabric or Accelerate has put around it."""
+    """The optimizer that a person has made, inside of what Lightning, Fabric or Accelerate has put
+    around it."""
     while any(_is_framework_wrapper(c) for c in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
     return optimizer
@@ -44,9 +48,11 @@ def _is_framework_wrapper(kind: type) -> bool:
 
 
 def closure_does_nothing(closure: Any) -> bool:
-    """Whether ``closure`` is what Lightning passes to ``step`` where a person passes none: no gradient comes from it.
+    """Whether ``closure`` is what Lightning passes to ``step`` where a person passes none: no
+    gradient comes from it.
 
-    Lightning wraps it, together with what its precision plugin does before a step, in partial functions.
+    Lightning wraps it, together with what its precision plugin does before a step, in partial
+    functions.
 
     Example:
         >>> closure_does_nothing(lambda: None)
@@ -59,9 +65,11 @@ def closure_does_nothing(closure: Any) -> bool:
 
 
 def fires_step_hooks(optimizer: Any) -> bool:
-    """Whether torch calls the step hooks of ``optimizer``: it does so once ``torch.optim.Optimizer.__init__`` has run for its class.
+    """Whether torch calls the step hooks of ``optimizer``: it does so once
+    ``torch.optim.Optimizer.__init__`` has run for its class.
 
-    A wrapper that leaves ``super().__init__()`` out, as many forms of Lookahead do, has a ``step`` that nobody is told about.
+    A wrapper that leaves ``super().__init__()`` out, as many forms of Lookahead do, has a ``step``
+    that nobody is told about.
 
     Example:
         >>> fires_step_hooks(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
@@ -76,18 +84,25 @@ def _has_hook_lists(optimizer: Any) -> bool:
 
 
 def prepare_step_hooks(optimizer: Any) -> None:
-    """Let torch do now what it would do at the first ``zero_grad`` of ``optimizer``: call step hooks around its ``step``.
+    """Let torch do now what it would do at the first ``zero_grad`` of ``optimizer``: call step
+    hooks around its ``step``.
 
-    Some wrappers (timm's Lookahead) leave ``super().__init__()`` out but have lists for hooks, and torch's own ``zero_grad``.
+    Some wrappers (timm's Lookahead) leave ``super().__init__()`` out but have lists for hooks, and
+    torch's own ``zero_grad``.
     """
     by_torch = getattr(type(optimizer), "zero_grad", None) is Optimizer.zero_grad
-    late = by_torch and not hasattr(optimizer, "_zero_grad_profile_name") and not fires_step_hooks(optimizer)
+    late = (
+        by_torch
+        and not hasattr(optimizer, "_zero_grad_profile_name")
+        and not fires_step_hooks(optimizer)
+    )
     if late and _has_hook_lists(optimizer):
         optimizer._patch_step_function()
 
 
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:
-    """The torch optimizers that ``optimizer`` holds in its attributes, alone or in containers: it is then a wrapper around them.
+    """The torch optimizers that ``optimizer`` holds in its attributes, alone or in containers: it
+    is then a wrapper around them.
 
     Example:
         >>> inner_optimizers(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
@@ -113,7 +128,8 @@ def _entries(value: Any) -> list[Any]:
 
 
 def steps_in_two_phases(optimizer: Any) -> bool:
-    """Whether ``optimizer`` has the two phases of SAM: ``first_step`` moves the weights aside, ``second_step`` back and steps."""
+    """Whether ``optimizer`` has the two phases of SAM: ``first_step`` moves the weights aside,
+    ``second_step`` back and steps."""
     return all(callable(getattr(optimizer, phase, None)) for phase in ("first_step", "second_step"))
 
 
@@ -124,12 +140,18 @@ def second_phase(optimizer: Optimizer) -> Optimizer:
         NotSupportedError: if it does not hold exactly one torch optimizer of the same weights.
     """
     weights = _weights_of(optimizer)
-    makers = [inner for inner in inner_optimizers(optimizer) if fires_step_hooks(inner) and _weights_of(inner) == weights]
+    makers = [
+        inner
+        for inner in inner_optimizers(optimizer)
+        if fires_step_hooks(inner) and _weights_of(inner) == weights
+    ]
     if len(makers) == 1:
         return makers[0]
     raise NotSupportedError(
-        f"{type(optimizer).__name__} steps in two phases (first_step, second_step), and {len(makers)} torch optimizers of the same weights "
-        "were found inside that could make the step, so its real step cannot be seen. Use a form around one torch optimizer, such as "
+        f"{type(optimizer).__name__} steps in two phases (first_step, second_step), and "
+        f"{len(makers)} torch optimizers of the same weights "
+        "were found inside that could make the step, so its real step cannot be seen. Use a form "
+        "around one torch optimizer, such as "
         "SAM(params, torch.optim.SGD, ...)."
     )
 
@@ -138,17 +160,20 @@ def _weights_of(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
-# A copy that is this close to a weight, relative to its length, is one of this weight: a momentum or a second moment never is.
+# A copy that is this close to a weight, relative to its length, is one of this weight: a momentum
+# or a second moment never is.
 _CLOSE = 0.5
 _DEPTH = 4
-# In the state of an optimizer that wraps none, a copy of the weights may be a point that distances are measured from (Prodigy, DoG).
+# In the state of an optimizer that wraps none, a copy of the weights may be a point that distances
+# are measured from (Prodigy, DoG).
 # Under these names it is a second weight that the first is set back to.
 _SLOW = re.compile(r"slow|lookahead", re.IGNORECASE)
 
 
 @torch.no_grad()
 def copies_of_weights(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[str]:
-    """Where ``optimizer`` keeps second copies of ``weights`` that its step may set them back to (Lookahead, schedule-free, TRAC).
+    """Where ``optimizer`` keeps second copies of ``weights`` that its step may set them back to
+    (Lookahead, schedule-free, TRAC).
 
     Looks at numbers, so it waits for the device: for the start of a fit.
 
@@ -183,7 +208,11 @@ def copies_of_weights(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[s
 
 
 def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
-    if not tensor.is_floating_point() or tensor.device != weight.device or tensor.data_ptr() == weight.data_ptr():
+    if (
+        not tensor.is_floating_point()
+        or tensor.device != weight.device
+        or tensor.data_ptr() == weight.data_ptr()
+    ):
         return False
     length = torch.linalg.vector_norm(weight.float())
     distance = torch.linalg.vector_norm(tensor.float() - weight.float())
@@ -191,9 +220,12 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
 
 
 def _tensors_in(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the attributes and the state of ``optimizers``, with the name of the entry that holds it."""
+    """Every tensor in the attributes and the state of ``optimizers``, with the name of the entry
+    that holds it."""
     for optimizer in optimizers:
-        attributes = {name: value for name, value in vars(optimizer).items() if name != "param_groups"}
+        attributes = {
+            name: value for name, value in vars(optimizer).items() if name != "param_groups"
+        }
         yield from _walk(attributes, "", _DEPTH)
         if "state" not in attributes:
             yield from _walk(optimizer.state, "", _DEPTH)

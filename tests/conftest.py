@@ -1,4 +1,5 @@
-"""Every test runs with small models, our own warnings as errors (pyproject.toml), and nothing of W&B outside its temporary folder."""
+"""Every test runs with small models, our own warnings as errors (pyproject.toml), and nothing of
+W&B outside its temporary folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Small doubles of public optimizers that torch does not have; after their structure, not their code."""
+"""Small doubles of public optimizers that torch does not have; after their structure, not their
+code."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ class Plain(Optimizer):
     options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, params: Any, lr: Any = 0.1, weight_decay: Any = 0.0, **options: Any) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, **self.options, **options})
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, **self.options, **options}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -41,7 +44,11 @@ class Plain(Optimizer):
 class Options(Plain):
     """Decoupled, coupled or fixed decay, as pytorch_optimizer's options have it."""
 
-    options: ClassVar[dict[str, Any]] = {"weight_decouple": True, "fixed_decay": False, "momentum": 0.9}
+    options: ClassVar[dict[str, Any]] = {
+        "weight_decouple": True,
+        "fixed_decay": False,
+        "momentum": 0.9,
+    }
 
     def update(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         group["step"] = group.get("step", 0) + 1
@@ -65,7 +72,9 @@ class ListPerGroup(Plain):
         for i, group in enumerate(self.param_groups):
             for p in group["params"]:
                 if p.grad is not None:
-                    p.mul_(1 - self.base_lrs[i] * group["weight_decay"]).sub_(p.grad, alpha=self.base_lrs[i])
+                    p.mul_(1 - self.base_lrs[i] * group["weight_decay"]).sub_(
+                        p.grad, alpha=self.base_lrs[i]
+                    )
 
 
 class CachesDecay(Plain):
@@ -97,7 +106,8 @@ class MatricesOnly(Plain):
 
 
 class Noisy(Plain):
-    """Draws numbers, counts on the class and sets the default dtype: a trial must leave no trace of that."""
+    """Draws numbers, counts on the class and sets the default dtype: a trial must leave no trace of
+    that."""
 
     steps: ClassVar[int] = 0
     seen: ClassVar[list[int]] = []
@@ -126,7 +136,8 @@ class ClippingSGD(SGD):
 
 
 class SlowCopy(AdamW):
-    """AdamW that goes back half of the way to a slow copy every sixth step (Ranger); the copy appears in its first step."""
+    """AdamW that goes back half of the way to a slow copy every sixth step (Ranger); the copy
+    appears in its first step."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -143,7 +154,8 @@ class SlowCopy(AdamW):
 
 
 class ScheduleFree(Plain):
-    """Trains at a point between an average and a fast weight; leaves no telling names in groups or state."""
+    """Trains at a point between an average and a fast weight; leaves no telling names in groups or
+    state."""
 
     def train(self) -> None:
         """Back to the training point."""
@@ -161,7 +173,8 @@ class ScheduleFree(Plain):
 
 
 class HasModes(Plain):
-    """Has modes for training and evaluation and an average of its weights, but steps as anybody (SPlus)."""
+    """Has modes for training and evaluation and an average of its weights, but steps as anybody
+    (SPlus)."""
 
     options: ClassVar[dict[str, Any]] = {"train_mode": True}
 
@@ -177,7 +190,8 @@ class HasModes(Plain):
 
 
 class DualAveraging(Plain):
-    """Computes each weight anew from sums of its gradients (FTRL, MADGRAD); its sum is called "z", and it counts in ``state``."""
+    """Computes each weight anew from sums of its gradients (FTRL, MADGRAD); its sum is called "z",
+    and it counts in ``state``."""
 
     def __init__(self, params: Any, **options: Any) -> None:
         super().__init__(params, **options)
@@ -201,7 +215,8 @@ class Counting(Plain):
 
 
 class Prodigy(Plain):
-    """Adapts its rate: d·lr with an estimate d that each step moves on; decoupled decay at that rate."""
+    """Adapts its rate: d·lr with an estimate d that each step moves on; decoupled decay at that
+    rate."""
 
     options: ClassVar[dict[str, Any]] = {"d": 1e-2, "d0": 1e-2, "d_coef": 1.0}
 
@@ -216,7 +231,12 @@ class Prodigy(Plain):
 class RelativeStep(Plain):
     """Adafactor's rate: no learning rate, but 1/√t, scaled by the RMS of the weight."""
 
-    options: ClassVar[dict[str, Any]] = {"relative_step": True, "scale_parameter": True, "warmup_init": False, "eps": (1e-30, 1e-3)}
+    options: ClassVar[dict[str, Any]] = {
+        "relative_step": True,
+        "scale_parameter": True,
+        "warmup_init": False,
+        "eps": (1e-30, 1e-3),
+    }
 
     def __init__(self, params: Any, lr: Any = None, **options: Any) -> None:
         super().__init__(params, lr, **options)
@@ -274,12 +294,18 @@ class WarmsUpSomethingElse(OwnWarmup):
 class Lion(Plain):
     """A third party's Lion, with options that change its decay."""
 
-    options: ClassVar[dict[str, Any]] = {"betas": (0.9, 0.99), "weight_decouple": True, "fixed_decay": False}
+    options: ClassVar[dict[str, Any]] = {
+        "betas": (0.9, 0.99),
+        "weight_decouple": True,
+        "fixed_decay": False,
+    }
 
     def update(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         average = state.setdefault("exp_avg", torch.zeros_like(p))
         p.mul_(1 - (1.0 if group["fixed_decay"] else group["lr"]) * group["weight_decay"])
-        p.sub_((average * group["betas"][0] + g * (1 - group["betas"][0])).sign(), alpha=group["lr"])
+        p.sub_(
+            (average * group["betas"][0] + g * (1 - group["betas"][0])).sign(), alpha=group["lr"]
+        )
         average.lerp_(g, 1 - group["betas"][1])
 
 

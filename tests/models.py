@@ -1,4 +1,5 @@
-"""Small LightningModules, their data, and the plain-torch loop that tests compare a Trainer with."""
+"""Small LightningModules, their data, and the plain-torch loop that tests compare a Trainer
+with."""
 
 from __future__ import annotations
 
@@ -28,7 +29,9 @@ def images(count: int = 4 * BATCH, dtype: torch.dtype = torch.float64) -> Tensor
     return TensorDataset(pictures.to(dtype), labels)
 
 
-def loader(count: int = 4 * BATCH, dtype: torch.dtype = torch.float64, batch_size: int = BATCH) -> DataLoader[Any]:
+def loader(
+    count: int = 4 * BATCH, dtype: torch.dtype = torch.float64, batch_size: int = BATCH
+) -> DataLoader[Any]:
     """Batches in a fixed order."""
     return DataLoader(images(count, dtype), batch_size=batch_size)
 
@@ -38,7 +41,8 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
 
 
 def convnet(bias: bool = False, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
-    """Two convolutions in front of a normalization, and a linear head that is not scale-invariant."""
+    """Two convolutions in front of a normalization, and a linear head that is not
+    scale-invariant."""
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, bias=bias),
         norm(4),
@@ -93,7 +97,9 @@ class Net(L.LightningModule):
 class ManualNet(Net):
     """Two halves, two optimizers, manual optimization: each half steps in turn within a batch."""
 
-    def __init__(self, make_optimizer: MakeOptimizer = sgd, dtype: torch.dtype = torch.float64) -> None:
+    def __init__(
+        self, make_optimizer: MakeOptimizer = sgd, dtype: torch.dtype = torch.float64
+    ) -> None:
         super().__init__(make_optimizer, dtype=dtype)
         self.automatic_optimization = False
 
@@ -105,7 +111,10 @@ class ManualNet(Net):
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        return [self.make_optimizer(self.net[:3].parameters()), self.make_optimizer(self.net[3:].parameters())]
+        return [
+            self.make_optimizer(self.net[:3].parameters()),
+            self.make_optimizer(self.net[3:].parameters()),
+        ]
 
 
 def make(model: Callable[..., Net] = Net, seed: int = 1, **arguments: Any) -> Net:
@@ -138,7 +147,12 @@ def fit(
 ) -> L.Trainer:
     """Fit in silence and hand back the Trainer."""
     runner = trainer(callbacks, **arguments)
-    runner.fit(module, loader(dtype=next(module.parameters()).dtype) if data is None else data, val_data, ckpt_path=ckpt_path)
+    runner.fit(
+        module,
+        loader(dtype=next(module.parameters()).dtype) if data is None else data,
+        val_data,
+        ckpt_path=ckpt_path,
+    )
     return runner
 
 
@@ -154,7 +168,8 @@ class SavesAt(L.Callback):
 
 
 class HiddenPenalty(torch.autograd.Function):
-    """Hands ``x`` through and adds ``strength * weight`` to the gradient of ``weight``: a penalty that no graph of the loss shows."""
+    """Hands ``x`` through and adds ``strength * weight`` to the gradient of ``weight``: a penalty
+    that no graph of the loss shows."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, strength: float) -> Tensor:
@@ -173,7 +188,8 @@ register_rule("HiddenPenaltyBackward", lambda operation, flows: flows[0])
 
 
 class Penalized(Net):
-    """From batch ``since`` on, the gradient of net.3.weight has a part along the weight that the graph does not show."""
+    """From batch ``since`` on, the gradient of net.3.weight has a part along the weight that the
+    graph does not show."""
 
     def __init__(self, since: int = 0, strength: float = 1.0, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -198,13 +214,20 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     """Largest difference, relative to the largest weight of each tensor."""
-    return max(float((a[k] - b[k].to(a[k].dtype)).abs().max() / b[k].abs().max().clamp_min(1e-30)) for k in a)
+    return max(
+        float((a[k] - b[k].to(a[k].dtype)).abs().max() / b[k].abs().max().clamp_min(1e-30))
+        for k in a
+    )
 
 
 def gradients(
-    module: Net, batches: list[Any], accumulate: int = 1, transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
+    module: Net,
+    batches: list[Any],
+    accumulate: int = 1,
+    transform: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Any:
-    """What the reference needs: gradients of the loss of step t at given weights, averaged over ``accumulate`` batches."""
+    """What the reference needs: gradients of the loss of step t at given weights, averaged over
+    ``accumulate`` batches."""
     buffers = {name: b.clone() for name, b in module.named_buffers()}
 
     def at(weights: dict[str, Tensor], step: int) -> dict[str, Tensor]:
@@ -213,7 +236,10 @@ def gradients(
         total: Tensor = torch.zeros((), dtype=torch.float64)
         for k in range(accumulate):
             x, y = batches[(step * accumulate + k) % len(batches)]
-            total = total + F.cross_entropy(functional_call(module, {**leaves, **mine}, (x,)), y) / accumulate
+            total = (
+                total
+                + F.cross_entropy(functional_call(module, {**leaves, **mine}, (x,)), y) / accumulate
+            )
         found = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
         out = dict(zip(leaves, found, strict=True))
         return out if transform is None else transform(out)
@@ -239,14 +265,22 @@ def against_paper(
     rules: dict[str, Any],
     **arguments: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same training by a Trainer with our callbacks and by `reference.train`, each with its own gradients: both final weights."""
+    """The same training by a Trainer with our callbacks and by `reference.train`, each with its own
+    gradients: both final weights."""
 
     def fresh() -> Net:
         torch.manual_seed(1)
         return Net(make_optimizer, net(), make_scheduler, dtype)
 
     module = fresh()
-    fit(module, callbacks, accumulate_grad_batches=accumulate, max_steps=steps, max_epochs=-1, **arguments)
+    fit(
+        module,
+        callbacks,
+        accumulate_grad_batches=accumulate,
+        max_steps=steps,
+        max_epochs=-1,
+        **arguments,
+    )
     other = fresh()
     expected = reference.train(
         weights_of(other),
@@ -268,6 +302,8 @@ def clip_by_value(limit: float) -> Callable[[dict[str, Tensor]], dict[str, Tenso
 def clip_by_norm(limit: float) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     def clip(grads: dict[str, Tensor]) -> dict[str, Tensor]:
         total = torch.stack([g.square().sum() for g in grads.values()]).sum().sqrt()
-        return {name: g * min(1.0, limit / (float(total) + 1e-6)) for name, g in grads.items()}  # torch's 1e-6
+        return {
+            name: g * min(1.0, limit / (float(total) + 1e-6)) for name, g in grads.items()
+        }  # torch's 1e-6
 
     return clip

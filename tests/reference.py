@@ -1,13 +1,17 @@
-"""The papers' algorithms written out naively: loops over weights and filters, nothing taken from the package or torch.optim.
+"""The papers' algorithms written out naively: loops over weights and filters, nothing taken from
+the package or torch.optim.
 
-A run is a list of weights, ``trajectory[t][name]``, with the initial ones first. It has the dtype of the initial weights: float64 for
+A run is a list of weights, ``trajectory[t][name]``, with the initial ones first. It has the dtype
+of the initial weights: float64 for
 identities.
 
     gradients = gradients_of(lambda weights, step: loss)
     train(weights, gradients, SGD(momentum=0.9), lr=0.1, steps=50, shrink=Shrink(2.5e-3))
 
-Symbols: w a weight, g its gradient, t the step (from 0), f the factor that a filter shrinks or grows by. A filter is a slice of dim 0.
-Sources: AWS paper eq. 21; WRS paper section 5; SGDP and AdamP, algorithms 1 and 2 with two corrections: the gradient in ``p`` is taken at
+Symbols: w a weight, g its gradient, t the step (from 0), f the factor that a filter shrinks or
+grows by. A filter is a slice of dim 0.
+Sources: AWS paper eq. 21; WRS paper section 5; SGDP and AdamP, algorithms 1 and 2 with two
+corrections: the gradient in ``p`` is taken at
 w_t, and the gate compares |cos(w, g)| with delta/sqrt(dim), not the signed product with delta.
 """
 
@@ -28,7 +32,8 @@ State = dict[str, dict[str, Any]]
 
 
 def gradients_of(loss: Callable[[Weights, int], Tensor]) -> Gradients:
-    """Gradients of ``loss(weights, step)`` by autograd; ``None`` for a weight that the loss of this step does not use."""
+    """Gradients of ``loss(weights, step)`` by autograd; ``None`` for a weight that the loss of this
+    step does not use."""
 
     def gradients(weights: Weights, step: int) -> dict[str, Any]:
         leaves = {name: w.detach().clone().requires_grad_() for name, w in weights.items()}
@@ -38,7 +43,8 @@ def gradients_of(loss: Callable[[Weights, int], Tensor]) -> Gradients:
     return gradients
 
 
-# ---- Plain optimizers. step() returns what is kept of w and what is taken away: w <- kept * w - taken. ----
+# ---- Plain optimizers. step() returns what is kept of w and what is taken away: w <- kept * w -
+# taken. ----
 
 
 @dataclass
@@ -48,17 +54,23 @@ class SGD:
     nesterov: bool = False
     weight_decay: float = 0.0
 
-    decay_through_momentum = property(lambda self: 1 / (1 - self.momentum))  # a coupled decay adds up in the momentum buffer
+    decay_through_momentum = property(
+        lambda self: 1 / (1 - self.momentum)
+    )  # a coupled decay adds up in the momentum buffer
     scale_exponents = {"momentum_buffer": -1}  # noqa: RUF012  when w is multiplied by f, the buffer is by f^-1
 
-    def step(self, state: dict[str, Any], w: Tensor, g: Tensor, lr: float, weight_decay: float) -> tuple[float, Tensor]:
+    def step(
+        self, state: dict[str, Any], w: Tensor, g: Tensor, lr: float, weight_decay: float
+    ) -> tuple[float, Tensor]:
         g = g + weight_decay * w
         if self.momentum == 0:
             return 1.0, lr * g
         if "momentum_buffer" not in state:
             state["momentum_buffer"] = g
         else:
-            state["momentum_buffer"] = self.momentum * state["momentum_buffer"] + (1 - self.dampening) * g
+            state["momentum_buffer"] = (
+                self.momentum * state["momentum_buffer"] + (1 - self.dampening) * g
+            )
         p = state["momentum_buffer"]
         return 1.0, lr * (g + self.momentum * p if self.nesterov else p)
 
@@ -73,18 +85,24 @@ class Adam:
     decay_through_momentum = 1.0
     scale_exponents = {"exp_avg": -1, "exp_avg_sq": -2}  # noqa: RUF012
 
-    def step(self, state: dict[str, Any], w: Tensor, g: Tensor, lr: float, weight_decay: float) -> tuple[float, Tensor]:
+    def step(
+        self, state: dict[str, Any], w: Tensor, g: Tensor, lr: float, weight_decay: float
+    ) -> tuple[float, Tensor]:
         if not self.decoupled:
             g = g + weight_decay * w
         b1, b2 = self.betas
         t = state["step"] = state.get("step", 0) + 1
         m = state["exp_avg"] = b1 * state.get("exp_avg", torch.zeros_like(w)) + (1 - b1) * g
-        v = state["exp_avg_sq"] = b2 * state.get("exp_avg_sq", torch.zeros_like(w)) + (1 - b2) * g * g
+        v = state["exp_avg_sq"] = (
+            b2 * state.get("exp_avg_sq", torch.zeros_like(w)) + (1 - b2) * g * g
+        )
         taken = lr * (m / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + self.eps)
         return (1 - lr * weight_decay if self.decoupled else 1.0), taken
 
 
-def AdamW(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01) -> Adam:
+def AdamW(
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.01
+) -> Adam:
     return Adam(betas, eps, weight_decay, decoupled=True)
 
 
@@ -93,20 +111,25 @@ def AdamW(betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_d
 
 @dataclass
 class Shrink:
-    """AWS, eq. 21: w <- (1 - lr alpha ‖w‖) w, then the optimizer's step with the gradient taken at the weight before; clamped at 0.5."""
+    """AWS, eq. 21: w <- (1 - lr alpha ‖w‖) w, then the optimizer's step with the gradient taken at
+    the weight before; clamped at 0.5."""
 
     alpha: float
     statistic: str = "norm"  # or "std", biased
-    weight_decay: str = "replace"  # or "keep": the optimizer's own decay then acts on the weight that is already shrunk
+    # or "keep": the optimizer's own decay then acts on the weight that is already shrunk
+    weight_decay: str = "replace"
 
     def __call__(self, w: Tensor, lr: float) -> Tensor:
         size = norm if self.statistic == "norm" else std
-        return torch.stack([max(0.5, 1 - lr * self.alpha * float(size(filter_))) * filter_ for filter_ in w])
+        return torch.stack(
+            [max(0.5, 1 - lr * self.alpha * float(size(filter_))) * filter_ for filter_ in w]
+        )
 
 
 @dataclass
 class Project:
-    """SGDP and AdamP for any optimizer: the step loses its part along w; decay is decoupled and multiplied by ``weight_decay_ratio``."""
+    """SGDP and AdamP for any optimizer: the step loses its part along w; decay is decoupled and
+    multiplied by ``weight_decay_ratio``."""
 
     gate: str = "always"  # every filter; or "cosine": the papers' rule, per tensor
     delta: float = 0.1
@@ -119,18 +142,22 @@ class Project:
 
 @dataclass
 class Rescale:
-    """WRS: after every ``every``-th step (counted from 1) each filter gets the norm ``target``; the optimizer's buffers may follow."""
+    """WRS: after every ``every``-th step (counted from 1) each filter gets the norm ``target``; the
+    optimizer's buffers may follow."""
 
     every: int
     target: float | str = 1.0  # or "initial"
     rescale_state: bool = True
     weight_decay: str = "replace"
-    active: Callable[[int], bool] = lambda step: True  # stands for the epoch window; gets the step, counted from 0
+    active: Callable[[int], bool] = lambda step: (
+        True
+    )  # stands for the epoch window; gets the step, counted from 0
 
 
 @dataclass
 class Drop:
-    """NRQ paper, Corollary 2: where the learning rate falls by k >= ``min_drop``, weights are divided by k^exponent, and buffers follow."""
+    """NRQ paper, Corollary 2: where the learning rate falls by k >= ``min_drop``, weights are
+    divided by k^exponent, and buffers follow."""
 
     exponent: float
     min_drop: float = 1.5
@@ -154,14 +181,16 @@ def train(
 
     Args:
         weights: the initial weights; left alone.
-        gradients: gets the weights and the step; a gradient of ``None`` means that this weight is neither stepped, shrunk nor decayed.
+        gradients: gets the weights and the step; a gradient of ``None`` means that this weight is
+            neither stepped, shrunk nor decayed.
         optimizer: SGD, Adam or AdamW of this file.
         lr: a number, or the learning rate of each step.
         steps: how many.
         shrink: AWS.
         project: SGDP and AdamP.
         rescale: WRS.
-        drop: rescaling at LR drops; ``gradients`` are then those that the optimizer receives, taken at the rescaled weight.
+        drop: rescaling at LR drops; ``gradients`` are then those that the optimizer receives, taken
+            at the rescaled weight.
         targets: the weights that the rules act on; by default all of two or more dimensions.
         state: filled with the optimizer's buffers, by weight.
     """
@@ -179,18 +208,27 @@ def train(
             k = last_lr.get(name, lr_t) / lr_t
             last_lr[name] = lr_t
             if name in targets and drop and k >= drop.min_drop:
-                _multiply_filters(weights, name, [k**-drop.exponent] * len(weights[name]), state[name], optimizer)
+                _multiply_filters(
+                    weights, name, [k**-drop.exponent] * len(weights[name]), state[name], optimizer
+                )
             w, decay = weights[name], optimizer.weight_decay
             rules = name in targets
             view = project.view(w, g) if rules and project else None
 
-            # Who owns the decay of a target: AWS, else the projection, else WRS while it is active, else the optimizer.
+            # Who owns the decay of a target: AWS, else the projection, else WRS while it is active,
+            # else the optimizer.
             kept_by_projection = None
             if rules and shrink:
                 decay = 0.0 if shrink.weight_decay == "replace" else decay
             elif rules and project:
-                strength = decay * optimizer.decay_through_momentum if project.weight_decay is None else project.weight_decay
-                kept_by_projection = 1 - lr_t * strength * (1 if view is None else project.weight_decay_ratio)
+                strength = (
+                    decay * optimizer.decay_through_momentum
+                    if project.weight_decay is None
+                    else project.weight_decay
+                )
+                kept_by_projection = 1 - lr_t * strength * (
+                    1 if view is None else project.weight_decay_ratio
+                )
                 decay = 0.0
             elif rules and rescale and rescale.active(t):
                 decay = 0.0 if rescale.weight_decay == "replace" else decay
@@ -199,7 +237,9 @@ def train(
             kept, taken = optimizer.step(state.setdefault(name, {}), shrunk, g, lr_t, decay)
             if view is not None:
                 taken = tangent(taken, w, view)
-            weights[name] = (kept if kept_by_projection is None else kept_by_projection) * shrunk - taken
+            weights[name] = (
+                kept if kept_by_projection is None else kept_by_projection
+            ) * shrunk - taken
 
             if rules and rescale and rescale.active(t) and (t + 1) % rescale.every == 0:
                 _rescale_filters(weights, name, initial[name], state[name], rescale, optimizer)
@@ -208,14 +248,23 @@ def train(
 
 
 def _rescale_filters(
-    weights: Weights, name: str, initial: list[Tensor], buffers: dict[str, Any], rule: Rescale, optimizer: SGD | Adam
+    weights: Weights,
+    name: str,
+    initial: list[Tensor],
+    buffers: dict[str, Any],
+    rule: Rescale,
+    optimizer: SGD | Adam,
 ) -> None:
     wanted = initial if rule.target == "initial" else [rule.target] * len(initial)
-    factors = [target / norm(filter_) for target, filter_ in zip(wanted, weights[name], strict=True)]
+    factors = [
+        target / norm(filter_) for target, filter_ in zip(wanted, weights[name], strict=True)
+    ]
     _multiply_filters(weights, name, factors, buffers if rule.rescale_state else {}, optimizer)
 
 
-def _multiply_filters(weights: Weights, name: str, factors: list[Any], buffers: dict[str, Any], optimizer: SGD | Adam) -> None:
+def _multiply_filters(
+    weights: Weights, name: str, factors: list[Any], buffers: dict[str, Any], optimizer: SGD | Adam
+) -> None:
     weights[name] = _by_filter(weights[name], factors, 1)
     for key, exponent in optimizer.scale_exponents.items():
         if key in buffers:
@@ -223,7 +272,9 @@ def _multiply_filters(weights: Weights, name: str, factors: list[Any], buffers: 
 
 
 def _by_filter(x: Tensor, factors: list[Any], exponent: int) -> Tensor:
-    return torch.stack([factor**exponent * filter_ for factor, filter_ in zip(factors, x, strict=True)])
+    return torch.stack(
+        [factor**exponent * filter_ for factor, filter_ in zip(factors, x, strict=True)]
+    )
 
 
 # ---- SGDP and AdamP as their algorithms 1 and 2 have them ----
@@ -242,7 +293,8 @@ def sgdp(
     delta: float = 0.1,
     wd_ratio: float = 0.1,
 ) -> Trajectory:
-    """SGDP. The momentum buffer is never projected, only the step; weight decay is decoupled and stands for lambda/(1 - momentum)."""
+    """SGDP. The momentum buffer is never projected, only the step; weight decay is decoupled and
+    stands for lambda/(1 - momentum)."""
     weights, p = dict(weights), {}
     trajectory = [dict(weights)]
     for _t in range(steps):
@@ -271,7 +323,8 @@ def adamp(
     delta: float = 0.1,
     wd_ratio: float = 0.1,
 ) -> Trajectory:
-    """AdamP, with Adam's bias correction (which the printed algorithm 2 leaves out); weight decay is decoupled."""
+    """AdamP, with Adam's bias correction (which the printed algorithm 2 leaves out); weight decay
+    is decoupled."""
     b1, b2 = betas
     weights, m, v = dict(weights), {}, {}
     trajectory = [dict(weights)]
@@ -291,7 +344,8 @@ def adamp(
 
 
 def open_gate(w: Tensor, g: Tensor, delta: float) -> str | None:
-    """The first view, "filter" then "layer", in which |cos(w, g)| < delta/sqrt(dim) for *every* row; ``None`` if there is none."""
+    """The first view, "filter" then "layer", in which |cos(w, g)| < delta/sqrt(dim) for *every*
+    row; ``None`` if there is none."""
     for view in ("filter", "layer"):
         rows = list(zip(_rows(w, view), _rows(g, view), strict=True))
         if all(abs(cosine(a, b)) < delta / sqrt(len(a)) for a, b in rows):

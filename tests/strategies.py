@@ -1,4 +1,5 @@
-"""Every multi-process strategy of Lightning on CPU ranks, a model that each of them can shard, and a fit under any of them.
+"""Every multi-process strategy of Lightning on CPU ranks, a model that each of them can shard, and
+a fit under any of them.
 
 FSDP1 and DeepSpeed ask for a GPU; the subclasses here take that question out and nothing else.
 """
@@ -17,7 +18,12 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+)
 from torch import Tensor, nn
 
 TIMEOUT = timedelta(seconds=20)
@@ -26,7 +32,8 @@ STEPS = 6
 
 
 class CPUFSDPStrategy(FSDPStrategy):
-    """FSDP1 on CPU ranks. Lightning's own check for a GPU looks at the exact class, so it does not see this one."""
+    """FSDP1 on CPU ranks. Lightning's own check for a GPU looks at the exact class, so it does not
+    see this one."""
 
     def setup_environment(self) -> None:
         shape = self.kwargs.pop("cpu_mesh", None)
@@ -52,13 +59,20 @@ class CPUFSDPStrategy(FSDPStrategy):
         )
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType
+        from torch.distributed.fsdp import (
+            FullStateDictConfig,
+            FullyShardedDataParallel,
+            StateDictType,
+        )
 
         if self._state_dict_type == "sharded":
             return super().lightning_module_state_dict()
-        # Lightning asks for offload_to_cpu=True, which ends in a segmentation fault where everything is on the CPU already.
+        # Lightning asks for offload_to_cpu=True, which ends in a segmentation fault where
+        # everything is on the CPU already.
         config = FullStateDictConfig(offload_to_cpu=False, rank0_only=True)
-        with FullyShardedDataParallel.state_dict_type(self.model, StateDictType.FULL_STATE_DICT, config):
+        with FullyShardedDataParallel.state_dict_type(
+            self.model, StateDictType.FULL_STATE_DICT, config
+        ):
             return self.model.state_dict()
 
 
@@ -84,7 +98,8 @@ class CPUDeepSpeedStrategy(DeepSpeedStrategy):
 
 
 class Block(nn.Module):
-    """Two linear layers that tensor parallelism can split by columns and by rows, the second one in front of a normalization."""
+    """Two linear layers that tensor parallelism can split by columns and by rows, the second one in
+    front of a normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +112,8 @@ class Block(nn.Module):
 
 
 class Net(nn.Module):
-    """Convolutions in front of per-filter and grouped normalizations, then `Block`, then a head of a single filter. Few sizes divide."""
+    """Convolutions in front of per-filter and grouped normalizations, then `Block`, then a head of
+    a single filter. Few sizes divide."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,7 +132,8 @@ class Net(nn.Module):
 
 
 class ManyKinds(nn.Module):
-    """Grouped and transposed convolutions, layers of few filters and of one, a filter of one entry; vectors of every granularity."""
+    """Grouped and transposed convolutions, layers of few filters and of one, a filter of one entry;
+    vectors of every granularity."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -154,11 +171,22 @@ def batches(dtype: torch.dtype, steps: int = STEPS) -> list[tuple[Tensor, Tensor
 class Module(L.LightningModule):
     """`Net` on this rank's share of every global batch."""
 
-    def __init__(self, optimizer: Callable[[Any], Any], dtype: torch.dtype, parallelize: Callable[..., None] | None, steps: int) -> None:
+    def __init__(
+        self,
+        optimizer: Callable[[Any], Any],
+        dtype: torch.dtype,
+        parallelize: Callable[..., None] | None,
+        steps: int,
+    ) -> None:
         super().__init__()
         torch.manual_seed(11)
         self.net = Net().to(dtype)
-        self.make_optimizer, self.dtype_, self.parallelize, self.steps = optimizer, dtype, parallelize, steps
+        self.make_optimizer, self.dtype_, self.parallelize, self.steps = (
+            optimizer,
+            dtype,
+            parallelize,
+            steps,
+        )
         self.final: dict[str, Tensor] = {}
 
     def configure_model(self) -> None:
@@ -180,7 +208,10 @@ class Module(L.LightningModule):
     def _share(self) -> list[Any]:
         share = self.trainer.strategy.distributed_sampler_kwargs
         count, rank = share["num_replicas"], share["rank"]
-        return [(x.chunk(count)[rank], y.chunk(count)[rank]) for x, y in batches(self.dtype_, self.steps)]
+        return [
+            (x.chunk(count)[rank], y.chunk(count)[rank])
+            for x, y in batches(self.dtype_, self.steps)
+        ]
 
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(self._share(), batch_size=None)
@@ -219,13 +250,19 @@ def _summoned(module: L.LightningModule) -> Any:
         yield
 
 
-# ---------------------------------------------------------------------------------------------------------------- strategies
+# --------------------------------------------------------------------------------------- strategies
 
 
 def _tensor_parallel(net: Net, mesh: Any) -> None:
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
-    parallelize_module(net.block, mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    parallelize_module(
+        net.block, mesh["tensor_parallel"], {"up": ColwiseParallel(), "down": RowwiseParallel()}
+    )
 
 
 def _fully_shard(net: Net, mesh: Any) -> None:
@@ -242,7 +279,11 @@ def _fully_shard_by_columns(net: Net, mesh: Any) -> None:
     ranks = mesh["data_parallel"]
 
     def last_if_it_divides(parameter: nn.Parameter) -> Any:
-        return Shard(parameter.ndim - 1) if parameter.ndim > 1 and parameter.shape[-1] % ranks.size() == 0 else None
+        return (
+            Shard(parameter.ndim - 1)
+            if parameter.ndim > 1 and parameter.shape[-1] % ranks.size() == 0
+            else None
+        )
 
     fully_shard(net, mesh=ranks, shard_placement_fn=last_if_it_divides)
 
@@ -286,7 +327,10 @@ def _ddp() -> Any:
 
 def _model_parallel(data: int, tensor: int) -> Callable[[], Any]:
     return lambda: ModelParallelStrategy(
-        data_parallel_size=data, tensor_parallel_size=tensor, process_group_backend="gloo", timeout=TIMEOUT
+        data_parallel_size=data,
+        tensor_parallel_size=tensor,
+        process_group_backend="gloo",
+        timeout=TIMEOUT,
     )
 
 
@@ -307,7 +351,10 @@ def fsdp1(sharding: str, units: bool = True, **kwargs: Any) -> Callable[[], Any]
 def _deepspeed(stage: int) -> Callable[[], Any]:
     def make() -> Any:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_allow_untested_optimizer": True,
+        }
         if stage:
             config["zero_optimization"] = {"stage": stage, "stage3_param_persistence_threshold": 0}
         return CPUDeepSpeedStrategy(config=config, process_group_backend="gloo", timeout=TIMEOUT)
@@ -331,7 +378,10 @@ STRATEGIES: dict[str, Strategy] = {
     "FSDP1 NO_SHARD": Strategy(2, fsdp1("NO_SHARD")),
     "FSDP1 HYBRID_SHARD": Strategy(4, fsdp1("HYBRID_SHARD", cpu_mesh=(2, 2))),
 }
-DEEPSPEED: dict[str, Strategy] = {f"DeepSpeed ZeRO-{stage}": Strategy(2, _deepspeed(stage), dtypes=(torch.float32,)) for stage in range(4)}
+DEEPSPEED: dict[str, Strategy] = {
+    f"DeepSpeed ZeRO-{stage}": Strategy(2, _deepspeed(stage), dtypes=(torch.float32,))
+    for stage in range(4)
+}
 
 
 def with_ranks(strategy: Strategy, world: int) -> Strategy:
@@ -369,7 +419,12 @@ def fit(
 
     made = callbacks()
     module = model(make_optimizer, dtype, strategy.parallelize, steps)
-    defaults = {"max_epochs": 1, "enable_checkpointing": False, "logger": False, "limit_val_batches": 0}
+    defaults = {
+        "max_epochs": 1,
+        "enable_checkpointing": False,
+        "logger": False,
+        "limit_val_batches": 0,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = L.Trainer(
@@ -395,7 +450,11 @@ def adamw(module: Any) -> Any:
     first = [p for name, p in module.named_parameters() if "conv" in name]
     ours = {id(p) for p in first}
     rest = [p for p in module.parameters() if id(p) not in ours]
-    return torch.optim.AdamW([{"params": first, "lr": 0.02, "weight_decay": 0.05}, {"params": rest}], lr=0.01, weight_decay=0.01)
+    return torch.optim.AdamW(
+        [{"params": first, "lr": 0.02, "weight_decay": 0.05}, {"params": rest}],
+        lr=0.01,
+        weight_decay=0.01,
+    )
 
 
 def world_size() -> int:

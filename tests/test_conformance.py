@@ -1,6 +1,7 @@
 """Every callback in every mode of training: it does what its paper says, and nothing else.
 
-`replay` takes the gradients that the optimizers of a run received and follows the paper naively; both must end at the same weights.
+`replay` takes the gradients that the optimizers of a run received and follows the paper naively;
+both must end at the same weights.
 """
 
 from __future__ import annotations
@@ -20,14 +21,34 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
-from models import TARGETS, ManualNet, Net, SavesAt, convnet, distance, fit, images, loader, make, same, trainer, weights_of
+from models import (
+    TARGETS,
+    ManualNet,
+    Net,
+    SavesAt,
+    convnet,
+    distance,
+    fit,
+    images,
+    loader,
+    make,
+    same,
+    trainer,
+    weights_of,
+)
 from ranks import run_ranks
 from reference import Drop, Project, Rescale, Shrink
 from replay import Recorder, replay
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_normdyn import AdaptiveWeightShrink, LRDropRescaling, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    LRDropRescaling,
+    NormDynamicsMonitor,
+    RadialProjection,
+    WeightRescaling,
+)
 from lightning_normdyn.functional import gradient_cosine, weight_norm
 from lightning_normdyn.parametrizations import (
     bounded_weight_normalization,
@@ -51,31 +72,52 @@ class Case:
 
 def dropping(optimizer: torch.optim.Optimizer) -> Any:
     """Two drops, of 10 and of 5."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.1 if step < 4 else 0.02)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1.0 if step < 2 else 0.1 if step < 4 else 0.02
+    )
 
 
 CASES = {
     "aws": Case(lambda: [AdaptiveWeightShrink(0.5)], {"shrink": Shrink(0.5)}),
-    "aws-std": Case(lambda: [AdaptiveWeightShrink(0.5, statistic="std")], {"shrink": Shrink(0.5, statistic="std")}),
-    "aws-keep": Case(lambda: [AdaptiveWeightShrink(0.5, weight_decay="keep")], {"shrink": Shrink(0.5, weight_decay="keep")}),
+    "aws-std": Case(
+        lambda: [AdaptiveWeightShrink(0.5, statistic="std")],
+        {"shrink": Shrink(0.5, statistic="std")},
+    ),
+    "aws-keep": Case(
+        lambda: [AdaptiveWeightShrink(0.5, weight_decay="keep")],
+        {"shrink": Shrink(0.5, weight_decay="keep")},
+    ),
     "wrs": Case(lambda: [WeightRescaling(3)], {"rescale": Rescale(3)}),
     "wrs-keep": Case(
-        lambda: [WeightRescaling(2, target_norm="initial", optimizer_state="keep", weight_decay="keep")],
+        lambda: [
+            WeightRescaling(2, target_norm="initial", optimizer_state="keep", weight_decay="keep")
+        ],
         {"rescale": Rescale(2, target="initial", rescale_state=False, weight_decay="keep")},
     ),
     "projection": Case(lambda: [RadialProjection()], {"project": Project()}),
-    "projection-cosine": Case(lambda: [RadialProjection(gate="cosine")], {"project": Project("cosine")}, EVERY_MATRIX),
-    "lr-drop": Case(lambda: [LRDropRescaling(exponent=0.3)], {"drop": Drop(0.3)}, make_scheduler=dropping),
+    "projection-cosine": Case(
+        lambda: [RadialProjection(gate="cosine")], {"project": Project("cosine")}, EVERY_MATRIX
+    ),
+    "lr-drop": Case(
+        lambda: [LRDropRescaling(exponent=0.3)], {"drop": Drop(0.3)}, make_scheduler=dropping
+    ),
     "monitor": Case(lambda: [NormDynamicsMonitor(1, tables=False)]),
     "all": Case(
-        lambda: [AdaptiveWeightShrink(0.5), RadialProjection(), WeightRescaling(3), NormDynamicsMonitor(1, tables=False)],
+        lambda: [
+            AdaptiveWeightShrink(0.5),
+            RadialProjection(),
+            WeightRescaling(3),
+            NormDynamicsMonitor(1, tables=False),
+        ],
         {"shrink": Shrink(0.5), "project": Project(), "rescale": Rescale(3)},
     ),
 }
 
 
 def sgd(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, **options})
+    return torch.optim.SGD(
+        parameters, **{"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1, **options}
+    )
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
@@ -83,9 +125,15 @@ def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 
 
 def in_groups(parameters: Any) -> torch.optim.Optimizer:
-    """The second convolution slower and less decayed, in a group of its own with its bias-like neighbours."""
+    """The second convolution slower and less decayed, in a group of its own with its bias-like
+    neighbours."""
     first, second, *rest = (p for p in parameters if p.ndim > 1)
-    return sgd([{"params": [first, *rest]}, {"params": [second], "lr": 0.05, "weight_decay": 0.02, "momentum": 0.5}])
+    return sgd(
+        [
+            {"params": [first, *rest]},
+            {"params": [second], "lr": 0.05, "weight_decay": 0.02, "momentum": 0.5},
+        ]
+    )
 
 
 def interleaved(parameters: Any) -> torch.optim.Optimizer:
@@ -154,13 +202,19 @@ MODES: dict[str, dict[str, Any]] = {
     "not foreach": {"make_optimizer": lambda p: adamw(p, foreach=False)},
     "maximize": {"make_optimizer": lambda p: sgd(p, maximize=True)},
     "tensor lr": {
-        "make_optimizer": lambda p: adamw(p, lr=torch.tensor(0.02, dtype=torch.float64), foreach=False),
+        "make_optimizer": lambda p: adamw(
+            p, lr=torch.tensor(0.02, dtype=torch.float64), foreach=False
+        ),
         "make_scheduler": falling,
     },
     "schedule": {"make_optimizer": sgd, "make_scheduler": falling},
     "accumulation": {"make_optimizer": sgd, "accumulate_grad_batches": 2, "max_epochs": 3},
     "norm clipping": {"make_optimizer": sgd, "gradient_clip_val": 0.1},
-    "value clipping": {"make_optimizer": adamw, "gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+    "value clipping": {
+        "make_optimizer": adamw,
+        "gradient_clip_val": 0.01,
+        "gradient_clip_algorithm": "value",
+    },
     "param groups": {"make_optimizer": in_groups, "make_scheduler": falling},
     "interleaved groups": {"make_optimizer": interleaved},
     "added group": {"make_optimizer": without_second, "extra": [AddsGroup]},
@@ -191,28 +245,36 @@ def run(callbacks: list[Any], mode: dict[str, Any], **overrides: Any) -> tuple[N
 
 
 def check(module: Net, recorder: Recorder, case: Case, tolerance: float = 1e-12) -> None:
-    """The run ended where the reference ends on the same gradients, and the callback made a difference."""
+    """The run ended where the reference ends on the same gradients, and the callback made a
+    difference."""
     got = weights_of(module)
     assert distance(got, replay(recorder, case.targets, **case.rules)) <= tolerance
     if case.rules:
         assert distance(got, replay(recorder, [])) > 1e-3
 
 
-# Options whose every mode differs little from that of their class: in `make test` with two optimizers only.
+# Options whose every mode differs little from that of their class: in `make test` with two
+# optimizers only.
 VARIANTS = ("aws-std", "aws-keep", "wrs-keep")
 
 
 def every_case_and_mode():
     for case, mode in itertools.product(CASES, MODES):
-        if CASES[case].make_scheduler is not None and (MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]):
-            continue  # nobody steps a scheduler there, or torch's own does not bear the group that comes later
+        if CASES[case].make_scheduler is not None and (
+            MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]
+        ):
+            # nobody steps a scheduler there, or torch's own does not bear the group that comes
+            # later
+            continue
         slow = case in VARIANTS and mode not in ("sgd", "adamw")
         yield pytest.param(case, mode, marks=[pytest.mark.slow] if slow else [])
 
 
 @pytest.mark.parametrize(("case", "mode"), list(every_case_and_mode()))
 def test_follows_its_paper(case, mode):
-    overrides = {} if CASES[case].make_scheduler is None else {"make_scheduler": CASES[case].make_scheduler}
+    overrides = (
+        {} if CASES[case].make_scheduler is None else {"make_scheduler": CASES[case].make_scheduler}
+    )
     module, recorder = run(CASES[case].callbacks(), MODES[mode], **overrides)
     assert sum(map(len, recorder.steps)) >= 4
     check(module, recorder, CASES[case], 1e-12 if MODES[mode].get("dtype") is None else 1e-6)
@@ -236,7 +298,8 @@ class Batches:
 
 @contextlib.contextmanager
 def another_default(name: str):
-    """bfloat16 has 8 bits, so a number of ours that is made in the default dtype is seen. On "meta" a tensor holds no numbers at all."""
+    """bfloat16 has 8 bits, so a number of ours that is made in the default dtype is seen. On "meta"
+    a tensor holds no numbers at all."""
     if name == "bfloat16":
         torch.set_default_dtype(torch.bfloat16)
     else:
@@ -250,7 +313,9 @@ def another_default(name: str):
 
 def every_case_under_another_default():
     for case, mode, default in itertools.product(CASES, MODES, ("bfloat16", "meta")):
-        if CASES[case].make_scheduler is not None and (MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]):
+        if CASES[case].make_scheduler is not None and (
+            MODES[mode].get("model") is ManualNet or "extra" in MODES[mode]
+        ):
             continue
         if mode == "tensor lr" and default == "meta":
             continue  # LambdaLR itself makes a rate there
@@ -262,12 +327,15 @@ def every_case_under_another_default():
 def test_follows_its_paper_under_another_default(case, mode, default):
     settings = dict(MODES[mode])
     dtype = settings.pop("dtype", torch.float64)
-    # The user's own tensors are made before: what is made during the fit is Lightning's, torch's and ours.
+    # The user's own tensors are made before: what is made during the fit is Lightning's, torch's
+    # and ours.
     data = Batches(list(loader(dtype=dtype)))
     if CASES[case].make_scheduler is not None:
         settings["make_scheduler"] = CASES[case].make_scheduler
     model = settings.pop("model", Net)
-    chosen = {key: settings.pop(key) for key in ("make_optimizer", "make_scheduler") if key in settings}
+    chosen = {
+        key: settings.pop(key) for key in ("make_optimizer", "make_scheduler") if key in settings
+    }
     if "net" in settings:
         torch.manual_seed(1)
         chosen["net"] = settings.pop("net")()
@@ -280,14 +348,19 @@ def test_follows_its_paper_under_another_default(case, mode, default):
 
 
 def test_bfloat16_weights_shrink_under_a_bfloat16_default():
-    """A factor of 0.9995 is lost in bfloat16: what is owed must be kept in float32, whatever the default is."""
+    """A factor of 0.9995 is lost in bfloat16: what is owed must be kept in float32, whatever the
+    default is."""
     lengths = {}
     for default in ("float32", "bfloat16"):
         with another_default(default) if default == "bfloat16" else contextlib.nullcontext():
-            module = make(dtype=torch.bfloat16, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
+            module = make(
+                dtype=torch.bfloat16, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01)
+            )
             data = Batches(list(loader(dtype=torch.bfloat16)))
             fit(module, [AdaptiveWeightShrink(0.05)], data, max_epochs=50)
-        lengths[default] = {name: float(module.get_parameter(name).detach().double().norm()) for name in TARGETS}
+        lengths[default] = {
+            name: float(module.get_parameter(name).detach().double().norm()) for name in TARGETS
+        }
     untreated = make(dtype=torch.bfloat16, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01))
     fit(untreated, [], Batches(list(loader(dtype=torch.bfloat16))), max_epochs=50)
     for name in TARGETS:
@@ -309,21 +382,39 @@ class Overflows(Net):
 
 
 class SteadyScaler(torch.amp.GradScaler):
-    """Keeps its scale after a skip: at another scale, float16 rounds the next gradients differently, callbacks or not."""
+    """Keeps its scale after a skip: at another scale, float16 rounds the next gradients
+    differently, callbacks or not."""
 
     def update(self, new_scale=None):
         super().update(self._init_scale if new_scale is None else new_scale)
 
 
 def scaled(
-    callbacks: list[Any], batches: list[int], bad: tuple[int, ...], make_optimizer: Any, make_scheduler: Any = None, **arguments: Any
+    callbacks: list[Any],
+    batches: list[int],
+    bad: tuple[int, ...],
+    make_optimizer: Any,
+    make_scheduler: Any = None,
+    **arguments: Any,
 ) -> tuple[Net, Any]:
-    """Train in "16-mixed" with a real gradient scaler on the given batches, of which those at the positions ``bad`` overflow."""
-    module = make(Overflows, make_optimizer=make_optimizer, make_scheduler=make_scheduler, dtype=torch.float32)
+    """Train in "16-mixed" with a real gradient scaler on the given batches, of which those at the
+    positions ``bad`` overflow."""
+    module = make(
+        Overflows, make_optimizer=make_optimizer, make_scheduler=make_scheduler, dtype=torch.float32
+    )
     module.bad = bad
-    data = DataLoader(images(dtype=torch.float32), batch_sampler=[list(range(8 * b, 8 * b + 8)) for b in batches])
+    data = DataLoader(
+        images(dtype=torch.float32), batch_sampler=[list(range(8 * b, 8 * b + 8)) for b in batches]
+    )
     scaler = SteadyScaler("cpu", init_scale=2.0**8)
-    return module, fit(module, callbacks, data, max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)], **arguments)
+    return module, fit(
+        module,
+        callbacks,
+        data,
+        max_epochs=1,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+        **arguments,
+    )
 
 
 def optimizer_state(trainer: L.Trainer) -> list[dict[str, Any]]:
@@ -354,7 +445,10 @@ def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
     assert same(weights_of(module), weights_of(expected))
     assert identical(optimizer_state(trainer), optimizer_state(control_trainer))
     assert [c.steps_of(0) for c in callbacks] == [5] * len(callbacks)
-    assert identical([c.state_dict()["per_vector"] for c in callbacks], [c.state_dict()["per_vector"] for c in control])
+    assert identical(
+        [c.state_dict()["per_vector"] for c in callbacks],
+        [c.state_dict()["per_vector"] for c in control],
+    )
 
 
 @pytest.mark.parametrize("clip", [None, 0.05])
@@ -362,22 +456,39 @@ def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
 def test_follows_its_paper_under_a_gradient_scaler(case, clip):
     recorder = Recorder()
     batches = [0, 1, 2, 3, 2, 1, 0]
-    module, _ = scaled([recorder, *CASES[case].callbacks()], batches, (2,), sgd, CASES[case].make_scheduler, gradient_clip_val=clip)
+    module, _ = scaled(
+        [recorder, *CASES[case].callbacks()],
+        batches,
+        (2,),
+        sgd,
+        CASES[case].make_scheduler,
+        gradient_clip_val=clip,
+    )
     assert len(recorder.steps[0]) == 6
     check(module, recorder, CASES[case], 1e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_trains_bf16_weights(case):
-    module, recorder = run(CASES[case].callbacks(), MODES["sgd"], dtype=torch.float32, precision="bf16-true")
+    module, recorder = run(
+        CASES[case].callbacks(), MODES["sgd"], dtype=torch.float32, precision="bf16-true"
+    )
     assert all(p.dtype == torch.bfloat16 for p in module.parameters())
     recorder.start = {name: w.double() for name, w in recorder.start.items()}
     recorder.steps = [
-        [{n: (None if g is None else g.double(), settings) for n, (g, settings) in received.items()} for received in steps]
+        [
+            {
+                n: (None if g is None else g.double(), settings)
+                for n, (g, settings) in received.items()
+            }
+            for received in steps
+        ]
         for steps in recorder.steps
     ]
     expected = replay(recorder, CASES[case].targets, **CASES[case].rules)
-    assert distance({n: w.double() for n, w in weights_of(module).items()}, expected) < 0.03  # 8 steps of bf16, eps 2^-8
+    assert (
+        distance({n: w.double() for n, w in weights_of(module).items()}, expected) < 0.03
+    )  # 8 steps of bf16, eps 2^-8
 
 
 # ---- Callbacks together ----
@@ -385,7 +496,10 @@ def test_trains_bf16_weights(case):
 
 @pytest.mark.parametrize("mode", ["sgd", "adamw"])
 def test_the_order_of_the_list_changes_no_bit(mode):
-    weights = [weights_of(run([CASES["all"].callbacks()[i] for i in order], MODES[mode])[0]) for order in itertools.permutations(range(4))]
+    weights = [
+        weights_of(run([CASES["all"].callbacks()[i] for i in order], MODES[mode])[0])
+        for order in itertools.permutations(range(4))
+    ]
     assert all(same(w, weights[0]) for w in weights)
 
 
@@ -394,11 +508,19 @@ def test_the_monitor_changes_no_bit(mode):
     plain = weights_of(run([], MODES[mode])[0])
     assert same(weights_of(run([NormDynamicsMonitor(1, tables=False)], MODES[mode])[0]), plain)
     aws = weights_of(run([AdaptiveWeightShrink(0.5)], MODES[mode])[0])
-    assert same(weights_of(run([NormDynamicsMonitor(1, tables=False), AdaptiveWeightShrink(0.5)], MODES[mode])[0]), aws)
+    assert same(
+        weights_of(
+            run([NormDynamicsMonitor(1, tables=False), AdaptiveWeightShrink(0.5)], MODES[mode])[0]
+        ),
+        aws,
+    )
 
 
 def test_two_of_a_kind_with_different_targets():
-    first, second = AdaptiveWeightShrink(0.5, params="net.0.*"), AdaptiveWeightShrink(0.1, params="net.3.weight")
+    first, second = (
+        AdaptiveWeightShrink(0.5, params="net.0.*"),
+        AdaptiveWeightShrink(0.1, params="net.3.weight"),
+    )
     module, recorder = run([second, first], MODES["sgd"])
     got = weights_of(module)
     halves = [
@@ -417,7 +539,13 @@ def test_a_compiled_submodule():
 def plain_convnet() -> nn.Sequential:
     """Two convolutions without a normalization behind them."""
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(4, 6, 3),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 2),
     )
 
 
@@ -437,9 +565,12 @@ FAMILY = [
 
 
 @pytest.mark.parametrize("normalize", FAMILY)
-@pytest.mark.parametrize("case", ["aws", "wrs", "projection", "projection-cosine", "monitor", "all"])
+@pytest.mark.parametrize(
+    "case", ["aws", "wrs", "projection", "projection-cosine", "monitor", "all"]
+)
 def test_normalized_weights_train_under_each_callback(case, normalize):
-    """The direction is what is treated, never the gain, and its gradient stays orthogonal to it in float32."""
+    """The direction is what is treated, never the gain, and its gradient stays orthogonal to it in
+    float32."""
     split = normalize not in (weight_standardization, bounded_weight_normalization)
     targets = [f"net.{k}.parametrizations.weight.original{'1' if split else ''}" for k in (0, 2)]
     callbacks = CASES[case].callbacks()
@@ -448,7 +579,10 @@ def test_normalized_weights_train_under_each_callback(case, normalize):
         return normalize(plain_convnet(), ["0.weight", "2.weight"])
 
     module, recorder = run(
-        callbacks, {"make_optimizer": lambda p: sgd(p, weight_decay=0.02), "net": net}, dtype=torch.float32, max_epochs=4
+        callbacks,
+        {"make_optimizer": lambda p: sgd(p, weight_decay=0.02), "net": net},
+        dtype=torch.float32,
+        max_epochs=4,
     )
     for callback in callbacks:
         if case != "projection-cosine" and not isinstance(callback, NormDynamicsMonitor):
@@ -468,7 +602,8 @@ def test_normalized_weights_train_under_each_callback(case, normalize):
 
 
 class Packed(nn.Module):
-    """Attention over image rows with one weight for queries, keys and values, of which only the first two are normalized, per head."""
+    """Attention over image rows with one weight for queries, keys and values, of which only the
+    first two are normalized, per head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -482,8 +617,12 @@ class Packed(nn.Module):
 
 
 def by_vector(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The four normalized vectors of `Packed.qkv`, each as a weight of one filter, and the value rows."""
-    return {**{f"vector {i}": part.reshape(1, -1) for i, part in enumerate(weight[:12].split(3))}, "values": weight[12:]}
+    """The four normalized vectors of `Packed.qkv`, each as a weight of one filter, and the value
+    rows."""
+    return {
+        **{f"vector {i}": part.reshape(1, -1) for i, part in enumerate(weight[:12].split(3))},
+        "values": weight[12:],
+    }
 
 
 @pytest.mark.parametrize(
@@ -496,28 +635,46 @@ def by_vector(weight: torch.Tensor) -> dict[str, torch.Tensor]:
 )  # fmt: skip
 def test_a_packed_projection_is_treated_in_its_normalized_rows(case, make_optimizer):
     """Like weights apart: the value rows neither lose their decay nor are touched."""
-    module, recorder = run(CASES[case].callbacks(), {"make_optimizer": make_optimizer, "net": Packed, "max_epochs": 3})
+    module, recorder = run(
+        CASES[case].callbacks(), {"make_optimizer": make_optimizer, "net": Packed, "max_epochs": 3}
+    )
     got = weights_of(module)
 
     def apart(table: dict[str, Any], split: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-        return {n: v for name, value in table.items() for n, v in (split(value) if name == "net.qkv.weight" else {name: value}).items()}
+        return {
+            n: v
+            for name, value in table.items()
+            for n, v in (split(value) if name == "net.qkv.weight" else {name: value}).items()
+        }
 
     recorder.start = apart(recorder.start, by_vector)
     recorder.steps = [
-        [apart(received, lambda value: {n: (g, value[1]) for n, g in by_vector(value[0]).items()}) for received in steps]
+        [
+            apart(
+                received, lambda value: {n: (g, value[1]) for n, g in by_vector(value[0]).items()}
+            )
+            for received in steps
+        ]
         for steps in recorder.steps
     ]
     vectors = [f"vector {i}" for i in range(4)]
     expected = replay(recorder, vectors, **CASES[case].rules)
     assert distance(apart(got, by_vector), expected) <= 1e-12
-    assert distance({"": expected["values"]}, {"": replay(recorder, [*vectors, "values"], **CASES[case].rules)["values"]}) > 1e-3
+    assert (
+        distance(
+            {"": expected["values"]},
+            {"": replay(recorder, [*vectors, "values"], **CASES[case].rules)["values"]},
+        )
+        > 1e-3
+    )
 
 
 # ---- Fits, interrupted and repeated ----
 
 
 class ByStep(Net):
-    """Takes its batch by the step that it is at, so that a resumed run sees what the uninterrupted one saw."""
+    """Takes its batch by the step that it is at, so that a resumed run sees what the uninterrupted
+    one saw."""
 
     def training_step(self, batch, batch_idx=0):
         rows = slice(8 * (self.trainer.global_step % 4), 8 * (self.trainer.global_step % 4) + 8)
@@ -543,7 +700,11 @@ RESUMABLE = {
 @pytest.mark.parametrize("case", RESUMABLE)
 def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
     def go(callbacks, extra=(), **arguments):
-        module = make(ByStep, make_optimizer=adamw, make_scheduler=CASES[case].make_scheduler if case in CASES else None)
+        module = make(
+            ByStep,
+            make_optimizer=adamw,
+            make_scheduler=CASES[case].make_scheduler if case in CASES else None,
+        )
         trainer = fit(module, [*callbacks, *extra], max_epochs=3, **arguments)
         assert trainer.global_step == 12
         return everything(module, trainer, callbacks)
@@ -563,7 +724,9 @@ def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
 def test_resume_with_the_monitor_added_or_removed(case, tmp_path):
     def go(callbacks, extra=(), **arguments):
         module = make(ByStep, make_optimizer=adamw, make_scheduler=CASES[case].make_scheduler)
-        return everything(module, fit(module, [*extra, *callbacks], max_epochs=3, **arguments), callbacks)
+        return everything(
+            module, fit(module, [*extra, *callbacks], max_epochs=3, **arguments), callbacks
+        )
 
     def monitor():
         return NormDynamicsMonitor(1, tables=False)
@@ -587,7 +750,11 @@ def test_a_second_fit_starts_afresh(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_second_fit_of_one_trainer_with_evaluation_in_between(case):
-    module, recorder, data = make(make_optimizer=sgd, make_scheduler=CASES[case].make_scheduler), Recorder(), loader()
+    module, recorder, data = (
+        make(make_optimizer=sgd, make_scheduler=CASES[case].make_scheduler),
+        Recorder(),
+        loader(),
+    )
     trainer = fit(module, [recorder, *CASES[case].callbacks()], max_steps=5)
     before = weights_of(module)
     trainer.validate(module, data, verbose=False)
@@ -649,7 +816,9 @@ def test_the_tuner_leaves_no_trace(case):
 def test_the_tuner_as_a_callback_of_a_second_fit(first):
     def go(finder):
         callbacks = CASES["all"].callbacks()
-        fit(make(make_optimizer=sgd), callbacks, max_steps=5)  # what it counted must not come back with the tuner's checkpoint
+        fit(
+            make(make_optimizer=sgd), callbacks, max_steps=5
+        )  # what it counted must not come back with the tuner's checkpoint
         module = make(Tunable, make_optimizer=sgd)
         fit(module, [*finder, *callbacks] if first else [*callbacks, *finder])
         return weights_of(module)
@@ -669,7 +838,10 @@ class Remembers(Net):
     def configure_optimizers(self):
         made = super().configure_optimizers()
         self.made = [made] if isinstance(made, torch.optim.Optimizer) else made
-        self.groups = [[(id(g), g["weight_decay"], [id(p) for p in g["params"]]) for g in o.param_groups] for o in self.made]
+        self.groups = [
+            [(id(g), g["weight_decay"], [id(p) for p in g["params"]]) for g in o.param_groups]
+            for o in self.made
+        ]
         return made
 
     def training_step(self, batch, batch_idx=0):
@@ -678,13 +850,19 @@ class Remembers(Net):
         return super().training_step(batch, batch_idx)
 
     def as_made(self) -> bool:
-        now = [[(id(g), g["weight_decay"], [id(p) for p in g["params"]]) for g in o.param_groups] for o in self.made]
-        forward_hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules())
+        now = [
+            [(id(g), g["weight_decay"], [id(p) for p in g["params"]]) for g in o.param_groups]
+            for o in self.made
+        ]
+        forward_hooks = sum(
+            len(m._forward_hooks) + len(m._forward_pre_hooks) for m in self.modules()
+        )
         return now == self.groups and sum(map(hooks, self.made)) == 0 and forward_hooks == 0
 
 
 class FailingSGD(torch.optim.SGD):
-    """Fails inside its third step, where it sees split param groups; its ``step`` is that of SGD, whose decay can be taken over."""
+    """Fails inside its third step, where it sees split param groups; its ``step`` is that of SGD,
+    whose decay can be taken over."""
 
     calls = 0
 
@@ -694,7 +872,9 @@ class FailingSGD(torch.optim.SGD):
 
     def _init_group(self, group, *lists):
         first = group is self.param_groups[0]
-        is_a_trial = not any(id(p) in self.trained for p in group["params"])  # on scratch weights, before the fit
+        is_a_trial = not any(
+            id(p) in self.trained for p in group["params"]
+        )  # on scratch weights, before the fit
         if first and len(self.param_groups) > 1 and not is_a_trial:
             self.calls += 1
             if self.calls == 3:
@@ -720,7 +900,9 @@ def test_an_exception_leaves_nothing_behind(case, fails_at):
     run(callbacks, MODES["sgd"])  # and can be used again
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if CASES[c].rules and c not in ("aws-keep", "wrs-keep", "lr-drop")])
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if CASES[c].rules and c not in ("aws-keep", "wrs-keep", "lr-drop")]
+)
 def test_an_exception_within_the_optimizer_restores_its_param_groups(case):
     module = make(Remembers, make_optimizer=lambda p: FailingSGD(p, lr=0.1, weight_decay=0.1))
     with pytest.raises(RuntimeError, match="the optimizer fails"):
@@ -750,10 +932,20 @@ class KeepsRows(Logger):
 def _fit_under_ddp(case: str) -> tuple[dict[str, Any], float, int, int, str]:
     logger, recorder, printed = KeepsRows(), Recorder(), io.StringIO()
     monitor = NormDynamicsMonitor(1, tables=False)
-    callbacks = [*(c for c in CASES[case].callbacks() if not isinstance(c, NormDynamicsMonitor)), monitor]
+    callbacks = [
+        *(c for c in CASES[case].callbacks() if not isinstance(c, NormDynamicsMonitor)),
+        monitor,
+    ]
     module = make(make_optimizer=sgd, make_scheduler=CASES[case].make_scheduler)
     with contextlib.redirect_stdout(printed):
-        fit(module, [recorder, *callbacks], strategy="ddp", devices=2, logger=logger, log_every_n_steps=1)
+        fit(
+            module,
+            [recorder, *callbacks],
+            strategy="ddp",
+            devices=2,
+            logger=logger,
+            log_every_n_steps=1,
+        )
     logged = sum("normdyn/weight_norm" in row for row in logger.rows)
     weights = weights_of(module)
     return (
@@ -814,7 +1006,10 @@ def test_lightning_cli_builds_the_callbacks_from_yaml(tmp_path):
     (tmp_path / "config.yaml").write_text(CONFIG)
     recorder = Recorder()
     cli = LightningCLI(
-        CliNet, args=["fit", "--config", "config.yaml"], save_config_callback=None, trainer_defaults={"callbacks": [recorder]}
+        CliNet,
+        args=["fit", "--config", "config.yaml"],
+        save_config_callback=None,
+        trainer_defaults={"callbacks": [recorder]},
     )
     check(cli.model, recorder, CASES["all"])
     monitor = next(c for c in cli.trainer.callbacks if isinstance(c, NormDynamicsMonitor))

@@ -1,4 +1,5 @@
-"""Who decays a weight and by how much: told in one place, measured on weights that nothing but the decay moves."""
+"""Who decays a weight and by how much: told in one place, measured on weights that nothing but the
+decay moves."""
 
 from __future__ import annotations
 
@@ -22,7 +23,14 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.callbacks import NormDynCallback
-from lightning_normdyn.decay import Decay, DecayOwner, DecayRule, decay_of, highest_claim, optimizer_decay
+from lightning_normdyn.decay import (
+    Decay,
+    DecayOwner,
+    DecayRule,
+    decay_of,
+    highest_claim,
+    optimizer_decay,
+)
 from lightning_normdyn.steps import Phase
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -67,7 +75,9 @@ def test_a_decay_acts_like_its_decoupled_equivalent(kind: Any, options: Any, fac
     assert log(before / parameter.norm().item()) / 100 == pytest.approx(LR * float(found), rel=6e-3)
 
 
-@pytest.mark.parametrize("kind", [ADAM, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam])
+@pytest.mark.parametrize(
+    "kind", [ADAM, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam]
+)
 def test_a_decay_that_the_gradient_divides_has_no_equivalent(kind: Any) -> None:
     optimizer = kind([nn.Parameter(weight())], lr=LR, weight_decay=DECAY)
     assert optimizer_decay(optimizer, optimizer.param_groups[0]) is None
@@ -78,7 +88,10 @@ def test_a_decay_that_the_gradient_divides_has_no_equivalent(kind: Any) -> None:
 def test_who_claims_a_decay_and_who_acts_besides() -> None:
     group = {"lr": 0.1, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": DECAY}
     shrink, kept = (DecayRule(DecayOwner.SHRINK, claims, alpha=0.2) for claims in (True, False))
-    projection, rescaling = DecayRule(DecayOwner.PROJECTION, True, "replace", 0.1), DecayRule(DecayOwner.RESCALING, True)
+    projection, rescaling = (
+        DecayRule(DecayOwner.PROJECTION, True, "replace", 0.1),
+        DecayRule(DecayOwner.RESCALING, True),
+    )
 
     def told(*rules: DecayRule) -> Decay:
         return decay_of(SGD, group, rules, highest_claim(rules))
@@ -102,7 +115,9 @@ def test_who_claims_a_decay_and_who_acts_besides() -> None:
 class Norms(L.Callback):
     """The norms before the first and after every step."""
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         if batch_idx == 0:
             self.seen = [pl_module.weight.detach().norm(dim=1)]
 
@@ -118,11 +133,20 @@ def decoupled(p: Any) -> Any:
     return ADAMW(p, lr=0.1, weight_decay=DECAY)
 
 
-def recorded(make_optimizer: Any, callbacks: Any, steps: int = 4, scale: float = 0.0, **arguments: Any) -> tuple[Any, Tensor]:
-    """The shares in the history, and those that the weights really lost, ``(steps, vectors)`` each."""
+def recorded(
+    make_optimizer: Any, callbacks: Any, steps: int = 4, scale: float = 0.0, **arguments: Any
+) -> tuple[Any, Tensor]:
+    """The shares in the history, and those that the weights really lost, ``(steps, vectors)``
+    each."""
     monitor, norms = NormDynamicsMonitor(1, per_vector=True, tables=False), Norms()
     data = batches([scale * n for n in noise(steps, SHAPE)])
-    fit(Walk(weight(), make_optimizer), [monitor, norms, *callbacks], data, max_epochs=1, **arguments)
+    fit(
+        Walk(weight(), make_optimizer),
+        [monitor, norms, *callbacks],
+        data,
+        max_epochs=1,
+        **arguments,
+    )
     lengths = torch.stack(norms.seen)
     shares = torch.from_numpy(monitor.history.vectors("decay/weight")[1]).double()
     return shares, 1 - lengths[1:] / lengths[:-1]
@@ -166,7 +190,9 @@ FAR = 1000
     ],
 )
 @pytest.mark.parametrize("order", [1, -1])
-def test_a_record_holds_what_the_weights_lost(make_optimizer: Any, callbacks: Any, order: int) -> None:
+def test_a_record_holds_what_the_weights_lost(
+    make_optimizer: Any, callbacks: Any, order: int
+) -> None:
     """Without a gradient nothing but the decay moves them."""
     shares, lost = recorded(make_optimizer, [make() for make in callbacks][::order])
     assert torch.allclose(shares, lost, rtol=1e-5, atol=1e-12)
@@ -212,14 +238,26 @@ class Pulls(NormDynCallback):
     ],
     ids=["coupled Adam", "a rule of somebody else", "by the size of other vectors"],
 )
-def test_what_nobody_can_tell_is_recorded_as_such_and_not_replayed(make_optimizer: Any, callbacks: Any, tmp_path: Any) -> None:
+def test_what_nobody_can_tell_is_recorded_as_such_and_not_replayed(
+    make_optimizer: Any, callbacks: Any, tmp_path: Any
+) -> None:
     monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
-    fit(Walk(weight(), make_optimizer), [monitor, *(make() for make in callbacks)], batches(noise(3, SHAPE)), max_epochs=1)
+    fit(
+        Walk(weight(), make_optimizer),
+        [monitor, *(make() for make in callbacks)],
+        batches(noise(3, SHAPE)),
+        max_epochs=1,
+    )
     shares = torch.from_numpy(monitor.history.vectors("decay/weight")[1])
     assert shares.isnan().all()
     monitor.history.save(tmp_path / "history.npz")
     with pytest.raises(NormDynError, match="holds no decay for `weight`"):
-        fit(Walk(weight(), plain), [EffectiveLRReplay(tmp_path / "history.npz")], batches(noise(3, SHAPE)), max_epochs=1)
+        fit(
+            Walk(weight(), plain),
+            [EffectiveLRReplay(tmp_path / "history.npz")],
+            batches(noise(3, SHAPE)),
+            max_epochs=1,
+        )
 
 
 def test_a_replay_beside_a_rule_of_somebody_else_is_refused_by_name(tmp_path: Any) -> None:

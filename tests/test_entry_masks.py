@@ -1,4 +1,5 @@
-"""What the loss reads of a masked weight, by whatever operation it is masked; only that counts as length."""
+"""What the loss reads of a masked weight, by whatever operation it is masked; only that counts as
+length."""
 
 from __future__ import annotations
 
@@ -15,12 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    NormDynamicsMonitor,
+    RadialProjection,
+    WeightRescaling,
+)
 from lightning_normdyn.entry_masks import MaskMemory
 from lightning_normdyn.targets import ScaleInvarianceSearch, Verdict, inspect_module
 from lightning_normdyn.vectors import Partition, WeightVectors
 
-KEPT = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 0, 0, 1], [0, 1, 1, 1, 1], [1, 1, 0, 1, 0]], dtype=torch.bool)
+KEPT = torch.tensor(
+    [[1, 0, 1, 1, 0], [1, 1, 0, 0, 1], [0, 1, 1, 1, 1], [1, 1, 0, 1, 0]], dtype=torch.bool
+)
 
 
 class Masked(nn.Module):
@@ -58,7 +66,17 @@ class Masked(nn.Module):
         return F.linear(x, self.masked())
 
 
-WAYS = ("product", "product with numbers", "where", "where not", "masked_fill", "transposed", "flat", "cast", "twice")
+WAYS = (
+    "product",
+    "product with numbers",
+    "where",
+    "where not",
+    "masked_fill",
+    "transposed",
+    "flat",
+    "cast",
+    "twice",
+)
 
 
 def read_of(net: nn.Module, name: str, batches: int = 2) -> Tensor | None:
@@ -78,7 +96,9 @@ def test_every_way_to_mask_is_seen(how):
     assert torch.equal(read_of(net, "0.weight"), expected)
 
 
-@pytest.mark.parametrize(("cut", "kept"), [(torch.tril, torch.ones(4, 5).tril()), (torch.triu, torch.ones(4, 5).triu())])
+@pytest.mark.parametrize(
+    ("cut", "kept"), [(torch.tril, torch.ones(4, 5).tril()), (torch.triu, torch.ones(4, 5).triu())]
+)
 def test_triangles_are_seen_at_once(cut, kept):
     class Triangle(Masked):
         def masked(self):
@@ -141,7 +161,9 @@ def test_a_use_that_a_factor_of_zero_switches_off_says_nothing():
         def forward(self, x):
             return F.linear(x, self.weight * self.mask) + F.linear(x, torch.zeros(()) * self.weight)
 
-    assert torch.equal(read_of(nn.Sequential(SwitchedOff(""), nn.BatchNorm1d(4)).double(), "0.weight"), KEPT)
+    assert torch.equal(
+        read_of(nn.Sequential(SwitchedOff(""), nn.BatchNorm1d(4)).double(), "0.weight"), KEPT
+    )
 
     class Nothing(Masked):
         def forward(self, x):
@@ -156,7 +178,9 @@ def test_two_masks_of_two_uses_join():
             return F.linear(x, self.weight * self.mask) + F.linear(x, torch.tril(self.weight))
 
     expected = KEPT | torch.ones(4, 5).tril().bool()
-    assert torch.equal(read_of(nn.Sequential(Halves(""), nn.BatchNorm1d(4)).double(), "0.weight"), expected)
+    assert torch.equal(
+        read_of(nn.Sequential(Halves(""), nn.BatchNorm1d(4)).double(), "0.weight"), expected
+    )
 
 
 def test_a_product_without_zeros_is_no_mask():
@@ -196,10 +220,16 @@ def test_a_memory_asks_for_a_second_look_and_again_after_pruning():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("partition", [Partition.filters((4, 5)), Partition.layer((4, 5)), Partition.filters((4, 5), axis=1)])
+@pytest.mark.parametrize(
+    "partition",
+    [Partition.filters((4, 5)), Partition.layer((4, 5)), Partition.filters((4, 5), axis=1)],
+)
 def test_sums_are_those_of_the_entries_that_are_read(partition, dtype):
     torch.manual_seed(0)
-    weight, plain = nn.Parameter(torch.randn(4, 5).to(dtype)), nn.Parameter(torch.randn(3, 2).to(dtype))
+    weight, plain = (
+        nn.Parameter(torch.randn(4, 5).to(dtype)),
+        nn.Parameter(torch.randn(3, 2).to(dtype)),
+    )
     weight.grad, plain.grad = torch.randn(4, 5).to(dtype), torch.randn(3, 2).to(dtype)
     hidden = nn.Parameter((weight.detach() * KEPT).to(dtype))
     hidden.grad = weight.grad * KEPT
@@ -209,7 +239,14 @@ def test_sums_are_those_of_the_entries_that_are_read(partition, dtype):
 
     assert torch.allclose(vectors.norms(), truth.norms(), rtol=1e-6)
     assert vectors.length[: partition.n].tolist() == partition.lengths((4, 5), KEPT).tolist()
-    pairs = lambda v: ((v.values(), v.gradients()), (v.gradients(), v.gradients()), (v.values(), None))  # noqa: E731
+
+    def pairs(v):
+        return (
+            (v.values(), v.gradients()),
+            (v.gradients(), v.gradients()),
+            (v.values(), None),
+        )
+
     assert torch.allclose(vectors.inner(*pairs(vectors)), truth.inner(*pairs(truth)), rtol=1e-6)
 
     before = [w.detach().clone() for w in (weight, plain)]
@@ -218,13 +255,17 @@ def test_sums_are_those_of_the_entries_that_are_read(partition, dtype):
             w.add_(torch.ones_like(w) * (KEPT if w is hidden else 1), alpha=0.25)
         plain.add_(0.25)
     before_of_truth = [before[0] * KEPT, before[1]]
-    assert torch.allclose(vectors.displacement(before), truth.displacement(before_of_truth), rtol=1e-5)
+    assert torch.allclose(
+        vectors.displacement(before), truth.displacement(before_of_truth), rtol=1e-5
+    )
     if dtype != torch.bfloat16:
         share = torch.full((vectors.n,), 0.1, dtype=torch.float64)
         moved = plain.detach().clone()
         removed = vectors.remove_radial_(before, share)
         plain.data.copy_(moved)
-        assert torch.allclose(removed, truth.remove_radial_(before_of_truth, share), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(
+            removed, truth.remove_radial_(before_of_truth, share), rtol=1e-5, atol=1e-6
+        )
         assert torch.allclose(weight.detach() * KEPT, hidden.detach(), rtol=1e-5)
 
 
@@ -240,13 +281,17 @@ def test_a_copy_on_the_way_keeps_the_hidden_entries():
 
 
 def masked_net() -> nn.Sequential:
-    conv = nn.Sequential(nn.Flatten(), nn.Linear(36, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    conv = nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)
+    )
     prune.custom_from_mask(conv[1], "weight", (torch.arange(6 * 36).view(6, 36) % 3 > 0).float())
     return conv
 
 
 def test_norm_and_angle_are_those_of_what_the_network_computes_with():
-    module = make(net=masked_net(), make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1))
+    module = make(
+        net=masked_net(), make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1)
+    )
     monitor = NormDynamicsMonitor(1, tables=False)
 
     class Watches(L.Callback):
@@ -254,7 +299,9 @@ def test_norm_and_angle_are_those_of_what_the_network_computes_with():
             self.weights = []
 
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            self.weights.append((pl_module.net[1].weight_orig * pl_module.net[1].weight_mask).detach().clone())
+            self.weights.append(
+                (pl_module.net[1].weight_orig * pl_module.net[1].weight_mask).detach().clone()
+            )
 
     watches = Watches()
     fit(module, [watches, monitor], loader())
@@ -268,7 +315,10 @@ def test_norm_and_angle_are_those_of_what_the_network_computes_with():
     assert angles[:-1] == pytest.approx(truth, rel=1e-4)
 
 
-@pytest.mark.parametrize("make_callbacks", [lambda: [WeightRescaling(1)], lambda: [WeightRescaling(1), RadialProjection()]])
+@pytest.mark.parametrize(
+    "make_callbacks",
+    [lambda: [WeightRescaling(1)], lambda: [WeightRescaling(1), RadialProjection()]],
+)
 def test_a_rescaled_weight_has_its_norm_where_it_is_read(make_callbacks):
     module = make(net=masked_net())
     fit(module, make_callbacks(), loader())
@@ -287,7 +337,9 @@ def test_a_shrink_follows_the_norm_that_is_read():
 
     module.make_optimizer = lambda p: torch.optim.SGD([p[0]] if isinstance(p, list) else p, lr=lr)
     fit(module, [AdaptiveWeightShrink(2.0)], loader(8), max_epochs=1)
-    step = module.net[1].weight_orig.detach() + 0  # after one step: f w - lr g, and g is 0 where hidden
+    step = (
+        module.net[1].weight_orig.detach() + 0
+    )  # after one step: f w - lr g, and g is 0 where hidden
     mask = module.net[1].weight_mask
     norm = (before * mask).norm(dim=1, keepdim=True)
     factor = 1 - lr * 2.0 * norm
@@ -301,7 +353,9 @@ def test_pruning_in_mid_training_is_followed():
             if trainer.current_epoch:
                 prune.random_unstructured(pl_module.net[1], "weight", amount=0.4)
 
-    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    net = nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 6, bias=False), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)
+    )
     module = make(net=net)
     monitor = NormDynamicsMonitor(1, tables=False)
     fit(module, [Prunes(), monitor, WeightRescaling(1)], loader(), max_epochs=3)

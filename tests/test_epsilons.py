@@ -12,10 +12,15 @@ from lightning_normdyn.epsilons import EpsilonShare, EpsilonWatch, epsilon_of, s
 class OwnRMSNorm(nn.Module):
     def __init__(self, size, eps):
         super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size, dtype=torch.float64)), eps
+        self.weight, self.variance_epsilon = (
+            nn.Parameter(torch.ones(size, dtype=torch.float64)),
+            eps,
+        )
 
     def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
 
 NORMS = {
@@ -39,12 +44,16 @@ def test_the_statistic_is_what_the_module_divides_by(name):
     vars(norm).update(tiny)
     statistic = statistic_of(norm, x)
     small = norm(x)
-    largest = 1e12 * statistic.max().item()  # an epsilon that is all there is: x / sqrt(eps), whatever the statistic
+    largest = (
+        1e12 * statistic.max().item()
+    )  # an epsilon that is all there is: x / sqrt(eps), whatever the statistic
     vars(norm).update(dict.fromkeys(tiny, largest))
     large = norm(x) * largest**0.5
     ratio = (large / small).flatten()  # the root of the statistic, entry for entry
     found = torch.unique((ratio**2 * 1e6).round() / 1e6)
-    assert torch.allclose(found, torch.unique((statistic * 1e6).round() / 1e6), rtol=1e-4, atol=2e-6)
+    assert torch.allclose(
+        found, torch.unique((statistic * 1e6).round() / 1e6), rtol=1e-4, atol=2e-6
+    )
 
 
 def test_no_epsilon_is_no_share():

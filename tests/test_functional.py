@@ -37,7 +37,9 @@ LOW_PRECISION = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def sums(a, b):
@@ -54,11 +56,15 @@ def test_sizes_equal_the_naive_ones_in_any_dtype(dtype):
     for ours, naive in ((weight_norm, reference.norm), (weight_std, reference.std)):
         result = ours(weight)
         assert result.dtype == expected
-        torch.testing.assert_close(result, torch.stack([naive(w) for w in weight.double()]).to(expected))
+        torch.testing.assert_close(
+            result, torch.stack([naive(w) for w in weight.double()]).to(expected)
+        )
 
 
 def test_sizes_keep_what_a_sum_in_the_storage_dtype_would_lose():
-    weight = torch.full((1, 70_000), 300.0, dtype=torch.float16)  # the sum of squares overflows float16
+    weight = torch.full(
+        (1, 70_000), 300.0, dtype=torch.float16
+    )  # the sum of squares overflows float16
     assert weight_norm(weight).item() == pytest.approx(300 * math.sqrt(70_000))
     shifted = (1e4 + torch.tensor([[1.0, -1.0, 1.0, -1.0]])).float()
     assert weight_std(shifted).item() == 1.0
@@ -69,15 +75,22 @@ def test_sizes_from_sums():
     ww, w1 = sums(weight, weight), weight.sum(1)
     torch.testing.assert_close(norm_from_sums(ww), weight_norm(weight))
     torch.testing.assert_close(std_from_sums(ww, w1, 40), weight_std(weight), rtol=1e-12, atol=0)
-    torch.testing.assert_close(std_from_sums(ww, w1, torch.full((5,), 40)), weight_std(weight), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        std_from_sums(ww, w1, torch.full((5,), 40)), weight_std(weight), rtol=1e-12, atol=0
+    )
     constant = torch.full((1, 3), 0.1, dtype=torch.float64)
-    assert std_from_sums(sums(constant, constant), constant.sum(1), 3).item() == pytest.approx(0, abs=1e-8)  # never the root of -1e-18
+    assert std_from_sums(sums(constant, constant), constant.sum(1), 3).item() == pytest.approx(
+        0, abs=1e-8
+    )  # never the root of -1e-18
 
 
 def test_a_vector_without_a_second_dimension_is_refused():
     with pytest.raises(ValueError, match=r"two or more dimensions, \(n, d\), got shape \(3,\)"):
         weight_norm(torch.ones(3))
-    with pytest.raises(ValueError, match=r"`before` and `after` must have the same shape, got \(3, 2\) and \(1, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"`before` and `after` must have the same shape, got \(3, 2\) and \(1, 2\)",
+    ):
         angular_update(torch.ones(3, 2), torch.ones(1, 2))
 
 
@@ -87,8 +100,12 @@ def test_a_vector_without_a_second_dimension_is_refused():
 def test_effective_learning_rates_and_the_identity_between_them():
     norm = torch.tensor([0.5, 2.0], dtype=torch.float64)
     torch.testing.assert_close(effective_lr(0.1, norm), 0.1 / norm)
-    torch.testing.assert_close(effective_lr(0.1, norm).square(), 0.1 * direction_lr(0.1, norm))  # elr_S0 = sqrt(eta elr_dir)
-    torch.testing.assert_close(direction_lr(torch.tensor(0.1, dtype=torch.float64), norm), 0.1 / norm**2)  # a tensor as learning rate
+    torch.testing.assert_close(
+        effective_lr(0.1, norm).square(), 0.1 * direction_lr(0.1, norm)
+    )  # elr_S0 = sqrt(eta elr_dir)
+    torch.testing.assert_close(
+        direction_lr(torch.tensor(0.1, dtype=torch.float64), norm), 0.1 / norm**2
+    )  # a tensor as learning rate
 
 
 @pytest.mark.parametrize("function", [effective_lr, direction_lr])
@@ -102,7 +119,8 @@ def test_no_learning_rate_for_a_vector_without_direction(function):
 
 
 def turned(angle, growth, d=64, seed=0):
-    """Vectors w and w' in float64 with the angle and the ratio of norms asked for, random directions."""
+    """Vectors w and w' in float64 with the angle and the ratio of norms asked for, random
+    directions."""
     w = randn(1, d, seed=seed)
     across = project_tangent(randn(1, d, seed=seed + 1), w)
     across = across / across.norm() * w.norm()
@@ -152,12 +170,16 @@ def test_no_angle_without_two_directions():
     before, after = torch.cat([one, zero, zero, bad, one]), torch.cat([zero, one, zero, one, bad])
     assert angular_update(before, after).isnan().all()
     delta = after - before
-    assert angle_from_sums(sums(before, before), sums(before, delta), sums(delta, delta)).isnan().all()
+    assert (
+        angle_from_sums(sums(before, before), sums(before, delta), sums(delta, delta)).isnan().all()
+    )
 
 
 def test_the_effective_step_is_the_chord():
     before, after = randn(8, 30), randn(8, 30, seed=1)
-    chord = (after / after.norm(dim=1, keepdim=True) - before / before.norm(dim=1, keepdim=True)).norm(dim=1)
+    chord = (
+        after / after.norm(dim=1, keepdim=True) - before / before.norm(dim=1, keepdim=True)
+    ).norm(dim=1)
     torch.testing.assert_close(effective_step_size(angular_update(before, after)), chord)
 
 
@@ -178,7 +200,9 @@ def test_shrinking_is_eq_21(statistic):
     weight = randn(6, 3, 2, 2)
     size = (weight_norm if statistic == "norm" else weight_std)(weight)
     expected = reference.Shrink(0.05, statistic)(weight, lr=0.3)
-    torch.testing.assert_close(shrink_factor(size, 0.3, 0.05).view(-1, 1, 1, 1) * weight, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        shrink_factor(size, 0.3, 0.05).view(-1, 1, 1, 1) * weight, expected, rtol=0, atol=1e-14
+    )
 
 
 def test_per_vector_learning_rates():
@@ -200,7 +224,9 @@ def test_projection_is_idempotent_tangent_and_equal_to_the_naive_one():
     projected = project_tangent(update, weight)
     assert (sums(projected, weight)).abs().max() < 1e-14
     torch.testing.assert_close(project_tangent(projected, weight), projected, rtol=0, atol=1e-15)
-    torch.testing.assert_close(projected, reference.tangent(update, weight, "filter"), rtol=0, atol=1e-14)
+    torch.testing.assert_close(
+        projected, reference.tangent(update, weight, "filter"), rtol=0, atol=1e-14
+    )
     along = radial_coefficient(sums(weight, weight), sums(weight, update)).view(-1, 1, 1)
     torch.testing.assert_close(update - along * weight, projected, rtol=0, atol=1e-15)
 
@@ -208,14 +234,21 @@ def test_projection_is_idempotent_tangent_and_equal_to_the_naive_one():
 def test_projection_leaves_alone_what_has_no_tangent():
     update, weight = torch.ones(3, 2), torch.tensor([[0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
     assert torch.equal(project_tangent(update, weight), update)
-    assert project_tangent(torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)).dtype == torch.float32
+    assert (
+        project_tangent(
+            torch.ones(1, 2, dtype=torch.bfloat16), torch.ones(1, 2, dtype=torch.bfloat16)
+        ).dtype
+        == torch.float32
+    )
 
 
 def test_cosine():
     weight, grad = randn(6, 20), randn(6, 20, seed=1)
     expected = torch.nn.functional.cosine_similarity(weight, grad)
     torch.testing.assert_close(gradient_cosine(weight, grad), expected)
-    torch.testing.assert_close(cosine_from_sums(sums(weight, weight), sums(weight, grad), sums(grad, grad)), expected)
+    torch.testing.assert_close(
+        cosine_from_sums(sums(weight, weight), sums(weight, grad), sums(grad, grad)), expected
+    )
     assert gradient_cosine(weight, -3 * weight).tolist() == pytest.approx([-1.0] * 6)
     assert gradient_cosine(weight, -3 * weight).min() >= -1
     assert gradient_cosine(torch.zeros(1, 2), torch.ones(1, 2)).item() == 0
@@ -255,7 +288,9 @@ def test_momentum_makes_the_norm_grow_as_lemma_2_2_says():
         cross = sum(beta ** (t - k) * history[k] for k in range(t))
         after = weight - lr * p
         growth = weight_norm(after).square() - weight_norm(weight).square()
-        torch.testing.assert_close(growth, lr**2 * history[t] + 2 * lr**2 * cross, rtol=1e-10, atol=1e-13)
+        torch.testing.assert_close(
+            growth, lr**2 * history[t] + 2 * lr**2 * cross, rtol=1e-10, atol=1e-13
+        )
         weight = after
 
 
@@ -273,7 +308,10 @@ def test_the_square_basis_is_a_rotation_and_the_truncated_one_is_not():
     truncated = input_space_projection(weight, covariance, rank=4)
     torch.testing.assert_close(truncated, rotated[:, :4])
     torch.testing.assert_close(
-        in_span_energy(weight, basis[:, :4]), weight_norm(truncated).square() / weight_norm(weight).square(), rtol=1e-12, atol=0
+        in_span_energy(weight, basis[:, :4]),
+        weight_norm(truncated).square() / weight_norm(weight).square(),
+        rtol=1e-12,
+        atol=0,
     )
 
 
@@ -296,7 +334,10 @@ def test_input_space_edges():
     assert spectral_rank(torch.tensor([1.0, 1.0, 1.0, 1.0]), 0.5) == 2
     assert spectral_rank(torch.tensor([1.0, -1e-18]), 1.0) == 1
     assert in_span_energy(torch.zeros(1, 2), torch.eye(2)).isnan().item()
-    with pytest.raises(ValueError, match=r"`covariance` must be \(4, 4\) for vectors of 4 entries, got shape \(2, 2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"`covariance` must be \(4, 4\) for vectors of 4 entries, got shape \(2, 2\)",
+    ):
         input_space_projection(torch.ones(3, 4), torch.eye(2))
     with pytest.raises(ValueError, match="`rank` must be between 1 and 2, got 3"):
         input_space_projection(torch.ones(3, 2), torch.eye(2), rank=3)
@@ -314,14 +355,20 @@ def test_input_space_edges():
 def generalized_gaussian(shape, n, seed=0):
     """|x|^shape is Gamma(1/shape): exact samples for any shape."""
     rng = np.random.default_rng(seed)
-    return torch.from_numpy(rng.gamma(1 / shape, size=n) ** (1 / shape) * rng.choice([-1, 1], size=n))
+    return torch.from_numpy(
+        rng.gamma(1 / shape, size=n) ** (1 / shape) * rng.choice([-1, 1], size=n)
+    )
 
 
 @pytest.mark.parametrize("method", ["moments", "mle"])
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])
 def test_the_shape_is_found_within_three_percent(method, shape):
-    """The mean of 5 draws of 20,000: at shape 4 the standard deviation of one draw is 3 % by itself."""
-    estimates = [generalized_gaussian_shape(7.5 * generalized_gaussian(shape, 20_000, seed), method=method) for seed in range(5)]
+    """The mean of 5 draws of 20,000: at shape 4 the standard deviation of one draw is 3 % by
+    itself."""
+    estimates = [
+        generalized_gaussian_shape(7.5 * generalized_gaussian(shape, 20_000, seed), method=method)
+        for seed in range(5)
+    ]
     assert np.mean(estimates) == pytest.approx(shape, rel=0.03)
 
 
@@ -332,7 +379,9 @@ def test_the_moment_ratio_inverts_its_closed_form(shape):
     quantiles = torch.from_numpy(stats.gennorm.ppf((np.arange(200_000) + 0.5) / 200_000, shape))
     ratio = (quantiles.abs().mean() ** 2 / quantiles.square().mean()).item()
     estimate = generalized_gaussian_shape(quantiles)
-    back = math.exp(2 * math.lgamma(2 / estimate) - math.lgamma(1 / estimate) - math.lgamma(3 / estimate))
+    back = math.exp(
+        2 * math.lgamma(2 / estimate) - math.lgamma(1 / estimate) - math.lgamma(3 / estimate)
+    )
     assert back == pytest.approx(ratio, abs=1e-12)
     assert estimate == pytest.approx(shape, rel=0.01)
 
@@ -352,10 +401,17 @@ def test_the_shape_of_odd_data(method):
     assert generalized_gaussian_shape(torch.ones(10), method=method) == pytest.approx(50)
     spike = torch.zeros(10_000).index_fill(0, torch.tensor([0]), 1.0)
     assert generalized_gaussian_shape(spike, method=method) < 0.15
-    for nothing in (torch.zeros(10), torch.empty(0), torch.tensor([1.0, math.nan]), torch.tensor([1.0, math.inf])):
+    for nothing in (
+        torch.zeros(10),
+        torch.empty(0),
+        torch.tensor([1.0, math.nan]),
+        torch.tensor([1.0, math.inf]),
+    ):
         assert math.isnan(generalized_gaussian_shape(nothing, method=method))
     scaled = randn(1000)
-    assert generalized_gaussian_shape(1e-30 * scaled, method=method) == pytest.approx(generalized_gaussian_shape(scaled, method=method))
+    assert generalized_gaussian_shape(1e-30 * scaled, method=method) == pytest.approx(
+        generalized_gaussian_shape(scaled, method=method)
+    )
 
 
 def test_an_unknown_method_is_refused():
@@ -371,8 +427,26 @@ def test_no_host_synchronisation_and_no_branch_on_values():
         w, g, n = torch.randn(4, 6), torch.randn(4, 6), torch.randn(4)
         lr = torch.tensor(0.1)
         for result in (
-            *(weight_norm(w), weight_std(w), effective_lr(lr, n), direction_lr(lr, n), angular_update(w, g), effective_step_size(n)),
-            *(shrink_factor(n, lr, 0.1), rescale_factor(n, 1.0), project_tangent(g, w), gradient_cosine(w, g), norm_from_sums(n)),
-            *(angle_from_sums(n, n, n), radial_coefficient(n, n), cosine_from_sums(n, n, n), std_from_sums(n, n, 6)),
+            *(
+                weight_norm(w),
+                weight_std(w),
+                effective_lr(lr, n),
+                direction_lr(lr, n),
+                angular_update(w, g),
+                effective_step_size(n),
+            ),
+            *(
+                shrink_factor(n, lr, 0.1),
+                rescale_factor(n, 1.0),
+                project_tangent(g, w),
+                gradient_cosine(w, g),
+                norm_from_sums(n),
+            ),
+            *(
+                angle_from_sums(n, n, n),
+                radial_coefficient(n, n),
+                cosine_from_sums(n, n, n),
+                std_from_sums(n, n, 6),
+            ),
         ):
             assert result.shape[0] == 4

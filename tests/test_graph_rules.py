@@ -1,4 +1,5 @@
-"""How a scale flows through single operations: what is claimed holds, what is expected is found, what is not understood is said."""
+"""How a scale flows through single operations: what is claimed holds, what is expected is found,
+what is not understood is said."""
 
 from __future__ import annotations
 
@@ -11,10 +12,18 @@ import zoo
 from torch import nn
 
 from lightning_normdyn import graph_rules
-from lightning_normdyn.graph_rules import Flow, Offset, Rows, compact, new_offset, register_rule, reshaped
+from lightning_normdyn.graph_rules import (
+    Flow,
+    Offset,
+    Rows,
+    compact,
+    new_offset,
+    register_rule,
+    reshaped,
+)
 from lightning_normdyn.targets import ScaleInvarianceSearch, inspect_module, verify_scale_invariance
 
-# ------------------------------------------------------------------------------------------------ union-find and reshapes
+# -------------------------------------------------------------------------- union-find and reshapes
 
 
 def naive_classes(n: int, pairs) -> list[int]:
@@ -65,7 +74,10 @@ def test_reshapes_equal_expanding_first(small, old, new):
 
 
 def test_reshapes_of_nothing():
-    assert reshaped(Flow(1, torch.ones(1, 3, dtype=torch.long)), (0, 3), (3, 0)).rows.shape == (1, 1)
+    assert reshaped(Flow(1, torch.ones(1, 3, dtype=torch.long)), (0, 3), (3, 0)).rows.shape == (
+        1,
+        1,
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,14 +85,22 @@ def test_reshapes_of_nothing():
     [
         ((False, True, False), (4, 6, 5), (4, 6, 5, 1), (False, True, False, False), "b"),
         ((False, True, False), (4, 6, 5), (4, 2, 3, 5), (False, True, True, False), None),
-        ((False, True, False), (4, 6, 5), (1, 24, 5), (False, True, False), "b"),  # InstanceNorm: the bias again from its start
+        (
+            (False, True, False),
+            (4, 6, 5),
+            (1, 24, 5),
+            (False, True, False),
+            "b",
+        ),  # InstanceNorm: the bias again from its start
         ((True, False, False), (4, 6, 5), (1, 24, 5), (False, True, False), None),
         ((False, True), (4, 6), (24,), (True,), "b"),
     ],
 )
 def test_reshapes_of_offsets(varies, old, new, after, parameter):
     offset = Offset(varies, 0, "b")
-    result = reshaped(Flow(1, torch.ones([1] * len(old), dtype=torch.long), offset), old, new).offset
+    result = reshaped(
+        Flow(1, torch.ones([1] * len(old), dtype=torch.long), offset), old, new
+    ).offset
     assert result.varies == after
     assert result.parameter == parameter
 
@@ -94,11 +114,12 @@ def test_new_offsets_differ():
     assert new_offset([True]).token != new_offset([True]).token
 
 
-# ------------------------------------------------------------------------------------------------ single operations
+# -------------------------------------------------------------------------------- single operations
 
 
 def claim(net: nn.Module, *inputs) -> str:
-    """Kind of the first weight, after making sure that what is claimed holds (in float64, with tiny epsilons)."""
+    """Kind of the first weight, after making sure that what is claimed holds (in float64, with tiny
+    epsilons)."""
     for part in net.modules():
         if isinstance(getattr(part, "eps", None), float):
             part.eps = 1e-30
@@ -112,7 +133,8 @@ MISSED = "no"  # scale-invariant, but the bias is lost track of in rearrangement
 
 TO_ROWS = torch.tensor([1, 0, 1, 3])[:, None, None, None].expand(4, 4, 6, 6)
 
-# What stands between a convolution and its BatchNorm: (operation, kind without a bias, kind with one).
+# What stands between a convolution and its BatchNorm: (operation, kind without a bias, kind with
+# one).
 BETWEEN = {
     "nothing": (lambda x: x, "filter", "filter"),
     "relu": (F.relu, "filter", "no"),
@@ -239,7 +261,11 @@ BETWEEN = {
 def test_between_a_convolution_and_its_norm(name, bias):
     operation, without, with_bias = BETWEEN[name]
     torch.manual_seed(0)
-    net = zoo.Net(lambda m, x: m.n(operation(m.a(x))), a=nn.Conv2d(3, 4, 1, bias=bias), n=nn.BatchNorm2d(4, affine=False))
+    net = zoo.Net(
+        lambda m, x: m.n(operation(m.a(x))),
+        a=nn.Conv2d(3, 4, 1, bias=bias),
+        n=nn.BatchNorm2d(4, affine=False),
+    )
     assert claim(net, zoo.images(4, 3, 6)) == (with_bias if bias else without)
 
 
@@ -248,13 +274,25 @@ LINEAR_THEN = {
     "linear on sequences": (lambda m, x: m.n(m.a(x[None]).squeeze(0)), "filter"),
     "linear twice": (lambda m, x: m.n(m.a(m.a(x))), "layer"),
     "matmul": (lambda m, x: m.n(x @ m.a.weight.t()), "filter"),
-    "weight times": (lambda m, x: m.n(m.a.weight @ x.t()), "no"),  # rows against a norm over rows and columns: see below
+    "weight times": (
+        lambda m, x: m.n(m.a.weight @ x.t()),
+        "no",
+    ),  # rows against a norm over rows and columns: see below
     "einsum": (lambda m, x: m.n(torch.einsum("nd,ed->ne", x, m.a.weight)), "filter"),
-    "einsum in heads": (lambda m, x: m.n(torch.einsum("nd,hed->nhe", x, m.a.weight.view(2, 3, 6)).flatten(1)), "filter"),
+    "einsum in heads": (
+        lambda m, x: m.n(torch.einsum("nd,hed->nhe", x, m.a.weight.view(2, 3, 6)).flatten(1)),
+        "filter",
+    ),
     "bmm": (lambda m, x: m.n(torch.bmm(x[None], m.a.weight.t()[None])[0]), "filter"),
-    "baddbmm": (lambda m, x: m.n(torch.baddbmm(m.a.bias, x[None], m.a.weight.t()[None])[0]), "filter"),
+    "baddbmm": (
+        lambda m, x: m.n(torch.baddbmm(m.a.bias, x[None], m.a.weight.t()[None])[0]),
+        "filter",
+    ),
     "mv": (lambda m, x: m.n(torch.stack([m.a.weight.mv(row) for row in x])), "filter"),
-    "dot": (lambda m, x: m.n(torch.stack([torch.stack([w.dot(row) for w in m.a.weight]) for row in x])), "filter"),
+    "dot": (
+        lambda m, x: m.n(torch.stack([torch.stack([w.dot(row) for w in m.a.weight]) for row in x])),
+        "filter",
+    ),
     "tensordot": (lambda m, x: m.n(torch.tensordot(x, m.a.weight, ([1], [1]))), "filter"),
     "conv1d": (lambda m, x: m.n(F.conv1d(x[..., None], m.a.weight[..., None], m.a.bias)), "filter"),
     "product with itself": (lambda m, x: m.n(m.a(x) * m.a(x)), "no"),  # the bias
@@ -262,17 +300,41 @@ LINEAR_THEN = {
     "cast": (lambda m, x: m.n(F.linear(x.float(), m.a.weight.float()).double()), "filter"),
     "normalized rows": (lambda m, x: F.linear(x, F.normalize(m.a.weight)), "filter"),
     "normalized columns": (lambda m, x: F.linear(x, F.normalize(m.a.weight, dim=0)), "filter"),
-    "divided by its largest entry": (lambda m, x: F.linear(x, m.a.weight / m.a.weight.abs().max()), "layer"),
-    "divided by its sum of squares": (lambda m, x: F.linear(x, m.a.weight / m.a.weight.square().sum().sqrt()), "layer"),
-    "signs": (lambda m, x: F.linear(x, m.a.weight.sign()) + 0 * m.a.weight.sum(), "no"),  # straight-through in all but name
-    "standardized": (lambda m, x: F.linear(x, (m.a.weight - m.a.weight.mean(1, keepdim=True)) / m.a.weight.std(1, keepdim=True)), "filter"),
-    "var_mean": (
-        lambda m, x: (lambda v, u: F.linear(x, (m.a.weight - u) * v.rsqrt()))(*torch.var_mean(m.a.weight, 1, keepdim=True)),
+    "divided by its largest entry": (
+        lambda m, x: F.linear(x, m.a.weight / m.a.weight.abs().max()),
+        "layer",
+    ),
+    "divided by its sum of squares": (
+        lambda m, x: F.linear(x, m.a.weight / m.a.weight.square().sum().sqrt()),
+        "layer",
+    ),
+    "signs": (
+        lambda m, x: F.linear(x, m.a.weight.sign()) + 0 * m.a.weight.sum(),
+        "no",
+    ),  # straight-through in all but name
+    "standardized": (
+        lambda m, x: F.linear(
+            x, (m.a.weight - m.a.weight.mean(1, keepdim=True)) / m.a.weight.std(1, keepdim=True)
+        ),
         "filter",
     ),
-    "std_mean": (lambda m, x: (lambda s, u: F.linear(x, (m.a.weight - u) / s))(*torch.std_mean(m.a.weight, 1, keepdim=True)), "filter"),
+    "var_mean": (
+        lambda m, x: (lambda v, u: F.linear(x, (m.a.weight - u) * v.rsqrt()))(
+            *torch.var_mean(m.a.weight, 1, keepdim=True)
+        ),
+        "filter",
+    ),
+    "std_mean": (
+        lambda m, x: (lambda s, u: F.linear(x, (m.a.weight - u) / s))(
+            *torch.std_mean(m.a.weight, 1, keepdim=True)
+        ),
+        "filter",
+    ),
     "residual": (lambda m, x: m.n(x + m.a(x)), "no"),
-    "logged": (lambda m, x: (m.n(m.a(x)), m.a.weight.norm()), "no"),  # part of the outputs, so of the loss here
+    "logged": (
+        lambda m, x: (m.n(m.a(x)), m.a.weight.norm()),
+        "no",
+    ),  # part of the outputs, so of the loss here
 }
 
 
@@ -292,22 +354,50 @@ def test_linear_maps_and_normalized_weights(name):
 
 NORMS = {
     "BatchNorm": (nn.BatchNorm1d(8), "filter", "filter"),
-    "BatchNorm without statistics": (nn.BatchNorm1d(8, track_running_stats=False), "filter", "filter"),
+    "BatchNorm without statistics": (
+        nn.BatchNorm1d(8, track_running_stats=False),
+        "filter",
+        "filter",
+    ),
     "LayerNorm": (nn.LayerNorm(8), "layer", "no"),
     "RMSNorm": (nn.RMSNorm(8), "layer", "no"),
     "GroupNorm(2)": (nn.GroupNorm(2, 8), "group", "no"),
     "GroupNorm(1)": (nn.GroupNorm(1, 8), "layer", "no"),
     "normalize": (zoo.Net(lambda m, x: F.normalize(x)), "layer", "no"),
-    "RMSNorm by hand": (zoo.Net(lambda m, x: x / x.pow(2).mean(-1, keepdim=True).add(1e-30).sqrt()), "layer", "no"),
-    "LayerNorm by hand": (zoo.Net(lambda m, x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)), "layer", "no"),
-    "BatchNorm by hand": (zoo.Net(lambda m, x: (x - x.mean(0)) * (x.var(0) + 1e-30).rsqrt()), "filter", "filter"),
-    "mean absolute value": (zoo.Net(lambda m, x: x / x.abs().mean(-1, keepdim=True)), "layer", "no"),
-    "clamped norm": (zoo.Net(lambda m, x: x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)), "layer", "no"),
+    "RMSNorm by hand": (
+        zoo.Net(lambda m, x: x / x.pow(2).mean(-1, keepdim=True).add(1e-30).sqrt()),
+        "layer",
+        "no",
+    ),
+    "LayerNorm by hand": (
+        zoo.Net(lambda m, x: (x - x.mean(-1, keepdim=True)) / x.std(-1, keepdim=True)),
+        "layer",
+        "no",
+    ),
+    "BatchNorm by hand": (
+        zoo.Net(lambda m, x: (x - x.mean(0)) * (x.var(0) + 1e-30).rsqrt()),
+        "filter",
+        "filter",
+    ),
+    "mean absolute value": (
+        zoo.Net(lambda m, x: x / x.abs().mean(-1, keepdim=True)),
+        "layer",
+        "no",
+    ),
+    "clamped norm": (
+        zoo.Net(lambda m, x: x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)),
+        "layer",
+        "no",
+    ),
     "per batch": (zoo.Net(lambda m, x: x / x.norm()), "layer", "no"),
     "heads": (zoo.Net(lambda m, x: F.rms_norm(x.view(-1, 4, 2), (2,)).flatten(1)), "group", "no"),
     "max": (zoo.Net(lambda m, x: x / x.amax(1, keepdim=True)), "layer", "no"),
     "none": (nn.Identity(), "no", "no"),
-    "not quite centered": (zoo.Net(lambda m, x: torch.sub(x, x.mean(0), alpha=2).square().mean(0)), "no", "no"),
+    "not quite centered": (
+        zoo.Net(lambda m, x: torch.sub(x, x.mean(0), alpha=2).square().mean(0)),
+        "no",
+        "no",
+    ),
     "only centered": (zoo.Net(lambda m, x: x - x.mean(0)), "no", "no"),
     "detached": (zoo.Net(lambda m, x: x / x.norm(dim=-1, keepdim=True).detach()), "no", "no"),
     "a constant": (zoo.Net(lambda m, x: x / 3), "no", "no"),
@@ -327,7 +417,10 @@ def test_group_norm_of_single_channels_forgives_a_bias_unless_it_is_spatial():
     net = zoo.Net(lambda m, x: m.n(m.a(x)), a=nn.Conv2d(3, 4, 1), n=nn.GroupNorm(4, 4))
     assert claim(net, zoo.images()) == "filter"
     net = zoo.Net(
-        lambda m, x: m.n(m.a(x) + m.position), a=nn.Conv2d(3, 4, 1), position=nn.Parameter(torch.randn(4, 8, 1)), n=nn.GroupNorm(4, 4)
+        lambda m, x: m.n(m.a(x) + m.position),
+        a=nn.Conv2d(3, 4, 1),
+        position=nn.Parameter(torch.randn(4, 8, 1)),
+        n=nn.GroupNorm(4, 4),
     )
     assert claim(net, zoo.images()) == "no"
 
@@ -335,7 +428,12 @@ def test_group_norm_of_single_channels_forgives_a_bias_unless_it_is_spatial():
 def test_a_bilinear_map():
     net = zoo.Net(lambda m, x: m.n(m.b(x, x[:, :4])), b=nn.Bilinear(6, 4, 5), n=nn.BatchNorm1d(5))
     assert claim(net, zoo.vectors()) == "filter"
-    net = zoo.Net(lambda m, x: m.n(m.b(m.a(x), m.a(x))), a=zoo.linear(6, 4), b=nn.Bilinear(4, 4, 5, bias=False), n=nn.BatchNorm1d(5))
+    net = zoo.Net(
+        lambda m, x: m.n(m.b(m.a(x), m.a(x))),
+        a=zoo.linear(6, 4),
+        b=nn.Bilinear(4, 4, 5, bias=False),
+        n=nn.BatchNorm1d(5),
+    )
     assert claim(net, zoo.vectors()) == "layer"
 
 
@@ -343,7 +441,11 @@ def test_a_bilinear_map():
 def test_messages_by_a_sparse_matrix(layout):
     adjacency = (torch.rand(8, 8) > 0.5).double().to_sparse(layout=layout)
     for multiply in (torch.sparse.mm, torch.matmul):
-        net = zoo.Net(lambda m, x, multiply=multiply: m.n(multiply(adjacency, m.a(x))), a=zoo.linear(6, 5), n=nn.BatchNorm1d(5))
+        net = zoo.Net(
+            lambda m, x, multiply=multiply: m.n(multiply(adjacency, m.a(x))),
+            a=zoo.linear(6, 5),
+            n=nn.BatchNorm1d(5),
+        )
         assert claim(net, zoo.vectors()) == "filter"
         net.n = nn.LayerNorm(5).double()
         assert claim(net, zoo.vectors()) == "layer"
@@ -376,19 +478,29 @@ def test_filters_behind_an_axis_of_one():
 
 
 def test_embedding_bags_go_together():
-    net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(7, 4, mode="sum"), n=nn.LayerNorm(4))
+    net = zoo.Net(
+        lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(7, 4, mode="sum"), n=nn.LayerNorm(4)
+    )
     assert claim(net, zoo.tokens()) == "layer"
     net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.EmbeddingBag(7, 4), n=nn.BatchNorm1d(4))
     assert claim(net, zoo.tokens()) == "filter"  # its columns
 
 
 def test_one_bias_before_and_after_a_rearrangement_is_one_offset():
-    """The same layer called twice adds the same bias; what is equal cancels, and one BatchNorm removes it from both."""
-    net = zoo.Net(lambda m, x: m.n(torch.cat([m.a(x), m.a(2 * x)])), a=nn.Linear(6, 5), n=nn.BatchNorm1d(5))
+    """The same layer called twice adds the same bias; what is equal cancels, and one BatchNorm
+    removes it from both."""
+    net = zoo.Net(
+        lambda m, x: m.n(torch.cat([m.a(x), m.a(2 * x)])), a=nn.Linear(6, 5), n=nn.BatchNorm1d(5)
+    )
     assert claim(net, zoo.vectors()) == "filter"
     (link,) = inspect_module(net, zoo.vectors())[0].batch_norms
     assert link.bias == "a.bias"
-    net = zoo.Net(lambda m, x: m.n(torch.cat([m.a(x), m.b(x)])), a=nn.Linear(6, 5), b=nn.Linear(6, 5), n=nn.BatchNorm1d(5))
+    net = zoo.Net(
+        lambda m, x: m.n(torch.cat([m.a(x), m.b(x)])),
+        a=nn.Linear(6, 5),
+        b=nn.Linear(6, 5),
+        n=nn.BatchNorm1d(5),
+    )
     assert claim(net, zoo.vectors()) == "no"
     net = zoo.Net(lambda m, x: F.normalize(m.a(x) - m.a(x.flip(0)), dim=0), a=nn.Linear(6, 5))
     assert claim(net, zoo.vectors()) == "filter"
@@ -397,42 +509,73 @@ def test_one_bias_before_and_after_a_rearrangement_is_one_offset():
 
 
 def test_the_bias_of_a_batch_in_parts_is_known():
-    """Ghost batch normalization: one BatchNorm on parts of the batch, whose statistics follow a rescale."""
-    net = zoo.Net(lambda m, x: torch.cat([m.n(part) for part in m.a(x).chunk(2)]), a=nn.Linear(6, 5), n=nn.BatchNorm1d(5))
+    """Ghost batch normalization: one BatchNorm on parts of the batch, whose statistics follow a
+    rescale."""
+    net = zoo.Net(
+        lambda m, x: torch.cat([m.n(part) for part in m.a(x).chunk(2)]),
+        a=nn.Linear(6, 5),
+        n=nn.BatchNorm1d(5),
+    )
     verdict = inspect_module(net, zoo.vectors())[0]
-    assert (verdict.kind, verdict.stale_statistics, [link.bias for link in verdict.batch_norms]) == ("filter", (), ["a.bias"])
+    assert (
+        verdict.kind,
+        verdict.stale_statistics,
+        [link.bias for link in verdict.batch_norms],
+    ) == ("filter", (), ["a.bias"])
 
 
 def test_embedding_rows_that_meet_are_one_layer():
     net = zoo.Net(lambda m, ids: m.n(m.e(ids)), e=nn.Embedding(7, 4), n=nn.LayerNorm((5, 4)))
     assert claim(net, zoo.tokens()) == "layer"
-    net = zoo.Net(lambda m, ids: m.n(m.e(ids).transpose(1, 2)), e=nn.Embedding(7, 4), n=nn.BatchNorm1d(4))
+    net = zoo.Net(
+        lambda m, ids: m.n(m.e(ids).transpose(1, 2)), e=nn.Embedding(7, 4), n=nn.BatchNorm1d(4)
+    )
     assert claim(net, zoo.tokens()) == "filter"  # its columns
     net = zoo.Net(lambda m, ids: m.e(ids), e=nn.Embedding(7, 4))
     assert claim(net, zoo.tokens()) == "no"
 
 
-# ------------------------------------------------------------------------------------------------ reasons and registration
+# ------------------------------------------------------------------------- reasons and registration
 
 REASONS = {
     "GeluBackward0 does not commute": lambda m, x: m.n(F.gelu(m.a(x))),
     "bias a.bias is added before ReluBackward0": lambda m, x: m.n(F.relu(m.a(x))),
     "added to a tensor that does not scale with it": lambda m, x: m.n(m.b(x) + m.a(x)),
     "its scale reaches the loss": lambda m, x: m.a(x),
-    "LinalgDetBackward0 factors, inverts or solves with a matrix": lambda m, x: m.n(m.a(x)) * torch.linalg.det(m.a.weight),
-    "scale differently": lambda m, x: m.n(F.linear(x, m.a.weight) + F.linear(x, m.a.weight).square()),
+    "LinalgDetBackward0 factors, inverts or solves with a matrix": lambda m, x: (
+        m.n(m.a(x)) * torch.linalg.det(m.a.weight)
+    ),
+    "scale differently": lambda m, x: m.n(
+        F.linear(x, m.a.weight) + F.linear(x, m.a.weight).square()
+    ),
     "a constant is added": lambda m, x: m.n(m.a(x) + torch.ones_like(x)),
     "SafeSoftmaxBackward0 does not commute": lambda m, x: m.n(torch._safe_softmax(m.a(x), -1)),
     "CopySlices writes into a part of a tensor in place": lambda m, x: m.n(written_over(m.a(x))),
-    "SliceScatterBackward0 writes into a part of a tensor": lambda m, x: m.n(m.a(x).slice_scatter(torch.ones(6, 2).double(), 1, 0, 2)),
-    "AsStridedBackward0 reads memory in another layout": lambda m, x: m.n(m.a(x).as_strided((6, 6), (6, 1))),
+    "SliceScatterBackward0 writes into a part of a tensor": lambda m, x: m.n(
+        m.a(x).slice_scatter(torch.ones(6, 2).double(), 1, 0, 2)
+    ),
+    "AsStridedBackward0 reads memory in another layout": lambda m, x: m.n(
+        m.a(x).as_strided((6, 6), (6, 1))
+    ),
     "GroupedMmBackward0 multiplies groups of rows": lambda m, x: m.n(grouped(m.a(x)).double()),
-    "FftR2CBackward0 is a Fourier transform": lambda m, x: m.n(torch.fft.rfft(m.a(x), 6).abs()[:, [0, 1, 2, 3, 2, 1]]),
-    "FftC2CBackward0 is a Fourier transform": lambda m, x: m.n(torch.fft.fft(x.mul(1j) @ m.a.weight.mul(1.0 + 0j)).real),
-    "computes with complex numbers": lambda m, x: m.n(torch.view_as_complex(m.a(x).view(6, 3, 2)).abs().repeat(1, 2)),
-    "LinalgInvExBackward0 factors, inverts": lambda m, x: m.n(m.b(x) @ torch.linalg.inv(m.a.weight)),
-    "a constant is added to what enters NativeLayerNorm": lambda m, x: F.layer_norm(attended(x @ m.a.weight) + 1.0, (6,)),
-    "a constant is added to what enters MmBackward0": lambda m, x: m.n((attended(x @ m.a.weight) + 1.0) @ m.b.weight.t()),
+    "FftR2CBackward0 is a Fourier transform": lambda m, x: m.n(
+        torch.fft.rfft(m.a(x), 6).abs()[:, [0, 1, 2, 3, 2, 1]]
+    ),
+    "FftC2CBackward0 is a Fourier transform": lambda m, x: m.n(
+        torch.fft.fft(x.mul(1j) @ m.a.weight.mul(1.0 + 0j)).real
+    ),
+    "computes with complex numbers": lambda m, x: m.n(
+        torch.view_as_complex(m.a(x).view(6, 3, 2)).abs().repeat(1, 2)
+    ),
+    "LinalgInvExBackward0 factors, inverts": lambda m, x: m.n(
+        m.b(x) @ torch.linalg.inv(m.a.weight)
+    ),
+    "a constant is added to what enters NativeLayerNorm": lambda m, x: F.layer_norm(
+        attended(x @ m.a.weight) + 1.0, (6,)
+    ),
+    "a constant is added to what enters MmBackward0": lambda m, x: m.n(
+        (attended(x @ m.a.weight) + 1.0) @ m.b.weight.t()
+    ),
     "LogcumsumexpBackward0 does not commute": lambda m, x: m.n(m.a(x).logcumsumexp(1)),
 }
 
@@ -463,7 +606,10 @@ def test_the_blocking_operation_is_named(reason):
 def test_a_recurrent_layer_says_what_it_is():
     verdict = inspect_module(nn.LSTM(6, 6), torch.randn(3, 2, 6))[0]
     assert "MkldnnRnnLayerBackward0" in verdict.reason
-    assert "is a whole recurrent layer, whose gates do not commute with a change of scale" in verdict.reason
+    assert (
+        "is a whole recurrent layer, whose gates do not commute with a change of scale"
+        in verdict.reason
+    )
 
 
 class NamedEpsilon(nn.Module):
@@ -478,7 +624,18 @@ class NamedEpsilon(nn.Module):
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + getattr(self, self.name))
 
 
-@pytest.mark.parametrize("name", ["eps", "epsilon", "variance_epsilon", "layer_norm_epsilon", "norm_eps", "rms_norm_eps", "_eps"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eps",
+        "epsilon",
+        "variance_epsilon",
+        "layer_norm_epsilon",
+        "norm_eps",
+        "rms_norm_eps",
+        "_eps",
+    ],
+)
 def test_an_epsilon_is_known_by_its_name(name):
     for value, harmless in ((1e-6, True), (1e-2, False)):
         net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(6, 6), n=NamedEpsilon(name, value))
@@ -505,10 +662,18 @@ def test_masks_that_are_learnt_are_not_free():
     class Biased(nn.Module):
         def __init__(self):
             super().__init__()
-            self.mask, self.v, self.n = nn.Parameter(torch.randn(5, 5)), nn.Linear(8, 8, bias=False), nn.LayerNorm(8)
+            self.mask, self.v, self.n = (
+                nn.Parameter(torch.randn(5, 5)),
+                nn.Linear(8, 8, bias=False),
+                nn.LayerNorm(8),
+            )
 
         def forward(self, x):
-            return self.n(F.scaled_dot_product_attention(x[:, None], x[:, None], self.v(x)[:, None], attn_mask=self.mask))
+            return self.n(
+                F.scaled_dot_product_attention(
+                    x[:, None], x[:, None], self.v(x)[:, None], attn_mask=self.mask
+                )
+            )
 
     kinds = [v.kind for v in inspect_module(Biased().double(), zoo.sequences())]
     assert kinds == ["no", "layer"]
@@ -516,7 +681,11 @@ def test_masks_that_are_learnt_are_not_free():
 
 def test_conditions_are_marked():
     def verdicts(threshold):
-        net = zoo.Net(lambda m, x: m.n(torch.where(m.a(x) > threshold, m.a(x), 0.1 * m.a(x))), a=zoo.linear(6, 4), n=nn.LayerNorm(4))
+        net = zoo.Net(
+            lambda m, x: m.n(torch.where(m.a(x) > threshold, m.a(x), 0.1 * m.a(x))),
+            a=zoo.linear(6, 4),
+            n=nn.LayerNorm(4),
+        )
         with ScaleInvarianceSearch(net) as search:
             search.analyze(net(zoo.vectors()).sum())
         return net, search.verdicts["a.weight"]
@@ -525,7 +694,9 @@ def test_conditions_are_marked():
     assert verdict.kind == "layer"
     assert verdict.eps
     assert verify_scale_invariance(net, zoo.vectors())
-    net, verdict = verdicts(0.3)  # a condition that looks at the scale: the graph is the same, only the function tells
+    net, verdict = verdicts(
+        0.3
+    )  # a condition that looks at the scale: the graph is the same, only the function tells
     assert verdict.kind == "layer"
     assert not verify_scale_invariance(net, zoo.vectors())
 
@@ -542,7 +713,11 @@ class Doubled(torch.autograd.Function):
 
 def test_rules_for_custom_functions(monkeypatch):
     monkeypatch.setattr(graph_rules, "RULES", dict(graph_rules.RULES))
-    net = zoo.Net(lambda m, x: m.n(Doubled.apply(F.linear(x, m.a.weight))), a=nn.Linear(6, 8), n=nn.LayerNorm(8))
+    net = zoo.Net(
+        lambda m, x: m.n(Doubled.apply(F.linear(x, m.a.weight))),
+        a=nn.Linear(6, 8),
+        n=nn.LayerNorm(8),
+    )
     verdict = inspect_module(net, zoo.vectors())[0]
     assert verdict.kind == "no"
     assert "no rule for DoubledBackward (`register_rule` adds one)" in verdict.reason
@@ -553,44 +728,63 @@ def test_rules_for_custom_functions(monkeypatch):
         raise KeyError("x")
 
     register_rule("DoubledBackward", broken)
-    assert "rule for DoubledBackward failed (KeyError: 'x')" in inspect_module(net, zoo.vectors())[0].reason
+    assert (
+        "rule for DoubledBackward failed (KeyError: 'x')"
+        in inspect_module(net, zoo.vectors())[0].reason
+    )
 
 
-@pytest.mark.parametrize(("name", "rule"), [("", graph_rules.homogeneous), (1, graph_rules.homogeneous), ("XBackward", "homogeneous")])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [("", graph_rules.homogeneous), (1, graph_rules.homogeneous), ("XBackward", "homogeneous")],
+)
 def test_bad_registrations(name, rule):
     with pytest.raises(ValueError, match=r"must be (the name|callable)"):
         register_rule(name, rule)
 
 
 def test_every_rule_is_for_an_operation_that_exists():
-    """Of this torch; those of python functions are listed. No GPU was at hand for the names that only occur there."""
+    """Of this torch; those of python functions are listed. No GPU was at hand for the names that
+    only occur there."""
     known = set(dir(torch._C._functions))
     elsewhere = {name for name in graph_rules.RULES if name not in known}
     assert elsewhere - {"RootMeanSquareBackward", "HiddenPenaltyBackward"} == {
-        "_DDPSinkBackward", "RegisterPreBackwardFunctionBackward", "RegisterPostBackwardFunctionBackward",  # strategies
-        "PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "LinearFunctionForZeroStage3Backward",  # DeepSpeed
-        "RedistributeBackward", "NestedRedistributeBackward", "_ToTorchTensorBackward", "_FromTorchTensorBackward",  # DTensor
-        "SyncBatchNormBackward", "LigerLayerNormFunctionBackward", "LigerRMSNormFunctionBackward",  # kernels
+        # strategies
+        "_DDPSinkBackward", "RegisterPreBackwardFunctionBackward", "RegisterPostBackwardFunctionBackward",
+        # DeepSpeed
+        "PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "LinearFunctionForZeroStage3Backward",
+        # DTensor
+        "RedistributeBackward", "NestedRedistributeBackward", "_ToTorchTensorBackward", "_FromTorchTensorBackward",
+        # kernels
+        "SyncBatchNormBackward", "LigerLayerNormFunctionBackward", "LigerRMSNormFunctionBackward",
         "FusedLayerNormFunctionBackward", "FusedLayerNormAffineFunctionBackward", "FusedRMSNormFunctionBackward",
         "FusedRMSNormAffineFunctionBackward",
     }  # fmt: skip
     assert all(f"{name}Backward0" in known for name in graph_rules.NOT_HOMOGENEOUS.split())
 
 
-# ------------------------------------------------------------------------------------------------ what is missed, and why
+# -------------------------------------------------------------------------- what is missed, and why
 
 MISSES = {
-    "circular padding": (lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"), "CopySlices"),  # in-place writes into views
+    "circular padding": (
+        lambda x: F.pad(x, (1, 1, 1, 1), mode="circular"),
+        "CopySlices",
+    ),  # in-place writes into views
     "nan_to_num": (lambda x: x.nan_to_num(), "NanToNum"),
     "fft": (lambda x: torch.fft.fft(x).real, "FftR2C"),
     "as_strided": (lambda x: x.as_strided((4, 4, 6, 6), (144, 36, 6, 1)), "AsStrided"),
-    "softplus with a tiny beta": (lambda x: F.threshold(x, 0.0, 0.0), "Threshold"),  # the value is not saved
+    "softplus with a tiny beta": (
+        lambda x: F.threshold(x, 0.0, 0.0),
+        "Threshold",
+    ),  # the value is not saved
 }
 
 
 @pytest.mark.parametrize("name", MISSES)
 def test_known_misses_are_misses(name):
     operation, node = MISSES[name]
-    net = zoo.Net(lambda m, x: m.n(operation(m.a(x))), a=nn.Conv2d(3, 4, 1, bias=False), n=nn.BatchNorm2d(4))
+    net = zoo.Net(
+        lambda m, x: m.n(operation(m.a(x))), a=nn.Conv2d(3, 4, 1, bias=False), n=nn.BatchNorm2d(4)
+    )
     assert claim(net, zoo.images(4, 3, 6)) == "no"
     assert node in inspect_module(net, zoo.images(4, 3, 6))[0].reason

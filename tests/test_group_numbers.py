@@ -31,7 +31,17 @@ def test_every_form_of_a_number_is_that_number(value):
     assert type(as_number(value)) is float
 
 
-NO_NUMBERS = [True, np.bool_(True), None, "0.5", (0.5,), torch.tensor([1.0, 2.0]), torch.tensor(True), np.zeros(2), 1j]
+NO_NUMBERS = [
+    True,
+    np.bool_(True),
+    None,
+    "0.5",
+    (0.5,),
+    torch.tensor([1.0, 2.0]),
+    torch.tensor(True),
+    np.zeros(2),
+    1j,
+]
 
 
 @pytest.mark.parametrize("value", NO_NUMBERS)
@@ -49,6 +59,18 @@ def test_a_number_on_a_device_is_not_looked_into():
 
 def test_a_group_keeps_what_is_no_number():
     weights = [torch.ones(2)]
-    group = {"params": weights, "lr": np.float32(0.5), "betas": [Fraction(1, 2), np.float64(0.25)], "nesterov": False, "name": "head"}
-    assert with_plain_numbers(group) == {"params": weights, "lr": 0.5, "betas": (0.5, 0.25), "nesterov": False, "name": "head"}
+    group = {
+        "params": weights,
+        "lr": np.float32(0.5),
+        "betas": [Fraction(1, 2), np.float64(0.25)],
+        "nesterov": False,
+        "name": "head",
+    }
+    assert with_plain_numbers(group) == {
+        "params": weights,
+        "lr": 0.5,
+        "betas": (0.5, 0.25),
+        "nesterov": False,
+        "name": "head",
+    }
     assert group_number(group, "weight_decay") == 0.0

@@ -31,7 +31,9 @@ def check(histogram: Histogram, values: np.ndarray) -> None:
     np.testing.assert_allclose(widths, widths.mean(), rtol=0.05)  # edges have six digits
     clipped = np.clip(values, edges[0], np.nextafter(edges[-1], 0))
     # An edge is rounded, so a value on it may fall to either side.
-    assert np.abs(np.cumsum(np.histogram(clipped, edges)[0]) - np.cumsum(histogram.counts)).max() <= 1
+    assert (
+        np.abs(np.cumsum(np.histogram(clipped, edges)[0]) - np.cumsum(histogram.counts)).max() <= 1
+    )
     assert sum(histogram.counts) == len(values)
 
 
@@ -98,7 +100,9 @@ def sharded(dim: int) -> list:
 
     init_process_group()
     mesh = init_device_mesh("cpu", (2,))
-    vectors = vectors_of([torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(dim)])) for weight in weights()])
+    vectors = vectors_of(
+        [torch.nn.Parameter(distribute_tensor(weight, mesh, [Shard(dim)])) for weight in weights()]
+    )
     values = vectors.inner((vectors.values(), vectors.values())).sqrt()
     return unpack(bin_vectors(vectors, values).tolist())
 

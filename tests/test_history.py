@@ -1,4 +1,5 @@
-"""history.py: what goes in comes out, memory stays bounded, and no file can do more than be refused."""
+"""history.py: what goes in comes out, memory stays bounded, and no file can do more than be
+refused."""
 
 from __future__ import annotations
 
@@ -49,8 +50,17 @@ def assert_same(one: History, two: History) -> None:
 def test_rows_have_only_the_keys_that_were_recorded():
     history = filled()
     assert len(history) == 6
-    assert history[0] == {"step": 0, "optimizer_step": 1, "effective_lr/conv.weight": 1.0, "effective_lr/fc.weight": 2.0}
-    assert history[-1] == {"step": 50, "optimizer_step": 6, "effective_lr/conv.weight": pytest.approx(1 / 6)}
+    assert history[0] == {
+        "step": 0,
+        "optimizer_step": 1,
+        "effective_lr/conv.weight": 1.0,
+        "effective_lr/fc.weight": 2.0,
+    }
+    assert history[-1] == {
+        "step": 50,
+        "optimizer_step": 6,
+        "effective_lr/conv.weight": pytest.approx(1 / 6),
+    }
     assert history[1:3] == list(history)[1:3]
     with pytest.raises(IndexError):
         history[6]
@@ -67,7 +77,10 @@ def test_a_key_that_comes_later_is_a_gap_before():
     history = History()
     history.append(0, {"a": 1.0}, optimizer_step=1)
     history.append(1, {"b": 2.0}, optimizer_step=2)
-    assert list(history) == [{"step": 0, "optimizer_step": 1, "a": 1.0}, {"step": 1, "optimizer_step": 2, "b": 2.0}]
+    assert list(history) == [
+        {"step": 0, "optimizer_step": 1, "a": 1.0},
+        {"step": 1, "optimizer_step": 2, "b": 2.0},
+    ]
     assert history.column("b")[0].tolist() == [1]
 
 
@@ -90,8 +103,17 @@ def test_not_a_number_is_not_missing(tmp_path):
     history.append(2, {"a": 2.0, "b": float("nan")}, optimizer_step=3)
     restored = History()
     restored.load_state_dict(history.state_dict())
-    for one in (history, load_history(history.save(tmp_path / "run.npz")), restored, history.fork()):
-        assert [sorted(row) for row in one] == [["a", "optimizer_step", "step"], ["b", "optimizer_step", "step"], sorted([*one[2]])]
+    for one in (
+        history,
+        load_history(history.save(tmp_path / "run.npz")),
+        restored,
+        history.fork(),
+    ):
+        assert [sorted(row) for row in one] == [
+            ["a", "optimizer_step", "step"],
+            ["b", "optimizer_step", "step"],
+            sorted([*one[2]]),
+        ]
         for key, steps, values in (("a", [0, 2], [np.nan, 2.0]), ("b", [1, 2], [1.0, np.nan])):
             assert one.column(key)[0].tolist() == steps
             np.testing.assert_array_equal(one.column(key)[1], np.float32(values))
@@ -141,7 +163,10 @@ def test_rows_come_in_order():
         history.append_vectors(40, {"weight_norm/conv.weight": np.zeros(3)})
 
 
-@pytest.mark.parametrize("limit", [{"max_rows": 3}, {"max_vector_bytes": 0}, {"max_rows": 10**400}, {"max_vector_bytes": 2**53}])
+@pytest.mark.parametrize(
+    "limit",
+    [{"max_rows": 3}, {"max_vector_bytes": 0}, {"max_rows": 10**400}, {"max_vector_bytes": 2**53}],
+)
 def test_limits_are_checked(limit):
     with pytest.raises(NormDynError, match="at least"):
         History(**limit)
@@ -186,7 +211,9 @@ def test_thinning_keeps_every_second_row_the_first_and_the_newest(rows):
 def test_thinning_loses_none_of_two_optimizers_that_take_turns():
     history = History(max_rows=16)
     for step in range(1000):
-        history.append(step, {"generator" if step % 2 else "critic": float(step)}, optimizer_step=step)
+        history.append(
+            step, {"generator" if step % 2 else "critic": float(step)}, optimizer_step=step
+        )
     assert len(history) <= 16
     for key in ("generator", "critic"):
         steps, values = history.column(key)
@@ -197,7 +224,9 @@ def test_thinning_loses_none_of_two_optimizers_that_take_turns():
 def test_thinning_is_bounded_when_every_row_has_other_keys():
     history = History(max_rows=16)
     for step in range(500):
-        history.append(step, {str(bit): 1.0 for bit in range(9) if step >> bit & 1}, optimizer_step=step)
+        history.append(
+            step, {str(bit): 1.0 for bit in range(9) if step >> bit & 1}, optimizer_step=step
+        )
         assert len(history) <= 16
     assert history[0]["step"] == 0
     assert history[-1]["step"] == 499
@@ -306,7 +335,9 @@ def test_state_dict_is_a_snapshot():
 # --- files
 
 
-@pytest.mark.parametrize("history", [History(), filled(), filled(100, max_rows=8)], ids=["empty", "full", "thinned"])
+@pytest.mark.parametrize(
+    "history", [History(), filled(), filled(100, max_rows=8)], ids=["empty", "full", "thinned"]
+)
 def test_save_and_load(tmp_path, history):
     path = history.save(tmp_path / "new" / "run.npz")
     assert_same(history, load_history(path))
@@ -323,7 +354,9 @@ def test_what_is_no_file_is_not_replaced(tmp_path, kind):
     path = tmp_path / "run.npz"
     path.mkdir() if kind == "folder" else os.mkfifo(path)
     before = path.stat()
-    with pytest.raises(NormDynError, match=f"is a {'folder' if kind == 'folder' else 'device or pipe'}, not a file"):
+    with pytest.raises(
+        NormDynError, match=f"is a {'folder' if kind == 'folder' else 'device or pipe'}, not a file"
+    ):
         filled().save(path)
     assert path.stat() == before
     assert os.listdir(tmp_path) == ["run.npz"]
@@ -375,7 +408,9 @@ class Bomb:
 
 
 def bad_npy(shape: str) -> bytes:
-    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    text = (
+        f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".encode().ljust(117) + b"\n"
+    )
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + b"\0" * 8
 
 
@@ -407,29 +442,51 @@ DAMAGES = {
     "no cells": lambda path: rewritten(path, cells=None),
     "cells too short": lambda path: rewritten(path, cells=np.zeros((2, 2), dtype=np.float32)),
     "cells of doubles": lambda path: rewritten(path, cells=np.zeros((6, 2))),
-    "steps out of order": lambda path: rewritten(path, row=np.array([[5 - i, 0, i] for i in range(6)])),
+    "steps out of order": lambda path: rewritten(
+        path, row=np.array([[5 - i, 0, i] for i in range(6)])
+    ),
     "no such kind": lambda path: rewritten(path, row=np.array([[i, 99, i] for i in range(6)])),
     "vectors point outside": lambda path: rewritten(path, records_0=np.arange(6) + 3),
-    "huge shape": lambda path: member_replaced(path, "cells.npy", bad_npy("(1000000000000, 1000000000000)")),
+    "huge shape": lambda path: member_replaced(
+        path, "cells.npy", bad_npy("(1000000000000, 1000000000000)")
+    ),
     "negative shape": lambda path: member_replaced(path, "cells.npy", bad_npy("(-2, -1)")),
-    "code as shape": lambda path: member_replaced(path, "cells.npy", bad_npy("__import__('os').mkdir('executed')")),
+    "code as shape": lambda path: member_replaced(
+        path, "cells.npy", bad_npy("__import__('os').mkdir('executed')")
+    ),
     "compressed": compressed,
-    "header no JSON": lambda path: rewritten(path, header=np.frombuffer(b"{'a': 1", dtype=np.uint8)),
-    "header deep": lambda path: rewritten(path, header=np.frombuffer(b"[" * 200_000, dtype=np.uint8)),
+    "header no JSON": lambda path: rewritten(
+        path, header=np.frombuffer(b"{'a': 1", dtype=np.uint8)
+    ),
+    "header deep": lambda path: rewritten(
+        path, header=np.frombuffer(b"[" * 200_000, dtype=np.uint8)
+    ),
     "header a list": lambda path: rewritten(path, header=np.frombuffer(b"[]", dtype=np.uint8)),
     "later version": lambda path: with_header(path, version=3),
     "keys no text": lambda path: with_header(path, keys=[["a"], 2]),
     "keys twice": lambda path: with_header(path, keys=["a", "a"]),
     "meta no dict": lambda path: with_header(path, meta=[1]),
     "events missing": lambda path: with_header(path, events=[]),
-    "vector size hostile": lambda path: with_header(path, vectors=[["weight_norm/conv.weight", -3]]),
-    "capacity hostile": lambda path: with_header(path, row={"capacity": "1", "max_kinds": 1, "kinds": [["a", 1, 1]]}),
-    "count hostile": lambda path: with_header(path, row={"capacity": 8, "max_kinds": 1, "kinds": [["a", 10**30, 1]]}),
-    "capacity huge": lambda path: with_header(path, row={"capacity": 10**4000, "max_kinds": 1, "kinds": [["a", 1, 1]]}),
+    "vector size hostile": lambda path: with_header(
+        path, vectors=[["weight_norm/conv.weight", -3]]
+    ),
+    "capacity hostile": lambda path: with_header(
+        path, row={"capacity": "1", "max_kinds": 1, "kinds": [["a", 1, 1]]}
+    ),
+    "count hostile": lambda path: with_header(
+        path, row={"capacity": 8, "max_kinds": 1, "kinds": [["a", 10**30, 1]]}
+    ),
+    "capacity huge": lambda path: with_header(
+        path, row={"capacity": 10**4000, "max_kinds": 1, "kinds": [["a", 1, 1]]}
+    ),
     "negative kind": lambda path: rewritten(path, row=np.array([[i, -1, i] for i in range(6)])),
-    "step out of reach": lambda path: rewritten(path, row=np.array([[2**62 + i, 0, i] for i in range(6)])),
+    "step out of reach": lambda path: rewritten(
+        path, row=np.array([[2**62 + i, 0, i] for i in range(6)])
+    ),
     "event out of reach": lambda path: rewritten(path, event=np.array([[-(2**63), 0, 0]])),
-    "stride zero": lambda path: with_header(path, row={"capacity": 8, "max_kinds": 1, "kinds": [["a", 1, 0]]}),
+    "stride zero": lambda path: with_header(
+        path, row={"capacity": 8, "max_kinds": 1, "kinds": [["a", 1, 0]]}
+    ),
 }
 
 
@@ -448,14 +505,22 @@ def test_every_flipped_byte_is_noticed_or_harmless(tmp_path):
     content = path.read_bytes()
     for place in range(0, len(content), 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 0xFF]) + content[place + 1 :])
-        with contextlib.suppress(NormDynError):  # any other exception, and any other content, fails the test
+        with contextlib.suppress(
+            NormDynError
+        ):  # any other exception, and any other content, fails the test
             assert_same(load_history(path), filled())
 
 
 def places_of_numbers(value, place=()):
     if isinstance(value, int) and not isinstance(value, bool):
         yield place
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in items:
         yield from places_of_numbers(part, (*place, key))
 

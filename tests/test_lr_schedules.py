@@ -1,4 +1,5 @@
-"""Training without weight decay on the trajectory of directions that weight decay would give, step by step."""
+"""Training without weight decay on the trajectory of directions that weight decay would give, step
+by step."""
 
 import copy
 import math
@@ -42,7 +43,11 @@ class Net(nn.Module):
         self.reparametrization = reparametrization
 
     def forward(self, x: Tensor) -> Tensor:
-        return 3 * torch.tanh(2 * x @ self.reparametrization(self.first).T) @ self.reparametrization(self.second).T
+        return (
+            3
+            * torch.tanh(2 * x @ self.reparametrization(self.first).T)
+            @ self.reparametrization(self.second).T
+        )
 
     def directions(self) -> list[Tensor]:
         return [self.reparametrization(weight.detach()) for weight in (self.first, self.second)]
@@ -55,7 +60,9 @@ class BatchNormNet(nn.Module):
         super().__init__()
         self.first = nn.Linear(8, 16, bias=False)
         self.second = nn.Linear(16, 3, bias=False)
-        self.norms = nn.ModuleList(nn.BatchNorm1d(width, eps=eps, affine=False) for width in (16, 3))
+        self.norms = nn.ModuleList(
+            nn.BatchNorm1d(width, eps=eps, affine=False) for width in (16, 3)
+        )
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,7 +85,8 @@ def trajectories(
     schedule: Callable[[SGD], schedules.LRScheduler] | None = step_at_300,
     **hyper: float,
 ) -> float:
-    """Largest difference of the directions of a run with decay and its decay-free equivalent, over all steps."""
+    """Largest difference of the directions of a run with decay and its decay-free equivalent, over
+    all steps."""
     data = torch.Generator().manual_seed(1)
     inputs = torch.randn(steps, 24, 8, generator=data, dtype=torch.float64)
     labels = (inputs @ torch.randn(8, 3, generator=data, dtype=torch.float64)).argmax(2)
@@ -87,7 +95,9 @@ def trajectories(
     decayed = SGD(nets[0].parameters(), lr=lr, weight_decay=decay, **hyper)
     free = SGD(nets[1].parameters(), lr=lr, **hyper)
     schedule_of = [schedule(decayed)] if schedule else []
-    schedule_of.append(WeightDecayEquivalentLR(free, decay, inner=schedule(free) if schedule else None))
+    schedule_of.append(
+        WeightDecayEquivalentLR(free, decay, inner=schedule(free) if schedule else None)
+    )
     worst = 0.0
     for x, y in zip(inputs, labels, strict=True):
         for model, optimizer in zip(nets, (decayed, free), strict=True):
@@ -101,12 +111,20 @@ def trajectories(
     return worst
 
 
-HYPER = [{}, {"momentum": 0.5}, {"momentum": 0.9}, {"momentum": 0.5, "dampening": 0.5}, {"momentum": 0.9, "dampening": 0.3}]
+HYPER = [
+    {},
+    {"momentum": 0.5},
+    {"momentum": 0.9},
+    {"momentum": 0.5, "dampening": 0.5},
+    {"momentum": 0.9, "dampening": 0.3},
+]
 
 
 @pytest.mark.parametrize("hyper", HYPER, ids=str)
 @pytest.mark.parametrize("reparametrization", [normalized, standardized])
-def test_directions_are_those_of_weight_decay(reparametrization: Callable[[Tensor], Tensor], hyper: dict[str, float]) -> None:
+def test_directions_are_those_of_weight_decay(
+    reparametrization: Callable[[Tensor], Tensor], hyper: dict[str, float]
+) -> None:
     torch.manual_seed(0)
     assert trajectories(Net(reparametrization), **hyper) < 1e-12
 
@@ -125,11 +143,21 @@ INNER = {
     "constant": None,
     "cosine": lambda optimizer: schedules.CosineAnnealingLR(optimizer, 100, eta_min=1e-3),
     "warm-up, then exponential": lambda optimizer: schedules.SequentialLR(
-        optimizer, [schedules.LinearLR(optimizer, 0.1, total_iters=20), schedules.ExponentialLR(optimizer, 0.98)], milestones=[20]
+        optimizer,
+        [
+            schedules.LinearLR(optimizer, 0.1, total_iters=20),
+            schedules.ExponentialLR(optimizer, 0.98),
+        ],
+        milestones=[20],
     ),
-    "lambda, through 0": lambda optimizer: schedules.LambdaLR(optimizer, lambda step: abs(math.cos(step * math.pi / 20))),
+    "lambda, through 0": lambda optimizer: schedules.LambdaLR(
+        optimizer, lambda step: abs(math.cos(step * math.pi / 20))
+    ),
     "chained": lambda optimizer: schedules.ChainedScheduler(
-        [schedules.StepLR(optimizer, 30, gamma=0.5), schedules.LinearLR(optimizer, 0.5, total_iters=10)]
+        [
+            schedules.StepLR(optimizer, 30, gamma=0.5),
+            schedules.LinearLR(optimizer, 0.5, total_iters=10),
+        ]
     ),
     "one cycle, which moves the momentum too": lambda optimizer: schedules.OneCycleLR(
         optimizer, 0.1, total_steps=101, base_momentum=0.6, max_momentum=0.9
@@ -160,7 +188,8 @@ def test_without_the_schedule_directions_differ() -> None:
     assert (net.directions()[0] - free.directions()[0]).abs().max() > 1e-3
 
 
-# --- a real scheduler ---------------------------------------------------------------------------------------------------------------------
+# --- a real scheduler
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def weight_and_optimizer(**hyper: float) -> tuple[nn.Parameter, SGD]:
@@ -181,7 +210,9 @@ def lrs_over(steps: int, optimizer: SGD, scheduler: WeightDecayEquivalentLR) -> 
 def test_a_constant_learning_rate_rises_exponentially() -> None:
     _, optimizer = weight_and_optimizer()
     lrs = lrs_over(50, optimizer, WeightDecayEquivalentLR(optimizer, 0.5))
-    assert lrs == pytest.approx([0.1 * 0.95 ** -(2 * step + 1) for step in range(50)], rel=1e-13)  # AWS paper, d_q at constant lr
+    assert lrs == pytest.approx(
+        [0.1 * 0.95 ** -(2 * step + 1) for step in range(50)], rel=1e-13
+    )  # AWS paper, d_q at constant lr
     assert lrs == pytest.approx(weight_decay_equivalent_lrs([0.1] * 50, 0.5), rel=1e-15)
 
 
@@ -189,7 +220,9 @@ def test_known_ahead_is_what_the_schedule_gives() -> None:
     _, optimizer = weight_and_optimizer(momentum=0.8, dampening=0.3)
     inner = schedules.StepLR(optimizer, 7, gamma=0.3)
     lrs = lrs_over(30, optimizer, WeightDecayEquivalentLR(optimizer, 0.1, inner=inner))
-    ahead = weight_decay_equivalent_lrs([0.1 * 0.3 ** (step // 7) for step in range(30)], 0.1, momentum=0.8, dampening=0.3)
+    ahead = weight_decay_equivalent_lrs(
+        [0.1 * 0.3 ** (step // 7) for step in range(30)], 0.1, momentum=0.8, dampening=0.3
+    )
     assert lrs == pytest.approx(ahead, rel=1e-12)
 
 
@@ -197,12 +230,17 @@ def test_known_ahead_is_what_the_schedule_gives() -> None:
 def test_resume_goes_on_as_if_uninterrupted(inner: str | None, tmp_path: Path) -> None:
     def build() -> tuple[SGD, WeightDecayEquivalentLR]:
         _, optimizer = weight_and_optimizer(momentum=0.8)
-        return optimizer, WeightDecayEquivalentLR(optimizer, 0.1, inner=schedules.StepLR(optimizer, 7, gamma=0.3) if inner else None)
+        return optimizer, WeightDecayEquivalentLR(
+            optimizer, 0.1, inner=schedules.StepLR(optimizer, 7, gamma=0.3) if inner else None
+        )
 
     whole = lrs_over(30, *build())
     optimizer, scheduler = build()
     lrs_over(13, optimizer, scheduler)
-    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}, tmp_path / "checkpoint.pt")
+    torch.save(
+        {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()},
+        tmp_path / "checkpoint.pt",
+    )
     optimizer, scheduler = build()
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     optimizer.load_state_dict(saved["optimizer"])
@@ -226,7 +264,9 @@ def test_a_tensor_learning_rate_stays_the_same_tensor() -> None:
     weight, _ = weight_and_optimizer()
     lr = torch.tensor(0.1, dtype=torch.float64)
     optimizer = SGD([weight], lr=lr)
-    scheduler = WeightDecayEquivalentLR(optimizer, 0.5, inner=schedules.ExponentialLR(optimizer, 0.9))
+    scheduler = WeightDecayEquivalentLR(
+        optimizer, 0.5, inner=schedules.ExponentialLR(optimizer, 0.9)
+    )
     optimizer.step()
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] is lr
@@ -235,18 +275,28 @@ def test_a_tensor_learning_rate_stays_the_same_tensor() -> None:
 
 def test_a_skipped_step_moves_the_inner_schedule_only() -> None:
     _, optimizer = weight_and_optimizer()
-    scheduler = WeightDecayEquivalentLR(optimizer, 0.5, inner=schedules.ExponentialLR(optimizer, 0.9))
+    scheduler = WeightDecayEquivalentLR(
+        optimizer, 0.5, inner=schedules.ExponentialLR(optimizer, 0.9)
+    )
     optimizer.step()
     scheduler.step()
     scheduler.step()  # the gradient scaler found an infinity: no optimizer step
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.081 / 0.95 / (0.95 * (1 - 0.5 * 0.081)), rel=1e-12)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(
+        0.081 / 0.95 / (0.95 * (1 - 0.5 * 0.081)), rel=1e-12
+    )
 
 
 def test_a_group_without_decay_follows_the_inner_schedule() -> None:
     weight, _ = weight_and_optimizer()
     bias = nn.Parameter(torch.zeros(3))
-    optimizer = SGD([{"params": [weight]}, {"params": [bias], "weight_decay": 1e-4, "nesterov": True}], lr=0.1, momentum=0.5)
-    scheduler = WeightDecayEquivalentLR(optimizer, [0.5, 0.0], inner=schedules.ExponentialLR(optimizer, 0.9))
+    optimizer = SGD(
+        [{"params": [weight]}, {"params": [bias], "weight_decay": 1e-4, "nesterov": True}],
+        lr=0.1,
+        momentum=0.5,
+    )
+    scheduler = WeightDecayEquivalentLR(
+        optimizer, [0.5, 0.0], inner=schedules.ExponentialLR(optimizer, 0.9)
+    )
     bias.grad = torch.ones(3)
     for step in range(5):
         assert optimizer.param_groups[1]["lr"] == pytest.approx(0.1 * 0.9**step)
@@ -255,7 +305,8 @@ def test_a_group_without_decay_follows_the_inner_schedule() -> None:
         scheduler.step()
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------------------------
+# --- what is refused
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class OtherStep(SGD):
@@ -303,7 +354,9 @@ def test_inner_schedules_that_cannot_be_followed_are_refused() -> None:
     with pytest.raises(NotSupportedError, match="got WeightDecayEquivalentLR"):
         WeightDecayEquivalentLR(optimizer, 0.1, inner=WeightDecayEquivalentLR(optimizer, 0.1))
     with pytest.raises(NormDynError, match="another optimizer"):
-        WeightDecayEquivalentLR(optimizer, 0.1, inner=schedules.StepLR(weight_and_optimizer()[1], 3))
+        WeightDecayEquivalentLR(
+            optimizer, 0.1, inner=schedules.StepLR(weight_and_optimizer()[1], 3)
+        )
 
 
 @pytest.mark.parametrize("decay", [0.0, -1.0, math.inf, [0.1, 0.1], [0.0]])
@@ -342,11 +395,14 @@ def test_epochs_and_late_groups_are_refused() -> None:
     with pytest.raises(NormDynError, match="epoch=3"):
         scheduler.step(3)
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
-    with pytest.raises(NotSupportedError, match="made for 1 param groups, but the optimizer now has 2"):
+    with pytest.raises(
+        NotSupportedError, match="made for 1 param groups, but the optimizer now has 2"
+    ):
         scheduler.step()
 
 
-# --- under Lightning ----------------------------------------------------------------------------------------------------------------------
+# --- under Lightning
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Module(L.LightningModule):
@@ -361,19 +417,40 @@ class Module(L.LightningModule):
         return F.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = SGD(self.parameters(), lr=0.1, momentum=0.5, weight_decay=0.0 if self.equivalent else self.decay)
+        optimizer = SGD(
+            self.parameters(),
+            lr=0.1,
+            momentum=0.5,
+            weight_decay=0.0 if self.equivalent else self.decay,
+        )
         scheduler = schedules.MultiStepLR(optimizer, [6], gamma=0.1)
         if self.equivalent:
             scheduler = WeightDecayEquivalentLR(optimizer, self.decay, inner=scheduler)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
 
 def fit(module: Module, folder: Path, epochs: int, resume_from: Path | None = None) -> L.Trainer:
     data = torch.Generator().manual_seed(1)
     inputs = torch.randn(16, 8, generator=data, dtype=torch.float64)
-    loader = DataLoader(TensorDataset(inputs, inputs[:, :3].argmax(1)), batch_size=2)  # 8 batches, 4 optimizer steps an epoch
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
-    options = {"accumulate_grad_batches": 2, "accelerator": "cpu", "precision": "64-true", "default_root_dir": folder, **quiet}
+    loader = DataLoader(
+        TensorDataset(inputs, inputs[:, :3].argmax(1)), batch_size=2
+    )  # 8 batches, 4 optimizer steps an epoch
+    quiet = {
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "logger": False,
+    }
+    options = {
+        "accumulate_grad_batches": 2,
+        "accelerator": "cpu",
+        "precision": "64-true",
+        "default_root_dir": folder,
+        **quiet,
+    }
     trainer = L.Trainer(max_epochs=epochs, **options)
     trainer.fit(module, loader, ckpt_path=resume_from)
     return trainer
@@ -394,7 +471,9 @@ def test_a_fit_with_accumulation_and_resume_follows_the_decayed_one(tmp_path: Pa
 @pytest.mark.parametrize("form", [np.float32, Fraction])
 def test_learning_rates_and_decays_in_every_form(form):
     def rates(number):
-        optimizer = torch.optim.SGD([nn.Parameter(torch.ones(3, 4))], lr=number(0.125), momentum=0.5)
+        optimizer = torch.optim.SGD(
+            [nn.Parameter(torch.ones(3, 4))], lr=number(0.125), momentum=0.5
+        )
         schedule = WeightDecayEquivalentLR(optimizer, number(0.25))
         for _ in range(3):
             optimizer.step()

@@ -60,9 +60,23 @@ def test_help_shows_examples(capsys, command):
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["draw"], ["report"], ["inspect"], ["demo", "--preset", "huge"], ["inspect", "torch.nn"], ["inspect", "torch.nn:"]]
+    [
+        [],
+        ["draw"],
+        ["report"],
+        ["inspect"],
+        ["demo", "--preset", "huge"],
+        ["inspect", "torch.nn"],
+        ["inspect", "torch.nn:"],
+    ]
     + [
-        ["inspect", "a:B", *rest] for rest in (["--input-shape", "3,x"], ["--input-shape", "0"], ["--set", "depth"], ["--batch-size", "-1"])
+        ["inspect", "a:B", *rest]
+        for rest in (
+            ["--input-shape", "3,x"],
+            ["--input-shape", "0"],
+            ["--set", "depth"],
+            ["--batch-size", "-1"],
+        )
     ],
 )
 def test_wrong_usage_is_2(capsys, arguments):
@@ -89,11 +103,19 @@ def test_ctrl_c_is_quiet(capsys, monkeypatch):
 def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
     run_of().save("run.npz")
     command = [sys.executable, "-m", "lightning_normdyn"]
-    done = subprocess.run([*command, "report", "run.npz"], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "report", "run.npz"], capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "report.html\n", "")
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([*command, "report", "run.npz"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, "report", "run.npz"],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=120,
+    )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -115,7 +137,10 @@ def test_report_of_one_and_of_several_runs(capsys):
     assert "<h2>version_0</h2>" in page
 
 
-@pytest.mark.parametrize(("output", "says"), [("run.npz/report.html", "File exists"), ("/proc/nowhere/report.html", "No such file")])
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [("run.npz/report.html", "File exists"), ("/proc/nowhere/report.html", "No such file")],
+)
 def test_what_cannot_be_written_is_said_in_words(capsys, output, says):
     run_of().save("run.npz")
     assert main(["report", "run.npz", "-o", output]) == 1
@@ -136,7 +161,10 @@ def test_what_cannot_be_written_is_said_in_words(capsys, output, says):
     ],
 )
 def test_labels_tell_runs_apart(paths, labels):
-    found = [label for label, _ in command_line._distinct([command_line._named_run(path) for path in paths])]
+    found = [
+        label
+        for label, _ in command_line._distinct([command_line._named_run(path) for path in paths])
+    ]
     assert len(set(found)) == len(paths)
     assert labels is None or found == labels
 
@@ -242,9 +270,14 @@ def table(capsys, *arguments: str) -> dict[str, str]:
 
 def test_inspect_says_which_weights_are_scale_invariant(capsys, model):
     assert table(capsys, f"{model}:Net", "--input-shape", "3,8,8") == {"conv.weight": "filter"}
-    assert table(capsys, f"{model}:Net", "--input-shape", "3,8,8", "--set", "norm=none", "--set", "width=2") == {"conv.weight": "no"}
+    assert table(
+        capsys, f"{model}:Net", "--input-shape", "3,8,8", "--set", "norm=none", "--set", "width=2"
+    ) == {"conv.weight": "no"}
     assert table(capsys, f"{model}:Lit") == {"conv.weight": "filter"}
-    assert table(capsys, f"{model}:Words", "--input-shape", "7", "--integers", "10")["head.weight"] == "layer"
+    assert (
+        table(capsys, f"{model}:Words", "--input-shape", "7", "--integers", "10")["head.weight"]
+        == "layer"
+    )
 
 
 def test_inspect_takes_a_module_of_the_working_folder(capsys, model, monkeypatch):
@@ -255,11 +288,17 @@ def test_inspect_takes_a_module_of_the_working_folder(capsys, model, monkeypatch
 def test_inspect_says_what_is_wrong(capsys, model):
     assert "give --input-shape" in refused(capsys, "inspect", f"{model}:Net")
     assert "Check --input-shape" in refused(capsys, "inspect", f"{model}:Net", "--input-shape", "5")
-    assert "cannot be built: TypeError" in refused(capsys, "inspect", f"{model}:Net", "--set", "depth=3")
-    assert "cannot be built: RuntimeError: no such luck. " in refused(capsys, "inspect", f"{model}:Broken")
+    assert "cannot be built: TypeError" in refused(
+        capsys, "inspect", f"{model}:Net", "--set", "depth=3"
+    )
+    assert "cannot be built: RuntimeError: no such luck. " in refused(
+        capsys, "inspect", f"{model}:Broken"
+    )
     assert "has no `Other`" in refused(capsys, "inspect", f"{model}:Other")
     assert "gives dict" in refused(capsys, "inspect", f"{model}:nothing")
-    assert "cannot be imported: ModuleNotFoundError" in refused(capsys, "inspect", "nowhere_at_all:Net")
+    assert "cannot be imported: ModuleNotFoundError" in refused(
+        capsys, "inspect", "nowhere_at_all:Net"
+    )
     assert "cannot be imported: FileNotFoundError" in refused(capsys, "inspect", "nowhere.py:Net")
 
 
@@ -269,7 +308,9 @@ def test_inspect_says_what_is_wrong(capsys, model):
 def installed_with(monkeypatch, tmp_path: Path, example: str | None) -> None:
     """As if the package lay in a folder of its own, with or without the example beside it."""
     (tmp_path / "site" / "lightning_normdyn").mkdir(parents=True)
-    monkeypatch.setattr(command_line, "__file__", str(tmp_path / "site" / "lightning_normdyn" / "__main__.py"))
+    monkeypatch.setattr(
+        command_line, "__file__", str(tmp_path / "site" / "lightning_normdyn" / "__main__.py")
+    )
     if example is not None:
         (tmp_path / "site" / "examples").mkdir()
         (tmp_path / "site" / "examples" / "digits_resnet.py").write_text(example)
@@ -297,7 +338,9 @@ def test_inspect_of_code_that_ends_the_process_says_so(capsys, where, code, requ
 
 def test_inspect_of_a_module_with_an_attribute_error_of_its_own_names_that(capsys):
     Path("broken_inside.py").write_text("import math\nmath.nothing\n")
-    assert "cannot be imported: AttributeError" in refused(capsys, "inspect", "broken_inside:Model", "--input-shape", "3")
+    assert "cannot be imported: AttributeError" in refused(
+        capsys, "inspect", "broken_inside:Model", "--input-shape", "3"
+    )
 
 
 def test_demo_without_the_example_says_where_to_get_it(capsys, monkeypatch, tmp_path):

@@ -1,4 +1,5 @@
-"""metrics.py, tested as torchmetrics tests its own: functional = class = reference, one process and two, pickled, in half precision."""
+"""metrics.py, tested as torchmetrics tests its own: functional = class = reference, one process and
+two, pickled, in half precision."""
 
 from __future__ import annotations
 
@@ -20,14 +21,24 @@ SHAPES = [(4, 3, 3, 3), (5, 7)]
 
 
 def stream(seed: int = 0, dtype: torch.dtype = torch.float64) -> list[dict]:
-    """What one process passes to ``update``: two weights that walk, their copies from before, a learning rate that falls."""
+    """What one process passes to ``update``: two weights that walk, their copies from before, a
+    learning rate that falls."""
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     updates = []
     for i in range(UPDATES):
         before = [weight.to(dtype) for weight in weights]
-        weights = [weight + 0.1 * torch.randn(weight.shape, generator=generator, dtype=torch.float64) for weight in weights]
-        updates.append({"weight": [weight.to(dtype) for weight in weights], "weight_before": before, "lr": 0.1 / (i + 1)})
+        weights = [
+            weight + 0.1 * torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+            for weight in weights
+        ]
+        updates.append(
+            {
+                "weight": [weight.to(dtype) for weight in weights],
+                "weight_before": before,
+                "lr": 0.1 / (i + 1),
+            }
+        )
     return updates
 
 
@@ -36,11 +47,15 @@ def rows(weights) -> list[np.ndarray]:
 
 
 def reference_norm(updates) -> np.ndarray:
-    return np.mean([[np.sqrt((row**2).sum()) for row in rows(u["weight"])] for u in updates], axis=0)
+    return np.mean(
+        [[np.sqrt((row**2).sum()) for row in rows(u["weight"])] for u in updates], axis=0
+    )
 
 
 def reference_lr(updates) -> np.ndarray:
-    return np.mean([[u["lr"] / np.sqrt((row**2).sum()) for row in rows(u["weight"])] for u in updates], axis=0)
+    return np.mean(
+        [[u["lr"] / np.sqrt((row**2).sum()) for row in rows(u["weight"])] for u in updates], axis=0
+    )
 
 
 def reference_lr_std(updates) -> np.ndarray:
@@ -49,15 +64,25 @@ def reference_lr_std(updates) -> np.ndarray:
 
 def reference_angle(updates) -> np.ndarray:
     def angle(a, b):
-        return np.arccos((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))  # good enough in float64 for angles of 0.1
+        return np.arccos(
+            (a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())
+        )  # good enough in float64 for angles of 0.1
 
-    angles = [[angle(a, b) for a, b in zip(rows(u["weight_before"]), rows(u["weight"]), strict=True)] for u in updates]
+    angles = [
+        [angle(a, b) for a, b in zip(rows(u["weight_before"]), rows(u["weight"]), strict=True)]
+        for u in updates
+    ]
     return np.sqrt(np.mean(np.square(angles), axis=0))
 
 
 CASES = {
     "norm": (WeightNorm, ("weight",), reference_norm, lambda weight: F.weight_norm(weight)),
-    "lr": (EffectiveLR, ("weight", "lr"), reference_lr, lambda weight, lr: F.effective_lr(lr, F.weight_norm(weight))),
+    "lr": (
+        EffectiveLR,
+        ("weight", "lr"),
+        reference_lr,
+        lambda weight, lr: F.effective_lr(lr, F.weight_norm(weight)),
+    ),
     "lr_std": (
         partial(EffectiveLR, statistic="std"),
         ("weight", "lr"),
@@ -71,8 +96,12 @@ CASES = {
         lambda weight, weight_before: F.angular_update(weight_before, weight),
     ),
 }
-cases = pytest.mark.parametrize(("make", "names", "reference", "function"), CASES.values(), ids=CASES)
-makers = pytest.mark.parametrize(("make", "names"), [case[:2] for case in CASES.values()], ids=CASES)
+cases = pytest.mark.parametrize(
+    ("make", "names", "reference", "function"), CASES.values(), ids=CASES
+)
+makers = pytest.mark.parametrize(
+    ("make", "names"), [case[:2] for case in CASES.values()], ids=CASES
+)
 
 
 def arguments(update: dict, names) -> dict:
@@ -87,12 +116,17 @@ def updated(metric, names, updates):
 
 @cases
 def test_class_equals_reference(make, names, reference, function):
-    np.testing.assert_allclose(updated(make(), names, stream()).compute(), reference(stream()), rtol=1e-12)
+    np.testing.assert_allclose(
+        updated(make(), names, stream()).compute(), reference(stream()), rtol=1e-12
+    )
 
 
 @cases
 def test_class_equals_function_after_one_update(make, names, reference, function):
-    one = {name: value[0] if isinstance(value, list) else value for name, value in arguments(stream()[0], names).items()}
+    one = {
+        name: value[0] if isinstance(value, list) else value
+        for name, value in arguments(stream()[0], names).items()
+    }
     metric = make()
     metric.update(**one)
     torch.testing.assert_close(metric.compute(), function(**one), rtol=1e-12, atol=0)
@@ -102,7 +136,9 @@ def test_class_equals_function_after_one_update(make, names, reference, function
 def test_forward_gives_the_batch_and_keeps_the_average(make, names, reference, function):
     metric = make()
     for update in stream():
-        np.testing.assert_allclose(metric(**arguments(update, names)), reference([update]), rtol=1e-12)
+        np.testing.assert_allclose(
+            metric(**arguments(update, names)), reference([update]), rtol=1e-12
+        )
     np.testing.assert_allclose(metric.compute(), reference(stream()), rtol=1e-12)
 
 
@@ -111,7 +147,9 @@ def test_two_ranks_average_over_both(make, names, reference, function):
     def rank():
         init_process_group()
         seed = torch.distributed.get_rank()
-        metric = updated(make(), names, stream(seed)[: UPDATES - seed])  # one rank has fewer updates
+        metric = updated(
+            make(), names, stream(seed)[: UPDATES - seed]
+        )  # one rank has fewer updates
         synced = metric.compute().numpy()
         with metric.sync_context(should_sync=False):
             pass
@@ -204,29 +242,44 @@ def test_half_precision_weights_are_measured_in_double(make, names, reference, f
 @cases
 def test_half_precision_states(make, names, reference, function):
     metric = make().set_dtype(torch.float16)
-    np.testing.assert_allclose(updated(metric, names, stream(dtype=torch.float16)).compute(), reference(stream()), rtol=5e-3)
+    np.testing.assert_allclose(
+        updated(metric, names, stream(dtype=torch.float16)).compute(),
+        reference(stream()),
+        rtol=5e-3,
+    )
 
 
 @cases
 def test_pickle_copies_and_state_dict_keep_the_states(make, names, reference, function):
     metric = updated(make(), names, stream()[:3])
     for other in (pickle.loads(pickle.dumps(metric)), metric.clone()):
-        np.testing.assert_allclose(updated(other, names, stream()[3:]).compute(), reference(stream()), rtol=1e-12)
+        np.testing.assert_allclose(
+            updated(other, names, stream()[3:]).compute(), reference(stream()), rtol=1e-12
+        )
     assert metric.state_dict() == {}
     metric.persistent(True)
     other = make()
     other.persistent(True)
     other.load_state_dict(metric.state_dict())
-    np.testing.assert_allclose(updated(other, names, stream()[3:]).compute(), reference(stream()), rtol=1e-12)
+    np.testing.assert_allclose(
+        updated(other, names, stream()[3:]).compute(), reference(stream()), rtol=1e-12
+    )
 
 
 @makers
 def test_reset_forgets(make, names):
     metric = updated(make(), names, stream(1))
     metric.reset()
-    torch.testing.assert_close(updated(metric, names, stream()).compute(), updated(make(), names, stream()).compute())
+    torch.testing.assert_close(
+        updated(metric, names, stream()).compute(), updated(make(), names, stream()).compute()
+    )
     metric.reset()  # and takes another model
-    metric.update(**{name: [value[1]] if isinstance(value, list) else value for name, value in arguments(stream()[0], names).items()})
+    metric.update(
+        **{
+            name: [value[1]] if isinstance(value, list) else value
+            for name, value in arguments(stream()[0], names).items()
+        }
+    )
     assert metric.compute().shape == (5,)
 
 
@@ -246,7 +299,10 @@ def test_no_graph_is_kept(make, names):
 @makers
 def test_granularity_layer_takes_a_weight_as_one_vector(make, names):
     flat = [
-        {name: [w.reshape(1, -1) for w in value] if isinstance(value, list) else value for name, value in update.items()}
+        {
+            name: [w.reshape(1, -1) for w in value] if isinstance(value, list) else value
+            for name, value in update.items()
+        }
         for update in stream()
     ]
     by_layer = updated(make(granularity="layer"), names, stream()).compute()
@@ -256,7 +312,10 @@ def test_granularity_layer_takes_a_weight_as_one_vector(make, names):
 
 @makers
 def test_reduction_mean_is_one_number(make, names):
-    every, mean = updated(make(), names, stream()).compute(), updated(make(reduction="mean"), names, stream()).compute()
+    every, mean = (
+        updated(make(), names, stream()).compute(),
+        updated(make(reduction="mean"), names, stream()).compute(),
+    )
     assert mean.shape == ()
     expected = every.square().mean().sqrt() if make is AngularUpdate else every.mean()
     torch.testing.assert_close(mean, expected)
@@ -300,11 +359,16 @@ def test_one_learning_rate_for_each_weight():
 @makers
 def test_other_weights_are_refused(make, names):
     metric = updated(make(), names, stream())
-    other = {name: value[:1] if isinstance(value, list) else value for name, value in arguments(stream()[0], names).items()}
+    other = {
+        name: value[:1] if isinstance(value, list) else value
+        for name, value in arguments(stream()[0], names).items()
+    }
     with pytest.raises(NormDynError, match="4 weight vectors and has 9"):
         metric.update(**other)
     with pytest.raises(NormDynError, match="empty list"):
-        metric.update(**{name: [] if isinstance(value, list) else value for name, value in other.items()})
+        metric.update(
+            **{name: [] if isinstance(value, list) else value for name, value in other.items()}
+        )
 
 
 def test_as_many_weights_before_as_after():
@@ -315,8 +379,14 @@ def test_as_many_weights_before_as_after():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (partial(WeightNorm, granularity="row"), "`granularity` must be 'filter' or 'layer', got 'row'"),
-        (partial(AngularUpdate, reduction="sum"), "`reduction` must be 'none' or 'mean', got 'sum'"),
+        (
+            partial(WeightNorm, granularity="row"),
+            "`granularity` must be 'filter' or 'layer', got 'row'",
+        ),
+        (
+            partial(AngularUpdate, reduction="sum"),
+            "`reduction` must be 'none' or 'mean', got 'sum'",
+        ),
         (partial(EffectiveLR, statistic="var"), "`statistic` must be 'norm' or 'std', got 'var'"),
     ],
 )
@@ -337,7 +407,9 @@ def test_plot(make, names, reduction):
     np.testing.assert_allclose(ax.collections[0].get_offsets()[:, 1], metric.compute().reshape(-1))
     fig, ax = metric.plot(values)
     assert len(ax.get_lines()) == vectors
-    np.testing.assert_allclose(ax.get_lines()[0].get_ydata(), [value.reshape(-1)[0] for value in values])
+    np.testing.assert_allclose(
+        ax.get_lines()[0].get_ydata(), [value.reshape(-1)[0] for value in values]
+    )
     assert metric.plot(values[0], ax=ax) == (fig, ax)
 
 

@@ -1,4 +1,5 @@
-"""Checkpoints from the middle of a step, and steps that are tried again: what Trainers do with them, for every callback."""
+"""Checkpoints from the middle of a step, and steps that are tried again: what Trainers do with
+them, for every callback."""
 
 from __future__ import annotations
 
@@ -24,15 +25,20 @@ def batches(count: int = STEPS) -> DataLoader[Any]:
 
 def one_drop(optimizer: torch.optim.Optimizer) -> Any:
     """Falls right before the step that is saved in."""
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < SAVED_IN - 1 else 0.1)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1.0 if step < SAVED_IN - 1 else 0.1
+    )
 
 
 def module_of(case: str, kind: Any = Net, make_optimizer: Any = sgd) -> Net:
-    return make(kind, make_optimizer=make_optimizer, make_scheduler=one_drop if case == "lr-drop" else None)
+    return make(
+        kind, make_optimizer=make_optimizer, make_scheduler=one_drop if case == "lr-drop" else None
+    )
 
 
 class SavesWithinStep(L.Callback):
-    """Saves at a number of lines of our code and of torch's optimizer, evenly spread over one call of ``step``.
+    """Saves at a number of lines of our code and of torch's optimizer, evenly spread over one call
+    of ``step``.
 
     Args:
         path: with ``{}`` for the number of the moment.
@@ -58,10 +64,17 @@ class SavesWithinStep(L.Callback):
 
     def trace(self, frame: Any, event: str, argument: Any) -> Any:
         name = frame.f_code.co_filename
-        if not ("lightning_normdyn" in name or "torch/optim" in name) or "site-packages/lightning/" in name:
+        if (
+            not ("lightning_normdyn" in name or "torch/optim" in name)
+            or "site-packages/lightning/" in name
+        ):
             return None
         if event == "line":
-            self.updating |= "torch/optim" in name and frame.f_code.co_name in ("_single_tensor_sgd", "_multi_tensor_sgd", "_fused_sgd")
+            self.updating |= "torch/optim" in name and frame.f_code.co_name in (
+                "_single_tensor_sgd",
+                "_multi_tensor_sgd",
+                "_fused_sgd",
+            )
             moment = self.at.get(self.lines)
             self.lines += 1
             if moment is not None:
@@ -85,13 +98,23 @@ def check_moments(case: str, tmp_path: Any, moments: int) -> None:
     for moment, wrote in saver.wrote.items():
         path = str(tmp_path / f"{moment}.ckpt")
         saved = torch.load(path, weights_only=False)["optimizer_states"][0]["param_groups"]
-        assert [(len(g["params"]), g["weight_decay"]) for g in saved] == [(len(list(module.parameters())), 0.1)]
+        assert [(len(g["params"]), g["weight_decay"]) for g in saved] == [
+            (len(list(module.parameters())), 0.1)
+        ]
         resumed = module_of(case)
-        trainer = fit(resumed, CASES[case].callbacks(), batches(), max_steps=STEPS, max_epochs=1, ckpt_path=path)
+        trainer = fit(
+            resumed,
+            CASES[case].callbacks(),
+            batches(),
+            max_steps=STEPS,
+            max_epochs=1,
+            ckpt_path=path,
+        )
         assert trainer.global_step == STEPS
         assert trainer.optimizers[0].param_groups[0]["weight_decay"] == 0.1
         if wrote:
-            # Some weights took a step more, as without us; a rule that acted twice for one step would change lengths by far more.
+            # Some weights took a step more, as without us; a rule that acted twice for one step
+            # would change lengths by far more.
             for name in CASES[case].targets:
                 ratio = weights_of(resumed)[name].norm() / expected[name].norm()
                 assert 0.8 < float(ratio) < 1.25, (moment, name)
@@ -135,13 +158,25 @@ class SavesInHook(L.Callback):
 
 @pytest.mark.parametrize(
     ("case", "hook"),
-    [pytest.param(c, h, marks=[] if (c, h) == ("all", "on_before_optimizer_step") else pytest.mark.slow) for c in CASES for h in HOOKS],
+    [
+        pytest.param(
+            c, h, marks=[] if (c, h) == ("all", "on_before_optimizer_step") else pytest.mark.slow
+        )
+        for c in CASES
+        for h in HOOKS
+    ],
 )
 def test_a_checkpoint_from_within_a_hook(case, hook, tmp_path):
     straight, module, resumed = (module_of(case) for _ in range(3))
     fit(straight, CASES[case].callbacks(), batches(), max_steps=STEPS, max_epochs=1)
     path = tmp_path / "saved.ckpt"
-    fit(module, [SavesInHook(hook, path), *CASES[case].callbacks()], batches(), max_steps=STEPS, max_epochs=1)
+    fit(
+        module,
+        [SavesInHook(hook, path), *CASES[case].callbacks()],
+        batches(),
+        max_steps=STEPS,
+        max_epochs=1,
+    )
     fit(resumed, CASES[case].callbacks(), batches(), max_steps=STEPS, max_epochs=1, ckpt_path=path)
     assert same(weights_of(resumed), weights_of(straight))
 
@@ -201,7 +236,12 @@ class TriesBatchAgain(Net):
 
 def states(trainer: L.Trainer) -> dict[str, torch.Tensor]:
     found = trainer.optimizers[0].state_dict()["state"]
-    return {f"{i}.{key}": value for i, state in found.items() for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {
+        f"{i}.{key}": value
+        for i, state in found.items()
+        for key, value in state.items()
+        if isinstance(value, torch.Tensor)
+    }
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -231,10 +271,27 @@ class SavesOnException(L.Callback):
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("case", ["aws", "lr-drop", "all"])
 def test_a_resume_after_a_step_that_failed(case, first, tmp_path):
-    straight, module, resumed = module_of(case), module_of(case, make_optimizer=failing), module_of(case)
+    straight, module, resumed = (
+        module_of(case),
+        module_of(case, make_optimizer=failing),
+        module_of(case),
+    )
     fit(straight, CASES[case].callbacks(), batches(), max_steps=STEPS, max_epochs=1)
     saver, callbacks = SavesOnException(tmp_path / "failed.ckpt"), CASES[case].callbacks()
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit(module, [saver, *callbacks] if first else [*callbacks, saver], batches(), max_steps=STEPS, max_epochs=1)
-    fit(resumed, CASES[case].callbacks(), batches(), max_steps=STEPS, max_epochs=1, ckpt_path=saver.path)
+        fit(
+            module,
+            [saver, *callbacks] if first else [*callbacks, saver],
+            batches(),
+            max_steps=STEPS,
+            max_epochs=1,
+        )
+    fit(
+        resumed,
+        CASES[case].callbacks(),
+        batches(),
+        max_steps=STEPS,
+        max_epochs=1,
+        ckpt_path=saver.path,
+    )
     assert distance(weights_of(resumed), weights_of(straight)) < 1e-13

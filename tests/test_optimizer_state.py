@@ -22,17 +22,30 @@ from lightning_normdyn.optimizer_state import (
     taken_over_by_trial,
 )
 
-# name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of Adam-like optimizers not at all)
+# name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of
+# Adam-like optimizers not at all)
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {"lr": 0.1}, 2),
     "SGD momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 2),
     "SGD nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, 2),
-    "SGD dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.4, "maximize": True}, 2),
-    "SGD nesterov foreach": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True, "maximize": True}, 2),
+    "SGD dampening": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.4, "maximize": True},
+        2,
+    ),
+    "SGD nesterov foreach": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True, "maximize": True},
+        2,
+    ),
     "SGD fused": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}, 2),
     "Adam": (torch.optim.Adam, {"lr": 0.01}, 1),
     "Adam amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}, 1),
-    "Adam foreach": (torch.optim.Adam, {"lr": 0.01, "foreach": True, "amsgrad": True, "maximize": True}, 1),
+    "Adam foreach": (
+        torch.optim.Adam,
+        {"lr": 0.01, "foreach": True, "amsgrad": True, "maximize": True},
+        1,
+    ),
     "Adam decoupled": (torch.optim.Adam, {"lr": 0.01, "decoupled_weight_decay": True}, 1),
     "AdamW": (torch.optim.AdamW, {"lr": 0.01}, 1),
     "AdamW amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "maximize": True}, 1),
@@ -43,12 +56,20 @@ OPTIMIZERS = {
     "NAdam decoupled": (torch.optim.NAdam, {"lr": 0.01, "decoupled_weight_decay": True}, 1),
     "NAdam foreach": (torch.optim.NAdam, {"lr": 0.01, "foreach": True, "maximize": True}, 1),
     "RAdam": (torch.optim.RAdam, {"lr": 0.01}, 1),
-    "RAdam decoupled": (torch.optim.RAdam, {"lr": 0.01, "decoupled_weight_decay": True, "foreach": True, "maximize": True}, 1),
+    "RAdam decoupled": (
+        torch.optim.RAdam,
+        {"lr": 0.01, "decoupled_weight_decay": True, "foreach": True, "maximize": True},
+        1,
+    ),
     "Adamax": (torch.optim.Adamax, {"lr": 0.01}, 1),
     "Adamax foreach": (torch.optim.Adamax, {"lr": 0.01, "foreach": True, "maximize": True}, 1),
     "RMSprop": (torch.optim.RMSprop, {"lr": 0.01}, 1),
     "RMSprop momentum": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "maximize": True}, 1),
-    "RMSprop foreach": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True, "foreach": True}, 1),
+    "RMSprop foreach": (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "momentum": 0.9, "centered": True, "foreach": True},
+        1,
+    ),
     "RMSprop centered": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}, 1),
     "Adagrad": (torch.optim.Adagrad, {"lr": 0.01}, 1),
     "Adagrad lr_decay": (torch.optim.Adagrad, {"lr": 0.01, "lr_decay": 0.01, "maximize": True}, 1),
@@ -57,7 +78,11 @@ OPTIMIZERS = {
 }
 if hasattr(torch.optim, "Muon"):
     OPTIMIZERS["Muon"] = (torch.optim.Muon, {"lr": 0.01}, 1)
-    OPTIMIZERS["Muon plain"] = (torch.optim.Muon, {"lr": 0.01, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}, 1)
+    OPTIMIZERS["Muon plain"] = (
+        torch.optim.Muon,
+        {"lr": 0.01, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+        1,
+    )
 
 
 def build(name, weight):
@@ -74,7 +99,10 @@ def loss(weight, step):
     """Sees the direction of the whole weight only; other data at every step."""
     rng = torch.Generator().manual_seed(step)
     inputs = torch.randn(8, weight.shape[1], generator=rng, dtype=torch.float64)
-    return torch.tanh(2 * inputs @ (weight / weight.norm()).T).square().mean() + (inputs @ (weight / weight.norm()).T).sum(1).sin().mean()
+    return (
+        torch.tanh(2 * inputs @ (weight / weight.norm()).T).square().mean()
+        + (inputs @ (weight / weight.norm()).T).sum(1).sin().mean()
+    )
 
 
 def run(optimizer, weight, steps):
@@ -88,7 +116,8 @@ def run(optimizer, weight, steps):
 
 
 def rescale(optimizer, weight, factor):
-    """What the callbacks do, for one weight: ``factor`` is a number or broadcasts against the weight."""
+    """What the callbacks do, for one weight: ``factor`` is a number or broadcasts against the
+    weight."""
     exponents = state_exponents(optimizer)
     with torch.no_grad():
         weight.mul_(factor)
@@ -99,7 +128,8 @@ def rescale(optimizer, weight, factor):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_next_50_directions_are_those_of_the_undisturbed_run(name):
-    # A power of two for Muon, whose orthogonalisation rounds to bfloat16; 3 shows that the others need no such luck.
+    # A power of two for Muon, whose orthogonalisation rounds to bfloat16; 3 shows that the others
+    # need no such luck.
     factor = 4.0 if name.startswith("Muon") else 3.0
     lr_exponent = OPTIMIZERS[name][2]
     start = torch.randn(4, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -113,7 +143,8 @@ def test_the_next_50_directions_are_those_of_the_undisturbed_run(name):
     rescale(optimizer, weight, factor)
     group = optimizer.param_groups[0]
     group["lr"] = group["lr"] * factor**lr_exponent
-    # The gradient is now 1/factor of what it was. A coupled decay has to follow it; a decoupled one has to undo the learning rate.
+    # The gradient is now 1/factor of what it was. A coupled decay has to follow it; a decoupled one
+    # has to undo the learning rate.
     group["weight_decay"] /= factor**lr_exponent if decay_is_decoupled(name) else factor**2
     if "eps" in group:
         group["eps"] /= factor
@@ -125,7 +156,10 @@ def test_the_next_50_directions_are_those_of_the_undisturbed_run(name):
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SGD"])
 def test_state_left_alone_disturbs_the_run(name):
-    lr_exponent, start = OPTIMIZERS[name][2], torch.randn(4, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    lr_exponent, start = (
+        OPTIMIZERS[name][2],
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64),
+    )
     undisturbed = nn.Parameter(start.clone())
     expected = run(build(name, undisturbed), undisturbed, range(30))[20:]
     weight = nn.Parameter(start.clone())
@@ -146,11 +180,17 @@ def test_random_factors_give_the_state_of_a_run_at_the_scaled_weights(name):
     def state_at(weight, rescaled_by=None):
         parameter = nn.Parameter(weight.clone())
         optimizer = build(name, parameter)
-        optimizer.param_groups[0].update(lr=0.0, weight_decay=0.0, eps=0.0)  # the weight stays; the buffers fill
+        optimizer.param_groups[0].update(
+            lr=0.0, weight_decay=0.0, eps=0.0
+        )  # the weight stays; the buffers fill
         for step in range(5):
-            inputs = torch.randn(8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            inputs = torch.randn(
+                8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+            )
             optimizer.zero_grad()
-            torch.tanh(inputs @ (parameter / parameter.norm(dim=1, keepdim=True)).T).sin().sum().backward()
+            torch.tanh(
+                inputs @ (parameter / parameter.norm(dim=1, keepdim=True)).T
+            ).sin().sum().backward()
             optimizer.step()
         if rescaled_by is not None:
             rescale(optimizer, parameter, rescaled_by)
@@ -168,7 +208,11 @@ def test_muon_allows_one_factor_per_matrix_only():
         pytest.skip("this torch has no Muon")
     weight = nn.Parameter(torch.randn(4, 3))
     assert per_matrix_only(torch.optim.Muon([weight]))
-    assert not any(per_matrix_only(build(name, nn.Parameter(torch.randn(4, 3)))) for name in OPTIMIZERS if not name.startswith("Muon"))
+    assert not any(
+        per_matrix_only(build(name, nn.Parameter(torch.randn(4, 3))))
+        for name in OPTIMIZERS
+        if not name.startswith("Muon")
+    )
 
 
 def test_subclasses_are_what_they_inherit():
@@ -176,15 +220,25 @@ def test_subclasses_are_what_they_inherit():
         pass
 
     optimizer = Named([nn.Parameter(torch.randn(2, 2))])
-    assert state_exponents(optimizer) == {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0}
+    assert state_exponents(optimizer) == {
+        "exp_avg": -1.0,
+        "exp_avg_sq": -2.0,
+        "max_exp_avg_sq": -2.0,
+    }
     assert decay_kind(optimizer, optimizer.param_groups[0]) == "decoupled"
     assert supports_decay_takeover(optimizer) is None
 
 
 def test_unknown_state_is_refused_by_name():
     weight = nn.Parameter(torch.randn(2, 2))
-    for unknown in (torch.optim.Adafactor([weight]), torch.optim.Adadelta([weight]), torch.optim.Rprop([weight])):
-        with pytest.raises(NotSupportedError, match=rf"state of {type(unknown).__name__} .*optimizer_state='keep'"):
+    for unknown in (
+        torch.optim.Adafactor([weight]),
+        torch.optim.Adadelta([weight]),
+        torch.optim.Rprop([weight]),
+    ):
+        with pytest.raises(
+            NotSupportedError, match=rf"state of {type(unknown).__name__} .*optimizer_state='keep'"
+        ):
             state_exponents(unknown)
     sgd = torch.optim.SGD([weight], lr=0.1)
     sgd.state[weight] = {"ema": torch.zeros(2, 2), "step": torch.tensor(1.0)}
@@ -256,7 +310,8 @@ def test_decay_kind_is_what_a_step_without_gradient_does(optimizer_class, option
     weight.grad = torch.zeros_like(weight)
     optimizer.step()
     both = weight.detach() / torch.tensor([[1.0, 100.0]], dtype=torch.float64)
-    # decoupled: one factor for all entries; coupled and then normalized: the same step for all entries
+    # decoupled: one factor for all entries; coupled and then normalized: the same step for all
+    # entries
     assert torch.allclose(both[0, 0], both[0, 1], rtol=1e-9) == (kind == "decoupled")
 
 
@@ -279,7 +334,9 @@ def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
     weight = nn.Parameter(torch.randn(2, 2))
     for name in OPTIMIZERS:
         assert supports_decay_takeover(build(name, weight)) is None
-    assert supports_decay_takeover(torch.optim.Adafactor([weight])) is None  # its group has a "d", as Prodigy's, but a constant
+    assert (
+        supports_decay_takeover(torch.optim.Adafactor([weight])) is None
+    )  # its group has a "d", as Prodigy's, but a constant
     optimizer = torch.optim.SGD([weight], lr=0.1)
     torch.optim.lr_scheduler.StepLR(optimizer, 1)
     optimizer.step = torch.compile(optimizer.step, backend="eager")
@@ -290,20 +347,35 @@ def test_decay_takeover_rests_on_a_trial_where_the_step_is_not_torchs():
     weight = nn.Parameter(torch.randn(2, 2))
     known = torch.optim.AdamW([weight], weight_decay=0.1)
     assert not taken_over_by_trial(known)
-    assert not taken_over_by_trial(doubles.LoggingSGD([weight], lr=0.1, weight_decay=0.1))  # shown to step as SGD
+    assert not taken_over_by_trial(
+        doubles.LoggingSGD([weight], lr=0.1, weight_decay=0.1)
+    )  # shown to step as SGD
     assert taken_over_by_trial(doubles.Options([weight], weight_decay=0.1))
     cached = doubles.CachesDecay([weight], weight_decay=0.1)
-    assert re.search("of CachesDecay it is not known how it decays: .*changes nothing", supports_decay_takeover(cached))
+    assert re.search(
+        "of CachesDecay it is not known how it decays: .*changes nothing",
+        supports_decay_takeover(cached),
+    )
 
 
 def test_an_own_step_is_unknown_unless_it_steps_as_its_base():
     weight = nn.Parameter(torch.randn(2, 2))
-    assert state_exponents(doubles.LoggingSGD([weight], lr=0.1, momentum=0.9)) == {"momentum_buffer": -1.0}
+    assert state_exponents(doubles.LoggingSGD([weight], lr=0.1, momentum=0.9)) == {
+        "momentum_buffer": -1.0
+    }
     with pytest.raises(NotSupportedError, match=r"state of ClippingSGD.*differs from that of SGD"):
         state_exponents(doubles.ClippingSGD([weight], lr=0.1, momentum=0.9))
-    with pytest.raises(NotSupportedError, match=r"state of SlowCopy.*AdamW"):  # before it has any state
+    with pytest.raises(
+        NotSupportedError, match=r"state of SlowCopy.*AdamW"
+    ):  # before it has any state
         state_exponents(doubles.SlowCopy([weight]))
-    assert step_buffer(doubles.ClippingSGD([weight], lr=0.1, momentum=0.9), {"momentum": 0.9, "nesterov": False}) is None
+    assert (
+        step_buffer(
+            doubles.ClippingSGD([weight], lr=0.1, momentum=0.9),
+            {"momentum": 0.9, "nesterov": False},
+        )
+        is None
+    )
 
 
 # ---- The statistics behind a rescaled filter ----
@@ -320,7 +392,9 @@ def test_evaluation_after_equals_evaluation_before(dtype, bias, options, norm_cl
     with torch.no_grad():
         for _ in range(3):
             batch = conv(x * torch.rand(()).to(dtype))
-            nn.functional.batch_norm(batch, norm.running_mean, norm.running_var, training=True, momentum=0.3)
+            nn.functional.batch_norm(
+                batch, norm.running_mean, norm.running_var, training=True, momentum=0.3
+            )
     norm.eval()
     before = norm(conv(x))
     factor = torch.linspace(0.05, 20, 8, dtype=dtype)
@@ -340,7 +414,8 @@ def test_without_running_statistics_nothing_happens():
 
 
 def test_training_goes_on_from_the_corrected_statistics():
-    """A factor so small that the variance turns negative: what is used, variance + eps, stays positive, and training mends it."""
+    """A factor so small that the variance turns negative: what is used, variance + eps, stays
+    positive, and training mends it."""
     norm = nn.BatchNorm1d(2, dtype=torch.float64)
     norm.running_var.fill_(1e-6)
     rescale_batch_norm_(norm.running_mean, norm.running_var, torch.full((2,), 0.1), None, norm.eps)

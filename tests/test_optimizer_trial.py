@@ -1,4 +1,5 @@
-"""A trial on scratch weights tells how an optimizer steps of which nobody has read the code, and leaves no trace."""
+"""A trial on scratch weights tells how an optimizer steps of which nobody has read the code, and
+leaves no trace."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ def on(kind, *, dtype=torch.float32, **options):
     """An optimizer of a matrix, a kernel and a vector."""
     torch.manual_seed(0)
     shapes = [(5, 7), (3, 2, 3, 3), (5,)]
-    return kind([nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes], **{"lr": 0.01, **options})
+    return kind(
+        [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes], **{"lr": 0.01, **options}
+    )
 
 
 def decay_of(optimizer):
@@ -34,7 +37,11 @@ KINDS = {
     "coupled": (doubles.Options, {"weight_decouple": False}, ("coupled", None)),
     "fixed": (doubles.Options, {"fixed_decay": True}, ("decoupled", "step")),
     "lion, fixed": (doubles.Lion, {"fixed_decay": True}, ("decoupled", "step")),
-    "at a rate of its own": (doubles.OwnWarmup, {}, ("coupled", None)),  # without momentum, the two kinds are one
+    "at a rate of its own": (
+        doubles.OwnWarmup,
+        {},
+        ("coupled", None),
+    ),  # without momentum, the two kinds are one
     "torch's adamw": (torch.optim.AdamW, {}, ("decoupled", "rate")),
     "torch's adam": (torch.optim.Adam, {"foreach": True}, ("coupled", None)),
     "torch's fused sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}, ("coupled", None)),
@@ -59,10 +66,18 @@ def test_the_kind_is_found_in_every_precision_and_at_a_rate_of_0(dtype):
 REFUSED = {
     "a list for each group": (doubles.ListPerGroup, {}, "IndexError"),
     "a decay read in __init__": (doubles.CachesDecay, {}, "changes nothing"),
-    "a decay by the place of the group": (doubles.ByNumber, {}, "StopIteration|does not take weight_decay from its param group alone"),
+    "a decay by the place of the group": (
+        doubles.ByNumber,
+        {},
+        "StopIteration|does not take weight_decay from its param group alone",
+    ),
     "a step that needs a closure": (doubles.WantsClosure, {}, "a closure, please"),
     "a step that refuses vectors": (doubles.MatricesOnly, {}, "matrices only"),
-    "two decays": (doubles.Plain, {"weight_decay_1d": 0.1}, "another weight decay.*weight_decay_1d"),
+    "two decays": (
+        doubles.Plain,
+        {"weight_decay_1d": 0.1},
+        "another weight decay.*weight_decay_1d",
+    ),
 }
 
 
@@ -79,7 +94,12 @@ def test_scratch_weights_have_the_dimensions_of_the_real_ones():
 
 
 def test_a_subclass_that_only_wraps_steps_as_its_base():
-    assert steps_as(on(doubles.LoggingSGD, momentum=0.9, nesterov=True, weight_decay=0.1), torch.optim.SGD) is None
+    assert (
+        steps_as(
+            on(doubles.LoggingSGD, momentum=0.9, nesterov=True, weight_decay=0.1), torch.optim.SGD
+        )
+        is None
+    )
     assert "differs" in steps_as(on(doubles.ClippingSGD), torch.optim.SGD)
     assert "AdamW" in steps_as(on(doubles.SlowCopy), torch.optim.AdamW)
 
@@ -109,7 +129,9 @@ def test_a_trial_leaves_no_trace():
     optimizer = on(doubles.Noisy, weight_decay=0.01)
     heard = []
     module = nn.Linear(2, 2)
-    optimizer.register_step_pre_hook(lambda *_: heard.append(module))  # as a Trainer's hooks hold its module
+    optimizer.register_step_pre_hook(
+        lambda *_: heard.append(module)
+    )  # as a Trainer's hooks hold its module
     optimizer.register_state_dict_post_hook(module.forward)
     optimizer.register_step_post_hook(lambda *_: heard.append("post"))
     weights = [p for group in optimizer.param_groups for p in group["params"]]
@@ -132,12 +154,18 @@ def test_a_trial_leaves_no_trace():
     assert [p._version for p in weights] == versions
     assert all(p.grad is None for p in weights)
     assert not optimizer.state
-    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == {k: v for k, v in groups.items() if k != "params"}
+    assert {k: v for k, v in optimizer.param_groups[0].items() if k != "params"} == {
+        k: v for k, v in groups.items() if k != "params"
+    }
 
 
 def test_containers_in_attributes_are_copied():
     optimizer = on(doubles.Plain)
-    optimizer.memory = {"list": [torch.zeros(2)], "self": optimizer, "weights": optimizer.param_groups[0]["params"]}
+    optimizer.memory = {
+        "list": [torch.zeros(2)],
+        "self": optimizer,
+        "weights": optimizer.param_groups[0]["params"],
+    }
     with ScratchOptimizer.untouched(optimizer):
         scratch = ScratchOptimizer(optimizer)
         memory = scratch.optimizer.memory

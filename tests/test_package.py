@@ -1,4 +1,5 @@
-"""The house itself: imports point down, nothing heavy comes in by the door, and the public names are what they say."""
+"""The house itself: imports point down, nothing heavy comes in by the door, and the public names
+are what they say."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ import lightning_normdyn
 ROOT = Path(lightning_normdyn.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# A module imports from lower floors only, and from its own floor without a circle. Whatever is not listed stands at the top.
+# A module imports from lower floors only, and from its own floor without a circle. Whatever is not
+# listed stands at the top.
 FLOORS = {
     "errors": 0, "functional": 0, "equilibrium": 0, "names": 0, "step_response": 0, "storage": 0, "tables": 0, "verdicts": 0, "wrappers": 0,
     "decay": 1, "entry_masks": 1, "epsilons": 1, "graph_rules": 1, "graph_state": 1, "histograms": 1, "history": 1, "input_span": 1,
@@ -27,7 +29,17 @@ FLOORS = {
     "callbacks": 3,
     "__init__": 4, "__main__": 4,
 }  # fmt: skip
-HEAVY = {"wandb", "wandb_workspaces", "matplotlib", "sklearn", "deepspeed", "rich", "scipy", "tensorboard", "torchmetrics"}
+HEAVY = {
+    "wandb",
+    "wandb_workspaces",
+    "matplotlib",
+    "sklearn",
+    "deepspeed",
+    "rich",
+    "scipy",
+    "tensorboard",
+    "torchmetrics",
+}
 
 
 def room(path: Path) -> str:
@@ -37,7 +49,11 @@ def room(path: Path) -> str:
 
 def only_for_types(tree: ast.Module) -> set[ast.AST]:
     """What stands under ``if TYPE_CHECKING``."""
-    blocks = [n for n in ast.walk(tree) if isinstance(n, ast.If) and isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"]
+    blocks = [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.If) and isinstance(n.test, ast.Name) and n.test.id == "TYPE_CHECKING"
+    ]
     return {node for block in blocks for statement in block.body for node in ast.walk(statement)}
 
 
@@ -47,16 +63,25 @@ def imported(node: ast.AST) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         assert node.level == 0, "imports are absolute"
         module = node.module or ""
-        return [f"{module}.{alias.name}" for alias in node.names] if module == "lightning_normdyn" else [module]
+        return (
+            [f"{module}.{alias.name}" for alias in node.names]
+            if module == "lightning_normdyn"
+            else [module]
+        )
     return []
 
 
 def imports(path: Path, *, top_level: bool = False) -> list[str]:
-    """Names of the modules that a file imports when it runs; with ``top_level`` only when it is imported."""
+    """Names of the modules that a file imports when it runs; with ``top_level`` only when it is
+    imported."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     ignored = only_for_types(tree)
     if top_level:
-        functions = [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))]
+        functions = [
+            n
+            for n in ast.walk(tree)
+            if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        ]
         ignored |= {node for function in functions for node in ast.walk(function)}
     return [name for node in ast.walk(tree) if node not in ignored for name in imported(node)]
 
@@ -68,14 +93,25 @@ def test_imports_point_down(path):
     for name in imports(path):
         parts = name.split(".")
         if parts[0] == "lightning_normdyn" and len(parts) > 1 and parts[1] in FLOORS:
-            assert FLOORS[parts[1]] <= FLOORS[here], f"{here} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[parts[1]]})"
+            assert FLOORS[parts[1]] <= FLOORS[here], (
+                f"{here} (floor {FLOORS[here]}) imports {name} (floor {FLOORS[parts[1]]})"
+            )
         if parts[0] in ("lightning", "pytorch_lightning", "lightning_fabric"):
-            assert FLOORS[here] >= FLOORS["callbacks"], f"{here} imports {name}; only callbacks know Lightning"
+            assert FLOORS[here] >= FLOORS["callbacks"], (
+                f"{here} imports {name}; only callbacks know Lightning"
+            )
 
 
 def test_no_circles_among_modules():
-    graph = {".".join(("lightning_normdyn", *p.relative_to(ROOT).with_suffix("").parts)): p for p in MODULES if p.name != "__init__.py"}
-    below = {name: {i for i in imports(path, top_level=True) if i in graph} for name, path in graph.items()}
+    graph = {
+        ".".join(("lightning_normdyn", *p.relative_to(ROOT).with_suffix("").parts)): p
+        for p in MODULES
+        if p.name != "__init__.py"
+    }
+    below = {
+        name: {i for i in imports(path, top_level=True) if i in graph}
+        for name, path in graph.items()
+    }
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
@@ -89,7 +125,9 @@ def test_no_circles_among_modules():
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if room(p) == "callbacks"], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", [p for p in MODULES if room(p) == "callbacks"], ids=lambda p: p.name
+)
 def test_callbacks_never_import_each_other(path):
     shared = {
         "base",
@@ -111,7 +149,11 @@ def test_callbacks_never_import_each_other(path):
     }
     others = {p.stem for p in MODULES if room(p) == "callbacks"} - shared - {path.stem}
     if path.stem not in ("__init__",):
-        assert not [n for n in imports(path) if n.split(".")[-1] in others and n.startswith("lightning_normdyn.callbacks")]
+        assert not [
+            n
+            for n in imports(path)
+            if n.split(".")[-1] in others and n.startswith("lightning_normdyn.callbacks")
+        ]
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -131,18 +173,27 @@ def test_every_tensor_that_is_made_names_its_dtype_and_device(path):
     """A user may have set another default dtype or device for the whole process."""
     silent = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name)):
+        if not (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+        ):
             continue
         if node.func.value.id != "torch" or node.func.attr not in MAKES_A_TENSOR:
             continue
         missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
         if missing:
-            silent.append(f"line {node.lineno}: torch.{node.func.attr} names no {' and no '.join(sorted(missing))}")
+            silent.append(
+                f"line {node.lineno}: torch.{node.func.attr} names no "
+                f"{' and no '.join(sorted(missing))}"
+            )
     assert not silent
 
 
 def run(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.strip()
+    return subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def test_import_brings_neither_wandb_nor_pyplot():
@@ -153,7 +204,8 @@ def test_import_brings_neither_wandb_nor_pyplot():
 def test_the_callbacks_bring_no_more_than_lightning_does():
     code = (
         "import sys, lightning.pytorch; before = set(sys.modules); {}; "
-        "print(sorted({{'wandb', 'matplotlib.pyplot', 'sklearn', 'deepspeed'}} & (set(sys.modules) - before)))"
+        "print(sorted({{'wandb', 'matplotlib.pyplot', 'sklearn', 'deepspeed'}} & (set(sys.modules) "
+        "- before)))"
     )
     names = ", ".join(lightning_normdyn.__all__)
     assert run(code.format(f"from lightning_normdyn import {names}")) == "[]"
@@ -170,7 +222,9 @@ def test_public_names_are_sorted_and_there():
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_all_is_sorted_and_true(path):
-    name = ".".join(("lightning_normdyn", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+    name = ".".join(
+        ("lightning_normdyn", *path.relative_to(ROOT).with_suffix("").parts)
+    ).removesuffix(".__init__")
     if name.endswith("__main__"):
         return
     module = importlib.import_module(name)

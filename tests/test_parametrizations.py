@@ -1,4 +1,5 @@
-"""The weight-normalization family: the papers' formulas, the invariance they promise, and what people do to modules."""
+"""The weight-normalization family: the papers' formulas, the invariance they promise, and what
+people do to modules."""
 
 from __future__ import annotations
 
@@ -20,7 +21,12 @@ from lightning_normdyn.parametrizations import (
     weight_standardization,
 )
 
-FAMILY = [weight_normalization, centered_weight_normalization, weight_standardization, bounded_weight_normalization]
+FAMILY = [
+    weight_normalization,
+    centered_weight_normalization,
+    weight_standardization,
+    bounded_weight_normalization,
+]
 
 
 def direction(layer, name="weight"):
@@ -39,7 +45,9 @@ def test_the_formulas_of_the_paper(dtype):
 
     def check(layer, expected):
         assert layer.weight.dtype == dtype
-        torch.testing.assert_close(layer.weight.double(), torch.stack(expected), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(
+            layer.weight.double(), torch.stack(expected), rtol=tolerance, atol=tolerance
+        )
 
     def conv():
         return nn.Conv2d(4, 6, 3, dtype=dtype)
@@ -63,7 +71,10 @@ def test_the_formulas_of_the_paper(dtype):
     check(weight_standardization(layer), [(v - v.mean()) / v.std(correction=0) for v in w])
     layer = conv()
     w = filters(layer.weight)
-    check(weight_standardization(layer, eps=0.1), [(v - v.mean()) / (v.std(correction=0) + 0.1) for v in w])
+    check(
+        weight_standardization(layer, eps=0.1),
+        [(v - v.mean()) / (v.std(correction=0) + 0.1) for v in w],
+    )
 
     layer = conv()
     w = filters(layer.weight)
@@ -90,7 +101,8 @@ def test_filters_of_a_transposed_convolution(normalize, groups):
     normalize(layer)
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64)
     out = layer(x)
-    # An output channel is what one filter makes: scaling the channel's direction must not change it.
+    # An output channel is what one filter makes: scaling the channel's direction must not change
+    # it.
     per_group = 6 // groups
     with torch.no_grad():
         scaled = direction(layer).view(groups, 4 // groups, per_group, 2, 2)
@@ -106,7 +118,9 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, bias=False)
         self.norm = norm(8)
-        self.body = nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16))
+        self.body = nn.Sequential(
+            nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16)
+        )
         self.head = nn.Linear(16, 4)
 
     def forward(self, x):
@@ -144,14 +158,21 @@ def test_directions_stay_orthogonal_to_their_gradients_in_float32(normalize):
             w = direction(layer)
             assert w.grad.abs().max() > 0
             assert gradient_cosine(w, w.grad).abs().max() <= 1e-5
-            if normalize in (centered_weight_normalization, weight_standardization):  # and to the ones: shifts are not seen either
+            if normalize in (
+                centered_weight_normalization,
+                weight_standardization,
+            ):  # and to the ones: shifts are not seen either
                 assert gradient_cosine(torch.ones_like(w), w.grad).abs().max() <= 1e-5
 
 
 def test_the_gradient_goes_as_one_over_the_norm_or_the_standard_deviation():
-    """AWS paper, eq. 12 and 13: the size in the effective learning rate is the norm for WN and the standard deviation for WS."""
+    """AWS paper, eq. 12 and 13: the size in the effective learning rate is the norm for WN and the
+    standard deviation for WS."""
     x = torch.randn(5, 6, dtype=torch.float64)
-    for normalize, size in ((bounded_weight_normalization, weight_norm), (weight_standardization, weight_std)):
+    for normalize, size in (
+        (bounded_weight_normalization, weight_norm),
+        (weight_standardization, weight_std),
+    ):
         torch.manual_seed(0)
         layer = normalize(nn.Linear(6, 3, dtype=torch.float64))
         grads, sizes = [], []
@@ -180,7 +201,11 @@ def test_a_zero_or_constant_filter_gives_zero_and_finite_gradients(normalize):
 def test_a_model_by_pattern_and_back(normalize):
     torch.manual_seed(0)
     net = normalize(Net(), ["*weight", "!head.weight"])
-    names = {n.split(".parametrizations.")[0] for n, _ in net.named_parameters() if ".parametrizations." in n}
+    names = {
+        n.split(".parametrizations.")[0]
+        for n, _ in net.named_parameters()
+        if ".parametrizations." in n
+    }
     assert names == {"stem", "body.0", "body.3"}
     x, _ = data()
     before = net.eval()(x)
@@ -216,8 +241,14 @@ def test_compiled_training_equals_eager_training(normalize):
     eager = normalize(Net(), "*weight")
     compiled = copy.deepcopy(eager)
     train(eager, torch.optim.SGD(eager.parameters(), lr=0.1), steps=3)
-    train(torch.compile(compiled, backend="eager", fullgraph=True), torch.optim.SGD(compiled.parameters(), lr=0.1), steps=3)
-    for (name, p), (_, q) in zip(eager.named_parameters(), compiled.named_parameters(), strict=True):
+    train(
+        torch.compile(compiled, backend="eager", fullgraph=True),
+        torch.optim.SGD(compiled.parameters(), lr=0.1),
+        steps=3,
+    )
+    for (name, p), (_, q) in zip(
+        eager.named_parameters(), compiled.named_parameters(), strict=True
+    ):
         torch.testing.assert_close(p, q, msg=name)
 
 
@@ -236,7 +267,10 @@ def _distributed(normalize, kind):
         fully_shard(net.body, mesh=mesh)
         fully_shard(net, mesh=mesh)
     train(net, torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9), steps=4)
-    full = {n.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in net.named_parameters()}
+    full = {
+        n.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p
+        for n, p in net.named_parameters()
+    }
     return {n: p.detach() for n, p in full.items()}
 
 
@@ -260,7 +294,11 @@ def test_recurrent_attention_and_embedding_weights(normalize):
     x = embedding(torch.arange(6).view(2, 3))
     out = attention(lstm(x)[0][..., :4], x, x)[0]
     out.sin().sum().backward()
-    for module, name in ((lstm, "weight_hh_l0"), (attention, "in_proj_weight"), (embedding, "weight")):
+    for module, name in (
+        (lstm, "weight_hh_l0"),
+        (attention, "in_proj_weight"),
+        (embedding, "weight"),
+    ):
         w = direction(module, name)
         assert w.grad.abs().max() > 0
         assert gradient_cosine(w, w.grad).abs().max() <= 1e-5
@@ -271,7 +309,9 @@ def test_the_statistic_of_a_weight_is_known_by_its_name():
     weight_normalization(net, "stem.weight")
     standardized = [n for n, _ in net.named_parameters() if is_weight_standardized(net, n)]
     assert standardized == ["body.0.parametrizations.weight.original"]
-    assert is_weight_standardized(weight_standardization(nn.Linear(3, 3)), "parametrizations.weight.original")
+    assert is_weight_standardized(
+        weight_standardization(nn.Linear(3, 3)), "parametrizations.weight.original"
+    )
     assert not is_weight_standardized(net, "gone.parametrizations.weight.original")
     compiled = torch.compile(net, backend="eager")
     assert is_weight_standardized(compiled, standardized[0])
@@ -280,7 +320,9 @@ def test_the_statistic_of_a_weight_is_known_by_its_name():
 def test_refusals_leave_the_model_as_it_was():
     net = Net()
     keys = list(net.state_dict())
-    with pytest.raises(NoTargetsError, match=r"'stam\.\*' matches none of 4 weights; nearest: \['stem.weight'"):
+    with pytest.raises(
+        NoTargetsError, match=r"'stam\.\*' matches none of 4 weights; nearest: \['stem.weight'"
+    ):
         weight_normalization(net, ["*weight", "stam.*"])
     with pytest.raises(NoTargetsError, match="leaves none"):
         weight_normalization(net, ["head.*", "!head.*"])
@@ -290,7 +332,10 @@ def test_refusals_leave_the_model_as_it_was():
         weight_standardization(net, "*", eps=-1)
     with pytest.raises(ValueError, match="`length` must be > 0, got 0"):
         bounded_weight_normalization(net, "*", length=0)
-    with pytest.raises(NotSupportedError, match=r"filter of one entry is always 0; got a weight of shape \(4, 1, 1\)"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"filter of one entry is always 0; got a weight of shape \(4, 1, 1\)",
+    ):
         weight_standardization(nn.Sequential(nn.Linear(3, 3), nn.Conv1d(4, 4, 1, groups=4)), "*")
     with pytest.raises(NotSupportedError, match=r"`weight` is lazy"):
         weight_normalization(nn.LazyLinear(3))
@@ -303,7 +348,9 @@ def test_refusals_leave_the_model_as_it_was():
     net.body[3].weight = nn.Parameter(torch.randn(16, 32))
     net.tied = nn.Linear(32, 16)
     net.tied.weight = net.body[3].weight
-    with pytest.raises(NotSupportedError, match=r"\['body.3.weight', 'tied.weight'\] are one tensor"):
+    with pytest.raises(
+        NotSupportedError, match=r"\['body.3.weight', 'tied.weight'\] are one tensor"
+    ):
         weight_normalization(net, "*")
     del net.tied
     assert list(net.state_dict()) == keys

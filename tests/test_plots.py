@@ -1,4 +1,5 @@
-"""plots.py: what is drawn, with 3 and with 160 layers; that it can be read is checked on the laid-out picture."""
+"""plots.py: what is drawn, with 3 and with 160 layers; that it can be read is checked on the
+laid-out picture."""
 
 from __future__ import annotations
 
@@ -15,14 +16,24 @@ from lightning_normdyn.history import History
 
 pytest.importorskip("matplotlib")
 
-ALL = [plots.plot_effective_lr, plots.plot_angular_update, plots.plot_heatmap, plots.plot_norm_ridge, plots.plot_overview]
+ALL = [
+    plots.plot_effective_lr,
+    plots.plot_angular_update,
+    plots.plot_heatmap,
+    plots.plot_norm_ridge,
+    plots.plot_overview,
+]
 
 
-def synthetic(layers: int = 3, steps: int = 40, *, predictions: bool = True, seed: int = 0) -> History:
+def synthetic(
+    layers: int = 3, steps: int = 40, *, predictions: bool = True, seed: int = 0
+) -> History:
     """A run whose norms shrink towards an equilibrium; its learning rate drops at 60 %."""
     rng = np.random.default_rng(seed)
     history = History()
-    names = [f"network.layer{1 + i // 6}.{i % 6 // 2}.conv{1 + i % 2}.weight" for i in range(layers)]
+    names = [
+        f"network.layer{1 + i // 6}.{i % 6 // 2}.conv{1 + i % 2}.weight" for i in range(layers)
+    ]
     for step in range(steps):
         lr = 0.1 if step < 0.6 * steps else 0.01
         row = {}
@@ -37,7 +48,12 @@ def synthetic(layers: int = 3, steps: int = 40, *, predictions: bool = True, see
                 row[f"equilibrium_ratio/{name}"] = np.exp(0.1 * rng.normal())
         history.append(10 * step, row, optimizer_step=step + 1)
         history.append_vectors(
-            10 * step, {f"weight_norm/{name}": row[f"weight_norm/{name}"] * np.exp(0.1 * rng.normal(size=16)) for name in names[:2]}
+            10 * step,
+            {
+                f"weight_norm/{name}": row[f"weight_norm/{name}"]
+                * np.exp(0.1 * rng.normal(size=16))
+                for name in names[:2]
+            },
         )
         if step % 10 == 0:
             history.mark(10 * step, "rescale")
@@ -59,8 +75,14 @@ def texts(fig):
     boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in found]
     canvas = fig.bbox.padded(0)
     # Ticks beyond the axis limits exist but are not drawn.
-    hidden = {id(label) for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for label in beyond(ax, axis)}
-    return canvas, [(word, box) for text, (word, box) in zip(found, boxes, strict=True) if id(text) not in hidden]
+    hidden = {
+        id(label) for ax in fig.axes for axis in (ax.xaxis, ax.yaxis) for label in beyond(ax, axis)
+    }
+    return canvas, [
+        (word, box)
+        for text, (word, box) in zip(found, boxes, strict=True)
+        if id(text) not in hidden
+    ]
 
 
 def beyond(ax, axis):
@@ -82,7 +104,10 @@ def test_no_text_overlaps_or_leaves_the_picture(plot, layers):
         assert canvas.y0 - 1 <= box.y0, word
         assert box.y1 <= canvas.y1 + 1, word
     for (one, a), (two, b) in itertools.combinations(found, 2):
-        assert min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1, (one, two)
+        assert min(a.x1, b.x1) - max(a.x0, b.x0) < 1 or min(a.y1, b.y1) - max(a.y0, b.y0) < 1, (
+            one,
+            two,
+        )
 
 
 @pytest.mark.parametrize("plot", ALL, ids=lambda plot: plot.__name__)
@@ -110,13 +135,19 @@ def test_curves_hold_the_numbers_in_depth_order():
 
     history = synthetic(3)
     _, ax = plots.plot_effective_lr(history)
-    for line, key in zip([line for line in ax.get_lines() if len(line.get_xdata()) > 2], history.keys()[1::6], strict=True):
+    for line, key in zip(
+        [line for line in ax.get_lines() if len(line.get_xdata()) > 2],
+        history.keys()[1::6],
+        strict=True,
+    ):
         steps, values = history.column(key)
         assert key.startswith("effective_lr/")
         np.testing.assert_array_equal(line.get_xdata(), steps)
         np.testing.assert_array_equal(line.get_ydata(), values)
     assert ax.get_yscale() == "log"
-    brightness = [np.dot(to_rgb(line.get_color()), [0.2126, 0.7152, 0.0722]) for line in ax.get_lines()[:3]]
+    brightness = [
+        np.dot(to_rgb(line.get_color()), [0.2126, 0.7152, 0.0722]) for line in ax.get_lines()[:3]
+    ]
     assert brightness == sorted(brightness)
 
 
@@ -134,7 +165,9 @@ def test_few_layers_are_named_and_many_get_a_colour_bar(layers, named):
 
 @pytest.mark.parametrize("quantity", ["weight_norm", "gradient_cosine", "equilibrium_ratio"])
 def test_any_recorded_quantity_can_be_drawn(quantity):
-    assert plots.plot_effective_lr(synthetic(), quantity=quantity)[1].get_yscale() == ("linear" if quantity == "gradient_cosine" else "log")
+    assert plots.plot_effective_lr(synthetic(), quantity=quantity)[1].get_yscale() == (
+        "linear" if quantity == "gradient_cosine" else "log"
+    )
     plots.plot_heatmap(synthetic(), quantity=quantity)
     plots.plot_compare({"one": synthetic()}, quantity)
 
@@ -156,7 +189,8 @@ def test_angular_update_draws_the_median_and_its_prediction():
 
 
 def with_heads(kinds: bool, predicted: bool = True, factor: float = 1.0, heads: int = 4) -> History:
-    """Three scale-invariant layers that turn by 0.01, as predicted, and more heads that turn by 1: the median of all would be a head's."""
+    """Three scale-invariant layers that turn by 0.01, as predicted, and more heads that turn by 1:
+    the median of all would be a head's."""
     history = History()
     for step in range(20):
         row = {f"angular_update/conv{i}.weight": 0.01 * factor for i in range(3)}
@@ -166,7 +200,10 @@ def with_heads(kinds: bool, predicted: bool = True, factor: float = 1.0, heads: 
         history.append(step, row, optimizer_step=step + 1)
     if kinds:
         names = [*[f"conv{i}.weight" for i in range(3)], *[f"head{i}.weight" for i in range(heads)]]
-        history.meta["targets"] = {name: {"scale_invariant": "filter" if name.startswith("conv") else "no"} for name in names}
+        history.meta["targets"] = {
+            name: {"scale_invariant": "filter" if name.startswith("conv") else "no"}
+            for name in names
+        }
     return history
 
 
@@ -176,25 +213,41 @@ def test_the_median_beside_a_prediction_is_of_the_layers_it_is_about(kinds, pred
     _, ax = plots.plot_angular_update(with_heads(kinds, predicted))
     (median,) = (line for line in ax.get_lines() if str(line.get_label()).startswith("median"))
     known = kinds or predicted
-    assert median.get_ydata().tolist() == pytest.approx([0.01 if known else 1.0] * (19 if predicted else 20))
+    assert median.get_ydata().tolist() == pytest.approx(
+        [0.01 if known else 1.0] * (19 if predicted else 20)
+    )
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert ("other layers" in labels) == known
-    assert (("median, all layers" in labels), ("prediction, median" in labels)) == (not known, predicted)
+    assert (("median, all layers" in labels), ("prediction, median" in labels)) == (
+        not known,
+        predicted,
+    )
 
 
 @pytest.mark.parametrize("kinds", [(True, True), (True, False), (False, True)])
 def test_runs_are_compared_by_the_scale_invariant_layers_that_all_of_them_have(kinds):
-    one, two = (with_heads(kind, predicted=False, factor=f, heads=h) for kind, f, h in zip(kinds, (1.0, 3.0), (4, 9), strict=True))
-    two.append(20, {"angular_update/conv9.weight": 1.0}, optimizer_step=21)  # a layer that only one run has
+    one, two = (
+        with_heads(kind, predicted=False, factor=f, heads=h)
+        for kind, f, h in zip(kinds, (1.0, 3.0), (4, 9), strict=True)
+    )
+    two.append(
+        20, {"angular_update/conv9.weight": 1.0}, optimizer_step=21
+    )  # a layer that only one run has
     _, ax = plots.plot_compare({"one": one, "two": two}, "angular_update")
     middles = [line.get_ydata() for line in ax.get_lines()]
     assert [len(values) for values in middles] == [20, 20]
     assert [values[-1] for values in middles] == pytest.approx([0.01, 0.03])
-    assert ax.get_legend().get_title().get_text() == "median and middle 80 % of 3 scale-invariant layers"
+    assert (
+        ax.get_legend().get_title().get_text()
+        == "median and middle 80 % of 3 scale-invariant layers"
+    )
 
 
 def test_runs_that_say_nothing_of_their_layers_are_compared_by_those_that_they_share():
-    _, ax = plots.plot_compare({"one": with_heads(False, False), "two": with_heads(False, False, heads=9)}, "angular_update")
+    _, ax = plots.plot_compare(
+        {"one": with_heads(False, False), "two": with_heads(False, False, heads=9)},
+        "angular_update",
+    )
     assert ax.get_legend().get_title().get_text() == "median and middle 80 % of 7 layers"
     other = History()
     other.append(0, {"angular_update/x": 0.5, "angular_update/y": 0.5}, optimizer_step=1)
@@ -206,8 +259,16 @@ def test_runs_that_say_nothing_of_their_layers_are_compared_by_those_that_they_s
 def named_layers() -> History:
     history = History()
     for step in range(3):
-        values = {f"{q}/_stem{i}.weight": 1.0 + i for i in range(3) for q in ("effective_lr", "ggd_shape_input", "ggd_shape_parameter")}
-        history.append(step, values | {f"input_span_noise/_stem{i}.weight": 0.1 for i in range(3)}, optimizer_step=step + 1)
+        values = {
+            f"{q}/_stem{i}.weight": 1.0 + i
+            for i in range(3)
+            for q in ("effective_lr", "ggd_shape_input", "ggd_shape_parameter")
+        }
+        history.append(
+            step,
+            values | {f"input_span_noise/_stem{i}.weight": 0.1 for i in range(3)},
+            optimizer_step=step + 1,
+        )
     return history
 
 
@@ -229,7 +290,11 @@ def test_names_that_begin_with_an_underscore_stand_in_the_legend(draw, label):
 def test_heatmap_shows_the_layer_that_is_off():
     history = History()
     for step in range(1000):
-        history.append(step, {f"weight_norm/{name}": 9.0 if name == "c" else 1.0 for name in "abcd"}, optimizer_step=step)
+        history.append(
+            step,
+            {f"weight_norm/{name}": 9.0 if name == "c" else 1.0 for name in "abcd"},
+            optimizer_step=step,
+        )
     _, ax = plots.plot_heatmap(history, quantity="weight_norm")
     cells = ax.collections[0].get_array()
     assert cells.shape == (4, 300)
@@ -241,7 +306,9 @@ def test_heatmap_shows_the_layer_that_is_off():
 def test_heatmap_of_alternating_optimizers_has_no_stripes():
     history = History()
     for step in range(20):
-        history.append(step, {f"weight_norm/{'b' if step % 2 else 'a'}": float(step + 1)}, optimizer_step=step)
+        history.append(
+            step, {f"weight_norm/{'b' if step % 2 else 'a'}": float(step + 1)}, optimizer_step=step
+        )
     cells = plots.plot_heatmap(history, quantity="weight_norm")[1].collections[0].get_array()
     assert cells[0, :4].tolist() == [1, 1, 3, 3]
     assert cells.mask.sum() == 2  # "b" before its first step, "a" after its last
@@ -260,7 +327,10 @@ def test_ridge_draws_hills_where_the_norms_are():
     assert {text.get_text() for text in ax.get_legend().get_texts()} == {"rescale", "LR drop"}
 
 
-@pytest.mark.parametrize("norms", [np.ones(8), np.eye(8)[0], np.logspace(-3, 3, 8), np.array([1, np.nan, np.inf, 0, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "norms",
+    [np.ones(8), np.eye(8)[0], np.logspace(-3, 3, 8), np.array([1, np.nan, np.inf, 0, 2, 3, 4, 5])],
+)
 def test_ridge_takes_equal_zero_wide_and_broken_norms(norms):
     history = History()
     for step in range(3):
@@ -289,8 +359,20 @@ def test_colours_of_runs_stay_apart_for_the_colour_blind():
     from matplotlib.colors import to_rgb
 
     # Machado, Oliveira and Fernandes (2009), severity 1.
-    protan = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]])
-    deutan = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]])
+    protan = np.array(
+        [
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ]
+    )
+    deutan = np.array(
+        [
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.011820, 0.042940, 0.968881],
+        ]
+    )
     colours = np.array([to_rgb(colour) for colour in plots.OKABE_ITO])
     linear = np.where(colours <= 0.04045, colours / 12.92, ((colours + 0.055) / 1.055) ** 2.4)
     for seen in (linear @ protan.T, linear @ deutan.T):
@@ -302,7 +384,9 @@ def test_hostile_names_are_drawn_as_they_stand():
     history = History()
     names = [r"$\frac{$", "a$b", "x\ny\x00", "<script>alert(1)</script>", "y" * 500]
     for step in range(3):
-        history.append(step, {f"effective_lr/{name}": 1.0 + step for name in names}, optimizer_step=step)
+        history.append(
+            step, {f"effective_lr/{name}": 1.0 + step for name in names}, optimizer_step=step
+        )
         history.append_vectors(step, {f"weight_norm/{names[0]}": np.arange(1, 4) + step})
     history.mark(1, r"$\bad{")
     for fig, _ in (
@@ -330,7 +414,9 @@ def test_nothing_recorded_is_said(plot):
 
 
 def test_what_is_missing_is_answered_with_what_there_is():
-    with pytest.raises(NormDynError, match=r"`direction_lr` were asked for.* it has angular_update, effective_lr"):
+    with pytest.raises(
+        NormDynError, match=r"`direction_lr` were asked for.* it has angular_update, effective_lr"
+    ):
         plots.plot_effective_lr(synthetic(), quantity="direction_lr")
     with pytest.raises(NormDynError, match="at least one run"):
         plots.plot_compare({})
@@ -350,9 +436,15 @@ def test_drawing_leaves_no_figure_open_in_pyplot():
 
 
 def test_importing_the_module_needs_no_matplotlib():
-    imports = [line for line in inspect.getsource(plots).splitlines() if "matplotlib" in line and "import" in line]
+    imports = [
+        line
+        for line in inspect.getsource(plots).splitlines()
+        if "matplotlib" in line and "import" in line
+    ]
     assert imports
-    assert all(line.startswith("    ") for line in imports)  # inside a function, or for type checkers only
+    assert all(
+        line.startswith("    ") for line in imports
+    )  # inside a function, or for type checkers only
 
 
 @pytest.mark.parametrize(
@@ -361,8 +453,14 @@ def test_importing_the_module_needs_no_matplotlib():
         (["net.0.weight", "net.8.weight"], ["net.0", "net.8"]),
         (["x.weight", "x.weight_v"], ["x", "x.weight_v"]),
         ([f"a.{'b' * 30}.c.weight", f"a.{'b' * 30}.d.weight"], ["c", "d"]),
-        ([f"{'a' * 30}.weight", f"{'a' * 30}.d.weight"], [f"{'a' * 13}…{'a' * 14}", f"{'a' * 13}…{'a' * 12}.d"]),
-        ([f"x.{i}{'y' * 99}.weight" for i in range(3)], [f"{i}{'y' * 12}…{'y' * 14}" for i in range(3)]),
+        (
+            [f"{'a' * 30}.weight", f"{'a' * 30}.d.weight"],
+            [f"{'a' * 13}…{'a' * 14}", f"{'a' * 13}…{'a' * 12}.d"],
+        ),
+        (
+            [f"x.{i}{'y' * 99}.weight" for i in range(3)],
+            [f"{i}{'y' * 12}…{'y' * 14}" for i in range(3)],
+        ),
     ],
 )
 def test_labels_of_long_names_leave_out_what_all_of_them_begin_with(names, labels):
@@ -370,9 +468,15 @@ def test_labels_of_long_names_leave_out_what_all_of_them_begin_with(names, label
 
 
 def test_long_names_of_many_layers_stay_apart_in_a_heat_map():
-    names = [f"model.transformer.encoder.layers.{i}.attention.self.{part}.weight" for i in range(40) for part in ("query", "key")]
+    names = [
+        f"model.transformer.encoder.layers.{i}.attention.self.{part}.weight"
+        for i in range(40)
+        for part in ("query", "key")
+    ]
     history = History()
-    history.append(0, {f"effective_lr/{name}": 1.0 + i for i, name in enumerate(names)}, optimizer_step=1)
+    history.append(
+        0, {f"effective_lr/{name}": 1.0 + i for i, name in enumerate(names)}, optimizer_step=1
+    )
     _, ax = plots.plot_heatmap(history)
     shown = [label.get_text() for label in ax.get_yticklabels()]
     assert len(shown) > 20
@@ -386,7 +490,9 @@ def test_one_layer_far_from_160_others_is_seen():
     assert all((line.get_alpha() or 1.0) >= 0.3 for line in ax.get_lines())
 
 
-@pytest.mark.parametrize("quantity", ["effective_lr", "angular_update", "equilibrium_ratio", "gradient_cosine"])
+@pytest.mark.parametrize(
+    "quantity", ["effective_lr", "angular_update", "equilibrium_ratio", "gradient_cosine"]
+)
 def test_pictures_side_by_side_share_a_scale(quantity):
     low, high = synthetic(), History()
     for row in synthetic():
@@ -399,7 +505,10 @@ def test_pictures_side_by_side_share_a_scale(quantity):
     assert views[0] == pytest.approx(views[1])
     assert views[0][0] <= limits[0] < limits[1] <= views[0][1]
     assert draw(low)[1].get_ylim() != pytest.approx(views[0])
-    colours = [plots.plot_heatmap(history, quantity=quantity, limits=limits)[1].collections[0].get_clim() for history in (low, high)]
+    colours = [
+        plots.plot_heatmap(history, quantity=quantity, limits=limits)[1].collections[0].get_clim()
+        for history in (low, high)
+    ]
     assert colours[0] == pytest.approx(colours[1])
     assert plots.shared_limits([History()], quantity) is None
     assert plots.shared_limits([], quantity) is None

@@ -20,12 +20,18 @@ def test_every_rank_answers_and_collectives_work():
 
     results = run_ranks(total, world=3)
     assert list(results) == [0, 1, 2]
-    assert [(rank, world) for rank, world, _ in results.values()] == [("0", "3"), ("1", "3"), ("2", "3")]
+    assert [(rank, world) for rank, world, _ in results.values()] == [
+        ("0", "3"),
+        ("1", "3"),
+        ("2", "3"),
+    ]
     assert all(value.item() == 6.0 for *_, value in results.values())
 
 
 def test_arguments_and_large_values():
-    results = run_ranks(lambda n: torch.arange(n), args=(300_000,))  # a pipe holds 64 KB until somebody reads
+    results = run_ranks(
+        lambda n: torch.arange(n), args=(300_000,)
+    )  # a pipe holds 64 KB until somebody reads
     assert torch.equal(results[1], torch.arange(300_000))
 
 

@@ -49,7 +49,9 @@ def test_torchs_adafactor_scales_by_the_size_of_the_weight():
     optimizer = torch.optim.Adafactor([weight], lr=0.1)
     assert float(applied_rate(optimizer, optimizer.param_groups[0], weight)) == pytest.approx(0.2)
     optimizer.state[weight] = {"step": torch.tensor(399.0)}
-    assert float(applied_rate(optimizer, optimizer.param_groups[0], weight)) == pytest.approx(2 / math.sqrt(400))
+    assert float(applied_rate(optimizer, optimizer.param_groups[0], weight)) == pytest.approx(
+        2 / math.sqrt(400)
+    )
 
 
 UNKNOWN = {
@@ -57,7 +59,9 @@ UNKNOWN = {
     "lr is None": lambda w: doubles.NoRate([w], lr=None, max_lr=None),
     "a warmup of its own": lambda w: doubles.OwnWarmup([w], lr=0.1, weight_decay=1e-9),
     "another d": lambda w: doubles.Plain([w], lr=0.1, d=3),
-    "DAdaptSGD before its first step": lambda w: type("DAdaptSGD", (doubles.Plain,), {})([w], d=1e-6, growth_rate=2.0),
+    "DAdaptSGD before its first step": lambda w: type("DAdaptSGD", (doubles.Plain,), {})(
+        [w], d=1e-6, growth_rate=2.0
+    ),
 }
 
 
@@ -66,7 +70,10 @@ def test_where_nobody_can_tell_writers_are_refused_by_name(name):
     weight = nn.Parameter(torch.ones(3, 4))
     optimizer = UNKNOWN[name](weight)
     assert applied_rate(optimizer, optimizer.param_groups[0], weight) is None
-    with pytest.raises(NotSupportedError, match=rf"{type(optimizer).__name__} applies in each step.*cannot be told.*AdamW or SGD"):
+    with pytest.raises(
+        NotSupportedError,
+        match=rf"{type(optimizer).__name__} applies in each step.*cannot be told.*AdamW or SGD",
+    ):
         check_rate(optimizer, [weight])
     check_rate(optimizer, [])
 

@@ -26,12 +26,33 @@ def test_every_python_block_is_a_snippet_file():
 
 
 def run_snippet(name: str, folder: Path, code: str | None = None) -> str:
-    """What a snippet prints, in a folder of its own and with nothing of ours in the environment but the package."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("WANDB", "PL_", "PYTHON"))}
-    environment = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+    """What a snippet prints, in a folder of its own and with nothing of ours in the environment but
+    the package."""
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("WANDB", "PL_", "PYTHON"))
+    }
+    environment = {
+        **kept,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "HOME": str(folder),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     path = folder / "snippet.py"
-    path.write_text((ROOT / "examples" / "readme" / name).read_text(encoding="utf-8") if code is None else code, encoding="utf-8")
-    done = subprocess.run([sys.executable, str(path)], cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
+    path.write_text(
+        (ROOT / "examples" / "readme" / name).read_text(encoding="utf-8") if code is None else code,
+        encoding="utf-8",
+    )
+    done = subprocess.run(
+        [sys.executable, str(path)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -54,19 +75,29 @@ def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(tm
     assert float(rows[-1]["normdyn/angular_update"]) == pytest.approx(angle, abs=1e-4)
     # "alpha = decay / (1 - momentum) / norm": to begin where the decay is that it replaces.
     code = (ROOT / "examples" / "readme" / "quickstart.py").read_text(encoding="utf-8")
-    decay, momentum = (float(re.search(rf"{key}=([\d.e-]+)", code)[1]) for key in ("weight_decay", "momentum"))
+    decay, momentum = (
+        float(re.search(rf"{key}=([\d.e-]+)", code)[1]) for key in ("weight_decay", "momentum")
+    )
     begins = [float(rows[0][f"equivalent_weight_decay/net.{layer}.weight"]) for layer in (0, 3)]
     assert begins == pytest.approx([decay / (1 - momentum)] * 2, rel=0.15)
     # The table says the same.
-    assert f"(replaces {decay:g}, acting like {decay / (1 - momentum):g})" in " ".join(printed.split())
+    assert f"(replaces {decay:g}, acting like {decay / (1 - momentum):g})" in " ".join(
+        printed.split()
+    )
 
 
 def test_the_raw_loop_shrinks(tmp_path):
-    code = "import torch\ntorch.manual_seed(0)\n" + (ROOT / "examples" / "readme" / "raw_loop.py").read_text(encoding="utf-8")
+    code = "import torch\ntorch.manual_seed(0)\n" + (
+        ROOT / "examples" / "readme" / "raw_loop.py"
+    ).read_text(encoding="utf-8")
     norms = []
     for alpha in ("2.5e-3", "0.0"):
         assert "alpha=2.5e-3" in code
-        printed = run_snippet("raw_loop.py", tmp_path, code.replace("alpha=2.5e-3", f"alpha={alpha}") + "print(vectors.norms().tolist())\n")
+        printed = run_snippet(
+            "raw_loop.py",
+            tmp_path,
+            code.replace("alpha=2.5e-3", f"alpha={alpha}") + "print(vectors.norms().tolist())\n",
+        )
         norms.append(ast.literal_eval(printed.splitlines()[-1]))
     shrunk = [a / b for a, b in zip(*norms, strict=True)]
     # Three steps, each by lr · alpha · norm, with a norm of about 0.58.

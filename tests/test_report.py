@@ -1,4 +1,5 @@
-"""report.py: runs are read whoever wrote them down, the page stands on its own, and hostile input is refused or shown as text."""
+"""report.py: runs are read whoever wrote them down, the page stands on its own, and hostile input
+is refused or shown as text."""
 
 from __future__ import annotations
 
@@ -22,7 +23,9 @@ from lightning_normdyn.report import load_run, write_report
 
 pytest.importorskip("matplotlib")
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def synthetic(layers: int = 3, steps: int = 20, *, factor: float = 1.0, names=None) -> History:
@@ -36,7 +39,10 @@ def synthetic(layers: int = 3, steps: int = 20, *, factor: float = 1.0, names=No
             row[f"angular_update/{name}"] = 0.01 * (i + 1)
             row[f"equilibrium_angular_update/{name}"] = 0.02
         history.append(10 * step, row, optimizer_step=step + 1)
-    history.meta = {"targets": {names[0]: {"scale_invariant": "filter", "vectors": 8}}, "settings": {"alpha": 0.0025}}
+    history.meta = {
+        "targets": {names[0]: {"scale_invariant": "filter", "vectors": 8}},
+        "settings": {"alpha": 0.0025},
+    }
     return history
 
 
@@ -90,8 +96,12 @@ def test_a_csv_log_as_lightning_writes_it(tmp_path):
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
     logger.log_metrics({"train_loss": 2.0}, step=0)
     logger.log_metrics({"effective_lr/conv.weight": 0.5, "angular_update/conv.weight": 0.1}, step=0)
-    logger.log_metrics({"effective_lr/conv.weight": 0.25, "angular_update/conv.weight": float("nan")}, step=9)
-    logger.log_metrics({"val_loss": 1.0, "epoch": 0}, step=7)  # validation may be logged for an earlier step
+    logger.log_metrics(
+        {"effective_lr/conv.weight": 0.25, "angular_update/conv.weight": float("nan")}, step=9
+    )
+    logger.log_metrics(
+        {"val_loss": 1.0, "epoch": 0}, step=7
+    )  # validation may be logged for an earlier step
     logger.save()
     for run in (load_run(logger.log_dir), load_run(Path(logger.log_dir) / "metrics.csv")):
         assert list(run) == [
@@ -113,7 +123,16 @@ def test_a_csv_log_as_lightning_writes_it(tmp_path):
 
 
 def test_a_csv_log_of_a_run_that_crashed_and_went_on(tmp_path):
-    path = write_csv(tmp_path / "metrics.csv", "step,effective_lr/a", "0,1", "10,2", "20,3", "10,4", "20,5", "30,6")
+    path = write_csv(
+        tmp_path / "metrics.csv",
+        "step,effective_lr/a",
+        "0,1",
+        "10,2",
+        "20,3",
+        "10,4",
+        "20,5",
+        "30,6",
+    )
     steps, values = load_run(path).column("effective_lr/a")
     assert steps.tolist() == [0, 10, 20, 30]
     assert values.tolist() == [1, 4, 5, 6]
@@ -152,12 +171,21 @@ def test_an_offline_wandb_run(wandb_run):
     for path in (wandb_run, next(wandb_run.glob("*.wandb"))):
         history = load_run(path)
         assert history.column("effective_lr/a.weight")[0].tolist() == [0, 10, 20, 30, 40]
-        np.testing.assert_allclose(history.column("effective_lr/a.weight")[1], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+        np.testing.assert_allclose(
+            history.column("effective_lr/a.weight")[1], [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
+        )
         assert history.column("angular_update/a.weight")[0].tolist() == [0, 10, 20, 30, 40]
-        np.testing.assert_array_equal(history.column("angular_update/a.weight")[1], np.float32([0.5, 0.5, np.nan, 0.5, 0.5]))
+        np.testing.assert_array_equal(
+            history.column("angular_update/a.weight")[1], np.float32([0.5, 0.5, np.nan, 0.5, 0.5])
+        )
         assert history.column("weight_norm/a.weight")[1].tolist() == [2, 2, 2, float("inf"), 2]
         assert history.meta == {"targets": {"a.weight": {"vectors": 3}}}
-        assert set(history.keys()) == {"effective_lr/a.weight", "angular_update/a.weight", "weight_norm/a.weight", "epoch"}
+        assert set(history.keys()) == {
+            "effective_lr/a.weight",
+            "angular_update/a.weight",
+            "weight_norm/a.weight",
+            "epoch",
+        }
 
 
 def test_an_interrupted_wandb_run_is_read_as_far_as_it_goes(wandb_run):
@@ -200,7 +228,8 @@ def reader_that(monkeypatch, *, stdout: str = "", stderr: str = "", code: int = 
         '{"type": "history", "history": {"item": {"a": 1}}}',
         '{"type": "history", "history": {"item": {"_step": "x", "a": 1}}}',
         '{"type": "history", "history": {"item": {"_step": 1e400}}}',
-        '{"type": "history", "history": {"item": {"_step": 1000000000000000000000000000000, "a": 1}}}',
+        '{"type": "history", "history": {"item": {"_step": 1000000000000000000000000000000, "a": '
+        "1}}}",
     ],
 )
 def test_what_the_wandb_reader_might_say_is_not_trusted(tmp_path, monkeypatch, line):
@@ -212,12 +241,17 @@ def test_what_the_wandb_reader_might_say_is_not_trusted(tmp_path, monkeypatch, l
 
 def test_a_number_too_large_for_any_run_is_refused(tmp_path, monkeypatch):
     (tmp_path / "run.wandb").write_bytes(b"")
-    reader_that(monkeypatch, stdout='{"type": "history", "history": {"item": {"_step": 1, "a": %s}}}\n' % 10**400)
+    reader_that(
+        monkeypatch,
+        stdout='{"type": "history", "history": {"item": {"_step": 1, "a": %s}}}\n' % 10**400,
+    )
     with pytest.raises(NormDynError, match="none that a run can log"):
         load_run(tmp_path)
 
 
-@pytest.mark.parametrize("said", ["/usr/bin/python: No module named wandb", "Error: No such command 'leet'."])
+@pytest.mark.parametrize(
+    "said", ["/usr/bin/python: No module named wandb", "Error: No such command 'leet'."]
+)
 def test_without_a_wandb_that_can_read_it_is_said_which_one_can(tmp_path, monkeypatch, said):
     (tmp_path / "run.wandb").write_bytes(b"")
     reader_that(monkeypatch, stderr=said, code=1)
@@ -290,16 +324,27 @@ def test_a_folder_with_two_runs_asks_which(tmp_path):
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-    page = Page(write_report({"decay": synthetic(), "aws": synthetic(factor=2)}, tmp_path / "new" / "report.html"))
-    assert not [tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "base", "form")]
+    page = Page(
+        write_report(
+            {"decay": synthetic(), "aws": synthetic(factor=2)}, tmp_path / "new" / "report.html"
+        )
+    )
+    assert not [
+        tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "base", "form")
+    ]
     for _, attributes in page.tags:
         for name in ("src", "href", "action", "srcset", "background"):
             assert attributes.get(name, "data:").startswith("data:")
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", page.source).replace("http-equiv", "")
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", page.source).replace(
+        "http-equiv", ""
+    )
     assert "@import" not in page.source
     assert "default-src 'none'" in page.policy
     (script,) = page.scripts
-    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page.policy
+    assert (
+        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        in page.policy
+    )
     assert os.listdir(tmp_path / "new") == ["report.html"]
 
 
@@ -319,7 +364,18 @@ def test_the_table_holds_the_numbers(tmp_path):
     head, *rows = page.rows
     assert head[0] == "weight"
     assert rows == [
-        ["conv0.weight", "filter", "8", "2", "1.05", "0.0931", "0.01", "0.02", "0.5", "turns slower"],
+        [
+            "conv0.weight",
+            "filter",
+            "8",
+            "2",
+            "1.05",
+            "0.0931",
+            "0.01",
+            "0.02",
+            "0.5",
+            "turns slower",
+        ],
         ["conv1.weight", "–", "–", "4", "2.1", "0.0465", "0.02", "0.02", "1", "as predicted"],
         ["conv2.weight", "–", "–", "6", "3.15", "0.031", "0.03", "0.02", "1.5", "turns faster"],
     ]
@@ -333,7 +389,11 @@ def test_the_verdict_is_what_the_monitor_said(tmp_path):
         "conv2.weight": {"verdict": 3},
     }
     page = Page(write_report({"run": history}, tmp_path / "report.html"))
-    assert [row[-1] for row in page.rows[1:]] == ["settled, 0.5x the prediction (below)", "as predicted", "turns faster"]
+    assert [row[-1] for row in page.rows[1:]] == [
+        "settled, 0.5x the prediction (below)",
+        "as predicted",
+        "turns faster",
+    ]
 
 
 def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):
@@ -354,28 +414,45 @@ def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path):
     few = History()
     few.append(5, {"weight_norm/a.weight": 1.0}, optimizer_step=1)
     gap = History()
-    gap.append(0, {"gradient_cosine/a.weight": float("nan"), "effective_lr/b": 1.0}, optimizer_step=1)
-    page = Page(write_report({"few": few, "gap": gap, "full": synthetic()}, tmp_path / "report.html"))
+    gap.append(
+        0, {"gradient_cosine/a.weight": float("nan"), "effective_lr/b": 1.0}, optimizer_step=1
+    )
+    page = Page(
+        write_report({"few": few, "gap": gap, "full": synthetic()}, tmp_path / "report.html")
+    )
     assert len(page.rows) == 1 + 1 + 2 + 3
 
 
 def test_hostile_names_stay_text(tmp_path):
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'$title$`"
     history = synthetic(names=[attack, "$style", "${body}"])
-    history.meta = {"targets": {attack: {"scale_invariant": attack, "vectors": attack}}, attack: [attack], "note": attack}
+    history.meta = {
+        "targets": {attack: {"scale_invariant": attack, "vectors": attack}},
+        attack: [attack],
+        "note": attack,
+    }
     history.mark(3, attack)
     history.append_vectors(0, {f"weight_norm/{attack}": np.arange(1.0, 4)})
     page = Page(write_report({attack: history, "$title": synthetic()}, tmp_path / "report.html"))
     assert len(page.scripts) == 1
     assert "alert" not in page.scripts[0]
-    assert all(attributes["src"].startswith("data:image/png") for tag, attributes in page.tags if tag == "img")
+    assert all(
+        attributes["src"].startswith("data:image/png")
+        for tag, attributes in page.tags
+        if tag == "img"
+    )
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
     assert "".join(page.rows[1]).count("<script>alert(1)</script>") == 3
     assert "$style" in str(page.rows)
 
 
 def test_meta_of_any_shape_is_shown(tmp_path):
-    for targets in ([], "text", {"conv0.weight": 3}, {"conv0.weight": {"vectors": "many", "scale_invariant": None}}):
+    for targets in (
+        [],
+        "text",
+        {"conv0.weight": 3},
+        {"conv0.weight": {"vectors": "many", "scale_invariant": None}},
+    ):
         history = synthetic()
         history.meta["targets"] = targets
         assert len(Page(write_report({"run": history}, tmp_path / "report.html")).rows) == 4
@@ -388,7 +465,10 @@ def test_an_error_leaves_the_older_report_as_it_was(tmp_path, monkeypatch):
     without.append(0, {"train_loss": 1.0}, optimizer_step=1)
     for runs, message in (
         ({}, "at least one run"),
-        ({"run": synthetic(), "other": without}, "run `other` has no curves of layers, it has train_loss"),
+        (
+            {"run": synthetic(), "other": without},
+            "run `other` has no curves of layers, it has train_loss",
+        ),
         ({"empty": History()}, "nothing at all"),
     ):
         with pytest.raises(NormDynError, match=message):
@@ -419,9 +499,23 @@ def in_browser(page: Path, script: str, tmp_path: Path) -> str:
 
 
 def dumped_title(page: Path, tmp_path: Path) -> str:
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    done = subprocess.run([CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
     return re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL).group(1)
 
 
@@ -442,22 +536,34 @@ def test_headings_sort_the_table(tmp_path):
     norms = [float(number) for number in up.split()]
     assert norms == sorted(norms)
     assert [float(number) for number in down.split()] == norms[::-1]
-    assert vectors_up == vectors_down == " ".join(["8"] + ["–"] * 11)  # what is missing comes last, either way
-    assert names.split() == [f"conv{i}.weight" for i in range(11, -1, -1)]  # 11 before 10 before 9, not 9 before 8 before 11
+    assert (
+        vectors_up == vectors_down == " ".join(["8"] + ["–"] * 11)
+    )  # what is missing comes last, either way
+    assert names.split() == [
+        f"conv{i}.weight" for i in range(11, -1, -1)
+    ]  # 11 before 10 before 9, not 9 before 8 before 11
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
 def test_the_policy_stops_a_script_that_slipped_through(tmp_path):
     page = write_report({"run": synthetic()}, tmp_path / "report.html")
-    page.write_text(page.read_text().replace("</body>", "<script>document.title = 'attacked'</script></body>"))
+    page.write_text(
+        page.read_text().replace("</body>", "<script>document.title = 'attacked'</script></body>")
+    )
     assert dumped_title(page, tmp_path) == "Weight dynamics: run"
 
 
-@pytest.mark.parametrize("number", [10**4000, -(10**4000), True, 1.5, "7", None], ids=["huge", "negative", "true", "float", "text", "none"])
+@pytest.mark.parametrize(
+    "number",
+    [10**4000, -(10**4000), True, 1.5, "7", None],
+    ids=["huge", "negative", "true", "float", "text", "none"],
+)
 def test_a_number_in_the_notes_of_a_run_that_is_none_is_left_out(number, tmp_path):
     history = synthetic(1, 2)
-    history.meta["targets"] = {"conv0.weight": {"vectors": number, "scale_invariant": number, "verdict": number}}
+    history.meta["targets"] = {
+        "conv0.weight": {"vectors": number, "scale_invariant": number, "verdict": number}
+    }
     run = load_run(history.save(tmp_path / "run.npz"))
     page = Page(write_report({"run": run}, tmp_path / "report.html"))
     assert ["–" if number is not True else page.rows[1][2]] == [page.rows[1][2]]
@@ -466,7 +572,12 @@ def test_a_number_in_the_notes_of_a_run_that_is_none_is_left_out(number, tmp_pat
 @pytest.mark.parametrize("cell", ["9" * 4000, "-" + "9" * 4000, "1e999"])
 @pytest.mark.parametrize("column", ["step", "effective_lr/conv.weight", "normdyn/optimizer_step"])
 def test_a_number_of_thousands_of_digits_in_a_log_is_refused_or_infinite(cell, column, tmp_path):
-    cells = {"step": "1", "effective_lr/conv.weight": "0.5", "normdyn/optimizer_step": "2", column: cell}
+    cells = {
+        "step": "1",
+        "effective_lr/conv.weight": "0.5",
+        "normdyn/optimizer_step": "2",
+        column: cell,
+    }
     (tmp_path / "metrics.csv").write_text(",".join(cells) + "\n" + ",".join(cells.values()) + "\n")
     if column == "effective_lr/conv.weight":
         assert abs(load_run(tmp_path)[0][column]) == float("inf")

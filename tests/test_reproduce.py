@@ -1,4 +1,5 @@
-"""Every reproduction of a claim runs, and leaves a table and a picture; what its verdicts rest on does what it says."""
+"""Every reproduction of a claim runs, and leaves a table and a picture; what its verdicts rest on
+does what it says."""
 
 from __future__ import annotations
 
@@ -43,16 +44,25 @@ def test_runs_tiny_and_leaves_table_and_picture(script, tmp_path, monkeypatch, c
 @pytest.mark.parametrize("script", TABLES)
 def test_committed_table_comes_from_a_full_run(script):
     table = (FOLDER / f"{script}.md").read_text(encoding="utf-8")
-    for said in (f"- command: `python benchmarks/reproduce/{script}.py", "- seeds: ", "- date: ", "- machine: "):
+    for said in (
+        f"- command: `python benchmarks/reproduce/{script}.py",
+        "- seeds: ",
+        "- date: ",
+        "- machine: ",
+    ):
         assert said in table
     assert "--tiny" not in table
     assert (FOLDER / f"{script}.png").read_bytes().startswith(b"\x89PNG")
     for text in ((FOLDER / "README.md"), FOLDER.parents[1] / "README.md"):
-        assert f"{script}.md)" in text.read_text(encoding="utf-8"), f"{text} does not link the table"
+        assert f"{script}.md)" in text.read_text(encoding="utf-8"), (
+            f"{text} does not link the table"
+        )
 
 
 def test_summary_of_all_claims_is_that_of_the_tables():
-    assert summary.summary() in (FOLDER / "README.md").read_text(encoding="utf-8"), "run python benchmarks/reproduce/summary.py"
+    assert summary.summary() in (FOLDER / "README.md").read_text(encoding="utf-8"), (
+        "run python benchmarks/reproduce/summary.py"
+    )
 
 
 def test_summary_has_every_claim_with_its_outcome_and_the_guess(tmp_path):
@@ -70,7 +80,9 @@ def test_summary_has_every_claim_with_its_outcome_and_the_guess(tmp_path):
     text = summary.summary(tmp_path)
     assert "1 of 3 hold here, 1 do not, 1 are shown and not judged." in text
     assert "| it does \\|not\\| | 0.1 | **no**. Perhaps: too few steps |" in text
-    (tmp_path / "README.md").write_text(f"before\n{summary.START}\nold\n{summary.END}\nafter", encoding="utf-8")
+    (tmp_path / "README.md").write_text(
+        f"before\n{summary.START}\nold\n{summary.END}\nafter", encoding="utf-8"
+    )
     summary.refresh(tmp_path)
     summary.refresh(tmp_path)
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == f"before\n{text}\nafter"
@@ -78,7 +90,10 @@ def test_summary_has_every_claim_with_its_outcome_and_the_guess(tmp_path):
 
 def test_path_of_the_images_stays_private(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["some.py", "--cifar", "/home/me/cifar", "--seeds", "3", "4"])
-    assert desk.arguments("text", {}, {}).command == "python benchmarks/reproduce/some.py --cifar PATH --seeds 3 4"
+    assert (
+        desk.arguments("text", {}, {}).command
+        == "python benchmarks/reproduce/some.py --cifar PATH --seeds 3 4"
+    )
     monkeypatch.setattr(sys, "argv", ["some.py", "--cifar=/home/me/cifar"])
     assert "/home/me" not in desk.arguments("text", {}, {}).command
 
@@ -100,7 +115,11 @@ def test_a_fit_ends_at_the_first_loss_that_is_not_finite(digits):
 
 
 def test_decay_reaches_the_convolutions_only():
-    groups = desk.Recipe(1, weight_decay=0.3, rest_decay=0.2, lr=0.5, rest_lr=0.1).optimizer_for(desk.plain_network(1, 2)).param_groups
+    groups = (
+        desk.Recipe(1, weight_decay=0.3, rest_decay=0.2, lr=0.5, rest_lr=0.1)
+        .optimizer_for(desk.plain_network(1, 2))
+        .param_groups
+    )
     assert [(g["weight_decay"], g["lr"]) for g in groups] == [(0.3, 0.5), (0.2, 0.1), (0.0, 0.1)]
     assert all(p.dim() == 4 for p in groups[0]["params"])
     assert sum(len(g["params"]) for g in groups) == len(list(desk.plain_network(1, 2).parameters()))
@@ -117,27 +136,43 @@ def test_paired_difference_and_its_t():
 
 
 def test_stale_statistics_are_what_the_forward_pass_left(digits):
-    """The arm without the correction differs from the arm with it by the running statistics, and by nothing else."""
+    """The arm without the correction differs from the arm with it by the running statistics, and by
+    nothing else."""
     from wrs_against_decay import StaleStatistics
 
     from lightning_normdyn import WeightRescaling
 
     def train(*more):
-        return desk.fit(lambda: desk.plain_network(1, 2), digits, desk.Recipe(4), 0, [WeightRescaling(4, target_norm=0.1), *more])
+        return desk.fit(
+            lambda: desk.plain_network(1, 2),
+            digits,
+            desk.Recipe(4),
+            0,
+            [WeightRescaling(4, target_norm=0.1), *more],
+        )
 
     follows, left = train(), train(StaleStatistics())
     same = {
         name: torch.equal(a, b)
-        for (name, a), b in zip(follows.network.state_dict().items(), left.network.state_dict().values(), strict=True)
+        for (name, a), b in zip(
+            follows.network.state_dict().items(), left.network.state_dict().values(), strict=True
+        )
     }
-    assert {name.rpartition(".")[2] for name, equal in same.items() if not equal} == {"running_mean", "running_var"}
+    assert {name.rpartition(".")[2] for name, equal in same.items() if not equal} == {
+        "running_mean",
+        "running_var",
+    }
 
 
 def test_statistics_taken_anew_are_those_of_the_training_images(digits):
     from wrs_against_decay import renewed_accuracy
 
     run = desk.fit(lambda: desk.plain_network(1, 2), digits, desk.Recipe(30), 0)
-    kept = {name: buffer.clone() for name, buffer in run.network.named_buffers() if name.endswith("running_mean")}
+    kept = {
+        name: buffer.clone()
+        for name, buffer in run.network.named_buffers()
+        if name.endswith("running_mean")
+    }
     for layer in run.network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.running_mean.fill_(50.0)
@@ -156,10 +191,14 @@ def test_decay_window_opens_and_closes_with_the_epochs(digits):
     recipe = desk.Recipe(2 * epoch, weight_decay=0.3)
     build = lambda: desk.plain_network(1, 2)  # noqa: E731
     early, late, always = (
-        desk.fit(build, digits, recipe, 0, [window], log_every=1).history.column("normdyn/weight_norm")[1]
+        desk.fit(build, digits, recipe, 0, [window], log_every=1).history.column(
+            "normdyn/weight_norm"
+        )[1]
         for window in (DecayWindow(stop=1), DecayWindow(start=1), DecayWindow())
     )
-    never = desk.fit(build, digits, desk.Recipe(2 * epoch), 0, log_every=1).history.column("normdyn/weight_norm")[1]
+    never = desk.fit(build, digits, desk.Recipe(2 * epoch), 0, log_every=1).history.column(
+        "normdyn/weight_norm"
+    )[1]
     assert np.array_equal(early[: epoch + 1], always[: epoch + 1])
     assert np.array_equal(late[: epoch + 1], never[: epoch + 1])
     assert early[-1] > 1.2 * always[-1]

@@ -1,4 +1,5 @@
-"""An interruption changes nothing: a fit resumed from any of its steps ends as the fit that was never interrupted."""
+"""An interruption changes nothing: a fit resumed from any of its steps ends as the fit that was
+never interrupted."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ OVERFLOWS = (0, 4, 9, 11, 15)
 
 
 class ByStep(Net):
-    """Takes its batch by the step that it is at, so that a resumed run sees what the uninterrupted one saw."""
+    """Takes its batch by the step that it is at, so that a resumed run sees what the uninterrupted
+    one saw."""
 
     overflows: tuple[int, ...] = ()
 
@@ -36,7 +38,9 @@ class ByStep(Net):
         step = self.trainer.global_step
         rows = slice(8 * (step % 4), 8 * (step % 4) + 8)
         dtype = self.net[0].weight.dtype
-        loss = super().training_step([t[rows].to(dtype) if t.is_floating_point() else t[rows] for t in images().tensors])
+        loss = super().training_step(
+            [t[rows].to(dtype) if t.is_floating_point() else t[rows] for t in images().tensors]
+        )
         return loss * (float("inf") if step in self.overflows else 1.0)
 
 
@@ -48,7 +52,10 @@ class SavesEveryStep(L.Callback):
         setattr(self, hook, self._save)
 
     def _save(self, trainer, *args):
-        if trainer.sanity_checking or (path := self.folder / f"{trainer.global_step}.ckpt") in self.paths:
+        if (
+            trainer.sanity_checking
+            or (path := self.folder / f"{trainer.global_step}.ckpt") in self.paths
+        ):
             return
         trainer.save_checkpoint(path)
         self.paths.append(path)
@@ -63,7 +70,9 @@ def sgd(parameters):
 
 
 def dropping(optimizer):
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 7 else 0.1 if step < 13 else 0.02)
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 1.0 if step < 7 else 0.1 if step < 13 else 0.02
+    )
 
 
 @dataclass
@@ -84,9 +93,18 @@ CASES = {
     "input-span": Case(lambda: [InputSpanMonitor(1, max_samples=200)]),
     "monitor": Case(lambda: [], make_scheduler=dropping),
     "all": Case(
-        lambda: [AdaptiveWeightShrink(50.0), RadialProjection(), WeightRescaling(3), InputSpanMonitor(2, max_samples=99)], sgd, dropping
+        lambda: [
+            AdaptiveWeightShrink(50.0),
+            RadialProjection(),
+            WeightRescaling(3),
+            InputSpanMonitor(2, max_samples=99),
+        ],
+        sgd,
+        dropping,
     ),
-    "aws and lr-drop": Case(lambda: [AdaptiveWeightShrink(5.0), LRDropRescaling(exponent=0.3)], sgd, dropping),
+    "aws and lr-drop": Case(
+        lambda: [AdaptiveWeightShrink(5.0), LRDropRescaling(exponent=0.3)], sgd, dropping
+    ),
 }
 
 
@@ -104,27 +122,53 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
         for i, pair in enumerate(zip(a, b, strict=False)):
             yield from differences(*pair, f"{path}/{i}")
     elif isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        if a.dtype != b.dtype or a.shape != b.shape or not torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30)):
+        if (
+            a.dtype != b.dtype
+            or a.shape != b.shape
+            or not torch.equal(a.nan_to_num(nan=1e30), b.nan_to_num(nan=1e30))
+        ):
             yield f"{path}: {a} and {b}"
     elif path.endswith(("/position/1", "/extra/digest")):
-        pass  # Lightning's own count, which depends on the hook in which a checkpoint is saved, and a digest of it
+        # Lightning's own count, which depends on the hook in which a checkpoint is saved, and a
+        # digest of it
+        pass
     elif path.endswith("header"):  # of a history: JSON
-        yield from differences(*({**json.loads(header), "meta": settled(json.loads(header)["meta"])} for header in (a, b)), path)
+        yield from differences(
+            *(
+                {**json.loads(header), "meta": settled(json.loads(header)["meta"])}
+                for header in (a, b)
+            ),
+            path,
+        )
     elif a != b and not (a != a and b != b):
         yield f"{path}: {a} and {b}"
 
 
 def settled(meta: dict[str, Any]) -> dict[str, Any]:
-    """Without verdicts, since a fit that was finished when the checkpoint was saved judges nothing; and without the strength of AWS at the
+    """Without verdicts, since a fit that was finished when the checkpoint was saved judges nothing;
+    and without the strength of AWS at the
     first row, which a checkpoint saved within the end of that very batch does not know yet."""
     moving = ("verdict", "treated")
-    return {**meta, "targets": {n: {k: v for k, v in t.items() if k not in moving} for n, t in meta.get("targets", {}).items()}}
+    return {
+        **meta,
+        "targets": {
+            n: {k: v for k, v in t.items() if k not in moving}
+            for n, t in meta.get("targets", {}).items()
+        },
+    }
 
 
 def rows_of(callback: Any) -> dict[str, Any]:
     history = callback.history
-    vectors = {name: [torch.from_numpy(part) for part in history.vectors(name)] for name in history.vector_names()}
-    return {"rows": list(history), "events": [tuple(event) for event in history.events], "vectors": vectors}
+    vectors = {
+        name: [torch.from_numpy(part) for part in history.vectors(name)]
+        for name in history.vector_names()
+    }
+    return {
+        "rows": list(history),
+        "events": [tuple(event) for event in history.events],
+        "vectors": vectors,
+    }
 
 
 def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> dict[str, Any]:
@@ -132,8 +176,15 @@ def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> dict[st
     return {
         "weights": dict(module.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "callbacks": {c.state_key: {k: v for k, v in c.state_dict().items() if k != "targets"} for c in callbacks},
-        "histories": [rows_of(c) for c in callbacks if hasattr(c, "history") and not isinstance(c, EffectiveLRReplay)],
+        "callbacks": {
+            c.state_key: {k: v for k, v in c.state_dict().items() if k != "targets"}
+            for c in callbacks
+        },
+        "histories": [
+            rows_of(c)
+            for c in callbacks
+            if hasattr(c, "history") and not isinstance(c, EffectiveLRReplay)
+        ],
         "metrics": {k: v for k, v in trainer.callback_metrics.items() if k.startswith("normdyn/")},
     }
 
@@ -154,10 +205,20 @@ def go(
     dtype, plugins, make_optimizer = torch.float64, [], case.make_optimizer
     if scaler:
         dtype = torch.float32
-        plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3))]
-    if scaler == "fused":  # not SGD: after a skipped first step torch's fused one reads a momentum that nobody has written
+        plugins = [
+            MixedPrecision(
+                "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=3)
+            )
+        ]
+    if (
+        scaler == "fused"
+        # not SGD: after a skipped first step torch's fused one reads a momentum that nobody has
+        # written
+    ):
         make_optimizer = lambda p: adamw(p, fused=True)  # noqa: E731
-    module = make(ByStep, make_optimizer=make_optimizer, make_scheduler=case.make_scheduler, dtype=dtype)
+    module = make(
+        ByStep, make_optimizer=make_optimizer, make_scheduler=case.make_scheduler, dtype=dtype
+    )
     module.overflows = OVERFLOWS if scaler else ()
     trainer = fit(
         module,
@@ -171,13 +232,25 @@ def go(
     return everything(module, trainer, callbacks)
 
 
-def check(case: Case, every: int, scaler: str, saves: str, folder: Any, hook: str = "on_train_batch_end", steps: Any = None) -> None:
+def check(
+    case: Case,
+    every: int,
+    scaler: str,
+    saves: str,
+    folder: Any,
+    hook: str = "on_train_batch_end",
+    steps: Any = None,
+) -> None:
     saver = SavesEveryStep(folder, hook)
     expected = go(case, every, scaler, saver, saves)
     assert len(saver.paths) >= (STEPS if hook == "on_train_batch_end" else 4)
     for path in saver.paths if steps is None else [saver.paths[i] for i in steps]:
-        if path == saver.paths[-1] and any(isinstance(c, InputSpanMonitor) for c in case.callbacks()):
-            continue  # Lightning never comes back to the end of an epoch that was the last, where this callback measures
+        if path == saver.paths[-1] and any(
+            isinstance(c, InputSpanMonitor) for c in case.callbacks()
+        ):
+            # Lightning never comes back to the end of an epoch that was the last, where this
+            # callback measures
+            continue
         found = [*differences(expected, go(case, every, scaler, ckpt_path=path))]
         assert not found, (path.name, found[:5])
 
@@ -204,7 +277,9 @@ def test_a_fit_resumes_from_the_ends_of_its_epochs(hook, tmp_path):
     expected = go(CASES["aws"], 3, "", saver, "last")
     assert saver.paths
     for path in saver.paths:
-        if hook == "on_train_epoch_start":  # plain Lightning itself goes on differently; only its rows must not end the fit
+        if (
+            hook == "on_train_epoch_start"
+        ):  # plain Lightning itself goes on differently; only its rows must not end the fit
             go(CASES["aws"], 3, "", ckpt_path=path)
             continue
         found = [*differences(expected, go(CASES["aws"], 3, "", ckpt_path=path))]
@@ -212,8 +287,13 @@ def test_a_fit_resumes_from_the_ends_of_its_epochs(hook, tmp_path):
 
 
 def test_rows_go_on_from_a_checkpoint_of_a_validation_in_the_middle_of_an_epoch(tmp_path):
-    """Where most checkpoints are saved; Lightning's own count of batches goes on one too low there."""
-    validates = {"val_data": torch.utils.data.DataLoader(images(8), batch_size=8), "val_check_interval": 2, "num_sanity_val_steps": 0}
+    """Where most checkpoints are saved; Lightning's own count of batches goes on one too low
+    there."""
+    validates = {
+        "val_data": torch.utils.data.DataLoader(images(8), batch_size=8),
+        "val_check_interval": 2,
+        "num_sanity_val_steps": 0,
+    }
     saver = SavesEveryStep(tmp_path, "on_validation_end")
     expected = go(CASES["aws"], 3, "", saver, "last", **validates)
     assert [int(path.stem) for path in saver.paths][:4] == [2, 4, 7, 9]
@@ -223,9 +303,12 @@ def test_rows_go_on_from_a_checkpoint_of_a_validation_in_the_middle_of_an_epoch(
         assert not [*differences(expected["weights"], again["weights"])], path.name
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize(
+    "hook", ["on_train_batch_start", "on_after_backward", "on_before_optimizer_step"]
+)
 def test_rows_and_counts_go_on_from_the_middle_of_a_batch(hook, tmp_path):
-    """Lightning trains on such a batch again. Its running statistics have then seen it twice, with or without our callbacks."""
+    """Lightning trains on such a batch again. Its running statistics have then seen it twice, with
+    or without our callbacks."""
     saver = SavesEveryStep(tmp_path, hook)
     expected = go(CASES["wrs-window"], 5, "scaler", saver, "last")
     for path in [saver.paths[i] for i in (0, 5, 10, 12)]:
@@ -233,4 +316,6 @@ def test_rows_and_counts_go_on_from_the_middle_of_a_batch(hook, tmp_path):
         if hook == "on_train_batch_start":
             assert not [*differences(expected, again)], path.name
         for key in ("step", "optimizer_step", "normdyn/skipped_steps"):
-            assert [row[key] for row in again["histories"][0]["rows"]] == [row[key] for row in expected["histories"][0]["rows"]]
+            assert [row[key] for row in again["histories"][0]["rows"]] == [
+                row[key] for row in expected["histories"][0]["rows"]
+            ]

@@ -1,4 +1,5 @@
-"""What is done for a step that never happens: taken back, over checkpoints too, and never done twice."""
+"""What is done for a step that never happens: taken back, over checkpoints too, and never done
+twice."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from lightning_normdyn.steps import Step
 
 
 class FailsOnce(torch.optim.SGD):
-    """Raises in the middle of a step, before the weights with these numbers and all behind them are written."""
+    """Raises in the middle of a step, before the weights with these numbers and all behind them are
+    written."""
 
     fails_before: int | None = None
 
@@ -26,8 +28,11 @@ class FailsOnce(torch.optim.SGD):
         return super()._init_group(group, *lists)
 
 
-def shrinking(optimizer: Any, weights: list[nn.Parameter], factor: float = 0.5) -> tuple[StepBracket, list[int]]:
-    """A bracket that halves all weights before every step, and the numbers of the steps in which it did."""
+def shrinking(
+    optimizer: Any, weights: list[nn.Parameter], factor: float = 0.5
+) -> tuple[StepBracket, list[int]]:
+    """A bracket that halves all weights before every step, and the numbers of the steps in which it
+    did."""
     vectors = WeightVectors(weights, [Partition.filters(tuple(w.shape)) for w in weights])
     bracket, shrunk = StepBracket.of(optimizer), []
 
@@ -41,7 +46,10 @@ def shrinking(optimizer: Any, weights: list[nn.Parameter], factor: float = 0.5) 
 
 def two(dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return [nn.Parameter(torch.randn(3, 4, generator=generator, dtype=torch.float64).to(dtype)) for _ in range(2)]
+    return [
+        nn.Parameter(torch.randn(3, 4, generator=generator, dtype=torch.float64).to(dtype))
+        for _ in range(2)
+    ]
 
 
 def made(**options: Any) -> tuple[FailsOnce, list[nn.Parameter], StepBracket, list[int]]:
@@ -94,7 +102,10 @@ def test_with_new_gradients_the_weights_are_put_back_first(set_to_none):
     for w, g in zip(weights, gradients_of_seed_0(), strict=True):
         w.grad = 2 * g if set_to_none else w.grad.add_(2 * g)
     optimizer.step()
-    assert all(torch.allclose(a, b, rtol=1e-14, atol=1e-15) for a, b in zip(weights, untroubled(1), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-14, atol=1e-15)
+        for a, b in zip(weights, untroubled(1), strict=True)
+    )
     assert shrunk == [1, 1]
     assert bracket.steps == 1
 
@@ -116,7 +127,10 @@ def test_a_closure_finds_the_weights_put_back():
     fail(optimizer, closure=closure)
     optimizer.step(closure)
     assert torch.allclose(seen[1], seen[0], rtol=1e-15)
-    assert all(torch.allclose(a, b, rtol=1e-14, atol=1e-15) for a, b in zip(weights, untroubled(1), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-14, atol=1e-15)
+        for a, b in zip(weights, untroubled(1), strict=True)
+    )
     assert shrunk == [1, 1]
 
 
@@ -167,12 +181,20 @@ def test_notes_and_undos_of_a_failed_step():
     assert events == ["undone", "done"]
 
 
-def with_everything(factor: float) -> tuple[Scaling, list[nn.Parameter], nn.BatchNorm1d, dict[Any, Any]]:
+def with_everything(
+    factor: float,
+) -> tuple[Scaling, list[nn.Parameter], nn.BatchNorm1d, dict[Any, Any]]:
     weights, norm = two(), nn.BatchNorm1d(3, dtype=torch.float64)
     norm.running_mean.normal_()
     state = {w: {"exp_avg": torch.ones_like(w), "exp_avg_sq": torch.ones_like(w)} for w in weights}
     vectors = WeightVectors(weights, [Partition.filters((3, 4))] * 2)
-    statistics = Statistics("norm", norm, 1, torch.full((3,), factor, dtype=torch.float64), torch.ones(3, dtype=torch.float64))
+    statistics = Statistics(
+        "norm",
+        norm,
+        1,
+        torch.full((3,), factor, dtype=torch.float64),
+        torch.ones(3, dtype=torch.float64),
+    )
     backward(weights)
     scaling = Scaling(
         vectors,
@@ -196,10 +218,15 @@ def test_state_statistics_and_gradients_follow_there_and_back():
     scaling.apply()
     scaling.seal()
     assert torch.equal(weights[0].grad, 4 * gradients[0])
-    assert torch.equal(state[weights[0]]["exp_avg_sq"], torch.full((3, 4), 16.0, dtype=torch.float64))
+    assert torch.equal(
+        state[weights[0]]["exp_avg_sq"], torch.full((3, 4), 16.0, dtype=torch.float64)
+    )
     scaling.judge()
     scaling.take_back(gradients_count=True)
-    assert all(torch.allclose(a, b, rtol=1e-14) for a, b in zip(everything(weights, norm, state), before, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-14)
+        for a, b in zip(everything(weights, norm, state), before, strict=True)
+    )
     assert torch.equal(weights[0].grad, gradients[0])
 
 
@@ -232,7 +259,10 @@ def test_a_checkpoint_in_the_middle_of_a_scaling_says_what_has_been_done(after, 
     optimizer = torch.optim.SGD(weights, lr=0.1)
     optimizer.state.update(state)
     assert put_back(saved, dict(zip(names, weights, strict=True)), [optimizer], module) == []
-    assert all(torch.allclose(a, b, rtol=1e-14) for a, b in zip(everything(weights, norm, state), before, strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-14)
+        for a, b in zip(everything(weights, norm, state), before, strict=True)
+    )
 
 
 def test_what_does_not_fit_the_model_is_named_and_left_alone():
@@ -243,7 +273,9 @@ def test_what_does_not_fit_the_model_is_named_and_left_alone():
     assert put_back(saved, {"first": other}, [], left) == ["first", "second", "norm"]
     assert torch.equal(other, torch.ones(2, 2))
     saved["weights"]["first"]["factor"] = torch.zeros(3)
-    assert put_back(saved, {"first": weights[0], "second": weights[1]}, [], nn.ModuleDict({"norm": norm})) == ["first"]
+    assert put_back(
+        saved, {"first": weights[0], "second": weights[1]}, [], nn.ModuleDict({"norm": norm})
+    ) == ["first"]
 
 
 def test_what_rounding_would_swallow_is_owed_back():
@@ -292,7 +324,9 @@ def test_which_weights_have_gradients_is_fixed_at_ready():
     weights = two()
     optimizer, seen = FreesGradients(weights, lr=0.1), []
     vectors = WeightVectors(weights, [Partition.filters((3, 4))] * 2)
-    StepBracket.of(optimizer).add(Phase.RESCALE, lambda step: seen.append(vectors.has_gradient(step)))
+    StepBracket.of(optimizer).add(
+        Phase.RESCALE, lambda step: seen.append(vectors.has_gradient(step))
+    )
     backward(weights[:1])
     optimizer.step()
     backward(weights)

@@ -34,7 +34,9 @@ def test_what_cannot_be_copied_is_said(held, reason):
 def test_who_listens_to_all_optimizers_hears_no_trial():
     weight, heard = nn.Parameter(torch.randn(5, 7)), []
     wrapping, plainly = doubles.LoggingSGD([weight], lr=0.1), doubles.Plain([weight])
-    torch.optim.SGD([weight], lr=0.1)  # from its first instance on, torch calls hooks around the step that LoggingSGD wraps
+    torch.optim.SGD(
+        [weight], lr=0.1
+    )  # from its first instance on, torch calls hooks around the step that LoggingSGD wraps
     handle = register_optimizer_step_pre_hook(lambda *_: heard.append(1))
     try:
         with pytest.raises(CannotTryError, match="listens"), ScratchOptimizer.untouched(wrapping):
@@ -51,7 +53,9 @@ def test_who_listens_to_all_optimizers_hears_no_trial():
 
 
 def test_a_learning_rate_keeps_its_form():
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.randn(5, 7))], lr=torch.tensor(0.1, dtype=torch.float64))
+    optimizer = torch.optim.AdamW(
+        [nn.Parameter(torch.randn(5, 7))], lr=torch.tensor(0.1, dtype=torch.float64)
+    )
     scratch = ScratchOptimizer(optimizer, lr=0.02)
     assert scratch.groups[0]["lr"].dtype == torch.float64
     assert scratch.groups[0]["lr"] == 0.02

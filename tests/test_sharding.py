@@ -1,4 +1,5 @@
-"""Sharded weights against the same weights whole: every sum, every write and every total, on two and four ranks."""
+"""Sharded weights against the same weights whole: every sum, every write and every total, on two
+and four ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +13,15 @@ from ranks import RankError, init_process_group, run_ranks
 from torch import Tensor, nn
 
 from lightning_normdyn import NotSupportedError, Partition, WeightVectors
-from lightning_normdyn.sharding import _boxes, _successive_chunks, check_weight, full_shape, place, survey, torch_optimizers
+from lightning_normdyn.sharding import (
+    _boxes,
+    _successive_chunks,
+    check_weight,
+    full_shape,
+    place,
+    survey,
+    torch_optimizers,
+)
 
 
 def _rows_without(shape: tuple[int, ...], rows: list[int]) -> Partition:
@@ -38,7 +47,9 @@ CASES: dict[str, tuple[tuple[int, ...], Partition]] = {
 
 def whole(names: list[str] | None = None) -> list[Tensor]:
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape, _ in CASES.values()]
+    weights = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape, _ in CASES.values()
+    ]
     return [w for w, name in zip(weights, CASES, strict=True) if names is None or name in names]
 
 
@@ -48,10 +59,17 @@ def partitions(names: list[str] | None = None) -> list[Partition]:
 
 def summary(sums: Tensor, length: Tensor) -> Tensor:
     """Something that is not linear in the sums, so that it must be taken of complete ones."""
-    return torch.stack([sums[0].sqrt() * length, sums[0] / (1 + sums[1].square()), torch.ones_like(length)])
+    return torch.stack(
+        [sums[0].sqrt() * length, sums[0] / (1 + sums[1].square()), torch.ones_like(length)]
+    )
 
 
-def compare(sharded: list[Tensor], names: list[str] | None, reassemble: Callable[[], list[Tensor]], collectives: dict[str, int]) -> None:
+def compare(
+    sharded: list[Tensor],
+    names: list[str] | None,
+    reassemble: Callable[[], list[Tensor]],
+    collectives: dict[str, int],
+) -> None:
     """Every method of WeightVectors on shards against the same on the whole weights."""
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -79,18 +97,28 @@ def compare(sharded: list[Tensor], names: list[str] | None, reassemble: Callable
         close(ours.gather(ours.norms()), theirs.gather(theirs.norms()))
         totals = count("totals", lambda: ours.totals(sums))
         close([totals], [theirs.totals(theirs.inner(*pairs(theirs)))])
-        again, summarized = count("inner_and_totals", lambda: ours.inner_and_totals(*pairs(ours), summarize=summary))
-        close([again, summarized], [sums, theirs.inner_and_totals(*pairs(theirs), summarize=summary)[1]])
+        again, summarized = count(
+            "inner_and_totals", lambda: ours.inner_and_totals(*pairs(ours), summarize=summary)
+        )
+        close(
+            [again, summarized],
+            [sums, theirs.inner_and_totals(*pairs(theirs), summarize=summary)[1]],
+        )
         close(ours.gather(ours.length), theirs.gather(theirs.length))
         close([ours.count], [theirs.count])
 
-        factors = [1 + torch.rand(p.n, generator=torch.Generator().manual_seed(p.n)) for p in partitions(names)]
+        factors = [
+            1 + torch.rand(p.n, generator=torch.Generator().manual_seed(p.n))
+            for p in partitions(names)
+        ]
         close(ours.gather(ours.scatter(factors)), factors)
         before = [None if t is None else t.clone() for t in ours.values()]
         count("scale_", lambda: ours.scale_(ours.scatter(factors)))
         theirs.scale_(theirs.scatter(factors))
         close(reassemble(), full)
-        close(ours.gather(ours.displacement(before)), theirs.gather(theirs.displacement(whole(names))))
+        close(
+            ours.gather(ours.displacement(before)), theirs.gather(theirs.displacement(whole(names)))
+        )
         ours.add_scaled_(-0.5 * ours.scatter(factors), before)
         theirs.add_scaled_(-0.5 * theirs.scatter(factors), whole(names))
         close(reassemble(), full)
@@ -103,11 +131,21 @@ def mesh_of(*shape: int) -> Any:
     return init_device_mesh("cpu", shape, mesh_dim_names=("a", "b", "c")[: len(shape)])
 
 
-LAYOUTS: dict[str, tuple[int, tuple[int, ...], Callable[[Any], list[Any]], list[str] | None, tuple[int, int, int]]] = {}
+LAYOUTS: dict[
+    str,
+    tuple[int, tuple[int, ...], Callable[[Any], list[Any]], list[str] | None, tuple[int, int, int]],
+] = {}
 
 
-def layout(name: str, world: int, mesh: tuple[int, ...], collectives: tuple[int, int, int], names: list[str] | None = None) -> Any:
-    """Register how one case is cut; ``collectives``: expected of inner, totals, inner_and_totals."""
+def layout(
+    name: str,
+    world: int,
+    mesh: tuple[int, ...],
+    collectives: tuple[int, int, int],
+    names: list[str] | None = None,
+) -> Any:
+    """Register how one case is cut; ``collectives``: expected of inner, totals,
+    inner_and_totals."""
 
     def register(make: Callable[[Any], list[Any]]) -> Callable[[Any], list[Any]]:
         LAYOUTS[name] = (world, mesh, make, names, collectives)
@@ -127,7 +165,9 @@ def _(mesh: Any) -> list[Any]:
     return [_placements()[0](0)]
 
 
-@layout("rows of whole filters", 2, (2,), (0, 1, 1), ["7 filters", "5 filters", "1 filter", "some rows"])
+@layout(
+    "rows of whole filters", 2, (2,), (0, 1, 1), ["7 filters", "5 filters", "1 filter", "some rows"]
+)
 def _(mesh: Any) -> list[Any]:
     return [_placements()[0](0)]
 
@@ -142,7 +182,13 @@ def _(mesh: Any) -> list[Any]:
     return [_placements()[0](1)]
 
 
-@layout("columns, all ranks have all vectors", 2, (2,), (1, 0, 1), ["7 filters", "1 filter", "3-row groups", "layer"])
+@layout(
+    "columns, all ranks have all vectors",
+    2,
+    (2,),
+    (1, 0, 1),
+    ["7 filters", "1 filter", "3-row groups", "layer"],
+)
 def _(mesh: Any) -> list[Any]:
     return [_placements()[0](1)]
 
@@ -189,7 +235,8 @@ def test_dtensor(name: str) -> None:
 
 
 def test_meshes_that_differ_within_one_optimizer():
-    """Tensor parallelism: columns of one weight, rows of another, a plain tensor, and one on the other mesh dimension."""
+    """Tensor parallelism: columns of one weight, rows of another, a plain tensor, and one on the
+    other mesh dimension."""
 
     def main() -> None:
         from torch.distributed.tensor import distribute_tensor
@@ -207,10 +254,17 @@ def test_meshes_that_differ_within_one_optimizer():
             None,
             None,
         ]
-        sharded = [w if h is None else distribute_tensor(w, *h) for w, h in zip(whole(), how, strict=True)]
+        sharded = [
+            w if h is None else distribute_tensor(w, *h) for w, h in zip(whole(), how, strict=True)
+        ]
         parameters = [nn.Parameter(w) for w in sharded]
         expected = {"inner": 1, "totals": 1, "inner_and_totals": 1}
-        compare(parameters, None, lambda: [w.full_tensor() if hasattr(w, "full_tensor") else w for w in parameters], expected)
+        compare(
+            parameters,
+            None,
+            lambda: [w.full_tensor() if hasattr(w, "full_tensor") else w for w in parameters],
+            expected,
+        )
 
     run_ranks(main, 4)
 
@@ -239,7 +293,9 @@ def test_fsdp2_over_tensor_parallelism(tp: int, dp: int):
         cuts = [0, 1, 0, 0, 1, 0, 0, 1]
         for i, dim in enumerate(cuts):
             if i != 2:  # one filter alone stays out of tensor parallelism
-                module.weights[i] = nn.Parameter(distribute_tensor(module.weights[i].detach(), mesh["b"], [Shard(dim)]))
+                module.weights[i] = nn.Parameter(
+                    distribute_tensor(module.weights[i].detach(), mesh["b"], [Shard(dim)])
+                )
         fully_shard(module, mesh=mesh["a"])
         weights = list(module.weights)
         assert dp == 1 or any("_StridedShard" in repr(w.placements) for w in weights) == (tp > 1)
@@ -259,7 +315,9 @@ def test_fsdp1(strategy: str, world: int):
         from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
         init_process_group()
-        arguments: dict[str, Any] = {"device_mesh": mesh_of(2, 2)} if strategy == "HYBRID_SHARD" else {}
+        arguments: dict[str, Any] = (
+            {"device_mesh": mesh_of(2, 2)} if strategy == "HYBRID_SHARD" else {}
+        )
         module = FullyShardedDataParallel(
             Weights(whole()),
             sharding_strategy=ShardingStrategy[strategy],
@@ -291,7 +349,9 @@ def test_fsdp1_keeps_the_memory_format():
         convolution = nn.Conv2d(3, 5, (2, 3), bias=False).to(memory_format=torch.channels_last)
         torch.nn.init.normal_(convolution.weight, generator=torch.Generator().manual_seed(1))
         expected = convolution.weight.detach().double().sum((0, 2, 3))
-        module = FullyShardedDataParallel(convolution, use_orig_params=True, device_id=torch.device("cpu"))
+        module = FullyShardedDataParallel(
+            convolution, use_orig_params=True, device_id=torch.device("cpu")
+        )
         survey(module)
         (weight,) = module.parameters()
         vectors = WeightVectors([weight], [Partition.filters((5, 3, 2, 3), axis=1)])
@@ -306,7 +366,9 @@ def test_fsdp1_without_original_parameters_is_refused():
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         init_process_group()
-        module = FullyShardedDataParallel(Weights(whole()), use_orig_params=False, device_id=torch.device("cpu"))
+        module = FullyShardedDataParallel(
+            Weights(whole()), use_orig_params=False, device_id=torch.device("cpu")
+        )
         with pytest.raises(NotSupportedError) as error:
             survey(module)
         return str(error.value)
@@ -338,16 +400,26 @@ def test_a_refusal_on_one_rank_reaches_all():
 
         init_process_group()
         sharded = distribute_tensor(torch.ones(4, 2), mesh_of(2), [Shard(0)])
-        odd = nn.Parameter(torch.ones(2, 2, dtype=torch.complex64 if dist.get_rank() == 1 else torch.float32))
+        odd = nn.Parameter(
+            torch.ones(2, 2, dtype=torch.complex64 if dist.get_rank() == 1 else torch.float32)
+        )
         with pytest.raises(NotSupportedError) as error:
-            WeightVectors([nn.Parameter(sharded), odd], [Partition.filters((4, 2)), Partition.filters((2, 2))], ["one", "two"])
+            WeightVectors(
+                [nn.Parameter(sharded), odd],
+                [Partition.filters((4, 2)), Partition.filters((2, 2))],
+                ["one", "two"],
+            )
         return str(error.value)
 
-    assert all("rank 1" in message and "`two`" in message and "complex" in message for message in run_ranks(main).values())
+    assert all(
+        "rank 1" in message and "`two`" in message and "complex" in message
+        for message in run_ranks(main).values()
+    )
 
 
 def test_ranks_with_different_weights_are_refused():
-    """A pipeline: every rank holds other weights. Sums over ranks would add what has nothing to do with each other."""
+    """A pipeline: every rank holds other weights. Sums over ranks would add what has nothing to do
+    with each other."""
 
     def main() -> str:
         import torch.distributed as dist
@@ -364,14 +436,22 @@ def test_ranks_with_different_weights_are_refused():
 
 
 def test_pieces_that_do_not_make_up_the_weight_are_refused():
-    """Each rank believes to hold the whole weight on a mesh of its own, but they are the same weight."""
+    """Each rank believes to hold the whole weight on a mesh of its own, but they are the same
+    weight."""
 
     def main() -> str:
         from torch.distributed.tensor import DTensor, Shard
 
         init_process_group()
         mesh = mesh_of(2)
-        lying = DTensor.from_local(torch.ones(2, 2), mesh, [Shard(0)], run_check=False, shape=torch.Size([5, 2]), stride=(2, 1))
+        lying = DTensor.from_local(
+            torch.ones(2, 2),
+            mesh,
+            [Shard(0)],
+            run_check=False,
+            shape=torch.Size([5, 2]),
+            stride=(2, 1),
+        )
         with pytest.raises(NotSupportedError) as error:
             WeightVectors([nn.Parameter(lying)], [Partition.filters((5, 2))])
         return str(error.value)
@@ -402,7 +482,10 @@ def test_a_broken_reduction_is_seen():
 
         init_process_group()
         names = ["7 filters"]
-        sharded = [nn.Parameter(distribute_tensor(w, mesh_of(2), [_placements()[0](1)])) for w in whole(names)]
+        sharded = [
+            nn.Parameter(distribute_tensor(w, mesh_of(2), [_placements()[0](1)]))
+            for w in whole(names)
+        ]
         vectors = WeightVectors(sharded, partitions(names))
         vectors._reduction.sum_ = lambda packed: packed  # type: ignore[method-assign]
         full = WeightVectors([nn.Parameter(w) for w in whole(names)], partitions(names))
@@ -412,7 +495,7 @@ def test_a_broken_reduction_is_seen():
         run_ranks(main)
 
 
-# ---------------------------------------------------------------------------------------------------------------- one process
+# -------------------------------------------------------------------------------------- one process
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 4), (3, 1, 2, 2)])
@@ -422,7 +505,9 @@ def test_boxes_tile_every_range(shape: tuple[int, ...]):
         for stop in range(start, index.numel() + 1):
             boxes = list(_boxes(shape, start, stop))
             entries = [index[tuple(slice(a, b) for a, b in box)].flatten() for box in boxes]
-            assert torch.cat([*entries, torch.zeros(0, dtype=torch.long)]).tolist() == list(range(start, stop))
+            assert torch.cat([*entries, torch.zeros(0, dtype=torch.long)]).tolist() == list(
+                range(start, stop)
+            )
             assert len(boxes) <= 2 * len(shape) - 1
 
 

@@ -27,7 +27,8 @@ from lightning_normdyn.history import History
 
 
 class Counts(TorchDispatchMode):
-    """How often each operation runs; one that waits for the device (`_local_scalar_dense`) is among them."""
+    """How often each operation runs; one that waits for the device (`_local_scalar_dense`) is among
+    them."""
 
     def __init__(self):
         super().__init__()
@@ -39,7 +40,8 @@ class Counts(TorchDispatchMode):
 
 
 class Looks(L.Callback):
-    """At some steps: objects alive, resident memory, size of the callbacks' state without histories, operations of the step."""
+    """At some steps: objects alive, resident memory, size of the callbacks' state without
+    histories, operations of the step."""
 
     def __init__(self, steps, monitor):
         self.steps, self.monitor = steps, monitor
@@ -67,7 +69,11 @@ class Looks(L.Callback):
 
 def size_of(state: dict[str, Any]) -> int:
     file = io.BytesIO()
-    extra = {key: value for key, value in state.get("extra", {}).items() if key not in ("history", "evidence")}
+    extra = {
+        key: value
+        for key, value in state.get("extra", {}).items()
+        if key not in ("history", "evidence")
+    }
     torch.save({**state, "extra": extra}, file)
     return len(file.getvalue())
 
@@ -89,8 +95,12 @@ def soak(steps: tuple[int, ...]) -> Looks:
 
 
 def test_once_histories_are_full_nothing_grows(monkeypatch):
-    monkeypatch.setattr("lightning_normdyn.callbacks.ledger.History", partial(History, 16, max_vector_bytes=2**12))
-    look = soak((150, 210, 270))  # multiples of 3 and of half the epochs: the same rules act in each of these steps
+    monkeypatch.setattr(
+        "lightning_normdyn.callbacks.ledger.History", partial(History, 16, max_vector_bytes=2**12)
+    )
+    look = soak(
+        (150, 210, 270)
+    )  # multiples of 3 and of half the epochs: the same rules act in each of these steps
     assert look.operations[1] == look.operations[2]
     assert look.sizes[1] <= look.sizes[0] + 64  # counters that are written with more digits
     assert look.most_rows <= 16
@@ -99,7 +109,9 @@ def test_once_histories_are_full_nothing_grows(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc"
+)
 def test_twenty_thousand_steps_end_as_they_began():
     look = soak((2_000, 5_000, 10_000, 20_000))
     at = dict(zip((2_000, 5_000, 10_000, 20_000), range(4), strict=True))

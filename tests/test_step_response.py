@@ -17,8 +17,12 @@ class PlainSubclass(SGD):
 
 
 def test_a_subclass_that_keeps_the_step_is_understood() -> None:
-    group = group_of(PlainSubclass, lr=0.1, momentum=0.9, weight_decay=5e-4)  # an instance: torch has wrapped the subclass's step by now
-    assert equilibrium_angular_update(PlainSubclass, group) == pytest.approx(math.sqrt(2 * 0.1 * 5e-4 / 1.9))
+    group = group_of(
+        PlainSubclass, lr=0.1, momentum=0.9, weight_decay=5e-4
+    )  # an instance: torch has wrapped the subclass's step by now
+    assert equilibrium_angular_update(PlainSubclass, group) == pytest.approx(
+        math.sqrt(2 * 0.1 * 5e-4 / 1.9)
+    )
     assert equilibrium_angular_update(type("Inner", (PlainSubclass,), {}), group) is not None
 
 

@@ -1,4 +1,5 @@
-"""The view that a step runs on: what the step sees of its optimizer, and what nobody else ever sees."""
+"""The view that a step runs on: what the step sees of its optimizer, and what nobody else ever
+sees."""
 
 from __future__ import annotations
 
@@ -15,7 +16,15 @@ import torch
 from torch import nn
 
 from lightning_normdyn import DecayOwner, NotSupportedError, Phase, StepBracket
-from lightning_normdyn.step_view import SplitGroup, is_view, show, split_groups, unsplit, view_class, view_of
+from lightning_normdyn.step_view import (
+    SplitGroup,
+    is_view,
+    show,
+    split_groups,
+    unsplit,
+    view_class,
+    view_of,
+)
 
 
 def pair() -> list[nn.Parameter]:
@@ -78,14 +87,21 @@ def test_what_a_step_writes_into_a_split_group_reaches_the_users_group():
     assert shown.pop("popped") == 2
     shown |= {"united": 1}
     assert group == {"params": [], "lr": 0.2, "weight_decay": 0.5, "k": 1, "new": [], "united": 1}
-    assert (shown["weight_decay"], shown["params"]) == (0.3, [1])  # what was replaced stays the view's own
+    assert (shown["weight_decay"], shown["params"]) == (
+        0.3,
+        [1],
+    )  # what was replaced stays the view's own
     assert type(copy.deepcopy(shown)) is dict
     assert type(pickle.loads(pickle.dumps(shown))) is dict
 
 
 def test_groups_without_decay_or_without_taken_weights_are_shown_as_they_are():
     first, second, third = (torch.ones(1) for _ in range(3))
-    groups = [{"params": [first], "weight_decay": 0.0}, {"params": [second, third], "weight_decay": 0.1}, {"params": [third]}]
+    groups = [
+        {"params": [first], "weight_decay": 0.0},
+        {"params": [second, third], "weight_decay": 0.1},
+        {"params": [third]},
+    ]
     assert split_groups(groups, {first}) is None
     shown = split_groups(groups, {first, second})
     assert shown is not None
@@ -136,9 +152,19 @@ def test_what_a_view_does_is_done_to_the_optimizer():
         if seen:
             return
         view.counter = 7
-        seen["known"] = optimizer in {view: 1}, view in {optimizer: 1}, view == optimizer, isinstance(view, Looks)
-        seen["state_dict"] = view.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
-        seen["copies"] = [type(c) for c in (copy.copy(view), copy.deepcopy(view), pickle.loads(pickle.dumps(view)))]
+        seen["known"] = (
+            optimizer in {view: 1},
+            view in {optimizer: 1},
+            view == optimizer,
+            isinstance(view, Looks),
+        )
+        seen["state_dict"] = (
+            view.state_dict()["param_groups"] == optimizer.state_dict()["param_groups"]
+        )
+        seen["copies"] = [
+            type(c)
+            for c in (copy.copy(view), copy.deepcopy(view), pickle.loads(pickle.dumps(view)))
+        ]
         seen["repr"] = repr(view) == repr(optimizer)
         view.add_param_group({"params": [late]})
         seen["shown"] = [(len(g["params"]), g["weight_decay"]) for g in view.param_groups]
@@ -149,7 +175,9 @@ def test_what_a_view_does_is_done_to_the_optimizer():
     optimizer = Looks(weights, lr=0.1, weight_decay=0.5)
     optimizer.look = None
     taken_over(optimizer, weights[0])
-    Looks.look = staticmethod(look)  # a class attribute: what stands on an instance is no part of a pickle
+    Looks.look = staticmethod(
+        look
+    )  # a class attribute: what stands on an instance is no part of a pickle
     del optimizer.look
     try:
         step(optimizer)
@@ -213,7 +241,10 @@ def test_a_class_that_nothing_can_derive_from_is_refused_only_where_groups_must_
 
     assert view_class(Final) is None
     optimizer, _ = looking(kind=Final)
-    with pytest.raises(NotSupportedError, match=r"decay of Final would have to be taken over.*cannot be derived from.*weight_decay=0"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"decay of Final would have to be taken over.*cannot be derived from.*weight_decay=0",
+    ):
         step(optimizer)
     optimizer, weights = looking(kind=Final, weight_decay=0.0)
     step(optimizer)
@@ -225,8 +256,12 @@ def test_a_scheduler_that_wraps_step_on_the_instance_and_writes_rates_during_it(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 0.5**t)
     optimizer.look = lambda view: scheduler.step()
     step(optimizer)
-    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.025)  # twice: before and after the super().step() of Looks
-    assert weights[0][0, 0].item() == pytest.approx(0.9)  # this step goes on with the rate that it was called with
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(
+        0.025
+    )  # twice: before and after the super().step() of Looks
+    assert weights[0][0, 0].item() == pytest.approx(
+        0.9
+    )  # this step goes on with the rate that it was called with
 
 
 @pytest.mark.parametrize("with_closure", [True, False])
@@ -248,16 +283,28 @@ def test_a_rate_that_is_written_after_a_step_failed_is_not_lost(with_closure):
 
 
 def test_hooks_that_torch_calls_again_for_super_step_get_the_optimizer():
-    torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)  # from now on torch hooks the step of SGD as well
+    torch.optim.SGD(
+        [nn.Parameter(torch.ones(1))], lr=0.1
+    )  # from now on torch hooks the step of SGD as well
     seen = []
 
     def pre(hooked, args, kwargs):
-        seen.append((hooked is optimizer, args[0] is optimizer or is_view(args[0]), len(hooked.param_groups)))
+        seen.append(
+            (
+                hooked is optimizer,
+                args[0] is optimizer or is_view(args[0]),
+                len(hooked.param_groups),
+            )
+        )
         return (args[0], *args[1:]), kwargs
 
     optimizer, _ = looking()
     optimizer.register_step_pre_hook(pre)
-    optimizer.register_step_post_hook(lambda hooked, args, kwargs: seen.append((hooked is optimizer, True, len(hooked.param_groups))))
+    optimizer.register_step_post_hook(
+        lambda hooked, args, kwargs: seen.append(
+            (hooked is optimizer, True, len(hooked.param_groups))
+        )
+    )
     step(optimizer)
     assert seen == [(True, True, 1)] * 4
 
@@ -311,7 +358,9 @@ def test_under_a_gradient_scaler_with_a_fused_kernel(kind):
 @pytest.mark.filterwarnings("ignore")
 def test_a_compiled_step_runs_on_the_view():
     weights = pair()
-    optimizer = torch.optim.AdamW(weights, lr=torch.tensor(0.1), weight_decay=0.5, capturable=False, foreach=False)
+    optimizer = torch.optim.AdamW(
+        weights, lr=torch.tensor(0.1), weight_decay=0.5, capturable=False, foreach=False
+    )
     taken_over(optimizer, weights[0])
     compiled = torch.compile(optimizer.step, backend="eager")
     for _ in range(2):
@@ -319,7 +368,11 @@ def test_a_compiled_step_runs_on_the_view():
             w.grad = torch.ones_like(w)
         compiled()
     apart = pair()
-    plain = torch.optim.AdamW([{"params": apart[:1], "weight_decay": 0.0}, {"params": apart[1:]}], lr=torch.tensor(0.1), weight_decay=0.5)
+    plain = torch.optim.AdamW(
+        [{"params": apart[:1], "weight_decay": 0.0}, {"params": apart[1:]}],
+        lr=torch.tensor(0.1),
+        weight_decay=0.5,
+    )
     step(plain)
     step(plain)
     assert all(torch.allclose(a, b) for a, b in zip(weights, apart, strict=True))

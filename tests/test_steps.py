@@ -1,4 +1,5 @@
-"""The bracket around an optimizer step: when it fires, in which order, what it hides, and that nothing stays behind."""
+"""The bracket around an optimizer step: when it fires, in which order, what it hides, and that
+nothing stays behind."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from lightning.fabric.plugins import MixedPrecision
 from models import convnet, distance, images, same, weights_of
 from torch import nn
 
-from lightning_normdyn import DecayOwner, NotSupportedError, Partition, Phase, StepBracket, WeightVectors
+from lightning_normdyn import (
+    DecayOwner,
+    NotSupportedError,
+    Partition,
+    Phase,
+    StepBracket,
+    WeightVectors,
+)
 from lightning_normdyn.functional import shrink_factor
 from lightning_normdyn.steps import Step, check_decay_takeover
 
@@ -36,12 +44,22 @@ def backward(*weights: nn.Parameter) -> None:
 def test_ready_sees_the_old_weight_and_stepped_the_new_one():
     weight, optimizer = weight_and_sgd()
     bracket, seen = StepBracket.of(optimizer), []
-    bracket.add(Phase.MEASURE, lambda step: seen.append(("ready", step.number, float(weight[0, 0]))))
-    bracket.add(Phase.MEASURE_STEP, lambda step: seen.append(("stepped", step.number, round(float(weight[0, 0]), 6))))
+    bracket.add(
+        Phase.MEASURE, lambda step: seen.append(("ready", step.number, float(weight[0, 0])))
+    )
+    bracket.add(
+        Phase.MEASURE_STEP,
+        lambda step: seen.append(("stepped", step.number, round(float(weight[0, 0]), 6))),
+    )
     for _ in range(2):
         backward(weight)
         optimizer.step()
-    assert seen == [("ready", 1, 1.0), ("stepped", 1, 0.9), ("ready", 2, pytest.approx(0.9)), ("stepped", 2, 0.8)]
+    assert seen == [
+        ("ready", 1, 1.0),
+        ("stepped", 1, 0.9),
+        ("ready", 2, pytest.approx(0.9)),
+        ("stepped", 2, 0.8),
+    ]
     assert bracket.steps == 2
 
 
@@ -75,7 +93,17 @@ def test_phases_then_names_decide_the_order_not_the_registration():
 
 def test_the_phases_of_architecture():
     assert list(Phase) == sorted(Phase)
-    names = ["RESOLVE", "MEASURE", "LR_DROP", "SHRINK", "SNAPSHOT", "LOOK_AGAIN", "PROJECT", "MEASURE_STEP", "RESCALE"]
+    names = [
+        "RESOLVE",
+        "MEASURE",
+        "LR_DROP",
+        "SHRINK",
+        "SNAPSHOT",
+        "LOOK_AGAIN",
+        "PROJECT",
+        "MEASURE_STEP",
+        "RESCALE",
+    ]
     assert [p.name for p in Phase] == names
 
 
@@ -104,7 +132,8 @@ def test_gradients_are_not_needed_and_nothing_records_a_graph():
 
 
 def test_hooks_of_others_run_outside_the_bracket():
-    # The last word before the update and the first after it, whoever registered when: an earlier hook may still change gradients.
+    # The last word before the update and the first after it, whoever registered when: an earlier
+    # hook may still change gradients.
     weight, optimizer = weight_and_sgd()
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("their pre"))
@@ -117,7 +146,14 @@ def test_hooks_of_others_run_outside_the_bracket():
     for _ in range(2):
         backward(weight)
         optimizer.step()
-    assert seen[-6:] == ["their pre", "their later pre", "ready", "stepped", "their post", "their later post"]
+    assert seen[-6:] == [
+        "their pre",
+        "their later pre",
+        "ready",
+        "stepped",
+        "their post",
+        "their later post",
+    ]
 
 
 # ---- Which optimizers ----
@@ -125,7 +161,10 @@ def test_hooks_of_others_run_outside_the_bracket():
 
 def test_lbfgs_is_refused():
     weight = nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(NotSupportedError, match=r"LBFGS evaluates its closure more than once per step.*Use an optimizer that"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"LBFGS evaluates its closure more than once per step.*Use an optimizer that",
+    ):
         StepBracket.of(torch.optim.LBFGS([weight]))
 
 
@@ -149,7 +188,8 @@ def test_an_optimizer_that_turns_out_to_call_its_closure_twice_is_refused_before
 
 
 class Clamps(torch.optim.SGD):
-    """An optimizer as people write them: something before, the step of its base class, something after."""
+    """An optimizer as people write them: something before, the step of its base class, something
+    after."""
 
     fails = ""
 
@@ -169,11 +209,15 @@ class Clamps(torch.optim.SGD):
 @pytest.mark.parametrize("fails", ["", "before", "after"])
 @pytest.mark.parametrize("with_closure", [True, False])
 def test_a_subclass_that_calls_its_base_class_steps_once(with_closure, fails):
-    weight = weight_and_sgd()[0]  # SGD was used before: torch now calls hooks for the step of both classes
+    weight = weight_and_sgd()[
+        0
+    ]  # SGD was used before: torch now calls hooks for the step of both classes
     optimizer, seen = Clamps([weight], lr=0.5), []
     bracket = StepBracket.of(optimizer)
     bracket.add(Phase.SHRINK, lambda step: seen.append(("ready", step.number, float(weight.max()))))
-    bracket.add(Phase.RESCALE, lambda step: seen.append(("stepped", step.number, float(weight.max()))))
+    bracket.add(
+        Phase.RESCALE, lambda step: seen.append(("stepped", step.number, float(weight.max())))
+    )
 
     def step():
         if with_closure:
@@ -195,7 +239,12 @@ def test_a_subclass_that_calls_its_base_class_steps_once(with_closure, fails):
     else:
         step()
         step()
-        assert seen == [("ready", 1, 6.0), ("stepped", 1, 2.0), ("ready", 2, 2.0), ("stepped", 2, 1.5)]
+        assert seen == [
+            ("ready", 1, 6.0),
+            ("stepped", 1, 2.0),
+            ("ready", 2, 2.0),
+            ("stepped", 2, 1.5),
+        ]
 
 
 def test_schedule_free_is_refused():
@@ -268,14 +317,18 @@ def test_who_reads_the_weights_may_take_the_snapshot_early():
         assert not bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
         (memory,) = bracket.early_snapshot({first: first.data})
         memory.copy_(first)
-        bracket.request_snapshot({first: torch.zeros_like(first), second: second.data})  # the first is not copied again
+        bracket.request_snapshot(
+            {first: torch.zeros_like(first), second: second.data}
+        )  # the first is not copied again
         (again,) = bracket.early_snapshot({first: first.data})
         assert again is memory
         if step.number == 2:
             raise RuntimeError("a handler fails")
 
     bracket.add(Phase.MEASURE, look)
-    bracket.add(Phase.MEASURE_STEP, lambda step: seen.append([bracket.snapshot(w).clone() for w in weights]))
+    bracket.add(
+        Phase.MEASURE_STEP, lambda step: seen.append([bracket.snapshot(w).clone() for w in weights])
+    )
     before = [w.detach().clone() for w in weights]
     for weight in weights:
         backward(weight)
@@ -291,9 +344,15 @@ def test_who_reads_the_weights_may_take_the_snapshot_early():
 def test_a_snapshot_is_of_the_shrunk_weight_and_of_this_step_only():
     weight, optimizer = weight_and_sgd()
     bracket, seen = StepBracket.of(optimizer), []
-    bracket.add(Phase.MEASURE, lambda step: bracket.request_snapshot({weight: weight.data}) if step.number == 1 else None)
+    bracket.add(
+        Phase.MEASURE,
+        lambda step: bracket.request_snapshot({weight: weight.data}) if step.number == 1 else None,
+    )
     bracket.add(Phase.SHRINK, lambda step: weight.mul_(0.5))
-    bracket.add(Phase.MEASURE_STEP, lambda step: seen.append(bracket.snapshot(weight).clone()) if step.number == 1 else None)
+    bracket.add(
+        Phase.MEASURE_STEP,
+        lambda step: seen.append(bracket.snapshot(weight).clone()) if step.number == 1 else None,
+    )
     before = weight.detach().clone()
     backward(weight)
     optimizer.step()
@@ -340,11 +399,19 @@ def test_decay_takeover_is_bit_exact(name, dtype):
     options = {"lr": 0.05, **options}
     ours, theirs = ([nn.Parameter(p.detach().to(dtype)) for p in side] for side in both())
     optimizer = kind(ours, weight_decay=0.3, **options)
-    by_user = kind([{"params": [theirs[0], theirs[2]], "weight_decay": 0.0}, {"params": [theirs[1]], "weight_decay": 0.3}], **options)
+    by_user = kind(
+        [
+            {"params": [theirs[0], theirs[2]], "weight_decay": 0.0},
+            {"params": [theirs[1]], "weight_decay": 0.3},
+        ],
+        **options,
+    )
     bracket = StepBracket.of(optimizer)
     bracket.add(Phase.MEASURE, lambda step: None)
     bracket.claim_decay("me", DecayOwner.SHRINK, {ours[0], ours[2]})
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t) for o in (optimizer, by_user)]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t) for o in (optimizer, by_user)
+    ]
     generator = torch.Generator().manual_seed(0)
     for _ in range(6):
         for a, b in zip(ours, theirs, strict=True):
@@ -355,7 +422,8 @@ def test_decay_takeover_is_bit_exact(name, dtype):
         for schedule in schedules:
             schedule.step()
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    # and the decay that was taken away would have made a difference, as it did for the weight whose decay was left
+    # and the decay that was taken away would have made a difference, as it did for the weight whose
+    # decay was left
     plain = [nn.Parameter(p.detach().to(dtype)) for p in both()[0]]
     assert not torch.equal(ours[0], plain[0])
 
@@ -364,22 +432,36 @@ ROWS = Partition((0,), torch.tensor([0, -1, 0, -1, 1, -1]), "group")
 """Rows 0 and 2 are one vector, 4 is another; 1, 3 and 5 belong to none."""
 
 
-def packed_and_apart(kind: Any, options: dict[str, Any], dtype: torch.dtype, decay: Any = 0.3) -> tuple[Any, ...]:
-    """A weight whose vectors lose their decay, and the same rows as two weights in two param groups."""
+def packed_and_apart(
+    kind: Any, options: dict[str, Any], dtype: torch.dtype, decay: Any = 0.3
+) -> tuple[Any, ...]:
+    """A weight whose vectors lose their decay, and the same rows as two weights in two param
+    groups."""
     value = torch.randn(6, 5, generator=torch.Generator().manual_seed(1)).to(dtype)
     free = ROWS.labels >= 0
     packed, plain = nn.Parameter(value.clone()), nn.Parameter(value[:4].clone())
-    vectors, rest, neighbour = (nn.Parameter(v.clone()) for v in (value[free], value[~free], value[:4]))
+    vectors, rest, neighbour = (
+        nn.Parameter(v.clone()) for v in (value[free], value[~free], value[:4])
+    )
     ours = kind([packed, plain], weight_decay=decay, **options)
-    theirs = kind([{"params": [vectors], "weight_decay": 0.0}, {"params": [rest, neighbour], "weight_decay": decay}], **options)
+    theirs = kind(
+        [
+            {"params": [vectors], "weight_decay": 0.0},
+            {"params": [rest, neighbour], "weight_decay": decay},
+        ],
+        **options,
+    )
     bracket = StepBracket.of(ours)
     bracket.add(Phase.MEASURE, lambda step: None)
     bracket.claim_decay("me", DecayOwner.SHRINK, {packed: ROWS})
     return ours, theirs, (packed, plain), (vectors, rest, neighbour), free
 
 
-def train_packed_and_apart(ours: Any, theirs: Any, mine: Any, apart: Any, free: Any, steps: int = 6) -> float:
-    """The largest difference afterwards, relative to the weights; gradients must come out of a step as they went in."""
+def train_packed_and_apart(
+    ours: Any, theirs: Any, mine: Any, apart: Any, free: Any, steps: int = 6
+) -> float:
+    """The largest difference afterwards, relative to the weights; gradients must come out of a step
+    as they went in."""
     (packed, plain), (vectors, rest, neighbour) = mine, apart
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
@@ -389,32 +471,46 @@ def train_packed_and_apart(ours: Any, theirs: Any, mine: Any, apart: Any, free: 
         before = packed.grad.clone()
         ours.step()
         theirs.step()
-        assert torch.equal(packed.grad, before) or not ours.param_groups[0]["weight_decay"]  # Nesterov on foreach itself writes to it
+        assert (
+            torch.equal(packed.grad, before) or not ours.param_groups[0]["weight_decay"]
+        )  # Nesterov on foreach itself writes to it
     pairs = (packed[free], vectors), (packed[~free], rest), (plain, neighbour)
     return max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "Adafactor"])  # which looks at whole matrices
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS if name != "Adafactor"]
+)  # which looks at whole matrices
 def test_rows_that_nobody_claims_keep_the_decay_of_the_optimizer(name, dtype):
     kind, options = OPTIMIZERS[name]
     run = packed_and_apart(kind, {"lr": 0.05, **options}, dtype)
     if dtype == torch.bfloat16 and options.get("fused"):
-        with pytest.raises(NotSupportedError, match=r"fused kernel applies it in float32 within the update.*Use fused=False"):
+        with pytest.raises(
+            NotSupportedError,
+            match=r"fused kernel applies it in float32 within the update.*Use fused=False",
+        ):
             check_decay_takeover(run[0], {run[2][0]: ROWS})
         return
     check_decay_takeover(run[0], {run[2][0]: ROWS})
-    assert train_packed_and_apart(*run) <= {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    assert (
+        train_packed_and_apart(*run)
+        <= {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2**-7}[dtype]
+    )
     bare = packed_and_apart(kind, {"lr": 0.05, **options}, dtype, decay=0.0)
     train_packed_and_apart(*bare)
     if dtype != torch.bfloat16:
-        assert distance({"": run[3][1].detach()}, {"": bare[3][1].detach()}) > 1e-4  # decay matters to these rows
+        assert (
+            distance({"": run[3][1].detach()}, {"": bare[3][1].detach()}) > 1e-4
+        )  # decay matters to these rows
 
 
 def test_rows_that_nobody_claims_follow_schedules_and_a_highest_claim():
     run = packed_and_apart(torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, torch.float64)
     bracket, (packed, _) = StepBracket.of(run[0]), run[2]
-    bracket.claim_decay("whole", DecayOwner.RESCALING, {packed})  # below SHRINK: what that claims counts
+    bracket.claim_decay(
+        "whole", DecayOwner.RESCALING, {packed}
+    )  # below SHRINK: what that claims counts
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.5**t) for o in run[:2]]
     for decay in (0.3, 0.1, 0.0, 0.5):
         run[0].param_groups[0]["weight_decay"] = run[1].param_groups[1]["weight_decay"] = decay
@@ -429,7 +525,8 @@ def test_rows_that_nobody_claims_follow_schedules_and_a_highest_claim():
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 def test_rows_that_nobody_claims_under_a_gradient_scaler(kind):
-    """A fused optimizer divides by the scale in its kernel, and skips there: the decay must do both."""
+    """A fused optimizer divides by the scale in its kernel, and skips there: the decay must do
+    both."""
     run = packed_and_apart(kind, {"lr": 0.05, "fused": True}, torch.float32)
     (packed, plain), (vectors, rest, neighbour), free = run[2:]
     weights = (packed, plain, vectors, rest, neighbour)
@@ -480,7 +577,13 @@ def test_nobody_else_sees_the_split(with_closure):
     groups = optimizer.param_groups
 
     def look(where: str) -> None:
-        seen.append((where, optimizer.param_groups is groups and optimizer.param_groups[0]["weight_decay"] == 0.3))
+        seen.append(
+            (
+                where,
+                optimizer.param_groups is groups
+                and optimizer.param_groups[0]["weight_decay"] == 0.3,
+            )
+        )
 
     optimizer.register_step_pre_hook(lambda *_: look("pre"))
     optimizer.register_step_post_hook(lambda *_: look("post"))
@@ -514,7 +617,11 @@ def test_an_exception_inside_the_step_is_repaired_at_the_next():
 
     ours, theirs = both()
     optimizer = Breaks(ours, lr=0.1, weight_decay=0.3)
-    by_user = torch.optim.SGD([{"params": theirs[:1], "weight_decay": 0.0}, {"params": theirs[1:]}], lr=0.1, weight_decay=0.3)
+    by_user = torch.optim.SGD(
+        [{"params": theirs[:1], "weight_decay": 0.0}, {"params": theirs[1:]}],
+        lr=0.1,
+        weight_decay=0.3,
+    )
     bracket = StepBracket.of(optimizer)
     bracket.add(Phase.MEASURE, lambda step: None)
     bracket.claim_decay("me", DecayOwner.SHRINK, {ours[0]})
@@ -535,7 +642,9 @@ def test_the_highest_claim_owns_the_decay_and_a_claim_can_be_taken_back():
     optimizer = torch.optim.SGD(ours, lr=0.1, weight_decay=0.3)
     bracket = StepBracket.of(optimizer)
     assert bracket.decay_owner(ours[0]) is None
-    bracket.claim_decay("wrs", DecayOwner.RESCALING, lambda: {ours[0], ours[2]} if active[0] else set())
+    bracket.claim_decay(
+        "wrs", DecayOwner.RESCALING, lambda: {ours[0], ours[2]} if active[0] else set()
+    )
     remove = bracket.claim_decay("aws", DecayOwner.SHRINK, {ours[0]})
     bracket.claim_decay("projection", DecayOwner.PROJECTION, {ours[0]})
     assert [bracket.decay_owner(w) for w in ours] == [DecayOwner.SHRINK, None, DecayOwner.RESCALING]
@@ -546,17 +655,25 @@ def test_the_highest_claim_owns_the_decay_and_a_claim_can_be_taken_back():
 
 def test_a_decay_that_cannot_be_taken_over_is_refused_by_name():
     kind, weight = doubles.CachesDecay, nn.Parameter(torch.ones(2, 2))
-    with pytest.raises(NotSupportedError, match=r"weight decay 0.1 of CachesDecay.*Set weight_decay=0 in their param group"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"weight decay 0.1 of CachesDecay.*Set weight_decay=0 in their param group",
+    ):
         check_decay_takeover(kind([weight], weight_decay=0.1), [weight])
     check_decay_takeover(kind([weight]), [weight])
     check_decay_takeover(
-        kind([{"params": [weight], "weight_decay": 0.0}, {"params": [nn.Parameter(torch.ones(1))]}], weight_decay=1), [weight]
+        kind(
+            [{"params": [weight], "weight_decay": 0.0}, {"params": [nn.Parameter(torch.ones(1))]}],
+            weight_decay=1,
+        ),
+        [weight],
     )
 
 
 def test_rows_that_nobody_claims_are_refused_where_the_kind_of_the_decay_is_not_known():
     class LaterDecay(doubles.Options):
-        """Decays after its update, with momentum: of no kind that could be applied to single rows."""
+        """Decays after its update, with momentum: of no kind that could be applied to single
+        rows."""
 
         def update(self, p, g, group, state):
             super().update(p, g, {**group, "weight_decay": 0.0}, state)
@@ -565,14 +682,18 @@ def test_rows_that_nobody_claims_are_refused_where_the_kind_of_the_decay_is_not_
     weight = nn.Parameter(torch.randn(6, 4))
     optimizer = LaterDecay([weight], weight_decay=0.1)
     check_decay_takeover(optimizer, [weight])
-    with pytest.raises(NotSupportedError, match=r"Some rows .*of LaterDecay.*a trial could not tell how"):
+    with pytest.raises(
+        NotSupportedError, match=r"Some rows .*of LaterDecay.*a trial could not tell how"
+    ):
         check_decay_takeover(optimizer, {weight: ROWS})
 
 
 # ---- Counting ----
 
 
-def scaled_step(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, weight: nn.Parameter, bad: bool) -> None:
+def scaled_step(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, weight: nn.Parameter, bad: bool
+) -> None:
     optimizer.zero_grad()
     scaler.scale(weight.sum() * (float("inf") if bad else 1.0)).backward()
     scaler.step(optimizer)
@@ -594,7 +715,8 @@ def test_a_step_that_the_scaler_skips_is_not_counted(fused):
         scaled_step(scaler, optimizer, weight, bad)
     bracket.settle()
     assert bracket.steps == 2
-    # Without a fused kernel a skipped step never gets here; with one it comes masked, under the number of the next real one.
+    # Without a fused kernel a skipped step never gets here; with one it comes masked, under the
+    # number of the next real one.
     assert numbers == ([1, 1, 2, 2, 2] if fused else [1, 2])
     assert factors == ([1.0, 0.5, 1.0, 1.0, 0.5] if fused else [0.5, 0.5])
 
@@ -617,15 +739,29 @@ def shrink_with(bracket: StepBracket, module: nn.Module, alpha: float) -> None:
     """AWS as the README shows it, with the learning rate of the step."""
     weights = [p for p in module.parameters() if p.ndim > 1]
     vectors = WeightVectors(weights, [Partition.filters(tuple(w.shape)) for w in weights])
-    bracket.add(Phase.SHRINK, lambda step: vectors.scale_(shrink_factor(vectors.norms(), step.optimizer.param_groups[0]["lr"], alpha)))
+    bracket.add(
+        Phase.SHRINK,
+        lambda step: vectors.scale_(
+            shrink_factor(vectors.norms(), step.optimizer.param_groups[0]["lr"], alpha)
+        ),
+    )
     bracket.claim_decay("me", DecayOwner.SHRINK, set(weights))
 
 
-def naive(net: nn.Module, optimizer: Any, loss: Any, lr: float, steps: int) -> dict[str, torch.Tensor]:
+def naive(
+    net: nn.Module, optimizer: Any, loss: Any, lr: float, steps: int
+) -> dict[str, torch.Tensor]:
     def at(weights: dict[str, torch.Tensor], t: int) -> torch.Tensor:
         return loss(lambda x: torch.func.functional_call(net, weights, (x,)), t)
 
-    return reference.train(weights_of(net), reference.gradients_of(at), optimizer, lr=lr, steps=steps, shrink=reference.Shrink(0.5))[-1]
+    return reference.train(
+        weights_of(net),
+        reference.gradients_of(at),
+        optimizer,
+        lr=lr,
+        steps=steps,
+        shrink=reference.Shrink(0.5),
+    )[-1]
 
 
 def loss_at(forward: Any, t: int) -> torch.Tensor:
@@ -664,7 +800,9 @@ def test_a_fabric_loop(wrapped):
     fabric = Fabric(accelerator="cpu", devices=1)
     plain = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.2)
     model, optimizer = fabric.setup(net, plain)
-    bracket = StepBracket.of(optimizer if wrapped else plain)  # either: what Fabric gives back is only a wrapper
+    bracket = StepBracket.of(
+        optimizer if wrapped else plain
+    )  # either: what Fabric gives back is only a wrapper
     shrink_with(bracket, net, 0.5)
     for t in range(8):
         optimizer.zero_grad()
@@ -679,8 +817,12 @@ def test_fabric_with_a_gradient_scaler_skips_as_if_the_batch_had_not_been():
         torch.manual_seed(1)
         net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4, bias=False), nn.LayerNorm(4))
         scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-        fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-        model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.2))
+        fabric = Fabric(
+            accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)]
+        )
+        model, optimizer = fabric.setup(
+            net, torch.optim.SGD(net.parameters(), lr=0.1, weight_decay=0.2)
+        )
         bracket = StepBracket.of(optimizer)
         shrink_with(bracket, net, 0.5)
         for t in batches:

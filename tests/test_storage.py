@@ -84,7 +84,10 @@ def test_an_interrupted_write_leaves_the_old_file(url, remote, tmp_path):
     assert url or [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-@pytest.mark.parametrize("place", ["memory://nowhere/history.npz", "nosuchscheme://bucket/history.npz", "runs/history.npz"])
+@pytest.mark.parametrize(
+    "place",
+    ["memory://nowhere/history.npz", "nosuchscheme://bucket/history.npz", "runs/history.npz"],
+)
 def test_what_is_not_there_is_said_by_name(place):
     with pytest.raises(NormDynError, match=r"there is no history file|cannot be reached") as said:
         load_history(place)

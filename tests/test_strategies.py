@@ -1,4 +1,5 @@
-"""The same numbers on every strategy: each callback on several ranks against one process and the same global batches."""
+"""The same numbers on every strategy: each callback on several ranks against one process and the
+same global batches."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from ranks import RankError, run_ranks
 from strategies import DEEPSPEED, STEPS, STRATEGIES, adamw, fit, sgd
 from torch import Tensor, nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NotSupportedError, RadialProjection, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    NormDynamicsMonitor,
+    NotSupportedError,
+    RadialProjection,
+    WeightRescaling,
+)
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -38,7 +45,9 @@ def fits(strategy: strategies.Strategy, dtype: torch.dtype) -> dict[str, Any]:
     found = {}
     for name, (writers, optimizer) in CALLBACKS.items():
         monitor = NormDynamicsMonitor(1, per_vector=True)
-        _, module, _ = fit(strategy, lambda w=writers, m=monitor: [*w(), m], dtype=dtype, optimizer=optimizer)  # type: ignore[misc]
+        _, module, _ = fit(
+            strategy, lambda w=writers, m=monitor: [*w(), m], dtype=dtype, optimizer=optimizer
+        )  # type: ignore[misc]
         found[name] = (module.final, list(monitor.history), monitor.history.meta["targets"])
     return found
 
@@ -46,7 +55,9 @@ def fits(strategy: strategies.Strategy, dtype: torch.dtype) -> dict[str, Any]:
 def require(name: str) -> None:
     """Skip, saying why, where DeepSpeed is asked for and not there."""
     if name in DEEPSPEED and find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed: `make test-deepspeed` does it in an environment of its own")
+        pytest.skip(
+            "DeepSpeed is not installed: `make test-deepspeed` does it in an environment of its own"
+        )
 
 
 @functools.cache
@@ -69,19 +80,35 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return max(float((a[k] - b[k]).abs().max() / b[k].abs().max()) for k in b)
 
 
-def assert_same_rows(ours: list[dict[str, float]], theirs: list[dict[str, float]], tolerance: float, angle_tolerance: float) -> None:
+def assert_same_rows(
+    ours: list[dict[str, float]],
+    theirs: list[dict[str, float]],
+    tolerance: float,
+    angle_tolerance: float,
+) -> None:
     assert len(ours) == len(theirs) == STEPS
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.keys() == other.keys()
         for key, value in other.items():
-            if key.startswith(("angular_update", "effective_step_size", "normdyn/angular_update", "normdyn/effective_step_size")):
+            if key.startswith(
+                (
+                    "angular_update",
+                    "effective_step_size",
+                    "normdyn/angular_update",
+                    "normdyn/effective_step_size",
+                )
+            ):
                 assert mine[key] == pytest.approx(value, rel=angle_tolerance), key
             else:
-                assert abs(mine[key] - value) <= tolerance * max(1, abs(value)) or math.isnan(value), (key, mine[key], value)
+                assert abs(mine[key] - value) <= tolerance * max(1, abs(value)) or math.isnan(
+                    value
+                ), (key, mine[key], value)
 
 
 QUICK = ["ddp", "ddp, ZeroRedundancyOptimizer", "FSDP2", "TP", "FSDP1 FULL_SHARD"]
-MATRIX = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES]
+MATRIX = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES
+]
 MATRIX += [pytest.param(name, marks=pytest.mark.deepspeed) for name in DEEPSPEED]
 
 
@@ -101,7 +128,8 @@ def test_matrix(strategy: str, callbacks: str):
 
 
 def test_the_matrix_says_something():
-    """Each writer changes the weights, and the cosine gate opens for some weights and not for others."""
+    """Each writer changes the weights, and the cosine gate opens for some weights and not for
+    others."""
     found = reference(torch.float64)
     quiet = {adamw: found["monitor"][0]}
     quiet[sgd] = run_ranks(lambda: fit(STRATEGIES["ddp"], lambda: [], optimizer=sgd)[1].final, 1)[0]
@@ -154,24 +182,45 @@ def kinds(strategy: strategies.Strategy) -> dict[str, Any]:
     found = {}
     several = ["net.transposed.weight", "net.grouped.weight"]
     writers: dict[str, Callable[[], list[Any]]] = {
-        "groups": lambda: [AdaptiveWeightShrink(1.0, statistic="std", params=several, granularity="group"), RadialProjection()],
-        "layers": lambda: [WeightRescaling(2, params=["net.tall.weight", "net.linear.weight", "net.one.weight"], granularity="layer")],
+        "groups": lambda: [
+            AdaptiveWeightShrink(1.0, statistic="std", params=several, granularity="group"),
+            RadialProjection(),
+        ],
+        "layers": lambda: [
+            WeightRescaling(
+                2,
+                params=["net.tall.weight", "net.linear.weight", "net.one.weight"],
+                granularity="layer",
+            )
+        ],
         "all": lambda: [WeightRescaling(4, target_norm="initial"), AdaptiveWeightShrink(0.3)],
     }
     for name, make in writers.items():
         monitor = NormDynamicsMonitor(1, per_vector=True)
-        _, module, _ = fit(strategy, lambda w=make, m=monitor: [*w(), m], optimizer=adamw, model=ManyKindsModule)  # type: ignore[misc]
-        vectors = {key: torch.from_numpy(monitor.history.vectors(key)[1]) for key in monitor.history.vector_names()}
+        _, module, _ = fit(
+            strategy, lambda w=make, m=monitor: [*w(), m], optimizer=adamw, model=ManyKindsModule
+        )  # type: ignore[misc]
+        vectors = {
+            key: torch.from_numpy(monitor.history.vectors(key)[1])
+            for key in monitor.history.vector_names()
+        }
         found[name] = (module.final, list(monitor.history), vectors)
     return found
 
 
 @pytest.mark.parametrize(
     "strategy",
-    ["FSDP2, 3 ranks", *[pytest.param(n, marks=pytest.mark.slow) for n in ("HSDP", "FSDP1 FULL_SHARD, one unit, 3 ranks")]],
+    [
+        "FSDP2, 3 ranks",
+        *[
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("HSDP", "FSDP1 FULL_SHARD, one unit, 3 ranks")
+        ],
+    ],
 )
 def test_kinds_of_layers(strategy: str):
-    """Vectors across rank borders, more ranks than filters, collapsed filters on one rank only; the same numbers for every vector."""
+    """Vectors across rank borders, more ranks than filters, collapsed filters on one rank only; the
+    same numbers for every vector."""
     expected = run_ranks(kinds, 1, (STRATEGIES["ddp"],))[0]
     answers = run_ranks(kinds, STRATEGIES[strategy].world, (STRATEGIES[strategy],))
     for name, (weights, rows, vectors) in expected.items():
@@ -184,7 +233,8 @@ def test_kinds_of_layers(strategy: str):
 
 
 class TwoOptimizers(strategies.Module):
-    """The second one steps for the first time when the claims of the first one's weights have long been decided."""
+    """The second one steps for the first time when the claims of the first one's weights have long
+    been decided."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -193,7 +243,10 @@ class TwoOptimizers(strategies.Module):
     def configure_optimizers(self) -> Any:
         first = [p for n, p in self.named_parameters() if ".conv" in n]
         ours = {id(p) for p in first}
-        return [torch.optim.SGD(ps, lr=0.05) for ps in (first, [p for p in self.parameters() if id(p) not in ours])]
+        return [
+            torch.optim.SGD(ps, lr=0.05)
+            for ps in (first, [p for p in self.parameters() if id(p) not in ours])
+        ]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         self.manual_backward(super().training_step(batch, batch_idx))
@@ -223,19 +276,27 @@ class CompiledModule(strategies.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", "FSDP2", "FSDP1 FULL_SHARD", "FSDP1 FULL_SHARD, one unit"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", "FSDP2", "FSDP1 FULL_SHARD", "FSDP1 FULL_SHARD, one unit"]
+)
 def test_compiled_modules(strategy: str):
-    """The first batch is watched uncompiled, so the compiler sees weights that have gradients already."""
+    """The first batch is watched uncompiled, so the compiler sees weights that have gradients
+    already."""
 
     def main(name: str, model: Any) -> dict[str, Tensor]:
-        return fit(STRATEGIES[name], lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)], optimizer=adamw, model=model)[1].final
+        return fit(
+            STRATEGIES[name],
+            lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)],
+            optimizer=adamw,
+            model=model,
+        )[1].final
 
     expected = run_ranks(main, 1, ("ddp", strategies.Module))[0]
     for found in run_ranks(main, 2, (strategy, CompiledModule), timeout=120).values():
         assert distance(found, expected) <= 1e-12
 
 
-# ---------------------------------------------------------------------------------------------------------------- communication
+# ------------------------------------------------------------------------------------ communication
 
 FILTERS = {"params": ["net.conv.weight", "net.block.up.weight"], "granularity": "filter"}
 WRITERS: dict[str, Callable[..., Any]] = {
@@ -243,12 +304,15 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "AWS std": lambda **k: AdaptiveWeightShrink(0.01, statistic="std", **k),
     "WRS": lambda **k: WeightRescaling(1, **k),
     "projection always": lambda **k: RadialProjection(**k),
-    "projection cosine": lambda **k: RadialProjection(gate="cosine", params=k.get("params", "auto")),
+    "projection cosine": lambda **k: RadialProjection(
+        gate="cosine", params=k.get("params", "auto")
+    ),
 }
 
 
 def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[str, int]:
-    """In a rank: the largest number of collectives in each phase, over the last steps of a fit that logs nothing in them."""
+    """In a rank: the largest number of collectives in each phase, over the last steps of a fit that
+    logs nothing in them."""
     from torch.distributed.tensor.debug import CommDebugMode
 
     from lightning_normdyn.steps import Phase, StepBracket
@@ -260,7 +324,8 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
         def counted(step: Any) -> None:
             with CommDebugMode() as mode:
                 handler(step)
-            # The claims of the graph are held against the first 16 gradients; the monitor measures the very last step.
+            # The claims of the graph are held against the first 16 gradients; the monitor measures
+            # the very last step.
             if 16 < step.number < 19:
                 most[phase.name] = max(most.get(phase.name, 0), mode.get_total_counts())
 
@@ -284,18 +349,29 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
         pytest.param("FSDP2 + TP", {}, 1, marks=pytest.mark.slow),
         pytest.param("HSDP", FILTERS, 0, marks=pytest.mark.slow),
     ],
-    ids=lambda value: value if isinstance(value, str) else "filters" if value == FILTERS else "auto" if value == {} else str(value),
+    ids=lambda value: (
+        value
+        if isinstance(value, str)
+        else "filters"
+        if value == FILTERS
+        else "auto"
+        if value == {}
+        else str(value)
+    ),
 )
 def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: int, writer: str):
     if writer == "projection cosine" and strategy != "ddp":
         most = 1  # the gate's tests look at all filters of a weight
-    for counts in run_ranks(collectives, STRATEGIES[strategy].world, (strategy, writer, arguments)).values():
+    for counts in run_ranks(
+        collectives, STRATEGIES[strategy].world, (strategy, writer, arguments)
+    ).values():
         assert counts.pop("RESOLVE") == 0
         assert max(counts.values()) == most, counts
 
 
 def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[int]], int, int, int]:
-    """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut vectors, weights and measured numbers."""
+    """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut
+    vectors, weights and measured numbers."""
     from lightning_normdyn import sharding
     from lightning_normdyn.steps import Phase, StepBracket
 
@@ -331,16 +407,23 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
     return {k: v for k, v in found.items() if k != "RESOLVE"}, cut, len(plan.targets), numbers
 
 
-@pytest.mark.parametrize(("strategy", "arguments"), [("ddp", {}), ("FSDP2", FILTERS), ("FSDP2", {}), ("FSDP1 FULL_SHARD, one unit", {})])
+@pytest.mark.parametrize(
+    ("strategy", "arguments"),
+    [("ddp", {}), ("FSDP2", FILTERS), ("FSDP2", {}), ("FSDP1 FULL_SHARD, one unit", {})],
+)
 def test_what_the_monitor_sends(strategy: str, arguments: dict[str, Any]):
     """One collective in each phase of a step, as large as docs/strategies.md says."""
     for found, cut, weights, numbers in run_ranks(traffic, 2, (strategy, arguments)).values():
         assert (cut == 0) == (strategy == "ddp" or arguments == FILTERS)
         send = [] if strategy == "ddp" else [8 * (2 * numbers + 1) * weights, 8 * weights]
-        assert found == {"MEASURE": [24 * cut] if cut else [], "MEASURE_STEP": [24 * cut] if cut else [], "send": send}
+        assert found == {
+            "MEASURE": [24 * cut] if cut else [],
+            "MEASURE_STEP": [24 * cut] if cut else [],
+            "send": send,
+        }
 
 
-# ---------------------------------------------------------------------------------------------------------------- traps
+# -------------------------------------------------------------------------------------------- traps
 
 
 class Sometimes(torch.nn.Module):
@@ -376,7 +459,11 @@ class SometimesModule(strategies.Module):
     ("strategy", "alone"),
     [
         ("FSDP2, 3 ranks", "ddp"),
-        pytest.param("FSDP1 FULL_SHARD, one unit, 3 ranks", "FSDP1 NO_SHARD, one unit", marks=pytest.mark.slow),
+        pytest.param(
+            "FSDP1 FULL_SHARD, one unit, 3 ranks",
+            "FSDP1 NO_SHARD, one unit",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_steps_without_some_gradients(strategy: str, alone: str):
@@ -389,7 +476,9 @@ def test_steps_without_some_gradients(strategy: str, alone: str):
             lambda: [RadialProjection(gate="cosine", delta=0.5)],
         ):
             monitor = NormDynamicsMonitor(1, tables=False)
-            _, module, _ = fit(how, lambda w=writers, m=monitor: [*w(), m], optimizer=adamw, model=SometimesModule)  # type: ignore[misc]
+            _, module, _ = fit(
+                how, lambda w=writers, m=monitor: [*w(), m], optimizer=adamw, model=SometimesModule
+            )  # type: ignore[misc]
             found.append((module.final, list(monitor.history)))
         return found
 
@@ -397,7 +486,11 @@ def test_steps_without_some_gradients(strategy: str, alone: str):
         from lightning.pytorch.strategies import DDPStrategy
 
         if alone == "ddp":
-            return DDPStrategy(process_group_backend="gloo", timeout=strategies.TIMEOUT, find_unused_parameters=True)
+            return DDPStrategy(
+                process_group_backend="gloo",
+                timeout=strategies.TIMEOUT,
+                find_unused_parameters=True,
+            )
         return strategies.fsdp1("NO_SHARD", units=False)()
 
     expected = run_ranks(main, 1, (strategies.Strategy(1, on_one_rank),))[0]
@@ -419,7 +512,8 @@ def test_steps_without_some_gradients(strategy: str, alone: str):
     ],
 )
 def test_validation_does_not_lead_astray(strategy: str):
-    """After a forward pass without gradients FSDP shows whole parameters that are not the optimizer's; writing to them would be lost.
+    """After a forward pass without gradients FSDP shows whole parameters that are not the
+    optimizer's; writing to them would be lost.
 
     And before the first training step DeepSpeed's stage 3 has nothing to show.
     """
@@ -444,27 +538,42 @@ def test_validation_does_not_lead_astray(strategy: str):
         return module.final
 
     def reference_without() -> dict[str, Tensor]:
-        return fit(STRATEGIES["ddp"], lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)], dtype=dtype, optimizer=sgd)[1].final
+        return fit(
+            STRATEGIES["ddp"],
+            lambda: [AdaptiveWeightShrink(0.5), WeightRescaling(3)],
+            dtype=dtype,
+            optimizer=sgd,
+        )[1].final
 
     expected = run_ranks(reference_without, 1)[0]
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    assert all(distance(found, expected) <= tolerance for found in run_ranks(main, how.world).values())
+    assert all(
+        distance(found, expected) <= tolerance for found in run_ranks(main, how.world).values()
+    )
 
 
 def resumable() -> list[Any]:
     """Counters that do not divide the epoch, and a length remembered from the start."""
-    return [WeightRescaling(4, target_norm="initial"), AdaptiveWeightShrink(0.2), NormDynamicsMonitor(1, tables=False)]
+    return [
+        WeightRescaling(4, target_norm="initial"),
+        AdaptiveWeightShrink(0.2),
+        NormDynamicsMonitor(1, tables=False),
+    ]
 
 
-def train_two_epochs(strategy: strategies.Strategy, folder: str, ckpt_path: str | None, dtype: torch.dtype) -> Any:
-    """In a rank: two epochs of three steps with a checkpoint after each, or what is left of them after a checkpoint."""
+def train_two_epochs(
+    strategy: strategies.Strategy, folder: str, ckpt_path: str | None, dtype: torch.dtype
+) -> Any:
+    """In a rank: two epochs of three steps with a checkpoint after each, or what is left of them
+    after a checkpoint."""
     from lightning.pytorch.callbacks import ModelCheckpoint
 
     keeper = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
     trainer, module, callbacks = fit(
         strategy,
         lambda: [*resumable(), keeper],
-        # torch takes the optimizer state of an FSDP1 checkpoint for that of other weights if groups are not in the module's order.
+        # torch takes the optimizer state of an FSDP1 checkpoint for that of other weights if groups
+        # are not in the module's order.
         optimizer=sgd if isinstance(strategy.make(), strategies.CPUFSDPStrategy) else adamw,
         steps=3,
         dtype=dtype,
@@ -473,7 +582,12 @@ def train_two_epochs(strategy: strategies.Strategy, folder: str, ckpt_path: str 
         ckpt_path=ckpt_path,
         limit_val_batches=1,
     )
-    return module.final, [c.state_dict() for c in callbacks[:2]], list(callbacks[2].history), trainer.global_step
+    return (
+        module.final,
+        [c.state_dict() for c in callbacks[:2]],
+        list(callbacks[2].history),
+        trainer.global_step,
+    )
 
 
 def full_checkpoints(name: str) -> strategies.Strategy:
@@ -494,7 +608,10 @@ def sharded_checkpoints() -> strategies.Strategy:
     """FSDP1, each rank saving what it holds."""
     from dataclasses import replace
 
-    return replace(STRATEGIES["FSDP1 FULL_SHARD"], make=strategies.fsdp1("FULL_SHARD", state_dict_type="sharded"))
+    return replace(
+        STRATEGIES["FSDP1 FULL_SHARD"],
+        make=strategies.fsdp1("FULL_SHARD", state_dict_type="sharded"),
+    )
 
 
 RESUMES: dict[str, Callable[[], strategies.Strategy]] = {
@@ -514,7 +631,13 @@ QUICK_RESUMES = ["FSDP2, full", "FSDP1, full"]
 
 
 def _resume_marks(name: str) -> Any:
-    return pytest.mark.deepspeed if name in DEEPSPEED else () if name in QUICK_RESUMES else pytest.mark.slow
+    return (
+        pytest.mark.deepspeed
+        if name in DEEPSPEED
+        else ()
+        if name in QUICK_RESUMES
+        else pytest.mark.slow
+    )
 
 
 RESUME_MARKS = [pytest.param(n, marks=_resume_marks(n)) for n in RESUMES]
@@ -538,9 +661,14 @@ def test_resume_equals_uninterrupted(name: str, tmp_path: Any):
     require(name)
     strategy = RESUMES[name]()
     dtype = strategy.dtypes[0]
-    whole = run_ranks(train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, dtype), timeout=120)
+    whole = run_ranks(
+        train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, dtype), timeout=120
+    )
     resumed = run_ranks(
-        train_two_epochs, strategy.world, (strategy, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), dtype), timeout=120
+        train_two_epochs,
+        strategy.world,
+        (strategy, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), dtype),
+        timeout=120,
     )
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
     for rank in whole:
@@ -555,21 +683,32 @@ def test_resume_equals_uninterrupted(name: str, tmp_path: Any):
 def assert_same_rows_of(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> None:
     assert [row["step"] for row in ours] == [row["step"] for row in theirs]
     for mine, other in zip(ours, theirs, strict=True):
-        assert {k: v for k, v in mine.items() if "turn" not in k} == pytest.approx(other, rel=1e-4, abs=1e-7, nan_ok=True)
+        assert {k: v for k, v in mine.items() if "turn" not in k} == pytest.approx(
+            other, rel=1e-4, abs=1e-7, nan_ok=True
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "ranks"),
     [
         ("FSDP2, full", 3),
-        *[pytest.param(n, r, marks=pytest.mark.slow) for n, r in (("FSDP2, full", 4), ("FSDP1, full", 3), ("FSDP1, full", 4))],
+        *[
+            pytest.param(n, r, marks=pytest.mark.slow)
+            for n, r in (("FSDP2, full", 4), ("FSDP1, full", 3), ("FSDP1, full", 4))
+        ],
     ],
 )
 def test_resume_on_another_number_of_ranks(name: str, ranks: int, tmp_path: Any):
     strategy = RESUMES[name]()
     more = strategies.with_ranks(strategy, ranks)
-    whole = run_ranks(train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, torch.float64))
-    resumed = run_ranks(train_two_epochs, ranks, (more, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), torch.float64))
+    whole = run_ranks(
+        train_two_epochs, strategy.world, (strategy, str(tmp_path / "a"), None, torch.float64)
+    )
+    resumed = run_ranks(
+        train_two_epochs,
+        ranks,
+        (more, str(tmp_path / "b"), str(tmp_path / "a" / "epoch=0.ckpt"), torch.float64),
+    )
     last = ranks - 1
     assert distance(resumed[last][0], whole[0][0]) <= 1e-12
     for mine, other in zip(resumed[last][1], whole[0][1], strict=True):
@@ -585,31 +724,46 @@ class BatchNormModule(strategies.Module):
         self.net.conv_norm = torch.nn.BatchNorm1d(5).to(self.dtype_)
 
 
-@pytest.mark.parametrize("strategy", ["FSDP2", "TP", pytest.param("FSDP1 FULL_SHARD, one unit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "strategy", ["FSDP2", "TP", pytest.param("FSDP1 FULL_SHARD, one unit", marks=pytest.mark.slow)]
+)
 def test_batch_norm_follows_a_rescale(strategy: str):
     """Weight and bias lie in pieces, the statistics behind them are whole on every rank."""
 
     def main(name: str) -> Any:
-        _, module, _ = fit(STRATEGIES[name], lambda: [WeightRescaling(2, target_norm=3.0)], optimizer=sgd, model=BatchNormModule)
+        _, module, _ = fit(
+            STRATEGIES[name],
+            lambda: [WeightRescaling(2, target_norm=3.0)],
+            optimizer=sgd,
+            model=BatchNormModule,
+        )
         return module.final, module.net.conv_norm.running_mean, module.net.conv_norm.running_var
 
-    # As many BatchNorm batches as there are shares of the data; DDP hands rank zero's statistics to all.
+    # As many BatchNorm batches as there are shares of the data; DDP hands rank zero's statistics to
+    # all.
     expected = run_ranks(main, 1 if strategy == "TP" else 2, ("ddp",))[0]
     weights, *statistics = run_ranks(main, 2, (strategy,))[0]
     assert distance(weights, expected[0]) <= 1e-11
     torch.testing.assert_close(statistics, list(expected[1:]), rtol=1e-11, atol=1e-11)
 
 
-# ---------------------------------------------------------------------------------------------------------------- precision
+# ---------------------------------------------------------------------------------------- precision
 
 
 @pytest.mark.parametrize("strategy", ["FSDP2", "FSDP1 FULL_SHARD"])
 def test_what_bfloat16_swallows_is_kept_per_vector(strategy: str):
-    """Shrinks below the rounding of bfloat16 add up, wherever the vectors lie, and go into checkpoints whole."""
+    """Shrinks below the rounding of bfloat16 add up, wherever the vectors lie, and go into
+    checkpoints whole."""
 
     def main() -> Any:
         shrink = AdaptiveWeightShrink(0.02)
-        fit(STRATEGIES[strategy], lambda: [shrink], dtype=torch.bfloat16, optimizer=sgd, precision="bf16-true")
+        fit(
+            STRATEGIES[strategy],
+            lambda: [shrink],
+            dtype=torch.bfloat16,
+            optimizer=sgd,
+            precision="bf16-true",
+        )
         return shrink.state_dict()["per_vector"]["owed"]
 
     for owed in run_ranks(main).values():
@@ -624,7 +778,8 @@ def test_what_bfloat16_swallows_is_kept_per_vector(strategy: str):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_deepspeed_writes_to_the_float32_masters(precision: str):
-    """Norms are right to float32 although the weights that take part in the forward pass are rounded to bfloat16."""
+    """Norms are right to float32 although the weights that take part in the forward pass are
+    rounded to bfloat16."""
     found = {}
     for stage in (1, 2, 3):
         require(f"DeepSpeed ZeRO-{stage}")
@@ -633,9 +788,17 @@ def test_deepspeed_writes_to_the_float32_masters(precision: str):
             rescale = WeightRescaling(1)
             shrink = AdaptiveWeightShrink(0.2, params=["net.block.up.weight"])
             _, module, _ = fit(
-                DEEPSPEED[f"DeepSpeed ZeRO-{stage}"], lambda: [rescale, shrink], dtype=torch.float32, optimizer=adamw, precision=precision
+                DEEPSPEED[f"DeepSpeed ZeRO-{stage}"],
+                lambda: [rescale, shrink],
+                dtype=torch.float32,
+                optimizer=adamw,
+                precision=precision,
             )
-            norms = {t.name: v for p in rescale.plans.values() for t, v in zip(p.targets, p.vectors.gather(p.vectors.norms()), strict=True)}
+            norms = {
+                t.name: v
+                for p in rescale.plans.values()
+                for t, v in zip(p.targets, p.vectors.gather(p.vectors.norms()), strict=True)
+            }
             return module.final, norms, rescale.state_dict()["steps"]
 
         found[stage] = run_ranks(main, timeout=120)[0]
@@ -649,12 +812,19 @@ def test_deepspeed_writes_to_the_float32_masters(precision: str):
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("strategy", DEEPSPEED)
 def test_deepspeed_accumulates_without_skipping(strategy: str):
-    """DeepSpeed is told to step at every batch; the steps in between are no steps, and none that a scaler has skipped."""
+    """DeepSpeed is told to step at every batch; the steps in between are no steps, and none that a
+    scaler has skipped."""
     require(strategy)
 
     def main() -> Any:
         rescale, monitor = WeightRescaling(1), NormDynamicsMonitor(1, tables=False)
-        fit(DEEPSPEED[strategy], lambda: [rescale, monitor], dtype=torch.float32, optimizer=adamw, accumulate_grad_batches=2)
+        fit(
+            DEEPSPEED[strategy],
+            lambda: [rescale, monitor],
+            dtype=torch.float32,
+            optimizer=adamw,
+            accumulate_grad_batches=2,
+        )
         return rescale.state_dict()["steps"], list(monitor.history)
 
     steps, rows = run_ranks(main, timeout=120)[0]
@@ -663,13 +833,17 @@ def test_deepspeed_accumulates_without_skipping(strategy: str):
     assert all(row["normdyn/skipped_steps"] == 0 for row in rows)
 
 
-# ------------------------------------------------------------------------------------------------ losses and weights that come later
+# --------------------------------------------------------------- losses and weights that come later
 
 
 class Generator(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.na, self.b = nn.Linear(13, 8, bias=False), nn.LayerNorm(8), nn.Linear(8, 12, bias=False)
+        self.a, self.na, self.b = (
+            nn.Linear(13, 8, bias=False),
+            nn.LayerNorm(8),
+            nn.Linear(8, 12, bias=False),
+        )
         self.nb, self.c = nn.GroupNorm(3, 12), nn.Linear(12, 13)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -682,7 +856,9 @@ class Gan(strategies.Module):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         torch.manual_seed(3)
-        critic = nn.Sequential(nn.Linear(13, 9, bias=False), nn.LayerNorm(9), nn.LeakyReLU(), nn.Linear(9, 1))
+        critic = nn.Sequential(
+            nn.Linear(13, 9, bias=False), nn.LayerNorm(9), nn.LeakyReLU(), nn.Linear(9, 1)
+        )
         self.net = nn.ModuleDict({"generator": Generator(), "critic": critic}).to(self.dtype_)
         self.automatic_optimization = False
 
@@ -695,13 +871,19 @@ class Gan(strategies.Module):
             if fooling:
                 value = loss(-self.net["critic"](fake)).mean()
             else:
-                value = loss(self.net["critic"](fake.detach())).mean() + loss(-self.net["critic"](real)).mean()
+                value = (
+                    loss(self.net["critic"](fake.detach())).mean()
+                    + loss(-self.net["critic"](real)).mean()
+                )
             optimizer.zero_grad()
             self.manual_backward(value)
             optimizer.step()
 
     def configure_optimizers(self) -> Any:
-        return [torch.optim.AdamW(self.net[part].parameters(), lr=0.01, weight_decay=0.1) for part in ("critic", "generator")]
+        return [
+            torch.optim.AdamW(self.net[part].parameters(), lr=0.01, weight_decay=0.1)
+            for part in ("critic", "generator")
+        ]
 
 
 class LateNet(nn.Module):
@@ -709,7 +891,12 @@ class LateNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem, self.norm, self.block, self.head = nn.Linear(13, 12, bias=False), nn.LayerNorm(12), Late(), nn.Linear(12, 1)
+        self.stem, self.norm, self.block, self.head = (
+            nn.Linear(13, 12, bias=False),
+            nn.LayerNorm(12),
+            Late(),
+            nn.Linear(12, 1),
+        )
 
     def forward(self, x: Tensor, late: bool) -> Tensor:
         x = torch.relu(self.norm(self.stem(x)))
@@ -719,7 +906,12 @@ class LateNet(nn.Module):
 class Late(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.norm, self.down, self.last = nn.Linear(12, 10, bias=False), nn.GroupNorm(2, 10), nn.Linear(10, 12, bias=False), None
+        self.up, self.norm, self.down, self.last = (
+            nn.Linear(12, 10, bias=False),
+            nn.GroupNorm(2, 10),
+            nn.Linear(10, 12, bias=False),
+            None,
+        )
         self.last = nn.LayerNorm(12)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -752,22 +944,37 @@ def joining(name: str, model: Any) -> Any:
     from torch.distributed.fsdp import MixedPrecision
 
     make: dict[str, Any] = {
-        "ddp": lambda: DDPStrategy(process_group_backend="gloo", timeout=strategies.TIMEOUT, find_unused_parameters=True),
+        "ddp": lambda: DDPStrategy(
+            process_group_backend="gloo", timeout=strategies.TIMEOUT, find_unused_parameters=True
+        ),
         "FSDP1 FULL_SHARD": lambda: strategies.CPUFSDPStrategy(
-            auto_wrap_policy={Late}, mixed_precision=MixedPrecision(), process_group_backend="gloo", timeout=strategies.TIMEOUT
+            auto_wrap_policy={Late},
+            mixed_precision=MixedPrecision(),
+            process_group_backend="gloo",
+            timeout=strategies.TIMEOUT,
         ),
     }
     strategy = STRATEGIES[name]
-    strategy = replace(strategy, make=make.get(name, strategy.make), parallelize=_each_part if name == "FSDP2" else None)
+    strategy = replace(
+        strategy,
+        make=make.get(name, strategy.make),
+        parallelize=_each_part if name == "FSDP2" else None,
+    )
     shrink = AdaptiveWeightShrink(0.5)
 
     def optimizer(module: Any) -> Any:
         return torch.optim.AdamW(module.parameters(), lr=0.01, weight_decay=0.1)
 
-    _, module, _ = fit(strategy, lambda: [shrink, WeightRescaling(3)], optimizer=optimizer, model=model, steps=8)
+    _, module, _ = fit(
+        strategy, lambda: [shrink, WeightRescaling(3)], optimizer=optimizer, model=model, steps=8
+    )
     assert shrink._session is not None
     table = {v.name: (v.kind, v.n, v.reason) for v in shrink._session.search.verdicts.values()}
-    return module.final, table, sorted(t.name for plan in shrink.plans.values() for t in plan.targets)
+    return (
+        module.final,
+        table,
+        sorted(t.name for plan in shrink.plans.values() for t in plan.targets),
+    )
 
 
 @pytest.mark.parametrize(
@@ -789,7 +996,8 @@ def test_weights_that_join_later_are_found_at_the_same_step(name: str, model: An
 
 
 class Lengths(nn.Module):
-    """A table of positions that is longer than most inputs; what is read of it goes through a LayerNorm."""
+    """A table of positions that is longer than most inputs; what is read of it goes through a
+    LayerNorm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -814,26 +1022,39 @@ class LengthsModule(strategies.Module):
     def train_dataloader(self) -> Any:
         generator = torch.Generator().manual_seed(5)
         inputs = [
-            [torch.randn(2, n, 6, generator=generator, dtype=torch.float64).to(self.dtype_) for n in lengths]
+            [
+                torch.randn(2, n, 6, generator=generator, dtype=torch.float64).to(self.dtype_)
+                for n in lengths
+            ]
             for lengths in ((3, 4), (3, 4), (5, 9), (5, 9), (3, 9), (6, 7))
         ]
         share = self.trainer.strategy.distributed_sampler_kwargs
         count, rank = share["num_replicas"], share["rank"]
-        return torch.utils.data.DataLoader([each if count == 1 else [each[rank]] for each in inputs], batch_size=None)
+        return torch.utils.data.DataLoader(
+            [each if count == 1 else [each[rank]] for each in inputs], batch_size=None
+        )
 
 
 def reading(name: str) -> Any:
-    """In a rank: weights at the end, what is known of the table of positions, and the lengths that its vectors are kept at."""
+    """In a rank: weights at the end, what is known of the table of positions, and the lengths that
+    its vectors are kept at."""
     from dataclasses import replace
 
     strategy = STRATEGIES[name]
     strategy = replace(strategy, parallelize=_each_part if name == "FSDP2" else None)
     rule, shrink = WeightRescaling(2, target_norm="initial"), AdaptiveWeightShrink(6.0)
-    _, module, _ = fit(strategy, lambda: [rule, shrink], optimizer=strategies.sgd, model=LengthsModule, steps=6)
+    _, module, _ = fit(
+        strategy, lambda: [rule, shrink], optimizer=strategies.sgd, model=LengthsModule, steps=6
+    )
     assert rule._session is not None
     verdict = rule._session.search.verdicts["net.positions"]
     clamped = shrink._session.counted_by_weight("clamped")  # type: ignore[union-attr]
-    return module.final, (verdict.kind, verdict.n), rule.state_dict()["per_vector"]["initial_norm"]["net.positions"], clamped
+    return (
+        module.final,
+        (verdict.kind, verdict.n),
+        rule.state_dict()["per_vector"]["initial_norm"]["net.positions"],
+        clamped,
+    )
 
 
 @pytest.mark.parametrize("name", ["ddp", "FSDP2", "FSDP1 FULL_SHARD, one unit"])
@@ -847,13 +1068,16 @@ def test_rows_that_one_rank_reads_later_are_treated_by_all(name: str):
         assert torch.allclose(theirs, lengths, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_flat_parameters_are_refused():
     from dataclasses import replace
 
-    strategy = replace(STRATEGIES["FSDP1 FULL_SHARD"], make=strategies.fsdp1("FULL_SHARD", units=False, use_orig_params=False))
+    strategy = replace(
+        STRATEGIES["FSDP1 FULL_SHARD"],
+        make=strategies.fsdp1("FULL_SHARD", units=False, use_orig_params=False),
+    )
 
     def main() -> str:
         with pytest.raises(NotSupportedError) as error:
@@ -869,14 +1093,20 @@ def test_deepspeed_stage_0_in_bfloat16_is_refused():
 
     def main() -> str:
         with pytest.raises(NotSupportedError) as error:
-            fit(DEEPSPEED["DeepSpeed ZeRO-0"], lambda: [AdaptiveWeightShrink(0.1)], dtype=torch.float32, precision="bf16-mixed")
+            fit(
+                DEEPSPEED["DeepSpeed ZeRO-0"],
+                lambda: [AdaptiveWeightShrink(0.1)],
+                dtype=torch.float32,
+                precision="bf16-mixed",
+            )
         return str(error.value)
 
     assert all("ZeRO" in message and "32-true" in message for message in run_ranks(main).values())
 
 
 def test_a_rank_that_raises_is_named():
-    """The others wait for it in a collective, no longer than its limit; the message names rank and reason."""
+    """The others wait for it in a collective, no longer than its limit; the message names rank and
+    reason."""
 
     class Failing(strategies.Module):
         def on_before_optimizer_step(self, optimizer: Any) -> None:

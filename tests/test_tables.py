@@ -11,16 +11,30 @@ from lightning_normdyn.tables import MOST_ROWS, paragraph, render
 COLUMNS = ["weight", "treated how", "norm first → last", "effective lr", "e-foldings", "verdict"]
 WRS = "WRS to its initial norm every 20 steps"
 VERDICT = "length held by WeightRescaling, 1.1x the prediction"
-NAMES = ["network.0.weight", "network.4.shortcut.0.weight", "model.transformer.encoder.layers.11.attention.output.dense.weight"]
-ROWS = [[name, WRS, "0.57→0.809", "0.0252", "-", VERDICT] for name in NAMES] + [["head.weight", "-", "1→2", "0.1", "3.5", "-"]]
+NAMES = [
+    "network.0.weight",
+    "network.4.shortcut.0.weight",
+    "model.transformer.encoder.layers.11.attention.output.dense.weight",
+]
+ROWS = [[name, WRS, "0.57→0.809", "0.0252", "-", VERDICT] for name in NAMES] + [
+    ["head.weight", "-", "1→2", "0.1", "3.5", "-"]
+]
 
 
 def table(width: int) -> list[str]:
-    return render("a title", COLUMNS, ROWS, noted=["treated how"], optional=["e-foldings", "treated how"], width=width).splitlines()
+    return render(
+        "a title",
+        COLUMNS,
+        ROWS,
+        noted=["treated how"],
+        optional=["e-foldings", "treated how"],
+        width=width,
+    ).splitlines()
 
 
 def cells(lines: list[str], columns: list[str]) -> list[list[str]]:
-    """The cells below the rule, each read down its column and put together again, blanks left out."""
+    """The cells below the rule, each read down its column and put together again, blanks left
+    out."""
     rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
     starts = [0]
     for column in columns[1:]:
@@ -43,7 +57,13 @@ def test_no_line_is_wider_than_the_terminal(width):
 
 
 @pytest.mark.parametrize(
-    ("width", "left_out", "noted"), [(400, [], False), (200, [], True), (140, [], True), (80, ["e-foldings", "treated how"], False)]
+    ("width", "left_out", "noted"),
+    [
+        (400, [], False),
+        (200, [], True),
+        (140, [], True),
+        (80, ["e-foldings", "treated how"], False),
+    ],
 )
 def test_every_cell_is_there_whole_or_as_a_note_or_said_to_be_missing(width, left_out, noted):
     lines = table(width)
@@ -52,35 +72,70 @@ def test_every_cell_is_there_whole_or_as_a_note_or_said_to_be_missing(width, lef
     if noted:
         assert f"[1] {WRS}" in lines
         expected = [["[1]" if cell == WRS else cell for cell in row] for row in expected]
-    kept = [[cell.replace(" ", "") for cell, column in zip(row, COLUMNS, strict=True) if column in columns] for row in expected]
+    kept = [
+        [
+            cell.replace(" ", "")
+            for cell, column in zip(row, COLUMNS, strict=True)
+            if column in columns
+        ]
+        for row in expected
+    ]
     found = [[cell.replace(" ", "") for cell in row] for row in cells(lines, columns)]
     assert found == kept
     said = [line for line in lines if line.startswith("Not shown")]
-    assert said == ([f"Not shown in a terminal of {width} columns: {', '.join(left_out)}"] if left_out else [])
+    assert said == (
+        [f"Not shown in a terminal of {width} columns: {', '.join(left_out)}"] if left_out else []
+    )
 
 
 def test_names_break_after_dots_and_numbers_do_not():
     lines = table(80)
-    assert any(line.startswith("shortcut.0.weight") or line.startswith("network.4.shortcut.0.weight") for line in lines)
+    assert any(
+        line.startswith("shortcut.0.weight") or line.startswith("network.4.shortcut.0.weight")
+        for line in lines
+    )
     assert sum("0.57→0.809" in line for line in lines) == 3
 
 
 LAYERS = [f"model.language_model.layers.{i}" for i in (0, 1, 11)]
 TARGETS = [
-    [f"{layer}.{part}.weight", "4096×4096", f"layer{asked}", "1", f"{layer}.{norm}, {layer}.norm", "AWS, decay now 0.0014 (replaces 0.005)"]
+    [
+        f"{layer}.{part}.weight",
+        "4096×4096",
+        f"layer{asked}",
+        "1",
+        f"{layer}.{norm}, {layer}.norm",
+        "AWS, decay now 0.0014 (replaces 0.005)",
+    ]
     for layer, asked in zip(LAYERS, ("", " (by request)", ""), strict=True)
-    for part, norm in (("self_attn.q_proj", "input_layernorm"), ("mlp.gate_proj", "post_attention_layernorm"))
+    for part, norm in (
+        ("self_attn.q_proj", "input_layernorm"),
+        ("mlp.gate_proj", "post_attention_layernorm"),
+    )
 ]
-TARGETS += [["head.weight", "10×64", "no", "10", "LogSoftmaxBackward0 does not commute with a change of scale", "measured"]]
+TARGETS += [
+    [
+        "head.weight",
+        "10×64",
+        "no",
+        "10",
+        "LogSoftmaxBackward0 does not commute with a change of scale",
+        "measured",
+    ]
+]
 HEADINGS = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
 
 
 @pytest.mark.parametrize("width", [80, 100, 120])
 @pytest.mark.parametrize("noted", [("treated how", "because of"), ("treated how",), ()])
 def test_module_paths_fold_at_dots_in_every_column_and_no_word_is_broken(width, noted):
-    lines = render("title", HEADINGS, TARGETS, noted=noted, optional=("shape", "vectors"), width=width).splitlines()
+    lines = render(
+        "title", HEADINGS, TARGETS, noted=noted, optional=("shape", "vectors"), width=width
+    ).splitlines()
     assert max(map(len, lines)) <= width
-    whole = {part for row in TARGETS for cell in row for word in cell.split() for part in word.split(".")}
+    whole = {
+        part for row in TARGETS for cell in row for word in cell.split() for part in word.split(".")
+    }
     rule = next(i for i, line in enumerate(lines) if line.startswith("──"))
     for line in lines[rule + 1 :]:
         for word in line.split():
@@ -91,7 +146,14 @@ def test_module_paths_fold_at_dots_in_every_column_and_no_word_is_broken(width, 
 
 
 def test_a_name_has_the_room_that_it_needs_at_80_columns():
-    lines = render("", HEADINGS, TARGETS, noted=("treated how", "because of"), optional=("shape", "vectors"), width=80).splitlines()
+    lines = render(
+        "",
+        HEADINGS,
+        TARGETS,
+        noted=("treated how", "because of"),
+        optional=("shape", "vectors"),
+        width=80,
+    ).splitlines()
     first = [number for number, line in enumerate(lines) if line.startswith(("model.", "head."))]
     assert len(first) == 7
     assert max(b - a for a, b in pairwise(first)) <= 5
@@ -109,12 +171,16 @@ def test_a_sentence_below_a_table_folds_as_its_cells_do():
     folded = paragraph(text, 80)
     assert max(map(len, folded.splitlines())) <= 80
     assert "".join(folded.split()) == "".join(text.split())
-    assert all(line.endswith((".", ",", "(", ")", ":", "4")) or " " in line for line in folded.splitlines())
+    assert all(
+        line.endswith((".", ",", "(", ")", ":", "4")) or " " in line for line in folded.splitlines()
+    )
 
 
 def test_many_different_texts_stay_in_the_table():
     rows = [[f"conv{i}.weight", f"AWS, decay now 0.{i} (replaces 0.0005)"] for i in range(1, 10)]
-    lines = render("title", ["weight", "treated how"], rows, noted=["treated how"], width=40).splitlines()
+    lines = render(
+        "title", ["weight", "treated how"], rows, noted=["treated how"], width=40
+    ).splitlines()
     assert not [line for line in lines if line.startswith("[")]
     assert sum("AWS, decay" in line for line in lines) == 9
 
@@ -132,16 +198,39 @@ def test_it_asks_the_terminal(monkeypatch):
     assert 60 < max(map(len, lines)) <= 70
 
 
-@pytest.mark.parametrize("text", ["", "   ", "a" * 500, "x.y." * 100, "...", "[1]", "ein\nanderer", "[bold]name[/bold]"])
+@pytest.mark.parametrize(
+    "text", ["", "   ", "a" * 500, "x.y." * 100, "...", "[1]", "ein\nanderer", "[bold]name[/bold]"]
+)
 def test_strange_cells_do_not_break_it(text):
     rendered = render("title", ["weight", "norm"], [[text, text]], width=60)
     assert max(map(len, rendered.splitlines())) <= 60
     together = "".join(rendered.split())
-    assert all(together.count(character) >= text.count(character) for character in set("".join(text.split())))
+    assert all(
+        together.count(character) >= text.count(character)
+        for character in set("".join(text.split()))
+    )
 
 
-HEADS = ("weight", "treated", "norm, first → last", "effective lr", "angular update", "equilibrium", "ratio", "verdict")
-DIGITS = ("0" * 60, "1 1111 1111 11 (11111 11)", "22222 22222", "33333333", "4444444", "5555555", "666", "777777 77 7777777777 7777")
+HEADS = (
+    "weight",
+    "treated",
+    "norm, first → last",
+    "effective lr",
+    "angular update",
+    "equilibrium",
+    "ratio",
+    "verdict",
+)
+DIGITS = (
+    "0" * 60,
+    "1 1111 1111 11 (11111 11)",
+    "22222 22222",
+    "33333333",
+    "4444444",
+    "5555555",
+    "666",
+    "777777 77 7777777777 7777",
+)
 
 
 @pytest.mark.parametrize("width", [100, 120, 139, 140, 141, 200, 400])

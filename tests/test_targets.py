@@ -1,4 +1,5 @@
-"""Which weights are targets: the zoo's truth, the truth of the truth, modes of running, patterns, partitions, tables."""
+"""Which weights are targets: the zoo's truth, the truth of the truth, modes of running, patterns,
+partitions, tables."""
 
 from __future__ import annotations
 
@@ -49,7 +50,8 @@ def summary(verdicts) -> dict[str, str]:
 
 
 class Emptied(nn.Module):
-    """Its weight is there within its own forward and backward only, as DeepSpeed's stage 3 has it."""
+    """Its weight is there within its own forward and backward only, as DeepSpeed's stage 3 has
+    it."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +84,7 @@ def test_a_weight_that_is_there_only_while_it_is_used_keeps_its_gradient():
     assert module.convolution.weight.grad.shape == (4, 1, 3, 3)
 
 
-# ------------------------------------------------------------------------------------------------ the zoo
+# ------------------------------------------------------------------------------------------ the zoo
 
 
 @pytest.mark.parametrize("name", zoo.CASES)
@@ -99,7 +101,8 @@ def test_the_table_equals_the_truth(name):
 
 
 def changes(module, inputs, name, factor) -> bool:
-    """Whether multiplying one weight by ``factor`` changes the training-mode output, beyond rounding."""
+    """Whether multiplying one weight by ``factor`` changes the training-mode output, beyond
+    rounding."""
     weight = dict(module.named_parameters())[name]
     with targets._restored(module), torch.no_grad():
         before = targets._outputs(module, inputs, None, 0)
@@ -111,7 +114,8 @@ def changes(module, inputs, name, factor) -> bool:
 
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_the_truth_is_the_truth(name):
-    """Brute force, without gradients or graphs: vectors may be scaled, each by its own factor; nothing finer and nothing else may."""
+    """Brute force, without gradients or graphs: vectors may be scaled, each by its own factor;
+    nothing finer and nothing else may."""
     module, inputs = build(name, tiny_epsilons=True)
     for verdict in inspect_module(module, *inputs):
         if verdict.kind == "unknown" or verdict.name in zoo.CASES[name].misses:
@@ -129,23 +133,37 @@ def test_the_truth_is_the_truth(name):
         if verdict.partition is None:
             assert any(one(0, i) for i in some(0)), f"{verdict.name} is scale-invariant by row"
             assert any(one(1, i) for i in some(1)), f"{verdict.name} is scale-invariant by column"
-            assert changes(module, inputs, verdict.name, torch.tensor(2.0)), f"{verdict.name} is scale-invariant"
+            assert changes(module, inputs, verdict.name, torch.tensor(2.0)), (
+                f"{verdict.name} is scale-invariant"
+            )
             continue
         partition = verdict.partition
         factors = torch.exp2(2 * torch.rand(partition.n, dtype=torch.float64) - 1)
-        assert not changes(module, inputs, verdict.name, spread(partition, factors, torch.empty(verdict.shape))), f"{verdict.name} is not"
+        assert not changes(
+            module, inputs, verdict.name, spread(partition, factors, torch.empty(verdict.shape))
+        ), f"{verdict.name} is not"
         if len(partition.keep) > 1:
             continue  # grouped transposed convolution: filters are the finest there is
         axis = partition.keep[0]
         for vector in range(partition.n):
             rows = (partition.labels == vector).nonzero().flatten().tolist()
-            assert len(rows) == 1 or one(axis, rows[0]), f"vector {vector} of {verdict.name} could be finer"
+            assert len(rows) == 1 or one(axis, rows[0]), (
+                f"vector {vector} of {verdict.name} could be finer"
+            )
         entries_of_a_column = torch.Size(verdict.shape).numel() // verdict.shape[1 - axis]
         if verdict.kind == "layer" and verdict.shape[1 - axis] > 1 and entries_of_a_column > 1:
-            assert any(one(1 - axis, i) for i in some(1 - axis)), f"the columns of {verdict.name} are free"
-        never_read = torch.zeros_like(partition.labels) if verdict.unread is None else verdict.unread.labels + 1
+            assert any(one(1 - axis, i) for i in some(1 - axis)), (
+                f"the columns of {verdict.name} are free"
+            )
+        never_read = (
+            torch.zeros_like(partition.labels)
+            if verdict.unread is None
+            else verdict.unread.labels + 1
+        )
         outside = ((partition.labels < 0) & (never_read == 0)).nonzero().flatten().tolist()
-        assert not outside or any(one(axis, i) for i in outside), f"rows of {verdict.name} left out are free"
+        assert not outside or any(one(axis, i) for i in outside), (
+            f"rows of {verdict.name} left out are free"
+        )
 
 
 def test_the_zoo_is_what_it_should_be():
@@ -159,21 +177,36 @@ def whole_zoo(*quick: str, leave_out: tuple[str, ...] = ()) -> list:
     return [pytest.param(name, marks=() if name in quick else pytest.mark.slow) for name in names]
 
 
-# The experts' outputs are put into a float32 tensor, which torch refuses under autocast, with or without a search.
+# The experts' outputs are put into a float32 tensor, which torch refuses under autocast, with or
+# without a search.
 @pytest.mark.parametrize(
     "name",
     whole_zoo(
-        "resnet_post", "group_norm_net", "layer_norm_mlp", "attention_with_qk_norm", "unet", "swin_v2", leave_out=("mixture_of_experts",)
+        "resnet_post",
+        "group_norm_net",
+        "layer_norm_mlp",
+        "attention_with_qk_norm",
+        "unet",
+        "swin_v2",
+        leave_out=("mixture_of_experts",),
     ),
 )
 def test_bf16_autocast_gives_the_same_table(name):
     module, inputs = build(name)
-    module, inputs = module.float(), tuple(x.float() if x.is_floating_point() else x for x in inputs)
+    module, inputs = (
+        module.float(),
+        tuple(x.float() if x.is_floating_point() else x for x in inputs),
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert summary(inspect_module(module, *inputs)) == zoo.CASES[name].truth
 
 
-@pytest.mark.parametrize("name", whole_zoo("resnet_post", "dense_block", "attention_with_qk_norm", "hand_written_norms", "shuffle_unit"))
+@pytest.mark.parametrize(
+    "name",
+    whole_zoo(
+        "resnet_post", "dense_block", "attention_with_qk_norm", "hand_written_norms", "shuffle_unit"
+    ),
+)
 def test_compiled_gives_the_same_table(name):
     torch.compiler.reset()
     module, inputs = build(name)
@@ -184,7 +217,7 @@ def test_compiled_gives_the_same_table(name):
     assert summary(inspect_module(module, *inputs)) == zoo.CASES[name].truth
 
 
-# ------------------------------------------------------------------------------------------------ norm links
+# --------------------------------------------------------------------------------------- norm links
 
 
 def small_net(**options) -> nn.Sequential:
@@ -225,15 +258,25 @@ def test_links_say_what_evaluation_needs():
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_links_name_the_bias(frozen):
-    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.InstanceNorm2d(4, track_running_stats=True))
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.MaxPool2d(2), nn.InstanceNorm2d(4, track_running_stats=True)
+    )
     net[0].bias.requires_grad_(not frozen)
     (link,) = inspect_module(net, zoo.images().float())[0].batch_norms
-    assert (link.module, link.vector.tolist(), link.offset, link.bias) == ("2", [0, 1, 2, 3], True, "0.bias")
+    assert (link.module, link.vector.tolist(), link.offset, link.bias) == (
+        "2",
+        [0, 1, 2, 3],
+        True,
+        "0.bias",
+    )
 
 
 def test_link_through_concatenation_and_permutation():
     module, inputs = build("dense_block")
-    links = {link.module: link for link in by_name(inspect_module(module, *inputs))["c.weight"].batch_norms}
+    links = {
+        link.module: link
+        for link in by_name(inspect_module(module, *inputs))["c.weight"].batch_norms
+    }
     assert links["n2"].vector.tolist() == [-1, -1, 0, 1]
 
 
@@ -241,7 +284,12 @@ def test_link_through_concatenation_and_permutation():
 def test_link_degree_and_shared_vector(name):
     module, inputs = build(name)
     link = by_name(inspect_module(module, *inputs))["a.weight"].batch_norms[0]
-    assert (link.module, link.vector.tolist(), link.degree, link.offset) == ("n0", [0, 0, 0, 0], 1, False)
+    assert (link.module, link.vector.tolist(), link.degree, link.offset) == (
+        "n0",
+        [0, 0, 0, 0],
+        1,
+        False,
+    )
 
 
 class Functional(nn.Module):
@@ -250,7 +298,9 @@ class Functional(nn.Module):
         self.conv, self.statistics = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
 
     def forward(self, x):
-        return F.batch_norm(self.conv(x), self.statistics.running_mean, self.statistics.running_var, training=True)
+        return F.batch_norm(
+            self.conv(x), self.statistics.running_mean, self.statistics.running_var, training=True
+        )
 
 
 def test_statistics_that_nobody_can_correct_are_flagged():
@@ -271,7 +321,9 @@ def test_a_norm_that_is_called_twice_is_linked_once():
             search.analyze(module(*inputs))
     assert [link.module for link in search.verdicts["a.weight"].batch_norms] == ["n0"]
     assert not search.verdicts["a.weight"].stale_statistics
-    net = zoo.Net(lambda m, x: m.n(m.a(x)) + m.n(m.a(x).flip(1)), a=zoo.conv(3, 4), n=nn.BatchNorm2d(4))
+    net = zoo.Net(
+        lambda m, x: m.n(m.a(x)) + m.n(m.a(x).flip(1)), a=zoo.conv(3, 4), n=nn.BatchNorm2d(4)
+    )
     verdict = inspect_module(net, zoo.images())[0]
     assert verdict.kind == "filter"
     assert "different ways" in verdict.stale_statistics[0]
@@ -285,7 +337,7 @@ def test_a_changed_bias_makes_statistics_stale():
     assert "not a plain bias" in verdict.stale_statistics[0]
 
 
-# ------------------------------------------------------------------------------------------------ the search as an object
+# -------------------------------------------------------------------------- the search as an object
 
 
 class Checkpointed(nn.Module):
@@ -327,12 +379,17 @@ def test_checkpoints_are_seen_through_and_still_work(reentrant):
     assert calls
     assert search.verdicts == judged
     assert torch.allclose(net.net[0].weight.grad, expected, rtol=1e-4, atol=1e-5)
-    assert summary(search.verdicts.values()) == {"net.0.weight": "filter 4", "net.3.weight": "filter 4", "net.7.weight": "no"}
+    assert summary(search.verdicts.values()) == {
+        "net.0.weight": "filter 4",
+        "net.3.weight": "filter 4",
+        "net.7.weight": "no",
+    }
     assert module.CheckpointFunction.apply == apply
 
 
 def test_embedding_rows_inside_a_checkpoint_are_not_claimed():
-    """Which rows are read is saved inside the checkpoint; reading it would compute the checkpoint again."""
+    """Which rows are read is saved inside the checkpoint; reading it would compute the checkpoint
+    again."""
     embedding, norm, calls = nn.Embedding(7, 8), nn.LayerNorm(8), []
 
     def run(ids):
@@ -349,7 +406,9 @@ def test_embedding_rows_inside_a_checkpoint_are_not_claimed():
 
 def test_a_graph_that_hides_something_gives_no_claims():
     net, x = Checkpointed(True), zoo.images().float().requires_grad_()
-    loss = net(x).square().sum()  # not watched: the checkpoint is one node, its weights are invisible
+    loss = (
+        net(x).square().sum()
+    )  # not watched: the checkpoint is one node, its weights are invisible
     search = ScaleInvarianceSearch(net)
     search.analyze(loss)
     assert not any(v.partition is not None for v in search.verdicts.values())
@@ -385,8 +444,11 @@ def test_the_graph_is_not_kept():
 
 
 def test_losses_are_combined():
-    """GAN-like: a weight must be free in every loss; a weight in no loss stays undecided until a later batch holds it."""
-    net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(6, 4), n=nn.BatchNorm1d(4), later=zoo.linear(6, 4))
+    """GAN-like: a weight must be free in every loss; a weight in no loss stays undecided until a
+    later batch holds it."""
+    net = zoo.Net(
+        lambda m, x: m.n(m.a(x)), a=zoo.linear(6, 4), n=nn.BatchNorm1d(4), later=zoo.linear(6, 4)
+    )
     x = zoo.vectors()
     with ScaleInvarianceSearch(net) as search:
         search.analyze(net(x).square().sum())
@@ -402,13 +464,18 @@ def test_losses_are_combined():
 
 def test_a_gan_with_manual_optimization():
     generator = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6))
-    discriminator = nn.Sequential(nn.Linear(6, 8, bias=False), nn.LayerNorm(8), nn.LeakyReLU(), nn.Linear(8, 1))
+    discriminator = nn.Sequential(
+        nn.Linear(6, 8, bias=False), nn.LayerNorm(8), nn.LeakyReLU(), nn.Linear(8, 1)
+    )
     gan = nn.ModuleDict({"g": generator, "d": discriminator})
     z, real = torch.randn(8, 3), torch.randn(8, 6)
     search = ScaleInvarianceSearch(gan)
     with search:
         fake = generator(z)
-        d_loss = F.softplus(discriminator(fake.detach())).mean() + F.softplus(-discriminator(real)).mean()
+        d_loss = (
+            F.softplus(discriminator(fake.detach())).mean()
+            + F.softplus(-discriminator(real)).mean()
+        )
         search.analyze(d_loss)
         assert search.verdicts["g.0.weight"].kind == "unknown"
         d_loss.backward()
@@ -416,7 +483,12 @@ def test_a_gan_with_manual_optimization():
         search.analyze(g_loss)
         g_loss.backward()
     # The generator's last layer feeds a layer that is itself scale-invariant, but has a bias.
-    assert summary(search.verdicts.values()) == {"g.0.weight": "filter 8", "g.3.weight": "no", "d.0.weight": "layer 1", "d.3.weight": "no"}
+    assert summary(search.verdicts.values()) == {
+        "g.0.weight": "filter 8",
+        "g.3.weight": "no",
+        "d.0.weight": "layer 1",
+        "d.3.weight": "no",
+    }
 
 
 def test_unfreezing_a_norm_judges_afresh():
@@ -458,7 +530,7 @@ def test_frozen_lazy_and_no_grad():
     assert summary(search.verdicts.values()) == {"0.weight": "unknown", "1.weight": "filter 3"}
 
 
-# ------------------------------------------------------------------------------------------------ several ranks
+# ------------------------------------------------------------------------------------ several ranks
 
 
 class Attention(nn.Module):
@@ -466,12 +538,23 @@ class Attention(nn.Module):
         super().__init__()
         self.conv, self.bn = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
         self.q, self.k, self.v, self.out = (nn.Linear(16, 16, bias=False) for _ in range(4))
-        self.up, self.down, self.head = nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False), nn.Linear(16, 3)
-        self.nq, self.nk, self.n0, self.n1 = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(16), nn.LayerNorm(16)
+        self.up, self.down, self.head = (
+            nn.Linear(16, 32, bias=False),
+            nn.Linear(32, 16, bias=False),
+            nn.Linear(16, 3),
+        )
+        self.nq, self.nk, self.n0, self.n1 = (
+            nn.LayerNorm(8),
+            nn.LayerNorm(8),
+            nn.LayerNorm(16),
+            nn.LayerNorm(16),
+        )
 
     def forward(self, x):
         x = F.relu(self.bn(self.conv(x))).flatten(2)
-        q, k, v = (part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k, v = (
+            part(x).unflatten(-1, (-1, 8)).transpose(1, 2) for part in (self.q, self.k, self.v)
+        )
         y = F.scaled_dot_product_attention(self.nq(q), self.nk(k), v).transpose(1, 2).flatten(2)
         x = x + self.n0(self.out(y))
         return self.head(x + self.n1(self.down(F.relu(self.up(x)))))
@@ -482,7 +565,11 @@ def found_on_a_rank(strategy: str) -> list[dict[str, str]]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
 
     torch.manual_seed(0)
     net = Attention()
@@ -492,13 +579,19 @@ def found_on_a_rank(strategy: str) -> list[dict[str, str]]:
         net = nn.parallel.DistributedDataParallel(net)
     elif strategy == "FSDP1":
         net = FullyShardedDataParallel(
-            net, use_orig_params=True, auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), device_id=torch.device("cpu")
+            net,
+            use_orig_params=True,
+            auto_wrap_policy=ModuleWrapPolicy({nn.Linear}),
+            device_id=torch.device("cpu"),
         )
     elif strategy == "FSDP2":
         for part in (net.q, net.k, net.v, net.out, net.up, net.down, net):
             fully_shard(part, mesh=mesh)
     elif strategy == "TP":
-        columns, rows = dict.fromkeys(("q", "k", "v", "up"), ColwiseParallel()), dict.fromkeys(("out", "down"), RowwiseParallel())
+        columns, rows = (
+            dict.fromkeys(("q", "k", "v", "up"), ColwiseParallel()),
+            dict.fromkeys(("out", "down"), RowwiseParallel()),
+        )
         parallelize_module(net, mesh, columns | rows)
     search = ScaleInvarianceSearch(getattr(net, "module", net))
     tables = []
@@ -528,7 +621,9 @@ def test_strategies_give_the_same_table(strategy):
     }  # fmt: skip
     for tables in ranks.run_ranks(on_rank).values():
         assert tables[1] == tables[3] == alone
-        if strategy == "TP":  # before the ranks agreed, nothing is claimed that only part of the rows was seen of
+        if (
+            strategy == "TP"
+        ):  # before the ranks agreed, nothing is claimed that only part of the rows was seen of
             assert tables[0]["q.weight"] == tables[0]["v.weight"] == "unknown"
         else:
             assert tables[0] == alone
@@ -546,7 +641,10 @@ def test_ranks_whose_graphs_differ_agree_on_what_holds_for_all():
             n=nn.BatchNorm1d(4),
         )
         with ScaleInvarianceSearch(net) as search:
-            search.analyze(net(zoo.vectors()).square().sum() + dist.get_rank() * net.a.weight[:2].square().sum())
+            search.analyze(
+                net(zoo.vectors()).square().sum()
+                + dist.get_rank() * net.a.weight[:2].square().sum()
+            )
         search.agree()
         return [v.state() for v in search.verdicts.values()]
 
@@ -563,7 +661,7 @@ def test_one_process_agrees_with_itself():
     assert search.verdicts == before
 
 
-# ------------------------------------------------------------------------------------------------ function
+# ----------------------------------------------------------------------------------------- function
 
 
 def test_verify_restores_everything_bit_for_bit():
@@ -581,7 +679,9 @@ def test_verify_restores_everything_bit_for_bit():
     assert [m.training for m in net.modules()] == modes
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
     assert net[0].weight.grad is grad
-    assert verify_scale_invariance(net.eval(), x.double())  # an evaluated net is looked at in training mode
+    assert verify_scale_invariance(
+        net.eval(), x.double()
+    )  # an evaluated net is looked at in training mode
     assert not any(m.training for m in net.modules())
 
 
@@ -618,7 +718,8 @@ def squash(x):  # capsules
     return squares / (1 + squares) * x.view(-1, 2, 4) / squares.sqrt()
 
 
-ASSUMED = {  # what the graph alone would claim: a number that it does not show, or a copy that it does not hold
+# what the graph alone would claim: a number that it does not show, or a copy that it does not hold
+ASSUMED = {
     "a padding value": lambda m, x: m.n(F.pad(m.a(x), (2, 2), value=3.0)),
     "a filling value": lambda m, x: m.n(m.a(x).masked_fill(torch.arange(12) > 4, 2.0)),
     "a condition": lambda m, x: m.n(torch.where(m.a(x) > 0.3, m.a(x), 0.1 * m.a(x))),
@@ -626,7 +727,9 @@ ASSUMED = {  # what the graph alone would claim: a number that it does not show,
     "a large epsilon": lambda m, x: F.layer_norm(m.a(x), (8,), eps=1.0),
     "a constant in a denominator": lambda m, x: m.a(x) / (1 + m.a(x).norm(dim=1, keepdim=True)),
     "a squashed capsule": lambda m, x: squash(m.a(x)),
-    "ones to add to": lambda m, x: m.n(torch.ones(8, 8, dtype=x.dtype).index_reduce(0, torch.arange(8) % 3, m.a(x), "amax")),
+    "ones to add to": lambda m, x: m.n(
+        torch.ones(8, 8, dtype=x.dtype).index_reduce(0, torch.arange(8) % 3, m.a(x), "amax")
+    ),
 }
 
 
@@ -661,7 +764,10 @@ def test_inspection_keeps_claims_where_two_runs_differ():
 
 def test_only_the_guilty_claim_is_withdrawn():
     net = zoo.Net(
-        lambda m, x: m.n(m.a(x)) + (lambda y: y.detach() + m.n(y))(m.b(x)), a=zoo.linear(6, 8), b=zoo.linear(6, 8), n=nn.BatchNorm1d(8)
+        lambda m, x: m.n(m.a(x)) + (lambda y: y.detach() + m.n(y))(m.b(x)),
+        a=zoo.linear(6, 8),
+        b=zoo.linear(6, 8),
+        n=nn.BatchNorm1d(8),
     )
     found = by_name(inspect_module(net, zoo.vectors()))
     assert (found["a.weight"].kind, found["a.weight"].known) == ("filter", "graph and function")
@@ -670,13 +776,18 @@ def test_only_the_guilty_claim_is_withdrawn():
 
 def test_sharded_weights_are_refused():
     whole = Verdict("0.weight", (16, 6), Partition.filters((16, 6)), "filter")
-    with pytest.raises(NotSupportedError, match=r"`0.weight` is sharded \(Tensor of shape \(8, 6\), in full \(16, 6\)\).*on one process"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"`0.weight` is sharded \(Tensor of shape \(8, 6\), in full \(16, 6\)\).*on one process",
+    ):
         verify_scale_invariance(nn.Sequential(nn.Linear(6, 8)), torch.randn(2, 6), verdicts=[whole])
 
 
 def test_verify_with_a_loss():
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)).double()
-    report = verify_scale_invariance(net, zoo.vectors(), loss=lambda out: out.square().mean() + net[0].weight.square().sum())
+    report = verify_scale_invariance(
+        net, zoo.vectors(), loss=lambda out: out.square().mean() + net[0].weight.square().sum()
+    )
     assert report.claims == ()
     assert report
 
@@ -688,7 +799,7 @@ def test_verify_sees_through_the_autocast_cache():
         assert not verify_scale_invariance(net, torch.randn(4, 6), verdicts=[claim])
 
 
-# ------------------------------------------------------------------------------------------------ number
+# ------------------------------------------------------------------------------------------- number
 
 
 def euler(module, inputs, name, partition, steps=8):
@@ -699,16 +810,26 @@ def euler(module, inputs, name, partition, steps=8):
         (out * torch.randn_like(out)).sum().backward()
         w, g = (t.detach().double().reshape(-1) for t in (weight, weight.grad))
         labels = (
-            partition.labels.reshape([n if d in partition.keep else 1 for d, n in enumerate(weight.shape)]).expand(weight.shape).reshape(-1)
+            partition.labels.reshape(
+                [n if d in partition.keep else 1 for d, n in enumerate(weight.shape)]
+            )
+            .expand(weight.shape)
+            .reshape(-1)
         )
-        sums = [torch.zeros(partition.n, dtype=torch.float64).index_add(0, labels, v) for v in (w * g, w * w, g * g, torch.ones_like(w))]
+        sums = [
+            torch.zeros(partition.n, dtype=torch.float64).index_add(0, labels, v)
+            for v in (w * g, w * w, g * g, torch.ones_like(w))
+        ]
         test.update(*sums, torch.zeros(partition.n, dtype=torch.long))
     return test
 
 
 def test_euler_separates():
     module, inputs = build("group_norm_net")
-    module, inputs = module.float(), tuple(x.float() if x.is_floating_point() else x for x in inputs)
+    module, inputs = (
+        module.float(),
+        tuple(x.float() if x.is_floating_point() else x for x in inputs),
+    )
     shape = tuple(module.a.weight.shape)
     right = euler(module, inputs, "a.weight", Partition.groups(shape, 2))
     assert right.rejected() == []
@@ -734,7 +855,7 @@ def test_euler_skips_what_says_nothing_and_waits():
     assert "= 2 over 22 values" in withdrawn.reason
 
 
-# ------------------------------------------------------------------------------------------------ names and patterns
+# ------------------------------------------------------------------------------- names and patterns
 
 
 class Wrapper(nn.Module):
@@ -744,14 +865,21 @@ class Wrapper(nn.Module):
 
 
 def test_parameter_names():
-    net = nn.Sequential(nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2), backend="eager"))
+    net = nn.Sequential(
+        nn.Linear(2, 2), Wrapper(nn.Linear(2, 2)), torch.compile(nn.Linear(2, 2), backend="eager")
+    )
     net[2]._orig_mod.weight = net[0].weight
     names = parameter_names(net)
     assert names[net[0].weight] == ("0.weight", "2.weight")
     assert list(names.values())[2:] == [("1.weight",), ("1.bias",), ("2.bias",)]
 
 
-NAMES = [("layer1.0.conv1.weight",), ("layer1.0.conv2.weight",), ("layer2.conv.weight",), ("embed.weight", "head.weight")]
+NAMES = [
+    ("layer1.0.conv1.weight",),
+    ("layer1.0.conv2.weight",),
+    ("layer2.conv.weight",),
+    ("embed.weight", "head.weight"),
+]
 
 
 @pytest.mark.parametrize(
@@ -766,10 +894,17 @@ def test_match_patterns(params, expected):
 
 
 @pytest.mark.parametrize(
-    ("params", "nearest"), [("layer1.0.conv3.weight", "layer1.0.conv"), (["*", "!heads.weight"], "head.weight"), ("Layer2*", "layer2")]
+    ("params", "nearest"),
+    [
+        ("layer1.0.conv3.weight", "layer1.0.conv"),
+        (["*", "!heads.weight"], "head.weight"),
+        ("Layer2*", "layer2"),
+    ],
 )
 def test_a_pattern_without_a_match_names_what_is_there(params, nearest):
-    with pytest.raises(NoTargetsError, match=r"matches none of the 4 weights: layer1\.0\.conv1\.weight") as error:
+    with pytest.raises(
+        NoTargetsError, match=r"matches none of the 4 weights: layer1\.0\.conv1\.weight"
+    ) as error:
         match_patterns(params, NAMES)
     assert nearest in str(error.value).split("nearest")[1]
 
@@ -785,7 +920,7 @@ def test_params_of_the_wrong_kind(params):
         normalize_params(params)
 
 
-# ------------------------------------------------------------------------------------------------ partitions
+# --------------------------------------------------------------------------------------- partitions
 
 
 def test_filter_partition_finds_the_owner_under_wrappers_and_parametrizations():
@@ -803,7 +938,11 @@ def test_filter_partition_finds_the_owner_under_wrappers_and_parametrizations():
 
 def verdict(kind: str) -> Verdict:
     shape = (4, 3)
-    partitions = {"filter": Partition.filters(shape), "group": Partition.groups(shape, 2), "layer": Partition.layer(shape)}
+    partitions = {
+        "filter": Partition.filters(shape),
+        "group": Partition.groups(shape, 2),
+        "layer": Partition.layer(shape),
+    }
     partitions["partly"] = Partition((0,), torch.tensor([0, 0, 1, -1]), "group")
     return Verdict("w", shape, partitions.get(kind), kind, norms=("n",))
 
@@ -839,7 +978,7 @@ def test_contradictions_are_refused(kind, granularity, message):
         choose_partition(verdict(kind), granularity, FALLBACK)
 
 
-# ------------------------------------------------------------------------------------------------ tables and state
+# --------------------------------------------------------------------------------- tables and state
 
 
 def test_tables():
@@ -864,14 +1003,21 @@ def test_verdicts_survive_a_checkpoint(tmp_path):
     for name, state in torch.load(tmp_path / "verdicts.pt", weights_only=True).items():
         again, original = Verdict.from_state(name, state), by_name(found)[name]
         assert again.state().keys() == original.state().keys()
-        assert (again.kind, again.norms, again.shape, again.reason) == (original.kind, original.norms, original.shape, original.reason)
-        assert again.partition is None or torch.equal(again.partition.labels, original.partition.labels)
+        assert (again.kind, again.norms, again.shape, again.reason) == (
+            original.kind,
+            original.norms,
+            original.shape,
+            original.reason,
+        )
+        assert again.partition is None or torch.equal(
+            again.partition.labels, original.partition.labels
+        )
         assert [(b.module, b.vector.tolist(), b.bias) for b in again.batch_norms] == [
             (b.module, b.vector.tolist(), b.bias) for b in original.batch_norms
         ]
 
 
-# ------------------------------------------------------------------------------------------------ rows that not every loss reads
+# ------------------------------------------------------------------- rows that not every loss reads
 
 
 def lengths(*sizes: int, d: int = 4) -> list[torch.Tensor]:
@@ -884,10 +1030,13 @@ def choices(*rows: list[int]) -> list[torch.Tensor]:
 
 
 def experts(routes: str) -> zoo.Net:
-    """A stack of four experts in front of a LayerNorm; a batch names one or two experts for each token."""
+    """A stack of four experts in front of a LayerNorm; a batch names one or two experts for each
+    token."""
 
     def forward(m, x):
-        tokens = torch.linspace(-1, 1, x.shape[0] * 6, dtype=torch.float64).reshape(x.shape[0], 6).cos()
+        tokens = (
+            torch.linspace(-1, 1, x.shape[0] * 6, dtype=torch.float64).reshape(x.shape[0], 6).cos()
+        )
         if routes == "alone":  # each token goes to one expert
             out = torch.zeros(len(tokens), 4, dtype=torch.float64)
             for e in range(4):
@@ -930,7 +1079,8 @@ SIZES, ROWS = lengths(3, 6), choices([0, 2], [1, 3, 4, 5])
 PAIRS = choices([0, 2], [1, 3], [4, 5])
 MASKS = choices([1, 0, 1, 0, 0, 0], [0, 1, 0, 1, 1, 1])
 
-# What is read of a table, or of another net; batches, the first of which is judged; its claim; what is claimed after all of them.
+# What is read of a table, or of another net; batches, the first of which is judged; its claim; what
+# is claimed after all of them.
 READINGS = {
     "slice": (lambda w, x: w[: x.shape[1]], SIZES, "partly 3", "filter 6"),
     "slice that is added": (lambda w, x: x + w[: x.shape[1]], SIZES, "no", "no"),
@@ -982,7 +1132,8 @@ READINGS = {
 
 
 def scaled_outputs_change(net, batches, verdicts) -> float:
-    """The largest relative change of the outputs of any of these batches when every claimed vector is scaled by its own factor."""
+    """The largest relative change of the outputs of any of these batches when every claimed vector
+    is scaled by its own factor."""
     weights = dict(net.named_parameters())
     generator = torch.Generator().manual_seed(3)
     scaled = [(weights[v.name], v.partition) for v in verdicts if v.partition is not None]
@@ -992,7 +1143,11 @@ def scaled_outputs_change(net, batches, verdicts) -> float:
 
     def outputs(*scaled):
         generator.manual_seed(3)
-        return [t for batch in batches for t in targets._outputs(net, (batch,), None, 0, scaled, factors)]
+        return [
+            t
+            for batch in batches
+            for t in targets._outputs(net, (batch,), None, 0, scaled, factors)
+        ]
 
     return targets._largest_change(outputs(), outputs(*scaled))
 
@@ -1011,7 +1166,8 @@ def reading_net(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", READINGS)
 def test_rows_are_claimed_only_when_a_loss_has_read_them(name):
-    """Scaling what is claimed changes neither the outputs of the batch that was seen nor those of others, with other rows."""
+    """Scaling what is claimed changes neither the outputs of the batch that was seen nor those of
+    others, with other rows."""
     _, batches, first, last = READINGS[name]
     net = reading_net(name)
     search = ScaleInvarianceSearch(net)
@@ -1039,7 +1195,9 @@ def test_a_checkpoint_keeps_which_rows_were_read(name):
         with search:
             search.analyze(net(batch).square().sum())
         verdict = next(iter(search.verdicts.values()))
-        stored = {} if verdict.kind == "unknown" else {verdict.name: verdict.state()}  # as callbacks store them
+        stored = (
+            {} if verdict.kind == "unknown" else {verdict.name: verdict.state()}
+        )  # as callbacks store them
         assert scaled_outputs_change(net, batches, [verdict]) < 1e-8
     if first != "unknown":
         assert f"{verdict.kind} {verdict.n}".removesuffix(" 0") == last
@@ -1052,9 +1210,21 @@ def test_ranks_that_read_other_rows_agree_on_what_all_of_them_have_read(tmp_path
         ranks.init_process_group()
         rank = dist.get_rank()
         tables = {
-            "singles": (read_and_normalize(lambda w, x: w[x], 6, 4), [[0, 2], [1, 3]][rank], [[4], [5]][rank]),
-            "together": (read_and_normalize(lambda w, x: w[x].mean(0), 6, 4), [[0, 2], [1, 3]][rank], [[0, 4], [1, 5]][rank]),
-            "columns": (read_and_normalize(lambda w, x: w[:, :, : len(x)].transpose(1, 2), 1, 4, 6), [[0, 0], [0, 0, 0]][rank], [0] * 6),
+            "singles": (
+                read_and_normalize(lambda w, x: w[x], 6, 4),
+                [[0, 2], [1, 3]][rank],
+                [[4], [5]][rank],
+            ),
+            "together": (
+                read_and_normalize(lambda w, x: w[x].mean(0), 6, 4),
+                [[0, 2], [1, 3]][rank],
+                [[0, 4], [1, 5]][rank],
+            ),
+            "columns": (
+                read_and_normalize(lambda w, x: w[:, :, : len(x)].transpose(1, 2), 1, 4, 6),
+                [[0, 0], [0, 0, 0]][rank],
+                [0] * 6,
+            ),
         }
         said = {}
         for name, (net, first, second) in tables.items():
@@ -1070,17 +1240,33 @@ def test_ranks_that_read_other_rows_agree_on_what_all_of_them_have_read(tmp_path
                 resumed.analyze(net(torch.tensor(first)).square().sum())
             resumed.agree()
             said[name].append(resumed.verdicts["w"])
-        return {name: [f"{v.kind} {v.n} {v.unread_rows}" for v in verdicts] for name, verdicts in said.items()}
+        return {
+            name: [f"{v.kind} {v.n} {v.unread_rows}" for v in verdicts]
+            for name, verdicts in said.items()
+        }
 
     first, second = ranks.run_ranks(on_rank).values()
     assert first == second
-    assert first["singles"] == ["partly 4 2 of its 6 rows not read by any loss so far", "filter 6 ", "filter 6 "]
-    assert first["together"] == ["unknown 0 2 of its 6 rows not read by any loss so far", "layer 1 ", "layer 1 "]
-    assert first["columns"] == ["partly 3 3 of its 6 rows not read by any loss so far", "filter 6 ", "filter 6 "]
+    assert first["singles"] == [
+        "partly 4 2 of its 6 rows not read by any loss so far",
+        "filter 6 ",
+        "filter 6 ",
+    ]
+    assert first["together"] == [
+        "unknown 0 2 of its 6 rows not read by any loss so far",
+        "layer 1 ",
+        "layer 1 ",
+    ]
+    assert first["columns"] == [
+        "partly 3 3 of its 6 rows not read by any loss so far",
+        "filter 6 ",
+        "filter 6 ",
+    ]
 
 
 class Rescaling(nn.Module):
-    """A lookup, or a linear map, that sets the length of its weight's rows in every forward pass."""
+    """A lookup, or a linear map, that sets the length of its weight's rows in every forward
+    pass."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -1101,7 +1287,10 @@ class Rescaling(nn.Module):
     [
         (lambda: nn.Embedding(7, 8, max_norm=1.0), "max_norm of e rescales the rows"),
         (lambda: nn.EmbeddingBag(7, 8, max_norm=1.0), "max_norm of e rescales the rows"),
-        (lambda: Rescaling("functional embedding"), "the forward pass of Rescaling writes it in place"),
+        (
+            lambda: Rescaling("functional embedding"),
+            "the forward pass of Rescaling writes it in place",
+        ),
         (lambda: Rescaling("functional bag"), "the forward pass of Rescaling writes it in place"),
         (lambda: Rescaling("by hand"), "the forward pass of Rescaling writes it in place"),
     ],
@@ -1117,7 +1306,10 @@ def test_weights_that_the_forward_pass_rescales_are_not_claimed(lookup, reason):
 
 GAINS = {
     "depthwise 1x1": (lambda: conv(4, 4, 1, groups=4), nn.BatchNorm2d(4)),
-    "transposed depthwise 1x1": (lambda: nn.ConvTranspose2d(4, 4, 1, groups=4, bias=False), nn.BatchNorm2d(4)),
+    "transposed depthwise 1x1": (
+        lambda: nn.ConvTranspose2d(4, 4, 1, groups=4, bias=False),
+        nn.BatchNorm2d(4),
+    ),
     "Cx1x1": (lambda: Gain(4, 1, 1), nn.BatchNorm2d(4)),
     "Cx1x1x1": (lambda: Gain(4, 1, 1, 1), nn.BatchNorm2d(4)),
     "1xCx1x1": (lambda: Gain(1, 4, 1, 1), nn.BatchNorm2d(4)),
@@ -1150,10 +1342,13 @@ def test_single_numbers_have_no_direction(name):
 
 
 def test_numbers_that_are_one_vector_have_a_direction():
-    """The embedding of a number in front of a LayerNorm; a class token; a map to one number or one channel."""
+    """The embedding of a number in front of a LayerNorm; a class token; a map to one number or one
+    channel."""
     net = zoo.Net(lambda m, x: m.n(m.a(x)), a=zoo.linear(1, 6), n=nn.LayerNorm(6))
     assert [(v.kind, v.n) for v in inspect_module(net, zoo.vectors(8, 1))] == [("layer", 1)]
-    layers = nn.ModuleDict({"linear": nn.Linear(6, 1), "conv": nn.Conv2d(6, 1, 1), "up": nn.ConvTranspose2d(6, 1, 1)})
+    layers = nn.ModuleDict(
+        {"linear": nn.Linear(6, 1), "conv": nn.Conv2d(6, 1, 1), "up": nn.ConvTranspose2d(6, 1, 1)}
+    )
     layers.token = nn.Parameter(torch.randn(1, 1, 6))
     for name, weight in layers.named_parameters():
         assert weight.ndim < 2 or not is_gain(layers, name, tuple(weight.shape))

@@ -16,11 +16,14 @@ from lightning_normdyn.steps import Step
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64
+    ).to(dtype)
 
 
 def heads_without_v() -> Partition:
-    """A packed qkv weight of two heads of two rows: q and k per head, the rows of v belong to no vector."""
+    """A packed qkv weight of two heads of two rows: q and k per head, the rows of v belong to no
+    vector."""
     return Partition((0,), torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, -1, -1, -1, -1]), "group")
 
 
@@ -30,9 +33,18 @@ def lstm_rows() -> Tensor:
 
 KINDS: dict[str, tuple[Tensor, Partition]] = {
     "conv": (randn(6, 4, 3, 3), Partition.filters((6, 4, 3, 3))),
-    "conv channels_last": (randn(6, 4, 3, 3).to(memory_format=torch.channels_last), Partition.filters((6, 4, 3, 3))),
-    "conv3d channels_last": (randn(3, 2, 2, 2, 2).to(memory_format=torch.channels_last_3d), Partition.filters((3, 2, 2, 2, 2))),
-    "grouped conv": (nn.Conv2d(4, 6, 3, groups=2).weight.detach().double(), Partition.filters((6, 2, 3, 3))),
+    "conv channels_last": (
+        randn(6, 4, 3, 3).to(memory_format=torch.channels_last),
+        Partition.filters((6, 4, 3, 3)),
+    ),
+    "conv3d channels_last": (
+        randn(3, 2, 2, 2, 2).to(memory_format=torch.channels_last_3d),
+        Partition.filters((3, 2, 2, 2, 2)),
+    ),
+    "grouped conv": (
+        nn.Conv2d(4, 6, 3, groups=2).weight.detach().double(),
+        Partition.filters((6, 2, 3, 3)),
+    ),
     "depthwise conv": (randn(6, 1, 3), Partition.filters((6, 1, 3))),
     "transposed conv": (randn(4, 3, 2, 2), Partition.filters((4, 3, 2, 2), transposed_groups=1)),
     "grouped transposed conv": (
@@ -69,7 +81,9 @@ def by_vector(weight: Tensor, partition: Partition, tensor: Tensor) -> list[Tens
     return [tensor[labels == j].double() for j in range(partition.n)]
 
 
-def made(*kinds: str, dtype: torch.dtype = torch.float64) -> tuple[WeightVectors, list[nn.Parameter]]:
+def made(
+    *kinds: str, dtype: torch.dtype = torch.float64
+) -> tuple[WeightVectors, list[nn.Parameter]]:
     # clone() keeps the memory format
     weights = [nn.Parameter(KINDS[k][0].clone().to(dtype)) for k in kinds]
     return WeightVectors(weights, [KINDS[k][1] for k in kinds], list(kinds)), weights
@@ -91,10 +105,17 @@ def test_norms_and_inner_products(kind, dtype):
     vectors, (weight,) = made(kind, dtype=dtype)
     partition, other = KINDS[kind][1], same_layout(weight.detach())
     a, b = by_vector(weight, partition, weight.detach()), by_vector(weight, partition, other)
-    got = vectors.inner((vectors.values(), vectors.values()), (vectors.values(), [other]), ([other], [other]), (vectors.values(), None))
+    got = vectors.inner(
+        (vectors.values(), vectors.values()),
+        (vectors.values(), [other]),
+        ([other], [other]),
+        (vectors.values(), None),
+    )
     sums = (lambda x, y: x @ x, lambda x, y: x @ y, lambda x, y: y @ y, lambda x, y: x.sum())
     expected = [[float(f(x, y)) for x, y in zip(a, b, strict=True)] for f in sums]
-    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        got, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
     rounding = 1e-12 if dtype == torch.float64 else 1e-6
     torch.testing.assert_close(vectors.norms(), got[0].sqrt(), rtol=rounding, atol=0)
     assert vectors.n == partition.n
@@ -108,7 +129,10 @@ def test_scaling_and_adding(kind, dtype):
     partition, before = KINDS[kind][1], weight.detach().clone()
     other, layout = same_layout(before), weight.stride()
     factor, coefficient = randn(vectors.n) + 2, randn(vectors.n, 1).flatten()
-    extended = [torch.cat([values, values.new_tensor([dummy])]) for values, dummy in ((factor, 1.0), (coefficient, 0.0))]
+    extended = [
+        torch.cat([values, values.new_tensor([dummy])])
+        for values, dummy in ((factor, 1.0), (coefficient, 0.0))
+    ]
     labels = labels_of(before, partition)
     with torch.no_grad():
         vectors.scale_(factor)
@@ -117,15 +141,30 @@ def test_scaling_and_adding(kind, dtype):
     torch.testing.assert_close(weight.detach().double(), scaled, rtol=2 * eps, atol=0)
     with torch.no_grad():
         vectors.add_scaled_(coefficient, [other])
-    torch.testing.assert_close(weight.detach().double(), scaled + extended[1][labels] * other.double(), rtol=4 * eps, atol=4 * eps * 10)
+    torch.testing.assert_close(
+        weight.detach().double(),
+        scaled + extended[1][labels] * other.double(),
+        rtol=4 * eps,
+        atol=4 * eps * 10,
+    )
     assert torch.equal(weight.detach()[labels < 0], before[labels < 0])
     assert weight.stride() == layout
     momentum = other.clone()
     vectors.scale_(factor, [momentum])
-    torch.testing.assert_close(momentum.double(), other.double() * extended[0][labels], rtol=2 * eps, atol=0)
+    torch.testing.assert_close(
+        momentum.double(), other.double() * extended[0][labels], rtol=2 * eps, atol=0
+    )
 
 
-MOVED = ["conv", "conv channels_last", "grouped transposed conv", "packed qkv", "layer", "columns", "one row"]
+MOVED = [
+    "conv",
+    "conv channels_last",
+    "grouped transposed conv",
+    "packed qkv",
+    "layer",
+    "columns",
+    "one row",
+]
 
 
 @pytest.mark.parametrize("turn", [1e-6, 1e-3, 1.0])
@@ -136,14 +175,29 @@ def test_displacement_sums_are_those_of_the_stored_numbers(kind, turn):
     with torch.no_grad():
         weight.mul_(1.7).add_(same_layout(before), alpha=turn)
     got = vectors.displacement([before])
-    pairs = list(zip(by_vector(before, partition, before), by_vector(before, partition, weight.detach()), strict=True))
-    expected = [[float(a @ a) for a, _ in pairs], [float(a @ (b - a)) for a, b in pairs], [float((b - a) @ (b - a)) for a, b in pairs]]
+    pairs = list(
+        zip(
+            by_vector(before, partition, before),
+            by_vector(before, partition, weight.detach()),
+            strict=True,
+        )
+    )
+    expected = [
+        [float(a @ a) for a, _ in pairs],
+        [float(a @ (b - a)) for a, b in pairs],
+        [float((b - a) @ (b - a)) for a, b in pairs],
+    ]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), rtol=1e-13, atol=0)
 
 
 def turned(before: Tensor, labels: Tensor, n: int, angle: float, growth: float) -> Tensor:
-    """Every vector of ``before`` turned by an angle and multiplied in length, in float64, then stored as ``before`` is."""
-    start, across, chosen = before.double(), same_layout(before.double()), [labels == j for j in range(n)]
+    """Every vector of ``before`` turned by an angle and multiplied in length, in float64, then
+    stored as ``before`` is."""
+    start, across, chosen = (
+        before.double(),
+        same_layout(before.double()),
+        [labels == j for j in range(n)],
+    )
     after = start.clone()
     for where in chosen:
         w, v = start[where], across[where]
@@ -162,23 +216,35 @@ def true_angle(a: Tensor, b: Tensor) -> Tensor:
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("small_chunks", [False, True])
 @pytest.mark.parametrize("kind", [*MOVED, "long rows"])
-def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes(kind, small_chunks, known, monkeypatch):
+def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes(
+    kind, small_chunks, known, monkeypatch
+):
     if small_chunks:
         monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
     weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
     before = weight.clone().float()
     for angle in (1e-6, 1e-5, 1e-3, 1.0, 2.5, 3.14159):
         for growth in (0.5, 0.999, 1.0, 1.001, 20.0):
-            after = nn.Parameter(turned(before, labels_of(before, partition), partition.n, angle, growth))
+            after = nn.Parameter(
+                turned(before, labels_of(before, partition), partition.n, angle, growth)
+            )
             vectors = WeightVectors([after], [partition])
             norms = vectors.inner(([before], [before]), exact=False)[0].sqrt() if known else None
             ww, wd, dd = vectors.displacement([before], norms=norms)
-            pairs = list(zip(by_vector(before, partition, before), by_vector(before, partition, after.detach()), strict=True))
+            pairs = list(
+                zip(
+                    by_vector(before, partition, before),
+                    by_vector(before, partition, after.detach()),
+                    strict=True,
+                )
+            )
             expected = torch.stack([true_angle(a, b) for a, b in pairs])
             torch.testing.assert_close(angle_from_sums(ww, wd, dd), expected, rtol=5e-4, atol=0)
             radial = torch.stack([a @ (b - a) / (a @ a) for a, b in pairs])
             moved = torch.stack([(b - a).norm() / a.norm() for a, b in pairs])
-            torch.testing.assert_close((wd / ww - radial) / moved, torch.zeros_like(radial), rtol=0, atol=1e-6)
+            torch.testing.assert_close(
+                (wd / ww - radial) / moved, torch.zeros_like(radial), rtol=0, atol=1e-6
+            )
 
 
 @pytest.mark.parametrize("told", ["by a copy", "by the step"])
@@ -197,12 +263,16 @@ def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, m
     vectors, labels = WeightVectors([parameter], [partition]), labels_of(start, partition)
     share, active = randn(vectors.n).abs() / 100, torch.arange(vectors.n) % 2 == 0 if some else None
     length, direction = -randn(vectors.n).abs() - 0.1, same_layout(start) / 100
-    moved = torch.cat([length, length.new_zeros(1)])[labels] * direction.double()  # rows of no vector stand still here
+    moved = (
+        torch.cat([length, length.new_zeros(1)])[labels] * direction.double()
+    )  # rows of no vector stand still here
     now = start.double() + moved
     with torch.no_grad():
         parameter.copy_(now)
         if told == "by a copy":
-            now = parameter.detach().clone().double()  # as it is stored: what rounding has added is part of the step
+            now = (
+                parameter.detach().clone().double()
+            )  # as it is stored: what rounding has added is part of the step
             moved = now - start.double()
             removed = vectors.remove_radial_([start], share, active)
         else:
@@ -212,12 +282,16 @@ def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, m
         where = labels == j
         s, d = start.double()[where], moved[where]
         part = s @ d / (s @ s) + share[j]
-        error = (1e-13 if dtype == torch.float64 else 1e-6) * (float(d.norm() / s.norm()) + float(share[j]))
+        error = (1e-13 if dtype == torch.float64 else 1e-6) * (
+            float(d.norm() / s.norm()) + float(share[j])
+        )
         assert float(removed[j]) == pytest.approx(float(part), rel=0, abs=error)
         if active is None or active[j]:
             expected[where] -= part * s
     tolerance = 1e-13 if dtype == torch.float64 else 1e-6
-    torch.testing.assert_close(parameter.detach().double(), expected, rtol=0, atol=tolerance * float(start.abs().max()))
+    torch.testing.assert_close(
+        parameter.detach().double(), expected, rtol=0, atol=tolerance * float(start.abs().max())
+    )
 
 
 @pytest.mark.parametrize("passes", ["one", "two"])
@@ -231,7 +305,9 @@ def test_a_known_step_is_removed_as_well_as_the_sum_of_both_allows(ratio, passes
     weight = nn.Parameter(start + length[:, None].float() * direction)
     vectors = WeightVectors([weight], [Partition.filters((4, 32))])
     with torch.no_grad():
-        _, seen = vectors.remove_radial_of_([direction], length, torch.zeros(4, dtype=torch.float64))
+        _, seen = vectors.remove_radial_of_(
+            [direction], length, torch.zeros(4, dtype=torch.float64)
+        )
     s, step = start.double(), -ratio * direction.double()
     expected = s + step - (s * step).sum(1, keepdim=True) / s.square().sum(1, keepdim=True) * s
     wrong = (weight.detach().double() - expected).norm(dim=1) / expected.norm(dim=1)
@@ -269,7 +345,9 @@ def test_moments_give_standard_deviations_beside_a_large_mean(kind, small_chunks
     torch.testing.assert_close(ww, torch.stack([x @ x for x in pieces]), rtol=1e-6, atol=0)
     torch.testing.assert_close(w1, torch.stack([x.sum() for x in pieces]), rtol=1e-6, atol=0)
     std = std_from_sums(ww, w1, vectors.length)
-    torch.testing.assert_close(std, torch.stack([x.std(unbiased=False) for x in pieces]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        std, torch.stack([x.std(unbiased=False) for x in pieces]), rtol=1e-5, atol=1e-7
+    )
 
 
 # ---- Many weights in one index space ----
@@ -278,7 +356,11 @@ def test_moments_give_standard_deviations_beside_a_large_mean(kind, small_chunks
 def test_every_vector_has_its_place():
     vectors, _ = made(*ALL)
     assert vectors.n == sum(KINDS[k][1].n for k in ALL)
-    assert [s.stop - s.start for s in vectors.slices] == [KINDS[k][1].n for k in ALL] == vectors.count.tolist()
+    assert (
+        [s.stop - s.start for s in vectors.slices]
+        == [KINDS[k][1].n for k in ALL]
+        == vectors.count.tolist()
+    )
     assert vectors.slices[0].start == 0
     assert all(a.stop == b.start for a, b in zip(vectors.slices, vectors.slices[1:], strict=False))
     for i, where in enumerate(vectors.slices):
@@ -292,8 +374,13 @@ def test_values_of_weights_and_of_vectors():
     values = torch.arange(float(vectors.n), dtype=torch.float64)
     sums = torch.stack([values[s].sum() for s in vectors.slices])
     assert torch.equal(vectors.per_weight(values), sums)
-    assert torch.equal(vectors.totals(torch.stack([values, 2 * values])), torch.stack([sums, 2 * sums]))
-    assert torch.equal(vectors.spread(sums), torch.cat([sums[i].expand(s.stop - s.start) for i, s in enumerate(vectors.slices)]))
+    assert torch.equal(
+        vectors.totals(torch.stack([values, 2 * values])), torch.stack([sums, 2 * sums])
+    )
+    assert torch.equal(
+        vectors.spread(sums),
+        torch.cat([sums[i].expand(s.stop - s.start) for i, s in enumerate(vectors.slices)]),
+    )
     gathered = vectors.gather(values)
     assert all(torch.equal(g, values[s]) for g, s in zip(gathered, vectors.slices, strict=True))
     assert torch.equal(vectors.scatter(gathered), values)
@@ -317,7 +404,9 @@ def test_a_missing_operand_contributes_zeros_and_is_passed_over():
     weights[1].grad = None  # an optimizer may free it within the step
     assert vectors.has_gradient(step) == (False, True)
     weights[1].grad = same_layout(weights[1].detach())
-    wg, gg = vectors.inner((vectors.values(), vectors.gradients()), (vectors.gradients(), vectors.gradients()))
+    wg, gg = vectors.inner(
+        (vectors.values(), vectors.gradients()), (vectors.gradients(), vectors.gradients())
+    )
     assert (wg[:6] == 0).all()
     assert (gg[:6] == 0).all()
     assert (gg[6:] > 0).all()
@@ -332,7 +421,9 @@ def test_a_missing_operand_contributes_zeros_and_is_passed_over():
 def test_inner_and_totals_is_both():
     vectors, _ = made("conv", "packed qkv")
     values = vectors.values()
-    sums, totals = vectors.inner_and_totals((values, values), summarize=lambda s, length: torch.stack([s[0], length]))
+    sums, totals = vectors.inner_and_totals(
+        (values, values), summarize=lambda s, length: torch.stack([s[0], length])
+    )
     assert torch.equal(sums, vectors.inner((values, values)))
     assert torch.equal(totals, vectors.totals(torch.stack([sums[0], vectors.length])))
 
@@ -341,8 +432,14 @@ def test_snapshots_through_a_bracket():
     vectors, weights = made("conv channels_last", "columns")
     optimizer = torch.optim.SGD(weights, lr=0.5)
     bracket, seen = StepBracket.of(optimizer), []
-    bracket.add(Phase.MEASURE, lambda step: bracket.request_snapshot(dict(zip(weights, vectors.values(), strict=True))))
-    bracket.add(Phase.MEASURE_STEP, lambda step: seen.extend(vectors.displacement(vectors.snapshots(bracket))))
+    bracket.add(
+        Phase.MEASURE,
+        lambda step: bracket.request_snapshot(dict(zip(weights, vectors.values(), strict=True))),
+    )
+    bracket.add(
+        Phase.MEASURE_STEP,
+        lambda step: seen.extend(vectors.displacement(vectors.snapshots(bracket))),
+    )
     for w in weights:
         w.grad = torch.ones_like(w)
     optimizer.step()
@@ -365,7 +462,9 @@ def test_small_factors_are_not_lost_and_leave_no_bias(dtype):
     vectors = WeightVectors([low, full], [Partition.filters((5, 400)), Partition.filters((2, 9))])
     assert vectors.low_precision
     start = torch.stack([row.double().norm() for row in [*low.detach(), *full.detach()]])
-    factor = torch.tensor([1 - 1e-4, 1 - 3e-4, 1.0, 1 - 1e-6, 1 - 2e-3, 1 - 1e-4, 1 - 3e-4], dtype=torch.float64)
+    factor = torch.tensor(
+        [1 - 1e-4, 1 - 3e-4, 1.0, 1 - 1e-6, 1 - 2e-3, 1 - 1e-4, 1 - 3e-4], dtype=torch.float64
+    )
     naive, owed = low.detach().clone(), torch.ones(7)
     with torch.no_grad():
         for _ in range(1500):
@@ -388,7 +487,8 @@ def test_full_precision_is_not_low():
 
 
 def test_transposed_convolution_labels():
-    # ConvTranspose(4, 6, groups=2) stores (4, 3, ...): output channel 3 g + j for inputs of group g.
+    # ConvTranspose(4, 6, groups=2) stores (4, 3, ...): output channel 3 g + j for inputs of group
+    # g.
     labels = Partition.filters((4, 3, 2, 2), transposed_groups=2).labels
     assert labels.tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
 
@@ -396,7 +496,9 @@ def test_transposed_convolution_labels():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_transposed_filters_are_what_feeds_one_output_channel(groups):
     layer = nn.ConvTranspose1d(4, 6, 3, groups=groups, bias=False)
-    vectors = WeightVectors([layer.weight], [Partition.filters(tuple(layer.weight.shape), transposed_groups=groups)])
+    vectors = WeightVectors(
+        [layer.weight], [Partition.filters(tuple(layer.weight.shape), transposed_groups=groups)]
+    )
     x = torch.randn(2, 4, 5)
     before = layer(x)
     factor = torch.arange(1.0, 7.0)
@@ -406,7 +508,11 @@ def test_transposed_filters_are_what_feeds_one_output_channel(groups):
 
 
 def test_granularities_and_counts():
-    assert [Partition.filters((8, 3)).n, Partition.groups((8, 3), 2).n, Partition.layer((8, 3)).n] == [8, 2, 1]
+    assert [
+        Partition.filters((8, 3)).n,
+        Partition.groups((8, 3), 2).n,
+        Partition.layer((8, 3)).n,
+    ] == [8, 2, 1]
     assert heads_without_v().n == 4
     assert Partition((0,), torch.empty(0, dtype=torch.long), "filter").n == 0
 
@@ -424,5 +530,8 @@ def test_granularities_and_counts():
     ],
 )
 def test_what_is_no_dense_real_weight_is_refused_by_name(weight: Any, says):
-    with pytest.raises(NotSupportedError, match=rf"`net\.weight` was asked to be a target, but it is .*{says}.*!net\.weight"):
+    with pytest.raises(
+        NotSupportedError,
+        match=rf"`net\.weight` was asked to be a target, but it is .*{says}.*!net\.weight",
+    ):
         WeightVectors([weight()], [Partition.filters((3, 2))], ["net.weight"])

@@ -1,4 +1,5 @@
-"""Words and alarms: what is said of a curve, and how long a vector without gradient has left, against the optimizers themselves."""
+"""Words and alarms: what is said of a curve, and how long a vector without gradient has left,
+against the optimizers themselves."""
 
 import math
 from typing import Any
@@ -20,7 +21,10 @@ SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
         ({"weight_decay": 0.02, "momentum": 0.9}, 0.01),
         ({"weight_decay": 0.02, "momentum": 0.8, "nesterov": True}, 0.01),
         ({"weight_decay": 0.04, "momentum": 0.8, "dampening": 0.5}, 0.01),
-        ({"weight_decay": 0.05, "momentum": 0.9}, 0.07),  # complex roots: the size oscillates below its envelope
+        (
+            {"weight_decay": 0.05, "momentum": 0.9},
+            0.07,
+        ),  # complex roots: the size oscillates below its envelope
     ],
 )
 def test_a_dead_filter_underflows_when_predicted(hyper: dict[str, float], tolerance: float) -> None:
@@ -52,20 +56,34 @@ def test_a_dead_filter_underflows_when_predicted(hyper: dict[str, float], tolera
     ],
     ids=str,
 )
-def test_a_dead_filter_underflows_under_adam_when_predicted(alive: int, hyper: dict[str, Any], vanishes: bool) -> None:
+def test_a_dead_filter_underflows_under_adam_when_predicted(
+    alive: int, hyper: dict[str, Any], vanishes: bool
+) -> None:
     noise = torch.Generator().manual_seed(4)
     weight = torch.nn.Parameter(0.2 * torch.randn(40, generator=noise))
     scale = 5e-3 * (0.5 + torch.rand(40, generator=noise))
     optimizer = ADAM([weight], **hyper)
     weight.grad = torch.zeros_like(weight)
     for step in range(alive + 60):
-        weight.grad.copy_(scale * torch.randn(40, generator=noise) if step < alive else torch.zeros(40))
+        weight.grad.copy_(
+            scale * torch.randn(40, generator=noise) if step < alive else torch.zeros(40)
+        )
         optimizer.step()
     state, entries = optimizer.state[weight], []
-    for size, second in zip(weight.detach().abs().tolist(), state["exp_avg_sq"].tolist(), strict=True):
-        entry = {"weight": size, "second_moment": second, "smallest_second_moment": state["exp_avg_sq"].min().item()}
+    for size, second in zip(
+        weight.detach().abs().tolist(), state["exp_avg_sq"].tolist(), strict=True
+    ):
+        entry = {
+            "weight": size,
+            "second_moment": second,
+            "smallest_second_moment": state["exp_avg_sq"].min().item(),
+        }
         fall = verdicts.steps_to_underflow(size, 1.0)
-        entries.append(verdicts.adam_collapse_steps(optimizer.param_groups[0], fall, step=float(state["step"]), **entry))
+        entries.append(
+            verdicts.adam_collapse_steps(
+                optimizer.param_groups[0], fall, step=float(state["step"]), **entry
+            )
+        )
     steps = 0
     while weight.detach().square().sum() > 0 and steps < 4000:
         optimizer.step()
@@ -81,16 +99,24 @@ def test_what_adam_never_brings_to_zero() -> None:
     group = group_of(ADAM, lr=1e-3, weight_decay=1e-2)
     entry = {"weight": 0.1, "second_moment": 1e-10, "smallest_second_moment": 5e-11, "step": 100.0}
     assert verdicts.adam_collapse_steps({**group, "weight_decay": 0.0}, 50.0, **entry) == math.inf
-    assert verdicts.adam_collapse_steps({**group, "lr": 1e3}, 50.0, **entry) == math.inf  # swings from side to side
+    assert (
+        verdicts.adam_collapse_steps({**group, "lr": 1e3}, 50.0, **entry) == math.inf
+    )  # swings from side to side
     assert verdicts.adam_collapse_steps({**group, "betas": (0.0, 0.0)}, 50.0, **entry) == math.inf
-    assert verdicts.adam_collapse_steps({**group, "lr": 1e-12}, 50.0, **entry) == math.inf  # not within any run
+    assert (
+        verdicts.adam_collapse_steps({**group, "lr": 1e-12}, 50.0, **entry) == math.inf
+    )  # not within any run
     assert verdicts.adam_collapse_steps(group, 0.0, **entry) == 0
 
 
 def test_free_decay_of_the_other_optimizers() -> None:
-    assert verdicts.free_decay_rate(ADAMW, group_of(ADAMW, lr=0.1, weight_decay=0.2)) == pytest.approx(-math.log(0.98))
+    assert verdicts.free_decay_rate(
+        ADAMW, group_of(ADAMW, lr=0.1, weight_decay=0.2)
+    ) == pytest.approx(-math.log(0.98))
     assert verdicts.free_decay_rate(ADAM, group_of(ADAM, lr=0.1, weight_decay=0.2)) is None
-    assert verdicts.free_decay_rate(SGD, group_of(SGD, lr=0.1, momentum=0.9), decay=0.2) == pytest.approx(-math.log(0.98))
+    assert verdicts.free_decay_rate(
+        SGD, group_of(SGD, lr=0.1, momentum=0.9), decay=0.2
+    ) == pytest.approx(-math.log(0.98))
     assert verdicts.free_decay_rate(ADAMW, group_of(ADAMW, lr=1.0, weight_decay=1.0)) == math.inf
     assert verdicts.free_decay_rate(SGD, group_of(SGD, lr=1.0, weight_decay=1.0)) == math.inf
 
@@ -100,7 +126,8 @@ def test_underflow_and_overflow_limits_are_those_of_the_dtype(dtype: torch.dtype
     lowest = math.exp(-verdicts.steps_to_underflow(1.0, 1.0, dtype))
     assert torch.tensor(0.999 * lowest, dtype=torch.float64).square().to(dtype) == 0
     assert (
-        torch.tensor(1.001 * lowest, dtype=torch.float64).square().to(dtype) > 0 or dtype == torch.float64
+        torch.tensor(1.001 * lowest, dtype=torch.float64).square().to(dtype) > 0
+        or dtype == torch.float64
     )  # the square is subnormal there
     highest = math.exp(verdicts.steps_to_overflow(1.0, 1.0, dtype))
     assert torch.tensor(0.99 * highest, dtype=torch.float64).square().to(dtype) < math.inf
@@ -116,8 +143,12 @@ def test_what_does_not_shrink_or_grow_never_arrives() -> None:
 
 
 def test_total_decay_says_when_decay_cannot_act() -> None:
-    assert verdicts.total_decay(SGD, group_of(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4), 1000) == pytest.approx(0.5)
-    assert verdicts.total_decay(ADAMW, group_of(ADAMW, lr=1e-3, weight_decay=5e-4), 30_000) == pytest.approx(0.015)
+    assert verdicts.total_decay(
+        SGD, group_of(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4), 1000
+    ) == pytest.approx(0.5)
+    assert verdicts.total_decay(
+        ADAMW, group_of(ADAMW, lr=1e-3, weight_decay=5e-4), 30_000
+    ) == pytest.approx(0.015)
     assert verdicts.total_decay(ADAM, group_of(ADAM, lr=1e-3, weight_decay=5e-4), 30_000) is None
 
 
@@ -153,10 +184,16 @@ def test_steps_left_are_those_of_the_transient(start: float) -> None:
     relaxation, power = 400.0, 4
 
     def drift(step: float) -> float:
-        norms = [eq.norm_transient(s, start, 1.0, relaxation, power) for s in (step - 0.5, step + 0.5)]
+        norms = [
+            eq.norm_transient(s, start, 1.0, relaxation, power) for s in (step - 0.5, step + 0.5)
+        ]
         return 2 * math.log(norms[1] / norms[0])
 
-    text = verdicts.verdict(drift(0.5), relaxation, eq.norm_transient(0.5, start, 1.0, relaxation) ** -2)
+    text = verdicts.verdict(
+        drift(0.5), relaxation, eq.norm_transient(0.5, start, 1.0, relaxation) ** -2
+    )
     assert text.startswith("approaching, about ")
-    left = float(text.removeprefix("approaching, about ").removesuffix(" steps left").replace(" ", ""))
+    left = float(
+        text.removeprefix("approaching, about ").removesuffix(" steps left").replace(" ", "")
+    )
     assert abs(drift(left)) * relaxation == pytest.approx(0.1, rel=0.02)

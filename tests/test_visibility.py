@@ -1,4 +1,5 @@
-"""visibility.py: switches of the process are off again, whoever leaves first and whatever goes wrong."""
+"""visibility.py: switches of the process are off again, whoever leaves first and whatever goes
+wrong."""
 
 from __future__ import annotations
 
@@ -34,7 +35,10 @@ def compiles() -> bool:
 def reentrant() -> bool:
     """Whether a reentrant checkpoint is one node of the graph."""
     x = torch.ones(2, requires_grad=True)
-    return checkpoint(lambda x: x.sin(), x, use_reentrant=True).grad_fn.name() == "CheckpointFunctionBackward"
+    return (
+        checkpoint(lambda x: x.sin(), x, use_reentrant=True).grad_fn.name()
+        == "CheckpointFunctionBackward"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +65,10 @@ def test_inside_everything_is_seen_and_afterwards_nothing_is_changed():
 
 @pytest.mark.parametrize("first_out", ["first", "second"])
 def test_two_threads_that_overlap_leave_nothing_switched(first_out):
-    inside, leave = {n: threading.Event() for n in ("first", "second")}, {n: threading.Event() for n in ("first", "second")}
+    inside, leave = (
+        {n: threading.Event() for n in ("first", "second")},
+        {n: threading.Event() for n in ("first", "second")},
+    )
 
     def watch(name: str) -> None:
         with visible_graph():
@@ -97,7 +104,8 @@ def test_an_exception_inside_switches_back(watch):
 
 
 class Fails(L.Callback):
-    """Raises in one hook of the first batch; in on_exception too, before anything that stands behind it is asked."""
+    """Raises in one hook of the first batch; in on_exception too, before anything that stands
+    behind it is asked."""
 
     def __init__(self, hook: str) -> None:
         def fail(*_: Any) -> None:
@@ -109,8 +117,17 @@ class Fails(L.Callback):
         raise RuntimeError("another error, in on_exception")
 
 
-HOOKS = ("on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
-WATCHERS: dict[str, Callable[[], Any]] = {"aws": lambda: AdaptiveWeightShrink(0.5), "monitor": lambda: NormDynamicsMonitor(1, tables=False)}
+HOOKS = (
+    "on_train_batch_start",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+WATCHERS: dict[str, Callable[[], Any]] = {
+    "aws": lambda: AdaptiveWeightShrink(0.5),
+    "monitor": lambda: NormDynamicsMonitor(1, tables=False),
+}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
@@ -148,7 +165,8 @@ def test_the_list_of_callbacks_is_the_users_again_after_the_watched_batches():
 
 
 class Meets(Net):
-    """Two fits wait for each other in the first two batches, so that both watch at the same time."""
+    """Two fits wait for each other in the first two batches, so that both watch at the same
+    time."""
 
     barrier: threading.Barrier
 
@@ -165,13 +183,23 @@ def test_two_trainers_in_two_threads_leave_nothing_switched_and_find_their_targe
         try:
             watch = NormDynamicsMonitor(1, tables=False)
             net = nn.Sequential(torch.compile(convnet(), backend="eager"))
-            fit(make(Meets, net=net), [watch, AdaptiveWeightShrink(0.5)], loader(), max_epochs=epochs)
-            found[name] = {n: t["scale_invariant"] for n, t in watch.history.meta["targets"].items()}
+            fit(
+                make(Meets, net=net),
+                [watch, AdaptiveWeightShrink(0.5)],
+                loader(),
+                max_epochs=epochs,
+            )
+            found[name] = {
+                n: t["scale_invariant"] for n, t in watch.history.meta["targets"].items()
+            }
         except BaseException as error:
             failed.append(error)
             Meets.barrier.abort()
 
-    threads = [threading.Thread(target=go, args=(name, epochs)) for name, epochs in (("short", 1), ("long", 2))]
+    threads = [
+        threading.Thread(target=go, args=(name, epochs))
+        for name, epochs in (("short", 1), ("long", 2))
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

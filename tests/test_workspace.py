@@ -47,7 +47,11 @@ def panels(spec):
 
 
 def test_it_belongs_to_the_project(spec):
-    assert (spec["entity"], spec["project"], spec["displayName"]) == ("team", "normdyn", "Weight dynamics")
+    assert (spec["entity"], spec["project"], spec["displayName"]) == (
+        "team",
+        "normdyn",
+        "Weight dynamics",
+    )
 
 
 def test_panels_select_by_pattern_on_the_axis_that_lightning_logs(spec):
@@ -61,7 +65,9 @@ def test_panels_select_by_pattern_on_the_axis_that_lightning_logs(spec):
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_each_quantity_has_one_panel_with_all_layers(spec, quantity):
     keys = [f"{quantity}/{name}" for name in NAMES]
-    matching = [panel for panel in panels(spec) if any(re.search(panel["metricRegex"], key) for key in keys)]
+    matching = [
+        panel for panel in panels(spec) if any(re.search(panel["metricRegex"], key) for key in keys)
+    ]
     assert len(matching) == 1
     assert all(re.search(matching[0]["metricRegex"], key) for key in keys)
     assert matching[0]["yLogScale"] is (quantity not in SIGNED)
@@ -69,12 +75,23 @@ def test_each_quantity_has_one_panel_with_all_layers(spec, quantity):
 
 def test_a_prediction_stands_beside_what_it_predicts(spec):
     for prefix, suffix in (("", "/conv1.weight"), ("normdyn/", "")):
-        keys = [f"{prefix}{quantity}{suffix}" for quantity in ("angular_update", "equilibrium_angular_update")]
-        assert [panel["chartTitle"] for panel in panels(spec) if all(re.search(panel["metricRegex"], key) for key in keys)]
+        keys = [
+            f"{prefix}{quantity}{suffix}"
+            for quantity in ("angular_update", "equilibrium_angular_update")
+        ]
+        assert [
+            panel["chartTitle"]
+            for panel in panels(spec)
+            if all(re.search(panel["metricRegex"], key) for key in keys)
+        ]
 
 
 def test_no_panel_takes_histograms_or_the_tables_of_charts(spec):
-    for key in ("weight_norm_histogram/conv1.weight", "normdyn_charts/effective_lr_table", "normdyn_pictures/effective_lr"):
+    for key in (
+        "weight_norm_histogram/conv1.weight",
+        "normdyn_charts/effective_lr_table",
+        "normdyn_pictures/effective_lr",
+    ):
         assert not [panel for panel in panels(spec) if re.search(panel["metricRegex"], key)]
 
 

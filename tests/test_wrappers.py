@@ -1,4 +1,5 @@
-"""Optimizers around optimizers: which of the two is bracketed, what is measured there, and who is refused."""
+"""Optimizers around optimizers: which of the two is bracketed, what is measured there, and who is
+refused."""
 
 from __future__ import annotations
 
@@ -57,7 +58,12 @@ class Follows(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         now = weights_of(pl_module)
         filters = {name: (self.before[name].flatten(1), now[name].flatten(1)) for name in TARGETS}
-        self.angles.append({name: float(angular_update(*pair).square().mean().sqrt()) for name, pair in filters.items()})
+        self.angles.append(
+            {
+                name: float(angular_update(*pair).square().mean().sqrt())
+                for name, pair in filters.items()
+            }
+        )
 
 
 def logged_angles(monitor):
@@ -87,7 +93,10 @@ def test_only_a_frameworks_wrapper_is_taken_off():
 @pytest.mark.parametrize("kind", [PullsBack, PullsBackFromLists, HookedLate])
 def test_writers_are_refused_where_the_outer_step_would_undo_them(kind, writer):
     module = make(make_optimizer=lambda p: kind(sgd(p)))
-    with pytest.raises(NotSupportedError, match=f"{kind.__name__} keeps a second copy of the weights .*would undo what"):
+    with pytest.raises(
+        NotSupportedError,
+        match=f"{kind.__name__} keeps a second copy of the weights .*would undo what",
+    ):
         fit(module, [WRITERS[writer]()])
 
 
@@ -107,22 +116,32 @@ def test_writers_act_on_a_wrapper_that_undoes_nothing(writer):
     fit(module, [callback])
     assert not same(weights_of(module), weights_of(plain))
     if writer == "wrs":
-        assert torch.allclose(module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64))
+        assert torch.allclose(
+            module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64)
+        )
 
 
 def test_a_decay_inside_a_wrapper_cannot_be_taken_over():
     module = make(make_optimizer=lambda p: Damps(sgd(p, weight_decay=0.1)))
-    with pytest.raises(NotSupportedError, match=r"weight decay 0\.1 of Damps .*steps through the optimizer inside it"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"weight decay 0\.1 of Damps .*steps through the optimizer inside it",
+    ):
         fit(module, [AdaptiveWeightShrink(0.5)])
 
 
-@pytest.mark.parametrize("callback", [lambda: AdaptiveWeightShrink(0.5), lambda: NormDynamicsMonitor(1)])
+@pytest.mark.parametrize(
+    "callback", [lambda: AdaptiveWeightShrink(0.5), lambda: NormDynamicsMonitor(1)]
+)
 @pytest.mark.parametrize("kind", [Unhooked, UnhookedWithHookLists, CopiesDict])
 def test_a_step_that_nobody_is_told_about_is_refused_by_name_at_fit_start(kind, callback):
     fit(make(make_optimizer=lambda p: kind(sgd(p))), max_steps=1)  # Lightning alone trains
     module = make(make_optimizer=lambda p: kind(sgd(p)))
     before = weights_of(module)
-    with pytest.raises(NotSupportedError, match=rf"torch calls no hooks around the step of {kind.__name__}.*super\(\)\.__init__"):
+    with pytest.raises(
+        NotSupportedError,
+        match=rf"torch calls no hooks around the step of {kind.__name__}.*super\(\)\.__init__",
+    ):
         fit(module, [callback()])
     assert same(weights_of(module), before)
 
@@ -194,7 +213,9 @@ def test_the_angle_under_sam_is_that_of_the_step(form):
     monitor, follows = NormDynamicsMonitor(1, tables=False), Follows()
     fit(make(kind, make_optimizer=optimizer), [follows, monitor])
     assert len(monitor.history) == len(follows.angles) == 8
-    for row, logged, true in zip(monitor.history, logged_angles(monitor), follows.angles, strict=True):
+    for row, logged, true in zip(
+        monitor.history, logged_angles(monitor), follows.angles, strict=True
+    ):
         assert logged == pytest.approx(true, rel=1e-5)
         assert row["normdyn/skipped_steps"] == 0
 
@@ -203,13 +224,19 @@ def test_the_angle_under_sam_is_that_of_the_step(form):
 @pytest.mark.parametrize("form", ["phases", "closure"])
 def test_writers_act_on_sam_around_an_optimizer(form, writer):
     kind, optimizer = FORMS[form]
-    plain, module, callback = make(kind, make_optimizer=optimizer), make(kind, make_optimizer=optimizer), WRITERS[writer]()
+    plain, module, callback = (
+        make(kind, make_optimizer=optimizer),
+        make(kind, make_optimizer=optimizer),
+        WRITERS[writer](),
+    )
     fit(plain, log_every_n_steps=1)
     fit(module, [callback], log_every_n_steps=1)
     assert callback.steps_of(0) == 8
     before, after = (float(m.net[0].weight.detach().norm()) for m in (plain, module))
     if writer == "wrs":
-        assert torch.allclose(module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64))
+        assert torch.allclose(
+            module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64)
+        )
     else:
         assert after < 0.98 * before
 
@@ -226,8 +253,12 @@ def test_the_shrink_under_sam_is_that_of_the_paper(form):
             inner = trainer.optimizers[0].base_optimizer
             weight = pl_module.net[0].weight
             first, last = [], []
-            StepBracket.of(inner).add(Phase.MEASURE, lambda step: first.append(weight.detach().clone()))
-            StepBracket.of(inner).add(Phase.SNAPSHOT, lambda step: last.append(weight.detach() / first[-1]))
+            StepBracket.of(inner).add(
+                Phase.MEASURE, lambda step: first.append(weight.detach().clone())
+            )
+            StepBracket.of(inner).add(
+                Phase.SNAPSHOT, lambda step: last.append(weight.detach() / first[-1])
+            )
             recorder.extend([first, last])
 
     fit(module, [AdaptiveWeightShrink(0.5), Records()])
@@ -242,11 +273,15 @@ def test_what_acts_after_the_step_acts_on_sam_in_one_class(writer):
     module = make(make_optimizer=twice)
     fit(module, [WRITERS[writer]()])
     if writer == "wrs":
-        assert torch.allclose(module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64))
+        assert torch.allclose(
+            module.net[0].weight.flatten(1).norm(dim=1), torch.ones(4, dtype=torch.float64)
+        )
 
 
 def test_what_acts_before_the_update_is_refused_on_sam_in_one_class():
-    with pytest.raises(NotSupportedError, match="TwiceEvaluated evaluates its closure more than once per step"):
+    with pytest.raises(
+        NotSupportedError, match="TwiceEvaluated evaluates its closure more than once per step"
+    ):
         fit(make(make_optimizer=twice), [AdaptiveWeightShrink(0.5)])
 
 
@@ -258,8 +293,14 @@ def test_an_optimizer_that_begins_to_take_two_gradients_later_stops_the_shrink_a
             self.count += 1
             return super().step(closure) if self.count > 3 else torch.optim.SGD.step(self, closure)
 
-    module, monitor = make(make_optimizer=lambda p: Begins(p, lr=0.1)), NormDynamicsMonitor(1, tables=False)
-    with pytest.warns(NormDynWarning, match="AdaptiveWeightShrink does not act on .* after step 3: Begins evaluates its closure"):
+    module, monitor = (
+        make(make_optimizer=lambda p: Begins(p, lr=0.1)),
+        NormDynamicsMonitor(1, tables=False),
+    )
+    with pytest.warns(
+        NormDynWarning,
+        match="AdaptiveWeightShrink does not act on .* after step 3: Begins evaluates its closure",
+    ):
         fit(module, [AdaptiveWeightShrink(0.5), monitor])
     assert len(monitor.history) == 8
 
@@ -270,7 +311,8 @@ def test_sam_whose_inner_step_is_not_all_that_moves_the_weights_is_refused_by_na
     kind, optimizer = FORMS[form]
     module = make(kind, make_optimizer=lambda p: optimizer(p, **fault))
     with pytest.raises(
-        NotSupportedError, match="TwoPhases takes its gradient at other weights, and the step that SGD makes inside it is not"
+        NotSupportedError,
+        match="TwoPhases takes its gradient at other weights, and the step that SGD makes inside it is not",
     ):
         fit(module, [NormDynamicsMonitor(1, tables=False)])
     assert module.trainer.fit_loop.epoch_loop.batch_idx == 0
@@ -282,13 +324,17 @@ def test_two_phases_without_an_optimizer_inside_are_refused_by_name():
 
         def second_step(self, zero_grad=False): ...
 
-    with pytest.raises(NotSupportedError, match=r"Alone steps in two phases .* and 0 torch optimizers of the same weights"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"Alone steps in two phases .* and 0 torch optimizers of the same weights",
+    ):
         fit(make(make_optimizer=lambda p: Alone(p, lr=0.1)), [NormDynamicsMonitor(1)])
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_claims_are_held_against_gradients_at_the_weights_that_they_were_taken_at(form):
-    """SAM takes its gradient at weights that it has moved far, where it is orthogonal to those and not to the ones that step."""
+    """SAM takes its gradient at weights that it has moved far, where it is orthogonal to those and
+    not to the ones that step."""
     kind, optimizer = FORMS[form]
 
     def far(parameters):

@@ -1,7 +1,10 @@
-"""A scale-invariant weight driven by noise alone: the one model for which the equilibrium is known in closed form.
+"""A scale-invariant weight driven by noise alone: the one model for which the equilibrium is known
+in closed form.
 
-Each row of the weight is a vector; the loss is <noise, w/‖w‖>, so its gradient is P noise / ‖w‖, at right angles to w. `settled` runs an
-optimizer in plain torch until the walk is at its equilibrium and hands it over in mid-flight; a Trainer takes it from there.
+Each row of the weight is a vector; the loss is <noise, w/‖w‖>, so its gradient is P noise / ‖w‖, at
+right angles to w. `settled` runs an
+optimizer in plain torch until the walk is at its equilibrium and hands it over in mid-flight; a
+Trainer takes it from there.
 """
 
 from __future__ import annotations
@@ -43,8 +46,14 @@ class Walk(L.LightningModule):
         interval: str = "step",
     ) -> None:
         super().__init__()
-        self.weight = weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight.clone())
-        self._optimizer, self.make_scheduler, self.interval = [make_optimizer], make_scheduler, interval
+        self.weight = (
+            weight if isinstance(weight, torch.nn.Parameter) else torch.nn.Parameter(weight.clone())
+        )
+        self._optimizer, self.make_scheduler, self.interval = (
+            [make_optimizer],
+            make_scheduler,
+            interval,
+        )
 
     def training_step(self, noise: Tensor, batch_idx: int = 0) -> Tensor:
         return (noise * self.weight / self.weight.norm(dim=1, keepdim=True)).sum()
@@ -54,13 +63,20 @@ class Walk(L.LightningModule):
         optimizer = given if isinstance(given, Optimizer) else given(self.parameters())
         if self.make_scheduler is None:
             return optimizer
-        return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": self.interval}]
+        return [optimizer], [
+            {"scheduler": self.make_scheduler(optimizer), "interval": self.interval}
+        ]
 
 
-def noise(steps: int, shape: Sequence[int], seed: int = 1, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def noise(
+    steps: int, shape: Sequence[int], seed: int = 1, dtype: torch.dtype = torch.float64
+) -> list[Tensor]:
     """What the walk is driven by, step after step."""
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(steps)]
+    return [
+        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        for _ in range(steps)
+    ]
 
 
 def batches(noises: Sequence[Tensor]) -> DataLoader[Any]:
@@ -71,7 +87,8 @@ def batches(noises: Sequence[Tensor]) -> DataLoader[Any]:
 def by_rates(rates: Sequence[float]) -> MakeScheduler:
     """The learning rates of the steps, one after the other; the last one stays."""
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rates[min(step, len(rates) - 1)] / optimizer.param_groups[0]["initial_lr"]
+        optimizer,
+        lambda step: rates[min(step, len(rates) - 1)] / optimizer.param_groups[0]["initial_lr"],
     )
 
 
@@ -81,10 +98,14 @@ class Angles(L.Callback):
     def __init__(self) -> None:
         self.seen: list[float] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.before = pl_module.weight.detach().clone()
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.seen.append(turned(self.before, pl_module.weight.detach()))
 
 
@@ -136,19 +157,31 @@ class Setting:
         """λ of RadialProjection as it is applied: decoupled."""
         if self.ratio is None:
             return None
-        return self.hyper["weight_decay"] * self.ratio / (1 - self.hyper.get("momentum", 0.0) if not self.adaptive else 1)
+        return (
+            self.hyper["weight_decay"]
+            * self.ratio
+            / (1 - self.hyper.get("momentum", 0.0) if not self.adaptive else 1)
+        )
 
     def equilibrium(self, dim: int, lr: float | None = None) -> tuple[float, float]:
-        """Angle and norm that theory predicts for noise of variance 1, at another learning rate if asked."""
+        """Angle and norm that theory predicts for noise of variance 1, at another learning rate if
+        asked."""
         group = {**self.optimizer([torch.zeros(1)], **self.hyper).param_groups[0]}
         group["lr"] = group["lr"] if lr is None else lr
-        options: dict[str, Any] = {"projected": self.ratio is not None, "decay": self.projected_decay()}
+        options: dict[str, Any] = {
+            "projected": self.ratio is not None,
+            "decay": self.projected_decay(),
+        }
         if self.alpha is None:
             norm = equilibrium_norm(self.optimizer, group, dim - 1, dim=dim, **options)
         else:
-            norm = equilibrium_norm(self.optimizer, group, dim - 1, dim=dim, norm=1.0, shrink=self.alpha, **options)
+            norm = equilibrium_norm(
+                self.optimizer, group, dim - 1, dim=dim, norm=1.0, shrink=self.alpha, **options
+            )
             options.update(shrink=self.alpha * norm, norm=norm)
-        angle = equilibrium_angular_update(self.optimizer, group, gradient_scale=dim - 1, dim=dim, **options)
+        angle = equilibrium_angular_update(
+            self.optimizer, group, gradient_scale=dim - 1, dim=dim, **options
+        )
         assert norm is not None
         assert angle is not None
         return float(angle), float(norm)
@@ -157,23 +190,44 @@ class Setting:
 SETTINGS = [
     Setting("SGD", torch.optim.SGD, {"lr": 0.1, "weight_decay": 5e-3}),
     Setting("SGDM", torch.optim.SGD, {"lr": 0.05, "momentum": 0.9, "weight_decay": 2e-3}),
-    Setting("AdamW", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.3, "betas": (0.9, 0.99)}, 1 / 2),
-    Setting("Adam + L2", torch.optim.Adam, {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)}, 1 / 3),
+    Setting(
+        "AdamW", torch.optim.AdamW, {"lr": 3e-3, "weight_decay": 0.3, "betas": (0.9, 0.99)}, 1 / 2
+    ),
+    Setting(
+        "Adam + L2",
+        torch.optim.Adam,
+        {"lr": 3e-3, "weight_decay": 0.1, "betas": (0.9, 0.99)},
+        1 / 3,
+    ),
     Setting("AWS on SGD", torch.optim.SGD, {"lr": 0.1, "weight_decay": 1e-3}, 1 / 5, alpha=2e-3),
     Setting("AWS on SGDM", torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}, 1 / 5, alpha=2e-3),
     Setting("AWS on Adam", torch.optim.Adam, {"lr": 3e-3, "betas": (0.9, 0.99)}, 1 / 3, alpha=0.1),
-    Setting("projection on SGDM (SGDP)", torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2}, ratio=0.1),
-    Setting("projection on AdamW (AdamP)", torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.5, "betas": (0.9, 0.99)}, 1 / 2, ratio=0.1),
+    Setting(
+        "projection on SGDM (SGDP)",
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-2},
+        ratio=0.1,
+    ),
+    Setting(
+        "projection on AdamW (AdamP)",
+        torch.optim.AdamW,
+        {"lr": 1e-3, "weight_decay": 0.5, "betas": (0.9, 0.99)},
+        1 / 2,
+        ratio=0.1,
+    ),
 ]
 
 
 def settled(setting: Setting) -> tuple[torch.nn.Parameter, Optimizer]:
-    """A weight at its equilibrium and the optimizer that holds it, buffers and all; no callback of the package has been near it."""
+    """A weight at its equilibrium and the optimizer that holds it, buffers and all; no callback of
+    the package has been near it."""
     return copy.deepcopy(_settled(SETTINGS.index(setting)))
 
 
 @lru_cache
-def _settled(number: int, shape: tuple[int, int] = (192, 64), steps: int = 400) -> tuple[torch.nn.Parameter, Optimizer]:
+def _settled(
+    number: int, shape: tuple[int, int] = (192, 64), steps: int = 400
+) -> tuple[torch.nn.Parameter, Optimizer]:
     setting, generator = SETTINGS[number], torch.Generator().manual_seed(0)
     start = torch.randn(*shape, generator=generator, dtype=torch.float64)
     _, norm = setting.equilibrium(shape[1])
@@ -186,13 +240,18 @@ def _settled(number: int, shape: tuple[int, int] = (192, 64), steps: int = 400) 
     with torch.no_grad():
         for _ in range(steps):
             length = weight.norm(dim=1, keepdim=True)
-            weight.grad = tangential(torch.randn(*shape, generator=generator, dtype=torch.float64), weight) / length
+            weight.grad = (
+                tangential(torch.randn(*shape, generator=generator, dtype=torch.float64), weight)
+                / length
+            )
             anchor = weight.clone()
             if setting.alpha is not None:
                 weight.mul_(1 - group["lr"] * setting.alpha * length)
             optimizer.step()
             if decay is not None:
-                weight.copy_(anchor + tangential(weight - anchor, anchor) - group["lr"] * decay * anchor)
+                weight.copy_(
+                    anchor + tangential(weight - anchor, anchor) - group["lr"] * decay * anchor
+                )
     group["weight_decay"] = own
     weight.grad = None
     return weight, optimizer

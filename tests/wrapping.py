@@ -1,4 +1,5 @@
-"""Small doubles of public optimizers that step around another optimizer, or twice; after their structure, not their code."""
+"""Small doubles of public optimizers that step around another optimizer, or twice; after their
+structure, not their code."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from torch.optim import Optimizer
 
 
 class Wrapper(Optimizer):
-    """As recent packages wrap: no ``super().__init__()``, but torch's own way to have ``step`` call hooks; groups are the inner ones'."""
+    """As recent packages wrap: no ``super().__init__()``, but torch's own way to have ``step`` call
+    hooks; groups are the inner ones'."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.optimizer = inner
@@ -66,7 +68,9 @@ class PullsBackFromLists(PullsBack):
     @torch.no_grad()
     def step(self, closure=None):
         if not self.remembered:
-            self.remembered = [[p.detach().clone() for p in group["params"]] for group in self.param_groups]
+            self.remembered = [
+                [p.detach().clone() for p in group["params"]] for group in self.param_groups
+            ]
         loss = self.optimizer.step(closure)
         for group, copies in zip(self.param_groups, self.remembered, strict=True):
             for p, copy in zip(group["params"], copies, strict=True):
@@ -90,7 +94,8 @@ class Damps(Wrapper):
 
 
 class Unhooked(Optimizer):
-    """A wrapper as older ones are written: no ``super().__init__()``, and nobody tells torch of its ``step``."""
+    """A wrapper as older ones are written: no ``super().__init__()``, and nobody tells torch of its
+    ``step``."""
 
     def __init__(self, inner: Optimizer) -> None:
         self.base_optimizer = inner
@@ -115,7 +120,8 @@ class UnhookedWithHookLists(Unhooked):
 
 
 class HookedLate(Optimizer):
-    """A wrapper with places for hooks whose ``step`` torch itself gets hold of at its first ``zero_grad`` (timm's Lookahead)."""
+    """A wrapper with places for hooks whose ``step`` torch itself gets hold of at its first
+    ``zero_grad`` (timm's Lookahead)."""
 
     def __init__(self, inner: Optimizer) -> None:
         self._optimizer_step_pre_hooks = OrderedDict()
@@ -151,10 +157,17 @@ class CopiesDict(Optimizer):
 
 
 class TwoPhases(Optimizer):
-    """Sharpness-aware: the gradient of a step is taken aside, ``rho`` up the slope (SAM around a base optimizer)."""
+    """Sharpness-aware: the gradient of a step is taken aside, ``rho`` up the slope (SAM around a
+    base optimizer)."""
 
     def __init__(
-        self, params: Any, base: type[Optimizer], rho: float = 0.5, comes_back: bool = True, moves_on: float = 0.0, **options: Any
+        self,
+        params: Any,
+        base: type[Optimizer],
+        rho: float = 0.5,
+        comes_back: bool = True,
+        moves_on: float = 0.0,
+        **options: Any,
     ) -> None:
         super().__init__(params, {"rho": rho, **options})
         self.base_optimizer = base(self.param_groups, **options)
@@ -196,7 +209,8 @@ class TwoPhases(Optimizer):
 
 
 class TwiceEvaluated(torch.optim.SGD):
-    """Sharpness-aware in one class: evaluates its closure, goes aside, evaluates it again, comes back, steps."""
+    """Sharpness-aware in one class: evaluates its closure, goes aside, evaluates it again, comes
+    back, steps."""
 
     rho = 0.5
 

@@ -1,4 +1,5 @@
-"""AWS paper, Figures 5 and 6: weights that start 20 or 100 times too long, under weight decay and under AdaptiveWeightShrink.
+"""AWS paper, Figures 5 and 6: weights that start 20 or 100 times too long, under weight decay and
+under AdaptiveWeightShrink.
 
 python benchmarks/reproduce/aws_init_scale.py --cifar PATH
 """
@@ -13,19 +14,35 @@ from aws_failures import standardize
 from lightning_normdyn import AdaptiveWeightShrink
 from lightning_normdyn.plots import OKABE_ITO
 
-# Decay and alpha are such that weights of the usual initialization get about as long under both; small_alpha is the paper's own.
-DESK = {"steps": 1_200, "width": 8, "lr": 0.1, "weight_decay": 1e-3, "alpha": 3e-2, "small_alpha": 2.5e-3, "drop": 0.75}
+# Decay and alpha are such that weights of the usual initialization get about as long under both;
+# small_alpha is the paper's own.
+DESK = {
+    "steps": 1_200,
+    "width": 8,
+    "lr": 0.1,
+    "weight_decay": 1e-3,
+    "alpha": 3e-2,
+    "small_alpha": 2.5e-3,
+    "drop": 0.75,
+}
 TINY = {"steps": 20, "width": 2}
 SCALES = (1, 20, 100)
 
 
 def run(args: Any, images: desk.Images, rule: str, strength: float, scale: int) -> list[desk.Run]:
     recipe = desk.Recipe(
-        steps=args.steps, lr=args.lr, weight_decay=strength if rule == "decay" else 0.0, drops=(args.drop,), rest_decay=1e-4
+        steps=args.steps,
+        lr=args.lr,
+        weight_decay=strength if rule == "decay" else 0.0,
+        drops=(args.drop,),
+        rest_decay=1e-4,
     )
     return [
         desk.fit(
-            lambda: desk.scale_convolutions(standardize(desk.plain_network(images.channels, args.width), "this package's"), scale),
+            lambda: desk.scale_convolutions(
+                standardize(desk.plain_network(images.channels, args.width), "this package's"),
+                scale,
+            ),
             images,
             recipe,
             seed,
@@ -42,8 +59,16 @@ def main() -> None:
     about = f"""Six weight-standardized convolutions with BatchNorm, width {args.width}, SGD with momentum .9, lr {args.lr}, divided by 10
         after {args.drop:.0%} of {args.steps} steps; on {images.name}. All convolutions start x1, x20 or x100 as long as usual: the
         network's function is the same, the steps turn its weights 1, 400 or 10000 times less."""
-    report = desk.Report("Weights that start too long: AdaptiveWeightShrink recovers, weight decay does not", args, about)
-    arms = [("decay", args.weight_decay, s) for s in SCALES] + [("AWS", args.alpha, s) for s in SCALES] + [("AWS", args.small_alpha, 100)]
+    report = desk.Report(
+        "Weights that start too long: AdaptiveWeightShrink recovers, weight decay does not",
+        args,
+        about,
+    )
+    arms = (
+        [("decay", args.weight_decay, s) for s in SCALES]
+        + [("AWS", args.alpha, s) for s in SCALES]
+        + [("AWS", args.small_alpha, 100)]
+    )
     runs = {arm: run(args, images, *arm) for arm in arms}
     before = 0.98 * args.drop * args.steps  # the last look before the drop
 
@@ -56,15 +81,39 @@ def main() -> None:
     rows, settled = [], std(("AWS", args.alpha, 1))
     for arm in arms:
         rule, strength, scale = arm
-        pull = args.lr * strength * args.drop * args.steps * (settled if rule == "AWS" else 1 / (1 - 0.9))
-        angle = desk.mean([desk.near(r.history, "normdyn/angular_update", before) for r in runs[arm]])
+        pull = (
+            args.lr
+            * strength
+            * args.drop
+            * args.steps
+            * (settled if rule == "AWS" else 1 / (1 - 0.9))
+        )
+        angle = desk.mean(
+            [desk.near(r.history, "normdyn/angular_update", before) for r in runs[arm]]
+        )
         loss = desk.spread([r.running_loss(0.9, 1.0) for r in runs[arm]])
         rows.append(
-            (f"{rule} {strength:g}", f"x{scale}", desk.spread(accuracy(arm)), loss, f"{std(arm):.3g}", f"{angle:.2g}", f"{pull:.2g}")
+            (
+                f"{rule} {strength:g}",
+                f"x{scale}",
+                desk.spread(accuracy(arm)),
+                loss,
+                f"{std(arm):.3g}",
+                f"{angle:.2g}",
+                f"{pull:.2g}",
+            )
         )
     report.table(
         "Test accuracy, and the state just before the drop",
-        ("rule", "start", "test accuracy", "training loss, last tenth", "std of the filters", "angular update", "total shrink"),
+        (
+            "rule",
+            "start",
+            "test accuracy",
+            "training loss, last tenth",
+            "std of the filters",
+            "angular update",
+            "total shrink",
+        ),
         rows,
     )
     report.note("""Total shrink: lr x steps at full learning rate x alpha x the std where x1 settles (AWS), or x decay / (1 - momentum)
@@ -76,16 +125,22 @@ def main() -> None:
         "AWS brings x20 and x100 to the length that x1 has",
         "x20 and x100 end " + " and ".join(f"{r:.2f}" for r in ratios) + " times as long as x1",
         all(0.8 < r < 1.25 for r in ratios),
-        "both forget how long they were, and are still on their way: the total shrink (table) is below 1 in so few steps",
+        "both forget how long they were, and are still on their way: the total shrink (table) is "
+        "below 1 in so few steps",
     )
-    left = [std(("decay", args.weight_decay, s)) / std(("decay", args.weight_decay, 1)) for s in SCALES[1:]]
+    left = [
+        std(("decay", args.weight_decay, s)) / std(("decay", args.weight_decay, 1))
+        for s in SCALES[1:]
+    ]
     report.claim(
         "weight decay does not, in the same time",
         "x20 and x100 end " + " and ".join(f"{r:.3g}" for r in left) + " times as long as x1",
         min(left) > 1.25,
     )
     for scale in SCALES[1:]:
-        difference, t = desk.paired(accuracy(("AWS", args.alpha, scale)), accuracy(("decay", args.weight_decay, scale)))
+        difference, t = desk.paired(
+            accuracy(("AWS", args.alpha, scale)), accuracy(("decay", args.weight_decay, scale))
+        )
         report.claim(
             f"from x{scale}, AWS ends with a better accuracy than decay",
             f"{100 * difference:+.1f} points, t {t:.1f}",
@@ -97,13 +152,16 @@ def main() -> None:
         "under AWS the start does not matter for the accuracy (x1 against x100)",
         f"x100 ends {100 * lost:.1f} points lower, t {t:.1f}",
         abs(lost) < 0.01,
-        "the steps spent on shrinking are lost; the paper's schedule has a hundred times more of them",
+        "the steps spent on shrinking are lost; the paper's schedule has a hundred times more of "
+        "them",
     )
     small = ("AWS", args.small_alpha, 100)
     difference, t = desk.paired(accuracy(small), accuracy(decay_far))
     report.claim(
-        f"the condition on alpha x steps: with the paper's alpha {args.small_alpha:g} and so few steps, AWS from x100 stays too long",
-        f"{std(small) / settled:.1f} times as long as at alpha {args.alpha:g}; {100 * difference:+.1f} points against decay (t {t:.1f})",
+        f"the condition on alpha x steps: with the paper's alpha {args.small_alpha:g} and so few "
+        f"steps, AWS from x100 stays too long",
+        f"{std(small) / settled:.1f} times as long as at alpha {args.alpha:g}; "
+        f"{100 * difference:+.1f} points against decay (t {t:.1f})",
         std(small) / settled > 2,
     )
 

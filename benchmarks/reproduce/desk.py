@@ -1,6 +1,8 @@
-"""What the claims here share: two small networks, real images, one fit under the package's callbacks, and the table a run leaves behind.
+"""What the claims here share: two small networks, real images, one fit under the package's
+callbacks, and the table a run leaves behind.
 
-Each script of this folder looks at one claim, and writes ``<script>.md`` and ``<script>.png``. Legend: ``n`` images, ``s`` steps.
+Each script of this folder looks at one claim, and writes ``<script>.md`` and ``<script>.png``.
+Legend: ``n`` images, ``s`` steps.
 """
 
 from __future__ import annotations
@@ -36,20 +38,28 @@ from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.history import History
 
 HERE = Path(__file__).resolve().parent
-# Two-sided 5 % for one comparison of n paired seeds; with many comparisons in one table, expect chance to exceed it once.
+# Two-sided 5 % for one comparison of n paired seeds; with many comparisons in one table, expect
+# chance to exceed it once.
 T_AT_5_PERCENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
-# ------------------------------------------------------------------------------------------------------------------ networks
+# ----------------------------------------------------------------------------------------- networks
 
 
 def plain_network(channels: int, width: int, classes: int = 10) -> nn.Sequential:
-    """Six 3x3 convolutions, each followed by BatchNorm and ReLU, two of them with stride 2: every filter is scale-invariant."""
+    """Six 3x3 convolutions, each followed by BatchNorm and ReLU, two of them with stride 2: every
+    filter is scale-invariant."""
     widths = [channels, width, width, 2 * width, 2 * width, 4 * width, 4 * width]
     layers: list[nn.Module] = []
     for i, (inputs, outputs) in enumerate(pairwise(widths)):
-        layers += [_convolution(inputs, outputs, stride=2 if i in (1, 3) else 1), nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes))
+        layers += [
+            _convolution(inputs, outputs, stride=2 if i in (1, 3) else 1),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(),
+        ]
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * width, classes)
+    )
 
 
 def residual_network(channels: int, width: int, classes: int = 10) -> nn.Sequential:
@@ -84,7 +94,11 @@ class _Residual(nn.Module):
             nn.BatchNorm2d(outputs),
         )
         same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(_convolution(inputs, outputs, stride, 1), nn.BatchNorm2d(outputs))
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(_convolution(inputs, outputs, stride, 1), nn.BatchNorm2d(outputs))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.branch(x) + self.shortcut(x))
@@ -99,11 +113,12 @@ def scale_convolutions(network: nn.Module, factor: float) -> nn.Module:
     return network
 
 
-# ------------------------------------------------------------------------------------------------------------------ images
+# ------------------------------------------------------------------------------------------- images
 
 
 class Images(NamedTuple):
-    """Standardized float images ``(n, channels, h, w)`` and labels ``(n,)``; ``noise``: deviation of the pixel noise on training images."""
+    """Standardized float images ``(n, channels, h, w)`` and labels ``(n,)``; ``noise``: deviation
+    of the pixel noise on training images."""
 
     name: str
     train_x: Tensor
@@ -119,7 +134,11 @@ class Images(NamedTuple):
 
 def load_images(args: argparse.Namespace) -> Images:
     """CIFAR-10, if a path was given, else scikit-learn's digits."""
-    return _digits() if args.cifar is None else _cifar10(args.cifar, args.resolution, args.train_images, args.test_images)
+    return (
+        _digits()
+        if args.cifar is None
+        else _cifar10(args.cifar, args.resolution, args.train_images, args.test_images)
+    )
 
 
 def _digits() -> Images:
@@ -131,7 +150,9 @@ def _digits() -> Images:
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     test, train = order[:500], order[500:]
     # Without noise such a network soon knows the few digits by heart: no gradients, nothing to see.
-    return Images(f"digits, 8x8, {len(train)} for training", x[train], y[train], x[test], y[test], noise=0.5)
+    return Images(
+        f"digits, 8x8, {len(train)} for training", x[train], y[train], x[test], y[test], noise=0.5
+    )
 
 
 def _cifar10(path: Path, resolution: int, train: int, test: int) -> Images:
@@ -142,7 +163,10 @@ def _cifar10(path: Path, resolution: int, train: int, test: int) -> Images:
 
     def prepare(pixels: np.ndarray) -> Tensor:
         images = F.avg_pool2d(torch.from_numpy(pixels.copy()).float() / 255, 32 // resolution)
-        mean, deviation = torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2470, 0.2435, 0.2616])
+        mean, deviation = (
+            torch.tensor([0.4914, 0.4822, 0.4465]),
+            torch.tensor([0.2470, 0.2435, 0.2616]),
+        )
         return (images - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
 
     labels = [torch.from_numpy(y) for y in (data.train_labels[:train], data.test_labels[:test])]
@@ -152,7 +176,8 @@ def _cifar10(path: Path, resolution: int, train: int, test: int) -> Images:
 
 
 class Batches:
-    """Epochs of shuffled batches from a generator of their own: every arm of a seed sees the same batches."""
+    """Epochs of shuffled batches from a generator of their own: every arm of a seed sees the same
+    batches."""
 
     def __init__(self, images: Images, size: int, seed: int) -> None:
         self.images, self.size = images, size
@@ -170,15 +195,17 @@ class Batches:
             yield x, self.images.train_y[chosen]
 
 
-# ------------------------------------------------------------------------------------------------------------------ one fit
+# ------------------------------------------------------------------------------------------ one fit
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. ``weight_decay`` is that of the convolutions (the scale-invariant weights); biases have none.
+    """How to train. ``weight_decay`` is that of the convolutions (the scale-invariant weights);
+    biases have none.
 
     Args:
-        optimizer: "sgd" (decay in the gradient), "adam" (decay in the gradient) or "adamw" (decoupled).
+        optimizer: "sgd" (decay in the gradient), "adam" (decay in the gradient) or "adamw"
+            (decoupled).
         lr: of the convolutions; and of the rest, unless ``rest_lr`` says otherwise.
         drops: when to divide the learning rate by ``drop_factor``, as fractions of ``steps``.
     """
@@ -202,17 +229,32 @@ class Recipe:
         rest_lr = self.lr if self.rest_lr is None else self.rest_lr
         named = list(module.named_parameters())
         groups: list[dict[str, Any]] = [
-            {"params": [p for _, p in named if p.dim() == 4], "weight_decay": self.weight_decay, "lr": self.lr},
-            {"params": [p for n, p in named if p.dim() != 4 and not n.endswith("bias")], "weight_decay": self.rest_decay, "lr": rest_lr},
-            {"params": [p for n, p in named if n.endswith("bias")], "weight_decay": 0.0, "lr": rest_lr},
+            {
+                "params": [p for _, p in named if p.dim() == 4],
+                "weight_decay": self.weight_decay,
+                "lr": self.lr,
+            },
+            {
+                "params": [p for n, p in named if p.dim() != 4 and not n.endswith("bias")],
+                "weight_decay": self.rest_decay,
+                "lr": rest_lr,
+            },
+            {
+                "params": [p for n, p in named if n.endswith("bias")],
+                "weight_decay": 0.0,
+                "lr": rest_lr,
+            },
         ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer](groups, lr=self.lr)
+        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer](
+            groups, lr=self.lr
+        )
 
 
 class Classifier(L.LightningModule):
-    """An ordinary LightningModule; it keeps its losses and ends the fit at the first that is not finite."""
+    """An ordinary LightningModule; it keeps its losses and ends the fit at the first that is not
+    finite."""
 
     def __init__(self, network: nn.Module, recipe: Recipe) -> None:
         super().__init__()
@@ -229,13 +271,16 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.recipe.optimizer_for(self)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, self.recipe.drop_steps, gamma=1 / self.recipe.drop_factor)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(
+            optimizer, self.recipe.drop_steps, gamma=1 / self.recipe.drop_factor
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 @dataclass
 class Run:
-    """What a fit leaves behind. ``failed_at``: the step of the first loss that was not finite; None if all were."""
+    """What a fit leaves behind. ``failed_at``: the step of the first loss that was not finite; None
+    if all were."""
 
     network: nn.Module
     history: History
@@ -247,7 +292,9 @@ class Run:
 
     def running_loss(self, first: float, last: float) -> float:
         """Mean training loss between two fractions of the run."""
-        return float(self.losses[int(first * len(self.losses)) : max(1, int(last * len(self.losses)))].mean())
+        return float(
+            self.losses[int(first * len(self.losses)) : max(1, int(last * len(self.losses)))].mean()
+        )
 
 
 def fit(
@@ -262,7 +309,8 @@ def fit(
     accelerator: str = "cpu",
     precision: Any = "32-true",
 ) -> Run:
-    """Train once under the callbacks and a monitor, and evaluate at the end. The seed decides initialization, batches and noise."""
+    """Train once under the callbacks and a monitor, and evaluate at the end. The seed decides
+    initialization, batches and noise."""
     torch.manual_seed(seed)
     module = Classifier(build(), recipe)
     monitor = NormDynamicsMonitor(log_every, per_vector=per_vector, tables=False)
@@ -275,13 +323,24 @@ def fit(
     bad = np.flatnonzero(~np.isfinite(losses))
     loss, accuracy = evaluate(module, images) if not len(bad) else (math.nan, math.nan)
     said = [str(w.message) for w in caught if issubclass(w.category, NormDynWarning)]
-    return Run(module.network, monitor.history, losses, int(bad[0]) if len(bad) else None, loss, accuracy, said)
+    return Run(
+        module.network,
+        monitor.history,
+        losses,
+        int(bad[0]) if len(bad) else None,
+        loss,
+        accuracy,
+        said,
+    )
 
 
 def fit_quietly(module: L.LightningModule, batches: Any, **settings: Any) -> None:
-    """One fit that writes nothing, neither files nor lines; the tables of targets would be the same for every run."""
+    """One fit that writes nothing, neither files nor lines; the tables of targets would be the same
+    for every run."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\.")  # not this package, whose name begins like it
+    warnings.filterwarnings(
+        "ignore", module=r"lightning\."
+    )  # not this package, whose name begins like it
     trainer = L.Trainer(
         logger=False,
         enable_checkpointing=False,
@@ -302,10 +361,12 @@ def evaluate(module: nn.Module, images: Images) -> tuple[float, float]:
     network.eval()
     logits = torch.cat([network(x.to(parameter)) for x in images.test_x.split(1000)]).float().cpu()
     network.train(training)
-    return float(F.cross_entropy(logits, images.test_y)), float((logits.argmax(1) == images.test_y).float().mean())
+    return float(F.cross_entropy(logits, images.test_y)), float(
+        (logits.argmax(1) == images.test_y).float().mean()
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def mean(values: Sequence[float]) -> float:
@@ -356,44 +417,78 @@ def mean_curve(runs: Sequence[Run], key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mean_loss(runs: Sequence[Run], over: int = 50) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the training loss: mean over seeds and over blocks of ``over`` steps (fewer in a very short run)."""
+    """Steps, and the training loss: mean over seeds and over blocks of ``over`` steps (fewer in a
+    very short run)."""
     length = min(len(run.losses) for run in runs)
     over = max(1, min(over, length // 4))
-    losses = np.mean([run.losses[: length // over * over] for run in runs], axis=0).reshape(-1, over)
+    losses = np.mean([run.losses[: length // over * over] for run in runs], axis=0).reshape(
+        -1, over
+    )
     return np.arange(len(losses)) * over + over / 2, losses.mean(1)
 
 
 def layers_of(history: History, quantity: str) -> list[str]:
-    """Names of the weights that have this quantity, the scale-invariant ones only, first layer first."""
+    """Names of the weights that have this quantity, the scale-invariant ones only, first layer
+    first."""
     known = history.meta["targets"]
     prefix = f"{quantity}/"
     measured = [key[len(prefix) :] for key in history.keys() if key.startswith(prefix)]  # noqa: SIM118 (a History is no dict)
     return [name for name in measured if known[name]["scale_invariant"] not in ("no", "unknown")]
 
 
-# ------------------------------------------------------------------------------------------------------------------ command line, table
+# ------------------------------------------------------------------------------ command line, table
 
 
-def arguments(description: str, desk: dict[str, Any], tiny: dict[str, Any], argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags of a script: every key of ``desk`` is one, and ``--tiny`` changes the defaults to ``tiny``.
+def arguments(
+    description: str, desk: dict[str, Any], tiny: dict[str, Any], argv: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The flags of a script: every key of ``desk`` is one, and ``--tiny`` changes the defaults to
+    ``tiny``.
 
-    Resolution and numbers of images concern CIFAR-10 only, which is averaged down to the resolution.
+    Resolution and numbers of images concern CIFAR-10 only, which is averaged down to the
+    resolution.
     """
     first = argparse.ArgumentParser(add_help=False)
-    first.add_argument("--tiny", action="store_true", help="seconds instead of minutes, to see that it runs; the numbers mean nothing")
+    first.add_argument(
+        "--tiny",
+        action="store_true",
+        help="seconds instead of minutes, to see that it runs; the numbers mean nothing",
+    )
     is_tiny = first.parse_known_args(argv)[0].tiny
-    defaults = {"resolution": 8, "train_images": 10_000, "test_images": 5_000, **desk, **(tiny if is_tiny else {})}
-    parser = argparse.ArgumentParser(description=description, parents=[first], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    defaults = {
+        "resolution": 8,
+        "train_images": 10_000,
+        "test_images": 5_000,
+        **desk,
+        **(tiny if is_tiny else {}),
+    }
+    parser = argparse.ArgumentParser(
+        description=description,
+        parents=[first],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0] if is_tiny else [0, 1, 2])
-    parser.add_argument("--cifar", type=Path, help="cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits")
+    parser.add_argument(
+        "--cifar",
+        type=Path,
+        help="cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits",
+    )
     parser.add_argument("--accelerator", default="cpu", help="as Lightning's Trainer has it")
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce-tiny") if is_tiny else HERE, help="folder of table and picture")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reproduce-tiny") if is_tiny else HERE,
+        help="folder of table and picture",
+    )
     for key, value in defaults.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=type(value), default=value)
     args = parser.parse_args(argv)
-    args.command = shlex.join(["python", f"benchmarks/reproduce/{Path(sys.argv[0]).name}", *_without_paths(sys.argv[1:])])
+    args.command = shlex.join(
+        ["python", f"benchmarks/reproduce/{Path(sys.argv[0]).name}", *_without_paths(sys.argv[1:])]
+    )
     args.started, args.cpu_started = time.perf_counter(), time.process_time()
-    # Such small matrices are slower on several threads, and much slower while others use the machine.
+    # Such small matrices are slower on several threads, and much slower while others use the
+    # machine.
     torch.set_num_threads(1)
     return args
 
@@ -404,7 +499,13 @@ def _without_paths(words: Sequence[str]) -> list[str]:
     for before, word in zip(["", *words], words, strict=False):
         flag, equals, _ = word.partition("=")
         if "--out" not in (before, flag):
-            shown.append("PATH" if before == "--cifar" else f"{flag}=PATH" if equals and flag == "--cifar" else word)
+            shown.append(
+                "PATH"
+                if before == "--cifar"
+                else f"{flag}=PATH"
+                if equals and flag == "--cifar"
+                else word
+            )
     return shown
 
 
@@ -417,7 +518,8 @@ class Report:
         self.parts: list[str] = []
 
     def claim(self, text: str, measured: str, holds: bool | None, otherwise: str = "") -> None:
-        """One line of the summary; ``holds`` None: looked at, not judged. ``otherwise``: a guess why, shown where it does not hold."""
+        """One line of the summary; ``holds`` None: looked at, not judged. ``otherwise``: a guess
+        why, shown where it does not hold."""
         self.claims.append((text, measured, holds, otherwise))
 
     def table(self, caption: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -433,7 +535,11 @@ class Report:
         figure.savefig(out / f"{name}.png", dpi=110)
         words = {True: "yes", False: "**no**", None: "-"}
         rows = [(text, measured, words[holds]) for text, measured, holds, _ in self.claims]
-        whys = [f"*{text}:* not reproduced. Perhaps: {why}" for text, _, holds, why in self.claims if holds is False and why]
+        whys = [
+            f"*{text}:* not reproduced. Perhaps: {why}"
+            for text, _, holds, why in self.claims
+            if holds is False and why
+        ]
         text = "\n".join(
             [
                 f"# {self.title}",
@@ -459,18 +565,26 @@ class Report:
         return out / f"{name}.md"
 
     def _circumstances(self) -> list[str]:
-        wall, cpu = time.perf_counter() - self.args.started, time.process_time() - self.args.cpu_started
+        wall, cpu = (
+            time.perf_counter() - self.args.started,
+            time.process_time() - self.args.cpu_started,
+        )
         settings = vars(self.args).items()
         hidden = {"cifar", "out", "command", "started", "cpu_started", "tiny", "seeds"}
         if self.args.cifar is None:
             hidden |= {"resolution", "train_images", "test_images"}
         return [
-            f"- command: `{self.args.command}`" + (" (`--tiny`: the numbers mean nothing)" if self.args.tiny else ""),
-            "- settings: " + ", ".join(f"{key} {value}" for key, value in settings if key not in hidden),
-            f"- seeds: {', '.join(map(str, self.args.seeds))}; ± is the standard deviation over seeds",
-            f"- date: {datetime.date.today().isoformat()}; {wall:.0f} s, of which {cpu:.0f} s on the CPU",
+            f"- command: `{self.args.command}`"
+            + (" (`--tiny`: the numbers mean nothing)" if self.args.tiny else ""),
+            "- settings: "
+            + ", ".join(f"{key} {value}" for key, value in settings if key not in hidden),
+            f"- seeds: {', '.join(map(str, self.args.seeds))}; ± is the standard deviation over "
+            f"seeds",
+            f"- date: {datetime.date.today().isoformat()}; {wall:.0f} s, of which {cpu:.0f} s on "
+            f"the CPU",
             f"- machine: {_machine()}; one thread",
-            f"- Python {platform.python_version()}, torch {torch.__version__}, lightning {L.__version__}",
+            f"- Python {platform.python_version()}, torch {torch.__version__}, lightning "
+            f"{L.__version__}",
         ]
 
 
@@ -478,17 +592,28 @@ def _machine() -> str:
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        model = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), model)
+        model = next(
+            (
+                line.split(":")[1].strip()
+                for line in info.read_text().splitlines()
+                if line.startswith("model name")
+            ),
+            model,
+        )
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
     return f"{os.cpu_count()} cores of {model}{gpu}"
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines
+    )
 
 
-def figure(columns: int, rows: int = 1, width: float = 5.2, height: float = 4.0) -> tuple[Any, list[Any]]:
+def figure(
+    columns: int, rows: int = 1, width: float = 5.2, height: float = 4.0
+) -> tuple[Any, list[Any]]:
     """An empty picture and its axes, row by row; no screen needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

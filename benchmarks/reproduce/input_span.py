@@ -1,10 +1,14 @@
-"""WRS paper, Figures 4 to 6: does weight decay, or rescaling, rid weights of what their inputs cannot see?
+"""WRS paper, Figures 4 to 6: does weight decay, or rescaling, rid weights of what their inputs
+cannot see?
 
     python benchmarks/reproduce/input_span.py --cifar PATH
 
-The paper turns the filters of each layer into the eigenbasis of the layer's inputs ("input space projection", ISP), fits a generalized
-Gaussian to their entries, and reads its shape as sparsity: 2 is Gaussian, 1 Laplace, less is sparser. Beside its three runs (no decay,
-decay, WRS) there is a fourth here, without decay and with the decayed run's effective learning rates replayed: what this one shows as
+The paper turns the filters of each layer into the eigenbasis of the layer's inputs ("input space
+projection", ISP), fits a generalized
+Gaussian to their entries, and reads its shape as sparsity: 2 is Gaussian, 1 Laplace, less is
+sparser. Beside its three runs (no decay,
+decay, WRS) there is a fourth here, without decay and with the decayed run's effective learning
+rates replayed: what this one shows as
 well, decay does by its effective learning rate.
 """
 
@@ -23,7 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_normdyn import EffectiveLRReplay, InputSpanMonitor, NormDynamicsMonitor, WeightRescaling
+from lightning_normdyn import (
+    EffectiveLRReplay,
+    InputSpanMonitor,
+    NormDynamicsMonitor,
+    WeightRescaling,
+)
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.functional import generalized_gaussian_shape
 from lightning_normdyn.history import History
@@ -46,12 +55,15 @@ DROPS = (0.6, 0.85)
 MIDDLE, LAST = 5, 8
 EARLY, LATE = slice(0, 4), slice(6, 9)
 NOT_THERE = "as in the paper, which sees it in input space only"
-WEAKER = "a decay strong enough for so few steps turns the weights further than WRS does (table of runs)"
+WEAKER = (
+    "a decay strong enough for so few steps turns the weights further than WRS does (table of runs)"
+)
 SPACES = {"ggd_shape_input": "input space", "ggd_shape_parameter": "parameter space"}
 
 
 def network(channels: int, width: int) -> nn.Sequential:
-    """Nine 3x3 convolutions at three resolutions, each followed by BatchNorm and ReLU: VGG16 without its last four."""
+    """Nine 3x3 convolutions at three resolutions, each followed by BatchNorm and ReLU: VGG16
+    without its last four."""
     widths = [channels, *[width] * 2, *[2 * width] * 3, *[4 * width] * 4]
     layers: list[nn.Module] = []
     for i in range(9):
@@ -106,7 +118,9 @@ class Run:
 
     def last(self, quantity: str) -> np.ndarray:
         """The newest value of every layer."""
-        return np.array([self.span.column(f"{quantity}/{name}")[1][-1] for name in layers(self.span)])
+        return np.array(
+            [self.span.column(f"{quantity}/{name}")[1][-1] for name in layers(self.span)]
+        )
 
     def filters(self) -> list[Tensor]:
         """The filters of every layer at the end, one a row."""
@@ -114,11 +128,16 @@ class Run:
 
     def equally_long(self) -> np.ndarray:
         """The shape of every layer in parameter space, had its filters all the same length."""
-        return np.array([generalized_gaussian_shape(w / w.norm(dim=1, keepdim=True)) for w in self.filters()])
+        return np.array(
+            [generalized_gaussian_shape(w / w.norm(dim=1, keepdim=True)) for w in self.filters()]
+        )
 
     def unequal(self) -> float:
-        """How different the lengths of a layer's filters are: deviation over mean, the mean over layers."""
-        return desk.mean([float(w.norm(dim=1).std(correction=0) / w.norm(dim=1).mean()) for w in self.filters()])
+        """How different the lengths of a layer's filters are: deviation over mean, the mean over
+        layers."""
+        return desk.mean(
+            [float(w.norm(dim=1).std(correction=0) / w.norm(dim=1).mean()) for w in self.filters()]
+        )
 
 
 def layers(span: History) -> list[str]:
@@ -126,12 +145,29 @@ def layers(span: History) -> list[str]:
     return [name for name, about in span.meta["targets"].items() if len(about["shape"]) == 4]
 
 
-def train(args: Any, images: desk.Images, seed: int, decay: float, callbacks: list[L.Callback], record: Path | None) -> Run:
+def train(
+    args: Any,
+    images: desk.Images,
+    seed: int,
+    decay: float,
+    callbacks: list[L.Callback],
+    record: Path | None,
+) -> Run:
     loader: DataLoader[Any] = DataLoader(
-        Examples(images), batch_size=64, shuffle=True, drop_last=True, generator=torch.Generator().manual_seed(seed)
+        Examples(images),
+        batch_size=64,
+        shuffle=True,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(seed),
     )
     torch.manual_seed(seed)
-    recipe = desk.Recipe(steps=args.epochs * len(loader), lr=args.lr, weight_decay=decay, rest_decay=5e-4, drops=DROPS)
+    recipe = desk.Recipe(
+        steps=args.epochs * len(loader),
+        lr=args.lr,
+        weight_decay=decay,
+        rest_decay=5e-4,
+        drops=DROPS,
+    )
     module = desk.Classifier(network(images.channels, args.width), recipe)
     span = Spans(max_samples=args.max_samples, energy=args.energy)
     norms = NormDynamicsMonitor(1 if record else 20, per_vector=record is not None, tables=False)
@@ -142,7 +178,14 @@ def train(args: Any, images: desk.Images, seed: int, decay: float, callbacks: li
     if record:
         norms.history.save(record)
     said = [str(w.message) for w in caught if issubclass(w.category, NormDynWarning)]
-    return Run(module.network, span.history, norms.history, np.array(module.losses), desk.evaluate(module, images)[1], said)
+    return Run(
+        module.network,
+        span.history,
+        norms.history,
+        np.array(module.losses),
+        desk.evaluate(module, images)[1],
+        said,
+    )
 
 
 def train_all(args: Any, images: desk.Images) -> dict[str, list[Run]]:
@@ -157,11 +200,13 @@ def train_all(args: Any, images: desk.Images) -> dict[str, list[Run]]:
                 "scale lr": (0.0, [EffectiveLRReplay(path)], None),
             }
             for name, (decay, callbacks, record) in arms.items():
-                runs.setdefault(name, []).append(train(args, images, seed, decay, callbacks, record))
+                runs.setdefault(name, []).append(
+                    train(args, images, seed, decay, callbacks, record)
+                )
     return runs
 
 
-# ------------------------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
 class Judge:
@@ -173,14 +218,30 @@ class Judge:
     def values(self, arm: str, quantity: str, where: slice) -> list[float]:
         return [float(run.last(quantity)[where].mean()) for run in self.runs[arm]]
 
-    def less(self, text: str, these: str, those: str, quantity: str, where: slice, otherwise: str = "") -> None:
+    def less(
+        self, text: str, these: str, those: str, quantity: str, where: slice, otherwise: str = ""
+    ) -> None:
         """``these`` have less of it than ``those``."""
         first, second = self.values(these, quantity, where), self.values(those, quantity, where)
         difference, t = desk.paired(first, second)
         holds = difference < 0 and desk.clear(t, len(first))
-        self.report.claim(text, f"{desk.mean(first):.3g} against {desk.mean(second):.3g}, t {t:.1f}", holds, otherwise)
+        self.report.claim(
+            text,
+            f"{desk.mean(first):.3g} against {desk.mean(second):.3g}, t {t:.1f}",
+            holds,
+            otherwise,
+        )
 
-    def near(self, text: str, these: str, those: str, apart: str, quantity: str, where: slice, otherwise: str = "") -> None:
+    def near(
+        self,
+        text: str,
+        these: str,
+        those: str,
+        apart: str,
+        quantity: str,
+        where: slice,
+        otherwise: str = "",
+    ) -> None:
         """``these`` are nearer to ``those`` than to ``apart``, in every seed."""
         first, second, third = (self.values(arm, quantity, where) for arm in (these, those, apart))
         nearer = [abs(a - b) < abs(a - c) for a, b, c in zip(first, second, third, strict=True)]
@@ -194,19 +255,40 @@ def judge(report: desk.Report, runs: dict[str, list[Run]], args: Any) -> None:
     for arm in ("decay", "no decay"):
         early, late = by.values(arm, shape, EARLY), by.values(arm, shape, LATE)
         report.claim(
-            f"Figure 5a, {arm}: seen in input space, weights get less sparse with depth (layers 1-4 against 7-9)",
+            f"Figure 5a, {arm}: seen in input space, weights get less sparse with depth (layers "
+            f"1-4 against 7-9)",
             f"shape {desk.mean(early):.3g} against {desk.mean(late):.3g}",
             all(a < b for a, b in zip(early, late, strict=True)),
-            "deeper layers' inputs span a smaller part of a filter (table of directions): a decay that acts within so few steps leaves "
+            "deeper layers' inputs span a smaller part of a filter (table of directions): a decay "
+            "that acts within so few steps leaves "
             "little of the rest",
         )
     for arm in ("decay", "WRS"):
-        by.less(f"Figure 5a: in input space, {arm} makes early layers sparser than no decay", arm, "no decay", shape, EARLY)
+        by.less(
+            f"Figure 5a: in input space, {arm} makes early layers sparser than no decay",
+            arm,
+            "no decay",
+            shape,
+            EARLY,
+        )
     for arm in ("decay", "WRS"):
-        by.less(f"Figure 5b: in parameter space, {arm} makes early layers sparser, too", arm, "no decay", as_is, EARLY, NOT_THERE)
+        by.less(
+            f"Figure 5b: in parameter space, {arm} makes early layers sparser, too",
+            arm,
+            "no decay",
+            as_is,
+            EARLY,
+            NOT_THERE,
+        )
     middle, last = slice(MIDDLE, MIDDLE + 1), slice(LAST, LAST + 1)
     by.near(
-        "Figure 6: in the 6th layer, in input space, WRS is nearer to decay than to none", "WRS", "decay", "no decay", shape, middle, WEAKER
+        "Figure 6: in the 6th layer, in input space, WRS is nearer to decay than to none",
+        "WRS",
+        "decay",
+        "no decay",
+        shape,
+        middle,
+        WEAKER,
     )
     there = {arm: by.values(arm, shape, last) for arm in ("decay", "WRS", "no decay")}
     report.claim(
@@ -220,39 +302,60 @@ def judge(report: desk.Report, runs: dict[str, list[Run]], args: Any) -> None:
             f"Figure 6: in the {name} layer, in parameter space, WRS is the least sparse",
             "; ".join(f"{arm} {desk.mean(values):.3g}" for arm, values in found.items()),
             all(w > max(d, n) for w, d, n in zip(*found.values(), strict=True)),
-            "where decay and WRS leave little outside the span, the weights as they are get sparser, too",
+            "where decay and WRS leave little outside the span, the weights as they are get "
+            "sparser, too",
         )
     moved = {}
     for arm in ("decay", "WRS", "no decay"):
         curves = np.array([[run.curve(shape, i) for i in (MIDDLE, LAST)] for run in runs[arm]])
-        at_drop = min(round(DROPS[0] * args.epochs), curves.shape[2]) - 1  # rows are of ends of epochs
+        at_drop = (
+            min(round(DROPS[0] * args.epochs), curves.shape[2]) - 1
+        )  # rows are of ends of epochs
         # From 2, which is what a Gaussian initialization has in every basis.
-        moved[arm] = (float(np.abs(curves[..., at_drop] - 2).mean()), float(np.abs(curves[..., -1] - curves[..., at_drop]).mean()))
+        moved[arm] = (
+            float(np.abs(curves[..., at_drop] - 2).mean()),
+            float(np.abs(curves[..., -1] - curves[..., at_drop]).mean()),
+        )
     report.claim(
         "Figure 6: shapes change before the learning rate is first dropped, and little afterwards",
-        "; ".join(f"{arm}: by {before:.2g} before, {after:.2g} after" for arm, (before, after) in moved.items()),
+        "; ".join(
+            f"{arm}: by {before:.2g} before, {after:.2g} after"
+            for arm, (before, after) in moved.items()
+        ),
         all(after < before / 3 for before, after in moved.values()),
     )
     for arm in ("decay", "WRS"):
         by.less(
-            f"Figure 4: {arm} leaves less of the weights outside the span than no decay (all layers)", arm, "no decay", noise, slice(None)
+            f"Figure 4: {arm} leaves less of the weights outside the span than no decay (all "
+            f"layers)",
+            arm,
+            "no decay",
+            noise,
+            slice(None),
         )
     started = [1 - run.last("input_span_rank") / entries(run.span) for run in runs["no decay"]]
     ends = by.values("no decay", noise, slice(None))
     report.claim(
-        "Figure 4: without decay the share outside the span is not less than that of the random start (1 - rank/entries)",
+        "Figure 4: without decay the share outside the span is not less than that of the random "
+        "start (1 - rank/entries)",
         f"{desk.mean(ends):.3g} against {desk.mean([float(s.mean()) for s in started]):.3g}",
         all(e >= s.mean() for e, s in zip(ends, started, strict=True)),
-        "gradients make the weights longer inside the span, so that the share outside falls though nothing is removed",
+        "gradients make the weights longer inside the span, so that the share outside falls though "
+        "nothing is removed",
     )
-    for quantity, where, what in ((shape, EARLY, "shape in input space, layers 1-4"), (noise, slice(None), "share outside the span")):
+    for quantity, where, what in (
+        (shape, EARLY, "shape in input space, layers 1-4"),
+        (noise, slice(None), "share outside the span"),
+    ):
         text = f"Not in the paper: with decay's effective learning rate replayed, a run without decay ends nearer to decay ({what})"
         by.near(text, "scale lr", "decay", "no decay", quantity, where)
 
 
 def entries(span: History) -> np.ndarray:
     """Entries of one filter, layer by layer."""
-    return np.array([int(np.prod(span.meta["targets"][name]["shape"][1:])) for name in layers(span)])
+    return np.array(
+        [int(np.prod(span.meta["targets"][name]["shape"][1:])) for name in layers(span)]
+    )
 
 
 def tables(report: desk.Report, runs: dict[str, list[Run]]) -> None:
@@ -271,8 +374,13 @@ def tables(report: desk.Report, runs: dict[str, list[Run]]) -> None:
             digits = 0 if quantity.endswith("rank") else 2 if quantity.startswith("ggd") else 3
             rows.append((arm, *[desk.spread(list(column), digits) for column in values.T]))
         if quantity == "ggd_shape_parameter":
-            equal = {arm: np.array([run.equally_long() for run in found]) for arm, found in runs.items()}
-            rows += [(f"{arm}, filters equally long", *[desk.spread(list(c), 2) for c in values.T]) for arm, values in equal.items()]
+            equal = {
+                arm: np.array([run.equally_long() for run in found]) for arm, found in runs.items()
+            }
+            rows += [
+                (f"{arm}, filters equally long", *[desk.spread(list(c), 2) for c in values.T])
+                for arm, values in equal.items()
+            ]
         report.table(caption, ("run", *numbers), rows)
     report.table(
         "The runs",
@@ -301,13 +409,26 @@ def tables(report: desk.Report, runs: dict[str, list[Run]]) -> None:
 def picture_of(runs: dict[str, list[Run]]) -> Any:
     picture, axes = desk.figure(3, 2)
     colour = dict(zip(runs, OKABE_ITO, strict=False))
-    panels = {**{q: f"Shape in {name}, last epoch" for q, name in SPACES.items()}, "input_span_noise": "Share outside the span, last epoch"}
+    panels = {
+        **{q: f"Shape in {name}, last epoch" for q, name in SPACES.items()},
+        "input_span_noise": "Share outside the span, last epoch",
+    }
     for ax, (quantity, title) in zip(axes, panels.items(), strict=False):
         for (arm, found), line in zip(runs.items(), ("-", "--", "-.", ":"), strict=False):
             values = np.array([run.last(quantity) for run in found])
             deviation = values.std(0, ddof=1) if len(found) > 1 else np.zeros(values.shape[1])
             x = np.arange(1, values.shape[1] + 1)
-            ax.errorbar(x, values.mean(0), deviation, color=colour[arm], linestyle=line, marker="o", markersize=3, capsize=2, label=arm)
+            ax.errorbar(
+                x,
+                values.mean(0),
+                deviation,
+                color=colour[arm],
+                linestyle=line,
+                marker="o",
+                markersize=3,
+                capsize=2,
+                label=arm,
+            )
         ax.set(title=title, xlabel="convolution")
         if quantity in SPACES:
             ax.axhline(2, color="black", linewidth=0.8, linestyle=(0, (2, 2)))
@@ -319,8 +440,18 @@ def picture_of(runs: dict[str, list[Run]]) -> Any:
             for quantity, line in (("ggd_shape_input", "-"), ("ggd_shape_parameter", "--")):
                 values = np.mean([run.curve(quantity, layer) for run in found], axis=0)
                 # A Gaussian start has shape 2 in every basis.
-                ax.plot(range(len(values) + 1), [2, *values], color=colour[arm], linestyle=line, linewidth=1.4)
-        ax.set(title=f"Convolution {layer + 1} over training", xlabel="epoch", ylabel="generalized-Gaussian shape")
+                ax.plot(
+                    range(len(values) + 1),
+                    [2, *values],
+                    color=colour[arm],
+                    linestyle=line,
+                    linewidth=1.4,
+                )
+        ax.set(
+            title=f"Convolution {layer + 1} over training",
+            xlabel="epoch",
+            ylabel="generalized-Gaussian shape",
+        )
     for line, space in (("-", "input space"), ("--", "parameter space")):
         axes[3].plot([], [], color="black", linestyle=line, label=space)
     axes[3].legend(fontsize=8, loc="lower left")
@@ -329,8 +460,18 @@ def picture_of(runs: dict[str, list[Run]]) -> Any:
         counts = span.vectors(f"histogram_input/{layers(span)[MIDDLE]}")[1][-1].astype(float)
         reach = span.meta["histogram_reach"]
         edges = np.linspace(-reach, reach, len(counts) + 1)
-        axes[5].stairs(counts / counts.sum() / (edges[1] - edges[0]), edges, color=colour[arm], label=arm, linewidth=1.3)
-    axes[5].set(title=f"Weights of convolution {MIDDLE + 1} in input space", xlabel="in units of their root mean square", ylabel="density")
+        axes[5].stairs(
+            counts / counts.sum() / (edges[1] - edges[0]),
+            edges,
+            color=colour[arm],
+            label=arm,
+            linewidth=1.3,
+        )
+    axes[5].set(
+        title=f"Weights of convolution {MIDDLE + 1} in input space",
+        xlabel="in units of their root mean square",
+        ylabel="density",
+    )
     axes[5].set_yscale("log")
     return picture
 
@@ -343,7 +484,9 @@ def main() -> None:
         on {images.name}. Shapes are fitted to the entries of all filters of a layer, in the whole eigenbasis of the layer's inputs (a
         rotation); the span is the leading eigenvectors, which hold {args.energy:.0%} of the variance. "scale lr": no decay, with the
         decayed run's effective learning rates (EffectiveLRReplay, approximate with momentum)."""
-    report = desk.Report("What the inputs see of the weights, with decay, with rescaling, and without", args, about)
+    report = desk.Report(
+        "What the inputs see of the weights, with decay, with rescaling, and without", args, about
+    )
     runs = train_all(args, images)
     judge(report, runs, args)
     tables(report, runs)

@@ -37,9 +37,19 @@ def growth(run: desk.Run) -> np.ndarray:
     return np.array(found)
 
 
-def growth_ratios(report: desk.Report, args: Any, images: desk.Images) -> list[tuple[str, np.ndarray, float]]:
-    """Growth without projection over growth with it, per layer (mean over seeds), and what theory says."""
-    settings = [(f"SGD, momentum {m:g}", desk.Recipe(args.growth_steps, lr=args.lr, momentum=m, batch_size=32), m) for m in MOMENTA]
+def growth_ratios(
+    report: desk.Report, args: Any, images: desk.Images
+) -> list[tuple[str, np.ndarray, float]]:
+    """Growth without projection over growth with it, per layer (mean over seeds), and what theory
+    says."""
+    settings = [
+        (
+            f"SGD, momentum {m:g}",
+            desk.Recipe(args.growth_steps, lr=args.lr, momentum=m, batch_size=32),
+            m,
+        )
+        for m in MOMENTA
+    ]
     adam = desk.Recipe(args.growth_steps, optimizer="adamw", lr=args.adam_lr, batch_size=32)
     settings.append(("AdamW, beta1 0.9", adam, 0.9))
     rows, ratios = [], []
@@ -67,33 +77,54 @@ def growth_ratios(report: desk.Report, args: Any, images: desk.Images) -> list[t
         theory = (1 + momentum) / (1 - momentum)
         ratios.append((name, free / projected, theory))
         ratio = " ".join(f"{r:.1f}" for r in free / projected)
-        rows.append((name, " ".join(f"{g:.3f}" for g in free), " ".join(f"{g:.4f}" for g in projected), ratio, f"{theory:.0f}"))
+        rows.append(
+            (
+                name,
+                " ".join(f"{g:.3f}" for g in free),
+                " ".join(f"{g:.4f}" for g in projected),
+                ratio,
+                f"{theory:.0f}",
+            )
+        )
     report.table(
-        f"Growth of the squared norm in the first {args.growth_steps} steps without decay, layers 1 to 6, mean over seeds",
+        f"Growth of the squared norm in the first {args.growth_steps} steps without decay, layers "
+        f"1 to 6, mean over seeds",
         ("optimizer", "as it is", "projected", "ratio", "(1 + beta) / (1 - beta)"),
         rows,
     )
     report.claim(
         "SGD without projection grows (1 + beta) / (1 - beta) times as fast",
         "; ".join(
-            f"beta {m:g}: {r.min():.1f} to {r.max():.1f} over layers, theory {t:.0f}" for m, (_, r, t) in zip(MOMENTA, ratios, strict=False)
+            f"beta {m:g}: {r.min():.1f} to {r.max():.1f} over layers, theory {t:.0f}"
+            for m, (_, r, t) in zip(MOMENTA, ratios, strict=False)
         ),
         all(0.6 < np.median(r) / t < 1.4 for _, r, t in ratios[: len(MOMENTA)]),
-        "theory assumes gradients that are all noise; here successive gradients also share a direction",
+        "theory assumes gradients that are all noise; here successive gradients also share a "
+        "direction",
     )
     name, ratio, theory = ratios[-1]
     report.claim(
         "the same for Adam (AdamP)",
         f"{ratio.min():.1f} to {ratio.max():.1f} over layers, theory {theory:.0f}",
         0.6 < float(np.median(ratio)) / theory < 1.4,
-        "theory assumes gradients that are all noise; early Adam steps are all of one size and share a direction",
+        "theory assumes gradients that are all noise; early Adam steps are all of one size and "
+        "share a direction",
     )
     return ratios
 
 
 def accuracies(report: desk.Report, args: Any, images: desk.Images) -> dict[str, list[desk.Run]]:
-    sgd = desk.Recipe(args.steps, lr=args.lr, batch_size=32, drops=(args.drop, (1 + args.drop) / 2), rest_decay=5e-4)
-    decayed, adam = replace(sgd, weight_decay=args.weight_decay), replace(sgd, optimizer="adamw", lr=args.adam_lr)
+    sgd = desk.Recipe(
+        args.steps,
+        lr=args.lr,
+        batch_size=32,
+        drops=(args.drop, (1 + args.drop) / 2),
+        rest_decay=5e-4,
+    )
+    decayed, adam = (
+        replace(sgd, weight_decay=args.weight_decay),
+        replace(sgd, optimizer="adamw", lr=args.adam_lr),
+    )
     arms = {
         "SGD": (sgd, False),
         "SGD, decay": (decayed, False),
@@ -124,7 +155,14 @@ def accuracies(report: desk.Report, args: Any, images: desk.Images) -> dict[str,
 
     report.table(
         f"{args.steps} steps; SGDP and AdamP: RadialProjection on torch's SGD and AdamW",
-        ("run", "decay", "test accuracy", "test loss", "effective step before the drop", "norm before the drop"),
+        (
+            "run",
+            "decay",
+            "test accuracy",
+            "test loss",
+            "effective step before the drop",
+            "norm before the drop",
+        ),
         [
             (
                 name,
@@ -138,23 +176,45 @@ def accuracies(report: desk.Report, args: Any, images: desk.Images) -> dict[str,
         ],
     )
     step = at_drop("SGDP", "effective_step_size") / at_drop("SGD", "effective_step_size")
-    report.claim("projected, the effective step stays larger (no decay)", f"SGDP's is {step:.1f} times SGD's before the drop", step > 1.2)
+    report.claim(
+        "projected, the effective step stays larger (no decay)",
+        f"SGDP's is {step:.1f} times SGD's before the drop",
+        step > 1.2,
+    )
 
     def better(text: str, these: str, those: str, otherwise: str) -> None:
-        difference, t = desk.paired([r.test_accuracy for r in runs[these]], [r.test_accuracy for r in runs[those]])
-        report.claim(text, f"{100 * difference:+.1f} points, t {t:.1f}", difference > 0 and desk.clear(t, len(args.seeds)), otherwise)
+        difference, t = desk.paired(
+            [r.test_accuracy for r in runs[these]], [r.test_accuracy for r in runs[those]]
+        )
+        report.claim(
+            text,
+            f"{100 * difference:+.1f} points, t {t:.1f}",
+            difference > 0 and desk.clear(t, len(args.seeds)),
+            otherwise,
+        )
 
     noise = "there may be no difference at this size; three seeds would show only a large one"
     better("SGDP is more accurate than SGD without decay", "SGDP", "SGD", noise)
     better("SGDP is more accurate than SGD with decay", "SGDP, decay", "SGD, decay", noise)
     better(
-        "AdamP is more accurate than AdamW without decay", "AdamP", "AdamW", "Adam's norms hardly grow in so few steps, projected or not"
+        "AdamP is more accurate than AdamW without decay",
+        "AdamP",
+        "AdamW",
+        "Adam's norms hardly grow in so few steps, projected or not",
     )
-    costs = {n: desk.paired([r.test_accuracy for r in runs[f"{n}, decay"]], [r.test_accuracy for r in runs[n]]) for n in ("SGD", "SGDP")}
+    costs = {
+        n: desk.paired(
+            [r.test_accuracy for r in runs[f"{n}, decay"]], [r.test_accuracy for r in runs[n]]
+        )
+        for n in ("SGD", "SGDP")
+    }
     report.claim(
         "leaving decay out costs less under SGDP than under SGD (Figure 3)",
-        ", ".join(f"{name} {100 * cost:.1f} points (t {t:.1f})" for name, (cost, t) in costs.items()),
-        desk.clear(costs["SGD"][1], len(args.seeds)) and costs["SGD"][0] > max(0.0, costs["SGDP"][0]),
+        ", ".join(
+            f"{name} {100 * cost:.1f} points (t {t:.1f})" for name, (cost, t) in costs.items()
+        ),
+        desk.clear(costs["SGD"][1], len(args.seeds))
+        and costs["SGD"][0] > max(0.0, costs["SGDP"][0]),
         "at this size decay hardly changes the accuracy in the first place",
     )
     return runs
@@ -170,17 +230,26 @@ def main() -> None:
     runs = accuracies(report, args, images)
     picture, axes = desk.figure(3)
     for i, (name, ratio, theory) in enumerate(ratios):
-        axes[0].plot(range(1, len(ratio) + 1), ratio, "o-", color=OKABE_ITO[i], label=name, linewidth=1)
+        axes[0].plot(
+            range(1, len(ratio) + 1), ratio, "o-", color=OKABE_ITO[i], label=name, linewidth=1
+        )
         if i < len(MOMENTA):
             axes[0].axhline(theory, color=OKABE_ITO[i], linestyle=(0, (4, 2)), linewidth=1)
-    axes[0].set(yscale="log", xlabel="layer", ylabel="ratio", title="Growth as it is / projected (dashed: theory)")
+    axes[0].set(
+        yscale="log",
+        xlabel="layer",
+        ylabel="ratio",
+        title="Growth as it is / projected (dashed: theory)",
+    )
     axes[0].legend(fontsize=8, frameon=False)
     for i, name in enumerate(("SGD", "SGD, decay", "SGDP", "SGDP, decay")):
         style = {"color": OKABE_ITO[i], "label": name, "linewidth": 1.4}
         axes[1].plot(*desk.mean_curve(runs[name], "normdyn/weight_norm"), **style)
         axes[2].plot(*desk.mean_curve(runs[name], "normdyn/effective_step_size"), **style)
     axes[1].set(yscale="log", xlabel="step", ylabel="norm (mean over filters)", title="Weight norm")
-    axes[2].set(yscale="log", xlabel="step", ylabel="chord per step (RMS)", title="Effective step size")
+    axes[2].set(
+        yscale="log", xlabel="step", ylabel="chord per step (RMS)", title="Effective step size"
+    )
     axes[1].legend(fontsize=8, frameon=False)
     report.write("projection_norm_growth", picture)
 

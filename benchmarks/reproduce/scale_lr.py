@@ -1,9 +1,12 @@
-"""WRS paper, Figure 1, "scale lr": is what weight decay does its effective learning rate? With the multiplier corrected.
+"""WRS paper, Figure 1, "scale lr": is what weight decay does its effective learning rate? With the
+multiplier corrected.
 
     python benchmarks/reproduce/scale_lr.py --cifar PATH
 
-The paper multiplies the learning rate of a run without decay by the ratio of its weight norms to those of a run with decay. The direction
-of a weight follows lr/norm^2, so the ratio has to be squared. First networks in which nothing but the direction matters, in float64, where
+The paper multiplies the learning rate of a run without decay by the ratio of its weight norms to
+those of a run with decay. The direction
+of a weight follows lr/norm^2, so the ratio has to be squared. First networks in which nothing but
+the direction matters, in float64, where
 the two runs can be compared step by step; then the accuracies of networks with BatchNorm.
 """
 
@@ -69,7 +72,9 @@ class Replay(EffectiveLRReplay):
     def _look(self, step: Any, plan: Any) -> None:
         super()._look(step, plan)
         if (step.number - 1) % self.every == 0:
-            where = next(s for s, t in zip(plan.vectors.slices, plan.targets, strict=True) if t.name == LAYER)
+            where = next(
+                s for s, t in zip(plan.vectors.slices, plan.targets, strict=True) if t.name == LAYER
+            )
             self.steps.append(step.number - 1)
             self.factors.append(self._factors[plan.index][where].clone())
 
@@ -78,15 +83,21 @@ class Replay(EffectiveLRReplay):
         return ScaledSteps()
 
 
-# ------------------------------------------------------------------------------------------------------------------ step by step
+# ------------------------------------------------------------------------------------- step by step
 
 
 class Exact(L.LightningModule):
-    """Two convolutions of which only the direction matters, under plain SGD whose learning rate drops; only they decay."""
+    """Two convolutions of which only the direction matters, under plain SGD whose learning rate
+    drops; only they decay."""
 
     def __init__(self, kind: str, channels: int, width: int, decay: float, drop_at: int) -> None:
         super().__init__()
-        normalize, self.lr, self.decay, scale = KINDS[kind][0], KINDS[kind][1], decay, KINDS[kind][3]
+        normalize, self.lr, self.decay, scale = (
+            KINDS[kind][0],
+            KINDS[kind][1],
+            decay,
+            KINDS[kind][3],
+        )
         self.drop_at = drop_at
         net = nn.Sequential(
             nn.Conv2d(channels, width, 3, 2), nn.Tanh(), nn.Conv2d(width, 2 * width, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -99,20 +110,31 @@ class Exact(L.LightningModule):
         self.net = net.double()
 
     def raw(self) -> list[nn.Parameter]:
-        return [p for n, p in self.named_parameters() if "original" in n and not n.endswith("original0")]
+        return [
+            p for n, p in self.named_parameters() if "original" in n and not n.endswith("original0")
+        ]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0].double()), batch[1])
 
     def configure_optimizers(self) -> Any:
         raw = {id(p) for p in self.raw()}
-        groups = [{"params": self.raw(), "weight_decay": self.decay}, {"params": [p for p in self.parameters() if id(p) not in raw]}]
+        groups = [
+            {"params": self.raw(), "weight_decay": self.decay},
+            {"params": [p for p in self.parameters() if id(p) not in raw]},
+        ]
         optimizer = torch.optim.SGD(groups, lr=self.lr)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.drop_at]), "interval": "step"}]
+        return [optimizer], [
+            {
+                "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.drop_at]),
+                "interval": "step",
+            }
+        ]
 
 
 class Directions(L.Callback):
-    """The direction of every filter after every step; under standardization of the centred filter."""
+    """The direction of every filter after every step; under standardization of the centred
+    filter."""
 
     def __init__(self, centred: bool) -> None:
         self.centred = centred
@@ -123,7 +145,9 @@ class Directions(L.Callback):
         for p in module.raw():
             w = p.detach().flatten(1)
             w = w - w.mean(1, keepdim=True) if self.centred else w
-            found.append(nn.functional.pad(w / w.norm(dim=1, keepdim=True), (0, 9 * 64 - w.shape[1])))
+            found.append(
+                nn.functional.pad(w / w.norm(dim=1, keepdim=True), (0, 9 * 64 - w.shape[1]))
+            )
         self.rows.append(torch.cat(found))
 
     def apart(self, other: Directions) -> np.ndarray:
@@ -135,13 +159,23 @@ def step_by_step(args: Any, images: desk.Images, folder: Path) -> dict[str, dict
     found: dict[str, dict[str, np.ndarray]] = {}
     for kind in KINDS:
 
-        def train(decay: float, callbacks: list[L.Callback], kind: str = kind, disturb: float = 0.0) -> Directions:
+        def train(
+            decay: float, callbacks: list[L.Callback], kind: str = kind, disturb: float = 0.0
+        ) -> Directions:
             torch.manual_seed(0)
-            module, directions = Exact(kind, images.channels, args.width, decay, 2 * args.exact_steps // 3), Directions("stand" in kind)
+            module, directions = (
+                Exact(kind, images.channels, args.width, decay, 2 * args.exact_steps // 3),
+                Directions("stand" in kind),
+            )
             with torch.no_grad():
                 for p in module.raw():
                     p.mul_(1 + disturb * torch.randn_like(p))
-            desk.fit_quietly(module, desk.Batches(images, 64, seed=0), max_steps=args.exact_steps, callbacks=[*callbacks, directions])
+            desk.fit_quietly(
+                module,
+                desk.Batches(images, 64, seed=0),
+                max_steps=args.exact_steps,
+                callbacks=[*callbacks, directions],
+            )
             return directions
 
         monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
@@ -153,12 +187,14 @@ def step_by_step(args: Any, images: desk.Images, folder: Path) -> dict[str, dict
             "uniform lr": [EffectiveLRReplay(path, uniform=True)],
             "no decay": [],
         }
-        found[kind] = {name: train(0.0, list(callbacks)).apart(decayed) for name, callbacks in arms.items()}
+        found[kind] = {
+            name: train(0.0, list(callbacks)).apart(decayed) for name, callbacks in arms.items()
+        }
         found[kind][DISTURBED] = train(KINDS[kind][2], [], disturb=6e-8).apart(decayed)
     return found
 
 
-# ------------------------------------------------------------------------------------------------------------------ accuracies
+# --------------------------------------------------------------------------------------- accuracies
 
 
 class Accuracy(L.Callback):
@@ -175,7 +211,9 @@ class Accuracy(L.Callback):
             self.values.append(desk.evaluate(module, self.images)[1])
 
 
-def accuracies(args: Any, images: desk.Images, folder: Path) -> tuple[dict[str, list[desk.Run]], dict[str, list[Accuracy]], Replay]:
+def accuracies(
+    args: Any, images: desk.Images, folder: Path
+) -> tuple[dict[str, list[desk.Run]], dict[str, list[Accuracy]], Replay]:
     plain = desk.Recipe(args.steps, lr=args.lr, momentum=0.0, rest_lr=0.1, drops=(0.6, 0.85))
     runs: dict[str, list[desk.Run]] = {}
     curves: dict[str, list[Accuracy]] = {}
@@ -212,7 +250,7 @@ def accuracies(args: Any, images: desk.Images, folder: Path) -> tuple[dict[str, 
     return runs, curves, kept
 
 
-# ------------------------------------------------------------------------------------------------------------------ the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def main() -> None:
@@ -232,15 +270,24 @@ def main() -> None:
 
     for kind, arms in apart.items():
         worst = {name: float(values.max()) for name, values in arms.items()}
-        squared, printed, uniform = (worst[n] for n in ("scale lr, squared ratio", "scale lr, ratio as printed", "uniform lr"))
+        squared, printed, uniform = (
+            worst[n]
+            for n in ("scale lr, squared ratio", "scale lr, ratio as printed", "uniform lr")
+        )
         report.claim(
-            f"{kind}, float64: with the ratio squared, the directions of the decayed run are followed over {args.exact_steps} steps",
-            f"largest distance {squared:.1e}; the decayed run from a start changed by 6e-8: {worst[DISTURBED]:.1e}",
+            f"{kind}, float64: with the ratio squared, the directions of the decayed run are "
+            f"followed over {args.exact_steps} steps",
+            f"largest distance {squared:.1e}; the decayed run from a start changed by 6e-8: "
+            f"{worst[DISTURBED]:.1e}",
             squared < 1e-6,
             "rounding of the record to float32, amplified by training itself",
         )
-        report.claim(f"{kind}: with the ratio as printed, they are not", f"{printed:.2f}", printed > 1e-2)
-        report.claim(f"{kind}: with one factor for all, they are not", f"{uniform:.2f}", uniform > 1e-2)
+        report.claim(
+            f"{kind}: with the ratio as printed, they are not", f"{printed:.2f}", printed > 1e-2
+        )
+        report.claim(
+            f"{kind}: with one factor for all, they are not", f"{uniform:.2f}", uniform > 1e-2
+        )
 
     def accuracy(name: str) -> list[float]:
         return [run.test_accuracy for run in runs[name]]
@@ -248,19 +295,50 @@ def main() -> None:
     def compared(text: str, these: str, those: str, want: str, otherwise: str) -> None:
         difference, t = desk.paired(accuracy(these), accuracy(those))
         clear = desk.clear(t, len(args.seeds))
-        holds = {"same": not clear, "less": clear and difference < 0, "more": clear and difference > 0}[want]
+        holds = {
+            "same": not clear,
+            "less": clear and difference < 0,
+            "more": clear and difference > 0,
+        }[want]
         report.claim(text, f"{100 * difference:+.1f} points, t {t:.1f}", holds, otherwise)
 
     few = "these few seeds would show only a large difference"
-    compared("BatchNorm: scale lr is as accurate as the decay (no difference is seen)", "scale lr, squared ratio", "decay", "same", "")
+    compared(
+        "BatchNorm: scale lr is as accurate as the decay (no difference is seen)",
+        "scale lr, squared ratio",
+        "decay",
+        "same",
+        "",
+    )
     compared("BatchNorm: the decay is more accurate than none", "decay", "no decay", "more", few)
-    compared("BatchNorm: uniform lr is less accurate than the decay", "uniform lr", "decay", "less", few)
-    compared("BatchNorm: uniform lr is less accurate than no decay at the usual lr", "uniform lr", "no decay", "less", few)
-    compared("BatchNorm: WRS is as accurate as the decay (no difference is seen)", "WRS", "decay", "same", few)
+    compared(
+        "BatchNorm: uniform lr is less accurate than the decay", "uniform lr", "decay", "less", few
+    )
+    compared(
+        "BatchNorm: uniform lr is less accurate than no decay at the usual lr",
+        "uniform lr",
+        "no decay",
+        "less",
+        few,
+    )
+    compared(
+        "BatchNorm: WRS is as accurate as the decay (no difference is seen)",
+        "WRS",
+        "decay",
+        "same",
+        few,
+    )
 
     report.table(
         "Networks with BatchNorm",
-        ("run", "test accuracy", "test loss", "training loss, last tenth", "norm at the end", "angular update before the first drop"),
+        (
+            "run",
+            "test accuracy",
+            "test loss",
+            "training loss, last tenth",
+            "norm at the end",
+            "angular update before the first drop",
+        ),
         [
             (
                 name,
@@ -285,19 +363,34 @@ def main() -> None:
     for ax, (kind, arms) in zip((first, second), apart.items(), strict=True):
         for name, values in arms.items():
             ax.plot(np.arange(1, len(values) + 1), values, color=colour[name], label=name)
-        ax.set(title=f"{kind}, float64", xlabel="step", ylabel="distance to the decayed run's directions", yscale="log")
+        ax.set(
+            title=f"{kind}, float64",
+            xlabel="step",
+            ylabel="distance to the decayed run's directions",
+            yscale="log",
+        )
     first.legend(fontsize=8)
     for name, found in curves.items():
         style = "--" if name == "decay" else "-"
         values = np.mean([c.values for c in found], axis=0)
-        third.plot(found[0].steps, values, color=colour[name], linestyle=style, label=name, zorder=3 if name == "decay" else 2)
+        third.plot(
+            found[0].steps,
+            values,
+            color=colour[name],
+            linestyle=style,
+            label=name,
+            zorder=3 if name == "decay" else 2,
+        )
     third.set(title="BatchNorm, mean over seeds (Figure 1)", xlabel="step", ylabel="test accuracy")
     third.legend(fontsize=8)
     factors = torch.stack(replay.factors).numpy()
     for i in range(factors.shape[1]):
         fourth.plot(replay.steps, factors[:, i], color=OKABE_ITO[0], alpha=0.5, linewidth=0.8)
     fourth.set(
-        title=f"multipliers of the filters of {LAYER.removesuffix('.weight')} (Figure S1)", xlabel="step", ylabel="factor", yscale="log"
+        title=f"multipliers of the filters of {LAYER.removesuffix('.weight')} (Figure S1)",
+        xlabel="step",
+        ylabel="factor",
+        yscale="log",
     )
     report.write("scale_lr", picture)
 

@@ -1,4 +1,5 @@
-"""WRS paper: does Weight Rescaling generalize better than weight decay, when does it act, and what does evaluation see?
+"""WRS paper: does Weight Rescaling generalize better than weight decay, when does it act, and what
+does evaluation see?
 
 python benchmarks/reproduce/wrs_against_decay.py --cifar PATH
 """
@@ -44,17 +45,26 @@ class DecayWindow(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
         inside = self.start <= trainer.current_epoch < self.stop
-        trainer.optimizers[0].param_groups[0]["weight_decay"] = module.recipe.weight_decay if inside else 0.0
+        trainer.optimizers[0].param_groups[0]["weight_decay"] = (
+            module.recipe.weight_decay if inside else 0.0
+        )
 
 
 class StaleStatistics(L.Callback):
-    """Undoes what WeightRescaling does to BatchNorm's running statistics: evaluation then sees them as the forward pass left them."""
+    """Undoes what WeightRescaling does to BatchNorm's running statistics: evaluation then sees them
+    as the forward pass left them."""
 
     def __init__(self) -> None:
         self.kept: list[tuple[Tensor, Tensor]] = []
 
-    def on_before_optimizer_step(self, trainer: L.Trainer, module: nn.Module, optimizer: Any) -> None:
-        self.kept = [(b, b.clone()) for n, b in module.named_buffers() if n.endswith(("running_mean", "running_var"))]
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, module: nn.Module, optimizer: Any
+    ) -> None:
+        self.kept = [
+            (b, b.clone())
+            for n, b in module.named_buffers()
+            if n.endswith(("running_mean", "running_var"))
+        ]
 
     def on_train_batch_end(self, *_: Any) -> None:
         for buffer, before in self.kept:
@@ -64,8 +74,12 @@ class StaleStatistics(L.Callback):
 def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
     epoch = len(desk.Batches(images, 32, 0))
     first_drop = max(1, round(args.drop * args.steps / epoch))  # in epochs
-    drop = min(0.9, first_drop * epoch / args.steps)  # at the start of an epoch, so that early ends and late begins exactly there
-    sgd = desk.Recipe(args.steps, lr=args.sgd_lr, batch_size=32, drops=(drop, (1 + drop) / 2), rest_decay=5e-4)
+    drop = min(
+        0.9, first_drop * epoch / args.steps
+    )  # at the start of an epoch, so that early ends and late begins exactly there
+    sgd = desk.Recipe(
+        args.steps, lr=args.sgd_lr, batch_size=32, drops=(drop, (1 + drop) / 2), rest_decay=5e-4
+    )
     adamw = replace(sgd, optimizer="adamw", lr=args.adamw_lr)
     decayed = replace(sgd, weight_decay=args.sgd_decay)
 
@@ -100,7 +114,10 @@ def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
         ]
         for name, (recipe, callbacks) in arms.items()
     }
-    before, after = 0.98 * drop * args.steps, (1 + 3 * drop) / 4 * args.steps  # the second drop is half way from the first to the end
+    before, after = (
+        0.98 * drop * args.steps,
+        (1 + 3 * drop) / 4 * args.steps,
+    )  # the second drop is half way from the first to the end
 
     def loss(name: str) -> list[float]:
         return [r.test_loss for r in runs[name]]
@@ -152,15 +169,27 @@ def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
 
     def better(text: str, these: str, those: str, otherwise: str) -> None:
         difference, t, is_clear = comparison(accuracy, these, those)
-        report.claim(text, f"{100 * difference:+.1f} points, t {t:.1f}", difference > 0 and is_clear, otherwise)
+        report.claim(
+            text,
+            f"{100 * difference:+.1f} points, t {t:.1f}",
+            difference > 0 and is_clear,
+            otherwise,
+        )
 
     def lower(text: str, these: str, those: str, otherwise: str) -> None:
         difference, t, is_clear = comparison(loss, these, those)
-        report.claim(text, f"test loss {difference:+.3f}, t {t:.1f}", difference < 0 and is_clear, otherwise)
+        report.claim(
+            text, f"test loss {difference:+.3f}, t {t:.1f}", difference < 0 and is_clear, otherwise
+        )
 
     noise = "there may be no difference at this size; these seeds would show only a large one"
     better("SGD: WRS is more accurate than a decay that acts", "SGD, WRS", "SGD, decay", noise)
-    better("AdamW: WRS is more accurate than the published decay 5e-4", "AdamW, WRS", "AdamW, published decay", noise)
+    better(
+        "AdamW: WRS is more accurate than the published decay 5e-4",
+        "AdamW, WRS",
+        "AdamW, published decay",
+        noise,
+    )
     better(
         "AdamW: WRS is more accurate than a decay that acts",
         "AdamW, WRS",
@@ -188,7 +217,9 @@ def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
         "SGD, none, larger lr",
         "what lowers the loss is that the filters turn further per step, by whatever means",
     )
-    lower("SGD: WRS lowers the test loss against a decay that acts", "SGD, WRS", "SGD, decay", noise)
+    lower(
+        "SGD: WRS lowers the test loss against a decay that acts", "SGD, WRS", "SGD, decay", noise
+    )
     guesses = {
         "decay": "the effect of the rule as a whole is too small here to be split",
         "WRS": """without a rule the filters have grown until the drop; set to norm 1 after it, they turn further per step than before it
@@ -200,9 +231,15 @@ def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
         late, _ = desk.paired(loss(f"SGD, {rule} late"), loss("SGD, none"))
         difference, t, differs = comparison(loss, f"SGD, {rule} early", f"SGD, {rule} late")
         report.claim(
-            f"{rule} acts early: in the test loss, early does what always does, late does less (Figure 7)",
-            f"against none: always {always:+.3f} (t {t_always:.1f}), early {early:+.3f}, late {late:+.3f}; early - late t {t:.1f}",
-            always < 0 and acts and difference < 0 and differs and abs(early - always) < abs(late - always),
+            f"{rule} acts early: in the test loss, early does what always does, late does less "
+            f"(Figure 7)",
+            f"against none: always {always:+.3f} (t {t_always:.1f}), early {early:+.3f}, late "
+            f"{late:+.3f}; early - late t {t:.1f}",
+            always < 0
+            and acts
+            and difference < 0
+            and differs
+            and abs(early - always) < abs(late - always),
             guesses[rule],
         )
         better(
@@ -219,7 +256,8 @@ def compare(report: desk.Report, args: Any, images: desk.Images) -> Any:
 
 @torch.no_grad()
 def renewed_accuracy(network: nn.Module, images: desk.Images) -> float:
-    """Test accuracy with BatchNorm's running statistics taken anew, as the mean over batches of the training images."""
+    """Test accuracy with BatchNorm's running statistics taken anew, as the mean over batches of the
+    training images."""
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.reset_running_stats()
@@ -243,27 +281,41 @@ def evaluation(report: desk.Report, args: Any, images: desk.Images) -> dict[str,
     found = {
         name: [
             desk.fit(
-                lambda: desk.plain_network(images.channels, args.width), images, recipe, seed, callbacks(), accelerator=args.accelerator
+                lambda: desk.plain_network(images.channels, args.width),
+                images,
+                recipe,
+                seed,
+                callbacks(),
+                accelerator=args.accelerator,
             )
             for seed in args.seeds
         ]
         for name, callbacks in arms.items()
     }
     accuracies = {name: [r.test_accuracy for r in runs] for name, runs in found.items()}
-    renewed = {name: [renewed_accuracy(r.network, images) for r in runs] for name, runs in found.items()}
+    renewed = {
+        name: [renewed_accuracy(r.network, images) for r in runs] for name, runs in found.items()
+    }
     report.table(
         f"Evaluated straight after a rescale, {args.bn_steps} steps at lr {args.sgd_lr}",
         ("WRS", "test accuracy", "test loss", "test accuracy, statistics taken anew"),
         [
-            (name, desk.spread(accuracies[name]), desk.spread([r.test_loss for r in runs]), desk.spread(renewed[name]))
+            (
+                name,
+                desk.spread(accuracies[name]),
+                desk.spread([r.test_loss for r in runs]),
+                desk.spread(renewed[name]),
+            )
             for name, runs in found.items()
         ],
     )
     none, follows, left = (accuracies[name] for name in list(arms)[:3])
     gained = desk.mean(renewed[list(arms)[2]])
     report.claim(
-        "a rescale leaves evaluation as it is, if BatchNorm's running statistics follow (as WeightRescaling has it)",
-        f"accuracy {desk.mean(none):.3f} without, {desk.mean(follows):.3f} with one rescale just before",
+        "a rescale leaves evaluation as it is, if BatchNorm's running statistics follow (as "
+        "WeightRescaling has it)",
+        f"accuracy {desk.mean(none):.3f} without, {desk.mean(follows):.3f} with one rescale just "
+        f"before",
         abs(desk.mean(none) - desk.mean(follows)) < 0.005,
     )
     report.claim(
@@ -275,7 +327,9 @@ def evaluation(report: desk.Report, args: Any, images: desk.Images) -> dict[str,
     return accuracies
 
 
-def bars(ax: Any, names: Sequence[str], values: Sequence[Sequence[float]], title: str, label: str) -> None:
+def bars(
+    ax: Any, names: Sequence[str], values: Sequence[Sequence[float]], title: str, label: str
+) -> None:
     """A dot per seed and a tick at the mean."""
     for i, seeds in enumerate(values):
         ax.plot(seeds, [i] * len(seeds), "o", color=OKABE_ITO[0], alpha=0.5, markersize=5)
@@ -302,8 +356,20 @@ def main() -> None:
         "Accuracy",
         "test accuracy (dots: seeds, tick: mean)",
     )
-    bars(axes[1], list(runs), [[r.test_loss for r in found] for found in runs.values()], "Loss", "test loss")
-    bars(axes[2], list(accuracies), list(accuracies.values()), "Evaluated straight after a rescale", "test accuracy")
+    bars(
+        axes[1],
+        list(runs),
+        [[r.test_loss for r in found] for found in runs.values()],
+        "Loss",
+        "test loss",
+    )
+    bars(
+        axes[2],
+        list(accuracies),
+        list(accuracies.values()),
+        "Evaluated straight after a rescale",
+        "test accuracy",
+    )
     report.write("wrs_against_decay", picture)
 
 

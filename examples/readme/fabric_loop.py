@@ -6,7 +6,10 @@ from lightning_normdyn.functional import angle_from_sums
 
 fabric = Fabric(accelerator="cpu", devices=1)
 conv = torch.nn.Conv2d(3, 8, 3, bias=False)
-model, optimizer = torch.nn.Sequential(conv, torch.nn.BatchNorm2d(8)), torch.optim.AdamW(conv.parameters(), lr=1e-3)
+model, optimizer = (
+    torch.nn.Sequential(conv, torch.nn.BatchNorm2d(8)),
+    torch.optim.AdamW(conv.parameters(), lr=1e-3),
+)
 vectors = WeightVectors([conv.weight], [Partition.filters(tuple(conv.weight.shape))])
 bracket = StepBracket.of(optimizer)
 

@@ -10,7 +10,14 @@ from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 class Classifier(LightningModule):  # any LightningModule: nothing in it knows of the callbacks
     def __init__(self) -> None:
         super().__init__()
-        blocks = [nn.Conv2d(1, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.ReLU()]
+        blocks = [
+            nn.Conv2d(1, 16, 3),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 16, 3),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+        ]
         self.net = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 2))
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

@@ -1,4 +1,5 @@
-"""Adaptive Weight Shrink (AWS): a decay that is strong where a weight is long and vanishes where it is short."""
+"""Adaptive Weight Shrink (AWS): a decay that is strong where a weight is long and vanishes where it
+is short."""
 
 from __future__ import annotations
 
@@ -12,7 +13,12 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.callbacks.effect import Effect, Shrink
 from lightning_normdyn.decay import DecayOwner, replaced_decay
-from lightning_normdyn.functional import equivalent_weight_decay, norm_from_sums, shrink_factor, std_from_sums
+from lightning_normdyn.functional import (
+    equivalent_weight_decay,
+    norm_from_sums,
+    shrink_factor,
+    std_from_sums,
+)
 from lightning_normdyn.optimizer_facts import check_rate
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.scaling import RoundedScaling, Scaling
@@ -20,21 +26,28 @@ from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeov
 
 
 class AdaptiveWeightShrink(NormDynCallback):
-    r"""Adaptive Weight Shrink (AWS): before every step, each weight vector is shrunk by its own factor.
+    r"""Adaptive Weight Shrink (AWS): before every step, each weight vector is shrunk by its own
+    factor.
 
     .. math:: w \leftarrow (1 - \eta\,\alpha\,\lVert w\rVert)\,w - \eta\,g
 
-    with :math:`\alpha` = ``alpha``, :math:`\eta` the learning rate of the weight's param group at this very step, and norm and gradient
-    taken at the same weight (AWS paper, eq. 20 and 21; decoupled from momentum and from Adam's denominator). For weight-standardized
-    weights the biased standard deviation takes the place of the norm. The factor is exact down to 0.5 and clamped there.
+    with :math:`\alpha` = ``alpha``, :math:`\eta` the learning rate of the weight's param group at
+    this very step, and norm and gradient
+    taken at the same weight (AWS paper, eq. 20 and 21; decoupled from momentum and from Adam's
+    denominator). For weight-standardized
+    weights the biased standard deviation takes the place of the norm. The factor is exact down to
+    0.5 and clamped there.
 
-    It *is* the weight decay of its targets: the optimizer's own is taken over, for them only. ``alpha`` stands for a weight decay of
+    It *is* the weight decay of its targets: the optimizer's own is taken over, for them only.
+    ``alpha`` stands for a weight decay of
     ``alpha * norm`` (the log key ``equivalent_weight_decay``).
 
     Args:
         alpha: strength, per weight norm; the paper uses 2.5e-3 with SGD at lr 0.1.
-        statistic: ``"norm"``, ``"std"``, or ``"auto"``: std for weight-standardized weights, else norm.
-        weight_decay: ``"replace"`` takes the optimizer's decay over; ``"keep"`` lets it act on the already shrunk weight as well.
+        statistic: ``"norm"``, ``"std"``, or ``"auto"``: std for weight-standardized weights, else
+            norm.
+        weight_decay: ``"replace"`` takes the optimizer's decay over; ``"keep"`` lets it act on the
+            already shrunk weight as well.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
@@ -88,13 +101,16 @@ class AdaptiveWeightShrink(NormDynCallback):
         standardized = [self.statistic_for(t) == "std" for t in plan.targets]
         self._standardized[plan.index] = None
         if any(standardized):
-            self._standardized[plan.index] = plan.vectors.spread(torch.tensor(standardized, device=plan.vectors.device, dtype=torch.bool))
+            self._standardized[plan.index] = plan.vectors.spread(
+                torch.tensor(standardized, device=plan.vectors.device, dtype=torch.bool)
+            )
         if self.weight_decay == "replace":
             check_decay_takeover(plan.optimizer, plan.claimed)
             self.claim_decay(plan, bracket, DecayOwner.SHRINK, plan.claimed)
 
     def statistic_of(self, plan: Plan) -> Tensor:
-        """Norm, or biased standard deviation where weight standardization follows, of every vector: ``(n,)``."""
+        """Norm, or biased standard deviation where weight standardization follows, of every vector:
+        ``(n,)``."""
         vectors = plan.vectors
         standardized = self._standardized[plan.index]
         if standardized is None:
@@ -106,7 +122,11 @@ class AdaptiveWeightShrink(NormDynCallback):
         statistic = self.statistic_of(plan)
         lr = plan.rates()
         factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
-        plan.count("clamped", plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step), step)
+        plan.count(
+            "clamped",
+            plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step),
+            step,
+        )
         if plan.vectors.low_precision:
             self._shrink_rounded(step, plan, factor)
         else:
@@ -115,7 +135,9 @@ class AdaptiveWeightShrink(NormDynCallback):
     def _shrink_rounded(self, step: Step, plan: Plan, factor: Tensor) -> None:
         """Where rounding would swallow a factor, it is owed until it matters."""
         vectors = plan.vectors
-        owed = self.per_vector("owed", plan, lambda: torch.ones(vectors.n, dtype=torch.float32, device=vectors.device))
+        owed = self.per_vector(
+            "owed", plan, lambda: torch.ones(vectors.n, dtype=torch.float32, device=vectors.device)
+        )
         shrink = RoundedScaling(vectors, factor, owed)
         step.undo_with(lambda: self.store_per_vector("owed", plan, shrink.owed))
         step.scale(shrink)
@@ -127,12 +149,15 @@ class AdaptiveWeightShrink(NormDynCallback):
         means = (totals / plan.vectors.count).tolist()
         texts = []
         for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
-            replaced = replaced_decay(plan.optimizer, group) if self.weight_decay == "replace" else ""
+            replaced = (
+                replaced_decay(plan.optimizer, group) if self.weight_decay == "replace" else ""
+            )
             texts.append(f"AWS, decay now {mean:.2g}" + (f" ({replaced})" if replaced else ""))
         return texts
 
     def statistic_for(self, target: Target) -> Literal["norm", "std"]:
-        """Weight standardization removes the mean, so for such weights the norm would count what the loss cannot see."""
+        """Weight standardization removes the mean, so for such weights the norm would count what
+        the loss cannot see."""
         if self.statistic != "auto":
             return self.statistic
         assert self._session is not None
@@ -140,4 +165,6 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def effect(self, target: Target) -> Effect:
         """It shrinks the weight in proportion to its size."""
-        return Shrink(self.alpha, self.statistic_for(target), replaces_decay=self.weight_decay == "replace")
+        return Shrink(
+            self.alpha, self.statistic_for(target), replaces_decay=self.weight_decay == "replace"
+        )

@@ -1,6 +1,8 @@
-"""What a callback does to one weight, typed, and what several of them do together: the ground that predictions stand on.
+"""What a callback does to one weight, typed, and what several of them do together: the ground that
+predictions stand on.
 
-A prediction may be made only where somebody has derived it. So an effect that is not known here, two effects of one kind, and effects on
+A prediction may be made only where somebody has derived it. So an effect that is not known here,
+two effects of one kind, and effects on
 different vectors of one weight all combine to "no prediction" (`Effects.underived`).
 """
 
@@ -29,7 +31,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Effect:
-    """What one callback does to one weight. A subclass that is not in this module has no prediction, and neither have weights under it."""
+    """What one callback does to one weight. A subclass that is not in this module has no
+    prediction, and neither have weights under it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class NoEffect(Effect):
 
 @dataclass(frozen=True)
 class OnOtherVectors(Effect):
-    """The callback splits the weight into other vectors than the one who asks: its numbers are not about the vectors that are asked about.
+    """The callback splits the weight into other vectors than the one who asks: its numbers are not
+    about the vectors that are asked about.
 
     Args:
         effect: what it does to its own.
@@ -61,7 +65,8 @@ class UnknownEffect(Effect):
 
 @dataclass(frozen=True)
 class LengthJumps(Effect):
-    """The length jumps at single steps (LRDropRescaling) and is left alone between them, so predictions hold there."""
+    """The length jumps at single steps (LRDropRescaling) and is left alone between them, so
+    predictions hold there."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class Shrink(Effect):
     Args:
         alpha: strength, per weight norm.
         statistic: what the size is.
-        replaces_decay: whether this takes the place of the optimizer's weight decay, or comes on top of it.
+        replaces_decay: whether this takes the place of the optimizer's weight decay, or comes on
+            top of it.
     """
 
     alpha: float
@@ -81,15 +87,19 @@ class Shrink(Effect):
     @property
     def decay(self) -> DecayRule:
         """It is the decay of the weight."""
-        return DecayRule(DecayOwner.SHRINK, self.replaces_decay, alpha=self.alpha, statistic=self.statistic)
+        return DecayRule(
+            DecayOwner.SHRINK, self.replaces_decay, alpha=self.alpha, statistic=self.statistic
+        )
 
 
 @dataclass(frozen=True)
 class Projection(Effect):
-    """The radial part of every step is removed (RadialProjection), the optimizer's decay with it, and a decay of its own is applied.
+    """The radial part of every step is removed (RadialProjection), the optimizer's decay with it,
+    and a decay of its own is applied.
 
     Args:
-        gate: whether every step is projected, or those with a small gradient cosine: for a scale-invariant weight, practically all.
+        gate: whether every step is projected, or those with a small gradient cosine: for a
+            scale-invariant weight, practically all.
         weight_decay: λ, decoupled; ``"replace"``: what the optimizer's own amounts to.
         ratio: factor on it.
     """
@@ -101,7 +111,9 @@ class Projection(Effect):
     @property
     def decay(self) -> DecayRule:
         """Projecting would remove any other decay."""
-        return DecayRule(DecayOwner.PROJECTION, claims=True, rate=self.weight_decay, ratio=self.ratio)
+        return DecayRule(
+            DecayOwner.PROJECTION, claims=True, rate=self.weight_decay, ratio=self.ratio
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,8 @@ class Rescaling(Effect):
 
 @dataclass(frozen=True)
 class ScaledSteps(Effect):
-    """Steps are made longer or shorter by recorded factors (EffectiveLRReplay): there is no equilibrium to predict."""
+    """Steps are made longer or shorter by recorded factors (EffectiveLRReplay): there is no
+    equilibrium to predict."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +165,11 @@ class Effects:
     @property
     def decay_rules(self) -> list[DecayRule]:
         """What callbacks make of the weight's decay."""
-        return [effect.decay for effect in (self.shrink, self.projection, self.rescaling) if effect is not None]
+        return [
+            effect.decay
+            for effect in (self.shrink, self.projection, self.rescaling)
+            if effect is not None
+        ]
 
     @property
     def none(self) -> bool:
@@ -162,7 +179,11 @@ class Effects:
     @property
     def rescaled_now(self) -> Rescaling | None:
         """The rescaling whose epochs have come."""
-        return self.rescaling if self.rescaling is not None and self.rescaling.window == "now" else None
+        return (
+            self.rescaling
+            if self.rescaling is not None and self.rescaling.window == "now"
+            else None
+        )
 
 
 def combine(effects: Iterable[Effect]) -> Effects:
@@ -177,7 +198,12 @@ def combine(effects: Iterable[Effect]) -> Effects:
         >>> combine([UnknownEffect("MyRule"), Shrink(0.1, "norm", replaces_decay=True)]).underived
         ('MyRule',)
     """
-    known: dict[type[Effect], list[Any]] = {Shrink: [], Projection: [], Rescaling: [], ScaledSteps: []}
+    known: dict[type[Effect], list[Any]] = {
+        Shrink: [],
+        Projection: [],
+        Rescaling: [],
+        ScaledSteps: [],
+    }
     underived: list[str] = []
     decay_untold: list[str] = []
     for effect in effects:

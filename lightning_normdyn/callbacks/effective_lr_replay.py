@@ -26,27 +26,37 @@ from lightning_normdyn.steps import Phase, Step, StepBracket
 
 
 class EffectiveLRReplay(NormDynCallback):
-    r"""Trains with the effective learning rates of another run: each step is scaled, per weight vector, by
+    r"""Trains with the effective learning rates of another run: each step is scaled, per weight
+    vector, by
 
     .. math:: \left(\frac{n}{n_{ref}}\right)^2 \frac{1 - d}{1 - d_{ref}}
 
-    with :math:`n`, :math:`n_{ref}` the norms of this run and of the recorded one before the step, and :math:`d`, :math:`d_{ref}` the decay
-    that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay accounted for). A run without weight
-    decay then turns its weights as the recorded run with decay did: what the decay did was its effective learning rate.
+    with :math:`n`, :math:`n_{ref}` the norms of this run and of the recorded one before the step,
+    and :math:`d`, :math:`d_{ref}` the decay
+    that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay
+    accounted for). A run without weight
+    decay then turns its weights as the recorded run with decay did: what the decay did was its
+    effective learning rate.
 
-    Exact for plain SGD; approximate with momentum, where an optimizer steps several times in a batch, and between recorded steps, where
-    norms are interpolated; it says so. Both runs need the same learning rates, of which a ratio of norms says nothing. The step is scaled
-    after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding left of a small step.
+    Exact for plain SGD; approximate with momentum, where an optimizer steps several times in a
+    batch, and between recorded steps, where
+    norms are interpolated; it says so. Both runs need the same learning rates, of which a ratio of
+    norms says nothing. The step is scaled
+    after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding
+    left of a small step.
 
     Args:
-        history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``; read at fit start, by every rank.
-        uniform: one factor for all weights and all steps, the geometric mean of what the recorded decay amounts to: the paper's control,
+        history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``;
+            read at fit start, by every rank.
+        uniform: one factor for all weights and all steps, the geometric mean of what the recorded
+            decay amounts to: the paper's control,
             which does not follow the recorded directions.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: as in the recorded run.
 
     Raises:
-        NormDynError: at fit start for a file that is damaged, holds no per-vector norms, or comes from another architecture; at the first
+        NormDynError: at fit start for a file that is damaged, holds no per-vector norms, or comes
+            from another architecture; at the first
             step for a target that was not recorded.
         NotSupportedError: for another optimizer than ``torch.optim.SGD``.
 
@@ -59,7 +69,8 @@ class EffectiveLRReplay(NormDynCallback):
     needs_length: ClassVar[bool] = True
 
     rank: ClassVar[int] = 1
-    """It comes after a projection: what decay a gate applies is known only then, and what is left of the step is what it scales."""
+    """It comes after a projection: what decay a gate applies is known only then, and what is left
+    of the step is what it scales."""
 
     def __init__(
         self,
@@ -106,11 +117,13 @@ class EffectiveLRReplay(NormDynCallback):
             own_step = why_not_as_base(optimizer)
             because = "" if own_step is None else f" ({own_step})"
             raise NotSupportedError(
-                f"EffectiveLRReplay scales steps by a ratio of squared norms, which is right for SGD, but the optimizer is "
+                f"EffectiveLRReplay scales steps by a ratio of squared norms, which is right for "
+                f"SGD, but the optimizer is "
                 f"{type(optimizer).__name__}{because}. Use torch.optim.SGD in both runs."
             )
 
-    # -- the record ----------------------------------------------------------------------------------------------------
+    # -- the record
+    # ----------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the record, and refuse one of another architecture."""
@@ -119,33 +132,46 @@ class EffectiveLRReplay(NormDynCallback):
         recorded = _recorded_names(history)
         if not recorded:
             raise NormDynError(
-                f"`{self.path}` holds no per-vector norms. Record it with NormDynamicsMonitor(every_n_steps=1, per_vector=True) and "
+                f"`{self.path}` holds no per-vector norms. Record it with "
+                f"NormDynamicsMonitor(every_n_steps=1, per_vector=True) and "
                 "save its history."
             )
         assert self._session is not None
-        shapes = {name: self._session.shapes[weight] for weight, names in self._session.names.items() for name in names}
+        shapes = {
+            name: self._session.shapes[weight]
+            for weight, names in self._session.names.items()
+            for name in names
+        }
         for name in recorded:
             if name not in shapes:
                 raise self._mismatch(f"it has a weight `{name}`, which this model has not")
             then = _about(history, name).get("shape")
             if then is not None and list(shapes[name]) != then:
-                raise self._mismatch(f"`{name}` has shape {tuple(then)} there and {shapes[name]} here")
+                raise self._mismatch(
+                    f"`{name}` has shape {tuple(then)} there and {shapes[name]} here"
+                )
         _check_record(self.path, history, recorded)
         self._history = history
         if self.uniform:
             self._uniform_factor = _uniform_factor(history, recorded)
 
     def _target(self, weight: Tensor) -> Target | None:
-        """None for a weight whose vectors are others here than in the record because losses of the two runs read other rows of it."""
+        """None for a weight whose vectors are others here than in the record because losses of the
+        two runs read other rows of it."""
         target, history = super()._target(weight), self._history
         assert history is not None
-        if target is None or target.verdict.unread is None or target.name not in _recorded_names(history):
+        if (
+            target is None
+            or target.verdict.unread is None
+            or target.name not in _recorded_names(history)
+        ):
             return target
         there = history.vectors(f"weight_norm/{target.name}")[1].shape[1]
         # Equal numbers of vectors need not be the same rows.
         self._say(
             f"rows of {target.name}",
-            f"EffectiveLRReplay leaves the steps of `{target.name}` alone: {target.verdict.unread_rows}, and the record has {there} "
+            f"EffectiveLRReplay leaves the steps of `{target.name}` alone: "
+            f"{target.verdict.unread_rows}, and the record has {there} "
             "vectors.",
         )
         return None
@@ -157,25 +183,39 @@ class EffectiveLRReplay(NormDynCallback):
         recorded = _recorded_names(history)
         for target in plan.targets:
             if target.name not in recorded:
-                raise self._mismatch(f"it has no weight `{target.name}`, but {', '.join(recorded[:4])}")
+                raise self._mismatch(
+                    f"it has no weight `{target.name}`, but {', '.join(recorded[:4])}"
+                )
             there = history.vectors(f"weight_norm/{target.name}")[1].shape[1]
             if there != target.partition.n:
-                raise self._mismatch(f"`{target.name}` has {there} vectors there and {target.partition.n} here")
+                raise self._mismatch(
+                    f"`{target.name}` has {there} vectors there and {target.partition.n} here"
+                )
         record = self._records[plan.index] = _Record.of(plan, history)
         if any(not is_zero(group_number(group, "momentum")) for group, _ in plan.groups):
-            self._say("momentum", "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are followed approximately.")
+            self._say(
+                "momentum",
+                "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are "
+                "followed approximately.",
+            )
         if record.has_gaps:
-            self._say("gaps", f"`{self.path}` was not recorded at every step; norms in between are interpolated.")
+            self._say(
+                "gaps",
+                f"`{self.path}` was not recorded at every step; norms in between are interpolated.",
+            )
 
     def _mismatch(self, what: str) -> NormDynError:
-        return NormDynError(f"`{self.path}` comes from another model: {what}. Replay it on the same architecture.")
+        return NormDynError(
+            f"`{self.path}` comes from another model: {what}. Replay it on the same architecture."
+        )
 
     def _say(self, key: str, text: str) -> None:
         if key not in self._told:
             self._told.add(key)
             warn_once(text)
 
-    # -- a step --------------------------------------------------------------------------------------------------------
+    # -- a step
+    # --------------------------------------------------------------------------------------------------------
 
     def _look(self, step: Step, plan: Plan) -> None:
         vectors, record = plan.vectors, self._records[plan.index]
@@ -187,7 +227,8 @@ class EffectiveLRReplay(NormDynCallback):
         if plan.index not in self._decayed_before:
             self._check_decays(step, plan)
         _, decayed = self._session.decay_shares(plan, step, norm, std)
-        # The first step refuses a decay that nobody can tell; one that comes about later must not become a NaN in the weights.
+        # The first step refuses a decay that nobody can tell; one that comes about later must not
+        # become a NaN in the weights.
         self._decayed[plan.index] = decayed.nan_to_num(0.0)
         if self.uniform:
             factor = torch.full_like(norm, self._uniform_factor)
@@ -196,29 +237,41 @@ class EffectiveLRReplay(NormDynCallback):
             if self._looked.get(plan.index) == now:
                 self._say(
                     "several",
-                    f"An optimizer steps several times in a batch, and `{self.path}` holds one norm for all of them: they are followed "
+                    f"An optimizer steps several times in a batch, and `{self.path}` holds one "
+                    f"norm for all of them: they are followed "
                     "approximately.",
                 )
             self._looked[plan.index] = now
             if now > record.steps[-1]:
-                self._say("end", f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from there on.")
+                self._say(
+                    "end",
+                    f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from "
+                    f"there on.",
+                )
             reference, reference_decay = record.at(now)
             decay = self._session.applied_decay(plan, step, norm, std)
-            # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no rounding for training to amplify.
+            # Rounded as the record is: a run replayed onto itself then has factors of exactly 1,
+            # and no rounding for training to amplify.
             own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
             factor = (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
         self._factors[plan.index] = plan.guard(factor, 1.0, step)
 
     def _check_decays(self, step: Step, plan: Plan) -> None:
-        """Refuse targets whose decay nobody can tell; here, since what other callbacks do is known only when all have made their plans."""
+        """Refuse targets whose decay nobody can tell; here, since what other callbacks do is known
+        only when all have made their plans."""
         assert self._session is not None
         self._decayed_before.add(plan.index)
-        untold = [f"`{t.name}`" for t, decay in zip(plan.targets, self._session.decays(plan), strict=True) if decay.rate is None]
+        untold = [
+            f"`{t.name}`"
+            for t, decay in zip(plan.targets, self._session.decays(plan), strict=True)
+            if decay.rate is None
+        ]
         if not untold:
             return
         named = ", ".join(untold[:4]) + (" ..." if len(untold) > 4 else "")
         text = (
-            f"EffectiveLRReplay has to know what share of a weight its decay takes away, and nobody can tell that of {named} under the "
+            f"EffectiveLRReplay has to know what share of a weight its decay takes away, and "
+            f"nobody can tell that of {named} under the "
             "other callbacks on it. Remove those, or leave the weights out of `params`."
         )
         if step.number == 1:
@@ -227,7 +280,8 @@ class EffectiveLRReplay(NormDynCallback):
 
     def _scale(self, step: Step, plan: Plan) -> None:
         vectors, factor = plan.vectors, self._factors.pop(plan.index)
-        # w' = (1 - d) s + step, with d the decay since the copy s was taken: only the step is scaled.
+        # w' = (1 - d) s + step, with d the decay since the copy s was taken: only the step is
+        # scaled.
         kept = 1 - self._decayed.pop(plan.index)
         vectors.scale_(factor)
         vectors.add_scaled_((1 - factor) * kept, vectors.snapshots(step.bracket))
@@ -251,21 +305,33 @@ class _Record:
 
     @classmethod
     def of(cls, plan: Plan, history: History) -> _Record:
-        """The record of a plan's targets; a weight that joined later, or was recorded at other steps than the rest, is interpolated."""
-        found = [(_recorded_norms(history, t.name), history.vectors(f"decay/{t.name}")[1]) for t in plan.targets]
+        """The record of a plan's targets; a weight that joined later, or was recorded at other
+        steps than the rest, is interpolated."""
+        found = [
+            (_recorded_norms(history, t.name), history.vectors(f"decay/{t.name}")[1])
+            for t in plan.targets
+        ]
         exact = any(norm.dtype == np.float64 for (_, norm), _ in found)
         kept = torch.float64 if exact else torch.float32
         steps = np.unique(np.concatenate([own for (own, _), _ in found])).tolist()
         norms, decays = [], []
         for (own, norm), decay in found:
-            norm = np.where(np.isfinite(norm), norm, np.nan)  # of a run that diverged: such vectors are left alone
+            norm = np.where(
+                np.isfinite(norm), norm, np.nan
+            )  # of a run that diverged: such vectors are left alone
             if len(own) == len(steps):
                 norms.append(torch.from_numpy(norm).to(kept))
                 decays.append(torch.from_numpy(decay))
                 continue
             places = [_around(own.tolist(), step) for step in steps]
-            norms.append(torch.stack([_between(torch.from_numpy(norm), place, geometric=True) for place in places]).to(kept))
-            decays.append(torch.stack([_between(torch.from_numpy(decay), place) for place in places]).float())
+            norms.append(
+                torch.stack(
+                    [_between(torch.from_numpy(norm), place, geometric=True) for place in places]
+                ).to(kept)
+            )
+            decays.append(
+                torch.stack([_between(torch.from_numpy(decay), place) for place in places]).float()
+            )
         return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays), exact)
 
     @property
@@ -274,7 +340,8 @@ class _Record:
         return self.steps[-1] - self.steps[0] >= len(self.steps)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """Norm and decay, ``(n,)`` each; norms interpolated geometrically, and held before the first and after the last step."""
+        """Norm and decay, ``(n,)`` each; norms interpolated geometrically, and held before the
+        first and after the last step."""
         place = _around(self.steps, step)
         return _between(self.norms, place, geometric=True), _between(self.decays, place)
 
@@ -306,7 +373,11 @@ def _between(table: Tensor, place: Place, *, geometric: bool = False) -> Tensor:
 
 
 def _recorded_names(history: History) -> list[str]:
-    return [name.removeprefix("weight_norm/") for name in history.vector_names() if name.startswith("weight_norm/")]
+    return [
+        name.removeprefix("weight_norm/")
+        for name in history.vector_names()
+        if name.startswith("weight_norm/")
+    ]
 
 
 def _recorded_norms(history: History, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
@@ -318,7 +389,8 @@ def _recorded_norms(history: History, name: str) -> tuple[NDArray[np.int64], NDA
 
 
 def _about(history: History, name: str) -> dict[str, Any]:
-    """What the monitor noted about a weight at the end of its fit; nothing for a file that was saved before."""
+    """What the monitor noted about a weight at the end of its fit; nothing for a file that was
+    saved before."""
     targets = history.meta.get("targets")
     about = targets.get(name) if isinstance(targets, dict) else None
     return about if isinstance(about, dict) else {}
@@ -336,7 +408,9 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
         fault = None
         if not len(steps):
             fault = "no record at all"
-        elif decays is None or decays.shape != norms.shape or not np.array_equal(steps, decay_steps):
+        elif (
+            decays is None or decays.shape != norms.shape or not np.array_equal(steps, decay_steps)
+        ):
             fault = "norms without the decays that were applied"
         elif (norms < 0).any():
             fault = "norms below 0"
@@ -346,21 +420,34 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
             fault = "decays that are not in [0, 1)"
         elif np.isnan(decays[np.isfinite(norms) & (norms > 0)]).any():
             raise NormDynError(
-                f"`{path}` holds no decay for `{name}`: under its optimizer or callbacks nobody could tell what share of the weight it "
+                f"`{path}` holds no decay for `{name}`: under its optimizer or callbacks nobody "
+                f"could tell what share of the weight it "
                 "took away. Record a run under SGD with weight decay."
             )
         if fault is not None:
-            raise NormDynError(f"`{path}` holds {fault} for `{name}`, which no run of NormDynamicsMonitor leaves. Record it again.")
+            raise NormDynError(
+                f"`{path}` holds {fault} for `{name}`, which no run of NormDynamicsMonitor leaves. "
+                f"Record it again."
+            )
 
 
 def _uniform_factor(history: History, names: Sequence[str]) -> float:
-    """Geometric mean, over steps and vectors, of the factor that the recorded decay amounts to in a run without (AWS paper, eq. 16)."""
-    invariant = [name for name in names if _about(history, name).get("scale_invariant") not in ("no", "unknown")]
+    """Geometric mean, over steps and vectors, of the factor that the recorded decay amounts to in a
+    run without (AWS paper, eq. 16)."""
+    invariant = [
+        name
+        for name in names
+        if _about(history, name).get("scale_invariant") not in ("no", "unknown")
+    ]
     logs = []
     for name in invariant or names:
         steps, decays = history.vectors(f"decay/{name}")
-        lasts = np.diff(steps, append=steps[-1] + 1)[:, None]  # a record stands for the steps up to the next one
+        lasts = np.diff(steps, append=steps[-1] + 1)[
+            :, None
+        ]  # a record stands for the steps up to the next one
         kept = np.log1p(-decays.astype(np.float64))
-        before = np.cumsum(kept * lasts, axis=0) - kept * lasts  # log of p, the length that decay alone would have left
+        before = (
+            np.cumsum(kept * lasts, axis=0) - kept * lasts
+        )  # log of p, the length that decay alone would have left
         logs.append(((-2 * before - kept) * lasts).sum(axis=0) / lasts.sum())
     return float(np.exp(np.concatenate(logs).mean()))

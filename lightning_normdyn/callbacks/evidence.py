@@ -1,9 +1,13 @@
 """What real gradients say about the claims of the graph: confirmed, withdrawn, or nothing yet.
 
-The Euler test (`lightning_normdyn.targets.euler_values`) gives a mean of z² and a number of values for each weight and step. A claim is
-looked at closely in its first steps, at every one of them, until 8 values are there. From then on it is looked at when the Trainer logs.
-A look that contradicts a claim calls for a close look again, whose 8 fresh values decide: so a term that enters the loss late (a warm-up
-of a penalty, an auxiliary head) is noticed within a few steps whatever came before, and a single odd step withdraws nothing.
+The Euler test (`lightning_normdyn.targets.euler_values`) gives a mean of z² and a number of values
+for each weight and step. A claim is
+looked at closely in its first steps, at every one of them, until 8 values are there. From then on
+it is looked at when the Trainer logs.
+A look that contradicts a claim calls for a close look again, whose 8 fresh values decide: so a term
+that enters the loss late (a warm-up
+of a penalty, an auxiliary head) is noticed within a few steps whatever came before, and a single
+odd step withdraws nothing.
 
 All decisions come from sums over all ranks, so all ranks decide the same.
 """
@@ -19,14 +23,24 @@ from torch import Tensor
 
 from lightning_normdyn.callbacks.loss_gradients import LossGradients
 from lightning_normdyn.steps import HostCopy
-from lightning_normdyn.targets import EULER_COUNT, EULER_LIMIT, Verdict, euler_sums, euler_values, rms_of, whole_values
+from lightning_normdyn.targets import (
+    EULER_COUNT,
+    EULER_LIMIT,
+    Verdict,
+    euler_sums,
+    euler_values,
+    rms_of,
+    whole_values,
+)
 from lightning_normdyn.vectors import WeightVectors
 
 CLOSE_LOOKS = 16
-"""Steps of a close look. One vector gives one value a step, so 8 values come together even if half of the steps say nothing."""
+"""Steps of a close look. One vector gives one value a step, so 8 values come together even if half
+of the steps say nothing."""
 
 LONGEST_REST = 6
-"""A claim that close looks have cleared is not suspected again for 2, 4, ... up to 2**6 logging steps: a close look costs a wait a step."""
+"""A claim that close looks have cleared is not suspected again for 2, 4, ... up to 2**6 logging
+steps: a close look costs a wait a step."""
 
 
 @dataclass
@@ -119,14 +133,24 @@ class Record:
 
     def state(self) -> Tensor:
         """As float64 numbers, ``(8,)``."""
-        numbers = [self.total, self.count, *self.doubt, self.close, self.confirmed, self.cleared, self.rest]
+        numbers = [
+            self.total,
+            self.count,
+            *self.doubt,
+            self.close,
+            self.confirmed,
+            self.cleared,
+            self.rest,
+        ]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @classmethod
     def from_state(cls, claim: Verdict, state: Tensor) -> Record:
         """The inverse of `state`."""
         total, count, *doubt, close, confirmed, cleared, rest = state.tolist()
-        record = cls(claim, total, count, int(close), bool(confirmed), cleared=int(cleared), rest=int(rest))
+        record = cls(
+            claim, total, count, int(close), bool(confirmed), cleared=int(cleared), rest=int(rest)
+        )
         record.doubt = (doubt[0], doubt[1])
         return record
 
@@ -136,7 +160,8 @@ class Look:
     """The values of a logging step on their way to the host.
 
     Args:
-        due: the step at whose ``ready`` they are read, so that nobody waits and every rank reads them at the same step.
+        due: the step at whose ``ready`` they are read, so that nobody waits and every rank reads
+            them at the same step.
         names: of the weights.
         values: ``(2, weights)``.
     """
@@ -182,14 +207,17 @@ class Examination:
 
         Args:
             trusted: whether gradients are the loss's own as far as the ranks' communication goes.
-            as_received: whether the optimizer's gradients will do where the backward pass was not seen.
+            as_received: whether the optimizer's gradients will do where the backward pass was not
+                seen.
         """
         vectors = self.vectors
         assert vectors is not None
         sums = None if self.gradients is None else self.gradients.take(vectors)
         if sums is None:
             weights, gradients = vectors.values(), vectors.gradients()
-            sums = vectors.partial_inner((weights, weights), (weights, gradients), (gradients, gradients), exact=False)
+            sums = vectors.partial_inner(
+                (weights, weights), (weights, gradients), (gradients, gradients), exact=False
+            )
             trusted = trusted and as_received
         if not trusted:
             sums = torch.full_like(sums, float("nan"))
@@ -203,7 +231,8 @@ class Examination:
 
 @dataclass(frozen=True)
 class Contradiction:
-    """A claim that gradients have contradicted: root mean square of z, over how many values, at which step of its optimizer."""
+    """A claim that gradients have contradicted: root mean square of z, over how many values, at
+    which step of its optimizer."""
 
     claim: Verdict
     rms: float
@@ -213,7 +242,8 @@ class Contradiction:
 
 @dataclass(frozen=True)
 class Memory:
-    """The evidence at one moment: records by weight name, and of each optimizer its steps, logging steps and looks on their way."""
+    """The evidence at one moment: records by weight name, and of each optimizer its steps, logging
+    steps and looks on their way."""
 
     records: Mapping[str, Record]
     examinations: Mapping[int, tuple[int, int, list[Look]]]
@@ -225,7 +255,8 @@ class Evidence:
     def __init__(self) -> None:
         self.records: dict[str, Record] = {}
         self.judged = 0
-        """How many looks have been judged: as long as it does not change, nothing is confirmed or withdrawn."""
+        """How many looks have been judged: as long as it does not change, nothing is confirmed or
+        withdrawn."""
         self._before_batch: Memory | None = None
         self._examinations: dict[int, Examination] = {}
 
@@ -233,17 +264,20 @@ class Evidence:
         """What is known of one optimizer's claims."""
         return self._examinations.setdefault(index, Examination())
 
-    # -- claims --------------------------------------------------------------------------------------------------------
+    # -- claims
+    # --------------------------------------------------------------------------------------------------------
 
     def claim(self, index: int, weights: Sequence[Tensor], verdicts: Sequence[Verdict]) -> None:
-        """These are the claims about the weights of one optimizer now; what is known of unchanged ones stays."""
+        """These are the claims about the weights of one optimizer now; what is known of unchanged
+        ones stays."""
         examination = self.of(index)
         partitions = [v.partition for v in verdicts if v.partition is not None]
         names, reads = [v.name for v in verdicts], [v.read for v in verdicts]
         for verdict in verdicts:
             known = self.records.get(verdict.name)
             if known is not None and grew(known.claim, verdict):
-                # More rows of the kind that has been looked at: not yet confirmed, but no reason to wait for gradients at every step.
+                # More rows of the kind that has been looked at: not yet confirmed, but no reason to
+                # wait for gradients at every step.
                 self.records[verdict.name] = replace(known, claim=verdict, confirmed=False)
             elif known is None or not same_claim(known.claim, verdict):
                 self.records[verdict.name] = Record(verdict)
@@ -257,7 +291,9 @@ class Evidence:
             and all(a is b for a, b in zip(examination.reads, reads, strict=True))
         )
         if not unchanged:
-            examination.vectors = WeightVectors(weights, partitions, names, reads) if weights else None
+            examination.vectors = (
+                WeightVectors(weights, partitions, names, reads) if weights else None
+            )
         examination.weights, examination.names, examination.reads = list(weights), names, reads
         self._note_closeness(examination)
 
@@ -275,21 +311,35 @@ class Evidence:
 
     def looked_at_closely(self) -> list[Verdict]:
         """The claims that are looked at in every step at present."""
-        close = [name for examination in self._examinations.values() if examination.close for name in examination.names]
-        return [self.records[name].claim for name in close if name in self.records and self.records[name].close]
+        close = [
+            name
+            for examination in self._examinations.values()
+            if examination.close
+            for name in examination.names
+        ]
+        return [
+            self.records[name].claim
+            for name in close
+            if name in self.records and self.records[name].close
+        ]
 
     def doubted(self) -> list[Verdict]:
         """Those of them that a look of a logging step has contradicted."""
-        return [claim for claim in self.looked_at_closely() if self.records[claim.name].doubt[1] > 0]
+        return [
+            claim for claim in self.looked_at_closely() if self.records[claim.name].doubt[1] > 0
+        ]
 
-    # -- looks ---------------------------------------------------------------------------------------------------------
+    # -- looks
+    # ---------------------------------------------------------------------------------------------------------
 
     def wanted(self, index: int, logging_step: int, claims: Iterable[Verdict]) -> list[Verdict]:
-        """Which of these claims about the weights of an optimizer are to be looked at in its next step.
+        """Which of these claims about the weights of an optimizer are to be looked at in its next
+        step.
 
         Args:
             index: of the optimizer.
-            logging_step: how many logging steps the Trainer will have come to with this batch. An optimizer that did not step at one is
+            logging_step: how many logging steps the Trainer will have come to with this batch. An
+                optimizer that did not step at one is
                 looked at in its next step.
             claims: that hold now, or will be made at that step.
         """
@@ -298,7 +348,8 @@ class Evidence:
         return [claim for claim in claims if self.is_open(claim)]
 
     def is_due(self, index: int, logging_step: int) -> bool:
-        """Whether the claims that have been made about the weights of an optimizer are to be looked at in its next step."""
+        """Whether the claims that have been made about the weights of an optimizer are to be looked
+        at in its next step."""
         examination = self.of(index)
         return bool(examination.names) and (examination.close or logging_step > examination.logged)
 
@@ -309,17 +360,23 @@ class Evidence:
             return True
         return not (same_claim(record.claim, claim) or grew(record.claim, claim))
 
-    def question(self, index: int, logging_step: int, *, trusted: bool, as_received: bool) -> list[Contradiction]:
-        """At ``ready``: take in what this step says, if it is to be looked at; claims that were contradicted. Every rank must call it.
+    def question(
+        self, index: int, logging_step: int, *, trusted: bool, as_received: bool
+    ) -> list[Contradiction]:
+        """At ``ready``: take in what this step says, if it is to be looked at; claims that were
+        contradicted. Every rank must call it.
 
-        A close look is read at once, before a callback acts on the claim. A logging step is read at the next ``ready`` (from a GPU, at the
+        A close look is read at once, before a callback acts on the claim. A logging step is read at
+        the next ``ready`` (from a GPU, at the
         second next), when its numbers have arrived.
         """
         examination = self.of(index)
         if self._before_batch is None:
             self._before_batch = self._memory()
         examination.steps += 1
-        examination.logged = min(examination.logged, logging_step)  # a checkpoint of a longer run, its loops reset
+        examination.logged = min(
+            examination.logged, logging_step
+        )  # a checkpoint of a longer run, its loops reset
         logs, close = logging_step > examination.logged, examination.close
         if logs:
             examination.logged = logging_step
@@ -332,7 +389,9 @@ class Evidence:
         if close:
             return found + self._judge(examination, examination.names, values.tolist(), logs=logs)
         copy = HostCopy(values)
-        examination.looks.append(Look(examination.steps + 1 + copy.arrives_later, list(examination.names), copy))
+        examination.looks.append(
+            Look(examination.steps + 1 + copy.arrives_later, list(examination.names), copy)
+        )
         return found
 
     def _start_anew(self, examination: Examination) -> None:
@@ -347,7 +406,9 @@ class Evidence:
             found += self._judge(examination, look.names, look.values.get().tolist(), logs=True)
         return found
 
-    def _judge(self, examination: Examination, names: list[str], values: list[list[float]], *, logs: bool) -> list[Contradiction]:
+    def _judge(
+        self, examination: Examination, names: list[str], values: list[list[float]], *, logs: bool
+    ) -> list[Contradiction]:
         found = []
         for name, mean, number in zip(names, *values, strict=True):
             record = self.records.get(name)
@@ -363,28 +424,38 @@ class Evidence:
         records = [self.records[name] for name in examination.names if name in self.records]
         examination.close = any(record.close for record in records)
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ---------------------------------------------------------------------------------------------------
 
     def begin_batch(self) -> None:
-        """A batch begins: what is known from here on is not yet what a checkpoint in the middle of it holds."""
+        """A batch begins: what is known from here on is not yet what a checkpoint in the middle of
+        it holds."""
         self._before_batch = None
 
     def _memory(self) -> Memory:
         # Records change when looks are judged and are small; nothing is copied to the host.
         records = {name: replace(record) for name, record in self.records.items()}
-        return Memory(records, {index: (e.steps, e.logged, list(e.looks)) for index, e in self._examinations.items()})
+        return Memory(
+            records,
+            {index: (e.steps, e.logged, list(e.looks)) for index, e in self._examinations.items()},
+        )
 
     def state(self, *, in_batch: bool) -> dict[str, Any]:
         """As plain tensors, numbers and strings.
 
         Args:
-            in_batch: whether a batch is being trained on. After a resume it is trained on again, so what its steps have said so far is
+            in_batch: whether a batch is being trained on. After a resume it is trained on again, so
+                what its steps have said so far is
                 left out.
         """
-        memory = self._before_batch if in_batch and self._before_batch is not None else self._memory()
+        memory = (
+            self._before_batch if in_batch and self._before_batch is not None else self._memory()
+        )
         examinations = {}
         for index, (steps, logged, on_their_way) in memory.examinations.items():
-            looks = [[look.due, list(look.names), look.values.get().double()] for look in on_their_way]
+            looks = [
+                [look.due, list(look.names), look.values.get().double()] for look in on_their_way
+            ]
             examinations[index] = {"steps": steps, "logged": logged, "looks": looks}
         records = {name: record.state() for name, record in memory.records.items()}
         return {"records": records, "examinations": examinations}
@@ -396,13 +467,16 @@ class Evidence:
             if verdict is not None and verdict.partition is not None:
                 self.records[name] = Record.from_state(verdict, numbers)
         for index, stored in state["examinations"].items():
-            examination = self._examinations[int(index)] = Examination(steps=int(stored["steps"]), logged=int(stored["logged"]))
+            examination = self._examinations[int(index)] = Examination(
+                steps=int(stored["steps"]), logged=int(stored["logged"])
+            )
             for due, names, values in stored["looks"]:
                 examination.looks.append(Look(int(due), list(names), HostCopy(values)))
 
 
 def grew(before: Verdict, now: Verdict) -> bool:
-    """Whether a claim is about the rows that it was about, and about more that a loss has read since.
+    """Whether a claim is about the rows that it was about, and about more that a loss has read
+    since.
 
     Example:
         >>> from lightning_normdyn.vectors import Partition
@@ -412,7 +486,13 @@ def grew(before: Verdict, now: Verdict) -> bool:
         (True, False, False)
     """
     old, new = before.partition, now.partition
-    if old is None or new is None or before.norms != now.norms or old.keep != new.keep or old.granularity != new.granularity:
+    if (
+        old is None
+        or new is None
+        or before.norms != now.norms
+        or old.keep != new.keep
+        or old.granularity != new.granularity
+    ):
         return False
     was_in, is_in = old.labels >= 0, new.labels >= 0
     if was_in.shape != is_in.shape or bool((was_in & ~is_in).any()) or torch.equal(was_in, is_in):
@@ -425,7 +505,9 @@ def grew(before: Verdict, now: Verdict) -> bool:
 
 def same_claim(a: Verdict, b: Verdict) -> bool:
     """Whether two verdicts claim the same vectors because of the same normalizations."""
-    same_vectors = a.partition is not None and b.partition is not None and a.partition.equal(b.partition)
+    same_vectors = (
+        a.partition is not None and b.partition is not None and a.partition.equal(b.partition)
+    )
     return same_vectors and a.norms == b.norms
 
 

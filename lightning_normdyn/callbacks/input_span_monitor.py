@@ -1,4 +1,5 @@
-"""What part of the weights the training data can see: the WRS paper's input space projection, at the end of epochs."""
+"""What part of the weights the training data can see: the WRS paper's input space projection, at
+the end of epochs."""
 
 from __future__ import annotations
 
@@ -20,7 +21,14 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
 from torch import Tensor, nn
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, is_number, warn_once
+from lightning_normdyn.callbacks.base import (
+    NormDynCallback,
+    Plan,
+    Target,
+    check_count,
+    is_number,
+    warn_once,
+)
 from lightning_normdyn.callbacks.spawned import KeepsHistory
 from lightning_normdyn.callbacks.state import history as check_history
 from lightning_normdyn.callbacks.training_sample import Sample, seed_everything, undisturbed
@@ -44,58 +52,86 @@ from lightning_normdyn.input_span import (
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
 BLOCK_BYTES = 2**31
-"""Covariances held at once; more layers than fit are done in turn, each turn with a pass of its own over the sample."""
+"""Covariances held at once; more layers than fit are done in turn, each turn with a pass of its own
+over the sample."""
 BINS = 61
 REACH = 6.0
 """Histograms of weights span so many root mean squares to either side."""
-QUANTITIES = ("input_span_energy", "input_span_noise", "input_span_rank", "ggd_shape_input", "ggd_shape_parameter")
+QUANTITIES = (
+    "input_span_energy",
+    "input_span_noise",
+    "input_span_rank",
+    "ggd_shape_input",
+    "ggd_shape_parameter",
+)
 
 
 class InputSpanMonitor(NormDynCallback, KeepsHistory):
-    r"""Logs what part of each layer's weights its inputs can see, and how the weights are distributed (WRS paper, Figures 4 to 6).
+    r"""Logs what part of each layer's weights its inputs can see, and how the weights are
+    distributed (WRS paper, Figures 4 to 6).
 
-    At the end of an epoch, inputs of the targeted layers (rows of linear layers, patches of convolutions) are gathered over a sample of
-    the training data, and the eigenvectors of their covariance are computed. The leading ones, which hold the share ``energy`` of the
+    At the end of an epoch, inputs of the targeted layers (rows of linear layers, patches of
+    convolutions) are gathered over a sample of
+    the training data, and the eigenvectors of their covariance are computed. The leading ones,
+    which hold the share ``energy`` of the
     variance, are the span of the inputs. Keys are ``<quantity>/<parameter name>``:
 
-    ======================= ===================================================================================================
+    =======================
+    ===================================================================================================
     quantity                meaning
-    ======================= ===================================================================================================
+    =======================
+    ===================================================================================================
     ``input_span_energy``   share of a weight vector's squared norm inside the span (truncated basis), mean over the vectors
     ``input_span_noise``    the rest: what the data cannot see
     ``input_span_rank``     directions in the span; for grouped convolutions the mean over groups, 0 for constant inputs
     ``ggd_shape_input``     generalized-Gaussian shape of the weights in the whole eigenbasis (rotated, norms kept): 2 Gaussian, 1 Laplace
     ``ggd_shape_parameter`` the same of the weights as they are
-    ======================= ===================================================================================================
+    =======================
+    ===================================================================================================
 
-    The sample is drawn from the training *dataset* (which must be map-style) with a seed of its own: the same examples at every epoch
-    and on any number of ranks, which share the work. They are collated and transferred as in training, so training-time augmentation
-    applies, with the same random numbers for an example at every epoch. Then ``forward`` of the LightningModule is called in evaluation
-    mode, without gradients, on the first element of the batch, or with the entries of a mapping that ``forward`` takes as keyword
-    arguments; override `call_model` where that is not what it wants. One call is tried at fit start. Model, buffers, training flags,
-    data order, loggers and random numbers (also those of generators that the dataset, its collate function, the datamodule or the
+    The sample is drawn from the training *dataset* (which must be map-style) with a seed of its
+    own: the same examples at every epoch
+    and on any number of ranks, which share the work. They are collated and transferred as in
+    training, so training-time augmentation
+    applies, with the same random numbers for an example at every epoch. Then ``forward`` of the
+    LightningModule is called in evaluation
+    mode, without gradients, on the first element of the batch, or with the entries of a mapping
+    that ``forward`` takes as keyword
+    arguments; override `call_model` where that is not what it wants. One call is tried at fit
+    start. Model, buffers, training flags,
+    data order, loggers and random numbers (also those of generators that the dataset, its collate
+    function, the datamodule or the
     model hold) are left as they were.
 
-    **Cost.** A pass of ``forward`` over at most ``max_samples`` examples. Per layer with :math:`d` entries per filter and :math:`g`
-    groups: at most ``max_samples`` rows, :math:`g d^2` multiply-adds for each, :math:`8 g d^2` bytes, and about :math:`10 g d^3`
-    operations for the eigenvectors (beyond 5120 entries: a randomized method for the leading ones only, and no ``ggd_shape_input``). At
-    most 2 GiB of covariances are held at once; layers that do not fit take turns, with a pass each, and a layer that does not fit alone
+    **Cost.** A pass of ``forward`` over at most ``max_samples`` examples. Per layer with :math:`d`
+    entries per filter and :math:`g`
+    groups: at most ``max_samples`` rows, :math:`g d^2` multiply-adds for each, :math:`8 g d^2`
+    bytes, and about :math:`10 g d^3`
+    operations for the eigenvectors (beyond 5120 entries: a randomized method for the leading ones
+    only, and no ``ggd_shape_input``). At
+    most 2 GiB of covariances are held at once; layers that do not fit take turns, with a pass each,
+    and a layer that does not fit alone
     is refused by name (left out, with a warning, under ``"auto"``).
 
     Not for FSDP1, DeepSpeed and tensor parallelism, where whole inputs or weights are not at hand.
 
     Args:
         every_n_epochs: measure at the end of every so many training epochs.
-        max_samples: most examples to pass through the model, and most rows to take per layer, spread over all examples.
+        max_samples: most examples to pass through the model, and most rows to take per layer,
+            spread over all examples.
         energy: share of the inputs' variance that makes the span, in (0, 1].
-        method: how the shape is fitted: ``"moments"``, or ``"mle"`` (slower, more precise on clean data).
+        method: how the shape is fitted: ``"moments"``, or ``"mle"`` (slower, more precise on clean
+            data).
         seed: of the sample.
-        params: ``"auto"`` (every weight of a linear layer or convolution that an optimizer owns and ``forward`` uses), a glob pattern, or
+        params: ``"auto"`` (every weight of a linear layer or convolution that an optimizer owns and
+            ``forward`` uses), a glob pattern, or
             a list of them.
-        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``: the vectors that energy and noise are averaged over.
+        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``: the vectors that energy
+            and noise are averaged over.
 
     Attributes:
-        history: the same rows in memory, on rank zero, logger or not, with histograms of the weights as per-vector arrays
+        history: the same rows in memory, on rank zero, logger or not, with histograms of the
+            weights as per-vector arrays
             (`lightning_normdyn.plots.plot_input_span`, `plot_weight_histogram`).
 
     Raises:
@@ -124,7 +160,9 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs, 1)
         self.max_samples = check_count("max_samples", max_samples, 2)
         self.seed = check_count("seed", seed, 0)
-        if self.seed >= 2**31:  # what numpy, torch and Python all take, with the number of a batch added
+        if (
+            self.seed >= 2**31
+        ):  # what numpy, torch and Python all take, with the number of a batch added
             raise ValueError(f"`seed` must be below 2**31, got {seed!r}.")
         if not is_number(energy) or not 0 < energy <= 1:
             raise ValueError(f"`energy` must be in (0, 1], got {energy!r}.")
@@ -149,7 +187,10 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
-        return {key: getattr(self, key) for key in ("every_n_epochs", "max_samples", "energy", "method", "seed")}
+        return {
+            key: getattr(self, key)
+            for key in ("every_n_epochs", "max_samples", "energy", "method", "seed")
+        }
 
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
         """It has no part in a step."""
@@ -160,7 +201,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         return ""
 
     def call_model(self, module: LightningModule, batch: Any) -> None:
-        """Run ``module`` on a batch as it came from the loader; override it where ``forward`` wants something else.
+        """Run ``module`` on a batch as it came from the loader; override it where ``forward`` wants
+        something else.
 
         Args:
             module: the LightningModule, in evaluation mode.
@@ -177,7 +219,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 return
         module(first)
 
-    # -- which layers --------------------------------------------------------------------------------------------------
+    # -- which layers
+    # --------------------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers, and refuse strategies that cut inputs or weights."""
@@ -186,13 +229,18 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         super().on_fit_start(trainer, pl_module)
         assert self._session is not None
         for layer in pl_module.modules():
-            for weight in layer.parameters() if isinstance(layer, LAYERS) else ():  # also behind a parametrization
+            for weight in (
+                layer.parameters() if isinstance(layer, LAYERS) else ()
+            ):  # also behind a parametrization
                 if self._session.shapes.get(weight) == weight_shape(layer):
                     self._readers.setdefault(weight, []).append(layer)
         self._check_patterns(trainer)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Send what was measured to the process that called ``fit``: one that the Trainer started gets no on_exception when it fails."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Send what was measured to the process that called ``fit``: one that the Trainer started
+        gets no on_exception when it fails."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         self.send_history(trainer)
 
@@ -207,12 +255,17 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         found = None
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
             found = type(trainer.strategy).__name__
-        elif trainer.world_size > 1 and (trainer.distributed_sampler_kwargs or {}).get("num_replicas") != trainer.world_size:
+        elif (
+            trainer.world_size > 1
+            and (trainer.distributed_sampler_kwargs or {}).get("num_replicas") != trainer.world_size
+        ):
             found = f"{type(trainer.strategy).__name__} with tensor parallelism"
         if found is not None:
             raise NotSupportedError(
-                f"InputSpanMonitor needs the layers' whole inputs and weights, which {found} does not keep at hand. "
-                "Use one device, DDP or ModelParallelStrategy with data parallelism (FSDP2), or remove the callback."
+                f"InputSpanMonitor needs the layers' whole inputs and weights, which {found} does "
+                f"not keep at hand. "
+                "Use one device, DDP or ModelParallelStrategy with data parallelism (FSDP2), or "
+                "remove the callback."
             )
 
     def _check_weight(self, weight: Tensor, name: str) -> None:
@@ -220,13 +273,16 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         reason = self._obstacle(weight)
         if reason is not None:
             raise NotSupportedError(
-                f"`{name}` was asked to be a target of InputSpanMonitor, but {reason}. Leave it out with params=[..., '!{name}']."
+                f"`{name}` was asked to be a target of InputSpanMonitor, but {reason}. Leave it "
+                f"out with params=[..., '!{name}']."
             )
 
     def _obstacle(self, weight: Tensor) -> str | None:
         """Why the inputs of ``weight`` cannot be looked at; None if they can."""
         if self._readers and weight not in self._readers:
-            return "it is not the weight of a linear layer or a convolution, so it has no input rows"
+            return (
+                "it is not the weight of a linear layer or a convolution, so it has no input rows"
+            )
         readers = self._readers.get(weight, [])
         if readers and not share_filters(readers):
             kinds = " and ".join(dict.fromkeys(type(layer).__name__ for layer in readers))
@@ -255,15 +311,23 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         assert self._session is not None
         if not any(self._can_measure(w) for w in self._session.names if w in self._readers):
             raise NoTargetsError(
-                f"InputSpanMonitor found no linear layer or convolution that `{type(pl_module).__name__}.forward` uses. "
+                f"InputSpanMonitor found no linear layer or convolution that "
+                f"`{type(pl_module).__name__}.forward` uses. "
                 "Override `call_model` so that it runs the layers, or remove the callback."
             )
         for weight in self._readers if self.params == ["auto"] else ():
             readers = self._readers[weight]
-            if weight.requires_grad and (covariance_bytes(readers[0]) > BLOCK_BYTES or not share_filters(readers)):
-                warn_once(f"InputSpanMonitor leaves out `{self._session.names[weight][0]}`: {self._obstacle(weight)}.")
+            if weight.requires_grad and (
+                covariance_bytes(readers[0]) > BLOCK_BYTES or not share_filters(readers)
+            ):
+                warn_once(
+                    f"InputSpanMonitor leaves out `{self._session.names[weight][0]}`: "
+                    f"{self._obstacle(weight)}."
+                )
 
-    def _try(self, trainer: Trainer, module: LightningModule, sample: Sample) -> dict[nn.Module, _Trial]:
+    def _try(
+        self, trainer: Trainer, module: LightningModule, sample: Sample
+    ) -> dict[nn.Module, _Trial]:
         tried: dict[nn.Module, _Trial] = {}
 
         def look(layer: nn.Module, args: Any, kwargs: Any) -> None:
@@ -280,9 +344,11 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 self._run(trainer, module, sample.small_batch())
             except Exception as error:
                 raise NotSupportedError(
-                    f"InputSpanMonitor calls `{type(module).__name__}.forward` with the first element of a batch (with the entries of a "
+                    f"InputSpanMonitor calls `{type(module).__name__}.forward` with the first "
+                    f"element of a batch (with the entries of a "
                     f"mapping by name), and here that raised {type(error).__name__}: {error}\n"
-                    "Let `forward` take it, or override `InputSpanMonitor.call_model(module, batch)` in a subclass."
+                    "Let `forward` take it, or override `InputSpanMonitor.call_model(module, "
+                    "batch)` in a subclass."
                 ) from error
         return tried
 
@@ -293,13 +359,17 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     def _label(self, targets: Sequence[Target]) -> None:
         for target in targets:
             try:
-                self._labels[target.name] = filter_labels(self._readers[target.weight][0], target.partition)
+                self._labels[target.name] = filter_labels(
+                    self._readers[target.weight][0], target.partition
+                )
             except NotSupportedError as error:
                 raise NotSupportedError(
-                    f"`{target.name}` cannot be a target of InputSpanMonitor: {error}. Leave it out with params=[..., '!{target.name}']."
+                    f"`{target.name}` cannot be a target of InputSpanMonitor: {error}. Leave it "
+                    f"out with params=[..., '!{target.name}']."
                 ) from error
 
-    # -- measuring -----------------------------------------------------------------------------------------------------
+    # -- measuring
+    # -----------------------------------------------------------------------------------------------------
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure, if it is time."""
@@ -313,7 +383,9 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 bracket.settle()  # a fused optimizer tells later whether it skipped its last update
             self._measure(trainer, pl_module, targets, max(self.steps_of(i) for i in self.plans))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """In the first epoch after a resume: look whether the one before it was measured."""
         if batch_idx == 0:
             self._catch_up(trainer, pl_module, trainer.current_epoch - 1)
@@ -323,22 +395,38 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         return not self._off and (epoch + 1) % self.every_n_epochs == 0
 
     def _catch_up(self, trainer: Trainer, module: LightningModule, epoch: int) -> None:
-        """Measure an epoch whose last step came before a checkpoint, and whose end after it (as where a validation has it saved): the
+        """Measure an epoch whose last step came before a checkpoint, and whose end after it (as
+        where a validation has it saved): the
         weights are still those of its end."""
         restored, session = self._restored, self._session
-        if restored is None or epoch < 0 or not self._is_due(epoch) or "history" not in restored.get("extra", {}):
+        if (
+            restored is None
+            or epoch < 0
+            or not self._is_due(epoch)
+            or "history" not in restored.get("extra", {})
+        ):
             return
         assert session is not None
         history = History()
         history.load_state_dict(restored["extra"]["history"])
-        if (len(history) and history[-1]["step"] >= self._newest_step(trainer)) or not session.restore_verdicts():
+        if (
+            len(history) and history[-1]["step"] >= self._newest_step(trainer)
+        ) or not session.restore_verdicts():
             return
-        chosen = {i: [self._target(w) for w in self._select(session.owned(o))] for i, o in enumerate(session.optimizers)}
+        chosen = {
+            i: [self._target(w) for w in self._select(session.owned(o))]
+            for i, o in enumerate(session.optimizers)
+        }
         targets = [t for found in chosen.values() for t in found if t is not None]
         if targets:
             self._label(targets)
             self.history = history
-            self._measure(trainer, module, targets, max(int(restored["steps"].get(i, 0)) for i, found in chosen.items() if found))
+            self._measure(
+                trainer,
+                module,
+                targets,
+                max(int(restored["steps"].get(i, 0)) for i, found in chosen.items() if found),
+            )
             self._restored = {**restored, "extra": self._extra()}
 
     @staticmethod
@@ -346,11 +434,20 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         """As Lightning has it for values of an epoch: the step of its last batch."""
         return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, targets: list[Target], optimizer_step: int) -> None:
+    def _measure(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        targets: list[Target],
+        optimizer_step: int,
+    ) -> None:
         sample = Sample(trainer, self.max_samples, self.seed)
         found: dict[str, _Found] = {}
         self._cut.clear()
-        with undisturbed(pl_module, self.seed, sample.sources), self._progress(trainer, sample, targets) as advance:
+        with (
+            undisturbed(pl_module, self.seed, sample.sources),
+            self._progress(trainer, sample, targets) as advance,
+        ):
             for block in self._blocks(targets):
                 streams = self._gather(trainer, pl_module, sample, block, advance)
                 found.update(self._describe(block, streams))
@@ -371,11 +468,18 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         return blocks
 
     def _gather(
-        self, trainer: Trainer, module: LightningModule, sample: Sample, targets: list[Target], advance: Callable[[], None]
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        sample: Sample,
+        targets: list[Target],
+        advance: Callable[[], None],
     ) -> list[Covariance]:
         """Mean and covariance of the targets' input rows, over the whole sample and all ranks."""
         assert self._tried is not None
-        streams = [Covariance(*row_shape(self._readers[t.weight][0]), module.device) for t in targets]
+        streams = [
+            Covariance(*row_shape(self._readers[t.weight][0]), module.device) for t in targets
+        ]
         of_layer: dict[nn.Module, list[tuple[Covariance, int]]] = {}
         for target, stream in zip(targets, streams, strict=True):
             layers = self._readers[target.weight]
@@ -389,7 +493,9 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 return
             rows = InputRows(layer, _input_of(args, kwargs))
             for stream, calls in of_layer[layer]:
-                each = max(1, quantiles.shape[1] // calls)  # a layer that is called several times takes fewer rows of each call
+                each = max(
+                    1, quantiles.shape[1] // calls
+                )  # a layer that is called several times takes fewer rows of each call
                 chosen = spread_rows(rows.count, quantiles[:, :each].flatten())
                 if len(chosen) < rows.count:
                     self._cut.add(layer)
@@ -415,18 +521,29 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             self.call_model(module, batch)
 
     def _describe(self, targets: list[Target], streams: list[Covariance]) -> dict[str, _Found]:
-        """The numbers of each layer; where there are several ranks, each works out its share of the layers."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+        """The numbers of each layer; where there are several ranks, each works out its share of the
+        layers."""
+        rank, world = (
+            (dist.get_rank(), dist.get_world_size())
+            if dist.is_available() and dist.is_initialized()
+            else (0, 1)
+        )
         table = streams[0].mean.new_zeros(len(targets), _Found.WIDTH)
         for i, (target, stream) in enumerate(zip(targets, streams, strict=True)):
             weight: Any = target.weight.detach()
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight  # every rank takes part
+            whole = (
+                weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            )  # every rank takes part
             if i % world == rank and stream.count:
                 filters = filters_of(self._readers[target.weight][0], whole).to(table)
                 table[i] = self._numbers(filters, stream, self._labels[target.name]).to(table)
         if world > 1:
             dist.all_reduce(table)
-        return {t.name: _Found(t, s.count, row) for t, s, row in zip(targets, streams, table.tolist(), strict=True) if s.count}
+        return {
+            t.name: _Found(t, s.count, row)
+            for t, s, row in zip(targets, streams, table.tolist(), strict=True)
+            if s.count
+        }
 
     def _numbers(self, filters: Tensor, stream: Covariance, labels: Tensor) -> Tensor:
         covariance = stream.covariance()
@@ -436,26 +553,47 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         shares = vector_shares(span, labels)
         rotated = span.rotated if span.rotated is not None else filters[:0]
         shapes = [generalized_gaussian_shape(x, method=self.method) for x in (rotated, filters)]
-        sizes = [torch.nan_to_num(x / filters.square().mean().sqrt()).clamp(-REACH, REACH) for x in (rotated, filters)]
+        sizes = [
+            torch.nan_to_num(x / filters.square().mean().sqrt()).clamp(-REACH, REACH)
+            for x in (rotated, filters)
+        ]
         # On the host: on a GPU it is not deterministic, which a Trainer may have been told to be.
         histograms = [torch.histc(x.float().cpu(), BINS, -REACH, REACH) for x in sizes]
-        numbers = torch.tensor([float(shares.nanmean()), float(span.rank.double().mean()), *shapes], dtype=torch.float64, device="cpu")
+        numbers = torch.tensor(
+            [float(shares.nanmean()), float(span.rank.double().mean()), *shapes],
+            dtype=torch.float64,
+            device="cpu",
+        )
         return torch.cat([numbers, *(h.double() for h in histograms)])
 
     @contextmanager
-    def _progress(self, trainer: Trainer, sample: Sample, targets: list[Target]) -> Iterator[Callable[[], None]]:
+    def _progress(
+        self, trainer: Trainer, sample: Sample, targets: list[Target]
+    ) -> Iterator[Callable[[], None]]:
         """A bar on rank zero's terminal, where the Trainer shows one too."""
-        bar, rounds = trainer.progress_bar_callback, sample.rounds(trainer.world_size) * len(self._blocks(targets))
+        bar, rounds = (
+            trainer.progress_bar_callback,
+            sample.rounds(trainer.world_size) * len(self._blocks(targets)),
+        )
         if bar is None or not trainer.is_global_zero or not sys.stderr.isatty():
             yield lambda: None
         elif isinstance(bar, RichProgressBar):  # it owns the screen
-            bar.print(f"lightning-normdyn: inputs of {len(targets)} weights over {sample.count} examples")
+            bar.print(
+                f"lightning-normdyn: inputs of {len(targets)} weights over {sample.count} examples"
+            )
             yield lambda: None
         else:
-            with Tqdm(total=rounds, desc=f"Inputs of {len(targets)} weights", leave=False, dynamic_ncols=True) as shown:
+            with Tqdm(
+                total=rounds,
+                desc=f"Inputs of {len(targets)} weights",
+                leave=False,
+                dynamic_ncols=True,
+            ) as shown:
                 yield lambda: shown.update() and None
 
-    def _publish(self, trainer: Trainer, sample: Sample, found: dict[str, _Found], optimizer_step: int) -> None:
+    def _publish(
+        self, trainer: Trainer, sample: Sample, found: dict[str, _Found], optimizer_step: int
+    ) -> None:
         """Rank zero: into the history and the loggers."""
         step = self._newest_step(trainer)
         broken = [name for name, f in found.items() if not isfinite(f.numbers[1])]
@@ -463,34 +601,47 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             f"{quantity}/{name}": value
             for name, f in found.items()
             for quantity, value in f.values().items()
-            if isfinite(value) or name in broken  # NaN where a run has diverged; what is undefined (constant inputs) is left out
+            if isfinite(value)
+            or name
+            # NaN where a run has diverged; what is undefined (constant inputs) is left out
+            in broken
         }
         if broken:
             warn_once(
-                f"InputSpanMonitor: inputs or weights of {', '.join(broken[:4])} are not finite at step {step}; NaN is logged for them."
+                f"InputSpanMonitor: inputs or weights of {', '.join(broken[:4])} are not finite at "
+                f"step {step}; NaN is logged for them."
             )
         few = [
             f"`{name}` ({f.rows} for {row_shape(layers[0])[1]} entries)"
             for name, f in found.items()
             for layers in [self._readers[f.target.weight]]
-            if f.rows <= row_shape(layers[0])[1] and not (sample.whole and self._cut.isdisjoint(layers))
+            if f.rows <= row_shape(layers[0])[1]
+            and not (sample.whole and self._cut.isdisjoint(layers))
         ]
         if few and not len(self.history):
             rank_zero_info(
-                f"InputSpanMonitor took fewer rows than a filter has entries of {', '.join(few[:4])}{' and more' if len(few) > 4 else ''}: "
-                "their inputs may vary in more directions than so few rows show. Raise `max_samples`."
+                f"InputSpanMonitor took fewer rows than a filter has entries of "
+                f"{', '.join(few[:4])}{' and more' if len(few) > 4 else ''}: "
+                "their inputs may vary in more directions than so few rows show. Raise "
+                "`max_samples`."
             )
         # Aside, and then in one go: a signal handler may save a checkpoint at any moment.
         history = self.history.fork()
         newest = history.newest_step
         if newest is not None and newest > step:
             warn_once(
-                f"InputSpanMonitor's history reaches to step {newest}, and this fit counts from an earlier one, because its loops were not "
+                f"InputSpanMonitor's history reaches to step {newest}, and this fit counts from an "
+                f"earlier one, because its loops were not "
                 f"restored with the weights. Rows from step {step} on are dropped."
             )
             history.truncate_after(step - 1)
         history.append(step, row, optimizer_step=optimizer_step)
-        histograms = {key: np.asarray(v) for name, f in found.items() for key, v in f.histograms(name).items() if name not in broken}
+        histograms = {
+            key: np.asarray(v)
+            for name, f in found.items()
+            for key, v in f.histograms(name).items()
+            if name not in broken
+        }
         history.append_vectors(step, histograms)
         history.meta = {**history.meta, **self._meta(sample, found)}
         self.history.show(history)
@@ -507,7 +658,12 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             }
             for name, f in found.items()
         }
-        return {"targets": targets, "settings": self.settings(), "examples": sample.count, "histogram_reach": REACH}
+        return {
+            "targets": targets,
+            "settings": self.settings(),
+            "examples": sample.count,
+            "histogram_reach": REACH,
+        }
 
     def _extra(self) -> dict[str, Any]:
         return {"history": self.history.state_dict()}
@@ -544,7 +700,10 @@ class _Found:
         return dict(zip(QUANTITIES, (energy, 1 - energy, rank, rotated, as_is), strict=True))
 
     def histograms(self, name: str) -> dict[str, Sequence[float]]:
-        counts = {"histogram_input": self.numbers[4 : 4 + BINS], "histogram_parameter": self.numbers[4 + BINS :]}
+        counts = {
+            "histogram_input": self.numbers[4 : 4 + BINS],
+            "histogram_parameter": self.numbers[4 + BINS :],
+        }
         return {f"{kind}/{name}": values for kind, values in counts.items() if sum(values)}
 
 

@@ -1,7 +1,10 @@
-"""What a monitor has recorded so far, in one object that is never changed but replaced by the next one.
+"""What a monitor has recorded so far, in one object that is never changed but replaced by the next
+one.
 
-A signal handler of the cluster may save a checkpoint between any two lines of Python. Everything that a new row changes (the history, the
-courses of the predictions, what waits for the next row) is therefore prepared aside, and one assignment puts it in place: whoever looks
+A signal handler of the cluster may save a checkpoint between any two lines of Python. Everything
+that a new row changes (the history, the
+courses of the predictions, what waits for the next row) is therefore prepared aside, and one
+assignment puts it in place: whoever looks
 finds either all of it or nothing.
 """
 
@@ -66,7 +69,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Ending:
-    """A row that only the end of a fit asked for, and what was known before it: a run that goes on has no such row.
+    """A row that only the end of a fit asked for, and what was known before it: a run that goes on
+    has no such row.
 
     Args:
         before: the ledger without the row.
@@ -83,7 +87,8 @@ class Ledger:
 
     Args:
         history: the rows, as far as they were asked for.
-        evidence: rows with all that verdicts rest on; the same object where everything was asked for.
+        evidence: rows with all that verdicts rest on; the same object where everything was asked
+            for.
         last_step: x of the newest row; -1 without any.
         courses: by weight, what happened to its prediction.
         norms: by weight, its first and its last norms.
@@ -124,7 +129,8 @@ class Ledger:
         return cls(history, History() if separate else history)
 
     def without(self, name: str) -> Ledger:
-        """Another weight has taken the place of the one that was called ``name``: its rows stay, what they led to expect does not."""
+        """Another weight has taken the place of the one that was called ``name``: its rows stay,
+        what they led to expect does not."""
         courses = {other: course for other, course in self.courses.items() if other != name}
         norms = {other: known for other, known in self.norms.items() if other != name}
         rates = {other: known for other, known in self.rates.items() if other != name}
@@ -154,11 +160,13 @@ class Ledger:
         return replace(self, history=history, evidence=evidence, last_step=row.step)
 
     def ending_with(self, row: Row, before: Ledger) -> Ledger:
-        """With the newest row as one that only the end of the fit asks for, and ``before`` as what lasts if the run goes on."""
+        """With the newest row as one that only the end of the fit asks for, and ``before`` as what
+        lasts if the run goes on."""
         return replace(self, ending=Ending(replace(before, results=(), sent=()), row))
 
     def going_on_at(self, step: int) -> Ledger:
-        """What is true if the next row is one of ``step`` or later: rows of the end of a fit, and later ones, are forgotten."""
+        """What is true if the next row is one of ``step`` or later: rows of the end of a fit, and
+        later ones, are forgotten."""
         lasting = self.lasting
         if lasting.last_step < step and all(x < step for x in lasting.measured.values()):
             return lasting
@@ -170,9 +178,16 @@ class Ledger:
             evidence.truncate_after(step - 1)
         measured = {index: x for index, x in lasting.measured.items() if x < step}
         newest = evidence.newest_step
-        return replace(lasting, history=history, evidence=evidence, measured=measured, last_step=-1 if newest is None else newest)
+        return replace(
+            lasting,
+            history=history,
+            evidence=evidence,
+            measured=measured,
+            last_step=-1 if newest is None else newest,
+        )
 
-    # -- in checkpoints ------------------------------------------------------------------------------------------------
+    # -- in checkpoints
+    # ------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings."""
@@ -181,7 +196,9 @@ class Ledger:
             "history": lasting.history.state_dict(),
             "last_step": lasting.last_step,
             **_state_of_courses(lasting.courses),
-            "norms": {name: [n.first, list(n.steps), list(n.norms)] for name, n in lasting.norms.items()},
+            "norms": {
+                name: [n.first, list(n.steps), list(n.norms)] for name, n in lasting.norms.items()
+            },
             "rates": {name: list(rates) for name, rates in lasting.rates.items()},
             "measured": dict(lasting.measured),
             "counted": dict(lasting.counted),
@@ -196,9 +213,13 @@ class Ledger:
                 "step": row.step,
                 "optimizer_step": row.optimizer_step,
                 "keys": list(row.values),
-                "values": torch.tensor(list(row.values.values()), dtype=torch.float64, device="cpu"),
+                "values": torch.tensor(
+                    list(row.values.values()), dtype=torch.float64, device="cpu"
+                ),
                 "events": list(row.events),
-                "vectors": {name: torch.from_numpy(array.copy()) for name, array in row.vectors.items()},
+                "vectors": {
+                    name: torch.from_numpy(array.copy()) for name, array in row.vectors.items()
+                },
                 "amends": row.amends,
                 "promised": dict(self.promised),
                 **_state_of_courses(self.courses),
@@ -206,11 +227,14 @@ class Ledger:
         return state
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Any], *, separate: bool, asked_for: Callable[[str], bool]) -> Ledger:
+    def from_state(
+        cls, state: Mapping[str, Any], *, separate: bool, asked_for: Callable[[str], bool]
+    ) -> Ledger:
         """What `state` gave.
 
         Args:
-            state: from a checkpoint; one of an earlier version of this package knows less, and what it does not know is empty.
+            state: from a checkpoint; one of an earlier version of this package knows less, and what
+                it does not know is empty.
             separate: whether less is asked for than verdicts rest on.
             asked_for: whether a key belongs in the history.
 
@@ -221,50 +245,86 @@ class Ledger:
             return cls._from_state(state, separate, asked_for)
         except NormDynError:
             raise
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RuntimeError,
+            RecursionError,
+        ) as error:
             raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any], separate: bool, asked_for: Callable[[str], bool]) -> Ledger:
+    def _from_state(
+        cls, state: Mapping[str, Any], separate: bool, asked_for: Callable[[str], bool]
+    ) -> Ledger:
         history = _history(state["history"])
         ledger = cls(
             history=history,
             evidence=_history(state.get("evidence", state["history"])) if separate else history,
             last_step=whole_number(state["last_step"]),
             courses=_courses(state),
-            norms={str(n): Norms(float(f), _floats(steps), _floats(norms)) for n, (f, steps, norms) in state.get("norms", {}).items()},
-            rates={str(name): _floats(rates)[-2:] for name, rates in state.get("rates", {}).items()},
-            measured={whole_number(index): whole_number(x) for index, x in state.get("measured", {}).items()},
-            counted={whole_number(index): whole_number(steps) for index, steps in state.get("counted", {}).items()},
+            norms={
+                str(n): Norms(float(f), _floats(steps), _floats(norms))
+                for n, (f, steps, norms) in state.get("norms", {}).items()
+            },
+            rates={
+                str(name): _floats(rates)[-2:] for name, rates in state.get("rates", {}).items()
+            },
+            measured={
+                whole_number(index): whole_number(x)
+                for index, x in state.get("measured", {}).items()
+            },
+            counted={
+                whole_number(index): whole_number(steps)
+                for index, steps in state.get("counted", {}).items()
+            },
             events=tuple(str(event) for event in state.get("events", [])),
             promised={str(key): float(value) for key, value in state.get("promised", {}).items()},
         )
         ending = state.get("ending")
         if ending is None:
             return ledger
-        values = dict(zip([str(key) for key in ending["keys"]], ending["values"].tolist(), strict=True))
+        values = dict(
+            zip([str(key) for key in ending["keys"]], ending["values"].tolist(), strict=True)
+        )
         vectors = {str(name): tensor.numpy() for name, tensor in ending["vectors"].items()}
         events = tuple(str(event) for event in ending["events"])
-        row = Row(whole_number(ending["step"]), whole_number(ending["optimizer_step"]), values, events, vectors, bool(ending["amends"]))
+        row = Row(
+            whole_number(ending["step"]),
+            whole_number(ending["optimizer_step"]),
+            values,
+            events,
+            vectors,
+            bool(ending["amends"]),
+        )
         promised = {str(key): float(value) for key, value in ending["promised"].items()}
         ended = ledger.with_row(row, asked_for).ending_with(row, ledger)
         return replace(ended, courses=_courses(ending), promised=promised)
 
 
 def _write(history: History, row: Row) -> None:
-    """Into a history of one's own. Nothing that records may end a fit: what stands in the way of a row is forgotten, not refused."""
+    """Into a history of one's own. Nothing that records may end a fit: what stands in the way of a
+    row is forgotten, not refused."""
     if row.amends and len(history):
         history.amend(row.values)
         return
     newest = history.newest_step
-    if newest is not None and newest > row.step:  # a loop that was set back counts from an earlier step
+    if (
+        newest is not None and newest > row.step
+    ):  # a loop that was set back counts from an earlier step
         history.truncate_after(row.step - 1)
     history.append(row.step, row.values, optimizer_step=row.optimizer_step)
     for event in row.events:
         history.mark(row.step, event)
     for name, values in row.vectors.items():
         if history.vector_count(name) not in (None, len(values)):
-            history.forget_vectors(name)  # it was in no loss yet, and now it is known what it consists of
+            history.forget_vectors(
+                name
+            )  # it was in no loss yet, and now it is known what it consists of
     if row.vectors:
         history.append_vectors(row.step, row.vectors)
 
@@ -273,8 +333,15 @@ def _state_of_courses(courses: Mapping[str, Course]) -> dict[str, Any]:
     latest = {name: course.latest for name, course in courses.items()}
     return {
         "elapsed": {name: [course.step, course.elapsed] for name, course in courses.items()},
-        "predictions": {name: list(astuple(prediction)) for name, prediction in latest.items() if prediction is not None},
-        "pulls": {name: torch.tensor(course.pulls, dtype=torch.float64, device="cpu").reshape(-1, 2) for name, course in courses.items()},
+        "predictions": {
+            name: list(astuple(prediction))
+            for name, prediction in latest.items()
+            if prediction is not None
+        },
+        "pulls": {
+            name: torch.tensor(course.pulls, dtype=torch.float64, device="cpu").reshape(-1, 2)
+            for name, course in courses.items()
+        },
     }
 
 
@@ -284,12 +351,25 @@ def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
     for name, (step, elapsed) in state.get("elapsed", {}).items():
         latest = _prediction(*predictions[name]) if name in predictions else None
         known: list[list[float]] = pulls[name].tolist() if name in pulls else []
-        courses[str(name)] = Course(latest, whole_number(step), float(elapsed), [(int(at), float(pull)) for at, pull in known])
+        courses[str(name)] = Course(
+            latest,
+            whole_number(step),
+            float(elapsed),
+            [(int(at), float(pull)) for at, pull in known],
+        )
     return courses
 
 
-def _prediction(angular_update: float, relaxation: float | None, power: float, pull: float, rough: bool) -> Prediction:
-    return Prediction(float(angular_update), None if relaxation is None else float(relaxation), float(power), float(pull), bool(rough))
+def _prediction(
+    angular_update: float, relaxation: float | None, power: float, pull: float, rough: bool
+) -> Prediction:
+    return Prediction(
+        float(angular_update),
+        None if relaxation is None else float(relaxation),
+        float(power),
+        float(pull),
+        bool(rough),
+    )
 
 
 def _history(state: Mapping[str, Any]) -> History:

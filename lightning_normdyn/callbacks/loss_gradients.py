@@ -1,8 +1,12 @@
-"""The gradients of the loss itself: as a backward pass leaves them, before anybody clips, centralizes or disturbs them.
+"""The gradients of the loss itself: as a backward pass leaves them, before anybody clips,
+centralizes or disturbs them.
 
-The Euler test holds for the gradient of the loss. What the optimizer receives may be something else: adaptive clipping, centralized
-gradients, added noise, a gradient compressed on its way between the ranks. So the sums are taken at the very end of the backward pass,
-before any hook of Lightning, of other callbacks and of the optimizer. What changes a gradient even earlier (hooks of the weight itself)
+The Euler test holds for the gradient of the loss. What the optimizer receives may be something
+else: adaptive clipping, centralized
+gradients, added noise, a gradient compressed on its way between the ranks. So the sums are taken at
+the very end of the backward pass,
+before any hook of Lightning, of other callbacks and of the optimizer. What changes a gradient even
+earlier (hooks of the weight itself)
 is watched, and such a gradient is no evidence.
 """
 
@@ -16,15 +20,18 @@ from torch import Tensor
 
 from lightning_normdyn.vectors import WeightVectors
 
-# Hooks of DistributedDataParallel that average gradients, at most in 16 bits, and so leave their direction.
+# Hooks of DistributedDataParallel that average gradients, at most in 16 bits, and so leave their
+# direction.
 AVERAGING_HOOKS = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")
 
 
 def changed_between_ranks(model: Any) -> bool:
-    """Whether a communication hook may hand back something else than the average of the gradients (PowerSGD, one of the user's own).
+    """Whether a communication hook may hand back something else than the average of the gradients
+    (PowerSGD, one of the user's own).
 
     Args:
-        model: what the strategy has wrapped around the module: DistributedDataParallel and FSDP list their hooks.
+        model: what the strategy has wrapped around the module: DistributedDataParallel and FSDP
+            list their hooks.
     """
     hooks = [hook for hook, _ in getattr(model, "_comm_hooks", None) or ()]
     if getattr(model, "_comm_hook", None) is not None:
@@ -33,11 +40,13 @@ def changed_between_ranks(model: Any) -> bool:
 
 
 def at_the_end_of_backward(loss: Tensor, call: Callable[[], None]) -> None:
-    """Call once the backward pass of ``loss`` is over, as the last thing within it: gradients are complete and averaged over ranks."""
+    """Call once the backward pass of ``loss`` is over, as the last thing within it: gradients are
+    complete and averaged over ranks."""
     engine = torch.autograd.Variable._execution_engine
 
     def last() -> None:
-        # DistributedDataParallel and FSDP finish their gradients in callbacks of this very queue, which were added after ours.
+        # DistributedDataParallel and FSDP finish their gradients in callbacks of this very queue,
+        # which were added after ours.
         engine.queue_callback(call)
 
     def hook(_: Tensor) -> None:
@@ -49,11 +58,13 @@ def at_the_end_of_backward(loss: Tensor, call: Callable[[], None]) -> None:
 class LossGradients:
     """What one optimizer's next step may know of the loss's own gradients.
 
-    `watch` before each backward pass that belongs to the step, `take` when the step is about to happen.
+    `watch` before each backward pass that belongs to the step, `take` when the step is about to
+    happen.
 
     Args:
         weights: the weights of interest.
-        vectors: them as vectors; None while it is not yet known what their vectors are: then the gradients are copied.
+        vectors: them as vectors; None while it is not yet known what their vectors are: then the
+            gradients are copied.
     """
 
     def __init__(self, weights: Iterable[Tensor], vectors: WeightVectors | None) -> None:
@@ -62,7 +73,9 @@ class LossGradients:
         self._sums: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
         self._weights: dict[Tensor, Tensor] = {}  # their lengths when the gradients were copied
-        self._changed: dict[Tensor, Tensor] = {}  # weight -> 1 where something changed its gradient, on its device
+        self._changed: dict[
+            Tensor, Tensor
+        ] = {}  # weight -> 1 where something changed its gradient, on its device
         self._hooks: list[Any] = []
         self.seen = False
 
@@ -93,20 +106,29 @@ class LossGradients:
         weights, gradients = self.vectors.values(), self.vectors.gradients()
         if not _fit(weights, gradients):
             return None
-        return self.vectors.partial_inner((weights, weights), (weights, gradients), (gradients, gradients), exact=False)
+        return self.vectors.partial_inner(
+            (weights, weights), (weights, gradients), (gradients, gradients), exact=False
+        )
 
-    # -- what came in between ------------------------------------------------------------------------------------------
+    # -- what came in between
+    # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _look_for_changes(self) -> None:
-        """Gradients that an earlier batch has left must be what its backward pass gave: a gradient may be clipped at every batch."""
+        """Gradients that an earlier batch has left must be what its backward pass gave: a gradient
+        may be clipped at every batch."""
         if not self.seen:
             return
         if self.vectors is not None and self._sums is not None:
             gradients = self.vectors.gradients()
             if any(g is not None for g in gradients):
-                now, before = self.vectors.partial_inner((gradients, gradients), exact=False)[0], self._sums[2]
-                differs = self.vectors.per_weight(((now != before) & (now != 0)).to(now.dtype)) > 0  # 0: cleared in place
+                now, before = (
+                    self.vectors.partial_inner((gradients, gradients), exact=False)[0],
+                    self._sums[2],
+                )
+                differs = (
+                    self.vectors.per_weight(((now != before) & (now != 0)).to(now.dtype)) > 0
+                )  # 0: cleared in place
                 for weight, changed in zip(self.vectors.weights, differs, strict=True):
                     self._note(weight, changed)
         for weight, copy in self._copies.items():
@@ -115,10 +137,13 @@ class LossGradients:
                 self._note(weight, ((gradient != copy) & (gradient != 0)).any())
 
     def _note(self, weight: Tensor, changed: Tensor) -> None:
-        self._changed[weight] = changed if weight not in self._changed else self._changed[weight] | changed
+        self._changed[weight] = (
+            changed if weight not in self._changed else self._changed[weight] | changed
+        )
 
     def _watch_hooks(self, weight: Tensor) -> None:
-        """Put one hook before and one behind those that others have given the weight, and compare what passes."""
+        """Put one hook before and one behind those that others have given the weight, and compare
+        what passes."""
         before_accumulation: Any = weight._backward_hooks
         if before_accumulation:
             passing: list[tuple[Tensor, int]] = []
@@ -153,26 +178,35 @@ class LossGradients:
             self._hooks.append(_put_first(after_accumulation, register_after(arrives)))
             self._hooks.append(register_after(goes).remove)
 
-    # -- the step ------------------------------------------------------------------------------------------------------
+    # -- the step
+    # ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def take(self, vectors: WeightVectors) -> Tensor | None:
-        """This rank's <w, w>, <w, g>, <g, g> of each vector, ``(3, n)``; NaN where hooks have changed the gradient.
+        """This rank's <w, w>, <w, g>, <g, g> of each vector, ``(3, n)``; NaN where hooks have
+        changed the gradient.
 
-        None if no backward pass was watched, or none of whose end the gradients are known: then only the optimizer's are there.
+        None if no backward pass was watched, or none of whose end the gradients are known: then
+        only the optimizer's are there.
         """
         sums = self._sums
         known = self.vectors is None or self.vectors is vectors
         if not self.seen or not known or vectors.through_masters:
             return None
         if self.vectors is None:
-            copies, weights = vectors.local([self._copies.get(w) for w in vectors.weights]), vectors.values()
+            copies, weights = (
+                vectors.local([self._copies.get(w) for w in vectors.weights]),
+                vectors.values(),
+            )
             if not _fit(weights, copies):
                 return None
-            # SAM takes its gradient at weights that it has moved, and moves them back before it steps.
+            # SAM takes its gradient at weights that it has moved, and moves them back before it
+            # steps.
             for weight, length in self._weights.items():
                 self._note(weight, _length(weight) != length)
-            sums = vectors.partial_inner((weights, weights), (weights, copies), (copies, copies), exact=False)
+            sums = vectors.partial_inner(
+                (weights, weights), (weights, copies), (copies, copies), exact=False
+            )
         if sums is None:
             return None
         changed = [self._changed.get(w) for w in vectors.weights]
@@ -189,7 +223,8 @@ class LossGradients:
 
 
 def _fit(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
-    """Whether gradients are laid out like the weights: FSDP1 keeps whole ones between the batches that it accumulates."""
+    """Whether gradients are laid out like the weights: FSDP1 keeps whole ones between the batches
+    that it accumulates."""
     return all(g is None or g.shape == w.shape for w, g in zip(weights, gradients, strict=True))
 
 
@@ -212,7 +247,8 @@ def _length(tensor: Tensor) -> Tensor:
 
 def _put_first(hooks: Any, handle: Any) -> Callable[[], None]:
     """Make the last hook of an ordered dictionary the first; returns what removes it."""
-    # torch reads the entries in the order in which they were put in, and does not heed `move_to_end`.
+    # torch reads the entries in the order in which they were put in, and does not heed
+    # `move_to_end`.
     others = [(key, hook) for key, hook in hooks.items() if key != handle.id]
     ours = hooks[handle.id]
     hooks.clear()

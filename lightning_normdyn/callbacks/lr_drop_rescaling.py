@@ -1,4 +1,5 @@
-"""Rescaling at a drop of the learning rate: land on the new equilibrium at once instead of drifting there."""
+"""Rescaling at a drop of the learning rate: land on the new equilibrium at once instead of drifting
+there."""
 
 from __future__ import annotations
 
@@ -16,7 +17,13 @@ from torch.optim import Optimizer
 from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, as_float, is_number
 from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.callbacks.predictions import balance
-from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
+from lightning_normdyn.callbacks.rescaling import (
+    Rescaler,
+    changes_function,
+    refuse_averaging,
+    verify_targets,
+    warn_of_changed_function,
+)
 from lightning_normdyn.callbacks.state import many, number, record, table, text, whole
 from lightning_normdyn.equilibrium import lr_drop_exponent
 from lightning_normdyn.errors import NotSupportedError
@@ -25,7 +32,8 @@ from lightning_normdyn.scaling import Scaling
 from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import Phase, Step, StepBracket
 
-# The falls of a smooth schedule grow gradually, also at its very end: from one change to the next by a factor below 4 for a cosine and
+# The falls of a smooth schedule grow gradually, also at its very end: from one change to the next
+# by a factor below 4 for a cosine and
 # below 7 for the last step of a one-cycle schedule. A drop comes out of the blue.
 ABRUPT = 8.0
 
@@ -82,37 +90,53 @@ class _Drop:
     rates: dict[str, Rate]
 
     def stepped(self) -> dict[str, Rate]:
-        """Of the weights that the optimizer has stepped, as `Scaling.judge` found: for them the drop is over."""
+        """Of the weights that the optimizer has stepped, as `Scaling.judge` found: for them the
+        drop is over."""
         names = self.scaling.vectors.names
-        return {n: self.rates[n] for n, stepped in zip(names, self.scaling.stepped, strict=True) if stepped and n in self.rates}
+        return {
+            n: self.rates[n]
+            for n, stepped in zip(names, self.scaling.stepped, strict=True)
+            if stepped and n in self.rates
+        }
 
 
 class LRDropRescaling(NormDynCallback):
-    r"""Rescaling at a learning rate drop (NRQ paper, Corollary 2): when the scheduled learning rate falls by ``k``, weights are divided
+    r"""Rescaling at a learning rate drop (NRQ paper, Corollary 2): when the scheduled learning rate
+    falls by ``k``, weights are divided
     by ``k**exponent``.
 
-    After a drop, the angular update falls with the learning rate at once, but the equilibrium that belongs to the new learning rate is
-    reached only after a relaxation time; meanwhile the weights turn far too slowly. Dividing the weights by :math:`k^e` puts them there
-    directly. It acts before the first step with the lower learning rate; optimizer state, this step's gradients and the statistics of a
+    After a drop, the angular update falls with the learning rate at once, but the equilibrium that
+    belongs to the new learning rate is
+    reached only after a relaxation time; meanwhile the weights turn far too slowly. Dividing the
+    weights by :math:`k^e` puts them there
+    directly. It acts before the first step with the lower learning rate; optimizer state, this
+    step's gradients and the statistics of a
     BatchNorm behind the weights follow.
 
-    The exponent follows from how the equilibrium norm depends on the learning rate: 1/4 for SGD, 1/2 for AdamW and AdamP, 1/3 for Adam
-    with coupled decay, 1/5 for AdaptiveWeightShrink on SGD, 1/3 for it on Adam. It assumes that the run was at equilibrium before the
-    drop. With other optimizers, or without a decay, there is no equilibrium to land on: ``"auto"`` is refused at the first step.
+    The exponent follows from how the equilibrium norm depends on the learning rate: 1/4 for SGD,
+    1/2 for AdamW and AdamP, 1/3 for Adam
+    with coupled decay, 1/5 for AdaptiveWeightShrink on SGD, 1/3 for it on Adam. It assumes that the
+    run was at equilibrium before the
+    drop. With other optimizers, or without a decay, there is no equilibrium to land on: ``"auto"``
+    is refused at the first step.
 
-    A drop is a fall by ``min_drop`` or more from one real step to the next. One that continues smaller falls, as at the end of a
-    cosine, is none: there the weights have been following all along. A learning rate of 0 is no drop either, nor what follows it.
+    A drop is a fall by ``min_drop`` or more from one real step to the next. One that continues
+    smaller falls, as at the end of a
+    cosine, is none: there the weights have been following all along. A learning rate of 0 is no
+    drop either, nor what follows it.
 
     Args:
         exponent: ``"auto"``, or a number >= 0.
         min_drop: smallest ratio of learning rates that counts as a drop.
-        verify: before the first step, rescale all targets by random factors and compare the outputs of the first batch.
+        verify: before the first step, rescale all targets by random factors and compare the outputs
+            of the first batch.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
     Raises:
         ValueError: for numbers out of range.
-        NotSupportedError: at the first step, for an optimizer whose state cannot follow, for weights without a known exponent, and for
+        NotSupportedError: at the first step, for an optimizer whose state cannot follow, for
+            weights without a known exponent, and for
             weights whose norm WeightRescaling fixes.
 
     Example:
@@ -146,8 +170,12 @@ class LRDropRescaling(NormDynCallback):
         self._rescalers: dict[int, Rescaler] = {}
         self._known: dict[int, _Settings] = {}
         self._warned: set[str] = set()
-        self._rates: dict[str, Rate] = {}  # by weight: param groups have no name that survives a resume
-        self._unmarked: set[int] = set()  # optimizers whose drop a fused update turned out to have taken, for the next row to tell
+        self._rates: dict[
+            str, Rate
+        ] = {}  # by weight: param groups have no name that survives a resume
+        self._unmarked: set[int] = (
+            set()
+        )  # optimizers whose drop a fused update turned out to have taken, for the next row to tell
         self._drops: dict[int, _Drop] = {}
         self._read: dict[int, tuple[Tensor, int, float]] = {}
 
@@ -171,7 +199,8 @@ class LRDropRescaling(NormDynCallback):
             Rescaler.check(optimizer, "rescale")
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Prepare the rescale; what the other callbacks do to these weights is known only when all have made their plans."""
+        """Prepare the rescale; what the other callbacks do to these weights is known only when all
+        have made their plans."""
         assert self._session is not None
         warn_of_changed_function(self, plan, self._warned)
         if self.verify:
@@ -184,15 +213,21 @@ class LRDropRescaling(NormDynCallback):
             assert self._session is not None
             groups = plan.groups_of(plan.targets)
             effects = self._session.effects(plan.targets, besides=self)
-            exponents = [self._exponent(plan, *each) for each in zip(plan.targets, groups, effects, strict=True)]
+            exponents = [
+                self._exponent(plan, *each)
+                for each in zip(plan.targets, groups, effects, strict=True)
+            ]
             self._known[plan.index] = _Settings(groups, exponents)
         return self._known[plan.index]
 
-    def _exponent(self, plan: Plan, target: Target, group: Mapping[str, Any], effects: Effects) -> float:
+    def _exponent(
+        self, plan: Plan, target: Target, group: Mapping[str, Any], effects: Effects
+    ) -> float:
         kind = class_for_predictions(plan.optimizer)
         if effects.rescaling is not None:
             raise NotSupportedError(
-                f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of LRDropRescaling, which changes it. "
+                f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of "
+                f"LRDropRescaling, which changes it. "
                 "Give them different `params`."
             )
         if self.exponent != "auto":
@@ -208,30 +243,46 @@ class LRDropRescaling(NormDynCallback):
         else:
             reason = "it has no weight decay, and without one there is no equilibrium to land on"
         raise NotSupportedError(
-            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under {type(plan.optimizer).__name__}: {reason}. "
+            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under "
+            f"{type(plan.optimizer).__name__}: {reason}. "
             "Give exponent=..., or leave the weight out of `params`."
         )
 
     def _step(self, step: Step, plan: Plan) -> None:
-        known = self._settings_of(plan)  # at the first step, so that a refusal does not wait for the drop
-        if plan.index in self._unmarked:  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
+        known = self._settings_of(
+            plan
+        )  # at the first step, so that a refusal does not wait for the drop
+        if (
+            plan.index in self._unmarked
+        ):  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
             self._unmarked.discard(plan.index)
             plan.mark("lr_drop")
         rates: dict[str, Rate] = {}
         factors = [1.0] * len(plan.targets)
-        settings = zip(plan.targets, known.groups, known.exponents, plan.vectors.has_gradient(step), strict=True)
+        settings = zip(
+            plan.targets,
+            known.groups,
+            known.exponents,
+            plan.vectors.has_gradient(step),
+            strict=True,
+        )
         for i, (target, group, exponent, has_gradient) in enumerate(settings):
             if has_gradient:  # a weight that does not step finds the drop still due when it does
                 lr = self._lr(plan.optimizer, group, target.weight)
-                drop, rates[target.name] = self._rates.get(target.name, Rate(lr)).then(lr, self.min_drop)
+                drop, rates[target.name] = self._rates.get(target.name, Rate(lr)).then(
+                    lr, self.min_drop
+                )
                 factors[i] = drop**-exponent
-        # A step that raises, or that a fused optimizer skips on the device, changes nothing: the drop is due again at the next.
+        # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
+        # drop is due again at the next.
         step.when_done(lambda: self._rates.update(rates))
         self._drops.pop(plan.index, None)
         if all(factor == 1.0 for factor in factors):
             return
         vectors = plan.vectors
-        factor = vectors.spread(torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device))
+        factor = vectors.spread(
+            torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)
+        )
         scaling = self._rescalers[plan.index].scaling(plan.guard(factor, 1.0, step), gradients=True)
         self._drops[plan.index] = _Drop(scaling, rates)
         step.undo_with(lambda: self._rates.update(self._drops.pop(plan.index).stepped()))
@@ -243,13 +294,19 @@ class LRDropRescaling(NormDynCallback):
             step.when_done(partial(self._unmarked.add, plan.index))
 
     def _lr(self, optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> float:
-        """The rate of the coming step on the host; one that lives on a device is fetched only when somebody has written to it."""
+        """The rate of the coming step on the host; one that lives on a device is fetched only when
+        somebody has written to it."""
         rate = applied_rate(optimizer, group, weight)
         if rate is None:
             return nan
         if isinstance(rate, float):
             return rate
-        lr = group["lr"]  # computed from a tensor, the rate is a new tensor at each step, but only a schedule makes it drop
+        lr = group[
+            "lr"
+            # computed from a tensor, the rate is a new tensor at each step, but only a schedule
+            # makes
+            # it drop
+        ]
         last = self._read.get(id(group))
         if last is None or last[0] is not lr or last[1] != lr._version:
             last = self._read[id(group)] = (lr, lr._version, float(lr))
@@ -272,17 +329,25 @@ class LRDropRescaling(NormDynCallback):
 
     def _check_extra(self, extra: Any, where: str) -> None:
         by_name = table(text(), number(0.0))
-        record({}, {"last_lr": by_name, "last_fall": by_name, "unmarked": many(whole())})(extra, where)
+        record({}, {"last_lr": by_name, "last_fall": by_name, "unmarked": many(whole())})(
+            extra, where
+        )
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
         falls = extra.get("last_fall", {})
         self._unmarked = set(extra.get("unmarked", []))
-        self._rates = {name: Rate(lr, falls.get(name, 0.0)) for name, lr in extra.get("last_lr", {}).items()}
+        self._rates = {
+            name: Rate(lr, falls.get(name, 0.0)) for name, lr in extra.get("last_lr", {}).items()
+        }
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the tables say."""
         known = self._known.get(plan.index)
-        how = "rescaled at LR drops" if known is None else f"÷ k^{known.exponents[plan.positions[target.weight]]:.3g} at an LR drop by k"
+        how = (
+            "rescaled at LR drops"
+            if known is None
+            else f"÷ k^{known.exponents[plan.positions[target.weight]]:.3g} at an LR drop by k"
+        )
         return how + changes_function(target)
 
     def effect(self, target: Target) -> Effect:

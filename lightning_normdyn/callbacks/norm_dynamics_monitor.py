@@ -1,4 +1,5 @@
-"""The monitor: norms, effective learning rates and angular updates of every weight, in the loggers and in memory."""
+"""The monitor: norms, effective learning rates and angular updates of every weight, in the loggers
+and in memory."""
 
 from __future__ import annotations
 
@@ -15,7 +16,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, log_every, warn_once
+from lightning_normdyn.callbacks.base import (
+    NormDynCallback,
+    Plan,
+    Target,
+    check_count,
+    log_every,
+    warn_once,
+)
 from lightning_normdyn.callbacks.effect import Effects
 from lightning_normdyn.callbacks.ledger import Ledger, Norms, Row, whole_number
 from lightning_normdyn.callbacks.predictions import (
@@ -67,7 +75,8 @@ from lightning_normdyn.step_response import step_response
 from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket
 from lightning_normdyn.tables import paragraph, render
 
-# Averaged over the vectors of a weight as RMS, because that is what predictions are about; everything else as mean.
+# Averaged over the vectors of a weight as RMS, because that is what predictions are about;
+# everything else as mean.
 ROOT_MEAN_SQUARE = frozenset({"angular_update", "effective_step_size"})
 QUANTITIES = (
     "weight_norm",
@@ -87,11 +96,13 @@ PREDICTED = ("equilibrium_angular_update", "equilibrium_ratio")
 BINNED = ("weight_norm", "angular_update")
 # Measured for the predictions and the warnings, not logged.
 INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
-# Optimizer steps without any gradient after which a vector counts as dead, and how many of them one look may vouch for.
+# Optimizer steps without any gradient after which a vector counts as dead, and how many of them one
+# look may vouch for.
 DEAD_AFTER, VOUCHED = 75, 25
 COLLAPSE = "Weights collapse"
 DIVERGED = "Weights are not finite"
-# A learning rate that was constant and is this much lower at the next record has dropped; a schedule that glides never does.
+# A learning rate that was constant and is this much lower at the next record has dropped; a
+# schedule that glides never does.
 LR_DROP = 1.5
 # A vector this much shorter than the mean of its weight has collapsed.
 COLLAPSED = 1e-3
@@ -99,15 +110,20 @@ COLLAPSED = 1e-3
 
 @dataclass
 class _Measured:
-    """What one optimizer's step gave for each vector, still on the device and on the rank that holds it."""
+    """What one optimizer's step gave for each vector, still on the device and on the rank that
+    holds it."""
 
     plan: Plan
     step: int
     optimizer_step: int
     quantities: list[str]
     due: bool  # or measured only because the fit may end here
-    overdue: bool  # due because of a logging step, and not as the first step of the fit: loggers get it
-    values: Tensor  # (2 quantities + 1, n): what to sum over vectors, whether it counts, and the size with 0 for what is not finite
+    overdue: (
+        bool  # due because of a logging step, and not as the first step of the fit: loggers get it
+    )
+    # (2 quantities + 1, n): what to sum over vectors, whether it counts, and the size with 0 for
+    # what is not finite
+    values: Tensor
     size: Tensor
     active: Tensor | None
     binned: Tensor | None  # (BINNED, n), if there are to be histograms
@@ -116,9 +132,11 @@ class _Measured:
     groups: list[dict[str, Any]]  # hyperparameters of each target's group at this very step
 
     def reduce(self) -> Tensor:
-        """All that goes to the host, over the vectors of all ranks: sums and counts, collapsed vectors, histograms, whether skipped.
+        """All that goes to the host, over the vectors of all ranks: sums and counts, collapsed
+        vectors, histograms, whether skipped.
 
-        Every rank must call it. Two small collectives, and two more for histograms; none where every rank holds all vectors.
+        Every rank must call it. Two small collectives, and two more for histograms; none where
+        every rank holds all vectors.
         """
         vectors = self.plan.vectors
         *totals, sizes = vectors.totals(self.values)
@@ -126,7 +144,9 @@ class _Measured:
         if self.active is not None:
             collapsed &= self.active
         histograms = [] if self.binned is None else [bin_vectors(vectors, self.binned).flatten()]
-        return torch.cat([*totals, vectors.totals(collapsed.to(sizes.dtype)), *histograms, self.skipped])
+        return torch.cat(
+            [*totals, vectors.totals(collapsed.to(sizes.dtype)), *histograms, self.skipped]
+        )
 
 
 @dataclass
@@ -134,7 +154,9 @@ class _Sent:
     """What was measured in one batch, on its way to the host."""
 
     results: list[_Measured]
-    sizes: list[int]  # how many of the numbers belong to each result; the rest is the number of clamped vectors
+    sizes: list[
+        int
+    ]  # how many of the numbers belong to each result; the rest is the number of clamped vectors
     numbers: HostCopy
     vectors: list[dict[str, Any]]  # what the history keeps of each result's vectors
     events: tuple[str, ...]  # what happened since the results before these
@@ -163,14 +185,19 @@ class _Published:
 
 
 class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
-    r"""Logs norm, effective learning rate, angular update and their relatives for every weight, and prints what came of them.
+    r"""Logs norm, effective learning rate, angular update and their relatives for every weight, and
+    prints what came of them.
 
-    One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>`` (mean over the weight's vectors; RMS
-    for ``angular_update`` and ``effective_step_size``) and ``normdyn/<quantity>`` over all scale-invariant vectors:
+    One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>``
+    (mean over the weight's vectors; RMS
+    for ``angular_update`` and ``effective_step_size``) and ``normdyn/<quantity>`` over all
+    scale-invariant vectors:
 
-    ============================== ============================================================ =====================
+    ============================== ============================================================
+    =====================
     quantity                       meaning                                                      unit
-    ============================== ============================================================ =====================
+    ============================== ============================================================
+    =====================
     ``weight_norm``                ‖w‖ at the weight that the gradient was taken at             weight units
     ``weight_std``                 biased standard deviation (weight-standardized weights)      weight units
     ``effective_lr``               η/‖w‖ (η/std after weight standardization)                   AWS paper, eq. 12, 13
@@ -182,38 +209,54 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     ``equivalent_weight_decay``    the decay that AWS amounts to                                1/(step η)
     ``equilibrium_angular_update`` RMS angle that optimizer, lr and decay settle at             radians per step
     ``equilibrium_ratio``          ``angular_update`` / ``equilibrium_angular_update``          -
-    ============================== ============================================================ =====================
+    ============================== ============================================================
+    =====================
 
-    Under SGD the direction follows ``direction_lr``; under Adam-like optimizers it follows ``effective_lr``.
+    Under SGD the direction follows ``direction_lr``; under Adam-like optimizers it follows
+    ``effective_lr``.
 
-    An optimizer that does not step at a logging step (the generator of a GAN, manual accumulation) is measured at its next real step. Of
-    an optimizer that steps several times within one batch, the first of these steps is measured. A row's ``optimizer_step`` is the number
-    of the measured step; of several optimizers in one row, that of the first. Where weights or gradients are not finite, the numbers that
+    An optimizer that does not step at a logging step (the generator of a GAN, manual accumulation)
+    is measured at its next real step. Of
+    an optimizer that steps several times within one batch, the first of these steps is measured. A
+    row's ``optimizer_step`` is the number
+    of the measured step; of several optimizers in one row, that of the first. Where weights or
+    gradients are not finite, the numbers that
     rest on them are NaN.
 
-    At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures (``normdyn_tables``, ``normdyn_charts``,
-    ``normdyn_pictures``), TensorBoard and MLflow get the table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The
-    history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads; on a disk or at a URL
-    (``s3://``). It is written at every checkpoint and when a fit is interrupted, too; a second fit of the same run writes
+    At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures
+    (``normdyn_tables``, ``normdyn_charts``,
+    ``normdyn_pictures``), TensorBoard and MLflow get the table and the pictures, and CSV gets the
+    pictures beside ``metrics.csv``. The
+    history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn
+    report`` reads; on a disk or at a URL
+    (``s3://``). It is written at every checkpoint and when a fit is interrupted, too; a second fit
+    of the same run writes
     ``history.fit2.npz``. Pictures need matplotlib.
 
     Args:
-        every_n_steps: logging steps as the Trainer counts them; None: the Trainer's ``log_every_n_steps``.
-        quantities: e.g. ``["effective_lr", "angular_update"]``, names out of the table (a wrong one is answered with all of them);
+        every_n_steps: logging steps as the Trainer counts them; None: the Trainer's
+            ``log_every_n_steps``.
+        quantities: e.g. ``["effective_lr", "angular_update"]``, names out of the table (a wrong one
+            is answered with all of them);
             None: all that apply.
-        per_vector: also keep every vector's norm and applied decay in `history`, as float32; of float64 weights also what float32 leaves of
+        per_vector: also keep every vector's norm and applied decay in `history`, as float32; of
+            float64 weights also what float32 leaves of
             the norm (``weight_norm_rest``).
-        histograms: also send histograms over vectors to W&B and TensorBoard: ``weight_norm_histogram/<parameter name>`` and
+        histograms: also send histograms over vectors to W&B and TensorBoard:
+            ``weight_norm_histogram/<parameter name>`` and
             ``angular_update_histogram/<parameter name>``.
         tables: print the tables at the start and the end of a fit.
         alert: send W&B alerts for weights that collapse.
-        params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for gains, whose rows are single numbers), a
+        params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for
+            gains, whose rows are single numbers), a
             glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
     Attributes:
-        history: the same rows in memory, on rank zero, logger or not (`lightning_normdyn.history.History`). From a GPU a row arrives,
-            here and in the loggers, one batch later, under its own step; at an epoch's end and in a checkpoint all are there.
+        history: the same rows in memory, on rank zero, logger or not
+            (`lightning_normdyn.history.History`). From a GPU a row arrives,
+            here and in the loggers, one batch later, under its own step; at an epoch's end and in a
+            checkpoint all are there.
 
     Raises:
         ValueError: for numbers out of range and unknown quantities.
@@ -241,8 +284,14 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         super().__init__(params, granularity)
         unknown = [q for q in quantities or [] if q not in QUANTITIES]
         if unknown or quantities == []:
-            raise ValueError(f"`quantities` must be None or names out of {list(QUANTITIES)}, got {quantities!r}.")
-        self.every_n_steps = None if every_n_steps is None else check_count("every_n_steps", every_n_steps, 1, "None or ")
+            raise ValueError(
+                f"`quantities` must be None or names out of {list(QUANTITIES)}, got {quantities!r}."
+            )
+        self.every_n_steps = (
+            None
+            if every_n_steps is None
+            else check_count("every_n_steps", every_n_steps, 1, "None or ")
+        )
         self.quantities = None if quantities is None else list(quantities)
         self.per_vector_history = per_vector
         self.histograms = histograms
@@ -255,8 +304,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._off = False
         self._sums: dict[int, dict[str, Tensor]] = {}
         self._spare: dict[int, Tensor] = {}  # memory for the values of the next logging step
-        self._due_now: dict[int, tuple[bool, bool]] = {}  # by optimizer: `due` and `overdue` of the step that is being measured
-        # Replaced as a whole, so that a signal handler's checkpoint finds the state before a row or the one after it.
+        self._due_now: dict[
+            int, tuple[bool, bool]
+        ] = {}  # by optimizer: `due` and `overdue` of the step that is being measured
+        # Replaced as a whole, so that a signal handler's checkpoint finds the state before a row or
+        # the one after it.
         self._ledger = Ledger.new(separate=False)
         self._position: list[int] | None = None  # of the checkpoint that this fit goes on from
         self._begun_at: int | None = None  # x of the first batch of this fit
@@ -270,11 +322,15 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._needs_exact: dict[int, bool] = {}
         self._log_smallest: dict[int, Tensor] = {}
         self._dead: dict[int, tuple[int, Tensor]] = {}
-        self._to_fall: dict[int, tuple[Tensor, Tensor]] = {}  # whether a vector is dead, and the e-foldings that it has left
+        self._to_fall: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # whether a vector is dead, and the e-foldings that it has left
         self._reported: set[tuple[str, str]] = set()
         self._unknown_rates: set[str] = set()
         self._told = 0  # how many targets the loggers know of
-        self._files: HistoryFiles | None = None  # where this fit's history lies, once it has been written
+        self._files: HistoryFiles | None = (
+            None  # where this fit's history lies, once it has been written
+        )
         self._ended = False  # whether the fit is over, and all has been written
         self._continued = False  # whether the history came from a checkpoint
 
@@ -292,7 +348,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         return {Phase.MEASURE: self._measure_weight, Phase.MEASURE_STEP: self._measure_step}
 
     def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """What applies to which weights depends on the other callbacks' plans too, so it is worked out when all have been made."""
+        """What applies to which weights depends on the other callbacks' plans too, so it is worked
+        out when all have been made."""
         self._quantities.pop(plan.index, None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,14 +360,18 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _read_effects(self, plan: Plan) -> None:
         assert self._session is not None
         effects = self._session.effects(plan.targets, besides=self)
-        self._effects.update({t.name: found for t, found in zip(plan.targets, effects, strict=True)})
+        self._effects.update(
+            {t.name: found for t, found in zip(plan.targets, effects, strict=True)}
+        )
 
     def _prepare(self, plan: Plan) -> None:
         """Which quantities apply to which weights."""
         assert self._session is not None
         module, vectors = self._session.module, plan.vectors
         standardized = [is_weight_standardized(module, t.name) for t in plan.targets]
-        by_target = vectors.spread(torch.tensor(standardized, device=vectors.device, dtype=torch.bool))
+        by_target = vectors.spread(
+            torch.tensor(standardized, device=vectors.device, dtype=torch.bool)
+        )
         self._standardized[plan.index] = by_target if any(standardized) else None
         wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
         if self.quantities is None and not any(standardized):
@@ -322,42 +383,64 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         if not shrunk and "equivalent_weight_decay" in wanted:
             wanted.remove("equivalent_weight_decay")
         by_std = torch.tensor(
-            [shrink is not None and shrink.statistic == "std" for shrink in shrinks], device=vectors.device, dtype=torch.bool
+            [shrink is not None and shrink.statistic == "std" for shrink in shrinks],
+            device=vectors.device,
+            dtype=torch.bool,
         )
         self._aws_by_std[plan.index] = vectors.spread(by_std)
-        # A shrink just before the step may be as small as 1e-7, and a mean much larger than the standard deviation beside it: more than
+        # A shrink just before the step may be as small as 1e-7, and a mean much larger than the
+        # standard deviation beside it: more than
         # sums in float32 can tell. And a replay compares its own norms with those kept.
-        self._needs_exact[plan.index] = shrunk or "weight_std" in wanted or any(standardized) or self.per_vector_history
+        self._needs_exact[plan.index] = (
+            shrunk or "weight_std" in wanted or any(standardized) or self.per_vector_history
+        )
         # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self._quantities[plan.index] = list(dict.fromkeys([*wanted, *needed]))
         smallest = [log_smallest(t.weight.dtype) for t in plan.targets]
-        self._log_smallest[plan.index] = vectors.spread(torch.tensor(smallest, dtype=vectors.sum_dtype, device=vectors.device))
-        self._dead[plan.index] = (0, torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device))
+        self._log_smallest[plan.index] = vectors.spread(
+            torch.tensor(smallest, dtype=vectors.sum_dtype, device=vectors.device)
+        )
+        self._dead[plan.index] = (
+            0,
+            torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device),
+        )
         for target in plan.targets:
-            members = int(target.partition.lengths(self._session.shapes[target.weight], target.verdict.read).sum())
+            members = int(
+                target.partition.lengths(
+                    self._session.shapes[target.weight], target.verdict.read
+                ).sum()
+            )
             self._length[target.name] = max(1, members // max(1, target.partition.n))
 
     def _say_unknown_rate(self, plan: Plan) -> None:
         """Whoever misses a curve must find out why it is not there."""
         groups = plan.groups_of(plan.targets)
-        if all(applied_rate(plan.optimizer, g, t.weight) is not None for g, t in zip(groups, plan.targets, strict=True)):
+        if all(
+            applied_rate(plan.optimizer, g, t.weight) is not None
+            for g, t in zip(groups, plan.targets, strict=True)
+        ):
             return
         name = type(plan.optimizer).__name__
         if name not in self._unknown_rates:
             self._unknown_rates.add(name)
             warn_once(
-                f"The learning rate that {name} applies in its next step cannot be told from its param groups and its state. Until it can "
-                "be, effective_lr, direction_lr and predictions are left out for its weights; norms and angles are measured."
+                f"The learning rate that {name} applies in its next step cannot be told from its "
+                f"param groups and its state. Until it can "
+                "be, effective_lr, direction_lr and predictions are left out for its weights; "
+                "norms and angles are measured."
             )
 
-    # -- measuring -----------------------------------------------------------------------------------------------------
+    # -- measuring
+    # -----------------------------------------------------------------------------------------------------
 
     @property
     def _every(self) -> int:
         """Batches that step from one logging step to the next; 0: there are none."""
         assert self._session is not None
-        return log_every(self._session.trainer) if self.every_n_steps is None else self.every_n_steps
+        return (
+            log_every(self._session.trainer) if self.every_n_steps is None else self.every_n_steps
+        )
 
     def _look_for(self, step: Step, plan: Plan) -> tuple[bool, bool] | None:
         """Whether this step is to be measured: None, or `_Measured.due` and `_Measured.overdue`."""
@@ -371,12 +454,15 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         newest = ledger.measured.get(plan.index)
         for result in [*(r for sent in ledger.sent for r in sent.results), *ledger.results]:
             if result.plan.index != plan.index or result.optimizer_step == number:
-                continue  # of the same number: the device skipped that update, or it raised, and this is the same step again
+                # of the same number: the device skipped that update, or it raised, and this is the
+                # same step again
+                continue
             if result.step == now:
                 return None  # a row holds one step of each optimizer
             if result.due:
                 newest = result.step
-        # The last logging step up to now. An optimizer that was not measured at it or since is due, whenever it steps next.
+        # The last logging step up to now. An optimizer that was not measured at it or since is due,
+        # whenever it steps next.
         logging_step = (now + 1) // self._every * self._every - 1 if self._every else -1
         overdue = (self._begun_at - 1 if newest is None else newest) < logging_step
         due = overdue or newest is None
@@ -384,8 +470,15 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     @staticmethod
     def _is_last(trainer: Trainer) -> bool:
-        by_steps = trainer.max_steps != -1 and trainer.global_step + len(trainer.optimizers) >= trainer.max_steps
-        by_epochs = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch
+        by_steps = (
+            trainer.max_steps != -1
+            and trainer.global_step + len(trainer.optimizers) >= trainer.max_steps
+        )
+        by_epochs = (
+            trainer.max_epochs is not None
+            and trainer.current_epoch + 1 == trainer.max_epochs
+            and trainer.is_last_batch
+        )
         return bool(by_steps or by_epochs)
 
     def _measure_weight(self, step: Step, plan: Plan) -> None:
@@ -400,9 +493,12 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         weights, gradients = vectors.values(), vectors.gradients()
         pairs = (weights, weights), (weights, gradients), (gradients, gradients), (weights, None)
         exact = self._needs_exact[plan.index]
-        # Where nothing changes the weights from here to the snapshot, that has the same norms, and a CPU can take it in the same pass.
+        # Where nothing changes the weights from here to the snapshot, that has the same norms, and
+        # a CPU can take it in the same pass.
         unchanged = not exact and not step.bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
-        early = unchanged and vectors.device.type == "cpu"  # elsewhere one kernel copies all weights
+        early = (
+            unchanged and vectors.device.type == "cpu"
+        )  # elsewhere one kernel copies all weights
         copy = (weights, step.bracket.early_snapshot(vectors.storages())) if early else None
         ww, wg, gg, *w1 = vectors.inner(*pairs[: 4 if exact else 3], exact=exact, copy=copy)
         scale = getattr(step.optimizer, "grad_scale", None)
@@ -429,11 +525,17 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
         active = plan.active(step)
         numbers, diverged = [values[q] for q in wanted], values["diverged"]
-        measured = self._pack(numbers, values["size"], diverged, active, self._spare.pop(plan.index, None))
+        measured = self._pack(
+            numbers, values["size"], diverged, active, self._spare.pop(plan.index, None)
+        )
         for i, quantity in enumerate(wanted):
             if quantity in ROOT_MEAN_SQUARE:
                 measured[i].square_()
-        skipped = measured.new_zeros(1) if step.skipped is None else step.skipped.to(measured.dtype).reshape(1)
+        skipped = (
+            measured.new_zeros(1)
+            if step.skipped is None
+            else step.skipped.to(measured.dtype).reshape(1)
+        )
         trainer = self._session.trainer
         now, number = self._session.now, self.number(step, plan)
         due, overdue = self._due_now.pop(plan.index)
@@ -443,29 +545,60 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             binned = binned if active is None else torch.where(active, binned, float("nan"))
         kept = None
         if self.per_vector_history:
-            norm, std = norm_from_sums(sums["ww"]), std_from_sums(sums["ww"], sums["w1"], vectors.length)
+            norm, std = (
+                norm_from_sums(sums["ww"]),
+                std_from_sums(sums["ww"], sums["w1"], vectors.length),
+            )
             kept = torch.stack([norm, self._session.applied_decay(plan, step, norm, std)])
         # A copy of each group: a schedule may have moved on when this is read.
-        copies = {id(group): with_plain_numbers({k: v for k, v in group.items() if k != "params"}) for group, _ in plan.groups}
+        copies = {
+            id(group): with_plain_numbers({k: v for k, v in group.items() if k != "params"})
+            for group, _ in plan.groups
+        }
         groups = [copies[id(group)] for group in plan.groups_of(plan.targets)]
-        result = _Measured(plan, now, number, wanted, due, overdue, measured, values["size"], active, binned, kept, skipped, groups)
-        # The same step again (a fused optimizer's update that was skipped, tried once more within a batch) takes the place of the first.
+        result = _Measured(
+            plan,
+            now,
+            number,
+            wanted,
+            due,
+            overdue,
+            measured,
+            values["size"],
+            active,
+            binned,
+            kept,
+            skipped,
+            groups,
+        )
+        # The same step again (a fused optimizer's update that was skipped, tried once more within a
+        # batch) takes the place of the first.
         others = [r for r in self._ledger.results if r.plan.index != plan.index]
         self._ledger = replace(self._ledger, results=(*others, result))
 
     @staticmethod
-    def _pack(values: list[Tensor], size: Tensor, diverged: Tensor, active: Tensor | None, out: Tensor | None) -> Tensor:
+    def _pack(
+        values: list[Tensor],
+        size: Tensor,
+        diverged: Tensor,
+        active: Tensor | None,
+        out: Tensor | None,
+    ) -> Tensor:
         """What is to be summed over vectors, in one tensor; ``out`` is used again if it fits.
 
-        A number that is not finite is left out (the effective learning rate of a vector of length 0 is undefined), but not where the
-        weight or its gradient is not finite either: there the mean over the vectors is not finite, and shall say so.
+        A number that is not finite is left out (the effective learning rate of a vector of length 0
+        is undefined), but not where the
+        weight or its gradient is not finite either: there the mean over the vectors is not finite,
+        and shall say so.
         """
         count = len(values)
         if out is None or out.shape != (2 * count + 1, len(size)):
             out = size.new_empty(2 * count + 1, len(size))
         numbers, counts = out[:count], out[count : 2 * count]
         torch.stack(values, out=numbers)
-        torch.mul(numbers, 0, out=counts).eq_(0)  # 1 where a number is finite: 0 times infinity is none
+        torch.mul(numbers, 0, out=counts).eq_(
+            0
+        )  # 1 where a number is finite: 0 times infinity is none
         torch.maximum(counts, diverged, out=counts)
         if active is not None:
             counts.mul_(active)
@@ -474,9 +607,15 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
 
-    def _quantities_of(self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int) -> dict[str, Tensor]:
+    def _quantities_of(
+        self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int
+    ) -> dict[str, Tensor]:
         vectors = plan.vectors
-        norm, standardized, asked = norm_from_sums(sums["ww"]), self._standardized[plan.index], self._quantities[plan.index]
+        norm, standardized, asked = (
+            norm_from_sums(sums["ww"]),
+            self._standardized[plan.index],
+            self._quantities[plan.index],
+        )
         # Whatever needs a standard deviation needs exact sums, too; nothing else looks at it.
         std = std_from_sums(sums["ww"], sums["w1"], vectors.length) if "w1" in sums else norm
         size = norm if standardized is None else torch.where(standardized, std, norm)
@@ -488,8 +627,14 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         passed = max(0, min(number - last, VOUCHED))
         dead = torch.where((sums["gg"] == 0) & (radial < 0), dead + passed, torch.zeros_like(dead))
         self._dead[plan.index] = (number, dead)
-        none, rate, left = torch.zeros_like(dead), -torch.log1p(radial), size.log() - self._log_smallest[plan.index]
-        is_dead = (dead >= DEAD_AFTER) | ((dead >= 3) & (left < DEAD_AFTER * rate))  # or it would be over before we are sure
+        none, rate, left = (
+            torch.zeros_like(dead),
+            -torch.log1p(radial),
+            size.log() - self._log_smallest[plan.index],
+        )
+        is_dead = (dead >= DEAD_AFTER) | (
+            (dead >= 3) & (left < DEAD_AFTER * rate)
+        )  # or it would be over before we are sure
         self._to_fall[plan.index] = is_dead, left
         found = {
             "lr": sums["lr"],
@@ -498,7 +643,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             "dead_rate": torch.where(is_dead, rate, none),
             "urgency": torch.where(is_dead, urgency(left), none),
             "size": size,
-            "diverged": torch.isfinite(sums["ww"] + sums["gg"] + ss + dd).logical_not_().to(norm.dtype),
+            "diverged": torch.isfinite(sums["ww"] + sums["gg"] + ss + dd)
+            .logical_not_()
+            .to(norm.dtype),
             "weight_norm": norm,
             "weight_std": std,
             "effective_lr": effective_lr(sums["lr"], size),
@@ -512,7 +659,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             shrinks = [self._effects[t.name].shrink for t in plan.targets]
             alphas = [float("nan") if shrink is None else shrink.alpha for shrink in shrinks]
             alpha = vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
-            found["equivalent_weight_decay"] = equivalent_weight_decay(alpha, torch.where(self._aws_by_std[plan.index], std, norm))
+            found["equivalent_weight_decay"] = equivalent_weight_decay(
+                alpha, torch.where(self._aws_by_std[plan.index], std, norm)
+            )
         return found
 
     def _vectors_of(self, plan: Plan, kept: Tensor) -> dict[str, Any]:
@@ -526,25 +675,36 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             return {}
         rows: dict[str, Any] = {}
         for target, values in zip(plan.targets, gathered, strict=True):
-            rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = values.float().cpu().numpy()
+            rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = (
+                values.float().cpu().numpy()
+            )
             if target.weight.dtype == torch.float64:
-                # What float32 leaves of the norm: an experiment in float64 is to be followed as closely as training allows.
-                rows[f"weight_norm_rest/{target.name}"] = (values[0] - values[0].float()).float().cpu().numpy()
+                # What float32 leaves of the norm: an experiment in float64 is to be followed as
+                # closely as training allows.
+                rows[f"weight_norm_rest/{target.name}"] = (
+                    (values[0] - values[0].float()).float().cpu().numpy()
+                )
         return rows
 
-    # -- publishing ----------------------------------------------------------------------------------------------------
+    # -- publishing
+    # ----------------------------------------------------------------------------------------------------
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Send what was measured in this batch to the host, and publish it when it is there: from a GPU one batch later."""
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Send what was measured in this batch to the host, and publish it when it is there: from a
+        GPU one batch later."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self._receive(trainer)
         results = self._ledger.results
         if results:
             sent = self._send(results)
             self._ledger = replace(self._ledger, results=(), sent=(sent,))
-            # An accelerator's allocator keeps what is freed, and there others can use it until the next logging step.
+            # An accelerator's allocator keeps what is freed, and there others can use it until the
+            # next logging step.
             self._spare = {r.plan.index: r.values for r in results if r.values.device.type == "cpu"}
-            # Publishing takes collectives, so what decides must be the same on every rank: never whether it has arrived by now.
+            # Publishing takes collectives, so what decides must be the same on every rank: never
+            # whether it has arrived by now.
             if not sent.numbers.arrives_later:
                 self._receive(trainer)
             self._publish_about(trainer)
@@ -555,14 +715,19 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         super().on_train_epoch_end(trainer, pl_module)
 
     def _send(self, results: tuple[_Measured, ...]) -> _Sent:
-        """One transfer to the host for all optimizers of this batch. Changes nothing; every rank must call it."""
+        """One transfer to the host for all optimizers of this batch. Changes nothing; every rank
+        must call it."""
         assert self._session is not None
         clamped = self._session.counted("clamped")
         vectors = [{} if r.kept is None else self._vectors_of(r.plan, r.kept) for r in results]
         packed = [r.reduce() for r in results]
         sizes = [p.numel() for p in packed]
-        numbers = HostCopy(torch.cat([p.to(packed[0]) for p in [*packed, *([] if clamped is None else [clamped])]]))
-        shown = bool(self._every) and (any(r.overdue for r in results) or self._session.trainer.should_stop)
+        numbers = HostCopy(
+            torch.cat([p.to(packed[0]) for p in [*packed, *([] if clamped is None else [clamped])]])
+        )
+        shown = bool(self._every) and (
+            any(r.overdue for r in results) or self._session.trainer.should_stop
+        )
         marked = self._session.events()
         events = self._new_events(self._ledger, marked)
         skipped = self._skipped_before + self._session.skipped_steps()
@@ -591,7 +756,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 if is_first and self.tables:
                     self._say_idle_decay(trainer)
                 if sent.shown:
-                    shown = {key: value for key, value in published.row.items() if self._asked_for(key)}
+                    shown = {
+                        key: value for key, value in published.row.items() if self._asked_for(key)
+                    }
                     publish_row(trainer.loggers, shown, published.histograms, published.step)
             publish_to_trainer(trainer, published.row)
 
@@ -601,11 +768,14 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         due = [result.due for result in sent.results]
         if all(due):
             return self._with_row(lasting, sent, due)
-        # Measured only because the fit may end here: if it goes on, or is resumed, the row is one without these results.
+        # Measured only because the fit may end here: if it goes on, or is resumed, the row is one
+        # without these results.
         without = self._with_row(lasting, sent, due).ledger
         return self._with_row(lasting, sent, [True] * len(due), without)
 
-    def _with_row(self, ledger: Ledger, sent: _Sent, chosen: list[bool], without: Ledger | None = None) -> _Published:
+    def _with_row(
+        self, ledger: Ledger, sent: _Sent, chosen: list[bool], without: Ledger | None = None
+    ) -> _Published:
         """`_published` for some of the results; with ``without`` as what lasts of them."""
         assert self._session is not None
         trainer = self._session.trainer
@@ -613,13 +783,17 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         histograms: dict[str, Histogram] = {}
         concerns: list[Callable[[], None]] = []
         overview: dict[str, list[float]] = {}  # over all scale-invariant vectors: sum and count
-        predicted = measured = number = collapsed = 0.0  # squared angles and their count, of the vectors for which there is a prediction
+        predicted = measured = number = collapsed = (
+            0.0  # squared angles and their count, of the vectors for which there is a prediction
+        )
         dropped, step, optimizer_step = False, sent.results[0].step, 0
         courses, norms, rates = dict(ledger.courses), dict(ledger.norms), dict(ledger.rates)
         measured_at, counted, vectors = dict(ledger.measured), dict(ledger.counted), {}
         not_finite: list[str] = []
         numbers = sent.numbers.get().tolist()
-        for result, size, mine_is_chosen, kept in zip(sent.results, sent.sizes, chosen, sent.vectors, strict=True):
+        for result, size, mine_is_chosen, kept in zip(
+            sent.results, sent.sizes, chosen, sent.vectors, strict=True
+        ):
             mine, numbers = numbers[:size], numbers[size:]
             if not mine_is_chosen or mine[-1]:
                 continue  # a fused optimizer skipped this update inside its kernel
@@ -633,19 +807,29 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 histograms.update(self._histograms(result, mine[(2 * len(kinds) + 1) * width : -1]))
             totals, counts = np.array(mine[: 2 * len(kinds) * width]).reshape(2, len(kinds), width)
             columns = zip(totals.T.tolist(), counts.T.tolist(), strict=True)
-            for j, (target, group, column) in enumerate(zip(result.plan.targets, result.groups, columns, strict=True)):
+            for j, (target, group, column) in enumerate(
+                zip(result.plan.targets, result.groups, columns, strict=True)
+            ):
                 sums = dict(zip(kinds, zip(*column, strict=True), strict=True))
-                found = {q: self._mean(q, total, count) for q, (total, count) in sums.items() if count}
+                found = {
+                    q: self._mean(q, total, count) for q, (total, count) in sums.items() if count
+                }
                 if not all(isfinite(value) for value in found.values()):
                     not_finite.append(target.name)
                 course = courses.get(target.name, Course()).fork()
-                if self._predict(target, group, found, result.plan.optimizer, result.optimizer_step, course):
+                if self._predict(
+                    target, group, found, result.plan.optimizer, result.optimizer_step, course
+                ):
                     courses[target.name] = course
                 row.update({f"{q}/{target.name}": v for q, v in found.items() if q not in INTERNAL})
                 norm = found.get("weight_norm")
                 if norm is not None:
-                    norms[target.name] = norms.get(target.name, Norms(norm)).seen_at(result.optimizer_step, norm)
-                    concerns.append(partial(self._warn_overflow, trainer, target, norms[target.name]))
+                    norms[target.name] = norms.get(target.name, Norms(norm)).seen_at(
+                        result.optimizer_step, norm
+                    )
+                    concerns.append(
+                        partial(self._warn_overflow, trainer, target, norms[target.name])
+                    )
                 if "lr" in found:
                     before = rates.get(target.name, ())
                     rates[target.name] = (*before[-1:], found["lr"])
@@ -660,7 +844,12 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                     measured += total
                     number += count
             pooled = [j for j, target in enumerate(result.plan.targets) if target.scale_invariant]
-            for q, total, count in zip(kinds, totals[:, pooled].sum(1).tolist(), counts[:, pooled].sum(1).tolist(), strict=True):
+            for q, total, count in zip(
+                kinds,
+                totals[:, pooled].sum(1).tolist(),
+                counts[:, pooled].sum(1).tolist(),
+                strict=True,
+            ):
                 known = overview.setdefault(q, [0.0, 0.0])
                 known[0] += total
                 known[1] += count
@@ -668,7 +857,13 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         ledger = replace(ledger, marked=sent.marked)
         if not optimizer_step:  # what happened is told with the next row
             return _Published(replace(ledger, events=events), None, {}, step, concerns)
-        row.update({f"normdyn/{q}": self._mean(q, t, n) for q, (t, n) in overview.items() if n and q in QUANTITIES})
+        row.update(
+            {
+                f"normdyn/{q}": self._mean(q, t, n)
+                for q, (t, n) in overview.items()
+                if n and q in QUANTITIES
+            }
+        )
         if number:
             row["normdyn/equilibrium_angular_update"] = sqrt(predicted / number)
             row["normdyn/equilibrium_ratio"] = sqrt(measured / predicted)
@@ -697,7 +892,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         return _Published(self._recorded(ledger, told, without), row, histograms, step, concerns)
 
     def _recorded(self, ledger: Ledger, row: Row, without: Ledger | None = None) -> Ledger:
-        """The ledger with the row, which on rank zero is in the history too; with ``without`` as what lasts if the run goes on."""
+        """The ledger with the row, which on rank zero is in the history too; with ``without`` as
+        what lasts if the run goes on."""
         assert self._session is not None
         if self._session.trainer.is_global_zero:
             ledger = ledger.with_row(row, self._asked_for)
@@ -721,20 +917,41 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         quantity = name if section == "normdyn" else section
         return quantity not in QUANTITIES or quantity in (self.quantities or QUANTITIES)
 
-    # -- predictions and warnings --------------------------------------------------------------------------------------
+    # -- predictions and warnings
+    # --------------------------------------------------------------------------------------
 
     def _predict(
-        self, target: Target, group: dict[str, Any], found: dict[str, float], optimizer: Optimizer, step: int, course: Course
+        self,
+        target: Target,
+        group: dict[str, Any],
+        found: dict[str, float],
+        optimizer: Optimizer,
+        step: int,
+        course: Course,
     ) -> bool:
-        """Add what this weight settles at, if it is scale-invariant and its optimizer is understood; whether the course has gone on."""
+        """Add what this weight settles at, if it is scale-invariant and its optimizer is
+        understood; whether the course has gone on."""
         if not target.scale_invariant or "lr" not in found or "weight_norm" not in found:
             return False
-        if found["lr"] == 0:  # nothing moves: the step teaches nothing, and the last prediction stands
+        if (
+            found["lr"] == 0
+        ):  # nothing moves: the step teaches nothing, and the last prediction stands
             return True
         effects, length = self._effects[target.name], self._length[target.name]
-        if not all(isfinite(found.get(q, 0.0)) for q in ("weight_norm", "gradient_scale", "equivalent_weight_decay")):
-            would_be = {**found, "weight_norm": 1.0, "gradient_scale": 1.0, "equivalent_weight_decay": 1.0}
-            if course.latest is not None or predict(optimizer, group, effects, would_be, length) is not None:
+        if not all(
+            isfinite(found.get(q, 0.0))
+            for q in ("weight_norm", "gradient_scale", "equivalent_weight_decay")
+        ):
+            would_be = {
+                **found,
+                "weight_norm": 1.0,
+                "gradient_scale": 1.0,
+                "equivalent_weight_decay": 1.0,
+            }
+            if (
+                course.latest is not None
+                or predict(optimizer, group, effects, would_be, length) is not None
+            ):
                 found["equilibrium_angular_update"] = found["equilibrium_ratio"] = nan
             return True
         prediction = predict(optimizer, group, effects, found, length)
@@ -745,36 +962,61 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 found["equilibrium_ratio"] = found["angular_update"] / prediction.angular_update
         return True
 
-    def _warn_dead(self, trainer: Trainer, plan: Plan, target: Target, group: dict[str, Any], sums: dict[str, tuple[float, float]]) -> None:
+    def _warn_dead(
+        self,
+        trainer: Trainer,
+        plan: Plan,
+        target: Target,
+        group: dict[str, Any],
+        sums: dict[str, tuple[float, float]],
+    ) -> None:
         """A vector without gradient only decays: say so before something divides by its length."""
         count = sums["dead"][0]
         if not count or not sums["lr"][1] or (COLLAPSE, target.name) in self._reported:
             return
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
         rate = sums["dead_rate"][0] / count
-        group, optimizer, effects = {**group, "lr": self._mean("lr", *sums["lr"])}, plan.optimizer, self._effects[target.name]
+        group, optimizer, effects = (
+            {**group, "lr": self._mean("lr", *sums["lr"])},
+            plan.optimizer,
+            self._effects[target.name],
+        )
         faster = falls_ever_faster(optimizer, group, effects)
         dying = self._dying(plan, target, group) if faster else []
-        known = bool(dying) if faster else step_response(class_for_predictions(optimizer), group) is not None
+        known = (
+            bool(dying)
+            if faster
+            else step_response(class_for_predictions(optimizer), group) is not None
+        )
         left = steps_to_collapse(optimizer, group, effects, e_foldings, rate, dying)
         if isfinite(left) and left <= self._steps_to_go(trainer):
             self._warn(
                 trainer,
                 COLLAPSE,
                 target,
-                f"{count:.0f} vector{'s get' if count > 1 else ' gets'} no gradient and only shrink{'' if count > 1 else 's'}: at the "
-                f"present learning rate the length underflows in about {left:.0f} steps{'' if known else ' or sooner'}, and what divides "
-                "by it (weight standardization, weight normalization) then gives NaN. Lower the decay of this weight, or use "
+                f"{count:.0f} vector{'s get' if count > 1 else ' gets'} no gradient and only "
+                f"shrink{'' if count > 1 else 's'}: at the "
+                f"present learning rate the length underflows in about {left:.0f} "
+                f"steps{'' if known else ' or sooner'}, and what divides "
+                "by it (weight standardization, weight normalization) then gives NaN. Lower the "
+                "decay of this weight, or use "
                 "AdaptiveWeightShrink, which shrinks short vectors ever more slowly.",
             )
 
     def _dying(self, plan: Plan, target: Target, group: dict[str, Any]) -> list[Dying]:
-        """Every vector without gradient of one weight. Rare, and a matter of all ranks: they have seen the same sums."""
+        """Every vector without gradient of one weight. Rare, and a matter of all ranks: they have
+        seen the same sums."""
         position = plan.targets.index(target)
         entries = entries_of_dying(plan.vectors, plan.optimizer.state, position, group)
         is_dead, left = self._to_fall[plan.index]
-        of_all = plan.vectors.gather(torch.cat([torch.where(is_dead, left, inf)[None], entries]))[position]
-        return [Dying(*numbers) for numbers in of_all.T.tolist() if all(isfinite(number) for number in numbers)]
+        of_all = plan.vectors.gather(torch.cat([torch.where(is_dead, left, inf)[None], entries]))[
+            position
+        ]
+        return [
+            Dying(*numbers)
+            for numbers in of_all.T.tolist()
+            if all(isfinite(number) for number in numbers)
+        ]
 
     @staticmethod
     def _has_dropped(rates: tuple[float, ...], before: tuple[float, ...]) -> bool:
@@ -782,16 +1024,31 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         constant = bool(before) and abs(before[0] - before[-1]) <= 1e-3 * before[-1]
         return constant and 0 < rates[-1] <= before[-1] / LR_DROP
 
-    def _warn_not_finite(self, trainer: Trainer, names: list[str], step: int, row: dict[str, float]) -> None:
-        """Say once that a run has diverged: its losses may be averaged away, and curves that end are easily overlooked."""
+    def _warn_not_finite(
+        self, trainer: Trainer, names: list[str], step: int, row: dict[str, float]
+    ) -> None:
+        """Say once that a run has diverged: its losses may be averaged away, and curves that end
+        are easily overlooked."""
         if (DIVERGED, "") in self._reported:
             return
         self._reported.add((DIVERGED, ""))
-        others = f" and {len(names) - 1} more weights" if len(names) > 2 else f" and `{names[1]}`" if len(names) == 2 else ""
-        what = "a gradient or an update" if isfinite(row.get(f"weight_norm/{names[0]}", nan)) else "weights"
+        others = (
+            f" and {len(names) - 1} more weights"
+            if len(names) > 2
+            else f" and `{names[1]}`"
+            if len(names) == 2
+            else ""
+        )
+        what = (
+            "a gradient or an update"
+            if isfinite(row.get(f"weight_norm/{names[0]}", nan))
+            else "weights"
+        )
         text = (
-            f"{what} of `{names[0]}`{others} {'are' if what == 'weights' else 'is'} not finite at step {step}: the run has diverged, and "
-            "from here on its curves show NaN. Look at the loss and the learning rate before this step."
+            f"{what} of `{names[0]}`{others} {'are' if what == 'weights' else 'is'} not finite at "
+            f"step {step}: the run has diverged, and "
+            "from here on its curves show NaN. Look at the loss and the learning rate before this "
+            "step."
         )
         warn_once(text)
         if self.alert and trainer.is_global_zero:
@@ -806,8 +1063,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 trainer,
                 "Weights explode",
                 target,
-                f"its norm has grown from {seen.first:.2g} to {norm:.2g} and grows exponentially: at the present rate its square overflows "
-                f"in about {left:.0f} steps. Lower the learning rate or the decay of this weight: lr x decay must stay far below 2.",
+                f"its norm has grown from {seen.first:.2g} to {norm:.2g} and grows exponentially: "
+                f"at the present rate its square overflows "
+                f"in about {left:.0f} steps. Lower the learning rate or the decay of this weight: "
+                f"lr x decay must stay far below 2.",
             )
 
     def _warn(self, trainer: Trainer, title: str, target: Target, text: str) -> None:
@@ -824,7 +1083,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _steps_to_go(trainer: Trainer) -> float:
         """Optimizer steps until the end of the fit; infinite where nobody knows."""
         planned = trainer.estimated_stepping_batches
-        return planned - trainer.global_step / max(1, len(trainer.optimizers)) if planned > 0 else inf
+        return (
+            planned - trainer.global_step / max(1, len(trainer.optimizers)) if planned > 0 else inf
+        )
 
     def _say_idle_decay(self, trainer: Trainer) -> None:
         """The usual AdamW trap: a decay too small to change any norm within this run."""
@@ -832,10 +1093,16 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         for plan in self.plans.values():
             for target in plan.targets:
                 group = plan.group_of(target)
-                if id(group) in said or not self._effects[target.name].none or not target.scale_invariant:
+                if (
+                    id(group) in said
+                    or not self._effects[target.name].none
+                    or not target.scale_invariant
+                ):
                     continue
                 said.add(id(group))
-                text = idle_decay(class_for_predictions(plan.optimizer), group, trainer.estimated_stepping_batches)
+                text = idle_decay(
+                    class_for_predictions(plan.optimizer), group, trainer.estimated_stepping_batches
+                )
                 if text is not None:
                     show(trainer, f"lightning-normdyn: {text}")
 
@@ -843,18 +1110,22 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _mean(quantity: str, total: float, count: float) -> float:
         return sqrt(max(total, 0.0) / count) if quantity in ROOT_MEAN_SQUARE else total / count
 
-    # -- a fit's beginning and end -------------------------------------------------------------------------------------
+    # -- a fit's beginning and end
+    # -------------------------------------------------------------------------------------
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history."""
         super().on_fit_start(trainer, pl_module)
         self._off = bool(trainer.barebones)
         self._set(Ledger.new(separate=self.quantities is not None))
-        if self._restored is not None:  # some strategies load a checkpoint before this, others after it
+        if (
+            self._restored is not None
+        ):  # some strategies load a checkpoint before this, others after it
             self._take_up(trainer, self._restored)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every callback's; the rows can be seen at once, also where no step follows because the fit was finished."""
+        """As every callback's; the rows can be seen at once, also where no step follows because the
+        fit was finished."""
         super().load_state_dict(state_dict)
         if self._session is not None and self._restored is not None:
             self._take_up(self._session.trainer, self._restored)
@@ -879,13 +1150,23 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             position = [whole_number(x) for x in extra["position"]] if "position" in extra else None
             skipped = whole_number(extra.get("skipped_steps", 0))
         except NormDynError as error:
-            warn_once(f"NormDynamicsMonitor starts a new history, because that of the checkpoint cannot be read: {error}.")
+            warn_once(
+                f"NormDynamicsMonitor starts a new history, because that of the checkpoint cannot "
+                f"be read: {error}."
+            )
             return
-        self._position, self._skipped_before, self._taken_up, self._continued = position, skipped, True, True
+        self._position, self._skipped_before, self._taken_up, self._continued = (
+            position,
+            skipped,
+            True,
+            True,
+        )
         self._set(ledger)
         publish_to_trainer(trainer, ledger.promised)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Count on from a checkpoint before the first batch, then as every callback."""
         if self._taken_up:
             self._taken_up = False
@@ -893,15 +1174,22 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def _go_on(self) -> None:
-        """A run that goes on has no row that only its end asked for, and counts from where it was."""
+        """A run that goes on has no row that only its end asked for, and counts from where it
+        was."""
         assert self._session is not None
         known = self._ledger.lasting
-        # A checkpoint of an earlier version does not say where it was saved: right after its newest row, or not far from it.
-        restored = self._session.go_on_from(self._position) if self._position is not None else known.last_step <= self._session.now
+        # A checkpoint of an earlier version does not say where it was saved: right after its newest
+        # row, or not far from it.
+        restored = (
+            self._session.go_on_from(self._position)
+            if self._position is not None
+            else known.last_step <= self._session.now
+        )
         now = self._session.now
         if not restored and known.last_step >= now:
             warn_once(
-                f"The history of the checkpoint reaches to step {known.last_step}, and this fit counts from step {now}, because its loops "
+                f"The history of the checkpoint reaches to step {known.last_step}, and this fit "
+                f"counts from step {now}, because its loops "
                 f"were not restored with the weights. Rows from step {now} on are dropped."
             )
         ledger = known.going_on_at(now)
@@ -909,7 +1197,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self.history.show(ledger.history)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Add the last step if it was not foreseen, publish what came of the fit, and print the end table."""
+        """Add the last step if it was not foreseen, publish what came of the fit, and print the end
+        table."""
         self._receive(trainer)
         norms = self._norms_now()
         if norms and not self._off:
@@ -930,23 +1219,39 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             outcome = Outcome(self.history, layers, self.quantities or QUANTITIES, self._label())
             publish_outcome(trainer.loggers, outcome)
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the history beside the logs too: a run that is killed later can then be reported, whatever kills it."""
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the history beside the logs too: a run that is killed later can then be reported,
+        whatever kills it."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if self._session is not None and not self._ended:
             self._write_history(trainer, self._completed().history)
-            self.send_history(trainer)  # a process that the Trainer started gets no on_exception when it fails
+            self.send_history(
+                trainer
+            )  # a process that the Trainer started gets no on_exception when it fails
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Keep what was measured until the interruption (Ctrl-C, SIGTERM, an error)."""
         try:
-            if self._session is not None and not self._ended:  # another callback may have closed the session already
+            if (
+                self._session is not None and not self._ended
+            ):  # another callback may have closed the session already
                 self._ended = True
-                if trainer.world_size == 1:  # of several ranks, the others may be anywhere: nothing that waits for them
+                if (
+                    trainer.world_size == 1
+                ):  # of several ranks, the others may be anywhere: nothing that waits for them
                     self._receive(trainer)
                 self._write_history(trainer)
-        except Exception as error:  # the person must see what interrupted the run, and not what came of it here
-            warn_once(f"the history of the interrupted fit could not be written ({type(error).__name__}: {error}).")
+        except (
+            Exception
+        ) as error:  # the person must see what interrupted the run, and not what came of it here
+            warn_once(
+                f"the history of the interrupted fit could not be written ({type(error).__name__}: "
+                f"{error})."
+            )
         finally:
             super().on_exception(trainer, pl_module, exception)
 
@@ -970,12 +1275,15 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         norms: dict[int, dict[str, float]] = {}
         for index, plan in self.plans.items():
             lengths = plan.vectors.norms()
-            means = (plan.vectors.totals(lengths) / plan.vectors.totals(torch.ones_like(lengths))).tolist()
+            means = (
+                plan.vectors.totals(lengths) / plan.vectors.totals(torch.ones_like(lengths))
+            ).tolist()
             norms[index] = {t.name: mean for t, mean in zip(plan.targets, means, strict=True)}
         return norms
 
     def _append_final(self, trainer: Trainer, norms: dict[int, dict[str, float]]) -> None:
-        """The last norms of every optimizer that stepped after its newest row: the fit ended before its time (early stopping, a time
+        """The last norms of every optimizer that stepped after its newest row: the fit ended before
+        its time (early stopping, a time
         limit), or another optimizer took the last turn. Its last angle is not known any more."""
         assert self._session is not None
         for bracket in self._session.brackets:
@@ -989,20 +1297,25 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         not_finite = [name for i in moved for name, norm in norms[i].items() if not isfinite(norm)]
         steps, lasting = max(self.steps_of(i) for i in self.plans), ledger.lasting
         if is_newer:
-            ledger = self._recorded(replace(lasting, events=()), Row(now, steps, values, lasting.events), lasting)
+            ledger = self._recorded(
+                replace(lasting, events=()), Row(now, steps, values, lasting.events), lasting
+            )
         elif ledger.ending is None:
             ledger = self._recorded(ledger, Row(now, steps, values, amends=True), lasting)
         else:  # the row that was there, with more keys in it
             newest = ledger.ending.row
             row = replace(newest, values={**values, **newest.values})
-            ledger = self._recorded(replace(ledger, history=lasting.history, evidence=lasting.evidence), row, lasting)
+            ledger = self._recorded(
+                replace(ledger, history=lasting.history, evidence=lasting.evidence), row, lasting
+            )
         self._ledger = ledger
         self.history.show(ledger.history)
         if not_finite:
             self._warn_not_finite(trainer, not_finite, now, values)
 
     def _publish_about(self, trainer: Trainer) -> None:
-        """What the run consists of: at its first step, and again when more weights are trained (finetuning)."""
+        """What the run consists of: at its first step, and again when more weights are trained
+        (finetuning)."""
         assert self._session is not None
         targets = [t for plan in self.plans.values() for t in plan.targets]
         if len(targets) == self._told:
@@ -1012,7 +1325,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         for member in self._session.members:
             kind = type(member).__name__
             name = kind if kind not in callbacks else f"{kind}-{len(callbacks)}"
-            callbacks[name] = {"params": member.params, "granularity": member.granularity, **member.settings()}
+            callbacks[name] = {
+                "params": member.params,
+                "granularity": member.granularity,
+                **member.settings(),
+            }
         treatments = self._session.treatments()  # every rank takes part
         table = {
             t.name: {
@@ -1026,7 +1343,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         }
         about = json.loads(json.dumps({"callbacks": callbacks, "targets": table}, default=str))
         meta = self.history.meta
-        # What a checkpoint says of a weight is what was true when the run began; only other settings make another run of it.
+        # What a checkpoint says of a weight is what was true when the run began; only other
+        # settings make another run of it.
         known = meta.get("targets", {}) if meta.get("callbacks") == about["callbacks"] else {}
         meta.update({**about, "targets": {**about["targets"], **known}})
         if trainer.is_global_zero:
@@ -1035,14 +1353,18 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _label(self) -> str:
         """What tells this monitor's tables and files from those of others on the same Trainer."""
         assert self._session is not None
-        position = [m for m in self._session.members if isinstance(m, NormDynamicsMonitor)].index(self)
+        position = [m for m in self._session.members if isinstance(m, NormDynamicsMonitor)].index(
+            self
+        )
         return f"-{position}" if position else ""
 
     def _layers(self, norms_now: dict[int, dict[str, float]] | None = None) -> list[dict[str, Any]]:
-        """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks, all of them must call it.
+        """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks,
+        all of them must call it.
 
         Args:
-            norms_now: `_norms_now`, at the end of a fit: an optimizer may have stepped many times since its newest row.
+            norms_now: `_norms_now`, at the end of a fit: an optimizer may have stepped many times
+                since its newest row.
         """
         last = {name: norm for table in (norms_now or {}).values() for name, norm in table.items()}
         targets = [t for plan in self.plans.values() for t in plan.targets]
@@ -1076,7 +1398,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         return layers
 
     def end_table(self) -> str | None:
-        """The table at the end of a fit as text; None if nothing was measured here. Sharded over ranks, all of them must call it."""
+        """The table at the end of a fit as text; None if nothing was measured here. Sharded over
+        ranks, all of them must call it."""
         return self._end_table(self._layers())
 
     def _end_table(self, layers: list[dict[str, Any]]) -> str | None:
@@ -1084,7 +1407,16 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         clamped = self._session.counted_by_weight("clamped")
         if not layers:
             return None
-        columns = ("weight", "treated how", "norm first → last", "effective lr", "angular update", "prediction", "e-foldings", "verdict")
+        columns = (
+            "weight",
+            "treated how",
+            "norm first → last",
+            "effective lr",
+            "angular update",
+            "prediction",
+            "e-foldings",
+            "verdict",
+        )
 
         def cell(row: dict[str, Any], column: str) -> str:
             if column == "norm first → last":
@@ -1096,11 +1428,18 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
         title = f"lightning-normdyn: after {self.history[-1]['optimizer_step']:.0f} optimizer steps"
         cells = [[cell(row, column) for column in columns] for row in layers]
-        text = render(title, columns, cells, noted=("treated how",), optional=("e-foldings", "treated how"))
+        text = render(
+            title, columns, cells, noted=("treated how",), optional=("e-foldings", "treated how")
+        )
         if clamped:
-            named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (", ..." if len(clamped) > 8 else "")
+            named = ", ".join(f"{name}: {times}" for name, times in list(clamped.items())[:8]) + (
+                ", ..." if len(clamped) > 8 else ""
+            )
             times = sum(clamped.values())
-            text += paragraph(f"The shrink factor was clamped at 0.5 {times} times ({named}): lr * alpha * norm is too large there.")
+            text += paragraph(
+                f"The shrink factor was clamped at 0.5 {times} times ({named}): lr * alpha * norm "
+                f"is too large there."
+            )
         text += self._session.losses_in_words()
         return text + "".join(paragraph(words) for words in self._session.closing_words())
 
@@ -1116,7 +1455,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """As every callback's; rows that were taken up from a checkpoint go on before the first step."""
+        """As every callback's; rows that were taken up from a checkpoint go on before the first
+        step."""
         state = super().state_dict()
         if self._restored is None or self._session is None or not len(self._ledger.history):
             return state
@@ -1128,10 +1468,16 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._told = 0  # described anew to the loggers
 
     def _extra(self) -> dict[str, Any]:
-        """The ledger as it will be when all that was measured is there. Changes nothing, so a signal handler may ask at any moment."""
+        """The ledger as it will be when all that was measured is there. Changes nothing, so a
+        signal handler may ask at any moment."""
         assert self._session is not None
-        # Before the first batch of a fit that goes on, the loops are not yet where the checkpoint was.
-        position = self._position if self._taken_up and self._position is not None else self._session.position()
+        # Before the first batch of a fit that goes on, the loops are not yet where the checkpoint
+        # was.
+        position = (
+            self._position
+            if self._taken_up and self._position is not None
+            else self._session.position()
+        )
         ledger = self._completed()
         happened = [] if self._session.closed else self._new_events(ledger, self._session.events())
         state = ledger.state()
@@ -1145,7 +1491,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         ledger = self._ledger
         for sent in ledger.sent:
             ledger = self._published(ledger, sent).ledger
-        # What an update did in a batch that is not over will be done again after a resume, and measured again.
+        # What an update did in a batch that is not over will be done again after a resume, and
+        # measured again.
         following, _ = self._session.position()
         results = tuple(r for r in ledger.results if r.step < following)
         if results:

@@ -46,7 +46,8 @@ class Target:
 
 @dataclass
 class Tally:
-    """In how many steps of one optimizer a callback meant to act, and in how many it found something to act on.
+    """In how many steps of one optimizer a callback meant to act, and in how many it found
+    something to act on.
 
     Args:
         due: steps in which it was to act.
@@ -104,14 +105,17 @@ class Plan:
 
     @property
     def claimed(self) -> dict[Tensor, Partition]:
-        """What of each weight is treated, for `StepBracket.claim_decay`: rows that are not keep the optimizer's decay."""
+        """What of each weight is treated, for `StepBracket.claim_decay`: rows that are not keep the
+        optimizer's decay."""
         return {t.weight: t.partition for t in self.targets}
 
     def rates(self) -> Tensor:
-        """The rate that the optimizer's next step really applies to each vector, ``(n,)`` float64; NaN where nobody can tell.
+        """The rate that the optimizer's next step really applies to each vector, ``(n,)`` float64;
+        NaN where nobody can tell.
 
         For most optimizers that is the learning rate of the param group, read at this very step
-        (`lightning_normdyn.optimizer_facts.applied_rate`). A rate that a step itself moves on is the one that was `fix_rates`.
+        (`lightning_normdyn.optimizer_facts.applied_rate`). A rate that a step itself moves on is
+        the one that was `fix_rates`.
         """
         if self._fixed_rates is not None:
             return self._fixed_rates
@@ -119,14 +123,20 @@ class Plan:
             values = [self._rate(group, group["params"][0]) for group, _ in self.groups]
             return self.spread_groups("rate", values)
         groups = self.groups_of(self.targets)
-        by_weight = [self._rate(group, target.weight) for target, group in zip(self.targets, groups, strict=True)]
-        rates = torch.empty(self.vectors.n, dtype=self.vectors.sum_dtype, device=self.vectors.device)
+        by_weight = [
+            self._rate(group, target.weight)
+            for target, group in zip(self.targets, groups, strict=True)
+        ]
+        rates = torch.empty(
+            self.vectors.n, dtype=self.vectors.sum_dtype, device=self.vectors.device
+        )
         for rate, where in zip(by_weight, self.vectors.slices, strict=True):
             rates[where] = rate
         return rates
 
     def fix_rates(self) -> None:
-        """Read the rates of the coming step, for all of its phases: afterwards the optimizer's state speaks of the next one."""
+        """Read the rates of the coming step, for all of its phases: afterwards the optimizer's
+        state speaks of the next one."""
         self._fixed_rates = None
         self._fixed_rates = self.rates()
 
@@ -135,12 +145,15 @@ class Plan:
         return nan if rate is None else rate
 
     def group_values(self, key: str) -> Tensor:
-        """A number of the param groups (``"weight_decay"``, ...) for each vector, ``(n,)`` float64, read at this very step."""
+        """A number of the param groups (``"weight_decay"``, ...) for each vector, ``(n,)`` float64,
+        read at this very step."""
         return self.spread_groups(key, [group_number(group, key) for group, _ in self.groups])
 
     def spread_groups(self, key: str, values: list[Number]) -> Tensor:
-        """One number per param group, for each vector: ``(n,)`` float64; cached under ``key`` while the numbers stay the same."""
-        # A float is a kernel argument; only a tensor that lives on the device is read there. Nothing waits for the device.
+        """One number per param group, for each vector: ``(n,)`` float64; cached under ``key`` while
+        the numbers stay the same."""
+        # A float is a kernel argument; only a tensor that lives on the device is read there.
+        # Nothing waits for the device.
         known = self._values.get(key)
         constant = not any(isinstance(v, Tensor) for v in values)
         if known is not None and constant and known[0] == values:
@@ -162,17 +175,21 @@ class Plan:
         return self._masks[missing]
 
     def treated(self, step: Step) -> Tensor | None:
-        """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does not skip; None: all, for certain."""
+        """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does
+        not skip; None: all, for certain."""
         active = self.active(step)
         if step.skipped is None:
             return active
         all_active = torch.ones_like(self.bad) if active is None else active
         return step.unless_skipped(all_active, False)
 
-    def guard(self, values: Tensor, neutral: float, step: Step, norms: Tensor | None = None) -> Tensor:
+    def guard(
+        self, values: Tensor, neutral: float, step: Step, norms: Tensor | None = None
+    ) -> Tensor:
         """``values`` where a vector can be treated, ``neutral`` elsewhere.
 
-        Elsewhere means: a weight without gradient, an update that the device skips, a zero norm, a non-finite number. The last two are
+        Elsewhere means: a weight without gradient, an update that the device skips, a zero norm, a
+        non-finite number. The last two are
         remembered in ``bad``.
         """
         good = torch.isfinite(values)
@@ -183,18 +200,24 @@ class Plan:
         self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
         if active is not None:
             good = good & active
-        return step.unless_skipped(torch.where(good, values, torch.full_like(values, neutral)), neutral)
+        return step.unless_skipped(
+            torch.where(good, values, torch.full_like(values, neutral)), neutral
+        )
 
     def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
-        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another decays."""
+        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another
+        decays."""
         owners = step.bracket.decay_owners()
         owned = tuple(owners.get(t.weight) == owner for t in self.targets)
         if owned not in self._owned:
-            self._owned[owned] = self.vectors.spread(torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device))
+            self._owned[owned] = self.vectors.spread(
+                torch.tensor(owned, dtype=self.vectors.sum_dtype, device=self.vectors.device)
+            )
         return self._owned[owned]
 
     def count(self, key: str, values: Tensor, step: Step) -> None:
-        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody reads it, after the update."""
+        """Add ``(n,)`` 0/1 values to a counter per vector that stays on the device until somebody
+        reads it, after the update."""
         if key not in self.counters:  # now, so that every rank knows the same counters
             self.counters[key] = torch.zeros_like(values)
         step.when_updated(partial(self._add, key, values))
@@ -211,13 +234,19 @@ class Plan:
         self.events = earlier.events
 
     def carry(self, earlier: Plan, values: Tensor, fresh: Tensor) -> Tensor:
-        """An earlier plan's values, ``(earlier.vectors.n,)``, at the vectors that are still the same, ``fresh`` ``(n,)`` at the others.
+        """An earlier plan's values, ``(earlier.vectors.n,)``, at the vectors that are still the
+        same, ``fresh`` ``(n,)`` at the others.
 
-        A weight may have got more vectors since: rows that no loss had read before. Then this is a collective, if vectors are sharded.
+        A weight may have got more vectors since: rows that no loss had read before. Then this is a
+        collective, if vectors are sharded.
         """
         position = {t.name: j for j, t in enumerate(earlier.targets)}
         shared = [(i, position[t.name]) for i, t in enumerate(self.targets) if t.name in position]
-        changed = [(i, j) for i, j in shared if not earlier.targets[j].partition.equal(self.targets[i].partition)]
+        changed = [
+            (i, j)
+            for i, j in shared
+            if not earlier.targets[j].partition.equal(self.targets[i].partition)
+        ]
         result = fresh.clone()
         for i, j in shared:
             if (i, j) not in changed:
@@ -229,15 +258,19 @@ class Plan:
             same = self.targets[i].partition.found_in(earlier.targets[j].partition)
             if not bool((same >= 0).any()):
                 continue
-            before = self.vectors.scatter_one(i, gathered[j][same.clamp(min=0).to(gathered[j].device)]).to(result)
+            before = self.vectors.scatter_one(
+                i, gathered[j][same.clamp(min=0).to(gathered[j].device)]
+            ).to(result)
             known = self.vectors.scatter_one(i, same >= 0)
             here = self.vectors.slices[i]
             result[here] = torch.where(known, before, result[here])
         return result
 
     def mark(self, event: str) -> None:
-        """Note that something happened to these weights in this step; the monitor writes it into its history."""
-        # Counted and not listed: without a monitor nobody ever takes a list away, and of two monitors only one could.
+        """Note that something happened to these weights in this step; the monitor writes it into
+        its history."""
+        # Counted and not listed: without a monitor nobody ever takes a list away, and of two
+        # monitors only one could.
         self.events[event] = self.events.get(event, 0) + 1
 
     def group_of(self, target: Target) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""What theory makes of the monitor's measurements: a prediction beside each curve, a verdict at the end, warnings before it is too late.
+"""What theory makes of the monitor's measurements: a prediction beside each curve, a verdict at the
+end, warnings before it is too late.
 
-Numbers of the host, but for `urgency` and `entries_of_dying`. Formulas: `lightning_normdyn.equilibrium`, `lightning_normdyn.verdicts`.
+Numbers of the host, but for `urgency` and `entries_of_dying`. Formulas:
+`lightning_normdyn.equilibrium`, `lightning_normdyn.verdicts`.
 """
 
 from __future__ import annotations
@@ -32,19 +34,25 @@ from lightning_normdyn.verdicts import (
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
 SETTLED_AFTER = 6.0
-# A norm counts as drifting if it does so both over the last 2 and over the last 4 relaxation times (and these many rows): within one, the
+# A norm counts as drifting if it does so both over the last 2 and over the last 4 relaxation times
+# (and these many rows): within one, the
 # norms of a settled network wander by a tenth all the time.
 WINDOWS = ((2.0, 6), (4.0, 12))
-# But a drift by this much within a relaxation time is none of that: after a burst the two windows may even disagree on the direction.
+# But a drift by this much within a relaxation time is none of that: after a burst the two windows
+# may even disagree on the direction.
 WANDERING = 0.3
 # Below this many powers of e, a decay does next to nothing to a norm within the whole run.
 IDLE_DECAY = 0.1
-# A norm that has grown by this factor and still grows exponentially is on its way to overflow: a random walk never gets there.
+# A norm that has grown by this factor and still grows exponentially is on its way to overflow: a
+# random walk never gets there.
 RUNAWAY = 1e4
 
 
-def balance(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any], shrink: float | None = None) -> dict[str, Any] | None:
-    """What pulls a weight shorter and what its steps lose, in the words of `lightning_normdyn.equilibrium`.
+def balance(
+    effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any], shrink: float | None = None
+) -> dict[str, Any] | None:
+    """What pulls a weight shorter and what its steps lose, in the words of
+    `lightning_normdyn.equilibrium`.
 
     Args:
         effects: what the callbacks do to the weight.
@@ -53,7 +61,8 @@ def balance(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any], 
         shrink: the decay that AWS amounts to now.
 
     Returns:
-        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: a callback of somebody else, two decays
+        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: a
+        callback of somebody else, two decays
         at once, steps of a recorded length, a norm that WRS sets now and then (for which there is
         `lightning_normdyn.equilibrium.wrs_angular_update`).
     """
@@ -86,7 +95,8 @@ class Prediction:
 
     Args:
         angular_update: RMS, radians per optimizer step.
-        relaxation: optimizer steps in which a deviation of the norm falls by e; None where WRS sets the norm.
+        relaxation: optimizer steps in which a deviation of the norm falls by e; None where WRS sets
+            the norm.
         power: P of `lightning_normdyn.equilibrium`.
         pull: lr x decay; under AWS, lr x alpha. Changes with the schedule only.
         rough: 13-38 % off on a real network (Adam with coupled decay).
@@ -100,7 +110,11 @@ class Prediction:
 
 
 def predict(
-    optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects, measured: Mapping[str, float], length: int
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    effects: Effects,
+    measured: Mapping[str, float],
+    length: int,
 ) -> Prediction | None:
     """What a scale-invariant weight settles at; None where nothing has been derived, never a guess.
 
@@ -108,7 +122,8 @@ def predict(
         optimizer: the optimizer, or its class.
         group: the weight's param group at this step.
         effects: what the callbacks do to the weight.
-        measured: means over the weight's vectors at this step: ``lr``, ``weight_norm``, and where they are asked for ``gradient_scale``
+        measured: means over the weight's vectors at this step: ``lr``, ``weight_norm``, and where
+            they are asked for ``gradient_scale``
             (E‖g‖²‖w‖²: WRS on SGD, Adam with coupled decay) and ``equivalent_weight_decay`` (AWS).
         length: entries of a vector.
 
@@ -119,9 +134,14 @@ def predict(
         (0.007255, 500)
     """
     group = {**group, "lr": measured["lr"]}
-    norm, scale = measured["weight_norm"], measured.get("gradient_scale") or None  # without any gradient, none is known
+    norm, scale = (
+        measured["weight_norm"],
+        measured.get("gradient_scale") or None,
+    )  # without any gradient, none is known
     if effects.rescaled_now is not None:
-        return _predict_rescaled(optimizer, group, effects, effects.rescaled_now, norm, scale, length)
+        return _predict_rescaled(
+            optimizer, group, effects, effects.rescaled_now, norm, scale, length
+        )
     options = balance(effects, optimizer, group, measured.get("equivalent_weight_decay"))
     if options is None:
         return None
@@ -160,7 +180,11 @@ def _predict_rescaled(
         target_norm=norm if rescaling.target_norm == "initial" else rescaling.target_norm,
         projected=effects.projection is not None,
     )
-    return None if angle is None or not 0 < float(angle) < inf else Prediction(float(angle), None, 0, float(group["lr"]))
+    return (
+        None
+        if angle is None or not 0 < float(angle) < inf
+        else Prediction(float(angle), None, 0, float(group["lr"]))
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------------------------
@@ -170,7 +194,8 @@ def _predict_rescaled(
 
 @dataclass
 class Course:
-    """What happened to a weight's prediction on the way: the e-foldings elapsed, and how the schedule moved.
+    """What happened to a weight's prediction on the way: the e-foldings elapsed, and how the
+    schedule moved.
 
     Args:
         latest: the newest prediction.
@@ -200,7 +225,8 @@ class Course:
         return replace(self, pulls=list(self.pulls))
 
     def steady_since(self) -> float:
-        """The step since which lr x decay has been within a tenth of what it is now; before, another equilibrium was aimed at."""
+        """The step since which lr x decay has been within a tenth of what it is now; before,
+        another equilibrium was aimed at."""
         if not self.pulls:
             return -inf
         now = self.pulls[-1][1]
@@ -220,13 +246,16 @@ def judge(history: History, name: str, course: Course) -> str:
     """What a person should read from the curves of weight ``name``, judged by its norm.
 
     Args:
-        history: rows with ``weight_norm``, ``angular_update`` and, where there is a prediction, ``equilibrium_angular_update``.
+        history: rows with ``weight_norm``, ``angular_update`` and, where there is a prediction,
+            ``equilibrium_angular_update``.
         name: the weight.
         course: its predictions on the way.
 
     Returns:
-        a verdict of `lightning_normdyn.verdicts.verdict`; "not settled yet" instead of "settled" before `SETTLED_AFTER` e-foldings;
-        under WRS the comparison alone; "too few rows"; "not finite since step 5" for a weight that ended with NaN.
+        a verdict of `lightning_normdyn.verdicts.verdict`; "not settled yet" instead of "settled"
+        before `SETTLED_AFTER` e-foldings;
+        under WRS the comparison alone; "too few rows"; "not finite since step 5" for a weight that
+        ended with NaN.
     """
     diverged = _not_finite_since(history, name)
     if diverged is not None:
@@ -235,13 +264,22 @@ def judge(history: History, name: str, course: Course) -> str:
     if len(at) < 3:
         return "too few rows"
     if course.step:
-        at *= course.step / (at[-1] + 1)  # its own optimizer may step more or less often than others
+        at *= course.step / (
+            at[-1] + 1
+        )  # its own optimizer may step more or less often than others
     prediction = course.latest
     relaxation = None if prediction is None else prediction.relaxation
-    recent, longer = (_window(at, relaxations * (relaxation or inf), rows, course.steady_since()) for relaxations, rows in WINDOWS)
+    recent, longer = (
+        _window(at, relaxations * (relaxation or inf), rows, course.steady_since())
+        for relaxations, rows in WINDOWS
+    )
     turned = _root_mean_square(angles[recent])
     known = recent & np.isfinite(predicted)
-    ratio = _root_mean_square(angles[known]) / _root_mean_square(predicted[known]) if known.any() and prediction is not None else None
+    ratio = (
+        _root_mean_square(angles[known]) / _root_mean_square(predicted[known])
+        if known.any() and prediction is not None
+        else None
+    )
     growth = 2 * np.log(np.maximum(norms, 1e-300))
     drift, before = _slope(at[recent], growth[recent]), _slope(at[longer], growth[longer])
     if relaxation and abs(drift) * relaxation < WANDERING:
@@ -264,7 +302,8 @@ def judge(history: History, name: str, course: Course) -> str:
 
 
 def _not_finite_since(history: History, name: str) -> int | None:
-    """The first of the steps, up to the newest row, at which the norm or the angle was NaN or infinite; None if the newest is finite."""
+    """The first of the steps, up to the newest row, at which the norm or the angle was NaN or
+    infinite; None if the newest is finite."""
     since: list[int] = []
     for key in (f"weight_norm/{name}", f"angular_update/{name}"):
         if not history.has(key):
@@ -277,17 +316,32 @@ def _not_finite_since(history: History, name: str) -> int | None:
 
 
 def _aligned(history: History, name: str) -> list[Any]:
-    """Steps, norms, angles and predictions (NaN where there is none) of the rows that have an angle, float64."""
-    keys = [f"{quantity}/{name}" for quantity in ("weight_norm", "angular_update", "equilibrium_angular_update")]
-    curves = [dict(zip(*(c.tolist() for c in history.column(key)), strict=True)) if history.has(key) else {} for key in keys]
-    # A number of a single step that was not finite, after which the run went on, is no part of a curve.
-    steps = [step for step in curves[1] if step in curves[0] and isfinite(curves[0][step]) and isfinite(curves[1][step])]
+    """Steps, norms, angles and predictions (NaN where there is none) of the rows that have an
+    angle, float64."""
+    keys = [
+        f"{quantity}/{name}"
+        for quantity in ("weight_norm", "angular_update", "equilibrium_angular_update")
+    ]
+    curves = [
+        dict(zip(*(c.tolist() for c in history.column(key)), strict=True))
+        if history.has(key)
+        else {}
+        for key in keys
+    ]
+    # A number of a single step that was not finite, after which the run went on, is no part of a
+    # curve.
+    steps = [
+        step
+        for step in curves[1]
+        if step in curves[0] and isfinite(curves[0][step]) and isfinite(curves[1][step])
+    ]
     columns = [[curve.get(step, float("nan")) for step in steps] for curve in curves]
     return [np.array(column, dtype=np.float64) for column in (steps, *columns)]
 
 
 def _window(at: Any, length: float, rows: int, since: float) -> Any:
-    """Which rows to look at: the last ``length`` steps, at least ``rows`` rows, but not more than the second half of the run, and nothing
+    """Which rows to look at: the last ``length`` steps, at least ``rows`` rows, but not more than
+    the second half of the run, and nothing
     from before ``since``; three rows in any case."""
     half = (at[0] + at[-1]) / 2
     start = min(at[-1] - length, at[-min(rows, len(at))])
@@ -316,22 +370,27 @@ def _root_mean_square(values: Any) -> float:
 
 
 def log_smallest(dtype: torch.dtype) -> float:
-    """ln of the norm whose square vanishes in ``dtype``; float32 for weights that are stored shorter.
+    """ln of the norm whose square vanishes in ``dtype``; float32 for weights that are stored
+    shorter.
 
     Example:
         >>> round(exp(log_smallest(torch.float32)) / 1e-23, 2)
         2.65
     """
-    return -steps_to_underflow(1.0, 1.0, dtype if dtype in (torch.float32, torch.float64) else torch.float32)
+    return -steps_to_underflow(
+        1.0, 1.0, dtype if dtype in (torch.float32, torch.float64) else torch.float32
+    )
 
 
 def urgency(e_foldings: Tensor) -> Tensor:
-    """A power of each vector's e-foldings left, so high that the sum over vectors tells the smallest: see `least_of`."""
+    """A power of each vector's e-foldings left, so high that the sum over vectors tells the
+    smallest: see `least_of`."""
     return e_foldings.clamp(min=1.0).pow(-_sharpness(e_foldings.dtype))
 
 
 def least_of(total: float, dtype: torch.dtype = torch.float64) -> float:
-    """The smallest of the e-foldings whose `urgency` sums to ``total``; a little less where several are equally small.
+    """The smallest of the e-foldings whose `urgency` sums to ``total``; a little less where several
+    are equally small.
 
     Sums are all that ranks exchange, so the smallest must come from a sum.
 
@@ -347,7 +406,8 @@ def _sharpness(dtype: torch.dtype) -> int:
 
 
 class Dying(NamedTuple):
-    """A vector without gradient under Adam with coupled decay, as far as its first and its last entry to go tell.
+    """A vector without gradient under Adam with coupled decay, as far as its first and its last
+    entry to go tell.
 
     Args:
         e_foldings: how far it has to fall.
@@ -369,7 +429,8 @@ class Dying(NamedTuple):
 
 
 def falls_ever_faster(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects) -> bool:
-    """Whether a vector without gradient falls at a rate that its second moments decide (Adam with coupled decay).
+    """Whether a vector without gradient falls at a rate that its second moments decide (Adam with
+    coupled decay).
 
     Example:
         >>> falls_ever_faster(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}, Effects())
@@ -379,10 +440,14 @@ def falls_ever_faster(optimizer: AnOptimizer, group: Mapping[str, Any], effects:
     return options is not None and is_rough(class_for_predictions(optimizer), group, **options)
 
 
-def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], position: int, group: Mapping[str, Any]) -> Tensor:
-    """What `Dying` has to know of the entries of each vector of one weight: Adam shrinks that with the largest second moment last.
+def entries_of_dying(
+    vectors: WeightVectors, state: Mapping[Tensor, Any], position: int, group: Mapping[str, Any]
+) -> Tensor:
+    """What `Dying` has to know of the entries of each vector of one weight: Adam shrinks that with
+    the largest second moment last.
 
-    Means over the entries with the root of the second moment to a high power as their weight, because sums are all that ranks exchange.
+    Means over the entries with the root of the second moment to a high power as their weight,
+    because sums are all that ranks exchange.
     Every rank must call it.
 
     Args:
@@ -392,7 +457,8 @@ def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], positi
         group: its param group.
 
     Returns:
-        ``(4, n)``: ``weight``, ``second_moment``, ``smallest_second_moment``, ``step``; NaN for other weights and without second moments.
+        ``(4, n)``: ``weight``, ``second_moment``, ``smallest_second_moment``, ``step``; NaN for
+        other weights and without second moments.
     """
     weight, nothing = vectors.weights[position], [None] * len(vectors.weights)
 
@@ -409,10 +475,15 @@ def entries_of_dying(vectors: WeightVectors, state: Mapping[Tensor, Any], positi
         root = (second / (1 - group["betas"][1] ** at)).sqrt() + group["eps"]
         power = 16 if vectors.sum_dtype == torch.float64 else 4
         # An entry without any second moment is 0 and stays so.
-        last, first = root.pow(power), torch.where(second > 0, root.pow(-power), torch.zeros_like(root))
+        last, first = (
+            root.pow(power),
+            torch.where(second > 0, root.pow(-power), torch.zeros_like(root)),
+        )
     pairs = ((last, None), (last, values), (last, second), (first, None), (first, second))
     sums = vectors.inner(*((of_this(a), None if b is None else of_this(b)) for a, b in pairs))
-    return torch.stack([sums[1] / sums[0], sums[2] / sums[0], sums[4] / sums[3], sums[0] * at / sums[0]])
+    return torch.stack(
+        [sums[1] / sums[0], sums[2] / sums[0], sums[4] / sums[3], sums[0] * at / sums[0]]
+    )
 
 
 def steps_to_collapse(
@@ -423,19 +494,22 @@ def steps_to_collapse(
     rate: float,
     dying: Sequence[Dying] = (),
 ) -> float:
-    """Optimizer steps until a vector without gradient has shrunk by ``e_foldings`` powers of e, at the present learning rate.
+    """Optimizer steps until a vector without gradient has shrunk by ``e_foldings`` powers of e, at
+    the present learning rate.
 
     Args:
         optimizer: the optimizer, or its class.
         group: the weight's param group.
         effects: what the callbacks do to the weight.
         e_foldings: how far it has to go.
-        rate: -d ln‖w‖ per step as measured, for optimizers that are not understood; soon after the last gradient the momentum still
+        rate: -d ln‖w‖ per step as measured, for optimizers that are not understood; soon after the
+            last gradient the momentum still
             moves the vector, so the known rate is the better one.
         dying: where the vector `falls_ever_faster`, what is known of each of them.
 
     Returns:
-        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back until its last epoch. ``inf`` also where
+        ``inf`` where it does not get there: AWS shrinks ever slower, WRS puts the length back until
+        its last epoch. ``inf`` also where
         nobody knows, because a callback of somebody else acts on it.
 
     Example:
@@ -449,21 +523,37 @@ def steps_to_collapse(
         return inf
     if dying and falls_ever_faster(optimizer, group, effects):
         return min(vector.steps_left(group) for vector in dying)
-    known = None if options is None else free_decay_rate(class_for_predictions(optimizer), group, **options)
+    known = (
+        None
+        if options is None
+        else free_decay_rate(class_for_predictions(optimizer), group, **options)
+    )
     rate = rate if known is None else known
     return e_foldings / rate if rate > 0 else inf
 
 
-def _fixed_decay(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]) -> dict[str, Any] | None:
-    """`balance` of the decay that does not fade with the length: all but AWS. None where there is no other or none is known."""
+def _fixed_decay(
+    effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """`balance` of the decay that does not fade with the length: all but AWS. None where there is
+    no other or none is known."""
     if effects.shrink is None:
         return balance(effects, optimizer, group)
-    options = None if effects.shrink.replaces_decay else balance(replace(effects, shrink=None), optimizer, group)
-    return options if options is not None and (options.get("decay") or group.get("weight_decay")) else None
+    options = (
+        None
+        if effects.shrink.replaces_decay
+        else balance(replace(effects, shrink=None), optimizer, group)
+    )
+    return (
+        options
+        if options is not None and (options.get("decay") or group.get("weight_decay"))
+        else None
+    )
 
 
 def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> float:
-    """Steps until the square of a norm overflows float32, if it has run away and keeps growing exponentially; else ``inf``.
+    """Steps until the square of a norm overflows float32, if it has run away and keeps growing
+    exponentially; else ``inf``.
 
     Args:
         steps: of the recorded norms.
@@ -477,14 +567,19 @@ def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> floa
     """
     if len(norms) < 5 or not (0 < norms[0] * RUNAWAY < norms[-1] < inf):
         return inf
-    rates = [log(b / a) / (t - s) for s, t, a, b in zip(steps[1:], steps[2:], norms[1:], norms[2:], strict=False) if a > 0]
+    rates = [
+        log(b / a) / (t - s)
+        for s, t, a, b in zip(steps[1:], steps[2:], norms[1:], norms[2:], strict=False)
+        if a > 0
+    ]
     if len(rates) < 3 or min(rates) <= 0 or rates[-1] < 0.8 * rates[0]:
         return inf
     return steps_to_overflow(norms[-1], min(rates))
 
 
 def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) -> str | None:
-    """A sentence about a decay that cannot act within a run of ``steps`` optimizer steps; None where there is nothing to say.
+    """A sentence about a decay that cannot act within a run of ``steps`` optimizer steps; None
+    where there is nothing to say.
 
     Args:
         optimizer: the optimizer, or its class.
@@ -493,7 +588,8 @@ def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) ->
 
     Example:
         >>> print(idle_decay(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}, 30_000))
-        weight decay 0.0005 at lr 0.001 shrinks a weight by 1.5 % over the 30000 steps of this run: it does next to nothing.
+        weight decay 0.0005 at lr 0.001 shrinks a weight by 1.5 % over the 30000 steps of this run:
+        it does next to nothing.
     """
     if not 0 < steps < inf:
         return None

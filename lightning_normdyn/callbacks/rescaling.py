@@ -1,4 +1,5 @@
-"""A change of scale that changes nothing else: weights, optimizer state and the normalization behind them together.
+"""A change of scale that changes nothing else: weights, optimizer state and the normalization
+behind them together.
 
 Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
 """
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 
 class Rescaler:
-    """Applies one factor per vector to the weights of a plan and to everything whose meaning depends on their scale.
+    """Applies one factor per vector to the weights of a plan and to everything whose meaning
+    depends on their scale.
 
     Args:
         plan: the targets.
@@ -35,7 +37,8 @@ class Rescaler:
         optimizer_state: ``"rescale"`` or ``"keep"``.
 
     Raises:
-        NotSupportedError: for statistics behind a target that cannot follow, and for per-vector factors under an optimizer that allows
+        NotSupportedError: for statistics behind a target that cannot follow, and for per-vector
+            factors under an optimizer that allows
         one per matrix only.
     """
 
@@ -46,11 +49,14 @@ class Rescaler:
             for target in plan.targets:
                 if target.partition.n > 1:
                     raise NotSupportedError(
-                        f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so `{target.name}` can only be "
+                        f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so "
+                        f"`{target.name}` can only be "
                         f"rescaled by one factor, but it has {target.partition.n} vectors. "
-                        "Use granularity='layer', or optimizer_state='keep' where the callback has it."
+                        "Use granularity='layer', or optimizer_state='keep' where the callback has "
+                        "it."
                     )
-        # Normalizations whose running statistics were gathered at the old scale: (name, module, position of the weight, vector of each
+        # Normalizations whose running statistics were gathered at the old scale: (name, module,
+        # position of the weight, vector of each
         # channel, degree, position of the bias).
         self._norms: list[tuple[str, nn.Module, int, Tensor, float, int | None]] = []
         parameters = {name: weight for weight, names in session.names.items() for name in names}
@@ -60,24 +66,40 @@ class Rescaler:
             if verdict.stale_statistics:
                 raise NotSupportedError(
                     f"`{target.name}` is followed by running statistics that cannot be corrected "
-                    f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be wrong. "
+                    f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would "
+                    f"be wrong. "
                     f"Leave it out with params='!{target.name}', or use track_running_stats=False."
                 )
             if not verdict.batch_norms:
                 continue
-            # The links count the vectors of the verdict, the factors those of the target, which may be coarser (granularity="layer").
+            # The links count the vectors of the verdict, the factors those of the target, which may
+            # be coarser (granularity="layer").
             # The last entry stands for channels that no vector feeds.
             partition = verdict.partition
             assert partition is not None, "a link leads from a vector"
             nowhere = target.partition.n
-            vector_of = torch.cat([partition.within(target.partition), torch.tensor([-1], dtype=torch.long, device="cpu")])
+            vector_of = torch.cat(
+                [
+                    partition.within(target.partition),
+                    torch.tensor([-1], dtype=torch.long, device="cpu"),
+                ]
+            )
             vector_of = torch.where(vector_of >= 0, vector_of, nowhere)
             for link in verdict.batch_norms:
                 module = session.module.get_submodule(link.module)
                 index = vector_of[link.vector.cpu()]
                 bias = parameters.get(link.bias) if link.bias else None
                 place = None if bias is None else len(biases)
-                self._norms.append((link.module, module, position, index.to(plan.vectors.device), link.degree, place))
+                self._norms.append(
+                    (
+                        link.module,
+                        module,
+                        position,
+                        index.to(plan.vectors.device),
+                        link.degree,
+                        place,
+                    )
+                )
                 if bias is not None:
                     biases.append(bias)
         # Statistics are whole on every rank; a bias may lie in pieces like any weight.
@@ -94,7 +116,8 @@ class Rescaler:
             state_exponents(optimizer)
 
     def scaling(self, factor: Tensor, *, gradients: bool = False) -> Scaling:
-        """What multiplies every vector by ``factor`` (``(n,)``); state, statistics and, on request, this step's gradients follow."""
+        """What multiplies every vector by ``factor`` (``(n,)``); state, statistics and, on request,
+        this step's gradients follow."""
         return Scaling(
             self.plan.vectors,
             factor,
@@ -129,7 +152,8 @@ def changes_function(target: Target) -> str:
 
 
 def warn_of_changed_function(callback: Callback, plan: Plan, warned: set[str]) -> None:
-    """Say once that a rescale of weights named by a person, and not known to be scale-invariant, changes what the network computes.
+    """Say once that a rescale of weights named by a person, and not known to be scale-invariant,
+    changes what the network computes.
 
     Args:
         callback: who rescales.
@@ -143,19 +167,23 @@ def warn_of_changed_function(callback: Callback, plan: Plan, warned: set[str]) -
     reasons = [f"`{t.name}` ({t.verdict.reason or t.verdict.kind})" for t in named[:4]]
     more = f" and {len(named) - 4} more" if len(named) > 4 else ""
     warn_once(
-        f"{type(callback).__name__} rescales weights that are not known to be scale-invariant, which changes the network's function: "
+        f"{type(callback).__name__} rescales weights that are not known to be scale-invariant, "
+        f"which changes the network's function: "
         f"{', '.join(reasons)}{more}. Leave them out of `params` unless that is meant."
     )
 
 
 def verify_targets(plan: Plan, session: Session) -> None:
-    """Rescale all claimed vectors of a plan by random factors on the present batch: the outputs must not change.
+    """Rescale all claimed vectors of a plan by random factors on the present batch: the outputs
+    must not change.
 
-    The one test that also catches what gradients cannot show, such as a detached copy of the weight's output. Everything is put back
+    The one test that also catches what gradients cannot show, such as a detached copy of the
+    weight's output. Everything is put back
     bit for bit.
 
     Raises:
-        NotSupportedError: naming the weights on whose length the function depends; or for a batch that the forward cannot be called with.
+        NotSupportedError: naming the weights on whose length the function depends; or for a batch
+            that the forward cannot be called with.
     """
     claims = [t.verdict for t in plan.targets if t.verdict.partition is not None]
     with session.trainer.precision_plugin.forward_context():
@@ -168,16 +196,23 @@ def verify_targets(plan: Plan, session: Session) -> None:
             except Exception as error:  # whatever a forward raises that expects something else
                 refusal = error
                 continue
-            guilty = [c.name for c in claims if not verify_scale_invariance(session.module, *inputs, verdicts=[c])]
+            guilty = [
+                c.name
+                for c in claims
+                if not verify_scale_invariance(session.module, *inputs, verdicts=[c])
+            ]
             break
         else:
             raise NotSupportedError(
-                f"verify=True calls the LightningModule with the batch, and its forward raised {type(refusal).__name__}: {refusal}. "
+                f"verify=True calls the LightningModule with the batch, and its forward raised "
+                f"{type(refusal).__name__}: {refusal}. "
                 f"{_BY_HAND}"
             ) from refusal
     raise NotSupportedError(
-        f"The function changes with the length of {', '.join(f'`{name}`' for name in guilty) or 'these weights together'}, although the "
-        "gradients do not show it. Exclude them: params=['!NAME'] means all scale-invariant weights but that one."
+        f"The function changes with the length of "
+        f"{', '.join(f'`{name}`' for name in guilty) or 'these weights together'}, although the "
+        "gradients do not show it. Exclude them: params=['!NAME'] means all scale-invariant "
+        "weights but that one."
     )
 
 
@@ -185,7 +220,8 @@ _BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_in
 
 
 def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
-    """With what to try to call the LightningModule's forward: the first element of the batch, the first two, ..., the whole batch.
+    """With what to try to call the LightningModule's forward: the first element of the batch, the
+    first two, ..., the whole batch.
 
     Raises:
         NotSupportedError: if its signature takes none of them.
@@ -202,8 +238,12 @@ def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
     if parts and isinstance(parts[0], Tensor):
         reason = f", but its forward{signature} takes other arguments"
     else:
-        reason = f", or its first element, but that is a {type(parts[0] if parts else batch).__name__}"
-    raise NotSupportedError(f"verify=True calls the LightningModule with the batch{reason}. {_BY_HAND}")
+        reason = (
+            f", or its first element, but that is a {type(parts[0] if parts else batch).__name__}"
+        )
+    raise NotSupportedError(
+        f"verify=True calls the LightningModule with the batch{reason}. {_BY_HAND}"
+    )
 
 
 def _takes(signature: inspect.Signature, inputs: tuple[Any, ...]) -> bool:
@@ -216,13 +256,19 @@ def _takes(signature: inspect.Signature, inputs: tuple[Any, ...]) -> bool:
 
 def _tensors_of(inputs: tuple[Any, ...]) -> bool:
     """Whether these are tensors, or sequences of tensors."""
-    return all(isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and bool(x) and _tensors_of(tuple(x))) for x in inputs)
+    return all(
+        isinstance(x, Tensor)
+        or (isinstance(x, (tuple, list)) and bool(x) and _tensors_of(tuple(x)))
+        for x in inputs
+    )
 
 
 def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Refuse, at fit start, Lightning's averages of weights beside a callback that changes their scale.
+    """Refuse, at fit start, Lightning's averages of weights beside a callback that changes their
+    scale.
 
-    An average over weights of different lengths points elsewhere than any of them, and its BatchNorm statistics belong to none.
+    An average over weights of different lengths points elsewhere than any of them, and its
+    BatchNorm statistics belong to none.
 
     Raises:
         NotSupportedError: naming both callbacks.
@@ -232,6 +278,8 @@ def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
     averaging = [c for c in callbacks if names & {k.__name__ for k in type(c).__mro__}]
     if averaging:
         raise NotSupportedError(
-            f"{type(callback).__name__} changes the length of weights that {type(averaging[0]).__name__} averages, so the average would "
-            "mix weights of different scales. Remove one of the two; AdaptiveWeightShrink and RadialProjection change lengths smoothly."
+            f"{type(callback).__name__} changes the length of weights that "
+            f"{type(averaging[0]).__name__} averages, so the average would "
+            "mix weights of different scales. Remove one of the two; AdaptiveWeightShrink and "
+            "RadialProjection change lengths smoothly."
         )

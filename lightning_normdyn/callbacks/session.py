@@ -1,4 +1,5 @@
-"""What all callbacks of the suite share during one fit: the names, the brackets, and the search for scale-invariant weights."""
+"""What all callbacks of the suite share during one fit: the names, the brackets, and the search for
+scale-invariant weights."""
 
 from __future__ import annotations
 
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps, NoEffect, OnOtherVectors, Projection, combine
+from lightning_normdyn.callbacks.effect import (
+    Effect,
+    Effects,
+    LengthJumps,
+    NoEffect,
+    OnOtherVectors,
+    Projection,
+    combine,
+)
 from lightning_normdyn.callbacks.evidence import Contradiction, Evidence
 from lightning_normdyn.callbacks.loss_gradients import LossGradients, changed_between_ranks
 from lightning_normdyn.callbacks.plan import Plan, Target
@@ -31,9 +40,23 @@ from lightning_normdyn.graph_state import GraphState, Normalizations
 from lightning_normdyn.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizer_state import taken_over_by_trial
 from lightning_normdyn.scaling import put_back
-from lightning_normdyn.sharding import accumulates, check_weight, forget_gradients, full_shape, has_gradient, survey, torch_optimizers
+from lightning_normdyn.sharding import (
+    accumulates,
+    check_weight,
+    forget_gradients,
+    full_shape,
+    has_gradient,
+    survey,
+    torch_optimizers,
+)
 from lightning_normdyn.steps import Phase, Step, StepBracket, check_optimizer
-from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, is_gain, parameter_names
+from lightning_normdyn.targets import (
+    EulerTest,
+    ScaleInvarianceSearch,
+    Verdict,
+    is_gain,
+    parameter_names,
+)
 from lightning_normdyn.vectors import Partition, WeightVectors
 from lightning_normdyn.wrappers import steps_in_two_phases, without_framework
 
@@ -56,7 +79,9 @@ def warn_once(message: str) -> None:
 class Session:
     """What all callbacks of the suite share during one fit."""
 
-    _of: ClassVar[WeakKeyDictionary[Trainer, ref[Session]]] = WeakKeyDictionary()  # its members hold it, and it holds the Trainer
+    _of: ClassVar[WeakKeyDictionary[Trainer, ref[Session]]] = (
+        WeakKeyDictionary()
+    )  # its members hold it, and it holds the Trainer
 
     @classmethod
     def of(cls, trainer: Trainer, module: LightningModule) -> Session:
@@ -71,12 +96,17 @@ class Session:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer, self.module = trainer, module
         self.closed = False
-        # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters that are not the optimizer's.
+        # By identity and before anything runs: under FSDP2 a later no-grad forward shows parameters
+        # that are not the optimizer's.
         self.names = parameter_names(module)
-        survey(trainer.strategy.model or module, trainer.optimizers)  # the module inside of whatever the strategy wraps around it
+        survey(
+            trainer.strategy.model or module, trainer.optimizers
+        )  # the module inside of whatever the strategy wraps around it
         self.holders = holders_of(module)
         self.shapes = {weight: full_shape(weight) for weight in self.names}
-        self.lazy = {weight for weight in self.names if is_lazy(weight)}  # of no known shape, now that everything is mapped
+        self.lazy = {
+            weight for weight in self.names if is_lazy(weight)
+        }  # of no known shape, now that everything is mapped
         self._gains = {weight for weight in self.names if self._is_gain(weight)}
         self.search = ScaleInvarianceSearch(module)
         self.members: list[NormDynCallback] = []
@@ -84,7 +114,9 @@ class Session:
         self.outers: list[Any] = []
         """For each of them what a person has made: itself, or what steps through it."""
         self.brackets: list[StepBracket] = []
-        self._leading: list[StepBracket] = []  # one for each optimizer of the Trainer; DeepSpeed steps an optimizer in parts
+        self._leading: list[
+            StepBracket
+        ] = []  # one for each optimizer of the Trainer; DeepSpeed steps an optimizer in parts
         self._remove: dict[StepBracket, list[Callable[[], None]]] = {}
         self._watching = False
         self._guard = _Guard(self)
@@ -94,7 +126,8 @@ class Session:
         self._missed: set[Tensor] = set()
         self._unread_rows: dict[int, UnreadRows | None] = {}  # of each optimizer's weights
         self._last_look: dict[int, int] = {}  # at the gradients of each optimizer's unread rows
-        # A weight that trains but never shows up in a loss (a backward that Lightning does not see) must not cost every batch: eight looks,
+        # A weight that trains but never shows up in a loss (a backward that Lightning does not see)
+        # must not cost every batch: eight looks,
         # then at growing distances.
         self._batches, self._looks, self._next_look = 0, 0, 0
         self._unread = False
@@ -103,15 +136,20 @@ class Session:
         self._graph: GraphState | None = None  # of the graph that the verdicts were read from
         self._version = 0
         self.evidence = Evidence()
-        self._epsilons = EpsilonWatch(module)  # where a claim is looked at closely: it may be false because of an epsilon
+        self._epsilons = EpsilonWatch(
+            module
+        )  # where a claim is looked at closely: it may be false because of an epsilon
         self._withdrawn: dict[str, Verdict] = {}
         self.resumed = False
-        """Whether the verdicts come from a checkpoint of the same network: its fit had its first steps, so nothing is refused any more."""
+        """Whether the verdicts come from a checkpoint of the same network: its fit had its first
+        steps, so nothing is refused any more."""
         self.losses: dict[str, str] = {}
         """Weights that callbacks acted on and no longer do, for tables: since when and why."""
         self._analyzed = False
         self._begun = False  # whether a step came after a loss that was seen, or had gradients
-        self.checked = False  # whether every optimizer has stepped, and what was asked for was found
+        self.checked = (
+            False  # whether every optimizer has stepped, and what was asked for was found
+        )
         self._announced: set[Tensor] = set()
         self._resolved = False
         self._steps_before: list[int] = []
@@ -124,9 +162,13 @@ class Session:
         self._steps_of_gone = 0  # of optimizers that others have taken the place of
         self._followed: list[Any] = []  # the Trainer's optimizers as they were found
         self._two_phases: set[int] = set()  # optimizers in two phases that have not stepped
-        self._places: dict[int, list[tuple[Tensor, Tensor]]] = {}  # where their weights must be when it is next looked
+        self._places: dict[
+            int, list[tuple[Tensor, Tensor]]
+        ] = {}  # where their weights must be when it is next looked
         self._left_alone: list[Any] = []
-        self._mapped: dict[int, tuple[Any, ...]] = {}  # by optimizer: the param groups whose weights have names
+        self._mapped: dict[
+            int, tuple[Any, ...]
+        ] = {}  # by optimizer: the param groups whose weights have names
         self.replaced: set[int] = set()
         """Optimizers that came during the fit: what is refused of them is no error."""
         self.known: set[int] = set()
@@ -134,11 +176,13 @@ class Session:
         self._witness: Witness | None = None
         self._tallies: list[str] | None = None
         self.notes: list[str] = []
-        """What the end table says below: on which weights or optimizers a callback stopped acting, and why."""
+        """What the end table says below: on which weights or optimizers a callback stopped acting,
+        and why."""
         self.batch: Any = None
         """The batch that is being trained on."""
 
-    # -- brackets ------------------------------------------------------------------------------------------------------
+    # -- brackets
+    # ------------------------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Bracket every optimizer of the fit; idempotent."""
@@ -147,11 +191,20 @@ class Session:
         parts = [torch_optimizers(o) for o in self.trainer.optimizers]
         self.optimizers = [part for ours in parts for part in ours]
         self.brackets = [StepBracket.of(o) for o in self.optimizers]
-        # Lightning hears nothing of the steps of an optimizer in two phases, so none of them can be known to have been skipped.
-        told = [ours for o, ours in zip(self.trainer.optimizers, parts, strict=True) if not steps_in_two_phases(without_framework(o))]
+        # Lightning hears nothing of the steps of an optimizer in two phases, so none of them can be
+        # known to have been skipped.
+        told = [
+            ours
+            for o, ours in zip(self.trainer.optimizers, parts, strict=True)
+            if not steps_in_two_phases(without_framework(o))
+        ]
         self._leading = [StepBracket.of(ours[0]) for ours in told if ours]
         self._followed = list(self.trainer.optimizers)
-        self.outers = [without_framework(o) for o, ours in zip(self._followed, parts, strict=True) for _ in ours]
+        self.outers = [
+            without_framework(o)
+            for o, ours in zip(self._followed, parts, strict=True)
+            for _ in ours
+        ]
         for bracket in self.brackets:
             self._listen(bracket)
         self.known = {id(o) for o in [*self.optimizers, *self.outers]}
@@ -163,10 +216,13 @@ class Session:
         index = next(i for i, b in enumerate(self.brackets) if b is bracket)
         if steps_in_two_phases(self.outers[index]):
             self._two_phases.add(index)
-            self._remove[bracket].append(bracket.add(Phase.RESCALE, self._remember_where_it_ended, rank=LAST))
+            self._remove[bracket].append(
+                bracket.add(Phase.RESCALE, self._remember_where_it_ended, rank=LAST)
+            )
 
     def _refuse_acting(self, bracket: StepBracket, error: NotSupportedError) -> None:
-        """A step turns out to be one that nothing may act in, after others were handled: the callbacks that only look go on."""
+        """A step turns out to be one that nothing may act in, after others were handled: the
+        callbacks that only look go on."""
         index = next(i for i, b in enumerate(self.brackets) if b is bracket)
         for member in self.members:
             if index in member.plans and not member.acts_around_steps:
@@ -175,12 +231,14 @@ class Session:
     def _held(self) -> list[Any]:
         """The optimizers that Lightning holds now, each as a person has made it."""
         strategy = self.trainer.strategy
-        # Automatic optimization steps what these wrap; an entry of strategy.optimizers that was exchanged alone is stepped by hand only.
+        # Automatic optimization steps what these wrap; an entry of strategy.optimizers that was
+        # exchanged alone is stepped by hand only.
         wrapped = getattr(strategy, "_lightning_optimizers", [])
         return [without_framework(o) for o in [*strategy.optimizers, *wrapped]]
 
     def check_new_optimizers(self) -> None:
-        """Say which of the optimizers that have come since the last batch cannot be handled: nobody may be told when they step."""
+        """Say which of the optimizers that have come since the last batch cannot be handled: nobody
+        may be told when they step."""
         now = self.trainer.optimizers
         if len(now) == len(self._followed) and all(map(is_, now, self._followed)):
             return
@@ -198,12 +256,16 @@ class Session:
         except NotSupportedError as error:  # training goes on without us
             self.known.add(id(optimizer))
             self._left_alone.append(optimizer)  # so that nothing else gets its id
-            self.note(f"Nothing acts on the steps of {type(optimizer).__name__}, which came during the fit, or measures them: {error}")
+            self.note(
+                f"Nothing acts on the steps of {type(optimizer).__name__}, which came during the "
+                f"fit, or measures them: {error}"
+            )
             return []
         return parts
 
     def follow(self, optimizer: Optimizer) -> None:
-        """``optimizer``, which nobody has bracketed, is about to step: go on with it if it has taken the place of another."""
+        """``optimizer``, which nobody has bracketed, is about to step: go on with it if it has
+        taken the place of another."""
         held = self._held()
         for outer in held:
             if id(outer) in self.known and id(optimizer) != id(outer):
@@ -221,13 +283,18 @@ class Session:
             return
 
     def _take_up(self, optimizer: Optimizer, outer: Any, index: int) -> None:
-        """From its next step on ``optimizer`` is number ``index``: what was counted for its predecessor goes on."""
+        """From its next step on ``optimizer`` is number ``index``: what was counted for its
+        predecessor goes on."""
         from lightning_normdyn.callbacks.tables import show
 
         self.replaced.add(index)
         counts = [member.steps_of(index) for member in self.members]
         if index < len(self.optimizers):
-            before, self.optimizers[index], self.outers[index] = self.outers[index], optimizer, outer
+            before, self.optimizers[index], self.outers[index] = (
+                self.outers[index],
+                optimizer,
+                outer,
+            )
             self.known -= {id(before), id(self.brackets[index].optimizer)}
             old = self.brackets[index]
             old.settle()
@@ -256,14 +323,20 @@ class Session:
         self._steps_before = [b.steps for b in self.brackets]
         self._listen(bracket)
         step = max(counts, default=0)
-        show(self.trainer, f"lightning-normdyn: {text} after {step} steps. The callbacks go on with it, and go on counting.")
+        show(
+            self.trainer,
+            f"lightning-normdyn: {text} after {step} steps. The callbacks go on with it, and go on "
+            f"counting.",
+        )
 
     def _take_in_new_weights(self, index: int, *, final: bool) -> tuple[Any, ...]:
-        """Map weights that have come since the start of the fit: layers that grew, a head that was exchanged.
+        """Map weights that have come since the start of the fit: layers that grew, a head that was
+        exchanged.
 
         Args:
             index: of an optimizer whose param groups may have changed.
-            final: whether the module shows the optimizer's own parameters for certain, as it does when a step is due.
+            final: whether the module shows the optimizer's own parameters for certain, as it does
+                when a step is due.
 
         Returns:
             The layout of these param groups.
@@ -274,7 +347,11 @@ class Session:
             return layout
         held = {p for group in optimizer.param_groups for p in group["params"]}
         names = parameter_names(self.module) if not held <= self.names.keys() else {}
-        new = {weight: found for weight, found in names.items() if weight in held and weight not in self.names}
+        new = {
+            weight: found
+            for weight, found in names.items()
+            if weight in held and weight not in self.names
+        }
         if final or held <= self.names.keys() | new.keys():
             self._mapped[index] = layout
         if not new:
@@ -294,7 +371,10 @@ class Session:
         self._gains = {weight for weight in self.names if self._is_gain(weight)}
         self._unread_rows = {}
         self.search.take_in(changed)
-        self._unknown = {name: Verdict.unknown(name, v.shape, v.reason) for name, v in self.search.verdicts.items()}
+        self._unknown = {
+            name: Verdict.unknown(name, v.shape, v.reason)
+            for name, v in self.search.verdicts.items()
+        }
         self._normalizations = Normalizations(self.module)
         self.evidence.reconsider(changed)
         for name in changed:
@@ -302,19 +382,26 @@ class Session:
             self.losses.pop(name, None)
         for member in self.members:
             member._take_in(new, changed)
-        # The next forward pass is watched; what it shows is told in a table when the new weights have stepped.
+        # The next forward pass is watched; what it shows is told in a table when the new weights
+        # have stepped.
         self._unread, self._next_look = True, self._batches
         return layout
 
     def is_targeted(self, weight: Tensor) -> bool:
         """Whether some callback's ``params`` let this weight in."""
-        return len(self.shapes[weight]) >= 2 and any(weight in member._matched for member in self.members)
+        return len(self.shapes[weight]) >= 2 and any(
+            weight in member._matched for member in self.members
+        )
 
     def in_first_step(self, index: int) -> bool:
-        """Whether a refusal still is an error: until the end of the first real step of an optimizer that was there from the start."""
+        """Whether a refusal still is an error: until the end of the first real step of an optimizer
+        that was there from the start."""
         if index in self.replaced:
             return False
-        return all(self.brackets[index].steps <= member._attached_at.get(index, 0) for member in self.members)
+        return all(
+            self.brackets[index].steps <= member._attached_at.get(index, 0)
+            for member in self.members
+        )
 
     def note(self, text: str) -> None:
         """Say something once, now and in the end table."""
@@ -323,7 +410,8 @@ class Session:
             warn_once(text)
 
     def closing_words(self) -> list[str]:
-        """What a person should read below the end table: what was left alone or not seen, and callbacks that did not always act."""
+        """What a person should read below the end table: what was left alone or not seen, and
+        callbacks that did not always act."""
         unseen = [] if self._witness is None else self._witness.notes
         return [*self.notes, *unseen, *(self._tallies or [])]
 
@@ -343,18 +431,24 @@ class Session:
         self.closed = True
 
     def _take_back(self, bracket: StepBracket) -> None:
-        """The fit ends in the middle of a step: leave no weight shrunk for an update that did not come."""
+        """The fit ends in the middle of a step: leave no weight shrunk for an update that did not
+        come."""
         try:
             bracket.take_back()
         except Exception as error:  # a device that has failed; what ends the fit must come through
-            warn_once(f"What was done to weights for the step that failed could not be taken back: {type(error).__name__}: {error}")
+            warn_once(
+                f"What was done to weights for the step that failed could not be taken back: "
+                f"{type(error).__name__}: {error}"
+            )
 
-    # -- the search for scale-invariant weights ------------------------------------------------------------------------
+    # -- the search for scale-invariant weights
+    # ------------------------------------------------------------------------
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
         for bracket in self.brackets:
-            bracket.take_back()  # of a step that raised, before a forward pass sees these weights again
+            # of a step that raised, before a forward pass sees these weights again
+            bracket.take_back()
         self.evidence.begin_batch()
         self.check_new_optimizers()
         for index in range(len(self.optimizers)):
@@ -363,29 +457,48 @@ class Session:
         doubtful = self.evidence.doubted()
         if doubtful:
             self._epsilons.forget_old()
-            if not something_is_compiled():  # it would be compiled again, for a hook more and then for one less
+            if (
+                not something_is_compiled()
+            ):  # it would be compiled again, for a hook more and then for one less
                 self._epsilons.start({name for claim in doubtful for name in claim.norms})
         if self._compile_next:
             self._compile_next = False
-            stepped = [o for o, b, before in zip(self.optimizers, self.brackets, self._steps_before, strict=True) if b.steps > before]
-            forget_gradients(self.module, [p for o in stepped for g in o.param_groups for p in g["params"]])
+            stepped = [
+                o
+                for o, b, before in zip(
+                    self.optimizers, self.brackets, self._steps_before, strict=True
+                )
+                if b.steps > before
+            ]
+            forget_gradients(
+                self.module, [p for o in stepped for g in o.param_groups for p in g["params"]]
+            )
         state = self._graph_state()
-        partly_read = {w for rows in self._unread_rows.values() if rows is not None for w in rows.weights}
-        # The batch that gave them gradients is over; the next one that uses them may be several away.
+        partly_read = {
+            w for rows in self._unread_rows.values() if rows is not None for w in rows.weights
+        }
+        # The batch that gave them gradients is over; the next one that uses them may be several
+        # away.
         self._missed &= self._undecided | partly_read
         self._batches += 1
-        news = (bool(self._missed) or self._unread or self.search.masks.wants_a_look) and self._batches >= self._next_look
+        news = (
+            bool(self._missed) or self._unread or self.search.masks.wants_a_look
+        ) and self._batches >= self._next_look
         if self._watched == state and not news:
             return
         if news:
             self._looks += 1
-            self._next_look = self._batches + 1 if self._looks < 8 else self._batches + self._batches // 2
+            self._next_look = (
+                self._batches + 1 if self._looks < 8 else self._batches + self._batches // 2
+            )
         graph = GraphState.of(self.module)
         if self._watched is None and self._resume(graph):
             self._watched, self._begun, self._graph = state, True, graph
             return
         if self._watched is not None and self._watched[1] != state[1]:
-            self.evidence.reconsider(list(self.evidence.records))  # a normalization behaves differently from here on
+            self.evidence.reconsider(
+                list(self.evidence.records)
+            )  # a normalization behaves differently from here on
         self._watched, self._graph = state, graph
         self._watching, self._analyzed = True, False
         self._steps_before = [b.steps for b in self.brackets]
@@ -409,13 +522,16 @@ class Session:
             self._watch_gradients(index, loss)
 
     def batch_end(self) -> None:
-        """Stop watching; once every optimizer has stepped, say what was found, and again when more is found (finetuning)."""
+        """Stop watching; once every optimizer has stepped, say what was found, and again when more
+        is found (finetuning)."""
         self._last_ended = self._counted_batches()
         self._epsilons.stop()
         if self._watching:
             self.stop_watching()
             self._compile_next = True
-            self._unread = not self._analyzed  # this batch had no loss (training_step may return None)
+            self._unread = (
+                not self._analyzed
+            )  # this batch had no loss (training_step may return None)
         for index in list(self._places):
             if index not in self._two_phases:
                 self._check_place(index)
@@ -427,7 +543,9 @@ class Session:
             self.checked = True
             for member in self.members:
                 member._check_found()
-        targets = {t.weight for m in self.members for plan in m.plans.values() for t in plan.targets}
+        targets = {
+            t.weight for m in self.members for plan in m.plans.values() for t in plan.targets
+        }
         if not targets <= self._announced:
             self._announced |= targets
             announce(self)
@@ -440,9 +558,14 @@ class Session:
             self._look_for_replaced_weights()
 
     def _look_for_replaced_weights(self) -> None:
-        """Say so if a weight without a gradient has been replaced in the network, and the optimizer holds the old one."""
+        """Say so if a weight without a gradient has been replaced in the network, and the optimizer
+        holds the old one."""
         held = {w for optimizer in self.optimizers for w in self.owned(optimizer)}
-        idle = [w for w in held if w.grad is None and w.requires_grad and type(w.data) is Tensor and self.is_targeted(w)]
+        idle = [
+            w
+            for w in held
+            if w.grad is None and w.requires_grad and type(w.data) is Tensor and self.is_targeted(w)
+        ]
         if not idle:
             return
         present = parameter_names(self.module)
@@ -453,12 +576,14 @@ class Session:
             if weight in present or now is None or now.grad is None:
                 continue
             self.note(
-                f"`{name}` was replaced in the network by a parameter that no optimizer holds: it is not trained, and nothing acts on it. "
+                f"`{name}` was replaced in the network by a parameter that no optimizer holds: it "
+                f"is not trained, and nothing acts on it. "
                 "Put it into a param group."
             )
 
     def last_look(self) -> None:
-        """At the end of the fit, once: was every step seen, and did every callback act where it was to act?"""
+        """At the end of the fit, once: was every step seen, and did every callback act where it was
+        to act?"""
         if self._witness is None or self._tallies is not None:
             return
         self._witness.look(last=True)
@@ -470,15 +595,20 @@ class Session:
         self._tallies = [text for member in self.members if (text := member.tally_in_words())]
 
     def _graph_state(self) -> tuple[Any, ...]:
-        """What decides the graph's shape and may change during a fit: frozen weights, and mode, kind and settings of normalizations."""
+        """What decides the graph's shape and may change during a fit: frozen weights, and mode,
+        kind and settings of normalizations."""
         return tuple(w.requires_grad for w in self.names), self._normalizations.state()
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints
+    # ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """What is known of the weights, which graph it was read from, and the evidence for it: plain tensors, numbers and strings."""
+        """What is known of the weights, which graph it was read from, and the evidence for it:
+        plain tensors, numbers and strings."""
         return {
-            "targets": {n: v.state() for n, v in self.search.verdicts.items() if v.kind != "unknown"},
+            "targets": {
+                n: v.state() for n, v in self.search.verdicts.items() if v.kind != "unknown"
+            },
             "graph": None if self._graph is None else self._graph.state(),
             "is_reading": self._watching,
             "evidence": self.evidence.state(in_batch=self._is_inside_batch()),
@@ -487,24 +617,39 @@ class Session:
         }
 
     def restore_verdicts(self) -> bool:
-        """Take up what a checkpoint says about the weights, until the first step takes up the rest of it; whether it says anything."""
-        tables = [m._restored["targets"] for m in self.members if m._restored and m._restored.get("targets")]
-        shapes = {name: tuple(self.shapes[weight]) for weight, names in self.names.items() for name in names}
+        """Take up what a checkpoint says about the weights, until the first step takes up the rest
+        of it; whether it says anything."""
+        tables = [
+            m._restored["targets"]
+            for m in self.members
+            if m._restored and m._restored.get("targets")
+        ]
+        shapes = {
+            name: tuple(self.shapes[weight])
+            for weight, names in self.names.items()
+            for name in names
+        }
         for table in tables:
             known = {}
             for name, state in table.items():
                 if shapes.get(name, tuple(state["shape"])) == tuple(state["shape"]):
                     known[name] = Verdict.from_state(name, state)
                 else:  # another model of the same names
-                    warn_once(f"What the checkpoint says of `{name}` is not used: it had the shape {tuple(state['shape'])} there.")
+                    warn_once(
+                        f"What the checkpoint says of `{name}` is not used: it had the shape "
+                        f"{tuple(state['shape'])} there."
+                    )
             self.search.take_up(known)
         return bool(tables)
 
     def _resume(self, now: GraphState) -> bool:
-        """Take up what a checkpoint knows of the weights, as far as it holds for the network as it is ``now``; whether all of it does."""
+        """Take up what a checkpoint knows of the weights, as far as it holds for the network as it
+        is ``now``; whether all of it does."""
         if not self.restore_verdicts():
             return False
-        restored = next(m._restored for m in self.members if m._restored and m._restored.get("targets"))
+        restored = next(
+            m._restored for m in self.members if m._restored and m._restored.get("targets")
+        )
         if restored.get("position") is not None:
             self.go_on_from(restored["position"])
         then = None if restored.get("graph") is None else GraphState.from_state(restored["graph"])
@@ -512,30 +657,44 @@ class Session:
         verdicts = dict(self.search.verdicts)
         for verdict in verdicts.values():
             unchanged = same_network or (
-                then is not None and all(then.normalizations.get(name) == now.normalizations.get(name) for name in verdict.norms)
+                then is not None
+                and all(
+                    then.normalizations.get(name) == now.normalizations.get(name)
+                    for name in verdict.norms
+                )
             )
             if verdict.withdrawn_partition is not None and unchanged:
                 self._withdrawn[verdict.name] = verdict
-                warn_once(f"`{verdict.name}` is no longer taken for scale-invariant: {verdict.reason}.")
+                warn_once(
+                    f"`{verdict.name}` is no longer taken for scale-invariant: {verdict.reason}."
+                )
         if not same_network:
-            # Another network: judged as a fresh fit would judge it, but for claims that gradients have contradicted already.
+            # Another network: judged as a fresh fit would judge it, but for claims that gradients
+            # have contradicted already.
             self.search.start_afresh({**self._unknown, **self._withdrawn})
             self.resumed = bool(self._withdrawn)
             return False
-        self.resumed = bool(self._withdrawn) or any(int(steps) for steps in restored["steps"].values())
+        self.resumed = bool(self._withdrawn) or any(
+            int(steps) for steps in restored["steps"].values()
+        )
         self.losses = dict(restored.get("losses", {}))
         if restored.get("evidence"):
             self.evidence.load(restored["evidence"], verdicts)
-        # Saved in the middle of a batch whose graph was being read, verdicts may lack some of its losses.
-        return everywhere(then is not None and then.frozen == now.frozen and not restored.get("is_reading"))
+        # Saved in the middle of a batch whose graph was being read, verdicts may lack some of its
+        # losses.
+        return everywhere(
+            then is not None and then.frozen == now.frozen and not restored.get("is_reading")
+        )
 
     def put_back(self, ahead: dict[str, Any]) -> None:
-        """Take back what a checkpoint holds for a step that had not written anything yet when it was saved."""
+        """Take back what a checkpoint holds for a step that had not written anything yet when it
+        was saved."""
         weights = {name: weight for weight, names in self.names.items() for name in names}
         unfit = put_back(ahead, weights, self.optimizers, self.module)
         if unfit:
             warn_once(
-                f"The checkpoint was saved in the middle of a step, and what had been done for it to {', '.join(unfit)} does not fit this "
+                f"The checkpoint was saved in the middle of a step, and what had been done for it "
+                f"to {', '.join(unfit)} does not fit this "
                 "model. These weights go on as the checkpoint has them."
             )
 
@@ -545,31 +704,43 @@ class Session:
         for name in names:
             if name in self.search.verdicts:
                 return self.search.verdicts[name]
-        return Verdict.unknown(names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape)))
+        return Verdict.unknown(
+            names[0] if names else "?", self.shapes.get(weight, tuple(weight.shape))
+        )
 
     def _is_gain(self, weight: Tensor) -> bool:
         shape = self.shapes[weight]
-        return len(shape) >= 2 and weight not in self.lazy and is_gain(self.module, self.names[weight][0], shape)
+        return (
+            len(shape) >= 2
+            and weight not in self.lazy
+            and is_gain(self.module, self.names[weight][0], shape)
+        )
 
     def has_no_direction(self, weight: Tensor) -> bool:
-        """Whether the vectors of ``weight`` are single numbers: nothing that is said of directions means anything for them."""
+        """Whether the vectors of ``weight`` are single numbers: nothing that is said of directions
+        means anything for them."""
         # The numbers of Linear(1, n) in front of a LayerNorm are one vector.
         return weight in self._gains and self.verdict(weight).partition is None
 
     def _remember_place(self, index: int) -> None:
-        """Before the first step of an optimizer in two phases: where its weights are, to which they must come back."""
+        """Before the first step of an optimizer in two phases: where its weights are, to which they
+        must come back."""
         if index in self._two_phases:
             self._places[index] = [(p, p.detach().clone()) for p in self._plain_weights(index)]
 
     def _check_place(self, index: int) -> None:
-        """Refuse an optimizer in two phases whose inner step is not all that moves its weights: the step could not be seen."""
+        """Refuse an optimizer in two phases whose inner step is not all that moves its weights: the
+        step could not be seen."""
         away = [p for p, before in self._places.pop(index, []) if not _is_back(p.detach(), before)]
         if away:
             outer, inner = type(self.outers[index]).__name__, type(self.optimizers[index]).__name__
             error = NotSupportedError(
-                f"{outer} takes its gradient at other weights, and the step that {inner} makes inside it is not all that moves "
-                f"`{self.names[away[0]][0]}`: it does not start where the weights were, or they are moved on after it. So the step of "
-                f"{outer} cannot be seen. Use a form that brings the weights back first and ends with the inner step."
+                f"{outer} takes its gradient at other weights, and the step that {inner} makes "
+                f"inside it is not all that moves "
+                f"`{self.names[away[0]][0]}`: it does not start where the weights were, or they "
+                f"are moved on after it. So the step of "
+                f"{outer} cannot be seen. Use a form that brings the weights back first and ends "
+                f"with the inner step."
             )
             if index not in self.replaced:
                 raise error
@@ -577,14 +748,19 @@ class Session:
                 member._refuse(index, error, first=False)
 
     def _remember_where_it_ended(self, step: Step) -> None:
-        """After the first step of an optimizer in two phases: where the inner step has left the weights."""
+        """After the first step of an optimizer in two phases: where the inner step has left the
+        weights."""
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
         if index in self._two_phases:
             self._two_phases.discard(index)
             self._places[index] = [(p, p.detach().clone()) for p in self._plain_weights(index)]
 
     def _plain_weights(self, index: int) -> list[Tensor]:
-        return [p for p in self.owned(self.optimizers[index]) if p.requires_grad and type(p.data) is Tensor]
+        return [
+            p
+            for p in self.owned(self.optimizers[index])
+            if p.requires_grad and type(p.data) is Tensor
+        ]
 
     def _resolve(self, step: Step) -> None:
         if self._places:
@@ -592,14 +768,17 @@ class Session:
         self._decide(step)
         if self._undecided:  # gradients are there now; later somebody may have cleared them
             ours = {p for group in step.optimizer.param_groups for p in group["params"]}
-            self._missed |= {w for w in self._undecided & ours if w.requires_grad and has_gradient(w)}
+            self._missed |= {
+                w for w in self._undecided & ours if w.requires_grad and has_gradient(w)
+            }
         index = next(i for i, b in enumerate(self.brackets) if b is step.bracket)
         rows = self._unread_rows.get(index)
         if rows is not None and self._may_wait_for_the_device(index, step):
             self._missed |= rows.with_gradient()
 
     def _may_wait_for_the_device(self, index: int, step: Step) -> bool:
-        """Whether numbers may be copied to the host in this step: in the first ones, and where a logger gets its numbers anyway.
+        """Whether numbers may be copied to the host in this step: in the first ones, and where a
+        logger gets its numbers anyway.
 
         An optimizer that did not step at a logging step is looked at when it steps next.
         """
@@ -617,13 +796,22 @@ class Session:
             agree(self.search.verdicts)
             self._keep_withdrawn()
             self._claim(index)
-        self._begun = self._begun or self._version > 0 or any(has_gradient(w) for w in self.owned(step.optimizer))
+        self._begun = (
+            self._begun
+            or self._version > 0
+            or any(has_gradient(w) for w in self.owned(step.optimizer))
+        )
         self._question(index)  # the same on every rank, because its sums are
         seen = (self._version, layout)
         if self._seen.get(index) == seen:
             return
         self._seen[index], self._resolved = seen, True
-        unknown = {w: v for o in self.optimizers for w in self.owned(o) if (v := self.verdict(w)).kind == "unknown"}
+        unknown = {
+            w: v
+            for o in self.optimizers
+            for w in self.owned(o)
+            if (v := self.verdict(w)).kind == "unknown"
+        }
         self._undecided = {w for w, verdict in unknown.items() if verdict.unread is None}
         self._watch_unread_rows(index, step.optimizer)
         treated = self._treated(index)
@@ -631,7 +819,8 @@ class Session:
             member._resolve(index)
         self._tell_losses(index, treated)
 
-    # -- evidence ------------------------------------------------------------------------------------------------------
+    # -- evidence
+    # ------------------------------------------------------------------------------------------------------
 
     def _logging_step(self) -> int:
         """How many logging steps the Trainer has come to with this batch; 0 if it does not log."""
@@ -639,16 +828,28 @@ class Session:
         return (self.now + 1) // every if every else 0
 
     def _watch_gradients(self, index: int, loss: Tensor) -> None:
-        """If the next step of this optimizer is to be looked at: by the gradients as this backward pass leaves them."""
-        examination, optimizer, logging_step = self.evidence.of(index), self.optimizers[index], self._logging_step()
+        """If the next step of this optimizer is to be looked at: by the gradients as this backward
+        pass leaves them."""
+        examination, optimizer, logging_step = (
+            self.evidence.of(index),
+            self.optimizers[index],
+            self._logging_step(),
+        )
         if self._seen.get(index) == (self._version, _layout(optimizer)):
             if not self.evidence.is_due(index, logging_step):
                 return
             gradients = LossGradients(examination.weights, examination.vectors)
         else:
-            # What is claimed is settled at the step, with all ranks. Until then the gradients are copied.
-            claimed = {verdict.name: w for w in self.owned(optimizer) if _is_claimed(verdict := self.verdict(w))}
-            wanted = self.evidence.wanted(index, logging_step, [self.verdict(w) for w in claimed.values()])
+            # What is claimed is settled at the step, with all ranks. Until then the gradients are
+            # copied.
+            claimed = {
+                verdict.name: w
+                for w in self.owned(optimizer)
+                if _is_claimed(verdict := self.verdict(w))
+            }
+            wanted = self.evidence.wanted(
+                index, logging_step, [self.verdict(w) for w in claimed.values()]
+            )
             if not wanted:
                 return
             gradients = LossGradients([claimed[verdict.name] for verdict in wanted], None)
@@ -657,22 +858,33 @@ class Session:
         examination.gradients.watch(loss)
 
     def _claim(self, index: int) -> None:
-        """Say what is claimed about the weights of this optimizer, and how far gradients have confirmed it."""
-        verdicts = {w: self.verdict(w) for w in self.owned(self.optimizers[index]) if not has_sparse_gradient(w)}
+        """Say what is claimed about the weights of this optimizer, and how far gradients have
+        confirmed it."""
+        verdicts = {
+            w: self.verdict(w)
+            for w in self.owned(self.optimizers[index])
+            if not has_sparse_gradient(w)
+        }
         claimed = {w: verdict for w, verdict in verdicts.items() if _is_claimed(verdict)}
         self.evidence.claim(index, list(claimed), list(claimed.values()))
         self._mark_confirmed()
 
     def _question(self, index: int) -> None:
-        """Hold what the graph claims against real gradients; a contradiction withdraws the claim before this step touches anything."""
+        """Hold what the graph claims against real gradients; a contradiction withdraws the claim
+        before this step touches anything."""
         trainer = self.trainer
-        # What the optimizer receives will do where the backward pass was not seen, but for clipping by value, which turns it, and for
+        # What the optimizer receives will do where the backward pass was not seen, but for clipping
+        # by value, which turns it, and for
         # an optimizer in two phases (SAM), whose gradient was taken at other weights.
-        by_value = trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm).lower().endswith("value")
+        by_value = trainer.gradient_clip_val and str(
+            trainer.gradient_clip_algorithm
+        ).lower().endswith("value")
         as_received = not by_value and not steps_in_two_phases(self.outers[index])
         trusted = not changed_between_ranks(trainer.strategy.model)
         judged = self.evidence.judged
-        found = self.evidence.question(index, self._logging_step(), trusted=trusted, as_received=as_received)
+        found = self.evidence.question(
+            index, self._logging_step(), trusted=trusted, as_received=as_received
+        )
         for contradiction in found:
             self._withdraw(contradiction)
         if self.evidence.judged != judged:
@@ -700,7 +912,11 @@ class Session:
 
     def _mark_confirmed(self) -> None:
         for name, verdict in self.search.verdicts.items():
-            if verdict.known == "graph" and verdict.partition is not None and self.evidence.confirmed(verdict):
+            if (
+                verdict.known == "graph"
+                and verdict.partition is not None
+                and self.evidence.confirmed(verdict)
+            ):
                 self.search.verdicts[name] = replace(verdict, known="graph and gradients")
 
     def _treated(self, index: int) -> dict[str, Tensor]:
@@ -709,27 +925,46 @@ class Session:
         return {t.name: t.weight for plan in plans if plan is not None for t in plan.targets}
 
     def _tell_losses(self, index: int, before: Mapping[str, Tensor]) -> None:
-        """Name the weights that callbacks acted on until now and cannot act on any more, since the graph has changed."""
+        """Name the weights that callbacks acted on until now and cannot act on any more, since the
+        graph has changed."""
         now, owned = self._treated(index), set(self.owned(self.optimizers[index]))
         for name, weight in before.items():
-            if name in now or name in self.losses or weight not in owned or not weight.requires_grad:
+            if (
+                name in now
+                or name in self.losses
+                or weight not in owned
+                or not weight.requires_grad
+            ):
                 continue
-            if self.verdict(weight).partition is not None:  # left alone for another reason, which has been said
+            if (
+                self.verdict(weight).partition is not None
+            ):  # left alone for another reason, which has been said
                 continue
             reason = self.verdict(weight).reason or "no loss contains it any more"
             self.losses[name] = f"since step {self.evidence.of(index).steps}, {reason}"
             warn_once(f"`{name}` is no longer taken for scale-invariant: {reason}.")
 
-    # -- numbers that the monitor shows --------------------------------------------------------------------------------
+    # -- numbers that the monitor shows
+    # --------------------------------------------------------------------------------
 
     def attempt(self, optimizer: Optimizer) -> None:
-        """An optimizer is about to step, unless its scaler finds an inf or no weight has a gradient."""
+        """An optimizer is about to step, unless its scaler finds an inf or no weight has a
+        gradient."""
         # An optimizer that takes two gradients in a step (SAM) has Lightning say so twice.
-        counted_before = any(bracket.stepping and bracket.evaluations > 1 for bracket in self.brackets)
+        counted_before = any(
+            bracket.stepping and bracket.evaluations > 1 for bracket in self.brackets
+        )
         if counted_before or steps_in_two_phases(without_framework(optimizer)):
             return
-        parameters = (p for part in torch_optimizers(optimizer) for g in part.param_groups for p in g["params"])
-        is_attempt = not accumulates(self.trainer.strategy.model) and any(map(has_gradient, parameters))
+        parameters = (
+            p
+            for part in torch_optimizers(optimizer)
+            for g in part.param_groups
+            for p in g["params"]
+        )
+        is_attempt = not accumulates(self.trainer.strategy.model) and any(
+            map(has_gradient, parameters)
+        )
         self.attempts += is_attempt
         self._stepped_before_attempt = self._stepped() if is_attempt else -1
         self._attempted_in = self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
@@ -741,20 +976,27 @@ class Session:
         return max(0, self.attempts - self._stepped() - self._attempt_is_open())
 
     def _stepped(self) -> int:
-        """Updates that happened, or of which a fused optimizer has not told yet that they did not."""
+        """Updates that happened, or of which a fused optimizer has not told yet that they did
+        not."""
         return self._steps_of_gone + sum(b.steps + b.unsettled for b in self._leading)
 
     def _attempt_is_open(self) -> bool:
-        """Whether a step is being attempted right now: a checkpoint saved in the middle of it must not count it as skipped."""
+        """Whether a step is being attempted right now: a checkpoint saved in the middle of it must
+        not count it as skipped."""
         progress: Any = self.trainer.fit_loop.epoch_loop.batch_progress
-        is_of_this_batch = self._attempted_in == progress.total.ready and progress.current.processed < progress.current.started
+        is_of_this_batch = (
+            self._attempted_in == progress.total.ready
+            and progress.current.processed < progress.current.started
+        )
         return is_of_this_batch and self._stepped() == self._stepped_before_attempt
 
-    # -- the x axis ------------------------------------------------------------------------------------------------------
+    # -- the x axis
+    # ------------------------------------------------------------------------------------------------------
 
     @property
     def now(self) -> int:
-        """The x axis of curves, as Lightning's loggers count it: batches that stepped before this one, over resumes."""
+        """The x axis of curves, as Lightning's loggers count it: batches that stepped before this
+        one, over resumes."""
         return self._counted_batches() + self._shift
 
     def _counted_batches(self) -> int:
@@ -766,19 +1008,30 @@ class Session:
         return bool(batch.processed < batch.ready)
 
     def position(self) -> list[int]:
-        """For a checkpoint: ``now`` of the next batch to be trained on, as a run without interruption counts it, and Lightning's count."""
+        """For a checkpoint: ``now`` of the next batch to be trained on, as a run without
+        interruption counts it, and Lightning's count."""
         loop = self.trainer.fit_loop.epoch_loop
         batch: Any = loop.batch_progress.current
         is_inside_step = self._is_inside_batch()
-        # Lightning counts a batch only after the hooks of its end and after a validation that follows it.
-        is_counted = batch.processed == batch.completed and self._counted_batches() != self._last_ended
-        done = int(not is_inside_step and not is_counted and batch.ready > 0 and not loop._should_accumulate())
+        # Lightning counts a batch only after the hooks of its end and after a validation that
+        # follows it.
+        is_counted = (
+            batch.processed == batch.completed and self._counted_batches() != self._last_ended
+        )
+        done = int(
+            not is_inside_step
+            and not is_counted
+            and batch.ready > 0
+            and not loop._should_accumulate()
+        )
         return [self.now + done, self._counted_batches()]
 
     def go_on_from(self, position: Sequence[int]) -> bool:
-        """Count on from the `position` of a checkpoint, from the first batch on; False where the loops were not restored with it.
+        """Count on from the `position` of a checkpoint, from the first batch on; False where the
+        loops were not restored with it.
 
-        Lightning itself counts a batch once more or not at all, depending on the hook in which the checkpoint was saved.
+        Lightning itself counts a batch once more or not at all, depending on the hook in which the
+        checkpoint was saved.
         """
         following, counted = position
         if self._counted_batches() - counted not in (0, 1):
@@ -787,26 +1040,46 @@ class Session:
         return True
 
     def counted(self, key: str) -> Tensor | None:
-        """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if nobody counts it."""
-        totals = [plan.vectors.totals(plan.counters[key]) for m in self.members for plan in m.plans.values() if key in plan.counters]
-        return torch.cat([t.to(totals[0].device) for t in totals]).sum(0, keepdim=True) if totals else None
+        """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if
+        nobody counts it."""
+        totals = [
+            plan.vectors.totals(plan.counters[key])
+            for m in self.members
+            for plan in m.plans.values()
+            if key in plan.counters
+        ]
+        return (
+            torch.cat([t.to(totals[0].device) for t in totals]).sum(0, keepdim=True)
+            if totals
+            else None
+        )
 
     def counted_by_weight(self, key: str) -> dict[str, int]:
-        """Sum of a counter over the vectors of each weight where it is not 0; every rank must call it."""
+        """Sum of a counter over the vectors of each weight where it is not 0; every rank must call
+        it."""
         found: Counter[str] = Counter()
-        for plan in (plan for m in self.members for plan in m.plans.values() if key in plan.counters):
+        for plan in (
+            plan for m in self.members for plan in m.plans.values() if key in plan.counters
+        ):
             totals = plan.vectors.totals(plan.counters[key]).tolist()
-            found.update({t.name: int(total) for t, total in zip(plan.targets, totals, strict=True) if total})
+            found.update(
+                {t.name: int(total) for t, total in zip(plan.targets, totals, strict=True) if total}
+            )
         return dict(found)
 
-    def effects(self, targets: Sequence[Target], besides: NormDynCallback | None = None) -> list[Effects]:
-        """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all plans."""
+    def effects(
+        self, targets: Sequence[Target], besides: NormDynCallback | None = None
+    ) -> list[Effects]:
+        """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all
+        plans."""
         found: dict[Tensor, list[Effect]] = {t.weight: [] for t in targets}
         asked = {t.weight: t for t in targets}
         for member in self.members:
             if member is besides:
                 continue
-            for theirs in (t for plan in member.plans.values() for t in plan.targets if t.weight in asked):
+            for theirs in (
+                t for plan in member.plans.values() for t in plan.targets if t.weight in asked
+            ):
                 effect = member.stated_effect(theirs)
                 same = _on_the_same_vectors(effect, theirs, asked[theirs.weight])
                 found[theirs.weight].append(effect if same else OnOtherVectors(effect))
@@ -817,7 +1090,8 @@ class Session:
         return self.effects([target], besides)[0]
 
     def treatments(self) -> dict[Tensor, str]:
-        """How the callbacks treat each targeted weight, in words; empty for one that is only measured.
+        """How the callbacks treat each targeted weight, in words; empty for one that is only
+        measured.
 
         Takes norms once for each plan, over all ranks: every rank must call it.
         """
@@ -837,19 +1111,29 @@ class Session:
         found: set[Tensor] = set()
         for bracket in self.brackets:
             owners = bracket.decay_owners()
-            decaying = [group for group in bracket.optimizer.param_groups if not is_zero(group_number(group, "weight_decay"))]
+            decaying = [
+                group
+                for group in bracket.optimizer.param_groups
+                if not is_zero(group_number(group, "weight_decay"))
+            ]
             if owners and decaying and taken_over_by_trial(bracket.optimizer):
                 found |= {p for group in decaying for p in group["params"] if p in owners}
         return found
 
     def decays(self, plan: Plan) -> list[Decay]:
-        """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where nobody can tell."""
+        """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where
+        nobody can tell."""
         owners = StepBracket.of(plan.optimizer).decay_owners()
         found = []
-        known: dict[Any, Decay] = {}  # most weights of a group are treated alike, and this may be asked at every step
-        targets = zip(plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True)
+        known: dict[
+            Any, Decay
+        ] = {}  # most weights of a group are treated alike, and this may be asked at every step
+        targets = zip(
+            plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True
+        )
         for target, group, effects in targets:
-            # Claims say who decays it, also where somebody claims it who is no callback; after a fit there are none any more.
+            # Claims say who decays it, also where somebody claims it who is no callback; after a
+            # fit there are none any more.
             owner = owners.get(target.weight, highest_claim(effects.decay_rules))
             alike = id(group), effects, owner
             if alike not in known:
@@ -858,8 +1142,11 @@ class Session:
             found.append(Decay(owner, None) if effects.decay_untold else decay)
         return found
 
-    def decay_shares(self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The share of each vector that AWS takes away before this step, and that decay takes away within it, whoever applies it.
+    def decay_shares(
+        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The share of each vector that AWS takes away before this step, and that decay takes away
+        within it, whoever applies it.
 
         Args:
             plan: the vectors.
@@ -868,7 +1155,8 @@ class Session:
             std: their standard deviations, for AWS on weight-standardized weights.
 
         Returns:
-            Two ``(n,)``, at most 0.5 each; the second is NaN where nobody can tell. Exact for plain SGD and decoupled decays; of a coupled
+            Two ``(n,)``, at most 0.5 each; the second is NaN where nobody can tell. Exact for plain
+            SGD and decoupled decays; of a coupled
             decay under momentum, the mean.
         """
         decays = self.decays(plan)
@@ -877,12 +1165,19 @@ class Session:
 
         size = norm
         if std is not None:
-            by_std = vectors.spread(tensor([decay.statistic == "std" for decay in decays], dtype=torch.bool))
+            by_std = vectors.spread(
+                tensor([decay.statistic == "std" for decay in decays], dtype=torch.bool)
+            )
             size = torch.where(by_std, std, norm)
         alphas = vectors.spread(tensor([decay.alpha for decay in decays], dtype=norm.dtype))
-        rates = tensor([0.0 if isinstance(decay.rate, Tensor) else _or_nan(decay.rate) for decay in decays], dtype=norm.dtype)
+        rates = tensor(
+            [0.0 if isinstance(decay.rate, Tensor) else _or_nan(decay.rate) for decay in decays],
+            dtype=norm.dtype,
+        )
         for i, decay in enumerate(decays):
-            if isinstance(decay.rate, Tensor):  # it may lie on the device, and nothing waits for that
+            if isinstance(
+                decay.rate, Tensor
+            ):  # it may lie on the device, and nothing waits for that
                 rates[i] = decay.rate
         for member in self.members:
             member.correct_decays(plan, decays, rates)
@@ -895,21 +1190,28 @@ class Session:
             return before, within
         return torch.where(active, before, 0.0), torch.where(active, within, 0.0)
 
-    def applied_decay(self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None) -> Tensor:
-        """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as for `decay_shares`."""
+    def applied_decay(
+        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
+    ) -> Tensor:
+        """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as
+        for `decay_shares`."""
         before, within = self.decay_shares(plan, step, norm, std)
         return before + within - before * within
 
     def events(self) -> dict[tuple[int, int, str], int]:
-        """How often each kind of event has happened in this fit, by callback (its place in the list), optimizer and kind."""
+        """How often each kind of event has happened in this fit, by callback (its place in the
+        list), optimizer and kind."""
         counts: dict[tuple[int, int, str], int] = {}
         for place, member in enumerate(self.members):
             for plan in member.plans.values():
-                counts.update({(place, plan.index, kind): count for kind, count in plan.events.items()})
+                counts.update(
+                    {(place, plan.index, kind): count for kind, count in plan.events.items()}
+                )
         return counts
 
     def _watch_unread_rows(self, index: int, optimizer: Optimizer) -> None:
-        """Remember which rows of this optimizer's weights no loss has read, so that a gradient there leads to another look."""
+        """Remember which rows of this optimizer's weights no loss has read, so that a gradient
+        there leads to another look."""
         before = self._unread_rows.get(index)
         found: dict[Tensor, Partition] = {}
         for weight in self.owned(optimizer):
@@ -919,25 +1221,47 @@ class Session:
         now = self._unread_rows[index] = UnreadRows(found) if found else None
         if before is not None:  # the last look has found some of what it was for
             for weight, unread in before.weights.items():
-                if now is None or weight not in now.weights or not now.weights[weight].equal(unread):
+                if (
+                    now is None
+                    or weight not in now.weights
+                    or not now.weights[weight].equal(unread)
+                ):
                     self._missed.discard(weight)
 
     def losses_in_words(self) -> str:
-        """For the table at the end of a fit: the weights that callbacks have stopped acting on; empty without any."""
+        """For the table at the end of a fit: the weights that callbacks have stopped acting on;
+        empty without any."""
         lines = [f"  {name}: {why}" for name, why in self.losses.items()]
         if len(lines) > 8:
             lines = [*lines[:8], f"  and {len(lines) - 8} more"]
-        return "\n".join(["No longer treated, because the claim of scale invariance did not hold:", *lines, ""]) if lines else ""
+        return (
+            "\n".join(
+                [
+                    "No longer treated, because the claim of scale invariance did not hold:",
+                    *lines,
+                    "",
+                ]
+            )
+            if lines
+            else ""
+        )
 
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
-        return [p for g in optimizer.param_groups for p in g["params"] if p in self.names and len(self.shapes[p]) >= 2]
+        return [
+            p
+            for g in optimizer.param_groups
+            for p in g["params"]
+            if p in self.names and len(self.shapes[p]) >= 2
+        ]
 
 
 class _Guard(Callback):
-    """Stands first among the Trainer's callbacks while a forward pass is watched, and ends the watch if anything goes wrong.
+    """Stands first among the Trainer's callbacks while a forward pass is watched, and ends the
+    watch if anything goes wrong.
 
-    Watching sets switches of the whole process. Another callback's ``on_exception`` may raise, and what stands behind it in the list is
+    Watching sets switches of the whole process. Another callback's ``on_exception`` may raise, and
+    what stands behind it in the list is
     then never called.
     """
 
@@ -956,7 +1280,9 @@ class _Guard(Callback):
         if session is not None and self in session.trainer.callbacks:  # type: ignore[attr-defined]
             session.trainer.callbacks = [c for c in session.trainer.callbacks if c is not self]  # type: ignore[attr-defined]
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """Before any other callback's."""
         self._stop()
 
@@ -978,7 +1304,8 @@ def _on_the_same_vectors(effect: Effect, theirs: Target, ours: Target) -> bool:
     """Whether what holds for the vectors of one callback's target may be said of another's."""
     if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
         return True
-    # Gated projection takes the filter view or else the layer view, whichever is at right angles to the gradient.
+    # Gated projection takes the filter view or else the layer view, whichever is at right angles to
+    # the gradient.
     return isinstance(effect, Projection) and effect.gate == "cosine" and ours.partition.n == 1
 
 
@@ -994,7 +1321,8 @@ def something_is_compiled() -> bool:
 
 
 class UnreadRows:
-    """Rows that no loss has read so far, as far as its graph was looked at. A gradient there says that a loss has.
+    """Rows that no loss has read so far, as far as its graph was looked at. A gradient there says
+    that a loss has.
 
     Args:
         weights: for each weight these entries, as one vector.
@@ -1016,7 +1344,9 @@ class UnreadRows:
         def summarize(sums: Tensor, length: Tensor) -> Tensor:
             return (sums > 0).to(self._vectors.sum_dtype)
 
-        found = self._vectors.inner_and_totals((gradients, gradients), summarize=summarize)[1][0].tolist()
+        found = self._vectors.inner_and_totals((gradients, gradients), summarize=summarize)[1][
+            0
+        ].tolist()
         return {weight for weight, number in zip(self.weights, found, strict=True) if number}
 
 

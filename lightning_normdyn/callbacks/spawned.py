@@ -1,6 +1,8 @@
-"""A history that comes back from the processes that a Trainer starts by ``ddp_spawn``, ``ddp_fork`` or ``ddp_notebook``.
+"""A history that comes back from the processes that a Trainer starts by ``ddp_spawn``, ``ddp_fork``
+or ``ddp_notebook``.
 
-Such a Trainer trains in processes of its own, each with a copy of the callbacks. Lightning brings back the weights and the metrics and
+Such a Trainer trains in processes of its own, each with a copy of the callbacks. Lightning brings
+back the weights and the metrics and
 nothing else, so the caller's monitor would look as if it had never seen a fit.
 """
 
@@ -23,7 +25,8 @@ from lightning_normdyn.history import History, load_history
 class _Mailbox:
     """A file by which a child process sends one history to the process that made the mailbox.
 
-    A file, and no queue, because nobody waits for it: the caller may look at once, much later, or never. Its name cannot be guessed.
+    A file, and no queue, because nobody waits for it: the caller may look at once, much later, or
+    never. Its name cannot be guessed.
     """
 
     def __init__(self) -> None:
@@ -36,7 +39,8 @@ class _Mailbox:
         return _Mailbox()
 
     def send(self, history: History) -> None:
-        """In a process that the owner started: leave the history for it. Elsewhere nothing happens."""
+        """In a process that the owner started: leave the history for it. Elsewhere nothing
+        happens."""
         parent = multiprocessing.parent_process()
         if os.getpid() != self.owner and parent is not None and parent.pid == self.owner:
             history.save(self.path)
@@ -59,7 +63,8 @@ def _remove(path: Path, owner: int) -> None:
 
 
 class KeepsHistory:
-    """Part of a callback that keeps a `History`; stands behind `NormDynCallback` in the list of bases.
+    """Part of a callback that keeps a `History`; stands behind `NormDynCallback` in the list of
+    bases.
 
     A subclass calls `send_history` when a fit has ended or was interrupted.
     """
@@ -70,7 +75,8 @@ class KeepsHistory:
 
     @property
     def history(self) -> History:
-        """The rows of the last fit, on rank zero; after ``ddp_spawn`` or ``ddp_fork`` those that came back from there."""
+        """The rows of the last fit, on rank zero; after ``ddp_spawn`` or ``ddp_fork`` those that
+        came back from there."""
         returned = self._mailbox.receive()
         if returned is not None:
             self._history = returned
@@ -81,7 +87,8 @@ class KeepsHistory:
         self._history = history
 
     def send_history(self, trainer: Trainer) -> None:
-        """Rank zero of processes that the Trainer started: send the history to the process that called ``fit``."""
+        """Rank zero of processes that the Trainer started: send the history to the process that
+        called ``fit``."""
         if trainer.is_global_zero:
             self._mailbox.send(self._history)
 

@@ -1,4 +1,5 @@
-"""What a person reads in the terminal: the table of targets at the start of a fit, and where both tables are printed."""
+"""What a person reads in the terminal: the table of targets at the start of a fit, and where both
+tables are printed."""
 
 from __future__ import annotations
 
@@ -46,8 +47,27 @@ def print_start_table(session: Session) -> None:
         how = treatments[weight]
         asked = target.by_request and weight in written
         kind = f"{verdict.kind} (by request)" if asked else verdict.kind
-        because = "; ".join(text for text in (", ".join(verdict.norms), verdict.unread_rows) if text) if verdict.norms else verdict.reason
-        rows.append((target.name, "×".join(map(str, session.shapes[weight])), kind, str(target.partition.n), because, how or "measured"))
+        because = (
+            "; ".join(text for text in (", ".join(verdict.norms), verdict.unread_rows) if text)
+            if verdict.norms
+            else verdict.reason
+        )
+        rows.append(
+            (
+                target.name,
+                "×".join(map(str, session.shapes[weight])),
+                kind,
+                str(target.partition.n),
+                because,
+                how or "measured",
+            )
+        )
     columns = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
-    text = render("lightning-normdyn: targets", columns, rows, noted=("treated how", "because of"), optional=("shape", "vectors"))
+    text = render(
+        "lightning-normdyn: targets",
+        columns,
+        rows,
+        noted=("treated how", "because of"),
+        optional=("shape", "vectors"),
+    )
     show(session.trainer, text)

@@ -1,4 +1,5 @@
-"""A bounded, seeded look at the training data in mid-fit, without a trace in the model, its random numbers or the order of its data."""
+"""A bounded, seeded look at the training data in mid-fit, without a trace in the model, its random
+numbers or the order of its data."""
 
 from __future__ import annotations
 
@@ -20,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Subse
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.visibility import eager
 
-# ------------------------------------------------------------------------------------------------------------------ the sample
+# --------------------------------------------------------------------------------------- the sample
 
 
 class Sample:
-    """A bounded, seeded sample of the training set, in batches as its loader makes them: the same on any number of ranks.
+    """A bounded, seeded sample of the training set, in batches as its loader makes them: the same
+    on any number of ranks.
 
     Args:
         trainer: whose training set.
@@ -34,7 +36,8 @@ class Sample:
     Attributes:
         count: examples in the sample.
         whole: whether that is all there are.
-        quantiles: for each batch ``(examples, rows per example)``: which rows to look at (`lightning_normdyn.input_span.spread_rows`).
+        quantiles: for each batch ``(examples, rows per example)``: which rows to look at
+            (`lightning_normdyn.input_span.spread_rows`).
 
     Raises:
         NotSupportedError: where the training data are no DataLoader over a map-style dataset.
@@ -42,15 +45,21 @@ class Sample:
 
     def __init__(self, trainer: Trainer, most: int, seed: int) -> None:
         loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not hasattr(loader.dataset, "__len__"):
+        if (
+            not isinstance(loader, DataLoader)
+            or isinstance(loader.dataset, IterableDataset)
+            or not hasattr(loader.dataset, "__len__")
+        ):
             found = (
                 f"a DataLoader over the iterable {type(loader.dataset).__name__}"
                 if isinstance(loader, DataLoader)
                 else type(loader).__name__
             )
             raise NotSupportedError(
-                "InputSpanMonitor draws a sample from the training set, so it needs one DataLoader over a map-style dataset "
-                f"(with __len__ and __getitem__), and found {found}. Give it one, or remove the callback."
+                "InputSpanMonitor draws a sample from the training set, so it needs one DataLoader "
+                "over a map-style dataset "
+                f"(with __len__ and __getitem__), and found {found}. Give it one, or remove the "
+                f"callback."
             )
         chosen = _trained_on(loader)
         size = len(chosen)
@@ -69,7 +78,13 @@ class Sample:
         drawn = [int(chosen[i]) for i in random.Random(seed).sample(range(size), self.count)]
         self._batches = [drawn[start : start + batch] for start in range(0, self.count, batch)]
         generator = torch.Generator().manual_seed(seed)
-        quantiles = torch.rand(self.count, most // max(1, self.count), generator=generator, dtype=torch.float64, device="cpu")
+        quantiles = torch.rand(
+            self.count,
+            most // max(1, self.count),
+            generator=generator,
+            dtype=torch.float64,
+            device="cpu",
+        )
         self.quantiles = quantiles.split(batch)  # type: ignore[no-untyped-call]
 
     def rounds(self, world: int) -> int:
@@ -77,11 +92,16 @@ class Sample:
         return -(-len(self._batches) // world)
 
     def share(self, rank: int, world: int) -> Iterator[tuple[int | None, Any]]:
-        """This rank's batches with their numbers; with the number None, one that only keeps step with the others."""
+        """This rank's batches with their numbers; with the number None, one that only keeps step
+        with the others."""
         mine: list[int | None] = list(range(rank, len(self._batches), world))
         mine += [None] * (self.rounds(world) - len(mine))
         source = self._loader
-        workers = {} if not source.num_workers else {"multiprocessing_context": source.multiprocessing_context}
+        workers = (
+            {}
+            if not source.num_workers
+            else {"multiprocessing_context": source.multiprocessing_context}
+        )
         data: DataLoader[Any] = DataLoader(
             _Fetch(source, self._batches, self._seed),
             batch_size=None,
@@ -109,23 +129,33 @@ class Sample:
 
 
 def _trained_on(loader: DataLoader[Any]) -> Sequence[int]:
-    """Indices of the examples that the loader can draw: all, unless a sampler keeps to a part, such as one that holds others out."""
+    """Indices of the examples that the loader can draw: all, unless a sampler keeps to a part, such
+    as one that holds others out."""
     sampler: Any = loader.sampler
-    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)  # inside Lightning's distributed one
+    sampler = getattr(
+        getattr(sampler, "dataset", None), "_sampler", sampler
+    )  # inside Lightning's distributed one
     if isinstance(sampler, SubsetRandomSampler):
         return sampler.indices
     return range(len(loader.dataset))  # type: ignore[arg-type]  # has __len__, as checked
 
 
 class _Fetch(Dataset[Any]):
-    """Whole batches of a dataset. Every example has random numbers of its own, so that it matters neither who fetches it nor with which
+    """Whole batches of a dataset. Every example has random numbers of its own, so that it matters
+    neither who fetches it nor with which
     others; those of a dataset that fetches several at once depend on the batch."""
 
-    def __init__(self, loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed: int) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], batches: Sequence[Sequence[int]], seed: int
+    ) -> None:
         self.dataset, self.collate = loader.dataset, loader.collate_fn
         self.whole = loader.batch_sampler is None  # an item is a batch already
         # A Subset has this method whatever it is a subset of.
-        self.several = None if isinstance(self.dataset, Subset) else getattr(self.dataset, "__getitems__", None)
+        self.several = (
+            None
+            if isinstance(self.dataset, Subset)
+            else getattr(self.dataset, "__getitems__", None)
+        )
         self.batches, self.seed = batches, seed
         self.starts = [0, *accumulate(len(batch) for batch in batches)]
         self.own: list[Any] | None = None
@@ -159,7 +189,7 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-# ------------------------------------------------------------------------------------------------------------------ random numbers
+# ----------------------------------------------------------------------------------- random numbers
 
 
 def seed_everything(seed: int, device: torch.device | None = None) -> None:
@@ -175,11 +205,25 @@ def seed_everything(seed: int, device: torch.device | None = None) -> None:
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState, torch.Generator)
 _MOST_LOOKED_AT = 20_000
 _LONGEST = 1_000
-_LEAVES = (str, bytes, int, float, complex, type(None), Tensor, np.ndarray, type, ModuleType, Trainer, random.SystemRandom)
+_LEAVES = (
+    str,
+    bytes,
+    int,
+    float,
+    complex,
+    type(None),
+    Tensor,
+    np.ndarray,
+    type,
+    ModuleType,
+    Trainer,
+    random.SystemRandom,
+)
 
 
 def generators_in(roots: Iterable[Any]) -> list[Any]:
-    """Generators of random numbers that objects hold: in attributes, containers, closures and arguments already bound, at any depth.
+    """Generators of random numbers that objects hold: in attributes, containers, closures and
+    arguments already bound, at any depth.
 
     Of containers with more than 1000 entries nothing is looked at: those hold data.
 
@@ -205,7 +249,11 @@ def generators_in(roots: Iterable[Any]) -> list[Any]:
         elif isinstance(it, (list, tuple, set, frozenset)):
             open_ += it if len(it) <= _LONGEST else ()
         elif isinstance(it, FunctionType):
-            open_ += [*map(_content, it.__closure__ or ()), *(it.__defaults__ or ()), *(it.__kwdefaults__ or {}).values()]
+            open_ += [
+                *map(_content, it.__closure__ or ()),
+                *(it.__defaults__ or ()),
+                *(it.__kwdefaults__ or {}).values(),
+            ]
         elif isinstance(it, MethodType):
             open_.append(it.__self__)
         elif isinstance(it, functools.partial):
@@ -248,12 +296,13 @@ def _restart(generator: Any, seed: int) -> None:
         generator.seed(seed if isinstance(generator, random.Random) else seed % 2**32)
 
 
-# ------------------------------------------------------------------------------------------------------------------ leaving no trace
+# --------------------------------------------------------------------------------- leaving no trace
 
 
 @contextmanager
 def undisturbed(module: LightningModule, seed: int, sources: Sequence[Any] = ()) -> Iterator[None]:
-    """What runs inside finds ``module`` in evaluation mode without gradients, and leaves it and all random numbers as they were.
+    """What runs inside finds ``module`` in evaluation mode without gradients, and leaves it and all
+    random numbers as they were.
 
     Args:
         module: the model.
@@ -261,9 +310,15 @@ def undisturbed(module: LightningModule, seed: int, sources: Sequence[Any] = ())
         sources: other objects that may hold generators of their own (`Sample.sources`).
     """
     flags = [(m, m.training) for m in module.modules()]
-    buffers = [(m, dict(m._buffers), [None if b is None else b.clone() for b in m._buffers.values()]) for m in module.modules()]
+    buffers = [
+        (m, dict(m._buffers), [None if b is None else b.clone() for b in m._buffers.values()])
+        for m in module.modules()
+    ]
     numbers, numpy_numbers = random.getstate(), np.random.get_state()
-    own = [(generator, _state_of(generator)) for generator in generators_in([*sources, *_attributes(module)])]
+    own = [
+        (generator, _state_of(generator))
+        for generator in generators_in([*sources, *_attributes(module)])
+    ]
     devices = [module.device.index or 0] if module.device.type == "cuda" else []
     own_log = vars(module).get("log")
     with ExitStack() as stack:
@@ -290,7 +345,9 @@ def undisturbed(module: LightningModule, seed: int, sources: Sequence[Any] = ())
                 m._buffers.update(held)
             for m in module.modules():
                 reshard: Any = getattr(m, "reshard", None)
-                if reshard is not None and hasattr(m, "unshard"):  # FSDP2: a forward without gradients leaves the root whole
+                if reshard is not None and hasattr(
+                    m, "unshard"
+                ):  # FSDP2: a forward without gradients leaves the root whole
                     reshard()
             random.setstate(numbers)
             np.random.set_state(numpy_numbers)
@@ -300,7 +357,9 @@ def undisturbed(module: LightningModule, seed: int, sources: Sequence[Any] = ())
 
 def _attributes(module: LightningModule) -> list[Any]:
     """What the modules hold beside parameters, buffers, and the Trainer."""
-    return [value for m in module.modules() for name, value in vars(m).items() if name not in _TORCH]
+    return [
+        value for m in module.modules() for name, value in vars(m).items() if name not in _TORCH
+    ]
 
 
 _TORCH = frozenset(vars(nn.Module())) | {"_trainer", "_fabric"}

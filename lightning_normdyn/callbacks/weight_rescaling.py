@@ -12,9 +12,21 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_count, check_number
+from lightning_normdyn.callbacks.base import (
+    NormDynCallback,
+    Plan,
+    Target,
+    check_count,
+    check_number,
+)
 from lightning_normdyn.callbacks.effect import Effect, Rescaling
-from lightning_normdyn.callbacks.rescaling import Rescaler, changes_function, refuse_averaging, verify_targets, warn_of_changed_function
+from lightning_normdyn.callbacks.rescaling import (
+    Rescaler,
+    changes_function,
+    refuse_averaging,
+    verify_targets,
+    warn_of_changed_function,
+)
 from lightning_normdyn.callbacks.state import many, record, whole
 from lightning_normdyn.decay import DecayOwner, replaced_decay
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
@@ -22,21 +34,29 @@ from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeov
 
 
 class WeightRescaling(NormDynCallback):
-    r"""Weight Rescaling (WRS): after every ``every_n_steps``-th optimizer step, each weight vector is set to ``target_norm``.
+    r"""Weight Rescaling (WRS): after every ``every_n_steps``-th optimizer step, each weight vector
+    is set to ``target_norm``.
 
     .. math:: w \leftarrow c\,w, \qquad c = \text{target\_norm} / \lVert w\rVert
 
-    (WRS paper, section 5.) Optimizer state and the running statistics of a BatchNorm behind the vector follow, so that nothing but the
-    length changes. Inside its epoch window the rescaled weights have no weight decay, as in the paper.
+    (WRS paper, section 5.) Optimizer state and the running statistics of a BatchNorm behind the
+    vector follow, so that nothing but the
+    length changes. Inside its epoch window the rescaled weights have no weight decay, as in the
+    paper.
 
     Args:
-        every_n_steps: optimizer steps between two rescalings (the paper: 10 to 40); counted per optimizer, over resumes.
-        target_norm: the length, in weight units, or ``"initial"``: each vector's own length at the start of the fit.
+        every_n_steps: optimizer steps between two rescalings (the paper: 10 to 40); counted per
+            optimizer, over resumes.
+        target_norm: the length, in weight units, or ``"initial"``: each vector's own length at the
+            start of the fit.
         start_epoch: first epoch in which to act.
         stop_epoch: first epoch in which to act no more; None: never stop.
-        optimizer_state: ``"rescale"`` divides momentum by the factor (second moments by its square), ``"keep"`` leaves it.
-        weight_decay: ``"replace"``: no decay of the targets inside the window; ``"keep"``: the optimizer's own.
-        verify: before the first step, rescale all targets by random factors and compare the outputs of the first batch.
+        optimizer_state: ``"rescale"`` divides momentum by the factor (second moments by its
+            square), ``"keep"`` leaves it.
+        weight_decay: ``"replace"``: no decay of the targets inside the window; ``"keep"``: the
+            optimizer's own.
+        verify: before the first step, rescale all targets by random factors and compare the outputs
+            of the first batch.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
@@ -65,15 +85,24 @@ class WeightRescaling(NormDynCallback):
         super().__init__(params, granularity)
         self.every_n_steps = check_count("every_n_steps", every_n_steps, 1)
         self.start_epoch = check_count("start_epoch", start_epoch, 0)
-        self.stop_epoch = None if stop_epoch is None else check_count("stop_epoch", stop_epoch, 1, "None or ")
+        self.stop_epoch = (
+            None if stop_epoch is None else check_count("stop_epoch", stop_epoch, 1, "None or ")
+        )
         if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
-            raise ValueError(f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got {stop_epoch!r}.")
+            raise ValueError(
+                f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got "
+                f"{stop_epoch!r}."
+            )
         if optimizer_state not in ("rescale", "keep"):
-            raise ValueError(f"`optimizer_state` must be 'rescale' or 'keep', got {optimizer_state!r}.")
+            raise ValueError(
+                f"`optimizer_state` must be 'rescale' or 'keep', got {optimizer_state!r}."
+            )
         if weight_decay not in ("replace", "keep"):
             raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
         self.target_norm: float | Literal["initial"] = (
-            "initial" if target_norm == "initial" else check_number("target_norm", target_norm, "> 0", " or 'initial'")
+            "initial"
+            if target_norm == "initial"
+            else check_number("target_norm", target_norm, "> 0", " or 'initial'")
         )
         self.optimizer_state = optimizer_state
         self.weight_decay = weight_decay
@@ -82,13 +111,24 @@ class WeightRescaling(NormDynCallback):
     def _forget(self) -> None:
         super()._forget()
         self._rescalers: dict[int, Rescaler] = {}
-        self._unmarked: set[int] = set()  # optimizers whose rescale a fused update turned out to have taken, for the next row to tell
+        self._unmarked: set[int] = (
+            set()
+            # optimizers whose rescale a fused update turned out to have taken, for the next row to
+            # tell
+        )
         self._targets: dict[int, Tensor] = {}
         self._warned: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
-        keys = ("every_n_steps", "target_norm", "start_epoch", "stop_epoch", "optimizer_state", "weight_decay")
+        keys = (
+            "every_n_steps",
+            "target_norm",
+            "start_epoch",
+            "stop_epoch",
+            "optimizer_state",
+            "weight_decay",
+        )
         return {key: getattr(self, key) for key in keys}
 
     def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
@@ -102,7 +142,8 @@ class WeightRescaling(NormDynCallback):
 
     @property
     def needs_length(self) -> bool:  # type: ignore[override]
-        """A weight of zeros has no initial norm to go back to; to a norm that is a number it is set as soon as it has a direction."""
+        """A weight of zeros has no initial norm to go back to; to a norm that is a number it is set
+        as soon as it has a direction."""
         return self.target_norm == "initial"
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
@@ -124,7 +165,9 @@ class WeightRescaling(NormDynCallback):
         if self.weight_decay == "replace":
             claimed = plan.claimed
             check_decay_takeover(plan.optimizer, claimed)
-            self.claim_decay(plan, bracket, DecayOwner.RESCALING, lambda: claimed if self._in_window() else {})
+            self.claim_decay(
+                plan, bracket, DecayOwner.RESCALING, lambda: claimed if self._in_window() else {}
+            )
 
     def _window(self) -> Literal["later", "now", "over"]:
         assert self._session is not None
@@ -141,15 +184,22 @@ class WeightRescaling(NormDynCallback):
         return number % self.every_n_steps == 0 and self._in_window()
 
     def _rescale(self, step: Step, plan: Plan) -> None:
-        if plan.index in self._unmarked:  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
+        if (
+            plan.index in self._unmarked
+        ):  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
             self._unmarked.discard(plan.index)
             plan.mark("rescale")
         if not self.due(self.number(step, plan)):
             return
         values = plan.vectors.values()
         norms = norm_from_sums(plan.vectors.inner((values, values))[0])
-        length = self._targets[plan.index] if self.target_norm == "initial" else torch.full_like(norms, float(self.target_norm))
-        # A vector that was zero at the start has no length of its own to go back to: it is left alone, and named.
+        length = (
+            self._targets[plan.index]
+            if self.target_norm == "initial"
+            else torch.full_like(norms, float(self.target_norm))
+        )
+        # A vector that was zero at the start has no length of its own to go back to: it is left
+        # alone, and named.
         factor = torch.where(length > 0, rescale_factor(norms, length), nan)
         factor = plan.guard(factor, 1.0, step, norms)
         self._rescalers[plan.index].scaling(factor).apply()
@@ -171,11 +221,21 @@ class WeightRescaling(NormDynCallback):
 
     def treatment(self, plan: Plan, target: Target) -> str:
         """What the start table says."""
-        length = "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
+        length = (
+            "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
+        )
         text = f"WRS to {length} every {'step' if self.every_n_steps == 1 else f'{self.every_n_steps} steps'}"
-        replaced = replaced_decay(plan.optimizer, plan.group_of(target)) if self.weight_decay == "replace" else ""
-        return text + (f", without decay ({replaced})" if replaced else "") + changes_function(target)
+        replaced = (
+            replaced_decay(plan.optimizer, plan.group_of(target))
+            if self.weight_decay == "replace"
+            else ""
+        )
+        return (
+            text + (f", without decay ({replaced})" if replaced else "") + changes_function(target)
+        )
 
     def effect(self, target: Target) -> Effect:
         """It sets the length now and then, within its epochs."""
-        return Rescaling(self.every_n_steps, self.target_norm, self.weight_decay == "replace", self._window())
+        return Rescaling(
+            self.every_n_steps, self.target_norm, self.weight_decay == "replace", self._window()
+        )

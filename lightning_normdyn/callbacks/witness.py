@@ -1,7 +1,10 @@
-"""Whether every step that moved a weight was seen: a weight that moved without one is told to the person by name.
+"""Whether every step that moved a weight was seen: a weight that moved without one is told to the
+person by name.
 
-Two looks that cost nothing on an ordinary step. torch calls a global hook for every optimizer that steps: one that nobody brackets and that
-holds targeted weights is told at once. And at logging steps: if no step of an optimizer was seen since the last look but one, the norms of
+Two looks that cost nothing on an ordinary step. torch calls a global hook for every optimizer that
+steps: one that nobody brackets and that
+holds targeted weights is told at once. And at logging steps: if no step of an optimizer was seen
+since the last look but one, the norms of
 its weights are compared with those of that look; they must be the same.
 """
 
@@ -15,7 +18,10 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from lightning_normdyn.scratch_optimizer import is_scratch
 from lightning_normdyn.steps import StepBracket
@@ -60,7 +66,10 @@ class Witness:
         self._steps: dict[int, int] = {}
         self.notes: list[str] = []
         """What was told, for the end table."""
-        self._hooks = [register_optimizer_step_pre_hook(self._before), register_optimizer_step_post_hook(self._after)]
+        self._hooks = [
+            register_optimizer_step_pre_hook(self._before),
+            register_optimizer_step_post_hook(self._after),
+        ]
         for index in range(len(session.brackets)):
             self._remember(session, index)
 
@@ -70,7 +79,8 @@ class Witness:
             hook.remove()
         self._hooks, self._marks = [], {}
 
-    # -- every optimizer that steps ------------------------------------------------------------------------------------
+    # -- every optimizer that steps
+    # ------------------------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         session = self._session()
@@ -81,7 +91,12 @@ class Witness:
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         session = self._session()
-        if session is None or session.closed or id(optimizer) in session.known or optimizer in self._strangers:
+        if (
+            session is None
+            or session.closed
+            or id(optimizer) in session.known
+            or optimizer in self._strangers
+        ):
             return
         if is_scratch(optimizer):
             return
@@ -94,15 +109,19 @@ class Witness:
         self._strangers.add(optimizer)
         self._told.update(names)
         self._say(
-            f"{named(names)} {'is' if len(names) == 1 else 'are'} stepped by an optimizer that the Trainer does not hold "
-            f"({type(optimizer).__name__}): nothing acts on these steps, and nothing measures them. "
+            f"{named(names)} {'is' if len(names) == 1 else 'are'} stepped by an optimizer that the "
+            f"Trainer does not hold "
+            f"({type(optimizer).__name__}): nothing acts on these steps, and nothing measures "
+            f"them. "
             "Return it from configure_optimizers."
         )
 
-    # -- weights that move by themselves -------------------------------------------------------------------------------
+    # -- weights that move by themselves
+    # -------------------------------------------------------------------------------
 
     def look(self, *, last: bool = False) -> None:
-        """At a logging step and at the end of a fit (``last``): did a weight move although no step of its optimizer was seen?"""
+        """At a logging step and at the end of a fit (``last``): did a weight move although no step
+        of its optimizer was seen?"""
         session = self._session()
         if session is None:
             return
@@ -121,7 +140,9 @@ class Witness:
     def _remember(self, session: Session, index: int) -> None:
         bracket = session.brackets[index]
         held = [p for group in bracket.optimizer.param_groups for p in group["params"]]
-        targeted = [p for p in held if p in session.names and session.is_targeted(p) and p.requires_grad]
+        targeted = [
+            p for p in held if p in session.names and session.is_targeted(p) and p.requires_grad
+        ]
         # FSDP's flat pieces and DeepSpeed's are moved about by their strategies.
         whole = [p for p in targeted if tuple(p.shape) == session.shapes[p] and _is_dense(p)]
         pieces = [_plain(p) for p in whole]
@@ -134,7 +155,11 @@ class Witness:
     def _compare(self, session: Session, bracket: StepBracket, mark: _Mark) -> None:
         now = _numbers(mark.weights)
         same = ((now == mark.numbers) | (now.isnan() & mark.numbers.isnan())).all(0).tolist()
-        moved = [name for name, unchanged in zip(mark.names, same, strict=True) if not unchanged and name not in self._told]
+        moved = [
+            name
+            for name, unchanged in zip(mark.names, same, strict=True)
+            if not unchanged and name not in self._told
+        ]
         mark.numbers = now
         if not moved:
             return
@@ -142,8 +167,10 @@ class Witness:
         kind = type(bracket.optimizer).__name__
         owner = "its" if len(moved) == 1 else "their"
         self._say(
-            f"{named(moved)} moved although no step of {owner} optimizer ({kind}) was seen: nothing acted on that or measured it. "
-            "Something else writes to the weights (an update by hand, an object with a step of its own), or "
+            f"{named(moved)} moved although no step of {owner} optimizer ({kind}) was seen: "
+            f"nothing acted on that or measured it. "
+            "Something else writes to the weights (an update by hand, an object with a step of its "
+            "own), or "
             f"{kind} steps without torch's step hooks. Step it by `optimizer.step()`."
         )
 
@@ -171,7 +198,8 @@ def _plain(weight: Tensor) -> Tensor:
 
 
 def _numbers(pieces: Sequence[Tensor]) -> Tensor:
-    """Norm and sum of each piece, ``(2, pieces)`` on the device of the first: the same numbers as long as nothing moves."""
+    """Norm and sum of each piece, ``(2, pieces)`` on the device of the first: the same numbers as
+    long as nothing moves."""
     device = pieces[0].device
     dtype = torch.float64 if pieces[0].dtype == torch.float64 else torch.float32
     norms = [torch.linalg.vector_norm(p.to(dtype)).to(device) for p in pieces]

@@ -7,25 +7,60 @@ from inspect import signature
 import pytest
 import reference
 import torch
-from models import TARGETS, Net, against_paper, clip_by_norm, clip_by_value, convnet, distance, fit, loader, make, same, weights_of
+from models import (
+    TARGETS,
+    Net,
+    against_paper,
+    clip_by_norm,
+    clip_by_value,
+    convnet,
+    distance,
+    fit,
+    loader,
+    make,
+    same,
+    weights_of,
+)
 from reference import Shrink
 from replay import Recorder, replay
 from torch import nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NormDynWarning, NotSupportedError
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    NormDynamicsMonitor,
+    NormDynWarning,
+    NotSupportedError,
+)
 from lightning_normdyn.parametrizations import weight_standardization
 
-# torch's optimizer, the reference's, and a learning rate; all with a decay that AWS has to take over or to leave
+# torch's optimizer, the reference's, and a learning rate; all with a decay that AWS has to take
+# over or to leave
 OPTIMIZERS = {
-    "sgd": (lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1), reference.SGD(weight_decay=0.1), 0.1),
-    "momentum": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1), reference.SGD(0.9, weight_decay=0.1), 0.1),
+    "sgd": (
+        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1),
+        reference.SGD(weight_decay=0.1),
+        0.1,
+    ),
+    "momentum": (
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+        reference.SGD(0.9, weight_decay=0.1),
+        0.1,
+    ),
     "nesterov": (
         lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
         reference.SGD(0.9, nesterov=True, weight_decay=0.1),
         0.1,
     ),
-    "adam": (lambda p: torch.optim.Adam(p, 0.02, weight_decay=0.1), reference.Adam(weight_decay=0.1), 0.02),
-    "adamw": (lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1), reference.AdamW(weight_decay=0.1), 0.02),
+    "adam": (
+        lambda p: torch.optim.Adam(p, 0.02, weight_decay=0.1),
+        reference.Adam(weight_decay=0.1),
+        0.02,
+    ),
+    "adamw": (
+        lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1),
+        reference.AdamW(weight_decay=0.1),
+        0.02,
+    ),
     "no decay": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), reference.SGD(0.9), 0.1),
 }
 
@@ -37,15 +72,22 @@ def test_equals_the_paper_in_float64(name, statistic, weight_decay):
     make_optimizer, optimizer, lr = OPTIMIZERS[name]
     callback = AdaptiveWeightShrink(0.5, statistic=statistic, weight_decay=weight_decay)
     rules = {"shrink": Shrink(0.5, statistic, weight_decay)}
-    assert distance(*against_paper([callback], make_optimizer, optimizer, lr=lr, rules=rules)) <= 1e-12
+    assert (
+        distance(*against_paper([callback], make_optimizer, optimizer, lr=lr, rules=rules)) <= 1e-12
+    )
 
 
 @pytest.mark.parametrize("statistic", ["norm", "std"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_the_paper_in_float32(name, statistic):
     make_optimizer, optimizer, lr = OPTIMIZERS[name]
-    callback, rules = AdaptiveWeightShrink(0.5, statistic=statistic), {"shrink": Shrink(0.5, statistic)}
-    got, expected = against_paper([callback], make_optimizer, optimizer, lr=lr, rules=rules, dtype=torch.float32, steps=4)
+    callback, rules = (
+        AdaptiveWeightShrink(0.5, statistic=statistic),
+        {"shrink": Shrink(0.5, statistic)},
+    )
+    got, expected = against_paper(
+        [callback], make_optimizer, optimizer, lr=lr, rules=rules, dtype=torch.float32, steps=4
+    )
     assert all(w.dtype == torch.float32 for w in expected.values())
     assert distance(got, expected) <= 1e-6
 
@@ -53,8 +95,15 @@ def test_equals_the_paper_in_float32(name, statistic):
 MODES = {
     "accumulation": {"accumulate": 2},
     "norm clipping": {"gradient_clip_val": 0.1, "transform": clip_by_norm(0.1)},
-    "value clipping": {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value", "transform": clip_by_value(0.01)},
-    "schedule": {"make_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7), "factor": 0.7},
+    "value clipping": {
+        "gradient_clip_val": 0.01,
+        "gradient_clip_algorithm": "value",
+        "transform": clip_by_value(0.01),
+    },
+    "schedule": {
+        "make_scheduler": lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.7),
+        "factor": 0.7,
+    },
     "everything": {
         "accumulate": 2,
         "gradient_clip_val": 0.1,
@@ -73,7 +122,13 @@ def test_equals_the_paper_with_accumulation_clipping_and_schedules(name, mode):
     factor = arguments.pop("factor", 1.0)
     rules = {"shrink": Shrink(0.5)}
     got, expected = against_paper(
-        [AdaptiveWeightShrink(0.5)], make_optimizer, optimizer, lr=lr, rules=rules, reference_lr=lambda t: lr * factor**t, **arguments
+        [AdaptiveWeightShrink(0.5)],
+        make_optimizer,
+        optimizer,
+        lr=lr,
+        rules=rules,
+        reference_lr=lambda t: lr * factor**t,
+        **arguments,
     )
     assert distance(got, expected) <= 1e-12
 
@@ -84,7 +139,13 @@ def test_equals_the_paper_with_accumulation_clipping_and_schedules(name, mode):
 def standardized() -> nn.Sequential:
     """Convolutions whose filters are standardized before use; what is stored is the raw weight."""
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3),
+        nn.BatchNorm2d(6),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 2),
     )
     weight_standardization(net[0])
     return net
@@ -105,7 +166,11 @@ def test_a_named_statistic_holds_for_all(statistic):
     torch.manual_seed(1)
     module, recorder = Net(OPTIMIZERS["momentum"][0], standardized()), Recorder()
     fit(module, [AdaptiveWeightShrink(0.5, statistic=statistic), recorder])
-    expected = replay(recorder, ["net.0.parametrizations.weight.original", "net.2.weight"], shrink=Shrink(0.5, statistic))
+    expected = replay(
+        recorder,
+        ["net.0.parametrizations.weight.original", "net.2.weight"],
+        shrink=Shrink(0.5, statistic),
+    )
     assert distance(weights_of(module), expected) < 1e-12
 
 
@@ -113,13 +178,20 @@ def test_a_named_statistic_holds_for_all(statistic):
 
 
 def test_filters_that_are_normalized_together_shrink_together():
-    module, recorder = make(make_optimizer=OPTIMIZERS["sgd"][0], net=convnet(norm=lambda c: nn.GroupNorm(2, c))), Recorder()
+    module, recorder = (
+        make(make_optimizer=OPTIMIZERS["sgd"][0], net=convnet(norm=lambda c: nn.GroupNorm(2, c))),
+        Recorder(),
+    )
     fit(module, [AdaptiveWeightShrink(0.5), recorder], max_steps=1)
     for name in TARGETS:
         w, g = recorder.start[name], recorder.steps[0][0][name][0]
         half = len(w) // 2
-        factor = torch.cat([(1 - 0.1 * 0.5 * part.norm()).expand(half) for part in (w[:half], w[half:])]).view(-1, 1, 1, 1)
-        torch.testing.assert_close(weights_of(module)[name], factor * w - 0.1 * g, rtol=1e-13, atol=1e-15)
+        factor = torch.cat(
+            [(1 - 0.1 * 0.5 * part.norm()).expand(half) for part in (w[:half], w[half:])]
+        ).view(-1, 1, 1, 1)
+        torch.testing.assert_close(
+            weights_of(module)[name], factor * w - 0.1 * g, rtol=1e-13, atol=1e-15
+        )
 
 
 def test_a_layer_shrinks_as_one_on_request():
@@ -127,14 +199,17 @@ def test_a_layer_shrinks_as_one_on_request():
     fit(module, [AdaptiveWeightShrink(0.5, granularity="layer"), recorder], max_steps=1)
     for name in TARGETS:
         w, g = recorder.start[name], recorder.steps[0][0][name][0]
-        torch.testing.assert_close(weights_of(module)[name], (1 - 0.05 * w.norm()) * w - 0.1 * g, rtol=1e-13, atol=1e-15)
+        torch.testing.assert_close(
+            weights_of(module)[name], (1 - 0.05 * w.norm()) * w - 0.1 * g, rtol=1e-13, atol=1e-15
+        )
 
 
 def test_a_granularity_that_would_change_the_function_is_refused():
     module = make(net=convnet(norm=lambda c: nn.GroupNorm(1, c)))
     before = weights_of(module)
     with pytest.raises(
-        NotSupportedError, match=r"granularity='filter' was asked for `net\.0\.weight`, but net\.1 .*Use granularity='auto'"
+        NotSupportedError,
+        match=r"granularity='filter' was asked for `net\.0\.weight`, but net\.1 .*Use granularity='auto'",
     ):
         fit(module, [AdaptiveWeightShrink(0.5, granularity="filter")])
     assert same(weights_of(module), before)
@@ -144,16 +219,23 @@ def test_a_granularity_that_would_change_the_function_is_refused():
 
 
 def test_the_optimizers_decay_of_other_weights_stays():
-    # BatchNorm's and the head's weights decay as before, bit for bit as in groups that a person would make.
+    # BatchNorm's and the head's weights decay as before, bit for bit as in groups that a person
+    # would make.
     def by_hand(parameters):
         parameters = list(parameters)
         return torch.optim.AdamW(
-            [{"params": [p for p in parameters if p.ndim < 4]}, {"params": [p for p in parameters if p.ndim == 4], "weight_decay": 0.0}],
+            [
+                {"params": [p for p in parameters if p.ndim < 4]},
+                {"params": [p for p in parameters if p.ndim == 4], "weight_decay": 0.0},
+            ],
             0.02,
             weight_decay=0.3,
         )
 
-    ours, theirs = make(make_optimizer=lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.3)), make(make_optimizer=by_hand)
+    ours, theirs = (
+        make(make_optimizer=lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.3)),
+        make(make_optimizer=by_hand),
+    )
     fit(ours, [AdaptiveWeightShrink(0.5)])
     fit(theirs, [AdaptiveWeightShrink(0.5)])
     assert same(weights_of(ours), weights_of(theirs))
@@ -162,7 +244,9 @@ def test_the_optimizers_decay_of_other_weights_stays():
 TORCH_OPTIMIZERS = [
     kind
     for kind in vars(torch.optim).values()
-    if isinstance(kind, type) and "weight_decay" in signature(kind).parameters and kind is not getattr(torch.optim, "Muon", None)
+    if isinstance(kind, type)
+    and "weight_decay" in signature(kind).parameters
+    and kind is not getattr(torch.optim, "Muon", None)
 ]
 
 
@@ -175,9 +259,15 @@ def test_takes_the_decay_over_from_every_optimizer_of_torch(kind):
         parameters = list(parameters)
         targets = [p for p in parameters if p.ndim == 4]
         rest = [p for p in parameters if p.ndim != 4]
-        return kind([{"params": targets, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.3}], lr=0.05)
+        return kind(
+            [{"params": targets, "weight_decay": 0.0}, {"params": rest, "weight_decay": 0.3}],
+            lr=0.05,
+        )
 
-    ours, theirs = make(make_optimizer=one_group, dtype=torch.float32), make(make_optimizer=by_hand, dtype=torch.float32)
+    ours, theirs = (
+        make(make_optimizer=one_group, dtype=torch.float32),
+        make(make_optimizer=by_hand, dtype=torch.float32),
+    )
     for module in (ours, theirs):
         fit(module, [AdaptiveWeightShrink(0.5)], max_steps=4)
     assert same(weights_of(ours), weights_of(theirs))
@@ -198,12 +288,22 @@ def test_a_decay_that_cannot_be_taken_over_is_refused_and_can_be_kept():
 
     module = make(make_optimizer=make_optimizer)
     before = weights_of(module)
-    with pytest.raises(NotSupportedError, match=r"The weight decay 0\.1 of Mine .*Set weight_decay=0 .*weight_decay='keep'"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"The weight decay 0\.1 of Mine .*Set weight_decay=0 .*weight_decay='keep'",
+    ):
         fit(module, [AdaptiveWeightShrink(0.5)])
     assert same(weights_of(module), before)
     rules = {"shrink": Shrink(0.5, weight_decay="keep")}
     keep = AdaptiveWeightShrink(0.5, weight_decay="keep")
-    assert distance(*against_paper([keep], make_optimizer, reference.SGD(weight_decay=0.1), lr=0.1, rules=rules)) < 1e-12
+    assert (
+        distance(
+            *against_paper(
+                [keep], make_optimizer, reference.SGD(weight_decay=0.1), lr=0.1, rules=rules
+            )
+        )
+        < 1e-12
+    )
 
 
 def test_a_decay_that_cannot_be_taken_over_of_named_weights_is_refused_at_fit_start():
@@ -219,14 +319,20 @@ def test_a_decay_that_cannot_be_taken_over_of_named_weights_is_refused_at_fit_st
 def test_a_weight_without_a_gradient_is_neither_shrunk_nor_decayed():
     class HalfTrained(Net):
         def forward(self, x):
-            return self.net(x) + 0 * self.net(x).detach() if self.trainer.global_step == 0 else self.tail(x)
+            return (
+                self.net(x) + 0 * self.net(x).detach()
+                if self.trainer.global_step == 0
+                else self.tail(x)
+            )
 
         def tail(self, x):
             with torch.no_grad():
                 x = self.net[:3](x)
             return self.net[3:](x)
 
-    module = make(HalfTrained, make_optimizer=lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.3))
+    module = make(
+        HalfTrained, make_optimizer=lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.3)
+    )
     after_first = {}
 
     class Look(Recorder):
@@ -244,7 +350,11 @@ def test_a_weight_without_a_gradient_is_neither_shrunk_nor_decayed():
 
 
 def test_the_factor_is_clamped_at_one_half_and_counted():
-    callback, module, recorder = AdaptiveWeightShrink(1e6), make(make_optimizer=OPTIMIZERS["sgd"][0]), Recorder()
+    callback, module, recorder = (
+        AdaptiveWeightShrink(1e6),
+        make(make_optimizer=OPTIMIZERS["sgd"][0]),
+        Recorder(),
+    )
     fit(module, [callback, recorder], max_steps=3)
     assert distance(weights_of(module), replay(recorder, TARGETS, shrink=Shrink(1e6))) < 1e-12
     assert callback.plans[0].counters["clamped"].tolist() == [3.0] * 10
@@ -255,7 +365,10 @@ def test_clamped_vectors_are_named_in_the_end_table(capsys):
     with torch.no_grad():
         module.net[3].weight[:2] *= 1e6  # its first two filters stay too long for all three steps
     fit(module, [NormDynamicsMonitor(1), AdaptiveWeightShrink(0.5)], max_steps=3)
-    assert "clamped at 0.5 6 times (net.3.weight: 6): lr * alpha * norm is too large there" in capsys.readouterr().out
+    assert (
+        "clamped at 0.5 6 times (net.3.weight: 6): lr * alpha * norm is too large there"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_zero_filter_is_left_alone_counted_and_named_once():
@@ -265,43 +378,75 @@ def test_a_zero_filter_is_left_alone_counted_and_named_once():
         module.net[3].weight[4] = 0
     # A gradient would revive the zero filters, so their gradients are zero, too.
     module.net[0].weight.register_hook(lambda g: g * torch.tensor([1.0, 0, 1, 1]).view(4, 1, 1, 1))
-    module.net[3].weight.register_hook(lambda g: g * torch.tensor([1.0, 1, 1, 1, 0, 1]).view(6, 1, 1, 1))
+    module.net[3].weight.register_hook(
+        lambda g: g * torch.tensor([1.0, 1, 1, 1, 0, 1]).view(6, 1, 1, 1)
+    )
     callback, recorder = AdaptiveWeightShrink(0.5), Recorder()
     with pytest.warns(NormDynWarning) as caught:
         fit(module, [callback, recorder])
     ours = [str(w.message) for w in caught if w.category is NormDynWarning]
-    assert ours == ["AdaptiveWeightShrink left vectors alone whose norm is zero or not finite: 1 in net.0.weight, 1 in net.3.weight."]
+    assert ours == [
+        "AdaptiveWeightShrink left vectors alone whose norm is zero or not finite: 1 in "
+        "net.0.weight, 1 in net.3.weight."
+    ]
     assert distance(weights_of(module), replay(recorder, TARGETS, shrink=Shrink(0.5))) < 1e-12
     assert callback.plans[0].bad.nonzero().flatten().tolist() == [1, 8]
 
 
 def test_a_gradient_that_is_not_finite_stays_where_it_came_from():
-    # The optimizer writes NaN into the second convolution; AWS raises nothing, spreads nothing, and says so once.
-    module, plain = make(make_optimizer=OPTIMIZERS["sgd"][0]), make(make_optimizer=OPTIMIZERS["sgd"][0])
+    # The optimizer writes NaN into the second convolution; AWS raises nothing, spreads nothing, and
+    # says so once.
+    module, plain = (
+        make(make_optimizer=OPTIMIZERS["sgd"][0]),
+        make(make_optimizer=OPTIMIZERS["sgd"][0]),
+    )
     for m in (module, plain):
-        m.net[3].weight.register_hook(lambda g: g.clone().index_fill_(0, torch.tensor([2]), float("nan")))
+        m.net[3].weight.register_hook(
+            lambda g: g.clone().index_fill_(0, torch.tensor([2]), float("nan"))
+        )
     with pytest.warns(NormDynWarning, match=r"zero or not finite: 1 in net\.3\.weight"):
         fit(module, [AdaptiveWeightShrink(0.5)], max_steps=2)
     fit(plain, [], max_steps=2)
-    assert {n: w.isnan().sum() for n, w in weights_of(module).items()} == {n: w.isnan().sum() for n, w in weights_of(plain).items()}
+    assert {n: w.isnan().sum() for n, w in weights_of(module).items()} == {
+        n: w.isnan().sum() for n, w in weights_of(plain).items()
+    }
 
 
 def test_bf16_weights_shrink_without_bias():
-    """No gradient, so AWS alone acts: 1/norm grows by lr * alpha in each step, in steps far below what bf16 resolves."""
+    """No gradient, so AWS alone acts: 1/norm grows by lr * alpha in each step, in steps far below
+    what bf16 resolves."""
 
     class Idle(Net):
         def training_step(self, batch, batch_idx=0):
             return 0 * super().training_step(batch, batch_idx)
 
-    module = make(Idle, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01), dtype=torch.float32, net=convnet())
+    module = make(
+        Idle,
+        make_optimizer=lambda p: torch.optim.SGD(p, lr=0.01),
+        dtype=torch.float32,
+        net=convnet(),
+    )
     with torch.no_grad():
         module.net[3].weight.mul_(2.0)
-    start = torch.cat([module.net[i].weight.detach().bfloat16().double().flatten(1).norm(dim=1) for i in (0, 3)])
+    start = torch.cat(
+        [module.net[i].weight.detach().bfloat16().double().flatten(1).norm(dim=1) for i in (0, 3)]
+    )
     callback = AdaptiveWeightShrink(0.1)
-    fit(module, [callback], precision="bf16-true", max_epochs=-1, max_steps=400, data=loader(8, torch.float32))
-    norms = torch.cat([module.net[i].weight.detach().double().flatten(1).norm(dim=1) for i in (0, 3)])
+    fit(
+        module,
+        [callback],
+        precision="bf16-true",
+        max_epochs=-1,
+        max_steps=400,
+        data=loader(8, torch.float32),
+    )
+    norms = torch.cat(
+        [module.net[i].weight.detach().double().flatten(1).norm(dim=1) for i in (0, 3)]
+    )
     expected = 1 / (1 / start + 400 * 0.01 * 0.1)
-    assert ((1 - expected / start) > 0.1).all()  # each step is below 1e-3 * norm, bf16 resolves 8e-3
+    assert (
+        (1 - expected / start) > 0.1
+    ).all()  # each step is below 1e-3 * norm, bf16 resolves 8e-3
     owed = torch.cat([callback.state_dict()["per_vector"]["owed"][name] for name in TARGETS])
     torch.testing.assert_close(norms * owed, expected, rtol=5e-3, atol=0)
     assert float((norms * owed / expected).mean() - 1) == pytest.approx(0, abs=1.5e-3)
@@ -315,8 +460,14 @@ def test_bf16_weights_shrink_without_bias():
         ({"alpha": float("nan")}, "`alpha` must be > 0, got nan"),
         ({"alpha": float("inf")}, "`alpha` must be finite, got inf"),
         ({"alpha": "1e-3"}, "`alpha` must be > 0, got '1e-3'"),
-        ({"alpha": 1.0, "statistic": "median"}, "`statistic` must be 'auto', 'norm' or 'std', got 'median'"),
-        ({"alpha": 1.0, "weight_decay": "drop"}, "`weight_decay` must be 'replace' or 'keep', got 'drop'"),
+        (
+            {"alpha": 1.0, "statistic": "median"},
+            "`statistic` must be 'auto', 'norm' or 'std', got 'median'",
+        ),
+        (
+            {"alpha": 1.0, "weight_decay": "drop"},
+            "`weight_decay` must be 'replace' or 'keep', got 'drop'",
+        ),
         ({"alpha": 1.0, "granularity": "row"}, "`granularity` must be .*got 'row'"),
         ({"alpha": 1.0, "params": []}, "`params` is an empty list"),
         ({"alpha": 1.0, "params": ["auto", "x"]}, "mixes 'auto' with patterns"),
@@ -347,7 +498,10 @@ def test_the_start_table_says_what_is_replaced(capsys):
             "(replaces 0.005, acting like 0.05)",
         ),
         (lambda p: torch.optim.AdamW(p, lr=0.1, weight_decay=0.005), "(replaces 0.005)"),
-        (lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.005), "(replaces 0.005 inside the gradient)"),
+        (
+            lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.005),
+            "(replaces 0.005 inside the gradient)",
+        ),
     ],
     ids=["momentum", "decoupled", "coupled Adam"],
 )

@@ -1,4 +1,5 @@
-"""What all callbacks share: which weights they mean, what they refuse and in which words, and when they do nothing at all."""
+"""What all callbacks share: which weights they mean, what they refuse and in which words, and when
+they do nothing at all."""
 
 from __future__ import annotations
 
@@ -17,7 +18,22 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning, EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, ManualNet, Net, Penalized, SavesAt, convnet, distance, fit, loader, make, same, sgd, trainer, weights_of
+from models import (
+    TARGETS,
+    ManualNet,
+    Net,
+    Penalized,
+    SavesAt,
+    convnet,
+    distance,
+    fit,
+    loader,
+    make,
+    same,
+    sgd,
+    trainer,
+    weights_of,
+)
 from reference import Rescale, Shrink
 from replay import Recorder, replay
 from torch import nn
@@ -88,7 +104,12 @@ def test_a_tied_weight_is_one_target_under_any_of_its_names():
     class Tied(Net):
         def __init__(self):
             super().__init__(
-                net=nn.Sequential(nn.Flatten(), nn.Linear(36, 36, bias=False), nn.LayerNorm(36), nn.Linear(36, 36, bias=False))
+                net=nn.Sequential(
+                    nn.Flatten(),
+                    nn.Linear(36, 36, bias=False),
+                    nn.LayerNorm(36),
+                    nn.Linear(36, 36, bias=False),
+                )
             )
             self.net[3].weight = self.net[1].weight
             self.head = nn.Linear(36, 2).double()
@@ -100,7 +121,10 @@ def test_a_tied_weight_is_one_target_under_any_of_its_names():
         callback, recorder, module = AdaptiveWeightShrink(0.5, params=name), Recorder(), make(Tied)
         fit(module, [callback, recorder])
         assert targets_of(callback) == ["net.1.weight"]
-        assert distance(weights_of(module), replay(recorder, ["net.1.weight"], shrink=Shrink(0.5))) < 1e-12
+        assert (
+            distance(weights_of(module), replay(recorder, ["net.1.weight"], shrink=Shrink(0.5)))
+            < 1e-12
+        )
 
 
 class Bag(Net):
@@ -131,21 +155,31 @@ KINDS = [
 
 
 def as_filters(name, w):
-    """A transposed convolution keeps its output channels in dim 1 of each group: bring them to the front."""
-    return w.reshape(2, 2, 3, 2, 2).transpose(1, 2).reshape(6, 2, 2, 2) if name == "up.weight" else w
+    """A transposed convolution keeps its output channels in dim 1 of each group: bring them to the
+    front."""
+    return (
+        w.reshape(2, 2, 3, 2, 2).transpose(1, 2).reshape(6, 2, 2, 2) if name == "up.weight" else w
+    )
 
 
 @pytest.mark.parametrize("rule", ["aws", "wrs"])
 def test_every_kind_of_layer_by_name(rule):
     module, recorder, callback = make(Bag), Recorder(), WRITERS[rule](params=KINDS)
-    changes = pytest.warns(NormDynWarning, match="changes the network's function") if rule == "wrs" else contextlib.nullcontext()
+    changes = (
+        pytest.warns(NormDynWarning, match="changes the network's function")
+        if rule == "wrs"
+        else contextlib.nullcontext()
+    )
     with changes:
         fit(module, [callback, recorder])
     assert sorted(targets_of(callback)) == sorted(KINDS)
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
     got = {name: as_filters(name, w) for name, w in weights_of(module).items()}
     recorder.start = {name: as_filters(name, w) for name, w in recorder.start.items()}
-    recorder.steps = [[{n: (as_filters(n, g), s) for n, (g, s) in received.items()} for received in steps] for steps in recorder.steps]
+    recorder.steps = [
+        [{n: (as_filters(n, g), s) for n, (g, s) in received.items()} for received in steps]
+        for steps in recorder.steps
+    ]
     rules = {"aws": {"shrink": Shrink(0.5)}, "wrs": {"rescale": Rescale(2)}}[rule]
     assert distance(got, replay(recorder, KINDS, **rules)) < 1e-12
 
@@ -160,7 +194,8 @@ def test_a_weight_that_the_first_batches_do_not_use_is_found_later():
     callback, module, recorder = AdaptiveWeightShrink(0.5), make(Later), Recorder()
     fit(module, [callback, recorder])
     assert targets_of(callback) == TARGETS
-    # Batch 2 was the first that used it; its gradient told that something had been missed, so batch 5 was watched.
+    # Batch 2 was the first that used it; its gradient told that something had been missed, so batch
+    # 5 was watched.
     late = [{n: v for n, v in r.items() if n == "net.3.weight"} for r in recorder.steps[0]]
     assert [r["net.3.weight"][0] is not None for r in late] == [i % 3 == 2 for i in range(8)]
 
@@ -169,7 +204,11 @@ def test_a_weight_that_the_first_batches_do_not_use_is_found_later():
 def test_batches_without_a_loss_at_the_start_are_no_reason_to_give_up(accumulate):
     class Skips(Net):
         def training_step(self, batch, batch_idx):
-            return None if self.trainer.current_epoch == 0 and batch_idx < 2 else super().training_step(batch, batch_idx)
+            return (
+                None
+                if self.trainer.current_epoch == 0 and batch_idx < 2
+                else super().training_step(batch, batch_idx)
+            )
 
     callback, module, recorder = AdaptiveWeightShrink(0.5), make(Skips), Recorder()
     fit(module, [callback, recorder], accumulate_grad_batches=accumulate)
@@ -178,7 +217,8 @@ def test_batches_without_a_loss_at_the_start_are_no_reason_to_give_up(accumulate
 
 
 def test_a_weight_is_found_whenever_it_appears_and_whoever_clears_its_gradient():
-    """After more batches than the search looks at one after the other, in a loop that clears gradients right after each step."""
+    """After more batches than the search looks at one after the other, in a loop that clears
+    gradients right after each step."""
 
     class Rare(Net):
         automatic_optimization = False
@@ -221,7 +261,8 @@ def test_a_claim_that_the_gradients_contradict_is_withdrawn():
     ours = [str(w.message) for w in caught if w.category is NormDynWarning]
     assert len(ours) == 1
     assert ours[0].startswith(
-        "`net.3.weight` is no longer taken for scale-invariant: net.4 says filter, but the gradient is not orthogonal"
+        "`net.3.weight` is no longer taken for scale-invariant: net.4 says filter, but the "
+        "gradient is not orthogonal"
     )
     assert targets_of(callback) == ["net.0.weight"]
 
@@ -232,7 +273,10 @@ def test_a_weight_that_was_named_keeps_its_vectors_when_its_claim_is_withdrawn(g
     module = make(Penalized, net=convnet(norm=lambda n: nn.GroupNorm(2, n)))
     callback = AdaptiveWeightShrink(0.5, params="net.3.weight", granularity=granularity)
     monitor = NormDynamicsMonitor(1, tables=False, per_vector=True)
-    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken for scale-invariant: net\.4 says group"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"`net\.3\.weight` is no longer taken for scale-invariant: net\.4 says group",
+    ):
         fit(module, [callback, monitor])
     (target,) = callback.plans[0].targets
     assert target.by_request
@@ -241,16 +285,21 @@ def test_a_weight_that_was_named_keeps_its_vectors_when_its_claim_is_withdrawn(g
 
 
 def test_a_history_starts_anew_with_the_vectors_of_a_weight_that_are_known_later():
-    """A weight that no loss has shown yet is measured by filters; the monitor goes on when it turns out to be one layer."""
+    """A weight that no loss has shown yet is measured by filters; the monitor goes on when it turns
+    out to be one layer."""
 
     class Late(Net):
         def __init__(self):
             super().__init__()
-            self.late = nn.Sequential(nn.Flatten(), nn.Linear(36, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2)).double()
+            self.late = nn.Sequential(
+                nn.Flatten(), nn.Linear(36, 5, bias=False), nn.LayerNorm(5), nn.Linear(5, 2)
+            ).double()
 
         def training_step(self, batch, batch_idx=0):
             loss = super().training_step(batch)
-            return loss + self.late(batch[0]).square().sum() if self.trainer.global_step > 2 else loss
+            return (
+                loss + self.late(batch[0]).square().sum() if self.trainer.global_step > 2 else loss
+            )
 
     monitor = NormDynamicsMonitor(1, tables=False, per_vector=True)
     fit(make(Late), [monitor])
@@ -268,12 +317,19 @@ def test_state_per_vector_belongs_to_a_partition():
 
     def plan(partition):
         target = Target("w", weight, partition, Verdict.unknown("w", (3, 3)), by_request=True)
-        return Plan(0, torch.optim.SGD([weight], lr=0.1), [target], WeightVectors([weight], [partition]), [])
+        return Plan(
+            0, torch.optim.SGD([weight], lr=0.1), [target], WeightVectors([weight], [partition]), []
+        )
 
     rows, columns = plan(Partition.filters((3, 3))), plan(Partition.filters((3, 3), axis=1))
     first = callback.per_vector("norm", rows, rows.vectors.norms)
-    assert callback.per_vector("norm", plan(Partition.filters((3, 3))), lambda: torch.zeros(3)).equal(first)
-    assert callback.per_vector("norm", columns, columns.vectors.norms).tolist() == columns.vectors.norms().tolist()
+    assert callback.per_vector(
+        "norm", plan(Partition.filters((3, 3))), lambda: torch.zeros(3)
+    ).equal(first)
+    assert (
+        callback.per_vector("norm", columns, columns.vectors.norms).tolist()
+        == columns.vectors.norms().tolist()
+    )
     rows.counters["clamped"] = torch.ones(3)
     columns.inherit(rows)
     assert columns.counters["clamped"].tolist() == [0, 0, 0]
@@ -302,16 +358,26 @@ def trainable(parameters):
 
 
 @pytest.mark.parametrize("params", ["auto", "net.[03].weight", TARGETS, "!net.8.*"], ids=str)
-@pytest.mark.parametrize("make_optimizer", [trainable, lambda p: sgd([q for q in p if q.ndim == 2])], ids=["frozen", "unowned"])
+@pytest.mark.parametrize(
+    "make_optimizer",
+    [trainable, lambda p: sgd([q for q in p if q.ndim == 2])],
+    ids=["frozen", "unowned"],
+)
 def test_a_backbone_that_joins_later_is_picked_up_then(params, make_optimizer, capsys):
     class Joins(L.Callback):
         def on_train_epoch_start(self, trainer, pl_module):
             if trainer.current_epoch == 1:
-                trainer.optimizers[0].add_param_group({"params": list(pl_module.net[:6].parameters()), "lr": 0.05})
+                trainer.optimizers[0].add_param_group(
+                    {"params": list(pl_module.net[:6].parameters()), "lr": 0.05}
+                )
 
     if make_optimizer is not trainable and params == TARGETS:
         return  # an exact name of a trainable weight that nobody owns is refused
-    module, recorder, callback = make(make_optimizer=make_optimizer), Recorder(), AdaptiveWeightShrink(0.5, params=params)
+    module, recorder, callback = (
+        make(make_optimizer=make_optimizer),
+        Recorder(),
+        AdaptiveWeightShrink(0.5, params=params),
+    )
     fit(module, [Backbone() if make_optimizer is trainable else Joins(), recorder, callback])
     assert targets_of(callback) == TARGETS
     assert distance(weights_of(module), replay(recorder, TARGETS, shrink=Shrink(0.5))) < 1e-12
@@ -323,7 +389,10 @@ def test_a_backbone_that_joins_later_is_picked_up_then(params, make_optimizer, c
 @pytest.mark.parametrize("name", [n for n in EVERYBODY if n != "monitor"])
 def test_a_backbone_that_never_joins_is_said_at_the_end(name):
     callback = WRITERS[name](params="net.[03].weight")
-    with pytest.warns(NormDynWarning, match=r"did nothing in this fit: `net\.0\.weight`, `net\.3\.weight` stayed frozen"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"did nothing in this fit: `net\.0\.weight`, `net\.3\.weight` stayed frozen",
+    ):
         fit(make(make_optimizer=trainable), [Backbone(at=9), callback])
 
 
@@ -331,7 +400,10 @@ class Positions(Net):
     """No target, and a frozen positional encoding."""
 
     def __init__(self, **arguments):
-        super().__init__(net=nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 2)), **arguments)
+        super().__init__(
+            net=nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 2)),
+            **arguments,
+        )
         self.positions = nn.Parameter(torch.randn(1, 36, dtype=torch.float64), requires_grad=False)
 
     def training_step(self, batch, batch_idx=0):
@@ -356,11 +428,13 @@ def test_a_frozen_tensor_does_not_hide_that_there_is_no_target(name):
 
 
 def test_weights_that_a_finetuning_callback_will_bring_are_announced_without_a_warning(capsys):
-    fit(make(make_optimizer=trainable), [Backbone(), AdaptiveWeightShrink(0.5)])  # a warning of ours would be an error
+    fit(
+        make(make_optimizer=trainable), [Backbone(), AdaptiveWeightShrink(0.5)]
+    )  # a warning of ours would be an error
     printed = " ".join(capsys.readouterr().out.split())
     assert (
-        "It does nothing until one of those that are frozen, or that no optimizer holds, is trained: `net.0.weight`, `net.3.weight`"
-        in printed
+        "It does nothing until one of those that are frozen, or that no optimizer holds, is "
+        "trained: `net.0.weight`, `net.3.weight`" in printed
     )
 
 
@@ -389,25 +463,41 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(name):
 
 @pytest.mark.parametrize("name", EVERYBODY)
 def test_an_exclude_that_matches_nothing_is_refused_as_well(name):
-    refused(make(), [EVERYBODY[name](params=["*", "!body.*"])], NoTargetsError, r"'body\.\*', which matches none")
+    refused(
+        make(),
+        [EVERYBODY[name](params=["*", "!body.*"])],
+        NoTargetsError,
+        r"'body\.\*', which matches none",
+    )
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
 @pytest.mark.parametrize("params", [["net.0*", "!net.*"], "!*"], ids=str)
 def test_excluding_all_that_is_included_is_refused(name, params):
-    refused(make(), [EVERYBODY[name](params=params)], NoTargetsError, r"`params=.*` excludes all that it includes\. Leave a")
+    refused(
+        make(),
+        [EVERYBODY[name](params=params)],
+        NoTargetsError,
+        r"`params=.*` excludes all that it includes\. Leave a",
+    )
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
 def test_parameters_of_one_dimension_are_never_targets(name):
-    refused(make(), [EVERYBODY[name](params="net.*.bias")], NoTargetsError, "matches none of the 3 weights of two or more dimensions")
+    refused(
+        make(),
+        [EVERYBODY[name](params="net.*.bias")],
+        NoTargetsError,
+        "matches none of the 3 weights of two or more dimensions",
+    )
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_auto_without_a_scale_invariant_weight_says_why(name):
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     with pytest.raises(
-        NoTargetsError, match=r"(?s)found no scale-invariant weight to act on:.*net\.1\.weight: .*Name weights with params="
+        NoTargetsError,
+        match=r"(?s)found no scale-invariant weight to act on:.*net\.1\.weight: .*Name weights with params=",
     ):
         fit(make(net=net), [WRITERS[name]()])
 
@@ -420,14 +510,22 @@ def test_a_gated_projection_without_any_matrix_is_refused():
         def training_step(self, batch, batch_idx=0):
             return self.net(batch[0]).square().mean() + self.net.weight.sum()
 
-    with pytest.raises(NoTargetsError, match=r"RadialProjection\(params='auto'\) found no weight of two or more dimensions to act on"):
+    with pytest.raises(
+        NoTargetsError,
+        match=r"RadialProjection\(params='auto'\) found no weight of two or more dimensions to act on",
+    ):
         fit(make(Flat), [RadialProjection(gate="cosine")])
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
 def test_lbfgs_is_refused_before_training(name):
     module = make(make_optimizer=lambda p: torch.optim.LBFGS(p, max_iter=3))
-    refused(module, [EVERYBODY[name]()], NotSupportedError, r"LBFGS evaluates its closure more than once .*such as SGD or AdamW")
+    refused(
+        module,
+        [EVERYBODY[name]()],
+        NotSupportedError,
+        r"LBFGS evaluates its closure more than once .*such as SGD or AdamW",
+    )
 
 
 class Sparse(Net):
@@ -462,7 +560,11 @@ def test_complex_weights_are_refused_by_name_and_left_out_otherwise(name):
             return super().training_step(batch, batch_idx) + self.rotation.abs().square().sum()
 
     refused(
-        make(Complex), [EVERYBODY[name](params="rotation")], NotSupportedError, r"`rotation` .* is complex; leave it out", data=loader()
+        make(Complex),
+        [EVERYBODY[name](params="rotation")],
+        NotSupportedError,
+        r"`rotation` .* is complex; leave it out",
+        data=loader(),
     )
     callback = EVERYBODY[name]()
     fit(make(Complex), [callback], loader(), max_steps=1)
@@ -481,7 +583,8 @@ class Lazy(Net):
 @pytest.mark.parametrize("params", ["net.0.weight", "net.*"])
 def test_lazy_weights_are_refused_by_name(name, params):
     with pytest.raises(
-        NotSupportedError, match=r"`net\.0\.weight` was asked .* a lazy parameter without a shape yet; run one forward pass"
+        NotSupportedError,
+        match=r"`net\.0\.weight` was asked .* a lazy parameter without a shape yet; run one forward pass",
     ):
         fit(make(Lazy), [EVERYBODY[name](params=params)], loader())
 
@@ -489,28 +592,45 @@ def test_lazy_weights_are_refused_by_name(name, params):
 @pytest.mark.parametrize("name", WRITERS)
 def test_lazy_weights_are_left_alone_under_auto_and_said(name):
     callback = WRITERS[name]()
-    with pytest.warns(NormDynWarning, match=r"leaves lazy parameters alone \(`net\.0\.weight`\)\. Run one forward pass before the fit"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"leaves lazy parameters alone \(`net\.0\.weight`\)\. Run one forward pass before the fit",
+    ):
         fit(make(Lazy), [callback], loader())
     assert targets_of(callback) == ["net.3.weight"]
 
 
 def test_auto_with_nothing_but_lazy_weights_says_so():
     module = make(Lazy)
-    module.net = nn.Sequential(module.net[0], nn.BatchNorm2d(4).double(), nn.Flatten(), nn.LazyLinear(2).double())
-    with pytest.warns(NormDynWarning), pytest.raises(NoTargetsError, match=r"  net\.0\.weight: a lazy parameter; run one forward pass"):
+    module.net = nn.Sequential(
+        module.net[0], nn.BatchNorm2d(4).double(), nn.Flatten(), nn.LazyLinear(2).double()
+    )
+    with (
+        pytest.warns(NormDynWarning),
+        pytest.raises(
+            NoTargetsError, match=r"  net\.0\.weight: a lazy parameter; run one forward pass"
+        ),
+    ):
         fit(module, [AdaptiveWeightShrink(0.5)], loader())
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_an_exact_name_that_no_optimizer_holds_is_refused(name):
     module = make(make_optimizer=lambda p: sgd([q for q in p if q.ndim != 2]))
-    refused(module, [WRITERS[name](params="net.8.weight")], NoTargetsError, r"`net\.8\.weight` was asked .* no optimizer holds it")
+    refused(
+        module,
+        [WRITERS[name](params="net.8.weight")],
+        NoTargetsError,
+        r"`net\.8\.weight` was asked .* no optimizer holds it",
+    )
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_two_of_a_kind_on_one_weight_are_refused_before_training(name):
     first, second = WRITERS[name](params="net.*"), WRITERS[name](params="net.3.weight")
-    says = r"Two \w+ callbacks target `net\.3\.weight`\. Give them different `params`, or remove one\."
+    says = (
+        r"Two \w+ callbacks target `net\.3\.weight`\. Give them different `params`, or remove one\."
+    )
     refused(make(), [first, second], NotSupportedError, says)
 
 
@@ -526,7 +646,12 @@ def test_a_subclass_is_of_the_same_kind(name):
     base = type(EVERYBODY[name]())
     second = EVERYBODY[name](params="net.3.weight")
     second.__class__ = type("Mine", (base,), {})
-    refused(make(), [EVERYBODY[name](), second], NotSupportedError, rf"Two {base.__name__} callbacks target `net\.3\.weight`")
+    refused(
+        make(),
+        [EVERYBODY[name](), second],
+        NotSupportedError,
+        rf"Two {base.__name__} callbacks target `net\.3\.weight`",
+    )
 
 
 def test_two_with_the_same_arguments_are_refused_by_lightning():
@@ -554,7 +679,8 @@ def test_the_trainer_of_the_other_package_is_refused(name):
         enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(
-        NotSupportedError, match=r"Trainer of `pytorch_lightning`; it belongs to `lightning`\. Use `from lightning import Trainer`"
+        NotSupportedError,
+        match=r"Trainer of `pytorch_lightning`; it belongs to `lightning`\. Use `from lightning import Trainer`",
     ):
         other.fit(Other(), loader(dtype=torch.float32))
 
@@ -567,7 +693,9 @@ def test_manual_optimization_that_hides_its_loss_is_told_how():
                 Net.training_step(self, batch).backward()
                 optimizer.step()
 
-    with pytest.raises(NoTargetsError, match=r"call self\.manual_backward\(loss\)|not part of any training loss"):
+    with pytest.raises(
+        NoTargetsError, match=r"call self\.manual_backward\(loss\)|not part of any training loss"
+    ):
         fit(make(Hides), [AdaptiveWeightShrink(0.5)])
 
 
@@ -575,7 +703,11 @@ def test_manual_optimization_that_hides_its_loss_is_told_how():
 
 
 @pytest.mark.parametrize("name", EVERYBODY)
-@pytest.mark.parametrize("arguments", [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}], ids=lambda a: next(iter(a)))
+@pytest.mark.parametrize(
+    "arguments",
+    [{"max_steps": 0}, {"max_epochs": 0}, {"limit_train_batches": 0}],
+    ids=lambda a: next(iter(a)),
+)
 def test_a_fit_without_a_step_changes_nothing(name, arguments, tmp_path):
     module, callback = make(), EVERYBODY[name]()
     before = {n: v.clone() for n, v in module.state_dict().items()}
@@ -590,7 +722,11 @@ def test_an_empty_dataloader(name):
     module = make()
     before = weights_of(module)
     with pytest.warns(UserWarning, match="Total length of `DataLoader` across ranks is zero"):
-        fit(module, [EVERYBODY[name]()], DataLoader(TensorDataset(torch.empty(0, 1, 6, 6), torch.empty(0))))
+        fit(
+            module,
+            [EVERYBODY[name]()],
+            DataLoader(TensorDataset(torch.empty(0, 1, 6, 6), torch.empty(0))),
+        )
     assert same(weights_of(module), before)
 
 
@@ -608,7 +744,13 @@ def test_evaluation_alone(name):
 @pytest.mark.parametrize("name", EVERYBODY)
 def test_barebones_and_fast_dev_run(name):
     for arguments in ({"barebones": True, "max_steps": 2}, {"fast_dev_run": 2}):
-        settings = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False, **arguments}
+        settings = {
+            "accelerator": "cpu",
+            "devices": 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            **arguments,
+        }
         callback, recorder, module = EVERYBODY[name](), Recorder(), make()
         L.Trainer(callbacks=[callback, recorder], **settings).fit(module, loader())
         rules = {"aws": {"shrink": Shrink(0.5)}, "wrs": {"rescale": Rescale(2)}}.get(name)
@@ -625,7 +767,9 @@ def test_a_fit_that_ends_early(name):
             self.log("val_loss", float(self.trainer.global_step))
 
     module, callback = make(Worse), EVERYBODY[name]()
-    runner = fit(module, [EarlyStopping("val_loss", patience=1), callback], val_data=loader(), max_epochs=10)
+    runner = fit(
+        module, [EarlyStopping("val_loss", patience=1), callback], val_data=loader(), max_epochs=10
+    )
     assert runner.current_epoch < 5
     assert len(runner.optimizers[0]._optimizer_step_post_hooks) == 0
 
@@ -637,8 +781,12 @@ def test_with_a_scaler_other_hooks_never_see_split_groups():
     class Looks(L.Callback):
         def on_train_start(self, trainer, pl_module):  # after ours
             optimizer, self.seen = trainer.optimizers[0], []
-            optimizer.register_step_pre_hook(lambda *_: self.seen.append(len(optimizer.param_groups)))
-            optimizer.register_step_post_hook(lambda *_: self.seen.append(len(optimizer.param_groups)))
+            optimizer.register_step_pre_hook(
+                lambda *_: self.seen.append(len(optimizer.param_groups))
+            )
+            optimizer.register_step_post_hook(
+                lambda *_: self.seen.append(len(optimizer.param_groups))
+            )
 
         def on_train_batch_end(self, trainer, *_):
             self.seen.append(len(trainer.optimizers[0].param_groups))
@@ -674,9 +822,16 @@ def test_the_table_is_printed_once_and_can_be_had_without(capsys):
 
 
 def test_state_key_names_class_params_and_granularity_only():
-    assert AdaptiveWeightShrink(0.5).state_key == AdaptiveWeightShrink(0.1, statistic="std").state_key
-    assert AdaptiveWeightShrink(0.5).state_key != AdaptiveWeightShrink(0.5, params="net.*").state_key
-    assert AdaptiveWeightShrink(0.5).state_key != AdaptiveWeightShrink(0.5, granularity="layer").state_key
+    assert (
+        AdaptiveWeightShrink(0.5).state_key == AdaptiveWeightShrink(0.1, statistic="std").state_key
+    )
+    assert (
+        AdaptiveWeightShrink(0.5).state_key != AdaptiveWeightShrink(0.5, params="net.*").state_key
+    )
+    assert (
+        AdaptiveWeightShrink(0.5).state_key
+        != AdaptiveWeightShrink(0.5, granularity="layer").state_key
+    )
     assert AdaptiveWeightShrink(0.5).state_key != WeightRescaling(5).state_key
 
 
@@ -693,7 +848,8 @@ def test_state_is_plain(name, tmp_path):
 @pytest.mark.parametrize("name", EVERYBODY)
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a fit"])
 def test_a_callback_can_be_copied_and_pickled(name, used):
-    """Launchers that spawn processes pickle the Trainer with everything in it; a copy is ready for a fit of its own."""
+    """Launchers that spawn processes pickle the Trainer with everything in it; a copy is ready for
+    a fit of its own."""
     original = EVERYBODY[name]()
     if used:
         fit(make(seed=5), [original], max_steps=3)
@@ -721,7 +877,10 @@ def test_resume_of_an_unchanged_run_says_nothing(tmp_path):
 def test_resume_takes_the_targets_from_the_checkpoint(tmp_path, monkeypatch):
     path, callback = tmp_path / "three.ckpt", AdaptiveWeightShrink(0.5)
     fit(make(), [AdaptiveWeightShrink(0.5), SavesAt(3, path)])
-    monkeypatch.setattr("lightning_normdyn.targets.ScaleInvarianceSearch.analyze", lambda *_: pytest.fail("traced again"))
+    monkeypatch.setattr(
+        "lightning_normdyn.targets.ScaleInvarianceSearch.analyze",
+        lambda *_: pytest.fail("traced again"),
+    )
     fit(make(), [callback], ckpt_path=path)
     assert targets_of(callback) == TARGETS
 
@@ -740,7 +899,8 @@ def test_an_evaluation_that_loads_a_checkpoint_is_no_resume(tmp_path):
 
 
 class Operations(TorchDispatchMode, L.Callback):
-    """Everything that is dispatched in one batch, from the first callback's start to the last one's end: kernels, waits, collectives."""
+    """Everything that is dispatched in one batch, from the first callback's start to the last one's
+    end: kernels, waits, collectives."""
 
     def __init__(self, step):
         super().__init__()
@@ -782,7 +942,12 @@ def dispatched(callbacks, monkeypatch, decay):
     def fused(parameters):
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=decay, fused=True)
 
-    fit(make(make_optimizer=fused, dtype=torch.float32), [counted, *callbacks, counted.last], max_epochs=-1, max_steps=30)
+    fit(
+        make(make_optimizer=fused, dtype=torch.float32),
+        [counted, *callbacks, counted.last],
+        max_epochs=-1,
+        max_steps=30,
+    )
     assert len(counted.names) > 50
     monkeypatch.undo()
     return counted.names
@@ -792,7 +957,9 @@ def dispatched(callbacks, monkeypatch, decay):
 def test_a_step_that_neither_logs_nor_rescales_adds_no_operation(decay, monkeypatch):
     bare = dispatched([], monkeypatch, decay)
     assert dispatched([NormDynamicsMonitor(7, tables=False)], monkeypatch, decay) == bare
-    both = dispatched([NormDynamicsMonitor(7, tables=False), WeightRescaling(7)], monkeypatch, decay)
+    both = dispatched(
+        [NormDynamicsMonitor(7, tables=False), WeightRescaling(7)], monkeypatch, decay
+    )
     # While WRS owns the decay of its targets, the optimizer steps them as a group of their own.
     assert both == bare if not decay else set(both) == set(bare)
     assert len(both) <= len(bare) + 4 * bool(decay)
@@ -817,9 +984,18 @@ class Fails(L.Callback):
 def test_a_fit_that_is_over_keeps_nothing_alive(fails):
     def run():
         module = make()
-        callbacks = [AdaptiveWeightShrink(0.1), RadialProjection(), NormDynamicsMonitor(1, tables=False), *([Fails()] if fails else [])]
+        callbacks = [
+            AdaptiveWeightShrink(0.1),
+            RadialProjection(),
+            NormDynamicsMonitor(1, tables=False),
+            *([Fails()] if fails else []),
+        ]
         runner = trainer(callbacks)
-        with pytest.raises(RuntimeError, match="something else") if fails else contextlib.nullcontext():
+        with (
+            pytest.raises(RuntimeError, match="something else")
+            if fails
+            else contextlib.nullcontext()
+        ):
             runner.fit(module, loader())
         return weakref.ref(module), weakref.ref(runner), weakref.ref(runner.optimizers[0])
 
@@ -833,8 +1009,12 @@ def test_a_fit_that_is_over_keeps_nothing_alive(fails):
 
 def deep(layers):
     """Small layers, each in front of a normalization, and a head."""
-    blocks = [layer for _ in range(layers) for layer in (nn.Linear(4, 4, bias=False), nn.LayerNorm(4))]
-    return nn.Sequential(nn.Flatten(), nn.Linear(36, 4, bias=False), nn.LayerNorm(4), *blocks, nn.Linear(4, 2))
+    blocks = [
+        layer for _ in range(layers) for layer in (nn.Linear(4, 4, bias=False), nn.LayerNorm(4))
+    ]
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(36, 4, bias=False), nn.LayerNorm(4), *blocks, nn.Linear(4, 2)
+    )
 
 
 TOO_LARGE = {
@@ -857,7 +1037,8 @@ def test_a_number_too_large_for_a_float_is_refused_by_name(name):
 
 
 def python_calls(layers, monkeypatch):
-    """How many Python functions a fit of two steps calls, and how often norms are taken of all weights together."""
+    """How many Python functions a fit of two steps calls, and how often norms are taken of all
+    weights together."""
     callbacks, module = [AdaptiveWeightShrink(0.01), NormDynamicsMonitor(1)], make(net=deep(layers))
     calls, taken = 0, 0
     norms = WeightVectors.norms
@@ -881,12 +1062,17 @@ def python_calls(layers, monkeypatch):
     return calls, taken
 
 
-def test_the_cost_of_a_fits_start_and_end_grows_with_the_number_of_layers_and_not_with_its_square(monkeypatch, capsys):
+def test_the_cost_of_a_fits_start_and_end_grows_with_the_number_of_layers_and_not_with_its_square(
+    monkeypatch, capsys
+):
     python_calls(4, monkeypatch)  # what happens once per process
-    (few, taken_of_few), (more, _), (many, taken_of_many) = (python_calls(n, monkeypatch) for n in (4, 12, 28))
+    (few, taken_of_few), (more, _), (many, taken_of_many) = (
+        python_calls(n, monkeypatch) for n in (4, 12, 28)
+    )
     per_layer, further = (more - few) / 8, (many - more) / 16
     assert further < 1.05 * per_layer
-    # In each of two steps (AWS), and once each for the start table, the run's description, the last norms and the end table.
+    # In each of two steps (AWS), and once each for the start table, the run's description, the last
+    # norms and the end table.
     assert taken_of_few == taken_of_many == 6
 
 
@@ -918,20 +1104,33 @@ class NeedsLength(AdaptiveWeightShrink):
 def test_a_weight_of_zeros_is_refused_by_name_and_the_way_out_works(callback, params):
     module = zeroed()
     before = weights_of(module)
-    with pytest.raises(NotSupportedError, match=r"`net\.3\.weight`, but all entries are zero.*'!net\.3\.weight'"):
+    with pytest.raises(
+        NotSupportedError, match=r"`net\.3\.weight`, but all entries are zero.*'!net\.3\.weight'"
+    ):
         fit(module, [callback(params=params)])
     assert same(weights_of(module), before), "refused before the first step"
-    assert not any(group["weight_decay"] == 0 for group in module.trainer.optimizers[0].param_groups)
+    assert not any(
+        group["weight_decay"] == 0 for group in module.trainer.optimizers[0].param_groups
+    )
     fit(zeroed(), [callback(params=["net.0.weight", "net.3.weight", "!net.3.weight"])], max_steps=2)
 
 
 def test_who_only_looks_and_a_gate_let_a_weight_of_zeros_be():
-    fit(zeroed(), [NormDynamicsMonitor(1, tables=False), RadialProjection(gate="cosine")], max_steps=2)
+    fit(
+        zeroed(),
+        [NormDynamicsMonitor(1, tables=False), RadialProjection(gate="cosine")],
+        max_steps=2,
+    )
 
 
 @pytest.mark.parametrize(
     "callback",
-    [AdaptiveWeightShrink(1.0), RadialProjection(), LRDropRescaling(exponent=0.25), WeightRescaling(1)],
+    [
+        AdaptiveWeightShrink(1.0),
+        RadialProjection(),
+        LRDropRescaling(exponent=0.25),
+        WeightRescaling(1),
+    ],
     ids=["aws", "projection", "lr drop", "wrs"],
 )
 def test_a_weight_of_zeros_is_treated_as_soon_as_it_has_grown(callback):
@@ -941,7 +1140,9 @@ def test_a_weight_of_zeros_is_treated_as_soon_as_it_has_grown(callback):
         nn.init.ones_(net[4].bias)  # or the ReLU behind it would let no gradient through
     with warnings.catch_warnings():
         # In the first step there is nothing to treat, which is said at the end.
-        warnings.filterwarnings("ignore", "\\w+ left vectors alone whose norm is zero", NormDynWarning)
+        warnings.filterwarnings(
+            "ignore", "\\w+ left vectors alone whose norm is zero", NormDynWarning
+        )
         fit(module, [callback], max_epochs=2)
     fit(untreated, [], max_epochs=2)
     assert not torch.equal(module.net[3].weight, untreated.net[3].weight)
@@ -961,7 +1162,9 @@ def test_a_weight_of_zeros_that_is_unfrozen_later_is_left_to_its_optimizer():
 
     module, callback = zeroed(), NeedsLength()
     module.net[3].weight.requires_grad_(False)
-    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight`, but all entries are zero.*left to its optimizer"):
+    with pytest.warns(
+        NormDynWarning, match=r"`net\.3\.weight`, but all entries are zero.*left to its optimizer"
+    ):
         fit(module, [Unfreezes(), callback], max_epochs=2)
     assert [t.name for t in callback.plans[0].targets] == ["net.0.weight"]
 
@@ -1001,9 +1204,17 @@ def test_an_exact_name_comes_before_a_glob(params, expected):
 def test_numbers_of_numpy_are_numbers_everywhere():
     assert AdaptiveWeightShrink(np.float32(0.5)).alpha == 0.5
     assert RadialProjection(delta=np.float64(0.2), weight_decay=np.float32(0.5)).weight_decay == 0.5
-    assert LRDropRescaling(exponent=np.float32(0.25), min_drop=np.int64(2)).settings() == {"exponent": 0.25, "min_drop": 2.0}
+    assert LRDropRescaling(exponent=np.float32(0.25), min_drop=np.int64(2)).settings() == {
+        "exponent": 0.25,
+        "min_drop": 2.0,
+    }
     assert NormDynamicsMonitor(np.int64(10)).every_n_steps == 10
-    assert InputSpanMonitor(np.int64(2), max_samples=np.int32(50), energy=np.float32(0.5), seed=np.int64(3)).max_samples == 50
+    assert (
+        InputSpanMonitor(
+            np.int64(2), max_samples=np.int32(50), energy=np.float32(0.5), seed=np.int64(3)
+        ).max_samples
+        == 50
+    )
     for refused in (
         lambda: NormDynamicsMonitor(np.float64(10)),
         lambda: WeightRescaling(np.int64(0)),
@@ -1016,7 +1227,10 @@ def test_numbers_of_numpy_are_numbers_everywhere():
 def test_the_only_step_of_a_fused_optimizer_counts_before_a_callback_says_what_it_did():
     """Whether it was skipped is still on its way when the fit ends."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    module = make(make_optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5, fused=True), dtype=torch.float32)
+    module = make(
+        make_optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5, fused=True),
+        dtype=torch.float32,
+    )
     callback = AdaptiveWeightShrink(0.5)
     fit(module, [callback], max_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
     assert callback.steps_of(0) == 1

@@ -1,4 +1,5 @@
-"""What callbacks do to a weight, combined: anything that nobody has derived means "no prediction"."""
+"""What callbacks do to a weight, combined: anything that nobody has derived means "no
+prediction"."""
 
 from __future__ import annotations
 
@@ -52,7 +53,9 @@ class StrongerShrink(Shrink):
     """A subclass of a known effect means something else than its base."""
 
 
-@pytest.mark.parametrize("order", list(permutations([SHRINK, PROJECTION, RESCALING, NoEffect(), LengthJumps()]))[::17])
+@pytest.mark.parametrize(
+    "order", list(permutations([SHRINK, PROJECTION, RESCALING, NoEffect(), LengthJumps()]))[::17]
+)
 def test_effects_of_different_kinds_stand_side_by_side_in_any_order(order: Any) -> None:
     assert combine(order) == Effects(shrink=SHRINK, projection=PROJECTION, rescaling=RESCALING)
 
@@ -95,7 +98,9 @@ class FixedStep(NormDynCallback):
     def _scale(self, step: Any, plan: Any) -> None:
         before = plan.vectors.snapshots(step.bracket)
         plan.vectors.scale_(torch.full((plan.vectors.n,), 0.5, dtype=plan.vectors.sum_dtype))
-        plan.vectors.add_scaled_(torch.full((plan.vectors.n,), 0.5, dtype=plan.vectors.sum_dtype), before)
+        plan.vectors.add_scaled_(
+            torch.full((plan.vectors.n,), 0.5, dtype=plan.vectors.sum_dtype), before
+        )
 
 
 class ReadsAllMatrices(FixedStep):
@@ -155,7 +160,14 @@ def predicted(*callbacks: Any, granularity: Any = "auto") -> bool:
 
 @pytest.mark.parametrize(
     "callback",
-    [FixedStep, ReadsAllMatrices, SaysADict, Turning, lambda: OtherShrink(0.1), lambda: OtherHandlers(2)],
+    [
+        FixedStep,
+        ReadsAllMatrices,
+        SaysADict,
+        Turning,
+        lambda: OtherShrink(0.1),
+        lambda: OtherHandlers(2),
+    ],
     ids=["says nothing", "writes=False", "a dict", "own effect", "own act", "own handlers"],
 )
 def test_a_rule_of_somebody_else_has_no_prediction(callback: Any) -> None:
@@ -167,9 +179,16 @@ def test_a_known_rule_keeps_its_prediction(callback: Any) -> None:
     assert predicted(callback())
 
 
-@pytest.mark.parametrize("rule", [lambda g: AdaptiveWeightShrink(0.1, granularity=g), lambda g: WeightRescaling(2, granularity=g)])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda g: AdaptiveWeightShrink(0.1, granularity=g),
+        lambda g: WeightRescaling(2, granularity=g),
+    ],
+)
 def test_a_rule_on_other_vectors_than_the_monitors_has_no_prediction(rule: Any) -> None:
-    """The length of a layer is not that of its filters, so alpha or a fixed length mean something else for them."""
+    """The length of a layer is not that of its filters, so alpha or a fixed length mean something
+    else for them."""
     assert predicted(rule("auto"))
     assert not predicted(rule("layer"))
     assert predicted(rule("layer"), granularity="layer")
@@ -207,24 +226,34 @@ PAIRS = [
 @pytest.mark.parametrize(("phase", "known"), PAIRS)
 @pytest.mark.parametrize("name", ["Ball", "Sphere"])
 @pytest.mark.parametrize("order", [1, -1])
-def test_two_rules_in_one_phase_are_refused_by_name_where_nobody_ranks_them(phase: Phase, known: Any, name: str, order: int) -> None:
+def test_two_rules_in_one_phase_are_refused_by_name_where_nobody_ranks_them(
+    phase: Phase, known: Any, name: str, order: int
+) -> None:
     callbacks = [known(), shrinks_by_a_square(name, phase)][::order]
-    with pytest.raises(NotSupportedError, match=rf"both change `weight` in phase {phase.name}.*`rank`") as refusal:
+    with pytest.raises(
+        NotSupportedError, match=rf"both change `weight` in phase {phase.name}.*`rank`"
+    ) as refusal:
         ends(*callbacks)
     assert name in str(refusal.value)
     assert type(known()).__name__ in str(refusal.value)
 
 
 @pytest.mark.parametrize(("phase", "known"), PAIRS[:2])
-def test_ranked_rules_end_at_the_same_bits_whatever_their_names_and_order(phase: Phase, known: Any) -> None:
+def test_ranked_rules_end_at_the_same_bits_whatever_their_names_and_order(
+    phase: Phase, known: Any
+) -> None:
     found = {}
     for rank in (-1, 1):
         runs = [
-            ends(*[known(), shrinks_by_a_square(name, phase, rank)][::order]) for name in ("Ball", "Sphere", "Zoo") for order in (1, -1)
+            ends(*[known(), shrinks_by_a_square(name, phase, rank)][::order])
+            for name in ("Ball", "Sphere", "Zoo")
+            for order in (1, -1)
         ]
         assert all(torch.equal(run, runs[0]) for run in runs)
         found[rank] = runs[0]
-    assert not torch.allclose(found[-1], found[1]), "the order makes a difference, so the test can fail"
+    assert not torch.allclose(found[-1], found[1]), (
+        "the order makes a difference, so the test can fail"
+    )
 
 
 def test_rules_of_different_phases_or_on_different_weights_need_no_rank() -> None:
@@ -238,11 +267,15 @@ def test_rules_of_different_phases_or_on_different_weights_need_no_rank() -> Non
 
 def test_a_rule_that_acts_where_others_look_is_one_that_acts() -> None:
     with pytest.raises(NotSupportedError, match="both change `weight` in phase MEASURE_STEP"):
-        ends(shrinks_by_a_square("Ball", Phase.MEASURE_STEP), shrinks_by_a_square("Sphere", Phase.MEASURE_STEP))
+        ends(
+            shrinks_by_a_square("Ball", Phase.MEASURE_STEP),
+            shrinks_by_a_square("Sphere", Phase.MEASURE_STEP),
+        )
 
 
 def test_who_looks_comes_before_who_acts_in_one_phase() -> None:
-    """The angle of a step must not depend on the name of a rule that acts in the same phase as the monitor looks."""
+    """The angle of a step must not depend on the name of a rule that acts in the same phase as the
+    monitor looks."""
     angles = []
     for name in ("Ball", "Sphere"):
         monitor = NormDynamicsMonitor(1, tables=False)

@@ -32,20 +32,32 @@ from lightning_normdyn.parametrizations import weight_normalization, weight_stan
 
 
 def net(normalize: Any) -> nn.Sequential:
-    """Two convolutions that see the direction of their raw weights only, exactly: no normalization with an epsilon."""
+    """Two convolutions that see the direction of their raw weights only, exactly: no normalization
+    with an epsilon."""
     layers = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+        nn.Conv2d(1, 4, 3),
+        nn.Tanh(),
+        nn.Conv2d(4, 6, 3),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 2),
     )
     for layer in (layers[0], layers[2]):
         if normalize is weight_standardization:
             with torch.no_grad():
-                layer.weight.mul_(4)  # from shorter weights such a network starts with steps so large that rounding decides where it goes
+                layer.weight.mul_(
+                    4
+                    # from shorter weights such a network starts with steps so large that rounding
+                    # decides where it goes
+                )
         normalize(layer)
     return layers
 
 
 KINDS = {"wn": weight_normalization, "ws": weight_standardization}
-# Under standardization the outputs, and with them the gradients, are larger; lr * decay is the same.
+# Under standardization the outputs, and with them the gradients, are larger; lr * decay is the
+# same.
 LR = {"wn": 0.3, "ws": 0.05}
 DECAY = {"wn": 0.02, "ws": 0.12}
 
@@ -57,7 +69,9 @@ def raw(name: str) -> bool:
 class Normalized(Net):
     """Plain SGD with a drop of its learning rate; only the raw weights decay."""
 
-    def __init__(self, kind: str, decay: float, drop_at: int = 10**9, momentum: float = 0.0) -> None:
+    def __init__(
+        self, kind: str, decay: float, drop_at: int = 10**9, momentum: float = 0.0
+    ) -> None:
         super().__init__(net=net(KINDS[kind]))
         self.lr, self.decay, self.drop_at, self.momentum = LR[kind], decay, drop_at, momentum
 
@@ -68,7 +82,12 @@ class Normalized(Net):
             {"params": [p for n, p in named if not raw(n)]},
         ]
         optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
-        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.drop_at]), "interval": "step"}]
+        return [optimizer], [
+            {
+                "scheduler": torch.optim.lr_scheduler.MultiStepLR(optimizer, [self.drop_at]),
+                "interval": "step",
+            }
+        ]
 
 
 class Directions(L.Callback):
@@ -92,14 +111,21 @@ def monitor(every: int = 1) -> NormDynamicsMonitor:
     return NormDynamicsMonitor(every, per_vector=True, tables=False)
 
 
-def train(kind: str, steps: int, callbacks: list[Any], decay: float = 0.0, **arguments: Any) -> Directions:
+def train(
+    kind: str, steps: int, callbacks: list[Any], decay: float = 0.0, **arguments: Any
+) -> Directions:
     torch.manual_seed(1)
-    module, directions = Normalized(kind, decay, drop_at=2 * steps // 3, **arguments), Directions(kind)
+    module, directions = (
+        Normalized(kind, decay, drop_at=2 * steps // 3, **arguments),
+        Directions(kind),
+    )
     fit(module, [*callbacks, directions], max_epochs=-1, max_steps=steps)
     return directions
 
 
-def record(path: Path, kind: str, steps: int, every: int = 1, callbacks: Any = (), **arguments: Any) -> Directions:
+def record(
+    path: Path, kind: str, steps: int, every: int = 1, callbacks: Any = (), **arguments: Any
+) -> Directions:
     watching = monitor(every)
     directions = train(kind, steps, [*callbacks, watching], DECAY[kind], **arguments)
     watching.history.save(path)
@@ -110,11 +136,16 @@ def record(path: Path, kind: str, steps: int, every: int = 1, callbacks: Any = (
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_without_decay_the_replay_follows_the_decayed_run_and_a_uniform_factor_does_not(kind, tmp_path):
+def test_without_decay_the_replay_follows_the_decayed_run_and_a_uniform_factor_does_not(
+    kind, tmp_path
+):
     steps = 300
     recorded = record(tmp_path / "run.npz", kind, steps)
     assert train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz")]).apart(recorded) < 1e-9
-    assert train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz", uniform=True)]).apart(recorded) > 0.02
+    assert (
+        train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz", uniform=True)]).apart(recorded)
+        > 0.02
+    )
 
 
 def test_what_float32_leaves_of_the_norms_is_recorded_of_float64_weights_only(tmp_path):
@@ -127,7 +158,10 @@ def test_what_float32_leaves_of_the_norms_is_recorded_of_float64_weights_only(tm
     history = recorded(torch.float64)
     module = make(make_optimizer=plain_sgd)
     norms = module.net[0].weight.detach().flatten(1).norm(dim=1).numpy()
-    first, rest = (history.vectors(f"{key}/net.0.weight")[1][0].astype(np.float64) for key in ("weight_norm", "weight_norm_rest"))
+    first, rest = (
+        history.vectors(f"{key}/net.0.weight")[1][0].astype(np.float64)
+        for key in ("weight_norm", "weight_norm_rest")
+    )
     assert np.abs(first + rest - norms).max() < 1e-14
     assert np.abs(first - norms).max() > 1e-10
     # Without it the replay is as close as float32 is.
@@ -135,8 +169,18 @@ def test_what_float32_leaves_of_the_norms_is_recorded_of_float64_weights_only(tm
     recorded_run = record(path, "wn", 20)
     whole = load_history(path)
     for step in range(20):
-        thin.append_vectors(step, {name: whole.vectors(name)[1][step] for name in whole.vector_names() if "rest" not in name})
-    apart = [train("wn", 20, [EffectiveLRReplay(file)]).apart(recorded_run) for file in (path, thin.save(tmp_path / "thin.npz"))]
+        thin.append_vectors(
+            step,
+            {
+                name: whole.vectors(name)[1][step]
+                for name in whole.vector_names()
+                if "rest" not in name
+            },
+        )
+    apart = [
+        train("wn", 20, [EffectiveLRReplay(file)]).apart(recorded_run)
+        for file in (path, thin.save(tmp_path / "thin.npz"))
+    ]
     assert 100 * apart[0] < apart[1] < 1e-6
 
 
@@ -144,7 +188,9 @@ def test_what_float32_leaves_of_the_norms_is_recorded_of_float64_weights_only(tm
 @pytest.mark.parametrize("statistic", ["norm", "std"])
 def test_what_adaptive_weight_shrink_did_is_replayed_too(kind, statistic, tmp_path):
     alpha = 5 * DECAY[kind]
-    recorded = record(tmp_path / "run.npz", kind, 40, callbacks=[AdaptiveWeightShrink(alpha, statistic=statistic)])
+    recorded = record(
+        tmp_path / "run.npz", kind, 40, callbacks=[AdaptiveWeightShrink(alpha, statistic=statistic)]
+    )
     assert train(kind, 40, [EffectiveLRReplay(tmp_path / "run.npz")]).apart(recorded) < 1e-6
     assert train(kind, 40, []).apart(recorded) > 1e-3
 
@@ -153,14 +199,18 @@ def test_a_run_with_another_decay_follows_as_well(tmp_path):
     recorded = record(tmp_path / "run.npz", "wn", 40)
     shrinking = [EffectiveLRReplay(tmp_path / "run.npz"), AdaptiveWeightShrink(0.3)]
     assert train("wn", 40, shrinking).apart(recorded) < 1e-6
-    assert train("wn", 40, [EffectiveLRReplay(tmp_path / "run.npz")], decay=0.1).apart(recorded) < 1e-6
+    assert (
+        train("wn", 40, [EffectiveLRReplay(tmp_path / "run.npz")], decay=0.1).apart(recorded) < 1e-6
+    )
 
 
 def test_the_uniform_factor_is_the_mean_of_what_the_decay_amounts_to(tmp_path):
     path = tmp_path / "run.npz"
     record(path, "wn", 30)
     p, logs = 1.0, []
-    for lr in [0.3] * 20 + [0.03] * 10:  # AWS paper, eq. 14 to 16: the length that decay alone would have left
+    for lr in [0.3] * 20 + [
+        0.03
+    ] * 10:  # AWS paper, eq. 14 to 16: the length that decay alone would have left
         after = p * (1 - lr * DECAY["wn"])
         logs.append(-np.log(p * after))
         p = after
@@ -175,7 +225,9 @@ def test_the_uniform_factor_is_the_mean_of_what_the_decay_amounts_to(tmp_path):
 def onto_itself(mode: dict[str, Any], path: Path) -> tuple[Net, Net]:
     watching = monitor()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NormDynWarning)  # momentum, clipping, late weights: asked for elsewhere
+        warnings.simplefilter(
+            "ignore", NormDynWarning
+        )  # momentum, clipping, late weights: asked for elsewhere
         recorded, _ = run([watching], mode)
         watching.history.save(path)
         replayed, _ = run([EffectiveLRReplay(path)], mode)
@@ -183,7 +235,9 @@ def onto_itself(mode: dict[str, Any], path: Path) -> tuple[Net, Net]:
 
 
 def uses_sgd(mode: dict[str, Any]) -> bool:
-    made = mode["make_optimizer"]([nn.Parameter(torch.zeros(size)) for size in ((4, 1, 3, 3), (6, 4, 3, 3), (2, 6))])
+    made = mode["make_optimizer"](
+        [nn.Parameter(torch.zeros(size)) for size in ((4, 1, 3, 3), (6, 4, 3, 3), (2, 6))]
+    )
     return isinstance(made, torch.optim.SGD)
 
 
@@ -210,12 +264,17 @@ def test_onto_itself_with_two_optimizers_of_which_one_pauses(tmp_path):
                 optimizer.step()
 
         def configure_optimizers(self):
-            return [self.make_optimizer(self.net[:3].parameters()), self.make_optimizer(self.net[3:].parameters())]
+            return [
+                self.make_optimizer(self.net[:3].parameters()),
+                self.make_optimizer(self.net[3:].parameters()),
+            ]
 
     def plain(parameters):
         return torch.optim.SGD(parameters, lr=0.1, weight_decay=0.1)
 
-    recorded, replayed = onto_itself({"model": InTurn, "make_optimizer": plain}, tmp_path / "run.npz")
+    recorded, replayed = onto_itself(
+        {"model": InTurn, "make_optimizer": plain}, tmp_path / "run.npz"
+    )
     assert same(weights_of(replayed), weights_of(recorded))
 
 
@@ -224,7 +283,9 @@ def test_onto_itself_with_two_optimizers_of_which_one_pauses(tmp_path):
 
 def test_between_recorded_steps_norms_are_interpolated_and_it_says_so(tmp_path):
     recorded = record(tmp_path / "run.npz", "wn", 40, every=3)
-    with pytest.warns(NormDynWarning, match="not recorded at every step; norms in between are interpolated"):
+    with pytest.warns(
+        NormDynWarning, match="not recorded at every step; norms in between are interpolated"
+    ):
         replayed = train("wn", 40, [EffectiveLRReplay(tmp_path / "run.npz")])
     assert 1e-6 < replayed.apart(recorded) < 0.3 * train("wn", 40, []).apart(recorded)
 
@@ -260,14 +321,20 @@ def test_several_steps_of_one_batch_are_followed_approximately_and_it_says_so(tm
 
     watching = monitor()
     fit(twice(), [watching])
-    with pytest.warns(NormDynWarning, match=r"steps several times in a batch, and .* holds one norm for all of them"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"steps several times in a batch, and .* holds one norm for all of them",
+    ):
         fit(twice(), [EffectiveLRReplay(watching.history.save(tmp_path / "run.npz"))])
 
 
 def test_other_optimizers_are_refused(tmp_path):
     record(tmp_path / "run.npz", "wn", 3)
     torch.manual_seed(1)
-    with pytest.raises(NotSupportedError, match=r"right for SGD, but the optimizer is AdamW. Use torch.optim.SGD in both runs"):
+    with pytest.raises(
+        NotSupportedError,
+        match=r"right for SGD, but the optimizer is AdamW. Use torch.optim.SGD in both runs",
+    ):
         fit(Net(adamw, net(weight_normalization)), [EffectiveLRReplay(tmp_path / "run.npz")])
 
 
@@ -294,15 +361,27 @@ def wider() -> nn.Sequential:
 
 def shorter() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+        nn.Conv2d(1, 4, 3, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
     )
 
 
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        (wider, r"comes from another model: `net.0.weight` has shape \(4, 1, 3, 3\) there and \(5, 1, 3, 3\) here"),
-        (shorter, r"comes from another model: it has a weight `net.3.weight`, which this model has not"),
+        (
+            wider,
+            r"comes from another model: `net.0.weight` has shape \(4, 1, 3, 3\) there and \(5, 1, "
+            r"3, 3\) here",
+        ),
+        (
+            shorter,
+            r"comes from another model: it has a weight `net.3.weight`, which this model has not",
+        ),
     ],
 )
 def test_another_architecture_is_refused_by_the_first_mismatch(other, says, good):
@@ -315,9 +394,14 @@ def test_other_vectors_and_weights_that_were_not_recorded_are_refused(good, tmp_
         fit(make(make_optimizer=plain_sgd), [EffectiveLRReplay(good, granularity="layer")])
     history = load_history(good)
     partial = History()
-    partial.append_vectors(0, {k: history.vectors(k)[1][0] for k in ("weight_norm/net.3.weight", "decay/net.3.weight")})
+    partial.append_vectors(
+        0, {k: history.vectors(k)[1][0] for k in ("weight_norm/net.3.weight", "decay/net.3.weight")}
+    )
     with pytest.raises(NormDynError, match=r"it has no weight `net.0.weight`, but net.3.weight"):
-        fit(make(make_optimizer=plain_sgd), [EffectiveLRReplay(partial.save(tmp_path / "partial.npz"))])
+        fit(
+            make(make_optimizer=plain_sgd),
+            [EffectiveLRReplay(partial.save(tmp_path / "partial.npz"))],
+        )
 
 
 def test_a_damaged_or_missing_file_is_refused_at_fit_start(good, tmp_path):
@@ -340,7 +424,8 @@ def test_a_history_without_vectors_says_how_to_record_them(tmp_path):
     fit(make(), [watching])
     path = watching.history.save(tmp_path / "thin.npz")
     with pytest.raises(
-        NormDynError, match=r"holds no per-vector norms. Record it with NormDynamicsMonitor\(every_n_steps=1, per_vector=True\)"
+        NormDynError,
+        match=r"holds no per-vector norms. Record it with NormDynamicsMonitor\(every_n_steps=1, per_vector=True\)",
     ):
         fit(make(), [EffectiveLRReplay(path)])
 
@@ -358,7 +443,9 @@ def test_a_history_without_vectors_says_how_to_record_them(tmp_path):
     ],
 )
 @pytest.mark.parametrize("uniform", [False, True])
-def test_a_record_that_no_run_can_have_left_is_refused_at_fit_start(key, value, says, uniform, good, tmp_path):
+def test_a_record_that_no_run_can_have_left_is_refused_at_fit_start(
+    key, value, says, uniform, good, tmp_path
+):
     history, changed = load_history(good), History()
     for step in range(4):
         arrays = {name: history.vectors(name)[1][step] for name in history.vector_names()}
@@ -378,7 +465,10 @@ def test_a_weight_without_any_record_is_refused(uniform, good, tmp_path):
     history = load_history(good)
     history._vectors.restore([], {}, {})
     with pytest.raises(NormDynError, match=r"holds no record at all for `net.0.weight`"):
-        fit(make(make_optimizer=plain_sgd), [EffectiveLRReplay(history.save(tmp_path / "empty.npz"), uniform=uniform)])
+        fit(
+            make(make_optimizer=plain_sgd),
+            [EffectiveLRReplay(history.save(tmp_path / "empty.npz"), uniform=uniform)],
+        )
 
 
 @pytest.mark.parametrize("norm", [np.inf, np.nan])
@@ -388,7 +478,10 @@ def test_vectors_of_a_run_that_diverged_are_left_alone(norm, good, tmp_path):
         record.content.arrays()["weight_norm/net.0.weight"][1] = norm
     replayed, recorded = make(make_optimizer=plain_sgd), make(make_optimizer=plain_sgd)
     fit(recorded)
-    with pytest.warns(NormDynWarning, match=r"left vectors alone whose norm is zero or not finite: 1 in net.0.weight"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"left vectors alone whose norm is zero or not finite: 1 in net.0.weight",
+    ):
         fit(replayed, [EffectiveLRReplay(history.save(tmp_path / "inf.npz"))])
     assert distance(weights_of(replayed), weights_of(recorded)) < 1e-6
 
@@ -403,7 +496,10 @@ def test_vectors_of_zero_norm_are_left_alone(tmp_path):
     watching, module = monitor(), dead()
     fit(module, [watching])
     replayed, replay = dead(), EffectiveLRReplay(watching.history.save(tmp_path / "run.npz"))
-    with pytest.warns(NormDynWarning, match=r"left vectors alone whose norm is zero or not finite: 1 in net.0.weight"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"left vectors alone whose norm is zero or not finite: 1 in net.0.weight",
+    ):
         fit(replayed, [replay])
     assert distance(weights_of(replayed), weights_of(module)) < 1e-6
 
@@ -414,7 +510,11 @@ def test_vectors_of_zero_norm_are_left_alone(tmp_path):
 def decayed(path: Path) -> Path:
     """A run of another seed and decay, so that a replay makes a difference."""
     watching = monitor()
-    fit(make(seed=2, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1.0)), [watching], max_epochs=3)
+    fit(
+        make(seed=2, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=1.0)),
+        [watching],
+        max_epochs=3,
+    )
     return watching.history.save(path)
 
 
@@ -446,14 +546,24 @@ def test_a_second_fit_starts_afresh(tmp_path):
 def test_leaves_nothing_behind(fails_at, tmp_path):
     module = make(Remembers, make_optimizer=plain_sgd)
     module.fails_at = fails_at
-    with pytest.raises(RuntimeError, match="the training step fails") if fails_at >= 0 else contextlib.nullcontext():
+    with (
+        pytest.raises(RuntimeError, match="the training step fails")
+        if fails_at >= 0
+        else contextlib.nullcontext()
+    ):
         fit(module, [EffectiveLRReplay(decayed(tmp_path / "run.npz"))])
     assert module.as_made()
 
 
 def _replay_under_ddp(path: Path) -> dict[str, Tensor]:
     module = make(make_optimizer=plain_sgd)
-    fit(module, [EffectiveLRReplay(path)], DataLoader(images(16), batch_size=4), strategy="ddp", devices=2)
+    fit(
+        module,
+        [EffectiveLRReplay(path)],
+        DataLoader(images(16), batch_size=4),
+        strategy="ddp",
+        devices=2,
+    )
     return weights_of(module)
 
 
@@ -467,11 +577,20 @@ def test_ddp_keeps_the_ranks_equal(tmp_path):
 
 
 def test_a_recorder_on_two_ranks_is_replayed_on_one(tmp_path):
-    data = TensorDataset(*(t[:8].repeat(2, *[1] * (t.dim() - 1)) for t in images().tensors))  # both ranks see the same examples
+    data = TensorDataset(
+        *(t[:8].repeat(2, *[1] * (t.dim() - 1)) for t in images().tensors)
+    )  # both ranks see the same examples
 
     def on_two() -> Any:
         watching, module = monitor(), make(make_optimizer=plain_sgd, net=net(weight_normalization))
-        fit(module, [watching], DataLoader(data, batch_size=8), strategy="ddp", devices=2, use_distributed_sampler=False)
+        fit(
+            module,
+            [watching],
+            DataLoader(data, batch_size=8),
+            strategy="ddp",
+            devices=2,
+            use_distributed_sampler=False,
+        )
         if watching.history.vector_names():
             watching.history.save(tmp_path / "run.npz")
         return weights_of(module)
@@ -483,7 +602,10 @@ def test_a_recorder_on_two_ranks_is_replayed_on_one(tmp_path):
 
 
 def test_an_evaluation_changes_nothing(tmp_path):
-    replay, module = EffectiveLRReplay(decayed(tmp_path / "run.npz")), make(make_optimizer=plain_sgd)
+    replay, module = (
+        EffectiveLRReplay(decayed(tmp_path / "run.npz")),
+        make(make_optimizer=plain_sgd),
+    )
     before = weights_of(module)
     runner = L.Trainer(
         accelerator="cpu",
@@ -499,7 +621,8 @@ def test_an_evaluation_changes_nothing(tmp_path):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_beside_a_projection_the_step_that_is_left_of_it_is_scaled(order, tmp_path):
-    """A run replayed onto itself has factors of 1, whatever else acts in the same phase, so it ends at the same weights."""
+    """A run replayed onto itself has factors of 1, whatever else acts in the same phase, so it ends
+    at the same weights."""
 
     def run(*callbacks):
         module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.05))
@@ -509,7 +632,9 @@ def test_beside_a_projection_the_step_that_is_left_of_it_is_scaled(order, tmp_pa
     watching = monitor()
     recorded = run(RadialProjection(), watching)
     watching.history.save(tmp_path / "run.npz")
-    assert same(run(*[RadialProjection(), EffectiveLRReplay(tmp_path / "run.npz")][::order]), recorded)
+    assert same(
+        run(*[RadialProjection(), EffectiveLRReplay(tmp_path / "run.npz")][::order]), recorded
+    )
 
 
 def test_a_weight_of_zeros_is_refused_by_name(tmp_path):

@@ -1,4 +1,5 @@
-"""What real gradients say about claims of the graph: when they confirm, when they withdraw, and what they must not be disturbed by."""
+"""What real gradients say about claims of the graph: when they confirm, when they withdraw, and
+what they must not be disturbed by."""
 
 from __future__ import annotations
 
@@ -8,17 +9,39 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
-from models import TARGETS, Net, Penalized, SavesAt, convnet, fit, loader, make, same, sgd, weights_of
+from models import (
+    TARGETS,
+    Net,
+    Penalized,
+    SavesAt,
+    convnet,
+    fit,
+    loader,
+    make,
+    same,
+    sgd,
+    weights_of,
+)
 from torch import nn
 
-from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor, NormDynWarning, NoTargetsError, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    NormDynamicsMonitor,
+    NormDynWarning,
+    NoTargetsError,
+    WeightRescaling,
+)
 from lightning_normdyn.callbacks.evidence import CLOSE_LOOKS, Record
 from lightning_normdyn.targets import Verdict
 
 
 def known(callback):
     """How each claim is known."""
-    return {name: v.known for name, v in callback._session.search.verdicts.items() if v.partition is not None}
+    return {
+        name: v.known
+        for name, v in callback._session.search.verdicts.items()
+        if v.partition is not None
+    }
 
 
 def targets_of(callback):
@@ -129,7 +152,9 @@ def test_a_gradient_of_zeros_does_not_keep_others_from_being_confirmed():
     class Beside(Net):
         def __init__(self, **arguments):
             super().__init__(**arguments)
-            self.silent = nn.Sequential(nn.Flatten(), nn.Linear(36, 4, bias=False), nn.BatchNorm1d(4)).to(self.net[0].weight.dtype)
+            self.silent = nn.Sequential(
+                nn.Flatten(), nn.Linear(36, 4, bias=False), nn.BatchNorm1d(4)
+            ).to(self.net[0].weight.dtype)
             self.silent[2].weight.data.zero_()
             self.silent[2].weight.requires_grad_(False)
 
@@ -138,7 +163,10 @@ def test_a_gradient_of_zeros_does_not_keep_others_from_being_confirmed():
 
     callback = AdaptiveWeightShrink(0.5)
     fit(make(Beside), [callback])
-    assert known(callback) == {**dict.fromkeys(TARGETS, "graph and gradients"), "silent.1.weight": "graph"}
+    assert known(callback) == {
+        **dict.fromkeys(TARGETS, "graph and gradients"),
+        "silent.1.weight": "graph",
+    }
 
 
 def test_a_weight_whose_gradient_comes_late_is_confirmed_late():
@@ -161,7 +189,11 @@ def test_rounding_beside_gradients_does_not_count():
             noise = torch.zeros_like(weight)
             noise[:4] = 4e-11 * weight.detach()[:4] / weight.detach()[:4].norm()
             self.net[4].weight.data[:4] = 0  # what is left of the gradient of these filters
-            return super().training_step(batch) + (noise * (weight - weight.detach())).sum().detach() + Along.apply(weight, noise)
+            return (
+                super().training_step(batch)
+                + (noise * (weight - weight.detach())).sum().detach()
+                + Along.apply(weight, noise)
+            )
 
     class Along(torch.autograd.Function):
         @staticmethod
@@ -188,12 +220,17 @@ def test_rounding_beside_gradients_does_not_count():
 
 
 @pytest.mark.parametrize("with_monitor", [False, True])
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"]
+)
 def test_a_term_that_enters_late_is_noticed_at_the_logging_steps(norm, with_monitor, capsys):
     module, callback = make(Penalized, net=convnet(norm=norm), since=60), AdaptiveWeightShrink(0.01)
     at = WithdrawnAt(callback)
     monitor = [NormDynamicsMonitor()] if with_monitor else []
-    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken for scale-invariant: net\.4 says") as caught:
+    with pytest.warns(
+        NormDynWarning,
+        match=r"`net\.3\.weight` is no longer taken for scale-invariant: net\.4 says",
+    ) as caught:
         fit(module, [callback, at, *monitor], max_epochs=25, log_every_n_steps=4)
     assert 61 <= at.batch <= 76
     assert targets_of(callback) == ["net.0.weight"]
@@ -247,7 +284,8 @@ def test_an_optimizer_that_never_steps_at_a_logging_step_is_looked_at_all_the_sa
 
 
 def adaptive_clipping(module):
-    """Brock et al.: gradients are limited in proportion to the weight; here so that the direction turns."""
+    """Brock et al.: gradients are limited in proportion to the weight; here so that the direction
+    turns."""
     for p in module.parameters():
         if p.grad is not None:
             p.grad.copy_(p.grad.clamp(-0.01, 0.001))
@@ -279,7 +317,9 @@ class Hooked(Net):
                 p.register_hook(lambda g, p=p: g.add_(turned(p, g)))
         if moment == "accumulated":
             for p in self.parameters():
-                p.register_post_accumulate_grad_hook(lambda p: (p.grad.data.add_(turned(p, p.grad)), None)[1])
+                p.register_post_accumulate_grad_hook(
+                    lambda p: (p.grad.data.add_(turned(p, p.grad)), None)[1]
+                )
 
     def on_after_backward(self):
         if self.moment == "after backward":
@@ -289,7 +329,9 @@ class Hooked(Net):
         if self.moment == "before step":
             towards_the_weight(self)
 
-    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+    def configure_gradient_clipping(
+        self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None
+    ):
         if self.moment == "clipping":
             adaptive_clipping(self)
 
@@ -297,7 +339,9 @@ class Hooked(Net):
         optimizer = super().configure_optimizers()
         if self.moment == "optimizer":
             optimizer.register_step_pre_hook(lambda *_: None)  # whoever comes first
-            optimizer.register_step_pre_hook(lambda *_: towards_the_weight(self) if self.net[0].weight.grad is not None else None)
+            optimizer.register_step_pre_hook(
+                lambda *_: towards_the_weight(self) if self.net[0].weight.grad is not None else None
+            )
         return optimizer
 
 
@@ -316,14 +360,26 @@ class First(L.Callback):
             towards_the_weight(pl_module)
 
 
-SEEN_BEFORE = ["after backward", "before step", "clipping", "optimizer", "callback after backward", "callback before step"]
+SEEN_BEFORE = [
+    "after backward",
+    "before step",
+    "clipping",
+    "optimizer",
+    "callback after backward",
+    "callback before step",
+]
 
 
 @pytest.mark.parametrize("moment", SEEN_BEFORE)
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 def test_claims_are_held_against_the_loss_s_own_gradient(moment, log_every_n_steps):
     callback = AdaptiveWeightShrink(0.01)
-    fit(make(Hooked, moment=moment), [First(moment), callback], max_epochs=6, log_every_n_steps=log_every_n_steps)
+    fit(
+        make(Hooked, moment=moment),
+        [First(moment), callback],
+        max_epochs=6,
+        log_every_n_steps=log_every_n_steps,
+    )
     assert known(callback) == dict.fromkeys(TARGETS, "graph and gradients")
 
 
@@ -342,10 +398,16 @@ def test_a_false_claim_is_withdrawn_whatever_happens_to_the_gradient_afterwards(
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 def test_what_hooks_of_a_weight_have_changed_is_no_evidence(moment, log_every_n_steps):
     callback, module = AdaptiveWeightShrink(0.01), make(Hooked, moment=moment)
-    hooks = [(len(p._backward_hooks or ()), len(p._post_accumulate_grad_hooks or ())) for p in module.parameters()]
+    hooks = [
+        (len(p._backward_hooks or ()), len(p._post_accumulate_grad_hooks or ()))
+        for p in module.parameters()
+    ]
     fit(module, [callback], max_epochs=6, log_every_n_steps=log_every_n_steps)
     assert known(callback) == dict.fromkeys(TARGETS, "graph")
-    assert [(len(p._backward_hooks or ()), len(p._post_accumulate_grad_hooks or ())) for p in module.parameters()] == hooks
+    assert [
+        (len(p._backward_hooks or ()), len(p._post_accumulate_grad_hooks or ()))
+        for p in module.parameters()
+    ] == hooks
 
 
 @pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
@@ -361,8 +423,15 @@ def test_hooks_that_only_look_disturb_nothing(register):
 @pytest.mark.parametrize("moment", ["none", "after backward", "callback after backward"])
 def test_gradients_that_are_changed_between_accumulated_batches(moment):
     callback = AdaptiveWeightShrink(0.01)
-    fit(make(Hooked, moment=moment), [First(moment), callback], max_epochs=12, accumulate_grad_batches=2)
-    assert known(callback) == dict.fromkeys(TARGETS, "graph and gradients" if moment == "none" else "graph")
+    fit(
+        make(Hooked, moment=moment),
+        [First(moment), callback],
+        max_epochs=12,
+        accumulate_grad_batches=2,
+    )
+    assert known(callback) == dict.fromkeys(
+        TARGETS, "graph and gradients" if moment == "none" else "graph"
+    )
 
 
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
@@ -376,19 +445,32 @@ def test_clipping_by_the_trainer_disturbs_nothing(algorithm):
 
 
 def one_batch():
-    """Lightning does not go back to the batch at which a checkpoint was saved, so all are the same."""
+    """Lightning does not go back to the batch at which a checkpoint was saved, so all are the
+    same."""
     return loader(count=8)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"]
+)
 @pytest.mark.parametrize("since", [0, 20])
 def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, since, tmp_path):
     def go(**arguments):
-        module, callback = make(Penalized, net=convnet(norm=norm), since=since), AdaptiveWeightShrink(0.05)
+        module, callback = (
+            make(Penalized, net=convnet(norm=norm), since=since),
+            AdaptiveWeightShrink(0.05),
+        )
         at = WithdrawnAt(callback)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NormDynWarning)
-            fit(module, [callback, at, *arguments.pop("more", [])], one_batch(), max_epochs=40, log_every_n_steps=3, **arguments)
+            fit(
+                module,
+                [callback, at, *arguments.pop("more", [])],
+                one_batch(),
+                max_epochs=40,
+                log_every_n_steps=3,
+                **arguments,
+            )
         return at.batch, weights_of(module), callback.state_dict()
 
     steps = (1, 3, 7, 21, 24, 25, 30)
@@ -402,7 +484,10 @@ def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, si
         assert repr(state_again["evidence"]) == repr(state["evidence"])
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end"])
+@pytest.mark.parametrize(
+    "hook",
+    ["on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end"],
+)
 def test_looks_come_at_the_same_steps_in_whatever_hook_a_checkpoint_was_saved(hook, tmp_path):
     def saves(step, path):
         def save(trainer, *_):
@@ -413,7 +498,15 @@ def test_looks_come_at_the_same_steps_in_whatever_hook_a_checkpoint_was_saved(ho
 
     def go(*others, **arguments):
         callback = AdaptiveWeightShrink(0.05)
-        fit(make(), [callback, *others], one_batch(), one_batch(), max_epochs=34, log_every_n_steps=3, **arguments)
+        fit(
+            make(),
+            [callback, *others],
+            one_batch(),
+            one_batch(),
+            max_epochs=34,
+            log_every_n_steps=3,
+            **arguments,
+        )
         return callback.state_dict()["evidence"]
 
     steps = (18, 19, 20)
@@ -422,7 +515,9 @@ def test_looks_come_at_the_same_steps_in_whatever_hook_a_checkpoint_was_saved(ho
         assert repr(go(ckpt_path=tmp_path / f"{step}.ckpt")) == repr(expected)
 
 
-def test_a_checkpoint_between_two_losses_of_the_first_batch_is_no_reason_to_believe_one_of_them(tmp_path):
+def test_a_checkpoint_between_two_losses_of_the_first_batch_is_no_reason_to_believe_one_of_them(
+    tmp_path,
+):
     """The second loss sees the length of a weight that the first does not see."""
 
     class TwoLosses(Net):
@@ -495,13 +590,24 @@ def test_what_a_step_says_is_not_counted_twice_where_a_checkpoint_was_saved_in_i
 def test_what_was_withdrawn_stays_withdrawn_and_ends_no_resumed_fit(params, tmp_path):
     path, net = tmp_path / "later.ckpt", convnet(norm=lambda n: nn.GroupNorm(1, n))
     with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken") as first:
-        fit(make(Penalized, net=net), [WeightRescaling(2, params=params), SavesAt(20, path)], one_batch(), max_epochs=20)
-    callback, module = WeightRescaling(2, params=params), make(Penalized, net=convnet(norm=lambda n: nn.GroupNorm(1, n)))
+        fit(
+            make(Penalized, net=net),
+            [WeightRescaling(2, params=params), SavesAt(20, path)],
+            one_batch(),
+            max_epochs=20,
+        )
+    callback, module = (
+        WeightRescaling(2, params=params),
+        make(Penalized, net=convnet(norm=lambda n: nn.GroupNorm(1, n))),
+    )
     with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken") as again:
         runner = fit(module, [callback], one_batch(), max_epochs=30, ckpt_path=path)
     assert runner.global_step == 30
     assert targets_of(callback) == ([] if params != "auto" else ["net.0.weight"])
-    ours = [[str(w.message) for w in caught if w.category is NormDynWarning] for caught in (first, again)]
+    ours = [
+        [str(w.message) for w in caught if w.category is NormDynWarning]
+        for caught in (first, again)
+    ]
     assert ours[0] == ours[1]
 
 
@@ -518,7 +624,8 @@ def frozen(module):
 
 
 def replaced(module):
-    """Another normalization, which makes other vectors of the weights in front of it; its parameters have the same names."""
+    """Another normalization, which makes other vectors of the weights in front of it; its
+    parameters have the same names."""
     module.net[1] = nn.GroupNorm(1, 4).double()
     module.net[4] = nn.GroupNorm(1, 6).double()
     return module, []
@@ -530,7 +637,10 @@ def removed(module):
     class Affine(nn.Module):
         def __init__(self, n):
             super().__init__()
-            self.weight, self.bias = nn.Parameter(torch.ones(n).double()), nn.Parameter(torch.zeros(n).double())
+            self.weight, self.bias = (
+                nn.Parameter(torch.ones(n).double()),
+                nn.Parameter(torch.zeros(n).double()),
+            )
 
         def forward(self, x):
             return x * self.weight[:, None, None] + self.bias[:, None, None]
@@ -544,7 +654,11 @@ def test_a_network_that_changed_is_judged_as_in_a_fresh_fit(change, tmp_path):
     path = tmp_path / "before.ckpt"
     fit(make(), [AdaptiveWeightShrink(0.5), SavesAt(6, path)])
     states = torch.load(path, weights_only=True)
-    states["state_dict"] = {k: v for k, v in states["state_dict"].items() if change is frozen or ("running" not in k and "num_" not in k)}
+    states["state_dict"] = {
+        k: v
+        for k, v in states["state_dict"].items()
+        if change is frozen or ("running" not in k and "num_" not in k)
+    }
     torch.save(states, path)
     module, others = change(make())
     with pytest.raises(NoTargetsError, match="found no scale-invariant weight"):
@@ -560,11 +674,15 @@ def grouped(groups):
     [(grouped(1), grouped(2)), (grouped(2), grouped(1)), (nn.BatchNorm2d, grouped(2))],
     ids=["finer", "coarser", "another kind"],
 )
-def test_vectors_follow_a_normalization_that_was_set_otherwise_between_the_runs(before, after, tmp_path):
+def test_vectors_follow_a_normalization_that_was_set_otherwise_between_the_runs(
+    before, after, tmp_path
+):
     path = tmp_path / "before.ckpt"
     fit(make(net=convnet(norm=before)), [AdaptiveWeightShrink(0.5), SavesAt(6, path)])
     states = torch.load(path, weights_only=True)
-    states["state_dict"] = {k: v for k, v in states["state_dict"].items() if "running" not in k and "num_" not in k}
+    states["state_dict"] = {
+        k: v for k, v in states["state_dict"].items() if "running" not in k and "num_" not in k
+    }
     torch.save(states, path)
     fresh, resumed = AdaptiveWeightShrink(0.5), AdaptiveWeightShrink(0.5)
     fit(make(net=convnet(norm=after)), [fresh])
@@ -589,7 +707,9 @@ def test_a_setting_that_changes_during_a_fit_calls_for_another_look(setting):
         fit(make(), [Changes(), callback])
         assert targets_of(callback) == TARGETS
         return
-    with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is no longer taken for scale-invariant: "):
+    with pytest.warns(
+        NormDynWarning, match=r"`net\.3\.weight` is no longer taken for scale-invariant: "
+    ):
         fit(make(), [Changes(), callback])
     assert targets_of(callback) == ["net.0.weight"]
 
@@ -611,7 +731,8 @@ def test_a_weight_that_is_trained_from_the_resumed_step_on_is_treated_in_it(tmp_
 
 
 def test_a_checkpoint_in_the_middle_of_a_validation_holds_the_modes_of_training(tmp_path):
-    """All modules are in evaluation then; the resumed fit must not take that for another network."""
+    """All modules are in evaluation then; the resumed fit must not take that for another
+    network."""
 
     class Saves(L.Callback):
         def on_validation_end(self, trainer, pl_module):
@@ -627,7 +748,9 @@ def test_a_checkpoint_in_the_middle_of_a_validation_holds_the_modes_of_training(
 # ---- The reason ----
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d, lambda n, eps: nn.GroupNorm(2, n, eps=eps)], ids=["batch", "group"])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d, lambda n, eps: nn.GroupNorm(2, n, eps=eps)], ids=["batch", "group"]
+)
 def test_the_reason_names_the_epsilon_where_it_explains_the_contradiction(norm):
     callback = AdaptiveWeightShrink(0.01)
     module = make(net=convnet(norm=lambda n: norm(n, eps=0.5 if n == 6 else 1e-5)))
@@ -649,7 +772,9 @@ def test_an_epsilon_that_comes_to_matter_late_is_named_with_the_variance_of_then
     callback = AdaptiveWeightShrink(5.0, params="net.3.weight", weight_decay="replace")
     module = make(net=convnet(norm=lambda n: nn.BatchNorm2d(n, eps=1e-4)))
     module.net[3].weight.data *= 30
-    with pytest.warns(NormDynWarning, match=r"because eps = 0\.0001 of net\.4 is not small beside the variance"):
+    with pytest.warns(
+        NormDynWarning, match=r"because eps = 0\.0001 of net\.4 is not small beside the variance"
+    ):
         fit(module, [callback], max_epochs=200, log_every_n_steps=5)
 
 

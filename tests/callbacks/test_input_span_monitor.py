@@ -1,4 +1,5 @@
-"""What inputs see of weights: exact where it is known, the same on any number of ranks, and without a trace in the fit."""
+"""What inputs see of weights: exact where it is known, the same on any number of ranks, and without
+a trace in the fit."""
 
 from __future__ import annotations
 
@@ -17,7 +18,19 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from models import Net, fit, images, loader, make, same, weights_of
 from ranks import run_ranks
-from test_conformance import MODES, ByStep, KeepsRows, Remembers, SavesAt, adamw, compiled, everything, identical, run, sgd
+from test_conformance import (
+    MODES,
+    ByStep,
+    KeepsRows,
+    Remembers,
+    SavesAt,
+    adamw,
+    compiled,
+    everything,
+    identical,
+    run,
+    sgd,
+)
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
@@ -36,7 +49,13 @@ from lightning_normdyn.input_span import InputRows
 from lightning_normdyn.parametrizations import weight_normalization
 from lightning_normdyn.plots import plot_input_span, plot_weight_histogram, plot_weight_shape
 
-QUANTITIES = ["input_span_energy", "input_span_noise", "input_span_rank", "ggd_shape_input", "ggd_shape_parameter"]
+QUANTITIES = [
+    "input_span_energy",
+    "input_span_noise",
+    "input_span_rank",
+    "ggd_shape_input",
+    "ggd_shape_parameter",
+]
 
 
 def frozen(parameters: Any) -> torch.optim.Optimizer:
@@ -45,11 +64,18 @@ def frozen(parameters: Any) -> torch.optim.Optimizer:
 
 
 def measure(
-    net: nn.Module, x: Tensor, *, monitor: InputSpanMonitor | None = None, batch_size: int = 16, **arguments: Any
+    net: nn.Module,
+    x: Tensor,
+    *,
+    monitor: InputSpanMonitor | None = None,
+    batch_size: int = 16,
+    **arguments: Any,
 ) -> dict[str, float]:
     """The last row for a network on given inputs."""
     monitor = InputSpanMonitor(energy=1.0) if monitor is None else monitor
-    data = DataLoader(TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=batch_size)
+    data = DataLoader(
+        TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=batch_size
+    )
     module = Net(frozen, net, dtype=x.dtype)
     fit(module, [monitor], data, max_epochs=1, **arguments)
     return monitor.history[-1]
@@ -79,16 +105,21 @@ def test_the_noise_share_is_that_of_a_known_span(name, dtype):
     layer = make_layer()
     groups = getattr(layer, "groups", 1)
     channels = 10 // groups
-    # Each group's channels vary in 3 directions only, around a mean that the border of zeros must not show: none with padding.
+    # Each group's channels vary in 3 directions only, around a mean that the border of zeros must
+    # not show: none with padding.
     basis = torch.linalg.qr(torch.randn(groups, channels, 3, dtype=torch.float64))[0]
-    x = torch.einsum("gck,ngk...->ngc...", basis, torch.randn(count, groups, 3, *places, dtype=torch.float64)).flatten(1, 2)
+    x = torch.einsum(
+        "gck,ngk...->ngc...", basis, torch.randn(count, groups, 3, *places, dtype=torch.float64)
+    ).flatten(1, 2)
     if name == "tokens":
         x = x.movedim(1, -1)
     if name in ("linear", "grouped"):
         x = x + torch.randn(1, 10, *[1] * len(places), dtype=torch.float64)
     row = measure(head(layer), x.to(dtype))
 
-    w = layer.weight.detach().double()  # entries of one filter with one place of the kernel: a vector of channels
+    w = (
+        layer.weight.detach().double()
+    )  # entries of one filter with one place of the kernel: a vector of channels
     if name == "transposed":
         w = w.reshape(groups, channels, -1, *w.shape[2:]).movedim(1, 2).flatten(0, 1)
     w = w.reshape(groups, len(w) // groups, channels, -1)
@@ -104,14 +135,20 @@ def test_the_share_is_that_of_vectors_at_the_asked_granularity():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[3.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0]]))
     x = torch.randn(40, 4, dtype=torch.float64) * torch.tensor([1.0, 1.0, 0.0, 0.0])
-    by_filter, by_layer = (measure(head(layer), x, monitor=InputSpanMonitor(energy=1.0, granularity=g)) for g in ("filter", "layer"))
+    by_filter, by_layer = (
+        measure(head(layer), x, monitor=InputSpanMonitor(energy=1.0, granularity=g))
+        for g in ("filter", "layer")
+    )
     assert by_filter["input_span_energy/net.0.weight"] == pytest.approx(0.5, abs=1e-7)
     assert by_layer["input_span_energy/net.0.weight"] == pytest.approx(0.9, abs=1e-7)
 
 
 def test_a_smaller_share_of_the_spectrum_makes_a_smaller_span():
     x = torch.randn(2000, 6, dtype=torch.float64) * torch.tensor([10.0, 3.0, 1.0, 0.3, 0.1, 0.03])
-    rows = [measure(head(nn.Linear(6, 3)), x, monitor=InputSpanMonitor(energy=e)) for e in (0.85, 0.97, 0.999, 1.0)]
+    rows = [
+        measure(head(nn.Linear(6, 3)), x, monitor=InputSpanMonitor(energy=e))
+        for e in (0.85, 0.97, 0.999, 1.0)
+    ]
     assert [row["input_span_rank/net.0.weight"] for row in rows] == [1, 2, 3, 6]
     assert rows[3]["input_span_noise/net.0.weight"] == pytest.approx(0, abs=1e-9)
 
@@ -121,12 +158,17 @@ def test_zero_filters_constant_inputs_and_rank_deficient_inputs():
     with torch.no_grad():
         layer.weight[1] = 0
     constant = measure(head(layer), x)
-    assert (constant["input_span_energy/net.0.weight"], constant["input_span_rank/net.0.weight"]) == (0, 0)
+    assert (
+        constant["input_span_energy/net.0.weight"],
+        constant["input_span_rank/net.0.weight"],
+    ) == (0, 0)
     assert "ggd_shape_input/net.0.weight" not in constant
     x[:, 0] += torch.randn(40, dtype=torch.float64)
     deficient = measure(head(layer), x)
     w = layer.weight.detach()
-    expected = (w[:, 0] ** 2 / w.square().sum(1))[[0, 2, 3]].mean()  # the filter of zeros has no share
+    expected = (w[:, 0] ** 2 / w.square().sum(1))[
+        [0, 2, 3]
+    ].mean()  # the filter of zeros has no share
     assert deficient["input_span_energy/net.0.weight"] == pytest.approx(float(expected), abs=1e-6)
     assert deficient["input_span_rank/net.0.weight"] == 1
     with torch.no_grad():
@@ -138,7 +180,9 @@ def test_zero_filters_constant_inputs_and_rank_deficient_inputs():
 def test_inputs_that_are_not_finite_are_told_and_shown():
     x = torch.randn(40, 6, dtype=torch.float64)
     x[3, 2] = torch.inf
-    with pytest.warns(NormDynWarning, match=r"inputs or weights of net.0.weight are not finite at step \d+; NaN"):
+    with pytest.warns(
+        NormDynWarning, match=r"inputs or weights of net.0.weight are not finite at step \d+; NaN"
+    ):
         row = measure(head(nn.Linear(6, 4)), x)
     assert isnan(row["ggd_shape_input/net.0.weight"])
     assert isnan(row["input_span_energy/net.0.weight"])
@@ -154,13 +198,16 @@ def test_the_shape_in_input_space_is_found(shape, method):
     d, n = 50, 400  # 20,000 weights
     x = torch.randn(300, d, dtype=torch.float64) * torch.linspace(1, 3, d)
     _, basis = torch.linalg.eigh(torch.cov(x.T, correction=0))
-    # One sample from each 20,000th of the distribution: the moments' own sampling error is 3 % at shape 4.
+    # One sample from each 20,000th of the distribution: the moments' own sampling error is 3 % at
+    # shape 4.
     generator = np.random.default_rng(0)
     quantiles = (generator.permutation(n * d) + generator.random(n * d)) / (n * d)
     v = torch.from_numpy(gennorm.ppf(quantiles, shape)).view(n, d)
     layer = nn.Linear(d, n)
     layer.weight = nn.Parameter(v @ basis.T)
-    row = measure(head(layer.double()), x, monitor=InputSpanMonitor(method=method, params="net.0.weight"))
+    row = measure(
+        head(layer.double()), x, monitor=InputSpanMonitor(method=method, params="net.0.weight")
+    )
     assert row["ggd_shape_input/net.0.weight"] == pytest.approx(shape, rel=0.03)
     if shape != 2.0:  # turned back, the entries are sums of many
         assert abs(row["ggd_shape_parameter/net.0.weight"] - 2) < abs(shape - 2) / 2
@@ -173,7 +220,11 @@ def test_histograms_count_every_weight():
     measure(head(layer), torch.randn(40, 6, dtype=torch.float64), monitor=monitor)
     for kind in ("histogram_input", "histogram_parameter"):
         steps, counts = monitor.history.vectors(f"{kind}/net.0.weight")
-        assert (steps.tolist(), counts.shape, counts.sum()) == ([2], (1, input_span_monitor.BINS), 24)
+        assert (steps.tolist(), counts.shape, counts.sum()) == (
+            [2],
+            (1, input_span_monitor.BINS),
+            24,
+        )
     assert monitor.history.meta["histogram_reach"] == input_span_monitor.REACH
 
 
@@ -181,10 +232,16 @@ def test_histograms_count_every_weight():
 
 
 class Labelled(Dataset):
-    """Remembers which examples were fetched; augments them with all three generators of random numbers."""
+    """Remembers which examples were fetched; augments them with all three generators of random
+    numbers."""
 
     def __init__(self, count: int, augment: float = 0.0) -> None:
-        self.x, self.augment = torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64), augment
+        self.x, self.augment = (
+            torch.randn(
+                count, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+            ),
+            augment,
+        )
         self.fetched: list[int] = []
 
     def __len__(self) -> int:
@@ -197,16 +254,37 @@ class Labelled(Dataset):
 
 
 def smooth() -> nn.Sequential:
-    """The same weights at every call, and no BatchNorm, whose statistics differ with the number of ranks."""
+    """The same weights at every call, and no BatchNorm, whose statistics differ with the number of
+    ranks."""
     torch.manual_seed(3)
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(96, 2))
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(96, 2),
+    )
 
 
-def _sampled(batch_size: int, augment: float, **arguments: Any) -> tuple[dict[str, float], list[int], int]:
+def _sampled(
+    batch_size: int, augment: float, **arguments: Any
+) -> tuple[dict[str, float], list[int], int]:
     dataset, monitor = Labelled(40, augment), InputSpanMonitor(max_samples=24)
     module = make(make_optimizer=frozen, net=smooth())
-    fit(module, [monitor], DataLoader(dataset, batch_size=batch_size), max_epochs=1, limit_train_batches=1, **arguments)
-    return (monitor.history[-1] if len(monitor.history) else {}), dataset.fetched, len(monitor.history)
+    fit(
+        module,
+        [monitor],
+        DataLoader(dataset, batch_size=batch_size),
+        max_epochs=1,
+        limit_train_batches=1,
+        **arguments,
+    )
+    return (
+        (monitor.history[-1] if len(monitor.history) else {}),
+        dataset.fetched,
+        len(monitor.history),
+    )
 
 
 @pytest.mark.parametrize(("batch_sizes", "augment"), [((4, 8), 0.5), ((5, 5), 0.0)])
@@ -218,7 +296,9 @@ def test_two_ranks_measure_what_one_measures(batch_sizes, augment):
     assert (second, kept) == ({}, 0)
     assert first.keys() == alone.keys()
     for key, value in alone.items():
-        assert first[key] == pytest.approx(value, rel=1e-5, abs=1e-7) or key.startswith("optimizer_step"), key
+        assert first[key] == pytest.approx(value, rel=1e-5, abs=1e-7) or key.startswith(
+            "optimizer_step"
+        ), key
     sample = set(random.Random(0).sample(range(40), 24))
     assert sample <= set(fetched)
     assert sample <= set(fetched_0) | set(fetched_1)
@@ -238,10 +318,23 @@ class Sharded(Net):
 
 
 def _sharded() -> tuple[dict[str, float], bool]:
-    monitor, module = InputSpanMonitor(max_samples=24), make(Sharded, make_optimizer=frozen, net=smooth())
+    monitor, module = (
+        InputSpanMonitor(max_samples=24),
+        make(Sharded, make_optimizer=frozen, net=smooth()),
+    )
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    fit(module, [monitor], DataLoader(Labelled(40), batch_size=4), max_epochs=2, limit_train_batches=2, strategy=strategy, devices=2)
-    return (monitor.history[-1] if len(monitor.history) else {}), all(hasattr(p, "full_tensor") for p in module.parameters())
+    fit(
+        module,
+        [monitor],
+        DataLoader(Labelled(40), batch_size=4),
+        max_epochs=2,
+        limit_train_batches=2,
+        strategy=strategy,
+        devices=2,
+    )
+    return (monitor.history[-1] if len(monitor.history) else {}), all(
+        hasattr(p, "full_tensor") for p in module.parameters()
+    )
 
 
 def test_fsdp2_measures_what_one_process_measures():
@@ -277,9 +370,16 @@ def test_layers_that_do_not_fit_together_take_turns(monkeypatch):
     at_once = measure(net, x)
     monkeypatch.setattr(input_span_monitor, "BLOCK_BYTES", 8 * 96**2)
     blocks = []
-    monkeypatch.setattr(InputSpanMonitor, "_gather", lambda self, *a, _own=InputSpanMonitor._gather: blocks.append(a[3]) or _own(self, *a))
+    monkeypatch.setattr(
+        InputSpanMonitor,
+        "_gather",
+        lambda self, *a, _own=InputSpanMonitor._gather: blocks.append(a[3]) or _own(self, *a),
+    )
     assert measure(net, x) == pytest.approx(at_once)
-    assert [[t.name for t in block] for block in blocks] == [["net.0.weight", "net.2.weight"], ["net.5.weight"]]
+    assert [[t.name for t in block] for block in blocks] == [
+        ["net.0.weight", "net.2.weight"],
+        ["net.5.weight"],
+    ]
 
 
 def test_a_layer_that_is_called_twice_takes_half_of_its_rows_from_each_call():
@@ -302,7 +402,11 @@ def test_rows_are_copied_a_few_at_a_time(monkeypatch):
     at_once = measure(smooth(), x)
     monkeypatch.setattr(input_span, "_MOST_ENTRIES", 200)
     taken: list[int] = []
-    monkeypatch.setattr(InputRows, "take", lambda self, index, _own=InputRows.take: taken.append(len(index)) or _own(self, index))
+    monkeypatch.setattr(
+        InputRows,
+        "take",
+        lambda self, index, _own=InputRows.take: taken.append(len(index)) or _own(self, index),
+    )
     assert measure(smooth(), x) == pytest.approx(at_once)
     assert max(taken) == 200 // 9
 
@@ -379,10 +483,18 @@ def test_it_changes_no_bit(mode):
 
 
 class Restless(Net):
-    """Whatever a forward pass may disturb: dropout, running statistics, a buffer that counts, logs, a part kept in evaluation mode."""
+    """Whatever a forward pass may disturb: dropout, running statistics, a buffer that counts, logs,
+    a part kept in evaluation mode."""
 
     def __init__(self, make_optimizer: Any = sgd, dtype: torch.dtype = torch.float64) -> None:
-        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 2))
+        net = nn.Sequential(
+            nn.Conv2d(1, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Flatten(),
+            nn.Linear(64, 2),
+        )
         super().__init__(make_optimizer, net, dtype=dtype)
         self.register_buffer("calls", torch.zeros(1))
         self.seen: list[Any] = []
@@ -398,7 +510,9 @@ class Restless(Net):
         return self.net(x + 0.1 * torch.randn_like(x))
 
     def on_train_epoch_start(self) -> None:
-        self.seen.append((random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()))
+        self.seen.append(
+            (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+        )
         self.seen.append([m.training for m in self.modules()])
 
     def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
@@ -411,8 +525,19 @@ def test_model_buffers_flags_random_numbers_order_and_loggers_are_left_as_they_w
         random.seed(1)
         np.random.seed(1)
         module, logger = make(Restless), KeepsRows()
-        fit(module, callbacks, DataLoader(Labelled(24), batch_size=8, shuffle=True), max_epochs=3, logger=logger, log_every_n_steps=1)
-        return dict(module.state_dict()), module.seen, [r for r in logger.rows if "from_forward" in r]
+        fit(
+            module,
+            callbacks,
+            DataLoader(Labelled(24), batch_size=8, shuffle=True),
+            max_epochs=3,
+            logger=logger,
+            log_every_n_steps=1,
+        )
+        return (
+            dict(module.state_dict()),
+            module.seen,
+            [r for r in logger.rows if "from_forward" in r],
+        )
 
     expected, got = go([]), go([InputSpanMonitor()])
     assert expected[0]["calls"].item() == 9
@@ -489,7 +614,8 @@ class SavesAtEpochEnd(L.Callback):
 
 
 class SavesAfterValidation(SavesAtEpochEnd):
-    """As ModelCheckpoint does where it monitors a value of the validation: before the end of the epoch."""
+    """As ModelCheckpoint does where it monitors a value of the validation: before the end of the
+    epoch."""
 
     on_train_epoch_end = L.Callback.on_train_epoch_end
 
@@ -501,15 +627,30 @@ class SavesAfterValidation(SavesAtEpochEnd):
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize(
-    "saves", [lambda path: SavesAt(5, path), lambda path: SavesAt(8, path), SavesAtEpochEnd, SavesAfterValidation], ids=range(4)
+    "saves",
+    [
+        lambda path: SavesAt(5, path),
+        lambda path: SavesAt(8, path),
+        SavesAtEpochEnd,
+        SavesAfterValidation,
+    ],
+    ids=range(4),
 )
 def test_resume_equals_the_uninterrupted_run(saves, every, first, tmp_path):
     def go(monitor: InputSpanMonitor, *extra: Any, **arguments: Any) -> Any:
         module = make(ByStep, make_optimizer=adamw)
-        callbacks = [*extra, monitor] if first else [monitor, *extra]  # a checkpoint from before and from after its measurement
-        return everything(module, fit(module, callbacks, val_data=loader(), max_epochs=3, **arguments), [monitor])
+        callbacks = (
+            [*extra, monitor] if first else [monitor, *extra]
+        )  # a checkpoint from before and from after its measurement
+        return everything(
+            module, fit(module, callbacks, val_data=loader(), max_epochs=3, **arguments), [monitor]
+        )
 
-    path, whole, resumed = tmp_path / "middle.ckpt", InputSpanMonitor(every), InputSpanMonitor(every)
+    path, whole, resumed = (
+        tmp_path / "middle.ckpt",
+        InputSpanMonitor(every),
+        InputSpanMonitor(every),
+    )
     expected = go(whole, saves(path))
     assert identical(go(resumed, ckpt_path=path), expected)
     assert list(whole.history) == list(resumed.history)
@@ -544,11 +685,15 @@ def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
 
 
 class Attends(nn.Module):
-    """A layer whose weight is used without its forward, one that takes indices, and one that is never used."""
+    """A layer whose weight is used without its forward, one that takes indices, and one that is
+    never used."""
 
     def __init__(self):
         super().__init__()
-        self.embed, self.attention = nn.Embedding(5, 8), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.embed, self.attention = (
+            nn.Embedding(5, 8),
+            nn.MultiheadAttention(8, 2, batch_first=True),
+        )
         self.out, self.unused = nn.Linear(8, 2), nn.Linear(8, 2)
 
     def forward(self, x):
@@ -566,7 +711,10 @@ def test_auto_takes_what_it_can_see_and_a_named_one_is_refused_with_the_reason()
         ("net.attention.out_proj.weight", "`forward` does not call the layer that it belongs to"),
         ("net.unused.weight", "`forward` does not call the layer"),
     ):
-        with pytest.raises(NotSupportedError, match=f"`{name}` was asked to be a target of InputSpanMonitor, but {says}"):
+        with pytest.raises(
+            NotSupportedError,
+            match=f"`{name}` was asked to be a target of InputSpanMonitor, but {says}",
+        ):
             fit(make(net=Attends()), [InputSpanMonitor(params=["net.out.*", name])])
 
 
@@ -576,7 +724,9 @@ def test_a_layer_that_is_too_large_is_refused_by_the_number_needed(monkeypatch):
     with pytest.raises(NotSupportedError, match=says):
         fit(make(), [InputSpanMonitor(params="net.3.weight")])
     monitor = InputSpanMonitor()
-    with pytest.warns(NormDynWarning, match="leaves out `net.3.weight`: its rows of 36 entries need"):
+    with pytest.warns(
+        NormDynWarning, match="leaves out `net.3.weight`: its rows of 36 entries need"
+    ):
         fit(make(), [monitor])
     assert list(monitor.history.meta["targets"]) == ["net.0.weight", "net.8.weight"]
 
@@ -587,7 +737,11 @@ class Autoencoder(nn.Module):
     def __init__(self, grouped: bool) -> None:
         super().__init__()
         self.down = nn.Conv2d(2 if grouped else 4, 4, 3, padding=1, bias=False)
-        self.up = nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False) if grouped else nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False)
+        self.up = (
+            nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False)
+            if grouped
+            else nn.ConvTranspose2d(4, 4, 3, padding=1, bias=False)
+        )
         self.up.weight, self.out = self.down.weight, nn.Linear(4 * 25, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -611,9 +765,17 @@ def test_parametrized_compiled_and_tied_layers():
     weight_normalization(net[2])
     monitor = InputSpanMonitor()
     fit(make(net=net), [monitor])
-    assert list(monitor.history.meta["targets"]) == ["net.0.weight", "net.2.parametrizations.weight.original1", "net.5.weight"]
+    assert list(monitor.history.meta["targets"]) == [
+        "net.0.weight",
+        "net.2.parametrizations.weight.original1",
+        "net.5.weight",
+    ]
     fit(make(net=compiled()), [monitor])
-    assert [n.replace("_orig_mod.", "") for n in monitor.history.meta["targets"]] == ["net.0.0.weight", "net.0.3.weight", "net.3.weight"]
+    assert [n.replace("_orig_mod.", "") for n in monitor.history.meta["targets"]] == [
+        "net.0.0.weight",
+        "net.0.3.weight",
+        "net.3.weight",
+    ]
 
     class Tied(nn.Module):
         def __init__(self):
@@ -671,7 +833,8 @@ def test_a_forward_that_wants_something_else_is_refused_before_training_unless_t
     module = make(NeedsBoth)
     before = weights_of(module)
     with pytest.raises(
-        NotSupportedError, match=r"calls `NeedsBoth.forward` with the first element .* TypeError: .*'y'\s.*override `InputSpan"
+        NotSupportedError,
+        match=r"calls `NeedsBoth.forward` with the first element .* TypeError: .*'y'\s.*override `InputSpan",
     ):
         fit(module, [InputSpanMonitor()])
     assert same(weights_of(module), before)
@@ -694,7 +857,9 @@ def test_a_model_without_layers_to_look_at_is_refused():
         def forward(self, x):
             return x.flatten(1) @ self.weight.T
 
-    with pytest.raises(NoTargetsError, match=r"found no linear layer or convolution that `Net.forward` uses"):
+    with pytest.raises(
+        NoTargetsError, match=r"found no linear layer or convolution that `Net.forward` uses"
+    ):
         fit(make(net=Bare()), [InputSpanMonitor()])
 
 
@@ -712,7 +877,9 @@ class Stream(IterableDataset):
     ],
 )
 def test_data_without_a_map_style_dataset_are_refused_by_name(data, says):
-    with pytest.raises(NotSupportedError, match=f"needs one DataLoader over a map-style dataset .*{says}"):
+    with pytest.raises(
+        NotSupportedError, match=f"needs one DataLoader over a map-style dataset .*{says}"
+    ):
         fit(make(), [InputSpanMonitor()], data())
 
 
@@ -721,11 +888,17 @@ def test_data_without_a_map_style_dataset_are_refused_by_name(data, says):
     [
         (FSDPStrategy.__new__(FSDPStrategy), 2, "which FSDPStrategy does not keep"),
         (DeepSpeedStrategy.__new__(DeepSpeedStrategy), 2, "which DeepSpeedStrategy does not keep"),
-        (ModelParallelStrategy(), 1, "which ModelParallelStrategy with tensor parallelism does not keep"),
+        (
+            ModelParallelStrategy(),
+            1,
+            "which ModelParallelStrategy with tensor parallelism does not keep",
+        ),
     ],
 )
 def test_strategies_that_cut_inputs_or_weights_are_refused(strategy, replicas, says):
-    fake: Any = SimpleNamespace(strategy=strategy, world_size=2, distributed_sampler_kwargs={"num_replicas": replicas})
+    fake: Any = SimpleNamespace(
+        strategy=strategy, world_size=2, distributed_sampler_kwargs={"num_replicas": replicas}
+    )
     with pytest.raises(NotSupportedError, match=says):
         InputSpanMonitor._refuse_strategy(fake)
 
@@ -755,8 +928,10 @@ def test_lightning_cli_builds_it(tmp_path):
             return loader()
 
     (tmp_path / "config.yaml").write_text(
-        "trainer: {accelerator: cpu, max_epochs: 1, logger: false, enable_checkpointing: false, enable_progress_bar: false, callbacks: ["
-        "{class_path: lightning_normdyn.InputSpanMonitor, init_args: {every_n_epochs: 1, max_samples: 50, energy: 0.9, method: mle}}]}"
+        "trainer: {accelerator: cpu, max_epochs: 1, logger: false, enable_checkpointing: false, "
+        "enable_progress_bar: false, callbacks: ["
+        "{class_path: lightning_normdyn.InputSpanMonitor, init_args: {every_n_epochs: 1, "
+        "max_samples: 50, energy: 0.9, method: mle}}]}"
     )
     cli = LightningCLI(CliNet, args=["fit", "--config", "config.yaml"], save_config_callback=None)
     monitor = next(c for c in cli.trainer.callbacks if isinstance(c, InputSpanMonitor))
@@ -774,10 +949,14 @@ def recorded():
 
 
 def test_pictures_show_every_layer_run_and_epoch(recorded):
-    noise = [recorded.column(f"input_span_noise/{name}")[1][-1] for name in recorded.meta["targets"]]
+    noise = [
+        recorded.column(f"input_span_noise/{name}")[1][-1] for name in recorded.meta["targets"]
+    ]
     figure, panels = plot_input_span({"first": recorded, "second": recorded})
     figure.savefig("span.png")
-    assert [len([line for line in panel.get_lines() if len(line.get_xdata()) == 3]) for panel in panels] == [2, 2, 2]
+    assert [
+        len([line for line in panel.get_lines() if len(line.get_xdata()) == 3]) for panel in panels
+    ] == [2, 2, 2]
     assert np.allclose(panels[2].get_lines()[0].get_ydata(), noise)
     assert [t.get_text() for t in panels[0].get_xticklabels()] == ["net.0", "net.3", "net.8"]
     figure, ax = plot_weight_shape(recorded, "net.0.weight")

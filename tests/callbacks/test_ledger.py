@@ -1,4 +1,5 @@
-"""ledger.py: what a row changes is changed at once, comes back from a checkpoint as it was, and can be taken back."""
+"""ledger.py: what a row changes is changed at once, comes back from a checkpoint as it was, and can
+be taken back."""
 
 from __future__ import annotations
 
@@ -28,7 +29,10 @@ def filled(*, separate: bool = False) -> Ledger:
     for step in range(4):
         values = {"weight_norm/a": 1.0 + step, "lr/a": 0.1}
         vectors = {"weight_norm/a": np.ones(3, dtype=np.float32)}
-        ledger = ledger.with_row(Row(step, step + 1, values, ("rescale",), vectors), only_norms if separate else everything)
+        ledger = ledger.with_row(
+            Row(step, step + 1, values, ("rescale",), vectors),
+            only_norms if separate else everything,
+        )
     course = Course()
     course.add(3, Prediction(0.01, 500.0, 4, 1e-3))
     return replace(
@@ -47,13 +51,17 @@ def read_back(state, *, separate=False, asked_for=everything) -> Ledger:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return Ledger.from_state(torch.load(file, weights_only=True), separate=separate, asked_for=asked_for)
+    return Ledger.from_state(
+        torch.load(file, weights_only=True), separate=separate, asked_for=asked_for
+    )
 
 
 def test_a_row_changes_nothing_that_somebody_holds():
     before = filled()
     rows, vectors = list(before.history), before.history.vectors("weight_norm/a")[1].shape
-    after = before.with_row(Row(9, 9, {"new": 1.0}, ("x",), {"weight_norm/a": np.ones(5)}), everything)
+    after = before.with_row(
+        Row(9, 9, {"new": 1.0}, ("x",), {"weight_norm/a": np.ones(5)}), everything
+    )
     assert list(before.history) == rows
     assert before.history.vectors("weight_norm/a")[1].shape == vectors
     assert after.history[-1] == {"step": 9, "optimizer_step": 9, "new": 1.0}
@@ -64,7 +72,9 @@ def test_a_row_changes_nothing_that_somebody_holds():
 @pytest.mark.parametrize("separate", [False, True])
 def test_a_checkpoint_gives_back_what_was_there(separate):
     ledger = filled(separate=separate)
-    again = read_back(ledger.state(), separate=separate, asked_for=only_norms if separate else everything)
+    again = read_back(
+        ledger.state(), separate=separate, asked_for=only_norms if separate else everything
+    )
     assert list(again.history) == list(ledger.history)
     assert list(again.evidence) == list(ledger.evidence)
     assert (again.evidence is again.history) == (not separate)
@@ -92,7 +102,9 @@ def test_a_loop_that_was_set_back_forgets_what_lies_ahead():
     ledger = filled().going_on_at(2)
     assert [row["step"] for row in ledger.history] == [0, 1]
     assert (ledger.last_step, ledger.measured) == (1, {})
-    ledger = filled().with_row(Row(1, 9, {"weight_norm/a": 5.0}), everything)  # not even said before
+    ledger = filled().with_row(
+        Row(1, 9, {"weight_norm/a": 5.0}), everything
+    )  # not even said before
     assert [row["step"] for row in ledger.history] == [0, 1]
     assert ledger.history[-1]["weight_norm/a"] == 5.0
 

@@ -13,7 +13,11 @@ from strategies import fit as fit_with
 from torch import nn
 
 from lightning_normdyn import AdaptiveWeightShrink
-from lightning_normdyn.callbacks.loss_gradients import LossGradients, at_the_end_of_backward, changed_between_ranks
+from lightning_normdyn.callbacks.loss_gradients import (
+    LossGradients,
+    at_the_end_of_backward,
+    changed_between_ranks,
+)
 from lightning_normdyn.vectors import Partition, WeightVectors
 
 
@@ -89,8 +93,11 @@ def turned(state, bucket):
     return future
 
 
-def known_under(strategy: str, hook: Any = None, log_every_n_steps: int = 1, *, disturbed: bool = False) -> Any:
-    """In a rank: how each claim is known after a fit, and whether gradients were disturbed after the backward pass."""
+def known_under(
+    strategy: str, hook: Any = None, log_every_n_steps: int = 1, *, disturbed: bool = False
+) -> Any:
+    """In a rank: how each claim is known after a fit, and whether gradients were disturbed after
+    the backward pass."""
     from lightning.pytorch import Callback
 
     class Disturbs(Callback):
@@ -104,7 +111,13 @@ def known_under(strategy: str, hook: Any = None, log_every_n_steps: int = 1, *, 
                     weight.grad.add_(weight.detach(), alpha=0.1)
 
     callback = AdaptiveWeightShrink(0.01)
-    fit_with(STRATEGIES[strategy], lambda: [Disturbs(), callback], optimizer=sgd, steps=12, log_every_n_steps=log_every_n_steps)
+    fit_with(
+        STRATEGIES[strategy],
+        lambda: [Disturbs(), callback],
+        optimizer=sgd,
+        steps=12,
+        log_every_n_steps=log_every_n_steps,
+    )
     verdicts = callback._session.search.verdicts  # type: ignore[union-attr]
     return {v.known for v in verdicts.values() if v.partition is not None}
 
@@ -116,8 +129,12 @@ def test_a_communication_hook_that_compresses_leaves_no_evidence():
 
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 @pytest.mark.parametrize("strategy", ["ddp", "FSDP2", "FSDP1 FULL_SHARD", "TP"])
-def test_claims_are_held_against_the_loss_s_own_gradient_under_every_strategy(strategy, log_every_n_steps):
-    for found in run_ranks(partial(known_under, disturbed=True), 2, (strategy, None, log_every_n_steps)).values():
+def test_claims_are_held_against_the_loss_s_own_gradient_under_every_strategy(
+    strategy, log_every_n_steps
+):
+    for found in run_ranks(
+        partial(known_under, disturbed=True), 2, (strategy, None, log_every_n_steps)
+    ).values():
         assert found == {"graph and gradients"}
 
 
@@ -131,4 +148,6 @@ def test_hooks_that_average_are_known():
     assert not changed_between_ranks(nn.Linear(2, 2))
     assert not changed_between_ranks(Wrapped(default_hooks.fp16_compress_hook))
     assert changed_between_ranks(Wrapped(powerSGD_hook.powerSGD_hook))
-    assert changed_between_ranks(Wrapped(default_hooks.fp16_compress_wrapper(powerSGD_hook.powerSGD_hook)))
+    assert changed_between_ranks(
+        Wrapped(default_hooks.fp16_compress_wrapper(powerSGD_hook.powerSGD_hook))
+    )

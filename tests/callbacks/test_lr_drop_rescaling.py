@@ -1,4 +1,5 @@
-"""Rescaling at a learning rate drop: where it lands, what follows the weights, when nothing happens, and what is refused."""
+"""Rescaling at a learning rate drop: where it lands, what follows the weights, when nothing
+happens, and what is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +17,12 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from walk import SETTINGS, Angles, Setting, Walk, batches, by_rates, noise, settled
 
-from lightning_normdyn import AdaptiveWeightShrink, LRDropRescaling, NormDynamicsMonitor, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    LRDropRescaling,
+    NormDynamicsMonitor,
+    WeightRescaling,
+)
 from lightning_normdyn.callbacks.lr_drop_rescaling import Rate
 from lightning_normdyn.callbacks.rescaling import Rescaler
 from lightning_normdyn.errors import NotSupportedError
@@ -24,7 +30,9 @@ from lightning_normdyn.scaling import Scaling
 from lightning_normdyn.steps import Phase, StepBracket
 
 # Lightning has advice about one-cycle schedules by epoch, torch about schedules and skipped steps.
-pytestmark = pytest.mark.filterwarnings("ignore:.*OneCycleLR.*", "ignore:.*lr_scheduler.step.*:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*OneCycleLR.*", "ignore:.*lr_scheduler.step.*:UserWarning"
+)
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 SHAPE = (3, 5)
@@ -34,11 +42,17 @@ SHAPE = (3, 5)
 
 
 def angles_across_a_drop(setting: Setting, k: float, exponent: Any) -> tuple[float, list[float]]:
-    """RMS angles over the predicted ones: of the last step before the drop, and of the first ones after it."""
+    """RMS angles over the predicted ones: of the last step before the drop, and of the first ones
+    after it."""
     weight, optimizer = settled(setting)
     lr, steps = setting.hyper["lr"], 3
     angles, module = Angles(), Walk(weight, optimizer, by_rates([lr] * steps + [lr / k]))
-    fit(module, [angles, LRDropRescaling(exponent=exponent), *setting.callbacks()], batches(noise(steps + 3, weight.shape)), max_epochs=1)
+    fit(
+        module,
+        [angles, LRDropRescaling(exponent=exponent), *setting.callbacks()],
+        batches(noise(steps + 3, weight.shape)),
+        max_epochs=1,
+    )
     old, new = (setting.equilibrium(weight.shape[1], rate)[0] for rate in (lr, lr / k))
     return angles.seen[steps - 1] / old, [angle / new for angle in angles.seen[steps:]]
 
@@ -62,7 +76,9 @@ def test_gradients_and_buffers_left_alone_would_miss_it(monkeypatch: pytest.Monk
     plain, momentum = SETTINGS[0], SETTINGS[1]
     with monkeypatch.context() as patch:
         scaling = Rescaler.scaling
-        patch.setattr(Rescaler, "scaling", lambda self, factor, *, gradients=False: scaling(self, factor))
+        patch.setattr(
+            Rescaler, "scaling", lambda self, factor, *, gradients=False: scaling(self, factor)
+        )
         assert angles_across_a_drop(plain, 10.0, "auto")[1][0] == pytest.approx(0.56, abs=0.02)
     with monkeypatch.context() as patch:
         patch.setattr("lightning_normdyn.callbacks.rescaling.state_exponents", lambda optimizer: {})
@@ -73,11 +89,20 @@ def test_gradients_and_buffers_left_alone_would_miss_it(monkeypatch: pytest.Monk
 
 
 def by_hand(
-    weight: Tensor, noises: Sequence[Tensor], rates: Sequence[float], make_optimizer: Any, exponent: float, accumulate: int = 1
+    weight: Tensor,
+    noises: Sequence[Tensor],
+    rates: Sequence[float],
+    make_optimizer: Any,
+    exponent: float,
+    accumulate: int = 1,
 ) -> Tensor:
-    """Plain torch: a drop divides weight and buffers before the gradient is taken, so the gradient needs no correction at all."""
+    """Plain torch: a drop divides weight and buffers before the gradient is taken, so the gradient
+    needs no correction at all."""
     weight = torch.nn.Parameter(weight.clone())
-    optimizer, powers = make_optimizer([weight]), {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2}
+    optimizer, powers = (
+        make_optimizer([weight]),
+        {"momentum_buffer": 1, "exp_avg": 1, "exp_avg_sq": 2},
+    )
     last = rates[0]
     for step, lr in enumerate(rates):
         k = last / lr
@@ -98,7 +123,9 @@ def by_hand(
 
 
 def start(seed: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        *SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 RATES = [0.1, 0.1, 0.1, 0.02, 0.02, 0.004, 0.004, 0.004]
@@ -122,7 +149,9 @@ def test_it_is_the_same_run_at_another_length(optimizer: str) -> None:
     fit(module, [LRDropRescaling()], batches(noises), max_epochs=1)
     expected = by_hand(start(), noises, RATES, make_optimizer, exponent)
     assert torch.allclose(module.weight, expected, rtol=1e-12)
-    assert not torch.allclose(module.weight, by_hand(start(), noises, RATES, make_optimizer, 0.0), rtol=1e-2)
+    assert not torch.allclose(
+        module.weight, by_hand(start(), noises, RATES, make_optimizer, 0.0), rtol=1e-2
+    )
 
 
 def test_accumulated_gradients_follow() -> None:
@@ -130,12 +159,18 @@ def test_accumulated_gradients_follow() -> None:
     noises = noise(3 * len(RATES), SHAPE)
     module = Walk(start(), make_optimizer, by_rates(RATES))
     fit(module, [LRDropRescaling()], batches(noises), max_epochs=1, accumulate_grad_batches=3)
-    assert torch.allclose(module.weight, by_hand(start(), noises, RATES, make_optimizer, exponent, accumulate=3), rtol=1e-12)
+    assert torch.allclose(
+        module.weight,
+        by_hand(start(), noises, RATES, make_optimizer, exponent, accumulate=3),
+        rtol=1e-12,
+    )
 
 
 def test_a_learning_rate_in_a_tensor() -> None:
     def make_optimizer(p: Any) -> Any:
-        return ADAMW(p, lr=torch.tensor(0.1, dtype=torch.float64), weight_decay=0.5, eps=0, foreach=False)
+        return ADAMW(
+            p, lr=torch.tensor(0.1, dtype=torch.float64), weight_decay=0.5, eps=0, foreach=False
+        )
 
     noises = noise(len(RATES), SHAPE)
     module = Walk(start(), make_optimizer, by_rates(RATES))
@@ -148,18 +183,32 @@ def test_a_learning_rate_in_a_tensor() -> None:
 def test_a_drop_that_a_scaler_skips_comes_with_the_next_step(optimizer: str) -> None:
     make_optimizer, exponent = OPTIMIZERS[optimizer]
     noises = noise(10, SHAPE, dtype=torch.float32)
-    # Both steps at which the rate falls, one more in a row with the second of them, and the first step. (There torch's fused SGD itself
+    # Both steps at which the rate falls, one more in a row with the second of them, and the first
+    # step. (There torch's fused SGD itself
     # goes wrong: it leaves its momentum buffer uninitialized.)
-    rates, bad = [0.1, 0.1, 0.1, 0.02, 0.02, 0.02, 0.004, 0.002, 0.002, 0.002], [3, 6, 7] + [0] * (optimizer != "fused SGDM")
+    rates, bad = (
+        [0.1, 0.1, 0.1, 0.02, 0.02, 0.02, 0.004, 0.002, 0.002, 0.002],
+        [3, 6, 7] + [0] * (optimizer != "fused SGDM"),
+    )
     for i in bad:
         noises[i][1, 2] = float("inf")
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     callback, monitor = LRDropRescaling(), NormDynamicsMonitor(1, tables=False)
     module = Walk(start(dtype=torch.float32), make_optimizer, by_rates(rates))
-    fit(module, [callback, monitor], batches(noises), max_epochs=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+    fit(
+        module,
+        [callback, monitor],
+        batches(noises),
+        max_epochs=1,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+    )
     real = [i for i in range(10) if i not in bad]
     expected = by_hand(
-        start(dtype=torch.float32), [noises[i] for i in real], [rates[i] for i in real], OPTIMIZERS[optimizer.split()[-1]][0], exponent
+        start(dtype=torch.float32),
+        [noises[i] for i in real],
+        [rates[i] for i in real],
+        OPTIMIZERS[optimizer.split()[-1]][0],
+        exponent,
     )
     assert torch.allclose(module.weight, expected, rtol=1e-4)
     assert callback.steps_of(0) == len(real)
@@ -186,9 +235,13 @@ def test_a_weight_without_a_gradient_is_rescaled_when_it_steps_again() -> None:
     noises = noise(len(RATES), SHAPE)
     module = Idle(start(), make_optimizer, by_rates(RATES))
     fit(module, [LRDropRescaling()], batches(noises), max_epochs=1)
-    assert torch.allclose(module.weight, by_hand(start(), noises, RATES, make_optimizer, exponent), rtol=1e-12)
+    assert torch.allclose(
+        module.weight, by_hand(start(), noises, RATES, make_optimizer, exponent), rtol=1e-12
+    )
     awake = [i for i in range(len(RATES)) if i not in Idle.idle]
-    expected = by_hand(start(4), [noises[i] for i in awake], [RATES[i] for i in awake], make_optimizer, exponent)
+    expected = by_hand(
+        start(4), [noises[i] for i in awake], [RATES[i] for i in awake], make_optimizer, exponent
+    )
     assert torch.allclose(module.other, expected, rtol=1e-12)
 
 
@@ -264,10 +317,17 @@ def test_weights_of_one_group_have_their_own_exponents(first: bool) -> None:
 
     norms: list[list[float]] = []
     callbacks = [LRDropRescaling(), AdaptiveWeightShrink(0.01, params="other")]
-    fit(Two(make_optimizers), [Drops(), *callbacks[:: 1 if first else -1]], batches(noise(2, SHAPE)), max_epochs=1)
+    fit(
+        Two(make_optimizers),
+        [Drops(), *callbacks[:: 1 if first else -1]],
+        batches(noise(2, SHAPE)),
+        max_epochs=1,
+    )
     # With so small a rate the step itself does nothing.
     k = 0.1 / 1e-9
-    assert [a / b for a, b in zip(*norms, strict=True)] == pytest.approx([k ** (1 / 4), k ** (1 / 5)], rel=1e-5)
+    assert [a / b for a, b in zip(*norms, strict=True)] == pytest.approx(
+        [k ** (1 / 4), k ** (1 / 5)], rel=1e-5
+    )
 
 
 # ---- When nothing happens ----
@@ -286,20 +346,26 @@ SMOOTH: dict[str, Any] = {
     "warm-up": lambda o: lr_scheduler.LinearLR(o, 1e-3, 1.0, 6),
     "warm-up from 0": lambda o: lr_scheduler.LambdaLR(o, lambda t: min(1.0, t / 6)),
     "warm-up, then cosine": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.LinearLR(o, 1e-3, 1.0, 6), lr_scheduler.CosineAnnealingLR(o, STEPS - 6)], [6]
+        o,
+        [lr_scheduler.LinearLR(o, 1e-3, 1.0, 6), lr_scheduler.CosineAnnealingLR(o, STEPS - 6)],
+        [6],
     ),
     "warm restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 6),
     "warm restarts, ever longer": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3, 2),
     "triangles": lambda o: lr_scheduler.CyclicLR(o, 1e-3, 0.1, 5),
     "off and on again": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.0 if 5 <= t < 9 else 1.0),
-    "off, and low after": lambda o: lr_scheduler.LambdaLR(o, lambda t: 0.0 if t == 5 else 1.0 if t < 5 else 0.1),
+    "off, and low after": lambda o: lr_scheduler.LambdaLR(
+        o, lambda t: 0.0 if t == 5 else 1.0 if t < 5 else 0.1
+    ),
     "small steps": lambda o: lr_scheduler.StepLR(o, 5, 0.7),
 }
 
 
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("schedule", SMOOTH)
-def test_smooth_schedules_do_nothing(schedule: str, interval: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_smooth_schedules_do_nothing(
+    schedule: str, interval: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     applied: list[Any] = []
     monkeypatch.setattr(Scaling, "apply", lambda self: applied.append(self.factor))
     module = Walk(start(), OPTIMIZERS["SGDM"][0], SMOOTH[schedule], interval)
@@ -359,7 +425,9 @@ def test_what_counts_as_a_drop() -> None:
     assert drops([0.1, 0.0, 0.01]) == [1, 1]
     assert drops([0.1, float("nan"), 0.01, 0.001]) == pytest.approx([1, 1, 10])
     assert drops([float("inf"), 0.1]) == [1]
-    assert drops([0.1, 0.0999, 0.0998, 0.00998]) == pytest.approx([1, 1, 10])  # on top of a slow decay
+    assert drops([0.1, 0.0999, 0.0998, 0.00998]) == pytest.approx(
+        [1, 1, 10]
+    )  # on top of a slow decay
     assert drops([0.1, 0.08, 0.05]) == [1, 1]  # gathering speed
     assert drops([0.1, 0.08, 0.008]) == pytest.approx([1, 10])
 
@@ -377,7 +445,8 @@ def test_a_second_fit_knows_nothing_of_the_first() -> None:
 
 
 class ByStep(Walk):
-    """Takes its noise by the step that it is at, so that a resumed run sees what the uninterrupted one saw."""
+    """Takes its noise by the step that it is at, so that a resumed run sees what the uninterrupted
+    one saw."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(noise(8, SHAPE)[self.trainer.global_step % 8])
@@ -404,7 +473,9 @@ def test_resume_across_the_drop_divides_once(step: int, optimizer: str, tmp_path
     whole, resumed = LRDropRescaling(), LRDropRescaling()
     expected = go(whole, [SavesAt(step, path)])
     assert torch.equal(go(resumed, ckpt_path=path).weight, expected.weight)
-    assert [resumed.state_dict()[key] for key in ("steps", "extra")] == [whole.state_dict()[key] for key in ("steps", "extra")]
+    assert [resumed.state_dict()[key] for key in ("steps", "extra")] == [
+        whole.state_dict()[key] for key in ("steps", "extra")
+    ]
     by = by_hand(start(), noise(8, SHAPE), RATES, *OPTIMIZERS[optimizer])
     assert torch.allclose(expected.weight, by, rtol=1e-12)
     state = torch.load(path, weights_only=True)["callbacks"][whole.state_key]
@@ -435,13 +506,18 @@ def test_the_evaluation_does_not_see_the_drop(bias: bool) -> None:
         """Evaluates right before and right after the phase of the drop."""
 
         def on_train_start(self, trainer: L.Trainer, pl_module: Any) -> None:
-            bracket, x = StepBracket.of(trainer.optimizers[0]), torch.randn(5, 1, 6, 6, dtype=torch.float64)
+            bracket, x = (
+                StepBracket.of(trainer.optimizers[0]),
+                torch.randn(5, 1, 6, 6, dtype=torch.float64),
+            )
 
             def look(name: str, state: dict[str, Tensor], step: Any) -> None:
                 if step.number == 4:
                     pl_module.eval()
                     outputs[name] = pl_module(x).clone()
-                    state.update({key: value.clone() for key, value in pl_module.state_dict().items()})
+                    state.update(
+                        {key: value.clone() for key, value in pl_module.state_dict().items()}
+                    )
                     pl_module.train()
 
             bracket.add(Phase.MEASURE, partial(look, "before", before_drop))
@@ -456,7 +532,9 @@ def test_the_evaluation_does_not_see_the_drop(bias: bool) -> None:
     assert torch.allclose(outputs["before"], outputs["after"], atol=1e-12)
     for name in ("net.0.weight", "net.3.weight"):
         assert torch.allclose(after_drop[name], before_drop[name] / 2)
-    assert not torch.allclose(after_drop["net.4.running_var"], before_drop["net.4.running_var"], rtol=0.5)
+    assert not torch.allclose(
+        after_drop["net.4.running_var"], before_drop["net.4.running_var"], rtol=0.5
+    )
     assert torch.equal(after_drop["net.8.weight"], before_drop["net.8.weight"])
 
 
@@ -484,22 +562,46 @@ class Plain(torch.optim.Optimizer):
 @pytest.mark.parametrize(
     ("make_optimizer", "others", "message"),
     [
-        (lambda p: torch.optim.RMSprop(p, weight_decay=0.1), [], r"of RMSprop with these settings is not known\. Give exponent="),
-        (lambda p: ADAM(p, weight_decay=0.1, amsgrad=True), [], r"of Adam with these settings is not known\. Give exponent="),
-        (lambda p: SGD(p, lr=0.1), [], r"`weight` under SGD: it has no weight decay.*Give exponent="),
-        (lambda p: ADAMW(p, weight_decay=0), [], r"`weight` under AdamW: it has no weight decay.*Give exponent="),
+        (
+            lambda p: torch.optim.RMSprop(p, weight_decay=0.1),
+            [],
+            r"of RMSprop with these settings is not known\. Give exponent=",
+        ),
+        (
+            lambda p: ADAM(p, weight_decay=0.1, amsgrad=True),
+            [],
+            r"of Adam with these settings is not known\. Give exponent=",
+        ),
+        (
+            lambda p: SGD(p, lr=0.1),
+            [],
+            r"`weight` under SGD: it has no weight decay.*Give exponent=",
+        ),
+        (
+            lambda p: ADAMW(p, weight_decay=0),
+            [],
+            r"`weight` under AdamW: it has no weight decay.*Give exponent=",
+        ),
         (
             lambda p: SGD(p, lr=0.1, weight_decay=0.1),
             [lambda: AdaptiveWeightShrink(0.1, weight_decay="keep")],
             r"under the other callbacks on it is not known\. Give exponent=",
         ),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.1), [lambda: WeightRescaling(5)], r"`weight` is a target of WeightRescaling.*different"),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+            [lambda: WeightRescaling(5)],
+            r"`weight` is a target of WeightRescaling.*different",
+        ),
         (
             lambda p: SGD(p, lr=0.1, weight_decay=0.1),
             [lambda: WeightRescaling(5, start_epoch=3)],
             r"`weight` is a target of WeightRescaling.*different `params`",
         ),
-        (Plain, [], r"state of Plain .* only the state of .* is understood\. Use another optimizer"),
+        (
+            Plain,
+            [],
+            r"state of Plain .* only the state of .* is understood\. Use another optimizer",
+        ),
         (
             lambda p: SGD(p, lr=0.1, weight_decay=0.1),
             [lambda: LRDropRescaling(params="weight")],
@@ -508,8 +610,13 @@ class Plain(torch.optim.Optimizer):
     ],
 )
 @pytest.mark.parametrize("last", [True, False])
-def test_refused_at_the_first_step(make_optimizer: Any, others: Any, message: str, last: bool) -> None:
-    module, callbacks = Walk(start(), make_optimizer, by_rates([0.1] * 5)), [LRDropRescaling(), *(other() for other in others)]
+def test_refused_at_the_first_step(
+    make_optimizer: Any, others: Any, message: str, last: bool
+) -> None:
+    module, callbacks = (
+        Walk(start(), make_optimizer, by_rates([0.1] * 5)),
+        [LRDropRescaling(), *(other() for other in others)],
+    )
     with pytest.raises(NotSupportedError, match=message):
         fit(module, callbacks[:: 1 if last else -1], batches(noise(6, SHAPE)), max_epochs=1)
     assert module.trainer.global_step == 0
@@ -521,7 +628,10 @@ def test_refused_at_the_first_step(make_optimizer: Any, others: Any, message: st
     [
         (lambda p: torch.optim.RMSprop(p, lr=0.1), []),
         (lambda p: SGD(p, lr=0.1), []),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.1), [AdaptiveWeightShrink(0.1, weight_decay="keep")]),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+            [AdaptiveWeightShrink(0.1, weight_decay="keep")],
+        ),
     ],
 )
 def test_a_given_exponent_is_taken(make_optimizer: Any, others: Any) -> None:
@@ -532,12 +642,24 @@ def test_a_given_exponent_is_taken(make_optimizer: Any, others: Any) -> None:
             norms.append(pl_module.weight.norm().item())
 
     module = Walk(start(), make_optimizer, by_rates([0.1, 1e-9]))
-    fit(module, [Norms(), LRDropRescaling(exponent=0.1), *others], batches(noise(2, SHAPE)), max_epochs=1)
+    fit(
+        module,
+        [Norms(), LRDropRescaling(exponent=0.1), *others],
+        batches(noise(2, SHAPE)),
+        max_epochs=1,
+    )
     assert log(norms[0] / norms[1]) == pytest.approx(0.1 * log(1e8), rel=1e-5)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"exponent": -1}, {"exponent": "half"}, {"exponent": float("nan")}, {"min_drop": 1}, {"min_drop": float("inf")}]
+    "arguments",
+    [
+        {"exponent": -1},
+        {"exponent": "half"},
+        {"exponent": float("nan")},
+        {"min_drop": 1},
+        {"min_drop": float("inf")},
+    ],
 )
 def test_numbers_out_of_range(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be"):

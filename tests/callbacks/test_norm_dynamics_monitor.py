@@ -1,4 +1,5 @@
-"""The monitor's numbers against their definitions, step by step; when it measures; and what it keeps."""
+"""The monitor's numbers against their definitions, step by step; when it measures; and what it
+keeps."""
 
 from __future__ import annotations
 
@@ -13,13 +14,31 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, ManualNet, Net, SavesAt, convnet, fit, images, loader, make, trainer, weights_of
+from models import (
+    TARGETS,
+    ManualNet,
+    Net,
+    SavesAt,
+    convnet,
+    fit,
+    images,
+    loader,
+    make,
+    trainer,
+    weights_of,
+)
 from ranks import run_ranks
 from replay import Recorder
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_normdyn import AdaptiveWeightShrink, InputSpanMonitor, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    InputSpanMonitor,
+    NormDynamicsMonitor,
+    RadialProjection,
+    WeightRescaling,
+)
 from lightning_normdyn.callbacks.ledger import Ledger
 from lightning_normdyn.callbacks.state import seal
 from lightning_normdyn.errors import NormDynWarning
@@ -53,7 +72,8 @@ def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
 
 @pytest.fixture(params=["at once", "later"])
 def arrival(request, monkeypatch):
-    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch later."""
+    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch
+    later."""
     if request.param == "later":
         monkeypatch.setattr(HostCopy, "arrives_later", True)
 
@@ -106,10 +126,17 @@ def naive(before, after, grad, lr, alpha=None, standardized=False):
         }
         for key, value in found.items():
             rows.setdefault(key, []).append(value)
-    return {k: (root_mean_square if k in ("angular_update", "effective_step_size") else mean)(v) for k, v in rows.items()}
+    return {
+        k: (root_mean_square if k in ("angular_update", "effective_step_size") else mean)(v)
+        for k, v in rows.items()
+    }
 
 
-ALONE = {"plain": ([], None), "aws": ([lambda: AdaptiveWeightShrink(0.5)], 0.5), "projection": ([lambda: RadialProjection()], None)}
+ALONE = {
+    "plain": ([], None),
+    "aws": ([lambda: AdaptiveWeightShrink(0.5)], 0.5),
+    "projection": ([lambda: RadialProjection()], None),
+}
 
 
 @pytest.mark.usefixtures("arrival")
@@ -119,20 +146,43 @@ def test_every_quantity_is_what_its_name_says(case):
     asked = [*naive(*torch.ones(3, 2, 2), lr=1.0, alpha=1.0)]
     look, watch = Trajectory(), monitor(quantities=asked)
     schedule = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.8)  # noqa: E731
-    fit(make(make_optimizer=momentum, make_scheduler=schedule), [look, watch, *(c() for c in others)])
+    fit(
+        make(make_optimizer=momentum, make_scheduler=schedule),
+        [look, watch, *(c() for c in others)],
+    )
     assert len(watch.history) == 8
     for t, row in enumerate(watch.history):
         every = {}
         for name in [*TARGETS, "net.8.weight"]:
             mine = alpha if name in TARGETS else None
-            expected = naive(look.weights[t][name], look.weights[t + 1][name], look.steps[0][t][name][0], 0.1 * 0.8**t, mine)
+            expected = naive(
+                look.weights[t][name],
+                look.weights[t + 1][name],
+                look.steps[0][t][name][0],
+                0.1 * 0.8**t,
+                mine,
+            )
             every[name] = expected
             for quantity, value in expected.items():
-                assert row[f"{quantity}/{name}"] == pytest.approx(value, rel=1e-6, abs=1e-15), (t, quantity, name)
-        for quantity in ("weight_norm", "effective_lr", "gradient_cosine"):  # 4 and 6 filters; the head is not scale-invariant
+                assert row[f"{quantity}/{name}"] == pytest.approx(value, rel=1e-6, abs=1e-15), (
+                    t,
+                    quantity,
+                    name,
+                )
+        for quantity in (
+            "weight_norm",
+            "effective_lr",
+            "gradient_cosine",
+        ):  # 4 and 6 filters; the head is not scale-invariant
             pooled = (4 * every[TARGETS[0]][quantity] + 6 * every[TARGETS[1]][quantity]) / 10
             assert row[f"normdyn/{quantity}"] == pytest.approx(pooled, rel=1e-6, abs=1e-15)
-        pooled = sqrt((4 * every[TARGETS[0]]["angular_update"] ** 2 + 6 * every[TARGETS[1]]["angular_update"] ** 2) / 10)
+        pooled = sqrt(
+            (
+                4 * every[TARGETS[0]]["angular_update"] ** 2
+                + 6 * every[TARGETS[1]]["angular_update"] ** 2
+            )
+            / 10
+        )
         assert row["normdyn/angular_update"] == pytest.approx(pooled, rel=1e-6)
 
 
@@ -151,19 +201,34 @@ def test_a_rescale_is_in_no_angle_and_in_the_next_norm():
     assert norms[2::2] == pytest.approx([3.0] * 3, rel=1e-6)
     angles = watch.history.column("angular_update/net.0.weight")[1]
     for t in range(8):
-        expected = naive(look.weights[t]["net.0.weight"], look.weights[t + 1]["net.0.weight"], look.steps[0][t]["net.0.weight"][0], 0.1)
-        assert angles[t] == pytest.approx(expected["angular_update"], rel=1e-6)  # a rescale turns nothing
+        expected = naive(
+            look.weights[t]["net.0.weight"],
+            look.weights[t + 1]["net.0.weight"],
+            look.steps[0][t]["net.0.weight"][0],
+            0.1,
+        )
+        assert angles[t] == pytest.approx(
+            expected["angular_update"], rel=1e-6
+        )  # a rescale turns nothing
     assert [event.kind for event in watch.history.events] == ["rescale"] * 4
 
 
 def test_weight_standardized_weights_are_measured_by_their_std():
     torch.manual_seed(1)
-    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    )
     weight_standardization(net[0])
     look, watch, name = Trajectory(), monitor(), "net.0.parametrizations.weight.original"
     fit(Net(momentum, net), [look, watch])
     for t, row in enumerate(watch.history):
-        expected = naive(look.weights[t][name], look.weights[t + 1][name], look.steps[0][t][name][0], 0.1, standardized=True)
+        expected = naive(
+            look.weights[t][name],
+            look.weights[t + 1][name],
+            look.steps[0][t][name][0],
+            0.1,
+            standardized=True,
+        )
         for quantity in ("weight_std", "effective_lr", "direction_lr", "angular_update"):
             assert row[f"{quantity}/{name}"] == pytest.approx(expected[quantity], rel=1e-6)
 
@@ -171,7 +236,10 @@ def test_weight_standardized_weights_are_measured_by_their_std():
 def test_small_angles_keep_their_digits_in_float32():
     # 1e-6 rad per step while the norm shrinks by 1e-3: what a difference of cosines could not see.
     look, watch = Trajectory(), monitor()
-    module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-5, weight_decay=100.0), dtype=torch.float32)
+    module = make(
+        make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-5, weight_decay=100.0),
+        dtype=torch.float32,
+    )
     fit(module, [look, watch], max_steps=3)
     for t, row in enumerate(watch.history):
         before, after = (look.weights[i]["net.3.weight"].double() for i in (t, t + 1))
@@ -229,8 +297,16 @@ def test_rows_come_at_logging_steps_and_at_both_ends(every, arguments, in_histor
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}, {"max_steps": 5}])
 def test_the_x_axis_is_that_of_the_learning_rate_monitor(arguments):
     rows = KeepsRows()
-    fit(make(), [monitor(2), LearningRateMonitor("step")], logger=rows, log_every_n_steps=2, **arguments)
-    lr = sorted({step for step, row in rows.rows if "lr-SGD" in row})  # it repeats a row for every batch of a step
+    fit(
+        make(),
+        [monitor(2), LearningRateMonitor("step")],
+        logger=rows,
+        log_every_n_steps=2,
+        **arguments,
+    )
+    lr = sorted(
+        {step for step, row in rows.rows if "lr-SGD" in row}
+    )  # it repeats a row for every batch of a step
     assert [step for step, _ in rows.ours()] == lr
     assert len(lr) >= 2
 
@@ -241,19 +317,32 @@ def test_one_call_per_logging_step_and_logger(tmp_path):
     assert [step for step, _ in first.ours()] == [1, 3, 5, 7]
     assert first.ours() == second.ours()
     header = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()[0].split(",")
-    assert {"effective_lr/net.0.weight", "angular_update/net.8.weight", "normdyn/effective_lr", "step"} <= set(header)
+    assert {
+        "effective_lr/net.0.weight",
+        "angular_update/net.8.weight",
+        "normdyn/effective_lr",
+        "step",
+    } <= set(header)
 
 
 def test_log_keys():
     rows = KeepsRows()
-    fit(make(make_optimizer=momentum), [monitor(), AdaptiveWeightShrink(0.5)], logger=rows, max_steps=1)
+    fit(
+        make(make_optimizer=momentum),
+        [monitor(), AdaptiveWeightShrink(0.5)],
+        logger=rows,
+        max_steps=1,
+    )
     keys = set(rows.ours()[0][1])
     quantities = {
         "weight_norm", "effective_lr", "direction_lr", "angular_update", "effective_step_size", "gradient_cosine", "radial_update",
         "equivalent_weight_decay",
     }  # fmt: skip
     assert {f"{q}/net.0.weight" for q in quantities} <= keys
-    assert {f"normdyn/{q}" for q in quantities} | {"normdyn/skipped_steps", "normdyn/clamped_vectors"} <= keys
+    assert {f"normdyn/{q}" for q in quantities} | {
+        "normdyn/skipped_steps",
+        "normdyn/clamped_vectors",
+    } <= keys
     assert "equivalent_weight_decay/net.8.weight" not in keys
     assert not any("bias" in key or "net.1." in key for key in keys)
 
@@ -275,7 +364,11 @@ def test_the_history_keeps_the_rows_that_are_logged():
     fit(make(), [watch, AdaptiveWeightShrink(0.5)], logger=rows)
     assert len(watch.history) == len(rows.rows) == 8
     for (step, logged), kept in zip(rows.rows, watch.history, strict=True):
-        assert kept == {"step": step, "optimizer_step": step + 1, **{key: pytest.approx(value, rel=1e-6) for key, value in logged.items()}}
+        assert kept == {
+            "step": step,
+            "optimizer_step": step + 1,
+            **{key: pytest.approx(value, rel=1e-6) for key, value in logged.items()},
+        }
 
 
 @pytest.mark.usefixtures("arrival")
@@ -303,10 +396,16 @@ def test_two_optimizers_and_one_that_waits():
 def test_skipped_steps_are_counted_and_measure_nothing(fused):
     class Overflows(Net):
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx in (0, 2) else 1.0)
+            return super().training_step(batch, batch_idx) * (
+                float("inf") if batch_idx in (0, 2) else 1.0
+            )
 
     watch = monitor()
-    module = make(Overflows, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, fused=fused), dtype=torch.float32)
+    module = make(
+        Overflows,
+        make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, fused=fused),
+        dtype=torch.float32,
+    )
     precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
     fit(module, [watch], plugins=[precision], max_epochs=1)
     rows = list(watch.history)
@@ -320,7 +419,8 @@ def test_skipped_steps_are_counted_and_measure_nothing(fused):
 
 
 class Looks(L.Callback):
-    """How many rows there are after every batch and every epoch, and what a checkpoint in the middle of an epoch holds."""
+    """How many rows there are after every batch and every epoch, and what a checkpoint in the
+    middle of an epoch holds."""
 
     def __init__(self, watch: NormDynamicsMonitor, checkpoint: Any = None) -> None:
         self.watch, self.checkpoint = watch, checkpoint
@@ -331,7 +431,9 @@ class Looks(L.Callback):
         self.after_batches.append(len(self.watch.history))
         if self.checkpoint is not None and trainer.global_step == 3:
             trainer.save_checkpoint(self.checkpoint)
-            state = torch.load(self.checkpoint, weights_only=True)["callbacks"][self.watch.state_key]
+            state = torch.load(self.checkpoint, weights_only=True)["callbacks"][
+                self.watch.state_key
+            ]
             saved = History()
             saved.load_state_dict(state["extra"]["history"])
             self.in_checkpoint = list(saved)
@@ -344,7 +446,12 @@ def everything(tmp_path, **arguments):
     """A fit with all that a row can tell of, the rows that were logged, and who looked on."""
     watch, rows = monitor(per_vector=True), KeepsRows()
     look = Looks(watch, tmp_path / "middle.ckpt")
-    fit(make(make_optimizer=momentum), [watch, look, AdaptiveWeightShrink(50.0), WeightRescaling(3)], logger=rows, **arguments)
+    fit(
+        make(make_optimizer=momentum),
+        [watch, look, AdaptiveWeightShrink(50.0), WeightRescaling(3)],
+        logger=rows,
+        **arguments,
+    )
     return watch, rows, look
 
 
@@ -368,9 +475,15 @@ def test_a_resume_continues_the_rows_that_were_on_their_way(monkeypatch, tmp_pat
     monkeypatch.setattr(HostCopy, "arrives_later", True)
     watch, _, _ = everything(tmp_path)
     again = monitor(per_vector=True)
-    fit(make(make_optimizer=momentum), [again, AdaptiveWeightShrink(50.0), WeightRescaling(3)], ckpt_path=tmp_path / "middle.ckpt")
+    fit(
+        make(make_optimizer=momentum),
+        [again, AdaptiveWeightShrink(50.0), WeightRescaling(3)],
+        ckpt_path=tmp_path / "middle.ckpt",
+    )
     assert steps_of(again) == steps_of(watch)
-    assert list(again.history)[:3] == list(watch.history)[:3]  # from the checkpoint; the other batches come in another order
+    assert (
+        list(again.history)[:3] == list(watch.history)[:3]
+    )  # from the checkpoint; the other batches come in another order
 
 
 def test_what_happened_in_a_skipped_step_is_told_with_the_next_row(monkeypatch):
@@ -382,13 +495,21 @@ def test_what_happened_in_a_skipped_step_is_told_with_the_next_row(monkeypatch):
 
     class Overflows(Net):
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 2 else 1.0)
+            return super().training_step(batch, batch_idx) * (
+                float("inf") if batch_idx == 2 else 1.0
+            )
 
     for later in (False, True):
         monkeypatch.setattr(HostCopy, "arrives_later", later)
         watch = monitor()
-        module = make(Overflows, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, fused=True), dtype=torch.float32)
-        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
+        module = make(
+            Overflows,
+            make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+            dtype=torch.float32,
+        )
+        precision = MixedPrecision(
+            "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        )
         fit(module, [Marks(1000), watch], plugins=[precision], max_epochs=1)
         assert steps_of(watch) == [0, 1, 3]
         assert [(event.step, event.kind) for event in watch.history.events] == [(3, "something")]
@@ -416,7 +537,9 @@ def test_history_and_callback_metrics_need_no_logger():
     watch = monitor()
     runner = fit(make(), [watch])
     assert len(watch.history) == 8
-    assert float(runner.callback_metrics["normdyn/angular_update"]) == pytest.approx(watch.history[7]["normdyn/angular_update"], rel=1e-6)
+    assert float(runner.callback_metrics["normdyn/angular_update"]) == pytest.approx(
+        watch.history[7]["normdyn/angular_update"], rel=1e-6
+    )
 
 
 @pytest.mark.usefixtures("arrival")
@@ -438,13 +561,18 @@ def test_every_vector_can_be_kept():
     steps, norms = watch.history.vectors("weight_norm/net.0.weight")
     for step, values in zip(steps, norms, strict=True):
         torch.testing.assert_close(
-            torch.as_tensor(values).double(), look.weights[int(step)]["net.0.weight"].flatten(1).norm(dim=1), rtol=1e-6, atol=0
+            torch.as_tensor(values).double(),
+            look.weights[int(step)]["net.0.weight"].flatten(1).norm(dim=1),
+            rtol=1e-6,
+            atol=0,
         )
 
 
 def test_barebones_measures_nothing():
     watch = NormDynamicsMonitor(1)
-    L.Trainer(callbacks=[watch], barebones=True, max_steps=2, accelerator="cpu").fit(make(), loader())
+    L.Trainer(callbacks=[watch], barebones=True, max_steps=2, accelerator="cpu").fit(
+        make(), loader()
+    )
     assert len(watch.history) == 0
 
 
@@ -465,17 +593,25 @@ def test_numbers_that_are_not_finite_are_left_out():
     [
         (lambda step: 1.0 if step < 5 else 0.1, [5]),
         (lambda step: 1.0 if step < 3 else 0.3 if step < 6 else 0.1, [3, 6]),
-        (lambda step: (8 - step) / 8, []),  # glides, although its last steps fall by more than a third
+        (
+            lambda step: (8 - step) / 8,
+            [],
+        ),  # glides, although its last steps fall by more than a third
         (lambda step: min(1.0, (step + 1) / 4), []),
     ],
 )
 @pytest.mark.usefixtures("arrival")
 @pytest.mark.parametrize("quantities", [None, ["weight_norm"]])
 def test_drops_of_the_learning_rate_are_marked_in_the_history(factor, marked, quantities):
-    module = make(make_optimizer=momentum, make_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor))
+    module = make(
+        make_optimizer=momentum,
+        make_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, factor),
+    )
     watch = monitor(quantities=quantities)
     fit(module, [watch], max_epochs=2)
-    assert [(event.step, event.kind) for event in watch.history.events] == [(step, "lr_drop") for step in marked]
+    assert [(event.step, event.kind) for event in watch.history.events] == [
+        (step, "lr_drop") for step in marked
+    ]
 
 
 def test_the_tables_at_start_and_end(capsys):
@@ -496,7 +632,10 @@ def test_the_tables_at_start_and_end(capsys):
         ({"every_n_steps": 0}, "`every_n_steps` must be None or an integer >= 1, got 0"),
         ({"every_n_steps": True}, "`every_n_steps` must be None or an integer >= 1, got True"),
         ({"every_n_steps": 1.5}, r"`every_n_steps` must be None or an integer >= 1, got 1\.5"),
-        ({"quantities": ["weight_nrom"]}, r"`quantities` must be None or names out of .*'weight_norm'.*got \['weight_nrom'\]"),
+        (
+            {"quantities": ["weight_nrom"]},
+            r"`quantities` must be None or names out of .*'weight_norm'.*got \['weight_nrom'\]",
+        ),
         ({"quantities": []}, r"`quantities` must be None or names out of .*got \[\]"),
     ],
 )
@@ -521,7 +660,8 @@ def test_the_last_batches_of_an_unknown_length_are_not_lost():
 
 
 class Turns(ManualNet):
-    """A GAN's way: the first half steps in every batch, ``repeats`` times, the second one in every ``n_critic``-th batch."""
+    """A GAN's way: the first half steps in every batch, ``repeats`` times, the second one in every
+    ``n_critic``-th batch."""
 
     n_critic, offset, repeats = 5, 0, 1
 
@@ -540,7 +680,10 @@ def steps_with(watch, name):
 
 
 @pytest.mark.usefixtures("arrival")
-@pytest.mark.parametrize(("offset", "expected"), [(0, [0, 5, 10, 15, 20]), (2, [2, 7, 12, 17, 22]), (4, [4, 9, 14, 19, 24])])
+@pytest.mark.parametrize(
+    ("offset", "expected"),
+    [(0, [0, 5, 10, 15, 20]), (2, [2, 7, 12, 17, 22]), (4, [4, 9, 14, 19, 24])],
+)
 def test_an_optimizer_that_misses_the_logging_steps_is_measured_at_its_next_step(offset, expected):
     watch, rows = monitor(5), KeepsRows()
     module = make(Turns)
@@ -548,7 +691,8 @@ def test_an_optimizer_that_misses_the_logging_steps_is_measured_at_its_next_step
     fit(module, [watch], loader(25 * 8), max_epochs=1, logger=rows)
     assert steps_with(watch, TARGETS[0]) == [0, 4, 9, 14, 19, 24]
     assert steps_with(watch, TARGETS[1]) == expected
-    # As ever, the first step is in the history alone, unless it is a logging step or comes after one.
+    # As ever, the first step is in the history alone, unless it is a logging step or comes after
+    # one.
     logged = [step for step, row in rows.ours() if f"angular_update/{TARGETS[1]}" in row]
     assert logged == [step for step in expected if step >= 4]
 
@@ -577,7 +721,8 @@ def test_the_end_table_takes_the_norms_of_every_optimizer_anew():
     for name in TARGETS:
         norm = float(weights_of(module)[name].flatten(1).norm(dim=1).mean())
         assert table[name]["norm last"] == pytest.approx(norm, rel=1e-6)
-    # In the history too, beside the numbers of the one that stepped last: a weight that does not step keeps its norm.
+    # In the history too, beside the numbers of the one that stepped last: a weight that does not
+    # step keeps its norm.
     assert watch.history[-1]["step"] == 19
     norm = float(weights_of(module)[TARGETS[1]].flatten(1).norm(dim=1).mean())
     assert watch.history[-1][f"weight_norm/{TARGETS[1]}"] == pytest.approx(norm, rel=1e-6)
@@ -590,7 +735,9 @@ def test_of_several_steps_in_a_batch_a_row_holds_the_first_with_its_own_number()
     module = make(Turns)
     module.repeats = 3
     with torch.no_grad():
-        module.net[0].weight[1] = 1e-9 * module.net[0].weight[1]  # collapsed, whatever it is compared with
+        module.net[0].weight[1] = (
+            1e-9 * module.net[0].weight[1]
+        )  # collapsed, whatever it is compared with
     fit(module, [look, watch], loader(6 * 8), max_epochs=1)
     rows = list(watch.history)
     assert steps_of(watch) == [0, 1, 3, 5]
@@ -598,7 +745,9 @@ def test_of_several_steps_in_a_batch_a_row_holds_the_first_with_its_own_number()
     for row in rows:
         assert row["normdyn/collapsed_vectors"] <= 1  # not once for every step
         expected = look.weights[int(row["step"])][TARGETS[0]].flatten(1).norm(dim=1).mean()
-        assert row[f"weight_norm/{TARGETS[0]}"] == pytest.approx(float(expected), rel=1e-6)  # before the batch: of its first step
+        assert row[f"weight_norm/{TARGETS[0]}"] == pytest.approx(
+            float(expected), rel=1e-6
+        )  # before the batch: of its first step
 
 
 # ---- Runs that diverge ----
@@ -617,13 +766,25 @@ class Diverges(Net):
 @pytest.mark.usefixtures("arrival")
 @pytest.mark.parametrize("every", [1, 3])
 def test_a_run_that_turns_nan_says_so_once_and_shows_it(every, capsys):
-    watch, rows, module = NormDynamicsMonitor(every), KeepsRows(), make(Diverges, make_optimizer=momentum)
+    watch, rows, module = (
+        NormDynamicsMonitor(every),
+        KeepsRows(),
+        make(Diverges, make_optimizer=momentum),
+    )
     with pytest.warns(NormDynWarning, match="not finite at step 5") as said:
         runner = fit(module, [watch], loader(12 * 8), max_epochs=1, logger=rows)
     assert len([w for w in said if issubclass(w.category, NormDynWarning)]) == 1
     for row in watch.history:
-        assert isnan(row["angular_update/net.0.weight"]) == isnan(row["normdyn/equilibrium_ratio"]) == (row["step"] >= 5)
-        assert isnan(row["weight_norm/net.0.weight"]) == isnan(row["effective_lr/net.3.weight"]) == (row["step"] > 5)
+        assert (
+            isnan(row["angular_update/net.0.weight"])
+            == isnan(row["normdyn/equilibrium_ratio"])
+            == (row["step"] >= 5)
+        )
+        assert (
+            isnan(row["weight_norm/net.0.weight"])
+            == isnan(row["effective_lr/net.3.weight"])
+            == (row["step"] > 5)
+        )
     logged = [row for step, row in rows.ours() if step > 5]
     assert logged
     assert all(isnan(row["weight_norm/net.0.weight"]) for row in logged)
@@ -648,7 +809,9 @@ def test_a_run_that_turns_nan_between_its_last_rows_says_so_at_its_end():
 
 def test_early_stopping_sees_that_a_run_has_diverged():
     module = make(Diverges, make_optimizer=momentum)
-    stop = EarlyStopping("normdyn/angular_update", check_finite=True, check_on_train_epoch_end=True, patience=100)
+    stop = EarlyStopping(
+        "normdyn/angular_update", check_finite=True, check_on_train_epoch_end=True, patience=100
+    )
     with pytest.warns(NormDynWarning, match="not finite"):
         runner = fit(module, [monitor(), stop], max_epochs=6)
     assert runner.current_epoch == 2
@@ -659,7 +822,9 @@ def test_one_vector_that_is_not_finite_shows_in_the_mean_of_its_weight_alone():
     module = make(make_optimizer=momentum, net=convnet(norm=lambda c: nn.GroupNorm(1, c)))
     module.net[8].weight.register_hook(lambda g: g.index_fill(0, torch.tensor([1]), float("nan")))
     watch = monitor()
-    with pytest.warns(NormDynWarning, match=r"a gradient or an update of `net\.8\.weight` is not finite at step 0"):
+    with pytest.warns(
+        NormDynWarning, match=r"a gradient or an update of `net\.8\.weight` is not finite at step 0"
+    ):
         fit(module, [watch], max_steps=1)
     row = watch.history[0]
     assert isnan(row["angular_update/net.8.weight"])
@@ -672,11 +837,24 @@ def test_one_vector_that_is_not_finite_shows_in_the_mean_of_its_weight_alone():
 
 
 def test_a_resume_puts_promised_numbers_back(tmp_path):
-    """An EarlyStopping that asks for them every epoch gets them although the next row is far away, and no row is added for it."""
-    stop = lambda: EarlyStopping("normdyn/angular_update", check_on_train_epoch_end=True, patience=100)  # noqa: E731
+    """An EarlyStopping that asks for them every epoch gets them although the next row is far away,
+    and no row is added for it."""
+
+    def stop():
+        return EarlyStopping("normdyn/angular_update", check_on_train_epoch_end=True, patience=100)
+
     whole, again = monitor(50), monitor(50)
-    expected = fit(make(make_optimizer=momentum), [whole, stop(), SavesAt(4, tmp_path / "four.ckpt")], max_epochs=4)
-    found = fit(make(make_optimizer=momentum), [again, stop()], ckpt_path=tmp_path / "four.ckpt", max_epochs=4)
+    expected = fit(
+        make(make_optimizer=momentum),
+        [whole, stop(), SavesAt(4, tmp_path / "four.ckpt")],
+        max_epochs=4,
+    )
+    found = fit(
+        make(make_optimizer=momentum),
+        [again, stop()],
+        ckpt_path=tmp_path / "four.ckpt",
+        max_epochs=4,
+    )
     assert steps_of(again) == steps_of(whole) == [0, 15]
     assert found.callback_metrics["normdyn/angular_update"] == pytest.approx(
         float(expected.callback_metrics["normdyn/angular_update"]), rel=0.2
@@ -693,9 +871,14 @@ def test_a_row_that_the_end_of_a_fit_asked_for_is_gone_when_the_run_goes_on(tmp_
 
 
 def test_a_finished_run_shows_its_history(tmp_path):
-    first, again = monitor(5, per_vector=True, quantities=["effective_lr"]), monitor(5, per_vector=True, quantities=["effective_lr"])
+    first, again = (
+        monitor(5, per_vector=True, quantities=["effective_lr"]),
+        monitor(5, per_vector=True, quantities=["effective_lr"]),
+    )
     fit(make(make_optimizer=momentum), [first], max_epochs=2).save_checkpoint(tmp_path / "two.ckpt")
-    runner = fit(make(make_optimizer=momentum), [again], ckpt_path=tmp_path / "two.ckpt", max_epochs=2)
+    runner = fit(
+        make(make_optimizer=momentum), [again], ckpt_path=tmp_path / "two.ckpt", max_epochs=2
+    )
     assert list(again.history) == list(first.history)
     runner.save_checkpoint(tmp_path / "again.ckpt")
     third = monitor(5, per_vector=True, quantities=["effective_lr"])
@@ -704,10 +887,13 @@ def test_a_finished_run_shows_its_history(tmp_path):
 
 
 def test_an_old_checkpoint_in_a_new_schedule_ends_no_fit(tmp_path):
-    """Weights and optimizer go on, the loops begin anew: rows that lie ahead are forgotten, with a warning."""
-    fit(make(make_optimizer=momentum), [monitor(), InputSpanMonitor(1, max_samples=40)], max_epochs=2).save_checkpoint(
-        tmp_path / "old.ckpt"
-    )
+    """Weights and optimizer go on, the loops begin anew: rows that lie ahead are forgotten, with a
+    warning."""
+    fit(
+        make(make_optimizer=momentum),
+        [monitor(), InputSpanMonitor(1, max_samples=40)],
+        max_epochs=2,
+    ).save_checkpoint(tmp_path / "old.ckpt")
     state = torch.load(tmp_path / "old.ckpt", weights_only=True)
     fresh = fit(make(make_optimizer=momentum), max_steps=0)
     fresh.save_checkpoint(tmp_path / "fresh.ckpt")
@@ -716,11 +902,18 @@ def test_an_old_checkpoint_in_a_new_schedule_ends_no_fit(tmp_path):
     torch.save(state, tmp_path / "new.ckpt")
     watch = monitor(2)
     with pytest.warns(NormDynWarning) as said:
-        fit(make(make_optimizer=momentum), [watch, InputSpanMonitor(1, max_samples=40)], ckpt_path=tmp_path / "new.ckpt", max_epochs=1)
+        fit(
+            make(make_optimizer=momentum),
+            [watch, InputSpanMonitor(1, max_samples=40)],
+            ckpt_path=tmp_path / "new.ckpt",
+            max_epochs=1,
+        )
     assert steps_of(watch) == [0, 1, 3]
     assert [int(row["optimizer_step"]) for row in watch.history] == [9, 10, 12]
     texts = " ".join(str(warning.message) for warning in said)
-    assert "The history of the checkpoint reaches to step 7, and this fit counts from step 0" in texts
+    assert (
+        "The history of the checkpoint reaches to step 7, and this fit counts from step 0" in texts
+    )
     assert "InputSpanMonitor's history reaches to step 7" in texts
 
 
@@ -728,7 +921,13 @@ def test_a_checkpoint_of_another_shape_starts_a_new_history(tmp_path):
     fit(make(), [monitor()], max_epochs=1).save_checkpoint(tmp_path / "one.ckpt")
     state = torch.load(tmp_path / "one.ckpt", weights_only=True)
     [(key, mine)] = state["callbacks"].items()
-    for damage in ({"last_step": "x"}, {"history": {}}, {"elapsed": [3]}, {"position": [float("nan"), 2]}, {"norms": {"a": 3}}):
+    for damage in (
+        {"last_step": "x"},
+        {"history": {}},
+        {"elapsed": [3]},
+        {"position": [float("nan"), 2]},
+        {"norms": {"a": 3}},
+    ):
         state["callbacks"][key] = seal({**mine, "extra": {**mine["extra"], **damage}})
         torch.save(state, tmp_path / "damaged.ckpt")
         watch = monitor()
@@ -740,18 +939,27 @@ def test_a_checkpoint_of_another_shape_starts_a_new_history(tmp_path):
 def test_skipped_and_clamped_go_on_over_a_resume(tmp_path):
     class Overflows(Net):
         def training_step(self, batch, batch_idx):
-            return super().training_step(batch, batch_idx) * (float("inf") if batch_idx == 2 else 1.0)
+            return super().training_step(batch, batch_idx) * (
+                float("inf") if batch_idx == 2 else 1.0
+            )
 
     def go(callbacks, **arguments):
-        precision = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-        return fit(make(Overflows, dtype=torch.float32), callbacks, plugins=[precision], **arguments)
+        precision = MixedPrecision(
+            "16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        )
+        return fit(
+            make(Overflows, dtype=torch.float32), callbacks, plugins=[precision], **arguments
+        )
 
     whole, again, shrink = monitor(), monitor(), AdaptiveWeightShrink(50.0)
     go([whole, AdaptiveWeightShrink(50.0), SavesAt(8, tmp_path / "eight.ckpt")], max_epochs=3)
     go([again, shrink], ckpt_path=tmp_path / "eight.ckpt", max_epochs=3)
     for key in ("normdyn/skipped_steps", "normdyn/clamped_vectors"):
         assert again.history[-1][key] == whole.history[-1][key] > 0
-    assert sum(shrink._session.counted_by_weight("clamped").values()) == again.history[-1]["normdyn/clamped_vectors"]
+    assert (
+        sum(shrink._session.counted_by_weight("clamped").values())
+        == again.history[-1]["normdyn/clamped_vectors"]
+    )
 
 
 # ---- A signal handler that saves at any moment ----
@@ -761,7 +969,12 @@ class Interrupts:
     """Calls ``act`` at every line of the given functions, as a signal handler may be called."""
 
     def __init__(self, act, *functions):
-        self.act, self.codes, self.inside, self.calls = act, {f.__code__ for f in functions}, False, 0
+        self.act, self.codes, self.inside, self.calls = (
+            act,
+            {f.__code__ for f in functions},
+            False,
+            0,
+        )
 
     def __call__(self, frame, event, argument):
         if frame.f_code not in self.codes or self.inside:
@@ -784,7 +997,11 @@ def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
         kinds._publish_about, Ledger.with_row, History.append, History.show, kinds.on_train_end, kinds._append_final,
     ]  # fmt: skip
     quiet, watch = monitor(per_vector=True), monitor(per_vector=True)
-    fit(make(make_optimizer=momentum), [quiet, AdaptiveWeightShrink(50.0), WeightRescaling(2)], max_steps=2)
+    fit(
+        make(make_optimizer=momentum),
+        [quiet, AdaptiveWeightShrink(50.0), WeightRescaling(2)],
+        max_steps=2,
+    )
     expected, states = list(quiet.history), []
     interrupts = Interrupts(lambda: states.append(watch.state_dict()["extra"]), *functions)
 
@@ -793,7 +1010,11 @@ def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
             sys.settrace(interrupts)
 
     try:
-        fit(make(make_optimizer=momentum), [watch, AdaptiveWeightShrink(50.0), WeightRescaling(2), Starts()], max_steps=2)
+        fit(
+            make(make_optimizer=momentum),
+            [watch, AdaptiveWeightShrink(50.0), WeightRescaling(2), Starts()],
+            max_steps=2,
+        )
     finally:
         sys.settrace(None)
     assert interrupts.calls > 100
@@ -804,6 +1025,8 @@ def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
         saved.load_state_dict(state["history"])
         rows = list(saved)
         assert rows == expected[: len(rows)]
-        assert len(rows) == len(expected) or int(rows[-1]["step"] if rows else -1) + 1 >= state["position"][0] - int(len(rows) == 0)
+        assert len(rows) == len(expected) or int(rows[-1]["step"] if rows else -1) + 1 >= state[
+            "position"
+        ][0] - int(len(rows) == 0)
         for name in saved.vector_names():
             assert saved.vectors(name)[0].tolist() == [int(row["step"]) for row in rows]

@@ -1,4 +1,5 @@
-"""Every callback under optimizers that torch does not have: right by the rule in float64, or refused by name."""
+"""Every callback under optimizers that torch does not have: right by the rule in float64, or
+refused by name."""
 
 from __future__ import annotations
 
@@ -53,7 +54,13 @@ CASES = {
     "modes": (doubles.HasModes, {"lr": 0.05, "weight_decay": 0.1}),
     "numbers in the state": (doubles.Counting, {"lr": 0.05, "weight_decay": 0.1}),
     "numpy": (doubles.Plain, {"lr": np.float32(0.05), "weight_decay": np.float32(0.1)}),
-    "tensor": (doubles.Plain, {"lr": torch.tensor(0.05, dtype=torch.float64), "weight_decay": torch.tensor(0.1, dtype=torch.float64)}),
+    "tensor": (
+        doubles.Plain,
+        {
+            "lr": torch.tensor(0.05, dtype=torch.float64),
+            "weight_decay": torch.tensor(0.1, dtype=torch.float64),
+        },
+    ),
 }
 
 
@@ -62,13 +69,20 @@ def test_aws_shrinks_at_the_rate_of_the_step_and_takes_its_decay_over(name, caps
     kind, options = CASES[name]
     watch, alpha = Watch(), 0.5
     fit(make(make_optimizer=lambda p: kind(p, **options)), [AdaptiveWeightShrink(alpha), watch])
-    for step, (before, gradients) in enumerate(zip(watch.before[:-1], watch.gradients, strict=False)):
+    for step, (before, gradients) in enumerate(
+        zip(watch.before[:-1], watch.gradients, strict=False)
+    ):
         for target in TARGETS:
             w = before[target]
             shrink_rate = rate_of(kind, step, w)
             shrunk = w * (1 - shrink_rate * alpha * norms(w))
             expected = shrunk - rate_of(kind, step, shrunk) * gradients[target]
-            torch.testing.assert_close(watch.before[step + 1][target], expected, rtol=1e-6 if name == "numpy" else 1e-12, atol=1e-12)
+            torch.testing.assert_close(
+                watch.before[step + 1][target],
+                expected,
+                rtol=1e-6 if name == "numpy" else 1e-12,
+                atol=1e-12,
+            )
     assert len(watch.before) == 8
     assert "as a trial showed to be exact" in " ".join(capsys.readouterr().out.split())
 
@@ -86,12 +100,22 @@ def test_the_monitor_divides_the_rate_of_the_step_by_the_norm(name):
 
 def test_projection_decays_at_the_rate_of_the_step():
     watch = Watch()
-    fit(make(make_optimizer=lambda p: doubles.Prodigy(p, lr=2.0)), [RadialProjection(weight_decay=0.5, weight_decay_ratio=1.0), watch])
-    for step, (before, gradients) in enumerate(zip(watch.before[:-1], watch.gradients, strict=False)):
+    fit(
+        make(make_optimizer=lambda p: doubles.Prodigy(p, lr=2.0)),
+        [RadialProjection(weight_decay=0.5, weight_decay_ratio=1.0), watch],
+    )
+    for step, (before, gradients) in enumerate(
+        zip(watch.before[:-1], watch.gradients, strict=False)
+    ):
         w, rate = before[TARGETS[0]], rate_of(doubles.Prodigy, step, None)
         g = gradients[TARGETS[0]]
         across = g - (g * w).flatten(1).sum(1).view(-1, 1, 1, 1) / norms(w) ** 2 * w
-        torch.testing.assert_close(watch.before[step + 1][TARGETS[0]], w * (1 - 0.5 * rate) - rate * across, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            watch.before[step + 1][TARGETS[0]],
+            w * (1 - 0.5 * rate) - rate * across,
+            rtol=1e-12,
+            atol=1e-12,
+        )
 
 
 WRITERS = {
@@ -132,12 +156,18 @@ def test_where_nobody_can_tell_the_rate_writers_are_refused(writer):
 @pytest.mark.parametrize("options", [{}, {"lr": None}])
 def test_where_nobody_can_tell_the_rate_the_monitor_says_so_and_measures_the_rest(options):
     monitor = NormDynamicsMonitor(1)
-    with pytest.warns(NormDynWarning, match=r"NoRate applies in its next step cannot be told.*effective_lr.*left out"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"NoRate applies in its next step cannot be told.*effective_lr.*left out",
+    ):
         fit(make(make_optimizer=lambda p: doubles.NoRate(p, **options)), [monitor])
     assert len(monitor.history) == 8
     keys = set(monitor.history.keys())
     assert f"angular_update/{TARGETS[0]}" in keys
-    assert not any(key.startswith(("effective_lr", "direction_lr", "equilibrium")) or "/effective_lr" in key for key in keys)
+    assert not any(
+        key.startswith(("effective_lr", "direction_lr", "equilibrium")) or "/effective_lr" in key
+        for key in keys
+    )
 
 
 def test_schedule_free_is_refused_for_the_monitor_as_well():
@@ -156,7 +186,9 @@ class LateCopy(doubles.WantsClosure):
 @pytest.mark.parametrize("writer", ["aws", "wrs, state kept", "projection"])
 def test_state_that_appears_in_the_first_step_is_looked_at_then(writer):
     module = make(make_optimizer=LateCopy)
-    with pytest.raises(NotSupportedError, match=r"LateCopy keeps a second copy of the weights \(`slow_buffer`\)"):
+    with pytest.raises(
+        NotSupportedError, match=r"LateCopy keeps a second copy of the weights \(`slow_buffer`\)"
+    ):
         fit(module, [WRITERS[writer]()])
 
 
@@ -173,7 +205,9 @@ class LateBuffer(torch.optim.SGD):
 
 def test_a_buffer_that_appears_in_the_first_step_is_refused_by_the_end_of_it():
     with pytest.raises(NotSupportedError, match=r"LateBuffer.*\['extra'\]"):
-        fit(make(make_optimizer=lambda p: LateBuffer(p, lr=0.1, momentum=0.9)), [WeightRescaling(5)])
+        fit(
+            make(make_optimizer=lambda p: LateBuffer(p, lr=0.1, momentum=0.9)), [WeightRescaling(5)]
+        )
 
 
 @pytest.mark.parametrize("writer", ["aws", "projection", "wrs", "lr drop"])
@@ -192,7 +226,9 @@ def test_a_schedule_over_numpy_numbers(writer):
         )
         monitor = NormDynamicsMonitor(1)
         fit(module, [WRITERS[writer](), monitor])
-        runs.append((weights_of(module), [row[f"effective_lr/{TARGETS[0]}"] for row in monitor.history]))
+        runs.append(
+            (weights_of(module), [row[f"effective_lr/{TARGETS[0]}"] for row in monitor.history])
+        )
     for name, w in runs[0][0].items():
         torch.testing.assert_close(w, runs[1][0][name], rtol=1e-5, atol=1e-6)
     assert runs[0][1] == pytest.approx(runs[1][1], rel=1e-4)
@@ -204,7 +240,9 @@ def test_a_logging_subclass_is_predicted_and_rescaled_as_its_base():
     fit(make(make_optimizer=lambda p: doubles.LoggingSGD(p, **options)), [monitor])
     row = list(monitor.history)[-1]
     group = torch.optim.SGD([torch.zeros(1)], **options).param_groups[0]
-    assert row[f"equilibrium_angular_update/{TARGETS[0]}"] == pytest.approx(equilibrium_angular_update(torch.optim.SGD, group), rel=1e-5)
+    assert row[f"equilibrium_angular_update/{TARGETS[0]}"] == pytest.approx(
+        equilibrium_angular_update(torch.optim.SGD, group), rel=1e-5
+    )
     fit(make(make_optimizer=lambda p: doubles.LoggingSGD(p, **options)), [WeightRescaling(3)])
 
     clipped = NormDynamicsMonitor(1)
@@ -213,10 +251,16 @@ def test_a_logging_subclass_is_predicted_and_rescaled_as_its_base():
 
 
 RESUMED = {
-    "numbers in the state, aws": (doubles.Counting, lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)]),
+    "numbers in the state, aws": (
+        doubles.Counting,
+        lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)],
+    ),
     "a buffer called z": (doubles.DualAveraging, lambda: [NormDynamicsMonitor(1)]),
     "modes": (doubles.HasModes, lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)]),
-    "a rate of its own": (lambda p: doubles.Prodigy(p, lr=2.0), lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)]),
+    "a rate of its own": (
+        lambda p: doubles.Prodigy(p, lr=2.0),
+        lambda: [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)],
+    ),
 }
 
 

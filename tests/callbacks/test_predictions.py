@@ -1,4 +1,5 @@
-"""The monitor's predictions, verdicts and warnings: on a walk whose equilibrium is known, and on networks that are well or about to die."""
+"""The monitor's predictions, verdicts and warnings: on a walk whose equilibrium is known, and on
+networks that are well or about to die."""
 
 from __future__ import annotations
 
@@ -19,7 +20,13 @@ from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
 from walk import SETTINGS, Angles, Setting, Walk, batches, by_rates, noise, settled
 
-from lightning_normdyn import AdaptiveWeightShrink, EffectiveLRReplay, NormDynamicsMonitor, RadialProjection, WeightRescaling
+from lightning_normdyn import (
+    AdaptiveWeightShrink,
+    EffectiveLRReplay,
+    NormDynamicsMonitor,
+    RadialProjection,
+    WeightRescaling,
+)
 from lightning_normdyn.callbacks import predictions
 from lightning_normdyn.callbacks.effect import Effects, Rescaling, Shrink
 from lightning_normdyn.callbacks.predictions import (
@@ -45,8 +52,12 @@ NOTHING = Effects()
 KEYS = ("equilibrium_angular_update/weight", "equilibrium_ratio/weight")
 
 
-def start(shape: Sequence[int] = SHAPE, norm: float | None = None, dtype: torch.dtype = torch.float64) -> Tensor:
-    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(dtype)
+def start(
+    shape: Sequence[int] = SHAPE, norm: float | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    weight = torch.randn(
+        *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).to(dtype)
     return weight if norm is None else weight * (norm / weight.norm(dim=1, keepdim=True))
 
 
@@ -82,13 +93,16 @@ def test_a_settled_walk_turns_as_predicted(setting: Setting, order: int) -> None
     expected = setting.equilibrium(weight.shape[1])[0]
     assert predicted.tolist() == pytest.approx([expected] * 5, rel=0.02)
     assert rms(ratio) == pytest.approx(1, abs=0.03)
-    assert ratio.tolist() == pytest.approx([a / p for a, p in zip(angles.seen, predicted.tolist(), strict=True)], rel=1e-5)
+    assert ratio.tolist() == pytest.approx(
+        [a / p for a, p in zip(angles.seen, predicted.tolist(), strict=True)], rel=1e-5
+    )
     overview = monitor.history.column("normdyn/equilibrium_ratio")[1]
     assert overview.tolist() == pytest.approx(ratio.tolist(), rel=1e-5)
 
 
 def evaluating(kind: type[torch.optim.Optimizer]) -> Any:
-    """The same optimizer under the same name, but one that evaluates its closure, as Lightning asks for."""
+    """The same optimizer under the same name, but one that evaluates its closure, as Lightning asks
+    for."""
 
     def step(self: Any, closure: Any) -> Any:
         with torch.enable_grad():
@@ -128,13 +142,28 @@ def test_other_optimizers_that_are_understood(make_optimizer: Any) -> None:
         (lambda p: ADAMW(p, weight_decay=0.1, amsgrad=True), []),
         (lambda p: SGD(p, lr=0.1), []),
         (lambda p: ADAMW(p, weight_decay=0), []),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.1), [lambda: AdaptiveWeightShrink(0.1, weight_decay="keep")]),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.1), [lambda: AdaptiveWeightShrink(0.1), lambda: WeightRescaling(2)]),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.1), [lambda: WeightRescaling(2, weight_decay="keep")]),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.1), [RadialProjection, lambda: WeightRescaling(2)]),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+            [lambda: AdaptiveWeightShrink(0.1, weight_decay="keep")],
+        ),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+            [lambda: AdaptiveWeightShrink(0.1), lambda: WeightRescaling(2)],
+        ),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+            [lambda: WeightRescaling(2, weight_decay="keep")],
+        ),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.1),
+            [RadialProjection, lambda: WeightRescaling(2)],
+        ),
         (
             lambda p: SGD(p, lr=0.1),
-            [lambda: RadialProjection(weight_decay=0.1), lambda: AdaptiveWeightShrink(0.1, weight_decay="keep")],
+            [
+                lambda: RadialProjection(weight_decay=0.1),
+                lambda: AdaptiveWeightShrink(0.1, weight_decay="keep"),
+            ],
         ),
     ],
 )
@@ -151,10 +180,18 @@ def test_no_prediction_for_steps_of_a_recorded_length(tmp_path: Any) -> None:
     def optimizer(p: Any) -> Any:
         return SGD(p, lr=0.1, weight_decay=0.1)
 
-    first, second = NormDynamicsMonitor(1, per_vector=True, tables=False), NormDynamicsMonitor(1, tables=False)
+    first, second = (
+        NormDynamicsMonitor(1, per_vector=True, tables=False),
+        NormDynamicsMonitor(1, tables=False),
+    )
     fit(Walk(start(), optimizer), [first], batches(noise(4, SHAPE)), max_epochs=1)
     first.history.save(tmp_path / "history.npz")
-    fit(Walk(start(), optimizer), [EffectiveLRReplay(tmp_path / "history.npz"), second], batches(noise(4, SHAPE)), max_epochs=1)
+    fit(
+        Walk(start(), optimizer),
+        [EffectiveLRReplay(tmp_path / "history.npz"), second],
+        batches(noise(4, SHAPE)),
+        max_epochs=1,
+    )
     assert KEYS[0] in keys(first)
     assert KEYS[0] not in keys(second)
 
@@ -162,7 +199,9 @@ def test_no_prediction_for_steps_of_a_recorded_length(tmp_path: Any) -> None:
 def test_no_prediction_for_weights_whose_length_the_loss_sees() -> None:
     monitor = NormDynamicsMonitor(1, tables=False)
     fit(make(), [monitor])
-    predicted = {key.partition("/")[2] for key in keys(monitor) if key.startswith("equilibrium_ratio/")}
+    predicted = {
+        key.partition("/")[2] for key in keys(monitor) if key.startswith("equilibrium_ratio/")
+    }
     assert predicted == {"net.0.weight", "net.3.weight"}
     assert "angular_update/net.8.weight" in keys(monitor)
 
@@ -172,13 +211,22 @@ def test_no_prediction_for_weights_whose_length_the_loss_sees() -> None:
     [
         (lambda p: SGD(p, lr=0.02, weight_decay=0.1), 10, []),
         (lambda p: SGD(p, lr=0.01, momentum=0.5), 20, []),
-        (lambda p: SGD(p, lr=0.02, momentum=0.5, weight_decay=0.1), 20, [lambda: RadialProjection(weight_decay_ratio=0.0)]),
+        (
+            lambda p: SGD(p, lr=0.02, momentum=0.5, weight_decay=0.1),
+            20,
+            [lambda: RadialProjection(weight_decay_ratio=0.0)],
+        ),
     ],
 )
 def test_rescaled_to_a_norm_now_and_then(make_optimizer: Any, every: int, others: Any) -> None:
     monitor = NormDynamicsMonitor(1, tables=False)
     module = Walk(start((96, 64), norm=1.0), make_optimizer)
-    fit(module, [monitor, WeightRescaling(every), *(other() for other in others)], batches(noise(5 * every, (96, 64))), max_epochs=1)
+    fit(
+        module,
+        [monitor, WeightRescaling(every), *(other() for other in others)],
+        batches(noise(5 * every, (96, 64))),
+        max_epochs=1,
+    )
     ratio = monitor.history.column(KEYS[1])[1]
     assert rms(ratio[2 * every :]) == pytest.approx(1, abs=0.03)
     assert monitor._layers()[0]["verdict"].startswith("length held by WeightRescaling, ")
@@ -203,14 +251,24 @@ def test_a_rescaling_window_changes_what_is_predicted() -> None:
                 (target,) = callbacks[1].plans[0].targets
                 windows.append(callbacks[1].effect(target).window)
 
-    fit(Walk(start(norm=1.0), optimizer), [*callbacks, Looks()], batches(noise(2, SHAPE)), max_epochs=3)
+    fit(
+        Walk(start(norm=1.0), optimizer),
+        [*callbacks, Looks()],
+        batches(noise(2, SHAPE)),
+        max_epochs=3,
+    )
     assert windows[-2:] == ["now", "over"]
 
 
 def test_the_strength_of_aws_is_that_of_its_own_statistic() -> None:
     monitor, weight = NormDynamicsMonitor(1, tables=False), start()
     callback = AdaptiveWeightShrink(0.2, statistic="std")
-    fit(Walk(weight, lambda p: SGD(p, lr=0.1)), [monitor, callback], batches(noise(1, SHAPE)), max_epochs=1)
+    fit(
+        Walk(weight, lambda p: SGD(p, lr=0.1)),
+        [monitor, callback],
+        batches(noise(1, SHAPE)),
+        max_epochs=1,
+    )
     std = weight.std(dim=1, correction=0).mean().item()
     row = monitor.history[0]
     assert row["equivalent_weight_decay/weight"] == pytest.approx(0.2 * std)
@@ -254,8 +312,18 @@ SLOW, FAST = (Prediction(0.01, relaxation, 4, 1e-4) for relaxation in (50.0, 10.
         (FAST, lambda i: 2.0 * 0.99**i, 0.0, "collapsing"),
         (None, lambda i: 2.0, 1.0, "no prediction"),
         (None, lambda i: 2.0, 0.0, "frozen"),
-        (Prediction(0.01, None, 0, 0.1), lambda i: 2.0, 0.7, "length held by WeightRescaling, 0.7x the prediction"),
-        (Prediction(0.01, 10.0, 3, 1e-4, rough=True), lambda i: 2.0, 1.5, r"settled, 1.5x the prediction \(above\) \(a rough one\)"),
+        (
+            Prediction(0.01, None, 0, 0.1),
+            lambda i: 2.0,
+            0.7,
+            "length held by WeightRescaling, 0.7x the prediction",
+        ),
+        (
+            Prediction(0.01, 10.0, 3, 1e-4, rough=True),
+            lambda i: 2.0,
+            1.5,
+            r"settled, 1.5x the prediction \(above\) \(a rough one\)",
+        ),
         (Prediction(0.01, 10.0, 3, 1e-4, rough=True), lambda i: 2.0, 1.0, "settled"),
     ],
 )
@@ -281,16 +349,24 @@ def test_a_schedule_faster_than_the_relaxation() -> None:
 
 
 def verdicts_of_a_wandering_norm(trend: float) -> list[str]:
-    """What is said at every tenth step from the seventh relaxation time on: of a norm whose logarithm wanders by 0.07 within a relaxation
+    """What is said at every tenth step from the seventh relaxation time on: of a norm whose
+    logarithm wanders by 0.07 within a relaxation
     time of 50 steps, as in a settled network, and has a trend besides."""
     said, relaxation, rows = [], 50.0, 150
     for seed in range(3):
-        wander, kept = torch.randn(rows, generator=torch.Generator().manual_seed(seed)).tolist(), exp(-10 / relaxation)
+        wander, kept = (
+            torch.randn(rows, generator=torch.Generator().manual_seed(seed)).tolist(),
+            exp(-10 / relaxation),
+        )
         history, seen, deviation = History(), Course(), 0.0
         for i in range(rows):
             deviation = kept * deviation + sqrt(1 - kept**2) * 0.07 * wander[i]
             norm = exp((deviation + trend * 10 * i / relaxation) / 2)
-            row = {"weight_norm/w": norm, "angular_update/w": 0.01, "equilibrium_angular_update/w": 0.01}
+            row = {
+                "weight_norm/w": norm,
+                "angular_update/w": 0.01,
+                "equilibrium_angular_update/w": 0.01,
+            }
             history.append(10 * i, row, optimizer_step=10 * i + 1)
             seen.add(10 * i + 1, Prediction(0.01, relaxation, 4, 1e-4))
             if i >= 35:
@@ -298,35 +374,49 @@ def verdicts_of_a_wandering_norm(trend: float) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize(("trend", "expected"), [(0.0, "settled"), (0.05, "settled"), (-0.25, "approaching"), (0.25, "approaching")])
+@pytest.mark.parametrize(
+    ("trend", "expected"),
+    [(0.0, "settled"), (0.05, "settled"), (-0.25, "approaching"), (0.25, "approaching")],
+)
 def test_verdicts_do_not_flicker(trend: float, expected: str) -> None:
     said = verdicts_of_a_wandering_norm(trend)
     assert said.count(expected) > 0.97 * len(said)
 
 
 def test_a_norm_that_falls_after_a_burst_is_not_settled() -> None:
-    """Over the last two relaxation times it falls as fast as the decay allows, over the last four it has grown."""
+    """Over the last two relaxation times it falls as fast as the decay allows, over the last four
+    it has grown."""
     relaxation = 50.0
     norm = lambda i: (1.0 if i < 330 else 4.0) * exp(-max(i - 330, 0) / relaxation / 4)  # noqa: E731
     history = curves(norm, lambda i: 0.002, lambda i: 0.01, rows=480)
-    assert judge(history, "w", course(Prediction(0.01, relaxation, 4, 1e-4), 480)).startswith("approaching, about ")
+    assert judge(history, "w", course(Prediction(0.01, relaxation, 4, 1e-4), 480)).startswith(
+        "approaching, about "
+    )
 
 
 def test_what_was_before_a_drop_of_the_rate_does_not_count() -> None:
-    """A norm that fell until the drop and is still from there on: settled soon after, although four relaxation times look back further."""
+    """A norm that fell until the drop and is still from there on: settled soon after, although four
+    relaxation times look back further."""
     seen, history = Course(), History()
     for i in range(100):
         prediction = Prediction(0.01, 10.0, 4, 1e-3 if i < 87 else 1e-4)
         seen.add(i + 1, prediction)
         norm = 0.97 ** min(i, 87)
-        history.append(i, {"weight_norm/w": norm, "angular_update/w": 0.01, "equilibrium_angular_update/w": 0.01}, optimizer_step=i + 1)
+        history.append(
+            i,
+            {"weight_norm/w": norm, "angular_update/w": 0.01, "equilibrium_angular_update/w": 0.01},
+            optimizer_step=i + 1,
+        )
     assert seen.steady_since() == 88
     assert judge(history, "w", seen) == "settled"
 
 
 def test_too_few_rows() -> None:
     assert judge(History(), "w", Course()) == "too few rows"
-    assert judge(curves(lambda i: 1.0, lambda i: 0.01, lambda i: 0.01, rows=2), "w", course(FAST, 2)) == "too few rows"
+    assert (
+        judge(curves(lambda i: 1.0, lambda i: 0.01, lambda i: 0.01, rows=2), "w", course(FAST, 2))
+        == "too few rows"
+    )
 
 
 def test_the_steps_left_are_those_of_the_closed_form() -> None:
@@ -335,7 +425,11 @@ def test_the_steps_left_are_those_of_the_closed_form() -> None:
     norm = lambda i: (1 + 15 * 2.718281828 ** (-i / relaxation)) ** 0.25  # noqa: E731
     history = curves(norm, lambda i: 0.01 / norm(i) ** 2, lambda i: 0.01)
     said = judge(history, "w", course(Prediction(0.01, relaxation, 4, 1e-4)))
-    left = next(steps for steps in range(2000) if abs(2 * log(norm(100 + steps + 1) / norm(100 + steps))) * relaxation < 0.1)
+    left = next(
+        steps
+        for steps in range(2000)
+        if abs(2 * log(norm(100 + steps + 1) / norm(100 + steps))) * relaxation < 0.1
+    )
     assert said.startswith("approaching, about ")
     assert int(said.split()[2]) == pytest.approx(left, rel=0.15)
 
@@ -356,7 +450,14 @@ def test_e_foldings_add_up_over_a_schedule() -> None:
 LR, DECAY = 0.1, 0.05  # relaxation: 50 steps
 
 
-def verdict_of(noises: Any, *, norm: float = 1.0, make_optimizer: Any = None, scheduler: Any = None, holds: bool = False) -> dict[str, Any]:
+def verdict_of(
+    noises: Any,
+    *,
+    norm: float = 1.0,
+    make_optimizer: Any = None,
+    scheduler: Any = None,
+    holds: bool = False,
+) -> dict[str, Any]:
     """What the end table says of a walk of 1 x its equilibrium norm, times ``norm``."""
     shape = (24, 32)
     settled_norm = (LR * (shape[1] - 1) / (2 * DECAY)) ** 0.25
@@ -394,10 +495,15 @@ def test_a_run_at_its_equilibrium() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "expected"), [(1.5, r"settled, 0\.4\dx the prediction \(below\)"), (0.7, r"settled, 2x the prediction \(above\)")]
+    ("norm", "expected"),
+    [
+        (1.5, r"settled, 0\.4\dx the prediction \(below\)"),
+        (0.7, r"settled, 2x the prediction \(above\)"),
+    ],
 )
 def test_runs_that_settle_elsewhere(norm: float, expected: str) -> None:
-    """A settled norm implies the predicted angle, whatever the noise, wherever gradients are at right angles to the weight and nobody else
+    """A settled norm implies the predicted angle, whatever the noise, wherever gradients are at
+    right angles to the weight and nobody else
     interferes. So it takes somebody who does."""
     said = verdict_of(white(330), norm=norm, holds=True)["verdict"]
     assert re.fullmatch(expected, said), said
@@ -417,7 +523,9 @@ def test_a_run_on_its_way() -> None:
 
 
 def test_a_run_under_a_cosine() -> None:
-    layer = verdict_of(white(200), scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200))
+    layer = verdict_of(
+        white(200), scheduler=lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 200)
+    )
     assert layer["verdict"] == "schedule faster than relaxation"
 
 
@@ -470,7 +578,8 @@ class Standardized(nn.Module):
 
 
 class Dying(Net):
-    """A weight-standardized network with dead filters: BatchNorm's bias of -30 in front of a ReLU. Ends at the first loss of NaN."""
+    """A weight-standardized network with dead filters: BatchNorm's bias of -30 in front of a ReLU.
+    Ends at the first loss of NaN."""
 
     def __init__(self, make_optimizer: Any, dead: Sequence[int] = (1,)) -> None:
         super().__init__(make_optimizer, dtype=torch.float32)
@@ -504,12 +613,22 @@ def foretold(text: str) -> float:
     return float(text.split(" steps")[0].split()[-1])
 
 
-def train_until_nan(make_optimizer: Any, monkeypatch: pytest.MonkeyPatch, steps: int, every: int, **arguments: Any) -> Dying:
-    """Exactly one warning before the NaN, right about the number of steps left, and one when it is there."""
+def train_until_nan(
+    make_optimizer: Any, monkeypatch: pytest.MonkeyPatch, steps: int, every: int, **arguments: Any
+) -> Dying:
+    """Exactly one warning before the NaN, right about the number of steps left, and one when it is
+    there."""
     module, notes = make(Dying, make_optimizer=make_optimizer, **arguments), Notes(monkeypatch)
     monitor = NormDynamicsMonitor(every, tables=False)
     data = loader(8, torch.float32)
-    fit(module, [notes, monitor], data, max_epochs=steps, max_steps=steps, check_val_every_n_epoch=None)
+    fit(
+        module,
+        [notes, monitor],
+        data,
+        max_epochs=steps,
+        max_steps=steps,
+        check_val_every_n_epoch=None,
+    )
     assert module.died_at is not None
     (said_at, text), (diverged_at, diverged) = notes.texts
     assert "not finite at step" in diverged
@@ -522,24 +641,33 @@ def train_until_nan(make_optimizer: Any, monkeypatch: pytest.MonkeyPatch, steps:
 
 
 def in_groups(make_optimizer: Any) -> Any:
-    """Decay for the standardized weights alone, so that the bias that keeps the filter dead stays where it is."""
+    """Decay for the standardized weights alone, so that the bias that keeps the filter dead stays
+    where it is."""
 
     def make_it(parameters: Any) -> Any:
         weights, others = [], []
         for p in parameters:
             (weights if p.ndim == 4 else others).append(p)
-        return make_optimizer([{"params": weights}, {"params": others, "weight_decay": 0.0, "lr": 1e-4}])
+        return make_optimizer(
+            [{"params": weights}, {"params": others, "weight_decay": 0.0, "lr": 1e-4}]
+        )
 
     return make_it
 
 
 def test_a_dead_filter_is_reported_before_the_loss_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = train_until_nan(in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)), monkeypatch, 1500, 20)
+    module = train_until_nan(
+        in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)), monkeypatch, 1500, 20
+    )
     assert 800 < module.died_at < 1050
 
 
-def test_a_dead_filter_under_adam_is_foretold_although_it_falls_ever_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = train_until_nan(in_groups(lambda p: ADAM(p, lr=1e-2, weight_decay=1e-2)), monkeypatch, 1300, 20)
+def test_a_dead_filter_under_adam_is_foretold_although_it_falls_ever_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = train_until_nan(
+        in_groups(lambda p: ADAM(p, lr=1e-2, weight_decay=1e-2)), monkeypatch, 1300, 20
+    )
     assert 800 < module.died_at < 1100
 
 
@@ -554,12 +682,16 @@ def test_a_dead_filter_under_adam_is_foretold_although_it_falls_ever_faster(monk
         (lambda p: SGD(p, lr=0.5, weight_decay=5e-2), 4000, (1, 2)),
     ],
 )
-def test_dead_filters_in_the_papers_failures(make_optimizer: Any, steps: int, dead: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_filters_in_the_papers_failures(
+    make_optimizer: Any, steps: int, dead: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     train_until_nan(in_groups(make_optimizer), monkeypatch, steps, 50, dead=dead)
 
 
 def test_a_death_beyond_the_end_of_the_run_is_not_reported(said: list[str]) -> None:
-    module = make(Dying, make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)))
+    module = make(
+        Dying, make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2))
+    )
     fit(module, [NormDynamicsMonitor(10, tables=False)], loader(8, torch.float32), max_epochs=300)
     assert module.died_at is None
     assert said == []
@@ -567,8 +699,17 @@ def test_a_death_beyond_the_end_of_the_run_is_not_reported(said: list[str]) -> N
 
 def test_aws_and_a_rescale_save_dead_filters(said: list[str]) -> None:
     for callback in (AdaptiveWeightShrink(0.5), WeightRescaling(50)):
-        module = make(Dying, make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)))
-        fit(module, [NormDynamicsMonitor(10, tables=False), callback], loader(8, torch.float32), max_epochs=200, max_steps=-1)
+        module = make(
+            Dying,
+            make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)),
+        )
+        fit(
+            module,
+            [NormDynamicsMonitor(10, tables=False), callback],
+            loader(8, torch.float32),
+            max_epochs=200,
+            max_steps=-1,
+        )
         assert module.died_at is None
     assert said == []
 
@@ -576,9 +717,15 @@ def test_aws_and_a_rescale_save_dead_filters(said: list[str]) -> None:
 def test_the_smallest_of_several_comes_from_a_sum() -> None:
     left = torch.tensor([31.0, 49.0, 40.0, 33.0], dtype=torch.float64)
     assert least_of(urgency(left).sum().item()) == pytest.approx(31, rel=0.01)
-    assert least_of(urgency(left.float()).sum().item(), torch.float32) == pytest.approx(31, rel=0.05)
-    assert least_of(urgency(torch.full((10,), 52.0, dtype=torch.float64)).sum().item()) == pytest.approx(52, rel=0.05)
-    assert least_of(urgency(torch.tensor([-float("inf"), 3.0], dtype=torch.float64)).sum().item()) == pytest.approx(1)
+    assert least_of(urgency(left.float()).sum().item(), torch.float32) == pytest.approx(
+        31, rel=0.05
+    )
+    assert least_of(
+        urgency(torch.full((10,), 52.0, dtype=torch.float64)).sum().item()
+    ) == pytest.approx(52, rel=0.05)
+    assert least_of(
+        urgency(torch.tensor([-float("inf"), 3.0], dtype=torch.float64)).sum().item()
+    ) == pytest.approx(1)
 
 
 def test_steps_to_collapse() -> None:
@@ -586,7 +733,9 @@ def test_steps_to_collapse() -> None:
     group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
     # Measured: the first look at a variance of 0, every 10 steps.
     assert steps_to_collapse(SGD, group, NOTHING, left, 1.0) == pytest.approx(4490, abs=10)
-    assert steps_to_collapse(SGD, {**group, "weight_decay": 1e-3}, NOTHING, left, 1.0) == pytest.approx(49650, rel=0.003)
+    assert steps_to_collapse(
+        SGD, {**group, "weight_decay": 1e-3}, NOTHING, left, 1.0
+    ) == pytest.approx(49650, rel=0.003)
     adam = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-2}
     assert steps_to_collapse(ADAM, adam, NOTHING, 48.0, 0.016) == pytest.approx(3000)
     # Known of two vectors: the first one to vanish counts.
@@ -594,26 +743,37 @@ def test_steps_to_collapse() -> None:
     group_of_adam = {**adam, "eps": 1e-8}
     first = steps_to_collapse(ADAM, group_of_adam, NOTHING, 48.0, 0.016, dying)
     assert first == dying[1].steps_left(group_of_adam) < dying[0].steps_left(group_of_adam)
-    assert steps_to_collapse(SGD, group, Effects(shrink=Shrink(0.1, "norm", True)), left, 0.01) == float("inf")
+    assert steps_to_collapse(
+        SGD, group, Effects(shrink=Shrink(0.1, "norm", True)), left, 0.01
+    ) == float("inf")
     # AWS fades with the length, a decay that is kept beside it does not.
     kept = Effects(shrink=Shrink(0.1, "norm", False))
-    assert steps_to_collapse(SGD, group, kept, left, 1.0) == steps_to_collapse(SGD, group, NOTHING, left, 1.0)
+    assert steps_to_collapse(SGD, group, kept, left, 1.0) == steps_to_collapse(
+        SGD, group, NOTHING, left, 1.0
+    )
     assert steps_to_collapse(SGD, {**group, "weight_decay": 0}, kept, left, 1.0) == float("inf")
-    later, over = (Effects(rescaling=Rescaling(2, 1.0, True, window)) for window in ("later", "over"))
+    later, over = (
+        Effects(rescaling=Rescaling(2, 1.0, True, window)) for window in ("later", "over")
+    )
     assert steps_to_collapse(SGD, group, later, left, 0.01) == float("inf")
     assert steps_to_collapse(SGD, group, Effects(underived=("MyRule",)), left, 0.01) == float("inf")
-    assert steps_to_collapse(SGD, group, over, left, 1.0) == steps_to_collapse(SGD, group, NOTHING, left, 1.0)
+    assert steps_to_collapse(SGD, group, over, left, 1.0) == steps_to_collapse(
+        SGD, group, NOTHING, left, 1.0
+    )
     assert log_smallest(torch.bfloat16) == log_smallest(torch.float32) > log_smallest(torch.float64)
 
 
 def dying(weight: nn.Parameter, gradients: Sequence[Tensor]) -> Tensor:
-    """What is known of the vectors of ``weight`` after a few steps of Adam, beside another weight: ``(4, vectors)``."""
+    """What is known of the vectors of ``weight`` after a few steps of Adam, beside another weight:
+    ``(4, vectors)``."""
     other = nn.Parameter(torch.ones(2, 3))
     optimizer = ADAM([other, weight], lr=0.01, weight_decay=0.1)
     for gradient in gradients:
         other.grad, weight.grad = torch.ones(2, 3), gradient
         optimizer.step()
-    vectors = WeightVectors([other, weight], [Partition.filters((2, 3)), Partition.filters(tuple(weight.shape))])
+    vectors = WeightVectors(
+        [other, weight], [Partition.filters((2, 3)), Partition.filters(tuple(weight.shape))]
+    )
     found = predictions.entries_of_dying(vectors, optimizer.state, 1, optimizer.param_groups[0])
     return vectors.gather(found)[1]
 
@@ -630,7 +790,9 @@ def test_the_last_and_the_first_entry_to_go() -> None:
     seconds = optimizer.state[reference]["exp_avg_sq"]
     assert (largest / seconds.amax(1)).tolist() == pytest.approx([0.95] * 4, abs=0.1)
     assert (smallest / seconds.amin(1)).tolist() == pytest.approx([1.1] * 4, abs=0.2)
-    assert size.tolist() == pytest.approx(reference.abs()[torch.arange(4), seconds.argmax(1)].tolist(), rel=0.5)
+    assert size.tolist() == pytest.approx(
+        reference.abs()[torch.arange(4), seconds.argmax(1)].tolist(), rel=0.5
+    )
     assert step.tolist() == pytest.approx([3.0] * 4)
 
 
@@ -645,12 +807,16 @@ def test_dying_vectors_in_pieces_are_those_of_the_whole() -> None:
         mesh, found = init_device_mesh("cpu", (2,)), []
         for shape, dim in (((4, 6), 0), ((4, 6), 1), ((1, 6), 0)):
             gradients = [distribute_tensor(g, mesh, [Shard(dim)]) for g in noise(3, shape)]
-            found.append(dying(nn.Parameter(distribute_tensor(start(shape), mesh, [Shard(dim)])), gradients))
+            found.append(
+                dying(nn.Parameter(distribute_tensor(start(shape), mesh, [Shard(dim)])), gradients)
+            )
         return found
 
     for values in run_ranks(main).values():
         for value, shape in zip(values, ((4, 6), (4, 6), (1, 6)), strict=True):
-            assert torch.allclose(value, dying(nn.Parameter(start(shape)), noise(3, shape)), rtol=1e-9)
+            assert torch.allclose(
+                value, dying(nn.Parameter(start(shape)), noise(3, shape)), rtol=1e-9
+            )
 
 
 # ---- Warnings: overflow ----
@@ -665,7 +831,9 @@ def test_a_norm_on_its_way_to_overflow_is_reported_once(monkeypatch: pytest.Monk
                 self.overflown, trainer.should_stop = trainer.global_step, True
 
     notes, norms = Notes(monkeypatch), Norms()
-    module = Walk(start(dtype=torch.float32), lambda p: SGD(p, lr=0.5, weight_decay=4.6))  # w -> -1.3 w
+    module = Walk(
+        start(dtype=torch.float32), lambda p: SGD(p, lr=0.5, weight_decay=4.6)
+    )  # w -> -1.3 w
     callbacks = [notes, norms, NormDynamicsMonitor(3, tables=False)]
     fit(module, callbacks, batches(noise(400, SHAPE, dtype=torch.float32)), max_epochs=1)
     assert norms.overflown is not None
@@ -684,10 +852,12 @@ def test_a_walk_without_decay_does_not_run_away(norm: float, said: list[str]) ->
 
 def test_what_counts_as_running_away() -> None:
     steps = [0, 50, 60, 70, 80]
-    assert steps_until_overflow(steps, [1.0, *(1e5 * 2.0 ** (i / 10) for i in (0, 10, 20, 30))]) == pytest.approx(
-        10 * (log(1.84e19) - log(8e5)) / log(2), rel=0.01
-    )
-    assert steps_until_overflow(steps, [1.0, 1e5, 2e5, 2.2e5, 2.21e5]) == float("inf")  # slowing down
+    assert steps_until_overflow(
+        steps, [1.0, *(1e5 * 2.0 ** (i / 10) for i in (0, 10, 20, 30))]
+    ) == pytest.approx(10 * (log(1.84e19) - log(8e5)) / log(2), rel=0.01)
+    assert steps_until_overflow(steps, [1.0, 1e5, 2e5, 2.2e5, 2.21e5]) == float(
+        "inf"
+    )  # slowing down
     assert steps_until_overflow(steps, [1.0, 1e5, 1e5, 1e5, 1e5]) == float("inf")
     assert steps_until_overflow(steps[:3], [1.0, 1e5, 2e5]) == float("inf")
     assert steps_until_overflow(steps, [1.0, 1e5, 2e5, 4e5, float("inf")]) == float("inf")
@@ -707,7 +877,9 @@ def test_what_counts_as_running_away() -> None:
     ],
 )
 @pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
-def test_healthy_networks_raise_no_alarm(make_optimizer: Any, scale: float, said: list[str]) -> None:
+def test_healthy_networks_raise_no_alarm(
+    make_optimizer: Any, scale: float, said: list[str]
+) -> None:
     module = make(net=convnet(), make_optimizer=make_optimizer, dtype=torch.float32)
     with torch.no_grad():
         for i in (0, 3):
@@ -719,7 +891,8 @@ def test_healthy_networks_raise_no_alarm(make_optimizer: Any, scale: float, said
 
 
 class Rows(Walk):
-    """An embedding in front of a LayerNorm: rows that are never used get no gradient, and no decay either without one of their own."""
+    """An embedding in front of a LayerNorm: rows that are never used get no gradient, and no decay
+    either without one of their own."""
 
     def __init__(self) -> None:
         super().__init__(start((6, 5)), lambda p: SGD(p, lr=0.1, weight_decay=0.01))
@@ -747,7 +920,12 @@ def test_collapsed_vectors_are_counted() -> None:
     weight[2] *= 1e-5
     weight[4] = 0.0
     monitor = NormDynamicsMonitor(1, tables=False)
-    fit(GuardedWalk(weight, lambda p: SGD(p, lr=1e-12)), [monitor], batches(noise(2, (6, 5))), max_epochs=1)
+    fit(
+        GuardedWalk(weight, lambda p: SGD(p, lr=1e-12)),
+        [monitor],
+        batches(noise(2, (6, 5))),
+        max_epochs=1,
+    )
     assert monitor.history[0]["normdyn/collapsed_vectors"] == 2
 
 
@@ -755,8 +933,15 @@ def test_an_infinite_vector_does_not_make_the_others_look_collapsed() -> None:
     weight = start((6, 5))
     weight[4] = 1e308
     monitor = NormDynamicsMonitor(1, tables=False)
-    with pytest.warns(NormDynWarning, match="`weight` are not finite at step 0"):  # its square overflows
-        fit(Walk(weight, lambda p: SGD(p, lr=1e-12)), [monitor], batches(noise(2, (6, 5))), max_epochs=1)
+    with pytest.warns(
+        NormDynWarning, match="`weight` are not finite at step 0"
+    ):  # its square overflows
+        fit(
+            Walk(weight, lambda p: SGD(p, lr=1e-12)),
+            [monitor],
+            batches(noise(2, (6, 5))),
+            max_epochs=1,
+        )
     assert monitor.history[0]["normdyn/collapsed_vectors"] == 0
 
 
@@ -770,7 +955,10 @@ def test_an_idle_decay_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     fit(make(make_optimizer=optimizer), [NormDynamicsMonitor(1)], max_epochs=5)
     out = capsys.readouterr().out
     assert out.count("does next to nothing") == 1
-    assert "weight decay 0.01 at lr 0.001 shrinks a weight by 0.02 % over the 20 steps of this run" in out
+    assert (
+        "weight decay 0.01 at lr 0.001 shrinks a weight by 0.02 % over the 20 steps of this run"
+        in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -781,8 +969,16 @@ def test_an_idle_decay_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
         (lambda p: torch.optim.RMSprop(p, lr=1e-3, weight_decay=0.01), None, []),
         (lambda p: SGD(p, lr=1e-3, weight_decay=0.01), None, [lambda: AdaptiveWeightShrink(0.5)]),
         # The first rate of a warm-up is not the rate of the run.
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.5), lambda o: torch.optim.lr_scheduler.LinearLR(o, 1e-4, total_iters=5), []),
-        (lambda p: SGD(p, lr=0.1, weight_decay=0.5), lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=21), []),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.5),
+            lambda o: torch.optim.lr_scheduler.LinearLR(o, 1e-4, total_iters=5),
+            [],
+        ),
+        (
+            lambda p: SGD(p, lr=0.1, weight_decay=0.5),
+            lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=21),
+            [],
+        ),
     ],
 )
 def test_nothing_is_said_of_a_decay_that_acts(
@@ -799,15 +995,27 @@ def test_a_run_of_unknown_length() -> None:
             return iter(noise(5, SHAPE))
 
     monitor = NormDynamicsMonitor(1)
-    fit(Walk(start(), lambda p: ADAMW(p, weight_decay=1e-4)), [monitor], DataLoader(Stream(), batch_size=None), max_epochs=1)
+    fit(
+        Walk(start(), lambda p: ADAMW(p, weight_decay=1e-4)),
+        [monitor],
+        DataLoader(Stream(), batch_size=None),
+        max_epochs=1,
+    )
     assert len(monitor.history) == 5
     assert idle_decay(ADAMW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-3}, -1) is None
-    assert idle_decay(ADAMW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-3}, float("inf")) is None
+    assert (
+        idle_decay(ADAMW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-3}, float("inf"))
+        is None
+    )
 
 
 def test_weight_standardization_of_this_package_is_safe_and_counted() -> None:
     """A guarded standardization gives no NaN; its dead filter is counted as collapsed."""
-    module = make(net=convnet(), make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)), dtype=torch.float32)
+    module = make(
+        net=convnet(),
+        make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)),
+        dtype=torch.float32,
+    )
     weight_standardization(module.net[3])
     with torch.no_grad():
         module.net[4].bias[1] = -30.0

@@ -18,7 +18,13 @@ import pytest
 import torch
 import wandb
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
 from models import ManualNet, Net, SavesAt, fit, loader, make
 from ranks import run_ranks
 
@@ -40,12 +46,19 @@ MEASURED = (
     "gradient_cosine",
     "radial_update",
 )
-PICTURES = ("effective_lr", "angular_update", "weight_norm", "heat_map_effective_lr", "heat_map_equilibrium_ratio")
+PICTURES = (
+    "effective_lr",
+    "angular_update",
+    "weight_norm",
+    "heat_map_effective_lr",
+    "heat_map_equilibrium_ratio",
+)
 
 
 @pytest.fixture(autouse=True)
 def _no_run_left(monkeypatch):
-    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it would report its use to its makers.
+    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
+    # would report its use to its makers.
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     yield
@@ -54,7 +67,9 @@ def _no_run_left(monkeypatch):
 
 def wandb_logger(folder: Path, **arguments: Any) -> WandbLogger:
     settings = wandb.Settings(x_disable_stats=True, console="off", silent=True)
-    return WandbLogger(project="tests", offline=True, save_dir=str(folder), settings=settings, **arguments)
+    return WandbLogger(
+        project="tests", offline=True, save_dir=str(folder), settings=settings, **arguments
+    )
 
 
 class WandbRun:
@@ -63,17 +78,23 @@ class WandbRun:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
-        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
         records = [json.loads(line) for line in output.splitlines()]
         self.kinds = [record["type"] for record in records]
-        self.history = [record["history"]["item"] for record in records if record["type"] == "history"]
+        self.history = [
+            record["history"]["item"] for record in records if record["type"] == "history"
+        ]
         self.alerts = [record["alert"] for record in records if record["type"] == "alert"]
         self.id = next(record["run"]["run_id"] for record in records if record["type"] == "run")
         self.config: dict[str, Any] = {}
         self.summary: dict[str, Any] = {}
         for record in records:
             if record["type"] in ("run", "config"):
-                changes = record["run"].get("config", {}) if record["type"] == "run" else record["config"]
+                changes = (
+                    record["run"].get("config", {}) if record["type"] == "run" else record["config"]
+                )
                 self.config.update(changes.get("update", {}))
             elif record["type"] == "summary":
                 self.summary.update(record["summary"].get("update", {}))
@@ -95,7 +116,12 @@ class WandbRun:
 
 def wandb_runs(folder: Path) -> list[WandbRun]:
     wandb.teardown()  # its service may still be writing when finish() returns
-    return [WandbRun(each) for each in sorted((folder / "wandb").glob("offline-run-*"), key=lambda each: each.stat().st_ctime_ns)]
+    return [
+        WandbRun(each)
+        for each in sorted(
+            (folder / "wandb").glob("offline-run-*"), key=lambda each: each.stat().st_ctime_ns
+        )
+    ]
 
 
 def same_rows(run: WandbRun, history: History) -> None:
@@ -151,14 +177,25 @@ def full(tmp_path_factory):
         module = make()
         fit(module, [AdaptiveWeightShrink(0.1), monitor], logger=logger, max_epochs=3)
         wandb.finish()
-    norms = {name: float(weight.flatten(1).norm(dim=1).mean()) for name, weight in module.named_parameters() if weight.ndim > 1}
+    norms = {
+        name: float(weight.flatten(1).norm(dim=1).mean())
+        for name, weight in module.named_parameters()
+        if weight.ndim > 1
+    }
     return SimpleNamespace(run=wandb_runs(folder)[0], history=monitor.history, norms=norms)
 
 
 def test_wandb_has_every_series_of_every_weight_at_its_step(full):
     keys = {f"{quantity}/{name}" for quantity in MEASURED for name in NAMES}
-    keys |= {f"equilibrium_{suffix}/{name}" for suffix in ("angular_update", "ratio") for name in INVARIANT}
-    keys |= {f"normdyn/{quantity}" for quantity in (*MEASURED, "equilibrium_ratio", "skipped_steps", "clamped_vectors")}
+    keys |= {
+        f"equilibrium_{suffix}/{name}"
+        for suffix in ("angular_update", "ratio")
+        for name in INVARIANT
+    }
+    keys |= {
+        f"normdyn/{quantity}"
+        for quantity in (*MEASURED, "equilibrium_ratio", "skipped_steps", "clamped_vectors")
+    }
     for row in full.run.rows():
         assert keys <= row.keys()
     assert list(full.run.curve("effective_lr/net.0.weight")) == list(range(12))
@@ -166,7 +203,11 @@ def test_wandb_has_every_series_of_every_weight_at_its_step(full):
 
 
 def test_wandb_gets_one_row_per_logging_step_and_one_for_the_end(full):
-    ours = [item for item in full.run.history if any(key.split("/")[0].startswith(("normdyn", "weight_norm")) for key in item)]
+    ours = [
+        item
+        for item in full.run.history
+        if any(key.split("/")[0].startswith(("normdyn", "weight_norm")) for key in item)
+    ]
     assert len(ours) == len(full.history) + 1
     assert ours[-1]["trainer/global_step"] == 11
 
@@ -177,7 +218,10 @@ def test_wandb_histograms_hold_every_vector_where_it_lies(full):
         rows = full.run.rows(f"weight_norm_histogram/{name}._type")
         assert [row["trainer/global_step"] for row in rows] == steps.tolist()
         for row, values in zip(rows, norms, strict=True):
-            edges, counts = row[f"weight_norm_histogram/{name}.bins"], row[f"weight_norm_histogram/{name}.values"]
+            edges, counts = (
+                row[f"weight_norm_histogram/{name}.bins"],
+                row[f"weight_norm_histogram/{name}.values"],
+            )
             assert len(edges) == len(counts) + 1
             assert sum(counts) == count
             assert edges[0] < values.min() <= values.max() < edges[-1]
@@ -197,12 +241,16 @@ def test_wandb_table_has_a_row_per_layer(full):
         norms = full.history.column(f"weight_norm/{row['weight']}")[1]
         last = full.norms[row["weight"]]  # taken anew after the last step
         assert (row["norm first"], row["norm last"]) == pytest.approx((norms[0], last))
-        assert row["angular update"] == pytest.approx(full.history.column(f"angular_update/{row['weight']}")[1][-1])
+        assert row["angular update"] == pytest.approx(
+            full.history.column(f"angular_update/{row['weight']}")[1][-1]
+        )
     assert rows[0]["prediction"] > 0
     assert rows[2]["prediction"] is None
 
 
-@pytest.mark.parametrize("quantity", ["effective_lr", "angular_update", "weight_norm", "equilibrium_ratio"])
+@pytest.mark.parametrize(
+    "quantity", ["effective_lr", "angular_update", "weight_norm", "equilibrium_ratio"]
+)
 def test_wandb_chart_has_a_line_per_layer(full, quantity):
     key = f"normdyn_charts/{quantity}"
     panel = full.run.config[f"_wandb.visualize.{key}"]["panel_config"]
@@ -267,7 +315,9 @@ def test_what_the_last_logging_step_missed_is_in_the_summary(tmp_path):
     [run] = wandb_runs(tmp_path)
     assert list(run.curve("normdyn/weight_norm")) == [2, 5]
     assert [row["step"] for row in monitor.history] == [0, 2, 5, 7]
-    assert run.summary["normdyn/weight_norm"] == pytest.approx(monitor.history[-1]["normdyn/weight_norm"])
+    assert run.summary["normdyn/weight_norm"] == pytest.approx(
+        monitor.history[-1]["normdyn/weight_norm"]
+    )
 
 
 class Crash(Callback):
@@ -287,7 +337,13 @@ def test_resume_after_a_crash_continues_the_curves(tmp_path):
         )
     wandb.finish()
     monitor = NormDynamicsMonitor(1, tables=False)
-    fit(make(), [monitor], logger=wandb_logger(tmp_path, id="same", resume="allow"), ckpt_path="at4.ckpt", max_epochs=3)
+    fit(
+        make(),
+        [monitor],
+        logger=wandb_logger(tmp_path, id="same", resume="allow"),
+        ckpt_path="at4.ckpt",
+        max_epochs=3,
+    )
     wandb.finish()
     first, second = wandb_runs(tmp_path)
     assert first.id == second.id == "same"
@@ -298,12 +354,16 @@ def test_resume_after_a_crash_continues_the_curves(tmp_path):
     assert [row["optimizer_step"] for row in monitor.history] == list(range(1, 13))
     for key in ("weight_norm/net.0.weight", "angular_update/net.3.weight"):
         curve = {**first.curve(key), **second.curve(key)}
-        assert [curve[step] for step in range(12)] == pytest.approx(monitor.history.column(key)[1].tolist(), rel=1e-6)
+        assert [curve[step] for step in range(12)] == pytest.approx(
+            monitor.history.column(key)[1].tolist(), rel=1e-6
+        )
         assert first.curve(key)[4] == pytest.approx(second.curve(key)[4], rel=1e-6)
     reference = NormDynamicsMonitor(1, tables=False)
     fit(make(), [reference], max_epochs=3)
     key = "angular_update/net.0.weight"
-    assert monitor.history.column(key)[1].tolist() == pytest.approx(reference.history.column(key)[1].tolist(), rel=1e-6)
+    assert monitor.history.column(key)[1].tolist() == pytest.approx(
+        reference.history.column(key)[1].tolist(), rel=1e-6
+    )
 
 
 @pytest.mark.slow
@@ -324,8 +384,20 @@ def test_wandb_rows_under(kind, tmp_path):
 def fit_on_two_ranks(folder: Path) -> tuple[int, int]:
     monitor = NormDynamicsMonitor(1, histograms=True, tables=False, alert=True)
     mlflow = MLFlowLogger(save_dir=str(folder / "mlruns"))
-    loggers = [wandb_logger(folder), TensorBoardLogger(folder / "tb"), CSVLogger(folder / "csv"), mlflow]
-    runner = fit(make(), [AdaptiveWeightShrink(0.1), monitor], logger=loggers, strategy="ddp", devices=2, max_epochs=2)
+    loggers = [
+        wandb_logger(folder),
+        TensorBoardLogger(folder / "tb"),
+        CSVLogger(folder / "csv"),
+        mlflow,
+    ]
+    runner = fit(
+        make(),
+        [AdaptiveWeightShrink(0.1), monitor],
+        logger=loggers,
+        strategy="ddp",
+        devices=2,
+        max_epochs=2,
+    )
     if runner.is_global_zero:
         monitor.history.save(folder / "expected.npz")
     wandb.finish()
@@ -366,14 +438,20 @@ class Dying(Net):
         self.net[1].weight.requires_grad_(False)
 
     def configure_optimizers(self):
-        groups = [{"params": self.net[0].parameters(), "weight_decay": 6.0}, {"params": self.net[2:].parameters()}]
+        groups = [
+            {"params": self.net[0].parameters(), "weight_decay": 6.0},
+            {"params": self.net[2:].parameters()},
+        ]
         return torch.optim.SGD(groups, lr=0.1)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_collapse_is_alerted_if_asked_for(wanted, monkeypatch):
     sent = []
-    monkeypatch.setattr("lightning_normdyn.callbacks.norm_dynamics_monitor.publish_alert", lambda *arguments: sent.append(arguments[1:]))
+    monkeypatch.setattr(
+        "lightning_normdyn.callbacks.norm_dynamics_monitor.publish_alert",
+        lambda *arguments: sent.append(arguments[1:]),
+    )
     with pytest.warns(NormDynWarning, match="only shrink"):
         fit(make(Dying), [NormDynamicsMonitor(1, tables=False, alert=wanted)], max_epochs=30)
     assert [title for title, _ in sent] == (["Weights collapse"] if wanted else [])
@@ -383,7 +461,9 @@ def test_a_collapse_is_alerted_if_asked_for(wanted, monkeypatch):
 def test_a_disabled_wandb_run_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     logger = WandbLogger(save_dir=str(tmp_path), settings=wandb.Settings(mode="disabled"))
-    fit(make(), [NormDynamicsMonitor(1, histograms=True, tables=False)], logger=logger, max_epochs=1)
+    fit(
+        make(), [NormDynamicsMonitor(1, histograms=True, tables=False)], logger=logger, max_epochs=1
+    )
     assert not list(tmp_path.rglob("history*"))
 
 
@@ -393,7 +473,9 @@ def test_a_disabled_wandb_run_is_left_alone(tmp_path, monkeypatch):
 def tensorboard(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    reader = EventAccumulator(str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0})
+    reader = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
+    )
     reader.Reload()
     return reader
 
@@ -405,7 +487,12 @@ def several(tmp_path_factory):
     loggers = [TensorBoardLogger(folder, name="tb"), CSVLogger(folder, name="csv"), Memory()]
     monitor = NormDynamicsMonitor(2, histograms=True, per_vector=True, tables=False)
     fit(make(), [AdaptiveWeightShrink(0.1), monitor], logger=loggers, max_epochs=2)
-    return SimpleNamespace(tb=Path(loggers[0].log_dir), csv=Path(loggers[1].log_dir), memory=loggers[2], history=monitor.history)
+    return SimpleNamespace(
+        tb=Path(loggers[0].log_dir),
+        csv=Path(loggers[1].log_dir),
+        memory=loggers[2],
+        history=monitor.history,
+    )
 
 
 def logged(history: History) -> list[dict[str, float]]:
@@ -414,7 +501,11 @@ def logged(history: History) -> list[dict[str, float]]:
 
 
 def test_an_unknown_logger_gets_scalars_in_one_call_per_logging_step(several):
-    assert [step for step, _ in several.memory.calls] == [row["step"] for row in logged(several.history)] == [1, 3, 5, 7]
+    assert (
+        [step for step, _ in several.memory.calls]
+        == [row["step"] for row in logged(several.history)]
+        == [1, 3, 5, 7]
+    )
     for (_, values), row in zip(several.memory.calls, logged(several.history), strict=True):
         assert values.keys() == ({key for key in row if "/" in key} | {"normdyn/optimizer_step"})
 
@@ -431,7 +522,9 @@ def test_tensorboard_has_scalars(several):
 
 def test_tensorboard_has_histograms(several):
     reader = tensorboard(several.tb)
-    assert set(reader.Tags()["histograms"]) == {f"{q}_histogram/{n}" for q in ("weight_norm", "angular_update") for n in NAMES}
+    assert set(reader.Tags()["histograms"]) == {
+        f"{q}_histogram/{n}" for q in ("weight_norm", "angular_update") for n in NAMES
+    }
     steps, norms = several.history.vectors("weight_norm/net.3.weight")
     for event in reader.Histograms("weight_norm_histogram/net.3.weight"):
         values = norms[steps.tolist().index(event.step)]
@@ -483,18 +576,32 @@ def test_mlflow(tmp_path):
     client, run = first.experiment, first.run_id
     for key in ("effective_lr/net.0.weight", "normdyn/equilibrium_ratio"):
         found = [(metric.step, metric.value) for metric in client.get_metric_history(run, key)]
-        assert found == [(row["step"], pytest.approx(row[key], rel=1e-6)) for row in monitor.history]
+        assert found == [
+            (row["step"], pytest.approx(row[key], rel=1e-6)) for row in monitor.history
+        ]
     params = client.get_run(run).data.params
     assert params["normdyn/AdaptiveWeightShrink/alpha"] == "0.1"
     names = {Path(each.path).name for each in client.list_artifacts(run, "normdyn")}
-    assert names == {f"{name}.png" for name in PICTURES} | {"about.json", "layers.json", "history.npz"}
+    assert names == {f"{name}.png" for name in PICTURES} | {
+        "about.json",
+        "layers.json",
+        "history.npz",
+    }
     about = json.loads(Path(client.download_artifacts(run, "normdyn/about.json")).read_text())
     assert list(about["targets"]) == NAMES
-    assert list(load_history(client.download_artifacts(run, "normdyn/history.npz"))) == list(monitor.history)
+    assert list(load_history(client.download_artifacts(run, "normdyn/history.npz"))) == list(
+        monitor.history
+    )
 
-    # The same run again, with another alpha: a parameter of MLflow cannot change, and that is no reason to fail.
+    # The same run again, with another alpha: a parameter of MLflow cannot change, and that is no
+    # reason to fail.
     again = MLFlowLogger(save_dir=store, run_id=run)
-    fit(make(), [AdaptiveWeightShrink(0.2), NormDynamicsMonitor(1, tables=False)], logger=again, max_epochs=1)
+    fit(
+        make(),
+        [AdaptiveWeightShrink(0.2), NormDynamicsMonitor(1, tables=False)],
+        logger=again,
+        max_epochs=1,
+    )
     assert client.get_run(run).data.params == params
 
 
@@ -519,7 +626,10 @@ def test_only_what_was_asked_for_is_published(tmp_path):
     fit(make(), [monitor], logger=[memory, logger], max_epochs=1)
     quantities = {key.split("/")[0] for _, values in memory.calls for key in values} - {"normdyn"}
     assert quantities == {"effective_lr"}
-    assert {path.stem for path in Path(logger.log_dir).glob("*.png")} == {"effective_lr", "heat_map_effective_lr"}
+    assert {path.stem for path in Path(logger.log_dir).glob("*.png")} == {
+        "effective_lr",
+        "heat_map_effective_lr",
+    }
 
 
 def test_two_monitors_do_not_overwrite_each_other(tmp_path):
@@ -549,8 +659,12 @@ def test_a_picture_that_fails_does_not_end_the_fit(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("lightning_normdyn.callbacks.publishing._write_png", fail)
-    with pytest.warns(NormDynWarning, match=r"CSVLogger did not get pictures and tables \(OSError: disk full\)"):
-        runner = fit(make(), [NormDynamicsMonitor(1, tables=False)], logger=CSVLogger(tmp_path), max_epochs=1)
+    with pytest.warns(
+        NormDynWarning, match=r"CSVLogger did not get pictures and tables \(OSError: disk full\)"
+    ):
+        runner = fit(
+            make(), [NormDynamicsMonitor(1, tables=False)], logger=CSVLogger(tmp_path), max_epochs=1
+        )
     assert runner.state.finished
 
 
@@ -562,7 +676,11 @@ def test_an_empty_history_publishes_nothing(tmp_path):
 def test_charts_are_thinned_to_what_wandb_draws():
     history = History()
     for step in range(400):
-        history.append(step, {f"effective_lr/{i}.weight": 1.0 + step for i in range(160)}, optimizer_step=step + 1)
+        history.append(
+            step,
+            {f"effective_lr/{i}.weight": 1.0 + step for i in range(160)},
+            optimizer_step=step + 1,
+        )
     xs, ys, names = Outcome(history, [], ["effective_lr"]).chart("effective_lr")
     assert names == [f"{i}.weight" for i in range(160)]
     assert sum(map(len, xs)) <= 10_000
@@ -574,7 +692,9 @@ def test_charts_are_thinned_to_what_wandb_draws():
 
 def test_a_logger_prefix_is_kept_everywhere(tmp_path):
     logger = TensorBoardLogger(tmp_path, prefix="mine")
-    fit(make(), [NormDynamicsMonitor(1, histograms=True, tables=False)], logger=logger, max_epochs=1)
+    fit(
+        make(), [NormDynamicsMonitor(1, histograms=True, tables=False)], logger=logger, max_epochs=1
+    )
     tags = tensorboard(Path(logger.log_dir)).Tags()
     for kind in ("scalars", "histograms", "images", "tensors"):
         assert tags[kind]
@@ -582,7 +702,9 @@ def test_a_logger_prefix_is_kept_everywhere(tmp_path):
 
 
 def test_markdown_escapes_what_would_break_a_row():
-    assert markdown([{"weight": "a|b", "norm": 0.12345, "prediction": None, "shape": [3, 4]}]).splitlines() == [
+    assert markdown(
+        [{"weight": "a|b", "norm": 0.12345, "prediction": None, "shape": [3, 4]}]
+    ).splitlines() == [
         "| weight | norm | prediction | shape |",
         "| --- | --- | --- | --- |",
         r"| a\|b | 0.123 | – | 3, 4 |",
@@ -591,7 +713,8 @@ def test_markdown_escapes_what_would_break_a_row():
 
 
 def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
-    """However many weights, quantities, histograms and optimizers: counted on the tensors that leave as Python numbers."""
+    """However many weights, quantities, histograms and optimizers: counted on the tensors that
+    leave as Python numbers."""
     leaving: list[tuple[int, ...]] = []
     real = torch.Tensor.tolist
     monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
@@ -607,9 +730,19 @@ def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
             leaving.clear()
 
     counted: list[int] = []
-    monkeypatch.setattr("lightning_normdyn.callbacks.norm_dynamics_monitor.torch.Tensor.tolist", tolist)
-    fit(make(ManualNet), [AdaptiveWeightShrink(0.1), monitor], logger=Watch(), data=loader(32 * 8), max_epochs=1)
-    assert counted[20:] == [1] * len(counted[20:])  # the first steps also question what the graph claims
+    monkeypatch.setattr(
+        "lightning_normdyn.callbacks.norm_dynamics_monitor.torch.Tensor.tolist", tolist
+    )
+    fit(
+        make(ManualNet),
+        [AdaptiveWeightShrink(0.1), monitor],
+        logger=Watch(),
+        data=loader(32 * 8),
+        max_epochs=1,
+    )
+    assert counted[20:] == [1] * len(
+        counted[20:]
+    )  # the first steps also question what the graph claims
     assert len(counted) == 32
     assert os.environ["WANDB_MODE"] == "offline"
 
@@ -618,7 +751,8 @@ def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
 
 
 class LogsItsOwn(Net):
-    """A LightningModule whose own metrics have the names of our quantities, in every hook of a batch."""
+    """A LightningModule whose own metrics have the names of our quantities, in every hook of a
+    batch."""
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -656,10 +790,20 @@ def bar_of(rich: bool) -> Any:
 @pytest.mark.parametrize("rich", [False, True])
 def test_the_users_own_metrics_stay_theirs(rich, capsys):
     bar, watch = bar_of(rich), NormDynamicsMonitor(1, tables=False)
-    told = fit(make(LogsItsOwn), [watch, bar], enable_progress_bar=True, log_every_n_steps=1).callback_metrics
-    theirs = {"weight_norm": 7.0, "angular_update": 8.0, "turn_mrad": 9.0, "equilibrium_ratio": 10.0}
+    told = fit(
+        make(LogsItsOwn), [watch, bar], enable_progress_bar=True, log_every_n_steps=1
+    ).callback_metrics
+    theirs = {
+        "weight_norm": 7.0,
+        "angular_update": 8.0,
+        "turn_mrad": 9.0,
+        "equilibrium_ratio": 10.0,
+    }
     assert {key: float(told[key]) for key in theirs} == theirs
-    assert {key for key in told if key.startswith("normdyn/")} <= {"normdyn/angular_update", "normdyn/equilibrium_ratio"}
+    assert {key for key in told if key.startswith("normdyn/")} <= {
+        "normdyn/angular_update",
+        "normdyn/equilibrium_ratio",
+    }
     last = watch.history[-1]
     assert float(told["normdyn/angular_update"]) == pytest.approx(last["normdyn/angular_update"])
     assert (bar.seen["weight_norm"], bar.seen["turn_mrad"]) == (7.0, 9.0)
@@ -687,7 +831,9 @@ def test_early_stopping_and_checkpoints_read_our_metrics(key, tmp_path):
     stopping = EarlyStopping(key, patience=5, check_on_train_epoch_end=True)
     keeping = ModelCheckpoint(tmp_path, monitor=key, save_top_k=1)
     decays = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1))
-    fit(decays, [NormDynamicsMonitor(1, tables=False), stopping, keeping], enable_checkpointing=True)
+    fit(
+        decays, [NormDynamicsMonitor(1, tables=False), stopping, keeping], enable_checkpointing=True
+    )
     assert torch.isfinite(stopping.best_score)
     assert torch.isfinite(keeping.best_model_score)
 
@@ -730,7 +876,9 @@ class Ends(Callback):
     def __init__(self, how: BaseException) -> None:
         self.how = how
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step == 3:
             raise self.how
 
@@ -741,13 +889,21 @@ def sigterm() -> BaseException:
     return SIGTERMException()
 
 
-ENDS = {"error": lambda: RuntimeError("out of memory"), "ctrl-c": KeyboardInterrupt, "sigterm": sigterm, "exit": lambda: SystemExit(3)}
+ENDS = {
+    "error": lambda: RuntimeError("out of memory"),
+    "ctrl-c": KeyboardInterrupt,
+    "sigterm": sigterm,
+    "exit": lambda: SystemExit(3),
+}
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["monitor first", "monitor last"])
 @pytest.mark.parametrize("how", ENDS)
 def test_an_interrupted_fit_keeps_its_history(how, first, tmp_path):
-    watch, others = NormDynamicsMonitor(1, tables=False), [AdaptiveWeightShrink(0.5), Ends(ENDS[how]())]
+    watch, others = (
+        NormDynamicsMonitor(1, tables=False),
+        [AdaptiveWeightShrink(0.5), Ends(ENDS[how]())],
+    )
     logger = CSVLogger(tmp_path)
     with pytest.raises(BaseException):  # noqa: B017  # whatever Lightning makes of it
         fit(make(), [watch, *others] if first else [*others, watch], logger=logger)
@@ -774,8 +930,15 @@ def test_what_cannot_be_written_does_not_hide_what_interrupted_the_fit(tmp_path,
         raise OSError("disk full")
 
     monkeypatch.setattr(History, "save", fail)
-    with pytest.warns(NormDynWarning, match="disk full"), pytest.raises(RuntimeError, match="out of memory"):
-        fit(make(), [NormDynamicsMonitor(1, tables=False), Ends(ENDS["error"]())], logger=CSVLogger(tmp_path))
+    with (
+        pytest.warns(NormDynWarning, match="disk full"),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        fit(
+            make(),
+            [NormDynamicsMonitor(1, tables=False), Ends(ENDS["error"]())],
+            logger=CSVLogger(tmp_path),
+        )
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -795,7 +958,9 @@ def test_every_checkpoint_keeps_the_history_so_far(tmp_path):
 
 
 def histories_in(folder: Any) -> dict[str, list[dict[str, float]]]:
-    return {path.name: list(load_history(path)) for path in sorted(Path(folder).glob("history*.npz"))}
+    return {
+        path.name: list(load_history(path)) for path in sorted(Path(folder).glob("history*.npz"))
+    }
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -806,7 +971,10 @@ def test_one_run_fitted_twice_keeps_both_histories(kind, same_start, tmp_path):
     fit(module, [watch], logger=logger, max_epochs=1)
     first = list(watch.history)
     fit(make() if same_start else module, [watch], logger=logger)
-    assert histories_in(logger.log_dir) == {"history.npz": first, "history.fit2.npz": list(watch.history)}
+    assert histories_in(logger.log_dir) == {
+        "history.npz": first,
+        "history.fit2.npz": list(watch.history),
+    }
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -815,22 +983,38 @@ def test_a_resumed_fit_goes_on_in_its_own_file(again, tmp_path):
     def go(epochs: int, checkpoint: Any = None) -> list[dict[str, float]]:
         watch = NormDynamicsMonitor(1, tables=False)
         logger = TensorBoardLogger(tmp_path, name="", version="run")
-        fit(make(), [watch, SavesAt(3, tmp_path / "third.ckpt")], logger=logger, max_epochs=epochs, ckpt_path=checkpoint)
+        fit(
+            make(),
+            [watch, SavesAt(3, tmp_path / "third.ckpt")],
+            logger=logger,
+            max_epochs=epochs,
+            ckpt_path=checkpoint,
+        )
         return list(watch.history)
 
     before = go(1)
     if again:
         go(1)
     whole = go(2, tmp_path / "third.ckpt")
-    expected = {"history.npz": before, "history.fit2.npz": whole} if again else {"history.npz": whole}
+    expected = (
+        {"history.npz": before, "history.fit2.npz": whole} if again else {"history.npz": whole}
+    )
     assert histories_in(tmp_path / "run") == expected
     assert len(whole) == 8
 
 
 @pytest.mark.usefixtures("without_pictures")
 def test_mlflow_keeps_both_histories_of_a_run_that_is_fitted_twice(tmp_path):
-    logger, watch = MLFlowLogger("tests", tracking_uri=f"file:{tmp_path}"), NormDynamicsMonitor(1, tables=False)
+    logger, watch = (
+        MLFlowLogger("tests", tracking_uri=f"file:{tmp_path}"),
+        NormDynamicsMonitor(1, tables=False),
+    )
     for _ in range(2):
         fit(make(), [watch], logger=logger, max_epochs=1)
-    artifacts = {Path(each.path).name for each in logger.experiment.list_artifacts(logger.run_id, "normdyn")}
-    assert {name for name in artifacts if name.endswith(".npz")} == {"history.npz", "history.fit2.npz"}
+    artifacts = {
+        Path(each.path).name for each in logger.experiment.list_artifacts(logger.run_id, "normdyn")
+    }
+    assert {name for name in artifacts if name.endswith(".npz")} == {
+        "history.npz",
+        "history.fit2.npz",
+    }

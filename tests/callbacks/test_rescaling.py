@@ -1,4 +1,5 @@
-"""What the rescaling callbacks share: verification by the function itself, and what is refused beside them."""
+"""What the rescaling callbacks share: verification by the function itself, and what is refused
+beside them."""
 
 from __future__ import annotations
 
@@ -14,11 +15,19 @@ from models import Net, fit, images, loader, make, same, weights_of
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_normdyn import LRDropRescaling, NormDynWarning, NotSupportedError, Phase, StepBracket, WeightRescaling
+from lightning_normdyn import (
+    LRDropRescaling,
+    NormDynWarning,
+    NotSupportedError,
+    Phase,
+    StepBracket,
+    WeightRescaling,
+)
 
 
 class Detached(nn.Module):
-    """A LayerNorm beside a copy of its input that no gradient passes: orthogonal gradients, but not scale-invariant."""
+    """A LayerNorm beside a copy of its input that no gradient passes: orthogonal gradients, but not
+    scale-invariant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +42,8 @@ class Detached(nn.Module):
 
 
 class Doubled(nn.Module):
-    """What is added in front of the first BatchNorm is twice the bias, and no rule corrects its statistics for that."""
+    """What is added in front of the first BatchNorm is twice the bias, and no rule corrects its
+    statistics for that."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +55,10 @@ class Doubled(nn.Module):
         return self.head(self.one(2 * self.stale(x)) + self.two(self.sound(x)))
 
 
-@pytest.mark.parametrize("callback", [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)])
+@pytest.mark.parametrize(
+    "callback",
+    [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)],
+)
 def test_statistics_that_cannot_follow_are_refused_and_the_way_out_works(callback):
     module = make(net=Doubled())
     before = weights_of(module)
@@ -66,12 +79,23 @@ def test_verify_names_the_weight_whose_length_the_function_sees():
     assert same(weights_of(module), before), "refused before anything was touched"
 
 
-@pytest.mark.parametrize("callback", [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)])
+@pytest.mark.parametrize(
+    "callback",
+    [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)],
+)
 def test_verify_leaves_a_sound_run_as_it_is(callback):
     runs = []
     for verify in (False, True):
         torch.manual_seed(2)
-        module = make(net=nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 2)))
+        module = make(
+            net=nn.Sequential(
+                nn.Conv2d(1, 4, 3),
+                nn.BatchNorm2d(4),
+                nn.Dropout(0.3),
+                nn.Flatten(),
+                nn.Linear(64, 2),
+            )
+        )
         torch.manual_seed(3)
         fit(module, [callback(verify=verify)])
         runs.append({**weights_of(module), **{k: b.double() for k, b in module.named_buffers()}})
@@ -88,10 +112,19 @@ def test_verify_wants_a_tensor():
         fit(make(Mapped), [WeightRescaling(1, verify=True)], data)
 
 
-@pytest.mark.parametrize("averaging", [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)], ids=lambda c: type(c).__name__)
-@pytest.mark.parametrize("callback", [WeightRescaling(2), LRDropRescaling()], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "averaging",
+    [EMAWeightAveraging(), StochasticWeightAveraging(swa_lrs=0.1)],
+    ids=lambda c: type(c).__name__,
+)
+@pytest.mark.parametrize(
+    "callback", [WeightRescaling(2), LRDropRescaling()], ids=lambda c: type(c).__name__
+)
 def test_averages_of_other_lengths_are_refused(averaging, callback):
-    with pytest.raises(NotSupportedError, match=f"{type(callback).__name__} changes the length of weights that {type(averaging).__name__}"):
+    with pytest.raises(
+        NotSupportedError,
+        match=f"{type(callback).__name__} changes the length of weights that {type(averaging).__name__}",
+    ):
         fit(make(), [averaging, callback])
 
 
@@ -118,7 +151,13 @@ class EvaluatesAround(L.Callback):
 
 
 def convolutions(filters: int) -> nn.Sequential:
-    net = nn.Sequential(nn.Conv2d(1, filters, 3), nn.BatchNorm2d(filters), nn.ReLU(), nn.Flatten(), nn.Linear(16 * filters, 2))
+    net = nn.Sequential(
+        nn.Conv2d(1, filters, 3),
+        nn.BatchNorm2d(filters),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * filters, 2),
+    )
     with torch.no_grad():
         net[0].bias.copy_(torch.linspace(-1, 1, filters))
     return net
@@ -126,7 +165,9 @@ def convolutions(filters: int) -> nn.Sequential:
 
 @pytest.mark.parametrize("filters", [1, 2, 3, 6])
 @pytest.mark.parametrize("granularity", ["filter", "layer"])
-def test_running_statistics_follow_whatever_counts_as_one_vector(filters: int, granularity: Any) -> None:
+def test_running_statistics_follow_whatever_counts_as_one_vector(
+    filters: int, granularity: Any
+) -> None:
     look = EvaluatesAround(Phase.RESCALE)
     rescaling = WeightRescaling(1, target_norm=5.0, granularity=granularity)
     module = make(net=convolutions(filters))
@@ -134,13 +175,18 @@ def test_running_statistics_follow_whatever_counts_as_one_vector(filters: int, g
     torch.testing.assert_close(look.seen[1], look.seen[0], rtol=0, atol=1e-10)
     torch.testing.assert_close(look.seen[3], look.seen[2], rtol=0, atol=1e-10)
     vectors = module.net[0].weight.detach().reshape(1 if granularity == "layer" else filters, -1)
-    torch.testing.assert_close(vectors.norm(dim=1), torch.full((len(vectors),), 5.0, dtype=torch.float64))
+    torch.testing.assert_close(
+        vectors.norm(dim=1), torch.full((len(vectors),), 5.0, dtype=torch.float64)
+    )
 
 
 @pytest.mark.parametrize("filters", [2, 3, 6])
 def test_running_statistics_follow_a_layer_at_a_drop_too(filters: int) -> None:
     look = EvaluatesAround(Phase.LR_DROP)
-    module = make(net=convolutions(filters), make_scheduler=lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2], 0.01))
+    module = make(
+        net=convolutions(filters),
+        make_scheduler=lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2], 0.01),
+    )
     before = float(module.net[0].weight.detach().norm())
     fit(module, [LRDropRescaling(exponent=0.5, granularity="layer"), look], max_steps=3)
     torch.testing.assert_close(look.seen[-1], look.seen[-2], rtol=0, atol=1e-10)
@@ -163,17 +209,27 @@ def linears() -> nn.Sequential:
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="newer torch only")
 def test_muon_can_be_rescaled_by_the_layer_as_its_refusal_says() -> None:
     def optimizer(p: Any) -> Any:
-        return torch.optim.Muon([w for w in p if w.dim() == 2], lr=0.02, momentum=0.9, weight_decay=0.1)
+        return torch.optim.Muon(
+            [w for w in p if w.dim() == 2], lr=0.02, momentum=0.9, weight_decay=0.1
+        )
 
     data = loader(dtype=torch.float32)
-    with pytest.raises(NotSupportedError, match=r"orthogonalizes whole matrices.*Use granularity='layer'"):
-        fit(make(make_optimizer=optimizer, net=linears(), dtype=torch.float32), [WeightRescaling(2)], data)
+    with pytest.raises(
+        NotSupportedError, match=r"orthogonalizes whole matrices.*Use granularity='layer'"
+    ):
+        fit(
+            make(make_optimizer=optimizer, net=linears(), dtype=torch.float32),
+            [WeightRescaling(2)],
+            data,
+        )
     look = EvaluatesAround(Phase.RESCALE)
     module = make(make_optimizer=optimizer, net=linears(), dtype=torch.float32)
     fit(module, [WeightRescaling(1, target_norm=3.0, granularity="layer"), look], data, max_steps=6)
     for before, after in zip(look.seen[::2], look.seen[1::2], strict=True):
         torch.testing.assert_close(after, before, rtol=0, atol=1e-5)
-    assert [float(module.net[i].weight.detach().norm()) for i in (1, 4)] == pytest.approx([3.0, 3.0], rel=1e-5)
+    assert [float(module.net[i].weight.detach().norm()) for i in (1, 4)] == pytest.approx(
+        [3.0, 3.0], rel=1e-5
+    )
 
 
 # ---- verify=True with other forwards ----
@@ -221,18 +277,28 @@ def test_verify_calls_a_forward_with_as_many_inputs_as_it_asks_for() -> None:
             fit(make(model, net=Detached()), [WeightRescaling(1, verify=True)])
 
 
-@pytest.mark.parametrize(("model", "says"), [(Keywords, r"takes other arguments"), (Raises, r"its forward raised \w+Error: ")])
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [(Keywords, r"takes other arguments"), (Raises, r"its forward raised \w+Error: ")],
+)
 def test_verify_refuses_by_name_what_it_cannot_call(model, says) -> None:
-    with pytest.raises(NotSupportedError, match=rf"{says}.*Leave verify off, and call .*verify_scale_invariance"):
+    with pytest.raises(
+        NotSupportedError, match=rf"{says}.*Leave verify off, and call .*verify_scale_invariance"
+    ):
         fit(make(model), [WeightRescaling(2, verify=True)])
 
 
 # ---- Weights whose length the network sees ----
 
 
-@pytest.mark.parametrize("callback", [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)])
+@pytest.mark.parametrize(
+    "callback",
+    [lambda **k: WeightRescaling(2, **k), lambda **k: LRDropRescaling(exponent=0.25, **k)],
+)
 def test_a_rescale_that_changes_the_function_is_announced(callback, capsys) -> None:
-    with pytest.warns(NormDynWarning, match=r"which changes the network's function: `net\.8\.weight` \(") as said:
+    with pytest.warns(
+        NormDynWarning, match=r"which changes the network's function: `net\.8\.weight` \("
+    ) as said:
         fit(make(), [callback(params=["net.8.weight", "net.0.weight"])])
     ours = [str(w.message) for w in said if "network's function" in str(w.message)]
     assert len(ours) == 1

@@ -81,7 +81,9 @@ def test_in_one_process_nothing_is_written():
     assert len(keeper.history) == 1
 
 
-@pytest.mark.parametrize(("strategy", "devices"), [("ddp_fork", 1), pytest.param("ddp_fork", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("strategy", "devices"), [("ddp_fork", 1), pytest.param("ddp_fork", 2, marks=pytest.mark.slow)]
+)
 def test_monitors_bring_their_histories_back_from_a_forked_fit(strategy, devices):
     monitors = [NormDynamicsMonitor(1, tables=False), InputSpanMonitor()]
     runner = trainer(monitors, strategy=strategy, devices=devices, max_epochs=1)
@@ -94,7 +96,9 @@ def test_monitors_bring_their_histories_back_from_a_forked_fit(strategy, devices
 
 def test_a_forked_fit_that_fails_brings_back_what_it_had_at_its_last_checkpoint(tmp_path):
     monitor = NormDynamicsMonitor(1, tables=False)
-    runner = trainer([monitor, SavesAt(2, tmp_path / "second.ckpt")], strategy="ddp_fork", max_epochs=1)
+    runner = trainer(
+        [monitor, SavesAt(2, tmp_path / "second.ckpt")], strategy="ddp_fork", max_epochs=1
+    )
     with pytest.raises(Exception, match="out of memory"):
         runner.fit(make(Fails, dtype=torch.float32), loader(dtype=torch.float32))
     assert [row["step"] for row in monitor.history] == [0, 1]
@@ -103,5 +107,7 @@ def test_a_forked_fit_that_fails_brings_back_what_it_had_at_its_last_checkpoint(
 @pytest.mark.slow
 def test_monitors_bring_their_histories_back_from_a_spawned_fit():
     monitor = NormDynamicsMonitor(1, tables=False)
-    trainer([monitor], strategy="ddp_spawn", max_epochs=1).fit(make(dtype=torch.float32), loader(dtype=torch.float32))
+    trainer([monitor], strategy="ddp_spawn", max_epochs=1).fit(
+        make(dtype=torch.float32), loader(dtype=torch.float32)
+    )
     assert [row["step"] for row in monitor.history] == [0, 1, 2, 3]

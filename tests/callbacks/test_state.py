@@ -1,4 +1,5 @@
-"""Callback state is checked before it is believed: what does not fit is dropped and said, and the fit starts as a fresh one would."""
+"""Callback state is checked before it is believed: what does not fit is dropped and said, and the
+fit starts as a fresh one would."""
 
 from __future__ import annotations
 
@@ -65,7 +66,11 @@ def checkpoints(tmp_path_factory):
         fit(make(make_optimizer=plain_sgd), [recorded])
         recorded.history.save("run.npz")
         for name, maker in MAKERS.items():
-            module = make(make_optimizer=plain_sgd) if name == "replay" else make(make_optimizer=momentum, make_scheduler=steps_down)
+            module = (
+                make(make_optimizer=plain_sgd)
+                if name == "replay"
+                else make(make_optimizer=momentum, make_scheduler=steps_down)
+            )
             path = folder / f"{name}.ckpt"
             fit(module, [maker(), SavesAt(4, path)])
             saved[name] = torch.load(path, weights_only=True)
@@ -82,7 +87,13 @@ def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The way to every part of a state."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    items = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     for key, part in items:
         yield (*above, key)
         yield from places(part, (*above, key))
@@ -106,11 +117,15 @@ def spoiled_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
         lambda: tensor.to(torch.complex64),
     ]
     if tensor.is_floating_point() and tensor.numel():
-        choices += [lambda v=v: torch.full_like(tensor, v) for v in (float("nan"), float("inf"), 1e30, -1.0)]
+        choices += [
+            lambda v=v: torch.full_like(tensor, v) for v in (float("nan"), float("inf"), 1e30, -1.0)
+        ]
     if tensor.dtype == torch.int64 and tensor.numel():
         choices += [lambda v=v: torch.full_like(tensor, v) for v in (10**9, -7, 2**62)]
     if tensor.numel():
-        choices.append(lambda: (tensor + 1).to(tensor.dtype) if tensor.dtype != torch.bool else ~tensor)
+        choices.append(
+            lambda: (tensor + 1).to(tensor.dtype) if tensor.dtype != torch.bool else ~tensor
+        )
     return rng.choice(choices)()
 
 
@@ -201,7 +216,18 @@ def test_no_spoiled_state_is_believed(name, checkpoints):
 
 
 @pytest.mark.parametrize(
-    "state", [None, [], "state", 7, {}, {"version": VERSION}, {"version": VERSION, "digest": 3, "extra": []}, itself()], ids=repr
+    "state",
+    [
+        None,
+        [],
+        "state",
+        7,
+        {},
+        {"version": VERSION},
+        {"version": VERSION, "digest": 3, "extra": []},
+        itself(),
+    ],
+    ids=repr,
 )
 def test_what_is_no_state_at_all_is_dropped(state):
     for maker in MAKERS.values():
@@ -227,7 +253,9 @@ def test_a_sound_state_is_believed_wherever_it_was(name, checkpoints, tmp_path):
         callback = MAKERS[name]()
         callback.load_state_dict(copy.deepcopy(each))
         assert callback._restored is not None
-        assert digest(callback.state_dict()) == digest(state)  # handed on as it came, where no step follows
+        assert digest(callback.state_dict()) == digest(
+            state
+        )  # handed on as it came, where no step follows
 
 
 # ---- In a fit ----
@@ -235,7 +263,11 @@ def test_a_sound_state_is_believed_wherever_it_was(name, checkpoints, tmp_path):
 
 def claims_the_head(state: dict[str, Any]) -> None:
     conv = state["targets"]["net.3.weight"]
-    state["targets"]["net.8.weight"] = {**conv, "shape": [2, 6], "partition": {**conv["partition"], "labels": torch.arange(2)}}
+    state["targets"]["net.8.weight"] = {
+        **conv,
+        "shape": [2, 6],
+        "partition": {**conv["partition"], "labels": torch.arange(2)},
+    }
 
 
 def numbers_a_billion_vectors(state: dict[str, Any]) -> None:
@@ -283,7 +315,11 @@ def test_an_initial_norm_that_is_none_is_not_used(key, value, checkpoints, tmp_p
     module = make(make_optimizer=momentum, make_scheduler=steps_down)
     with pytest.warns(NormDynWarning, match=DROPPED):
         fit(module, [MAKERS["rescaling"]()], ckpt_path=tmp_path / "changed.ckpt")
-    assert all(0 < float(weight.norm()) < 100 for name, weight in weights_of(module).items() if name.endswith("weight"))
+    assert all(
+        0 < float(weight.norm()) < 100
+        for name, weight in weights_of(module).items()
+        if name.endswith("weight")
+    )
 
 
 def test_what_belongs_to_another_model_of_the_same_names_is_not_used(checkpoints, tmp_path):
@@ -296,7 +332,11 @@ def test_what_belongs_to_another_model_of_the_same_names_is_not_used(checkpoints
     checkpoint["callbacks"] = dict.fromkeys(checkpoint["callbacks"], seal(state))
     torch.save(checkpoint, tmp_path / "changed.ckpt")
     with pytest.warns(NormDynWarning, match=r"`net\.3\.weight` is not used"):
-        fit(make(make_optimizer=momentum, make_scheduler=steps_down), [MAKERS["aws"]()], ckpt_path=tmp_path / "changed.ckpt")
+        fit(
+            make(make_optimizer=momentum, make_scheduler=steps_down),
+            [MAKERS["aws"]()],
+            ckpt_path=tmp_path / "changed.ckpt",
+        )
 
 
 # ---- The parts: what types and ranges say where a digest was made anew ----
@@ -318,8 +358,12 @@ WRONG: dict[str, Callable[[dict[str, Any]], Any]] = {
     "steps beyond reach": lambda s: s.update(steps={0: 10**400}),
     "no steps": lambda s: s.pop("steps"),
     "settings": lambda s: s.update(settings=[1]),
-    "per vector": lambda s: s.update(per_vector={"owed": {"net.0.weight": torch.tensor([float("nan")] * 4)}}),
-    "per vector shape": lambda s: s.update(per_vector={"other": {"net.0.weight": torch.ones(2, 2)}}),
+    "per vector": lambda s: s.update(
+        per_vector={"owed": {"net.0.weight": torch.tensor([float("nan")] * 4)}}
+    ),
+    "per vector shape": lambda s: s.update(
+        per_vector={"other": {"net.0.weight": torch.ones(2, 2)}}
+    ),
     "per vector type": lambda s: s.update(per_vector={"other": {"net.0.weight": [1.0]}}),
     "label": lambda s: verdict_of(s)["partition"]["labels"].fill_(10**9),
     "label below": lambda s: verdict_of(s)["partition"]["labels"].fill_(-2),
@@ -347,20 +391,28 @@ def test_types_shapes_and_ranges_are_checked_too(wrong, checkpoints):
 
 @pytest.mark.parametrize("rate", ["fast", float("nan"), -1.0, float("inf"), None, torch.ones(1)])
 def test_the_rates_of_an_lr_drop_are_checked(rate, checkpoints):
-    state = resealed(state_of(checkpoints["drop"]), lambda s: s["extra"].update(last_lr={"net.0.weight": rate}))
+    state = resealed(
+        state_of(checkpoints["drop"]), lambda s: s["extra"].update(last_lr={"net.0.weight": rate})
+    )
     with pytest.warns(NormDynWarning, match=DROPPED):
         LRDropRescaling(exponent=0.25).load_state_dict(state)
 
 
 @pytest.mark.parametrize("header", ["{}", "[", 3, None])
 def test_the_history_of_a_monitor_is_checked(header, checkpoints):
-    state = resealed(state_of(checkpoints["span"]), lambda s: s["extra"]["history"].update(header=header))
+    state = resealed(
+        state_of(checkpoints["span"]), lambda s: s["extra"]["history"].update(header=header)
+    )
     with pytest.warns(NormDynWarning, match=DROPPED):
         InputSpanMonitor().load_state_dict(state)
 
 
 def test_what_is_saved_of_a_view_is_what_it_shows(tmp_path):
-    tensors = {"few": torch.zeros(1).expand(1000), "part": torch.arange(10**5)[3:5], "across": torch.arange(6).reshape(2, 3).T}
+    tensors = {
+        "few": torch.zeros(1).expand(1000),
+        "part": torch.arange(10**5)[3:5],
+        "across": torch.arange(6).reshape(2, 3).T,
+    }
     sealed = seal({"settings": {}, "steps": {}, "per_vector": {}, "targets": {}, "extra": tensors})
     torch.save(sealed, tmp_path / "state.pt")
     assert (tmp_path / "state.pt").stat().st_size < 20_000
@@ -369,7 +421,15 @@ def test_what_is_saved_of_a_view_is_what_it_shows(tmp_path):
 
 
 def test_saving_does_not_fail_because_of_what_a_persons_own_callback_keeps():
-    sealed = seal({"settings": {"own": object(), "rate": np.float32(0.5)}, "steps": {}, "per_vector": {}, "targets": {}, "extra": {}})
+    sealed = seal(
+        {
+            "settings": {"own": object(), "rate": np.float32(0.5)},
+            "steps": {},
+            "per_vector": {},
+            "targets": {},
+            "extra": {},
+        }
+    )
     with pytest.raises(NormDynError, match=r"own.* is a object"):
         unseal(sealed)
 
@@ -401,7 +461,12 @@ def test_a_digest_tells_contents_apart_and_nothing_else(one, other, equal):
 
 
 def unfinished() -> dict[str, Any]:
-    weight = {"factor": torch.tensor([0.5, 0.9]), "keep": [0], "labels": torch.tensor([0, 1]), "buffers": {"momentum_buffer": -1.0}}
+    weight = {
+        "factor": torch.tensor([0.5, 0.9]),
+        "keep": [0],
+        "labels": torch.tensor([0, 1]),
+        "buffers": {"momentum_buffer": -1.0},
+    }
     statistics = {"factor": torch.tensor([0.5, 0.9]), "bias": None, "done": ["mean"]}
     return {"weights": {"net.weight": weight}, "statistics": {"norm": statistics}}
 
@@ -424,7 +489,14 @@ def unfinished() -> dict[str, Any]:
     ],
 )
 def test_what_is_said_of_an_unfinished_step_is_checked(part, key, value):
-    content = {"settings": {}, "steps": {}, "per_vector": {}, "targets": {}, "extra": {}, "ahead": unfinished()}
+    content = {
+        "settings": {},
+        "steps": {},
+        "per_vector": {},
+        "targets": {},
+        "extra": {},
+        "ahead": unfinished(),
+    }
     assert set(unseal(seal(content))["ahead"]) == {"weights", "statistics"}
     next(iter(content["ahead"][part].values()))[key] = value
     with pytest.raises(NormDynError, match="ahead"):

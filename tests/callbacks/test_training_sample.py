@@ -1,4 +1,5 @@
-"""A look at the training data in mid-fit: which examples, with which random numbers, and that all generators are left as they were."""
+"""A look at the training data in mid-fit: which examples, with which random numbers, and that all
+generators are left as they were."""
 
 from __future__ import annotations
 
@@ -23,10 +24,20 @@ class Noisy(Dataset):
     """Augments with every kind of generator that a dataset may own."""
 
     def __init__(self, count: int = 24) -> None:
-        self.x = torch.randn(count, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-        python, modern, old, torch_ = random.Random(1), np.random.default_rng(1), np.random.RandomState(1), torch.Generator()
+        self.x = torch.randn(
+            count, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64
+        )
+        python, modern, old, torch_ = (
+            random.Random(1),
+            np.random.default_rng(1),
+            np.random.RandomState(1),
+            torch.Generator(),
+        )
         self.generator = torch_
-        self.transforms = [functools.partial(self._shift, rng=old), {"inner": SimpleNamespace(rng=python)}]
+        self.transforms = [
+            functools.partial(self._shift, rng=old),
+            {"inner": SimpleNamespace(rng=python)},
+        ]
         self.draw = lambda: modern.random() + self.transforms[1]["inner"].rng.random()
 
     @staticmethod
@@ -52,7 +63,9 @@ class Noisy(Dataset):
 
 
 def sample(loader: DataLoader[Any], most: int = 12, seed: int = 0) -> Sample:
-    return Sample(SimpleNamespace(train_dataloader=loader, world_size=1, fast_dev_run=False), most, seed)
+    return Sample(
+        SimpleNamespace(train_dataloader=loader, world_size=1, fast_dev_run=False), most, seed
+    )
 
 
 def examples(loader: DataLoader[Any], most: int = 12, seed: int = 0) -> Tensor:
@@ -62,8 +75,15 @@ def examples(loader: DataLoader[Any], most: int = 12, seed: int = 0) -> Tensor:
 
 def test_generators_are_found_wherever_they_are_held():
     found = generators_in([Noisy()])
-    assert {type(g) for g in found} == {random.Random, np.random.Generator, np.random.RandomState, torch.Generator}
-    assert generators_in([[random.Random()] * 1001, random.SystemRandom(), np.random, L.Trainer]) == []
+    assert {type(g) for g in found} == {
+        random.Random,
+        np.random.Generator,
+        np.random.RandomState,
+        torch.Generator,
+    }
+    assert (
+        generators_in([[random.Random()] * 1001, random.SystemRandom(), np.random, L.Trainer]) == []
+    )
 
     def not_bound_yet() -> Any:
         return later
@@ -102,7 +122,9 @@ def test_what_a_sampler_holds_out_is_not_looked_at():
     assert sorted(seen) == kept
     assert (few.count, few.whole) == (7, True)
     # As Lightning wraps it for several ranks.
-    wrapped = L.fabric.utilities.distributed.DistributedSamplerWrapper(SubsetRandomSampler(kept), num_replicas=2, rank=0)
+    wrapped = L.fabric.utilities.distributed.DistributedSamplerWrapper(
+        SubsetRandomSampler(kept), num_replicas=2, rank=0
+    )
     part = sample(DataLoader(Remembers(), batch_size=4, sampler=wrapped), most=5)
     seen.clear()
     list(part.share(0, 1))
@@ -136,7 +158,11 @@ def test_the_users_own_generators_are_left_as_they_were():
 
 def test_they_are_restored_after_an_exception_too():
     module, dataset = make(net=Restless()), Noisy()
-    before = dataset.states(), str(module.net.rng.bit_generator.state), torch.get_rng_state().tolist()
+    before = (
+        dataset.states(),
+        str(module.net.rng.bit_generator.state),
+        torch.get_rng_state().tolist(),
+    )
 
     def fails() -> None:
         with undisturbed(module, 0, [dataset]):
@@ -147,5 +173,9 @@ def test_they_are_restored_after_an_exception_too():
 
     with pytest.raises(RuntimeError, match="inside"):
         fails()
-    assert (dataset.states(), str(module.net.rng.bit_generator.state), torch.get_rng_state().tolist()) == before
+    assert (
+        dataset.states(),
+        str(module.net.rng.bit_generator.state),
+        torch.get_rng_state().tolist(),
+    ) == before
     assert module.training

@@ -1,4 +1,5 @@
-"""The life of a fit: optimizers that are replaced, steps that nobody sees, refusals that come late, and what the end table says of them."""
+"""The life of a fit: optimizers that are replaced, steps that nobody sees, refusals that come late,
+and what the end table says of them."""
 
 from __future__ import annotations
 
@@ -66,8 +67,11 @@ def test_a_new_optimizer_is_gone_on_with(action, first, capsys):
     assert [row["normdyn/optimizer_step"] for row in monitor.history] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert aws.steps_of(0) == monitor.steps_of(0) == 8
     said = end_table(capsys)
-    # An entry that was exchanged in the strategy's list is not stepped by Lightning, which goes on with the first optimizer.
-    assert ("SGD was replaced by another SGD after 3 steps" in said) == (action is not replace_in_place)
+    # An entry that was exchanged in the strategy's list is not stepped by Lightning, which goes on
+    # with the first optimizer.
+    assert ("SGD was replaced by another SGD after 3 steps" in said) == (
+        action is not replace_in_place
+    )
     assert "acted in" not in said  # in all of them
 
 
@@ -77,7 +81,9 @@ def test_the_steps_of_a_new_optimizer_are_shrunk_as_those_of_the_first():
     fit(module, [Calls(3, replace), AdaptiveWeightShrink(0.5)])
     assert not same(weights_of(module), weights_of(plain))
     late = make()
-    fit(late, [AdaptiveWeightShrink(0.5), Calls(3, replace)])  # after the callbacks of the suite have looked
+    fit(
+        late, [AdaptiveWeightShrink(0.5), Calls(3, replace)]
+    )  # after the callbacks of the suite have looked
     assert same(weights_of(module), weights_of(late))
 
 
@@ -92,13 +98,19 @@ def test_a_rescale_counts_on_over_a_replacement():
     assert seen == [False, False, False, True, False, False, False, True]
 
 
-def test_an_optimizer_that_comes_during_the_fit_and_cannot_be_handled_is_left_alone_with_a_word(capsys):
+def test_an_optimizer_that_comes_during_the_fit_and_cannot_be_handled_is_left_alone_with_a_word(
+    capsys,
+):
     def action(trainer, module):
         trainer.strategy.optimizers = [UnhookedWithHookLists(sgd(module.parameters()))]
 
     with pytest.warns(NormDynWarning) as caught:
         fit(make(), [Calls(3, action), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)])
-    assert any("Nothing acts on the steps of UnhookedWithHookLists, which came during the fit" in str(w.message) for w in caught)
+    assert any(
+        "Nothing acts on the steps of UnhookedWithHookLists, which came during the fit"
+        in str(w.message)
+        for w in caught
+    )
     assert "Nothing acts on the steps of UnhookedWithHookLists" in end_table(capsys)
 
 
@@ -121,7 +133,10 @@ def test_an_optimizer_that_joins_is_taken_up():
     module.training_step = training_step
 
     def join(trainer, module):
-        trainer.strategy.optimizers = [*trainer.strategy.optimizers, sgd(module.net[3:].parameters())]
+        trainer.strategy.optimizers = [
+            *trainer.strategy.optimizers,
+            sgd(module.net[3:].parameters()),
+        ]
 
     fit(module, [Calls(3, join), monitor])
     assert "angular_update/net.3.weight" not in monitor.history[2]
@@ -161,10 +176,15 @@ class ByHand:
             p.data.add_(p.grad, alpha=-0.1)
 
 
-@pytest.mark.parametrize("callback", [lambda: AdaptiveWeightShrink(0.5), lambda: NormDynamicsMonitor(1, tables=False)])
+@pytest.mark.parametrize(
+    "callback", [lambda: AdaptiveWeightShrink(0.5), lambda: NormDynamicsMonitor(1, tables=False)]
+)
 def test_a_step_of_an_optimizer_that_the_trainer_does_not_hold_is_told(callback):
     module = make(Aside, hidden=lambda p: torch.optim.SGD(p, 0.1))
-    with pytest.warns(NormDynWarning, match=r"`net.0.weight`.* stepped by an optimizer that the Trainer does not hold \(SGD\)") as caught:
+    with pytest.warns(
+        NormDynWarning,
+        match=r"`net.0.weight`.* stepped by an optimizer that the Trainer does not hold \(SGD\)",
+    ) as caught:
         fit(module, [callback()], log_every_n_steps=1)
     assert len([w for w in caught if "does not hold" in str(w.message)]) == 1
 
@@ -173,7 +193,8 @@ def test_a_step_of_an_optimizer_that_the_trainer_does_not_hold_is_told(callback)
 def test_weights_that_move_by_hand_are_told_by_name(every):
     module = make(Aside, hidden=ByHand)
     with pytest.warns(
-        NormDynWarning, match=r"`net.0.weight`, `net.3.weight`.* moved although no step of their optimizer \(SGD\)"
+        NormDynWarning,
+        match=r"`net.0.weight`, `net.3.weight`.* moved although no step of their optimizer \(SGD\)",
     ) as caught:
         fit(module, [AdaptiveWeightShrink(0.5)], log_every_n_steps=every)
     assert len([w for w in caught if "moved although" in str(w.message)]) == 1
@@ -189,7 +210,12 @@ def test_an_optimizer_that_rests_is_no_reason_for_a_word():
             self.manual_backward(loss)
             optimizer.step()
 
-    fit(make(Turns), [NormDynamicsMonitor(1, tables=False), AdaptiveWeightShrink(0.5)], log_every_n_steps=1, max_epochs=1)
+    fit(
+        make(Turns),
+        [NormDynamicsMonitor(1, tables=False), AdaptiveWeightShrink(0.5)],
+        log_every_n_steps=1,
+        max_epochs=1,
+    )
 
 
 def test_no_norm_is_taken_at_logging_steps_while_optimizers_step(monkeypatch):
@@ -221,7 +247,9 @@ def test_no_global_hook_is_left_behind(fails):
 def test_the_end_table_says_in_how_many_steps_a_callback_acted(capsys):
     class Half(Net):
         def on_before_optimizer_step(self, optimizer):
-            if self.trainer.global_step % 2:  # the head goes on: a step without any gradient is none
+            if (
+                self.trainer.global_step % 2
+            ):  # the head goes on: a step without any gradient is none
                 self.net[:6].zero_grad()
 
     with pytest.warns(NormDynWarning, match="WeightRescaling acted in 0 of 8 steps"):
@@ -236,7 +264,10 @@ def test_a_callback_that_never_acts_warns():
         def on_before_optimizer_step(self, optimizer):
             self.net[:6].zero_grad()
 
-    with pytest.warns(NormDynWarning, match="AdaptiveWeightShrink acted in 0 of 8 steps: no weight that it acts on had a gradient"):
+    with pytest.warns(
+        NormDynWarning,
+        match="AdaptiveWeightShrink acted in 0 of 8 steps: no weight that it acts on had a gradient",
+    ):
         fit(make(Never), [AdaptiveWeightShrink(0.5)])
 
 
@@ -274,7 +305,8 @@ def test_a_refusal_in_the_first_step_is_an_error():
 def test_a_later_refusal_stops_the_callback_by_name_and_not_the_fit(capsys):
     module = make()
     with pytest.warns(
-        NormDynWarning, match=r"RefusesLater does not act on `net.0.weight`, `net.3.weight` \(SGD\) after step 4: this"
+        NormDynWarning,
+        match=r"RefusesLater does not act on `net.0.weight`, `net.3.weight` \(SGD\) after step 4: this",
     ) as caught:
         fit(module, [RefusesLater(5), NormDynamicsMonitor(1)])
     assert len([w for w in caught if w.category is NormDynWarning]) == 1
@@ -309,9 +341,14 @@ def test_a_weight_that_is_refused_later_is_left_alone_and_the_others_go_on(monke
     class Adds(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 2:
-                trainer.optimizers[0].add_param_group({"params": [nn.Parameter(torch.ones(1, dtype=torch.float64))]})
+                trainer.optimizers[0].add_param_group(
+                    {"params": [nn.Parameter(torch.ones(1, dtype=torch.float64))]}
+                )
 
-    with pytest.warns(NormDynWarning, match=r"does not act on `net.3.weight` after step \d: `net.3.weight` gets sparse"):
+    with pytest.warns(
+        NormDynWarning,
+        match=r"does not act on `net.3.weight` after step \d: `net.3.weight` gets sparse",
+    ):
         fit(module, [aws, Adds()])
     assert [t.name for t in aws.plans[0].targets] == ["net.0.weight"]
     assert aws.steps_of(0) == 8
@@ -321,7 +358,9 @@ def test_shrinking_a_replay_is_as_ever():
     module, recorder = make(), Recorder()
     fit(module, [AdaptiveWeightShrink(0.5), recorder])
     expected = replay(recorder, TARGETS, shrink=Shrink(0.5))
-    assert all(torch.allclose(weights_of(module)[name], expected[name], rtol=1e-12) for name in TARGETS)
+    assert all(
+        torch.allclose(weights_of(module)[name], expected[name], rtol=1e-12) for name in TARGETS
+    )
 
 
 # ---- Weights that are replaced or added ----
@@ -357,14 +396,19 @@ NEW = {swap_layer: "net.3.weight", swap_parameter: "net.3.weight", grow: "net.5.
 @pytest.mark.parametrize("action", NEW)
 def test_weights_that_come_during_the_fit_are_measured_and_treated(action, first):
     module = make()
-    aws, monitor, calls = AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1, tables=False), Calls(3, action)
+    aws, monitor, calls = (
+        AdaptiveWeightShrink(0.5),
+        NormDynamicsMonitor(1, tables=False),
+        Calls(3, action),
+    )
     fit(module, [calls, aws, monitor] if first else [aws, monitor, calls])
     name = NEW[action]
     assert [t.name for t in aws.plans[0].targets] == [*TARGETS, name][: 3 if action is grow else 2]
     assert aws.plans[0].targets[-1].weight is dict(module.named_parameters())[name]
     rows = list(monitor.history)
     assert len(rows) == 8
-    # Before the callbacks look at the batch: from its first step on. After they did: a step later, as with a finetuning group.
+    # Before the callbacks look at the batch: from its first step on. After they did: a step later,
+    # as with a finetuning group.
     assert all(f"equivalent_weight_decay/{name}" in row for row in rows[5:])
     assert isinstance(rows[-1][f"angular_update/{name}"], float)
     last = float(module.get_parameter(name).detach().flatten(1).norm(dim=1).mean())
@@ -403,15 +447,26 @@ def test_a_pattern_takes_in_new_layers_and_may_lose_those_that_it_named():
 
     module, aws = make(), AdaptiveWeightShrink(0.5, params=["net.8.weight", "net.8.*", "net.0.*"])
     fit(module, [Calls(3, exchange), aws])
-    assert [t.name for t in aws.plans[0].targets] == ["net.0.weight", "net.8.0.weight", "net.8.2.weight"]
+    assert [t.name for t in aws.plans[0].targets] == [
+        "net.0.weight",
+        "net.8.0.weight",
+        "net.8.2.weight",
+    ]
 
 
 def test_a_weight_that_is_replaced_in_the_network_alone_is_told(capsys):
     def forget_the_optimizer(trainer, module):
         module.net[3] = nn.Conv2d(4, 6, 3, bias=False).double()
 
-    with pytest.warns(NormDynWarning, match=r"`net.3.weight` was replaced in the network by a parameter that no optimizer holds") as caught:
-        fit(make(), [Calls(3, forget_the_optimizer), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)], log_every_n_steps=1)
+    with pytest.warns(
+        NormDynWarning,
+        match=r"`net.3.weight` was replaced in the network by a parameter that no optimizer holds",
+    ) as caught:
+        fit(
+            make(),
+            [Calls(3, forget_the_optimizer), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)],
+            log_every_n_steps=1,
+        )
     assert len([w for w in caught if w.category is NormDynWarning]) == 1
     assert "was replaced in the network" in end_table(capsys)
 
@@ -440,7 +495,13 @@ def test_optimizers_that_are_replaced_together_or_again_keep_their_places():
     module, monitor = make(ManualNet), NormDynamicsMonitor(1, tables=False)
     fit(module, [Calls(4, both), Calls(8, both), monitor])
     assert [monitor.steps_of(i) for i in (0, 1)] == [8, 8]
-    assert [[t.name for t in monitor.plans[i].targets] for i in (0, 1)] == [["net.0.weight"], ["net.3.weight", "net.8.weight"]]
+    assert [[t.name for t in monitor.plans[i].targets] for i in (0, 1)] == [
+        ["net.0.weight"],
+        ["net.3.weight", "net.8.weight"],
+    ]
     other, again = make(ManualNet), NormDynamicsMonitor(1, tables=False)
     fit(other, [Calls(4, swapped), again])
-    assert [[t.name for t in again.plans[i].targets] for i in (0, 1)] == [["net.3.weight", "net.8.weight"], ["net.0.weight"]]
+    assert [[t.name for t in again.plans[i].targets] for i in (0, 1)] == [
+        ["net.3.weight", "net.8.weight"],
+        ["net.0.weight"],
+    ]

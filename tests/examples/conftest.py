@@ -1,4 +1,5 @@
-"""The examples are scripts in a folder: put the folder on the path, keep their output and W&B's files out of the project."""
+"""The examples are scripts in a folder: put the folder on the path, keep their output and W&B's
+files out of the project."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The transformer examples: on Python's help texts and a text file, on one device and sharded over two ranks."""
+"""The transformer examples: on Python's help texts and a text file, on one device and sharded over
+two ranks."""
 
 from __future__ import annotations
 
@@ -30,9 +31,14 @@ def test_each_method_trains(method: str, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_only_queries_and_keys_are_scale_invariant(norm: str) -> None:
     run = char_gpt.main([*TINY, "--norm", norm])
-    found = {name: target["scale_invariant"] for name, target in run.history.meta["targets"].items()}
+    found = {
+        name: target["scale_invariant"] for name, target in run.history.meta["targets"].items()
+    }
     invariant = {name for name, kind in found.items() if kind in ("filter", "group", "layer")}
-    assert invariant == {"network.blocks.0.attention.query.weight", "network.blocks.0.attention.key.weight"}
+    assert invariant == {
+        "network.blocks.0.attention.query.weight",
+        "network.blocks.0.attention.key.weight",
+    }
     assert found["network.blocks.0.attention.query.weight"] == "group"  # one vector per head
     assert "network.blocks.0.attention.value.weight" in found  # the tables have the others too
 
@@ -45,7 +51,12 @@ def test_a_text_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"), [(None, "no file is there"), (b"\xff\xfe\x00", "not UTF-8 text"), (b"short", "at least 340 are needed")]
+    ("content", "words"),
+    [
+        (None, "no file is there"),
+        (b"\xff\xfe\x00", "not UTF-8 text"),
+        (b"short", "at least 340 are needed"),
+    ],
 )
 def test_unusable_text_ends_in_one_line(tmp_path: Path, content: bytes | None, words: str) -> None:
     text = tmp_path / "text.txt"
@@ -92,22 +103,42 @@ def run_script(script: Path, folder: Path, *flags: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("method", ["aws", pytest.param("projection", marks=pytest.mark.slow), pytest.param("wrs", marks=pytest.mark.slow)])
-def test_two_cpu_ranks_have_the_same_curves_under_ddp_and_fsdp2(examples_folder: Path, tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "method",
+    [
+        "aws",
+        pytest.param("projection", marks=pytest.mark.slow),
+        pytest.param("wrs", marks=pytest.mark.slow),
+    ],
+)
+def test_two_cpu_ranks_have_the_same_curves_under_ddp_and_fsdp2(
+    examples_folder: Path, tmp_path: Path, method: str
+) -> None:
     flags = ("--method", method, "--devices", "2", "--every-n-steps", "2")
     said = run_script(examples_folder / "char_gpt.py", tmp_path, *flags, "--strategy", "ddp")
     assert said.count(f"history   runs/char_gpt/{method}/history.npz") == 1  # rank zero alone tells
     said = run_script(examples_folder / "fsdp_transformer.py", tmp_path, *flags)
     assert said.count(f"history   runs/fsdp_transformer/{method}/history.npz") == 1
-    whole, sharded = (load_history(tmp_path / "runs" / name / method / "history.npz") for name in ("char_gpt", "fsdp_transformer"))
-    keys = [key for key in whole.keys() if key.startswith(("weight_norm/", "angular_update/", "effective_lr/"))]  # noqa: SIM118
+    whole, sharded = (
+        load_history(tmp_path / "runs" / name / method / "history.npz")
+        for name in ("char_gpt", "fsdp_transformer")
+    )
+    keys = [
+        key
+        for key in whole.keys()  # noqa: SIM118
+        if key.startswith(("weight_norm/", "angular_update/", "effective_lr/"))
+    ]
     assert "angular_update/network.blocks.0.attention.query.weight" in keys
     for key in keys:
         np.testing.assert_array_equal(sharded.column(key)[0], whole.column(key)[0])
-        np.testing.assert_allclose(sharded.column(key)[1], whole.column(key)[1], rtol=1e-3, err_msg=key)
+        np.testing.assert_allclose(
+            sharded.column(key)[1], whole.column(key)[1], rtol=1e-3, err_msg=key
+        )
 
 
 @pytest.mark.slow
 def test_fsdp2_on_one_cpu_rank(examples_folder: Path, tmp_path: Path) -> None:
-    said = run_script(examples_folder / "fsdp_transformer.py", tmp_path, "--method", "aws", "--devices", "1")
+    said = run_script(
+        examples_folder / "fsdp_transformer.py", tmp_path, "--method", "aws", "--devices", "1"
+    )
     assert said.count("history   runs/fsdp_transformer/aws/history.npz") == 1

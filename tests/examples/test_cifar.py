@@ -1,4 +1,5 @@
-"""Reading CIFAR-10: what a right archive gives, and that a wrong, damaged or hostile one gives one clear error and runs nothing."""
+"""Reading CIFAR-10: what a right archive gives, and that a wrong, damaged or hostile one gives one
+clear error and runs nothing."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ def batch(seed: int) -> dict:
 
 
 def write_folder(folder: Path, **replaced: bytes | None) -> Path:
-    """Write the six batches; ``replaced`` gives other bytes for some of them, None for a missing one."""
+    """Write the six batches; ``replaced`` gives other bytes for some of them, None for a missing
+    one."""
     folder = folder / FOLDER
     folder.mkdir(parents=True)
     for seed, name in enumerate((*TRAIN_BATCHES, TEST_BATCH)):
@@ -38,7 +40,8 @@ def write_folder(folder: Path, **replaced: bytes | None) -> Path:
 
 
 def as_python_2_wrote_it(rows: np.ndarray, labels: list[int]) -> bytes:
-    """The bytes of the real archive's batches: protocol 2, byte strings as ``str``, numpy 1's module names."""
+    """The bytes of the real archive's batches: protocol 2, byte strings as ``str``, numpy 1's
+    module names."""
 
     def string(text: bytes) -> bytes:
         return b"T" + struct.pack("<i", len(text)) + text
@@ -61,7 +64,16 @@ def as_python_2_wrote_it(rows: np.ndarray, labels: list[int]) -> bytes:
     )
     numbers = b"".join(b"K" + bytes([label]) for label in labels)
     return (
-        b"\x80\x02}(" + string(b"data") + array + string(b"labels") + b"](" + numbers + b"e" + string(b"batch_label") + string(b"x") + b"u."
+        b"\x80\x02}("
+        + string(b"data")
+        + array
+        + string(b"labels")
+        + b"]("
+        + numbers
+        + b"e"
+        + string(b"batch_label")
+        + string(b"x")
+        + b"u."
     )
 
 
@@ -75,7 +87,12 @@ def archive(folder: Path, path: Path, mode: str = "w:gz") -> Path:
 def test_reads_images_and_labels_wherever_the_archive_lies(tmp_path: Path, place: str) -> None:
     folder = write_folder(tmp_path / "a")
     tar = archive(folder, tmp_path / "cifar-10-python.tar.gz")
-    path = {"folder": folder, "parent": folder.parent, "archive": tar, "parent of archive": tmp_path}[place]
+    path = {
+        "folder": folder,
+        "parent": folder.parent,
+        "archive": tar,
+        "parent of archive": tmp_path,
+    }[place]
     data = read_cifar10(path)
     assert data.train_images.shape == (5 * PER_BATCH, 3, 32, 32)
     assert data.train_images.dtype == np.uint8
@@ -138,24 +155,63 @@ CIFAR_100 = {b"data": pixels(0), b"fine_labels": [1] * PER_BATCH, b"coarse_label
         ([1, 2, 3], "holds a list instead of a dict"),
         (CIFAR_100, "not CIFAR-100"),
         ({b"data": b"raw", b"labels": [1]}, "is a bytes instead of an array"),
-        ({b"data": pixels(0).astype(np.float32), b"labels": [1] * PER_BATCH}, "type 'f4' instead of uint8"),
-        ({b"data": pixels(0).astype(">u2"), b"labels": [1] * PER_BATCH}, "type 'u2' instead of uint8"),
-        ({b"data": pixels(0).astype("<u2"), b"labels": [1] * PER_BATCH}, "type 'u2' instead of uint8"),
-        ({b"data": pixels(0).astype(np.int8), b"labels": [1] * PER_BATCH}, "type 'i1' instead of uint8"),
-        ({b"data": pixels(0).astype(object), b"labels": [1] * PER_BATCH}, "type 'O8' instead of uint8"),
-        ({b"data": pixels(0).view([("a", "u1")]), b"labels": [1] * PER_BATCH}, "type 'V1' instead of uint8"),
-        ({b"data": pixels(0).reshape(-1), b"labels": [1] * PER_BATCH}, r"shape \(9216,\) instead of \(n, 3072\)"),
-        ({b"data": pixels(0).reshape(-1, 3, 32, 32), b"labels": [1] * PER_BATCH}, r"shape \(3, 3, 32, 32\) instead of \(n, 3072\)"),
+        (
+            {b"data": pixels(0).astype(np.float32), b"labels": [1] * PER_BATCH},
+            "type 'f4' instead of uint8",
+        ),
+        (
+            {b"data": pixels(0).astype(">u2"), b"labels": [1] * PER_BATCH},
+            "type 'u2' instead of uint8",
+        ),
+        (
+            {b"data": pixels(0).astype("<u2"), b"labels": [1] * PER_BATCH},
+            "type 'u2' instead of uint8",
+        ),
+        (
+            {b"data": pixels(0).astype(np.int8), b"labels": [1] * PER_BATCH},
+            "type 'i1' instead of uint8",
+        ),
+        (
+            {b"data": pixels(0).astype(object), b"labels": [1] * PER_BATCH},
+            "type 'O8' instead of uint8",
+        ),
+        (
+            {b"data": pixels(0).view([("a", "u1")]), b"labels": [1] * PER_BATCH},
+            "type 'V1' instead of uint8",
+        ),
+        (
+            {b"data": pixels(0).reshape(-1), b"labels": [1] * PER_BATCH},
+            r"shape \(9216,\) instead of \(n, 3072\)",
+        ),
+        (
+            {b"data": pixels(0).reshape(-1, 3, 32, 32), b"labels": [1] * PER_BATCH},
+            r"shape \(3, 3, 32, 32\) instead of \(n, 3072\)",
+        ),
         ({b"data": pixels(0)[:0], b"labels": []}, "0 images and 0 labels"),
         ({b"data": pixels(0), b"labels": np.ones(PER_BATCH, np.int64)}, "not a list of integers"),
-        ({b"data": pixels(0), b"labels": [1, 2, 2**70]}, r"1 labels are outside 0\.\.9, the first is 1180591620717411303424"),
-        ({"data": pixels(0), "labels": [1] * PER_BATCH}, "instead of a dict with b'data' and b'labels'"),
-        ({b"data": pixels(0)[:, :1024].copy(), b"labels": [1] * PER_BATCH}, r"shape \(3, 1024\) instead of \(n, 3072\)"),
+        (
+            {b"data": pixels(0), b"labels": [1, 2, 2**70]},
+            r"1 labels are outside 0\.\.9, the first is 1180591620717411303424",
+        ),
+        (
+            {"data": pixels(0), "labels": [1] * PER_BATCH},
+            "instead of a dict with b'data' and b'labels'",
+        ),
+        (
+            {b"data": pixels(0)[:, :1024].copy(), b"labels": [1] * PER_BATCH},
+            r"shape \(3, 1024\) instead of \(n, 3072\)",
+        ),
         ({b"data": pixels(0), b"labels": "abc"}, "not a list of integers"),
         ({b"data": pixels(0), b"labels": [1, True, 2]}, "not a list of integers"),
         ({b"data": pixels(0), b"labels": [1, 2]}, "3 images and 2 labels"),
-        ({b"data": pixels(0), b"labels": [1, 10, 99]}, r"2 labels are outside 0\.\.9, the first is 10"),
-        ({b"data": pixels(0), b"labels": [1, -1, 2]}, r"1 labels are outside 0\.\.9, the first is -1"),
+        (
+            {b"data": pixels(0), b"labels": [1, 10, 99]},
+            r"2 labels are outside 0\.\.9, the first is 10",
+        ),
+        (
+            {b"data": pixels(0), b"labels": [1, -1, 2]},
+            r"1 labels are outside 0\.\.9, the first is -1",
+        ),
     ],
 )
 def test_wrong_content_says_what_it_is(tmp_path: Path, content: object, words: str) -> None:
@@ -175,7 +231,9 @@ class Hostile:
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 @pytest.mark.parametrize("inside", ["the file", "data", "labels", "an entry nobody reads"])
-def test_pickle_that_would_run_a_command_runs_nothing(tmp_path: Path, inside: str, protocol: int) -> None:
+def test_pickle_that_would_run_a_command_runs_nothing(
+    tmp_path: Path, inside: str, protocol: int
+) -> None:
     witness = tmp_path / "it ran"
     hostile = Hostile(f"touch '{witness}'")
     content = {
@@ -200,9 +258,15 @@ def test_pickle_that_would_run_a_command_runs_nothing(tmp_path: Path, inside: st
     [
         ("(I1\n(I3\nI3072\ntVu1\nI00\nS'short'\nt", "is not as CIFAR-10 has it"),
         ("(I1\n(S'3'\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt", "shape .* instead of"),
-        ("(I1\n(I-3\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt", "that are not -9216 bytes"),
+        (
+            "(I1\n(I-3\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt",
+            "that are not -9216 bytes",
+        ),
         ("(I1\n(I3\nI3072\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'short'\nt", "that are not 9216 bytes"),
-        ("(I1\n(I3\nI3072\ntcnumpy\ndtype\n(S'" + "u" * 5000 + "'\ntRI00\nS'short'\nt", r"pixels of type 'u{200,300}\.\.\."),
+        (
+            "(I1\n(I3\nI3072\ntcnumpy\ndtype\n(S'" + "u" * 5000 + "'\ntRI00\nS'short'\nt",
+            r"pixels of type 'u{200,300}\.\.\.",
+        ),
         ("N", "is not as CIFAR-10 has it"),
     ],
 )
@@ -213,7 +277,16 @@ def test_array_whose_parts_do_not_fit_each_other(tmp_path: Path, state: str, wor
         read_cifar10(write_folder(tmp_path, data_batch_1=raw))
 
 
-@pytest.mark.parametrize("name", ["builtins\neval", "builtins\ngetattr", "numpy\nload", "numpy.core.multiarray\nfromfile", "os\nsystem"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "builtins\neval",
+        "builtins\ngetattr",
+        "numpy\nload",
+        "numpy.core.multiarray\nfromfile",
+        "os\nsystem",
+    ],
+)
 def test_only_the_three_names_of_an_array_are_known(tmp_path: Path, name: str) -> None:
     module, attribute = name.split("\n")
     with pytest.raises(Cifar10Error, match=f"asks for {module}.{attribute}.*nothing was run"):
@@ -221,8 +294,11 @@ def test_only_the_three_names_of_an_array_are_known(tmp_path: Path, name: str) -
 
 
 def bomb(where: bytes) -> bytes:
-    """A tuple of two times a tuple of two times ..., 100 deep: 2^100 steps for who hashes, compares or prints it."""
-    levels = b"".join(b"q\x00h\x00\x86" for _ in range(100))  # remember it, take it again, make a pair
+    """A tuple of two times a tuple of two times ..., 100 deep: 2^100 steps for who hashes, compares
+    or prints it."""
+    levels = b"".join(
+        b"q\x00h\x00\x86" for _ in range(100)
+    )  # remember it, take it again, make a pair
     return where.replace(b"BOMB", b"K\x01" + levels)
 
 
@@ -236,16 +312,24 @@ def bomb(where: bytes) -> bytes:
         (b"\x80\x02}(U\x04dataBOMBU\x06labels]u.", "b'data' is a tuple"),
         (b"\x80\x02}(U\x04dataK\x01U\x06labels]BOMBau.", "b'data' is a int"),
         (
-            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01BOMBcnumpy\ndtype\nU\x02u1\x85RK\x00Nt" + b"bU\x06labels]u.",
+            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01BOMBcnumpy\ndtype\nU\x02u1\x85RK\x00Nt"
+            + b"bU\x06labels]u.",
             "pixels of shape",
         ),
         (
-            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\nBOMB\x85RK\x00Nt" + b"bU\x06labels]u.",
+            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\nBOMB\x85RK\x00Nt"
+            + b"bU\x06labels]u.",
             "pixels of type",
         ),
-        (b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n)RBOMBtbU\x06labels]u.", "without a name"),
+        (
+            b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n)RBOMBtbU\x06labels]u.",
+            "without a name",
+        ),
         (b"\x80\x02" + b"]" * 200_001 + b".", "more than 200000 operations"),
-        (b"\x80\x04\x8b" + (2**24).to_bytes(4, "little") + b"\x01" * 2**24 + b".", "the operation LONG4"),
+        (
+            b"\x80\x04\x8b" + (2**24).to_bytes(4, "little") + b"\x01" * 2**24 + b".",
+            "the operation LONG4",
+        ),
         (b"\x80\x02cnumpy\nndarray\n)\x81.", "the operation NEWOBJ"),
         (b"\x80\x02K\x01K\x01R.", "calls something that is no name"),
         (b"\x80\x02K\x01K\x01b.", "fills a int"),
@@ -286,9 +370,12 @@ def test_archive_writes_nothing_wherever_its_members_point(tmp_path: Path) -> No
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_member_that_is_a_link_or_no_file_is_not_followed(tmp_path: Path, kind: bytes) -> None:
-    """A link out of the archive to a file that has the right content: it is not read, and nothing is made on disk."""
+    """A link out of the archive to a file that has the right content: it is not read, and nothing
+    is made on disk."""
     secret = tmp_path / "secret"
     secret.write_bytes(pickle.dumps(batch(0), protocol=4))
     path = tmp_path / "cifar-10-python.tar.gz"
@@ -311,7 +398,9 @@ def test_member_that_unpacks_to_far_too_much_is_refused_before_it_is_read(tmp_pa
     member = tarfile.TarInfo("data_batch_1")
     member.size = 2**40
     path.write_bytes(member.tobuf() + bytes(1024))
-    with pytest.raises(Cifar10Error, match=r"data_batch_1 in .* has 1099511627776 bytes, far more than a batch"):
+    with pytest.raises(
+        Cifar10Error, match=r"data_batch_1 in .* has 1099511627776 bytes, far more than a batch"
+    ):
         read_cifar10(path)
 
 
@@ -328,7 +417,9 @@ def test_pipe_is_not_waited_for(tmp_path: Path) -> None:
         read_cifar10(tmp_path / "pipe")
 
 
-def test_what_the_system_refuses_to_read_is_told_in_its_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_system_refuses_to_read_is_told_in_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = write_folder(tmp_path / "a")
     tar = archive(folder, tmp_path / "cifar-10-python.tar.gz")
     with pytest.raises(Cifar10Error, match="cannot be read: File name too long"):
@@ -370,7 +461,12 @@ def test_crop_is_a_window_of_the_padded_image_and_flip_mirrors() -> None:
     padded = torch.nn.functional.pad(images, (1, 1, 1, 1))
     places = set()
     for image, frame in zip(cropped, padded, strict=True):
-        matches = [(y, x) for y in range(3) for x in range(3) if torch.equal(image, frame[:, y : y + 4, x : x + 4])]
+        matches = [
+            (y, x)
+            for y in range(3)
+            for x in range(3)
+            if torch.equal(image, frame[:, y : y + 4, x : x + 4])
+        ]
         assert len(matches) == 1
         places.add(matches[0])
     assert len(places) == 9

@@ -33,7 +33,16 @@ def test_configuration_trains(config: Path) -> None:
 
 
 def train(config: Path):
-    return load_main()(["fit", "--config", str(config), "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--model.width=4"])
+    return load_main()(
+        [
+            "fit",
+            "--config",
+            str(config),
+            "--trainer.max_steps=3",
+            "--trainer.accelerator=cpu",
+            "--model.width=4",
+        ]
+    )
 
 
 def test_replay_without_a_record_says_what_is_missing() -> None:
@@ -44,8 +53,16 @@ def test_replay_without_a_record_says_what_is_missing() -> None:
 def test_every_callback_has_a_configuration() -> None:
     from lightning import Callback
 
-    public = {f"lightning_normdyn.{name}" for name in lightning_normdyn.__all__ if _is_a(getattr(lightning_normdyn, name), Callback)}
-    shown = {entry["class_path"] for config in CONFIGS for entry in yaml.safe_load(config.read_text())["trainer"]["callbacks"]}
+    public = {
+        f"lightning_normdyn.{name}"
+        for name in lightning_normdyn.__all__
+        if _is_a(getattr(lightning_normdyn, name), Callback)
+    }
+    shown = {
+        entry["class_path"]
+        for config in CONFIGS
+        for entry in yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    }
     assert public <= shown
 
 

@@ -1,6 +1,8 @@
-"""Every command that README, the examples and the docs show is run here as it is written, and its result is looked at.
+"""Every command that README, the examples and the docs show is run here as it is written, and its
+result is looked at.
 
-What a run of minutes would do is done in seconds: where `more` is given, these flags are appended (a preset for tests, no GPU).
+What a run of minutes would do is done in seconds: where `more` is given, these flags are appended
+(a preset for tests, no GPU).
 """
 
 from __future__ import annotations
@@ -30,7 +32,11 @@ IS_A_COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|pip|make)\b")
 def documented() -> set[str]:
     """The commands in fenced blocks and in back quotes, and those in the docstrings of scripts."""
     found: set[str] = set()
-    for page in [ROOT / "README.md", ROOT / "examples" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [
+        ROOT / "README.md",
+        ROOT / "examples" / "README.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    ]:
         text = page.read_text(encoding="utf-8")
         blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
         lines = [line for kind, block in blocks if kind != "python" for line in block.splitlines()]
@@ -100,8 +106,15 @@ def aws_with(alpha: float) -> Callable[[Path, str], None]:
 
     def check(folder: Path, printed: str) -> None:
         history = load_history(folder / "runs/cli/aws/history.npz")
-        (name,) = [key.partition("/")[2] for key in set(history.keys()) if key.startswith("equivalent_weight_decay/network.0.")]
-        decay, norm = (history.column(f"{quantity}/{name}")[1][0] for quantity in ("equivalent_weight_decay", "weight_norm"))
+        (name,) = [
+            key.partition("/")[2]
+            for key in set(history.keys())
+            if key.startswith("equivalent_weight_decay/network.0.")
+        ]
+        decay, norm = (
+            history.column(f"{quantity}/{name}")[1][0]
+            for quantity in ("equivalent_weight_decay", "weight_norm")
+        )
         assert decay / norm == pytest.approx(alpha, rel=1e-3)
 
     return check
@@ -115,39 +128,80 @@ CASES = {
     "make demo": Case(shows("examples/digits_resnet.py --demo"), slow=False),
     "make test": Case(shows("-m pytest", "not slow and not deepspeed"), slow=False),
     "make bench": Case(shows("benchmarks/cost.py"), slow=False),
-    "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test": Case(shows("pip install", "-m pytest"), slow=False),
-    "python -m lightning_normdyn inspect MODULE:CLASS": Case(
-        shows("network.0.weight", "filter"), "--input-shape 1,8,8", (("MODULE:CLASS", "examples/digits_resnet.py:ResidualDigits"),)
+    "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test": Case(
+        shows("pip install", "-m pytest"), slow=False
     ),
-    "python -m lightning_normdyn report RUN... -o report.html": Case(leaves("report.html"), instead=(("RUN...", "recorded"),), slow=False),
+    "python -m lightning_normdyn inspect MODULE:CLASS": Case(
+        shows("network.0.weight", "filter"),
+        "--input-shape 1,8,8",
+        (("MODULE:CLASS", "examples/digits_resnet.py:ResidualDigits"),),
+    ),
+    "python -m lightning_normdyn report RUN... -o report.html": Case(
+        leaves("report.html"), instead=(("RUN...", "recorded"),), slow=False
+    ),
     # examples/README.md and the scripts
     'pip install "lightning-normdyn[examples]"': Case(shows("examples"), slow=False),
     "python -m lightning_normdyn report history.npz": Case(
-        leaves("history.html"), instead=(("history.npz", "recorded/history.npz -o history.html"),), slow=False
+        leaves("history.html"),
+        instead=(("history.npz", "recorded/history.npz -o history.html"),),
+        slow=False,
     ),
-    "python examples/digits_resnet.py --demo": Case(leaves("runs/demo/compare.png", "runs/demo/overview.png"), TINY),
-    "python examples/digits_resnet.py --method aws": Case(leaves_history("runs/digits_resnet/aws"), TINY),
+    "python examples/digits_resnet.py --demo": Case(
+        leaves("runs/demo/compare.png", "runs/demo/overview.png"), TINY
+    ),
+    "python examples/digits_resnet.py --method aws": Case(
+        leaves_history("runs/digits_resnet/aws"), TINY
+    ),
     "python examples/char_gpt.py --method aws": Case(leaves_history("runs/char_gpt/aws"), TINY),
-    "python examples/char_gpt.py --text my_book.txt --norm layer --method decay": Case(leaves_history("runs/char_gpt/decay"), TINY),
-    f"python examples/cifar_resnet18.py {CIFAR} --method wrs": Case(leaves_history("runs/cifar_resnet18/wrs"), TINY),
-    f"python examples/cifar_resnet18.py {CIFAR} --preset paper": Case(shows("--epochs"), GPU_PRESET),
-    f"python examples/cifar_vgg16_bn.py {CIFAR} --method wrs": Case(leaves_history("runs/cifar_vgg16_bn/wrs"), TINY),
-    f"python examples/cifar_vgg16_bn.py {CIFAR} --preset paper": Case(shows("--epochs"), GPU_PRESET),
-    "python examples/ws_resnet.py --norm bn --method aws": Case(leaves_history("runs/ws_resnet/aws"), TINY),
-    f"python examples/ws_resnet.py {CIFAR} --norm gn --method decay": Case(leaves_history("runs/ws_resnet/decay"), TINY),
-    "python examples/gan_manual_optimization.py --method aws": Case(leaves_history("runs/gan_manual_optimization/aws"), TINY),
+    "python examples/char_gpt.py --text my_book.txt --norm layer --method decay": Case(
+        leaves_history("runs/char_gpt/decay"), TINY
+    ),
+    f"python examples/cifar_resnet18.py {CIFAR} --method wrs": Case(
+        leaves_history("runs/cifar_resnet18/wrs"), TINY
+    ),
+    f"python examples/cifar_resnet18.py {CIFAR} --preset paper": Case(
+        shows("--epochs"), GPU_PRESET
+    ),
+    f"python examples/cifar_vgg16_bn.py {CIFAR} --method wrs": Case(
+        leaves_history("runs/cifar_vgg16_bn/wrs"), TINY
+    ),
+    f"python examples/cifar_vgg16_bn.py {CIFAR} --preset paper": Case(
+        shows("--epochs"), GPU_PRESET
+    ),
+    "python examples/ws_resnet.py --norm bn --method aws": Case(
+        leaves_history("runs/ws_resnet/aws"), TINY
+    ),
+    f"python examples/ws_resnet.py {CIFAR} --norm gn --method decay": Case(
+        leaves_history("runs/ws_resnet/decay"), TINY
+    ),
+    "python examples/gan_manual_optimization.py --method aws": Case(
+        leaves_history("runs/gan_manual_optimization/aws"), TINY
+    ),
     "python examples/fsdp_transformer.py --devices 2 --accelerator cpu": Case(
         leaves_history("runs/fsdp_transformer/aws"), "--preset tiny --logger none --method aws"
     ),
-    "python examples/fsdp_transformer.py --devices 8 --preset paper": Case(shows("--devices"), GPU_PRESET),
-    "python examples/noisy_rayleigh_quotient.py --out runs/nrq": Case(leaves("runs/nrq/figure2.png"), "--preset tiny"),
-    "python examples/noisy_rayleigh_quotient.py --preset tiny": Case(leaves("runs/noisy_rayleigh_quotient/figure2.png")),
+    "python examples/fsdp_transformer.py --devices 8 --preset paper": Case(
+        shows("--devices"), GPU_PRESET
+    ),
+    "python examples/noisy_rayleigh_quotient.py --out runs/nrq": Case(
+        leaves("runs/nrq/figure2.png"), "--preset tiny"
+    ),
+    "python examples/noisy_rayleigh_quotient.py --preset tiny": Case(
+        leaves("runs/noisy_rayleigh_quotient/figure2.png")
+    ),
     "python examples/toy_2d.py --out runs/toy_2d": Case(leaves("runs/toy_2d/toy_2d.png")),
     # LightningCLI
     "python examples/cli/main.py fit --config examples/cli/aws.yaml": Case(aws_with(0.05), FEW),
-    "python examples/cli/main.py fit --config examples/cli/aws.yaml --trainer.callbacks.alpha 0.1": Case(aws_with(0.1), FEW),
-    "python examples/cli/main.py fit --config examples/cli/wrs.yaml --trainer.max_epochs 5": Case(leaves_history("runs/cli/wrs"), FEW),
-    "python examples/cli/main.py fit --trainer.callbacks.help=lightning_normdyn.AdaptiveWeightShrink": Case(shows("alpha", "statistic")),
+    "python examples/cli/main.py fit --config examples/cli/aws.yaml --trainer.callbacks.alpha 0.1": Case(
+        aws_with(0.1), FEW
+    ),
+    "python examples/cli/main.py fit --config examples/cli/wrs.yaml --trainer.max_epochs 5": Case(
+        leaves_history("runs/cli/wrs"), FEW
+    ),
+    "python examples/cli/main.py fit "
+    "--trainer.callbacks.help=lightning_normdyn.AdaptiveWeightShrink": Case(
+        shows("alpha", "statistic")
+    ),
     # docs
     "make test-deepspeed": Case(shows("-m pytest -m deepspeed"), slow=False),
 }
@@ -161,9 +215,12 @@ def test_every_documented_command_is_run_here() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder in which the commands find what they name: the examples, an archive, a book, a recorded run."""
+    """A folder in which the commands find what they name: the examples, an archive, a book, a
+    recorded run."""
     (tmp_path / "examples").symlink_to(ROOT / "examples")
-    (tmp_path / "my_book.txt").write_text("It was the best of times, it was the worst of times. " * 400, encoding="utf-8")
+    (tmp_path / "my_book.txt").write_text(
+        "It was the best of times, it was the worst of times. " * 400, encoding="utf-8"
+    )
     return tmp_path
 
 
@@ -176,7 +233,10 @@ def archive(folder: Path) -> None:
     inside.mkdir()
     random = np.random.default_rng(0)
     for name in (*TRAIN_BATCHES, TEST_BATCH):
-        batch = {b"data": random.integers(0, 256, (32, 3072), dtype=np.uint8), b"labels": random.integers(0, 10, 32).tolist()}
+        batch = {
+            b"data": random.integers(0, 256, (32, 3072), dtype=np.uint8),
+            b"labels": random.integers(0, 10, 32).tolist(),
+        }
         (inside / name).write_bytes(pickle.dumps(batch, protocol=4))
     with tarfile.open(folder / "cifar-10-python.tar.gz", "w:gz") as tar:
         tar.add(inside, FOLDER)
@@ -203,7 +263,12 @@ def ran(command: str, case: Case, folder: Path) -> str:
         assert placeholder in command
         command = command.replace(placeholder, value)
     words = shlex.split(f"{command} {case.more}")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "MPLBACKEND": "Agg",
+    }
     while "=" in words[0]:
         environment.update([words.pop(0).split("=", 1)])
     where = folder
@@ -211,7 +276,9 @@ def ran(command: str, case: Case, folder: Path) -> str:
         words, where = [*words, "-n", "-B"], ROOT
     elif words[0] == "python":
         words[0] = sys.executable
-    done = subprocess.run(words, cwd=where, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        words, cwd=where, env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -225,7 +292,13 @@ def named_extras(command: str) -> str:
     return " ".join(extra for extra in extras.split(",") if f"\n{extra} = [" in optional)
 
 
-@pytest.mark.parametrize("command", [pytest.param(command, marks=pytest.mark.slow if case.slow else ()) for command, case in CASES.items()])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=pytest.mark.slow if case.slow else ())
+        for command, case in CASES.items()
+    ],
+)
 def test_a_documented_command_does_what_it_says(command: str, folder: Path) -> None:
     case = CASES[command]
     if CIFAR in command:
@@ -241,5 +314,7 @@ def test_an_option_of_the_command_line_reaches_the_rule_of_a_configuration(confi
     """LightningCLI gives it to the last callback of the list, so the rule stands there."""
     import yaml
 
-    callbacks = yaml.safe_load((ROOT / "examples" / "cli" / f"{config}.yaml").read_text(encoding="utf-8"))["trainer"]["callbacks"]
+    callbacks = yaml.safe_load(
+        (ROOT / "examples" / "cli" / f"{config}.yaml").read_text(encoding="utf-8")
+    )["trainer"]["callbacks"]
     assert callbacks[-1]["class_path"] != "lightning_normdyn.NormDynamicsMonitor"

@@ -1,4 +1,5 @@
-"""examples/README.md names every example and every configuration, and every script explains itself."""
+"""examples/README.md names every example and every configuration, and every script explains
+itself."""
 
 from __future__ import annotations
 
@@ -19,4 +20,6 @@ def test_every_example_is_in_the_table() -> None:
 def test_every_script_says_how_it_is_run() -> None:
     for path in EXAMPLES.glob("*.py"):
         if path.name not in SHARED:
-            assert f"python examples/{path.name}" in (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""), path.name
+            assert f"python examples/{path.name}" in (
+                ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+            ), path.name

@@ -1,4 +1,5 @@
-"""The Noisy Rayleigh Quotient against its corrected closed forms, and the 2-D toy against its published norms."""
+"""The Noisy Rayleigh Quotient against its corrected closed forms, and the 2-D toy against its
+published norms."""
 
 from __future__ import annotations
 
@@ -26,20 +27,31 @@ from lightning_normdyn.equilibrium import equivalent_hyperparameters
 )
 def test_risk_reaches_the_exact_limit(problem: Problem, lr: float, weight_decay: float) -> None:
     schedule = Schedule(lr, weight_decay, steps=5000)
-    curves = simulate(problem, schedule, problem.start(problem.equilibrium_norm(lr, weight_decay), risk=0.2))
-    assert curves.risk[1000:].mean().item() == pytest.approx(problem.limit_risk(lr, weight_decay), rel=0.05)
-    assert curves.angular_update[1000:].square().mean().sqrt().item() == pytest.approx((2 * lr * weight_decay) ** 0.5, rel=0.01)
+    curves = simulate(
+        problem, schedule, problem.start(problem.equilibrium_norm(lr, weight_decay), risk=0.2)
+    )
+    assert curves.risk[1000:].mean().item() == pytest.approx(
+        problem.limit_risk(lr, weight_decay), rel=0.05
+    )
+    assert curves.angular_update[1000:].square().mean().sqrt().item() == pytest.approx(
+        (2 * lr * weight_decay) ** 0.5, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("factor", [0.4, 2.5])
 def test_the_norm_follows_its_closed_form_along_the_transient(factor: float) -> None:
     problem = Problem(dim=25, sigma=0.8)
     schedule = Schedule(0.05, 0.01, steps=2500)
-    # A small risk: the closed forms count the noise only, and the signal adds gap² risk (1 - risk) to the squared gradient.
-    start = problem.start(factor * problem.equilibrium_norm(schedule.lr, schedule.weight_decay), risk=0.05)
+    # A small risk: the closed forms count the noise only, and the signal adds gap² risk (1 - risk)
+    # to the squared gradient.
+    start = problem.start(
+        factor * problem.equilibrium_norm(schedule.lr, schedule.weight_decay), risk=0.05
+    )
     measured, predicted = simulate(problem, schedule, start), predict(problem, schedule, start)
     assert (measured.norm / predicted.norm - 1).abs().max() < 0.01
-    assert (measured.angular_update / predicted.angular_update - 1).unfold(0, 100, 100).mean(1).abs().max() < 0.01
+    assert (measured.angular_update / predicted.angular_update - 1).unfold(0, 100, 100).mean(
+        1
+    ).abs().max() < 0.01
 
 
 def test_the_risk_follows_its_corrected_drift() -> None:
@@ -79,7 +91,9 @@ def test_risk_escapes_after_the_drop_unless_weights_are_rescaled() -> None:
     assert at_drop[1] == pytest.approx(1, rel=0.05)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:lightning")  # Lightning has advice about workers, log intervals and logger folders
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning:lightning"
+)  # Lightning has advice about workers, log intervals and logger folders
 def test_the_lightning_module_is_the_simulation(tmp_path: Path) -> None:
     problem = Problem(dim=6, trials=4)
     schedule = Schedule(0.1, 0.02, steps=30, drop_at=20)
@@ -97,7 +111,9 @@ def test_the_lightning_module_is_the_simulation(tmp_path: Path) -> None:
     )
     trainer.fit(module)
     assert trainer.global_step == 30
-    assert torch.stack(module.risks).tolist() == pytest.approx(simulate(problem, schedule, start).risk.tolist(), abs=1e-12)
+    assert torch.stack(module.risks).tolist() == pytest.approx(
+        simulate(problem, schedule, start).risk.tolist(), abs=1e-12
+    )
     assert trainer.callback_metrics["risk"].item() == pytest.approx(module.risks[-1].item())
 
 
@@ -106,18 +122,28 @@ def test_the_lightning_module_is_the_simulation(tmp_path: Path) -> None:
     ("problem", "plain"),
     [
         (Problem(dim=10, sigma=0.5, gap=3.0), Schedule(0.3, 0.1, steps=600, drop_at=100)),
-        pytest.param(Problem(dim=20, sigma=0.5, gap=2.0), Schedule(0.1, 0.1, steps=3000, drop_at=300), marks=pytest.mark.slow),
+        pytest.param(
+            Problem(dim=20, sigma=0.5, gap=2.0),
+            Schedule(0.1, 0.1, steps=3000, drop_at=300),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["quick", "slower"],
 )
 def test_lr_drop_rescaling_prevents_the_escape(problem: Problem, plain: Schedule) -> None:
-    start = problem.start(problem.equilibrium_norm(plain.lr, plain.weight_decay), risk=problem.limit_risk(plain.lr, plain.weight_decay))
+    start = problem.start(
+        problem.equilibrium_norm(plain.lr, plain.weight_decay),
+        risk=problem.limit_risk(plain.lr, plain.weight_decay),
+    )
     ratios, at_drop = [], []
     for schedule in (plain, replace(plain, exponent=0.25)):
         curves = nrq.train(problem, schedule, start)
         assert len(curves.risk) == plain.steps
         ratios.append(nrq.escape_ratio(curves, schedule))
-        at_drop.append(curves.angular_update[plain.drop_at].item() / (2 * plain.lr / plain.drop * plain.weight_decay) ** 0.5)
+        at_drop.append(
+            curves.angular_update[plain.drop_at].item()
+            / (2 * plain.lr / plain.drop * plain.weight_decay) ** 0.5
+        )
     assert ratios[0] < 0.6
     assert ratios[1] > 0.85
     assert at_drop == pytest.approx([plain.drop**-0.5, 1], rel=0.03)
@@ -128,9 +154,13 @@ def test_train_is_simulate_at_every_step() -> None:
     schedule = Schedule(0.1, 0.02, steps=30, drop_at=20, exponent=0.25)
     start = problem.start(1.5)
     trained, simulated = nrq.train(problem, schedule, start), nrq.simulate(problem, schedule, start)
-    simulated.norm[20] *= 10**0.25  # what was trained is recorded before the optimizer's step, within which the drop is answered
+    simulated.norm[20] *= (
+        10**0.25
+    )  # what was trained is recorded before the optimizer's step, within which the drop is answered
     for curve in ("risk", "angular_update", "norm"):
-        assert getattr(trained, curve).tolist() == pytest.approx(getattr(simulated, curve).tolist(), rel=1e-9)
+        assert getattr(trained, curve).tolist() == pytest.approx(
+            getattr(simulated, curve).tolist(), rel=1e-9
+        )
 
 
 def test_starts_have_the_norm_and_risk_asked_for() -> None:
@@ -145,12 +175,18 @@ def test_the_seven_published_norms() -> None:
         assert path[-1].norm().item() == pytest.approx(run.published_norm, rel=0.01)
         assert len(path) == 492
         if run.project or not run.momentum:  # the losses that reproduce
-            assert toy_2d.loss(path[-1]).item() == pytest.approx(0.0 if run.project else 0.009, abs=3e-4)
+            assert toy_2d.loss(path[-1]).item() == pytest.approx(
+                0.0 if run.project else 0.009, abs=3e-4
+            )
 
 
 @pytest.mark.parametrize("module", [nrq, toy_2d], ids=["nrq", "toy_2d"])
-def test_the_scripts_write_a_picture_and_say_where(module, monkeypatch, capsys, tmp_path: Path) -> None:
-    monkeypatch.setattr(sys, "argv", [module.__file__, "--preset", "tiny", "--out", str(tmp_path / "made" / "here")])
+def test_the_scripts_write_a_picture_and_say_where(
+    module, monkeypatch, capsys, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(
+        sys, "argv", [module.__file__, "--preset", "tiny", "--out", str(tmp_path / "made" / "here")]
+    )
     module.main()
     (picture,) = (tmp_path / "made" / "here").iterdir()
     assert picture.read_bytes().startswith(b"\x89PNG")
