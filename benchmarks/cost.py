@@ -53,9 +53,9 @@ from lightning_normdyn import (
     StepBracket,
     WeightRescaling,
 )
-from lightning_normdyn.callbacks.base import NormDynCallback
-from lightning_normdyn.callbacks.session import Session
-from lightning_normdyn.targets import Verdict
+from lightning_normdyn.engine.callback import NormDynCallback
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.invariance.search import Verdict
 
 Shapes = list[tuple[int, ...]]
 NEVER = 10**9

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normdyn import NormDynamicsMonitor
-from lightning_normdyn.callbacks.publishing import publish_row
+from lightning_normdyn.monitor.loggers import publish_row
 
 LAYERS = 54
 QUANTITIES = [

@@ -31,7 +31,12 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import zoo  # noqa: E402
 
 from lightning_normdyn import Partition  # noqa: E402
-from lightning_normdyn.targets import EulerTest, ScaleInvarianceSearch, Verdict, inspect_module  # noqa: E402
+from lightning_normdyn.invariance.search import (  # noqa: E402
+    EulerTest,
+    ScaleInvarianceSearch,
+    Verdict,
+    inspect_module,
+)
 
 STEPS = 20
 

@@ -10,15 +10,23 @@ if TYPE_CHECKING:
         InputSpanMonitor,
         LRDropRescaling,
         NormDynamicsMonitor,
-        NormDynWarning,
         RadialProjection,
         WeightRescaling,
     )
-    from lightning_normdyn.decay import DecayOwner
-    from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
-    from lightning_normdyn.history import History, load_history
-    from lightning_normdyn.steps import Phase, Step, StepBracket
-    from lightning_normdyn.vectors import Partition, WeightVectors
+    from lightning_normdyn.engine.callback import NormDynCallback
+    from lightning_normdyn.errors import (
+        NormDynError,
+        NormDynWarning,
+        NoTargetsError,
+        NotSupportedError,
+    )
+    from lightning_normdyn.geometry.sharding import survey, torch_optimizers
+    from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+    from lightning_normdyn.invariance.graph_rules import register_rule
+    from lightning_normdyn.invariance.search import inspect_module
+    from lightning_normdyn.monitor.history import History, load_history
+    from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
+    from lightning_normdyn.optimizers.decay import DecayOwner
 
 __version__ = "0.1.0"
 
@@ -30,6 +38,7 @@ __all__ = [
     "InputSpanMonitor",
     "LRDropRescaling",
     "NoTargetsError",
+    "NormDynCallback",
     "NormDynError",
     "NormDynWarning",
     "NormDynamicsMonitor",
@@ -41,34 +50,60 @@ __all__ = [
     "StepBracket",
     "WeightRescaling",
     "WeightVectors",
+    "inspect_module",
     "load_history",
+    "register_rule",
+    "survey",
+    "torch_optimizers",
 ]
 
-_ROOMS = {
+# Where each public name lives.
+_HOMES = {
     "callbacks": (
         "AdaptiveWeightShrink",
         "EffectiveLRReplay",
         "InputSpanMonitor",
         "LRDropRescaling",
-        "NormDynWarning",
         "NormDynamicsMonitor",
         "RadialProjection",
         "WeightRescaling",
     ),
-    "decay": ("DecayOwner",),
-    "errors": ("NoTargetsError", "NormDynError", "NotSupportedError"),
-    "history": ("History", "load_history"),
-    "steps": ("Phase", "Step", "StepBracket"),
-    "vectors": ("Partition", "WeightVectors"),
+    "engine.callback": ("NormDynCallback",),
+    "errors": (
+        "NoTargetsError",
+        "NormDynError",
+        "NormDynWarning",
+        "NotSupportedError",
+    ),
+    "geometry.sharding": (
+        "survey",
+        "torch_optimizers",
+    ),
+    "geometry.vectors": (
+        "Partition",
+        "WeightVectors",
+    ),
+    "invariance.graph_rules": ("register_rule",),
+    "invariance.search": ("inspect_module",),
+    "monitor.history": (
+        "History",
+        "load_history",
+    ),
+    "optimizers.bracket": (
+        "Phase",
+        "Step",
+        "StepBracket",
+    ),
+    "optimizers.decay": ("DecayOwner",),
 }
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: the formulas and StepBracket serve people without Lightning, whose import
     # takes seconds and brings pyplot along.
-    for room, names in _ROOMS.items():
+    for home, names in _HOMES.items():
         if name in names:
-            value = globals()[name] = getattr(import_module(f"{__name__}.{room}"), name)
+            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

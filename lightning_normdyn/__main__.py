@@ -27,7 +27,7 @@ from lightning_normdyn.storage import is_remote
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from lightning_normdyn.history import History
+    from lightning_normdyn.monitor.history import History
 
 _EXAMPLES = """examples:
   python -m lightning_normdyn demo
@@ -248,7 +248,7 @@ def _demo(options: argparse.Namespace) -> None:
             f"the demonstration failed{': ' + said[-1].removeprefix('error: ') if said else ''}."
         )
 
-    from lightning_normdyn.report import load_run, write_report
+    from lightning_normdyn.monitor.report import load_run, write_report
 
     runs = {
         label: load_run(options.out / folder)
@@ -263,7 +263,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lightning_normdyn.targets import inspect_module, targets_table
+    from lightning_normdyn.invariance.search import inspect_module, targets_table
 
     module = _build(options.model, dict(options.set))
     inputs = _inputs(module, options)
@@ -373,7 +373,7 @@ def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_normdyn.report import load_run, write_report
+    from lightning_normdyn.monitor.report import load_run, write_report
 
     named = [_named_run(text) for text in options.runs]
     output = os.path.realpath(options.output)

@@ -21,8 +21,8 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_normdyn.errors import NormDynError, NotSupportedError, shown
-from lightning_normdyn.group_numbers import as_number
-from lightning_normdyn.optimizer_facts import facts_of
+from lightning_normdyn.optimizers.facts import facts_of
+from lightning_normdyn.optimizers.group_numbers import as_number
 
 __all__ = ["WeightDecayEquivalentLR", "weight_decay_equivalent_lrs"]
 

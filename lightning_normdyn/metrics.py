@@ -140,7 +140,7 @@ class _PerVector(Metric):
                 if None.
             ax: where to draw; a new figure if None.
         """
-        from lightning_normdyn.plots import draw_metric
+        from lightning_normdyn.monitor.plots import draw_metric
 
         val = self.compute() if val is None else val
         values = (
@@ -234,7 +234,7 @@ class AngularUpdate(_PerVector):
     r"""Angle by which each weight vector turned in a step, in radians: the root mean square over
     updates.
 
-    The mean of squares is what the predictions of :mod:`lightning_normdyn.equilibrium` are about;
+    The mean of squares is what the predictions of :mod:`lightning_normdyn.theory.equilibrium` are about;
     with ``reduction="mean"`` it is taken
     over vectors too.
 

@@ -23,7 +23,7 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.history import History
+from lightning_normdyn.monitor.history import History
 
 
 class Counts(TorchDispatchMode):
@@ -96,7 +96,7 @@ def soak(steps: tuple[int, ...]) -> Looks:
 
 def test_once_histories_are_full_nothing_grows(monkeypatch):
     monkeypatch.setattr(
-        "lightning_normdyn.callbacks.ledger.History", partial(History, 16, max_vector_bytes=2**12)
+        "lightning_normdyn.monitor.ledger.History", partial(History, 16, max_vector_bytes=2**12)
     )
     look = soak(
         (150, 210, 270)

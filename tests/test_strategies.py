@@ -158,7 +158,7 @@ def test_a_broken_reduction_is_seen():
     """Without completing sums over ranks, tensor parallelism trains other weights."""
 
     def broken() -> dict[str, Tensor]:
-        from lightning_normdyn.sharding import Reduction
+        from lightning_normdyn.geometry.sharding import Reduction
 
         Reduction.sum_ = lambda self, packed: packed  # type: ignore[method-assign]
         return fit(STRATEGIES["TP"], lambda: [AdaptiveWeightShrink(0.5)], optimizer=sgd)[1].final
@@ -315,7 +315,7 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
     logs nothing in them."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from lightning_normdyn.steps import Phase, StepBracket
+    from lightning_normdyn.optimizers.bracket import Phase, StepBracket
 
     most: dict[str, int] = {}
     add = StepBracket.add
@@ -372,8 +372,8 @@ def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: i
 def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[int]], int, int, int]:
     """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut
     vectors, weights and measured numbers."""
-    from lightning_normdyn import sharding
-    from lightning_normdyn.steps import Phase, StepBracket
+    from lightning_normdyn.geometry import sharding
+    from lightning_normdyn.optimizers.bracket import Phase, StepBracket
 
     sent: list[int] = []
     found: dict[str, list[int]] = {}

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_normdyn import AdaptiveWeightShrink, RadialProjection
-from lightning_normdyn.equilibrium import equilibrium_angular_update, equilibrium_norm
+from lightning_normdyn.theory.equilibrium import equilibrium_angular_update, equilibrium_norm
 
 MakeOptimizer = Callable[[Any], Optimizer]
 MakeScheduler = Callable[[Optimizer], Any]

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_normdyn import AdaptiveWeightShrink
+from lightning_normdyn.monitor.plots import OKABE_ITO
 from lightning_normdyn.parametrizations import weight_standardization
-from lightning_normdyn.plots import OKABE_ITO
-from lightning_normdyn.verdicts import free_decay_rate, steps_to_underflow
+from lightning_normdyn.theory.outlook import free_decay_rate, steps_to_underflow
 
 DESK = {
     "lone_steps": 60_000,

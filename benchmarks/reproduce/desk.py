@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynWarning
-from lightning_normdyn.history import History
+from lightning_normdyn.monitor.history import History
 
 HERE = Path(__file__).resolve().parent
 # Two-sided 5 % for one comparison of n paired seeds; with many comparisons in one table, expect

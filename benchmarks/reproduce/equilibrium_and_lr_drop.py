@@ -16,12 +16,12 @@ import torch
 from torch import nn
 
 from lightning_normdyn import LRDropRescaling
-from lightning_normdyn.equilibrium import (
+from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.theory.equilibrium import (
     equilibrium_angular_update,
     equivalent_hyperparameters,
     relaxation_steps,
 )
-from lightning_normdyn.plots import OKABE_ITO
 
 DESK = {
     "steps": 4_000,

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 
 from lightning_normdyn import AdaptiveWeightShrink, RadialProjection
-from lightning_normdyn.callbacks.effect import Effects
-from lightning_normdyn.callbacks.predictions import Course, Prediction, judge, predict
-from lightning_normdyn.plots import OKABE_ITO
-from lightning_normdyn.verdicts import AS_PREDICTED
+from lightning_normdyn.engine.effect import Effects
+from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.predictions import Course, Prediction, judge, predict
+from lightning_normdyn.theory.outlook import AS_PREDICTED
 
 DESK = {
     "width": 8,

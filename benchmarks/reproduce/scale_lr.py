@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import EffectiveLRReplay, NormDynamicsMonitor, WeightRescaling
-from lightning_normdyn.callbacks.effect import Effect, ScaledSteps
+from lightning_normdyn.engine.effect import Effect, ScaledSteps
+from lightning_normdyn.monitor.plots import OKABE_ITO
 from lightning_normdyn.parametrizations import weight_normalization, weight_standardization
-from lightning_normdyn.plots import OKABE_ITO
 
 DESK = {
     "exact_steps": 300,

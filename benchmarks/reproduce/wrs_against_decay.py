@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import WeightRescaling
-from lightning_normdyn.plots import OKABE_ITO
-from lightning_normdyn.verdicts import total_decay
+from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.theory.outlook import total_decay
 
 DESK = {
     "steps": 1_500,

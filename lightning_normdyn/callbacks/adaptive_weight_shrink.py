@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number
-from lightning_normdyn.callbacks.effect import Effect, Shrink
-from lightning_normdyn.decay import DecayOwner, replaced_decay
+from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.engine.effect import Effect, Shrink
 from lightning_normdyn.functional import (
     equivalent_weight_decay,
     norm_from_sums,
     shrink_factor,
     std_from_sums,
 )
-from lightning_normdyn.optimizer_facts import check_rate
+from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
+from lightning_normdyn.optimizers.facts import check_rate
+from lightning_normdyn.optimizers.scaling import RoundedScaling, Scaling
 from lightning_normdyn.parametrizations import is_weight_standardized
-from lightning_normdyn.scaling import RoundedScaling, Scaling
-from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
 
 
 class AdaptiveWeightShrink(NormDynCallback):

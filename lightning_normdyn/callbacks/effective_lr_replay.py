@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, warn_once
-from lightning_normdyn.callbacks.effect import Effect, ScaledSteps
+from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.engine.effect import Effect, ScaledSteps
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
-from lightning_normdyn.group_numbers import group_number, is_zero
-from lightning_normdyn.history import History, load_history
-from lightning_normdyn.optimizer_facts import facts_of, why_not_as_base
-from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.monitor.history import History, load_history
+from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
+from lightning_normdyn.optimizers.facts import facts_of, why_not_as_base
+from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 
 
 class EffectiveLRReplay(NormDynCallback):

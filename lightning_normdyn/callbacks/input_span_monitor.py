@@ -21,7 +21,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
 from torch import Tensor, nn
 
-from lightning_normdyn.callbacks.base import (
+from lightning_normdyn.engine.callback import (
     NormDynCallback,
     Plan,
     Target,
@@ -29,13 +29,10 @@ from lightning_normdyn.callbacks.base import (
     is_number,
     warn_once,
 )
-from lightning_normdyn.callbacks.spawned import KeepsHistory
-from lightning_normdyn.callbacks.state import history as check_history
-from lightning_normdyn.callbacks.training_sample import Sample, seed_everything, undisturbed
+from lightning_normdyn.engine.state import history as check_history
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.functional import generalized_gaussian_shape
-from lightning_normdyn.history import History
-from lightning_normdyn.input_span import (
+from lightning_normdyn.input_span.span import (
     LAYERS,
     Covariance,
     InputRows,
@@ -49,7 +46,10 @@ from lightning_normdyn.input_span import (
     vector_shares,
     weight_shape,
 )
-from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.input_span.training_sample import Sample, seed_everything, undisturbed
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.spawned import KeepsHistory
+from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
 
 BLOCK_BYTES = 2**31
 """Covariances held at once; more layers than fit are done in turn, each turn with a pass of its own
@@ -132,7 +132,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     Attributes:
         history: the same rows in memory, on rank zero, logger or not, with histograms of the
             weights as per-vector arrays
-            (`lightning_normdyn.plots.plot_input_span`, `plot_weight_histogram`).
+            (`lightning_normdyn.monitor.plots.plot_input_span`, `plot_weight_histogram`).
 
     Raises:
         ValueError: for numbers out of range.

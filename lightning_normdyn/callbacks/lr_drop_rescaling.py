@@ -14,23 +14,23 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, as_float, is_number
-from lightning_normdyn.callbacks.effect import Effect, Effects, LengthJumps
-from lightning_normdyn.callbacks.predictions import balance
-from lightning_normdyn.callbacks.rescaling import (
+from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, as_float, is_number
+from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
+from lightning_normdyn.engine.rescaling import (
     Rescaler,
     changes_function,
     refuse_averaging,
     verify_targets,
     warn_of_changed_function,
 )
-from lightning_normdyn.callbacks.state import many, number, record, table, text, whole
-from lightning_normdyn.equilibrium import lr_drop_exponent
+from lightning_normdyn.engine.state import many, number, record, table, text, whole
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizer_facts import applied_rate, check_rate, class_for_predictions
-from lightning_normdyn.scaling import Scaling
-from lightning_normdyn.step_response import step_response
-from lightning_normdyn.steps import Phase, Step, StepBracket
+from lightning_normdyn.monitor.predictions import balance
+from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
+from lightning_normdyn.optimizers.facts import applied_rate, check_rate, class_for_predictions
+from lightning_normdyn.optimizers.scaling import Scaling
+from lightning_normdyn.optimizers.step_response import step_response
+from lightning_normdyn.theory.equilibrium import lr_drop_exponent
 
 # The falls of a smooth schedule grow gradually, also at its very end: from one change to the next
 # by a factor below 4 for a cosine and

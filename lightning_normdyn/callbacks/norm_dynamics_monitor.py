@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import (
+from lightning_normdyn.engine.callback import (
     NormDynCallback,
     Plan,
     Target,
@@ -24,9 +24,36 @@ from lightning_normdyn.callbacks.base import (
     log_every,
     warn_once,
 )
-from lightning_normdyn.callbacks.effect import Effects
-from lightning_normdyn.callbacks.ledger import Ledger, Norms, Row, whole_number
-from lightning_normdyn.callbacks.predictions import (
+from lightning_normdyn.engine.effect import Effects
+from lightning_normdyn.engine.start_table import show
+from lightning_normdyn.engine.state import seal
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.functional import (
+    angle_from_sums,
+    cosine_from_sums,
+    direction_lr,
+    effective_lr,
+    effective_step_size,
+    equivalent_weight_decay,
+    norm_from_sums,
+    std_from_sums,
+)
+from lightning_normdyn.monitor.histograms import PACKED, Histogram, bin_vectors, unpack
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.ledger import Ledger, Norms, Row, whole_number
+from lightning_normdyn.monitor.loggers import (
+    HistoryFiles,
+    Outcome,
+    can_show_histograms,
+    publish_about,
+    publish_alert,
+    publish_history,
+    publish_outcome,
+    publish_row,
+    publish_to_trainer,
+    told_to_trainer,
+)
+from lightning_normdyn.monitor.predictions import (
     Course,
     Dying,
     entries_of_dying,
@@ -40,39 +67,12 @@ from lightning_normdyn.callbacks.predictions import (
     steps_until_overflow,
     urgency,
 )
-from lightning_normdyn.callbacks.publishing import (
-    HistoryFiles,
-    Outcome,
-    can_show_histograms,
-    publish_about,
-    publish_alert,
-    publish_history,
-    publish_outcome,
-    publish_row,
-    publish_to_trainer,
-    told_to_trainer,
-)
-from lightning_normdyn.callbacks.spawned import KeepsHistory
-from lightning_normdyn.callbacks.state import seal
-from lightning_normdyn.callbacks.tables import show
-from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.functional import (
-    angle_from_sums,
-    cosine_from_sums,
-    direction_lr,
-    effective_lr,
-    effective_step_size,
-    equivalent_weight_decay,
-    norm_from_sums,
-    std_from_sums,
-)
-from lightning_normdyn.group_numbers import with_plain_numbers
-from lightning_normdyn.histograms import PACKED, Histogram, bin_vectors, unpack
-from lightning_normdyn.history import History
-from lightning_normdyn.optimizer_facts import applied_rate, class_for_predictions
+from lightning_normdyn.monitor.spawned import KeepsHistory
+from lightning_normdyn.optimizers.bracket import HostCopy, Phase, Step, StepBracket
+from lightning_normdyn.optimizers.facts import applied_rate, class_for_predictions
+from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
+from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.parametrizations import is_weight_standardized
-from lightning_normdyn.step_response import step_response
-from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket
 from lightning_normdyn.tables import paragraph, render
 
 # Averaged over the vectors of a weight as RMS, because that is what predictions are about;
@@ -254,7 +254,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     Attributes:
         history: the same rows in memory, on rank zero, logger or not
-            (`lightning_normdyn.history.History`). From a GPU a row arrives,
+            (`lightning_normdyn.monitor.history.History`). From a GPU a row arrives,
             here and in the loggers, one batch later, under its own step; at an epoch's end and in a
             checkpoint all are there.
 

@@ -11,17 +11,23 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import NormDynCallback, Plan, Target, check_number, warn_once
-from lightning_normdyn.callbacks.effect import Effect, Projection
-from lightning_normdyn.callbacks.state import many, number, optional, record, table, whole
-from lightning_normdyn.decay import Decay, DecayOwner, DecayRule, replaced_decay
+from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, check_number, warn_once
+from lightning_normdyn.engine.effect import Effect, Projection
+from lightning_normdyn.engine.state import many, number, optional, record, table, whole
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
-from lightning_normdyn.group_numbers import is_zero
-from lightning_normdyn.optimizer_facts import check_rate
-from lightning_normdyn.optimizer_state import decay_kind, step_buffer
-from lightning_normdyn.steps import HostCopy, Phase, Step, StepBracket, check_decay_takeover
-from lightning_normdyn.vectors import Partition
+from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.optimizers.bracket import (
+    HostCopy,
+    Phase,
+    Step,
+    StepBracket,
+    check_decay_takeover,
+)
+from lightning_normdyn.optimizers.decay import Decay, DecayOwner, DecayRule, replaced_decay
+from lightning_normdyn.optimizers.facts import check_rate
+from lightning_normdyn.optimizers.group_numbers import is_zero
+from lightning_normdyn.optimizers.state import decay_kind, step_buffer
 
 # A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step
 # over the weight.

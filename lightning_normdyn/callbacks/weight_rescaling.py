@@ -12,25 +12,25 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.callbacks.base import (
+from lightning_normdyn.engine.callback import (
     NormDynCallback,
     Plan,
     Target,
     check_count,
     check_number,
 )
-from lightning_normdyn.callbacks.effect import Effect, Rescaling
-from lightning_normdyn.callbacks.rescaling import (
+from lightning_normdyn.engine.effect import Effect, Rescaling
+from lightning_normdyn.engine.rescaling import (
     Rescaler,
     changes_function,
     refuse_averaging,
     verify_targets,
     warn_of_changed_function,
 )
-from lightning_normdyn.callbacks.state import many, record, whole
-from lightning_normdyn.decay import DecayOwner, replaced_decay
+from lightning_normdyn.engine.state import many, record, whole
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
-from lightning_normdyn.steps import Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
 
 
 class WeightRescaling(NormDynCallback):

@@ -24,10 +24,10 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.callbacks.lr_drop_rescaling import Rate
-from lightning_normdyn.callbacks.rescaling import Rescaler
+from lightning_normdyn.engine.rescaling import Rescaler
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.scaling import Scaling
-from lightning_normdyn.steps import Phase, StepBracket
+from lightning_normdyn.optimizers.bracket import Phase, StepBracket
+from lightning_normdyn.optimizers.scaling import Scaling
 
 # Lightning has advice about one-cycle schedules by epoch, torch about schedules and skipped steps.
 pytestmark = pytest.mark.filterwarnings(
@@ -81,7 +81,7 @@ def test_gradients_and_buffers_left_alone_would_miss_it(monkeypatch: pytest.Monk
         )
         assert angles_across_a_drop(plain, 10.0, "auto")[1][0] == pytest.approx(0.56, abs=0.02)
     with monkeypatch.context() as patch:
-        patch.setattr("lightning_normdyn.callbacks.rescaling.state_exponents", lambda optimizer: {})
+        patch.setattr("lightning_normdyn.engine.rescaling.state_exponents", lambda optimizer: {})
         assert angles_across_a_drop(momentum, 10.0, "auto")[1][0] == pytest.approx(0.67, abs=0.05)
 
 

@@ -39,12 +39,12 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.callbacks.ledger import Ledger
-from lightning_normdyn.callbacks.state import seal
+from lightning_normdyn.engine.state import seal
 from lightning_normdyn.errors import NormDynWarning
-from lightning_normdyn.history import History
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.ledger import Ledger
+from lightning_normdyn.optimizers.bracket import HostCopy
 from lightning_normdyn.parametrizations import weight_standardization
-from lightning_normdyn.steps import HostCopy
 
 
 class KeepsRows(Logger):

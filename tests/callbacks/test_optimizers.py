@@ -19,7 +19,7 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.equilibrium import equilibrium_angular_update
+from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
 
 class Watch(L.Callback):

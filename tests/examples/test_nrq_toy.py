@@ -14,7 +14,7 @@ import torch
 import toy_2d
 from noisy_rayleigh_quotient import Problem, Schedule, predict, risk_of, simulate
 
-from lightning_normdyn.equilibrium import equivalent_hyperparameters
+from lightning_normdyn.theory.equilibrium import equivalent_hyperparameters
 
 
 @pytest.mark.parametrize(

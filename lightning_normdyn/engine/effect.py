@@ -1,0 +1,238 @@
+"""What a callback does to one weight, typed, and what several of them do together: the ground that
+predictions stand on.
+
+A prediction may be made only where somebody has derived it. So an effect that is not known here,
+two effects of one kind, and effects on
+different vectors of one weight all combine to "no prediction" (`Effects.underived`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning_normdyn.optimizers.decay import DecayOwner, DecayRule
+
+__all__ = [
+    "Effect",
+    "Effects",
+    "LengthJumps",
+    "NoEffect",
+    "OnOtherVectors",
+    "Projection",
+    "Rescaling",
+    "ScaledSteps",
+    "Shrink",
+    "UnknownEffect",
+    "combine",
+]
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What one callback does to one weight. A subclass that is not in this module has no
+    prediction, and neither have weights under it."""
+
+
+@dataclass(frozen=True)
+class NoEffect(Effect):
+    """The callback only looks."""
+
+
+@dataclass(frozen=True)
+class OnOtherVectors(Effect):
+    """The callback splits the weight into other vectors than the one who asks: its numbers are not
+    about the vectors that are asked about.
+
+    Args:
+        effect: what it does to its own.
+    """
+
+    effect: Effect
+
+
+@dataclass(frozen=True)
+class UnknownEffect(Effect):
+    """The callback changes the weight, and nobody has derived what follows from that.
+
+    Args:
+        by: who does it, for messages.
+    """
+
+    by: str
+
+
+@dataclass(frozen=True)
+class LengthJumps(Effect):
+    """The length jumps at single steps (LRDropRescaling) and is left alone between them, so
+    predictions hold there."""
+
+
+@dataclass(frozen=True)
+class Shrink(Effect):
+    """Before every step the weight is multiplied by 1 - lr · alpha · size (AWS).
+
+    Args:
+        alpha: strength, per weight norm.
+        statistic: what the size is.
+        replaces_decay: whether this takes the place of the optimizer's weight decay, or comes on
+            top of it.
+    """
+
+    alpha: float
+    statistic: Literal["norm", "std"]
+    replaces_decay: bool
+
+    @property
+    def decay(self) -> DecayRule:
+        """It is the decay of the weight."""
+        return DecayRule(
+            DecayOwner.SHRINK, self.replaces_decay, alpha=self.alpha, statistic=self.statistic
+        )
+
+
+@dataclass(frozen=True)
+class Projection(Effect):
+    """The radial part of every step is removed (RadialProjection), the optimizer's decay with it,
+    and a decay of its own is applied.
+
+    Args:
+        gate: whether every step is projected, or those with a small gradient cosine: for a
+            scale-invariant weight, practically all.
+        weight_decay: λ, decoupled; ``"replace"``: what the optimizer's own amounts to.
+        ratio: factor on it.
+    """
+
+    gate: Literal["always", "cosine"]
+    weight_decay: float | Literal["replace"]
+    ratio: float
+
+    @property
+    def decay(self) -> DecayRule:
+        """Projecting would remove any other decay."""
+        return DecayRule(
+            DecayOwner.PROJECTION, claims=True, rate=self.weight_decay, ratio=self.ratio
+        )
+
+
+@dataclass(frozen=True)
+class Rescaling(Effect):
+    """The length is set to a fixed number every so many steps (WRS).
+
+    Args:
+        every_n_steps: optimizer steps from one rescaling to the next.
+        target_norm: the length, or ``"initial"``: that of the start.
+        replaces_decay: whether the weight has no decay while this goes on.
+        window: whether its epochs are still to come, have come, or are over.
+    """
+
+    every_n_steps: int
+    target_norm: float | Literal["initial"]
+    replaces_decay: bool
+    window: Literal["later", "now", "over"]
+
+    @property
+    def decay(self) -> DecayRule:
+        """None, within its epochs."""
+        return DecayRule(DecayOwner.RESCALING, self.replaces_decay and self.window == "now")
+
+
+@dataclass(frozen=True)
+class ScaledSteps(Effect):
+    """Steps are made longer or shorter by recorded factors (EffectiveLRReplay): there is no
+    equilibrium to predict."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """What all callbacks together do to one weight; made by `combine`.
+
+    Args:
+        shrink, projection, rescaling: who does this, if somebody does.
+        scaled_steps: whether steps have recorded lengths.
+        underived: why nothing can be predicted; empty where it can.
+        decay_untold: who decays the weight in a way that nobody can tell here.
+    """
+
+    shrink: Shrink | None = None
+    projection: Projection | None = None
+    rescaling: Rescaling | None = None
+    scaled_steps: bool = False
+    underived: tuple[str, ...] = ()
+    decay_untold: tuple[str, ...] = ()
+
+    @property
+    def decay_rules(self) -> list[DecayRule]:
+        """What callbacks make of the weight's decay."""
+        return [
+            effect.decay
+            for effect in (self.shrink, self.projection, self.rescaling)
+            if effect is not None
+        ]
+
+    @property
+    def none(self) -> bool:
+        """Whether the optimizer alone acts on the weight."""
+        return self == Effects()
+
+    @property
+    def rescaled_now(self) -> Rescaling | None:
+        """The rescaling whose epochs have come."""
+        return (
+            self.rescaling
+            if self.rescaling is not None and self.rescaling.window == "now"
+            else None
+        )
+
+
+def combine(effects: Iterable[Effect]) -> Effects:
+    """What several callbacks do to one weight together.
+
+    Args:
+        effects: one per callback, in any order.
+
+    Example:
+        >>> combine([NoEffect(), Shrink(0.1, "norm", replaces_decay=True)]).underived
+        ()
+        >>> combine([UnknownEffect("MyRule"), Shrink(0.1, "norm", replaces_decay=True)]).underived
+        ('MyRule',)
+    """
+    known: dict[type[Effect], list[Any]] = {
+        Shrink: [],
+        Projection: [],
+        Rescaling: [],
+        ScaledSteps: [],
+    }
+    underived: list[str] = []
+    decay_untold: list[str] = []
+    for effect in effects:
+        if isinstance(effect, OnOtherVectors):
+            effect = effect.effect
+            underived.append(f"{type(effect).__name__} on other vectors")
+            # A shrink by the size of other vectors; a decay that is a number is the same for all.
+            if type(effect) is Shrink:
+                decay_untold.append("Shrink on other vectors")
+        # By the exact class: what a subclass of an effect adds is derived nowhere.
+        kind = type(effect)
+        if kind is NoEffect or kind is LengthJumps:
+            continue
+        if kind in known:
+            known[kind].append(effect)
+            continue
+        by = effect.by if isinstance(effect, UnknownEffect) else kind.__name__
+        underived.append(by)
+        decay_untold.append(by)
+    for kind, found in known.items():
+        if len(found) > 1:
+            several = f"{len(found)} times {kind.__name__}"
+            underived.append(several)
+            decay_untold.append(several)
+    return Effects(
+        shrink=next(iter(known[Shrink]), None),
+        projection=next(iter(known[Projection]), None),
+        rescaling=next(iter(known[Rescaling]), None),
+        scaled_steps=bool(known[ScaledSteps]),
+        underived=tuple(sorted(underived)),
+        decay_untold=tuple(sorted(decay_untold)),
+    )

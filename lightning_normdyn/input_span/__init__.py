@@ -1,0 +1,1 @@
+"""Which part of a weight the inputs of its layer can see."""

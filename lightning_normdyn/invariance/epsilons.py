@@ -1,0 +1,216 @@
+"""How small the epsilon of a normalization is beside the statistic that it is added to.
+
+With y = x / sqrt(v + eps), a weight in front of the normalization is scale-invariant only as far as
+eps / (v + eps) is small. Under common
+initializations it is not always: MobileNetV3 has eps = 1e-3 beside variances of the same order in
+its depthwise layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_normdyn.invariance.graph_state import EPSILONS, is_normalization
+from lightning_normdyn.invariance.names import clean_name
+
+# Batches after which nothing is left of a running variance's first value: 0.9**100 with the usual
+# momentum.
+SETTLED = 100
+
+
+@dataclass(frozen=True)
+class EpsilonShare:
+    """What one forward pass said about one normalization.
+
+    Args:
+        name: of the module.
+        eps: its epsilon.
+        median: of the statistic over channels, groups or positions: a variance, or a mean of
+            squares.
+        smallest: of it.
+        share: root mean square of eps / (statistic + eps).
+    """
+
+    name: str
+    eps: float
+    median: float
+    smallest: float
+    share: float
+
+    def explains(self, rms: float) -> bool:
+        """Whether gradients that are as far from orthogonal as this (`EulerTest`) come from the
+        epsilon.
+
+        They are of the order of the share: a weight without a normalization has values of the order
+        of 1.
+        """
+        return 10 * self.share >= rms
+
+    def __str__(self) -> str:
+        """In words, for a message.
+
+        Example:
+            >>> print(EpsilonShare("bn", 1e-3, 0.002, 0.0004, 0.4))
+            eps = 0.001 of bn is not small beside the variance that it is added to (median 0.002,
+            smallest 0.0004)
+        """
+        beside = f"median {self.median:.2g}, smallest {self.smallest:.2g}"
+        return f"eps = {self.eps:g} of {self.name} is not small beside the variance that it is added to ({beside})"
+
+
+def epsilon_of(module: nn.Module) -> float | None:
+    """The constant that a normalization adds to its statistic, by whatever name; None if it names
+    none.
+
+    Example:
+        >>> epsilon_of(nn.BatchNorm2d(4)), epsilon_of(nn.Linear(4, 4))
+        (1e-05, None)
+    """
+    if not is_normalization(module):
+        return None
+    values = [getattr(module, name, None) for name in EPSILONS]
+    return next(
+        (float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None
+    )
+
+
+def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
+    """What a normalization adds its epsilon to, one number for each thing that it normalizes; None
+    if that is not known.
+
+    Args:
+        module: a normalization.
+        x: its input.
+
+    Returns:
+        Biased variances, or means of squares for a root-mean-square normalization, in float32 or
+        better.
+
+    Example:
+        >>> statistic_of(nn.BatchNorm1d(2), torch.tensor([[1.0, 0.0], [3.0, 0.0]])).tolist()
+        [1.0, 0.0]
+        >>> statistic_of(nn.GroupNorm(1, 2), torch.tensor([[1.0, 3.0]])).tolist()
+        [1.0]
+    """
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.ndim >= 2:
+        return x.transpose(0, 1).flatten(1).var(1, correction=0)
+    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.ndim >= 3:
+        return x.flatten(2).var(2, correction=0).flatten()
+    groups = getattr(module, "num_groups", None)
+    if isinstance(groups, int) and x.ndim >= 2 and x.shape[1] % groups == 0:
+        return x.reshape(len(x) * groups, -1).var(1, correction=0)
+    shape = getattr(module, "normalized_shape", None)
+    last = len(shape) if isinstance(shape, (tuple, list)) else 1
+    if x.ndim < last:
+        return None
+    flat = x.flatten(x.ndim - last) if last > 1 else x
+    if "rms" in type(module).__name__.lower():
+        return flat.square().mean(-1).flatten()
+    return flat.var(-1, correction=0).flatten()
+
+
+class EpsilonWatch:
+    """Takes the statistics that normalizations see in forward passes; nothing is copied to the host
+    before somebody asks.
+
+    Args:
+        module: the network.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, eps=1.0))
+        >>> watch = EpsilonWatch(net)
+        >>> watch.start()
+        >>> _ = net(torch.ones(8, 4))
+        >>> watch.stop()
+        >>> watch.largest(["1"]).share
+        1.0
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._seen: dict[str, tuple[float, Tensor]] = {}
+        self._fresh: set[str] = set()  # seen since the last `start`
+        self._remove: list[Callable[[], None]] = []
+
+    def start(self, names: Iterable[str] | None = None) -> None:
+        """Look at the next forward passes of these modules, or of all normalizations."""
+        self.stop()
+        self._fresh = set()
+        chosen = None if names is None else set(names)
+        for name, module in self._module.named_modules():
+            if epsilon_of(module) is not None and (chosen is None or clean_name(name) in chosen):
+                self._remove.append(
+                    module.register_forward_pre_hook(self._look(clean_name(name))).remove
+                )
+
+    def stop(self) -> None:
+        """Remove every hook; idempotent."""
+        for remove in self._remove:
+            remove()
+        self._remove = []
+
+    def _look(self, name: str) -> Callable[[nn.Module, Any], None]:
+        @torch.no_grad()
+        def hook(module: nn.Module, args: Any) -> None:
+            eps = epsilon_of(module)
+            if (
+                eps is None
+                or not args
+                or not isinstance(args[0], Tensor)
+                or not args[0].is_floating_point()
+                or args[0].numel() == 0
+            ):
+                return
+            statistic = statistic_of(module, args[0])
+            if statistic is not None and statistic.numel():
+                self._seen[name] = eps, _summary(statistic, eps)
+                self._fresh.add(name)
+
+        return hook
+
+    def forget_old(self) -> None:
+        """What was seen up to now is of weights as they were: where running statistics tell of the
+        present ones, those count from now."""
+        self._fresh = set()
+
+    def largest(self, names: Iterable[str]) -> EpsilonShare | None:
+        """Of these normalizations the one whose epsilon matters most; None if none was seen. Copies
+        to the host."""
+        modules = {clean_name(name): module for name, module in self._module.named_modules()}
+        found = []
+        for name in names:
+            known = self._seen.get(name)
+            if name not in self._fresh:
+                known = _running(modules.get(name)) or known
+            if known is not None:
+                eps, numbers = known
+                found.append(EpsilonShare(name, eps, *numbers.tolist()))
+        return max(found, key=lambda one: one.share, default=None)
+
+
+def _summary(statistic: Tensor, eps: float) -> Tensor:
+    """Median, smallest, and the root mean square of the share that the epsilon has."""
+    share = (eps / (statistic + eps)).square().mean().sqrt()
+    return torch.stack([statistic.median(), statistic.min(), share])
+
+
+def _running(module: nn.Module | None) -> tuple[float, Tensor] | None:
+    """The same of running variances, once they are those of the network and no longer the ones that
+    they began with."""
+    variances, batches = (
+        getattr(module, "running_var", None),
+        getattr(module, "num_batches_tracked", None),
+    )
+    if module is None or variances is None or batches is None or int(batches) < SETTLED:
+        return None
+    eps = epsilon_of(module)
+    return None if eps is None else (eps, _summary(variances.detach(), eps))
+
+
+__all__ = ["EpsilonShare", "EpsilonWatch", "epsilon_of", "statistic_of"]

@@ -1,0 +1,1 @@
+"""What is measured during a run, how it is kept, and how a person sees it."""

@@ -1,0 +1,396 @@
+"""What a monitor has recorded so far, in one object that is never changed but replaced by the next
+one.
+
+A signal handler of the cluster may save a checkpoint between any two lines of Python. Everything
+that a new row changes (the history, the
+courses of the predictions, what waits for the next row) is therefore prepared aside, and one
+assignment puts it in place: whoever looks
+finds either all of it or nothing.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.predictions import Course, Prediction
+
+_MOST = 2**53  # no run counts as far
+
+
+@dataclass(frozen=True)
+class Norms:
+    """A weight's first norm and its last four, with their steps: enough to see it run away.
+
+    Example:
+        >>> norms = Norms(1.0)
+        >>> for step in range(1, 7):
+        ...     norms = norms.seen_at(step, 2.0**step)
+        >>> norms.first, norms.steps
+        (1.0, (3, 4, 5, 6))
+    """
+
+    first: float
+    steps: tuple[float, ...] = ()
+    norms: tuple[float, ...] = ()
+
+    def seen_at(self, step: float, norm: float) -> Norms:
+        """With one more norm."""
+        return Norms(self.first, (*self.steps[-3:], step), (*self.norms[-3:], norm))
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a history is told about one step.
+
+    Args:
+        step: the x axis.
+        optimizer_step: optimizer steps that really happened so far.
+        values: numbers by log key.
+        events: kinds of events to mark at this step.
+        vectors: per-vector arrays by name.
+        amends: whether the values belong to the newest row there is, and not to a row of their own.
+    """
+
+    step: int
+    optimizer_step: int
+    values: Mapping[str, float]
+    events: tuple[str, ...] = ()
+    vectors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    amends: bool = False
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A row that only the end of a fit asked for, and what was known before it: a run that goes on
+    has no such row.
+
+    Args:
+        before: the ledger without the row.
+        row: the row.
+    """
+
+    before: Ledger
+    row: Row
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """All that a new row changes, at one moment.
+
+    Args:
+        history: the rows, as far as they were asked for.
+        evidence: rows with all that verdicts rest on; the same object where everything was asked
+            for.
+        last_step: x of the newest row; -1 without any.
+        courses: by weight, what happened to its prediction.
+        norms: by weight, its first and its last norms.
+        rates: by weight, its last two learning rates.
+        measured: by optimizer, x of its newest row that was due.
+        counted: by optimizer, its own count of steps at its newest row.
+        events: what happened since the newest row; the next one marks it.
+        marked: how often each event had happened when the newest row was measured.
+        promised: the newest values of the keys that other callbacks may rely on.
+        results: what was measured in this batch.
+        sent: what is on its way to the host.
+        ending: if the newest row is one that only the end of a fit asked for.
+    """
+
+    history: History
+    evidence: History
+    last_step: int = -1
+    courses: Mapping[str, Course] = field(default_factory=dict)
+    norms: Mapping[str, Norms] = field(default_factory=dict)
+    rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    measured: Mapping[int, int] = field(default_factory=dict)
+    counted: Mapping[int, int] = field(default_factory=dict)
+    events: tuple[str, ...] = ()
+    marked: Mapping[Any, int] = field(default_factory=dict)
+    promised: Mapping[str, float] = field(default_factory=dict)
+    results: tuple[Any, ...] = ()
+    sent: tuple[Any, ...] = ()
+    ending: Ending | None = None
+
+    @classmethod
+    def new(cls, *, separate: bool) -> Ledger:
+        """An empty one.
+
+        Args:
+            separate: whether less is asked for than verdicts rest on.
+        """
+        history = History()
+        return cls(history, History() if separate else history)
+
+    def without(self, name: str) -> Ledger:
+        """Another weight has taken the place of the one that was called ``name``: its rows stay,
+        what they led to expect does not."""
+        courses = {other: course for other, course in self.courses.items() if other != name}
+        norms = {other: known for other, known in self.norms.items() if other != name}
+        rates = {other: known for other, known in self.rates.items() if other != name}
+        return replace(self, courses=courses, norms=norms, rates=rates)
+
+    @property
+    def lasting(self) -> Ledger:
+        """Without a row that only the end of a fit asked for."""
+        if self.ending is None:
+            return self
+        return replace(self.ending.before, results=self.results, sent=self.sent)
+
+    def with_row(self, row: Row, asked_for: Callable[[str], bool]) -> Ledger:
+        """With one more row.
+
+        Args:
+            row: the row.
+            asked_for: whether a key belongs in the history.
+        """
+        history = self.history.fork()
+        shown = {key: value for key, value in row.values.items() if asked_for(key)}
+        _write(history, replace(row, values=shown))
+        evidence = history
+        if self.evidence is not self.history:
+            evidence = self.evidence.fork()
+            _write(evidence, replace(row, events=(), vectors={}))
+        return replace(self, history=history, evidence=evidence, last_step=row.step)
+
+    def ending_with(self, row: Row, before: Ledger) -> Ledger:
+        """With the newest row as one that only the end of the fit asks for, and ``before`` as what
+        lasts if the run goes on."""
+        return replace(self, ending=Ending(replace(before, results=(), sent=()), row))
+
+    def going_on_at(self, step: int) -> Ledger:
+        """What is true if the next row is one of ``step`` or later: rows of the end of a fit, and
+        later ones, are forgotten."""
+        lasting = self.lasting
+        if lasting.last_step < step and all(x < step for x in lasting.measured.values()):
+            return lasting
+        history = lasting.history.fork()
+        history.truncate_after(step - 1)
+        evidence = history
+        if lasting.evidence is not lasting.history:
+            evidence = lasting.evidence.fork()
+            evidence.truncate_after(step - 1)
+        measured = {index: x for index, x in lasting.measured.items() if x < step}
+        newest = evidence.newest_step
+        return replace(
+            lasting,
+            history=history,
+            evidence=evidence,
+            measured=measured,
+            last_step=-1 if newest is None else newest,
+        )
+
+    # -- in checkpoints
+    # ------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Plain tensors, numbers and strings."""
+        lasting = self.lasting
+        state: dict[str, Any] = {
+            "history": lasting.history.state_dict(),
+            "last_step": lasting.last_step,
+            **_state_of_courses(lasting.courses),
+            "norms": {
+                name: [n.first, list(n.steps), list(n.norms)] for name, n in lasting.norms.items()
+            },
+            "rates": {name: list(rates) for name, rates in lasting.rates.items()},
+            "measured": dict(lasting.measured),
+            "counted": dict(lasting.counted),
+            "events": list(lasting.events),
+            "promised": dict(lasting.promised),
+        }
+        if lasting.evidence is not lasting.history:
+            state["evidence"] = lasting.evidence.state_dict()
+        if self.ending is not None:
+            row = self.ending.row
+            state["ending"] = {
+                "step": row.step,
+                "optimizer_step": row.optimizer_step,
+                "keys": list(row.values),
+                "values": torch.tensor(
+                    list(row.values.values()), dtype=torch.float64, device="cpu"
+                ),
+                "events": list(row.events),
+                "vectors": {
+                    name: torch.from_numpy(array.copy()) for name, array in row.vectors.items()
+                },
+                "amends": row.amends,
+                "promised": dict(self.promised),
+                **_state_of_courses(self.courses),
+            }
+        return state
+
+    @classmethod
+    def from_state(
+        cls, state: Mapping[str, Any], *, separate: bool, asked_for: Callable[[str], bool]
+    ) -> Ledger:
+        """What `state` gave.
+
+        Args:
+            state: from a checkpoint; one of an earlier version of this package knows less, and what
+                it does not know is empty.
+            separate: whether less is asked for than verdicts rest on.
+            asked_for: whether a key belongs in the history.
+
+        Raises:
+            NormDynError: where the state is damaged; nothing of it should be believed then.
+        """
+        try:
+            return cls._from_state(state, separate, asked_for)
+        except NormDynError:
+            raise
+        except (
+            KeyError,
+            IndexError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            OverflowError,
+            RuntimeError,
+            RecursionError,
+        ) as error:
+            raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+    @classmethod
+    def _from_state(
+        cls, state: Mapping[str, Any], separate: bool, asked_for: Callable[[str], bool]
+    ) -> Ledger:
+        history = _history(state["history"])
+        ledger = cls(
+            history=history,
+            evidence=_history(state.get("evidence", state["history"])) if separate else history,
+            last_step=whole_number(state["last_step"]),
+            courses=_courses(state),
+            norms={
+                str(n): Norms(float(f), _floats(steps), _floats(norms))
+                for n, (f, steps, norms) in state.get("norms", {}).items()
+            },
+            rates={
+                str(name): _floats(rates)[-2:] for name, rates in state.get("rates", {}).items()
+            },
+            measured={
+                whole_number(index): whole_number(x)
+                for index, x in state.get("measured", {}).items()
+            },
+            counted={
+                whole_number(index): whole_number(steps)
+                for index, steps in state.get("counted", {}).items()
+            },
+            events=tuple(str(event) for event in state.get("events", [])),
+            promised={str(key): float(value) for key, value in state.get("promised", {}).items()},
+        )
+        ending = state.get("ending")
+        if ending is None:
+            return ledger
+        values = dict(
+            zip([str(key) for key in ending["keys"]], ending["values"].tolist(), strict=True)
+        )
+        vectors = {str(name): tensor.numpy() for name, tensor in ending["vectors"].items()}
+        events = tuple(str(event) for event in ending["events"])
+        row = Row(
+            whole_number(ending["step"]),
+            whole_number(ending["optimizer_step"]),
+            values,
+            events,
+            vectors,
+            bool(ending["amends"]),
+        )
+        promised = {str(key): float(value) for key, value in ending["promised"].items()}
+        ended = ledger.with_row(row, asked_for).ending_with(row, ledger)
+        return replace(ended, courses=_courses(ending), promised=promised)
+
+
+def _write(history: History, row: Row) -> None:
+    """Into a history of one's own. Nothing that records may end a fit: what stands in the way of a
+    row is forgotten, not refused."""
+    if row.amends and len(history):
+        history.amend(row.values)
+        return
+    newest = history.newest_step
+    if (
+        newest is not None and newest > row.step
+    ):  # a loop that was set back counts from an earlier step
+        history.truncate_after(row.step - 1)
+    history.append(row.step, row.values, optimizer_step=row.optimizer_step)
+    for event in row.events:
+        history.mark(row.step, event)
+    for name, values in row.vectors.items():
+        if history.vector_count(name) not in (None, len(values)):
+            history.forget_vectors(
+                name
+            )  # it was in no loss yet, and now it is known what it consists of
+    if row.vectors:
+        history.append_vectors(row.step, row.vectors)
+
+
+def _state_of_courses(courses: Mapping[str, Course]) -> dict[str, Any]:
+    latest = {name: course.latest for name, course in courses.items()}
+    return {
+        "elapsed": {name: [course.step, course.elapsed] for name, course in courses.items()},
+        "predictions": {
+            name: list(astuple(prediction))
+            for name, prediction in latest.items()
+            if prediction is not None
+        },
+        "pulls": {
+            name: torch.tensor(course.pulls, dtype=torch.float64, device="cpu").reshape(-1, 2)
+            for name, course in courses.items()
+        },
+    }
+
+
+def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
+    courses: dict[str, Course] = {}
+    predictions, pulls = state.get("predictions", {}), state.get("pulls", {})
+    for name, (step, elapsed) in state.get("elapsed", {}).items():
+        latest = _prediction(*predictions[name]) if name in predictions else None
+        known: list[list[float]] = pulls[name].tolist() if name in pulls else []
+        courses[str(name)] = Course(
+            latest,
+            whole_number(step),
+            float(elapsed),
+            [(int(at), float(pull)) for at, pull in known],
+        )
+    return courses
+
+
+def _prediction(
+    angular_update: float, relaxation: float | None, power: float, pull: float, rough: bool
+) -> Prediction:
+    return Prediction(
+        float(angular_update),
+        None if relaxation is None else float(relaxation),
+        float(power),
+        float(pull),
+        bool(rough),
+    )
+
+
+def _history(state: Mapping[str, Any]) -> History:
+    history = History()
+    history.load_state_dict(state)
+    return history
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
+
+
+def whole_number(value: Any) -> int:
+    """A number of a checkpoint that counts something, checked.
+
+    Raises:
+        NormDynError: for anything else.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not -_MOST < value < _MOST:
+        raise NormDynError(f"{reprlib.repr(value)} is no whole number that a run can reach")
+    return int(value)
+
+
+__all__ = ["Ending", "Ledger", "Norms", "Row", "whole_number"]

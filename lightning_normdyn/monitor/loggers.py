@@ -1,0 +1,624 @@
+"""Everything that knows a logger class: what each of them can show of a run, and how it wants it.
+
+`publishers` gives one `Publisher` per logger; a logger of an unknown class gets scalars and nothing
+else. All of it is for rank zero, and
+for after the last collective: other ranks have no experiment, and would wait for ever for one that
+fails.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import pairwise
+from math import isfinite, isnan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
+
+from lightning_normdyn.engine.session import warn_once
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.histograms import Histogram
+from lightning_normdyn.monitor.history import History, load_history
+from lightning_normdyn.storage import Location, exists, join, replacing
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from matplotlib.figure import Figure
+
+# What is worth a picture of its own at the end of a fit.
+MAIN = ("effective_lr", "angular_update", "weight_norm", "weight_std")
+CHARTED = (*MAIN, "equilibrium_ratio")
+MAPPED = ("effective_lr", "equilibrium_ratio")
+# W&B draws no more of a custom chart than this.
+MOST_CHART_ROWS = 10_000
+DOTS_PER_INCH = 110
+# What other callbacks of the Trainer may wait for.
+TOLD_TO_CALLBACKS = ("normdyn/angular_update", "normdyn/equilibrium_ratio")
+# By log key, the name in the progress bar and the unit. Rich prints three decimals: milliradians
+# and norms stay readable there, an
+# effective learning rate would be 0.000.
+SHOWN_IN_PROGRESS_BAR = {
+    "normdyn/angular_update": ("normdyn/turn_mrad", 1e3),
+    "normdyn/weight_norm": ("normdyn/weight_norm", 1.0),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a fit.
+
+    Args:
+        history: all rows.
+        layers: one row per weight, the same keys in each; None where a number is not known.
+        quantities: the quantities that were asked for; pictures show these.
+        label: appended to names, so that a second monitor does not overwrite the first one's.
+    """
+
+    history: History
+    layers: list[dict[str, Any]]
+    quantities: Sequence[str]
+    label: str = ""
+
+    @property
+    def step(self) -> int:
+        """The x value: the last row's."""
+        return int(self.history[-1]["step"])
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The overview at the last row, by log key."""
+        return {key: value for key, value in self.history[-1].items() if key.startswith("normdyn/")}
+
+    @cached_property
+    def pictures(self) -> dict[str, Any]:
+        """By name, each ``(height, width, 3)`` uint8: drawn once for all loggers. Empty without
+        matplotlib."""
+        return {name: _pixels(figure) for name, figure in self._figures()} if _can_draw() else {}
+
+    def _figures(self) -> Iterator[tuple[str, Figure]]:
+        from lightning_normdyn.monitor import plots
+
+        recorded = _recorded(self.history)
+        asked = [quantity for quantity in recorded if quantity in self.quantities]
+        for quantity in (q for q in MAIN if q in asked):
+            draw = (
+                plots.plot_angular_update
+                if quantity == "angular_update"
+                else partial(plots.plot_effective_lr, quantity=quantity)
+            )
+            yield f"{quantity}{self.label}", draw(self.history)[0]
+        for quantity in (q for q in MAPPED if q in asked):
+            yield (
+                f"heat_map_{quantity}{self.label}",
+                plots.plot_heatmap(self.history, quantity=quantity)[0],
+            )
+        if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
+            yield f"norm_ridge{self.label}", plots.plot_norm_ridge(self.history)[0]
+
+    def markdown(self) -> str:
+        """The layers as a Markdown table."""
+        return markdown(self.layers)
+
+    def chart(self, quantity: str) -> tuple[list[list[int]], list[list[float]], list[str]]:
+        """Steps, values and names of all layers' curves, thinned alike to what W&B draws."""
+        keys = [key for key in self.history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
+        most = max(2, MOST_CHART_ROWS // max(1, len(keys)))
+        xs, ys = [], []
+        for key in keys:
+            steps, values = self.history.column(key)
+            chosen = (
+                np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
+                if len(steps)
+                else slice(0)
+            )
+            xs.append(steps[chosen].tolist())
+            ys.append(values[chosen].tolist())
+        return xs, ys, [key.removeprefix(f"{quantity}/") for key in keys]
+
+
+class HistoryFiles:
+    """Where the history of one fit lies: one file beside the log of each logger, never in the place
+    of another fit's.
+
+    A run may be fitted twice, and a script run again into the same folder. The second fit's file
+    then has a number. A fit that goes on
+    from a checkpoint goes on in the file of the fit that it continues, which is the one that begins
+    with the same row.
+
+    Args:
+        label: as in `Outcome`.
+        continued: whether this fit goes on from a checkpoint that held a history.
+    """
+
+    def __init__(self, label: str = "", *, continued: bool = False) -> None:
+        self.label, self.continued = label, continued
+        self._chosen: dict[str, str] = {}
+
+    def name(
+        self, folder: str, exists: Callable[[str], bool], continues: Callable[[str], bool]
+    ) -> str:
+        """The file's name in ``folder``, chosen at the first call and kept from then on.
+
+        Args:
+            folder: what tells the places of several loggers apart.
+            exists: whether there is a file of a name.
+            continues: whether this fit continues the one whose file has a name.
+        """
+        if folder not in self._chosen:
+            taken: list[str] = []
+            while exists(self._numbered(len(taken) + 1)):
+                taken.append(self._numbered(len(taken) + 1))
+            free = self._numbered(len(taken) + 1)
+            # The newest first: fits that were repeated from the same start begin with the same row.
+            own = (
+                next((name for name in reversed(taken) if continues(name)), None)
+                if self.continued
+                else None
+            )
+            self._chosen[folder] = own or free
+        return self._chosen[folder]
+
+    def place(self, folder: Location, history: History) -> str | Path:
+        """The file of this fit in a folder or at a URL."""
+
+        def continues(name: str) -> bool:
+            try:
+                earlier = load_history(join(folder, name))
+            except NormDynError:
+                return False
+            return len(earlier) > 0 and _same_row(earlier[0], history[0])
+
+        return join(
+            folder, self.name(str(folder), lambda name: exists(join(folder, name)), continues)
+        )
+
+    def _numbered(self, number: int) -> str:
+        return f"history{self.label}.npz" if number == 1 else f"history{self.label}.fit{number}.npz"
+
+
+class Publisher:
+    """Scalars, which every logger takes. Subclasses add what their logger can show besides.
+
+    Args:
+        logger: the logger of the Trainer.
+    """
+
+    shows_histograms = False
+    shows_pictures = False
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger: Any = logger
+
+    def row(
+        self, values: Mapping[str, float], histograms: Mapping[str, Histogram], step: int
+    ) -> None:
+        """All numbers of a logging step, in one call."""
+        self.logger.log_metrics(dict(values), step=step)
+
+    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+        """What this run consists of: the callbacks' settings and the table of targets."""
+
+    def outcome(self, outcome: Outcome) -> None:
+        """What came of it, once, at the end of a fit."""
+
+    def keep(self, history: History, files: HistoryFiles) -> None:
+        """Write the history beside what this logger writes: at checkpoints, at the end of a fit,
+        and when it is interrupted."""
+        folder = self.folder()
+        if folder is not None:
+            history.save(files.place(folder, history))
+
+    def folder(self) -> Location | None:
+        """Where this logger's own files lie, a folder or a URL; None where nobody knows."""
+        return None
+
+    def alert(self, title: str, text: str) -> None:
+        """Something that a person should know now."""
+
+    def _key(self, key: str) -> str:
+        """The key with the prefix that this logger puts in front of scalars."""
+        prefix = getattr(self.logger, "_prefix", "")
+        return f"{prefix}{self.logger.LOGGER_JOIN_CHAR}{key}" if prefix else key
+
+
+class WandbPublisher(Publisher):
+    """Weights & Biases: histograms, config, a table, charts and pictures at the end, summary,
+    alerts."""
+
+    shows_histograms = True
+    shows_pictures = True
+
+    def row(
+        self, values: Mapping[str, float], histograms: Mapping[str, Histogram], step: int
+    ) -> None:
+        """Scalars and histograms share a call: each one makes a row in W&B."""
+        import wandb
+
+        shown = {
+            key: wandb.Histogram(np_histogram=(np.array(h.counts), np.array(h.edges)))
+            for key, h in histograms.items()
+        }
+        self.logger.log_metrics({**values, **shown}, step=step)
+
+    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+        """Under ``normdyn`` in the run's config."""
+        self.logger.experiment.config.update(
+            {f"normdyn{label}": dict(about)}, allow_val_change=True
+        )
+
+    def outcome(self, outcome: Outcome) -> None:
+        """One row with everything at the last step; the last overview in the summary."""
+        import wandb
+
+        shown: dict[str, Any] = {}
+        if outcome.layers:
+            table = wandb.Table(
+                columns=[*outcome.layers[0]], data=[[*row.values()] for row in outcome.layers]
+            )
+            shown[f"normdyn_tables/layers{outcome.label}"] = table
+        for quantity in CHARTED:
+            if quantity in outcome.quantities and quantity in _recorded(outcome.history):
+                xs, ys, names = outcome.chart(quantity)
+                title = f"{quantity} of all layers"
+                shown[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
+                    xs, ys, keys=names, title=title, xname="step"
+                )
+        for name, pixels in outcome.pictures.items():
+            shown[f"normdyn_pictures/{name}"] = wandb.Image(pixels)
+        self.logger.log_metrics(shown, step=outcome.step)
+        run = self.logger.experiment
+        # What the last logging step left there may be older than the end of the fit.
+        run.summary.update({self._key(key): value for key, value in outcome.final.items()})
+
+    def folder(self) -> Location | None:
+        """Beside, and not in, the folder that is uploaded: with per_vector a history may be
+        large."""
+        run = self.logger.experiment
+        return None if getattr(run, "disabled", False) else Path(run.dir).parent
+
+    def alert(self, title: str, text: str) -> None:
+        """A W&B alert."""
+        # By default alerts of one title within a minute are dropped; a second weight's would be
+        # one.
+        self.logger.experiment.alert(title=title, text=text, level="WARN", wait_duration=0.001)
+
+
+class TensorBoardPublisher(Publisher):
+    """TensorBoard: histograms, figures, and tables as text."""
+
+    shows_histograms = True
+    shows_pictures = True
+
+    def row(
+        self, values: Mapping[str, float], histograms: Mapping[str, Histogram], step: int
+    ) -> None:
+        """Scalars in one call, then the histograms."""
+        super().row(values, histograms, step)
+        for key, (edges, counts) in histograms.items():
+            occupied = [i for i, count in enumerate(counts) if count]
+            middles = [(a * b) ** 0.5 for a, b in pairwise(edges)]
+            self.logger.experiment.add_histogram_raw(
+                self._key(key),
+                min=edges[occupied[0]],
+                max=edges[occupied[-1] + 1],
+                num=sum(counts),
+                sum=sum(c * m for c, m in zip(counts, middles, strict=True)),
+                sum_squares=sum(c * m * m for c, m in zip(counts, middles, strict=True)),
+                bucket_limits=edges[1:],
+                bucket_counts=counts,
+                global_step=step,
+            )
+
+    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+        """As text: TensorBoard's hyperparameters bring a metric ``hp_metric`` that nobody asked
+        for."""
+        settings = [
+            {"callback": name, **{k: json.dumps(v) for k, v in table.items()}}
+            for name, table in about["callbacks"].items()
+        ]
+        lines = "\n".join(
+            f"- {row.pop('callback')}: " + ", ".join(f"{k} = `{v}`" for k, v in row.items())
+            for row in settings
+        )
+        self.logger.experiment.add_text(self._key(f"normdyn/callbacks{label}"), lines)
+        targets = [{"weight": name, **table} for name, table in about["targets"].items()]
+        self.logger.experiment.add_text(self._key(f"normdyn/targets{label}"), markdown(targets))
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Figures and the table."""
+        experiment, step = self.logger.experiment, outcome.step
+        for name, pixels in outcome.pictures.items():
+            experiment.add_image(
+                self._key(f"normdyn/{name}"), pixels, global_step=step, dataformats="HWC"
+            )
+        experiment.add_text(
+            self._key(f"normdyn/layers{outcome.label}"), outcome.markdown(), global_step=step
+        )
+
+    def folder(self) -> Location | None:
+        """Beside the event file."""
+        return str(self.logger.log_dir)
+
+
+class MLflowPublisher(Publisher):
+    """MLflow: settings as parameters, everything else as artifacts under ``normdyn``."""
+
+    shows_pictures = True
+
+    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+        """A parameter of an MLflow run never changes; a resumed run keeps those of its start."""
+        client, run = self.logger.experiment, self.logger.run_id
+        settings = {
+            f"normdyn{label}/{name}/{key}": value
+            for name, table in about["callbacks"].items()
+            for key, value in table.items()
+        }
+        known = client.get_run(run).data.params
+        self.logger.log_hyperparams(
+            {key: value for key, value in settings.items() if key not in known}
+        )
+        client.log_dict(run, dict(about), f"normdyn/about{label}.json")
+
+    def outcome(self, outcome: Outcome) -> None:
+        """Figures and the table."""
+        client, run = self.logger.experiment, self.logger.run_id
+        for name, pixels in outcome.pictures.items():
+            client.log_image(run, pixels, f"normdyn/{name}.png")
+        client.log_dict(run, {"layers": outcome.layers}, f"normdyn/layers{outcome.label}.json")
+
+    def keep(self, history: History, files: HistoryFiles) -> None:
+        """As an artifact."""
+        from tempfile import TemporaryDirectory
+
+        client, run = self.logger.experiment, self.logger.run_id
+        there = {Path(artifact.path).name for artifact in client.list_artifacts(run, "normdyn")}
+        # What a fit continues is not fetched to be compared: a run that goes on from a checkpoint
+        # goes on in its newest history.
+        name = files.name(f"MLflow {run}", there.__contains__, lambda name: True)
+        with TemporaryDirectory() as folder:
+            client.log_artifact(run, str(history.save(Path(folder) / name)), "normdyn")
+
+
+class CSVPublisher(Publisher):
+    """CSV: pictures and the history beside ``metrics.csv``."""
+
+    shows_pictures = True
+
+    def outcome(self, outcome: Outcome) -> None:
+        """PNG files."""
+        for name, pixels in outcome.pictures.items():
+            _write_png(join(self.logger.log_dir, f"{name}.png"), pixels)
+
+    def folder(self) -> Location | None:
+        """Beside ``metrics.csv``."""
+        return str(self.logger.log_dir)
+
+
+_PUBLISHERS: tuple[tuple[type[Logger], type[Publisher]], ...] = (
+    (WandbLogger, WandbPublisher),
+    (TensorBoardLogger, TensorBoardPublisher),
+    (MLFlowLogger, MLflowPublisher),
+    (CSVLogger, CSVPublisher),
+)
+
+
+def publishers(loggers: Iterable[Logger]) -> list[Publisher]:
+    """One publisher per logger."""
+    return [
+        next((kind for known, kind in _PUBLISHERS if isinstance(logger, known)), Publisher)(logger)
+        for logger in loggers
+    ]
+
+
+def publish_row(
+    loggers: Iterable[Logger],
+    values: Mapping[str, float],
+    histograms: Mapping[str, Histogram],
+    step: int,
+) -> None:
+    """One call per logger and logging step."""
+    for publisher in publishers(loggers):
+        publisher.row(values, histograms, step)
+
+
+def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
+    """Give other callbacks (EarlyStopping, ModelCheckpoint) and the progress bar the numbers that
+    they may use.
+
+    Not through ``LightningModule.log``: that method belongs to the user, who may have overridden
+    it, and a name logged there by a
+    callback and by the user is an error or a mix of both. Lightning's own tables of the current
+    values take ours beside the user's, and
+    the prefix keeps the names apart. The tables are written without being asked for: asking
+    computes the user's metrics.
+
+    Args:
+        trainer: of the fit; call it on every rank, since every rank's callbacks decide by these
+            values.
+        row: values by log key.
+    """
+    connector = trainer._logger_connector
+    for key in TOLD_TO_CALLBACKS:
+        if key in row:
+            connector._callback_metrics[key] = torch.tensor(
+                row[key], dtype=torch.float32, device="cpu"
+            )
+    for key, (shown_as, unit) in SHOWN_IN_PROGRESS_BAR.items():
+        if key in row:
+            connector._progress_bar_metrics[shown_as] = unit * row[key]
+
+
+def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
+    """What of a row `publish_to_trainer` publishes."""
+    return {
+        key: row[key]
+        for key in dict.fromkeys([*TOLD_TO_CALLBACKS, *SHOWN_IN_PROGRESS_BAR])
+        if key in row
+    }
+
+
+def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str = "") -> None:
+    """What the run consists of.
+
+    Args:
+        loggers: the Trainer's.
+        about: ``"callbacks"``: settings by callback; ``"targets"``: facts by weight. Plain JSON.
+        label: as in `Outcome`.
+    """
+    about = json.loads(json.dumps(about, default=str))
+    for publisher in publishers(loggers):
+        with _Survived(publisher, "the callbacks' settings"):
+            publisher.about(about, label)
+
+
+def publish_history(loggers: Iterable[Logger], history: History, files: HistoryFiles) -> None:
+    """Write the history beside each logger's own files; what stood there of this fit is replaced.
+
+    Args:
+        loggers: the Trainer's.
+        history: all rows so far; nothing is written of an empty one.
+        files: of this fit, the same at every call.
+    """
+    if not len(history):
+        return
+    for publisher in publishers(loggers):
+        with _Survived(publisher, "the history"):
+            publisher.keep(history, files)
+
+
+def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
+    """What came of the fit; the history itself is a matter of `publish_history`."""
+    if not len(outcome.history):
+        return
+    chosen = publishers(loggers)
+    if any(publisher.shows_pictures for publisher in chosen) and not _can_draw():
+        warn_once(
+            "matplotlib is not installed: the loggers get no pictures, only numbers, tables and "
+            "charts. `pip install matplotlib`"
+        )
+    for publisher in chosen:
+        with _Survived(publisher, "pictures and tables"):
+            publisher.outcome(outcome)
+
+
+def publish_alert(loggers: Iterable[Logger], title: str, text: str) -> None:
+    """Tell a person now, where a logger can."""
+    for publisher in publishers(loggers):
+        with _Survived(publisher, "an alert"):
+            publisher.alert(title, text)
+
+
+def can_show_histograms(loggers: Iterable[Logger]) -> bool:
+    """Whether binning is worth its cost; the same on all ranks."""
+    return any(publisher.shows_histograms for publisher in publishers(loggers))
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    if not rows:
+        return ""
+    cells = [
+        [str(key) for key in rows[0]],
+        ["---"] * len(rows[0]),
+        *([_cell(value) for value in row.values()] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+class _Survived:
+    """A picture that cannot be drawn or sent is no reason to end a training run: say so and go
+    on."""
+
+    def __init__(self, publisher: Publisher, what: str) -> None:
+        self.publisher, self.what = publisher, what
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        name = type(self.publisher.logger).__name__
+        warn_once(
+            f"{name} did not get {self.what} ({type(error).__name__}: {error}). The training is "
+            f"not affected."
+        )
+        return True
+
+
+def _can_draw() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _pixels(figure: Figure) -> Any:
+    figure.set_dpi(DOTS_PER_INCH)
+    canvas: Any = figure.canvas
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a name in a script that the font lacks
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _write_png(path: Location, pixels: Any) -> None:
+    from matplotlib.image import imsave
+
+    with replacing(path) as file:
+        imsave(file, pixels, format="png")
+
+
+def _same_row(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
+    """Whether two rows hold the same numbers under the same keys; NaN is the same as NaN."""
+    same_keys = one.keys() == other.keys()
+    return same_keys and all(
+        one[key] == other[key] or (isnan(one[key]) and isnan(other[key])) for key in one
+    )
+
+
+def _recorded(history: History) -> list[str]:
+    """Quantities of which some layer has a value."""
+    keys = history.keys()
+    return list(
+        dict.fromkeys(
+            key.split("/")[0] for key in keys if "/" in key and not key.startswith("normdyn/")
+        )
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if isfinite(value) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("|", "\\|")
+
+
+__all__ = [
+    "HistoryFiles",
+    "Outcome",
+    "Publisher",
+    "publish_about",
+    "publish_alert",
+    "publish_history",
+    "publish_outcome",
+    "publish_row",
+    "publish_to_trainer",
+    "publishers",
+]

@@ -1,0 +1,352 @@
+"""What a step sees of its optimizer while some weight decay is taken over: the same optimizer, with
+split param groups.
+
+torch hands ``step`` the object that a step pre-hook puts into its arguments, so the optimizer
+itself need not be changed: `view_of` makes
+a second instance that shares its ``__dict__`` and differs in ``param_groups`` only. Whoever else
+looks at the optimizer while ``step`` runs
+(a signal handler that saves, a scheduler, another thread) finds the user's own groups, and nothing
+has to be restored.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Container, MutableMapping, Sequence
+from operator import is_
+from typing import Any, cast
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
+
+__all__ = [
+    "SplitGroup",
+    "is_view",
+    "part_of",
+    "show",
+    "split_groups",
+    "unsplit",
+    "view_class",
+    "view_of",
+    "writes_into_groups",
+]
+
+Group = dict[str, Any]
+Split = Callable[[Sequence[Group]], "list[Group] | None"]
+
+
+class SplitGroup(dict[str, Any]):
+    """A param group as a step sees it, with some entries replaced.
+
+    What the step writes under any other key reaches the user's group at once, since some optimizers
+    keep state there.
+
+    Args:
+        group: the user's group.
+        replaced: entries that differ from it; writing to them changes nothing but this view.
+
+    Example:
+        >>> group = {"lr": 0.1, "weight_decay": 0.5}
+        >>> shown = SplitGroup(group, {"weight_decay": 0.0})
+        >>> shown["steps"] = 1
+        >>> group
+        {'lr': 0.1, 'weight_decay': 0.5, 'steps': 1}
+    """
+
+    __slots__ = ("_group", "_replaced")
+
+    def __init__(self, group: Group, replaced: Group) -> None:
+        super().__init__(group)
+        super().update(replaced)
+        self._group = group
+        self._replaced = frozenset(replaced)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(key, value)
+        if key not in self._replaced:
+            self._group[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(key)
+        if key not in self._replaced:
+            self._group.pop(key, None)
+
+    # dict writes to itself directly; these go through the two methods above.
+    update = MutableMapping.update
+    setdefault = MutableMapping.setdefault
+    popitem = MutableMapping.popitem
+    clear = MutableMapping.clear
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As of a dict: MutableMapping's own looks for a private default that is not here."""
+        if key not in self and default:
+            return default[0]
+        value = self[key]
+        del self[key]
+        return value
+
+    def __ior__(self, other: Any) -> SplitGroup:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy that somebody keeps is a plain group."""
+        return dict, (dict(self),)
+
+
+def part_of(group: Group, replaced: Group, *, write_through: bool) -> Group:
+    """``group`` with some entries replaced: a `SplitGroup`, or a plain dict, which is all that
+    torch's compiler understands."""
+    return SplitGroup(group, replaced) if write_through else {**group, **replaced}
+
+
+def writes_into_groups(kind: type[Optimizer]) -> bool:
+    """Whether a step of this class may keep state in its param groups; those of torch.optim were
+    read, and none does."""
+    step = inspect.unwrap(kind.step)
+    return not step.__module__.startswith("torch.optim.")
+
+
+def split_groups(
+    groups: Sequence[Group], taken: Container[Tensor], *, write_through: bool = True
+) -> list[Group] | None:
+    """Param groups in which the weights whose decay is taken over stand apart, with a weight decay
+    of 0.
+
+    Args:
+        groups: the optimizer's own.
+        taken: the weights.
+        write_through: whether what is written into a new group reaches the user's.
+
+    Returns:
+        New groups for those that had to be split, the others themselves; None if none has to be.
+
+    Example:
+        >>> import torch
+        >>> first, second = torch.ones(2), torch.ones(2)
+        >>> shown = split_groups([{"params": [first, second], "weight_decay": 0.5}], {first})
+        >>> [group["weight_decay"] for group in shown]
+        [0.0, 0.5]
+    """
+    shown: list[Group] = []
+    for group in groups:
+        decays = not is_zero(group_number(group, "weight_decay"))
+        ours = [p for p in group["params"] if p in taken] if decays else []
+        if not ours:
+            shown.append(group)
+            continue
+        shown.append(
+            part_of(group, {"params": ours, "weight_decay": 0.0}, write_through=write_through)
+        )
+        rest = [p for p in group["params"] if p not in taken]
+        if rest:
+            shown.append(part_of(group, {"params": rest}, write_through=write_through))
+    unchanged = all(a is b for a, b in zip(shown, groups, strict=False))
+    return None if unchanged else shown
+
+
+class _View:
+    """What every view adds to the class of its optimizer; stands before it in the order of
+    inheritance."""
+
+    __slots__ = ()
+
+    # Slots of the view's own class: the instance shares its __dict__ with the optimizer.
+    _normdyn_original: Any
+    _normdyn_split: Split | None
+    _normdyn_shown: tuple[list[Group], list[Group]] | None
+
+    @property
+    def param_groups(self) -> list[Group]:
+        own = self._normdyn_original.param_groups
+        if self._normdyn_split is None:
+            return cast(list[Group], own)
+        # A step may itself add a group, or set new ones: then they are split anew.
+        before, shown = cast(tuple[list[Group], list[Group]], self._normdyn_shown)
+        if not _same(before, own):
+            shown = self._normdyn_split(own) or own
+            object.__setattr__(self, "_normdyn_shown", (list(own), shown))
+        return shown
+
+    @param_groups.setter
+    def param_groups(self, groups: list[Group]) -> None:
+        self._normdyn_original.param_groups = groups
+
+    # A subclass that calls super().step() makes torch call all hooks again, with the view: others
+    # must get the optimizer itself.
+    @property
+    def _optimizer_step_pre_hooks(self) -> OrderedDict[int, Any]:
+        return _for_original(self, self._normdyn_original._optimizer_step_pre_hooks)
+
+    @property
+    def _optimizer_step_post_hooks(self) -> OrderedDict[int, Any]:
+        return _for_original(self, self._normdyn_original._optimizer_step_post_hooks)
+
+    def __eq__(self, other: object) -> bool:
+        """Mappings whose key is the optimizer must be found by its view as well."""
+        return other is self or other is self._normdyn_original
+
+    def __hash__(self) -> int:
+        return hash(self._normdyn_original)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self._normdyn_original,)
+
+    def __copy__(self) -> Any:
+        return copy.copy(self._normdyn_original)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return copy.deepcopy(self._normdyn_original, memo)
+
+    def __repr__(self) -> str:
+        return repr(self._normdyn_original)
+
+
+def _itself(optimizer: Optimizer) -> Optimizer:
+    """What the pickle of a view is loaded with: the pickle holds the optimizer."""
+    return optimizer
+
+
+def _same(before: list[Group], now: list[Group]) -> bool:
+    return len(before) == len(now) and all(map(is_, before, now))
+
+
+def _for_original(view: _View, hooks: dict[int, Any]) -> OrderedDict[int, Any]:
+    return OrderedDict((key, _on_original(view, hook)) for key, hook in hooks.items())
+
+
+def _on_original(view: _View, hook: Any) -> Any:
+    """``hook``, called with the optimizer where torch passes its view."""
+    original = view._normdyn_original
+
+    def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = hook(original, (original, *args[1:]), kwargs)
+        if (
+            isinstance(result, tuple)
+            and len(result) == 2
+            and result[0]
+            and result[0][0] is original
+        ):
+            (_, *rest), kwargs = result
+            return (view, *rest), kwargs
+        return result
+
+    return call
+
+
+def _forwarded(name: str) -> Any:
+    """A method that reads or writes the groups for others than the step: it acts on the optimizer
+    itself."""
+
+    def call(self: _View, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._normdyn_original, name)(*args, **kwargs)
+
+    return call
+
+
+def _slot(name: str) -> Any:
+    """An attribute that the optimizer's class keeps outside of ``__dict__``."""
+
+    def get(self: _View) -> Any:
+        return getattr(self._normdyn_original, name)
+
+    def put(self: _View, value: Any) -> None:
+        setattr(self._normdyn_original, name, value)
+
+    def delete(self: _View) -> None:
+        delattr(self._normdyn_original, name)
+
+    return property(get, put, delete)
+
+
+_FORWARDED = (
+    "state_dict",
+    "load_state_dict",
+    "add_param_group",
+    "register_step_pre_hook",
+    "register_step_post_hook",
+    "register_state_dict_pre_hook",
+    "register_state_dict_post_hook",
+    "register_load_state_dict_pre_hook",
+    "register_load_state_dict_post_hook",
+)
+
+
+def view_class(kind: type[Optimizer]) -> type[Any] | None:
+    """The class of the views of optimizers of class ``kind``; None where Python does not let
+    anything derive from it."""
+    body: dict[str, Any] = {name: _forwarded(name) for name in _FORWARDED}
+    for base in kind.__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name in ("__dict__", "__weakref__"):
+                continue
+            if name.startswith("__") and not name.endswith("__"):
+                name = f"_{base.__name__.lstrip('_')}{name}"  # as Python mangles private names
+            body[name] = _slot(name)
+    body["__slots__"] = ("_normdyn_original", "_normdyn_split", "_normdyn_shown")
+    body["__module__"], body["__qualname__"], body["__doc__"] = (
+        kind.__module__,
+        kind.__qualname__,
+        kind.__doc__,
+    )
+    metaclass: Any = type(kind)
+    try:
+        return cast(type[Any], metaclass(kind.__name__, (_View, kind), body))
+    except Exception:  # whatever somebody's metaclass or __init_subclass__ raises
+        return None
+
+
+def view_of(optimizer: Optimizer, kind: type[Any]) -> Optimizer:
+    """A view of ``optimizer`` that shows its own param groups until `show` splits them.
+
+    Args:
+        optimizer: what a step is about to run on.
+        kind: `view_class` of its class.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> sgd = torch.optim.SGD([weight], lr=0.1, weight_decay=0.5)
+        >>> view = view_of(sgd, view_class(torch.optim.SGD))
+        >>> split = lambda groups: split_groups(groups, {weight})
+        >>> show(view, split, sgd.param_groups, split(sgd.param_groups))
+        >>> view.param_groups[0]["weight_decay"], sgd.param_groups[0]["weight_decay"]
+        (0.0, 0.5)
+    """
+    view = object.__new__(kind)
+    # Not by plain assignment: the optimizer's class may have a __setattr__ of its own.
+    object.__setattr__(view, "_normdyn_original", optimizer)
+    object.__setattr__(view, "_normdyn_split", None)
+    object.__setattr__(view, "_normdyn_shown", None)
+    object.__setattr__(view, "__dict__", vars(optimizer))
+    return cast(Optimizer, view)
+
+
+def show(view: Any, split: Split, groups: Sequence[Group], shown: list[Group]) -> None:
+    """From now on ``view`` shows split groups.
+
+    Args:
+        view: from `view_of`.
+        split: how to split groups, should the step make new ones.
+        groups: the optimizer's own.
+        shown: what ``split`` has made of them.
+    """
+    object.__setattr__(view, "_normdyn_shown", (list(groups), shown))
+    object.__setattr__(view, "_normdyn_split", split)
+
+
+def unsplit(view: Any) -> None:
+    """From now on ``view`` shows the optimizer's own groups."""
+    object.__setattr__(view, "_normdyn_split", None)
+    object.__setattr__(view, "_normdyn_shown", None)
+
+
+def is_view(optimizer: object) -> bool:
+    """Whether ``optimizer`` is only a view, as torch passes it to hooks where a step calls
+    ``super().step()``."""
+    return isinstance(optimizer, _View)

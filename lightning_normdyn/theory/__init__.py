@@ -1,0 +1,1 @@
+"""What the papers predict, in numbers and in words."""

@@ -1,0 +1,532 @@
+"""What the papers predict: the angular update, norm and relaxation time that an optimizer settles
+at, and the exact equivalences.
+
+Every prediction follows from one balance. A scale-invariant weight vector w has a gradient g =
+g̃/‖w‖ at right angles to it, and an
+optimizer's step is lr · Σ_j c_j g_{t-j}. With S1 = Σ c_j and S2 = Σ c_j², noise-dominated
+gradients, and E = E‖g̃‖² (or E = d, the number
+of entries of w, where the optimizer normalizes the gradient):
+
+- one step turns the vector by AU² = lr² S2 E / ‖w‖^(2+h), with h = 2, or h = 0 for a normalized
+  gradient;
+- its squared norm grows by lr² G E / ‖w‖^h. All later contributions of one gradient add up
+  coherently: G = S1². Projected steps have no
+  radial part: G = S2;
+- decay shrinks the norm by the factor 1 - lr·λ_eff. λ_eff = λ decoupled, λ S1 coupled (decay inside
+  the gradient). It grows like ‖w‖^m:
+  m = 0 for weight decay, 1 for AWS (Adaptive Weight Shrink), one more where the optimizer divides
+  the decay by the size of the gradient
+  (Adam with coupled decay).
+
+Growth and decay balance at ‖w‖^P = lr G E ‖w‖^m / (2 λ_eff), P = 2 + h + m. There AU² = 2 lr λ_eff
+S2 / G; a deviation of the norm fades
+as exp(-P lr λ_eff t); and after a drop of the learning rate by k the new equilibrium norm is the
+old one divided by k^(1/P).
+
+Real networks have a signal in their gradients as well: these are reference lines, not laws. Compare
+them with RMS angles. Numbers may be
+floats or tensors of matching shapes throughout (``lr`` as a tensor; norms of n vectors): nothing
+here waits for a device, except where it
+says "host". ``None`` means "no prediction": an optimizer that is not understood, or one without
+decay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_normdyn.optimizers.group_numbers import Number, group_number, is_zero
+from lightning_normdyn.optimizers.step_response import (
+    Options,
+    StepResponse,
+    own_response,
+    step_response,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "equilibrium_angular_update",
+    "equilibrium_norm",
+    "equivalent_hyperparameters",
+    "lr_drop_exponent",
+    "norm_transient",
+    "nrq_concentration",
+    "nrq_limit_risk",
+    "nrq_limit_risk_first_order",
+    "nrq_norm",
+    "relaxation_steps",
+    "settles_at",
+    "wrs_angular_update",
+    "wrs_direction_lr",
+]
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Predictions
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _energy(
+    response: StepResponse, gradient_scale: Number | None, dim: int | None
+) -> Number | None:
+    """E of the module's docstring."""
+    return dim if response.normalized else gradient_scale
+
+
+def _norm(
+    response: StepResponse, gradient_scale: Number | None, dim: int | None, norm: Number | None
+) -> Number | None:
+    energy, decay = _energy(response, gradient_scale, dim), response.effective_decay
+    if energy is None or decay is None:
+        return None
+    if response.adaptive:
+        if norm is None:
+            return None
+        decay = decay / norm
+    if response.rough:
+        if gradient_scale is None:
+            return None
+        decay = (
+            decay * (energy / gradient_scale) ** 0.5
+        )  # the decay of a vector of norm 1, divided by the RMS of its gradient
+    return (response.lr * response.growth * energy / (2 * decay)) ** (1 / response.power)
+
+
+def _settled_decay(
+    response: StepResponse, gradient_scale: Number | None, dim: int | None, norm: Number | None
+) -> Number | None:
+    """λ_eff, for Adam + L2 at the equilibrium norm; for AWS at the present one."""
+    if not response.rough:
+        return response.effective_decay
+    settled = _norm(response, gradient_scale, dim, norm)
+    if settled is None or dim is None or gradient_scale is None or response.effective_decay is None:
+        return None
+    decay = (
+        response.effective_decay * settled / norm
+        if response.adaptive and norm is not None
+        else response.effective_decay
+    )
+    return decay * settled * (dim / gradient_scale) ** 0.5
+
+
+def settles_at(
+    response: StepResponse,
+    *,
+    gradient_scale: Number | None = None,
+    dim: int | None = None,
+    norm: Number | None = None,
+) -> tuple[Number, Number] | None:
+    """`equilibrium_angular_update` and `relaxation_steps` of a response that is known already;
+    arguments as there.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> angle, steps = settles_at(step_response(torch.optim.SGD, group))
+        >>> round(angle, 6), round(steps)
+        (0.007255, 500)
+    """
+    pull = _settled_decay(response, gradient_scale, dim, norm)
+    if pull is None:
+        return None
+    return (2 * response.lr * pull * response.turn / response.growth) ** 0.5, _inverse(
+        response.power * response.lr * pull
+    )
+
+
+def equilibrium_angular_update(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    *,
+    gradient_scale: Number | None = None,
+    dim: int | None = None,
+    norm: Number | None = None,
+    **options: Unpack[Options],
+) -> Number | None:
+    r"""RMS angular update at equilibrium, in radians per optimizer step:
+    :math:`\sqrt{2\eta\lambda_{eff} S_2/G}`.
+
+    :math:`\sqrt{2\eta\lambda}` (NRQ paper, section 2.3) is its value for plain SGD only; SGD with
+    momentum :math:`\beta` turns by
+    :math:`\sqrt{2\eta\lambda/(1+\beta)}`, AdamW by
+    :math:`\sqrt{2\eta\lambda(1-\beta_1)/(1+\beta_1)}`.
+
+    Args:
+        optimizer_class, group: class of the optimizer, and its param group.
+        gradient_scale: E‖g‖²·‖w‖², measured; only Adam with coupled decay asks for it (and for
+            ``dim``).
+        dim: number of entries d of a vector; only for Adam with coupled decay.
+        norm: the norm that ``shrink`` was evaluated at; only for AWS coupled to Adam.
+        options: :class:`lightning_normdyn.optimizers.step_response.Options`. With ``shrink`` of shape (n,) the
+            answer has shape (n,), and is that of
+            the present norms.
+
+    Returns:
+        radians per step; ``None`` without decay, for an optimizer that is not understood, or where
+        a number above is missing.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> round(equilibrium_angular_update(torch.optim.SGD, group), 6)
+        0.007255
+        >>> equilibrium_angular_update(torch.optim.SGD, group, shrink=torch.tensor([5e-4, 2e-3]))  # AWS with α‖w‖ of two filters
+        tensor([0.0023, 0.0046])
+        >>> equilibrium_angular_update(torch.optim.RMSprop, group) is None
+        True
+    """
+    response = step_response(optimizer_class, group, **options)
+    found = (
+        None
+        if response is None
+        else settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
+    )
+    return None if found is None else found[0]
+
+
+def equilibrium_norm(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    gradient_scale: Number | None = None,
+    *,
+    dim: int | None = None,
+    norm: Number | None = None,
+    **options: Unpack[Options],
+) -> Number | None:
+    r"""Norm :math:`\sqrt{E\lVert w\rVert^2}` at equilibrium, in weight units: :math:`(\eta G
+    E/2\lambda)^{1/P}` for a constant decay.
+
+    Symbols as in the module's docstring.
+
+    Args:
+        optimizer_class, group, options: as for :func:`equilibrium_angular_update`.
+        gradient_scale: L = E‖g‖²·‖w‖², measured; not asked for by AdamW, AdamP, Lion, whose norm
+            does not depend on it.
+        dim: number of entries d of a vector; asked for by the Adam family and Lion.
+        norm: the norm that ``shrink`` was evaluated at (AWS only).
+
+    Returns:
+        weight units; ``None`` without decay, for an optimizer that is not understood, or where a
+        number above is missing.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> round(equilibrium_norm(torch.optim.SGD, group, gradient_scale=0.01), 6)  # (0.1 · 0.01 / 2 / 5e-4)^(1/4)
+        1.0
+        >>> round(equilibrium_norm(torch.optim.SGD, group, gradient_scale=0.01, shrink=2.5e-3 * 4.0, norm=4.0), 4)  # AWS, α = 2.5e-3
+        0.7248
+    """
+    response = step_response(optimizer_class, group, **options)
+    return None if response is None else _norm(response, gradient_scale, dim, norm)
+
+
+def relaxation_steps(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    *,
+    gradient_scale: Number | None = None,
+    dim: int | None = None,
+    norm: Number | None = None,
+    **options: Unpack[Options],
+) -> Number | None:
+    """Optimizer steps in which a small deviation of the norm from equilibrium falls by the factor
+    e: 1 / (P · lr · λ_eff).
+
+    Arguments as for :func:`equilibrium_angular_update`. ``inf`` where the learning rate is 0.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> round(relaxation_steps(torch.optim.SGD, group))
+        500
+    """
+    response = step_response(optimizer_class, group, **options)
+    found = (
+        None
+        if response is None
+        else settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
+    )
+    return None if found is None else found[1]
+
+
+def lr_drop_exponent(
+    optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]
+) -> float | None:
+    """The exponent e: when the learning rate falls by k, weights divided by k^e are at their new
+    equilibrium norm at once; 1/P.
+
+    1/4 for SGD and SGDP (NRQ paper, "rescale"), 1/2 for AdamW, AdamP and Lion, 1/3 for Adam + L2,
+    1/5 for AWS on SGD, 1/3 for AWS on Adam.
+    Holds from an equilibrium.
+
+    Arguments as for :func:`equilibrium_angular_update`; of ``shrink`` only whether it is given
+    counts.
+
+    Example:
+        >>> lr_drop_exponent(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1})
+        0.5
+    """
+    response = step_response(optimizer_class, group, **options)
+    return None if response is None or response.decay is None else 1 / response.power
+
+
+def norm_transient(
+    steps: Number, norm: Number, equilibrium: Number, relaxation: Number, power: float = 4
+) -> Number:
+    """Norm after ``steps`` at a constant learning rate and decay: ‖w‖^P goes from ``norm``^P to
+    ``equilibrium``^P exponentially.
+
+    NRQ paper, eq. 17, for P = 4 (with M = ‖X‖²). Exact in the mean for a constant weight decay;
+    under AWS only near equilibrium; in the
+    Adam family only if the second moment forgets faster than the norm changes (1/(1 - β2) steps
+    against ``relaxation``).
+
+    Example:
+        >>> round(norm_transient(500.0, 2.0, 1.0, 500.0), 4)
+        1.5978
+    """
+    return (
+        equilibrium**power + (norm**power - equilibrium**power) * _exp(-steps / relaxation)
+    ) ** (1 / power)
+
+
+def wrs_angular_update(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    every_n_steps: int,
+    *,
+    gradient_scale: Number | None = None,
+    dim: int | None = None,
+    target_norm: Number = 1.0,
+    projected: bool = False,
+) -> Number | None:
+    r"""RMS angular update under WRS (rescaling to a fixed norm every :math:`\tau` steps, no decay),
+    radians per step.
+
+    Between two rescales the squared norm grows freely from :math:`N_0` = ``target_norm``²; the mean
+    of AU² is then
+    :math:`S_2 \ln(1 + q\eta^2 G E\tau/N_0^q)/(G q\tau)`, with q = 2, or 1 for a normalized
+    gradient. With momentum, for
+    :math:`\tau` well above its memory, and with the buffer rescaled together with the weight. In
+    the Adam family, if the squared norm grows
+    little within the memory of the second moment: otherwise the angle is smaller (measured: by 5 %
+    where it grows by 11 %).
+
+    Args:
+        optimizer_class, group: as for :func:`equilibrium_angular_update`.
+        every_n_steps: τ, in optimizer steps.
+        gradient_scale: E‖g‖²·‖w‖²; for SGD.
+        dim: number of entries of a vector; for the Adam family and Lion.
+        target_norm: norm right after a rescale.
+        projected: as in :class:`lightning_normdyn.optimizers.step_response.Options`.
+
+    Example:
+        >>> group = {"lr": 0.01, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 0}
+        >>> round(wrs_angular_update(torch.optim.SGD, group, 20, gradient_scale=4.0), 5)
+        0.01992
+    """
+    free = _free_growth(
+        optimizer_class, group, projected, every_n_steps, gradient_scale, dim, target_norm
+    )
+    if free is None:
+        return None
+    response, q, relative_growth = free
+    return (response.turn / response.growth * _log1p(relative_growth) / (q * every_n_steps)) ** 0.5
+
+
+def wrs_direction_lr(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    every_n_steps: int,
+    *,
+    gradient_scale: Number | None = None,
+    dim: int | None = None,
+    target_norm: Number = 1.0,
+    projected: bool = False,
+) -> Number | None:
+    """Mean of lr/‖w‖² between two rescales of WRS. Arguments as for :func:`wrs_angular_update`.
+
+    Example:
+        >>> group = {"lr": 0.01, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 0}
+        >>> round(wrs_direction_lr(torch.optim.SGD, group, 20, gradient_scale=4.0), 6)
+        0.00996
+    """
+    free = _free_growth(
+        optimizer_class, group, projected, every_n_steps, gradient_scale, dim, target_norm
+    )
+    if free is None:
+        return None
+    response, q, relative_growth = free
+    # The integral of lr / N over the squared norm N, with dN/dt = lr² G E / N^(q-1).
+    integral = (1 + relative_growth) ** 0.5 - 1 if q == 2 else _log1p(relative_growth)
+    return response.lr * q / target_norm**2 * _ratio(integral, relative_growth, limit=1 / q)
+
+
+def _free_growth(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    projected: bool,
+    steps: int,
+    gradient_scale: Number | None,
+    dim: int | None,
+    norm: Number,
+) -> tuple[StepResponse, int, Number] | None:
+    """The response, q = 1 + h/2, and by how much N^q grows in ``steps`` without decay, relative to
+    its start."""
+    response = step_response(optimizer_class, group, projected=projected)
+    energy = None if response is None else _energy(response, gradient_scale, dim)
+    if response is None or energy is None:
+        return None
+    q = 1 if response.normalized else 2
+    return response, q, q * response.lr**2 * response.growth * energy * steps / norm ** (2 * q)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# Exact equivalences
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def equivalent_hyperparameters(
+    optimizer_class: type, group: Mapping[str, Any], scale: float
+) -> dict[str, Number] | None:
+    """The hyperparameters under which weights started ``scale`` times as long take the same
+    directions, step by step.
+
+    Corollary 3 of the NRQ paper (SGD: lr·k², λ/k²), extended: Adam-like optimizers need lr·k and
+    eps/k, and λ/k decoupled or λ/k² coupled.
+    Momentum buffers, if there are any already, must be divided by k, second moments by k².
+
+    Args:
+        optimizer_class, group: class of the optimizer, and its param group.
+        scale: k > 0, the factor on the weights.
+
+    Returns:
+        the changed entries of the group; ``None`` for an optimizer that is not understood.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 4e-4}
+        >>> equivalent_hyperparameters(torch.optim.SGD, group, 2.0)
+        {'lr': 0.4, 'weight_decay': 0.0001}
+    """
+    response = own_response(optimizer_class, group)
+    if response is None:
+        return None
+    faster = (
+        scale if response.normalized else scale**2
+    )  # a gradient is 1/scale as long, a normalized one as long as before
+    changed: dict[str, Number] = {
+        "lr": response.lr * faster,
+        "weight_decay": group_number(group, "weight_decay")
+        / (scale**2 if response.coupled else faster),
+    }
+    if response.normalized and "eps" in group:
+        changed["eps"] = group_number(group, "eps") / scale
+    return changed
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# The Noisy Rayleigh Quotient (NRQ paper), with its formulas corrected
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# L(X) = XᵀAX / 2XᵀX in p = `dim` dimensions; one eigenvalue of A is smaller than the others by
+# `gap`; gradient noise of standard deviation
+# `sigma` per coordinate; plain SGD with weight decay. The risk is 1 - f, with f the squared cosine
+# to the best direction.
+
+
+def nrq_concentration(
+    lr: float, weight_decay: float, *, dim: int, sigma: float, gap: float = 1.0
+) -> float:
+    r"""c of the stationary density :math:`\rho(f) \propto e^{cf} f^{-1/2}(1-f)^{(p-3)/2}` of the
+    squared cosine f.
+
+    :math:`c = gap\sqrt{p-1}/(\sigma\sqrt{2\eta\lambda})`: NRQ paper, eq. 25, where c = 2κ; the gap
+    is missing from the printed κ.
+
+    Example:
+        >>> round(nrq_concentration(0.01, 0.01, dim=20, sigma=1.0), 2)
+        308.22
+    """
+    return gap * math.sqrt(dim - 1) / (sigma * math.sqrt(2 * lr * weight_decay))
+
+
+def nrq_limit_risk(concentration: float, dim: int) -> float:
+    """Limit of the risk, E[1 - f] under the stationary density of :func:`nrq_concentration`, to
+    about 12 digits for any concentration >= 0.
+
+    Example:
+        >>> round(nrq_limit_risk(308.22, 20), 5)  # simulated: 0.03082
+        0.03087
+        >>> round(nrq_limit_risk(0.0, 20), 6)  # no preferred direction: 1 - 1/p
+        0.95
+    """
+    # In x = logit(u), u = 1 - f, the density is u^a (1-u)^(1/2) e^(-cu) with a = (p-1)/2: smooth,
+    # unimodal and with exponential tails, so
+    # that equal steps are as good as any rule.
+    a = (dim - 1) / 2
+    spread = a + 0.5 + concentration
+    root = math.sqrt(spread**2 - 4 * a * concentration)
+    mode = 2 * a / (spread + root)
+    width = 1 / math.sqrt(root * mode * (1 - mode))
+    step = min(width, 1.0) / 4
+    half = math.ceil(100 / step)  # both tails fall at least as exp(-|x|/2)
+    logit = math.log(mode / (1 - mode)) + step * torch.arange(
+        -half, half + 1, dtype=torch.float64, device="cpu"
+    )
+    u = torch.sigmoid(logit)
+    log_density = (
+        a * torch.nn.functional.logsigmoid(logit)
+        + 0.5 * torch.nn.functional.logsigmoid(-logit)
+        - concentration * u
+    )
+    density = torch.exp(log_density - log_density.max())
+    return float((density * u).sum() / density.sum())
+
+
+def nrq_limit_risk_first_order(concentration: float, dim: int) -> float:
+    """(p-1)/2c, the limit risk for small learning rate x decay: σ√(p-1)√(2ηλ) / (2 gap). NRQ paper,
+    eq. 26, corrected.
+
+    Example:
+        >>> round(nrq_limit_risk_first_order(308.22, 20), 5)
+        0.03082
+    """
+    return (dim - 1) / (2 * concentration)
+
+
+def nrq_norm(
+    steps: Number, norm: Number, lr: float, weight_decay: float, *, dim: int, sigma: float
+) -> Number:
+    """E[‖X‖⁴]^(1/4) after ``steps``, from ``norm``: :func:`norm_transient` with E‖g̃‖² = (p-1)σ².
+    NRQ paper, eq. 17, whose M is ‖X‖².
+
+    Example:
+        >>> round(nrq_norm(1e9, 5.0, 0.01, 0.01, dim=20, sigma=1.0), 4)  # ((p-1)σ²η/2λ)^(1/4)
+        1.7556
+    """
+    equilibrium = ((dim - 1) * sigma**2 * lr / (2 * weight_decay)) ** 0.25
+    return norm_transient(steps, norm, equilibrium, 1 / (4 * lr * weight_decay))
+
+
+# ------------------------------------------------------------------------------------------------------------------------------------------
+# The same formula for floats and tensors
+# ------------------------------------------------------------------------------------------------------------------------------------------
+
+
+def _inverse(x: Number) -> Number:
+    return math.inf if is_zero(x) else 1 / x
+
+
+def _ratio(x: Number, y: Number, *, limit: float) -> Number:
+    return limit if is_zero(y) else x / y
+
+
+def _exp(x: Number) -> Number:
+    return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
+
+
+def _log1p(x: Number) -> Number:
+    return torch.log1p(x) if isinstance(x, Tensor) else math.log1p(x)

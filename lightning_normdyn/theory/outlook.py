@@ -1,0 +1,314 @@
+"""From numbers to words: what a person should read from a curve, and how long until a weight
+vanishes or overflows.
+
+On the host, in plain floats; predictions themselves come from `lightning_normdyn.theory.equilibrium`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_normdyn.optimizers.step_response import Options, step_response
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = [
+    "AS_PREDICTED",
+    "SETTLED_DRIFT",
+    "adam_collapse_steps",
+    "e_foldings",
+    "free_decay_rate",
+    "steps_to_overflow",
+    "steps_to_underflow",
+    "total_decay",
+    "verdict",
+]
+
+SETTLED_DRIFT = 0.1  # |d ln‖w‖²| x relaxation time below which a norm counts as settled
+AS_PREDICTED = (0.75, 1.33)  # angular update / prediction that counts as agreement
+
+
+def e_foldings(steps: float, relaxation: float | None) -> float | None:
+    """How many relaxation times ``steps`` optimizer steps are; below about six, the start is still
+    felt. ``None`` without a prediction.
+
+    Example:
+        >>> e_foldings(3000, 500.0)
+        6.0
+    """
+    return None if relaxation is None else steps / relaxation
+
+
+def total_decay(
+    optimizer_class: type, group: Mapping[str, Any], steps: int, **options: Unpack[Options]
+) -> float | None:
+    """lr · λ_eff · steps: by how many powers of e the decay alone would shrink the norm. Far below
+    1, it cannot act (the usual AdamW trap).
+
+    ``options``: :class:`lightning_normdyn.optimizers.step_response.Options`. ``None`` without decay, for an
+    optimizer that is not understood, or where
+    the decay depends on the gradient (Adam + L2).
+
+    Example:
+        >>> total_decay(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}, 30_000)
+        0.015
+    """
+    response = step_response(optimizer_class, group, **options)
+    if response is None or response.rough or response.effective_decay is None:
+        return None
+    return float(response.lr * response.effective_decay * steps)
+
+
+def free_decay_rate(
+    optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]
+) -> float | None:
+    """-d ln‖w‖ per step of a vector that no gradient reaches (a dead filter): how fast decay alone
+    shrinks it.
+
+    For :func:`steps_to_underflow`. With decay inside the gradient, momentum β and dampening d:
+    -ln|a|, with a the larger root of
+    x² - (1 + β - lr·λ·(1-d))x + β. For lr·λ·(1-d) > (1-√β)² the roots are complex, |a| = √β, and
+    more decay no longer kills faster.
+    There a vector whose entries swing through zero together is gone a little earlier than its
+    envelope (measured: by 4 to 7 % of the steps
+    at β = 0.9 to 0.95, by 18 % at 0.99).
+    ``options``: :class:`lightning_normdyn.optimizers.step_response.Options`.
+
+    Returns:
+        the rate per step, ``inf`` where one step reaches zero; ``None`` without decay, for an
+        optimizer that is not understood, and for
+        Adam with coupled decay, under which a dead filter falls ever faster:
+        :func:`adam_collapse_steps`.
+
+    Example:
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
+        >>> round(math.log(0.17 / 2.6e-23) / free_decay_rate(torch.optim.SGD, group))  # measured: 4490 steps
+        4489
+    """
+    response = step_response(optimizer_class, group, **options)
+    if response is None or response.rough or response.decay is None:
+        return None
+    pull = float(response.lr * response.decay)
+    if not response.coupled:
+        return -math.log1p(-pull) if pull < 1 else math.inf
+    momentum = float(group["momentum"])
+    if group["nesterov"]:
+        return _rate_of_recursion(1 + momentum - pull * (1 + momentum), momentum * (1 - pull))
+    kept = 1 - float(group["dampening"]) if momentum else 1.0
+    return _rate_of_recursion(1 + momentum - pull * kept, momentum)
+
+
+def _rate_of_recursion(trace: float, determinant: float) -> float:
+    """-ln|a|, with a the larger root of x² - trace·x + determinant: how fast w'' = trace·w' -
+    determinant·w falls."""
+    discriminant = trace**2 / 4 - determinant
+    size = abs(trace) / 2 + math.sqrt(discriminant) if discriminant >= 0 else math.sqrt(determinant)
+    return -math.log(size) if size > 0 else math.inf
+
+
+def adam_collapse_steps(
+    group: Mapping[str, Any],
+    e_foldings: float,
+    *,
+    weight: float,
+    second_moment: float,
+    smallest_second_moment: float,
+    step: float,
+) -> float:
+    """Optimizer steps until Adam with coupled decay has shrunk a vector that no gradient reaches by
+    ``e_foldings`` powers of e.
+
+    The decay is all that is left of the gradient, and Adam divides it by the root of a second
+    moment that remembers larger ones: a step
+    is that of SGD with momentum β1, dampening β1 and the learning rate lr/(√v̂ + eps). As v is
+    forgotten that rate grows by
+    -ln(β2)/2 per step, the faster the entry falls, up to a rate of -ln(β1)/2, where it swings
+    around zero; so λ hardly matters. Only
+    where lr is small against the weight does the decay itself keep v up. A vector falls as its
+    slowest entry, the one with the largest v.
+    In the end, where lr·λ·(1-β1) exceeds 2(1+β1)(√v̂ + eps), swings grow again and hold v up: if
+    its fastest entry gets there first, the
+    vector never vanishes.
+
+    Args:
+        group: param group of a torch.optim.Adam: ``lr``, ``betas``, ``eps``, ``weight_decay``.
+        e_foldings: how far the vector has to fall.
+        weight: size of its slowest entry now.
+        second_moment: ``exp_avg_sq`` of its slowest entry now.
+        smallest_second_moment: and of its fastest.
+        step: Adam's step count now.
+
+    Returns:
+        steps; ``inf`` where it does not get there.
+
+    Example:
+        >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+        >>> moment = 1e-3 * (1e-2 * 0.4) ** 2  # after the first step of a filter that never gets a gradient; measured: 3090 steps
+        >>> fall = math.log(0.4 / 2.6e-23)
+        >>> round(adam_collapse_steps(group, fall, weight=0.4, second_moment=moment, smallest_second_moment=0.01 * moment, step=1))
+        3161
+    """
+    momentum, memory = (float(beta) for beta in group["betas"])
+    decay, eps = float(group["weight_decay"]), float(group["eps"])
+    if not memory > 0:
+        return math.inf  # v is the last gradient: steps of the length lr forever
+    forgotten = -math.log(memory)  # share of v per step
+    gradient, passed = (decay * weight) ** 2, 0.0
+    # At a time, what shrinks by a quarter of an e-folding or forgets a fifth of v; what takes more
+    # than so many is beyond any run.
+    for _ in range(100_000):
+        corrected = 1 - memory ** (max(step, 1.0) + passed)
+        pulls = []
+        for moment in (second_moment, smallest_second_moment):
+            root = math.sqrt(moment / corrected) + eps
+            pulls.append(
+                float(group["lr"]) * decay * (1 - momentum) / root if root > 0 else math.inf
+            )
+        if not max(pulls) < 2 * (1 + momentum):
+            return math.inf
+        if e_foldings < 1e-9:
+            return passed
+        rate = _rate_of_recursion(1 + momentum - pulls[0], momentum)
+        if not rate > 0:
+            return math.inf
+        time = min(0.25 / rate, 0.2 * corrected / forgotten, e_foldings / rate)
+        kept, before = memory**time, gradient
+        gradient *= math.exp(-2 * rate * time)
+        second_moment = kept * second_moment + (1 - kept) * (before + gradient) / 2
+        smallest_second_moment *= kept
+        e_foldings -= rate * time
+        passed += time
+    return math.inf
+
+
+def steps_to_underflow(size: float, rate: float, dtype: torch.dtype = torch.float32) -> float:
+    """Steps until the square of a norm or standard deviation rounds to 0 in ``dtype`` (and dividing
+    by it gives NaN) at the present rate.
+
+    Args:
+        size: norm or std now.
+        rate: -d ln(size) per step, measured, or from :func:`free_decay_rate`.
+        dtype: what the squares are computed in.
+
+    Returns:
+        steps, at least 0; ``inf`` where the size does not fall.
+
+    Example:
+        >>> round(steps_to_underflow(0.17, 0.0111891515))
+        4488
+    """
+    limits = torch.finfo(dtype)
+    smallest = math.sqrt(limits.smallest_normal * limits.eps) * math.sqrt(
+        0.5
+    )  # below half the smallest subnormal a square rounds to zero
+    if size <= smallest:
+        return 0.0
+    return math.log(size / smallest) / rate if rate > 0 else math.inf
+
+
+def steps_to_overflow(size: float, rate: float, dtype: torch.dtype = torch.float32) -> float:
+    """Steps until the square of a norm exceeds the largest number of ``dtype``, at the present
+    growth ``rate`` = d ln(size) per step.
+
+    ``inf`` where it does not grow.
+
+    Example:
+        >>> round(steps_to_overflow(1.0, 0.1))
+        444
+    """
+    largest = math.sqrt(torch.finfo(dtype).max)
+    if not size < largest:
+        return 0.0
+    return math.log(largest / size) / rate if rate > 0 and size > 0 else math.inf
+
+
+def verdict(
+    norm_drift_per_step: float | None,
+    relaxation: float | None,
+    ratio: float | None,
+    lr_decay_change: float = 0.0,
+    *,
+    angular_update: float | None = None,
+    angle_floor: float = 1e-7,
+    power: float = 4,
+    age: float = 0.0,
+) -> str:
+    """What a person should read from a weight's curve, judged by the drift of its norm.
+
+    The ratio alone does not tell: a real network can be stationary far from the prediction, where
+    its gradients carry a signal.
+
+    Args:
+        norm_drift_per_step: d ln‖w‖² per optimizer step, signed.
+        relaxation: relaxation time in optimizer steps; ``None`` without a prediction.
+        ratio: RMS angular update / prediction; ``None`` without one.
+        lr_decay_change: relative change of lr x decay within the last relaxation time, e.g. 0.3 for
+            30 %.
+        angular_update: RMS angular update, radians per step; tells frozen and collapsing weights.
+        angle_floor: angle that counts as not turning at all: what rounding of float32 weights
+            makes.
+        power: P of the optimizer, :attr:`StepResponse.power`; for the steps left.
+        age: how many steps ago the drift was that large: half of the window that it was measured
+            over; for the steps left.
+
+    Returns:
+        "settled"; "settled, R x the prediction (below)" or "(above)"; "schedule faster than
+        relaxation"; "approaching, about N steps left";
+        "frozen" (does not turn); "collapsing" (does not turn, but shrinks: only the decay is left);
+        or "no prediction".
+
+    Example:
+        >>> verdict(1e-5, 500.0, 0.97)
+        'settled'
+        >>> verdict(-2e-5, 500.0, 0.43)
+        'settled, 0.43x the prediction (below)'
+        >>> verdict(-6e-4, 500.0, 0.6)
+        'approaching, about 896 steps left'
+    """
+    if norm_drift_per_step is None or not math.isfinite(norm_drift_per_step):
+        return "no prediction"
+    turning = angular_update if angular_update is not None else ratio
+    if turning is not None and turning <= (angle_floor if angular_update is not None else 0.0):
+        # What does not turn has no gradient. If its norm falls nevertheless, only the decay is
+        # left, and it will reach zero.
+        return "collapsing" if norm_drift_per_step < -angle_floor else "frozen"
+    if relaxation is None or ratio is None or not math.isfinite(ratio):
+        return "no prediction"
+    if lr_decay_change > 0.1 or not math.isfinite(relaxation):
+        return "schedule faster than relaxation"
+    drift = norm_drift_per_step * relaxation
+    if abs(drift) < SETTLED_DRIFT:
+        low, high = AS_PREDICTED
+        return (
+            "settled"
+            if low <= ratio <= high
+            else f"settled, {ratio:.2g}x the prediction ({'below' if ratio < 1 else 'above'})"
+        )
+    steps = max(_steps_to_settle(drift, ratio, power) * relaxation - age, 0.1 * relaxation)
+    return f"approaching, about {_rounded(steps)} steps left"
+
+
+def _steps_to_settle(drift: float, ratio: float, power: float) -> float:
+    """Relaxation times until |drift| < SETTLED_DRIFT, with ``drift`` = d ln‖w‖² per relaxation time
+    now.
+
+    With x = (‖w‖/equilibrium)^P, drift = -(2/P)(1 - 1/x), and x - 1 falls as exp(-t).
+    """
+    inverse = 1 + power * drift / 2
+    if inverse <= 0.01:
+        # So far above that the norm falls as if there were no gradient: the drift no longer tells
+        # how far, but the angle does (AU² ~ 1/x).
+        inverse = min(max(ratio**2, 1e-30), 0.01)
+    target = 1 + math.copysign(power * SETTLED_DRIFT / 2, drift)
+    return max(math.log((1 / inverse - 1) / (1 / target - 1)), 0.0)
+
+
+def _rounded(steps: float) -> str:
+    """Three significant digits, no exponent."""
+    digits = max(0, math.floor(math.log10(steps)) - 2) if steps >= 1 else 0
+    return f"{max(1, round(steps / 10**digits)) * 10**digits:,}".replace(",", " ")

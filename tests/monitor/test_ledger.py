@@ -1,0 +1,132 @@
+"""ledger.py: what a row changes is changed at once, comes back from a checkpoint as it was, and can
+be taken back."""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.ledger import Ledger, Norms, Row
+from lightning_normdyn.monitor.predictions import Course, Prediction
+
+
+def everything(key: str) -> bool:
+    return True
+
+
+def only_norms(key: str) -> bool:
+    return key.startswith("weight_norm/")
+
+
+def filled(*, separate: bool = False) -> Ledger:
+    ledger = Ledger.new(separate=separate)
+    for step in range(4):
+        values = {"weight_norm/a": 1.0 + step, "lr/a": 0.1}
+        vectors = {"weight_norm/a": np.ones(3, dtype=np.float32)}
+        ledger = ledger.with_row(
+            Row(step, step + 1, values, ("rescale",), vectors),
+            only_norms if separate else everything,
+        )
+    course = Course()
+    course.add(3, Prediction(0.01, 500.0, 4, 1e-3))
+    return replace(
+        ledger,
+        courses={"a": course},
+        norms={"a": Norms(1.0, (1.0,), (2.0,))},
+        rates={"a": (0.1, 0.1)},
+        measured={0: 3},
+        counted={0: 4},
+        events=("lr_drop",),
+        promised={"normdyn/angular_update": math.nan},
+    )
+
+
+def read_back(state, *, separate=False, asked_for=everything) -> Ledger:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return Ledger.from_state(
+        torch.load(file, weights_only=True), separate=separate, asked_for=asked_for
+    )
+
+
+def test_a_row_changes_nothing_that_somebody_holds():
+    before = filled()
+    rows, vectors = list(before.history), before.history.vectors("weight_norm/a")[1].shape
+    after = before.with_row(
+        Row(9, 9, {"new": 1.0}, ("x",), {"weight_norm/a": np.ones(5)}), everything
+    )
+    assert list(before.history) == rows
+    assert before.history.vectors("weight_norm/a")[1].shape == vectors
+    assert after.history[-1] == {"step": 9, "optimizer_step": 9, "new": 1.0}
+    assert after.history.vectors("weight_norm/a")[1].shape == (1, 5)  # cut into other vectors
+    assert after.history.events[-1].kind == "x"
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_checkpoint_gives_back_what_was_there(separate):
+    ledger = filled(separate=separate)
+    again = read_back(
+        ledger.state(), separate=separate, asked_for=only_norms if separate else everything
+    )
+    assert list(again.history) == list(ledger.history)
+    assert list(again.evidence) == list(ledger.evidence)
+    assert (again.evidence is again.history) == (not separate)
+    assert ("lr/a" in again.history[0]) == (not separate)
+    assert "lr/a" in again.evidence[0]
+    for name in ("last_step", "courses", "norms", "rates", "measured", "counted", "events"):
+        assert getattr(again, name) == getattr(ledger, name)
+    assert math.isnan(again.promised["normdyn/angular_update"])
+
+
+@pytest.mark.parametrize("amends", [False, True])
+def test_a_row_of_the_end_is_there_after_a_checkpoint_and_gone_when_the_run_goes_on(amends):
+    before = filled()
+    row = Row(3 if amends else 7, 8, {"weight_norm/b": 2.0}, amends=amends)
+    ended = before.with_row(row, everything).ending_with(row, before)
+    for one in (ended, read_back(ended.state())):
+        assert one.history[-1]["weight_norm/b"] == 2.0
+        assert one.history[-1]["step"] == row.step
+        assert ("weight_norm/a" in one.history[-1]) == amends
+        assert list(one.lasting.history) == list(before.history)
+        assert list(one.going_on_at(8).history) == list(before.history)
+
+
+def test_a_loop_that_was_set_back_forgets_what_lies_ahead():
+    ledger = filled().going_on_at(2)
+    assert [row["step"] for row in ledger.history] == [0, 1]
+    assert (ledger.last_step, ledger.measured) == (1, {})
+    ledger = filled().with_row(
+        Row(1, 9, {"weight_norm/a": 5.0}), everything
+    )  # not even said before
+    assert [row["step"] for row in ledger.history] == [0, 1]
+    assert ledger.history[-1]["weight_norm/a"] == 5.0
+
+
+def test_a_state_of_an_earlier_version_is_read_as_far_as_it_goes():
+    state = filled().state()
+    old = {"history": state["history"], "last_step": 3, "elapsed": {"a": [3, 0.5]}}
+    ledger = read_back(old)
+    assert list(ledger.history) == list(filled().history)
+    assert ledger.courses["a"].elapsed == 0.5
+    assert ledger.courses["a"].latest is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"history": None}, {"history": {"header": "{}"}}, {"last_step": math.nan}, {"last_step": 2**60}, {"last_step": True},
+        {"elapsed": {"a": [1]}},
+        {"norms": {"a": [1.0, 2, 3]}}, {"rates": 3}, {"measured": {0: "x"}}, {"counted": [1]}, {"promised": {"k": "x"}},
+        {"predictions": {"a": [1]}}, {"pulls": {"a": torch.ones(3)}}, {"ending": {"step": 3}}, {"events": 3},
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_refused(damage):
+    with pytest.raises(NormDynError):
+        read_back({**filled().state(), **damage})

@@ -1,0 +1,1020 @@
+"""What each logger gets, read back with that logger's own reader."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import wandb
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import (
+    CSVLogger,
+    Logger,
+    MLFlowLogger,
+    TensorBoardLogger,
+    WandbLogger,
+)
+from models import ManualNet, Net, SavesAt, fit, loader, make
+from ranks import run_ranks
+
+from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
+from lightning_normdyn.errors import NormDynWarning
+from lightning_normdyn.monitor.history import History, load_history
+from lightning_normdyn.monitor.loggers import Outcome, markdown, publish_alert, publish_outcome
+from lightning_normdyn.monitor.report import load_run
+
+NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]
+INVARIANT = NAMES[:2]
+VECTORS = {"net.0.weight": 4, "net.3.weight": 6, "net.8.weight": 2}
+MEASURED = (
+    "weight_norm",
+    "effective_lr",
+    "direction_lr",
+    "angular_update",
+    "effective_step_size",
+    "gradient_cosine",
+    "radial_update",
+)
+PICTURES = (
+    "effective_lr",
+    "angular_update",
+    "weight_norm",
+    "heat_map_effective_lr",
+    "heat_map_equilibrium_ratio",
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left(monkeypatch):
+    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
+    # would report its use to its makers.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    yield
+    wandb.finish()
+
+
+def wandb_logger(folder: Path, **arguments: Any) -> WandbLogger:
+    settings = wandb.Settings(x_disable_stats=True, console="off", silent=True)
+    return WandbLogger(
+        project="tests", offline=True, save_dir=str(folder), settings=settings, **arguments
+    )
+
+
+class WandbRun:
+    """An offline run as W&B's own reader gives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+        output = subprocess.run(
+            command, capture_output=True, text=True, check=True, timeout=120
+        ).stdout
+        records = [json.loads(line) for line in output.splitlines()]
+        self.kinds = [record["type"] for record in records]
+        self.history = [
+            record["history"]["item"] for record in records if record["type"] == "history"
+        ]
+        self.alerts = [record["alert"] for record in records if record["type"] == "alert"]
+        self.id = next(record["run"]["run_id"] for record in records if record["type"] == "run")
+        self.config: dict[str, Any] = {}
+        self.summary: dict[str, Any] = {}
+        for record in records:
+            if record["type"] in ("run", "config"):
+                changes = (
+                    record["run"].get("config", {}) if record["type"] == "run" else record["config"]
+                )
+                self.config.update(changes.get("update", {}))
+            elif record["type"] == "summary":
+                self.summary.update(record["summary"].get("update", {}))
+
+    def rows(self, key: str = "normdyn/weight_norm") -> list[dict[str, Any]]:
+        return [item for item in self.history if key in item]
+
+    def curve(self, key: str) -> dict[int, float]:
+        """Values by x; a second value at an x replaces the first one."""
+        return {item["trainer/global_step"]: item[key] for item in self.history if key in item}
+
+    def media(self, key: str) -> Path:
+        return self.folder / "files" / self.rows(f"{key}.path")[-1][f"{key}.path"]
+
+    def table(self, key: str) -> list[dict[str, Any]]:
+        content = json.loads(self.media(key).read_text())
+        return [dict(zip(content["columns"], row, strict=True)) for row in content["data"]]
+
+
+def wandb_runs(folder: Path) -> list[WandbRun]:
+    wandb.teardown()  # its service may still be writing when finish() returns
+    return [
+        WandbRun(each)
+        for each in sorted(
+            (folder / "wandb").glob("offline-run-*"), key=lambda each: each.stat().st_ctime_ns
+        )
+    ]
+
+
+def same_rows(run: WandbRun, history: History) -> None:
+    """The W&B rows say what the history says, at the same x."""
+    rows = run.rows()
+    assert [row["trainer/global_step"] for row in rows] == [row["step"] for row in history]
+    for row, expected in zip(rows, history, strict=True):
+        values = {key: value for key, value in expected.items() if "/" in key}
+        assert values.keys() <= row.keys()
+        assert row["normdyn/optimizer_step"] == expected["optimizer_step"]
+        for key, value in values.items():
+            assert row[key] == pytest.approx(value, rel=1e-6, abs=1e-30), key
+
+
+class Memory(Logger):
+    """A logger that the package does not know: it takes numbers and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def name(self) -> str:
+        return "memory"
+
+    @property
+    def version(self) -> str:
+        return "0"
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("nobody asked for this")
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert all(type(value) is float for value in metrics.values())
+        assert step is not None
+        self.calls.append((step, metrics))
+
+
+# ---- Weights & Biases ----
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """One run with everything switched on, shared because starting W&B takes seconds."""
+    folder = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            patch.setenv(name, str(folder))
+        patch.setenv("WANDB_MODE", "offline")
+        monitor = NormDynamicsMonitor(1, histograms=True, per_vector=True, tables=False)
+        logger = wandb_logger(folder)
+        logger.log_hyperparams({"batch_size": 8})
+        module = make()
+        fit(module, [AdaptiveWeightShrink(0.1), monitor], logger=logger, max_epochs=3)
+        wandb.finish()
+    norms = {
+        name: float(weight.flatten(1).norm(dim=1).mean())
+        for name, weight in module.named_parameters()
+        if weight.ndim > 1
+    }
+    return SimpleNamespace(run=wandb_runs(folder)[0], history=monitor.history, norms=norms)
+
+
+def test_wandb_has_every_series_of_every_weight_at_its_step(full):
+    keys = {f"{quantity}/{name}" for quantity in MEASURED for name in NAMES}
+    keys |= {
+        f"equilibrium_{suffix}/{name}"
+        for suffix in ("angular_update", "ratio")
+        for name in INVARIANT
+    }
+    keys |= {
+        f"normdyn/{quantity}"
+        for quantity in (*MEASURED, "equilibrium_ratio", "skipped_steps", "clamped_vectors")
+    }
+    for row in full.run.rows():
+        assert keys <= row.keys()
+    assert list(full.run.curve("effective_lr/net.0.weight")) == list(range(12))
+    same_rows(full.run, full.history)
+
+
+def test_wandb_gets_one_row_per_logging_step_and_one_for_the_end(full):
+    ours = [
+        item
+        for item in full.run.history
+        if any(key.split("/")[0].startswith(("normdyn", "weight_norm")) for key in item)
+    ]
+    assert len(ours) == len(full.history) + 1
+    assert ours[-1]["trainer/global_step"] == 11
+
+
+def test_wandb_histograms_hold_every_vector_where_it_lies(full):
+    for name, count in VECTORS.items():
+        steps, norms = full.history.vectors(f"weight_norm/{name}")
+        rows = full.run.rows(f"weight_norm_histogram/{name}._type")
+        assert [row["trainer/global_step"] for row in rows] == steps.tolist()
+        for row, values in zip(rows, norms, strict=True):
+            edges, counts = (
+                row[f"weight_norm_histogram/{name}.bins"],
+                row[f"weight_norm_histogram/{name}.values"],
+            )
+            assert len(edges) == len(counts) + 1
+            assert sum(counts) == count
+            assert edges[0] < values.min() <= values.max() < edges[-1]
+            moved = np.abs(np.cumsum(np.histogram(values, edges)[0]) - np.cumsum(counts)).max()
+            assert moved <= 1  # a value on an edge may fall to either side
+    for row in full.run.rows("angular_update_histogram/net.3.weight._type"):
+        assert sum(row["angular_update_histogram/net.3.weight.values"]) == 6
+
+
+def test_wandb_table_has_a_row_per_layer(full):
+    rows = full.run.table("normdyn_tables/layers")
+    assert [row["weight"] for row in rows] == NAMES
+    assert [row["vectors"] for row in rows] == list(VECTORS.values())
+    assert [row["scale-invariant"] for row in rows] == ["filter", "filter", "no"]
+    assert rows[0]["treated how"].startswith("AWS")
+    for row in rows:
+        norms = full.history.column(f"weight_norm/{row['weight']}")[1]
+        last = full.norms[row["weight"]]  # taken anew after the last step
+        assert (row["norm first"], row["norm last"]) == pytest.approx((norms[0], last))
+        assert row["angular update"] == pytest.approx(
+            full.history.column(f"angular_update/{row['weight']}")[1][-1]
+        )
+    assert rows[0]["prediction"] > 0
+    assert rows[2]["prediction"] is None
+
+
+@pytest.mark.parametrize(
+    "quantity", ["effective_lr", "angular_update", "weight_norm", "equilibrium_ratio"]
+)
+def test_wandb_chart_has_a_line_per_layer(full, quantity):
+    key = f"normdyn_charts/{quantity}"
+    panel = full.run.config[f"_wandb.visualize.{key}"]["panel_config"]
+    assert panel["panelDefId"] == "wandb/lineseries/v0"
+    assert panel["stringSettings"] == {"title": f"{quantity} of all layers", "xname": "step"}
+    rows = full.run.table(f"{key}_table")
+    for name in INVARIANT if quantity == "equilibrium_ratio" else NAMES:
+        steps, values = full.history.column(f"{quantity}/{name}")
+        line = [(row["step"], row["lineVal"]) for row in rows if row["lineKey"] == name]
+        assert [x for x, _ in line] == steps.tolist()
+        assert [y for _, y in line] == pytest.approx(values.tolist())
+
+
+@pytest.mark.parametrize("picture", [*PICTURES, "norm_ridge"])
+def test_wandb_has_the_pictures(full, picture):
+    from PIL import Image
+
+    with Image.open(full.run.media(f"normdyn_pictures/{picture}")) as image:
+        assert min(image.size) > 200
+        assert len(image.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_wandb_config_holds_settings_and_targets_and_keeps_what_was_there(full):
+    config = full.run.config
+    assert config["batch_size"] == 8
+    callbacks, targets = config["normdyn"]["callbacks"], config["normdyn"]["targets"]
+    assert callbacks["AdaptiveWeightShrink"]["alpha"] == 0.1
+    assert callbacks["AdaptiveWeightShrink"]["params"] == ["auto"]
+    assert callbacks["NormDynamicsMonitor"]["every_n_steps"] == 1
+    assert list(targets) == NAMES
+    assert targets["net.0.weight"]["shape"] == [4, 1, 3, 3]
+    assert targets["net.0.weight"]["scale_invariant"] == "filter"
+    assert targets["net.0.weight"]["vectors"] == 4
+
+
+def test_wandb_summary_holds_the_last_overview(full):
+    last = full.history[-1]
+    for quantity in ("weight_norm", "angular_update", "equilibrium_ratio", "effective_lr"):
+        assert full.run.summary[f"normdyn/{quantity}"] == pytest.approx(last[f"normdyn/{quantity}"])
+
+
+def test_the_history_lies_beside_a_wandb_run_and_report_reads_it(full):
+    assert not list((full.run.folder / "files").glob("*.npz"))  # what lies there is uploaded
+    again = load_run(full.run.folder)
+    assert list(again) == list(full.history)
+    assert again.meta["targets"].keys() == set(NAMES)
+    (full.run.folder / "history.npz").rename(full.run.folder / "moved")
+    try:
+        without = load_run(full.run.folder)
+    finally:
+        (full.run.folder / "moved").rename(full.run.folder / "history.npz")
+    assert [row["step"] for row in without][: len(again)] == [row["step"] for row in again]
+    assert without.meta["targets"].keys() == set(NAMES)
+    assert not [key for key in without.keys() if "histogram" in key]  # noqa: SIM118
+
+
+@pytest.mark.slow
+def test_what_the_last_logging_step_missed_is_in_the_summary(tmp_path):
+    monitor = NormDynamicsMonitor(3, tables=False)
+    fit(make(), [monitor], logger=wandb_logger(tmp_path), max_epochs=2)
+    wandb.finish()
+    [run] = wandb_runs(tmp_path)
+    assert list(run.curve("normdyn/weight_norm")) == [2, 5]
+    assert [row["step"] for row in monitor.history] == [0, 2, 5, 7]
+    assert run.summary["normdyn/weight_norm"] == pytest.approx(
+        monitor.history[-1]["normdyn/weight_norm"]
+    )
+
+
+class Crash(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 6:
+            raise RuntimeError("crash")
+
+
+@pytest.mark.slow
+def test_resume_after_a_crash_continues_the_curves(tmp_path):
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(
+            make(),
+            [NormDynamicsMonitor(1, tables=False), SavesAt(4, "at4.ckpt"), Crash()],
+            logger=wandb_logger(tmp_path, id="same"),
+            max_epochs=3,
+        )
+    wandb.finish()
+    monitor = NormDynamicsMonitor(1, tables=False)
+    fit(
+        make(),
+        [monitor],
+        logger=wandb_logger(tmp_path, id="same", resume="allow"),
+        ckpt_path="at4.ckpt",
+        max_epochs=3,
+    )
+    wandb.finish()
+    first, second = wandb_runs(tmp_path)
+    assert first.id == second.id == "same"
+    assert list(first.curve("weight_norm/net.0.weight")) == [0, 1, 2, 3, 4, 5]
+    assert list(second.curve("weight_norm/net.0.weight")) == list(range(4, 12))
+    # W&B may show steps 4 and 5 twice, with the same values; the history has them once.
+    assert [row["step"] for row in monitor.history] == list(range(12))
+    assert [row["optimizer_step"] for row in monitor.history] == list(range(1, 13))
+    for key in ("weight_norm/net.0.weight", "angular_update/net.3.weight"):
+        curve = {**first.curve(key), **second.curve(key)}
+        assert [curve[step] for step in range(12)] == pytest.approx(
+            monitor.history.column(key)[1].tolist(), rel=1e-6
+        )
+        assert first.curve(key)[4] == pytest.approx(second.curve(key)[4], rel=1e-6)
+    reference = NormDynamicsMonitor(1, tables=False)
+    fit(make(), [reference], max_epochs=3)
+    key = "angular_update/net.0.weight"
+    assert monitor.history.column(key)[1].tolist() == pytest.approx(
+        reference.history.column(key)[1].tolist(), rel=1e-6
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["accumulation", "two optimizers"])
+def test_wandb_rows_under(kind, tmp_path):
+    monitor = NormDynamicsMonitor(1, tables=False)
+    arguments = {"accumulate_grad_batches": 2} if kind == "accumulation" else {}
+    module = make(ManualNet if kind == "two optimizers" else Net)
+    fit(module, [monitor], logger=wandb_logger(tmp_path), max_epochs=2, **arguments)
+    wandb.finish()
+    [run] = wandb_runs(tmp_path)
+    same_rows(run, monitor.history)
+    steps = list(range(4 if kind == "accumulation" else 8))
+    for name in NAMES:
+        assert list(run.curve(f"angular_update/{name}")) == steps
+
+
+def fit_on_two_ranks(folder: Path) -> tuple[int, int]:
+    monitor = NormDynamicsMonitor(1, histograms=True, tables=False, alert=True)
+    mlflow = MLFlowLogger(save_dir=str(folder / "mlruns"))
+    loggers = [
+        wandb_logger(folder),
+        TensorBoardLogger(folder / "tb"),
+        CSVLogger(folder / "csv"),
+        mlflow,
+    ]
+    runner = fit(
+        make(),
+        [AdaptiveWeightShrink(0.1), monitor],
+        logger=loggers,
+        strategy="ddp",
+        devices=2,
+        max_epochs=2,
+    )
+    if runner.is_global_zero:
+        monitor.history.save(folder / "expected.npz")
+    wandb.finish()
+    return len(monitor.history), runner.global_step
+
+
+@pytest.mark.slow
+def test_of_two_ranks_one_publishes(tmp_path):
+    assert run_ranks(fit_on_two_ranks, args=(tmp_path,)) == {0: (4, 4), 1: (0, 4)}
+    [run] = wandb_runs(tmp_path)
+    same_rows(run, load_history(tmp_path / "expected.npz"))
+    assert sum(run.rows()[0]["weight_norm_histogram/net.3.weight.values"]) == 6
+    assert "normdyn" in run.config
+    assert len(list((tmp_path / "tb").rglob("events.out*"))) == 1
+    assert len(list((tmp_path / "csv").rglob("metrics.csv"))) == 1
+    [mlflow] = [folder.parent for folder in (tmp_path / "mlruns").glob("*/*/metrics")]  # one run
+    assert (mlflow / "artifacts" / "normdyn" / "history.npz").exists()
+
+
+def test_wandb_gets_each_alert(tmp_path):
+    logger = wandb_logger(tmp_path)
+    for name in NAMES:
+        publish_alert([logger, CSVLogger(tmp_path), Memory()], "Weights collapse", f"of {name}")
+    wandb.finish()
+    [run] = wandb_runs(tmp_path)
+    assert [(alert["title"], alert["level"], alert["text"]) for alert in run.alerts] == [
+        ("Weights collapse", "WARN", f"of {name}") for name in NAMES
+    ]
+
+
+class Dying(Net):
+    """Two filters of the first layer get no gradient, and decay would end them within the run."""
+
+    def __init__(self) -> None:
+        super().__init__(dtype=torch.float32)
+        with torch.no_grad():
+            self.net[1].weight[:2] = 0
+        self.net[1].weight.requires_grad_(False)
+
+    def configure_optimizers(self):
+        groups = [
+            {"params": self.net[0].parameters(), "weight_decay": 6.0},
+            {"params": self.net[2:].parameters()},
+        ]
+        return torch.optim.SGD(groups, lr=0.1)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_collapse_is_alerted_if_asked_for(wanted, monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        "lightning_normdyn.callbacks.norm_dynamics_monitor.publish_alert",
+        lambda *arguments: sent.append(arguments[1:]),
+    )
+    with pytest.warns(NormDynWarning, match="only shrink"):
+        fit(make(Dying), [NormDynamicsMonitor(1, tables=False, alert=wanted)], max_epochs=30)
+    assert [title for title, _ in sent] == (["Weights collapse"] if wanted else [])
+    assert all("net.0.weight" in text for _, text in sent)
+
+
+def test_a_disabled_wandb_run_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    logger = WandbLogger(save_dir=str(tmp_path), settings=wandb.Settings(mode="disabled"))
+    fit(
+        make(), [NormDynamicsMonitor(1, histograms=True, tables=False)], logger=logger, max_epochs=1
+    )
+    assert not list(tmp_path.rglob("history*"))
+
+
+# ---- The others ----
+
+
+def tensorboard(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(
+        str(folder), size_guidance={"scalars": 0, "histograms": 0, "images": 0, "tensors": 0}
+    )
+    reader.Reload()
+    return reader
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """TensorBoard, CSV and an unknown logger at once."""
+    folder = tmp_path_factory.mktemp("several")
+    loggers = [TensorBoardLogger(folder, name="tb"), CSVLogger(folder, name="csv"), Memory()]
+    monitor = NormDynamicsMonitor(2, histograms=True, per_vector=True, tables=False)
+    fit(make(), [AdaptiveWeightShrink(0.1), monitor], logger=loggers, max_epochs=2)
+    return SimpleNamespace(
+        tb=Path(loggers[0].log_dir),
+        csv=Path(loggers[1].log_dir),
+        memory=loggers[2],
+        history=monitor.history,
+    )
+
+
+def logged(history: History) -> list[dict[str, float]]:
+    """The rows that belong to a logging step of every second step."""
+    return [row for row in history if row["step"] % 2 == 1]
+
+
+def test_an_unknown_logger_gets_scalars_in_one_call_per_logging_step(several):
+    assert (
+        [step for step, _ in several.memory.calls]
+        == [row["step"] for row in logged(several.history)]
+        == [1, 3, 5, 7]
+    )
+    for (_, values), row in zip(several.memory.calls, logged(several.history), strict=True):
+        assert values.keys() == ({key for key in row if "/" in key} | {"normdyn/optimizer_step"})
+
+
+def test_tensorboard_has_scalars(several):
+    reader = tensorboard(several.tb)
+    keys = {key for key in several.history.keys() if not key.startswith("normdyn/clamped")}  # noqa: SIM118
+    assert keys <= set(reader.Tags()["scalars"])
+    assert "hp_metric" not in reader.Tags()["scalars"]
+    for key in ("effective_lr/net.0.weight", "normdyn/angular_update"):
+        expected = [(row["step"], pytest.approx(row[key])) for row in logged(several.history)]
+        assert [(event.step, event.value) for event in reader.Scalars(key)] == expected
+
+
+def test_tensorboard_has_histograms(several):
+    reader = tensorboard(several.tb)
+    assert set(reader.Tags()["histograms"]) == {
+        f"{q}_histogram/{n}" for q in ("weight_norm", "angular_update") for n in NAMES
+    }
+    steps, norms = several.history.vectors("weight_norm/net.3.weight")
+    for event in reader.Histograms("weight_norm_histogram/net.3.weight"):
+        values = norms[steps.tolist().index(event.step)]
+        found = event.histogram_value
+        assert found.num == sum(found.bucket) == 6
+        assert found.min <= values.min() <= values.max() <= found.max
+        assert found.sum / found.num == pytest.approx(values.mean(), rel=0.1)
+        assert found.sum_squares / found.num == pytest.approx((values**2).mean(), rel=0.2)
+
+
+def test_tensorboard_has_pictures_and_tables(several):
+    reader = tensorboard(several.tb)
+    assert set(reader.Tags()["images"]) == {f"normdyn/{name}" for name in (*PICTURES, "norm_ridge")}
+    [image] = reader.Images("normdyn/effective_lr")
+    assert image.step == 7
+    assert min(image.width, image.height) > 200
+    texts = {
+        tag: reader.Tensors(f"{tag}/text_summary")[0].tensor_proto.string_val[0].decode()
+        for tag in ("normdyn/callbacks", "normdyn/targets", "normdyn/layers")
+    }
+    assert "alpha = `0.1`" in texts["normdyn/callbacks"]
+    for name in NAMES:
+        assert name in texts["normdyn/targets"]
+        assert name in texts["normdyn/layers"]
+
+
+def test_csv_has_scalars_and_pictures_beside_them(several):
+    with open(several.csv / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == [1, 3, 5, 7]
+    for row, expected in zip(rows, logged(several.history), strict=True):
+        for key in ("effective_lr/net.0.weight", "normdyn/equilibrium_ratio"):
+            assert float(row[key]) == pytest.approx(expected[key], rel=1e-6)
+    assert {path.stem for path in several.csv.glob("*.png")} == {*PICTURES, "norm_ridge"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in several.csv.glob("*.png"))
+
+
+@pytest.mark.parametrize("which", ["csv", "tb"])
+def test_report_reads_the_folder_of_the_logger(several, which):
+    assert list(load_run(getattr(several, which))) == list(several.history)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:mlflow")
+def test_mlflow(tmp_path):
+    store = str(tmp_path / "mlruns")
+    first = MLFlowLogger(save_dir=store)
+    monitor = NormDynamicsMonitor(1, tables=False)
+    fit(make(), [AdaptiveWeightShrink(0.1), monitor], logger=first, max_epochs=2)
+    client, run = first.experiment, first.run_id
+    for key in ("effective_lr/net.0.weight", "normdyn/equilibrium_ratio"):
+        found = [(metric.step, metric.value) for metric in client.get_metric_history(run, key)]
+        assert found == [
+            (row["step"], pytest.approx(row[key], rel=1e-6)) for row in monitor.history
+        ]
+    params = client.get_run(run).data.params
+    assert params["normdyn/AdaptiveWeightShrink/alpha"] == "0.1"
+    names = {Path(each.path).name for each in client.list_artifacts(run, "normdyn")}
+    assert names == {f"{name}.png" for name in PICTURES} | {
+        "about.json",
+        "layers.json",
+        "history.npz",
+    }
+    about = json.loads(Path(client.download_artifacts(run, "normdyn/about.json")).read_text())
+    assert list(about["targets"]) == NAMES
+    assert list(load_history(client.download_artifacts(run, "normdyn/history.npz"))) == list(
+        monitor.history
+    )
+
+    # The same run again, with another alpha: a parameter of MLflow cannot change, and that is no
+    # reason to fail.
+    again = MLFlowLogger(save_dir=store, run_id=run)
+    fit(
+        make(),
+        [AdaptiveWeightShrink(0.2), NormDynamicsMonitor(1, tables=False)],
+        logger=again,
+        max_epochs=1,
+    )
+    assert client.get_run(run).data.params == params
+
+
+def test_without_a_logger_the_history_is_all_there_is(tmp_path):
+    monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
+    fit(make(), [monitor], max_epochs=1)
+    assert len(monitor.history) == 4
+    assert set(monitor.history.meta) == {"callbacks", "targets"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fast_dev_run_publishes_nothing(tmp_path):
+    monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
+    fit(make(), [monitor], logger=CSVLogger(tmp_path), fast_dev_run=True)
+    assert len(monitor.history) == 1
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_only_what_was_asked_for_is_published(tmp_path):
+    memory, logger = Memory(), CSVLogger(tmp_path)
+    monitor = NormDynamicsMonitor(1, quantities=["effective_lr"], tables=False)
+    fit(make(), [monitor], logger=[memory, logger], max_epochs=1)
+    quantities = {key.split("/")[0] for _, values in memory.calls for key in values} - {"normdyn"}
+    assert quantities == {"effective_lr"}
+    assert {path.stem for path in Path(logger.log_dir).glob("*.png")} == {
+        "effective_lr",
+        "heat_map_effective_lr",
+    }
+
+
+def test_two_monitors_do_not_overwrite_each_other(tmp_path):
+    logger = CSVLogger(tmp_path)
+    monitors = [NormDynamicsMonitor(1, params=name, tables=False) for name in INVARIANT]
+    fit(make(), monitors, logger=logger, max_epochs=1)
+    for monitor, file in zip(monitors, ("history.npz", "history-1.npz"), strict=True):
+        assert list(load_history(Path(logger.log_dir) / file)) == list(monitor.history)
+    assert (Path(logger.log_dir) / "effective_lr-1.png").exists()
+
+
+# ---- What may be missing or fail ----
+
+
+def test_without_matplotlib_it_says_what_is_left_out_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    loggers = [CSVLogger(tmp_path, name="one"), CSVLogger(tmp_path, name="two")]
+    with pytest.warns(NormDynWarning, match="matplotlib is not installed") as said:
+        fit(make(), [NormDynamicsMonitor(1, tables=False)], logger=loggers, max_epochs=1)
+    assert len([each for each in said if each.category is NormDynWarning]) == 1
+    assert not list(tmp_path.rglob("*.png"))
+    assert len(list(tmp_path.rglob("history.npz"))) == 2
+
+
+def test_a_picture_that_fails_does_not_end_the_fit(tmp_path, monkeypatch):
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lightning_normdyn.monitor.loggers._write_png", fail)
+    with pytest.warns(
+        NormDynWarning, match=r"CSVLogger did not get pictures and tables \(OSError: disk full\)"
+    ):
+        runner = fit(
+            make(), [NormDynamicsMonitor(1, tables=False)], logger=CSVLogger(tmp_path), max_epochs=1
+        )
+    assert runner.state.finished
+
+
+def test_an_empty_history_publishes_nothing(tmp_path):
+    publish_outcome([CSVLogger(tmp_path)], Outcome(History(), [], ["effective_lr"]))
+    assert not list(tmp_path.iterdir())
+
+
+def test_charts_are_thinned_to_what_wandb_draws():
+    history = History()
+    for step in range(400):
+        history.append(
+            step,
+            {f"effective_lr/{i}.weight": 1.0 + step for i in range(160)},
+            optimizer_step=step + 1,
+        )
+    xs, ys, names = Outcome(history, [], ["effective_lr"]).chart("effective_lr")
+    assert names == [f"{i}.weight" for i in range(160)]
+    assert sum(map(len, xs)) <= 10_000
+    for x, y in zip(xs, ys, strict=True):
+        assert (x[0], x[-1]) == (0, 399)
+        assert y == [1.0 + step for step in x]
+        assert max(b - a for a, b in pairwise(x)) <= math.ceil(400 / len(x)) + 1
+
+
+def test_a_logger_prefix_is_kept_everywhere(tmp_path):
+    logger = TensorBoardLogger(tmp_path, prefix="mine")
+    fit(
+        make(), [NormDynamicsMonitor(1, histograms=True, tables=False)], logger=logger, max_epochs=1
+    )
+    tags = tensorboard(Path(logger.log_dir)).Tags()
+    for kind in ("scalars", "histograms", "images", "tensors"):
+        assert tags[kind]
+        assert all(tag.startswith("mine-") for tag in tags[kind] if tag != "mine-epoch"), kind
+
+
+def test_markdown_escapes_what_would_break_a_row():
+    assert markdown(
+        [{"weight": "a|b", "norm": 0.12345, "prediction": None, "shape": [3, 4]}]
+    ).splitlines() == [
+        "| weight | norm | prediction | shape |",
+        "| --- | --- | --- | --- |",
+        r"| a\|b | 0.123 | – | 3, 4 |",
+    ]
+    assert markdown([]) == ""
+
+
+def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
+    """However many weights, quantities, histograms and optimizers: counted on the tensors that
+    leave as Python numbers."""
+    leaving: list[tuple[int, ...]] = []
+    real = torch.Tensor.tolist
+    monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
+
+    def tolist(self: torch.Tensor) -> Any:
+        leaving.append(tuple(self.shape))
+        return real(self)
+
+    class Watch(Memory):
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            super().log_metrics(metrics, step)
+            counted.append(len(leaving))
+            leaving.clear()
+
+    counted: list[int] = []
+    monkeypatch.setattr(
+        "lightning_normdyn.callbacks.norm_dynamics_monitor.torch.Tensor.tolist", tolist
+    )
+    fit(
+        make(ManualNet),
+        [AdaptiveWeightShrink(0.1), monitor],
+        logger=Watch(),
+        data=loader(32 * 8),
+        max_epochs=1,
+    )
+    assert counted[20:] == [1] * len(
+        counted[20:]
+    )  # the first steps also question what the graph claims
+    assert len(counted) == 32
+    assert os.environ["WANDB_MODE"] == "offline"
+
+
+# ---- Other callbacks and the progress bar ----
+
+
+class LogsItsOwn(Net):
+    """A LightningModule whose own metrics have the names of our quantities, in every hook of a
+    batch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("weight_norm", 7.0, prog_bar=True)
+        return loss
+
+    def on_before_optimizer_step(self, optimizer):
+        self.log("angular_update", 8.0)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.log("turn_mrad", 9.0, on_step=False, on_epoch=True, prog_bar=True)
+
+    def on_train_epoch_end(self):
+        self.log("equilibrium_ratio", 10.0)
+
+
+class LogsDifferently(Net):
+    """A LightningModule that means something else by ``log``."""
+
+    def log(self, message):
+        raise AssertionError("the user's own `log` was called")
+
+
+def bar_of(rich: bool) -> Any:
+    from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+
+    class Keeps(RichProgressBar if rich else TQDMProgressBar):
+        def get_metrics(self, trainer, pl_module):
+            self.seen = super().get_metrics(trainer, pl_module)
+            return self.seen
+
+    return Keeps()
+
+
+@pytest.mark.parametrize("rich", [False, True])
+def test_the_users_own_metrics_stay_theirs(rich, capsys):
+    bar, watch = bar_of(rich), NormDynamicsMonitor(1, tables=False)
+    told = fit(
+        make(LogsItsOwn), [watch, bar], enable_progress_bar=True, log_every_n_steps=1
+    ).callback_metrics
+    theirs = {
+        "weight_norm": 7.0,
+        "angular_update": 8.0,
+        "turn_mrad": 9.0,
+        "equilibrium_ratio": 10.0,
+    }
+    assert {key: float(told[key]) for key in theirs} == theirs
+    assert {key for key in told if key.startswith("normdyn/")} <= {
+        "normdyn/angular_update",
+        "normdyn/equilibrium_ratio",
+    }
+    last = watch.history[-1]
+    assert float(told["normdyn/angular_update"]) == pytest.approx(last["normdyn/angular_update"])
+    assert (bar.seen["weight_norm"], bar.seen["turn_mrad"]) == (7.0, 9.0)
+    assert bar.seen["normdyn/weight_norm"] == pytest.approx(last["normdyn/weight_norm"])
+    assert bar.seen["normdyn/turn_mrad"] == pytest.approx(1e3 * last["normdyn/angular_update"])
+
+
+def test_everything_of_ours_carries_the_prefix():
+    watch = NormDynamicsMonitor(1, tables=False)
+    runner = fit(make(), [watch, AdaptiveWeightShrink(0.5)])
+    ours = {*runner.callback_metrics, *runner.progress_bar_metrics, *runner.logged_metrics}
+    assert ours >= {"normdyn/angular_update", "normdyn/weight_norm"}
+    assert all(key.startswith("normdyn/") for key in ours)
+
+
+def test_a_module_that_means_something_else_by_log_is_not_asked():
+    runner = fit(make(LogsDifferently), [NormDynamicsMonitor(1, tables=False)])
+    assert "normdyn/angular_update" in runner.callback_metrics
+
+
+@pytest.mark.parametrize("key", ["normdyn/angular_update", "normdyn/equilibrium_ratio"])
+def test_early_stopping_and_checkpoints_read_our_metrics(key, tmp_path):
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    stopping = EarlyStopping(key, patience=5, check_on_train_epoch_end=True)
+    keeping = ModelCheckpoint(tmp_path, monitor=key, save_top_k=1)
+    decays = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1))
+    fit(
+        decays, [NormDynamicsMonitor(1, tables=False), stopping, keeping], enable_checkpointing=True
+    )
+    assert torch.isfinite(stopping.best_score)
+    assert torch.isfinite(keeping.best_model_score)
+
+
+# ---- Where the history lies ----
+
+
+@pytest.fixture
+def bucket():
+    import fsspec
+
+    yield fsspec.filesystem("memory")
+    fsspec.filesystem("memory").store.clear()
+
+
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_a_remote_log_has_its_history_and_pictures_beside_it(kind, bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    watch = NormDynamicsMonitor(1, tables=False)
+    logger = kind("memory://bucket/runs")
+    fit(make(), [watch], logger=logger, max_epochs=1)
+    assert list(load_history(f"{logger.log_dir}/history.npz")) == list(watch.history)
+    if kind is CSVLogger:
+        names = {Path(name).name for name in bucket.find("/bucket/runs")}
+        assert {"effective_lr.png", "angular_update.png", "metrics.csv"} <= names
+        assert bucket.cat(f"{logger.log_dir}/effective_lr.png").startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.npz"))  # nothing in a local folder named "memory:"
+    assert not list(tmp_path.rglob("*.png"))
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Drawing takes longer than all the rest."""
+    monkeypatch.setattr(Outcome, "pictures", {})
+
+
+class Ends(Callback):
+    """Ends the fit by an exception in the third batch."""
+
+    def __init__(self, how: BaseException) -> None:
+        self.how = how
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 3:
+            raise self.how
+
+
+def sigterm() -> BaseException:
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    return SIGTERMException()
+
+
+ENDS = {
+    "error": lambda: RuntimeError("out of memory"),
+    "ctrl-c": KeyboardInterrupt,
+    "sigterm": sigterm,
+    "exit": lambda: SystemExit(3),
+}
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["monitor first", "monitor last"])
+@pytest.mark.parametrize("how", ENDS)
+def test_an_interrupted_fit_keeps_its_history(how, first, tmp_path):
+    watch, others = (
+        NormDynamicsMonitor(1, tables=False),
+        [AdaptiveWeightShrink(0.5), Ends(ENDS[how]())],
+    )
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(BaseException):  # noqa: B017  # whatever Lightning makes of it
+        fit(make(), [watch, *others] if first else [*others, watch], logger=logger)
+    expected = 3 if first else 2  # the third batch's end never came to a monitor that stands last
+    assert len(watch.history) == expected
+    kept = load_history(Path(logger.log_dir) / "history.npz")
+    assert list(kept) == list(watch.history)
+    assert kept.meta["targets"].keys() == set(NAMES)
+    assert load_run(logger.log_dir).keys() == kept.keys()
+
+
+def test_numbers_on_their_way_from_a_device_are_in_the_interrupted_history(tmp_path, monkeypatch):
+    from lightning_normdyn.optimizers.bracket import HostCopy
+
+    monkeypatch.setattr(HostCopy, "arrives_later", True)
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(RuntimeError):
+        fit(make(), [NormDynamicsMonitor(1, tables=False), Ends(RuntimeError())], logger=logger)
+    assert [row["step"] for row in load_history(Path(logger.log_dir) / "history.npz")] == [0, 1, 2]
+
+
+def test_what_cannot_be_written_does_not_hide_what_interrupted_the_fit(tmp_path, monkeypatch):
+    def fail(self: History, path: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(History, "save", fail)
+    with (
+        pytest.warns(NormDynWarning, match="disk full"),
+        pytest.raises(RuntimeError, match="out of memory"),
+    ):
+        fit(
+            make(),
+            [NormDynamicsMonitor(1, tables=False), Ends(ENDS["error"]())],
+            logger=CSVLogger(tmp_path),
+        )
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_every_checkpoint_keeps_the_history_so_far(tmp_path):
+    """What a run that is killed leaves behind."""
+    logger, watch, found = CSVLogger(tmp_path), NormDynamicsMonitor(1, tables=False), []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, *_: Any) -> None:
+            if trainer.global_step in (2, 5):
+                trainer.save_checkpoint(tmp_path / "some.ckpt")
+                found.append(list(load_history(Path(logger.log_dir) / "history.npz")))
+
+    fit(make(), [watch, Looks()], logger=logger)
+    rows = list(watch.history)
+    assert found == [rows[:2], rows[:5]]
+
+
+def histories_in(folder: Any) -> dict[str, list[dict[str, float]]]:
+    return {
+        path.name: list(load_history(path)) for path in sorted(Path(folder).glob("history*.npz"))
+    }
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+@pytest.mark.parametrize("same_start", [True, False])
+def test_one_run_fitted_twice_keeps_both_histories(kind, same_start, tmp_path):
+    logger, watch, module = kind(tmp_path), NormDynamicsMonitor(1, tables=False), make()
+    fit(module, [watch], logger=logger, max_epochs=1)
+    first = list(watch.history)
+    fit(make() if same_start else module, [watch], logger=logger)
+    assert histories_in(logger.log_dir) == {
+        "history.npz": first,
+        "history.fit2.npz": list(watch.history),
+    }
+
+
+@pytest.mark.usefixtures("without_pictures")
+@pytest.mark.parametrize("again", [False, True], ids=["a new logger", "fitted twice before"])
+def test_a_resumed_fit_goes_on_in_its_own_file(again, tmp_path):
+    def go(epochs: int, checkpoint: Any = None) -> list[dict[str, float]]:
+        watch = NormDynamicsMonitor(1, tables=False)
+        logger = TensorBoardLogger(tmp_path, name="", version="run")
+        fit(
+            make(),
+            [watch, SavesAt(3, tmp_path / "third.ckpt")],
+            logger=logger,
+            max_epochs=epochs,
+            ckpt_path=checkpoint,
+        )
+        return list(watch.history)
+
+    before = go(1)
+    if again:
+        go(1)
+    whole = go(2, tmp_path / "third.ckpt")
+    expected = (
+        {"history.npz": before, "history.fit2.npz": whole} if again else {"history.npz": whole}
+    )
+    assert histories_in(tmp_path / "run") == expected
+    assert len(whole) == 8
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_mlflow_keeps_both_histories_of_a_run_that_is_fitted_twice(tmp_path):
+    logger, watch = (
+        MLFlowLogger("tests", tracking_uri=f"file:{tmp_path}"),
+        NormDynamicsMonitor(1, tables=False),
+    )
+    for _ in range(2):
+        fit(make(), [watch], logger=logger, max_epochs=1)
+    artifacts = {
+        Path(each.path).name for each in logger.experiment.list_artifacts(logger.run_id, "normdyn")
+    }
+    assert {name for name in artifacts if name.endswith(".npz")} == {
+        "history.npz",
+        "history.fit2.npz",
+    }

@@ -1,0 +1,112 @@
+"""The W&B workspace as it would be sent: what each panel selects, and on which axes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+
+import pytest
+
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.workspace import wandb_workspace
+
+# wandb-workspaces declares its models in the old way of pydantic.
+pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style")
+
+NAMES = ("conv1.weight", "layer1.0.conv1.weight", "blocks.0.attn.qkv.weight")
+QUANTITIES = (
+    "weight_norm",
+    "weight_std",
+    "effective_lr",
+    "direction_lr",
+    "angular_update",
+    "effective_step_size",
+    "gradient_cosine",
+    "radial_update",
+    "equivalent_weight_decay",
+    "equilibrium_angular_update",
+    "equilibrium_ratio",
+)
+SIGNED = ("gradient_cosine", "radial_update")
+
+
+@pytest.fixture(scope="module")
+def spec():
+    pytest.importorskip("wandb_workspaces")
+    workspace = wandb_workspace("team", "normdyn")
+    return json.loads(workspace._to_model().model_dump_json(by_alias=True))
+
+
+def sections(spec):
+    return spec["spec"]["section"]["panelBankConfig"]["sections"]
+
+
+def panels(spec):
+    return [panel["config"] for section in sections(spec) for panel in section["panels"]]
+
+
+def test_it_belongs_to_the_project(spec):
+    assert (spec["entity"], spec["project"], spec["displayName"]) == (
+        "team",
+        "normdyn",
+        "Weight dynamics",
+    )
+
+
+def test_panels_select_by_pattern_on_the_axis_that_lightning_logs(spec):
+    for panel in panels(spec):
+        assert panel["useMetricRegex"] is True
+        assert panel["metrics"] == []
+        assert panel["xAxis"] == "trainer/global_step"
+    assert spec["spec"]["section"]["settings"]["xAxis"] == "trainer/global_step"
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_each_quantity_has_one_panel_with_all_layers(spec, quantity):
+    keys = [f"{quantity}/{name}" for name in NAMES]
+    matching = [
+        panel for panel in panels(spec) if any(re.search(panel["metricRegex"], key) for key in keys)
+    ]
+    assert len(matching) == 1
+    assert all(re.search(matching[0]["metricRegex"], key) for key in keys)
+    assert matching[0]["yLogScale"] is (quantity not in SIGNED)
+
+
+def test_a_prediction_stands_beside_what_it_predicts(spec):
+    for prefix, suffix in (("", "/conv1.weight"), ("normdyn/", "")):
+        keys = [
+            f"{prefix}{quantity}{suffix}"
+            for quantity in ("angular_update", "equilibrium_angular_update")
+        ]
+        assert [
+            panel["chartTitle"]
+            for panel in panels(spec)
+            if all(re.search(panel["metricRegex"], key) for key in keys)
+        ]
+
+
+def test_no_panel_takes_histograms_or_the_tables_of_charts(spec):
+    for key in (
+        "weight_norm_histogram/conv1.weight",
+        "normdyn_charts/effective_lr_table",
+        "normdyn_pictures/effective_lr",
+    ):
+        assert not [panel for panel in panels(spec) if re.search(panel["metricRegex"], key)]
+
+
+def test_saving_needs_a_login_and_says_so(monkeypatch, tmp_path):
+    pytest.importorskip("wandb_workspaces")
+    import wandb
+
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(wandb.errors.UsageError, match="wandb login"):
+        wandb_workspace("team", "normdyn").save()
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    with pytest.raises(NormDynError, match=r"lightning-normdyn\[workspace\]"):
+        wandb_workspace("team", "normdyn")

@@ -1,0 +1,426 @@
+"""A rescale must be invisible: to the next steps, to the optimizer's buffers, and to evaluation."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import doubles
+import pytest
+import torch
+from torch import nn
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.optimizers.state import (
+    decay_kind,
+    is_schedule_free,
+    per_matrix_only,
+    rescale_batch_norm_,
+    state_exponents,
+    step_buffer,
+    supports_decay_takeover,
+    taken_over_by_trial,
+)
+
+# name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of
+# Adam-like optimizers not at all)
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {"lr": 0.1}, 2),
+    "SGD momentum": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 2),
+    "SGD nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, 2),
+    "SGD dampening": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "dampening": 0.4, "maximize": True},
+        2,
+    ),
+    "SGD nesterov foreach": (
+        torch.optim.SGD,
+        {"lr": 0.1, "momentum": 0.9, "nesterov": True, "foreach": True, "maximize": True},
+        2,
+    ),
+    "SGD fused": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "fused": True}, 2),
+    "Adam": (torch.optim.Adam, {"lr": 0.01}, 1),
+    "Adam amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True}, 1),
+    "Adam foreach": (
+        torch.optim.Adam,
+        {"lr": 0.01, "foreach": True, "amsgrad": True, "maximize": True},
+        1,
+    ),
+    "Adam decoupled": (torch.optim.Adam, {"lr": 0.01, "decoupled_weight_decay": True}, 1),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.01}, 1),
+    "AdamW amsgrad": (torch.optim.AdamW, {"lr": 0.01, "amsgrad": True, "maximize": True}, 1),
+    "AdamW foreach": (torch.optim.AdamW, {"lr": 0.01, "foreach": True}, 1),
+    "AdamW fused": (torch.optim.AdamW, {"lr": 0.01, "fused": True, "amsgrad": True}, 1),
+    "AdamW tensor lr": (torch.optim.AdamW, {"lr": torch.tensor(0.01, dtype=torch.float64)}, 1),
+    "NAdam": (torch.optim.NAdam, {"lr": 0.01}, 1),
+    "NAdam decoupled": (torch.optim.NAdam, {"lr": 0.01, "decoupled_weight_decay": True}, 1),
+    "NAdam foreach": (torch.optim.NAdam, {"lr": 0.01, "foreach": True, "maximize": True}, 1),
+    "RAdam": (torch.optim.RAdam, {"lr": 0.01}, 1),
+    "RAdam decoupled": (
+        torch.optim.RAdam,
+        {"lr": 0.01, "decoupled_weight_decay": True, "foreach": True, "maximize": True},
+        1,
+    ),
+    "Adamax": (torch.optim.Adamax, {"lr": 0.01}, 1),
+    "Adamax foreach": (torch.optim.Adamax, {"lr": 0.01, "foreach": True, "maximize": True}, 1),
+    "RMSprop": (torch.optim.RMSprop, {"lr": 0.01}, 1),
+    "RMSprop momentum": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "maximize": True}, 1),
+    "RMSprop foreach": (
+        torch.optim.RMSprop,
+        {"lr": 0.01, "momentum": 0.9, "centered": True, "foreach": True},
+        1,
+    ),
+    "RMSprop centered": (torch.optim.RMSprop, {"lr": 0.01, "momentum": 0.9, "centered": True}, 1),
+    "Adagrad": (torch.optim.Adagrad, {"lr": 0.01}, 1),
+    "Adagrad lr_decay": (torch.optim.Adagrad, {"lr": 0.01, "lr_decay": 0.01, "maximize": True}, 1),
+    "Adagrad foreach": (torch.optim.Adagrad, {"lr": 0.01, "lr_decay": 0.01, "foreach": True}, 1),
+    "Adagrad fused": (torch.optim.Adagrad, {"lr": 0.01, "fused": True}, 1),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = (torch.optim.Muon, {"lr": 0.01}, 1)
+    OPTIMIZERS["Muon plain"] = (
+        torch.optim.Muon,
+        {"lr": 0.01, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
+        1,
+    )
+
+
+def build(name, weight):
+    optimizer_class, options, _ = OPTIMIZERS[name]
+    decay = 0.05 if decay_is_decoupled(name) else 0.01
+    return optimizer_class([weight], weight_decay=decay, **copy.deepcopy(options))
+
+
+def decay_is_decoupled(name):
+    return name.startswith(("AdamW", "Muon")) or name.endswith("decoupled")
+
+
+def loss(weight, step):
+    """Sees the direction of the whole weight only; other data at every step."""
+    rng = torch.Generator().manual_seed(step)
+    inputs = torch.randn(8, weight.shape[1], generator=rng, dtype=torch.float64)
+    return (
+        torch.tanh(2 * inputs @ (weight / weight.norm()).T).square().mean()
+        + (inputs @ (weight / weight.norm()).T).sum(1).sin().mean()
+    )
+
+
+def run(optimizer, weight, steps):
+    directions = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss(weight, step).backward()
+        optimizer.step()
+        directions.append((weight / weight.norm()).detach().clone())
+    return torch.stack(directions)
+
+
+def rescale(optimizer, weight, factor):
+    """What the callbacks do, for one weight: ``factor`` is a number or broadcasts against the
+    weight."""
+    exponents = state_exponents(optimizer)
+    with torch.no_grad():
+        weight.mul_(factor)
+        for key, buffer in optimizer.state[weight].items():
+            if key in exponents and buffer is not None:
+                buffer.mul_(factor ** exponents[key])
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_next_50_directions_are_those_of_the_undisturbed_run(name):
+    # A power of two for Muon, whose orthogonalisation rounds to bfloat16; 3 shows that the others
+    # need no such luck.
+    factor = 4.0 if name.startswith("Muon") else 3.0
+    lr_exponent = OPTIMIZERS[name][2]
+    start = torch.randn(4, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+    undisturbed = nn.Parameter(start.clone())
+    expected = run(build(name, undisturbed), undisturbed, range(70))[20:]
+
+    weight = nn.Parameter(start.clone())
+    optimizer = build(name, weight)
+    run(optimizer, weight, range(20))
+    rescale(optimizer, weight, factor)
+    group = optimizer.param_groups[0]
+    group["lr"] = group["lr"] * factor**lr_exponent
+    # The gradient is now 1/factor of what it was. A coupled decay has to follow it; a decoupled one
+    # has to undo the learning rate.
+    group["weight_decay"] /= factor**lr_exponent if decay_is_decoupled(name) else factor**2
+    if "eps" in group:
+        group["eps"] /= factor
+    actual = run(optimizer, weight, range(20, 70))
+
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    assert (expected[-1] - expected[0]).norm() > 1e-3  # the run goes somewhere
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SGD"])
+def test_state_left_alone_disturbs_the_run(name):
+    lr_exponent, start = (
+        OPTIMIZERS[name][2],
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(7), dtype=torch.float64),
+    )
+    undisturbed = nn.Parameter(start.clone())
+    expected = run(build(name, undisturbed), undisturbed, range(30))[20:]
+    weight = nn.Parameter(start.clone())
+    optimizer = build(name, weight)
+    run(optimizer, weight, range(20))
+    with torch.no_grad():
+        weight.mul_(4.0)
+    optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] * 4.0**lr_exponent
+    assert (run(optimizer, weight, range(20, 30)) - expected).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.startswith("Muon")])
+def test_random_factors_give_the_state_of_a_run_at_the_scaled_weights(name):
+    rng = torch.Generator().manual_seed(3)
+    start = torch.randn(5, 4, generator=rng, dtype=torch.float64)
+    factors = torch.rand(5, 1, generator=rng, dtype=torch.float64) * 3 + 0.2
+
+    def state_at(weight, rescaled_by=None):
+        parameter = nn.Parameter(weight.clone())
+        optimizer = build(name, parameter)
+        optimizer.param_groups[0].update(
+            lr=0.0, weight_decay=0.0, eps=0.0
+        )  # the weight stays; the buffers fill
+        for step in range(5):
+            inputs = torch.randn(
+                8, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+            )
+            optimizer.zero_grad()
+            torch.tanh(
+                inputs @ (parameter / parameter.norm(dim=1, keepdim=True)).T
+            ).sin().sum().backward()
+            optimizer.step()
+        if rescaled_by is not None:
+            rescale(optimizer, parameter, rescaled_by)
+        return optimizer.state[parameter]
+
+    carried, gathered = state_at(start, factors), state_at(factors * start)
+    assert carried.keys() == gathered.keys()
+    for key, buffer in gathered.items():
+        if buffer is not None:
+            torch.testing.assert_close(carried[key], buffer, rtol=1e-11, atol=1e-13)
+
+
+def test_muon_allows_one_factor_per_matrix_only():
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    weight = nn.Parameter(torch.randn(4, 3))
+    assert per_matrix_only(torch.optim.Muon([weight]))
+    assert not any(
+        per_matrix_only(build(name, nn.Parameter(torch.randn(4, 3))))
+        for name in OPTIMIZERS
+        if not name.startswith("Muon")
+    )
+
+
+def test_subclasses_are_what_they_inherit():
+    class Named(torch.optim.AdamW):
+        pass
+
+    optimizer = Named([nn.Parameter(torch.randn(2, 2))])
+    assert state_exponents(optimizer) == {
+        "exp_avg": -1.0,
+        "exp_avg_sq": -2.0,
+        "max_exp_avg_sq": -2.0,
+    }
+    assert decay_kind(optimizer, optimizer.param_groups[0]) == "decoupled"
+    assert supports_decay_takeover(optimizer) is None
+
+
+def test_unknown_state_is_refused_by_name():
+    weight = nn.Parameter(torch.randn(2, 2))
+    for unknown in (
+        torch.optim.Adafactor([weight]),
+        torch.optim.Adadelta([weight]),
+        torch.optim.Rprop([weight]),
+    ):
+        with pytest.raises(
+            NotSupportedError, match=rf"state of {type(unknown).__name__} .*optimizer_state='keep'"
+        ):
+            state_exponents(unknown)
+    sgd = torch.optim.SGD([weight], lr=0.1)
+    sgd.state[weight] = {"ema": torch.zeros(2, 2), "step": torch.tensor(1.0)}
+    with pytest.raises(NotSupportedError, match=r"buffers \['ema'\].*optimizer_state='keep'"):
+        state_exponents(sgd)
+
+
+def test_schedule_free_is_told_by_what_it_does_and_refused():
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = doubles.ScheduleFree([weight])
+    assert is_schedule_free(optimizer)
+    with pytest.raises(NotSupportedError, match="Use another optimizer"):
+        state_exponents(optimizer)
+    assert "schedule-free" in supports_decay_takeover(optimizer)
+
+
+@pytest.mark.parametrize("kind", [doubles.HasModes, doubles.DualAveraging, doubles.SlowCopy])
+def test_names_of_attributes_make_nobody_schedule_free(kind):
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = kind([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert not is_schedule_free(optimizer)
+    marked = torch.optim.SGD([{"params": [weight], "train_mode": True}], lr=0.1)
+    marked.state[weight] = {"z": torch.zeros(2, 2)}
+    assert not is_schedule_free(marked)
+
+
+def test_state_that_is_no_dict_belongs_to_no_weight():
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    optimizer.state.update(k=torch.tensor([3]), total_step=7, ema={"short": 0.0})
+    assert state_exponents(optimizer) == {"momentum_buffer": -1.0}
+
+
+@pytest.mark.parametrize("held", [{0.9: torch.zeros(2, 2)}, [torch.zeros(2, 2)], object()])
+def test_buffers_in_containers_are_seen(held):
+    weight = nn.Parameter(torch.randn(2, 2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    optimizer.state[weight] = {"buffers": held, "step": 3, "flag": True}
+    with pytest.raises(NotSupportedError, match=r"buffers \['buffers'\]"):
+        state_exponents(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "kind"),
+    [
+        (torch.optim.SGD, {"lr": 0.1}, "coupled"),
+        (torch.optim.Adam, {}, "coupled"),
+        (torch.optim.AdamW, {}, "decoupled"),
+        (torch.optim.NAdam, {}, "coupled"),
+        (torch.optim.NAdam, {"decoupled_weight_decay": True}, "decoupled"),
+        (torch.optim.RAdam, {"decoupled_weight_decay": True}, "decoupled"),
+        (torch.optim.Adamax, {}, "coupled"),
+        (torch.optim.RMSprop, {}, "coupled"),
+        (torch.optim.Adagrad, {}, "coupled"),
+        (torch.optim.Adadelta, {}, "coupled"),
+        (torch.optim.ASGD, {}, "coupled"),
+        (torch.optim.Adafactor, {}, "decoupled"),
+        *([(torch.optim.Muon, {}, "decoupled")] if hasattr(torch.optim, "Muon") else []),
+    ],
+)
+def test_decay_kind_is_what_a_step_without_gradient_does(optimizer_class, options, kind):
+    weight = nn.Parameter(torch.tensor([[1.0, 100.0]], dtype=torch.float64))
+    optimizer = optimizer_class([weight], weight_decay=0.1, **options)
+    assert decay_kind(optimizer, optimizer.param_groups[0]) == kind
+    if optimizer_class in (torch.optim.SGD, torch.optim.ASGD):
+        return  # without momentum, SGD's two kinds are one
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    both = weight.detach() / torch.tensor([[1.0, 100.0]], dtype=torch.float64)
+    # decoupled: one factor for all entries; coupled and then normalized: the same step for all
+    # entries
+    assert torch.allclose(both[0, 0], both[0, 1], rtol=1e-9) == (kind == "decoupled")
+
+
+def test_decay_kind_of_the_unknown_is_none():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1, "weight_decay": 0.1})
+
+        def step(self, closure=None):
+            return None
+
+    own = Own([nn.Parameter(torch.randn(2, 2))])
+    assert decay_kind(own, own.param_groups[0]) is None
+    rprop = torch.optim.Rprop([nn.Parameter(torch.randn(2, 2))])
+    assert decay_kind(rprop, rprop.param_groups[0]) is None
+    assert "changes nothing" in supports_decay_takeover(own)
+
+
+def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
+    weight = nn.Parameter(torch.randn(2, 2))
+    for name in OPTIMIZERS:
+        assert supports_decay_takeover(build(name, weight)) is None
+    assert (
+        supports_decay_takeover(torch.optim.Adafactor([weight])) is None
+    )  # its group has a "d", as Prodigy's, but a constant
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    assert supports_decay_takeover(optimizer) is None
+
+
+def test_decay_takeover_rests_on_a_trial_where_the_step_is_not_torchs():
+    weight = nn.Parameter(torch.randn(2, 2))
+    known = torch.optim.AdamW([weight], weight_decay=0.1)
+    assert not taken_over_by_trial(known)
+    assert not taken_over_by_trial(
+        doubles.LoggingSGD([weight], lr=0.1, weight_decay=0.1)
+    )  # shown to step as SGD
+    assert taken_over_by_trial(doubles.Options([weight], weight_decay=0.1))
+    cached = doubles.CachesDecay([weight], weight_decay=0.1)
+    assert re.search(
+        "of CachesDecay it is not known how it decays: .*changes nothing",
+        supports_decay_takeover(cached),
+    )
+
+
+def test_an_own_step_is_unknown_unless_it_steps_as_its_base():
+    weight = nn.Parameter(torch.randn(2, 2))
+    assert state_exponents(doubles.LoggingSGD([weight], lr=0.1, momentum=0.9)) == {
+        "momentum_buffer": -1.0
+    }
+    with pytest.raises(NotSupportedError, match=r"state of ClippingSGD.*differs from that of SGD"):
+        state_exponents(doubles.ClippingSGD([weight], lr=0.1, momentum=0.9))
+    with pytest.raises(
+        NotSupportedError, match=r"state of SlowCopy.*AdamW"
+    ):  # before it has any state
+        state_exponents(doubles.SlowCopy([weight]))
+    assert (
+        step_buffer(
+            doubles.ClippingSGD([weight], lr=0.1, momentum=0.9),
+            {"momentum": 0.9, "nesterov": False},
+        )
+        is None
+    )
+
+
+# ---- The statistics behind a rescaled filter ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"eps": 0.1}])
+@pytest.mark.parametrize("norm_class", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_evaluation_after_equals_evaluation_before(dtype, bias, options, norm_class):
+    torch.manual_seed(0)
+    conv, norm = nn.Conv2d(3, 8, 3, bias=bias, dtype=dtype), norm_class(8, dtype=dtype, **options)
+    x = torch.randn(16, 3, 6, 6, dtype=dtype)
+    with torch.no_grad():
+        for _ in range(3):
+            batch = conv(x * torch.rand(()).to(dtype))
+            nn.functional.batch_norm(
+                batch, norm.running_mean, norm.running_var, training=True, momentum=0.3
+            )
+    norm.eval()
+    before = norm(conv(x))
+    factor = torch.linspace(0.05, 20, 8, dtype=dtype)
+    with torch.no_grad():
+        conv.weight.mul_(factor.view(-1, 1, 1, 1))
+    stale = (norm(conv(x)) - before).abs().max()
+    rescale_batch_norm_(norm.running_mean, norm.running_var, factor, conv.bias, norm.eps)
+    error = (norm(conv(x)) - before).abs().max()
+    assert stale > 1
+    assert error < (1e-12 if dtype == torch.float64 else 1e-5) * max(1, before.abs().max().item())
+
+
+def test_without_running_statistics_nothing_happens():
+    norm = nn.BatchNorm1d(3, track_running_stats=False)
+    rescale_batch_norm_(norm.running_mean, norm.running_var, torch.ones(3), None, norm.eps)
+    assert norm.running_mean is None
+
+
+def test_training_goes_on_from_the_corrected_statistics():
+    """A factor so small that the variance turns negative: what is used, variance + eps, stays
+    positive, and training mends it."""
+    norm = nn.BatchNorm1d(2, dtype=torch.float64)
+    norm.running_var.fill_(1e-6)
+    rescale_batch_norm_(norm.running_mean, norm.running_var, torch.full((2,), 0.1), None, norm.eps)
+    assert (norm.running_var < 0).all()
+    assert (norm.running_var + norm.eps > 0).all()
+    norm(torch.randn(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    assert (norm.running_var > 0).all()
+    assert norm.eval()(torch.randn(4, 2, dtype=torch.float64)).isfinite().all()

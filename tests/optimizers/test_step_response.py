@@ -1,0 +1,44 @@
+"""Which optimizers are understood, and by what."""
+
+import math
+
+import pytest
+import torch
+from theory.test_equilibrium import group_of
+
+from lightning_normdyn.optimizers.step_response import step_response, steps_like
+from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
+
+SGD = torch.optim.SGD
+
+
+class PlainSubclass(SGD):
+    """Adds nothing to the step."""
+
+
+def test_a_subclass_that_keeps_the_step_is_understood() -> None:
+    group = group_of(
+        PlainSubclass, lr=0.1, momentum=0.9, weight_decay=5e-4
+    )  # an instance: torch has wrapped the subclass's step by now
+    assert equilibrium_angular_update(PlainSubclass, group) == pytest.approx(
+        math.sqrt(2 * 0.1 * 5e-4 / 1.9)
+    )
+    assert equilibrium_angular_update(type("Inner", (PlainSubclass,), {}), group) is not None
+
+
+def test_a_name_without_the_keys_of_its_rule_is_not_understood() -> None:
+    class Lion(torch.optim.Optimizer):
+        def step(self, closure=None):
+            return None
+
+    assert step_response(Lion, {"lr": 1e-4, "weight_decay": 0.1}) is None
+    group = {"lr": 1e-4, "weight_decay": 0.1, "betas": (0.9, 0.99)}
+    assert step_response(Lion, group) is not None
+    assert step_response(Lion, {**group, "weight_decouple": False}) is None
+    assert step_response(Lion, {**group, "caution": True}) is None
+
+
+def test_steps_like_looks_at_the_step_alone() -> None:
+    assert steps_like(PlainSubclass, SGD)
+    assert not steps_like(type("Other", (SGD,), {"step": lambda self, closure=None: None}), SGD)
+    assert not steps_like(torch.optim.Adam, SGD)

@@ -1,0 +1,199 @@
+"""Words and alarms: what is said of a curve, and how long a vector without gradient has left,
+against the optimizers themselves."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_normdyn.theory import equilibrium as eq
+from lightning_normdyn.theory import outlook as verdicts
+from theory.test_equilibrium import group_of
+
+SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("hyper", "tolerance"),
+    [
+        ({"weight_decay": 0.05}, 0.001),
+        ({"weight_decay": 0.02, "momentum": 0.9}, 0.01),
+        ({"weight_decay": 0.02, "momentum": 0.8, "nesterov": True}, 0.01),
+        ({"weight_decay": 0.04, "momentum": 0.8, "dampening": 0.5}, 0.01),
+        (
+            {"weight_decay": 0.05, "momentum": 0.9},
+            0.07,
+        ),  # complex roots: the size oscillates below its envelope
+    ],
+)
+def test_a_dead_filter_underflows_when_predicted(hyper: dict[str, float], tolerance: float) -> None:
+    rate = verdicts.free_decay_rate(SGD, group_of(SGD, lr=0.1, **hyper))
+    weight = torch.full((1,), 0.17, dtype=torch.float64)
+    weight.grad = torch.zeros_like(weight)
+    optimizer = SGD([weight], lr=0.1, **hyper)
+    steps = 0
+    while weight.float().square().item() > 0:  # the square of a float32 weight
+        optimizer.step()
+        steps += 1
+    assert steps == pytest.approx(verdicts.steps_to_underflow(0.17, rate), rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("alive", "hyper", "vanishes"),
+    [
+        # Dead from the start: the second moments are those of the decay itself, and λ cancels.
+        (0, {"lr": 1e-2, "weight_decay": 3e-2}, True),
+        (0, {"lr": 1e-2, "weight_decay": 2e-5}, True),
+        # So slow that its fastest entries swing up again before its slowest are gone.
+        (0, {"lr": 4e-3, "weight_decay": 1e-2, "betas": (0.8, 0.995)}, False),
+        (0, {"lr": 2e-3, "weight_decay": 1e-2, "betas": (0.9, 0.998)}, False),
+        # After gradients of 5e-3 and different sizes from entry to entry.
+        (400, {"lr": 3e-3, "weight_decay": 2e-2}, True),
+        (400, {"lr": 3e-3, "weight_decay": 5e-4, "betas": (0.9, 0.99)}, True),
+        (400, {"lr": 5e-3, "weight_decay": 5e-2, "betas": (0.6, 0.98)}, True),
+        (400, {"lr": 3e-3, "weight_decay": 0.2, "eps": 1e-3}, True),
+    ],
+    ids=str,
+)
+def test_a_dead_filter_underflows_under_adam_when_predicted(
+    alive: int, hyper: dict[str, Any], vanishes: bool
+) -> None:
+    noise = torch.Generator().manual_seed(4)
+    weight = torch.nn.Parameter(0.2 * torch.randn(40, generator=noise))
+    scale = 5e-3 * (0.5 + torch.rand(40, generator=noise))
+    optimizer = ADAM([weight], **hyper)
+    weight.grad = torch.zeros_like(weight)
+    for step in range(alive + 60):
+        weight.grad.copy_(
+            scale * torch.randn(40, generator=noise) if step < alive else torch.zeros(40)
+        )
+        optimizer.step()
+    state, entries = optimizer.state[weight], []
+    for size, second in zip(
+        weight.detach().abs().tolist(), state["exp_avg_sq"].tolist(), strict=True
+    ):
+        entry = {
+            "weight": size,
+            "second_moment": second,
+            "smallest_second_moment": state["exp_avg_sq"].min().item(),
+        }
+        fall = verdicts.steps_to_underflow(size, 1.0)
+        entries.append(
+            verdicts.adam_collapse_steps(
+                optimizer.param_groups[0], fall, step=float(state["step"]), **entry
+            )
+        )
+    steps = 0
+    while weight.detach().square().sum() > 0 and steps < 4000:
+        optimizer.step()
+        steps += 1
+    if vanishes:
+        assert steps == pytest.approx(max(entries), rel=0.07)
+    else:
+        assert max(entries) == math.inf
+        assert steps == 4000
+
+
+def test_what_adam_never_brings_to_zero() -> None:
+    group = group_of(ADAM, lr=1e-3, weight_decay=1e-2)
+    entry = {"weight": 0.1, "second_moment": 1e-10, "smallest_second_moment": 5e-11, "step": 100.0}
+    assert verdicts.adam_collapse_steps({**group, "weight_decay": 0.0}, 50.0, **entry) == math.inf
+    assert (
+        verdicts.adam_collapse_steps({**group, "lr": 1e3}, 50.0, **entry) == math.inf
+    )  # swings from side to side
+    assert verdicts.adam_collapse_steps({**group, "betas": (0.0, 0.0)}, 50.0, **entry) == math.inf
+    assert (
+        verdicts.adam_collapse_steps({**group, "lr": 1e-12}, 50.0, **entry) == math.inf
+    )  # not within any run
+    assert verdicts.adam_collapse_steps(group, 0.0, **entry) == 0
+
+
+def test_free_decay_of_the_other_optimizers() -> None:
+    assert verdicts.free_decay_rate(
+        ADAMW, group_of(ADAMW, lr=0.1, weight_decay=0.2)
+    ) == pytest.approx(-math.log(0.98))
+    assert verdicts.free_decay_rate(ADAM, group_of(ADAM, lr=0.1, weight_decay=0.2)) is None
+    assert verdicts.free_decay_rate(
+        SGD, group_of(SGD, lr=0.1, momentum=0.9), decay=0.2
+    ) == pytest.approx(-math.log(0.98))
+    assert verdicts.free_decay_rate(ADAMW, group_of(ADAMW, lr=1.0, weight_decay=1.0)) == math.inf
+    assert verdicts.free_decay_rate(SGD, group_of(SGD, lr=1.0, weight_decay=1.0)) == math.inf
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_underflow_and_overflow_limits_are_those_of_the_dtype(dtype: torch.dtype) -> None:
+    lowest = math.exp(-verdicts.steps_to_underflow(1.0, 1.0, dtype))
+    assert torch.tensor(0.999 * lowest, dtype=torch.float64).square().to(dtype) == 0
+    assert (
+        torch.tensor(1.001 * lowest, dtype=torch.float64).square().to(dtype) > 0
+        or dtype == torch.float64
+    )  # the square is subnormal there
+    highest = math.exp(verdicts.steps_to_overflow(1.0, 1.0, dtype))
+    assert torch.tensor(0.99 * highest, dtype=torch.float64).square().to(dtype) < math.inf
+    assert torch.tensor(1.01 * highest, dtype=torch.float64).square().to(dtype) == math.inf
+
+
+def test_what_does_not_shrink_or_grow_never_arrives() -> None:
+    assert verdicts.steps_to_underflow(1.0, -0.1) == math.inf
+    assert verdicts.steps_to_overflow(1.0, -0.1) == math.inf
+    assert verdicts.steps_to_underflow(0.0, 0.1) == 0
+    assert verdicts.steps_to_overflow(math.inf, 0.1) == 0
+    assert verdicts.e_foldings(10, None) is None
+
+
+def test_total_decay_says_when_decay_cannot_act() -> None:
+    assert verdicts.total_decay(
+        SGD, group_of(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4), 1000
+    ) == pytest.approx(0.5)
+    assert verdicts.total_decay(
+        ADAMW, group_of(ADAMW, lr=1e-3, weight_decay=5e-4), 30_000
+    ) == pytest.approx(0.015)
+    assert verdicts.total_decay(ADAM, group_of(ADAM, lr=1e-3, weight_decay=5e-4), 30_000) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "says"),
+    [
+        ((1e-5, 100.0, 1.1), {}, "settled"),
+        ((9e-4, 100.0, 1.32), {}, "settled"),
+        ((0.0, 100.0, 1.7), {}, "settled, 1.7x the prediction (above)"),
+        ((0.0, 100.0, 0.5), {}, "settled, 0.5x the prediction (below)"),
+        ((0.0, 100.0, 1.0, 0.2), {}, "schedule faster than relaxation"),
+        ((0.0, math.inf, 1.0), {}, "schedule faster than relaxation"),
+        ((0.0, None, None), {}, "no prediction"),
+        ((None, 100.0, 1.0), {}, "no prediction"),
+        ((math.nan, 100.0, 1.0), {}, "no prediction"),
+        ((0.0, 100.0, math.nan), {}, "no prediction"),
+        ((0.0, None, None), {"angular_update": 0.0}, "frozen"),
+        ((0.0, 100.0, 0.0), {}, "frozen"),
+        ((-1e-3, 100.0, 1e-6), {"angular_update": 3e-8}, "collapsing"),
+        (
+            (-5e-3, 100.0, 1e-4),
+            {"angular_update": 1e-6},
+            "approaching, about 1 980 steps left",
+        ),  # far above: the decay has to bring it down
+    ],
+)
+def test_verdicts(arguments: tuple[Any, ...], options: dict[str, Any], says: str) -> None:
+    assert verdicts.verdict(*arguments, **options) == says
+
+
+@pytest.mark.parametrize("start", [0.5, 0.8, 1.3, 2.0])
+def test_steps_left_are_those_of_the_transient(start: float) -> None:
+    relaxation, power = 400.0, 4
+
+    def drift(step: float) -> float:
+        norms = [
+            eq.norm_transient(s, start, 1.0, relaxation, power) for s in (step - 0.5, step + 0.5)
+        ]
+        return 2 * math.log(norms[1] / norms[0])
+
+    text = verdicts.verdict(
+        drift(0.5), relaxation, eq.norm_transient(0.5, start, 1.0, relaxation) ** -2
+    )
+    assert text.startswith("approaching, about ")
+    left = float(
+        text.removeprefix("approaching, about ").removesuffix(" steps left").replace(" ", "")
+    )
+    assert abs(drift(left)) * relaxation == pytest.approx(0.1, rel=0.02)
