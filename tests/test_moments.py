@@ -10,11 +10,19 @@ import lightning as L
 import pytest
 import torch
 from models import Net, distance, fit, images, make, same, weights_of
-from test_conformance import CASES, sgd
+from test_conformance import CASES as CASES_WITH_A_REFERENCE
+from test_conformance import Case, sgd
 from torch.utils.data import DataLoader
 
+from lightning_normdyn import InputSpanMonitor
+
+CASES = {
+    **CASES_WITH_A_REFERENCE,
+    "input-span": Case(lambda: [InputSpanMonitor(1, max_samples=64)]),
+}
+
 STEPS, SAVED_IN = 6, 3
-ALWAYS_EXACT = ["wrs", "projection", "monitor"]
+ALWAYS_EXACT = ["wrs", "projection", "monitor", "input-span"]
 
 
 def batches(count: int = STEPS) -> DataLoader[Any]:
@@ -179,6 +187,75 @@ def test_a_checkpoint_from_within_a_hook(case, hook, tmp_path):
     )
     fit(resumed, CASES[case].callbacks(), batches(), max_steps=STEPS, max_epochs=1, ckpt_path=path)
     assert same(weights_of(resumed), weights_of(straight))
+
+
+HOOKS_OF_LOOPS = [
+    "on_train_start",
+    "on_train_epoch_start",
+    "on_train_epoch_end",
+    "on_train_end",
+    "on_validation_start",
+    "on_validation_epoch_start",
+    "on_validation_batch_start",
+    "on_validation_batch_end",
+    "on_validation_epoch_end",
+    "on_validation_end",
+]
+# Where a run resumed by plain Lightning ends with other weights than one that was not interrupted.
+PLAIN_DIFFERS = {"on_train_epoch_start", "on_train_epoch_end"}
+
+
+class SavesOnceInHook(L.Callback):
+    """Saves the first time that a hook is called after a number of steps."""
+
+    def __init__(self, hook: str, path: Any, after: int) -> None:
+        def save(trainer: L.Trainer, *_: Any, **__: Any) -> None:
+            if trainer.global_step >= after and not path.exists() and not trainer.sanity_checking:
+                trainer.save_checkpoint(path)
+
+        setattr(self, hook, save)
+
+
+def loops(module: Net, callbacks: list[Any], ckpt_path: Any = None) -> dict[str, torch.Tensor]:
+    """Three epochs of three batches, with a validation after the second batch of each."""
+    fit(
+        module,
+        callbacks,
+        batches(3),
+        batches(1),
+        max_steps=9,
+        max_epochs=3,
+        val_check_interval=2,
+        num_sanity_val_steps=0,
+        ckpt_path=ckpt_path,
+    )
+    return {**weights_of(module), "steps": torch.tensor(module.trainer.global_step)}
+
+
+@pytest.mark.parametrize(
+    ("case", "hook"),
+    [
+        pytest.param(c, h, marks=[] if (c, h) == ("all", "on_validation_end") else pytest.mark.slow)
+        for c in CASES
+        for h in HOOKS_OF_LOOPS
+    ],
+)
+def test_a_checkpoint_from_within_a_hook_of_a_loop(case, hook, tmp_path):
+    """The run goes on as the uninterrupted one wherever it does so without our callbacks."""
+    after = {"on_train_start": 0, "on_train_end": 9}.get(hook, SAVED_IN - 1)
+    unequal = []
+    for name, callbacks in (("plain", lambda: []), ("ours", CASES[case].callbacks)):
+        path = tmp_path / f"{name}.ckpt"
+        straight = loops(module_of(case), callbacks())
+        assert straight["steps"] == 9
+        saved = loops(module_of(case), [SavesOnceInHook(hook, path, after), *callbacks()])
+        assert same(saved, straight)  # saving disturbs nobody
+        groups = torch.load(path, weights_only=False)["optimizer_states"][0]["param_groups"]
+        assert [group["weight_decay"] for group in groups] == [0.1]
+        if not same(loops(module_of(case), callbacks(), path), straight):
+            unequal.append(name)
+    assert unequal in ([], ["plain", "ours"])
+    assert ("plain" in unequal) == (hook in PLAIN_DIFFERS)
 
 
 # ---- Steps that raise ----

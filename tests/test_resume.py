@@ -3,9 +3,12 @@ never interrupted."""
 
 from __future__ import annotations
 
+import functools
 import json
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -75,6 +78,27 @@ def dropping(optimizer):
     )
 
 
+def without_decay(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+@functools.cache
+def recorded() -> Path:
+    """The history of a fit with decay, for a fit without decay to follow."""
+    monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
+    decaying = make(
+        ByStep,
+        make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1),
+        make_scheduler=dropping,
+        dtype=torch.float64,
+    )
+    data = torch.utils.data.DataLoader(images(8 * BATCHES, torch.float64), batch_size=8)
+    fit(decaying, [monitor], data, max_epochs=STEPS // BATCHES, logger=False)
+    path = Path(tempfile.mkdtemp()) / "history.npz"
+    monitor.history.save(path)
+    return path
+
+
 @dataclass
 class Case:
     callbacks: Callable[[], list[Any]]
@@ -91,6 +115,7 @@ CASES = {
     "projection-cosine": Case(lambda: [RadialProjection(gate="cosine")]),
     "lr-drop": Case(lambda: [LRDropRescaling(exponent=0.3)], make_scheduler=dropping),
     "input-span": Case(lambda: [InputSpanMonitor(1, max_samples=200)]),
+    "replay": Case(lambda: [EffectiveLRReplay(recorded())], without_decay),
     "monitor": Case(lambda: [], make_scheduler=dropping),
     "all": Case(
         lambda: [
@@ -176,10 +201,7 @@ def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> dict[st
     return {
         "weights": dict(module.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "callbacks": {
-            c.state_key: {k: v for k, v in c.state_dict().items() if k != "targets"}
-            for c in callbacks
-        },
+        "callbacks": {c.state_key: {k: v for k, v in c.state_dict().items()} for c in callbacks},
         "histories": [
             rows_of(c)
             for c in callbacks
@@ -266,8 +288,10 @@ def test_a_fit_with_all_callbacks_and_skipped_steps_resumes_from_some_of_its_ste
 @pytest.mark.parametrize("every", [1, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_a_fit_resumes_from_every_step(case, every, scaler, saves, tmp_path):
-    if scaler == "fused" and case in ("projection-cosine",):
+    if scaler == "fused" and case == "projection-cosine":
         pytest.skip("one optimizer is enough")
+    if scaler == "fused" and case == "replay":
+        pytest.skip("the replay refuses AdamW, which is the fused optimizer here")
     check(CASES[case], every, scaler, saves, tmp_path)
 
 
