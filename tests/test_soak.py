@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,
+    EffectiveLRReplay,
     InputSpanMonitor,
     LRDropRescaling,
     NormDynamicsMonitor,
@@ -78,6 +79,28 @@ def size_of(state: dict[str, Any]) -> int:
     return len(file.getvalue())
 
 
+def without_decay(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def record(path: Path, steps: int) -> None:
+    """The history of a run, for a replay to follow."""
+    monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
+    module = make(make_optimizer=without_decay)
+    fit(module, [monitor], loader(8 * 100), max_steps=steps, max_epochs=-1)
+    monitor.history.save(path)
+
+
+def soak_replay(steps: tuple[int, ...], path: Path) -> Looks:
+    """The replay cannot stand beside the other rules, so it is soaked alone."""
+    monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
+    look = Looks(steps, monitor)
+    module = make(make_optimizer=without_decay)
+    callbacks = [EffectiveLRReplay(path), monitor, look]
+    fit(module, callbacks, loader(8 * 100), max_steps=steps[-1], max_epochs=-1)
+    return look
+
+
 def soak(steps: tuple[int, ...]) -> Looks:
     monitor = NormDynamicsMonitor(1, per_vector=True, tables=False)
     look = Looks(steps, monitor)
@@ -105,6 +128,17 @@ def test_once_histories_are_full_nothing_grows(monkeypatch):
     assert look.sizes[1] <= look.sizes[0] + 64  # counters that are written with more digits
     assert look.most_rows <= 16
     assert look.objects[2] <= look.objects[1] + 60  # a history that was just thinned is half empty
+
+
+def test_a_replay_costs_at_its_end_what_it_cost_at_its_beginning(monkeypatch, tmp_path):
+    record(tmp_path / "recorded.npz", 270)
+    monkeypatch.setattr(
+        "lightning_normdyn.monitor.ledger.History", partial(History, 16, max_vector_bytes=2**12)
+    )
+    look = soak_replay((150, 210, 270), tmp_path / "recorded.npz")
+    assert look.operations[1] == look.operations[2]
+    assert look.sizes[1] <= look.sizes[0] + 64
+    assert look.objects[2] <= look.objects[1] + 60
 
 
 @pytest.mark.slow
