@@ -201,7 +201,7 @@ def everything(module: Net, trainer: L.Trainer, callbacks: list[Any]) -> dict[st
     return {
         "weights": dict(module.state_dict()),
         "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
-        "callbacks": {c.state_key: dict(c.state_dict().items()) for c in callbacks},
+        "callbacks": {c.state_key: c.state_dict() for c in callbacks},
         "histories": [
             rows_of(c)
             for c in callbacks
