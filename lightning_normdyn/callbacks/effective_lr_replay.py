@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, warn_once
+from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target
 from lightning_normdyn.engine.effect import Effect, ScaledSteps
+from lightning_normdyn.engine.lightning_facts import batches_that_stepped
+from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
 from lightning_normdyn.monitor.history import History, load_history
@@ -233,7 +235,7 @@ class EffectiveLRReplay(NormDynCallback):
         if self.uniform:
             factor = torch.full_like(norm, self._uniform_factor)
         else:
-            now = self._session.trainer.fit_loop.epoch_loop._batches_that_stepped
+            now = batches_that_stepped(self._session.trainer)
             if self._looked.get(plan.index) == now:
                 self._say(
                     "several",

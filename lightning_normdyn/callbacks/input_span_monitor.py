@@ -27,8 +27,9 @@ from lightning_normdyn.engine.callback import (
     Target,
     check_count,
     is_number,
-    warn_once,
 )
+from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
+from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.state import history as check_history
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.functional import generalized_gaussian_shape
@@ -432,7 +433,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     @staticmethod
     def _newest_step(trainer: Trainer) -> int:
         """As Lightning has it for values of an epoch: the step of its last batch."""
-        return max(0, trainer.fit_loop.epoch_loop._batches_that_stepped - 1)
+        return max(0, batches_that_stepped(trainer) - 1)
 
     def _measure(
         self,
@@ -516,7 +517,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         """Transfer a batch and call the model as in training."""
         seed_everything(seed, module.device)  # augmentation on the device
         batch = trainer.precision_plugin.convert_input(batch)
-        batch = trainer.strategy.batch_to_device(module._on_before_batch_transfer(batch))
+        batch = trainer.strategy.batch_to_device(before_batch_transfer(module, batch))
         with trainer.precision_plugin.forward_context():
             self.call_model(module, batch)
 

@@ -21,11 +21,10 @@ from lightning_normdyn.engine.callback import (
     Plan,
     Target,
     check_count,
-    log_every,
-    warn_once,
 )
 from lightning_normdyn.engine.effect import Effects
-from lightning_normdyn.engine.start_table import show
+from lightning_normdyn.engine.lightning_facts import log_every
+from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.state import seal
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.functional import (

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, check_number, warn_once
+from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, check_number
 from lightning_normdyn.engine.effect import Effect, Projection
+from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.state import many, number, optional, record, table, whole
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums

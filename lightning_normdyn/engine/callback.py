@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.engine.effect import Effect, NoEffect, UnknownEffect
+from lightning_normdyn.engine.lightning_facts import callbacks_of
+from lightning_normdyn.engine.messages import named, show, warn_once
 from lightning_normdyn.engine.plan import Plan, Tally, Target
-from lightning_normdyn.engine.session import Session, has_sparse_gradient, warn_once
-from lightning_normdyn.engine.start_table import show
+from lightning_normdyn.engine.session import Session, has_sparse_gradient
 from lightning_normdyn.engine.state import seal, unseal
-from lightning_normdyn.engine.witness import named
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError, shown
 from lightning_normdyn.geometry.sharding import check_weight, torch_optimizers
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
@@ -767,7 +767,7 @@ class NormDynCallback(Callback):
             f"params='PATTERN', or remove the callback."
         )
         frozen = {name for weight, (name, *_) in session.names.items() if not weight.requires_grad}
-        callbacks = session.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks = callbacks_of(session.trainer)
         planned = any(isinstance(callback, BaseFinetuning) for callback in callbacks)
         if planned or not frozen.intersection(waiting):
             show(session.trainer, f"lightning-normdyn: {text}")
@@ -1250,11 +1250,6 @@ def check_count(name: str, value: object, least: int, otherwise: str = "") -> in
     return int(value)
 
 
-def log_every(trainer: Trainer) -> int:
-    """The Trainer's ``log_every_n_steps``."""
-    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
-
-
 def _shown(params: Iterable[str]) -> str:
     params = list(params)
     return repr(params[0]) if len(params) == 1 else repr(params)
@@ -1269,6 +1264,4 @@ __all__ = [
     "check_count",
     "check_number",
     "is_number",
-    "log_every",
-    "warn_once",
 ]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.session import warn_once
+from lightning_normdyn.engine.lightning_facts import callbacks_of
+from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
 from lightning_normdyn.invariance.search import verify_scale_invariance
@@ -274,8 +275,7 @@ def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
         NotSupportedError: naming both callbacks.
     """
     names = {"WeightAveraging", "StochasticWeightAveraging"}
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by the callback connector
-    averaging = [c for c in callbacks if names & {k.__name__ for k in type(c).__mro__}]
+    averaging = [c for c in callbacks_of(trainer) if names & {k.__name__ for k in type(c).__mro__}]
     if averaging:
         raise NotSupportedError(
             f"{type(callback).__name__} changes the length of weights that "

@@ -3,7 +3,6 @@ scale-invariant weights."""
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -30,10 +29,19 @@ from lightning_normdyn.engine.effect import (
     combine,
 )
 from lightning_normdyn.engine.evidence import Contradiction, Evidence
+from lightning_normdyn.engine.lightning_facts import (
+    accumulates_batch,
+    batches_that_stepped,
+    callbacks_of,
+    log_every,
+    set_callbacks,
+    wrapped_optimizers,
+)
 from lightning_normdyn.engine.loss_gradients import LossGradients, changed_between_ranks
+from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.witness import Witness
-from lightning_normdyn.errors import NormDynWarning, NotSupportedError
+from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.sharding import (
     accumulates,
     check_weight,
@@ -66,14 +74,6 @@ if TYPE_CHECKING:
 
 # The rank of what comes after whatever callbacks do in a phase.
 LAST = 1000
-
-
-def warn_once(message: str) -> None:
-    """Warn on rank zero."""
-    from lightning.fabric.utilities.rank_zero import _get_rank
-
-    if not _get_rank():
-        warnings.warn(message, NormDynWarning, stacklevel=3)
 
 
 class Session:
@@ -233,8 +233,9 @@ class Session:
         strategy = self.trainer.strategy
         # Automatic optimization steps what these wrap; an entry of strategy.optimizers that was
         # exchanged alone is stepped by hand only.
-        wrapped = getattr(strategy, "_lightning_optimizers", [])
-        return [without_framework(o) for o in [*strategy.optimizers, *wrapped]]
+        return [
+            without_framework(o) for o in [*strategy.optimizers, *wrapped_optimizers(self.trainer)]
+        ]
 
     def check_new_optimizers(self) -> None:
         """Say which of the optimizers that have come since the last batch cannot be handled: nobody
@@ -285,8 +286,6 @@ class Session:
     def _take_up(self, optimizer: Optimizer, outer: Any, index: int) -> None:
         """From its next step on ``optimizer`` is number ``index``: what was counted for its
         predecessor goes on."""
-        from lightning_normdyn.engine.start_table import show
-
         self.replaced.add(index)
         counts = [member.steps_of(index) for member in self.members]
         if index < len(self.optimizers):
@@ -551,8 +550,7 @@ class Session:
             announce(self)
 
     def _look_for_unseen_steps(self) -> None:
-        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
-        stepped = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        every, stepped = log_every(self.trainer), batches_that_stepped(self.trainer)
         if self._witness is not None and every and stepped % every == 0:
             self._witness.look()
             self._look_for_replaced_weights()
@@ -783,7 +781,7 @@ class Session:
         An optimizer that did not step at a logging step is looked at when it steps next.
         """
         looked_at, now = self._last_look.get(index, 0), self._logging_step()
-        if not int(self.trainer.log_every_n_steps):  # type: ignore[attr-defined]  # set by the logger connector
+        if not log_every(self.trainer):
             now = step.number // 50
         self._last_look[index] = now
         return step.number <= UnreadRows.FIRST_STEPS or now > looked_at
@@ -824,7 +822,7 @@ class Session:
 
     def _logging_step(self) -> int:
         """How many logging steps the Trainer has come to with this batch; 0 if it does not log."""
-        every = int(self.trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
+        every = log_every(self.trainer)
         return (self.now + 1) // every if every else 0
 
     def _watch_gradients(self, index: int, loss: Tensor) -> None:
@@ -1000,7 +998,7 @@ class Session:
         return self._counted_batches() + self._shift
 
     def _counted_batches(self) -> int:
-        return int(self.trainer.fit_loop.epoch_loop._batches_that_stepped)
+        return batches_that_stepped(self.trainer)
 
     def _is_inside_batch(self) -> bool:
         """Whether a batch is being trained on; a fit that resumes from here trains on it again."""
@@ -1010,8 +1008,7 @@ class Session:
     def position(self) -> list[int]:
         """For a checkpoint: ``now`` of the next batch to be trained on, as a run without
         interruption counts it, and Lightning's count."""
-        loop = self.trainer.fit_loop.epoch_loop
-        batch: Any = loop.batch_progress.current
+        batch: Any = self.trainer.fit_loop.epoch_loop.batch_progress.current
         is_inside_step = self._is_inside_batch()
         # Lightning counts a batch only after the hooks of its end and after a validation that
         # follows it.
@@ -1022,7 +1019,7 @@ class Session:
             not is_inside_step
             and not is_counted
             and batch.ready > 0
-            and not loop._should_accumulate()
+            and not accumulates_batch(self.trainer)
         )
         return [self.now + done, self._counted_batches()]
 
@@ -1271,14 +1268,15 @@ class _Guard(Callback):
     def stand_first(self) -> None:
         """Another list, not a change of this one: Lightning may be going through it right now."""
         session = self._session()
-        if session is not None and self not in session.trainer.callbacks:  # type: ignore[attr-defined]
-            session.trainer.callbacks = [self, *session.trainer.callbacks]  # type: ignore[attr-defined]
+        if session is not None and self not in callbacks_of(session.trainer):
+            set_callbacks(session.trainer, [self, *callbacks_of(session.trainer)])
 
     def leave(self) -> None:
         """Take it out of the list again; idempotent."""
         session = self._session()
-        if session is not None and self in session.trainer.callbacks:  # type: ignore[attr-defined]
-            session.trainer.callbacks = [c for c in session.trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+        if session is not None and self in callbacks_of(session.trainer):
+            others = [c for c in callbacks_of(session.trainer) if c is not self]
+            set_callbacks(session.trainer, others)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -1431,4 +1429,4 @@ def announce(session: Session) -> None:
     print_start_table(session)  # every rank works out the numbers in it, rank zero prints
 
 
-__all__ = ["Session", "has_sparse_gradient", "warn_once"]
+__all__ = ["Session", "has_sparse_gradient"]

@@ -3,28 +3,16 @@ tables are printed."""
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
+from lightning_normdyn.engine.messages import show
 from lightning_normdyn.tables import render
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
     from torch import Tensor
 
     from lightning_normdyn.engine.plan import Target
     from lightning_normdyn.engine.session import Session
-
-
-def show(trainer: Trainer, text: str) -> None:
-    """Print on rank zero, above a progress bar if there is one."""
-    if not trainer.is_global_zero:
-        return
-    bar = trainer.progress_bar_callback
-    if bar is not None:
-        bar.print(text)
-    else:
-        sys.stdout.write(text + "\n")
 
 
 def print_start_table(session: Session) -> None:

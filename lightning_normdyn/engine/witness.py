@@ -23,6 +23,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scratch import is_scratch
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from lightning_normdyn.engine.session import Session
 
 __all__ = ["Witness"]
-
-MOST_NAMES = 8
 
 
 @dataclass
@@ -175,17 +174,8 @@ class Witness:
         )
 
     def _say(self, text: str) -> None:
-        from lightning_normdyn.engine.session import warn_once
-
         self.notes.append(text)
         warn_once(text)
-
-
-def named(names: Sequence[str]) -> str:
-    """The first names, for a message."""
-    text = ", ".join(f"`{name}`" for name in names[:MOST_NAMES])
-    further = len(names) - MOST_NAMES
-    return f"{text} and {further} more" if further > 0 else text
 
 
 def _is_dense(weight: Tensor) -> bool:

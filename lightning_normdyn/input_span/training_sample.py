@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler
 
+from lightning_normdyn.engine.lightning_facts import RUNNER_ATTRIBUTES, users_sampler
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.invariance.visibility import eager
 
@@ -131,10 +132,7 @@ class Sample:
 def _trained_on(loader: DataLoader[Any]) -> Sequence[int]:
     """Indices of the examples that the loader can draw: all, unless a sampler keeps to a part, such
     as one that holds others out."""
-    sampler: Any = loader.sampler
-    sampler = getattr(
-        getattr(sampler, "dataset", None), "_sampler", sampler
-    )  # inside Lightning's distributed one
+    sampler = users_sampler(loader.sampler)
     if isinstance(sampler, SubsetRandomSampler):
         return sampler.indices
     return range(len(loader.dataset))  # type: ignore[arg-type]  # has __len__, as checked
@@ -362,4 +360,4 @@ def _attributes(module: LightningModule) -> list[Any]:
     ]
 
 
-_TORCH = frozenset(vars(nn.Module())) | {"_trainer", "_fabric"}
+_TORCH = frozenset(vars(nn.Module())) | RUNNER_ATTRIBUTES

@@ -28,7 +28,12 @@ from lightning.pytorch.loggers import (
     WandbLogger,
 )
 
-from lightning_normdyn.engine.session import warn_once
+from lightning_normdyn.engine.lightning_facts import (
+    callback_metrics,
+    prefix_of,
+    progress_bar_metrics,
+)
+from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.histograms import Histogram
 from lightning_normdyn.monitor.history import History, load_history
@@ -230,7 +235,7 @@ class Publisher:
 
     def _key(self, key: str) -> str:
         """The key with the prefix that this logger puts in front of scalars."""
-        prefix = getattr(self.logger, "_prefix", "")
+        prefix = prefix_of(self.logger)
         return f"{prefix}{self.logger.LOGGER_JOIN_CHAR}{key}" if prefix else key
 
 
@@ -450,15 +455,13 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
             values.
         row: values by log key.
     """
-    connector = trainer._logger_connector
+    told, shown = callback_metrics(trainer), progress_bar_metrics(trainer)
     for key in TOLD_TO_CALLBACKS:
         if key in row:
-            connector._callback_metrics[key] = torch.tensor(
-                row[key], dtype=torch.float32, device="cpu"
-            )
+            told[key] = torch.tensor(row[key], dtype=torch.float32, device="cpu")
     for key, (shown_as, unit) in SHOWN_IN_PROGRESS_BAR.items():
         if key in row:
-            connector._progress_bar_metrics[shown_as] = unit * row[key]
+            shown[shown_as] = unit * row[key]
 
 
 def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:

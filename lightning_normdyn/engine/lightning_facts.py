@@ -1,0 +1,83 @@
+"""The only file that reads what Lightning keeps private or does not declare: look here first when a
+new release of Lightning breaks something.
+
+Everything underscored of the Trainer, its loops, strategies, connectors and loggers is read here,
+and what Lightning's connectors set on the Trainer without declaring it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import _get_rank
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+# Attributes by which a LightningModule points at who runs it. They are no part of its own state.
+RUNNER_ATTRIBUTES = frozenset({"_trainer", "_fabric"})
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all: also before a process group exists, from the
+    environment."""
+    return not _get_rank()
+
+
+def log_every(trainer: Trainer) -> int:
+    """The Trainer's ``log_every_n_steps``; 0 if it never logs."""
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, in the order in which their hooks are called."""
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by the callback connector
+
+
+def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
+    """Give the Trainer another list of callbacks."""
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]  # set by the callback connector
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """The x axis of Lightning's loggers: how many batches have ended with an optimizer step."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def accumulates_batch(trainer: Trainer) -> bool:
+    """Whether this batch only accumulates gradients, so that it counts for no step."""
+    return bool(trainer.fit_loop.epoch_loop._should_accumulate())
+
+
+def wrapped_optimizers(trainer: Trainer) -> list[Any]:
+    """The LightningOptimizers that automatic optimization steps; none before they are made."""
+    return list(getattr(trainer.strategy, "_lightning_optimizers", []))
+
+
+def callback_metrics(trainer: Trainer) -> dict[str, Tensor]:
+    """The table behind ``trainer.callback_metrics``.
+
+    The property computes the user's metrics when it is read; the table does not.
+    """
+    return trainer._logger_connector._callback_metrics
+
+
+def progress_bar_metrics(trainer: Trainer) -> dict[str, Any]:
+    """The table behind ``trainer.progress_bar_metrics``; as for `callback_metrics`."""
+    return trainer._logger_connector._progress_bar_metrics
+
+
+def prefix_of(logger: Logger) -> str:
+    """What a logger puts in front of every key; empty for none."""
+    return getattr(logger, "_prefix", "") or ""
+
+
+def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
+    """A batch after the user's ``on_before_batch_transfer``, as Lightning's loops call it."""
+    return module._on_before_batch_transfer(batch)
+
+
+def users_sampler(sampler: Any) -> Any:
+    """The sampler that a person has made, inside of what Lightning wraps around it to split it by
+    rank."""
+    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)

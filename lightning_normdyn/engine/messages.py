@@ -1,0 +1,45 @@
+"""How this package speaks to a person during a fit: warnings, lines above the progress bar, and
+lists of names that stay readable."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+from lightning.pytorch import Trainer
+
+from lightning_normdyn.engine.lightning_facts import is_rank_zero
+from lightning_normdyn.errors import NormDynWarning
+
+MOST_NAMES = 8
+"""Names that a message lists before it says how many more there are."""
+
+
+def warn_once(message: str) -> None:
+    """Warn on rank zero, with the line of the caller's caller."""
+    if is_rank_zero():
+        warnings.warn(message, NormDynWarning, stacklevel=3)
+
+
+def show(trainer: Trainer, text: str) -> None:
+    """Print on rank zero, above a progress bar if there is one."""
+    if not trainer.is_global_zero:
+        return
+    bar = trainer.progress_bar_callback
+    if bar is not None:
+        bar.print(text)
+    else:
+        sys.stdout.write(text + "\n")
+
+
+def named(names: Sequence[str]) -> str:
+    """The first names, for a message.
+
+    Example:
+        >>> named(["conv.weight", "fc.weight"])
+        '`conv.weight`, `fc.weight`'
+    """
+    text = ", ".join(f"`{name}`" for name in names[:MOST_NAMES])
+    further = len(names) - MOST_NAMES
+    return f"{text} and {further} more" if further > 0 else text
