@@ -55,7 +55,7 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.invariance.search import Verdict
+from lightning_normdyn.invariance.verdict import Verdict
 
 Shapes = list[tuple[int, ...]]
 NEVER = 10**9

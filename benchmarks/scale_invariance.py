@@ -31,12 +31,10 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 import zoo  # noqa: E402
 
 from lightning_normdyn import Partition  # noqa: E402
-from lightning_normdyn.invariance.search import (  # noqa: E402
-    EulerTest,
-    ScaleInvarianceSearch,
-    Verdict,
-    inspect_module,
-)
+from lightning_normdyn.invariance.checks import inspect_module  # noqa: E402
+from lightning_normdyn.invariance.euler import EulerTest  # noqa: E402
+from lightning_normdyn.invariance.search import ScaleInvarianceSearch  # noqa: E402
+from lightning_normdyn.invariance.verdict import Verdict  # noqa: E402
 
 STEPS = 20
 
@@ -158,7 +156,7 @@ def rates(bfloat16: bool) -> tuple[Rates, Rates, float]:
 
 def structure() -> Rates:
     """The graph's verdicts against the truth that tests/zoo.py writes down and
-    tests/test_targets.py proves."""
+    tests/invariance/test_search.py proves."""
     found = Rates()
     for case in zoo.CASES.values():
         torch.manual_seed(0)

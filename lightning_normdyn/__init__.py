@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     )
     from lightning_normdyn.geometry.sharding import survey, torch_optimizers
     from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+    from lightning_normdyn.invariance.checks import inspect_module
     from lightning_normdyn.invariance.graph_rules import register_rule
-    from lightning_normdyn.invariance.search import inspect_module
     from lightning_normdyn.monitor.history import History, load_history
     from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
     from lightning_normdyn.optimizers.decay import DecayOwner
@@ -84,7 +84,7 @@ _HOMES = {
         "WeightVectors",
     ),
     "invariance.graph_rules": ("register_rule",),
-    "invariance.search": ("inspect_module",),
+    "invariance.checks": ("inspect_module",),
     "monitor.history": (
         "History",
         "load_history",

@@ -263,7 +263,8 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lightning_normdyn.invariance.search import inspect_module, targets_table
+    from lightning_normdyn.invariance.checks import inspect_module
+    from lightning_normdyn.invariance.verdict import targets_table
 
     module = _build(options.model, dict(options.set))
     inputs = _inputs(module, options)

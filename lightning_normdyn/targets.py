@@ -1,17 +1,16 @@
 """Which weights of a model are scale-invariant, and how that is known.
 
-A short path to `lightning_normdyn.invariance.search`; nothing inside the package imports it.
+A short path to what people use of `lightning_normdyn.invariance`; nothing inside the package
+imports it.
 """
 
-from lightning_normdyn.invariance.graph_rules import register_rule
-from lightning_normdyn.invariance.search import (
+from lightning_normdyn.invariance.checks import (
     InvarianceReport,
-    NormLink,
-    Verdict,
     inspect_module,
-    targets_table,
     verify_scale_invariance,
 )
+from lightning_normdyn.invariance.graph_rules import register_rule
+from lightning_normdyn.invariance.verdict import NormLink, Verdict, targets_table
 
 __all__ = [
     "InvarianceReport",

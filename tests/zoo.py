@@ -3,7 +3,7 @@ training mode, and how.
 
 ``truth`` maps every weight of two or more dimensions to ``"KIND N"`` (N vectors), ``"no"`` or
 ``"unknown"``. It is a statement about the
-*function*, and is itself checked by brute force in test_targets.py. ``misses`` lists weights that
+*function*, and is itself checked by brute force in test_search.py. ``misses`` lists weights that
 are scale-invariant though the search
 says no, with the reason. Everything is in float64.
 
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+
+from lightning_normdyn.invariance.verdict import Verdict
 
 
 @dataclass
@@ -1397,3 +1399,38 @@ def graph_norms():
 
     parts = {"a": linear(4, 6), "b": linear(6, 5), "head": nn.Linear(5, 2)}
     return Net(forward, **parts, n0=GraphNorm(), n1=GraphNorm(instance=True)), (vectors(7, 4),)
+
+
+def build(name: str, tiny_epsilons: bool = False):
+    """One of the networks, and its inputs; always with the same weights."""
+    torch.manual_seed(0)
+    module, inputs = CASES[name].make()
+    if tiny_epsilons:
+        for part in module.modules():
+            if isinstance(getattr(part, "eps", None), float):
+                part.eps = 1e-30
+    return module, inputs
+
+
+def summary(verdicts) -> dict[str, str]:
+    """Verdicts as `Case.truth` has them."""
+    return {v.name: f"{v.kind} {v.n}" if v.n else v.kind for v in verdicts}
+
+
+def small_net(**options) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, **options), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False),
+        nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+
+
+def by_name(verdicts) -> dict[str, Verdict]:
+    return {v.name: v for v in verdicts}
+
+
+class Wrapper(nn.Module):
+    """What activation checkpointing puts around a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self._checkpoint_wrapped_module = inner

@@ -29,14 +29,13 @@ from lightning_normdyn.engine.state import seal, unseal
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError, shown
 from lightning_normdyn.geometry.sharding import check_weight, torch_optimizers
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
-from lightning_normdyn.invariance.search import (
+from lightning_normdyn.invariance.names import match_patterns, normalize_params
+from lightning_normdyn.invariance.partitions import (
     SINGLE_NUMBERS,
-    Verdict,
     choose_partition,
     filter_partition,
-    match_patterns,
-    normalize_params,
 )
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import Claimed, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
 from lightning_normdyn.optimizers.facts import has_plain_rate, sets_weights_back

@@ -1,6 +1,6 @@
 """What real gradients say about the claims of the graph: confirmed, withdrawn, or nothing yet.
 
-The Euler test (`lightning_normdyn.invariance.search.euler_values`) gives a mean of z² and a number of values
+The Euler test (`lightning_normdyn.invariance.euler.euler_values`) gives a mean of z² and a number of values
 for each weight and step. A claim is
 looked at closely in its first steps, at every one of them, until 8 values are there. From then on
 it is looked at when the Trainer logs.
@@ -23,15 +23,15 @@ from torch import Tensor
 
 from lightning_normdyn.engine.loss_gradients import LossGradients
 from lightning_normdyn.geometry.vectors import WeightVectors
-from lightning_normdyn.invariance.search import (
+from lightning_normdyn.invariance.euler import (
     EULER_COUNT,
     EULER_LIMIT,
-    Verdict,
     euler_sums,
     euler_values,
     rms_of,
     whole_values,
 )
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import HostCopy
 
 CLOSE_LOOKS = 16

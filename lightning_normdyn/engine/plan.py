@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
-from lightning_normdyn.invariance.search import Verdict
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import Step
 from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.facts import applied_rate, rate_differs_within

@@ -17,7 +17,7 @@ from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
-from lightning_normdyn.invariance.search import verify_scale_invariance
+from lightning_normdyn.invariance.checks import verify_scale_invariance
 from lightning_normdyn.optimizers.scaling import Scaling, Statistics
 from lightning_normdyn.optimizers.state import per_matrix_only, state_exponents
 
@@ -217,7 +217,7 @@ def verify_targets(plan: Plan, session: Session) -> None:
     )
 
 
-_BY_HAND = "Leave verify off, and call lightning_normdyn.invariance.search.verify_scale_invariance yourself."
+_BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
 
 
 def _inputs_of(session: Session) -> list[tuple[Any, ...]]:

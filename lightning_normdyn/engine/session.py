@@ -53,14 +53,12 @@ from lightning_normdyn.geometry.sharding import (
 )
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
 from lightning_normdyn.invariance.epsilons import EpsilonWatch
+from lightning_normdyn.invariance.euler import EulerTest
 from lightning_normdyn.invariance.graph_state import GraphState, Normalizations
-from lightning_normdyn.invariance.search import (
-    EulerTest,
-    ScaleInvarianceSearch,
-    Verdict,
-    is_gain,
-    parameter_names,
-)
+from lightning_normdyn.invariance.names import parameter_names
+from lightning_normdyn.invariance.partitions import is_gain
+from lightning_normdyn.invariance.search import ScaleInvarianceSearch
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero

@@ -1,7 +1,14 @@
-"""Names of parameters and modules as a person wrote them, without what strategies and compilers
-add."""
+"""Names of parameters and modules as a person wrote them, and which of them a pattern means."""
 
 from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+
+from lightning_normdyn.errors import NoTargetsError
 
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -17,4 +24,111 @@ def clean_name(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-__all__ = ["WRAPPERS", "clean_name"]
+def parameter_names(module: nn.Module) -> dict[Tensor, tuple[str, ...]]:
+    """All names of every parameter, without wrappers; a tied weight has several.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+        >>> net[1].weight = net[0].weight
+        >>> list(parameter_names(net).values())
+        [('0.weight', '1.weight')]
+    """
+    names: dict[Tensor, tuple[str, ...]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        known, clean = names.get(parameter, ()), clean_name(name)
+        if clean not in known:
+            names[parameter] = (*known, clean)
+    return names
+
+
+def normalize_params(params: str | Sequence[str]) -> list[str]:
+    """Check the value of a ``params`` argument; returns a list of patterns, ``["auto"]`` for
+    ``"auto"``.
+
+    Raises:
+        ValueError: for anything but ``"auto"``, a glob pattern, or a list of them.
+
+    Example:
+        >>> normalize_params("layer1.*")
+        ['layer1.*']
+    """
+    patterns = [params] if isinstance(params, str) else params
+    if isinstance(patterns, (bytes, Mapping)) or not isinstance(patterns, Iterable):
+        raise ValueError(
+            f"`params` must be 'auto', a glob pattern, or a list of them, got {params!r}."
+        )
+    patterns = list(patterns)
+    if not patterns:
+        raise ValueError("`params` is an empty list. Use 'auto', or name at least one pattern.")
+    for pattern in patterns:
+        if not isinstance(pattern, str) or not pattern.removeprefix("!"):
+            raise ValueError(
+                f"`params` must be 'auto', a glob pattern, or a list of them, got {pattern!r} in "
+                f"it."
+            )
+    if "auto" in patterns and len(patterns) > 1:
+        raise ValueError(
+            f"`params={patterns}` mixes 'auto' with patterns. Only excludes (\"!pattern\") mean "
+            f"'auto' minus them; leave 'auto' out."
+        )
+    return patterns
+
+
+def match_patterns(
+    params: str | Sequence[str],
+    names: Sequence[tuple[str, ...]],
+    what: str = "weights",
+    *,
+    all_must_match: bool = True,
+) -> list[int]:
+    """Indices of the weights that ``params`` means.
+
+    Patterns are exact names, or else `fnmatch.fnmatchcase` globs on parameter names, so ``*``
+    crosses dots. ``"!pattern"`` excludes, after
+    all includes; only excludes mean all of ``names`` minus them. A tied weight matches under each
+    of its names.
+
+    Args:
+        params: as `normalize_params` takes it.
+        names: for each weight all its names.
+        what: what the names are, for the message.
+        all_must_match: whether a pattern that matches nothing is an error.
+
+    Raises:
+        NoTargetsError: if a pattern matches nothing.
+
+    Example:
+        >>> match_patterns(["conv*", "!*2*"], [("conv1.weight",), ("conv2.weight",), ("fc.weight",)])
+        [0]
+    """
+    patterns = normalize_params(params)
+    if patterns == ["auto"]:
+        return list(range(len(names)))
+
+    def matching(pattern: str) -> set[int]:
+        # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes
+        # first.
+        found = {i for i, aliases in enumerate(names) if pattern in aliases}
+        if not found:
+            found = {
+                i
+                for i, aliases in enumerate(names)
+                if any(fnmatchcase(name, pattern) for name in aliases)
+            }
+        if not found and all_must_match:
+            everything = [name for aliases in names for name in aliases]
+            shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")
+            near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
+            closest = f" The nearest: {', '.join(near)}." if near else ""
+            raise NoTargetsError(
+                f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} "
+                f"{what}: "
+                f"{shown or '(there are none)'}.{closest} Correct the pattern, or use "
+                f"params='auto'."
+            )
+        return found
+
+    includes = [matching(p) for p in patterns if not p.startswith("!")]
+    excludes = [matching(p[1:]) for p in patterns if p.startswith("!")]
+    chosen = set().union(*includes) if includes else set(range(len(names)))
+    return sorted(chosen.difference(*excludes))

@@ -55,7 +55,7 @@ from lightning_normdyn import (
     WeightVectors,
 )
 from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.invariance.search import Verdict
+from lightning_normdyn.invariance.verdict import Verdict
 
 WRITERS = {
     "aws": lambda **common: AdaptiveWeightShrink(0.5, **common),

@@ -32,7 +32,7 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.engine.evidence import CLOSE_LOOKS, Record
-from lightning_normdyn.invariance.search import Verdict
+from lightning_normdyn.invariance.verdict import Verdict
 
 
 def known(callback):

@@ -23,8 +23,10 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.invariance.checks import inspect_module
 from lightning_normdyn.invariance.entry_masks import MaskMemory
-from lightning_normdyn.invariance.search import ScaleInvarianceSearch, Verdict, inspect_module
+from lightning_normdyn.invariance.search import ScaleInvarianceSearch
+from lightning_normdyn.invariance.verdict import Verdict
 
 KEPT = torch.tensor(
     [[1, 0, 1, 1, 0], [1, 1, 0, 0, 1], [0, 1, 1, 1, 1], [1, 1, 0, 1, 0]], dtype=torch.bool

@@ -12,6 +12,7 @@ import zoo
 from torch import nn
 
 from lightning_normdyn.invariance import graph_rules
+from lightning_normdyn.invariance.checks import inspect_module, verify_scale_invariance
 from lightning_normdyn.invariance.graph_rules import (
     Flow,
     Offset,
@@ -21,11 +22,7 @@ from lightning_normdyn.invariance.graph_rules import (
     register_rule,
     reshaped,
 )
-from lightning_normdyn.invariance.search import (
-    ScaleInvarianceSearch,
-    inspect_module,
-    verify_scale_invariance,
-)
+from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 
 # -------------------------------------------------------------------------- union-find and reshapes
 

@@ -1,0 +1,138 @@
+"""Which entries of a weight are one vector: filters, groups or the whole layer."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.invariance.graph_rules import Shape
+from lightning_normdyn.invariance.names import WRAPPERS, clean_name
+from lightning_normdyn.invariance.verdict import Verdict
+
+
+def filter_partition(module: nn.Module, name: str, shape: Shape) -> Partition:
+    """One vector per output channel: dim 0, but dim 1 within each group for transposed convolutions
+    (also under parametrizations).
+
+    Args:
+        module: the module that ``name`` is relative to.
+        name: name of the weight.
+        shape: its full shape.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
+        >>> filter_partition(net, "0.weight", (4, 3, 3, 3)).n
+        6
+    """
+    owner = _owner(module, name)
+    if isinstance(owner, nn.modules.conv._ConvTransposeNd) and len(shape) > 2:
+        return Partition.filters(tuple(shape), transposed_groups=owner.groups)
+    return Partition.filters(tuple(shape))
+
+
+def _owner(module: nn.Module, name: str) -> nn.Module | None:
+    """The module that a weight, or the parametrization of one, belongs to."""
+    path = clean_name(name).split(".")[:-1]
+    if "parametrizations" in path:
+        path = path[: path.index("parametrizations")]
+    try:
+        owner = module.get_submodule(".".join(path))
+    except AttributeError:
+        return None
+    while wrapped := [m for name, m in owner.named_children() if name in WRAPPERS]:
+        owner = wrapped[0]
+    return owner
+
+
+SINGLE_NUMBERS = "single numbers (a gain), which have no direction"
+
+
+def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
+    """Whether the filters of a weight are single numbers, or it is a factor for each channel (``1 x
+    C x 1 x 1``).
+
+    A vector along the last axis (a class token, the weight of ``Linear(n, 1)``) is none, and
+    neither is the kernel of a convolution.
+
+    Args:
+        module: the module that ``name`` is relative to.
+        name: name of the weight.
+        shape: its full shape.
+
+    Example:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1, groups=8), torch.nn.Conv2d(8, 1, 1), torch.nn.Linear(8, 1))
+        >>> [is_gain(net, name, tuple(p.shape)) for name, p in net.named_parameters() if p.ndim >= 2]
+        [True, False, False]
+    """
+    numbers = math.prod(shape)
+    if filter_partition(module, name, shape).n == numbers:
+        return True
+    layer = isinstance(_owner(module, name), (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
+    return not layer and max(shape, default=1) == numbers and shape[-1] == 1
+
+
+_FINENESS = ("filter", "group", "layer")
+
+
+def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) -> Partition:
+    """The vectors to act on.
+
+    Args:
+        verdict: what is known about the weight.
+        granularity: ``"auto"`` follows the verdict; else ``"filter"``, ``"group"`` or ``"layer"``.
+        fallback: the filters, for a weight of which nothing is known ("by request"). Where the rows
+            that were read are one vector, this is
+            the whole weight.
+
+    Raises:
+        NotSupportedError: if ``granularity`` is finer than what the normalization allows (that
+            would change the network's function), or
+            ``"group"`` is asked for and no group structure is known.
+
+    Example:
+        >>> verdict = Verdict.unknown("fc.weight", (10, 4))
+        >>> choose_partition(verdict, "auto", Partition.filters((10, 4))).granularity
+        'filter'
+    """
+    known, withdrawn = verdict.partition, verdict.withdrawn_partition
+    if known is None and withdrawn is not None and granularity in ("auto", withdrawn.granularity):
+        return withdrawn  # who named the weight gets the same vectors as before the gradients spoke
+    if verdict.waits and granularity in ("filter", "group"):
+        raise NotSupportedError(
+            f"granularity={granularity!r} was asked for `{verdict.name}`, but {verdict.reason}: "
+            f"scaling its "
+            f"{granularity}s separately would change the network's function. Use "
+            f"granularity='auto' or 'layer'."
+        )
+    if verdict.waits:
+        return Partition.layer(verdict.shape)
+    if granularity == "auto" or (known is not None and granularity == known.granularity):
+        return fallback if known is None else known
+    if known is None:
+        if granularity == "layer":
+            return Partition.layer(verdict.shape)
+        if granularity == "filter":
+            return fallback
+        raise NotSupportedError(
+            f"granularity='group' was asked for `{verdict.name}`, but no normalization with groups "
+            f"is known behind it. "
+            "Use 'filter' or 'layer'."
+        )
+    by = ", ".join(verdict.norms) or "its graph"
+    if granularity == "group" and known.granularity == "filter":
+        raise NotSupportedError(
+            f"granularity='group' was asked for `{verdict.name}`, but {by} normalizes single "
+            f"filters, so no groups are known. "
+            "Use 'auto', 'filter' or 'layer'."
+        )
+    if _FINENESS.index(granularity) < _FINENESS.index(known.granularity):
+        raise NotSupportedError(
+            f"granularity={granularity!r} was asked for `{verdict.name}`, but {by} makes it "
+            f"scale-invariant only per {known.granularity}: "
+            f"scaling its {granularity}s separately would change the network's function. Use "
+            f"granularity='auto' or {known.granularity!r}."
+        )
+    return Partition(known.keep, known.labels.clamp(max=0), "layer")

@@ -1,0 +1,277 @@
+"""What is known about the scale invariance of one weight, as a value that survives a checkpoint and
+fits a table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_normdyn.geometry.vectors import Partition, renumbered
+from lightning_normdyn.invariance.graph_rules import Shape
+from lightning_normdyn.tables import render
+
+
+@dataclass(frozen=True, eq=False)
+class NormLink:
+    """A normalization with running statistics that a weight's vectors feed.
+
+    Args:
+        module: its name.
+        vector: int64 ``(channels,)``, which vector of the partition feeds each channel; -1 for
+            none.
+        degree: a vector scaled by c scales its channel by ``c ** degree``.
+        offset: whether something that does not scale (a bias) was added before it.
+        bias: the parameter that was added, entry for entry of the channels, if known.
+    """
+
+    module: str
+    vector: Tensor
+    degree: float
+    offset: bool
+    bias: str | None = None
+
+
+@dataclass
+class Verdict:
+    """What is known about the scale invariance of one weight.
+
+    Args:
+        name: first name of the weight.
+        shape: full shape.
+        partition: its vectors; None if no row is scale-invariant, or not decided.
+        kind: ``"filter"``, ``"group"``, ``"layer"``; ``"partly"`` (some rows belong to no vector);
+            ``"no"``; ``"unknown"`` (in no loss).
+        norms: names of the normalization modules that make it so; ``"DivBackward0 in block.attn"``
+            where one was written by hand.
+        reason: for ``"no"``, ``"partly"`` and ``"unknown"``: why, in words.
+        eps: the claim rests on an epsilon or a padding value being negligible, or on a condition
+            (``torch.where``) that does not change.
+        batch_norms: normalizations with running statistics behind it, for correcting them after a
+            rescale.
+        stale_statistics: running statistics behind it that cannot be corrected.
+        known: how it is known.
+        withdrawn_partition: the vectors of a claim that the gradients have contradicted.
+        read: bool, of the full shape: the entries that the loss reads, where a mask in the network
+            hides the others (a masked
+            autoencoder, torch's pruning); None: all. Only these count as length.
+        unread: one vector: the entries that no loss has read so far. They belong to no vector of
+            ``partition``. None if all were read.
+
+    Example:
+        >>> Verdict.unknown("fc.weight", (10, 4)).kind
+        'unknown'
+    """
+
+    name: str
+    shape: Shape
+    partition: Partition | None
+    kind: str
+    norms: tuple[str, ...] = ()
+    reason: str = ""
+    eps: bool = False
+    batch_norms: tuple[NormLink, ...] = ()
+    stale_statistics: tuple[str, ...] = ()
+    known: str = "graph"
+    withdrawn_partition: Partition | None = None
+    read: Tensor | None = None
+    unread: Partition | None = None
+
+    @classmethod
+    def unknown(
+        cls, name: str, shape: Shape, reason: str = "not part of any training loss so far"
+    ) -> Verdict:
+        """A weight that nothing is known about."""
+        return cls(name, tuple(shape), None, "unknown", reason=reason, known="")
+
+    @property
+    def n(self) -> int:
+        """Number of vectors."""
+        return 0 if self.partition is None else self.partition.n
+
+    @property
+    def unread_rows(self) -> str:
+        """How many rows no loss has read so far, in words; empty if there are none."""
+        if self.unread is None:
+            return ""
+        labels = self.unread.labels
+        return (
+            f"{int((labels >= 0).sum())} of its {labels.numel()} rows not read by any loss so far"
+        )
+
+    @property
+    def waits(self) -> bool:
+        """Whether rows that are one vector have to wait for others, which no loss has read so far,
+        before anything may scale them."""
+        return self.kind == "unknown" and self.unread is not None
+
+    def withdrawn(self, found: str, known: str) -> Verdict:
+        """The claim after it was contradicted: by what, in words, and in what (``"gradients"`` or
+        ``"function"``)."""
+        by = ", ".join(self.norms) or "its graph"
+        reason = f"{by} says {self.kind}, but {found}"
+        gone = self.partition
+        return replace(
+            self,
+            partition=None,
+            kind="no",
+            reason=reason,
+            batch_norms=(),
+            stale_statistics=(),
+            known=known,
+            withdrawn_partition=gone,
+        )
+
+    def state(self) -> dict[str, Any]:
+        """As plain tensors, numbers and strings."""
+        links = [
+            {
+                "module": b.module,
+                "vector": b.vector,
+                "degree": b.degree,
+                "offset": b.offset,
+                "bias": b.bias,
+            }
+            for b in self.batch_norms
+        ]
+        return {
+            "shape": list(self.shape), "partition": _partition_state(self.partition), "kind": self.kind, "norms": list(self.norms),
+            "reason": self.reason, "eps": self.eps,
+            "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
+            "withdrawn_partition": _partition_state(self.withdrawn_partition), "read": self.read, "unread": _partition_state(self.unread),
+        }  # fmt: skip
+
+    @classmethod
+    def from_state(cls, name: str, state: Mapping[str, Any]) -> Verdict:
+        """The inverse of `state`."""
+        links = tuple(NormLink(**link) for link in state["batch_norms"])
+        return cls(
+            name, tuple(state["shape"]), _partition_of(state["partition"]), state["kind"], tuple(state["norms"]), state["reason"],
+            state["eps"], links,
+            tuple(state["stale_statistics"]), state["known"], _partition_of(state.get("withdrawn_partition")),
+            state.get("read"), _partition_of(state.get("unread")),
+        )  # fmt: skip
+
+
+def _partition_state(partition: Partition | None) -> dict[str, Any] | None:
+    if partition is None:
+        return None
+    return {
+        "keep": list(partition.keep),
+        "labels": partition.labels,
+        "granularity": partition.granularity,
+    }
+
+
+def _partition_of(state: Mapping[str, Any] | None) -> Partition | None:
+    return (
+        None
+        if state is None
+        else Partition(tuple(state["keep"]), state["labels"], state["granularity"])
+    )
+
+
+def unmasked(verdict: Verdict, read: Tensor | None) -> Verdict:
+    """The verdict for a weight of which the loss reads only some entries: a vector that it reads
+    less than two entries of is none.
+
+    Args:
+        verdict: as the scales of whole rows say.
+        read: bool of the weight's shape, the entries that the loss reads; None: all.
+    """
+    if read is None or tuple(read.shape) != tuple(verdict.shape):
+        return verdict
+    if verdict.partition is None:
+        return replace(verdict, read=read)
+    kept = verdict.partition.lengths(verdict.shape, read) > 1  # a single number has no direction
+    if bool(kept.all()):
+        return replace(verdict, read=read)
+    reason = "a mask hides all entries of some of its vectors"
+    if not bool(kept.any()):
+        reason = "a mask hides all entries of its vectors"
+        return replace(
+            verdict,
+            partition=None,
+            kind="no",
+            reason=reason,
+            batch_norms=(),
+            stale_statistics=(),
+            read=read,
+        )
+    number = renumbered(kept)
+    links = tuple(replace(link, vector=number[link.vector]) for link in verdict.batch_norms)
+    partition = verdict.partition.only(kept)
+    return replace(
+        verdict,
+        partition=partition,
+        kind="partly",
+        reason=verdict.reason or reason,
+        batch_norms=links,
+        read=read,
+    )
+
+
+# ---------------------------------------------------------------------------------------- the table
+
+TABLE_COLUMNS = (
+    "weight",
+    "shape",
+    "scale-invariant",
+    "vectors",
+    "normalized by",
+    "how known",
+    "why not",
+)
+
+
+def _cells(verdict: Verdict) -> tuple[str, ...]:
+    known = verdict.known + (
+        " (eps, padding or a condition assumed harmless)"
+        if verdict.eps and verdict.partition is not None
+        else ""
+    )
+    shape = " x ".join(str(n) for n in verdict.shape)
+    return (
+        verdict.name,
+        shape,
+        verdict.kind,
+        str(verdict.n or ""),
+        ", ".join(verdict.norms) if verdict.n else "",
+        known,
+        verdict.reason,
+    )
+
+
+def targets_table(verdicts: Iterable[Verdict], width: int | None = None) -> str:
+    """The verdicts as a plain-text table.
+
+    Args:
+        verdicts: one per weight.
+        width: columns of the terminal that the table shall fit; None: a line per weight, however
+            long.
+
+    Example:
+        >>> print(targets_table([Verdict.unknown("fc.weight", (10, 4))]))
+        weight     shape   scale-invariant  vectors  normalized by  how known  why not
+        fc.weight  10 x 4  unknown                                             not part of any training loss so far
+    """
+    cells = [_cells(verdict) for verdict in verdicts]
+    if width is not None:
+        text = render(
+            "",
+            TABLE_COLUMNS,
+            cells,
+            noted=("why not",),
+            optional=("how known", "shape"),
+            width=width,
+            most_rows=None,
+        )
+        return text.rstrip("\n")
+    rows = [TABLE_COLUMNS, *cells]
+    widths = [max(len(row[k]) for row in rows) for k in range(len(TABLE_COLUMNS))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
