@@ -28,7 +28,7 @@ def parameter_names(module: nn.Module) -> dict[Tensor, tuple[str, ...]]:
     """All names of every parameter, without wrappers; a tied weight has several.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 2, bias=False))
+        >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
         >>> net[1].weight = net[0].weight
         >>> list(parameter_names(net).values())
         [('0.weight', '1.weight')]

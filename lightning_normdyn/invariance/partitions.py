@@ -23,7 +23,7 @@ def filter_partition(module: nn.Module, name: str, shape: Shape) -> Partition:
         shape: its full shape.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
+        >>> net = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, groups=2))
         >>> filter_partition(net, "0.weight", (4, 3, 3, 3)).n
         6
     """
@@ -63,7 +63,7 @@ def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
         shape: its full shape.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1, groups=8), torch.nn.Conv2d(8, 1, 1), torch.nn.Linear(8, 1))
+        >>> net = nn.Sequential(nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 1, 1), nn.Linear(8, 1))
         >>> [is_gain(net, name, tuple(p.shape)) for name, p in net.named_parameters() if p.ndim >= 2]
         [True, False, False]
     """
