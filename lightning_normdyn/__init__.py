@@ -20,13 +20,14 @@ if TYPE_CHECKING:
         NoTargetsError,
         NotSupportedError,
     )
-    from lightning_normdyn.geometry.sharding import survey, torch_optimizers
-    from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+    from lightning_normdyn.geometry.partition import Partition
+    from lightning_normdyn.geometry.vectors import WeightVectors
     from lightning_normdyn.invariance.checks import inspect_module
     from lightning_normdyn.invariance.graph_rules import register_rule
     from lightning_normdyn.monitor.history import History, load_history
     from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
     from lightning_normdyn.optimizers.decay import DecayOwner
+    from lightning_normdyn.optimizers.views import survey, torch_optimizers
 
 __version__ = "0.1.0"
 
@@ -75,14 +76,8 @@ _HOMES = {
         "NormDynWarning",
         "NotSupportedError",
     ),
-    "geometry.sharding": (
-        "survey",
-        "torch_optimizers",
-    ),
-    "geometry.vectors": (
-        "Partition",
-        "WeightVectors",
-    ),
+    "geometry.partition": ("Partition",),
+    "geometry.vectors": ("WeightVectors",),
     "invariance.graph_rules": ("register_rule",),
     "invariance.checks": ("inspect_module",),
     "monitor.history": (
@@ -95,6 +90,10 @@ _HOMES = {
         "StepBracket",
     ),
     "optimizers.decay": ("DecayOwner",),
+    "optimizers.views": (
+        "survey",
+        "torch_optimizers",
+    ),
 }
 
 

@@ -32,7 +32,7 @@ FLOORS = {
     "equilibrium": 9, "history": 9, "plots": 9, "report": 9, "targets": 9, "workspace": 9,
     "__init__": 10, "__main__": 10,
 }  # fmt: skip
-MOVING = {("geometry", "optimizers"), ("engine", "monitor")}
+MOVING = {("engine", "monitor")}
 KNOWS_LIGHTNING = {"engine", "callbacks", "monitor", "input_span"}
 HEAVY = {
     "wandb",

@@ -158,7 +158,7 @@ def test_a_broken_reduction_is_seen():
     """Without completing sums over ranks, tensor parallelism trains other weights."""
 
     def broken() -> dict[str, Tensor]:
-        from lightning_normdyn.geometry.sharding import Reduction
+        from lightning_normdyn.geometry.reduction import Reduction
 
         Reduction.sum_ = lambda self, packed: packed  # type: ignore[method-assign]
         return fit(STRATEGIES["TP"], lambda: [AdaptiveWeightShrink(0.5)], optimizer=sgd)[1].final
@@ -372,12 +372,12 @@ def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: i
 def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[int]], int, int, int]:
     """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut
     vectors, weights and measured numbers."""
-    from lightning_normdyn.geometry import sharding
+    from lightning_normdyn.geometry import reduction
     from lightning_normdyn.optimizers.bracket import Phase, StepBracket
 
     sent: list[int] = []
     found: dict[str, list[int]] = {}
-    add, all_reduce = StepBracket.add, sharding._all_reduce
+    add, all_reduce = StepBracket.add, reduction.all_reduce
 
     def noting(values: Tensor, group: Any) -> Tensor:
         sent.append(values.numel() * values.element_size())
@@ -397,7 +397,7 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
             watching("send", lambda: sent.append(super(Watched, self)._send(*given)))
             return sent[0]
 
-    sharding._all_reduce = noting
+    reduction.all_reduce = noting
     StepBracket.add = noting_add  # type: ignore[method-assign]
     monitor = Watched(1, tables=False, **arguments)
     fit(STRATEGIES[strategy], lambda: [monitor], optimizer=sgd, steps=2)

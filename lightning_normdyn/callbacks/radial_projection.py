@@ -17,7 +17,7 @@ from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.state import many, number, optional, record, table, whole
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.optimizers.bracket import (
     HostCopy,
     Phase,

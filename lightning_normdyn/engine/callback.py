@@ -27,8 +27,9 @@ from lightning_normdyn.engine.plan import Plan, Tally, Target
 from lightning_normdyn.engine.session import Session, has_sparse_gradient
 from lightning_normdyn.engine.state import seal, unseal
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError, shown
-from lightning_normdyn.geometry.sharding import check_weight, torch_optimizers
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.placement import check_weight
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.names import match_patterns, normalize_params
 from lightning_normdyn.invariance.partitions import (
     SINGLE_NUMBERS,
@@ -39,6 +40,7 @@ from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import Claimed, Phase, Step, StepBracket, check_optimizer
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
 from lightning_normdyn.optimizers.facts import has_plain_rate, sets_weights_back
+from lightning_normdyn.optimizers.views import torch_optimizers
 from lightning_normdyn.optimizers.wrappers import copies_of_weights
 
 GRANULARITIES = ("auto", "filter", "group", "layer")

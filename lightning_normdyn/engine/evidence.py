@@ -479,7 +479,7 @@ def grew(before: Verdict, now: Verdict) -> bool:
     since.
 
     Example:
-        >>> from lightning_normdyn.geometry.vectors import Partition
+        >>> from lightning_normdyn.geometry.partition import Partition
         >>> labels = torch.tensor([0, -1, 1]), torch.tensor([0, 1, 2])
         >>> few, all_of_them = (Verdict("w", (3, 4), Partition((0,), rows, "filter"), "filter", ("norm",)) for rows in labels)
         >>> grew(few, all_of_them), grew(all_of_them, few), grew(few, few)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import Step
 from lightning_normdyn.optimizers.decay import DecayOwner

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.checks import verify_scale_invariance
 from lightning_normdyn.optimizers.scaling import Scaling, Statistics
 from lightning_normdyn.optimizers.state import per_matrix_only, state_exponents

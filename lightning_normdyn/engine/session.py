@@ -42,16 +42,14 @@ from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.witness import Witness
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.sharding import (
-    accumulates,
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.placement import (
     check_weight,
     forget_gradients,
     full_shape,
     has_gradient,
-    survey,
-    torch_optimizers,
 )
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.epsilons import EpsilonWatch
 from lightning_normdyn.invariance.euler import EulerTest
 from lightning_normdyn.invariance.graph_state import GraphState, Normalizations
@@ -64,6 +62,7 @@ from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.state import taken_over_by_trial
+from lightning_normdyn.optimizers.views import accumulates, survey, torch_optimizers
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases, without_framework
 
 if TYPE_CHECKING:

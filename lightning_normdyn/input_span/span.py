@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import input_space_basis, spectral_rank
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 
 Shape = tuple[int, ...]
 

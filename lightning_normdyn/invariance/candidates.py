@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.graph_rules import Link, Rows, Shape, distinct
 from lightning_normdyn.invariance.partitions import SINGLE_NUMBERS
 from lightning_normdyn.invariance.verdict import NormLink, Verdict

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.candidates import (
     Candidate,
     claimed,

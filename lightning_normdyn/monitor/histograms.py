@@ -53,7 +53,7 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
 
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0]])
-        >>> from lightning_normdyn.geometry.vectors import Partition
+        >>> from lightning_normdyn.geometry.partition import Partition
         >>> vectors = WeightVectors([weight], [Partition.filters((3, 2))])
         >>> [[histogram]] = unpack(bin_vectors(vectors, vectors.norms()[None]).tolist())
         >>> sum(histogram.counts), histogram.edges[0] < 5.0 < 10.0 < histogram.edges[-1]

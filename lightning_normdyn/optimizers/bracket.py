@@ -24,15 +24,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.sharding import (
-    full_shape,
-    gradient_of,
-    groups_for_step,
-    has_gradient,
-    steps_as_one,
-    torch_optimizers,
-)
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.placement import full_shape, gradient_of, has_gradient
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.facts import applied_decay
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
@@ -45,6 +39,7 @@ from lightning_normdyn.optimizers.step_view import (
     view_of,
     writes_into_groups,
 )
+from lightning_normdyn.optimizers.views import groups_for_step, steps_as_one, torch_optimizers
 from lightning_normdyn.optimizers.wrappers import (
     closure_does_nothing,
     fires_step_hooks,
@@ -228,7 +223,7 @@ class StepBracket:
             raise NotSupportedError(
                 f"{type(optimizer).__name__} steps {len(parts)} groups of weights one after the "
                 f"other. "
-                "Bracket each of lightning_normdyn.geometry.sharding.torch_optimizers(optimizer)."
+                "Bracket each of lightning_normdyn.torch_optimizers(optimizer)."
             )
         optimizer = parts[0]
         known = cls._of.get(optimizer)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_normdyn.geometry.sharding import gradient_of, version_of
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.placement import gradient_of, version_of
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.state import rescale_batch_norm_
 
 __all__ = ["RoundedScaling", "Scaling", "Statistics", "put_back"]

@@ -18,7 +18,8 @@ from lightning_normdyn.engine.loss_gradients import (
     at_the_end_of_backward,
     changed_between_ranks,
 )
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.vectors import WeightVectors
 
 
 def layer():

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_normdyn import NotSupportedError, Partition, Phase, StepBracket, WeightVectors
+from lightning_normdyn import Partition, Phase, StepBracket, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry import vectors as vectors_module
 from lightning_normdyn.optimizers.bracket import Step
@@ -481,57 +480,3 @@ def test_small_factors_are_not_lost_and_leave_no_bias(dtype):
 
 def test_full_precision_is_not_low():
     assert not made("conv", "linear", dtype=torch.float32)[0].low_precision
-
-
-# ---- Partitions ----
-
-
-def test_transposed_convolution_labels():
-    # ConvTranspose(4, 6, groups=2) stores (4, 3, ...): output channel 3 g + j for inputs of group
-    # g.
-    labels = Partition.filters((4, 3, 2, 2), transposed_groups=2).labels
-    assert labels.tolist() == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_transposed_filters_are_what_feeds_one_output_channel(groups):
-    layer = nn.ConvTranspose1d(4, 6, 3, groups=groups, bias=False)
-    vectors = WeightVectors(
-        [layer.weight], [Partition.filters(tuple(layer.weight.shape), transposed_groups=groups)]
-    )
-    x = torch.randn(2, 4, 5)
-    before = layer(x)
-    factor = torch.arange(1.0, 7.0)
-    with torch.no_grad():
-        vectors.scale_(factor)
-    torch.testing.assert_close(layer(x), before * factor[:, None])
-
-
-def test_granularities_and_counts():
-    assert [
-        Partition.filters((8, 3)).n,
-        Partition.groups((8, 3), 2).n,
-        Partition.layer((8, 3)).n,
-    ] == [8, 2, 1]
-    assert heads_without_v().n == 4
-    assert Partition((0,), torch.empty(0, dtype=torch.long), "filter").n == 0
-
-
-# ---- Refused ----
-
-
-@pytest.mark.parametrize(
-    ("weight", "says"),
-    [
-        (lambda: torch.randn(3, 2, dtype=torch.complex64), "complex"),
-        (lambda: torch.randn(3, 2).to_sparse(), "torch.sparse_coo"),
-        (lambda: nn.LazyLinear(3).weight, "lazy parameter without a shape"),
-        (lambda: torch.ones(3, 2, dtype=torch.int64), "torch.int64"),
-    ],
-)
-def test_what_is_no_dense_real_weight_is_refused_by_name(weight: Any, says):
-    with pytest.raises(
-        NotSupportedError,
-        match=rf"`net\.weight` was asked to be a target, but it is .*{says}.*!net\.weight",
-    ):
-        WeightVectors([weight()], [Partition.filters((3, 2))], ["net.weight"])

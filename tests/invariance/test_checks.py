@@ -12,7 +12,7 @@ from torch import nn
 from zoo import by_name, small_net
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.checks import inspect_module, verify_scale_invariance
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.invariance.verdict import Verdict, targets_table

@@ -22,7 +22,8 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.checks import inspect_module
 from lightning_normdyn.invariance.entry_masks import MaskMemory
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch

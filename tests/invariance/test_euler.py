@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from zoo import build
 
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.euler import EulerTest
 from lightning_normdyn.invariance.verdict import Verdict
 

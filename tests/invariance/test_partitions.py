@@ -9,7 +9,7 @@ from torch import nn
 from zoo import Wrapper
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.vectors import Partition
+from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.checks import inspect_module
 from lightning_normdyn.invariance.partitions import choose_partition, filter_partition, is_gain
 from lightning_normdyn.invariance.verdict import Verdict

@@ -7,7 +7,8 @@ import pytest
 import torch
 from ranks import init_process_group, run_ranks
 
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.monitor.histograms import BINS, PACKED, Histogram, bin_vectors, unpack
 
 SHAPES = [(50, 7), (8, 3, 3, 3), (4, 6)]

@@ -29,7 +29,8 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.engine.effect import Effects, Rescaling, Shrink
 from lightning_normdyn.errors import NormDynWarning
-from lightning_normdyn.geometry.vectors import Partition, WeightVectors
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.monitor import predictions
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.predictions import (

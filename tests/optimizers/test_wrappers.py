@@ -32,7 +32,7 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.functional import angular_update
-from lightning_normdyn.geometry.sharding import torch_optimizers
+from lightning_normdyn.optimizers.views import torch_optimizers
 from lightning_normdyn.optimizers.wrappers import (
     copies_of_weights,
     fires_step_hooks,

@@ -1,0 +1,185 @@
+"""What a parameter physically is on this rank: a plain tensor, a DTensor, a slice of a flat shard.
+
+It answers with a `Placement`: how to get from the parameter (or its gradient, or a state tensor of
+the same layout) to this rank's plain local tensor, which views of that tensor have rows that belong
+to one vector each, and which vectors other ranks hold pieces of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.agreement import compare_ranks
+from lightning_normdyn.geometry.dtensor import is_dtensor, place_dtensor
+from lightning_normdyn.geometry.flat import flat_slice, place_flat, slice_now
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, itself
+from lightning_normdyn.geometry.reduction import world_size
+from lightning_normdyn.geometry.wrapped import Master
+
+
+def place_all(
+    weights: Sequence[Tensor], partitions: Sequence[Partition], names: Sequence[str]
+) -> list[Placement]:
+    """How every weight lies on this rank; where weights are sharded, the ranks make sure that they
+    mean the same.
+
+    Raises:
+        NotSupportedError: for a kind of tensor that is not understood (sparse, complex, quantized,
+            lazy, an unknown subclass), and, on
+            every rank, if one rank cannot place its piece or the pieces do not make up the weights.
+    """
+    placements: list[Placement] = []
+    refusal: NotSupportedError | None = None
+    try:
+        placements = [
+            place(w, p, name) for w, p, name in zip(weights, partitions, names, strict=True)
+        ]
+    except NotSupportedError as error:
+        refusal = error
+    if world_size() > 1 and any(is_dtensor(w) or flat_slice(w) for w in weights):
+        compare_ranks(weights, partitions, names, placements, refusal)
+    if refusal is not None:
+        raise refusal
+    return placements
+
+
+def place(weight: Tensor, partition: Partition, name: str = "weight") -> Placement:
+    """How ``weight`` lies on this rank, split as ``partition`` says.
+
+    Raises:
+        NotSupportedError: for a kind of tensor that is not understood (sparse, complex, quantized,
+            lazy, an unknown subclass).
+
+    Example:
+        >>> import torch
+        >>> placement = place(torch.ones(2, 3), Partition.filters((2, 3)))
+        >>> [piece.labels.tolist() for piece in placement.pieces]
+        [[0, 1]]
+    """
+    check_weight(weight, name)
+    shape = full_shape(weight)
+    if tuple(partition.labels.shape) != tuple(shape[k] for k in partition.keep if k < len(shape)):
+        raise NotSupportedError(
+            f"`{name}` has shape {shape} here, which does not fit its partition into vectors (dims "
+            f"{partition.keep} of sizes "
+            f"{tuple(partition.labels.shape)}). If it is a slice of a flat FSDP parameter, call "
+            f"lightning_normdyn.survey(module) first."
+        )
+    flat = flat_slice(weight)
+    if flat is not None:
+        return place_flat(flat, partition, name)
+    if is_dtensor(weight):
+        return place_dtensor(weight, partition, name)
+    return Placement(shape, partition.n, itself, (Piece(itself, partition.keep, partition.labels),))
+
+
+def check_weight(weight: Tensor, name: str) -> None:
+    """Refuse by name what cannot be treated as a dense real weight.
+
+    Raises:
+        NotSupportedError: for lazy (uninitialized), complex, sparse, quantized or integer weights
+            and unknown tensor subclasses.
+    """
+    from torch.nn.parameter import is_lazy
+
+    kind = None
+    if is_lazy(weight):
+        kind = "a lazy parameter without a shape yet; run one forward pass before the fit"
+    elif weight.is_complex():
+        kind = "complex; leave it out with an exclude pattern"
+    elif weight.is_sparse or weight.layout.__repr__() != "torch.strided":
+        kind = f"stored as {weight.layout}; leave it out with an exclude pattern"
+    elif weight.is_quantized or not weight.is_floating_point():
+        kind = f"stored as {weight.dtype}; leave it out with an exclude pattern"
+    elif type(weight.data) is not Tensor and not is_dtensor(weight):
+        kind = f"a {type(weight.data).__module__}.{type(weight.data).__name__}, whose storage is not understood; leave it out"
+    if kind is not None:
+        raise NotSupportedError(
+            f"`{name}` was asked to be a target, but it is {kind} (params=[..., '!{name}'])."
+        )
+
+
+def full_shape(weight: Tensor) -> Shape:
+    """The shape of the whole weight, whatever this rank holds of it; ``()`` for a lazy parameter.
+
+    Example:
+        >>> import torch
+        >>> full_shape(torch.ones(2, 3))
+        (2, 3)
+    """
+    from torch.nn.parameter import is_lazy
+
+    if is_lazy(weight):
+        return ()
+    flat = flat_slice(weight)
+    if flat is not None:
+        return flat.shape
+    if isinstance(weight, nn.Parameter) and hasattr(
+        weight, "ds_shape"
+    ):  # DeepSpeed stage 3 leaves an empty tensor behind
+        return tuple(weight.ds_shape)
+    return tuple(weight.shape)
+
+
+def has_gradient(weight: Tensor) -> bool:
+    """Whether ``weight`` got a gradient, as far as every rank can answer the same: of a flat shard,
+    whether anything beside it did."""
+    place = flat_slice(weight)
+    if place is None:
+        return weight.grad is not None
+    return place.flat is None or place.flat.grad is not None
+
+
+def gradient_of(weight: Tensor) -> Tensor | None:
+    """What the optimizer takes for the gradient of ``weight`` on this rank: its own, or that of the
+    tensor that is updated instead."""
+    master = _master_of(weight)
+    return weight.grad if master is None else master.flat.grad
+
+
+def version_of(weight: Tensor) -> int:
+    """How often the numbers of ``weight`` on this rank were written to, as torch counts it; for a
+    gradient or a state tensor, too."""
+    master = _master_of(weight)
+    tensor = weight if master is None else master.flat
+    if is_dtensor(tensor):  # writing to the local tensor is not counted by what is around it
+        tensor = cast(Any, tensor)._local_tensor
+    return int(tensor._version)
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether the optimizer writes to ``weight`` itself, and not to something inside it or in its
+    place."""
+    return not is_dtensor(weight) and _master_of(weight) is None
+
+
+def _master_of(weight: Tensor) -> Master | None:
+    place = slice_now(weight)
+    return None if place is None else place.master
+
+
+def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
+    """Before compiled code runs for the first time, take gradients away that torch's compiler
+    stumbles over.
+
+    FSDP shows whole weights in a forward pass, with the gradients of their shards from the step
+    before, which Lightning zeroes only
+    later; the compiler takes a weight for the same as its gradient. Without somebody who looks at a
+    first batch uncompiled, there are none.
+
+    Args:
+        module: what may be compiled, or a part of it.
+        stepped: the parameters that an optimizer has just stepped, so that nothing is lost.
+    """
+    if any(
+        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
+        for m in module.modules()
+    ):
+        for weight in stepped:
+            if flat_slice(weight) is not None:
+                weight.grad = None

@@ -1,0 +1,36 @@
+"""What an optimizer updates in place of the parameters: the float32 master weights of DeepSpeed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Master:
+    """A slice of the flat float32 tensor that DeepSpeed's optimizer updates; the parameter itself
+    is a copy of it.
+
+    Args:
+        flat: the tensor.
+        start: where the weight's entries on this rank begin in it.
+        length: how many they are.
+    """
+
+    flat: Tensor
+    start: int
+    length: int
+
+    def value(self) -> Tensor:
+        """The entries on this rank."""
+        return self.of(self.flat)
+
+    def gradient(self) -> Tensor | None:
+        """Their gradient, unscaled and clipped; there between the moments ``ready`` and
+        ``stepped``."""
+        return None if self.flat.grad is None else self.of(self.flat.grad)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The same entries of another tensor of this layout (optimizer state)."""
+        return flat.detach()[self.start : self.start + self.length]

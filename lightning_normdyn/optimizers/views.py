@@ -1,0 +1,372 @@
+"""What steps when an optimizer does, each as a torch optimizer of the model's own weights.
+
+A strategy may step something else than the weights: torch's ZeroRedundancyOptimizer a share of
+them on every rank, DeepSpeed flat float32 tensors. A view then shows the optimizer that there would
+be on one process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, cast
+from weakref import WeakKeyDictionary, ref
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.flat import FlatSlice, forget, remember, survey_fsdp
+from lightning_normdyn.geometry.internals import private, untested
+from lightning_normdyn.geometry.wrapped import Master
+from lightning_normdyn.optimizers.step_view import part_of, split_groups
+from lightning_normdyn.optimizers.wrappers import (
+    second_phase,
+    steps_in_two_phases,
+    without_framework,
+)
+
+_VIEWS: WeakKeyDictionary[Any, list[Optimizer]] = WeakKeyDictionary()
+
+
+def torch_optimizers(optimizer: Any) -> list[Optimizer]:
+    """What steps when ``optimizer`` does, each as a torch optimizer of the model's own weights.
+
+    That is the optimizer itself, inside whatever Lightning, Fabric or a strategy has wrapped around
+    it. Where a strategy steps something
+    else than the weights it is a view, which has the class, the param groups, the state and the
+    step hooks that the optimizer would have
+    on one process: one for torch's ZeroRedundancyOptimizer, one for each part that DeepSpeed steps
+    on its own.
+
+    An optimizer that a person has put around another one steps itself: what it does to the weights
+    after the inner step (Lookahead) belongs
+    to its step. The exception is one in two phases (SAM): its first moves the weights aside for a
+    second gradient, its second moves them
+    back and lets the inner optimizer make the step.
+
+    Raises:
+        NotSupportedError: if there is none, or a way of stepping that is not understood.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+        >>> torch_optimizers(optimizer) == [optimizer]
+        True
+    """
+    inner = without_framework(optimizer)
+    if _is_deepspeed(inner) or _is_zero_redundancy(inner):
+        if inner not in _VIEWS:
+            _VIEWS[inner] = (
+                _deepspeed_views(inner) if _is_deepspeed(inner) else [_zero_redundancy_view(inner)]
+            )
+        return _VIEWS[inner]
+    if not isinstance(inner, Optimizer):
+        raise NotSupportedError(
+            f"{type(optimizer).__name__} is not a torch optimizer and wraps none. Use a "
+            f"torch.optim.Optimizer."
+        )
+    return [second_phase(inner) if steps_in_two_phases(inner) else inner]
+
+
+def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
+    """Learn where the parameters lie that FSDP or DeepSpeed has flattened. Call it once after
+    wrapping; without them it does nothing.
+
+    Args:
+        module: the outermost FSDP module, or any other.
+        optimizers: as the strategy has wrapped them.
+
+    Raises:
+        NotSupportedError: for ``use_orig_params=False`` and for parameters that another strategy
+            has sharded before.
+    """
+    forget(module.parameters())  # an earlier fit may have used another strategy
+    for optimizer in optimizers:
+        for view in torch_optimizers(optimizer):
+            if isinstance(view, _DeepSpeedView):
+                remember(view._places)
+    survey_fsdp(module)
+
+
+def groups_for_step(
+    optimizer: Optimizer,
+    groups: Sequence[dict[str, Any]],
+    taken: Container[Tensor],
+    *,
+    write_through: bool,
+) -> list[dict[str, Any]] | None:
+    """What a step is to see in place of ``groups``, so that it applies no weight decay to the
+    weights in ``taken``.
+
+    Args:
+        optimizer: one of `torch_optimizers`.
+        groups: those of the object that steps: the optimizer itself, or what a strategy steps in
+            its place.
+        taken: the model's own weights.
+        write_through: as for `lightning_normdyn.optimizers.step_view.split_groups`.
+
+    Returns:
+        As `lightning_normdyn.optimizers.step_view.split_groups`.
+    """
+    if isinstance(optimizer, _DeepSpeedView):
+        return optimizer.groups_for_step(groups, taken, write_through)
+    return split_groups(groups, taken, write_through=write_through)
+
+
+def steps_as_one(optimizer: Optimizer) -> bool:
+    """Whether all weights of ``optimizer`` are stepped as one tensor, so that its weight decay is
+    on for all of them or off for all."""
+    return isinstance(optimizer, _DeepSpeedView)
+
+
+def accumulates(model: Any) -> bool:
+    """Whether what is called a step now only adds to the gradients: DeepSpeed's engine accumulates
+    by itself, after it was told to step."""
+    is_boundary = getattr(model, "is_gradient_accumulation_boundary", None)
+    return is_boundary is not None and not is_boundary()
+
+
+class _View:
+    """An optimizer as it would be on one process. It never steps; it only tells, and passes hooks
+    on."""
+
+    _target: Any  # weak: the registry of views must not keep optimizers alive
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_target" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self._target(), name)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} as seen on one process"
+
+
+def _new_view(view: type[_View], target: Optimizer) -> Any:
+    """A ``view`` that passes for an instance of the class of ``target``."""
+    rule = type(target)
+    made: Any = object.__new__(type(rule.__name__, (view, rule), {"__module__": rule.__module__}))
+    made._target = ref(target)
+    return made
+
+
+def _is_zero_redundancy(optimizer: Any) -> bool:
+    return any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__)
+
+
+def _zero_redundancy_view(outer: Any) -> Optimizer:
+    inner, overlap = private(outer, "optim", "_overlap_with_ddp")
+    if overlap:
+        raise NotSupportedError(
+            "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside of DDP's backward pass, "
+            "where no gradient is final. "
+            "Use overlap_with_ddp=False."
+        )
+    view = _new_view(_ZeroRedundancyView, inner)
+    view._outer = ref(outer)
+    return cast(Optimizer, view)
+
+
+class _ZeroRedundancyView(_View):
+    """Every rank holds all weights and gradients and updates some, which are then sent to all.
+
+    So every rank treats all weights alike, as under DDP: at ``ready`` inside the inner step, at
+    ``stepped`` after the outer one, when the
+    others' updates have arrived.
+    """
+
+    _outer: Any
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], self._outer().param_groups)
+
+    @property
+    def state(self) -> Any:
+        return self._target().state
+
+    @property
+    def _optimizer_step_post_hooks(self) -> Any:
+        return self._outer()._optimizer_step_post_hooks
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        return self._target().register_step_pre_hook(
+            lambda _, args, kwargs: hook(self, args, kwargs)
+        )
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        return self._outer().register_step_post_hook(
+            lambda _, args, kwargs: hook(self, args, kwargs)
+        )
+
+
+def _is_deepspeed(optimizer: Any) -> bool:
+    return type(optimizer).__module__.startswith("deepspeed.runtime.")
+
+
+_UNTESTED_DEEPSPEED = (
+    "cpu_offload",
+    "offload_optimizer",
+    "swap_optimizer",
+    "zenflow",
+    "torch_autocast_gradscaler",
+    "use_muon",
+)
+
+
+def _deepspeed_views(optimizer: Any) -> list[Optimizer]:
+    name = type(optimizer).__name__
+    if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
+        raise NotSupportedError(
+            f"DeepSpeed's {name} is not understood (ZeRO stages 1, 2 and 3 are, and stage 0 in "
+            f"float32). "
+            "Use stage 1, 2 or 3, or precision='32-true'."
+        )
+    switched_on = [key for key in _UNTESTED_DEEPSPEED if getattr(optimizer, key, None)]
+    if switched_on:
+        raise NotSupportedError(
+            f"DeepSpeed with {switched_on[0]} was not tested. Leave it out of the DeepSpeed "
+            f"configuration."
+        )
+    parts = _deepspeed_stage3(optimizer) if name.endswith("3") else _deepspeed_stage12(optimizer)
+    views = []
+    for flat, group, weights in parts:
+        view = _new_view(_DeepSpeedView, optimizer.optimizer)
+        view._flat, view._group, view._places = flat, group, weights
+        view.param_groups = [{**group, "params": list(weights)}]
+        views.append(cast(Optimizer, view))
+    return views
+
+
+Part = tuple[Tensor, dict[str, Any], dict[Tensor, FlatSlice]]
+
+
+def _deepspeed_stage12(optimizer: Any) -> Iterator[Part]:
+    weights, buffers, masters, sizes, groups = private(
+        optimizer,
+        "bit16_groups",
+        "bit16_groups_flat",
+        "single_partition_of_fp32_groups",
+        "partition_size",
+        "real_dp_process_group",
+    )
+    for i, group in enumerate(optimizer.optimizer.param_groups):
+        rank, places = dist.get_rank(groups[i]), {}
+        for weight in weights[i]:
+            # Parameters are views of the flat buffer, whatever the order and the gaps in it.
+            offset = (weight.data_ptr() - buffers[i].data_ptr()) // weight.element_size()
+            place = FlatSlice(
+                tuple(weight.shape), tuple(range(weight.dim())), offset, sizes[i], rank, groups[i]
+            )
+            start, stop = place.range_of(rank)
+            (mapping,) = private(weight, "_hp_mapping")
+            theirs = (
+                (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
+                if mapping is not None
+                else None
+            )
+            if theirs != ((start, stop - start) if stop > start else None):
+                raise untested(
+                    f"DeepSpeed holds the entries {theirs} (start, number) of a weight where "
+                    f"{(start, stop - start)} was expected"
+                )
+            begin = mapping.hp_fragment_address.start if mapping is not None else 0
+            places[weight] = replace(place, master=Master(masters[i], begin, stop - start))
+        yield masters[i], group, places
+
+
+def _deepspeed_stage3(optimizer: Any) -> Iterator[Part]:
+    weights, masters, group_of = private(
+        optimizer, "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"
+    )
+    for i, master in enumerate(masters):
+        begin, places = 0, {}
+        for weight in weights[i]:
+            shape, piece, group = private(weight, "ds_shape", "ds_tensor", "ds_process_group")
+            chunk = piece.ds_numel
+            place = FlatSlice(
+                tuple(shape), tuple(range(len(shape))), 0, chunk, dist.get_rank(group), group
+            )
+            start, stop = place.range_of(place.rank)
+            places[weight] = replace(place, master=Master(master, begin, stop - start))
+            begin += (
+                chunk  # what lies between the end of the weight and that of the chunk is padding
+            )
+        if begin != master.numel():
+            raise untested(
+                f"a sub-group of DeepSpeed stage 3 has {master.numel()} entries where {begin} were "
+                f"expected"
+            )
+        yield master, optimizer.optimizer.param_groups[group_of[i]], places
+
+
+class _DeepSpeedView(_View):
+    """One of the flat tensors that DeepSpeed steps one after the other, as the weights that it is
+    made of."""
+
+    _flat: Tensor
+    _group: dict[str, Any]
+    _places: dict[Tensor, FlatSlice]
+    param_groups: list[dict[str, Any]]
+
+    def groups_for_step(
+        self, groups: Sequence[dict[str, Any]], taken: Container[Tensor], write_through: bool
+    ) -> list[dict[str, Any]] | None:
+        """`groups_for_step`: a flat tensor has one group only, so none of its weights gets decay
+        from the optimizer."""
+        if not self._group.get("weight_decay") or not any(
+            weight in taken for weight in self._places
+        ):
+            return None
+        shown: list[dict[str, Any]] = []
+        for group in groups:
+            ours = any(p is self._flat for p in group["params"])
+            shown.append(
+                part_of(group, {"weight_decay": 0.0}, write_through=write_through)
+                if ours
+                else group
+            )
+        return shown
+
+    @property
+    def state(self) -> dict[Tensor, dict[str, Any]]:
+        flat = self._target().state.get(self._flat, {})
+        return {
+            w: {k: self._part(place, v) for k, v in flat.items()}
+            for w, place in self._places.items()
+        }
+
+    def _part(self, place: FlatSlice, value: Any) -> Any:
+        assert place.master is not None
+        return (
+            place.master.of(value)
+            if isinstance(value, Tensor) and value.shape == self._flat.shape
+            else value
+        )
+
+    def _steps(self) -> bool:
+        """Whether the flat tensor is what steps now; its group is looked up each time, since
+        loading a checkpoint makes new ones."""
+        for group in self._target().param_groups:
+            if any(p is self._flat for p in group["params"]):
+                self._group = group
+                return True
+        return False
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        def ours(_: Any, args: Any, kwargs: Any) -> Any:
+            if not self._steps():
+                return None
+            settings = {key: value for key, value in self._group.items() if key != "params"}
+            self.param_groups[0].update(settings)  # a schedule changes them
+            return hook(self, args, kwargs)
+
+        return self._target().register_step_pre_hook(ours)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        def ours(_: Any, args: Any, kwargs: Any) -> None:
+            if self._steps():
+                hook(self, args, kwargs)
+
+        return self._target().register_step_post_hook(ours)
