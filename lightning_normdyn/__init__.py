@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning_normdyn.geometry.partition import Partition
     from lightning_normdyn.geometry.vectors import WeightVectors
     from lightning_normdyn.invariance.checks import inspect_module
-    from lightning_normdyn.invariance.graph_rules import register_rule
+    from lightning_normdyn.invariance.rules import register_rule
     from lightning_normdyn.monitor.history import History, load_history
     from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
     from lightning_normdyn.optimizers.decay import DecayOwner
@@ -78,7 +78,7 @@ _HOMES = {
     ),
     "geometry.partition": ("Partition",),
     "geometry.vectors": ("WeightVectors",),
-    "invariance.graph_rules": ("register_rule",),
+    "invariance.rules": ("register_rule",),
     "invariance.checks": ("inspect_module",),
     "monitor.history": (
         "History",

@@ -9,7 +9,7 @@ from lightning_normdyn.invariance.checks import (
     inspect_module,
     verify_scale_invariance,
 )
-from lightning_normdyn.invariance.graph_rules import register_rule
+from lightning_normdyn.invariance.rules import register_rule
 from lightning_normdyn.invariance.verdict import NormLink, Verdict, targets_table
 
 __all__ = [

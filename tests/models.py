@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_normdyn.invariance.graph_rules import register_rule
+from lightning_normdyn.invariance.rules import register_rule
 
 BATCH = 8
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.invariance.graph_rules import Link, Rows, Shape, distinct
+from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.partitions import SINGLE_NUMBERS
+from lightning_normdyn.invariance.rows import Link, Rows, distinct
 from lightning_normdyn.invariance.verdict import NormLink, Verdict
 
 

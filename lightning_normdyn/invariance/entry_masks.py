@@ -23,16 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_normdyn.invariance.graph_rules import (
-    RULES,
-    Edge,
-    Graph,
-    Operation,
-    Rows,
-    Shape,
-    Step,
-    unchanged,
-)
+from lightning_normdyn.invariance.flow import Shape
+from lightning_normdyn.invariance.graph import Graph
+from lightning_normdyn.invariance.nodes import Edge, GraphNode
+from lightning_normdyn.invariance.rows import Rows
+from lightning_normdyn.invariance.rules import RULES, Operation
+from lightning_normdyn.invariance.rules.elementwise import unchanged
 
 NO_ENTRY = -1
 """Stands in a map of entries where a constant has replaced the weight's entry."""
@@ -65,7 +61,7 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
     """The weights of which ``graph`` does not read all entries.
 
     Args:
-        graph: from `lightning_normdyn.invariance.graph_rules.trace`.
+        graph: from `lightning_normdyn.invariance.graph.trace`.
 
     Returns:
         For each such weight, by its name, what is read of it. A weight whose mask cannot be seen
@@ -73,14 +69,14 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
         again by a checkpoint) is left out: all its entries count.
 
     Example:
-        >>> from lightning_normdyn.invariance.graph_rules import trace
+        >>> from lightning_normdyn.invariance.graph import trace
         >>> weight, mask = torch.nn.Parameter(torch.ones(2, 2)), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
         >>> edge = torch.autograd.graph.get_gradient_edge(weight)
         >>> graph = trace((weight * mask).sum(), {(edge.node, edge.output_nr): "weight"}, lambda node: ("", None))
         >>> masked_weights(graph)["weight"].read.tolist()
         [[True, False], [True, True]]
     """
-    if not any(_can_hide(step) for step in graph.steps):
+    if not any(_can_hide(step) for step in graph.nodes):
         return {}
     readers = _readers(graph)
     masks: dict[str, EntryMask] = {}
@@ -105,10 +101,10 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
     }
 
 
-def _readers(graph: Graph) -> dict[Edge, list[tuple[Step, int]]]:
+def _readers(graph: Graph) -> dict[Edge, list[tuple[GraphNode, int]]]:
     """For each output of an operation the operations that read it, and as which of their inputs."""
-    readers: dict[Edge, list[tuple[Step, int]]] = {}
-    for step in graph.steps:
+    readers: dict[Edge, list[tuple[GraphNode, int]]] = {}
+    for step in graph.nodes:
         for slot, source in enumerate(step.sources):
             if source is not None:
                 readers.setdefault(source, []).append((step, slot))
@@ -118,7 +114,7 @@ def _readers(graph: Graph) -> dict[Edge, list[tuple[Step, int]]]:
 class _Reading:
     """Follows one use of a weight until an operation reads its numbers."""
 
-    def __init__(self, graph: Graph, readers: dict[Edge, list[tuple[Step, int]]]) -> None:
+    def __init__(self, graph: Graph, readers: dict[Edge, list[tuple[GraphNode, int]]]) -> None:
         self._graph, self._readers = graph, readers
 
     def of(self, edge: Edge, shape: Shape) -> EntryMask | None:
@@ -174,7 +170,7 @@ def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
         return None
 
 
-def _output_of(step: Step, slot: int) -> int:
+def _output_of(step: GraphNode, slot: int) -> int:
     """Which output of an operation that only passes tensors on is its input ``slot``."""
     return slot if len(step.outputs) > 1 else 0
 
@@ -206,7 +202,7 @@ _MOVES: dict[str, Callable[[Operation, Tensor], Tensor]] = {
 }  # fmt: skip
 
 
-def _passes_on(step: Step) -> bool:
+def _passes_on(step: GraphNode) -> bool:
     return step.name in _MOVES or RULES.get(step.name) is unchanged
 
 
@@ -219,7 +215,7 @@ _HIDING = (
 )
 
 
-def _can_hide(step: Step) -> bool:
+def _can_hide(step: GraphNode) -> bool:
     """Whether this operation may put a constant in the place of entries; in most networks no
     operation does."""
     return step.name in _HIDING or (step.name == "MulBackward0" and None in step.sources)

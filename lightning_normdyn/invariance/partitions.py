@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.invariance.graph_rules import Shape
+from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.names import WRAPPERS, clean_name
 from lightning_normdyn.invariance.verdict import Verdict
 

@@ -20,11 +20,15 @@ from lightning_normdyn.invariance.candidates import (
     verdict_of,
 )
 from lightning_normdyn.invariance.entry_masks import MaskMemory
-from lightning_normdyn.invariance.graph_rules import Edge, Rows, Shape, distinct, follow, trace
+from lightning_normdyn.invariance.flow import Shape
+from lightning_normdyn.invariance.follow import follow
+from lightning_normdyn.invariance.graph import trace
 from lightning_normdyn.invariance.graph_state import Normalizations
 from lightning_normdyn.invariance.module_spans import ModuleSpans
 from lightning_normdyn.invariance.names import clean_name, parameter_names
+from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.partitions import filter_partition
+from lightning_normdyn.invariance.rows import Rows, distinct
 from lightning_normdyn.invariance.verdict import Verdict, unmasked
 from lightning_normdyn.invariance.visibility import visible_graph
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_normdyn.geometry.partition import Partition, renumbered
-from lightning_normdyn.invariance.graph_rules import Shape
+from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.tables import render
 
 

@@ -205,7 +205,7 @@ def test_rounding_beside_gradients_does_not_count():
         def backward(ctx, _):
             return ctx.saved_tensors[0], None
 
-    from lightning_normdyn.invariance.graph_rules import RULES, register_rule
+    from lightning_normdyn.invariance.rules import RULES, register_rule
 
     register_rule("AlongBackward", lambda operation, flows: None)
     callback = AdaptiveWeightShrink(0.5)
