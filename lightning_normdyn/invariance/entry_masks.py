@@ -27,8 +27,9 @@ from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge, GraphNode
 from lightning_normdyn.invariance.rows import Rows
-from lightning_normdyn.invariance.rules import RULES, Operation
+from lightning_normdyn.invariance.rules import Operation
 from lightning_normdyn.invariance.rules.elementwise import unchanged
+from lightning_normdyn.invariance.rules.registry import RULES
 
 NO_ENTRY = -1
 """Stands in a map of entries where a constant has replaced the weight's entry."""

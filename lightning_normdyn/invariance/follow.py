@@ -33,8 +33,8 @@ from lightning_normdyn.invariance.flow import Blocked, Flow, Sign, joined
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.rows import Rows
-from lightning_normdyn.invariance.rules import RULES
 from lightning_normdyn.invariance.rules.operation import Operation
+from lightning_normdyn.invariance.rules.registry import RULES
 from lightning_normdyn.invariance.rules.unsupported import why_not
 
 

@@ -205,7 +205,8 @@ def test_rounding_beside_gradients_does_not_count():
         def backward(ctx, _):
             return ctx.saved_tensors[0], None
 
-    from lightning_normdyn.invariance.rules import RULES, register_rule
+    from lightning_normdyn.invariance.rules import register_rule
+    from lightning_normdyn.invariance.rules.registry import RULES
 
     register_rule("AlongBackward", lambda operation, flows: None)
     callback = AdaptiveWeightShrink(0.5)

@@ -13,10 +13,9 @@ from lightning_normdyn.invariance.rules import (
     views,
 )
 from lightning_normdyn.invariance.rules.operation import Operation
-from lightning_normdyn.invariance.rules.registry import RULES, register_rule
+from lightning_normdyn.invariance.rules.registry import register_rule
 
 __all__ = [
-    "RULES",
     "Operation",
     "elementwise",
     "indexing",

@@ -10,8 +10,9 @@ from torch import nn
 
 from lightning_normdyn.invariance import follow
 from lightning_normdyn.invariance.checks import inspect_module
-from lightning_normdyn.invariance.rules import RULES, register_rule, registry
+from lightning_normdyn.invariance.rules import register_rule, registry
 from lightning_normdyn.invariance.rules.elementwise import homogeneous
+from lightning_normdyn.invariance.rules.registry import RULES
 from lightning_normdyn.invariance.rules.unsupported import NOT_HOMOGENEOUS
 
 
