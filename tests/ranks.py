@@ -15,6 +15,7 @@ import pickle
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -23,13 +24,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+with warnings.catch_warnings():
+    # Strategies import these when they start. Imported here, once, every forked rank has them.
+    # torch.distributed.optim alone takes half a second, and warns of torch's own deprecations.
+    warnings.simplefilter("ignore")
+    import torch.distributed.algorithms.ddp_comm_hooks
+    import torch.distributed.fsdp.sharded_grad_scaler
+    import torch.distributed.optim
+    import torch.distributed.tensor.debug
+
 
 class RankError(RuntimeError):
     """A rank raised, died or did not answer in time; the message names it."""
 
 
 def run_ranks(
-    function: Callable[..., Any], world: int = 2, args: tuple[Any, ...] = (), timeout: float = 60
+    function: Callable[..., Any], world: int = 2, args: tuple[Any, ...] = (), timeout: float = 600
 ) -> dict[int, Any]:
     """Call ``function(*args)`` in ``world`` processes at once and return ``{rank: value}``.
 
@@ -71,7 +81,7 @@ def run_ranks(
             connection.close()
 
 
-def init_process_group(timeout: float = 20) -> None:
+def init_process_group(timeout: float = 200) -> None:
     """Without Lightning: join the ranks of :func:`run_ranks` in a gloo group whose collectives give
     up after ``timeout`` seconds."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))

@@ -26,7 +26,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=200)
 BATCH = 12  # rows of a global batch, for up to four ranks
 STEPS = 6
 

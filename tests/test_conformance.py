@@ -494,7 +494,7 @@ def test_trains_bf16_weights(case):
 # ---- Callbacks together ----
 
 
-@pytest.mark.parametrize("mode", ["sgd", "adamw"])
+@pytest.mark.parametrize("mode", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_the_order_of_the_list_changes_no_bit(mode):
     weights = [
         weights_of(run([CASES["all"].callbacks()[i] for i in order], MODES[mode])[0])
@@ -788,7 +788,10 @@ class Tunable(Net):
         return loader()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(name, marks=[] if name == "all" else [pytest.mark.slow]) for name in CASES],
+)
 def test_the_tuner_leaves_no_trace(case):
     def go(tune):
         module, callbacks = make(Tunable, make_optimizer=sgd), CASES[case].callbacks()

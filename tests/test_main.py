@@ -104,7 +104,7 @@ def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
     run_of().save("run.npz")
     command = [sys.executable, "-m", "lightning_normdyn"]
     done = subprocess.run(
-        [*command, "report", "run.npz"], capture_output=True, text=True, timeout=120
+        [*command, "report", "run.npz"], capture_output=True, text=True, timeout=1000
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "report.html\n", "")
     reader, writer = os.pipe()
@@ -114,7 +114,7 @@ def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
+        timeout=1000,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")

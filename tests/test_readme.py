@@ -51,7 +51,7 @@ def run_snippet(name: str, folder: Path, code: str | None = None) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=1000,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout

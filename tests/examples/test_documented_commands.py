@@ -277,7 +277,7 @@ def ran(command: str, case: Case, folder: Path) -> str:
     elif words[0] == "python":
         words[0] = sys.executable
     done = subprocess.run(
-        words, cwd=where, env=environment, capture_output=True, text=True, timeout=280
+        words, cwd=where, env=environment, capture_output=True, text=True, timeout=1000
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -79,7 +79,7 @@ class WandbRun:
         self.folder = folder
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
         output = subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=120
+            command, capture_output=True, text=True, check=True, timeout=1000
         ).stdout
         records = [json.loads(line) for line in output.splitlines()]
         self.kinds = [record["type"] for record in records]

@@ -514,7 +514,7 @@ def dumped_title(page: Path, tmp_path: Path) -> str:
         "--dump-dom",
     ]
     done = subprocess.run(
-        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=1000, check=True
     )
     return re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL).group(1)
 
