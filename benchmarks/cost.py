@@ -224,8 +224,8 @@ class Fit:
             callback.on_fit_start(*facts)
         if self.callbacks:
             session = Session.of(*facts)
-            session._announced.update(session.names)  # no tables
-            for weight, (name, *_) in session.names.items():
+            session._announced.update(session.weights.names)  # no tables
+            for weight, (name, *_) in session.weights.names.items():
                 if weight.ndim > 1:
                     partition = Partition.filters(tuple(weight.shape))
                     known = Verdict(

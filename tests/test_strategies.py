@@ -1059,7 +1059,7 @@ def reading(name: str) -> Any:
     )
     assert rule._session is not None
     verdict = rule._session.search.verdicts["net.positions"]
-    clamped = shrink._session.counted_by_weight("clamped")  # type: ignore[union-attr]
+    clamped = shrink._session.combined.counted_by_weight("clamped")  # type: ignore[union-attr]
     return (
         module.final,
         (verdict.kind, verdict.n),

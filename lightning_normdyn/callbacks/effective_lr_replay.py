@@ -140,8 +140,8 @@ class EffectiveLRReplay(NormDynCallback):
             )
         assert self._session is not None
         shapes = {
-            name: self._session.shapes[weight]
-            for weight, names in self._session.names.items()
+            name: self._session.weights.shapes[weight]
+            for weight, names in self._session.weights.names.items()
             for name in names
         }
         for name in recorded:
@@ -228,7 +228,7 @@ class EffectiveLRReplay(NormDynCallback):
         assert self._session is not None
         if plan.index not in self._decayed_before:
             self._check_decays(step, plan)
-        _, decayed = self._session.decay_shares(plan, step, norm, std)
+        _, decayed = self._session.combined.decay_shares(plan, step, norm, std)
         # The first step refuses a decay that nobody can tell; one that comes about later must not
         # become a NaN in the weights.
         self._decayed[plan.index] = decayed.nan_to_num(0.0)
@@ -251,7 +251,7 @@ class EffectiveLRReplay(NormDynCallback):
                     f"there on.",
                 )
             reference, reference_decay = record.at(now)
-            decay = self._session.applied_decay(plan, step, norm, std)
+            decay = self._session.combined.applied_decay(plan, step, norm, std)
             # Rounded as the record is: a run replayed onto itself then has factors of exactly 1,
             # and no rounding for training to amplify.
             own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
@@ -265,7 +265,7 @@ class EffectiveLRReplay(NormDynCallback):
         self._decayed_before.add(plan.index)
         untold = [
             f"`{t.name}`"
-            for t, decay in zip(plan.targets, self._session.decays(plan), strict=True)
+            for t, decay in zip(plan.targets, self._session.combined.decays(plan), strict=True)
             if decay.rate is None
         ]
         if not untold:

@@ -233,7 +233,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             for weight in (
                 layer.parameters() if isinstance(layer, LAYERS) else ()
             ):  # also behind a parametrization
-                if self._session.shapes.get(weight) == weight_shape(layer):
+                if self._session.weights.shapes.get(weight) == weight_shape(layer):
                     self._readers.setdefault(weight, []).append(layer)
         self._check_patterns(trainer)
 
@@ -310,7 +310,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             self._tried = self._try(trainer, pl_module, sample)
         self._check_patterns(trainer)
         assert self._session is not None
-        if not any(self._can_measure(w) for w in self._session.names if w in self._readers):
+        if not any(self._can_measure(w) for w in self._session.weights.names if w in self._readers):
             raise NoTargetsError(
                 f"InputSpanMonitor found no linear layer or convolution that "
                 f"`{type(pl_module).__name__}.forward` uses. "
@@ -322,7 +322,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 covariance_bytes(readers[0]) > BLOCK_BYTES or not share_filters(readers)
             ):
                 warn_once(
-                    f"InputSpanMonitor leaves out `{self._session.names[weight][0]}`: "
+                    f"InputSpanMonitor leaves out `{self._session.weights.name(weight)}`: "
                     f"{self._obstacle(weight)}."
                 )
 
@@ -380,7 +380,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         elif self._is_due(trainer.current_epoch):
             targets = [t for plan in self.plans.values() for t in plan.targets]
             assert self._session is not None
-            for bracket in self._session.brackets:
+            for bracket in self._session.attachment.brackets:
                 bracket.settle()  # a fused optimizer tells later whether it skipped its last update
             self._measure(trainer, pl_module, targets, max(self.steps_of(i) for i in self.plans))
 
@@ -415,8 +415,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         ) or not session.restore_verdicts():
             return
         chosen = {
-            i: [self._target(w) for w in self._select(session.owned(o))]
-            for i, o in enumerate(session.optimizers)
+            i: [self._target(w) for w in self._select(session.weights.owned(o))]
+            for i, o in enumerate(session.attachment.optimizers)
         }
         targets = [t for found in chosen.values() for t in found if t is not None]
         if targets:

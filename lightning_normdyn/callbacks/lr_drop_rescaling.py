@@ -212,7 +212,7 @@ class LRDropRescaling(NormDynCallback):
         if plan.index not in self._known:
             assert self._session is not None
             groups = plan.groups_of(plan.targets)
-            effects = self._session.effects(plan.targets, besides=self)
+            effects = self._session.combined.effects(plan.targets, besides=self)
             exponents = [
                 self._exponent(plan, *each)
                 for each in zip(plan.targets, groups, effects, strict=True)

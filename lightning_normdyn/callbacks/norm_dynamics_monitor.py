@@ -358,7 +358,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     def _read_effects(self, plan: Plan) -> None:
         assert self._session is not None
-        effects = self._session.effects(plan.targets, besides=self)
+        effects = self._session.combined.effects(plan.targets, besides=self)
         self._effects.update(
             {t.name: found for t, found in zip(plan.targets, effects, strict=True)}
         )
@@ -407,7 +407,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         for target in plan.targets:
             members = int(
                 target.partition.lengths(
-                    self._session.shapes[target.weight], target.verdict.read
+                    self._session.weights.shapes[target.weight], target.verdict.read
                 ).sum()
             )
             self._length[target.name] = max(1, members // max(1, target.partition.n))
@@ -446,7 +446,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         assert self._session is not None
         if self._off:
             return None
-        trainer, now, number = self._session.trainer, self._session.now, self.number(step, plan)
+        trainer, now, number = (
+            self._session.trainer,
+            self._session.clock.now,
+            self.number(step, plan),
+        )
         if self._begun_at is None:
             self._begun_at = now
         ledger = self._ledger
@@ -536,7 +540,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             else step.skipped.to(measured.dtype).reshape(1)
         )
         trainer = self._session.trainer
-        now, number = self._session.now, self.number(step, plan)
+        now, number = self._session.clock.now, self.number(step, plan)
         due, overdue = self._due_now.pop(plan.index)
         binned = None
         if self.histograms and can_show_histograms(trainer.loggers):
@@ -548,7 +552,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 norm_from_sums(sums["ww"]),
                 std_from_sums(sums["ww"], sums["w1"], vectors.length),
             )
-            kept = torch.stack([norm, self._session.applied_decay(plan, step, norm, std)])
+            kept = torch.stack([norm, self._session.combined.applied_decay(plan, step, norm, std)])
         # A copy of each group: a schedule may have moved on when this is read.
         copies = {
             id(group): with_plain_numbers({k: v for k, v in group.items() if k != "params"})
@@ -717,7 +721,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         """One transfer to the host for all optimizers of this batch. Changes nothing; every rank
         must call it."""
         assert self._session is not None
-        clamped = self._session.counted("clamped")
+        clamped = self._session.combined.counted("clamped")
         vectors = [{} if r.kept is None else self._vectors_of(r.plan, r.kept) for r in results]
         packed = [r.reduce() for r in results]
         sizes = [p.numel() for p in packed]
@@ -727,9 +731,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         shown = bool(self._every) and (
             any(r.overdue for r in results) or self._session.trainer.should_stop
         )
-        marked = self._session.events()
+        marked = self._session.combined.events()
         events = self._new_events(self._ledger, marked)
-        skipped = self._skipped_before + self._session.skipped_steps()
+        skipped = self._skipped_before + self._session.attempts.skipped()
         return _Sent(list(results), sizes, numbers, vectors, events, marked, skipped, shown)
 
     @staticmethod
@@ -1180,11 +1184,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         # A checkpoint of an earlier version does not say where it was saved: right after its newest
         # row, or not far from it.
         restored = (
-            self._session.go_on_from(self._position)
+            self._session.clock.go_on_from(self._position)
             if self._position is not None
-            else known.last_step <= self._session.now
+            else known.last_step <= self._session.clock.now
         )
-        now = self._session.now
+        now = self._session.clock.now
         if not restored and known.last_step >= now:
             warn_once(
                 f"The history of the checkpoint reaches to step {known.last_step}, and this fit "
@@ -1285,9 +1289,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         its time (early stopping, a time
         limit), or another optimizer took the last turn. Its last angle is not known any more."""
         assert self._session is not None
-        for bracket in self._session.brackets:
+        for bracket in self._session.attachment.brackets:
             bracket.settle()
-        ledger, now = self._ledger, self._session.now - 1
+        ledger, now = self._ledger, self._session.clock.now - 1
         is_newer = ledger.last_step < now
         moved = [i for i in norms if is_newer or self.steps_of(i) > ledger.counted.get(i, 0)]
         if ledger.last_step < 0 or not moved:
@@ -1329,7 +1333,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 "granularity": member.granularity,
                 **member.settings(),
             }
-        treatments = self._session.treatments()  # every rank takes part
+        treatments = self._session.combined.treatments()  # every rank takes part
         table = {
             t.name: {
                 "shape": list(t.verdict.shape),
@@ -1369,7 +1373,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         targets = [t for plan in self.plans.values() for t in plan.targets]
         # Every rank takes part in this; what follows is known to rank zero only.
         assert self._session is not None
-        treatments = self._session.treatments()
+        treatments = self._session.combined.treatments()
         evidence, courses = self._ledger.evidence, self._ledger.courses
         layers = []
         for target in targets:
@@ -1403,7 +1407,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     def _end_table(self, layers: list[dict[str, Any]]) -> str | None:
         assert self._session is not None
-        clamped = self._session.counted_by_weight("clamped")
+        clamped = self._session.combined.counted_by_weight("clamped")
         if not layers:
             return None
         columns = (
@@ -1439,7 +1443,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 f"The shrink factor was clamped at 0.5 {times} times ({named}): lr * alpha * norm "
                 f"is too large there."
             )
-        text += self._session.losses_in_words()
+        text += self._session.claims.losses_in_words()
         return text + "".join(paragraph(words) for words in self._session.closing_words())
 
     def _latest(self, quantity: str, target: Target) -> float | None:
@@ -1475,13 +1479,17 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         position = (
             self._position
             if self._taken_up and self._position is not None
-            else self._session.position()
+            else self._session.clock.position()
         )
         ledger = self._completed()
-        happened = [] if self._session.closed else self._new_events(ledger, self._session.events())
+        happened = (
+            []
+            if self._session.closed
+            else self._new_events(ledger, self._session.combined.events())
+        )
         state = ledger.state()
         state["events"] = list(dict.fromkeys([*state["events"], *happened]))
-        skipped = self._skipped_before + self._session.skipped_steps()
+        skipped = self._skipped_before + self._session.attempts.skipped()
         return {**state, "position": position, "skipped_steps": skipped}
 
     def _completed(self) -> Ledger:
@@ -1492,7 +1500,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             ledger = self._published(ledger, sent).ledger
         # What an update did in a batch that is not over will be done again after a resume, and
         # measured again.
-        following, _ = self._session.position()
+        following, _ = self._session.clock.position()
         results = tuple(r for r in ledger.results if r.step < following)
         if results:
             ledger = self._published(ledger, self._send(results)).ledger

@@ -143,7 +143,7 @@ class RadialProjection(NormDynCallback):
         target = super()._target(weight)
         if target is not None and self.gate == "cosine":
             # The paper's views are over dim 0 of the tensor as it is stored.
-            target.partition = Partition.filters(self._session.shapes[weight])  # type: ignore[union-attr]
+            target.partition = Partition.filters(self._session.weights.shapes[weight])  # type: ignore[union-attr]
         return target
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
@@ -371,7 +371,7 @@ class RadialProjection(NormDynCallback):
         how = "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
         texts = []
         for group, decay in zip(
-            plan.groups_of(plan.targets), self._session.decays(plan), strict=True
+            plan.groups_of(plan.targets), self._session.combined.decays(plan), strict=True
         ):
             text = how
             if (

@@ -24,8 +24,9 @@ from lightning_normdyn.engine.effect import Effect, NoEffect, UnknownEffect
 from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import named, show, warn_once
 from lightning_normdyn.engine.plan import Plan, Tally, Target
-from lightning_normdyn.engine.session import Session, has_sparse_gradient
+from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.state import seal, unseal
+from lightning_normdyn.engine.weights import has_sparse_gradient
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError, shown
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import check_weight
@@ -97,7 +98,7 @@ class NormDynCallback(Callback):
     def _forget(self) -> None:
         """Set everything that belongs to one fit to what it is before a fit."""
         self.plans: dict[int, Plan] = {}
-        self._session: Session | None = None
+        self._session: Session[NormDynCallback] | None = None
         self._restored: dict[str, Any] | None = None
         self._counted: dict[int, int] = {}
         self._attached_at: dict[int, int] = {}
@@ -234,7 +235,7 @@ class NormDynCallback(Callback):
         """Real steps of optimizer ``index`` that this callback has seen, over resumes."""
         counted = self._counted.get(index, 0)
         if self._session is not None and index in self._attached_at:
-            bracket = self._session.brackets[index]
+            bracket = self._session.attachment.brackets[index]
             counted += bracket.steps - self._attached_at[index]
         return counted
 
@@ -367,10 +368,10 @@ class NormDynCallback(Callback):
         assert session is not None
         if session.in_first_step(index) if first is None else first:
             raise error
-        kind, optimizer = type(self).__name__, session.optimizers[index]
+        kind, optimizer = type(self).__name__, session.attachment.optimizers[index]
         if weight is not None:
             self._refused.add(weight)
-            what = f"`{session.names[weight][0]}`"
+            what = f"`{session.weights.name(weight)}`"
         else:
             plan = self.plans.pop(index, None)
             self._stopped.add(index)
@@ -386,12 +387,15 @@ class NormDynCallback(Callback):
     def _replan(self, index: int) -> None:
         session = self._session
         assert session is not None
-        bracket, optimizer = session.brackets[index], session.optimizers[index]
-        owned = [w for w in session.owned(optimizer) if w not in self._refused]
+        bracket, optimizer = (
+            session.attachment.brackets[index],
+            session.attachment.optimizers[index],
+        )
+        owned = [w for w in session.weights.owned(optimizer) if w not in self._refused]
         selected = []
         for weight in self._select(owned):
             try:
-                self._check_weight(weight, session.names[weight][0])
+                self._check_weight(weight, session.weights.name(weight))
             except NotSupportedError as error:
                 self._refuse(index, error, weight)
             else:
@@ -446,7 +450,7 @@ class NormDynCallback(Callback):
             self._check_copies(plan.optimizer, plan.targets)
 
         if index not in self._looked_again and self.acts:
-            bracket = self._session.brackets[index]  # type: ignore[union-attr]  # there is a plan, so there is a session
+            bracket = self._session.attachment.brackets[index]  # type: ignore[union-attr]  # there is a plan, so there is a session
             handler = self._bind(look, plan)
             self._handler_removers.setdefault(index, []).append(
                 bracket.add(Phase.LOOK_AGAIN, handler, order=self.state_key)
@@ -471,7 +475,7 @@ class NormDynCallback(Callback):
                 assert self._session is not None
                 first = (
                     step.number <= self._attached_at[plan.index] + 1
-                    and plan.index not in self._session.replaced
+                    and plan.index not in self._session.attachment.replaced
                 )
                 self._refuse(plan.index, error, first=first)
 
@@ -556,10 +560,10 @@ class NormDynCallback(Callback):
         assert session is not None
         matched = []
         for weight in owned:
-            if weight in self._matched and not session.has_no_direction(weight):
+            if weight in self._matched and not session.claims.has_no_direction(weight):
                 matched.append(weight)
             elif weight in self._matched and any(
-                name in self.params for name in session.names[weight]
+                name in self.params for name in session.weights.names[weight]
             ):
                 self._refuse_gain(weight)
         if self._by_name:
@@ -567,7 +571,7 @@ class NormDynCallback(Callback):
         return [
             w
             for w in matched
-            if (not self.writes or session.verdict(w).partition is not None)
+            if (not self.writes or session.claims.of(w).partition is not None)
             and self._can_measure(w)
         ]
 
@@ -576,9 +580,9 @@ class NormDynCallback(Callback):
         late for one."""
         session = self._session
         assert session is not None
-        name = session.names[weight][0]
+        name = session.weights.name(weight)
         if (
-            session.verdict(weight).kind == "unknown"
+            session.claims.of(weight).kind == "unknown"
         ):  # in no loss so far: its numbers may turn out to be one vector
             return
         text = f"`{name}` was asked to be a target, but its rows are {SINGLE_NUMBERS}. Leave it out of `params`."
@@ -599,7 +603,7 @@ class NormDynCallback(Callback):
         session = self._session
         assert session is not None
         try:
-            self._check_weight(weight, session.names[weight][0])
+            self._check_weight(weight, session.weights.name(weight))
         except NotSupportedError:
             return False
         return True
@@ -608,7 +612,7 @@ class NormDynCallback(Callback):
         check_weight(weight, name)
         session = self._session
         assert session is not None
-        holders = session.holders.get(weight, [])
+        holders = session.weights.holders.get(weight, [])
         if has_sparse_gradient(weight) or any(getattr(m, "sparse", False) for m in holders):
             kind = type(holders[0]).__name__ if holders else "its layer"
             raise NotSupportedError(
@@ -621,9 +625,9 @@ class NormDynCallback(Callback):
         session = self._session
         assert session is not None
         verdict, name, shape = (
-            session.verdict(weight),
-            session.names[weight][0],
-            session.shapes[weight],
+            session.claims.of(weight),
+            session.weights.name(weight),
+            session.weights.shapes[weight],
         )
         fallback = filter_partition(session.module, name, shape)
         partition = choose_partition(verdict, self.granularity, fallback)
@@ -643,7 +647,7 @@ class NormDynCallback(Callback):
         except NotSupportedError as error:
             if not session.checked:
                 raise
-            name = session.names[weight][0]
+            name = session.weights.name(weight)
             if name not in self._left_alone:
                 self._left_alone.add(name)
                 warn_once(f"{type(self).__name__} leaves `{name}` alone from now on. {error}")
@@ -658,7 +662,7 @@ class NormDynCallback(Callback):
             theirs = {t.weight for plan in other.plans.values() for t in plan.targets} | (
                 other._matched if other._by_name else set()
             )
-            both = [session.names[w][0] for w in weights if w in theirs]
+            both = [session.weights.name(w) for w in weights if w in theirs]
             if both:
                 raise NotSupportedError(
                     f"Two {self._kind.__name__} callbacks target "
@@ -722,7 +726,7 @@ class NormDynCallback(Callback):
         session = self._session
         assert session is not None
         waiting = self._may_come()
-        if waiting or session.resumed:
+        if waiting or session.claims.resumed:
             self._say_waiting(waiting)
             return
         raise NoTargetsError(
@@ -738,7 +742,11 @@ class NormDynCallback(Callback):
         """Why no weight is a target, one a line."""
         session = self._session
         assert session is not None
-        verdicts = [session.verdict(w) for w in session.names if len(session.shapes[w]) >= 2]
+        verdicts = [
+            session.claims.of(w)
+            for w in session.weights.names
+            if len(session.weights.shapes[w]) >= 2
+        ]
         reasons = [f"  {v.name}: {v.reason or v.kind}" for v in verdicts]
         if not any(v.known for v in verdicts):
             reasons = [
@@ -746,8 +754,8 @@ class NormDynCallback(Callback):
                 "self.manual_backward(loss))"
             ]
         lazy = [
-            f"  {session.names[w][0]}: a lazy parameter; run one forward pass before the fit"
-            for w in session.lazy
+            f"  {session.weights.name(w)}: a lazy parameter; run one forward pass before the fit"
+            for w in session.weights.lazy
         ]
         return "\n".join([*lazy, *reasons][:8])
 
@@ -757,7 +765,7 @@ class NormDynCallback(Callback):
         session = self._session
         assert session is not None
         if not waiting:
-            if not session.losses:  # those have been named one by one
+            if not session.claims.losses:  # those have been named one by one
                 warn_once(f"{self._found_nothing()} to act on any more:\n{self._reasons()}")
             return
         in_words = named(waiting)
@@ -767,7 +775,9 @@ class NormDynCallback(Callback):
             f"optimizer holds, is trained: {in_words}. If none ever will be, name weights with "
             f"params='PATTERN', or remove the callback."
         )
-        frozen = {name for weight, (name, *_) in session.names.items() if not weight.requires_grad}
+        frozen = {
+            name for weight, (name, *_) in session.weights.names.items() if not weight.requires_grad
+        }
         callbacks = callbacks_of(session.trainer)
         planned = any(isinstance(callback, BaseFinetuning) for callback in callbacks)
         if planned or not frozen.intersection(waiting):
@@ -781,20 +791,25 @@ class NormDynCallback(Callback):
         were not read yet."""
         session = self._session
         assert session is not None
-        trained = {w for o in session.optimizers for w in session.owned(o) if w.requires_grad}
+        trained = {
+            w
+            for o in session.attachment.optimizers
+            for w in session.weights.owned(o)
+            if w.requires_grad
+        }
         waiting = [
             w
-            for w in session.names
-            if w in self._matched and w not in trained and w not in session.lazy
+            for w in session.weights.names
+            if w in self._matched and w not in trained and w not in session.weights.lazy
         ]
         if not self._by_name and self.writes:
             waiting = [
                 w
                 for w in waiting
-                if (v := session.verdict(w)).partition is not None or v.kind == "unknown"
+                if (v := session.claims.of(w)).partition is not None or v.kind == "unknown"
             ]
         return [
-            *(session.names[w][0] for w in waiting),
+            *(session.weights.name(w) for w in waiting),
             *(v.name for v in self._waiting_for_rows()),
         ]
 
@@ -804,11 +819,16 @@ class NormDynCallback(Callback):
         assert session is not None
         if self._by_name or not self.writes:
             return []
-        trained = {w for o in session.optimizers for w in session.owned(o) if w.requires_grad}
+        trained = {
+            w
+            for o in session.attachment.optimizers
+            for w in session.weights.owned(o)
+            if w.requires_grad
+        }
         return [
             v
-            for w in session.names
-            if w in self._matched & trained and (v := session.verdict(w)).waits and v.norms
+            for w in session.weights.names
+            if w in self._matched & trained and (v := session.claims.of(w)).waits and v.norms
         ]
 
     def _report_waiting(self) -> None:
@@ -877,12 +897,16 @@ class NormDynCallback(Callback):
     def _check_patterns(self, trainer: Trainer) -> None:
         session = self._session
         assert session is not None
-        weights = [w for w in session.names if len(session.shapes[w]) >= 2 or w in session.lazy]
+        weights = [
+            w
+            for w in session.weights.names
+            if len(session.weights.shapes[w]) >= 2 or w in session.weights.lazy
+        ]
         chosen = [
             weights[i]
             for i in match_patterns(
                 self.params,
-                [session.names[w] for w in weights],
+                [session.weights.names[w] for w in weights],
                 what="weights of two or more dimensions",
             )
         ]
@@ -893,7 +917,7 @@ class NormDynCallback(Callback):
                 f"out, or remove the callback."
             )
         if not self._by_name:
-            lazy = [f"`{session.names[w][0]}`" for w in chosen if w in session.lazy]
+            lazy = [f"`{session.weights.name(w)}`" for w in chosen if w in session.weights.lazy]
             if lazy and self.acts:
                 warn_once(
                     f"{type(self).__name__} leaves lazy parameters alone ({', '.join(lazy)}). Run "
@@ -908,11 +932,11 @@ class NormDynCallback(Callback):
             for p in g["params"]
         }
         for weight in chosen:
-            self._check_weight(weight, session.names[weight][0])
-            exact = any(n in self.params for n in session.names[weight])
+            self._check_weight(weight, session.weights.name(weight))
+            exact = any(n in self.params for n in session.weights.names[weight])
             if exact and weight.requires_grad and weight not in owned:
                 raise NoTargetsError(
-                    f"`{session.names[weight][0]}` was asked to be a target, but no optimizer "
+                    f"`{session.weights.name(weight)}` was asked to be a target, but no optimizer "
                     f"holds it. "
                     "Return it from configure_optimizers, or leave it out."
                 )
@@ -932,11 +956,13 @@ class NormDynCallback(Callback):
         """
         session = self._session
         assert session is not None
-        weights = [w for w in new if len(session.shapes[w]) >= 2 or w in session.lazy]
+        weights = [
+            w for w in new if len(session.weights.shapes[w]) >= 2 or w in session.weights.lazy
+        ]
         # Those that were there cannot match less than before, and a pattern may mean layers that
         # are gone.
         chosen = match_patterns(self.params, [tuple(new[w]) for w in weights], all_must_match=False)
-        self._matched = {w for w in self._matched if w in session.names} | {
+        self._matched = {w for w in self._matched if w in session.weights.names} | {
             weights[i] for i in chosen
         }
         for name in changed:
@@ -958,7 +984,7 @@ class NormDynCallback(Callback):
         assert self._session is not None
         self._session.attach()
         self._put_back_ahead()
-        for index, bracket in enumerate(self._session.brackets):
+        for index, bracket in enumerate(self._session.attachment.brackets):
             self._attached_at[index] = bracket.steps
 
     def on_train_batch_start(
@@ -984,7 +1010,7 @@ class NormDynCallback(Callback):
         """Count attempts, so that skipped steps can be told."""
         if self._leads():
             assert self._session is not None
-            self._session.attempt(optimizer)
+            self._session.attempts.announce(optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -1025,9 +1051,13 @@ class NormDynCallback(Callback):
             return seal(self._restored)
         session = self._session
         if session is not None:
-            for bracket in session.brackets:
+            for bracket in session.attachment.brackets:
                 bracket.settle()
-        indices = range(len(session.brackets)) if session is not None else sorted(self._counted)
+        indices = (
+            range(len(session.attachment.brackets))
+            if session is not None
+            else sorted(self._counted)
+        )
         content = {
             "settings": self.settings(),
             "steps": {i: self.steps_of(i) for i in indices},
@@ -1038,21 +1068,21 @@ class NormDynCallback(Callback):
         }
         return seal(content)
 
-    def _ahead(self, session: Session) -> dict[str, Any]:
+    def _ahead(self, session: Session[NormDynCallback]) -> dict[str, Any]:
         """What is done already for a step that is not over: for a checkpoint that is saved in the
         middle of it, or because it raised."""
         ahead: dict[str, Any] = {}
         plans = {
             id(plan.vectors): member for member in session.members for plan in member.plans.values()
         }
-        for bracket in session.brackets:
+        for bracket in session.attachment.brackets:
             for scaling in bracket.unfinished:
                 owner = plans.get(
                     id(scaling.vectors), session.members[0]
                 )  # of nobody: rows whose decay the bracket applies
                 if owner is self:
                     for key, entries in scaling.state(
-                        [session.names[w][0] for w in scaling.vectors.weights]
+                        [session.weights.name(w) for w in scaling.vectors.weights]
                     ).items():
                         ahead.setdefault(key, {}).update(entries)
         return {"ahead": ahead} if ahead else {}
@@ -1113,7 +1143,7 @@ class NormDynCallback(Callback):
             if session is not None and self._attached_at:
                 self._freeze_counts()
             return
-        for bracket in session.brackets:
+        for bracket in session.attachment.brackets:
             bracket.settle()
         for member in session.members:
             member._freeze_counts()
@@ -1132,9 +1162,9 @@ class NormDynCallback(Callback):
             return ""
         seen, due, acted = self._counts()
         name = type(self).__name__
-        if seen == 0 and session.attempts and not self._stopped:
+        if seen == 0 and session.attempts.count and not self._stopped:
             did = "acted in" if self.writes else "measured"
-            return f"{name} {did} 0 of {session.attempts} steps: no step was seen, none had a gradient, or a scaler skipped all."
+            return f"{name} {did} 0 of {session.attempts.count} steps: no step was seen, none had a gradient, or a scaler skipped all."
         if due and not acted:
             return f"{name} acted in 0 of {seen} steps: no weight that it acts on had a gradient when it was to act."
         return ""
@@ -1144,13 +1174,13 @@ class NormDynCallback(Callback):
         which it did."""
         session = self._session
         assert session is not None
-        for bracket in session.brackets:
+        for bracket in session.attachment.brackets:
             # of a fused optimizer, whether the last step was skipped is still on its way
             bracket.settle()
         seen = sum(
-            session.brackets[i].steps - start
+            session.attachment.brackets[i].steps - start
             for i, start in self._attached_at.items()
-            if i < len(session.brackets)
+            if i < len(session.attachment.brackets)
         )
         seen += self._steps_of_gone
         due = sum(tally.due for tally in self._tallies.values())
@@ -1189,7 +1219,7 @@ class NormDynCallback(Callback):
     def _report_idle(self) -> None:
         """Say so if nothing ever came of what might have come."""
         session = self._session
-        if session is None or not session.attempts or self.plans or not self.acts:
+        if session is None or not session.attempts.count or self.plans or not self.acts:
             return
         names = self._may_come()
         if names:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.session import Session
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
 
     from lightning_normdyn.engine.plan import Plan, Target
-    from lightning_normdyn.engine.session import Session
 
 
 class Rescaler:
@@ -44,7 +44,7 @@ class Rescaler:
         one per matrix only.
     """
 
-    def __init__(self, plan: Plan, session: Session, optimizer_state: str) -> None:
+    def __init__(self, plan: Plan, session: Session[Any], optimizer_state: str) -> None:
         self.plan = plan
         self._exponents = state_exponents(plan.optimizer) if optimizer_state == "rescale" else {}
         if self._exponents and per_matrix_only(plan.optimizer):
@@ -61,7 +61,9 @@ class Rescaler:
         # position of the weight, vector of each
         # channel, degree, position of the bias).
         self._norms: list[tuple[str, nn.Module, int, Tensor, float, int | None]] = []
-        parameters = {name: weight for weight, names in session.names.items() for name in names}
+        parameters = {
+            name: weight for weight, names in session.weights.names.items() for name in names
+        }
         biases: list[Tensor] = []
         for position, target in enumerate(plan.targets):
             verdict = target.verdict
@@ -105,7 +107,9 @@ class Rescaler:
                 if bias is not None:
                     biases.append(bias)
         # Statistics are whole on every rank; a bias may lie in pieces like any weight.
-        self._biases = WeightVectors(biases, [Partition.filters(session.shapes[b]) for b in biases])
+        self._biases = WeightVectors(
+            biases, [Partition.filters(session.weights.shapes[b]) for b in biases]
+        )
 
     @staticmethod
     def check(optimizer: Optimizer, optimizer_state: str) -> None:
@@ -175,7 +179,7 @@ def warn_of_changed_function(callback: Callback, plan: Plan, warned: set[str]) -
     )
 
 
-def verify_targets(plan: Plan, session: Session) -> None:
+def verify_targets(plan: Plan, session: Session[Any]) -> None:
     """Rescale all claimed vectors of a plan by random factors on the present batch: the outputs
     must not change.
 
@@ -221,7 +225,7 @@ def verify_targets(plan: Plan, session: Session) -> None:
 _BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
 
 
-def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
+def _inputs_of(session: Session[Any]) -> list[tuple[Any, ...]]:
     """With what to try to call the LightningModule's forward: the first element of the batch, the
     first two, ..., the whole batch.
 

@@ -1,61 +1,72 @@
-"""What a person reads in the terminal: the table of targets at the start of a fit, and where both
-tables are printed."""
+"""The table of targets that a person reads at the start of a fit: which weights are treated how, and
+what is known about their scale invariance."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
 
-from lightning_normdyn.engine.messages import show
+from torch import Tensor
+
+from lightning_normdyn.engine.member import Member
+from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.tables import render
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from lightning_normdyn.engine.plan import Target
-    from lightning_normdyn.engine.session import Session
+COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
 
 
-def print_start_table(session: Session) -> None:
-    """Which weights are treated how, and what is known about their scale invariance."""
-    members = [m for m in session.members if m.shows_tables]
-    if not members:
-        return
-    first: dict[Tensor, Target] = {}
+def start_table(
+    members: Sequence[Member],
+    treatments: Mapping[Tensor, str],
+    verdict_of: Callable[[Tensor], Verdict],
+    shapes: Mapping[Tensor, Sequence[int]],
+) -> str:
+    """The table as text, one line for each target.
+
+    Args:
+        members: the callbacks of the fit.
+        treatments: how they treat each target, in words; empty for one that is only measured.
+        verdict_of: what is known about a weight.
+        shapes: of the weights.
+    """
+    targets: dict[Tensor, Target] = {}
     written: set[Tensor] = set()
-    for member in session.members:
+    for member in members:
         for plan in member.plans.values():
             for target in plan.targets:
-                first.setdefault(target.weight, target)
+                targets.setdefault(target.weight, target)
                 if member.writes:
                     written.add(target.weight)
-    treatments = session.treatments()
     rows = []
-    for weight, target in first.items():
-        verdict = session.verdict(weight)
-        how = treatments[weight]
-        asked = target.by_request and weight in written
-        kind = f"{verdict.kind} (by request)" if asked else verdict.kind
-        because = (
-            "; ".join(text for text in (", ".join(verdict.norms), verdict.unread_rows) if text)
-            if verdict.norms
-            else verdict.reason
+    for weight, target in targets.items():
+        verdict = verdict_of(weight)
+        kind = verdict.kind
+        if target.by_request and weight in written:
+            kind = f"{kind} (by request)"
+        row = (
+            target.name,
+            "×".join(map(str, shapes[weight])),
+            kind,
+            str(target.partition.n),
+            _because(verdict),
+            treatments[weight] or "measured",
         )
-        rows.append(
-            (
-                target.name,
-                "×".join(map(str, session.shapes[weight])),
-                kind,
-                str(target.partition.n),
-                because,
-                how or "measured",
-            )
-        )
-    columns = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
-    text = render(
+        rows.append(row)
+    return render(
         "lightning-normdyn: targets",
-        columns,
+        COLUMNS,
         rows,
         noted=("treated how", "because of"),
         optional=("shape", "vectors"),
     )
-    show(session.trainer, text)
+
+
+def _because(verdict: Verdict) -> str:
+    """The normalizations that make a weight scale-invariant, or what speaks against it."""
+    if not verdict.norms:
+        return verdict.reason
+    norms = ", ".join(verdict.norms)
+    return f"{norms}; {verdict.unread_rows}" if verdict.unread_rows else norms
+
+
+__all__ = ["start_table"]

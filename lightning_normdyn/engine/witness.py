@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakSet, ref
 
 import torch
@@ -23,14 +23,24 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
+from lightning_normdyn.engine.attachment import Attachment
 from lightning_normdyn.engine.messages import named, warn_once
+from lightning_normdyn.engine.weights import Weights, held_by
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scratch import is_scratch
 
-if TYPE_CHECKING:
-    from lightning_normdyn.engine.session import Session
-
 __all__ = ["Witness"]
+
+
+class Fit(Protocol):
+    """What a witness must see of a fit."""
+
+    closed: bool
+    attachment: Attachment
+    weights: Weights
+
+    def is_targeted(self, weight: Tensor) -> bool:
+        """Whether some callback's ``params`` let this weight in."""
 
 
 @dataclass
@@ -54,11 +64,11 @@ class Witness:
     """Notices that a targeted weight moves although no bracketed optimizer steps.
 
     Args:
-        session: whose brackets and targets; held weakly, since torch holds the hooks.
+        fit: whose brackets and targets; held weakly, since torch holds the hooks.
     """
 
-    def __init__(self, session: Session) -> None:
-        self._session = ref(session)
+    def __init__(self, fit: Fit) -> None:
+        self._fit = ref(fit)
         self._told: set[str] = set()
         self._strangers: WeakSet[Optimizer] = WeakSet()
         self._marks: dict[int, _Mark] = {}
@@ -69,8 +79,8 @@ class Witness:
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
-        for index in range(len(session.brackets)):
-            self._remember(session, index)
+        for index in range(len(fit.attachment.brackets)):
+            self._remember(fit, index)
 
     def close(self) -> None:
         """Take the hooks away; idempotent."""
@@ -82,27 +92,27 @@ class Witness:
     # ------------------------------------------------------------------------------------
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        session = self._session()
-        if session is None or session.closed:  # a fit whose end came without ours
+        fit = self._fit()
+        if fit is None or fit.closed:  # a fit whose end came without ours
             self.close()
-        elif id(optimizer) not in session.known and not is_scratch(optimizer):
-            session.follow(optimizer)  # its own hooks are called after this one
+        elif id(optimizer) not in fit.attachment.known and not is_scratch(optimizer):
+            fit.attachment.follow(optimizer)  # its own hooks are called after this one
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        session = self._session()
+        fit = self._fit()
         if (
-            session is None
-            or session.closed
-            or id(optimizer) in session.known
+            fit is None
+            or fit.closed
+            or id(optimizer) in fit.attachment.known
             or optimizer in self._strangers
         ):
             return
         if is_scratch(optimizer):
             return
-        if any(bracket.stepping for bracket in session.brackets):
+        if fit.attachment.is_stepping():
             return  # an optimizer inside another one
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        names = [session.names[p][0] for p in held if p in session.names and session.is_targeted(p)]
+        held = held_by(optimizer)
+        names = [fit.weights.name(p) for p in held if p in fit.weights.names and fit.is_targeted(p)]
         if not names:
             return
         self._strangers.add(optimizer)
@@ -121,37 +131,37 @@ class Witness:
     def look(self, *, last: bool = False) -> None:
         """At a logging step and at the end of a fit (``last``): did a weight move although no step
         of its optimizer was seen?"""
-        session = self._session()
-        if session is None:
+        fit = self._fit()
+        if fit is None:
             return
-        for index, bracket in enumerate(session.brackets):
+        for index, bracket in enumerate(fit.attachment.brackets):
             mark, seen = self._marks.get(index), self._steps.get(index)
             self._steps[index] = bracket.steps
             if bracket.unsettled or (mark is None and seen != bracket.steps):
                 continue  # it stepped since the last look
             if mark is not None and mark.steps == bracket.steps:
-                self._compare(session, bracket, mark)
+                self._compare(fit, bracket, mark)
             elif seen == bracket.steps and not last:
-                self._remember(session, index)
+                self._remember(fit, index)
             else:
                 self._marks.pop(index, None)
 
-    def _remember(self, session: Session, index: int) -> None:
-        bracket = session.brackets[index]
-        held = [p for group in bracket.optimizer.param_groups for p in group["params"]]
+    def _remember(self, fit: Fit, index: int) -> None:
+        bracket = fit.attachment.brackets[index]
+        held = held_by(bracket.optimizer)
         targeted = [
-            p for p in held if p in session.names and session.is_targeted(p) and p.requires_grad
+            p for p in held if p in fit.weights.names and fit.is_targeted(p) and p.requires_grad
         ]
         # FSDP's flat pieces and DeepSpeed's are moved about by their strategies.
-        whole = [p for p in targeted if tuple(p.shape) == session.shapes[p] and _is_dense(p)]
+        whole = [p for p in targeted if tuple(p.shape) == fit.weights.shapes[p] and _is_dense(p)]
         pieces = [_plain(p) for p in whole]
-        names = [session.names[p][0] for p in whole]
+        names = [fit.weights.name(p) for p in whole]
         self._steps[index] = bracket.steps
         self._marks.pop(index, None)
         if pieces:
             self._marks[index] = _Mark(bracket.steps, pieces, names, _numbers(pieces))
 
-    def _compare(self, session: Session, bracket: StepBracket, mark: _Mark) -> None:
+    def _compare(self, fit: Fit, bracket: StepBracket, mark: _Mark) -> None:
         now = _numbers(mark.weights)
         same = ((now == mark.numbers) | (now.isnan() & mark.numbers.isnan())).all(0).tolist()
         moved = [

@@ -235,8 +235,8 @@ def test_a_weight_is_found_whenever_it_appears_and_whoever_clears_its_gradient()
     module = make(Rare)
     fit(module, [callback], loader(count=8 * 16), max_epochs=1)
     assert targets_of(callback) == TARGETS
-    session = callback._session
-    assert session._next_look > session._batches or not session._missed
+    looks = callback._session.looks
+    assert looks._next > looks._batches or not looks._missed
 
 
 def test_counts_survive_targets_that_join():

@@ -422,8 +422,8 @@ def test_experts_that_a_person_names_are_one_vector():
 def test_rows_that_never_get_a_gradient_cost_no_looks():
     model, rule = Decoder(normalized=True, lr=0.1), WeightRescaling(1)
     fit(model, [rule], labels(*[12] * 40))
-    assert rule._session._looks == 0
+    assert rule._session.looks.taken == 0
     model, rule = Decoder(normalized=True, lr=0.1), WeightRescaling(1)
     fit(model, [rule], labels(*[12] * 30, *[20, 12] * 10), log_every_n_steps=5)
-    assert 1 <= rule._session._looks <= 3
+    assert 1 <= rule._session.looks.taken <= 3
     assert [t.partition.n for t in rule.plans[0].targets if t.name == "position"] == [20]

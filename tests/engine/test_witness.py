@@ -333,7 +333,11 @@ def test_a_weight_that_is_refused_later_is_left_alone_and_the_others_go_on(monke
 
     def refuse(self, weight, name):
         check(self, weight, name)
-        if name == "net.3.weight" and self._session.brackets and self._session.brackets[0].steps:
+        if (
+            name == "net.3.weight"
+            and self._session.attachment.brackets
+            and self._session.attachment.brackets[0].steps
+        ):
             raise NotSupportedError("`net.3.weight` gets sparse gradients. Leave it out.")
 
     monkeypatch.setattr(AdaptiveWeightShrink, "_check_weight", refuse)

@@ -1,0 +1,66 @@
+"""What all ranks must hold to be true: a rank that treats a weight while another leaves it alone
+waits for ever in a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from hashlib import sha256
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_normdyn.invariance.verdict import Verdict
+
+
+def everywhere(holds: bool) -> bool:
+    """Whether something holds on every rank; every rank must call it."""
+    return all(_gathered(holds))
+
+
+def agree(verdicts: dict[str, Verdict]) -> None:
+    """Make all ranks hold the same verdicts: a weight on which they differ is not touched.
+
+    Args:
+        verdicts: by weight name; changed in place. Every rank must call it.
+    """
+    if not _are_several():
+        return
+    # A reason may name numbers that one rank has seen, so it may differ.
+    digests = {
+        name: (verdict.shape, _digest({**verdict.state(), "reason": ""}))
+        for name, verdict in verdicts.items()
+    }
+    tables = _gathered(digests)
+    for name in sorted(set().union(*tables)):
+        entries = [table.get(name) for table in tables]
+        if any(entry != entries[0] for entry in entries):
+            shape = next(entry[0] for entry in entries if entry is not None)
+            verdicts[name] = Verdict.unknown(name, shape, "the ranks see different graphs")
+
+
+def _are_several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _gathered(value: Any) -> list[Any]:
+    """This value of every rank."""
+    if not _are_several():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _digest(state: Any) -> str:
+    """Short, and the same for equal states: the labels of a large model's weights are megabytes."""
+    if isinstance(state, Tensor):
+        return sha256(state.cpu().numpy().tobytes()).hexdigest()
+    if isinstance(state, Mapping):
+        return repr([(key, _digest(value)) for key, value in sorted(state.items())])
+    if isinstance(state, (list, tuple)):
+        return repr([_digest(value) for value in state])
+    return repr(state)
+
+
+__all__ = ["agree", "everywhere"]

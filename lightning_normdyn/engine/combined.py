@@ -1,0 +1,223 @@
+"""What all callbacks of a fit do to a weight, taken together: their effects in words and numbers,
+who decays it and by how much, and what was counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_normdyn.engine.effect import (
+    Effect,
+    Effects,
+    LengthJumps,
+    NoEffect,
+    OnOtherVectors,
+    Projection,
+    combine,
+)
+from lightning_normdyn.engine.member import Member
+from lightning_normdyn.engine.plan import Plan, Target
+from lightning_normdyn.optimizers.bracket import Step, StepBracket
+from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim
+from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
+from lightning_normdyn.optimizers.state import taken_over_by_trial
+
+
+class Combined:
+    """The callbacks of one fit as one rule.
+
+    Args:
+        members: the callbacks.
+        brackets: around the optimizers.
+    """
+
+    def __init__(self, members: Sequence[Member], brackets: list[StepBracket]) -> None:
+        self._members, self._brackets = members, brackets
+
+    @property
+    def plans(self) -> list[Plan]:
+        """All plans of all callbacks."""
+        return [plan for member in self._members for plan in member.plans.values()]
+
+    # -- in words and types
+    # --------------------------------------------------------------------------------
+
+    def effects(self, targets: Sequence[Target], besides: Member | None = None) -> list[Effects]:
+        """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all
+        plans."""
+        asked = {target.weight: target for target in targets}
+        stated: dict[Tensor, list[Effect]] = {weight: [] for weight in asked}
+        for member in self._members:
+            if member is besides:
+                continue
+            for plan in member.plans.values():
+                for theirs in plan.targets:
+                    if theirs.weight in asked:
+                        ours = asked[theirs.weight]
+                        stated[theirs.weight].append(_effect_on(ours, theirs, member))
+        return [combine(stated[target.weight]) for target in targets]
+
+    def treatments(self) -> dict[Tensor, str]:
+        """How the callbacks treat each targeted weight, in words; empty for one that is only
+        measured.
+
+        Takes norms once for each plan, over all ranks: every rank must call it.
+        """
+        texts: dict[Tensor, list[str]] = {}
+        for member in self._members:
+            for plan in member.plans.values():
+                for target, text in zip(plan.targets, member.treatments(plan), strict=True):
+                    texts.setdefault(target.weight, [])
+                    if text:
+                        texts[target.weight].append(text)
+        for weight in self._decays_taken_by_trial() & texts.keys():
+            texts[weight].append("its decay taken over, as a trial showed to be exact")
+        return {weight: "; ".join(parts) for weight, parts in texts.items()}
+
+    def _decays_taken_by_trial(self) -> set[Tensor]:
+        """Weights whose decay is taken over from an optimizer of which nobody has read the step."""
+        weights: set[Tensor] = set()
+        for bracket in self._brackets:
+            owners, optimizer = bracket.decay_owners(), bracket.optimizer
+            decaying = [
+                group
+                for group in optimizer.param_groups
+                if not is_zero(group_number(group, "weight_decay"))
+            ]
+            if owners and decaying and taken_over_by_trial(optimizer):
+                for group in decaying:
+                    weights.update(p for p in group["params"] if p in owners)
+        return weights
+
+    # -- decay
+    # ---------------------------------------------------------------------------------------------
+
+    def decays(self, plan: Plan) -> list[Decay]:
+        """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where
+        nobody can tell."""
+        owners = StepBracket.of(plan.optimizer).decay_owners()
+        # Most weights of a group are treated alike, and this may be asked at every step.
+        known: dict[Any, Decay] = {}
+        decays = []
+        for target, group, effects in zip(
+            plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True
+        ):
+            # Claims say who decays it, also where somebody claims it who is no callback; after a
+            # fit there are none any more.
+            owner = owners.get(target.weight, highest_claim(effects.decay_rules))
+            alike = id(group), effects, owner
+            if alike not in known:
+                known[alike] = decay_of(plan.optimizer, group, effects.decay_rules, owner)
+            decays.append(Decay(owner, None) if effects.decay_untold else known[alike])
+        return decays
+
+    def decay_shares(
+        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The share of each vector that AWS takes away before this step, and that decay takes away
+        within it, whoever applies it.
+
+        Args:
+            plan: the vectors.
+            step: the step.
+            norm: their norms, ``(n,)``.
+            std: their standard deviations, for AWS on weight-standardized weights.
+
+        Returns:
+            Two ``(n,)``, at most 0.5 each; the second is NaN where nobody can tell. Exact for plain
+            SGD and decoupled decays; of a coupled decay under momentum, the mean.
+        """
+        decays = self.decays(plan)
+        vectors = plan.vectors
+        tensor = partial(torch.tensor, device=norm.device)
+
+        size = norm
+        if std is not None:
+            by_std = tensor([decay.statistic == "std" for decay in decays], dtype=torch.bool)
+            size = torch.where(vectors.spread(by_std), std, norm)
+        alphas = tensor([decay.alpha for decay in decays], dtype=norm.dtype)
+        rates = tensor([_on_host(decay.rate) for decay in decays], dtype=norm.dtype)
+        for i, decay in enumerate(decays):
+            # A rate may lie on the device: it is copied there, so that nothing waits for it.
+            if isinstance(decay.rate, Tensor):
+                rates[i] = decay.rate
+        for member in self._members:
+            member.correct_decays(plan, decays, rates)
+
+        lr = plan.rates()
+        before = (lr * vectors.spread(alphas) * size).clamp(max=0.5)
+        within = (lr * vectors.spread(rates)).clamp(max=0.5)
+        active = plan.active(step)
+        if active is None:
+            return before, within
+        return torch.where(active, before, 0.0), torch.where(active, within, 0.0)
+
+    def applied_decay(
+        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
+    ) -> Tensor:
+        """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as
+        for `decay_shares`."""
+        before, within = self.decay_shares(plan, step, norm, std)
+        return before + within - before * within
+
+    # -- counts
+    # --------------------------------------------------------------------------------------------
+
+    def events(self) -> dict[tuple[int, int, str], int]:
+        """How often each kind of event has happened in this fit, by callback (its place in the
+        list), optimizer and kind."""
+        counts = {}
+        for place, member in enumerate(self._members):
+            for plan in member.plans.values():
+                for kind, count in plan.events.items():
+                    counts[place, plan.index, kind] = count
+        return counts
+
+    def counted(self, key: str) -> Tensor | None:
+        """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if
+        nobody counts it."""
+        totals = [p.vectors.totals(p.counters[key]) for p in self.plans if key in p.counters]
+        if not totals:
+            return None
+        device = totals[0].device
+        return torch.cat([t.to(device) for t in totals]).sum(0, keepdim=True)
+
+    def counted_by_weight(self, key: str) -> dict[str, int]:
+        """Sum of a counter over the vectors of each weight where it is not 0; every rank must call
+        it."""
+        counts: Counter[str] = Counter()
+        for plan in self.plans:
+            if key in plan.counters:
+                totals = plan.vectors.totals(plan.counters[key]).tolist()
+                for target, total in zip(plan.targets, totals, strict=True):
+                    counts[target.name] += int(total)
+        return dict(+counts)
+
+
+def _effect_on(ours: Target, theirs: Target, member: Member) -> Effect:
+    """What a callback with target ``theirs`` does to the vectors of ``ours``."""
+    effect = member.stated_effect(theirs)
+    if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
+        return effect
+    # Gated projection takes the filter view or else the layer view, whichever is at right angles to
+    # the gradient.
+    if isinstance(effect, Projection) and effect.gate == "cosine" and ours.partition.n == 1:
+        return effect
+    return OnOtherVectors(effect)
+
+
+def _on_host(rate: float | Tensor | None) -> float:
+    """A rate as a float; NaN where nobody can tell, 0 in place of a tensor, which is copied
+    later."""
+    if rate is None:
+        return nan
+    return 0.0 if isinstance(rate, Tensor) else float(rate)
+
+
+__all__ = ["Combined"]

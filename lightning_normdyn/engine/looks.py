@@ -1,0 +1,114 @@
+"""Which forward passes are worth watching: reading the graph of a loss costs time, so it is read
+again only when it may tell something new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.engine.unread_rows import UnreadRows
+from lightning_normdyn.engine.weights import held_by
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.placement import has_gradient
+
+FIRST_LOOKS = 8
+
+
+class Looks:
+    """When to look at the graph again, although nothing that decides its shape has changed.
+
+    A weight that trains but never shows up in a loss (a backward that Lightning does not see) must
+    not cost every batch: retry on the first 8 batches, then back off exponentially.
+
+    Attributes:
+        taken: how often it was looked again so far.
+    """
+
+    def __init__(self) -> None:
+        self._batches = 0
+        self.taken = 0
+        self._next = 0
+        self._asked_for = False
+        self._undecided: set[Tensor] = set()
+        # Weights that the next look is for: of no known kind, but with a gradient.
+        self._missed: set[Tensor] = set()
+        self._unread_rows: dict[int, UnreadRows | None] = {}  # by optimizer
+        self._logging_step: dict[int, int] = {}  # by optimizer: when rows were last looked at
+
+    def ask_at_once(self) -> None:
+        """Weights have come: look at the next batch, however often it was looked before."""
+        self._asked_for, self._next = True, self._batches
+        self._unread_rows = {}
+
+    def begin_batch(self, *, wanted: bool) -> bool:
+        """Whether this batch is worth a look.
+
+        Args:
+            wanted: whether the search asks for one.
+        """
+        # The batch that gave them gradients is over; the next one that uses them may be several
+        # away.
+        partly_read = {w for rows in self._unread_rows.values() if rows for w in rows.weights}
+        self._missed &= self._undecided | partly_read
+        self._batches += 1
+        is_due = bool(self._missed) or self._asked_for or wanted
+        if not is_due or self._batches < self._next:
+            return False
+        self.taken += 1
+        rest = 1 if self.taken < FIRST_LOOKS else self._batches // 2
+        self._next = self._batches + rest
+        return True
+
+    def seen(self, *, had_loss: bool) -> None:
+        """A watched batch is over."""
+        self._asked_for = not had_loss
+
+    def decided(
+        self, index: int, undecided: Iterable[Tensor], unread: dict[Tensor, Partition]
+    ) -> None:
+        """What a look has left open.
+
+        Args:
+            index: of an optimizer.
+            undecided: weights of all optimizers of which nothing is known.
+            unread: rows of this optimizer's weights that no loss has read.
+        """
+        self._undecided = set(undecided)
+        before = self._unread_rows.get(index)
+        rows = UnreadRows(unread) if unread else None
+        self._unread_rows[index] = rows
+        # Where fewer rows are unread than before, the look has found what it was for.
+        for weight, partition in before.weights.items() if before else ():
+            if rows is None or not rows.still_has(weight, partition):
+                self._missed.discard(weight)
+
+    def note_gradients(
+        self, index: int, optimizer: Optimizer, number: int, logging_step: int
+    ) -> None:
+        """A step is about to happen: remember which weights of unknown kind have a gradient.
+
+        Args:
+            index: of the optimizer.
+            optimizer: that steps.
+            number: 1-based count of its steps.
+            logging_step: at which numbers may be copied to the host, counted in logging steps.
+        """
+        # Gradients are there now; later somebody may have cleared them.
+        if self._undecided:
+            for weight in self._undecided.intersection(held_by(optimizer)):
+                if weight.requires_grad and has_gradient(weight):
+                    self._missed.add(weight)
+        rows = self._unread_rows.get(index)
+        if rows is None:
+            return
+        # The numbers are waited for: in the first steps, and where a logger gets its numbers
+        # anyway. An optimizer that did not step at a logging step is looked at when it steps next.
+        looked_at = self._logging_step.get(index, 0)
+        self._logging_step[index] = logging_step
+        if number <= UnreadRows.FIRST_STEPS or logging_step > looked_at:
+            self._missed |= rows.with_gradient()
+
+
+__all__ = ["Looks"]

@@ -1,0 +1,168 @@
+"""The weights of the network during one fit: what they are called, who holds them, which shape they
+have as a whole, and which of them come later."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
+
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.placement import check_weight, full_shape
+from lightning_normdyn.invariance.names import parameter_names
+from lightning_normdyn.invariance.partitions import is_gain
+from lightning_normdyn.optimizers.views import survey
+
+Names = tuple[str, ...]
+Layout = tuple[tuple[int, ...], ...]
+
+
+class Weights:
+    """Names, holders and shapes of all parameters, by identity.
+
+    Args:
+        trainer: of the fit.
+        module: the LightningModule.
+
+    Attributes:
+        names: all names of each parameter; several where it is tied.
+        holders: the modules that hold it.
+        shapes: of the whole parameter, wherever its parts lie.
+        lazy: those that have no shape yet.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer, self.module = trainer, module
+        # Map parameters to names now, by identity: after a no-grad forward, FSDP2 exposes other
+        # Parameter objects than the optimizer holds.
+        self.names = parameter_names(module)
+        self._survey()
+        self.holders = holders_of(module)
+        self.shapes = {weight: full_shape(weight) for weight in self.names}
+        self.lazy = {weight for weight in self.names if is_lazy(weight)}
+        self._find_gains()
+        self._layouts: dict[int, Layout] = {}  # by optimizer: param groups whose weights have names
+
+    def name(self, weight: Tensor) -> str:
+        """The first of its names, by which messages and log keys call it."""
+        return self.names[weight][0]
+
+    def by_name(self) -> dict[str, Tensor]:
+        """Every name of every parameter."""
+        return {name: weight for weight, names in self.names.items() for name in names}
+
+    def owned(self, optimizer: Optimizer) -> list[Tensor]:
+        """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
+        return [p for p in held_by(optimizer) if p in self.names and self.is_matrix(p)]
+
+    def is_matrix(self, weight: Tensor) -> bool:
+        """Whether it has two dimensions or more: one of fewer is never a target."""
+        return len(self.shapes[weight]) >= 2
+
+    def is_gain(self, weight: Tensor) -> bool:
+        """Whether its rows are single numbers, such as the scales of a LayerScale."""
+        return weight in self._gains
+
+    def take_in(
+        self, index: int, optimizer: Optimizer, layout: Layout, *, final: bool
+    ) -> dict[Tensor, Names]:
+        """Map the weights of an optimizer that have come since the start of the fit: layers that
+        grew, a head that was exchanged.
+
+        Args:
+            index: the number of the optimizer.
+            optimizer: whose param groups may have changed.
+            layout: of its param groups now.
+            final: whether the module shows the optimizer's own parameters for certain, as it does
+                when a step is due.
+
+        Returns:
+            The new weights and their names. Weights that had these names before are gone.
+        """
+        if self._layouts.get(index) == layout:
+            return {}
+        held = set(held_by(optimizer))
+        new = {}
+        if not held <= self.names.keys():
+            for weight, names in parameter_names(self.module).items():
+                if weight in held and weight not in self.names:
+                    new[weight] = names
+        if final or held <= self.names.keys() | new.keys():
+            self._layouts[index] = layout
+        if new:
+            self._replace(new)
+        return new
+
+    def _replace(self, new: dict[Tensor, Names]) -> None:
+        changed = {name for names in new.values() for name in names}
+        for weight, names in list(self.names.items()):
+            rest = tuple(name for name in names if name not in changed)
+            if rest:
+                self.names[weight] = rest
+            else:
+                del self.names[weight]
+        self.names.update(new)
+        self._survey()
+        self.holders = holders_of(self.module)
+        self.shapes.update({weight: full_shape(weight) for weight in new})
+        self.lazy.update(weight for weight in new if is_lazy(weight))
+        self._find_gains()
+
+    def _survey(self) -> None:
+        # The strategy's model wraps the module; FSDP1 is only seen from there.
+        model = self._trainer.strategy.model or self.module
+        survey(model, self._trainer.optimizers)
+
+    def _find_gains(self) -> None:
+        self._gains = set()
+        for weight in self.names.keys() - self.lazy:
+            shape = self.shapes[weight]
+            if len(shape) >= 2 and is_gain(self.module, self.name(weight), shape):
+                self._gains.add(weight)
+
+
+def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
+    """The modules that hold each parameter; several where it is tied."""
+    holders: dict[Tensor, list[nn.Module]] = {}
+    for submodule in module.modules():
+        for parameter in submodule.parameters(recurse=False):
+            holders.setdefault(parameter, []).append(submodule)
+    return holders
+
+
+def held_by(optimizer: Optimizer) -> list[Tensor]:
+    """All parameters of an optimizer, in its order."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def layout_of(optimizer: Optimizer) -> Layout:
+    """The param groups of an optimizer by identity: it changes when a group joins, grows, or gets
+    other weights."""
+    return tuple((id(group), *map(id, group["params"])) for group in optimizer.param_groups)
+
+
+def is_measurable(weight: Tensor) -> bool:
+    """Whether sums can be taken over this weight and its gradient."""
+    try:
+        check_weight(weight, "weight")
+    except NotSupportedError:
+        return False
+    return not has_sparse_gradient(weight)
+
+
+def has_sparse_gradient(weight: Tensor) -> bool:
+    """Whether the last backward pass left a sparse gradient."""
+    return weight.grad is not None and weight.grad.layout != torch.strided
+
+
+__all__ = [
+    "Layout",
+    "Weights",
+    "has_sparse_gradient",
+    "held_by",
+    "holders_of",
+    "is_measurable",
+    "layout_of",
+]
