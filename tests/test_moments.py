@@ -9,9 +9,9 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from cases import CASES as CASES_WITH_A_REFERENCE
+from cases import Case, sgd
 from models import Net, distance, fit, images, make, same, weights_of
-from test_conformance import CASES as CASES_WITH_A_REFERENCE
-from test_conformance import Case, sgd
 from torch.utils.data import DataLoader
 
 from lightning_normdyn import InputSpanMonitor

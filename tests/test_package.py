@@ -117,6 +117,25 @@ def test_no_circles_among_modules():
         visit(name, ())
 
 
+TESTS = Path(__file__).parent
+
+
+@pytest.mark.parametrize(
+    "path", sorted(TESTS.rglob("*.py")), ids=lambda p: str(p.relative_to(TESTS))
+)
+def test_no_test_module_imports_another(path):
+    """What several test modules use is a helper: tests/models.py, tests/cases.py, ..."""
+    stems = {p.stem for p in TESTS.rglob("test_*.py")}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.update([node.module or "", *(alias.name for alias in node.names)])
+    assert not {name.split(".")[-1] for name in names} & stems
+
+
 @pytest.mark.parametrize(
     "path", [p for p in MODULES if room(p) == "callbacks"], ids=lambda p: p.name
 )

@@ -255,3 +255,16 @@ def _settled(
     group["weight_decay"] = own
     weight.grad = None
     return weight, optimizer
+
+
+SHAPE = (3, 5)
+
+
+def start(
+    shape: Sequence[int] = SHAPE, norm: float | None = None, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Rows of a weight to walk from, of length ``norm`` if it is given."""
+    weight = torch.randn(
+        *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
+    ).to(dtype)
+    return weight if norm is None else weight * (norm / weight.norm(dim=1, keepdim=True))

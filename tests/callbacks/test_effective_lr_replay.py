@@ -11,9 +11,9 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from models import Net, distance, fit, images, loader, make, same, weights_of
+from cases import MODES, ByStep, Remembers, adamw, run
+from models import Net, SavesAt, distance, fit, images, loader, make, same, weights_of
 from ranks import run_ranks
-from test_conformance import MODES, ByStep, Remembers, SavesAt, adamw, run
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

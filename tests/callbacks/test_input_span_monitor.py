@@ -14,16 +14,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from models import Net, fit, images, loader, make, same, weights_of
-from ranks import run_ranks
-from test_conformance import (
+from cases import (
     MODES,
     ByStep,
     KeepsRows,
     Remembers,
-    SavesAt,
     adamw,
     compiled,
     everything,
@@ -31,6 +26,10 @@ from test_conformance import (
     run,
     sgd,
 )
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from models import Net, SavesAt, fit, images, loader, make, same, weights_of
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 

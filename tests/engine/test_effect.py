@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from models import fit, make
-from monitor.test_predictions import SHAPE, start
-from walk import Walk, batches, noise
+from walk import SHAPE, Walk, batches, noise, start
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,

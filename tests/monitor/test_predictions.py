@@ -13,12 +13,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Net, convnet, fit, loader, make
+from paper_optimizers import SGDP, AdamP, Lion
 from ranks import init_process_group, run_ranks
-from theory.test_equilibrium import SGDP, AdamP, Lion
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
-from walk import SETTINGS, Angles, Setting, Walk, batches, by_rates, noise, settled
+from walk import SETTINGS, SHAPE, Angles, Setting, Walk, batches, by_rates, noise, settled, start
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,
@@ -48,18 +48,8 @@ from lightning_normdyn.parametrizations import weight_standardization
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
-SHAPE = (3, 5)
 NOTHING = Effects()
 KEYS = ("equilibrium_angular_update/weight", "equilibrium_ratio/weight")
-
-
-def start(
-    shape: Sequence[int] = SHAPE, norm: float | None = None, dtype: torch.dtype = torch.float64
-) -> Tensor:
-    weight = torch.randn(
-        *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64
-    ).to(dtype)
-    return weight if norm is None else weight * (norm / weight.norm(dim=1, keepdim=True))
 
 
 def rms(values: Any) -> float:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from theory.test_equilibrium import group_of
+from paper_optimizers import group_of
 
 from lightning_normdyn.optimizers.step_response import step_response, steps_like
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update

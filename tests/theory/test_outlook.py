@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from paper_optimizers import group_of
 
 from lightning_normdyn.theory import equilibrium as eq
 from lightning_normdyn.theory import outlook as verdicts
-from theory.test_equilibrium import group_of
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 
