@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import csv
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import lightning_normdyn
 from lightning_normdyn.callbacks.norm_dynamics_monitor import QUANTITIES
@@ -25,7 +29,7 @@ def test_every_python_block_is_a_snippet_file():
     assert sorted(blocks) == sorted(s.read_text(encoding="utf-8") for s in SNIPPETS)
 
 
-def run_snippet(name: str, folder: Path, code: str | None = None) -> str:
+def run_as_process(name: str, folder: Path) -> str:
     """What a snippet prints, in a folder of its own and with nothing of ours in the environment but
     the package."""
     kept = {
@@ -40,13 +44,8 @@ def run_snippet(name: str, folder: Path, code: str | None = None) -> str:
         "HOME": str(folder),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    path = folder / "snippet.py"
-    path.write_text(
-        (ROOT / "examples" / "readme" / name).read_text(encoding="utf-8") if code is None else code,
-        encoding="utf-8",
-    )
     done = subprocess.run(
-        [sys.executable, str(path)],
+        [sys.executable, str(ROOT / "examples" / "readme" / name)],
         cwd=folder,
         env=environment,
         capture_output=True,
@@ -57,6 +56,15 @@ def run_snippet(name: str, folder: Path, code: str | None = None) -> str:
     return done.stdout
 
 
+def run_here(code: str) -> tuple[str, dict[str, Any]]:
+    """What a snippet prints, and its names; in this process, which has imported torch already."""
+    printed, names = io.StringIO(), {"__name__": "__main__"}
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code, "snippet", "exec"), names)
+    return printed.getvalue(), names
+
+
 def test_snippets_need_no_file_of_the_examples():
     ours = {path.stem for path in (ROOT / "examples").glob("*.py")}
     for snippet in SNIPPETS:
@@ -65,7 +73,7 @@ def test_snippets_need_no_file_of_the_examples():
 
 
 def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(tmp_path):
-    printed = run_snippet("quickstart.py", tmp_path)
+    printed = run_as_process("quickstart.py", tmp_path)
     angle = float(re.search(r"angular update: ([\d.]+) rad per step", printed)[1])
     assert 1e-4 < angle < 0.1
     (metrics,) = tmp_path.glob("logs/lightning_logs/*/metrics.csv")
@@ -86,26 +94,21 @@ def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(tm
     )
 
 
-def test_the_raw_loop_shrinks(tmp_path):
-    code = "import torch\ntorch.manual_seed(0)\n" + (
-        ROOT / "examples" / "readme" / "raw_loop.py"
-    ).read_text(encoding="utf-8")
+def test_the_raw_loop_shrinks():
+    code = (ROOT / "examples" / "readme" / "raw_loop.py").read_text(encoding="utf-8")
+    assert "alpha=2.5e-3" in code
     norms = []
     for alpha in ("2.5e-3", "0.0"):
-        assert "alpha=2.5e-3" in code
-        printed = run_snippet(
-            "raw_loop.py",
-            tmp_path,
-            code.replace("alpha=2.5e-3", f"alpha={alpha}") + "print(vectors.norms().tolist())\n",
-        )
-        norms.append(ast.literal_eval(printed.splitlines()[-1]))
+        _, names = run_here(code.replace("alpha=2.5e-3", f"alpha={alpha}"))
+        norms.append(names["vectors"].norms().tolist())
     shrunk = [a / b for a, b in zip(*norms, strict=True)]
     # Three steps, each by lr · alpha · norm, with a norm of about 0.58.
     assert shrunk == pytest.approx([1 - 3 * 0.1 * 2.5e-3 * norm for norm in norms[1]], abs=2e-5)
 
 
-def test_the_fabric_loop_tells_how_far_each_step_turned(tmp_path):
-    printed = run_snippet("fabric_loop.py", tmp_path)
+def test_the_fabric_loop_tells_how_far_each_step_turned():
+    code = (ROOT / "examples" / "readme" / "fabric_loop.py").read_text(encoding="utf-8")
+    printed, _ = run_here(code)
     found = re.findall(r"step (\d): turned by ([\d.e-]+) rad", printed)
     assert [int(step) for step, _ in found] == [1, 2, 3]
     # A step of AdamW moves an entry by at most about lr: 27 entries of a filter of norm 0.58.

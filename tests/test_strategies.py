@@ -106,8 +106,13 @@ def assert_same_rows(
 
 
 QUICK = ["ddp", "ddp, ZeroRedundancyOptimizer", "FSDP2", "TP", "FSDP1 FULL_SHARD"]
+# One worker of pytest-xdist takes all tests of a strategy: they read the same fits.
 MATRIX = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES
+    pytest.param(
+        name,
+        marks=[pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])],
+    )
+    for name in STRATEGIES
 ]
 MATRIX += [pytest.param(name, marks=pytest.mark.deepspeed) for name in DEEPSPEED]
 
