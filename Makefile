@@ -24,10 +24,10 @@ bench: $(READY)  ## what each callback costs, beside floors and peers; writes be
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cost.py
 
 test: $(READY)  ## everything but what is slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not deepspeed"
 
 test-slow: $(READY)  ## what `make test` leaves out
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not deepspeed"
 
 test-all: test test-slow test-deepspeed  ## everything
 

@@ -106,30 +106,26 @@ def assert_same_rows(
 
 
 QUICK = ["ddp", "ddp, ZeroRedundancyOptimizer", "FSDP2", "TP", "FSDP1 FULL_SHARD"]
-# One worker of pytest-xdist takes all tests of a strategy: they read the same fits.
 MATRIX = [
-    pytest.param(
-        name,
-        marks=[pytest.mark.xdist_group(name), *([] if name in QUICK else [pytest.mark.slow])],
-    )
-    for name in STRATEGIES
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES
 ]
 MATRIX += [pytest.param(name, marks=pytest.mark.deepspeed) for name in DEEPSPEED]
 
 
-@pytest.mark.parametrize("callbacks", CALLBACKS)
 @pytest.mark.parametrize("strategy", MATRIX)
-def test_matrix(strategy: str, callbacks: str):
+def test_matrix(strategy: str):
+    """One test for all callbacks: the ranks of a strategy are forked once for them all."""
     dtype = {**STRATEGIES, **DEEPSPEED}[strategy].dtypes[0]
-    expected, rows, targets = reference(dtype)[callbacks]
-    answers = {rank: found[callbacks] for rank, found in outcome(strategy, dtype).items()}
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for weights, _, _ in answers.values():
-        assert distance(weights, expected) <= tolerance
-    assert answers[0][2] == targets
-    # Values are logged in float32.
-    assert_same_rows(answers[0][1], rows, 1e-5, 1e-3)
-    assert not any(len(history) for rank, (_, history, _) in answers.items() if rank)
+    for callbacks, (expected, rows, targets) in reference(dtype).items():
+        answers = {rank: found[callbacks] for rank, found in outcome(strategy, dtype).items()}
+        for weights, _, _ in answers.values():
+            assert distance(weights, expected) <= tolerance, callbacks
+        assert answers[0][2] == targets, callbacks
+        # Values are logged in float32.
+        assert_same_rows(answers[0][1], rows, 1e-5, 1e-3)
+        recorded = [rank for rank, (_, history, _) in answers.items() if len(history)]
+        assert recorded == [0], callbacks
 
 
 def test_the_matrix_says_something():
