@@ -18,16 +18,19 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from lightning_normdyn import __version__
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.invariance.checks import inspect_module
+from lightning_normdyn.invariance.verdict import targets_table
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.report.page import write_report
+from lightning_normdyn.monitor.report.runs import load_run
 from lightning_normdyn.storage import is_remote
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from lightning_normdyn.monitor.history import History
 
 _EXAMPLES = """examples:
   python -m lightning_normdyn demo
@@ -248,8 +251,6 @@ def _demo(options: argparse.Namespace) -> None:
             f"the demonstration failed{': ' + said[-1].removeprefix('error: ') if said else ''}."
         )
 
-    from lightning_normdyn.monitor.report import load_run, write_report
-
     runs = {
         label: load_run(options.out / folder)
         for label, folder in (("weight decay", "decay"), ("AdaptiveWeightShrink", "aws"))
@@ -263,9 +264,6 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from lightning_normdyn.invariance.checks import inspect_module
-    from lightning_normdyn.invariance.verdict import targets_table
-
     module = _build(options.model, dict(options.set))
     inputs = _inputs(module, options)
     _say("reading the graph of one forward pass and testing the outputs")
@@ -286,8 +284,6 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _build(name: str, settings: dict[str, Any]) -> nn.Module:
-    from torch import nn
-
     source, _, attribute = name.rpartition(":")
     _say(f"importing {source}")
     with _importing_from_here():
@@ -341,8 +337,6 @@ def _importing_from_here() -> Iterator[None]:
 
 
 def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
-    import torch
-
     if options.input_shape:
         return tuple(
             _random_input((options.batch_size, *shape), options.integers)
@@ -360,8 +354,6 @@ def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
-    import torch
-
     generator = torch.Generator().manual_seed(0)
     return (
         torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -374,8 +366,6 @@ def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from lightning_normdyn.monitor.report import load_run, write_report
-
     named = [_named_run(text) for text in options.runs]
     output = os.path.realpath(options.output)
     if options.output.is_dir():

@@ -22,6 +22,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_normdyn import functional as F
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.plots.metric import draw_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,8 +141,6 @@ class _PerVector(Metric):
                 if None.
             ax: where to draw; a new figure if None.
         """
-        from lightning_normdyn.monitor.plots import draw_metric
-
         val = self.compute() if val is None else val
         values = (
             torch.stack([val] if isinstance(val, Tensor) else list(val))

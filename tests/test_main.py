@@ -85,7 +85,7 @@ def test_wrong_usage_is_2(capsys, arguments):
 
 def test_a_failure_that_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     run_of().save("run.npz")
-    monkeypatch.setattr("lightning_normdyn.monitor.report.write_report", lambda *_: {}["missing"])
+    monkeypatch.setattr(command_line, "write_report", lambda *_: {}["missing"])
     assert "KeyError; run again with --traceback" in refused(capsys, "report", "run.npz")
     with pytest.raises(KeyError):
         main(["report", "run.npz", "--traceback"])
@@ -95,7 +95,7 @@ def test_ctrl_c_is_quiet(capsys, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lightning_normdyn.monitor.report.load_run", interrupted)
+    monkeypatch.setattr(command_line, "load_run", interrupted)
     assert main(["report", "run.npz"]) == 130
     assert capsys.readouterr().err == ""
 

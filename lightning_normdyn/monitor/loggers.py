@@ -37,6 +37,9 @@ from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.histograms import Histogram
 from lightning_normdyn.monitor.history import History, load_history
+from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
+from lightning_normdyn.monitor.plots.layers import plot_angular_update, plot_effective_lr
+from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
 from lightning_normdyn.storage import Location, exists, join, replacing
 
 if TYPE_CHECKING:
@@ -94,24 +97,22 @@ class Outcome:
         return {name: _pixels(figure) for name, figure in self._figures()} if _can_draw() else {}
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
-        from lightning_normdyn.monitor import plots
-
         recorded = _recorded(self.history)
         asked = [quantity for quantity in recorded if quantity in self.quantities]
         for quantity in (q for q in MAIN if q in asked):
             draw = (
-                plots.plot_angular_update
+                plot_angular_update
                 if quantity == "angular_update"
-                else partial(plots.plot_effective_lr, quantity=quantity)
+                else partial(plot_effective_lr, quantity=quantity)
             )
             yield f"{quantity}{self.label}", draw(self.history)[0]
         for quantity in (q for q in MAPPED if q in asked):
             yield (
                 f"heat_map_{quantity}{self.label}",
-                plots.plot_heatmap(self.history, quantity=quantity)[0],
+                plot_heatmap(self.history, quantity=quantity)[0],
             )
         if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
-            yield f"norm_ridge{self.label}", plots.plot_norm_ridge(self.history)[0]
+            yield f"norm_ridge{self.label}", plot_norm_ridge(self.history)[0]
 
     def markdown(self) -> str:
         """The layers as a Markdown table."""

@@ -45,12 +45,12 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.callbacks import input_span_monitor
 from lightning_normdyn.input_span.span import InputRows
-from lightning_normdyn.monitor.plots import (
+from lightning_normdyn.parametrizations import weight_normalization
+from lightning_normdyn.plots import (
     plot_input_span,
     plot_weight_histogram,
     plot_weight_shape,
 )
-from lightning_normdyn.parametrizations import weight_normalization
 
 QUANTITIES = [
     "input_span_energy",

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor import report
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.report import load_run, write_report
+from lightning_normdyn.monitor.report import page
+from lightning_normdyn.monitor.report import runs as run_reading
+from lightning_normdyn.monitor.report.page import write_report
+from lightning_normdyn.monitor.report.runs import load_run
 
 pytest.importorskip("matplotlib")
 
@@ -214,7 +216,7 @@ def reader_that(monkeypatch, *, stdout: str = "", stderr: str = "", code: int = 
         options["stderr"].write(stderr.encode())
         return subprocess.CompletedProcess(command, code)
 
-    monkeypatch.setattr(report.subprocess, "run", run)
+    monkeypatch.setattr(run_reading.subprocess, "run", run)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_without_a_wandb_that_can_read_it_is_said_which_one_can(tmp_path, monkey
 
 def test_a_wandb_reader_that_hangs_is_given_up(tmp_path, monkeypatch):
     (tmp_path / "run.wandb").write_bytes(b"")
-    monkeypatch.setattr(report, "_READ_SECONDS", 0.2)
+    monkeypatch.setattr(run_reading, "_READ_SECONDS", 0.2)
     hangs = tmp_path / "hangs"
     hangs.write_text("#!/bin/sh\nsleep 5\n")
     hangs.chmod(0o755)
@@ -324,26 +326,26 @@ def test_a_folder_with_two_runs_asks_which(tmp_path):
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path):
-    page = Page(
+    shown = Page(
         write_report(
             {"decay": synthetic(), "aws": synthetic(factor=2)}, tmp_path / "new" / "report.html"
         )
     )
     assert not [
-        tag for tag, _ in page.tags if tag in ("link", "iframe", "object", "embed", "base", "form")
+        tag for tag, _ in shown.tags if tag in ("link", "iframe", "object", "embed", "base", "form")
     ]
-    for _, attributes in page.tags:
+    for _, attributes in shown.tags:
         for name in ("src", "href", "action", "srcset", "background"):
             assert attributes.get(name, "data:").startswith("data:")
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", page.source).replace(
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", shown.source).replace(
         "http-equiv", ""
     )
-    assert "@import" not in page.source
-    assert "default-src 'none'" in page.policy
-    (script,) = page.scripts
+    assert "@import" not in shown.source
+    assert "default-src 'none'" in shown.policy
+    (script,) = shown.scripts
     assert (
         f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        in page.policy
+        in shown.policy
     )
     assert os.listdir(tmp_path / "new") == ["report.html"]
 
@@ -351,8 +353,8 @@ def test_the_page_needs_nothing_from_outside(tmp_path):
 def test_every_picture_is_a_picture_and_says_what_it_shows(tmp_path):
     history = synthetic()
     history.append_vectors(0, {"weight_norm/conv0.weight": np.arange(1.0, 9)})
-    page = Page(write_report({"run": history}, tmp_path / "report.html"))
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    images = [attributes for tag, attributes in shown.tags if tag == "img"]
     assert len(images) == 6  # three sets of curves, two heat maps, a ridge
     for image in images:
         assert base64.b64decode(image["src"].split(",")[1], validate=True).startswith(b"\x89PNG")
@@ -360,8 +362,8 @@ def test_every_picture_is_a_picture_and_says_what_it_shows(tmp_path):
 
 
 def test_the_table_holds_the_numbers(tmp_path):
-    page = Page(write_report({"run": synthetic()}, tmp_path / "report.html"))
-    head, *rows = page.rows
+    shown = Page(write_report({"run": synthetic()}, tmp_path / "report.html"))
+    head, *rows = shown.rows
     assert head[0] == "weight"
     assert rows == [
         [
@@ -388,8 +390,8 @@ def test_the_verdict_is_what_the_monitor_said(tmp_path):
         "conv1.weight": {"verdict": "-"},
         "conv2.weight": {"verdict": 3},
     }
-    page = Page(write_report({"run": history}, tmp_path / "report.html"))
-    assert [row[-1] for row in page.rows[1:]] == [
+    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    assert [row[-1] for row in shown.rows[1:]] == [
         "settled, 0.5x the prediction (below)",
         "as predicted",
         "turns faster",
@@ -398,16 +400,16 @@ def test_the_verdict_is_what_the_monitor_said(tmp_path):
 
 def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):
     runs = {"decay": synthetic(2), "aws": synthetic(3, factor=2)}
-    page = Page(write_report(runs, tmp_path / "report.html"))
-    assert [row[:2] for row in page.rows[1:]] == [
+    shown = Page(write_report(runs, tmp_path / "report.html"))
+    assert [row[:2] for row in shown.rows[1:]] == [
         ["decay", "conv0.weight"],
         ["aws", "conv0.weight"],
         ["decay", "conv1.weight"],
         ["aws", "conv1.weight"],
         ["aws", "conv2.weight"],
     ]
-    assert sum("of decay, aws" in attributes.get("alt", "") for _, attributes in page.tags) == 3
-    assert "Runs compared" in page.source
+    assert sum("of decay, aws" in attributes.get("alt", "") for _, attributes in shown.tags) == 3
+    assert "Runs compared" in shown.source
 
 
 def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path):
@@ -417,10 +419,10 @@ def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path):
     gap.append(
         0, {"gradient_cosine/a.weight": float("nan"), "effective_lr/b": 1.0}, optimizer_step=1
     )
-    page = Page(
+    shown = Page(
         write_report({"few": few, "gap": gap, "full": synthetic()}, tmp_path / "report.html")
     )
-    assert len(page.rows) == 1 + 1 + 2 + 3
+    assert len(shown.rows) == 1 + 1 + 2 + 3
 
 
 def test_hostile_names_stay_text(tmp_path):
@@ -433,17 +435,19 @@ def test_hostile_names_stay_text(tmp_path):
     }
     history.mark(3, attack)
     history.append_vectors(0, {f"weight_norm/{attack}": np.arange(1.0, 4)})
-    page = Page(write_report({attack: history, "$title": synthetic()}, tmp_path / "report.html"))
-    assert len(page.scripts) == 1
-    assert "alert" not in page.scripts[0]
+    shown = Page(write_report({attack: history, "$title": synthetic()}, tmp_path / "report.html"))
+    assert len(shown.scripts) == 1
+    assert "alert" not in shown.scripts[0]
     assert all(
         attributes["src"].startswith("data:image/png")
-        for tag, attributes in page.tags
+        for tag, attributes in shown.tags
         if tag == "img"
     )
-    assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    assert "".join(page.rows[1]).count("<script>alert(1)</script>") == 3
-    assert "$style" in str(page.rows)
+    assert not [
+        name for _, attributes in shown.tags for name in attributes if name.startswith("on")
+    ]
+    assert "".join(shown.rows[1]).count("<script>alert(1)</script>") == 3
+    assert "$style" in str(shown.rows)
 
 
 def test_meta_of_any_shape_is_shown(tmp_path):
@@ -473,7 +477,7 @@ def test_an_error_leaves_the_older_report_as_it_was(tmp_path, monkeypatch):
     ):
         with pytest.raises(NormDynError, match=message):
             write_report(runs, path)
-    monkeypatch.setattr(report, "_section", lambda *_: 1 / 0)
+    monkeypatch.setattr(page, "_section", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report({"run": synthetic(2)}, path)
     assert path.read_bytes() == before
@@ -565,8 +569,8 @@ def test_a_number_in_the_notes_of_a_run_that_is_none_is_left_out(number, tmp_pat
         "conv0.weight": {"vectors": number, "scale_invariant": number, "verdict": number}
     }
     run = load_run(history.save(tmp_path / "run.npz"))
-    page = Page(write_report({"run": run}, tmp_path / "report.html"))
-    assert ["–" if number is not True else page.rows[1][2]] == [page.rows[1][2]]
+    shown = Page(write_report({"run": run}, tmp_path / "report.html"))
+    assert ["–" if number is not True else shown.rows[1][2]] == [shown.rows[1][2]]
 
 
 @pytest.mark.parametrize("cell", ["9" * 4000, "-" + "9" * 4000, "1e999"])

@@ -1,0 +1,1 @@
+"""Pictures of a run, drawn from its history: one file per family."""
