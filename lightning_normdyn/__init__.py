@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from lightning_normdyn.invariance.checks import inspect_module
     from lightning_normdyn.invariance.rules import register_rule
     from lightning_normdyn.monitor.history import History, load_history
-    from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
+    from lightning_normdyn.optimizers.bracket import StepBracket
     from lightning_normdyn.optimizers.decay import DecayOwner
+    from lightning_normdyn.optimizers.step import Phase, Step
     from lightning_normdyn.optimizers.views import survey, torch_optimizers
 
 __version__ = "0.1.0"
@@ -84,12 +85,12 @@ _HOMES = {
         "History",
         "load_history",
     ),
-    "optimizers.bracket": (
+    "optimizers.bracket": ("StepBracket",),
+    "optimizers.decay": ("DecayOwner",),
+    "optimizers.step": (
         "Phase",
         "Step",
-        "StepBracket",
     ),
-    "optimizers.decay": ("DecayOwner",),
     "optimizers.views": (
         "survey",
         "torch_optimizers",

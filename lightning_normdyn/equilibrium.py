@@ -9,14 +9,16 @@ from lightning_normdyn.theory.equilibrium import (
     equivalent_hyperparameters,
     lr_drop_exponent,
     norm_transient,
-    nrq_concentration,
-    nrq_limit_risk,
-    nrq_limit_risk_first_order,
-    nrq_norm,
     relaxation_steps,
     settles_at,
     wrs_angular_update,
     wrs_direction_lr,
+)
+from lightning_normdyn.theory.nrq import (
+    nrq_concentration,
+    nrq_limit_risk,
+    nrq_limit_risk_first_order,
+    nrq_norm,
 )
 
 __all__ = [

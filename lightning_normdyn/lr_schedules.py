@@ -17,12 +17,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_normdyn.errors import NormDynError, NotSupportedError, shown
-from lightning_normdyn.optimizers.facts import facts_of
 from lightning_normdyn.optimizers.group_numbers import as_number
+from lightning_normdyn.optimizers.recognition import facts_of
 
 __all__ = ["WeightDecayEquivalentLR", "weight_decay_equivalent_lrs"]
 
@@ -310,7 +310,7 @@ def _refuse_what_is_not_exact(
     optimizer: Optimizer, weight_decays: list[float], inner: LRScheduler | None
 ) -> None:
     """Everything that is known at construction."""
-    if facts_of(optimizer).known_class is not SGD:
+    if not facts_of(optimizer).proportional:
         raise NotSupportedError(
             f"`WeightDecayEquivalentLR` was asked for {type(optimizer).__name__}, but the "
             f"equivalence holds for torch.optim.SGD only: "

@@ -316,7 +316,8 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
     logs nothing in them."""
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from lightning_normdyn.optimizers.bracket import Phase, StepBracket
+    from lightning_normdyn.optimizers.bracket import StepBracket
+    from lightning_normdyn.optimizers.step import Phase
 
     most: dict[str, int] = {}
     add = StepBracket.add
@@ -386,7 +387,8 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
     """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut
     vectors, weights and measured numbers."""
     from lightning_normdyn.geometry import reduction
-    from lightning_normdyn.optimizers.bracket import Phase, StepBracket
+    from lightning_normdyn.optimizers.bracket import StepBracket
+    from lightning_normdyn.optimizers.step import Phase
 
     sent: list[int] = []
     found: dict[str, list[int]] = {}

@@ -18,10 +18,11 @@ from lightning_normdyn.functional import (
     shrink_factor,
     std_from_sums,
 )
-from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
-from lightning_normdyn.optimizers.facts import check_rate
 from lightning_normdyn.optimizers.scaling import RoundedScaling, Scaling
+from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.parametrizations import is_weight_standardized
 
 

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target
 from lightning_normdyn.engine.effect import Effect, ScaledSteps
@@ -22,9 +22,10 @@ from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
 from lightning_normdyn.monitor.history import History, load_history
-from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
-from lightning_normdyn.optimizers.facts import facts_of, why_not_as_base
+from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
+from lightning_normdyn.optimizers.recognition import facts_of, why_not_as_base
+from lightning_normdyn.optimizers.step import Phase, Step
 
 
 class EffectiveLRReplay(NormDynCallback):
@@ -115,7 +116,7 @@ class EffectiveLRReplay(NormDynCallback):
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The factor is SGD's: its steps are proportional to the gradient."""
-        if weights and facts_of(optimizer).known_class is not SGD:
+        if weights and not facts_of(optimizer).proportional:
             own_step = why_not_as_base(optimizer)
             because = "" if own_step is None else f" ({own_step})"
             raise NotSupportedError(

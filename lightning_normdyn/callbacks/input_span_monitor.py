@@ -50,7 +50,8 @@ from lightning_normdyn.input_span.span import (
 from lightning_normdyn.input_span.training_sample import Sample, seed_everything, undisturbed
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.spawned import KeepsHistory
-from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.step import Phase, Step
 
 BLOCK_BYTES = 2**31
 """Covariances held at once; more layers than fit are done in turn, each turn with a pass of its own

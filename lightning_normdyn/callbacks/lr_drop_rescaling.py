@@ -26,9 +26,12 @@ from lightning_normdyn.engine.rescaling import (
 from lightning_normdyn.engine.state import many, number, record, table, text, whole
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance
-from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket
-from lightning_normdyn.optimizers.facts import applied_rate, check_rate, class_for_predictions
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.checks import check_rate
+from lightning_normdyn.optimizers.rate import applied_rate
+from lightning_normdyn.optimizers.recognition import class_for_predictions
 from lightning_normdyn.optimizers.scaling import Scaling
+from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.theory.equilibrium import lr_drop_exponent
 

@@ -67,9 +67,12 @@ from lightning_normdyn.monitor.predictions import (
     urgency,
 )
 from lightning_normdyn.monitor.spawned import KeepsHistory
-from lightning_normdyn.optimizers.bracket import HostCopy, Phase, Step, StepBracket
-from lightning_normdyn.optimizers.facts import applied_rate, class_for_predictions
+from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
+from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.rate import applied_rate
+from lightning_normdyn.optimizers.recognition import class_for_predictions
+from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.tables import paragraph, render

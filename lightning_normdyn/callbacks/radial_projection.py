@@ -18,17 +18,19 @@ from lightning_normdyn.engine.state import many, number, optional, record, table
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.optimizers.bracket import (
-    HostCopy,
-    Phase,
-    Step,
-    StepBracket,
-    check_decay_takeover,
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
+from lightning_normdyn.optimizers.decay import (
+    Decay,
+    DecayOwner,
+    DecayRule,
+    decay_kind,
+    replaced_decay,
 )
-from lightning_normdyn.optimizers.decay import Decay, DecayOwner, DecayRule, replaced_decay
-from lightning_normdyn.optimizers.facts import check_rate
 from lightning_normdyn.optimizers.group_numbers import is_zero
-from lightning_normdyn.optimizers.state import decay_kind, step_buffer
+from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.state import step_buffer
+from lightning_normdyn.optimizers.step import Phase, Step
 
 # A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step
 # over the weight.

@@ -29,8 +29,10 @@ from lightning_normdyn.engine.rescaling import (
 )
 from lightning_normdyn.engine.state import many, record, whole
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
-from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket, check_decay_takeover
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
+from lightning_normdyn.optimizers.step import Phase, Step
 
 
 class WeightRescaling(NormDynCallback):

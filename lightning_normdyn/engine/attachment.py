@@ -17,7 +17,9 @@ from lightning_normdyn.engine.messages import show
 from lightning_normdyn.engine.two_phases import ReturnCheck
 from lightning_normdyn.engine.weights import Weights
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizers.bracket import Phase, Step, StepBracket, check_optimizer
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.checks import check_optimizer
+from lightning_normdyn.optimizers.step import Bracket, Phase, Step
 from lightning_normdyn.optimizers.views import torch_optimizers
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases, without_framework
 
@@ -101,7 +103,7 @@ class Attachment:
                 remove()
         self._removers = {}
 
-    def number_of(self, bracket: StepBracket) -> int:
+    def number_of(self, bracket: Bracket) -> int:
         """The number of the optimizer inside ``bracket``."""
         return next(i for i, known in enumerate(self.brackets) if known is bracket)
 

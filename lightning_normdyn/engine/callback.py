@@ -38,9 +38,13 @@ from lightning_normdyn.invariance.partitions import (
     filter_partition,
 )
 from lightning_normdyn.invariance.verdict import Verdict
-from lightning_normdyn.optimizers.bracket import Claimed, Phase, Step, StepBracket, check_optimizer
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
-from lightning_normdyn.optimizers.facts import has_plain_rate, sets_weights_back
+from lightning_normdyn.optimizers.rate import has_plain_rate
+from lightning_normdyn.optimizers.recognition import sets_weights_back
+from lightning_normdyn.optimizers.step import Phase, Step
+from lightning_normdyn.optimizers.takeover import Claimed
 from lightning_normdyn.optimizers.views import torch_optimizers
 from lightning_normdyn.optimizers.wrappers import copies_of_weights
 

@@ -23,10 +23,10 @@ from lightning_normdyn.engine.effect import (
 )
 from lightning_normdyn.engine.member import Member
 from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.optimizers.bracket import Step, StepBracket
-from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim
+from lightning_normdyn.optimizers.bracket import StepBracket
+from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim, taken_over_by_trial
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
-from lightning_normdyn.optimizers.state import taken_over_by_trial
+from lightning_normdyn.optimizers.step import Step
 
 
 class Combined:

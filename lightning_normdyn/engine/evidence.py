@@ -32,7 +32,7 @@ from lightning_normdyn.invariance.euler import (
     whole_values,
 )
 from lightning_normdyn.invariance.verdict import Verdict
-from lightning_normdyn.optimizers.bracket import HostCopy
+from lightning_normdyn.optimizers.host_copy import HostCopy
 
 CLOSE_LOOKS = 16
 """Steps of a close look. One vector gives one value a step, so 8 values come together even if half

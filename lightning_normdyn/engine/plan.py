@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.verdict import Verdict
-from lightning_normdyn.optimizers.bracket import Step
 from lightning_normdyn.optimizers.decay import DecayOwner
-from lightning_normdyn.optimizers.facts import applied_rate, rate_differs_within
 from lightning_normdyn.optimizers.group_numbers import Number, group_number
+from lightning_normdyn.optimizers.rate import applied_rate, rate_differs_within
+from lightning_normdyn.optimizers.step import Step
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Plan:
         NaN where nobody can tell.
 
         For most optimizers that is the learning rate of the param group, read at this very step
-        (`lightning_normdyn.optimizers.facts.applied_rate`). A rate that a step itself moves on is
+        (`lightning_normdyn.optimizers.rate.applied_rate`). A rate that a step itself moves on is
         the one that was `fix_rates`.
         """
         if self._fixed_rates is not None:

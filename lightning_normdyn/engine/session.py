@@ -33,8 +33,9 @@ from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
 from lightning_normdyn.invariance.graph_state import GraphState, Normalizations
 from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
-from lightning_normdyn.optimizers.bracket import Step, StepBracket
+from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scaling import put_back
+from lightning_normdyn.optimizers.step import Step
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases
 
 

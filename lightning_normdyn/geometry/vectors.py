@@ -23,7 +23,7 @@ from lightning_normdyn.geometry.reduction import Reduction
 
 
 class _Ready(Protocol):
-    """What `WeightVectors` asks of a step: `lightning_normdyn.optimizers.bracket.Step`."""
+    """What `WeightVectors` asks of a step: `lightning_normdyn.optimizers.step.Step`."""
 
     @property
     def with_gradient(self) -> Set[int]:

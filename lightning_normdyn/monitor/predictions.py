@@ -20,8 +20,9 @@ from lightning_normdyn.engine.effect import Effects, Rescaling
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.optimizers.decay import AnOptimizer, Decay, decay_of, highest_claim
-from lightning_normdyn.optimizers.facts import class_for_predictions
-from lightning_normdyn.optimizers.step_response import is_rough, is_zero, step_response
+from lightning_normdyn.optimizers.group_numbers import is_zero
+from lightning_normdyn.optimizers.recognition import class_for_predictions
+from lightning_normdyn.optimizers.step_response import is_rough, step_response
 from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
 from lightning_normdyn.theory.outlook import (
     adam_collapse_steps,

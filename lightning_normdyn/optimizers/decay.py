@@ -1,18 +1,15 @@
 r"""Who decays a weight, and by how much: the one place.
 
-A weight has the decay of its optimizer, unless a callback claims it. What is told here is the
-*decoupled equivalent* :math:`\lambda`: in
-one step the weight is multiplied by :math:`1 - \eta\lambda`, whatever form the decay was written
-in.
+A weight has the decay of its optimizer, unless a callback claims it. Predictions, tables, records
+and the callbacks that replace a decay all ask here, and are told the *decoupled equivalent*
+:math:`\lambda`: in one step the weight is multiplied by :math:`1 - \eta\lambda`, whatever form the
+decay was written in.
 
 - Decoupled decay (AdamW) is that already.
 - Coupled decay is added to the gradient, so momentum repeats it: under SGD with momentum
-  :math:`\beta` and dampening :math:`d` it acts like
-  :math:`\lambda (1-d)/(1-\beta)`, ten times what is written at :math:`\beta = 0.9`. Exact in the
-  mean, once the buffer is filled.
+  :math:`\beta` and dampening :math:`d` it acts like :math:`\lambda (1-d)/(1-\beta)`, ten times what
+  is written at :math:`\beta = 0.9`. Exact in the mean, once the buffer is filled.
 - Coupled decay under Adam is divided by the size of the gradient: no number says what it comes to.
-
-The act (RadialProjection), the record and the replay of it, predictions and tables all ask here.
 """
 
 from __future__ import annotations
@@ -25,30 +22,248 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.facts import class_for_predictions, decays_at_its_rate, law_of
-from lightning_normdyn.optimizers.group_numbers import Number, as_number, group_number
+from lightning_normdyn.optimizers import rate_rules
+from lightning_normdyn.optimizers.facts import DecayLaw, Kind
+from lightning_normdyn.optimizers.group_numbers import Number, as_number, group_number, is_zero
+from lightning_normdyn.optimizers.rate import applied_rate, decay_trial
+from lightning_normdyn.optimizers.recognition import (
+    class_for_predictions,
+    facts_of,
+    is_schedule_free,
+)
 from lightning_normdyn.optimizers.step_response import own_response
-
-__all__ = [
-    "AnOptimizer",
-    "Decay",
-    "DecayOwner",
-    "DecayRule",
-    "decay_of",
-    "highest_claim",
-    "optimizer_decay",
-    "replaced_decay",
-    "written_decay",
-]
-
 
 AnOptimizer: TypeAlias = Optimizer | type[Optimizer]
 """An optimizer, or its class where nothing about the instance matters."""
 
 
+# ----------------------------------------------------------------------- what the optimizer itself does
+
+
+@dataclass(frozen=True)
+class AppliedDecay:
+    """How an optimizer decays one weight in its next step.
+
+    Args:
+        kind: "coupled": λ·w is added to the gradient. "decoupled": the weight is multiplied by 1 -
+            share.
+        amount: λ of a coupled decay; the share of a decoupled one.
+        factor: what a decoupled decay multiplies the weight by: 1 - share, rounded as the optimizer
+            rounds it.
+    """
+
+    kind: Kind
+    amount: Number
+    factor: Number = 1.0
+
+
+def decay_law(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayLaw | None:
+    """How ``optimizer`` decays the weights of ``group``.
+
+    Returns:
+        None if the group has no ``weight_decay``, or if nobody can tell.
+
+    Example:
+        >>> import torch
+        >>> adam = torch.optim.Adam([torch.nn.Parameter(torch.ones(4, 3))])
+        >>> decay_law(adam, adam.param_groups[0])
+        DecayLaw(kind='coupled', pace='lr')
+    """
+    if "weight_decay" not in group:
+        return None
+    facts = facts_of(optimizer, group)
+    if facts.decay_law is not None:
+        return facts.decay_law(group)
+    # An optimizer that was read and has no law here has no decay. Without a decay in the group a
+    # trial would answer, too, but nobody would need its answer.
+    decay = as_number(group["weight_decay"])
+    if facts.step_was_read or decay is None or is_zero(decay):
+        return None
+    return decay_trial(optimizer).law
+
+
+def decay_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Kind | None:
+    """Whether ``optimizer`` decays ``group`` inside the gradient ("coupled") or apart from it.
+
+    Example:
+        >>> import torch
+        >>> adam = torch.optim.Adam([torch.nn.Parameter(torch.randn(4, 3))])
+        >>> decay_kind(adam, adam.param_groups[0])
+        'coupled'
+    """
+    law = decay_law(optimizer, group)
+    return None if law is None else law.kind
+
+
+def applied_decay(
+    optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor
+) -> AppliedDecay | None:
+    """How the next step of ``optimizer`` decays ``weight``.
+
+    Returns:
+        None if the group has no ``weight_decay``, or if nobody can tell.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.nn.Parameter(torch.ones(2, 3))
+        >>> adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.01)
+        >>> applied_decay(adamw, adamw.param_groups[0], weight)
+        AppliedDecay(kind='decoupled', amount=0.001, factor=0.999)
+    """
+    law = decay_law(optimizer, group)
+    if law is None:
+        return None
+    if law.kind == "coupled":
+        return AppliedDecay(law.kind, group_number(group, "weight_decay"))
+    rate: Any = 1.0
+    if law.pace == "lr":
+        rate = group.get("lr")
+    elif law.pace == "rate":
+        rate = applied_rate(optimizer, group, weight)
+    if rate is None:
+        return None
+    # Multiplied as they are written: an optimizer that multiplies float32 tensors, or numpy's
+    # float32, rounds to float32.
+    decay = _as_read(optimizer, group)
+    share, factor = as_number(rate * decay), as_number(1 - rate * decay)
+    if share is None or factor is None:
+        return None
+    return AppliedDecay(law.kind, share, factor)
+
+
+def _as_read(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Any:
+    """λ of a group as ``optimizer`` reads it, in whatever type it is written."""
+    if isinstance(optimizer, Optimizer):
+        read = facts_of(optimizer, group).written_decay
+        if read is not None:
+            return read(optimizer, group)
+    decay = group.get("weight_decay")
+    return 0.0 if decay is None else decay
+
+
+def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
+    """λ of a param group as ``optimizer`` reads it at this step; 0 without any.
+
+    Example:
+        >>> from torch.optim import SGD
+        >>> written_decay(SGD, {"lr": 0.1, "weight_decay": 5e-4})
+        0.0005
+    """
+    decay = as_number(_as_read(optimizer, group))
+    return 0.0 if decay is None else decay
+
+
+def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
+    """The decoupled equivalent λ of what ``optimizer`` itself does to the weights of a param group.
+
+    Args:
+        optimizer: the optimizer, or its class.
+        group: the param group at this step.
+
+    Returns:
+        In 1/(step·lr). 0 without decay; ``None`` where no number says what it comes to (Adam with
+        coupled decay) or the optimizer is not understood.
+
+    Example:
+        >>> from torch.optim import SGD, Adam
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+        >>> round(optimizer_decay(SGD, group), 6)
+        0.05
+        >>> optimizer_decay(Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-3}) is None
+        True
+    """
+    decay = written_decay(optimizer, group)
+    if is_zero(decay):
+        return 0.0
+    if isinstance(optimizer, Optimizer):
+        law = decay_law(optimizer, group)
+        if law is not None and law.kind == "decoupled":
+            return decay if _acts_at_the_rate(optimizer, group, law) else None
+    response = own_response(class_for_predictions(optimizer), group)
+    if response is None or response.rough:
+        return None
+    return response.effective_decay
+
+
+def _acts_at_the_rate(optimizer: Optimizer, group: Mapping[str, Any], law: DecayLaw) -> bool:
+    """Whether a decoupled decay shrinks a weight by `applied_rate` · λ, not another multiple of λ."""
+    rate_is_lr = facts_of(optimizer, group).rate in (
+        rate_rules.plain,
+        rate_rules.lr_without_schedule,
+    )
+    return law.pace == "rate" or (law.pace == "lr" and rate_is_lr)
+
+
+def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
+    """What is no longer applied when the decay of a weight is taken over, for tables.
+
+    Returns:
+        The decay as it is written, and what it acted like; ``""`` without decay.
+
+    Example:
+        >>> from torch.optim import SGD, AdamW
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+        >>> replaced_decay(SGD, group)
+        'replaces 0.005, acting like 0.05'
+        >>> replaced_decay(AdamW, {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 5e-3})
+        'replaces 0.005'
+    """
+    written = float(written_decay(optimizer, group))
+    if not written:
+        return ""
+    replaces = f"replaces {written:g}"
+    acted = optimizer_decay(optimizer, group)
+    if acted is not None:
+        acts_as_written = abs(float(acted) / written - 1) < 1e-6
+        return replaces if acts_as_written else f"{replaces}, acting like {float(acted):.3g}"
+    if isinstance(optimizer, Optimizer) and decay_kind(optimizer, group) == "coupled":
+        return f"{replaces} inside the gradient"
+    return replaces
+
+
+# ------------------------------------------------------------------------------- whether it can be taken
+
+
+def supports_decay_takeover(optimizer: Optimizer) -> str | None:
+    """Why the weight decay of single weights cannot be taken over, or ``None`` if it can.
+
+    To take over a decay, a param group is shown to the step as two. That is right only if ``step``
+    reads ``weight_decay`` from the group each time. torch's own optimizers do; for any other class
+    a trial on scratch weights tells (`lightning_normdyn.optimizers.trial.try_decay`).
+
+    Example:
+        >>> import torch
+        >>> supports_decay_takeover(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))])) is None
+        True
+    """
+    name = type(optimizer).__name__
+    if is_schedule_free(optimizer):
+        return f"{name} is schedule-free and keeps a second copy of the weights"
+    if facts_of(optimizer).step_was_read:
+        return None
+    refusal = decay_trial(optimizer).refusal
+    return None if refusal is None else f"of {name} it is not known how it decays: {refusal}"
+
+
+def taken_over_by_trial(optimizer: Optimizer) -> bool:
+    """Whether it is a trial, and not the table, that says the decay can be taken over.
+
+    Example:
+        >>> import torch
+        >>> taken_over_by_trial(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))]))
+        False
+    """
+    return not facts_of(optimizer).step_was_read and supports_decay_takeover(optimizer) is None
+
+
+# ------------------------------------------------------------------------------- what callbacks make of it
+
+
 class DecayOwner(IntEnum):
-    """Who applies the weight decay of a target; the highest claim wins, the optimizer itself is the
-    default."""
+    """Who applies the weight decay of a target; the highest claim wins.
+
+    The optimizer itself is the default.
+    """
 
     RESCALING = 1
     PROJECTION = 2
@@ -78,7 +293,8 @@ class DecayRule:
     statistic: Literal["norm", "std"] = "norm"
 
     def applied(self, optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
-        """λ that it applies to weights of ``group`` where it owns their decay, ``alpha`` aside;
+        """λ that it applies to weights of ``group`` whose decay it owns, ``alpha`` aside.
+
         None where nobody can tell.
 
         Example:
@@ -88,19 +304,18 @@ class DecayRule:
             >>> round(rule.applied(SGD, group), 6)
             0.005
         """
+        if self.rate != "replace":
+            return self.rate * self.ratio
         # SGDP's convention is λ/(1-β), also with dampening.
-        rate = (
-            optimizer_decay(optimizer, {**group, "dampening": 0})
-            if self.rate == "replace"
-            else self.rate
-        )
-        return None if rate is None else rate * self.ratio
+        replaced = optimizer_decay(optimizer, {**group, "dampening": 0})
+        return None if replaced is None else replaced * self.ratio
 
 
 @dataclass(frozen=True)
 class Decay:
-    """The decay of one weight in one step: its length is multiplied by (1 - lr · ``rate``)(1 - lr ·
-    ``alpha`` · size).
+    """The decay of one weight in one step.
+
+    Its length is multiplied by (1 - lr · ``rate``)(1 - lr · ``alpha`` · size).
 
     Args:
         owner: who applies ``rate``; None: the optimizer.
@@ -117,59 +332,7 @@ class Decay:
     @property
     def doubled(self) -> bool:
         """Whether two decays act at once, or may do."""
-        return self.alpha > 0 and (
-            self.rate is None or isinstance(self.rate, Tensor) or self.rate != 0
-        )
-
-
-def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
-    """λ of a param group as ``optimizer`` reads it at this step; 0 without any.
-
-    Example:
-        >>> from torch.optim import SGD
-        >>> written_decay(SGD, {"lr": 0.1, "weight_decay": 5e-4})
-        0.0005
-    """
-    decay = group_number(group, "weight_decay")
-    if getattr(optimizer, "decoupled_wd", False):
-        first_lr = as_number(getattr(optimizer, "_init_lr", None))
-        return (
-            decay if first_lr is None else decay / first_lr
-        )  # an option of lion_pytorch: lr x decay is meant, at the first lr
-    return decay
-
-
-def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
-    """The decoupled equivalent λ of what ``optimizer`` itself does to the weights of a param group,
-    in 1/(step·lr).
-
-    Args:
-        optimizer: the optimizer, or its class.
-        group: the param group at this step.
-
-    Returns:
-        0 without decay; ``None`` where no number says what it comes to (Adam with coupled decay) or
-        the optimizer is not understood.
-
-    Example:
-        >>> from torch.optim import SGD, Adam
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
-        >>> round(optimizer_decay(SGD, group), 6)
-        0.05
-        >>> optimizer_decay(Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-3}) is None
-        True
-    """
-    decay = written_decay(optimizer, group)
-    if not isinstance(decay, Tensor) and decay == 0:
-        return 0.0
-    if isinstance(optimizer, Optimizer):
-        law = law_of(optimizer, group)
-        if law is not None and law[0] == "decoupled":
-            return decay if decays_at_its_rate(optimizer, group) else None
-    response = own_response(class_for_predictions(optimizer), group)
-    if response is None or response.rough:
-        return None
-    return response.effective_decay
+        return self.alpha > 0 and (self.rate is None or not is_zero(self.rate))
 
 
 def highest_claim(rules: Iterable[DecayRule]) -> DecayOwner | None:
@@ -204,47 +367,17 @@ def decay_of(
         >>> decay_of(SGD, group, [DecayRule(DecayOwner.SHRINK, claims=True, alpha=2.5e-3)], DecayOwner.SHRINK)
         Decay(owner=<DecayOwner.SHRINK: 3>, rate=0.0, alpha=0.0025, statistic='norm')
     """
+    rate: Number | None = None
+    owners = [rule for rule in rules if rule.claims and rule.owner == owner]
     if owner is None:
         rate = optimizer_decay(optimizer, group)
-    else:
-        named = [rule for rule in rules if rule.owner == owner and rule.claims]
-        rate = (
-            named[0].applied(optimizer, group) if len(named) == 1 else None
-        )  # somebody who claims it and says nothing
-    # Who claims a decay and is outbid applies nothing; who leaves the decay where it is acts
-    # besides.
+    elif len(owners) == 1:
+        rate = owners[0].applied(optimizer, group)
+    # Whoever claims a decay and is outbid applies nothing. Whoever leaves the decay where it is
+    # acts besides.
     shrinks = [rule for rule in rules if rule.alpha and (rule.owner == owner or not rule.claims)]
     if not shrinks:
         return Decay(owner, rate)
     if len(shrinks) > 1:
         return Decay(owner, None)
     return Decay(owner, rate, shrinks[0].alpha, shrinks[0].statistic)
-
-
-def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
-    """What is no longer applied when the decay of a weight is taken over, for tables: as it is
-    written, and what it acted like.
-
-    Returns:
-        ``""`` without decay.
-
-    Example:
-        >>> from torch.optim import SGD, AdamW
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
-        >>> replaced_decay(SGD, group)
-        'replaces 0.005, acting like 0.05'
-        >>> replaced_decay(AdamW, {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 5e-3})
-        'replaces 0.005'
-    """
-    written = float(written_decay(optimizer, group))
-    if not written:
-        return ""
-    acted = optimizer_decay(optimizer, group)
-    if acted is None:
-        law = law_of(optimizer, group) if isinstance(optimizer, Optimizer) else None
-        return f"replaces {written:g}" + (
-            " inside the gradient" if law is not None and law[0] == "coupled" else ""
-        )
-    if abs(float(acted) / written - 1) < 1e-6:
-        return f"replaces {written:g}"
-    return f"replaces {written:g}, acting like {float(acted):.3g}"

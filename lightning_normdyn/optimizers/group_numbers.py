@@ -17,8 +17,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["Number", "as_number", "group_number", "is_zero", "with_plain_numbers"]
-
 Number: TypeAlias = float | Tensor
 
 

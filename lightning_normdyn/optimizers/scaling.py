@@ -24,8 +24,6 @@ from lightning_normdyn.geometry.placement import gradient_of, version_of
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.state import rescale_batch_norm_
 
-__all__ = ["RoundedScaling", "Scaling", "Statistics", "put_back"]
-
 Ahead = dict[str, Any]
 
 

@@ -29,8 +29,6 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightning_normdyn.optimizers.group_numbers import as_number
 
-__all__ = ["CannotTryError", "ScratchOptimizer", "Start", "is_scratch", "seed_generators"]
-
 Start: TypeAlias = Literal["new", "with state", "as it is"]
 
 # Sizes of scratch weights by their number of dimensions: small, and different in each direction.

@@ -1,12 +1,8 @@
-"""How an optimizer's step answers its gradients: the few numbers from which every prediction
-follows, per param group.
+"""How an optimizer's steps answer gradients, together with what callbacks do to the weights.
 
-The arithmetic of each optimizer stands in `lightning_normdyn.optimizers.step_rules`, and which class follows
-which rule in
-`lightning_normdyn.optimizers.facts`. Here is what they come to together with what callbacks do to
-the weights. ``None`` means "not
-understood", never a guess. Numbers may be floats or tensors; no tensor is looked into, so nothing
-waits for a device.
+These few numbers per param group are what every prediction follows from
+(`lightning_normdyn.theory.equilibrium`). ``None`` means "not understood", never a guess. Numbers may
+be floats or tensors. No tensor is read, so nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -15,23 +11,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from lightning_normdyn.optimizers.facts import response_of_class, steps_like
-from lightning_normdyn.optimizers.group_numbers import Number, is_zero
+from lightning_normdyn.optimizers.group_numbers import (
+    Number,
+    group_number,
+    is_zero,
+    with_plain_numbers,
+)
+from lightning_normdyn.optimizers.recognition import row_of
 from lightning_normdyn.optimizers.step_rules import StepResponse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-__all__ = [
-    "Number",
-    "Options",
-    "StepResponse",
-    "is_rough",
-    "is_zero",
-    "own_response",
-    "step_response",
-    "steps_like",
-]
 
 
 class Options(TypedDict, total=False):
@@ -54,24 +44,32 @@ class Options(TypedDict, total=False):
 
 
 def own_response(optimizer_class: type, group: Mapping[str, Any]) -> StepResponse | None:
-    """`step_response` of the optimizer alone, with a decay of 0 as the number that it is."""
-    return response_of_class(optimizer_class, group)
+    """How the optimizer alone answers gradients, from its class and a param group.
+
+    Unlike in `step_response`, a decay of 0 is the number that it is.
+    """
+    row = row_of(optimizer_class, group)
+    if row is None or row.response is None:
+        return None
+    plain = with_plain_numbers(group)
+    plain["weight_decay"] = group_number(group, "weight_decay")
+    return row.response(plain)
 
 
 def step_response(
     optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]
 ) -> StepResponse | None:
-    """How the steps of a param group turn, grow and decay its weights; ``None`` for an optimizer
-    that is not understood.
-
-    Understood are torch's SGD (momentum, dampening, Nesterov), Adam and AdamW (no amsgrad), and by
-    name SGDP, AdamP and Lion; subclasses
-    that keep the step, too.
+    """How the steps of a param group turn, grow and decay its weights.
 
     Args:
         optimizer_class: class of the optimizer.
         group: its param group, as in ``optimizer.param_groups``.
         options: what callbacks do to its weights, :class:`Options`.
+
+    Returns:
+        ``None`` for an optimizer that is not understood. Understood are torch's SGD (momentum,
+        dampening, Nesterov), Adam and AdamW (no amsgrad), by name SGDP, AdamP and Lion, and
+        subclasses that keep the step of one of these.
 
     Example:
         >>> import torch
@@ -83,30 +81,28 @@ def step_response(
     response = own_response(optimizer_class, group)
     if response is None:
         return None
-    shrink, decay, coupled = (
-        options.get("shrink"),
-        options.get("decay"),
-        options.get("coupled", False),
-    )
+    shrink, decay = options.get("shrink"), options.get("decay")
+    coupled = options.get("coupled", False)
     projected = options.get("projected", False)
     if shrink is not None:
         response = replace(response, decay=shrink, coupled=coupled, adaptive=True)
     elif decay is not None:
         response = replace(response, decay=decay, coupled=coupled)
     elif projected and response.coupled:
+        # The decay is inside the step, along the weight: the projection removes it.
         response = replace(response, decay=None)
     if projected:
-        response = replace(response, growth=response.turn)
-    return (
-        replace(response, decay=None)
-        if response.decay is not None and is_zero(response.decay)
-        else response
-    )
+        response = response.projected()
+    # Without decay there is no equilibrium, and so no prediction, not one of 0.
+    if response.decay is not None and is_zero(response.decay):
+        response = replace(response, decay=None)
+    return response
 
 
 def is_rough(optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]) -> bool:
-    """Whether a prediction for this group is a rough one: Adam with coupled decay. ``options``:
-    :class:`Options`.
+    """Whether a prediction for this group is a rough one: Adam with coupled decay.
+
+    Arguments as for `step_response`.
 
     Example:
         >>> import torch

@@ -1,13 +1,9 @@
-"""What one step of each understood optimizer does with the gradients so far, as a function of its
-param group.
+"""What one step of each understood optimizer does with the gradients so far.
 
-An optimizer's step is lr · Σ_j c_j g_{t-j}. Its sums S1 = Σ c_j and S2 = Σ c_j² say how far it
-turns a scale-invariant weight and how much
-longer it makes it; what follows from them stands in `lightning_normdyn.theory.equilibrium`. Which class
-steps by which rule is decided in
-`lightning_normdyn.optimizers.facts`; here is the arithmetic alone. Numbers may be floats or tensors;
-no tensor is looked into, so nothing
-waits for a device. A rule answers ``None`` for settings that nobody has derived.
+Here is the arithmetic alone, as functions of a param group; `lightning_normdyn.optimizers.facts`
+says which optimizer follows which rule, and `lightning_normdyn.theory.equilibrium` what follows from
+the answer. Numbers may be floats or tensors. No tensor is read, so nothing waits for a device. A
+rule answers ``None`` for settings that nobody has derived.
 """
 
 from __future__ import annotations
@@ -19,83 +15,107 @@ from typing import Any, TypeAlias
 
 from lightning_normdyn.optimizers.group_numbers import Number, is_zero
 
-__all__ = ["ResponseRule", "StepResponse", "adam", "adamp", "adamw", "lion", "sgd", "sgdp"]
-
 
 @dataclass(frozen=True)
 class StepResponse:
     """The few numbers of a param group that decide the equilibrium of its weights.
 
+    A step is lr · Σ_j c_j g_{t-j}, g being the gradient or, where ``normalized``, the gradient
+    divided by its own size. The coefficients of every optimizer here have the form ``newest``,
+    ``older``, ``older``·``memory``, ``older``·``memory``², ...
+
     Args:
         lr: learning rate of the group.
-        total: S1, what a constant gradient is multiplied by: a coupled decay acts ``total`` times.
-        turn: S2, the squared length of a step per unit of E (see the module's docstring).
-        growth: G, the growth of the squared norm per unit of E.
-        normalized: the optimizer divides the gradient by its own size (Adam, Lion): h = 0, else h =
-            2.
+        newest: c_0, the share of the present gradient.
+        older: c_1, that of the gradient before.
+        memory: c_{j+1} / c_j of all earlier ones, below 1.
+        growth: G, the growth of the squared norm per unit of E (see
+            `lightning_normdyn.theory.equilibrium`); None: that of steps that are not projected,
+            ``total``².
+        normalized: the optimizer divides the gradient by its own size (Adam, Lion).
         decay: λ in 1/(step·lr), as written in the group or given by a callback; for AWS, α‖w‖ or
-            α·std at the present norm; ``None``
-            without decay.
+            α·std at the present norm; ``None`` without decay.
         coupled: the decay is added to the gradient (torch's SGD and Adam) rather than applied to
             the weight (AdamW).
         adaptive: the decay itself is proportional to ‖w‖ (AWS).
     """
 
     lr: Number
-    total: Number
-    turn: Number
-    growth: Number
-    normalized: bool
+    newest: Number
+    older: Number = 0.0
+    memory: Number = 0.0
+    growth: Number | None = None
+    normalized: bool = False
     decay: Number | None = None
     coupled: bool = False
     adaptive: bool = False
 
     @property
+    def total(self) -> Number:
+        """S1 = Σ c_j: a constant gradient, and so a coupled decay, acts ``total`` times."""
+        return self.newest + self.older / (1 - self.memory)
+
+    @property
+    def turn(self) -> Number:
+        """S2 = Σ c_j²: the squared length of a step per unit of E, for gradients of pure noise."""
+        return self.newest**2 + self.older**2 / (1 - self.memory**2)
+
+    @property
+    def norm_growth(self) -> Number:
+        """G: all later contributions of one gradient point the same way, so they add up first."""
+        if self.growth is None:
+            return self.total**2
+        return self.growth
+
+    def projected(self) -> StepResponse:
+        """The same steps without their radial part: the norm grows by their length alone."""
+        return replace(self, growth=self.turn)
+
+    @property
     def rough(self) -> bool:
-        """Whether the decay is divided by the gradient's size (Adam + L2), which makes a prediction
-        13-38 % off on a real network."""
+        """Whether the decay is divided by the gradient's size (Adam with coupled decay).
+
+        A prediction is then 13 to 38 % off on a real network.
+        """
         return self.normalized and self.coupled
 
     @property
     def power(self) -> int:
-        """P, the power of the norm that relaxes exponentially: 4 SGD, 2 AdamW, 3 Adam + L2, 5 AWS
-        on SGD, 3 AWS on Adam."""
-        return 2 + (0 if self.normalized else 2) + int(self.adaptive) + int(self.rough)
+        """P, the power of the norm that relaxes exponentially.
+
+        4 for SGD, 2 for AdamW, 3 for Adam with coupled decay, 5 for AWS on SGD, 3 for AWS on Adam.
+        """
+        gradient_power = 0 if self.normalized else 2
+        return 2 + gradient_power + int(self.adaptive) + int(self.rough)
 
     @property
     def effective_decay(self) -> Number | None:
-        """λ_eff of a decay that is not divided by the gradient's size: the norm shrinks by the
-        factor 1 - lr·λ_eff per step."""
-        return (
-            None if self.decay is None else self.decay * self.total if self.coupled else self.decay
-        )
+        """λ_eff: the norm shrinks by the factor 1 - lr·λ_eff per step, unless `rough`."""
+        if self.decay is None or not self.coupled:
+            return self.decay
+        return self.decay * self.total
 
 
 ResponseRule: TypeAlias = Callable[[Mapping[str, Any]], StepResponse | None]
-
-
-def _geometric(first: Number, second: Number, ratio: Number) -> tuple[Number, Number]:
-    """S1 and S2 of the coefficients first, second, second·ratio, second·ratio², ...: every
-    optimizer below is of this form."""
-    return first + second / (1 - ratio), first**2 + second**2 / (1 - ratio**2)
+"""Param group -> how its steps answer gradients; None for settings that nobody has derived."""
 
 
 def sgd(group: Mapping[str, Any]) -> StepResponse:
     """torch's SGD: momentum, dampening, Nesterov."""
     momentum = group["momentum"]
-    kept = (
-        1 - group["dampening"] if not is_zero(momentum) else 1.0
-    )  # torch applies dampening to the momentum buffer only
     if group["nesterov"]:
-        total, turn = _geometric(1 + momentum, momentum**2, momentum)
+        newest, older = 1 + momentum, momentum**2
+    elif is_zero(momentum):
+        # torch applies dampening to the momentum buffer only, so without one there is none.
+        newest, older = 1.0, 0.0
     else:
-        total, turn = _geometric(kept, kept * momentum, momentum)
+        newest = 1 - group["dampening"]
+        older = newest * momentum
     return StepResponse(
         group["lr"],
-        total,
-        turn,
-        total**2,
-        normalized=False,
+        newest,
+        older,
+        momentum,
         decay=group["weight_decay"],
         coupled=True,
     )
@@ -103,62 +123,58 @@ def sgd(group: Mapping[str, Any]) -> StepResponse:
 
 def adam(group: Mapping[str, Any]) -> StepResponse | None:
     """torch's Adam without amsgrad."""
-    if group.get(
-        "amsgrad"
-    ):  # the largest second moment so far is no measure of the present gradient
+    # amsgrad divides by the largest second moment so far, which does not measure the present
+    # gradient.
+    if group.get("amsgrad"):
         return None
     momentum = group["betas"][0]
-    total, turn = _geometric(1 - momentum, (1 - momentum) * momentum, momentum)
-    decoupled = group.get("decoupled_weight_decay", False)
     return StepResponse(
         group["lr"],
-        total,
-        turn,
-        total**2,
+        1 - momentum,
+        (1 - momentum) * momentum,
+        momentum,
         normalized=True,
         decay=group["weight_decay"],
-        coupled=not decoupled,
+        coupled=not group.get("decoupled_weight_decay", False),
     )
 
 
 def adamw(group: Mapping[str, Any]) -> StepResponse | None:
     """torch's AdamW without amsgrad."""
     # torch before 2.7 has AdamW without the flag in the group.
-    return adam({**group, "decoupled_weight_decay": group.get("decoupled_weight_decay", True)})
+    return adam({"decoupled_weight_decay": True, **group})
 
 
 def sgdp(group: Mapping[str, Any]) -> StepResponse | None:
     """SGDP (adamp): SGD whose steps are projected, with a decoupled decay."""
-    if group["nesterov"] and not is_zero(group["dampening"]):  # torch's SGD does not allow it
+    # torch's SGD, whose arithmetic this uses, does not allow the two together.
+    if group["nesterov"] and not is_zero(group["dampening"]):
         return None
-    base = sgd(group)
-    # SGDP divides its decoupled decay by 1 - momentum, to compare with SGD's coupled one; the gate
-    # is taken as open.
+    # SGDP divides its decoupled decay by 1 - momentum, so that it compares with SGD's coupled one.
     decay = group["weight_decay"] * group["wd_ratio"] / (1 - group["momentum"])
-    return replace(base, growth=base.turn, decay=decay, coupled=False)
+    # SGDP projects a step only where the gradient is nearly at right angles to the weight. That is
+    # so for every scale-invariant weight.
+    return replace(sgd(group).projected(), decay=decay, coupled=False)
 
 
 def adamp(group: Mapping[str, Any]) -> StepResponse | None:
     """AdamP (adamp): Adam whose steps are projected, with a decoupled decay."""
-    base = adam({**group, "decoupled_weight_decay": True})
-    return (
-        None
-        if base is None
-        else replace(base, growth=base.turn, decay=group["weight_decay"] * group["wd_ratio"])
-    )
+    unprojected = adam({**group, "decoupled_weight_decay": True})
+    if unprojected is None:
+        return None
+    decay = group["weight_decay"] * group["wd_ratio"]
+    return replace(unprojected.projected(), decay=decay)
 
 
 def lion(group: Mapping[str, Any]) -> StepResponse:
     """Lion: the sign of an average of gradients."""
     inner, outer = group["betas"]
-    first, second = 1 - inner, inner * (1 - outer)
-    _, squares = _geometric(first, second, outer)
-    # The step is the sign of a Gaussian average with autocorrelation ρ_k = ρ_1 · outer^(k-1). Signs
-    # then have autocorrelation
-    # (2/π) arcsin ρ_k (the arcsine law), and the squared norm grows by its sum over all lags.
-    # arcsin is summed as its power series: each
-    # power is a geometric series in k.
-    correlation = (first * second + second**2 * outer / (1 - outer**2)) / squares
+    average = StepResponse(group["lr"], 1 - inner, inner * (1 - outer), outer)
+    newest, older = average.newest, average.older
+    # The sign of a Gaussian average with autocorrelation ρ_k = ρ_1 · outer^(k-1) has the
+    # autocorrelation (2/π) arcsin ρ_k (the arcsine law). The squared norm grows by its sum over all
+    # lags k. Summed as arcsin's power series, because each power is a geometric series in k.
+    correlation = (newest * older + older**2 * outer / (1 - outer**2)) / average.turn
     coherent: Number = 0.0
     coefficient = 1.0
     for power in range(1, 200, 2):
@@ -167,8 +183,7 @@ def lion(group: Mapping[str, Any]) -> StepResponse:
     return StepResponse(
         group["lr"],
         1.0,
-        1.0,
-        1 + 4 / math.pi * coherent,
+        growth=1 + 4 / math.pi * coherent,
         normalized=True,
         decay=group["weight_decay"],
     )

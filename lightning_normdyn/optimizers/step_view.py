@@ -12,7 +12,6 @@ has to be restored.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from operator import is_
@@ -22,18 +21,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
-
-__all__ = [
-    "SplitGroup",
-    "is_view",
-    "part_of",
-    "show",
-    "split_groups",
-    "unsplit",
-    "view_class",
-    "view_of",
-    "writes_into_groups",
-]
 
 Group = dict[str, Any]
 Split = Callable[[Sequence[Group]], "list[Group] | None"]
@@ -102,13 +89,6 @@ def part_of(group: Group, replaced: Group, *, write_through: bool) -> Group:
     """``group`` with some entries replaced: a `SplitGroup`, or a plain dict, which is all that
     torch's compiler understands."""
     return SplitGroup(group, replaced) if write_through else {**group, **replaced}
-
-
-def writes_into_groups(kind: type[Optimizer]) -> bool:
-    """Whether a step of this class may keep state in its param groups; those of torch.optim were
-    read, and none does."""
-    step = inspect.unwrap(kind.step)
-    return not step.__module__.startswith("torch.optim.")
 
 
 def split_groups(
@@ -344,9 +324,3 @@ def unsplit(view: Any) -> None:
     """From now on ``view`` shows the optimizer's own groups."""
     object.__setattr__(view, "_normdyn_split", None)
     object.__setattr__(view, "_normdyn_shown", None)
-
-
-def is_view(optimizer: object) -> bool:
-    """Whether ``optimizer`` is only a view, as torch passes it to hooks where a step calls
-    ``super().step()``."""
-    return isinstance(optimizer, _View)

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.optimizers.facts import DecayLaw
 from lightning_normdyn.optimizers.group_numbers import Number, group_number
 from lightning_normdyn.optimizers.scratch import (
     CannotTryError,
@@ -30,21 +31,6 @@ from lightning_normdyn.optimizers.scratch import (
     seed_generators,
 )
 from lightning_normdyn.optimizers.step_view import show, split_groups, view_class, view_of
-
-__all__ = [
-    "DecayTrial",
-    "Kind",
-    "Pace",
-    "remembers_weights",
-    "steps_as",
-    "try_decay",
-    "undoes_changes",
-]
-
-Kind: TypeAlias = Literal["coupled", "decoupled"]
-Pace: TypeAlias = Literal["rate", "lr", "step"]
-"""What a decoupled decay is multiplied by: the rate of the step, the learning rate as it is
-written, or nothing (once per step)."""
 
 RateOf: TypeAlias = Callable[[Optimizer, Mapping[str, Any], Tensor], "Number | None"]
 
@@ -70,13 +56,11 @@ class DecayTrial:
 
     Args:
         refusal: why its decay cannot be taken over; None: the take-over is exact.
-        kind: of the decay; None if it is of neither kind.
-        pace: what a decoupled decay is multiplied by.
+        law: how it decays; None if it is in none of the known ways.
     """
 
     refusal: str | None
-    kind: Kind | None = None
-    pace: Pace | None = None
+    law: DecayLaw | None = None
 
 
 def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
@@ -91,7 +75,7 @@ def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
         >>> weight = torch.nn.Parameter(torch.ones(2, 3))
         >>> adamw = torch.optim.AdamW([weight], lr=0.1, weight_decay=0.1)
         >>> try_decay(adamw, lambda optimizer, group, weight: group["lr"])
-        DecayTrial(refusal=None, kind='decoupled', pace='rate')
+        DecayTrial(refusal=None, law=DecayLaw(kind='decoupled', pace='rate'))
     """
     others = _other_decays(optimizer)
     if others:
@@ -125,8 +109,8 @@ def _try_decay(optimizer: Optimizer, rate_of: RateOf, start: Start) -> DecayTria
                     "a trial on scratch weights shows that it does not take weight_decay from its "
                     "param group alone"
                 )
-        kind, pace = _kind_of_decay(optimizer, rate_of, decay, start)
-    return DecayTrial(None, kind, pace)
+        law = _law_of_decay(optimizer, rate_of, decay, start)
+    return DecayTrial(None, law)
 
 
 def _choose(is_taken: bool, without: Tensor, decayed: Tensor) -> Tensor:
@@ -144,10 +128,10 @@ def _other_decays(optimizer: Optimizer) -> list[str]:
     return list(found)
 
 
-def _kind_of_decay(
+def _law_of_decay(
     optimizer: Optimizer, rate_of: RateOf, decay: float, start: Start
-) -> tuple[Kind | None, Pace | None]:
-    """Which of the known kinds gives the same weights when it is applied by hand to an optimizer
+) -> DecayLaw | None:
+    """Which of the known laws gives the same weights when it is applied by hand to an optimizer
     without decay."""
     # In low precision the kinds could not be told apart.
     dtype = torch.float32
@@ -160,20 +144,28 @@ def _kind_of_decay(
         )
 
     without, decayed = _run(scratch(0.0)), _run(scratch(decay))
-    hands: list[tuple[Kind, Pace | None, Callable[[ScratchOptimizer], None]]] = [
-        ("decoupled", "rate", lambda s: _shrink(s, decay, rate_of)),
-        ("decoupled", "lr", lambda s: _shrink(s, decay, lambda o, g, w: group_number(g, "lr"))),
-        ("decoupled", "step", lambda s: _shrink(s, decay, lambda o, g, w: 1.0)),
-        ("coupled", None, lambda s: _add_to_gradients(s, decay)),
-    ]
-    for kind, pace, by_hand in hands:
+    by_hand: dict[DecayLaw, Callable[[ScratchOptimizer], None]] = {
+        DecayLaw("decoupled", "rate"): lambda s: _shrink(s, decay, rate_of),
+        DecayLaw("decoupled", "lr"): lambda s: _shrink(s, decay, _written_lr),
+        DecayLaw("decoupled", "step"): lambda s: _shrink(s, decay, _once),
+        DecayLaw("coupled"): lambda s: _add_to_gradients(s, decay),
+    }
+    for law, apply in by_hand.items():
         try:
-            tried = _run(scratch(0.0), by_hand)
+            tried = _run(scratch(0.0), apply)
         except _UnknownRateError:
             continue
         if _explains(tried, without, decayed):
-            return kind, pace
-    return None, None
+            return law
+    return None
+
+
+def _written_lr(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number:
+    return group_number(group, "lr")
+
+
+def _once(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number:
+    return 1.0
 
 
 class _UnknownRateError(Exception):

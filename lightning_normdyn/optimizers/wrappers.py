@@ -20,17 +20,6 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 
-__all__ = [
-    "closure_does_nothing",
-    "copies_of_weights",
-    "fires_step_hooks",
-    "inner_optimizers",
-    "prepare_step_hooks",
-    "second_phase",
-    "steps_in_two_phases",
-    "without_framework",
-]
-
 _FRAMEWORK_WRAPPERS = frozenset({"LightningOptimizer", "_FabricOptimizer", "AcceleratedOptimizer"})
 _FRAMEWORKS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "accelerate"})
 

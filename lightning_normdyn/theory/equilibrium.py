@@ -1,34 +1,27 @@
-"""What the papers predict: the angular update, norm and relaxation time that an optimizer settles
-at, and the exact equivalences.
+"""What the papers predict: the angular update, norm and relaxation time that an optimizer settles at.
 
 Every prediction follows from one balance. A scale-invariant weight vector w has a gradient g =
-g̃/‖w‖ at right angles to it, and an
-optimizer's step is lr · Σ_j c_j g_{t-j}. With S1 = Σ c_j and S2 = Σ c_j², noise-dominated
-gradients, and E = E‖g̃‖² (or E = d, the number
-of entries of w, where the optimizer normalizes the gradient):
+g̃/‖w‖ at right angles to it, and an optimizer's step is lr · Σ_j c_j g_{t-j}. With S1 = Σ c_j and
+S2 = Σ c_j², noise-dominated gradients, and E = E‖g̃‖² (or E = d, the number of entries of w, where
+the optimizer normalizes the gradient):
 
 - one step turns the vector by AU² = lr² S2 E / ‖w‖^(2+h), with h = 2, or h = 0 for a normalized
   gradient;
 - its squared norm grows by lr² G E / ‖w‖^h. All later contributions of one gradient add up
-  coherently: G = S1². Projected steps have no
-  radial part: G = S2;
+  coherently: G = S1². Projected steps have no radial part: G = S2;
 - decay shrinks the norm by the factor 1 - lr·λ_eff. λ_eff = λ decoupled, λ S1 coupled (decay inside
-  the gradient). It grows like ‖w‖^m:
-  m = 0 for weight decay, 1 for AWS (Adaptive Weight Shrink), one more where the optimizer divides
-  the decay by the size of the gradient
-  (Adam with coupled decay).
+  the gradient). It grows like ‖w‖^m: m = 0 for weight decay, 1 for AWS (Adaptive Weight Shrink),
+  one more where the optimizer divides the decay by the size of the gradient (Adam with coupled
+  decay).
 
 Growth and decay balance at ‖w‖^P = lr G E ‖w‖^m / (2 λ_eff), P = 2 + h + m. There AU² = 2 lr λ_eff
-S2 / G; a deviation of the norm fades
-as exp(-P lr λ_eff t); and after a drop of the learning rate by k the new equilibrium norm is the
-old one divided by k^(1/P).
+S2 / G; a deviation of the norm fades as exp(-P lr λ_eff t); and after a drop of the learning rate
+by k the new equilibrium norm is the old one divided by k^(1/P).
 
 Real networks have a signal in their gradients as well: these are reference lines, not laws. Compare
-them with RMS angles. Numbers may be
-floats or tensors of matching shapes throughout (``lr`` as a tensor; norms of n vectors): nothing
-here waits for a device, except where it
-says "host". ``None`` means "no prediction": an optimizer that is not understood, or one without
-decay.
+them with RMS angles. Numbers may be floats or tensors of matching shapes throughout (``lr`` as a
+tensor; norms of n vectors): nothing here waits for a device. ``None`` means "no prediction": an
+optimizer that is not understood, or one without decay.
 """
 
 from __future__ import annotations
@@ -41,12 +34,8 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.optimizers.group_numbers import Number, group_number, is_zero
-from lightning_normdyn.optimizers.step_response import (
-    Options,
-    StepResponse,
-    own_response,
-    step_response,
-)
+from lightning_normdyn.optimizers.step_response import Options, own_response, step_response
+from lightning_normdyn.optimizers.step_rules import StepResponse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -57,10 +46,6 @@ __all__ = [
     "equivalent_hyperparameters",
     "lr_drop_exponent",
     "norm_transient",
-    "nrq_concentration",
-    "nrq_limit_risk",
-    "nrq_limit_risk_first_order",
-    "nrq_norm",
     "relaxation_steps",
     "settles_at",
     "wrs_angular_update",
@@ -68,9 +53,7 @@ __all__ = [
 ]
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# Predictions
-# ------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------ the balance
 
 
 def _energy(
@@ -83,9 +66,12 @@ def _energy(
 def _norm(
     response: StepResponse, gradient_scale: Number | None, dim: int | None, norm: Number | None
 ) -> Number | None:
+    """The norm at which growth and decay balance."""
     energy, decay = _energy(response, gradient_scale, dim), response.effective_decay
     if energy is None or decay is None:
         return None
+    # Both powers of ‖w‖ that a decay may grow with are taken out of it: it is the decay of a vector
+    # of norm 1 that stands in the balance.
     if response.adaptive:
         if norm is None:
             return None
@@ -93,27 +79,26 @@ def _norm(
     if response.rough:
         if gradient_scale is None:
             return None
-        decay = (
-            decay * (energy / gradient_scale) ** 0.5
-        )  # the decay of a vector of norm 1, divided by the RMS of its gradient
-    return (response.lr * response.growth * energy / (2 * decay)) ** (1 / response.power)
+        decay = decay * (energy / gradient_scale) ** 0.5
+    return (response.lr * response.norm_growth * energy / (2 * decay)) ** (1 / response.power)
 
 
 def _settled_decay(
     response: StepResponse, gradient_scale: Number | None, dim: int | None, norm: Number | None
 ) -> Number | None:
-    """λ_eff, for Adam + L2 at the equilibrium norm; for AWS at the present one."""
+    """λ_eff, for Adam with coupled decay at the equilibrium norm; for AWS at the present one."""
+    decay = response.effective_decay
     if not response.rough:
-        return response.effective_decay
+        return decay
     settled = _norm(response, gradient_scale, dim, norm)
-    if settled is None or dim is None or gradient_scale is None or response.effective_decay is None:
+    if settled is None or dim is None or gradient_scale is None or decay is None:
         return None
-    decay = (
-        response.effective_decay * settled / norm
-        if response.adaptive and norm is not None
-        else response.effective_decay
-    )
+    if response.adaptive and norm is not None:
+        decay = decay * settled / norm
     return decay * settled * (dim / gradient_scale) ** 0.5
+
+
+# ------------------------------------------------------------------------------ predictions
 
 
 def settles_at(
@@ -135,9 +120,24 @@ def settles_at(
     pull = _settled_decay(response, gradient_scale, dim, norm)
     if pull is None:
         return None
-    return (2 * response.lr * pull * response.turn / response.growth) ** 0.5, _inverse(
-        response.power * response.lr * pull
-    )
+    angle = (2 * response.lr * pull * response.turn / response.norm_growth) ** 0.5
+    return angle, _inverse(response.power * response.lr * pull)
+
+
+def _settles(
+    optimizer_class: type,
+    group: Mapping[str, Any],
+    gradient_scale: Number | None,
+    dim: int | None,
+    norm: Number | None,
+    options: Options,
+) -> tuple[Number | None, Number | None]:
+    """`settles_at` of a class and group; two None without a prediction."""
+    response = step_response(optimizer_class, group, **options)
+    if response is None:
+        return None, None
+    settled = settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
+    return settled or (None, None)
 
 
 def equilibrium_angular_update(
@@ -180,13 +180,7 @@ def equilibrium_angular_update(
         >>> equilibrium_angular_update(torch.optim.RMSprop, group) is None
         True
     """
-    response = step_response(optimizer_class, group, **options)
-    found = (
-        None
-        if response is None
-        else settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
-    )
-    return None if found is None else found[0]
+    return _settles(optimizer_class, group, gradient_scale, dim, norm, options)[0]
 
 
 def equilibrium_norm(
@@ -222,7 +216,9 @@ def equilibrium_norm(
         0.7248
     """
     response = step_response(optimizer_class, group, **options)
-    return None if response is None else _norm(response, gradient_scale, dim, norm)
+    if response is None:
+        return None
+    return _norm(response, gradient_scale, dim, norm)
 
 
 def relaxation_steps(
@@ -244,13 +240,7 @@ def relaxation_steps(
         >>> round(relaxation_steps(torch.optim.SGD, group))
         500
     """
-    response = step_response(optimizer_class, group, **options)
-    found = (
-        None
-        if response is None
-        else settles_at(response, gradient_scale=gradient_scale, dim=dim, norm=norm)
-    )
-    return None if found is None else found[1]
+    return _settles(optimizer_class, group, gradient_scale, dim, norm, options)[1]
 
 
 def lr_drop_exponent(
@@ -271,7 +261,9 @@ def lr_drop_exponent(
         0.5
     """
     response = step_response(optimizer_class, group, **options)
-    return None if response is None or response.decay is None else 1 / response.power
+    if response is None or response.decay is None:
+        return None
+    return 1 / response.power
 
 
 def norm_transient(
@@ -289,9 +281,8 @@ def norm_transient(
         >>> round(norm_transient(500.0, 2.0, 1.0, 500.0), 4)
         1.5978
     """
-    return (
-        equilibrium**power + (norm**power - equilibrium**power) * _exp(-steps / relaxation)
-    ) ** (1 / power)
+    left = (norm**power - equilibrium**power) * _exp(-steps / relaxation)
+    return (equilibrium**power + left) ** (1 / power)
 
 
 def wrs_angular_update(
@@ -335,7 +326,8 @@ def wrs_angular_update(
     if free is None:
         return None
     response, q, relative_growth = free
-    return (response.turn / response.growth * _log1p(relative_growth) / (q * every_n_steps)) ** 0.5
+    share = response.turn / response.norm_growth
+    return (share * _log1p(relative_growth) / (q * every_n_steps)) ** 0.5
 
 
 def wrs_direction_lr(
@@ -361,9 +353,16 @@ def wrs_direction_lr(
     if free is None:
         return None
     response, q, relative_growth = free
+    at_start = response.lr / target_norm**2
+    # Without growth the norm stays, and the integral below is 0/0.
+    if is_zero(relative_growth):
+        return at_start
     # The integral of lr / N over the squared norm N, with dN/dt = lr² G E / N^(q-1).
-    integral = (1 + relative_growth) ** 0.5 - 1 if q == 2 else _log1p(relative_growth)
-    return response.lr * q / target_norm**2 * _ratio(integral, relative_growth, limit=1 / q)
+    if q == 2:
+        integral = (1 + relative_growth) ** 0.5 - 1
+    else:
+        integral = _log1p(relative_growth)
+    return at_start * q * integral / relative_growth
 
 
 def _free_growth(
@@ -378,16 +377,17 @@ def _free_growth(
     """The response, q = 1 + h/2, and by how much N^q grows in ``steps`` without decay, relative to
     its start."""
     response = step_response(optimizer_class, group, projected=projected)
-    energy = None if response is None else _energy(response, gradient_scale, dim)
-    if response is None or energy is None:
+    if response is None:
+        return None
+    energy = _energy(response, gradient_scale, dim)
+    if energy is None:
         return None
     q = 1 if response.normalized else 2
-    return response, q, q * response.lr**2 * response.growth * energy * steps / norm ** (2 * q)
+    growth = response.lr**2 * response.norm_growth * energy * steps
+    return response, q, q * growth / norm ** (2 * q)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# Exact equivalences
-# ------------------------------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------- exact equivalences
 
 
 def equivalent_hyperparameters(
@@ -415,118 +415,32 @@ def equivalent_hyperparameters(
     response = own_response(optimizer_class, group)
     if response is None:
         return None
-    faster = (
-        scale if response.normalized else scale**2
-    )  # a gradient is 1/scale as long, a normalized one as long as before
+    # A gradient is 1/scale as long as before, a normalized one as long as before.
+    faster = scale if response.normalized else scale**2
+    weaker = scale**2 if response.coupled else faster
     changed: dict[str, Number] = {
         "lr": response.lr * faster,
-        "weight_decay": group_number(group, "weight_decay")
-        / (scale**2 if response.coupled else faster),
+        "weight_decay": group_number(group, "weight_decay") / weaker,
     }
     if response.normalized and "eps" in group:
         changed["eps"] = group_number(group, "eps") / scale
     return changed
 
 
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# The Noisy Rayleigh Quotient (NRQ paper), with its formulas corrected
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# L(X) = XᵀAX / 2XᵀX in p = `dim` dimensions; one eigenvalue of A is smaller than the others by
-# `gap`; gradient noise of standard deviation
-# `sigma` per coordinate; plain SGD with weight decay. The risk is 1 - f, with f the squared cosine
-# to the best direction.
-
-
-def nrq_concentration(
-    lr: float, weight_decay: float, *, dim: int, sigma: float, gap: float = 1.0
-) -> float:
-    r"""c of the stationary density :math:`\rho(f) \propto e^{cf} f^{-1/2}(1-f)^{(p-3)/2}` of the
-    squared cosine f.
-
-    :math:`c = gap\sqrt{p-1}/(\sigma\sqrt{2\eta\lambda})`: NRQ paper, eq. 25, where c = 2κ; the gap
-    is missing from the printed κ.
-
-    Example:
-        >>> round(nrq_concentration(0.01, 0.01, dim=20, sigma=1.0), 2)
-        308.22
-    """
-    return gap * math.sqrt(dim - 1) / (sigma * math.sqrt(2 * lr * weight_decay))
-
-
-def nrq_limit_risk(concentration: float, dim: int) -> float:
-    """Limit of the risk, E[1 - f] under the stationary density of :func:`nrq_concentration`, to
-    about 12 digits for any concentration >= 0.
-
-    Example:
-        >>> round(nrq_limit_risk(308.22, 20), 5)  # simulated: 0.03082
-        0.03087
-        >>> round(nrq_limit_risk(0.0, 20), 6)  # no preferred direction: 1 - 1/p
-        0.95
-    """
-    # In x = logit(u), u = 1 - f, the density is u^a (1-u)^(1/2) e^(-cu) with a = (p-1)/2: smooth,
-    # unimodal and with exponential tails, so
-    # that equal steps are as good as any rule.
-    a = (dim - 1) / 2
-    spread = a + 0.5 + concentration
-    root = math.sqrt(spread**2 - 4 * a * concentration)
-    mode = 2 * a / (spread + root)
-    width = 1 / math.sqrt(root * mode * (1 - mode))
-    step = min(width, 1.0) / 4
-    half = math.ceil(100 / step)  # both tails fall at least as exp(-|x|/2)
-    logit = math.log(mode / (1 - mode)) + step * torch.arange(
-        -half, half + 1, dtype=torch.float64, device="cpu"
-    )
-    u = torch.sigmoid(logit)
-    log_density = (
-        a * torch.nn.functional.logsigmoid(logit)
-        + 0.5 * torch.nn.functional.logsigmoid(-logit)
-        - concentration * u
-    )
-    density = torch.exp(log_density - log_density.max())
-    return float((density * u).sum() / density.sum())
-
-
-def nrq_limit_risk_first_order(concentration: float, dim: int) -> float:
-    """(p-1)/2c, the limit risk for small learning rate x decay: σ√(p-1)√(2ηλ) / (2 gap). NRQ paper,
-    eq. 26, corrected.
-
-    Example:
-        >>> round(nrq_limit_risk_first_order(308.22, 20), 5)
-        0.03082
-    """
-    return (dim - 1) / (2 * concentration)
-
-
-def nrq_norm(
-    steps: Number, norm: Number, lr: float, weight_decay: float, *, dim: int, sigma: float
-) -> Number:
-    """E[‖X‖⁴]^(1/4) after ``steps``, from ``norm``: :func:`norm_transient` with E‖g̃‖² = (p-1)σ².
-    NRQ paper, eq. 17, whose M is ‖X‖².
-
-    Example:
-        >>> round(nrq_norm(1e9, 5.0, 0.01, 0.01, dim=20, sigma=1.0), 4)  # ((p-1)σ²η/2λ)^(1/4)
-        1.7556
-    """
-    equilibrium = ((dim - 1) * sigma**2 * lr / (2 * weight_decay)) ** 0.25
-    return norm_transient(steps, norm, equilibrium, 1 / (4 * lr * weight_decay))
-
-
-# ------------------------------------------------------------------------------------------------------------------------------------------
-# The same formula for floats and tensors
-# ------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------- the same formula for floats and tensors
 
 
 def _inverse(x: Number) -> Number:
     return math.inf if is_zero(x) else 1 / x
 
 
-def _ratio(x: Number, y: Number, *, limit: float) -> Number:
-    return limit if is_zero(y) else x / y
-
-
 def _exp(x: Number) -> Number:
-    return torch.exp(x) if isinstance(x, Tensor) else math.exp(x)
+    if isinstance(x, Tensor):
+        return torch.exp(x)
+    return math.exp(x)
 
 
 def _log1p(x: Number) -> Number:
-    return torch.log1p(x) if isinstance(x, Tensor) else math.log1p(x)
+    if isinstance(x, Tensor):
+        return torch.log1p(x)
+    return math.log1p(x)

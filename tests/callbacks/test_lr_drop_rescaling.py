@@ -26,8 +26,9 @@ from lightning_normdyn import (
 from lightning_normdyn.callbacks.lr_drop_rescaling import Rate
 from lightning_normdyn.engine.rescaling import Rescaler
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizers.bracket import Phase, StepBracket
+from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scaling import Scaling
+from lightning_normdyn.optimizers.step import Phase
 
 # Lightning has advice about one-cycle schedules by epoch, torch about schedules and skipped steps.
 pytestmark = pytest.mark.filterwarnings(

@@ -43,7 +43,7 @@ from lightning_normdyn.engine.state import seal
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.ledger import Ledger
-from lightning_normdyn.optimizers.bracket import HostCopy
+from lightning_normdyn.optimizers.host_copy import HostCopy
 from lightning_normdyn.parametrizations import weight_standardization
 
 

@@ -34,9 +34,9 @@ from lightning_normdyn import (
     NormDynWarning,
     NotSupportedError,
     RadialProjection,
-    StepBracket,
 )
 from lightning_normdyn.callbacks import radial_projection
+from lightning_normdyn.optimizers.snapshots import Snapshots
 
 
 def matrices_only(norm):
@@ -201,12 +201,12 @@ class Skips(Net):
 
 def final_and_copies(monkeypatch, model=Net, plugins=(), **arguments):
     """The weights after eight projected steps, and in which of these the weights were copied."""
-    taken, take = [], StepBracket._take_snapshots
+    taken, take = [], Snapshots.take
     with monkeypatch.context() as patch:
         patch.setattr(
-            StepBracket,
-            "_take_snapshots",
-            lambda self: taken.append(bool(self._snapshot_requests)) or take(self),
+            Snapshots,
+            "take",
+            lambda self: taken.append(bool(self._requests)) or take(self),
         )
         module = make(model, **arguments)
         fit(module, [RadialProjection()], plugins=list(plugins))
@@ -280,11 +280,11 @@ def test_the_momentum_buffer_tells_as_much_as_a_copy_of_the_weights(
 @pytest.mark.parametrize("lr", [1e2, 1e4, 1e6])
 def test_steps_that_are_far_longer_than_weights(monkeypatch, lr, dtype):
     """What rounding has left of a weight beside such a step tells nothing of it: a copy must."""
-    copied, take = [], StepBracket._take_snapshots
+    copied, take = [], Snapshots.take
     monkeypatch.setattr(
-        StepBracket,
-        "_take_snapshots",
-        lambda self: copied.append(bool(self._snapshot_requests)) or take(self),
+        Snapshots,
+        "take",
+        lambda self: copied.append(bool(self._requests)) or take(self),
     )
     got, expected = against_paper(
         [RadialProjection()],
@@ -329,11 +329,11 @@ def test_how_long_steps_were_is_known_after_a_resume(monkeypatch, tmp_path, lr):
         )
         return weights_of(module)
 
-    copied, take = [], StepBracket._take_snapshots
+    copied, take = [], Snapshots.take
     monkeypatch.setattr(
-        StepBracket,
-        "_take_snapshots",
-        lambda self: copied.append(bool(self._snapshot_requests)) or take(self),
+        Snapshots,
+        "take",
+        lambda self: copied.append(bool(self._requests)) or take(self),
     )
     for step in range(1, 5):
         straight = go([SavesAt(step, tmp_path / f"{step}.ckpt")])

@@ -33,7 +33,7 @@ from lightning_normdyn.engine.effect import (
     UnknownEffect,
     combine,
 )
-from lightning_normdyn.optimizers.bracket import Phase
+from lightning_normdyn.optimizers.step import Phase
 
 SHRINK = Shrink(0.1, "norm", replaces_decay=True)
 PROJECTION = Projection("always", "replace", 0.1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_normdyn import Partition, Phase, StepBracket, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry import vectors as vectors_module
-from lightning_normdyn.optimizers.bracket import Step
+from lightning_normdyn.optimizers.step import Step
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -25,7 +25,8 @@ from lightning_normdyn import (
     WeightVectors,
 )
 from lightning_normdyn.functional import shrink_factor
-from lightning_normdyn.optimizers.bracket import Step, check_decay_takeover
+from lightning_normdyn.optimizers.checks import check_decay_takeover
+from lightning_normdyn.optimizers.step import Step
 
 
 def weight_and_sgd(**options: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:

@@ -23,7 +23,6 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.callbacks import NormDynCallback
-from lightning_normdyn.optimizers.bracket import Phase
 from lightning_normdyn.optimizers.decay import (
     Decay,
     DecayOwner,
@@ -32,6 +31,7 @@ from lightning_normdyn.optimizers.decay import (
     highest_claim,
     optimizer_decay,
 )
+from lightning_normdyn.optimizers.step import Phase
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
 SHAPE = (3, 5)

@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.optimizers.decay import optimizer_decay
-from lightning_normdyn.optimizers.facts import (
+from lightning_normdyn.optimizers.decay import applied_decay, optimizer_decay
+from lightning_normdyn.optimizers.recognition import (
     Unknown,
-    applied_decay,
     class_for_predictions,
     facts_of,
     sets_weights_back,

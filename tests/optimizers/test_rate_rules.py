@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizers.facts import applied_rate, check_rate
+from lightning_normdyn.optimizers.checks import check_rate
+from lightning_normdyn.optimizers.rate import applied_rate
 
 RATES = {
     "plain": (doubles.Plain, {"lr": 0.1}),

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from lightning_normdyn import Partition, Phase, StepBracket, WeightVectors
-from lightning_normdyn.optimizers.bracket import Step
 from lightning_normdyn.optimizers.scaling import RoundedScaling, Scaling, Statistics, put_back
+from lightning_normdyn.optimizers.step import Step
 
 
 class FailsOnce(torch.optim.SGD):

@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizers.state import (
+from lightning_normdyn.optimizers.decay import (
     decay_kind,
-    is_schedule_free,
+    supports_decay_takeover,
+    taken_over_by_trial,
+)
+from lightning_normdyn.optimizers.recognition import is_schedule_free
+from lightning_normdyn.optimizers.state import (
     per_matrix_only,
     rescale_batch_norm_,
     state_exponents,
     step_buffer,
-    supports_decay_takeover,
-    taken_over_by_trial,
 )
 
 # name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of

@@ -6,7 +6,8 @@ import pytest
 import torch
 from paper_optimizers import group_of
 
-from lightning_normdyn.optimizers.step_response import step_response, steps_like
+from lightning_normdyn.optimizers.recognition import steps_like
+from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
 SGD = torch.optim.SGD

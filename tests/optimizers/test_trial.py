@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.optimizers.facts import applied_rate
+from lightning_normdyn.optimizers.facts import DecayLaw
+from lightning_normdyn.optimizers.rate import applied_rate
 from lightning_normdyn.optimizers.scratch import ScratchOptimizer
 from lightning_normdyn.optimizers.trial import (
     remembers_weights,
@@ -37,20 +38,20 @@ def decay_of(optimizer):
 
 
 KINDS = {
-    "decoupled": (doubles.Plain, {}, ("decoupled", "rate")),
-    "with options": (doubles.Options, {}, ("decoupled", "rate")),
-    "coupled": (doubles.Options, {"weight_decouple": False}, ("coupled", None)),
-    "fixed": (doubles.Options, {"fixed_decay": True}, ("decoupled", "step")),
-    "lion, fixed": (doubles.Lion, {"fixed_decay": True}, ("decoupled", "step")),
+    "decoupled": (doubles.Plain, {}, DecayLaw("decoupled", "rate")),
+    "with options": (doubles.Options, {}, DecayLaw("decoupled", "rate")),
+    "coupled": (doubles.Options, {"weight_decouple": False}, DecayLaw("coupled")),
+    "fixed": (doubles.Options, {"fixed_decay": True}, DecayLaw("decoupled", "step")),
+    "lion, fixed": (doubles.Lion, {"fixed_decay": True}, DecayLaw("decoupled", "step")),
     "at a rate of its own": (
         doubles.OwnWarmup,
         {},
-        ("coupled", None),
+        DecayLaw("coupled"),
     ),  # without momentum, the two kinds are one
-    "torch's adamw": (torch.optim.AdamW, {}, ("decoupled", "rate")),
-    "torch's adam": (torch.optim.Adam, {"foreach": True}, ("coupled", None)),
-    "torch's fused sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}, ("coupled", None)),
-    "torch's adagrad": (torch.optim.Adagrad, {}, ("coupled", None)),
+    "torch's adamw": (torch.optim.AdamW, {}, DecayLaw("decoupled", "rate")),
+    "torch's adam": (torch.optim.Adam, {"foreach": True}, DecayLaw("coupled")),
+    "torch's fused sgd": (torch.optim.SGD, {"momentum": 0.9, "fused": True}, DecayLaw("coupled")),
+    "torch's adagrad": (torch.optim.Adagrad, {}, DecayLaw("coupled")),
 }
 
 
@@ -59,13 +60,13 @@ def test_the_kind_of_a_decay_is_found(name):
     kind, options, expected = KINDS[name]
     found = decay_of(on(kind, weight_decay=0.01, **options))
     assert found.refusal is None
-    assert (found.kind, found.pace) == expected
+    assert found.law == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_kind_is_found_in_every_precision_and_at_a_rate_of_0(dtype):
     found = decay_of(on(doubles.Options, dtype=dtype, lr=0.0, weight_decay=1e-4))
-    assert (found.refusal, found.kind, found.pace) == (None, "decoupled", "rate")
+    assert (found.refusal, found.law) == (None, DecayLaw("decoupled", "rate"))
 
 
 REFUSED = {

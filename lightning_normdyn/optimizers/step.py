@@ -1,0 +1,174 @@
+"""One update of one optimizer, as the callbacks see it: its phases, and what was done for it so far.
+
+A handler gets the `Step` and acts through it. What it multiplies before the update is noted there,
+so that it can be taken back if the update never comes (an exception, a checkpoint in between).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.optimizers.decay import DecayOwner
+from lightning_normdyn.optimizers.scaling import Scaling
+
+
+class Phase(IntEnum):
+    """The order of events within one step, whatever the order in which callbacks were registered."""
+
+    RESOLVE = 0  # ready: find out which weights are meant (first step, or param groups changed)
+    MEASURE = 10  # ready: sums over w_t, the weight that the gradient was taken at
+    LR_DROP = 20  # ready: rescale weights, state and this step's gradients
+    SHRINK = 30  # ready: w <- f w
+    SNAPSHOT = 40  # ready: copy the shrunk weight, where somebody asks for it
+    # stepped: the first real step has filled the optimizer's state; last moment for an error
+    LOOK_AGAIN = 45
+    PROJECT = 50  # stepped: on w' - s
+    MEASURE_STEP = 60  # stepped: angle of the step
+    RESCALE = 70  # stepped: last, so that no step's angle contains it
+
+
+class Bracket(Protocol):
+    """What a handler may ask of the `lightning_normdyn.optimizers.bracket.StepBracket` of its step."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer."""
+
+    def decay_owners(self) -> dict[Tensor, DecayOwner]:
+        """Who applies the decay of each weight that somebody has claimed."""
+
+    def acts_between(self, first: Phase, last: Phase) -> bool:
+        """Whether weights may change between two phases."""
+
+    def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
+        """Ask for copies of the shrunk weights of this step."""
+
+    def early_snapshot(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """Memory for these copies, for one who makes them."""
+
+    def snapshot(self, weight: Tensor) -> Tensor:
+        """One of these copies."""
+
+
+@dataclass
+class Step:
+    """One update of one optimizer, as handlers see it.
+
+    Args:
+        bracket: the bracket it belongs to.
+        number: 1-based count of real steps of this optimizer since the bracket was attached, this
+            one included.
+        skipped: None, or a 0/1 float tensor on the device: whether a fused optimizer skips this
+            update inside its kernel (GradScaler found an inf).
+        with_gradient: ids of the weights that had a gradient at ``ready``; the step may free or
+            replace it.
+        scalings: what was multiplied for it.
+        happened: whether it is known that the update was made, and not skipped.
+    """
+
+    bracket: Bracket
+    number: int
+    skipped: Tensor | None = None
+    with_gradient: Set[int] = frozenset()
+    scalings: list[Scaling] = field(default_factory=list, init=False)
+    happened: bool = field(default=False, init=False)
+    _undo: list[Callable[[], None]] = field(default_factory=list, init=False)
+    _notes: list[Callable[[], None]] = field(default_factory=list, init=False)
+    _counts: list[Callable[[], None]] = field(default_factory=list, init=False)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer that steps."""
+        return self.bracket.optimizer
+
+    # ------------------------------------------------------------------------- for handlers
+
+    def scale(self, scaling: Scaling) -> None:
+        """Multiply weights at ``ready`` so that it can be taken back.
+
+        If this step raises, or a checkpoint is saved before its update, the next step finds the
+        weights as they are and goes straight to the update, or divides them by the factor first.
+        """
+        self.scalings.append(scaling)
+        scaling.apply()
+
+    def undo_with(self, undo: Callable[[], None]) -> None:
+        """Call ``undo`` if this step raises and the next one has to begin anew.
+
+        For what else than `scale` is done at ``ready``.
+        """
+        self._undo.append(undo)
+
+    def when_done(self, note: Callable[[], None]) -> None:
+        """Call ``note`` as soon as it is known that this step has happened.
+
+        That is after the update, or when a fused optimizer has told the host that it did not skip
+        it.
+        """
+        if self.happened:
+            note()
+        else:
+            self._notes.append(note)
+
+    def when_updated(self, count: Callable[[], None]) -> None:
+        """Call ``count`` after the update, whether or not a fused optimizer skipped it.
+
+        For counts that are 0 where it did.
+        """
+        self._counts.append(count)
+
+    def unless_skipped(self, value: Tensor, otherwise: float) -> Tensor:
+        """``value``, or ``otherwise`` everywhere if the update is skipped on the device.
+
+        No host synchronization.
+        """
+        if self.skipped is None:
+            return value
+        is_skipped = self.skipped.to(value.device) > 0
+        return torch.where(is_skipped, torch.full_like(value, otherwise), value)
+
+    # ----------------------------------------------------------------------- for the bracket
+
+    def mark_updated(self) -> None:
+        """The update has been made, or skipped inside of the kernel."""
+        counts, self._counts = self._counts, []
+        for count in counts:
+            count()
+
+    def mark_happened(self) -> None:
+        """It is known that the update was not skipped."""
+        self.happened = True
+        notes, self._notes = self._notes, []
+        for note in notes:
+            note()
+
+    def seal(self) -> None:
+        """Everything is ready for the update: what is written from now on, others write."""
+        for scaling in self.scalings:
+            scaling.seal()
+
+    def take_back(self, *, gradients_count: bool) -> None:
+        """Make the weights what they were before this step, up to one rounding.
+
+        Those that it has stepped stay. ``gradients_count`` as in
+        `lightning_normdyn.optimizers.scaling.Scaling.take_back`.
+        """
+        if self.happened:
+            return
+        # All are judged first: taking one back writes to weights that another looks at.
+        for scaling in self.scalings:
+            scaling.judge()
+        for scaling in reversed(self.scalings):
+            scaling.take_back(gradients_count=gradients_count)
+        for undo in reversed(self._undo):
+            undo()
+
+
+Handler: TypeAlias = Callable[[Step], None]
