@@ -1,10 +1,12 @@
-"""Tables as text that fit the terminal they are read in."""
+"""Tables as text that fit the terminal they are read in: the one place that lays out rows and
+columns."""
 
 from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from itertools import zip_longest
 
 MOST_ROWS = 60
 MOST_NOTES = 4
@@ -14,10 +16,12 @@ LONG = 24
 NAME = 40
 """Characters of a name that stay on one line as long as other cells can be wrapped."""
 SHORTEST_NAME = 12
-GAP = 2
-"""Blanks between two columns."""
+GAP = "  "
+# The beginning of a module path, in whatever column it stands. A number such as 0.0014 is none.
 _PATH = re.compile(r"[A-Za-z_]\w*\.\w")
-"""The beginning of a module path, in whatever column it stands; a number such as 0.0014 is none."""
+
+
+Table = list[list[str]]  # by column: the head, then the cells
 
 
 def render(
@@ -33,9 +37,8 @@ def render(
     """A table as text that fits the terminal; the first column holds names.
 
     A table that is too wide moves the long, repeated cells of the columns ``noted`` into notes
-    below it, wraps cells between words and
-    module paths after dots, and leaves out the columns ``optional``, which it says. Nothing is ever
-    cut off.
+    below it, wraps cells between words and module paths after dots, and leaves out the columns
+    ``optional``, which it says. Nothing is ever cut off.
 
     Args:
         title: a line above; none if empty.
@@ -47,7 +50,8 @@ def render(
         most_rows: what a person would still read; None: all.
 
     Example:
-        >>> print(render("two weights", ["weight", "norm"], [["conv1.weight", "1.5"], ["conv2.weight", "2"]]))
+        >>> rows = [["conv1.weight", "1.5"], ["conv2.weight", "2"]]
+        >>> print(render("two weights", ["weight", "norm"], rows))
         two weights
         <BLANKLINE>
         weight        norm
@@ -57,26 +61,37 @@ def render(
         <BLANKLINE>
     """
     width = _terminal(width)
-    cells = [list(columns), *([*row] for row in rows[:most_rows])]
-    notes, left_out = _make_room(cells, noted, optional, width)
-    widths = _widths(cells, width)
-    head, *body = (
-        [
-            _fold(cell, each, is_name=i == 0)
-            for i, (cell, each) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in cells
-    )
-    lines = [*([title, ""] if title else []), *_beside(head, widths), "─" * _total(widths)]
-    for row in body:
-        lines += _beside(row, widths)
-    if len(rows) > len(cells) - 1:
-        lines.append(f"... and {len(rows) - len(cells) + 1} more weights")
-    if left_out:
-        notes.append(f"Not shown in a terminal of {width} columns: {', '.join(left_out)}")
+    shown = rows[:most_rows]
+    table, notes = _make_room(_by_column(columns, shown), noted, optional, width)
+    widths = _widths(table, width)
+
+    lines = [title, ""] if title else []
+    head, *body = zip(*table, strict=True)
+    lines += _beside(head, widths)
+    lines.append("─" * _total(widths))
+    for texts in body:
+        lines += _beside(texts, widths)
+    if len(rows) > len(shown):
+        lines.append(f"... and {len(rows) - len(shown)} more weights")
     for note in notes:
         lines += _fold(note, width)
     return "\n".join(lines) + "\n"
+
+
+def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The same table without a rule and a line per row, however long.
+
+    Example:
+        >>> print(aligned(["weight", "norm"], [["conv1.weight", "1.5"]]))
+        weight        norm
+        conv1.weight  1.5
+    """
+    table = _by_column(columns, rows)
+    widths = _natural(table)
+    lines = []
+    for texts in zip(*table, strict=True):
+        lines += _beside(texts, widths)
+    return "\n".join(lines)
 
 
 def paragraph(text: str, width: int | None = None) -> str:
@@ -87,7 +102,8 @@ def paragraph(text: str, width: int | None = None) -> str:
         width: columns of the terminal; None: what the terminal has, 140 where there is none.
 
     Example:
-        >>> print(paragraph("clamped 3 times: model.layers.10.self_attention.query.weight", width=40), end="")
+        >>> text = "clamped 3 times: model.layers.10.self_attention.query.weight"
+        >>> print(paragraph(text, width=40), end="")
         clamped 3 times: model.layers.10.
         self_attention.query.weight
     """
@@ -98,48 +114,98 @@ def _terminal(width: int | None) -> int:
     return max(40, width or shutil.get_terminal_size((140, 24)).columns)
 
 
+def _total(widths: Sequence[int]) -> int:
+    return sum(widths) + len(GAP) * (len(widths) - 1)
+
+
+def _by_column(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    return [list(texts) for texts in zip(columns, *rows, strict=True)]
+
+
+def _natural(table: Table) -> list[int]:
+    """The widths at which no cell is folded."""
+    return [max(map(len, texts)) for texts in table]
+
+
 def _make_room(
-    cells: list[list[str]], noted: Sequence[str], optional: Sequence[str], width: int
-) -> tuple[list[str], list[str]]:
-    """Shorten a table that is too wide, in place: the notes that it needs, and the columns that it
-    lost."""
-    if _total(_natural(cells)) <= width:
-        return [], []
+    table: Table,
+    noted: Sequence[str],
+    optional: Sequence[str],
+    width: int,
+) -> tuple[Table, list[str]]:
+    """A table that is too wide with notes in the place of long cells, and without the columns that
+    still do not fit; and these notes."""
+    if _total(_natural(table)) <= width:
+        return table, []
     left_out: list[str] = []
     while True:
-        trial = [list(row) for row in cells]
-        notes = _move_to_notes(trial, [column for column in noted if column not in left_out])
-        dispensable = [column for column in optional if column not in left_out]
-        if _total(_least(trial)) <= width or not dispensable:
-            cells[:] = trial
-            return notes, left_out
-        left_out.append(dispensable[0])
-        position = cells[0].index(dispensable[0])
-        for row in cells:
-            del row[position]
+        shorter, notes = _with_notes(table, noted)
+        least, *_ = _floors(shorter)
+        if _total(least) <= width or len(left_out) == len(optional):
+            break
+        dispensable = optional[len(left_out)]
+        left_out.append(dispensable)
+        table = [texts for texts in table if texts[0] != dispensable]
+    if left_out:
+        notes.append(f"Not shown in a terminal of {width} columns: {', '.join(left_out)}")
+    return shorter, notes
 
 
-def _move_to_notes(cells: list[list[str]], noted: Sequence[str]) -> list[str]:
-    """Put marks in the place of the long texts of these columns; the notes that explain them."""
+def _with_notes(table: Table, noted: Sequence[str]) -> tuple[Table, list[str]]:
+    """The table with marks in the place of the long texts of some columns, and the notes that
+    explain the marks."""
+    shorter: Table = []
     notes: list[str] = []
-    for column in noted:
-        position = cells[0].index(column)
-        texts = list(dict.fromkeys(row[position] for row in cells[1:] if len(row[position]) > LONG))
-        if len(texts) > MOST_NOTES:
+    # In this order, since notes are numbered as the columns are named.
+    by_head = {texts[0]: texts for texts in table}
+    for head in noted:
+        texts = by_head.get(head, [])
+        long_texts = dict.fromkeys(text for text in texts[1:] if len(text) > LONG)
+        if len(long_texts) > MOST_NOTES:
             continue
-        marks = {text: f"[{len(notes) + i}]" for i, text in enumerate(texts, start=1)}
-        notes += [f"{mark} {text}" for text, mark in marks.items()]
-        for row in cells[1:]:
-            row[position] = marks.get(row[position], row[position])
-    return notes
+        for text in long_texts:
+            mark = f"[{len(notes) + 1}]"
+            notes.append(f"{mark} {text}")
+            texts = [mark if cell == text else cell for cell in texts]
+        by_head[head] = texts
+    for head, *_ in table:
+        shorter.append(by_head[head])
+    return shorter, notes
 
 
-def _total(widths: Sequence[int]) -> int:
-    return sum(widths) + GAP * (len(widths) - 1)
+def _floors(table: Table) -> tuple[list[int], ...]:
+    """How narrow each column may become, one after the other, as long as the table is too wide."""
+    words = [_longest(_pieces(" ".join(texts))) for texts in table]
+    # The first column holds names: those of ordinary length stay whole at first.
+    names = " ".join(table[0])
+    whole = min(_longest(names.split()), NAME)
+    part = _longest(_pieces(names, is_name=True))
+    return (
+        [whole, *words[1:]],
+        # Then they are folded after every dot.
+        [min(whole, part), *words[1:]],
+        [min(whole, SHORTEST_NAME), *words[1:]],
+        [1] * len(table),
+    )
 
 
-def _natural(cells: Sequence[Sequence[str]]) -> list[int]:
-    return [max(map(len, column)) for column in zip(*cells, strict=True)]
+def _longest(texts: Sequence[str]) -> int:
+    return max((len(text.strip()) for text in texts), default=0)
+
+
+def _widths(table: Table, width: int) -> list[int]:
+    """The widest column gives way first, down to its longest word; then the names do; words are
+    broken only at last."""
+    widths = _natural(table)
+    for floor in _floors(table):
+        while _total(widths) > width:
+            shrinkable = [i for i, least in enumerate(floor) if widths[i] > least]
+            if not shrinkable:
+                break
+            # One character from the widest of those that are still wider than they must be.
+            widest = max(shrinkable, key=widths.__getitem__)
+            widths[widest] -= 1
+    return widths
 
 
 def _pieces(text: str, is_name: bool = False) -> list[str]:
@@ -147,49 +213,19 @@ def _pieces(text: str, is_name: bool = False) -> list[str]:
     each part with its dot."""
     pieces: list[str] = []
     for word in re.findall(r"\s*\S+\s*", text):
-        at_dots = is_name or _PATH.search(word)
-        pieces += re.findall(r"[^.]*\.|[^.]+", word) if at_dots else [word]
+        if is_name or _PATH.search(word):
+            pieces += re.findall(r"[^.]*\.|[^.]+", word)
+        else:
+            pieces.append(word)
     return pieces
 
 
-def _longest(cells: Sequence[Sequence[str]], split: Callable[[str, bool], list[str]]) -> list[int]:
-    """The length of the longest part of each column; the first column holds names."""
-    columns = zip(*cells, strict=True)
-    return [
-        max(len(part.strip()) for cell in column for part in split(cell, i == 0) or [""])
-        for i, column in enumerate(columns)
-    ]
-
-
-def _least(cells: Sequence[Sequence[str]]) -> list[int]:
-    """Widths below which a word, a part of a path or a name of ordinary length would be broken."""
-    whole_name = _longest(cells, lambda text, _: text.split())[0]
-    return [min(whole_name, NAME), *_longest(cells, _pieces)[1:]]
-
-
-def _widths(cells: Sequence[Sequence[str]], width: int) -> list[int]:
-    """The widest column gives way first, down to its longest word; then the names do; words are
-    broken only at last."""
-    widths, least, parts = _natural(cells), _least(cells), _longest(cells, _pieces)
-    floors = (
-        least,
-        [min(least[0], parts[0]), *least[1:]],  # names are folded after every dot, if need be
-        [min(least[0], SHORTEST_NAME), *least[1:]],
-        [1] * len(widths),
-    )
-    for floor in floors:
-        while _total(widths) > width and any(w > f for w, f in zip(widths, floor, strict=True)):
-            # The widest column that is still wider than its floor gives up one character.
-            shrinkable = [i for i, w in enumerate(widths) if w > floor[i]]
-            widest = max(shrinkable, key=widths.__getitem__)
-            widths[widest] -= 1
-    return widths
-
-
 def _fold(text: str, width: int, is_name: bool = False) -> list[str]:
-    """Lines of at most ``width`` characters: broken between words and after the dots of paths,
-    within a word only where nothing else
-    is enough, and then after an underscore if there is one."""
+    """Lines of at most ``width`` characters, broken between words and after the dots of paths.
+
+    A word is broken only where nothing else is enough, and then after an underscore if there is
+    one.
+    """
     lines = [""]
     for piece in _pieces(text, is_name):
         if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
@@ -201,13 +237,13 @@ def _fold(text: str, width: int, is_name: bool = False) -> list[str]:
     return [line.rstrip() for line in lines]
 
 
-def _beside(row: Sequence[Sequence[str]], widths: Sequence[int]) -> list[str]:
-    """Folded cells as lines."""
-    height = max(map(len, row))
-    lines = zip(*([*cell, *[""] * (height - len(cell))] for cell in row), strict=True)
-    return [
-        (" " * GAP)
-        .join(part.ljust(width) for part, width in zip(line, widths, strict=True))
-        .rstrip()
-        for line in lines
-    ]
+def _beside(texts: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """One row as lines: each text folded into its column, the first one as a name."""
+    folded = []
+    for i, (text, width) in enumerate(zip(texts, widths, strict=True)):
+        folded.append(_fold(text, width, is_name=i == 0))
+    lines = []
+    for parts in zip_longest(*folded, fillvalue=""):
+        padded = map(str.ljust, parts, widths)
+        lines.append(GAP.join(padded).rstrip())
+    return lines

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from lightning_normdyn.tables import MOST_ROWS, paragraph, render
+from lightning_normdyn.tables import MOST_ROWS, aligned, paragraph, render
 
 COLUMNS = ["weight", "treated how", "norm first → last", "effective lr", "e-foldings", "verdict"]
 WRS = "WRS to its initial norm every 20 steps"
@@ -246,3 +246,16 @@ def test_no_part_of_a_cell_is_cut_off(width):
 def test_a_usual_name_is_read_in_one_piece(width):
     name = "model.layers.10.self_attn.q_proj.weight"
     assert name in render("title", HEADS, [(name, *DIGITS[1:])], width=width)
+
+
+@pytest.mark.parametrize("columns", [HEADINGS, HEADINGS[:1]])
+def test_aligned_rows_stay_on_one_line_each(columns):
+    rows = [row[: len(columns)] for row in TARGETS]
+    lines = aligned(columns, rows).splitlines()
+    assert len(lines) == len(rows) + 1
+    for heads_or_cells, line in zip([columns, *rows], lines, strict=True):
+        assert all(cell in line for cell in heads_or_cells)
+    second = [
+        line.index(row[1]) for row, line in zip([columns, *rows], lines, strict=True) if row[1:]
+    ]
+    assert len(set(second)) <= 1

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_normdyn.geometry.partition import Partition, renumbered
 from lightning_normdyn.invariance.flow import Shape
-from lightning_normdyn.tables import render
+from lightning_normdyn.tables import aligned, render
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,9 +269,4 @@ def targets_table(verdicts: Iterable[Verdict], width: int | None = None) -> str:
             most_rows=None,
         )
         return text.rstrip("\n")
-    rows = [TABLE_COLUMNS, *cells]
-    widths = [max(len(row[k]) for row in rows) for k in range(len(TABLE_COLUMNS))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    return aligned(TABLE_COLUMNS, cells)
