@@ -2,12 +2,10 @@
 centralizes or disturbs them.
 
 The Euler test holds for the gradient of the loss. What the optimizer receives may be something
-else: adaptive clipping, centralized
-gradients, added noise, a gradient compressed on its way between the ranks. So the sums are taken at
-the very end of the backward pass,
-before any hook of Lightning, of other callbacks and of the optimizer. What changes a gradient even
-earlier (hooks of the weight itself)
-is watched, and such a gradient is no evidence.
+else: adaptive clipping, centralized gradients, added noise, a gradient compressed on its way
+between the ranks. So the sums are taken at the very end of the backward pass, before any hook of
+Lightning, of other callbacks and of the optimizer. What changes a gradient even earlier (hooks of
+the weight itself) is watched, and such a gradient is no evidence.
 """
 
 from __future__ import annotations
@@ -55,6 +53,22 @@ def at_the_end_of_backward(loss: Tensor, call: Callable[[], None]) -> None:
     loss.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
+def euler_products(vectors: WeightVectors, gradients: Sequence[Tensor | None]) -> Tensor:
+    """This rank's <w, w>, <w, g>, <g, g> of each vector, ``(3, n)``: what the Euler test needs.
+
+    Args:
+        vectors: of the weights.
+        gradients: laid out like `WeightVectors.values`.
+    """
+    weights = vectors.values()
+    return vectors.partial_inner(
+        (weights, weights),
+        (weights, gradients),
+        (gradients, gradients),
+        exact=False,
+    )
+
+
 class LossGradients:
     """What one optimizer's next step may know of the loss's own gradients.
 
@@ -68,84 +82,82 @@ class LossGradients:
     """
 
     def __init__(self, weights: Iterable[Tensor], vectors: WeightVectors | None) -> None:
-        self.weights = [w for w in weights if w.requires_grad]
-        self.vectors = vectors
+        self._weights = [w for w in weights if w.requires_grad]
+        self._vectors = vectors
+        self._is_complete = False  # whether a watched backward pass has come to its end
         self._sums: Tensor | None = None
         self._copies: dict[Tensor, Tensor] = {}
-        self._weights: dict[Tensor, Tensor] = {}  # their lengths when the gradients were copied
-        self._changed: dict[
-            Tensor, Tensor
-        ] = {}  # weight -> 1 where something changed its gradient, on its device
-        self._hooks: list[Any] = []
-        self.seen = False
+        self._lengths: dict[Tensor, Tensor] = {}  # of the weights when gradients were copied
+        # For each weight, on its device: whether something has changed its gradient.
+        self._changed: dict[Tensor, Tensor] = {}
+        self._removers: list[Callable[[], None]] = []
 
     def watch(self, loss: Tensor) -> None:
         """Before the backward pass of ``loss``."""
-        if not loss.requires_grad or (self.vectors is not None and self.vectors.through_masters):
+        # Gradients of masters (DeepSpeed) come late.
+        through_masters = self._vectors is not None and self._vectors.through_masters
+        if not loss.requires_grad or through_masters:
             return
-        self._look_for_changes()
-        for weight in self.weights:
+        if self._is_complete:
+            self._look_for_changes()
+        for weight in self._weights:
             self._watch_hooks(weight)
-        at_the_end_of_backward(loss, self._at_the_end)
+        at_the_end_of_backward(loss, self._complete)
 
     @torch.no_grad()
-    def _at_the_end(self) -> None:
-        for remove in self._hooks:
-            remove()
-        self._hooks = []
-        self.seen = True
-        if self.vectors is None:
-            gradients = {w: _gradient(w) for w in self.weights}
-            self._copies = {w: g.clone() for w, g in gradients.items() if g is not None}
-            self._weights = {w: _length(w) for w in self._copies}
-        else:
-            self._sums = self._products()
+    def _complete(self) -> None:
+        self.forget()
+        self._is_complete = True
+        if self._vectors is not None:
+            gradients = self._vectors.gradients()
+            fit = _fit(self._vectors, gradients)
+            self._sums = euler_products(self._vectors, gradients) if fit else None
+            return
+        self._copies, self._lengths = {}, {}
+        for weight in self._weights:
+            gradient = _gradient(weight)
+            if gradient is not None:
+                self._copies[weight] = gradient.clone()
+                self._lengths[weight] = _length(weight)
 
-    def _products(self) -> Tensor | None:
-        assert self.vectors is not None
-        weights, gradients = self.vectors.values(), self.vectors.gradients()
-        if not _fit(weights, gradients):
-            return None
-        return self.vectors.partial_inner(
-            (weights, weights), (weights, gradients), (gradients, gradients), exact=False
-        )
+    def forget(self) -> None:
+        """Leave no hook behind: a backward pass that raised never came to its end."""
+        for remove in self._removers:
+            remove()
+        self._removers = []
 
     # -- what came in between
-    # ------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _look_for_changes(self) -> None:
         """Gradients that an earlier batch has left must be what its backward pass gave: a gradient
         may be clipped at every batch."""
-        if not self.seen:
-            return
-        if self.vectors is not None and self._sums is not None:
-            gradients = self.vectors.gradients()
-            if any(g is not None for g in gradients):
-                now, before = (
-                    self.vectors.partial_inner((gradients, gradients), exact=False)[0],
-                    self._sums[2],
-                )
-                differs = (
-                    self.vectors.per_weight(((now != before) & (now != 0)).to(now.dtype)) > 0
-                )  # 0: cleared in place
-                for weight, changed in zip(self.vectors.weights, differs, strict=True):
-                    self._note(weight, changed)
+        if self._vectors is not None and self._sums is not None:
+            self._compare_sums(self._vectors, self._sums[2])
         for weight, copy in self._copies.items():
             gradient = _gradient(weight)
             if gradient is not None:
+                # 0: cleared in place
                 self._note(weight, ((gradient != copy) & (gradient != 0)).any())
 
+    def _compare_sums(self, vectors: WeightVectors, before: Tensor) -> None:
+        gradients = vectors.gradients()
+        if all(gradient is None for gradient in gradients):
+            return
+        (squares,) = vectors.partial_inner((gradients, gradients), exact=False)
+        differs = (squares != before) & (squares != 0)
+        per_weight = vectors.per_weight(differs.to(squares.dtype)) > 0
+        for weight, changed in zip(vectors.weights, per_weight, strict=True):
+            self._note(weight, changed)
+
     def _note(self, weight: Tensor, changed: Tensor) -> None:
-        self._changed[weight] = (
-            changed if weight not in self._changed else self._changed[weight] | changed
-        )
+        self._changed[weight] = changed | self._changed.get(weight, False)
 
     def _watch_hooks(self, weight: Tensor) -> None:
-        """Put one hook before and one behind those that others have given the weight, and compare
-        what passes."""
-        before_accumulation: Any = weight._backward_hooks
-        if before_accumulation:
+        """Compare what goes into the hooks that others have given the weight with what comes out."""
+        parameter: Any = weight
+        if parameter._backward_hooks:
             passing: list[tuple[Tensor, int]] = []
 
             def enters(gradient: Tensor) -> None:
@@ -156,11 +168,9 @@ class LossGradients:
                 if gradient is not before or gradient._version != version:
                     self._note(weight, torch.ones((), dtype=torch.bool, device=weight.device))
 
-            register: Any = weight.register_hook
-            self._hooks.append(_put_first(before_accumulation, register(enters)))
-            self._hooks.append(register(leaves).remove)
-        after_accumulation: Any = weight._post_accumulate_grad_hooks
-        if after_accumulation:
+            self._surround(parameter._backward_hooks, parameter.register_hook, enters, leaves)
+
+        if parameter._post_accumulate_grad_hooks:
             lengths: list[Tensor] = []
 
             def arrives(_: Tensor) -> None:
@@ -170,62 +180,70 @@ class LossGradients:
 
             def goes(_: Tensor) -> None:
                 gradient = _gradient(weight)
-                if lengths and gradient is not None:  # an optimizer that steps in here leaves none
+                # An optimizer that steps in these hooks leaves no gradient.
+                if lengths and gradient is not None:
                     self._note(weight, _length(gradient) != lengths[-1])
                 lengths.clear()
 
-            register_after: Any = weight.register_post_accumulate_grad_hook
-            self._hooks.append(_put_first(after_accumulation, register_after(arrives)))
-            self._hooks.append(register_after(goes).remove)
+            register = parameter.register_post_accumulate_grad_hook
+            self._surround(parameter._post_accumulate_grad_hooks, register, arrives, goes)
+
+    def _surround(self, hooks: Any, register: Any, before: Any, behind: Any) -> None:
+        """Put one hook before and one behind those that are there.
+
+        Args:
+            hooks: the ordered dictionary of the others.
+            register: adds one to it.
+            before: what is called first.
+            behind: what is called last.
+        """
+        first = register(before)
+        # torch reads the entries in the order in which they were put in, and does not heed
+        # `move_to_end`.
+        others = [(key, hook) for key, hook in hooks.items() if key != first.id]
+        for key, hook in others:
+            del hooks[key]
+            hooks[key] = hook
+        self._removers += [first.remove, register(behind).remove]
 
     # -- the step
-    # ------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def take(self, vectors: WeightVectors) -> Tensor | None:
-        """This rank's <w, w>, <w, g>, <g, g> of each vector, ``(3, n)``; NaN where hooks have
-        changed the gradient.
+        """This rank's `euler_products`; NaN where hooks have changed the gradient.
 
         None if no backward pass was watched, or none of whose end the gradients are known: then
         only the optimizer's are there.
         """
-        sums = self._sums
-        known = self.vectors is None or self.vectors is vectors
-        if not self.seen or not known or vectors.through_masters:
+        is_known = self._vectors is None or self._vectors is vectors
+        if not self._is_complete or not is_known or vectors.through_masters:
             return None
-        if self.vectors is None:
-            copies, weights = (
-                vectors.local([self._copies.get(w) for w in vectors.weights]),
-                vectors.values(),
-            )
-            if not _fit(weights, copies):
+        sums = self._sums
+        if self._vectors is None:
+            copies = vectors.local([self._copies.get(w) for w in vectors.weights])
+            if not _fit(vectors, copies):
                 return None
             # SAM takes its gradient at weights that it has moved, and moves them back before it
             # steps.
-            for weight, length in self._weights.items():
+            for weight, length in self._lengths.items():
                 self._note(weight, _length(weight) != length)
-            sums = vectors.partial_inner(
-                (weights, weights), (weights, copies), (copies, copies), exact=False
-            )
+            sums = euler_products(vectors, copies)
         if sums is None:
             return None
-        changed = [self._changed.get(w) for w in vectors.weights]
-        for where, flag in zip(vectors.slices, changed, strict=True):
-            if flag is not None:
-                sums[1:, where] = torch.where(flag, float("nan"), sums[1:, where])
+        for weight, where in zip(vectors.weights, vectors.slices, strict=True):
+            if weight in self._changed:
+                sums[1:, where] = torch.where(self._changed[weight], float("nan"), sums[1:, where])
         return sums
 
-    def forget(self) -> None:
-        """Leave no hook behind: a backward pass that raised never came to its end."""
-        for remove in self._hooks:
-            remove()
-        self._hooks = []
 
-
-def _fit(weights: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> bool:
+def _fit(vectors: WeightVectors, gradients: Sequence[Tensor | None]) -> bool:
     """Whether gradients are laid out like the weights: FSDP1 keeps whole ones between the batches
     that it accumulates."""
-    return all(g is None or g.shape == w.shape for w, g in zip(weights, gradients, strict=True))
+    for weight, gradient in zip(vectors.values(), gradients, strict=True):
+        if gradient is not None and gradient.shape != weight.shape:
+            return False
+    return True
 
 
 def _gradient(weight: Tensor) -> Tensor | None:
@@ -243,18 +261,3 @@ def _length(tensor: Tensor) -> Tensor:
         local = local.to_local()
     length: Tensor = torch.linalg.vector_norm(local)
     return length
-
-
-def _put_first(hooks: Any, handle: Any) -> Callable[[], None]:
-    """Make the last hook of an ordered dictionary the first; returns what removes it."""
-    # torch reads the entries in the order in which they were put in, and does not heed
-    # `move_to_end`.
-    others = [(key, hook) for key, hook in hooks.items() if key != handle.id]
-    ours = hooks[handle.id]
-    hooks.clear()
-    hooks[handle.id] = ours
-    hooks.update(others)
-    return handle.remove  # type: ignore[no-any-return]
-
-
-__all__ = ["LossGradients", "at_the_end_of_backward", "changed_between_ranks"]

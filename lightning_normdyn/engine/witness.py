@@ -1,17 +1,16 @@
-"""Whether every step that moved a weight was seen: a weight that moved without one is told to the
-person by name.
+"""Notices steps that nobody saw: a targeted weight that moved without one is told to the person by
+name.
 
 Two looks that cost nothing on an ordinary step. torch calls a global hook for every optimizer that
-steps: one that nobody brackets and that
-holds targeted weights is told at once. And at logging steps: if no step of an optimizer was seen
-since the last look but one, the norms of
-its weights are compared with those of that look; they must be the same.
+steps: one that nobody brackets and that holds targeted weights is told at once. And at logging
+steps: if no step of an optimizer was seen since the last look but one, the norms of its weights are
+compared with those of that look; they must be the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 from weakref import WeakSet, ref
 
@@ -28,8 +27,6 @@ from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.weights import Weights, held_by
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scratch import is_scratch
-
-__all__ = ["Witness"]
 
 
 class Fit(Protocol):
@@ -49,15 +46,15 @@ class _Mark:
 
     Args:
         steps: that were seen until then.
-        weights: this rank's plain pieces.
-        names: theirs.
+        names: of the weights.
+        pieces: what this rank holds of them; none while the optimizer steps at every look.
         numbers: ``(2, weights)``: their norms and sums.
     """
 
     steps: int
-    weights: list[Tensor]
-    names: list[str]
-    numbers: Tensor
+    names: list[str] = field(default_factory=list)
+    pieces: list[Tensor] = field(default_factory=list)
+    numbers: Tensor | None = None
 
 
 class Witness:
@@ -65,22 +62,22 @@ class Witness:
 
     Args:
         fit: whose brackets and targets; held weakly, since torch holds the hooks.
+
+    Attributes:
+        notes: what was told, for the end table.
     """
 
     def __init__(self, fit: Fit) -> None:
         self._fit = ref(fit)
         self._told: set[str] = set()
         self._strangers: WeakSet[Optimizer] = WeakSet()
-        self._marks: dict[int, _Mark] = {}
-        self._steps: dict[int, int] = {}
         self.notes: list[str] = []
-        """What was told, for the end table."""
         self._hooks = [
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
-        for index in range(len(fit.attachment.brackets)):
-            self._remember(fit, index)
+        brackets = fit.attachment.brackets
+        self._marks = {i: self._new_mark(fit, bracket) for i, bracket in enumerate(brackets)}
 
     def close(self) -> None:
         """Take the hooks away; idempotent."""
@@ -89,44 +86,42 @@ class Witness:
         self._hooks, self._marks = [], {}
 
     # -- every optimizer that steps
-    # ------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------
+
+    def _running(self, optimizer: Optimizer) -> Fit | None:
+        """The fit, if ``optimizer`` is one whose steps nobody sees there."""
+        fit = self._fit()
+        if fit is None or fit.closed:  # its end came without ours
+            self.close()
+            return None
+        if id(optimizer) in fit.attachment.known or is_scratch(optimizer):
+            return None
+        return fit
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        fit = self._fit()
-        if fit is None or fit.closed:  # a fit whose end came without ours
-            self.close()
-        elif id(optimizer) not in fit.attachment.known and not is_scratch(optimizer):
+        fit = self._running(optimizer)
+        if fit is not None:
             fit.attachment.follow(optimizer)  # its own hooks are called after this one
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        fit = self._fit()
-        if (
-            fit is None
-            or fit.closed
-            or id(optimizer) in fit.attachment.known
-            or optimizer in self._strangers
-        ):
+        fit = self._running(optimizer)
+        # An optimizer that steps inside another one is no stranger.
+        if fit is None or optimizer in self._strangers or fit.attachment.is_stepping():
             return
-        if is_scratch(optimizer):
-            return
-        if fit.attachment.is_stepping():
-            return  # an optimizer inside another one
-        held = held_by(optimizer)
-        names = [fit.weights.name(p) for p in held if p in fit.weights.names and fit.is_targeted(p)]
+        names = [fit.weights.name(weight) for weight in self._targeted(fit, optimizer)]
         if not names:
             return
         self._strangers.add(optimizer)
-        self._told.update(names)
+        verb = "is" if len(names) == 1 else "are"
         self._say(
-            f"{named(names)} {'is' if len(names) == 1 else 'are'} stepped by an optimizer that the "
-            f"Trainer does not hold "
+            names,
+            f"{named(names)} {verb} stepped by an optimizer that the Trainer does not hold "
             f"({type(optimizer).__name__}): nothing acts on these steps, and nothing measures "
-            f"them. "
-            "Return it from configure_optimizers."
+            f"them. Return it from configure_optimizers.",
         )
 
     # -- weights that move by themselves
-    # -------------------------------------------------------------------------------
+    # -------------------------------------------------------------------
 
     def look(self, *, last: bool = False) -> None:
         """At a logging step and at the end of a fit (``last``): did a weight move although no step
@@ -135,55 +130,54 @@ class Witness:
         if fit is None:
             return
         for index, bracket in enumerate(fit.attachment.brackets):
-            mark, seen = self._marks.get(index), self._steps.get(index)
-            self._steps[index] = bracket.steps
-            if bracket.unsettled or (mark is None and seen != bracket.steps):
-                continue  # it stepped since the last look
-            if mark is not None and mark.steps == bracket.steps:
-                self._compare(fit, bracket, mark)
-            elif seen == bracket.steps and not last:
-                self._remember(fit, index)
-            else:
-                self._marks.pop(index, None)
+            mark = self._marks.get(index)
+            if mark is None or mark.steps != bracket.steps:
+                # It stepped since the last look, as it should.
+                self._marks[index] = _Mark(bracket.steps)
+            elif bracket.unsettled:
+                continue  # a fused optimizer has not told yet whether it stepped
+            elif mark.numbers is not None:
+                self._compare(bracket, mark, mark.numbers)
+            elif not last:
+                self._marks[index] = self._new_mark(fit, bracket)
 
-    def _remember(self, fit: Fit, index: int) -> None:
-        bracket = fit.attachment.brackets[index]
-        held = held_by(bracket.optimizer)
-        targeted = [
-            p for p in held if p in fit.weights.names and fit.is_targeted(p) and p.requires_grad
-        ]
-        # FSDP's flat pieces and DeepSpeed's are moved about by their strategies.
-        whole = [p for p in targeted if tuple(p.shape) == fit.weights.shapes[p] and _is_dense(p)]
-        pieces = [_plain(p) for p in whole]
-        names = [fit.weights.name(p) for p in whole]
-        self._steps[index] = bracket.steps
-        self._marks.pop(index, None)
-        if pieces:
-            self._marks[index] = _Mark(bracket.steps, pieces, names, _numbers(pieces))
+    def _targeted(self, fit: Fit, optimizer: Optimizer) -> list[Tensor]:
+        held = held_by(optimizer)
+        return [p for p in held if p in fit.weights.names and fit.is_targeted(p)]
 
-    def _compare(self, fit: Fit, bracket: StepBracket, mark: _Mark) -> None:
-        now = _numbers(mark.weights)
-        same = ((now == mark.numbers) | (now.isnan() & mark.numbers.isnan())).all(0).tolist()
-        moved = [
-            name
-            for name, unchanged in zip(mark.names, same, strict=True)
-            if not unchanged and name not in self._told
-        ]
-        mark.numbers = now
+    def _new_mark(self, fit: Fit, bracket: StepBracket) -> _Mark:
+        mark = _Mark(bracket.steps)
+        for weight in self._targeted(fit, bracket.optimizer):
+            # FSDP's flat pieces and DeepSpeed's are moved about by their strategies.
+            is_whole = tuple(weight.shape) == fit.weights.shapes[weight]
+            if weight.requires_grad and is_whole and _is_dense(weight):
+                mark.names.append(fit.weights.name(weight))
+                mark.pieces.append(_plain(weight))
+        if mark.pieces:
+            mark.numbers = _numbers(mark.pieces)
+        return mark
+
+    def _compare(self, bracket: StepBracket, mark: _Mark, before: Tensor) -> None:
+        mark.numbers = _numbers(mark.pieces)
+        same = (mark.numbers == before) | (mark.numbers.isnan() & before.isnan())
+        moved = []
+        for name, is_unchanged in zip(mark.names, same.all(0).tolist(), strict=True):
+            if not is_unchanged and name not in self._told:
+                moved.append(name)
         if not moved:
             return
-        self._told.update(moved)
         kind = type(bracket.optimizer).__name__
         owner = "its" if len(moved) == 1 else "their"
         self._say(
+            moved,
             f"{named(moved)} moved although no step of {owner} optimizer ({kind}) was seen: "
-            f"nothing acted on that or measured it. "
-            "Something else writes to the weights (an update by hand, an object with a step of its "
-            "own), or "
-            f"{kind} steps without torch's step hooks. Step it by `optimizer.step()`."
+            f"nothing acted on that or measured it. Something else writes to the weights (an "
+            f"update by hand, an object with a step of its own), or {kind} steps without torch's "
+            f"step hooks. Step it by `optimizer.step()`.",
         )
 
-    def _say(self, text: str) -> None:
+    def _say(self, names: Sequence[str], text: str) -> None:
+        self._told.update(names)
         self.notes.append(text)
         warn_once(text)
 

@@ -31,8 +31,7 @@ from lightning_normdyn import (
     NoTargetsError,
     WeightRescaling,
 )
-from lightning_normdyn.engine.evidence import CLOSE_LOOKS, Record
-from lightning_normdyn.invariance.verdict import Verdict
+from lightning_normdyn.engine.claim_record import CLOSE_LOOKS
 
 
 def known(callback):
@@ -57,75 +56,6 @@ class WithdrawnAt(L.Callback):
     def on_train_batch_end(self, trainer, *_):
         if self.batch is None and "net.3.weight" not in targets_of(self.callback):
             self.batch = trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-# ---- One record ----
-
-
-def a_record(**given):
-    return Record(Verdict.unknown("w", (4, 4)), **given)
-
-
-def looks(record, values, *, logs=True):
-    return [record.take(mean, number, logs=logs) for mean, number in values]
-
-
-def test_eight_values_confirm_and_eight_contradict():
-    record = a_record()
-    assert looks(record, [(1e-6, 1.0)] * 7) == [None] * 7
-    assert not record.confirmed
-    assert record.take(1e-6, 1.0, logs=True) is None
-    assert record.confirmed
-    assert looks(a_record(), [(0.25, 4.0)] * 2) == [None, (0.5, 8)]
-
-
-def test_steps_without_a_gradient_confirm_nothing():
-    record = a_record()
-    looks(record, [(0.0, 0.0)] * 3 * CLOSE_LOOKS)
-    assert not record.confirmed
-    looks(record, [(1e-6, 1.0)] * 8)
-    assert record.confirmed
-
-
-def test_what_has_been_seen_before_does_not_hide_what_comes_late():
-    record = a_record()
-    looks(record, [(1e-8, 100.0)] * 10_000)
-    found = looks(record, [(1.0, 1.0)] * 9)
-    assert found == [None] * 8 + [(1.0, 8)]
-
-
-def test_a_single_odd_step_withdraws_nothing_and_calls_for_fewer_and_fewer_close_looks():
-    record = a_record()
-    looks(record, [(1e-8, 1.0)] * 8)
-    close = 0
-    for _ in range(200):
-        found = looks(record, [(0.05, 1.0)])
-        while record.close:
-            close += 1
-            found.append(record.take(1e-8, 1.0, logs=False))
-        assert found == [None] * len(found)
-    assert 8 <= close <= 8 * 9
-
-
-def test_a_weight_that_is_rarely_used_is_withdrawn_all_the_same():
-    record = a_record()
-    looks(record, [(1e-8, 8.0)])
-    found = []
-    for _ in range(12):
-        found.append(record.take(1.0, 1.0, logs=True))
-        found += looks(record, [(0.0, 0.0)] * CLOSE_LOOKS, logs=False)
-        if any(found):
-            break
-    assert any(found)
-
-
-def test_a_record_survives_a_checkpoint():
-    record = a_record()
-    looks(record, [(1e-8, 1.0)] * 8)
-    looks(record, [(1.0, 1.0)] * 3)
-    again = Record.from_state(record.claim, record.state())
-    assert again == record
-    assert looks(again, [(1.0, 1.0)] * 6) == looks(record, [(1.0, 1.0)] * 6)
 
 
 # ---- Confirmed only by gradients ----
@@ -797,7 +727,7 @@ def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
 
     class Counts(L.Callback):
         def on_train_batch_end(self, trainer, *_):
-            close.append(bool(callback._session.claims.evidence.looked_at_closely()))
+            close.append(callback._session.claims.evidence.is_looking_closely())
 
     fit(make(Table), [callback, Counts()], max_epochs=40, log_every_n_steps=5)
     (target,) = [t for t in callback.plans[0].targets if t.name == "table.weight"]
