@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_normdyn import Partition, Phase, StepBracket, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
-from lightning_normdyn.geometry import vectors as vectors_module
+from lightning_normdyn.geometry import chunks
 from lightning_normdyn.optimizers.step import Step
 
 
@@ -219,7 +219,7 @@ def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes
     kind, small_chunks, known, monkeypatch
 ):
     if small_chunks:
-        monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
+        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
     weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
     before = weight.clone().float()
     for angle in (1e-6, 1e-5, 1e-3, 1.0, 2.5, 3.14159):
@@ -255,7 +255,7 @@ def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, m
     if passes == "two":  # as on a GPU
         monkeypatch.setattr(WeightVectors, "_one_pass", False)
     if passes == "one, in small chunks":
-        monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
+        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
     weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
     start = weight.clone().to(dtype)
     parameter = nn.Parameter(start.clone())
@@ -335,7 +335,7 @@ def test_vectors_that_have_no_angle_and_vectors_that_did_not_move(dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_give_standard_deviations_beside_a_large_mean(kind, small_chunks, monkeypatch):
     if small_chunks:
-        monkeypatch.setattr(vectors_module, "CACHED_ENTRIES", 5)
+        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 5)
     vectors, (weight,) = made(kind, dtype=torch.float32)
     with torch.no_grad():
         weight.mul_(0.01).add_(3.0)

@@ -1,0 +1,267 @@
+"""What one pass over a weight reads, sums and combines: the arithmetic of
+`lightning_normdyn.geometry.kernels`.
+
+A pass is taken in the weight's own precision, float32 at least; only the few numbers per row are
+combined in float64. Where a plain sum would lose digits that way, the pass first takes the large
+part out (the mean, the old direction) and sums what is left. The tests compare every pass with the
+formula of `lightning_normdyn.functional` that it stands for.
+
+Letters: w a weight before a step, v after it, Δ = v - w.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from lightning_normdyn.geometry.chunks import Dims, Kernel, Views
+
+Operand = Sequence["Tensor | None"]
+"""One local tensor per weight; None for a weight to be passed over."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How one kind of sums is taken.
+
+    Args:
+        kernel: see `lightning_normdyn.geometry.chunks.Kernel`.
+        finish: makes of what the kernel wrote, ``(written, ...)``, sums that may be added over the
+            parts of a vector, ``(results, ...)``; given in float64, and free to write to it.
+        written: how many numbers the kernel writes for each row.
+        results: how many sums ``finish`` makes of them.
+        exact: whether what the kernel writes is kept in float64.
+        streaming: whether the kernel reads each entry once, so that a cache helps it only where
+            rows are long or dtypes are converted.
+        whole_rows: whether the kernel must see each row at once, because it also changes it.
+    """
+
+    kernel: Kernel
+    finish: Callable[[Tensor], Tensor]
+    written: int
+    results: int
+    exact: bool = False
+    streaming: bool = False
+    whole_rows: bool = False
+
+
+# ---- Norms, moments, displacement, radial part ----
+
+
+def _norms(dims: Dims, outs: Views, views: Views) -> None:
+    norm_of(widened(views[0]), dims, outs[0])
+
+
+SQUARES = Pass(_norms, torch.square, 1, 1, streaming=True)
+"""<w, w>."""
+
+
+def _moments(dims: Dims, outs: Views, views: Views) -> None:
+    mean, length, left, members = outs
+    x = widened(views[0])
+    count = prod(x.shape[d] for d in dims)
+    # Around an estimate of the mean: the standard deviation is then right to 1e-6 even beside a
+    # mean a thousand times as large.
+    estimate = sum_of(x, dims) / count
+    rest = x - estimate
+    mean.copy_(estimate)
+    norm_of(rest, dims, length)
+    sum_of(rest, dims, left)
+    members.fill_(count)
+
+
+def _finish_moments(written: Tensor) -> Tensor:
+    """With w = mean + rest."""
+    mean, length, left, members = written
+    squares = length.square() + mean * (2 * left + members * mean)
+    return torch.stack([squares, left + members * mean])
+
+
+MOMENTS = Pass(_moments, _finish_moments, 4, 2)
+"""<w, w> and <1, w>."""
+
+
+def _finish_displacement(written: Tensor) -> Tensor:
+    """With v = k w + r: Δ = (k - 1) w + r."""
+    norm, ratio, length, along = written
+    square, growth = norm.square(), ratio - 1
+    radial = growth * square + along
+    total = growth * (growth * square + 2 * along) + length.square()
+    return torch.stack([square, radial, total])
+
+
+def displacement(exact: torch.dtype | None) -> Pass:
+    """<w, w>, <w, Δ>, <Δ, Δ>, from w, v and, if they are known, norms of w and their reciprocals.
+
+    Args:
+        exact: the dtype that <w, w> is summed in; None: the weight's own.
+    """
+
+    def kernel(dims: Dims, outs: Views, views: Views) -> None:
+        norm, ratio, length, along = outs
+        before, after = map(widened, views[:2])
+        factor = norm_of(after, dims, ratio)
+        if len(views) > 2:
+            norm.copy_(views[2])
+            factor.mul_(views[3])
+        else:
+            norm_of(before if exact is None else before.to(exact), dims, norm)
+            factor.div_(norm).nan_to_num_(0.0, 0.0, 0.0)
+        if ratio.dtype != after.dtype:
+            # The residual is taken with the rounded ratio, so this is the one to keep.
+            factor = factor.to(after.dtype)
+            ratio.copy_(factor)
+        # The residual is nearly orthogonal to w, so that its sums lose no digits to the change of
+        # the norm. addcmul rounds once where the machine can multiply and add at once; where it
+        # cannot, entries are off by 3e-8 of themselves.
+        residual = torch.addcmul(after, before, factor, value=-1)
+        norm_of(residual, dims, length)
+        sum_of(residual.mul_(before), dims, along)
+
+    return Pass(kernel, _finish_displacement, 4, 3, exact is not None)
+
+
+def radial(dims: Dims, outs: Views, views: Views) -> Tensor:
+    """The norm of w, and <w, Δ>, from w and v; returns w."""
+    before, after = map(widened, views)
+    # First what reads both: two weights come into the cache faster together than one after the
+    # other.
+    sum_of((after - before).mul_(before), dims, outs[1])
+    norm_of(before, dims, outs[0])
+    return before
+
+
+def radial_of_step(dims: Dims, outs: Views, views: Views) -> Tensor:
+    """`radial` from the direction of the step, v, and the number that the step is of it."""
+    direction, after, length = views
+    before = torch.addcmul(after, direction, length, value=-1)
+    sum_of(before * direction, dims, outs[1]).mul_(length)
+    norm_of(before, dims, outs[0])
+    return before
+
+
+def finish_radial(written: Tensor) -> Tensor:
+    """From the norm of w to <w, w>."""
+    written[0].square_()
+    return written
+
+
+RADIAL = Pass(radial, finish_radial, 2, 2)
+"""<w, w> and <w, Δ>."""
+
+
+def removed_part(square: Tensor, product: Tensor, share: Tensor) -> Tensor:
+    """How much of w is taken away: ``share`` + <w, Δ> / <w, w>.
+
+    As `lightning_normdyn.functional.radial_coefficient`, but not finite where Δ or w is not, so
+    that such vectors can be counted. ``square`` is kept away from zero in place.
+    """
+    return torch.addcdiv(share, product, square.clamp_(min=torch.finfo(square.dtype).tiny))
+
+
+def applied_part(removed: Tensor, active: Tensor | None = None) -> Tensor:
+    """`removed_part` of the vectors that are changed; 0 for the others and where not finite."""
+    applied = removed.nan_to_num(0.0, 0.0, 0.0)
+    return applied if active is None else applied * active
+
+
+# ---- Inner products ----
+
+
+class Products:
+    """Several inner products in one pass, in which each operand is read once however many products
+    it enters.
+
+    Args:
+        pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>.
+        copy: one of the operands, and where to copy it on the way.
+        exact: the dtype that products are taken in; None: the operands' own.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[Operand, Operand | None]],
+        copy: tuple[Operand, Operand] | None,
+        exact: torch.dtype | None,
+    ) -> None:
+        self.operands: list[Operand] = []
+        self._exact = exact
+        terms = []
+        for row, (left, right) in enumerate(pairs):
+            right_position = None if right is None else self._position(right)
+            terms.append((row, self._position(left), right_position))
+        self._squares = [row for row, left, right in terms if left == right]
+        # Products of two weights first: two of them come into the cache faster together than one
+        # after the other.
+        self._terms = sorted(terms, key=lambda term: term[0] in self._squares)
+        self._copied = None if copy is None else self._position(copy[0])
+        self._read = len(self.operands)
+        if copy is not None:
+            self.operands.append(copy[1])
+        self.how = Pass(self._kernel, self._finish, len(pairs), len(pairs), exact is not None)
+
+    def _position(self, operand: Operand) -> int:
+        for position, known in enumerate(self.operands):
+            if operand is known or all(x is y for x, y in zip(operand, known, strict=True)):
+                return position
+        self.operands.append(operand)
+        return len(self.operands) - 1
+
+    def _kernel(self, dims: Dims, outs: Views, views: Views) -> None:
+        if self._copied is not None and views[self._copied] is not None and views[-1] is not None:
+            views[-1].copy_(views[self._copied])
+        values = [self._convert(view) for view in views[: self._read]]
+        for row, left, right in self._terms:
+            x = values[left]
+            y = None if right is None else values[right]
+            if x is None or (right is not None and y is None):
+                outs[row].zero_()
+            elif left == right:
+                norm_of(x, dims, outs[row])
+            else:
+                sum_of(x if y is None else x * y, dims, outs[row])
+
+    def _convert(self, view: Tensor | None) -> Tensor | None:
+        if view is None:
+            return None
+        return view.to(self._exact) if self._exact else widened(view)
+
+    def _finish(self, written: Tensor) -> Tensor:
+        for row in self._squares:
+            written[row].square_()
+        return written
+
+
+# ---- Sums of one view ----
+
+
+def own_precision(*tensors: Tensor) -> torch.dtype:
+    """float64 if some tensor is, else float32: loses nothing that they could keep."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def widened(x: Tensor) -> Tensor:
+    """In its own precision, float32 at least."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
+def sum_of(x: Tensor, dims: Dims, out: Tensor | None = None) -> Tensor:
+    """Sum over ``dims``; over none of them the entries themselves."""
+    if dims and out is not None and out.dtype == x.dtype:
+        return torch.sum(x, dims, keepdim=True, out=out)
+    total = x.sum(dims, keepdim=True) if dims else x
+    return total if out is None else out.copy_(total)
+
+
+def norm_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
+    """Euclidean norm over ``dims``; over none of them absolute values."""
+    if not dims:
+        return out.copy_(x.abs())
+    if out.dtype == x.dtype:
+        torch.linalg.vector_norm(x, dim=dims, keepdim=True, out=out)
+        return out
+    return out.copy_(torch.linalg.vector_norm(x, dim=dims, keepdim=True))
