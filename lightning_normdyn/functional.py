@@ -38,6 +38,7 @@ __all__ = [
     "angular_update",
     "cosine_from_sums",
     "direction_lr",
+    "displacement_sums",
     "effective_lr",
     "effective_step_size",
     "equivalent_weight_decay",
@@ -46,9 +47,11 @@ __all__ = [
     "in_span_energy",
     "input_space_basis",
     "input_space_projection",
+    "moment_sums",
     "norm_from_sums",
     "project_tangent",
     "radial_coefficient",
+    "remove_radial",
     "rescale_factor",
     "shrink_factor",
     "spectral_rank",
@@ -309,6 +312,37 @@ def project_tangent(update: Tensor, weight: Tensor) -> Tensor:
     return _narrow(x.where(along == 0, x - along * w).reshape(update.shape), update, weight)
 
 
+def remove_radial(before: Tensor, after: Tensor, share: Scalar = 0.0) -> Tensor:
+    r"""Remove from a step its part along the weight, and a share of the weight with it:
+    :math:`w' \leftarrow w + \Pi_w(w'-w) - \sigma\,w` (SGDP/AdamP, "Projected updates").
+
+    With :math:`\sigma` = ``share``: a decoupled weight decay of :math:`\eta\lambda`, which a
+    projection alone would remove from the step as well.
+
+    Args:
+        before: ``(n, ...)``, :math:`w`, the weight before the step.
+        after: the same shape, :math:`w'`, the weight after the step.
+        share: :math:`\sigma`; a number or ``(n,)``.
+
+    Returns:
+        the shape of ``after``; ``after`` itself where a vector of ``before`` is zero, or where one
+        of the two is not finite.
+
+    Raises:
+        ValueError: if the shapes differ or have fewer than two dimensions.
+
+    Example:
+        >>> remove_radial(torch.tensor([[2.0, 0.0]]), torch.tensor([[3.0, 1.0]]), share=0.1)
+        tensor([[1.8000, 1.0000]])
+    """
+    ww, wd, _ = displacement_sums(before, after)
+    old, new = _rows(before), _rows(after)
+    removed = wd / ww + share
+    changed = new - removed.unsqueeze(1) * old
+    treated = removed.isfinite().unsqueeze(1)
+    return _narrow(changed.where(treated, new).reshape(after.shape), before, after)
+
+
 def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
     r"""Cosine between each vector and its gradient, :math:`\cos(w, g)`: 0 for a scale-invariant
     weight, up to the normalization's eps.
@@ -336,6 +370,50 @@ def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
 
 # ---- The same formulas from per-vector sums, for weights that lie in pieces. Angles need the sums
 # in float64. ----
+
+
+def moment_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
+    r"""What :func:`std_from_sums` takes: :math:`\langle w,w\rangle` and :math:`\langle
+    1,w\rangle`.
+
+    Args:
+        weight: ``(n, ...)``, any floating dtype.
+
+    Returns:
+        Two tensors ``(n,)``, float64.
+
+    Raises:
+        ValueError: if ``weight`` has fewer than two dimensions.
+
+    Example:
+        >>> moment_sums(torch.tensor([[1.0, 3.0]]))
+        (tensor([10.], dtype=torch.float64), tensor([4.], dtype=torch.float64))
+    """
+    rows = _rows(weight)
+    return rows.square().sum(1), rows.sum(1)
+
+
+def displacement_sums(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""What :func:`angle_from_sums` takes of a step :math:`\Delta=w'-w`: :math:`\langle
+    w,w\rangle`, :math:`\langle w,\Delta\rangle` and :math:`\langle\Delta,\Delta\rangle`.
+
+    Args:
+        before: ``(n, ...)``, :math:`w`, the weight before the step.
+        after: the same shape, :math:`w'`, the weight after the step.
+
+    Returns:
+        Three tensors ``(n,)``, float64.
+
+    Raises:
+        ValueError: if the shapes differ or have fewer than two dimensions.
+
+    Example:
+        >>> [x.item() for x in displacement_sums(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]]))]
+        [1.0, 0.0, 4.0]
+    """
+    _check_same_shape(before, after, "before", "after")
+    old, step = _rows(before), _rows(after) - _rows(before)
+    return old.square().sum(1), (old * step).sum(1), step.square().sum(1)
 
 
 def norm_from_sums(ww: Tensor) -> Tensor:

@@ -192,8 +192,9 @@ class Products:
         self._exact = exact
         terms = []
         for row, (left, right) in enumerate(pairs):
+            left_position = self._position(left)
             right_position = None if right is None else self._position(right)
-            terms.append((row, self._position(left), right_position))
+            terms.append((row, left_position, right_position))
         self._squares = [row for row, left, right in terms if left == right]
         # Products of two weights first: two of them come into the cache faster together than one
         # after the other.
