@@ -156,6 +156,25 @@ def fit(
     return runner
 
 
+def fit_batches(
+    model: L.LightningModule, callbacks: list[Any], batches: Any, **arguments: Any
+) -> L.Trainer:
+    """`fit` for one epoch of these batches."""
+    loader = DataLoader(batches, batch_size=None)
+    return fit(model, callbacks, loader, **{"max_epochs": 1, **arguments})
+
+
+class Calls(L.Callback):
+    """Does something at the start of a batch, before or after the callbacks of the suite."""
+
+    def __init__(self, at, action):
+        self.at, self.action = at, action
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.at:
+            self.action(trainer, pl_module)
+
+
 class SavesAt(L.Callback):
     """A checkpoint after so many steps, in the middle of an epoch or at its end."""
 

@@ -135,6 +135,24 @@ def test_no_test_module_imports_another(path):
     assert not {name.split(".")[-1] for name in names} & stems
 
 
+# Short paths hold nothing but imports; test_public_names and the tests of their homes cover them.
+SHORT_PATHS = {name for name, floor in FLOORS.items() if floor == FLOORS["plots"]}
+
+
+@pytest.mark.xfail(reason="part 11 is under way", strict=False)
+def test_every_file_has_its_test_file():
+    missing = []
+    for path in MODULES:
+        below = path.relative_to(ROOT)
+        is_short_path = len(below.parts) == 1 and below.stem in SHORT_PATHS
+        if path.name == "__init__.py" or is_short_path:
+            continue
+        mirror = TESTS / below.with_name(f"test_{below.stem.strip('_')}.py")
+        if not mirror.exists():
+            missing.append(str(below))
+    assert not missing
+
+
 @pytest.mark.parametrize(
     "path", [p for p in MODULES if room(p) == "callbacks"], ids=lambda p: p.name
 )
