@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_normdyn.monitor.history import History, Ints
+from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.labels import elide, in_legend, plain_text
+from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

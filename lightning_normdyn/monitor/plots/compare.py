@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import Floats, History, Ints
+from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     OKABE_ITO,
     axes_or_new,
@@ -25,6 +25,7 @@ from lightning_normdyn.monitor.plots.curves import (
     over_layers,
 )
 from lightning_normdyn.monitor.plots.labels import elide, in_legend, plain_text
+from lightning_normdyn.monitor.records import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

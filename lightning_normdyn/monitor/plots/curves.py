@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import Floats, History, Ints
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.records import Floats, Ints
 
 Doubles = NDArray[np.float64]
 

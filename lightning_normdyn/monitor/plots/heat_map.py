@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_normdyn.monitor.history import History, Ints
+from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import axes_or_new, drawn_as, plain_log_ticks
 from lightning_normdyn.monitor.plots.curves import Doubles, as_table, curves_of
 from lightning_normdyn.monitor.plots.labels import layer_labels
+from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_normdyn.monitor.history import Floats, History, Ints
+from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     MOST_NAMED,
     OKABE_ITO,
@@ -29,6 +29,7 @@ from lightning_normdyn.monitor.plots.curves import (
     recorded_curves,
 )
 from lightning_normdyn.monitor.plots.labels import in_legend, layer_labels
+from lightning_normdyn.monitor.records import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

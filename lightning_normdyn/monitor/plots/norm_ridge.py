@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import Floats, History
+from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     EVENT_LINES,
     OTHER_EVENT,
@@ -17,6 +17,7 @@ from lightning_normdyn.monitor.plots.axes import (
 )
 from lightning_normdyn.monitor.plots.curves import Doubles
 from lightning_normdyn.monitor.plots.labels import short_name
+from lightning_normdyn.monitor.records import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

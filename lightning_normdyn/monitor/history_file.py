@@ -1,0 +1,337 @@
+"""The format of a history on disk and in a checkpoint: plain arrays and a JSON header, read with
+distrust.
+
+A file holds no pickle and nothing compressed: reading a hostile one executes nothing and takes no
+more memory than the file is long.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_normdyn.errors import NormDynError, shown
+from lightning_normdyn.monitor.records import (
+    Bundle,
+    Contents,
+    Event,
+    Flags,
+    Floats,
+    Ints,
+    Row,
+    bundled,
+)
+from lightning_normdyn.monitor.thinning import Record, ThinnedList
+from lightning_normdyn.storage import is_remote, local, read
+
+Arrays = dict[str, NDArray[Any]]
+
+_FORMAT = "lightning-normdyn history"
+_VERSION = 2
+# The version before had no place for "recorded, and not a number": in it NaN means missing.
+_NAN_IS_MISSING = 1
+MOST = 2**53
+"""No run counts as far, and beyond it a float no longer counts by ones."""
+
+
+# ------------------------------------------------------------------------------------------ writing
+
+
+def pack(contents: Contents) -> tuple[str, Arrays]:
+    """A history as a JSON header and arrays of plain numbers.
+
+    Raises:
+        NormDynError: where ``meta`` holds something that JSON cannot express.
+    """
+    lists = {"row": contents.rows, "event": contents.events, "vector": contents.vectors}
+    header: dict[str, Any] = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "meta": contents.meta,
+        "keys": list(contents.columns),
+        "events": [[event.content.kind, event.content.name] for event in contents.events.records],
+        "vectors": list(contents.vector_sizes.items()),
+        **{part: _pack_thinning(thinned) for part, thinned in lists.items()},
+    }
+    arrays = {part: _pack_places(thinned) for part, thinned in lists.items()}
+    arrays |= _pack_rows(contents)
+    for i, name in enumerate(contents.vector_sizes):
+        arrays |= _pack_vectors(contents, name, i)
+
+    try:
+        return json.dumps(header), arrays
+    except (TypeError, ValueError, RecursionError) as error:
+        raise NormDynError(
+            f"`History.meta` must hold only what JSON can say (str, int, float, bool, None, "
+            f"list, dict): {error}."
+        ) from error
+
+
+def _pack_thinning(thinned: ThinnedList) -> dict[str, Any]:
+    """The limits of a list, and where the thinning of each kind stands."""
+    kinds = []
+    for kind, count in thinned.counts.items():
+        kinds.append([kind, count, thinned.strides.get(kind, 1)])
+    return {"capacity": thinned.capacity, "max_kinds": thinned.max_kinds, "kinds": kinds}
+
+
+def _pack_places(thinned: ThinnedList) -> Ints:
+    """Step, kind and number of each record: ``(records, 3)``."""
+    index = {kind: i for i, kind in enumerate(thinned.counts)}
+    places = [(record.step, index[record.kind], record.number) for record in thinned.records]
+    return np.array(places, dtype=np.int64).reshape(-1, 3)
+
+
+def _pack_rows(contents: Contents) -> Arrays:
+    rows = [record.content for record in contents.rows.records]
+    shape = (len(rows), len(contents.columns))
+    cells = np.full(shape, np.nan, dtype=np.float32)
+    present = np.zeros(shape, dtype=np.bool_)
+    for i, row in enumerate(rows):
+        width = len(row.cells)
+        cells[i, :width] = row.cells
+        present[i, :width] = row.present
+    return {
+        "cells": cells,
+        "present": np.packbits(present, axis=1),
+        "optimizer_step": np.array([row.optimizer_step for row in rows], dtype=np.int64),
+    }
+
+
+def _pack_vectors(contents: Contents, name: str, index: int) -> Arrays:
+    """The arrays of one name, and the records that have one."""
+    indices, values = [], []
+    for i, record in enumerate(contents.vectors.records):
+        bundle: Bundle = record.content
+        if name in bundle.layout:
+            indices.append(i)
+            values.append(bundle.values[bundle.layout[name]])
+    table = np.array(values, dtype=np.float32)
+    return {
+        f"records_{index}": np.array(indices, dtype=np.int64),
+        # reshape: without any record numpy does not know the second dimension.
+        f"vectors_{index}": table.reshape(len(indices), contents.vector_sizes[name]),
+    }
+
+
+# ------------------------------------------------------------------------------------------ reading
+
+
+class _Packed(NamedTuple):
+    """What :func:`pack` is said to have given; every look at it is checked."""
+
+    header: dict[str, Any]
+    arrays: Mapping[str, NDArray[Any]]
+
+    def array(self, name: str, dtype: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
+        """An array of this type and shape; None stands for any size."""
+        _require(name in self.arrays, f"`{name}` is missing")
+        array = self.arrays[name]
+        fits = array.ndim == len(shape)
+        for wanted, size in zip(shape, array.shape, strict=False):
+            fits = fits and wanted in (None, size)
+        _require(fits and array.dtype == dtype, f"`{name}` is {array.dtype} of shape {array.shape}")
+        return array
+
+
+def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
+    """What :func:`pack` was given.
+
+    Raises:
+        NormDynError: for anything that :func:`pack` would not have made.
+    """
+    try:
+        return _unpack(text, arrays)
+    except NormDynError:
+        raise
+    # Whatever exception a damaged or hostile header provokes, it says something about the header.
+    except Exception as error:
+        raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def _unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
+    header = json.loads(text)
+    ours = isinstance(header, dict) and header.get("format") == _FORMAT
+    _require(ours, "it is not a history of lightning-normdyn")
+    version = header["version"]
+    _require(
+        version in (_NAN_IS_MISSING, _VERSION) and not isinstance(version, bool),
+        f"it has format version {shown(version)}, and this package reads versions "
+        f"{_NAN_IS_MISSING} and {_VERSION}",
+    )
+    _require(isinstance(header["meta"], dict), "`meta` is no dict")
+
+    packed = _Packed(header, arrays)
+    contents = Contents(max_rows=4, max_vector_bytes=1)
+    contents.meta = header["meta"]
+    contents.columns = {_text(key): i for i, key in enumerate(header["keys"])}
+    _require(len(contents.columns) == len(header["keys"]), "a key stands twice")
+    contents.vector_sizes = {_text(name): _count(size, 0) for name, size in header["vectors"]}
+    _require(len(contents.vector_sizes) == len(header["vectors"]), "a name stands twice")
+    _restore(contents.rows, "row", packed, _rows(packed, len(contents.columns)))
+    _restore(contents.events, "event", packed, _events(packed))
+    _restore(contents.vectors, "vector", packed, _bundles(packed, contents.vector_sizes))
+    return contents
+
+
+def _places(packed: _Packed, part: str) -> Ints:
+    return packed.array(part, np.int64, (None, 3))
+
+
+def _rows(packed: _Packed, width: int) -> list[Row]:
+    count = len(_places(packed, "row"))
+    cells = packed.array("cells", np.float32, (count, width))
+    present: Flags
+    if packed.header["version"] == _NAN_IS_MISSING:
+        present = ~np.isnan(cells)
+    else:
+        bits = packed.array("present", np.uint8, (count, math.ceil(width / 8)))
+        present = np.unpackbits(bits, axis=1, count=width).astype(np.bool_)
+    optimizer_steps = packed.array("optimizer_step", np.int64, (count,)).tolist()
+    return [Row(*row) for row in zip(optimizer_steps, cells, present, strict=True)]
+
+
+def _events(packed: _Packed) -> list[Event]:
+    steps = _places(packed, "event")[:, 0].tolist()
+    named = packed.header["events"]
+    _require(len(named) == len(steps), "events and their steps differ in number")
+    events = []
+    for step, (kind, name) in zip(steps, named, strict=True):
+        events.append(Event(step, _text(kind), _text(name)))
+    return events
+
+
+def _bundles(packed: _Packed, sizes: Mapping[str, int]) -> list[Bundle]:
+    contents: list[dict[str, Floats]] = [{} for _ in _places(packed, "vector")]
+    for i, (name, size) in enumerate(sizes.items()):
+        indices = packed.array(f"records_{i}", np.int64, (None,))
+        values = packed.array(f"vectors_{i}", np.float32, (len(indices), size))
+        for index, array in zip(indices.tolist(), values, strict=True):
+            inside = 0 <= index < len(contents)
+            _require(inside, f"`{name}` points at record {index} of {len(contents)}")
+            contents[index][name] = array
+
+    bundles: list[Bundle] = []
+    for arrays in contents:
+        bundles.append(bundled(arrays, bundles[-1] if bundles else None))
+    return bundles
+
+
+def _restore(
+    thinned: ThinnedList, part: str, packed: _Packed, contents: Sequence[Row | Event | Bundle]
+) -> None:
+    """Fill a list with its records, and set its limits and where its thinning stands."""
+    places = _places(packed, part)
+    steps, kind_indices, numbers = places.T
+    about = packed.header[part]
+    counts: dict[str, int] = {}
+    strides: dict[str, int] = {}
+    for kind, count, stride in about["kinds"]:
+        counts[_text(kind)] = _count(count)
+        strides[kind] = _count(stride)
+    kinds = [kind for kind, _, _ in about["kinds"]]
+
+    reachable = ((steps > -MOST) & (steps < MOST)).all()
+    _require(reachable, f"a step of `{part}` is none that a run can reach")
+    # Events may be marked for an earlier step; rows and arrays come in order.
+    in_order = part == "event" or (steps[1:] >= steps[:-1]).all()
+    _require(in_order, f"the steps of `{part}` are not in order")
+    has_kind = (kind_indices >= 0) & (kind_indices < len(kinds)) & (numbers >= 0)
+    _require(has_kind.all(), f"a record of `{part}` has no kind")
+
+    thinned.capacity = _count(about["capacity"])
+    thinned.max_kinds = _count(about["max_kinds"])
+    records = []
+    for (step, kind, number), content in zip(places.tolist(), contents, strict=True):
+        records.append(Record(step, kinds[kind], number, content))
+    thinned.restore(records, counts, strides)
+
+
+def read_npz(path: str | os.PathLike[str]) -> Arrays:
+    """``numpy.load`` for files one does not trust: no pickle, no compression, and no array larger
+    than the bytes that are really there.
+
+    Raises:
+        NormDynError: for a file that is no undamaged ``.npz`` of this kind.
+        FileNotFoundError: where there is none.
+    """
+    try:
+        return _read_npz(path)
+    except (NormDynError, FileNotFoundError):
+        raise
+    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
+        raise NormDynError(f"no undamaged .npz file ({error})") from error
+    # As in `unpack`: numpy's and zipfile's parsers raise many kinds of exceptions.
+    except Exception as error:
+        raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
+
+
+def _read_npz(path: str | os.PathLike[str]) -> Arrays:
+    arrays: Arrays = {}
+    with ExitStack() as opened:
+        file: BinaryIO
+        if is_remote(path):
+            file = io.BytesIO(read(path))
+        else:
+            file = opened.enter_context(open(local(path), "rb"))
+        size = file.seek(0, os.SEEK_END)
+        archive = opened.enter_context(zipfile.ZipFile(file))
+
+        members = archive.infolist()
+        stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+        _require(stored, "its parts are compressed, which this package never does")
+        claimed = sum(member.file_size for member in members)
+        _require(claimed <= size, "its parts claim more bytes than it has")
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            arrays[name] = _parse_npy(member.filename, archive.read(member))
+    return arrays
+
+
+def _parse_npy(name: str, content: bytes) -> NDArray[Any]:
+    """One array; the header must not promise more than the bytes behind it."""
+    file = io.BytesIO(content)
+    _require(np.lib.format.read_magic(file) == (1, 0), f"`{name}` is no plain array")
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    numbers = dtype in (np.float32, np.int64, np.uint8)
+    _require(numbers, f"`{name}` holds {dtype}, where only plain numbers belong")
+    _require(not fortran_order or len(shape) < 2, f"`{name}` is stored by columns")
+
+    data = file.read()
+    # Two negative sizes have a positive product.
+    whole = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == len(data)
+    _require(whole, f"`{name}` is cut off")
+    # Copied: an array over bytes could not be written to.
+    return np.frombuffer(data, dtype=dtype).reshape(shape).copy()
+
+
+# ----------------------------------------------------------------------------------------- distrust
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise NormDynError(f"a name is {type(value).__name__}, not text")
+    return value
+
+
+def _count(value: object, least: int = 1) -> int:
+    # bool is an int to Python, and JSON knows both.
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MOST:
+        raise NormDynError(
+            f"a number is {shown(value)}, where a whole number from {least} to 2^53 belongs"
+        )
+    return value
+
+
+def _require(sound: bool | np.bool_, otherwise: str) -> None:
+    if not sound:
+        raise NormDynError(otherwise)
