@@ -28,7 +28,7 @@ from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge, GraphNode
 from lightning_normdyn.invariance.rows import Rows
 from lightning_normdyn.invariance.rules import Operation
-from lightning_normdyn.invariance.rules.elementwise import unchanged
+from lightning_normdyn.invariance.rules.elementwise import negated, unchanged
 from lightning_normdyn.invariance.rules.registry import RULES
 
 NO_ENTRY = -1
@@ -204,7 +204,7 @@ _MOVES: dict[str, Callable[[Operation, Tensor], Tensor]] = {
 
 
 def _passes_on(step: GraphNode) -> bool:
-    return step.name in _MOVES or RULES.get(step.name) is unchanged
+    return step.name in _MOVES or RULES.get(step.name) in (unchanged, negated)
 
 
 _HIDING = (

@@ -1,12 +1,20 @@
-"""How one tensor depends on the scale of a weight: a degree, a row for each entry, and what does not scale."""
+"""How one tensor of the network depends on the scale of one weight, and how that moves with the
+tensor.
+
+A `Flow` is the abstract value of a walk along the autograd graph (``follow.py``): a degree, the row
+of the
+weight that each entry scales with, and what was added and does not scale. The functions here
+rearrange a
+flow as torch rearranges the tensor. What an operation *means* for a scale stands in ``rules/``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
-from itertools import count
 
+import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -17,19 +25,12 @@ class Blocked(Exception):
 
 
 class Sign(IntEnum):
-    """What is known about the values of a tensor."""
+    """What is known about the values of a tensor. A larger one implies the smaller."""
 
     ANY = 0
     NONNEGATIVE = 1
-    STATISTIC = 2  # a norm, a variance, a mean of squares: a constant added to it is an epsilon
-
-
-_tokens = count()
-
-
-def new_token() -> int:
-    """Equal to no token so far."""
-    return next(_tokens)
+    # A norm, a variance, a mean of squares: a constant that is added to it is an epsilon.
+    STATISTIC = 2
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,11 @@ class Offset:
     Args:
         varies: for each dimension of the tensor, whether the offset may differ along it.
         token: equal tokens mean equal offsets (``x - x.mean()`` has none).
-        parameter: the bias it is, entry for entry along the one dimension it varies along (again
-            from its start, where that is longer);
-            None when it was changed on the way.
-        what: it is, in words.
+        parameter: the bias that it is, entry for entry along the one dimension that it varies
+            along. Where
+            that dimension is longer than the bias, the bias starts again. None if it was changed on
+            the way.
+        what: what it is, in words.
     """
 
     varies: tuple[bool, ...]
@@ -51,8 +53,8 @@ class Offset:
     what: str = "something that does not scale"
 
     def changed(self, varies: Iterable[bool]) -> Offset:
-        """After an operation that leaves another value, varying along ``varies``."""
-        return replace(self, varies=tuple(varies), token=new_token(), parameter=None)
+        """The offset after an operation that leaves another value, varying along ``varies``."""
+        return replace(self, varies=tuple(varies), token=object(), parameter=None)
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,19 @@ class Flow:
 
     Args:
         degree: the power of the row's scale, e.g. 1 behind a linear layer, 2 behind its square, 0
-            behind a normalization.
-        rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row each
-            entry scales with, 0 for a constant entry.
+            behind a
+            normalization.
+        rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row that each
+            entry
+            scales with, 0 for a constant entry.
         offset: what is added and does not scale, if anything.
         sign: what is known about the values.
         padded: whether a constant was added as an epsilon. That is what it is in a denominator
-            only: ``1 + mean`` as a factor is none.
+            only:
+            ``1 + mean`` as a factor is none.
         other: the flow of other entries of the same tensor, which scale by another degree; ``rows``
-            is 0 there. Rules never see it.
+            is 0
+            there. Rules never see it.
     """
 
     degree: float
@@ -82,13 +88,25 @@ class Flow:
     @property
     def parts(self) -> list[Flow]:
         """The flow of each degree, alone."""
-        return [replace(self, other=None), *(self.other.parts if self.other is not None else [])]
+        # Nearly every flow has one degree, and a copy of it would be half the cost of the walk.
+        if self.other is None:
+            return [self]
+        return [replace(self, other=None), *self.other.parts]
+
+
+Flows = Sequence[Flow | None]
+"""The flows of an operation's inputs or outputs; None: does not depend on the weight."""
 
 
 def joined(parts: Sequence[Flow]) -> Flow:
     """One flow of parts that scale by different degrees."""
     first, *rest = parts
-    return replace(first, other=joined(rest)) if rest else first
+    if rest:
+        return replace(first, other=joined(rest))
+    return first
+
+
+# ------------------------------------------------------------------------------------------ offsets
 
 
 def new_offset(
@@ -97,29 +115,25 @@ def new_offset(
     what: str = "something that does not scale",
 ) -> Offset:
     """An offset that equals no other, unless it is the same parameter along the same dimension,
-    counted from the right."""
+    counted
+    from the right."""
     varies = tuple(varies)
-    token = (parameter, varies[varies.index(True) :]) if parameter and any(varies) else new_token()
-    return Offset(varies, token, parameter, f"bias {parameter}" if parameter else what)
-
-
-def lift(flow: Flow, ndim: int) -> Flow:
-    """Broadcasting: dimensions of size 1 in front."""
-    missing = ndim - flow.rows.ndim
-    if missing <= 0:
-        return flow
-    offset = flow.offset and replace(flow.offset, varies=(False,) * missing + flow.offset.varies)
-    return replace(
-        flow, rows=flow.rows.reshape((1,) * missing + tuple(flow.rows.shape)), offset=offset
-    )
+    token: Hashable = object()
+    if parameter:
+        what = f"bias {parameter}"
+        if any(varies):
+            token = (parameter, varies[varies.index(True) :])
+    return Offset(varies, token, parameter, what)
 
 
 def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
     """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape:
-    along all."""
+    along
+    all."""
     if shape is None:
         return (True,) * ndim
-    return (*[False] * (ndim - len(shape)), *(n > 1 for n in shape))
+    aligned = (1,) * (ndim - len(shape)) + shape
+    return tuple(size > 1 for size in aligned)
 
 
 def either(a: Iterable[bool], b: Iterable[bool]) -> tuple[bool, ...]:
@@ -127,10 +141,78 @@ def either(a: Iterable[bool], b: Iterable[bool]) -> tuple[bool, ...]:
     return tuple(x or y for x, y in zip(a, b, strict=True))
 
 
+def along(dims: Iterable[int], ndim: int) -> tuple[bool, ...]:
+    """True at ``dims``, False at the other of ``ndim`` dimensions."""
+    varies = [False] * ndim
+    for dim in dims:
+        varies[dim] = True
+    return tuple(varies)
+
+
+def shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None = None) -> Flow:
+    """The flow plus something constant, which varies along ``varies`` and may be a parameter."""
+    if flow.offset is not None:
+        offset = flow.offset.changed(either(varies, flow.offset.varies))
+    elif sum(varies) == 1:
+        offset = new_offset(varies, parameter)
+    else:
+        # Spread over several dimensions its entries cannot be told by their place any more.
+        offset = new_offset(varies)
+    return replace(flow, offset=offset, sign=Sign.ANY)
+
+
+def everywhere(flow: Flow, ndim: int | None = None) -> Offset | None:
+    """The offset after an operation that may make it differ anywhere, in a tensor of ``ndim``
+    dimensions
+    (None: of as many as before)."""
+    if flow.offset is None:
+        return None
+    if ndim is None:
+        ndim = flow.rows.ndim
+    return flow.offset.changed([True] * ndim)
+
+
+def spread(offset: Offset | None, dims: Iterable[int]) -> Offset | None:
+    """The offset after an operation that may make it differ along ``dims``, too."""
+    if offset is None:
+        return None
+    return offset.changed(either(offset.varies, along(dims, len(offset.varies))))
+
+
+def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
+    """The offset without ``dims``: at one index of them, or of a mean along them."""
+    if offset is None:
+        return None
+    varies = tuple(v for d, v in enumerate(offset.varies) if d not in dims)
+    if any(offset.varies[d] for d in dims):
+        return offset.changed(varies)
+    # Broadcasting aligns at the right: dimensions that go in front of those it varies along change
+    # nothing.
+    if any(offset.varies[: max(dims)]):
+        return replace(offset, varies=varies, token=object())
+    return replace(offset, varies=varies)
+
+
+# ----------------------------------------------------------------------------------- rearrangements
+
+
+def lift(flow: Flow, ndim: int) -> Flow:
+    """Broadcasting: dimensions of size 1 in front."""
+    missing = ndim - flow.rows.ndim
+    if missing <= 0:
+        return flow
+    offset = flow.offset
+    if offset is not None:
+        offset = replace(offset, varies=(False,) * missing + offset.varies)
+    return replace(flow, rows=flow.rows[(None,) * missing], offset=offset)
+
+
 def expanded(rows: Tensor, shape: Shape, dims: Iterable[int]) -> Tensor:
     """``rows`` with its full size along ``dims``."""
-    dims = {d % len(shape) for d in dims}
-    return rows.expand([shape[d] if d in dims else rows.size(d) for d in range(len(shape))])
+    sizes = list(rows.shape)
+    for dim in dims:
+        sizes[dim] = shape[dim]
+    return rows.expand(sizes)
 
 
 def compact(rows: Tensor) -> Tensor:
@@ -138,14 +220,38 @@ def compact(rows: Tensor) -> Tensor:
     for dim in range(rows.ndim):
         if rows.size(dim) > 1:
             first = rows.narrow(dim, 0, 1)
-            if rows.stride(dim) == 0 or bool((first == rows).all()):
+            if rows.stride(dim) == 0 or torch.equal(first.expand_as(rows), rows):
                 rows = first
     return rows
 
 
-def _blocks(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
-    """Pairs of dimension ranges that a reshape maps onto each other (equal products, as short as
-    possible)."""
+def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
+    """A view or reshape from ``old`` to ``new``."""
+    if 0 in old:
+        # No entry is left to scale: any row will do.
+        one = flow.rows.flatten()[:1].reshape((1,) * len(new))
+        return Flow(flow.degree, one, everywhere(flow, len(new)), flow.sign)
+
+    # Blocks of dimensions along which nothing differs are never expanded: the rows of a large
+    # activation
+    # would take as much memory as the activation.
+    wide, target = list(flow.rows.shape), [1] * len(new)
+    for before, after in _blocks(old, new):
+        if max(flow.rows.shape[before], default=1) > 1:
+            wide[before] = old[before]
+            target[after] = new[after]
+    rows = compact(flow.rows.expand(wide).reshape(target))
+
+    offset = flow.offset
+    if offset is not None:
+        offset = _reshaped_offset(offset, old, new)
+    return replace(flow, rows=rows, offset=offset)
+
+
+def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
+    """The dimensions that a reshape maps onto each other: pairs of ranges with equal products, as
+    short as
+    possible."""
     i = j = 0
     while i < len(old) and j < len(new):
         start_i, start_j, size_i, size_j = i, j, old[i], new[j]
@@ -155,52 +261,33 @@ def _blocks(old: Shape, new: Shape) -> Iterable[tuple[range, range]]:
                 size_i, i = size_i * old[i], i + 1
             else:
                 size_j, j = size_j * new[j], j + 1
-        yield range(start_i, i), range(start_j, j)
-    if i < len(old) or j < len(new):  # what is left has size 1
-        yield range(i, len(old)), range(j, len(new))
+        yield slice(start_i, i), slice(start_j, j)
+    # What is left has size 1.
+    yield slice(i, len(old)), slice(j, len(new))
 
 
-def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
-    """A view or reshape. Blocks of dimensions along which nothing differs are never expanded."""
-    if 0 in old:
-        return Flow(
-            flow.degree,
-            flow.rows.flatten()[:1].reshape((1,) * len(new)),
-            flow.offset and flow.offset.changed([True] * len(new)),
-            flow.sign,
-        )
-    full, result, varies = list(flow.rows.shape), [1] * len(new), [False] * len(new)
-    parameter = flow.offset.parameter if flow.offset is not None else None
+def _reshaped_offset(offset: Offset, old: Shape, new: Shape) -> Offset:
+    varies, parameter = [False] * len(new), offset.parameter
     for before, after in _blocks(old, new):
-        if any(flow.rows.size(d) > 1 for d in before):
-            for d in before:
-                full[d] = old[d]
-            for d in after:
-                result[d] = new[d]
-        if flow.offset and any(flow.offset.varies[d] for d in before):
-            for d in after:
-                varies[d] = new[d] > 1
-            periodic = (
-                not any(flow.offset.varies[d] for d in before[:-1])
-                and sum(new[d] > 1 for d in after) == 1
-                and new[after[-1]] > 1
-            )
-            parameter = parameter if periodic else None
-    offset = None
-    if (
-        flow.offset is not None
-        # broadcasting aligns at the right: what happens in front of the dims it varies along
-        # changes
-        # nothing
-    ):
-        tail = len(old) - flow.offset.varies.index(True) if any(flow.offset.varies) else 0
-        token = (
-            flow.offset.token
-            if old[len(old) - tail :] == new[len(new) - tail :]
-            else (flow.offset.token, new)
-        )
-        offset = replace(flow.offset, varies=tuple(varies), token=token, parameter=parameter)
-    return replace(flow, rows=compact(flow.rows.expand(full).reshape(result)), offset=offset)
+        if not any(offset.varies[before]):
+            continue
+        varies[after] = [size > 1 for size in new[after]]
+        # Samples that are folded into the channels (InstanceNorm) repeat a bias from its start. Any
+        # other
+        # mixture of dimensions puts its entries in another order.
+        is_last_alone = sum(varies[after]) == 1 and varies[after][-1]
+        if any(offset.varies[before][:-1]) or not is_last_alone:
+            parameter = None
+
+    # Broadcasting aligns at the right: what happens in front of the dimensions that it varies along
+    # leaves
+    # the same offset.
+    token, tail = offset.token, 0
+    if any(offset.varies):
+        tail = len(old) - offset.varies.index(True)
+    if old[len(old) - tail :] != new[len(new) - tail :]:
+        token = (token, new)
+    return replace(offset, varies=tuple(varies), token=token, parameter=parameter)
 
 
 def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
@@ -208,42 +295,28 @@ def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
     dims = [d % flow.rows.ndim for d in dims]
     offset = flow.offset
     if offset is not None:
-        offset = replace(
-            offset, varies=tuple(offset.varies[d] for d in dims), token=(offset.token, tuple(dims))
-        )
+        varies = tuple(offset.varies[d] for d in dims)
+        offset = replace(offset, varies=varies, token=(offset.token, tuple(dims)))
     return replace(flow, rows=flow.rows.permute(dims), offset=offset)
+
+
+def unsqueezed(flow: Flow, dim: int) -> Flow:
+    """A dimension of size 1 in front of ``dim``."""
+    offset = flow.offset
+    if offset is not None:
+        in_front, behind = offset.varies[:dim], offset.varies[dim:]
+        # Broadcasting aligns at the right: in front of those it varies along, the dimension changes
+        # nothing.
+        token = (offset.token, dim) if any(in_front) else offset.token
+        offset = replace(offset, varies=(*in_front, False, *behind), token=token)
+    return replace(flow, rows=flow.rows.unsqueeze(dim), offset=offset)
 
 
 def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
     """The flow after entries were moved or picked along ``dims``: new rows, and another offset if
-    it differs along them."""
+    it
+    differs along them."""
     offset = flow.offset
     if offset is not None and any(offset.varies[d] for d in dims):
         offset = offset.changed(offset.varies)
     return replace(flow, rows=rows, offset=offset)
-
-
-def without_dim(offset: Offset | None, dim: int) -> Offset | None:
-    """The offset at one index of ``dim``."""
-    if offset is None:
-        return None
-    varies = [v for d, v in enumerate(offset.varies) if d != dim]
-    if offset.varies[dim]:
-        return offset.changed(varies)
-    # Broadcasting aligns at the right: a dimension that goes in front of those it varies along
-    # changes nothing.
-    token = offset.token if not any(offset.varies[:dim]) else new_token()
-    return replace(offset, varies=tuple(varies), token=token)
-
-
-def everywhere(flow: Flow) -> Offset | None:
-    """The offset after an operation that may make it differ anywhere."""
-    return flow.offset and flow.offset.changed([True] * flow.rows.ndim)
-
-
-def shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None) -> Flow:
-    """The flow plus something constant."""
-    offset = new_offset(varies, parameter if sum(varies) == 1 else None)
-    if flow.offset is not None:
-        offset = flow.offset.changed(either(varies, flow.offset.varies))
-    return replace(flow, offset=offset, sign=Sign.ANY)

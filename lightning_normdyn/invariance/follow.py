@@ -1,35 +1,39 @@
 r"""How a change of scale flows through the autograd graph of a loss.
 
 Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor :math:`T` computed
-from it? For many tensors the answer is
+from it?
+For many tensors the answer is
 
 .. math:: T_i \to c_{r(i)}^{k}\, (T_i - b_i) + b_i
 
 with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not
-scale (a bias). A `Flow` holds this
-answer, a *rule* says how one operation changes it, and `follow` walks the graph of a real loss from
-the weights to the loss. Where an
-operation mixes entries of several rows, these rows are united: from there on they must be scaled
-together. What reaches degree 0 no
-longer depends on the scale: its rows have *met* a normalization, and only such rows are claimed.
-Whatever is not understood, or reaches
-the loss, unites its rows with class 0, "must not be scaled". So an unknown operation can only cost
-a target, never invent one, and rows
-that the loss did not read (``table[:n]``, an expert without tokens) are neither: nothing is known
-of them.
+scale (a
+bias). A `Flow` holds this answer, a *rule* says how one operation changes it, and `follow` walks
+the graph
+of a real loss from the weights to the loss. Where an operation mixes entries of several rows, these
+rows are
+united: from there on they must be scaled together. What reaches degree 0 no longer depends on the
+scale: its
+rows have *met* a normalization, and only such rows are claimed.
+
+Whatever is not understood, or reaches the loss, unites its rows with class 0, "must not be scaled".
+So an
+unknown operation can only cost a target, never invent one. Rows that the loss did not read
+(``table[:n]``,
+an expert without tokens) are neither: nothing is known of them.
 
 Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.invariance.flow import Blocked, Flow, Sign, joined
+from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, joined
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.rows import Rows
@@ -46,78 +50,109 @@ def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows])
         leaves: for each weight to follow, 1 + the row of each entry, broadcastable to its shape.
         rows: for each of these weights its `Rows`.
     """
-    flows: dict[Edge, dict[str, Flow]] = {
-        edge: {name: Flow(1, leaves[name])}
-        for edge, name in graph.parameters.items()
-        if name in leaves and edge in graph.shapes
-    }
+    flows: dict[Edge | None, dict[str, Flow]] = {}
+    for edge, name in graph.parameters.items():
+        if name in leaves and edge in graph.shapes:
+            flows[edge] = {name: Flow(1, leaves[name])}
     met_before = {name: rows[name].met for name in leaves}
-    for name in leaves:
-        rows[name].met = torch.zeros_like(met_before[name])
-    for step in graph.nodes:
-        incoming = [flows.get(source, {}) if source is not None else {} for source in step.sources]
-        names = dict.fromkeys(name for flow in incoming for name in flow)
-        if all(step.is_empty(k) for k in range(len(step.outputs))):
-            continue  # an expert without tokens: no entry of its weight reaches the loss
-        for name in names:
-            entering = [flow.get(name) for flow in incoming]
-            operation = Operation(step, rows[name], graph)
-            try:
-                leaving = _apply(operation, entering)
-            except Blocked as blocked:
-                for flow in entering:
-                    for part in [] if flow is None else flow.parts:
-                        rows[name].forbid(part.rows, str(blocked))
-                continue
+    for name, met in met_before.items():
+        rows[name].met = torch.zeros_like(met)
+
+    for node in graph.nodes:
+        incoming = [flows.get(source, {}) for source in node.sources]
+        if node.gives_nothing:
+            # No entry of an expert's weight reaches the loss where it got no tokens.
+            continue
+        for name in dict.fromkeys(name for by_name in incoming for name in by_name):
+            operation = Operation(node, rows[name], graph)
+            leaving = _leaving(operation, [by_name.get(name) for by_name in incoming])
             for k, flow in enumerate(leaving):
-                if flow is None or step.is_empty(k):
+                if flow is None or node.is_empty(k):
                     continue
-                scaling = []
-                for part in flow.parts:
-                    degree = round(part.degree, 9)  # thirds and such
-                    if not bool(part.rows.any()):  # nothing of the weight is in it
-                        continue
-                    if degree != 0:
-                        sign = max(part.sign, graph.signs.get((step.node, k), Sign.ANY))
-                        scaling.append(replace(part, degree=degree, sign=sign))
-                    else:
-                        rows[name].meet(part.rows)
-                        rows[name].norms.setdefault(_normalization_name(operation))
+                scaling = list(_still_scaling(operation, k, flow))
                 if scaling:
-                    flows.setdefault((step.node, k), {})[name] = joined(scaling)
+                    flows.setdefault((node.node, k), {})[name] = joined(scaling)
+
     for name, flow in flows.get(graph.root, {}).items():
-        for part in flow.parts:
-            rows[name].forbid(part.rows, "its scale reaches the loss")
-    for name, before in met_before.items():
+        _forbid(rows[name], flow, "its scale reaches the loss")
+    for name, met in met_before.items():
+        known = rows[name]
         # Under tensor parallelism other ranks hold the rest of the rows.
-        rows[name].varies |= not rows[name].elsewhere and not bool(rows[name].reached().all())
-        rows[name].met |= before
+        if not known.varies and not known.elsewhere:
+            known.varies = not bool(known.reached().all())
+        known.met |= met
 
 
-def _apply(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
+def _leaving(operation: Operation, flows: Flows) -> Flows:
+    """What leaves an operation; nothing where it blocks the scale, and then its rows must not be
+    scaled."""
+    try:
+        return _apply(operation, flows)
+    except Blocked as blocked:
+        for flow in flows:
+            if flow is not None:
+                _forbid(operation.rows, flow, str(blocked))
+        return ()
+
+
+def _forbid(rows: Rows, flow: Flow, reason: str) -> None:
+    for part in flow.parts:
+        rows.forbid(part.rows, reason)
+
+
+def _still_scaling(operation: Operation, k: int, flow: Flow) -> Iterator[Flow]:
+    """The parts of output ``k`` that still depend on the scale; the others have met a
+    normalization."""
+    sign = operation.sign_of_output(k)
+    for part in flow.parts:
+        if not bool(part.rows.any()):
+            # Nothing of the weight is in it.
+            continue
+        # Roots and powers leave thirds and such, whose sums are not exactly 0.
+        degree = round(part.degree, 9)
+        if degree == 0:
+            operation.rows.meet(part.rows)
+            operation.rows.norms.setdefault(_normalization_name(operation))
+        elif degree != part.degree or sign > part.sign:
+            yield replace(part, degree=degree, sign=max(part.sign, sign))
+        else:
+            yield part
+
+
+def _apply(operation: Operation, flows: Flows) -> Flows:
     """What leaves an operation, also where entries of one tensor scale by different degrees."""
     if all(flow is None or flow.other is None for flow in flows):
         return _apply_rule(operation, flows)
     present = [k for k, flow in enumerate(flows) if flow is not None]
     if len(present) > 1:
+        # Only the rules of matrix products understand several degrees in two factors.
         if operation.name not in ("MmBackward0", "BmmBackward0"):
             raise Blocked(f"{operation.place} combines entries that scale differently")
         return _apply_rule(operation, flows)
+
+    # With one such input, each degree passes by itself.
     (k,) = present
-    flow = flows[k]
-    assert flow is not None
-    results = [
-        _apply_rule(operation, [part if i == k else None for i in range(len(flows))])
-        for part in flow.parts
-    ]
+    results = []
+    for part in _parts_of(flows[k]):
+        alone: list[Flow | None] = [None] * len(flows)
+        alone[k] = part
+        results.append(_apply_rule(operation, alone))
     leaving: list[Flow | None] = []
     for outputs in zip(*results, strict=True):
-        parts = [output for output in outputs if output is not None]
+        parts = _parts_of(*outputs)
         leaving.append(joined(parts) if parts else None)
     return leaving
 
 
-def _apply_rule(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[Flow | None]:
+def _parts_of(*flows: Flow | None) -> list[Flow]:
+    parts = []
+    for flow in flows:
+        if flow is not None:
+            parts.extend(flow.parts)
+    return parts
+
+
+def _apply_rule(operation: Operation, flows: Flows) -> Flows:
     rule = RULES.get(operation.name)
     if rule is None:
         raise Blocked(why_not(operation))
@@ -125,21 +160,19 @@ def _apply_rule(operation: Operation, flows: Sequence[Flow | None]) -> Sequence[
         result = rule(operation, flows)
     except Blocked:
         raise
-    except (
-        Exception
-    ) as error:  # a rule that meets something unforeseen costs a target, not a training run
-        raise Blocked(
-            f"the rule for {operation.place} failed ({type(error).__name__}: {error})"
-        ) from None
-    return result if isinstance(result, (list, tuple)) else [result]  # type: ignore[list-item]
+    except Exception as error:
+        # A rule that meets something unforeseen costs a target, not a training run.
+        found = f"{type(error).__name__}: {error}"
+        raise Blocked(f"the rule for {operation.place} failed ({found})") from None
+    return result if isinstance(result, Sequence) else [result]
 
 
 def _normalization_name(operation: Operation) -> str:
     """The normalization module, or the node that did it by hand and the module it happened in."""
     name, module = operation.module
-    by_hand = (
-        module is None
-        or any(True for _ in module.children())
-        or any(p.ndim > 1 for p in module.parameters(recurse=False))
-    )
-    return operation.place if by_hand else name
+    # A module with children, or with a matrix of its own, is no normalization: one happens inside
+    # it.
+    has_children = module is not None and next(module.children(), None) is not None
+    if module is None or has_children or any(p.ndim > 1 for p in module.parameters(False)):
+        return operation.place
+    return name

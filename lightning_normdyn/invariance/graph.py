@@ -1,48 +1,53 @@
-"""The operations between the parameters of a network and its loss."""
+"""The operations between the parameters of a network and its loss, read once from torch's autograd
+graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_normdyn.invariance.flow import Shape, Sign
-from lightning_normdyn.invariance.nodes import Edge, GraphNode, edge_shape, node_name
-from lightning_normdyn.invariance.signs import Padding, padding_of_result, sign_of_result
+from lightning_normdyn.invariance.flow import Shape
+from lightning_normdyn.invariance.nodes import Edge, GraphNode, sources_of
+from lightning_normdyn.invariance.signs import ValueSigns
 
-OPAQUE = (
-    "CompiledFunctionBackward",
-    "CheckpointFunctionBackward",
-)  # a whole subgraph in one node, with weights that no edge shows
+# A whole subgraph in one node, with weights that no edge shows.
+OPAQUE = ("CompiledFunctionBackward", "CheckpointFunctionBackward")
+
+# Name and module in whose forward (innermost) a node was recorded; ``("", None)`` if not known.
+ModuleOf = Callable[[Node], tuple[str, nn.Module | None]]
 
 
 @dataclass
 class Graph:
-    """The operations between some parameters and a loss, inputs first."""
+    """The operations between some parameters and a loss, inputs first.
+
+    Args:
+        root: the loss.
+        parameters: which graph edge is which parameter.
+        module_of: names the module in whose forward a node was created.
+        nodes: the operations.
+        shapes: of the parameters that occur.
+        signs: what is known of the values, whatever they were computed from.
+    """
 
     root: Edge
     parameters: Mapping[Edge, str]
+    module_of: ModuleOf
     nodes: list[GraphNode] = field(default_factory=list)
-    shapes: dict[Edge, Shape] = field(default_factory=dict)  # of the parameters that occur
-    module_of: Callable[[Node], tuple[str, nn.Module | None]] = lambda node: ("", None)
-    signs: dict[Edge, Sign] = field(
-        default_factory=dict
-    )  # what is known of the values, whatever they were computed from; else ANY
+    shapes: dict[Edge, Shape] = field(default_factory=dict)
+    signs: ValueSigns = field(default_factory=ValueSigns)
 
     @property
     def opaque(self) -> list[str]:
         """Operations that hide others."""
-        return sorted({step.name for step in self.nodes if step.name in OPAQUE})
+        return sorted({node.name for node in self.nodes if node.name in OPAQUE})
 
 
-def trace(
-    loss: Tensor,
-    parameters: Mapping[Edge, str],
-    module_of: Callable[[Node], tuple[str, nn.Module | None]],
-) -> Graph:
+def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: ModuleOf) -> Graph:
     """Collect the operations that ``loss`` was computed with, down to the parameters.
 
     Args:
@@ -51,46 +56,29 @@ def trace(
         module_of: names the module in whose forward a node was created.
     """
     edge = torch.autograd.graph.get_gradient_edge(loss)
-    graph = Graph((edge.node, edge.output_nr), parameters, module_of=module_of)
+    graph = Graph((edge.node, edge.output_nr), parameters, module_of)
+    for torch_node in _inputs_first(edge.node, parameters):
+        node = GraphNode.of(torch_node)
+        graph.nodes.append(node)
+        graph.signs.add(node)
+        for source, shape in zip(node.sources, node.inputs, strict=True):
+            if source in parameters and source is not None and shape is not None:
+                graph.shapes[source] = shape
+    return graph
+
+
+def _inputs_first(root: Node, parameters: Mapping[Edge, str]) -> Iterator[Node]:
+    """The nodes that ``root`` was computed with, each after all of its inputs."""
+    # A stack of our own: the graph of a recurrent network is deeper than python's recursion goes.
     seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(edge.node, False)]
-    paddings: dict[Edge, Padding] = {}
+    stack = [(root, False)]
     while stack:
-        node, done = stack.pop()
-        if not done:
-            if node in seen:
-                continue
+        node, inputs_are_done = stack.pop()
+        if inputs_are_done:
+            yield node
+        elif node not in seen:
             seen.add(node)
             stack.append((node, True))
-            stack.extend(
-                (source, False)
-                for source, i in node.next_functions
-                if source is not None and (source, i) not in parameters
-            )
-            continue
-        sources = tuple(
-            None if source is None else (source, i) for source, i in node.next_functions
-        )
-        inputs = tuple(None if source is None else edge_shape(source) for source in sources)
-        for source, shape in zip(sources, inputs, strict=True):
-            if source is not None and shape is not None and source in parameters:
-                graph.shapes[source] = shape
-        step = GraphNode(
-            node,
-            node_name(node),
-            sources,
-            inputs,
-            tuple(tuple(m.shape) for m in node._input_metadata),
-        )
-        graph.nodes.append(step)
-        sign = sign_of_result(
-            step, [graph.signs.get(s, Sign.ANY) if s is not None else Sign.ANY for s in sources]
-        )
-        padding = padding_of_result(step, paddings, graph.signs)
-        if padding is not None and step.name == "SliceBackward0" and padding.start == 0:
-            sign = max(sign, padding.sign)
-        elif padding is not None:
-            paddings[node, 0] = padding
-        if sign != Sign.ANY:
-            graph.signs.update({(node, k): sign for k in range(len(step.outputs))})
-    return graph
+            for edge in sources_of(node):
+                if edge is not None and edge not in parameters:
+                    stack.append((edge[0], False))

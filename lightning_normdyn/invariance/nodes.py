@@ -9,12 +9,21 @@ from torch.autograd.graph import Node
 
 from lightning_normdyn.invariance.flow import Shape
 
-Edge = tuple[Node, int]  # one output of one operation
+# One output of one operation.
+Edge = tuple[Node, int]
 
 
 @dataclass(frozen=True)
 class GraphNode:
-    """One operation of the graph, as plain data."""
+    """One operation of the graph.
+
+    Args:
+        node: torch's own node.
+        name: its name without C++ namespaces, e.g. ``"MulBackward0"``.
+        sources: for each differentiable input the output that it is; None: a constant.
+        inputs: the shapes of these inputs; None: unknown, since a constant leaves no trace.
+        outputs: the shapes of the outputs.
+    """
 
     node: Node
     name: str
@@ -22,9 +31,22 @@ class GraphNode:
     inputs: tuple[Shape | None, ...]
     outputs: tuple[Shape, ...]
 
+    @classmethod
+    def of(cls, node: Node) -> GraphNode:
+        """What torch says about one of its nodes."""
+        sources = sources_of(node)
+        inputs = tuple(None if source is None else edge_shape(source) for source in sources)
+        outputs = tuple(tuple(output.shape) for output in node._input_metadata)
+        return cls(node, node_name(node), sources, inputs, outputs)
+
     def is_empty(self, k: int) -> bool:
         """Whether output ``k`` has no entries."""
         return k < len(self.outputs) and 0 in self.outputs[k]
+
+    @property
+    def gives_nothing(self) -> bool:
+        """Whether no output has entries: an expert without tokens."""
+        return all(0 in shape for shape in self.outputs)
 
 
 def node_name(node: Node) -> str:
@@ -32,12 +54,23 @@ def node_name(node: Node) -> str:
     return node.name().split("::")[-1]
 
 
+def sources_of(node: Node) -> tuple[Edge | None, ...]:
+    """What a node's differentiable inputs are; None: a constant."""
+    return tuple(None if source is None else (source, k) for source, k in node.next_functions)
+
+
 def edge_shape(edge: Edge) -> Shape:
     """The shape of one output of an operation."""
     node, k = edge
-    return tuple(node._input_metadata[k].shape) if k < len(node._input_metadata) else ()
+    # What is the input of a node's backward is the output of its forward.
+    metadata = node._input_metadata
+    if k >= len(metadata):
+        return ()
+    return tuple(metadata[k].shape)
 
 
 def signed(value: Any) -> Any:
-    """Negative dims are saved as uint64: undo that."""
-    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+    """A saved number with its sign: negative dims are saved as uint64."""
+    if isinstance(value, int) and value >= 2**63:
+        return value - 2**64
+    return value

@@ -1,4 +1,5 @@
-"""What is learnt about the rows of one weight: which must be scaled together, and which must not be scaled."""
+"""What is learnt about the rows of one weight: which must be scaled together, and which must not be
+scaled."""
 
 from __future__ import annotations
 
@@ -10,77 +11,115 @@ from torch import Tensor
 
 @dataclass
 class Link:
-    """A normalization with running statistics that was fed by scaled rows."""
+    """A normalization with running statistics that was fed by scaled rows.
+
+    Args:
+        module: its name.
+        rows: ``(channels,)``, 1 + the row that feeds each channel.
+        degree: the power of the row's scale that arrives.
+        offset: whether something that does not scale was added before.
+        bias: the parameter that was added, if known.
+    """
 
     module: str
-    rows: Tensor  # (channels,)
+    rows: Tensor
     degree: float
     offset: bool
     bias: str | None
 
     def same_as(self, other: Link, parent: Tensor) -> bool:
         """Whether both say the same (a module that is called twice), where ``parent`` is the class
-        of each row."""
-        facts = [(link.module, link.degree, link.offset, link.bias) for link in (self, other)]
-        return facts[0] == facts[1] and torch.equal(parent[self.rows], parent[other.rows])
+        of each
+        row."""
+        mine = (self.module, self.degree, self.offset, self.bias)
+        if mine != (other.module, other.degree, other.offset, other.bias):
+            return False
+        return torch.equal(parent[self.rows], parent[other.rows])
 
 
 class Rows:
-    """The rows of one weight: which have to be scaled together, and what was learnt on the way
-    (union-find; class 0 must not be scaled)."""
+    """The rows of one weight, as classes that must be scaled together (union-find), and what was
+    found on
+    the way.
+
+    Rows count from 1: class 0 must not be scaled. ``parent`` holds for every row the smallest row
+    of its
+    class.
+    """
 
     def __init__(self, n: int) -> None:
         self.parent = torch.arange(n + 1, dtype=torch.long, device="cpu")
-        self.reasons: dict[str, None] = {}  # insertion-ordered sets
+
+        # Sets that keep the order in which they were filled, so that all ranks tell the same story.
+        self.reasons: dict[str, None] = {}
         self.norms: dict[str, None] = {}
         self.links: list[Link] = []
         self.stale: dict[str, None] = {}
-        self.assumed = False  # an epsilon, a padding value or a condition was taken as harmless
+
+        # An epsilon, a padding value or a condition was taken as harmless.
+        self.assumed = False
         # Rows that reached an operation of degree 0. One of them may stand for its class: see
         # `reached`.
         self.met = torch.zeros(n + 1, dtype=torch.bool, device="cpu")
-        # some loss read only a part of the rows: which part it is may depend on the batch
+        # Some loss read only a part of the rows: which part it is may depend on the batch.
         self.varies = False
-        self.picked = torch.empty(
-            0, dtype=torch.long, device="cpu"
-        )  # rows picked by an index tensor: the data say which rows meet
-        self.veiled: dict[
-            str, None
-        ] = {}  # places where rows were picked by indices that cannot be looked at
-        self.cut_elsewhere = (
-            False  # entries were left out along a dimension that these rows are not cut along
-        )
-        self.sharded = torch.empty(
-            0, dtype=torch.long, device="cpu"
-        )  # rows of which each rank follows only its part (tensor parallelism)
-        self.elsewhere = False  # and other ranks have not been asked yet
+        # Rows that were picked by an index tensor: the data say which rows meet.
+        self.picked = torch.empty(0, dtype=torch.long, device="cpu")
+        # Places where rows were picked by indices that cannot be looked at.
+        self.veiled: dict[str, None] = {}
+        # Entries were left out along a dimension that these rows are not cut along.
+        self.cut_elsewhere = False
+        # Rows of which each rank follows only its part (tensor parallelism).
+        self.sharded = torch.empty(0, dtype=torch.long, device="cpu")
+        # Other ranks follow the rest of them, and have not been asked yet.
+        self.elsewhere = False
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
         """Make entrywise partners scale together; ``reason`` is kept if this costs a row its
         freedom."""
-        if a is b or (a.numel() == 1 and b.numel() == 1 and int(a) == int(b)):
+        if a is b:
+            return
+        if a.numel() == 1 or b.numel() == 1:
+            self._unite_all(torch.cat([self.parent[a].flatten(), self.parent[b].flatten()]), reason)
             return
         a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
         left, right = self.parent[a].flatten(), self.parent[b].flatten()
         differ = left != right
         if not differ.any():
             return
+
+        # A pair as one number: activations repeat the same few pairs many times.
         size = len(self.parent)
         pairs = distinct(left[differ] * size + right[differ])
         left, right = pairs // size, pairs % size
         if bool(((left == 0) | (right == 0)).any()):
             self.reasons.setdefault(reason)
-        while True:  # hook the larger root below the smaller, then flatten, until no pair is apart
+
+        # Hook the larger root below the smaller, then flatten, until no pair is apart.
+        while True:
             left, right = self.parent[left], self.parent[right]
             apart = left != right
             if not apart.any():
                 return
             left, right = left[apart], right[apart]
-            self.parent.scatter_reduce_(
-                0, torch.maximum(left, right), torch.minimum(left, right), "amin"
-            )
+            smaller, larger = torch.minimum(left, right), torch.maximum(left, right)
+            self.parent.scatter_reduce_(0, larger, smaller, "amin")
             while not torch.equal(flat := self.parent[self.parent], self.parent):
                 self.parent = flat
+
+    def _unite_all(self, classes: Tensor, reason: str) -> None:
+        """Make one class of these, given by their smallest rows.
+
+        A short way: nearly all that `unite` is asked for is one row against several.
+        """
+        first, last = int(classes.min()), int(classes.max())
+        if first == last:
+            return
+        if first == 0:
+            self.reasons.setdefault(reason)
+        joins = torch.zeros_like(self.met)
+        joins[classes] = True
+        self.parent.masked_fill_(joins[self.parent], first)
 
     def forbid(self, rows: Tensor, reason: str) -> None:
         """These rows must not be scaled."""
@@ -101,7 +140,8 @@ class Rows:
 
     def reached(self) -> Tensor:
         """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of
-        the others nothing is known."""
+        the
+        others nothing is known."""
         # A rule may go on with one row for all that it has united, so one row speaks for its class.
         classes = torch.zeros_like(self.met)
         classes[self.parent[self.met]] = True
@@ -109,24 +149,26 @@ class Rows:
         return classes[self.parent]
 
     def merge(self, other: Rows) -> None:
-        """Take over what another rank learnt about the same weight: what must not be scaled
-        separately there must not be here."""
+        """Take over what another rank learnt about the same weight.
+
+        What must not be scaled separately there must not be here.
+        """
         self.reasons |= other.reasons
-        self.unite(
-            torch.arange(len(self.parent), dtype=torch.long, device="cpu"),
-            other.parent,
-            next(iter(other.reasons), "another rank"),
-        )
+        reason = next(iter(other.reasons), "another rank")
+        own = torch.arange(len(self.parent), dtype=torch.long, device="cpu")
+        self.unite(own, other.parent, reason)
+
         self.norms |= other.norms
         self.stale |= other.stale
         for link in other.links:
             self.link(link)
+
         self.assumed |= other.assumed
         self.met |= other.met
         self.varies |= other.varies
+        self.pick(other.picked)
         self.veiled |= other.veiled
         self.cut_elsewhere |= other.cut_elsewhere
-        self.pick(other.picked)
         self.sharded = distinct(torch.cat([self.sharded, other.sharded]))
 
 

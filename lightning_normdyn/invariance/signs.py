@@ -1,8 +1,14 @@
-"""What is known of the signs of the values in a graph, whatever they were computed from."""
+"""What is known of the signs of the values in a graph, whether they scale with a weight or not.
+
+A sum of what is not negative is a statistic, and a constant beside a statistic is an epsilon.
+Linear
+attention is why this is asked of tensors that no weight reaches: it divides by a sum over attention
+weights,
+which are not negative because they were computed by a ReLU or an exponential.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
@@ -10,57 +16,36 @@ from torch.autograd.graph import Node
 from lightning_normdyn.invariance.flow import Sign
 from lightning_normdyn.invariance.nodes import Edge, GraphNode, signed
 
-_NEVER_NEGATIVE = (
-    "ReluBackward0", "AbsBackward0", "SigmoidBackward0", "ExpBackward0", "SoftplusBackward0", "SoftmaxBackward0", "SafeSoftmaxBackward0",
-)  # fmt: skip
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
 
 
-_KEEPS_SIGN = (
-    "CloneBackward0", "ToCopyBackward0", "AliasBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
-    "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "TransposeBackward0", "TBackward0",
-    "PermuteBackward0",
-    "ExpandBackward0", "RepeatBackward0", "SelectBackward0", "SliceBackward0", "SplitBackward0", "SplitWithSizesBackward0",
-    "UnbindBackward0", "CatBackward0", "StackBackward0", "IndexBackward0", "IndexSelectBackward0", "ConstantPadNdBackward0",
-    "SqrtBackward0", "NativeDropoutBackward0",
-)  # fmt: skip
-
-
-def sign_of_result(step: GraphNode, inputs: Sequence[Sign]) -> Sign:
-    """What is known of the values that an operation gives."""
-    name = step.name
-    if name in _NEVER_NEGATIVE:
-        return Sign.NONNEGATIVE
-    if not inputs:
-        return Sign.ANY
-    lowest = min(inputs)
-    square = len(inputs) == 2 and step.sources[0] is not None and step.sources[0] == step.sources[1]
-    if name.startswith("Mul") and square:
-        return Sign.NONNEGATIVE
-    if name in (
-        "MmBackward0",
-        "BmmBackward0",
-        "SumBackward0",
-        "SumBackward1",
-        "MeanBackward0",
-        "MeanBackward1",
-        "DotBackward0",
-    ):
-        return (
-            Sign.STATISTIC
-            if lowest != Sign.ANY or (square and name == "DotBackward0")
-            else Sign.ANY
-        )
-    if name.startswith(("Mul", "Div")):
-        return Sign.NONNEGATIVE if len(inputs) == 2 and lowest != Sign.ANY else Sign.ANY
-    return (
-        lowest if (name.startswith("Add") and len(inputs) == 2) or name in _KEEPS_SIGN else Sign.ANY
-    )
+_NEVER_NEGATIVE = _names("""
+    ReluBackward0 AbsBackward0 SigmoidBackward0 ExpBackward0 SoftplusBackward0 SoftmaxBackward0
+    SafeSoftmaxBackward0
+""")
+_SUMS = _names("""
+    MmBackward0 BmmBackward0 DotBackward0 SumBackward0 SumBackward1 MeanBackward0 MeanBackward1
+""")
+# Some of these may move the last two dimensions: whether they do is checked.
+_MAY_KEEP_PADDING = _names("""
+    CloneBackward0 ToCopyBackward0 ViewBackward0 UnsafeViewBackward0 ReshapeAliasBackward0
+    ExpandBackward0
+""")
+_KEEPS_SIGN = _MAY_KEEP_PADDING | _names("""
+    AliasBackward0 UnsqueezeBackward0 SqueezeBackward0 SqueezeBackward1 SqueezeBackward2
+    TransposeBackward0 TBackward0 PermuteBackward0 RepeatBackward0 SelectBackward0 SliceBackward0
+    SplitBackward0 SplitWithSizesBackward0 UnbindBackward0 CatBackward0 StackBackward0
+    IndexBackward0 IndexSelectBackward0 ConstantPadNdBackward0 SqrtBackward0 NativeDropoutBackward0
+""")
 
 
 @dataclass(frozen=True)
 class Padding:
     """Entries at the end of one dimension whose values have one sign: a constant, or sums of
-    products of it with what is not negative.
+    products of it
+    with what is not negative.
 
     Args:
         dim: counted from the right, -1 or -2.
@@ -73,64 +58,126 @@ class Padding:
     sign: Sign
 
 
-def padding_of_result(
-    step: GraphNode, paddings: Mapping[Edge, Padding], signs: Mapping[Edge, Sign]
-) -> Padding | None:
-    """The padded entries of what an operation gives. After a slice, ``start`` is 0 where nothing
-    else is left.
+class ValueSigns:
+    """The signs of the values in one graph, collected as its operations are read, inputs first."""
 
-    Linear attention appends ones to its values, so that one product gives the sums of what is
-    attended to and of the attention.
-    """
-    node, name, shapes, outputs = step.node, step.name, step.inputs, step.outputs
-    if name == "ConstantPadNdBackward0" and shapes[0] is not None:
-        padded = [(k, amount) for k, amount in enumerate(map(signed, node._saved_pad)) if amount]  # type: ignore[attr-defined]
-        if (
-            len(padded) == 1 and padded[0][0] in (1, 3) and padded[0][1] > 0
-        ):  # at the end of one of the last two dimensions
-            dim = -1 - padded[0][0] // 2
-            return Padding(dim, shapes[0][dim], Sign.NONNEGATIVE)
-        return None
-    found = [paddings.get(source) if source is not None else None for source in step.sources]
-    if name in ("MmBackward0", "BmmBackward0"):
+    def __init__(self) -> None:
+        self._signs: dict[Edge, Sign] = {}
+        self._paddings: dict[Edge, Padding] = {}
+
+    def of(self, edge: Edge | None) -> Sign:
+        """What is known of one output of an operation; nothing of a constant."""
+        if edge is None:
+            return Sign.ANY
+        return self._signs.get(edge, Sign.ANY)
+
+    def add(self, node: GraphNode) -> None:
+        """Take in one operation."""
+        sign = self._sign_of_result(node)
+        padding = self._padding_of_result(node)
+        if padding is not None:
+            if node.name == "SliceBackward0" and padding.start == 0:
+                # The slice has left nothing but the padded entries.
+                sign = max(sign, padding.sign)
+            else:
+                self._paddings[node.node, 0] = padding
+        if sign != Sign.ANY:
+            for k in range(len(node.outputs)):
+                self._signs[node.node, k] = sign
+
+    def _sign_of_result(self, node: GraphNode) -> Sign:
+        name, sources = node.name, node.sources
+        if name in _NEVER_NEGATIVE:
+            return Sign.NONNEGATIVE
+        has_two = len(sources) == 2
+        if has_two and sources[0] is not None and sources[0] == sources[1]:
+            # A tensor times itself is a square, whatever its own sign.
+            if name.startswith("Mul"):
+                return Sign.NONNEGATIVE
+            if name == "DotBackward0":
+                return Sign.STATISTIC
+
+        lowest = min(map(self.of, sources), default=Sign.ANY)
+        if lowest == Sign.ANY:
+            return Sign.ANY
+        if name in _SUMS:
+            return Sign.STATISTIC
+        if name in _KEEPS_SIGN or (has_two and name.startswith("Add")):
+            return lowest
+        if has_two and name.startswith(("Mul", "Div")):
+            return Sign.NONNEGATIVE
+        return Sign.ANY
+
+    def _padding_of_result(self, node: GraphNode) -> Padding | None:
+        """The padded entries of what an operation gives. After a slice, ``start`` is 0 where
+        nothing else
+        is left.
+
+        Linear attention appends ones to its values, so that one product gives the sums of what is
+        attended
+        to and of the attention.
+        """
+        if node.name == "ConstantPadNdBackward0":
+            return _new_padding(node)
+        if not self._paddings:
+            return None
+        if node.name in ("MmBackward0", "BmmBackward0"):
+            return self._padding_of_product(node)
+        if len(node.sources) != 1 or node.sources[0] is None:
+            return None
+        padding = self._paddings.get(node.sources[0])
+        if padding is None or len(node.outputs[0]) < 2:
+            return None
+        return _moved_padding(node, padding)
+
+    def _padding_of_product(self, node: GraphNode) -> Padding | None:
+        # Rows that were appended to the first factor, or columns to the second, come out as
+        # appended.
         for k, dim in ((0, -2), (1, -1)):
-            padding, factor = found[k], step.sources[1 - k]
-            if (
-                padding is not None
-                and padding.dim == dim
-                and factor is not None
-                and signs.get(factor, Sign.ANY) != Sign.ANY
-            ):
+            source, factor = node.sources[k], node.sources[1 - k]
+            padding = None if source is None else self._paddings.get(source)
+            if padding is not None and padding.dim == dim and self.of(factor) != Sign.ANY:
                 return replace(padding, sign=Sign.STATISTIC)
         return None
-    if len(found) != 1 or found[0] is None or shapes[0] is None or len(outputs[0]) < 2:
+
+
+def _new_padding(node: GraphNode) -> Padding | None:
+    """What `torch.nn.functional.pad` appends, if it is at the end of one of the last two
+    dimensions."""
+    shape = node.inputs[0]
+    amounts: list[int] = [signed(amount) for amount in node.node._saved_pad]  # type: ignore[attr-defined]
+    used = [k for k, amount in enumerate(amounts) if amount]
+    # Pairs of amounts, before and after, from the last dimension on.
+    if shape is None or used not in ([1], [3]) or amounts[used[0]] < 0:
         return None
-    padding, ndim = found[0], len(outputs[0])
-    if name in ("TransposeBackward0", "TBackward0"):
-        swapped = (
-            {-1, -2}
-            if name == "TBackward0"
-            else {_from_the_right(node, key, ndim) for key in ("dim0", "dim1")}
-        )
+    dim = -1 - used[0] // 2
+    return Padding(dim, shape[dim], Sign.NONNEGATIVE)
+
+
+def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
+    """Where the padded entries of the one input lie in the output."""
+    shape, out = node.inputs[0], node.outputs[0]
+    if shape is None:
+        return None
+    if node.name in ("TransposeBackward0", "TBackward0"):
+        swapped = {-1, -2}
+        if node.name == "TransposeBackward0":
+            swapped = {_from_the_right(node.node, key, len(out)) for key in ("dim0", "dim1")}
         if padding.dim not in swapped:
             return padding
         return replace(padding, dim=-3 - padding.dim) if swapped == {-1, -2} else None
-    if name == "SliceBackward0" and _from_the_right(node, "dim", ndim) == padding.dim:
-        start = signed(node._saved_start or 0)  # type: ignore[attr-defined]
-        start = start + shapes[0][padding.dim] if start < 0 else start
-        return replace(padding, start=0) if start >= padding.start else None
-    same_end = shapes[0][-2:] == outputs[0][-2:]
-    views = (
-        "CloneBackward0",
-        "ToCopyBackward0",
-        "ViewBackward0",
-        "UnsafeViewBackward0",
-        "ReshapeAliasBackward0",
-        "ExpandBackward0",
-    )
-    return padding if name in views and same_end else None
+    if node.name == "SliceBackward0":
+        if _from_the_right(node.node, "dim", len(out)) == padding.dim:
+            start: int = signed(node.node._saved_start or 0)  # type: ignore[attr-defined]
+            if start < 0:
+                start += shape[padding.dim]
+            return replace(padding, start=0) if start >= padding.start else None
+        return None
+    if node.name in _MAY_KEEP_PADDING and shape[-2:] == out[-2:]:
+        return padding
+    return None
 
 
 def _from_the_right(node: Node, key: str, ndim: int) -> int:
-    dim = int(signed(getattr(node, f"_saved_{key}")))
+    dim: int = signed(getattr(node, f"_saved_{key}"))
     return dim - ndim if dim >= 0 else dim

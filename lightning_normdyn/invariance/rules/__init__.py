@@ -1,6 +1,7 @@
 """How a scale passes single operations: a rule for each kind of autograd node.
 
-Importing any part of this package fills `RULES`, so that a rule that a user registers later replaces one of ours.
+Importing any part of this package fills `RULES`, so that a rule that a user registers later
+replaces one of ours.
 """
 
 from lightning_normdyn.invariance.rules import (

@@ -1,4 +1,9 @@
-"""What it means that a bias is added."""
+"""What it means for a flow that a bias is added: by a linear layer, a convolution, or a plain sum.
+
+A bias does not scale with the weight, so it becomes the flow's offset. Some biases are put together
+from
+pieces of which some are zeros (keys have no bias in Swin v2), and there nothing is added.
+"""
 
 from __future__ import annotations
 
@@ -8,67 +13,80 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from lightning_normdyn.invariance.flow import Flow, joined, shifted, varying
-from lightning_normdyn.invariance.nodes import Edge, edge_shape, node_name
+from lightning_normdyn.invariance.flow import Flow, along, expanded, joined, shifted, varying
+from lightning_normdyn.invariance.nodes import Edge, edge_shape, node_name, sources_of
 from lightning_normdyn.invariance.rules.operation import Operation
 
 
-def with_bias(operation: Operation, flow: Flow, k: int, dim: int) -> Flow:
-    """Input ``k`` is added; a frozen one (shape unknown) counts as a bias only if the module has
-    one."""
-    shape, ndim = operation.inputs[k], len(operation.outputs[0])
-    if (parts := without_bias_in_part(operation, flow, k, dim % ndim)) is not None:
-        return parts
-    name, module = operation.module
-    bias = getattr(module, "bias", None)
-    along = tuple(d == dim % ndim for d in range(ndim))
-    if shape is None and isinstance(bias, Tensor) and bias.ndim == 1:
-        return shifted(flow, along, f"{name}.bias" if name else "bias")
-    if shape is not None and math.prod(shape) == operation.outputs[0][dim] == shape[-1]:
-        return shifted(
-            flow, along, operation.parameter(k) if operation.attribute("beta", 1) == 1 else None
-        )
-    return shifted(flow, varying(shape, ndim), None)
+def with_bias(operation: Operation, flow: Flow, k: int) -> Flow:
+    """The flow plus input ``k``, along the last dimension."""
+    shape, out = operation.inputs[k], operation.outputs[0]
+    ndim = len(out)
+    in_part = with_bias_in_part(operation, flow, k, ndim - 1)
+    if in_part is not None:
+        return in_part
+    last = along([-1], ndim)
+    if shape is None:
+        # A frozen bias leaves no trace in the graph. It is one only if the module has one.
+        name, module = operation.module
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, Tensor) and bias.ndim == 1:
+            return shifted(flow, last, f"{name}.bias" if name else "bias")
+    elif math.prod(shape) == out[-1] == shape[-1]:
+        parameter = None
+        if operation.attribute("beta", 1) == 1:
+            parameter = operation.parameter(k)
+        return shifted(flow, last, parameter)
+    return shifted(flow, varying(shape, ndim))
 
 
-def with_bias_named(operation: Operation, flow: Flow) -> Flow:
-    """The flow plus the bias of a convolution, which may be frozen."""
-    ndim = len(operation.outputs[0])
+def with_bias_of_channels(operation: Operation, flow: Flow) -> Flow:
+    """The flow plus the bias of a convolution."""
     name = operation.parameter(2)
-    if name is None and isinstance(getattr(operation.module[1], "bias", None), Tensor):  # frozen
-        name = f"{operation.module[0]}.bias".lstrip(".")
-    return shifted(flow, tuple(d == 1 for d in range(ndim)), name)
+    owner, module = operation.module
+    if name is None and isinstance(getattr(module, "bias", None), Tensor):
+        # A frozen one is no input of the graph.
+        name = f"{owner}.bias".lstrip(".")
+    return shifted(flow, along([1], len(operation.outputs[0])), name)
 
 
-def without_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
-    """The flow after adding input ``k``, where some of its entries are known to be zero (keys have
-    no bias in Swin v2); None: nowhere."""
-    size = operation.outputs[0][dim]
+def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
+    """The flow after adding input ``k`` along ``dim``, where some of its entries are known to be
+    zero; None
+    if none are, or that cannot be said."""
+    out = operation.outputs[0]
     zeros = _zeros(operation, k)
-    if zeros is None or zeros.shape != (size,) or not bool(zeros.any()) or flow.offset is not None:
+    if zeros is None or zeros.shape != (out[dim],) or flow.offset is not None:
         return None
-    along = [size if d == dim else 1 for d in range(len(operation.outputs[0]))]
-    wide = flow.rows.expand([size if d == dim else n for d, n in enumerate(flow.rows.shape)])
-    free = torch.where(zeros.reshape(along), wide, 0)
-    biased = torch.where(zeros.reshape(along), 0, wide)
-    offset_by = shifted(
-        replace(flow, rows=biased), tuple(d == dim for d in range(len(along))), None
-    )
-    return joined([replace(flow, rows=free), *([offset_by] if bool(biased.any()) else [])])
+    if not bool(zeros.any()):
+        return None
+
+    broadcast = [1] * len(out)
+    broadcast[dim] = out[dim]
+    zeros = zeros.reshape(broadcast)
+    rows = expanded(flow.rows, out, [dim])
+    free = replace(flow, rows=torch.where(zeros, rows, 0))
+    biased = torch.where(zeros, 0, rows)
+    if not bool(biased.any()):
+        return free
+    return joined([free, shifted(replace(flow, rows=biased), along([dim], len(out)))])
 
 
 def _zeros(operation: Operation, k: int) -> Tensor | None:
     """Which entries of input ``k``, a bias that was put together, no parameter reaches: bool
-    ``(n,)``; None: not known.
+    ``(n,)``; None:
+    not known.
 
     They are constants, nearly always zeros (``torch.cat([q, zeros, v])``, ``bias * mask``,
-    ``bias[n : 2 * n] = 0``): taken as such, and
-    the claim is marked.
+    ``bias[n : 2 * n] = 0``): taken as such, and the claim is marked.
     """
     edge = operation.source(k)
-    shape = operation.inputs[k] if k < len(operation.inputs) else None
-    if edge is None or shape is None or len(shape) != 1 or edge in operation.parameters:
+    if edge is None or edge in operation.parameters:
+        return None
+    shape = operation.shape(k)
+    if len(shape) != 1:
         return None
     zeros = _constant_entries(edge, shape[0], operation.parameters)
     if zeros is not None and bool(zeros.any()):
@@ -80,58 +98,73 @@ def _constant_entries(
     edge: Edge | None, size: int, parameters: Mapping[Edge, str]
 ) -> Tensor | None:
     """Which entries of a tensor of one dimension no parameter reaches: bool ``(size,)``, None where
-    it cannot be said."""
+    it
+    cannot be said."""
     everything = torch.ones(size, dtype=torch.bool, device="cpu")
     if edge is None:
         return everything
     if edge in parameters:
         return ~everything
     node, name = edge[0], node_name(edge[0])
-    sources = [None if source is None else (source, i) for source, i in node.next_functions]
+    sources = sources_of(node)
     if name == "CatBackward0":
-        sizes = [None if source is None else edge_shape(source)[0] for source in sources]
-        if sizes.count(None) > 1:  # one constant takes what the others leave
-            return None
-        left = size - sum(n for n in sizes if n is not None)
-        pieces = [
-            _constant_entries(s, left if n is None else n, parameters)
-            for s, n in zip(sources, sizes, strict=True)
-        ]
-        known = [piece for piece in pieces if piece is not None]
-        return torch.cat(known) if len(known) == len(pieces) else None
-    source = sources[0] if sources else None
+        return _constants_of_pieces(sources, size, parameters)
     if name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
-        key = "other" if sources[1] is None else "self"
-        hooks = getattr(getattr(node, f"_raw_saved_{key}", None), "unpack_hook", None)
-        factor = (
-            getattr(node, f"_saved_{key}", None) if hooks is None else None
-        )  # inside a checkpoint it would have to be computed again
-        below = _constant_entries(sources[0] or sources[1], size, parameters)
-        if not isinstance(factor, Tensor) or factor.shape != (size,) or below is None:
+        k = sources.index(None)
+        factor = _saved_factor(edge, ("self", "other")[k])
+        below = _constant_entries(sources[1 - k], size, parameters)
+        if factor is None or factor.shape != (size,) or below is None:
             return None
         return below | (factor == 0).cpu()
-    if name in ("CloneBackward0", "ToCopyBackward0") and source is not None:
-        return _constant_entries(source, size, parameters)
-    if name == "CopySlices" and source is not None:
+    if name in ("CloneBackward0", "ToCopyBackward0") and sources[0] is not None:
+        return _constant_entries(sources[0], size, parameters)
+    if name == "CopySlices" and sources[0] is not None:
         return _overwritten(edge, size, parameters)
     return None
 
 
+def _constants_of_pieces(
+    sources: tuple[Edge | None, ...], size: int, parameters: Mapping[Edge, str]
+) -> Tensor | None:
+    """`_constant_entries` of pieces that were concatenated."""
+    if sources.count(None) > 1:
+        return None
+    # One constant takes what the others leave.
+    sizes = [0 if source is None else edge_shape(source)[0] for source in sources]
+    rest = size - sum(sizes)
+    pieces = []
+    for source, own in zip(sources, sizes, strict=True):
+        piece = _constant_entries(source, rest if source is None else own, parameters)
+        if piece is None:
+            return None
+        pieces.append(piece)
+    return torch.cat(pieces)
+
+
+def _saved_factor(edge: Edge, key: str) -> Tensor | None:
+    """The constant factor of a product."""
+    saved = getattr(edge[0], f"_raw_saved_{key}", None)
+    if getattr(saved, "unpack_hook", None) is not None:
+        # Inside a checkpoint it would have to be computed again.
+        return None
+    factor = getattr(edge[0], f"_saved_{key}", None)
+    return factor if isinstance(factor, Tensor) else None
+
+
 def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
     """Entries of a copy of a parameter that were written over in place: those that pass no gradient
-    on. Nothing is saved in this graph."""
+    on."""
     below: Edge | None = edge
     while below is not None and below not in parameters:
         if node_name(below[0]) not in ("CopySlices", "CloneBackward0", "ToCopyBackward0"):
             return None
-        source, i = below[0].next_functions[0]
-        below = None if source is None else (source, i)
+        below = sources_of(below[0])[0]
     if below is None or edge_shape(below) != (size,):
         return None
-    output, parameter = (
-        torch.autograd.graph.GradientEdge(*edge),
-        torch.autograd.graph.GradientEdge(*below),
-    )
+    # The graph does not say where was written, but its backward does. These nodes save nothing, so
+    # running
+    # them twice costs the real backward nothing.
+    output, parameter = GradientEdge(*edge), GradientEdge(*below)
     metadata = edge[0]._input_metadata[edge[1]]
     ones = torch.ones(size, dtype=metadata.dtype, device=metadata.device)
     (passed,) = torch.autograd.grad([output], [parameter], [ones], retain_graph=True)

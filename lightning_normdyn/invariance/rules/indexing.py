@@ -1,234 +1,286 @@
-"""Rules for operations that pick or write entries at places that a tensor of indices gives."""
+"""Rules for operations that pick or write entries at places that a tensor of indices gives.
+
+Where the data say which rows are read, the rows that were stand for the others: they are remembered
+in
+`Rows.picked`. Indices that are saved inside a checkpoint are not looked at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.invariance.flow import Blocked, Flow, Offset, Sign, compact, moved, new_token
+from lightning_normdyn.invariance.flow import (
+    Blocked,
+    Flow,
+    Flows,
+    Offset,
+    Sign,
+    compact,
+    everywhere,
+    moved,
+)
 from lightning_normdyn.invariance.rows import distinct
-from lightning_normdyn.invariance.rules.operation import Operation, known, only, pure
-from lightning_normdyn.invariance.rules.registry import rule_for
+from lightning_normdyn.invariance.rules.operation import Operation, present, pure
+from lightning_normdyn.invariance.rules.registry import Result, rule_for, unary_rule
+
+Index = Sequence[Tensor | None]
+
+# --------------------------------------------------------------------------------- picking entries
 
 
-@rule_for("IndexSelectBackward0")
-def _index_select(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, shape = only(operation, flows), known(operation.inputs[0])
-    dim = operation.attribute("dim") % len(shape)
+@unary_rule("IndexSelectBackward0")
+def _index_select(operation: Operation, flow: Flow) -> Flow:
+    dim = operation.dim()
     operation.left_out(flow, [dim])
     index = operation.indices("index", flow, [dim])
     rows = flow.rows
     if rows.size(dim) > 1:
         rows = compact(rows.index_select(dim, index.cpu()))
-        operation.rows.pick(distinct(rows))
+        operation.rows.pick(rows)
     return moved(flow, rows, [dim])
 
 
-@rule_for("IndexBackward0")
-def _index(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, shape = only(operation, flows), known(operation.inputs[0])
+@unary_rule("GatherBackward0")
+def _gather(operation: Operation, flow: Flow) -> Flow:
+    shape, out = operation.shape(), operation.outputs[0]
+    if not shape:
+        return flow
+    dim, rows, wide, smaller = operation.dim(), flow.rows, list(out), []
+    wide[dim] = shape[dim]
+    for other in range(len(shape)):
+        # The index may be smaller than the tensor along the other dimensions.
+        if other != dim and out[other] < shape[other]:
+            smaller.append(other)
+            if rows.size(other) > 1:
+                rows = rows.narrow(other, 0, out[other])
+    operation.left_out(flow, [dim, *smaller])
+    index = operation.indices("index", flow, [dim])
+    if rows.size(dim) > 1:
+        rows = compact(rows.expand(wide).gather(dim, index.cpu()))
+        operation.rows.pick(rows)
+    return moved(flow, rows, range(len(shape)))
+
+
+@unary_rule("MaskedSelectBackward0", "TakeBackward0")
+def _select_entries(operation: Operation, flow: Flow) -> Flow:
+    """Entries are picked from anywhere in the tensor, into one dimension."""
+    shape = operation.shape()
+    everything = range(len(shape))
+    is_masked = operation.name == "MaskedSelectBackward0"
+    operation.left_out(flow, everything)
+    index = operation.indices("mask" if is_masked else "index", flow, everything)
+    if index is None:
+        return Flow(flow.degree, flow.rows.reshape(1), everywhere(flow, 1))
+    rows = flow.rows.expand(shape)
+    if is_masked:
+        rows = torch.masked_select(rows, index.cpu())
+    else:
+        rows = rows.take(index.cpu())
+    operation.rows.pick(rows)
+    return Flow(flow.degree, compact(rows), everywhere(flow, rows.ndim))
+
+
+@unary_rule("IndexBackward0")
+def _index(operation: Operation, flow: Flow) -> Flow:
+    shape = operation.shape()
     index = operation.indices("indices", flow, range(len(shape)))
-    if index is None:  # nothing differs, but how many dimensions are left, and where, is not known
+    if index is None:
+        # Nothing differs, but how many dimensions are left, and where, is not known.
         raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
     dims = _indexed_dims(index)
     operation.left_out(flow, dims)
-    rows = flow.rows.expand(shape)[tuple(slice(None) if i is None else i.cpu() for i in index)]
+    rows = flow.rows.expand(shape)[_on_cpu(index)]
     if any(flow.rows.size(d) > 1 for d in dims):
-        operation.rows.pick(distinct(rows))
-    return replace(
-        flow, rows=compact(rows), offset=flow.offset and _picked(flow.offset, index, rows.ndim)
-    )
+        operation.rows.pick(rows)
+    offset = flow.offset
+    if offset is not None:
+        offset = _offset_at(offset, index, rows.ndim)
+    return replace(flow, rows=compact(rows), offset=offset)
 
 
-def _indexed_dims(index: Sequence[Tensor | None]) -> list[int]:
-    """The dimensions of ``tensor`` that ``tensor[index]`` picks from; a mask stands for as many as
-    it has itself."""
+def _on_cpu(index: Index) -> tuple[Any, ...]:
+    """What ``tensor[index]`` takes, with a slice where nothing is indexed."""
+    return tuple(slice(None) if i is None else i.cpu() for i in index)
+
+
+def _width(i: Tensor | None) -> int:
+    """How many dimensions of the tensor an index stands for: a mask for as many as it has
+    itself."""
+    if i is not None and i.dtype in (torch.bool, torch.uint8):
+        return i.ndim
+    return 1
+
+
+def _indexed_dims(index: Index) -> list[int]:
+    """The dimensions of ``tensor`` that ``tensor[index]`` picks from."""
     dims: list[int] = []
-    dim = 0
+    start = 0
     for i in index:
-        size = i.ndim if i is not None and i.dtype in (torch.bool, torch.uint8) else 1
+        stop = start + _width(i)
         if i is not None:
-            dims.extend(range(dim, dim + size))
-        dim += size
+            dims.extend(range(start, stop))
+        start = stop
     return dims
 
 
-@rule_for("MaskedSelectBackward0", "TakeBackward0")
-def _select_entries(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Entries are picked from anywhere in the tensor, into one dimension."""
-    flow, shape = only(operation, flows), known(operation.inputs[0])
-    masked = operation.name == "MaskedSelectBackward0"
-    operation.left_out(flow, range(len(shape)))
-    index = operation.indices("mask" if masked else "index", flow, range(len(shape)))
-    if index is None:
-        return Flow(flow.degree, flow.rows.reshape(1), flow.offset and flow.offset.changed([True]))
-    index = index.cpu()
-    if masked:
-        wide, mask = torch.broadcast_tensors(flow.rows.expand(shape), index)  # type: ignore[no-untyped-call]
-        rows = wide[mask]
-    else:
-        rows = flow.rows.expand(shape).take(index)
-    operation.rows.pick(distinct(rows))
-    return Flow(flow.degree, compact(rows), flow.offset and flow.offset.changed([True] * rows.ndim))
-
-
-def _picked(offset: Offset, index: Sequence[Tensor | None], ndim: int) -> Offset:
+def _offset_at(offset: Offset, index: Index, ndim: int) -> Offset:
     """The offset of ``tensor[index]``: dimensions that are not indexed keep it entry for entry."""
-    kept: list[
-        tuple[int, bool]
-    ] = []  # where in the index a dimension stood, and whether the offset differs along it
-    indexed, dim = False, 0
+    # Whether it varies along each dimension that stays: before the first index, between, and behind
+    # the last.
+    stays: list[tuple[int, bool]] = []
+    positions = []
+    is_indexed, dim = False, 0
     for position, i in enumerate(index):
-        size = (
-            1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.ndim
-        )  # a mask stands for all its dimensions
+        stop = dim + _width(i)
         if i is None:
-            kept.append((position, offset.varies[dim]))
+            stays.append((position, offset.varies[dim]))
         else:
-            indexed |= any(offset.varies[dim : dim + size])
-        dim += size
-    kept += [(len(index) + d, v) for d, v in enumerate(offset.varies[dim:])]
-    where = [position for position, i in enumerate(index) if i is not None]
-    together = where == list(
-        range(where[0], where[-1] + 1)
-    )  # what is indexed comes out there, else in front
-    front = [v for position, v in kept if together and position < where[0]]
-    varies = [*front, *[indexed] * (ndim - len(kept)), *[v for _, v in kept[len(front) :]]]
-    return (
-        offset.changed(varies)
-        if indexed
-        else replace(offset, varies=tuple(varies), token=new_token())
-    )
+            positions.append(position)
+            is_indexed |= any(offset.varies[dim:stop])
+        dim = stop
+    stays += [(len(index), v) for v in offset.varies[dim:]]
+
+    # What is indexed comes out where the indices stand, if they stand side by side, and else in
+    # front.
+    front = []
+    if positions[-1] - positions[0] < len(positions):
+        front = [v for position, v in stays if position < positions[0]]
+    behind = [v for _, v in stays[len(front) :]]
+    varies = (*front, *[is_indexed] * (ndim - len(stays)), *behind)
+    if is_indexed:
+        return offset.changed(varies)
+    return replace(offset, varies=varies, token=object())
+
+
+# --------------------------------------------------------------------------------- writing entries
 
 
 @rule_for("IndexPutBackward0")
-def _index_put(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+def _index_put(operation: Operation, flows: Flows) -> Result:
     """``tensor[indices] = values``: what is not written over stays what it was."""
-    shape = operation.outputs[0]
-    readable, index = operation.saved_tensor("indices")
     if operation.attribute("accumulate"):
         return _accumulate(operation, flows)
+    readable, index = operation.saved_tensor("indices")
     if not readable:
         raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
     target, values = flows
-    flow = pure(operation, target if target is not None else only(operation, flows, 1))
-    if target is not None and values is not None and pure(operation, values).degree != flow.degree:
-        raise Blocked(f"{operation.place} writes into a tensor that scales differently")
-    rows = (
-        torch.zeros(shape, dtype=torch.long, device="cpu")
-        if target is None
-        else target.rows.expand(shape).clone()
-    )
-    if values is not None and any(rows.size(d) > 1 for d in _indexed_dims(index)):
-        operation.rows.pick(
-            distinct(values.rows)
-        )  # where they come to lie, and so what they meet there, depends on the data
-    rows[tuple(slice(None) if i is None else i.cpu() for i in index)] = (
-        torch.zeros(1, dtype=torch.long, device="cpu") if values is None else values.rows
-    )
+    _, flow = present(flows)
+    pure(operation, flow)
+    rows = torch.zeros(1, dtype=torch.long, device="cpu")
+    if target is not None:
+        rows = target.rows
+    rows = rows.expand(operation.outputs[0]).clone()
+
+    written = torch.zeros(1, dtype=torch.long, device="cpu")
+    if values is not None:
+        if pure(operation, values).degree != flow.degree:
+            raise Blocked(f"{operation.place} writes into a tensor that scales differently")
+        written = values.rows
+        if any(rows.size(d) > 1 for d in _indexed_dims(index)):
+            # Where they come to lie, and so what they meet there, depends on the data.
+            operation.rows.pick(written)
+    rows[_on_cpu(index)] = written
     return Flow(flow.degree, compact(rows))
 
 
-def _accumulate(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """Entries are added, averaged or compared at indices along one dimension (messages between the
-    nodes of a graph).
-
-    A constant to add to is taken as zeros, and the claim is marked.
-    """
-    segments = operation.name.startswith("Segment")
-    target, source = (None, only(operation, flows)) if segments else flows
-    reduce = operation.attribute("reduce", "sum")
-    if reduce == "prod":
-        raise Blocked(f"{operation.place} does not commute with a change of scale")
-    out = operation.outputs[0]
-    dims = [operation.attribute("axis" if segments else "dim", 0) % len(out)]
-    if operation.name == "IndexPutBackward0":  # at any index of the whole tensor
-        dims = list(range(len(out)))
-    for flow in (target, source):
-        if flow is not None and reduce in ("amax", "amin", "max", "min"):
-            pure(operation, flow)
-    rows = (
-        None
-        if source is None
-        else operation.same_factor(
-            source.rows, dims if source.rows.ndim == len(out) else range(source.rows.ndim)
-        )
-    )
-    if rows is not None and rows.ndim != len(out):
-        rows = rows.reshape([1] * len(out))
-    if rows is not None and any(n not in (1, out[d]) for d, n in enumerate(rows.shape)):
-        raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
-    offset = (
-        None
-        if source is None or source.offset is None
-        else source.offset.changed([True] * len(out))
-    )
-    if target is None:
-        assert source is not None
-        assert rows is not None
-        if not segments and operation.inputs[0] is not None:
-            raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
-        operation.rows.assumed |= not segments
-        return Flow(source.degree, rows, offset, _sign_of_sums(reduce, [source.sign]))
-    if source is None or rows is None:
-        added = operation.inputs[1] if len(operation.inputs) > 1 else None
-        if added is not None and 0 in added:  # an expert without tokens adds nothing
-            return target
-        raise Blocked(f"a constant is added in {operation.place}")
-    if target.degree != source.degree:
-        raise Blocked(f"{operation.place} adds tensors that scale differently")
-    if target.offset is not None:
-        offset = target.offset.changed([True] * len(out))
-    rows = operation.unite(operation.same_factor(target.rows, dims), rows)
-    return Flow(source.degree, rows, offset, _sign_of_sums(reduce, [target.sign, source.sign]))
-
-
-def _sign_of_sums(reduce: str, signs: Sequence[Sign]) -> Sign:
-    """Sums and means of squares over the nodes of a graph are statistics, as they are over an
-    axis."""
-    lowest = min(signs)
-    return Sign.STATISTIC if reduce in ("sum", "mean") and lowest != Sign.ANY else lowest
-
-
-rule_for(
+@rule_for(
     "IndexAddBackward0",
     "ScatterAddBackward0",
     "ScatterReduceBackward0",
     "IndexReduceBackward0",
-    "SegmentReduceBackward0",
-)(_accumulate)
+)
+def _accumulate(operation: Operation, flows: Flows) -> Flow:
+    """Entries are added, averaged or compared at indices along one dimension (messages between the
+    nodes of
+    a graph).
+
+    A constant to add to is taken as zeros, and the claim is marked.
+    """
+    target, source = flows
+    out = operation.outputs[0]
+    dims = [operation.attribute("dim", 0) % len(out)]
+    if operation.name == "IndexPutBackward0":
+        # At any index of the whole tensor.
+        dims = list(range(len(out)))
+    if target is None:
+        _, source = present(flows)
+        added = _gathered_at(operation, source, dims)
+        if operation.inputs[0] is not None:
+            raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
+        operation.rows.assumed = True
+        return added
+
+    if source is None:
+        _refuse_products(operation, target)
+        shape = operation.inputs[1] if len(operation.inputs) > 1 else None
+        if shape is not None and 0 in shape:
+            # An expert without tokens adds nothing.
+            return target
+        raise Blocked(f"a constant is added in {operation.place}")
+
+    _refuse_products(operation, target)
+    added = _gathered_at(operation, source, dims)
+    if target.degree != source.degree:
+        raise Blocked(f"{operation.place} adds tensors that scale differently")
+    offset = added.offset
+    if target.offset is not None:
+        offset = target.offset.changed([True] * len(out))
+    rows = operation.unite(operation.same_factor(target.rows, dims), added.rows)
+    sign = _sign_of_sums(operation, min(target.sign, source.sign))
+    return Flow(source.degree, rows, offset, sign)
 
 
-@rule_for("GatherBackward0")
-def _gather(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, shape, out = only(operation, flows), known(operation.inputs[0]), operation.outputs[0]
-    dim = operation.attribute("dim") % max(1, len(shape))
-    if not shape:
-        return flow
-    others = [d for d in range(len(shape)) if d != dim]
-    operation.left_out(flow, [dim, *(d for d in others if out[d] < shape[d])])
-    rows = flow.rows
-    for d in others:  # the index may be smaller than the tensor there
-        if rows.size(d) > 1:
-            rows = rows.narrow(d, 0, out[d])
-    index = operation.indices("index", flow, [dim])
-    if rows.size(dim) > 1:
-        wide = rows.expand([shape[d] if d == dim else out[d] for d in range(len(shape))])
-        rows = compact(wide.gather(dim, index.cpu()))
-        operation.rows.pick(distinct(rows))
-    return moved(flow, rows, range(len(shape)))
+@unary_rule("SegmentReduceBackward0")
+def _segment_reduce(operation: Operation, flow: Flow) -> Flow:
+    """Neighbours along one axis are added, averaged or compared."""
+    axis = operation.attribute("axis", 0) % len(operation.outputs[0])
+    return _gathered_at(operation, flow, [axis])
 
 
-@rule_for("EmbeddingBackward0")
-def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, out = pure(operation, only(operation, flows)), operation.outputs[0]
-    _refuse_max_norm(operation)
-    operation.left_out(flow, [0])
-    index = operation.indices("indices", flow, [0])
-    rows = flow.rows
+def _gathered_at(operation: Operation, source: Flow, dims: list[int]) -> Flow:
+    """What comes out where entries of ``source`` come together along ``dims``."""
+    _refuse_products(operation, source)
+    out, rows = operation.outputs[0], source.rows
+    if rows.ndim == len(out):
+        rows = operation.same_factor(rows, dims)
+    else:
+        rows = operation.same_factor(rows, range(rows.ndim)).reshape([1] * len(out))
+    if any(size not in (1, out[d]) for d, size in enumerate(rows.shape)):
+        raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
+    sign = _sign_of_sums(operation, source.sign)
+    return Flow(source.degree, rows, everywhere(source, len(out)), sign)
+
+
+def _refuse_products(operation: Operation, flow: Flow) -> None:
+    """Products change the degree entry by entry, and the largest may change with what was added."""
+    reduce = operation.attribute("reduce", "sum")
+    if reduce == "prod":
+        raise Blocked(f"{operation.place} does not commute with a change of scale")
+    if reduce in ("amax", "amin", "max", "min"):
+        pure(operation, flow)
+
+
+def _sign_of_sums(operation: Operation, lowest: Sign) -> Sign:
+    """Sums and means of squares over the nodes of a graph are statistics, as they are over an
+    axis."""
+    is_sum = operation.attribute("reduce", "sum") in ("sum", "mean")
+    if is_sum and lowest != Sign.ANY:
+        return Sign.STATISTIC
+    return lowest
+
+
+# ---------------------------------------------------------------------------------------- lookups
+
+
+@unary_rule("EmbeddingBackward0")
+def _embedding(operation: Operation, flow: Flow) -> Flow:
+    index = _indices_of_lookup(operation, flow)
+    rows, out = flow.rows, operation.outputs[0]
     if rows.size(0) == 1:
         return replace(flow, rows=rows.reshape([1] * (len(out) - 1) + [rows.size(1)]))
     rows = rows[index.cpu()]
@@ -236,25 +288,26 @@ def _embedding(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
     return replace(flow, rows=rows)
 
 
-def _refuse_max_norm(operation: Operation) -> None:
-    """A lookup with ``max_norm`` changes the length of rows before it reads them."""
-    if getattr(operation.module[1], "max_norm", None) is not None:
-        raise Blocked(
-            f"max_norm of {operation.module[0] or operation.name} rescales the rows in every "
-            f"forward pass"
-        )
-
-
-@rule_for("EmbeddingBagBackward0")
-def _embedding_bag(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
+@unary_rule("EmbeddingBagBackward0")
+def _embedding_bag(operation: Operation, flow: Flow) -> Flow:
     """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all
-    that occur go together."""
-    flow = pure(operation, only(operation, flows))
-    _refuse_max_norm(operation)
-    operation.left_out(flow, [0])
-    index = operation.indices("indices", flow, [0])
-    rows = flow.rows
+    that
+    occur go together."""
+    index, rows = _indices_of_lookup(operation, flow), flow.rows
     if rows.size(0) > 1:
         rows = rows[distinct(index.cpu())]
         operation.rows.pick(rows)
     return replace(flow, rows=operation.same_factor(rows, [0]), sign=Sign.ANY)
+
+
+def _indices_of_lookup(operation: Operation, flow: Flow) -> Any:
+    """Which rows of a table are read; None where that cannot be seen and does not matter."""
+    pure(operation, flow)
+    name, module = operation.module
+    if getattr(module, "max_norm", None) is not None:
+        # It changes the length of rows before it reads them.
+        raise Blocked(
+            f"max_norm of {name or operation.name} rescales the rows in every forward pass"
+        )
+    operation.left_out(flow, [0])
+    return operation.indices("indices", flow, [0])

@@ -1,121 +1,139 @@
-"""Rules for the normalizations that are one operation."""
+"""Rules for the normalizations that are one operation.
+
+Normalizations that are written by hand need none: a mean, a root and a quotient together have
+degree 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lightning_normdyn.invariance.flow import Flow, Sign, either, expanded, new_offset
+from lightning_normdyn.invariance.flow import (
+    Flow,
+    Flows,
+    Sign,
+    along,
+    either,
+    expanded,
+    new_offset,
+)
 from lightning_normdyn.invariance.rows import Link
-from lightning_normdyn.invariance.rules.operation import Operation, declared_epsilon, known, only
-from lightning_normdyn.invariance.rules.registry import rule_for
+from lightning_normdyn.invariance.rules.operation import (
+    Operation,
+    declared_epsilon,
+    only,
+    present,
+)
+from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
 
 
-@rule_for(
-    "NativeBatchNormBackward0", "NativeBatchNormLegitBackward0", "BatchNormWithUpdateBackward0", "CudnnBatchNormBackward0",
-    "MiopenBatchNormBackward0", "SyncBatchNormBackward",
-)  # fmt: skip
-def _batch_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, channels = only(operation, flows), known(operation.inputs[0])[1]
+@unary_rule(
+    "NativeBatchNormBackward0",
+    "NativeBatchNormLegitBackward0",
+    "BatchNormWithUpdateBackward0",
+    "CudnnBatchNormBackward0",
+    "MiopenBatchNormBackward0",
+    "SyncBatchNormBackward",
+)
+def _batch_norm(operation: Operation, flow: Flow) -> Flow:
     ndim = flow.rows.ndim
-    if not operation.attribute("training", True):  # frozen, or in eval mode: an affine map
-        offset = new_offset(
-            (d == 1 for d in range(ndim)),
-            what=f"the fixed mean of {operation.module[0] or operation.name}",
-        )
-        return replace(
-            flow,
-            offset=offset
-            if flow.offset is None
-            else offset.changed(either(offset.varies, flow.offset.varies)),
-            sign=Sign.ANY,
-        )
-    result = operation.normalized(flow, [d for d in range(ndim) if d != 1])
+    if not operation.attribute("training", True):
+        return _fixed_batch_norm(operation, flow)
+    result = operation.normalized(flow, [0, *range(2, ndim)])
     _check_epsilon(operation)
-    rows = result.rows.expand(1, channels, *result.rows.shape[2:]).reshape(-1)
-    name, module = operation.module
+
+    channels = operation.shape()[1]
+    rows = result.rows.expand(1, channels, *result.rows.shape[2:]).flatten()
+    _, module = operation.module
     statistics = getattr(module, "running_mean", None)
     if isinstance(statistics, Tensor):
-        per_sample = rows.reshape(
-            -1, statistics.numel()
-        )  # InstanceNorm folds the batch into the channels
-        if bool((per_sample == per_sample[:1]).all()):
-            bias = flow.offset.parameter if flow.offset is not None else None
-            operation.rows.link(
-                Link(name, per_sample[0], flow.degree, flow.offset is not None, bias)
-            )
-        else:
-            operation.rows.stale.setdefault(name)
-    elif not isinstance(
-        module, nn.modules.batchnorm._NormBase
-    ):  # torch's own hold them there or have none
+        _link(operation, flow, rows.reshape(-1, statistics.numel()))
+    elif not isinstance(module, nn.modules.batchnorm._NormBase):
+        # torch's own hold their running statistics there or have none. Others may hold them
+        # anywhere.
         readable, running = operation.saved_tensor("running_mean")
         if running is not None or not readable:
             operation.rows.stale.setdefault(operation.place)
     return result
 
 
+def _fixed_batch_norm(operation: Operation, flow: Flow) -> Flow:
+    """Frozen, or in eval mode: an affine map."""
+    fixed = f"the fixed mean of {operation.module[0] or operation.name}"
+    offset = new_offset(along([1], flow.rows.ndim), what=fixed)
+    if flow.offset is not None:
+        offset = offset.changed(either(offset.varies, flow.offset.varies))
+    return replace(flow, offset=offset, sign=Sign.ANY)
+
+
+def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
+    """Remember whose running statistics follow a rescale of which ``rows``: ``(samples,
+    channels)``, since
+    InstanceNorm folds the batch into the channels."""
+    name, _ = operation.module
+    if bool((rows != rows[:1]).any()):
+        operation.rows.stale.setdefault(name)
+        return
+    has_offset, bias = flow.offset is not None, None
+    if flow.offset is not None:
+        bias = flow.offset.parameter
+    operation.rows.link(Link(name, rows[0], flow.degree, has_offset, bias))
+
+
 def _check_epsilon(operation: Operation) -> None:
-    """An epsilon that is not small marks the claim. Nodes save it or modules declare it; else it is
-    not known."""
-    eps = operation.attribute("eps")
-    declared = eps if isinstance(eps, float) else declared_epsilon(operation.module[1])
-    small = declared is None or declared <= 1e-3
-    if not small:
-        operation.rows.assumed = True
+    """Nodes save their epsilon or modules declare it; else it is not known, and taken as small."""
+    epsilon = operation.attribute("eps")
+    if not isinstance(epsilon, float):
+        epsilon = declared_epsilon(operation.module[1])
+    if epsilon is not None:
+        operation.assume_small(epsilon)
 
 
-@rule_for(
-    "NativeLayerNormBackward0", "FusedRmsNormBackward0", "LigerLayerNormFunctionBackward",
+@unary_rule(
+    "NativeLayerNormBackward0",
+    "FusedRmsNormBackward0",
+    # Of Liger kernels and of apex.
+    "LigerLayerNormFunctionBackward",
     "LigerRMSNormFunctionBackward",
-    "FusedLayerNormFunctionBackward", "FusedLayerNormAffineFunctionBackward", "FusedRMSNormFunctionBackward",
+    "FusedLayerNormFunctionBackward",
+    "FusedLayerNormAffineFunctionBackward",
+    "FusedRMSNormFunctionBackward",
     "FusedRMSNormAffineFunctionBackward",
-)  # fmt: skip
-def _layer_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow = only(operation, flows)
-    normalized_shape = (
-        operation.attribute("normalized_shape")
-        or getattr(operation.node, "normalized_shape", None)
-        or (0,)
-    )
+)
+def _layer_norm(operation: Operation, flow: Flow) -> Flow:
+    shape = operation.attribute("normalized_shape")
+    if not shape:
+        # Functions written in python keep it as an attribute, or normalize the last dimension only.
+        shape = getattr(operation.node, "normalized_shape", None) or (0,)
     _check_epsilon(operation)
-    return operation.normalized(
-        flow, range(-len(normalized_shape), 0), centered="rms" not in operation.name.lower()
-    )
+    removes_mean = "rms" not in operation.name.lower()
+    return operation.normalized(flow, range(-len(shape), 0), centered=removes_mean)
 
 
-@rule_for("NativeGroupNormBackward0")
-def _group_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    flow, groups = only(operation, flows), operation.attribute("group")
-    shape = known(operation.inputs[0])
+@unary_rule("NativeGroupNormBackward0")
+def _group_norm(operation: Operation, flow: Flow) -> Flow:
+    shape, groups = operation.shape(), operation.attribute("group")
+    spatial = range(2, len(shape))
     _check_epsilon(operation)
-    if flow.offset is not None and (groups != shape[1] or any(flow.offset.varies[2:])):
-        operation.normalized(
-            replace(
-                flow,
-                offset=replace(flow.offset, varies=(False, True) + (False,) * (len(shape) - 2)),
-            ),
-            [1],
-        )
-    rows = operation.same_factor(flow.rows, range(2, len(shape)))
+    offset = flow.offset
+    if offset is not None and (groups != shape[1] or any(offset.varies[2:])):
+        # The mean of a group removes only what is the same for all its channels and places.
+        varying = replace(offset, varies=along([1], len(shape)))
+        operation.normalized(replace(flow, offset=varying), [1])
+    rows = operation.same_factor(flow.rows, spatial)
     rows = expanded(rows, shape, [1]).reshape(rows.size(0), groups, -1)
-    return Flow(
-        0, operation.same_factor(rows, [2]).reshape(rows.size(0), groups, *[1] * (len(shape) - 2))
-    )
+    rows = operation.same_factor(rows, [2])
+    return Flow(0, rows.reshape(rows.size(0), groups, *[1] * len(spatial)))
 
 
 @rule_for("WeightNormInterfaceBackward0")
-def _weight_norm(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    direction, gain = flows
+def _weight_norm(operation: Operation, flows: Flows) -> Flow:
+    """``gain * direction / ||direction||``: the gain scales the result, the direction does not."""
+    direction, _ = flows
     if direction is None:
-        assert gain is not None
-        return gain
-    dim = operation.attribute("dim") % direction.rows.ndim
-    return Flow(
-        0,
-        operation.same_factor(
-            only(operation, flows).rows, [d for d in range(direction.rows.ndim) if d != dim]
-        ),
-    )
+        return present(flows)[1]
+    rows = only(operation, flows).rows
+    dims = set(range(rows.ndim)) - {operation.attribute("dim") % rows.ndim}
+    return Flow(0, operation.same_factor(rows, sorted(dims)))

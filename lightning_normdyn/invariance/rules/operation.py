@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_normdyn.invariance.flow import Blocked, Flow, Shape, Sign
+from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, Shape, Sign
 from lightning_normdyn.invariance.graph import Graph
-from lightning_normdyn.invariance.nodes import Edge, GraphNode, node_name, signed
+from lightning_normdyn.invariance.nodes import Edge, GraphNode, node_name, signed, sources_of
 from lightning_normdyn.invariance.rows import Rows
+
+# Variances are of order 1 behind common initializations: an epsilon up to this is small beside
+# them.
+SMALL_EPSILON = 1e-3
 
 
 class Operation:
     """One operation while the scale of one weight is followed through it: what a rule gets to see.
 
     ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None:
-    a constant, shape unknown), ``outputs``
-    the shapes of its outputs.
+    a
+    constant, shape unknown), ``outputs`` the shapes of its outputs.
     """
 
-    def __init__(self, step: GraphNode, rows: Rows, graph: Graph) -> None:
-        self.node, self.name, self.inputs, self.outputs = (
-            step.node,
-            step.name,
-            step.inputs,
-            step.outputs,
-        )
-        self.rows, self._step, self._graph = rows, step, graph
+    def __init__(self, node: GraphNode, rows: Rows, graph: Graph) -> None:
+        self.node, self.name = node.node, node.name
+        self.inputs, self.outputs = node.inputs, node.outputs
+        self.rows, self._sources, self._graph = rows, node.sources, graph
 
     @property
     def parameters(self) -> Mapping[Edge, str]:
@@ -47,35 +47,56 @@ class Operation:
     @property
     def module(self) -> tuple[str, nn.Module | None]:
         """Name and module in whose forward (innermost) the operation was recorded; ``("", None)``
-        if not known."""
+        if not
+        known."""
         return self._graph.module_of(self.node)
 
+    def shape(self, k: int = 0) -> Shape:
+        """The shape of an input that has a flow: such an input requires grad, so its shape is
+        known."""
+        shape = self.inputs[k]
+        assert shape is not None
+        return shape
+
+    def dim(self, key: str = "dim") -> int:
+        """The dimension of the first input that the operation works along."""
+        return int(self.attribute(key)) % max(1, len(self.shape()))
+
     def source(self, k: int) -> Edge | None:
-        """The output of another operation that input ``k`` is; None: a constant, or no such input."""
-        return self._step.sources[k] if k < len(self._step.sources) else None
+        """The output of another operation that input ``k`` is; None: a constant, or no such
+        input."""
+        return self._sources[k] if k < len(self._sources) else None
 
     def parameter(self, k: int) -> str | None:
         """Name of the parameter that input ``k`` is, also behind a cast to another dtype."""
         edge = self.source(k)
-        while (
-            edge is not None
-            and edge not in self._graph.parameters
-            and node_name(edge[0]) == "ToCopyBackward0"
-        ):
-            edge = edge[0].next_functions[0]  # type: ignore[assignment]
-        return None if edge is None else self._graph.parameters.get(edge)
+        while edge is not None and edge not in self.parameters:
+            if node_name(edge[0]) != "ToCopyBackward0":
+                return None
+            (edge,) = sources_of(edge[0])
+        return None if edge is None else self.parameters[edge]
+
+    def sign(self, k: int) -> Sign:
+        """What is known of the values of input ``k``, whether they scale or not."""
+        return self._graph.signs.of(self.source(k))
+
+    def sign_of_output(self, k: int) -> Sign:
+        """What is known of the values of output ``k``, whether they scale or not."""
+        return self._graph.signs.of((self.node, k))
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """A saved number or list of numbers of the node (never a tensor), with negative dims as
-        negative numbers."""
+        negative
+        numbers."""
         value = getattr(self.node, f"_saved_{name}", default)
         if isinstance(value, (tuple, list)):
-            return [signed(v) for v in value]
+            return [signed(number) for number in value]
         return signed(value)
 
     def saved_tensor(self, name: str) -> tuple[bool, Any]:
         """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
-        would recompute, so it is not done."""
+        would
+        recompute, so it is not done."""
         raw = getattr(self.node, f"_raw_saved_{name}", None)
         if raw is None:
             return hasattr(self.node, f"_saved_{name}"), getattr(self.node, f"_saved_{name}", None)
@@ -86,22 +107,31 @@ class Operation:
 
     def same_factor(self, rows: Tensor, dims: Iterable[int]) -> Tensor:
         """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size
-        1 there."""
+        1
+        there."""
         for dim in dims:
             if rows.size(dim) > 1:
                 first = rows.narrow(dim, 0, 1)
-                self.rows.unite(
-                    rows, first, f"{self.place} mixes entries that scale with entries that do not"
-                )
+                mixing = "mixes entries that scale with entries that do not"
+                self.rows.unite(rows, first, f"{self.place} {mixing}")
                 rows = first
         return rows
 
+    def unite(self, a: Tensor, b: Tensor) -> Tensor:
+        """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they
+        are one
+        from here on)."""
+        self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
+        return a if a.numel() <= b.numel() else b
+
     def indices(self, name: str, flow: Flow, dims: Iterable[int]) -> Any:
         """The saved indices with which entries of ``flow`` are picked along ``dims``; None where
-        they are saved inside a checkpoint.
+        they are
+        saved inside a checkpoint.
 
         Then it is not known which rows were read, and if rows differ along these dims, they must
-        not be scaled.
+        not be
+        scaled.
         """
         readable, index = self.saved_tensor(name)
         if readable:
@@ -116,19 +146,15 @@ class Operation:
 
     def left_out(self, flow: Flow, dims: Iterable[int]) -> None:
         """Entries were left out along ``dims``. Where the rows do not differ along them, another
-        cut of the weight has to show which."""
+        cut of the
+        weight has to show which."""
         if any(flow.rows.size(dim) == 1 for dim in dims):
             self.rows.cut_elsewhere = True
 
-    def unite(self, a: Tensor, b: Tensor) -> Tensor:
-        """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they
-        are one from here on)."""
-        self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
-        return a if a.numel() <= b.numel() else b
-
     def normalized(self, flow: Flow, dims: Iterable[int], *, centered: bool = True) -> Flow:
         """The result of a normalization over ``dims``; ``centered``: it removes a common offset,
-        too (LayerNorm, but not RMSNorm)."""
+        too
+        (LayerNorm, but not RMSNorm)."""
         if not centered:
             pure(self, flow)
         refuse_padded(self, flow)
@@ -142,55 +168,34 @@ class Operation:
 
     def forgive(self, flow: Flow, what: str) -> Flow:
         """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its
-        smallness. Anything else is blocked."""
+        smallness.
+        Anything else is blocked."""
         if flow.sign != Sign.STATISTIC or flow.offset is not None or flow.degree < 0:
             raise Blocked(f"{what} in {self.place}")
-        if not self.small_epsilon():
-            self.rows.assumed = True
+        epsilon = declared_epsilon(self.module[1])
+        self.assume_small(math.inf if epsilon is None else epsilon)
         return replace(flow, padded=True)
 
-    def sign(self, k: int) -> Sign:
-        """What is known of the values of input ``k``, whether they scale or not."""
-        edge = self.source(k)
-        return Sign.ANY if edge is None else self._graph.signs.get(edge, Sign.ANY)
-
-    def small_epsilon(self) -> bool:
-        """Whether the operation is part of a module that declares an epsilon that is small beside a
-        variance of order 1."""
-        eps = declared_epsilon(self.module[1])
-        return eps is not None and eps <= 1e-3
+    def assume_small(self, epsilon: float) -> None:
+        """An epsilon that is not small beside a variance of order 1 marks the claim."""
+        if epsilon > SMALL_EPSILON:
+            self.rows.assumed = True
 
 
-_EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
-
-
-def declared_epsilon(module: nn.Module | None) -> float | None:
-    """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...),
-    the largest if there are several.
-
-    0 for an epsilon of None, which is that of the dtype (RMSNorm). None if nothing is declared.
-
-    Example:
-        >>> declared_epsilon(torch.nn.LayerNorm(4, eps=1e-6))
-        1e-06
-    """
-    if module is None:
-        return None
-    found = []
-    for name in ("eps", *vars(module), *module._parameters, *module._buffers):
-        if _EPSILON.search(name) and hasattr(module, name):
-            value = getattr(module, name)
-            known = value is None or isinstance(value, (int, float))
-            found.append(float(value or 0.0) if known else math.inf)  # a tensor is not looked at
-    return max(found, default=None)
-
-
-def only(operation: Operation, flows: Sequence[Flow | None], k: int = 0) -> Flow:
+def only(operation: Operation, flows: Flows, k: int = 0) -> Flow:
     """The flow of input ``k``, if no other input depends on the weight."""
     flow = flows[k] if k < len(flows) else None
     if flow is None or any(f is not None for i, f in enumerate(flows) if i != k):
         raise Blocked(f"the scale enters {operation.place} by a side input")
     return flow
+
+
+def present(flows: Flows) -> tuple[int, Flow]:
+    """The first input that depends on the weight, and its flow."""
+    for k, flow in enumerate(flows):
+        if flow is not None:
+            return k, flow
+    raise AssertionError("an operation without a flow is not visited")
 
 
 def pure(operation: Operation, flow: Flow) -> Flow:
@@ -202,12 +207,37 @@ def pure(operation: Operation, flow: Flow) -> Flow:
 
 def refuse_padded(operation: Operation, flow: Flow) -> None:
     """A constant beside a statistic is an epsilon in a denominator; where it enters as a value, it
-    is a value that does not scale."""
+    is a
+    value that does not scale."""
     if flow.padded:
         raise Blocked(f"a constant is added to what enters {operation.place}")
 
 
-def known(shape: Shape | None) -> Shape:
-    """The shape of an input that has a flow."""
-    assert shape is not None  # an input with a flow requires grad, so its shape is known
-    return shape
+_EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
+
+
+def declared_epsilon(module: nn.Module | None) -> float | None:
+    """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...),
+    the
+    largest if there are several.
+
+    0 for an epsilon of None, which is that of the dtype (RMSNorm). None if nothing is declared.
+
+    Example:
+        >>> declared_epsilon(nn.LayerNorm(4, eps=1e-6))
+        1e-06
+    """
+    if module is None:
+        return None
+    declared = []
+    for name in ("eps", *vars(module), *module._parameters, *module._buffers):
+        # The plain test goes first: a module has some twenty attributes, and this runs for every
+        # layer.
+        if "eps" in name and _EPSILON.search(name) and hasattr(module, name):
+            value = getattr(module, name)
+            if value is None or isinstance(value, (int, float)):
+                declared.append(float(value or 0.0))
+            else:
+                # A tensor is not looked at: that would wait for the device.
+                declared.append(math.inf)
+    return max(declared, default=None)

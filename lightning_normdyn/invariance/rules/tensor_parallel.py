@@ -1,8 +1,11 @@
-"""Rules for the way from a DTensor to the part of it on this rank, and back."""
+"""Rules for the way from a DTensor to the part of it on this rank, and back.
+
+On DTensors themselves operations show their full shapes, so that all other rules hold for them as
+they are.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,24 +13,16 @@ import torch
 
 from lightning_normdyn.invariance.flow import Blocked, Flow, everywhere, moved
 from lightning_normdyn.invariance.rows import distinct
-from lightning_normdyn.invariance.rules.operation import Operation, known, only
-from lightning_normdyn.invariance.rules.registry import rule_for
+from lightning_normdyn.invariance.rules.operation import Operation
+from lightning_normdyn.invariance.rules.registry import unary_rule
 
 
-@rule_for("_ToTorchTensorBackward", "_FromTorchTensorBackward")
-def _local_tensor(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
-    """From a DTensor to this rank's part of it, and back. On DTensors themselves operations show
-    their full shapes."""
-    flow, before, after = only(operation, flows), known(operation.inputs[0]), operation.outputs[0]
+@unary_rule("_ToTorchTensorBackward")
+def _to_local(operation: Operation, flow: Flow) -> Flow:
+    """From a DTensor to this rank's part of it."""
+    before, after = operation.shape(), operation.outputs[0]
     if before == after:
         return flow
-    rows = operation.rows
-    if (
-        operation.name == "_FromTorchTensorBackward"
-    ):  # the other ranks' entries come from rows that were not followed here: all go together
-        together = torch.cat([flow.rows.flatten(), rows.sharded])
-        operation.unite(together[:1], together)
-        return replace(flow, rows=together[:1].reshape([1] * len(after)), offset=everywhere(flow))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     spec: Any = operation.node.dtensor_spec  # type: ignore[attr-defined]
@@ -39,6 +34,21 @@ def _local_tensor(operation: Operation, flows: Sequence[Flow | None]) -> Flow:
         if part.size(dim) > 1 and size < before[dim]:
             part = part.narrow(dim, start[dim], size)
     if part.numel() < flow.rows.numel():
+        # The other ranks follow the rest of the rows, and are asked at the end.
+        rows = operation.rows
         rows.elsewhere = True
         rows.sharded = distinct(torch.cat([flow.rows.flatten(), rows.sharded]))
     return moved(flow, part, range(part.ndim))
+
+
+@unary_rule("_FromTorchTensorBackward")
+def _from_local(operation: Operation, flow: Flow) -> Flow:
+    """From this rank's part to the DTensor."""
+    after = operation.outputs[0]
+    if operation.shape() == after:
+        return flow
+    # The other ranks' entries come from rows that were not followed here: all go together.
+    together = torch.cat([flow.rows.flatten(), operation.rows.sharded])
+    one = together[:1]
+    operation.unite(one, together)
+    return replace(flow, rows=one.reshape([1] * len(after)), offset=everywhere(flow))
