@@ -14,6 +14,7 @@ well, decay does by its effective learning rate.
 
 from __future__ import annotations
 
+import random
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import lightning as L
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_normdyn import (
     EffectiveLRReplay,
@@ -169,7 +170,11 @@ def train(
         drops=DROPS,
     )
     module = desk.Classifier(network(images.channels, args.width), recipe)
-    span = Spans(max_samples=args.max_samples, energy=args.energy)
+    # At fixed weights, as in the paper.
+    count = len(images.train_y)
+    drawn = random.Random(0).sample(range(count), min(args.max_samples, count))
+    sample: DataLoader[Any] = DataLoader(Subset(Examples(images), drawn), batch_size=64)
+    span = Spans(dataloader=sample, max_samples=args.max_samples, energy=args.energy)
     norms = NormDynamicsMonitor(1 if record else 20, per_vector=record is not None, tables=False)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", NormDynWarning)

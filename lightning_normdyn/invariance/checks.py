@@ -4,8 +4,6 @@ outputs."""
 from __future__ import annotations
 
 import math
-import random
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.names import parameter_names
+from lightning_normdyn.invariance.restored import restored
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.invariance.visibility import visible_graph
@@ -156,7 +154,7 @@ def _read_graph(
     module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int
 ) -> list[Verdict]:
     search = ScaleInvarianceSearch(module)
-    with _restored(module), torch.enable_grad(), search:
+    with _in_training_mode(module), torch.enable_grad(), search:
         torch.manual_seed(seed)
         output = module(*_copied(inputs))
         sums = [t.sum() for t in _tensors(output) if t.requires_grad]
@@ -221,37 +219,13 @@ def _withdraw_by_function(
 
 
 @contextmanager
-def _restored(module: nn.Module) -> Iterator[None]:
-    """Training mode inside; weights, buffers, random states and training flags as they were
-    afterwards."""
-    modes = [(m, m.training) for m in module.modules()]
-    weights = [(p, p.detach().clone()) for p in module.parameters() if not is_lazy(p)]
-    buffers = [
-        (m, name, b, b.detach().clone())
-        for m in module.modules()
-        for name, b in m._buffers.items()
-        if b is not None
-    ]
-    devices = list({p.device.index for p, _ in weights if p.device.type == "cuda"})
-    numpy = sys.modules.get("numpy")
-    python_state, numpy_state = random.getstate(), numpy.random.get_state() if numpy else None
-    with torch.random.fork_rng(devices=devices):
-        try:
-            if not module.training:
-                module.train()
-            yield
-        finally:
-            with torch.no_grad():
-                for parameter, saved in weights:
-                    parameter.copy_(saved)
-                for owner, name, buffer, saved in buffers:
-                    buffer.copy_(saved)
-                    owner._buffers[name] = buffer
-            for m, mode in modes:
-                m.training = mode
-            random.setstate(python_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)
+def _in_training_mode(module: nn.Module) -> Iterator[None]:
+    """Training runs inside, which leave the module as it was."""
+    with restored(module):
+        # A module in training mode keeps the parts that it holds in evaluation mode.
+        if not module.training:
+            module.train()
+        yield
 
 
 def _outputs(
@@ -265,7 +239,7 @@ def _outputs(
     """What the module gives in training mode when these weights are scaled; every call starts from,
     and leaves, the same state."""
     with (
-        _restored(module),
+        _in_training_mode(module),
         visible_graph(),
     ):  # also the same buffers: spectral_norm iterates in them
         with torch.no_grad():

@@ -30,12 +30,7 @@ from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.partitions import filter_partition
 from lightning_normdyn.invariance.rows import Rows, distinct
 from lightning_normdyn.invariance.verdict import Verdict, unmasked
-from lightning_normdyn.invariance.visibility import visible_graph
-
-
-def in_backward() -> bool:
-    """Whether a backward pass is running, e.g. because a checkpoint computes its forward again."""
-    return bool(torch._C._current_graph_task_id() != -1)
+from lightning_normdyn.invariance.visibility import in_backward, visible_graph
 
 
 class ScaleInvarianceSearch:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 _LOCK = threading.RLock()
 _HERE = threading.local()
@@ -124,3 +125,34 @@ def visible_graph() -> Iterator[None]:
             yield
         finally:
             _HERE.depth -= 1
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, e.g. because a checkpoint computes its forward again."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def compiled_parts(module: nn.Module) -> set[nn.Module]:
+    """The modules that run inside compiled code, which calls none of their hooks.
+
+    Known from what `torch.compile` leaves on a module that it was called on, or on whose
+    ``forward`` or ``training_step``.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> net[1].compile()
+        >>> [part is net[1] for part in compiled_parts(net)]
+        [True]
+    """
+    parts: set[nn.Module] = set()
+    for part in module.modules():
+        functions = [getattr(part, name, None) for name in ("forward", "training_step")]
+        if part._compiled_call_impl is not None or any(map(_is_compiled, functions)):
+            parts.update(part.modules())
+    return parts
+
+
+def _is_compiled(function: Any) -> bool:
+    # `torch.compiler.disable` leaves the same mark, and one of its own.
+    disabled = getattr(function, "_torchdynamo_disable", False)
+    return hasattr(function, "_torchdynamo_orig_callable") and not disabled

@@ -1,5 +1,5 @@
-"""What inputs see of weights: exact where it is known, the same on any number of ranks, and without
-a trace in the fit."""
+"""What inputs see of weights: exact where it is known, from the training batches or a loader, the
+same on any number of ranks, and without a trace in the fit."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from models import Net, SavesAt, fit, images, loader, make, same, weights_of
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lightning_normdyn import (
@@ -40,11 +41,12 @@ from lightning_normdyn import (
     NormDynWarning,
     NoTargetsError,
     NotSupportedError,
-    input_span,
     load_history,
 )
-from lightning_normdyn.callbacks import input_span_monitor
-from lightning_normdyn.input_span.span import InputRows
+from lightning_normdyn.input_span import layers as input_layers
+from lightning_normdyn.input_span import rows as input_rows
+from lightning_normdyn.input_span.rows import InputRows
+from lightning_normdyn.input_span.summary import BINS, REACH
 from lightning_normdyn.parametrizations import weight_normalization
 from lightning_normdyn.plots import (
     plot_input_span,
@@ -66,19 +68,21 @@ def frozen(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.0)
 
 
+def batches_of(x: Tensor, batch_size: int = 16) -> DataLoader[Any]:
+    labels = torch.zeros(len(x), dtype=torch.long)
+    return DataLoader(TensorDataset(x, labels), batch_size=batch_size)
+
+
 def measure(
     net: nn.Module,
     x: Tensor,
     *,
     monitor: InputSpanMonitor | None = None,
-    batch_size: int = 16,
     **arguments: Any,
 ) -> dict[str, float]:
     """The last row for a network on given inputs."""
     monitor = InputSpanMonitor(energy=1.0) if monitor is None else monitor
-    data = DataLoader(
-        TensorDataset(x, torch.zeros(len(x), dtype=torch.long)), batch_size=batch_size
-    )
+    data = batches_of(x)
     module = Net(frozen, net, dtype=x.dtype)
     fit(module, [monitor], data, max_epochs=1, **arguments)
     return monitor.history[-1]
@@ -101,9 +105,10 @@ LAYERS = {
 }
 
 
+@pytest.mark.parametrize("own_loader", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_noise_share_is_that_of_a_known_span(name, dtype):
+def test_the_noise_share_is_that_of_a_known_span(name, dtype, own_loader):
     make_layer, (count, *places) = LAYERS[name]
     layer = make_layer()
     groups = getattr(layer, "groups", 1)
@@ -118,7 +123,9 @@ def test_the_noise_share_is_that_of_a_known_span(name, dtype):
         x = x.movedim(1, -1)
     if name in ("linear", "grouped"):
         x = x + torch.randn(1, 10, *[1] * len(places), dtype=torch.float64)
-    row = measure(head(layer), x.to(dtype))
+    x = x.to(dtype)
+    monitor = InputSpanMonitor(energy=1.0, dataloader=batches_of(x) if own_loader else None)
+    row = measure(head(layer), x, monitor=monitor)
 
     w = (
         layer.weight.detach().double()
@@ -184,7 +191,8 @@ def test_inputs_that_are_not_finite_are_told_and_shown():
     x = torch.randn(40, 6, dtype=torch.float64)
     x[3, 2] = torch.inf
     with pytest.warns(
-        NormDynWarning, match=r"inputs or weights of net.0.weight are not finite at step \d+; NaN"
+        NormDynWarning,
+        match=r"inputs or weights of `net.0.weight`.* are not finite at step \d+; NaN",
     ):
         row = measure(head(nn.Linear(6, 4)), x)
     assert isnan(row["ggd_shape_input/net.0.weight"])
@@ -225,33 +233,27 @@ def test_histograms_count_every_weight():
         steps, counts = monitor.history.vectors(f"{kind}/net.0.weight")
         assert (steps.tolist(), counts.shape, counts.sum()) == (
             [2],
-            (1, input_span_monitor.BINS),
+            (1, BINS),
             24,
         )
-    assert monitor.history.meta["histogram_reach"] == input_span_monitor.REACH
+    assert monitor.history.meta["histogram_reach"] == REACH
 
 
-# ---- The sample ----
+# ---- From which inputs ----
 
 
 class Labelled(Dataset):
-    """Remembers which examples were fetched; augments them with all three generators of random
-    numbers."""
+    """Augments its images with all three generators of random numbers."""
 
     def __init__(self, count: int, augment: float = 0.0) -> None:
-        self.x, self.augment = (
-            torch.randn(
-                count, 1, 6, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64
-            ),
-            augment,
-        )
-        self.fetched: list[int] = []
+        generator = torch.Generator().manual_seed(5)
+        self.x = torch.randn(count, 1, 6, 6, generator=generator, dtype=torch.float64)
+        self.augment = augment
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        self.fetched.append(i)
         noise = random.random() + np.random.rand() + float(torch.rand(1, dtype=torch.float64))
         return self.x[i] + self.augment * noise * torch.randn(1, 6, 6, dtype=torch.float64), i % 2
 
@@ -270,42 +272,44 @@ def smooth() -> nn.Sequential:
     )
 
 
-def _sampled(
-    batch_size: int, augment: float, **arguments: Any
-) -> tuple[dict[str, float], list[int], int]:
-    dataset, monitor = Labelled(40, augment), InputSpanMonitor(max_samples=24)
+def _measured(own_loader: bool, batch_size: int, **arguments: Any) -> dict[str, float]:
+    """The row of a fit over 40 images at a learning rate of 0."""
+    own = DataLoader(Labelled(40), batch_size=5) if own_loader else None
+    monitor = InputSpanMonitor(dataloader=own)
     module = make(make_optimizer=frozen, net=smooth())
-    fit(
-        module,
-        [monitor],
-        DataLoader(dataset, batch_size=batch_size),
-        max_epochs=1,
-        limit_train_batches=1,
-        **arguments,
-    )
-    return (
-        (monitor.history[-1] if len(monitor.history) else {}),
-        dataset.fetched,
-        len(monitor.history),
-    )
+    data = DataLoader(Labelled(40), batch_size=batch_size)
+    fit(module, [monitor], data, max_epochs=1, **arguments)
+    return monitor.history[-1] if len(monitor.history) else {}
 
 
-@pytest.mark.parametrize(("batch_sizes", "augment"), [((4, 8), 0.5), ((5, 5), 0.0)])
-def test_two_ranks_measure_what_one_measures(batch_sizes, augment):
-    alone, fetched, _ = _sampled(batch_sizes[1], augment)
-    (first, fetched_0, _), (second, fetched_1, kept) = run_ranks(
-        lambda: _sampled(batch_sizes[0], augment, strategy="ddp", devices=2)
-    ).values()
-    assert (second, kept) == ({}, 0)
-    assert first.keys() == alone.keys()
-    for key, value in alone.items():
-        assert first[key] == pytest.approx(value, rel=1e-5, abs=1e-7) or key.startswith(
-            "optimizer_step"
-        ), key
-    sample = set(random.Random(0).sample(range(40), 24))
-    assert sample <= set(fetched)
-    assert sample <= set(fetched_0) | set(fetched_1)
-    assert min(len(sample - set(f)) for f in (fetched_0, fetched_1)) >= 4  # they share the work
+def agree(one: dict[str, float], other: dict[str, float]) -> None:
+    measured = [key for key in one if key not in ("step", "optimizer_step")]
+    assert len(measured) == 5 * 3
+    for key in measured:
+        assert one[key] == pytest.approx(other[key], rel=1e-5, abs=1e-7), key
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_two_ranks_measure_what_one_measures(own_loader):
+    alone = _measured(own_loader, 8)
+    first, second = run_ranks(lambda: _measured(own_loader, 4, strategy="ddp", devices=2)).values()
+    assert second == {}
+    agree(first, alone)
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_ranks_share_the_number_of_rows(own_loader):
+    def rows() -> dict[str, int]:
+        own = DataLoader(Labelled(40), batch_size=5) if own_loader else None
+        monitor = InputSpanMonitor(max_samples=100, dataloader=own)
+        data = DataLoader(Labelled(40), batch_size=4)
+        module = make(make_optimizer=frozen, net=smooth())
+        fit(module, [monitor], data, max_epochs=1, strategy="ddp", devices=2)
+        about = monitor.history.meta.get("targets", {})
+        return {name: of_weight["rows"] for name, of_weight in about.items()}
+
+    first, second = run_ranks(rows).values()
+    assert (first, second) == ({"net.0.weight": 100, "net.2.weight": 100, "net.5.weight": 40}, {})
 
 
 class Sharded(Net):
@@ -320,69 +324,147 @@ class Sharded(Net):
                 fully_shard(layer, mesh=mesh)
 
 
-def _sharded() -> tuple[dict[str, float], bool]:
-    monitor, module = (
-        InputSpanMonitor(max_samples=24),
-        make(Sharded, make_optimizer=frozen, net=smooth()),
-    )
+def _sharded(own_loader: bool) -> tuple[dict[str, float], bool]:
+    # Three batches, so that the second rank runs one that does not count.
+    own = DataLoader(Labelled(40), batch_size=16) if own_loader else None
+    monitor = InputSpanMonitor(dataloader=own)
+    module = make(Sharded, make_optimizer=frozen, net=smooth())
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    fit(
-        module,
-        [monitor],
-        DataLoader(Labelled(40), batch_size=4),
-        max_epochs=2,
-        limit_train_batches=2,
-        strategy=strategy,
-        devices=2,
-    )
-    return (monitor.history[-1] if len(monitor.history) else {}), all(
-        hasattr(p, "full_tensor") for p in module.parameters()
-    )
+    data = DataLoader(Labelled(40), batch_size=4)
+    fit(module, [monitor], data, max_epochs=2, strategy=strategy, devices=2)
+    row = monitor.history[-1] if len(monitor.history) else {}
+    return row, all(hasattr(p, "full_tensor") for p in module.parameters())
 
 
-def test_fsdp2_measures_what_one_process_measures():
-    (first, cut), (second, _) = run_ranks(_sharded).values()
-    alone, _, _ = _sampled(4, 0.0)
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_fsdp2_measures_what_one_process_measures(own_loader):
+    (first, cut), (second, _) = run_ranks(lambda: _sharded(own_loader)).values()
     assert cut
     assert second == {}
-    for key in alone.keys() - {"step", "optimizer_step"}:
-        assert first[key] == pytest.approx(alone[key], rel=1e-5, abs=1e-7), key
+    agree(first, _measured(False, 8))
 
 
-def test_another_seed_is_another_sample_and_the_same_seed_the_same():
-    def rank(seed: int) -> float:
+def test_another_seed_is_another_choice_of_rows_and_the_same_seed_the_same():
+    def energy(seed: int) -> float:
         monitor = InputSpanMonitor(max_samples=10, seed=seed, params="net.0.weight")
         return measure(smooth(), Labelled(40).x, monitor=monitor)["input_span_energy/net.0.weight"]
 
-    assert rank(3) == rank(3)
-    assert rank(3) != rank(4)
+    assert energy(3) == energy(3)
+    assert energy(3) != energy(4)
+
+
+class Swapped(Net):
+    """Whatever runs outside of a training step sees inputs of another span."""
+
+    def validation_step(self, batch: Any, batch_idx: int = 0) -> None:
+        self.net(torch.ones_like(batch[0]))
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.net(torch.ones(8, 1, 6, 6, dtype=torch.float64))
+
+
+def test_only_training_batches_count():
+    def rows(monitor: InputSpanMonitor, **arguments: Any) -> dict[str, int]:
+        module = make(Swapped, make_optimizer=frozen, net=smooth())
+        validates = {"num_sanity_val_steps": 2, "val_check_interval": 1}
+        fit(module, [monitor], batches_of(Labelled(40).x), loader(), **validates, **arguments)
+        return {name: about["rows"] for name, about in monitor.history.meta["targets"].items()}
+
+    monitor = InputSpanMonitor()
+    assert rows(monitor, max_epochs=2)["net.5.weight"] == 40
+    agree(monitor.history[-1], measure(smooth(), Labelled(40).x, monitor=InputSpanMonitor()))
+    assert rows(InputSpanMonitor(), max_epochs=1, accumulate_grad_batches=2)["net.5.weight"] == 40
+
+
+class Alternates(Net):
+    """Two optimizers by hand; every step runs the first layers twice."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.automatic_optimization = False
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(part.parameters(), lr=0.0) for part in (self.net[:4], self.net[4:])]
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> None:
+        for optimizer in self.optimizers():
+            loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+
+
+def test_manual_optimization_with_two_optimizers():
+    monitor = InputSpanMonitor()
+    module = make(Alternates, make_optimizer=frozen, net=smooth())
+    fit(module, [monitor], batches_of(Labelled(40).x), max_epochs=1)
+    rows = {name: about["rows"] for name, about in monitor.history.meta["targets"].items()}
+    assert rows["net.5.weight"] == 80
+    agree(monitor.history[-1], measure(smooth(), Labelled(40).x, monitor=InputSpanMonitor()))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_counts_once(reentrant):
+    class Checkpointed(Net):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            x = batch[0].requires_grad_()
+            hidden = checkpoint(self.net[:4], x, use_reentrant=reentrant)
+            return nn.functional.cross_entropy(self.net[4:](hidden), batch[1])
+
+    monitor = InputSpanMonitor()
+    module = make(Checkpointed, make_optimizer=frozen, net=smooth())
+    fit(module, [monitor], batches_of(Labelled(40).x), max_epochs=2)
+    rows = {name: about["rows"] for name, about in monitor.history.meta["targets"].items()}
+    assert rows == {"net.0.weight": 40 * 16, "net.2.weight": 40 * 16, "net.5.weight": 40}
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([(x, y) for x, y in zip(*images().tensors, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "data",
+    [lambda: DataLoader(Stream(), batch_size=8), lambda: {"a": loader()}],
+    ids=["stream", "dict"],
+)
+def test_training_data_of_any_kind(data):
+    class AnyKind(Net):
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return super().training_step(batch["a"] if isinstance(batch, dict) else batch)
+
+    monitor = InputSpanMonitor(max_samples=20)
+    fit(make(AnyKind), [monitor], data(), max_epochs=2)
+    assert len(monitor.history) == 2
+    assert monitor.history.meta["targets"]["net.0.weight"]["rows"] == 20
 
 
 def test_at_most_so_many_rows_are_taken_and_they_are_spread():
     monitor = InputSpanMonitor(max_samples=100)
     measure(smooth(), torch.randn(40, 1, 6, 6, dtype=torch.float64), monitor=monitor)
     assert {name: about["rows"] for name, about in monitor.history.meta["targets"].items()} == {
-        "net.0.weight": 80, "net.2.weight": 80, "net.5.weight": 40,
+        "net.0.weight": 100, "net.2.weight": 100, "net.5.weight": 40,
     }  # fmt: skip
-    assert monitor.history.meta["examples"] == 40
+    assert monitor.history.meta["batches"] == 3
 
 
 def test_layers_that_do_not_fit_together_take_turns(monkeypatch):
     x = torch.randn(40, 1, 6, 6, dtype=torch.float64)
     net = smooth()
     at_once = measure(net, x)
-    monkeypatch.setattr(input_span_monitor, "BLOCK_BYTES", 8 * 96**2)
-    blocks = []
-    monkeypatch.setattr(
-        InputSpanMonitor,
-        "_gather",
-        lambda self, *a, _own=InputSpanMonitor._gather: blocks.append(a[3]) or _own(self, *a),
-    )
-    assert measure(net, x) == pytest.approx(at_once)
-    assert [[t.name for t in block] for block in blocks] == [
-        ["net.0.weight", "net.2.weight"],
-        ["net.5.weight"],
-    ]
+    monkeypatch.setattr(input_layers, "BLOCK_BYTES", 8 * 96**2)
+
+    in_turn = InputSpanMonitor(energy=1.0)
+    module = Net(frozen, net, dtype=x.dtype)
+    fit(module, [in_turn], batches_of(x), max_epochs=3)
+    names = [sorted({key.split("/")[1] for key in row if "/" in key}) for row in in_turn.history]
+    assert names == [["net.0.weight", "net.2.weight"], ["net.5.weight"], names[0]]
+    assert list(in_turn.history.meta["targets"]) == ["net.0.weight", "net.2.weight", "net.5.weight"]
+    values = {key: value for row in in_turn.history for key, value in row.items()}
+    agree(values, at_once)
+
+    passes = InputSpanMonitor(energy=1.0, dataloader=batches_of(x))
+    assert measure(net, x, monitor=passes) == pytest.approx(at_once)
 
 
 def test_a_layer_that_is_called_twice_takes_half_of_its_rows_from_each_call():
@@ -403,7 +485,7 @@ def test_a_layer_that_is_called_twice_takes_half_of_its_rows_from_each_call():
 def test_rows_are_copied_a_few_at_a_time(monkeypatch):
     x = torch.randn(40, 1, 6, 6, dtype=torch.float64)
     at_once = measure(smooth(), x)
-    monkeypatch.setattr(input_span, "_MOST_ENTRIES", 200)
+    monkeypatch.setattr(input_rows, "_MOST_ENTRIES", 200)
     taken: list[int] = []
     monkeypatch.setattr(
         InputRows,
@@ -433,52 +515,16 @@ def test_it_says_so_where_fewer_rows_were_taken_than_a_filter_has_entries(caplog
     assert said(x[:30], 60) == []  # there are no more
 
 
-class WholeBatches(Dataset):
-    """Every item is a batch already."""
-
-    def __len__(self) -> int:
-        return 6
-
-    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        return images(48).tensors[0][8 * i : 8 * i + 8], torch.zeros(8, dtype=torch.long)
-
-
-def test_a_dataset_of_batches_and_one_that_fetches_several_at_once():
-    monitor = InputSpanMonitor(max_samples=4)
-    fit(make(), [monitor], DataLoader(WholeBatches(), batch_size=None), max_epochs=1)
-    assert monitor.history.meta["examples"] == 4
-
-    class Several(Labelled):
-        def __getitems__(self, indices):
-            self.fetched += indices
-            return [(self.x[i], 0) for i in indices]
-
-        def __getitem__(self, i):
-            raise AssertionError("asked for one")
-
-    dataset = Several(40)
-    fit(make(), [InputSpanMonitor()], DataLoader(dataset, batch_size=8), max_epochs=1)
-    assert len(dataset.fetched) == 40 + 40 + 2
-
-
-@pytest.mark.slow
-def test_worker_processes_fetch_the_same():
-    rows = []
-    for workers in (0, 2):
-        monitor = InputSpanMonitor(max_samples=24)
-        data = DataLoader(Labelled(40, augment=0.5), batch_size=4, num_workers=workers)
-        fit(make(make_optimizer=frozen, net=smooth()), [monitor], data, max_epochs=1)
-        rows.append(monitor.history[-1])
-    assert rows[0] == rows[1]
-
-
 # ---- No trace ----
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_it_changes_no_bit(mode):
+@pytest.mark.parametrize(
+    ("mode", "own"),
+    [*((mode, None) for mode in MODES), *((mode, loader()) for mode in ("sgd", "adamw", "manual"))],
+)
+def test_it_changes_no_bit(mode, own):
     plain = weights_of(run([], MODES[mode])[0])
-    monitor = InputSpanMonitor(max_samples=64)
+    monitor = InputSpanMonitor(max_samples=64, dataloader=own)
     module, _ = run([monitor], MODES[mode])
     assert same(weights_of(module), plain)
     assert len(monitor.history)
@@ -523,7 +569,8 @@ class Restless(Net):
         return super().training_step(batch, batch_idx)
 
 
-def test_model_buffers_flags_random_numbers_order_and_loggers_are_left_as_they_were():
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_model_buffers_flags_random_numbers_order_and_loggers_are_left_as_they_were(own_loader):
     def go(callbacks: list[Any]) -> tuple[Any, ...]:
         random.seed(1)
         np.random.seed(1)
@@ -542,7 +589,8 @@ def test_model_buffers_flags_random_numbers_order_and_loggers_are_left_as_they_w
             [r for r in logger.rows if "from_forward" in r],
         )
 
-    expected, got = go([]), go([InputSpanMonitor()])
+    own = DataLoader(Labelled(24, augment=0.5), batch_size=8, shuffle=True) if own_loader else None
+    expected, got = go([]), go([InputSpanMonitor(dataloader=own)])
     assert expected[0]["calls"].item() == 9
     assert identical(got, expected)
 
@@ -566,7 +614,7 @@ def test_leaves_nothing_behind_also_after_an_exception():
 
     module = make(FailsInEvaluation, make_optimizer=sgd)
     with pytest.raises(RuntimeError, match="the evaluation fails"):
-        fit(module, [monitor])
+        fit(module, [InputSpanMonitor(dataloader=loader())])
     assert module.as_made()
     assert module.training
     assert "log" not in vars(module)
@@ -588,13 +636,13 @@ def test_rows_go_to_the_loggers_and_the_history_at_the_chosen_epochs(tmp_path):
     assert list(load_history(monitor.history.save(tmp_path / "h.npz"))) == list(monitor.history)
 
 
-def test_barebones_measures_nothing_and_a_fast_dev_run_looks_at_few_examples():
+def test_barebones_measures_nothing_and_a_fast_dev_run_sees_few_batches():
     monitor = InputSpanMonitor()
     runner = L.Trainer(accelerator="cpu", barebones=True, callbacks=[monitor], max_epochs=1)
     runner.fit(make(), loader())
     assert len(monitor.history) == 0
     fit(make(), [monitor], fast_dev_run=2)
-    assert monitor.history.meta["examples"] == 16
+    assert monitor.history.meta["batches"] == 2
 
 
 def test_a_second_fit_starts_afresh_and_an_evaluation_measures_nothing():
@@ -627,37 +675,70 @@ class SavesAfterValidation(SavesAtEpochEnd):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize("every", [1, 2])
-@pytest.mark.parametrize(
-    "saves",
-    [
-        lambda path: SavesAt(5, path),
-        lambda path: SavesAt(8, path),
-        SavesAtEpochEnd,
-        SavesAfterValidation,
-    ],
-    ids=range(4),
-)
-def test_resume_equals_the_uninterrupted_run(saves, every, first, tmp_path):
+def resumed_and_whole(
+    saves: Any, path: Any, first: bool, make_monitor: Any
+) -> tuple[list[Any], list[Any]]:
+    """Rows of a fit that resumes from a checkpoint, and of the uninterrupted one; all else is
+    compared here."""
+
     def go(monitor: InputSpanMonitor, *extra: Any, **arguments: Any) -> Any:
         module = make(ByStep, make_optimizer=adamw)
-        callbacks = (
-            [*extra, monitor] if first else [monitor, *extra]
-        )  # a checkpoint from before and from after its measurement
-        return everything(
-            module, fit(module, callbacks, val_data=loader(), max_epochs=3, **arguments), [monitor]
-        )
+        callbacks = [*extra, monitor] if first else [monitor, *extra]
+        runner = fit(module, callbacks, val_data=loader(), max_epochs=3, **arguments)
+        return everything(module, runner, [])
 
-    path, whole, resumed = (
-        tmp_path / "middle.ckpt",
-        InputSpanMonitor(every),
-        InputSpanMonitor(every),
-    )
+    whole, resumed = make_monitor(), make_monitor()
     expected = go(whole, saves(path))
     assert identical(go(resumed, ckpt_path=path), expected)
-    assert list(whole.history) == list(resumed.history)
     torch.load(path, weights_only=True)
+    return list(resumed.history), list(whole.history)
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("saves", [SavesAtEpochEnd, SavesAfterValidation])
+def test_resume_from_the_end_of_an_epoch_equals_the_uninterrupted_run(
+    saves, every, first, own_loader, tmp_path
+):
+    own = loader() if own_loader else None
+    path = tmp_path / "end.ckpt"
+    resumed, whole = resumed_and_whole(
+        saves, path, first, lambda: InputSpanMonitor(every, dataloader=own)
+    )
+    assert resumed == whole
+    assert len(whole) == 3 // every
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_resume_within_an_epoch_gathers_what_is_left_of_it(own_loader, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    own = loader() if own_loader else None
+    resumed, whole = resumed_and_whole(
+        lambda path: SavesAt(5, path),
+        tmp_path / "middle.ckpt",
+        False,
+        lambda: InputSpanMonitor(dataloader=own),
+    )
+    assert [row["step"] for row in resumed] == [3, 7, 11]
+    assert [a == b for a, b in zip(resumed, whole, strict=True)] == [True, own_loader, True]
+    said = [r.message for r in caplog.records if "the fit was resumed there" in r.message]
+    assert len(said) == (0 if own_loader else 1)
+    assert all("in epoch 1 what comes after its first 1 batches" in text for text in said)
+
+
+def test_an_epoch_whose_last_batch_came_before_the_checkpoint_is_not_measured_again(tmp_path):
+    resumed, whole = resumed_and_whole(
+        lambda path: SavesAt(8, path), tmp_path / "last.ckpt", True, InputSpanMonitor
+    )
+    assert resumed == [whole[0], whole[2]]
+
+
+def test_an_epoch_that_ends_early_is_measured():
+    monitor = InputSpanMonitor()
+    fit(make(), [monitor], max_steps=6, max_epochs=-1)
+    assert [row["step"] for row in monitor.history] == [3, 5]
+    assert monitor.history.meta["batches"] == 2
 
 
 def test_with_the_other_callbacks_of_the_suite():
@@ -674,11 +755,12 @@ def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
 
     def go() -> str:
         bar = RichProgressBar() if rich else TQDMProgressBar(refresh_rate=1000)
-        fit(make(), [InputSpanMonitor(), bar], max_epochs=1, enable_progress_bar=True)
+        monitor = InputSpanMonitor(dataloader=loader())
+        fit(make(), [monitor, bar], max_epochs=1, enable_progress_bar=True)
         captured = capsys.readouterr()
         return captured.out + captured.err
 
-    text = "inputs of 3 weights over 32 examples" if rich else "Inputs of 3 weights"
+    text = "inputs of 3 weights" if rich else "Inputs of 3 weights"
     assert text not in go()
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
     assert text in go()
@@ -704,25 +786,54 @@ class Attends(nn.Module):
         return self.out(self.attention(x, x, x)[0].mean(1))
 
 
-def test_auto_takes_what_it_can_see_and_a_named_one_is_refused_with_the_reason():
-    monitor = InputSpanMonitor()
-    fit(make(net=Attends()), [monitor])
+NOT_CALLED = {
+    "net.attention.out_proj.weight": "`forward` does not call the layer that it belongs to",
+    "net.unused.weight": "`forward` does not call the layer",
+}
+NO_ROWS = {
+    "net.embed.weight": "it is not the weight of a linear layer or a convolution",
+    "net.attention.in_proj_weight": "it is not the weight of a linear layer or a convolution",
+}
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_auto_takes_what_it_can_see(own_loader, caplog):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    monitor = InputSpanMonitor(dataloader=loader() if own_loader else None)
+    fit(make(net=Attends()), [monitor], max_epochs=3)
     assert list(monitor.history.meta["targets"]) == ["net.out.weight"]
-    for name, says in (
-        ("net.embed.weight", "it is not the weight of a linear layer or a convolution"),
-        ("net.attention.in_proj_weight", "it is not the weight of a linear layer or a convolution"),
-        ("net.attention.out_proj.weight", "`forward` does not call the layer that it belongs to"),
-        ("net.unused.weight", "`forward` does not call the layer"),
+    said = [r.message for r in caplog.records if "saw no inputs" in r.message]
+    assert len(said) == (0 if own_loader else 2)  # once, and the loader was tried before
+    assert all("was not called in the training step" in text for text in said)
+
+
+@pytest.mark.parametrize("name", [*NOT_CALLED, *NO_ROWS])
+def test_a_named_weight_that_a_loader_does_not_reach_is_refused_with_the_reason(name):
+    says = {**NOT_CALLED, **NO_ROWS}[name]
+    monitor = InputSpanMonitor(params=["net.out.*", name], dataloader=loader())
+    with pytest.raises(
+        NotSupportedError,
+        match=f"`{name}` was asked to be a target of InputSpanMonitor, but {says}",
     ):
-        with pytest.raises(
-            NotSupportedError,
-            match=f"`{name}` was asked to be a target of InputSpanMonitor, but {says}",
-        ):
-            fit(make(net=Attends()), [InputSpanMonitor(params=["net.out.*", name])])
+        fit(make(net=Attends()), [monitor])
+
+
+@pytest.mark.parametrize("name", NO_ROWS)
+def test_a_named_weight_without_input_rows_is_refused(name):
+    with pytest.raises(NotSupportedError, match=f"`{name}` was asked .*, but {NO_ROWS[name]}"):
+        fit(make(net=Attends()), [InputSpanMonitor(params=["net.out.*", name])])
+
+
+@pytest.mark.parametrize("name", NOT_CALLED)
+def test_a_named_weight_that_no_training_step_reads_is_told_by_name(name):
+    monitor = InputSpanMonitor(params=["net.out.*", name])
+    with pytest.warns(NormDynWarning, match=f"saw no inputs of `{name}`: its layer was not called"):
+        fit(make(net=Attends()), [monitor], max_epochs=1)
+    assert list(monitor.history.meta["targets"]) == ["net.out.weight"]
 
 
 def test_a_layer_that_is_too_large_is_refused_by_the_number_needed(monkeypatch):
-    monkeypatch.setattr(input_span_monitor, "BLOCK_BYTES", 8 * 36**2 - 1)
+    monkeypatch.setattr(input_layers, "BLOCK_BYTES", 8 * 36**2 - 1)
     says = r"`net.3.weight` was asked .* rows of 36 entries need 0.0 GiB for 1 covariance\(s\), and at most .* Leave it out with"
     with pytest.raises(NotSupportedError, match=says):
         fit(make(), [InputSpanMonitor(params="net.3.weight")])
@@ -773,6 +884,7 @@ def test_parametrized_compiled_and_tied_layers():
         "net.2.parametrizations.weight.original1",
         "net.5.weight",
     ]
+    monitor = InputSpanMonitor(dataloader=loader())
     fit(make(net=compiled()), [monitor])
     assert [n.replace("_orig_mod.", "") for n in monitor.history.meta["targets"]] == [
         "net.0.0.weight",
@@ -791,6 +903,22 @@ def test_parametrized_compiled_and_tied_layers():
 
     fit(make(net=Tied()), [monitor])
     assert list(monitor.history.meta["targets"]) == ["net.embed.weight"]
+
+
+def test_compiled_layers_are_named_and_everything_else_is_measured():
+    monitor = InputSpanMonitor()
+    with pytest.warns(NormDynWarning) as caught:
+        fit(make(net=compiled()), [monitor], max_epochs=2)
+    said = [str(w.message) for w in caught if "leaves out" in str(w.message)]
+    assert ["net.0.0.weight" in said[0], "net.0.3.weight" in said[1], len(said)] == [True, True, 2]
+    assert all("compiled code (torch.compile)" in text for text in said)
+    assert list(monitor.history.meta["targets"]) == ["net.3.weight"]
+    with pytest.raises(NotSupportedError, match="runs inside compiled code"):
+        fit(make(net=compiled()), [InputSpanMonitor(params="*")])
+    whole = make()
+    whole.net.compile(backend="eager")
+    with pytest.raises(NoTargetsError, match="that it can measure: its layer runs inside compiled"):
+        fit(whole, [InputSpanMonitor()])
 
 
 class Mappings(Dataset):
@@ -819,8 +947,9 @@ class TakesTheBatch(TakesNames):
 
 @pytest.mark.parametrize("model", [TakesNames, TakesTheBatch])
 def test_mappings_are_given_by_name_or_whole(model):
-    monitor = InputSpanMonitor()
-    fit(make(model), [monitor], DataLoader(Mappings(), batch_size=8), max_epochs=1)
+    data = DataLoader(Mappings(), batch_size=8)
+    monitor = InputSpanMonitor(dataloader=data)
+    fit(make(model), [monitor], data, max_epochs=1)
     assert len(monitor.history) == 1
 
 
@@ -839,14 +968,16 @@ def test_a_forward_that_wants_something_else_is_refused_before_training_unless_t
         NotSupportedError,
         match=r"calls `NeedsBoth.forward` with the first element .* TypeError: .*'y'\s.*override `InputSpan",
     ):
-        fit(module, [InputSpanMonitor()])
+        fit(module, [InputSpanMonitor(dataloader=loader())])
     assert same(weights_of(module), before)
+    with pytest.raises(NotSupportedError, match="`dataloader` has no batch"):
+        fit(module, [InputSpanMonitor(dataloader=[])])
 
     class CallsBoth(InputSpanMonitor):
         def call_model(self, module, batch):
             module(*batch)
 
-    monitor = CallsBoth()
+    monitor = CallsBoth(dataloader=loader())
     fit(make(NeedsBoth), [monitor])
     assert len(monitor.history) == 2
 
@@ -861,29 +992,21 @@ def test_a_model_without_layers_to_look_at_is_refused():
             return x.flatten(1) @ self.weight.T
 
     with pytest.raises(
-        NoTargetsError, match=r"found no linear layer or convolution that `Net.forward` uses"
+        NoTargetsError, match=r"found no linear layer or convolution in `Net` that it can measure"
     ):
         fit(make(net=Bare()), [InputSpanMonitor()])
 
+    class Elsewhere(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
 
-class Stream(IterableDataset):
-    def __iter__(self):
-        return iter([(x, y) for x, y in zip(*images().tensors, strict=True)])
+        def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
-
-@pytest.mark.parametrize(
-    ("data", "says"),
-    [
-        (lambda: DataLoader(Stream(), batch_size=8), "a DataLoader over the iterable Stream"),
-        (lambda: list(loader()), "found list"),
-        (lambda: {"a": loader(), "b": loader()}, "found dict"),
-    ],
-)
-def test_data_without_a_map_style_dataset_are_refused_by_name(data, says):
     with pytest.raises(
-        NotSupportedError, match=f"needs one DataLoader over a map-style dataset .*{says}"
+        NoTargetsError, match=r"found no linear layer or convolution that `Elsewhere.forward` uses"
     ):
-        fit(make(), [InputSpanMonitor()], data())
+        fit(make(Elsewhere), [InputSpanMonitor(dataloader=loader())])
 
 
 @pytest.mark.parametrize(
@@ -914,6 +1037,7 @@ def test_strategies_that_cut_inputs_or_weights_are_refused(strategy, replicas, s
         ({"energy": 0.0}, r"`energy` must be in \(0, 1\], got 0.0"),
         ({"energy": True}, "`energy` must be"),
         ({"seed": -1}, "`seed` must be an integer >= 0, got -1"),
+        ({"dataloader": iter([1])}, "`dataloader` must be iterable once per chosen epoch"),
         ({"method": "fit"}, "`method` must be 'moments' or 'mle', got 'fit'"),
     ],
 )

@@ -75,9 +75,9 @@ def changes(module, inputs, name, factor) -> bool:
     """Whether multiplying one weight by ``factor`` changes the training-mode output, beyond
     rounding."""
     weight = dict(module.named_parameters())[name]
-    with checks._restored(module), torch.no_grad():
+    with checks._in_training_mode(module), torch.no_grad():
         before = checks._outputs(module, inputs, None, 0)
-    with checks._restored(module), torch.no_grad():
+    with checks._in_training_mode(module), torch.no_grad():
         weight.mul_(factor)
         after = checks._outputs(module, inputs, None, 0)
     return max(checks._change(a, b) for a, b in zip(before, after, strict=True)) > 1e-8

@@ -1,0 +1,152 @@
+"""Tells what was measured: a row for history and loggers, and a note where inputs were missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
+
+from lightning_normdyn.engine.messages import named, warn_once
+from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.input_span.gather import InputGatherer
+from lightning_normdyn.input_span.layers import ReadableLayers
+from lightning_normdyn.input_span.summary import REACH, SpanSummary
+from lightning_normdyn.monitor.history import History
+
+
+def publish(
+    history: History,
+    loggers: Iterable[Logger],
+    summaries: Mapping[str, SpanSummary],
+    step: int,
+    optimizer_step: int,
+    meta: Mapping[str, Any],
+) -> None:
+    """Add a row to the history, and send it to the loggers.
+
+    Args:
+        history: of the fit.
+        loggers: the Trainer's.
+        summaries: what was found, by weight name.
+        step: the x axis of the loggers.
+        optimizer_step: real steps of the optimizer so far.
+        meta: facts for the history's ``meta``.
+    """
+    broken = [name for name, summary in summaries.items() if summary.broken]
+    if broken:
+        warn_once(
+            f"InputSpanMonitor: inputs or weights of {named(broken)} are not finite at "
+            f"step {step}; NaN is logged for them."
+        )
+    row, histograms = {}, {}
+    for name, summary in summaries.items():
+        for quantity, value in summary.values().items():
+            # NaN shows where a run has diverged. What is undefined, as the shape where inputs are
+            # constant, is left out.
+            if isfinite(value) or summary.broken:
+                row[f"{quantity}/{name}"] = value
+        for kind, counts in summary.histograms().items():
+            histograms[f"{kind}/{name}"] = np.asarray(counts)
+    # Write to a copy, which then takes its place at once: a signal handler may save a checkpoint
+    # at any moment.
+    grown = history.fork()
+    newest = grown.newest_step
+    if newest is not None and newest > step:
+        warn_once(
+            f"InputSpanMonitor's history reaches to step {newest}, and this fit counts from an "
+            f"earlier one, because its loops were not "
+            f"restored with the weights. Rows from step {step} on are dropped."
+        )
+        grown.truncate_after(step - 1)
+    grown.append(step, row, optimizer_step=optimizer_step)
+    grown.append_vectors(step, histograms)
+    grown.meta = {**grown.meta, **meta, "histogram_reach": REACH}
+    history.show(grown)
+    for logger in loggers:
+        logger.log_metrics(row, step=step)
+
+
+def facts_of(
+    targets: Iterable[Target], summaries: Mapping[str, SpanSummary]
+) -> dict[str, dict[str, Any]]:
+    """What a history says of each weight that was measured, by name."""
+    return {
+        target.name: {
+            "shape": list(target.verdict.shape),
+            "scale_invariant": target.verdict.kind,
+            "vectors": target.partition.n,
+            "rows": summaries[target.name].rows,
+        }
+        for target in targets
+        if target.name in summaries
+    }
+
+
+class GapReporter:
+    """Says, once for each weight, that inputs are missing or few.
+
+    Args:
+        layers: of the network.
+        by_name: whether a person has named the weights, and so expects to find them; ``"auto"``
+            takes what it can see.
+    """
+
+    def __init__(self, layers: ReadableLayers, *, by_name: bool) -> None:
+        self._layers, self._by_name = layers, by_name
+        self._reported: set[str] = set()
+
+    def report(
+        self,
+        gatherer: InputGatherer,
+        targets: Iterable[Target],
+        summaries: Mapping[str, SpanSummary],
+    ) -> None:
+        """Look at what was gathered."""
+        few, rare = [], []
+        for target in targets:
+            if target.weight not in gatherer.streams or target.name in self._reported:
+                continue
+            entries = self._layers.row_entries(target.weight)
+            summary = summaries.get(target.name)
+            if summary is None:
+                self._report_unseen(target, gatherer)
+            elif summary.rows <= entries and target.weight in gatherer.thinned:
+                few.append(f"`{target.name}` ({summary.rows} for {entries} entries)")
+            elif 2 * gatherer.seen[target.weight] < gatherer.batches:
+                seen = gatherer.seen[target.weight]
+                rare.append(f"`{target.name}` ({seen} of {gatherer.batches})")
+            else:
+                continue
+            self._reported.add(target.name)
+        if few:
+            rank_zero_info(
+                f"InputSpanMonitor took fewer rows than a filter has entries of {_first(few)}: "
+                "their inputs may vary in more directions than so few rows show. Raise "
+                "`max_samples`."
+            )
+
+        if rare:
+            rank_zero_info(
+                f"InputSpanMonitor saw inputs in less than half of the batches of {_first(rare)}: "
+                "in the others their layers were not called, or only inside compiled code, which "
+                "calls no hooks (pass dataloader=... then)."
+            )
+
+    def _report_unseen(self, target: Target, gatherer: InputGatherer) -> None:
+        reason = gatherer.obstacles.get(target.weight) or (
+            "its layer was not called in the training step, or only inside compiled code, which "
+            "calls no hooks (pass dataloader=... then)"
+        )
+        text = f"InputSpanMonitor saw no inputs of `{target.name}`: {reason}."
+        if self._by_name:
+            warn_once(text)
+        else:
+            rank_zero_info(text)
+
+
+def _first(items: Sequence[str]) -> str:
+    return ", ".join(items[:4]) + (" and more" if len(items) > 4 else "")

@@ -1,0 +1,59 @@
+"""Forward passes that leave no trace in a module or in the random numbers of the process."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+
+@contextmanager
+def restored(module: nn.Module, *, weights: bool = True) -> Iterator[None]:
+    """Buffers, training flags and random states are afterwards what they were, bit for bit.
+
+    Args:
+        module: what is run inside.
+        weights: whether weights are put back, too, which takes a copy of them.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with restored(norm):
+        ...     _ = norm.eval()(torch.ones(4, 2)) + norm.train()(torch.rand(4, 2))
+        >>> norm.training, norm.running_mean.tolist()
+        (True, [0.0, 0.0])
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    parameters = [p for p in module.parameters() if not is_lazy(p)]
+    copies = [(p, p.detach().clone()) for p in parameters] if weights else []
+    buffers = [
+        (owner, name, buffer, buffer.detach().clone())
+        for owner in module.modules()
+        for name, buffer in owner._buffers.items()
+        if buffer is not None
+    ]
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+    # NumPy is optional: a generator that nobody has imported has not been used either.
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, copy in copies:
+                    parameter.copy_(copy)
+                for owner, name, buffer, copy in buffers:
+                    # A forward may have put another tensor in the buffer's place.
+                    buffer.copy_(copy)
+                    owner._buffers[name] = buffer
+            for part, mode in modes:
+                part.training = mode
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

@@ -1,0 +1,148 @@
+"""Rows of what layers are given while a model runs: all of them, spread over batches, none twice,
+none of other passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_normdyn.input_span.gather import InputGatherer
+
+
+def gatherer_of(layer: nn.Linear, most: int = 1000, seed: int = 0) -> InputGatherer:
+    return InputGatherer({layer.weight: [layer]}, torch.device("cpu"), most=most, seed=seed)
+
+
+def run(gatherer: InputGatherer, batches: list[Tensor], forward: Any) -> None:
+    for number, batch in enumerate(batches):
+        gatherer.begin_batch(len(batches) - number)
+        forward(batch)
+        gatherer.end_batch()
+    gatherer.close()
+
+
+def test_all_rows_are_taken_if_there_are_not_too_many():
+    layer, x = nn.Linear(3, 2), torch.randn(4, 5, 3)
+    gatherer = gatherer_of(layer)
+    run(gatherer, list(x), layer)
+    stream = gatherer.streams[layer.weight]
+    torch.testing.assert_close(stream.mean[0], x.flatten(0, 1).double().mean(0))
+    assert (stream.count, gatherer.batches, gatherer.seen[layer.weight]) == (20, 4, 4)
+    assert not gatherer.thinned
+
+
+def test_rows_are_spread_over_batches_of_any_size():
+    layer = nn.Linear(1, 2)
+    # Rows are numbered, so that the mean tells from which batches they come.
+    sizes = (50, 50, 2, 50, 50)
+    x = torch.arange(sum(sizes), dtype=torch.float64)[:, None]
+    counts = []
+    gatherer = gatherer_of(layer.double(), most=52)
+    run(
+        gatherer,
+        list(x.split(sizes)),
+        lambda batch: (layer(batch), counts.append(gatherer.streams[layer.weight].count)),
+    )
+    assert counts == [10, 20, 22, 37, 52]
+    assert gatherer.thinned == {layer.weight}
+
+
+def test_where_the_length_is_unknown_the_first_rows_are_taken():
+    layer = nn.Linear(1, 2)
+    gatherer = gatherer_of(layer, most=12)
+    for size in (10, 10, 10):
+        gatherer.begin_batch(1)
+        layer(torch.randn(size, 1))
+        gatherer.end_batch()
+    assert gatherer.streams[layer.weight].count == 12
+
+
+def test_calls_of_one_batch_share_its_rows():
+    layer = nn.Linear(3, 3)
+    counts = []
+    gatherer = gatherer_of(layer, most=80)
+
+    def twice(x: Tensor) -> None:
+        layer(layer(x))
+        counts.append(gatherer.streams[layer.weight].count)
+
+    run(gatherer, list(torch.randn(8, 40, 3)), twice)
+    # The first batch does not know of the second call yet.
+    assert counts == [18, 26, 34, 42, 50, 59, 68, 77]
+
+
+def test_another_seed_chooses_other_rows():
+    def mean(seed: int) -> float:
+        layer = nn.Linear(1, 1)
+        gatherer = gatherer_of(layer, most=5, seed=seed)
+        run(gatherer, [torch.arange(100.0)[:, None]], layer)
+        return float(gatherer.streams[layer.weight].mean)
+
+    assert mean(0) == mean(0)
+    assert mean(0) != mean(1)
+
+
+def test_the_random_numbers_of_the_training_are_left_alone():
+    layer, state = nn.Linear(3, 2), torch.get_rng_state()
+    run(gatherer_of(layer, most=4), [torch.ones(9, 3)], layer)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_is_gathered_between_batches_and_after_the_end():
+    layer, gatherer = nn.Linear(3, 2), None
+    gatherer = gatherer_of(layer)
+    layer(torch.ones(2, 3))
+    run(gatherer, [torch.ones(3, 3)], layer)
+    layer(torch.ones(4, 3))
+    assert gatherer.streams[layer.weight].count == 3
+    assert not layer._forward_pre_hooks
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_a_checkpoint_computes_again_counts_once(reentrant):
+    layer, head = nn.Linear(3, 3), nn.Linear(3, 1)
+    gatherer = gatherer_of(layer)
+
+    def step(x: Tensor) -> None:
+        hidden = checkpoint(layer, x.requires_grad_(), use_reentrant=reentrant)
+        head(hidden).sum().backward()
+
+    run(gatherer, [torch.randn(5, 3), torch.randn(5, 3)], step)
+    assert layer.weight.grad is not None
+    assert gatherer.streams[layer.weight].count == 10
+
+
+def test_inputs_that_are_no_rows_are_an_obstacle_and_no_error():
+    layer = nn.Linear(3, 2)
+    gatherer = gatherer_of(layer)
+    run(gatherer, [torch.eye(3).to_sparse()], layer)
+    assert gatherer.streams[layer.weight].count == 0
+    assert "its Linear is given a Tensor of torch.float32" in gatherer.obstacles[layer.weight]
+
+
+def test_inside_torch_func_nothing_is_taken():
+    layer = nn.Linear(3, 1)
+    gatherer = gatherer_of(layer)
+    run(gatherer, [torch.ones(3)], torch.func.grad(lambda x: layer(x).sum()))
+    assert gatherer.streams[layer.weight].count == 0
+    assert layer.weight in gatherer.obstacles
+
+
+def test_an_input_may_be_given_by_name():
+    layer = nn.Linear(3, 2)
+    gatherer = gatherer_of(layer)
+    run(gatherer, [torch.ones(4, 3)], lambda x: layer(input=x))
+    assert gatherer.streams[layer.weight].count == 4
+
+
+def test_compiled_code_stays_one_graph_and_gives_nothing():
+    layer = nn.Linear(3, 2)
+    gatherer = gatherer_of(layer)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: layer(x) + 1, backend="eager", fullgraph=True)
+    run(gatherer, [torch.ones(4, 3)], compiled)
+    assert gatherer.streams[layer.weight].count == 0
