@@ -8,20 +8,21 @@ import shutil
 from collections.abc import Sequence
 from itertools import zip_longest
 
+# What a person would still read.
 MOST_ROWS = 60
+# More different texts than this stay in the table: nobody looks up ten notes.
 MOST_NOTES = 4
-"""More different texts than this stay in the table: nobody looks up ten notes."""
+# Characters beyond which a cell may become a note.
 LONG = 24
-"""Characters beyond which a cell may become a note."""
+# Characters of a name that stay on one line as long as other cells can be wrapped.
 NAME = 40
-"""Characters of a name that stay on one line as long as other cells can be wrapped."""
 SHORTEST_NAME = 12
 GAP = "  "
 # The beginning of a module path, in whatever column it stands. A number such as 0.0014 is none.
 _PATH = re.compile(r"[A-Za-z_]\w*\.\w")
 
-
-Table = list[list[str]]  # by column: the head, then the cells
+# By column: the head, then the cells.
+Table = list[list[str]]
 
 
 def render(
@@ -78,7 +79,10 @@ def render(
     return "\n".join(lines) + "\n"
 
 
-def aligned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def aligned(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> str:
     """The same table without a rule and a line per row, however long.
 
     Example:
@@ -111,6 +115,7 @@ def paragraph(text: str, width: int | None = None) -> str:
 
 
 def _terminal(width: int | None) -> int:
+    # In a narrower one nothing could be read.
     return max(40, width or shutil.get_terminal_size((140, 24)).columns)
 
 
@@ -118,7 +123,10 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(GAP) * (len(widths) - 1)
 
 
-def _by_column(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _by_column(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+) -> Table:
     return [list(texts) for texts in zip(columns, *rows, strict=True)]
 
 
@@ -151,12 +159,14 @@ def _make_room(
     return shorter, notes
 
 
-def _with_notes(table: Table, noted: Sequence[str]) -> tuple[Table, list[str]]:
+def _with_notes(
+    table: Table,
+    noted: Sequence[str],
+) -> tuple[Table, list[str]]:
     """The table with marks in the place of the long texts of some columns, and the notes that
     explain the marks."""
-    shorter: Table = []
     notes: list[str] = []
-    # In this order, since notes are numbered as the columns are named.
+    # In the order of `noted`, so that the notes of the first one come first.
     by_head = {texts[0]: texts for texts in table}
     for head in noted:
         texts = by_head.get(head, [])
@@ -168,9 +178,7 @@ def _with_notes(table: Table, noted: Sequence[str]) -> tuple[Table, list[str]]:
             notes.append(f"{mark} {text}")
             texts = [mark if cell == text else cell for cell in texts]
         by_head[head] = texts
-    for head, *_ in table:
-        shorter.append(by_head[head])
-    return shorter, notes
+    return [by_head[texts[0]] for texts in table], notes
 
 
 def _floors(table: Table) -> tuple[list[int], ...]:
@@ -190,7 +198,7 @@ def _floors(table: Table) -> tuple[list[int], ...]:
 
 
 def _longest(texts: Sequence[str]) -> int:
-    return max((len(text.strip()) for text in texts), default=0)
+    return max(map(len, map(str.strip, texts)), default=0)
 
 
 def _widths(table: Table, width: int) -> list[int]:
@@ -202,7 +210,8 @@ def _widths(table: Table, width: int) -> list[int]:
             shrinkable = [i for i, least in enumerate(floor) if widths[i] > least]
             if not shrinkable:
                 break
-            # One character from the widest of those that are still wider than they must be.
+            # One character at a time, from the widest of those that are still wider than they must
+            # be.
             widest = max(shrinkable, key=widths.__getitem__)
             widths[widest] -= 1
     return widths
@@ -220,7 +229,11 @@ def _pieces(text: str, is_name: bool = False) -> list[str]:
     return pieces
 
 
-def _fold(text: str, width: int, is_name: bool = False) -> list[str]:
+def _fold(
+    text: str,
+    width: int,
+    is_name: bool = False,
+) -> list[str]:
     """Lines of at most ``width`` characters, broken between words and after the dots of paths.
 
     A word is broken only where nothing else is enough, and then after an underscore if there is
@@ -228,20 +241,27 @@ def _fold(text: str, width: int, is_name: bool = False) -> list[str]:
     """
     lines = [""]
     for piece in _pieces(text, is_name):
-        if lines[-1] and len(lines[-1]) + len(piece.rstrip()) > width:
-            lines.append("")
-        lines[-1] += piece
-        while len(lines[-1].rstrip()) > width:
-            end = lines[-1].rfind("_", 0, width) + 1 or width
-            lines[-1:] = [lines[-1][:end], lines[-1][end:]]
-    return [line.rstrip() for line in lines]
+        line = lines.pop()
+        # Blanks at the end of a line are not seen.
+        if line and len(line) + len(piece.rstrip()) > width:
+            lines.append(line)
+            line = ""
+        line += piece
+        while len(line.rstrip()) > width:
+            # A name reads best in its words.
+            end = line.rfind("_", 0, width) + 1 or width
+            lines.append(line[:end])
+            line = line[end:]
+        lines.append(line)
+    return list(map(str.rstrip, lines))
 
 
 def _beside(texts: Sequence[str], widths: Sequence[int]) -> list[str]:
     """One row as lines: each text folded into its column, the first one as a name."""
-    folded = []
-    for i, (text, width) in enumerate(zip(texts, widths, strict=True)):
-        folded.append(_fold(text, width, is_name=i == 0))
+    folded: list[list[str]] = []
+    for text, width in zip(texts, widths, strict=True):
+        is_name = not folded
+        folded.append(_fold(text, width, is_name))
     lines = []
     for parts in zip_longest(*folded, fillvalue=""):
         padded = map(str.ljust, parts, widths)

@@ -26,16 +26,17 @@ def agree(verdicts: dict[str, Verdict]) -> None:
     """
     if not _are_several():
         return
-    # A reason may name numbers that one rank has seen, so it may differ.
-    digests = {
-        name: (verdict.shape, _digest({**verdict.state(), "reason": ""}))
-        for name, verdict in verdicts.items()
-    }
+    digests = {}
+    for name, verdict in verdicts.items():
+        # A reason may name numbers that one rank has seen, so it may differ.
+        state = {**verdict.state(), "reason": ""}
+        digests[name] = (verdict.shape, _digest(state))
     tables = _gathered(digests)
+    # In the same order on all ranks.
     for name in sorted(set().union(*tables)):
         entries = [table.get(name) for table in tables]
-        if any(entry != entries[0] for entry in entries):
-            shape = next(entry[0] for entry in entries if entry is not None)
+        if entries.count(entries[0]) < len(entries):
+            shape, _ = next(filter(None, entries))
             verdicts[name] = Verdict.unknown(name, shape, "the ranks see different graphs")
 
 
@@ -53,14 +54,12 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _digest(state: Any) -> str:
-    """Short, and the same for equal states: the labels of a large model's weights are megabytes."""
+    """Short, and the same for equal states."""
     if isinstance(state, Tensor):
+        # The labels of a large model's weights are megabytes, which no rank needs to see.
         return sha256(state.cpu().numpy().tobytes()).hexdigest()
     if isinstance(state, Mapping):
-        return repr([(key, _digest(value)) for key, value in sorted(state.items())])
+        state = sorted(state.items())
     if isinstance(state, (list, tuple)):
         return repr([_digest(value) for value in state])
     return repr(state)
-
-
-__all__ = ["agree", "everywhere"]

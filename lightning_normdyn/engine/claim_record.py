@@ -19,13 +19,15 @@ from torch import Tensor
 from lightning_normdyn.invariance.euler import EULER_COUNT, EULER_LIMIT, rms_of, whole_values
 from lightning_normdyn.invariance.verdict import Verdict
 
+# Steps of a close look. One vector gives one value a step, so 8 values come together even if half
+# of
+# the steps say nothing.
 CLOSE_LOOKS = 16
-"""Steps of a close look. One vector gives one value a step, so 8 values come together even if half
-of the steps say nothing."""
 
+# A claim that close looks have cleared is not suspected again for 2, 4, ... up to 2**6 logging
+# steps:
+# a close look costs a wait a step.
 LONGEST_REST = 6
-"""A claim that close looks have cleared is not suspected again for 2, 4, ... up to 2**6 logging
-steps: a close look costs a wait a step."""
 
 
 @dataclass
@@ -77,6 +79,7 @@ class Record:
         if not logs or number == 0:
             return None
         contradicts = mean > EULER_LIMIT**2
+        # A claim that was cleared a short while ago is not suspected at once.
         if self.rest:
             self.rest -= 1
         elif contradicts:
@@ -105,6 +108,7 @@ class Record:
     def _decide(self) -> tuple[float, int] | None:
         if not self._is_enough():
             return None
+        # Each decision rests on values of its own, so that what comes late is not averaged away.
         rms, count = rms_of(self.total, self.count), whole_values(self.count)
         was_doubted = self.doubt_count > 0
         self.total, self.count = 0.0, 0.0
@@ -120,6 +124,7 @@ class Record:
 
     def state(self) -> Tensor:
         """All but the claim as float64 numbers, ``(8,)``."""
+        # In the order of the fields; the claim itself is stored as a verdict.
         _, *numbers = vars(self).values()
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
@@ -143,7 +148,12 @@ class Record:
 
 def same_claim(before: Verdict, after: Verdict) -> bool:
     """Whether two verdicts claim the same vectors because of the same normalizations."""
-    if before.partition is None or after.partition is None or before.norms != after.norms:
+    return before.norms == after.norms and same_vectors(before, after)
+
+
+def same_vectors(before: Verdict, after: Verdict) -> bool:
+    """Whether two verdicts are about the same vectors."""
+    if before.partition is None or after.partition is None:
         return False
     return before.partition.equal(after.partition)
 
@@ -165,6 +175,7 @@ def grew(before: Verdict, after: Verdict) -> bool:
         return False
     if old.keep != new.keep or old.granularity != new.granularity:
         return False
+    # No row that the claim was about may be missing now, and some must have come.
     was_in, is_in = old.labels >= 0, new.labels >= 0
     if was_in.shape != is_in.shape or bool((was_in & ~is_in).any()) or torch.equal(was_in, is_in):
         return False

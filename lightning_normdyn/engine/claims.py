@@ -22,8 +22,8 @@ from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.invariance.verdict import Verdict
 
+# Weights that the end table names as no longer treated before it says how many more there are.
 MOST_LOSSES = 8
-"""Weights that the end table names as no longer treated before it says how many more there are."""
 
 
 class Claims:
@@ -115,17 +115,15 @@ class Claims:
         if settled:
             if not self.evidence.is_due(index, logging_step):
                 return
-            gradients = LossGradients(examination.weights, examination.vectors)
+            gradients = LossGradients(examination.claims, examination.vectors)
         else:
             # What is claimed is settled at the step, with all ranks. Until then the gradients are
             # copied.
             claimed = self._claimed(self._weights.owned(optimizer))
-            verdicts = list(claimed.values())
-            wanted = self.evidence.wanted(index, logging_step, verdicts)
+            wanted = self.evidence.wanted(index, logging_step, claimed)
             if not wanted:
                 return
-            by_name = {verdict.name: weight for weight, verdict in claimed.items()}
-            gradients = LossGradients([by_name[verdict.name] for verdict in wanted], None)
+            gradients = LossGradients(wanted, None)
         if examination.gradients is None:
             examination.gradients = gradients
         examination.gradients.watch(loss)
@@ -136,8 +134,8 @@ class Claims:
         self._search.agree()
         agree(self._search.verdicts)
         self._keep_withdrawn()
-        claimed = self._claimed([w for w in owned if not has_sparse_gradient(w)])
-        self.evidence.claim(index, list(claimed), list(claimed.values()))
+        dense = [weight for weight in owned if not has_sparse_gradient(weight)]
+        self.evidence.claim(index, self._claimed(dense))
         self._mark_confirmed()
 
     def question(self, index: int, logging_step: int, *, as_received: bool) -> None:
@@ -246,7 +244,11 @@ class Claims:
         Args:
             in_batch: whether a batch is being trained on.
         """
-        known = {n: v.state() for n, v in self._search.verdicts.items() if v.kind != "unknown"}
+        known = {}
+        for name, verdict in self._search.verdicts.items():
+            # A fresh fit knows nothing of the others either.
+            if verdict.kind != "unknown":
+                known[name] = verdict.state()
         return {
             "targets": known,
             "evidence": self.evidence.state(in_batch=in_batch),
@@ -255,16 +257,15 @@ class Claims:
 
     def take_up(self, table: Mapping[str, Any]) -> None:
         """Take up the verdicts of a checkpoint, until `resume` takes up the rest of it."""
-        shapes = {
-            name: tuple(self._weights.shapes[weight])
-            for name, weight in self._weights.by_name().items()
-        }
+        weights = self._weights.by_name()
         known = {}
         for name, state in table.items():
             shape = tuple(state["shape"])
-            if shapes.get(name, shape) == shape:
+            weight = weights.get(name)
+            if weight is None or tuple(self._weights.shapes[weight]) == shape:
                 known[name] = Verdict.from_state(name, state)
-            else:  # another model of the same names
+            else:
+                # Another model whose weights have the same names.
                 warn_once(
                     f"What the checkpoint says of `{name}` is not used: it had the shape {shape} "
                     f"there."

@@ -81,6 +81,3 @@ class Clock:
             return False
         self._shift = following - now
         return True
-
-
-__all__ = ["Clock"]

@@ -6,14 +6,14 @@ All decisions come from sums over all ranks, so all ranks decide the same.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.claim_record import Record, grew, same_claim
+from lightning_normdyn.engine.claim_record import Record, grew, same_claim, same_vectors
 from lightning_normdyn.engine.loss_gradients import LossGradients, euler_products
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.euler import euler_sums, euler_values
@@ -42,9 +42,8 @@ class Examination:
     """The claims about one optimizer's weights.
 
     Args:
-        weights: that a claim is made about.
-        claims: about them.
-        vectors: them as vectors; None without any.
+        claims: what is claimed of which weights.
+        vectors: these weights as vectors; None without any.
         steps: of this optimizer so far.
         logged: the last logging step that was looked at, counted in logging steps.
         gradients: of the backward passes since the last step.
@@ -52,8 +51,7 @@ class Examination:
         close: whether some claim is looked at in every step.
     """
 
-    weights: list[Tensor] = field(default_factory=list)
-    claims: list[Verdict] = field(default_factory=list)
+    claims: dict[Tensor, Verdict] = field(default_factory=dict)
     vectors: WeightVectors | None = None
     steps: int = 0
     logged: int = 0
@@ -64,24 +62,29 @@ class Examination:
     @property
     def names(self) -> list[str]:
         """Of the weights."""
-        return [claim.name for claim in self.claims]
+        return [claim.name for claim in self.claims.values()]
 
-    def hold(self, weights: list[Tensor], claims: list[Verdict]) -> None:
-        """These are the claims now; the vectors are kept where nothing changes for them."""
-        if not self._has_vectors_of(weights, claims):
-            partitions = [claim.partition for claim in claims if claim.partition is not None]
-            names, reads = [claim.name for claim in claims], [claim.read for claim in claims]
-            self.vectors = WeightVectors(weights, partitions, names, reads) if weights else None
-        self.weights, self.claims = weights, claims
+    def hold(self, claims: dict[Tensor, Verdict]) -> None:
+        """These are the claims now."""
+        # Making vectors is a collective, so they are kept where nothing changes for them.
+        is_known = self.vectors is not None and self._are_alike(claims)
+        self.claims = claims
+        if not claims:
+            self.vectors = None
+        elif not is_known:
+            partitions, reads = [], []
+            for claim in claims.values():
+                assert claim.partition is not None, "a claim is about vectors"
+                partitions.append(claim.partition)
+                reads.append(claim.read)
+            self.vectors = WeightVectors(list(claims), partitions, self.names, reads)
 
-    def _has_vectors_of(self, weights: list[Tensor], claims: list[Verdict]) -> bool:
-        if len(weights) != len(self.weights):
+    def _are_alike(self, claims: dict[Tensor, Verdict]) -> bool:
+        """Whether these claims are about the same vectors as those of now."""
+        if list(map(id, self.claims)) != list(map(id, claims)):
             return False
-        if any(a is not b for a, b in zip(self.weights, weights, strict=True)):
-            return False
-        for before, claim in zip(self.claims, claims, strict=True):
-            old, new = before.partition, claim.partition
-            if old is None or new is None or not old.equal(new) or before.read is not claim.read:
+        for before, claim in zip(self.claims.values(), claims.values(), strict=True):
+            if before.read is not claim.read or not same_vectors(before, claim):
                 return False
         return True
 
@@ -149,16 +152,17 @@ class Evidence:
 
     def of(self, index: int) -> Examination:
         """What is known of one optimizer's claims."""
+        # Also before its first step: a backward pass may be looked at then.
         return self._examinations.setdefault(index, Examination())
 
     # -- claims
     # --------------------------------------------------------------------------------------------
 
-    def claim(self, index: int, weights: Sequence[Tensor], claims: Sequence[Verdict]) -> None:
+    def claim(self, index: int, claims: dict[Tensor, Verdict]) -> None:
         """These are the claims about the weights of one optimizer now; what is known of unchanged
         ones stays."""
         examination = self.of(index)
-        for claim in claims:
+        for claim in claims.values():
             record = self.records.get(claim.name)
             if record is not None and grew(record.claim, claim):
                 # More rows of the kind that has been looked at: not yet confirmed, but no reason to
@@ -167,7 +171,7 @@ class Evidence:
             elif record is None or not same_claim(record.claim, claim):
                 self.records[claim.name] = Record(claim)
                 examination.disregard(claim.name)
-        examination.hold(list(weights), list(claims))
+        examination.hold(claims)
         self._note_closeness(examination)
 
     def reconsider(self, names: Iterable[str]) -> None:
@@ -205,9 +209,13 @@ class Evidence:
     # -- looks
     # ---------------------------------------------------------------------------------------------
 
-    def wanted(self, index: int, logging_step: int, claims: Iterable[Verdict]) -> list[Verdict]:
-        """Which of these claims about the weights of an optimizer are to be looked at in its next
-        step.
+    def wanted(
+        self,
+        index: int,
+        logging_step: int,
+        claims: dict[Tensor, Verdict],
+    ) -> list[Tensor]:
+        """The weights of an optimizer whose claims are to be looked at in its next step.
 
         Args:
             index: of the optimizer.
@@ -217,7 +225,7 @@ class Evidence:
         """
         if logging_step > self.of(index).logged:
             return list(claims)
-        return [claim for claim in claims if self._is_open(claim)]
+        return [weight for weight, claim in claims.items() if self._is_open(claim)]
 
     def is_due(self, index: int, logging_step: int) -> bool:
         """Whether the claims that have been made about the weights of an optimizer are to be looked

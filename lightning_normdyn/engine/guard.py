@@ -50,6 +50,3 @@ class Guard(Callback):
         stop = self._stop()
         if stop is not None:
             stop()
-
-
-__all__ = ["Guard"]

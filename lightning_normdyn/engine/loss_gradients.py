@@ -200,10 +200,9 @@ class LossGradients:
         first = register(before)
         # torch reads the entries in the order in which they were put in, and does not heed
         # `move_to_end`.
-        others = [(key, hook) for key, hook in hooks.items() if key != first.id]
-        for key, hook in others:
-            del hooks[key]
-            hooks[key] = hook
+        for key in list(hooks):
+            if key != first.id:
+                hooks[key] = hooks.pop(key)
         self._removers += [first.remove, register(behind).remove]
 
     # -- the step
@@ -233,7 +232,9 @@ class LossGradients:
             return None
         for weight, where in zip(vectors.weights, vectors.slices, strict=True):
             if weight in self._changed:
-                sums[1:, where] = torch.where(self._changed[weight], float("nan"), sums[1:, where])
+                changed, products = self._changed[weight], sums[1:, where]
+                # Chosen on the device, which nobody waits for.
+                sums[1:, where] = torch.where(changed, float("nan"), products)
         return sums
 
 
@@ -249,9 +250,11 @@ def _fit(vectors: WeightVectors, gradients: Sequence[Tensor | None]) -> bool:
 def _gradient(weight: Tensor) -> Tensor | None:
     """Its dense gradient, if there is one."""
     gradient = weight.grad
-    if gradient is None or gradient.layout != torch.strided or gradient.numel() == 0:
+    if gradient is None:
         return None
-    return gradient.detach()
+    # A rank that holds nothing of a sharded weight has an empty gradient.
+    is_dense = gradient.layout == torch.strided
+    return gradient.detach() if is_dense and gradient.numel() else None
 
 
 def _length(tensor: Tensor) -> Tensor:

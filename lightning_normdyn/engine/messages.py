@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 from lightning_normdyn.engine.lightning_facts import is_rank_zero
 from lightning_normdyn.errors import NormDynWarning
 
+# Names that a message lists before it says how many more there are.
 MOST_NAMES = 8
-"""Names that a message lists before it says how many more there are."""
 
 
 def warn_once(message: str) -> None:
@@ -26,6 +26,7 @@ def show(trainer: Trainer, text: str) -> None:
     """Print on rank zero, above a progress bar if there is one."""
     if not trainer.is_global_zero:
         return
+    # Written to stdout, a text would end up in the middle of the bar.
     bar = trainer.progress_bar_callback
     if bar is not None:
         bar.print(text)
@@ -40,6 +41,6 @@ def named(names: Sequence[str]) -> str:
         >>> named(["conv.weight", "fc.weight"])
         '`conv.weight`, `fc.weight`'
     """
-    text = ", ".join(f"`{name}`" for name in names[:MOST_NAMES])
+    text = ", ".join(map("`{}`".format, names[:MOST_NAMES]))
     further = len(names) - MOST_NAMES
     return f"{text} and {further} more" if further > 0 else text

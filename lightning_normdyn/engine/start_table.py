@@ -67,6 +67,3 @@ def _because(verdict: Verdict) -> str:
         return verdict.reason
     norms = ", ".join(verdict.norms)
     return f"{norms}; {verdict.unread_rows}" if verdict.unread_rows else norms
-
-
-__all__ = ["start_table"]

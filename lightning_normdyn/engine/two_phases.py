@@ -84,6 +84,3 @@ def _is_back(weight: Tensor, before: Tensor) -> bool:
     distance = torch.linalg.vector_norm((weight - before).float())
     length = torch.linalg.vector_norm(before.float())
     return bool(distance <= 8 * torch.finfo(weight.dtype).eps * length)
-
-
-__all__ = ["ReturnCheck"]

@@ -3,6 +3,8 @@ have as a whole, and which of them come later."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from lightning_normdyn.invariance.partitions import is_gain
 from lightning_normdyn.optimizers.views import survey
 
 Names = tuple[str, ...]
+Shape = tuple[int, ...]
 Layout = tuple[tuple[int, ...], ...]
 
 
@@ -35,15 +38,30 @@ class Weights:
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self.module = trainer, module
+        self.names: dict[Tensor, Names] = {}
+        self.shapes: dict[Tensor, Shape] = {}
+        self.lazy: set[Tensor] = set()
+        # By optimizer: the param groups whose weights are known.
+        self._layouts: dict[int, Layout] = {}
         # Map parameters to names now, by identity: after a no-grad forward, FSDP2 exposes other
         # Parameter objects than the optimizer holds.
-        self.names = parameter_names(module)
-        self._survey()
-        self.holders = holders_of(module)
-        self.shapes = {weight: full_shape(weight) for weight in self.names}
-        self.lazy = {weight for weight in self.names if is_lazy(weight)}
-        self._find_gains()
-        self._layouts: dict[int, Layout] = {}  # by optimizer: param groups whose weights have names
+        self._add(parameter_names(module))
+
+    def _add(self, new: Mapping[Tensor, Names]) -> None:
+        self.names.update(new)
+        # The strategy's model wraps the module, and what FSDP1 flattens is only seen from there.
+        survey(self._trainer.strategy.model or self.module, self._trainer.optimizers)
+        self.holders = holders_of(self.module)
+        for weight in new:
+            self.shapes[weight] = full_shape(weight)
+            if is_lazy(weight):
+                self.lazy.add(weight)
+        self._gains = set(filter(self._has_single_numbers, self.names))
+
+    def _has_single_numbers(self, weight: Tensor) -> bool:
+        if weight in self.lazy or not self.is_matrix(weight):
+            return False
+        return is_gain(self.module, self.name(weight), self.shapes[weight])
 
     def name(self, weight: Tensor) -> str:
         """The first of its names, by which messages and log keys call it."""
@@ -66,7 +84,12 @@ class Weights:
         return weight in self._gains
 
     def take_in(
-        self, index: int, optimizer: Optimizer, layout: Layout, *, final: bool
+        self,
+        index: int,
+        optimizer: Optimizer,
+        layout: Layout,
+        *,
+        final: bool,
     ) -> dict[Tensor, Names]:
         """Map the weights of an optimizer that have come since the start of the fit: layers that
         grew, a head that was exchanged.
@@ -83,8 +106,7 @@ class Weights:
         """
         if self._layouts.get(index) == layout:
             return {}
-        held = set(held_by(optimizer))
-        new = {}
+        held, new = set(held_by(optimizer)), {}
         if not held <= self.names.keys():
             for weight, names in parameter_names(self.module).items():
                 if weight in held and weight not in self.names:
@@ -92,35 +114,18 @@ class Weights:
         if final or held <= self.names.keys() | new.keys():
             self._layouts[index] = layout
         if new:
-            self._replace(new)
+            self._take_names(set().union(*new.values()))
+            self._add(new)
         return new
 
-    def _replace(self, new: dict[Tensor, Names]) -> None:
-        changed = {name for names in new.values() for name in names}
+    def _take_names(self, taken: set[str]) -> None:
+        """Weights that were called by these names have others left, or are gone."""
         for weight, names in list(self.names.items()):
-            rest = tuple(name for name in names if name not in changed)
+            rest = tuple(name for name in names if name not in taken)
             if rest:
                 self.names[weight] = rest
             else:
                 del self.names[weight]
-        self.names.update(new)
-        self._survey()
-        self.holders = holders_of(self.module)
-        self.shapes.update({weight: full_shape(weight) for weight in new})
-        self.lazy.update(weight for weight in new if is_lazy(weight))
-        self._find_gains()
-
-    def _survey(self) -> None:
-        # The strategy's model wraps the module; FSDP1 is only seen from there.
-        model = self._trainer.strategy.model or self.module
-        survey(model, self._trainer.optimizers)
-
-    def _find_gains(self) -> None:
-        self._gains = set()
-        for weight in self.names.keys() - self.lazy:
-            shape = self.shapes[weight]
-            if len(shape) >= 2 and is_gain(self.module, self.name(weight), shape):
-                self._gains.add(weight)
 
 
 def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
@@ -155,14 +160,3 @@ def is_measurable(weight: Tensor) -> bool:
 def has_sparse_gradient(weight: Tensor) -> bool:
     """Whether the last backward pass left a sparse gradient."""
     return weight.grad is not None and weight.grad.layout != torch.strided
-
-
-__all__ = [
-    "Layout",
-    "Weights",
-    "has_sparse_gradient",
-    "held_by",
-    "holders_of",
-    "is_measurable",
-    "layout_of",
-]
