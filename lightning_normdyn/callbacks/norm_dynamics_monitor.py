@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from math import inf, isfinite, nan, sqrt
+from math import inf, isfinite, nan
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -27,16 +27,6 @@ from lightning_normdyn.engine.lightning_facts import log_every
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.state import seal
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.functional import (
-    angle_from_sums,
-    cosine_from_sums,
-    direction_lr,
-    effective_lr,
-    effective_step_size,
-    equivalent_weight_decay,
-    norm_from_sums,
-    std_from_sums,
-)
 from lightning_normdyn.monitor.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.ledger import Ledger, Norms, Row, whole_number
@@ -66,7 +56,9 @@ from lightning_normdyn.monitor.predictions import (
     steps_until_overflow,
     urgency,
 )
+from lightning_normdyn.monitor.quantities import QUANTITIES, monitored, to_measure
 from lightning_normdyn.monitor.spawned import KeepsHistory
+from lightning_normdyn.monitor.step_sums import StepSums
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
 from lightning_normdyn.optimizers.host_copy import HostCopy
@@ -77,25 +69,6 @@ from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.parametrizations import is_weight_standardized
 from lightning_normdyn.tables import paragraph, render
 
-# Averaged over the vectors of a weight as RMS, because that is what predictions are about;
-# everything else as mean.
-ROOT_MEAN_SQUARE = frozenset({"angular_update", "effective_step_size"})
-QUANTITIES = (
-    "weight_norm",
-    "weight_std",
-    "effective_lr",
-    "direction_lr",
-    "angular_update",
-    "effective_step_size",
-    "gradient_cosine",
-    "radial_update",
-    "equivalent_weight_decay",
-    "equilibrium_angular_update",
-    "equilibrium_ratio",
-)
-PREDICTED = ("equilibrium_angular_update", "equilibrium_ratio")
-# Shown as histograms over vectors, in the section `<quantity>_histogram`.
-BINNED = ("weight_norm", "angular_update")
 # Measured for the predictions and the warnings, not logged.
 INTERNAL = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
 # Optimizer steps without any gradient after which a vector counts as dead, and how many of them one
@@ -128,7 +101,7 @@ class _Measured:
     values: Tensor
     size: Tensor
     active: Tensor | None
-    binned: Tensor | None  # (BINNED, n), if there are to be histograms
+    binned: Tensor | None  # (quantities with histograms, n), if there are to be any
     kept: Tensor | None  # (2, n): norm and applied decay, if the history keeps vectors
     skipped: Tensor
     groups: list[dict[str, Any]]  # hyperparameters of each target's group at this very step
@@ -190,29 +163,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     r"""Logs norm, effective learning rate, angular update and their relatives for every weight, and
     prints what came of them.
 
-    One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>``
-    (mean over the weight's vectors; RMS
-    for ``angular_update`` and ``effective_step_size``) and ``normdyn/<quantity>`` over all
-    scale-invariant vectors:
-
-    ============================== ============================================================
-    =====================
-    quantity                       meaning                                                      unit
-    ============================== ============================================================
-    =====================
-    ``weight_norm``                ‖w‖ at the weight that the gradient was taken at             weight units
-    ``weight_std``                 biased standard deviation (weight-standardized weights)      weight units
-    ``effective_lr``               η/‖w‖ (η/std after weight standardization)                   AWS paper, eq. 12, 13
-    ``direction_lr``               η/‖w‖²: the learning rate of the direction                   van Laarhoven
-    ``angular_update``             angle between the weight before and after one optimizer step radians per step
-    ``effective_step_size``        2 sin(angle/2)                                               chord per step
-    ``gradient_cosine``            cos(w, g): 0 for a scale-invariant weight                    -
-    ``radial_update``              ⟨Δ, ŵ⟩/‖w‖                                                   per step
-    ``equivalent_weight_decay``    the decay that AWS amounts to                                1/(step η)
-    ``equilibrium_angular_update`` RMS angle that optimizer, lr and decay settle at             radians per step
-    ``equilibrium_ratio``          ``angular_update`` / ``equilibrium_angular_update``          -
-    ============================== ============================================================
-    =====================
+    One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>``,
+    averaged over the weight's vectors, and ``normdyn/<quantity>`` over all scale-invariant vectors.
+    `lightning_normdyn.monitor.quantities` is the table of all quantities, with their formulas and
+    averages; `markdown_table` there prints it.
 
     Under SGD the direction follows ``direction_lr``; under Adam-like optimizers it follows
     ``effective_lr``.
@@ -284,10 +238,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        unknown = [q for q in quantities or [] if q not in QUANTITIES]
-        if unknown or quantities == []:
+        known = [quantity.name for quantity in monitored()]
+        if quantities is not None and not (quantities and set(quantities) <= set(known)):
             raise ValueError(
-                f"`quantities` must be None or names out of {list(QUANTITIES)}, got {quantities!r}."
+                f"`quantities` must be None or names out of {known}, got {quantities!r}."
             )
         self.every_n_steps = (
             None
@@ -320,7 +274,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._quantities: dict[int, list[str]] = {}
         self._effects: dict[str, Effects] = {}
         self._length: dict[str, int] = {}
-        self._aws_by_std: dict[int, Tensor] = {}
+        # Alpha of AdaptiveWeightShrink, NaN where it does not act, and where it goes by the std.
+        self._shrinks: dict[int, tuple[Tensor, Tensor]] = {}
         self._needs_exact: dict[int, bool] = {}
         self._log_smallest: dict[int, Tensor] = {}
         self._dead: dict[int, tuple[int, Tensor]] = {}
@@ -365,6 +320,14 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._effects.update(
             {t.name: found for t, found in zip(plan.targets, effects, strict=True)}
         )
+        shrinks = [effect.shrink for effect in effects]
+        alphas = [nan if shrink is None else shrink.alpha for shrink in shrinks]
+        by_std = [shrink is not None and shrink.statistic == "std" for shrink in shrinks]
+        vectors = plan.vectors
+        self._shrinks[plan.index] = (
+            vectors.spread(torch.tensor(alphas, dtype=vectors.sum_dtype, device=vectors.device)),
+            vectors.spread(torch.tensor(by_std, dtype=torch.bool, device=vectors.device)),
+        )
 
     def _prepare(self, plan: Plan) -> None:
         """Which quantities apply to which weights."""
@@ -375,26 +338,18 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             torch.tensor(standardized, device=vectors.device, dtype=torch.bool)
         )
         self._standardized[plan.index] = by_target if any(standardized) else None
-        wanted = [q for q in self.quantities or QUANTITIES if q not in PREDICTED]
-        if self.quantities is None and not any(standardized):
-            wanted.remove("weight_std")
         self._say_unknown_rate(plan)
         self._read_effects(plan)
-        shrinks = [self._effects[t.name].shrink for t in plan.targets]
-        shrunk = any(shrink is not None for shrink in shrinks)
-        if not shrunk and "equivalent_weight_decay" in wanted:
-            wanted.remove("equivalent_weight_decay")
-        by_std = torch.tensor(
-            [shrink is not None and shrink.statistic == "std" for shrink in shrinks],
-            device=vectors.device,
-            dtype=torch.bool,
-        )
-        self._aws_by_std[plan.index] = vectors.spread(by_std)
+        shrunk = any(self._effects[t.name].shrink is not None for t in plan.targets)
+        wanted = to_measure(self.quantities, standardized=any(standardized), shrunk=shrunk)
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the
         # standard deviation beside it: more than
         # sums in float32 can tell. And a replay compares its own norms with those kept.
         self._needs_exact[plan.index] = (
-            shrunk or "weight_std" in wanted or any(standardized) or self.per_vector_history
+            shrunk
+            or any(standardized)
+            or any(QUANTITIES[name].exact for name in wanted)
+            or self.per_vector_history
         )
         # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
@@ -527,15 +482,25 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         vectors = plan.vectors
         before, exact = vectors.snapshots(step.bracket), self._needs_exact[plan.index]
         ss, sd, dd = vectors.displacement(before, exact=exact, norms=sums.get("norms"))
-        wanted = [*self._quantities[plan.index], *INTERNAL]
-        values = self._quantities_of(plan, sums, ss, sd, dd, self.number(step, plan))
+        step_sums = self._step_sums(plan, sums, ss, sd, dd)
+        names = self._quantities[plan.index]
+        values = self._judged(plan, step_sums, self.number(step, plan))
+        for name in names:
+            formula = QUANTITIES[name].formula
+            assert formula is not None
+            values[name] = formula(step_sums)
+        wanted = [*names, *INTERNAL]
         active = plan.active(step)
-        numbers, diverged = [values[q] for q in wanted], values["diverged"]
+        diverged = torch.isfinite(step_sums.ww + step_sums.gg + ss + dd).logical_not_()
         measured = self._pack(
-            numbers, values["size"], diverged, active, self._spare.pop(plan.index, None)
+            [values[name] for name in wanted],
+            step_sums.size,
+            diverged.to(ss.dtype),
+            active,
+            self._spare.pop(plan.index, None),
         )
-        for i, quantity in enumerate(wanted):
-            if quantity in ROOT_MEAN_SQUARE:
+        for i, name in enumerate(names):
+            if QUANTITIES[name].average == "rms":
                 measured[i].square_()
         skipped = (
             measured.new_zeros(1)
@@ -546,16 +511,13 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         now, number = self._session.clock.now, self.number(step, plan)
         due, overdue = self._due_now.pop(plan.index)
         binned = None
-        if self.histograms and can_show_histograms(trainer.loggers):
-            binned = torch.stack([values[q] for q in BINNED])
+        if self.histograms and self._binned(names) and can_show_histograms(trainer.loggers):
+            binned = torch.stack([values[name] for name in self._binned(names)])
             binned = binned if active is None else torch.where(active, binned, float("nan"))
         kept = None
         if self.per_vector_history:
-            norm, std = (
-                norm_from_sums(sums["ww"]),
-                std_from_sums(sums["ww"], sums["w1"], vectors.length),
-            )
-            kept = torch.stack([norm, self._session.combined.applied_decay(plan, step, norm, std)])
+            decay = self._session.combined.applied_decay(plan, step, step_sums.norm, step_sums.std)
+            kept = torch.stack([step_sums.norm, decay])
         # A copy of each group: a schedule may have moved on when this is read.
         copies = {
             id(group): with_plain_numbers({k: v for k, v in group.items() if k != "params"})
@@ -570,7 +532,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             due,
             overdue,
             measured,
-            values["size"],
+            step_sums.size,
             active,
             binned,
             kept,
@@ -613,62 +575,54 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
 
-    def _quantities_of(
-        self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor, number: int
-    ) -> dict[str, Tensor]:
+    @staticmethod
+    def _binned(names: list[str]) -> list[str]:
+        """The measured quantities of which there are histograms."""
+        return [name for name in names if QUANTITIES[name].histogram]
+
+    def _step_sums(
+        self, plan: Plan, sums: dict[str, Tensor], ss: Tensor, sd: Tensor, dd: Tensor
+    ) -> StepSums:
         vectors = plan.vectors
-        norm, standardized, asked = (
-            norm_from_sums(sums["ww"]),
-            self._standardized[plan.index],
-            self._quantities[plan.index],
+        alpha, alpha_of_std = self._shrinks[plan.index]
+        return StepSums(
+            lr=sums["lr"],
+            ww=sums["ww"],
+            wg=sums["wg"],
+            gg=sums["gg"],
+            ss=ss,
+            sd=sd,
+            dd=dd,
+            ones_w=sums.get("w1"),
+            entries=vectors.length,
+            standardized=self._standardized[plan.index],
+            alpha=alpha,
+            alpha_of_std=alpha_of_std,
         )
-        # Whatever needs a standard deviation needs exact sums, too; nothing else looks at it.
-        std = std_from_sums(sums["ww"], sums["w1"], vectors.length) if "w1" in sums else norm
-        size = norm if standardized is None else torch.where(standardized, std, norm)
-        angle = angle_from_sums(ss, sd, dd)
-        # From w_t to here: the shrink to s = f w, then the step from s.
-        shrunk = norm_from_sums(ss) / norm
-        radial = shrunk - 1 + shrunk * sd / ss
+
+    def _judged(self, plan: Plan, sums: StepSums, number: int) -> dict[str, Tensor]:
+        """What predictions and warnings rest on and no logger gets, by name."""
+        radial = sums.radial_change
         last, dead = self._dead[plan.index]
         passed = max(0, min(number - last, VOUCHED))
-        dead = torch.where((sums["gg"] == 0) & (radial < 0), dead + passed, torch.zeros_like(dead))
+        dead = torch.where((sums.gg == 0) & (radial < 0), dead + passed, torch.zeros_like(dead))
         self._dead[plan.index] = (number, dead)
         none, rate, left = (
             torch.zeros_like(dead),
             -torch.log1p(radial),
-            size.log() - self._log_smallest[plan.index],
+            sums.size.log() - self._log_smallest[plan.index],
         )
         is_dead = (dead >= DEAD_AFTER) | (
             (dead >= 3) & (left < DEAD_AFTER * rate)
         )  # or it would be over before we are sure
         self._to_fall[plan.index] = is_dead, left
-        found = {
-            "lr": sums["lr"],
-            "gradient_scale": sums["gg"] * sums["ww"],
-            "dead": is_dead.to(norm.dtype),
+        return {
+            "lr": sums.lr,
+            "gradient_scale": sums.gg * sums.ww,
+            "dead": is_dead.to(sums.norm.dtype),
             "dead_rate": torch.where(is_dead, rate, none),
             "urgency": torch.where(is_dead, urgency(left), none),
-            "size": size,
-            "diverged": torch.isfinite(sums["ww"] + sums["gg"] + ss + dd)
-            .logical_not_()
-            .to(norm.dtype),
-            "weight_norm": norm,
-            "weight_std": std,
-            "effective_lr": effective_lr(sums["lr"], size),
-            "direction_lr": direction_lr(sums["lr"], size),
-            "angular_update": angle,
-            "effective_step_size": effective_step_size(angle),
-            "gradient_cosine": cosine_from_sums(sums["ww"], sums["wg"], sums["gg"]),
-            "radial_update": radial,
         }
-        if "equivalent_weight_decay" in asked:
-            shrinks = [self._effects[t.name].shrink for t in plan.targets]
-            alphas = [float("nan") if shrink is None else shrink.alpha for shrink in shrinks]
-            alpha = vectors.spread(torch.tensor(alphas, dtype=norm.dtype, device=norm.device))
-            found["equivalent_weight_decay"] = equivalent_weight_decay(
-                alpha, torch.where(self._aws_by_std[plan.index], std, norm)
-            )
-        return found
 
     def _vectors_of(self, plan: Plan, kept: Tensor) -> dict[str, Any]:
         """Every vector's norm and applied decay, for ridge plots and for EffectiveLRReplay.
@@ -844,7 +798,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                     continue
                 collapsed += mine[2 * len(kinds) * width + j]
                 concerns.append(partial(self._warn_dead, trainer, result.plan, target, group, sums))
-                if "equilibrium_ratio" in found:
+                if "equilibrium_angular_update" in found:
                     total, count = sums["angular_update"]
                     predicted += found["equilibrium_angular_update"] ** 2 * count
                     measured += total
@@ -867,12 +821,16 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             {
                 f"normdyn/{q}": self._mean(q, t, n)
                 for q, (t, n) in overview.items()
-                if n and q in QUANTITIES
+                if n and q not in INTERNAL
             }
         )
         if number:
-            row["normdyn/equilibrium_angular_update"] = sqrt(predicted / number)
-            row["normdyn/equilibrium_ratio"] = sqrt(measured / predicted)
+            angle = QUANTITIES["angular_update"]
+            row.update(
+                self._from_prediction(
+                    angle.mean(measured, number), angle.mean(predicted, number), "normdyn/"
+                )
+            )
         row["normdyn/optimizer_step"] = float(optimizer_step)
         row["normdyn/skipped_steps"] = float(sent.skipped_steps)
         row["normdyn/collapsed_vectors"] = collapsed
@@ -910,10 +868,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     @staticmethod
     def _histograms(result: _Measured, numbers: list[float]) -> dict[str, Histogram]:
         packed = iter([numbers[i : i + PACKED] for i in range(0, len(numbers), PACKED)])
-        by_quantity = unpack([[next(packed) for _ in result.plan.targets] for _ in BINNED])
+        names = NormDynamicsMonitor._binned(result.quantities)
+        by_quantity = unpack([[next(packed) for _ in result.plan.targets] for _ in names])
         return {
             f"{quantity}_histogram/{target.name}": histogram
-            for quantity, histograms in zip(BINNED, by_quantity, strict=True)
+            for quantity, histograms in zip(names, by_quantity, strict=True)
             for target, histogram in zip(result.plan.targets, histograms, strict=True)
             if histogram is not None
         }
@@ -921,7 +880,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _asked_for(self, key: str) -> bool:
         section, _, name = key.partition("/")
         quantity = name if section == "normdyn" else section
-        return quantity not in QUANTITIES or quantity in (self.quantities or QUANTITIES)
+        known = QUANTITIES.get(quantity)
+        is_optional = known is not None and known.scope == "both"
+        return not is_optional or self.quantities is None or quantity in self.quantities
 
     # -- predictions and warnings
     # --------------------------------------------------------------------------------------
@@ -958,15 +919,23 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 course.latest is not None
                 or predict(optimizer, group, effects, would_be, length) is not None
             ):
-                found["equilibrium_angular_update"] = found["equilibrium_ratio"] = nan
+                found.update(self._from_prediction(nan, nan))
             return True
         prediction = predict(optimizer, group, effects, found, length)
         course.add(step, prediction)
-        if prediction is not None:
-            found["equilibrium_angular_update"] = prediction.angular_update
-            if "angular_update" in found:
-                found["equilibrium_ratio"] = found["angular_update"] / prediction.angular_update
+        if prediction is not None and "angular_update" in found:
+            measured = found["angular_update"]
+            found.update(self._from_prediction(measured, prediction.angular_update))
         return True
+
+    @staticmethod
+    def _from_prediction(measured: float, predicted: float, prefix: str = "") -> dict[str, float]:
+        """The quantities that compare the measured angular update with the predicted one."""
+        return {
+            f"{prefix}{quantity.name}": quantity.prediction(measured, predicted)
+            for quantity in monitored()
+            if quantity.prediction is not None
+        }
 
     def _warn_dead(
         self,
@@ -1114,7 +1083,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     @staticmethod
     def _mean(quantity: str, total: float, count: float) -> float:
-        return sqrt(max(total, 0.0) / count) if quantity in ROOT_MEAN_SQUARE else total / count
+        return total / count if quantity in INTERNAL else QUANTITIES[quantity].mean(total, count)
 
     # -- a fit's beginning and end
     # -------------------------------------------------------------------------------------
@@ -1222,7 +1191,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 self.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
             self._write_history(trainer)
             self._ended = True
-            outcome = Outcome(self.history, layers, self.quantities or QUANTITIES, self._label())
+            quantities = self.quantities or [quantity.name for quantity in monitored()]
+            outcome = Outcome(self.history, layers, quantities, self._label())
             publish_outcome(trainer.loggers, outcome)
 
     def on_save_checkpoint(

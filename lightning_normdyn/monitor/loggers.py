@@ -40,28 +40,16 @@ from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
 from lightning_normdyn.monitor.plots.layers import plot_angular_update, plot_effective_lr
 from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
+from lightning_normdyn.monitor.quantities import QUANTITIES, Place, shown_in
 from lightning_normdyn.storage import Location, exists, join, replacing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from matplotlib.figure import Figure
 
-# What is worth a picture of its own at the end of a fit.
-MAIN = ("effective_lr", "angular_update", "weight_norm", "weight_std")
-CHARTED = (*MAIN, "equilibrium_ratio")
-MAPPED = ("effective_lr", "equilibrium_ratio")
 # W&B draws no more of a custom chart than this.
 MOST_CHART_ROWS = 10_000
 DOTS_PER_INCH = 110
-# What other callbacks of the Trainer may wait for.
-TOLD_TO_CALLBACKS = ("normdyn/angular_update", "normdyn/equilibrium_ratio")
-# By log key, the name in the progress bar and the unit. Rich prints three decimals: milliradians
-# and norms stay readable there, an
-# effective learning rate would be 0.000.
-SHOWN_IN_PROGRESS_BAR = {
-    "normdyn/angular_update": ("normdyn/turn_mrad", 1e3),
-    "normdyn/weight_norm": ("normdyn/weight_norm", 1.0),
-}
 
 
 @dataclass(frozen=True)
@@ -97,22 +85,25 @@ class Outcome:
         return {name: _pixels(figure) for name, figure in self._figures()} if _can_draw() else {}
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
-        recorded = _recorded(self.history)
-        asked = [quantity for quantity in recorded if quantity in self.quantities]
-        for quantity in (q for q in MAIN if q in asked):
+        for quantity in self.shown_in("curves"):
             draw = (
                 plot_angular_update
                 if quantity == "angular_update"
                 else partial(plot_effective_lr, quantity=quantity)
             )
             yield f"{quantity}{self.label}", draw(self.history)[0]
-        for quantity in (q for q in MAPPED if q in asked):
+        for quantity in self.shown_in("map"):
             yield (
                 f"heat_map_{quantity}{self.label}",
                 plot_heatmap(self.history, quantity=quantity)[0],
             )
         if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
             yield f"norm_ridge{self.label}", plot_norm_ridge(self.history)[0]
+
+    def shown_in(self, place: Place) -> list[str]:
+        """The quantities for a place that were asked for and recorded."""
+        recorded = _recorded(self.history)
+        return [q for q in shown_in(place) if q in self.quantities and q in recorded]
 
     def markdown(self) -> str:
         """The layers as a Markdown table."""
@@ -275,13 +266,12 @@ class WandbPublisher(Publisher):
                 columns=[*outcome.layers[0]], data=[[*row.values()] for row in outcome.layers]
             )
             shown[f"normdyn_tables/layers{outcome.label}"] = table
-        for quantity in CHARTED:
-            if quantity in outcome.quantities and quantity in _recorded(outcome.history):
-                xs, ys, names = outcome.chart(quantity)
-                title = f"{quantity} of all layers"
-                shown[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
-                    xs, ys, keys=names, title=title, xname="step"
-                )
+        for quantity in outcome.shown_in("chart"):
+            xs, ys, names = outcome.chart(quantity)
+            title = f"{quantity} of all layers"
+            shown[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
+                xs, ys, keys=names, title=title, xname="step"
+            )
         for name, pixels in outcome.pictures.items():
             shown[f"normdyn_pictures/{name}"] = wandb.Image(pixels)
         self.logger.log_metrics(shown, step=outcome.step)
@@ -457,21 +447,23 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
         row: values by log key.
     """
     told, shown = callback_metrics(trainer), progress_bar_metrics(trainer)
-    for key in TOLD_TO_CALLBACKS:
-        if key in row:
-            told[key] = torch.tensor(row[key], dtype=torch.float32, device="cpu")
-    for key, (shown_as, unit) in SHOWN_IN_PROGRESS_BAR.items():
-        if key in row:
-            shown[shown_as] = unit * row[key]
+    for quantity in QUANTITIES.values():
+        value = row.get(f"normdyn/{quantity.name}")
+        if value is None:
+            continue
+        if quantity.callback_metric:
+            told[f"normdyn/{quantity.name}"] = torch.tensor(
+                value, dtype=torch.float32, device="cpu"
+            )
+        if quantity.progress_bar is not None:
+            shown_as, factor = quantity.progress_bar
+            shown[shown_as] = factor * value
 
 
 def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
     """What of a row `publish_to_trainer` publishes."""
-    return {
-        key: row[key]
-        for key in dict.fromkeys([*TOLD_TO_CALLBACKS, *SHOWN_IN_PROGRESS_BAR])
-        if key in row
-    }
+    told = [q.name for q in QUANTITIES.values() if q.callback_metric or q.progress_bar is not None]
+    return {key: row[key] for key in (f"normdyn/{name}" for name in told) if key in row}
 
 
 def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str = "") -> None:

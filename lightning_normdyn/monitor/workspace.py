@@ -1,51 +1,26 @@
-"""A W&B workspace for weight dynamics: one panel per quantity with all layers, chosen by pattern.
+"""A W&B workspace for weight dynamics: one panel per quantity of the table, with all layers, chosen
+by pattern.
 
 An optional extra: ``pip install 'lightning-normdyn[workspace]'``.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.quantities import (
+    QUANTITIES,
+    Quantity,
+    drawn_with,
+    monitored,
+    shown_in,
+)
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 
-class _Panel(NamedTuple):
-    title: str
-    pattern: str
-    logarithmic: bool
-
-
-# A prediction stands in the panel of what it predicts.
-_LAYERS = (
-    _Panel("Effective learning rate, η/‖w‖", "^effective_lr/", True),
-    _Panel("Learning rate of the direction, η/‖w‖²", "^direction_lr/", True),
-    _Panel(
-        "Angular update and prediction (radians per step)", "^(equilibrium_)?angular_update/", True
-    ),
-    _Panel("Angular update over its prediction", "^equilibrium_ratio/", True),
-    _Panel("Weight norm", "^weight_norm/", True),
-    _Panel("Weight standard deviation", "^weight_std/", True),
-    _Panel("Effective step size (chord per step)", "^effective_step_size/", True),
-    _Panel("Equivalent weight decay of AWS", "^equivalent_weight_decay/", True),
-    _Panel("Gradient-weight cosine", "^gradient_cosine/", False),
-    _Panel("Radial update (per step)", "^radial_update/", False),
-)
-_OVERVIEW = (
-    _Panel("Effective learning rate", "^normdyn/effective_lr$", True),
-    _Panel("Learning rate of the direction", "^normdyn/direction_lr$", True),
-    _Panel("Angular update and prediction", "^normdyn/(equilibrium_)?angular_update$", True),
-    _Panel("Angular update over its prediction", "^normdyn/equilibrium_ratio$", True),
-    _Panel("Weight norm", "^normdyn/weight_norm$", True),
-    _Panel(
-        "Skipped, clamped, collapsed",
-        "^normdyn/(skipped_steps|clamped_vectors|collapsed_vectors)$",
-        False,
-    ),
-)
 X_AXIS = "trainer/global_step"
 
 
@@ -80,25 +55,42 @@ def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics")
             f"'lightning-normdyn[workspace]'`."
         ) from error
     wide = ws.SectionLayoutSettings(columns=1, rows=1)
-    layers = [
-        ws.Section(name=panel.title, panels=[_line_plot(panel)], is_open=True, layout_settings=wide)
-        for panel in _LAYERS
-    ]
-    overview = ws.Section(
-        name="Overview", panels=[_line_plot(panel) for panel in _OVERVIEW], is_open=True
-    )
+    # A prediction stands in the panel of what it predicts, so it has no section of its own.
+    sections = []
+    for quantity in monitored():
+        if not quantity.drawn_with:
+            panel = _panel(quantity, "^({})/")
+            section = ws.Section(
+                name=quantity.title, panels=[panel], is_open=True, layout_settings=wide
+            )
+            sections.append(section)
+    compared = [_panel(QUANTITIES[name], "^normdyn/({})$") for name in shown_in("comparison")]
+    overview = ws.Section(name="Overview", panels=compared, is_open=True)
     return ws.Workspace(
         entity=entity,
         project=project,
         name=name,
-        sections=[overview, *layers],
+        sections=[overview, *sections],
         settings=ws.WorkspaceSettings(x_axis=X_AXIS),
     )
 
 
-def _line_plot(panel: _Panel) -> Any:
+def _panel(quantity: Quantity, pattern: str) -> Any:
+    """The curves of a quantity and of those that are drawn with it.
+
+    Args:
+        quantity: whose title and axis the panel has.
+        pattern: of the log keys, with ``{}`` for the names.
+    """
     from wandb_workspaces.reports.v2.interface import LinePlot
 
+    names = drawn_with(quantity.name)
+    titles = [QUANTITIES[name].title for name in names]
     return LinePlot(
-        title=panel.title, x=X_AXIS, y=[], metric_regex=panel.pattern, log_y=panel.logarithmic
+        title=", ".join(titles),
+        title_y=quantity.axis,
+        x=X_AXIS,
+        y=[],
+        metric_regex=pattern.format("|".join(names)),
+        log_y=quantity.scale != "linear",
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.labels import elide, in_legend, plain_text
+from lightning_normdyn.monitor.quantities import QUANTITIES, Quantity
 from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
@@ -26,41 +27,6 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 """Colours for runs: Okabe and Ito's palette, without the yellow that vanishes on white."""
 
 
-class _Quantity(NamedTuple):
-    title: str
-    axis: str
-    scale: str
-    """``"log"``, ``"linear"``, or ``"ratio"``: logarithmic around 1."""
-
-
-_QUANTITIES = {
-    "weight_norm": _Quantity("Weight norm", r"$\Vert w\Vert$  (weight units)", "log"),
-    "weight_std": _Quantity("Weight standard deviation", r"std$(w)$  (weight units)", "log"),
-    "effective_lr": _Quantity("Effective learning rate", r"$\eta/\Vert w\Vert$", "log"),
-    "direction_lr": _Quantity("Learning rate of the direction", r"$\eta/\Vert w\Vert^2$", "log"),
-    "angular_update": _Quantity("Angular update", "angle  (radians per step)", "log"),
-    "effective_step_size": _Quantity("Effective step size", "chord  (per step)", "log"),
-    "gradient_cosine": _Quantity("Gradient-weight cosine", r"cos$(w, g)$", "linear"),
-    "radial_update": _Quantity(
-        "Radial update", r"$\Delta$ along $w$, over $\Vert w\Vert$  (per step)", "linear"
-    ),
-    "equivalent_weight_decay": _Quantity("Equivalent weight decay", r"$\alpha\Vert w\Vert$", "log"),
-    "equilibrium_angular_update": _Quantity(
-        "Predicted angular update", "angle  (radians per step)", "log"
-    ),
-    "equilibrium_ratio": _Quantity("Angular update over its prediction", "ratio", "ratio"),
-    "input_span_energy": _Quantity("Weight energy inside the input span", "share", "linear"),
-    "input_span_noise": _Quantity("Weight noise outside the input span", "share", "linear"),
-    "input_span_rank": _Quantity("Rank of the inputs", "directions", "log"),
-    "ggd_shape_input": _Quantity(
-        "Shape of the weights in input space", r"$\beta$  (2: Gaussian, 1: Laplace)", "log"
-    ),
-    "ggd_shape_parameter": _Quantity(
-        "Shape of the weights as they are", r"$\beta$  (2: Gaussian, 1: Laplace)", "log"
-    ),
-}
-
-
 EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 1)))}
 
 
@@ -71,11 +37,13 @@ _MOST_EVENT_LINES = 40
 """More lines of one kind would hide the curves; they become ticks at the upper edge."""
 
 
-def drawn_as(quantity: str) -> _Quantity:
-    """Title, axis and scale of a quantity; of one without an entry, its own name."""
-    return _QUANTITIES.get(
-        quantity, _Quantity(plain_text(elide(quantity, 40)), plain_text(elide(quantity, 40)), "log")
-    )
+def drawn_as(quantity: str) -> Quantity:
+    """Title, axis and scale of a quantity; one that is not in the table has its own name as its
+    title."""
+    if quantity in QUANTITIES:
+        return QUANTITIES[quantity]
+    label = plain_text(elide(quantity, 40))
+    return Quantity(quantity, title=label, meaning="", symbol=label)
 
 
 def axes_or_new(ax: Axes | None, height: float = 4.2) -> tuple[Figure, Axes]:

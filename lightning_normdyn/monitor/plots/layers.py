@@ -29,6 +29,7 @@ from lightning_normdyn.monitor.plots.curves import (
     recorded_curves,
 )
 from lightning_normdyn.monitor.plots.labels import in_legend, layer_labels
+from lightning_normdyn.monitor.quantities import drawn_with
 from lightning_normdyn.monitor.records import Floats, Ints
 
 if TYPE_CHECKING:
@@ -192,13 +193,10 @@ def shared_limits(histories: Sequence[History], quantity: str) -> tuple[float, f
         >>> shared_limits(runs, "weight_norm")
         (2.0, 8.0)
     """
-    wanted = (
-        [quantity, "equilibrium_angular_update"] if quantity == "angular_update" else [quantity]
-    )
     curves = [
         history.column(f"{each}/{name}")[1]
         for history in histories
-        for each in wanted
+        for each in drawn_with(quantity)
         for name in layer_names(history, each)
     ]
     values = np.concatenate(curves) if curves else np.zeros(0, dtype=np.float32)

@@ -11,6 +11,7 @@ from lightning_normdyn.monitor.plots.axes import figure_of, new_figure
 from lightning_normdyn.monitor.plots.curves import curves_of, layer_names
 from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
 from lightning_normdyn.monitor.plots.layers import plot_angular_update, plot_effective_lr
+from lightning_normdyn.monitor.quantities import shown_in
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,18 +33,11 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
     Raises:
         NormDynError: where none of them was recorded.
     """
-    panels = [
-        quantity
-        for quantity in ("effective_lr", "angular_update", "weight_norm", "weight_std")
-        if layer_names(history, quantity)
-    ]
-    if len(panels) == 4:
+    panels = [quantity for quantity in shown_in("curves") if layer_names(history, quantity)]
+    if len(panels) > 3 and "weight_std" in panels:  # leave room for the map
         panels.remove("weight_std")
-    maps = [
-        quantity
-        for quantity in ("equilibrium_ratio", "effective_lr")
-        if layer_names(history, quantity)
-    ][:1]
+    # One map. The last in the table, the ratio to the prediction, tells most where it is known.
+    maps = [quantity for quantity in shown_in("map") if layer_names(history, quantity)][-1:]
     if not panels and not maps:
         curves_of(history, "effective_lr")
     count = len(panels) + len(maps)

@@ -9,17 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_normdyn.monitor.history import History
-
-LAYER_QUANTITIES = (
-    "weight_norm",
-    "weight_std",
-    "effective_lr",
-    "direction_lr",
-    "angular_update",
-    "equilibrium_ratio",
-    "gradient_cosine",
-)
-
+from lightning_normdyn.monitor.quantities import monitored
 
 _MOST_STEPS = 2**53
 
@@ -60,8 +50,9 @@ def summaries(label: str, history: History) -> list[LayerSummary]:
     """One row per layer of a run, in the order of the network."""
     targets = history.meta.get("targets")
     keys = history.keys()
+    of_layers = {quantity.name for quantity in monitored()}
     names = dict.fromkeys(
-        key.split("/", 1)[1] for key in keys if key.split("/")[0] in LAYER_QUANTITIES and "/" in key
+        key.split("/", 1)[1] for key in keys if key.split("/")[0] in of_layers and "/" in key
     )
 
     def values(quantity: str, name: str) -> list[float]:

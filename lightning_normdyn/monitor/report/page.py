@@ -27,11 +27,10 @@ from lightning_normdyn.monitor.plots.layers import (
     shared_limits,
 )
 from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
-from lightning_normdyn.monitor.report.layers import LAYER_QUANTITIES, LayerSummary, summaries
-from lightning_normdyn.monitor.report.pictures import DRAWN, MAPPED, has_curve, picture
+from lightning_normdyn.monitor.quantities import monitored, shown_in
+from lightning_normdyn.monitor.report.layers import LayerSummary, summaries
+from lightning_normdyn.monitor.report.pictures import has_curve, picture
 from lightning_normdyn.storage import replacing
-
-_COMPARED = ("effective_lr", "direction_lr", "angular_update", "equilibrium_ratio", "weight_norm")
 
 
 def write_report(
@@ -82,7 +81,8 @@ def write_report(
     )
     parts.append(_table(side_by_side, with_run=len(runs) > 1))
     limits = {
-        quantity: shared_limits(list(runs.values()), quantity) for quantity in (*DRAWN, *MAPPED)
+        quantity: shared_limits(list(runs.values()), quantity)
+        for quantity in (*shown_in("curves"), *shown_in("report map"))
     }
     sections = []
     for label, history in runs.items():
@@ -103,7 +103,7 @@ def write_report(
 
 def _comparison(runs: Mapping[str, History], say: Callable[[str], None]) -> str:
     pictures = []
-    for quantity in _COMPARED:
+    for quantity in shown_in("comparison"):
         having = {label: history for label, history in runs.items() if has_curve(history, quantity)}
         if len(having) > 1:
             say(f"comparing {quantity}")
@@ -118,7 +118,7 @@ def _comparison(runs: Mapping[str, History], say: Callable[[str], None]) -> str:
 
 def _section(label: str, history: History, limits: Mapping[str, tuple[float, float] | None]) -> str:
     pictures = []
-    for quantity in DRAWN:
+    for quantity in shown_in("curves"):
         if has_curve(history, quantity):
             draw = (
                 plot_angular_update
@@ -127,7 +127,7 @@ def _section(label: str, history: History, limits: Mapping[str, tuple[float, flo
             )
             fig, _ = draw(history, limits=limits[quantity])
             pictures.append(picture(fig, f"{quantity} of {label}"))
-    for quantity in MAPPED:
+    for quantity in shown_in("report map"):
         if has_curve(history, quantity):
             fig, _ = plot_heatmap(history, quantity=quantity, limits=limits[quantity])
             pictures.append(picture(fig, f"{quantity} of {label}, layer by step"))
@@ -144,11 +144,8 @@ def _section(label: str, history: History, limits: Mapping[str, tuple[float, flo
     facts = f"{len(history)} records from step {first['step']} to {last['step']}."
     if last["optimizer_step"] != last["step"]:  # logs other than a history do not know it
         facts += f" {last['optimizer_step']} optimizer steps."
-    others = {
-        key: value
-        for key, value in last.items()
-        if key.split("/")[0] not in LAYER_QUANTITIES and not key.startswith("equilibrium_")
-    }
+    drawn = {quantity.name for quantity in monitored() if quantity.places or quantity.drawn_with}
+    others = {key: value for key, value in last.items() if key.split("/")[0] not in drawn}
     about = {
         "last record": {
             key: value for key, value in others.items() if key not in ("step", "optimizer_step")

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-DRAWN = ("effective_lr", "angular_update", "weight_norm", "weight_std")
-
-
-MAPPED = ("effective_lr", "angular_update", "equilibrium_ratio")
-
-
 def has_curve(history: History, *quantities: str) -> bool:
     """Whether any layer has a curve of one of these quantities."""
     return any(

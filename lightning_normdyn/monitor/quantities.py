@@ -1,0 +1,348 @@
+"""THE table of what is logged: each quantity's formula, average, unit, title and axis, and where it
+is shown.
+
+Monitor, loggers, plots, report, workspace and README's table are made from `QUANTITIES`, and ask it
+at every use. A new quantity is one entry here, with its formula over `StepSums`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_normdyn.functional import (
+    cosine_from_sums,
+    direction_lr,
+    effective_lr,
+    effective_step_size,
+    equivalent_weight_decay,
+)
+from lightning_normdyn.monitor.step_sums import StepSums
+
+Place = Literal["curves", "chart", "map", "report map", "comparison"]
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """One row of the table.
+
+    Args:
+        name: in log keys: ``<name>/<parameter name>`` and ``normdyn/<name>``.
+        title: of its picture or panel.
+        meaning: for tables in the documentation.
+        symbol: of its axis.
+        unit: of its axis; empty for a plain number.
+        scale: of its axis: ``"log"``, ``"linear"``, or ``"ratio"``, logarithmic around 1.
+        average: over vectors: ``"rms"`` for what predictions compare as root mean square.
+        formula: from the sums of a step to ``(n,)``; None for what is not measured by NormDynamicsMonitor.
+        prediction: from the measured and the predicted angular update to this quantity, of one
+            weight or over all; None for what needs no prediction.
+        scope: ``"both"``: a curve for each weight, and the overview over all scale-invariant
+            vectors; ``"weight"`` or ``"overview"``: one of them.
+        measured: ``"always"``; ``"standardized"``: where a weight is standardized, or by name;
+            ``"shrunk"``: where AdaptiveWeightShrink acts; ``"by name"``: only if the user names it.
+        exact: whether its formula needs ⟨1, w⟩, and sums without the rounding of float32.
+        places: ``"curves"``: one picture with the curves of all weights (loggers, report, overview);
+            ``"chart"``: a W&B chart; ``"map"``: a heat map, weight by step (loggers, overview);
+            ``"report map"``: one in the report; ``"comparison"``: where runs are compared.
+        drawn_with: the quantity in whose picture and panel this one is drawn.
+        histogram: whether it is worth a histogram over vectors.
+        callback_metric: whether EarlyStopping and ModelCheckpoint can see its overview.
+        progress_bar: name and factor of its overview in the progress bar. Rich prints three
+            decimals: an angle must be in milliradians, and an effective learning rate would be 0.
+    """
+
+    name: str
+    title: str
+    meaning: str
+    symbol: str
+    unit: str = ""
+    scale: Literal["log", "linear", "ratio"] = "log"
+    average: Literal["mean", "rms"] = "mean"
+    formula: Callable[[StepSums], Tensor] | None = None
+    prediction: Callable[[float, float], float] | None = None
+    scope: Literal["both", "weight", "overview"] = "both"
+    measured: Literal["always", "standardized", "shrunk", "by name"] = "always"
+    exact: bool = False
+    places: frozenset[Place] = frozenset()
+    drawn_with: str = ""
+    histogram: bool = False
+    callback_metric: bool = False
+    progress_bar: tuple[str, float] | None = None
+
+    @property
+    def axis(self) -> str:
+        """The label of its axis."""
+        return f"{self.symbol}  ({self.unit})" if self.unit else self.symbol
+
+    def mean(self, total: float, count: float) -> float:
+        """The average of ``count`` values whose sum is ``total``; the sum of squares for RMS.
+
+        Example:
+            >>> QUANTITIES["angular_update"].mean(8.0, 2), QUANTITIES["weight_norm"].mean(8.0, 2)
+            (2.0, 4.0)
+        """
+        if self.average == "rms":
+            return sqrt(max(total, 0.0) / count)
+        return total / count
+
+
+# In the order in which pictures, panels and tables show them: what is read first comes first.
+_TABLE = (
+    Quantity(
+        "effective_lr",
+        title="Effective learning rate",
+        meaning="lr/‖w‖ (lr/std after weight standardization): read this one under Adam-like "
+        "optimizers",
+        symbol="η/‖w‖",
+        formula=lambda step: effective_lr(step.lr, step.size),
+        places=frozenset({"curves", "chart", "map", "report map", "comparison"}),
+    ),
+    Quantity(
+        "direction_lr",
+        title="Learning rate of the direction",
+        meaning="lr/‖w‖²: the learning rate of the direction; read this one under SGD",
+        symbol="η/‖w‖²",
+        formula=lambda step: direction_lr(step.lr, step.size),
+        places=frozenset({"comparison"}),
+    ),
+    Quantity(
+        "angular_update",
+        title="Angular update",
+        meaning="angle between the weight before and after one optimizer step",
+        symbol="angle",
+        unit="radians per step",
+        average="rms",
+        formula=lambda step: step.angle,
+        places=frozenset({"curves", "chart", "report map", "comparison"}),
+        histogram=True,
+        callback_metric=True,
+        progress_bar=("normdyn/turn_mrad", 1e3),
+    ),
+    Quantity(
+        "equilibrium_angular_update",
+        title="Predicted angular update",
+        meaning="the RMS angle that optimizer, lr and decay settle at; none where it is not known",
+        symbol="angle",
+        unit="radians per step",
+        average="rms",
+        prediction=lambda measured, predicted: predicted,
+        drawn_with="angular_update",
+    ),
+    Quantity(
+        "equilibrium_ratio",
+        title="Angular update over its prediction",
+        meaning="measured / predicted angle",
+        symbol="ratio",
+        scale="ratio",
+        prediction=lambda measured, predicted: measured / predicted,
+        places=frozenset({"chart", "map", "report map", "comparison"}),
+        callback_metric=True,
+    ),
+    Quantity(
+        "weight_norm",
+        title="Weight norm",
+        meaning="‖w‖, at the weight that the gradient was taken at",
+        symbol="‖w‖",
+        unit="weight units",
+        formula=lambda step: step.norm,
+        places=frozenset({"curves", "chart", "comparison"}),
+        histogram=True,
+        progress_bar=("normdyn/weight_norm", 1.0),
+    ),
+    Quantity(
+        "weight_std",
+        title="Weight standard deviation",
+        meaning="biased standard deviation; for weight-standardized weights",
+        symbol="std(w)",
+        unit="weight units",
+        formula=lambda step: step.std,
+        measured="standardized",
+        exact=True,
+        places=frozenset({"curves", "chart"}),
+    ),
+    Quantity(
+        "effective_step_size",
+        title="Effective step size",
+        meaning="2 sin(angle/2)",
+        symbol="chord",
+        unit="per step",
+        average="rms",
+        formula=lambda step: effective_step_size(step.angle),
+    ),
+    Quantity(
+        "equivalent_weight_decay",
+        title="Equivalent weight decay of AWS",
+        meaning="the decay that AWS amounts to now",
+        symbol="α‖w‖",
+        unit="per step and lr",
+        formula=lambda step: equivalent_weight_decay(step.alpha, step.shrunk_size),
+        measured="shrunk",
+    ),
+    Quantity(
+        "gradient_cosine",
+        title="Gradient-weight cosine",
+        meaning="cos(w, g): 0 for a scale-invariant weight",
+        symbol="cos(w, g)",
+        scale="linear",
+        formula=lambda step: cosine_from_sums(step.ww, step.wg, step.gg),
+    ),
+    Quantity(
+        "radial_update",
+        title="Radial update",
+        meaning="⟨Δ, ŵ⟩/‖w‖: growth of the norm",
+        symbol="Δ along w, over ‖w‖",
+        unit="per step",
+        scale="linear",
+        formula=lambda step: step.radial_change,
+    ),
+    # Counts of the run.
+    Quantity(
+        "optimizer_step",
+        title="Optimizer steps",
+        meaning="optimizer steps that really happened",
+        symbol="steps",
+        scope="overview",
+    ),
+    Quantity(
+        "skipped_steps",
+        title="Skipped steps",
+        meaning="steps that a gradient scaler skipped",
+        symbol="steps",
+        scale="linear",
+        scope="overview",
+        places=frozenset({"comparison"}),
+    ),
+    Quantity(
+        "clamped_vectors",
+        title="Clamped vectors",
+        meaning="vectors whose shrink factor AWS had to clamp, over all steps",
+        symbol="vectors",
+        scale="linear",
+        scope="overview",
+        drawn_with="skipped_steps",
+    ),
+    Quantity(
+        "collapsed_vectors",
+        title="Collapsed vectors",
+        meaning="vectors a thousand times shorter than the mean of their weight",
+        symbol="vectors",
+        scale="linear",
+        scope="overview",
+        drawn_with="skipped_steps",
+    ),
+    # Of InputSpanMonitor.
+    Quantity(
+        "input_span_energy",
+        title="Weight energy inside the input span",
+        meaning="share of a weight vector's squared norm inside the span of its inputs",
+        symbol="share",
+        scale="linear",
+        scope="weight",
+    ),
+    Quantity(
+        "input_span_noise",
+        title="Weight noise outside the input span",
+        meaning="the rest: what the data cannot see",
+        symbol="share",
+        scale="linear",
+        scope="weight",
+    ),
+    Quantity(
+        "input_span_rank",
+        title="Rank of the inputs",
+        meaning="directions in the span",
+        symbol="directions",
+        scope="weight",
+    ),
+    Quantity(
+        "ggd_shape_input",
+        title="Shape of the weights in input space",
+        meaning="generalized-Gaussian shape of the weights in the eigenbasis of their inputs",
+        symbol="β  (2: Gaussian, 1: Laplace)",
+        scope="weight",
+    ),
+    Quantity(
+        "ggd_shape_parameter",
+        title="Shape of the weights as they are",
+        meaning="generalized-Gaussian shape of the weights",
+        symbol="β  (2: Gaussian, 1: Laplace)",
+        scope="weight",
+    ),
+)
+QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _TABLE}
+
+
+def monitored() -> list[Quantity]:
+    """What NormDynamicsMonitor logs for each weight: all that its argument ``quantities`` may
+    name."""
+    return [quantity for quantity in QUANTITIES.values() if quantity.scope == "both"]
+
+
+def shown_in(place: Place) -> list[str]:
+    """Names of the quantities that have a picture of their own in a place, in the table's order."""
+    return [quantity.name for quantity in QUANTITIES.values() if place in quantity.places]
+
+
+def drawn_with(name: str) -> list[str]:
+    """A quantity and those that are drawn in its picture.
+
+    Example:
+        >>> drawn_with("angular_update")
+        ['angular_update', 'equilibrium_angular_update']
+    """
+    return [name, *(q.name for q in QUANTITIES.values() if q.drawn_with == name)]
+
+
+def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool) -> list[str]:
+    """The quantities with a formula that the weights of one optimizer need.
+
+    Args:
+        names: what the user named; None: what applies.
+        standardized: whether a weight is standardized.
+        shrunk: whether AdaptiveWeightShrink acts on one.
+
+    Example:
+        >>> to_measure(["weight_std", "equilibrium_ratio"], standardized=False, shrunk=False)
+        ['weight_std']
+    """
+    applies = {"always": True, "standardized": standardized, "shrunk": shrunk, "by name": False}
+    chosen = []
+    for quantity in monitored():
+        wanted = applies[quantity.measured] if names is None else quantity.name in names
+        if quantity.measured == "shrunk" and not shrunk:
+            wanted = False  # of a shrink that does not exist there is no strength
+        if wanted and quantity.formula is not None:
+            chosen.append(quantity.name)
+    return chosen
+
+
+def markdown_table(quantities: Iterable[Quantity] | None = None) -> str:
+    """Key, meaning and unit as a Markdown table: README's, and that of the documentation.
+
+    Args:
+        quantities: the rows; None: all that NormDynamicsMonitor logs.
+    """
+    if quantities is None:
+        quantities = [quantity for quantity in QUANTITIES.values() if quantity.scope != "weight"]
+    lines = ["| key | meaning | unit |", "|---|---|---|"]
+    for quantity in quantities:
+        key = f"normdyn/{quantity.name}" if quantity.scope == "overview" else quantity.name
+        lines.append(f"| `{key}` | {quantity.meaning} | {quantity.unit} |")
+    return "\n".join(lines) + "\n"
+
+
+__all__ = [
+    "QUANTITIES",
+    "Place",
+    "Quantity",
+    "drawn_with",
+    "markdown_table",
+    "monitored",
+    "shown_in",
+    "to_measure",
+]

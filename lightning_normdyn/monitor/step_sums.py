@@ -1,0 +1,90 @@
+"""What is summed over every weight vector around one optimizer step: all that the formulas of the
+monitor's quantities may use.
+
+Legend: ``n`` weight vectors; w the weight that the gradient g was taken at; s the weight just
+before the step, which differs from w only where AdaptiveWeightShrink shrank it; d the step from s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lightning_normdyn.functional import angle_from_sums, norm_from_sums, std_from_sums
+
+
+@dataclass
+class StepSums:
+    """The sums of one step and what several formulas derive from them, each worked out at most once
+    and only if a formula asks for it. Every tensor has the shape ``(n,)``.
+
+    Args:
+        lr: the learning rate that the step applies.
+        ww: ⟨w, w⟩.
+        wg: ⟨w, g⟩.
+        gg: ⟨g, g⟩.
+        ss: ⟨s, s⟩.
+        sd: ⟨s, d⟩.
+        dd: ⟨d, d⟩.
+        ones_w: ⟨1, w⟩; None unless a quantity with ``exact`` or AdaptiveWeightShrink needs it.
+        entries: numbers in each vector.
+        standardized: where the network standardizes the weight; None where it does so nowhere.
+        alpha: of AdaptiveWeightShrink; NaN where it does not act.
+        alpha_of_std: where AdaptiveWeightShrink goes by the standard deviation.
+    """
+
+    lr: Tensor
+    ww: Tensor
+    wg: Tensor
+    gg: Tensor
+    ss: Tensor
+    sd: Tensor
+    dd: Tensor
+    ones_w: Tensor | None
+    entries: Tensor
+    standardized: Tensor | None
+    alpha: Tensor
+    alpha_of_std: Tensor
+
+    @cached_property
+    def norm(self) -> Tensor:
+        """‖w‖."""
+        return norm_from_sums(self.ww)
+
+    @cached_property
+    def std(self) -> Tensor:
+        """The biased standard deviation of w; the norm where nothing needs a standard deviation."""
+        if self.ones_w is None:
+            return self.norm
+        return std_from_sums(self.ww, self.ones_w, self.entries)
+
+    @cached_property
+    def size(self) -> Tensor:
+        """What the effective learning rate divides by: a standardized weight's deviation, else its
+        norm."""
+        if self.standardized is None:
+            return self.norm
+        return torch.where(self.standardized, self.std, self.norm)
+
+    @cached_property
+    def shrunk_size(self) -> Tensor:
+        """What AdaptiveWeightShrink multiplies with alpha."""
+        return torch.where(self.alpha_of_std, self.std, self.norm)
+
+    @cached_property
+    def angle(self) -> Tensor:
+        """The angle of the step. A shrink turns nothing, so s serves in the place of w."""
+        return angle_from_sums(self.ss, self.sd, self.dd)
+
+    @cached_property
+    def radial_change(self) -> Tensor:
+        """The change of w along itself, relative to its norm: the shrink to s = f w, then the step
+        from s."""
+        factor = norm_from_sums(self.ss) / self.norm
+        return factor - 1 + factor * self.sd / self.ss
+
+
+__all__ = ["StepSums"]
