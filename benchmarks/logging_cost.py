@@ -30,17 +30,13 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.monitor.loggers import publish_row
+from lightning_normdyn.monitor.quantities import monitored
 
 LAYERS = 54
 QUANTITIES = [
-    "weight_norm",
-    "effective_lr",
-    "direction_lr",
-    "angular_update",
-    "effective_step_size",
-    "gradient_cosine",
-    "radial_update",
-    "equilibrium_ratio",
+    quantity.name
+    for quantity in monitored()
+    if quantity.measured == "always" and not quantity.drawn_with
 ]
 NUMBERS = {f"{quantity}/layer{i}.weight": 0.1 for quantity in QUANTITIES for i in range(LAYERS)}
 

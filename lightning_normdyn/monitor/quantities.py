@@ -336,9 +336,9 @@ def markdown_table(quantities: Iterable[Quantity] | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-__all__ = [
-    "QUANTITIES",
+__all__ = [  # noqa: RUF022
     "Place",
+    "QUANTITIES",
     "Quantity",
     "drawn_with",
     "markdown_table",

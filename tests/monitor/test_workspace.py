@@ -9,26 +9,13 @@ import sys
 import pytest
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.workspace import wandb_workspace
 
 # wandb-workspaces declares its models in the old way of pydantic.
 pytestmark = pytest.mark.filterwarnings("ignore:Pydantic V1 style")
 
 NAMES = ("conv1.weight", "layer1.0.conv1.weight", "blocks.0.attn.qkv.weight")
-QUANTITIES = (
-    "weight_norm",
-    "weight_std",
-    "effective_lr",
-    "direction_lr",
-    "angular_update",
-    "effective_step_size",
-    "gradient_cosine",
-    "radial_update",
-    "equivalent_weight_decay",
-    "equilibrium_angular_update",
-    "equilibrium_ratio",
-)
-SIGNED = ("gradient_cosine", "radial_update")
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +49,15 @@ def test_panels_select_by_pattern_on_the_axis_that_lightning_logs(spec):
     assert spec["spec"]["section"]["settings"]["xAxis"] == "trainer/global_step"
 
 
-@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("quantity", monitored(), ids=lambda quantity: quantity.name)
 def test_each_quantity_has_one_panel_with_all_layers(spec, quantity):
-    keys = [f"{quantity}/{name}" for name in NAMES]
+    keys = [f"{quantity.name}/{name}" for name in NAMES]
     matching = [
         panel for panel in panels(spec) if any(re.search(panel["metricRegex"], key) for key in keys)
     ]
     assert len(matching) == 1
     assert all(re.search(matching[0]["metricRegex"], key) for key in keys)
-    assert matching[0]["yLogScale"] is (quantity not in SIGNED)
+    assert matching[0]["yLogScale"] is (quantity.scale != "linear")
 
 
 def test_a_prediction_stands_beside_what_it_predicts(spec):
