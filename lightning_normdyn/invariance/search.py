@@ -31,6 +31,7 @@ from lightning_normdyn.invariance.partitions import filter_partition
 from lightning_normdyn.invariance.rows import Rows, distinct
 from lightning_normdyn.invariance.verdict import Verdict, unmasked
 from lightning_normdyn.invariance.visibility import in_backward, visible_graph
+from lightning_normdyn.invariance.written_weights import WrittenWeights
 
 
 class ScaleInvarianceSearch:
@@ -77,10 +78,7 @@ class ScaleInvarianceSearch:
         self._earlier: dict[str, Verdict] = {}  # of an earlier fit: what is found adds to them
         self._edges: dict[Edge, str] = {}
         self._spans = ModuleSpans()
-        self._versions: dict[nn.Module, dict[str, tuple[Tensor, int]]] = {}
-        self._rewritten: dict[
-            str, str
-        ] = {}  # weights that a forward pass writes in place, and whose
+        self._written = WrittenWeights(module)
         self._stack: ExitStack | None = None
 
     def _look_parameters_up(self) -> None:
@@ -105,9 +103,9 @@ class ScaleInvarianceSearch:
                 self._hidden,
                 self._shapes,
                 self._earlier,
-                self._rewritten,
             ):
                 known.pop(name, None)
+            self._written.forget(name)
         self._look_parameters_up()
         self._normalizations = Normalizations(self._module)
         self.masks = MaskMemory(self._module)
@@ -147,6 +145,7 @@ class ScaleInvarianceSearch:
                 stack.callback(module.register_forward_hook(self._leaving).remove)
             self._stack = stack.pop_all()
         self.masks.begin()
+        self._written.start(self._slots)
 
     def take_up(self, verdicts: Mapping[str, Verdict]) -> None:
         """Go on from what an earlier fit found, under the normalizations as they are switched
@@ -166,7 +165,8 @@ class ScaleInvarianceSearch:
             stack.close()
 
     def _forget(self) -> None:
-        self._edges, self._spans, self._versions = {}, ModuleSpans(), {}
+        self._edges, self._spans = {}, ModuleSpans()
+        self._written.stop()
 
     def _entering(
         self, name: str, below: list[tuple[nn.Module, str, str]]
@@ -178,7 +178,7 @@ class ScaleInvarianceSearch:
                 below
             )  # also those below: a module may read the weights of a child it never calls
             self._spans.enter(module, name)
-            self._versions[module] = self._versions_of(module)
+            self._written.enter(module, self._slots)
 
         return hook
 
@@ -186,27 +186,7 @@ class ScaleInvarianceSearch:
         if in_backward():
             return
         self._spans.leave(module)
-        before = self._versions.pop(module, {})
-        for name, (parameter, version) in self._versions_of(module).items():
-            if name in before and before[name][0] is parameter and before[name][1] != version:
-                self._rewritten[name] = type(module).__name__
-
-    def _versions_of(self, module: nn.Module) -> dict[str, tuple[Tensor, int]]:
-        """The module's own weights, and how often each was written in place so far.
-
-        Not the root's: a whole training step may run inside its forward, and an optimizer writes,
-        too.
-        """
-        if module is self._module:
-            return {}
-        slots = [(name, module._parameters.get(key)) for key, name in self._slots.get(module, ())]
-        # Views and emptied parameters are written by strategies that gather the weights.
-        plain = [
-            (name, p)
-            for name, p in slots
-            if p is not None and not is_lazy(p) and not p._is_view() and p.numel()
-        ]
-        return {name: (p, p._version) for name, p in plain}
+        self._written.leave(module, self._slots)
 
     def _record(self, slots: Iterable[tuple[nn.Module, str, str]]) -> None:
         """Which graph edge is which parameter, right now (FSDP1 shows a new view, FSDP2 another
@@ -244,6 +224,7 @@ class ScaleInvarianceSearch:
         }
         self._shapes |= shapes
         self.masks.see(graph)
+        self._written.see(graph, self._slots)
         first_time = []
         for name in shapes:
             if name in self._candidates:
@@ -310,10 +291,9 @@ class ScaleInvarianceSearch:
             (verdict_of(name, shape, candidate, unread) for candidate in numbers or candidates),
             key=claimed,
         )
-        if name in self._rewritten and (best.partition is not None or best.waits):
-            reason = (
-                f"the forward pass of {self._rewritten[name]} writes it in place (as max_norm does)"
-            )
+        writer = self._written.writer(name)
+        if writer is not None and (best.partition is not None or best.waits):
+            reason = f"the forward pass of {writer} writes it in place (as max_norm does)"
             return Verdict(name, shape, None, "no", reason=reason)
         veils = list(
             dict.fromkeys(place for candidate in candidates for place in candidate.rows.veiled)

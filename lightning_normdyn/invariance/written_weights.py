@@ -1,0 +1,103 @@
+"""Which weights a forward pass writes in place: those whose rows ``max_norm`` rescales, above all.
+
+Such a weight has no length of its own that a rule could steer, and its graph does not show it,
+since it is
+written without gradients. Torch counts every write to a tensor, and that is what is compared here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from lightning_normdyn.invariance.graph import Graph
+
+# For each module, under which key it keeps each of its own weights, and the weight's name.
+Slots = Mapping[nn.Module, Sequence[tuple[str, str]]]
+
+_Versions = dict[str, tuple[Tensor, int]]
+_LOOKUPS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
+
+
+class WrittenWeights:
+    """Compares how often weights were written before and after a forward pass.
+
+    Args:
+        root: the network. Its own forward is not compared: a whole training step may run inside it,
+            with the
+            step of an optimizer, which writes, too. Instead, tables that are looked up are compared
+            between
+            the start of the batch and its first loss, where no optimizer steps.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._running: dict[nn.Module, _Versions] = {}
+        self._at_start: _Versions = {}
+        self._writers: dict[str, str] = {}
+
+    def start(self, slots: Slots) -> None:
+        """The next forward passes are watched."""
+        self._running = {}
+        self._at_start = {}
+        for owner in slots:
+            self._at_start |= _versions(owner, slots)
+
+    def enter(self, module: nn.Module, slots: Slots) -> None:
+        """A module's forward begins."""
+        if module is not self._root:
+            self._running[module] = _versions(module, slots)
+
+    def leave(self, module: nn.Module, slots: Slots) -> None:
+        """A module's forward ends."""
+        before = self._running.pop(module, {})
+        self._compare(before, _versions(module, slots), module)
+
+    def see(self, graph: Graph, slots: Slots) -> None:
+        """A loss was computed: which of the tables that it looks up were written since the start?
+
+        ``F.embedding(..., max_norm=...)`` in a training step is in no module's forward.
+        """
+        tables = set()
+        for node in graph.nodes:
+            source = node.sources[0] if node.name in _LOOKUPS else None
+            if source is not None and source in graph.parameters:
+                tables.add(graph.parameters[source])
+        before = {name: known for name, known in self._at_start.items() if name in tables}
+        if before:
+            for owner in slots:
+                self._compare(before, _versions(owner, slots), self._root)
+        # From here on a step of an optimizer may write the tables, too.
+        self._at_start = {}
+
+    def _compare(self, before: _Versions, after: _Versions, writer: nn.Module) -> None:
+        for name, (weight, version) in after.items():
+            known = before.get(name)
+            if known is not None and known[0] is weight and known[1] != version:
+                self._writers.setdefault(name, type(writer).__name__)
+
+    def forget(self, name: str) -> None:
+        """Another weight is called so from now on."""
+        self._writers.pop(name, None)
+
+    def stop(self) -> None:
+        """The forward passes are over: keep no weight alive."""
+        self._running, self._at_start = {}, {}
+
+    def writer(self, name: str) -> str | None:
+        """The class of the module whose forward pass writes this weight; None if none does."""
+        return self._writers.get(name)
+
+
+def _versions(owner: nn.Module, slots: Slots) -> _Versions:
+    """How often each of a module's own weights was written so far."""
+    versions: _Versions = {}
+    for key, name in slots.get(owner, ()):
+        weight = owner._parameters.get(key)
+        # Views and emptied parameters are written by strategies that gather the weights.
+        if weight is None or is_lazy(weight) or weight._is_view() or not weight.numel():
+            continue
+        versions[name] = (weight, weight._version)
+    return versions
