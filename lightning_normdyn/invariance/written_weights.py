@@ -53,7 +53,8 @@ class WrittenWeights:
     def leave(self, module: nn.Module, slots: Slots) -> None:
         """A module's forward ends."""
         before = self._running.pop(module, {})
-        self._compare(before, _versions(module, slots), module)
+        if before:
+            self._compare(before, _versions(module, slots), module)
 
     def see(self, graph: Graph, slots: Slots) -> None:
         """A loss was computed: which of the tables that it looks up were written since the start?
