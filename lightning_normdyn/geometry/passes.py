@@ -12,7 +12,7 @@ Letters: w a weight before a step, v after it, Δ = v - w.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -34,7 +34,7 @@ class Pass:
             parts of a vector, ``(results, ...)``; given in float64, and free to write to it.
         written: how many numbers the kernel writes for each row.
         results: how many sums ``finish`` makes of them.
-        exact: whether what the kernel writes is kept in float64.
+        dtype: in which what the kernel writes is kept; None: in the weights' own precision.
         streaming: whether the kernel reads each entry once, so that a cache helps it only where
             rows are long or dtypes are converted.
         whole_rows: whether the kernel must see each row at once, because it also changes it.
@@ -44,7 +44,7 @@ class Pass:
     finish: Callable[[Tensor], Tensor]
     written: int
     results: int
-    exact: bool = False
+    dtype: torch.dtype | None = None
     streaming: bool = False
     whole_rows: bool = False
 
@@ -94,23 +94,22 @@ def _finish_displacement(written: Tensor) -> Tensor:
     return torch.stack([square, radial, total])
 
 
-def displacement(exact: torch.dtype | None) -> Pass:
-    """<w, w>, <w, Δ>, <Δ, Δ>, from w, v and, if they are known, norms of w and their reciprocals.
+def displacement(exact: torch.dtype | None, *, known: bool = False) -> Pass:
+    """<w, w>, <w, Δ>, <Δ, Δ>, from w, v and, if they are known, norms of w.
 
     Args:
         exact: the dtype that <w, w> is summed in; None: the weight's own.
+        known: whether norms are given.
     """
 
     def kernel(dims: Dims, outs: Views, views: Views) -> None:
         norm, ratio, length, along = outs
         before, after = map(widened, views[:2])
-        factor = norm_of(after, dims, ratio)
-        if len(views) > 2:
+        if known:
             norm.copy_(views[2])
-            factor.mul_(views[3])
         else:
             norm_of(before if exact is None else before.to(exact), dims, norm)
-            factor.div_(norm).nan_to_num_(0.0, 0.0, 0.0)
+        factor = norm_of(after, dims, ratio).div_(norm).nan_to_num_(0.0, 0.0, 0.0)
         if ratio.dtype != after.dtype:
             # The residual is taken with the rounded ratio, so this is the one to keep.
             factor = factor.to(after.dtype)
@@ -122,7 +121,7 @@ def displacement(exact: torch.dtype | None) -> Pass:
         norm_of(residual, dims, length)
         sum_of(residual.mul_(before), dims, along)
 
-    return Pass(kernel, _finish_displacement, 4, 3, exact is not None)
+    return Pass(kernel, _finish_displacement, 4, 3, exact, whole_rows=known)
 
 
 def radial(dims: Dims, outs: Views, views: Views) -> Tensor:
@@ -136,31 +135,59 @@ def radial(dims: Dims, outs: Views, views: Views) -> Tensor:
 
 
 def radial_of_step(dims: Dims, outs: Views, views: Views) -> Tensor:
-    """`radial` from the direction of the step, v, and the number that the step is of it."""
+    """The norm of w, <w, Δ> and the norm of the direction, from a direction, v, and the number that
+    the step is of the direction; returns w."""
     direction, after, length = views
     before = torch.addcmul(after, direction, length, value=-1)
     sum_of(before * direction, dims, outs[1]).mul_(length)
     norm_of(before, dims, outs[0])
+    norm_of(widened(direction), dims, outs[2])
     return before
 
 
-def finish_radial(written: Tensor) -> Tensor:
-    """From the norm of w to <w, w>."""
-    written[0].square_()
+def _finish_radial(written: Tensor) -> Tensor:
+    """From norms to squares."""
+    written[::2].square_()
     return written
 
 
-RADIAL = Pass(radial, finish_radial, 2, 2)
+RADIAL = Pass(radial, _finish_radial, 2, 2)
 """<w, w> and <w, Δ>."""
+RADIAL_OF_STEP = Pass(radial_of_step, _finish_radial, 3, 3)
+"""<w, w>, <w, Δ> and <direction, direction>."""
+
+
+def removing(how: Pass, operands: int) -> Pass:
+    """A pass that takes the sums of `RADIAL` or `RADIAL_OF_STEP` and at once removes from v the
+    part along w, row by row.
+
+    Args:
+        how: the sums.
+        operands: how many views they take. Behind them stand the share of w to remove beside the
+            radial part and, if not all vectors are to be changed, which are.
+    """
+
+    def kernel(dims: Dims, outs: Views, views: Views) -> None:
+        share, *active = views[operands:]
+        before = how.kernel(dims, outs, views[:operands])
+        removed = removed_part(outs[0].square(), outs[1], share).to(share.dtype)
+        views[1].addcmul_(before, applied_part(removed, *active), value=-1)
+
+    return replace(how, kernel=kernel, whole_rows=True)
 
 
 def removed_part(square: Tensor, product: Tensor, share: Tensor) -> Tensor:
     """How much of w is taken away: ``share`` + <w, Δ> / <w, w>.
 
     As `lightning_normdyn.functional.radial_coefficient`, but not finite where Δ or w is not, so
-    that such vectors can be counted. ``square`` is kept away from zero in place.
+    that such vectors can be counted.
     """
-    return torch.addcdiv(share, product, square.clamp_(min=torch.finfo(square.dtype).tiny))
+    return torch.addcdiv(share, product, above_zero(square))
+
+
+def above_zero(square: Tensor) -> Tensor:
+    """To divide by: of a vector of length zero the quotient is then 0, and not NaN."""
+    return square.clamp(min=torch.finfo(square.dtype).tiny)
 
 
 def applied_part(removed: Tensor, active: Tensor | None = None) -> Tensor:
@@ -203,7 +230,7 @@ class Products:
         self._read = len(self.operands)
         if copy is not None:
             self.operands.append(copy[1])
-        self.how = Pass(self._kernel, self._finish, len(pairs), len(pairs), exact is not None)
+        self.how = Pass(self._kernel, self._finish, len(pairs), len(pairs), exact)
 
     def _position(self, operand: Operand) -> int:
         for position, known in enumerate(self.operands):

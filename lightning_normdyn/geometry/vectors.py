@@ -18,7 +18,7 @@ from torch import Tensor
 from lightning_normdyn.geometry.index import RowIndex
 from lightning_normdyn.geometry.kernels import Kernels, sum_dtype
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.passes import Operand, applied_part, own_precision, removed_part
+from lightning_normdyn.geometry.passes import Operand, above_zero, applied_part, removed_part
 from lightning_normdyn.geometry.placement import is_plain, place, place_all, version_of
 from lightning_normdyn.geometry.reduction import Reduction
 
@@ -108,7 +108,7 @@ class WeightVectors:
 
         dtypes = {value.dtype for value in self.values()}
         self.low_precision = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
-        self._kernels = Kernels(self._index, hidden, self.device, own_precision(*self.values()))
+        self._kernels = Kernels(self._index, self.values(), hidden, self.device)
         self._reduction = Reduction(self._placements, lengths, self.device)
         self.weight_of = self._reduction.weight_of
         self.length = self._reduction.length
@@ -143,14 +143,9 @@ class WeightVectors:
         return any(placement.master is not None for placement in self._placements)
 
     @property
-    def _whole(self) -> bool:
-        """Whether each vector is one row on this rank: what is summed for a row is final."""
-        return self._index.in_order and not self._reduction.cuts
-
-    @property
     def _one_pass(self) -> bool:
         """Whether sums and the change that they lead to are taken row by row."""
-        return self._kernels.fuses and self._whole
+        return self._kernels.fuses and not self._reduction.cuts
 
     # ---- Operands: one local tensor (or None) per weight ----
 
@@ -308,7 +303,7 @@ class WeightVectors:
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
         """
-        if not self._whole:
+        if self._reduction.cuts or not self._kernels.rows_fit:
             norms = None
         after = self._values_beside(before)
         sums = self._kernels.displacement(before, after, exact=exact, norms=norms)
@@ -446,7 +441,8 @@ class WeightVectors:
         """
         after = self._values_beside(before)
         if self._one_pass:
-            return self._kernels.remove_radial_(before, after, share, active)
+            square, product = self._kernels.remove_radial_(before, after, share, active)
+            return removed_part(square, product, share)
         square, product = self._reduction.sum_(self._kernels.radial(before, after))
         removed = removed_part(square, product, share)
         self._kernels.add_scaled_(after, -applied_part(removed, active), before)
@@ -478,17 +474,18 @@ class WeightVectors:
         """
         after = self._values_beside(direction)
         if self._one_pass:
-            kernels = self._kernels
-            removed, ratio = kernels.remove_radial_of_(direction, after, length, share, active)
-            return removed, ratio
-        # In float64: <w, w> is a small difference of large sums where the step is longer than w.
-        vv, vd, dd = self.inner((after, after), (after, direction), (direction, direction))
-        square = vv - 2 * length * vd + length.square() * dd
-        removed = removed_part(square, length * (vd - length * dd), share)
-        ratio = length.abs() * (dd / square).sqrt()
-        applied = applied_part(removed, active)
-        self._kernels.add_scaled_(after, -applied, after)
-        self._kernels.add_scaled_(after, applied * length, direction)
+            sums = self._kernels.remove_radial_of_(direction, after, length, share, active)
+        else:
+            sums = self._kernels.radial_of_step(direction, after, length)
+            self._reduction.sum_(sums)
+        square, product, direction_square = sums
+        removed = removed_part(square, product, share)
+        if not self._one_pass:
+            # w = v - length * direction: w itself is not there.
+            applied = applied_part(removed, active)
+            self._kernels.add_scaled_(after, -applied, after)
+            self._kernels.add_scaled_(after, applied * length, direction)
+        ratio = length.abs() * (direction_square / above_zero(square)).sqrt()
         return removed, ratio
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ def pair(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
 
 
 def take(how: Pass, *views: Tensor) -> Tensor:
-    dtype = torch.float64 if how.exact else passes.own_precision(*views)
+    dtype = how.dtype or passes.own_precision(*views)
     written = torch.full((how.written, len(views[0]), 1), torch.nan, dtype=dtype)
     how.kernel([1], written.unbind(), views)
     return how.finish(written.double()).squeeze(-1)
@@ -43,9 +43,18 @@ def test_a_pass_is_its_formula(dtype):
 def test_a_radial_part_told_by_the_step_is_that_told_by_a_copy():
     before, after = pair(torch.float64)
     length = torch.full((6, 1), -0.25, dtype=torch.float64)
-    how = Pass(passes.radial_of_step, passes.finish_radial, 2, 2)
-    told = take(how, (after - before) / length, after, length)
-    torch.testing.assert_close(told, take(passes.RADIAL, before, after))
+    direction = (after - before) / length
+    told = take(passes.RADIAL_OF_STEP, direction, after, length)
+    torch.testing.assert_close(told[:2], take(passes.RADIAL, before, after))
+    torch.testing.assert_close(told[2], direction.square().sum(1))
+
+
+def test_removing_takes_the_same_sums():
+    before, after = pair(torch.float64)
+    changed, share = after.clone(), torch.full((6, 1), 0.01, dtype=torch.float64)
+    sums = take(passes.removing(passes.RADIAL, operands=2), before, changed, share)
+    torch.testing.assert_close(sums, take(passes.RADIAL, before, after))
+    torch.testing.assert_close(changed, F.remove_radial(before, after, 0.01))
 
 
 def test_what_is_removed_is_the_radial_coefficient_and_the_share():
