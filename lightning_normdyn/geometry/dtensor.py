@@ -1,4 +1,11 @@
-"""How a DTensor lies on this rank: tensor parallelism, FSDP2, and both together."""
+"""How a DTensor lies on this rank: tensor parallelism, FSDP2, and one over the other.
+
+A device mesh arranges the ranks in a grid; a rank's place in it is a coordinate along each mesh
+dimension. A mesh dimension either shards one dimension of the tensor, so that each coordinate holds
+a chunk of its indices, or replicates.
+
+Letters: m a dimension of the mesh, d a dimension of the tensor.
+"""
 
 from __future__ import annotations
 
@@ -12,58 +19,61 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.internals import TESTED
+from lightning_normdyn.geometry.internals import untested
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, Sharing, distinct, itself
 
 
-def _dtensor_class() -> Any:
-    return import_module("torch.distributed.tensor").DTensor
-
-
 def is_dtensor(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is one."""
-    return type(tensor.data) is not Tensor and isinstance(tensor, _dtensor_class())
+    """Whether ``tensor`` is a DTensor; torch's module for it is imported only if it may be."""
+    if type(tensor.data) is Tensor:
+        return False
+    return isinstance(tensor, import_module("torch.distributed.tensor").DTensor)
 
 
 def place_dtensor(weight: Any, partition: Partition, name: str) -> Placement:
-    """How the DTensor ``weight`` lies on this rank."""
+    """How the DTensor ``weight`` lies on this rank.
+
+    Raises:
+        NotSupportedError: for a rank outside the mesh, and for a placement other than Shard and
+            Replicate.
+    """
     mesh, placements, shape = weight.device_mesh, weight.placements, tuple(weight.shape)
-    mine = mesh.get_coordinate()
-    sharded = {m: d for m, p in enumerate(placements) if (d := _sharded_dim(p, name)) is not None}
-    if mine is None:
+    my_coordinate = mesh.get_coordinate()
+    if my_coordinate is None:
         raise NotSupportedError(
             f"`{name}` lies on the device mesh {mesh}, which rank {dist.get_rank()} is not part "
-            f"of. "
-            f"Leave it out with params=[..., '!{name}']."
+            f"of. Leave it out with params=[..., '!{name}']."
         )
-    coordinate = _coordinates(shape, mesh, placements, sharded)
+    sharded: dict[int, int] = {}
+    for m, placement in enumerate(placements):
+        dim = _sharded_dim(placement, name)
+        if dim is not None:
+            sharded[m] = dim
+    coordinates = _coordinates(shape, mesh, placements, sharded)
+
     # This rank's block: along each dimension the indices that have this rank's coordinates.
     block = []
-    for d in range(len(shape)):
-        inside = torch.ones(shape[d], dtype=torch.bool, device="cpu")
+    for d, size in enumerate(shape):
+        inside = torch.ones(size, dtype=torch.bool, device="cpu")
         for m in sharded:
             if sharded[m] == d:
-                inside &= coordinate[m] == mine[m]
+                inside &= coordinates[m] == my_coordinate[m]
         block.append(inside.nonzero().flatten())
-    if tuple(len(b) for b in block) != tuple(weight.to_local().shape):
-        raise NotSupportedError(
-            f"`{name}` with placements {placements} on {mesh} has the local shape "
-            f"{tuple(weight.to_local().shape)} where "
-            f"{tuple(len(b) for b in block)} was expected. This was tested with {TESTED}; here is "
-            f"torch {torch.__version__}."
+    block_shape = tuple(map(len, block))
+    local_shape = tuple(weight.to_local().shape)
+    if block_shape != local_shape:
+        raise untested(
+            f"`{name}` with placements {placements} on {mesh} has the local shape {local_shape} "
+            f"where {block_shape} was expected"
         )
+
     labels = partition.labels
-    for i, k in enumerate(partition.keep):
-        labels = labels.index_select(i, block[k])
-    pieces = (Piece(itself, partition.keep, labels),) if all(len(b) for b in block) else ()
-    return Placement(
-        shape,
-        partition.n,
-        _to_local(placements),
-        pieces,
-        _dtensor_sharing(partition, mesh, sharded, coordinate, mine),
-    )
+    for axis, d in enumerate(partition.keep):
+        labels = labels.index_select(axis, block[d])
+    pieces = (Piece(itself, partition.keep, labels),) if all(block_shape) else ()
+    sharing = _sharing(partition, mesh, sharded, coordinates, my_coordinate)
+    return Placement(shape, partition.n, _to_local(placements), pieces, sharing)
 
 
 def _sharded_dim(placement: Any, name: str) -> int | None:
@@ -72,8 +82,7 @@ def _sharded_dim(placement: Any, name: str) -> int | None:
     if type(placement).__name__ not in ("Shard", "_StridedShard"):
         raise NotSupportedError(
             f"`{name}` has the DTensor placement {placement!r}, which is not understood (Shard and "
-            f"Replicate are). "
-            f"Leave it out with params=[..., '!{name}']."
+            f"Replicate are). Leave it out with params=[..., '!{name}']."
         )
     return int(placement.dim)
 
@@ -92,35 +101,39 @@ def _to_local(placements: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _coordinates(
-    shape: Shape, mesh: Any, placements: Any, sharded: dict[int, int]
+    shape: Shape,
+    mesh: Any,
+    placements: Any,
+    sharded: dict[int, int],
 ) -> dict[int, Tensor]:
-    """For every mesh dimension that shards: the mesh coordinate of each index of the tensor
-    dimension that it shards."""
-    found: dict[int, Tensor] = {}
+    """For every mesh dimension that shards: the coordinate at which each index of its tensor
+    dimension lies."""
+    coordinates: dict[int, Tensor] = {}
     for d in set(sharded.values()):
-        strided = [
-            m
-            for m in sharded
-            if sharded[m] == d and type(placements[m]).__name__ == "_StridedShard"
-        ]
-        plain = [m for m in sharded if sharded[m] == d and m not in strided]
+        plain: list[int] = []
+        strided: list[int] = []
+        for m in sharded:
+            if sharded[m] == d:
+                is_strided = type(placements[m]).__name__ == "_StridedShard"
+                (strided if is_strided else plain).append(m)
         # A strided shard (FSDP2 over tensor parallelism) splits what the mesh dimensions to its
         # right have already split.
         order = [*plain, *reversed(strided)]
-        table = _successive_chunks(shape[d], tuple(mesh.size(m) for m in order))
-        found.update({m: table[i] for i, m in enumerate(order)})
-    return found
+        chunks = _successive_chunks(shape[d], tuple(mesh.size(m) for m in order))
+        coordinates.update(zip(order, chunks, strict=True))
+    return coordinates
 
 
 @lru_cache(maxsize=4096)
 def _successive_chunks(size: int, counts: tuple[int, ...]) -> Tensor:
     """Which chunk each of ``size`` indices falls into when they are chunked ``counts[0]``-fold,
-    each chunk ``counts[1]``-fold, ..."""
+    each chunk ``counts[1]``-fold, ...: int64 ``(len(counts), size)``."""
     table = torch.zeros(len(counts), size, dtype=torch.long, device="cpu")
     blocks = [torch.arange(size, dtype=torch.long, device="cpu")]
     for row, count in enumerate(counts):
         chunked = []
         for block in blocks:
+            # As DTensor does: fewer than `count` chunks if the indices do not suffice.
             for i, part in enumerate(block.chunk(count)):
                 table[row, part] = i
                 chunked.append(part)
@@ -128,93 +141,89 @@ def _successive_chunks(size: int, counts: tuple[int, ...]) -> Tensor:
     return table
 
 
-def _dtensor_sharing(
+def _sharing(
     partition: Partition,
     mesh: Any,
     sharded: dict[int, int],
-    coordinate: dict[int, Tensor],
-    mine: Any,
+    coordinates: dict[int, Tensor],
+    my_coordinate: Any,
 ) -> Sharing | None:
     sharded = {m: d for m, d in sharded.items() if mesh.size(m) > 1}
     if not sharded:
         return None
-    keep, labels, n = partition.keep, partition.labels, partition.n
-    position = torch.arange(labels.numel(), dtype=torch.long, device="cpu")[labels.flatten() >= 0]
-    vector = labels.flatten()[position]
-    index = dict(zip(keep, torch.unravel_index(position, labels.shape), strict=True))
 
-    # at[m]: the coordinate along mesh dimension m of each position in the kept dimensions, if m
-    # shards one of those.
-    at = {m: coordinate[m][index[d]] for m, d in sharded.items() if d in keep}
-    chunks = {
-        m: int(coordinate[m].max()) + 1 if len(coordinate[m]) else 0 for m in sharded
-    }  # not empty
-    cut_by = {
-        m: _extremes_differ(at[m], vector, n)
-        if m in at
-        else torch.full((n,), chunks[m] > 1, dtype=torch.bool, device="cpu")
-        for m in sharded
-    }
+    # A slot is a combination of indices of the kept dimensions; all its entries are of one vector.
+    n, labels = partition.n, partition.labels.flatten()
+    slots = (labels >= 0).nonzero().flatten()
+    vector = labels[slots]
+    index = torch.unravel_index(slots, partition.labels.shape)
+
+    at: dict[int, Tensor] = {}  # the coordinate of the first entry of each slot
+    cut_by: dict[int, Tensor] = {}  # the vectors that lie at several coordinates
+    all_chunks_used = True
+    for m, d in sharded.items():
+        if d in partition.keep:
+            at[m] = coordinates[m][index[partition.keep.index(d)]]
+            cut_by[m] = _differs_within(vector, at[m], n)
+        else:
+            at[m] = torch.zeros_like(vector)
+            chunks = len(distinct(coordinates[m]))
+            cut_by[m] = torch.full((n,), chunks > 1, dtype=torch.bool, device="cpu")
+            all_chunks_used &= chunks == mesh.size(m)
     cut = torch.stack(list(cut_by.values())).any(0)
     cutting = [m for m in sharded if bool(cut_by[m].any())]
-    group = mesh.get_group(cutting[0]) if len(cutting) == 1 else None
 
-    # Outside of the cutting dimensions the ranks of the group have this rank's coordinates.
-    reachable = torch.ones_like(vector, dtype=torch.bool)
-    for m in sharded:
-        if m not in cutting:
-            reachable &= (
-                at[m] == mine[m]
-                if m in at
-                else torch.tensor(mine[m] == 0, dtype=torch.bool, device="cpu")
-            )
-    present = (
-        torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vector[reachable], True) & cut
-    )
+    # Ranks in a group along the only cutting dimension have the same other coordinates, and so hold
+    # the same vectors.
+    present, group = cut, None
+    if len(cutting) == 1:
+        group = mesh.get_group(cutting[0])
+        others = [m for m in sharded if m not in cutting]
+        present = cut & _marked(vector[_here(at, others, my_coordinate, vector)], n)
 
-    # The holder of a vector's first entry speaks for it.
-    first = torch.full((n,), labels.numel(), dtype=torch.long, device="cpu").scatter_reduce(
-        0, vector, position, "amin"
-    )
-    some = torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vector, True)
-    at_first = dict(
-        zip(
-            keep,
-            torch.unravel_index(first.clamp(max=max(labels.numel() - 1, 0)), labels.shape),
-            strict=True,
-        )
-    )
-    speaks = some.clone()
-    for m, d in sharded.items():
-        speaks &= (
-            coordinate[m][at_first[d]] == mine[m]
-            if d in keep
-            else torch.tensor(mine[m] == 0, dtype=torch.bool, device="cpu")
-        )
-    first_copy = bool((mesh.mesh == 0).any()) and all(
-        mine[m] == 0 for m in range(mesh.ndim) if m not in sharded
-    )
+    # The holder of a vector's first entry speaks for it; of its replicas the first.
+    order = torch.arange(len(vector), dtype=torch.long, device="cpu")
+    first = torch.full((n,), len(vector), dtype=torch.long, device="cpu")
+    first = first.scatter_reduce(0, vector, order, "amin")
+    is_first = first[vector] == order
+    speaks = _marked(vector[is_first & _here(at, sharded, my_coordinate, vector)], n)
+    replicating = [m for m in range(mesh.ndim) if m not in sharded]
+    first_copy = bool((mesh.mesh == 0).any()) and not any(my_coordinate[m] for m in replicating)
 
-    # Everywhere: along the kept dimensions each combination of coordinates holds all vectors, along
-    # the others no chunk is empty.
+    # Everywhere: along the kept dimensions every combination of coordinates holds every vector,
+    # along the others no chunk is empty.
     owner, owners = torch.zeros_like(vector), 1
-    for m in at:
-        owner, owners = owner * mesh.size(m) + at[m], owners * mesh.size(m)
-    combinations = distinct(vector * owners + owner).numel()
-    everywhere = combinations == int(some.sum()) * owners and all(
-        m in at or chunks[m] == mesh.size(m) for m in sharded
-    )
+    for m, d in sharded.items():
+        if d in partition.keep:
+            owner = owner * mesh.size(m) + at[m]
+            owners *= mesh.size(m)
+    held_in_all = len(distinct(vector * owners + owner)) == len(distinct(vector)) * owners
     return Sharing(
-        cut, cut if group is None else present, speaks & first_copy, first_copy, everywhere, group
+        cut=cut,
+        present=present,
+        counted=speaks & first_copy,
+        first_copy=first_copy,
+        everywhere=held_in_all and all_chunks_used,
+        group=group,
     )
 
 
-def _extremes_differ(values: Tensor, vector: Tensor, n: int) -> Tensor:
-    """Whether the ``values`` of a vector's positions are not all the same: bool ``(n,)``."""
-    low = torch.zeros(n, dtype=torch.long, device="cpu").scatter_reduce(
-        0, vector, values, "amin", include_self=False
-    )
-    high = torch.zeros(n, dtype=torch.long, device="cpu").scatter_reduce(
-        0, vector, values, "amax", include_self=False
-    )
-    return low != high
+def _here(at: dict[int, Tensor], mesh_dims: Any, my_coordinate: Any, like: Tensor) -> Tensor:
+    """Whether slots lie at this rank's coordinate along some mesh dimensions: bool ``(slots,)``."""
+    here = torch.ones_like(like, dtype=torch.bool)
+    for m in mesh_dims:
+        here &= at[m] == my_coordinate[m]
+    return here
+
+
+def _marked(vectors: Tensor, n: int) -> Tensor:
+    """Which of ``n`` vectors are among ``vectors``: bool ``(n,)``."""
+    return torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vectors, True)
+
+
+def _differs_within(vector: Tensor, values: Tensor, n: int) -> Tensor:
+    """Whether the ``values`` of a vector's slots are not all the same: bool ``(n,)``."""
+    zeros = torch.zeros(n, dtype=torch.long, device="cpu")
+    lowest = zeros.scatter_reduce(0, vector, values, "amin", include_self=False)
+    highest = zeros.scatter_reduce(0, vector, values, "amax", include_self=False)
+    return lowest != highest

@@ -1,4 +1,9 @@
-"""How a weight lies in a flat buffer that ranks hold in equal chunks: FSDP1, and DeepSpeed."""
+"""How a weight lies in a flat buffer that ranks hold in equal chunks: FSDP1, and DeepSpeed's ZeRO.
+
+Both write all weights one behind the other into one buffer and cut that into equal chunks, without
+regard to where a weight or a filter ends. A rank's part of a weight is then a range of its entries
+in the order of memory: at most the end of a row, whole rows, and the beginning of a row.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +26,7 @@ from lightning_normdyn.geometry.wrapped import Master
 
 @dataclass(frozen=True, eq=False)
 class FlatSlice:
-    """Where a flattened weight lies in a flat buffer that ranks hold in equal chunks.
+    """Where a flattened weight lies in a flat buffer.
 
     Args:
         shape: of the weight.
@@ -45,41 +50,50 @@ class FlatSlice:
 
     def range_of(self, rank: int) -> Range:
         """The entries ``start .. stop - 1`` of the flattened weight that ``rank`` holds."""
-        start = min(max(rank * self.chunk - self.offset, 0), prod(self.shape))
-        return start, min(max((rank + 1) * self.chunk - self.offset, start), prod(self.shape))
+        size = prod(self.shape)
+        begin = rank * self.chunk - self.offset
+        start = min(max(begin, 0), size)
+        stop = min(max(begin + self.chunk, start), size)
+        return start, stop
 
 
-_FLAT: Any = (
-    WeakTensorKeyDictionary()
-)  # weight -> FlatSlice, or None if it was flattened but not sharded
+# ---- Which weights are slices ----
+
+# By weight; None for one that was flattened but is whole on every rank.
+_SLICES: Any = WeakTensorKeyDictionary()
 
 
 def flat_slice(weight: Tensor) -> FlatSlice | None:
-    """Where ``weight`` lies in a flat buffer; None for one that is whole on every rank, or is no
-    slice of one."""
-    if weight not in _FLAT and getattr(weight, "_fsdp_flattened", False):
+    """Where ``weight`` lies in a flat buffer; None if it is whole on this rank.
+
+    Raises:
+        NotSupportedError: if FSDP has flattened it and nobody has looked where it lies.
+    """
+    if weight not in _SLICES and getattr(weight, "_fsdp_flattened", False):
         raise NotSupportedError(
             "FSDP has flattened the weights, and where they lie was not looked up. Call "
-            "lightning_normdyn.survey(model) "
-            "with the outermost FSDP module first."
+            "lightning_normdyn.survey(model) with the outermost FSDP module first."
         )
-    return cast("FlatSlice | None", _FLAT.get(weight))
+    return slice_now(weight)
 
 
 def slice_now(weight: Tensor) -> FlatSlice | None:
-    """As `flat_slice`, without a look at what FSDP says of ``weight``: for every step."""
-    return cast("FlatSlice | None", _FLAT.get(weight)) if len(_FLAT.data) else None
+    """`flat_slice` without the check, for every step."""
+    # Most models have no slices, and looking up a tensor by identity takes microseconds.
+    if not len(_SLICES.data):
+        return None
+    return cast("FlatSlice | None", _SLICES.get(weight))
 
 
-def remember(places: Mapping[Tensor, FlatSlice | None]) -> None:
+def remember(slices: Mapping[Tensor, FlatSlice | None]) -> None:
     """Note where weights lie; None: flattened, but whole on every rank."""
-    _FLAT.update(places)
+    _SLICES.update(slices)
 
 
 def forget(weights: Iterable[Tensor]) -> None:
     """Undo `remember`."""
     for weight in weights:
-        _FLAT.pop(weight, None)
+        _SLICES.pop(weight, None)
 
 
 def survey_fsdp(module: nn.Module) -> None:
@@ -91,88 +105,89 @@ def survey_fsdp(module: nn.Module) -> None:
     """
     for name, submodule in module.named_modules():
         handle = submodule.__dict__.get("_handle")
-        if type(handle).__name__ != "FlatParamHandle":
-            continue
-        (flat, original, sharded) = private(
-            handle, "flat_param", "_use_orig_params", "uses_sharded_strategy"
-        )
-        where = f"the FSDP unit `{name or type(module).__name__}`"
-        if not original:
-            raise NotSupportedError(
-                f"{where} was wrapped with use_orig_params=False, so the optimizer sees one flat "
-                f"parameter instead of weights. "
-                "Pass use_orig_params=True to FSDPStrategy (Lightning's default)."
-            )
-        if not sharded:
-            remember(dict.fromkeys(private(flat, "_params")[0]))
-            continue
-        shapes, strides, numels, padding, extensions, size, shards, params = private(
-            flat,
-            "_shapes",
-            "_strides",
-            "_numels_with_padding",
-            "_is_padding_mask",
-            "_param_extensions",
-            "_unpadded_unsharded_size",
-            "_shard_param_infos",
-            "_params",
-        )
-        rank, world, group = private(handle, "rank", "world_size", "process_group")
-        if any(e is not None for e in extensions):
-            raise NotSupportedError(
-                f"{where} holds parameters that are sharded already (FSDP over tensor "
-                f"parallelism). Use FSDP2 for that."
-            )
-        offsets, start = [], 0
-        for numel, is_padding in zip(numels, padding, strict=True):
-            if not is_padding:
-                offsets.append(start)
-            start += numel
-        chunk = -(-size.numel() // world)
-        for weight, shape, stride, offset, shard in zip(
-            params, shapes, strides, offsets, shards, strict=True
-        ):
-            order = tuple(sorted(range(len(shape)), key=lambda d: (-stride[d], d)))
-            place = FlatSlice(tuple(shape), order, offset, chunk, rank, group, flat=flat)
-            begin, end = place.range_of(rank)
-            theirs = (
-                (shard.intra_param_start_idx, shard.intra_param_end_idx + 1)
-                if shard.in_shard
-                else None
-            )
-            if (begin, end) != theirs and not (begin == end and theirs is None):
-                raise untested(
-                    f"{where} holds the entries {theirs} of a weight where {(begin, end)} were "
-                    f"expected"
-                )
-            remember({weight: place})
+        if type(handle).__name__ == "FlatParamHandle":
+            unit = f"the FSDP unit `{name or type(module).__name__}`"
+            remember(_slices_of(handle, unit))
 
 
-def place_flat(place: FlatSlice, partition: Partition, name: str) -> Placement:
+def _slices_of(handle: Any, unit: str) -> dict[Tensor, FlatSlice | None]:
+    """The slices of one FSDP unit; ``unit`` is what to call it in a message."""
+    flat, original, sharded = private(
+        handle, "flat_param", "_use_orig_params", "uses_sharded_strategy"
+    )
+    if not original:
+        raise NotSupportedError(
+            f"{unit} was wrapped with use_orig_params=False, so the optimizer sees one flat "
+            f"parameter instead of weights. Pass use_orig_params=True to FSDPStrategy (Lightning's "
+            f"default)."
+        )
+    weights, extensions = private(flat, "_params", "_param_extensions")
+    if not sharded:
+        return dict.fromkeys(weights)
+    if any(extension is not None for extension in extensions):
+        raise NotSupportedError(
+            f"{unit} holds parameters that are sharded already (FSDP over tensor parallelism). Use "
+            f"FSDP2 for that."
+        )
+    rank, world, group = private(handle, "rank", "world_size", "process_group")
+    padded_numels, padding, size = private(
+        flat, "_numels_with_padding", "_is_padding_mask", "_unpadded_unsharded_size"
+    )
+    chunk = -(-size.numel() // world)
+    offsets, end = [], 0
+    for numel, is_padding in zip(padded_numels, padding, strict=True):
+        if not is_padding:
+            offsets.append(end)
+        end += numel
+
+    slices: dict[Tensor, FlatSlice | None] = {}
+    layouts = zip(*private(flat, "_shapes", "_strides", "_shard_param_infos"), strict=True)
+    for weight, offset, (shape, stride, shard) in zip(weights, offsets, layouts, strict=True):
+        # Dimensions of equal stride have one index between them; their order is theirs.
+        order = sorted(range(len(shape)), key=lambda d: (-stride[d], d))
+        place = FlatSlice(tuple(shape), tuple(order), offset, chunk, rank, group, flat=flat)
+        start, stop = place.range_of(rank)
+        theirs = None
+        if shard.in_shard:
+            theirs = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1)
+        if theirs != ((start, stop) if stop > start else None):
+            raise untested(
+                f"{unit} holds the entries {theirs} of a weight where {(start, stop)} were expected"
+            )
+        slices[weight] = place
+    return slices
+
+
+# ---- How a slice divides into pieces ----
+
+
+def place_flat(place: FlatSlice, partition: Partition) -> Placement:
     """How the slice of a flattened weight lies on this rank."""
-    # As the entries lie in memory, with neighbouring dimensions that are summed over taken as one.
-    keep = [place.order.index(k) for k in partition.keep]
-    labels = partition.labels.permute(*sorted(range(len(keep)), key=keep.__getitem__))
+    # The weight as its entries follow each other in memory, neighbouring dimensions that are summed
+    # over taken as one.
+    kept_positions = [place.order.index(d) for d in partition.keep]
+    in_order = sorted(range(len(kept_positions)), key=kept_positions.__getitem__)
+    labels = partition.labels.permute(*in_order)
     sizes: list[int] = []
     kept: list[int] = []
     for position, d in enumerate(place.order):
-        if position in keep:
-            kept.append(len(sizes))
+        is_kept = position in kept_positions
+        if is_kept or not sizes or len(sizes) - 1 in kept:
             sizes.append(place.shape[d])
-        elif sizes and len(sizes) - 1 not in kept:
-            sizes[-1] *= place.shape[d]
         else:
-            sizes.append(place.shape[d])
-    start, stop = place.range_of(place.rank)
+            sizes[-1] *= place.shape[d]
+        if is_kept:
+            kept.append(len(sizes) - 1)
+
     pieces, done = [], 0
-    for box in _boxes(tuple(sizes), start, stop):
+    for box in _boxes(tuple(sizes), *place.range_of(place.rank)):
+        form = tuple(stop - start for start, stop in box)
         inside = labels
-        for i, d in enumerate(kept):
-            inside = inside.narrow(i, box[d][0], box[d][1] - box[d][0])
-        form = tuple(b - a for a, b in box)
+        for axis, d in enumerate(kept):
+            inside = inside.narrow(axis, box[d][0], form[d])
         pieces.append(Piece(_window(done, form), tuple(kept), inside))
         done += prod(form)
-    sharing = _flat_sharing(place, labels, kept, tuple(sizes), partition.n)
+    sharing = _sharing(place, labels, kept, sizes, partition.n)
     return Placement(place.shape, partition.n, itself, tuple(pieces), sharing, place.master)
 
 
@@ -193,34 +208,53 @@ def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Range, ...]]:
         return
     row = prod(shape[1:])
     first = -(-start // row)  # the first row that begins in here
-    if first * row > start:
-        head = min(stop, first * row)
-        for box in _boxes(shape[1:], start - (first - 1) * row, head - (first - 1) * row):
-            yield ((first - 1, first), *box)
     last = stop // row  # the first row that does not end in here
+    if first * row > start:
+        before = (first - 1) * row
+        for box in _boxes(shape[1:], start - before, min(stop, first * row) - before):
+            yield ((first - 1, first), *box)
     if last > first:
         yield ((first, last), *((0, size) for size in shape[1:]))
-    if last >= first and stop > last * row:
+    if last >= first:
         for box in _boxes(shape[1:], 0, stop - last * row):
             yield ((last, last + 1), *box)
 
 
-def _flat_sharing(
-    place: FlatSlice, labels: Tensor, kept: list[int], sizes: Shape, n: int
+def _sharing(
+    place: FlatSlice,
+    labels: Tensor,
+    kept: list[int],
+    sizes: list[int],
+    n: int,
 ) -> Sharing:
-    stride = [prod(sizes[d + 1 :]) for d in range(len(sizes))]
-    position = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
-    for i, d in enumerate(kept):
-        steps = torch.arange(sizes[d], dtype=torch.long, device="cpu") * stride[d]
-        position += steps.reshape([-1 if j == i else 1 for j in range(labels.dim())])
-    span = sum((sizes[d] - 1) * stride[d] for d in range(len(sizes)) if d not in kept)
+    # The first entry of each combination of kept indices, and how far its last one lies behind it.
+    first_entry = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
+    span = 0
+    for d, size in enumerate(sizes):
+        stride = prod(sizes[d + 1 :])
+        if d in kept:
+            steps = torch.arange(size, dtype=torch.long, device="cpu") * stride
+            axes_behind = len(kept) - 1 - kept.index(d)
+            first_entry += steps.view(-1, *[1] * axes_behind)
+        else:
+            span += (size - 1) * stride
+
     valid = labels >= 0
-    vector, position = labels[valid], position[valid]
+    vector, entry = labels[valid], first_entry[valid]
     nowhere = torch.full((n,), -1, dtype=torch.long, device="cpu")
-    first = nowhere.scatter_reduce(0, vector, position, "amin", include_self=False)
-    last = nowhere.scatter_reduce(0, vector, position, "amax", include_self=False) + span
-    holder, end = (first + place.offset) // place.chunk, (last + place.offset) // place.chunk
-    cut = (first >= 0) & (holder != end)
+    first = nowhere.scatter_reduce(0, vector, entry, "amin", include_self=False)
+    last = nowhere.scatter_reduce(0, vector, entry, "amax", include_self=False) + span
+    first_holder = (first + place.offset) // place.chunk
+    last_holder = (last + place.offset) // place.chunk
+    exists = first >= 0
+    cut = exists & (first_holder != last_holder)
+    # Replicas of the buffer lie in other groups; the group of rank zero holds the first copy.
     first_copy = 0 in dist.get_process_group_ranks(place.group)
-    counted = (first >= 0) & (holder == place.rank) & first_copy
-    return Sharing(cut, cut, counted, first_copy, everywhere=False, group=place.group)
+    return Sharing(
+        cut=cut,
+        present=cut,
+        counted=exists & (first_holder == place.rank) & first_copy,
+        first_copy=first_copy,
+        everywhere=False,
+        group=place.group,
+    )

@@ -72,7 +72,7 @@ def place(weight: Tensor, partition: Partition, name: str = "weight") -> Placeme
         )
     flat = flat_slice(weight)
     if flat is not None:
-        return place_flat(flat, partition, name)
+        return place_flat(flat, partition)
     if is_dtensor(weight):
         return place_dtensor(weight, partition, name)
     return Placement(shape, partition.n, itself, (Piece(itself, partition.keep, partition.labels),))
