@@ -3,27 +3,107 @@ is short."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.engine.arguments import check_choice, check_number
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import (
     equivalent_weight_decay,
     norm_from_sums,
     shrink_factor,
     std_from_sums,
 )
-from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
 from lightning_normdyn.optimizers.scaling import RoundedScaling, Scaling
 from lightning_normdyn.optimizers.step import Phase, Step
-from lightning_normdyn.parametrizations import is_weight_standardized
+
+
+class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
+    """Shrinks the targets of one optimizer."""
+
+    def __init__(self, part: Selection[AdaptiveWeightShrink], plan: Plan) -> None:
+        super().__init__(part, plan)
+        rule = part.rule
+        by_std = [self.statistic_for(target) == "std" for target in plan.targets]
+        # Where no vector needs it, the norm alone is one pass of the fastest kernel.
+        self.by_std = plan.spread(by_std) if any(by_std) else None
+        self.clamped = plan.counter("clamped")
+        # bfloat16 cannot hold a factor of 0.9999: such factors collect here until their product
+        # survives rounding.
+        self.owed = plan.state("owed", 1.0, torch.float32) if plan.vectors.low_precision else None
+        if rule.weight_decay == "replace":
+            check_decay_takeover(plan.optimizer, plan.claimed)
+            self.claim_decay(DecayOwner.SHRINK, plan.claimed)
+
+    def statistic_for(self, target: Target) -> Literal["norm", "std"]:
+        """Weight standardization removes the mean, so for such weights the norm would count what
+        the loss cannot see."""
+        if self.rule.statistic != "auto":
+            return self.rule.statistic
+        return "std" if target.weight_standardized else "norm"
+
+    def size(self) -> Tensor:
+        """Norm, or biased standard deviation where weight standardization follows, of every vector:
+        ``(n,)``."""
+        vectors = self.plan.vectors
+        if self.by_std is None:
+            return vectors.norms()
+        ww, w1 = vectors.moments(vectors.values())
+        return torch.where(self.by_std, std_from_sums(ww, w1, vectors.length), norm_from_sums(ww))
+
+    @during(Phase.SHRINK)
+    def shrink(self, step: Step) -> None:
+        """w <- (1 - lr alpha |w|) w (AWS paper, eq. 21)."""
+        plan, alpha = self.plan, self.rule.alpha
+        size, lr = self.size(), plan.rates()
+        factor = plan.guard(shrink_factor(size, lr, alpha), 1.0, step, size)
+        is_clamped = (lr * alpha * size > 0.5).to(factor.dtype)
+        plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
+        if self.owed is None:
+            step.scale(Scaling(plan.vectors, factor, invariant=plan.invariant))
+        else:
+            self._shrink_rounded(step, factor, self.owed)
+
+    def _shrink_rounded(self, step: Step, factor: Tensor, owed: Tensor) -> None:
+        """Where rounding would swallow a factor, it is owed until it matters."""
+        scaling = RoundedScaling(self.plan.vectors, factor, owed)
+
+        def remember() -> None:
+            owed.copy_(scaling.owed)
+
+        step.undo_with(remember)
+        step.scale(scaling)
+        remember()
+
+    def effect(self, target: Target) -> Effect:
+        """It shrinks the weight in proportion to its size."""
+        replaces_decay = self.rule.weight_decay == "replace"
+        return Shrink(self.rule.alpha, self.statistic_for(target), replaces_decay)
+
+    def treatments(self) -> list[str]:
+        """What the tables say: the norms of all weights are taken once."""
+        plan = self.plan
+        totals = plan.vectors.totals(equivalent_weight_decay(self.rule.alpha, self.size()))
+        means = (totals / plan.vectors.count).tolist()
+        texts = []
+        for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
+            text = f"AWS, decay now {mean:.2g}"
+            replaced = replaced_decay(plan.optimizer, group)
+            if replaced and self.rule.weight_decay == "replace":
+                text += f" ({replaced})"
+            texts.append(text)
+        return texts
 
 
 class AdaptiveWeightShrink(NormDynCallback):
@@ -61,6 +141,8 @@ class AdaptiveWeightShrink(NormDynCallback):
         0.0025
     """
 
+    worker = ShrinkWorker
+
     def __init__(
         self,
         alpha: float,
@@ -71,101 +153,16 @@ class AdaptiveWeightShrink(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if statistic not in ("auto", "norm", "std"):
-            raise ValueError(f"`statistic` must be 'auto', 'norm' or 'std', got {statistic!r}.")
-        if weight_decay not in ("replace", "keep"):
-            raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
         self.alpha = check_number("alpha", alpha, "> 0")
-        self.statistic: Literal["auto", "norm", "std"] = statistic
-        self.weight_decay = weight_decay
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._standardized: dict[int, Tensor | None] = {}
+        self.statistic = check_choice("statistic", statistic, ("auto", "norm", "std"))
+        self.weight_decay = check_choice("weight_decay", weight_decay, ("replace", "keep"))
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
         return {"alpha": self.alpha, "statistic": self.statistic, "weight_decay": self.weight_decay}
-
-    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
-        """Acts at `ready`."""
-        return {Phase.SHRINK: self._shrink}
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The rate must be known, and the decay of the targets ours to take over."""
         check_rate(optimizer, weights)
         if self.weight_decay == "replace":
             check_decay_takeover(optimizer, weights)
-
-    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Find the weight-standardized vectors and claim the decay."""
-        standardized = [self.statistic_for(t) == "std" for t in plan.targets]
-        self._standardized[plan.index] = None
-        if any(standardized):
-            self._standardized[plan.index] = plan.vectors.spread(
-                torch.tensor(standardized, device=plan.vectors.device, dtype=torch.bool)
-            )
-        if self.weight_decay == "replace":
-            check_decay_takeover(plan.optimizer, plan.claimed)
-            self.claim_decay(plan, bracket, DecayOwner.SHRINK, plan.claimed)
-
-    def statistic_of(self, plan: Plan) -> Tensor:
-        """Norm, or biased standard deviation where weight standardization follows, of every vector:
-        ``(n,)``."""
-        vectors = plan.vectors
-        standardized = self._standardized[plan.index]
-        if standardized is None:
-            return vectors.norms()
-        ww, w1 = vectors.moments(vectors.values())
-        return torch.where(standardized, std_from_sums(ww, w1, vectors.length), norm_from_sums(ww))
-
-    def _shrink(self, step: Step, plan: Plan) -> None:
-        statistic = self.statistic_of(plan)
-        lr = plan.rates()
-        factor = plan.guard(shrink_factor(statistic, lr, self.alpha), 1.0, step, statistic)
-        plan.count(
-            "clamped",
-            plan.guard((lr * self.alpha * statistic > 0.5).to(factor.dtype), 0.0, step),
-            step,
-        )
-        if plan.vectors.low_precision:
-            self._shrink_rounded(step, plan, factor)
-        else:
-            step.scale(Scaling(plan.vectors, factor, invariant=plan.invariant))
-
-    def _shrink_rounded(self, step: Step, plan: Plan, factor: Tensor) -> None:
-        """Where rounding would swallow a factor, it is owed until it matters."""
-        vectors = plan.vectors
-        owed = self.per_vector(
-            "owed", plan, lambda: torch.ones(vectors.n, dtype=torch.float32, device=vectors.device)
-        )
-        shrink = RoundedScaling(vectors, factor, owed)
-        step.undo_with(lambda: self.store_per_vector("owed", plan, shrink.owed))
-        step.scale(shrink)
-        self.store_per_vector("owed", plan, shrink.owed)
-
-    def treatments(self, plan: Plan) -> list[str]:
-        """What the tables say: the norms of all weights are taken once."""
-        totals = plan.vectors.totals(equivalent_weight_decay(self.alpha, self.statistic_of(plan)))
-        means = (totals / plan.vectors.count).tolist()
-        texts = []
-        for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
-            replaced = (
-                replaced_decay(plan.optimizer, group) if self.weight_decay == "replace" else ""
-            )
-            texts.append(f"AWS, decay now {mean:.2g}" + (f" ({replaced})" if replaced else ""))
-        return texts
-
-    def statistic_for(self, target: Target) -> Literal["norm", "std"]:
-        """Weight standardization removes the mean, so for such weights the norm would count what
-        the loss cannot see."""
-        if self.statistic != "auto":
-            return self.statistic
-        assert self._session is not None
-        return "std" if is_weight_standardized(self._session.module, target.name) else "norm"
-
-    def effect(self, target: Target) -> Effect:
-        """It shrinks the weight in proportion to its size."""
-        return Shrink(
-            self.alpha, self.statistic_for(target), replaces_decay=self.weight_decay == "replace"
-        )

@@ -4,290 +4,30 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, ScaledSteps
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped
 from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
 from lightning_normdyn.monitor.history import History, load_history
-from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizers.recognition import facts_of, why_not_as_base
 from lightning_normdyn.optimizers.step import Phase, Step
-
-
-class EffectiveLRReplay(NormDynCallback):
-    r"""Trains with the effective learning rates of another run: each step is scaled, per weight
-    vector, by
-
-    .. math:: \left(\frac{n}{n_{ref}}\right)^2 \frac{1 - d}{1 - d_{ref}}
-
-    with :math:`n`, :math:`n_{ref}` the norms of this run and of the recorded one before the step,
-    and :math:`d`, :math:`d_{ref}` the decay
-    that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay
-    accounted for). A run without weight
-    decay then turns its weights as the recorded run with decay did: what the decay did was its
-    effective learning rate.
-
-    Exact for plain SGD; approximate with momentum, where an optimizer steps several times in a
-    batch, and between recorded steps, where
-    norms are interpolated; it says so. Both runs need the same learning rates, of which a ratio of
-    norms says nothing. The step is scaled
-    after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding
-    left of a small step.
-
-    Args:
-        history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``;
-            read at fit start, by every rank.
-        uniform: one factor for all weights and all steps, the geometric mean of what the recorded
-            decay amounts to: the paper's control,
-            which does not follow the recorded directions.
-        params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
-        granularity: as in the recorded run.
-
-    Raises:
-        NormDynError: at fit start for a file that is damaged, holds no per-vector norms, or comes
-            from another architecture; at the first
-            step for a target that was not recorded.
-        NotSupportedError: for another optimizer than ``torch.optim.SGD``.
-
-    Example:
-        >>> from lightning_normdyn import EffectiveLRReplay
-        >>> EffectiveLRReplay("run/history.npz").uniform
-        False
-    """
-
-    needs_length: ClassVar[bool] = True
-
-    rank: ClassVar[int] = 1
-    """It comes after a projection: what decay a gate applies is known only then, and what is left
-    of the step is what it scales."""
-
-    def __init__(
-        self,
-        history: str | os.PathLike[str],
-        *,
-        uniform: bool = False,
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
-    ) -> None:
-        super().__init__(params, granularity)
-        self.path = os.fspath(history)
-        self.uniform = uniform
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._history: History | None = None
-        self._uniform_factor = 1.0
-        self._records: dict[int, _Record] = {}
-        self._factors: dict[int, Tensor] = {}
-        self._decayed: dict[int, Tensor] = {}
-        self._decayed_before: set[int] = set()  # optimizers whose decays have been looked at
-        self._looked: dict[int, int] = {}
-        self._told: set[str] = set()
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        return {"history": self.path, "uniform": self.uniform}
-
-    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
-        """Looks at `ready`, scales at `stepped` what a projection has left of the step."""
-        return {Phase.MEASURE: self._look, Phase.PROJECT: self._scale}
-
-    def treatment(self, plan: Plan, target: Target) -> str:
-        """What the start table says."""
-        return "replays a recorded effective lr"
-
-    def effect(self, target: Target) -> Effect:
-        """Steps get the length that was recorded."""
-        return ScaledSteps()
-
-    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
-        """The factor is SGD's: its steps are proportional to the gradient."""
-        if weights and not facts_of(optimizer).proportional:
-            own_step = why_not_as_base(optimizer)
-            because = "" if own_step is None else f" ({own_step})"
-            raise NotSupportedError(
-                f"EffectiveLRReplay scales steps by a ratio of squared norms, which is right for "
-                f"SGD, but the optimizer is "
-                f"{type(optimizer).__name__}{because}. Use torch.optim.SGD in both runs."
-            )
-
-    # -- the record
-    # ----------------------------------------------------------------------------------------------------
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the record, and refuse one of another architecture."""
-        super().on_fit_start(trainer, pl_module)
-        history = load_history(self.path)
-        recorded = _recorded_names(history)
-        if not recorded:
-            raise NormDynError(
-                f"`{self.path}` holds no per-vector norms. Record it with "
-                f"NormDynamicsMonitor(every_n_steps=1, per_vector=True) and "
-                "save its history."
-            )
-        assert self._session is not None
-        shapes = {
-            name: self._session.weights.shapes[weight]
-            for weight, names in self._session.weights.names.items()
-            for name in names
-        }
-        for name in recorded:
-            if name not in shapes:
-                raise self._mismatch(f"it has a weight `{name}`, which this model has not")
-            then = _about(history, name).get("shape")
-            if then is not None and list(shapes[name]) != then:
-                raise self._mismatch(
-                    f"`{name}` has shape {tuple(then)} there and {shapes[name]} here"
-                )
-        _check_record(self.path, history, recorded)
-        self._history = history
-        if self.uniform:
-            self._uniform_factor = _uniform_factor(history, recorded)
-
-    def _target(self, weight: Tensor) -> Target | None:
-        """None for a weight whose vectors are others here than in the record because losses of the
-        two runs read other rows of it."""
-        target, history = super()._target(weight), self._history
-        assert history is not None
-        if (
-            target is None
-            or target.verdict.unread is None
-            or target.name not in _recorded_names(history)
-        ):
-            return target
-        there = history.vectors(f"weight_norm/{target.name}")[1].shape[1]
-        # Equal numbers of vectors need not be the same rows.
-        self._say(
-            f"rows of {target.name}",
-            f"EffectiveLRReplay leaves the steps of `{target.name}` alone: "
-            f"{target.verdict.unread_rows}, and the record has {there} "
-            "vectors.",
-        )
-        return None
-
-    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Bring what was recorded of these weights to their device."""
-        history = self._history
-        assert history is not None
-        recorded = _recorded_names(history)
-        for target in plan.targets:
-            if target.name not in recorded:
-                raise self._mismatch(
-                    f"it has no weight `{target.name}`, but {', '.join(recorded[:4])}"
-                )
-            there = history.vectors(f"weight_norm/{target.name}")[1].shape[1]
-            if there != target.partition.n:
-                raise self._mismatch(
-                    f"`{target.name}` has {there} vectors there and {target.partition.n} here"
-                )
-        record = self._records[plan.index] = _Record.of(plan, history)
-        if any(not is_zero(group_number(group, "momentum")) for group, _ in plan.groups):
-            self._say(
-                "momentum",
-                "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are "
-                "followed approximately.",
-            )
-        if record.has_gaps:
-            self._say(
-                "gaps",
-                f"`{self.path}` was not recorded at every step; norms in between are interpolated.",
-            )
-
-    def _mismatch(self, what: str) -> NormDynError:
-        return NormDynError(
-            f"`{self.path}` comes from another model: {what}. Replay it on the same architecture."
-        )
-
-    def _say(self, key: str, text: str) -> None:
-        if key not in self._told:
-            self._told.add(key)
-            warn_once(text)
-
-    # -- a step
-    # --------------------------------------------------------------------------------------------------------
-
-    def _look(self, step: Step, plan: Plan) -> None:
-        vectors, record = plan.vectors, self._records[plan.index]
-        step.bracket.request_snapshot(vectors.storages())
-        weights = vectors.values()
-        ww, w1 = vectors.inner((weights, weights), (weights, None))
-        norm, std = norm_from_sums(ww), std_from_sums(ww, w1, vectors.length)
-        assert self._session is not None
-        if plan.index not in self._decayed_before:
-            self._check_decays(step, plan)
-        _, decayed = self._session.combined.decay_shares(plan, step, norm, std)
-        # The first step refuses a decay that nobody can tell; one that comes about later must not
-        # become a NaN in the weights.
-        self._decayed[plan.index] = decayed.nan_to_num(0.0)
-        if self.uniform:
-            factor = torch.full_like(norm, self._uniform_factor)
-        else:
-            now = batches_that_stepped(self._session.trainer)
-            if self._looked.get(plan.index) == now:
-                self._say(
-                    "several",
-                    f"An optimizer steps several times in a batch, and `{self.path}` holds one "
-                    f"norm for all of them: they are followed "
-                    "approximately.",
-                )
-            self._looked[plan.index] = now
-            if now > record.steps[-1]:
-                self._say(
-                    "end",
-                    f"`{self.path}` ends at step {record.steps[-1]}; its last norms are held from "
-                    f"there on.",
-                )
-            reference, reference_decay = record.at(now)
-            decay = self._session.combined.applied_decay(plan, step, norm, std)
-            # Rounded as the record is: a run replayed onto itself then has factors of exactly 1,
-            # and no rounding for training to amplify.
-            own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
-            factor = (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
-        self._factors[plan.index] = plan.guard(factor, 1.0, step)
-
-    def _check_decays(self, step: Step, plan: Plan) -> None:
-        """Refuse targets whose decay nobody can tell; here, since what other callbacks do is known
-        only when all have made their plans."""
-        assert self._session is not None
-        self._decayed_before.add(plan.index)
-        untold = [
-            f"`{t.name}`"
-            for t, decay in zip(plan.targets, self._session.combined.decays(plan), strict=True)
-            if decay.rate is None
-        ]
-        if not untold:
-            return
-        named = ", ".join(untold[:4]) + (" ..." if len(untold) > 4 else "")
-        text = (
-            f"EffectiveLRReplay has to know what share of a weight its decay takes away, and "
-            f"nobody can tell that of {named} under the "
-            "other callbacks on it. Remove those, or leave the weights out of `params`."
-        )
-        if step.number == 1:
-            raise NotSupportedError(text)
-        warn_once(f"{text} They are left alone.")
-
-    def _scale(self, step: Step, plan: Plan) -> None:
-        vectors, factor = plan.vectors, self._factors.pop(plan.index)
-        # w' = (1 - d) s + step, with d the decay since the copy s was taken: only the step is
-        # scaled.
-        kept = 1 - self._decayed.pop(plan.index)
-        vectors.scale_(factor)
-        vectors.add_scaled_((1 - factor) * kept, vectors.snapshots(step.bracket))
 
 
 @dataclass
@@ -454,3 +194,275 @@ def _uniform_factor(history: History, names: Sequence[str]) -> float:
         )  # log of p, the length that decay alone would have left
         logs.append(((-2 * before - kept) * lasts).sum(axis=0) / lasts.sum())
     return float(np.exp(np.concatenate(logs).mean()))
+
+
+class ReplayPart(Part["EffectiveLRReplay"]):
+    """The part in a fit of a replay: it holds the record.
+
+    Attributes:
+        history: the record.
+        recorded: names of the weights in it.
+        uniform_factor: the one factor of a uniform replay.
+    """
+
+    history: History
+    recorded: list[str]
+    uniform_factor: float
+
+    def fit_start(self) -> None:
+        """Read the record, and refuse one of another architecture."""
+        super().fit_start()
+        path = self.rule.path
+        self.history = load_history(path)
+        self.recorded = _recorded_names(self.history)
+        if not self.recorded:
+            raise NormDynError(
+                f"`{path}` holds no per-vector norms. Record it with "
+                f"NormDynamicsMonitor(every_n_steps=1, per_vector=True) and save its history."
+            )
+        self._compare_shapes()
+        _check_record(path, self.history, self.recorded)
+        if self.rule.uniform:
+            self.uniform_factor = _uniform_factor(self.history, self.recorded)
+
+    def _compare_shapes(self) -> None:
+        shapes = {}
+        for weight, names in self.session.weights.names.items():
+            shapes.update(dict.fromkeys(names, self.session.weights.shapes[weight]))
+        for name in self.recorded:
+            if name not in shapes:
+                raise self.mismatch(f"it has a weight `{name}`, which this model has not")
+            shape = _about(self.history, name).get("shape")
+            if shape is not None and list(shapes[name]) != shape:
+                raise self.mismatch(
+                    f"`{name}` has shape {tuple(shape)} there and {shapes[name]} here"
+                )
+
+    def vectors_of(self, name: str) -> int:
+        """How many vectors of a weight were recorded."""
+        return int(self.history.vectors(f"weight_norm/{name}")[1].shape[1])
+
+    def target(self, weight: Tensor) -> Target | None:
+        """None for a weight whose vectors are others here than in the record because losses of the
+        two runs read other rows of it."""
+        target = super().target(weight)
+        if target is None or target.verdict.unread is None or target.name not in self.recorded:
+            return target
+        # Equal numbers of vectors need not be the same rows.
+        self.session.say_once(
+            f"EffectiveLRReplay leaves the steps of `{target.name}` alone: "
+            f"{target.verdict.unread_rows}, and the record has {self.vectors_of(target.name)} "
+            f"vectors.",
+            about=(self.rule.path, target.name),
+        )
+        return None
+
+    def mismatch(self, what: str) -> NormDynError:
+        """The refusal of a record of another model."""
+        return NormDynError(
+            f"`{self.rule.path}` comes from another model: {what}. Replay it on the same "
+            f"architecture."
+        )
+
+
+class ReplayWorker(Worker["EffectiveLRReplay"]):
+    """Scales the steps of the targets of one optimizer."""
+
+    part: ReplayPart
+
+    # Of this step, ``(n,)`` each, set by `look`: how much longer or shorter the step becomes, and
+    # the share of the weight that decay takes away.
+    factor: Tensor
+    decayed: Tensor
+
+    def __init__(self, part: ReplayPart, plan: Plan) -> None:
+        super().__init__(part, plan)
+        for target in plan.targets:
+            if target.name not in part.recorded:
+                raise part.mismatch(
+                    f"it has no weight `{target.name}`, but {', '.join(part.recorded[:4])}"
+                )
+            there = part.vectors_of(target.name)
+            if there != target.partition.n:
+                raise part.mismatch(
+                    f"`{target.name}` has {there} vectors there and {target.partition.n} here"
+                )
+        self.record = _Record.of(plan, part.history)
+        self._has_checked_decays = False
+        self._looked_at = -1
+        self._say_what_is_approximate()
+
+    def _say_what_is_approximate(self) -> None:
+        if any(not is_zero(group_number(group, "momentum")) for group, _ in self.plan.groups):
+            self.session.say_once(
+                "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are "
+                "followed approximately."
+            )
+        if self.record.has_gaps:
+            self.session.say_once(
+                f"`{self.rule.path}` was not recorded at every step; norms in between are "
+                f"interpolated."
+            )
+
+    @during(Phase.MEASURE)
+    def look(self, step: Step) -> None:
+        """Work out the factor at the weight that the gradient was taken at."""
+        plan, vectors = self.plan, self.plan.vectors
+        step.bracket.request_snapshot(vectors.storages())
+        weights = vectors.values()
+        ww, w1 = vectors.inner((weights, weights), (weights, None))
+        norm, std = norm_from_sums(ww), std_from_sums(ww, w1, vectors.length)
+        if not self._has_checked_decays:
+            self._check_decays(step)
+        _, decayed = self.session.combined.decay_shares(plan, step, norm, std)
+        # The first step refuses a decay that nobody can tell; one that comes about later must not
+        # become a NaN in the weights.
+        self.decayed = decayed.nan_to_num(0.0)
+        if self.rule.uniform:
+            factor = torch.full_like(norm, self.part.uniform_factor)
+        else:
+            decay = self.session.combined.applied_decay(plan, step, norm, std)
+            factor = self._recorded_factor(norm, decay)
+        self.factor = plan.guard(factor, 1.0, step)
+
+    def _recorded_factor(self, norm: Tensor, decay: Tensor) -> Tensor:
+        """(n / n_ref)^2 (1 - d) / (1 - d_ref) (WRS paper, "scale lr", with the norm ratio
+        squared)."""
+        record, path = self.record, self.rule.path
+        now = batches_that_stepped(self.session.trainer)
+        if self._looked_at == now:
+            self.session.say_once(
+                f"An optimizer steps several times in a batch, and `{path}` holds one norm for all "
+                f"of them: they are followed approximately."
+            )
+        self._looked_at = now
+        if now > record.steps[-1]:
+            self.session.say_once(
+                f"`{path}` ends at step {record.steps[-1]}; its last norms are held from there on."
+            )
+        reference, reference_decay = record.at(now)
+        # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no
+        # rounding for training to amplify.
+        own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
+        return (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
+
+    def _check_decays(self, step: Step) -> None:
+        """Refuse targets whose decay nobody can tell; at a step, since what other callbacks do is
+        known only when all have made their plans."""
+        self._has_checked_decays = True
+        untold = []
+        for target, decay in zip(
+            self.plan.targets, self.session.combined.decays(self.plan), strict=True
+        ):
+            if decay.rate is None:
+                untold.append(f"`{target.name}`")
+        if not untold:
+            return
+        names = ", ".join(untold[:4]) + (" ..." if len(untold) > 4 else "")
+        text = (
+            f"EffectiveLRReplay has to know what share of a weight its decay takes away, and "
+            f"nobody can tell that of {names} under the other callbacks on it. Remove those, or "
+            f"leave the weights out of `params`."
+        )
+        if step.number == 1:
+            raise NotSupportedError(text)
+        warn_once(f"{text} They are left alone.")
+
+    @during(Phase.PROJECT)
+    def scale(self, step: Step) -> None:
+        """Scale what a projection has left of the step."""
+        vectors, factor = self.plan.vectors, self.factor
+        # w' = (1 - d) s + step, with d the decay since the copy s was taken: only the step is
+        # scaled.
+        vectors.scale_(factor)
+        vectors.add_scaled_((1 - factor) * (1 - self.decayed), vectors.snapshots(step.bracket))
+
+    def inherit(self, earlier: ReplayWorker) -> None:
+        """Decays are checked once for an optimizer."""
+        self._has_checked_decays = earlier._has_checked_decays
+        self._looked_at = earlier._looked_at
+
+    def effect(self, target: Target) -> Effect:
+        """Steps get the length that was recorded."""
+        return ScaledSteps()
+
+    def treatment(self, target: Target) -> str:
+        """What the start table says."""
+        return "replays a recorded effective lr"
+
+
+class EffectiveLRReplay(NormDynCallback):
+    r"""Trains with the effective learning rates of another run: each step is scaled, per weight
+    vector, by
+
+    .. math:: \left(\frac{n}{n_{ref}}\right)^2 \frac{1 - d}{1 - d_{ref}}
+
+    with :math:`n`, :math:`n_{ref}` the norms of this run and of the recorded one before the step,
+    and :math:`d`, :math:`d_{ref}` the decay
+    that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay
+    accounted for). A run without weight
+    decay then turns its weights as the recorded run with decay did: what the decay did was its
+    effective learning rate.
+
+    Exact for plain SGD; approximate with momentum, where an optimizer steps several times in a
+    batch, and between recorded steps, where
+    norms are interpolated; it says so. Both runs need the same learning rates, of which a ratio of
+    norms says nothing. The step is scaled
+    after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding
+    left of a small step.
+
+    Args:
+        history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``;
+            read at fit start, by every rank.
+        uniform: one factor for all weights and all steps, the geometric mean of what the recorded
+            decay amounts to: the paper's control,
+            which does not follow the recorded directions.
+        params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
+        granularity: as in the recorded run.
+
+    Raises:
+        NormDynError: at fit start for a file that is damaged, holds no per-vector norms, or comes
+            from another architecture; at the first
+            step for a target that was not recorded.
+        NotSupportedError: for another optimizer than ``torch.optim.SGD``.
+
+    Example:
+        >>> from lightning_normdyn import EffectiveLRReplay
+        >>> EffectiveLRReplay("run/history.npz").uniform
+        False
+    """
+
+    worker = ReplayWorker
+    part = ReplayPart
+    needs_length: ClassVar[bool] = True
+
+    rank: ClassVar[int] = 1
+    """It comes after a projection: what decay a gate applies is known only then, and what is left
+    of the step is what it scales."""
+
+    def __init__(
+        self,
+        history: str | os.PathLike[str],
+        *,
+        uniform: bool = False,
+        params: str | list[str] = "auto",
+        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+    ) -> None:
+        super().__init__(params, granularity)
+        self.path = os.fspath(history)
+        self.uniform = uniform
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers."""
+        return {"history": self.path, "uniform": self.uniform}
+
+    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        """The factor is SGD's: its steps are proportional to the gradient."""
+        if weights and not facts_of(optimizer).proportional:
+            own_step = why_not_as_base(optimizer)
+            because = "" if own_step is None else f" ({own_step})"
+            raise NotSupportedError(
+                f"EffectiveLRReplay scales steps by a ratio of squared norms, which is right for "
+                f"SGD, but the optimizer is {type(optimizer).__name__}{because}. Use "
+                f"torch.optim.SGD in both runs."
+            )

@@ -16,16 +16,13 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
 from torch import Tensor, nn
 
-from lightning_normdyn.engine.callback import (
-    NormDynCallback,
-    Plan,
-    Target,
-    check_count,
-    is_number,
-)
+from lightning_normdyn.engine.arguments import check_count, is_number
+from lightning_normdyn.engine.legacy import LegacyCallback
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.state import history as check_history
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.input_span.fixed_weights import (
     at_fixed_weights,
@@ -44,7 +41,7 @@ from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
-class InputSpanMonitor(NormDynCallback, KeepsHistory):
+class InputSpanMonitor(LegacyCallback, KeepsHistory):
     r"""Logs what part of each layer's weights its inputs can see, and how the weights are
     distributed (WRS paper, Figures 4 to 6).
 

@@ -3,30 +3,32 @@ there."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from math import inf, log, nan
 from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, as_float, is_number
+from lightning_normdyn.engine.arguments import as_float, is_number
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
+from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
+    RescalingPart,
     changes_function,
-    refuse_averaging,
     verify_targets,
     warn_of_changed_function,
 )
-from lightning_normdyn.engine.state import many, number, record, table, text, whole
+from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.state import Check, flag, number, record, table, text
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance
-from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_rate
 from lightning_normdyn.optimizers.rate import applied_rate
 from lightning_normdyn.optimizers.recognition import class_for_predictions
@@ -73,14 +75,6 @@ class Rate:
 
 
 @dataclass
-class _Settings:
-    """What is known of a plan's weights before the first step, in the order of its targets."""
-
-    groups: list[dict[str, Any]]
-    exponents: list[float]
-
-
-@dataclass
 class _Drop:
     """A rescale for a step that is not over.
 
@@ -95,12 +89,183 @@ class _Drop:
     def stepped(self) -> dict[str, Rate]:
         """Of the weights that the optimizer has stepped, as `Scaling.judge` found: for them the
         drop is over."""
-        names = self.scaling.vectors.names
+        rates = {}
+        for name, has_stepped in zip(self.scaling.vectors.names, self.scaling.stepped, strict=True):
+            if has_stepped and name in self.rates:
+                rates[name] = self.rates[name]
+        return rates
+
+
+class DropWorker(Worker["LRDropRescaling"]):
+    """Rescales the targets of one optimizer when their learning rate drops."""
+
+    _BY_NAME: ClassVar[Check] = staticmethod(table(text(), number(0.0)))
+    STATE: ClassVar[Check] = staticmethod(
+        record({"last_lr": _BY_NAME, "last_fall": _BY_NAME, "unmarked": flag}, closed=True)
+    )
+
+    def __init__(self, part: Selection[LRDropRescaling], plan: Plan) -> None:
+        super().__init__(part, plan)
+        rule = part.rule
+        warn_of_changed_function(rule, plan)
+        if rule.verify:
+            verify_targets(plan, part.session)
+        self.rescaler = Rescaler(plan, part.session, "rescale")
+        self.exponents: list[float] = []
+        """Of each target; empty until the first step, when all callbacks have made their plans."""
+        self.rates: dict[str, Rate] = {}
+        """By weight name: param groups have no name that survives a resume."""
+        self.unmarked = False
+        """Whether a fused update turned out to have happened, so that the next row must tell of the
+        drop before it."""
+        self._drop: _Drop | None = None
+        self._fetched: dict[int, tuple[Tensor, int, float]] = {}
+
+    @during(Phase.LR_DROP)
+    def rescale(self, step: Step) -> None:
+        """w <- w / k^e where the learning rate has fallen by k (NRQ paper, Corollary 2)."""
+        plan = self.plan
+        # At the first step, so that a refusal does not wait for the drop.
+        if not self.exponents:
+            self.exponents = self._find_exponents()
+        # Marked here and not as soon as it is known: that depends on when somebody saves a
+        # checkpoint.
+        if self.unmarked:
+            self.unmarked = False
+            plan.mark("lr_drop")
+        factors, rates = self._factors(step)
+        # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
+        # drop is due again at the next.
+        step.when_done(lambda: self.rates.update(rates))
+        self._drop = None
+        if any(factor != 1.0 for factor in factors):
+            self._rescale_for(step, factors, rates)
+
+    def _factors(self, step: Step) -> tuple[list[float], dict[str, Rate]]:
+        """The factor of each target, and what to remember of the weights that step."""
+        plan = self.plan
+        factors = [1.0] * len(plan.targets)
+        rates = {}
+        for i, has_gradient in enumerate(plan.vectors.has_gradient(step)):
+            # A weight that does not step finds the drop still due when it does.
+            if not has_gradient:
+                continue
+            target = plan.targets[i]
+            lr = self._rate_on_host(target)
+            known = self.rates.get(target.name, Rate(lr))
+            drop, rates[target.name] = known.then(lr, self.rule.min_drop)
+            factors[i] = drop ** -self.exponents[i]
+        return factors, rates
+
+    def _rescale_for(self, step: Step, factors: list[float], rates: dict[str, Rate]) -> None:
+        plan, vectors = self.plan, self.plan.vectors
+        per_target = torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)
+        factor = plan.guard(vectors.spread(per_target), 1.0, step)
+        scaling = self.rescaler.scaling(factor, gradients=True)
+        drop = self._drop = _Drop(scaling, rates)
+        step.undo_with(lambda: self._take_back(drop))
+        step.when_done(self._finish)
+        step.scale(scaling)
+        step.when_done(self._mark_now if step.skipped is None else self._mark_later)
+
+    def _take_back(self, drop: _Drop) -> None:
+        """The step has raised: the drop is over for the weights that stepped all the same."""
+        self._drop = None
+        self.rates.update(drop.stepped())
+
+    def _finish(self) -> None:
+        self._drop = None
+
+    def _mark_now(self) -> None:
+        self.plan.mark("lr_drop")
+
+    def _mark_later(self) -> None:
+        self.unmarked = True
+
+    def _rate_on_host(self, target: Target) -> float:
+        """The rate of the coming step on the host; one that lives on a device is fetched only when
+        somebody has written to it."""
+        group = self.plan.group_of(target)
+        rate = applied_rate(self.plan.optimizer, group, target.weight)
+        if rate is None:
+            return nan
+        if isinstance(rate, float):
+            return rate
+        # Computed from a tensor, the rate is a new tensor at each step; but only a schedule, which
+        # writes to the group's own, makes it drop.
+        lr = group["lr"]
+        last = self._fetched.get(id(group))
+        if last is None or last[0] is not lr or last[1] != lr._version:
+            last = self._fetched[id(group)] = (lr, lr._version, float(lr))
+        return last[2]
+
+    def _find_exponents(self) -> list[float]:
+        effects = self.session.combined.effects(self.plan.targets, besides=self.rule)
+        return [self._exponent(*each) for each in zip(self.plan.targets, effects, strict=True)]
+
+    def _exponent(self, target: Target, effects: Effects) -> float:
+        optimizer, group = self.plan.optimizer, self.plan.group_of(target)
+        if effects.rescaling is not None:
+            raise NotSupportedError(
+                f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of "
+                f"LRDropRescaling, which changes it. Give them different `params`."
+            )
+        if self.rule.exponent != "auto":
+            return float(self.rule.exponent)
+        kind, name = class_for_predictions(optimizer), type(optimizer).__name__
+        options = balance(effects, optimizer, group, 1.0)
+        exponent = None if options is None else lr_drop_exponent(kind, group, **options)
+        if exponent is not None:
+            return exponent
+        if options is None:
+            reason = "the equilibrium under the other callbacks on it is not known"
+        elif step_response(kind, group) is None:
+            reason = f"the equilibrium of {name} with these settings is not known"
+        else:
+            reason = "it has no weight decay, and without one there is no equilibrium to land on"
+        raise NotSupportedError(
+            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under {name}: "
+            f"{reason}. Give exponent=..., or leave the weight out of `params`."
+        )
+
+    def inherit(self, earlier: DropWorker) -> None:
+        """The rates of weights that stay, and a drop that is still to be told."""
+        self.rates = earlier.rates
+        self.unmarked = earlier.unmarked
+
+    def forget(self, name: str) -> None:
+        """Of the new weight of this name no rate is known."""
+        self.rates.pop(name, None)
+
+    def state(self) -> dict[str, Any]:
+        """The last rates; in the middle of a step those of the weights that have stepped."""
+        rates = dict(self.rates)
+        if self._drop is not None:
+            self._drop.scaling.judge()
+            rates.update(self._drop.stepped())
         return {
-            n: self.rates[n]
-            for n, stepped in zip(names, self.scaling.stepped, strict=True)
-            if stepped and n in self.rates
+            "last_lr": {name: rate.lr for name, rate in rates.items()},
+            "last_fall": {name: rate.fall for name, rate in rates.items()},
+            "unmarked": self.unmarked,
         }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` gave it."""
+        falls = state["last_fall"]
+        self.rates = {n: Rate(lr, falls.get(n, 0.0)) for n, lr in state["last_lr"].items()}
+        self.unmarked = state["unmarked"]
+
+    def effect(self, target: Target) -> Effect:
+        """Its length jumps at drops of the learning rate."""
+        return LengthJumps()
+
+    def treatments(self) -> list[str]:
+        """What the tables say."""
+        targets = self.plan.targets
+        how = ["rescaled at LR drops"] * len(targets)
+        if self.exponents:
+            how = [f"÷ k^{exponent:.3g} at an LR drop by k" for exponent in self.exponents]
+        return [text + changes_function(t) for text, t in zip(how, targets, strict=True)]
 
 
 class LRDropRescaling(NormDynCallback):
@@ -148,6 +313,8 @@ class LRDropRescaling(NormDynCallback):
         1.5
     """
 
+    worker = DropWorker
+    part = RescalingPart
     marks: ClassVar[tuple[str, ...]] = ("lr_drop",)
 
     def __init__(
@@ -168,191 +335,12 @@ class LRDropRescaling(NormDynCallback):
         self.min_drop = float(min_drop)
         self.verify = bool(verify)
 
-    def _forget(self) -> None:
-        super()._forget()
-        self._rescalers: dict[int, Rescaler] = {}
-        self._known: dict[int, _Settings] = {}
-        self._warned: set[str] = set()
-        self._rates: dict[
-            str, Rate
-        ] = {}  # by weight: param groups have no name that survives a resume
-        self._unmarked: set[int] = (
-            set()
-        )  # optimizers whose drop a fused update turned out to have taken, for the next row to tell
-        self._drops: dict[int, _Drop] = {}
-        self._read: dict[int, tuple[Tensor, int, float]] = {}
-
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
         return {"exponent": self.exponent, "min_drop": self.min_drop}
-
-    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
-        """Acts at `ready`, before any shrink."""
-        return {Phase.LR_DROP: self._step}
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse averages over weights whose scale this callback changes."""
-        refuse_averaging(trainer, self)
-        super().on_fit_start(trainer, pl_module)
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale."""
         if weights:
             check_rate(optimizer, weights)
             Rescaler.check(optimizer, "rescale")
-
-    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Prepare the rescale; what the other callbacks do to these weights is known only when all
-        have made their plans."""
-        assert self._session is not None
-        warn_of_changed_function(self, plan, self._warned)
-        if self.verify:
-            verify_targets(plan, self._session)
-        self._rescalers[plan.index] = Rescaler(plan, self._session, "rescale")
-        self._known.pop(plan.index, None)
-
-    def _settings_of(self, plan: Plan) -> _Settings:
-        if plan.index not in self._known:
-            assert self._session is not None
-            groups = plan.groups_of(plan.targets)
-            effects = self._session.combined.effects(plan.targets, besides=self)
-            exponents = [
-                self._exponent(plan, *each)
-                for each in zip(plan.targets, groups, effects, strict=True)
-            ]
-            self._known[plan.index] = _Settings(groups, exponents)
-        return self._known[plan.index]
-
-    def _exponent(
-        self, plan: Plan, target: Target, group: Mapping[str, Any], effects: Effects
-    ) -> float:
-        kind = class_for_predictions(plan.optimizer)
-        if effects.rescaling is not None:
-            raise NotSupportedError(
-                f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of "
-                f"LRDropRescaling, which changes it. "
-                "Give them different `params`."
-            )
-        if self.exponent != "auto":
-            return float(self.exponent)
-        options = balance(effects, plan.optimizer, group, 1.0)
-        exponent = None if options is None else lr_drop_exponent(kind, group, **options)
-        if exponent is not None:
-            return exponent
-        if options is None:
-            reason = "the equilibrium under the other callbacks on it is not known"
-        elif step_response(kind, group) is None:
-            reason = f"the equilibrium of {type(plan.optimizer).__name__} with these settings is not known"
-        else:
-            reason = "it has no weight decay, and without one there is no equilibrium to land on"
-        raise NotSupportedError(
-            f"LRDropRescaling(exponent='auto') knows no exponent for `{target.name}` under "
-            f"{type(plan.optimizer).__name__}: {reason}. "
-            "Give exponent=..., or leave the weight out of `params`."
-        )
-
-    def _step(self, step: Step, plan: Plan) -> None:
-        known = self._settings_of(
-            plan
-        )  # at the first step, so that a refusal does not wait for the drop
-        if (
-            plan.index in self._unmarked
-        ):  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
-            self._unmarked.discard(plan.index)
-            plan.mark("lr_drop")
-        rates: dict[str, Rate] = {}
-        factors = [1.0] * len(plan.targets)
-        settings = zip(
-            plan.targets,
-            known.groups,
-            known.exponents,
-            plan.vectors.has_gradient(step),
-            strict=True,
-        )
-        for i, (target, group, exponent, has_gradient) in enumerate(settings):
-            if has_gradient:  # a weight that does not step finds the drop still due when it does
-                lr = self._lr(plan.optimizer, group, target.weight)
-                drop, rates[target.name] = self._rates.get(target.name, Rate(lr)).then(
-                    lr, self.min_drop
-                )
-                factors[i] = drop**-exponent
-        # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
-        # drop is due again at the next.
-        step.when_done(lambda: self._rates.update(rates))
-        self._drops.pop(plan.index, None)
-        if all(factor == 1.0 for factor in factors):
-            return
-        vectors = plan.vectors
-        factor = vectors.spread(
-            torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)
-        )
-        scaling = self._rescalers[plan.index].scaling(plan.guard(factor, 1.0, step), gradients=True)
-        self._drops[plan.index] = _Drop(scaling, rates)
-        step.undo_with(lambda: self._rates.update(self._drops.pop(plan.index).stepped()))
-        step.when_done(partial(self._drops.__delitem__, plan.index))
-        step.scale(scaling)
-        if step.skipped is None:
-            step.when_done(partial(plan.mark, "lr_drop"))
-        else:
-            step.when_done(partial(self._unmarked.add, plan.index))
-
-    def _lr(self, optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> float:
-        """The rate of the coming step on the host; one that lives on a device is fetched only when
-        somebody has written to it."""
-        rate = applied_rate(optimizer, group, weight)
-        if rate is None:
-            return nan
-        if isinstance(rate, float):
-            return rate
-        lr = group[
-            "lr"
-            # computed from a tensor, the rate is a new tensor at each step, but only a schedule
-            # makes
-            # it drop
-        ]
-        last = self._read.get(id(group))
-        if last is None or last[0] is not lr or last[1] != lr._version:
-            last = self._read[id(group)] = (lr, lr._version, float(lr))
-        return last[2]
-
-    def _forget_weight(self, name: str) -> None:
-        super()._forget_weight(name)
-        self._rates.pop(name, None)
-
-    def _extra(self) -> dict[str, Any]:
-        rates = dict(self._rates)
-        for drop in self._drops.values():  # a checkpoint in the middle of a step
-            drop.scaling.judge()
-            rates.update(drop.stepped())
-        return {
-            "last_lr": {name: rate.lr for name, rate in rates.items()},
-            "last_fall": {name: rate.fall for name, rate in rates.items()},
-            "unmarked": sorted(self._unmarked),
-        }
-
-    def _check_extra(self, extra: Any, where: str) -> None:
-        by_name = table(text(), number(0.0))
-        record({}, {"last_lr": by_name, "last_fall": by_name, "unmarked": many(whole())})(
-            extra, where
-        )
-
-    def _load_extra(self, extra: dict[str, Any]) -> None:
-        falls = extra.get("last_fall", {})
-        self._unmarked = set(extra.get("unmarked", []))
-        self._rates = {
-            name: Rate(lr, falls.get(name, 0.0)) for name, lr in extra.get("last_lr", {}).items()
-        }
-
-    def treatment(self, plan: Plan, target: Target) -> str:
-        """What the tables say."""
-        known = self._known.get(plan.index)
-        how = (
-            "rescaled at LR drops"
-            if known is None
-            else f"÷ k^{known.exponents[plan.positions[target.weight]]:.3g} at an LR drop by k"
-        )
-        return how + changes_function(target)
-
-    def effect(self, target: Target) -> Effect:
-        """Its length jumps at drops of the learning rate."""
-        return LengthJumps()

@@ -16,16 +16,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import (
-    NormDynCallback,
-    Plan,
-    Target,
-    check_count,
-)
+from lightning_normdyn.engine.arguments import check_count
 from lightning_normdyn.engine.effect import Effects
+from lightning_normdyn.engine.legacy import LegacyCallback
 from lightning_normdyn.engine.lightning_facts import log_every
 from lightning_normdyn.engine.messages import show, warn_once
+from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.state import seal
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.monitor.history import History
@@ -159,7 +157,7 @@ class _Published:
     concerns: list[Callable[[], None]]
 
 
-class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
+class NormDynamicsMonitor(LegacyCallback, KeepsHistory):
     r"""Logs norm, effective learning rate, angular update and their relatives for every weight, and
     prints what came of them.
 
@@ -850,7 +848,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             promised={**ledger.promised, **told_to_trainer(row)},
         )
         # One who acts on drops marks them itself, at the step at which it acted.
-        dropped &= not any("lr_drop" in member.marks for member in self._session.members)
+        dropped &= not any("lr_drop" in member.rule.marks for member in self._session.members)
         events = (*events, "lr_drop") if dropped else events
         told = Row(step, optimizer_step, row, events, vectors)
         return _Published(self._recorded(ledger, told, without), row, histograms, step, concerns)
@@ -1299,12 +1297,13 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self._told = len(targets)
         callbacks: dict[str, dict[str, Any]] = {}
         for member in self._session.members:
-            kind = type(member).__name__
+            rule = member.rule
+            kind = type(rule).__name__
             name = kind if kind not in callbacks else f"{kind}-{len(callbacks)}"
             callbacks[name] = {
-                "params": member.params,
-                "granularity": member.granularity,
-                **member.settings(),
+                "params": rule.params,
+                "granularity": rule.granularity,
+                **rule.settings(),
             }
         treatments = self._session.combined.treatments()  # every rank takes part
         table = {
@@ -1329,9 +1328,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _label(self) -> str:
         """What tells this monitor's tables and files from those of others on the same Trainer."""
         assert self._session is not None
-        position = [m for m in self._session.members if isinstance(m, NormDynamicsMonitor)].index(
-            self
-        )
+        rules = [member.rule for member in self._session.members]
+        position = [r for r in rules if isinstance(r, NormDynamicsMonitor)].index(self)
         return f"-{position}" if position else ""
 
     def _layers(self, norms_now: dict[int, dict[str, float]] | None = None) -> list[dict[str, Any]]:
@@ -1416,7 +1414,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
                 f"The shrink factor was clamped at 0.5 {times} times ({named}): lr * alpha * norm "
                 f"is too large there."
             )
-        text += self._session.claims.losses_in_words()
+        text += str(self._session.claims.losses_in_words())
         return text + "".join(paragraph(words) for words in self._session.closing_words())
 
     def _latest(self, quantity: str, target: Target) -> float | None:

@@ -3,22 +3,26 @@ optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import NormDynCallback, Plan, Target, check_number
+from lightning_normdyn.engine.arguments import check_choice, check_number
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Projection
-from lightning_normdyn.engine.messages import warn_once
-from lightning_normdyn.engine.state import many, number, optional, record, table, whole
+from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.state import Check, flag, many, number, optional, record
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     Decay,
@@ -27,7 +31,7 @@ from lightning_normdyn.optimizers.decay import (
     decay_kind,
     replaced_decay,
 )
-from lightning_normdyn.optimizers.group_numbers import is_zero
+from lightning_normdyn.optimizers.group_numbers import Number, is_zero
 from lightning_normdyn.optimizers.host_copy import HostCopy
 from lightning_normdyn.optimizers.state import step_buffer
 from lightning_normdyn.optimizers.step import Phase, Step
@@ -35,6 +39,259 @@ from lightning_normdyn.optimizers.step import Phase, Step
 # A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step
 # over the weight.
 LONGEST_TOLD = 1.0
+
+
+class ProjectionPart(Part["RadialProjection"]):
+    """The part in a fit of a projection: how its targets split into vectors."""
+
+    def target(self, weight: Tensor) -> Target | None:
+        """The paper's views of a gated projection are over dim 0 of the tensor as it is stored."""
+        target = super().target(weight)
+        if target is not None and self.rule.gate == "cosine":
+            target.partition = Partition.filters(self.session.weights.shapes[weight])
+        return target
+
+
+class ProjectWorker(Worker["RadialProjection"]):
+    """Projects the steps of the targets of one optimizer."""
+
+    STATE: ClassVar[Check] = staticmethod(
+        record(
+            {
+                "long_steps": flag,
+                "ratios": many(
+                    record(
+                        {"ratio": number(0.0, finite=False), "rate": optional(number())},
+                        closed=True,
+                    )
+                ),
+            },
+            closed=True,
+        )
+    )
+
+    def __init__(self, part: Selection[RadialProjection], plan: Plan) -> None:
+        super().__init__(part, plan)
+        self.buffer: str | None = None
+        """Of this step: the optimizer's buffer that tells what it was; None: a copy tells."""
+        self.gates: tuple[Tensor, Tensor] | None = None
+        """Of this step, ``(n,)`` each: vectors projected in the filter view, in the layer view."""
+        self.is_open: Tensor | None = None
+        """Of this step, ``(targets,)``: whether either gate is open."""
+        self.ratios: list[tuple[HostCopy | float, float | None]] = []
+        """Of the two newest steps: how many times longer than its weight the longest was, and the
+        learning rate."""
+        self.has_long_steps = False
+        """Whether a step was too long to be told by a buffer."""
+        self.asks_for_lengths = False
+        """Whether it is not known yet how long steps are, so that this one must be measured."""
+        check_decay_takeover(plan.optimizer, plan.claimed)
+        self.claim_decay(DecayOwner.PROJECTION, plan.claimed)
+
+    @during(Phase.MEASURE)
+    def look(self, step: Step) -> None:
+        """Ask for a copy of the weights where one must tell the step; set the gates."""
+        self.buffer = self._told_by(step)
+        if self.buffer is None:
+            step.bracket.request_snapshot(self.plan.vectors.storages())
+        if self.rule.gate == "cosine":
+            self._set_gates()
+
+    def _set_gates(self) -> None:
+        """AdamP's test |cos(w, g)| < delta / sqrt(d): for all filters of a weight, or for all of it
+        as one vector."""
+        vectors, delta = self.plan.vectors, self.rule.delta
+        weights, gradients = vectors.values(), vectors.gradients()
+
+        def summarize(sums: Tensor, length: Tensor) -> Tensor:
+            # Rows of one weight have one length, so the filter test is a count of rows that are not
+            # under the threshold (a NaN is not), the layer test a sum over rows.
+            over = ~(cosine_from_sums(*sums).abs() * length.sqrt() < delta)
+            return torch.cat([sums, over[None].to(sums.dtype), length[None]])
+
+        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
+        _, totals = vectors.inner_and_totals(*pairs, summarize=summarize, exact=False)
+        ww, wg, gg, over, entries = totals
+        layer = cosine_from_sums(ww, wg, gg).abs() * entries.sqrt() < delta
+        by_filter = over == 0
+        self.gates = vectors.spread(by_filter), vectors.spread(layer & ~by_filter)
+        self.is_open = by_filter | layer
+
+    @during(Phase.PROJECT)
+    def project(self, step: Step) -> None:
+        """w <- w + Pi_w(Delta) (SGDP/AdamP, "Projected updates"), with the decay of the targets."""
+        if self.gates is not None:
+            removed = self._project_gated(step, *self.gates)
+            vectors = self.plan.vectors
+            before = vectors.snapshots(step.bracket)
+            vectors.add_scaled_(-self.plan.guard(removed, 0.0, step), before)
+            return
+        removed = self._project_all(step)
+        # What is not finite has been left alone; here it is remembered.
+        self.plan.guard(removed, 0.0, step)
+
+    def _project_all(self, step: Step) -> Tensor:
+        """Every target; ``(n,)``: by how many times the weight its step was shortened."""
+        plan, vectors = self.plan, self.plan.vectors
+        share, treated = self._decay(step, None), plan.treated(step)
+        if self.buffer is not None:
+            moved = self._buffer_values(step)
+            removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, treated)
+            self._remember_ratio(ratio)
+            return removed
+        before = vectors.snapshots(step.bracket)
+        removed = vectors.remove_radial_(before, share, treated)
+        if self.asks_for_lengths:
+            moved = self._buffer_values(step)
+            ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
+            self._remember_ratio(plan.rates() * (dd / ss).sqrt())
+        return removed
+
+    def _project_gated(self, step: Step, by_filter: Tensor, by_layer: Tensor) -> Tensor:
+        """``(n,)``: how many times the weight to take away where a gate is open."""
+        vectors = self.plan.vectors
+        before = vectors.snapshots(step.bracket)
+        (ss, sd), (total, along) = vectors.radial_and_totals(before, summarize=lambda sums, _: sums)
+        layer = vectors.spread(_ratio(along, total))
+        in_layer = torch.where(by_layer, layer, torch.zeros_like(layer))
+        radial = torch.where(by_filter, _ratio(sd, ss), in_layer)
+        return radial + self._decay(step, by_filter | by_layer)
+
+    # -- the decay
+
+    def _decay(self, step: Step, projected: Tensor | None) -> Tensor:
+        """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
+        plan = self.plan
+        by_group = [self._decay_rate(group) for group, _ in plan.groups]
+        rate = plan.rates() * plan.spread_groups("projection_decay", by_group)
+        ratio: float | Tensor = self.rule.weight_decay_ratio
+        if projected is not None:
+            ones = torch.ones_like(rate)
+            ratio = torch.where(projected, ones * self.rule.weight_decay_ratio, ones)
+        return rate * ratio * plan.owns_decay(step, DecayOwner.PROJECTION)
+
+    def _decay_rate(self, group: dict[str, Any]) -> Number:
+        """Decoupled λ of a param group, before the ratio."""
+        optimizer = self.plan.optimizer
+        rate = self.rule.decay_rule.applied(optimizer, group)
+        if rate is not None:
+            return rate
+        # Fit start refuses this. A schedule of the decay can still bring it about, and a step
+        # raises nothing.
+        self.session.say_once(
+            f"RadialProjection(weight_decay='replace') cannot turn the weight decay "
+            f"{group['weight_decay']} that {type(optimizer).__name__} has now into a decoupled "
+            f"one, so its targets have none from here on.",
+            about=(self.rule.state_key, "weight decay"),
+        )
+        return 0.0
+
+    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+        """A weight whose gate is closed in this step decays with ratio 1."""
+        if self.is_open is None:
+            return
+        gates = dict(zip(self.plan.vectors.weights, self.is_open, strict=True))
+        for i, target in enumerate(plan.targets):
+            if decays[i].owner == DecayOwner.PROJECTION and target.weight in gates:
+                closed = self._decay_rate(self.plan.group_of(target))
+                rates[i] = torch.where(gates[target.weight], rates[i], closed)
+
+    # -- how long steps are
+
+    def _told_by(self, step: Step) -> str | None:
+        """The optimizer's buffer that tells what its step was; None: a copy of the weights must
+        tell, as it does for most optimizers."""
+        plan = self.plan
+        self.asks_for_lengths = False
+        # In bfloat16 and float16 a weight moves by what rounding leaves of the step. A fused kernel
+        # that skips its update under a GradScaler leaves in the buffer what was there: at the first
+        # step, any numbers at all.
+        if self.rule.gate == "cosine" or plan.vectors.low_precision or step.skipped is not None:
+            return None
+        # Where vectors are cut, ranks would have to agree whether steps are short.
+        if plan.vectors.cut or self.has_long_steps:
+            return None
+        buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
+        buffer = buffers.pop() if len(buffers) == 1 else None
+        if buffer is None or self._steps_are_short():
+            return buffer
+        self.asks_for_lengths = not self.has_long_steps
+        return None
+
+    def _buffer_values(self, step: Step) -> list[Tensor | None]:
+        """The buffer of each target, as it lies on this rank."""
+        state = step.optimizer.state
+        buffers: list[Tensor | None] = []
+        for target in self.plan.targets:
+            name = step_buffer(step.optimizer, self.plan.group_of(target))
+            has_state = name is not None and target.weight in state
+            buffers.append(state[target.weight].get(name) if has_state else None)
+        return self.plan.vectors.local(buffers)
+
+    def _steps_are_short(self) -> bool:
+        """Whether every step so far was shorter than its weight, as far as the host knows; once one
+        was not, copies tell for good."""
+        # The last step's ratio may still be on its way from the device, so always the one before it
+        # is asked for: runs must repeat. Nothing else is changed here: a step that raised asks
+        # again.
+        if len(self.ratios) < 2:
+            return False
+        ratio, rate_then = _on_host(self.ratios[0][0]), self.ratios[0][1]
+        rate = self._rate_on_host()
+        growth = rate / rate_then if rate is not None and rate_then else 1.0
+        # Written so that a NaN counts as long.
+        if not ratio * max(growth, 1.0) <= LONGEST_TOLD:
+            self.has_long_steps = True
+        return not self.has_long_steps
+
+    def _remember_ratio(self, ratio: Tensor) -> None:
+        # A vector of length zero that did not move says nothing.
+        largest = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)]).amax()
+        self.ratios = [*self.ratios[-1:], (HostCopy(largest), self._rate_on_host())]
+
+    def _rate_on_host(self) -> float | None:
+        """The largest learning rate, or None if one of them is a tensor, which may lie on the
+        device."""
+        rates = [group["lr"] for group, _ in self.plan.groups]
+        if any(isinstance(rate, Tensor) for rate in rates):
+            return None
+        return max(map(float, rates))
+
+    def inherit(self, earlier: ProjectWorker) -> None:
+        """How long steps were."""
+        self.has_long_steps, self.ratios = earlier.has_long_steps, earlier.ratios
+
+    def state(self) -> dict[str, Any]:
+        """How long steps were."""
+        ratios = [{"ratio": _on_host(ratio), "rate": rate} for ratio, rate in self.ratios]
+        return {"long_steps": self.has_long_steps, "ratios": ratios}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` gave it."""
+        self.has_long_steps = state["long_steps"]
+        self.ratios = [(each["ratio"], each["rate"]) for each in state["ratios"]]
+
+    # -- what tables and predictions say
+
+    def effect(self, target: Target) -> Effect:
+        """It removes the radial part of steps, and decays."""
+        return self.rule.projection
+
+    def treatments(self) -> list[str]:
+        """What the tables say: whether a weight is projected, and which decay it has now."""
+        plan, rule = self.plan, self.rule
+        how = "projected" if rule.gate == "always" else f"projected if |cos| < {rule.delta:g}/√d"
+        texts = []
+        for target, decay in zip(plan.targets, self.session.combined.decays(plan), strict=True):
+            text = how
+            is_own = decay.owner == DecayOwner.PROJECTION
+            if is_own and decay.rate is not None and not is_zero(decay.rate):
+                text += f", decay {float(decay.rate):.2g}"
+                replaced = replaced_decay(plan.optimizer, plan.group_of(target))
+                if replaced:
+                    text += f" ({replaced})"
+            texts.append(text)
+        return texts
 
 
 class RadialProjection(NormDynCallback):
@@ -81,6 +338,9 @@ class RadialProjection(NormDynCallback):
         0.1
     """
 
+    worker = ProjectWorker
+    part = ProjectionPart
+
     def __init__(
         self,
         *,
@@ -92,33 +352,17 @@ class RadialProjection(NormDynCallback):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if gate not in ("always", "cosine"):
-            raise ValueError(f"`gate` must be 'always' or 'cosine', got {gate!r}.")
+        self.gate = check_choice("gate", gate, ("always", "cosine"))
         if gate == "cosine" and granularity != "auto":
             raise ValueError(
                 f"gate='cosine' brings its own granularity (filter view, then layer view); got "
                 f"granularity={granularity!r}."
             )
-        self.gate: Literal["always", "cosine"] = gate
         self.delta = check_number("delta", delta, "> 0")
-        self.weight_decay: float | Literal["replace"] = (
-            "replace"
-            if weight_decay == "replace"
-            else check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
-        )
+        self.weight_decay: float | Literal["replace"] = "replace"
+        if weight_decay != "replace":
+            self.weight_decay = check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
         self.weight_decay_ratio = check_number("weight_decay_ratio", weight_decay_ratio, ">= 0")
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._gates: dict[int, tuple[Tensor, Tensor]] = {}
-        self._open: dict[int, Tensor] = {}  # (targets,) of this step
-        self._buffers: dict[int, str | None] = {}
-        # By optimizer, of the newest steps: how many times longer than its weight the longest was,
-        # and the learning rate.
-        self._ratios: dict[int, list[tuple[HostCopy | float, float | None]]] = {}
-        self._long: set[int] = set()  # optimizers whose steps were too long to be told by a buffer
-        self._asking: set[int] = set()  # optimizers of whose steps it is not known yet
-        self._said_unknown = False
 
     @property
     def writes(self) -> bool:  # type: ignore[override]
@@ -133,20 +377,21 @@ class RadialProjection(NormDynCallback):
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
         return {
-            key: getattr(self, key)
-            for key in ("gate", "delta", "weight_decay", "weight_decay_ratio")
+            "gate": self.gate,
+            "delta": self.delta,
+            "weight_decay": self.weight_decay,
+            "weight_decay_ratio": self.weight_decay_ratio,
         }
 
-    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
-        """Looks at `ready`, acts at `stepped`."""
-        return {Phase.MEASURE: self._look, Phase.PROJECT: self._project}
+    @property
+    def projection(self) -> Projection:
+        """What it does to each of its targets."""
+        return Projection(self.gate, self.weight_decay, self.weight_decay_ratio)
 
-    def _target(self, weight: Tensor) -> Target | None:
-        target = super()._target(weight)
-        if target is not None and self.gate == "cosine":
-            # The paper's views are over dim 0 of the tensor as it is stored.
-            target.partition = Partition.filters(self._session.weights.shapes[weight])  # type: ignore[union-attr]
-        return target
+    @property
+    def decay_rule(self) -> DecayRule:
+        """The decay of a weight that is not projected."""
+        return replace(self.projection.decay, ratio=1.0)
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The decay must be one that has a decoupled equivalent, and ours to take over."""
@@ -156,239 +401,21 @@ class RadialProjection(NormDynCallback):
         check_decay_takeover(optimizer, weights)
         ours = {id(w) for w in weights}
         for group in optimizer.param_groups:
-            if (
-                any(id(p) in ours for p in group["params"])
-                and self._rule.applied(optimizer, group) is None
-            ):
-                kind = decay_kind(optimizer, group)
-                raise NotSupportedError(
-                    f"RadialProjection(weight_decay='replace') cannot turn the "
-                    f"{f'{kind} ' if kind else ''}weight decay "
-                    f"{group['weight_decay']} of {type(optimizer).__name__} into a decoupled one. "
-                    "Give a number, weight_decay=..., or use AdamW or SGD."
-                )
-
-    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Claim the decay, AWS going first."""
-        check_decay_takeover(plan.optimizer, plan.claimed)
-        self.claim_decay(plan, bracket, DecayOwner.PROJECTION, plan.claimed)
-
-    def _look(self, step: Step, plan: Plan) -> None:
-        vectors = plan.vectors
-        self._buffers[plan.index] = buffer = self._told_by(step, plan)
-        if buffer is None:
-            step.bracket.request_snapshot(vectors.storages())
-        if self.gate == "always":
-            return
-        weights, gradients = vectors.values(), vectors.gradients()
-
-        def summarize(sums: Tensor, length: Tensor) -> Tensor:
-            # Rows of one weight have one length, so the filter test is a count of rows that are not
-            # under the threshold (a NaN is not),
-            # the layer test a sum over rows.
-            over = ~(cosine_from_sums(*sums).abs() * length.sqrt() < self.delta)
-            return torch.cat([sums, over[None].to(sums.dtype), length[None]])
-
-        pairs = (weights, weights), (weights, gradients), (gradients, gradients)
-        _, totals = vectors.inner_and_totals(*pairs, summarize=summarize, exact=False)
-        layer = (
-            cosine_from_sums(totals[0], totals[1], totals[2]).abs() * totals[4].sqrt() < self.delta
-        )
-        by_filter = totals[3] == 0
-        self._gates[plan.index] = (vectors.spread(by_filter), vectors.spread(layer & ~by_filter))
-        self._open[plan.index] = by_filter | layer
-
-    def _project(self, step: Step, plan: Plan) -> None:
-        vectors, buffer = plan.vectors, self._buffers[plan.index]
-        if self.gate == "always":
-            share, active = self._decay(step, plan, None), plan.treated(step)
-            if buffer is None:
-                before = vectors.snapshots(step.bracket)
-                removed = vectors.remove_radial_(before, share, active)
-                if plan.index in self._asking:
-                    moved = self._buffer_of(step, plan)
-                    ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
-                    self._remember_ratio(plan, plan.rates() * (dd / ss).sqrt())
-            else:
-                removed, ratio = vectors.remove_radial_of_(
-                    self._buffer_of(step, plan), -plan.rates(), share, active
-                )
-                self._remember_ratio(plan, ratio)
-            plan.guard(
-                removed, 0.0, step
-            )  # has been left alone where it is not finite; here it is remembered
-            return
-        before = vectors.snapshots(step.bracket)
-        by_filter, by_layer = self._gates[plan.index]
-        (ss, sd), (total, along) = vectors.radial_and_totals(before, summarize=lambda sums, _: sums)
-        layer = vectors.spread(_ratio(along, total))
-        radial = torch.where(
-            by_filter, _ratio(sd, ss), torch.where(by_layer, layer, torch.zeros_like(layer))
-        )
-        removed = radial + self._decay(step, plan, by_filter | by_layer)
-        vectors.add_scaled_(-plan.guard(removed, 0.0, step), before)
-
-    def _told_by(self, step: Step, plan: Plan) -> str | None:
-        """The optimizer's buffer that tells what its step was; None: a copy of the weights must
-        tell, as it does for most optimizers."""
-        self._asking.discard(plan.index)
-        # In bfloat16 and float16 a weight moves by what rounding leaves of the step. A fused kernel
-        # that skips its update under a
-        # GradScaler leaves in the buffer what was there: at the first step, any numbers at all.
-        if self.gate == "cosine" or plan.vectors.low_precision or step.skipped is not None:
-            return None
-        # Where vectors are cut, ranks would have to agree whether steps are short.
-        if plan.vectors.cut or plan.index in self._long:
-            return None
-        buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
-        buffer = buffers.pop() if len(buffers) == 1 else None
-        if buffer is None or self._steps_are_short(plan):
-            return buffer
-        if plan.index not in self._long:
-            self._asking.add(plan.index)
-        return None
-
-    def _buffer_of(self, step: Step, plan: Plan) -> list[Tensor | None]:
-        state = step.optimizer.state
-        buffers = [step_buffer(step.optimizer, group) for group in plan.groups_of(plan.targets)]
-        found = [
-            state[w].get(b) if w in state and b else None
-            for w, b in zip(plan.vectors.weights, buffers, strict=True)
-        ]
-        return plan.vectors.local(found)
-
-    # -- how long steps are
-    # ----------------------------------------------------------------------------------------------
-
-    def _steps_are_short(self, plan: Plan) -> bool:
-        """Whether every step so far was shorter than its weight, as far as the host knows; once one
-        was not, copies tell for good."""
-        # The last step's ratio may still be on its way from the device, so always the one before it
-        # is asked for: runs must repeat.
-        # Nothing is changed here: a step that raised asks again.
-        ratios = self._ratios.get(plan.index, [])
-        if len(ratios) < 2:
-            return False
-        ratio, rate = self._on_host(ratios[0][0]), ratios[0][1]
-        now = self._rate_on_host(plan)
-        growth = now / rate if now is not None and rate else 1.0
-        if not ratio * max(growth, 1.0) <= LONGEST_TOLD:
-            self._long.add(plan.index)
-        return plan.index not in self._long
-
-    def _remember_ratio(self, plan: Plan, ratio: Tensor) -> None:
-        # A vector of length zero that did not move says nothing.
-        largest = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)]).amax()
-        newest = (HostCopy(largest), self._rate_on_host(plan))
-        self._ratios[plan.index] = [*self._ratios.get(plan.index, [])[-1:], newest]
-
-    @staticmethod
-    def _rate_on_host(plan: Plan) -> float | None:
-        """The largest learning rate, or None if one of them is a tensor, which may lie on the
-        device."""
-        rates = [group["lr"] for group, _ in plan.groups]
-        return None if any(isinstance(rate, Tensor) for rate in rates) else max(map(float, rates))
-
-    @staticmethod
-    def _on_host(ratio: HostCopy | float) -> float:
-        return float(ratio.get()) if isinstance(ratio, HostCopy) else ratio
-
-    def _extra(self) -> dict[str, Any]:
-        pending = {}
-        for index, ratios in self._ratios.items():
-            pending[index] = [
-                {"ratio": self._on_host(ratio), "rate": rate} for ratio, rate in ratios
-            ]
-        return {"long_steps": sorted(self._long), "ratios": pending}
-
-    def _check_extra(self, extra: Any, where: str) -> None:
-        known = record(
-            {"ratio": number(0.0, finite=False), "rate": optional(number())}, closed=True
-        )
-        record({}, {"long_steps": many(whole()), "ratios": table(whole(), many(known))})(
-            extra, where
-        )
-
-    def _load_extra(self, extra: dict[str, Any]) -> None:
-        self._long = set(extra.get("long_steps", []))
-        self._ratios = {}
-        for index, ratios in extra.get("ratios", {}).items():
-            self._ratios[index] = [(each["ratio"], each["rate"]) for each in ratios]
-
-    def _decay(self, step: Step, plan: Plan, projected: Tensor | None) -> Tensor:
-        """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
-        rates = [self._rate(step.optimizer, group) for group, _ in plan.groups]
-        rate = plan.rates() * plan.spread_groups("projection_decay", rates)
-        ratio: float | Tensor = self.weight_decay_ratio
-        if projected is not None:
-            ratio = torch.where(
-                projected, torch.full_like(rate, self.weight_decay_ratio), torch.ones_like(rate)
+            if not any(id(p) in ours for p in group["params"]):
+                continue
+            if self.decay_rule.applied(optimizer, group) is not None:
+                continue
+            kind = decay_kind(optimizer, group)
+            raise NotSupportedError(
+                f"RadialProjection(weight_decay='replace') cannot turn the "
+                f"{f'{kind} ' if kind else ''}weight decay {group['weight_decay']} of "
+                f"{type(optimizer).__name__} into a decoupled one. Give a number, "
+                f"weight_decay=..., or use AdamW or SGD."
             )
-        return rate * ratio * plan.owns_decay(step, DecayOwner.PROJECTION)
 
-    @property
-    def _rule(self) -> DecayRule:
-        """The decay of a weight that is not projected."""
-        return replace(
-            Projection(self.gate, self.weight_decay, self.weight_decay_ratio).decay, ratio=1.0
-        )
 
-    def _rate(self, optimizer: Optimizer, group: dict[str, Any]) -> Any:
-        """Decoupled λ of a param group, before the ratio."""
-        rate = self._rule.applied(optimizer, group)
-        if rate is not None:
-            return rate
-        # Fit start refuses this. A schedule of the decay can still bring it about, and a step
-        # raises nothing.
-        if not self._said_unknown:
-            self._said_unknown = True
-            warn_once(
-                f"RadialProjection(weight_decay='replace') cannot turn the weight decay "
-                f"{group['weight_decay']} that "
-                f"{type(optimizer).__name__} has now into a decoupled one, so its targets have "
-                f"none from here on."
-            )
-        return 0.0
-
-    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
-        """A weight whose gate is closed in this step decays with ratio 1."""
-        if self.gate == "always":
-            return
-        gates = {
-            t.weight: gate
-            for i, p in self.plans.items()
-            for t, gate in zip(p.targets, self._open[i], strict=True)
-        }
-        for i, (target, group) in enumerate(
-            zip(plan.targets, plan.groups_of(plan.targets), strict=True)
-        ):
-            if decays[i].owner == DecayOwner.PROJECTION and target.weight in gates:
-                rates[i] = torch.where(
-                    gates[target.weight], rates[i], self._rate(plan.optimizer, group)
-                )
-
-    def treatments(self, plan: Plan) -> list[str]:
-        """What the tables say: whether a weight is projected, and which decay it has now."""
-        assert self._session is not None
-        how = "projected" if self.gate == "always" else f"projected if |cos| < {self.delta:g}/√d"
-        texts = []
-        for group, decay in zip(
-            plan.groups_of(plan.targets), self._session.combined.decays(plan), strict=True
-        ):
-            text = how
-            if (
-                decay.owner == DecayOwner.PROJECTION
-                and decay.rate is not None
-                and not is_zero(decay.rate)
-            ):
-                replaced = replaced_decay(plan.optimizer, group)
-                text += f", decay {float(decay.rate):.2g}" + (f" ({replaced})" if replaced else "")
-            texts.append(text)
-        return texts
-
-    def effect(self, target: Target) -> Effect:
-        """It removes the radial part of steps, and decays."""
-        return Projection(self.gate, self.weight_decay, self.weight_decay_ratio)
+def _on_host(ratio: HostCopy | float) -> float:
+    return float(ratio.get()) if isinstance(ratio, HostCopy) else ratio
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

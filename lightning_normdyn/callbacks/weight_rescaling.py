@@ -2,37 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from math import nan
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.callback import (
-    NormDynCallback,
-    Plan,
-    Target,
-    check_count,
-    check_number,
-)
+from lightning_normdyn.engine.arguments import check_choice, check_count, check_number
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rescaling
+from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
+    RescalingPart,
     changes_function,
-    refuse_averaging,
     verify_targets,
     warn_of_changed_function,
 )
-from lightning_normdyn.engine.state import many, record, whole
+from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.state import Check, flag, record
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
-from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
 from lightning_normdyn.optimizers.step import Phase, Step
+
+
+class RescaleWorker(Worker["WeightRescaling"]):
+    """Rescales the targets of one optimizer."""
+
+    STATE: ClassVar[Check] = staticmethod(record({"unmarked": flag}, closed=True))
+
+    def __init__(self, part: Selection[WeightRescaling], plan: Plan) -> None:
+        super().__init__(part, plan)
+        rule = part.rule
+        warn_of_changed_function(rule, plan)
+        if rule.verify:
+            verify_targets(plan, part.session)
+        self.rescaler = Rescaler(plan, part.session, rule.optimizer_state)
+        self.lengths = self._target_lengths()
+        self.unmarked = False
+        """Whether a fused update turned out to have happened, so that the next row must tell of the
+        rescale after it."""
+        if rule.weight_decay == "replace":
+            claimed = plan.claimed
+            check_decay_takeover(plan.optimizer, claimed)
+            self.claim_decay(
+                DecayOwner.RESCALING, lambda: claimed if self._window() == "now" else {}
+            )
+
+    def _target_lengths(self) -> Tensor:
+        """``(n,)``: the length to which each vector is set."""
+        vectors, target_norm = self.plan.vectors, self.rule.target_norm
+        if target_norm == "initial":
+            return self.plan.state("initial_norm", vectors.norms)
+        return torch.full(
+            (vectors.n,), float(target_norm), dtype=vectors.sum_dtype, device=vectors.device
+        )
+
+    def _window(self) -> Literal["later", "now", "over"]:
+        """Where the present epoch lies: before, in or after the window."""
+        epoch, stop_epoch = self.session.trainer.current_epoch, self.rule.stop_epoch
+        if epoch < self.rule.start_epoch:
+            return "later"
+        return "now" if stop_epoch is None or epoch < stop_epoch else "over"
+
+    @during(Phase.RESCALE)
+    def rescale(self, step: Step) -> None:
+        """w <- c w with c = target norm / |w| (WRS paper, section 5)."""
+        plan = self.plan
+        # Marked here and not as soon as it is known: that depends on when somebody saves a
+        # checkpoint.
+        if self.unmarked:
+            self.unmarked = False
+            plan.mark("rescale")
+        if plan.number(step) % self.rule.every_n_steps or self._window() != "now":
+            return
+        values = plan.vectors.values()
+        norms = norm_from_sums(plan.vectors.inner((values, values))[0])
+        # A vector that was zero at the start has no length of its own to go back to: it is left
+        # alone, and named.
+        factor = torch.where(self.lengths > 0, rescale_factor(norms, self.lengths), nan)
+        factor = plan.guard(factor, 1.0, step, norms)
+        self.rescaler.scaling(factor).apply()
+        if not any(plan.vectors.has_gradient(step)):
+            return  # nothing was rescaled
+        if step.skipped is None:
+            plan.mark("rescale")
+        else:
+            step.when_done(self._mark_later)
+
+    def _mark_later(self) -> None:
+        self.unmarked = True
+
+    def inherit(self, earlier: RescaleWorker) -> None:
+        """The rescale after a fused update is still to be told."""
+        self.unmarked = earlier.unmarked
+
+    def state(self) -> dict[str, Any]:
+        """Whether a rescale is still to be told."""
+        return {"unmarked": self.unmarked}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` gave it."""
+        self.unmarked = state["unmarked"]
+
+    def effect(self, target: Target) -> Effect:
+        """It sets the length now and then, within its epochs."""
+        rule = self.rule
+        replaces_decay = rule.weight_decay == "replace"
+        return Rescaling(rule.every_n_steps, rule.target_norm, replaces_decay, self._window())
+
+    def treatment(self, target: Target) -> str:
+        """What the tables say."""
+        rule, plan = self.rule, self.plan
+        is_initial = rule.target_norm == "initial"
+        length = "its initial norm" if is_initial else f"norm {rule.target_norm:g}"
+        every = "step" if rule.every_n_steps == 1 else f"{rule.every_n_steps} steps"
+        text = f"WRS to {length} every {every}"
+        replaced = replaced_decay(plan.optimizer, plan.group_of(target))
+        if replaced and rule.weight_decay == "replace":
+            text += f", without decay ({replaced})"
+        return text + changes_function(target)
 
 
 class WeightRescaling(NormDynCallback):
@@ -71,6 +165,9 @@ class WeightRescaling(NormDynCallback):
         20
     """
 
+    worker = RescaleWorker
+    part = RescalingPart
+
     def __init__(
         self,
         every_n_steps: int,
@@ -87,60 +184,31 @@ class WeightRescaling(NormDynCallback):
         super().__init__(params, granularity)
         self.every_n_steps = check_count("every_n_steps", every_n_steps, 1)
         self.start_epoch = check_count("start_epoch", start_epoch, 0)
-        self.stop_epoch = (
-            None if stop_epoch is None else check_count("stop_epoch", stop_epoch, 1, "None or ")
-        )
-        if self.stop_epoch is not None and self.stop_epoch <= self.start_epoch:
-            raise ValueError(
-                f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got "
-                f"{stop_epoch!r}."
-            )
-        if optimizer_state not in ("rescale", "keep"):
-            raise ValueError(
-                f"`optimizer_state` must be 'rescale' or 'keep', got {optimizer_state!r}."
-            )
-        if weight_decay not in ("replace", "keep"):
-            raise ValueError(f"`weight_decay` must be 'replace' or 'keep', got {weight_decay!r}.")
-        self.target_norm: float | Literal["initial"] = (
-            "initial"
-            if target_norm == "initial"
-            else check_number("target_norm", target_norm, "> 0", " or 'initial'")
-        )
-        self.optimizer_state = optimizer_state
-        self.weight_decay = weight_decay
+        self.stop_epoch = stop_epoch
+        if stop_epoch is not None:
+            self.stop_epoch = check_count("stop_epoch", stop_epoch, 1, "None or ")
+            if self.stop_epoch <= self.start_epoch:
+                raise ValueError(
+                    f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got "
+                    f"{stop_epoch!r}."
+                )
+        self.target_norm: float | Literal["initial"] = "initial"
+        if target_norm != "initial":
+            self.target_norm = check_number("target_norm", target_norm, "> 0", " or 'initial'")
+        self.optimizer_state = check_choice("optimizer_state", optimizer_state, ("rescale", "keep"))
+        self.weight_decay = check_choice("weight_decay", weight_decay, ("replace", "keep"))
         self.verify = bool(verify)
-
-    def _forget(self) -> None:
-        super()._forget()
-        self._rescalers: dict[int, Rescaler] = {}
-        self._unmarked: set[int] = (
-            set()
-            # optimizers whose rescale a fused update turned out to have taken, for the next row to
-            # tell
-        )
-        self._targets: dict[int, Tensor] = {}
-        self._warned: set[str] = set()
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
-        keys = (
-            "every_n_steps",
-            "target_norm",
-            "start_epoch",
-            "stop_epoch",
-            "optimizer_state",
-            "weight_decay",
-        )
-        return {key: getattr(self, key) for key in keys}
-
-    def handlers(self) -> dict[Phase, Callable[[Step, Plan], None]]:
-        """Acts after the step, last of all."""
-        return {Phase.RESCALE: self._rescale}
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse averages over weights whose scale this callback changes."""
-        refuse_averaging(trainer, self)
-        super().on_fit_start(trainer, pl_module)
+        return {
+            "every_n_steps": self.every_n_steps,
+            "target_norm": self.target_norm,
+            "start_epoch": self.start_epoch,
+            "stop_epoch": self.stop_epoch,
+            "optimizer_state": self.optimizer_state,
+            "weight_decay": self.weight_decay,
+        }
 
     @property
     def needs_length(self) -> bool:  # type: ignore[override]
@@ -154,90 +222,3 @@ class WeightRescaling(NormDynCallback):
             Rescaler.check(optimizer, self.optimizer_state)
             if self.weight_decay == "replace":
                 check_decay_takeover(optimizer, weights)
-
-    def on_plan(self, plan: Plan, bracket: StepBracket) -> None:
-        """Remember initial lengths, find the BatchNorms behind, claim the decay."""
-        assert self._session is not None
-        warn_of_changed_function(self, plan, self._warned)
-        if self.verify:
-            verify_targets(plan, self._session)
-        self._rescalers[plan.index] = Rescaler(plan, self._session, self.optimizer_state)
-        if self.target_norm == "initial":
-            self._targets[plan.index] = self.per_vector("initial_norm", plan, plan.vectors.norms)
-        if self.weight_decay == "replace":
-            claimed = plan.claimed
-            check_decay_takeover(plan.optimizer, claimed)
-            self.claim_decay(
-                plan, bracket, DecayOwner.RESCALING, lambda: claimed if self._in_window() else {}
-            )
-
-    def _window(self) -> Literal["later", "now", "over"]:
-        assert self._session is not None
-        epoch = self._session.trainer.current_epoch
-        if epoch < self.start_epoch:
-            return "later"
-        return "now" if self.stop_epoch is None or epoch < self.stop_epoch else "over"
-
-    def _in_window(self) -> bool:
-        return self._window() == "now"
-
-    def due(self, number: int) -> bool:
-        """Whether to rescale after optimizer step ``number`` (1-based)."""
-        return number % self.every_n_steps == 0 and self._in_window()
-
-    def _rescale(self, step: Step, plan: Plan) -> None:
-        if (
-            plan.index in self._unmarked
-        ):  # here and not as soon as it is known: that depends on when somebody saves a checkpoint
-            self._unmarked.discard(plan.index)
-            plan.mark("rescale")
-        if not self.due(self.number(step, plan)):
-            return
-        values = plan.vectors.values()
-        norms = norm_from_sums(plan.vectors.inner((values, values))[0])
-        length = (
-            self._targets[plan.index]
-            if self.target_norm == "initial"
-            else torch.full_like(norms, float(self.target_norm))
-        )
-        # A vector that was zero at the start has no length of its own to go back to: it is left
-        # alone, and named.
-        factor = torch.where(length > 0, rescale_factor(norms, length), nan)
-        factor = plan.guard(factor, 1.0, step, norms)
-        self._rescalers[plan.index].scaling(factor).apply()
-        if not any(plan.vectors.has_gradient(step)):
-            return  # nothing was rescaled
-        if step.skipped is None:
-            plan.mark("rescale")
-        else:
-            step.when_done(partial(self._unmarked.add, plan.index))
-
-    def _extra(self) -> dict[str, Any]:
-        return {"unmarked": sorted(self._unmarked)}
-
-    def _check_extra(self, extra: Any, where: str) -> None:
-        record({}, {"unmarked": many(whole())})(extra, where)
-
-    def _load_extra(self, extra: dict[str, Any]) -> None:
-        self._unmarked = set(extra.get("unmarked", []))
-
-    def treatment(self, plan: Plan, target: Target) -> str:
-        """What the start table says."""
-        length = (
-            "its initial norm" if self.target_norm == "initial" else f"norm {self.target_norm:g}"
-        )
-        text = f"WRS to {length} every {'step' if self.every_n_steps == 1 else f'{self.every_n_steps} steps'}"
-        replaced = (
-            replaced_decay(plan.optimizer, plan.group_of(target))
-            if self.weight_decay == "replace"
-            else ""
-        )
-        return (
-            text + (f", without decay ({replaced})" if replaced else "") + changes_function(target)
-        )
-
-    def effect(self, target: Target) -> Effect:
-        """It sets the length now and then, within its epochs."""
-        return Rescaling(
-            self.every_n_steps, self.target_norm, self.weight_decay == "replace", self._window()
-        )

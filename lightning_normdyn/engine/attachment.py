@@ -138,7 +138,7 @@ class Attachment:
         index = self.number_of(bracket)
         for member in self._members:
             if index in member.plans and not member.acts_around_steps:
-                member._refuse(index, error, first=False)
+                member.refuse(index, error, first=False)
 
     def check_return(self, index: int) -> None:
         """Refuse an optimizer in two phases whose inner step is not all that moves its weights."""
@@ -149,7 +149,7 @@ class Attachment:
         if index not in self.replaced:
             raise error
         for member in self._members:
-            member._refuse(index, error, first=False)
+            member.refuse(index, error, first=False)
 
     # -- optimizers that come during the fit
     # ------------------------------------------------------------------
@@ -211,15 +211,16 @@ class Attachment:
         """From its next step on ``optimizer`` is number ``index``: what was counted for its
         predecessor goes on."""
         self.replaced.add(index)
-        counts = [member.steps_of(index) for member in self._members]
         bracket, kind = StepBracket.of(optimizer), type(outer).__name__
         if index < len(self.optimizers):
             before = type(self.outers[index]).__name__
-            self._let_go(index)
+            self._let_go(index, bracket)
             self.optimizers[index], self.outers[index] = optimizer, outer
             self.brackets[index] = bracket
             text = f"{before} was replaced by another {kind}"
         else:
+            for member in self._members:
+                member.replace_optimizer(index, None, bracket)
             self.optimizers.append(optimizer)
             self.outers.append(outer)
             self.brackets.append(bracket)
@@ -227,17 +228,16 @@ class Attachment:
         self.known.add(id(optimizer))
         if not steps_in_two_phases(outer):
             self._leading.append(bracket)
-        for member, count in zip(self._members, counts, strict=True):
-            member._counted[index], member._attached_at[index] = count, bracket.steps
         self._listener.optimizer_came(index)
         self._listen(index)
+        steps = max((member.steps_of(index) for member in self._members), default=0)
         show(
             self._trainer,
-            f"lightning-normdyn: {text} after {max(counts, default=0)} steps. The callbacks go on "
-            f"with it, and go on counting.",
+            f"lightning-normdyn: {text} after {steps} steps. The callbacks go on with it, and go "
+            f"on counting.",
         )
 
-    def _let_go(self, index: int) -> None:
+    def _let_go(self, index: int, successor: StepBracket) -> None:
         """Another optimizer takes the place of number ``index``."""
         bracket = self.brackets[index]
         self.known -= {id(self.outers[index]), id(bracket.optimizer)}
@@ -246,8 +246,7 @@ class Attachment:
             self._leading = [leading for leading in self._leading if leading is not bracket]
             self._steps_of_gone += bracket.steps
         for member in self._members:
-            member._steps_of_gone += bracket.steps - member._attached_at.get(index, bracket.steps)
-            member._drop_handlers(index)
+            member.replace_optimizer(index, bracket, successor)
         for remove in self._removers.pop(bracket, []):
             remove()
 

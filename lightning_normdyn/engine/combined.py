@@ -22,7 +22,9 @@ from lightning_normdyn.engine.effect import (
     combine,
 )
 from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.plan import Plan, Target
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.rule import Rule
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim, taken_over_by_trial
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
@@ -48,19 +50,21 @@ class Combined:
     # -- in words and types
     # --------------------------------------------------------------------------------
 
-    def effects(self, targets: Sequence[Target], besides: Member | None = None) -> list[Effects]:
+    def effects(self, targets: Sequence[Target], besides: Rule | None = None) -> list[Effects]:
         """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all
         plans."""
         asked = {target.weight: target for target in targets}
         stated: dict[Tensor, list[Effect]] = {weight: [] for weight in asked}
         for member in self._members:
-            if member is besides:
+            if member.rule is besides:
                 continue
             for plan in member.plans.values():
                 for theirs in plan.targets:
                     if theirs.weight in asked:
                         ours = asked[theirs.weight]
-                        stated[theirs.weight].append(_effect_on(ours, theirs, member))
+                        stated[theirs.weight].append(
+                            _effect_on(ours, theirs, member.effect(plan.index, theirs))
+                        )
         return [combine(stated[target.weight]) for target in targets]
 
     def treatments(self) -> dict[Tensor, str]:
@@ -72,7 +76,7 @@ class Combined:
         texts: dict[Tensor, list[str]] = {}
         for member in self._members:
             for plan in member.plans.values():
-                for target, text in zip(plan.targets, member.treatments(plan), strict=True):
+                for target, text in zip(plan.targets, member.treatments(plan.index), strict=True):
                     texts.setdefault(target.weight, [])
                     if text:
                         texts[target.weight].append(text)
@@ -200,9 +204,8 @@ class Combined:
         return dict(+counts)
 
 
-def _effect_on(ours: Target, theirs: Target, member: Member) -> Effect:
-    """What a callback with target ``theirs`` does to the vectors of ``ours``."""
-    effect = member.stated_effect(theirs)
+def _effect_on(ours: Target, theirs: Target, effect: Effect) -> Effect:
+    """What ``effect`` on the vectors of ``theirs`` is for those of ``ours``."""
     if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
         return effect
     # Gated projection takes the filter view or else the layer view, whichever is at right angles to

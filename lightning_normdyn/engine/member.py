@@ -1,7 +1,7 @@
-"""What a fit asks of each callback of this package.
+"""What a session asks of the callbacks that take part in a fit.
 
-The session drives the callbacks and knows them by this protocol only, so that `NormDynCallback` can
-build on the session and not the other way round.
+A callback's part in a fit (`lightning_normdyn.engine.part.Part`) is built on the session, so the
+session knows it by this interface alone.
 """
 
 from __future__ import annotations
@@ -12,69 +12,88 @@ from typing import Any, Protocol, TypeVar
 from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effect
-from lightning_normdyn.engine.plan import Plan, Target
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.rule import Rule
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay
+from lightning_normdyn.optimizers.step import Phase
 
 
 class Member(Protocol):
-    """A callback that takes part in a fit; `NormDynCallback` is the one that does."""
-
-    plans: dict[int, Plan]
-    _matched: set[Tensor]
-    _restored: dict[str, Any] | None
-    _counted: dict[int, int]
-    _attached_at: dict[int, int]
-    _steps_of_gone: int
+    """One callback's part in one fit."""
 
     @property
-    def writes(self) -> bool:
-        """Whether it changes weights."""
+    def rule(self) -> Rule:
+        """What the person has constructed."""
+
+    matched: set[Tensor]
+    """Weights that ``params`` lets in, whoever owns them."""
+
+    restored: dict[str, Any] | None
+    """The callback's state in a checkpoint, until the first step takes it up."""
+
+    attached_at: dict[int, int]
+    """By optimizer, the steps that its bracket had counted when this fit began."""
 
     @property
-    def acts(self) -> bool:
-        """Whether it is an error if it finds no weight."""
+    def plans(self) -> Mapping[int, Plan]:
+        """The targets by optimizer."""
+
+    @property
+    def acting_phases(self) -> set[Phase]:
+        """The phases in which it may change weights."""
 
     @property
     def acts_around_steps(self) -> bool:
-        """Whether it leaves a weight alone between its gradient and its update."""
+        """Whether nothing that it does lies between a gradient and the update that follows."""
 
-    @property
-    def shows_tables(self) -> bool:
-        """Whether it wants the tables printed."""
-
-    def stated_effect(self, target: Target) -> Effect:
-        """What it does to ``target``."""
-
-    def treatments(self, plan: Plan) -> list[str]:
-        """How it treats each target of ``plan``, in words; every rank must call it."""
-
-    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
-        """Put right, in this step, the decay ``rates`` that it changes; ``(targets,)``."""
+    def name_of(self, weight: Tensor) -> str:
+        """The first name of ``weight`` in the LightningModule."""
 
     def steps_of(self, index: int) -> int:
-        """Real steps of an optimizer that it has seen, over resumes."""
+        """Real steps of optimizer ``index`` that it has seen, over resumes."""
+
+    def resolve(self, index: int) -> None:
+        """Find out which weights of optimizer ``index`` are meant, and act on them from now on."""
+
+    def refuse(
+        self,
+        index: int,
+        error: NormDynError,
+        weight: Tensor | None = None,
+        *,
+        first: bool | None = None,
+    ) -> None:
+        """Raise ``error`` in the first step; later stop acting, and say so."""
+
+    def take_in(self, new: Mapping[Tensor, Sequence[str]], changed: Iterable[str]) -> None:
+        """Weights with these names have come; ``changed`` names belonged to others before."""
+
+    def replace_optimizer(self, index: int, gone: StepBracket | None, new: StepBracket) -> None:
+        """Optimizer ``index`` is another one from now on, or has joined."""
+
+    def close(self) -> None:
+        """Leave no handler behind, and keep what was counted."""
+
+    def check_found(self) -> None:
+        """After every optimizer's first step: there must be something to act on."""
+
+    def effect(self, index: int, target: Target) -> Effect:
+        """What is done to ``target`` of optimizer ``index``."""
+
+    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+        """Put right what effects can only say of the usual case; see `Worker.correct_decays`."""
+
+    def treatments(self, index: int) -> list[str]:
+        """How tables say what happens to each target of optimizer ``index``; a collective."""
 
     def idle_in_words(self) -> str:
-        """A sentence if it never could act; else empty."""
+        """A callback that was to act and never could, in a sentence; empty for any other."""
 
     def tally_in_words(self) -> str:
-        """A sentence if it did not act in all steps that it was to act in; else empty."""
-
-    def _resolve(self, index: int) -> None:
-        """Make a plan for an optimizer: what is known of its weights has changed."""
-
-    def _refuse(self, index: int, error: NormDynError, *, first: bool | None = None) -> None:
-        """Raise, or stop acting on an optimizer and say so."""
-
-    def _take_in(self, new: Mapping[Tensor, Sequence[str]], changed: Iterable[str]) -> None:
-        """Weights have come; others may have had their names."""
-
-    def _drop_handlers(self, index: int) -> None:
-        """Take its handlers away from an optimizer."""
-
-    def _check_found(self) -> None:
-        """Every optimizer has stepped: refuse the fit if there is nothing to act on."""
+        """In how many steps it acted, unless it did in all that it was to act in."""
 
 
 AnyMember = TypeVar("AnyMember", bound=Member)

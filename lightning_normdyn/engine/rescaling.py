@@ -7,7 +7,7 @@ Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,18 +15,17 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.rule import Rule
 from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.checks import verify_scale_invariance
 from lightning_normdyn.optimizers.scaling import Scaling, Statistics
 from lightning_normdyn.optimizers.state import per_matrix_only, state_exponents
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Callback, Trainer
-
-    from lightning_normdyn.engine.plan import Plan, Target
 
 
 class Rescaler:
@@ -157,25 +156,19 @@ def changes_function(target: Target) -> str:
     return f"; {'changes' if target.verdict.kind == 'no' else 'may change'} the network's function"
 
 
-def warn_of_changed_function(callback: Callback, plan: Plan, warned: set[str]) -> None:
+def warn_of_changed_function(rule: Rule, plan: Plan) -> None:
     """Say once that a rescale of weights named by a person, and not known to be scale-invariant,
-    changes what the network computes.
-
-    Args:
-        callback: who rescales.
-        plan: its targets.
-        warned: names that have been told before; added to.
-    """
-    named = [t for t in plan.targets if not t.scale_invariant and t.name not in warned]
-    if not named:
+    changes what the network computes."""
+    told = {name for name, target in plan.before.items() if not target.scale_invariant}
+    targets = [t for t in plan.targets if not t.scale_invariant and t.name not in told]
+    if not targets:
         return
-    warned.update(t.name for t in named)
-    reasons = [f"`{t.name}` ({t.verdict.reason or t.verdict.kind})" for t in named[:4]]
-    more = f" and {len(named) - 4} more" if len(named) > 4 else ""
+    reasons = [f"`{t.name}` ({t.verdict.reason or t.verdict.kind})" for t in targets[:4]]
+    more = f" and {len(targets) - 4} more" if len(targets) > 4 else ""
     warn_once(
-        f"{type(callback).__name__} rescales weights that are not known to be scale-invariant, "
-        f"which changes the network's function: "
-        f"{', '.join(reasons)}{more}. Leave them out of `params` unless that is meant."
+        f"{type(rule).__name__} rescales weights that are not known to be scale-invariant, which "
+        f"changes the network's function: {', '.join(reasons)}{more}. Leave them out of `params` "
+        f"unless that is meant."
     )
 
 
@@ -269,22 +262,25 @@ def _tensors_of(inputs: tuple[Any, ...]) -> bool:
     )
 
 
-def refuse_averaging(trainer: Trainer, callback: Callback) -> None:
-    """Refuse, at fit start, Lightning's averages of weights beside a callback that changes their
-    scale.
+class RescalingPart(Part[Any]):
+    """The part in a fit of a callback that changes the scale of weights by leaps."""
 
-    An average over weights of different lengths points elsewhere than any of them, and its
-    BatchNorm statistics belong to none.
+    def fit_start(self) -> None:
+        """Refuse Lightning's averages of weights.
 
-    Raises:
-        NotSupportedError: naming both callbacks.
-    """
-    names = {"WeightAveraging", "StochasticWeightAveraging"}
-    averaging = [c for c in callbacks_of(trainer) if names & {k.__name__ for k in type(c).__mro__}]
-    if averaging:
-        raise NotSupportedError(
-            f"{type(callback).__name__} changes the length of weights that "
-            f"{type(averaging[0]).__name__} averages, so the average would "
-            "mix weights of different scales. Remove one of the two; AdaptiveWeightShrink and "
-            "RadialProjection change lengths smoothly."
-        )
+        An average over weights of different lengths points elsewhere than any of them, and its
+        BatchNorm statistics belong to none.
+
+        Raises:
+            NotSupportedError: naming both callbacks.
+        """
+        names = {"WeightAveraging", "StochasticWeightAveraging"}
+        for callback in callbacks_of(self.session.trainer):
+            if names & {kind.__name__ for kind in type(callback).__mro__}:
+                raise NotSupportedError(
+                    f"{self.name} changes the length of weights that {type(callback).__name__} "
+                    f"averages, so the average would mix weights of different scales. Remove one "
+                    f"of the two; AdaptiveWeightShrink and RadialProjection change lengths "
+                    f"smoothly."
+                )
+        super().fit_start()

@@ -67,6 +67,8 @@ class Session(Generic[AnyMember]):
         """What the end table says below: on which weights or optimizers a callback stopped acting,
         and why."""
 
+        self._said: set[object] = set()
+
         self.weights = Weights(trainer, module)
         self.attachment = Attachment(trainer, self.weights, self.members, self)
         self.search = ScaleInvarianceSearch(module)
@@ -115,11 +117,11 @@ class Session(Generic[AnyMember]):
         if index in self.attachment.replaced:
             return False
         steps = self.attachment.brackets[index].steps
-        return all(steps <= member._attached_at.get(index, 0) for member in self.members)
+        return all(steps <= member.attached_at.get(index, 0) for member in self.members)
 
     def is_targeted(self, weight: Tensor) -> bool:
         """Whether some callback's ``params`` let this weight in."""
-        matched = any(weight in member._matched for member in self.members)
+        matched = any(weight in member.matched for member in self.members)
         return matched and self.weights.is_matrix(weight)
 
     def _take_in_new_weights(self, index: int, *, final: bool) -> Layout:
@@ -138,7 +140,7 @@ class Session(Generic[AnyMember]):
         self.claims.take_in(changed)
         self._normalizations = Normalizations(self.module)
         for member in self.members:
-            member._take_in(new, changed)
+            member.take_in(new, changed)
         # What the next forward pass shows is told in a table when the new weights have stepped.
         self.looks.ask_at_once()
         return layout
@@ -239,14 +241,14 @@ class Session(Generic[AnyMember]):
         if not self.checked:
             self.checked = True
             for member in self.members:
-                member._check_found()
+                member.check_found()
         targets = {target.weight for plan in self.combined.plans for target in plan.targets}
         if not targets <= self._announced:
             self._announced |= targets
             self._show_start_table()
 
     def _show_start_table(self) -> None:
-        if not any(member.shows_tables for member in self.members):
+        if not any(member.rule.shows_tables for member in self.members):
             return
         treatments = self.combined.treatments()  # every rank takes part, rank zero prints
         table = start_table(self.members, treatments, self.claims.of, self.weights.shapes)
@@ -284,7 +286,7 @@ class Session(Generic[AnyMember]):
         self._note_what_is_open(index)
         before = self._treated(index)
         for member in self.members:
-            member._resolve(index)
+            member.resolve(index)
         self.claims.tell_losses(index, before, self._treated(index))
 
     def _basis(self, layout: Layout) -> tuple[int, Layout]:
@@ -310,7 +312,7 @@ class Session(Generic[AnyMember]):
         owned = set(self.weights.owned(self.attachment.optimizers[index]))
         treated = {}
         for member in self.members:
-            if member.acts and index in member.plans:
+            if member.rule.acts and index in member.plans:
                 for target in member.plans[index].targets:
                     if target.weight in owned:
                         treated[target.name] = target.weight
@@ -371,6 +373,18 @@ class Session(Generic[AnyMember]):
             self.notes.append(text)
             warn_once(text)
 
+    def say_once(self, text: str, about: object = None) -> None:
+        """Warn of something once in this fit, whichever optimizer it comes up at.
+
+        Args:
+            text: what to say.
+            about: what tells it from other warnings; None: the text.
+        """
+        key = text if about is None else about
+        if key not in self._said:
+            self._said.add(key)
+            warn_once(text)
+
     def closing_words(self) -> list[str]:
         """What a person should read below the end table: what was left alone or not seen, and
         callbacks that did not always act."""
@@ -400,7 +414,7 @@ class Session(Generic[AnyMember]):
 
     def _restored(self) -> list[Mapping[str, Any]]:
         """What a checkpoint holds for those callbacks that knew of targets."""
-        states = [member._restored for member in self.members]
+        states = [member.restored for member in self.members]
         return [state for state in states if state and state.get("targets")]
 
     def _resume(self, graph: GraphState) -> bool:

@@ -35,7 +35,7 @@ def start_table(
         for plan in member.plans.values():
             for target in plan.targets:
                 targets.setdefault(target.weight, target)
-                if member.writes:
+                if member.rule.writes:
                     written.add(target.weight)
     rows = []
     for weight, target in targets.items():

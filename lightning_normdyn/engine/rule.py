@@ -1,0 +1,101 @@
+"""What a person constructs: which weights are meant and the numbers of a rule, checked. Nothing here
+belongs to a fit, so one callback may serve several."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.engine.arguments import check_choice
+from lightning_normdyn.invariance.names import normalize_params
+
+GRANULARITIES = ("auto", "filter", "group", "layer")
+
+
+class Rule(Callback):
+    """The configuration of a callback.
+
+    Args:
+        params: ``"auto"``, one glob pattern, or a list of them, over the LightningModule's own
+            parameter names; ``"!pattern"`` excludes.
+        granularity: what counts as one vector; ``"auto"`` follows the normalization behind the
+            weight.
+
+    Raises:
+        ValueError: for an unknown granularity.
+    """
+
+    writes: ClassVar[bool] = True
+    """Whether ``params="auto"`` means the scale-invariant weights (an error if there are none), or
+    every weight of two or more dimensions."""
+
+    rank: ClassVar[int] = 0
+    """Who acts first of the callbacks that change the same weights in the same phase: a lower rank
+    does. Equal ranks are refused, since what comes out would depend on the order of the list."""
+
+    needs_length: ClassVar[bool] = False
+    """Whether it can never do anything for a weight that is zero at the start: such a weight is
+    refused by name instead of seeming to be treated. A rule that acts as soon as the weight has
+    grown needs none."""
+
+    marks: ClassVar[tuple[str, ...]] = ()
+    """Kinds of events that this callback itself marks in the monitor's history."""
+
+    def __init__(self, params: str | Sequence[str] = "auto", granularity: str = "auto") -> None:
+        self.params = normalize_params(params)
+        self.granularity = check_choice("granularity", granularity, GRANULARITIES)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's numbers: stored in checkpoints, shown in tables."""
+        return {}
+
+    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        """Refuse an optimizer whose ``weights`` this rule cannot treat rightly.
+
+        Asked before training, whenever weights join, and after the first real step, which fills the
+        optimizer's state.
+
+        Raises:
+            NotSupportedError: naming a way out.
+        """
+
+    @property
+    def acts(self) -> bool:
+        """Whether it is an error to find nothing: not for those who only look."""
+        return self.writes
+
+    @property
+    def shows_tables(self) -> bool:
+        """Whether this callback wants the tables printed."""
+        return True
+
+    @property
+    def by_name(self) -> bool:
+        """Whether ``params`` names weights: not ``"auto"``, and not ``"auto"`` minus some."""
+        return self.params != ["auto"] and not all(p.startswith("!") for p in self.params)
+
+    @property
+    def kind(self) -> type:
+        """The class whose rule this is: a subclass of `AdaptiveWeightShrink` shrinks as well."""
+        # In order of inheritance: ..., AdaptiveWeightShrink, NormDynCallback, Rule, Callback.
+        classes = type(self).__mro__
+        return classes[classes.index(Rule) - 2]
+
+    @property
+    def state_key(self) -> str:
+        """Identifies this callback's state in a checkpoint: class, params and granularity, so that
+        a changed number keeps its counters."""
+        return self._generate_state_key(params=shown(self.params), granularity=self.granularity)
+
+
+def shown(params: Iterable[str]) -> str:
+    """Patterns as a person writes them: a single one without its list."""
+    params = list(params)
+    return repr(params[0]) if len(params) == 1 else repr(params)
+
+
+__all__ = ["Rule", "shown"]

@@ -1,0 +1,330 @@
+"""Which weights one callback means in one fit: patterns, what cannot be treated, and how a weight
+splits into vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+from lightning.pytorch.callbacks import BaseFinetuning
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.engine.lightning_facts import callbacks_of
+from lightning_normdyn.engine.messages import named, show, warn_once
+from lightning_normdyn.engine.rule import Rule, shown
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.weights import has_sparse_gradient
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.geometry.placement import check_weight
+from lightning_normdyn.invariance.names import match_patterns
+from lightning_normdyn.invariance.partitions import (
+    SINGLE_NUMBERS,
+    choose_partition,
+    filter_partition,
+)
+from lightning_normdyn.invariance.verdict import Verdict
+from lightning_normdyn.parametrizations import is_weight_standardized
+
+AnyRule = TypeVar("AnyRule", bound=Rule)
+
+
+class Selection(Generic[AnyRule]):
+    """Which weights of a fit a callback means.
+
+    Args:
+        rule: the callback.
+        session: the fit.
+
+    Attributes:
+        matched: weights that ``params`` lets in, whoever owns them: known at fit start.
+        refused: weights that turned out to be of a kind that cannot be treated.
+    """
+
+    def __init__(self, rule: AnyRule, session: Session[Any]) -> None:
+        self.rule = rule
+        self.session = session
+        self.name = type(rule).__name__
+        self.matched: set[Tensor] = set()
+        self.refused: set[Tensor] = set()
+        self._left_alone: set[str] = set()
+
+    def name_of(self, weight: Tensor) -> str:
+        """The first name of ``weight`` in the LightningModule."""
+        return self.session.weights.names[weight][0]
+
+    # -- patterns
+
+    def match(self, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+        """Hold the patterns against the names of the module, at fit start.
+
+        Returns:
+            The weights that a person has named; empty where ``params`` names none.
+
+        Raises:
+            NoTargetsError: for a pattern without a match, and for an exact name of a weight that
+                trains and that no optimizer holds.
+            NotSupportedError: for a named weight that cannot be treated.
+        """
+        rule, session = self.rule, self.session
+        weights = self._candidates(session.weights.names)
+        chosen = match_patterns(
+            rule.params,
+            [session.weights.names[w] for w in weights],
+            what="weights of two or more dimensions",
+        )
+        matches = [weights[i] for i in chosen]
+        self.matched = set(matches)
+        if rule.params != ["auto"] and not matches:
+            raise NoTargetsError(
+                f'`params={shown(rule.params)}` excludes all that it includes. Leave a "!pattern" '
+                f"out, or remove the callback."
+            )
+        if not rule.by_name:
+            self._warn_of_lazy(matches)
+            return []
+        owned = {p for o in optimizers for g in o.param_groups for p in g["params"]}
+        for weight in matches:
+            name = self.name_of(weight)
+            self.check_weight(weight, name)
+            if self._is_exact(weight) and weight.requires_grad and weight not in owned:
+                raise NoTargetsError(
+                    f"`{name}` was asked to be a target, but no optimizer holds it. "
+                    "Return it from configure_optimizers, or leave it out."
+                )
+        return matches
+
+    def match_new(self, new: Mapping[Tensor, Sequence[str]]) -> None:
+        """Weights have come during the fit."""
+        weights = self._candidates(new)
+        # Patterns matched at fit start; since then they may mean layers that are gone.
+        chosen = match_patterns(
+            self.rule.params, [tuple(new[w]) for w in weights], all_must_match=False
+        )
+        self.matched = {w for w in self.matched if w in self.session.weights.names}
+        self.matched |= {weights[i] for i in chosen}
+
+    def _candidates(self, weights: Iterable[Tensor]) -> list[Tensor]:
+        shapes, lazy = self.session.weights.shapes, self.session.weights.lazy
+        return [w for w in weights if len(shapes[w]) >= 2 or w in lazy]
+
+    def _is_exact(self, weight: Tensor) -> bool:
+        """Whether ``params`` holds one of the weight's names, and not only a pattern that fits."""
+        return any(name in self.rule.params for name in self.session.weights.names[weight])
+
+    def _warn_of_lazy(self, matches: Sequence[Tensor]) -> None:
+        lazy = [f"`{self.name_of(w)}`" for w in matches if w in self.session.weights.lazy]
+        if lazy and self.rule.acts:
+            warn_once(
+                f"{self.name} leaves lazy parameters alone ({', '.join(lazy)}). Run one forward "
+                f"pass before the fit."
+            )
+
+    # -- weights and vectors
+
+    def check_weight(self, weight: Tensor, name: str) -> None:
+        """Refuse a weight whose vectors cannot be treated, whoever asks for it.
+
+        Raises:
+            NotSupportedError: naming a way out.
+        """
+        check_weight(weight, name)
+        holders = self.session.weights.holders.get(weight, [])
+        if has_sparse_gradient(weight) or any(getattr(m, "sparse", False) for m in holders):
+            kind = type(holders[0]).__name__ if holders else "its layer"
+            raise NotSupportedError(
+                f"`{name}` gets sparse gradients ({kind}): the optimizer does not step untouched "
+                f"rows. Use sparse=False, or leave it out with params=[..., '!{name}']."
+            )
+
+    def can_treat(self, weight: Tensor) -> bool:
+        """Whether ``"auto"`` takes this weight in; a named one is refused with the reason
+        instead."""
+        try:
+            self.check_weight(weight, self.name_of(weight))
+        except NotSupportedError:
+            return False
+        return True
+
+    def select(self, owned: Sequence[Tensor]) -> list[Tensor]:
+        """Those of an optimizer's weights that are meant, as far as is known by now."""
+        rule, session = self.rule, self.session
+        matches = []
+        for weight in owned:
+            if weight not in self.matched:
+                continue
+            if not session.claims.has_no_direction(weight):
+                matches.append(weight)
+            elif self._is_exact(weight):
+                self._refuse_gain(weight)
+        if rule.by_name:
+            return matches
+        if rule.writes:
+            matches = [w for w in matches if session.claims.of(w).partition is not None]
+        return [w for w in matches if self.can_treat(w)]
+
+    def _refuse_gain(self, weight: Tensor) -> None:
+        """A person named a weight whose rows are single numbers: an error, unless it is known too
+        late for one."""
+        # In no loss so far: its numbers may turn out to be one vector.
+        if self.session.claims.of(weight).kind == "unknown":
+            return
+        name = self.name_of(weight)
+        self._leave_alone(
+            name,
+            NotSupportedError(
+                f"`{name}` was asked to be a target, but its rows are {SINGLE_NUMBERS}. Leave it "
+                f"out of `params`."
+            ),
+        )
+
+    def _leave_alone(self, name: str, error: NotSupportedError) -> None:
+        """Raise ``error`` before every optimizer's first step has been checked; later say it
+        once."""
+        if not self.session.checked:
+            raise error
+        self._say_about(name, f"{self.name} leaves `{name}` alone from now on. {error}")
+
+    def _say_about(self, name: str, text: str) -> None:
+        if name not in self._left_alone:
+            self._left_alone.add(name)
+            warn_once(text)
+
+    def target(self, weight: Tensor) -> Target | None:
+        """How ``weight`` splits into vectors; None where no loss has read any of them."""
+        session, name = self.session, self.name_of(weight)
+        verdict, shape = session.claims.of(weight), session.weights.shapes[weight]
+        fallback = filter_partition(session.module, name, shape)
+        partition = choose_partition(verdict, self.rule.granularity, fallback)
+        if verdict.read is not None:
+            partition = partition.only(partition.lengths(shape, verdict.read) > 0)
+            if not partition.n:
+                return None
+        return Target(
+            name,
+            weight,
+            partition,
+            verdict,
+            by_request=verdict.partition is None,
+            weight_standardized=is_weight_standardized(session.module, name),
+        )
+
+    def target_or_none(self, weight: Tensor) -> Target | None:
+        """`target`; what later losses contradict is left alone, and said once."""
+        try:
+            return self.target(weight)
+        except NotSupportedError as error:
+            self._leave_alone(self.name_of(weight), error)
+            return None
+
+    # -- when nothing was found
+
+    def may_come(self) -> list[str]:
+        """Names of weights that may become targets later in this fit: they are frozen, no optimizer
+        holds them yet, or some of their rows were not read yet."""
+        rule, session, trained = self.rule, self.session, self._trained()
+        waiting = []
+        for weight in session.weights.names:
+            if weight not in self.matched or weight in trained or weight in session.weights.lazy:
+                continue
+            verdict = session.claims.of(weight)
+            is_possible = verdict.partition is not None or verdict.kind == "unknown"
+            if is_possible or rule.by_name or not rule.writes:
+                waiting.append(self.name_of(weight))
+        return [*waiting, *(verdict.name for verdict in self._waiting_for_rows())]
+
+    def _trained(self) -> set[Tensor]:
+        session = self.session
+        return {
+            w
+            for o in session.attachment.optimizers
+            for w in session.weights.owned(o)
+            if w.requires_grad
+        }
+
+    def _waiting_for_rows(self) -> list[Verdict]:
+        """Trained weights that stay untouched until a loss has read their other rows, too."""
+        if self.rule.by_name or not self.rule.writes:
+            return []
+        candidates = self.matched & self._trained()
+        verdicts = [
+            self.session.claims.of(w) for w in self.session.weights.names if w in candidates
+        ]
+        return [v for v in verdicts if v.waits and v.norms]
+
+    def report_waiting(self) -> None:
+        """Name the weights that are left alone until a loss has read all their rows."""
+        for verdict in self._waiting_for_rows():
+            self._say_about(
+                verdict.name,
+                f"{self.name} leaves `{verdict.name}` alone until all its rows were read: "
+                f"{verdict.reason}.",
+            )
+
+    def refuse_to_find_nothing(self) -> None:
+        """There is nothing to act on after every optimizer's first step: an error, unless something
+        may still come.
+
+        A fit that goes on from a checkpoint has had its first steps: there nothing is refused, as
+        nothing would have been without the interruption.
+
+        Raises:
+            NoTargetsError: with what is known of each weight.
+        """
+        waiting = self.may_come()
+        if waiting:
+            self._say_waiting(waiting)
+        elif not self.session.claims.resumed:
+            raise NoTargetsError(
+                f"{self._found_nothing()} to act on:\n{self._reasons()}\n"
+                "Name weights with params='PATTERN' if you know better, or remove the callback."
+            )
+        elif not self.session.claims.losses:  # those have been named one by one
+            warn_once(f"{self._found_nothing()} to act on any more:\n{self._reasons()}")
+
+    def _found_nothing(self) -> str:
+        kind = "scale-invariant weight" if self.rule.writes else "weight of two or more dimensions"
+        return f"{self.name}(params={shown(self.rule.params)}) found no {kind}"
+
+    def _reasons(self) -> str:
+        """Why no weight is a target, one a line."""
+        session = self.session
+        verdicts = [
+            session.claims.of(w)
+            for w in session.weights.names
+            if len(session.weights.shapes[w]) >= 2
+        ]
+        reasons = [
+            f"  {self.name_of(w)}: a lazy parameter; run one forward pass before the fit"
+            for w in session.weights.lazy
+        ]
+        if any(verdict.known for verdict in verdicts):
+            reasons += [f"  {v.name}: {v.reason or v.kind}" for v in verdicts]
+        else:
+            reasons.append(
+                "  no training loss was seen in on_before_backward (call "
+                "self.manual_backward(loss))"
+            )
+        return "\n".join(reasons[:8])
+
+    def _say_waiting(self, waiting: Sequence[str]) -> None:
+        """Nothing to act on yet: name what may still come, so that nobody finds out at the end of
+        the fit."""
+        text = (
+            f"{self._found_nothing()} among the weights that are trained. It does nothing until "
+            f"one of those that are frozen, or that no optimizer holds, is trained: "
+            f"{named(waiting)}. If none ever will be, name weights with params='PATTERN', or "
+            f"remove the callback."
+        )
+        names, trainer = self.session.weights.names, self.session.trainer
+        frozen = {names[w][0] for w in names if not w.requires_grad}
+        planned = any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer))
+        # Who brings a finetuning callback has meant it so.
+        if planned or not frozen.intersection(waiting):
+            show(trainer, f"lightning-normdyn: {text}")
+        else:
+            warn_once(text)
+
+
+__all__ = ["Selection"]

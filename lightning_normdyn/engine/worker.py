@@ -1,0 +1,159 @@
+"""The worker: what a rule does to the targets of one optimizer, with everything that belongs to one
+fit. A rule is its numbers, and a worker that reads like the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+from torch import Tensor
+
+from lightning_normdyn.engine.effect import Effect, NoEffect, UnknownEffect
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.selection import AnyRule, Selection
+from lightning_normdyn.engine.state import Check, record
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.optimizers.decay import Decay, DecayOwner
+from lightning_normdyn.optimizers.step import Phase
+from lightning_normdyn.optimizers.takeover import Claimed
+
+# Phases in which a handler finds weights to look at. Whoever acts in others changes them.
+LOOKING = frozenset(
+    {Phase.RESOLVE, Phase.MEASURE, Phase.SNAPSHOT, Phase.LOOK_AGAIN, Phase.MEASURE_STEP}
+)
+# What a subclass may override without doing anything else to a weight.
+SAYING = frozenset({"treatment", "treatments", "state", "load", "inherit", "forget"})
+
+Method = TypeVar("Method", bound=Callable[..., None])
+
+
+def during(phase: Phase) -> Callable[[Method], Method]:
+    """Mark a method of a `Worker` as the one that acts in ``phase`` of every real step.
+
+    The method gets the step, and lets a NormDynError through: in the first step that ends the fit,
+    later the rule stops acting on this optimizer and says so.
+    """
+
+    def mark(method: Method) -> Method:
+        method.phase = phase  # type: ignore[attr-defined]
+        return method
+
+    return mark
+
+
+class Worker(Generic[AnyRule]):
+    """Acts on the targets of one optimizer, from the moment they are known until they change.
+
+    It is made at the optimizer's first real step, and made anew when weights join or leave. A
+    subclass has a method marked by `during` for each phase in which it acts, and in ``__init__``
+    it takes what it needs: state of each vector from ``plan.state``, counters from
+    ``plan.counter``, the decay of its targets by `claim_decay`.
+
+    Args:
+        part: the callback's part in the fit: its numbers (``part.rule``) and what is known of the
+            fit (``part.session``).
+        plan: the targets, as vectors.
+    """
+
+    phases: ClassVar[Mapping[Phase, str]] = {}
+    """The method of each phase in which it acts."""
+
+    STATE: ClassVar[Check] = staticmethod(record({}, closed=True))
+    """What `state` may look like in a checkpoint."""
+
+    _unstated: ClassVar[bool] = False
+    """Whether `effect` was inherited from a class that did something else."""
+
+    def __init__(self, part: Selection[AnyRule], plan: Plan) -> None:
+        self.part = part
+        self.rule = part.rule
+        self.session = part.session
+        self.plan = plan
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {m.phase: name for name, m in vars(cls).items() if hasattr(m, "phase")}
+        cls.phases = {**cls.phases, **own}
+        cls._unstated = cls._changes_what_is_done()
+
+    @classmethod
+    def _changes_what_is_done(cls) -> bool:
+        """Whether a class below the one that defines `effect` overrides methods of the rule
+        itself, or acts in a further phase."""
+        classes = cls.__mro__[: cls.__mro__.index(Worker)]
+        stating = [i for i, each in enumerate(classes) if "effect" in vars(each)]
+        if not stating:  # nobody has said anything: `effect` of the base class decides
+            return False
+        below, stated = classes[: stating[0]], classes[stating[0] :]
+        methods = set()
+        for each in stated:
+            methods |= {n for n, v in vars(each).items() if callable(v) or isinstance(v, property)}
+        methods -= SAYING
+        for each in below:
+            for name, value in vars(each).items():
+                if name in methods or hasattr(value, "phase"):
+                    return True
+        return False
+
+    # -- what a rule adds
+
+    def effect(self, target: Target) -> Effect:
+        """What is done to ``target`` at present: predictions, records and tables rest on it.
+
+        Unless a subclass says it, a rule that changes weights has an effect that nobody has
+        derived, so there is no prediction.
+        """
+        # A rule may act although its phases are those of looking: then it acts there.
+        if self.rule.writes or self.rule.acts or not LOOKING.issuperset(self.phases):
+            return UnknownEffect(type(self.rule).__name__)
+        return NoEffect()
+
+    def treatment(self, target: Target) -> str:
+        """How the tables say what happens to ``target``."""
+        return type(self.rule).__name__
+
+    def treatments(self) -> list[str]:
+        """`treatment` of all targets, in their order; where that takes sums over vectors, every
+        rank must call it."""
+        return [self.treatment(target) for target in self.plan.targets]
+
+    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+        """Put right, in this very step, what `effect` can only say of the usual case.
+
+        Args:
+            plan: somebody's plan for the same optimizer.
+            decays: what is known of the decay of each of its targets.
+            rates: ``(targets,)``, the ``rate`` of each; to be changed in place.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold of this worker besides the state per vector: plain tensors,
+        numbers and strings."""
+        return {}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave before the interruption."""
+
+    def inherit(self, earlier: Any) -> None:
+        """Go on from the worker of the same class whose place this one takes."""
+
+    def forget(self, name: str) -> None:
+        """Another weight has taken the place of the one that was called ``name``."""
+
+    # -- what it offers
+
+    def claim_decay(self, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]) -> None:
+        """Take over the weight decay of ``weights`` from the optimizer, for as long as the plan is
+        in force; see `StepBracket.claim_decay`."""
+        self.plan.on_close(self.plan.bracket.claim_decay(self, owner, weights))
+
+    def stated_effect(self, target: Target) -> Effect:
+        """`effect`, if it is still true: a subclass that changes what is done, and does not say
+        what that is, does something unknown."""
+        if self._unstated:
+            return UnknownEffect(type(self.rule).__name__)
+        stated = self.effect(target)
+        return stated if isinstance(stated, Effect) else UnknownEffect(type(self.rule).__name__)
+
+
+__all__ = ["LOOKING", "Worker", "during"]
