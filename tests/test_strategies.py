@@ -977,8 +977,9 @@ def joining(name: str, model: Any) -> Any:
     _, module, _ = fit(
         strategy, lambda: [shrink, WeightRescaling(3)], optimizer=optimizer, model=model, steps=8
     )
-    assert shrink._session is not None
-    table = {v.name: (v.kind, v.n, v.reason) for v in shrink._session.search.verdicts.values()}
+    table = {
+        v.name: (v.kind, v.n, v.reason) for v in shrink.member.session.search.verdicts.values()
+    }
     return (
         module.final,
         table,
@@ -1055,9 +1056,8 @@ def reading(name: str) -> Any:
     _, module, _ = fit(
         strategy, lambda: [rule, shrink], optimizer=strategies.sgd, model=LengthsModule, steps=6
     )
-    assert rule._session is not None
-    verdict = rule._session.search.verdicts["net.positions"]
-    clamped = shrink._session.combined.counted_by_weight("clamped")  # type: ignore[union-attr]
+    verdict = rule.member.session.search.verdicts["net.positions"]
+    clamped = shrink.member.session.combined.counted_by_weight("clamped")
     return (
         module.final,
         (verdict.kind, verdict.n),

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import EffectiveLRReplay, NormDynamicsMonitor, WeightRescaling
+from lightning_normdyn.callbacks.effective_lr_replay import ReplayWorker
 from lightning_normdyn.engine.effect import Effect, ScaledSteps
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.optimizers.bracket import Step
 from lightning_normdyn.parametrizations import weight_normalization, weight_standardization
 
 DESK = {
@@ -48,39 +51,53 @@ DISTURBED = "decay, start rounded to float32"
 LAYER = "network.9.weight"  # the fourth of six convolutions
 
 
-class Printed(EffectiveLRReplay):
+class PrintedWorker(ReplayWorker):
     """The ratio of the norms as the paper words it, without the square."""
 
-    def _look(self, step: Any, plan: Any) -> None:
-        super()._look(step, plan)
-        self._factors[plan.index] = self._factors[plan.index].sqrt()
+    def look(self, step: Step) -> None:
+        """The square root of the corrected factor."""
+        super().look(step)
+        self.factor = self.factor.sqrt()
 
-    def effect(self, target: Any) -> Effect:
+    def effect(self, target: Target) -> Effect:
         """As the rule itself: only the length of steps is another one."""
         return ScaledSteps()
 
 
-class Replay(EffectiveLRReplay):
+class Printed(EffectiveLRReplay):
+    """A replay as the paper words it."""
+
+    worker = PrintedWorker
+
+
+class KeepingWorker(ReplayWorker):
     """Keeps the multipliers of one layer."""
+
+    def look(self, step: Step) -> None:
+        """Keep those of every so many steps."""
+        super().look(step)
+        rule: Any = self.rule
+        if (step.number - 1) % rule.every == 0:
+            names = [target.name for target in self.plan.targets]
+            where = self.plan.vectors.slices[names.index(LAYER)]
+            rule.steps.append(step.number - 1)
+            rule.factors.append(self.factor[where].clone())
+
+    def effect(self, target: Target) -> Effect:
+        """As the rule itself, which is only looked at."""
+        return ScaledSteps()
+
+
+class Replay(EffectiveLRReplay):
+    """A replay whose multipliers are kept for the figure."""
+
+    worker = KeepingWorker
 
     def __init__(self, history: Path, every: int) -> None:
         super().__init__(history)
         self.every = every
         self.steps: list[int] = []
         self.factors: list[Tensor] = []
-
-    def _look(self, step: Any, plan: Any) -> None:
-        super()._look(step, plan)
-        if (step.number - 1) % self.every == 0:
-            where = next(
-                s for s, t in zip(plan.vectors.slices, plan.targets, strict=True) if t.name == LAYER
-            )
-            self.steps.append(step.number - 1)
-            self.factors.append(self._factors[plan.index][where].clone())
-
-    def effect(self, target: Any) -> Effect:
-        """As the rule itself, which is only looked at."""
-        return ScaledSteps()
 
 
 # ------------------------------------------------------------------------------------- step by step

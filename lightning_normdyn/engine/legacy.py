@@ -64,7 +64,11 @@ class LegacyCallback(NormDynCallback):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         phases = (Phase.MEASURE, Phase.MEASURE_STEP) if "Dynamics" in cls.__name__ else ()
-        cls.worker = type("Work", (_Worker,), {p.name.lower(): _acting(p) for p in phases})
+        cls.worker = type(
+            "Work",
+            (_Worker,),
+            {**{p.name.lower(): _acting(p) for p in phases}, "effect": _Worker.effect},
+        )
 
     @property
     def kind(self) -> type:

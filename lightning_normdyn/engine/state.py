@@ -28,8 +28,8 @@ from torch import Tensor
 from lightning_normdyn.errors import NormDynError, shown
 from lightning_normdyn.monitor.history import History
 
-VERSION = 2
-"""Of the state that is written; 1 had no digest."""
+VERSION = 3
+"""Of the state that is written; 1 had no digest, and 2 no workers."""
 
 MOST = 2**53
 """No run counts as far."""
@@ -61,7 +61,7 @@ def seal(state: Mapping[str, Any]) -> dict[str, Any]:
     Example:
         >>> sealed = seal({"steps": {0: 3}, "extra": {}})
         >>> sealed["version"], len(sealed["digest"]), [*sealed["extra"]]
-        (2, 32, ['digest'])
+        (3, 32, ['digest'])
     """
     content = {
         key: _compact(value) for key, value in state.items() if key not in ("version", "digest")

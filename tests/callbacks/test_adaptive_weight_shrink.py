@@ -509,5 +509,4 @@ def test_the_start_table_says_what_the_replaced_decay_acted_like(make_optimizer,
     """A decoupled decay stands beside it, and what is written in a coupled one is another unit."""
     callback = AdaptiveWeightShrink(0.5)
     fit(make(make_optimizer=make_optimizer), [callback], max_steps=1)
-    (plan,) = callback.plans.values()
-    assert callback.treatments(plan)[0].endswith(says)
+    assert callback.member.treatments(0)[0].endswith(says)

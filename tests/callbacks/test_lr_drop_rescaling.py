@@ -480,7 +480,7 @@ def test_resume_across_the_drop_divides_once(step: int, optimizer: str, tmp_path
     by = by_hand(start(), noise(8, SHAPE), RATES, *OPTIMIZERS[optimizer])
     assert torch.allclose(expected.weight, by, rtol=1e-12)
     state = torch.load(path, weights_only=True)["callbacks"][whole.state_key]
-    assert state["extra"]["last_lr"] == pytest.approx({"weight": RATES[step - 1]})
+    assert state["extra"]["workers"][0]["last_lr"] == pytest.approx({"weight": RATES[step - 1]})
 
 
 def test_resume_from_a_run_without_it_does_not_invent_a_drop(tmp_path: Any) -> None:

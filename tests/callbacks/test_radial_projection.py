@@ -644,7 +644,7 @@ def test_the_tables_say_which_decay_it_applies_in_whose_place(callback, others, 
         make_optimizer=lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.005)
     )
     fit(module, [projection, *(other() for other in others)], max_steps=1)
-    assert projection.treatments(projection.plans[0])[0] == says
+    assert projection.member.treatments(0)[0] == says
 
 
 # ---- Steps that are far longer than their weights ----
@@ -672,7 +672,7 @@ def test_long_steps_are_told_by_copies_from_then_on():
     callback = RadialProjection()
     module = make(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e3, momentum=0.9))
     fit(module, [callback], max_steps=8, max_epochs=-1)
-    assert callback._long == {0}
+    assert callback.member.workers[0].has_long_steps
     short = RadialProjection()
     fit(
         make(make_optimizer=lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9)),
@@ -680,4 +680,4 @@ def test_long_steps_are_told_by_copies_from_then_on():
         max_steps=8,
         max_epochs=-1,
     )
-    assert short._long == set()
+    assert not short.member.workers[0].has_long_steps

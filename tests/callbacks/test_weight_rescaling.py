@@ -357,7 +357,7 @@ def test_a_factor_of_one_changes_no_bit(dtype):
         }
 
     before = {name: value.clone() for name, value in everything().items()}
-    callback._rescalers[0].scaling(
+    callback.member.workers[0].rescaler.scaling(
         torch.ones(callback.plans[0].vectors.n, dtype=torch.float64)
     ).apply()
     assert same(everything(), before)

@@ -48,14 +48,11 @@ from lightning_normdyn import (
     NormDynWarning,
     NoTargetsError,
     NotSupportedError,
-    Partition,
     RadialProjection,
     StepBracket,
     WeightRescaling,
     WeightVectors,
 )
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.invariance.verdict import Verdict
 
 WRITERS = {
     "aws": lambda **common: AdaptiveWeightShrink(0.5, **common),
@@ -235,7 +232,7 @@ def test_a_weight_is_found_whenever_it_appears_and_whoever_clears_its_gradient()
     module = make(Rare)
     fit(module, [callback], loader(count=8 * 16), max_epochs=1)
     assert targets_of(callback) == TARGETS
-    looks = callback._session.looks
+    looks = callback.member.session.looks
     assert looks._next > looks._batches or not looks._missed
 
 
@@ -308,31 +305,6 @@ def test_a_history_starts_anew_with_the_vectors_of_a_weight_that_are_known_later
     assert steps[-1] == 7
     assert 2 < steps[0] < 7
     assert monitor.history.vectors("weight_norm/net.0.weight")[1].shape == (8, 4)
-
-
-def test_state_per_vector_belongs_to_a_partition():
-    """Not to a number of vectors: of those each rank holds some, and all must come to the same."""
-    weight = nn.Parameter(torch.arange(1.0, 10.0).reshape(3, 3))
-    callback = WeightRescaling(1)
-
-    def plan(partition):
-        target = Target("w", weight, partition, Verdict.unknown("w", (3, 3)), by_request=True)
-        return Plan(
-            0, torch.optim.SGD([weight], lr=0.1), [target], WeightVectors([weight], [partition]), []
-        )
-
-    rows, columns = plan(Partition.filters((3, 3))), plan(Partition.filters((3, 3), axis=1))
-    first = callback.per_vector("norm", rows, rows.vectors.norms)
-    assert callback.per_vector(
-        "norm", plan(Partition.filters((3, 3))), lambda: torch.zeros(3)
-    ).equal(first)
-    assert (
-        callback.per_vector("norm", columns, columns.vectors.norms).tolist()
-        == columns.vectors.norms().tolist()
-    )
-    rows.counters["clamped"] = torch.ones(3)
-    columns.inherit(rows)
-    assert columns.counters["clamped"].tolist() == [0, 0, 0]
 
 
 # ---- Finetuning: weights that nobody trains yet ----
@@ -857,7 +829,7 @@ def test_a_callback_can_be_copied_and_pickled(name, used):
     if used:  # nothing was taken from the original, and nothing of its fit went into the copies
         assert original.steps_of(0) == 3
         assert TARGETS[0] in targets_of(original)
-        assert all(not c.plans and c._session is None for c in copies)
+        assert all(not c.plans and c._member is None for c in copies)
         assert len(pickle.dumps(original)) < 20_000
     weights = []
     for callback in (EVERYBODY[name](), *copies):

@@ -29,7 +29,7 @@ class Looks(L.Callback):
 
     def ask(self, step):
         plan = self.monitor.plans[0]
-        self.answers.append(self.question(self.monitor._session.combined, plan, step))
+        self.answers.append(self.question(self.monitor.member.session.combined, plan, step))
 
 
 def asked(question, *callbacks):

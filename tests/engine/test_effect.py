@@ -33,6 +33,7 @@ from lightning_normdyn.engine.effect import (
     UnknownEffect,
     combine,
 )
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.optimizers.step import Phase
 
 SHRINK = Shrink(0.1, "norm", replaces_decay=True)
@@ -85,66 +86,97 @@ def test_what_nobody_derived_is_said(effects: list[Effect], reason: str) -> None
 # ---- Rules of somebody else, in a fit ----
 
 
+class HalfStep(Worker[Any]):
+    """Every step gets half its length."""
+
+    @during(Phase.MEASURE)
+    def look(self, step: Any) -> None:
+        step.bracket.request_snapshot(self.plan.vectors.storages())
+
+    @during(Phase.PROJECT)
+    def halve(self, step: Any) -> None:
+        vectors = self.plan.vectors
+        half = torch.full((vectors.n,), 0.5, dtype=vectors.sum_dtype)
+        before = vectors.snapshots(step.bracket)
+        vectors.scale_(half)
+        vectors.add_scaled_(half, before)
+
+
 class FixedStep(NormDynCallback):
-    """Every step gets the same length: a rule that says nothing about its effect."""
+    """A rule that says nothing about its effect."""
 
-    def handlers(self) -> Any:
-        return {Phase.MEASURE: self._look, Phase.PROJECT: self._scale}
-
-    def _look(self, step: Any, plan: Any) -> None:
-        step.bracket.request_snapshot(plan.vectors.storages())
-
-    def _scale(self, step: Any, plan: Any) -> None:
-        before = plan.vectors.snapshots(step.bracket)
-        plan.vectors.scale_(torch.full((plan.vectors.n,), 0.5, dtype=plan.vectors.sum_dtype))
-        plan.vectors.add_scaled_(
-            torch.full((plan.vectors.n,), 0.5, dtype=plan.vectors.sum_dtype), before
-        )
+    worker = HalfStep
 
 
 class ReadsAllMatrices(FixedStep):
-    """``writes = False`` only says which weights "auto" means; its handlers still change them."""
+    """``writes = False`` only says which weights "auto" means; its worker still changes them."""
 
     writes = False
 
 
-class SaysADict(FixedStep):
+class DictWorker(HalfStep):
     def effect(self, target: Any) -> Any:
         return {"alpha": 0.1}
 
 
-class Turning(FixedStep):
+class SaysADict(FixedStep):
+    worker = DictWorker
+
+
+class TurnWorker(HalfStep):
     def effect(self, target: Any) -> Effect:
         return Turn()
 
 
-class OtherShrink(AdaptiveWeightShrink):
+class Turning(FixedStep):
+    worker = TurnWorker
+
+
+class OtherShrinkWorker(AdaptiveWeightShrink.worker):  # type: ignore[name-defined,misc]
     """Shrinks otherwise, and inherits the effect of its base."""
 
-    def _shrink(self, step: Any, plan: Any) -> None:
-        plan.vectors.scale_(torch.full((plan.vectors.n,), 0.99, dtype=plan.vectors.sum_dtype))
+    def shrink(self, step: Any) -> None:
+        vectors = self.plan.vectors
+        vectors.scale_(torch.full((vectors.n,), 0.99, dtype=vectors.sum_dtype))
 
 
-class OtherHandlers(WeightRescaling):
-    def handlers(self) -> Any:
-        return {**super().handlers(), Phase.SHRINK: lambda step, plan: None}
+class OtherShrink(AdaptiveWeightShrink):
+    worker = OtherShrinkWorker
+
+
+class FurtherPhase(WeightRescaling.worker):  # type: ignore[name-defined,misc]
+    @during(Phase.SHRINK)
+    def act(self, step: Any) -> None:
+        pass
+
+
+class OtherPhases(WeightRescaling):
+    worker = FurtherPhase
+
+
+class LookingWorker(Worker[Any]):
+    @during(Phase.MEASURE)
+    def look(self, step: Any) -> None:
+        pass
 
 
 class Looks(NormDynCallback):
+    worker = LookingWorker
     writes = False
 
-    def handlers(self) -> Any:
-        return {Phase.MEASURE: lambda step, plan: None}
+
+class RenamedWorker(AdaptiveWeightShrink.worker):  # type: ignore[name-defined,misc]
+    def treatments(self) -> list[str]:
+        return ["shrunk" for _ in self.plan.targets]
 
 
 class Renamed(AdaptiveWeightShrink):
     """Changes nothing but its name and what it says about itself."""
 
+    worker = RenamedWorker
+
     def __init__(self) -> None:
         super().__init__(0.1)
-
-    def treatment(self, plan: Any, target: Any) -> str:
-        return "shrunk"
 
 
 def predicted(*callbacks: Any, granularity: Any = "auto") -> bool:
@@ -165,9 +197,9 @@ def predicted(*callbacks: Any, granularity: Any = "auto") -> bool:
         SaysADict,
         Turning,
         lambda: OtherShrink(0.1),
-        lambda: OtherHandlers(2),
+        lambda: OtherPhases(2),
     ],
-    ids=["says nothing", "writes=False", "a dict", "own effect", "own act", "own handlers"],
+    ids=["says nothing", "writes=False", "a dict", "own effect", "own act", "own phases"],
 )
 def test_a_rule_of_somebody_else_has_no_prediction(callback: Any) -> None:
     assert not predicted(callback())
@@ -199,14 +231,13 @@ def test_a_rule_on_other_vectors_than_the_monitors_has_no_prediction(rule: Any) 
 def shrinks_by_a_square(name: str, phase: Phase, rank: int = 0) -> Any:
     """A rule that does not commute with a change of scale, under any name."""
 
-    def act(self: Any, step: Any, plan: Any) -> None:
-        norms = plan.vectors.norms()
-        plan.vectors.scale_(1 / (1 + 0.1 * norms**2))
+    @during(phase)
+    def act(self: Any, step: Any) -> None:
+        norms = self.plan.vectors.norms()
+        self.plan.vectors.scale_(1 / (1 + 0.1 * norms**2))
 
-    def handlers(self: Any) -> Any:
-        return {phase: self.act}
-
-    return type(name, (NormDynCallback,), {"act": act, "handlers": handlers, "rank": rank})()
+    worker = type(f"{name}Worker", (Worker,), {"act": act})
+    return type(name, (NormDynCallback,), {"worker": worker, "rank": rank})()
 
 
 def ends(*callbacks: Any) -> torch.Tensor:

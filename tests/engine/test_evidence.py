@@ -38,7 +38,7 @@ def known(callback):
     """How each claim is known."""
     return {
         name: v.known
-        for name, v in callback._session.search.verdicts.items()
+        for name, v in callback.member.session.search.verdicts.items()
         if v.partition is not None
     }
 
@@ -673,7 +673,7 @@ def test_a_checkpoint_in_the_middle_of_a_validation_holds_the_modes_of_training(
     fit(make(), [AdaptiveWeightShrink(0.5), Saves()], val_data=loader(), max_epochs=3)
     callback = AdaptiveWeightShrink(0.5)
     fit(make(), [callback], val_data=loader(), max_epochs=4, ckpt_path=tmp_path / "validating.ckpt")
-    assert callback._session.claims.resumed
+    assert callback.member.session.claims.resumed
 
 
 # ---- The reason ----
@@ -727,7 +727,7 @@ def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
 
     class Counts(L.Callback):
         def on_train_batch_end(self, trainer, *_):
-            close.append(callback._session.claims.evidence.is_looking_closely())
+            close.append(callback.member.session.claims.evidence.is_looking_closely())
 
     fit(make(Table), [callback, Counts()], max_epochs=40, log_every_n_steps=5)
     (target,) = [t for t in callback.plans[0].targets if t.name == "table.weight"]

@@ -119,7 +119,7 @@ def known_under(
         steps=12,
         log_every_n_steps=log_every_n_steps,
     )
-    verdicts = callback._session.search.verdicts  # type: ignore[union-attr]
+    verdicts = callback.member.session.search.verdicts
     return {v.known for v in verdicts.values() if v.partition is not None}
 
 

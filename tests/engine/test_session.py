@@ -21,6 +21,7 @@ from lightning_normdyn import (
     StepBracket,
     WeightRescaling,
 )
+from lightning_normdyn.engine.selection import Selection
 
 
 def end_table(capsys):
@@ -64,17 +65,21 @@ def test_nothing_is_said_of_a_callback_that_always_acts(capsys):
     assert "acted in" not in end_table(capsys)
 
 
+class RefusingWorker(AdaptiveWeightShrink.worker):
+    def shrink(self, step):
+        if step.number == self.rule.refuses_at:
+            raise NotSupportedError("this is not understood. Leave it out.")
+        super().shrink(step)
+
+
 class RefusesLater(AdaptiveWeightShrink):
     """Refuses its weights in a step: a stand-in for whatever may come up during a fit."""
 
-    def __init__(self, at, phase="ready"):
+    worker = RefusingWorker
+
+    def __init__(self, at):
         super().__init__(0.5)
         self.refuses_at = at
-
-    def _shrink(self, step, plan):
-        if step.number == self.refuses_at:
-            raise NotSupportedError("this is not understood. Leave it out.")
-        super()._shrink(step, plan)
 
 
 def test_a_refusal_in_the_first_step_is_an_error():
@@ -109,18 +114,15 @@ def test_the_optimizer_has_its_decay_back_after_a_refusal():
 
 def test_a_weight_that_is_refused_later_is_left_alone_and_the_others_go_on(monkeypatch):
     module, aws = make(), AdaptiveWeightShrink(0.5, params=TARGETS)
-    check = AdaptiveWeightShrink._check_weight
+    check = Selection.check_weight
 
     def refuse(self, weight, name):
         check(self, weight, name)
-        if (
-            name == "net.3.weight"
-            and self._session.attachment.brackets
-            and self._session.attachment.brackets[0].steps
-        ):
+        brackets = self.session.attachment.brackets
+        if name == "net.3.weight" and brackets and brackets[0].steps:
             raise NotSupportedError("`net.3.weight` gets sparse gradients. Leave it out.")
 
-    monkeypatch.setattr(AdaptiveWeightShrink, "_check_weight", refuse)
+    monkeypatch.setattr(Selection, "check_weight", refuse)
 
     class Adds(L.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):

@@ -237,7 +237,7 @@ def test_what_is_no_state_at_all_is_dropped(state):
         assert callback._restored is None
 
 
-@pytest.mark.parametrize("version", [1, 3, 99, True, "2", None, 2.0])
+@pytest.mark.parametrize("version", [1, 2, 4, 99, True, "3", None, 3.0])
 def test_the_version_is_read(version, checkpoints):
     state = {**state_of(checkpoints["aws"]), "version": version}
     with pytest.warns(NormDynWarning, match="it has version"):
@@ -392,7 +392,8 @@ def test_types_shapes_and_ranges_are_checked_too(wrong, checkpoints):
 @pytest.mark.parametrize("rate", ["fast", float("nan"), -1.0, float("inf"), None, torch.ones(1)])
 def test_the_rates_of_an_lr_drop_are_checked(rate, checkpoints):
     state = resealed(
-        state_of(checkpoints["drop"]), lambda s: s["extra"].update(last_lr={"net.0.weight": rate})
+        state_of(checkpoints["drop"]),
+        lambda s: s["extra"]["workers"][0].update(last_lr={"net.0.weight": rate}),
     )
     with pytest.warns(NormDynWarning, match=DROPPED):
         LRDropRescaling(exponent=0.25).load_state_dict(state)

@@ -240,7 +240,7 @@ def test_a_rescaling_window_changes_what_is_predicted() -> None:
         def on_train_epoch_start(self, trainer: L.Trainer, pl_module: Any) -> None:
             if callbacks[1].plans:
                 (target,) = callbacks[1].plans[0].targets
-                windows.append(callbacks[1].effect(target).window)
+                windows.append(callbacks[1].member.effect(0, target).window)
 
     fit(
         Walk(start(norm=1.0), optimizer),

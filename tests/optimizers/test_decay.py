@@ -23,6 +23,7 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.callbacks import NormDynCallback
+from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.optimizers.decay import (
     Decay,
     DecayOwner,
@@ -219,14 +220,20 @@ def test_a_gate_decides_which_decay_is_recorded(delta: float, ratio: float) -> N
     assert torch.allclose(shares, lost, rtol=1e-4)
 
 
+class PullingWorker(Worker[Any]):
+    def __init__(self, part: Any, plan: Any) -> None:
+        super().__init__(part, plan)
+        self.claim_decay(DecayOwner.SHRINK, plan.claimed)
+
+    @during(Phase.SHRINK)
+    def pull(self, step: Any) -> None:
+        pass
+
+
 class Pulls(NormDynCallback):
     """Takes the decay over and says nothing about what it does instead."""
 
-    def handlers(self) -> Any:
-        return {Phase.SHRINK: lambda step, plan: None}
-
-    def on_plan(self, plan: Any, bracket: Any) -> None:
-        bracket.claim_decay((self, plan.index), DecayOwner.SHRINK, plan.claimed)
+    worker = PullingWorker
 
 
 @pytest.mark.parametrize(

@@ -349,5 +349,7 @@ def test_claims_are_held_against_gradients_at_the_weights_that_they_were_taken_a
 
     monitor = NormDynamicsMonitor(1, tables=False)
     fit(make(kind, make_optimizer=far), [monitor], max_epochs=5, log_every_n_steps=1)
-    known = {v.known for v in monitor._session.search.verdicts.values() if v.partition is not None}
+    known = {
+        v.known for v in monitor.member.session.search.verdicts.values() if v.partition is not None
+    }
     assert known == {"graph and gradients"}
