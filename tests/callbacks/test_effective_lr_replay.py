@@ -216,7 +216,7 @@ def test_the_uniform_factor_is_the_mean_of_what_the_decay_amounts_to(tmp_path):
         p = after
     replay = EffectiveLRReplay(path, uniform=True)
     train("wn", 30, [replay])
-    assert replay._uniform_factor == pytest.approx(np.exp(np.mean(logs)), rel=1e-6)
+    assert replay.member.uniform_factor == pytest.approx(np.exp(np.mean(logs)), rel=1e-6)
 
 
 # ---- Onto itself ----
