@@ -104,6 +104,14 @@ class LegacyCallback(NormDynCallback):
         else:
             self._member.restored = state
 
+    @property
+    def _by_name(self) -> bool:
+        return self.by_name
+
+    @property
+    def _matched(self) -> Any:
+        return self.member.matched
+
     def handlers(self) -> dict[Phase, Callable[..., None]]:
         """Phases."""
         raise NotImplementedError
