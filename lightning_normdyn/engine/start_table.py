@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.tables import render
 

@@ -957,7 +957,7 @@ def test_skipped_and_clamped_go_on_over_a_resume(tmp_path):
     for key in ("normdyn/skipped_steps", "normdyn/clamped_vectors"):
         assert again.history[-1][key] == whole.history[-1][key] > 0
     assert (
-        sum(shrink._session.combined.counted_by_weight("clamped").values())
+        sum(shrink.member.session.combined.counted_by_weight("clamped").values())
         == again.history[-1]["normdyn/clamped_vectors"]
     )
 
