@@ -11,7 +11,45 @@ import numpy as np
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import monitored
 
-_MOST_STEPS = 2**53
+_MOST_VECTORS = 2**53
+_AS_PREDICTED = (0.9, 1.1)
+_OFF = ("turns", "collapsing", "frozen", "not finite")
+"""How the verdicts begin that a reader should not miss."""
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    field: str
+    """Of :class:`LayerSummary`."""
+    head: str
+    hint: str
+    style: str = "number"
+    """The class of its cells."""
+
+
+COLUMNS = (
+    Column("run", "run", "label of the run", "run"),
+    Column("name", "weight", "the parameter's name", "name"),
+    Column("kind", "scale-invariant", "per filter, group or layer", ""),
+    Column("vectors", "vectors", "weight vectors in it"),
+    Column("first_norm", "norm, first", "at the first record"),
+    Column("last_norm", "norm, last", "at the last record"),
+    Column("effective_lr", "effective LR", "mean over the last tenth of the records"),
+    Column(
+        "angular_update",
+        "angular update",
+        "radians per step, root mean square over the last tenth of the records",
+    ),
+    Column("prediction", "prediction", "radians per step, for the same records"),
+    Column("ratio", "ratio", "angular update over prediction"),
+    Column(
+        "verdict",
+        "verdict",
+        "of the monitor at the end of the fit; else as predicted: within 10 %",
+        "",
+    ),
+)
 
 
 class LayerSummary(NamedTuple):
@@ -27,73 +65,82 @@ class LayerSummary(NamedTuple):
     angular_update: float | None
     prediction: float | None
     ratio: float | None
-    said: str | None
-    """What the monitor said of it at the end of the fit, which knows more than the curves do."""
+    verdict: str
 
     @property
-    def verdict(self) -> str:
-        """The monitor's own; else how the angular update compares with its prediction."""
-        if self.said and self.said != "-":
-            return self.said
-        if self.ratio is None:
-            return "–"
-        return (
-            "as predicted"
-            if 0.9 <= self.ratio <= 1.1
-            else "turns faster"
-            if self.ratio > 1
-            else "turns slower"
-        )
+    def is_off(self) -> bool:
+        """Whether its verdict is one that a reader should not miss."""
+        return self.verdict.startswith(_OFF)
 
 
 def summaries(label: str, history: History) -> list[LayerSummary]:
     """One row per layer of a run, in the order of the network."""
-    targets = history.meta.get("targets")
-    keys = history.keys()
-    of_layers = {quantity.name for quantity in monitored()}
-    names = dict.fromkeys(
-        key.split("/", 1)[1] for key in keys if key.split("/")[0] in of_layers and "/" in key
+    measured = {quantity.name for quantity in monitored()}
+    # A dict, and not a set, because it keeps the order.
+    names: dict[str, None] = {}
+    for key in history.keys():  # noqa: SIM118
+        quantity, _, name = key.partition("/")
+        if name and quantity in measured:
+            names[name] = None
+    return [_summary(label, name, history) for name in names]
+
+
+def _summary(label: str, name: str, history: History) -> LayerSummary:
+    def values(quantity: str) -> list[float]:
+        key = f"{quantity}/{name}"
+        return history.column(key)[1].tolist() if history.has(key) else []
+
+    about = _about(name, history)
+    vectors = about.get("vectors")
+    known_vectors = isinstance(vectors, int) and 0 <= vectors < _MOST_VECTORS
+    norms = values("weight_norm") or values("weight_std")
+    angle = _late(values("angular_update"), _root_mean_square)
+    prediction = _late(values("equilibrium_angular_update"), _root_mean_square)
+    if angle is not None and prediction:
+        ratio: float | None = angle / prediction
+    else:
+        ratio = _late(values("equilibrium_ratio"), np.mean)
+    return LayerSummary(
+        run=label,
+        name=name,
+        kind=str(about.get("scale_invariant", "–")),
+        vectors=vectors if known_vectors else None,
+        first_norm=norms[0] if norms else None,
+        last_norm=norms[-1] if norms else None,
+        effective_lr=_late(values("effective_lr"), np.mean),
+        angular_update=angle,
+        prediction=prediction,
+        ratio=ratio,
+        verdict=_verdict(about.get("verdict"), ratio),
     )
 
-    def values(quantity: str, name: str) -> list[float]:
-        key = f"{quantity}/{name}"
-        return history.column(key)[1].tolist() if key in keys else []
 
-    layers = []
-    for name in names:
-        about = targets.get(name) if isinstance(targets, dict) else None
-        about = about if isinstance(about, dict) else {}
-        vectors = about.get("vectors")
-        norms = values("weight_norm", name) or values("weight_std", name)
-        angle = _late(values("angular_update", name), _root_mean_square)
-        prediction = _late(values("equilibrium_angular_update", name), _root_mean_square)
-        layers.append(
-            LayerSummary(
-                run=label,
-                name=name,
-                kind=str(about.get("scale_invariant", "–")),
-                vectors=vectors
-                if isinstance(vectors, int) and 0 <= vectors < _MOST_STEPS
-                else None,
-                first_norm=norms[0] if norms else None,
-                last_norm=norms[-1] if norms else None,
-                effective_lr=_late(values("effective_lr", name), np.mean),
-                angular_update=angle,
-                prediction=prediction,
-                ratio=angle / prediction
-                if angle is not None and prediction
-                else _late(values("equilibrium_ratio", name), np.mean),
-                said=about["verdict"] if isinstance(about.get("verdict"), str) else None,
-            )
-        )
-    return layers
+def _about(name: str, history: History) -> dict[str, Any]:
+    """What the monitor noted of a layer. The file may hold anything in its place."""
+    targets = history.meta.get("targets")
+    about = targets.get(name) if isinstance(targets, dict) else None
+    return about if isinstance(about, dict) else {}
+
+
+def _verdict(of_monitor: object, ratio: float | None) -> str:
+    """The monitor's, which knows more than the curves do; else how the angular update compares with
+    its prediction."""
+    if isinstance(of_monitor, str) and of_monitor not in ("", "-"):
+        return of_monitor
+    if ratio is None:
+        return "–"
+    low, high = _AS_PREDICTED
+    if low <= ratio <= high:
+        return "as predicted"
+    return "turns faster" if ratio > 1 else "turns slower"
 
 
 def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
     """The average over the last tenth of what was recorded: the last value alone is mostly
     noise."""
-    last = [value for value in values[-max(1, len(values) // 10) :] if math.isfinite(value)]
-    return float(average(np.asarray(last, dtype=np.float64))) if last else None
+    tenth = values[-max(1, len(values) // 10) :]
+    finite = [value for value in tenth if math.isfinite(value)]
+    return float(average(np.asarray(finite, dtype=np.float64))) if finite else None
 
 
 def _root_mean_square(values: Any) -> float:

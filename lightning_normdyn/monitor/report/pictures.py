@@ -1,34 +1,90 @@
-"""The pictures of a report, as parts of its page."""
+"""The pictures of a report, as data that its page can hold."""
 
 from __future__ import annotations
 
 import base64
-import html
 import io
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
+from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.plots.compare import plot_compare
+from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
+from lightning_normdyn.monitor.plots.layers import (
+    plot_angular_update,
+    plot_effective_lr,
+    shared_limits,
+)
+from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
+from lightning_normdyn.monitor.quantities import shown_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-
-def has_curve(history: History, *quantities: str) -> bool:
-    """Whether any layer has a curve of one of these quantities."""
-    return any(
-        key.startswith(f"{quantity}/") and len(history.column(key)[0])
-        for key in history.keys()  # noqa: SIM118
-        for quantity in quantities
-    )
+Limits = Mapping[str, tuple[float, float] | None]
 
 
-def picture(fig: Figure, alt: str) -> str:
-    """A figure as an image that is part of the page."""
+class Picture(NamedTuple):
+    """An image that is part of the page."""
+
+    alt: str
+    png: str
+    """Base64; empty where there is none, and ``alt`` says why."""
+
+
+def common_limits(runs: Mapping[str, History]) -> Limits:
+    """Of each quantity, the values that the axes of all runs hold: pictures side by side are
+    compared by eye."""
+    histories = list(runs.values())
+    shown = (*shown_in("curves"), *shown_in("report map"))
+    return {quantity: shared_limits(histories, quantity) for quantity in shown}
+
+
+def pictures_of_all(runs: Mapping[str, History], say: Callable[[str], None]) -> Iterator[Picture]:
+    """Several runs in one picture, a quantity each."""
+    for quantity in shown_in("comparison"):
+        recorded = {label: history for label, history in runs.items() if _has(history, quantity)}
+        if len(recorded) > 1:
+            say(f"comparing {quantity}")
+            fig, _ = plot_compare(recorded, quantity)
+            yield _picture(fig, f"{quantity} of {', '.join(recorded)}")
+
+
+def pictures_of(label: str, history: History, limits: Limits) -> Iterator[Picture]:
+    """The curves, heat maps and the ridge of one run, as far as it recorded them."""
+    for quantity in shown_in("curves"):
+        if _has(history, quantity):
+            if quantity == "angular_update":
+                fig, _ = plot_angular_update(history, limits=limits[quantity])
+            else:
+                fig, _ = plot_effective_lr(history, quantity=quantity, limits=limits[quantity])
+            yield _picture(fig, f"{quantity} of {label}")
+    for quantity in shown_in("report map"):
+        if _has(history, quantity):
+            fig, _ = plot_heatmap(history, quantity=quantity, limits=limits[quantity])
+            yield _picture(fig, f"{quantity} of {label}, layer by step")
+    if any(name.startswith("weight_norm/") for name in history.vector_names()):
+        try:
+            fig, _ = plot_norm_ridge(history)
+            yield _picture(fig, f"norms of single vectors of {label}")
+        # No norm in it is finite. The other pictures of a run that diverged still tell something.
+        except NormDynError as error:
+            yield Picture(str(error), png="")
+
+
+def _has(history: History, quantity: str) -> bool:
+    """Whether a layer has a curve of this quantity. A key alone is none: its rows may be thinned
+    away."""
+    keys = [key for key in history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
+    return any(len(history.column(key)[0]) for key in keys)
+
+
+def _picture(fig: Figure, alt: str) -> Picture:
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # a name in a script the font lacks
+        # A name in a script that the font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         fig.savefig(file, format="png", dpi=110)
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+    return Picture(alt, base64.b64encode(file.getvalue()).decode())

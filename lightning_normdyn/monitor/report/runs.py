@@ -17,18 +17,20 @@ from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.storage import is_remote
 
 _RUNS = "a history file (.npz), a folder with metrics.csv, or an offline W&B run"
+_PATTERNS = ("*.npz", "metrics.csv", "*.wandb")
+_MOST_SERIES = 10_000
+_CSV_STEP = "step"
+_WANDB_STEPS = ("trainer/global_step", "_step")
+_WANDB_SECONDS = 300
+_WANDB_OFFLINE = {
+    "WANDB_MODE": "offline",
+    "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
+}
 
-
-_MOST_COLUMNS = 10_000
-
-
-_MOST_STEPS = 2**53
-
-
-_CSV_STEP, _WANDB_STEPS = "step", ("trainer/global_step", "_step")
-
-
-_READ_SECONDS = 300
+Rows = dict[int, dict[str, float]]
+"""Numbers by log key, by step. Of what was logged twice for a step (a run that crashed and went on)
+the later one stands here."""
 
 
 def load_run(path: str | os.PathLike[str]) -> History:
@@ -36,10 +38,9 @@ def load_run(path: str | os.PathLike[str]) -> History:
 
     Args:
         path: a history file (``.npz``), a CSV log (``metrics.csv`` or the ``version_N`` folder with
-            it), or an offline W&B run (the folder
-            ``offline-run-*`` or its ``.wandb`` file; needs ``wandb``). A folder that holds a
-            history file is read from that. Of what lies
-            at a URL (``s3://``), the history file.
+            it), or an offline W&B run (the folder ``offline-run-*`` or its ``.wandb`` file; needs
+            ``wandb``). A folder that holds a history file is read from that. Of what lies at a URL
+            (``s3://``), the history file.
 
     Raises:
         NormDynError: where there is no such run, or it is damaged; nothing in it is executed.
@@ -54,33 +55,28 @@ def load_run(path: str | os.PathLike[str]) -> History:
     if path.suffix == ".wandb":
         return _load_wandb(path)
     if path.suffix == ".csv":
-        return _load_csv(path)
+        return _as_history(_read_csv(path), path)
     return load_history(path)
 
 
 def _run_in(folder: Path) -> Path:
-    for pattern in ("*.npz", "metrics.csv", "*.wandb"):
-        found = sorted(folder.glob(pattern))
-        if len(found) == 1:
-            return found[0]
-        if found:
+    """The one file in a folder that holds a run: the history, if there is one."""
+    for pattern in _PATTERNS:
+        matches = sorted(map(str, folder.glob(pattern)))
+        if len(matches) == 1:
+            return Path(matches[0])
+        if matches:
             raise NormDynError(
-                f"`{folder}` holds {len(found)} runs; name one of "
-                f"{', '.join(str(each) for each in found[:3])}."
+                f"`{folder}` holds {len(matches)} runs; name one of {', '.join(matches[:3])}."
             )
-    below = sorted(
-        {
-            str(each.parent)
-            for pattern in ("*.npz", "metrics.csv", "*.wandb")
-            for each in folder.glob(f"*/{pattern}")
-        }
-    )
-    hint = f"below it there is {', '.join(below[:3])}" if below else f"name {_RUNS}"
+    below = {str(match.parent) for pattern in _PATTERNS for match in folder.glob(f"*/{pattern}")}
+    hint = f"below it there is {', '.join(sorted(below)[:3])}" if below else f"name {_RUNS}"
     raise NormDynError(f"`{folder}` holds no run; {hint}.")
 
 
-def _load_csv(path: Path) -> History:
-    rows: dict[int, dict[str, float]] = {}
+def _read_csv(path: Path) -> Rows:
+    rows: Rows = {}
+    line = 1
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.reader(file, strict=True)
@@ -89,46 +85,31 @@ def _load_csv(path: Path) -> History:
                 raise NormDynError(
                     f"`{path}` is no CSV log of Lightning: it has no column `{_CSV_STEP}`."
                 )
-            if len(names) > _MOST_COLUMNS or len(set(names)) < len(names):
-                found = f"{len(names)} columns, {len(set(names))} of them different"
-                raise NormDynError(
-                    f"`{path}` has {found}; up to {_MOST_COLUMNS} are read, each with a name of "
-                    f"its own."
-                )
+            if len(set(names)) < len(names):
+                raise NormDynError(f"`{path}` is damaged: two of its columns have the same name.")
             for cells in reader:
-                if len(cells) != len(names):
-                    raise NormDynError(
-                        f"`{path}` is damaged: line {reader.line_num} has {len(cells)} cells under "
-                        f"{len(names)} names."
-                    )
-                try:
-                    values = {
-                        name: float(cell) for name, cell in zip(names, cells, strict=True) if cell
-                    }
-                    step = int(values.pop(_CSV_STEP))
-                except (ValueError, KeyError, OverflowError) as error:
-                    raise NormDynError(
-                        f"`{path}` is damaged: line {reader.line_num} is no row of numbers with a "
-                        f"step ({error})."
-                    ) from error
+                line = reader.line_num
+                # An empty cell: Lightning logged nothing under this name at this step.
+                logged = [pair for pair in zip(names, cells, strict=True) if pair[1]]
+                values = {name: float(cell) for name, cell in logged}
+                step = int(values.pop(_CSV_STEP))
                 rows.setdefault(step, {}).update(values)
+    except NormDynError:
+        raise
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise NormDynError(f"`{path}` cannot be read as a CSV log ({error}).") from error
-    return _as_history(rows, path)
+    except (ValueError, KeyError, OverflowError) as error:
+        raise NormDynError(
+            f"`{path}` is damaged: line {line} is no row of numbers with a step ({error})."
+        ) from error
+    return rows
 
 
 def _load_wandb(path: Path) -> History:
-    """W&B's own reader, in a process of its own: the format of ``.wandb`` files is nobody else's
-    business."""
-    environment = {
-        **os.environ,
-        "WANDB_MODE": "offline",
-        "WANDB_SILENT": "true",
-        "WANDB_ERROR_REPORTING": "false",
-    }
+    # W&B's own reader, in a process of its own: the format of `.wandb` files is not documented.
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path.resolve())]
-    # Files, not pipes: a long run need not fit in memory, and a process that the reader left behind
-    # cannot hold us up.
+    # Files, not pipes: a long run need not fit in memory, and waiting for the end of a pipe would
+    # hang on a process that the reader left behind.
     with tempfile.TemporaryFile() as records, tempfile.TemporaryFile() as messages:
         try:
             done = subprocess.run(
@@ -136,32 +117,30 @@ def _load_wandb(path: Path) -> History:
                 stdin=subprocess.DEVNULL,
                 stdout=records,
                 stderr=messages,
-                env=environment,
-                timeout=_READ_SECONDS,
+                env={**os.environ, **_WANDB_OFFLINE},
+                timeout=_WANDB_SECONDS,
                 check=False,
             )
         except subprocess.TimeoutExpired as error:
             raise NormDynError(
-                f"W&B's reader did not finish `{path}` within {_READ_SECONDS} seconds."
+                f"W&B's reader did not finish `{path}` within {_WANDB_SECONDS} seconds."
             ) from error
         messages.seek(0)
-        said = messages.read().decode(errors="replace").strip()
-        if "No module named" in said or "No such command" in said:
+        message = messages.read().decode(errors="replace").strip()
+        if "No module named" in message or "No such command" in message:
             raise NormDynError(f"reading `{path}` needs W&B's reader; `pip install 'wandb>=0.30'`.")
-        if done.returncode or "corrupt" in said:
-            raise NormDynError(
-                f"`{path}` cannot be read as a W&B run: "
-                f"{said.splitlines()[-1] if said else 'its reader failed'}."
-            )
+        if done.returncode or "corrupt" in message:
+            reason = message.splitlines()[-1] if message else "its reader failed"
+            raise NormDynError(f"`{path}` cannot be read as a W&B run: {reason}.")
         records.seek(0)
         history = _parse_wandb(records, path)
-    if "incomplete" in said:
+    if "incomplete" in message:
         history.meta["note"] = "The run was still active, or was interrupted."
     return history
 
 
 def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
-    rows: dict[int, dict[str, float]] = {}
+    rows: Rows = {}
     config: dict[str, Any] = {}
     try:
         for line in lines:
@@ -174,15 +153,8 @@ def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
                 config.update(record["run"].get("config", {}).get("update", {}))
             elif record["type"] == "config":
                 config.update(record["config"].get("update", {}))
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        StopIteration,
-        RecursionError,
-        OverflowError,
-    ) as error:
+    # Another version of W&B may say anything: whatever that provokes, the run cannot be read.
+    except Exception as error:
         raise NormDynError(
             f"`{path}` cannot be read as a W&B run: its reader gave something unknown "
             f"({type(error).__name__}: {error})."
@@ -195,39 +167,36 @@ def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
 
 
 def _numbers(item: Mapping[str, Any]) -> dict[str, float]:
-    """The plain numbers of a row that W&B's reader gave: no bookkeeping, and no parts of
-    histograms, tables and pictures."""
+    """The plain numbers of a row: no bookkeeping of W&B, and no parts of histograms and tables."""
     media = tuple(key.removesuffix("_type") for key in item if key.endswith("._type"))
-    found: dict[str, float] = {}
+    numbers: dict[str, float] = {}
     for key, value in item.items():
-        if key.startswith("_") or key == _WANDB_STEPS[0] or (media and key.startswith(media)):
+        if key.startswith(("_", *media)) or key in _WANDB_STEPS:
             continue
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            found[key] = value
-        elif value in ("Infinity", "-Infinity", "NaN"):
-            found[key] = float(value)
-    return found
+        # JSON has no word for what diverged; W&B writes text.
+        if value in ("Infinity", "-Infinity", "NaN"):
+            numbers[key] = float(value)
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            numbers[key] = value
+    return numbers
 
 
-def _as_history(rows: Mapping[int, Mapping[str, float]], path: Path) -> History:
-    """A history of rows by step. What was logged twice for a step (a run that crashed and went on)
-    stands there once, the later one."""
+def _as_history(rows: Rows, path: Path) -> History:
     if not rows:
         raise NormDynError(f"`{path}` holds no logged rows.")
-    if len({key for row in rows.values() for key in row}) > _MOST_COLUMNS:
+    # Each series has a cell in every row of a history, even where few rows have a number for it.
+    if len({key for row in rows.values() for key in row}) > _MOST_SERIES:
         raise NormDynError(
-            f"`{path}` holds more than {_MOST_COLUMNS} different series; this is no log of layers."
+            f"`{path}` holds more than {_MOST_SERIES} different series; this is no log of layers."
         )
-    if not -_MOST_STEPS < min(rows) <= max(rows) < _MOST_STEPS:
-        raise NormDynError(f"`{path}` is damaged: its steps go from {min(rows)} to {max(rows)}.")
     history = History()
     try:
         for step in sorted(rows):
-            history.append(
-                step, rows[step], optimizer_step=int(rows[step].get("normdyn/optimizer_step", step))
-            )
-        return history
+            # Logs of other packages do not count optimizer steps.
+            optimizer_step = int(rows[step].get("normdyn/optimizer_step", step))
+            history.append(step, rows[step], optimizer_step=optimizer_step)
     except (ValueError, OverflowError) as error:
         raise NormDynError(
             f"`{path}` is damaged: a number in it is none that a run can log ({error})."
         ) from error
+    return history

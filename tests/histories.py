@@ -1,0 +1,125 @@
+"""Histories that several test modules read, draw and report on."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_normdyn.monitor.history import History
+
+
+def filled_history(rows: int = 6, **limits: int) -> History:
+    history = History(**limits)
+    history.meta = {"targets": [["conv.weight", "BatchNorm"]], "lr": 0.1}
+    for step in range(rows):
+        values = {"effective_lr/conv.weight": 1.0 / (step + 1), "effective_lr/fc.weight": 2.0}
+        if step % 2:
+            del values["effective_lr/fc.weight"]
+        history.append(10 * step, values, optimizer_step=step + 1)
+        history.append_vectors(10 * step, {"weight_norm/conv.weight": np.arange(3) + step})
+    history.mark(20, "lr_drop")
+    history.mark(30, "rescale", "conv.weight")
+    return history
+
+
+def assert_same_history(one: History, two: History) -> None:
+    assert list(one) == list(two)
+    assert one.keys() == two.keys()
+    assert one.events == two.events
+    assert one.meta == two.meta
+    assert one.max_rows == two.max_rows
+    assert one.vector_names() == two.vector_names()
+    for name in one.vector_names():
+        for a, b in zip(one.vectors(name), two.vectors(name), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def converging_run(
+    layers: int = 3, steps: int = 40, *, predictions: bool = True, seed: int = 0
+) -> History:
+    """A run whose norms shrink towards an equilibrium; its learning rate drops at 60 %."""
+    rng = np.random.default_rng(seed)
+    history = History()
+    names = [
+        f"network.layer{1 + i // 6}.{i % 6 // 2}.conv{1 + i % 2}.weight" for i in range(layers)
+    ]
+    for step in range(steps):
+        lr = 0.1 if step < 0.6 * steps else 0.01
+        row = {}
+        for i, name in enumerate(names):
+            norm = (1 + i / layers) * (0.3 + np.exp(-3 * step / steps))
+            row[f"weight_norm/{name}"] = norm
+            row[f"effective_lr/{name}"] = lr / norm
+            row[f"gradient_cosine/{name}"] = 0.01 * rng.normal()
+            row[f"angular_update/{name}"] = np.sqrt(lr * 1e-3) * np.exp(0.1 * rng.normal())
+            if predictions:
+                row[f"equilibrium_angular_update/{name}"] = np.sqrt(lr * 1e-3)
+                row[f"equilibrium_ratio/{name}"] = np.exp(0.1 * rng.normal())
+        history.append(10 * step, row, optimizer_step=step + 1)
+        history.append_vectors(
+            10 * step,
+            {
+                f"weight_norm/{name}": row[f"weight_norm/{name}"]
+                * np.exp(0.1 * rng.normal(size=16))
+                for name in names[:2]
+            },
+        )
+        if step % 10 == 0:
+            history.mark(10 * step, "rescale")
+    history.mark(6 * steps, "lr_drop")
+    return history
+
+
+def run_with_heads(
+    kinds: bool, predicted: bool = True, factor: float = 1.0, heads: int = 4
+) -> History:
+    """Three scale-invariant layers that turn by 0.01, as predicted, and more heads that turn by 1:
+    the median of all would be a head's."""
+    history = History()
+    for step in range(20):
+        row = {f"angular_update/conv{i}.weight": 0.01 * factor for i in range(3)}
+        row |= {f"angular_update/head{i}.weight": 1.0 for i in range(heads)}
+        if predicted and step:  # at step 0 the rate was 0, and nothing was predicted
+            row |= {f"equilibrium_angular_update/conv{i}.weight": 0.01 for i in range(3)}
+        history.append(step, row, optimizer_step=step + 1)
+    if kinds:
+        names = [*[f"conv{i}.weight" for i in range(3)], *[f"head{i}.weight" for i in range(heads)]]
+        history.meta["targets"] = {
+            name: {"scale_invariant": "filter" if name.startswith("conv") else "no"}
+            for name in names
+        }
+    return history
+
+
+def run_of_underscored_layers() -> History:
+    history = History()
+    for step in range(3):
+        values = {
+            f"{q}/_stem{i}.weight": 1.0 + i
+            for i in range(3)
+            for q in ("effective_lr", "ggd_shape_input", "ggd_shape_parameter")
+        }
+        history.append(
+            step,
+            values | {f"input_span_noise/_stem{i}.weight": 0.1 for i in range(3)},
+            optimizer_step=step + 1,
+        )
+    return history
+
+
+def reported_run(layers: int = 3, steps: int = 20, *, factor: float = 1.0, names=None) -> History:
+    history = History()
+    names = names or [f"conv{i}.weight" for i in range(layers)]
+    for step in range(steps):
+        row = {"train_loss": 1.0 / (step + 1), "normdyn/effective_lr": 0.1}
+        for i, name in enumerate(names):
+            row[f"weight_norm/{name}"] = factor * (i + 1) * (2 - step / steps)
+            row[f"effective_lr/{name}"] = 0.1 / row[f"weight_norm/{name}"]
+            row[f"angular_update/{name}"] = 0.01 * (i + 1)
+            row[f"equilibrium_angular_update/{name}"] = 0.02
+        history.append(10 * step, row, optimizer_step=step + 1)
+    history.meta = {
+        "targets": {names[0]: {"scale_invariant": "filter", "vectors": 8}},
+        "settings": {"alpha": 0.0025},
+    }
+    return history

@@ -1,0 +1,51 @@
+"""The curves of a history as tables: which layers, on which steps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from histories import converging_run, run_with_heads
+
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.plots.curves import (
+    as_table,
+    curves_of,
+    invariant_among,
+    invariant_layers,
+    over_layers,
+)
+
+
+def test_what_is_missing_is_answered_with_what_there_is():
+    with pytest.raises(
+        NormDynError, match=r"`direction_lr` were asked for.* it has angular_update, effective_lr"
+    ):
+        curves_of(converging_run(), "direction_lr")
+    with pytest.raises(NormDynError, match="no curves of layers at all"):
+        curves_of(History(), "effective_lr")
+
+
+def test_a_table_has_the_steps_of_all_layers_and_gaps_where_one_has_none():
+    history = History()
+    for step, name in ((0, "a"), (1, "b"), (3, "a")):
+        history.append(step, {f"weight_norm/{name}": float(step)}, optimizer_step=step)
+    steps, table = as_table(curves_of(history, "weight_norm"))
+    assert steps.tolist() == [0, 1, 3]
+    np.testing.assert_array_equal(table, [[0, np.nan, 3], [np.nan, 1, np.nan]])
+
+
+def test_a_step_at_which_no_layer_has_a_value_stays_a_gap_without_a_warning():
+    table = np.array([[1.0, np.nan, np.nan], [3.0, np.nan, 5.0]])
+    np.testing.assert_array_equal(over_layers(np.nanmedian, table), [2, np.nan, 5])
+
+
+def test_the_scale_invariant_layers_are_those_that_the_run_says_or_predicts():
+    convolutions = [f"conv{i}.weight" for i in range(3)]
+    for kinds, predicted in ((True, False), (False, True)):
+        assert invariant_layers(run_with_heads(kinds, predicted)) == set(convolutions)
+    silent = run_with_heads(kinds=False, predicted=False)
+    assert invariant_layers(silent) is None
+    assert invariant_among(["a", "b"], silent) == (["a", "b"], "all layers")
+    chosen = invariant_among([*convolutions, "head0.weight"], run_with_heads(kinds=True))
+    assert chosen == (convolutions, "scale-invariant layers")

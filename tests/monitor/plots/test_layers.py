@@ -1,0 +1,119 @@
+"""Curves of all layers, and angular updates beside their prediction."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from histories import converging_run, run_with_heads
+
+from lightning_normdyn import plots
+from lightning_normdyn.monitor.history import History
+
+pytest.importorskip("matplotlib")
+
+
+def test_curves_hold_the_numbers_in_depth_order():
+    from matplotlib.colors import to_rgb
+
+    history = converging_run(3)
+    _, ax = plots.plot_effective_lr(history)
+    for line, key in zip(
+        [line for line in ax.get_lines() if len(line.get_xdata()) > 2],
+        history.keys()[1::6],
+        strict=True,
+    ):
+        steps, values = history.column(key)
+        assert key.startswith("effective_lr/")
+        np.testing.assert_array_equal(line.get_xdata(), steps)
+        np.testing.assert_array_equal(line.get_ydata(), values)
+    assert ax.get_yscale() == "log"
+    brightness = [
+        np.dot(to_rgb(line.get_color()), [0.2126, 0.7152, 0.0722]) for line in ax.get_lines()[:3]
+    ]
+    assert brightness == sorted(brightness)
+
+
+@pytest.mark.parametrize(("layers", "named"), [(3, True), (8, True), (9, False), (160, False)])
+def test_few_layers_are_named_and_many_get_a_colour_bar(layers, named):
+    fig, ax = plots.plot_effective_lr(converging_run(layers))
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert len(fig.axes) == (1 if named else 2)
+    assert len(labels) == (layers if named else 0) + 2
+    assert labels[-2:] == ["rescale", "LR drop"]
+    assert any("conv1" in label for label in labels) == named
+    if not named:
+        assert "depth" in fig.axes[1].get_ylabel()
+
+
+@pytest.mark.parametrize("quantity", ["weight_norm", "gradient_cosine", "equilibrium_ratio"])
+def test_any_recorded_quantity_can_be_drawn(quantity):
+    assert plots.plot_effective_lr(converging_run(), quantity=quantity)[1].get_yscale() == (
+        "linear" if quantity == "gradient_cosine" else "log"
+    )
+    plots.plot_heatmap(converging_run(), quantity=quantity)
+    plots.plot_compare({"one": converging_run()}, quantity)
+
+
+def test_angular_update_draws_the_median_and_its_prediction():
+    history = converging_run(5)
+    _, ax = plots.plot_angular_update(history)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    keys = [key for key in list(history.keys()) if key.startswith("angular_update/")]
+    expected = np.median([history.column(key)[1] for key in keys], axis=0)
+    np.testing.assert_allclose(lines["median, predicted layers"].get_ydata(), expected, rtol=1e-6)
+    assert lines["prediction, median"].get_ydata()[0] == pytest.approx(0.01)
+    (band,) = ax.collections
+    assert band.get_datalim(ax.transData).y1 == pytest.approx(0.011)
+    _, ax = plots.plot_angular_update(converging_run(5, predictions=False))
+    assert "median, all layers" in {line.get_label() for line in ax.get_lines()}
+    assert "prediction, median" not in {line.get_label() for line in ax.get_lines()}
+    assert not ax.collections
+
+
+@pytest.mark.parametrize("kinds", [False, True])
+@pytest.mark.parametrize("predicted", [False, True])
+def test_the_median_beside_a_prediction_is_of_the_layers_it_is_about(kinds, predicted):
+    _, ax = plots.plot_angular_update(run_with_heads(kinds, predicted))
+    (median,) = (line for line in ax.get_lines() if str(line.get_label()).startswith("median"))
+    known = kinds or predicted
+    assert median.get_ydata().tolist() == pytest.approx(
+        [0.01 if known else 1.0] * (19 if predicted else 20)
+    )
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert ("other layers" in labels) == known
+    assert (("median, all layers" in labels), ("prediction, median" in labels)) == (
+        not known,
+        predicted,
+    )
+
+
+def test_one_layer_far_from_160_others_is_seen():
+    history = converging_run(160)
+    _, ax = plots.plot_angular_update(history)
+    assert all((line.get_alpha() or 1.0) >= 0.3 for line in ax.get_lines())
+
+
+@pytest.mark.parametrize(
+    "quantity", ["effective_lr", "angular_update", "equilibrium_ratio", "gradient_cosine"]
+)
+def test_pictures_side_by_side_share_a_scale(quantity):
+    low, high = converging_run(), History()
+    for row in converging_run():
+        values = {key: 8 * value for key, value in row.items() if "/" in key}
+        high.append(int(row["step"]), values, optimizer_step=int(row["optimizer_step"]))
+    limits = plots.shared_limits([low, high, History()], quantity)
+    curves = functools.partial(plots.plot_effective_lr, quantity=quantity)
+    draw = plots.plot_angular_update if quantity == "angular_update" else curves
+    views = [draw(history, limits=limits)[1].get_ylim() for history in (low, high)]
+    assert views[0] == pytest.approx(views[1])
+    assert views[0][0] <= limits[0] < limits[1] <= views[0][1]
+    assert draw(low)[1].get_ylim() != pytest.approx(views[0])
+    colours = [
+        plots.plot_heatmap(history, quantity=quantity, limits=limits)[1].collections[0].get_clim()
+        for history in (low, high)
+    ]
+    assert colours[0] == pytest.approx(colours[1])
+    assert plots.shared_limits([History()], quantity) is None
+    assert plots.shared_limits([], quantity) is None

@@ -1,0 +1,277 @@
+"""The page stands on its own, shows what was recorded, and takes hostile names as text."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from histories import reported_run
+
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.report import page
+from lightning_normdyn.monitor.report.page import write_report
+
+pytest.importorskip("matplotlib")
+
+
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags, attributes, texts of cells."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags, self.rows, self.scripts, self.policy = [], [], [], ""
+        self._open = ""
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        self._open = tag
+        if tag == "tr":
+            self.rows.append([])
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "meta" and dict(attributes).get("http-equiv"):
+            self.policy = dict(attributes)["content"]
+
+    def handle_data(self, text):
+        if self._open in ("td", "button") and text.strip():
+            self.rows[-1].append(text)
+        if self._open == "script":
+            self.scripts[-1] += text
+
+    def handle_endtag(self, tag):
+        self._open = ""
+
+
+def test_the_page_needs_nothing_from_outside(tmp_path):
+    shown = Page(
+        write_report(
+            {"decay": reported_run(), "aws": reported_run(factor=2)},
+            tmp_path / "new" / "report.html",
+        )
+    )
+    assert not [
+        tag for tag, _ in shown.tags if tag in ("link", "iframe", "object", "embed", "base", "form")
+    ]
+    for _, attributes in shown.tags:
+        for name in ("src", "href", "action", "srcset", "background"):
+            assert attributes.get(name, "data:").startswith("data:")
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", shown.source).replace(
+        "http-equiv", ""
+    )
+    assert "@import" not in shown.source
+    assert "default-src 'none'" in shown.policy
+    (script,) = shown.scripts
+    assert (
+        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        in shown.policy
+    )
+    assert os.listdir(tmp_path / "new") == ["report.html"]
+
+
+def test_every_picture_is_a_picture_and_says_what_it_shows(tmp_path):
+    history = reported_run()
+    history.append_vectors(0, {"weight_norm/conv0.weight": np.arange(1.0, 9)})
+    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    images = [attributes for tag, attributes in shown.tags if tag == "img"]
+    assert len(images) == 6  # three sets of curves, two heat maps, a ridge
+    for image in images:
+        assert base64.b64decode(image["src"].split(",")[1], validate=True).startswith(b"\x89PNG")
+        assert "run" in image["alt"]
+
+
+def test_the_table_holds_the_numbers(tmp_path):
+    shown = Page(write_report({"run": reported_run()}, tmp_path / "report.html"))
+    head, *rows = shown.rows
+    assert head[0] == "weight"
+    assert rows == [
+        [
+            "conv0.weight",
+            "filter",
+            "8",
+            "2",
+            "1.05",
+            "0.0931",
+            "0.01",
+            "0.02",
+            "0.5",
+            "turns slower",
+        ],
+        ["conv1.weight", "–", "–", "4", "2.1", "0.0465", "0.02", "0.02", "1", "as predicted"],
+        ["conv2.weight", "–", "–", "6", "3.15", "0.031", "0.03", "0.02", "1.5", "turns faster"],
+    ]
+
+
+def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):
+    runs = {"decay": reported_run(2), "aws": reported_run(3, factor=2)}
+    shown = Page(write_report(runs, tmp_path / "report.html"))
+    assert [row[:2] for row in shown.rows[1:]] == [
+        ["decay", "conv0.weight"],
+        ["aws", "conv0.weight"],
+        ["decay", "conv1.weight"],
+        ["aws", "conv1.weight"],
+        ["aws", "conv2.weight"],
+    ]
+    assert sum("of decay, aws" in attributes.get("alt", "") for _, attributes in shown.tags) == 3
+    assert "Runs compared" in shown.source
+
+
+def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path):
+    few = History()
+    few.append(5, {"weight_norm/a.weight": 1.0}, optimizer_step=1)
+    gap = History()
+    gap.append(
+        0, {"gradient_cosine/a.weight": float("nan"), "effective_lr/b": 1.0}, optimizer_step=1
+    )
+    shown = Page(
+        write_report({"few": few, "gap": gap, "full": reported_run()}, tmp_path / "report.html")
+    )
+    assert len(shown.rows) == 1 + 1 + 2 + 3
+
+
+def test_hostile_names_stay_text(tmp_path):
+    attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'$title$`"
+    history = reported_run(names=[attack, "$style", "${body}"])
+    history.meta = {
+        "targets": {attack: {"scale_invariant": attack, "vectors": attack}},
+        attack: [attack],
+        "note": attack,
+    }
+    history.mark(3, attack)
+    history.append_vectors(0, {f"weight_norm/{attack}": np.arange(1.0, 4)})
+    shown = Page(
+        write_report({attack: history, "$title": reported_run()}, tmp_path / "report.html")
+    )
+    assert len(shown.scripts) == 1
+    assert "alert" not in shown.scripts[0]
+    assert all(
+        attributes["src"].startswith("data:image/png")
+        for tag, attributes in shown.tags
+        if tag == "img"
+    )
+    assert not [
+        name for _, attributes in shown.tags for name in attributes if name.startswith("on")
+    ]
+    assert "".join(shown.rows[1]).count("<script>alert(1)</script>") == 3
+    assert "$style" in str(shown.rows)
+
+
+def test_meta_of_any_shape_is_shown(tmp_path):
+    for targets in (
+        [],
+        "text",
+        {"conv0.weight": 3},
+        {"conv0.weight": {"vectors": "many", "scale_invariant": None}},
+    ):
+        history = reported_run()
+        history.meta["targets"] = targets
+        assert len(Page(write_report({"run": history}, tmp_path / "report.html")).rows) == 4
+
+
+def test_an_error_leaves_the_older_report_as_it_was(tmp_path, monkeypatch):
+    path = write_report({"run": reported_run()}, tmp_path / "report.html")
+    before = path.read_bytes()
+    without = History()
+    without.append(0, {"train_loss": 1.0}, optimizer_step=1)
+    for runs, message in (
+        ({}, "at least one run"),
+        (
+            {"run": reported_run(), "other": without},
+            "run `other` has no curves of layers, it has train_loss",
+        ),
+        ({"empty": History()}, "nothing at all"),
+    ):
+        with pytest.raises(NormDynError, match=message):
+            write_report(runs, path)
+    monkeypatch.setattr(page, "pictures_of", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_report({"run": reported_run(2)}, path)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["report.html"]
+
+
+def test_without_matplotlib_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(NormDynError, match=r"lightning-normdyn\[plot\]"):
+        write_report({"run": reported_run()}, tmp_path / "report.html")
+    assert os.listdir(tmp_path) == []
+
+
+def in_browser(page: Path, script: str, tmp_path: Path) -> str:
+    """The page's title after ``script`` has run in it; the page's own policy is lifted for that."""
+    source = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
+    copy = tmp_path / "scripted.html"
+    copy.write_text(source.replace("</body>", f"<script>{script}</script></body>"))
+    return dumped_title(copy, tmp_path)
+
+
+def dumped_title(page: Path, tmp_path: Path) -> str:
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ]
+    flags += [
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--dump-dom",
+    ]
+    done = subprocess.run(
+        [CHROMIUM, *flags, page.as_uri()], capture_output=True, text=True, timeout=1000, check=True
+    )
+    return re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL).group(1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_headings_sort_the_table(tmp_path):
+    page = write_report({"run": reported_run(12)}, tmp_path / "report.html")
+    script = """
+      const column = (i) => [...document.querySelectorAll("tbody tr")].map(row => row.cells[i].textContent).join(" ");
+      const press = (i) => document.querySelectorAll("th button")[i].click();
+      const seen = [];
+      press(4); seen.push(column(4)); press(4); seen.push(column(4));
+      press(2); seen.push(column(2)); press(2); seen.push(column(2));
+      press(0); press(0); seen.push(column(0));
+      document.title = seen.join("|");
+    """
+    up, down, vectors_up, vectors_down, names = in_browser(page, script, tmp_path).split("|")
+    norms = [float(number) for number in up.split()]
+    assert norms == sorted(norms)
+    assert [float(number) for number in down.split()] == norms[::-1]
+    assert (
+        vectors_up == vectors_down == " ".join(["8"] + ["–"] * 11)
+    )  # what is missing comes last, either way
+    assert names.split() == [
+        f"conv{i}.weight" for i in range(11, -1, -1)
+    ]  # 11 before 10 before 9, not 9 before 8 before 11
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_the_policy_stops_a_script_that_slipped_through(tmp_path):
+    page = write_report({"run": reported_run()}, tmp_path / "report.html")
+    page.write_text(
+        page.read_text().replace("</body>", "<script>document.title = 'attacked'</script></body>")
+    )
+    assert dumped_title(page, tmp_path) == "Weight dynamics: run"
