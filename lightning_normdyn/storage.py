@@ -57,10 +57,9 @@ def exists(path: Location) -> bool:
     """Whether there is a file or folder."""
     if not is_remote(path):
         return local(path).exists()
-    with _said(path):
-        filesystem, place = _at_url(path)
-        found = bool(filesystem.exists(place))
-    return found
+    with _reached(path) as (filesystem, place):
+        is_there = bool(filesystem.exists(place))
+    return is_there
 
 
 def read(path: Location) -> bytes:
@@ -72,8 +71,7 @@ def read(path: Location) -> bytes:
     """
     if not is_remote(path):
         return local(path).read_bytes()
-    with _said(path):
-        filesystem, place = _at_url(path)
+    with _reached(path) as (filesystem, place):
         content = bytes(filesystem.cat_file(place))
     return content
 
@@ -95,9 +93,8 @@ def replacing(path: Location) -> Iterator[BinaryIO]:
         with _replacing_at_url(path) as buffer:
             yield buffer
         return
-    target = Path(
-        os.path.realpath(local(path))
-    )  # of a link, what it points at is replaced, and the link stays
+    # Of a link, what it points at is replaced, and the link stays.
+    target = Path(os.path.realpath(local(path)))
     if target.exists() and not target.is_file():
         what = "folder" if target.is_dir() else "device or pipe"
         raise NormDynError(f"`{target}` is a {what}, not a file that can be written; name another.")
@@ -119,32 +116,30 @@ def _replacing_at_url(path: Location) -> Iterator[BinaryIO]:
     too."""
     buffer = io.BytesIO()
     yield buffer
-    with _said(path):
-        filesystem, place = _at_url(path)
+    with _reached(path) as (filesystem, place):
         parent = str(PurePosixPath(place).parent)
         if parent not in ("", ".", "/"):
             filesystem.makedirs(parent, exist_ok=True)
         filesystem.pipe_file(place, buffer.getvalue())
 
 
-def _at_url(path: Location) -> tuple[Any, str]:
+@contextmanager
+def _reached(path: Location) -> Iterator[tuple[Any, str]]:
+    """The file system behind a URL, and the place in it."""
+    # Only whoever has URLs pays for this import.
     import fsspec
 
-    filesystem, place = fsspec.core.url_to_fs(os.fspath(path))
-    return filesystem, str(place)
-
-
-@contextmanager
-def _said(path: Location) -> Iterator[None]:
-    """Whatever a scheme's package raises (a missing package, unknown credentials, ...) is a fact
-    about the path."""
     try:
-        yield
+        filesystem, place = fsspec.core.url_to_fs(os.fspath(path))
+        yield filesystem, str(place)
+    # A missing file or a full disk says enough by itself.
     except OSError:
         raise
+    # Whatever else a scheme's package raises (a missing package, unknown credentials, ...) is a
+    # fact about the path.
     except Exception as error:
-        found = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {error}"
         raise NormDynError(
-            f"`{os.fspath(path)}` cannot be reached ({found}). Install what its scheme needs, or "
+            f"`{os.fspath(path)}` cannot be reached ({reason}). Install what its scheme needs, or "
             f"name a folder."
         ) from error

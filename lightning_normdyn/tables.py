@@ -186,13 +186,13 @@ def _floors(table: Table) -> tuple[list[int], ...]:
     words = [_longest(_pieces(" ".join(texts))) for texts in table]
     # The first column holds names: those of ordinary length stay whole at first.
     names = " ".join(table[0])
-    whole = min(_longest(names.split()), NAME)
+    name = min(_longest(names.split()), NAME)
     part = _longest(_pieces(names, is_name=True))
     return (
-        [whole, *words[1:]],
+        [name, *words[1:]],
         # Then they are folded after every dot.
-        [min(whole, part), *words[1:]],
-        [min(whole, SHORTEST_NAME), *words[1:]],
+        [min(name, part), *words[1:]],
+        [min(name, SHORTEST_NAME), *words[1:]],
         [1] * len(table),
     )
 

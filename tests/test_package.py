@@ -17,8 +17,10 @@ import lightning_normdyn
 ROOT = Path(lightning_normdyn.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
-# Folders from the ground up. A module imports from its own folder and from lower floors only, whatever form
-# the import has: at the top, inside a function or under TYPE_CHECKING. Rooms on one floor do not know each other.
+# Folders from the ground up. A module imports from its own folder and from lower floors only,
+# whatever form
+# the import has: at the top, inside a function or under TYPE_CHECKING. Rooms on one floor do not
+# know each other.
 FLOORS = {
     "errors": -1, "functional": 0, "storage": 0, "tables": 0, "parametrizations": 0,
     "geometry": 1,
@@ -67,7 +69,8 @@ def imported(node: ast.AST) -> list[str]:
 
 
 def imports(path: Path, *, top_level: bool = False) -> list[str]:
-    """Names of the modules that a file imports, in whatever form; with ``top_level`` only those that run with it."""
+    """Names of the modules that a file imports, in whatever form; with ``top_level`` only those
+    that run with it."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     ignored: set[ast.AST] = set()
     if top_level:
@@ -173,8 +176,8 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
 
 
 MAKES_A_TENSOR = {
-    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
-    "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
+    "arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace",
+    "logspace", "ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "triu_indices", "zeros",
 }  # fmt: skip
 
 
@@ -207,7 +210,8 @@ def run(code: str) -> str:
 
 
 def test_import_brings_neither_wandb_nor_pyplot():
-    code = "import sys, lightning_normdyn; print(sorted({'wandb', 'matplotlib.pyplot', 'sklearn', 'deepspeed', 'rich'} & set(sys.modules)))"
+    heavy = {"wandb", "matplotlib.pyplot", "sklearn", "deepspeed", "rich"}
+    code = f"import sys, lightning_normdyn; print(sorted({heavy} & set(sys.modules)))"
     assert run(code) == "[]"
 
 

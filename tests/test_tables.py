@@ -167,7 +167,8 @@ def test_a_part_of_a_path_that_is_too_long_breaks_after_an_underscore_first():
 
 
 def test_a_sentence_below_a_table_folds_as_its_cells_do():
-    text = f"clamped 12 times ({', '.join(f'{layer}.mlp.weight: 4' for layer in LAYERS)}): lr * alpha * norm is too large there."
+    counts = ", ".join(f"{layer}.mlp.weight: 4" for layer in LAYERS)
+    text = f"clamped 12 times ({counts}): lr * alpha * norm is too large there."
     folded = paragraph(text, 80)
     assert max(map(len, folded.splitlines())) <= 80
     assert "".join(folded.split()) == "".join(text.split())

@@ -4,18 +4,19 @@ the place of others while the fit is running."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from operator import is_
-from typing import Any, Protocol
+from typing import Any
 
 from lightning.pytorch import Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.engine.lightning_facts import wrapped_optimizers
 from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.messages import show
+from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.two_phases import ReturnCheck
-from lightning_normdyn.engine.weights import Weights
+from lightning_normdyn.engine.weights import Layout, Weights
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
@@ -27,17 +28,40 @@ from lightning_normdyn.optimizers.wrappers import steps_in_two_phases, without_f
 LAST = 1000
 
 
-class Listener(Protocol):
-    """Who is told what happens to the optimizers of a fit."""
+@dataclass
+class Attached:
+    """One optimizer of a fit.
 
-    def note(self, text: str) -> None:
-        """Something that a person should know, now and at the end."""
+    Args:
+        outer: what a person has made: the optimizer itself, or what steps through it.
+        bracket: around the torch optimizer that steps.
+        is_announced: whether Lightning announces its steps, so that skipped ones can be known.
+        came_later: whether it came during the fit: then what is refused of it is no error.
+        return_check: for one in two phases.
+        removers: take the session's handlers away again.
+        resolved_for: the verdicts and param groups that its plans were made for.
+        steps_at_watch: of its bracket, when a forward pass was last watched.
+    """
 
-    def resolve(self, step: Step) -> None:
-        """A step is about to happen."""
+    outer: Any
+    bracket: StepBracket
+    is_announced: bool
+    came_later: bool
+    return_check: ReturnCheck | None = None
+    removers: list[Callable[[], None]] = field(default_factory=list)
+    resolved_for: tuple[int, Layout] | None = None
+    steps_at_watch: int = 0
 
-    def optimizer_came(self, index: int) -> None:
-        """Another optimizer is number ``index`` from its next step on."""
+    @property
+    def optimizer(self) -> Optimizer:
+        """The torch optimizer that steps."""
+        return self.bracket.optimizer
+
+    def detach(self) -> None:
+        """Leave no handler behind; idempotent."""
+        for remove in self.removers:
+            remove()
+        self.removers = []
 
 
 class Attachment:
@@ -47,65 +71,102 @@ class Attachment:
         trainer: of the fit.
         weights: of the network.
         members: the callbacks that act in the steps.
-        listener: who is told.
+        resolve: called when a step is about to happen.
+        note: told what a person should know, now and at the end.
 
     Attributes:
-        optimizers: the torch optimizers that step. DeepSpeed steps an optimizer in parts, which
-            are several here.
-        outers: for each of them what a person has made: itself, or what steps through it.
-        brackets: one around each.
-        return_checks: of those in two phases.
-        replaced: numbers of optimizers that came during the fit: what is refused of them is no
-            error.
-        known: ids of the optimizers whose steps are seen, and of those around them.
+        entries: the optimizers that step. DeepSpeed steps an optimizer in parts, which are several
+            here.
     """
 
     def __init__(
-        self, trainer: Trainer, weights: Weights, members: Sequence[Member], listener: Listener
+        self,
+        trainer: Trainer,
+        weights: Weights,
+        members: Sequence[Member],
+        resolve: Callable[[Step], None],
+        note: Callable[[str], None],
     ) -> None:
         self._trainer, self._weights, self._members = trainer, weights, members
-        self._listener = listener
-        self.optimizers: list[Optimizer] = []
-        self.outers: list[Any] = []
-        self.brackets: list[StepBracket] = []
-        self.return_checks: dict[int, ReturnCheck] = {}
-        self.replaced: set[int] = set()
-        self.known: set[int] = set()
-        # One bracket for each optimizer whose steps Lightning announces.
-        self._leading: list[StepBracket] = []
-        self._removers: dict[StepBracket, list[Callable[[], None]]] = {}
-        self._followed: list[Any] = []  # the Trainer's optimizers when they were last looked at
-        self._left_alone: list[Any] = []  # held, so that nothing else gets their ids
-        self._steps_of_gone = 0  # of optimizers that others have taken the place of
+        self._resolve, self._note = resolve, note
+        self.entries: list[Attached] = []
+        # The Trainer's optimizers when they were last looked at.
+        self._followed: list[Any] = []
+        self._left_alone: list[Any] = []
+        # Updates by optimizers that others have taken the place of.
+        self._steps_of_gone = 0
+
+    @property
+    def brackets(self) -> list[StepBracket]:
+        """One around each optimizer."""
+        return [entry.bracket for entry in self.entries]
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The torch optimizers that step."""
+        return [entry.optimizer for entry in self.entries]
+
+    def weights(self) -> list[Tensor]:
+        """Weights of two or more dimensions that the optimizers hold."""
+        weights = []
+        for optimizer in self.optimizers:
+            weights += self._weights.owned(optimizer)
+        return weights
 
     def attach(self) -> None:
-        """Bracket every optimizer of the fit."""
+        """Bracket every optimizer of the fit; idempotent."""
+        if self.entries:
+            return
         self._followed = list(self._trainer.optimizers)
         for optimizer in self._followed:
-            outer = without_framework(optimizer)
-            parts = torch_optimizers(optimizer)
+            outer, parts = without_framework(optimizer), torch_optimizers(optimizer)
             for part in parts:
-                self.optimizers.append(part)
-                self.outers.append(outer)
-                self.brackets.append(StepBracket.of(part))
-            # Lightning does not hear of the steps of an optimizer in two phases, so none of them
-            # can be known to have been skipped.
-            if parts and not steps_in_two_phases(outer):
-                self._leading.append(StepBracket.of(parts[0]))
-        for index in range(len(self.brackets)):
-            self._listen(index)
-        self.known = {id(o) for o in [*self.optimizers, *self.outers]}
+                entry = self._enter(part, outer, is_first=part is parts[0], came_later=False)
+                self.entries.append(entry)
+
+    def _enter(
+        self,
+        optimizer: Optimizer,
+        outer: Any,
+        *,
+        is_first: bool,
+        came_later: bool,
+    ) -> Attached:
+        bracket = StepBracket.of(optimizer)
+        bracket.on_refusal = partial(self._refuse_acting, bracket)
+        # Lightning does not hear of the steps of an optimizer in two phases, so none of them can be
+        # known to have been skipped.
+        in_two_phases = steps_in_two_phases(outer)
+        entry = Attached(outer, bracket, is_first and not in_two_phases, came_later)
+        entry.steps_at_watch = bracket.steps
+        entry.removers.append(bracket.add(Phase.RESOLVE, self._resolve))
+        if in_two_phases:
+            owned = partial(self._weights.owned, optimizer)
+            check = ReturnCheck(outer, optimizer, owned, self._weights.name)
+            remover = bracket.add(Phase.RESCALE, lambda step: check.stepped(), rank=LAST)
+            entry.removers.append(remover)
+            entry.return_check = check
+        return entry
 
     def close(self) -> None:
         """Leave no hook behind; idempotent."""
-        for removers in self._removers.values():
-            for remove in removers:
-                remove()
-        self._removers = {}
+        for entry in self.entries:
+            entry.bracket.restore()
+            # The fit may end in the middle of a step: leave no weight shrunk for an update that
+            # did not come.
+            try:
+                entry.bracket.take_back()
+            # A device may have failed; the error that ends the fit must come through.
+            except Exception as error:
+                warn_once(
+                    f"What was done to weights for the step that failed could not be taken back: "
+                    f"{type(error).__name__}: {error}"
+                )
+            entry.detach()
 
     def number_of(self, bracket: Bracket) -> int:
         """The number of the optimizer inside ``bracket``."""
-        return next(i for i, known in enumerate(self.brackets) if known is bracket)
+        return next(i for i, entry in enumerate(self.entries) if entry.bracket is bracket)
 
     def is_stepping(self) -> bool:
         """Whether an optimizer is in the middle of a step."""
@@ -114,25 +175,17 @@ class Attachment:
     def updates(self) -> int:
         """Updates that happened, or of which a fused optimizer has not told yet that they did
         not."""
-        return self._steps_of_gone + sum(b.steps + b.unsettled for b in self._leading)
+        updates = self._steps_of_gone
+        for entry in self.entries:
+            if entry.is_announced:
+                updates += entry.bracket.steps + entry.bracket.unsettled
+        return updates
 
-    def _listen(self, index: int) -> None:
-        bracket, optimizer = self.brackets[index], self.optimizers[index]
-        removers = [bracket.add(Phase.RESOLVE, self._listener.resolve)]
-        bracket.on_refusal = partial(self._refuse_acting, bracket)
-        self.return_checks.pop(index, None)
-        if steps_in_two_phases(self.outers[index]):
-            check = ReturnCheck(
-                self.outers[index],
-                optimizer,
-                lambda: self._weights.owned(optimizer),
-                self._weights.name,
-            )
-            self.return_checks[index] = check
-            removers.append(bracket.add(Phase.RESCALE, lambda step: check.stepped(), rank=LAST))
-        self._removers[bracket] = removers
-
-    def _refuse_acting(self, bracket: StepBracket, error: NotSupportedError) -> None:
+    def _refuse_acting(
+        self,
+        bracket: StepBracket,
+        error: NotSupportedError,
+    ) -> None:
         """A step turns out to be one that nothing may act in, after others were handled: the
         callbacks that only look go on."""
         index = self.number_of(bracket)
@@ -142,11 +195,11 @@ class Attachment:
 
     def check_return(self, index: int) -> None:
         """Refuse an optimizer in two phases whose inner step is not all that moves its weights."""
-        check = self.return_checks.get(index)
-        error = None if check is None else check.refusal()
+        entry = self.entries[index]
+        error = None if entry.return_check is None else entry.return_check.refusal()
         if error is None:
             return
-        if index not in self.replaced:
+        if not entry.came_later:
             raise error
         for member in self._members:
             member.refuse(index, error, first=False)
@@ -154,42 +207,37 @@ class Attachment:
     # -- optimizers that come during the fit
     # ------------------------------------------------------------------
 
+    def knows(self, optimizer: Any) -> bool:
+        """Whether the steps of ``optimizer`` are seen, or it was said that they are not."""
+        for entry in self.entries:
+            if optimizer is entry.optimizer or optimizer is entry.outer:
+                return True
+        return any(optimizer is other for other in self._left_alone)
+
     def check_new_optimizers(self) -> None:
         """Say which of the optimizers that have come since the last batch cannot be handled: nobody
         may be told when they step."""
         present = self._trainer.optimizers
-        if len(present) == len(self._followed) and all(map(is_, present, self._followed)):
-            return
+        # By identity: two optimizers may be equal to each other.
+        followed = set(map(id, self._followed))
         for optimizer in present:
-            if not any(optimizer is known for known in self._followed):
+            if id(optimizer) not in followed:
                 self._supported(without_framework(optimizer))
         self._followed = list(present)
 
     def follow(self, optimizer: Optimizer) -> None:
         """``optimizer``, which nobody has bracketed, is about to step: go on with it if it has
         taken the place of another."""
-        held = self._held()
-        for outer in held:
-            if id(outer) in self.known and id(optimizer) != id(outer):
-                continue
-            parts = self._supported(outer)
-            if not any(optimizer is part or optimizer is outer for part in parts):
-                continue
-            self.known.add(id(outer))
-            listed = held[: len(self._trainer.optimizers)]
-            gone = [i for i, o in enumerate(self.outers) if not any(o is h for h in listed)]
-            # Of several that were replaced at once, the one in the same place.
-            gone.sort(key=lambda i: not (i < len(listed) and listed[i] is outer))
-            for part in parts:
-                self._take_up(part, outer, gone.pop(0) if gone else len(self.optimizers))
-            return
-
-    def _held(self) -> list[Any]:
-        """The optimizers that Lightning holds now, each as a person has made it."""
         # Automatic optimization steps the wrapped ones; an entry of strategy.optimizers that was
         # exchanged alone is stepped by hand only.
-        held = [*self._trainer.strategy.optimizers, *wrapped_optimizers(self._trainer)]
-        return [without_framework(optimizer) for optimizer in held]
+        listed = list(map(without_framework, self._trainer.strategy.optimizers))
+        for outer in [*listed, *map(without_framework, wrapped_optimizers(self._trainer))]:
+            if self.knows(outer) and optimizer is not outer:
+                continue
+            parts = self._supported(outer)
+            if optimizer is outer or any(optimizer is part for part in parts):
+                self._take_up(parts, outer, listed)
+                return
 
     def _supported(self, optimizer: Any) -> list[Optimizer]:
         """What steps when ``optimizer`` does; nothing, with a word, if that cannot be handled."""
@@ -197,58 +245,61 @@ class Attachment:
             parts = torch_optimizers(optimizer)
             for part in parts:
                 check_optimizer(part)
-        except NotSupportedError as error:  # training goes on without us
-            self.known.add(id(optimizer))
+        except NotSupportedError as error:
+            # Training goes on without us.
             self._left_alone.append(optimizer)
-            self._listener.note(
+            self._note(
                 f"Nothing acts on the steps of {type(optimizer).__name__}, which came during the "
                 f"fit, or measures them: {error}"
             )
             return []
         return parts
 
-    def _take_up(self, optimizer: Optimizer, outer: Any, index: int) -> None:
-        """From its next step on ``optimizer`` is number ``index``: what was counted for its
-        predecessor goes on."""
-        self.replaced.add(index)
-        bracket, kind = StepBracket.of(optimizer), type(outer).__name__
-        if index < len(self.optimizers):
-            before = type(self.outers[index]).__name__
-            self._let_go(index, bracket)
-            self.optimizers[index], self.outers[index] = optimizer, outer
-            self.brackets[index] = bracket
-            text = f"{before} was replaced by another {kind}"
-        else:
+    def _take_up(
+        self,
+        parts: list[Optimizer],
+        outer: Any,
+        listed: list[Any],
+    ) -> None:
+        """From their next step on ``parts`` have the numbers of those that are gone: what was
+        counted for their predecessors goes on."""
+        gone = []
+        for index, entry in enumerate(self.entries):
+            if not any(entry.outer is other for other in listed):
+                gone.append(index)
+        # Of several that were replaced at once, the one in the same place.
+        gone.sort(key=lambda index: index >= len(listed) or listed[index] is not outer)
+        for part in parts:
+            entry = self._enter(part, outer, is_first=part is parts[0], came_later=True)
+            index = gone.pop(0) if gone else len(self.entries)
+            text = self._put(index, entry)
+            steps = max((member.steps_of(index) for member in self._members), default=0)
+            show(
+                self._trainer,
+                f"lightning-normdyn: {text} after {steps} steps. The callbacks go on with it, and "
+                f"go on counting.",
+            )
+
+    def _put(
+        self,
+        index: int,
+        entry: Attached,
+    ) -> str:
+        """Make it number ``index`` of the optimizers; returns that in words."""
+        kind = type(entry.outer).__name__
+        if index == len(self.entries):
             for member in self._members:
-                member.replace_optimizer(index, None, bracket)
-            self.optimizers.append(optimizer)
-            self.outers.append(outer)
-            self.brackets.append(bracket)
-            text = f"{kind} has joined the optimizers"
-        self.known.add(id(optimizer))
-        if not steps_in_two_phases(outer):
-            self._leading.append(bracket)
-        self._listener.optimizer_came(index)
-        self._listen(index)
-        steps = max((member.steps_of(index) for member in self._members), default=0)
-        show(
-            self._trainer,
-            f"lightning-normdyn: {text} after {steps} steps. The callbacks go on with it, and go "
-            f"on counting.",
-        )
+                member.replace_optimizer(index, None, entry.bracket)
+            self.entries.append(entry)
+            return f"{kind} has joined the optimizers"
 
-    def _let_go(self, index: int, successor: StepBracket) -> None:
-        """Another optimizer takes the place of number ``index``."""
-        bracket = self.brackets[index]
-        self.known -= {id(self.outers[index]), id(bracket.optimizer)}
-        bracket.settle()
-        if any(bracket is leading for leading in self._leading):
-            self._leading = [leading for leading in self._leading if leading is not bracket]
-            self._steps_of_gone += bracket.steps
+        before = self.entries[index]
+        before.bracket.settle()
+        if before.is_announced:
+            self._steps_of_gone += before.bracket.steps
+        # While it is still in its place: its steps are counted now.
         for member in self._members:
-            member.replace_optimizer(index, bracket, successor)
-        for remove in self._removers.pop(bracket, []):
-            remove()
-
-
-__all__ = ["Attachment", "Listener"]
+            member.replace_optimizer(index, before.bracket, entry.bracket)
+        before.detach()
+        self.entries[index] = entry
+        return f"{type(before.outer).__name__} was replaced by another {kind}"

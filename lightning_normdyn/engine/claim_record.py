@@ -56,7 +56,13 @@ class Record:
     cleared: int = 0
     rest: int = 0
 
-    def take(self, mean: float, number: float, *, logs: bool) -> tuple[float, int] | None:
+    def take(
+        self,
+        mean: float,
+        number: float,
+        *,
+        logs: bool,
+    ) -> tuple[float, int] | None:
         """Take one look's values in.
 
         Args:
@@ -90,7 +96,11 @@ class Record:
         self._add(mean * number, number)
         return self._decide()
 
-    def _doubt(self, total: float, number: float) -> None:
+    def _doubt(
+        self,
+        total: float,
+        number: float,
+    ) -> None:
         """Look closely from the next step on."""
         if self.total <= EULER_LIMIT**2 * self.count:
             # What spoke for the claim has spoken of another time.
@@ -98,7 +108,11 @@ class Record:
         self.doubt_total, self.doubt_count = total, number
         self.close = CLOSE_LOOKS
 
-    def _add(self, total: float, number: float) -> None:
+    def _add(
+        self,
+        total: float,
+        number: float,
+    ) -> None:
         self.total += total
         self.count += number
 
@@ -129,7 +143,11 @@ class Record:
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     @classmethod
-    def from_state(cls, claim: Verdict, state: Tensor) -> Record:
+    def from_state(
+        cls,
+        claim: Verdict,
+        state: Tensor,
+    ) -> Record:
         """The inverse of `state`."""
         total, count, doubt_total, doubt_count, *numbers = state.tolist()
         close, confirmed, cleared, rest = map(int, numbers)

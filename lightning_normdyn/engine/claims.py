@@ -42,7 +42,12 @@ class Claims:
         losses: weights that callbacks acted on and no longer do, for tables: since when and why.
     """
 
-    def __init__(self, trainer: Trainer, weights: Weights, search: ScaleInvarianceSearch) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        weights: Weights,
+        search: ScaleInvarianceSearch,
+    ) -> None:
         self._trainer, self._weights, self._search = trainer, weights, search
         self.version = 0
         self.evidence = Evidence()
@@ -128,7 +133,11 @@ class Claims:
             examination.gradients = gradients
         examination.gradients.watch(loss)
 
-    def settle(self, index: int, owned: Sequence[Tensor]) -> None:
+    def settle(
+        self,
+        index: int,
+        owned: Sequence[Tensor],
+    ) -> None:
         """Say what is claimed about the weights of an optimizer, and how far gradients have
         confirmed it. Every rank must call it."""
         self._search.agree()
@@ -138,7 +147,13 @@ class Claims:
         self.evidence.claim(index, self._claimed(dense))
         self._mark_confirmed()
 
-    def question(self, index: int, logging_step: int, *, as_received: bool) -> None:
+    def question(
+        self,
+        index: int,
+        logging_step: int,
+        *,
+        as_received: bool,
+    ) -> None:
         """Hold what the graph claims against real gradients; a contradiction withdraws the claim
         before this step touches anything.
 
@@ -220,7 +235,12 @@ class Claims:
                 reason = verdict.reason or "no loss contains it any more"
                 self._tell_loss(name, self.evidence.of(index).steps, reason)
 
-    def _tell_loss(self, name: str, step: int, reason: str) -> None:
+    def _tell_loss(
+        self,
+        name: str,
+        step: int,
+        reason: str,
+    ) -> None:
         self.losses[name] = f"since step {step}, {reason}"
         warn_once(f"`{name}` is no longer taken for scale-invariant: {reason}.")
 
@@ -272,7 +292,11 @@ class Claims:
                 )
         self._search.take_up(known)
 
-    def resume(self, restored: Mapping[str, Any], graph: GraphState) -> bool:
+    def resume(
+        self,
+        restored: Mapping[str, Any],
+        graph: GraphState,
+    ) -> bool:
         """Take up what a checkpoint knows, as far as it holds for the present network.
 
         Args:
@@ -318,12 +342,13 @@ def something_is_compiled() -> bool:
     return bool(torch._dynamo.utils.counters["frames"])
 
 
-def _same_norms(verdict: Verdict, before: GraphState | None, graph: GraphState) -> bool:
+def _same_norms(
+    verdict: Verdict,
+    before: GraphState | None,
+    graph: GraphState,
+) -> bool:
     """Whether the normalizations behind a claim are set as they were."""
     if before is None:
         return False
     settings = before.normalizations
     return all(settings.get(name) == graph.normalizations.get(name) for name in verdict.norms)
-
-
-__all__ = ["Claims"]

@@ -1,4 +1,5 @@
-"""The x axis of curves: as Lightning's loggers count it, and as a run without interruption would."""
+"""The x axis of curves: as Lightning's loggers count it, and as a run without interruption
+would."""
 
 from __future__ import annotations
 
@@ -74,10 +75,10 @@ class Clock:
             False where the loops were not restored with it: then their own count is right.
         """
         following, counted = position
-        now = batches_that_stepped(self._trainer)
+        restored = batches_that_stepped(self._trainer)
         # Depending on the hook in which the checkpoint was saved, Lightning itself counts one batch
         # twice or not at all.
-        if now - counted not in (0, 1):
+        if restored - counted not in (0, 1):
             return False
-        self._shift = following - now
+        self._shift = following - restored
         return True

@@ -4,7 +4,7 @@ who decays it and by how much, and what was counted."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from math import nan
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_normdyn.engine.attachment import Attachment
 from lightning_normdyn.engine.effect import (
     Effect,
     Effects,
@@ -36,11 +37,15 @@ class Combined:
 
     Args:
         members: the callbacks.
-        brackets: around the optimizers.
+        attachment: their optimizers.
     """
 
-    def __init__(self, members: Sequence[Member], brackets: list[StepBracket]) -> None:
-        self._members, self._brackets = members, brackets
+    def __init__(
+        self,
+        members: Sequence[Member],
+        attachment: Attachment,
+    ) -> None:
+        self._members, self._attachment = members, attachment
 
     @property
     def plans(self) -> list[Plan]:
@@ -50,7 +55,11 @@ class Combined:
     # -- in words and types
     # --------------------------------------------------------------------------------
 
-    def effects(self, targets: Sequence[Target], besides: Rule | None = None) -> list[Effects]:
+    def effects(
+        self,
+        targets: Sequence[Target],
+        besides: Rule | None = None,
+    ) -> list[Effects]:
         """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all
         plans."""
         asked = {target.weight: target for target in targets}
@@ -60,11 +69,10 @@ class Combined:
                 continue
             for plan in member.plans.values():
                 for theirs in plan.targets:
-                    if theirs.weight in asked:
-                        ours = asked[theirs.weight]
-                        stated[theirs.weight].append(
-                            _effect_on(ours, theirs, member.effect(plan.index, theirs))
-                        )
+                    ours = asked.get(theirs.weight)
+                    if ours is not None:
+                        effect = member.effect(plan.index, theirs)
+                        stated[ours.weight].append(_effect_on(ours, theirs, effect))
         return [combine(stated[target.weight]) for target in targets]
 
     def treatments(self) -> dict[Tensor, str]:
@@ -76,7 +84,8 @@ class Combined:
         texts: dict[Tensor, list[str]] = {}
         for member in self._members:
             for plan in member.plans.values():
-                for target, text in zip(plan.targets, member.treatments(plan.index), strict=True):
+                words = member.treatments(plan.index)
+                for target, text in zip(plan.targets, words, strict=True):
                     texts.setdefault(target.weight, [])
                     if text:
                         texts[target.weight].append(text)
@@ -87,16 +96,14 @@ class Combined:
     def _decays_taken_by_trial(self) -> set[Tensor]:
         """Weights whose decay is taken over from an optimizer of which nobody has read the step."""
         weights: set[Tensor] = set()
-        for bracket in self._brackets:
-            owners, optimizer = bracket.decay_owners(), bracket.optimizer
-            decaying = [
-                group
-                for group in optimizer.param_groups
-                if not is_zero(group_number(group, "weight_decay"))
-            ]
-            if owners and decaying and taken_over_by_trial(optimizer):
-                for group in decaying:
-                    weights.update(p for p in group["params"] if p in owners)
+        for bracket in self._attachment.brackets:
+            owners, taken_over = bracket.decay_owners(), set()
+            for group in bracket.optimizer.param_groups:
+                if not is_zero(group_number(group, "weight_decay")):
+                    taken_over.update(owners.keys() & set(group["params"]))
+            # The trial costs some steps of the optimizer, so it comes last.
+            if taken_over and taken_over_by_trial(bracket.optimizer):
+                weights |= taken_over
         return weights
 
     # -- decay
@@ -106,12 +113,11 @@ class Combined:
         """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where
         nobody can tell."""
         owners = StepBracket.of(plan.optimizer).decay_owners()
+        groups, all_effects = plan.groups_of(plan.targets), self.effects(plan.targets)
         # Most weights of a group are treated alike, and this may be asked at every step.
         known: dict[Any, Decay] = {}
         decays = []
-        for target, group, effects in zip(
-            plan.targets, plan.groups_of(plan.targets), self.effects(plan.targets), strict=True
-        ):
+        for target, group, effects in zip(plan.targets, groups, all_effects, strict=True):
             # Claims say who decays it, also where somebody claims it who is no callback; after a
             # fit there are none any more.
             owner = owners.get(target.weight, highest_claim(effects.decay_rules))
@@ -122,7 +128,11 @@ class Combined:
         return decays
 
     def decay_shares(
-        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
+        self,
+        plan: Plan,
+        step: Step,
+        norm: Tensor,
+        std: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The share of each vector that AWS takes away before this step, and that decay takes away
         within it, whoever applies it.
@@ -141,6 +151,7 @@ class Combined:
         vectors = plan.vectors
         tensor = partial(torch.tensor, device=norm.device)
 
+        # AWS measures weight-standardized weights by their standard deviation.
         size = norm
         if std is not None:
             by_std = tensor([decay.statistic == "std" for decay in decays], dtype=torch.bool)
@@ -163,7 +174,11 @@ class Combined:
         return torch.where(active, before, 0.0), torch.where(active, within, 0.0)
 
     def applied_decay(
-        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
+        self,
+        plan: Plan,
+        step: Step,
+        norm: Tensor,
+        std: Tensor | None = None,
     ) -> Tensor:
         """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as
         for `decay_shares`."""
@@ -186,26 +201,36 @@ class Combined:
     def counted(self, key: str) -> Tensor | None:
         """Sum of a counter over all vectors of all callbacks, ``(1,)`` on the device; None if
         nobody counts it."""
-        totals = [p.vectors.totals(p.counters[key]) for p in self.plans if key in p.counters]
-        if not totals:
-            return None
-        device = totals[0].device
-        return torch.cat([t.to(device) for t in totals]).sum(0, keepdim=True)
+        total = None
+        for _, by_weight in self._totals(key):
+            share = by_weight.sum(0, keepdim=True)
+            # On the first one's device, if plans lie on several.
+            total = share if total is None else total + share.to(total.device)
+        return total
 
     def counted_by_weight(self, key: str) -> dict[str, int]:
         """Sum of a counter over the vectors of each weight where it is not 0; every rank must call
         it."""
         counts: Counter[str] = Counter()
-        for plan in self.plans:
-            if key in plan.counters:
-                totals = plan.vectors.totals(plan.counters[key]).tolist()
-                for target, total in zip(plan.targets, totals, strict=True):
-                    counts[target.name] += int(total)
+        for plan, totals in self._totals(key):
+            for target, total in zip(plan.targets, totals.tolist(), strict=True):
+                counts[target.name] += int(total)
         return dict(+counts)
 
+    def _totals(self, key: str) -> Iterator[tuple[Plan, Tensor]]:
+        """The plans that count, and the sum of the counter for each of their weights."""
+        for plan in self.plans:
+            if key in plan.counters:
+                yield plan, plan.vectors.totals(plan.counters[key])
 
-def _effect_on(ours: Target, theirs: Target, effect: Effect) -> Effect:
+
+def _effect_on(
+    ours: Target,
+    theirs: Target,
+    effect: Effect,
+) -> Effect:
     """What ``effect`` on the vectors of ``theirs`` is for those of ``ours``."""
+    # What is said of no vector in particular holds for all.
     if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
         return effect
     # Gated projection takes the filter view or else the layer view, whichever is at right angles to
@@ -221,6 +246,3 @@ def _on_host(rate: float | Tensor | None) -> float:
     if rate is None:
         return nan
     return 0.0 if isinstance(rate, Tensor) else float(rate)
-
-
-__all__ = ["Combined"]

@@ -90,6 +90,7 @@ class Examination:
 
     def disregard(self, name: str) -> None:
         """What is on its way about this weight was about another claim."""
+        # The values stay where they are: their places say which weight they belong to.
         for look in self.looks:
             look.names = ["" if known == name else known for known in look.names]
 
@@ -99,7 +100,13 @@ class Examination:
             self.gradients.forget()
         self.gradients = None
 
-    def values(self, vectors: WeightVectors, *, trusted: bool, as_received: bool) -> Tensor:
+    def values(
+        self,
+        vectors: WeightVectors,
+        *,
+        trusted: bool,
+        as_received: bool,
+    ) -> Tensor:
         """The `euler_values` over all ranks, ``(2, weights)``; every rank must call it.
 
         Args:
@@ -112,6 +119,8 @@ class Examination:
         if sums is None:
             trusted = trusted and as_received
             sums = euler_products(vectors, vectors.gradients())
+        # A NaN says nothing, for or against. The collective below takes place all the same: ranks
+        # may differ in what they trust.
         if not trusted:
             sums = torch.full_like(sums, float("nan"))
 
@@ -158,7 +167,11 @@ class Evidence:
     # -- claims
     # --------------------------------------------------------------------------------------------
 
-    def claim(self, index: int, claims: dict[Tensor, Verdict]) -> None:
+    def claim(
+        self,
+        index: int,
+        claims: dict[Tensor, Verdict],
+    ) -> None:
         """These are the claims about the weights of one optimizer now; what is known of unchanged
         ones stays."""
         examination = self.of(index)
@@ -168,6 +181,7 @@ class Evidence:
                 # More rows of the kind that has been looked at: not yet confirmed, but no reason to
                 # wait for gradients at every step.
                 self.records[claim.name] = replace(record, claim=claim, confirmed=False)
+            # Of another claim under the same name nothing is known.
             elif record is None or not same_claim(record.claim, claim):
                 self.records[claim.name] = Record(claim)
                 examination.disregard(claim.name)
@@ -196,12 +210,9 @@ class Evidence:
                     doubted.append(record.claim)
         return doubted
 
-    def is_looking_closely(self) -> bool:
-        """Whether some claim is looked at in every step at present."""
-        return any(examination.close for examination in self._examinations.values())
-
     def _records_of(self, examination: Examination) -> list[Record]:
-        return [self.records[name] for name in examination.names if name in self.records]
+        records = map(self.records.get, examination.names)
+        return [record for record in records if record is not None]
 
     def _note_closeness(self, examination: Examination) -> None:
         examination.close = any(record.close for record in self._records_of(examination))
@@ -227,7 +238,11 @@ class Evidence:
             return list(claims)
         return [weight for weight, claim in claims.items() if self._is_open(claim)]
 
-    def is_due(self, index: int, logging_step: int) -> bool:
+    def is_due(
+        self,
+        index: int,
+        logging_step: int,
+    ) -> bool:
         """Whether the claims that have been made about the weights of an optimizer are to be looked
         at in its next step."""
         examination = self.of(index)
@@ -266,6 +281,7 @@ class Evidence:
         examination = self.of(index)
         if self._before_batch is None:
             self._before_batch = self._copies()
+        # Steps are counted alike on all ranks, so that they read each look at the same one.
         examination.steps += 1
         logs = logging_step > examination.logged
         # It falls where the checkpoint of a longer run was loaded and its loops were reset.
@@ -275,6 +291,7 @@ class Evidence:
         contradictions = self._read(examination)
         if vectors is not None and (logs or close):
             values = examination.values(vectors, trusted=trusted, as_received=as_received)
+            # A callback is about to act on a claim that is new or in doubt, so wait for the values.
             if close:
                 names = examination.names
                 contradictions += self._judge(examination, names, values, logs=logs)
@@ -305,9 +322,10 @@ class Evidence:
             record = self.records.get(name)
             contradiction = None if record is None else record.take(mean, number, logs=logs)
             if record is not None and contradiction is not None:
+                # If the graph claims it once more, it is looked at closely again.
                 del self.records[name]
-                found = Contradiction(record.claim, *contradiction, examination.steps)
-                contradictions.append(found)
+                rms, count = contradiction
+                contradictions.append(Contradiction(record.claim, rms, count, examination.steps))
         self.judged += 1
         self._note_closeness(examination)
         return contradictions
@@ -337,22 +355,29 @@ class Evidence:
                 what its steps have said so far is left out.
         """
         records, examinations = self.records, self._examinations
+        # No step of this batch has changed anything yet if there are no copies.
         if in_batch and self._before_batch is not None:
             records, examinations = self._before_batch
         stored = {}
         for index, examination in examinations.items():
-            looks = [
-                [look.due, list(look.names), look.values.get().double()]
-                for look in examination.looks
-            ]
-            numbers = {"steps": examination.steps, "logged": examination.logged}
-            stored[index] = {**numbers, "looks": looks}
+            looks = []
+            for look in examination.looks:
+                looks.append([look.due, list(look.names), look.values.get().double()])
+            stored[index] = {
+                "steps": examination.steps,
+                "logged": examination.logged,
+                "looks": looks,
+            }
         return {
             "records": {name: record.state() for name, record in records.items()},
             "examinations": stored,
         }
 
-    def load(self, state: Mapping[str, Any], verdicts: Mapping[str, Verdict]) -> None:
+    def load(
+        self,
+        state: Mapping[str, Any],
+        verdicts: Mapping[str, Verdict],
+    ) -> None:
         """Take up what `state` stored, for the claims among ``verdicts``."""
         for name, numbers in state["records"].items():
             verdict = verdicts.get(name)

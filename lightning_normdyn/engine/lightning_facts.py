@@ -14,9 +14,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-# Attributes by which a LightningModule points at who runs it. They are no part of its own state.
-RUNNER_ATTRIBUTES = frozenset({"_trainer", "_fabric"})
-
 
 def is_rank_zero() -> bool:
     """Whether this process speaks for all: also before a process group exists, from the
@@ -26,17 +23,19 @@ def is_rank_zero() -> bool:
 
 def log_every(trainer: Trainer) -> int:
     """The Trainer's ``log_every_n_steps``; 0 if it never logs."""
-    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by the logger connector
+    # Set by the logger connector.
+    return int(trainer.log_every_n_steps)  # type: ignore[attr-defined]
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
     """The Trainer's callbacks, in the order in which their hooks are called."""
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by the callback connector
+    # Set by the callback connector.
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
 
 
 def set_callbacks(trainer: Trainer, callbacks: list[Callback]) -> None:
     """Give the Trainer another list of callbacks."""
-    trainer.callbacks = callbacks  # type: ignore[attr-defined]  # set by the callback connector
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def batches_that_stepped(trainer: Trainer) -> int:
@@ -75,9 +74,3 @@ def prefix_of(logger: Logger) -> str:
 def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
     """A batch after the user's ``on_before_batch_transfer``, as Lightning's loops call it."""
     return module._on_before_batch_transfer(batch)
-
-
-def users_sampler(sampler: Any) -> Any:
-    """The sampler that a person has made, inside of what Lightning wraps around it to split it by
-    rank."""
-    return getattr(getattr(sampler, "dataset", None), "_sampler", sampler)

@@ -34,8 +34,9 @@ class Looks:
         self._undecided: set[Tensor] = set()
         # Weights that the next look is for: of no known kind, but with a gradient.
         self._missed: set[Tensor] = set()
-        self._unread_rows: dict[int, UnreadRows | None] = {}  # by optimizer
-        self._logging_step: dict[int, int] = {}  # by optimizer: when rows were last looked at
+        # By optimizer: rows that no loss has read, and when their gradients were last looked at.
+        self._unread_rows: dict[int, UnreadRows] = {}
+        self._logging_step: dict[int, int] = {}
 
     def ask_at_once(self) -> None:
         """Weights have come: look at the next batch, however often it was looked before."""
@@ -50,8 +51,8 @@ class Looks:
         """
         # The batch that gave them gradients is over; the next one that uses them may be several
         # away.
-        partly_read = {w for rows in self._unread_rows.values() if rows for w in rows.weights}
-        self._missed &= self._undecided | partly_read
+        partly_read = [rows.weights for rows in self._unread_rows.values()]
+        self._missed &= self._undecided.union(*partly_read)
         self._batches += 1
         is_due = bool(self._missed) or self._asked_for or wanted
         if not is_due or self._batches < self._next:
@@ -66,7 +67,10 @@ class Looks:
         self._asked_for = not had_loss
 
     def decided(
-        self, index: int, undecided: Iterable[Tensor], unread: dict[Tensor, Partition]
+        self,
+        index: int,
+        undecided: Iterable[Tensor],
+        unread: dict[Tensor, Partition],
     ) -> None:
         """What a look has left open.
 
@@ -76,16 +80,22 @@ class Looks:
             unread: rows of this optimizer's weights that no loss has read.
         """
         self._undecided = set(undecided)
-        before = self._unread_rows.get(index)
-        rows = UnreadRows(unread) if unread else None
-        self._unread_rows[index] = rows
-        # Where fewer rows are unread than before, the look has found what it was for.
-        for weight, partition in before.weights.items() if before else ():
-            if rows is None or not rows.still_has(weight, partition):
+        before = self._unread_rows.pop(index, None)
+        if unread:
+            self._unread_rows[index] = UnreadRows(unread)
+        if before is None:
+            return
+        # Where other rows are unread than before, the look has found what it was for.
+        for weight, rows in before.weights.items():
+            if weight not in unread or not unread[weight].equal(rows):
                 self._missed.discard(weight)
 
     def note_gradients(
-        self, index: int, optimizer: Optimizer, number: int, logging_step: int
+        self,
+        index: int,
+        optimizer: Optimizer,
+        number: int,
+        logging_step: int,
     ) -> None:
         """A step is about to happen: remember which weights of unknown kind have a gradient.
 
@@ -109,6 +119,3 @@ class Looks:
         self._logging_step[index] = logging_step
         if number <= UnreadRows.FIRST_STEPS or logging_step > looked_at:
             self._missed |= rows.with_gradient()
-
-
-__all__ = ["Looks"]

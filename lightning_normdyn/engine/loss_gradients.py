@@ -81,7 +81,11 @@ class LossGradients:
             gradients are copied.
     """
 
-    def __init__(self, weights: Iterable[Tensor], vectors: WeightVectors | None) -> None:
+    def __init__(
+        self,
+        weights: Iterable[Tensor],
+        vectors: WeightVectors | None,
+    ) -> None:
         self._weights = [w for w in weights if w.requires_grad]
         self._vectors = vectors
         self._is_complete = False  # whether a watched backward pass has come to its end
@@ -141,7 +145,11 @@ class LossGradients:
                 # 0: cleared in place
                 self._note(weight, ((gradient != copy) & (gradient != 0)).any())
 
-    def _compare_sums(self, vectors: WeightVectors, before: Tensor) -> None:
+    def _compare_sums(
+        self,
+        vectors: WeightVectors,
+        before: Tensor,
+    ) -> None:
         gradients = vectors.gradients()
         if all(gradient is None for gradient in gradients):
             return
@@ -151,11 +159,16 @@ class LossGradients:
         for weight, changed in zip(vectors.weights, per_weight, strict=True):
             self._note(weight, changed)
 
-    def _note(self, weight: Tensor, changed: Tensor) -> None:
+    def _note(
+        self,
+        weight: Tensor,
+        changed: Tensor,
+    ) -> None:
         self._changed[weight] = changed | self._changed.get(weight, False)
 
     def _watch_hooks(self, weight: Tensor) -> None:
-        """Compare what goes into the hooks that others have given the weight with what comes out."""
+        """Compare what goes into the hooks that others have given the weight with what comes
+        out."""
         parameter: Any = weight
         if parameter._backward_hooks:
             passing: list[tuple[Tensor, int]] = []
@@ -188,7 +201,13 @@ class LossGradients:
             register = parameter.register_post_accumulate_grad_hook
             self._surround(parameter._post_accumulate_grad_hooks, register, arrives, goes)
 
-    def _surround(self, hooks: Any, register: Any, before: Any, behind: Any) -> None:
+    def _surround(
+        self,
+        hooks: Any,
+        register: Any,
+        before: Any,
+        behind: Any,
+    ) -> None:
         """Put one hook before and one behind those that are there.
 
         Args:

@@ -304,7 +304,7 @@ class Part(Selection[AnyRule]):
                 method(step)
             except NormDynError as error:
                 is_first = step.number <= self.attached_at[index] + 1
-                first = is_first and index not in self.session.attachment.replaced
+                first = is_first and not self.session.attachment.entries[index].came_later
                 self.refuse(index, error, first=first)
 
         return call

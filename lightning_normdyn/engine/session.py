@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lightning_normdyn.engine.attachment import Attachment
 from lightning_normdyn.engine.claims import Claims
@@ -27,13 +28,17 @@ from lightning_normdyn.engine.member import AnyMember
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.skipped_steps import Attempts
 from lightning_normdyn.engine.start_table import start_table
-from lightning_normdyn.engine.weights import Layout, Weights, held_by, is_measurable, layout_of
+from lightning_normdyn.engine.weights import (
+    Layout,
+    Weights,
+    held_by,
+    is_measurable,
+    layout_of,
+)
 from lightning_normdyn.engine.witness import Witness
 from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
 from lightning_normdyn.invariance.graph_state import GraphState, Normalizations
-from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
-from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Step
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases
@@ -46,7 +51,11 @@ class Session(Generic[AnyMember]):
     _of: ClassVar[WeakKeyDictionary[Trainer, ref[Session[Any]]]] = WeakKeyDictionary()
 
     @classmethod
-    def of(cls, trainer: Trainer, module: LightningModule) -> Session[Any]:
+    def of(
+        cls,
+        trainer: Trainer,
+        module: LightningModule,
+    ) -> Session[Any]:
         """The session of the fit that is running on ``trainer``."""
         known = cls._of.get(trainer)
         session = None if known is None else known()
@@ -55,7 +64,11 @@ class Session(Generic[AnyMember]):
             cls._of[trainer] = ref(session)
         return session
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+    ) -> None:
         self.trainer, self.module = trainer, module
         self.closed = False
         self.members: list[AnyMember] = []
@@ -70,30 +83,38 @@ class Session(Generic[AnyMember]):
         self._said: set[object] = set()
 
         self.weights = Weights(trainer, module)
-        self.attachment = Attachment(trainer, self.weights, self.members, self)
+        self.attachment = Attachment(
+            trainer,
+            self.weights,
+            self.members,
+            resolve=self.resolve,
+            note=self.note,
+        )
         self.search = ScaleInvarianceSearch(module)
         self.claims = Claims(trainer, self.weights, self.search)
         self.looks = Looks()
         self.clock = Clock(trainer)
         self.attempts = Attempts(trainer, self.attachment)
-        self.combined = Combined(self.members, self.attachment.brackets)
+        self.combined = Combined(self.members, self.attachment)
         self._witness: Witness | None = None
         self._tallies: list[str] | None = None
 
         self._guard = Guard(self.stop_watching)
         self._watching = False
-        self._analyzed = False  # whether a watched batch had a loss
+        # Whether the watched batch had a loss.
+        self._analyzed = False
         self._normalizations = Normalizations(module)
         # What decides the graph's shape, when it was last watched.
         self._watched: tuple[Any, ...] | None = None
         self._graph: GraphState | None = None
-        self._steps_before: list[int] = []  # of each optimizer, when the watch began
+        # Whether the batch before was watched, for which torch.compile makes way.
         self._compile_next = False
 
-        # Of each optimizer: for which verdicts and param groups its plans were made.
-        self._resolved_for: dict[int, tuple[int, Layout]] = {}
+        # Since the last start table.
         self._has_new_plans = False
-        self._begun = False  # whether a step came after a loss that was seen, or had gradients
+        # Whether a step came after a loss that was seen, or had gradients.
+        self._begun = False
+        # Weights that a start table has shown.
         self._announced: set[Tensor] = set()
 
     # -- optimizers
@@ -101,22 +122,17 @@ class Session(Generic[AnyMember]):
 
     def attach(self) -> None:
         """Bracket every optimizer of the fit; idempotent."""
-        if not self.attachment.brackets:
+        if self._witness is None:
             self.attachment.attach()
             self._witness = Witness(self)
-
-    def optimizer_came(self, index: int) -> None:
-        """Another optimizer is number ``index`` from its next step on: plans must be made for
-        it."""
-        self._resolved_for.pop(index, None)
-        self._steps_before = [bracket.steps for bracket in self.attachment.brackets]
 
     def in_first_step(self, index: int) -> bool:
         """Whether a refusal still is an error: until the end of the first real step of an optimizer
         that was there from the start."""
-        if index in self.attachment.replaced:
+        entry = self.attachment.entries[index]
+        if entry.came_later:
             return False
-        steps = self.attachment.brackets[index].steps
+        steps = entry.bracket.steps
         return all(steps <= member.attached_at.get(index, 0) for member in self.members)
 
     def is_targeted(self, weight: Tensor) -> bool:
@@ -124,14 +140,19 @@ class Session(Generic[AnyMember]):
         matched = any(weight in member.matched for member in self.members)
         return matched and self.weights.is_matrix(weight)
 
-    def _take_in_new_weights(self, index: int, *, final: bool) -> Layout:
+    def _take_in_new_weights(
+        self,
+        index: int,
+        *,
+        final: bool,
+    ) -> Layout:
         """Take in layers that grew or a head that was exchanged; arguments as for
         `Weights.take_in`.
 
         Returns:
             The layout of the optimizer's param groups.
         """
-        optimizer = self.attachment.optimizers[index]
+        optimizer = self.attachment.entries[index].optimizer
         layout = layout_of(optimizer)
         new = self.weights.take_in(index, optimizer, layout, final=final)
         if not new:
@@ -154,10 +175,10 @@ class Session(Generic[AnyMember]):
             # Of a step that raised, before a forward pass sees these weights again.
             bracket.take_back()
         self.attachment.check_new_optimizers()
-        for index in range(len(self.attachment.optimizers)):
+        for index, entry in enumerate(self.attachment.entries):
             self._take_in_new_weights(index, final=False)
-        for check in self.attachment.return_checks.values():
-            check.begin_batch()
+            if entry.return_check is not None:
+                entry.return_check.begin_batch()
         self.claims.begin_batch()
         if self._compile_next:
             self._compile_next = False
@@ -168,6 +189,7 @@ class Session(Generic[AnyMember]):
         if self._watched == state and not is_worth_a_look:
             return
         graph = GraphState.of(self.module)
+        # What a checkpoint knows need not be read again.
         if self._watched is None and self._resume(graph):
             self._watched, self._begun, self._graph = state, True, graph
             return
@@ -185,16 +207,15 @@ class Session(Generic[AnyMember]):
     def _forget_gradients(self) -> None:
         """The graph was watched in the last batch, and torch.compile may compile the next one."""
         stepped = []
-        for optimizer, bracket, before in zip(
-            self.attachment.optimizers, self.attachment.brackets, self._steps_before, strict=True
-        ):
-            if bracket.steps > before:
-                stepped += held_by(optimizer)
+        for entry in self.attachment.entries:
+            if entry.bracket.steps > entry.steps_at_watch:
+                stepped += held_by(entry.optimizer)
         forget_gradients(self.module, stepped)
 
     def _watch(self) -> None:
         self._watching, self._analyzed = True, False
-        self._steps_before = [bracket.steps for bracket in self.attachment.brackets]
+        for entry in self.attachment.entries:
+            entry.steps_at_watch = entry.bracket.steps
         self.claims.epsilons.start()
         self._guard.stand_first(self.trainer)
         self.search.watch()
@@ -210,10 +231,14 @@ class Session(Generic[AnyMember]):
         if self._watching:
             self.claims.read(loss)
             self._analyzed = True
-        for index, optimizer in enumerate(self.attachment.optimizers):
-            settled = self._resolved_for.get(index) == self._basis(layout_of(optimizer))
+        for index, entry in enumerate(self.attachment.entries):
+            settled = entry.resolved_for == self._basis(layout_of(entry.optimizer))
             self.claims.watch_gradients(
-                index, optimizer, loss, self.clock.logging_step, settled=settled
+                index,
+                entry.optimizer,
+                loss,
+                self.clock.logging_step,
+                settled=settled,
             )
 
     def batch_end(self) -> None:
@@ -226,23 +251,26 @@ class Session(Generic[AnyMember]):
             self._compile_next = True
             # training_step may return None.
             self.looks.seen(had_loss=self._analyzed)
-        for index, check in self.attachment.return_checks.items():
-            if check.has_stepped:
+        for index, entry in enumerate(self.attachment.entries):
+            if entry.return_check is not None and entry.return_check.has_stepped:
                 self.attachment.check_return(index)
         self._look_for_unseen_steps()
         self._tell_new_plans()
 
     def _tell_new_plans(self) -> None:
         """Once every optimizer has stepped: was something found, and what?"""
-        every_one = len(self._resolved_for) >= len(self.attachment.optimizers)
-        if not (self._has_new_plans and self._begun and every_one):
+        if not (self._has_new_plans and self._begun):
+            return
+        if any(entry.resolved_for is None for entry in self.attachment.entries):
             return
         self._has_new_plans = False
         if not self.checked:
             self.checked = True
             for member in self.members:
                 member.check_found()
-        targets = {target.weight for plan in self.combined.plans for target in plan.targets}
+        targets: set[Tensor] = set()
+        for plan in self.combined.plans:
+            targets.update(target.weight for target in plan.targets)
         if not targets <= self._announced:
             self._announced |= targets
             self._show_start_table()
@@ -250,7 +278,8 @@ class Session(Generic[AnyMember]):
     def _show_start_table(self) -> None:
         if not any(member.rule.shows_tables for member in self.members):
             return
-        treatments = self.combined.treatments()  # every rank takes part, rank zero prints
+        # Every rank takes part in the sums, rank zero prints.
+        treatments = self.combined.treatments()
         table = start_table(self.members, treatments, self.claims.of, self.weights.shapes)
         show(self.trainer, table)
 
@@ -263,27 +292,34 @@ class Session(Generic[AnyMember]):
         self.attachment.check_return(index)
         self._decide(index, step)
         logging_step = self.clock.logging_step
+        # A Trainer that never logs has steps like those of one that logs every 50.
         if not log_every(self.trainer):
             logging_step = step.number // 50
         self.looks.note_gradients(index, step.optimizer, step.number, logging_step)
 
-    def _decide(self, index: int, step: Step) -> None:
+    def _decide(
+        self,
+        index: int,
+        step: Step,
+    ) -> None:
         layout = self._take_in_new_weights(index, final=True)
-        if self._resolved_for.get(index) != self._basis(layout):
+        entry = self.attachment.entries[index]
+        if entry.resolved_for != self._basis(layout):
             self.claims.settle(index, self.weights.owned(step.optimizer))
         if not self._begun:
             with_gradient = map(has_gradient, self.weights.owned(step.optimizer))
             self._begun = self.claims.version > 0 or any(with_gradient)
         # The optimizer's gradients will do where the backward pass was not seen, but one in two
         # phases takes its gradient at other weights.
-        as_received = not steps_in_two_phases(self.attachment.outers[index])
+        as_received = not steps_in_two_phases(entry.outer)
         self.claims.question(index, self.clock.logging_step, as_received=as_received)
+        # A contradiction may just have withdrawn a claim.
         basis = self._basis(layout)
-        if self._resolved_for.get(index) == basis:
+        if entry.resolved_for == basis:
             return
-        self._resolved_for[index] = basis
+        entry.resolved_for = basis
         self._has_new_plans = True
-        self._note_what_is_open(index)
+        self._note_what_is_open(index, step.optimizer)
         before = self._treated(index)
         for member in self.members:
             member.resolve(index)
@@ -293,15 +329,18 @@ class Session(Generic[AnyMember]):
         """What the plans for an optimizer rest on: verdicts and param groups."""
         return self.claims.version, layout
 
-    def _note_what_is_open(self, index: int) -> None:
+    def _note_what_is_open(
+        self,
+        index: int,
+        optimizer: Optimizer,
+    ) -> None:
         undecided = []
-        for optimizer in self.attachment.optimizers:
-            for weight in self.weights.owned(optimizer):
-                verdict = self.claims.of(weight)
-                if verdict.kind == "unknown" and verdict.unread is None:
-                    undecided.append(weight)
+        for weight in self.attachment.weights():
+            verdict = self.claims.of(weight)
+            if verdict.kind == "unknown" and verdict.unread is None:
+                undecided.append(weight)
         unread = {}
-        for weight in self.weights.owned(self.attachment.optimizers[index]):
+        for weight in self.weights.owned(optimizer):
             rows = self.claims.of(weight).unread
             if rows is not None and weight.requires_grad and is_measurable(weight):
                 unread[weight] = rows
@@ -309,7 +348,7 @@ class Session(Generic[AnyMember]):
 
     def _treated(self, index: int) -> dict[str, Tensor]:
         """Weights of one optimizer that some callback acts on."""
-        owned = set(self.weights.owned(self.attachment.optimizers[index]))
+        owned = set(self.weights.owned(self.attachment.entries[index].optimizer))
         treated = {}
         for member in self.members:
             if member.rule.acts and index in member.plans:
@@ -325,30 +364,7 @@ class Session(Generic[AnyMember]):
         every, stepped = log_every(self.trainer), batches_that_stepped(self.trainer)
         if self._witness is not None and every and stepped % every == 0:
             self._witness.look()
-            self._look_for_replaced_weights()
-
-    def _look_for_replaced_weights(self) -> None:
-        """Say so if a weight without a gradient has been replaced in the network, and the optimizer
-        holds the old one."""
-        idle = []
-        for optimizer in self.attachment.optimizers:
-            for weight in self.weights.owned(optimizer):
-                is_idle = weight.grad is None and weight.requires_grad
-                if is_idle and type(weight.data) is Tensor and self.is_targeted(weight):
-                    idle.append(weight)
-        if not idle:
-            return
-        present = parameter_names(self.module)
-        by_name = {name: weight for weight, names in present.items() for name in names}
-        for weight in idle:
-            name = self.weights.name(weight)
-            replacement = by_name.get(name)
-            if weight in present or replacement is None or replacement.grad is None:
-                continue
-            self.note(
-                f"`{name}` was replaced in the network by a parameter that no optimizer holds: it "
-                f"is not trained, and nothing acts on it. Put it into a param group."
-            )
+            self._witness.look_for_replaced_weights()
 
     def last_look(self) -> None:
         """At the end of the fit, once: was every step seen, and did every callback act where it was
@@ -373,7 +389,11 @@ class Session(Generic[AnyMember]):
             self.notes.append(text)
             warn_once(text)
 
-    def say_once(self, text: str, about: object = None) -> None:
+    def say_once(
+        self,
+        text: str,
+        about: object = None,
+    ) -> None:
         """Warn of something once in this fit, whichever optimizer it comes up at.
 
         Args:
@@ -447,22 +467,5 @@ class Session(Generic[AnyMember]):
         self.claims.epsilons.stop()
         if self._witness is not None:
             self._witness.close()
-        for bracket in self.attachment.brackets:
-            bracket.restore()
-            self._take_back(bracket)
         self.attachment.close()
         self.closed = True
-
-    def _take_back(self, bracket: StepBracket) -> None:
-        """The fit ends in the middle of a step: leave no weight shrunk for an update that did not
-        come."""
-        try:
-            bracket.take_back()
-        except Exception as error:  # a device that has failed; what ends the fit must come through
-            warn_once(
-                f"What was done to weights for the step that failed could not be taken back: "
-                f"{type(error).__name__}: {error}"
-            )
-
-
-__all__ = ["Session"]

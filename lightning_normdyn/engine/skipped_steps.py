@@ -66,6 +66,3 @@ class Attempts:
             and progress.current.processed < progress.current.started
         )
         return is_of_this_batch and self._attachment.updates() == self._updates_before
-
-
-__all__ = ["Attempts"]

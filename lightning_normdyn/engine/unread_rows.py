@@ -20,16 +20,12 @@ class UnreadRows:
         weights: for each weight these entries, as one vector.
     """
 
+    # Steps of an optimizer in which gradients are looked at whether or not the Trainer logs.
     FIRST_STEPS = 16
-    """Steps of an optimizer in which gradients are looked at whether or not the Trainer logs."""
 
     def __init__(self, weights: dict[Tensor, Partition]) -> None:
         self.weights = weights
         self._vectors = WeightVectors(list(weights), list(weights.values()))
-
-    def still_has(self, weight: Tensor, rows: Partition) -> bool:
-        """Whether exactly these rows of a weight are still unread."""
-        return weight in self.weights and self.weights[weight].equal(rows)
 
     def with_gradient(self) -> set[Tensor]:
         """The weights with a gradient that is not zero in these rows, the same on every rank.
@@ -41,9 +37,13 @@ class UnreadRows:
         def summarize(sums: Tensor, length: Tensor) -> Tensor:
             return (sums > 0).to(self._vectors.sum_dtype)
 
-        _, totals = self._vectors.inner_and_totals((gradients, gradients), summarize=summarize)
-        counts = totals[0].tolist()
-        return {weight for weight, count in zip(self.weights, counts, strict=True) if count}
-
-
-__all__ = ["UnreadRows"]
+        # One number for each weight, so that whatever lies on another rank is heard of as well.
+        _, totals = self._vectors.inner_and_totals(
+            (gradients, gradients),
+            summarize=summarize,
+        )
+        weights = set()
+        for weight, count in zip(self.weights, totals[0].tolist(), strict=True):
+            if count:
+                weights.add(weight)
+        return weights

@@ -36,7 +36,11 @@ class Weights:
         lazy: those that have no shape yet.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+    ) -> None:
         self._trainer, self.module = trainer, module
         self.names: dict[Tensor, Names] = {}
         self.shapes: dict[Tensor, Shape] = {}
@@ -56,6 +60,7 @@ class Weights:
             self.shapes[weight] = full_shape(weight)
             if is_lazy(weight):
                 self.lazy.add(weight)
+        # Before any step, and anew when weights come: their layers may be others now.
         self._gains = set(filter(self._has_single_numbers, self.names))
 
     def _has_single_numbers(self, weight: Tensor) -> bool:
@@ -69,7 +74,7 @@ class Weights:
 
     def by_name(self) -> dict[str, Tensor]:
         """Every name of every parameter."""
-        return {name: weight for weight, names in self.names.items() for name in names}
+        return weights_by_name(self.names)
 
     def owned(self, optimizer: Optimizer) -> list[Tensor]:
         """Weights of two or more dimensions that ``optimizer`` holds, in its order."""
@@ -104,6 +109,7 @@ class Weights:
         Returns:
             The new weights and their names. Weights that had these names before are gone.
         """
+        # Asked for at every batch and step: usually nothing has changed.
         if self._layouts.get(index) == layout:
             return {}
         held, new = set(held_by(optimizer)), {}
@@ -111,6 +117,7 @@ class Weights:
             for weight, names in parameter_names(self.module).items():
                 if weight in held and weight not in self.names:
                     new[weight] = names
+        # FSDP2 may show other parameters in a forward pass: then ask again at the step.
         if final or held <= self.names.keys() | new.keys():
             self._layouts[index] = layout
         if new:
@@ -137,6 +144,15 @@ def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
     return holders
 
 
+def weights_by_name(names: Mapping[Tensor, Names]) -> dict[str, Tensor]:
+    """The inverse of `parameter_names`."""
+    weights = {}
+    for weight, its_names in names.items():
+        for name in its_names:
+            weights[name] = weight
+    return weights
+
+
 def held_by(optimizer: Optimizer) -> list[Tensor]:
     """All parameters of an optimizer, in its order."""
     return [p for group in optimizer.param_groups for p in group["params"]]
@@ -145,7 +161,10 @@ def held_by(optimizer: Optimizer) -> list[Tensor]:
 def layout_of(optimizer: Optimizer) -> Layout:
     """The param groups of an optimizer by identity: it changes when a group joins, grows, or gets
     other weights."""
-    return tuple((id(group), *map(id, group["params"])) for group in optimizer.param_groups)
+    layout = []
+    for group in optimizer.param_groups:
+        layout.append((id(group), *map(id, group["params"])))
+    return tuple(layout)
 
 
 def is_measurable(weight: Tensor) -> bool:

@@ -24,7 +24,8 @@ from torch.optim.optimizer import (
 
 from lightning_normdyn.engine.attachment import Attachment
 from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.weights import Weights, held_by
+from lightning_normdyn.engine.weights import Weights, held_by, weights_by_name
+from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scratch import is_scratch
 
@@ -38,6 +39,9 @@ class Fit(Protocol):
 
     def is_targeted(self, weight: Tensor) -> bool:
         """Whether some callback's ``params`` let this weight in."""
+
+    def note(self, text: str) -> None:
+        """Say something once, now and in the end table."""
 
 
 @dataclass
@@ -76,8 +80,9 @@ class Witness:
             register_optimizer_step_pre_hook(self._before),
             register_optimizer_step_post_hook(self._after),
         ]
-        brackets = fit.attachment.brackets
-        self._marks = {i: self._new_mark(fit, bracket) for i, bracket in enumerate(brackets)}
+        self._marks: dict[int, _Mark] = {}
+        for index, bracket in enumerate(fit.attachment.brackets):
+            self._marks[index] = self._new_mark(fit, bracket)
 
     def close(self) -> None:
         """Take the hooks away; idempotent."""
@@ -94,21 +99,31 @@ class Witness:
         if fit is None or fit.closed:  # its end came without ours
             self.close()
             return None
-        if id(optimizer) in fit.attachment.known or is_scratch(optimizer):
+        if fit.attachment.knows(optimizer) or is_scratch(optimizer):
             return None
         return fit
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(
+        self,
+        optimizer: Optimizer,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
         fit = self._running(optimizer)
         if fit is not None:
             fit.attachment.follow(optimizer)  # its own hooks are called after this one
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(
+        self,
+        optimizer: Optimizer,
+        args: Any,
+        kwargs: Any,
+    ) -> None:
         fit = self._running(optimizer)
         # An optimizer that steps inside another one is no stranger.
         if fit is None or optimizer in self._strangers or fit.attachment.is_stepping():
             return
-        names = [fit.weights.name(weight) for weight in self._targeted(fit, optimizer)]
+        names = list(map(fit.weights.name, self._targeted(fit, optimizer)))
         if not names:
             return
         self._strangers.add(optimizer)
@@ -141,11 +156,19 @@ class Witness:
             elif not last:
                 self._marks[index] = self._new_mark(fit, bracket)
 
-    def _targeted(self, fit: Fit, optimizer: Optimizer) -> list[Tensor]:
+    def _targeted(
+        self,
+        fit: Fit,
+        optimizer: Optimizer,
+    ) -> list[Tensor]:
         held = held_by(optimizer)
         return [p for p in held if p in fit.weights.names and fit.is_targeted(p)]
 
-    def _new_mark(self, fit: Fit, bracket: StepBracket) -> _Mark:
+    def _new_mark(
+        self,
+        fit: Fit,
+        bracket: StepBracket,
+    ) -> _Mark:
         mark = _Mark(bracket.steps)
         for weight in self._targeted(fit, bracket.optimizer):
             # FSDP's flat pieces and DeepSpeed's are moved about by their strategies.
@@ -157,7 +180,12 @@ class Witness:
             mark.numbers = _numbers(mark.pieces)
         return mark
 
-    def _compare(self, bracket: StepBracket, mark: _Mark, before: Tensor) -> None:
+    def _compare(
+        self,
+        bracket: StepBracket,
+        mark: _Mark,
+        before: Tensor,
+    ) -> None:
         mark.numbers = _numbers(mark.pieces)
         same = (mark.numbers == before) | (mark.numbers.isnan() & before.isnan())
         moved = []
@@ -176,7 +204,36 @@ class Witness:
             f"step hooks. Step it by `optimizer.step()`.",
         )
 
-    def _say(self, names: Sequence[str], text: str) -> None:
+    def look_for_replaced_weights(self) -> None:
+        """Say so if a weight without a gradient has been replaced in the network, and the optimizer
+        holds the old one."""
+        fit = self._fit()
+        if fit is None:
+            return
+        idle = []
+        for weight in fit.attachment.weights():
+            is_idle = weight.grad is None and weight.requires_grad
+            if is_idle and type(weight.data) is Tensor and fit.is_targeted(weight):
+                idle.append(weight)
+        if not idle:
+            return
+        present = parameter_names(fit.weights.module)
+        by_name = weights_by_name(present)
+        for weight in idle:
+            name = fit.weights.name(weight)
+            replacement = by_name.get(name)
+            if weight in present or replacement is None or replacement.grad is None:
+                continue
+            fit.note(
+                f"`{name}` was replaced in the network by a parameter that no optimizer holds: it "
+                f"is not trained, and nothing acts on it. Put it into a param group."
+            )
+
+    def _say(
+        self,
+        names: Sequence[str],
+        text: str,
+    ) -> None:
         self._told.update(names)
         self.notes.append(text)
         warn_once(text)

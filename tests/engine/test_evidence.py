@@ -727,7 +727,7 @@ def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
 
     class Counts(L.Callback):
         def on_train_batch_end(self, trainer, *_):
-            close.append(callback.member.session.claims.evidence.is_looking_closely())
+            close.append(callback.member.session.claims.evidence.of(0).close)
 
     fit(make(Table), [callback, Counts()], max_epochs=40, log_every_n_steps=5)
     (target,) = [t for t in callback.plans[0].targets if t.name == "table.weight"]

@@ -25,7 +25,6 @@ from lightning_normdyn.engine.lightning_facts import (
     prefix_of,
     progress_bar_metrics,
     set_callbacks,
-    users_sampler,
     wrapped_optimizers,
 )
 
@@ -97,11 +96,3 @@ def test_a_fit_shows_what_is_read():
 def test_a_logger_s_prefix(tmp_path):
     assert prefix_of(CSVLogger(tmp_path, prefix="run")) == "run"
     assert prefix_of(CSVLogger(tmp_path)) == ""
-
-
-def test_the_sampler_inside_lightning_s_own():
-    from lightning.fabric.utilities.distributed import DistributedSamplerWrapper
-
-    inner = torch.utils.data.SubsetRandomSampler([1, 2])
-    assert users_sampler(DistributedSamplerWrapper(inner, num_replicas=1, rank=0)) is inner
-    assert users_sampler(inner) is inner

@@ -1,4 +1,5 @@
-"""When the graph is read again: at once where it may help, and ever more rarely where it did not."""
+"""When the graph is read again: at once where it may help, and ever more rarely where it did
+not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The life of a fit: refusals that come late, weights that nobody trains, and what the end table says of
+"""The life of a fit: refusals that come late, weights that nobody trains, and what the end table
+says of
 them."""
 
 from __future__ import annotations
@@ -6,7 +7,7 @@ from __future__ import annotations
 import lightning as L
 import pytest
 import torch
-from models import TARGETS, Calls, Net, fit, make, weights_of
+from models import TARGETS, Net, fit, make, weights_of
 from reference import Shrink
 from replay import Recorder, replay
 from torch import nn
@@ -147,20 +148,3 @@ def test_shrinking_a_replay_is_as_ever():
     assert all(
         torch.allclose(weights_of(module)[name], expected[name], rtol=1e-12) for name in TARGETS
     )
-
-
-def test_a_weight_that_is_replaced_in_the_network_alone_is_told(capsys):
-    def forget_the_optimizer(trainer, module):
-        module.net[3] = nn.Conv2d(4, 6, 3, bias=False).double()
-
-    with pytest.warns(
-        NormDynWarning,
-        match=r"`net.3.weight` was replaced in the network by a parameter that no optimizer holds",
-    ) as caught:
-        fit(
-            make(),
-            [Calls(3, forget_the_optimizer), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)],
-            log_every_n_steps=1,
-        )
-    assert len([w for w in caught if w.category is NormDynWarning]) == 1
-    assert "was replaced in the network" in end_table(capsys)

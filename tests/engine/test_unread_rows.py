@@ -1,4 +1,5 @@
-"""Rows that not every loss reads: nothing acts on them before one does, and then all of it goes on."""
+"""Rows that not every loss reads: nothing acts on them before one does, and then all of it goes
+on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The weights of a network: those that come during a fit, what they are called and who holds them."""
+"""The weights of a network: those that come during a fit, what they are called and who holds
+them."""
 
 from __future__ import annotations
 

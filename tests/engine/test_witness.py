@@ -1,4 +1,5 @@
-"""Steps that nobody sees, and weights that move without one: both are told to the person by name."""
+"""Steps that nobody sees, and weights that move without one: both are told to the person by
+name."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import contextlib
 import lightning as L
 import pytest
 import torch
-from models import ManualNet, Net, fit, make
+from models import Calls, ManualNet, Net, fit, make
+from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
 from lightning_normdyn import (
@@ -121,3 +123,20 @@ def test_no_global_hook_is_left_behind(fails):
 
 
 # ---- Weights that are replaced or added ----
+
+
+def test_a_weight_that_is_replaced_in_the_network_alone_is_told(capsys):
+    def forget_the_optimizer(trainer, module):
+        module.net[3] = nn.Conv2d(4, 6, 3, bias=False).double()
+
+    with pytest.warns(
+        NormDynWarning,
+        match=r"`net.3.weight` was replaced in the network by a parameter that no optimizer holds",
+    ) as caught:
+        fit(
+            make(),
+            [Calls(3, forget_the_optimizer), AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)],
+            log_every_n_steps=1,
+        )
+    assert len([w for w in caught if w.category is NormDynWarning]) == 1
+    assert "was replaced in the network" in end_table(capsys)
