@@ -1,4 +1,8 @@
-"""Makes sure that all ranks mean the same weights, and that their pieces make up the whole."""
+"""Makes sure that all ranks mean the same weights, and that their pieces make up the whole.
+
+Every rank works out by itself which vectors it shares with whom. If one of them came to another
+answer, a collective would add up what does not belong together, or wait for ever.
+"""
 
 from __future__ import annotations
 
@@ -26,45 +30,59 @@ def compare_ranks(
     refusal: NotSupportedError | None,
 ) -> None:
     """Refuse on every rank what one rank refuses, and weights whose pieces, each counted once, do
-    not make up the whole."""
-    described = repr(
-        [
-            (name, p.shape, p.n, p.sharing is None or int(p.sharing.cut.sum()))
-            for name, p in zip(names, placements, strict=False)
-        ]
-    )
-    described += f" in {len(groups_of(p.sharing for p in placements if p.sharing))} groups"
+    not make up the whole.
+
+    A collective: every rank calls it, also one that has nothing to place.
+    """
     mine = (
         None if refusal is None else str(refusal),
         len(names),
-        sha256(described.encode()).hexdigest(),
+        sha256(_description(names, placements).encode()).hexdigest(),
     )
     everybody: list[Any] = [None] * world_size()
     dist.all_gather_object(everybody, mine)
     for rank, (error, _, _) in enumerate(everybody):
         if error is not None:
             raise NotSupportedError(f"rank {rank}: {error}") from refusal
+    _, first_count, first_digest = everybody[0]
     for rank, (_, count, digest) in enumerate(everybody):
-        if digest != everybody[0][2]:
+        if digest != first_digest:
             raise NotSupportedError(
-                f"Rank {rank} has other target weights than rank 0 ({count} against "
-                f"{everybody[0][1]}, or other shapes or vectors). "
-                "A strategy that gives ranks different weights, such as pipeline parallelism, is "
-                "not understood. "
-                "Use one in which all ranks share all."
+                f"Rank {rank} has other target weights than rank 0 ({count} against {first_count}, "
+                f"or other shapes or vectors). A strategy that gives ranks different weights, such "
+                f"as pipeline parallelism, is not understood. Use one in which all ranks share all."
             )
-    found, expected = [], []
+    _check_completeness(weights, partitions, names, placements)
+
+
+def _description(names: Sequence[str], placements: Sequence[Placement]) -> str:
+    """What must be the same on all ranks."""
+    parts = []
+    # Not strict: there are no placements after a refusal.
+    for name, placement in zip(names, placements, strict=False):
+        sharing = placement.sharing
+        is_cut = sharing is None or int(sharing.cut.sum())
+        parts.append((name, placement.shape, placement.n, is_cut))
+    groups = groups_of(p.sharing for p in placements if p.sharing is not None)
+    return f"{parts} in {len(groups)} groups"
+
+
+def _check_completeness(
+    weights: Sequence[Tensor],
+    partitions: Sequence[Partition],
+    names: Sequence[str],
+    placements: Sequence[Placement],
+) -> None:
+    counted, expected = [], []
     for weight, partition, placement in zip(weights, partitions, placements, strict=True):
         sharing = placement.sharing or held_everywhere(placement.n)
         entries = placement.value(weight).numel() if sharing.first_copy else 0
-        found.append([int(sharing.counted.sum()), entries])
-        expected.append(
-            [distinct(partition.labels[partition.labels >= 0]).numel(), prod(placement.shape)]
-        )
-    total = all_reduce(
-        torch.tensor(found, dtype=torch.long, device=weights[0].device if weights else "cpu"), None
-    ).tolist()
-    for name, got, want in zip(names, total, expected, strict=True):
+        counted.append([int(sharing.counted.sum()), entries])
+        vectors = distinct(partition.labels[partition.labels >= 0])
+        expected.append([len(vectors), prod(placement.shape)])
+    device = weights[0].device if weights else torch.device("cpu")
+    total = all_reduce(torch.tensor(counted, dtype=torch.long, device=device), None)
+    for name, got, want in zip(names, total.tolist(), expected, strict=True):
         if got != want:
             raise untested(
                 f"The pieces of `{name}` on all ranks make up {got} (vectors, entries) where "

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.internals import untested
-from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, Sharing, distinct, itself
 
 
@@ -129,7 +129,7 @@ def _successive_chunks(size: int, counts: tuple[int, ...]) -> Tensor:
     """Which chunk each of ``size`` indices falls into when they are chunked ``counts[0]``-fold,
     each chunk ``counts[1]``-fold, ...: int64 ``(len(counts), size)``."""
     table = torch.zeros(len(counts), size, dtype=torch.long, device="cpu")
-    blocks = [torch.arange(size, dtype=torch.long, device="cpu")]
+    blocks = [indices(size)]
     for row, count in enumerate(counts):
         chunked = []
         for block in blocks:
@@ -182,7 +182,7 @@ def _sharing(
         present = cut & _marked(vector[_here(at, others, my_coordinate, vector)], n)
 
     # The holder of a vector's first entry speaks for it; of its replicas the first.
-    order = torch.arange(len(vector), dtype=torch.long, device="cpu")
+    order = indices(len(vector))
     first = torch.full((n,), len(vector), dtype=torch.long, device="cpu")
     first = first.scatter_reduce(0, vector, order, "amin")
     is_first = first[vector] == order

@@ -19,7 +19,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.internals import private, untested
-from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.geometry.pieces import Piece, Placement, Range, Shape, Sharing, itself
 from lightning_normdyn.geometry.wrapped import Master
 
@@ -233,7 +233,7 @@ def _sharing(
     for d, size in enumerate(sizes):
         stride = prod(sizes[d + 1 :])
         if d in kept:
-            steps = torch.arange(size, dtype=torch.long, device="cpu") * stride
+            steps = indices(size) * stride
             axes_behind = len(kept) - 1 - kept.index(d)
             first_entry += steps.view(-1, *[1] * axes_behind)
         else:

@@ -13,6 +13,7 @@ from math import gcd
 import torch
 from torch import Tensor
 
+from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.geometry.pieces import Piece, Placement
 
 
@@ -47,7 +48,7 @@ class RowIndex:
             self.n += len(placement.held)
         self.counts = [len(vectors) for vectors in of_rows[1:]]
         of_row = torch.cat(of_rows)
-        self.in_order = torch.equal(of_row, torch.arange(self.n, dtype=torch.long, device="cpu"))
+        self.in_order = torch.equal(of_row, indices(self.n))
         # Rows that belong to no vector go to one more place behind the n vectors.
         self._of_row = torch.where(of_row < 0, self.n, of_row).to(device)
 

@@ -1,8 +1,12 @@
-"""Which entries of a weight form one vector."""
+"""Which entries of a weight form one vector.
+
+Labels are kept per combination of a few kept dimensions and not per entry: for whole filters one
+number per filter. They describe the whole weight, however it is sharded, and lie on the CPU.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -39,31 +43,25 @@ class Partition:
 
     @classmethod
     def filters(
-        cls, shape: tuple[int, ...], *, axis: int = 0, transposed_groups: int | None = None
+        cls,
+        shape: tuple[int, ...],
+        *,
+        axis: int = 0,
+        transposed_groups: int | None = None,
     ) -> Partition:
         """One vector per output channel: dim ``axis``, or dim 1 within each group of a transposed
         convolution."""
-        if transposed_groups is not None:
-            inputs, per_group = shape[:2]
-            group = torch.arange(inputs, dtype=torch.long, device="cpu") // (
-                inputs // transposed_groups
-            )
-            return cls(
-                (0, 1),
-                group[:, None] * per_group
-                + torch.arange(per_group, dtype=torch.long, device="cpu"),
-                "filter",
-            )
-        return cls((axis,), torch.arange(shape[axis], dtype=torch.long, device="cpu"), "filter")
+        if transposed_groups is None:
+            return cls((axis,), indices(shape[axis]), "filter")
+        inputs, outputs_per_group = shape[:2]
+        group = indices(inputs) // (inputs // transposed_groups)
+        labels = group[:, None] * outputs_per_group + indices(outputs_per_group)
+        return cls((0, 1), labels, "filter")
 
     @classmethod
     def groups(cls, shape: tuple[int, ...], groups: int) -> Partition:
         """``groups`` vectors, each of ``shape[0] / groups`` neighbouring rows."""
-        return cls(
-            (0,),
-            torch.arange(shape[0], dtype=torch.long, device="cpu") // (shape[0] // groups),
-            "group",
-        )
+        return cls((0,), indices(shape[0]) // (shape[0] // groups), "group")
 
     @classmethod
     def layer(cls, shape: tuple[int, ...]) -> Partition:
@@ -73,11 +71,9 @@ class Partition:
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Partition:
         """`layer` for a parameter of any shape, a bias or a single number among them."""
-        return (
-            cls.layer(shape)
-            if shape
-            else cls((), torch.zeros((), dtype=torch.long, device="cpu"), "layer")
-        )
+        if shape:
+            return cls.layer(shape)
+        return cls((), torch.zeros((), dtype=torch.long, device="cpu"), "layer")
 
     def rest(self) -> Partition:
         """One vector: the entries that belong to no vector of this partition.
@@ -110,13 +106,10 @@ class Partition:
             [2, 3]
         """
         if read is None:
-            labels = self.labels.flatten()
-            entries_per_row = prod(shape) // max(1, labels.numel())
-            return torch.bincount(labels[labels >= 0], minlength=self.n) * entries_per_row
-        of_row = self.labels.reshape(
-            [size if d in self.keep else 1 for d, size in enumerate(shape)]
-        )
-        of_entry = of_row.expand(tuple(shape))[read]
+            entries_per_label = prod(shape) // max(1, self.labels.numel())
+            return self._label_counts() * entries_per_label
+        every_dim = self.labels.reshape(self._sizes(range(len(shape))))
+        of_entry = every_dim.expand(tuple(shape))[read]
         return torch.bincount(of_entry[of_entry >= 0], minlength=self.n)
 
     def found_in(self, other: Partition) -> Tensor:
@@ -127,27 +120,19 @@ class Partition:
             >>> Partition((0,), torch.tensor([0, -1, 1]), "filter").found_in(Partition((0,), torch.tensor([-1, 1, 0]), "filter")).tolist()
             [-1, 0]
         """
-        nowhere = torch.full((self.n,), -1, dtype=torch.long, device=self.labels.device)
-        if (
-            self.keep != other.keep
-            or self.labels.shape != other.labels.shape
-            or not self.n
-            or not other.n
-        ):
-            return nowhere
+        match = torch.full((self.n,), -1, dtype=torch.long, device="cpu")
+        if self.keep != other.keep or self.labels.shape != other.labels.shape:
+            return match
         inside = self.labels >= 0
-        mine, theirs = self.labels[inside], other.labels.to(self.labels.device)[inside]
-        lowest = nowhere.scatter_reduce(0, mine, theirs, "amin", include_self=False)
-        highest = nowhere.scatter_reduce(0, mine, theirs, "amax", include_self=False)
-        sizes = torch.bincount(other.labels[other.labels >= 0], minlength=other.n).to(
-            self.labels.device
-        )
-        same = (
-            (lowest == highest)
-            & (lowest >= 0)
-            & (torch.bincount(mine, minlength=self.n) == sizes[lowest.clamp(min=0)])
-        )
-        return torch.where(same, lowest, nowhere)
+        mine, theirs = self.labels[inside], other.labels[inside]
+        # Any of the vectors that mine overlaps: it is the one if all entries agree on it and it has
+        # no others.
+        match[mine] = theirs
+        agreeing = torch.bincount(mine[match[mine] == theirs], minlength=self.n)
+        sizes = torch.bincount(other.labels[other.labels >= 0], minlength=max(1, other.n))
+        mine_alone = agreeing == self._label_counts()
+        theirs_alone = agreeing == sizes[match.clamp(min=0)]
+        return torch.where((match >= 0) & mine_alone & theirs_alone, match, -1)
 
     def only(self, kept: Tensor) -> Partition:
         """Only some of these vectors, numbered anew; the entries of the others belong to none.
@@ -177,21 +162,32 @@ class Partition:
             >>> Partition.filters((4, 3)).within(Partition.groups((4, 3), 2)).tolist()
             [0, 0, 1, 1]
         """
-        both = sorted({*self.keep, *coarser.keep})
-        mine, theirs = (p.labels.reshape(_sizes(p, both)) for p in (self, coarser))
-        mine, theirs = mine.expand_as(mine + theirs), theirs.expand_as(mine + theirs)
-        of_vector, other = mine[mine >= 0], theirs[mine >= 0]
-        found = torch.full((self.n,), -1, dtype=torch.long, device="cpu")
-        found[of_vector] = other
-        if not torch.equal(found[of_vector], other):
+        dims = sorted({*self.keep, *coarser.keep})
+        mine, theirs = torch.broadcast_tensors(  # type: ignore[no-untyped-call]
+            self.labels.reshape(self._sizes(dims)),
+            coarser.labels.reshape(coarser._sizes(dims)),
+        )
+        finer, around = mine[mine >= 0], theirs[mine >= 0]
+        vector = torch.full((self.n,), -1, dtype=torch.long, device="cpu")
+        vector[finer] = around
+        if not torch.equal(vector[finer], around):
             raise ValueError(
                 f"vectors by {self.granularity} do not lie within vectors by {coarser.granularity}"
             )
-        return found
+        return vector
 
     def equal(self, other: Partition) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
         return self is other or (self.keep == other.keep and torch.equal(self.labels, other.labels))
+
+    def _label_counts(self) -> Tensor:
+        """How many labels name each vector: int64 ``(n,)``."""
+        return torch.bincount(self.labels[self.labels >= 0], minlength=self.n)
+
+    def _sizes(self, dims: Iterable[int]) -> list[int]:
+        """The shape of the labels over more dimensions than are kept."""
+        sizes = dict(zip(self.keep, self.labels.shape, strict=True))
+        return [sizes.get(dim, 1) for dim in dims]
 
 
 def renumbered(kept: Tensor) -> Tensor:
@@ -205,7 +201,6 @@ def renumbered(kept: Tensor) -> Tensor:
     return torch.cat([number, number.new_full((1,), -1)])
 
 
-def _sizes(partition: Partition, dims: Sequence[int]) -> list[int]:
-    """The shape of a partition's labels over more dimensions than it keeps."""
-    sizes = dict(zip(partition.keep, partition.labels.shape, strict=True))
-    return [sizes.get(dim, 1) for dim in dims]
+def indices(n: int) -> Tensor:
+    """0 .. n - 1, on the CPU, where labels are kept."""
+    return torch.arange(n, dtype=torch.long, device="cpu")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.geometry.wrapped import Master
 
 Shape = tuple[int, ...]
@@ -84,21 +85,19 @@ class Placement:
     held: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.sharing is None:
-            held = torch.arange(self.n, dtype=torch.long, device="cpu")
-        else:
-            found = [p.labels.flatten() for p in self.pieces]
-            held = (
-                distinct(torch.cat(found))
-                if found
-                else torch.zeros(0, dtype=torch.long, device="cpu")
-            )
-        object.__setattr__(self, "held", held[held >= 0])
+        held = indices(self.n)
+        if self.sharing is not None:
+            labels = [piece.labels.flatten() for piece in self.pieces]
+            held = distinct(torch.cat([indices(0), *labels]))
+            held = held[held >= 0]
+        # The class is frozen; this is how dataclasses themselves set a field.
+        object.__setattr__(self, "held", held)
 
     def value(self, weight: Tensor) -> Tensor:
         """This rank's plain tensor of the numbers that the optimizer updates; writing to it writes
         to the weight."""
-        return self.storage(weight.detach() if self.master is None else self.master.value())
+        value = weight if self.master is None else self.master.value()
+        return self.storage(value.detach())
 
     def gradient(self, weight: Tensor) -> Tensor | None:
         """Its gradient as the optimizer receives it, or None."""

@@ -19,28 +19,29 @@ from lightning_normdyn.geometry.flat import flat_slice, place_flat, slice_now
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, itself
 from lightning_normdyn.geometry.reduction import world_size
-from lightning_normdyn.geometry.wrapped import Master
 
 
 def place_all(
-    weights: Sequence[Tensor], partitions: Sequence[Partition], names: Sequence[str]
+    weights: Sequence[Tensor],
+    partitions: Sequence[Partition],
+    names: Sequence[str],
 ) -> list[Placement]:
     """How every weight lies on this rank; where weights are sharded, the ranks make sure that they
     mean the same.
 
     Raises:
         NotSupportedError: for a kind of tensor that is not understood (sparse, complex, quantized,
-            lazy, an unknown subclass), and, on
-            every rank, if one rank cannot place its piece or the pieces do not make up the weights.
+            lazy, an unknown subclass), and, on every rank, if one rank cannot place its piece or
+            the pieces do not make up the weights.
     """
     placements: list[Placement] = []
     refusal: NotSupportedError | None = None
     try:
-        placements = [
-            place(w, p, name) for w, p, name in zip(weights, partitions, names, strict=True)
-        ]
+        for weight, partition, name in zip(weights, partitions, names, strict=True):
+            placements.append(place(weight, partition, name))
     except NotSupportedError as error:
-        refusal = error
+        # Raised below: the other ranks would wait for this one to compare.
+        refusal, placements = error, []
     if world_size() > 1 and any(is_dtensor(w) or flat_slice(w) for w in weights):
         compare_ranks(weights, partitions, names, placements, refusal)
     if refusal is not None:
@@ -62,20 +63,19 @@ def place(weight: Tensor, partition: Partition, name: str = "weight") -> Placeme
         [[0, 1]]
     """
     check_weight(weight, name)
-    shape = full_shape(weight)
-    if tuple(partition.labels.shape) != tuple(shape[k] for k in partition.keep if k < len(shape)):
+    shape, labels = full_shape(weight), partition.labels
+    if tuple(labels.shape) != tuple(shape[d] for d in partition.keep if d < len(shape)):
         raise NotSupportedError(
             f"`{name}` has shape {shape} here, which does not fit its partition into vectors (dims "
-            f"{partition.keep} of sizes "
-            f"{tuple(partition.labels.shape)}). If it is a slice of a flat FSDP parameter, call "
-            f"lightning_normdyn.survey(module) first."
+            f"{partition.keep} of sizes {tuple(labels.shape)}). If it is a slice of a flat FSDP "
+            f"parameter, call lightning_normdyn.survey(module) first."
         )
     flat = flat_slice(weight)
     if flat is not None:
         return place_flat(flat, partition)
     if is_dtensor(weight):
         return place_dtensor(weight, partition, name)
-    return Placement(shape, partition.n, itself, (Piece(itself, partition.keep, partition.labels),))
+    return Placement(shape, partition.n, itself, (Piece(itself, partition.keep, labels),))
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -129,38 +129,39 @@ def full_shape(weight: Tensor) -> Shape:
 def has_gradient(weight: Tensor) -> bool:
     """Whether ``weight`` got a gradient, as far as every rank can answer the same: of a flat shard,
     whether anything beside it did."""
-    place = flat_slice(weight)
-    if place is None:
+    flat = flat_slice(weight)
+    if flat is None:
         return weight.grad is not None
-    return place.flat is None or place.flat.grad is not None
+    # DeepSpeed's flat tensors get their gradients only within the step.
+    return flat.flat is None or flat.flat.grad is not None
 
 
 def gradient_of(weight: Tensor) -> Tensor | None:
     """What the optimizer takes for the gradient of ``weight`` on this rank: its own, or that of the
     tensor that is updated instead."""
-    master = _master_of(weight)
-    return weight.grad if master is None else master.flat.grad
+    return _updated(weight).grad
 
 
 def version_of(weight: Tensor) -> int:
     """How often the numbers of ``weight`` on this rank were written to, as torch counts it; for a
     gradient or a state tensor, too."""
-    master = _master_of(weight)
-    tensor = weight if master is None else master.flat
-    if is_dtensor(tensor):  # writing to the local tensor is not counted by what is around it
-        tensor = cast(Any, tensor)._local_tensor
-    return int(tensor._version)
+    tensor = _updated(weight)
+    # What is around a local tensor does not count writing to it.
+    return int(cast(Any, tensor)._local_tensor._version if is_dtensor(tensor) else tensor._version)
 
 
 def is_plain(weight: Tensor) -> bool:
     """Whether the optimizer writes to ``weight`` itself, and not to something inside it or in its
     place."""
-    return not is_dtensor(weight) and _master_of(weight) is None
+    return not is_dtensor(weight) and _updated(weight) is weight
 
 
-def _master_of(weight: Tensor) -> Master | None:
+def _updated(weight: Tensor) -> Tensor:
+    """The tensor that the optimizer updates: ``weight``, or DeepSpeed's flat tensor."""
     place = slice_now(weight)
-    return None if place is None else place.master
+    if place is None or place.master is None:
+        return weight
+    return place.master.flat
 
 
 def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
@@ -168,18 +169,19 @@ def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
     stumbles over.
 
     FSDP shows whole weights in a forward pass, with the gradients of their shards from the step
-    before, which Lightning zeroes only
-    later; the compiler takes a weight for the same as its gradient. Without somebody who looks at a
-    first batch uncompiled, there are none.
+    before, which Lightning zeroes only later; the compiler takes a weight for the same as its
+    gradient. Without somebody who looks at a first batch uncompiled, there are none.
 
     Args:
         module: what may be compiled, or a part of it.
         stepped: the parameters that an optimizer has just stepped, so that nothing is lost.
     """
-    if any(
-        getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
-        for m in module.modules()
-    ):
-        for weight in stepped:
-            if flat_slice(weight) is not None:
-                weight.grad = None
+    if not any(map(_is_compiled, module.modules())):
+        return
+    for weight in stepped:
+        if flat_slice(weight) is not None:
+            weight.grad = None
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.geometry.pieces import Placement, Sharing
 
 
@@ -139,7 +140,7 @@ class Reduction:
         return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device="cpu")
 
     def _weights_repeated(self, counts: Sequence[int]) -> Tensor:
-        weights = torch.arange(self.weights, dtype=torch.long, device="cpu")
+        weights = indices(self.weights)
         repeats = torch.tensor(counts, dtype=torch.long, device="cpu")
         return weights.repeat_interleave(repeats).to(self._device)
 

@@ -27,8 +27,10 @@ class Master:
         return self.of(self.flat)
 
     def gradient(self) -> Tensor | None:
-        """Their gradient, unscaled and clipped; there between the moments ``ready`` and
-        ``stepped``."""
+        """Their gradient, unscaled and clipped.
+
+        It is there only while the step runs: DeepSpeed assembles it just before and frees it after.
+        """
         return None if self.flat.grad is None else self.of(self.flat.grad)
 
     def of(self, flat: Tensor) -> Tensor:
