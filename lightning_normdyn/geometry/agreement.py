@@ -19,7 +19,12 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.internals import untested
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.pieces import Placement, distinct
-from lightning_normdyn.geometry.reduction import all_reduce, groups_of, held_everywhere, world_size
+from lightning_normdyn.geometry.reduction import (
+    all_reduce,
+    groups_of,
+    held_everywhere,
+    world_size,
+)
 
 
 def compare_ranks(
@@ -34,11 +39,13 @@ def compare_ranks(
 
     A collective: every rank calls it, also one that has nothing to place.
     """
+    # A digest: names of thousands of weights need not travel.
     mine = (
         None if refusal is None else str(refusal),
         len(names),
         sha256(_description(names, placements).encode()).hexdigest(),
     )
+    # Objects and not tensors: a refusal is a sentence. Once a fit, so it may be slow.
     everybody: list[Any] = [None] * world_size()
     dist.all_gather_object(everybody, mine)
     for rank, (error, _, _) in enumerate(everybody):
@@ -76,6 +83,7 @@ def _check_completeness(
     counted, expected = [], []
     for weight, partition, placement in zip(weights, partitions, placements, strict=True):
         sharing = placement.sharing or held_everywhere(placement.n)
+        # Replicas must not count twice.
         entries = placement.value(weight).numel() if sharing.first_copy else 0
         counted.append([int(sharing.counted.sum()), entries])
         vectors = distinct(partition.labels[partition.labels >= 0])

@@ -64,6 +64,8 @@ def in_chunks(
         kernel(dims, outs, views)
         return
 
+    # Along the outermost dimension alone; if one index of it is still too much, the chunks are cut
+    # again along the next one.
     length = first.shape[cut_dim]
     step = max(1, entries * length // size)
     fits = size // length * step <= entries
@@ -77,7 +79,11 @@ def in_chunks(
             in_chunks(kernel, chunk_outs, chunk_views, dims, entries, whole_rows=whole_rows)
 
 
-def cuts_rows(view: Tensor, dims: Dims, entries: int) -> bool:
+def cuts_rows(
+    view: Tensor,
+    dims: Dims,
+    entries: int,
+) -> bool:
     """Whether `in_chunks` will cut this view within a row, so that its parts must be added up."""
     shape = list(view.shape)
     while prod(shape) > entries:
@@ -88,7 +94,11 @@ def cuts_rows(view: Tensor, dims: Dims, entries: int) -> bool:
     return False
 
 
-def _parts(tensor: Any, step: int, dim: int) -> Any:
+def _parts(
+    tensor: Any,
+    step: int,
+    dim: int,
+) -> Any:
     if tensor is None or tensor.shape[dim] == 1:
         return repeat(tensor)
     # unsafe_split: without the bookkeeping of views that autograd needs.

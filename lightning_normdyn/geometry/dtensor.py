@@ -21,7 +21,14 @@ from torch import Tensor
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.internals import untested
 from lightning_normdyn.geometry.partition import Partition, indices
-from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, Sharing, distinct, itself
+from lightning_normdyn.geometry.pieces import (
+    Piece,
+    Placement,
+    Shape,
+    Sharing,
+    distinct,
+    itself,
+)
 
 
 def is_dtensor(tensor: Tensor) -> bool:
@@ -31,7 +38,11 @@ def is_dtensor(tensor: Tensor) -> bool:
     return isinstance(tensor, import_module("torch.distributed.tensor").DTensor)
 
 
-def place_dtensor(weight: Any, partition: Partition, name: str) -> Placement:
+def place_dtensor(
+    weight: Any,
+    partition: Partition,
+    name: str,
+) -> Placement:
     """How the DTensor ``weight`` lies on this rank.
 
     Raises:
@@ -60,6 +71,7 @@ def place_dtensor(weight: Any, partition: Partition, name: str) -> Placement:
             if sharded[m] == d:
                 inside &= coordinates[m] == my_coordinate[m]
         block.append(inside.nonzero().flatten())
+    # Compared with what is there: coordinates rest on how torch cuts, which a version may change.
     block_shape = tuple(map(len, block))
     local_shape = tuple(weight.to_local().shape)
     if block_shape != local_shape:
@@ -128,7 +140,13 @@ def _coordinates(
 def _successive_chunks(size: int, counts: tuple[int, ...]) -> Tensor:
     """Which chunk each of ``size`` indices falls into when they are chunked ``counts[0]``-fold,
     each chunk ``counts[1]``-fold, ...: int64 ``(len(counts), size)``."""
-    table = torch.zeros(len(counts), size, dtype=torch.long, device="cpu")
+    # By torch.chunk itself, so that uneven sizes are cut as torch cuts them.
+    table = torch.zeros(
+        len(counts),
+        size,
+        dtype=torch.long,
+        device="cpu",
+    )
     blocks = [indices(size)]
     for row, count in enumerate(counts):
         chunked = []
@@ -166,9 +184,15 @@ def _sharing(
             at[m] = coordinates[m][index[partition.keep.index(d)]]
             cut_by[m] = _differs_within(vector, at[m], n)
         else:
+            # The entries of a slot lie at all coordinates, its first one at coordinate 0.
             at[m] = torch.zeros_like(vector)
             chunks = len(distinct(coordinates[m]))
-            cut_by[m] = torch.full((n,), chunks > 1, dtype=torch.bool, device="cpu")
+            cut_by[m] = torch.full(
+                (n,),
+                chunks > 1,
+                dtype=torch.bool,
+                device="cpu",
+            )
             all_chunks_used &= chunks == mesh.size(m)
     cut = torch.stack(list(cut_by.values())).any(0)
     cutting = [m for m in sharded if bool(cut_by[m].any())]
@@ -183,7 +207,12 @@ def _sharing(
 
     # The holder of a vector's first entry speaks for it; of its replicas the first.
     order = indices(len(vector))
-    first = torch.full((n,), len(vector), dtype=torch.long, device="cpu")
+    first = torch.full(
+        (n,),
+        len(vector),
+        dtype=torch.long,
+        device="cpu",
+    )
     first = first.scatter_reduce(0, vector, order, "amin")
     is_first = first[vector] == order
     speaks = _marked(vector[is_first & _here(at, sharded, my_coordinate, vector)], n)
@@ -208,7 +237,12 @@ def _sharing(
     )
 
 
-def _here(at: dict[int, Tensor], mesh_dims: Any, my_coordinate: Any, like: Tensor) -> Tensor:
+def _here(
+    at: dict[int, Tensor],
+    mesh_dims: Any,
+    my_coordinate: Any,
+    like: Tensor,
+) -> Tensor:
     """Whether slots lie at this rank's coordinate along some mesh dimensions: bool ``(slots,)``."""
     here = torch.ones_like(like, dtype=torch.bool)
     for m in mesh_dims:
@@ -221,7 +255,11 @@ def _marked(vectors: Tensor, n: int) -> Tensor:
     return torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vectors, True)
 
 
-def _differs_within(vector: Tensor, values: Tensor, n: int) -> Tensor:
+def _differs_within(
+    vector: Tensor,
+    values: Tensor,
+    n: int,
+) -> Tensor:
     """Whether the ``values`` of a vector's slots are not all the same: bool ``(n,)``."""
     zeros = torch.zeros(n, dtype=torch.long, device="cpu")
     lowest = zeros.scatter_reduce(0, vector, values, "amin", include_self=False)

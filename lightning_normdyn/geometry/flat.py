@@ -7,7 +7,12 @@ in the order of memory: at most the end of a row, whole rows, and the beginning 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import (
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+)
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
@@ -20,7 +25,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.internals import private, untested
 from lightning_normdyn.geometry.partition import Partition, indices
-from lightning_normdyn.geometry.pieces import Piece, Placement, Range, Shape, Sharing, itself
+from lightning_normdyn.geometry.pieces import (
+    Piece,
+    Placement,
+    Range,
+    Shape,
+    Sharing,
+    itself,
+)
 from lightning_normdyn.geometry.wrapped import Master
 
 
@@ -122,6 +134,7 @@ def _slices_of(handle: Any, unit: str) -> dict[Tensor, FlatSlice | None]:
             f"default)."
         )
     weights, extensions = private(flat, "_params", "_param_extensions")
+    # NO_SHARD: every rank holds all weights, as under DDP.
     if not sharded:
         return dict.fromkeys(weights)
     if any(extension is not None for extension in extensions):
@@ -133,6 +146,7 @@ def _slices_of(handle: Any, unit: str) -> dict[Tensor, FlatSlice | None]:
     padded_numels, padding, size = private(
         flat, "_numels_with_padding", "_is_padding_mask", "_unpadded_unsharded_size"
     )
+    # Rounded up: the last rank's chunk may be shorter.
     chunk = -(-size.numel() // world)
     offsets, end = [], 0
     for numel, is_padding in zip(padded_numels, padding, strict=True):
@@ -145,7 +159,17 @@ def _slices_of(handle: Any, unit: str) -> dict[Tensor, FlatSlice | None]:
     for weight, offset, (shape, stride, shard) in zip(weights, offsets, layouts, strict=True):
         # Dimensions of equal stride have one index between them; their order is theirs.
         order = sorted(range(len(shape)), key=lambda d: (-stride[d], d))
-        place = FlatSlice(tuple(shape), tuple(order), offset, chunk, rank, group, flat=flat)
+        # What FSDP says of this rank is the check of the arithmetic, which must also tell where the
+        # parts of all other ranks lie.
+        place = FlatSlice(
+            tuple(shape),
+            tuple(order),
+            offset,
+            chunk,
+            rank,
+            group,
+            flat=flat,
+        )
         start, stop = place.range_of(rank)
         theirs = None
         if shard.in_shard:
@@ -179,6 +203,7 @@ def place_flat(place: FlatSlice, partition: Partition) -> Placement:
         if is_kept:
             kept.append(len(sizes) - 1)
 
+    # Boxes follow each other in the flat tensor as they do in the weight.
     pieces, done = [], 0
     for box in _boxes(tuple(sizes), *place.range_of(place.rank)):
         form = tuple(stop - start for start, stop in box)
@@ -188,7 +213,14 @@ def place_flat(place: FlatSlice, partition: Partition) -> Placement:
         pieces.append(Piece(_window(done, form), tuple(kept), inside))
         done += prod(form)
     sharing = _sharing(place, labels, kept, sizes, partition.n)
-    return Placement(place.shape, partition.n, itself, tuple(pieces), sharing, place.master)
+    return Placement(
+        place.shape,
+        partition.n,
+        itself,
+        tuple(pieces),
+        sharing,
+        place.master,
+    )
 
 
 def _window(start: int, form: Shape) -> Callable[[Tensor], Tensor]:
@@ -198,7 +230,11 @@ def _window(start: int, form: Shape) -> Callable[[Tensor], Tensor]:
     return select
 
 
-def _boxes(shape: Shape, start: int, stop: int) -> Iterator[tuple[Range, ...]]:
+def _boxes(
+    shape: Shape,
+    start: int,
+    stop: int,
+) -> Iterator[tuple[Range, ...]]:
     """The entries ``start .. stop - 1`` of a flattened tensor as products of ranges: the rest of a
     row, whole rows, part of a row."""
     if start >= stop:
@@ -239,9 +275,15 @@ def _sharing(
         else:
             span += (size - 1) * stride
 
+    # A vector is cut if its first and its last entry lie in different chunks, and only then.
     valid = labels >= 0
     vector, entry = labels[valid], first_entry[valid]
-    nowhere = torch.full((n,), -1, dtype=torch.long, device="cpu")
+    nowhere = torch.full(
+        (n,),
+        -1,
+        dtype=torch.long,
+        device="cpu",
+    )
     first = nowhere.scatter_reduce(0, vector, entry, "amin", include_self=False)
     last = nowhere.scatter_reduce(0, vector, entry, "amax", include_self=False) + span
     first_holder = (first + place.offset) // place.chunk

@@ -42,6 +42,7 @@ class RowIndex:
             for piece in placement.pieces:
                 rows = Rows(piece)
                 self.pieces.append((weight, rows))
+                # Vectors that lie on other ranks alone have no number here.
                 position = torch.searchsorted(placement.held, rows.labels) + self.n
                 of_rows.append(torch.where(rows.labels < 0, -1, position))
             self.slices.append(slice(self.n, self.n + len(placement.held)))
@@ -50,6 +51,7 @@ class RowIndex:
         of_row = torch.cat(of_rows)
         self.in_order = torch.equal(of_row, indices(self.n))
         # Rows that belong to no vector go to one more place behind the n vectors.
+        # An index instead of a mask: its size is known, so that the host never waits for it.
         self._of_row = torch.where(of_row < 0, self.n, of_row).to(device)
 
     def to_rows(self, values: Tensor, dummy: float) -> Sequence[Tensor]:
@@ -67,7 +69,7 @@ class RowIndex:
     def to_vectors(self, sums: Tensor) -> Tensor:
         """Add up sums over rows, ``(K, rows)``, within each vector: ``(K, n)``."""
         if self.in_order:
-            return sums
+            return sums  # no copy: the usual case
         by_vector = sums.new_zeros(len(sums), self.n + 1)
         return by_vector.index_add_(1, self._of_row, sums)[:, : self.n]
 
@@ -89,6 +91,7 @@ class Rows:
         """This piece of a local tensor; a row is what the kept dimensions tell apart."""
         view = self._select(tensor)
         for dim, block in self._blocks:
+            # A view, whatever the strides: the dimension is split, not joined.
             view = view.unflatten(dim, (-1, block))  # type: ignore[no-untyped-call]
         return view
 
@@ -123,6 +126,7 @@ def _merge_rows(
     for axis in reversed(range(labels.ndim)):
         size = labels.shape[axis]
         lines = labels.movedim(axis, 0).reshape(size, -1)
+        # The largest block such that no label changes within one.
         changes = (lines[1:] != lines[:-1]).any(1).nonzero().flatten() + 1
         block = gcd(size, *changes.tolist())
         starts = torch.arange(0, size, block, dtype=torch.long, device="cpu")

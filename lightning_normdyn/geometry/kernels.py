@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry import chunks, passes
-from lightning_normdyn.geometry.chunks import Dims, Kernel, Views, entries_at_once, in_chunks
+from lightning_normdyn.geometry.chunks import (
+    Dims,
+    Kernel,
+    Views,
+    entries_at_once,
+    in_chunks,
+)
 from lightning_normdyn.geometry.index import RowIndex, Rows
 from lightning_normdyn.geometry.passes import Operand, Pass
 
@@ -45,6 +51,7 @@ class Kernels:
         self._precision = passes.own_precision(*values)
         self._sum_dtype = sum_dtype(device)
         self._masked = any(mask is not None for mask in hidden)
+        # Fixed here, so that what is said of rows below stays true if threads are set later.
         self._entries = entries_at_once(device)
         self.rows_fit = index.in_order
         """Whether each vector is one row that can be taken at once, so that a number per vector may
@@ -115,7 +122,12 @@ class Kernels:
         """<w, w> and <w, Δ>, ``(2, n)``."""
         return self._collect(passes.RADIAL, [before, after])
 
-    def radial_of_step(self, direction: Operand, after: Operand, length: Tensor) -> Tensor:
+    def radial_of_step(
+        self,
+        direction: Operand,
+        after: Operand,
+        length: Tensor,
+    ) -> Tensor:
         """`radial` of a known step Δ = ``length * direction``, without a copy of w; and <direction,
         direction>: ``(3, n)``."""
         return self._collect(passes.RADIAL_OF_STEP, [direction, after], [length])
@@ -130,7 +142,12 @@ class Kernels:
                 view = rows.view(tensor)
                 view.mul_(_spread(number, rows, view))
 
-    def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
+    def add_scaled_(
+        self,
+        tensors: Operand,
+        coefficient: Tensor,
+        source: Operand,
+    ) -> None:
         """Add ``coefficient * source`` to every vector; ``coefficient`` is ``(n,)``."""
         for weight, rows, number in self._rows_with(coefficient, dummy=0.0):
             tensor, addend = tensors[weight], source[weight]
@@ -186,7 +203,12 @@ class Kernels:
         """
         index = self._index
         dtype = how.dtype or self._precision
-        written = torch.empty(how.written, sum(index.counts), dtype=dtype, device=self._device)
+        written = torch.empty(
+            how.written,
+            sum(index.counts),
+            dtype=dtype,
+            device=self._device,
+        )
         places = written.split_with_sizes(index.counts, 1)
         of_rows = [index.to_rows(number.to(self._precision), 0.0) for number in numbers]
 
@@ -194,9 +216,10 @@ class Kernels:
         for i, (weight, rows) in enumerate(index.pieces):
             views = self._views(weight, rows, operands)
             first = next((view for view in views if view is not None), None)
-            if first is None:
+            if first is None:  # e.g. a weight without a gradient
                 places[i].zero_()
                 continue
+            # The same numbers for all parts of a row: they broadcast over whatever is cut.
             views += [_spread(number[i], rows, first) for number in of_rows]
             dims, form = rows.dims(first), rows.form(first)
 
@@ -206,11 +229,23 @@ class Kernels:
             at_once = how.streaming and short and first.dtype == dtype
             entries = first.numel() if at_once else self._entries
             if not how.whole_rows and chunks.cuts_rows(first, dims, entries):
-                sums = torch.zeros(how.results, *form, dtype=self._sum_dtype, device=first.device)
-                in_chunks(self._adding(how, dtype), sums.unbind(), views, dims, entries)
+                sums = torch.zeros(
+                    how.results,
+                    *form,
+                    dtype=self._sum_dtype,
+                    device=first.device,
+                )
+                in_chunks(
+                    self._adding(how, dtype),
+                    sums.unbind(),
+                    views,
+                    dims,
+                    entries,
+                )
                 added_up[i] = sums.flatten(1)
                 continue
 
+            # Written where it belongs: one buffer for all pieces saves a copy for each.
             place = places[i]
             if first.device != self._device:  # offloaded, or one of several devices
                 place = torch.empty_like(place, device=first.device)
@@ -219,6 +254,7 @@ class Kernels:
             if place is not places[i]:
                 places[i].copy_(place)
 
+        # Once for all vectors, and in float64: the kernels left the delicate part to this.
         finished = how.finish(written.to(self._sum_dtype))
         for i, sums in added_up.items():
             finished.split_with_sizes(index.counts, 1)[i].copy_(sums)
@@ -227,15 +263,29 @@ class Kernels:
     def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to the outs."""
 
-        def kernel(dims: Dims, outs: Views, views: Views) -> None:
-            part = torch.empty(how.written, *outs[0].shape, dtype=dtype, device=outs[0].device)
+        def kernel(
+            dims: Dims,
+            outs: Views,
+            views: Views,
+        ) -> None:
+            part = torch.empty(
+                how.written,
+                *outs[0].shape,
+                dtype=dtype,
+                device=outs[0].device,
+            )
             how.kernel(dims, part.unbind(), views)
             for out, more in zip(outs, how.finish(part.to(self._sum_dtype)), strict=True):
                 out += more
 
         return kernel
 
-    def _views(self, weight: int, rows: Rows, operands: Sequence[Operand]) -> list[Tensor | None]:
+    def _views(
+        self,
+        weight: int,
+        rows: Rows,
+        operands: Sequence[Operand],
+    ) -> list[Tensor | None]:
         """A piece of every operand, hidden entries as zeros."""
         hidden = self._hidden[weight]
         views: list[Tensor | None] = []
@@ -266,6 +316,10 @@ def _given(*numbers: Tensor | None) -> list[Tensor]:
     return [number for number in numbers if number is not None]
 
 
-def _spread(numbers: Tensor, rows: Rows, view: Tensor) -> Tensor:
+def _spread(
+    numbers: Tensor,
+    rows: Rows,
+    view: Tensor,
+) -> Tensor:
     """One number per row, shaped to broadcast over a view of them."""
     return numbers.to(view.device, passes.own_precision(view)).view(rows.form(view))

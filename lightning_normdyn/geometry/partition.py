@@ -59,7 +59,11 @@ class Partition:
         return cls((0, 1), labels, "filter")
 
     @classmethod
-    def groups(cls, shape: tuple[int, ...], groups: int) -> Partition:
+    def groups(
+        cls,
+        shape: tuple[int, ...],
+        groups: int,
+    ) -> Partition:
         """``groups`` vectors, each of ``shape[0] / groups`` neighbouring rows."""
         return cls((0,), indices(shape[0]) // (shape[0] // groups), "group")
 
@@ -71,6 +75,7 @@ class Partition:
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> Partition:
         """`layer` for a parameter of any shape, a bias or a single number among them."""
+        # A single number has no dimension to keep.
         if shape:
             return cls.layer(shape)
         return cls((), torch.zeros((), dtype=torch.long, device="cpu"), "layer")
@@ -106,6 +111,7 @@ class Partition:
             [2, 3]
         """
         if read is None:
+            # All labels stand for equally many entries: those along the dimensions not kept.
             entries_per_label = prod(shape) // max(1, self.labels.numel())
             return self._label_counts() * entries_per_label
         every_dim = self.labels.reshape(self._sizes(range(len(shape))))
@@ -120,7 +126,12 @@ class Partition:
             >>> Partition((0,), torch.tensor([0, -1, 1]), "filter").found_in(Partition((0,), torch.tensor([-1, 1, 0]), "filter")).tolist()
             [-1, 0]
         """
-        match = torch.full((self.n,), -1, dtype=torch.long, device="cpu")
+        match = torch.full(
+            (self.n,),
+            -1,
+            dtype=torch.long,
+            device="cpu",
+        )
         if self.keep != other.keep or self.labels.shape != other.labels.shape:
             return match
         inside = self.labels >= 0
@@ -144,6 +155,7 @@ class Partition:
             >>> Partition.filters((3, 2)).only(torch.tensor([True, False, True])).labels.tolist()
             [0, -1, 1]
         """
+        # The same object: callers compare partitions by identity first.
         if bool(kept.all()):
             return self
         return Partition(self.keep, renumbered(kept)[self.labels], self.granularity)
@@ -168,7 +180,13 @@ class Partition:
             coarser.labels.reshape(coarser._sizes(dims)),
         )
         finer, around = mine[mine >= 0], theirs[mine >= 0]
-        vector = torch.full((self.n,), -1, dtype=torch.long, device="cpu")
+        # Any of the entries' vectors is written; if all of them agree, reading it gives them back.
+        vector = torch.full(
+            (self.n,),
+            -1,
+            dtype=torch.long,
+            device="cpu",
+        )
         vector[finer] = around
         if not torch.equal(vector[finer], around):
             raise ValueError(

@@ -18,7 +18,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry.chunks import Dims, Kernel, Views
+from lightning_normdyn.geometry.chunks import (
+    Dims,
+    Kernel,
+    Views,
+)
 
 Operand = Sequence["Tensor | None"]
 """One local tensor per weight; None for a weight to be passed over."""
@@ -52,7 +56,11 @@ class Pass:
 # ---- Norms, moments, displacement, radial part ----
 
 
-def _norms(dims: Dims, outs: Views, views: Views) -> None:
+def _norms(
+    dims: Dims,
+    outs: Views,
+    views: Views,
+) -> None:
     norm_of(widened(views[0]), dims, outs[0])
 
 
@@ -60,7 +68,11 @@ SQUARES = Pass(_norms, torch.square, 1, 1, streaming=True)
 """<w, w>."""
 
 
-def _moments(dims: Dims, outs: Views, views: Views) -> None:
+def _moments(
+    dims: Dims,
+    outs: Views,
+    views: Views,
+) -> None:
     mean, length, left, members = outs
     x = widened(views[0])
     count = prod(x.shape[d] for d in dims)
@@ -68,6 +80,7 @@ def _moments(dims: Dims, outs: Views, views: Views) -> None:
     # mean a thousand times as large.
     estimate = sum_of(x, dims) / count
     rest = x - estimate
+    # The estimate need not be right: what it misses is in `left`.
     mean.copy_(estimate)
     norm_of(rest, dims, length)
     sum_of(rest, dims, left)
@@ -102,7 +115,11 @@ def displacement(exact: torch.dtype | None, *, known: bool = False) -> Pass:
         known: whether norms are given.
     """
 
-    def kernel(dims: Dims, outs: Views, views: Views) -> None:
+    def kernel(
+        dims: Dims,
+        outs: Views,
+        views: Views,
+    ) -> None:
         norm, ratio, length, along = outs
         before, after = map(widened, views[:2])
         if known:
@@ -124,7 +141,11 @@ def displacement(exact: torch.dtype | None, *, known: bool = False) -> Pass:
     return Pass(kernel, _finish_displacement, 4, 3, exact, whole_rows=known)
 
 
-def radial(dims: Dims, outs: Views, views: Views) -> Tensor:
+def radial(
+    dims: Dims,
+    outs: Views,
+    views: Views,
+) -> Tensor:
     """The norm of w, and <w, Δ>, from w and v; returns w."""
     before, after = map(widened, views)
     # First what reads both: two weights come into the cache faster together than one after the
@@ -134,10 +155,16 @@ def radial(dims: Dims, outs: Views, views: Views) -> Tensor:
     return before
 
 
-def radial_of_step(dims: Dims, outs: Views, views: Views) -> Tensor:
+def radial_of_step(
+    dims: Dims,
+    outs: Views,
+    views: Views,
+) -> Tensor:
     """The norm of w, <w, Δ> and the norm of the direction, from a direction, v, and the number that
     the step is of the direction; returns w."""
     direction, after, length = views
+    # w is told from what it has become. Its error is the rounding of v, which matters only where
+    # the step is many times as long as w.
     before = torch.addcmul(after, direction, length, value=-1)
     sum_of(before * direction, dims, outs[1]).mul_(length)
     norm_of(before, dims, outs[0])
@@ -147,6 +174,7 @@ def radial_of_step(dims: Dims, outs: Views, views: Views) -> Tensor:
 
 def _finish_radial(written: Tensor) -> Tensor:
     """From norms to squares."""
+    # <w, Δ> in the middle may be negative and is written as it is.
     written[::2].square_()
     return written
 
@@ -167,8 +195,13 @@ def removing(how: Pass, operands: int) -> Pass:
             radial part and, if not all vectors are to be changed, which are.
     """
 
-    def kernel(dims: Dims, outs: Views, views: Views) -> None:
+    def kernel(
+        dims: Dims,
+        outs: Views,
+        views: Views,
+    ) -> None:
         share, *active = views[operands:]
+        # The row is in the cache now: the change costs no other read of memory.
         before = how.kernel(dims, outs, views[:operands])
         removed = removed_part(outs[0].square(), outs[1], share).to(share.dtype)
         views[1].addcmul_(before, applied_part(removed, *active), value=-1)
@@ -176,7 +209,11 @@ def removing(how: Pass, operands: int) -> Pass:
     return replace(how, kernel=kernel, whole_rows=True)
 
 
-def removed_part(square: Tensor, product: Tensor, share: Tensor) -> Tensor:
+def removed_part(
+    square: Tensor,
+    product: Tensor,
+    share: Tensor,
+) -> Tensor:
     """How much of w is taken away: ``share`` + <w, Δ> / <w, w>.
 
     As `lightning_normdyn.functional.radial_coefficient`, but not finite where Δ or w is not, so
@@ -192,6 +229,7 @@ def above_zero(square: Tensor) -> Tensor:
 
 def applied_part(removed: Tensor, active: Tensor | None = None) -> Tensor:
     """`removed_part` of the vectors that are changed; 0 for the others and where not finite."""
+    # Without a branch, which would make the host wait for the device.
     applied = removed.nan_to_num(0.0, 0.0, 0.0)
     return applied if active is None else applied * active
 
@@ -230,16 +268,29 @@ class Products:
         self._read = len(self.operands)
         if copy is not None:
             self.operands.append(copy[1])
-        self.how = Pass(self._kernel, self._finish, len(pairs), len(pairs), exact)
+        self.how = Pass(
+            self._kernel,
+            self._finish,
+            len(pairs),
+            len(pairs),
+            exact,
+        )
 
     def _position(self, operand: Operand) -> int:
         for position, known in enumerate(self.operands):
+            # Callers ask for the weights anew for each product: other lists of the same tensors.
             if operand is known or all(x is y for x, y in zip(operand, known, strict=True)):
                 return position
         self.operands.append(operand)
         return len(self.operands) - 1
 
-    def _kernel(self, dims: Dims, outs: Views, views: Views) -> None:
+    def _kernel(
+        self,
+        dims: Dims,
+        outs: Views,
+        views: Views,
+    ) -> None:
+        # While x is in the cache anyway.
         if self._copied is not None and views[self._copied] is not None and views[-1] is not None:
             views[-1].copy_(views[self._copied])
         values = [self._convert(view) for view in views[: self._read]]
@@ -277,16 +328,26 @@ def widened(x: Tensor) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def sum_of(x: Tensor, dims: Dims, out: Tensor | None = None) -> Tensor:
+def sum_of(
+    x: Tensor,
+    dims: Dims,
+    out: Tensor | None = None,
+) -> Tensor:
     """Sum over ``dims``; over none of them the entries themselves."""
+    # An `out` of another dtype would make torch convert x first, entry by entry.
     if dims and out is not None and out.dtype == x.dtype:
         return torch.sum(x, dims, keepdim=True, out=out)
     total = x.sum(dims, keepdim=True) if dims else x
     return total if out is None else out.copy_(total)
 
 
-def norm_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
+def norm_of(
+    x: Tensor,
+    dims: Dims,
+    out: Tensor,
+) -> Tensor:
     """Euclidean norm over ``dims``; over none of them absolute values."""
+    # A row of one entry: without dimensions torch would take the norm of everything.
     if not dims:
         return out.copy_(x.abs())
     if out.dtype == x.dtype:

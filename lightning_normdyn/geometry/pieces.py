@@ -85,6 +85,7 @@ class Placement:
     held: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        # Without shards every vector is here, also one that no label names.
         held = indices(self.n)
         if self.sharing is not None:
             labels = [piece.labels.flatten() for piece in self.pieces]
@@ -96,6 +97,7 @@ class Placement:
     def value(self, weight: Tensor) -> Tensor:
         """This rank's plain tensor of the numbers that the optimizer updates; writing to it writes
         to the weight."""
+        # The parameter itself may be a rounded copy (bfloat16) of what the optimizer updates.
         value = weight if self.master is None else self.master.value()
         return self.storage(value.detach())
 

@@ -10,14 +10,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.agreement import compare_ranks
 from lightning_normdyn.geometry.dtensor import is_dtensor, place_dtensor
-from lightning_normdyn.geometry.flat import flat_slice, place_flat, slice_now
+from lightning_normdyn.geometry.flat import (
+    flat_slice,
+    place_flat,
+    slice_now,
+)
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, itself
+from lightning_normdyn.geometry.pieces import (
+    Piece,
+    Placement,
+    Shape,
+    itself,
+)
 from lightning_normdyn.geometry.reduction import world_size
 
 
@@ -42,6 +52,7 @@ def place_all(
     except NotSupportedError as error:
         # Raised below: the other ranks would wait for this one to compare.
         refusal, placements = error, []
+    # Without shards (DDP) every rank holds all, and nothing is added up over ranks.
     if world_size() > 1 and any(is_dtensor(w) or flat_slice(w) for w in weights):
         compare_ranks(weights, partitions, names, placements, refusal)
     if refusal is not None:
@@ -49,7 +60,11 @@ def place_all(
     return placements
 
 
-def place(weight: Tensor, partition: Partition, name: str = "weight") -> Placement:
+def place(
+    weight: Tensor,
+    partition: Partition,
+    name: str = "weight",
+) -> Placement:
     """How ``weight`` lies on this rank, split as ``partition`` says.
 
     Raises:
@@ -75,7 +90,12 @@ def place(weight: Tensor, partition: Partition, name: str = "weight") -> Placeme
         return place_flat(flat, partition)
     if is_dtensor(weight):
         return place_dtensor(weight, partition, name)
-    return Placement(shape, partition.n, itself, (Piece(itself, partition.keep, labels),))
+    return Placement(
+        shape,
+        partition.n,
+        itself,
+        (Piece(itself, partition.keep, labels),),
+    )
 
 
 def check_weight(weight: Tensor, name: str) -> None:
@@ -87,6 +107,8 @@ def check_weight(weight: Tensor, name: str) -> None:
     """
     from torch.nn.parameter import is_lazy
 
+    # Everything that is written to in place must be plain numbers with strides: what a subclass or
+    # a packed format does to a multiplication is not known.
     kind = None
     if is_lazy(weight):
         kind = "a lazy parameter without a shape yet; run one forward pass before the fit"
@@ -104,6 +126,26 @@ def check_weight(weight: Tensor, name: str) -> None:
         )
 
 
+def hidden_entries(weight: Tensor, read: Tensor | None, name: str) -> Tensor | None:
+    """Which entries of a weight's local tensor the loss does not read: bool, laid out like it.
+
+    Args:
+        weight: the parameter.
+        read: bool of its full shape: the entries that the loss reads; None: all.
+        name: what to call it in messages.
+    """
+    if read is None:
+        return None
+    # A partition that tells every entry apart, so that the mask is sharded as the weight is.
+    every_entry = Partition(tuple(range(read.ndim)), torch.where(read, 0, -1), "layer")
+    placement = place(weight, every_entry, name)
+    hidden = torch.zeros_like(placement.value(weight), dtype=torch.bool)
+    for piece in placement.pieces:
+        view = piece.select(hidden)
+        view.copy_((piece.labels < 0).reshape(view.shape))
+    return hidden
+
+
 def full_shape(weight: Tensor) -> Shape:
     """The shape of the whole weight, whatever this rank holds of it; ``()`` for a lazy parameter.
 
@@ -119,11 +161,8 @@ def full_shape(weight: Tensor) -> Shape:
     flat = flat_slice(weight)
     if flat is not None:
         return flat.shape
-    if isinstance(weight, nn.Parameter) and hasattr(
-        weight, "ds_shape"
-    ):  # DeepSpeed stage 3 leaves an empty tensor behind
-        return tuple(weight.ds_shape)
-    return tuple(weight.shape)
+    # DeepSpeed stage 3 leaves an empty tensor behind.
+    return tuple(getattr(weight, "ds_shape", weight.shape))
 
 
 def has_gradient(weight: Tensor) -> bool:
@@ -176,6 +215,7 @@ def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
         module: what may be compiled, or a part of it.
         stepped: the parameters that an optimizer has just stepped, so that nothing is lost.
     """
+    # Elsewhere gradients are a person's, who may still want to look at them.
     if not any(map(_is_compiled, module.modules())):
         return
     for weight in stepped:

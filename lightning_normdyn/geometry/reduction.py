@@ -42,13 +42,19 @@ def held_everywhere(n: int) -> Sharing:
     """The sharing of a weight that every rank holds; rank zero speaks."""
     none = torch.zeros(n, dtype=torch.bool, device="cpu")
     speaks = world_size() == 1 or dist.get_rank() == 0
-    counted = torch.full((n,), speaks, dtype=torch.bool, device="cpu")
+    counted = torch.full(
+        (n,),
+        speaks,
+        dtype=torch.bool,
+        device="cpu",
+    )
     return Sharing(none, none, counted, speaks, everywhere=True, group=None)
 
 
 def groups_of(sharings: Iterable[Sharing]) -> dict[tuple[int, ...] | None, Any]:
     """The different groups of ranks over which cut vectors are completed; None stands for one that
     no process group is."""
+    # By their ranks: equal groups may be different objects.
     groups: dict[tuple[int, ...] | None, Any] = {}
     for sharing in sharings:
         if bool(sharing.cut.any()):
@@ -151,15 +157,22 @@ class Reduction:
         if len(groups) != 1 or None in groups:
             return self._far
         (group,) = groups.values()
+        # Within the group each entry lies once, so every rank adds what it holds.
         return self._buffer([s.present for s in self._sharings], group, adds=[True] * self.weights)
 
     @cached_property
     def _far(self) -> _Buffer:
         """The buffer of all ranks, which all cut vectors fit into."""
+        # All ranks together hold replicas as well, of which only the first adds.
         adds = [s.first_copy for s in self._sharings]
         return self._buffer([s.cut for s in self._sharings], None, adds)
 
-    def _buffer(self, chosen: list[Tensor], group: Any, adds: list[bool]) -> _Buffer:
+    def _buffer(
+        self,
+        chosen: list[Tensor],
+        group: Any,
+        adds: list[bool],
+    ) -> _Buffer:
         slots, size = [], 0
         for mask in chosen:
             slots.append(torch.where(mask, mask.cumsum(0) - 1 + size, -1))
@@ -236,6 +249,7 @@ class Reduction:
     def mean_over_copies(self, totals: Tensor) -> Tensor:
         """The mean over all ranks of totals that were taken without communication; others are equal
         on all ranks already."""
+        # Where some rank lacks a vector, totals came out of a collective and are equal already.
         if not self.everywhere or world_size() == 1:
             return totals
         return all_reduce(totals.contiguous(), None) / world_size()
@@ -243,6 +257,7 @@ class Reduction:
     def counts(self, bins: Tensor, size: int) -> Tensor:
         """How many vectors of each weight on all ranks lie in each bin, each counted once: ``(...,
         n)`` to ``(..., weights, size)``."""
+        # One more bin at the end takes the vectors that are in none.
         weight_of = self.weight_of[self._chosen]
         no_bin = self.weights * size
         lines = bins[..., self._chosen].flatten(0, -2)
@@ -261,6 +276,7 @@ class Reduction:
             places.append(held + total)
             total += size
         place = torch.cat(places).to(values.device) if places else self._speaks
+        # Each rank writes what it speaks for into zeros; adding up over the ranks gathers.
         # Integers and flags are sent as floating-point numbers, which hold them exactly.
         dtype = torch.float32 if values.device.type == "mps" else torch.float64
         out = values.new_zeros(*values.shape[:-1], total, dtype=dtype)

@@ -10,6 +10,7 @@ Shapes: ``n`` vectors, ``weights`` weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -18,8 +19,18 @@ from torch import Tensor
 from lightning_normdyn.geometry.index import RowIndex
 from lightning_normdyn.geometry.kernels import Kernels, sum_dtype
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.passes import Operand, above_zero, applied_part, removed_part
-from lightning_normdyn.geometry.placement import is_plain, place, place_all, version_of
+from lightning_normdyn.geometry.passes import (
+    Operand,
+    above_zero,
+    applied_part,
+    removed_part,
+)
+from lightning_normdyn.geometry.placement import (
+    hidden_entries,
+    is_plain,
+    place_all,
+    version_of,
+)
 from lightning_normdyn.geometry.reduction import Reduction
 
 Summarize = Callable[[Tensor, Tensor], Tensor]
@@ -89,7 +100,8 @@ class WeightVectors:
     ) -> None:
         self.weights = list(weights)
         self.partitions = list(partitions)
-        self.names = list(names or [f"weight {i}" for i in range(len(weights))])
+        self.names = names = list(names or [f"weight {i}" for i in range(len(weights))])
+        # Numbers per vector are kept in one place, even if weights lie on several devices.
         self.device = weights[0].device if weights else torch.device("cpu")
         self.sum_dtype = sum_dtype(self.device)
         self._placements = place_all(self.weights, self.partitions, self.names)
@@ -98,13 +110,13 @@ class WeightVectors:
         self.n = self._index.n
         self.slices = self._index.slices
 
-        hidden: list[Tensor | None] = []
-        lengths = []
+        # Worked out of the partitions, since a shard does not know how long its vectors are.
+        lengths, hidden = [], []
         read = read or [None] * len(self.weights)
         for i, entries in enumerate(read):
             length = self.partitions[i].lengths(self._placements[i].shape, entries)
             lengths.append(length.to(self.sum_dtype))
-            hidden.append(self._hidden(i, entries))
+            hidden.append(hidden_entries(weights[i], entries, names[i]))
 
         dtypes = {value.dtype for value in self.values()}
         self.low_precision = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
@@ -114,21 +126,6 @@ class WeightVectors:
         self.length = self._reduction.length
         counts = [partition.n for partition in self.partitions]
         self.count = torch.tensor(counts, dtype=self.sum_dtype, device=self.device)
-        self._rounding_of_vectors: Tensor | None = None
-
-    def _hidden(self, i: int, read: Tensor | None) -> Tensor | None:
-        """Which entries of a weight's local tensor the loss does not read: bool, laid out like
-        it."""
-        if read is None:
-            return None
-        weight, name = self.weights[i], self.names[i]
-        every_entry = Partition(tuple(range(read.ndim)), torch.where(read, 0, -1), "layer")
-        placement = place(weight, every_entry, name)
-        hidden = torch.zeros_like(placement.value(weight), dtype=torch.bool)
-        for piece in placement.pieces:
-            view = piece.select(hidden)
-            view.copy_((piece.labels < 0).reshape(view.shape))
-        return hidden
 
     @property
     def cut(self) -> bool:
@@ -173,7 +170,7 @@ class WeightVectors:
     def has_gradient(self, step: HasGradients) -> tuple[bool, ...]:
         """For each weight whether it had a gradient when ``step`` was ready.
 
-        True also where this rank holds none of the weight's entries, since other ranks decide.
+        True also where this rank holds none of its entries, since other ranks decide.
         """
         return tuple(
             not placement.pieces or id(weight) in step.with_gradient
@@ -183,6 +180,7 @@ class WeightVectors:
     def versions(self) -> list[int]:
         """For each weight how often its numbers were written to:
         `lightning_normdyn.geometry.placement.version_of`."""
+        # Asked for in every step: looking for something inside or behind a weight costs more.
         if self._plain:
             return [weight._version for weight in self.weights]
         return [version_of(weight) for weight in self.weights]
@@ -210,11 +208,10 @@ class WeightVectors:
         Args:
             pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>. A weight whose operand is None
                 contributes zeros.
-            exact: whether products are taken in float64; otherwise in the operands' own precision,
-                float32 at least, which is twice as fast and errs by 1e-7 of the product of the two
-                lengths. Enough for norms and cosines, not for differences of sums.
-            copy: one of the operands, and where to copy it on the way: cheaper than a pass of its
-                own. None entries are passed over.
+            exact: whether in float64; otherwise in the operands' own precision, float32 at least,
+                which is twice as fast and errs by 1e-7 of the product of the two lengths. Enough
+                for norms and cosines, not for differences of sums.
+            copy: one of the operands, and where to copy it on the way.
 
         Returns:
             ``(len(pairs), n)``, float64.
@@ -227,8 +224,8 @@ class WeightVectors:
         return self._kernels.products(pairs, exact=exact)
 
     def complete_with_totals(self, packed: Tensor, summarize: Summarize) -> Tensor:
-        """Complete what `partial_inner` gave, in place, and return `totals` of what ``summarize``
-        makes of it, in one collective."""
+        """Complete `partial_inner` in place and return `totals` of what ``summarize`` makes of it,
+        in one collective."""
         return self._reduction.sum_with_totals_(packed, summarize)
 
     def inner_and_totals(
@@ -240,12 +237,6 @@ class WeightVectors:
         """`inner`, and in the same collective `totals` of what ``summarize`` makes of the inner
         products.
 
-        Args:
-            pairs: as for `inner`.
-            summarize: from the inner products ``(len(pairs), m)`` and the lengths ``(m,)`` of any m
-                vectors to ``(J, m)`` values.
-            exact: as for `inner`.
-
         Returns:
             ``(len(pairs), n)`` and ``(J, weights)``.
         """
@@ -256,17 +247,17 @@ class WeightVectors:
     def norms(self) -> Tensor:
         """Norm of every vector, ``(n,)``, summed in the weights' own precision, float32 at least.
 
-        One pass of the fastest kernel: right to float32 rounding, which is all that a factor or a
-        division needs. Where a difference of norms or an angle is wanted, use `inner`.
+        Right to float32 rounding, which is all that a factor or a division needs. Where a
+        difference of norms or an angle is wanted, use `inner`.
         """
+        # Squares, since those add up over ranks.
         return self._reduction.sum_(self._kernels.squares(self.values())).sqrt_()
 
     def moments(self, tensors: Operand) -> tuple[Tensor, Tensor]:
         """Sums of squares and sums of the entries of every vector, for standard deviations.
 
-        Summed around a first estimate of the mean, in the tensors' own precision, float32 at least:
-        a standard deviation from the two is right to 1e-6 even where the mean is a thousand times
-        as large.
+        A standard deviation from them is right to 1e-6 even where the mean is a thousand times as
+        large.
 
         Args:
             tensors: laid out like the weights; None contributes zeros.
@@ -289,9 +280,7 @@ class WeightVectors:
 
         Angles from them are right to 1e-3 of themselves from 1e-6 rad on (to 1e-6 where rounding of
         the weights is no matter), radial parts to 1e-6 of the step, also when the norm changes many
-        times over, although all passes over the weights are in their own precision, float32 at
-        least: what is summed is the residual r = now - k w with the ratio of norms k, which is
-        nearly orthogonal to w, and only the few numbers per vector are combined in float64.
+        times over: `lightning_normdyn.geometry.passes.displacement` says how.
 
         Args:
             before: w, the weights before the step.
@@ -303,6 +292,7 @@ class WeightVectors:
         Returns:
             ``(3, n)``, completed over the ranks that share vectors.
         """
+        # Known norms are those of whole vectors; parts of vectors need their own.
         if self._reduction.cuts or not self._kernels.rows_fit:
             norms = None
         after = self._values_beside(before)
@@ -311,15 +301,10 @@ class WeightVectors:
 
     def radial_and_totals(self, before: Operand, *, summarize: Summarize) -> tuple[Tensor, Tensor]:
         """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and
-        `totals` in the same collective.
+        in the same collective `totals` of what ``summarize`` makes of them.
 
         The step is taken in the weights' own precision, float32 at least: right to 1e-7 of the
         step.
-
-        Args:
-            before: w, the weights before the step.
-            summarize: from the sums ``(2, m)`` and the lengths ``(m,)`` of any m vectors to ``(J,
-                m)`` values.
 
         Returns:
             ``(2, n)`` and ``(J, weights)``.
@@ -336,8 +321,7 @@ class WeightVectors:
         return self._reduction.per_weight(values)
 
     def totals(self, values: Tensor) -> Tensor:
-        """`per_weight`, completed over all ranks, every vector counted once: ``(..., n)`` to
-        ``(..., weights)``.
+        """`per_weight` over all ranks, every vector counted once: ``(..., n)`` to ``(..., weights)``.
 
         One collective, or none where every rank holds all vectors. Every rank must call it.
         """
@@ -347,9 +331,8 @@ class WeightVectors:
         """Make ``(..., weights)`` totals equal on all ranks where each rank worked them out for
         itself.
 
-        Where every rank holds all vectors, `totals` communicates nothing, and ranks could come to
-        different conclusions if a person's code changed the numbers on one of them. One collective
-        with more than one rank, nothing with one.
+        Where every rank holds all vectors, `totals` communicates nothing, and ranks would come to
+        different conclusions if somebody's code changed the numbers on one of them.
         """
         return self._reduction.mean_over_copies(totals)
 
@@ -374,8 +357,7 @@ class WeightVectors:
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """From ``(..., n)`` values of the vectors held here to those of all vectors, for each
-        weight ``(..., vectors of the weight)``: for checkpoints, and for what lies behind the
-        weights.
+        weight ``(..., vectors of the weight)``, e.g. for checkpoints.
 
         One collective, or none where every rank holds all vectors. Every rank must call it.
         """
@@ -428,8 +410,8 @@ class WeightVectors:
         """Remove from the step since ``before`` its part along ``before``, and a share of
         ``before`` with it, in place: `lightning_normdyn.functional.remove_radial`.
 
-        The step is taken as in `radial_and_totals`; a vector for which the result is not finite is
-        left alone. One collective where vectors lie on several ranks, none otherwise.
+        A vector for which the result is not finite is left alone. One collective where vectors lie
+        on several ranks, none otherwise.
 
         Args:
             before: the weights before the step.
@@ -443,6 +425,7 @@ class WeightVectors:
         if self._one_pass:
             square, product = self._kernels.remove_radial_(before, after, share, active)
             return removed_part(square, product, share)
+        # Two passes: the sums may have to wait for other ranks.
         square, product = self._reduction.sum_(self._kernels.radial(before, after))
         removed = removed_part(square, product, share)
         self._kernels.add_scaled_(after, -applied_part(removed, active), before)
@@ -458,9 +441,8 @@ class WeightVectors:
         """`remove_radial_` where the step is known, ``length * direction``, so that no copy of the
         weights is needed.
 
-        The weight before the step is told from the sum of itself and the step, so what is removed
-        is wrong by the rounding of the weights' dtype times the length of the step over that of the
-        weight.
+        What is removed is wrong by the rounding of the weights' dtype times the length of the step
+        over that of the weight.
 
         Args:
             direction: laid out like the weights; None entries are passed over.
@@ -481,7 +463,8 @@ class WeightVectors:
         square, product, direction_square = sums
         removed = removed_part(square, product, share)
         if not self._one_pass:
-            # w = v - length * direction: w itself is not there.
+            # w = v - length * direction, put in: w itself is nowhere, and its copy would cost the
+            # memory that this method saves.
             applied = applied_part(removed, active)
             self._kernels.add_scaled_(after, -applied, after)
             self._kernels.add_scaled_(after, applied * length, direction)
@@ -503,7 +486,7 @@ class WeightVectors:
             The new ``owed``.
         """
         owed = owed * factor.to(owed.dtype)
-        rounding = self._rounding()
+        rounding = self._rounding
         keeps_all = rounding <= torch.finfo(torch.float32).eps
         is_due = keeps_all | ((owed - 1).abs() >= rounding)
         wanted = torch.where(is_due, owed, torch.ones_like(owed))
@@ -512,16 +495,15 @@ class WeightVectors:
         self.scale_(wanted)
         square_after = self._kernels.squares(self.values())
 
-        # Measured, because the stored weights shrank by another factor than the wanted one.
+        # Measured, because the stored weights changed by another factor than the wanted one. Where
+        # nothing can be measured (a vector of zeros), the wanted one is taken for applied.
         measured = (square_after / square_before).sqrt().to(owed.dtype)
         usable = torch.isfinite(measured) & (measured > 0) & ~keeps_all
         applied = torch.where(usable, measured, wanted)
         return torch.where(is_due, owed / applied, owed)
 
+    @cached_property
     def _rounding(self) -> Tensor:
         """The relative rounding of each vector's weight, ``(n,)``."""
-        if self._rounding_of_vectors is None:
-            epsilons = [torch.finfo(value.dtype).eps for value in self.values()]
-            per_weight = torch.tensor(epsilons, dtype=torch.float32, device=self.device)
-            self._rounding_of_vectors = self.spread(per_weight)
-        return self._rounding_of_vectors
+        epsilons = [torch.finfo(value.dtype).eps for value in self.values()]
+        return self.spread(torch.tensor(epsilons, dtype=torch.float32, device=self.device))
