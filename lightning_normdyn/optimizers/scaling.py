@@ -1,18 +1,17 @@
-"""A change of scale that is made for an update still to come, and how to take it back if the update
-never comes.
+"""A change of scale that is made for an update still to come, and how to take it back.
 
 `ready` shrinks and rescales weights before the optimizer steps. The step may then raise, or a
-checkpoint may be saved before the optimizer
-has written anything: what was done must not be done again. Every tensor of torch counts how often
-it was written to; these versions tell
-what has been done, and what the optimizer has stepped since.
+checkpoint may be saved before the optimizer has written anything: what was done must not be done
+again. Every tensor of torch counts how often it was written to; these versions tell what has been
+done, and what the optimizer has stepped since.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from operator import and_, ne
+from typing import Any, TypeAlias
 from weakref import ref
 
 import torch
@@ -24,7 +23,8 @@ from lightning_normdyn.geometry.placement import gradient_of, version_of
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.state import rescale_batch_norm_
 
-Ahead = dict[str, Any]
+Ahead: TypeAlias = dict[str, Any]
+"""What a checkpoint holds although its step has not happened: plain tensors, lists and strings."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,23 @@ class Statistics:
         return {"mean": mean, "var": var}
 
 
+class _Watch:
+    """Tells which of some tensors have been written to since it began."""
+
+    def __init__(self, tensors: Sequence[Tensor | None]) -> None:
+        self.tensors = list(tensors)
+        self._versions = list(map(_version, tensors))
+
+    def written(self) -> list[bool]:
+        return list(map(ne, map(_version, self.tensors), self._versions))
+
+
+def _version(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else version_of(tensor)
+
+
 class Scaling:
-    """One factor per vector, for the weights and for everything whose meaning depends on their
-    scale.
+    """One factor per vector, for the weights and for everything that depends on their scale.
 
     Args:
         vectors: the weights.
@@ -66,6 +80,12 @@ class Scaling:
         statistics: what lies behind the weights.
         invariant: for each weight whether the loss does not see its length; None: of all. Their
             gradients go as one over it.
+
+    Attributes:
+        pending: for each weight whether it has been multiplied and the optimizer has not stepped it
+            since, when `judge` was last called.
+        stepped: for each weight whether the optimizer has stepped it since `seal`, when `judge` was
+            last called.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0]]))
@@ -94,34 +114,22 @@ class Scaling:
         self.vectors = vectors
         self.factor = factor
         self.gradients = gradients
-        self.statistics = list(statistics)
-        self.invariant = [True] * len(vectors.weights) if invariant is None else list(invariant)
-        self.exponents = {}
-        self._buffers: dict[str, list[Tensor | None]] = {}
-        for key, exponent in (exponents or {}).items():
-            buffers = [
-                state[w].get(key) if state is not None and w in state else None
-                for w in vectors.weights
-            ]
-            if any(b is not None for b in buffers):
-                self.exponents[key] = exponent
-                self._buffers[key] = buffers
+        weights = vectors.weights
+        self.invariant = [True] * len(weights) if invariant is None else list(invariant)
+        self.pending = [False] * len(weights)
+        self.stepped = [False] * len(weights)
+
+        self._buffers: dict[str, tuple[float, _Watch]] = {}
+        for name, exponent in (exponents or {}).items():
+            states = [(state or {}).get(weight, {}) for weight in weights]
+            buffers = [of_weight.get(name) for of_weight in states]
+            if any(buffer is not None for buffer in buffers):
+                self._buffers[name] = exponent, _Watch(buffers)
+        self._statistics = [(s, _Watch(list(s.buffers().values()))) for s in statistics]
         self._before = vectors.versions()
-        self._buffers_before = {
-            key: [_version(b) for b in buffers] for key, buffers in self._buffers.items()
-        }
-        self._statistics_before = [
-            {name: b._version for name, b in s.buffers().items()} for s in self.statistics
-        ]
         self._left: list[int] | None = None
         # Weak: gradients are the first thing that somebody who is out of memory lets go of.
         self._gradients_left: list[tuple[ref[Tensor] | None, int]] = []
-        self.pending = [False] * len(vectors.weights)
-        """For each weight whether it has been multiplied and the optimizer has not stepped it
-        since, when `judge` was last called."""
-        self.stepped = list(self.pending)
-        """For each weight whether the optimizer has stepped it since `seal`, when `judge` was last
-        called."""
 
     def apply(self) -> None:
         """Multiply everything."""
@@ -129,28 +137,27 @@ class Scaling:
         vectors.scale_(self.factor)
         if self.gradients:
             vectors.scale_(1 / self.factor, vectors.gradients())
-        for key, exponent in self.exponents.items():
-            vectors.scale_(self.factor**exponent, vectors.local(self._buffers[key]))
-        for statistics in self.statistics:
+        for exponent, watch in self._buffers.values():
+            vectors.scale_(self.factor**exponent, vectors.local(watch.tensors))
+        for statistics, _ in self._statistics:
             _rescale_statistics(
                 statistics.module, statistics.buffers(), statistics.factor, statistics.bias
             )
 
-    # -- and back
-    # ------------------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------- what has been done
 
     def seal(self) -> None:
-        """Everything is ready for the update: whatever is written to weights and gradients from now
-        on, others do."""
+        """Everything is ready for the update: what is written from now on, others write."""
         self._left = self.vectors.versions()
         self.seal_gradients()
 
     def seal_gradients(self) -> None:
         """`seal` the gradients again: they were changed for the step and put back."""
-        gradients = [gradient_of(w) for w in self.vectors.weights]
-        self._gradients_left = [
-            (None, 0) if g is None else (ref(g), version_of(g)) for g in gradients
-        ]
+        self._gradients_left = []
+        for weight in self.vectors.weights:
+            gradient = gradient_of(weight)
+            held = None if gradient is None else ref(gradient)
+            self._gradients_left.append((held, _version(gradient)))
 
     def untouched(self) -> bool:
         """Whether nobody has written to weights and gradients since `seal`."""
@@ -161,80 +168,73 @@ class Scaling:
         if not self._gradients_left:
             return [False] * len(self.vectors.weights)
         new = []
-        for weight, (gradient_left, version) in zip(
-            self.vectors.weights, self._gradients_left, strict=True
-        ):
+        for weight, (held, version) in zip(self.vectors.weights, self._gradients_left, strict=True):
             gradient = gradient_of(weight)
-            left = None if gradient_left is None else gradient_left()
-            new.append(
-                gradient is not left or (gradient is not None and version_of(gradient) != version)
-            )
+            left = None if held is None else held()
+            new.append(gradient is not left or _version(gradient) != version)
         return new
 
     def judge(self) -> None:
-        """Find out what has been done by now: sets `pending` and `stepped`, before anybody takes
-        anything back."""
+        """Find out what has been done by now: sets `pending` and `stepped`.
+
+        To be called before anybody takes anything back.
+        """
         now = self.vectors.versions()
-        left = now if self._left is None else self._left
-        self.stepped = [version != at_end for version, at_end in zip(now, left, strict=True)]
+        self.stepped = list(map(ne, now, self._left or now))
+        multiplied = self._multiplied(now)
         self.pending = [
-            here and not away
-            for here, away in zip(self._multiplied(now), self.stepped, strict=True)
+            done and not stepped for done, stepped in zip(multiplied, self.stepped, strict=True)
         ]
 
     def _multiplied(self, now: Sequence[int]) -> list[bool]:
-        return [version != before for version, before in zip(now, self._before, strict=True)]
+        return list(map(ne, now, self._before))
+
+    # -------------------------------------------------------------------------------- and back
 
     def take_back(self, *, gradients_count: bool = False) -> None:
         """Divide by the factor again what `judge` found to be pending. No collective.
 
         Args:
             gradients_count: whether the gradients that are there now are what the next update will
-                be made of. They are then brought to
-                the scale of the weights: those of this step were divided, new ones were taken at
-                    weights that had been multiplied.
+                be made of. They are then brought to the scale of the weights: those of this step
+                were divided, new ones were taken at weights that had been multiplied.
         """
         pending, vectors = self.pending, self.vectors
         if not any(pending):
             return
-        vectors.scale_(1 / self._where(pending, self.factor))
+        vectors.scale_(1 / self._where(pending))
         if gradients_count:
-            each = zip(pending, self._new_gradients(), self.invariant, strict=True)
-            other_scale = [
-                here and (invariant if new else self.gradients) for here, new, invariant in each
-            ]
-            if any(other_scale):
-                vectors.scale_(self._where(other_scale, self.factor), vectors.gradients())
-        for key, exponent in self.exponents.items():
-            written = [
-                here and done for here, done in zip(pending, self._written(key), strict=True)
-            ]
-            vectors.scale_(
-                self._where(written, self.factor) ** -exponent, vectors.local(self._buffers[key])
-            )
-        for statistics, before in zip(self.statistics, self._statistics_before, strict=True):
+            self._rescale_gradients()
+        for exponent, watch in self._buffers.values():
+            written = list(map(and_, pending, watch.written()))
+            vectors.scale_(self._where(written) ** -exponent, vectors.local(watch.tensors))
+        for statistics, watch in self._statistics:
             if pending[statistics.position]:
-                done = {
-                    name: b
-                    for name, b in statistics.buffers().items()
-                    if b._version != before[name]
-                }
-                _rescale_statistics(statistics.module, done, 1 / statistics.factor, statistics.bias)
+                written_buffers = _written_buffers(statistics, watch)
+                _rescale_statistics(
+                    statistics.module, written_buffers, 1 / statistics.factor, statistics.bias
+                )
 
-    def _written(self, key: str) -> list[bool]:
-        return [
-            _version(b) != before
-            for b, before in zip(self._buffers[key], self._buffers_before[key], strict=True)
-        ]
+    def _rescale_gradients(self) -> None:
+        at_other_scale = []
+        for pending, new, invariant in zip(
+            self.pending, self._new_gradients(), self.invariant, strict=True
+        ):
+            # A gradient that the loss has taken anew at the multiplied weight has the other scale
+            # by itself; the one of this step only if it was divided.
+            other_scale = invariant if new else self.gradients
+            at_other_scale.append(pending and other_scale)
+        if any(at_other_scale):
+            self.vectors.scale_(self._where(at_other_scale), self.vectors.gradients())
 
-    def _where(self, chosen: Sequence[bool], factor: Tensor) -> Tensor:
+    def _where(self, chosen: Sequence[bool]) -> Tensor:
+        """The factor of the vectors of chosen weights, 1 for the others."""
         if all(chosen):
-            return factor
-        of_weight = torch.tensor(list(chosen), dtype=torch.bool, device=factor.device)
-        return torch.where(self.vectors.spread(of_weight), factor, torch.ones_like(factor))
+            return self.factor
+        of_weight = torch.tensor(list(chosen), dtype=torch.bool, device=self.factor.device)
+        return torch.where(self.vectors.spread(of_weight), self.factor, 1.0)
 
-    # -- over a checkpoint
-    # ---------------------------------------------------------------------------------------------
+    # ------------------------------------------------------------------------ over a checkpoint
 
     def state(self, names: Sequence[str]) -> Ahead:
         """What a checkpoint must say, so that `put_back` can take this back in another process.
@@ -248,37 +248,31 @@ class Scaling:
             Empty if there is nothing to take back.
         """
         self.judge()
-        pending = self.pending
-        if not any(pending):
+        if not any(self.pending):
             return {}
-        whole = self.vectors.gather(self.factor)
+        gathered = self.vectors.gather(self.factor)
+        written = {name: watch.written() for name, (_, watch) in self._buffers.items()}
         weights: Ahead = {}
         for i, (name, partition) in enumerate(zip(names, self.vectors.partitions, strict=True)):
-            if pending[i]:
+            if self.pending[i]:
                 weights[name] = {
-                    "factor": whole[i].cpu().clone(),
+                    "factor": gathered[i].cpu().clone(),
                     "keep": list(partition.keep),
                     "labels": partition.labels.cpu().clone(),
-                    "buffers": {
-                        key: e for key, e in self.exponents.items() if self._written(key)[i]
-                    },
+                    "buffers": {b: self._buffers[b][0] for b in written if written[b][i]},
                 }
-        statistics: Ahead = {}
-        for each, before in zip(self.statistics, self._statistics_before, strict=True):
-            done = [name for name, b in each.buffers().items() if b._version != before[name]]
-            if pending[each.position] and done:
-                bias = None if each.bias is None else each.bias.cpu().clone()
-                statistics[each.name] = {
-                    "factor": each.factor.cpu().clone(),
-                    "bias": bias,
-                    "done": done,
-                }
-        return {"weights": weights, "statistics": statistics}
+        behind: Ahead = {}
+        for statistics, watch in self._statistics:
+            done = list(_written_buffers(statistics, watch))
+            if self.pending[statistics.position] and done:
+                bias = None if statistics.bias is None else statistics.bias.cpu().clone()
+                factor = statistics.factor.cpu().clone()
+                behind[statistics.name] = {"factor": factor, "bias": bias, "done": done}
+        return {"weights": weights, "statistics": behind}
 
 
 class RoundedScaling(Scaling):
-    """A scaling of weights stored in bfloat16 or float16: factors that rounding would swallow are
-    owed.
+    """A scaling of weights stored in bfloat16 or float16: factors that rounding would swallow are owed.
 
     Taken back, the factor is owed in the other direction; the weights stay as they are.
 
@@ -302,15 +296,18 @@ class RoundedScaling(Scaling):
         self._applied = True
 
     def _multiplied(self, now: Sequence[int]) -> list[bool]:
+        # A factor that is owed has not been written anywhere, and yet it counts.
         return [self._applied] * len(now)
 
     def take_back(self, *, gradients_count: bool = False) -> None:
         """Owe the factor in the other direction."""
-        self.owed = self.owed / self._where(self.pending, self.factor).to(self.owed.dtype)
+        self.owed = self.owed / self._where(self.pending).to(self.owed.dtype)
 
     def state(self, names: Sequence[str]) -> Ahead:
-        """See `Scaling.state`; `put_back` does not touch these weights: who keeps what is owed
-        divides it."""
+        """See `Scaling.state`.
+
+        `put_back` does not touch these weights: who keeps what is owed divides it.
+        """
         state = super().state(names)
         for entry in state.get("weights", {}).values():
             entry["owed"] = True
@@ -321,8 +318,9 @@ class RoundedScaling(Scaling):
 def put_back(
     ahead: Ahead, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer], module: nn.Module
 ) -> list[str]:
-    """Take back what a checkpoint holds although its step never happened: `Scaling.state`, in the
-    process that goes on from there.
+    """Take back what a checkpoint holds although its step never happened (`Scaling.state`).
+
+    In the process that goes on from there.
 
     Args:
         ahead: from the checkpoint.
@@ -335,48 +333,57 @@ def put_back(
     """
     unfit = []
     for name, entry in ahead.get("weights", {}).items():
-        weight = weights.get(name)
-        vectors = None if weight is None else _vectors_of(name, weight, entry)
-        if weight is None or vectors is None:
+        if name not in weights or not _put_weight_back(name, weights[name], entry, optimizers):
             unfit.append(name)
-            continue
-        if entry.get("owed"):
-            continue
-        factor = vectors.scatter([entry["factor"]])
-        vectors.scale_(1 / factor)
-        states = [o.state[weight] for o in optimizers if weight in o.state]
-        for key, exponent in entry["buffers"].items():
-            for state in states:
-                if isinstance(state.get(key), Tensor):
-                    vectors.scale_(factor**-exponent, vectors.local([state[key]]))
     modules = dict(module.named_modules())
     for name, entry in ahead.get("statistics", {}).items():
-        norm = modules.get(name)
-        buffers = {part: getattr(norm, f"running_{part}", None) for part in entry["done"]}
-        tensors = [*buffers.values(), *([] if entry["bias"] is None else [entry["bias"]])]
-        if norm is None or any(
-            not isinstance(t, Tensor) or t.shape != entry["factor"].shape for t in tensors
-        ):
+        if name not in modules or not _put_statistics_back(modules[name], entry):
             unfit.append(name)
-            continue
-        _rescale_statistics(
-            norm,
-            {part: b for part, b in buffers.items() if b is not None},
-            1 / entry["factor"],
-            entry["bias"],
-        )
     return unfit
 
 
-def _vectors_of(name: str, weight: Tensor, entry: Ahead) -> WeightVectors | None:
+def _put_weight_back(
+    name: str, weight: Tensor, entry: Ahead, optimizers: Sequence[Optimizer]
+) -> bool:
+    """Whether ``entry`` fits the weight; divides it and its buffers if so."""
     partition = Partition(tuple(entry["keep"]), entry["labels"], "saved")
-    factor = entry["factor"]
-    if factor.shape != (partition.n,) or not bool((torch.isfinite(factor) & (factor > 0)).all()):
-        return None
+    saved = entry["factor"]
+    if saved.shape != (partition.n,) or not bool((torch.isfinite(saved) & (saved > 0)).all()):
+        return False
     try:
-        return WeightVectors([weight], [partition], [name])
-    except (ValueError, IndexError):  # of another shape
-        return None
+        vectors = WeightVectors([weight], [partition], [name])
+    except (ValueError, IndexError):  # the weight has another shape
+        return False
+    if entry.get("owed"):
+        return True
+    factor = vectors.scatter([saved])
+    vectors.scale_(1 / factor)
+    for optimizer in optimizers:
+        state = optimizer.state.get(weight, {})
+        for buffer, exponent in entry["buffers"].items():
+            if isinstance(state.get(buffer), Tensor):
+                vectors.scale_(factor**-exponent, vectors.local([state[buffer]]))
+    return True
+
+
+def _put_statistics_back(norm: nn.Module, entry: Ahead) -> bool:
+    """Whether ``entry`` fits the normalization; rescales its running statistics if so."""
+    factor, bias = entry["factor"], entry["bias"]
+    buffers = {}
+    for part in entry["done"]:
+        buffer = getattr(norm, f"running_{part}", None)
+        if not isinstance(buffer, Tensor) or buffer.shape != factor.shape:
+            return False
+        buffers[part] = buffer
+    if bias is not None and bias.shape != factor.shape:
+        return False
+    _rescale_statistics(norm, buffers, 1 / factor, bias)
+    return True
+
+
+def _written_buffers(statistics: Statistics, watch: _Watch) -> dict[str, Tensor]:
+    written = zip(statistics.buffers().items(), watch.written(), strict=True)
+    return {name: buffer for (name, buffer), was_written in written if was_written}
 
 
 def _rescale_statistics(
@@ -388,7 +395,3 @@ def _rescale_statistics(
     offset = None if bias is None else bias.to(device)
     eps = float(module.eps)  # type: ignore[arg-type]
     rescale_batch_norm_(buffers.get("mean"), buffers.get("var"), factor.to(device), offset, eps)
-
-
-def _version(buffer: Tensor | None) -> int:
-    return 0 if buffer is None else version_of(buffer)

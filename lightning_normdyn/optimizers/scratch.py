@@ -1,17 +1,14 @@
-"""A second optimizer of the same class with tiny weights of its own, to try on it how its class
-steps.
+"""A second optimizer of a class with tiny weights of its own, to try on it how the class steps.
 
 ``copy.deepcopy`` cannot serve: a copy loses what the optimizer keeps as attributes, and it doubles
-the model. Here an instance is made
-without ``__init__``, with a copy of the attributes, other weights in its param groups and no state.
-The optimizer itself, its weights, its
-hooks, class-level counters and all random generators are left as they are.
+the model. Here an instance is made without ``__init__``, with a copy of the attributes, other
+weights in its param groups and no state. The optimizer itself, its weights, its hooks, class-level
+counters and all random generators are left as they are.
 """
 
 from __future__ import annotations
 
 import copy
-import inspect
 import random
 import types
 import weakref
@@ -30,6 +27,9 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from lightning_normdyn.optimizers.group_numbers import as_number
 
 Start: TypeAlias = Literal["new", "with state", "as it is"]
+"""How far along a scratch optimizer is. "new": as before its first step. "with state": scratch
+weights have zeros where the real ones have state. "as it is": numbers that steps count in the param
+groups are kept, too."""
 
 # Sizes of scratch weights by their number of dimensions: small, and different in each direction.
 _SIZES: dict[int, tuple[int, ...]] = {
@@ -55,8 +55,9 @@ class CannotTryError(Exception):
 
 
 class ScratchOptimizer:
-    """An optimizer of the class of ``optimizer``, or of ``kind``, on two tiny weights for each
-    group and number of dimensions.
+    """An optimizer of the class of another one, on weights that nobody needs.
+
+    It has a pair of tiny weights for each group and number of dimensions.
 
     Args:
         optimizer: the real one; nothing of it is changed.
@@ -64,9 +65,7 @@ class ScratchOptimizer:
         weight_decay: replaces that of every param group; None leaves them.
         lr: replaces the learning rate of every param group where that is a number.
         dtype: of the scratch weights; None: that of the real ones.
-        start: "new": as before its first step. "with state": scratch weights have zeros where the
-            real ones have state. "as it is":
-            numbers that steps count in the param groups are kept, too.
+        start: how far along it is.
 
     Attributes:
         weights: of all groups; of each pair the first is the one that a take-over would take.
@@ -86,48 +85,45 @@ class ScratchOptimizer:
         dtype: torch.dtype | None = None,
         start: Start = "new",
     ) -> None:
-        self.kind = type(optimizer) if kind is None else kind
-        self.weights: list[nn.Parameter] = []
+        self.kind = kind or type(optimizer)
         self.taken: list[nn.Parameter] = []
         self.groups: list[dict[str, Any]] = []
         self._stands_for: dict[int, nn.Parameter] = {}
         state: defaultdict[Any, Any] = defaultdict(dict)
-        for group in optimizer.param_groups:
-            self._add_group(optimizer, group, dtype, None if start == "new" else state)
+        for real_group in optimizer.param_groups:
+            pairs = self._pairs_for(real_group["params"], dtype)
+            self.groups.append({"params": [weight for _, pair in pairs for weight in pair]})
+            if start != "new":
+                for real, pair in pairs:
+                    _fill_state(state, pair, real, optimizer.state.get(real))
+        self.weights: list[nn.Parameter] = [w for group in self.groups for w in group["params"]]
         if not self.weights:
             raise CannotTryError("it holds no dense weight of at most 5 dimensions")
 
         self.optimizer: Optimizer = object.__new__(self.kind)
+        _scratch_optimizers.add(self.optimizer)
         copier = _Copier(optimizer, self.optimizer, self._stands_for)
-        attributes: dict[str, Any] = {}
+        attributes = vars(self.optimizer)
         for name, value in vars(optimizer).items():
+            # Whoever listens to the real optimizer must not hear the trial.
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
-                attributes[name] = (
-                    OrderedDict()
-                )  # whoever listens to the real optimizer must not hear the trial
+                attributes[name] = OrderedDict()
             elif name not in _OF_ITS_LIFE:
                 attributes[name] = copier.copy(value)
-        # An optimizer may keep numbers of its own in its state from the start (MADGRAD, SPAM).
-        state.update(
-            {
-                key: copier.copy(value)
-                for key, value in optimizer.state.items()
-                if isinstance(key, str)
-            }
-        )
-        _scratch_optimizers.add(self.optimizer)
-        vars(self.optimizer).update(attributes)
-        vars(self.optimizer).update(state=state, param_groups=self.groups)
-        real_groups = optimizer.param_groups
-        for group, real in zip(self.groups, real_groups, strict=True):
-            defaults = getattr(optimizer, "defaults", {})
-            dropped = set() if start == "as it is" else _COUNTERS - set(defaults)
-            options = {
-                key: copier.copy(value)
-                for key, value in real.items()
-                if key != "params" and key not in dropped
-            }
-            group.update(options)
+        for key, entry in optimizer.state.items():
+            # An optimizer may keep numbers of its own in its state from the start (MADGRAD, SPAM).
+            if isinstance(key, str):
+                state[key] = copier.copy(entry)
+        attributes.update(state=state, param_groups=self.groups)
+
+        left_out = {"params"}
+        if start != "as it is":
+            # A counter that is a default of the class is an option by another meaning.
+            left_out |= _COUNTERS - set(getattr(optimizer, "defaults", {}))
+        for group, real_group in zip(self.groups, optimizer.param_groups, strict=True):
+            for option, value in real_group.items():
+                if option not in left_out:
+                    group[option] = copier.copy(value)
             if weight_decay is not None and "weight_decay" in group:
                 group["weight_decay"] = weight_decay
             if lr is not None and as_number(group.get("lr")) is not None:
@@ -135,45 +131,32 @@ class ScratchOptimizer:
             if "train_mode" in group:
                 group["train_mode"] = True
 
-    def _add_group(
-        self,
-        optimizer: Optimizer,
-        group: Mapping[str, Any],
-        dtype: torch.dtype | None,
-        state: defaultdict[Any, Any] | None,
-    ) -> None:
-        weights: list[nn.Parameter] = []
-        seen: dict[int, nn.Parameter] = {}
-        for real in group["params"]:
-            dims = real.dim()
-            if dims in seen:
-                self._stands_for[id(real)] = seen[dims]
-                continue
-            if dims not in _SIZES or real.is_complex() or not real.is_floating_point():
-                continue
-            pair = [self._scratch_like(real, dtype) for _ in range(2)]
-            seen[dims] = self._stands_for[id(real)] = pair[0]
-            weights += pair
-            self.taken.append(pair[0])
-            if state is not None and isinstance(optimizer.state.get(real), Mapping):
-                for scratch in pair:
-                    state[scratch] = {
-                        key: _fresh_state(value, real, scratch)
-                        for key, value in optimizer.state[real].items()
-                    }
-        self.weights += weights
-        self.groups.append({"params": weights})
+    def _pairs_for(
+        self, real_weights: list[Tensor], dtype: torch.dtype | None
+    ) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """A pair of scratch weights for each number of dimensions in a group.
 
-    def _scratch_like(self, real: Tensor, dtype: torch.dtype | None) -> nn.Parameter:
-        number = len(self.weights) + 2 * len(self.taken)
-        values = _numbers(_SIZES[real.dim()], seed=1000 + number)
-        return nn.Parameter(
-            values.to(device=real.device, dtype=real.dtype if dtype is None else dtype)
-        )
+        It stands for all weights with as many dimensions; the first of them is its model.
+        """
+        pairs: dict[int, tuple[Tensor, list[nn.Parameter]]] = {}
+        for real in real_weights:
+            dims = real.dim()
+            if dims not in pairs:
+                if dims not in _SIZES or not real.is_floating_point():
+                    continue
+                values = _numbers(_SIZES[dims], seed=1000 + 2 * len(self.taken))
+                values = values.to(device=real.device, dtype=dtype or real.dtype)
+                pair = [nn.Parameter(values), nn.Parameter(values.clone())]
+                pairs[dims] = (real, pair)
+                self.taken.append(pair[0])
+            self._stands_for[id(real)] = pairs[dims][1][0]
+        return list(pairs.values())
 
     def set_gradients(self, number: int) -> None:
-        """Give every weight the gradient of step ``number``: the same in every trial, of changing
-        size, independent of the weights."""
+        """Give every weight the gradient of step ``number``.
+
+        It is the same in every trial, of changing size, and independent of the weights.
+        """
         scale = (1.0, 0.03, 20.0, 0.5)[number % 4]
         for position, weight in enumerate(self.weights):
             values = scale * _numbers(tuple(weight.shape), seed=31 * number + position)
@@ -191,7 +174,7 @@ class ScratchOptimizer:
         if step is None:
             raise CannotTryError("it has no step")
         with torch.enable_grad():
-            step(self.optimizer if on is None else on)
+            step(on or self.optimizer)
 
     def values(self) -> list[Tensor]:
         """A copy of all weights as they are."""
@@ -200,10 +183,10 @@ class ScratchOptimizer:
     @staticmethod
     @contextmanager
     def untouched(optimizer: Optimizer) -> Iterator[None]:
-        """Put back what a step may change beside its own optimizer: random generators, class-level
-        numbers, the default dtype.
+        """Put back what a step may change beside its own optimizer.
 
-        Whatever the trial raises becomes `CannotTryError`: a trial must never end a fit.
+        That is random generators, class-level numbers and the default dtype. Whatever the trial
+        raises becomes `CannotTryError`: a trial must never end a fit.
         """
         if _others_listen() and _calls_a_hooked_step(type(optimizer)):
             raise CannotTryError("somebody listens to the steps of all optimizers")
@@ -218,9 +201,8 @@ class ScratchOptimizer:
         except CannotTryError:
             raise
         except Exception as error:
-            raise CannotTryError(
-                f"its step raised {type(error).__name__}: {_first_line(error)}"
-            ) from error
+            message = (str(error).strip() or "(no message)").splitlines()[0][:120]
+            raise CannotTryError(f"its step raised {type(error).__name__}: {message}") from error
         finally:
             restore_classes()
             random.setstate(python)
@@ -232,8 +214,9 @@ _scratch_optimizers: WeakSet[Optimizer] = WeakSet()
 
 
 def is_scratch(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer`` is only tried: whoever listens to the steps of all optimizers leaves it
-    alone.
+    """Whether ``optimizer`` is only tried.
+
+    Whoever listens to the steps of all optimizers leaves it alone.
 
     Example:
         >>> is_scratch(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
@@ -242,14 +225,26 @@ def is_scratch(optimizer: Optimizer) -> bool:
     return optimizer in _scratch_optimizers
 
 
+def seed_generators(device: torch.device) -> None:
+    """Let every trial draw the same random numbers; generators of other devices are not touched."""
+    torch.default_generator.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(0)
+
+
+# -------------------------------------------------------------------------------- who would notice
+
+
 def _others_listen() -> bool:
-    """Whether somebody else has hooked the steps of all optimizers; our own hooks ask
-    `is_scratch`."""
-    hooks = [*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()]
-    return any(
-        not type(getattr(hook, "__self__", None)).__module__.startswith("lightning_normdyn.")
-        for hook in hooks
-    )
+    """Whether somebody else has hooked the steps of all optimizers."""
+    for hook in (*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()):
+        # Our own hooks ask `is_scratch`.
+        owner = type(getattr(hook, "__self__", None))
+        if not owner.__module__.startswith("lightning_normdyn."):
+            return True
+    return False
 
 
 def _calls_a_hooked_step(kind: type) -> bool:
@@ -258,23 +253,44 @@ def _calls_a_hooked_step(kind: type) -> bool:
     return any(getattr(step, "hooked", False) for step in steps[1:])
 
 
-def seed_generators(device: torch.device) -> None:
-    """Let every trial draw the same random numbers, without touching generators of other
-    devices."""
-    torch.default_generator.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(0)
+def _remember_classes(kind: type) -> Callable[[], None]:
+    """A function that sets class-level attributes back to what they are now."""
+    # Optimizers count their instances or steps on the class: attributes, and what containers hold.
+    remembered = []
+    for c in kind.__mro__:
+        if c in (Optimizer, object):
+            continue
+        attributes = {name: value for name, value in vars(c).items() if name[:2] != "__"}
+        containers = [
+            (value, copy.copy(value))
+            for value in attributes.values()
+            if isinstance(value, (list, dict, set))
+        ]
+        remembered.append((c, attributes, containers))
+
+    def restore() -> None:
+        for c, attributes, containers in remembered:
+            for name in [name for name in vars(c) if name[:2] != "__"]:
+                if name not in attributes:
+                    delattr(c, name)
+            for name, value in attributes.items():
+                if vars(c).get(name) is not value:
+                    setattr(c, name, value)
+            for container, contents in containers:
+                if container != contents:
+                    container.clear()
+                    refill = container.extend if isinstance(container, list) else container.update
+                    refill(contents)
+
+    return restore
+
+
+# ------------------------------------------------------------------------------- making the copy
 
 
 def _numbers(shape: tuple[int, ...], seed: int) -> Tensor:
     generator = torch.Generator(device="cpu").manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["(no message)"])[0][:120]
 
 
 def _like(value: Any, number: float) -> Any:
@@ -284,9 +300,18 @@ def _like(value: Any, number: float) -> Any:
     return number
 
 
+def _fill_state(
+    state: dict[Any, Any], pair: list[nn.Parameter], real: Tensor, real_state: object
+) -> None:
+    """State for scratch weights, of an optimizer that makes some before its first step (Adagrad)."""
+    if isinstance(real_state, Mapping):
+        for scratch in pair:
+            state[scratch] = {
+                key: _fresh_state(value, real, scratch) for key, value in real_state.items()
+            }
+
+
 def _fresh_state(value: Any, real: Tensor, scratch: Tensor) -> Any:
-    """State of a scratch weight for one that the optimizer makes before its first step (torch's
-    Adagrad)."""
     if isinstance(value, Tensor) and value.shape == real.shape and value.dim():
         return torch.zeros_like(scratch, dtype=value.dtype)
     if isinstance(value, Tensor) and value.dim() == 0:
@@ -298,44 +323,6 @@ def _fresh_state(value: Any, real: Tensor, scratch: Tensor) -> Any:
     raise CannotTryError("what it keeps for each weight cannot be made for other weights")
 
 
-def _remember_classes(kind: type) -> Callable[[], None]:
-    """A function that sets class-level attributes back to what they are now."""
-    classes = [c for c in kind.__mro__ if c not in (Optimizer, object)]
-    before = {
-        c: {
-            name: (value, _shallow(value))
-            for name, value in vars(c).items()
-            if not name.startswith("__")
-        }
-        for c in classes
-    }
-
-    def restore() -> None:
-        for c, attributes in before.items():
-            for name, (value, contents) in attributes.items():
-                if vars(c).get(name) is not value:
-                    setattr(c, name, value)
-                if contents is not None and value != contents:
-                    _refill(value, contents)
-            for name in set(vars(c)) - attributes.keys():
-                if not name.startswith("__"):
-                    delattr(c, name)
-
-    return restore
-
-
-def _shallow(value: Any) -> Any:
-    return copy.copy(value) if isinstance(value, (list, dict, set)) else None
-
-
-def _refill(value: Any, contents: Any) -> None:
-    value.clear()
-    if isinstance(value, list):
-        value.extend(contents)
-    else:
-        value.update(contents)
-
-
 _SHARED_TYPES: tuple[type, ...] = (
     type(None), bool, int, float, complex, str, bytes, range, slice, type, types.ModuleType, types.BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.memory_format, np.generic,
@@ -343,8 +330,7 @@ _SHARED_TYPES: tuple[type, ...] = (
 
 
 class _Copier:
-    """Copies what an optimizer keeps in its attributes, with scratch weights in the place of real
-    ones.
+    """Copies what an optimizer keeps in its attributes, with scratch weights for real ones.
 
     Args:
         optimizer: whose attributes are copied.
@@ -358,15 +344,16 @@ class _Copier:
         self._weights = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._stands_for = stands_for
         self._optimizer, self._scratch = optimizer, scratch
-        self._done: dict[int, Any] = {id(optimizer): scratch}
+        # By id, so that what is held twice, or holds itself, is copied once.
+        self._copies: dict[int, Any] = {id(optimizer): scratch}
 
     def copy(self, value: Any) -> Any:
         """A copy that shares nothing with ``value`` that a step could change."""
         if isinstance(value, _SHARED_TYPES):
             return value
-        if id(value) not in self._done:
-            self._done[id(value)] = self._copy(value)
-        return self._done[id(value)]
+        if id(value) not in self._copies:
+            self._copies[id(value)] = self._copy(value)
+        return self._copies[id(value)]
 
     def _copy(self, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -378,15 +365,15 @@ class _Copier:
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.copy(value.__self__))
         if isinstance(value, torch.Generator):
-            other = torch.Generator(device=value.device)
-            other.set_state(value.get_state())
-            return other
+            generator = torch.Generator(device=value.device)
+            generator.set_state(value.get_state())
+            return generator
         if isinstance(value, weakref.ref):
             return weakref.ref(self._scratch) if value() is self._optimizer else value
         if isinstance(value, (random.Random, np.random.Generator, np.ndarray)):
             return copy.deepcopy(value)
         if isinstance(value, (nn.Module, Optimizer)):
-            raise CannotTryError(f"it holds a {type(value).__name__}")
+            raise _holds(value)
         return self._object(value)
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -399,28 +386,25 @@ class _Copier:
         return value.detach().clone()
 
     def _container(self, value: Any) -> Any:
-        if isinstance(value, defaultdict):
-            other: Any = defaultdict(self.copy(value.default_factory))
-        elif isinstance(value, dict):
-            other = type(value)() if type(value) in (dict, OrderedDict) else None
-        elif isinstance(value, list):
-            other = [] if type(value) is list else None
-        elif isinstance(value, deque):
-            other = deque(maxlen=value.maxlen)
-        elif isinstance(value, tuple):
-            entries = [self.copy(entry) for entry in value]
-            return type(value)(*entries) if hasattr(value, "_fields") else tuple(entries)
-        else:
-            return type(value)(self.copy(entry) for entry in value)
-        if other is None:
-            raise CannotTryError(f"it holds a {type(value).__name__}")
-        self._done[id(value)] = other
+        kind = type(value)
+        if isinstance(value, tuple):
+            entries = map(self.copy, value)
+            return kind(*entries) if hasattr(value, "_fields") else tuple(entries)
+        if isinstance(value, (set, frozenset)):
+            return kind(map(self.copy, value))
+        # A class of containers of somebody else may hold more than its entries.
+        if kind not in (dict, OrderedDict, defaultdict, list, deque):
+            raise _holds(value)
+        # Emptied rather than made anew: a deque keeps its length so, a defaultdict its factory.
+        self._copies[id(value)] = container = copy.copy(value)
+        container.clear()
+        self.copy(getattr(value, "default_factory", None))
         if isinstance(value, dict):
             for key, entry in value.items():
-                other[self.copy(key)] = self.copy(entry)
+                container[self.copy(key)] = self.copy(entry)
         else:
-            other.extend(self.copy(entry) for entry in value)
-        return other
+            container.extend(map(self.copy, value))
+        return container
 
     def _function(self, value: Any) -> Any:
         """A function is shared, unless it has the real optimizer or its weights in its closure."""
@@ -431,15 +415,18 @@ class _Copier:
         return value
 
     def _object(self, value: Any) -> Any:
-        """An object that is nothing but its attributes is rebuilt; one that lives outside of Python
-        is shared."""
-        if not hasattr(value, "__dict__") or not inspect.isclass(type(value)):
+        """An object that is nothing but its attributes is rebuilt; one outside of Python is shared."""
+        if not hasattr(value, "__dict__"):
             return value
         try:
-            other = object.__new__(type(value))
+            rebuilt = object.__new__(type(value))
         except TypeError as error:
-            raise CannotTryError(f"it holds a {type(value).__name__}") from error
-        self._done[id(value)] = other
+            raise _holds(value) from error
+        self._copies[id(value)] = rebuilt
         for name, entry in vars(value).items():
-            other.__dict__[name] = self.copy(entry)
-        return other
+            rebuilt.__dict__[name] = self.copy(entry)
+        return rebuilt
+
+
+def _holds(value: object) -> CannotTryError:
+    return CannotTryError(f"it holds a {type(value).__name__}")
