@@ -1,12 +1,10 @@
-"""What a step sees of its optimizer while some weight decay is taken over: the same optimizer, with
-split param groups.
+"""What a step sees of its optimizer while a decay is taken over: the same, with split param groups.
 
 torch hands ``step`` the object that a step pre-hook puts into its arguments, so the optimizer
-itself need not be changed: `view_of` makes
-a second instance that shares its ``__dict__`` and differs in ``param_groups`` only. Whoever else
-looks at the optimizer while ``step`` runs
-(a signal handler that saves, a scheduler, another thread) finds the user's own groups, and nothing
-has to be restored.
+itself need not be changed: `view_of` makes a second instance that shares its ``__dict__`` and
+differs in ``param_groups`` only. Whoever else looks at the optimizer while ``step`` runs (a signal
+handler that saves, a scheduler, another thread) finds the user's own groups, and nothing has to be
+restored.
 """
 
 from __future__ import annotations
@@ -62,14 +60,15 @@ class SplitGroup(dict[str, Any]):
         if key not in self._replaced:
             self._group.pop(key, None)
 
-    # dict writes to itself directly; these go through the two methods above.
+    # Those of dict would write to this view alone; these go through the two methods above.
     update = MutableMapping.update
     setdefault = MutableMapping.setdefault
     popitem = MutableMapping.popitem
     clear = MutableMapping.clear
 
     def pop(self, key: str, *default: Any) -> Any:
-        """As of a dict: MutableMapping's own looks for a private default that is not here."""
+        """As of a dict."""
+        # MutableMapping's own looks for a private default that is not here.
         if key not in self and default:
             return default[0]
         value = self[key]
@@ -86,16 +85,20 @@ class SplitGroup(dict[str, Any]):
 
 
 def part_of(group: Group, replaced: Group, *, write_through: bool) -> Group:
-    """``group`` with some entries replaced: a `SplitGroup`, or a plain dict, which is all that
-    torch's compiler understands."""
-    return SplitGroup(group, replaced) if write_through else {**group, **replaced}
+    """``group`` with some entries replaced.
+
+    With ``write_through`` a `SplitGroup`, else a plain dict, which is all that torch's compiler
+    understands.
+    """
+    if write_through:
+        return SplitGroup(group, replaced)
+    return {**group, **replaced}
 
 
 def split_groups(
     groups: Sequence[Group], taken: Container[Tensor], *, write_through: bool = True
 ) -> list[Group] | None:
-    """Param groups in which the weights whose decay is taken over stand apart, with a weight decay
-    of 0.
+    """Param groups in which the weights whose decay is taken over stand apart, without decay.
 
     Args:
         groups: the optimizer's own.
@@ -113,25 +116,23 @@ def split_groups(
         [0.0, 0.5]
     """
     shown: list[Group] = []
+    changed = False
     for group in groups:
-        decays = not is_zero(group_number(group, "weight_decay"))
-        ours = [p for p in group["params"] if p in taken] if decays else []
-        if not ours:
+        without_decay = [p for p in group["params"] if p in taken]
+        if not without_decay or is_zero(group_number(group, "weight_decay")):
             shown.append(group)
             continue
-        shown.append(
-            part_of(group, {"params": ours, "weight_decay": 0.0}, write_through=write_through)
-        )
+        changed = True
+        replaced = {"params": without_decay, "weight_decay": 0.0}
+        shown.append(part_of(group, replaced, write_through=write_through))
         rest = [p for p in group["params"] if p not in taken]
         if rest:
             shown.append(part_of(group, {"params": rest}, write_through=write_through))
-    unchanged = all(a is b for a, b in zip(shown, groups, strict=False))
-    return None if unchanged else shown
+    return shown if changed else None
 
 
 class _View:
-    """What every view adds to the class of its optimizer; stands before it in the order of
-    inheritance."""
+    """What every view adds to the class of its optimizer, before which it is inherited."""
 
     __slots__ = ()
 
@@ -166,13 +167,14 @@ class _View:
     def _optimizer_step_post_hooks(self) -> OrderedDict[int, Any]:
         return _for_original(self, self._normdyn_original._optimizer_step_post_hooks)
 
+    # Equal, so that what is kept by the optimizer in a mapping is found by its view as well.
     def __eq__(self, other: object) -> bool:
-        """Mappings whose key is the optimizer must be found by its view as well."""
         return other is self or other is self._normdyn_original
 
     def __hash__(self) -> int:
         return hash(self._normdyn_original)
 
+    # A copy or a pickle is of the optimizer: its view is over with the step.
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _itself, (self._normdyn_original,)
 
@@ -191,12 +193,15 @@ def _itself(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _same(before: list[Group], now: list[Group]) -> bool:
-    return len(before) == len(now) and all(map(is_, before, now))
+def _same(groups: list[Group], others: list[Group]) -> bool:
+    return len(groups) == len(others) and all(map(is_, groups, others))
 
 
 def _for_original(view: _View, hooks: dict[int, Any]) -> OrderedDict[int, Any]:
-    return OrderedDict((key, _on_original(view, hook)) for key, hook in hooks.items())
+    calls: OrderedDict[int, Any] = OrderedDict()
+    for key, hook in hooks.items():
+        calls[key] = _on_original(view, hook)
+    return calls
 
 
 def _on_original(view: _View, hook: Any) -> Any:
@@ -205,22 +210,18 @@ def _on_original(view: _View, hook: Any) -> Any:
 
     def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = hook(original, (original, *args[1:]), kwargs)
-        if (
-            isinstance(result, tuple)
-            and len(result) == 2
-            and result[0]
-            and result[0][0] is original
-        ):
-            (_, *rest), kwargs = result
-            return (view, *rest), kwargs
+        # What a pre-hook returns becomes the arguments of the step, which must go on with the view.
+        if isinstance(result, tuple) and len(result) == 2 and result[0]:
+            (stepping, *rest), kwargs = result
+            if stepping is original:
+                return (view, *rest), kwargs
         return result
 
     return call
 
 
 def _forwarded(name: str) -> Any:
-    """A method that reads or writes the groups for others than the step: it acts on the optimizer
-    itself."""
+    """A method that reads or writes the groups for others than the step: that of the optimizer."""
 
     def call(self: _View, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._normdyn_original, name)(*args, **kwargs)
@@ -257,27 +258,30 @@ _FORWARDED = (
 
 
 def view_class(kind: type[Optimizer]) -> type[Any] | None:
-    """The class of the views of optimizers of class ``kind``; None where Python does not let
-    anything derive from it."""
+    """The class of the views of optimizers of class ``kind``.
+
+    None where Python does not let anything derive from it.
+    """
     body: dict[str, Any] = {name: _forwarded(name) for name in _FORWARDED}
     for base in kind.__mro__:
         slots = vars(base).get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
+        if isinstance(slots, str):
+            slots = (slots,)
+        for name in slots:
             if name in ("__dict__", "__weakref__"):
                 continue
+            # As Python mangles private names.
             if name.startswith("__") and not name.endswith("__"):
-                name = f"_{base.__name__.lstrip('_')}{name}"  # as Python mangles private names
+                name = f"_{base.__name__.lstrip('_')}{name}"
             body[name] = _slot(name)
     body["__slots__"] = ("_normdyn_original", "_normdyn_split", "_normdyn_shown")
-    body["__module__"], body["__qualname__"], body["__doc__"] = (
-        kind.__module__,
-        kind.__qualname__,
-        kind.__doc__,
-    )
+    for name in ("__module__", "__qualname__", "__doc__"):
+        body[name] = getattr(kind, name)
     metaclass: Any = type(kind)
+    # Whatever somebody's metaclass or __init_subclass__ raises, there is no view of this class.
     try:
         return cast(type[Any], metaclass(kind.__name__, (_View, kind), body))
-    except Exception:  # whatever somebody's metaclass or __init_subclass__ raises
+    except Exception:
         return None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
@@ -34,17 +34,14 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
     """What steps when ``optimizer`` does, each as a torch optimizer of the model's own weights.
 
     That is the optimizer itself, inside whatever Lightning, Fabric or a strategy has wrapped around
-    it. Where a strategy steps something
-    else than the weights it is a view, which has the class, the param groups, the state and the
-    step hooks that the optimizer would have
-    on one process: one for torch's ZeroRedundancyOptimizer, one for each part that DeepSpeed steps
-    on its own.
+    it. Where a strategy steps something else than the weights it is a view, which has the class,
+    the param groups, the state and the step hooks that the optimizer would have on one process: one
+    for torch's ZeroRedundancyOptimizer, one for each part that DeepSpeed steps on its own.
 
     An optimizer that a person has put around another one steps itself: what it does to the weights
-    after the inner step (Lookahead) belongs
-    to its step. The exception is one in two phases (SAM): its first moves the weights aside for a
-    second gradient, its second moves them
-    back and lets the inner optimizer make the step.
+    after the inner step (Lookahead) belongs to its step. The exception is one in two phases (SAM):
+    its first moves the weights aside for a second gradient, its second moves them back and lets the
+    inner optimizer make the step.
 
     Raises:
         NotSupportedError: if there is none, or a way of stepping that is not understood.
@@ -56,23 +53,29 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
         True
     """
     inner = without_framework(optimizer)
-    if _is_deepspeed(inner) or _is_zero_redundancy(inner):
-        if inner not in _VIEWS:
-            _VIEWS[inner] = (
-                _deepspeed_views(inner) if _is_deepspeed(inner) else [_zero_redundancy_view(inner)]
-            )
+    # Views are kept: a bracket is found by the optimizer that it was made for.
+    if inner in _VIEWS:
+        return _VIEWS[inner]
+    if _is_deepspeed(inner):
+        _VIEWS[inner] = _deepspeed_views(inner)
+        return _VIEWS[inner]
+    if _is_zero_redundancy(inner):
+        _VIEWS[inner] = [_zero_redundancy_view(inner)]
         return _VIEWS[inner]
     if not isinstance(inner, Optimizer):
         raise NotSupportedError(
             f"{type(optimizer).__name__} is not a torch optimizer and wraps none. Use a "
-            f"torch.optim.Optimizer."
+            "torch.optim.Optimizer."
         )
-    return [second_phase(inner) if steps_in_two_phases(inner) else inner]
+    if steps_in_two_phases(inner):
+        return [second_phase(inner)]
+    return [inner]
 
 
 def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
-    """Learn where the parameters lie that FSDP or DeepSpeed has flattened. Call it once after
-    wrapping; without them it does nothing.
+    """Learn where the parameters lie that FSDP or DeepSpeed has flattened.
+
+    Call it once after wrapping; without them it does nothing.
 
     Args:
         module: the outermost FSDP module, or any other.
@@ -82,7 +85,8 @@ def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
         NotSupportedError: for ``use_orig_params=False`` and for parameters that another strategy
             has sharded before.
     """
-    forget(module.parameters())  # an earlier fit may have used another strategy
+    # An earlier fit may have used another strategy.
+    forget(module.parameters())
     for optimizer in optimizers:
         for view in torch_optimizers(optimizer):
             if isinstance(view, _DeepSpeedView):
@@ -97,8 +101,7 @@ def groups_for_step(
     *,
     write_through: bool,
 ) -> list[dict[str, Any]] | None:
-    """What a step is to see in place of ``groups``, so that it applies no weight decay to the
-    weights in ``taken``.
+    """What a step is to see in place of ``groups`` so that it does not decay the weights in ``taken``.
 
     Args:
         optimizer: one of `torch_optimizers`.
@@ -116,23 +119,30 @@ def groups_for_step(
 
 
 def steps_as_one(optimizer: Optimizer) -> bool:
-    """Whether all weights of ``optimizer`` are stepped as one tensor, so that its weight decay is
-    on for all of them or off for all."""
+    """Whether all weights of ``optimizer`` are stepped as one tensor.
+
+    Its weight decay is then on for all of them or off for all.
+    """
     return isinstance(optimizer, _DeepSpeedView)
 
 
 def accumulates(model: Any) -> bool:
-    """Whether what is called a step now only adds to the gradients: DeepSpeed's engine accumulates
-    by itself, after it was told to step."""
+    """Whether what is called a step now only adds to the gradients.
+
+    DeepSpeed's engine accumulates by itself, after it was told to step.
+    """
     is_boundary = getattr(model, "is_gradient_accumulation_boundary", None)
     return is_boundary is not None and not is_boundary()
 
 
 class _View:
-    """An optimizer as it would be on one process. It never steps; it only tells, and passes hooks
-    on."""
+    """An optimizer as it would be on one process.
 
-    _target: Any  # weak: the registry of views must not keep optimizers alive
+    It never steps; it only tells, and passes hooks on.
+    """
+
+    # Weak: the registry of views must not keep optimizers alive.
+    _target: Any
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_target" not in vars(self):
@@ -145,10 +155,15 @@ class _View:
 
 def _new_view(view: type[_View], target: Optimizer) -> Any:
     """A ``view`` that passes for an instance of the class of ``target``."""
-    rule = type(target)
-    made: Any = object.__new__(type(rule.__name__, (view, rule), {"__module__": rule.__module__}))
+    kind = type(target)
+    # Derived from the class of the target, so that the optimizer is recognized by its step.
+    view_class = type(kind.__name__, (view, kind), {"__module__": kind.__module__})
+    made: Any = object.__new__(view_class)
     made._target = ref(target)
     return made
+
+
+# ------------------------------------------------------------------- torch's ZeroRedundancyOptimizer
 
 
 def _is_zero_redundancy(optimizer: Any) -> bool:
@@ -160,8 +175,7 @@ def _zero_redundancy_view(outer: Any) -> Optimizer:
     if overlap:
         raise NotSupportedError(
             "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside of DDP's backward pass, "
-            "where no gradient is final. "
-            "Use overlap_with_ddp=False."
+            "where no gradient is final. Use overlap_with_ddp=False."
         )
     view = _new_view(_ZeroRedundancyView, inner)
     view._outer = ref(outer)
@@ -172,8 +186,7 @@ class _ZeroRedundancyView(_View):
     """Every rank holds all weights and gradients and updates some, which are then sent to all.
 
     So every rank treats all weights alike, as under DDP: at ``ready`` inside the inner step, at
-    ``stepped`` after the outer one, when the
-    others' updates have arrived.
+    ``stepped`` after the outer one, when the others' updates have arrived.
     """
 
     _outer: Any
@@ -201,10 +214,14 @@ class _ZeroRedundancyView(_View):
         )
 
 
+# --------------------------------------------------------------------------------------- DeepSpeed
+
+
 def _is_deepspeed(optimizer: Any) -> bool:
     return type(optimizer).__module__.startswith("deepspeed.runtime.")
 
 
+# Options under which the optimizer's weights or gradients lie elsewhere than these views look.
 _UNTESTED_DEEPSPEED = (
     "cpu_offload",
     "offload_optimizer",
@@ -220,29 +237,33 @@ def _deepspeed_views(optimizer: Any) -> list[Optimizer]:
     if name not in ("DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"):
         raise NotSupportedError(
             f"DeepSpeed's {name} is not understood (ZeRO stages 1, 2 and 3 are, and stage 0 in "
-            f"float32). "
-            "Use stage 1, 2 or 3, or precision='32-true'."
+            "float32). Use stage 1, 2 or 3, or precision='32-true'."
         )
     switched_on = [key for key in _UNTESTED_DEEPSPEED if getattr(optimizer, key, None)]
     if switched_on:
         raise NotSupportedError(
             f"DeepSpeed with {switched_on[0]} was not tested. Leave it out of the DeepSpeed "
-            f"configuration."
+            "configuration."
         )
-    parts = _deepspeed_stage3(optimizer) if name.endswith("3") else _deepspeed_stage12(optimizer)
+    find_parts = _deepspeed_stage3 if name.endswith("3") else _deepspeed_stage12
     views = []
-    for flat, group, weights in parts:
+    for part in find_parts(optimizer):
         view = _new_view(_DeepSpeedView, optimizer.optimizer)
-        view._flat, view._group, view._places = flat, group, weights
-        view.param_groups = [{**group, "params": list(weights)}]
+        view._flat, view._group, view._places = part
+        view.param_groups = [{**part.group, "params": list(part.places)}]
         views.append(cast(Optimizer, view))
     return views
 
 
-Part = tuple[Tensor, dict[str, Any], dict[Tensor, FlatSlice]]
+class _Part(NamedTuple):
+    """What DeepSpeed steps at once."""
+
+    flat: Tensor  # this rank's float32 copy of the weights, one behind the other
+    group: dict[str, Any]
+    places: dict[Tensor, FlatSlice]
 
 
-def _deepspeed_stage12(optimizer: Any) -> Iterator[Part]:
+def _deepspeed_stage12(optimizer: Any) -> Iterator[_Part]:
     weights, buffers, masters, sizes, groups = private(
         optimizer,
         "bit16_groups",
@@ -252,58 +273,58 @@ def _deepspeed_stage12(optimizer: Any) -> Iterator[Part]:
         "real_dp_process_group",
     )
     for i, group in enumerate(optimizer.optimizer.param_groups):
-        rank, places = dist.get_rank(groups[i]), {}
+        rank = dist.get_rank(groups[i])
+        places = {}
         for weight in weights[i]:
             # Parameters are views of the flat buffer, whatever the order and the gaps in it.
             offset = (weight.data_ptr() - buffers[i].data_ptr()) // weight.element_size()
-            place = FlatSlice(
-                tuple(weight.shape), tuple(range(weight.dim())), offset, sizes[i], rank, groups[i]
-            )
+            dims = tuple(range(weight.dim()))
+            place = FlatSlice(tuple(weight.shape), dims, offset, sizes[i], rank, groups[i])
             start, stop = place.range_of(rank)
+            # DeepSpeed's own account of this rank's entries: none where a weight lies elsewhere.
             (mapping,) = private(weight, "_hp_mapping")
-            theirs = (
-                (mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel)
-                if mapping is not None
-                else None
-            )
-            if theirs != ((start, stop - start) if stop > start else None):
+            begin, theirs = 0, None
+            if mapping is not None:
+                begin = mapping.hp_fragment_address.start
+                theirs = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            expected = (start, stop - start) if stop > start else None
+            if theirs != expected:
                 raise untested(
                     f"DeepSpeed holds the entries {theirs} (start, number) of a weight where "
                     f"{(start, stop - start)} was expected"
                 )
-            begin = mapping.hp_fragment_address.start if mapping is not None else 0
             places[weight] = replace(place, master=Master(masters[i], begin, stop - start))
-        yield masters[i], group, places
+        yield _Part(masters[i], group, places)
 
 
-def _deepspeed_stage3(optimizer: Any) -> Iterator[Part]:
+def _deepspeed_stage3(optimizer: Any) -> Iterator[_Part]:
     weights, masters, group_of = private(
         optimizer, "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"
     )
     for i, master in enumerate(masters):
-        begin, places = 0, {}
+        begin = 0
+        places = {}
         for weight in weights[i]:
-            shape, piece, group = private(weight, "ds_shape", "ds_tensor", "ds_process_group")
-            chunk = piece.ds_numel
-            place = FlatSlice(
-                tuple(shape), tuple(range(len(shape))), 0, chunk, dist.get_rank(group), group
+            shape, piece, process_group = private(
+                weight, "ds_shape", "ds_tensor", "ds_process_group"
             )
-            start, stop = place.range_of(place.rank)
+            dims = tuple(range(len(shape)))
+            rank = dist.get_rank(process_group)
+            place = FlatSlice(tuple(shape), dims, 0, piece.ds_numel, rank, process_group)
+            start, stop = place.range_of(rank)
             places[weight] = replace(place, master=Master(master, begin, stop - start))
-            begin += (
-                chunk  # what lies between the end of the weight and that of the chunk is padding
-            )
+            # By the chunk and not by the entries: what lies between their ends is padding.
+            begin += piece.ds_numel
         if begin != master.numel():
             raise untested(
                 f"a sub-group of DeepSpeed stage 3 has {master.numel()} entries where {begin} were "
-                f"expected"
+                "expected"
             )
-        yield master, optimizer.optimizer.param_groups[group_of[i]], places
+        yield _Part(master, optimizer.optimizer.param_groups[group_of[i]], places)
 
 
 class _DeepSpeedView(_View):
-    """One of the flat tensors that DeepSpeed steps one after the other, as the weights that it is
-    made of."""
+    """One of the flat tensors that DeepSpeed steps one after the other, as the weights in it."""
 
     _flat: Tensor
     _group: dict[str, Any]
@@ -313,43 +334,39 @@ class _DeepSpeedView(_View):
     def groups_for_step(
         self, groups: Sequence[dict[str, Any]], taken: Container[Tensor], write_through: bool
     ) -> list[dict[str, Any]] | None:
-        """`groups_for_step`: a flat tensor has one group only, so none of its weights gets decay
-        from the optimizer."""
-        if not self._group.get("weight_decay") or not any(
-            weight in taken for weight in self._places
-        ):
+        """See `groups_for_step`.
+
+        A flat tensor has one group only, so none of its weights gets decay from the optimizer.
+        """
+        is_taken = any(weight in taken for weight in self._places)
+        if not is_taken or not self._group.get("weight_decay"):
             return None
-        shown: list[dict[str, Any]] = []
-        for group in groups:
-            ours = any(p is self._flat for p in group["params"])
-            shown.append(
-                part_of(group, {"weight_decay": 0.0}, write_through=write_through)
-                if ours
-                else group
-            )
+        shown = list(groups)
+        for i, group in enumerate(groups):
+            if self._is_in(group):
+                shown[i] = part_of(group, {"weight_decay": 0.0}, write_through=write_through)
         return shown
+
+    def _is_in(self, group: dict[str, Any]) -> bool:
+        return any(p is self._flat for p in group["params"])
 
     @property
     def state(self) -> dict[Tensor, dict[str, Any]]:
-        flat = self._target().state.get(self._flat, {})
-        return {
-            w: {k: self._part(place, v) for k, v in flat.items()}
-            for w, place in self._places.items()
-        }
-
-    def _part(self, place: FlatSlice, value: Any) -> Any:
-        assert place.master is not None
-        return (
-            place.master.of(value)
-            if isinstance(value, Tensor) and value.shape == self._flat.shape
-            else value
-        )
+        flat_state = self._target().state.get(self._flat, {})
+        state = {}
+        for weight, place in self._places.items():
+            assert place.master is not None
+            state[weight] = dict(flat_state)
+            for name, value in flat_state.items():
+                if isinstance(value, Tensor) and value.shape == self._flat.shape:
+                    state[weight][name] = place.master.of(value)
+        return state
 
     def _steps(self) -> bool:
-        """Whether the flat tensor is what steps now; its group is looked up each time, since
-        loading a checkpoint makes new ones."""
+        """Whether the flat tensor is what steps now."""
+        # Its group is looked up each time, since loading a checkpoint makes new ones.
         for group in self._target().param_groups:
-            if any(p is self._flat for p in group["params"]):
+            if self._is_in(group):
                 self._group = group
                 return True
         return False
@@ -358,8 +375,9 @@ class _DeepSpeedView(_View):
         def ours(_: Any, args: Any, kwargs: Any) -> Any:
             if not self._steps():
                 return None
-            settings = {key: value for key, value in self._group.items() if key != "params"}
-            self.param_groups[0].update(settings)  # a schedule changes them
+            # Schedules change the settings of the group that really steps.
+            shown = self.param_groups[0]
+            shown.update({**self._group, "params": shown["params"]})
             return hook(self, args, kwargs)
 
         return self._target().register_step_pre_hook(ours)

@@ -1,10 +1,8 @@
-"""Optimizers that people put around other optimizers: which of the two makes the step, and what the
-outer one does to the weights.
+"""Optimizers around other optimizers: which of the two makes the step, and what the outer one adds.
 
 A framework's wrapper (Lightning, Fabric, Accelerate) passes everything on. A person's wrapper
-(Lookahead, schedule-free wrappers, TRAC)
-steps itself: what it does to the weights after the inner step is part of its step. An optimizer in
-two phases (SAM) steps by the inner one.
+(Lookahead, schedule-free wrappers, TRAC) steps itself: what it does to the weights after the inner
+step is part of its step. An optimizer in two phases (SAM) steps by the inner one.
 """
 
 from __future__ import annotations
@@ -25,8 +23,7 @@ _FRAMEWORKS = frozenset({"lightning", "pytorch_lightning", "lightning_fabric", "
 
 
 def without_framework(optimizer: Any) -> Any:
-    """The optimizer that a person has made, inside of what Lightning, Fabric or Accelerate has put
-    around it."""
+    """The optimizer that a person has made, inside of what a framework has put around it."""
     while any(_is_framework_wrapper(c) for c in type(optimizer).__mro__):
         optimizer = optimizer.optimizer
     return optimizer
@@ -37,8 +34,7 @@ def _is_framework_wrapper(kind: type) -> bool:
 
 
 def closure_does_nothing(closure: Any) -> bool:
-    """Whether ``closure`` is what Lightning passes to ``step`` where a person passes none: no
-    gradient comes from it.
+    """Whether no gradient comes from ``closure``: Lightning passes one where a person passes none.
 
     Lightning wraps it, together with what its precision plugin does before a step, in partial
     functions.
@@ -48,17 +44,18 @@ def closure_does_nothing(closure: Any) -> bool:
         False
     """
     if isinstance(closure, partial):
-        return any(closure_does_nothing(part) for part in (closure.func, *closure.args))
-    name, module = getattr(closure, "__name__", ""), str(getattr(closure, "__module__", ""))
-    return name == "do_nothing_closure" and module.split(".")[0] in _FRAMEWORKS
+        return any(map(closure_does_nothing, (closure.func, *closure.args)))
+    name = getattr(closure, "__name__", "")
+    package = str(getattr(closure, "__module__", "")).split(".")[0]
+    return name == "do_nothing_closure" and package in _FRAMEWORKS
 
 
 def fires_step_hooks(optimizer: Any) -> bool:
-    """Whether torch calls the step hooks of ``optimizer``: it does so once
-    ``torch.optim.Optimizer.__init__`` has run for its class.
+    """Whether torch calls the step hooks of ``optimizer``.
 
-    A wrapper that leaves ``super().__init__()`` out, as many forms of Lookahead do, has a ``step``
-    that nobody is told about.
+    It does so once ``torch.optim.Optimizer.__init__`` has run for its class. A wrapper that leaves
+    ``super().__init__()`` out, as many forms of Lookahead do, has a ``step`` that nobody is told
+    about.
 
     Example:
         >>> fires_step_hooks(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
@@ -73,38 +70,36 @@ def _has_hook_lists(optimizer: Any) -> bool:
 
 
 def prepare_step_hooks(optimizer: Any) -> None:
-    """Let torch do now what it would do at the first ``zero_grad`` of ``optimizer``: call step
-    hooks around its ``step``.
+    """Let torch call step hooks around the ``step`` of ``optimizer`` from now on.
 
     Some wrappers (timm's Lookahead) leave ``super().__init__()`` out but have lists for hooks, and
-    torch's own ``zero_grad``.
+    torch's own ``zero_grad``, which would do this at its first call. By then a step may be missed.
     """
+    if fires_step_hooks(optimizer) or not _has_hook_lists(optimizer):
+        return
     by_torch = getattr(type(optimizer), "zero_grad", None) is Optimizer.zero_grad
-    late = (
-        by_torch
-        and not hasattr(optimizer, "_zero_grad_profile_name")
-        and not fires_step_hooks(optimizer)
-    )
-    if late and _has_hook_lists(optimizer):
+    if by_torch and not hasattr(optimizer, "_zero_grad_profile_name"):
         optimizer._patch_step_function()
 
 
 def inner_optimizers(optimizer: Any) -> list[Optimizer]:
-    """The torch optimizers that ``optimizer`` holds in its attributes, alone or in containers: it
-    is then a wrapper around them.
+    """The torch optimizers that ``optimizer`` holds in its attributes, alone or in containers.
+
+    It is then a wrapper around them.
 
     Example:
         >>> inner_optimizers(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
         []
     """
-    found: dict[int, Optimizer] = {}
+    # By id: a wrapper may hold the same one twice.
+    inner: dict[int, Optimizer] = {}
     for name, value in list(getattr(optimizer, "__dict__", {}).items()):
         if name in ("state", "param_groups"):
             continue
         for entry in _entries(value):
             if isinstance(entry, Optimizer) and entry is not optimizer:
-                found[id(entry)] = entry
-    return list(found.values())
+                inner[id(entry)] = entry
+    return list(inner.values())
 
 
 def _entries(value: Any) -> list[Any]:
@@ -117,9 +112,12 @@ def _entries(value: Any) -> list[Any]:
 
 
 def steps_in_two_phases(optimizer: Any) -> bool:
-    """Whether ``optimizer`` has the two phases of SAM: ``first_step`` moves the weights aside,
-    ``second_step`` back and steps."""
-    return all(callable(getattr(optimizer, phase, None)) for phase in ("first_step", "second_step"))
+    """Whether ``optimizer`` has the two phases of SAM.
+
+    ``first_step`` moves the weights aside, ``second_step`` moves them back and steps.
+    """
+    first, second = getattr(optimizer, "first_step", None), getattr(optimizer, "second_step", None)
+    return callable(first) and callable(second)
 
 
 def second_phase(optimizer: Optimizer) -> Optimizer:
@@ -128,43 +126,42 @@ def second_phase(optimizer: Optimizer) -> Optimizer:
     Raises:
         NotSupportedError: if it does not hold exactly one torch optimizer of the same weights.
     """
-    weights = _weights_of(optimizer)
-    makers = [
-        inner
-        for inner in inner_optimizers(optimizer)
-        if fires_step_hooks(inner) and _weights_of(inner) == weights
-    ]
-    if len(makers) == 1:
-        return makers[0]
+    weights = _ids_of_weights(optimizer)
+    steppers = []
+    for inner in inner_optimizers(optimizer):
+        if fires_step_hooks(inner) and _ids_of_weights(inner) == weights:
+            steppers.append(inner)
+    if len(steppers) == 1:
+        return steppers[0]
     raise NotSupportedError(
         f"{type(optimizer).__name__} steps in two phases (first_step, second_step), and "
-        f"{len(makers)} torch optimizers of the same weights "
-        "were found inside that could make the step, so its real step cannot be seen. Use a form "
-        "around one torch optimizer, such as "
+        f"{len(steppers)} torch optimizers of the same weights were found inside that could make "
+        "the step, so its real step cannot be seen. Use a form around one torch optimizer, such as "
         "SAM(params, torch.optim.SGD, ...)."
     )
 
 
-def _weights_of(optimizer: Optimizer) -> set[int]:
+def _ids_of_weights(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in optimizer.param_groups for p in group["params"]}
 
 
 # A copy that is this close to a weight, relative to its length, is one of this weight: a momentum
 # or a second moment never is.
 _CLOSE = 0.5
+# Containers within containers that are searched for copies.
 _DEPTH = 4
 # In the state of an optimizer that wraps none, a copy of the weights may be a point that distances
-# are measured from (Prodigy, DoG).
-# Under these names it is a second weight that the first is set back to.
+# are measured from (Prodigy, DoG). Under these names it is a second weight that the first is set
+# back to.
 _SLOW = re.compile(r"slow|lookahead", re.IGNORECASE)
 
 
 @torch.no_grad()
 def copies_of_weights(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[str]:
-    """Where ``optimizer`` keeps second copies of ``weights`` that its step may set them back to
-    (Lookahead, schedule-free, TRAC).
+    """Where ``optimizer`` keeps second copies of ``weights`` that its step may set them back to.
 
-    Looks at numbers, so it waits for the device: for the start of a fit.
+    Lookahead, schedule-free wrappers and TRAC do. Looks at numbers, so it waits for the device: for
+    the start of a fit.
 
     Args:
         optimizer: the optimizer, with state or without.
@@ -184,24 +181,22 @@ def copies_of_weights(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[s
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for weight in weights:
         by_shape.setdefault(tuple(weight.shape), []).append(weight.detach())
-    own = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    found: dict[str, None] = {}
+    stepped = _ids_of_weights(optimizer)
+    # A dictionary, since a name may stand for a tensor of each weight.
+    names: dict[str, None] = {}
     for name, tensor in _tensors_in([optimizer, *inner]):
-        if id(tensor) in own or not (inner or _SLOW.search(name)):
-            continue
-        for weight in by_shape.get(tuple(tensor.shape), []):
-            if _is_copy(tensor, weight):
-                found[name] = None
-                break
-    return list(found)
+        may_be_copy = id(tensor) not in stepped and bool(inner or _SLOW.search(name))
+        alike = by_shape.get(tuple(tensor.shape), []) if may_be_copy else []
+        if any(_is_copy(tensor, weight) for weight in alike):
+            names[name] = None
+    return list(names)
 
 
 def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
-    if (
-        not tensor.is_floating_point()
-        or tensor.device != weight.device
-        or tensor.data_ptr() == weight.data_ptr()
-    ):
+    if not tensor.is_floating_point() or tensor.device != weight.device:
+        return False
+    # The weight itself, under another name.
+    if tensor.data_ptr() == weight.data_ptr():
         return False
     length = torch.linalg.vector_norm(weight.float())
     distance = torch.linalg.vector_norm(tensor.float() - weight.float())
@@ -209,15 +204,12 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
 
 
 def _tensors_in(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the attributes and the state of ``optimizers``, with the name of the entry
-    that holds it."""
+    """Every tensor in the attributes and the state of ``optimizers``, by the entry that holds it."""
     for optimizer in optimizers:
-        attributes = {
-            name: value for name, value in vars(optimizer).items() if name != "param_groups"
-        }
-        yield from _walk(attributes, "", _DEPTH)
-        if "state" not in attributes:
-            yield from _walk(optimizer.state, "", _DEPTH)
+        # The state may be an attribute or, of a wrapper, a property.
+        held = {"state": optimizer.state, **vars(optimizer)}
+        held.pop("param_groups", None)
+        yield from _walk(held, "", _DEPTH)
 
 
 def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
