@@ -27,10 +27,10 @@ from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
 from lightning_normdyn.theory.outlook import (
     adam_collapse_steps,
     free_decay_rate,
+    reading,
     steps_to_overflow,
     steps_to_underflow,
     total_decay,
-    verdict,
 )
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
@@ -253,7 +253,7 @@ def judge(history: History, name: str, course: Course) -> str:
         course: its predictions on the way.
 
     Returns:
-        a verdict of `lightning_normdyn.theory.outlook.verdict`; "not settled yet" instead of "settled"
+        a verdict of `lightning_normdyn.theory.outlook.reading`; "not settled yet" instead of "settled"
         before `SETTLED_AFTER` e-foldings;
         under WRS the comparison alone; "too few rows"; "not finite since step 5" for a weight that
         ended with NaN.
@@ -287,7 +287,7 @@ def judge(history: History, name: str, course: Course) -> str:
         drift = _common(drift, before)
     if prediction is not None and relaxation is None and ratio is not None and turned > 0:
         return f"length held by WeightRescaling, {ratio:.2g}x the prediction"
-    said = verdict(
+    said = reading(
         drift,
         relaxation,
         ratio,

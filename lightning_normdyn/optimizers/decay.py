@@ -14,7 +14,7 @@ decay was written in.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Literal, TypeAlias
@@ -24,7 +24,13 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers import rate_rules
 from lightning_normdyn.optimizers.facts import DecayLaw, Kind
-from lightning_normdyn.optimizers.group_numbers import Number, as_number, group_number, is_zero
+from lightning_normdyn.optimizers.group_numbers import (
+    Group,
+    Number,
+    as_number,
+    group_number,
+    is_zero,
+)
 from lightning_normdyn.optimizers.rate import applied_rate, decay_trial
 from lightning_normdyn.optimizers.recognition import (
     class_for_predictions,
@@ -57,7 +63,7 @@ class AppliedDecay:
     factor: Number = 1.0
 
 
-def decay_law(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayLaw | None:
+def decay_law(optimizer: Optimizer, group: Group) -> DecayLaw | None:
     """How ``optimizer`` decays the weights of ``group``.
 
     Returns:
@@ -82,7 +88,7 @@ def decay_law(optimizer: Optimizer, group: Mapping[str, Any]) -> DecayLaw | None
     return decay_trial(optimizer).law
 
 
-def decay_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Kind | None:
+def decay_kind(optimizer: Optimizer, group: Group) -> Kind | None:
     """Whether ``optimizer`` decays ``group`` inside the gradient ("coupled") or apart from it.
 
     Example:
@@ -95,9 +101,7 @@ def decay_kind(optimizer: Optimizer, group: Mapping[str, Any]) -> Kind | None:
     return None if law is None else law.kind
 
 
-def applied_decay(
-    optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor
-) -> AppliedDecay | None:
+def applied_decay(optimizer: Optimizer, group: Group, weight: Tensor) -> AppliedDecay | None:
     """How the next step of ``optimizer`` decays ``weight``.
 
     Returns:
@@ -131,7 +135,7 @@ def applied_decay(
     return AppliedDecay(law.kind, share, factor)
 
 
-def _as_read(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Any:
+def _as_read(optimizer: AnOptimizer, group: Group) -> Any:
     """λ of a group as ``optimizer`` reads it, in whatever type it is written."""
     if isinstance(optimizer, Optimizer):
         read = facts_of(optimizer, group).written_decay
@@ -141,7 +145,7 @@ def _as_read(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Any:
     return 0.0 if decay is None else decay
 
 
-def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
+def written_decay(optimizer: AnOptimizer, group: Group) -> Number:
     """λ of a param group as ``optimizer`` reads it at this step; 0 without any.
 
     Example:
@@ -153,7 +157,7 @@ def written_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number:
     return 0.0 if decay is None else decay
 
 
-def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
+def optimizer_decay(optimizer: AnOptimizer, group: Group) -> Number | None:
     """The decoupled equivalent λ of what ``optimizer`` itself does to the weights of a param group.
 
     Args:
@@ -185,7 +189,7 @@ def optimizer_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number 
     return response.effective_decay
 
 
-def _acts_at_the_rate(optimizer: Optimizer, group: Mapping[str, Any], law: DecayLaw) -> bool:
+def _acts_at_the_rate(optimizer: Optimizer, group: Group, law: DecayLaw) -> bool:
     """Whether a decoupled decay shrinks a weight by `applied_rate` · λ, not another multiple of λ."""
     rate_is_lr = facts_of(optimizer, group).rate in (
         rate_rules.plain,
@@ -194,7 +198,7 @@ def _acts_at_the_rate(optimizer: Optimizer, group: Mapping[str, Any], law: Decay
     return law.pace == "rate" or (law.pace == "lr" and rate_is_lr)
 
 
-def replaced_decay(optimizer: AnOptimizer, group: Mapping[str, Any]) -> str:
+def replaced_decay(optimizer: AnOptimizer, group: Group) -> str:
     """What is no longer applied when the decay of a weight is taken over, for tables.
 
     Returns:
@@ -292,7 +296,7 @@ class DecayRule:
     alpha: float = 0.0
     statistic: Literal["norm", "std"] = "norm"
 
-    def applied(self, optimizer: AnOptimizer, group: Mapping[str, Any]) -> Number | None:
+    def applied(self, optimizer: AnOptimizer, group: Group) -> Number | None:
         """λ that it applies to weights of ``group`` whose decay it owns, ``alpha`` aside.
 
         None where nobody can tell.
@@ -347,7 +351,7 @@ def highest_claim(rules: Iterable[DecayRule]) -> DecayOwner | None:
 
 def decay_of(
     optimizer: AnOptimizer,
-    group: Mapping[str, Any],
+    group: Group,
     rules: Sequence[DecayRule],
     owner: DecayOwner | None,
 ) -> Decay:

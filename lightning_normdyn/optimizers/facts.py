@@ -23,11 +23,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers import rate_rules, step_rules
-from lightning_normdyn.optimizers.group_numbers import as_number
+from lightning_normdyn.optimizers.group_numbers import Group, as_number
 from lightning_normdyn.optimizers.rate_rules import RateRule
 from lightning_normdyn.optimizers.step_rules import ResponseRule
-
-Group: TypeAlias = Mapping[str, Any]
 
 Kind: TypeAlias = Literal["coupled", "decoupled"]
 """Whether λ·w is added to the gradient, or the weight is multiplied by 1 - share."""

@@ -19,6 +19,9 @@ from torch import Tensor
 
 Number: TypeAlias = float | Tensor
 
+Group: TypeAlias = Mapping[str, Any]
+"""A param group, as in ``optimizer.param_groups``, that is only read."""
+
 
 def as_number(value: object) -> Number | None:
     """``value`` as a Python float, or as a tensor if it lives on an accelerator, where looking at
@@ -58,7 +61,7 @@ def _of_tensor(value: Tensor) -> Number | None:
     return value.detach().reshape(())
 
 
-def group_number(group: Mapping[str, Any], key: str, default: float = 0.0) -> Number:
+def group_number(group: Group, key: str, default: float = 0.0) -> Number:
     """``group[key]`` as a number; ``default`` where it is missing, ``None`` or no number.
 
     Example:
@@ -69,7 +72,7 @@ def group_number(group: Mapping[str, Any], key: str, default: float = 0.0) -> Nu
     return default if number is None else number
 
 
-def with_plain_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+def with_plain_numbers(group: Group) -> dict[str, Any]:
     """A copy of ``group`` in which each number, and each number of a tuple or list (``betas``), is
     a float or a device tensor.
 

@@ -7,21 +7,18 @@ the param group; the rules for the others stand in `lightning_normdyn.optimizers
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers import rate_rules
 from lightning_normdyn.optimizers.facts import DecayLaw
-from lightning_normdyn.optimizers.group_numbers import Number, as_number
+from lightning_normdyn.optimizers.group_numbers import Group, Number, as_number
 from lightning_normdyn.optimizers.recognition import answer_once, facts_of
 from lightning_normdyn.optimizers.scratch import is_scratch
 from lightning_normdyn.optimizers.trial import DecayTrial, try_decay
 
 
-def applied_rate(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def applied_rate(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """The rate that the next step of ``optimizer`` really applies to ``weight``.
 
     Args:
@@ -69,6 +66,6 @@ def has_plain_rate(optimizer: Optimizer) -> bool:
     return facts_of(optimizer).rate is rate_rules.plain
 
 
-def rate_differs_within(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+def rate_differs_within(optimizer: Optimizer, group: Group) -> bool:
     """Whether `applied_rate` may differ between the weights of one group."""
     return facts_of(optimizer, group).rate_by_weight

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.group_numbers import Number, as_number, group_number
+from lightning_normdyn.optimizers.group_numbers import Group, Number, as_number, group_number
 
-RateRule: TypeAlias = Callable[[Optimizer, Mapping[str, Any], Tensor], "Number | None"]
+RateRule: TypeAlias = Callable[[Optimizer, Group, Tensor], "Number | None"]
 """Optimizer, param group, weight of that group -> the rate of the weight's next step."""
 
 # What D-Adaptation and Prodigy keep in a param group beside their estimate.
@@ -40,14 +40,12 @@ ADAPTATION_KEYS = frozenset(
 )
 
 
-def plain(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def plain(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """The rate is ``group["lr"]``; None where the group has none."""
     return as_number(group.get("lr"))
 
 
-def lr_without_schedule(
-    optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor
-) -> Number | None:
+def lr_without_schedule(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """The rate is ``group["lr"]`` unless something speaks of another one."""
     # A "d" that no rule knows may be an estimate that the learning rate is multiplied by.
     if "d" in group or has_own_schedule(optimizer, group):
@@ -55,7 +53,7 @@ def lr_without_schedule(
     return as_number(group.get("lr"))
 
 
-def has_own_schedule(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
+def has_own_schedule(optimizer: Optimizer, group: Group) -> bool:
     """Whether a number of the group or of the optimizer speaks of a warmup that no rule knows."""
     for name, value in (*vars(optimizer).items(), *group.items()):
         speaks_of_it = "warm" in name.lower() and not name.startswith("_")
@@ -64,7 +62,7 @@ def has_own_schedule(optimizer: Optimizer, group: Mapping[str, Any]) -> bool:
     return False
 
 
-def adagrad(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def adagrad(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """torch's Adagrad divides its learning rate by 1 + (steps so far) · ``lr_decay``."""
     lr = as_number(group.get("lr"))
     slower = group_number(group, "lr_decay")
@@ -73,7 +71,7 @@ def adagrad(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> N
     return lr / (1 + _steps_so_far(optimizer, group, weight) * slower)
 
 
-def asgd(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def asgd(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """torch's ASGD keeps the rate of its next step in the state, from the first step on."""
     state = _state_of(optimizer, weight)
     if state.get("eta") is None:
@@ -81,9 +79,7 @@ def asgd(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Numb
     return as_number(state["eta"])
 
 
-def torch_adafactor(
-    optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor
-) -> Number | None:
+def torch_adafactor(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """torch's Adafactor: min(lr, 1/√t) times the RMS of the weight."""
     lr = as_number(group.get("lr"))
     if lr is None:
@@ -92,7 +88,7 @@ def torch_adafactor(
     return _scaled_by_size(relative, weight, _second(group.get("eps")))
 
 
-def adafactor(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def adafactor(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """Adafactor as fairseq, transformers, timm and pytorch_optimizer write it.
 
     The rate is the learning rate or the relative step 1/√t, scaled by the RMS of the weight.
@@ -126,7 +122,7 @@ def adaptation_name(optimizer_class: type) -> str | None:
     return None
 
 
-def adaptation(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def adaptation(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """D-Adaptation and Prodigy: d·lr, with the estimate d that the last step left."""
     estimate = as_number(group.get("d"))
     if group.get("split_groups_mean") and group.get("shared_d"):
@@ -143,7 +139,7 @@ def adaptation(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -
     return estimate * lr / first_gradient
 
 
-def heavyball(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number | None:
+def heavyball(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     """HeavyBall warms up inside of the step: lr · t / max(t, warmup_steps + 1)."""
     lr = as_number(group.get("lr"))
     warmup = group_number(group, "warmup_steps")
@@ -153,7 +149,7 @@ def heavyball(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) ->
     return lr * _smaller(1.0, step / (warmup + 1))
 
 
-def _state_of(optimizer: Optimizer, weight: Tensor) -> Mapping[str, Any]:
+def _state_of(optimizer: Optimizer, weight: Tensor) -> Group:
     """The state of one weight; empty before its first step, and where it is of another form."""
     if isinstance(optimizer.state, Mapping):
         state = optimizer.state.get(weight)
@@ -162,7 +158,7 @@ def _state_of(optimizer: Optimizer, weight: Tensor) -> Mapping[str, Any]:
     return {}
 
 
-def _steps_so_far(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number:
+def _steps_so_far(optimizer: Optimizer, group: Group, weight: Tensor) -> Number:
     """Steps that this weight has made: counted in its state, or in the group for all weights."""
     state = _state_of(optimizer, weight)
     return group_number(group if state.get("step") is None else state, "step")

@@ -8,7 +8,7 @@ scratch weights shows that it steps as its base does (many only log around ``sup
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers.facts import TABLE, OptimizerFacts
-from lightning_normdyn.optimizers.group_numbers import as_number
+from lightning_normdyn.optimizers.group_numbers import Group, as_number
 from lightning_normdyn.optimizers.trial import remembers_weights, steps_as, undoes_changes
 
 # ------------------------------------------------------------------------------- the step function
@@ -131,7 +131,7 @@ _KERNEL_KEYS = frozenset(
 )
 
 
-def _knows_all_that_is_set(row: OptimizerFacts, group: Mapping[str, Any]) -> bool:
+def _knows_all_that_is_set(row: OptimizerFacts, group: Group) -> bool:
     """Whether a row by name holds for a group.
 
     The group must have the keys that the row needs, and set no option that the row does not know:
@@ -159,7 +159,7 @@ def _is_set(value: Any) -> bool:
     return isinstance(number, Tensor) or number != 0
 
 
-def row_of(optimizer_class: type, group: Mapping[str, Any]) -> OptimizerFacts | None:
+def row_of(optimizer_class: type, group: Group) -> OptimizerFacts | None:
     """The row of `TABLE` for a param group of an optimizer of ``optimizer_class``; None if none fits.
 
     What an instance says beside its groups (attributes, a step of its own that a trial has looked
@@ -192,7 +192,7 @@ def evaluates_closure_often(optimizer: Optimizer) -> bool:
 # ------------------------------------------------------------------------- the row of an optimizer
 
 
-def facts_of(optimizer: Optimizer, group: Mapping[str, Any] | None = None) -> OptimizerFacts:
+def facts_of(optimizer: Optimizer, group: Group | None = None) -> OptimizerFacts:
     """What is known about ``optimizer``: a row of `TABLE`, or one with nothing but the name.
 
     Args:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizers.facts import TABLE
-from lightning_normdyn.optimizers.group_numbers import as_number
+from lightning_normdyn.optimizers.group_numbers import Group, as_number
 from lightning_normdyn.optimizers.recognition import facts_of, is_schedule_free, why_not_as_base
 
 
@@ -118,7 +118,7 @@ def per_matrix_only(optimizer: Optimizer) -> bool:
     return facts_of(optimizer).per_matrix
 
 
-def step_buffer(optimizer: Optimizer, group: dict[str, Any]) -> str | None:
+def step_buffer(optimizer: Optimizer, group: Group) -> str | None:
     r"""The buffer :math:`b` that tells what the last step was: after it, every weight has moved by
     :math:`-\eta b`.
 

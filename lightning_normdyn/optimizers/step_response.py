@@ -7,11 +7,11 @@ be floats or tensors. No tensor is read, so nothing waits for a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from lightning_normdyn.optimizers.group_numbers import (
+    Group,
     Number,
     group_number,
     is_zero,
@@ -43,7 +43,7 @@ class Options(TypedDict, total=False):
     coupled: bool
 
 
-def own_response(optimizer_class: type, group: Mapping[str, Any]) -> StepResponse | None:
+def own_response(optimizer_class: type, group: Group) -> StepResponse | None:
     """How the optimizer alone answers gradients, from its class and a param group.
 
     Unlike in `step_response`, a decay of 0 is the number that it is.
@@ -57,7 +57,7 @@ def own_response(optimizer_class: type, group: Mapping[str, Any]) -> StepRespons
 
 
 def step_response(
-    optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]
+    optimizer_class: type, group: Group, **options: Unpack[Options]
 ) -> StepResponse | None:
     """How the steps of a param group turn, grow and decay its weights.
 
@@ -99,7 +99,7 @@ def step_response(
     return response
 
 
-def is_rough(optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]) -> bool:
+def is_rough(optimizer_class: type, group: Group, **options: Unpack[Options]) -> bool:
     """Whether a prediction for this group is a rough one: Adam with coupled decay.
 
     Arguments as for `step_response`.

@@ -9,11 +9,11 @@ rule answers ``None`` for settings that nobody has derived.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from lightning_normdyn.optimizers.group_numbers import Number, is_zero
+from lightning_normdyn.optimizers.group_numbers import Group, Number, is_zero
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class StepResponse:
         return self.decay * self.total
 
 
-ResponseRule: TypeAlias = Callable[[Mapping[str, Any]], StepResponse | None]
+ResponseRule: TypeAlias = Callable[[Group], StepResponse | None]
 """Param group -> how its steps answer gradients; None for settings that nobody has derived."""
 
 
-def sgd(group: Mapping[str, Any]) -> StepResponse:
+def sgd(group: Group) -> StepResponse:
     """torch's SGD: momentum, dampening, Nesterov."""
     momentum = group["momentum"]
     if group["nesterov"]:
@@ -121,7 +121,7 @@ def sgd(group: Mapping[str, Any]) -> StepResponse:
     )
 
 
-def adam(group: Mapping[str, Any]) -> StepResponse | None:
+def adam(group: Group) -> StepResponse | None:
     """torch's Adam without amsgrad."""
     # amsgrad divides by the largest second moment so far, which does not measure the present
     # gradient.
@@ -139,13 +139,13 @@ def adam(group: Mapping[str, Any]) -> StepResponse | None:
     )
 
 
-def adamw(group: Mapping[str, Any]) -> StepResponse | None:
+def adamw(group: Group) -> StepResponse | None:
     """torch's AdamW without amsgrad."""
     # torch before 2.7 has AdamW without the flag in the group.
     return adam({"decoupled_weight_decay": True, **group})
 
 
-def sgdp(group: Mapping[str, Any]) -> StepResponse | None:
+def sgdp(group: Group) -> StepResponse | None:
     """SGDP (adamp): SGD whose steps are projected, with a decoupled decay."""
     # torch's SGD, whose arithmetic this uses, does not allow the two together.
     if group["nesterov"] and not is_zero(group["dampening"]):
@@ -157,7 +157,7 @@ def sgdp(group: Mapping[str, Any]) -> StepResponse | None:
     return replace(sgd(group).projected(), decay=decay, coupled=False)
 
 
-def adamp(group: Mapping[str, Any]) -> StepResponse | None:
+def adamp(group: Group) -> StepResponse | None:
     """AdamP (adamp): Adam whose steps are projected, with a decoupled decay."""
     unprojected = adam({**group, "decoupled_weight_decay": True})
     if unprojected is None:
@@ -166,7 +166,7 @@ def adamp(group: Mapping[str, Any]) -> StepResponse | None:
     return replace(unprojected.projected(), decay=decay)
 
 
-def lion(group: Mapping[str, Any]) -> StepResponse:
+def lion(group: Group) -> StepResponse:
     """Lion: the sign of an average of gradients."""
     inner, outer = group["betas"]
     average = StepResponse(group["lr"], 1 - inner, inner * (1 - outer), outer)

@@ -13,15 +13,18 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from operator import is_
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 
-Group = dict[str, Any]
-Split = Callable[[Sequence[Group]], "list[Group] | None"]
+ParamGroup: TypeAlias = dict[str, Any]
+"""A param group, as in ``optimizer.param_groups``, that a step may write to."""
+
+Split: TypeAlias = Callable[[Sequence[ParamGroup]], "list[ParamGroup] | None"]
+"""The groups of an optimizer -> what a step is to see of them; None: the same."""
 
 
 class SplitGroup(dict[str, Any]):
@@ -44,7 +47,7 @@ class SplitGroup(dict[str, Any]):
 
     __slots__ = ("_group", "_replaced")
 
-    def __init__(self, group: Group, replaced: Group) -> None:
+    def __init__(self, group: ParamGroup, replaced: ParamGroup) -> None:
         super().__init__(group)
         super().update(replaced)
         self._group = group
@@ -84,7 +87,7 @@ class SplitGroup(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def part_of(group: Group, replaced: Group, *, write_through: bool) -> Group:
+def part_of(group: ParamGroup, replaced: ParamGroup, *, write_through: bool) -> ParamGroup:
     """``group`` with some entries replaced.
 
     With ``write_through`` a `SplitGroup`, else a plain dict, which is all that torch's compiler
@@ -96,8 +99,8 @@ def part_of(group: Group, replaced: Group, *, write_through: bool) -> Group:
 
 
 def split_groups(
-    groups: Sequence[Group], taken: Container[Tensor], *, write_through: bool = True
-) -> list[Group] | None:
+    groups: Sequence[ParamGroup], taken: Container[Tensor], *, write_through: bool = True
+) -> list[ParamGroup] | None:
     """Param groups in which the weights whose decay is taken over stand apart, without decay.
 
     Args:
@@ -115,7 +118,7 @@ def split_groups(
         >>> [group["weight_decay"] for group in shown]
         [0.0, 0.5]
     """
-    shown: list[Group] = []
+    shown: list[ParamGroup] = []
     changed = False
     for group in groups:
         without_decay = [p for p in group["params"] if p in taken]
@@ -139,22 +142,22 @@ class _View:
     # Slots of the view's own class: the instance shares its __dict__ with the optimizer.
     _normdyn_original: Any
     _normdyn_split: Split | None
-    _normdyn_shown: tuple[list[Group], list[Group]] | None
+    _normdyn_shown: tuple[list[ParamGroup], list[ParamGroup]] | None
 
     @property
-    def param_groups(self) -> list[Group]:
+    def param_groups(self) -> list[ParamGroup]:
         own = self._normdyn_original.param_groups
         if self._normdyn_split is None:
-            return cast(list[Group], own)
+            return cast(list[ParamGroup], own)
         # A step may itself add a group, or set new ones: then they are split anew.
-        before, shown = cast(tuple[list[Group], list[Group]], self._normdyn_shown)
+        before, shown = cast(tuple[list[ParamGroup], list[ParamGroup]], self._normdyn_shown)
         if not _same(before, own):
             shown = self._normdyn_split(own) or own
             object.__setattr__(self, "_normdyn_shown", (list(own), shown))
         return shown
 
     @param_groups.setter
-    def param_groups(self, groups: list[Group]) -> None:
+    def param_groups(self, groups: list[ParamGroup]) -> None:
         self._normdyn_original.param_groups = groups
 
     # A subclass that calls super().step() makes torch call all hooks again, with the view: others
@@ -193,7 +196,7 @@ def _itself(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _same(groups: list[Group], others: list[Group]) -> bool:
+def _same(groups: list[ParamGroup], others: list[ParamGroup]) -> bool:
     return len(groups) == len(others) and all(map(is_, groups, others))
 
 
@@ -311,7 +314,7 @@ def view_of(optimizer: Optimizer, kind: type[Any]) -> Optimizer:
     return cast(Optimizer, view)
 
 
-def show(view: Any, split: Split, groups: Sequence[Group], shown: list[Group]) -> None:
+def show(view: Any, split: Split, groups: Sequence[ParamGroup], shown: list[ParamGroup]) -> None:
     """From now on ``view`` shows split groups.
 
     Args:

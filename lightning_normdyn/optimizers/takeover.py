@@ -27,14 +27,12 @@ from lightning_normdyn.optimizers.group_numbers import Number, group_number, is_
 from lightning_normdyn.optimizers.recognition import writes_into_groups
 from lightning_normdyn.optimizers.scaling import Scaling
 from lightning_normdyn.optimizers.step import Step
-from lightning_normdyn.optimizers.step_view import show, unsplit, view_class, view_of
+from lightning_normdyn.optimizers.step_view import ParamGroup, show, unsplit, view_class, view_of
 from lightning_normdyn.optimizers.views import groups_for_step, steps_as_one
 
 Claimed: TypeAlias = Set[Tensor] | Mapping[Tensor, Partition]
 """Weights whose decay is taken over: whole, or only in the rows that belong to a vector of their
 partition."""
-
-_Group: TypeAlias = dict[str, Any]
 
 
 class _Rest(NamedTuple):
@@ -42,7 +40,7 @@ class _Rest(NamedTuple):
 
     weight: Tensor
     claimed: Partition | None  # the partition whose vectors were claimed; None: nothing was
-    group: _Group
+    group: ParamGroup
 
 
 class DecayTakeover:
@@ -133,7 +131,7 @@ class DecayTakeover:
             return None
         optimizer, write_through = step.optimizer, self._writes_into_groups
 
-        def split(groups: Sequence[_Group]) -> list[_Group] | None:
+        def split(groups: Sequence[ParamGroup]) -> list[ParamGroup] | None:
             return groups_for_step(optimizer, groups, taken, write_through=write_through)
 
         groups = stepping.param_groups

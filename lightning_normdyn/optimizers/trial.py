@@ -22,16 +22,22 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers.facts import DecayLaw
-from lightning_normdyn.optimizers.group_numbers import Number, group_number
+from lightning_normdyn.optimizers.group_numbers import Group, Number, group_number
 from lightning_normdyn.optimizers.scratch import (
     CannotTryError,
     ScratchOptimizer,
     Start,
     seed_generators,
 )
-from lightning_normdyn.optimizers.step_view import show, split_groups, view_class, view_of
+from lightning_normdyn.optimizers.step_view import (
+    ParamGroup,
+    show,
+    split_groups,
+    view_class,
+    view_of,
+)
 
-RateOf: TypeAlias = Callable[[Optimizer, Mapping[str, Any], Tensor], "Number | None"]
+RateOf: TypeAlias = Callable[[Optimizer, Group, Tensor], "Number | None"]
 
 _LR = 0.02
 # Enough for momentum and bias corrections to matter, and for a slow copy that is visited every 5 or
@@ -155,11 +161,11 @@ class _UnknownRateError(Exception):
     """Nobody can tell the rate of a scratch weight."""
 
 
-def _written_lr(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number:
+def _written_lr(optimizer: Optimizer, group: Group, weight: Tensor) -> Number:
     return group_number(group, "lr")
 
 
-def _once(optimizer: Optimizer, group: Mapping[str, Any], weight: Tensor) -> Number:
+def _once(optimizer: Optimizer, group: Group, weight: Tensor) -> Number:
     return 1.0
 
 
@@ -374,7 +380,7 @@ def _view(scratch: ScratchOptimizer) -> Optimizer:
         raise CannotTryError("nothing can be derived from its class")
     view = view_of(scratch.optimizer, made)
 
-    def split(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]] | None:
+    def split(groups: Sequence[ParamGroup]) -> list[ParamGroup] | None:
         return split_groups(groups, set(scratch.taken))
 
     groups = scratch.optimizer.param_groups

@@ -20,7 +20,7 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.flat import FlatSlice, forget, remember, survey_fsdp
 from lightning_normdyn.geometry.internals import private, untested
 from lightning_normdyn.geometry.wrapped import Master
-from lightning_normdyn.optimizers.step_view import part_of, split_groups
+from lightning_normdyn.optimizers.step_view import ParamGroup, part_of, split_groups
 from lightning_normdyn.optimizers.wrappers import (
     second_phase,
     steps_in_two_phases,
@@ -96,11 +96,11 @@ def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
 
 def groups_for_step(
     optimizer: Optimizer,
-    groups: Sequence[dict[str, Any]],
+    groups: Sequence[ParamGroup],
     taken: Container[Tensor],
     *,
     write_through: bool,
-) -> list[dict[str, Any]] | None:
+) -> list[ParamGroup] | None:
     """What a step is to see in place of ``groups`` so that it does not decay the weights in ``taken``.
 
     Args:
@@ -192,8 +192,8 @@ class _ZeroRedundancyView(_View):
     _outer: Any
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return cast(list[dict[str, Any]], self._outer().param_groups)
+    def param_groups(self) -> list[ParamGroup]:
+        return cast(list[ParamGroup], self._outer().param_groups)
 
     @property
     def state(self) -> Any:
@@ -259,7 +259,7 @@ class _Part(NamedTuple):
     """What DeepSpeed steps at once."""
 
     flat: Tensor  # this rank's float32 copy of the weights, one behind the other
-    group: dict[str, Any]
+    group: ParamGroup
     places: dict[Tensor, FlatSlice]
 
 
@@ -327,13 +327,13 @@ class _DeepSpeedView(_View):
     """One of the flat tensors that DeepSpeed steps one after the other, as the weights in it."""
 
     _flat: Tensor
-    _group: dict[str, Any]
+    _group: ParamGroup
     _places: dict[Tensor, FlatSlice]
-    param_groups: list[dict[str, Any]]
+    param_groups: list[ParamGroup]
 
     def groups_for_step(
-        self, groups: Sequence[dict[str, Any]], taken: Container[Tensor], write_through: bool
-    ) -> list[dict[str, Any]] | None:
+        self, groups: Sequence[ParamGroup], taken: Container[Tensor], write_through: bool
+    ) -> list[ParamGroup] | None:
         """See `groups_for_step`.
 
         A flat tensor has one group only, so none of its weights gets decay from the optimizer.
@@ -347,7 +347,7 @@ class _DeepSpeedView(_View):
                 shown[i] = part_of(group, {"weight_decay": 0.0}, write_through=write_through)
         return shown
 
-    def _is_in(self, group: dict[str, Any]) -> bool:
+    def _is_in(self, group: ParamGroup) -> bool:
         return any(p is self._flat for p in group["params"])
 
     @property

@@ -27,13 +27,12 @@ optimizer that is not understood, or one without decay.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.optimizers.group_numbers import Number, group_number, is_zero
+from lightning_normdyn.optimizers.group_numbers import Group, Number, group_number, is_zero
 from lightning_normdyn.optimizers.step_response import Options, own_response, step_response
 from lightning_normdyn.optimizers.step_rules import StepResponse
 
@@ -126,7 +125,7 @@ def settles_at(
 
 def _settles(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     gradient_scale: Number | None,
     dim: int | None,
     norm: Number | None,
@@ -142,7 +141,7 @@ def _settles(
 
 def equilibrium_angular_update(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     *,
     gradient_scale: Number | None = None,
     dim: int | None = None,
@@ -185,7 +184,7 @@ def equilibrium_angular_update(
 
 def equilibrium_norm(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     gradient_scale: Number | None = None,
     *,
     dim: int | None = None,
@@ -223,7 +222,7 @@ def equilibrium_norm(
 
 def relaxation_steps(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     *,
     gradient_scale: Number | None = None,
     dim: int | None = None,
@@ -244,7 +243,7 @@ def relaxation_steps(
 
 
 def lr_drop_exponent(
-    optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]
+    optimizer_class: type, group: Group, **options: Unpack[Options]
 ) -> float | None:
     """The exponent e: when the learning rate falls by k, weights divided by k^e are at their new
     equilibrium norm at once; 1/P.
@@ -287,7 +286,7 @@ def norm_transient(
 
 def wrs_angular_update(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     every_n_steps: int,
     *,
     gradient_scale: Number | None = None,
@@ -332,7 +331,7 @@ def wrs_angular_update(
 
 def wrs_direction_lr(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     every_n_steps: int,
     *,
     gradient_scale: Number | None = None,
@@ -367,7 +366,7 @@ def wrs_direction_lr(
 
 def _free_growth(
     optimizer_class: type,
-    group: Mapping[str, Any],
+    group: Group,
     projected: bool,
     steps: int,
     gradient_scale: Number | None,
@@ -391,7 +390,7 @@ def _free_growth(
 
 
 def equivalent_hyperparameters(
-    optimizer_class: type, group: Mapping[str, Any], scale: float
+    optimizer_class: type, group: Group, scale: float
 ) -> dict[str, Number] | None:
     """The hyperparameters under which weights started ``scale`` times as long take the same
     directions, step by step.

@@ -1,17 +1,17 @@
-"""From numbers to words: what a person should read from a curve, and how long until a weight
-vanishes or overflows.
+"""From numbers to words: what to read from a curve, and how long until a weight vanishes or overflows.
 
-On the host, in plain floats; predictions themselves come from `lightning_normdyn.theory.equilibrium`.
+On the host, in plain floats. The predictions themselves come from
+`lightning_normdyn.theory.equilibrium`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lightning_normdyn.optimizers.group_numbers import Group
 from lightning_normdyn.optimizers.step_response import Options, step_response
 
 if TYPE_CHECKING:
@@ -23,36 +23,43 @@ __all__ = [
     "adam_collapse_steps",
     "e_foldings",
     "free_decay_rate",
+    "reading",
     "steps_to_overflow",
     "steps_to_underflow",
     "total_decay",
-    "verdict",
 ]
 
-SETTLED_DRIFT = 0.1  # |d ln‖w‖²| x relaxation time below which a norm counts as settled
-AS_PREDICTED = (0.75, 1.33)  # angular update / prediction that counts as agreement
+# |d ln‖w‖²| x relaxation time below which a norm counts as settled.
+SETTLED_DRIFT = 0.1
+# Angular update / prediction that counts as agreement.
+AS_PREDICTED = (0.75, 1.33)
+
+
+# ----------------------------------------------------------------------------- how far decay gets
 
 
 def e_foldings(steps: float, relaxation: float | None) -> float | None:
-    """How many relaxation times ``steps`` optimizer steps are; below about six, the start is still
-    felt. ``None`` without a prediction.
+    """How many relaxation times ``steps`` optimizer steps are.
+
+    Below about six, the start is still felt. ``None`` without a prediction.
 
     Example:
         >>> e_foldings(3000, 500.0)
         6.0
     """
-    return None if relaxation is None else steps / relaxation
+    if relaxation is None:
+        return None
+    return steps / relaxation
 
 
 def total_decay(
-    optimizer_class: type, group: Mapping[str, Any], steps: int, **options: Unpack[Options]
+    optimizer_class: type, group: Group, steps: int, **options: Unpack[Options]
 ) -> float | None:
-    """lr · λ_eff · steps: by how many powers of e the decay alone would shrink the norm. Far below
-    1, it cannot act (the usual AdamW trap).
+    """By how many powers of e the decay alone would shrink the norm: lr · λ_eff · steps.
 
-    ``options``: :class:`lightning_normdyn.optimizers.step_response.Options`. ``None`` without decay, for an
-    optimizer that is not understood, or where
-    the decay depends on the gradient (Adam + L2).
+    Far below 1, it cannot act (the usual AdamW trap). ``options``:
+    :class:`lightning_normdyn.optimizers.step_response.Options`. ``None`` without decay, for an
+    optimizer that is not understood, or where the decay depends on the gradient (Adam + L2).
 
     Example:
         >>> total_decay(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}, 30_000)
@@ -65,25 +72,21 @@ def total_decay(
 
 
 def free_decay_rate(
-    optimizer_class: type, group: Mapping[str, Any], **options: Unpack[Options]
+    optimizer_class: type, group: Group, **options: Unpack[Options]
 ) -> float | None:
-    """-d ln‖w‖ per step of a vector that no gradient reaches (a dead filter): how fast decay alone
-    shrinks it.
+    """How fast decay alone shrinks a vector that no gradient reaches (a dead filter).
 
-    For :func:`steps_to_underflow`. With decay inside the gradient, momentum β and dampening d:
-    -ln|a|, with a the larger root of
-    x² - (1 + β - lr·λ·(1-d))x + β. For lr·λ·(1-d) > (1-√β)² the roots are complex, |a| = √β, and
-    more decay no longer kills faster.
-    There a vector whose entries swing through zero together is gone a little earlier than its
-    envelope (measured: by 4 to 7 % of the steps
-    at β = 0.9 to 0.95, by 18 % at 0.99).
+    The rate is -d ln‖w‖ per step, for :func:`steps_to_underflow`. With decay inside the gradient,
+    momentum β and dampening d it is -ln|a|, with a the larger root of x² - (1 + β - lr·λ·(1-d))x +
+    β. For lr·λ·(1-d) > (1-√β)² the roots are complex, |a| = √β, and more decay no longer kills
+    faster. There a vector whose entries swing through zero together is gone a little earlier than
+    its envelope (measured: by 4 to 7 % of the steps at β = 0.9 to 0.95, by 18 % at 0.99).
     ``options``: :class:`lightning_normdyn.optimizers.step_response.Options`.
 
     Returns:
         the rate per step, ``inf`` where one step reaches zero; ``None`` without decay, for an
-        optimizer that is not understood, and for
-        Adam with coupled decay, under which a dead filter falls ever faster:
-        :func:`adam_collapse_steps`.
+        optimizer that is not understood, and for Adam with coupled decay, under which a dead filter
+        falls ever faster: :func:`adam_collapse_steps`.
 
     Example:
         >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
@@ -96,23 +99,30 @@ def free_decay_rate(
     pull = float(response.lr * response.decay)
     if not response.coupled:
         return -math.log1p(-pull) if pull < 1 else math.inf
-    momentum = float(group["momentum"])
-    if group["nesterov"]:
-        return _rate_of_recursion(1 + momentum - pull * (1 + momentum), momentum * (1 - pull))
-    kept = 1 - float(group["dampening"]) if momentum else 1.0
-    return _rate_of_recursion(1 + momentum - pull * kept, momentum)
+    # A coupled decay is a gradient λ·w, so w' = w - lr·λ Σ c_j w_{t-j}. With all but the newest term
+    # in one sum that is a recursion of two numbers, and the slower of its solutions is what is left.
+    newest, older, memory = map(float, (response.newest, response.older, response.memory))
+    kept = 1 - pull * newest
+    return _rate_of_recursion(kept + memory, memory * kept + pull * older)
 
 
 def _rate_of_recursion(trace: float, determinant: float) -> float:
-    """-ln|a|, with a the larger root of x² - trace·x + determinant: how fast w'' = trace·w' -
-    determinant·w falls."""
+    """How fast w'' = trace·w' - determinant·w falls.
+
+    That is -ln|a|, with a the larger root of x² - trace·x + determinant.
+    """
     discriminant = trace**2 / 4 - determinant
-    size = abs(trace) / 2 + math.sqrt(discriminant) if discriminant >= 0 else math.sqrt(determinant)
-    return -math.log(size) if size > 0 else math.inf
+    if discriminant >= 0:
+        size = abs(trace) / 2 + math.sqrt(discriminant)
+    else:
+        size = math.sqrt(determinant)
+    if size == 0:
+        return math.inf
+    return -math.log(size)
 
 
 def adam_collapse_steps(
-    group: Mapping[str, Any],
+    group: Group,
     e_foldings: float,
     *,
     weight: float,
@@ -120,24 +130,20 @@ def adam_collapse_steps(
     smallest_second_moment: float,
     step: float,
 ) -> float:
-    """Optimizer steps until Adam with coupled decay has shrunk a vector that no gradient reaches by
-    ``e_foldings`` powers of e.
+    """Optimizer steps until Adam with coupled decay has shrunk a vector that no gradient reaches.
 
     The decay is all that is left of the gradient, and Adam divides it by the root of a second
-    moment that remembers larger ones: a step
-    is that of SGD with momentum β1, dampening β1 and the learning rate lr/(√v̂ + eps). As v is
-    forgotten that rate grows by
-    -ln(β2)/2 per step, the faster the entry falls, up to a rate of -ln(β1)/2, where it swings
-    around zero; so λ hardly matters. Only
-    where lr is small against the weight does the decay itself keep v up. A vector falls as its
-    slowest entry, the one with the largest v.
-    In the end, where lr·λ·(1-β1) exceeds 2(1+β1)(√v̂ + eps), swings grow again and hold v up: if
-    its fastest entry gets there first, the
+    moment that remembers larger ones: a step is that of SGD with momentum β1, dampening β1 and the
+    learning rate lr/(√v̂ + eps). As v is forgotten that rate grows by -ln(β2)/2 per step, the
+    faster the entry falls, up to a rate of -ln(β1)/2, where it swings around zero; so λ hardly
+    matters. Only where lr is small against the weight does the decay itself keep v up. A vector
+    falls as its slowest entry, the one with the largest v. In the end, where lr·λ·(1-β1) exceeds
+    2(1+β1)(√v̂ + eps), swings grow again and hold v up: if its fastest entry gets there first, the
     vector never vanishes.
 
     Args:
         group: param group of a torch.optim.Adam: ``lr``, ``betas``, ``eps``, ``weight_decay``.
-        e_foldings: how far the vector has to fall.
+        e_foldings: by how many powers of e the vector has to fall.
         weight: size of its slowest entry now.
         second_moment: ``exp_avg_sq`` of its slowest entry now.
         smallest_second_moment: and of its fastest.
@@ -155,40 +161,46 @@ def adam_collapse_steps(
     """
     momentum, memory = (float(beta) for beta in group["betas"])
     decay, eps = float(group["weight_decay"]), float(group["eps"])
+    # Without memory v is the last gradient: steps of the length lr forever.
     if not memory > 0:
-        return math.inf  # v is the last gradient: steps of the length lr forever
+        return math.inf
     forgotten = -math.log(memory)  # share of v per step
-    gradient, passed = (decay * weight) ** 2, 0.0
-    # At a time, what shrinks by a quarter of an e-folding or forgets a fifth of v; what takes more
-    # than so many is beyond any run.
+    left, passed = e_foldings, 0.0
+    gradient = (decay * weight) ** 2
+    pull = float(group["lr"]) * decay * (1 - momentum)
+    # Integrated in times in which the vector shrinks by a quarter of an e-folding or forgets a fifth
+    # of v. What takes more than so many of them is beyond any run.
     for _ in range(100_000):
         corrected = 1 - memory ** (max(step, 1.0) + passed)
-        pulls = []
-        for moment in (second_moment, smallest_second_moment):
-            root = math.sqrt(moment / corrected) + eps
-            pulls.append(
-                float(group["lr"]) * decay * (1 - momentum) / root if root > 0 else math.inf
-            )
-        if not max(pulls) < 2 * (1 + momentum):
+        slowest = math.sqrt(second_moment / corrected) + eps
+        fastest = math.sqrt(smallest_second_moment / corrected) + eps
+        # Beyond this pull the swings grow. Multiplied out, since a divisor may be 0.
+        limit = 2 * (1 + momentum) * min(slowest, fastest)
+        if not pull < limit:
             return math.inf
-        if e_foldings < 1e-9:
+        if left < 1e-9:
             return passed
-        rate = _rate_of_recursion(1 + momentum - pulls[0], momentum)
+        rate = _rate_of_recursion(1 + momentum - pull / slowest, momentum)
         if not rate > 0:
             return math.inf
-        time = min(0.25 / rate, 0.2 * corrected / forgotten, e_foldings / rate)
-        kept, before = memory**time, gradient
-        gradient *= math.exp(-2 * rate * time)
-        second_moment = kept * second_moment + (1 - kept) * (before + gradient) / 2
+        time = min(0.25 / rate, 0.2 * corrected / forgotten, left / rate)
+        kept = memory**time
+        later_gradient = gradient * math.exp(-2 * rate * time)
+        second_moment = kept * second_moment + (1 - kept) * (gradient + later_gradient) / 2
         smallest_second_moment *= kept
-        e_foldings -= rate * time
+        gradient = later_gradient
+        left -= rate * time
         passed += time
     return math.inf
 
 
+# --------------------------------------------------------------------------- the ends of a dtype
+
+
 def steps_to_underflow(size: float, rate: float, dtype: torch.dtype = torch.float32) -> float:
-    """Steps until the square of a norm or standard deviation rounds to 0 in ``dtype`` (and dividing
-    by it gives NaN) at the present rate.
+    """Steps until the square of a norm or standard deviation rounds to 0, at the present rate.
+
+    From then on, dividing by it gives NaN.
 
     Args:
         size: norm or std now.
@@ -203,19 +215,19 @@ def steps_to_underflow(size: float, rate: float, dtype: torch.dtype = torch.floa
         4488
     """
     limits = torch.finfo(dtype)
-    smallest = math.sqrt(limits.smallest_normal * limits.eps) * math.sqrt(
-        0.5
-    )  # below half the smallest subnormal a square rounds to zero
+    # Below half the smallest subnormal a square rounds to zero.
+    smallest = math.sqrt(limits.smallest_normal * limits.eps) * math.sqrt(0.5)
     if size <= smallest:
         return 0.0
-    return math.log(size / smallest) / rate if rate > 0 else math.inf
+    if not rate > 0:
+        return math.inf
+    return math.log(size / smallest) / rate
 
 
 def steps_to_overflow(size: float, rate: float, dtype: torch.dtype = torch.float32) -> float:
-    """Steps until the square of a norm exceeds the largest number of ``dtype``, at the present
-    growth ``rate`` = d ln(size) per step.
+    """Steps until the square of a norm exceeds the largest number of ``dtype``.
 
-    ``inf`` where it does not grow.
+    At the present growth ``rate`` = d ln(size) per step; ``inf`` where it does not grow.
 
     Example:
         >>> round(steps_to_overflow(1.0, 0.1))
@@ -224,10 +236,15 @@ def steps_to_overflow(size: float, rate: float, dtype: torch.dtype = torch.float
     largest = math.sqrt(torch.finfo(dtype).max)
     if not size < largest:
         return 0.0
-    return math.log(largest / size) / rate if rate > 0 and size > 0 else math.inf
+    if not (rate > 0 and size > 0):
+        return math.inf
+    return math.log(largest / size) / rate
 
 
-def verdict(
+# -------------------------------------------------------------------------------------- in words
+
+
+def reading(
     norm_drift_per_step: float | None,
     relaxation: float | None,
     ratio: float | None,
@@ -263,17 +280,20 @@ def verdict(
         or "no prediction".
 
     Example:
-        >>> verdict(1e-5, 500.0, 0.97)
+        >>> reading(1e-5, 500.0, 0.97)
         'settled'
-        >>> verdict(-2e-5, 500.0, 0.43)
+        >>> reading(-2e-5, 500.0, 0.43)
         'settled, 0.43x the prediction (below)'
-        >>> verdict(-6e-4, 500.0, 0.6)
+        >>> reading(-6e-4, 500.0, 0.6)
         'approaching, about 896 steps left'
     """
     if norm_drift_per_step is None or not math.isfinite(norm_drift_per_step):
         return "no prediction"
-    turning = angular_update if angular_update is not None else ratio
-    if turning is not None and turning <= (angle_floor if angular_update is not None else 0.0):
+    # Without a measured angle its ratio to the prediction tells, though only of no turn at all.
+    turning, floor = angular_update, angle_floor
+    if angular_update is None:
+        turning, floor = ratio, 0.0
+    if turning is not None and turning <= floor:
         # What does not turn has no gradient. If its norm falls nevertheless, only the decay is
         # left, and it will reach zero.
         return "collapsing" if norm_drift_per_step < -angle_floor else "frozen"
@@ -282,27 +302,27 @@ def verdict(
     if lr_decay_change > 0.1 or not math.isfinite(relaxation):
         return "schedule faster than relaxation"
     drift = norm_drift_per_step * relaxation
-    if abs(drift) < SETTLED_DRIFT:
-        low, high = AS_PREDICTED
-        return (
-            "settled"
-            if low <= ratio <= high
-            else f"settled, {ratio:.2g}x the prediction ({'below' if ratio < 1 else 'above'})"
-        )
-    steps = max(_steps_to_settle(drift, ratio, power) * relaxation - age, 0.1 * relaxation)
-    return f"approaching, about {_rounded(steps)} steps left"
+    if abs(drift) >= SETTLED_DRIFT:
+        steps = _times_to_settle(drift, ratio, power) * relaxation - age
+        # Never 0: the drift just measured is too large for a weight that has settled.
+        steps = max(steps, 0.1 * relaxation)
+        return f"approaching, about {_rounded(steps)} steps left"
+    low, high = AS_PREDICTED
+    if low <= ratio <= high:
+        return "settled"
+    side = "below" if ratio < 1 else "above"
+    return f"settled, {ratio:.2g}x the prediction ({side})"
 
 
-def _steps_to_settle(drift: float, ratio: float, power: float) -> float:
-    """Relaxation times until |drift| < SETTLED_DRIFT, with ``drift`` = d ln‖w‖² per relaxation time
-    now.
+def _times_to_settle(drift: float, ratio: float, power: float) -> float:
+    """Relaxation times until |drift| < SETTLED_DRIFT, with ``drift`` = d ln‖w‖² per such time now.
 
     With x = (‖w‖/equilibrium)^P, drift = -(2/P)(1 - 1/x), and x - 1 falls as exp(-t).
     """
     inverse = 1 + power * drift / 2
+    # So far above that the norm falls as if there were no gradient: the drift no longer tells how
+    # far, but the angle does (AU² ~ 1/x).
     if inverse <= 0.01:
-        # So far above that the norm falls as if there were no gradient: the drift no longer tells
-        # how far, but the angle does (AU² ~ 1/x).
         inverse = min(max(ratio**2, 1e-30), 0.01)
     target = 1 + math.copysign(power * SETTLED_DRIFT / 2, drift)
     return max(math.log((1 / inverse - 1) / (1 / target - 1)), 0.0)
@@ -310,5 +330,8 @@ def _steps_to_settle(drift: float, ratio: float, power: float) -> float:
 
 def _rounded(steps: float) -> str:
     """Three significant digits, no exponent."""
-    digits = max(0, math.floor(math.log10(steps)) - 2) if steps >= 1 else 0
-    return f"{max(1, round(steps / 10**digits)) * 10**digits:,}".replace(",", " ")
+    digits = 0
+    if steps >= 1:
+        digits = max(0, math.floor(math.log10(steps)) - 2)
+    rounded = max(1, round(steps / 10**digits)) * 10**digits
+    return f"{rounded:,}".replace(",", " ")

@@ -176,7 +176,7 @@ def test_total_decay_says_when_decay_cannot_act() -> None:
     ],
 )
 def test_verdicts(arguments: tuple[Any, ...], options: dict[str, Any], says: str) -> None:
-    assert verdicts.verdict(*arguments, **options) == says
+    assert verdicts.reading(*arguments, **options) == says
 
 
 @pytest.mark.parametrize("start", [0.5, 0.8, 1.3, 2.0])
@@ -189,7 +189,7 @@ def test_steps_left_are_those_of_the_transient(start: float) -> None:
         ]
         return 2 * math.log(norms[1] / norms[0])
 
-    text = verdicts.verdict(
+    text = verdicts.reading(
         drift(0.5), relaxation, eq.norm_transient(0.5, start, 1.0, relaxation) ** -2
     )
     assert text.startswith("approaching, about ")
