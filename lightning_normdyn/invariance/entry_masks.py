@@ -2,21 +2,24 @@
 others.
 
 A masked autoencoder, a masked convolution and torch's pruning all compute with ``weight * mask``.
-The hidden entries still exist, they are
-initialized and they decay, but the loss never sees them. So they must not count as length: the
-norm, the angle of a step and the cosine
-with the gradient are those of the entries that are read.
+The hidden
+entries still exist, they are initialized and they decay, but the loss never sees them. So they must
+not
+count as length: the norm, the angle of a step and the cosine with the gradient are those of the
+entries that
+are read.
 
 Recognized where the mask is put on the weight itself (also behind copies, casts, views and
-permutations of it): a product with a constant,
-``where``, ``masked_fill``, ``tril`` and ``triu``. Any other operation reads all entries that reach
-it.
+permutations of
+it): a product with a constant, ``where``, ``masked_fill``, ``tril`` and ``triu``. Any other
+operation reads
+all entries that reach it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -27,12 +30,14 @@ from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge, GraphNode
 from lightning_normdyn.invariance.rows import Rows
-from lightning_normdyn.invariance.rules import Operation
 from lightning_normdyn.invariance.rules.elementwise import negated, unchanged
+from lightning_normdyn.invariance.rules.operation import Operation
 from lightning_normdyn.invariance.rules.registry import RULES
 
+# Stands in a map of entries where a constant has replaced the weight's entry.
 NO_ENTRY = -1
-"""Stands in a map of entries where a constant has replaced the weight's entry."""
+
+# --------------------------------------------------------------------------------------- one graph
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,8 @@ class EntryMask:
     Args:
         read: bool, of the weight's shape, on the CPU: whether the loss reads an entry.
         sources: memory addresses of the tensors that hide entries, to find out whose buffers they
-            are; 0 for ``tril`` and ``triu``,
-            which need no tensor.
+            are; 0 for
+            ``tril`` and ``triu``, which need no tensor.
     """
 
     read: Tensor
@@ -66,123 +71,124 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
 
     Returns:
         For each such weight, by its name, what is read of it. A weight whose mask cannot be seen
-        (its tensor would have to be computed
-        again by a checkpoint) is left out: all its entries count.
+        (its tensor
+        would have to be computed again by a checkpoint) is left out: all its entries count.
 
     Example:
         >>> from lightning_normdyn.invariance.graph import trace
-        >>> weight, mask = torch.nn.Parameter(torch.ones(2, 2)), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+        >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+        >>> mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]])
         >>> edge = torch.autograd.graph.get_gradient_edge(weight)
-        >>> graph = trace((weight * mask).sum(), {(edge.node, edge.output_nr): "weight"}, lambda node: ("", None))
+        >>> names = {(edge.node, edge.output_nr): "weight"}
+        >>> graph = trace((weight * mask).sum(), names, lambda node: ("", None))
         >>> masked_weights(graph)["weight"].read.tolist()
         [[True, False], [True, True]]
     """
-    if not any(_can_hide(step) for step in graph.nodes):
+    # In most networks no operation hides anything, and the rest would be in vain.
+    if not any(_can_hide(node) for node in graph.nodes):
         return {}
-    readers = _readers(graph)
+    uses = _Uses(graph)
     masks: dict[str, EntryMask] = {}
-    whole: set[str] = set()  # all entries of these are read by some use
+    read_whole = set()
     for edge, name in graph.parameters.items():
         shape = graph.shapes.get(edge)
         if shape is None or len(shape) < 2:
             continue
-        found = _Reading(graph, readers).of(edge, shape)
-        if found is not None and not bool(found.read.any()):
-            # a use that is switched off by a factor of 0 says nothing of which entries another one
-            # reads
-            continue
-        if found is None:
-            whole.add(name)
-        else:
-            masks[name] = masks[name].joined(found) if name in masks else found
-    return {
-        name: mask
-        for name, mask in masks.items()
-        if name not in whole and not bool(mask.read.all())
-    }
+        mask = uses.mask(edge, shape)
+        if mask is None:
+            read_whole.add(name)
+        elif bool(mask.read.any()):
+            masks[name] = masks[name].joined(mask) if name in masks else mask
+        # A use that is switched off by a factor of 0 says nothing of which entries another one
+        # reads.
+    for name, mask in list(masks.items()):
+        if name in read_whole or bool(mask.read.all()):
+            del masks[name]
+    return masks
 
 
-def _readers(graph: Graph) -> dict[Edge, list[tuple[GraphNode, int]]]:
-    """For each output of an operation the operations that read it, and as which of their inputs."""
-    readers: dict[Edge, list[tuple[GraphNode, int]]] = {}
-    for step in graph.nodes:
-        for slot, source in enumerate(step.sources):
-            if source is not None:
-                readers.setdefault(source, []).append((step, slot))
-    return readers
+class _Uses:
+    """Follows the uses of a weight until an operation reads its numbers."""
 
+    def __init__(self, graph: Graph) -> None:
+        self._graph = graph
+        # For each output of an operation the operations that read it, and as which of their inputs.
+        self._readers: dict[Edge, list[tuple[GraphNode, int]]] = {}
+        for node in graph.nodes:
+            for slot, source in enumerate(node.sources):
+                if source is not None:
+                    self._readers.setdefault(source, []).append((node, slot))
 
-class _Reading:
-    """Follows one use of a weight until an operation reads its numbers."""
-
-    def __init__(self, graph: Graph, readers: dict[Edge, list[tuple[GraphNode, int]]]) -> None:
-        self._graph, self._readers = graph, readers
-
-    def of(self, edge: Edge, shape: Shape) -> EntryMask | None:
-        """What this use reads; None: all entries."""
+    def mask(self, edge: Edge, shape: Shape) -> EntryMask | None:
+        """What is read of this weight; None: all entries."""
         # Nearly all weights meet no mask, and a map of the entries of a large one would take eight
-        # bytes for each.
+        # bytes for
+        # each.
         if not self._meets_a_mask(edge):
             return None
         read = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
-        sources: set[int] = set()
+        sources = set()
         entries = torch.arange(read.numel(), dtype=torch.long, device="cpu").reshape(shape)
         stack = [(edge, entries)]
         while stack:
             edge, entries = stack.pop()
-            for step, slot in self._readers.get(edge, []):
-                operation = Operation(step, Rows(0), self._graph)
-                if _passes_on(step):
-                    stack.append(
-                        ((step.node, _output_of(step, slot)), _rearranged(operation, entries))
-                    )
+            for operation, slot, out in self._readers_of(edge):
+                if _passes_on(operation.name):
+                    stack.append((out, _rearranged(operation, entries)))
                     continue
                 hidden = _hidden(operation, slot)
-                left = None if hidden is None else _without(entries, hidden[0], step.outputs[0])
-                if left is None or hidden is None:
-                    read[entries[entries >= 0]] = True
-                    continue
-                sources.add(hidden[1])
-                stack.append(((step.node, 0), left))
+                left = None
+                if hidden is not None:
+                    left = _without(entries, hidden[0], operation.outputs[0])
+                if hidden is None or left is None:
+                    read[entries[entries != NO_ENTRY]] = True
+                else:
+                    sources.add(hidden[1])
+                    stack.append((out, left))
         return EntryMask(read.reshape(shape), frozenset(sources))
 
     def _meets_a_mask(self, edge: Edge) -> bool:
         stack = [edge]
         while stack:
-            for step, slot in self._readers.get(stack.pop(), []):
-                if _passes_on(step):
-                    stack.append((step.node, _output_of(step, slot)))
-                    continue
-                hidden = _hidden(Operation(step, Rows(0), self._graph), slot)
-                if hidden is None:
-                    continue
-                if bool(hidden[0].any()):
-                    return True
-                stack.append((step.node, 0))
+            for operation, slot, out in self._readers_of(stack.pop()):
+                if not _passes_on(operation.name):
+                    hidden = _hidden(operation, slot)
+                    if hidden is None:
+                        continue
+                    if bool(hidden[0].any()):
+                        return True
+                stack.append(out)
         return False
+
+    def _readers_of(self, edge: Edge) -> Iterator[tuple[Operation, int, Edge]]:
+        """The operations that read a tensor, as which input, and the output that goes on from
+        there."""
+        for node, slot in self._readers.get(edge, []):
+            # An operation with several outputs that only passes tensors on has one for each input.
+            out = slot if len(node.outputs) > 1 else 0
+            yield Operation(node, Rows(0), self._graph), slot, (node.node, out)
 
 
 def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
     """The map of entries after a mask; None where the two do not fit (a rank's part of a mask
-    beside a whole weight)."""
+    beside a whole
+    weight)."""
     try:
         return torch.where(hidden.expand(shape), NO_ENTRY, entries.expand(shape))
     except RuntimeError:
         return None
 
 
-def _output_of(step: GraphNode, slot: int) -> int:
-    """Which output of an operation that only passes tensors on is its input ``slot``."""
-    return slot if len(step.outputs) > 1 else 0
-
-
-def _rearranged(operation: Operation, entries: Tensor) -> Tensor:
-    move = _MOVES.get(operation.name)
-    return entries if move is None else move(operation, entries)
+def _permuted(operation: Operation, entries: Tensor) -> Tensor:
+    return entries.permute(operation.attribute("dims"))
 
 
 def _transposed(operation: Operation, entries: Tensor) -> Tensor:
     return entries.transpose(operation.attribute("dim0"), operation.attribute("dim1"))
+
+
+def _turned(operation: Operation, entries: Tensor) -> Tensor:
+    return entries.t()
 
 
 def _reshaped(operation: Operation, entries: Tensor) -> Tensor:
@@ -190,21 +196,28 @@ def _reshaped(operation: Operation, entries: Tensor) -> Tensor:
 
 
 _MOVES: dict[str, Callable[[Operation, Tensor], Tensor]] = {
-    "TBackward0": lambda operation, entries: entries.t(),
+    "TBackward0": _turned,
     "TransposeBackward0": _transposed,
-    "PermuteBackward0": lambda operation, entries: entries.permute(operation.attribute("dims")),
-    **dict.fromkeys(
-        (
-            "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0", "UnsqueezeBackward0", "SqueezeBackward0", "SqueezeBackward1",
-            "SqueezeBackward2", "SqueezeBackward3",
-        ),
-        _reshaped,
-    ),
-}  # fmt: skip
+    "PermuteBackward0": _permuted,
+    "ViewBackward0": _reshaped,
+    "UnsafeViewBackward0": _reshaped,
+    "ReshapeAliasBackward0": _reshaped,
+    "UnsqueezeBackward0": _reshaped,
+    "SqueezeBackward0": _reshaped,
+    "SqueezeBackward1": _reshaped,
+    "SqueezeBackward2": _reshaped,
+    "SqueezeBackward3": _reshaped,
+}
 
 
-def _passes_on(step: GraphNode) -> bool:
-    return step.name in _MOVES or RULES.get(step.name) in (unchanged, negated)
+def _passes_on(name: str) -> bool:
+    """Whether operations of this name move all entries on, and read none."""
+    return name in _MOVES or RULES.get(name) in (unchanged, negated)
+
+
+def _rearranged(operation: Operation, entries: Tensor) -> Tensor:
+    move = _MOVES.get(operation.name)
+    return entries if move is None else move(operation, entries)
 
 
 _HIDING = (
@@ -216,44 +229,51 @@ _HIDING = (
 )
 
 
-def _can_hide(step: GraphNode) -> bool:
-    """Whether this operation may put a constant in the place of entries; in most networks no
-    operation does."""
-    return step.name in _HIDING or (step.name == "MulBackward0" and None in step.sources)
+def _can_hide(node: GraphNode) -> bool:
+    """Whether this operation may put a constant in the place of entries."""
+    return node.name in _HIDING or (node.name == "MulBackward0" and None in node.sources)
 
 
 def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
     """Where this operation puts a constant in the place of input ``slot``: a bool tensor, and the
-    address of the mask.
+    address of
+    the mask.
 
     None: it hides nothing, or nobody can see what it hides.
     """
     name = operation.name
     if name in ("TrilBackward0", "TriuBackward0"):
-        ones = torch.ones(operation.outputs[0], dtype=torch.bool, device="cpu")
-        diagonal = operation.attribute("diagonal", 0)
-        kept = ones.tril(diagonal) if name.startswith("Tril") else ones.triu(diagonal)
-        return ~kept, 0
-    if name == "MulBackward0":
-        if operation.inputs[1 - slot : 2 - slot] not in ((), (None,)):
-            return None  # the other factor is no constant
-        saved = _saved(operation, "other" if slot == 0 else "self")
-        return None if saved is None else ((saved == 0).cpu(), saved.data_ptr())
+        return _outside_triangle(operation), 0
+    if name == "MulBackward0" and operation.inputs[1 - slot : 2 - slot] in ((), (None,)):
+        # Only a constant factor can be a mask.
+        factor = _saved(operation, ("other", "self")[slot])
+        return None if factor is None else ((factor == 0).cpu(), factor.data_ptr())
     if name == "WhereBackward0":
-        saved = _saved(operation, "condition")
-        if saved is None:
+        condition = _saved(operation, "condition")
+        if condition is None:
             return None
-        return (~saved if slot == 0 else saved).cpu(), saved.data_ptr()
+        chosen = condition.cpu()
+        return (~chosen if slot == 0 else chosen), condition.data_ptr()
     if name in ("MaskedFillBackward0", "MaskedFillBackward1") and slot == 0:
-        saved = _saved(operation, "mask")
-        return None if saved is None else (saved.cpu(), saved.data_ptr())
+        mask = _saved(operation, "mask")
+        return None if mask is None else (mask.cpu(), mask.data_ptr())
     return None
+
+
+def _outside_triangle(operation: Operation) -> Tensor:
+    ones = torch.ones(operation.outputs[0], dtype=torch.bool, device="cpu")
+    diagonal = operation.attribute("diagonal", 0)
+    if operation.name.startswith("Tril"):
+        return ~ones.tril(diagonal)
+    return ~ones.triu(diagonal)
 
 
 def _saved(operation: Operation, name: str) -> Tensor | None:
     readable, value = operation.saved_tensor(name)
     return value if readable and type(value) in (Tensor, nn.Parameter, nn.Buffer) else None
 
+
+# --------------------------------------------------------------------------------- several batches
 
 MOST_EXTRA_LOOKS = 8
 
@@ -280,10 +300,10 @@ class MaskMemory:
     again.
 
     A mask counts at once if it is a buffer or a parameter of the network, or the shape of a
-    triangle. One that is computed in the forward
-    pass counts once two batches have shown the same. A mask that is drawn anew in every step
-    (DropConnect) hides no entry for long, so all
-    of them count.
+    triangle. One
+    that is computed in the forward pass counts once two batches have shown the same. A mask that is
+    drawn
+    anew in every step (DropConnect) hides no entry for long, so all of them count.
 
     Args:
         module: the network.
@@ -291,14 +311,12 @@ class MaskMemory:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._owners = [
-            m
-            for m in module.modules()
-            if any(p.ndim >= 2 for p in m._parameters.values() if p is not None)
-        ]
+        self._owners = [owner for owner in module.modules() if _owns_a_matrix(owner)]
         self._known: dict[str, _Known] = {}
-        self._whole: set[str] = set()  # some loss reads all of these
-        self._buffers: list[tuple[nn.Module, str]] = []  # where the masks lie that have been seen
+        # Some loss reads all entries of these.
+        self._whole: set[str] = set()
+        # Where the masks lie that have been seen.
+        self._buffers: list[tuple[nn.Module, str]] = []
         self._batch = 0
         self._extra_looks = 0
         self._state = self._masking_state()
@@ -307,18 +325,17 @@ class MaskMemory:
         """A batch begins that will be looked at."""
         self._batch += 1
         state = self._masking_state()
-        if (
-            state != self._state
-        ):  # somebody has pruned: what was seen before says nothing about the masks of now
+        if state != self._state:
+            # Somebody has pruned: what was seen before says nothing about the masks of now.
             self._known, self._whole, self._extra_looks = {}, set(), 0
             self._state = state
-        if any(known.looks == 1 for known in self._known.values()):
+        if self._some_seen_once():
             self._extra_looks += 1
 
     def see(self, graph: Graph) -> None:
         """Take in a loss of this batch."""
         masks = masked_weights(graph)
-        names = {name for edge, name in graph.parameters.items() if edge in graph.shapes}
+        names = {graph.parameters[edge] for edge in graph.shapes}
         self._whole |= names - masks.keys()
         for name in self._whole:
             self._known.pop(name, None)
@@ -335,10 +352,11 @@ class MaskMemory:
         if known is None:
             self._known[name] = _Known(mask, self._batch, 1, is_held)
         elif known.batch == self._batch:
-            known.mask = known.mask.joined(mask)  # a second loss of the same batch
+            # A second loss of the same batch.
+            known.mask = known.mask.joined(mask)
         else:
-            unchanged_since = known.mask.same_as(mask)
-            known.lasts = unchanged_since and (known.lasts or known.looks == 1)
+            is_same = known.mask.same_as(mask)
+            known.lasts = is_same and (known.lasts or known.looks == 1)
             known.mask, known.batch, known.looks = mask, self._batch, known.looks + 1
 
     def read(self, name: str) -> Tensor | None:
@@ -349,43 +367,44 @@ class MaskMemory:
     @property
     def wants_a_look(self) -> bool:
         """Whether the next batch should be looked at: a mask was seen only once, or somebody has
-        pruned since."""
+        pruned
+        since."""
         if self._state != self._masking_state():
             return True
-        seen_once = any(known.looks == 1 for known in self._known.values())
-        return seen_once and self._extra_looks < MOST_EXTRA_LOOKS
+        return self._some_seen_once() and self._extra_looks < MOST_EXTRA_LOOKS
+
+    def _some_seen_once(self) -> bool:
+        return any(known.looks == 1 for known in self._known.values())
 
     def _addresses(self) -> set[int]:
         """Of all tensors that the network keeps; remembers which buffers are masks of weights."""
-        self._buffers = [
-            (owner, name)
-            for owner in self._owners
-            for name, buffer in owner._buffers.items()
-            if buffer is not None and buffer.ndim >= 2
-        ]
+        self._buffers = []
+        for owner in self._owners:
+            for name, buffer in owner._buffers.items():
+                if buffer is not None and buffer.ndim >= 2:
+                    self._buffers.append((owner, name))
         tensors = [*self._module.buffers(), *self._module.parameters()]
+        # 0 is the address of triangles, which need no tensor.
         return {0, *(tensor.data_ptr() for tensor in tensors)}
 
-    def _masking_state(self) -> tuple[object, ...]:
+    def _masking_state(self) -> list[object]:
         """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the
-        layer, and replaces or writes that."""
-        # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
-        hooks = [
-            (
-                sum(
-                    isinstance(hook, BasePruningMethod)
-                    for hook in owner._forward_pre_hooks.values()
-                ),
-                len(owner._buffers),
-            )
-            for owner in self._owners
-        ]
-        masks = [
-            (id(b), b._version)
-            for owner, name in self._buffers
-            if (b := owner._buffers.get(name)) is not None
-        ]
-        return (*hooks, *masks)
+        layer, and
+        replaces or writes that."""
+        state: list[object] = []
+        for owner in self._owners:
+            # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
+            hooks = [isinstance(h, BasePruningMethod) for h in owner._forward_pre_hooks.values()]
+            state.append((sum(hooks), len(owner._buffers)))
+        for owner, name in self._buffers:
+            buffer = owner._buffers.get(name)
+            if buffer is not None:
+                state.append((id(buffer), buffer._version))
+        return state
+
+
+def _owns_a_matrix(module: nn.Module) -> bool:
+    return any(p is not None and p.ndim >= 2 for p in module._parameters.values())
 
 
 __all__ = ["EntryMask", "MaskMemory", "masked_weights"]
