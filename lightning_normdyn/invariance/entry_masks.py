@@ -137,6 +137,7 @@ class _Uses:
                     stack.append((out, _rearranged(operation, entries)))
                     continue
                 hidden = _hidden(operation, slot)
+                # What hides nothing reads everything that has come so far.
                 left = None
                 if hidden is not None:
                     left = _without(entries, hidden[0], operation.outputs[0])
@@ -174,6 +175,7 @@ def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
     beside a whole
     weight)."""
     try:
+        # Both are broadcast to the result, as the operation does it.
         return torch.where(hidden.expand(shape), NO_ENTRY, entries.expand(shape))
     except RuntimeError:
         return None
@@ -269,12 +271,14 @@ def _outside_triangle(operation: Operation) -> Tensor:
 
 
 def _saved(operation: Operation, name: str) -> Tensor | None:
+    # No subclass: a DTensor, say, would have to be gathered.
     readable, value = operation.saved_tensor(name)
     return value if readable and type(value) in (Tensor, nn.Parameter, nn.Buffer) else None
 
 
 # --------------------------------------------------------------------------------- several batches
 
+# A mask that is drawn anew would ask for a look in every batch.
 MOST_EXTRA_LOOKS = 8
 
 
@@ -342,6 +346,7 @@ class MaskMemory:
             masks.pop(name, None)
         if not masks:
             return
+        # By address: the mask in the graph may be a view of the buffer.
         held = self._addresses()
         for name, mask in masks.items():
             self._take_in(name, mask, mask.sources <= held)
@@ -355,6 +360,7 @@ class MaskMemory:
             # A second loss of the same batch.
             known.mask = known.mask.joined(mask)
         else:
+            # A mask that was held or seen twice lasts only as long as every batch shows the same.
             is_same = known.mask.same_as(mask)
             known.lasts = is_same and (known.lasts or known.looks == 1)
             known.mask, known.batch, known.looks = mask, self._batch, known.looks + 1

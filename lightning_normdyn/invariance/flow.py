@@ -89,7 +89,7 @@ class Flow:
     def parts(self) -> list[Flow]:
         """The flow of each degree, alone."""
         # Nearly every flow has one degree, and a copy of it would be half the cost of the walk.
-        if self.other is None:
+        if not self.other:
             return [self]
         return [replace(self, other=None), *self.other.parts]
 
@@ -131,6 +131,7 @@ def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
     along
     all."""
     if shape is None:
+        # The safe side: what varies is removed by fewer normalizations.
         return (True,) * ndim
     aligned = (1,) * (ndim - len(shape)) + shape
     return tuple(size > 1 for size in aligned)
@@ -151,7 +152,7 @@ def along(dims: Iterable[int], ndim: int) -> tuple[bool, ...]:
 
 def shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None = None) -> Flow:
     """The flow plus something constant, which varies along ``varies`` and may be a parameter."""
-    if flow.offset is not None:
+    if flow.offset:
         offset = flow.offset.changed(either(varies, flow.offset.varies))
     elif sum(varies) == 1:
         offset = new_offset(varies, parameter)
@@ -165,7 +166,7 @@ def everywhere(flow: Flow, ndim: int | None = None) -> Offset | None:
     """The offset after an operation that may make it differ anywhere, in a tensor of ``ndim``
     dimensions
     (None: of as many as before)."""
-    if flow.offset is None:
+    if not flow.offset:
         return None
     if ndim is None:
         ndim = flow.rows.ndim
@@ -174,14 +175,14 @@ def everywhere(flow: Flow, ndim: int | None = None) -> Offset | None:
 
 def spread(offset: Offset | None, dims: Iterable[int]) -> Offset | None:
     """The offset after an operation that may make it differ along ``dims``, too."""
-    if offset is None:
+    if not offset:
         return None
     return offset.changed(either(offset.varies, along(dims, len(offset.varies))))
 
 
 def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
     """The offset without ``dims``: at one index of them, or of a mean along them."""
-    if offset is None:
+    if not offset:
         return None
     varies = tuple(v for d, v in enumerate(offset.varies) if d not in dims)
     if any(offset.varies[d] for d in dims):
@@ -202,7 +203,7 @@ def lift(flow: Flow, ndim: int) -> Flow:
     if missing <= 0:
         return flow
     offset = flow.offset
-    if offset is not None:
+    if offset:
         offset = replace(offset, varies=(False,) * missing + offset.varies)
     return replace(flow, rows=flow.rows[(None,) * missing], offset=offset)
 
@@ -219,6 +220,7 @@ def compact(rows: Tensor) -> Tensor:
     """Size 1 along every dimension along which nothing differs."""
     for dim in range(rows.ndim):
         if rows.size(dim) > 1:
+            # A stride of 0 says so without a look at the numbers.
             first = rows.narrow(dim, 0, 1)
             if rows.stride(dim) == 0 or torch.equal(first.expand_as(rows), rows):
                 rows = first
@@ -243,7 +245,7 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
     rows = compact(flow.rows.expand(wide).reshape(target))
 
     offset = flow.offset
-    if offset is not None:
+    if offset:
         offset = _reshaped_offset(offset, old, new)
     return replace(flow, rows=rows, offset=offset)
 
@@ -294,7 +296,8 @@ def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
     """A permutation of dimensions."""
     dims = [d % flow.rows.ndim for d in dims]
     offset = flow.offset
-    if offset is not None:
+    if offset:
+        # The same permutation of equal offsets: equal again.
         varies = tuple(offset.varies[d] for d in dims)
         offset = replace(offset, varies=varies, token=(offset.token, tuple(dims)))
     return replace(flow, rows=flow.rows.permute(dims), offset=offset)
@@ -303,7 +306,7 @@ def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
 def unsqueezed(flow: Flow, dim: int) -> Flow:
     """A dimension of size 1 in front of ``dim``."""
     offset = flow.offset
-    if offset is not None:
+    if offset:
         in_front, behind = offset.varies[:dim], offset.varies[dim:]
         # Broadcasting aligns at the right: in front of those it varies along, the dimension changes
         # nothing.
@@ -317,6 +320,6 @@ def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
     it
     differs along them."""
     offset = flow.offset
-    if offset is not None and any(offset.varies[d] for d in dims):
+    if offset and any(offset.varies[d] for d in dims):
         offset = offset.changed(offset.varies)
     return replace(flow, rows=rows, offset=offset)

@@ -54,6 +54,7 @@ def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows])
     for edge, name in graph.parameters.items():
         if name in leaves and edge in graph.shapes:
             flows[edge] = {name: Flow(1, leaves[name])}
+    # Which rows are met is asked of this loss alone, to see whether it read all of them.
     met_before = {name: rows[name].met for name in leaves}
     for name, met in met_before.items():
         rows[name].met = torch.zeros_like(met)
@@ -67,12 +68,13 @@ def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows])
             operation = Operation(node, rows[name], graph)
             leaving = _leaving(operation, [by_name.get(name) for by_name in incoming])
             for k, flow in enumerate(leaving):
-                if flow is None or node.is_empty(k):
+                if not flow or node.is_empty(k):
                     continue
                 scaling = list(_still_scaling(operation, k, flow))
                 if scaling:
                     flows.setdefault((node.node, k), {})[name] = joined(scaling)
 
+    # What still scales at the loss makes the loss depend on the scale.
     for name, flow in flows.get(graph.root, {}).items():
         _forbid(rows[name], flow, "its scale reaches the loss")
     for name, met in met_before.items():
@@ -90,7 +92,7 @@ def _leaving(operation: Operation, flows: Flows) -> Flows:
         return _apply(operation, flows)
     except Blocked as blocked:
         for flow in flows:
-            if flow is not None:
+            if flow:
                 _forbid(operation.rows, flow, str(blocked))
         return ()
 
@@ -147,7 +149,7 @@ def _apply(operation: Operation, flows: Flows) -> Flows:
 def _parts_of(*flows: Flow | None) -> list[Flow]:
     parts = []
     for flow in flows:
-        if flow is not None:
+        if flow:
             parts.extend(flow.parts)
     return parts
 

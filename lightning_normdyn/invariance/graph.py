@@ -59,6 +59,7 @@ def trace(loss: Tensor, parameters: Mapping[Edge, str], module_of: ModuleOf) -> 
     graph = Graph((edge.node, edge.output_nr), parameters, module_of)
     for torch_node in _inputs_first(edge.node, parameters):
         node = GraphNode.of(torch_node)
+        # Sources come first, so what is known of their signs is there.
         graph.nodes.append(node)
         graph.signs.add(node)
         for source, shape in zip(node.sources, node.inputs, strict=True):
@@ -78,6 +79,7 @@ def _inputs_first(root: Node, parameters: Mapping[Edge, str]) -> Iterator[Node]:
             yield node
         elif node not in seen:
             seen.add(node)
+            # Met again once everything above it on the stack, its inputs, is done.
             stack.append((node, True))
             for edge in sources_of(node):
                 if edge is not None and edge not in parameters:

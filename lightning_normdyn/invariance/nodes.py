@@ -35,6 +35,7 @@ class GraphNode:
     def of(cls, node: Node) -> GraphNode:
         """What torch says about one of its nodes."""
         sources = sources_of(node)
+        # A constant leaves no shape behind, since no gradient goes to it.
         inputs = tuple(None if source is None else edge_shape(source) for source in sources)
         outputs = tuple(tuple(output.shape) for output in node._input_metadata)
         return cls(node, node_name(node), sources, inputs, outputs)
@@ -67,6 +68,19 @@ def edge_shape(edge: Edge) -> Shape:
     if k >= len(metadata):
         return ()
     return tuple(metadata[k].shape)
+
+
+def saved_tensor(node: Node, name: str) -> tuple[bool, Any]:
+    """``(readable, value)`` of what a node saved for its backward."""
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    if raw is None:
+        # Functions in python, and nodes that save it in another way.
+        return hasattr(node, f"_saved_{name}"), getattr(node, f"_saved_{name}", None)
+    for one in raw if isinstance(raw, (tuple, list)) else (raw,):
+        # With a hook, as checkpoints set them, reading would compute a part of the forward again.
+        if getattr(one, "unpack_hook", True) is not None:
+            return False, None
+    return True, getattr(node, f"_saved_{name}")
 
 
 def signed(value: Any) -> Any:

@@ -97,6 +97,7 @@ class ValueSigns:
             if name == "DotBackward0":
                 return Sign.STATISTIC
 
+        # A constant may be anything, so it makes everything it meets unknown.
         lowest = min(map(self.of, sources), default=Sign.ANY)
         if lowest == Sign.ANY:
             return Sign.ANY
@@ -165,6 +166,7 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
             swapped = {_from_the_right(node.node, key, len(out)) for key in ("dim0", "dim1")}
         if padding.dim not in swapped:
             return padding
+        # -1 becomes -2 and the other way round. Further in front it is not followed.
         return replace(padding, dim=-3 - padding.dim) if swapped == {-1, -2} else None
     if node.name == "SliceBackward0":
         if _from_the_right(node.node, "dim", len(out)) == padding.dim:

@@ -61,6 +61,9 @@ class WrittenWeights:
 
         ``F.embedding(..., max_norm=...)`` in a training step is in no module's forward.
         """
+        # Only lookups rescale rows in passing. Other weights may be written at the start of a
+        # batch, by
+        # callbacks, and their length is still theirs.
         tables = set()
         for node in graph.nodes:
             source = node.sources[0] if node.name in _LOOKUPS else None
@@ -75,6 +78,7 @@ class WrittenWeights:
 
     def _compare(self, before: _Versions, after: _Versions, writer: nn.Module) -> None:
         for name, (weight, version) in after.items():
+            # Another tensor under the same name (FSDP2) says nothing of writes.
             known = before.get(name)
             if known is not None and known[0] is weight and known[1] != version:
                 self._writers.setdefault(name, type(writer).__name__)

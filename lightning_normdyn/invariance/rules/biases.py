@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from lightning_normdyn.invariance.flow import Flow, along, expanded, joined, shifted, varying
-from lightning_normdyn.invariance.nodes import Edge, edge_shape, node_name, sources_of
+from lightning_normdyn.invariance.nodes import Edge, edge_shape, node_name, saved_tensor, sources_of
 from lightning_normdyn.invariance.rules.operation import Operation
 
 
@@ -35,6 +35,7 @@ def with_bias(operation: Operation, flow: Flow, k: int) -> Flow:
         if isinstance(bias, Tensor) and bias.ndim == 1:
             return shifted(flow, last, f"{name}.bias" if name else "bias")
     elif math.prod(shape) == out[-1] == shape[-1]:
+        # A multiple of the parameter (beta) is another offset than the parameter.
         parameter = None
         if operation.attribute("beta", 1) == 1:
             parameter = operation.parameter(k)
@@ -58,7 +59,7 @@ def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flo
     if none are, or that cannot be said."""
     out = operation.outputs[0]
     zeros = _zeros(operation, k)
-    if zeros is None or zeros.shape != (out[dim],) or flow.offset is not None:
+    if zeros is None or zeros.shape != (out[dim],) or flow.offset:
         return None
     if not bool(zeros.any()):
         return None
@@ -67,6 +68,7 @@ def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flo
     broadcast[dim] = out[dim]
     zeros = zeros.reshape(broadcast)
     rows = expanded(flow.rows, out, [dim])
+    # Two flows of one degree: in one of them the offset is known to be nothing.
     free = replace(flow, rows=torch.where(zeros, rows, 0))
     biased = torch.where(zeros, 0, rows)
     if not bool(biased.any()):
@@ -111,9 +113,10 @@ def _constant_entries(
         return _constants_of_pieces(sources, size, parameters)
     if name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
         k = sources.index(None)
-        factor = _saved_factor(edge, ("self", "other")[k])
+        # Where the constant factor is 0 (a mask), nothing of the bias arrives.
+        _, factor = saved_tensor(node, ("self", "other")[k])
         below = _constant_entries(sources[1 - k], size, parameters)
-        if factor is None or factor.shape != (size,) or below is None:
+        if not isinstance(factor, Tensor) or factor.shape != (size,) or below is None:
             return None
         return below | (factor == 0).cpu()
     if name in ("CloneBackward0", "ToCopyBackward0") and sources[0] is not None:
@@ -141,19 +144,10 @@ def _constants_of_pieces(
     return torch.cat(pieces)
 
 
-def _saved_factor(edge: Edge, key: str) -> Tensor | None:
-    """The constant factor of a product."""
-    saved = getattr(edge[0], f"_raw_saved_{key}", None)
-    if getattr(saved, "unpack_hook", None) is not None:
-        # Inside a checkpoint it would have to be computed again.
-        return None
-    factor = getattr(edge[0], f"_saved_{key}", None)
-    return factor if isinstance(factor, Tensor) else None
-
-
 def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
     """Entries of a copy of a parameter that were written over in place: those that pass no gradient
     on."""
+    # Only copies and casts may lie between: they leave every entry in its place.
     below: Edge | None = edge
     while below is not None and below not in parameters:
         if node_name(below[0]) not in ("CopySlices", "CloneBackward0", "ToCopyBackward0"):

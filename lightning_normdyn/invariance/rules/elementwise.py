@@ -48,7 +48,8 @@ def unchanged(operation: Operation, flows: Flows) -> Flows:
 def negated(operation: Operation, flow: Flow) -> Flow:
     """The scale passes, but the offset is another one, and what was not negative is."""
     offset = flow.offset
-    if offset is not None:
+    if offset:
+        # x - b and -x + b have different offsets: they must not cancel in a difference.
         offset = offset.changed(offset.varies)
     return replace(flow, offset=offset, sign=Sign.ANY)
 
@@ -107,6 +108,7 @@ def _gated(operation: Operation, flow: Flow) -> Flow:
     seen by the
     second."""
     dim = operation.attribute("dim")
+    # The gates are lost, but the values in the same weight may be free.
     rows, gates = expanded(flow.rows, operation.shape(), [dim]).chunk(2, dim)
     operation.rows.forbid(gates, f"gates enter a sigmoid in {operation.place}")
     return Flow(flow.degree, compact(rows), everywhere(flow))
@@ -126,15 +128,16 @@ def _operands(operation: Operation, flows: Flows) -> tuple[Flow | None, Flow | N
 def _multiply(operation: Operation, flows: Flows) -> Flow:
     a, b = _operands(operation, flows)
     is_quotient = operation.name.startswith("Div")
-    if a is not None and b is not None:
+    if a and b:
         return _product(operation, a, b, is_quotient)
-    if b is not None and is_quotient:
+    if b and is_quotient:
+        # A constant over the flow: the degree changes its sign.
         return Flow(-b.degree, pure(operation, b).rows)
     k, flow = present((a, b))
     if len(flows) == 1:
         return _multiple(operation, flow, (), Sign.ANY)
     shape = operation.inputs[1 - k]
-    if shape is None and flow.offset is not None:
+    if shape is None and flow.offset:
         # The shape of a constant is known where it is saved for the backward.
         readable, saved = operation.saved_tensor(("other", "self")[k])
         if readable and isinstance(saved, Tensor):
@@ -148,6 +151,7 @@ def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
     if a.padded or (b.padded and not is_quotient):
         raise Blocked(f"a constant is added to a factor in {operation.place}")
     rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
+    # A square is not negative, whatever is known of its factor.
     sign = Sign.ANY
     is_square = operation.source(0) == operation.source(1)
     if is_square or min(a.sign, b.sign) != Sign.ANY:
@@ -159,7 +163,7 @@ def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
 def _multiple(operation: Operation, flow: Flow, shape: Shape | None, sign: Sign) -> Flow:
     """The flow times a factor that does not scale, of this shape and sign."""
     offset = flow.offset
-    if offset is not None:
+    if offset:
         factor = varying(shape, len(operation.outputs[0]))
         offset = offset.changed(either(offset.varies, factor))
     # A multiple of a statistic is still padded with an epsilon only.
@@ -171,6 +175,7 @@ def _multiple(operation: Operation, flow: Flow, shape: Shape | None, sign: Sign)
 @unary_rule("PowBackward0", "SqrtBackward0", "RsqrtBackward0", "ReciprocalBackward0")
 def _power(operation: Operation, flow: Flow) -> Flow:
     pure(operation, flow)
+    # An offset cannot be followed through a power: (x + b)^2 mixes two degrees.
     exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
     exponent = exponents.get(operation.name)
     if exponent is None:
@@ -196,7 +201,7 @@ def _power(operation: Operation, flow: Flow) -> Flow:
 )
 def _add(operation: Operation, flows: Flows) -> Flow:
     a, b = _operands(operation, flows)
-    if a is not None and b is not None:
+    if a and b:
         return _sum_of_two(operation, a, b)
     k, flow = present((a, b))
     out = operation.outputs[0]
@@ -208,14 +213,17 @@ def _add(operation: Operation, flows: Flows) -> Flow:
 
     shape = operation.inputs[1 - k]
     if shape is None:
+        # Of a constant not even the shape is known: beside a statistic it is an epsilon.
         return operation.forgive(flow, "a constant is added")
     if len(shape) > 1 and math.prod(shape) == math.prod(out):
         # As large as the result: a residual stream, and no bias.
         raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
     if len(shape) == 1:
+        # One number for each channel: a bias, of which some entries may be zeros.
         in_part = with_bias_in_part(operation, flow, 1 - k, len(out) - 1)
         if in_part is not None:
             return in_part
+    # With a sign or a factor it is not the parameter itself that is added.
     parameter = None
     if operation.name.startswith("Add") and operation.attribute("alpha", 1) == 1:
         parameter = operation.parameter(1 - k)
@@ -224,17 +232,18 @@ def _add(operation: Operation, flows: Flows) -> Flow:
 
 def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
     """Both terms depend on the weight."""
+    # c^2 x + c y is no power of c times anything.
     if a.degree != b.degree:
         raise Blocked(f"{operation.place} adds tensors that scale differently")
     offset = a.offset or b.offset
-    if a.offset is not None and b.offset is not None:
+    if a.offset and b.offset:
         is_difference = operation.name.startswith("Sub") and operation.attribute("alpha", 1) == 1
         if is_difference and a.offset.token == b.offset.token:
             # x - mean(x): what was added to both cancels.
             offset = None
         else:
             offset = a.offset.changed(either(a.offset.varies, b.offset.varies))
-    elif offset is not None:
+    elif offset:
         offset = offset.changed(offset.varies)
     sign = Sign.ANY
     if operation.name.startswith("Add"):
@@ -245,7 +254,7 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
 @rule_for("MaximumBackward0", "MinimumBackward0", "WhereBackward0")
 def _choice(operation: Operation, flows: Flows) -> Flow:
     a, b = _operands(operation, flows)
-    if a is None or b is None:
+    if not a or not b:
         _, flow = present((a, b))
         return operation.forgive(flow, "chosen between it and something that does not scale")
     if pure(operation, a).degree != pure(operation, b).degree:

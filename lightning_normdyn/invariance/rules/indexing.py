@@ -92,13 +92,14 @@ def _index(operation: Operation, flow: Flow) -> Flow:
     if index is None:
         # Nothing differs, but how many dimensions are left, and where, is not known.
         raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
+    # A mask or a list of indices may leave rows out, even if it left none in this batch.
     dims = _indexed_dims(index)
     operation.left_out(flow, dims)
     rows = flow.rows.expand(shape)[_on_cpu(index)]
     if any(flow.rows.size(d) > 1 for d in dims):
         operation.rows.pick(rows)
     offset = flow.offset
-    if offset is not None:
+    if offset:
         offset = _offset_at(offset, index, rows.ndim)
     return replace(flow, rows=compact(rows), offset=offset)
 
@@ -172,12 +173,12 @@ def _index_put(operation: Operation, flows: Flows) -> Result:
     _, flow = present(flows)
     pure(operation, flow)
     rows = torch.zeros(1, dtype=torch.long, device="cpu")
-    if target is not None:
+    if target:
         rows = target.rows
     rows = rows.expand(operation.outputs[0]).clone()
 
     written = torch.zeros(1, dtype=torch.long, device="cpu")
-    if values is not None:
+    if values:
         if pure(operation, values).degree != flow.degree:
             raise Blocked(f"{operation.place} writes into a tensor that scales differently")
         written = values.rows
@@ -207,15 +208,16 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
     if operation.name == "IndexPutBackward0":
         # At any index of the whole tensor.
         dims = list(range(len(out)))
-    if target is None:
+    if not target:
         _, source = present(flows)
         added = _gathered_at(operation, source, dims)
         if operation.inputs[0] is not None:
             raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
+        # A constant target, nearly always `torch.zeros`.
         operation.rows.assumed = True
         return added
 
-    if source is None:
+    if not source:
         _refuse_products(operation, target)
         shape = operation.inputs[1] if len(operation.inputs) > 1 else None
         if shape is not None and 0 in shape:
@@ -225,10 +227,11 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
 
     _refuse_products(operation, target)
     added = _gathered_at(operation, source, dims)
+    # What is added lies beside what was there: both must scale alike.
     if target.degree != source.degree:
         raise Blocked(f"{operation.place} adds tensors that scale differently")
     offset = added.offset
-    if target.offset is not None:
+    if target.offset:
         offset = target.offset.changed([True] * len(out))
     rows = operation.unite(operation.same_factor(target.rows, dims), added.rows)
     sign = _sign_of_sums(operation, min(target.sign, source.sign))
@@ -246,10 +249,12 @@ def _gathered_at(operation: Operation, source: Flow, dims: list[int]) -> Flow:
     """What comes out where entries of ``source`` come together along ``dims``."""
     _refuse_products(operation, source)
     out, rows = operation.outputs[0], source.rows
+    # Which entries come together depends on the data, so all along these dimensions do.
     if rows.ndim == len(out):
         rows = operation.same_factor(rows, dims)
     else:
         rows = operation.same_factor(rows, range(rows.ndim)).reshape([1] * len(out))
+    # `scatter` reads a source only as far as its index goes: which rows these are is not followed.
     if any(size not in (1, out[d]) for d, size in enumerate(rows.shape)):
         raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
     sign = _sign_of_sums(operation, source.sign)
@@ -282,6 +287,7 @@ def _embedding(operation: Operation, flow: Flow) -> Flow:
     index = _indices_of_lookup(operation, flow)
     rows, out = flow.rows, operation.outputs[0]
     if rows.size(0) == 1:
+        # Cut along its columns, the table looks the same from every index.
         return replace(flow, rows=rows.reshape([1] * (len(out) - 1) + [rows.size(1)]))
     rows = rows[index.cpu()]
     operation.rows.pick(rows)

@@ -55,7 +55,8 @@ def _sparse_matmul(operation: Operation, flows: Flows) -> Flow:
 @rule_for("LinearBackward0", "LinearFunctionForZeroStage3Backward")
 def _linear(operation: Operation, flows: Flows) -> Flow:
     weight = flows[1]
-    if weight is not None:
+    if weight:
+        # torch stores it as (outputs, inputs).
         weight = lift(permuted(weight, [1, 0]), len(operation.outputs[0]))
     flow = _contract(operation, flows[0], weight)
     return with_bias(operation, flow, 2) if len(flows) > 2 else flow
@@ -65,7 +66,7 @@ def _linear(operation: Operation, flows: Flows) -> Flow:
 def _matvec(operation: Operation, flows: Flows) -> Flow:
     """A vector is a matrix with one column."""
     matrix, vector = flows
-    if vector is not None:
+    if vector:
         shape = operation.shape(1)
         vector = reshaped(vector, shape, (*shape, 1))
     flow = _contract(operation, matrix, vector)
@@ -78,7 +79,7 @@ def _dot(operation: Operation, flows: Flows) -> Flow:
     degree: float = 0
     rows = []
     for flow in flows:
-        if flow is not None:
+        if flow:
             degree += pure(operation, flow).degree
             rows.append(operation.same_factor(flow.rows, [0]).reshape(()))
     operation.unite(rows[0], rows[-1])
@@ -91,7 +92,7 @@ def _trilinear(operation: Operation, flows: Flows) -> Flow:
     degree: float = 0
     rows = None
     for k, flow in enumerate(flows):
-        if flow is None:
+        if not flow:
             continue
         degree += flow.degree
         factor = pure(operation, flow).rows
@@ -108,11 +109,12 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     for factor in (a, b):
         if factor is not None:
             refuse_padded(operation, factor)
-    if a is not None and b is not None:
+    if a and b:
         if not (_scales_everywhere(a) and _scales_everywhere(b)):
             return _contract_parts(operation, a, b)
         left, right = operation.same_factor(a.rows, [-1]), operation.same_factor(b.rows, [-2])
         pure(operation, a), pure(operation, b)
+        # The product of a weight with itself, or of two layers that share one.
         rows = operation.unite(left, right)
         return Flow(a.degree + b.degree, rows, sign=_sign_of_product(operation, (a, b)))
 
@@ -120,7 +122,7 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     # Columns of the left factor meet rows of the right one.
     rows = operation.same_factor(flow.rows, [-1 - k])
     sign, offset = _sign_of_product(operation, (a, b)), flow.offset
-    if offset is not None:
+    if offset:
         # The other factor may differ along its own dimensions, and over the batch.
         varies = [True] * rows.ndim
         varies[k - 2] = offset.varies[k - 2]
@@ -140,7 +142,7 @@ def _sign_of_product(operation: Operation, factors: tuple[Flow | None, Flow | No
     for k, flow in enumerate(factors):
         # A factor that does not scale may be any tensor of the graph.
         sign = operation.sign(k)
-        if flow is not None:
+        if flow:
             sign = max(flow.sign, sign)
         if sign == Sign.ANY:
             return Sign.ANY
@@ -158,6 +160,7 @@ def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
     by_degree: dict[float, Tensor] = {}
     for degree_a, rows_a in _terms(operation, a, -1):
         for degree_b, rows_b in _terms(operation, b, -2):
+            # Every term of a with every term of b, entry by entry of the product.
             left, right = torch.broadcast_tensors(rows_a, rows_b)  # type: ignore[no-untyped-call]
             both = (left > 0) & (right > 0)
             operation.unite(left[both], right[both])
@@ -189,18 +192,19 @@ def _terms(operation: Operation, flow: Flow, dim: int) -> list[tuple[float, Tens
 
 @rule_for("ConvolutionBackward0")
 def _convolution(operation: Operation, flows: Flows) -> Flow:
+    # Both where a weight is used in two layers, or was computed from another.
     x, weight = flows[:2]
     if len(flows) > 2 and flows[2] is not None:
         raise Blocked(f"the scale enters {operation.place} as its bias")
     degree: float = 0
     offset, rows = None, None
-    if x is not None:
+    if x:
         degree, rows = x.degree, _channels_of_input(operation, x)
         offset = _offset_of_input(operation, x)
-    if weight is not None:
+    if weight:
         degree += pure(operation, weight).degree
         filters = _channels_of_weight(operation, weight)
-        if x is not None and rows is not None:
+        if x and rows is not None:
             pure(operation, x)
             filters = operation.unite(filters, rows)
         rows = filters
@@ -227,7 +231,7 @@ def _channels_of_input(operation: Operation, x: Flow) -> Tensor:
 
 
 def _offset_of_input(operation: Operation, x: Flow) -> Offset | None:
-    if x.offset is None:
+    if not x.offset:
         return None
     samples, _, *spatial = x.offset.varies
     if any(operation.attribute("padding")) or operation.attribute("transposed"):
@@ -263,11 +267,11 @@ def _channels_of_weight(operation: Operation, weight: Flow) -> Tensor:
 def _attention(operation: Operation, flows: Flows) -> Flow | None:
     value = flows[2]
     for k, flow in enumerate(flows):
-        if flow is not None and k != 2:
+        if flow and k != 2:
             # Only these rows are lost: those of the values in the same weight may be free.
             reason = f"queries, keys and masks enter a softmax in {operation.place}"
             operation.rows.forbid(flow.rows, reason)
-    if value is None:
+    if not value:
         return None
     rows, heads = operation.same_factor(value.rows, [-2]), operation.outputs[0][-3]
     if rows.size(-3) not in (1, heads):

@@ -41,6 +41,7 @@ def _batch_norm(operation: Operation, flow: Flow) -> Flow:
     ndim = flow.rows.ndim
     if not operation.attribute("training", True):
         return _fixed_batch_norm(operation, flow)
+    # Each channel by itself: an offset per channel, as a bias is, is removed with the mean.
     result = operation.normalized(flow, [0, *range(2, ndim)])
     _check_epsilon(operation)
 
@@ -62,8 +63,9 @@ def _batch_norm(operation: Operation, flow: Flow) -> Flow:
 def _fixed_batch_norm(operation: Operation, flow: Flow) -> Flow:
     """Frozen, or in eval mode: an affine map."""
     fixed = f"the fixed mean of {operation.module[0] or operation.name}"
+    # (x - fixed mean) scales as x does, but around another point.
     offset = new_offset(along([1], flow.rows.ndim), what=fixed)
-    if flow.offset is not None:
+    if flow.offset:
         offset = offset.changed(either(offset.varies, flow.offset.varies))
     return replace(flow, offset=offset, sign=Sign.ANY)
 
@@ -73,11 +75,13 @@ def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
     channels)``, since
     InstanceNorm folds the batch into the channels."""
     name, _ = operation.module
+    # One channel of the statistics is fed by different rows in different samples: no factor is
+    # right.
     if bool((rows != rows[:1]).any()):
         operation.rows.stale.setdefault(name)
         return
     has_offset, bias = flow.offset is not None, None
-    if flow.offset is not None:
+    if flow.offset:
         bias = flow.offset.parameter
     operation.rows.link(Link(name, rows[0], flow.degree, has_offset, bias))
 
@@ -118,7 +122,7 @@ def _group_norm(operation: Operation, flow: Flow) -> Flow:
     spatial = range(2, len(shape))
     _check_epsilon(operation)
     offset = flow.offset
-    if offset is not None and (groups != shape[1] or any(offset.varies[2:])):
+    if offset and (groups != shape[1] or any(offset.varies[2:])):
         # The mean of a group removes only what is the same for all its channels and places.
         varying = replace(offset, varies=along([1], len(shape)))
         operation.normalized(replace(flow, offset=varying), [1])
@@ -132,8 +136,9 @@ def _group_norm(operation: Operation, flow: Flow) -> Flow:
 def _weight_norm(operation: Operation, flows: Flows) -> Flow:
     """``gain * direction / ||direction||``: the gain scales the result, the direction does not."""
     direction, _ = flows
-    if direction is None:
+    if not direction:
         return present(flows)[1]
+    # The norm is taken over all dimensions but this.
     rows = only(operation, flows).rows
     dims = set(range(rows.ndim)) - {operation.attribute("dim") % rows.ndim}
     return Flow(0, operation.same_factor(rows, sorted(dims)))

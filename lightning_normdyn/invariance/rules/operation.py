@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, Shape, Sign
 from lightning_normdyn.invariance.graph import Graph
-from lightning_normdyn.invariance.nodes import Edge, GraphNode, node_name, signed, sources_of
+from lightning_normdyn.invariance.nodes import (
+    Edge,
+    GraphNode,
+    node_name,
+    saved_tensor,
+    signed,
+    sources_of,
+)
 from lightning_normdyn.invariance.rows import Rows
 
 # Variances are of order 1 behind common initializations: an epsilon up to this is small beside
@@ -97,13 +104,7 @@ class Operation:
         """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
         would
         recompute, so it is not done."""
-        raw = getattr(self.node, f"_raw_saved_{name}", None)
-        if raw is None:
-            return hasattr(self.node, f"_saved_{name}"), getattr(self.node, f"_saved_{name}", None)
-        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-            if getattr(one, "unpack_hook", True) is not None:
-                return False, None
-        return True, getattr(self.node, f"_saved_{name}")
+        return saved_tensor(self.node, name)
 
     def same_factor(self, rows: Tensor, dims: Iterable[int]) -> Tensor:
         """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size
@@ -111,6 +112,7 @@ class Operation:
         there."""
         for dim in dims:
             if rows.size(dim) > 1:
+                # From here on the first stands for all of them.
                 first = rows.narrow(dim, 0, 1)
                 mixing = "mixes entries that scale with entries that do not"
                 self.rows.unite(rows, first, f"{self.place} {mixing}")
@@ -137,6 +139,8 @@ class Operation:
         if readable:
             return index
         if any(flow.rows.size(dim) > 1 for dim in dims):
+            # Another cut of the weight may not differ along these dims and claim what this one must
+            # not.
             self.rows.veiled.setdefault(self.place)
             raise Blocked(
                 f"the indices of {self.place} are inside a checkpoint, so that it is not known "
@@ -156,10 +160,11 @@ class Operation:
         too
         (LayerNorm, but not RMSNorm)."""
         if not centered:
+            # Nothing subtracts a mean, so a bias stays beside what scales.
             pure(self, flow)
         refuse_padded(self, flow)
         dims = [d % flow.rows.ndim for d in dims]
-        if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
+        if flow.offset and any(flow.offset.varies[d] for d in dims):
             raise Blocked(
                 f"{flow.offset.what} is added before {self.place} and differs within what is "
                 f"normalized together"
@@ -170,8 +175,10 @@ class Operation:
         """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its
         smallness.
         Anything else is blocked."""
-        if flow.sign != Sign.STATISTIC or flow.offset is not None or flow.degree < 0:
+        if flow.sign != Sign.STATISTIC or flow.offset or flow.degree < 0:
             raise Blocked(f"{what} in {self.place}")
+        # The graph does not hold the constant. A module that declares an epsilon is taken at its
+        # word.
         epsilon = declared_epsilon(self.module[1])
         self.assume_small(math.inf if epsilon is None else epsilon)
         return replace(flow, padded=True)
@@ -185,7 +192,7 @@ class Operation:
 def only(operation: Operation, flows: Flows, k: int = 0) -> Flow:
     """The flow of input ``k``, if no other input depends on the weight."""
     flow = flows[k] if k < len(flows) else None
-    if flow is None or any(f is not None for i, f in enumerate(flows) if i != k):
+    if not flow or any(f is not None for i, f in enumerate(flows) if i != k):
         raise Blocked(f"the scale enters {operation.place} by a side input")
     return flow
 
@@ -193,14 +200,14 @@ def only(operation: Operation, flows: Flows, k: int = 0) -> Flow:
 def present(flows: Flows) -> tuple[int, Flow]:
     """The first input that depends on the weight, and its flow."""
     for k, flow in enumerate(flows):
-        if flow is not None:
+        if flow:
             return k, flow
     raise AssertionError("an operation without a flow is not visited")
 
 
 def pure(operation: Operation, flow: Flow) -> Flow:
     """The flow, if nothing constant was added to it."""
-    if flow.offset is not None:
+    if flow.offset:
         raise Blocked(f"{flow.offset.what} is added before {operation.place}")
     return flow
 

@@ -40,6 +40,7 @@ def _reduced(
 ) -> Flow:
     """The flow of output number ``output``, in which entries have come together along ``dims``."""
     rows = operation.same_factor(flow.rows, dims)
+    # Without ``keepdim``.
     if len(operation.outputs[output]) != rows.ndim:
         rows = rows.squeeze(tuple(dims))
         offset = without_dims(offset, dims)
@@ -54,7 +55,7 @@ def _sign_of_reduction(flow: Flow) -> Sign:
 @unary_rule("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1")
 def _sum(operation: Operation, flow: Flow) -> Flow:
     dims, offset = _reduction_dims(operation), flow.offset
-    if offset is not None:
+    if offset:
         # The mean of what is constant is the same constant.
         is_mean = operation.name.startswith("Mean")
         if not is_mean or any(offset.varies[d] for d in dims):
@@ -89,6 +90,7 @@ def _norm(operation: Operation, flow: Flow) -> Flow:
     if operation.name.startswith("LinalgVectorNorm") and operation.attribute("ord") == 0:
         # The number of entries that are not zero does not depend on the scale.
         degree = 0
+    # Every norm is homogeneous of degree 1, whatever its order.
     dims = _reduction_dims(operation)
     sign = Sign.STATISTIC if degree else Sign.ANY
     return _reduced(operation, pure(operation, flow), dims, degree=degree, sign=sign)
@@ -109,7 +111,7 @@ def _spread_and_mean(operation: Operation, flow: Flow) -> Flows:
 
 def _centered_moment(operation: Operation, flow: Flow, dims: Sequence[int]) -> Flow:
     """A variance or a standard deviation: free of an offset that is constant along ``dims``."""
-    if flow.offset is not None and any(flow.offset.varies[d] for d in dims):
+    if flow.offset and any(flow.offset.varies[d] for d in dims):
         pure(operation, flow)
     degree = 2 if operation.name.startswith("Var") else 1
     return _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
@@ -131,6 +133,7 @@ def _cumulative_sum(operation: Operation, flow: Flow) -> Flow:
 )
 def _ordered(operation: Operation, flow: Flow) -> Flow:
     """Entries are picked or ordered by size along one dimension."""
+    # Which entry comes first depends on the scales, unless they are one.
     dim = operation.attribute("dim")
     rows = operation.same_factor(flow.rows, [dim])
     if len(operation.outputs[0]) < rows.ndim:
@@ -169,7 +172,8 @@ def _pool(operation: Operation, flow: Flow) -> Flow:
     channel by channel."""
     dims = range(-_SPATIAL_DIMS[operation.name], 0)
     offset = flow.offset
-    if offset is not None:
+    if offset:
+        # The largest of x + b is the largest x plus b only if b is the same for all of them.
         if any(offset.varies[d] for d in dims):
             pure(operation, flow)
         if _pools_zeros(operation):
@@ -186,6 +190,7 @@ def _pool(operation: Operation, flow: Flow) -> Flow:
 def _pools_zeros(operation: Operation) -> bool:
     """Whether some results are no means or extrema of entries alone, so that an offset differs
     there."""
+    # Places outside the grid, and places that no largest entry came from.
     if operation.name.startswith(("Grid", "MaxUnpool")):
         return True
     padding = operation.attribute("padding") or ()

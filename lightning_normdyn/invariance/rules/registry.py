@@ -60,6 +60,7 @@ def register_rule(node_name: str, rule: Rule) -> None:
         raise ValueError(f"`node_name` must be the name of an autograd node, got {node_name!r}.")
     if not callable(rule):
         raise ValueError(f"`rule` must be callable as rule(operation, flows), got {rule!r}.")
+    # Ours may be replaced, too: who knows an operation better is right.
     RULES[node_name] = rule
 
 

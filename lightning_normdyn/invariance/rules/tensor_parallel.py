@@ -26,9 +26,11 @@ def _to_local(operation: Operation, flow: Flow) -> Flow:
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     spec: Any = operation.node.dtensor_spec  # type: ignore[attr-defined]
+    # Sharded along one dimension by two meshes: the part is not one stretch of it.
     if any(type(placement).__name__ == "_StridedShard" for placement in spec.placements):
         raise Blocked(f"no rule for strided shards in {operation.place}")
     _, start = compute_local_shape_and_global_offset(spec.shape, spec.mesh, spec.placements)
+    # A dimension of one row for all is not cut: the row holds for every part.
     part = flow.rows
     for dim, size in enumerate(after):
         if part.size(dim) > 1 and size < before[dim]:

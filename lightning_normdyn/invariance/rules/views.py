@@ -82,6 +82,7 @@ def _repeat(operation: Operation, flow: Flow) -> Flow:
 def _select(operation: Operation, flow: Flow) -> Flow:
     dim = operation.dim()
     operation.left_out(flow, [dim])
+    # A python number, unlike the indices of ``indexing.py``: it is the same in every batch.
     index = operation.attribute("index")
     if flow.rows.size(dim) == 1:
         index = 0
@@ -106,7 +107,7 @@ def _slice(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0")
 def _split(operation: Operation, flow: Flow) -> Flows:
     dim = operation.dim()
-    # A piece may be used nowhere.
+    # A piece may be used nowhere, and its rows are then not read.
     operation.left_out(flow, [dim])
     pieces: Sequence[Tensor] = [flow.rows] * len(operation.outputs)
     if flow.rows.size(dim) > 1:
@@ -119,11 +120,12 @@ def _split(operation: Operation, flow: Flow) -> Flows:
 def _unbind(operation: Operation, flow: Flow) -> Flows:
     dim = operation.dim()
     operation.left_out(flow, [dim])
+    # Once for all pieces: equal pieces of an offset stay equal, and may cancel.
     offset = without_dims(flow.offset, [dim])
-    differs = flow.offset is not None and flow.offset.varies[dim]
+    differs = flow.offset and flow.offset.varies[dim]
     leaving = []
     for piece in expanded(flow.rows, operation.shape(), [dim]).unbind(dim):
-        if offset is not None and differs:
+        if offset and differs:
             offset = offset.changed(offset.varies)
         leaving.append(replace(flow, rows=piece, offset=offset))
     return leaving
@@ -142,6 +144,7 @@ def _cat(operation: Operation, flows: Flows) -> Flow:
         sizes = _sizes_of_pieces(operation, dim)
     present = [flow for flow in flows if flow is not None]
 
+    # Row 0: a constant piece does not scale, and is marked so beside the others.
     constant = torch.zeros([1] * ndim, dtype=torch.long, device="cpu")
     rows = [constant if flow is None else flow.rows for flow in flows]
     wide = [max(lengths) for lengths in zip(*(piece.shape for piece in rows), strict=True)]
@@ -150,6 +153,7 @@ def _cat(operation: Operation, flows: Flows) -> Flow:
         wide[dim] = size
         pieces.append(piece.expand(wide))
 
+    # A constant may be negative.
     sign = Sign.ANY
     if len(present) == len(flows):
         sign = min(flow.sign for flow in present)
@@ -169,7 +173,7 @@ def _sizes_of_pieces(operation: Operation, dim: int) -> list[int]:
 
 def _joint_offset(flows: Flows, dim: int) -> Offset | None:
     """The offset of pieces that are joined along ``dim``."""
-    offsets = [flow.offset for flow in flows if flow is not None and flow.offset is not None]
+    offsets = [flow.offset for flow in flows if flow and flow.offset is not None]
     if not offsets:
         return None
     first = offsets[0]
@@ -177,6 +181,7 @@ def _joint_offset(flows: Flows, dim: int) -> Offset | None:
     if all_same and not first.varies[dim]:
         # The same bias was added to every piece, so one normalization removes it from all of them.
         return first
+    # A piece without an offset has one of 0, so it differs along the joint.
     varies = along([dim], len(first.varies))
     for offset in offsets:
         varies = either(varies, offset.varies)
@@ -203,18 +208,21 @@ def _flip(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("Rot90Backward0")
 def _rotate(operation: Operation, flow: Flow) -> Flow:
+    # The two dimensions change places, so a row that holds for all of one must be written out.
     dims = operation.attribute("dims")
     rows = expanded(flow.rows, operation.shape(), dims)
     rows = compact(torch.rot90(rows, operation.attribute("k"), dims))
     offset = flow.offset
-    if offset is not None and any(offset.varies[d] for d in dims):
+    if offset and any(offset.varies[d] for d in dims):
         offset = spread(offset, dims)
     return replace(flow, rows=rows, offset=offset)
 
 
 @unary_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0")
 def _shuffle(operation: Operation, flow: Flow) -> Flow:
-    # Channels, and the two dimensions that they are exchanged with.
+    # Rows may differ along the channels only, but these become places of the image, or come from
+    # there:
+    # channels, and the two dimensions that they are exchanged with.
     rows = expanded(flow.rows, operation.shape(), [-3, -2, -1])
     if operation.name == "PixelShuffleBackward0":
         rows = torch.pixel_shuffle(rows, operation.attribute("upscale_factor"))
