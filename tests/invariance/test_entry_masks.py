@@ -399,7 +399,10 @@ def test_sharded_weights_have_their_norms_where_they_are_read(name):
         strategy = replace(strategy, parallelize=whole_module if strategy.parallelize else None)
 
     def run() -> dict[str, Tensor]:
-        made = lambda: [WeightRescaling(1, params=["net.grouped.weight", "net.block.down.weight"])]  # noqa: E731
+
+        def made():
+            return [WeightRescaling(1, params=["net.grouped.weight", "net.block.down.weight"])]
+
         _, module, _ = strategies.fit(strategy, made, model=MaskedModule)
         return {key: value.clone() for key, value in module.final.items()}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import zoo
 from torch import nn
 
 from lightning_normdyn.invariance.checks import inspect_module, verify_scale_invariance
@@ -24,3 +26,19 @@ def claimed_kind(net: nn.Module, *inputs) -> str:
 def claim():
     """`claimed_kind`, which tests cannot import from here."""
     return claimed_kind
+
+
+@pytest.fixture
+def claim_between():
+    """The kind of a convolution with an operation between it and its BatchNorm."""
+
+    def claim(operation, bias: bool) -> str:
+        torch.manual_seed(0)
+        net = zoo.Net(
+            lambda m, x: m.n(operation(m.a(x))),
+            a=nn.Conv2d(3, 4, 1, bias=bias),
+            n=nn.BatchNorm2d(4, affine=False),
+        )
+        return claimed_kind(net, zoo.images(4, 3, 6))
+
+    return claim

@@ -66,14 +66,25 @@ def test_every_rule_is_for_an_operation_that_exists():
     elsewhere = {name for name in RULES if name not in known}
     assert elsewhere - {"RootMeanSquareBackward", "HiddenPenaltyBackward"} == {
         # strategies
-        "_DDPSinkBackward", "RegisterPreBackwardFunctionBackward", "RegisterPostBackwardFunctionBackward",
+        "_DDPSinkBackward",
+        "RegisterPreBackwardFunctionBackward",
+        "RegisterPostBackwardFunctionBackward",
         # DeepSpeed
-        "PreBackwardFunctionForModuleBackward", "PostBackwardFunctionModuleBackward", "LinearFunctionForZeroStage3Backward",
+        "PreBackwardFunctionForModuleBackward",
+        "PostBackwardFunctionModuleBackward",
+        "LinearFunctionForZeroStage3Backward",
         # DTensor
-        "RedistributeBackward", "NestedRedistributeBackward", "_ToTorchTensorBackward", "_FromTorchTensorBackward",
+        "RedistributeBackward",
+        "NestedRedistributeBackward",
+        "_ToTorchTensorBackward",
+        "_FromTorchTensorBackward",
         # kernels
-        "SyncBatchNormBackward", "LigerLayerNormFunctionBackward", "LigerRMSNormFunctionBackward",
-        "FusedLayerNormFunctionBackward", "FusedLayerNormAffineFunctionBackward", "FusedRMSNormFunctionBackward",
+        "SyncBatchNormBackward",
+        "LigerLayerNormFunctionBackward",
+        "LigerRMSNormFunctionBackward",
+        "FusedLayerNormFunctionBackward",
+        "FusedLayerNormAffineFunctionBackward",
+        "FusedRMSNormFunctionBackward",
         "FusedRMSNormAffineFunctionBackward",
-    }  # fmt: skip
+    }
     assert all(f"{name}Backward0" in known for name in NOT_HOMOGENEOUS.split())

@@ -2,12 +2,59 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
 
 from lightning_normdyn.invariance.checks import inspect_module
+
+# Scale-invariant, but the bias is lost track of in rearrangements as rare as these.
+MISSED = "no"
+
+# What stands between a convolution and its BatchNorm: (operation, kind without a bias, kind with
+# one).
+BETWEEN = {
+    "maxout": (lambda x: torch.maximum(x[:, ::2], x[:, 1::2]).repeat(1, 2, 1, 1), "group", "no"),
+    "zero padding": (lambda x: F.pad(x, (1, 1, 1, 1)), "filter", "no"),
+    "cropping": (lambda x: F.pad(x, (-1, -1, -1, -1)), "filter", "filter"),
+    "slice": (lambda x: x[:, :, 1:-1, ::2], "filter", "filter"),
+    "slice of channels": (lambda x: x[:, 1:3].repeat(1, 2, 1, 1), "partly", "partly"),
+    "roll": (lambda x: x.roll(1, 2), "filter", "filter"),
+    "roll of channels": (lambda x: x.roll(1, 1), "filter", "filter"),
+    "flip": (lambda x: x.flip(3), "filter", "filter"),
+    "parts of the batch": (
+        lambda x: torch.cat([part[:1] for part in x.chunk(2)]),
+        "filter",
+        "filter",
+    ),
+    "unbound and stacked": (lambda x: torch.stack(x.unbind(2), 2), "filter", "filter"),
+    "rot90": (lambda x: torch.rot90(x, 1, (2, 3)), "filter", "filter"),
+    "rot90 of channels": (lambda x: torch.rot90(x[:, :, :4], 1, (1, 2)), "layer", "no"),
+    "cat with itself": (lambda x: torch.cat([x[:, :2], x[:, 2:].relu()], 1), "filter", "partly"),
+    "stack": (lambda x: torch.stack([x, x], 2).flatten(2, 3), "filter", "filter"),
+    "split": (lambda x: torch.cat(x.split(1, 1)[::-1], 1), "filter", "filter"),
+    "unbind": (lambda x: torch.stack(x.unbind(1), 1), "filter", "filter"),
+    "permute": (
+        lambda x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
+        "filter",
+        "filter",
+    ),
+    "flatten": (lambda x: x.flatten(2).unflatten(2, (6, 6)), "filter", "filter"),
+    "squeeze": (lambda x: x[None].squeeze(0), "filter", "filter"),
+    "diagonal": (lambda x: x.diagonal(0, 2, 3)[..., None], "filter", MISSED),
+    "windows": (lambda x: x.unfold(2, 3, 1).mean(-1), "filter", MISSED),
+    "pixel_unshuffle": (lambda x: F.pixel_shuffle(F.pixel_unshuffle(x, 2), 2), "filter", MISSED),
+    "not centered": (lambda x: (x[:, :2] - x[:, 2:]).repeat(1, 2, 1, 1).relu(), "group", "no"),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+def test_between_a_convolution_and_its_norm(name, bias, claim_between):
+    operation, without, with_bias = BETWEEN[name]
+    assert claim_between(operation, bias) == (with_bias if bias else without)
 
 
 def test_one_bias_before_and_after_a_rearrangement_is_one_offset(claim):
