@@ -4,15 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_normdyn.callbacks import (
-        AdaptiveWeightShrink,
-        EffectiveLRReplay,
-        InputSpanMonitor,
-        LRDropRescaling,
-        NormDynamicsMonitor,
-        RadialProjection,
-        WeightRescaling,
-    )
+    from lightning_normdyn.callbacks.adaptive_weight_shrink import AdaptiveWeightShrink
+    from lightning_normdyn.callbacks.effective_lr_replay import EffectiveLRReplay
+    from lightning_normdyn.callbacks.input_span_monitor import InputSpanMonitor
+    from lightning_normdyn.callbacks.lr_drop_rescaling import LRDropRescaling
+    from lightning_normdyn.callbacks.norm_dynamics_monitor import NormDynamicsMonitor
+    from lightning_normdyn.callbacks.radial_projection import RadialProjection
+    from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
     from lightning_normdyn.engine.callback import NormDynCallback
     from lightning_normdyn.errors import (
         NormDynError,
@@ -61,15 +59,13 @@ __all__ = [
 
 # Where each public name lives.
 _HOMES = {
-    "callbacks": (
-        "AdaptiveWeightShrink",
-        "EffectiveLRReplay",
-        "InputSpanMonitor",
-        "LRDropRescaling",
-        "NormDynamicsMonitor",
-        "RadialProjection",
-        "WeightRescaling",
-    ),
+    "callbacks.adaptive_weight_shrink": ("AdaptiveWeightShrink",),
+    "callbacks.effective_lr_replay": ("EffectiveLRReplay",),
+    "callbacks.input_span_monitor": ("InputSpanMonitor",),
+    "callbacks.lr_drop_rescaling": ("LRDropRescaling",),
+    "callbacks.norm_dynamics_monitor": ("NormDynamicsMonitor",),
+    "callbacks.radial_projection": ("RadialProjection",),
+    "callbacks.weight_rescaling": ("WeightRescaling",),
     "engine.callback": ("NormDynCallback",),
     "errors": (
         "NoTargetsError",

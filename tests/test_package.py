@@ -34,7 +34,6 @@ FLOORS = {
     "equilibrium": 9, "history": 9, "plots": 9, "report": 9, "targets": 9, "workspace": 9,
     "__init__": 10, "__main__": 10,
 }  # fmt: skip
-MOVING = {("engine", "monitor")}
 KNOWS_LIGHTNING = {"engine", "callbacks", "monitor", "input_span"}
 HEAVY = {
     "wandb",
@@ -92,7 +91,7 @@ def test_imports_point_down(path):
         parts = name.split(".")
         if parts[0] == "lightning_normdyn" and len(parts) > 1 and parts[1] in FLOORS:
             below = FLOORS[parts[1]] < FLOORS[here] or parts[1] == here
-            assert below or (here, parts[1]) in MOVING, f"{here} imports {name}"
+            assert below, f"{here} imports {name}"
         if parts[0] in ("lightning", "pytorch_lightning", "lightning_fabric"):
             assert here in KNOWS_LIGHTNING, f"{here} imports {name}"
 

@@ -1,23 +1,14 @@
-"""The callbacks, one per file; the only package that imports Lightning."""
+"""The callbacks, one file per rule. Files are found by themselves: a new rule is its file, and its
+name in the public list of the package."""
 
-from lightning_normdyn.callbacks.adaptive_weight_shrink import AdaptiveWeightShrink
-from lightning_normdyn.callbacks.effective_lr_replay import EffectiveLRReplay
-from lightning_normdyn.callbacks.input_span_monitor import InputSpanMonitor
-from lightning_normdyn.callbacks.lr_drop_rescaling import LRDropRescaling
-from lightning_normdyn.callbacks.norm_dynamics_monitor import NormDynamicsMonitor
-from lightning_normdyn.callbacks.radial_projection import RadialProjection
-from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
-from lightning_normdyn.engine.callback import NormDynCallback
-from lightning_normdyn.errors import NormDynWarning
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any
 
-__all__ = [
-    "AdaptiveWeightShrink",
-    "EffectiveLRReplay",
-    "InputSpanMonitor",
-    "LRDropRescaling",
-    "NormDynCallback",
-    "NormDynWarning",
-    "NormDynamicsMonitor",
-    "RadialProjection",
-    "WeightRescaling",
-]
+
+def __getattr__(name: str) -> Any:
+    for file in iter_modules(__path__):
+        value = getattr(import_module(f"{__name__}.{file.name}"), name, None)
+        if isinstance(value, type):
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

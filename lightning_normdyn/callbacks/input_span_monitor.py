@@ -21,7 +21,6 @@ from lightning_normdyn.engine.legacy import LegacyCallback
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.engine.state import history as check_history
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.input_span.fixed_weights import (
@@ -36,6 +35,7 @@ from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
 from lightning_normdyn.input_span.rows import filter_labels, filters_of
 from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.history_check import check_history
 from lightning_normdyn.monitor.spawned import KeepsHistory
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.step import Phase, Step

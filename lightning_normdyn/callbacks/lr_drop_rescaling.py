@@ -24,8 +24,8 @@ from lightning_normdyn.engine.rescaling import (
     warn_of_changed_function,
 )
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.state import Check, flag, number, record, table, text
 from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, flag, number, record, table, text
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance

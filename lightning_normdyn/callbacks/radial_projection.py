@@ -17,8 +17,8 @@ from lightning_normdyn.engine.effect import Effect, Projection
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.state import Check, flag, many, number, optional, record
 from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, flag, many, number, optional, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums

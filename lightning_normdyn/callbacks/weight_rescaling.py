@@ -22,8 +22,8 @@ from lightning_normdyn.engine.rescaling import (
     warn_of_changed_function,
 )
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.state import Check, flag, record
 from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, flag, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.optimizers.checks import check_decay_takeover

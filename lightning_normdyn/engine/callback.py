@@ -15,7 +15,8 @@ from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rule import Rule
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.state import record, seal, table, unseal, whole
+from lightning_normdyn.engine.state import seal, unseal
+from lightning_normdyn.engine.value_checks import record, table, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 

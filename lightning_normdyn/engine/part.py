@@ -15,8 +15,8 @@ from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rivals import refuse_rivals, without_unranked
 from lightning_normdyn.engine.selection import AnyRule, Selection
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.state import Check, record
 from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.engine.worker import LOOKING, Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError

@@ -16,29 +16,32 @@ deceive can compute it, and can as well change the weights beside it.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import blake2b
-from math import inf, isnan
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_normdyn.engine.value_checks import (
+    Check,
+    flag,
+    many,
+    number,
+    numbers,
+    optional,
+    plain,
+    record,
+    require,
+    table,
+    text,
+    whole,
+)
 from lightning_normdyn.errors import NormDynError, shown
-from lightning_normdyn.monitor.history import History
 
 VERSION = 3
 """Of the state that is written; 1 had no digest, and 2 no workers."""
-
-MOST = 2**53
-"""No run counts as far."""
-
-DEEPEST = 32
-"""Levels of lists and dictionaries within each other; ours have eight."""
-
-Check = Callable[[Any, str], None]
-"""Raises `NormDynError` where a value is none of its kind; the text says where the value stands."""
 
 KINDS = ("filter", "group", "layer", "column", "partly", "no", "unknown")
 
@@ -95,7 +98,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
         lightning_normdyn.errors.NormDynError: it was changed after it was saved (its digest is
         another one)
     """
-    _require(isinstance(state, dict), f"it is a {type(state).__name__}, where a dictionary belongs")
+    require(isinstance(state, dict), f"it is a {type(state).__name__}, where a dictionary belongs")
     version = state.get("version")
     if type(version) is not int or version != VERSION:
         raise NormDynError(
@@ -110,7 +113,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
     }
     own_content = {key: value for key, value in own.items() if key != "digest"}
     sound = (state.get("digest"), own.get("digest")) == _digests(content, own_content)
-    _require(sound, "it was changed after it was saved (its digest is another one)")
+    require(sound, "it was changed after it was saved (its digest is another one)")
     content["extra"] = own_content
     _STATE(content, "state")
     if extra is not None:
@@ -186,196 +189,17 @@ def _feed(hashed: _Hash, value: Any) -> None:
         hashed.update(f"{type(value).__name__} ".encode())
 
 
-# ---------------------------------------------------------------------------------- kinds of values
-
-
-def plain(value: Any, where: str, depth: int = 0) -> None:
-    """Anything that a state may consist of: numbers, texts, tensors that lie in memory as they are,
-    and lists and dictionaries of these."""
-    _require(depth <= DEEPEST, f"{where} goes on in itself, or is far too deep")
-    if value is None or isinstance(value, (bool, int, float, str, np.generic)):
-        return
-    if isinstance(value, Tensor):
-        kind = type(value.data)
-        _require(
-            kind is Tensor and value.layout == torch.strided and value.device.type != "meta",
-            f"{where} is a tensor of a strange kind",
-        )
-        _require(
-            not value.is_quantized and not value.is_complex(),
-            f"{where} is a tensor of {value.dtype}",
-        )
-        # A tensor may claim any size over a few bytes (strides of 0); to copy it would take all the
-        # memory there is.
-        _require(
-            value.numel() * value.element_size() <= value.untyped_storage().nbytes(),
-            f"{where} claims more numbers than it has",
-        )
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            plain(item, f"{where}[{i}]", depth + 1)
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            _require(type(key) in (str, int), f"a key of {where} is a {type(key).__name__}")
-            plain(item, f"{where}[{shown(key)}]", depth + 1)
-    else:
-        raise NormDynError(f"{where} is a {type(value).__name__}")
-
-
-def whole(least: int = 0, most: int = MOST) -> Check:
-    """An integer within a range."""
-
-    def check(value: Any, where: str) -> None:
-        _require(
-            type(value) is int and least <= value < most,
-            f"{where} is {shown(value)}, where an integer from {least} belongs",
-        )
-
-    return check
-
-
-def number(least: float = -inf, *, finite: bool = True) -> Check:
-    """A number from ``least`` on; ``finite`` refuses NaN and infinity."""
-
-    def check(value: Any, where: str) -> None:
-        fits = type(value) in (int, float) and (value >= least or (not finite and isnan(value)))
-        fits = fits and not (finite and abs(value) == inf)
-        _require(
-            fits,
-            f"{where} is {shown(value)}, where a {'finite ' if finite else ''}number from "
-            f"{least:g} belongs",
-        )
-
-    return check
-
-
-def text(*among: str) -> Check:
-    """A text, or one of some."""
-
-    def check(value: Any, where: str) -> None:
-        _require(
-            isinstance(value, str) and (not among or value in among), f"{where} is {shown(value)}"
-        )
-
-    return check
-
-
-def flag(value: Any, where: str) -> None:
-    """True or False."""
-    _require(isinstance(value, bool), f"{where} is {shown(value)}, where True or False belongs")
-
-
-def optional(check: Check) -> Check:
-    """None, or what ``check`` takes."""
-
-    def either(value: Any, where: str) -> None:
-        if value is not None:
-            check(value, where)
-
-    return either
-
-
-def many(check: Check) -> Check:
-    """A list or tuple of such values."""
-
-    def each(value: Any, where: str) -> None:
-        _require(
-            isinstance(value, (list, tuple)),
-            f"{where} is a {type(value).__name__}, where a list belongs",
-        )
-        for i, item in enumerate(value):
-            check(item, f"{where}[{i}]")
-
-    return each
-
-
-def table(key: Check, value: Check) -> Check:
-    """A dictionary whose keys and values are of one kind each."""
-
-    def every(found: Any, where: str) -> None:
-        _require(
-            isinstance(found, dict),
-            f"{where} is a {type(found).__name__}, where a dictionary belongs",
-        )
-        for name, item in found.items():
-            key(name, f"a key of {where}")
-            value(item, f"{where}[{shown(name)}]")
-
-    return every
-
-
-def record(
-    needed: Mapping[str, Check], others: Mapping[str, Check] | None = None, *, closed: bool = False
-) -> Check:
-    """A dictionary with these keys.
-
-    Args:
-        needed: keys that must be there.
-        others: keys that may be there.
-        closed: whether any further key is refused.
-    """
-
-    def check(found: Any, where: str) -> None:
-        _require(
-            isinstance(found, dict),
-            f"{where} is a {type(found).__name__}, where a dictionary belongs",
-        )
-        missing = [key for key in needed if key not in found]
-        _require(not missing, f"{where} lacks {missing}")
-        foreign = [key for key in found if key not in needed and key not in (others or {})]
-        _require(not (closed and foreign), f"{where} has {shown(foreign)}, which nobody knows")
-        for key, each in {**needed, **(others or {})}.items():
-            if key in found:
-                each(found[key], f"{where}.{key}")
-
-    return check
-
-
-def numbers(least: float = -inf) -> Check:
-    """A tensor ``(n,)`` of finite numbers from ``least`` on."""
-
-    def check(value: Any, where: str) -> None:
-        _require(
-            isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension"
-        )
-        sound = torch.isfinite(value).all() and (value >= least).all()
-        _require(bool(sound), f"{where} holds numbers that are not finite or below {least:g}")
-
-    return check
-
-
-def history(value: Any, where: str) -> None:
-    """What `History.state_dict` gives."""
-    _require(
-        isinstance(value, dict) and isinstance(value.get("header"), str), f"{where} is no history"
-    )
-    try:
-        History().load_state_dict(value)
-    except (
-        NormDynError,
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
-        raise NormDynError(f"{where} is no history ({type(error).__name__}: {error})") from error
-
-
 # ------------------------------------------------------------------------------ what ours look like
 
 
 def _labels(value: Any, where: str) -> None:
     """Numbers of vectors: -1 or 0..n-1, and no more vectors than there are entries, so that nobody
     is asked for a table of a billion."""
-    _require(
+    require(
         isinstance(value, Tensor) and value.dtype == torch.int64, f"{where} is no tensor of int64"
     )
     in_range = bool(((value >= -1) & (value < value.numel())).all())
-    _require(in_range, f"{where} numbers vectors that cannot be")
+    require(in_range, f"{where} numbers vectors that cannot be")
 
 
 _PARTITION = record(
@@ -405,19 +229,19 @@ def _verdict(value: Any, where: str) -> None:
         if partition is None:
             continue
         keep = list(partition["keep"])
-        _require(
+        require(
             all(k < len(shape) for k in keep) and keep == sorted(set(keep)),
             f"{where}.{key} keeps dimensions that are not there",
         )
         expected = [shape[k] for k in keep]
-        _require(
+        require(
             list(partition["labels"].shape) == expected,
             f"{where}.{key} has labels of another shape than its weight",
         )
     read = value.get("read")
     if read is not None:
         fits = isinstance(read, Tensor) and read.dtype == torch.bool and tuple(read.shape) == shape
-        _require(fits, f"{where}.read is no mask of its weight")
+        require(fits, f"{where}.read is no mask of its weight")
 
 
 _VERDICT = record(
@@ -447,21 +271,19 @@ def _per_vector(value: Any, where: str) -> None:
 
 
 def _one_per_vector(value: Any, where: str) -> None:
-    _require(
-        isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension"
-    )
+    require(isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension")
 
 
 def _positive(value: Any, where: str) -> None:
     numbers(0.0)(value, where)
-    _require(bool((value > 0).all()), f"{where} holds factors of 0")
+    require(bool((value > 0).all()), f"{where} holds factors of 0")
 
 
 def _scaled(value: Any, where: str) -> None:
     """What `lightning_normdyn.optimizers.scaling.Scaling.state` says of one weight."""
     _SCALED(value, where)
     keep = list(value["keep"])
-    _require(
+    require(
         keep == sorted(set(keep)) and len(keep) == value["labels"].ndim,
         f"{where} keeps dimensions that its labels have not",
     )
@@ -505,25 +327,4 @@ _STATE = record(
 )
 
 
-def _require(sound: bool, otherwise: str) -> None:
-    if not sound:
-        raise NormDynError(otherwise)
-
-
-__all__ = [
-    "VERSION",
-    "digest",
-    "flag",
-    "history",
-    "many",
-    "number",
-    "numbers",
-    "optional",
-    "plain",
-    "record",
-    "seal",
-    "table",
-    "text",
-    "unseal",
-    "whole",
-]
+__all__ = ["VERSION", "digest", "seal", "unseal"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from lightning_normdyn.engine.effect import Effect, NoEffect, UnknownEffect
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.selection import AnyRule, Selection
-from lightning_normdyn.engine.state import Check, record
 from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
 from lightning_normdyn.optimizers.step import Phase
 from lightning_normdyn.optimizers.takeover import Claimed

@@ -20,7 +20,7 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.callbacks import NormDynCallback
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import (
     Effect,
     Effects,

@@ -24,7 +24,8 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.engine.state import VERSION, digest, plain, seal, unseal
+from lightning_normdyn.engine.state import VERSION, digest, seal, unseal
+from lightning_normdyn.engine.value_checks import plain
 
 CASES = 1000
 DROPPED = r"cannot use its state in the checkpoint: .* starts as in a fresh fit"

@@ -22,7 +22,7 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.callbacks import NormDynCallback
+from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.optimizers.decay import (
     Decay,
