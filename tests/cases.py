@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import Logger
@@ -21,6 +22,7 @@ from models import (
     fit,
     images,
     make,
+    same,
     weights_of,
 )
 from reference import Drop, Project, Rescale, Shrink
@@ -312,3 +314,25 @@ class KeepsRows(Logger):
 
     def log_hyperparams(self, *args, **kwargs):
         pass
+
+
+# ---- The callbacks as tests of their common base build them ----
+
+WRITERS = {
+    "aws": lambda **common: AdaptiveWeightShrink(0.5, **common),
+    "wrs": lambda **common: WeightRescaling(2, **common),
+    "projection": lambda **common: RadialProjection(**common),
+}
+EVERYBODY = {**WRITERS, "monitor": lambda **common: NormDynamicsMonitor(1, tables=False, **common)}
+
+
+def targets_of(callback):
+    return [t.name for _, plan in sorted(callback.plans.items()) for t in plan.targets]
+
+
+def refused(module, callbacks, error, says, **arguments):
+    """The fit raises this, and no weight has been touched."""
+    before = weights_of(module)
+    with pytest.raises(error, match=says):
+        fit(module, callbacks, **arguments)
+    assert same(weights_of(module), before)
