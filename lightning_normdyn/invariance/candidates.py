@@ -1,10 +1,15 @@
-"""One way to cut a weight into rows, and the verdict that follows from what the graph says about
-these rows."""
+"""From rows to a verdict: one way to cut a weight into rows, and what follows from what the graph
+says about them.
+
+A weight may be read along either axis (``W x`` or ``x W``), and only the graph shows along which.
+So several cuts of it are followed, each a `Candidate`, and `judge` takes the one that claims most.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,169 +18,264 @@ from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.partitions import SINGLE_NUMBERS
 from lightning_normdyn.invariance.rows import Link, Rows, distinct
-from lightning_normdyn.invariance.verdict import NormLink, Verdict
+from lightning_normdyn.invariance.verdict import NormLink, Verdict, unread_in_words
 
 
-def _numbers(n: int) -> Tensor:
-    return torch.arange(n, dtype=torch.long, device="cpu")
+@dataclass(frozen=True)
+class Vectors:
+    """Which rows of a cut are scaled together.
+
+    Args:
+        of_row: for each row the number of its vector, -1 where it belongs to none.
+        sizes: how many rows each vector has.
+    """
+
+    of_row: Tensor
+    sizes: Tensor
+
+    @property
+    def cover_everything(self) -> bool:
+        """Whether every row belongs to a vector."""
+        return bool((self.of_row >= 0).all())
+
+    @property
+    def are_single_rows(self) -> bool:
+        """Whether no two rows have to be scaled together."""
+        return bool((self.sizes == 1).all())
+
+    @property
+    def share(self) -> float:
+        """Which part of the weight belongs to vectors."""
+        return 1.0 if self.cover_everything else float((self.of_row >= 0).float().mean())
 
 
 @dataclass
 class Candidate:
-    """One way to cut a weight into rows, and what the graph says about these rows."""
+    """One way to cut a weight into rows, and what the graph says about these rows.
+
+    Args:
+        finest: the rows, each a vector of its own.
+        rows: which of them must be scaled together, and which must not be scaled.
+    """
 
     finest: Partition
     rows: Rows
 
     @classmethod
+    def of_cut(cls, finest: Partition) -> Candidate:
+        """A cut of which nothing is known yet."""
+        return cls(finest, Rows(finest.n))
+
+    @classmethod
     def of_verdict(cls, verdict: Verdict) -> Candidate | None:
-        """What a verdict of an earlier fit says, so that later losses can add to it; None where it
-        says nothing about rows."""
+        """What a verdict of an earlier fit says, so that later losses can add to it.
+
+        None where it says nothing about rows.
+        """
         known = verdict.partition or verdict.unread
         if known is None or verdict.kind == "unknown":
             return None
-        finest = Partition(
-            known.keep, _numbers(known.labels.numel()).reshape(known.labels.shape), "filter"
+        count = known.labels.numel()
+        every_row = torch.arange(count, dtype=torch.long, device="cpu")
+        candidate = cls.of_cut(
+            Partition(known.keep, every_row.reshape(known.labels.shape), "filter")
         )
-        rows = Rows(finest.n)
-        vector = (
-            torch.full_like(finest.labels, -1).flatten()
-            if verdict.partition is None
-            else known.labels.flatten().cpu()
-        )
+        rows = candidate.rows
+        vector = torch.full((count,), -1, dtype=torch.long, device="cpu")
+        if verdict.partition is not None:
+            vector = known.labels.flatten().cpu()
         unread = torch.zeros_like(vector, dtype=torch.bool)
         if verdict.unread is not None:
             unread = verdict.unread.labels.flatten().cpu() >= 0
-        # The first row of each vector stands for it: 1 + its number, by the vector's number. Vector
-        # -1 is none.
-        first = torch.zeros(max(0, verdict.n) + 1, dtype=torch.long, device="cpu")
+        # The first row of each vector stands for it (rows count from 1). Label -1, of rows that
+        # belong to no vector, picks the 0 at the end: such a row must not be scaled.
+        first_row = torch.zeros(max(0, verdict.n) + 1, dtype=torch.long, device="cpu")
         for row in reversed((vector >= 0).nonzero().flatten().tolist()):
-            first[vector[row]] = row + 1
-        rows.parent[1:] = torch.where(
-            vector >= 0, first[vector], torch.where(unread, rows.parent[1:], 0)
-        )
+            first_row[vector[row]] = row + 1
+        rows.parent[1:] = torch.where(unread, rows.parent[1:], first_row[vector])
         rows.met[1:] = vector >= 0
         rows.varies = verdict.unread is not None
         rows.assumed = verdict.eps
         forbidden = ~unread & (vector < 0)
-        rows.reasons = {verdict.reason: None} if bool(forbidden.any()) else {}
-        rows.norms = dict.fromkeys(verdict.norms)
-        rows.stale = dict.fromkeys(verdict.stale_statistics)
+        if bool(forbidden.any()):
+            rows.reasons[verdict.reason] = None
+        rows.norms.update(dict.fromkeys(verdict.norms))
+        rows.stale.update(dict.fromkeys(verdict.stale_statistics))
         for link in verdict.batch_norms:
-            rows.link(
-                Link(link.module, first[link.vector.cpu()], link.degree, link.offset, link.bias)
-            )
-        return cls(finest, rows)
+            fed_by = first_row[link.vector.cpu()]
+            rows.link(Link(link.module, fed_by, link.degree, link.offset, link.bias))
+        return candidate
+
+    @property
+    def is_finest(self) -> bool:
+        """Whether no other cut can be finer: every row is free, and all were reached."""
+        every_row = torch.arange(self.finest.n + 1, dtype=torch.long, device="cpu")
+        free = torch.equal(self.rows.parent, every_row)
+        return free and self.finest.n > 1 and bool(self.rows.reached().all())
+
+    def unread(self, reached: Tensor) -> Partition | None:
+        """The rows that no loss has read so far, as one vector; None if there are none."""
+        # Where the data say which rows are picked, those that were speak for the others: if one of
+        # them must not be scaled, nothing waits to be read.
+        if self._forbids_a_picked_row():
+            return None
+        if bool(reached.all()):
+            return None
+        labels = torch.where(reached, -1, 0)[self.finest.labels]
+        return Partition(self.finest.keep, labels, "layer")
+
+    def vectors(self, reached: Tensor, entries: int) -> Vectors:
+        """The rows that are scaled together.
+
+        Args:
+            reached: bool, of every row: whether anything is known about it.
+            entries: of the whole weight.
+        """
+        rows = self.rows
+        root = torch.where(reached, rows.parent[1:], 0)
+        picked = rows.picked[rows.picked > 0]
+        if self._forbids_a_picked_row():
+            root = torch.zeros_like(root)
+        elif len(picked) or rows.varies:
+            # Where the data say which rows meet, or are read at all, those that did speak for the
+            # others: if some are one vector, all are.
+            speaking = root[picked - 1] if len(picked) and not rows.varies else root[root > 0]
+            if len(distinct(speaking)) < max(2, len(speaking)):
+                forbidden = bool((rows.parent[1:] == 0).any())
+                none = len(picked) > 0 and forbidden
+                root = torch.zeros_like(root) if none else (root > 0).long()
+        if self.finest.n > 1 and int(root.min()) == int(root.max()) > 0:
+            # One vector, as for most weights: a short way.
+            return Vectors(torch.zeros_like(root), root.new_full((1,), self.finest.n))
+        classes, class_of_row, sizes = torch.unique(root, return_inverse=True, return_counts=True)
+        entries_of_a_row = entries // max(1, self.finest.n)
+        # Class 0 must not be scaled, and a single number has no direction.
+        kept = (classes > 0) & (sizes * entries_of_a_row > 1)
+        number = torch.where(kept, kept.cumsum(0) - 1, -1)
+        return Vectors(number[class_of_row], sizes[kept])
+
+    def frees_single_numbers(self, reached: Tensor, entries: int) -> bool:
+        """Whether its rows are single numbers that may be scaled each by its own factor.
+
+        Then no other cut has vectors with a direction that means something.
+        """
+        if self.finest.n != entries:
+            return False
+        root = torch.where(reached, self.rows.parent[1:], 0)
+        sizes = torch.bincount(root, minlength=1)
+        return bool((sizes[root[root > 0]] == 1).any())
+
+    def _forbids_a_picked_row(self) -> bool:
+        picked = self.rows.picked
+        if not picked.numel():
+            return False
+        return bool((self.rows.parent[picked[picked > 0]] == 0).any())
 
 
-def unread_part(candidate: Candidate) -> Partition | None:
-    """The rows that no loss has read so far, as one vector; None if there are none."""
-    rows, finest = candidate.rows, candidate.finest
-    unread = ~rows.reached()[1:]
-    if rows.picked.numel() and bool((rows.parent[rows.picked] == 0)[rows.picked > 0].any()):
-        # the data say which rows are picked, and one of those that were must not be scaled: it
-        # speaks for the others
-        return None
-    if not bool(unread.any()):
-        return None
-    return Partition(finest.keep, torch.where(unread, 0, -1)[finest.labels], "layer")
+def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
+    """The verdict of the cut that claims most.
+
+    Args:
+        name: of the weight.
+        shape: its full shape.
+        candidates: the cuts of it that were followed.
+    """
+    entries = math.prod(shape)
+    readings = [(candidate, candidate.rows.reached()[1:]) for candidate in candidates]
+    # A row that no loss has read is so in every cut, but only some show it.
+    unread = None
+    for candidate, reached in readings:
+        unread = candidate.unread(reached)
+        if unread is not None:
+            break
+    numbers = [(c, reached) for c, reached in readings if c.frees_single_numbers(reached, entries)]
+    best: tuple[Candidate, Vectors] | None = None
+    most = (-1.0, 0, False)
+    for candidate, reached in numbers or readings:
+        vectors = candidate.vectors(reached, entries)
+        claim = _claim_of(candidate, vectors, unread, entries)
+        if claim > most:
+            best, most = (candidate, vectors), claim
+    assert best is not None
+    return _verdict_of(name, shape, *best, unread)
 
 
-def _classes(candidate: Candidate, shape: Shape) -> tuple[Tensor, Tensor]:
-    """For each row its class number, or -1 where it belongs to none, and the size of each class in
-    rows."""
-    rows, finest = candidate.rows, candidate.finest
-    root = torch.where(rows.reached()[1:], rows.parent[1:], 0)
-    # Where the data say which rows meet, or are read at all, those that did speak for the others.
-    picked = rows.picked[rows.picked > 0]
-    if len(picked) and bool((rows.parent[picked] == 0).any()):
-        root = torch.zeros_like(root)
-    elif len(picked) or rows.varies:
-        speaking = root[picked - 1] if len(picked) and not rows.varies else root[root > 0]
-        if len(distinct(speaking)) < max(2, len(speaking)):
-            forbidden = bool((rows.parent[1:] == 0).any())
-            root = torch.zeros_like(root) if len(picked) and forbidden else (root > 0).long()
-    entries = math.prod(shape) // max(1, finest.n)
-    present, index, sizes = torch.unique(root, return_inverse=True, return_counts=True)
-    vectors = (present > 0) & (sizes * entries > 1)  # a single number has no direction
-    number = torch.where(vectors, vectors.cumsum(0) - 1, -1)
-    return number[index], sizes[vectors]
+def _claim_of(
+    candidate: Candidate, vectors: Vectors, unread: Partition | None, entries: int
+) -> tuple[float, int, bool]:
+    """How much a cut claims, to be compared: the share of the weight, then the number of
+    vectors, then whether it waits for rows."""
+    if not len(vectors.sizes):
+        waits = unread is not None and not candidate.rows.reasons
+        return 0.0, 0, waits and candidate.finest.n != entries
+    if _has_to_wait(candidate, vectors, unread):
+        return 0.0, 0, True
+    return vectors.share, len(vectors.sizes), False
 
 
-def frees_single_numbers(candidate: Candidate, shape: Shape) -> bool:
-    """Whether single numbers may be scaled each by its own factor: then no other cut has vectors
-    with a direction that means something."""
-    if candidate.finest.n != math.prod(shape):
+def _has_to_wait(candidate: Candidate, vectors: Vectors, unread: Partition | None) -> bool:
+    """Whether rows that no loss has read may turn out to belong to the same vector as others.
+
+    A row that joins later would be mixed with rows that were scaled already. Only rows that were
+    read and are free, more than one of them, show that rows do not join.
+    """
+    if unread is None:
         return False
-    rows = candidate.rows
-    root = torch.where(rows.reached()[1:], rows.parent[1:], 0)
-    sizes = torch.bincount(root, minlength=1)
-    return bool((sizes[root[root > 0]] == 1).any())
+    free = vectors.are_single_rows and len(vectors.sizes) > 1
+    return not (free and unread.keep == candidate.finest.keep)
 
 
-def claimed(verdict: Verdict) -> tuple[float, int, bool]:
-    """How much a verdict claims, to compare cuts of one weight: share of the entries, then
-    vectors."""
-    if verdict.partition is None:
-        return 0.0, 0, verdict.waits
-    labels = verdict.partition.labels
-    return float((labels >= 0).float().mean()), verdict.partition.n, False
-
-
-def verdict_of(name: str, shape: Shape, candidate: Candidate, unread: Partition | None) -> Verdict:
-    """What one cut of a weight says, ``unread`` being the entries that no loss has read, as this or
-    another cut shows them."""
+def _verdict_of(
+    name: str, shape: Shape, candidate: Candidate, vectors: Vectors, unread: Partition | None
+) -> Verdict:
     rows, finest = candidate.rows, candidate.finest
-    of_row, sizes = _classes(candidate, shape)
-    left = replace(Verdict.unknown(name, shape), unread=unread).unread_rows
-    reason = "; ".join([*list(rows.reasons)[:2], *([left] if left else [])])
-    if not len(sizes):
+    reasons = list(rows.reasons)[:2]
+    if unread is not None:
+        reasons.append(unread_in_words(unread))
+    reason = "; ".join(reasons)
+    if not len(vectors.sizes):
         if math.prod(shape) == finest.n:
             return Verdict(name, shape, None, "no", reason=f"its rows are {SINGLE_NUMBERS}")
-        nothing_read = unread is not None and not rows.reasons
-        kind = "unknown" if nothing_read else "no"
-        return Verdict(
-            name,
-            shape,
-            None,
-            kind,
-            reason=reason or "its vectors are single numbers",
-            unread=unread,
-        )
-    everything = bool((of_row >= 0).all())
-    single = bool((sizes == 1).all())
-    if unread is not None and not (single and len(sizes) > 1 and unread.keep == finest.keep):
-        # A row that joins later would be mixed with rows that were scaled already. One row alone
-        # does not show whether rows join.
-        norms = tuple(rows.norms)
+        kind = "unknown" if unread is not None and not rows.reasons else "no"
+        why = reason or "its vectors are single numbers"
+        return Verdict(name, shape, None, kind, reason=why, unread=unread)
+    norms = tuple(rows.norms)
+    if _has_to_wait(candidate, vectors, unread):
         waiting = f"the rows that were read are one vector ({', '.join(norms)}); {reason}"
         return Verdict(name, shape, None, "unknown", norms, waiting, unread=unread)
-    granularity = "filter" if single else "layer" if len(sizes) == 1 and everything else "group"
-    partition = Partition(finest.keep, of_row[finest.labels], granularity)
-    links: list[NormLink] = []
-    stale = list(rows.stale)
-    for link in rows.links:
-        vector = torch.where(link.rows > 0, of_row[link.rows - 1], -1)
-        if any(link.module == known.module for known in links):
-            stale.append(f"{link.module} is fed in different ways")
-        links.append(NormLink(link.module, vector, link.degree, link.offset, link.bias))
-        if link.offset and link.bias is None:
-            stale.append(f"{link.module}: what is added before it is not a plain bias")
-    kind, why = (
-        (granularity, "")
-        if everything
-        else ("partly", reason or "some of its vectors are single numbers")
-    )
-    stale = list(dict.fromkeys(stale))
+    everything = vectors.cover_everything
+    if vectors.are_single_rows:
+        granularity = "filter"
+    elif len(vectors.sizes) == 1 and everything:
+        granularity = "layer"
+    else:
+        granularity = "group"
+    links, stale = _norm_links(rows, vectors)
     return Verdict(
         name,
         shape,
-        partition,
-        kind,
-        tuple(rows.norms),
-        why,
+        Partition(finest.keep, vectors.of_row[finest.labels], granularity),
+        granularity if everything else "partly",
+        norms,
+        "" if everything else reason or "some of its vectors are single numbers",
         rows.assumed,
-        tuple(links),
-        tuple(stale),
+        links,
+        stale,
         unread=unread,
     )
+
+
+def _norm_links(rows: Rows, vectors: Vectors) -> tuple[tuple[NormLink, ...], tuple[str, ...]]:
+    """The running statistics behind a weight, and those of them that cannot be corrected."""
+    links: list[NormLink] = []
+    stale = dict(rows.stale)
+    modules: set[str] = set()
+    for link in rows.links:
+        vector = torch.where(link.rows > 0, vectors.of_row[link.rows - 1], -1)
+        if link.module in modules:
+            stale[f"{link.module} is fed in different ways"] = None
+        if link.offset and link.bias is None:
+            stale[f"{link.module}: what is added before it is not a plain bias"] = None
+        modules.add(link.module)
+        links.append(NormLink(link.module, vector, link.degree, link.offset, link.bias))
+    return tuple(links), tuple(stale)

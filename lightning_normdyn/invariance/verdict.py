@@ -94,12 +94,7 @@ class Verdict:
     @property
     def unread_rows(self) -> str:
         """How many rows no loss has read so far, in words; empty if there are none."""
-        if self.unread is None:
-            return ""
-        labels = self.unread.labels
-        return (
-            f"{int((labels >= 0).sum())} of its {labels.numel()} rows not read by any loss so far"
-        )
+        return "" if self.unread is None else unread_in_words(self.unread)
 
     @property
     def waits(self) -> bool:
@@ -153,6 +148,17 @@ class Verdict:
             tuple(state["stale_statistics"]), state["known"], _partition_of(state.get("withdrawn_partition")),
             state.get("read"), _partition_of(state.get("unread")),
         )  # fmt: skip
+
+
+def unread_in_words(unread: Partition) -> str:
+    """How many rows no loss has read so far.
+
+    Example:
+        >>> unread_in_words(Partition.layer((4, 2)))
+        '4 of its 4 rows not read by any loss so far'
+    """
+    count = int((unread.labels >= 0).sum())
+    return f"{count} of its {unread.labels.numel()} rows not read by any loss so far"
 
 
 def _partition_state(partition: Partition | None) -> dict[str, Any] | None:
