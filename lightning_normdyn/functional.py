@@ -1,28 +1,27 @@
-r"""The papers' formulas on tensors: no module, no optimizer, no process group (floor 0).
+r"""The papers' formulas on tensors: no module, no optimizer, no process group.
+
+Every formula of the package stands here once, in float64 and in the form of its paper. What runs
+over large weights in another form (lightning_normdyn/geometry/passes.py) is tested against these.
+Over 500 lines, most of them docstrings: a reader looks for a formula on one page.
 
 Legend: ``n`` weight vectors of ``d`` entries each. A weight is given as ``(n, d)`` or ``(n, ...)``:
-everything behind the first
-dimension is one vector.
+everything behind the first dimension is one vector.
 
 Two rules hold for every function here.
 
 - **Precision.** Sums are accumulated in float64. The result is float64 for float64 inputs and
-  float32 for float32, bfloat16 and
-  float16 inputs.
+  float32 for float32, bfloat16 and float16 inputs.
 - **Vectors that have no answer.** A *measurement* that needs a direction is NaN for a vector that
-  is zero or holds an infinity or
-  a NaN, so that a caller can leave it out of an average and count it; an *action* on such a vector
-  is the identity (factor 1,
-  nothing projected), so that it is left alone. The exceptions are :func:`gradient_cosine`, which is
-  0 where one of the two vectors
-  is zero, as the gate of SGDP and AdamP has it, and :func:`radial_coefficient`, which is also what
-  a projection takes away.
+  is zero or holds an infinity or a NaN, so that a caller can leave it out of an average and count
+  it; an *action* on such a vector is the identity (factor 1, nothing projected), so that it is left
+  alone. The exceptions are :func:`gradient_cosine`, which is 0 where one of the two vectors is
+  zero, as the gate of SGDP and AdamP has it, and :func:`radial_coefficient`, which is also what a
+  projection takes away.
 
 Sources: "AWS paper" is *Understanding the Disharmony between Weight Normalization Family and Weight
-Decay* (AAAI 2020); "WRS
-paper" is *The Implicit Biases of Stochastic Gradient Descent on Deep Neural Networks with Batch
-Normalization*; "SGDP/AdamP" is
-*Slowing Down the Weight Norm Increase in Momentum-based Optimizers*.
+Decay* (AAAI 2020); "WRS paper" is *The Implicit Biases of Stochastic Gradient Descent on Deep
+Neural Networks with Batch Normalization*; "SGDP/AdamP" is *Slowing Down the Weight Norm Increase in
+Momentum-based Optimizers*.
 """
 
 from __future__ import annotations
@@ -109,7 +108,8 @@ def weight_std(weight: Tensor) -> Tensor:
     """
     rows = _rows(weight)
     # Two passes: the one-pass form loses everything when the mean is large against the spread.
-    return _narrow((rows - rows.mean(1, keepdim=True)).square().mean(1).sqrt(), weight)
+    centred = rows - rows.mean(1, keepdim=True)
+    return _narrow(centred.square().mean(1).sqrt(), weight)
 
 
 def effective_lr(lr: Scalar, norm: Tensor) -> Tensor:
@@ -117,10 +117,9 @@ def effective_lr(lr: Scalar, norm: Tensor) -> Tensor:
     4).
 
     For weight-standardized weights it is :math:`\eta/\mathrm{std}` (eq. 13). With :math:`\eta` =
-    ``lr`` and :math:`\lVert
-    w\rVert` = ``norm`` (give :func:`weight_std` for weight-standardized weights). It governs the
-    direction under Adam-like
-    optimizers; under SGD read :func:`direction_lr`.
+    ``lr`` and :math:`\lVert w\rVert` = ``norm`` (give :func:`weight_std` for weight-standardized
+    weights). It governs the direction under Adam-like optimizers; under SGD read
+    :func:`direction_lr`.
 
     Args:
         lr: learning rate, as in ``param_groups``; a number or a tensor that broadcasts to ``(n,)``.
@@ -143,10 +142,8 @@ def direction_lr(lr: Scalar, norm: Tensor) -> Tensor:
     :math:`\eta/\mathrm{std}^2` (van Laarhoven; Hoffer et al.).
 
     With :math:`\eta` = ``lr`` and :math:`\lVert w\rVert` = ``norm``. Under plain SGD, :math:`\hat
-    w_{t+1}-\hat
-    w_t\approx-\eta/\lVert w\rVert^2` times the gradient at unit norm, so equal ``direction_lr``
-    means equal trajectories; under
-    Adam-like optimizers read :func:`effective_lr`.
+    w_{t+1}-\hat w_t\approx-\eta/\lVert w\rVert^2` times the gradient at unit norm, so equal
+    ``direction_lr`` means equal trajectories; under Adam-like optimizers read :func:`effective_lr`.
 
     Args:
         lr: learning rate, as in ``param_groups``; a number or a tensor that broadcasts to ``(n,)``.
@@ -187,12 +184,10 @@ def angular_update(before: Tensor, after: Tensor) -> Tensor:
     r"""Angle between each vector before and after one optimizer step, :math:`\angle(w_t, w_{t+1})`.
 
     The part of ``after`` across ``before`` is formed explicitly, with one re-orthogonalisation, and
-    put into ``atan2``: the
-    relative error stays below 1e-3 from 1e-6 rad to :math:`\pi`, also when the norm changes in the
-    same step. (``arccos`` of the
-    cosine returns 0 for angles below 3e-4 in float32.) The angle is that of the *stored* values:
-    bfloat16 weights turn by about
-    2.5e-3 rad from rounding alone.
+    put into ``atan2``: the relative error stays below 1e-3 from 1e-6 rad to :math:`\pi`, also when
+    the norm changes in the same step. (``arccos`` of the cosine returns 0 for angles below 3e-4 in
+    float32.) The angle is that of the *stored* values: bfloat16 weights turn by about 2.5e-3 rad
+    from rounding alone.
 
     Args:
         before: ``(n, ...)``, the weight before the step.
@@ -238,15 +233,18 @@ def effective_step_size(angle: Tensor) -> Tensor:
     return _narrow(2 * torch.sin(_wide(angle) / 2), angle)
 
 
-def shrink_factor(norm: Tensor, lr: Scalar, alpha: Scalar) -> Tensor:
+def shrink_factor(
+    norm: Tensor,
+    lr: Scalar,
+    alpha: Scalar,
+) -> Tensor:
     r"""Factor by which AWS multiplies each vector in one optimizer step, :math:`1-\eta\alpha\lVert
     w\rVert` (AWS paper, eq. 21).
 
     With :math:`\eta` = ``lr``, :math:`\alpha` = ``alpha`` and :math:`\lVert w\rVert` = ``norm``,
-    all of them before the step.
-    Exact down to 0.5 and clamped there (the paper has no clamp; at 0 the direction would be lost,
-    below 0 it would turn round):
-    compare with 0.5 to count the clamped vectors.
+    all of them before the step. Exact down to 0.5 and clamped there (the paper has no clamp; at 0
+    the direction would be lost, below 0 it would turn round): compare with 0.5 to count the clamped
+    vectors.
 
     Args:
         norm: ``(n,)``, norm or standard deviation of each vector before the step.
@@ -308,11 +306,16 @@ def project_tangent(update: Tensor, weight: Tensor) -> Tensor:
     _check_same_shape(update, weight, "update", "weight")
     x, w = _rows(update), _rows(weight)
     along = radial_coefficient(w.square().sum(1), (w * x).sum(1)).unsqueeze(1)
-    # where: a coefficient of 0 times an infinite entry would still be NaN
-    return _narrow(x.where(along == 0, x - along * w).reshape(update.shape), update, weight)
+    # where: a coefficient of 0 times an infinite entry would still be NaN.
+    projected = x.where(along == 0, x - along * w)
+    return _narrow(projected.reshape(update.shape), update, weight)
 
 
-def remove_radial(before: Tensor, after: Tensor, share: Scalar = 0.0) -> Tensor:
+def remove_radial(
+    before: Tensor,
+    after: Tensor,
+    share: Scalar = 0.0,
+) -> Tensor:
     r"""Remove from a step its part along the weight, and a share of the weight with it:
     :math:`w' \leftarrow w + \Pi_w(w'-w) - \sigma\,w` (SGDP/AdamP, "Projected updates").
 
@@ -363,13 +366,12 @@ def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
     """
     _check_same_shape(weight, grad, "weight", "grad")
     w, g = _rows(weight), _rows(grad)
-    return _narrow(
-        cosine_from_sums(w.square().sum(1), (w * g).sum(1), g.square().sum(1)), weight, grad
-    )
+    cosine = cosine_from_sums(w.square().sum(1), (w * g).sum(1), g.square().sum(1))
+    return _narrow(cosine, weight, grad)
 
 
-# ---- The same formulas from per-vector sums, for weights that lie in pieces. Angles need the sums
-# in float64. ----
+# ---- The same formulas from per-vector sums, for weights that lie in pieces. ----
+# Angles need the sums in float64.
 
 
 def moment_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -432,13 +434,16 @@ def norm_from_sums(ww: Tensor) -> Tensor:
     return _narrow(_wide(ww).sqrt(), ww)
 
 
-def std_from_sums(ww: Tensor, w1: Tensor, length: Scalar) -> Tensor:
+def std_from_sums(
+    ww: Tensor,
+    w1: Tensor,
+    length: Scalar,
+) -> Tensor:
     r""":func:`weight_std` from :math:`\langle w,w\rangle`, :math:`\langle 1,w\rangle` and the
     number of entries.
 
     One pass, so digits are lost where the mean is large against the standard deviation: in float64,
-    a relative error of about
-    1e-16 times (mean/std) squared.
+    a relative error of about 1e-16 times (mean/std) squared.
 
     Args:
         ww: ``(n,)``, sum of squares of each vector.
@@ -456,19 +461,20 @@ def std_from_sums(ww: Tensor, w1: Tensor, length: Scalar) -> Tensor:
     return _narrow(variance.clamp(min=0).sqrt(), ww, w1)
 
 
-def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
+def angle_from_sums(
+    ww: Tensor,
+    wd: Tensor,
+    dd: Tensor,
+) -> Tensor:
     r""":func:`angular_update` from three sums over the vector :math:`w` and its step
     :math:`\Delta=w'-w`.
 
     :math:`\theta=\mathrm{atan2}(\sqrt{\langle\Delta,\Delta\rangle-\langle w,\Delta\rangle^2/\langle
-    w,w\rangle},\;
-    (\langle w,w\rangle+\langle w,\Delta\rangle)/\lVert w\rVert)`. The difference cancels, so the
-    sums have to be float64: then
-    the relative error is below 1e-3 from 1e-6 rad on, also when the norm changes by a factor
-    between 0.5 and 20 in the same step.
-    What rounding leaves of it in a step that only shortens or lengthens (a decay alone, a vector of
-    one entry) is taken for the zero
-    that it is.
+    w,w\rangle},\; (\langle w,w\rangle+\langle w,\Delta\rangle)/\lVert w\rVert)`. The difference
+    cancels, so the sums have to be float64: then the relative error is below 1e-3 from 1e-6 rad on,
+    also when the norm changes by a factor between 0.5 and 20 in the same step. What rounding leaves
+    of it in a step that only shortens or lengthens (a decay alone, a vector of one entry) is taken
+    for the zero that it is.
 
     Args:
         ww: ``(n,)``, :math:`\langle w,w\rangle` before the step.
@@ -486,14 +492,15 @@ def angle_from_sums(ww: Tensor, wd: Tensor, dd: Tensor) -> Tensor:
     """
     old, product, step = _wide(ww), _wide(wd), _wide(dd)
     square = step - product.square() / old
+    # What is left of a difference of equal numbers. NaN stays: it is 0/0, a vector of length zero.
     rounding = 16 * torch.finfo(square.dtype).eps * step
-    across = square.where(
-        (square > rounding) | square.isnan(), 0.0
-    ).sqrt()  # 0/0: NaN for a zero vector
+    is_angle = (square > rounding) | square.isnan()
+    across = square.where(is_angle, 0.0).sqrt()
     along = (old + product) / old.sqrt()
-    return _narrow(
-        torch.atan2(across, along).where((across > 0) | (along != 0), math.nan), ww, wd, dd
-    )
+    # atan2(0, 0) would be 0, but a vector that has become zero has no direction.
+    has_direction = (across > 0) | (along != 0)
+    angle = torch.atan2(across, along).where(has_direction, math.nan)
+    return _narrow(angle, ww, wd, dd)
 
 
 def radial_coefficient(ww: Tensor, wd: Tensor) -> Tensor:
@@ -501,8 +508,7 @@ def radial_coefficient(ww: Tensor, wd: Tensor) -> Tensor:
     w,\Delta\rangle/\langle w,w\rangle`.
 
     It is both the logged ``radial_update`` (:math:`\langle\Delta,\hat w\rangle/\lVert w\rVert`) and
-    what a projection takes away:
-    :math:`\Pi_w(\Delta)=\Delta - c\,w`.
+    what a projection takes away: :math:`\Pi_w(\Delta)=\Delta - c\,w`.
 
     Args:
         ww: ``(n,)``, :math:`\langle w,w\rangle`.
@@ -519,7 +525,11 @@ def radial_coefficient(ww: Tensor, wd: Tensor) -> Tensor:
     return _narrow(coefficient.where(coefficient.isfinite(), 0.0), ww, wd)
 
 
-def cosine_from_sums(ww: Tensor, wg: Tensor, gg: Tensor) -> Tensor:
+def cosine_from_sums(
+    ww: Tensor,
+    wg: Tensor,
+    gg: Tensor,
+) -> Tensor:
     r""":func:`gradient_cosine` from :math:`\langle w,w\rangle`, :math:`\langle w,g\rangle`,
     :math:`\langle g,g\rangle`.
 
@@ -549,8 +559,7 @@ def input_space_basis(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         covariance: ``(d, d)``, symmetric: the covariance of a layer's inputs (for a convolution, of
-            its patches), divided by the
-            sample count.
+            its patches), divided by the sample count.
 
     Returns:
         ``(eigenvalues, basis)``, ``(d,)`` descending and ``(d, d)`` with the eigenvectors as
@@ -573,15 +582,17 @@ def input_space_basis(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return _narrow(eigenvalues.flip(0), covariance), _narrow(basis.flip(1), covariance)
 
 
-def input_space_projection(weight: Tensor, covariance: Tensor, rank: int | None = None) -> Tensor:
+def input_space_projection(
+    weight: Tensor,
+    covariance: Tensor,
+    rank: int | None = None,
+) -> Tensor:
     r"""Coordinates of each vector in the eigenbasis of its inputs, :math:`V = W U` (WRS paper,
     input space projection, Figures 5 and 6).
 
     Without ``rank`` this is a *rotation*: the square basis, every norm kept. With ``rank`` it is
-    *truncated* to the leading
-    coordinates and the norms shrink (the paper's eq. 28 holds for the square basis only);
-    :func:`in_span_energy` is the share
-    that is kept.
+    *truncated* to the leading coordinates and the norms shrink (the paper's eq. 28 holds for the
+    square basis only); :func:`in_span_energy` is the share that is kept.
 
     Args:
         weight: ``(n, ...)``, :math:`d` entries per vector.
@@ -684,12 +695,10 @@ def generalized_gaussian_shape(
     - ``"moments"`` solves :math:`\Gamma(2/\beta)^2/(\Gamma(1/\beta)\Gamma(3/\beta)) = (E|x|)^2/E
       x^2`.
     - ``"mle"`` maximises the profile likelihood: slower, more precise on clean data, and pulled
-      towards 0 by exact zeros (pruned
-      weights).
+      towards 0 by exact zeros (pruned weights).
 
     On 20,000 random samples both scatter by 1 to 2 % (standard deviation) for shapes 0.5 to 2; at
-    shape 4 it is 3 % (moments) and 2 %
-    (mle).
+    shape 4 it is 3 % (moments) and 2 % (mle).
 
     Both search in [0.05, 50] and return the end of that range for data outside (uniform data give
     50 or so).
@@ -728,11 +737,9 @@ def _shape_by_moments(size: Tensor) -> float:
     for _ in range(60):  # log-shape halves its interval of 7 each time: far below 1e-12
         middle = (low + high) / 2
         inverse = math.exp(-middle)
-        # increasing in the shape, from 0 to 3/4
-        if (
-            math.exp(2 * math.lgamma(2 * inverse) - math.lgamma(inverse) - math.lgamma(3 * inverse))
-            < ratio
-        ):
+        # The moment ratio of this shape; it grows with the shape, from 0 to 3/4.
+        logarithm = 2 * math.lgamma(2 * inverse) - math.lgamma(inverse) - math.lgamma(3 * inverse)
+        if math.exp(logarithm) < ratio:
             low = middle
         else:
             high = middle
@@ -742,9 +749,8 @@ def _shape_by_moments(size: Tensor) -> float:
 def _shape_by_likelihood(size: Tensor) -> float:
     def likelihood(log_shape: float) -> float:
         shape = math.exp(log_shape)
-        scale_power = shape * float(
-            size.pow(shape).mean()
-        )  # a^beta, which maximises the likelihood for this shape
+        # a^beta, with the scale a that maximises the likelihood for this shape.
+        scale_power = shape * float(size.pow(shape).mean())
         return log_shape - math.lgamma(1 / shape) - (math.log(scale_power) + 1) / shape
 
     # A coarse grid finds the highest hill, then the grid is refined around it: nothing is assumed
@@ -763,15 +769,13 @@ def _shape_by_likelihood(size: Tensor) -> float:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(
-        torch.float32 if x.device.type == "mps" else torch.float64
-    )  # Apple GPUs have no float64
+    # Apple GPUs have no float64.
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _narrow(result: Tensor, *inputs: Tensor) -> Tensor:
-    return result.to(
-        torch.float64 if any(x.dtype == torch.float64 for x in inputs) else torch.float32
-    )
+    is_double = any(x.dtype == torch.float64 for x in inputs)
+    return result.to(torch.float64 if is_double else torch.float32)
 
 
 def _rows(weight: Tensor) -> Tensor:
@@ -787,7 +791,12 @@ def _where_directed(norm: Tensor, value: Tensor) -> Tensor:
     return value * (norm / norm)  # 1, or NaN for 0 and for what is not finite
 
 
-def _check_same_shape(first: Tensor, second: Tensor, first_name: str, second_name: str) -> None:
+def _check_same_shape(
+    first: Tensor,
+    second: Tensor,
+    first_name: str,
+    second_name: str,
+) -> None:
     # Broadcasting would silently compare every vector with one.
     if first.shape != second.shape:
         raise ValueError(

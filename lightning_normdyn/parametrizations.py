@@ -14,14 +14,12 @@ bounded_weight_normalization   :math:`\rho\,w/\lVert w\rVert`, :math:`\rho` fixe
 =============================  ==================================================================  ================================
 
 ``original1`` and ``original`` are directions: the tensors that AdaptiveWeightShrink,
-WeightRescaling and RadialProjection act on,
-never the gain. They live under ``<layer>.parametrizations.<name>.`` and are new parameters where a
-gain is split off, so build the
+WeightRescaling and RadialProjection act on, never the gain. They live under
+``<layer>.parametrizations.<name>.`` and are new parameters where a gain is split off, so build the
 optimizer afterwards.
 
 A filter is a slice of dim 0; of dim 1 within each group for transposed convolutions. A filter that
-is zero gives a zero weight.
-Norms are taken in float32 at least.
+is zero gives a zero weight. Norms are taken in float32 at least.
 """
 
 from __future__ import annotations
@@ -59,9 +57,8 @@ def weight_normalization(module: ModuleT, name: str | Sequence[str] = "weight") 
     Args:
         module: a layer, or a whole model.
         name: a parameter of ``module``; or one glob pattern or a list of them over the parameter
-            names of a model, where ``*``
-            crosses dots, ``"!pattern"`` excludes, and parameters of fewer than two dimensions are
-            left out.
+            names of a model, where ``*`` crosses dots, ``"!pattern"`` excludes, and parameters of
+            fewer than two dimensions are left out.
 
     Returns:
         ``module`` itself, changed in place.
@@ -111,9 +108,8 @@ def weight_standardization(
     paper, eq. 3 and 25).
 
     The standard deviation is biased (divided by the number of entries). The paper has no
-    :math:`\epsilon`; the code that circulates adds
-    1e-5. Any ``eps`` breaks the scale invariance by about :math:`\epsilon/\mathrm{std}`, so it is 0
-    here: a constant filter gives 0.
+    :math:`\epsilon`; the code that circulates adds 1e-5. Any ``eps`` breaks the scale invariance by
+    about :math:`\epsilon/\mathrm{std}`, so it is 0 here: a constant filter gives 0.
     AdaptiveWeightShrink with ``statistic="auto"`` uses the standard deviation for these weights.
 
     Args:
@@ -137,7 +133,9 @@ def weight_standardization(
     """
     if eps < 0:
         raise ValueError(f"`eps` must be >= 0, got {eps}.")
-    return _register(module, name, lambda weight, split: _WeightStandardization(weight, split, eps))
+    return _register(
+        module, name, lambda weight, filters: _WeightStandardization(weight, filters, eps)
+    )
 
 
 def bounded_weight_normalization(
@@ -171,7 +169,7 @@ def bounded_weight_normalization(
     if length is not None and not 0 < length < math.inf:
         raise ValueError(f"`length` must be > 0, got {length}.")
     return _register(
-        module, name, lambda weight, split: _BoundedWeightNormalization(weight, split, length)
+        module, name, lambda weight, filters: _BoundedWeightNormalization(weight, filters, length)
     )
 
 
@@ -195,17 +193,18 @@ def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*
         >>> [name for name, _ in layer.named_parameters()]
         ['bias', 'weight']
     """
-    found = {}
+    parametrized = {}
     for prefix, owner in module.named_modules():
-        if parametrize.is_parametrized(owner):
-            for tensor_name, chain in owner.parametrizations.items():
-                if isinstance(chain[0], _FilterParametrization):
-                    found[f"{prefix}.{tensor_name}" if prefix else tensor_name] = (
-                        owner,
-                        tensor_name,
-                    )
-    for full_name in _matching(name, list(found)):
-        parametrize.remove_parametrizations(*found[full_name], leave_parametrized=True)
+        if not parametrize.is_parametrized(owner):
+            continue
+        for tensor_name, chain in owner.parametrizations.items():
+            # Those of somebody else stay.
+            if isinstance(chain[0], _FilterParametrization):
+                full_name = f"{prefix}.{tensor_name}" if prefix else tensor_name
+                parametrized[full_name] = (owner, tensor_name)
+    for full_name in _matching(name, list(parametrized)):
+        owner, tensor_name = parametrized[full_name]
+        parametrize.remove_parametrizations(owner, tensor_name, leave_parametrized=True)
     return module
 
 
@@ -236,42 +235,52 @@ def is_weight_standardized(module: nn.Module, name: str) -> bool:
 # ---- The parametrizations ----
 
 
-class _Split:
+class _Filters:
     """How a weight divides into filters: dims to sum over, after ``split`` has separated the groups
     of a transposed convolution."""
 
-    def __init__(self, owner: nn.Module, name: str, dims: int) -> None:
-        transposed = isinstance(owner, nn.modules.conv._ConvTransposeNd) and name == "weight"
-        # (C_in, C_out/groups, ...) becomes (groups, C_in/groups, C_out/groups, ...): a filter has
-        # one group and one output channel.
-        self.groups = int(owner.groups) if transposed else None  # type: ignore[arg-type]
-        self.dims = (1, *range(3, dims + 1)) if transposed else tuple(range(1, dims))
+    def __init__(
+        self,
+        owner: nn.Module,
+        name: str,
+        dims: int,
+    ) -> None:
+        self.groups: int | None = None
+        self.dims = tuple(range(1, dims))
+        if isinstance(owner, nn.modules.conv._ConvTransposeNd) and name == "weight":
+            # (C_in, C_out/groups, ...) becomes (groups, C_in/groups, C_out/groups, ...): a filter
+            # has one group and one output channel.
+            self.groups = owner.groups
+            self.dims = (1, *range(3, dims + 1))
 
     def split(self, weight: Tensor) -> Tensor:
-        wide = weight.float() if weight.dtype in (torch.float16, torch.bfloat16) else weight
-        return wide if self.groups is None else wide.reshape(self.groups, -1, *wide.shape[1:])
+        # The square of a large float16 entry is infinite.
+        is_half = weight.dtype in (torch.float16, torch.bfloat16)
+        wide = weight.float() if is_half else weight
+        if self.groups is None:
+            return wide
+        return wide.reshape(self.groups, -1, *wide.shape[1:])
 
     def join(self, filters: Tensor, like: Tensor) -> Tensor:
-        return (filters if self.groups is None else filters.flatten(0, 1)).to(like.dtype)
+        if self.groups is not None:
+            filters = filters.flatten(0, 1)
+        return filters.to(like.dtype)
 
 
 class _FilterParametrization(nn.Module):
-    statistic: ClassVar[str] = (
-        "norm"  # the size of the direction tensor that its gradient depends on
-    )
+    # The size of the direction tensor that its gradient depends on.
+    statistic: ClassVar[str] = "norm"
     centered: ClassVar[bool] = False
 
-    def __init__(self, weight: Tensor, split: _Split) -> None:
+    def __init__(self, weight: Tensor, filters: _Filters) -> None:
         super().__init__()
-        self.filters = split
-        if (
-            self.centered
-            and math.prod(self.filters.split(weight).shape[d] for d in split.dims) == 1
-        ):
-            shape = tuple(weight.shape)
+        self.filters = filters
+        divided = filters.split(weight)
+        entries = math.prod(divided.shape[d] for d in filters.dims)
+        if self.centered and entries == 1:
             raise NotSupportedError(
-                f"A centred filter of one entry is always 0; got a weight of shape {shape}. "
-                f"Exclude it by `name`."
+                f"A centred filter of one entry is always 0; got a weight of shape "
+                f"{tuple(weight.shape)}. Exclude it by `name`."
             )
 
     def _direction(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -294,10 +303,10 @@ class _WeightNormalization(_FilterParametrization):
         return self.filters.join(gain.reshape(norm.shape) * (filters / _or_one(norm)), weight)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        _, norm = self._direction(weight)
         # One number per row, whatever the layer: a gain must never look like a vector.
-        return self._direction(weight)[1].reshape(-1, *[1] * (weight.dim() - 1)).to(
-            weight.dtype
-        ), weight
+        gain = norm.reshape(-1, *[1] * (weight.dim() - 1))
+        return gain.to(weight.dtype), weight
 
 
 class _CenteredWeightNormalization(_WeightNormalization):
@@ -308,16 +317,23 @@ class _WeightStandardization(_FilterParametrization):
     statistic = "std"
     centered = True
 
-    def __init__(self, weight: Tensor, split: _Split, eps: float) -> None:
-        super().__init__(weight, split)
+    def __init__(
+        self,
+        weight: Tensor,
+        filters: _Filters,
+        eps: float,
+    ) -> None:
+        super().__init__(weight, filters)
         self.eps = eps
 
     def forward(self, weight: Tensor) -> Tensor:
         filters, norm = self._direction(weight)
         std = norm / math.sqrt(filters.numel() // norm.numel())
-        return self.filters.join(
-            filters / (_or_one(std) + self.eps if self.eps else _or_one(std)), weight
-        )
+        divisor = _or_one(std)
+        # Not `+ 0.0`: the search for scale invariance would find an epsilon in the graph.
+        if self.eps:
+            divisor = divisor + self.eps
+        return self.filters.join(filters / divisor, weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -326,8 +342,13 @@ class _WeightStandardization(_FilterParametrization):
 class _BoundedWeightNormalization(_FilterParametrization):
     length: Tensor
 
-    def __init__(self, weight: Tensor, split: _Split, length: float | None) -> None:
-        super().__init__(weight, split)
+    def __init__(
+        self,
+        weight: Tensor,
+        filters: _Filters,
+        length: float | None,
+    ) -> None:
+        super().__init__(weight, filters)
         rms = self._direction(weight.detach())[1].square().mean().sqrt()
         self.register_buffer("length", rms if length is None else torch.full_like(rms, length))
 
@@ -343,30 +364,29 @@ class _BoundedWeightNormalization(_FilterParametrization):
 
 
 def _register(
-    module: ModuleT, name: str | Sequence[str], make: Callable[[Tensor, _Split], nn.Module]
+    module: ModuleT, name: str | Sequence[str], make: Callable[[Tensor, _Filters], nn.Module]
 ) -> ModuleT:
-    # All are looked at before the first is touched, so that a refusal leaves the model as it was.
-    owners = [_owner(module, full_name) for full_name in _weight_names(module, name)]
-    made = [
-        (owner, tensor_name, make(weight, _Split(owner, tensor_name, weight.dim())))
-        for owner, tensor_name, weight in owners
-    ]
+    # All are made before the first is registered, so that a refusal leaves the model as it was.
+    made = []
+    for full_name in _weight_names(module, name):
+        owner, tensor_name, weight = _owner(module, full_name)
+        parametrization = make(weight, _Filters(owner, tensor_name, weight.dim()))
+        made.append((owner, tensor_name, parametrization))
     for owner, tensor_name, parametrization in made:
         parametrize.register_parametrization(owner, tensor_name, parametrization)
     return module
 
 
 def _weight_names(module: nn.Module, name: str | Sequence[str]) -> list[str]:
-    own = isinstance(name, str) and (
-        name in module._parameters or parametrize.is_parametrized(module, name)
-    )
-    if own:
-        return [str(name)]
-    candidates = [
-        n
-        for n, p in module.named_parameters(remove_duplicate=False)
-        if ".parametrizations." not in f".{n}" and _dims(p) > 1
-    ]
+    # A parameter of the module itself comes before a pattern, also one that `_owner` refuses.
+    is_own = str(name) in module._parameters or parametrize.is_parametrized(module, str(name))
+    if isinstance(name, str) and is_own:
+        return [name]
+    candidates = []
+    for full_name, parameter in module.named_parameters(remove_duplicate=False):
+        is_direction = ".parametrizations." in f".{full_name}"
+        if not is_direction and _dims(parameter) > 1:
+            candidates.append(full_name)
     return _matching(name, candidates)
 
 
@@ -409,14 +429,16 @@ def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:
     def matches(pattern: str) -> set[str]:
         # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes
         # first.
-        found = {pattern} & set(candidates) or {c for c in candidates if fnmatchcase(c, pattern)}
-        if not found:
+        if pattern in candidates:
+            return {pattern}
+        matching = {c for c in candidates if fnmatchcase(c, pattern)}
+        if not matching:
             near = difflib.get_close_matches(pattern, candidates, 3, cutoff=0) or "nothing"
             raise NoTargetsError(
                 f"`name` {pattern!r} matches none of {len(candidates)} weights; nearest: {near}. "
                 f"Use '*' for all."
             )
-        return found
+        return matching
 
     includes = [matches(p) for p in patterns if not p.startswith("!")]
     excluded = set().union(*(matches(p[1:]) for p in patterns if p.startswith("!")))
