@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.engine.agreement import agree, everywhere
+from lightning_normdyn.engine.clock import Clock
 from lightning_normdyn.engine.evidence import Contradiction, Evidence
 from lightning_normdyn.engine.loss_gradients import LossGradients, changed_between_ranks
 from lightning_normdyn.engine.messages import warn_once
@@ -33,6 +34,7 @@ class Claims:
         trainer: of the fit.
         weights: of the network.
         search: whose verdicts are held against gradients, and changed where these contradict.
+        clock: says when the Trainer logs.
 
     Attributes:
         version: changes whenever verdicts may have.
@@ -47,8 +49,10 @@ class Claims:
         trainer: Trainer,
         weights: Weights,
         search: ScaleInvarianceSearch,
+        clock: Clock,
     ) -> None:
-        self._trainer, self._weights, self._search = trainer, weights, search
+        self._trainer, self._weights = trainer, weights
+        self._search, self._clock = search, clock
         self.version = 0
         self.evidence = Evidence()
         self.resumed = False
@@ -76,10 +80,9 @@ class Claims:
     def take_in(self, changed: Iterable[str]) -> None:
         """Other weights are called by these names from now on."""
         self._search.take_in(set(changed))
-        self._unknown = {
-            name: Verdict.unknown(name, verdict.shape, verdict.reason)
-            for name, verdict in self._search.verdicts.items()
-        }
+        self._unknown = {}
+        for name, verdict in self._search.verdicts.items():
+            self._unknown[name] = Verdict.unknown(name, verdict.shape, verdict.reason)
         self.evidence.reconsider(changed)
         for name in changed:
             self._withdrawn.pop(name, None)
@@ -104,7 +107,12 @@ class Claims:
     # ------------------------------------------------------------------------------------------
 
     def watch_gradients(
-        self, index: int, optimizer: Optimizer, loss: Tensor, logging_step: int, *, settled: bool
+        self,
+        index: int,
+        optimizer: Optimizer,
+        loss: Tensor,
+        *,
+        settled: bool,
     ) -> None:
         """If the next step of an optimizer is to be looked at: by the gradients as this backward
         pass leaves them.
@@ -113,10 +121,9 @@ class Claims:
             index: of the optimizer.
             optimizer: whose weights are meant.
             loss: whose backward pass is about to begin.
-            logging_step: how many logging steps the Trainer has come to.
             settled: whether all ranks have agreed on what is claimed.
         """
-        examination = self.evidence.of(index)
+        examination, logging_step = self.evidence.of(index), self._clock.logging_step
         if settled:
             if not self.evidence.is_due(index, logging_step):
                 return
@@ -147,19 +154,12 @@ class Claims:
         self.evidence.claim(index, self._claimed(dense))
         self._mark_confirmed()
 
-    def question(
-        self,
-        index: int,
-        logging_step: int,
-        *,
-        as_received: bool,
-    ) -> None:
+    def question(self, index: int, *, as_received: bool) -> None:
         """Hold what the graph claims against real gradients; a contradiction withdraws the claim
         before this step touches anything.
 
         Args:
             index: of the optimizer, the same on every rank.
-            logging_step: how many logging steps the Trainer has come to.
             as_received: whether the optimizer's gradients are the loss's own.
         """
         trainer = self._trainer
@@ -169,7 +169,7 @@ class Claims:
         judged = self.evidence.judged
         contradictions = self.evidence.question(
             index,
-            logging_step,
+            self._clock.logging_step,
             trusted=not changed_between_ranks(trainer.strategy.model),
             as_received=as_received and not by_value,
         )
@@ -258,12 +258,8 @@ class Claims:
     # -- checkpoints
     # --------------------------------------------------------------------------------------
 
-    def state(self, *, in_batch: bool) -> dict[str, Any]:
-        """What is known of the weights and the evidence for it: plain tensors, numbers, strings.
-
-        Args:
-            in_batch: whether a batch is being trained on.
-        """
+    def state(self) -> dict[str, Any]:
+        """What is known of the weights and the evidence for it: plain tensors, numbers, strings."""
         known = {}
         for name, verdict in self._search.verdicts.items():
             # A fresh fit knows nothing of the others either.
@@ -271,7 +267,7 @@ class Claims:
                 known[name] = verdict.state()
         return {
             "targets": known,
-            "evidence": self.evidence.state(in_batch=in_batch),
+            "evidence": self.evidence.state(in_batch=self._clock.is_inside_batch),
             "losses": dict(self.losses),
         }
 

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_normdyn.engine.unread_rows import UnreadRows
 from lightning_normdyn.engine.weights import held_by
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import has_gradient
+from lightning_normdyn.optimizers.step import Step
 
 FIRST_LOOKS = 8
 
@@ -93,21 +93,19 @@ class Looks:
     def note_gradients(
         self,
         index: int,
-        optimizer: Optimizer,
-        number: int,
+        step: Step,
         logging_step: int,
     ) -> None:
         """A step is about to happen: remember which weights of unknown kind have a gradient.
 
         Args:
             index: of the optimizer.
-            optimizer: that steps.
-            number: 1-based count of its steps.
+            step: its step.
             logging_step: at which numbers may be copied to the host, counted in logging steps.
         """
         # Gradients are there now; later somebody may have cleared them.
         if self._undecided:
-            for weight in self._undecided.intersection(held_by(optimizer)):
+            for weight in self._undecided.intersection(held_by(step.optimizer)):
                 if weight.requires_grad and has_gradient(weight):
                     self._missed.add(weight)
         rows = self._unread_rows.get(index)
@@ -117,5 +115,5 @@ class Looks:
         # anyway. An optimizer that did not step at a logging step is looked at when it steps next.
         looked_at = self._logging_step.get(index, 0)
         self._logging_step[index] = logging_step
-        if number <= UnreadRows.FIRST_STEPS or logging_step > looked_at:
+        if step.number <= UnreadRows.FIRST_STEPS or logging_step > looked_at:
             self._missed |= rows.with_gradient()

@@ -41,7 +41,6 @@ from lightning_normdyn.invariance.graph_state import GraphState, Normalizations
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Step
-from lightning_normdyn.optimizers.wrappers import steps_in_two_phases
 
 
 class Session(Generic[AnyMember]):
@@ -91,9 +90,9 @@ class Session(Generic[AnyMember]):
             note=self.note,
         )
         self.search = ScaleInvarianceSearch(module)
-        self.claims = Claims(trainer, self.weights, self.search)
         self.looks = Looks()
         self.clock = Clock(trainer)
+        self.claims = Claims(trainer, self.weights, self.search, self.clock)
         self.attempts = Attempts(trainer, self.attachment)
         self.combined = Combined(self.members, self.attachment)
         self._witness: Witness | None = None
@@ -233,13 +232,7 @@ class Session(Generic[AnyMember]):
             self._analyzed = True
         for index, entry in enumerate(self.attachment.entries):
             settled = entry.resolved_for == self._basis(layout_of(entry.optimizer))
-            self.claims.watch_gradients(
-                index,
-                entry.optimizer,
-                loss,
-                self.clock.logging_step,
-                settled=settled,
-            )
+            self.claims.watch_gradients(index, entry.optimizer, loss, settled=settled)
 
     def batch_end(self) -> None:
         """Stop watching; once every optimizer has stepped, say what was found, and again when more
@@ -295,7 +288,7 @@ class Session(Generic[AnyMember]):
         # A Trainer that never logs has steps like those of one that logs every 50.
         if not log_every(self.trainer):
             logging_step = step.number // 50
-        self.looks.note_gradients(index, step.optimizer, step.number, logging_step)
+        self.looks.note_gradients(index, step, logging_step)
 
     def _decide(
         self,
@@ -311,8 +304,8 @@ class Session(Generic[AnyMember]):
             self._begun = self.claims.version > 0 or any(with_gradient)
         # The optimizer's gradients will do where the backward pass was not seen, but one in two
         # phases takes its gradient at other weights.
-        as_received = not steps_in_two_phases(entry.outer)
-        self.claims.question(index, self.clock.logging_step, as_received=as_received)
+        as_received = entry.return_check is None
+        self.claims.question(index, as_received=as_received)
         # A contradiction may just have withdrawn a claim.
         basis = self._basis(layout)
         if entry.resolved_for == basis:
@@ -418,7 +411,7 @@ class Session(Generic[AnyMember]):
         """What is known of the weights, which graph it was read from, and the evidence for it:
         plain tensors, numbers and strings."""
         return {
-            **self.claims.state(in_batch=self.clock.is_inside_batch),
+            **self.claims.state(),
             "graph": None if self._graph is None else self._graph.state(),
             "is_reading": self._watching,
             "position": self.clock.position(),

@@ -8,14 +8,20 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from lightning_normdyn import StepBracket
 from lightning_normdyn.engine.looks import FIRST_LOOKS, Looks
 from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.optimizers.step import Step
 
 
 def layer() -> tuple[nn.Linear, torch.optim.Optimizer]:
     net = nn.Linear(3, 2)
     net.weight.grad = torch.ones(2, 3)
     return net, torch.optim.SGD(net.parameters(), lr=0.1)
+
+
+def step_of(optimizer: torch.optim.Optimizer, number: int) -> Step:
+    return Step(StepBracket.of(optimizer), number)
 
 
 def batches(looks: Looks, count: int, **arguments: bool) -> list[int]:
@@ -58,7 +64,7 @@ def test_a_weight_of_unknown_kind_is_missed_once_it_has_a_gradient():
     looks = Looks()
     looks.decided(0, [net.weight], {})
     assert not batches(looks, 1)
-    looks.note_gradients(0, optimizer, 1, 0)
+    looks.note_gradients(0, step_of(optimizer, 1), 0)
     assert batches(looks, 1) == [0]
     looks.decided(0, [], {})
     assert not batches(looks, 1)
@@ -70,10 +76,10 @@ def test_unread_rows_with_a_gradient_are_missed_until_fewer_are_unread():
     looks = Looks()
     looks.decided(0, [], {net.weight: rows})
     net.weight.grad[1] = 0.0
-    looks.note_gradients(0, optimizer, 1, 0)
+    looks.note_gradients(0, step_of(optimizer, 1), 0)
     assert not batches(looks, 1)
     net.weight.grad[1] = 1.0
-    looks.note_gradients(0, optimizer, 2, 0)
+    looks.note_gradients(0, step_of(optimizer, 2), 0)
     assert batches(looks, 1) == [0]
     looks.decided(0, [], {net.weight: rows})
     assert batches(looks, 1) == [0]  # the look has found nothing
@@ -85,9 +91,9 @@ def test_gradients_of_unread_rows_are_copied_to_the_host_at_logging_steps_only()
     net, optimizer = layer()
     looks = Looks()
     looks.decided(0, [], {net.weight: Partition((0,), torch.tensor([-1, 0]), "filter")})
-    looks.note_gradients(0, optimizer, 100, 3)
+    looks.note_gradients(0, step_of(optimizer, 100), 3)
     assert batches(looks, 1) == [0]
     looks.decided(0, [], {})
     looks.decided(0, [], {net.weight: Partition((0,), torch.tensor([-1, 0]), "filter")})
-    looks.note_gradients(0, optimizer, 101, 3)
+    looks.note_gradients(0, step_of(optimizer, 101), 3)
     assert not batches(looks, 1)
