@@ -24,6 +24,9 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
+from lightning_normdyn.callbacks.radial_projection import ProjectWorker
+from lightning_normdyn.engine.worker import during
+from lightning_normdyn.optimizers.step import Phase
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
@@ -136,11 +139,15 @@ def test_the_matrix_says_something():
     def gates() -> list[bool]:
         seen: list[bool] = []
 
-        class Watched(RadialProjection):
-            def _project(self, step: Any, plan: Any) -> None:
-                by_filter, by_layer = self._gates[plan.index]
+        class Watching(ProjectWorker):
+            @during(Phase.PROJECT)
+            def project(self, step: Any) -> None:
+                by_filter, by_layer = self.gates
                 seen.extend((by_filter | by_layer).tolist())
-                super()._project(step, plan)
+                super().project(step)
+
+        class Watched(RadialProjection):
+            worker = Watching
 
         fit(STRATEGIES["ddp"], lambda: [Watched(gate="cosine", delta=0.5)], optimizer=sgd)
         return seen
@@ -312,7 +319,6 @@ def collectives(strategy: str, writer: str, arguments: dict[str, Any]) -> dict[s
     from torch.distributed.tensor.debug import CommDebugMode
 
     from lightning_normdyn.optimizers.bracket import StepBracket
-    from lightning_normdyn.optimizers.step import Phase
 
     most: dict[str, int] = {}
     add = StepBracket.add
@@ -383,7 +389,6 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
     vectors, weights and measured numbers."""
     from lightning_normdyn.geometry import reduction
     from lightning_normdyn.optimizers.bracket import StepBracket
-    from lightning_normdyn.optimizers.step import Phase
 
     sent: list[int] = []
     found: dict[str, list[int]] = {}
