@@ -48,10 +48,10 @@ def verify_scale_invariance(
     verdicts: Iterable[Verdict] | None = None,
     tolerance: float = 1e-2,
 ) -> InvarianceReport:
-    """Test claims of scale invariance by what they mean: rescale every claimed vector by its own
-    random factor, compare the outputs.
+    """Test claims of scale invariance by what they mean.
 
-    All factors are drawn from 2**U(-1, 1) and applied at once. Weights, buffers, random states and
+    Every claimed vector is rescaled by its own random factor, and the outputs are compared. All
+    factors are drawn from 2**U(-1, 1) and applied at once. Weights, buffers, random states and
     training flags are restored bit for bit.
 
     Args:
@@ -68,18 +68,16 @@ def verify_scale_invariance(
         NotSupportedError: for sharded weights.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
         >>> report = verify_scale_invariance(net, torch.randn(16, 4))
         >>> bool(report), [claim.name for claim in report.claims]
         (True, ['0.weight'])
     """
-    found = _read_graph(module, inputs, loss, seed) if verdicts is None else list(verdicts)
-    claims = tuple(v for v in found if v.partition is not None)
-    weights = {
-        name: parameter for parameter, names in parameter_names(module).items() for name in names
-    }
+    run = TrainingRun(module, inputs, loss, seed)
+    found = run.verdicts() if verdicts is None else list(verdicts)
+    claims = tuple(claim for claim in found if claim.partition is not None)
     for claim in claims:
-        weight = weights[claim.name]
+        weight = run.weights[claim.name]
         if not _is_whole(weight, claim):
             raise NotSupportedError(
                 f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape "
@@ -90,20 +88,11 @@ def verify_scale_invariance(
     generator = torch.Generator().manual_seed(seed)
 
     def factors(n: int) -> Tensor:
-        return torch.exp2(
-            2 * torch.rand(n, generator=generator, dtype=torch.float64, device="cpu") - 1
-        )
+        uniform = torch.rand(n, generator=generator, dtype=torch.float64, device="cpu")
+        return torch.exp2(2 * uniform - 1)
 
-    before = _outputs(module, inputs, loss, seed)
-    after = _outputs(
-        module,
-        inputs,
-        loss,
-        seed,
-        [(weights[c.name], c.partition) for c in claims if c.partition is not None],
-        factors,
-    )
-    return InvarianceReport(_largest_change(before, after), claims, tolerance)
+    change = largest_change(run.outputs(), run.outputs(claims, factors))
+    return InvarianceReport(change, claims, tolerance)
 
 
 def _is_whole(weight: Tensor, verdict: Verdict) -> bool:
@@ -111,24 +100,26 @@ def _is_whole(weight: Tensor, verdict: Verdict) -> bool:
 
 
 def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
-    """``(n,)`` values at every entry's vector, broadcastable to ``weight``; 1 where an entry
-    belongs to none."""
-    extended = torch.cat([values, values.new_ones(1)])[partition.labels]  # -1 picks the last
-    shape = [size if d in partition.keep else 1 for d, size in enumerate(weight.shape)]
-    return extended.reshape(shape).to(weight.device, weight.dtype)
+    """``(n,)`` values at every entry's vector, broadcastable to ``weight``.
+
+    1 where an entry belongs to none.
+    """
+    # Label -1, of entries that belong to no vector, picks the 1 at the end.
+    of_labels = torch.cat([values, values.new_ones(1)])[partition.labels]
+    along_kept = [size if d in partition.keep else 1 for d, size in enumerate(weight.shape)]
+    return of_labels.reshape(along_kept).to(weight.device, weight.dtype)
 
 
 def inspect_module(
     module: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, seed: int = 0
 ) -> list[Verdict]:
-    """Run a training-mode forward and say of every weight of two or more dimensions whether it is
-    scale-invariant.
+    """Say of every weight of two or more dimensions whether it is scale-invariant.
 
-    The claims of the graph are then held against the function: the outputs must stay what they are
-    when all claimed vectors are multiplied
-    by up to 16. A claim that changes them by more than a tenth (a large epsilon, a padding value, a
-    detached copy) is withdrawn. The module
-    is left as it was: weights, buffers, random states, training flags.
+    The claims are read from the graph of one forward pass in training mode, and then held against
+    the function: the outputs must stay what they are when all claimed vectors are multiplied by up
+    to 16. A claim that changes them by more than a tenth (a large epsilon, a padding value, a
+    detached copy) is withdrawn. The module is left as it was: weights, buffers, random states,
+    training flags.
 
     Args:
         module: any module.
@@ -138,133 +129,161 @@ def inspect_module(
         seed: of the forward pass.
 
     Example:
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8))
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8))
         >>> [(v.name, v.kind) for v in inspect_module(net, torch.randn(2, 4))]
         [('0.weight', 'no')]
         >>> net[0].bias = None
         >>> [(v.name, v.kind) for v in inspect_module(net, torch.randn(2, 4))]
         [('0.weight', 'layer')]
     """
-    return _withdraw_by_function(
-        module, inputs, loss, seed, _read_graph(module, inputs, loss, seed)
-    )
+    run = TrainingRun(module, inputs, loss, seed)
+    return _withdraw_by_function(run, run.verdicts())
 
 
-def _read_graph(
-    module: nn.Module, inputs: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, seed: int
-) -> list[Verdict]:
-    search = ScaleInvarianceSearch(module)
-    with _in_training_mode(module), torch.enable_grad(), search:
-        torch.manual_seed(seed)
-        output = module(*_copied(inputs))
-        sums = [t.sum() for t in _tensors(output) if t.requires_grad]
-        if loss is not None:
-            search.analyze(loss(output))
-        elif sums:
-            search.analyze(torch.stack(sums).sum() if len(sums) > 1 else sums[0])
-    return list(search.verdicts.values())
-
-
+# A claim is withdrawn if the outputs change by more than this when it is rescaled.
 FUNCTION_LIMIT = 0.1
 
 
-def _withdraw_by_function(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    loss: Callable[[Any], Tensor] | None,
-    seed: int,
-    verdicts: list[Verdict],
-) -> list[Verdict]:
+def _withdraw_by_function(run: TrainingRun, verdicts: list[Verdict]) -> list[Verdict]:
     """The verdicts without the claims that the function contradicts."""
-    weights = {
-        name: parameter for parameter, names in parameter_names(module).items() for name in names
-    }
-    claims = [v for v in verdicts if v.partition is not None]
-    if not claims or not all(_is_whole(weights[v.name], v) for v in claims):
+    claims = [verdict for verdict in verdicts if verdict.partition is not None]
+    if not claims or not all(_is_whole(run.weights[claim.name], claim) for claim in claims):
         return verdicts
-    before = _outputs(module, inputs, loss, seed)
+    before = run.outputs()
 
-    def change(*tested: Verdict) -> float:
+    def change_by(*tested: Verdict) -> float:
+        generator = torch.Generator().manual_seed(run.seed)
+
         # Powers of two, which no precision rounds, and upwards, which makes an ordinary epsilon
         # matter less and a large one show.
-        generator = torch.Generator().manual_seed(seed)
-
         def factors(n: int) -> Tensor:
             exponents = torch.randint(
-                1, 5, (n,), generator=generator, dtype=torch.long, device="cpu"
+                1, 5, (n,), dtype=torch.long, device="cpu", generator=generator
             )
             exponents[0] = 4
             return torch.exp2(exponents.double())
 
-        scaled = [(weights[v.name], v.partition) for v in tested if v.partition is not None]
-        return _largest_change(before, _outputs(module, inputs, loss, seed, scaled, factors))
+        return largest_change(before, run.outputs(tested, factors))
 
-    if not change() <= FUNCTION_LIMIT / 10:  # two runs of the same differ: nothing can be told
+    # "not <=": a change may be NaN, where outputs are infinite.
+    if not change_by() <= FUNCTION_LIMIT / 10:
+        # Two runs of the same differ: nothing can be told.
         return verdicts
-    wrong = {}
-    if not change(*claims) <= FUNCTION_LIMIT:
-        wrong = {v.name: by for v in claims if not (by := change(v)) <= FUNCTION_LIMIT}
-    return [
-        v.withdrawn(
-            f"the outputs change by {wrong[v.name]:.2g} of their size when it is multiplied by up "
-            f"to 16",
-            "function",
-        )
-        if v.name in wrong
-        else replace(v, known="graph and function")
-        if v.partition is not None
-        else v
-        for v in verdicts
-    ]
+    changes = {}
+    if not change_by(*claims) <= FUNCTION_LIMIT:
+        changes = {claim.name: change_by(claim) for claim in claims}
+    judged = []
+    for verdict in verdicts:
+        change = changes.get(verdict.name, 0.0)
+        if verdict.partition is None:
+            judged.append(verdict)
+        elif change <= FUNCTION_LIMIT:
+            judged.append(replace(verdict, known="graph and function"))
+        else:
+            found = (
+                f"the outputs change by {change:.2g} of their size when it is multiplied by up to "
+                f"16"
+            )
+            judged.append(verdict.withdrawn(found, "function"))
+    return judged
 
 
-@contextmanager
-def _in_training_mode(module: nn.Module) -> Iterator[None]:
-    """Training runs inside, which leave the module as it was."""
-    with restored(module):
-        # A module in training mode keeps the parts that it holds in evaluation mode.
-        if not module.training:
-            module.train()
-        yield
+class TrainingRun:
+    """Runs a module in training mode, every time from the same state, and leaves it as it was.
 
+    Args:
+        module: any module; if it is in training mode, parts that it holds in evaluation mode stay
+            so.
+        inputs: arguments of its forward.
+        loss: from the module's output to the training loss; without it the sum of the outputs
+            stands for it.
+        seed: of every forward pass.
 
-def _outputs(
-    module: nn.Module,
-    inputs: tuple[Any, ...],
-    loss: Callable[[Any], Tensor] | None,
-    seed: int,
-    scaled: Iterable[tuple[Tensor, Partition]] = (),
-    factors: Callable[[int], Tensor] = torch.ones,
-) -> list[Tensor]:
-    """What the module gives in training mode when these weights are scaled; every call starts from,
-    and leaves, the same state."""
-    with (
-        _in_training_mode(module),
-        visible_graph(),
-    ):  # also the same buffers: spectral_norm iterates in them
-        with torch.no_grad():
-            for weight, partition in scaled:
-                weight.mul_(spread(partition, factors(partition.n), weight))
-        torch.manual_seed(seed)
-        torch.clear_autocast_cache()  # under autocast: casts of the weights as they were
-        with torch.enable_grad():  # as in training: a gradient penalty needs it
-            output = module(*_copied(inputs))
+    Attributes:
+        weights: the parameters, by each of their names.
+
+    Example:
+        >>> run = TrainingRun(nn.Sequential(nn.Linear(2, 1), nn.Dropout(0.5)), (torch.ones(8, 2),))
+        >>> largest_change(run.outputs(), run.outputs())
+        0.0
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        inputs: tuple[Any, ...],
+        loss: Callable[[Any], Tensor] | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.seed = seed
+        self.weights: dict[str, Tensor] = {}
+        for parameter, names in parameter_names(module).items():
+            self.weights.update(dict.fromkeys(names, parameter))
+        self._module, self._inputs, self._loss = module, inputs, loss
+
+    def verdicts(self) -> list[Verdict]:
+        """What the graph of its loss says of every weight."""
+        search = ScaleInvarianceSearch(self._module)
+        with self._training(), search:
+            output = self._module(*_copied(self._inputs))
+            sums = [t.sum() for t in _tensors(output) if t.requires_grad]
+            if self._loss is not None:
+                search.analyze(self._loss(output))
+            elif sums:
+                # Not a stack of one, which would be one more operation to follow.
+                search.analyze(torch.stack(sums).sum() if len(sums) > 1 else sums[0])
+        return list(search.verdicts.values())
+
+    def outputs(
+        self, scaled: Iterable[Verdict] = (), factors: Callable[[int], Tensor] = torch.ones
+    ) -> list[Tensor]:
+        """Outputs, and the loss if there is one, when the claimed vectors are scaled.
+
+        Args:
+            scaled: the claims whose vectors are.
+            factors: gives ``(n,)`` factors for n vectors.
+        """
+        with self._training(), visible_graph():
+            with torch.no_grad():
+                for claim in scaled:
+                    if claim.partition is not None:
+                        weight = self.weights[claim.name]
+                        weight.mul_(spread(claim.partition, factors(claim.partition.n), weight))
+            # Under autocast: casts of the weights as they were.
+            torch.clear_autocast_cache()
+            output = self._module(*_copied(self._inputs))
             tensors = list(_tensors(output))
-            if loss is not None:
-                tensors.append(loss(output))
+            if self._loss is not None:
+                tensors.append(self._loss(output))
             return [t.detach().clone() for t in tensors if t.is_floating_point()]
 
+    @contextmanager
+    def _training(self) -> Iterator[None]:
+        # Gradients: a penalty on them is a part of the forward. Buffers are put back as well, since
+        # spectral_norm iterates in them.
+        with restored(self._module), torch.enable_grad():
+            if not self._module.training:
+                self._module.train()
+            torch.manual_seed(self.seed)
+            yield
 
-def _largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    return max((_change(a, b) for a, b in zip(before, after, strict=True)), default=0.0)
+
+def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """The largest change of an entry of any tensor, beside the largest entry of that tensor."""
+    changes = [_change(a, b) for a, b in zip(before, after, strict=True)]
+    return max(changes, default=0.0)
 
 
 def _change(before: Tensor, after: Tensor) -> float:
     if before.shape != after.shape:
         return math.inf
-    scale = float(before.double().abs().max()) if before.numel() else 0.0
-    change = float((before.double() - after.double()).abs().max()) if before.numel() else 0.0
-    return math.inf if math.isnan(change) else change / scale if scale else change
+    if not before.numel():
+        return 0.0
+    scale = float(before.double().abs().max())
+    change = float((before.double() - after.double()).abs().max())
+    if math.isnan(change):
+        return math.inf
+    return change / scale if scale else change
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -1,8 +1,9 @@
-"""Which module's forward created an autograd node."""
+"""Which module's forward created an autograd node, to say where an operation stands."""
 
 from __future__ import annotations
 
 import bisect
+from math import inf
 
 import torch
 from torch import nn
@@ -14,8 +15,11 @@ def _nodes_so_far() -> int:
 
 
 class ModuleSpans:
-    """Which module's forward created an autograd node: nodes are numbered in the order of their
-    creation."""
+    """Forward passes as intervals on the number line of autograd nodes.
+
+    Nodes are numbered in the order of their creation, so that a node belongs to the forward passes
+    whose interval its number lies in.
+    """
 
     def __init__(self) -> None:
         self._open: list[tuple[nn.Module, str, int]] = []
@@ -28,14 +32,14 @@ class ModuleSpans:
 
     def leave(self, module: nn.Module) -> None:
         """The forward of ``module`` is over."""
-        while any(
-            m is module for m, _, _ in self._open
-        ):  # modules above it in the stack ended by an exception
-            m, name, start = self._open.pop()
-            if m is module:
-                self._closed.append((start, _nodes_so_far(), name, module))
-                self._painted = None
-                return
+        if not any(entered is module for entered, _, _ in self._open):
+            return
+        # Modules above it in the stack were ended by an exception.
+        entered = None
+        while entered is not module:
+            entered, name, start = self._open.pop()
+        self._closed.append((start, _nodes_so_far(), name, module))
+        self._painted = None
 
     def module_of(self, node: Node) -> tuple[str, nn.Module | None]:
         """Name and module of the innermost forward in which ``node`` was created; ``("", None)``
@@ -49,19 +53,12 @@ class ModuleSpans:
     def _paint(self) -> tuple[list[int], list[tuple[str, nn.Module | None]]]:
         """Breakpoints on the number line, and the innermost module between them."""
         nobody: tuple[str, nn.Module | None] = ("", None)
-        # Open calls (a loss computed inside forward) last until now. Outer calls start no later and
-        # end no earlier than inner ones.
+        calls = [(start, stop, i, name, m) for i, (start, stop, name, m) in enumerate(self._closed)]
+        # Open calls (a loss computed inside a forward) last until now, and are around all others.
         now = _nodes_so_far()
-        calls = sorted(
-            [
-                *(
-                    (start, -stop, -i, name, m)
-                    for i, (start, stop, name, m) in enumerate(self._closed)
-                ),
-                *((s, -now, -(10**9), n, m) for m, n, s in self._open),
-            ],
-            key=lambda call: call[:3],
-        )
+        calls += [(start, now, 10**9, name, m) for m, name, start in self._open]
+        # Outer calls start no later and end no earlier than inner ones, and are closed after them.
+        calls.sort(key=lambda call: (call[0], -call[1], -call[2]))
         starts: list[int] = []
         owners = [nobody]
         stack: list[tuple[int, tuple[str, nn.Module | None]]] = []
@@ -74,14 +71,16 @@ class ModuleSpans:
                 starts.append(position)
                 owners.append(owner)
 
-        for start, minus_stop, _, name, module in calls:
-            while stack and stack[-1][0] <= start:
-                stop = stack.pop()[0]
+        def end_calls_before(position: float) -> None:
+            while stack and stack[-1][0] <= position:
+                stop, _ = stack.pop()
                 mark(stop)
-            if -minus_stop > start:
-                stack.append((-minus_stop, (name, module)))
+
+        for start, stop, _, name, module in calls:
+            end_calls_before(start)
+            # A forward that created no node is nowhere.
+            if stop > start:
+                stack.append((stop, (name, module)))
                 mark(start)
-        while stack:
-            stop = stack.pop()[0]
-            mark(stop)
+        end_calls_before(inf)
         return starts, owners

@@ -35,15 +35,19 @@ def parameter_names(module: nn.Module) -> dict[Tensor, tuple[str, ...]]:
     """
     names: dict[Tensor, tuple[str, ...]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        known, clean = names.get(parameter, ()), clean_name(name)
+        known = names.get(parameter, ())
+        clean = clean_name(name)
+        # A wrapper shows a parameter a second time, under what is the same name without it.
         if clean not in known:
             names[parameter] = (*known, clean)
     return names
 
 
 def normalize_params(params: str | Sequence[str]) -> list[str]:
-    """Check the value of a ``params`` argument; returns a list of patterns, ``["auto"]`` for
-    ``"auto"``.
+    """Check the value of a ``params`` argument, and make a list of patterns of it.
+
+    Returns:
+        The patterns; ``["auto"]`` for ``"auto"``.
 
     Raises:
         ValueError: for anything but ``"auto"``, a glob pattern, or a list of them.
@@ -84,9 +88,8 @@ def match_patterns(
     """Indices of the weights that ``params`` means.
 
     Patterns are exact names, or else `fnmatch.fnmatchcase` globs on parameter names, so ``*``
-    crosses dots. ``"!pattern"`` excludes, after
-    all includes; only excludes mean all of ``names`` minus them. A tied weight matches under each
-    of its names.
+    crosses dots. ``"!pattern"`` excludes, after all includes; only excludes mean all of ``names``
+    minus them. A tied weight matches under each of its names.
 
     Args:
         params: as `normalize_params` takes it.
@@ -106,29 +109,36 @@ def match_patterns(
         return list(range(len(names)))
 
     def matching(pattern: str) -> set[int]:
-        # A name may hold a bracket, which a glob reads as a set of characters: an exact name comes
-        # first.
-        found = {i for i, aliases in enumerate(names) if pattern in aliases}
-        if not found:
-            found = {
-                i
-                for i, aliases in enumerate(names)
-                if any(fnmatchcase(name, pattern) for name in aliases)
-            }
-        if not found and all_must_match:
-            everything = [name for aliases in names for name in aliases]
-            shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")
-            near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
-            closest = f" The nearest: {', '.join(near)}." if near else ""
-            raise NoTargetsError(
-                f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} "
-                f"{what}: "
-                f"{shown or '(there are none)'}.{closest} Correct the pattern, or use "
-                f"params='auto'."
-            )
-        return found
+        matches = _indices_matching(pattern, names)
+        if not matches and all_must_match:
+            raise NoTargetsError(_nothing_matches(pattern, names, what))
+        return matches
 
     includes = [matching(p) for p in patterns if not p.startswith("!")]
     excludes = [matching(p[1:]) for p in patterns if p.startswith("!")]
+    # Only excludes: all minus them.
     chosen = set().union(*includes) if includes else set(range(len(names)))
     return sorted(chosen.difference(*excludes))
+
+
+def _indices_matching(pattern: str, names: Sequence[tuple[str, ...]]) -> set[int]:
+    # An exact name comes first: it may hold a bracket, which a glob reads as a set of characters.
+    exact = {i for i, aliases in enumerate(names) if pattern in aliases}
+    if exact:
+        return exact
+    matches = set()
+    for i, aliases in enumerate(names):
+        if any(fnmatchcase(name, pattern) for name in aliases):
+            matches.add(i)
+    return matches
+
+
+def _nothing_matches(pattern: str, names: Sequence[tuple[str, ...]], what: str) -> str:
+    everything = [name for aliases in names for name in aliases]
+    shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")
+    near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
+    closest = f" The nearest: {', '.join(near)}." if near else ""
+    return (
+        f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} {what}: "
+        f"{shown or '(there are none)'}.{closest} Correct the pattern, or use params='auto'."
+    )

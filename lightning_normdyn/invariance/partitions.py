@@ -14,8 +14,10 @@ from lightning_normdyn.invariance.verdict import Verdict
 
 
 def filter_partition(module: nn.Module, name: str, shape: Shape) -> Partition:
-    """One vector per output channel: dim 0, but dim 1 within each group for transposed convolutions
-    (also under parametrizations).
+    """One vector per output channel, the finest partition that a layer has by itself.
+
+    That is dim 0, but dim 1 within each group for transposed convolutions (also under
+    parametrizations).
 
     Args:
         module: the module that ``name`` is relative to.
@@ -42,7 +44,8 @@ def _owner(module: nn.Module, name: str) -> nn.Module | None:
         owner = module.get_submodule(".".join(path))
     except AttributeError:
         return None
-    while wrapped := [m for name, m in owner.named_children() if name in WRAPPERS]:
+    # A wrapper of FSDP or activation checkpointing has the clean name of what it wraps.
+    while wrapped := [child for name, child in owner.named_children() if name in WRAPPERS]:
         owner = wrapped[0]
     return owner
 
@@ -51,11 +54,10 @@ SINGLE_NUMBERS = "single numbers (a gain), which have no direction"
 
 
 def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
-    """Whether the filters of a weight are single numbers, or it is a factor for each channel (``1 x
-    C x 1 x 1``).
+    """Whether a weight is a gain: its filters are single numbers, which have no direction.
 
-    A vector along the last axis (a class token, the weight of ``Linear(n, 1)``) is none, and
-    neither is the kernel of a convolution.
+    So is a factor for each channel (``1 x C x 1 x 1``). A vector along the last axis (a class
+    token, the weight of ``Linear(n, 1)``) is none, and neither is the kernel of a convolution.
 
     Args:
         module: the module that ``name`` is relative to.
@@ -64,7 +66,7 @@ def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(8, 8, 1, groups=8), nn.Conv2d(8, 1, 1), nn.Linear(8, 1))
-        >>> [is_gain(net, name, tuple(p.shape)) for name, p in net.named_parameters() if p.ndim >= 2]
+        >>> [is_gain(net, f"{i}.weight", tuple(net[i].weight.shape)) for i in range(3)]
         [True, False, False]
     """
     numbers = math.prod(shape)
@@ -74,6 +76,7 @@ def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
     return not layer and max(shape, default=1) == numbers and shape[-1] == 1
 
 
+# From the finest to the coarsest.
 _FINENESS = ("filter", "group", "layer")
 
 
@@ -83,14 +86,12 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     Args:
         verdict: what is known about the weight.
         granularity: ``"auto"`` follows the verdict; else ``"filter"``, ``"group"`` or ``"layer"``.
-        fallback: the filters, for a weight of which nothing is known ("by request"). Where the rows
-            that were read are one vector, this is
-            the whole weight.
+        fallback: the filters, for a weight of which nothing is known ("by request").
 
     Raises:
         NotSupportedError: if ``granularity`` is finer than what the normalization allows (that
-            would change the network's function), or
-            ``"group"`` is asked for and no group structure is known.
+            would change the network's function), or ``"group"`` is asked for and no group structure
+            is known.
 
     Example:
         >>> verdict = Verdict.unknown("fc.weight", (10, 4))
@@ -99,7 +100,9 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     """
     known, withdrawn = verdict.partition, verdict.withdrawn_partition
     if known is None and withdrawn is not None and granularity in ("auto", withdrawn.granularity):
-        return withdrawn  # who named the weight gets the same vectors as before the gradients spoke
+        # Who named the weight gets the same vectors as before the gradients spoke.
+        return withdrawn
+    # Rows that were read are one vector, and others may belong to it: act on all or none.
     if verdict.waits and granularity in ("filter", "group"):
         raise NotSupportedError(
             f"granularity={granularity!r} was asked for `{verdict.name}`, but {verdict.reason}: "
@@ -135,4 +138,5 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
             f"scaling its {granularity}s separately would change the network's function. Use "
             f"granularity='auto' or {known.granularity!r}."
         )
+    # Rows that belong to no vector (-1) stay outside of the one that is made of all others.
     return Partition(known.keep, known.labels.clamp(max=0), "layer")

@@ -23,7 +23,7 @@ from lightning_normdyn.invariance.module_spans import ModuleSpans
 from lightning_normdyn.invariance.names import clean_name, parameter_names
 from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.partitions import filter_partition
-from lightning_normdyn.invariance.verdict import Verdict, unmasked
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.invariance.visibility import in_backward, visible_graph
 from lightning_normdyn.invariance.written_weights import WrittenWeights
 
@@ -268,7 +268,7 @@ class ScaleInvarianceSearch:
     def _judge_all(self, shapes: Mapping[str, Shape]) -> None:
         for name, shape in shapes.items():
             verdict = self._doubted(judge(name, shape, self._candidates[name]))
-            self.verdicts[name] = unmasked(verdict, self.masks.read(name))
+            self.verdicts[name] = verdict.unmasked(self.masks.read(name))
 
     def _doubted(self, verdict: Verdict) -> Verdict:
         """The verdict, or none where something else speaks against the claim that it makes."""
@@ -285,7 +285,8 @@ class ScaleInvarianceSearch:
         for rows in all_rows:
             for place in rows.veiled:
                 reason = (
-                    f"the indices of {place} are inside a checkpoint, so that it is not known which "
+                    f"the indices of {place} are inside a checkpoint, so that it is not known "
+                    f"which "
                     f"rows are read"
                 )
                 return Verdict(name, shape, None, "no", reason=reason)

@@ -4,7 +4,7 @@ fits a table."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +38,8 @@ class NormLink:
 class Verdict:
     """What is known about the scale invariance of one weight.
 
+    A later loss, the gradients or a mask change what is known, and then there is a new verdict.
+
     Args:
         name: first name of the weight.
         shape: full shape.
@@ -55,8 +57,8 @@ class Verdict:
         known: how it is known.
         withdrawn_partition: the vectors of a claim that the gradients have contradicted.
         read: bool, of the full shape: the entries that the loss reads, where a mask in the network
-            hides the others (a masked
-            autoencoder, torch's pruning); None: all. Only these count as length.
+            hides the others (a masked autoencoder, torch's pruning); None: all. Only these count as
+            length.
         unread: one vector: the entries that no loss has read so far. They belong to no vector of
             ``partition``. None if all were read.
 
@@ -98,56 +100,87 @@ class Verdict:
 
     @property
     def waits(self) -> bool:
-        """Whether rows that are one vector have to wait for others, which no loss has read so far,
-        before anything may scale them."""
+        """Whether rows that are one vector must not be scaled yet: others, which no loss has read
+        so far, may belong to it."""
         return self.kind == "unknown" and self.unread is not None
 
     def withdrawn(self, found: str, known: str) -> Verdict:
-        """The claim after it was contradicted: by what, in words, and in what (``"gradients"`` or
-        ``"function"``)."""
+        """The claim after it was contradicted.
+
+        Args:
+            found: what contradicts it, in words.
+            known: where that was found, ``"gradients"`` or ``"function"``.
+        """
         by = ", ".join(self.norms) or "its graph"
-        reason = f"{by} says {self.kind}, but {found}"
-        gone = self.partition
         return replace(
-            self,
-            partition=None,
-            kind="no",
-            reason=reason,
-            batch_norms=(),
-            stale_statistics=(),
+            self._without_claim(f"{by} says {self.kind}, but {found}"),
             known=known,
-            withdrawn_partition=gone,
+            withdrawn_partition=self.partition,
+        )
+
+    def _without_claim(self, reason: str) -> Verdict:
+        return replace(
+            self, partition=None, kind="no", reason=reason, batch_norms=(), stale_statistics=()
+        )
+
+    def unmasked(self, read: Tensor | None) -> Verdict:
+        """The verdict where the loss reads only some entries of the weight.
+
+        A vector of which it reads less than two entries is none: a single number has no direction.
+
+        Args:
+            read: bool of the weight's shape, the entries that the loss reads; None: all.
+        """
+        # Another shape: the mask was seen of a weight that had this name before.
+        if read is None or tuple(read.shape) != tuple(self.shape):
+            return self
+        seen = replace(self, read=read)
+        if self.partition is None:
+            return seen
+        kept = self.partition.lengths(self.shape, read) > 1
+        if bool(kept.all()):
+            return seen
+        if not bool(kept.any()):
+            return seen._without_claim("a mask hides all entries of its vectors")
+        number = renumbered(kept)
+        links = tuple(replace(link, vector=number[link.vector]) for link in self.batch_norms)
+        return replace(
+            seen,
+            partition=self.partition.only(kept),
+            kind="partly",
+            reason=self.reason or "a mask hides all entries of some of its vectors",
+            batch_norms=links,
         )
 
     def state(self) -> dict[str, Any]:
-        """As plain tensors, numbers and strings."""
-        links = [
-            {
-                "module": b.module,
-                "vector": b.vector,
-                "degree": b.degree,
-                "offset": b.offset,
-                "bias": b.bias,
-            }
-            for b in self.batch_norms
-        ]
-        return {
-            "shape": list(self.shape), "partition": _partition_state(self.partition), "kind": self.kind, "norms": list(self.norms),
-            "reason": self.reason, "eps": self.eps,
-            "batch_norms": links, "stale_statistics": list(self.stale_statistics), "known": self.known,
-            "withdrawn_partition": _partition_state(self.withdrawn_partition), "read": self.read, "unread": _partition_state(self.unread),
-        }  # fmt: skip
+        """As plain tensors, numbers and strings, for a checkpoint."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        # Whoever stores it keeps it by name.
+        del state["name"]
+        for key in _PARTITIONS:
+            state[key] = _partition_state(state[key])
+        state["shape"] = list(self.shape)
+        state["norms"] = list(self.norms)
+        state["stale_statistics"] = list(self.stale_statistics)
+        state["batch_norms"] = [dict(vars(link)) for link in self.batch_norms]
+        return state
 
     @classmethod
     def from_state(cls, name: str, state: Mapping[str, Any]) -> Verdict:
         """The inverse of `state`."""
-        links = tuple(NormLink(**link) for link in state["batch_norms"])
-        return cls(
-            name, tuple(state["shape"]), _partition_of(state["partition"]), state["kind"], tuple(state["norms"]), state["reason"],
-            state["eps"], links,
-            tuple(state["stale_statistics"]), state["known"], _partition_of(state.get("withdrawn_partition")),
-            state.get("read"), _partition_of(state.get("unread")),
-        )  # fmt: skip
+        known = {field.name for field in fields(cls)}
+        values = {key: value for key, value in state.items() if key in known}
+        for key in _PARTITIONS:
+            # Checkpoints of earlier versions do not have all of them.
+            values[key] = _partition_of(values.get(key))
+        for key in ("shape", "norms", "stale_statistics"):
+            values[key] = tuple(values[key])
+        values["batch_norms"] = tuple(NormLink(**link) for link in values["batch_norms"])
+        return cls(name, **values)
+
+
+# Which parts of a verdict's state are partitions.
+_PARTITIONS = ("partition", "withdrawn_partition", "unread")
 
 
 def unread_in_words(unread: Partition) -> str:
@@ -172,51 +205,9 @@ def _partition_state(partition: Partition | None) -> dict[str, Any] | None:
 
 
 def _partition_of(state: Mapping[str, Any] | None) -> Partition | None:
-    return (
-        None
-        if state is None
-        else Partition(tuple(state["keep"]), state["labels"], state["granularity"])
-    )
-
-
-def unmasked(verdict: Verdict, read: Tensor | None) -> Verdict:
-    """The verdict for a weight of which the loss reads only some entries: a vector that it reads
-    less than two entries of is none.
-
-    Args:
-        verdict: as the scales of whole rows say.
-        read: bool of the weight's shape, the entries that the loss reads; None: all.
-    """
-    if read is None or tuple(read.shape) != tuple(verdict.shape):
-        return verdict
-    if verdict.partition is None:
-        return replace(verdict, read=read)
-    kept = verdict.partition.lengths(verdict.shape, read) > 1  # a single number has no direction
-    if bool(kept.all()):
-        return replace(verdict, read=read)
-    reason = "a mask hides all entries of some of its vectors"
-    if not bool(kept.any()):
-        reason = "a mask hides all entries of its vectors"
-        return replace(
-            verdict,
-            partition=None,
-            kind="no",
-            reason=reason,
-            batch_norms=(),
-            stale_statistics=(),
-            read=read,
-        )
-    number = renumbered(kept)
-    links = tuple(replace(link, vector=number[link.vector]) for link in verdict.batch_norms)
-    partition = verdict.partition.only(kept)
-    return replace(
-        verdict,
-        partition=partition,
-        kind="partly",
-        reason=verdict.reason or reason,
-        batch_norms=links,
-        read=read,
-    )
+    if state is None:
+        return None
+    return Partition(tuple(state["keep"]), state["labels"], state["granularity"])
 
 
 # ---------------------------------------------------------------------------------------- the table
@@ -233,17 +224,15 @@ TABLE_COLUMNS = (
 
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:
-    known = verdict.known + (
-        " (eps, padding or a condition assumed harmless)"
-        if verdict.eps and verdict.partition is not None
-        else ""
-    )
-    shape = " x ".join(str(n) for n in verdict.shape)
+    known = verdict.known
+    if verdict.eps and verdict.partition is not None:
+        known += " (eps, padding or a condition assumed harmless)"
     return (
         verdict.name,
-        shape,
+        " x ".join(map(str, verdict.shape)),
         verdict.kind,
         str(verdict.n or ""),
+        # What normalizes a weight that has no vectors says nothing about it.
         ", ".join(verdict.norms) if verdict.n else "",
         known,
         verdict.reason,

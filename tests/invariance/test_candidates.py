@@ -128,20 +128,19 @@ READINGS = {
 def scaled_outputs_change(net, batches, verdicts) -> float:
     """The largest relative change of the outputs of any of these batches when every claimed vector
     is scaled by its own factor."""
-    weights = dict(net.named_parameters())
     generator = torch.Generator().manual_seed(3)
-    scaled = [(weights[v.name], v.partition) for v in verdicts if v.partition is not None]
 
     def factors(n):
         return torch.exp2(4 * torch.rand(n, generator=generator, dtype=torch.float64) - 2)
 
     def outputs(*scaled):
         generator.manual_seed(3)
-        return [
-            t for batch in batches for t in checks._outputs(net, (batch,), None, 0, scaled, factors)
-        ]
+        found = []
+        for batch in batches:
+            found += checks.TrainingRun(net, (batch,)).outputs(scaled, factors)
+        return found
 
-    return checks._largest_change(outputs(), outputs(*scaled))
+    return checks.largest_change(outputs(), outputs(*verdicts))
 
 
 def reading_net(name: str) -> nn.Module:

@@ -17,6 +17,7 @@ from zoo import build, by_name, small_net, summary
 
 from lightning_normdyn.invariance import checks
 from lightning_normdyn.invariance.checks import inspect_module, spread
+from lightning_normdyn.invariance.restored import restored
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 
 
@@ -75,11 +76,11 @@ def changes(module, inputs, name, factor) -> bool:
     """Whether multiplying one weight by ``factor`` changes the training-mode output, beyond
     rounding."""
     weight = dict(module.named_parameters())[name]
-    with checks._in_training_mode(module), torch.no_grad():
-        before = checks._outputs(module, inputs, None, 0)
-    with checks._in_training_mode(module), torch.no_grad():
+    run = checks.TrainingRun(module, inputs)
+    before = run.outputs()
+    with restored(module), torch.no_grad():
         weight.mul_(factor)
-        after = checks._outputs(module, inputs, None, 0)
+        after = run.outputs()
     return max(checks._change(a, b) for a, b in zip(before, after, strict=True)) > 1e-8
 
 
