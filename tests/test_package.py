@@ -249,11 +249,3 @@ def test_every_all_is_sorted_and_true(path):
 def test_the_version_is_one_string():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.\w+)?", lightning_normdyn.__version__)
     assert (ROOT / "py.typed").exists()
-
-
-def test_exceptions_are_value_errors_of_one_family():
-    from lightning_normdyn import NormDynError, NoTargetsError, NotSupportedError
-
-    assert issubclass(NormDynError, ValueError)
-    assert issubclass(NoTargetsError, NormDynError)
-    assert issubclass(NotSupportedError, NormDynError)
