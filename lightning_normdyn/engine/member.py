@@ -7,7 +7,7 @@ session knows it by this interface alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -96,7 +96,4 @@ class Member(Protocol):
         """In how many steps it acted, unless it did in all that it was to act in."""
 
 
-AnyMember = TypeVar("AnyMember", bound=Member)
-
-
-__all__ = ["AnyMember", "Member"]
+__all__ = ["Member"]

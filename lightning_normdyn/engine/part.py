@@ -45,7 +45,7 @@ class Part(Selection[AnyRule]):
     STATE: ClassVar[Check] = staticmethod(record({}, closed=False))
     """What `extra` may look like in a checkpoint."""
 
-    def __init__(self, rule: AnyRule, worker: type[Worker[Any]], session: Session[Any]) -> None:
+    def __init__(self, rule: AnyRule, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, session)
         self.worker = worker
         self.workers: dict[int, Worker[Any]] = {}

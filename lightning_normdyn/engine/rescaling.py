@@ -43,7 +43,7 @@ class Rescaler:
         one per matrix only.
     """
 
-    def __init__(self, plan: Plan, session: Session[Any], optimizer_state: str) -> None:
+    def __init__(self, plan: Plan, session: Session, optimizer_state: str) -> None:
         self.plan = plan
         self._exponents = state_exponents(plan.optimizer) if optimizer_state == "rescale" else {}
         if self._exponents and per_matrix_only(plan.optimizer):
@@ -172,7 +172,7 @@ def warn_of_changed_function(rule: Rule, plan: Plan) -> None:
     )
 
 
-def verify_targets(plan: Plan, session: Session[Any]) -> None:
+def verify_targets(plan: Plan, session: Session) -> None:
     """Rescale all claimed vectors of a plan by random factors on the present batch: the outputs
     must not change.
 
@@ -218,7 +218,7 @@ def verify_targets(plan: Plan, session: Session[Any]) -> None:
 _BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
 
 
-def _inputs_of(session: Session[Any]) -> list[tuple[Any, ...]]:
+def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
     """With what to try to call the LightningModule's forward: the first element of the batch, the
     first two, ..., the whole batch.
 

@@ -4,7 +4,7 @@ splits into vectors."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
@@ -42,7 +42,7 @@ class Selection(Generic[AnyRule]):
         refused: weights that turned out to be of a kind that cannot be treated.
     """
 
-    def __init__(self, rule: AnyRule, session: Session[Any]) -> None:
+    def __init__(self, rule: AnyRule, session: Session) -> None:
         self.rule = rule
         self.session = session
         self.name = type(rule).__name__

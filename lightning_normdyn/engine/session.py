@@ -2,15 +2,13 @@
 
 The first callback of the list hands Lightning's hooks on to the session, which watches forward
 passes, reads what their graphs say of the weights, and has every callback make its plan before the
-first step that knows it. The parts that it drives: `Weights`, `Attachment` (optimizers), `Claims`
-(scale invariance), `Looks`, `Clock`, `Attempts` (skipped steps), `Combined` (the callbacks'
-effects).
+first step that knows it. What it knows stands in its parts, and is asked for there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import LightningModule, Trainer
@@ -24,7 +22,7 @@ from lightning_normdyn.engine.combined import Combined
 from lightning_normdyn.engine.guard import Guard
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, log_every
 from lightning_normdyn.engine.looks import Looks
-from lightning_normdyn.engine.member import AnyMember
+from lightning_normdyn.engine.member import Member
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.skipped_steps import Attempts
 from lightning_normdyn.engine.start_table import start_table
@@ -43,18 +41,35 @@ from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Step
 
 
-class Session(Generic[AnyMember]):
-    """What all callbacks of the suite share during one fit."""
+class Session:
+    """What all callbacks of the suite share during one fit.
+
+    Args:
+        trainer: of the fit.
+        module: the LightningModule.
+
+    Attributes:
+        members: the callbacks' parts in this fit, in the order of the Trainer's list.
+        weights: names, holders and shapes of the parameters.
+        attachment: the optimizers and their brackets.
+        search: reads graphs.
+        claims: what is believed of each weight's scale invariance.
+        looks: when to read a graph again.
+        clock: the x axis of curves.
+        attempts: steps that a gradient scaler skipped.
+        combined: what all callbacks do to a weight, taken together.
+        batch: the batch that is being trained on.
+        checked: whether every optimizer has stepped, and what was asked for was found.
+        closed: whether the fit is over.
+        notes: what the end table says below: on which weights or optimizers a callback stopped
+            acting, and why.
+    """
 
     # Weak on both sides: the Trainer's callbacks hold the session, and it holds the Trainer.
-    _of: ClassVar[WeakKeyDictionary[Trainer, ref[Session[Any]]]] = WeakKeyDictionary()
+    _of: ClassVar[WeakKeyDictionary[Trainer, ref[Session]]] = WeakKeyDictionary()
 
     @classmethod
-    def of(
-        cls,
-        trainer: Trainer,
-        module: LightningModule,
-    ) -> Session[Any]:
+    def of(cls, trainer: Trainer, module: LightningModule) -> Session:
         """The session of the fit that is running on ``trainer``."""
         known = cls._of.get(trainer)
         session = None if known is None else known()
@@ -63,22 +78,13 @@ class Session(Generic[AnyMember]):
             cls._of[trainer] = ref(session)
         return session
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-    ) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer, self.module = trainer, module
         self.closed = False
-        self.members: list[AnyMember] = []
+        self.members: list[Member] = []
         self.batch: Any = None
-        """The batch that is being trained on."""
         self.checked = False
-        """Whether every optimizer has stepped, and what was asked for was found."""
         self.notes: list[str] = []
-        """What the end table says below: on which weights or optimizers a callback stopped acting,
-        and why."""
-
         self._said: set[object] = set()
 
         self.weights = Weights(trainer, module)
