@@ -19,14 +19,14 @@ all entries that reach it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
-from lightning_normdyn.invariance.flow import Shape
+from lightning_normdyn.invariance.flow import Flow, Shape
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge, GraphNode
 from lightning_normdyn.invariance.rows import Rows
@@ -140,7 +140,7 @@ class _Uses:
                 # What hides nothing reads everything that has come so far.
                 left = None
                 if hidden is not None:
-                    left = _without(entries, hidden[0], operation.outputs[0])
+                    left = _without(entries, hidden[0], operation.out)
                 if hidden is None or left is None:
                     read[entries[entries != NO_ENTRY]] = True
                 else:
@@ -181,45 +181,34 @@ def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
         return None
 
 
-def _permuted(operation: Operation, entries: Tensor) -> Tensor:
-    return entries.permute(operation.attribute("dims"))
-
-
-def _transposed(operation: Operation, entries: Tensor) -> Tensor:
-    return entries.transpose(operation.attribute("dim0"), operation.attribute("dim1"))
-
-
-def _turned(operation: Operation, entries: Tensor) -> Tensor:
-    return entries.t()
-
-
-def _reshaped(operation: Operation, entries: Tensor) -> Tensor:
-    return entries.reshape(operation.outputs[0])
-
-
-_MOVES: dict[str, Callable[[Operation, Tensor], Tensor]] = {
-    "TBackward0": _turned,
-    "TransposeBackward0": _transposed,
-    "PermuteBackward0": _permuted,
-    "ViewBackward0": _reshaped,
-    "UnsafeViewBackward0": _reshaped,
-    "ReshapeAliasBackward0": _reshaped,
-    "UnsqueezeBackward0": _reshaped,
-    "SqueezeBackward0": _reshaped,
-    "SqueezeBackward1": _reshaped,
-    "SqueezeBackward2": _reshaped,
-    "SqueezeBackward3": _reshaped,
-}
+# Their rules say where entries go, and nothing else happens to these.
+_REARRANGES = (
+    "TBackward0",
+    "TransposeBackward0",
+    "PermuteBackward0",
+    "ViewBackward0",
+    "UnsafeViewBackward0",
+    "ReshapeAliasBackward0",
+    "UnsqueezeBackward0",
+    "SqueezeBackward0",
+    "SqueezeBackward1",
+    "SqueezeBackward2",
+    "SqueezeBackward3",
+)
 
 
 def _passes_on(name: str) -> bool:
     """Whether operations of this name move all entries on, and read none."""
-    return name in _MOVES or RULES.get(name) in (unchanged, negated)
+    return name in _REARRANGES or RULES.get(name) in (unchanged, negated)
 
 
 def _rearranged(operation: Operation, entries: Tensor) -> Tensor:
-    move = _MOVES.get(operation.name)
-    return entries if move is None else move(operation, entries)
+    if operation.name not in _REARRANGES:
+        return entries
+    moved = RULES[operation.name](operation, [Flow(1, entries)])
+    assert isinstance(moved, Flow)
+    # Where nothing differs, a rule leaves one row for all.
+    return moved.rows.expand(operation.out)
 
 
 _HIDING = (
@@ -263,7 +252,7 @@ def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
 
 
 def _outside_triangle(operation: Operation) -> Tensor:
-    ones = torch.ones(operation.outputs[0], dtype=torch.bool, device="cpu")
+    ones = torch.ones(operation.out, dtype=torch.bool, device="cpu")
     diagonal = operation.attribute("diagonal", 0)
     if operation.name.startswith("Tril"):
         return ~ones.tril(diagonal)

@@ -52,6 +52,10 @@ class Offset:
     parameter: str | None = None
     what: str = "something that does not scale"
 
+    def differs_along(self, dims: Iterable[int]) -> bool:
+        """Whether it may differ along one of ``dims``."""
+        return any(self.varies[dim] for dim in dims)
+
     def changed(self, varies: Iterable[bool]) -> Offset:
         """The offset after an operation that leaves another value, varying along ``varies``."""
         return replace(self, varies=tuple(varies), token=object(), parameter=None)
@@ -86,6 +90,11 @@ class Flow:
     other: Flow | None = None
 
     @property
+    def ndim(self) -> int:
+        """How many dimensions the tensor has."""
+        return self.rows.ndim
+
+    @property
     def parts(self) -> list[Flow]:
         """The flow of each degree, alone."""
         # Nearly every flow has one degree, and a copy of it would be half the cost of the walk.
@@ -93,6 +102,9 @@ class Flow:
             return [self]
         return [replace(self, other=None), *self.other.parts]
 
+
+# The row of entries that do not scale.
+NO_ROW = torch.zeros(1, dtype=torch.long, device="cpu")
 
 Flows = Sequence[Flow | None]
 """The flows of an operation's inputs or outputs; None: does not depend on the weight."""
@@ -169,7 +181,7 @@ def everywhere(flow: Flow, ndim: int | None = None) -> Offset | None:
     if not flow.offset:
         return None
     if ndim is None:
-        ndim = flow.rows.ndim
+        ndim = flow.ndim
     return flow.offset.changed([True] * ndim)
 
 
@@ -177,7 +189,8 @@ def spread(offset: Offset | None, dims: Iterable[int]) -> Offset | None:
     """The offset after an operation that may make it differ along ``dims``, too."""
     if not offset:
         return None
-    return offset.changed(either(offset.varies, along(dims, len(offset.varies))))
+    more = along(dims, len(offset.varies))
+    return offset.changed(either(offset.varies, more))
 
 
 def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
@@ -185,7 +198,7 @@ def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
     if not offset:
         return None
     varies = tuple(v for d, v in enumerate(offset.varies) if d not in dims)
-    if any(offset.varies[d] for d in dims):
+    if offset.differs_along(dims):
         return offset.changed(varies)
     # Broadcasting aligns at the right: dimensions that go in front of those it varies along change
     # nothing.
@@ -199,7 +212,7 @@ def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
 
 def lift(flow: Flow, ndim: int) -> Flow:
     """Broadcasting: dimensions of size 1 in front."""
-    missing = ndim - flow.rows.ndim
+    missing = ndim - flow.ndim
     if missing <= 0:
         return flow
     offset = flow.offset
@@ -231,23 +244,25 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
     """A view or reshape from ``old`` to ``new``."""
     if 0 in old:
         # No entry is left to scale: any row will do.
-        one = flow.rows.flatten()[:1].reshape((1,) * len(new))
-        return Flow(flow.degree, one, everywhere(flow, len(new)), flow.sign)
+        ndim = len(new)
+        one = flow.rows.flatten()[:1].reshape([1] * ndim)
+        return Flow(flow.degree, one, everywhere(flow, ndim), flow.sign)
 
     # Blocks of dimensions along which nothing differs are never expanded: the rows of a large
     # activation
     # would take as much memory as the activation.
-    wide, target = list(flow.rows.shape), [1] * len(new)
+    wide = list(flow.rows.shape)
+    target = [1] * len(new)
     for before, after in _blocks(old, new):
         if max(flow.rows.shape[before], default=1) > 1:
             wide[before] = old[before]
             target[after] = new[after]
-    rows = compact(flow.rows.expand(wide).reshape(target))
+    rows = flow.rows.expand(wide).reshape(target)
 
     offset = flow.offset
     if offset:
         offset = _reshaped_offset(offset, old, new)
-    return replace(flow, rows=rows, offset=offset)
+    return replace(flow, rows=compact(rows), offset=offset)
 
 
 def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
@@ -284,17 +299,18 @@ def _reshaped_offset(offset: Offset, old: Shape, new: Shape) -> Offset:
     # Broadcasting aligns at the right: what happens in front of the dimensions that it varies along
     # leaves
     # the same offset.
-    token, tail = offset.token, 0
+    token = offset.token
     if any(offset.varies):
-        tail = len(old) - offset.varies.index(True)
-    if old[len(old) - tail :] != new[len(new) - tail :]:
-        token = (token, new)
+        first = offset.varies.index(True)
+        tail = len(old) - first
+        if old[first:] != new[len(new) - tail :]:
+            token = (token, new)
     return replace(offset, varies=tuple(varies), token=token, parameter=parameter)
 
 
 def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
     """A permutation of dimensions."""
-    dims = [d % flow.rows.ndim for d in dims]
+    dims = [d % flow.ndim for d in dims]
     offset = flow.offset
     if offset:
         # The same permutation of equal offsets: equal again.
@@ -320,6 +336,6 @@ def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
     it
     differs along them."""
     offset = flow.offset
-    if offset and any(offset.varies[d] for d in dims):
+    if offset and offset.differs_along(dims):
         offset = offset.changed(offset.varies)
     return replace(flow, rows=rows, offset=offset)

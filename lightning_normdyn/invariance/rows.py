@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_normdyn.invariance.flow import NO_ROW
+
 
 @dataclass
 class Link:
@@ -79,11 +81,14 @@ class Rows:
         freedom."""
         if a is b:
             return
-        if a.numel() == 1 or b.numel() == 1:
-            self._unite_all(torch.cat([self.parent[a].flatten(), self.parent[b].flatten()]), reason)
+        is_one_with_others = a.numel() == 1 or b.numel() == 1
+        if not is_one_with_others:
+            a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
+        left = self.parent[a].flatten()
+        right = self.parent[b].flatten()
+        if is_one_with_others:
+            self._unite_all(torch.cat([left, right]), reason)
             return
-        a, b = torch.broadcast_tensors(a, b)  # type: ignore[no-untyped-call]
-        left, right = self.parent[a].flatten(), self.parent[b].flatten()
         differ = left != right
         if not differ.any():
             return
@@ -92,7 +97,7 @@ class Rows:
         size = len(self.parent)
         pairs = distinct(left[differ] * size + right[differ])
         left, right = pairs // size, pairs % size
-        if bool(((left == 0) | (right == 0)).any()):
+        if bool((torch.minimum(left, right) == 0).any()):
             self.reasons.setdefault(reason)
 
         # Hook the larger root below the smaller, then flatten, until no pair is apart.
@@ -112,8 +117,8 @@ class Rows:
 
         A short way: nearly all that `unite` is asked for is one row against several.
         """
-        first, last = int(classes.min()), int(classes.max())
-        if first == last:
+        first = int(classes.min())
+        if first == int(classes.max()):
             return
         if first == 0:
             self.reasons.setdefault(reason)
@@ -123,7 +128,7 @@ class Rows:
 
     def forbid(self, rows: Tensor, reason: str) -> None:
         """These rows must not be scaled."""
-        self.unite(rows, torch.zeros(1, dtype=torch.long, device="cpu"), reason)
+        self.unite(rows, NO_ROW, reason)
 
     def link(self, link: Link) -> None:
         """Remember a normalization with running statistics, once."""

@@ -167,13 +167,16 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
         if padding.dim not in swapped:
             return padding
         # -1 becomes -2 and the other way round. Further in front it is not followed.
-        return replace(padding, dim=-3 - padding.dim) if swapped == {-1, -2} else None
+        if swapped == {-1, -2}:
+            return replace(padding, dim=-3 - padding.dim)
+        return None
     if node.name == "SliceBackward0":
         if _from_the_right(node.node, "dim", len(out)) == padding.dim:
             start: int = signed(node.node._saved_start or 0)  # type: ignore[attr-defined]
             if start < 0:
                 start += shape[padding.dim]
-            return replace(padding, start=0) if start >= padding.start else None
+            if start >= padding.start:
+                return replace(padding, start=0)
         return None
     if node.name in _MAY_KEEP_PADDING and shape[-2:] == out[-2:]:
         return padding

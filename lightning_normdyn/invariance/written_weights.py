@@ -69,10 +69,11 @@ class WrittenWeights:
             source = node.sources[0] if node.name in _LOOKUPS else None
             if source is not None and source in graph.parameters:
                 tables.add(graph.parameters[source])
-        before = {name: known for name, known in self._at_start.items() if name in tables}
-        if before:
+        if tables:
             for owner in slots:
-                self._compare(before, _versions(owner, slots), self._root)
+                versions = _versions(owner, slots)
+                after = {name: versions[name] for name in versions.keys() & tables}
+                self._compare(self._at_start, after, self._root)
         # From here on a step of an optimizer may write the tables, too.
         self._at_start = {}
 

@@ -22,7 +22,7 @@ from lightning_normdyn.invariance.rules.operation import Operation
 
 def with_bias(operation: Operation, flow: Flow, k: int) -> Flow:
     """The flow plus input ``k``, along the last dimension."""
-    shape, out = operation.inputs[k], operation.outputs[0]
+    shape, out = operation.inputs[k], operation.out
     ndim = len(out)
     in_part = with_bias_in_part(operation, flow, k, ndim - 1)
     if in_part is not None:
@@ -50,14 +50,15 @@ def with_bias_of_channels(operation: Operation, flow: Flow) -> Flow:
     if name is None and isinstance(getattr(module, "bias", None), Tensor):
         # A frozen one is no input of the graph.
         name = f"{owner}.bias".lstrip(".")
-    return shifted(flow, along([1], len(operation.outputs[0])), name)
+    channels = along([1], len(operation.out))
+    return shifted(flow, channels, name)
 
 
 def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
     """The flow after adding input ``k`` along ``dim``, where some of its entries are known to be
     zero; None
     if none are, or that cannot be said."""
-    out = operation.outputs[0]
+    out = operation.out
     zeros = _zeros(operation, k)
     if zeros is None or zeros.shape != (out[dim],) or flow.offset:
         return None
@@ -73,7 +74,8 @@ def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flo
     biased = torch.where(zeros, 0, rows)
     if not bool(biased.any()):
         return free
-    return joined([free, shifted(replace(flow, rows=biased), along([dim], len(out)))])
+    with_offset = shifted(replace(flow, rows=biased), along([dim], len(out)))
+    return joined([free, with_offset])
 
 
 def _zeros(operation: Operation, k: int) -> Tensor | None:
@@ -133,11 +135,13 @@ def _constants_of_pieces(
     if sources.count(None) > 1:
         return None
     # One constant takes what the others leave.
-    sizes = [0 if source is None else edge_shape(source)[0] for source in sources]
-    rest = size - sum(sizes)
-    pieces = []
-    for source, own in zip(sources, sizes, strict=True):
-        piece = _constant_entries(source, rest if source is None else own, parameters)
+    rest, pieces = size, []
+    for source in sources:
+        if source is not None:
+            rest -= edge_shape(source)[0]
+    for source in sources:
+        length = edge_shape(source)[0] if source else rest
+        piece = _constant_entries(source, length, parameters)
         if piece is None:
             return None
         pieces.append(piece)

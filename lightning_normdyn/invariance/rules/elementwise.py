@@ -98,7 +98,7 @@ def _masked_fill(operation: Operation, flow: Flow) -> Flow:
     The value is not saved: it is taken as one of these, and the claim is marked.
     """
     operation.rows.assumed = True
-    flow = lift(flow, len(operation.outputs[0]))
+    flow = lift(flow, len(operation.out))
     return replace(flow, offset=everywhere(flow), sign=Sign.ANY)
 
 
@@ -109,7 +109,8 @@ def _gated(operation: Operation, flow: Flow) -> Flow:
     second."""
     dim = operation.attribute("dim")
     # The gates are lost, but the values in the same weight may be free.
-    rows, gates = expanded(flow.rows, operation.shape(), [dim]).chunk(2, dim)
+    rows = expanded(flow.rows, operation.shape(), [dim])
+    rows, gates = rows.chunk(2, dim)
     operation.rows.forbid(gates, f"gates enter a sigmoid in {operation.place}")
     return Flow(flow.degree, compact(rows), everywhere(flow))
 
@@ -119,7 +120,7 @@ def _gated(operation: Operation, flow: Flow) -> Flow:
 
 def _operands(operation: Operation, flows: Flows) -> tuple[Flow | None, Flow | None]:
     """The flows of two operands, broadcast. A python number as the second is no input."""
-    ndim = len(operation.outputs[0])
+    ndim = len(operation.out)
     aligned = [flow and lift(flow, ndim) for flow in (*flows, None)]
     return aligned[0], aligned[1]
 
@@ -150,7 +151,9 @@ def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
     # In a denominator, and there alone, the constant beside a statistic is an epsilon.
     if a.padded or (b.padded and not is_quotient):
         raise Blocked(f"a constant is added to a factor in {operation.place}")
-    rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
+    pure(operation, a)
+    pure(operation, b)
+    rows = operation.unite(a.rows, b.rows)
     # A square is not negative, whatever is known of its factor.
     sign = Sign.ANY
     is_square = operation.source(0) == operation.source(1)
@@ -164,7 +167,7 @@ def _multiple(operation: Operation, flow: Flow, shape: Shape | None, sign: Sign)
     """The flow times a factor that does not scale, of this shape and sign."""
     offset = flow.offset
     if offset:
-        factor = varying(shape, len(operation.outputs[0]))
+        factor = varying(shape, len(operation.out))
         offset = offset.changed(either(offset.varies, factor))
     # A multiple of a statistic is still padded with an epsilon only.
     if flow.sign == Sign.NONNEGATIVE and sign == Sign.ANY:
@@ -204,7 +207,7 @@ def _add(operation: Operation, flows: Flows) -> Flow:
     if a and b:
         return _sum_of_two(operation, a, b)
     k, flow = present((a, b))
-    out = operation.outputs[0]
+    out = operation.out
     if len(flows) == 1:
         # A python number beside a statistic is an epsilon.
         if flow.sign == Sign.STATISTIC:
@@ -225,7 +228,8 @@ def _add(operation: Operation, flows: Flows) -> Flow:
             return in_part
     # With a sign or a factor it is not the parameter itself that is added.
     parameter = None
-    if operation.name.startswith("Add") and operation.attribute("alpha", 1) == 1:
+    is_plain = operation.attribute("alpha", 1) == 1
+    if is_plain and operation.name.startswith("Add"):
         parameter = operation.parameter(1 - k)
     return shifted(flow, varying(shape, len(out)), parameter)
 
@@ -237,7 +241,8 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
         raise Blocked(f"{operation.place} adds tensors that scale differently")
     offset = a.offset or b.offset
     if a.offset and b.offset:
-        is_difference = operation.name.startswith("Sub") and operation.attribute("alpha", 1) == 1
+        is_plain = operation.attribute("alpha", 1) == 1
+        is_difference = is_plain and operation.name.startswith("Sub")
         if is_difference and a.offset.token == b.offset.token:
             # x - mean(x): what was added to both cancels.
             offset = None
@@ -248,7 +253,8 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
     sign = Sign.ANY
     if operation.name.startswith("Add"):
         sign = min(a.sign, b.sign)
-    return Flow(a.degree, operation.unite(a.rows, b.rows), offset, sign, a.padded or b.padded)
+    rows = operation.unite(a.rows, b.rows)
+    return Flow(a.degree, rows, offset, sign, a.padded or b.padded)
 
 
 @rule_for("MaximumBackward0", "MinimumBackward0", "WhereBackward0")
@@ -262,7 +268,8 @@ def _choice(operation: Operation, flows: Flows) -> Flow:
     if operation.name == "WhereBackward0":
         # The condition is not part of the graph: it may look at the scale.
         operation.rows.assumed = True
-    return Flow(a.degree, operation.unite(a.rows, b.rows), sign=min(a.sign, b.sign))
+    rows = operation.unite(a.rows, b.rows)
+    return Flow(a.degree, rows, sign=min(a.sign, b.sign))
 
 
 @rule_for("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1")

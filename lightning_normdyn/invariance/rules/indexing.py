@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.invariance.flow import (
+    NO_ROW,
     Blocked,
     Flow,
     Flows,
@@ -47,11 +48,13 @@ def _index_select(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("GatherBackward0")
 def _gather(operation: Operation, flow: Flow) -> Flow:
-    shape, out = operation.shape(), operation.outputs[0]
+    shape, out = operation.shape(), operation.out
     if not shape:
         return flow
-    dim, rows, wide, smaller = operation.dim(), flow.rows, list(out), []
+    dim, rows = operation.dim(), flow.rows
+    wide = list(out)
     wide[dim] = shape[dim]
+    smaller = []
     for other in range(len(shape)):
         # The index may be smaller than the tensor along the other dimensions.
         if other != dim and out[other] < shape[other]:
@@ -61,7 +64,8 @@ def _gather(operation: Operation, flow: Flow) -> Flow:
     operation.left_out(flow, [dim, *smaller])
     index = operation.indices("index", flow, [dim])
     if rows.size(dim) > 1:
-        rows = compact(rows.expand(wide).gather(dim, index.cpu()))
+        picked = rows.expand(wide).gather(dim, index.cpu())
+        rows = compact(picked)
         operation.rows.pick(rows)
     return moved(flow, rows, range(len(shape)))
 
@@ -172,12 +176,10 @@ def _index_put(operation: Operation, flows: Flows) -> Result:
     target, values = flows
     _, flow = present(flows)
     pure(operation, flow)
-    rows = torch.zeros(1, dtype=torch.long, device="cpu")
-    if target:
-        rows = target.rows
-    rows = rows.expand(operation.outputs[0]).clone()
+    rows = target.rows if target else NO_ROW
+    rows = rows.expand(operation.out).clone()
 
-    written = torch.zeros(1, dtype=torch.long, device="cpu")
+    written = NO_ROW
     if values:
         if pure(operation, values).degree != flow.degree:
             raise Blocked(f"{operation.place} writes into a tensor that scales differently")
@@ -203,7 +205,7 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
     A constant to add to is taken as zeros, and the claim is marked.
     """
     target, source = flows
-    out = operation.outputs[0]
+    out = operation.out
     dims = [operation.attribute("dim", 0) % len(out)]
     if operation.name == "IndexPutBackward0":
         # At any index of the whole tensor.
@@ -233,7 +235,8 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
     offset = added.offset
     if target.offset:
         offset = target.offset.changed([True] * len(out))
-    rows = operation.unite(operation.same_factor(target.rows, dims), added.rows)
+    rows = operation.same_factor(target.rows, dims)
+    rows = operation.unite(rows, added.rows)
     sign = _sign_of_sums(operation, min(target.sign, source.sign))
     return Flow(source.degree, rows, offset, sign)
 
@@ -241,19 +244,20 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
 @unary_rule("SegmentReduceBackward0")
 def _segment_reduce(operation: Operation, flow: Flow) -> Flow:
     """Neighbours along one axis are added, averaged or compared."""
-    axis = operation.attribute("axis", 0) % len(operation.outputs[0])
+    axis = operation.attribute("axis", 0) % len(operation.out)
     return _gathered_at(operation, flow, [axis])
 
 
 def _gathered_at(operation: Operation, source: Flow, dims: list[int]) -> Flow:
     """What comes out where entries of ``source`` come together along ``dims``."""
     _refuse_products(operation, source)
-    out, rows = operation.outputs[0], source.rows
+    out, rows = operation.out, source.rows
     # Which entries come together depends on the data, so all along these dimensions do.
     if rows.ndim == len(out):
         rows = operation.same_factor(rows, dims)
     else:
-        rows = operation.same_factor(rows, range(rows.ndim)).reshape([1] * len(out))
+        rows = operation.same_factor(rows, range(rows.ndim))
+        rows = rows.reshape([1] * len(out))
     # `scatter` reads a source only as far as its index goes: which rows these are is not followed.
     if any(size not in (1, out[d]) for d, size in enumerate(rows.shape)):
         raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
@@ -285,10 +289,12 @@ def _sign_of_sums(operation: Operation, lowest: Sign) -> Sign:
 @unary_rule("EmbeddingBackward0")
 def _embedding(operation: Operation, flow: Flow) -> Flow:
     index = _indices_of_lookup(operation, flow)
-    rows, out = flow.rows, operation.outputs[0]
+    rows, out = flow.rows, operation.out
     if rows.size(0) == 1:
         # Cut along its columns, the table looks the same from every index.
-        return replace(flow, rows=rows.reshape([1] * (len(out) - 1) + [rows.size(1)]))
+        columns = [1] * len(out)
+        columns[-1] = rows.size(1)
+        return replace(flow, rows=rows.reshape(columns))
     rows = rows[index.cpu()]
     operation.rows.pick(rows)
     return replace(flow, rows=rows)
@@ -303,7 +309,8 @@ def _embedding_bag(operation: Operation, flow: Flow) -> Flow:
     if rows.size(0) > 1:
         rows = rows[distinct(index.cpu())]
         operation.rows.pick(rows)
-    return replace(flow, rows=operation.same_factor(rows, [0]), sign=Sign.ANY)
+    rows = operation.same_factor(rows, [0])
+    return replace(flow, rows=rows, sign=Sign.ANY)
 
 
 def _indices_of_lookup(operation: Operation, flow: Flow) -> Any:

@@ -40,15 +40,17 @@ def _matmul(operation: Operation, flows: Flows) -> Flow:
 def _matmul_plus(operation: Operation, flows: Flows) -> Flow:
     if flows[0] is not None:
         raise Blocked(f"the scale enters {operation.place} as the term that is added")
-    return with_bias(operation, _contract(operation, flows[1], flows[2]), 0)
+    product = _contract(operation, flows[1], flows[2])
+    return with_bias(operation, product, 0)
 
 
 @rule_for("SparseAddmmBackward0")
 def _sparse_matmul(operation: Operation, flows: Flows) -> Flow:
     """A sparse matrix (an adjacency matrix) times a dense one, plus a multiple of another."""
-    if flows[0] is not None or flows[1] is not None or operation.attribute("beta", 0) != 0:
+    added, sparse, dense = flows
+    if added or sparse or operation.attribute("beta", 0) != 0:
         raise Blocked(f"the scale enters {operation.place} by a side input, or something is added")
-    return _contract(operation, None, flows[2])
+    return _contract(operation, None, dense)
 
 
 # The function of DeepSpeed's stage 3 has the same inputs as torch's.
@@ -57,7 +59,8 @@ def _linear(operation: Operation, flows: Flows) -> Flow:
     weight = flows[1]
     if weight:
         # torch stores it as (outputs, inputs).
-        weight = lift(permuted(weight, [1, 0]), len(operation.outputs[0]))
+        transposed = permuted(weight, [1, 0])
+        weight = lift(transposed, len(operation.out))
     flow = _contract(operation, flows[0], weight)
     return with_bias(operation, flow, 2) if len(flows) > 2 else flow
 
@@ -70,7 +73,7 @@ def _matvec(operation: Operation, flows: Flows) -> Flow:
         shape = operation.shape(1)
         vector = reshaped(vector, shape, (*shape, 1))
     flow = _contract(operation, matrix, vector)
-    out = operation.outputs[0]
+    out = operation.out
     return reshaped(flow, (*out, 1), out)
 
 
@@ -81,7 +84,8 @@ def _dot(operation: Operation, flows: Flows) -> Flow:
     for flow in flows:
         if flow:
             degree += pure(operation, flow).degree
-            rows.append(operation.same_factor(flow.rows, [0]).reshape(()))
+            one = operation.same_factor(flow.rows, [0])
+            rows.append(one.reshape(()))
     operation.unite(rows[0], rows[-1])
     return Flow(degree, rows[0])
 
@@ -101,7 +105,8 @@ def _trilinear(operation: Operation, flows: Flows) -> Flow:
         rows = factor if rows is None else operation.unite(rows, factor)
     assert rows is not None
     summed = operation.attribute("sumdim")
-    return Flow(degree, operation.same_factor(rows, summed).squeeze(tuple(summed)))
+    rows = operation.same_factor(rows, summed)
+    return Flow(degree, rows.squeeze(tuple(summed)))
 
 
 def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
@@ -112,21 +117,25 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     if a and b:
         if not (_scales_everywhere(a) and _scales_everywhere(b)):
             return _contract_parts(operation, a, b)
-        left, right = operation.same_factor(a.rows, [-1]), operation.same_factor(b.rows, [-2])
-        pure(operation, a), pure(operation, b)
+        left = operation.same_factor(a.rows, [-1])
+        right = operation.same_factor(b.rows, [-2])
+        pure(operation, a)
+        pure(operation, b)
         # The product of a weight with itself, or of two layers that share one.
         rows = operation.unite(left, right)
-        return Flow(a.degree + b.degree, rows, sign=_sign_of_product(operation, (a, b)))
+        sign = _sign_of_product(operation, (a, b))
+        return Flow(a.degree + b.degree, rows, sign=sign)
 
     k, flow = present((a, b))
     # Columns of the left factor meet rows of the right one.
     rows = operation.same_factor(flow.rows, [-1 - k])
-    sign, offset = _sign_of_product(operation, (a, b)), flow.offset
+    offset = flow.offset
     if offset:
         # The other factor may differ along its own dimensions, and over the batch.
         varies = [True] * rows.ndim
         varies[k - 2] = offset.varies[k - 2]
         return Flow(flow.degree, rows, offset.changed(varies))
+    sign = _sign_of_product(operation, (a, b))
     return Flow(flow.degree, rows, sign=sign)
 
 
@@ -166,12 +175,16 @@ def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
             operation.unite(left[both], right[both])
             # 0 on either side: another pair of terms tells of this entry.
             known = (left != 0) & (right != 0)
-            rows = torch.where(known, torch.maximum(left, right), 0).clamp(min=0)
+            row = torch.maximum(left, right).clamp(min=0)
+            rows = torch.where(known, row, 0)
             degree = round(degree_a + degree_b, 9)
             if degree in by_degree:
                 rows = torch.maximum(by_degree[degree], rows)
             by_degree[degree] = rows
-    parts = [Flow(degree, compact(rows)) for degree, rows in by_degree.items() if bool(rows.any())]
+    parts = []
+    for degree, rows in by_degree.items():
+        if bool(rows.any()):
+            parts.append(Flow(degree, compact(rows)))
     return joined(parts)
 
 
@@ -210,7 +223,7 @@ def _convolution(operation: Operation, flows: Flows) -> Flow:
         rows = filters
     assert rows is not None
 
-    spatial = [1] * (len(operation.outputs[0]) - 2)
+    spatial = [1] * (len(operation.out) - 2)
     flow = Flow(degree, rows.reshape(*rows.shape, *spatial), offset)
     if any(operation.attribute("bias_sym_sizes_opt") or ()):
         return with_bias_of_channels(operation, flow)
@@ -221,13 +234,16 @@ def _channels_of_input(operation: Operation, x: Flow) -> Tensor:
     """The row that each output channel of each sample scales with, as its inputs do: ``(samples or
     1,
     channels or 1)``."""
-    rows = operation.same_factor(x.rows, range(2, x.rows.ndim)).flatten(1)
+    spatial = range(2, x.ndim)
+    rows = operation.same_factor(x.rows, spatial).flatten(1)
     if rows.size(1) == 1:
         return rows
     # Every output of a group sums over all inputs of the group.
-    groups, channels = operation.attribute("groups"), operation.outputs[0][1]
-    rows = operation.same_factor(rows.reshape(rows.size(0), groups, -1), [2])
-    return compact(rows.expand(-1, -1, channels // groups).flatten(1))
+    groups, channels = operation.attribute("groups"), operation.out[1]
+    rows = rows.reshape(rows.size(0), groups, -1)
+    rows = operation.same_factor(rows, [2])
+    outputs = rows.expand(-1, -1, channels // groups)
+    return compact(outputs.flatten(1))
 
 
 def _offset_of_input(operation: Operation, x: Flow) -> Offset | None:
@@ -242,16 +258,18 @@ def _offset_of_input(operation: Operation, x: Flow) -> Offset | None:
 
 def _channels_of_weight(operation: Operation, weight: Flow) -> Tensor:
     """The row that each output channel scales with, as its filter does: ``(1, channels)``."""
-    shape, ndim = operation.shape(1), weight.rows.ndim
+    shape, ndim = operation.shape(1), weight.ndim
     if operation.attribute("transposed"):
         # (inputs, outputs of one group, ...): a filter is one column within its group.
         rows = operation.same_factor(weight.rows, range(2, ndim))
-        rows = expanded(rows, shape, [0, 1]).reshape(operation.attribute("groups"), -1, shape[1])
+        groups = operation.attribute("groups")
+        rows = expanded(rows, shape, [0, 1])
+        rows = rows.reshape(groups, -1, shape[1])
         rows = operation.same_factor(rows, [1])
     else:
         rows = operation.same_factor(weight.rows, range(1, ndim))
         rows = expanded(rows, shape, [0])
-    return rows.reshape(1, operation.outputs[0][1])
+    return rows.reshape(1, operation.out[1])
 
 
 # --------------------------------------------------------------------------------------- attention
@@ -273,7 +291,8 @@ def _attention(operation: Operation, flows: Flows) -> Flow | None:
             operation.rows.forbid(flow.rows, reason)
     if not value:
         return None
-    rows, heads = operation.same_factor(value.rows, [-2]), operation.outputs[0][-3]
+    rows = operation.same_factor(value.rows, [-2])
+    heads = operation.out[-3]
     if rows.size(-3) not in (1, heads):
         # Grouped queries: several heads share their values.
         rows = rows.repeat_interleave(heads // rows.size(-3), -3)

@@ -38,15 +38,14 @@ from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
     "SyncBatchNormBackward",
 )
 def _batch_norm(operation: Operation, flow: Flow) -> Flow:
-    ndim = flow.rows.ndim
+    ndim = flow.ndim
     if not operation.attribute("training", True):
         return _fixed_batch_norm(operation, flow)
     # Each channel by itself: an offset per channel, as a bias is, is removed with the mean.
     result = operation.normalized(flow, [0, *range(2, ndim)])
     _check_epsilon(operation)
 
-    channels = operation.shape()[1]
-    rows = result.rows.expand(1, channels, *result.rows.shape[2:]).flatten()
+    rows = expanded(result.rows, operation.shape(), [1]).flatten()
     _, module = operation.module
     statistics = getattr(module, "running_mean", None)
     if isinstance(statistics, Tensor):
@@ -64,7 +63,7 @@ def _fixed_batch_norm(operation: Operation, flow: Flow) -> Flow:
     """Frozen, or in eval mode: an affine map."""
     fixed = f"the fixed mean of {operation.module[0] or operation.name}"
     # (x - fixed mean) scales as x does, but around another point.
-    offset = new_offset(along([1], flow.rows.ndim), what=fixed)
+    offset = new_offset(along([1], flow.ndim), what=fixed)
     if flow.offset:
         offset = offset.changed(either(offset.varies, flow.offset.varies))
     return replace(flow, offset=offset, sign=Sign.ANY)
@@ -83,7 +82,8 @@ def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
     has_offset, bias = flow.offset is not None, None
     if flow.offset:
         bias = flow.offset.parameter
-    operation.rows.link(Link(name, rows[0], flow.degree, has_offset, bias))
+    link = Link(name, rows[0], flow.degree, has_offset, bias)
+    operation.rows.link(link)
 
 
 def _check_epsilon(operation: Operation) -> None:
@@ -127,9 +127,11 @@ def _group_norm(operation: Operation, flow: Flow) -> Flow:
         varying = replace(offset, varies=along([1], len(shape)))
         operation.normalized(replace(flow, offset=varying), [1])
     rows = operation.same_factor(flow.rows, spatial)
-    rows = expanded(rows, shape, [1]).reshape(rows.size(0), groups, -1)
+    rows = expanded(rows, shape, [1])
+    rows = rows.reshape(rows.size(0), groups, -1)
     rows = operation.same_factor(rows, [2])
-    return Flow(0, rows.reshape(rows.size(0), groups, *[1] * len(spatial)))
+    places = [1] * len(spatial)
+    return Flow(0, rows.reshape(rows.size(0), groups, *places))
 
 
 @rule_for("WeightNormInterfaceBackward0")
@@ -140,5 +142,6 @@ def _weight_norm(operation: Operation, flows: Flows) -> Flow:
         return present(flows)[1]
     # The norm is taken over all dimensions but this.
     rows = only(operation, flows).rows
-    dims = set(range(rows.ndim)) - {operation.attribute("dim") % rows.ndim}
-    return Flow(0, operation.same_factor(rows, sorted(dims)))
+    dims = list(range(rows.ndim))
+    del dims[operation.attribute("dim")]
+    return Flow(0, operation.same_factor(rows, dims))

@@ -58,6 +58,11 @@ class Operation:
         known."""
         return self._graph.module_of(self.node)
 
+    @property
+    def out(self) -> Shape:
+        """The shape of the first output."""
+        return self.outputs[0]
+
     def shape(self, k: int = 0) -> Shape:
         """The shape of an input that has a flow: such an input requires grad, so its shape is
         known."""
@@ -163,8 +168,8 @@ class Operation:
             # Nothing subtracts a mean, so a bias stays beside what scales.
             pure(self, flow)
         refuse_padded(self, flow)
-        dims = [d % flow.rows.ndim for d in dims]
-        if flow.offset and any(flow.offset.varies[d] for d in dims):
+        dims = [d % flow.ndim for d in dims]
+        if flow.offset and flow.offset.differs_along(dims):
             raise Blocked(
                 f"{flow.offset.what} is added before {self.place} and differs within what is "
                 f"normalized together"
@@ -189,10 +194,10 @@ class Operation:
             self.rows.assumed = True
 
 
-def only(operation: Operation, flows: Flows, k: int = 0) -> Flow:
-    """The flow of input ``k``, if no other input depends on the weight."""
-    flow = flows[k] if k < len(flows) else None
-    if not flow or any(f is not None for i, f in enumerate(flows) if i != k):
+def only(operation: Operation, flows: Flows) -> Flow:
+    """The flow of the first input, if no other input depends on the weight."""
+    flow, *others = flows
+    if not flow or any(others):
         raise Blocked(f"the scale enters {operation.place} by a side input")
     return flow
 

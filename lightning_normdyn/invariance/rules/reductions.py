@@ -58,7 +58,7 @@ def _sum(operation: Operation, flow: Flow) -> Flow:
     if offset:
         # The mean of what is constant is the same constant.
         is_mean = operation.name.startswith("Mean")
-        if not is_mean or any(offset.varies[d] for d in dims):
+        if not is_mean or offset.differs_along(dims):
             varies = [v and d not in dims for d, v in enumerate(offset.varies)]
             offset = offset.changed(varies)
     return _reduced(operation, flow, dims, offset=offset, sign=_sign_of_reduction(flow))
@@ -74,8 +74,9 @@ def _sum(operation: Operation, flow: Flow) -> Flow:
     "MedianBackward0",
 )
 def _extremum(operation: Operation, flow: Flow) -> Flow:
+    pure(operation, flow)
     dims = _reduction_dims(operation)
-    return _reduced(operation, pure(operation, flow), dims, sign=_sign_of_reduction(flow))
+    return _reduced(operation, flow, dims, sign=_sign_of_reduction(flow))
 
 
 @unary_rule(
@@ -93,7 +94,8 @@ def _norm(operation: Operation, flow: Flow) -> Flow:
     # Every norm is homogeneous of degree 1, whatever its order.
     dims = _reduction_dims(operation)
     sign = Sign.STATISTIC if degree else Sign.ANY
-    return _reduced(operation, pure(operation, flow), dims, degree=degree, sign=sign)
+    pure(operation, flow)
+    return _reduced(operation, flow, dims, degree=degree, sign=sign)
 
 
 @unary_rule("StdBackward0", "VarBackward0")
@@ -106,12 +108,13 @@ def _spread(operation: Operation, flow: Flow) -> Flow:
 def _spread_and_mean(operation: Operation, flow: Flow) -> Flows:
     dims = _reduction_dims(operation)
     moment = _centered_moment(operation, flow, dims)
-    return [moment, _reduced(operation, flow, dims, offset=flow.offset, output=1)]
+    mean = _reduced(operation, flow, dims, offset=flow.offset, output=1)
+    return [moment, mean]
 
 
 def _centered_moment(operation: Operation, flow: Flow, dims: Sequence[int]) -> Flow:
     """A variance or a standard deviation: free of an offset that is constant along ``dims``."""
-    if flow.offset and any(flow.offset.varies[d] for d in dims):
+    if flow.offset and flow.offset.differs_along(dims):
         pure(operation, flow)
     degree = 2 if operation.name.startswith("Var") else 1
     return _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
@@ -136,7 +139,7 @@ def _ordered(operation: Operation, flow: Flow) -> Flow:
     # Which entry comes first depends on the scales, unless they are one.
     dim = operation.attribute("dim")
     rows = operation.same_factor(flow.rows, [dim])
-    if len(operation.outputs[0]) < rows.ndim:
+    if len(operation.out) < rows.ndim:
         rows = rows.squeeze(dim)
     return Flow(pure(operation, flow).degree, rows)
 
@@ -160,9 +163,10 @@ _SPATIAL = {
         UpsampleTrilinear3D ReflectionPad3D ReplicationPad3D GridSampler3D
     """,
 }
-_SPATIAL_DIMS = {
-    f"{name}Backward0": count for count, names in _SPATIAL.items() for name in names.split()
-}
+_SPATIAL_DIMS = {}
+for _count, _names in _SPATIAL.items():
+    for _name in _names.split():
+        _SPATIAL_DIMS[f"{_name}Backward0"] = _count
 
 
 @unary_rule(*_SPATIAL_DIMS)
@@ -174,7 +178,7 @@ def _pool(operation: Operation, flow: Flow) -> Flow:
     offset = flow.offset
     if offset:
         # The largest of x + b is the largest x plus b only if b is the same for all of them.
-        if any(offset.varies[d] for d in dims):
+        if offset.differs_along(dims):
             pure(operation, flow)
         if _pools_zeros(operation):
             offset = spread(offset, dims)
@@ -184,7 +188,8 @@ def _pool(operation: Operation, flow: Flow) -> Flow:
     sign = Sign.ANY
     if operation.name.startswith("AdaptiveAvg"):
         sign = _sign_of_reduction(flow)
-    return Flow(flow.degree, operation.same_factor(flow.rows, dims), offset, sign)
+    rows = operation.same_factor(flow.rows, dims)
+    return Flow(flow.degree, rows, offset, sign)
 
 
 def _pools_zeros(operation: Operation) -> bool:
@@ -204,6 +209,7 @@ def _im2col(operation: Operation, flow: Flow) -> Flow:
     """The windows of a convolution as columns: channels times places in the window, by windows."""
     rows = operation.same_factor(flow.rows, [-1, -2]).squeeze(-1)
     if rows.size(-2) > 1:
-        places = operation.outputs[0][-2] // operation.shape()[-3]
+        channels = operation.shape()[-3]
+        places = operation.out[-2] // channels
         rows = rows.repeat_interleave(places, -2)
     return Flow(flow.degree, rows, everywhere(flow, rows.ndim))

@@ -20,7 +20,7 @@ from lightning_normdyn.invariance.rules.registry import unary_rule
 @unary_rule("_ToTorchTensorBackward")
 def _to_local(operation: Operation, flow: Flow) -> Flow:
     """From a DTensor to this rank's part of it."""
-    before, after = operation.shape(), operation.outputs[0]
+    before, after = operation.shape(), operation.out
     if before == after:
         return flow
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -39,18 +39,21 @@ def _to_local(operation: Operation, flow: Flow) -> Flow:
         # The other ranks follow the rest of the rows, and are asked at the end.
         rows = operation.rows
         rows.elsewhere = True
-        rows.sharded = distinct(torch.cat([flow.rows.flatten(), rows.sharded]))
+        known = torch.cat([flow.rows.flatten(), rows.sharded])
+        rows.sharded = distinct(known)
     return moved(flow, part, range(part.ndim))
 
 
 @unary_rule("_FromTorchTensorBackward")
 def _from_local(operation: Operation, flow: Flow) -> Flow:
     """From this rank's part to the DTensor."""
-    after = operation.outputs[0]
+    after = operation.out
     if operation.shape() == after:
         return flow
     # The other ranks' entries come from rows that were not followed here: all go together.
-    together = torch.cat([flow.rows.flatten(), operation.rows.sharded])
+    sharded = operation.rows.sharded
+    together = torch.cat([flow.rows.flatten(), sharded])
     one = together[:1]
     operation.unite(one, together)
-    return replace(flow, rows=one.reshape([1] * len(after)), offset=everywhere(flow))
+    rows = one.reshape([1] * len(after))
+    return replace(flow, rows=rows, offset=everywhere(flow))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn.invariance.flow import (
+    NO_ROW,
     Blocked,
     Flow,
     Flows,
@@ -39,9 +40,10 @@ from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
     "SqueezeBackward0",
     "SqueezeBackward1",
     "SqueezeBackward2",
+    "SqueezeBackward3",
 )
 def _view(operation: Operation, flow: Flow) -> Flow:
-    return reshaped(flow, operation.shape(), operation.outputs[0])
+    return reshaped(flow, operation.shape(), operation.out)
 
 
 @unary_rule("PermuteBackward0")
@@ -51,7 +53,7 @@ def _permute(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("TransposeBackward0")
 def _transpose(operation: Operation, flow: Flow) -> Flow:
-    dims = list(range(flow.rows.ndim))
+    dims = list(range(flow.ndim))
     i, j = operation.attribute("dim0"), operation.attribute("dim1")
     dims[i], dims[j] = dims[j], dims[i]
     return permuted(flow, dims)
@@ -59,23 +61,24 @@ def _transpose(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("TBackward0")
 def _t(operation: Operation, flow: Flow) -> Flow:
-    return permuted(flow, range(flow.rows.ndim)[::-1])
+    return permuted(flow, range(flow.ndim)[::-1])
 
 
 @unary_rule("ExpandBackward0")
 def _expand(operation: Operation, flow: Flow) -> Flow:
-    return lift(flow, len(operation.outputs[0]))
+    return lift(flow, len(operation.out))
 
 
 @unary_rule("RepeatBackward0")
 def _repeat(operation: Operation, flow: Flow) -> Flow:
-    flow = lift(flow, len(operation.outputs[0]))
+    flow = lift(flow, len(operation.out))
     repeats = operation.attribute("repeats")
     for dim, size in enumerate(flow.rows.shape):
         # One row for the whole dimension is still the one.
         if size == 1:
             repeats[dim] = 1
-    return moved(flow, flow.rows.repeat(repeats), range(flow.rows.ndim))
+    rows = flow.rows.repeat(repeats)
+    return moved(flow, rows, range(rows.ndim))
 
 
 @unary_rule("SelectBackward0")
@@ -87,18 +90,21 @@ def _select(operation: Operation, flow: Flow) -> Flow:
     if flow.rows.size(dim) == 1:
         index = 0
     rows = flow.rows.select(dim, index)
-    return replace(flow, rows=rows, offset=without_dims(flow.offset, [dim]))
+    offset = without_dims(flow.offset, [dim])
+    return replace(flow, rows=rows, offset=offset)
 
 
 @unary_rule("SliceBackward0")
 def _slice(operation: Operation, flow: Flow) -> Flow:
     dim = operation.dim()
-    size, length = operation.shape()[dim], operation.outputs[0][dim]
+    size = operation.shape()[dim]
+    length = operation.out[dim]
     if length < size:
         operation.left_out(flow, [dim])
     rows = flow.rows
     if rows.size(dim) > 1:
-        start, _, _ = slice(operation.attribute("start"), None).indices(size)
+        whole = slice(operation.attribute("start"), None)
+        start, _, _ = whole.indices(size)
         steps = torch.arange(length, dtype=torch.long, device="cpu")
         rows = rows.index_select(dim, start + operation.attribute("step") * steps)
     return moved(flow, rows, [dim])
@@ -124,7 +130,8 @@ def _unbind(operation: Operation, flow: Flow) -> Flows:
     offset = without_dims(flow.offset, [dim])
     differs = flow.offset and flow.offset.varies[dim]
     leaving = []
-    for piece in expanded(flow.rows, operation.shape(), [dim]).unbind(dim):
+    rows = expanded(flow.rows, operation.shape(), [dim])
+    for piece in rows.unbind(dim):
         if offset and differs:
             offset = offset.changed(offset.varies)
         leaving.append(replace(flow, rows=piece, offset=offset))
@@ -133,21 +140,23 @@ def _unbind(operation: Operation, flow: Flow) -> Flows:
 
 @rule_for("CatBackward0", "StackBackward0")
 def _cat(operation: Operation, flows: Flows) -> Flow:
-    ndim = len(operation.outputs[0])
+    ndim = len(operation.out)
     dim = operation.attribute("dim") % ndim
-    if len({flow.degree for flow in flows if flow is not None}) > 1:
+    degrees = {flow.degree for flow in flows if flow}
+    if len(degrees) > 1:
         raise Blocked(f"{operation.place} joins tensors that scale differently")
     sizes = [1] * len(flows)
     if operation.name == "StackBackward0":
         flows = [flow and unsqueezed(flow, dim) for flow in flows]
     else:
         sizes = _sizes_of_pieces(operation, dim)
-    present = [flow for flow in flows if flow is not None]
+    present = [flow for flow in flows if flow]
 
     # Row 0: a constant piece does not scale, and is marked so beside the others.
-    constant = torch.zeros([1] * ndim, dtype=torch.long, device="cpu")
+    constant = NO_ROW.reshape([1] * ndim)
     rows = [constant if flow is None else flow.rows for flow in flows]
-    wide = [max(lengths) for lengths in zip(*(piece.shape for piece in rows), strict=True)]
+    shapes = [piece.shape for piece in rows]
+    wide = [max(sizes_of_dim) for sizes_of_dim in zip(*shapes, strict=True)]
     pieces = []
     for piece, size in zip(rows, sizes, strict=True):
         wide[dim] = size
@@ -157,8 +166,8 @@ def _cat(operation: Operation, flows: Flows) -> Flow:
     sign = Sign.ANY
     if len(present) == len(flows):
         sign = min(flow.sign for flow in present)
-    offset = _joint_offset(flows, dim)
-    return Flow(present[0].degree, compact(torch.cat(pieces, dim)), offset, sign)
+    joint = compact(torch.cat(pieces, dim))
+    return Flow(degrees.pop(), joint, _joint_offset(flows, dim), sign)
 
 
 def _sizes_of_pieces(operation: Operation, dim: int) -> list[int]:
@@ -167,17 +176,20 @@ def _sizes_of_pieces(operation: Operation, dim: int) -> list[int]:
     if shapes.count(None) > 1:
         raise Blocked(f"{operation.place} joins several constants of unknown size")
     # One constant takes what the others leave.
-    rest = operation.outputs[0][dim] - sum(shape[dim] for shape in shapes if shape is not None)
-    return [rest if shape is None else shape[dim] for shape in shapes]
+    sizes = [shape[dim] for shape in shapes if shape is not None]
+    if None in shapes:
+        sizes.insert(shapes.index(None), operation.out[dim] - sum(sizes))
+    return sizes
 
 
 def _joint_offset(flows: Flows, dim: int) -> Offset | None:
     """The offset of pieces that are joined along ``dim``."""
-    offsets = [flow.offset for flow in flows if flow and flow.offset is not None]
+    offsets = [flow.offset for flow in flows if flow and flow.offset]
     if not offsets:
         return None
     first = offsets[0]
-    all_same = len(offsets) == len(flows) and len({offset.token for offset in offsets}) == 1
+    tokens = {offset.token for offset in offsets}
+    all_same = len(tokens) == 1 and len(offsets) == len(flows)
     if all_same and not first.varies[dim]:
         # The same bias was added to every piece, so one normalization removes it from all of them.
         return first
@@ -213,7 +225,7 @@ def _rotate(operation: Operation, flow: Flow) -> Flow:
     rows = expanded(flow.rows, operation.shape(), dims)
     rows = compact(torch.rot90(rows, operation.attribute("k"), dims))
     offset = flow.offset
-    if offset and any(offset.varies[d] for d in dims):
+    if offset and offset.differs_along(dims):
         offset = spread(offset, dims)
     return replace(flow, rows=rows, offset=offset)
 
@@ -247,8 +259,8 @@ def _unfold(operation: Operation, flow: Flow) -> Flow:
     dim = operation.attribute("dimension")
     rows = flow.rows.unsqueeze(-1)
     if flow.rows.size(dim) > 1:
-        windows = flow.rows.unfold(dim, operation.attribute("size"), operation.attribute("step"))
-        rows = compact(windows)
+        size, step = operation.attribute("size"), operation.attribute("step")
+        rows = compact(flow.rows.unfold(dim, size, step))
     return replace(flow, rows=rows, offset=everywhere(flow, rows.ndim))
 
 
@@ -256,10 +268,11 @@ def _unfold(operation: Operation, flow: Flow) -> Flow:
 def _pad(operation: Operation, flow: Flow) -> Flow:
     """Zeros go with any row. The value padded with is not saved: taken as 0, and the claim is
     marked."""
-    ndim, inside, padded = flow.rows.ndim, operation.attribute("pad"), []
+    inside = operation.attribute("pad")
+    padded = []
     # Pairs of amounts, before and after, from the last dimension on; negative ones cut off.
     for k, amount in enumerate(inside):
-        dim = ndim - 1 - k // 2
+        dim = flow.ndim - 1 - k // 2
         if amount > 0:
             padded.append(dim)
             operation.rows.assumed = True
