@@ -1,19 +1,20 @@
 """How small the epsilon of a normalization is beside the statistic that it is added to.
 
 With y = x / sqrt(v + eps), a weight in front of the normalization is scale-invariant only as far as
-eps / (v + eps) is small. Under common
-initializations it is not always: MobileNetV3 has eps = 1e-3 beside variances of the same order in
-its depthwise layers.
+eps / (v + eps) is small. Under common initializations it is not always: MobileNetV3 has eps = 1e-3
+beside variances of the same order in its depthwise layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_normdyn.invariance.graph_state import EPSILONS, is_normalization
 from lightning_normdyn.invariance.names import clean_name
@@ -43,12 +44,9 @@ class EpsilonShare:
     share: float
 
     def explains(self, rms: float) -> bool:
-        """Whether gradients that are as far from orthogonal as this (`EulerTest`) come from the
-        epsilon.
-
-        They are of the order of the share: a weight without a normalization has values of the order
-        of 1.
-        """
+        """Whether the epsilon is why gradients are as far from orthogonal as this (`EulerTest`)."""
+        # They are of the order of the share, and for a weight without a normalization of the order
+        # of 1.
         return 10 * self.share >= rms
 
     def __str__(self) -> str:
@@ -59,13 +57,14 @@ class EpsilonShare:
             eps = 0.001 of bn is not small beside the variance that it is added to (median 0.002,
             smallest 0.0004)
         """
-        beside = f"median {self.median:.2g}, smallest {self.smallest:.2g}"
-        return f"eps = {self.eps:g} of {self.name} is not small beside the variance that it is added to ({beside})"
+        return (
+            f"eps = {self.eps:g} of {self.name} is not small beside the variance that it is added "
+            f"to (median {self.median:.2g}, smallest {self.smallest:.2g})"
+        )
 
 
 def epsilon_of(module: nn.Module) -> float | None:
-    """The constant that a normalization adds to its statistic, by whatever name; None if it names
-    none.
+    """The constant that a normalization adds to its statistic; None if it names none.
 
     Example:
         >>> epsilon_of(nn.BatchNorm2d(4)), epsilon_of(nn.Linear(4, 4))
@@ -73,15 +72,15 @@ def epsilon_of(module: nn.Module) -> float | None:
     """
     if not is_normalization(module):
         return None
-    values = [getattr(module, name, None) for name in EPSILONS]
-    return next(
-        (float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool)), None
-    )
+    for name in EPSILONS:
+        value = getattr(module, name, None)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    return None
 
 
 def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
-    """What a normalization adds its epsilon to, one number for each thing that it normalizes; None
-    if that is not known.
+    """What a normalization adds its epsilon to, one number for each thing that it normalizes.
 
     Args:
         module: a normalization.
@@ -89,7 +88,7 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
 
     Returns:
         Biased variances, or means of squares for a root-mean-square normalization, in float32 or
-        better.
+        better; None if they are not known.
 
     Example:
         >>> statistic_of(nn.BatchNorm1d(2), torch.tensor([[1.0, 0.0], [3.0, 0.0]])).tolist()
@@ -102,6 +101,7 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
         return x.transpose(0, 1).flatten(1).var(1, correction=0)
     if isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.ndim >= 3:
         return x.flatten(2).var(2, correction=0).flatten()
+    # Of a person's own normalization: what it is like shows in its settings and its name.
     groups = getattr(module, "num_groups", None)
     if isinstance(groups, int) and x.ndim >= 2 and x.shape[1] % groups == 0:
         return x.reshape(len(x) * groups, -1).var(1, correction=0)
@@ -116,8 +116,9 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
 
 
 class EpsilonWatch:
-    """Takes the statistics that normalizations see in forward passes; nothing is copied to the host
-    before somebody asks.
+    """Takes the statistics that normalizations see in forward passes.
+
+    Nothing is copied to the host before somebody asks.
 
     Args:
         module: the network.
@@ -134,64 +135,58 @@ class EpsilonWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
+        self._hooks: list[RemovableHandle] = []
+        # By name of the normalization: its epsilon, and a `_summary` of what it is added to.
         self._seen: dict[str, tuple[float, Tensor]] = {}
-        self._fresh: set[str] = set()  # seen since the last `start`
-        self._remove: list[Callable[[], None]] = []
+        # Those that were seen since the last `start`.
+        self._fresh: set[str] = set()
 
     def start(self, names: Iterable[str] | None = None) -> None:
         """Look at the next forward passes of these modules, or of all normalizations."""
         self.stop()
         self._fresh = set()
         chosen = None if names is None else set(names)
-        for name, module in self._module.named_modules():
-            if epsilon_of(module) is not None and (chosen is None or clean_name(name) in chosen):
-                self._remove.append(
-                    module.register_forward_pre_hook(self._look(clean_name(name))).remove
-                )
+        for full_name, module in self._module.named_modules():
+            name = clean_name(full_name)
+            if (chosen is None or name in chosen) and epsilon_of(module) is not None:
+                self._hooks.append(module.register_forward_pre_hook(partial(self._look, name)))
 
     def stop(self) -> None:
         """Remove every hook; idempotent."""
-        for remove in self._remove:
-            remove()
-        self._remove = []
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
-    def _look(self, name: str) -> Callable[[nn.Module, Any], None]:
-        @torch.no_grad()
-        def hook(module: nn.Module, args: Any) -> None:
-            eps = epsilon_of(module)
-            if (
-                eps is None
-                or not args
-                or not isinstance(args[0], Tensor)
-                or not args[0].is_floating_point()
-                or args[0].numel() == 0
-            ):
-                return
-            statistic = statistic_of(module, args[0])
-            if statistic is not None and statistic.numel():
-                self._seen[name] = eps, _summary(statistic, eps)
-                self._fresh.add(name)
-
-        return hook
+    @torch.no_grad()
+    def _look(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        eps = epsilon_of(module)
+        x = args[0] if args else None
+        if eps is None or not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
+            return
+        statistic = statistic_of(module, x)
+        if statistic is not None and statistic.numel():
+            self._seen[name] = eps, _summary(statistic, eps)
+            self._fresh.add(name)
 
     def forget_old(self) -> None:
-        """What was seen up to now is of weights as they were: where running statistics tell of the
-        present ones, those count from now."""
+        """The weights have moved since: from now on running statistics count, where there are any."""
         self._fresh = set()
 
     def largest(self, names: Iterable[str]) -> EpsilonShare | None:
-        """Of these normalizations the one whose epsilon matters most; None if none was seen. Copies
-        to the host."""
+        """Of these normalizations the one whose epsilon matters most; None if none was seen.
+
+        Copies to the host.
+        """
         modules = {clean_name(name): module for name, module in self._module.named_modules()}
-        found = []
+        shares = []
         for name in names:
             known = self._seen.get(name)
             if name not in self._fresh:
                 known = _running(modules.get(name)) or known
             if known is not None:
                 eps, numbers = known
-                found.append(EpsilonShare(name, eps, *numbers.tolist()))
-        return max(found, key=lambda one: one.share, default=None)
+                shares.append(EpsilonShare(name, eps, *numbers.tolist()))
+        return max(shares, key=lambda share: share.share, default=None)
 
 
 def _summary(statistic: Tensor, eps: float) -> Tensor:
@@ -201,16 +196,10 @@ def _summary(statistic: Tensor, eps: float) -> Tensor:
 
 
 def _running(module: nn.Module | None) -> tuple[float, Tensor] | None:
-    """The same of running variances, once they are those of the network and no longer the ones that
-    they began with."""
-    variances, batches = (
-        getattr(module, "running_var", None),
-        getattr(module, "num_batches_tracked", None),
-    )
-    if module is None or variances is None or batches is None or int(batches) < SETTLED:
+    """The epsilon and the summary of running variances; None while their first value counts."""
+    eps = None if module is None else epsilon_of(module)
+    variances = getattr(module, "running_var", None)
+    batches = getattr(module, "num_batches_tracked", None)
+    if eps is None or variances is None or batches is None or int(batches) < SETTLED:
         return None
-    eps = epsilon_of(module)
-    return None if eps is None else (eps, _summary(variances.detach(), eps))
-
-
-__all__ = ["EpsilonShare", "EpsilonWatch", "epsilon_of", "statistic_of"]
+    return eps, _summary(variances.detach(), eps)

@@ -2,8 +2,7 @@
 and the run that resumes from it.
 
 Which weights are scale-invariant is read from one graph. It stays true while the modules, their
-kind and settings, their mode and the set
-of trained weights are what they were.
+kind and settings, their mode and the set of trained weights are what they were.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import nn
 
 from lightning_normdyn.invariance.names import clean_name
 
+# What normalizations call the constant beside their statistic.
 EPSILONS = ("eps", "variance_epsilon", "epsilon")
-"""What normalizations call the constant beside their statistic."""
 
-# What a person changes in a module that is already there. `extra_repr` says more, but takes too
-# long for every batch.
+# What a person changes in a normalization that is already there. `extra_repr` says more, but takes
+# too long for every batch.
 _SETTINGS = (
     *EPSILONS,
     "num_groups",
@@ -33,10 +32,10 @@ _SETTINGS = (
     "elementwise_affine",
 )
 
-
-# Sizes are tuples of integers.
+# Settings of these types are compared by value. A tuple is one of integers: a size.
 _PLAIN = frozenset([type(None), bool, int, float, str, tuple])
 
+# Some modules name their device in words, and every rank has another.
 _DEVICE = re.compile(r"\b(cuda|xpu|hpu|mps|npu|xla):\d+")
 
 
@@ -79,22 +78,21 @@ class Normalizations:
         for owner in module.modules():
             for key, child in owner._modules.items():
                 if child is not None and is_normalization(child):
-                    self._places.append(
-                        (owner, key, [setting for setting in _SETTINGS if setting in vars(child)])
-                    )
+                    settings = [setting for setting in _SETTINGS if setting in vars(child)]
+                    self._places.append((owner, key, settings))
 
     def state(self) -> tuple[Any, ...]:
         """Mode and settings of each; equal as long as nothing changes."""
-        found = []
+        state: list[Any] = []
         for owner, key, settings in self._places:
             module = owner._modules.get(key)
-            # id: a normalization that was put in the place of another is another one.
-            found.append(id(module))
+            # By identity: a normalization that took the place of an equal one is another one.
+            state.append(id(module))
             if module is not None:
                 attributes = vars(module)
-                found.append(module.training)
-                found.extend([_plain(attributes.get(setting)) for setting in settings])
-        return tuple(found)
+                state.append(module.training)
+                state.extend([_plain(attributes.get(setting)) for setting in settings])
+        return tuple(state)
 
 
 @dataclass(frozen=True)
@@ -124,17 +122,18 @@ class GraphState:
         # A wrapper has the same clean name as what it wraps, which comes after it.
         modules = {clean_name(name): child for name, child in module.named_modules()}
         described = {name: describe(child) for name, child in modules.items() if name}
-        parameters = {
-            clean_name(name): parameter.requires_grad
-            for name, parameter in module.named_parameters(remove_duplicate=False)
-        }
-        facts = [*sorted(described.items()), *sorted(parameters)]
+        is_trained = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            is_trained[clean_name(name)] = parameter.requires_grad
+        facts = [*sorted(described.items()), *sorted(is_trained)]
+        normalizations = {}
+        for name, text in described.items():
+            if is_normalization(modules[name]):
+                normalizations[name] = text
         return cls(
             network=sha256(repr(facts).encode()).hexdigest(),
-            frozen=tuple(sorted(name for name, trained in parameters.items() if not trained)),
-            normalizations={
-                name: text for name, text in described.items() if is_normalization(modules[name])
-            },
+            frozen=tuple(sorted(name for name, trained in is_trained.items() if not trained)),
+            normalizations=normalizations,
         )
 
     def state(self) -> dict[str, Any]:
@@ -153,19 +152,22 @@ class GraphState:
 
 def describe(module: nn.Module) -> str:
     """Class, settings and mode of a module, in words."""
-    # FSDP2 gives a module a class of its own, derived from the module's.
-    kinds = [
-        kind
-        for kind in type(module).__mro__
-        if not kind.__module__.startswith("torch.distributed.fsdp")
-    ]
-    kind = next((k for k in kinds if not k.__name__.startswith("FSDP")), type(module))
     try:
-        settings = module.extra_repr()
-    except Exception:  # a lazy module, or a person's own that cannot describe itself yet
+        settings = _DEVICE.sub(r"\1", module.extra_repr())
+    except Exception:
+        # A lazy module, or a person's own that cannot describe itself yet.
         settings = "?"
-    settings = _DEVICE.sub(r"\1", settings)  # some modules name theirs, and every rank has another
-    return f"{kind.__name__}({settings}), {'training' if module.training else 'evaluation'}"
+    mode = "training" if module.training else "evaluation"
+    return f"{_kind_of(module).__name__}({settings}), {mode}"
+
+
+def _kind_of(module: nn.Module) -> type:
+    """The class that a person chose: FSDP2 gives a module one of its own, derived from that."""
+    for kind in type(module).__mro__:
+        of_fsdp = kind.__module__.startswith("torch.distributed.fsdp")
+        if not of_fsdp and not kind.__name__.startswith("FSDP"):
+            return kind
+    return type(module)
 
 
 def _plain(value: Any) -> Any:
@@ -173,6 +175,3 @@ def _plain(value: Any) -> Any:
     if type(value) in _PLAIN:
         return value
     return tuple(value) if isinstance(value, list) else id(value)
-
-
-__all__ = ["EPSILONS", "GraphState", "Normalizations", "describe", "is_normalization"]

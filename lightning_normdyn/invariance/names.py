@@ -101,7 +101,8 @@ def match_patterns(
         NoTargetsError: if a pattern matches nothing.
 
     Example:
-        >>> match_patterns(["conv*", "!*2*"], [("conv1.weight",), ("conv2.weight",), ("fc.weight",)])
+        >>> names = [("conv1.weight",), ("conv2.weight",), ("fc.weight",)]
+        >>> match_patterns(["conv*", "!*2*"], names)
         [0]
     """
     patterns = normalize_params(params)
