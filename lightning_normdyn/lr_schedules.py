@@ -1,13 +1,11 @@
 r"""Weight decay as a learning rate schedule (AWS paper, eq. 14-17).
 
 A scale-invariant weight under SGD takes the same directions with weight decay and without it, if
-the learning rate makes up for the length
-that the decay would have taken. One number per param group carries the difference: let :math:`p_t`
-be a scalar weight stepped by the same
-SGD (same learning rate, momentum, dampening and weight decay) with gradient zero from :math:`p_0 =
-1`. Then training without decay at the
-learning rates :math:`\eta_t / (p_t p_{t+1})` keeps :math:`w^{decay}_t = p_t w_t` at every step.
-(The printed eq. 15 is off by one step.)
+the learning rate makes up for the length that the decay would have taken. One number per param
+group carries the difference: let :math:`p_t` be a scalar weight stepped by the same SGD (same
+learning rate, momentum, dampening and weight decay) with gradient zero from :math:`p_0 = 1`. Then
+training without decay at the learning rates :math:`\eta_t / (p_t p_{t+1})` keeps :math:`w^{decay}_t
+= p_t w_t` at every step. (The printed eq. 15 is off by one step.)
 """
 
 from __future__ import annotations
@@ -47,7 +45,8 @@ def weight_decay_equivalent_lrs(
         >>> [round(lr, 4) for lr in weight_decay_equivalent_lrs([0.1, 0.1, 0.01], 0.5)]  # 0.1 · 0.95^-1, 0.1 · 0.95^-3, ...
         [0.1053, 0.1166, 0.0123]
     """
-    scalar, velocity, compensated = 1.0, None, []
+    scalar, velocity = 1.0, None
+    compensated = []
     for step, lr in enumerate(lrs):
         following, velocity = _decayed(scalar, velocity, lr, weight_decay, momentum, dampening)
         compensated.append(_compensated(lr, scalar, following, weight_decay, momentum, step))
@@ -63,13 +62,17 @@ def _decayed(
     momentum: float,
     dampening: float,
 ) -> tuple[float, float]:
-    """One step of torch.optim.SGD on a number with gradient zero: the number and its momentum
-    buffer afterwards."""
+    """One step of torch.optim.SGD on a number with gradient zero.
+
+    Returns:
+        The number and its momentum buffer afterwards.
+    """
     pull = weight_decay * scalar
-    # torch starts the buffer with the undamped first gradient.
-    velocity = (
-        pull if velocity is None or not momentum else momentum * velocity + (1 - dampening) * pull
-    )
+    # torch starts the buffer with the undamped first gradient, and keeps none without momentum.
+    if velocity is None or not momentum:
+        velocity = pull
+    else:
+        velocity = momentum * velocity + (1 - dampening) * pull
     return scalar - lr * velocity, velocity
 
 
@@ -80,57 +83,50 @@ def _compensated(
     if not following > 0:
         raise NotSupportedError(
             f"A decay-free schedule equivalent to weight_decay={weight_decay:g} at lr={lr:g}, "
-            f"momentum={momentum:g} was asked for, but the "
-            f"scalar that carries the decay is not positive after step {step}: the decay turns "
-            f"weights around. At a constant learning rate "
-            f"it stays positive while lr x weight_decay < (1 - sqrt(momentum))² = "
+            f"momentum={momentum:g} was asked for, but the scalar that carries the decay is not "
+            f"positive after step {step}: the decay turns weights around. At a constant learning "
+            "rate it stays positive while lr x weight_decay < (1 - sqrt(momentum))² = "
             f"{(1 - math.sqrt(momentum)) ** 2:.3g}: lower one of them."
         )
+    # Divided twice: the product of two tiny scalars would underflow first.
     compensated = lr / scalar / following
     if compensated == math.inf:
         raise NotSupportedError(
             f"A decay-free schedule equivalent to weight_decay={weight_decay:g} was asked for, but "
-            f"its learning rate overflows at step "
-            f"{step}, where decay has shrunk the weights to {scalar:.1g} of their length. Train "
-            f"with the decay itself, or for fewer steps."
+            f"its learning rate overflows at step {step}, where decay has shrunk the weights to "
+            f"{scalar:.1g} of their length. Train with the decay itself, or for fewer steps."
         )
     return compensated
 
 
 class WeightDecayEquivalentLR(LRScheduler):
-    """Train without weight decay along the directions that weight decay would take (AWS paper, eq.
-    14-17, index corrected).
+    """Train without weight decay along the directions that weight decay would take (AWS paper).
 
-    For SGD with heavy-ball momentum and dampening, on scale-invariant weights, under any inner
-    schedule. Step it after every optimizer step
-    (in Lightning: ``{"scheduler": ..., "interval": "step"}``); the inner schedule counts the same
-    steps and is stepped from here. A step
-    that the gradient scaler skips moves the inner schedule, as it would without this class, but not
-    the decay.
+    Eq. 14-17, index corrected. For SGD with heavy-ball momentum and dampening, on scale-invariant
+    weights, under any inner schedule. Step it after every optimizer step (in Lightning:
+    ``{"scheduler": ..., "interval": "step"}``); the inner schedule counts the same steps and is
+    stepped from here. A step that the gradient scaler skips moves the inner schedule, as it would
+    without this class, but not the decay.
 
     Exact for weight normalization and weight standardization (directions agree to 4e-15 over 500
-    steps). Behind BatchNorm the deviation is
-    proportional to its ``eps``, which matters the less the longer the weight: 2e-12 to 3e-11 with
-    eps 1e-12, 2e-5 to 3e-4 with the default
-    1e-5, measured on a small network; up to order 1 where decay makes weights tiny. Clip no
-    gradients by norm: those of the longer weights
-    are smaller. A skip inside a fused optimizer is not seen.
+    steps). Behind BatchNorm the deviation is proportional to its ``eps``, which matters the less
+    the longer the weight: 2e-12 to 3e-11 with eps 1e-12, 2e-5 to 3e-4 with the default 1e-5,
+    measured on a small network; up to order 1 where decay makes weights tiny. Clip no gradients by
+    norm: those of the longer weights are smaller. A skip inside a fused optimizer is not seen.
 
     Args:
         optimizer: a ``torch.optim.SGD`` with ``weight_decay=0`` and without Nesterov.
         weight_decay: λ of the run to be reproduced, coupled (torch's SGD); or one per param group,
-            where 0 leaves the group to the inner
-            schedule. A group with a λ may hold scale-invariant weights only: others would feel the
-            learning rate without the decay.
+            where 0 leaves the group to the inner schedule. A group with a λ may hold
+            scale-invariant weights only: others would feel the learning rate without the decay.
         inner: the schedule of the run to be reproduced, on the same optimizer; ``None`` for a
             constant learning rate.
 
     Raises:
         NotSupportedError: for another optimizer, Nesterov, a group that has a weight decay already
-            or holds parameters of fewer than two
-            dimensions, a ``ReduceLROnPlateau``; and for a learning rate and decay under which the
-            scalar does not stay positive: at once
-            for a constant learning rate, at the step in question under a schedule
+            or holds parameters of fewer than two dimensions, a ``ReduceLROnPlateau``; and for a
+            learning rate and decay under which the scalar does not stay positive: at once for a
+            constant learning rate, at the step in question under a schedule
             (:func:`weight_decay_equivalent_lrs` tells ahead).
 
     Example:
@@ -162,11 +158,14 @@ class WeightDecayEquivalentLR(LRScheduler):
         self._scalars = [1.0] * len(groups)
         self._velocities: list[float | None] = [None] * len(groups)
         self._steps_taken = 0
-        self._steps_unseen = 0  # real optimizer steps since the last step of this schedule
+        # Real optimizer steps since the last step of this schedule.
+        self._steps_unseen = 0
         if inner is None:
             self._refuse_constant_lr(optimizer)
+        # The base class steps once in its __init__, to write the first learning rates: there is no
+        # optimizer step to follow yet.
         self._constructed = False
-        super().__init__(optimizer)  # steps once, to write the first learning rates
+        super().__init__(optimizer)
         self._constructed = True
         optimizer.register_step_post_hook(self._count)
 
@@ -174,12 +173,11 @@ class WeightDecayEquivalentLR(LRScheduler):
         self._steps_unseen += 1
 
     def step(self, epoch: int | None = None) -> None:
-        """Follow one optimizer step: advance the scalars by it, step the inner schedule, and set
-        the next learning rates."""
+        """Follow one optimizer step: advance the scalars by it, and set the next learning rates."""
         if epoch is not None:
             raise NormDynError(
                 f"`WeightDecayEquivalentLR` goes step by step, but was asked for epoch={epoch}. "
-                f"Call `step()`."
+                "Call `step()`."
             )
         if self._constructed:
             self._follow()
@@ -190,25 +188,24 @@ class WeightDecayEquivalentLR(LRScheduler):
         if len(groups) != len(self._scalars):
             raise NotSupportedError(
                 f"`WeightDecayEquivalentLR` was made for {len(self._scalars)} param groups, but "
-                f"the optimizer now has {len(groups)}. Make "
-                "the schedule after the last group is added."
+                f"the optimizer now has {len(groups)}. Make the schedule after the last group is "
+                "added."
             )
         if self._steps_unseen > 1:
             raise NormDynError(
-                f"`WeightDecayEquivalentLR` must be stepped after every optimizer step, but "
-                f"{self._steps_unseen} were taken since its last "
-                'step. In Lightning, return {"scheduler": ..., "interval": "step"} from '
-                "configure_optimizers."
+                "`WeightDecayEquivalentLR` must be stepped after every optimizer step, but "
+                f"{self._steps_unseen} were taken since its last step. In Lightning, return "
+                '{"scheduler": ..., "interval": "step"} from configure_optimizers.'
             )
+        # Without a real step (a gradient scaler skipped it) the decay does not act.
         if self._steps_unseen == 1:
             for i, group in enumerate(groups):
                 self._scalars[i], self._velocities[i] = self._advanced(i, group)
             self._steps_taken += 1
             self._steps_unseen = 0
         if self.inner is not None:
-            for group, lr in zip(
-                groups, self._inner_lrs, strict=True
-            ):  # an inner schedule goes on from the learning rate it finds
+            # An inner schedule goes on from the learning rate that it finds.
+            for group, lr in zip(groups, self._inner_lrs, strict=True):
                 _write_lr(group, lr)
             self.inner.step()
             self._inner_lrs = [float(group["lr"]) for group in groups]
@@ -224,32 +221,34 @@ class WeightDecayEquivalentLR(LRScheduler):
             dampening,
         )
 
-    def get_lr(self) -> list[float]:  # type: ignore[override]  # floats; the base class also speaks of tensors
-        """The learning rates of the next step: those of the inner schedule over p_t p_{t+1}, with p
-        = 1 where there is no decay."""
+    # Floats, where the base class also speaks of tensors.
+    def get_lr(self) -> list[float]:  # type: ignore[override]
+        """The learning rates of the next step: those of the inner schedule over p_t p_{t+1}."""
         lrs = []
         for i, group in enumerate(self.optimizer.param_groups):
+            # Without decay the scalar stays 1, and so does the learning rate of the schedule.
             following, _ = self._advanced(i, group)
-            decay, momentum = self._weight_decays[i], float(group["momentum"])
-            lrs.append(
-                _compensated(
-                    self._inner_lrs[i],
-                    self._scalars[i],
-                    following,
-                    decay,
-                    momentum,
-                    self._steps_taken,
-                )
+            lr = _compensated(
+                self._inner_lrs[i],
+                self._scalars[i],
+                following,
+                self._weight_decays[i],
+                float(group["momentum"]),
+                self._steps_taken,
             )
+            lrs.append(lr)
         return lrs
 
     def _refuse_constant_lr(self, optimizer: Optimizer) -> None:
-        """Run the scalar of a constant learning rate ahead: if the decay turns weights around, it
-        does so soon."""
+        """Refuse at once a constant learning rate under which the decay turns weights around."""
         for lr, decay, group in zip(
             self._inner_lrs, self._weight_decays, optimizer.param_groups, strict=True
         ):
-            steps = min(10_000, math.ceil(30 / (lr * decay))) if lr * decay else 0
+            pull = lr * decay
+            if not pull:
+                continue
+            # By running its scalar ahead: if it changes its sign, it does so soon.
+            steps = min(10_000, math.ceil(30 / pull))
             weight_decay_equivalent_lrs(
                 [lr] * steps,
                 decay,
@@ -259,38 +258,42 @@ class WeightDecayEquivalentLR(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists, and the inner schedule's own state under ``"inner"``."""
-        state = {
-            key: value for key, value in self.__dict__.items() if key not in ("optimizer", "inner")
-        }
-        state["inner"] = None if self.inner is None else self.inner.state_dict()
+        state = dict(self.__dict__)
+        del state["optimizer"]
+        if self.inner is not None:
+            state["inner"] = self.inner.state_dict()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore :meth:`state_dict`. Restore the optimizer as well: it holds the learning rate of
-        the next step."""
+        """Restore :meth:`state_dict`.
+
+        Restore the optimizer as well: it holds the learning rate of the next step.
+        """
         state = dict(state_dict)
         inner = state.pop("inner")
         if (inner is None) != (self.inner is None):
             raise NormDynError(
-                f"A state of `WeightDecayEquivalentLR` saved with{'out' if inner is None else ''} "
-                f"an inner schedule was given to one "
-                f"with{'out' if self.inner is None else ''}. Build the schedule as in the saved "
-                f"run."
+                f"A state of `WeightDecayEquivalentLR` saved {_with(inner)} an inner schedule was "
+                f"given to one {_with(self.inner)}. Build the schedule as in the saved run."
             )
         self.__dict__.update(state)
         if self.inner is not None:
             self.inner.load_state_dict(inner)
 
 
+def _with(inner: object) -> str:
+    return "without" if inner is None else "with"
+
+
 def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) -> list[float]:
     groups = len(optimizer.param_groups)
     try:
         one = as_number(weight_decay)
-        decays = (
-            [float(decay) for decay in cast("Sequence[float]", weight_decay)]
-            if one is None
-            else [float(one)] * groups
-        )
+        if one is None:
+            decays = list(map(float, cast("Sequence[float]", weight_decay)))
+        else:
+            decays = [float(one)] * groups
+    # An integer may be too large for a float.
     except OverflowError as error:
         raise NormDynError(f"`weight_decay` must be finite, got {shown(weight_decay)}.") from error
     if len(decays) != groups:
@@ -298,7 +301,8 @@ def _one_per_group(weight_decay: float | Sequence[float], optimizer: Optimizer) 
             f"`weight_decay` must be one number, or one per param group ({groups}), got "
             f"{len(decays)}."
         )
-    if not all(math.isfinite(decay) and decay >= 0 for decay in decays) or not any(decays):
+    # Per group, 0 means "as it is". Zeros alone would leave nothing to do, which nobody means.
+    if not all(0 <= decay < math.inf for decay in decays) or not any(decays):
         raise NormDynError(
             f"`weight_decay` must be > 0 (per group: >= 0, and > 0 for at least one), got "
             f"{weight_decay!r}."
@@ -313,41 +317,30 @@ def _refuse_what_is_not_exact(
     if not facts_of(optimizer).proportional:
         raise NotSupportedError(
             f"`WeightDecayEquivalentLR` was asked for {type(optimizer).__name__}, but the "
-            f"equivalence holds for torch.optim.SGD only: "
-            "other optimizers do not step in proportion to the gradient. Use the weight decay "
-            "itself."
+            "equivalence holds for torch.optim.SGD only: other optimizers do not step in "
+            "proportion to the gradient. Use the weight decay itself."
         )
-    for i, (group, weight_decay) in enumerate(
-        zip(optimizer.param_groups, weight_decays, strict=True)
-    ):
-        if not weight_decay:
+    for i, group in enumerate(optimizer.param_groups):
+        if not weight_decays[i]:
             continue
         if group["nesterov"]:
             raise NotSupportedError(
                 f"`WeightDecayEquivalentLR` was asked for param group {i} with nesterov=True, "
-                f"where no scalar reproduces the decay "
-                "(directions end 8e-3 apart after 500 steps). Use heavy-ball momentum."
+                "where no scalar reproduces the decay (directions end 8e-3 apart after 500 steps). "
+                "Use heavy-ball momentum."
             )
         if group["weight_decay"] != 0:
             raise NotSupportedError(
                 f"`WeightDecayEquivalentLR` takes the place of weight decay, but param group {i} "
-                f"has weight_decay="
-                f"{group['weight_decay']:g} as well. Set it to 0."
+                f"has weight_decay={group['weight_decay']:g} as well. Set it to 0."
             )
-        thin = [j for j, parameter in enumerate(group["params"]) if parameter.dim() < 2]
+        thin = _of_fewer_than_two_dimensions(group)
         if thin:
-            names = group.get("param_names") or [
-                f"parameter {j}" for j in range(len(group["params"]))
-            ]
-            found = ", ".join(f"{names[j]} {list(group['params'][j].shape)}" for j in thin[:3]) + (
-                ", ..." if len(thin) > 3 else ""
-            )
             raise NotSupportedError(
                 f"`WeightDecayEquivalentLR` was asked for param group {i}, which mixes weights "
-                f"with parameters of fewer than two "
-                f"dimensions ({found}): those are not scale-invariant. Put them into a group of "
-                f"their own and give one "
-                "`weight_decay` per group, 0 for that one."
+                f"with parameters of fewer than two dimensions ({thin}): those are not "
+                "scale-invariant. Put them into a group of their own and give one `weight_decay` "
+                "per group, 0 for that one."
             )
     if isinstance(inner, ReduceLROnPlateau | WeightDecayEquivalentLR):
         raise NotSupportedError(
@@ -360,8 +353,21 @@ def _refuse_what_is_not_exact(
         )
 
 
+def _of_fewer_than_two_dimensions(group: dict[str, Any]) -> str:
+    """The first three of these parameters with their shapes, in words."""
+    names = group.get("param_names")
+    thin = []
+    for j, parameter in enumerate(group["params"]):
+        if parameter.dim() < 2:
+            name = names[j] if names else f"parameter {j}"
+            thin.append(f"{name} {list(parameter.shape)}")
+    if len(thin) > 3:
+        thin[3:] = ["..."]
+    return ", ".join(thin)
+
+
 def _write_lr(group: dict[str, Any], lr: float) -> None:
-    """A tensor stays the same tensor: captured and compiled steps hold on to it."""
+    # A tensor stays the same tensor: captured and compiled steps hold on to it.
     if isinstance(group["lr"], Tensor):
         group["lr"].fill_(lr)
     else:

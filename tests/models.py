@@ -20,6 +20,18 @@ BATCH = 8
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
+def weight_and_sgd(**options: Any) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """One weight, and the plainest optimizer of it."""
+    weight = nn.Parameter(torch.arange(1.0, 7.0).reshape(2, 3))
+    return weight, torch.optim.SGD([weight], **{"lr": 0.1, **options})
+
+
+def backward(*weights: nn.Parameter) -> None:
+    """Leave a gradient of ones on each weight."""
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+
+
 def images(count: int = 4 * BATCH, dtype: torch.dtype = torch.float64) -> TensorDataset:
     """Noise images of two kinds that a network can tell apart."""
     generator = torch.Generator().manual_seed(7)

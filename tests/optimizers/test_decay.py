@@ -3,9 +3,11 @@ decay moves."""
 
 from __future__ import annotations
 
+import re
 from math import log
 from typing import Any
 
+import doubles
 import lightning as L
 import pytest
 import torch
@@ -28,10 +30,15 @@ from lightning_normdyn.optimizers.decay import (
     Decay,
     DecayOwner,
     DecayRule,
+    applied_decay,
+    decay_kind,
     decay_of,
     highest_claim,
     optimizer_decay,
+    supports_decay_takeover,
+    taken_over_by_trial,
 )
+from lightning_normdyn.optimizers.facts import TABLE
 from lightning_normdyn.optimizers.step import Phase
 
 SGD, ADAM, ADAMW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
@@ -274,3 +281,87 @@ def test_a_replay_beside_a_rule_of_somebody_else_is_refused_by_name(tmp_path: An
     callbacks = [EffectiveLRReplay(tmp_path / "history.npz"), Pulls()]
     with pytest.raises(NotSupportedError, match="nobody can tell that of `weight`"):
         fit(Walk(weight(), plain), callbacks, batches(noise(3, SHAPE)), max_epochs=1)
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "options", "kind"),
+    [
+        (torch.optim.SGD, {"lr": 0.1}, "coupled"),
+        (torch.optim.Adam, {}, "coupled"),
+        (torch.optim.AdamW, {}, "decoupled"),
+        (torch.optim.NAdam, {}, "coupled"),
+        (torch.optim.NAdam, {"decoupled_weight_decay": True}, "decoupled"),
+        (torch.optim.RAdam, {"decoupled_weight_decay": True}, "decoupled"),
+        (torch.optim.Adamax, {}, "coupled"),
+        (torch.optim.RMSprop, {}, "coupled"),
+        (torch.optim.Adagrad, {}, "coupled"),
+        (torch.optim.Adadelta, {}, "coupled"),
+        (torch.optim.ASGD, {}, "coupled"),
+        (torch.optim.Adafactor, {}, "decoupled"),
+        *([(torch.optim.Muon, {}, "decoupled")] if hasattr(torch.optim, "Muon") else []),
+    ],
+)
+def test_decay_kind_is_what_a_step_without_gradient_does(optimizer_class, options, kind):
+    weight = nn.Parameter(torch.tensor([[1.0, 100.0]], dtype=torch.float64))
+    optimizer = optimizer_class([weight], weight_decay=0.1, **options)
+    assert decay_kind(optimizer, optimizer.param_groups[0]) == kind
+    if optimizer_class in (torch.optim.SGD, torch.optim.ASGD):
+        return  # without momentum, SGD's two kinds are one
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    both = weight.detach() / torch.tensor([[1.0, 100.0]], dtype=torch.float64)
+    # decoupled: one factor for all entries; coupled and then normalized: the same step for all
+    # entries
+    assert torch.allclose(both[0, 0], both[0, 1], rtol=1e-9) == (kind == "decoupled")
+
+
+def test_decay_kind_of_the_unknown_is_none():
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1, "weight_decay": 0.1})
+
+        def step(self, closure=None):
+            return None
+
+    own = Own([nn.Parameter(torch.randn(2, 2))])
+    assert decay_kind(own, own.param_groups[0]) is None
+    rprop = torch.optim.Rprop([nn.Parameter(torch.randn(2, 2))])
+    assert decay_kind(rprop, rprop.param_groups[0]) is None
+    assert "changes nothing" in supports_decay_takeover(own)
+
+
+def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
+    weight = nn.Parameter(torch.randn(2, 2))
+    for row in TABLE:
+        if row.known_class is not None:
+            assert supports_decay_takeover(row.known_class([weight], lr=0.1)) is None
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    optimizer.step = torch.compile(optimizer.step, backend="eager")
+    assert supports_decay_takeover(optimizer) is None
+
+
+def test_decay_takeover_rests_on_a_trial_where_the_step_is_not_torchs():
+    weight = nn.Parameter(torch.randn(2, 2))
+    known = torch.optim.AdamW([weight], weight_decay=0.1)
+    assert not taken_over_by_trial(known)
+    assert not taken_over_by_trial(
+        doubles.LoggingSGD([weight], lr=0.1, weight_decay=0.1)
+    )  # shown to step as SGD
+    assert taken_over_by_trial(doubles.Options([weight], weight_decay=0.1))
+    cached = doubles.CachesDecay([weight], weight_decay=0.1)
+    assert re.search(
+        "of CachesDecay it is not known how it decays: .*changes nothing",
+        supports_decay_takeover(cached),
+    )
+
+
+def test_a_fixed_decay_is_applied_as_it_acts():
+    own = weight()
+    optimizer = doubles.Lion([own], lr=0.1, weight_decay=0.01, fixed_decay=True)
+    assert applied_decay(optimizer, optimizer.param_groups[0], own).factor == pytest.approx(0.99)
+    assert (
+        optimizer_decay(optimizer, optimizer.param_groups[0]) is None
+    )  # not in proportion to the rate
+    optimizer.param_groups[0]["fixed_decay"] = False  # an option that changes is looked at again
+    assert applied_decay(optimizer, optimizer.param_groups[0], own).factor == pytest.approx(0.999)

@@ -15,6 +15,10 @@ from lightning_normdyn.optimizers.group_numbers import (
     is_zero,
     with_plain_numbers,
 )
+from lightning_normdyn.theory.equilibrium import (
+    equilibrium_angular_update,
+    equivalent_hyperparameters,
+)
 
 HALVES = [
     0.5,
@@ -79,3 +83,24 @@ def test_a_group_keeps_what_is_no_number():
         "name": "head",
     }
     assert group_number(group, "weight_decay") == 0.0
+
+
+FORMS = {"numpy": np.float32, "fraction": Fraction, "tensor": torch.tensor, "array": np.array}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_predictions_take_numbers_in_every_form(form):
+    as_form = FORMS[form]
+    plain = {"lr": 0.125, "momentum": 0.5, "dampening": 0, "nesterov": False, "weight_decay": 0.25}
+    given = {key: as_form(value) if type(value) is float else value for key, value in plain.items()}
+    assert equilibrium_angular_update(torch.optim.SGD, given) == pytest.approx(
+        equilibrium_angular_update(torch.optim.SGD, plain)
+    )
+    assert equivalent_hyperparameters(torch.optim.SGD, given, 2.0) == equivalent_hyperparameters(
+        torch.optim.SGD, plain, 2.0
+    )
+    plain = {"lr": 0.125, "betas": (0.5, 0.75), "eps": 1e-8, "weight_decay": 0.25}
+    given = {**plain, "betas": tuple(map(as_form, plain["betas"])), "lr": as_form(0.125)}
+    assert equilibrium_angular_update(torch.optim.AdamW, given) == pytest.approx(
+        equilibrium_angular_update(torch.optim.AdamW, plain)
+    )

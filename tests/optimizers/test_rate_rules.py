@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizers.checks import check_rate
 from lightning_normdyn.optimizers.rate import applied_rate
 
 RATES = {
@@ -55,30 +53,6 @@ def test_torchs_adafactor_scales_by_the_size_of_the_weight():
     )
 
 
-UNKNOWN = {
-    "no lr": lambda w: doubles.NoRate([w], lips=10.0),
-    "lr is None": lambda w: doubles.NoRate([w], lr=None, max_lr=None),
-    "a warmup of its own": lambda w: doubles.OwnWarmup([w], lr=0.1, weight_decay=1e-9),
-    "another d": lambda w: doubles.Plain([w], lr=0.1, d=3),
-    "DAdaptSGD before its first step": lambda w: type("DAdaptSGD", (doubles.Plain,), {})(
-        [w], d=1e-6, growth_rate=2.0
-    ),
-}
-
-
-@pytest.mark.parametrize("name", UNKNOWN)
-def test_where_nobody_can_tell_writers_are_refused_by_name(name):
-    weight = nn.Parameter(torch.ones(3, 4))
-    optimizer = UNKNOWN[name](weight)
-    assert applied_rate(optimizer, optimizer.param_groups[0], weight) is None
-    with pytest.raises(
-        NotSupportedError,
-        match=rf"{type(optimizer).__name__} applies in each step.*cannot be told.*AdamW or SGD",
-    ):
-        check_rate(optimizer, [weight])
-    check_rate(optimizer, [])
-
-
 def test_heavyball_warms_up_inside_of_its_step():
     weight = nn.Parameter(torch.ones(3, 4))
     optimizer = doubles.Plain([weight], lr=0.1, warmup_steps=4, step_count=0)
@@ -88,11 +62,3 @@ def test_heavyball_warms_up_inside_of_its_step():
         group["step_count"] = torch.tensor(count)
         rates.append(applied_rate(optimizer, group, weight))
     assert rates == pytest.approx([0.02, 0.04, 0.1, 0.1])
-
-
-def test_a_rate_on_a_device_is_not_waited_for():
-    weight = nn.Parameter(torch.ones(3, 4, device="meta"))  # reading it would raise
-    optimizer = doubles.Prodigy([weight], lr=torch.tensor(1.0, device="meta"))
-    rate = applied_rate(optimizer, optimizer.param_groups[0], weight)
-    assert isinstance(rate, torch.Tensor)
-    assert rate.device.type == "meta"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
 
-import doubles
 import pytest
 import torch
 from torch import nn
@@ -14,14 +12,11 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizers.decay import (
     decay_kind,
     supports_decay_takeover,
-    taken_over_by_trial,
 )
-from lightning_normdyn.optimizers.recognition import is_schedule_free
 from lightning_normdyn.optimizers.state import (
     per_matrix_only,
     rescale_batch_norm_,
     state_exponents,
-    step_buffer,
 )
 
 # name -> (class, options, exponent of the learning rate: the step of SGD goes as 1/f, that of
@@ -248,27 +243,6 @@ def test_unknown_state_is_refused_by_name():
         state_exponents(sgd)
 
 
-def test_schedule_free_is_told_by_what_it_does_and_refused():
-    weight = nn.Parameter(torch.randn(2, 2))
-    optimizer = doubles.ScheduleFree([weight])
-    assert is_schedule_free(optimizer)
-    with pytest.raises(NotSupportedError, match="Use another optimizer"):
-        state_exponents(optimizer)
-    assert "schedule-free" in supports_decay_takeover(optimizer)
-
-
-@pytest.mark.parametrize("kind", [doubles.HasModes, doubles.DualAveraging, doubles.SlowCopy])
-def test_names_of_attributes_make_nobody_schedule_free(kind):
-    weight = nn.Parameter(torch.randn(2, 2))
-    optimizer = kind([weight])
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    assert not is_schedule_free(optimizer)
-    marked = torch.optim.SGD([{"params": [weight], "train_mode": True}], lr=0.1)
-    marked.state[weight] = {"z": torch.zeros(2, 2)}
-    assert not is_schedule_free(marked)
-
-
 def test_state_that_is_no_dict_belongs_to_no_weight():
     weight = nn.Parameter(torch.randn(2, 2))
     optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
@@ -283,101 +257,6 @@ def test_buffers_in_containers_are_seen(held):
     optimizer.state[weight] = {"buffers": held, "step": 3, "flag": True}
     with pytest.raises(NotSupportedError, match=r"buffers \['buffers'\]"):
         state_exponents(optimizer)
-
-
-@pytest.mark.parametrize(
-    ("optimizer_class", "options", "kind"),
-    [
-        (torch.optim.SGD, {"lr": 0.1}, "coupled"),
-        (torch.optim.Adam, {}, "coupled"),
-        (torch.optim.AdamW, {}, "decoupled"),
-        (torch.optim.NAdam, {}, "coupled"),
-        (torch.optim.NAdam, {"decoupled_weight_decay": True}, "decoupled"),
-        (torch.optim.RAdam, {"decoupled_weight_decay": True}, "decoupled"),
-        (torch.optim.Adamax, {}, "coupled"),
-        (torch.optim.RMSprop, {}, "coupled"),
-        (torch.optim.Adagrad, {}, "coupled"),
-        (torch.optim.Adadelta, {}, "coupled"),
-        (torch.optim.ASGD, {}, "coupled"),
-        (torch.optim.Adafactor, {}, "decoupled"),
-        *([(torch.optim.Muon, {}, "decoupled")] if hasattr(torch.optim, "Muon") else []),
-    ],
-)
-def test_decay_kind_is_what_a_step_without_gradient_does(optimizer_class, options, kind):
-    weight = nn.Parameter(torch.tensor([[1.0, 100.0]], dtype=torch.float64))
-    optimizer = optimizer_class([weight], weight_decay=0.1, **options)
-    assert decay_kind(optimizer, optimizer.param_groups[0]) == kind
-    if optimizer_class in (torch.optim.SGD, torch.optim.ASGD):
-        return  # without momentum, SGD's two kinds are one
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
-    both = weight.detach() / torch.tensor([[1.0, 100.0]], dtype=torch.float64)
-    # decoupled: one factor for all entries; coupled and then normalized: the same step for all
-    # entries
-    assert torch.allclose(both[0, 0], both[0, 1], rtol=1e-9) == (kind == "decoupled")
-
-
-def test_decay_kind_of_the_unknown_is_none():
-    class Own(torch.optim.Optimizer):
-        def __init__(self, params):
-            super().__init__(params, {"lr": 0.1, "weight_decay": 0.1})
-
-        def step(self, closure=None):
-            return None
-
-    own = Own([nn.Parameter(torch.randn(2, 2))])
-    assert decay_kind(own, own.param_groups[0]) is None
-    rprop = torch.optim.Rprop([nn.Parameter(torch.randn(2, 2))])
-    assert decay_kind(rprop, rprop.param_groups[0]) is None
-    assert "changes nothing" in supports_decay_takeover(own)
-
-
-def test_decay_takeover_survives_the_wrappers_that_torch_puts_around_step():
-    weight = nn.Parameter(torch.randn(2, 2))
-    for name in OPTIMIZERS:
-        assert supports_decay_takeover(build(name, weight)) is None
-    assert (
-        supports_decay_takeover(torch.optim.Adafactor([weight])) is None
-    )  # its group has a "d", as Prodigy's, but a constant
-    optimizer = torch.optim.SGD([weight], lr=0.1)
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    optimizer.step = torch.compile(optimizer.step, backend="eager")
-    assert supports_decay_takeover(optimizer) is None
-
-
-def test_decay_takeover_rests_on_a_trial_where_the_step_is_not_torchs():
-    weight = nn.Parameter(torch.randn(2, 2))
-    known = torch.optim.AdamW([weight], weight_decay=0.1)
-    assert not taken_over_by_trial(known)
-    assert not taken_over_by_trial(
-        doubles.LoggingSGD([weight], lr=0.1, weight_decay=0.1)
-    )  # shown to step as SGD
-    assert taken_over_by_trial(doubles.Options([weight], weight_decay=0.1))
-    cached = doubles.CachesDecay([weight], weight_decay=0.1)
-    assert re.search(
-        "of CachesDecay it is not known how it decays: .*changes nothing",
-        supports_decay_takeover(cached),
-    )
-
-
-def test_an_own_step_is_unknown_unless_it_steps_as_its_base():
-    weight = nn.Parameter(torch.randn(2, 2))
-    assert state_exponents(doubles.LoggingSGD([weight], lr=0.1, momentum=0.9)) == {
-        "momentum_buffer": -1.0
-    }
-    with pytest.raises(NotSupportedError, match=r"state of ClippingSGD.*differs from that of SGD"):
-        state_exponents(doubles.ClippingSGD([weight], lr=0.1, momentum=0.9))
-    with pytest.raises(
-        NotSupportedError, match=r"state of SlowCopy.*AdamW"
-    ):  # before it has any state
-        state_exponents(doubles.SlowCopy([weight]))
-    assert (
-        step_buffer(
-            doubles.ClippingSGD([weight], lr=0.1, momentum=0.9),
-            {"momentum": 0.9, "nesterov": False},
-        )
-        is None
-    )
 
 
 # ---- The statistics behind a rescaled filter ----

@@ -6,7 +6,6 @@ import pytest
 import torch
 from paper_optimizers import group_of
 
-from lightning_normdyn.optimizers.recognition import steps_like
 from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
@@ -37,9 +36,3 @@ def test_a_name_without_the_keys_of_its_rule_is_not_understood() -> None:
     assert step_response(Lion, group) is not None
     assert step_response(Lion, {**group, "weight_decouple": False}) is None
     assert step_response(Lion, {**group, "caution": True}) is None
-
-
-def test_steps_like_looks_at_the_step_alone() -> None:
-    assert steps_like(PlainSubclass, SGD)
-    assert not steps_like(type("Other", (SGD,), {"step": lambda self, closure=None: None}), SGD)
-    assert not steps_like(torch.optim.Adam, SGD)

@@ -1,0 +1,85 @@
+"""The phases of a step, and what is noted for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import backward, weight_and_sgd
+
+from lightning_normdyn import (
+    Partition,
+    Phase,
+    StepBracket,
+    WeightVectors,
+)
+from lightning_normdyn.optimizers.scaling import Scaling
+from lightning_normdyn.optimizers.step import Step
+
+
+def test_phases_then_names_decide_the_order_not_the_registration():
+    weight, optimizer = weight_and_sgd()
+    bracket, seen = StepBracket.of(optimizer), []
+    for phase in sorted(Phase, reverse=True):
+        for name in "ba":
+            bracket.add(phase, lambda step, event=(phase, name): seen.append(event), order=name)
+    backward(weight)
+    optimizer.step()
+    assert seen == [(phase, name) for phase in sorted(Phase) for name in "ab"]
+
+
+def test_the_phases_of_architecture():
+    assert list(Phase) == sorted(Phase)
+    names = [
+        "RESOLVE",
+        "MEASURE",
+        "LR_DROP",
+        "SHRINK",
+        "SNAPSHOT",
+        "LOOK_AGAIN",
+        "PROJECT",
+        "MEASURE_STEP",
+        "RESCALE",
+    ]
+    assert [p.name for p in Phase] == names
+
+
+def a_step(**options):
+    return Step(StepBracket.of(weight_and_sgd()[1]), 1, **options)
+
+
+def test_a_note_waits_until_the_update_is_known_to_have_happened():
+    step, said = a_step(), []
+    step.when_updated(lambda: said.append("updated"))
+    step.when_done(lambda: said.append("done"))
+    assert said == []
+    step.mark_updated()
+    assert said == ["updated"]
+    step.mark_happened()
+    assert said == ["updated", "done"]
+    step.when_done(lambda: said.append("at once"))
+    step.mark_updated()
+    step.mark_happened()
+    assert said == ["updated", "done", "at once"]
+
+
+@pytest.mark.parametrize("happened", [False, True])
+def test_only_a_step_that_did_not_happen_is_taken_back(happened):
+    weight, optimizer = weight_and_sgd()
+    step, undone, before = Step(StepBracket.of(optimizer), 1), [], weight.detach().clone()
+    vectors = WeightVectors([weight], [Partition.filters((2, 3))])
+    step.scale(Scaling(vectors, torch.tensor([0.5, 0.25])))
+    step.undo_with(lambda: undone.append("first"))
+    step.undo_with(lambda: undone.append("second"))
+    step.seal()
+    if happened:
+        step.mark_happened()
+    step.take_back(gradients_count=False)
+    assert torch.equal(weight.detach(), before) is not happened
+    assert undone == ([] if happened else ["second", "first"])
+
+
+@pytest.mark.parametrize(("found_inf", "expected"), [(None, 0.9), (0.0, 0.9), (1.0, 1.0)])
+def test_a_factor_is_1_where_the_update_is_skipped_on_the_device(found_inf, expected):
+    skipped = None if found_inf is None else torch.tensor(found_inf)
+    factor = a_step(skipped=skipped).unless_skipped(torch.full((3,), 0.9), 1.0)
+    assert factor.tolist() == pytest.approx([expected] * 3)
