@@ -15,7 +15,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,52 +90,58 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.command(options)
         sys.stdout.flush()
+        return 0
     except KeyboardInterrupt:
         return 130
-    # the reader has seen enough (`... | head`); Python must not complain about it at exit either
     except BrokenPipeError:
+        # The reader has seen enough (`... | head`). Python must not complain about it at exit
+        # either, when it flushes what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (
-        Exception,
-        SystemExit,
-    ) as error:  # the model's code may call sys.exit, which must not end this without a word
+    # SystemExit: the model's code may call sys.exit, which must not end this without a word.
+    except (Exception, SystemExit) as error:
         if options.traceback:
             raise
-        known = isinstance(error, (NormDynError, OSError))
-        hint = (
-            "" if known else f" ({type(error).__name__}; run again with --traceback to see where)"
-        )
-        said = (
-            f"`{error.filename}`: {error.strerror}"
-            if isinstance(error, OSError) and error.filename and error.strerror
-            else error
-        )
-        print(f"error: {said}{hint}", file=sys.stderr)
+        print(f"error: {_in_words(error)}", file=sys.stderr)
         return 1
-    return 0
+
+
+def _in_words(error: BaseException) -> str:
+    """What a person should read of an error."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"`{error.filename}`: {error.strerror}"
+    if isinstance(error, (NormDynError, OSError)):
+        return str(error)
+    # Nobody foresaw it: its text alone may tell nothing ('missing' of a KeyError).
+    return f"{error} ({type(error).__name__}; run again with --traceback to see where)"
 
 
 def _parser() -> argparse.ArgumentParser:
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("--traceback", action="store_true", help="show where an error comes from")
-    layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="python -m lightning_normdyn",
         description="See the effective learning rate of a model.",
         epilog=_EXAMPLES,
-        formatter_class=layout,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lightning-normdyn {__version__}")
     commands = parser.add_subparsers(required=True, metavar="{demo,inspect,report}")
 
-    demo = commands.add_parser(
-        "demo",
-        help="train a small network twice and look at it",
-        description=_DEMO,
-        formatter_class=layout,
-        parents=[shared],
-    )
+    def add_command(
+        name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument(
+            "--traceback", action="store_true", help="show where an error comes from"
+        )
+        command.set_defaults(command=run)
+        return command
+
+    demo = add_command("demo", _demo, "train a small network twice and look at it", _DEMO)
     demo.add_argument(
         "--out",
         type=Path,
@@ -147,15 +154,8 @@ def _parser() -> argparse.ArgumentParser:
         default="default",
         help="tiny: a few seconds, too short to see much",
     )
-    demo.set_defaults(command=_demo)
 
-    inspect = commands.add_parser(
-        "inspect",
-        help="which weights are scale-invariant",
-        description=_INSPECT,
-        formatter_class=layout,
-        parents=[shared],
-    )
+    inspect = add_command("inspect", _inspect, "which weights are scale-invariant", _INSPECT)
     inspect.add_argument(
         "model",
         metavar="MODULE:CLASS",
@@ -190,15 +190,8 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="argument of the class; once per argument",
     )
-    inspect.set_defaults(command=_inspect)
 
-    report = commands.add_parser(
-        "report",
-        help="one HTML file about runs",
-        description=_REPORT,
-        formatter_class=layout,
-        parents=[shared],
-    )
+    report = add_command("report", _report, "one HTML file about runs", _REPORT)
     report.add_argument(
         "runs",
         metavar="RUN",
@@ -212,7 +205,6 @@ def _parser() -> argparse.ArgumentParser:
         default=Path("report.html"),
         help="file to write (default: report.html)",
     )
-    report.set_defaults(command=_report)
     return parser
 
 
@@ -220,40 +212,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    # Beside the package in the source tree, or within it.
     package = Path(__file__).parent
-    places = [folder / "examples" / "digits_resnet.py" for folder in (package.parent, package)]
-    example = next((place for place in places if place.is_file()), None)
-    if example is None:
+    for folder in (package.parent, package):
+        example = folder / "examples" / "digits_resnet.py"
+        if example.is_file():
+            break
+    else:
         raise NormDynError(
             f"the demonstration is examples/digits_resnet.py of the source tree, and there is none "
             f"beside {package}. "
             "Get it with `pip download --no-deps --no-binary lightning-normdyn lightning-normdyn` "
             "and unpack it."
         )
-    command = [
-        sys.executable,
-        str(example),
-        "--demo",
-        "--preset",
-        options.preset,
-        "--out",
-        str(options.out),
-        "--logger",
-        "csv",
-    ]
+    command = [sys.executable, str(example), "--demo", "--preset", options.preset]
+    command += ["--out", str(options.out), "--logger", "csv"]
+    # A person sees the progress of the training; a log gets its last words if it fails.
     watched = sys.stderr.isatty()
     done = subprocess.run(
         command, capture_output=not watched, text=True, errors="replace", check=False
     )
     if done.returncode:
-        said = (done.stderr or "").strip().splitlines()
-        raise NormDynError(
-            f"the demonstration failed{': ' + said[-1].removeprefix('error: ') if said else ''}."
-        )
+        reason = ""
+        lines = (done.stderr or "").strip().splitlines()
+        if lines:
+            reason = f": {lines[-1].removeprefix('error: ')}"
+        raise NormDynError(f"the demonstration failed{reason}.")
 
     runs = {
-        label: load_run(options.out / folder)
-        for label, folder in (("weight decay", "decay"), ("AdaptiveWeightShrink", "aws"))
+        "weight decay": load_run(options.out / "decay"),
+        "AdaptiveWeightShrink": load_run(options.out / "aws"),
     }
     report = write_report(runs, options.out / "report.html", _say)
     for path in (*sorted(options.out.glob("*.png")), report):
@@ -278,9 +266,10 @@ def _inspect(options: argparse.Namespace) -> None:
             f"Check --input-shape."
         ) from error
     # A person gets what fits the terminal, a pipe one line per weight.
-    print(
-        targets_table(verdicts, shutil.get_terminal_size().columns if sys.stdout.isatty() else None)
-    )
+    width = None
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    print(targets_table(verdicts, width))
 
 
 def _build(name: str, settings: dict[str, Any]) -> nn.Module:
@@ -289,10 +278,8 @@ def _build(name: str, settings: dict[str, Any]) -> nn.Module:
     with _importing_from_here():
         try:
             imported = _import(source)
-        except (
-            Exception,
-            SystemExit,
-        ) as error:  # a script that is no module may end itself, or parse its command line and end
+        # A script that is no module may end itself, or parse its command line and end.
+        except (Exception, SystemExit) as error:
             raise NormDynError(f"`{source}` cannot be imported: {_first_line(error)}.") from error
         if not hasattr(imported, attribute):
             raise NormDynError(f"`{source}` has no `{attribute}`.")
@@ -318,9 +305,11 @@ def _import(source: str) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    sys.path.insert(0, str(path.parent))  # so that it finds its neighbours, as when it is run
+    # So that it finds its neighbours, as when it is run.
+    sys.path.insert(0, str(path.parent))
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look there
+    # Dataclasses and pickles look there.
+    sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
 
@@ -338,10 +327,8 @@ def _importing_from_here() -> Iterator[None]:
 
 def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
     if options.input_shape:
-        return tuple(
-            _random_input((options.batch_size, *shape), options.integers)
-            for shape in options.input_shape
-        )
+        shapes = [(options.batch_size, *shape) for shape in options.input_shape]
+        return tuple(_random_input(shape, options.integers) for shape in shapes)
     example = getattr(module, "example_input_array", None)
     if isinstance(example, torch.Tensor):
         return (example,)
@@ -355,11 +342,9 @@ def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
 
 def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-        if below is None
-        else torch.randint(below, shape, generator=generator, dtype=torch.long, device="cpu")
-    )
+    if below is None:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return torch.randint(below, shape, generator=generator, dtype=torch.long, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -382,35 +367,39 @@ def _report(options: argparse.Namespace) -> None:
     print(write_report(runs, options.output, _say))
 
 
-def _named_run(text: str) -> tuple[str | None, str | Path]:
-    """Label and place of a run; a URL stays text, because `Path` would make ``s3:/`` of
-    ``s3://``."""
+def _named_run(text: str) -> tuple[str, str | Path]:
+    """Label and place of a run; the label is empty where none was given."""
     label, equals, path = text.partition("=")
+    # An equals sign may belong to a URL, or to a path (`lr=0.1/history.npz`).
     if not equals or not label or is_remote(text) or Path(text).exists():
         label, path = "", text
-    return label or None, path if is_remote(path) else Path(path)
+    # A URL stays text: Path would make `s3:/` of `s3://`.
+    return label, path if is_remote(path) else Path(path)
 
 
-def _distinct(named: Sequence[tuple[str | None, str | Path]]) -> Iterator[tuple[str, str | Path]]:
+def _distinct(named: Sequence[tuple[str, str | Path]]) -> Iterator[tuple[str, str | Path]]:
     """Labels for runs: as given, else as much of the end of the path as tells them apart."""
-    # Path.resolve() stumbles over a link to itself.
-    places = [Path(path if is_remote(path) else os.path.realpath(path)) for _, path in named]
-    parts = [
-        each.with_suffix("").parts if each.suffix in (".npz", ".csv", ".wandb") else each.parts
-        for each in places
-    ]
-    parts = [
-        each[:-1] if len(each) > 2 and each[-1] in ("history", "metrics") else each
-        for each in parts
-    ]
-    used: dict[str, int] = {}
-    for (label, path), mine in zip(named, parts, strict=True):
+    parts = [_telling_parts(path) for _, path in named]
+    used: Counter[str] = Counter()
+    for (label, path), own in zip(named, parts, strict=True):
         length = 1
-        while length < len(mine) and sum(other[-length:] == mine[-length:] for other in parts) > 1:
+        while length < len(own) and sum(p[-length:] == own[-length:] for p in parts) > 1:
             length += 1
-        label = label or "/".join(mine[-length:])
-        used[label] = used.get(label, 0) + 1
+        label = label or "/".join(own[-length:])
+        used[label] += 1
         yield (label if used[label] == 1 else f"{label} ({used[label]})"), path
+
+
+def _telling_parts(path: str | Path) -> tuple[str, ...]:
+    """The parts of a path that may name a run: not the ``history.npz`` that all of them end in."""
+    # Path.resolve() stumbles over a link to itself.
+    place = Path(path if is_remote(path) else os.path.realpath(path))
+    if place.suffix in (".npz", ".csv", ".wandb"):
+        place = place.with_suffix("")
+    parts = place.parts
+    if len(parts) > 2 and parts[-1] in ("history", "metrics"):
+        return parts[:-1]
+    return parts
 
 
 # -------------------------------------------------------------------------------------------- words
@@ -422,8 +411,9 @@ def _say(text: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
+    kind = type(error).__name__
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}" if lines else type(error).__name__
+    return f"{kind}: {lines[0].rstrip('.')}" if lines else kind
 
 
 def _model_name(text: str) -> str:
@@ -454,7 +444,8 @@ def _setting(text: str) -> tuple[str, Any]:
     try:
         return key, ast.literal_eval(value)
     except (ValueError, SyntaxError):
-        return key, value  # a word, e.g. --set norm=batch
+        # A word, e.g. --set norm=batch.
+        return key, value
 
 
 if __name__ == "__main__":

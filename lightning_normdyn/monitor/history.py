@@ -126,6 +126,7 @@ class History:
 
     def _cells(self, values: Mapping[str, float]) -> tuple[Floats, Flags]:
         """The cells of a row, and which of them are recorded; columns are made as needed."""
+        # First of all: a value that is refused must not leave a column behind.
         numbers = [_as_float(value) for value in values.values()]
         columns = self._contents.columns
         for key in values:
@@ -182,6 +183,7 @@ class History:
         _check_steps(step)
         copies: dict[str, Floats] = {}
         for name, array in arrays.items():
+            # A copy: the caller may go on with its array.
             copies[name] = np.array(array, dtype=np.float32)
             self._check_vector_size(name, copies[name])
 
@@ -192,6 +194,7 @@ class History:
                 f"per-vector arrays of step {step} come after those of step {newest.step}; records "
                 f"come in order."
             )
+        # A second optimizer of the same step adds to its record.
         if newest and step == newest.step:
             together = {**newest.content.arrays(), **copies}
             vectors.replace_newest(bundled(together, newest.content))
@@ -220,6 +223,7 @@ class History:
         vectors = self._contents.vectors
         records: list[Record] = []
         bundle: Bundle | None = None
+        # Records are never changed in place: forks share them.
         for record in vectors.records:
             arrays = record.content.arrays()
             arrays.pop(name, None)
@@ -340,7 +344,13 @@ class History:
     def _as_dict(self, record: Record) -> dict[str, float]:
         row: Row = record.content
         values: dict[str, float] = {"step": record.step, "optimizer_step": row.optimizer_step}
-        cells = zip(self._contents.columns, row.cells.tolist(), row.present.tolist(), strict=False)
+        # Not strict: the row may end before columns that came later.
+        cells = zip(
+            self._contents.columns,
+            row.cells.tolist(),
+            row.present.tolist(),
+            strict=False,
+        )
         for key, cell, present in cells:
             if present:
                 values[key] = cell
@@ -374,6 +384,7 @@ class History:
         """Everything as one string and plain tensors, so that ``torch.load(...,
         weights_only=True)`` reads it."""
         header, arrays = pack(self._contents)
+        # Tensors: `weights_only=True` refuses arrays of numpy.
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         return {"header": header, **tensors}
 
@@ -381,7 +392,8 @@ class History:
         """Take over what :meth:`state_dict` gave, limits included.
 
         Raises:
-            NormDynError: for anything else; this history then stays as it was.
+            NormDynError: for what :meth:`state_dict` would not have given, and whatever else a
+                damaged state provokes; this history then stays as it was.
         """
         arrays = {}
         for name, value in state.items():
@@ -419,9 +431,13 @@ def load_history(path: str | os.PathLike[str]) -> History:
     # Of a URL it shows only now that nothing is there.
     except FileNotFoundError as error:
         raise NormDynError(missing) from error
-    except NormDynError as error:
+    # Whatever a damaged or hostile file provokes in the parsers of zip, numpy and JSON says
+    # something about the file, and nothing about this program.
+    except Exception as error:
+        ours = isinstance(error, NormDynError)
+        reason = error if ours else f"it is damaged ({type(error).__name__}: {error})"
         raise NormDynError(
-            f"`{path}` cannot be read as a history: {error}. Save it again from the run."
+            f"`{path}` cannot be read as a history: {reason}. Save it again from the run."
         ) from error
     return history
 
@@ -448,7 +464,15 @@ def _as_float(value: float) -> float:
 
 
 def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+    close = (
+        difflib.get_close_matches(
+            name,
+            known,
+            n=3,
+            cutoff=0.3,
+        )
+        or known[:3]
+    )
     hint = f"closest: {', '.join(close)}" if close else "there are none"
     raise NormDynError(
         f"{what} `{name}` was asked for, and this history has {len(known)} others ({hint})."

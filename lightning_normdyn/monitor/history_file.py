@@ -24,7 +24,6 @@ from lightning_normdyn.monitor.records import (
     Bundle,
     Contents,
     Event,
-    Flags,
     Floats,
     Ints,
     Row,
@@ -37,8 +36,6 @@ Arrays = dict[str, NDArray[Any]]
 
 _FORMAT = "lightning-normdyn history"
 _VERSION = 2
-# The version before had no place for "recorded, and not a number": in it NaN means missing.
-_NAN_IS_MISSING = 1
 MOST = 2**53
 """No run counts as far, and beyond it a float no longer counts by ones."""
 
@@ -52,18 +49,24 @@ def pack(contents: Contents) -> tuple[str, Arrays]:
     Raises:
         NormDynError: where ``meta`` holds something that JSON cannot express.
     """
-    lists = {"row": contents.rows, "event": contents.events, "vector": contents.vectors}
+    events = [record.content for record in contents.events.records]
     header: dict[str, Any] = {
         "format": _FORMAT,
         "version": _VERSION,
         "meta": contents.meta,
         "keys": list(contents.columns),
-        "events": [[event.content.kind, event.content.name] for event in contents.events.records],
+        "events": [[event.kind, event.name] for event in events],
         "vectors": list(contents.vector_sizes.items()),
-        **{part: _pack_thinning(thinned) for part, thinned in lists.items()},
     }
-    arrays = {part: _pack_places(thinned) for part, thinned in lists.items()}
-    arrays |= _pack_rows(contents)
+    arrays = _pack_rows(contents)
+    lists = {
+        "row": contents.rows,
+        "event": contents.events,
+        "vector": contents.vectors,
+    }
+    for part, thinned in lists.items():
+        header[part] = _pack_thinning(thinned)
+        arrays[part] = _pack_places(thinned)
     for i, name in enumerate(contents.vector_sizes):
         arrays |= _pack_vectors(contents, name, i)
 
@@ -81,13 +84,20 @@ def _pack_thinning(thinned: ThinnedList) -> dict[str, Any]:
     kinds = []
     for kind, count in thinned.counts.items():
         kinds.append([kind, count, thinned.strides.get(kind, 1)])
-    return {"capacity": thinned.capacity, "max_kinds": thinned.max_kinds, "kinds": kinds}
+    return {
+        "capacity": thinned.capacity,
+        "max_kinds": thinned.max_kinds,
+        "kinds": kinds,
+    }
 
 
 def _pack_places(thinned: ThinnedList) -> Ints:
     """Step, kind and number of each record: ``(records, 3)``."""
+    # Kinds by number: the header holds their names once.
     index = {kind: i for i, kind in enumerate(thinned.counts)}
-    places = [(record.step, index[record.kind], record.number) for record in thinned.records]
+    places = []
+    for record in thinned.records:
+        places.append((record.step, index[record.kind], record.number))
     return np.array(places, dtype=np.int64).reshape(-1, 3)
 
 
@@ -97,11 +107,13 @@ def _pack_rows(contents: Contents) -> Arrays:
     cells = np.full(shape, np.nan, dtype=np.float32)
     present = np.zeros(shape, dtype=np.bool_)
     for i, row in enumerate(rows):
+        # A row ends before the columns that came after it.
         width = len(row.cells)
         cells[i, :width] = row.cells
         present[i, :width] = row.present
     return {
         "cells": cells,
+        # Eight cells in a byte: a flag of its own for each would add a quarter to the file.
         "present": np.packbits(present, axis=1),
         "optimizer_step": np.array([row.optimizer_step for row in rows], dtype=np.int64),
     }
@@ -147,39 +159,35 @@ def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
     """What :func:`pack` was given.
 
     Raises:
-        NormDynError: for anything that :func:`pack` would not have made.
+        NormDynError: for what :func:`pack` would not have made, and whatever else parsing a
+            damaged or hostile header provokes.
     """
-    try:
-        return _unpack(text, arrays)
-    except NormDynError:
-        raise
-    # Whatever exception a damaged or hostile header provokes, it says something about the header.
-    except Exception as error:
-        raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
-
-
-def _unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
     header = json.loads(text)
     ours = isinstance(header, dict) and header.get("format") == _FORMAT
     _require(ours, "it is not a history of lightning-normdyn")
-    version = header["version"]
     _require(
-        version in (_NAN_IS_MISSING, _VERSION) and not isinstance(version, bool),
-        f"it has format version {shown(version)}, and this package reads versions "
-        f"{_NAN_IS_MISSING} and {_VERSION}",
+        header["version"] == _VERSION,
+        f"it has format version {shown(header['version'])}, and this package reads {_VERSION}",
     )
     _require(isinstance(header["meta"], dict), "`meta` is no dict")
 
     packed = _Packed(header, arrays)
+    # The limits here do not matter: those of the file follow.
     contents = Contents(max_rows=4, max_vector_bytes=1)
     contents.meta = header["meta"]
-    contents.columns = {_text(key): i for i, key in enumerate(header["keys"])}
+    for i, key in enumerate(header["keys"]):
+        contents.columns[_text(key)] = i
+    for name, size in header["vectors"]:
+        contents.vector_sizes[_text(name)] = _count(size, 0)
+    # A name that stands twice would move all arrays behind it to other names.
     _require(len(contents.columns) == len(header["keys"]), "a key stands twice")
-    contents.vector_sizes = {_text(name): _count(size, 0) for name, size in header["vectors"]}
     _require(len(contents.vector_sizes) == len(header["vectors"]), "a name stands twice")
-    _restore(contents.rows, "row", packed, _rows(packed, len(contents.columns)))
+
+    rows = _rows(packed, len(contents.columns))
+    bundles = _bundles(packed, contents.vector_sizes)
+    _restore(contents.rows, "row", packed, rows)
     _restore(contents.events, "event", packed, _events(packed))
-    _restore(contents.vectors, "vector", packed, _bundles(packed, contents.vector_sizes))
+    _restore(contents.vectors, "vector", packed, bundles)
     return contents
 
 
@@ -190,14 +198,16 @@ def _places(packed: _Packed, part: str) -> Ints:
 def _rows(packed: _Packed, width: int) -> list[Row]:
     count = len(_places(packed, "row"))
     cells = packed.array("cells", np.float32, (count, width))
-    present: Flags
-    if packed.header["version"] == _NAN_IS_MISSING:
-        present = ~np.isnan(cells)
-    else:
-        bits = packed.array("present", np.uint8, (count, math.ceil(width / 8)))
-        present = np.unpackbits(bits, axis=1, count=width).astype(np.bool_)
-    optimizer_steps = packed.array("optimizer_step", np.int64, (count,)).tolist()
-    return [Row(*row) for row in zip(optimizer_steps, cells, present, strict=True)]
+    bits = packed.array("present", np.uint8, (count, math.ceil(width / 8)))
+    present = np.unpackbits(
+        bits,
+        axis=1,
+        count=width,
+    ).astype(np.bool_)
+    optimizer_steps = packed.array("optimizer_step", np.int64, (count,))
+    # tolist: Python's integers, which JSON and dicts of a row can hold.
+    columns = zip(optimizer_steps.tolist(), cells, present, strict=True)
+    return [Row(*row) for row in columns]
 
 
 def _events(packed: _Packed) -> list[Event]:
@@ -238,6 +248,7 @@ def _restore(
     for kind, count, stride in about["kinds"]:
         counts[_text(kind)] = _count(count)
         strides[kind] = _count(stride)
+    # Records name their kind by its place here, so a kind that stands twice counts twice.
     kinds = [kind for kind, _, _ in about["kinds"]]
 
     reachable = ((steps > -MOST) & (steps < MOST)).all()
@@ -245,8 +256,9 @@ def _restore(
     # Events may be marked for an earlier step; rows and arrays come in order.
     in_order = part == "event" or (steps[1:] >= steps[:-1]).all()
     _require(in_order, f"the steps of `{part}` are not in order")
-    has_kind = (kind_indices >= 0) & (kind_indices < len(kinds)) & (numbers >= 0)
-    _require(has_kind.all(), f"a record of `{part}` has no kind")
+    has_kind = (kind_indices >= 0) & (kind_indices < len(kinds))
+    counted = has_kind & (numbers >= 0)
+    _require(counted.all(), f"a record of `{part}` has no kind")
 
     thinned.capacity = _count(about["capacity"])
     thinned.max_kinds = _count(about["max_kinds"])
@@ -261,24 +273,13 @@ def read_npz(path: str | os.PathLike[str]) -> Arrays:
     than the bytes that are really there.
 
     Raises:
-        NormDynError: for a file that is no undamaged ``.npz`` of this kind.
-        FileNotFoundError: where there is none.
+        NormDynError: for what :meth:`History.save` would not have written, and whatever else
+            parsing a damaged or hostile file provokes.
     """
-    try:
-        return _read_npz(path)
-    except (NormDynError, FileNotFoundError):
-        raise
-    except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise NormDynError(f"no undamaged .npz file ({error})") from error
-    # As in `unpack`: numpy's and zipfile's parsers raise many kinds of exceptions.
-    except Exception as error:
-        raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
-
-
-def _read_npz(path: str | os.PathLike[str]) -> Arrays:
     arrays: Arrays = {}
     with ExitStack() as opened:
         file: BinaryIO
+        # zipfile seeks, which not every scheme can do on a file at a URL.
         if is_remote(path):
             file = io.BytesIO(read(path))
         else:
@@ -289,6 +290,7 @@ def _read_npz(path: str | os.PathLike[str]) -> Arrays:
         members = archive.infolist()
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
         _require(stored, "its parts are compressed, which this package never does")
+        # Two members may point at the same bytes: a small file would claim any amount of memory.
         claimed = sum(member.file_size for member in members)
         _require(claimed <= size, "its parts claim more bytes than it has")
         for member in members:
@@ -307,8 +309,9 @@ def _parse_npy(name: str, content: bytes) -> NDArray[Any]:
     _require(not fortran_order or len(shape) < 2, f"`{name}` is stored by columns")
 
     data = file.read()
+    size = math.prod(shape) * dtype.itemsize
     # Two negative sizes have a positive product.
-    whole = min(shape, default=0) >= 0 and math.prod(shape) * dtype.itemsize == len(data)
+    whole = size == len(data) and min(shape, default=0) >= 0
     _require(whole, f"`{name}` is cut off")
     # Copied: an array over bytes could not be written to.
     return np.frombuffer(data, dtype=dtype).reshape(shape).copy()

@@ -12,7 +12,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from math import isfinite, isnan
 from pathlib import Path
@@ -38,7 +38,7 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.histograms import Histogram
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
-from lightning_normdyn.monitor.plots.layers import plot_angular_update, plot_effective_lr
+from lightning_normdyn.monitor.plots.layers import plot_curves
 from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import QUANTITIES, Place, shown_in
 from lightning_normdyn.storage import Location, exists, join, replacing
@@ -86,12 +86,7 @@ class Outcome:
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
         for quantity in self.shown_in("curves"):
-            draw = (
-                plot_angular_update
-                if quantity == "angular_update"
-                else partial(plot_effective_lr, quantity=quantity)
-            )
-            yield f"{quantity}{self.label}", draw(self.history)[0]
+            yield f"{quantity}{self.label}", plot_curves(self.history, quantity)[0]
         for quantity in self.shown_in("map"):
             yield (
                 f"heat_map_{quantity}{self.label}",

@@ -89,7 +89,9 @@ class Contents:
         """The place of each log key's cell in a row."""
         self.vector_sizes: dict[str, int] = {}
         """The length of the arrays of each name."""
+        # Few kinds of rows: each optimizer has one, and each of them must keep several rows.
         self.rows = ThinnedList(max_rows, max_kinds=min(16, max_rows // 4))
+        # Events are of many kinds, since each weight has its own.
         self.events = ThinnedList(max_rows, max_kinds=max_rows // 4)
         self.vectors = ThinnedList(max_vector_bytes, max_kinds=16, size=_bytes)
 
@@ -98,7 +100,9 @@ class Contents:
         and so is ``meta``."""
         other = Contents(self.rows.capacity, self.vectors.capacity)
         other.meta = self.meta
-        other.columns, other.vector_sizes = dict(self.columns), dict(self.vector_sizes)
-        other.rows, other.events = self.rows.fork(), self.events.fork()
+        other.columns = dict(self.columns)
+        other.vector_sizes = dict(self.vector_sizes)
+        other.rows = self.rows.fork()
+        other.events = self.events.fork()
         other.vectors = self.vectors.fork()
         return other

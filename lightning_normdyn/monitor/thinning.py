@@ -83,25 +83,35 @@ class ThinnedList:
     def truncate_after(self, step: int) -> None:
         """Drop the records that are later than ``step``."""
         remaining = [record for record in self.records if record.step <= step]
+        # The common case on a resume: nothing was recorded since the checkpoint.
         if len(remaining) == len(self.records):
             return
         # Count on from the last remaining record, so that the same records are thinned as if the
         # dropped ones had never been.
         counts = {record.kind: record.number + 1 for record in remaining}
-        strides = {kind: stride for kind, stride in self.strides.items() if kind in counts}
+        strides = dict(self.strides)
+        for kind in strides.keys() - counts.keys():
+            del strides[kind]
         self.restore(remaining, counts, strides)
 
     def fork(self) -> ThinnedList:
         """A list of its own with the same records."""
         other = ThinnedList(self.capacity, self.max_kinds, self._size)
-        other.restore(list(self.records), dict(self.counts), dict(self.strides))
+        # Records themselves never change, so the lists may share them.
+        other.restore(
+            list(self.records),
+            dict(self.counts),
+            dict(self.strides),
+        )
         return other
 
     def restore(
         self, records: list[Record], counts: dict[str, int], strides: dict[str, int]
     ) -> None:
         """Hold these records, with the counts and strides by which thinning goes on."""
-        self.records, self.counts, self.strides = records, counts, strides
+        self.records = records
+        self.counts = counts
+        self.strides = strides
         self._total = sum(self._size(record.content) for record in records)
 
     def _on_stride(self, record: Record) -> bool:
@@ -117,4 +127,5 @@ class ThinnedList:
             [(most_frequent, _)] = frequencies.most_common(1)
             self.strides[most_frequent] = 2 * self.strides.get(most_frequent, 1)
             remaining = [record for record in older if self._on_stride(record)]
-            self.restore([*remaining, newest], self.counts, self.strides)
+            remaining.append(newest)
+            self.restore(remaining, self.counts, self.strides)

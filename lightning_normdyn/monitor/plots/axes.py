@@ -9,41 +9,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.labels import elide, in_legend, plain_text
+from lightning_normdyn.monitor.plots.labels import fitted, in_legend
 from lightning_normdyn.monitor.quantities import QUANTITIES, Quantity
-from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
+Limits = tuple[float, float]
 
 MOST_NAMED = 8
 """Up to this many layers a legend names them; beyond, a colour bar tells the depth."""
 
-
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Colours for runs: Okabe and Ito's palette, without the yellow that vanishes on white."""
 
-
-EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 1)))}
-
-
-OTHER_EVENT = ("#999999", (0, (1, 1)))
-
-
+_RUN_LINES: tuple[Any, ...] = ("-", (0, (5, 2)), "-.", (0, (1, 1)))
+_EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 1)))}
+_OTHER_EVENT = ("#999999", (0, (1, 1)))
 _MOST_EVENT_LINES = 40
 """More lines of one kind would hide the curves; they become ticks at the upper edge."""
 
 
-def drawn_as(quantity: str) -> Quantity:
-    """Title, axis and scale of a quantity; one that is not in the table has its own name as its
-    title."""
-    if quantity in QUANTITIES:
-        return QUANTITIES[quantity]
-    label = plain_text(elide(quantity, 40))
-    return Quantity(quantity, title=label, meaning="", symbol=label)
+# ------------------------------------------------------------------------------------------ figures
 
 
 def axes_or_new(ax: Axes | None, height: float = 4.2) -> tuple[Figure, Axes]:
@@ -70,43 +59,102 @@ def figure_of(ax: Axes) -> Figure:
     return figure  # type: ignore[no-any-return]
 
 
+# ------------------------------------------------------------------------------------------- curves
+
+
 def depth_colours(count: int) -> list[Any]:
     """One colour per layer: the first is dark, the last one bright."""
     from matplotlib import colormaps
 
     # The last tenth of viridis is too bright on white.
-    return [colormaps["viridis"](position) for position in np.linspace(0.0, 0.9, max(count, 2))][
-        :count
-    ]
+    positions = np.linspace(0.0, 0.9, max(count, 2))
+    return [colormaps["viridis"](position) for position in positions[:count]]
 
 
-def finish(
-    ax: Axes, quantity: str, values: NDArray[Any], limits: tuple[float, float] | None = None
-) -> None:
-    """Scale, labels and grid as the quantity asks; ``values`` are those drawn, ``limits`` those to hold."""
+def draw_curve(ax: Axes, steps: Sequence[Any] | NDArray[Any], values: Any, **style: Any) -> None:
+    """One line, with its label as it stands."""
+    # A line through a single point is invisible.
+    style.setdefault("marker", "o" if len(steps) == 1 else None)
+    label = style.pop("label", None)
+    ax.plot(
+        steps,
+        values,
+        label=label and in_legend(label),
+        **style,
+    )
+
+
+def run_style(index: int, label: str = "") -> dict[str, Any]:
+    """Colour, line and label of a run. The lines differ too, so that two runs that agree are both
+    seen."""
+    return {
+        "color": OKABE_ITO[index % len(OKABE_ITO)],
+        "linestyle": _RUN_LINES[index % len(_RUN_LINES)],
+        "label": fitted(label, 40),
+    }
+
+
+# --------------------------------------------------------------------------------- scales and ticks
+
+
+def drawn_as(quantity: str) -> Quantity:
+    """Title, axis and scale of a quantity; one that is not in the table has its own name as its
+    title."""
+    if quantity in QUANTITIES:
+        return QUANTITIES[quantity]
+    label = fitted(quantity, 40)
+    return Quantity(quantity, title=label, meaning="", symbol=label)
+
+
+def finish(ax: Axes, quantity: str, values: NDArray[Any], limits: Limits | None = None) -> None:
+    """Give the axes the scale, labels and grid of a quantity.
+
+    Args:
+        ax: with all curves drawn.
+        quantity: what they show.
+        values: of all curves.
+        limits: values that the axis has to hold as well.
+    """
     look = drawn_as(quantity)
     if limits is not None:
-        x = ax.dataLim.x0
-        ax.update_datalim([(x, limits[0]), (x, limits[1])])
+        # Invisible points: matplotlib then chooses the view as it does for curves.
+        ax.update_datalim([(ax.dataLim.x0, limit) for limit in limits])
         values = np.concatenate([values, limits])
+
     positive = values[np.isfinite(values) & (values > 0)]
-    if look.scale in ("log", "ratio") and positive.size:
+    if look.scale != "linear" and positive.size:
+        low, high = float(positive.min()), float(positive.max())
         ax.set_yscale("log")
-        if (
-            positive.max() < 1.001 * positive.min()
-        ):  # a log axis around one number has no tick to show
-            ax.set_ylim(float(positive.min()) / 2, float(positive.max()) * 2)
+        # A log axis around one number has no tick to show.
+        if high < 1.001 * low:
+            ax.set_ylim(low / 2, high * 2)
         plain_log_ticks(ax.yaxis, *ax.get_ylim())
-    if look.scale == "ratio":
-        ax.axhline(1.0, color="black", linewidth=0.8, zorder=1)
-    if look.scale == "linear":
-        ax.axhline(0.0, color="black", linewidth=0.8, zorder=1)
+
+    # Where a ratio is as predicted, and a signed quantity changes its sign.
+    neutral = {"ratio": 1.0, "linear": 0.0}
+    if look.scale in neutral:
+        ax.axhline(
+            neutral[look.scale],
+            color="black",
+            linewidth=0.8,
+            zorder=1,
+        )
     ax.set_xlabel("step")
     ax.set_ylabel(look.axis)
     ax.set_title(look.title)
-    ax.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    ax.set_axisbelow(True)
+    add_grid(ax)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def add_grid(ax: Axes) -> None:
+    """Faint lines behind the curves."""
+    ax.grid(
+        True,
+        which="major",
+        color="#DDDDDD",
+        linewidth=0.6,
+    )
+    ax.set_axisbelow(True)
 
 
 def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
@@ -114,33 +162,63 @@ def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
     hardly occur; 0.1 in place of 10⁻¹."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-    if high < 100 * low:
-        subs = (1.0, 2.0, 5.0) if high > 10 * low else (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-        axis.set_major_locator(LogLocator(subs=subs) if high > 4 * low else MaxNLocator(6))
+    spans_little = high < 100 * low
+    if spans_little:
+        if high > 10 * low:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        elif high > 4 * low:
+            axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
+        else:
+            axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
-    if high < 100 * low or (low > 1e-5 and high < 1e5):
+    if spans_little or (low > 1e-5 and high < 1e5):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+# ------------------------------------------------------------------------------------------- events
+
+
+def steps_by_kind(history: History, name: str | None = None) -> dict[str, list[int]]:
+    """The steps of the events of each kind, in order; with a name, of those about it or about
+    all."""
+    steps: dict[str, set[int]] = {}
+    for event in history.events:
+        if name is None or event.name in ("", name):
+            steps.setdefault(event.kind, set()).add(event.step)
+    return {kind: sorted(own) for kind, own in steps.items()}
+
+
+def event_look(kind: str) -> tuple[str, Any, str]:
+    """Colour, line and label of a kind of event."""
+    colour, line = _EVENT_LINES.get(kind, _OTHER_EVENT)
+    words = "LR drop" if kind == "lr_drop" else kind.replace("_", " ")
+    return colour, line, in_legend(fitted(words, 30))
 
 
 def mark_events(ax: Axes, history: History) -> None:
     """Vertical lines where the history has events, which explain jumps of the curves."""
-    for kind in dict.fromkeys(event.kind for event in history.events):
-        steps = sorted({event.step for event in history.events if event.kind == kind})
-        colour, dashes = EVENT_LINES.get(kind, OTHER_EVENT)
-        reach = (0.0, 1.0) if len(steps) <= _MOST_EVENT_LINES else (0.97, 1.0)
-        style = dashes if len(steps) <= _MOST_EVENT_LINES else "-"
-        for i, step in enumerate(steps):
-            label = event_label(kind) if i == 0 else None
+    for kind, steps in steps_by_kind(history).items():
+        colour, line, label = event_look(kind)
+        lowest = 0.0
+        if len(steps) > _MOST_EVENT_LINES:
+            lowest, line = 0.97, "-"
+        lines = [
             ax.axvline(
-                step, *reach, color=colour, linestyle=style, linewidth=1.1, zorder=1, label=label
+                step,
+                lowest,
+                1.0,
+                color=colour,
+                linestyle=line,
+                linewidth=1.1,
+                zorder=1,
             )
+            for step in steps
+        ]
+        # One entry in the legend for all of a kind.
+        lines[0].set_label(label)
 
 
-def event_label(kind: str) -> str:
-    """What a legend calls a kind of event."""
-    return in_legend(
-        plain_text(elide("LR drop" if kind == "lr_drop" else kind.replace("_", " "), 30))
-    )
+# ------------------------------------------------------------------------------------------ legends
 
 
 def legend_below(ax: Axes, title: str = "") -> None:
@@ -151,22 +229,23 @@ def legend_below(ax: Axes, title: str = "") -> None:
     if not labels:
         return
     figure = figure_of(ax)
-    below = ax.transAxes + ScaledTranslation(
-        0, -0.48, figure.dpi_scale_trans
-    )  # inches: the room of the ticks and of "step"
-    inches = ax.get_position().width * figure.get_figwidth()
-    columns = max(1, min(4, int(inches / (0.55 + 0.066 * max(map(len, labels))))))
+    # In inches: the room that the ticks and the word "step" take.
+    below = ax.transAxes + ScaledTranslation(0, -0.48, figure.dpi_scale_trans)
+    # As many columns as fit: inches for the line of a sample, and for each character behind it.
+    width = ax.get_position().width * figure.get_figwidth()
+    column_width = 0.55 + 0.066 * max(map(len, labels))
     legend = ax.legend(
         loc="upper center",
         bbox_to_anchor=(0.5, 0.0),
         bbox_transform=below,
-        ncols=columns,
+        ncols=max(1, min(4, int(width / column_width))),
         frameon=False,
         fontsize=8,
     )
     if title:
         legend.set_title(title)
         legend.get_title().set_fontsize(8)
+    # A band that is faint in the picture would be invisible as a sample.
     for handle in legend.legend_handles:
         if handle is not None and (handle.get_alpha() or 1.0) < 0.2:
             handle.set_alpha(0.4)
@@ -176,8 +255,3 @@ def legend_inside(ax: Axes) -> None:
     """A legend within the axes, for panels whose lower edge is taken by names."""
     if ax.get_legend_handles_labels()[1]:
         ax.legend(fontsize=8, framealpha=0.9)
-
-
-def marker(steps: Ints | Sequence[str]) -> str | None:
-    """A dot where there is a single point: a line through it would be invisible."""
-    return "o" if len(steps) == 1 else None

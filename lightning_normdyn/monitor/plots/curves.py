@@ -16,78 +16,104 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.records import Floats, Ints
 
 Doubles = NDArray[np.float64]
+Curves = dict[str, tuple[Ints, Floats]]
+"""Steps and values, by parameter name, in the order of the network."""
 
 
 def layer_names(history: History, quantity: str) -> list[str]:
     """Parameters that a quantity was recorded of, in the order of the network."""
-    recorded = history.keys()
-    return [key[len(quantity) + 1 :] for key in recorded if key.startswith(f"{quantity}/")]
+    prefix = f"{quantity}/"
+    keys = history.keys()
+    return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
 
 
-def curves_of(history: History, quantity: str) -> dict[str, tuple[Ints, Floats]]:
-    """The curves of a quantity by parameter name, in the order of the network."""
-    curves = recorded_curves(history, quantity)
-    if not curves:
-        keys = history.keys()
-        recorded = sorted(
-            {key.split("/")[0] for key in keys if "/" in key and not key.startswith("normdyn/")}
-        )
-        found = f"it has {', '.join(recorded)}" if recorded else "it has no curves of layers at all"
-        raise NormDynError(
-            f"curves of `{quantity}` were asked for, and this history has none: {found}."
-        )
+def recorded_curves(history: History, quantity: str) -> Curves:
+    """The curves of a quantity; empty where the history has none."""
+    curves = {}
+    for name in layer_names(history, quantity):
+        steps, values = history.column(f"{quantity}/{name}")
+        # Empty where all rows with this key were thinned away.
+        if len(steps):
+            curves[name] = (steps, values)
     return curves
 
 
-def recorded_curves(history: History, quantity: str) -> dict[str, tuple[Ints, Floats]]:
-    """The curves of a quantity by parameter name, in the order of the network; empty where the
-    history has none."""
-    curves = {name: history.column(f"{quantity}/{name}") for name in layer_names(history, quantity)}
-    return {name: curve for name, curve in curves.items() if len(curve[0])}
+def curves_of(history: History, quantity: str) -> Curves:
+    """The curves of a quantity.
+
+    Raises:
+        NormDynError: where the history has none.
+    """
+    curves = recorded_curves(history, quantity)
+    if curves:
+        return curves
+    layer_keys = [key.split("/")[0] for key in history.keys() if "/" in key]  # noqa: SIM118
+    others = sorted({*layer_keys} - {"normdyn"})
+    hint = f"it has {', '.join(others)}" if others else "it has no curves of layers at all"
+    raise NormDynError(f"curves of `{quantity}` were asked for, and this history has none: {hint}.")
+
+
+def notes_on_layers(history: History) -> dict[str, dict[str, Any]]:
+    """What the monitor noted of each layer: its vectors, whether it is scale-invariant, its
+    verdict."""
+    targets = history.meta.get("targets")
+    # The file may hold anything in their place.
+    if not isinstance(targets, dict):
+        return {}
+    layers = {}
+    for name, notes in targets.items():
+        if isinstance(notes, dict):
+            layers[name] = notes
+    return layers
 
 
 def invariant_layers(history: History) -> set[str] | None:
     """Names of the layers that the run knows to be scale-invariant; None where it does not say (a
     CSV log without predictions)."""
-    targets = history.meta.get("targets")
-    known: set[str] = set()
     invariant: set[str] = set()
-    for name, about in (targets if isinstance(targets, dict) else {}).items():
-        kind = about.get("scale_invariant") if isinstance(about, dict) else None
+    says = False
+    for name, notes in notes_on_layers(history).items():
+        kind = notes.get("scale_invariant")
         if isinstance(kind, str):
-            known.add(name)
+            says = True
             if kind not in ("no", "unknown"):
                 invariant.add(name)
-    if known:
+    if says:
         return invariant
-    return (
-        set(layer_names(history, "equilibrium_angular_update")) or None
-    )  # predictions are made of scale-invariant layers only
+    # Predictions are made of scale-invariant layers only.
+    return set(layer_names(history, "equilibrium_angular_update")) or None
 
 
 def invariant_among(names: Iterable[str], history: History) -> tuple[list[str], str]:
     """Those of these layers that are scale-invariant, or all of them where that leaves none; and
     what to call them."""
+    names = list(names)
     invariant = invariant_layers(history) or set()
     chosen = [name for name in names if name in invariant]
-    return (chosen, "scale-invariant layers") if chosen else (list(names), "all layers")
-
-
-def over_layers(reduce: Callable[..., Any], table: Doubles) -> Doubles:
-    """``reduce`` over the layers of a table ``(l, s)``, with NaN (and without numpy's warning) at
-    steps where no layer has a value."""
-    known = ~np.isnan(table).all(axis=0)
-    found = np.asarray(reduce(table[:, known], axis=0))
-    result = np.full((*found.shape[:-1], table.shape[1]), np.nan)
-    result[..., known] = found
-    return result
+    if chosen:
+        return chosen, "scale-invariant layers"
+    return names, "all layers"
 
 
 def as_table(curves: Mapping[str, tuple[Ints, Floats]]) -> tuple[Ints, Doubles]:
     """All curves on the union of their steps: steps ``(s,)``, values ``(l, s)`` with NaN where a
     layer has none."""
-    steps = np.unique(np.concatenate([steps for steps, _ in curves.values()]))
+    recorded = [own_steps for own_steps, _ in curves.values()]
+    steps = np.unique(np.concatenate(recorded))
+    # float64: medians and logarithms of float32 would round a second time.
     table = np.full((len(curves), len(steps)), np.nan)
-    for row, (at, values) in zip(table, curves.values(), strict=True):
-        row[np.searchsorted(steps, at)] = values
+    for row, (own_steps, values) in zip(table, curves.values(), strict=True):
+        row[np.searchsorted(steps, own_steps)] = values
     return steps, table
+
+
+def over_layers(reduce: Callable[..., Any], table: Doubles) -> Doubles:
+    """``reduce`` over the layers of a table ``(l, s)``; NaN at steps where no layer has a value."""
+    # numpy's nan-functions warn of columns without a number: they never see one.
+    known = ~np.isnan(table).all(axis=0)
+    reduced = np.asarray(reduce(table[:, known], axis=0))
+    # Several quantiles are several rows.
+    rows = reduced.shape[:-1]
+    result = np.full((*rows, table.shape[1]), np.nan)
+    result[..., known] = reduced
+    return result

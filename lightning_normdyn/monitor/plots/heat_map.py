@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.axes import axes_or_new, drawn_as, plain_log_ticks
-from lightning_normdyn.monitor.plots.curves import Doubles, as_table, curves_of
+from lightning_normdyn.monitor.plots.axes import Limits, axes_or_new, drawn_as, plain_log_ticks
+from lightning_normdyn.monitor.plots.curves import Doubles, as_table, curves_of, over_layers
 from lightning_normdyn.monitor.plots.labels import layer_labels
 from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+
+_MOST_COLUMNS = 300
+_LINE = 0.13
+"""Inches that the name of a layer takes."""
 
 
 def plot_heatmap(
@@ -22,7 +28,7 @@ def plot_heatmap(
     ax: Axes | None = None,
     quantity: str = "effective_lr",
     *,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
 ) -> tuple[Figure, Axes]:
     """Layer by step, the quantity as colour: the layer that is off is the row that differs.
 
@@ -36,51 +42,70 @@ def plot_heatmap(
     Raises:
         NormDynError: where the history has no curve of this quantity.
     """
-    from matplotlib.colors import CenteredNorm, LogNorm, Normalize
+    from matplotlib.colors import LogNorm
 
     curves = curves_of(history, quantity)
-    names = list(curves)
-    fig, ax = axes_or_new(ax, height=min(9.0, 2.2 + 0.16 * len(names)))
+    look = drawn_as(quantity)
+    labels = layer_labels(list(curves))
+    # Taller for more layers, up to what a page can hold.
+    height = min(9.0, 2.2 + 0.16 * len(labels))
+    fig, ax = axes_or_new(ax, height)
     steps, table = as_table(curves)
-    table = _fill_forward(table)
-    edges, table = _bin_columns(steps, table)
+    edges, table = _in_columns(steps, _fill_forward(table))
+    values = np.concatenate([table.ravel(), limits or ()])
+    norm, colours = _colouring(values, look.scale)
 
-    finite = np.concatenate([table[np.isfinite(table)], limits or ()])
-    positive = finite[finite > 0]
-    scale = drawn_as(quantity).scale
-    norm: Normalize
-    if scale == "ratio" and positive.size:
-        reach = max(float(np.exp(np.abs(np.log(positive)).max())), 1.05)
-        norm, colours = LogNorm(1 / reach, reach), "PuOr_r"
-    elif scale == "log" and positive.size and positive.max() > positive.min():
-        norm, colours = LogNorm(float(positive.min()), float(positive.max())), "viridis"
-    elif scale == "linear" and finite.size and np.abs(finite).max() > 0:
-        norm, colours = CenteredNorm(0.0, float(np.abs(finite).max())), "PuOr_r"
-    else:
-        norm, colours = (
-            Normalize(*((finite.min() - 0.5, finite.max() + 0.5) if finite.size else (0, 1))),
-            "viridis",
-        )
-
-    ax.set_facecolor("#D9D9D9")  # nothing recorded
-    rows = np.arange(len(names) + 1) - 0.5
+    # The colour of cells in which nothing was recorded.
+    ax.set_facecolor("#D9D9D9")
+    rows = np.arange(len(labels) + 1) - 0.5
+    cells = np.ma.masked_invalid(table)
     mesh = ax.pcolormesh(
-        edges, rows, np.ma.masked_invalid(table), norm=norm, cmap=colours, rasterized=True
+        edges,
+        rows,
+        cells,
+        norm=norm,
+        cmap=colours,
+        rasterized=True,
     )
     ax.invert_yaxis()
-    inches = ax.get_position().height * fig.get_figheight()
-    every = -(-len(names) // max(int(inches / 0.13), 1))
-    ax.set_yticks(
-        range(0, len(names), every),
-        layer_labels(names)[::every],
-        fontsize=8 if len(names) <= 20 else 6,
-    )
+
+    # Of many layers, as many names as have room.
+    room = ax.get_position().height * fig.get_figheight()
+    every = ceil(len(labels) / max(int(room / _LINE), 1))
+    size = 8 if len(labels) <= 20 else 6
+    ax.set_yticks(range(0, len(labels), every), labels[::every], fontsize=size)
     ax.set_xlabel("step")
-    ax.set_title(drawn_as(quantity).title)
-    bar = fig.colorbar(mesh, ax=ax, label=drawn_as(quantity).axis)
+    ax.set_title(look.title)
+    bar = fig.colorbar(
+        mesh,
+        ax=ax,
+        label=look.axis,
+    )
     if isinstance(norm, LogNorm):
         plain_log_ticks(bar.ax.yaxis, *mesh.get_clim())
     return fig, ax
+
+
+def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
+    """How values become colours: two hues around what is neutral, else from dark to bright."""
+    from matplotlib.colors import CenteredNorm, LogNorm, Normalize
+
+    finite = values[np.isfinite(values)]
+    positive = finite[finite > 0]
+    largest = float(np.abs(finite).max(initial=0.0))
+    if scale == "ratio" and positive.size:
+        farthest = np.exp(np.abs(np.log(positive)).max())
+        # A run whose ratios are all 1 still needs two ends.
+        reach = max(float(farthest), 1.05)
+        return LogNorm(1 / reach, reach), "PuOr_r"
+    if scale == "log" and positive.size and positive.max() > positive.min():
+        return LogNorm(float(positive.min()), float(positive.max())), "viridis"
+    if scale == "linear" and largest > 0:
+        return CenteredNorm(0.0, largest), "PuOr_r"
+    # A single number, or none: any colour does, but the ends must differ.
+    if finite.size:
+        return Normalize(finite.min() - 0.5, finite.max() + 0.5), "viridis"
+    return Normalize(0, 1), "viridis"
 
 
 def _fill_forward(table: Doubles) -> Doubles:
@@ -91,23 +116,22 @@ def _fill_forward(table: Doubles) -> Doubles:
         known = np.flatnonzero(~np.isnan(row))
         if known.size:
             inside = np.arange(known[0], known[-1] + 1)
-            row[inside] = row[known[np.searchsorted(known, inside, side="right") - 1]]
+            # For each place, the last known one that is not behind it.
+            position = np.searchsorted(known, inside, side="right") - 1
+            row[inside] = row[known[position]]
     return filled
 
 
-def _bin_columns(steps: Ints, table: Doubles, most: int = 300) -> tuple[Doubles, Doubles]:
-    """At most ``most`` columns, each the median of neighbouring steps: column edges ``(c + 1,)``,
-    values ``(l, c)``."""
-    parts = np.array_split(np.arange(len(steps)), min(most, len(steps)))
+def _in_columns(steps: Ints, table: Doubles) -> tuple[Doubles, Doubles]:
+    """As many columns as a picture can show, each the median of neighbouring steps: column edges
+    ``(c + 1,)``, values ``(l, c)``."""
+    count = min(_MOST_COLUMNS, len(steps))
+    parts = np.array_split(np.arange(len(steps)), count)
     firsts = np.array([steps[part[0]] for part in parts], dtype=np.float64)
-    width = float(firsts[-1] - firsts[0]) / (len(firsts) - 1) if len(firsts) > 1 else 1.0
-    edges = np.append(firsts, max(float(steps[-1]), firsts[-1]) + width)
-    # The median of nothing is NaN without a warning only if it is never asked for.
-    columns = [
-        [
-            np.median(cells[~np.isnan(cells)]) if not np.isnan(cells).all() else np.nan
-            for cells in table[:, part]
-        ]
-        for part in parts
-    ]
+    # The last column is as wide as the others are on average; a single one has no other.
+    width = (firsts[-1] - firsts[0]) / max(count - 1, 1) or 1.0
+    edges = np.append(firsts, steps[-1] + width)
+
+    # Over the steps of a part, as elsewhere over layers: the table stands on its side.
+    columns = [over_layers(np.nanmedian, table[:, part].T) for part in parts]
     return edges, np.array(columns).T

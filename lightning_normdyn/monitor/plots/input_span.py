@@ -4,6 +4,7 @@ figures show it."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,26 +13,30 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     OKABE_ITO,
+    add_grid,
     axes_or_new,
+    draw_curve,
     figure_of,
     finish,
     legend_below,
     legend_inside,
-    marker,
     new_figure,
+    run_style,
 )
 from lightning_normdyn.monitor.plots.curves import curves_of
-from lightning_normdyn.monitor.plots.labels import (
-    elide,
-    in_legend,
-    layer_labels,
-    plain_text,
-    short_name,
-)
+from lightning_normdyn.monitor.plots.labels import layer_labels, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_PANELS = ("ggd_shape_input", "ggd_shape_parameter", "input_span_noise")
+# Quantity and histogram of each view of a weight, its line, and what a legend calls it.
+_VIEWS = (
+    ("ggd_shape_input", "histogram_input", "-", "input space"),
+    ("ggd_shape_parameter", "histogram_parameter", "--", "as they are"),
+)
+_GAUSSIAN = 2.0
 
 
 def plot_input_span(
@@ -55,13 +60,14 @@ def plot_input_span(
 
     Example:
         >>> history = History()
-        >>> row = {f"{q}/conv{i}.weight": 1.0 for q in ("ggd_shape_input", "ggd_shape_parameter", "input_span_noise") for i in range(3)}
+        >>> quantities = ("ggd_shape_input", "ggd_shape_parameter", "input_span_noise")
+        >>> row = {f"{quantity}/conv{i}.weight": 1.0 for quantity in quantities for i in range(3)}
         >>> history.append(0, row, optimizer_step=1)
         >>> fig, axes = plot_input_span(history)
         >>> len(axes)
         3
     """
-    runs = _labelled_runs(histories)
+    runs = _labelled(histories)
     if ax is None:
         ax = new_figure(15.0, 4.4).subplots(1, 3).tolist()
     elif len(ax) < 3:
@@ -70,49 +76,62 @@ def plot_input_span(
         )
     # One order of layers for all panels and runs, and a layer that has no shape (constant inputs)
     # keeps its place.
-    names = list(
-        dict.fromkeys(
-            name for history in runs.values() for name in curves_of(history, "input_span_noise")
-        )
-    )
-    for quantity, panel in zip(
-        ("ggd_shape_input", "ggd_shape_parameter", "input_span_noise"), ax, strict=False
-    ):
-        seen = []
-        for i, (label, history) in enumerate(runs.items()):
-            found = curves_of(history, quantity)
-            values = np.array(
-                [found[name][1][-1] if name in found else np.nan for name in names],
-                dtype=np.float64,
-            )
-            line = ("-", (0, (5, 2)), "-.", (0, (1, 1)))[i % 4]
-            panel.plot(
-                np.arange(len(names)),
-                values,
-                color=OKABE_ITO[i % len(OKABE_ITO)],
-                linestyle=line,
-                linewidth=1.6 if len(names) <= 40 else 0.9,
-                marker="osD^"[i % 4] if len(names) <= 40 else marker(names),
-                markersize=4,
-                label=in_legend(plain_text(elide(label, 40))) if len(runs) > 1 else None,
-            )
-            seen.append(values)
-        finish(panel, quantity, np.concatenate(seen))
-        if quantity != "input_span_noise":
-            panel.axhline(
-                2.0, color="black", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1
-            )  # a Gaussian
-        panel.set_xlabel("layer")
-        every = -(-len(names) // 20)
-        panel.set_xticks(
-            range(0, len(names), every),
-            layer_labels(names)[::every],
-            rotation=60,
-            ha="right",
-            fontsize=7,
-        )
+    names: dict[str, None] = {}
+    for history in runs.values():
+        names.update(dict.fromkeys(curves_of(history, "input_span_noise")))
+    for quantity, panel in zip(_PANELS, ax, strict=False):
+        _draw_by_layer(panel, runs, quantity, list(names))
     legend_inside(ax[2])
     return figure_of(ax[0]), list(ax[:3])
+
+
+def _draw_by_layer(
+    ax: Axes, runs: Mapping[str, History], quantity: str, names: Sequence[str]
+) -> None:
+    """One panel: the newest value of each layer, a line for each run."""
+    places = np.arange(len(names))
+    few = len(names) <= 40
+    drawn = []
+    for i, (label, history) in enumerate(runs.items()):
+        # NaN leaves a gap in the line.
+        values = np.full(len(names), np.nan)
+        curves = curves_of(history, quantity)
+        for place, name in enumerate(names):
+            if name in curves:
+                values[place] = curves[name][1][-1]
+        style = run_style(i, label if len(runs) > 1 else "")
+        # Dots tell the layers apart, as long as they do not touch.
+        if few:
+            style["marker"] = "osD^"[i % 4]
+        draw_curve(
+            ax,
+            places,
+            values,
+            linewidth=1.6 if few else 0.9,
+            markersize=4,
+            **style,
+        )
+        drawn.append(values)
+    finish(ax, quantity, np.concatenate(drawn))
+    if quantity != "input_span_noise":
+        ax.axhline(
+            _GAUSSIAN,
+            color="black",
+            linewidth=0.8,
+            linestyle=(0, (2, 2)),
+            zorder=1,
+        )
+    ax.set_xlabel("layer")
+    # As many names as have room below a panel.
+    every = ceil(len(names) / 20)
+    labels = layer_labels(names)[::every]
+    ax.set_xticks(
+        places[::every],
+        labels,
+        rotation=60,
+        ha="right",
+        fontsize=7,
+    )
 
 
 def plot_weight_shape(
@@ -129,28 +148,19 @@ def plot_weight_shape(
     Raises:
         NormDynError: where a history has no shapes, or none of this parameter.
     """
-    runs = _labelled_runs(histories)
+    runs = _labelled(histories)
     name = _middle_layer(next(iter(runs.values()))) if name is None else name
     fig, ax = axes_or_new(ax)
-    seen = []
+    drawn = []
     for i, (label, history) in enumerate(runs.items()):
-        for quantity, line, where in (
-            ("ggd_shape_input", "-", "input space"),
-            ("ggd_shape_parameter", "--", "as they are"),
-        ):
+        for quantity, _, line, view in _VIEWS:
             steps, values = history.column(f"{quantity}/{name}")
-            text = in_legend(plain_text(elide(f"{label}, {where}" if label else where, 40)))
-            ax.plot(
-                steps,
-                values,
-                color=OKABE_ITO[i % len(OKABE_ITO)],
-                linestyle=line,
-                linewidth=1.6,
-                label=text,
-                marker=marker(steps),
-            )
-            seen.append(values)
-    finish(ax, "ggd_shape_input", np.concatenate(seen))
+            style = run_style(i, f"{label}, {view}" if label else view)
+            # The line tells the view, so that colour alone tells the run.
+            style["linestyle"] = line
+            draw_curve(ax, steps, values, linewidth=1.6, **style)
+            drawn.append(values)
+    finish(ax, "ggd_shape_input", np.concatenate(drawn))
     ax.set_title(f"Shape of the weights of {short_name(name)}")
     legend_below(ax)
     return fig, ax
@@ -173,43 +183,45 @@ def plot_weight_histogram(
     name = _middle_layer(history) if name is None else name
     fig, ax = axes_or_new(ax)
     reach = history.meta.get("histogram_reach")
-    if not isinstance(reach, float | int) or not 0 < reach < 1e6:  # the file may say anything
+    # The file may say anything.
+    if not isinstance(reach, float | int) or not 0 < reach < 1e6:
         reach = 6.0
-    drawn = (
-        ("histogram_input", "ggd_shape_input", "input space", "-"),
-        ("histogram_parameter", "ggd_shape_parameter", "as they are", "--"),
-    )
-    for i, (kind, quantity, where, line) in enumerate(drawn):
-        if f"{kind}/{name}" not in history.vector_names() and kind == "histogram_input":
-            continue  # too large a layer to be rotated
-        counts = history.vectors(f"{kind}/{name}")[1][-1].astype(np.float64)
+    for colour, (quantity, kind, line, view) in zip(OKABE_ITO, _VIEWS, strict=False):
+        key = f"{kind}/{name}"
+        # A layer may be too large to be rotated into input space.
+        if kind == "histogram_input" and history.vector_count(key) is None:
+            continue
+        counts = history.vectors(key)[1][-1].astype(np.float64)
         edges = np.linspace(-reach, reach, len(counts) + 1)
-        shape = history.column(f"{quantity}/{name}")[1][-1]
         density = counts / counts.sum() / (edges[1] - edges[0])
+        shape = history.column(f"{quantity}/{name}")[1][-1]
+        label = rf"{view}: $\beta$ = {shape:.2f}"
         ax.stairs(
             density,
             edges,
-            color=OKABE_ITO[i],
+            color=colour,
             linestyle=line,
             linewidth=1.6,
-            label=rf"{where}: $\beta$ = {shape:.2f}",
+            label=label,
         )
-    ax.set_yscale("log")  # tails are what tells the shapes apart
+    # Tails are what tells the shapes apart.
+    ax.set_yscale("log")
     ax.set_xlabel("weight, in units of the layer's root mean square")
     ax.set_ylabel("density")
     ax.set_title(f"Weights of {short_name(name)}")
-    ax.grid(True, color="#DDDDDD", linewidth=0.6)
-    ax.set_axisbelow(True)
+    add_grid(ax)
     ax.spines[["top", "right"]].set_visible(False)
     legend_inside(ax)
     return fig, ax
 
 
-def _labelled_runs(histories: History | Mapping[str, History]) -> Mapping[str, History]:
-    runs = {"": histories} if isinstance(histories, History) else histories
-    if not runs:
+def _labelled(histories: History | Mapping[str, History]) -> Mapping[str, History]:
+    """Runs by label; a single one needs none."""
+    if isinstance(histories, History):
+        return {"": histories}
+    if not histories:
         raise NormDynError("a picture of runs needs at least one, got none.")
-    return runs
+    return histories
 
 
 def _middle_layer(history: History) -> str:

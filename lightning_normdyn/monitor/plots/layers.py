@@ -3,7 +3,7 @@ prediction."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,25 +12,25 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     MOST_NAMED,
     OKABE_ITO,
+    Limits,
     axes_or_new,
     depth_colours,
+    draw_curve,
     drawn_as,
     finish,
     legend_below,
     mark_events,
-    marker,
 )
 from lightning_normdyn.monitor.plots.curves import (
+    Curves,
     as_table,
     curves_of,
     invariant_among,
-    layer_names,
     over_layers,
     recorded_curves,
 )
-from lightning_normdyn.monitor.plots.labels import in_legend, layer_labels
+from lightning_normdyn.monitor.plots.labels import layer_labels
 from lightning_normdyn.monitor.quantities import drawn_with
-from lightning_normdyn.monitor.records import Floats, Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ def plot_effective_lr(
     ax: Axes | None = None,
     quantity: str = "effective_lr",
     *,
-    limits: tuple[float, float] | None = None,
+    limits: Limits | None = None,
 ) -> tuple[Figure, Axes]:
     """Curves of a quantity, one per layer, coloured by depth.
 
@@ -68,23 +68,23 @@ def plot_effective_lr(
     curves = curves_of(history, quantity)
     fig, ax = axes_or_new(ax)
     _draw_by_depth(fig, ax, curves)
-    finish(ax, quantity, np.concatenate([values for _, values in curves.values()]), limits)
+    drawn = np.concatenate([values for _, values in curves.values()])
+    finish(ax, quantity, drawn, limits)
     mark_events(ax, history)
     legend_below(ax)
     return fig, ax
 
 
 def plot_angular_update(
-    history: History, ax: Axes | None = None, *, limits: tuple[float, float] | None = None
+    history: History, ax: Axes | None = None, *, limits: Limits | None = None
 ) -> tuple[Figure, Axes]:
     """The angular updates of all layers as a bundle, and the median of those that have a prediction
     beside the prediction's median.
 
     Only scale-invariant layers have a prediction. A classifier's head turns as its own loss asks:
-    in the median it would move the curve
-    away from a prediction that was never about it. Layers outside the median are drawn dotted. A
-    history without predictions shows the
-    median of its scale-invariant layers, or of all layers where it does not say which these are.
+    in the median it would move the curve away from a prediction that was never about it. Layers
+    outside the median are drawn dotted. A history without predictions shows the median of its
+    scale-invariant layers, or of all layers where it does not say which these are.
 
     The band is 10 % around the predictions: from below the smallest to above the largest of all
     layers.
@@ -98,84 +98,75 @@ def plot_angular_update(
         NormDynError: where the history has no angular updates.
     """
     curves = curves_of(history, "angular_update")
-    predictions = {
-        name: curve
-        for name, curve in recorded_curves(history, "equilibrium_angular_update").items()
-        if name in curves
-    }
+    predictions = {}
+    for name, curve in recorded_curves(history, "equilibrium_angular_update").items():
+        if name in curves:
+            predictions[name] = curve
     if predictions:
         compared, which = list(predictions), "predicted layers"
     else:
         compared, which = invariant_among(curves, history)
 
     fig, ax = axes_or_new(ax)
-    faint = max(
-        0.3, min(0.8, 8 / len(curves))
-    )  # a single layer far from the others must still be seen
-    labelled: set[str] = set()
-    for name, (steps, values) in curves.items():
-        label, colour, line = (
-            (which, "#8C8C8C", "-") if name in compared else ("other layers", "#5F7F5F", ":")
-        )
-        ax.plot(
-            steps,
-            values,
-            color=colour,
-            linestyle=line,
-            linewidth=0.8,
-            alpha=faint,
-            label=None if label in labelled else label,
-        )
-        labelled.add(label)
-
+    _draw_bundle(ax, curves, compared, which)
+    drawn = [as_table(curves)[1].ravel()]
     steps, table = as_table({name: curves[name] for name in compared})
-    seen = [as_table(curves)[1].ravel()]
     if predictions:
         predicted_steps, predicted = as_table(predictions)
-        common, here, there = np.intersect1d(steps, predicted_steps, return_indices=True)
         # Where a layer has no prediction at a step (its rate was 0), its angle has no part in the
-        # median either.
-        table = np.where(np.isnan(predicted[:, there]), np.nan, table[:, here])
-        steps = common
-    ax.plot(
+        # median either: the two medians are of the same layers.
+        steps, measured_at, predicted_at = np.intersect1d(
+            steps, predicted_steps, return_indices=True
+        )
+        unpredicted = np.isnan(predicted[:, predicted_at])
+        table = np.where(unpredicted, np.nan, table[:, measured_at])
+
+    # The median, not the mean: one layer that turns a thousand times faster must not move it.
+    median = over_layers(np.nanmedian, table)
+    draw_curve(
+        ax,
         steps,
-        over_layers(np.nanmedian, table),
+        median,
         color=OKABE_ITO[0],
         linewidth=2.0,
         label=f"median, {which}",
-        marker=marker(steps),
     )
     if predictions:
-        low, high = (
-            0.9 * over_layers(np.nanmin, predicted),
-            1.1 * over_layers(np.nanmax, predicted),
-        )
-        middle = over_layers(np.nanmedian, predicted)
+        lowest = 0.9 * over_layers(np.nanmin, predicted)
+        highest = 1.1 * over_layers(np.nanmax, predicted)
+        colour = OKABE_ITO[1]
+        label = "all predictions ± 10 %"
         ax.fill_between(
-            predicted_steps,
-            low,
-            high,
-            color=OKABE_ITO[1],
-            alpha=0.2,
-            linewidth=0,
-            label="all predictions ± 10 %",
+            predicted_steps, lowest, highest, color=colour, alpha=0.2, linewidth=0, label=label
         )
+        median = over_layers(np.nanmedian, predicted)
+        label = "prediction, median"
         ax.plot(
             predicted_steps,
-            middle,
-            color=OKABE_ITO[1],
+            median,
+            color=colour,
             linewidth=1.6,
             linestyle="--",
-            label="prediction, median",
+            label=label,
         )
-        seen.append(predicted.ravel())
-    finish(ax, "angular_update", np.concatenate(seen), limits)
+        drawn.append(predicted.ravel())
+    finish(ax, "angular_update", np.concatenate(drawn), limits)
     mark_events(ax, history)
     legend_below(ax)
     return fig, ax
 
 
-def shared_limits(histories: Sequence[History], quantity: str) -> tuple[float, float] | None:
+def plot_curves(
+    history: History, quantity: str, ax: Axes | None = None, limits: Limits | None = None
+) -> tuple[Figure, Axes]:
+    """The curves of a quantity in the picture that suits it: angular updates beside their
+    prediction."""
+    if quantity == "angular_update":
+        return plot_angular_update(history, ax, limits=limits)
+    return plot_effective_lr(history, ax, quantity, limits=limits)
+
+
+def shared_limits(histories: Sequence[History], quantity: str) -> Limits | None:
     """The smallest and the largest value that any run has of a quantity, its prediction included;
     None where there is none to draw.
 
@@ -193,38 +184,66 @@ def shared_limits(histories: Sequence[History], quantity: str) -> tuple[float, f
         >>> shared_limits(runs, "weight_norm")
         (2.0, 8.0)
     """
-    curves = [
-        history.column(f"{each}/{name}")[1]
-        for history in histories
-        for each in drawn_with(quantity)
-        for name in layer_names(history, each)
-    ]
-    values = np.concatenate(curves) if curves else np.zeros(0, dtype=np.float32)
-    drawn = values[np.isfinite(values) & ((values > 0) | (drawn_as(quantity).scale == "linear"))]
-    return (float(drawn.min()), float(drawn.max())) if drawn.size else None
+    curves = [np.zeros(0, dtype=np.float32)]
+    for history in histories:
+        for drawn in drawn_with(quantity):
+            curves += [values for _, values in recorded_curves(history, drawn).values()]
+    values = np.concatenate(curves)
+    # A log axis cannot show what is not above 0.
+    on_axis = np.isfinite(values) & ((values > 0) | (drawn_as(quantity).scale == "linear"))
+    if not on_axis.any():
+        return None
+    return float(values[on_axis].min()), float(values[on_axis].max())
 
 
-def _draw_by_depth(fig: Figure, ax: Axes, curves: Mapping[str, tuple[Ints, Floats]]) -> None:
+def _draw_bundle(ax: Axes, curves: Curves, compared: Sequence[str], which: str) -> None:
+    """All layers in grey, those outside the comparison dotted, with one legend entry for each
+    kind."""
+    # Fainter the more there are; but a single layer far from the others must still be seen.
+    faint = max(0.3, min(0.8, 8 / len(curves)))
+    labelled: set[str] = set()
+    for name, (steps, values) in curves.items():
+        label, colour, dashes = "other layers", "#5F7F5F", ":"
+        if name in compared:
+            label, colour, dashes = which, "#8C8C8C", "-"
+        (line,) = ax.plot(
+            steps,
+            values,
+            color=colour,
+            ls=dashes,
+            linewidth=0.8,
+            alpha=faint,
+        )
+        if label not in labelled:
+            line.set_label(label)
+            labelled.add(label)
+
+
+def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
-    colours = depth_colours(len(curves))
-    many = len(curves) > MOST_NAMED
-    order = (
-        np.random.default_rng(0).permutation(len(curves)) if many else range(len(curves))
-    )  # else the deepest would cover all others
-    names, labels = list(curves), [in_legend(label) for label in layer_labels(list(curves))]
-    for i in order:
-        steps, values = curves[names[i]]
-        ax.plot(
-            steps,
-            values,
+    names, labels = list(curves), layer_labels(list(curves))
+    colours = depth_colours(len(names))
+    if len(names) <= MOST_NAMED:
+        for name, label, colour in zip(names, labels, colours, strict=True):
+            draw_curve(
+                ax,
+                *curves[name],
+                color=colour,
+                linewidth=1.5,
+                label=label,
+            )
+        return
+
+    # In random order: otherwise the deepest layers would cover all others.
+    for i in np.random.default_rng(0).permutation(len(names)):
+        draw_curve(
+            ax,
+            *curves[names[i]],
             color=colours[i],
-            linewidth=0.7 if many else 1.5,
-            label=None if many else labels[i],
-            marker=marker(steps),
+            linewidth=0.7,
         )
-    if many:
-        mappable = ScalarMappable(Normalize(1, len(curves)), ListedColormap(depth_colours(256)))
-        bar = fig.colorbar(mappable, ax=ax, label="depth (layer number)")
-        bar.set_ticks(np.unique(np.linspace(1, len(curves), 5).round()).tolist())
+    mappable = ScalarMappable(Normalize(1, len(names)), ListedColormap(depth_colours(256)))
+    bar = fig.colorbar(mappable, ax=ax, label="depth (layer number)")
+    bar.set_ticks(np.unique(np.linspace(1, len(names), 5).round()).tolist())

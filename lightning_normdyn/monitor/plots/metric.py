@@ -8,10 +8,11 @@ import numpy as np
 
 from lightning_normdyn.monitor.plots.axes import (
     MOST_NAMED,
+    add_grid,
     axes_or_new,
     depth_colours,
+    draw_curve,
     legend_below,
-    marker,
 )
 from lightning_normdyn.monitor.plots.curves import Doubles
 
@@ -33,27 +34,33 @@ def draw_metric(
         ax: where to draw; a new figure if None.
     """
     fig, ax = axes_or_new(ax)
-    colours = depth_colours(values.shape[1])
+    steps, vectors = values.shape
+    colours = depth_colours(vectors)
     if single:
+        # Small dots where large ones would touch.
+        size = 20 if vectors <= 100 else 6
         ax.scatter(
-            np.arange(values.shape[1]), values[0], c=colours, s=20 if values.shape[1] <= 100 else 6
+            np.arange(vectors),
+            values[0],
+            c=colours,
+            s=size,
         )
         ax.set_xlabel("weight vector")
     else:
+        # A single vector needs no name, and more than a few have no room for one.
+        named = 1 < vectors <= MOST_NAMED
         for i, colour in enumerate(colours):
-            steps = np.arange(len(values))
-            named = 1 < values.shape[1] <= MOST_NAMED
-            ax.plot(
-                steps,
+            name = f"vector {i}" if named else None
+            draw_curve(
+                ax,
+                np.arange(steps),
                 values[:, i],
                 color=colour,
                 linewidth=1.2,
-                marker=marker(steps),
-                label=f"vector {i}" if named else None,
+                label=name,
             )
         ax.set_xlabel("update")
         legend_below(ax)
     ax.set_ylabel(label)
-    ax.grid(True, color="#DDDDDD", linewidth=0.6)
-    ax.set_axisbelow(True)
+    add_grid(ax)
     return fig, ax

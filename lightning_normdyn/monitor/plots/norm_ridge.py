@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from math import ceil
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
-    EVENT_LINES,
-    OTHER_EVENT,
     axes_or_new,
     depth_colours,
-    event_label,
+    event_look,
+    steps_by_kind,
 )
 from lightning_normdyn.monitor.plots.curves import Doubles
 from lightning_normdyn.monitor.plots.labels import short_name
@@ -22,6 +22,9 @@ from lightning_normdyn.monitor.records import Floats
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_MOST_HILLS = 12
+_PREFIX = "weight_norm/"
 
 
 def plot_norm_ridge(
@@ -41,55 +44,67 @@ def plot_norm_ridge(
     Raises:
         NormDynError: where the history has no per-vector norms, or none of this parameter.
     """
-    recorded = [
-        key.removeprefix("weight_norm/")
-        for key in history.vector_names()
-        if key.startswith("weight_norm/")
-    ]
+    recorded = [key for key in history.vector_names() if key.startswith(_PREFIX)]
     if not recorded:
         raise NormDynError(
             "a ridge needs per-vector norms, and this history has none; record with "
             "`NormDynamicsMonitor(per_vector=True)`."
         )
     if name is None:
-        name = max(recorded, key=lambda each: history.vectors(f"weight_norm/{each}")[1].shape[1])
-    steps, norms = history.vectors(f"weight_norm/{name}")
-    fig, ax = axes_or_new(ax, height=5.0)
-    every = -(-len(steps) // 12)
-    chosen = np.append(
-        np.arange(0, len(steps) - every, every), len(steps) - 1
-    )  # evenly spaced, and the last one always
-    finite = norms[chosen][np.isfinite(norms[chosen]) & (norms[chosen] > 0)].astype(np.float64)
-    if not finite.size:
+        largest = max(recorded, key=lambda key: history.vector_count(key) or 0)
+        name = largest.removeprefix(_PREFIX)
+    steps, norms = history.vectors(f"{_PREFIX}{name}")
+    # Evenly spaced, and the last one always.
+    every = ceil(len(steps) / _MOST_HILLS)
+    chosen = [*range(0, len(steps) - every, every), len(steps) - 1]
+    steps, norms = steps[chosen].astype(np.float64), norms[chosen]
+    drawable = _drawable(norms)
+    if not drawable.size:
         raise NormDynError(
             f"`{name}` has no vector with a finite norm above 0; there is nothing to draw."
         )
 
+    logarithmic = drawable.max() > 20 * drawable.min()
+    values = [_drawable(each) for each in norms]
+    if logarithmic:
+        values = [np.log(each) for each in values]
+    grid = _grid(values)
+    if not logarithmic:
+        # A tail of a density may reach below 0; a norm does not.
+        grid = grid[grid >= 0]
+    x = np.exp(grid) if logarithmic else grid
+
+    fig, ax = axes_or_new(ax, height=5.0)
     span = max(float(steps[-1] - steps[0]), 1.0)
-    height = 1.6 * span / max(len(chosen), 2)
-    logarithmic = finite.max() > 20 * finite.min()
-    scaled = np.log(finite) if logarithmic else finite
-    margin = 0.05 * float(np.ptp(scaled)) or 0.05 * (abs(float(scaled[0])) or 1.0)
-    widest = max(_bandwidth(_seen(norms[i], logarithmic)) for i in chosen)
-    grid = np.linspace(
-        scaled.min() - max(margin, 3 * widest), scaled.max() + max(margin, 3 * widest), 400
-    )
-    grid = grid if logarithmic else grid[grid >= 0]
-    colours = depth_colours(len(chosen))
-    for rank, (i, colour) in enumerate(zip(chosen, colours, strict=True)):
-        density = _density(_seen(norms[i], logarithmic), grid)
-        base = float(steps[i])
+    # Hills overlap by more than half, which shows how each grew out of the one before.
+    height = 1.6 * span / max(len(steps), 2)
+    colours = depth_colours(len(steps))
+    for rank, (step, own, colour) in enumerate(zip(steps, values, colours, strict=True)):
+        density = _density(own, grid)
+        # Without its flat tails, which would draw a line across the whole picture.
         hill = density > 0.003
-        x, density = (np.exp(grid) if logarithmic else grid)[hill], density[hill]
         # Steps grow downwards, so a hill stands on its step and reaches up, towards smaller ones.
+        top = step - height * density[hill]
         ax.fill_between(
-            x, base - height * density, base, color=colour, alpha=0.75, linewidth=0, zorder=2 + rank
+            x[hill],
+            top,
+            step,
+            color=colour,
+            alpha=0.75,
+            linewidth=0,
+            zorder=2 + rank,
         )
-        ax.plot(x, base - height * density, color="white", linewidth=0.8, zorder=2 + rank)
+        ax.plot(
+            x[hill],
+            top,
+            color="white",
+            linewidth=0.8,
+            zorder=2 + rank,
+        )
     if logarithmic:
         ax.set_xscale("log")
-    ax.set_ylim(float(steps[-1]) + 0.03 * span, float(steps[0]) - 1.1 * height)
-    ax.set_yticks([float(steps[i]) for i in chosen], [str(int(steps[i])) for i in chosen])
+    ax.set_ylim(steps[-1] + 0.03 * span, steps[0] - 1.1 * height)
+    ax.set_yticks(steps, [str(int(step)) for step in steps])
     ax.set_xlabel(rf"$\Vert w\Vert$ of {short_name(name)}  (weight units)")
     ax.set_ylabel("step")
     ax.set_title(f"Norms of {norms.shape[1]} vectors", loc="left")
@@ -98,51 +113,59 @@ def plot_norm_ridge(
     return fig, ax
 
 
-def _seen(norms: Floats, logarithmic: bool) -> Doubles:
-    """The norms that can be drawn, on the axis that they are drawn on."""
-    values = norms[np.isfinite(norms) & (norms > 0)].astype(np.float64)
-    return np.log(values) if logarithmic else values
+def _drawable(norms: Floats) -> Doubles:
+    """The norms that an axis can show, as doubles."""
+    return norms[np.isfinite(norms) & (norms > 0)].astype(np.float64)
+
+
+def _grid(values: list[Doubles]) -> Doubles:
+    """Places at which densities are computed: all values, and the tails of their kernels."""
+    together = np.concatenate(values)
+    # Equal norms still need an axis of some width.
+    margin = 0.05 * float(np.ptp(together)) or 0.05 * (abs(float(together[0])) or 1.0)
+    margin = max(margin, 3 * max(_bandwidth(each) for each in values))
+    return np.linspace(together.min() - margin, together.max() + margin, 400)
 
 
 def _bandwidth(values: Doubles) -> float:
+    """Scott's rule."""
     return float(values.std()) * values.size**-0.2 if values.size else 0.0
 
 
 def _density(values: Doubles, grid: Doubles) -> Doubles:
-    """A Gaussian kernel density on ``grid``, scaled to a height of 1; never narrower than the
-    picture can show."""
+    """A Gaussian kernel density on ``grid``, scaled to a height of 1."""
     if not values.size:
         return np.zeros_like(grid)
+    # Not narrower than the picture can show.
     bandwidth = max(_bandwidth(values), float(grid[-1] - grid[0]) / 120)
-    centres, counts = np.unique(
-        np.round(values / bandwidth * 8) / 8 * bandwidth, return_counts=True
-    )  # a kernel cannot tell closer ones apart
-    density = np.exp(-0.5 * ((grid[:, None] - centres[None, :]) / bandwidth) ** 2) @ counts
-    return np.asarray(density / density.max() if density.max() > 0 else density)
+    # Kernels that lie closer together than an eighth of their width look like one: thousands of
+    # vectors become a few centres.
+    places, counts = np.unique(np.round(8 * (values / bandwidth)), return_counts=True)
+    distance = grid[:, None] / bandwidth - places[None, :] / 8
+    density = np.exp(-0.5 * distance**2) @ counts
+    return np.asarray(density / (density.max() or 1.0))
 
 
 def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
-    handles: list[Any] = []
-    for kind in dict.fromkeys(event.kind for event in history.events):
-        steps = sorted(
-            {
-                event.step
-                for event in history.events
-                if event.kind == kind and event.name in ("", name)
-            }
-        )
-        colour, _ = EVENT_LINES.get(kind, OTHER_EVENT)
-        for step in steps:
-            line = ax.axhline(
-                step,
-                *((0.96, 1.0) if kind != "lr_drop" else (0.0, 1.0)),
+    """Horizontal lines at the steps of the events: short ones, but for a drop of the learning
+    rate, which concerns every weight."""
+    handles = []
+    for kind, steps in steps_by_kind(history, name).items():
+        colour, _, label = event_look(kind)
+        left = 0.0 if kind == "lr_drop" else 0.96
+        lines = [
+            ax.axhline(
+                s,
+                left,
+                1.0,
                 color=colour,
                 linewidth=1.2,
                 zorder=1,
             )
-        if steps:
-            line.set_label(event_label(kind))
-            handles.append(line)
+            for s in steps
+        ]
+        lines[-1].set_label(label)
+        handles.append(lines[-1])
     if handles:
         # Above the axes: inside, some hill would hide it.
         ax.legend(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import TYPE_CHECKING
 
 from lightning_normdyn.errors import NormDynError
@@ -10,7 +11,7 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import figure_of, new_figure
 from lightning_normdyn.monitor.plots.curves import curves_of, layer_names
 from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
-from lightning_normdyn.monitor.plots.layers import plot_angular_update, plot_effective_lr
+from lightning_normdyn.monitor.plots.layers import plot_curves
 from lightning_normdyn.monitor.quantities import shown_in
 
 if TYPE_CHECKING:
@@ -39,10 +40,12 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
     # One map. The last in the table, the ratio to the prediction, tells most where it is known.
     maps = [quantity for quantity in shown_in("map") if layer_names(history, quantity)][-1:]
     if not panels and not maps:
+        # Raises, and says what the history has instead.
         curves_of(history, "effective_lr")
     count = len(panels) + len(maps)
     if ax is None:
-        rows = -(-count // 2)
+        # Two panels in a row: more would be too small for their legends.
+        rows = ceil(count / 2)
         fig = new_figure(13.0, 4.4 * rows)
         ax = fig.subplots(rows, min(count, 2), squeeze=False).ravel().tolist()
         for unused in ax[count:]:
@@ -53,10 +56,7 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
             f"{count} or None."
         )
     for quantity, panel in zip(panels, ax, strict=False):
-        if quantity == "angular_update":
-            plot_angular_update(history, panel)
-        else:
-            plot_effective_lr(history, panel, quantity)
+        plot_curves(history, quantity, panel)
     for quantity, panel in zip(maps, ax[len(panels) :], strict=False):
         plot_heatmap(history, panel, quantity)
     return figure_of(ax[0]), list(ax[:count])

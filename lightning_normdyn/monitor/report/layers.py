@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.plots.curves import notes_on_layers
 from lightning_normdyn.monitor.quantities import monitored
 
 _MOST_VECTORS = 2**53
@@ -90,12 +91,15 @@ def _summary(label: str, name: str, history: History) -> LayerSummary:
         key = f"{quantity}/{name}"
         return history.column(key)[1].tolist() if history.has(key) else []
 
-    about = _about(name, history)
-    vectors = about.get("vectors")
+    notes = notes_on_layers(history).get(name, {})
+    vectors = notes.get("vectors")
     known_vectors = isinstance(vectors, int) and 0 <= vectors < _MOST_VECTORS
+    # A standardized weight has no norm that matters: its standard deviation takes the place.
     norms = values("weight_norm") or values("weight_std")
+    # As root mean squares, since that is what predictions are.
     angle = _late(values("angular_update"), _root_mean_square)
     prediction = _late(values("equilibrium_angular_update"), _root_mean_square)
+    # Not a mean of ratios, which the steps with the smallest predictions would rule.
     if angle is not None and prediction:
         ratio: float | None = angle / prediction
     else:
@@ -103,7 +107,7 @@ def _summary(label: str, name: str, history: History) -> LayerSummary:
     return LayerSummary(
         run=label,
         name=name,
-        kind=str(about.get("scale_invariant", "–")),
+        kind=str(notes.get("scale_invariant", "–")),
         vectors=vectors if known_vectors else None,
         first_norm=norms[0] if norms else None,
         last_norm=norms[-1] if norms else None,
@@ -111,15 +115,8 @@ def _summary(label: str, name: str, history: History) -> LayerSummary:
         angular_update=angle,
         prediction=prediction,
         ratio=ratio,
-        verdict=_verdict(about.get("verdict"), ratio),
+        verdict=_verdict(notes.get("verdict"), ratio),
     )
-
-
-def _about(name: str, history: History) -> dict[str, Any]:
-    """What the monitor noted of a layer. The file may hold anything in its place."""
-    targets = history.meta.get("targets")
-    about = targets.get(name) if isinstance(targets, dict) else None
-    return about if isinstance(about, dict) else {}
 
 
 def _verdict(of_monitor: object, ratio: float | None) -> str:
@@ -129,6 +126,7 @@ def _verdict(of_monitor: object, ratio: float | None) -> str:
         return of_monitor
     if ratio is None:
         return "–"
+    # As the hint of the column says: within 10 %.
     low, high = _AS_PREDICTED
     if low <= ratio <= high:
         return "as predicted"

@@ -102,6 +102,7 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
     if last["optimizer_step"] != last["step"]:
         facts += f" {last['optimizer_step']} optimizer steps."
 
+    # What no picture shows is given as the numbers of the last record.
     drawn = {quantity.name for quantity in monitored() if quantity.places or quantity.drawn_with}
     others = {key: value for key, value in last.items() if key.split("/")[0] not in drawn}
     del others["step"], others["optimizer_step"]
@@ -111,7 +112,12 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
         "facts": facts,
         "note": history.meta.get("note", ""),
         "pictures": list(pictures_of(label, history, limits)),
-        "details": json.dumps(about, indent=1, default=str, ensure_ascii=False),
+        "details": json.dumps(
+            about,
+            indent=1,
+            default=str,
+            ensure_ascii=False,
+        ),
     }
 
 

@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.compare import plot_compare
+from lightning_normdyn.monitor.plots.curves import recorded_curves
 from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
-from lightning_normdyn.monitor.plots.layers import (
-    plot_angular_update,
-    plot_effective_lr,
-    shared_limits,
-)
+from lightning_normdyn.monitor.plots.layers import plot_curves, shared_limits
 from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import shown_in
 
@@ -45,7 +42,10 @@ def common_limits(runs: Mapping[str, History]) -> Limits:
 def pictures_of_all(runs: Mapping[str, History], say: Callable[[str], None]) -> Iterator[Picture]:
     """Several runs in one picture, a quantity each."""
     for quantity in shown_in("comparison"):
-        recorded = {label: history for label, history in runs.items() if _has(history, quantity)}
+        recorded = {}
+        for label, history in runs.items():
+            if recorded_curves(history, quantity):
+                recorded[label] = history
         if len(recorded) > 1:
             say(f"comparing {quantity}")
             fig, _ = plot_compare(recorded, quantity)
@@ -55,15 +55,16 @@ def pictures_of_all(runs: Mapping[str, History], say: Callable[[str], None]) -> 
 def pictures_of(label: str, history: History, limits: Limits) -> Iterator[Picture]:
     """The curves, heat maps and the ridge of one run, as far as it recorded them."""
     for quantity in shown_in("curves"):
-        if _has(history, quantity):
-            if quantity == "angular_update":
-                fig, _ = plot_angular_update(history, limits=limits[quantity])
-            else:
-                fig, _ = plot_effective_lr(history, quantity=quantity, limits=limits[quantity])
+        if recorded_curves(history, quantity):
+            fig, _ = plot_curves(history, quantity, limits=limits[quantity])
             yield _picture(fig, f"{quantity} of {label}")
     for quantity in shown_in("report map"):
-        if _has(history, quantity):
-            fig, _ = plot_heatmap(history, quantity=quantity, limits=limits[quantity])
+        if recorded_curves(history, quantity):
+            fig, _ = plot_heatmap(
+                history,
+                quantity=quantity,
+                limits=limits[quantity],
+            )
             yield _picture(fig, f"{quantity} of {label}, layer by step")
     if any(name.startswith("weight_norm/") for name in history.vector_names()):
         try:
@@ -74,17 +75,11 @@ def pictures_of(label: str, history: History, limits: Limits) -> Iterator[Pictur
             yield Picture(str(error), png="")
 
 
-def _has(history: History, quantity: str) -> bool:
-    """Whether a layer has a curve of this quantity. A key alone is none: its rows may be thinned
-    away."""
-    keys = [key for key in history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
-    return any(len(history.column(key)[0]) for key in keys)
-
-
 def _picture(fig: Figure, alt: str) -> Picture:
     file = io.BytesIO()
     with warnings.catch_warnings():
         # A name in a script that the font lacks is drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        # PNG, not SVG: the lines of 160 layers would make a page of many megabytes.
         fig.savefig(file, format="png", dpi=110)
     return Picture(alt, base64.b64encode(file.getvalue()).decode())

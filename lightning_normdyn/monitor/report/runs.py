@@ -111,13 +111,14 @@ def _load_wandb(path: Path) -> History:
     # Files, not pipes: a long run need not fit in memory, and waiting for the end of a pipe would
     # hang on a process that the reader left behind.
     with tempfile.TemporaryFile() as records, tempfile.TemporaryFile() as messages:
+        environment = {**os.environ, **_WANDB_OFFLINE}
         try:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=records,
                 stderr=messages,
-                env={**os.environ, **_WANDB_OFFLINE},
+                env=environment,
                 timeout=_WANDB_SECONDS,
                 check=False,
             )
@@ -127,11 +128,12 @@ def _load_wandb(path: Path) -> History:
             ) from error
         messages.seek(0)
         message = messages.read().decode(errors="replace").strip()
-        if "No module named" in message or "No such command" in message:
-            raise NormDynError(f"reading `{path}` needs W&B's reader; `pip install 'wandb>=0.30'`.")
         if done.returncode or "corrupt" in message:
-            reason = message.splitlines()[-1] if message else "its reader failed"
-            raise NormDynError(f"`{path}` cannot be read as a W&B run: {reason}.")
+            _, _, reason = message.rpartition("\n")
+            raise NormDynError(
+                f"`{path}` cannot be read as a W&B run: {reason or 'its reader failed'}. That needs "
+                f"W&B's reader; `pip install 'wandb>=0.30'`."
+            )
         records.seek(0)
         history = _parse_wandb(records, path)
     if "incomplete" in message:
@@ -141,7 +143,7 @@ def _load_wandb(path: Path) -> History:
 
 def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
     rows: Rows = {}
-    config: dict[str, Any] = {}
+    meta: dict[str, Any] = {}
     try:
         for line in lines:
             record = json.loads(line)
@@ -149,10 +151,11 @@ def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
                 item = record["history"]["item"]
                 step = int(next(item[key] for key in _WANDB_STEPS if key in item))
                 rows.setdefault(step, {}).update(_numbers(item))
-            elif record["type"] == "run":
-                config.update(record["run"].get("config", {}).get("update", {}))
-            elif record["type"] == "config":
-                config.update(record["config"].get("update", {}))
+            # What the monitor wrote into W&B's config, as the run started or later.
+            config = record.get("config") or record.get("run", {}).get("config", {})
+            settings = config.get("update", {}).get("normdyn")
+            if isinstance(settings, dict):
+                meta.update(settings)
     # Another version of W&B may say anything: whatever that provokes, the run cannot be read.
     except Exception as error:
         raise NormDynError(
@@ -160,9 +163,7 @@ def _parse_wandb(lines: Iterable[bytes], path: Path) -> History:
             f"({type(error).__name__}: {error})."
         ) from error
     history = _as_history(rows, path)
-    settings = config.get("normdyn")
-    if isinstance(settings, dict):
-        history.meta.update(settings)
+    history.meta.update(meta)
     return history
 
 

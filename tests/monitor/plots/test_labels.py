@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_normdyn.monitor.plots.labels import elide, in_legend, layer_labels, plain_text
+from lightning_normdyn.monitor.plots.labels import fitted, in_legend, layer_labels
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,8 @@ def test_labels_of_long_names_leave_out_what_all_of_them_begin_with(names, label
 
 
 def test_texts_are_short_and_drawn_as_they_stand():
-    assert elide("abcdefghij", 10) == "abcdefghij"
-    assert elide("abcdefghijk", 6) == "ab…ijk"
-    assert plain_text("a$b\x00") == r"a\$b?"
+    assert fitted("abcdefghij", 10) == "abcdefghij"
+    assert fitted("abcdefghijk", 6) == "ab…ijk"
+    assert fitted("abcdefghijk", 7) == "ab…hijk"
+    assert fitted("a$b\x00", 10) == r"a\$b?"
     assert (in_legend("_run"), in_legend("run")) == (" _run", "run")
