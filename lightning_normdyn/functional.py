@@ -201,7 +201,7 @@ def angular_update(before: Tensor, after: Tensor) -> Tensor:
         ValueError: if the shapes differ or have fewer than two dimensions.
 
     Example:
-        >>> angular_update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 2.0]]))  # a quarter of pi
+        >>> angular_update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 2.0]]))  # pi / 4
         tensor([0.7854])
     """
     _check_same_shape(before, after, "before", "after")
@@ -361,7 +361,8 @@ def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
         ValueError: if the shapes differ or have fewer than two dimensions.
 
     Example:
-        >>> gradient_cosine(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 5.0], [3.0, 4.0]]))
+        >>> weight = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+        >>> gradient_cosine(weight, torch.tensor([[0.0, 5.0], [3.0, 4.0]]))
         tensor([0.0000, 0.6000])
     """
     _check_same_shape(weight, grad, "weight", "grad")
@@ -410,7 +411,8 @@ def displacement_sums(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Te
         ValueError: if the shapes differ or have fewer than two dimensions.
 
     Example:
-        >>> [x.item() for x in displacement_sums(torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]]))]
+        >>> before, after = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 2.0]])
+        >>> [x.item() for x in displacement_sums(before, after)]
         [1.0, 0.0, 4.0]
     """
     _check_same_shape(before, after, "before", "after")
@@ -715,8 +717,10 @@ def generalized_gaussian_shape(
 
     Example:
         >>> x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
-        >>> round(generalized_gaussian_shape(x), 1), round(generalized_gaussian_shape(x, method="mle"), 1)
-        (2.0, 2.0)
+        >>> round(generalized_gaussian_shape(x), 1)
+        2.0
+        >>> round(generalized_gaussian_shape(x, method="mle"), 1)
+        2.0
     """
     if method not in ("moments", "mle"):
         raise ValueError(f"`method` must be 'moments' or 'mle', got {method!r}.")

@@ -4,14 +4,13 @@ torch.nn.utils.parametrize.
 Each replaces a weight by a function of a *direction* tensor whose length the network cannot see,
 filter by filter:
 
-=============================  ==================================================================  ================================
-function                       weight that the layer uses                                          parameters it leaves
-=============================  ==================================================================  ================================
-weight_normalization           :math:`g\,w/\lVert w\rVert` (eq. 23)                                ``original0`` gain, ``original1``
-centered_weight_normalization  :math:`g\,(w-\bar w)/\lVert w-\bar w\rVert` (eq. 24)                ``original0`` gain, ``original1``
-weight_standardization         :math:`(w-\bar w)/\mathrm{std}` (eq. 25)                            ``original``
-bounded_weight_normalization   :math:`\rho\,w/\lVert w\rVert`, :math:`\rho` fixed (Hoffer et al.)  ``original``
-=============================  ==================================================================  ================================
+- :func:`weight_normalization`: :math:`g\,w/\lVert w\rVert` (eq. 23). Leaves ``original0``, the
+  gain, and ``original1``.
+- :func:`centered_weight_normalization`: :math:`g\,(w-\bar w)/\lVert w-\bar w\rVert` (eq. 24).
+  Leaves ``original0``, the gain, and ``original1``.
+- :func:`weight_standardization`: :math:`(w-\bar w)/\mathrm{std}` (eq. 25). Leaves ``original``.
+- :func:`bounded_weight_normalization`: :math:`\rho\,w/\lVert w\rVert` with a fixed :math:`\rho`
+  (Hoffer et al.). Leaves ``original``.
 
 ``original1`` and ``original`` are directions: the tensors that AdaptiveWeightShrink,
 WeightRescaling and RadialProjection act on, never the gain. They live under
@@ -219,8 +218,10 @@ def is_weight_standardized(module: nn.Module, name: str) -> bool:
         name: full name of a parameter, e.g. ``"conv1.parametrizations.weight.original"``.
 
     Example:
-        >>> model = torch.nn.Sequential(weight_standardization(torch.nn.Linear(3, 4)), torch.nn.Linear(4, 2))
-        >>> [is_weight_standardized(model, name) for name in ("0.parametrizations.weight.original", "1.weight")]
+        >>> layer = weight_standardization(torch.nn.Linear(3, 4))
+        >>> model = torch.nn.Sequential(layer, torch.nn.Linear(4, 2))
+        >>> names = ("0.parametrizations.weight.original", "1.weight")
+        >>> [is_weight_standardized(model, name) for name in names]
         [True, False]
     """
     try:

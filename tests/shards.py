@@ -1,6 +1,5 @@
-"""Weights whose pieces lie on several ranks, and a comparison of every sum, write and total with the
-same weights whole.
-"""
+"""Weights whose pieces lie on several ranks, and a comparison of every sum, write and total with
+the same weights whole."""
 
 from __future__ import annotations
 

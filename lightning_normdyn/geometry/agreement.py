@@ -84,12 +84,13 @@ def _check_completeness(
     for weight, partition, placement in zip(weights, partitions, placements, strict=True):
         sharing = placement.sharing or held_everywhere(placement.n)
         # Replicas must not count twice.
-        entries = placement.value(weight).numel() if sharing.first_copy else 0
+        entries = placement.value(weight).numel() * sharing.first_copy
         counted.append([int(sharing.counted.sum()), entries])
         vectors = distinct(partition.labels[partition.labels >= 0])
         expected.append([len(vectors), prod(placement.shape)])
-    device = weights[0].device if weights else torch.device("cpu")
-    total = all_reduce(torch.tensor(counted, dtype=torch.long, device=device), None)
+    # On the device of the weights: NCCL sends from nowhere else.
+    own = torch.tensor(counted, dtype=torch.long, device=weights[0].device)
+    total = all_reduce(own, None)
     for name, got, want in zip(names, total.tolist(), expected, strict=True):
         if got != want:
             raise untested(

@@ -122,15 +122,16 @@ def _coordinates(
     dimension lies."""
     coordinates: dict[int, Tensor] = {}
     for d in set(sharded.values()):
-        plain: list[int] = []
-        strided: list[int] = []
+        # Plain shards from left to right, then strided ones from right to left: a strided shard
+        # (FSDP2 over tensor parallelism) splits what the mesh dimensions to its right have already
+        # split.
+        order: list[int] = []
+        plain = 0
         for m in sharded:
-            if sharded[m] == d:
-                is_strided = type(placements[m]).__name__ == "_StridedShard"
-                (strided if is_strided else plain).append(m)
-        # A strided shard (FSDP2 over tensor parallelism) splits what the mesh dimensions to its
-        # right have already split.
-        order = [*plain, *reversed(strided)]
+            if sharded[m] != d:
+                continue
+            order.insert(plain, m)
+            plain += type(placements[m]).__name__ != "_StridedShard"
         chunks = _successive_chunks(shape[d], tuple(mesh.size(m) for m in order))
         coordinates.update(zip(order, chunks, strict=True))
     return coordinates

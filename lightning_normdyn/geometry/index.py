@@ -37,7 +37,7 @@ class RowIndex:
         self.slices: list[slice] = []
         self.pieces: list[tuple[int, Rows]] = []
         self.n = 0
-        of_rows = [torch.zeros(0, dtype=torch.long, device="cpu")]
+        of_rows = [indices(0)]
         for weight, placement in enumerate(placements):
             for piece in placement.pieces:
                 rows = Rows(piece)
@@ -97,7 +97,10 @@ class Rows:
 
     def form(self, view: Tensor) -> list[int]:
         """The shape of one number per row that broadcasts over a view."""
-        return [size if d in self._kept else 1 for d, size in enumerate(view.shape)]
+        form = [1] * view.ndim
+        for d in self._kept:
+            form[d] = view.shape[d]
+        return form
 
     def dims(self, view: Tensor) -> list[int]:
         """The dimensions of a view that lie within a row."""

@@ -1,5 +1,5 @@
-"""Reads private attributes of torch and DeepSpeed, each behind a check that names the version it was
-tested with."""
+"""Reads private attributes of torch and DeepSpeed, each behind a check that names the tested
+version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The few primitives that read or write weights, in torch operations: no other file touches entries.
+"""The few primitives that read or write weights: no other file touches their entries.
 
 `Kernels` is the whole interface: sums over vectors, displacement, scale, add, remove the radial
 part. Kernels of another kind (a few fused launches on a GPU) can stand beside it with the same
@@ -261,7 +261,7 @@ class Kernels:
         return index.to_vectors(finished)
 
     def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
-        """The kernel of a pass for rows that are cut: finishes each part and adds it to the outs."""
+        """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
 
         def kernel(
             dims: Dims,
@@ -291,10 +291,12 @@ class Kernels:
         views: list[Tensor | None] = []
         for operand in operands:
             tensor = operand[weight]
-            view = None if tensor is None else rows.view(tensor)
-            if view is not None and hidden is not None:
-                view = view.masked_fill(rows.view(hidden), 0)
-            views.append(view)
+            if tensor is None:
+                views.append(None)
+            elif hidden is None:
+                views.append(rows.view(tensor))
+            else:
+                views.append(rows.view(tensor).masked_fill(rows.view(hidden), 0))
         return views
 
     def _rows_with(self, values: Tensor, *, dummy: float) -> Iterator[tuple[int, Rows, Tensor]]:

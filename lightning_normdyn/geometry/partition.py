@@ -107,7 +107,8 @@ class Partition:
             read: bool of that shape: count only these entries; None: all.
 
         Example:
-            >>> Partition.filters((2, 3)).lengths((2, 3), torch.tensor([[True, False, True], [True, True, True]])).tolist()
+            >>> read = torch.tensor([[True, False, True], [True, True, True]])
+            >>> Partition.filters((2, 3)).lengths((2, 3), read).tolist()
             [2, 3]
         """
         if read is None:
@@ -123,7 +124,9 @@ class Partition:
         -1: int64 ``(n,)``.
 
         Example:
-            >>> Partition((0,), torch.tensor([0, -1, 1]), "filter").found_in(Partition((0,), torch.tensor([-1, 1, 0]), "filter")).tolist()
+            >>> one = Partition((0,), torch.tensor([0, -1, 1]), "filter")
+            >>> other = Partition((0,), torch.tensor([-1, 1, 0]), "filter")
+            >>> one.found_in(other).tolist()
             [-1, 0]
         """
         match = torch.full(

@@ -78,10 +78,11 @@ def _moments(
     count = prod(x.shape[d] for d in dims)
     # Around an estimate of the mean: the standard deviation is then right to 1e-6 even beside a
     # mean a thousand times as large.
-    estimate = sum_of(x, dims) / count
-    rest = x - estimate
-    # The estimate need not be right: what it misses is in `left`.
+    sum_of(x, dims, mean)
+    estimate = mean.div_(count).to(x.dtype)
+    # The one that is subtracted. It need not be right: what it misses is in `left`.
     mean.copy_(estimate)
+    rest = x - estimate
     norm_of(rest, dims, length)
     sum_of(rest, dims, left)
     members.fill_(count)
@@ -125,7 +126,7 @@ def displacement(exact: torch.dtype | None, *, known: bool = False) -> Pass:
         if known:
             norm.copy_(views[2])
         else:
-            norm_of(before if exact is None else before.to(exact), dims, norm)
+            norm_of(widened(before, exact), dims, norm)
         factor = norm_of(after, dims, ratio).div_(norm).nan_to_num_(0.0, 0.0, 0.0)
         if ratio.dtype != after.dtype:
             # The residual is taken with the rounded ratio, so this is the one to keep.
@@ -293,21 +294,21 @@ class Products:
         # While x is in the cache anyway.
         if self._copied is not None and views[self._copied] is not None and views[-1] is not None:
             views[-1].copy_(views[self._copied])
-        values = [self._convert(view) for view in views[: self._read]]
+        values: list[Tensor | None] = []
+        for view in views[: self._read]:
+            values.append(None if view is None else widened(view, self._exact))
         for row, left, right in self._terms:
-            x = values[left]
-            y = None if right is None else values[right]
-            if x is None or (right is not None and y is None):
-                outs[row].zero_()
+            x, out = values[left], outs[row]
+            y = x if right is None else values[right]
+            if x is None or y is None:
+                out.zero_()
+            elif right is None:
+                sum_of(x, dims, out)
             elif left == right:
-                norm_of(x, dims, outs[row])
+                # A norm reads x once and cannot overflow where its square would.
+                norm_of(x, dims, out)
             else:
-                sum_of(x if y is None else x * y, dims, outs[row])
-
-    def _convert(self, view: Tensor | None) -> Tensor | None:
-        if view is None:
-            return None
-        return view.to(self._exact) if self._exact else widened(view)
+                sum_of(x * y, dims, out)
 
     def _finish(self, written: Tensor) -> Tensor:
         for row in self._squares:
@@ -323,34 +324,30 @@ def own_precision(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def widened(x: Tensor) -> Tensor:
-    """In its own precision, float32 at least."""
+def widened(x: Tensor, exact: torch.dtype | None = None) -> Tensor:
+    """In the dtype ``exact``; None: in its own precision, float32 at least."""
+    if exact is not None:
+        return x.to(exact)
+    # bfloat16 and float16 hold too few digits for a sum, and float16 overflows.
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def sum_of(
-    x: Tensor,
-    dims: Dims,
-    out: Tensor | None = None,
-) -> Tensor:
+def sum_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
     """Sum over ``dims``; over none of them the entries themselves."""
+    if not dims:
+        return out.copy_(x)
     # An `out` of another dtype would make torch convert x first, entry by entry.
-    if dims and out is not None and out.dtype == x.dtype:
-        return torch.sum(x, dims, keepdim=True, out=out)
-    total = x.sum(dims, keepdim=True) if dims else x
-    return total if out is None else out.copy_(total)
+    if out.dtype != x.dtype:
+        return out.copy_(x.sum(dims, keepdim=True))
+    return torch.sum(x, dims, keepdim=True, out=out)
 
 
-def norm_of(
-    x: Tensor,
-    dims: Dims,
-    out: Tensor,
-) -> Tensor:
+def norm_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
     """Euclidean norm over ``dims``; over none of them absolute values."""
     # A row of one entry: without dimensions torch would take the norm of everything.
     if not dims:
         return out.copy_(x.abs())
-    if out.dtype == x.dtype:
-        torch.linalg.vector_norm(x, dim=dims, keepdim=True, out=out)
-        return out
-    return out.copy_(torch.linalg.vector_norm(x, dim=dims, keepdim=True))
+    if out.dtype != x.dtype:
+        return out.copy_(torch.linalg.vector_norm(x, dim=dims, keepdim=True))
+    torch.linalg.vector_norm(x, dim=dims, keepdim=True, out=out)
+    return out

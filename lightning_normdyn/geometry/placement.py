@@ -119,7 +119,8 @@ def check_weight(weight: Tensor, name: str) -> None:
     elif weight.is_quantized or not weight.is_floating_point():
         kind = f"stored as {weight.dtype}; leave it out with an exclude pattern"
     elif type(weight.data) is not Tensor and not is_dtensor(weight):
-        kind = f"a {type(weight.data).__module__}.{type(weight.data).__name__}, whose storage is not understood; leave it out"
+        subclass = f"{type(weight.data).__module__}.{type(weight.data).__name__}"
+        kind = f"a {subclass}, whose storage is not understood; leave it out"
     if kind is not None:
         raise NotSupportedError(
             f"`{name}` was asked to be a target, but it is {kind} (params=[..., '!{name}'])."
@@ -186,7 +187,9 @@ def version_of(weight: Tensor) -> int:
     gradient or a state tensor, too."""
     tensor = _updated(weight)
     # What is around a local tensor does not count writing to it.
-    return int(cast(Any, tensor)._local_tensor._version if is_dtensor(tensor) else tensor._version)
+    if is_dtensor(tensor):
+        tensor = cast(Any, tensor)._local_tensor
+    return int(tensor._version)
 
 
 def is_plain(weight: Tensor) -> bool:

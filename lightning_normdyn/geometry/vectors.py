@@ -55,9 +55,8 @@ class HasSnapshots(Protocol):
 class WeightVectors:
     """The targeted weights as one index space of ``n`` vectors.
 
-    Every formula of the package is arithmetic on ``(n,)`` tensors. This class makes them from the
-    weights (sums, completed over the ranks that share vectors) and carries them back (scaling), so
-    that a rule need not know a weight's shape, memory format, dtype or sharding.
+    Every formula of the package is arithmetic on ``(n,)`` tensors. This class takes them from the
+    weights and carries them back, so that a rule need not know shapes, memory formats or shards.
 
     Args:
         weights: the parameters, in optimizer order.
@@ -100,7 +99,7 @@ class WeightVectors:
     ) -> None:
         self.weights = list(weights)
         self.partitions = list(partitions)
-        self.names = names = list(names or [f"weight {i}" for i in range(len(weights))])
+        self.names = names = list(names or map("weight {}".format, range(len(weights))))
         # Numbers per vector are kept in one place, even if weights lie on several devices.
         self.device = weights[0].device if weights else torch.device("cpu")
         self.sum_dtype = sum_dtype(self.device)
@@ -135,8 +134,7 @@ class WeightVectors:
 
     @property
     def through_masters(self) -> bool:
-        """Whether an optimizer updates other tensors in place of the weights (DeepSpeed), which get
-        their gradients late."""
+        """Whether an optimizer updates other tensors (DeepSpeed), which get gradients late."""
         return any(placement.master is not None for placement in self._placements)
 
     @property
@@ -149,18 +147,17 @@ class WeightVectors:
     def local(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """This rank's plain storage of tensors laid out like the weights (gradients, state),
         without autograd history."""
-        return [
-            None if tensor is None else placement.storage(tensor.detach())
-            for tensor, placement in zip(tensors, self._placements, strict=True)
-        ]
+        local: list[Tensor | None] = []
+        for tensor, placement in zip(tensors, self._placements, strict=True):
+            local.append(None if tensor is None else placement.storage(tensor.detach()))
+        return local
 
     def values(self) -> list[Tensor]:
         """The weights themselves; writing to them writes to the weights."""
         return [p.value(w) for p, w in zip(self._placements, self.weights, strict=True)]
 
     def storages(self) -> dict[Tensor, Tensor]:
-        """Each weight's plain storage on this rank, as `StepBracket.request_snapshot` wants
-        them."""
+        """Each weight's local tensor, as `StepBracket.request_snapshot` wants them."""
         return dict(zip(self.weights, self.values(), strict=True))
 
     def gradients(self) -> list[Tensor | None]:
@@ -172,27 +169,29 @@ class WeightVectors:
 
         True also where this rank holds none of its entries, since other ranks decide.
         """
-        return tuple(
-            not placement.pieces or id(weight) in step.with_gradient
-            for placement, weight in zip(self._placements, self.weights, strict=True)
-        )
+        answers = []
+        for placement, weight in zip(self._placements, self.weights, strict=True):
+            answers.append(not placement.pieces or id(weight) in step.with_gradient)
+        return tuple(answers)
 
     def versions(self) -> list[int]:
-        """For each weight how often its numbers were written to:
-        `lightning_normdyn.geometry.placement.version_of`."""
+        """For each weight how often its numbers were written to, as torch counts it."""
         # Asked for in every step: looking for something inside or behind a weight costs more.
         if self._plain:
             return [weight._version for weight in self.weights]
         return [version_of(weight) for weight in self.weights]
 
     def snapshots(self, bracket: HasSnapshots) -> list[Tensor | None]:
-        """The copies that ``bracket`` took of these weights in this step."""
+        """The copies that ``bracket`` took of them in this step."""
         return [bracket.snapshot(weight) for weight in self.weights]
 
     def _values_beside(self, before: Operand) -> Operand:
         """The weights, with None where ``before`` has none."""
-        values = self.values()
-        return [None if old is None else value for old, value in zip(before, values, strict=True)]
+        values: list[Tensor | None] = [*self.values()]
+        for i, old in enumerate(before):
+            if old is None:
+                values[i] = None
+        return values
 
     # ---- Sums over vectors ----
 
@@ -321,7 +320,7 @@ class WeightVectors:
         return self._reduction.per_weight(values)
 
     def totals(self, values: Tensor) -> Tensor:
-        """`per_weight` over all ranks, every vector counted once: ``(..., n)`` to ``(..., weights)``.
+        """`per_weight` over all ranks, every vector counted once: ``(..., weights)``.
 
         One collective, or none where every rank holds all vectors. Every rank must call it.
         """
@@ -338,16 +337,13 @@ class WeightVectors:
 
     def counts(self, bins: Tensor, size: int) -> Tensor:
         """How many vectors of each weight lie in each bin, over all ranks, every vector counted
-        once.
+        once: ``(..., weights, size)``.
 
-        One collective, or none where every rank holds all vectors. Every rank must call it.
+        Communicates as `totals` does.
 
         Args:
             bins: ``(..., n)`` int64: the bin of each vector, ``0..size-1``, or -1 for none.
             size: number of bins.
-
-        Returns:
-            ``(..., weights, size)``.
         """
         return self._reduction.counts(bins, size)
 
@@ -357,10 +353,7 @@ class WeightVectors:
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """From ``(..., n)`` values of the vectors held here to those of all vectors, for each
-        weight ``(..., vectors of the weight)``, e.g. for checkpoints.
-
-        One collective, or none where every rank holds all vectors. Every rank must call it.
-        """
+        weight ``(..., vectors of the weight)``, e.g. for checkpoints. Communicates as `totals`."""
         return self._reduction.gather(values)
 
     def scatter(self, values: Sequence[Tensor]) -> Tensor:
@@ -369,8 +362,7 @@ class WeightVectors:
 
     def scatter_one(self, weight: int, values: Tensor) -> Tensor:
         """`scatter` for the weight at position ``weight`` alone."""
-        held = self._placements[weight].held.to(self.device)
-        return values.to(self.device)[..., held]
+        return values.to(self.device)[..., self._placements[weight].held.to(self.device)]
 
     # ---- Writing ----
 
@@ -458,8 +450,7 @@ class WeightVectors:
         if self._one_pass:
             sums = self._kernels.remove_radial_of_(direction, after, length, share, active)
         else:
-            sums = self._kernels.radial_of_step(direction, after, length)
-            self._reduction.sum_(sums)
+            sums = self._reduction.sum_(self._kernels.radial_of_step(direction, after, length))
         square, product, direction_square = sums
         removed = removed_part(square, product, share)
         if not self._one_pass:

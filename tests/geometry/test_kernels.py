@@ -1,5 +1,5 @@
-"""Every kernel against the formula that it stands for, on every kind of weight and however it is cut
-into chunks."""
+"""Every kernel against the formula that it stands for, on every kind of weight and however it is
+cut into chunks."""
 
 from __future__ import annotations
 
