@@ -9,11 +9,13 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.engine.account import Account
 from lightning_normdyn.engine.effect import Effect
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.refusals import find_zeros, refuse_copies, refuse_zeros
 from lightning_normdyn.engine.rivals import refuse_rivals, without_unranked
-from lightning_normdyn.engine.selection import AnyRule, Selection
+from lightning_normdyn.engine.selection import AnyRule
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, record
@@ -23,13 +25,11 @@ from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.decay import Decay
-from lightning_normdyn.optimizers.recognition import sets_weights_back
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.views import torch_optimizers
-from lightning_normdyn.optimizers.wrappers import copies_of_weights
 
 
-class Part(Selection[AnyRule]):
+class Part(Account[AnyRule]):
     """One callback's part in one fit.
 
     Args:
@@ -38,7 +38,6 @@ class Part(Selection[AnyRule]):
         session: the fit.
 
     Attributes:
-        workers: by optimizer, those that act at present.
         restored: the callback's state in a checkpoint, until the first step takes it up.
     """
 
@@ -48,28 +47,10 @@ class Part(Selection[AnyRule]):
     def __init__(self, rule: AnyRule, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, session)
         self.worker = worker
-        self.workers: dict[int, Worker[Any]] = {}
-        # Of every optimizer that was ever acted on: a later worker goes on from it.
-        self._latest: dict[int, Worker[Any]] = {}
         self.memory = VectorState()
         self.restored: dict[str, Any] | None = None
         self._restored_workers: dict[int, dict[str, Any]] = {}
-        self.attached_at: dict[int, int] = {}
-        self._counted: dict[int, int] = {}
-        self._steps_of_gone = 0
-        self._stopped: set[int] = set()
         self._looked_again: set[int] = set()
-        self._reported_bad = False
-
-    @property
-    def plans(self) -> dict[int, Plan]:
-        """The targets by optimizer."""
-        return {index: worker.plan for index, worker in self.workers.items()}
-
-    @property
-    def targets(self) -> list[Target]:
-        """The targets of all optimizers."""
-        return [target for worker in self.workers.values() for target in worker.plan.targets]
 
     @property
     def acting_phases(self) -> set[Phase]:
@@ -78,7 +59,8 @@ class Part(Selection[AnyRule]):
         changing = phases - LOOKING
         if changing or not (self.rule.writes or self.rule.acts):
             return changing
-        return phases  # it changes them where one is expected to look
+        # It acts, and in no other phase: so it changes weights where one is expected to look.
+        return phases
 
     @property
     def acts_around_steps(self) -> bool:
@@ -95,6 +77,7 @@ class Part(Selection[AnyRule]):
     def fit_start(self) -> None:
         """Refuse what a person has named and what cannot be done."""
         optimizers = []
+        # A wrapper (an accelerator's, SAM) may hold several torch optimizers.
         for optimizer in self.session.trainer.optimizers:
             optimizers += torch_optimizers(optimizer)
         for optimizer in optimizers:
@@ -104,6 +87,7 @@ class Part(Selection[AnyRule]):
     def train_start(self) -> None:
         """Bracket the optimizers, and count from here."""
         self.session.attach()
+        # Before the first forward pass: it must see the weights that the checkpoint meant.
         self._put_back_ahead()
         for index, bracket in enumerate(self.session.attachment.brackets):
             self.attached_at[index] = bracket.steps
@@ -118,7 +102,8 @@ class Part(Selection[AnyRule]):
             self.session.batch_start()
 
     def batch_end(self) -> None:
-        """The batch is over. The last callback drives the session: the others have stepped, too."""
+        """The batch is over."""
+        # The last callback of the list and not the first: the others must have seen the batch end.
         if self.session.members[-1] is self:
             self.session.batch_end()
             self.session.batch = None
@@ -147,6 +132,7 @@ class Part(Selection[AnyRule]):
         session = self.session
         if session.closed:
             return
+        # A fused optimizer tells late whether it skipped its last update; after this nobody asks.
         for bracket in session.attachment.brackets:
             bracket.settle()
         for member in session.members:
@@ -161,14 +147,7 @@ class Part(Selection[AnyRule]):
             self._counted = {index: self.steps_of(index) for index in self.attached_at}
         self.attached_at = {}
 
-    # -- counts
-
-    def steps_of(self, index: int) -> int:
-        """Real steps of optimizer ``index`` that it has seen, over resumes."""
-        counted = self._counted.get(index, 0)
-        if index in self.attached_at:
-            counted += self.session.attachment.brackets[index].steps - self.attached_at[index]
-        return counted
+    # -- resolution
 
     def replace_optimizer(self, index: int, gone: StepBracket | None, new: StepBracket) -> None:
         """Optimizer ``index`` is another one from now on, or has joined; counts go on."""
@@ -182,8 +161,6 @@ class Part(Selection[AnyRule]):
         """Take the handlers of an optimizer away; its worker stays what tables speak of."""
         if index in self.workers:
             self.workers[index].plan.close()
-
-    # -- resolution
 
     def check_patterns(self, optimizers: Sequence[Optimizer]) -> None:
         """At fit start: refuse what a person has named and what cannot be done."""
@@ -223,15 +200,19 @@ class Part(Selection[AnyRule]):
             self.refuse(index, error)
 
     def _replan(self, index: int) -> None:
+        """Make a plan for what is known now, and a worker for it; none where nothing is left."""
         bracket = self.session.attachment.brackets[index]
         targets = self._find_targets(index, bracket)
         self._check_optimizer(bracket.optimizer, targets)
+        # The old handlers go first: two workers would both act in this step.
         self._close(index)
         earlier = self._latest.get(index)
         plan = self._plan(index, bracket, targets, earlier) if targets else None
-        zeros = [] if plan is None else self._zeros(plan)
+        # Only a plan can tell: a sharded weight is zero where all ranks' parts are.
+        zeros = find_zeros(plan) if plan is not None and self.rule.needs_length else []
         if plan is not None and zeros:
-            self._refuse_zeros(zeros, bracket)
+            is_fresh = bracket.steps == 0 and not self._counted
+            refuse_zeros(self.name, zeros, is_error=is_fresh)
             plan.close()
             targets = [t for t in targets if t.name not in zeros]
             plan = self._plan(index, bracket, targets, earlier) if targets else None
@@ -241,6 +222,7 @@ class Part(Selection[AnyRule]):
         self._put_to_work(plan, earlier)
 
     def _find_targets(self, index: int, bracket: StepBracket) -> list[Target]:
+        """The weights that are meant and can be treated, in the optimizer's order."""
         targets = []
         owned = [w for w in self.session.weights.owned(bracket.optimizer) if w not in self.refused]
         for weight in self.select(owned):
@@ -258,7 +240,6 @@ class Part(Selection[AnyRule]):
     def _plan(
         self, index: int, bracket: StepBracket, targets: list[Target], earlier: Worker[Any] | None
     ) -> Plan:
-        self.attached_at.setdefault(index, bracket.steps)
         return Plan(
             index,
             bracket,
@@ -278,12 +259,14 @@ class Part(Selection[AnyRule]):
             plan.close()
             self.refuse(index, error, plan=plan)
             return
+        # `__init__` has made it as for a fresh fit; what went before comes on top.
         if earlier is not None:
             worker.inherit(earlier)
         if index in self._restored_workers:
             worker.load(self._restored_workers.pop(index))
         self.workers[index] = self._latest[index] = worker
-        # Within a phase, who only looks comes first.
+        # Within a phase, who only looks comes first: it must see what nobody has changed yet. Among
+        # those that act the rank decides, and among those that look nothing depends on the order.
         order = f"{int(self.rule.writes or self.rule.acts)} {self.rule.state_key}"
         for phase, method in self.worker.phases.items():
             handler = self._guarded(worker, getattr(worker, method))
@@ -359,52 +342,7 @@ class Part(Selection[AnyRule]):
     def _check_optimizer(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
         self.rule.check_optimizer(optimizer, [t.weight for t in targets])
         if self.rule.acts and targets:
-            self._refuse_copies(optimizer, targets)
-
-    def _refuse_copies(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
-        """Refuse to change weights that the optimizer sets back to a copy of its own."""
-        kind = type(optimizer).__name__
-        left = sets_weights_back(optimizer)
-        if left is not None:
-            raise NotSupportedError(
-                f"{kind} sets weights back to points that it remembers: of a change made to "
-                f"weights from outside, a trial found {left:.0%} left a dozen steps later. That "
-                f"would undo what {self.name} does to `{targets[0].name}`. Use an optimizer that "
-                f"steps from where a weight is, such as AdamW or SGD, or remove the callback."
-            )
-        # A sharded weight lies beside a sharded copy, and ranks might find different things.
-        plain = [t for t in targets if type(t.weight.data) is Tensor]
-        copies = copies_of_weights(optimizer, [t.weight for t in plain])
-        if copies:
-            raise NotSupportedError(
-                f"{kind} keeps a second copy of the weights ({named(copies)}) and moves them "
-                f"towards it, which would undo what {self.name} does to `{plain[0].name}`. Use the "
-                f"optimizer without that copy, or remove the callback."
-            )
-
-    def _zeros(self, plan: Plan) -> list[str]:
-        """Names of new targets that are zero, all of them; every rank must call it."""
-        if not self.rule.needs_length:
-            return []
-        if plan.before.keys() >= {t.name for t in plan.targets}:
-            return []
-        lengths = plan.vectors.totals(plan.vectors.norms()).tolist()
-        each = zip(plan.targets, lengths, strict=True)
-        return [t.name for t, length in each if length == 0 and t.name not in plan.before]
-
-    def _refuse_zeros(self, names: Sequence[str], bracket: StepBracket) -> None:
-        """An error before the first step; later, or in a run that is resumed, a warning: the
-        weights are left alone."""
-        text = (
-            f"{self.name} was to act on {named(names)}, but all entries are zero: that has no "
-            f"length and no direction, so nothing would be done to it"
-        )
-        if bracket.steps == 0 and not self._counted:
-            raise NotSupportedError(
-                f"{text}. Initialize it with other numbers, or leave it out with params=[..., "
-                f"'!{names[0]}']."
-            )
-        warn_once(f"{text}; it is left to its optimizer.")
+            refuse_copies(self.name, optimizer, targets)
 
     # -- what tables and other callbacks ask
 
@@ -428,81 +366,13 @@ class Part(Selection[AnyRule]):
         if not self.workers and self.rule.acts:
             self.refuse_to_find_nothing()
 
-    def _counts(self) -> tuple[int, int, int]:
-        """Steps of this fit that were seen, those in which this callback was to act, and those in
-        which it did."""
-        brackets, seen = self.session.attachment.brackets, self._steps_of_gone
-        for index, start in self.attached_at.items():
-            # Of a fused optimizer, whether the last step was skipped is still on its way.
-            brackets[index].settle()
-            seen += brackets[index].steps - start
-        tallies = [worker.plan.tally for worker in self._latest.values()]
-        due = min(sum(tally.due for tally in tallies), seen)
-        return seen, due, min(sum(tally.acted for tally in tallies), seen)
-
-    def idle_in_words(self) -> str:
-        """A callback that was to act and never could, in a sentence; empty for any other."""
-        seen, due, acted = self._counts()
-        attempts = self.session.attempts.count
-        if seen == 0 and attempts and not self._stopped:
-            did = "acted in" if self.rule.writes else "measured"
-            return (
-                f"{self.name} {did} 0 of {attempts} steps: no step was seen, none had a gradient, "
-                f"or a scaler skipped all."
-            )
-        if due and not acted:
-            return (
-                f"{self.name} acted in 0 of {seen} steps: no weight that it acts on had a gradient "
-                f"when it was to act."
-            )
-        return ""
-
-    def tally_in_words(self) -> str:
-        """For the end table: in how many steps this callback acted, unless it did in all that it
-        was to act in."""
-        if not self.rule.writes:
-            return ""
-        idle = self.idle_in_words()
-        seen, due, acted = self._counts()
-        always = acted > 0 and acted == due and not self._stopped
-        if idle or always or not seen:
-            return idle
-        when = f"; it was to act in {due}" if due != seen else ""
-        return f"{self.name} acted in {acted} of {seen} steps{when}."
-
-    def report_bad(self) -> None:
-        """Name, once, the vectors that had to be left alone."""
-        if self._reported_bad:
-            return
-        found = []
-        for worker in self.workers.values():
-            plan = worker.plan
-            totals = plan.vectors.totals(plan.bad.to(plan.vectors.sum_dtype)).tolist()
-            for target, count in zip(plan.targets, totals, strict=True):
-                if count:
-                    found.append(f"{int(count)} in {target.name}")
-        if found:
-            self._reported_bad = True
-            first = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "")
-            warn_once(f"{self.name} left vectors alone whose norm is zero or not finite: {first}.")
-
-    def report_idle(self) -> None:
-        """At the end of a fit: say so if nothing ever came of what might have come."""
-        if not self.session.attempts.count or self.workers or not self.rule.acts:
-            return
-        names = self.may_come()
-        if names:
-            warn_once(
-                f"{self.name} did nothing in this fit: {named(names)} stayed frozen, no optimizer "
-                f"held them, or no loss read all their rows."
-            )
-
     # -- over a checkpoint
 
     def state(self) -> dict[str, Any]:
         """What goes on in a fit that is resumed: plain tensors, numbers and strings. A
         collective."""
-        if self.restored is not None:  # before the first step: it is still what it was
+        # Before the first step it is still what it was.
+        if self.restored is not None:
             return self.restored
         for bracket in self.session.attachment.brackets:
             bracket.settle()
@@ -533,16 +403,16 @@ class Part(Selection[AnyRule]):
         restored, self.restored = self.restored, None
         if restored is None:
             return
-        self._counted = {int(k): int(v) for k, v in restored["steps"].items()}
+        self._counted = dict(restored["steps"])
         self.memory.restore(restored["per_vector"])
         self._restored_workers = dict(restored["extra"].get("workers", {}))
         self.load_extra(restored["extra"])
         saved, present = restored["settings"], self.rule.settings()
-        changed = [
-            f"{key}: {saved[key]} -> {value}"
-            for key, value in present.items()
-            if key in saved and saved[key] != value
-        ]
+        changed = []
+        for key, value in present.items():
+            # A setting that the checkpoint has not came with a newer version of the callback.
+            if key in saved and saved[key] != value:
+                changed.append(f"{key}: {saved[key]} -> {value}")
         if changed:
             warn_once(
                 f"{self.name} resumes with other settings than the checkpoint's "
@@ -553,7 +423,10 @@ class Part(Selection[AnyRule]):
         """What is done already for a step that is not over: for a checkpoint that is saved in the
         middle of it, or because it raised."""
         members = self.session.members
-        owners = {id(p.vectors): m for m in members for p in m.plans.values()}
+        owners = {}
+        for member in members:
+            for plan in member.plans.values():
+                owners[id(plan.vectors)] = member
         ahead: dict[str, Any] = {}
         for bracket in self.session.attachment.brackets:
             for scaling in bracket.unfinished:
@@ -574,6 +447,7 @@ class Part(Selection[AnyRule]):
         restored = dict(self.restored)
         ahead = restored.pop("ahead")
         self.session.put_back(ahead)
+        # Factors that were owed are in nobody's weights: they are taken back here.
         owed = dict(restored["per_vector"].get("owed", {}))
         for name, entry in ahead["weights"].items():
             if entry.get("owed") and name in owed and owed[name].shape == entry["factor"].shape:

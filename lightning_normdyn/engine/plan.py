@@ -93,10 +93,16 @@ class Plan:
         self._steps_before = steps_before
         self.bad = self.state("bad", 0.0, torch.bool)
         self.counters: dict[str, Tensor] = {}
-        self.events: dict[str, int] = {} if earlier is None else earlier.events
-        self.tally: Tally = Tally() if earlier is None else earlier.tally
-        self.before = {} if earlier is None else {t.name: t for t in earlier.targets}
-        self._group_of = {p: group for group, _ in self.groups for p in group["params"]}
+        self.events: dict[str, int] = {}
+        self.tally = Tally()
+        self.before: dict[str, Target] = {}
+        if earlier is not None:
+            # The same objects: who has them goes on counting in them.
+            self.events, self.tally = earlier.events, earlier.tally
+            self.before = {t.name: t for t in earlier.targets}
+        self._group_of = {}
+        for group, _ in self.groups:
+            self._group_of.update(dict.fromkeys(group["params"], group))
         self._fixed_rates: Tensor | None = None
         self._values: dict[str, tuple[list[Any], Tensor]] = {}
         self._masks: dict[tuple[bool, ...], Tensor] = {}
@@ -110,6 +116,7 @@ class Plan:
         slice_of = dict(zip(self.vectors.weights, self.vectors.slices, strict=True))
         groups = []
         for group in self.optimizer.param_groups:
+            # Targets stand in the optimizer's order, so those of a group lie side by side.
             slices = [slice_of[p] for p in group["params"] if p in slice_of]
             if slices:
                 groups.append((group, slice(slices[0].start, slices[-1].stop)))
@@ -153,6 +160,7 @@ class Plan:
         """
         if self._fixed_rates is not None:
             return self._fixed_rates
+        # One number per group is one write each; one per weight only where it must be.
         if not any(rate_differs_within(self.optimizer, group) for group, _ in self.groups):
             by_group = [self._rate(group, group["params"][0]) for group, _ in self.groups]
             return self.spread_groups("rate", by_group)
@@ -230,6 +238,7 @@ class Plan:
         Elsewhere means: a weight without gradient, an update that the device skips, a zero norm, a
         non-finite number. The last two are remembered in ``bad``.
         """
+        # Everything stays on the device: who is left alone is read when somebody asks for it.
         good = torch.isfinite(values)
         if norms is not None:
             good &= torch.isfinite(norms) & (norms > 0)

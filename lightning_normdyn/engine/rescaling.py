@@ -7,6 +7,8 @@ Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_normdyn.engine.lightning_facts import callbacks_of
-from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rule import Rule
@@ -24,8 +26,31 @@ from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.checks import verify_scale_invariance
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.scaling import Scaling, Statistics
 from lightning_normdyn.optimizers.state import per_matrix_only, state_exponents
+
+
+@dataclass
+class _Follower:
+    """A normalization whose running statistics were gathered at the old scale of a weight.
+
+    Args:
+        name: of the module.
+        module: a BatchNorm.
+        position: of the weight among the targets.
+        vector: int64 ``(channels,)``: the vector that feeds each channel; the number of vectors for
+            a channel that none feeds.
+        degree: the channel goes as this power of the vector's length.
+        bias: position among the biases of what is added in front of it; None: nothing is.
+    """
+
+    name: str
+    module: nn.Module
+    position: int
+    vector: Tensor
+    degree: float
+    bias: int | None
 
 
 class Rescaler:
@@ -39,76 +64,60 @@ class Rescaler:
 
     Raises:
         NotSupportedError: for statistics behind a target that cannot follow, and for per-vector
-            factors under an optimizer that allows
-        one per matrix only.
+            factors under an optimizer that allows one per matrix only.
     """
 
     def __init__(self, plan: Plan, session: Session, optimizer_state: str) -> None:
         self.plan = plan
         self._exponents = state_exponents(plan.optimizer) if optimizer_state == "rescale" else {}
         if self._exponents and per_matrix_only(plan.optimizer):
-            for target in plan.targets:
-                if target.partition.n > 1:
-                    raise NotSupportedError(
-                        f"{type(plan.optimizer).__name__} orthogonalizes whole matrices, so "
-                        f"`{target.name}` can only be "
-                        f"rescaled by one factor, but it has {target.partition.n} vectors. "
-                        "Use granularity='layer', or optimizer_state='keep' where the callback has "
-                        "it."
-                    )
-        # Normalizations whose running statistics were gathered at the old scale: (name, module,
-        # position of the weight, vector of each
-        # channel, degree, position of the bias).
-        self._norms: list[tuple[str, nn.Module, int, Tensor, float, int | None]] = []
-        parameters = {
-            name: weight for weight, names in session.weights.names.items() for name in names
-        }
+            self._refuse_vectors()
+        self._followers: list[_Follower] = []
         biases: list[Tensor] = []
         for position, target in enumerate(plan.targets):
-            verdict = target.verdict
-            if verdict.stale_statistics:
-                raise NotSupportedError(
-                    f"`{target.name}` is followed by running statistics that cannot be corrected "
-                    f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would "
-                    f"be wrong. "
-                    f"Leave it out with params='!{target.name}', or use track_running_stats=False."
-                )
-            if not verdict.batch_norms:
-                continue
-            # The links count the vectors of the verdict, the factors those of the target, which may
-            # be coarser (granularity="layer").
-            # The last entry stands for channels that no vector feeds.
-            partition = verdict.partition
-            assert partition is not None, "a link leads from a vector"
-            nowhere = target.partition.n
-            vector_of = torch.cat(
-                [
-                    partition.within(target.partition),
-                    torch.tensor([-1], dtype=torch.long, device="cpu"),
-                ]
-            )
-            vector_of = torch.where(vector_of >= 0, vector_of, nowhere)
-            for link in verdict.batch_norms:
-                module = session.module.get_submodule(link.module)
-                index = vector_of[link.vector.cpu()]
-                bias = parameters.get(link.bias) if link.bias else None
-                place = None if bias is None else len(biases)
-                self._norms.append(
-                    (
-                        link.module,
-                        module,
-                        position,
-                        index.to(plan.vectors.device),
-                        link.degree,
-                        place,
-                    )
-                )
-                if bias is not None:
-                    biases.append(bias)
+            self._follow(position, target, session, biases)
         # Statistics are whole on every rank; a bias may lie in pieces like any weight.
-        self._biases = WeightVectors(
-            biases, [Partition.filters(session.weights.shapes[b]) for b in biases]
-        )
+        shapes = session.weights.shapes
+        self._biases = WeightVectors(biases, [Partition.filters(shapes[b]) for b in biases])
+
+    def _refuse_vectors(self) -> None:
+        for target in self.plan.targets:
+            if target.partition.n > 1:
+                raise NotSupportedError(
+                    f"{type(self.plan.optimizer).__name__} orthogonalizes whole matrices, so "
+                    f"`{target.name}` can only be rescaled by one factor, but it has "
+                    f"{target.partition.n} vectors. Use granularity='layer', or "
+                    f"optimizer_state='keep' where the callback has it."
+                )
+
+    def _follow(
+        self, position: int, target: Target, session: Session[Any], biases: list[Tensor]
+    ) -> None:
+        """Find the normalizations behind a target, and the biases in front of them."""
+        verdict, partition = target.verdict, target.verdict.partition
+        if verdict.stale_statistics:
+            raise NotSupportedError(
+                f"`{target.name}` is followed by running statistics that cannot be corrected "
+                f"({', '.join(verdict.stale_statistics)}), so evaluation after a rescale would be "
+                f"wrong. Leave it out with params='!{target.name}', or use "
+                f"track_running_stats=False."
+            )
+        if partition is None or not verdict.batch_norms:
+            return
+        # The links count the vectors of the verdict, the factors those of the target, which may be
+        # coarser (granularity="layer"). The last entry stands for channels that no vector feeds.
+        vector_of = torch.nn.functional.pad(partition.within(target.partition), (0, 1), value=-1)
+        vector_of = torch.where(vector_of >= 0, vector_of, target.partition.n)
+        parameters = session.weights.by_name()
+        for link in verdict.batch_norms:
+            module = session.module.get_submodule(link.module)
+            vector = vector_of[link.vector.cpu()].to(self.plan.vectors.device)
+            bias = parameters.get(link.bias) if link.bias else None
+            place = None if bias is None else len(biases)
+            if bias is not None:
+                biases.append(bias)
+            follower = _Follower(link.module, module, position, vector, link.degree, place)
+            self._followers.append(follower)
 
     @staticmethod
     def check(optimizer: Optimizer, optimizer_state: str) -> None:
@@ -134,26 +143,32 @@ class Rescaler:
         )
 
     def _statistics(self, factor: Tensor) -> list[Statistics]:
-        if not self._norms:
+        if not self._followers:
             return []
         factors = self.plan.vectors.gather(factor)
+        # A filter of one entry is its sum: so the biases come whole from wherever they lie.
         biases = self._biases.gather(self._biases.inner((self._biases.values(), None))[0])
-        found = []
-        for name, module, position, index, degree, bias in self._norms:
-            mean, var = module.running_mean, module.running_var
-            if isinstance(mean, Tensor) and isinstance(var, Tensor):
-                extended = torch.cat([factors[position], factor.new_ones(1)])
-                channel = (extended[index] ** degree).to(mean.device)
-                offset = None if bias is None else biases[bias].to(mean.device)
-                found.append(Statistics(name, module, position, channel, offset))
-        return found
+        statistics = []
+        for follower in self._followers:
+            mean, var = follower.module.running_mean, follower.module.running_var
+            # A person may have taken the statistics away since.
+            if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
+                continue
+            extended = torch.cat([factors[follower.position], factor.new_ones(1)])
+            channel = (extended[follower.vector] ** follower.degree).to(mean.device)
+            offset = None if follower.bias is None else biases[follower.bias].to(mean.device)
+            statistics.append(
+                Statistics(follower.name, follower.module, follower.position, channel, offset)
+            )
+        return statistics
 
 
 def changes_function(target: Target) -> str:
     """What tables add for a target whose length the network's function depends on, or may do."""
     if target.scale_invariant:
         return ""
-    return f"; {'changes' if target.verdict.kind == 'no' else 'may change'} the network's function"
+    how = "changes" if target.verdict.kind == "no" else "may change"
+    return f"; {how} the network's function"
 
 
 def warn_of_changed_function(rule: Rule, plan: Plan) -> None:
@@ -177,42 +192,47 @@ def verify_targets(plan: Plan, session: Session) -> None:
     must not change.
 
     The one test that also catches what gradients cannot show, such as a detached copy of the
-    weight's output. Everything is put back
-    bit for bit.
+    weight's output. Everything is put back bit for bit.
 
     Raises:
         NotSupportedError: naming the weights on whose length the function depends; or for a batch
             that the forward cannot be called with.
     """
     claims = [t.verdict for t in plan.targets if t.verdict.partition is not None]
+
+    def holds(verdicts: list[Verdict], inputs: tuple[Any, ...]) -> bool:
+        return bool(verify_scale_invariance(session.module, *inputs, verdicts=verdicts))
+
     with session.trainer.precision_plugin.forward_context():
-        for inputs in _inputs_of(session):
-            try:
-                if verify_scale_invariance(session.module, *inputs, verdicts=claims):
-                    return
-            except NormDynError:
-                raise
-            except Exception as error:  # whatever a forward raises that expects something else
-                refusal = error
-                continue
-            guilty = [
-                c.name
-                for c in claims
-                if not verify_scale_invariance(session.module, *inputs, verdicts=[c])
-            ]
-            break
-        else:
-            raise NotSupportedError(
-                f"verify=True calls the LightningModule with the batch, and its forward raised "
-                f"{type(refusal).__name__}: {refusal}. "
-                f"{_BY_HAND}"
-            ) from refusal
+        inputs = _first_accepted(_inputs_of(session), lambda inputs: holds(claims, inputs))
+        if inputs is None:
+            return
+        # One by one, to name them; together they may fail where each alone does not.
+        guilty = [claim.name for claim in claims if not holds([claim], inputs)]
     raise NotSupportedError(
-        f"The function changes with the length of "
-        f"{', '.join(f'`{name}`' for name in guilty) or 'these weights together'}, although the "
-        "gradients do not show it. Exclude them: params=['!NAME'] means all scale-invariant "
-        "weights but that one."
+        f"The function changes with the length of {named(guilty) or 'these weights together'}, "
+        f"although the gradients do not show it. Exclude them: params=['!NAME'] means all "
+        f"scale-invariant weights but that one."
     )
+
+
+def _first_accepted(
+    candidates: list[tuple[Any, ...]], holds: Callable[[tuple[Any, ...]], bool]
+) -> tuple[Any, ...] | None:
+    """The first inputs that the forward takes, if the claims do not hold on them; None if they
+    do."""
+    refusal: Exception | None = None
+    for inputs in candidates:
+        try:
+            return None if holds(inputs) else inputs
+        except NormDynError:
+            raise
+        except Exception as error:  # whatever a forward raises that expects something else
+            refusal = error
+    raise NotSupportedError(
+        f"verify=True calls the LightningModule with the batch, and its forward raised "
+        f"{type(refusal).__name__}: {refusal}. {_BY_HAND}"
+    ) from refusal
 
 
 _BY_HAND = "Leave verify off, and call lightning_normdyn.targets.verify_scale_invariance yourself."
@@ -234,12 +254,11 @@ def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
     fitting = [inputs for inputs in candidates if _takes(signature, inputs) and _tensors_of(inputs)]
     if fitting:
         return fitting
-    if parts and isinstance(parts[0], Tensor):
+    first = parts[0] if parts else batch
+    if isinstance(first, Tensor):
         reason = f", but its forward{signature} takes other arguments"
     else:
-        reason = (
-            f", or its first element, but that is a {type(parts[0] if parts else batch).__name__}"
-        )
+        reason = f", or its first element, but that is a {type(first).__name__}"
     raise NotSupportedError(
         f"verify=True calls the LightningModule with the batch{reason}. {_BY_HAND}"
     )
@@ -255,11 +274,13 @@ def _takes(signature: inspect.Signature, inputs: tuple[Any, ...]) -> bool:
 
 def _tensors_of(inputs: tuple[Any, ...]) -> bool:
     """Whether these are tensors, or sequences of tensors."""
-    return all(
-        isinstance(x, Tensor)
-        or (isinstance(x, (tuple, list)) and bool(x) and _tensors_of(tuple(x)))
-        for x in inputs
-    )
+    for each in inputs:
+        if isinstance(each, (tuple, list)):
+            if not each or not _tensors_of(tuple(each)):
+                return False
+        elif not isinstance(each, Tensor):
+            return False
+    return True
 
 
 class RescalingPart(Part[Any]):

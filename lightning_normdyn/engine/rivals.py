@@ -30,6 +30,7 @@ def refuse_rivals(member: Member, weights: Iterable[Tensor], members: Sequence[M
         theirs = _targeted(other)
         if other.rule.by_name:
             theirs |= other.matched
+        # A name is enough for "by name": whoever is named will be acted on as soon as it trains.
         both = [member.name_of(w) for w in weights if w in theirs]
         if both:
             more = f" and {len(both) - 1} more" if len(both) > 1 else ""
@@ -55,6 +56,7 @@ def without_unranked(
     """
     rule = member.rule
     for other in members:
+        # Two of one kind have been refused on sight, whatever their phases.
         if other is member or other.rule.kind is rule.kind or other.rule.rank != rule.rank:
             continue
         phases = member.acting_phases & other.acting_phases
@@ -78,7 +80,10 @@ def without_unranked(
 
 
 def _targeted(member: Member) -> set[Tensor]:
-    return {t.weight for plan in member.plans.values() for t in plan.targets}
+    weights: set[Tensor] = set()
+    for plan in member.plans.values():
+        weights.update(plan.claimed)
+    return weights
 
 
 __all__ = ["refuse_rivals", "without_unranked"]

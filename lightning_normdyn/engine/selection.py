@@ -15,7 +15,7 @@ from lightning_normdyn.engine.messages import named, show, warn_once
 from lightning_normdyn.engine.rule import Rule, shown
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
-from lightning_normdyn.engine.weights import has_sparse_gradient
+from lightning_normdyn.engine.weights import has_sparse_gradient, held_by
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.geometry.placement import check_weight
 from lightning_normdyn.invariance.names import match_patterns
@@ -84,7 +84,7 @@ class Selection(Generic[AnyRule]):
         if not rule.by_name:
             self._warn_of_lazy(matches)
             return []
-        owned = {p for o in optimizers for g in o.param_groups for p in g["params"]}
+        owned = {p for optimizer in optimizers for p in held_by(optimizer)}
         for weight in matches:
             name = self.name_of(weight)
             self.check_weight(weight, name)
@@ -114,10 +114,10 @@ class Selection(Generic[AnyRule]):
         return any(name in self.rule.params for name in self.session.weights.names[weight])
 
     def _warn_of_lazy(self, matches: Sequence[Tensor]) -> None:
-        lazy = [f"`{self.name_of(w)}`" for w in matches if w in self.session.weights.lazy]
+        lazy = [self.name_of(w) for w in matches if w in self.session.weights.lazy]
         if lazy and self.rule.acts:
             warn_once(
-                f"{self.name} leaves lazy parameters alone ({', '.join(lazy)}). Run one forward "
+                f"{self.name} leaves lazy parameters alone ({named(lazy)}). Run one forward "
                 f"pass before the fit."
             )
 
@@ -158,6 +158,7 @@ class Selection(Generic[AnyRule]):
                 matches.append(weight)
             elif self._is_exact(weight):
                 self._refuse_gain(weight)
+        # Who names weights knows better than a search, and finds out by an error what cannot be.
         if rule.by_name:
             return matches
         if rule.writes:
@@ -235,23 +236,24 @@ class Selection(Generic[AnyRule]):
         return [*waiting, *(verdict.name for verdict in self._waiting_for_rows())]
 
     def _trained(self) -> set[Tensor]:
-        session = self.session
-        return {
-            w
-            for o in session.attachment.optimizers
-            for w in session.weights.owned(o)
-            if w.requires_grad
-        }
+        trained: set[Tensor] = set()
+        for optimizer in self.session.attachment.optimizers:
+            trained.update(w for w in self.session.weights.owned(optimizer) if w.requires_grad)
+        return trained
 
     def _waiting_for_rows(self) -> list[Verdict]:
         """Trained weights that stay untouched until a loss has read their other rows, too."""
         if self.rule.by_name or not self.rule.writes:
             return []
         candidates = self.matched & self._trained()
-        verdicts = [
-            self.session.claims.of(w) for w in self.session.weights.names if w in candidates
-        ]
-        return [v for v in verdicts if v.waits and v.norms]
+        waiting = []
+        # In the module's order, which a set has not.
+        for weight in self.session.weights.names:
+            if weight in candidates:
+                verdict = self.session.claims.of(weight)
+                if verdict.waits and verdict.norms:
+                    waiting.append(verdict)
+        return waiting
 
     def report_waiting(self) -> None:
         """Name the weights that are left alone until a loss has read all their rows."""
@@ -289,16 +291,12 @@ class Selection(Generic[AnyRule]):
 
     def _reasons(self) -> str:
         """Why no weight is a target, one a line."""
-        session = self.session
-        verdicts = [
-            session.claims.of(w)
-            for w in session.weights.names
-            if len(session.weights.shapes[w]) >= 2
-        ]
+        weights = self.session.weights
         reasons = [
             f"  {self.name_of(w)}: a lazy parameter; run one forward pass before the fit"
-            for w in session.weights.lazy
+            for w in weights.lazy
         ]
+        verdicts = [self.session.claims.of(w) for w in weights.names if weights.is_matrix(w)]
         if any(verdict.known for verdict in verdicts):
             reasons += [f"  {v.name}: {v.reason or v.kind}" for v in verdicts]
         else:
@@ -317,8 +315,8 @@ class Selection(Generic[AnyRule]):
             f"{named(waiting)}. If none ever will be, name weights with params='PATTERN', or "
             f"remove the callback."
         )
-        names, trainer = self.session.weights.names, self.session.trainer
-        frozen = {names[w][0] for w in names if not w.requires_grad}
+        trainer, weights = self.session.trainer, self.session.weights.names
+        frozen = {self.name_of(w) for w in weights if not w.requires_grad}
         planned = any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer))
         # Who brings a finetuning callback has meant it so.
         if planned or not frozen.intersection(waiting):

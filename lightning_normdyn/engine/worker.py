@@ -3,7 +3,7 @@ fit. A rule is its numbers, and a worker that reads like the paper."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
@@ -55,7 +55,7 @@ class Worker(Generic[AnyRule]):
         plan: the targets, as vectors.
     """
 
-    phases: ClassVar[Mapping[Phase, str]] = {}
+    phases: ClassVar[dict[Phase, str]] = {}
     """The method of each phase in which it acts."""
 
     STATE: ClassVar[Check] = staticmethod(record({}, closed=True))
@@ -72,8 +72,11 @@ class Worker(Generic[AnyRule]):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = {m.phase: name for name, m in vars(cls).items() if hasattr(m, "phase")}
-        cls.phases = {**cls.phases, **own}
+        # Of the base's, too: an override needs no mark, since a phase names its method.
+        cls.phases = dict(cls.phases)
+        for name, method in vars(cls).items():
+            if hasattr(method, "phase"):
+                cls.phases[method.phase] = name
         cls._unstated = cls._changes_what_is_done()
 
     @classmethod
@@ -81,19 +84,19 @@ class Worker(Generic[AnyRule]):
         """Whether a class below the one that defines `effect` overrides methods of the rule
         itself, or acts in a further phase."""
         classes = cls.__mro__[: cls.__mro__.index(Worker)]
-        stating = [i for i, each in enumerate(classes) if "effect" in vars(each)]
-        if not stating:  # nobody has said anything: `effect` of the base class decides
+        # From the class to its bases: those above the one that states an effect are what it speaks
+        # of, those below may have changed it.
+        below: dict[str, Any] = {}
+        while classes and "effect" not in vars(classes[0]):
+            below.update(vars(classes[0]))
+            classes = classes[1:]
+        rule: set[str] = set()
+        for each in classes:
+            rule.update(name for name, value in vars(each).items() if _is_method(value))
+        if not rule:  # nobody has said anything: `effect` of the base class decides
             return False
-        below, stated = classes[: stating[0]], classes[stating[0] :]
-        methods = set()
-        for each in stated:
-            methods |= {n for n, v in vars(each).items() if callable(v) or isinstance(v, property)}
-        methods -= SAYING
-        for each in below:
-            for name, value in vars(each).items():
-                if name in methods or hasattr(value, "phase"):
-                    return True
-        return False
+        changed = (rule - SAYING) & below.keys()
+        return bool(changed) or any(hasattr(value, "phase") for value in below.values())
 
     # -- what a rule adds
 
@@ -154,6 +157,10 @@ class Worker(Generic[AnyRule]):
             return UnknownEffect(type(self.rule).__name__)
         stated = self.effect(target)
         return stated if isinstance(stated, Effect) else UnknownEffect(type(self.rule).__name__)
+
+
+def _is_method(value: object) -> bool:
+    return callable(value) or isinstance(value, property)
 
 
 __all__ = ["LOOKING", "Worker", "during"]

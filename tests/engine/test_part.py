@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any
-
 import lightning as L
 import pytest
 import torch
 from cases import EVERYBODY, WRITERS, targets_of
 from lightning.pytorch.callbacks import BaseFinetuning
-from lightning.pytorch.plugins import MixedPrecision
 from models import (
     TARGETS,
     ManualNet,
@@ -18,7 +14,6 @@ from models import (
     distance,
     fit,
     make,
-    same,
     sgd,
     weights_of,
 )
@@ -28,34 +23,9 @@ from torch import nn
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,
-    LRDropRescaling,
-    NormDynamicsMonitor,
     NormDynWarning,
     NoTargetsError,
-    NotSupportedError,
-    RadialProjection,
-    WeightRescaling,
 )
-
-# ---- Which weights ----
-
-
-def test_counts_survive_targets_that_join():
-    class Joins(L.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            if trainer.global_step == 5:
-                trainer.optimizers[0].add_param_group({"params": [pl_module.net[0].weight]})
-
-    def without_first(parameters):
-        return torch.optim.SGD([p for p in parameters if tuple(p.shape) != (4, 1, 3, 3)], lr=0.1)
-
-    callback = AdaptiveWeightShrink(1e6)
-    fit(make(make_optimizer=without_first), [callback, Joins()])
-    assert targets_of(callback) == ["net.3.weight", "net.0.weight"]
-    assert callback.plans[0].counters["clamped"].tolist() == [8.0] * 6 + [3.0] * 4
-
-
-# ---- Finetuning: weights that nobody trains yet ----
 
 
 class Backbone(BaseFinetuning):
@@ -172,9 +142,6 @@ def test_weights_that_join_are_shown_in_a_table_of_their_own(capsys):
     assert ["net.0.weight" in table for table in tables] == [False, True]
 
 
-# ---- What is refused ----
-
-
 def test_manual_optimization_that_hides_its_loss_is_told_how():
     class Hides(ManualNet):
         def training_step(self, batch, batch_idx=0):
@@ -187,111 +154,3 @@ def test_manual_optimization_that_hides_its_loss_is_told_how():
         NoTargetsError, match=r"call self\.manual_backward\(loss\)|not part of any training loss"
     ):
         fit(make(Hides), [AdaptiveWeightShrink(0.5)])
-
-
-# ---- Weights that are zero ----
-
-
-def zeroed(**arguments: Any) -> Net:
-    module = make(**arguments)
-    with torch.no_grad():
-        module.net[3].weight.zero_()
-    return module
-
-
-class NeedsLength(AdaptiveWeightShrink):
-    """A rule that a weight of zeros would never notice."""
-
-    needs_length = True
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(0.1, **arguments)
-
-
-@pytest.mark.parametrize(
-    "callback",
-    [lambda **k: WeightRescaling(2, target_norm="initial", **k), NeedsLength],
-    ids=["wrs", "a rule of somebody else"],
-)
-@pytest.mark.parametrize("params", ["auto", "net.3.weight"])
-def test_a_weight_of_zeros_is_refused_by_name_and_the_way_out_works(callback, params):
-    module = zeroed()
-    before = weights_of(module)
-    with pytest.raises(
-        NotSupportedError, match=r"`net\.3\.weight`, but all entries are zero.*'!net\.3\.weight'"
-    ):
-        fit(module, [callback(params=params)])
-    assert same(weights_of(module), before), "refused before the first step"
-    assert not any(
-        group["weight_decay"] == 0 for group in module.trainer.optimizers[0].param_groups
-    )
-    fit(zeroed(), [callback(params=["net.0.weight", "net.3.weight", "!net.3.weight"])], max_steps=2)
-
-
-def test_who_only_looks_and_a_gate_let_a_weight_of_zeros_be():
-    fit(
-        zeroed(),
-        [NormDynamicsMonitor(1, tables=False), RadialProjection(gate="cosine")],
-        max_steps=2,
-    )
-
-
-@pytest.mark.parametrize(
-    "callback",
-    [
-        AdaptiveWeightShrink(1.0),
-        RadialProjection(),
-        LRDropRescaling(exponent=0.25),
-        WeightRescaling(1),
-    ],
-    ids=["aws", "projection", "lr drop", "wrs"],
-)
-def test_a_weight_of_zeros_is_treated_as_soon_as_it_has_grown(callback):
-    module = zeroed(make_scheduler=dropping)
-    untreated = zeroed(make_scheduler=dropping)
-    for net in (module.net, untreated.net):
-        nn.init.ones_(net[4].bias)  # or the ReLU behind it would let no gradient through
-    with warnings.catch_warnings():
-        # In the first step there is nothing to treat, which is said at the end.
-        warnings.filterwarnings(
-            "ignore", "\\w+ left vectors alone whose norm is zero", NormDynWarning
-        )
-        fit(module, [callback], max_epochs=2)
-    fit(untreated, [], max_epochs=2)
-    assert not torch.equal(module.net[3].weight, untreated.net[3].weight)
-    if isinstance(callback, WeightRescaling):
-        lengths = module.net[3].weight.detach().flatten(1).norm(dim=1)
-        assert torch.allclose(lengths, torch.ones_like(lengths))
-
-
-def dropping(optimizer: Any) -> Any:
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 4 else 0.1)
-
-
-def test_a_weight_of_zeros_that_is_unfrozen_later_is_left_to_its_optimizer():
-    class Unfreezes(L.Callback):
-        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-            pl_module.net[3].weight.requires_grad_(trainer.current_epoch > 0)
-
-    module, callback = zeroed(), NeedsLength()
-    module.net[3].weight.requires_grad_(False)
-    with pytest.warns(
-        NormDynWarning, match=r"`net\.3\.weight`, but all entries are zero.*left to its optimizer"
-    ):
-        fit(module, [Unfreezes(), callback], max_epochs=2)
-    assert [t.name for t in callback.plans[0].targets] == ["net.0.weight"]
-
-
-# ---- Names with brackets ----
-
-
-def test_the_only_step_of_a_fused_optimizer_counts_before_a_callback_says_what_it_did():
-    """Whether it was skipped is still on its way when the fit ends."""
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
-    module = make(
-        make_optimizer=lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.5, fused=True),
-        dtype=torch.float32,
-    )
-    callback = AdaptiveWeightShrink(0.5)
-    fit(module, [callback], max_steps=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-    assert callback.steps_of(0) == 1

@@ -1,0 +1,86 @@
+"""Weights and optimizers on which a rule would have no effect: refused by name instead of seeming to be
+treated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.engine.messages import named, warn_once
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.optimizers.recognition import sets_weights_back
+from lightning_normdyn.optimizers.wrappers import copies_of_weights
+
+
+def refuse_copies(name: str, optimizer: Optimizer, targets: Sequence[Target]) -> None:
+    """Refuse to change weights that the optimizer sets back to a copy of its own.
+
+    Args:
+        name: of the callback.
+        optimizer: as it is now; most have no copy before their first step.
+        targets: the weights.
+
+    Raises:
+        NotSupportedError: naming a weight.
+    """
+    kind = type(optimizer).__name__
+    left = sets_weights_back(optimizer)
+    if left is not None:
+        raise NotSupportedError(
+            f"{kind} sets weights back to points that it remembers: of a change made to "
+            f"weights from outside, a trial found {left:.0%} left a dozen steps later. That "
+            f"would undo what {name} does to `{targets[0].name}`. Use an optimizer that "
+            f"steps from where a weight is, such as AdamW or SGD, or remove the callback."
+        )
+    # A sharded weight lies beside a sharded copy, and ranks might find different things.
+    plain = [t for t in targets if type(t.weight.data) is Tensor]
+    copies = copies_of_weights(optimizer, [t.weight for t in plain])
+    if copies:
+        raise NotSupportedError(
+            f"{kind} keeps a second copy of the weights ({named(copies)}) and moves them "
+            f"towards it, which would undo what {name} does to `{plain[0].name}`. Use the "
+            f"optimizer without that copy, or remove the callback."
+        )
+
+
+def find_zeros(plan: Plan) -> list[str]:
+    """Names of targets that are new in this plan and zero, all of them; every rank must call it."""
+    # A target that was there before has had a length: it may pass through zero later.
+    if plan.before.keys() >= {t.name for t in plan.targets}:
+        return []
+    lengths = plan.vectors.totals(plan.vectors.norms()).tolist()
+    zeros = []
+    for target, length in zip(plan.targets, lengths, strict=True):
+        if length == 0 and target.name not in plan.before:
+            zeros.append(target.name)
+    return zeros
+
+
+def refuse_zeros(name: str, zeros: Sequence[str], *, is_error: bool) -> None:
+    """Refuse weights that have no length and no direction.
+
+    Args:
+        name: of the callback.
+        zeros: of the weights.
+        is_error: before the first step of a fresh run; later they are left alone with a warning.
+
+    Raises:
+        NotSupportedError: naming the weights and a way out.
+    """
+    text = (
+        f"{name} was to act on {named(zeros)}, but all entries are zero: that has no length and no "
+        f"direction, so nothing would be done to it"
+    )
+    if is_error:
+        raise NotSupportedError(
+            f"{text}. Initialize it with other numbers, or leave it out with params=[..., "
+            f"'!{zeros[0]}']."
+        )
+    warn_once(f"{text}; it is left to its optimizer.")
+
+
+__all__ = ["find_zeros", "refuse_copies", "refuse_zeros"]
