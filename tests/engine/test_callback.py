@@ -300,7 +300,8 @@ def dispatched(callbacks, monkeypatch, decay):
         original = getattr(torch.Tensor, name)
 
         def call(tensor, *args, original=original, name=name, **kwargs):
-            if counted.open:
+            # A tensor that is on the host already is there at once.
+            if counted.open and not (name == "cpu" and tensor.device.type == "cpu"):
                 counted.names.append(name)
             return original(tensor, *args, **kwargs)
 
