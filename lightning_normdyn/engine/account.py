@@ -25,7 +25,7 @@ class Account(Selection[AnyRule]):
         attached_at: by optimizer, the steps that its bracket had counted when this fit began.
     """
 
-    def __init__(self, rule: AnyRule, session: Session[Any]) -> None:
+    def __init__(self, rule: AnyRule, session: Session) -> None:
         super().__init__(rule, session)
         self.workers: dict[int, Worker[Any]] = {}
         # Of every optimizer that was ever acted on: a later worker goes on from it.

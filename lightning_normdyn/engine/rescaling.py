@@ -91,7 +91,7 @@ class Rescaler:
                 )
 
     def _follow(
-        self, position: int, target: Target, session: Session[Any], biases: list[Tensor]
+        self, position: int, target: Target, session: Session, biases: list[Tensor]
     ) -> None:
         """Find the normalizations behind a target, and the biases in front of them."""
         verdict, partition = target.verdict, target.verdict.partition
