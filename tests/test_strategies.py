@@ -388,6 +388,7 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
     """In a rank: the bytes of every collective of a step that logs, by phase; the monitor's cut
     vectors, weights and measured numbers."""
     from lightning_normdyn.geometry import reduction
+    from lightning_normdyn.monitor.recording import Recording
     from lightning_normdyn.optimizers.bracket import StepBracket
 
     sent: list[int] = []
@@ -406,7 +407,7 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
     def noting_add(self: StepBracket, phase: Phase, handler: Any, **place: Any) -> Any:
         return add(self, phase, lambda step: watching(phase.name, handler, step), **place)
 
-    class Watched(NormDynamicsMonitor):
+    class Watched(Recording):
         def _send(self, *given: Any) -> Any:
             sent: list[Any] = []
             watching("send", lambda: sent.append(super(Watched, self)._send(*given)))
@@ -414,11 +415,12 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
 
     reduction.all_reduce = noting
     StepBracket.add = noting_add  # type: ignore[method-assign]
-    monitor = Watched(1, tables=False, **arguments)
+    monitor = NormDynamicsMonitor(1, tables=False, **arguments)
+    monitor.part = Watched  # type: ignore[misc]
     fit(STRATEGIES[strategy], lambda: [monitor], optimizer=sgd, steps=2)
     (plan,) = monitor.plans.values()
     cut = sum(int(p.sharing.cut.sum()) for p in plan.vectors._placements if p.sharing is not None)
-    numbers = len(monitor._quantities[plan.index]) + 5
+    numbers = len(monitor.member.gauges[plan.index].names) + 5
     return {k: v for k, v in found.items() if k != "RESOLVE"}, cut, len(plan.targets), numbers
 
 

@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.predictions import Course, Prediction
+from lightning_normdyn.monitor.predictions import Prediction
+from lightning_normdyn.monitor.verdicts import Course
 
 _MOST = 2**53  # no run counts as far
 

@@ -97,17 +97,3 @@ def step_response(
     if response.decay is not None and is_zero(response.decay):
         response = replace(response, decay=None)
     return response
-
-
-def is_rough(optimizer_class: type, group: Group, **options: Unpack[Options]) -> bool:
-    """Whether a prediction for this group is a rough one: Adam with coupled decay.
-
-    Arguments as for `step_response`.
-
-    Example:
-        >>> import torch
-        >>> is_rough(torch.optim.Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 1e-4})
-        True
-    """
-    response = step_response(optimizer_class, group, **options)
-    return response is not None and response.rough

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = [
     "AS_PREDICTED",
     "SETTLED_DRIFT",
-    "adam_collapse_steps",
     "e_foldings",
     "free_decay_rate",
     "reading",
@@ -86,7 +85,7 @@ def free_decay_rate(
     Returns:
         the rate per step, ``inf`` where one step reaches zero; ``None`` without decay, for an
         optimizer that is not understood, and for Adam with coupled decay, under which a dead filter
-        falls ever faster: :func:`adam_collapse_steps`.
+        falls ever faster.
 
     Example:
         >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
@@ -119,79 +118,6 @@ def _rate_of_recursion(trace: float, determinant: float) -> float:
     if size == 0:
         return math.inf
     return -math.log(size)
-
-
-def adam_collapse_steps(
-    group: Group,
-    e_foldings: float,
-    *,
-    weight: float,
-    second_moment: float,
-    smallest_second_moment: float,
-    step: float,
-) -> float:
-    """Optimizer steps until Adam with coupled decay has shrunk a vector that no gradient reaches.
-
-    The decay is all that is left of the gradient, and Adam divides it by the root of a second
-    moment that remembers larger ones: a step is that of SGD with momentum β1, dampening β1 and the
-    learning rate lr/(√v̂ + eps). As v is forgotten that rate grows by -ln(β2)/2 per step, the
-    faster the entry falls, up to a rate of -ln(β1)/2, where it swings around zero; so λ hardly
-    matters. Only where lr is small against the weight does the decay itself keep v up. A vector
-    falls as its slowest entry, the one with the largest v. In the end, where lr·λ·(1-β1) exceeds
-    2(1+β1)(√v̂ + eps), swings grow again and hold v up: if its fastest entry gets there first, the
-    vector never vanishes.
-
-    Args:
-        group: param group of a torch.optim.Adam: ``lr``, ``betas``, ``eps``, ``weight_decay``.
-        e_foldings: by how many powers of e the vector has to fall.
-        weight: size of its slowest entry now.
-        second_moment: ``exp_avg_sq`` of its slowest entry now.
-        smallest_second_moment: and of its fastest.
-        step: Adam's step count now.
-
-    Returns:
-        steps; ``inf`` where it does not get there.
-
-    Example:
-        >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-        >>> moment = 1e-3 * (1e-2 * 0.4) ** 2  # after the first step of a filter that never gets a gradient; measured: 3090 steps
-        >>> fall = math.log(0.4 / 2.6e-23)
-        >>> round(adam_collapse_steps(group, fall, weight=0.4, second_moment=moment, smallest_second_moment=0.01 * moment, step=1))
-        3161
-    """
-    momentum, memory = (float(beta) for beta in group["betas"])
-    decay, eps = float(group["weight_decay"]), float(group["eps"])
-    # Without memory v is the last gradient: steps of the length lr forever.
-    if not memory > 0:
-        return math.inf
-    forgotten = -math.log(memory)  # share of v per step
-    left, passed = e_foldings, 0.0
-    gradient = (decay * weight) ** 2
-    pull = float(group["lr"]) * decay * (1 - momentum)
-    # Integrated in times in which the vector shrinks by a quarter of an e-folding or forgets a fifth
-    # of v. What takes more than so many of them is beyond any run.
-    for _ in range(100_000):
-        corrected = 1 - memory ** (max(step, 1.0) + passed)
-        slowest = math.sqrt(second_moment / corrected) + eps
-        fastest = math.sqrt(smallest_second_moment / corrected) + eps
-        # Beyond this pull the swings grow. Multiplied out, since a divisor may be 0.
-        limit = 2 * (1 + momentum) * min(slowest, fastest)
-        if not pull < limit:
-            return math.inf
-        if left < 1e-9:
-            return passed
-        rate = _rate_of_recursion(1 + momentum - pull / slowest, momentum)
-        if not rate > 0:
-            return math.inf
-        time = min(0.25 / rate, 0.2 * corrected / forgotten, left / rate)
-        kept = memory**time
-        later_gradient = gradient * math.exp(-2 * rate * time)
-        second_moment = kept * second_moment + (1 - kept) * (gradient + later_gradient) / 2
-        smallest_second_moment *= kept
-        gradient = later_gradient
-        left -= rate * time
-        passed += time
-    return math.inf
 
 
 # --------------------------------------------------------------------------- the ends of a dtype

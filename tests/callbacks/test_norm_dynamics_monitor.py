@@ -39,10 +39,13 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
+from lightning_normdyn.callbacks.norm_dynamics_monitor import MonitorWorker
 from lightning_normdyn.engine.state import seal
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.ledger import Ledger
+from lightning_normdyn.monitor.recording import Recording
+from lightning_normdyn.monitor.rows import RowDraft
 from lightning_normdyn.optimizers.host_copy import HostCopy
 from lightning_normdyn.parametrizations import weight_standardization
 
@@ -713,11 +716,19 @@ def test_every_few_batches_only_and_on_no_logging_step_it_is_measured_again_and_
     assert steps_of(watch)[:-1] == [0, 4, 8, 12]
 
 
+def layers_now(watch):
+    """The rows of the end table, with the norms that the weights have at this moment."""
+    norms = watch.member.current_norms()
+    return watch.member.layers(
+        {name: norm for table in norms.values() for name, norm in table.items()}
+    )
+
+
 def test_the_end_table_takes_the_norms_of_every_optimizer_anew():
     watch = monitor(50)
     module = make(Turns, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
     fit(module, [watch], loader(20 * 8), max_epochs=1)
-    table = {row["weight"]: row for row in watch._layers(watch._norms_now())}
+    table = {row["weight"]: row for row in layers_now(watch)}
     for name in TARGETS:
         norm = float(weights_of(module)[name].flatten(1).norm(dim=1).mean())
         assert table[name]["norm last"] == pytest.approx(norm, rel=1e-6)
@@ -726,7 +737,7 @@ def test_the_end_table_takes_the_norms_of_every_optimizer_anew():
     assert watch.history[-1]["step"] == 19
     norm = float(weights_of(module)[TARGETS[1]].flatten(1).norm(dim=1).mean())
     assert watch.history[-1][f"weight_norm/{TARGETS[1]}"] == pytest.approx(norm, rel=1e-6)
-    assert f"{norm:.3g}" in watch._end_table(watch._layers(watch._norms_now()))
+    assert f"{norm:.3g}" in watch.member.end_table(layers_now(watch))
 
 
 @pytest.mark.usefixtures("arrival")
@@ -804,7 +815,7 @@ def test_a_run_that_turns_nan_between_its_last_rows_says_so_at_its_end():
     watch, module = monitor(100), make(Diverges, make_optimizer=momentum)
     with pytest.warns(NormDynWarning, match="not finite at step 7"):
         fit(module, [watch], loader(8 * 8), max_epochs=1)
-    assert {row["verdict"] for row in watch._layers()} == {"not finite since step 7"}
+    assert {row["verdict"] for row in watch.member.layers()} == {"not finite since step 7"}
 
 
 def test_early_stopping_sees_that_a_run_has_diverged():
@@ -991,10 +1002,11 @@ class Interrupts:
 
 @pytest.mark.usefixtures("arrival")
 def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
-    kinds = NormDynamicsMonitor
+    recording = Recording
     functions = [
-        kinds.on_train_batch_end, kinds._receive, kinds._send, kinds._published, kinds._with_row, kinds._recorded, kinds._measure_step,
-        kinds._publish_about, Ledger.with_row, History.append, History.show, kinds.on_train_end, kinds._append_final,
+        recording.batch_end, recording._receive, recording._send, recording._published, recording._with_row, recording._recorded,
+        recording._show, recording.add, recording._publish_about, recording.train_end, recording._append_final,
+        RowDraft.fill, RowDraft.finish, MonitorWorker.after, Ledger.with_row, History.append, History.show,
     ]  # fmt: skip
     quiet, watch = monitor(per_vector=True), monitor(per_vector=True)
     fit(

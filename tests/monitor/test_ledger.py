@@ -13,7 +13,8 @@ import torch
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.ledger import Ledger, Norms, Row
-from lightning_normdyn.monitor.predictions import Course, Prediction
+from lightning_normdyn.monitor.predictions import Prediction
+from lightning_normdyn.monitor.verdicts import Course
 
 
 def everything(key: str) -> bool:

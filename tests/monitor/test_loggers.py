@@ -32,7 +32,7 @@ from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.loggers import Outcome, markdown, publish_alert, publish_outcome
-from lightning_normdyn.monitor.report import load_run
+from lightning_normdyn.monitor.report.runs import load_run
 
 NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]
 INVARIANT = NAMES[:2]
@@ -449,7 +449,7 @@ class Dying(Net):
 def test_a_collapse_is_alerted_if_asked_for(wanted, monkeypatch):
     sent = []
     monkeypatch.setattr(
-        "lightning_normdyn.callbacks.norm_dynamics_monitor.publish_alert",
+        "lightning_normdyn.monitor.alarms.publish_alert",
         lambda *arguments: sent.append(arguments[1:]),
     )
     with pytest.warns(NormDynWarning, match="only shrink"):
@@ -730,9 +730,7 @@ def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
             leaving.clear()
 
     counted: list[int] = []
-    monkeypatch.setattr(
-        "lightning_normdyn.callbacks.norm_dynamics_monitor.torch.Tensor.tolist", tolist
-    )
+    monkeypatch.setattr("torch.Tensor.tolist", tolist)
     fit(
         make(ManualNet),
         [AdaptiveWeightShrink(0.1), monitor],

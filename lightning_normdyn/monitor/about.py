@@ -1,0 +1,46 @@
+"""What a run consists of: the settings of every callback, and which weights they treat how."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
+
+
+def about_run(session: Session[Any], targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+    """For loggers and the history's ``meta``, as plain JSON. Every rank must call it.
+
+    Returns:
+        ``"callbacks"``: settings by callback; ``"targets"``: facts by weight.
+    """
+    treatments = session.combined.treatments()
+    facts = {}
+    for target in targets:
+        facts[target.name] = {
+            "shape": list(target.verdict.shape),
+            "scale_invariant": target.verdict.kind,
+            "norms": list(target.verdict.norms),
+            "vectors": target.partition.n,
+            "treated": treatments[target.weight],
+        }
+    about = {"callbacks": _settings(session), "targets": facts}
+    # A person's own callback may have settings that JSON does not know.
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about, default=str))
+    return plain
+
+
+def _settings(session: Session[Any]) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any]] = {}
+    for member in session.members:
+        rule, name = member.rule, type(member.rule).__name__
+        if name in settings:  # a second one of the class
+            name = f"{name}-{len(settings)}"
+        common = {"params": rule.params, "granularity": rule.granularity}
+        settings[name] = {**common, **rule.settings()}
+    return settings
+
+
+__all__ = ["about_run"]

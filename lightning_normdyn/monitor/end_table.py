@@ -1,0 +1,132 @@
+"""The table at the end of a fit: what came of each weight, as rows and as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.verdicts import Course, judge
+from lightning_normdyn.tables import paragraph, render
+
+MOST_NAMED = 8
+"""Weights that a sentence names."""
+
+_NORMS = "norm first → last"
+_COLUMNS = (
+    "weight",
+    "treated how",
+    _NORMS,
+    "effective lr",
+    "angular update",
+    "prediction",
+    "e-foldings",
+    "verdict",
+)
+
+
+def summarize(
+    targets: Sequence[Target],
+    evidence: History,
+    courses: Mapping[str, Course],
+    treatments: Mapping[Tensor, str],
+    last_norms: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """One row for each weight that was measured.
+
+    Args:
+        targets: the weights.
+        evidence: the rows that verdicts rest on.
+        courses: by weight, what happened to its prediction.
+        treatments: which rules act on each, in words.
+        last_norms: by weight, its norm at the end: an optimizer may have stepped many times since
+            its newest row.
+    """
+    rows = []
+    for target in targets:
+        name = target.name
+        if not evidence.has(f"weight_norm/{name}"):
+            continue
+        norms = evidence.column(f"weight_norm/{name}")[1].tolist()
+        course = courses.get(name, Course())
+        said = judge(evidence, name, course)
+        # Verdicts are about scale-invariant weights, but for those that concern any weight.
+        is_for_all = said in ("frozen", "collapsing") or said.startswith("not finite")
+        rows.append(
+            {
+                "weight": name,
+                "scale-invariant": target.verdict.kind,
+                "vectors": target.partition.n,
+                "treated how": treatments[target.weight] or "-",
+                "norm first": norms[0],
+                "norm last": last_norms.get(name, norms[-1]),
+                "effective lr": _newest(evidence, f"effective_lr/{name}"),
+                "angular update": _newest(evidence, f"angular_update/{name}"),
+                "prediction": _newest(evidence, f"equilibrium_angular_update/{name}"),
+                "e-foldings": course.elapsed or None,
+                "verdict": said if target.scale_invariant or is_for_all else "-",
+            }
+        )
+    return rows
+
+
+def _newest(history: History, key: str) -> float | None:
+    if not history.has(key):
+        return None
+    values = history.column(key)[1]
+    return float(values[-1]) if len(values) else None
+
+
+def as_text(
+    rows: Sequence[Mapping[str, Any]],
+    optimizer_steps: float,
+    clamped: Mapping[str, int],
+    session: Session[Any],
+) -> str:
+    """The rows as a table that fits the terminal, and below it what else a person should read.
+
+    Args:
+        rows: from `summarize`.
+        optimizer_steps: of the whole run.
+        clamped: by weight, how often AdaptiveWeightShrink clamped its factor.
+        session: the fit.
+    """
+    table = render(
+        f"lightning-normdyn: after {optimizer_steps:.0f} optimizer steps",
+        _COLUMNS,
+        [[_cell(row, column) for column in _COLUMNS] for row in rows],
+        noted=("treated how",),
+        optional=("e-foldings", "treated how"),
+    )
+    losses = session.claims.losses_in_words()
+    closing = "".join(paragraph(words) for words in session.closing_words())
+    return table + _clamps_in_words(clamped) + losses + closing
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    if column == _NORMS:
+        return f"{row['norm first']:.3g}→{row['norm last']:.3g}"
+    value = row[column]
+    if isinstance(value, float):
+        return f"{value:.1f}" if column == "e-foldings" else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def _clamps_in_words(clamped: Mapping[str, int]) -> str:
+    """How often the shrink factor of AdaptiveWeightShrink was clamped, by weight."""
+    if not clamped:
+        return ""
+    named = [f"{name}: {times}" for name, times in clamped.items()][:MOST_NAMED]
+    if len(clamped) > MOST_NAMED:
+        named.append("...")
+    return paragraph(
+        f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times "
+        f"({', '.join(named)}): lr * alpha * norm is too large there."
+    )
+
+
+__all__ = ["as_text", "summarize"]

@@ -1,0 +1,426 @@
+"""Measures the steps of one optimizer on the device: sums over vectors before and after an update
+become the quantities of the table, and these become sums that travel to the host.
+
+Nothing here waits for the device. Legend: ``n`` vectors of this rank, ``w`` weights, ``k`` numbers
+that are averaged over vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import nan
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_normdyn.engine.effect import Effects
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.monitor.forecasts import log_smallest, urgency
+from lightning_normdyn.monitor.histograms import PACKED, Histogram, bin_vectors, unpack
+from lightning_normdyn.monitor.quantities import QUANTITIES, to_measure
+from lightning_normdyn.monitor.step_sums import StepSums
+from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
+from lightning_normdyn.optimizers.step import Phase, Step
+
+UNLOGGED = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
+"""Measured for predictions and warnings; no logger gets them."""
+
+DEAD_AFTER = 75
+"""Optimizer steps without any gradient after which a vector counts as dead."""
+
+VOUCHED = 25
+"""How many of them one look may vouch for: between two logging steps there may be thousands."""
+
+COLLAPSED = 1e-3
+"""A vector this much shorter than the mean of its weight has collapsed."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Why a step is measured.
+
+    Args:
+        due: it is asked for, and not only taken because the fit may end with it.
+        overdue: a logging step asks for it, so loggers get it; else it is the first of the fit.
+    """
+
+    due: bool
+    overdue: bool
+
+
+@dataclass
+class Reading:
+    """One measured step on the host, summed over the vectors of all ranks.
+
+    Args:
+        totals: ``(k, w)``, sums; of squares, for what is averaged as RMS.
+        counts: ``(k, w)``, how many vectors each sum is over.
+        collapsed: ``(w,)``, vectors much shorter than the mean of their weight.
+        histograms: by log key.
+    """
+
+    totals: NDArray[np.float64]
+    counts: NDArray[np.float64]
+    collapsed: list[float]
+    histograms: dict[str, Histogram]
+
+
+@dataclass
+class Measured:
+    """One measured step, still on the device and on the rank that holds the vectors.
+
+    Args:
+        gauge: who measured it.
+        step: the x axis.
+        optimizer_step: the optimizer's own count.
+        look: why it was measured.
+        values: ``(2 k + 1, n)``: what to sum over vectors, whether it counts, and the size, 0 where
+            it is not finite.
+        size: ``(n,)``.
+        active: ``(n,)`` bool, vectors of weights that got a gradient; None: all.
+        binned: ``(quantities with histograms, n)``, if there are to be any.
+        kept: ``(2, n)``: norm and applied decay, if the history keeps vectors.
+        skipped: ``(1,)``: 1 if the device skipped the update.
+        groups: the hyperparameters of each weight's param group at this very step.
+    """
+
+    gauge: StepGauge
+    step: int
+    optimizer_step: int
+    look: Look
+    values: Tensor
+    size: Tensor
+    active: Tensor | None
+    binned: Tensor | None
+    kept: Tensor | None
+    skipped: Tensor
+    groups: list[dict[str, Any]]
+
+    @property
+    def plan(self) -> Plan:
+        """The weights."""
+        return self.gauge.plan
+
+    def reduce(self) -> Tensor:
+        """All that goes to the host, over the vectors of all ranks, for `read`.
+
+        Every rank must call it. Two small collectives, and two more for histograms; none where
+        every rank holds all vectors.
+        """
+        vectors = self.plan.vectors
+        *totals, sizes = vectors.totals(self.values)
+        collapsed = self.size < COLLAPSED * vectors.spread(sizes / vectors.count)
+        if self.active is not None:
+            collapsed &= self.active
+        parts = [*totals, vectors.totals(collapsed.to(sizes.dtype))]
+        if self.binned is not None:
+            parts.append(bin_vectors(vectors, self.binned).flatten())
+        return torch.cat([*parts, self.skipped])
+
+    def read(self, numbers: list[float]) -> Reading | None:
+        """What `reduce` gave, once it is on the host; None if the device skipped the update."""
+        *numbers, skipped = numbers
+        if skipped:
+            return None
+        kinds, width = len(self.gauge.measured), len(self.plan.targets)
+        averaged = 2 * kinds * width
+        table = np.array(numbers[:averaged]).reshape(2, kinds, width)
+        collapsed = numbers[averaged : averaged + width]
+        histograms = {}
+        if self.binned is not None:
+            histograms = self._histograms(numbers[averaged + width :])
+        return Reading(table[0], table[1], collapsed, histograms)
+
+    def _histograms(self, numbers: list[float]) -> dict[str, Histogram]:
+        found = {}
+        packed = np.array(numbers).reshape(len(self.gauge.binned), -1, PACKED).tolist()
+        for quantity, histograms in zip(self.gauge.binned, unpack(packed), strict=True):
+            for target, histogram in zip(self.plan.targets, histograms, strict=True):
+                if histogram is not None:
+                    found[f"{quantity}_histogram/{target.name}"] = histogram
+        return found
+
+    def vectors(self, *, wanted: bool) -> dict[str, Any]:
+        """Every vector's norm and applied decay by name, for ridge plots and EffectiveLRReplay;
+        empty if the history keeps none.
+
+        Every rank must call it; a collective where vectors lie on several.
+
+        Args:
+            wanted: whether this rank keeps the history.
+        """
+        rows: dict[str, Any] = {}
+        if self.kept is None:
+            return rows
+        gathered = self.plan.vectors.gather(self.kept)
+        if not wanted:
+            return rows
+        for target, values in zip(self.plan.targets, gathered, strict=True):
+            norms, decays = values.float().cpu().numpy()
+            rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = norms, decays
+            if target.weight.dtype == torch.float64:
+                # What float32 leaves of the norm: an experiment in float64 is to be followed as
+                # closely as training allows.
+                rest = (values[0] - values[0].float()).float().cpu().numpy()
+                rows[f"weight_norm_rest/{target.name}"] = rest
+        return rows
+
+
+class StepGauge:
+    """Measures the steps of one optimizer: which quantities apply to its weights, and what between
+    the weight before and after an update they need.
+
+    Args:
+        plan: the weights.
+        effects: which other callbacks act on each of them, and with which numbers.
+        quantities: names that a person asked for; None: all that apply.
+        keeps_vectors: whether the history keeps the norm of every vector.
+
+    Attributes:
+        names: the quantities that are measured, needed by the loggers or by predictions.
+        effects: by weight.
+        lengths: by weight, entries of one vector.
+        spare: memory of an earlier measurement that may be used again.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        effects: Sequence[Effects],
+        quantities: Sequence[str] | None,
+        *,
+        keeps_vectors: bool,
+    ) -> None:
+        self.plan = plan
+        self.spare: Tensor | None = None
+        self.lengths = {}
+        for target in plan.targets:
+            entries = target.partition.lengths(target.verdict.shape, target.verdict.read)
+            self.lengths[target.name] = max(1, int(entries.sum()) // max(1, target.partition.n))
+        standardized = [target.weight_standardized for target in plan.targets]
+        self.standardized = plan.spread(standardized) if any(standardized) else None
+        self.take_effects(effects)
+        shrunk = any(effect.shrink is not None for effect in effects)
+        asked = to_measure(quantities, standardized=any(standardized), shrunk=shrunk)
+        # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
+        needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
+        self.names = list(dict.fromkeys([*asked, *needed]))
+        # A shrink just before the step may be as small as 1e-7, and a mean much larger than the
+        # standard deviation beside it: more than sums in float32 can tell. And a replay compares
+        # its own norms with those kept.
+        self._is_exact = (
+            shrunk
+            or keeps_vectors
+            or any(standardized)
+            or any(QUANTITIES[name].exact for name in asked)
+        )
+        self._keeps_vectors = keeps_vectors
+        self._dead = _DeadVectors(plan)
+        self._before: dict[str, Tensor] = {}
+
+    @property
+    def measured(self) -> list[str]:
+        """All that is averaged over vectors."""
+        return [*self.names, *UNLOGGED]
+
+    @property
+    def binned(self) -> list[str]:
+        """The measured quantities of which there are histograms."""
+        return [name for name in self.names if QUANTITIES[name].histogram]
+
+    def take_effects(self, effects: Sequence[Effects]) -> None:
+        """What other callbacks do may change from epoch to epoch (WRS in its window)."""
+        plan = self.plan
+        targets = plan.targets
+        self.effects = {t.name: effect for t, effect in zip(targets, effects, strict=True)}
+        shrinks = [effect.shrink for effect in effects]
+        alphas = [nan if shrink is None else shrink.alpha for shrink in shrinks]
+        vectors = plan.vectors
+        self._alpha = vectors.spread(
+            torch.tensor(alphas, dtype=vectors.sum_dtype, device=vectors.device)
+        )
+        self._alpha_of_std = plan.spread(
+            [shrink is not None and shrink.statistic == "std" for shrink in shrinks]
+        )
+
+    def before(self, step: Step) -> None:
+        """Sum over the weights that the gradient was taken at; have them copied before the
+        update."""
+        plan, bracket = self.plan, step.bracket
+        vectors = plan.vectors
+        weights, gradients = vectors.values(), vectors.gradients()
+        pairs = (weights, weights), (weights, gradients), (gradients, gradients), (weights, None)
+        asked = pairs if self._is_exact else pairs[:3]
+        # Where nothing changes the weights from here to the snapshot, that has the same norms, and
+        # a CPU can take it in the same pass. Elsewhere one kernel copies all weights.
+        is_unchanged = not self._is_exact and not bracket.acts_between(
+            Phase.MEASURE, Phase.SNAPSHOT
+        )
+        copies_now = is_unchanged and vectors.device.type == "cpu"
+        copy = (weights, bracket.early_snapshot(vectors.storages())) if copies_now else None
+        ww, wg, gg, *ones_w = vectors.inner(*asked, exact=self._is_exact, copy=copy)
+        scale = getattr(step.optimizer, "grad_scale", None)
+        if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
+            wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
+        self._before = {"ww": ww, "wg": wg, "gg": gg, "lr": plan.rates().clone()}
+        if ones_w:
+            self._before["ones_w"] = ones_w[0]
+        if is_unchanged:
+            self._before["norms"] = ww.sqrt()
+        if not copies_now:
+            bracket.request_snapshot(vectors.storages())
+
+    def after(self, step: Step) -> StepSums:
+        """All sums of the step that `before` was called for."""
+        before, self._before = self._before, {}
+        vectors = self.plan.vectors
+        snapshots = vectors.snapshots(step.bracket)
+        ss, sd, dd = vectors.displacement(
+            snapshots, exact=self._is_exact, norms=before.get("norms")
+        )
+        return StepSums(
+            lr=before["lr"],
+            ww=before["ww"],
+            wg=before["wg"],
+            gg=before["gg"],
+            ss=ss,
+            sd=sd,
+            dd=dd,
+            ones_w=before.get("ones_w"),
+            entries=vectors.length,
+            standardized=self.standardized,
+            alpha=self._alpha,
+            alpha_of_std=self._alpha_of_std,
+        )
+
+    def measure(
+        self,
+        step: Step,
+        sums: StepSums,
+        look: Look,
+        *,
+        now: int,
+        histograms: bool,
+        applied_decay: Tensor | None,
+    ) -> Measured:
+        """The numbers of a step, ready to be summed over vectors.
+
+        Args:
+            step: the step.
+            sums: from `after`.
+            look: why it is measured.
+            now: the x axis.
+            histograms: whether a logger shows them.
+            applied_decay: ``(n,)``, for the history of single vectors.
+        """
+        number = self.plan.number(step)
+        values = self._dead.look(sums, number)
+        for name in self.names:
+            formula = QUANTITIES[name].formula
+            assert formula is not None
+            values[name] = formula(sums)
+        active = self.plan.active(step)
+        packed = self._pack([values[name] for name in self.measured], sums, active)
+        for i, name in enumerate(self.names):
+            if QUANTITIES[name].average == "rms":
+                packed[i].square_()
+        binned = None
+        if histograms and self.binned:
+            binned = torch.stack([values[name] for name in self.binned])
+            if active is not None:
+                binned = torch.where(active, binned, nan)
+        if step.skipped is None:
+            skipped = packed.new_zeros(1)
+        else:
+            skipped = step.skipped.to(packed.dtype).reshape(1)
+        return Measured(
+            gauge=self,
+            step=now,
+            optimizer_step=number,
+            look=look,
+            values=packed,
+            size=sums.size,
+            active=active,
+            binned=binned,
+            kept=None if applied_decay is None else torch.stack([sums.norm, applied_decay]),
+            skipped=skipped,
+            groups=self._groups(),
+        )
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """A copy of each target's param group: a schedule may have moved on when it is read."""
+        copies = {}
+        for group, _ in self.plan.groups:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            copies[id(group)] = with_plain_numbers(settings)
+        return [copies[id(group)] for group in self.plan.groups_of(self.plan.targets)]
+
+    def _pack(self, values: list[Tensor], sums: StepSums, active: Tensor | None) -> Tensor:
+        """What is to be summed over vectors, in one tensor: `Measured.values`.
+
+        A number that is not finite is left out (the effective learning rate of a vector of length 0
+        is undefined), but not where the weight or its gradient is not finite either: there the mean
+        over the vectors is not finite, and shall say so.
+        """
+        count, size = len(values), sums.size
+        out, self.spare = self.spare, None
+        if out is None or out.shape != (2 * count + 1, len(size)):
+            out = size.new_empty(2 * count + 1, len(size))
+        numbers, counts = out[:count], out[count : 2 * count]
+        torch.stack(values, out=numbers)
+        # 1 where a number is finite: 0 times infinity is none.
+        torch.mul(numbers, 0, out=counts).eq_(0)
+        diverged = torch.isfinite(sums.ww + sums.gg + sums.ss + sums.dd).logical_not_()
+        torch.maximum(counts, diverged.to(size.dtype), out=counts)
+        if active is not None:
+            counts.mul_(active)
+        numbers.masked_fill_(counts == 0, 0.0)
+        out[-1] = size  # an infinite length elsewhere must not make all the others look short
+        out[-1].nan_to_num_(0.0, 0.0, 0.0)
+        return out
+
+
+class _DeadVectors:
+    """Finds vectors that no gradient reaches any more, so that only their decay moves them.
+
+    Args:
+        plan: the weights.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        vectors = plan.vectors
+        smallest = [log_smallest(target.weight.dtype) for target in plan.targets]
+        self._log_smallest = vectors.spread(
+            torch.tensor(smallest, dtype=vectors.sum_dtype, device=vectors.device)
+        )
+        self._newest = 0  # number of the step of the newest look
+        self._idle_steps = torch.zeros(vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
+
+    def look(self, sums: StepSums, number: int) -> dict[str, Tensor]:
+        """The numbers in `UNLOGGED`, ``(n,)`` each, at the optimizer's step ``number``."""
+        passed = max(0, min(number - self._newest, VOUCHED))
+        radial = sums.radial_change
+        none = torch.zeros_like(self._idle_steps)
+        only_shrinks = (sums.gg == 0) & (radial < 0)
+        self._idle_steps = torch.where(only_shrinks, self._idle_steps + passed, none)
+        self._newest = number
+
+        rate = -torch.log1p(radial)
+        e_foldings_left = sums.size.log() - self._log_smallest
+        # Or it would be over before 75 steps have made it sure.
+        is_falling_fast = (self._idle_steps >= 3) & (e_foldings_left < DEAD_AFTER * rate)
+        is_dead = (self._idle_steps >= DEAD_AFTER) | is_falling_fast
+        return {
+            "lr": sums.lr,
+            "gradient_scale": sums.gg * sums.ww,
+            "dead": is_dead.to(sums.norm.dtype),
+            "dead_rate": torch.where(is_dead, rate, none),
+            "urgency": torch.where(is_dead, urgency(e_foldings_left), none),
+        }
+
+
+__all__ = ["Look", "Measured", "Reading", "StepGauge"]

@@ -1,0 +1,511 @@
+"""What belongs to one fit of the monitor: when it measures, what waits for the host, the rows so far,
+their way to loggers and files, and how they go on after an interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from math import isfinite
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_normdyn.engine.lightning_facts import log_every
+from lightning_normdyn.engine.messages import show, warn_once
+from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.worker import Worker
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.about import about_run
+from lightning_normdyn.monitor.alarms import Alarms
+from lightning_normdyn.monitor.end_table import as_text, summarize
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.ledger import Ledger, Row, whole_number
+from lightning_normdyn.monitor.loggers import (
+    HistoryFiles,
+    Outcome,
+    can_show_histograms,
+    publish_about,
+    publish_history,
+    publish_outcome,
+    publish_row,
+    publish_to_trainer,
+)
+from lightning_normdyn.monitor.measure import Look, Measured, StepGauge
+from lightning_normdyn.monitor.quantities import QUANTITIES, monitored
+from lightning_normdyn.monitor.rows import Published, RowDraft, Sent
+from lightning_normdyn.optimizers.host_copy import HostCopy
+
+
+class Recording(Part[Any]):
+    """One fit of a monitor.
+
+    Attributes:
+        ledger: all that was recorded so far. It is replaced as a whole, so that a signal handler's
+            checkpoint finds the state before a row or the one after it.
+    """
+
+    def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session[Any]) -> None:
+        super().__init__(rule, worker, session)
+        self.trainer = session.trainer
+        self.is_off = bool(self.trainer.barebones)
+        self.alarms = Alarms(self.trainer, alert=rule.alert)
+        self.ledger = Ledger.new(separate=rule.quantities is not None)
+        self.gauges: dict[int, StepGauge] = {}
+        self._position: list[int] | None = None  # of the checkpoint that this fit goes on from
+        self._begun_at: int | None = None  # x of the first batch of this fit
+        self._goes_on = False  # whether the ledger came from a checkpoint, before the first batch
+        self._continued = False  # whether the history came from a checkpoint
+        self._skipped_before = 0  # steps skipped before the checkpoint
+        self._told = 0  # how many targets the loggers know of
+        self._files: HistoryFiles | None = None  # where the history lies, once it was written
+        self._ended = False  # whether the fit is over, and all has been written
+
+    @property
+    def label(self) -> str:
+        """What tells this monitor's tables and files from those of others on the same Trainer."""
+        recordings = [member for member in self.session.members if isinstance(member, Recording)]
+        position = recordings.index(self)
+        return f"-{position}" if position else ""
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names of the quantities that were asked for."""
+        return self.rule.quantities or [quantity.name for quantity in monitored()]
+
+    def _asked_for(self, key: str) -> bool:
+        """Whether a log key belongs in history and loggers; counts always do."""
+        section, _, name = key.partition("/")
+        quantity = QUANTITIES.get(name if section == "normdyn" else section)
+        if quantity is None or quantity.scope != "both":
+            return True
+        return quantity.name in self.quantities
+
+    # -- when to measure
+
+    @property
+    def _every(self) -> int:
+        """Batches that step from one logging step to the next; 0: there are none."""
+        chosen = self.rule.every_n_steps
+        return log_every(self.trainer) if chosen is None else chosen
+
+    @property
+    def shows_histograms(self) -> bool:
+        """Whether they are asked for and a logger can show them."""
+        return self.rule.histograms and can_show_histograms(self.trainer.loggers)
+
+    def look_at(self, index: int, number: int) -> Look | None:
+        """Whether step ``number`` of an optimizer is to be measured, and why."""
+        if self.is_off:
+            return None
+        now = self.session.clock.now
+        if self._begun_at is None:
+            self._begun_at = now
+        newest = self.ledger.measured.get(index)
+        for result in self._on_their_way():
+            # Of the same number: the device skipped that update, or it raised, and this is the same
+            # step again.
+            if result.plan.index != index or result.optimizer_step == number:
+                continue
+            if result.step == now:
+                return None  # a row holds one step of each optimizer
+            if result.look.due:
+                newest = result.step
+        # The last logging step up to now. An optimizer that was not measured at it or since is due,
+        # whenever it steps next.
+        logging_step = (now + 1) // self._every * self._every - 1 if self._every else -1
+        overdue = (self._begun_at - 1 if newest is None else newest) < logging_step
+        due = overdue or newest is None
+        if due or self.trainer.should_stop or _is_last(self.trainer):
+            return Look(due, overdue)
+        return None
+
+    def _on_their_way(self) -> list[Measured]:
+        results = [result for sent in self.ledger.sent for result in sent.results]
+        return [*results, *self.ledger.results]
+
+    def add(self, result: Measured) -> None:
+        """Take in a measured step."""
+        # The same step again (a fused optimizer's update that was skipped, tried once more within a
+        # batch) takes the place of the first.
+        others = [r for r in self.ledger.results if r.plan.index != result.plan.index]
+        self.ledger = replace(self.ledger, results=(*others, result))
+
+    # -- from the device to the loggers
+
+    def _send(self, results: tuple[Measured, ...]) -> Sent:
+        """One transfer to the host for all optimizers of this batch. Changes nothing; every rank
+        must call it."""
+        combined = self.session.combined
+        clamped = combined.counted("clamped")
+        is_kept = self.trainer.is_global_zero
+        vectors = [result.vectors(wanted=is_kept) for result in results]
+        packed = [result.reduce() for result in results]
+        parts = packed if clamped is None else [*packed, clamped]
+        marked = combined.events()
+        is_overdue = any(result.look.overdue for result in results)
+        return Sent(
+            results=list(results),
+            sizes=[part.numel() for part in packed],
+            numbers=HostCopy(torch.cat([part.to(packed[0]) for part in parts])),
+            vectors=vectors,
+            events=_new_events(self.ledger, marked),
+            marked=marked,
+            skipped_steps=self._skipped_before + self.session.attempts.skipped(),
+            shown=bool(self._every) and (is_overdue or self.trainer.should_stop),
+        )
+
+    def _receive(self) -> None:
+        """Publish what is on its way, in order."""
+        while self.ledger.sent:
+            sent, *others = self.ledger.sent
+            published = self._published(self.ledger, sent)
+            is_first = not len(self.rule.history)
+            self._show(replace(published.ledger, sent=tuple(others)))
+            for warn in published.concerns:
+                warn()
+            row = published.row
+            if row is None:
+                continue
+            if self.trainer.is_global_zero:
+                if is_first and self.rule.tables:
+                    self.alarms.idle_decays(list(self.gauges.values()))
+                if sent.shown:
+                    shown = {k: value for k, value in row.values.items() if self._asked_for(k)}
+                    publish_row(self.trainer.loggers, shown, published.histograms, row.step)
+            publish_to_trainer(self.trainer, row.values)
+
+    def _published(self, ledger: Ledger, sent: Sent) -> Published:
+        """What becomes of results once their numbers are here. Changes nothing."""
+        lasting = ledger.lasting
+        due = [result.look.due for result in sent.results]
+        if all(due):
+            return self._with_row(lasting, sent, due)
+        # Measured only because the fit may end here: if it goes on, or is resumed, the row is one
+        # without these results.
+        without = self._with_row(lasting, sent, due).ledger
+        return self._with_row(lasting, sent, [True] * len(due), without)
+
+    def _with_row(
+        self, ledger: Ledger, sent: Sent, chosen: Sequence[bool], without: Ledger | None = None
+    ) -> Published:
+        """`_published` for some of the results; with ``without`` as what lasts of them."""
+        draft = RowDraft(ledger, sent, self.alarms)
+        draft.fill(chosen)
+        is_marked_elsewhere = any("lr_drop" in m.rule.marks for m in self.session.members)
+        return draft.finish(
+            lambda ledger, row: self._recorded(ledger, row, without),
+            marks_drops=not is_marked_elsewhere,
+        )
+
+    def _recorded(self, ledger: Ledger, row: Row, without: Ledger | None = None) -> Ledger:
+        """The ledger with the row, which on rank zero is in the history too; with ``without`` as
+        what lasts if the run goes on."""
+        if self.trainer.is_global_zero:
+            ledger = ledger.with_row(row, self._asked_for)
+        else:
+            ledger = replace(ledger, last_step=row.step)
+        return ledger if without is None else ledger.ending_with(row, without)
+
+    def _show(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self.rule.history.show(ledger.history)
+
+    def _completed(self) -> Ledger:
+        """The ledger as it will be when all that was measured is there; every rank must call it."""
+        ledger = self.ledger
+        for sent in ledger.sent:
+            ledger = self._published(ledger, sent).ledger
+        # What an update did in a batch that is not over will be done again after a resume, and
+        # measured again.
+        following, _ = self.session.clock.position()
+        results = tuple(result for result in ledger.results if result.step < following)
+        if results:
+            ledger = self._published(ledger, self._send(results)).ledger
+        return replace(ledger, results=(), sent=())
+
+    # -- the fit, from its start to its end
+
+    def fit_start(self) -> None:
+        """Start a new history."""
+        super().fit_start()
+        self.rule.history = History()
+        self._show(self.ledger)
+
+    def train_start(self) -> None:
+        """Put back what other callbacks were promised: the next row may be several epochs away."""
+        super().train_start()
+        publish_to_trainer(self.trainer, self.ledger.promised)
+
+    def batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Count on from a checkpoint before the first batch, then as every callback."""
+        if self._goes_on:
+            self._goes_on = False
+            self._count_on()
+        super().batch_start(batch, batch_idx)
+
+    def epoch_start(self) -> None:
+        """Read anew what the callbacks do: it may change from epoch to epoch."""
+        super().epoch_start()
+        for gauge in self.gauges.values():
+            targets = gauge.plan.targets
+            gauge.take_effects(self.session.combined.effects(targets, besides=self.rule))
+
+    def batch_end(self) -> None:
+        """Send what was measured in this batch to the host, and publish it when it is there: from a
+        GPU one batch later."""
+        super().batch_end()
+        self._receive()
+        results = self.ledger.results
+        if not results:
+            return
+        sent = self._send(results)
+        self.ledger = replace(self.ledger, results=(), sent=(sent,))
+        for result in results:
+            # An accelerator's allocator keeps what is freed, and there others can use it until the
+            # next logging step.
+            if result.values.device.type == "cpu":
+                result.gauge.spare = result.values
+        # Publishing takes collectives, so what decides must be the same on every rank: never
+        # whether it has arrived by now.
+        if not sent.numbers.arrives_later:
+            self._receive()
+        self._publish_about()
+
+    def epoch_end(self) -> None:
+        """Publish what is still on its way."""
+        self._receive()
+        super().epoch_end()
+
+    def train_end(self) -> None:
+        """Add the last step if it was not foreseen, publish what came of the fit, and print the end
+        table."""
+        self._receive()
+        norms = self.current_norms()
+        if norms and not self.is_off:
+            self._append_final(norms)
+        self._publish_about()
+        if not self.session.closed:
+            self.session.last_look()
+        last = {name: norm for by_name in norms.values() for name, norm in by_name.items()}
+        layers = self.layers(last)
+        text = self.end_table(layers) if self.rule.tables else None
+        super().train_end()
+        if text:
+            show(self.trainer, text)
+        if self.trainer.is_global_zero:
+            for row in layers:  # a report of this history says what the table says
+                self.rule.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
+            self._write_history(self.rule.history)
+            self._ended = True
+            outcome = Outcome(self.rule.history, layers, self.quantities, self.label)
+            publish_outcome(self.trainer.loggers, outcome)
+
+    def interrupted(self) -> None:
+        """Keep what was measured until the interruption (Ctrl-C, SIGTERM, an error)."""
+        try:
+            if not self._ended:  # another callback may have closed the session already
+                self._ended = True
+                # Of several ranks, the others may be anywhere: nothing that waits for them.
+                if self.trainer.world_size == 1:
+                    self._receive()
+                self._write_history(self.rule.history)
+        except Exception as error:
+            # The person must see what interrupted the run, and not what came of it here.
+            warn_once(
+                f"the history of the interrupted fit could not be written ({type(error).__name__}: "
+                f"{error})."
+            )
+        finally:
+            super().interrupted()
+
+    def checkpoint_saved(self) -> None:
+        """Keep the history beside the logs too: a run that is killed later can then be reported,
+        whatever kills it."""
+        super().checkpoint_saved()
+        if not self._ended:
+            self._write_history(self._completed().history)
+            # A process that the Trainer started gets no on_exception when it fails.
+            self.rule.send_history(self.trainer)
+
+    def _write_history(self, history: History) -> None:
+        """Rank zero: the history so far into a file beside each logger's own."""
+        if not self.trainer.is_global_zero or self.is_off:
+            return
+        if self._files is None:
+            self._files = HistoryFiles(self.label, continued=self._continued)
+        publish_history(self.trainer.loggers, history, self._files)
+
+    def current_norms(self) -> dict[int, dict[str, float]]:
+        """The mean norm of each weight at this moment, by optimizer. Every rank must call it."""
+        norms = {}
+        for index, plan in self.plans.items():
+            lengths = plan.vectors.norms()
+            counts = plan.vectors.totals(torch.ones_like(lengths))
+            means = (plan.vectors.totals(lengths) / counts).tolist()
+            norms[index] = {t.name: mean for t, mean in zip(plan.targets, means, strict=True)}
+        return norms
+
+    def _append_final(self, norms: dict[int, dict[str, float]]) -> None:
+        """The last norms of every optimizer that stepped after its newest row: the fit ended before
+        its time (early stopping, a time limit), or another optimizer took the last turn. Its last
+        angle is not known any more."""
+        for bracket in self.session.attachment.brackets:
+            bracket.settle()
+        ledger, last = self.ledger, self.session.clock.now - 1
+        is_newer = ledger.last_step < last
+        moved = [i for i in norms if is_newer or self.steps_of(i) > ledger.counted.get(i, 0)]
+        if ledger.last_step < 0 or not moved:
+            return
+        final = {name: norm for index in moved for name, norm in norms[index].items()}
+        values = {f"weight_norm/{name}": norm for name, norm in final.items()}
+        steps, lasting = max(self.steps_of(index) for index in self.plans), ledger.lasting
+        if is_newer:
+            row = Row(last, steps, values, lasting.events)
+            ledger = self._recorded(replace(lasting, events=()), row, lasting)
+        elif ledger.ending is None:
+            ledger = self._recorded(ledger, Row(last, steps, values, amends=True), lasting)
+        else:  # the row that was there, with more keys in it
+            newest = ledger.ending.row
+            row = replace(newest, values={**values, **newest.values})
+            before = replace(ledger, history=lasting.history, evidence=lasting.evidence)
+            ledger = self._recorded(before, row, lasting)
+        self._show(ledger)
+        not_finite = [name for name, norm in final.items() if not isfinite(norm)]
+        if not_finite:
+            self.alarms.not_finite(not_finite, last, values)
+
+    # -- what is told of the run as a whole
+
+    def _publish_about(self) -> None:
+        """What the run consists of: at its first step, and again when more weights are trained
+        (finetuning)."""
+        targets = self.targets
+        if len(targets) == self._told:
+            return
+        self._told = len(targets)
+        about = about_run(self.session, targets)
+        meta = self.rule.history.meta
+        # What a checkpoint says of a weight is what was true when the run began; only other
+        # settings make another run of it.
+        known = meta.get("targets", {}) if meta.get("callbacks") == about["callbacks"] else {}
+        meta.update({**about, "targets": {**about["targets"], **known}})
+        if self.trainer.is_global_zero:
+            publish_about(self.trainer.loggers, about, self.label)
+
+    def layers(self, last_norms: dict[str, float] | None = None) -> list[dict[str, Any]]:
+        """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks,
+        all of them must call it.
+
+        Args:
+            last_norms: by weight, at the end of a fit.
+        """
+        # Every rank takes part in this; what follows is known to rank zero only.
+        treatments = self.session.combined.treatments()
+        return summarize(
+            self.targets, self.ledger.evidence, self.ledger.courses, treatments, last_norms or {}
+        )
+
+    def end_table(self, layers: list[dict[str, Any]]) -> str | None:
+        """The table of ``layers`` and what a person should read below it; None without any. Sharded
+        over ranks, all of them must call it."""
+        clamped = self.session.combined.counted_by_weight("clamped")
+        if not layers:
+            return None
+        steps = self.rule.history[-1]["optimizer_step"]
+        return as_text(layers, steps, clamped, self.session)
+
+    # -- over an interruption
+
+    def state(self) -> dict[str, Any]:
+        """As every callback's; rows that were taken up from a checkpoint go on before the first
+        step."""
+        state = super().state()
+        if self.restored is None or not len(self.ledger.history):
+            return state
+        return {**state, "extra": {**state["extra"], **self.extra()}}
+
+    def extra(self) -> dict[str, Any]:
+        """The ledger as it will be when all that was measured is there. Changes nothing, so a
+        signal handler may ask at any moment."""
+        # Before the first batch of a fit that goes on, the loops are not yet where the checkpoint
+        # was.
+        position = self._position if self._goes_on else None
+        if position is None:
+            position = self.session.clock.position()
+        ledger = self._completed()
+        state = ledger.state()
+        if not self.session.closed:
+            happened = _new_events(ledger, self.session.combined.events())
+            state["events"] = list(dict.fromkeys([*state["events"], *happened]))
+        skipped = self._skipped_before + self.session.attempts.skipped()
+        return {**state, "position": position, "skipped_steps": skipped}
+
+    def take_up(self, state: dict[str, Any]) -> None:
+        """The rows of a checkpoint, before the first step: they can be seen at once, also where no
+        step follows because the fit was finished."""
+        extra = state.get("extra", {})
+        if self.is_off or "history" not in extra:
+            return
+        separate = self.rule.quantities is not None
+        try:
+            ledger = Ledger.from_state(extra, separate=separate, asked_for=self._asked_for)
+            position = [whole_number(x) for x in extra["position"]] if "position" in extra else None
+            skipped = whole_number(extra.get("skipped_steps", 0))
+        except NormDynError as error:
+            warn_once(
+                f"{self.name} starts a new history, because that of the checkpoint cannot be read: "
+                f"{error}."
+            )
+            return
+        self._position, self._skipped_before = position, skipped
+        self._goes_on = self._continued = True
+        self.rule.history = History()
+        self._show(ledger)
+        publish_to_trainer(self.trainer, ledger.promised)
+
+    def _count_on(self) -> None:
+        """A run that goes on has no row that only its end asked for, and counts from where it
+        was."""
+        known, clock = self.ledger.lasting, self.session.clock
+        if self._position is not None:
+            restored = clock.go_on_from(self._position)
+        else:
+            # A checkpoint of an earlier version does not say where it was saved: right after its
+            # newest row, or not far from it.
+            restored = known.last_step <= clock.now
+        if not restored and known.last_step >= clock.now:
+            warn_once(
+                f"The history of the checkpoint reaches to step {known.last_step}, and this fit "
+                f"counts from step {clock.now}, because its loops were not restored with the "
+                f"weights. Rows from step {clock.now} on are dropped."
+            )
+        self._show(known.going_on_at(clock.now))
+
+    def forget(self, name: str) -> None:
+        """Another weight has taken the place of the one that was called ``name``."""
+        super().forget(name)
+        self.ledger = self.ledger.without(name)
+        self._told = 0  # described anew to the loggers
+
+
+def _new_events(ledger: Ledger, counts: dict[tuple[int, int, str], int]) -> tuple[str, ...]:
+    """Kinds of what happened since the newest results that were sent."""
+    known = ledger.sent[-1].marked if ledger.sent else ledger.marked
+    kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
+    return tuple(dict.fromkeys(kinds))
+
+
+def _is_last(trainer: Trainer) -> bool:
+    """Whether the fit is planned to end with this batch."""
+    after = trainer.global_step + len(trainer.optimizers)
+    if trainer.max_steps != -1 and after >= trainer.max_steps:
+        return True
+    is_last_epoch = trainer.max_epochs is not None and (
+        trainer.current_epoch + 1 == trainer.max_epochs
+    )
+    return bool(is_last_epoch and trainer.is_last_batch)
+
+
+__all__ = ["Recording"]

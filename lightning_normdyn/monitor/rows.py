@@ -1,0 +1,290 @@
+"""From measured steps on the host to one row: averages by weight and over all scale-invariant
+vectors, the predictions beside them, and what is worth a warning.
+
+Everything is worked out before anything is changed: a signal handler may save a checkpoint between
+any two lines of Python.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from math import isfinite, nan
+from typing import Any
+
+import numpy as np
+
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.monitor.alarms import Alarms
+from lightning_normdyn.monitor.histograms import Histogram
+from lightning_normdyn.monitor.ledger import Ledger, Norms, Row
+from lightning_normdyn.monitor.loggers import told_to_trainer
+from lightning_normdyn.monitor.measure import UNLOGGED, Measured, Reading
+from lightning_normdyn.monitor.predictions import predict
+from lightning_normdyn.monitor.quantities import QUANTITIES, monitored
+from lightning_normdyn.monitor.verdicts import Course
+from lightning_normdyn.optimizers.host_copy import HostCopy
+
+LR_DROP = 1.5
+"""A learning rate that was constant and is this much lower at the next record has dropped; a
+schedule that glides never does."""
+
+SAME_RATE = 1e-3
+"""Relative difference up to which two rates are the same constant."""
+
+_RESTS_ON = ("weight_norm", "gradient_scale", "equivalent_weight_decay")
+"""What a prediction is computed from."""
+
+
+@dataclass
+class Sent:
+    """What was measured in one batch, on its way to the host.
+
+    Args:
+        results: one per optimizer that was measured.
+        sizes: how many of the numbers belong to each result; one more is the number of clamped
+            vectors, if anybody counts them.
+        numbers: all of them, in one transfer.
+        vectors: what the history keeps of each result's vectors.
+        events: kinds of what happened since the results before these.
+        marked: how often it had happened by then.
+        skipped_steps: of the whole run.
+        shown: whether loggers get it.
+    """
+
+    results: list[Measured]
+    sizes: list[int]
+    numbers: HostCopy
+    vectors: list[dict[str, Any]]
+    events: tuple[str, ...]
+    marked: dict[tuple[int, int, str], int]
+    skipped_steps: int
+    shown: bool
+
+
+@dataclass
+class Published:
+    """What became of results that were sent.
+
+    Args:
+        ledger: the one that takes the place of the ledger there is.
+        row: what the history is told; None if the device skipped every update.
+        histograms: by log key.
+        concerns: warnings to give, each as a function to call.
+    """
+
+    ledger: Ledger
+    row: Row | None
+    histograms: dict[str, Histogram]
+    concerns: list[Callable[[], None]]
+
+
+class RowDraft:
+    """A row while results are added to it.
+
+    Args:
+        ledger: what was known before it; it is not changed.
+        sent: the results.
+        alarms: who warns.
+    """
+
+    def __init__(self, ledger: Ledger, sent: Sent, alarms: Alarms) -> None:
+        self._ledger = ledger
+        self._sent = sent
+        self._alarms = alarms
+        self._step = sent.results[0].step
+        self._optimizer_step = 0
+        self._values: dict[str, float] = {}
+        self._histograms: dict[str, Histogram] = {}
+        self._vectors: dict[str, Any] = {}
+        self._concerns: list[Callable[[], None]] = []
+        self._not_finite: list[str] = []
+        self._dropped = False
+        self._collapsed = 0.0
+        # What the ledger will hold, in copies.
+        self._courses = dict(ledger.courses)
+        self._norms = dict(ledger.norms)
+        self._rates = dict(ledger.rates)
+        self._measured = dict(ledger.measured)
+        self._counted = dict(ledger.counted)
+        # Over all scale-invariant vectors: sum and count by name.
+        self._overview: dict[str, tuple[float, float]] = {}
+        # Squared angles, squared predictions and their number, of vectors with a prediction.
+        self._compared = np.zeros(3)
+
+    def fill(self, chosen: Sequence[bool]) -> None:
+        """Add those of the results that are chosen and whose update happened."""
+        numbers = self._sent.numbers.get().tolist()
+        sent = self._sent
+        for result, size, is_chosen, vectors in zip(
+            sent.results, sent.sizes, chosen, sent.vectors, strict=True
+        ):
+            own, numbers = numbers[:size], numbers[size:]
+            reading = result.read(own) if is_chosen else None
+            if reading is not None:
+                self._add(result, reading)
+                self._vectors.update(vectors)
+        if numbers:
+            self._values["normdyn/clamped_vectors"] = numbers[-1]
+
+    def _add(self, result: Measured, reading: Reading) -> None:
+        index = result.plan.index
+        # Of several optimizers in one row, the number of the first stands for the row.
+        self._optimizer_step = self._optimizer_step or result.optimizer_step
+        self._counted[index] = result.optimizer_step
+        if result.look.due:
+            self._measured[index] = self._step
+        self._histograms.update(reading.histograms)
+        names = result.gauge.measured
+        for j, target in enumerate(result.plan.targets):
+            pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
+            sums = dict(zip(names, pairs, strict=True))
+            self._add_weight(result, target, result.groups[j], sums)
+            if target.scale_invariant:
+                self._collapsed += reading.collapsed[j]
+        self._pool(result, reading)
+
+    def _add_weight(
+        self,
+        result: Measured,
+        target: Target,
+        group: Mapping[str, Any],
+        sums: Mapping[str, tuple[float, float]],
+    ) -> None:
+        means = {name: _mean(name, *pair) for name, pair in sums.items() if pair[1]}
+        if not all(isfinite(value) for value in means.values()):
+            self._not_finite.append(target.name)
+        means.update(self._compare(result, target, group, means))
+        for name, value in means.items():
+            if name not in UNLOGGED:
+                self._values[f"{name}/{target.name}"] = value
+
+        if "weight_norm" in means:
+            known = self._norms.get(target.name, Norms(means["weight_norm"]))
+            seen = known.seen_at(result.optimizer_step, means["weight_norm"])
+            self._norms[target.name] = seen
+            self._concerns.append(partial(self._alarms.overflow, target, seen))
+        if "lr" in means:
+            before = self._rates.get(target.name, ())
+            self._rates[target.name] = (*before[-1:], means["lr"])
+            self._dropped |= _has_dropped(before, means["lr"])
+        if target.scale_invariant:
+            self._concerns.append(partial(self._alarms.dead, result.gauge, target, group, sums))
+            if "equilibrium_angular_update" in means:
+                squares, count = sums["angular_update"]
+                predicted = means["equilibrium_angular_update"] ** 2 * count
+                self._compared += (squares, predicted, count)
+
+    def _compare(
+        self, result: Measured, target: Target, group: Mapping[str, Any], means: Mapping[str, float]
+    ) -> dict[str, float]:
+        """What the weight settles at and how its angle compares, if it is scale-invariant and its
+        optimizer is understood."""
+        if not target.scale_invariant or "lr" not in means or "weight_norm" not in means:
+            return {}
+        course = self._courses.get(target.name, Course()).fork()
+        self._courses[target.name] = course
+        if means["lr"] == 0:  # nothing moves: the last prediction stands
+            return {}
+        gauge, optimizer = result.gauge, result.plan.optimizer
+        effects, length = gauge.effects[target.name], gauge.lengths[target.name]
+        if not all(isfinite(means.get(name, 0.0)) for name in _RESTS_ON):
+            # A run that diverged has no prediction any more; its curves shall show where.
+            would_be = {**means, **dict.fromkeys(_RESTS_ON, 1.0)}
+            had_one = course.latest is not None
+            if had_one or predict(optimizer, group, effects, would_be, length) is not None:
+                return _from_prediction(nan, nan)
+            return {}
+        prediction = predict(optimizer, group, effects, means, length)
+        course.add(result.optimizer_step, prediction)
+        if prediction is None or "angular_update" not in means:
+            return {}
+        return _from_prediction(means["angular_update"], prediction.angular_update)
+
+    def _pool(self, result: Measured, reading: Reading) -> None:
+        """Add the scale-invariant weights of an optimizer to the overview."""
+        invariant = result.plan.invariant
+        totals = reading.totals[:, invariant].sum(1).tolist()
+        counts = reading.counts[:, invariant].sum(1).tolist()
+        for name, total, count in zip(result.gauge.names, totals, counts, strict=False):
+            known_total, known_count = self._overview.get(name, (0.0, 0.0))
+            self._overview[name] = (known_total + total, known_count + count)
+
+    def finish(self, record: Callable[[Ledger, Row], Ledger], *, marks_drops: bool) -> Published:
+        """The row and the ledger with it.
+
+        Args:
+            record: gives the ledger with a row.
+            marks_drops: whether drops of the learning rate are marked here: one who acts on drops
+                marks them itself, at the step at which it acted.
+        """
+        sent = self._sent
+        events = tuple(dict.fromkeys([*self._ledger.events, *sent.events]))
+        ledger = replace(self._ledger, marked=sent.marked)
+        if not self._optimizer_step:  # what happened is told with the next row
+            return Published(replace(ledger, events=events), None, {}, self._concerns)
+        values = self._with_overview()
+        if self._not_finite:
+            warn = partial(self._alarms.not_finite, self._not_finite, self._step, values)
+            self._concerns.append(warn)
+        ledger = replace(
+            ledger,
+            courses=self._courses,
+            norms=self._norms,
+            rates=self._rates,
+            measured=self._measured,
+            counted=self._counted,
+            events=(),
+            last_step=self._step,
+            promised={**ledger.promised, **told_to_trainer(values)},
+        )
+        if self._dropped and marks_drops:
+            events = (*events, "lr_drop")
+        row = Row(self._step, self._optimizer_step, values, events, self._vectors)
+        return Published(record(ledger, row), row, self._histograms, self._concerns)
+
+    def _with_overview(self) -> dict[str, float]:
+        values = dict(self._values)
+        for name, (total, count) in self._overview.items():
+            if count:
+                values[f"normdyn/{name}"] = _mean(name, total, count)
+        squares, predicted, number = self._compared.tolist()
+        if number:
+            angle = QUANTITIES["angular_update"]
+            pooled = _from_prediction(angle.mean(squares, number), angle.mean(predicted, number))
+            values.update({f"normdyn/{name}": value for name, value in pooled.items()})
+        values["normdyn/optimizer_step"] = float(self._optimizer_step)
+        values["normdyn/skipped_steps"] = float(self._sent.skipped_steps)
+        values["normdyn/collapsed_vectors"] = self._collapsed
+        return values
+
+
+def _mean(name: str, total: float, count: float) -> float:
+    if name in UNLOGGED:
+        return total / count
+    return QUANTITIES[name].mean(total, count)
+
+
+def _from_prediction(measured: float, predicted: float) -> dict[str, float]:
+    """The quantities that compare a measured angular update with its prediction."""
+    compared = {}
+    for quantity in monitored():
+        if quantity.prediction is not None:
+            compared[quantity.name] = quantity.prediction(measured, predicted)
+    return compared
+
+
+def _has_dropped(before: Sequence[float], rate: float) -> bool:
+    """Whether the learning rate of a weight just fell by a jump, which pictures mark.
+
+    Args:
+        before: the last two rates, as far as there were any.
+        rate: the present one.
+    """
+    if not before or abs(before[0] - before[-1]) > SAME_RATE * before[-1]:
+        return False
+    return 0 < rate <= before[-1] / LR_DROP
+
+
+__all__ = ["Published", "RowDraft", "Sent"]
