@@ -10,7 +10,7 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
 
 
-def about_run(session: Session[Any], targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
     """For loggers and the history's ``meta``, as plain JSON. Every rank must call it.
 
     Returns:
@@ -32,7 +32,7 @@ def about_run(session: Session[Any], targets: Sequence[Target]) -> dict[str, dic
     return plain
 
 
-def _settings(session: Session[Any]) -> dict[str, dict[str, Any]]:
+def _settings(session: Session) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {}
     for member in session.members:
         rule, name = member.rule, type(member.rule).__name__

@@ -85,7 +85,7 @@ def as_text(
     rows: Sequence[Mapping[str, Any]],
     optimizer_steps: float,
     clamped: Mapping[str, int],
-    session: Session[Any],
+    session: Session,
 ) -> str:
     """The rows as a table that fits the terminal, and below it what else a person should read.
 

@@ -46,7 +46,7 @@ class Recording(Part[Any]):
             checkpoint finds the state before a row or the one after it.
     """
 
-    def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session[Any]) -> None:
+    def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, worker, session)
         self.trainer = session.trainer
         self.is_off = bool(self.trainer.barebones)

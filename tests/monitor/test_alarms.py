@@ -107,12 +107,9 @@ def train_until_nan(
     assert module.died_at <= diverged_at <= module.died_at + every
     assert "net.3.parametrizations.weight.original" in text
     assert said_at < module.died_at
-    if (
-        "or sooner" in text
-    ):  # it falls ever faster, and the forecast says what its present rate gives
-        assert said_at + foretold(text) >= module.died_at
-    else:
-        assert foretold(text) == pytest.approx(module.died_at - said_at, rel=0.1)
+    # Where only the present rate of the fall is known, the forecast is rough.
+    tolerance = 0.5 if "as fast as now" in text else 0.1
+    assert foretold(text) == pytest.approx(module.died_at - said_at, rel=tolerance)
     return module
 
 
