@@ -2,18 +2,13 @@
 others.
 
 A masked autoencoder, a masked convolution and torch's pruning all compute with ``weight * mask``.
-The hidden
-entries still exist, they are initialized and they decay, but the loss never sees them. So they must
-not
-count as length: the norm, the angle of a step and the cosine with the gradient are those of the
-entries that
-are read.
+The hidden entries still exist, they are initialized and they decay, but the loss never sees them.
+So they must not count as length: the norm, the angle of a step and the cosine with the gradient are
+those of the entries that are read.
 
 Recognized where the mask is put on the weight itself (also behind copies, casts, views and
-permutations of
-it): a product with a constant, ``where``, ``masked_fill``, ``tril`` and ``triu``. Any other
-operation reads
-all entries that reach it.
+permutations of it): a product with a constant, ``where``, ``masked_fill``, ``tril`` and ``triu``.
+Any other operation reads all entries that reach it.
 """
 
 from __future__ import annotations
@@ -47,8 +42,7 @@ class EntryMask:
     Args:
         read: bool, of the weight's shape, on the CPU: whether the loss reads an entry.
         sources: memory addresses of the tensors that hide entries, to find out whose buffers they
-            are; 0 for
-            ``tril`` and ``triu``, which need no tensor.
+            are; 0 for ``tril`` and ``triu``, which need no tensor.
     """
 
     read: Tensor
@@ -71,8 +65,8 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
 
     Returns:
         For each such weight, by its name, what is read of it. A weight whose mask cannot be seen
-        (its tensor
-        would have to be computed again by a checkpoint) is left out: all its entries count.
+        (its tensor would have to be computed again by a checkpoint) is left out: all its entries
+        count.
 
     Example:
         >>> from lightning_normdyn.invariance.graph import trace
@@ -122,8 +116,7 @@ class _Uses:
     def mask(self, edge: Edge, shape: Shape) -> EntryMask | None:
         """What is read of this weight; None: all entries."""
         # Nearly all weights meet no mask, and a map of the entries of a large one would take eight
-        # bytes for
-        # each.
+        # bytes for each.
         if not self._meets_a_mask(edge):
             return None
         read = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
@@ -172,8 +165,7 @@ class _Uses:
 
 def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
     """The map of entries after a mask; None where the two do not fit (a rank's part of a mask
-    beside a whole
-    weight)."""
+    beside a whole weight)."""
     try:
         # Both are broadcast to the result, as the operation does it.
         return torch.where(hidden.expand(shape), NO_ENTRY, entries.expand(shape))
@@ -227,8 +219,7 @@ def _can_hide(node: GraphNode) -> bool:
 
 def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
     """Where this operation puts a constant in the place of input ``slot``: a bool tensor, and the
-    address of
-    the mask.
+    address of the mask.
 
     None: it hides nothing, or nobody can see what it hides.
     """
@@ -293,10 +284,9 @@ class MaskMemory:
     again.
 
     A mask counts at once if it is a buffer or a parameter of the network, or the shape of a
-    triangle. One
-    that is computed in the forward pass counts once two batches have shown the same. A mask that is
-    drawn
-    anew in every step (DropConnect) hides no entry for long, so all of them count.
+    triangle. One that is computed in the forward pass counts once two batches have shown the same.
+    A mask that is drawn anew in every step (DropConnect) hides no entry for long, so all of them
+    count.
 
     Args:
         module: the network.
@@ -322,6 +312,7 @@ class MaskMemory:
             # Somebody has pruned: what was seen before says nothing about the masks of now.
             self._known, self._whole, self._extra_looks = {}, set(), 0
             self._state = state
+        # This batch is looked at for the sake of such a mask.
         if self._some_seen_once():
             self._extra_looks += 1
 
@@ -362,8 +353,7 @@ class MaskMemory:
     @property
     def wants_a_look(self) -> bool:
         """Whether the next batch should be looked at: a mask was seen only once, or somebody has
-        pruned
-        since."""
+        pruned since."""
         if self._state != self._masking_state():
             return True
         return self._some_seen_once() and self._extra_looks < MOST_EXTRA_LOOKS
@@ -384,8 +374,7 @@ class MaskMemory:
 
     def _masking_state(self) -> list[object]:
         """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the
-        layer, and
-        replaces or writes that."""
+        layer, and replaces or writes that."""
         state: list[object] = []
         for owner in self._owners:
             # Only hooks of pruning: the search adds hooks of its own while it watches a batch.

@@ -2,10 +2,9 @@
 tensor.
 
 A `Flow` is the abstract value of a walk along the autograd graph (``follow.py``): a degree, the row
-of the
-weight that each entry scales with, and what was added and does not scale. The functions here
-rearrange a
-flow as torch rearranges the tensor. What an operation *means* for a scale stands in ``rules/``.
+of the weight that each entry scales with, and what was added and does not scale. The functions here
+rearrange a flow as torch rearranges the tensor. What an operation *means* for a scale stands in
+``rules/``.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ class Offset:
         varies: for each dimension of the tensor, whether the offset may differ along it.
         token: equal tokens mean equal offsets (``x - x.mean()`` has none).
         parameter: the bias that it is, entry for entry along the one dimension that it varies
-            along. Where
-            that dimension is longer than the bias, the bias starts again. None if it was changed on
-            the way.
+            along. Where that dimension is longer than the bias, the bias starts again. None if it
+            was changed on the way.
         what: what it is, in words.
     """
 
@@ -67,19 +65,15 @@ class Flow:
 
     Args:
         degree: the power of the row's scale, e.g. 1 behind a linear layer, 2 behind its square, 0
-            behind a
-            normalization.
+            behind a normalization.
         rows: int64, as many dimensions as the tensor and broadcastable to it: 1 + the row that each
-            entry
-            scales with, 0 for a constant entry.
+            entry scales with, 0 for a constant entry.
         offset: what is added and does not scale, if anything.
         sign: what is known about the values.
         padded: whether a constant was added as an epsilon. That is what it is in a denominator
-            only:
-            ``1 + mean`` as a factor is none.
+            only: ``1 + mean`` as a factor is none.
         other: the flow of other entries of the same tensor, which scale by another degree; ``rows``
-            is 0
-            there. Rules never see it.
+            is 0 there. Rules never see it.
     """
 
     degree: float
@@ -127,8 +121,7 @@ def new_offset(
     what: str = "something that does not scale",
 ) -> Offset:
     """An offset that equals no other, unless it is the same parameter along the same dimension,
-    counted
-    from the right."""
+    counted from the right."""
     varies = tuple(varies)
     token: Hashable = object()
     if parameter:
@@ -140,8 +133,7 @@ def new_offset(
 
 def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
     """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape:
-    along
-    all."""
+    along all."""
     if shape is None:
         # The safe side: what varies is removed by fewer normalizations.
         return (True,) * ndim
@@ -176,8 +168,7 @@ def shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None = None) 
 
 def everywhere(flow: Flow, ndim: int | None = None) -> Offset | None:
     """The offset after an operation that may make it differ anywhere, in a tensor of ``ndim``
-    dimensions
-    (None: of as many as before)."""
+    dimensions (None: of as many as before)."""
     if not flow.offset:
         return None
     if ndim is None:
@@ -249,8 +240,7 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
         return Flow(flow.degree, one, everywhere(flow, ndim), flow.sign)
 
     # Blocks of dimensions along which nothing differs are never expanded: the rows of a large
-    # activation
-    # would take as much memory as the activation.
+    # activation would take as much memory as the activation.
     wide = list(flow.rows.shape)
     target = [1] * len(new)
     for before, after in _blocks(old, new):
@@ -267,8 +257,7 @@ def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
 
 def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
     """The dimensions that a reshape maps onto each other: pairs of ranges with equal products, as
-    short as
-    possible."""
+    short as possible."""
     i = j = 0
     while i < len(old) and j < len(new):
         start_i, start_j, size_i, size_j = i, j, old[i], new[j]
@@ -290,15 +279,13 @@ def _reshaped_offset(offset: Offset, old: Shape, new: Shape) -> Offset:
             continue
         varies[after] = [size > 1 for size in new[after]]
         # Samples that are folded into the channels (InstanceNorm) repeat a bias from its start. Any
-        # other
-        # mixture of dimensions puts its entries in another order.
+        # other mixture of dimensions puts its entries in another order.
         is_last_alone = sum(varies[after]) == 1 and varies[after][-1]
         if any(offset.varies[before][:-1]) or not is_last_alone:
             parameter = None
 
     # Broadcasting aligns at the right: what happens in front of the dimensions that it varies along
-    # leaves
-    # the same offset.
+    # leaves the same offset.
     token = offset.token
     if any(offset.varies):
         first = offset.varies.index(True)
@@ -333,8 +320,7 @@ def unsqueezed(flow: Flow, dim: int) -> Flow:
 
 def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
     """The flow after entries were moved or picked along ``dims``: new rows, and another offset if
-    it
-    differs along them."""
+    it differs along them."""
     offset = flow.offset
     if offset and offset.differs_along(dims):
         offset = offset.changed(offset.varies)

@@ -1,26 +1,20 @@
 r"""How a change of scale flows through the autograd graph of a loss.
 
 Multiply row :math:`r` of a weight by :math:`c_r > 0`. What happens to a tensor :math:`T` computed
-from it?
-For many tensors the answer is
+from it? For many tensors the answer is
 
 .. math:: T_i \to c_{r(i)}^{k}\, (T_i - b_i) + b_i
 
 with a degree :math:`k`, a row :math:`r(i)` for each entry, and an offset :math:`b` that does not
-scale (a
-bias). A `Flow` holds this answer, a *rule* says how one operation changes it, and `follow` walks
-the graph
-of a real loss from the weights to the loss. Where an operation mixes entries of several rows, these
-rows are
-united: from there on they must be scaled together. What reaches degree 0 no longer depends on the
-scale: its
-rows have *met* a normalization, and only such rows are claimed.
+scale (a bias). A `Flow` holds this answer, a *rule* says how one operation changes it, and `follow`
+walks the graph of a real loss from the weights to the loss. Where an operation mixes entries of
+several rows, these rows are united: from there on they must be scaled together. What reaches degree
+0 no longer depends on the scale: its rows have *met* a normalization, and only such rows are
+claimed.
 
 Whatever is not understood, or reaches the loss, unites its rows with class 0, "must not be scaled".
-So an
-unknown operation can only cost a target, never invent one. Rows that the loss did not read
-(``table[:n]``,
-an expert without tokens) are neither: nothing is known of them.
+So an unknown operation can only cost a target, never invent one. Rows that the loss did not read
+(``table[:n]``, an expert without tokens) are neither: nothing is known of them.
 
 Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
 """
@@ -155,6 +149,7 @@ def _parts_of(*flows: Flow | None) -> list[Flow]:
 
 
 def _apply_rule(operation: Operation, flows: Flows) -> Flows:
+    # Looked up at every operation: a user may have registered one since the last walk.
     rule = RULES.get(operation.name)
     if rule is None:
         raise Blocked(why_not(operation))

@@ -31,8 +31,7 @@ class Link:
 
     def same_as(self, other: Link, parent: Tensor) -> bool:
         """Whether both say the same (a module that is called twice), where ``parent`` is the class
-        of each
-        row."""
+        of each row."""
         mine = (self.module, self.degree, self.offset, self.bias)
         if mine != (other.module, other.degree, other.offset, other.bias):
             return False
@@ -41,12 +40,10 @@ class Link:
 
 class Rows:
     """The rows of one weight, as classes that must be scaled together (union-find), and what was
-    found on
-    the way.
+    found on the way.
 
     Rows count from 1: class 0 must not be scaled. ``parent`` holds for every row the smallest row
-    of its
-    class.
+    of its class.
     """
 
     def __init__(self, n: int) -> None:
@@ -145,8 +142,7 @@ class Rows:
 
     def reached(self) -> Tensor:
         """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of
-        the
-        others nothing is known."""
+        the others nothing is known."""
         # A rule may go on with one row for all that it has united, so one row speaks for its class.
         classes = torch.zeros_like(self.met)
         classes[self.parent[self.met]] = True

@@ -1,10 +1,8 @@
 """What is known of the signs of the values in a graph, whether they scale with a weight or not.
 
 A sum of what is not negative is a statistic, and a constant beside a statistic is an epsilon.
-Linear
-attention is why this is asked of tensors that no weight reaches: it divides by a sum over attention
-weights,
-which are not negative because they were computed by a ReLU or an exponential.
+Linear attention is why this is asked of tensors that no weight reaches: it divides by a sum over
+attention weights, which are not negative because they were computed by a ReLU or an exponential.
 """
 
 from __future__ import annotations
@@ -44,8 +42,7 @@ _KEEPS_SIGN = _MAY_KEEP_PADDING | _names("""
 @dataclass(frozen=True)
 class Padding:
     """Entries at the end of one dimension whose values have one sign: a constant, or sums of
-    products of it
-    with what is not negative.
+    products of it with what is not negative.
 
     Args:
         dim: counted from the right, -1 or -2.
@@ -111,12 +108,10 @@ class ValueSigns:
 
     def _padding_of_result(self, node: GraphNode) -> Padding | None:
         """The padded entries of what an operation gives. After a slice, ``start`` is 0 where
-        nothing else
-        is left.
+        nothing else is left.
 
         Linear attention appends ones to its values, so that one product gives the sums of what is
-        attended
-        to and of the attention.
+        attended to and of the attention.
         """
         if node.name == "ConstantPadNdBackward0":
             return _new_padding(node)
@@ -146,7 +141,8 @@ def _new_padding(node: GraphNode) -> Padding | None:
     """What `torch.nn.functional.pad` appends, if it is at the end of one of the last two
     dimensions."""
     shape = node.inputs[0]
-    amounts: list[int] = [signed(amount) for amount in node.node._saved_pad]  # type: ignore[attr-defined]
+    saved: list[int] = node.node._saved_pad  # type: ignore[attr-defined]
+    amounts = [signed(amount) for amount in saved]
     used = [k for k, amount in enumerate(amounts) if amount]
     # Pairs of amounts, before and after, from the last dimension on.
     if shape is None or used not in ([1], [3]) or amounts[used[0]] < 0:

@@ -1,8 +1,8 @@
 """Which weights a forward pass writes in place: those whose rows ``max_norm`` rescales, above all.
 
 Such a weight has no length of its own that a rule could steer, and its graph does not show it,
-since it is
-written without gradients. Torch counts every write to a tensor, and that is what is compared here.
+since it is written without gradients. Torch counts every write to a tensor, and that is what is
+compared here.
 """
 
 from __future__ import annotations
@@ -26,10 +26,8 @@ class WrittenWeights:
 
     Args:
         root: the network. Its own forward is not compared: a whole training step may run inside it,
-            with the
-            step of an optimizer, which writes, too. Instead, tables that are looked up are compared
-            between
-            the start of the batch and its first loss, where no optimizer steps.
+            with the step of an optimizer, which writes, too. Instead, tables that are looked up are
+            compared between the start of the batch and its first loss, where no optimizer steps.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -62,8 +60,7 @@ class WrittenWeights:
         ``F.embedding(..., max_norm=...)`` in a training step is in no module's forward.
         """
         # Only lookups rescale rows in passing. Other weights may be written at the start of a
-        # batch, by
-        # callbacks, and their length is still theirs.
+        # batch, by callbacks, and their length is still theirs.
         tables = set()
         for node in graph.nodes:
             source = node.sources[0] if node.name in _LOOKUPS else None

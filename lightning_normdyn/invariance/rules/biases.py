@@ -1,8 +1,7 @@
 """What it means for a flow that a bias is added: by a linear layer, a convolution, or a plain sum.
 
 A bias does not scale with the weight, so it becomes the flow's offset. Some biases are put together
-from
-pieces of which some are zeros (keys have no bias in Swin v2), and there nothing is added.
+from pieces of which some are zeros (keys have no bias in Swin v2), and there nothing is added.
 """
 
 from __future__ import annotations
@@ -56,8 +55,7 @@ def with_bias_of_channels(operation: Operation, flow: Flow) -> Flow:
 
 def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
     """The flow after adding input ``k`` along ``dim``, where some of its entries are known to be
-    zero; None
-    if none are, or that cannot be said."""
+    zero; None if none are, or that cannot be said."""
     out = operation.out
     zeros = _zeros(operation, k)
     if zeros is None or zeros.shape != (out[dim],) or flow.offset:
@@ -80,11 +78,10 @@ def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flo
 
 def _zeros(operation: Operation, k: int) -> Tensor | None:
     """Which entries of input ``k``, a bias that was put together, no parameter reaches: bool
-    ``(n,)``; None:
-    not known.
+    ``(n,)``; None: not known.
 
     They are constants, nearly always zeros (``torch.cat([q, zeros, v])``, ``bias * mask``,
-    ``bias[n : 2 * n] = 0``): taken as such, and the claim is marked.
+    ``bias[2:4] = 0``): taken as such, and the claim is marked.
     """
     edge = operation.source(k)
     if edge is None or edge in operation.parameters:
@@ -102,8 +99,7 @@ def _constant_entries(
     edge: Edge | None, size: int, parameters: Mapping[Edge, str]
 ) -> Tensor | None:
     """Which entries of a tensor of one dimension no parameter reaches: bool ``(size,)``, None where
-    it
-    cannot be said."""
+    it cannot be said."""
     everything = torch.ones(size, dtype=torch.bool, device="cpu")
     if edge is None:
         return everything
@@ -160,8 +156,7 @@ def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tenso
     if below is None or edge_shape(below) != (size,):
         return None
     # The graph does not say where was written, but its backward does. These nodes save nothing, so
-    # running
-    # them twice costs the real backward nothing.
+    # running them twice costs the real backward nothing.
     output, parameter = GradientEdge(*edge), GradientEdge(*below)
     metadata = edge[0]._input_metadata[edge[1]]
     ones = torch.ones(size, dtype=metadata.dtype, device=metadata.device)

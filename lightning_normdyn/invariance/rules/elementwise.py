@@ -105,8 +105,7 @@ def _masked_fill(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("GluBackward0")
 def _gated(operation: Operation, flow: Flow) -> Flow:
     """Gated linear unit, a * sigmoid(b) of the two halves: the scale passes in the first and is
-    seen by the
-    second."""
+    seen by the second."""
     dim = operation.attribute("dim")
     # The gates are lost, but the values in the same weight may be free.
     rows = expanded(flow.rows, operation.shape(), [dim])
@@ -127,6 +126,7 @@ def _operands(operation: Operation, flows: Flows) -> tuple[Flow | None, Flow | N
 
 @rule_for("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1")
 def _multiply(operation: Operation, flows: Flows) -> Flow:
+    """Degrees add up in a product and are subtracted in a quotient; a constant factor has none."""
     a, b = _operands(operation, flows)
     is_quotient = operation.name.startswith("Div")
     if a and b:
@@ -177,6 +177,7 @@ def _multiple(operation: Operation, flow: Flow, shape: Shape | None, sign: Sign)
 
 @unary_rule("PowBackward0", "SqrtBackward0", "RsqrtBackward0", "ReciprocalBackward0")
 def _power(operation: Operation, flow: Flow) -> Flow:
+    """The degree is multiplied by the exponent."""
     pure(operation, flow)
     # An offset cannot be followed through a power: (x + b)^2 mixes two degrees.
     exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
@@ -203,6 +204,7 @@ def _power(operation: Operation, flow: Flow) -> Flow:
     "LerpBackward0",
 )
 def _add(operation: Operation, flows: Flows) -> Flow:
+    """Terms must scale alike. A constant is an offset, or an epsilon beside a statistic."""
     a, b = _operands(operation, flows)
     if a and b:
         return _sum_of_two(operation, a, b)
@@ -259,6 +261,7 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
 
 @rule_for("MaximumBackward0", "MinimumBackward0", "WhereBackward0")
 def _choice(operation: Operation, flows: Flows) -> Flow:
+    """One of two tensors, entry by entry: they must scale alike."""
     a, b = _operands(operation, flows)
     if not a or not b:
         _, flow = present((a, b))
@@ -274,6 +277,7 @@ def _choice(operation: Operation, flows: Flows) -> Flow:
 
 @rule_for("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1")
 def _clamp(operation: Operation, flows: Flows) -> Flow:
+    """Only a bound of 0 scales with everything; a small one beside a statistic is an epsilon."""
     flow = only(operation, flows)
     may_cut_above = len(flows) == 3
     if len(flows) == 1:

@@ -1,8 +1,7 @@
 """Rules for operations that pick or write entries at places that a tensor of indices gives.
 
 Where the data say which rows are read, the rows that were stand for the others: they are remembered
-in
-`Rows.picked`. Indices that are saved inside a checkpoint are not looked at.
+in `Rows.picked`. Indices that are saved inside a checkpoint are not looked at.
 """
 
 from __future__ import annotations
@@ -36,6 +35,7 @@ Index = Sequence[Tensor | None]
 
 @unary_rule("IndexSelectBackward0")
 def _index_select(operation: Operation, flow: Flow) -> Flow:
+    """Entries along one dimension, at indices that the data may give."""
     dim = operation.dim()
     operation.left_out(flow, [dim])
     index = operation.indices("index", flow, [dim])
@@ -48,6 +48,7 @@ def _index_select(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("GatherBackward0")
 def _gather(operation: Operation, flow: Flow) -> Flow:
+    """Entries along one dimension, at other indices for every place of the others."""
     shape, out = operation.shape(), operation.out
     if not shape:
         return flow
@@ -91,6 +92,7 @@ def _select_entries(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("IndexBackward0")
 def _index(operation: Operation, flow: Flow) -> Flow:
+    """``tensor[index]`` with tensors of indices and masks."""
     shape = operation.shape()
     index = operation.indices("indices", flow, range(len(shape)))
     if index is None:
@@ -199,8 +201,7 @@ def _index_put(operation: Operation, flows: Flows) -> Result:
 )
 def _accumulate(operation: Operation, flows: Flows) -> Flow:
     """Entries are added, averaged or compared at indices along one dimension (messages between the
-    nodes of
-    a graph).
+    nodes of a graph).
 
     A constant to add to is taken as zeros, and the claim is marked.
     """
@@ -288,6 +289,7 @@ def _sign_of_sums(operation: Operation, lowest: Sign) -> Sign:
 
 @unary_rule("EmbeddingBackward0")
 def _embedding(operation: Operation, flow: Flow) -> Flow:
+    """Rows of a table: each index reads one, so they need not be scaled together."""
     index = _indices_of_lookup(operation, flow)
     rows, out = flow.rows, operation.out
     if rows.size(0) == 1:
@@ -303,8 +305,7 @@ def _embedding(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("EmbeddingBagBackward0")
 def _embedding_bag(operation: Operation, flow: Flow) -> Flow:
     """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all
-    that
-    occur go together."""
+    that occur go together."""
     index, rows = _indices_of_lookup(operation, flow), flow.rows
     if rows.size(0) > 1:
         rows = rows[distinct(index.cpu())]

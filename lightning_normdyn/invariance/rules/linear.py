@@ -33,11 +33,13 @@ from lightning_normdyn.invariance.rules.registry import rule_for
 
 @rule_for("MmBackward0", "BmmBackward0")
 def _matmul(operation: Operation, flows: Flows) -> Flow:
+    """A product of two matrices."""
     return _contract(operation, flows[0], flows[1])
 
 
 @rule_for("AddmmBackward0", "BaddbmmBackward0")
 def _matmul_plus(operation: Operation, flows: Flows) -> Flow:
+    """A product of two matrices plus a bias, as a linear layer does it."""
     if flows[0] is not None:
         raise Blocked(f"the scale enters {operation.place} as the term that is added")
     product = _contract(operation, flows[1], flows[2])
@@ -56,6 +58,7 @@ def _sparse_matmul(operation: Operation, flows: Flows) -> Flow:
 # The function of DeepSpeed's stage 3 has the same inputs as torch's.
 @rule_for("LinearBackward0", "LinearFunctionForZeroStage3Backward")
 def _linear(operation: Operation, flows: Flows) -> Flow:
+    """``x @ weight.T + bias``."""
     weight = flows[1]
     if weight:
         # torch stores it as (outputs, inputs).
@@ -79,6 +82,7 @@ def _matvec(operation: Operation, flows: Flows) -> Flow:
 
 @rule_for("DotBackward0", "VdotBackward0")
 def _dot(operation: Operation, flows: Flows) -> Flow:
+    """A product of two vectors is one number."""
     degree: float = 0
     rows = []
     for flow in flows:
@@ -164,8 +168,7 @@ _CONSTANT = -1
 
 def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
     """a @ b where only some entries of a factor scale, or by different degrees: linear attention
-    pads its
-    values with ones."""
+    pads its values with ones."""
     by_degree: dict[float, Tensor] = {}
     for degree_a, rows_a in _terms(operation, a, -1):
         for degree_b, rows_b in _terms(operation, b, -2):
@@ -205,6 +208,7 @@ def _terms(operation: Operation, flow: Flow, dim: int) -> list[tuple[float, Tens
 
 @rule_for("ConvolutionBackward0")
 def _convolution(operation: Operation, flows: Flows) -> Flow:
+    """Each output channel sums over the inputs of its group."""
     # Both where a weight is used in two layers, or was computed from another.
     x, weight = flows[:2]
     if len(flows) > 2 and flows[2] is not None:
@@ -232,8 +236,7 @@ def _convolution(operation: Operation, flows: Flows) -> Flow:
 
 def _channels_of_input(operation: Operation, x: Flow) -> Tensor:
     """The row that each output channel of each sample scales with, as its inputs do: ``(samples or
-    1,
-    channels or 1)``."""
+    1, channels or 1)``."""
     spatial = range(2, x.ndim)
     rows = operation.same_factor(x.rows, spatial).flatten(1)
     if rows.size(1) == 1:
@@ -283,6 +286,7 @@ def _channels_of_weight(operation: Operation, weight: Flow) -> Tensor:
     "ScaledDotProductFusedAttentionOverrideableBackward0",
 )
 def _attention(operation: Operation, flows: Flows) -> Flow | None:
+    """Values are averaged over positions; a softmax sees the scale of queries and keys."""
     value = flows[2]
     for k, flow in enumerate(flows):
         if flow and k != 2:

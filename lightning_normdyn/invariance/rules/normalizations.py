@@ -38,6 +38,7 @@ from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
     "SyncBatchNormBackward",
 )
 def _batch_norm(operation: Operation, flow: Flow) -> Flow:
+    """Each channel is normalized by itself, over samples and places."""
     ndim = flow.ndim
     if not operation.attribute("training", True):
         return _fixed_batch_norm(operation, flow)
@@ -71,8 +72,7 @@ def _fixed_batch_norm(operation: Operation, flow: Flow) -> Flow:
 
 def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
     """Remember whose running statistics follow a rescale of which ``rows``: ``(samples,
-    channels)``, since
-    InstanceNorm folds the batch into the channels."""
+    channels)``, since InstanceNorm folds the batch into the channels."""
     name, _ = operation.module
     # One channel of the statistics is fed by different rows in different samples: no factor is
     # right.
@@ -107,6 +107,7 @@ def _check_epsilon(operation: Operation) -> None:
     "FusedRMSNormAffineFunctionBackward",
 )
 def _layer_norm(operation: Operation, flow: Flow) -> Flow:
+    """The last dimensions are normalized together."""
     shape = operation.attribute("normalized_shape")
     if not shape:
         # Functions written in python keep it as an attribute, or normalize the last dimension only.
@@ -118,6 +119,7 @@ def _layer_norm(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("NativeGroupNormBackward0")
 def _group_norm(operation: Operation, flow: Flow) -> Flow:
+    """The channels of a group are normalized together."""
     shape, groups = operation.shape(), operation.attribute("group")
     spatial = range(2, len(shape))
     _check_epsilon(operation)

@@ -31,8 +31,7 @@ class Operation:
     """One operation while the scale of one weight is followed through it: what a rule gets to see.
 
     ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None:
-    a
-    constant, shape unknown), ``outputs`` the shapes of its outputs.
+    a constant, shape unknown), ``outputs`` the shapes of its outputs.
     """
 
     def __init__(self, node: GraphNode, rows: Rows, graph: Graph) -> None:
@@ -54,8 +53,7 @@ class Operation:
     @property
     def module(self) -> tuple[str, nn.Module | None]:
         """Name and module in whose forward (innermost) the operation was recorded; ``("", None)``
-        if not
-        known."""
+        if not known."""
         return self._graph.module_of(self.node)
 
     @property
@@ -82,6 +80,7 @@ class Operation:
     def parameter(self, k: int) -> str | None:
         """Name of the parameter that input ``k`` is, also behind a cast to another dtype."""
         edge = self.source(k)
+        # Under autocast a bias is cast before it is added: its entries keep their places.
         while edge is not None and edge not in self.parameters:
             if node_name(edge[0]) != "ToCopyBackward0":
                 return None
@@ -98,23 +97,21 @@ class Operation:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """A saved number or list of numbers of the node (never a tensor), with negative dims as
-        negative
-        numbers."""
+        negative numbers."""
         value = getattr(self.node, f"_saved_{name}", default)
+        # Dims are saved as unsigned numbers.
         if isinstance(value, (tuple, list)):
             return [signed(number) for number in value]
         return signed(value)
 
     def saved_tensor(self, name: str) -> tuple[bool, Any]:
         """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
-        would
-        recompute, so it is not done."""
+        would recompute, so it is not done."""
         return saved_tensor(self.node, name)
 
     def same_factor(self, rows: Tensor, dims: Iterable[int]) -> Tensor:
         """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size
-        1
-        there."""
+        1 there."""
         for dim in dims:
             if rows.size(dim) > 1:
                 # From here on the first stands for all of them.
@@ -126,19 +123,16 @@ class Operation:
 
     def unite(self, a: Tensor, b: Tensor) -> Tensor:
         """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they
-        are one
-        from here on)."""
+        are one from here on)."""
         self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
         return a if a.numel() <= b.numel() else b
 
     def indices(self, name: str, flow: Flow, dims: Iterable[int]) -> Any:
         """The saved indices with which entries of ``flow`` are picked along ``dims``; None where
-        they are
-        saved inside a checkpoint.
+        they are saved inside a checkpoint.
 
         Then it is not known which rows were read, and if rows differ along these dims, they must
-        not be
-        scaled.
+        not be scaled.
         """
         readable, index = self.saved_tensor(name)
         if readable:
@@ -155,15 +149,13 @@ class Operation:
 
     def left_out(self, flow: Flow, dims: Iterable[int]) -> None:
         """Entries were left out along ``dims``. Where the rows do not differ along them, another
-        cut of the
-        weight has to show which."""
+        cut of the weight has to show which."""
         if any(flow.rows.size(dim) == 1 for dim in dims):
             self.rows.cut_elsewhere = True
 
     def normalized(self, flow: Flow, dims: Iterable[int], *, centered: bool = True) -> Flow:
         """The result of a normalization over ``dims``; ``centered``: it removes a common offset,
-        too
-        (LayerNorm, but not RMSNorm)."""
+        too (LayerNorm, but not RMSNorm)."""
         if not centered:
             # Nothing subtracts a mean, so a bias stays beside what scales.
             pure(self, flow)
@@ -178,8 +170,7 @@ class Operation:
 
     def forgive(self, flow: Flow, what: str) -> Flow:
         """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its
-        smallness.
-        Anything else is blocked."""
+        smallness. Anything else is blocked."""
         if flow.sign != Sign.STATISTIC or flow.offset or flow.degree < 0:
             raise Blocked(f"{what} in {self.place}")
         # The graph does not hold the constant. A module that declares an epsilon is taken at its
@@ -196,6 +187,7 @@ class Operation:
 
 def only(operation: Operation, flows: Flows) -> Flow:
     """The flow of the first input, if no other input depends on the weight."""
+    # A rule of one input would lose what enters by another.
     flow, *others = flows
     if not flow or any(others):
         raise Blocked(f"the scale enters {operation.place} by a side input")
@@ -219,8 +211,7 @@ def pure(operation: Operation, flow: Flow) -> Flow:
 
 def refuse_padded(operation: Operation, flow: Flow) -> None:
     """A constant beside a statistic is an epsilon in a denominator; where it enters as a value, it
-    is a
-    value that does not scale."""
+    is a value that does not scale."""
     if flow.padded:
         raise Blocked(f"a constant is added to what enters {operation.place}")
 
@@ -230,8 +221,7 @@ _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 
 def declared_epsilon(module: nn.Module | None) -> float | None:
     """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...),
-    the
-    largest if there are several.
+    the largest if there are several.
 
     0 for an epsilon of None, which is that of the dtype (RMSNorm). None if nothing is declared.
 

@@ -54,6 +54,7 @@ def _sign_of_reduction(flow: Flow) -> Sign:
 
 @unary_rule("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1")
 def _sum(operation: Operation, flow: Flow) -> Flow:
+    """Entries that are added must scale alike."""
     dims, offset = _reduction_dims(operation), flow.offset
     if offset:
         # The mean of what is constant is the same constant.
@@ -74,6 +75,7 @@ def _sum(operation: Operation, flow: Flow) -> Flow:
     "MedianBackward0",
 )
 def _extremum(operation: Operation, flow: Flow) -> Flow:
+    """Which entry is the largest stays so only if all of them share a factor."""
     pure(operation, flow)
     dims = _reduction_dims(operation)
     return _reduced(operation, flow, dims, sign=_sign_of_reduction(flow))
@@ -87,6 +89,7 @@ def _extremum(operation: Operation, flow: Flow) -> Flow:
     "NormBackward3",
 )
 def _norm(operation: Operation, flow: Flow) -> Flow:
+    """The size of several entries, which must share a factor."""
     degree = 1
     if operation.name.startswith("LinalgVectorNorm") and operation.attribute("ord") == 0:
         # The number of entries that are not zero does not depend on the scale.
@@ -100,12 +103,14 @@ def _norm(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("StdBackward0", "VarBackward0")
 def _spread(operation: Operation, flow: Flow) -> Flow:
+    """Variance and standard deviation."""
     dims = _reduction_dims(operation)
     return _centered_moment(operation, flow, dims)
 
 
 @unary_rule("VarMeanBackward0", "StdMeanBackward0")
 def _spread_and_mean(operation: Operation, flow: Flow) -> Flows:
+    """A variance or standard deviation, and the mean beside it."""
     dims = _reduction_dims(operation)
     moment = _centered_moment(operation, flow, dims)
     mean = _reduced(operation, flow, dims, offset=flow.offset, output=1)
@@ -122,6 +127,7 @@ def _centered_moment(operation: Operation, flow: Flow, dims: Sequence[int]) -> F
 
 @unary_rule("CumsumBackward0")
 def _cumulative_sum(operation: Operation, flow: Flow) -> Flow:
+    """Every entry becomes the sum of those before it."""
     rows = operation.same_factor(flow.rows, [operation.attribute("dim")])
     return Flow(flow.degree, rows, everywhere(flow))
 
@@ -172,8 +178,7 @@ for _count, _names in _SPATIAL.items():
 @unary_rule(*_SPATIAL_DIMS)
 def _pool(operation: Operation, flow: Flow) -> Flow:
     """Pooling, resampling and padding by repetition: neighbours are averaged or the largest is
-    taken,
-    channel by channel."""
+    taken, channel by channel."""
     dims = range(-_SPATIAL_DIMS[operation.name], 0)
     offset = flow.offset
     if offset:
@@ -183,8 +188,7 @@ def _pool(operation: Operation, flow: Flow) -> Flow:
         if _pools_zeros(operation):
             offset = spread(offset, dims)
     # The mean of squares of a whole channel is a statistic; a local one (LocalResponseNorm) has a
-    # constant
-    # beside it that is no epsilon.
+    # constant beside it that is no epsilon.
     sign = Sign.ANY
     if operation.name.startswith("AdaptiveAvg"):
         sign = _sign_of_reduction(flow)

@@ -21,14 +21,11 @@ def register_rule(node_name: str, rule: Rule) -> None:
 
     Args:
         node_name: name of the autograd node, as ``tensor.grad_fn.name()`` gives it: the function's
-            class
-            name with ``Backward`` appended.
+            class name with ``Backward`` appended.
         rule: called as ``rule(operation, flows)`` with one `Flow` (or None: does not depend on the
-            weight)
-            for each differentiable input. Returns the flow of the output, or a list with one for
-            each
-            output, or raises `Blocked` with a reason. ``homogeneous`` is a ready-made rule for
-            :math:`f(cx) = c f(x)`; ``operation.normalized(flow, dims)`` is the result of a
+            weight) for each differentiable input. Returns the flow of the output, or a list with
+            one for each output, or raises `Blocked` with a reason. ``homogeneous`` is a ready-made
+            rule for :math:`f(cx) = c f(x)`; ``operation.normalized(flow, dims)`` is the result of a
             normalization.
 
     Raises:
@@ -77,8 +74,7 @@ def rule_for(*names: str) -> Callable[[Rule], Rule]:
 
 def unary_rule(*names: str) -> Callable[[Callable[[Operation, Flow], Result]], Rule]:
     """Decorator like `rule_for`, for operations that a scale may enter only by their first input:
-    the rule
-    gets the flow of that one."""
+    the rule gets the flow of that one."""
 
     def register(rule: Callable[[Operation, Flow], Result]) -> Rule:
         @functools.wraps(rule)

@@ -23,9 +23,8 @@ NOT_HOMOGENEOUS = """
 """
 
 # Rows could be followed through some of these in principle. Each is rare in front of a
-# normalization, and a
-# rule that is wrong would cost more than a target that is missed. ``Linalg`` stands for all that
-# begin so.
+# normalization, and a rule that is wrong would cost more than a target that is missed. ``Linalg``
+# stands for all that begin so.
 NOT_FOLLOWED = {
     "is a whole recurrent layer, whose gates do not commute with a change of scale": """
         MkldnnRnnLayer CudnnRnn MiopenRnn LstmMps ThnnFusedLstmCell ThnnFusedGruCell

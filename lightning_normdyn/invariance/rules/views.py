@@ -43,16 +43,19 @@ from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
     "SqueezeBackward3",
 )
 def _view(operation: Operation, flow: Flow) -> Flow:
+    """The entries stay in their order in memory."""
     return reshaped(flow, operation.shape(), operation.out)
 
 
 @unary_rule("PermuteBackward0")
 def _permute(operation: Operation, flow: Flow) -> Flow:
+    """The dimensions change places."""
     return permuted(flow, operation.attribute("dims"))
 
 
 @unary_rule("TransposeBackward0")
 def _transpose(operation: Operation, flow: Flow) -> Flow:
+    """Two dimensions change places."""
     dims = list(range(flow.ndim))
     i, j = operation.attribute("dim0"), operation.attribute("dim1")
     dims[i], dims[j] = dims[j], dims[i]
@@ -61,20 +64,23 @@ def _transpose(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("TBackward0")
 def _t(operation: Operation, flow: Flow) -> Flow:
+    """Both dimensions of a matrix change places."""
     return permuted(flow, range(flow.ndim)[::-1])
 
 
 @unary_rule("ExpandBackward0")
 def _expand(operation: Operation, flow: Flow) -> Flow:
+    """One row stands for every copy, as it did before."""
     return lift(flow, len(operation.out))
 
 
 @unary_rule("RepeatBackward0")
 def _repeat(operation: Operation, flow: Flow) -> Flow:
+    """Copies scale with the row of the original."""
     flow = lift(flow, len(operation.out))
     repeats = operation.attribute("repeats")
     for dim, size in enumerate(flow.rows.shape):
-        # One row for the whole dimension is still the one.
+        # One row for the whole dimension is still the one, however often it is repeated.
         if size == 1:
             repeats[dim] = 1
     rows = flow.rows.repeat(repeats)
@@ -83,6 +89,7 @@ def _repeat(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("SelectBackward0")
 def _select(operation: Operation, flow: Flow) -> Flow:
+    """One index of a dimension, which is then gone."""
     dim = operation.dim()
     operation.left_out(flow, [dim])
     # A python number, unlike the indices of ``indexing.py``: it is the same in every batch.
@@ -96,6 +103,7 @@ def _select(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("SliceBackward0")
 def _slice(operation: Operation, flow: Flow) -> Flow:
+    """A stretch of a dimension; its rows go with the entries."""
     dim = operation.dim()
     size = operation.shape()[dim]
     length = operation.out[dim]
@@ -112,6 +120,7 @@ def _slice(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0")
 def _split(operation: Operation, flow: Flow) -> Flows:
+    """Pieces along one dimension, one output for each."""
     dim = operation.dim()
     # A piece may be used nowhere, and its rows are then not read.
     operation.left_out(flow, [dim])
@@ -124,6 +133,7 @@ def _split(operation: Operation, flow: Flow) -> Flows:
 
 @unary_rule("UnbindBackward0")
 def _unbind(operation: Operation, flow: Flow) -> Flows:
+    """The indices of one dimension, one output for each."""
     dim = operation.dim()
     operation.left_out(flow, [dim])
     # Once for all pieces: equal pieces of an offset stay equal, and may cancel.
@@ -140,6 +150,7 @@ def _unbind(operation: Operation, flow: Flow) -> Flows:
 
 @rule_for("CatBackward0", "StackBackward0")
 def _cat(operation: Operation, flows: Flows) -> Flow:
+    """Tensors that are concatenated or stacked keep their rows, and must be of one degree."""
     ndim = len(operation.out)
     dim = operation.attribute("dim") % ndim
     degrees = {flow.degree for flow in flows if flow}
@@ -202,10 +213,12 @@ def _joint_offset(flows: Flows, dim: int) -> Offset | None:
 
 @unary_rule("RollBackward0")
 def _roll(operation: Operation, flow: Flow) -> Flow:
+    """Entries move along, and come in again at the other end."""
     shifts, dims = operation.attribute("shifts"), operation.attribute("dims")
     if dims:
         return moved(flow, flow.rows.roll(shifts, dims), dims)
     # Without dimensions it goes across all of them, in the order of memory.
+    # Written out only where rows differ: it takes as much memory as the activation.
     rows = flow.rows
     if rows.numel() > 1:
         rows = rows.expand(operation.shape()).roll(shifts)
@@ -214,12 +227,14 @@ def _roll(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("FlipBackward0")
 def _flip(operation: Operation, flow: Flow) -> Flow:
+    """Entries change their order along some dimensions."""
     dims = operation.attribute("dims")
     return moved(flow, flow.rows.flip(dims), dims)
 
 
 @unary_rule("Rot90Backward0")
 def _rotate(operation: Operation, flow: Flow) -> Flow:
+    """A quarter turn in the plane of two dimensions."""
     # The two dimensions change places, so a row that holds for all of one must be written out.
     dims = operation.attribute("dims")
     rows = expanded(flow.rows, operation.shape(), dims)
@@ -232,9 +247,9 @@ def _rotate(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0")
 def _shuffle(operation: Operation, flow: Flow) -> Flow:
+    """Channels become places of an image, or the other way round."""
     # Rows may differ along the channels only, but these become places of the image, or come from
-    # there:
-    # channels, and the two dimensions that they are exchanged with.
+    # there: channels, and the two dimensions that they are exchanged with.
     rows = expanded(flow.rows, operation.shape(), [-3, -2, -1])
     if operation.name == "PixelShuffleBackward0":
         rows = torch.pixel_shuffle(rows, operation.attribute("upscale_factor"))
@@ -247,6 +262,7 @@ def _shuffle(operation: Operation, flow: Flow) -> Flow:
 
 @unary_rule("DiagonalBackward0")
 def _diagonal(operation: Operation, flow: Flow) -> Flow:
+    """Entries of a plane of two dimensions, in a new one at the end."""
     i, j = operation.attribute("dim1"), operation.attribute("dim2")
     rows = expanded(flow.rows, operation.shape(), [i, j])
     rows = compact(rows.diagonal(operation.attribute("offset"), i, j))
