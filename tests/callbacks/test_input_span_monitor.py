@@ -7,7 +7,6 @@ import logging
 import random
 import sys
 from math import isnan
-from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -27,7 +26,7 @@ from cases import (
     sgd,
 )
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from models import Net, SavesAt, fit, images, loader, make, same, weights_of
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -1007,26 +1006,6 @@ def test_a_model_without_layers_to_look_at_is_refused():
         NoTargetsError, match=r"found no linear layer or convolution that `Elsewhere.forward` uses"
     ):
         fit(make(Elsewhere), [InputSpanMonitor(dataloader=loader())])
-
-
-@pytest.mark.parametrize(
-    ("strategy", "replicas", "says"),
-    [
-        (FSDPStrategy.__new__(FSDPStrategy), 2, "which FSDPStrategy does not keep"),
-        (DeepSpeedStrategy.__new__(DeepSpeedStrategy), 2, "which DeepSpeedStrategy does not keep"),
-        (
-            ModelParallelStrategy(),
-            1,
-            "which ModelParallelStrategy with tensor parallelism does not keep",
-        ),
-    ],
-)
-def test_strategies_that_cut_inputs_or_weights_are_refused(strategy, replicas, says):
-    fake: Any = SimpleNamespace(
-        strategy=strategy, world_size=2, distributed_sampler_kwargs={"num_replicas": replicas}
-    )
-    with pytest.raises(NotSupportedError, match=says):
-        InputSpanMonitor._refuse_strategy(fake)
 
 
 @pytest.mark.parametrize(

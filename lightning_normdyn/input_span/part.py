@@ -1,0 +1,378 @@
+"""What InputSpanMonitor does in one fit: which layers, when to gather, and the numbers at the end of
+an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from math import isfinite
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from torch import Tensor, nn
+
+from lightning_normdyn.engine.effect import Effect, NoEffect
+from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
+from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, record
+from lightning_normdyn.engine.worker import Worker
+from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.input_span.fixed_weights import (
+    at_fixed_weights,
+    progress,
+    rounds_of,
+    share_of_batches,
+)
+from lightning_normdyn.input_span.gather import InputGatherer
+from lightning_normdyn.input_span.layers import ReadableLayers
+from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
+from lightning_normdyn.input_span.rows import filter_labels, filters_of
+from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.history_check import check_history
+from lightning_normdyn.optimizers.views import torch_optimizers
+
+
+class SpanWorker(Worker[Any]):
+    """Knows which weight vector each filter belongs to; it has no part in a step."""
+
+    def __init__(self, part: SpanPart, plan: Plan) -> None:
+        super().__init__(part, plan)
+        self.labels: dict[str, Tensor] = {}
+        for target in plan.targets:
+            try:
+                layer = part.layers.readers[target.weight][0]
+                self.labels[target.name] = filter_labels(layer, target.partition)
+            except NotSupportedError as error:
+                raise NotSupportedError(
+                    f"`{target.name}` cannot be a target of InputSpanMonitor: {error}. Leave it "
+                    f"out with params=[..., '!{target.name}']."
+                ) from error
+
+    def effect(self, target: Target) -> Effect:
+        """It only looks."""
+        return NoEffect()
+
+    def treatment(self, target: Target) -> str:
+        """Measuring is not treating."""
+        return ""
+
+
+class SpanPart(Part[Any]):
+    """Gathers inputs during chosen epochs, and measures after their last batch.
+
+    Attributes:
+        layers: which weights' inputs can be looked at.
+        gaps: tells where inputs are missing.
+    """
+
+    STATE: ClassVar[Check] = staticmethod(record({}, {"history": check_history}))
+
+    def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
+        super().__init__(rule, worker, session)
+        rule.history = History()
+        refuse_strategy(session.trainer)
+        eagerly = rule.dataloader is not None
+        self.layers = ReadableLayers(session.module, session.weights.shapes, eagerly=eagerly)
+        self.gaps = GapReporter(self.layers, by_name=rule.by_name)
+        # Of the chosen epoch that is running: batches of it were seen, and what they held.
+        self._epoch_open = False
+        self._gatherer: InputGatherer | None = None
+
+    # -- which layers
+
+    def fit_start(self) -> None:
+        """Find the layers, and refuse what cannot be measured."""
+        super().fit_start()
+        self._refuse_to_measure_nothing()
+        if self.rule.by_name:
+            return
+        for weight in self.layers.readers:
+            reason = self.layers.standing_obstacle(weight)
+            if reason and weight.requires_grad and weight in self.matched:
+                warn_once(f"InputSpanMonitor leaves out `{self.name_of(weight)}`: {reason}.")
+
+    def train_start(self) -> None:
+        """Try one batch of ``dataloader``, and refuse what it does not reach."""
+        super().train_start()
+        trainer = self.session.trainer
+        if self.rule.dataloader is not None and not trainer.barebones:
+            self.layers.trial = self._try(trainer, self.session.module, self.rule.dataloader)
+            optimizers = [part for o in trainer.optimizers for part in torch_optimizers(o)]
+            self.check_patterns(optimizers)
+            self._refuse_to_measure_nothing()
+
+    def check_weight(self, weight: Tensor, name: str) -> None:
+        """Refuse a weight whose inputs cannot be looked at."""
+        super().check_weight(weight, name)
+        reason = self.layers.obstacle(weight)
+        if reason is not None:
+            raise NotSupportedError(
+                f"`{name}` was asked to be a target of InputSpanMonitor, but {reason}. Leave it "
+                f"out with params=[..., '!{name}']."
+            )
+
+    def _refuse_to_measure_nothing(self) -> None:
+        weights = [weight for weight in self.session.weights.names if weight in self.layers.readers]
+        if any(self.can_treat(weight) for weight in weights):
+            return
+        kind = type(self.session.module).__name__
+        if self.layers.trial is not None:
+            raise NoTargetsError(
+                f"InputSpanMonitor found no linear layer or convolution that `{kind}.forward` "
+                "uses. Override `call_model` so that it runs the layers, or remove the callback."
+            )
+        reasons = {self.layers.standing_obstacle(weight) or "" for weight in weights} - {""}
+        because = f": {'; '.join(sorted(reasons))}" if reasons else ""
+        raise NoTargetsError(
+            f"InputSpanMonitor found no linear layer or convolution in `{kind}` that it can "
+            f"measure{because}. Remove the callback, or name other weights."
+        )
+
+    def _try(
+        self, trainer: Trainer, module: LightningModule, batches: Iterable[Any]
+    ) -> InputGatherer:
+        """Run one batch, only to see which layers it reaches."""
+        gatherer = self._gather_for(trainer, self.layers.readers, most=0)
+        with closing(gatherer), at_fixed_weights(module, self.rule.seed):
+            for batch in batches:
+                gatherer.begin_batch(1)
+                try:
+                    self._run(trainer, module, batch)
+                except Exception as error:
+                    raise NotSupportedError(
+                        f"InputSpanMonitor calls `{type(module).__name__}.forward` with the first "
+                        f"element of a batch of `dataloader` (with the entries of a "
+                        f"mapping by name), and here that raised {type(error).__name__}: {error}\n"
+                        "Let `forward` take it, or override `InputSpanMonitor.call_model(module, "
+                        "batch)` in a subclass."
+                    ) from error
+                gatherer.end_batch()
+                return gatherer
+        raise NotSupportedError("InputSpanMonitor's `dataloader` has no batch. Give it one.")
+
+    # -- when to gather
+
+    def batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gather from this batch, if it belongs to a chosen epoch."""
+        super().batch_start(batch, batch_idx)
+        trainer = self.session.trainer
+        epoch = trainer.current_epoch
+        if trainer.barebones or (epoch + 1) % self.rule.every_n_epochs:
+            return
+        if not self._epoch_open:
+            self._epoch_open = True
+            if self.rule.dataloader is None:
+                self._gatherer = self._gather_for(trainer, self._turn_of(epoch))
+                if batch_idx:
+                    rank_zero_info(
+                        f"InputSpanMonitor gathers in epoch {epoch} what comes after its first "
+                        f"{batch_idx} batches: the fit was resumed there."
+                    )
+        if self._gatherer is not None:
+            self._gatherer.begin_batch(_batches_left(trainer, batch_idx))
+
+    def batch_end(self) -> None:
+        """Measure after the last batch.
+
+        Not at the end of the epoch: a validation comes in between, in which a checkpoint may be
+        saved, and a fit that resumes from it would never come back to this epoch.
+        """
+        super().batch_end()
+        if self._gatherer is not None:
+            self._gatherer.end_batch()
+        trainer = self.session.trainer
+        if trainer.is_last_batch:
+            self._measure(trainer, self.session.module, batches_that_stepped(trainer))
+
+    def epoch_end(self) -> None:
+        """Measure an epoch that ended before its last batch."""
+        super().epoch_end()
+        trainer = self.session.trainer
+        # As Lightning has it for values of an epoch: the step of its last batch.
+        step = max(0, batches_that_stepped(trainer) - 1)
+        self._measure(trainer, self.session.module, step)
+
+    def close(self) -> None:
+        """Leave no hook behind."""
+        super().close()
+        self._close_epoch()
+
+    def _close_epoch(self) -> None:
+        gatherer, self._gatherer, self._epoch_open = self._gatherer, None, False
+        if gatherer is not None:
+            gatherer.close()
+
+    def _turn_of(self, epoch: int) -> dict[Tensor, list[nn.Module]]:
+        """The weights, with their layers, whose turn it is in a chosen epoch."""
+        owned = []
+        for optimizer in self.session.attachment.optimizers:
+            owned += self.session.weights.owned(optimizer)
+        blocks = self.layers.blocks(w for w in self.select(owned) if self.can_treat(w))
+        # By the number of the epoch, so that a resumed fit goes on with the same turn.
+        turn: int = (epoch + 1) // self.rule.every_n_epochs - 1
+        return blocks[turn % len(blocks)]
+
+    def _gather_for(
+        self,
+        trainer: Trainer,
+        readers: Mapping[Tensor, Sequence[nn.Module]],
+        most: int | None = None,
+    ) -> InputGatherer:
+        if most is None:
+            most = max(1, self.rule.max_samples // trainer.world_size)
+        # Ranks see different batches: let them choose different rows, too.
+        seed = self.rule.seed + trainer.global_rank
+        return InputGatherer(readers, trainer.strategy.root_device, most=most, seed=seed)
+
+    # -- measuring
+
+    def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        gatherer, due = self._gatherer, self._epoch_open
+        self._close_epoch()
+        if not due or not self.workers:
+            return
+        for bracket in self.session.attachment.brackets:
+            # A fused optimizer tells later whether it skipped its last update.
+            bracket.settle()
+        targets = self.targets
+        if gatherer is not None:
+            summaries, batches = self._summarize(trainer, gatherer, targets), gatherer.batches
+        else:
+            summaries, batches = self._pass_over_loader(trainer, pl_module, targets)
+        if trainer.is_global_zero:
+            # Layers may take turns: what is known of those of earlier epochs stays.
+            facts = {**self.rule.history.meta.get("targets", {}), **facts_of(targets, summaries)}
+            publish(
+                self.rule.history,
+                trainer.loggers,
+                summaries,
+                step,
+                optimizer_step=max(self.steps_of(index) for index in self.workers),
+                meta={"targets": facts, "settings": self.rule.settings(), "batches": batches},
+            )
+
+    def _pass_over_loader(
+        self, trainer: Trainer, module: LightningModule, targets: list[Target]
+    ) -> tuple[dict[str, SpanSummary], int]:
+        """Gather at fixed weights, as many layers at a time as fit into memory.
+
+        Returns:
+            The summaries by weight name, and how many batches counted on this rank.
+        """
+        world = trainer.world_size
+        rounds = rounds_of(self.rule.dataloader, world)
+        blocks = self.layers.blocks(target.weight for target in targets)
+        total = None if rounds is None else rounds * len(blocks)
+        summaries: dict[str, SpanSummary] = {}
+        batches = 0
+        with progress(trainer, total, f"inputs of {len(targets)} weights") as advance:
+            for readers in blocks:
+                gatherer = self._gather_for(trainer, readers)
+                with closing(gatherer), at_fixed_weights(module, self.rule.seed):
+                    share = share_of_batches(self.rule.dataloader, trainer.global_rank, world)
+                    for number, (batch, counts) in enumerate(share):
+                        if counts:
+                            gatherer.begin_batch(1 if rounds is None else rounds - number)
+                        self._run(trainer, module, batch)
+                        gatherer.end_batch()
+                        advance()
+                summaries.update(self._summarize(trainer, gatherer, targets))
+                batches = gatherer.batches
+        return summaries, batches
+
+    def _run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+        """Transfer a batch and call the model as in training."""
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = trainer.strategy.batch_to_device(before_batch_transfer(module, batch))
+        with trainer.precision_plugin.forward_context():
+            self.rule.call_model(module, batch)
+
+    def _summarize(
+        self, trainer: Trainer, gatherer: InputGatherer, targets: Sequence[Target]
+    ) -> dict[str, SpanSummary]:
+        """The numbers of each layer that was gathered from, by weight name; a collective.
+
+        Where there are several ranks, each works out its share of the layers.
+        """
+        rank, world = trainer.global_rank, trainer.world_size
+        measured = [target for target in targets if target.weight in gatherer.streams]
+        streams = [gatherer.streams[target.weight] for target in measured]
+        if world > 1:
+            for stream in streams:
+                stream.merge(dist.all_reduce)
+        labels_of = {}
+        for worker in self.workers.values():
+            assert isinstance(worker, SpanWorker)
+            labels_of.update(worker.labels)
+        table = torch.zeros(len(measured), SpanSummary.WIDTH, dtype=torch.float64, device="cpu")
+        for i, (target, stream) in enumerate(zip(measured, streams, strict=True)):
+            weight: Any = target.weight.detach()
+            # Every rank takes part in making a sharded weight whole.
+            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+            if i % world == rank and stream.count:
+                layer = self.layers.readers[target.weight][0]
+                filters = filters_of(layer, whole).to(stream.mean)
+                labels = labels_of[target.name]
+                table[i] = summary_numbers(
+                    filters, stream, labels, self.rule.energy, self.rule.method
+                )
+        if world > 1:
+            on_device = table.to(trainer.strategy.root_device)
+            dist.all_reduce(on_device)
+            table = on_device.cpu()
+        summaries = {}
+        for target, stream, numbers in zip(measured, streams, table.tolist(), strict=True):
+            if stream.count:
+                summaries[target.name] = SpanSummary(stream.count, numbers)
+        self.gaps.report(gatherer, measured, summaries)
+        return summaries
+
+    # -- checkpoints
+
+    def checkpoint_saved(self) -> None:
+        """Send what was measured to the process that called ``fit``: one that the Trainer started
+        gets no on_exception when it fails."""
+        self.rule.send_history(self.session.trainer)
+
+    def extra(self) -> dict[str, Any]:
+        """The history."""
+        return {"history": self.rule.history.state_dict()}
+
+    def load_extra(self, extra: dict[str, Any]) -> None:
+        """Go on with the history of the checkpoint."""
+        if "history" in extra:
+            self.rule.history.load_state_dict(extra["history"])
+
+
+def refuse_strategy(trainer: Trainer) -> None:
+    """Refuse strategies that cut inputs or weights."""
+    strategy = type(trainer.strategy).__name__
+    replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas")
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        refused = strategy
+    elif trainer.world_size > 1 and replicas != trainer.world_size:
+        refused = f"{strategy} with tensor parallelism"
+    else:
+        return
+    raise NotSupportedError(
+        f"InputSpanMonitor needs the layers' whole inputs and weights, which {refused} does "
+        f"not keep at hand. "
+        "Use one device, DDP or ModelParallelStrategy with data parallelism (FSDP2), or "
+        "remove the callback."
+    )
+
+
+def _batches_left(trainer: Trainer, batch_idx: int) -> int:
+    """This batch and those after it in the epoch; 1 where that is not known, so that rows are taken
+    until there are enough."""
+    total = trainer.num_training_batches
+    return max(1, int(total) - batch_idx) if isfinite(total) else 1
