@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from lightning_normdyn.invariance.flow import Flow, Offset, compact, new_offset, reshaped
+from lightning_normdyn.invariance.flow import (
+    NO_ROW,
+    Flow,
+    Offset,
+    compact,
+    joined,
+    new_offset,
+    reshaped,
+    shifted,
+    unsqueezed,
+    without_dims,
+)
+from lightning_normdyn.invariance.rows import Rows
 
 
 @pytest.mark.parametrize(
@@ -73,3 +87,46 @@ def test_compact():
 
 def test_new_offsets_differ():
     assert new_offset([True]).token != new_offset([True]).token
+
+
+def test_an_offset_stays_itself_while_dimensions_come_and_go_in_front():
+    """Broadcasting aligns at the right."""
+    flow = Flow(1, torch.ones(1, 1, dtype=torch.long), Offset((False, True), "b", "b"))
+    in_front, between = unsqueezed(flow, 0).offset, unsqueezed(flow, 2).offset
+    assert (in_front.varies, in_front.token) == ((False, False, True), "b")
+    assert between.varies == (False, True, False)
+    assert between.token != "b"
+    assert unsqueezed(flow, 2).offset.token == between.token
+
+    assert without_dims(flow.offset, [0]) == Offset((True,), "b", "b")
+    gone = without_dims(flow.offset, [1])
+    assert gone.varies == (False,)
+    assert gone.parameter is None
+    behind = without_dims(Offset((True, False), "b", "b"), [1])
+    assert (behind.varies, behind.parameter) == ((True,), "b")
+    assert behind.token != "b"
+
+
+def test_a_bias_is_known_by_its_place_along_one_dimension():
+    flow = Flow(1, torch.ones(1, 1, dtype=torch.long))
+    once = shifted(flow, (False, True), "bias").offset
+    assert (once.parameter, once.what) == ("bias", "bias bias")
+    assert shifted(flow, (False, True), "bias").offset.token == once.token
+    assert shifted(flow, (True, True), "bias").offset.parameter is None
+    twice = shifted(replace(flow, offset=once), (True, False), "bias").offset
+    assert twice.varies == (True, True)
+    assert twice.parameter is None
+
+
+def test_parts_of_several_degrees_are_told_apart():
+    flows = [Flow(degree, torch.ones(1, dtype=torch.long)) for degree in (1, 2, 3)]
+    assert [part.degree for part in joined(flows).parts] == [1, 2, 3]
+    assert all(part.other is None for part in joined(flows).parts)
+    assert joined(flows[:1]) is flows[0]
+
+
+def test_the_shared_row_of_what_does_not_scale_stays_zero():
+    rows = Rows(3)
+    rows.forbid(torch.tensor([1, 2]), "because")
+    assert NO_ROW.tolist() == [0]
+    assert rows.parent.tolist() == [0, 0, 0, 3]
