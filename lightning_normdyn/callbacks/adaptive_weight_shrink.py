@@ -38,10 +38,13 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         by_std = [self.statistic_for(target) == "std" for target in plan.targets]
         # Where no vector needs it, the norm alone is one pass of the fastest kernel.
         self.by_std = plan.spread(by_std) if any(by_std) else None
-        self.clamped = plan.counter("clamped")
+        plan.counter("clamped")
         # bfloat16 cannot hold a factor of 0.9999: such factors collect here until their product
         # survives rounding.
-        self.owed = plan.state("owed", 1.0, torch.float32) if plan.vectors.low_precision else None
+        self.owed: Tensor | None = None
+        if plan.vectors.low_precision:
+            self.owed = plan.state("owed", 1.0, torch.float32)
+        # Taken over for these vectors alone: the other weights of a group keep the optimizer's.
         if rule.weight_decay == "replace":
             check_decay_takeover(plan.optimizer, plan.claimed)
             self.claim_decay(DecayOwner.SHRINK, plan.claimed)
@@ -60,14 +63,20 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         if self.by_std is None:
             return vectors.norms()
         ww, w1 = vectors.moments(vectors.values())
-        return torch.where(self.by_std, std_from_sums(ww, w1, vectors.length), norm_from_sums(ww))
+        norm = norm_from_sums(ww)
+        std = std_from_sums(ww, w1, vectors.length)
+        return torch.where(self.by_std, std, norm)
 
     @during(Phase.SHRINK)
     def shrink(self, step: Step) -> None:
         """w <- (1 - lr alpha |w|) w (AWS paper, eq. 21)."""
         plan, alpha = self.plan, self.rule.alpha
-        size, lr = self.size(), plan.rates()
+        size = self.size()
+        lr = plan.rates()
+        # A vector without a gradient, of length zero or with numbers that are not finite stays as
+        # it is.
         factor = plan.guard(shrink_factor(size, lr, alpha), 1.0, step, size)
+        # At a factor of 0 the direction would be lost, so it is clamped, and the end table says it.
         is_clamped = (lr * alpha * size > 0.5).to(factor.dtype)
         plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
         if self.owed is None:
@@ -79,6 +88,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         """Where rounding would swallow a factor, it is owed until it matters."""
         scaling = RoundedScaling(self.plan.vectors, factor, owed)
 
+        # Also when the step raises and the scaling is taken back: then it owes the other way.
         def remember() -> None:
             owed.copy_(scaling.owed)
 

@@ -212,6 +212,7 @@ class ReplayPart(Part["EffectiveLRReplay"]):
     def fit_start(self) -> None:
         """Read the record, and refuse one of another architecture."""
         super().fit_start()
+        # Now and not when the callback is made: the run that records may still be going on.
         path = self.rule.path
         self.history = load_history(path)
         self.recorded = _recorded_names(self.history)
@@ -308,6 +309,7 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
     def look(self, step: Step) -> None:
         """Work out the factor at the weight that the gradient was taken at."""
         plan, vectors = self.plan, self.plan.vectors
+        # The step is told from a copy: only what the optimizer added is scaled, not the weight.
         step.bracket.request_snapshot(vectors.storages())
         weights = vectors.values()
         ww, w1 = vectors.inner((weights, weights), (weights, None))
@@ -336,6 +338,7 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
                 f"of them: they are followed approximately."
             )
         self._looked_at = now
+        # Holding the last norms is the best guess; a longer run is no reason to stop.
         if now > record.steps[-1]:
             self.session.say_once(
                 f"`{path}` ends at step {record.steps[-1]}; its last norms are held from there on."
@@ -364,6 +367,7 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
             f"nobody can tell that of {names} under the other callbacks on it. Remove those, or "
             f"leave the weights out of `params`."
         )
+        # Later there is a run to lose: such weights then keep their own steps.
         if step.number == 1:
             raise NotSupportedError(text)
         warn_once(f"{text} They are left alone.")

@@ -64,11 +64,13 @@ class Rate:
             >>> Rate(0.1, fall=0.3).then(0.06, 1.5)[0]  # a cosine on its way to zero
             1.0
         """
+        # A rate of 0 pauses training: neither it nor what follows it is a drop.
         if not (0 < self.lr < inf and 0 < lr < inf):
             return 1.0, Rate(lr)
         k = self.lr / lr
         if k <= 1:
             return 1.0, Rate(lr, 0.0 if k < 1 else self.fall)
+        # 0.1 to 0.02 is a drop by 5 up to rounding.
         if k >= min_drop * (1 - 1e-9) and log(k) >= ABRUPT * self.fall:
             return k, Rate(lr, self.fall)
         return 1.0, Rate(lr, log(k))
@@ -165,6 +167,8 @@ class DropWorker(Worker["LRDropRescaling"]):
         drop = self._drop = _Drop(scaling, rates)
         step.undo_with(lambda: self._take_back(drop))
         step.when_done(self._finish)
+        # Through the step, which takes it back if it raises: dividing twice would be worse than not
+        # at all.
         step.scale(scaling)
         step.when_done(self._mark_now if step.skipped is None else self._mark_later)
 
@@ -200,11 +204,14 @@ class DropWorker(Worker["LRDropRescaling"]):
         return last[2]
 
     def _find_exponents(self) -> list[float]:
-        effects = self.session.combined.effects(self.plan.targets, besides=self.rule)
-        return [self._exponent(*each) for each in zip(self.plan.targets, effects, strict=True)]
+        targets = self.plan.targets
+        # Besides this rule: its own jumps say nothing about the equilibrium between them.
+        effects = self.session.combined.effects(targets, besides=self.rule)
+        return [self._exponent(*each) for each in zip(targets, effects, strict=True)]
 
     def _exponent(self, target: Target, effects: Effects) -> float:
         optimizer, group = self.plan.optimizer, self.plan.group_of(target)
+        # Whatever the exponent: one sets the length that the other changes.
         if effects.rescaling is not None:
             raise NotSupportedError(
                 f"`{target.name}` is a target of WeightRescaling, which fixes its norm, and of "
@@ -213,6 +220,7 @@ class DropWorker(Worker["LRDropRescaling"]):
         if self.rule.exponent != "auto":
             return float(self.rule.exponent)
         kind, name = class_for_predictions(optimizer), type(optimizer).__name__
+        # The learning rate does not matter: the exponent is that of a power of it.
         options = balance(effects, optimizer, group, 1.0)
         exponent = None if options is None else lr_drop_exponent(kind, group, **options)
         if exponent is not None:
@@ -251,8 +259,8 @@ class DropWorker(Worker["LRDropRescaling"]):
 
     def load(self, state: dict[str, Any]) -> None:
         """As `state` gave it."""
-        falls = state["last_fall"]
-        self.rates = {n: Rate(lr, falls.get(n, 0.0)) for n, lr in state["last_lr"].items()}
+        for name, lr in state["last_lr"].items():
+            self.rates[name] = Rate(lr, state["last_fall"].get(name, 0.0))
         self.unmarked = state["unmarked"]
 
     def effect(self, target: Target) -> Effect:
@@ -261,11 +269,12 @@ class DropWorker(Worker["LRDropRescaling"]):
 
     def treatments(self) -> list[str]:
         """What the tables say."""
-        targets = self.plan.targets
-        how = ["rescaled at LR drops"] * len(targets)
+        texts = ["rescaled at LR drops"] * len(self.plan.targets)
         if self.exponents:
-            how = [f"÷ k^{exponent:.3g} at an LR drop by k" for exponent in self.exponents]
-        return [text + changes_function(t) for text, t in zip(how, targets, strict=True)]
+            texts = [f"÷ k^{exponent:.3g} at an LR drop by k" for exponent in self.exponents]
+        for i, target in enumerate(self.plan.targets):
+            texts[i] += changes_function(target)
+        return texts
 
 
 class LRDropRescaling(NormDynCallback):

@@ -85,6 +85,7 @@ class ProjectWorker(Worker["RadialProjection"]):
         """Whether a step was too long to be told by a buffer."""
         self.asks_for_lengths = False
         """Whether it is not known yet how long steps are, so that this one must be measured."""
+        # Projecting would remove the optimizer's decay, so it is applied here.
         check_decay_takeover(plan.optimizer, plan.claimed)
         self.claim_decay(DecayOwner.PROJECTION, plan.claimed)
 
@@ -92,6 +93,7 @@ class ProjectWorker(Worker["RadialProjection"]):
     def look(self, step: Step) -> None:
         """Ask for a copy of the weights where one must tell the step; set the gates."""
         self.buffer = self._told_by(step)
+        # A copy costs memory and a pass over the targets, so it is taken only where it must be.
         if self.buffer is None:
             step.bracket.request_snapshot(self.plan.vectors.storages())
         if self.rule.gate == "cosine":
@@ -163,11 +165,13 @@ class ProjectWorker(Worker["RadialProjection"]):
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
         plan = self.plan
         by_group = [self._decay_rate(group) for group, _ in plan.groups]
-        rate = plan.rates() * plan.spread_groups("projection_decay", by_group)
+        decay = plan.spread_groups("projection_decay", by_group)
+        rate = plan.rates() * decay
         ratio: float | Tensor = self.rule.weight_decay_ratio
         if projected is not None:
             ones = torch.ones_like(rate)
             ratio = torch.where(projected, ones * self.rule.weight_decay_ratio, ones)
+        # AWS goes first where both are on a weight: one decay, not two.
         return rate * ratio * plan.owns_decay(step, DecayOwner.PROJECTION)
 
     def _decay_rate(self, group: dict[str, Any]) -> Number:
@@ -238,6 +242,7 @@ class ProjectWorker(Worker["RadialProjection"]):
             return False
         ratio, rate_then = _on_host(self.ratios[0][0]), self.ratios[0][1]
         rate = self._rate_on_host()
+        # A schedule may have raised the rate since (warm-up), and steps grow with it.
         growth = rate / rate_then if rate is not None and rate_then else 1.0
         # Written so that a NaN counts as long.
         if not ratio * max(growth, 1.0) <= LONGEST_TOLD:

@@ -42,6 +42,7 @@ class RescaleWorker(Worker["WeightRescaling"]):
         warn_of_changed_function(rule, plan)
         if rule.verify:
             verify_targets(plan, part.session)
+        # Before any length is remembered: it refuses what could not be rescaled later.
         self.rescaler = Rescaler(plan, part.session, rule.optimizer_state)
         self.lengths = self._target_lengths()
         self.unmarked = False
@@ -50,6 +51,7 @@ class RescaleWorker(Worker["WeightRescaling"]):
         if rule.weight_decay == "replace":
             claimed = plan.claimed
             check_decay_takeover(plan.optimizer, claimed)
+            # Asked at every step, since outside the window the optimizer's decay is back.
             self.claim_decay(
                 DecayOwner.RESCALING, lambda: claimed if self._window() == "now" else {}
             )
@@ -88,11 +90,13 @@ class RescaleWorker(Worker["WeightRescaling"]):
         factor = torch.where(self.lengths > 0, rescale_factor(norms, self.lengths), nan)
         factor = plan.guard(factor, 1.0, step, norms)
         self.rescaler.scaling(factor).apply()
+        # Without a gradient anywhere nothing was rescaled, so there is nothing to mark.
         if not any(plan.vectors.has_gradient(step)):
-            return  # nothing was rescaled
+            return
         if step.skipped is None:
             plan.mark("rescale")
         else:
+            # Only the device knows whether this update happened.
             step.when_done(self._mark_later)
 
     def _mark_later(self) -> None:
@@ -187,6 +191,7 @@ class WeightRescaling(NormDynCallback):
         self.stop_epoch = stop_epoch
         if stop_epoch is not None:
             self.stop_epoch = check_count("stop_epoch", stop_epoch, 1, "None or ")
+            # A window without an epoch would be a callback that never acts.
             if self.stop_epoch <= self.start_epoch:
                 raise ValueError(
                     f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got "

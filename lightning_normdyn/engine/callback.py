@@ -1,4 +1,5 @@
-"""The base of every callback: a configuration (`Rule`) whose Lightning hooks drive its part in a fit
+"""The base of every callback: a configuration (`Rule`) whose Lightning hooks drive its part in a
+fit
 (`Part`). Nothing that belongs to a fit is kept here."""
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ class NormDynCallback(Rule):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Map names, check patterns and optimizers."""
+        # One session per fit: whichever callback comes first makes it.
         session = Session.of(trainer, pl_module)
         self._member = self.part(self, self.worker, session)
         session.members.append(self._member)
@@ -100,6 +102,7 @@ class NormDynCallback(Rule):
         """Bracket the optimizers: only here are weights, optimizer state and callback state
         restored under every strategy."""
         # The tuner's inner fits and sanity checks come before this, so nothing acts in them.
+        # Under FSDP and DeepSpeed Lightning loads the state of callbacks after `on_fit_start`.
         self.member.restored, self._restored = self._restored, None
         self.member.train_start()
 

@@ -165,11 +165,8 @@ class Effects:
     @property
     def decay_rules(self) -> list[DecayRule]:
         """What callbacks make of the weight's decay."""
-        return [
-            effect.decay
-            for effect in (self.shrink, self.projection, self.rescaling)
-            if effect is not None
-        ]
+        decaying = (self.shrink, self.projection, self.rescaling)
+        return [effect.decay for effect in decaying if effect is not None]
 
     @property
     def none(self) -> bool:
@@ -179,11 +176,9 @@ class Effects:
     @property
     def rescaled_now(self) -> Rescaling | None:
         """The rescaling whose epochs have come."""
-        return (
-            self.rescaling
-            if self.rescaling is not None and self.rescaling.window == "now"
-            else None
-        )
+        if self.rescaling is not None and self.rescaling.window == "now":
+            return self.rescaling
+        return None
 
 
 def combine(effects: Iterable[Effect]) -> Effects:
@@ -208,6 +203,7 @@ def combine(effects: Iterable[Effect]) -> Effects:
     decay_untold: list[str] = []
     for effect in effects:
         if isinstance(effect, OnOtherVectors):
+            # The effect itself is still known: a decay that is a number acts on any vectors alike.
             effect = effect.effect
             underived.append(f"{type(effect).__name__} on other vectors")
             # A shrink by the size of other vectors; a decay that is a number is the same for all.
@@ -223,9 +219,10 @@ def combine(effects: Iterable[Effect]) -> Effects:
         by = effect.by if isinstance(effect, UnknownEffect) else kind.__name__
         underived.append(by)
         decay_untold.append(by)
-    for kind, found in known.items():
-        if len(found) > 1:
-            several = f"{len(found)} times {kind.__name__}"
+    # What two of one kind amount to has been derived nowhere.
+    for kind, alike in known.items():
+        if len(alike) > 1:
+            several = f"{len(alike)} times {kind.__name__}"
             underived.append(several)
             decay_untold.append(several)
     return Effects(

@@ -1,4 +1,5 @@
-"""What a person constructs: which weights are meant and the numbers of a rule, checked. Nothing here
+"""What a person constructs: which weights are meant and the numbers of a rule, checked. Nothing
+here
 belongs to a fit, so one callback may serve several."""
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class Rule(Callback):
     """Kinds of events that this callback itself marks in the monitor's history."""
 
     def __init__(self, params: str | Sequence[str] = "auto", granularity: str = "auto") -> None:
+        # As a list, so that "net.*" and ["net.*"] are one callback in a checkpoint.
         self.params = normalize_params(params)
         self.granularity = check_choice("granularity", granularity, GRANULARITIES)
 

@@ -69,6 +69,7 @@ def seal(state: Mapping[str, Any]) -> dict[str, Any]:
     content = {
         key: _compact(value) for key, value in state.items() if key not in ("version", "digest")
     }
+    # A state that comes from a checkpoint and goes into the next has a digest in it.
     extra = {key: value for key, value in content.pop("extra", {}).items() if key != "digest"}
     deciding, recorded = _digests(content, extra)
     return {
@@ -104,6 +105,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
         raise NormDynError(
             f"it has version {shown(version)}, and this package reads version {VERSION}"
         )
+    # First of all: what follows copies and hashes, which a hostile tensor could make endless.
     plain(state, "it")
     own = state.get("extra")
     if not isinstance(own, dict):
@@ -115,6 +117,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
     sound = (state.get("digest"), own.get("digest")) == _digests(content, own_content)
     require(sound, "it was changed after it was saved (its digest is another one)")
     content["extra"] = own_content
+    # The digest says that nothing was changed, not that it was right: so every part is looked at.
     _STATE(content, "state")
     if extra is not None:
         extra(own_content, "extra")

@@ -82,6 +82,7 @@ def number(least: float = -inf, *, finite: bool = True) -> Check:
     """A number from ``least`` on; ``finite`` refuses NaN and infinity."""
 
     def check(value: Any, where: str) -> None:
+        # By the exact type: True is an int, and a numpy float may be of any precision.
         fits = type(value) in (int, float) and (value >= least or (not finite and isnan(value)))
         fits = fits and not (finite and abs(value) == inf)
         require(
@@ -166,6 +167,7 @@ def record(
         )
         missing = [key for key in needed if key not in found]
         require(not missing, f"{where} lacks {missing}")
+        # Named where nobody may add anything: a misspelt key would silently be a default.
         foreign = [key for key in found if key not in needed and key not in (others or {})]
         require(not (closed and foreign), f"{where} has {shown(foreign)}, which nobody knows")
         for key, each in {**needed, **(others or {})}.items():

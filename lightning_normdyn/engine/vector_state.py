@@ -1,4 +1,5 @@
-"""What a callback remembers of each vector, kept by weight name so that it outlives plans: plans are
+"""What a callback remembers of each vector, kept by weight name so that it outlives plans: plans
+are
 made anew when weights join or leave, and a checkpoint is loaded by another number of ranks."""
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ class VectorState:
                 if known is not None:
                     part = _carry(known, target.partition, vectors, i, part)
             parts.append(part.to(vectors.device, dtype))
+        # A copy: the earlier plan may still be in a step that raises.
         values = torch.cat(parts)
         for i, target in enumerate(targets):
             entries[target.name] = _Entry(vectors, i, target.partition, values)
@@ -106,6 +108,7 @@ class VectorState:
             if key in UNSAVED:
                 continue
             table = tables.setdefault(key, {})
+            # Weights of one plan share a tensor, which is gathered once.
             gathered: dict[int, list[Tensor]] = {}
             for name, entry in entries.items():
                 if id(entry.values) not in gathered:
