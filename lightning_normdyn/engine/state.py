@@ -91,7 +91,8 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
         NormDynError: where something is wrong, with the place.
 
     Example:
-        >>> state = seal({"settings": {}, "steps": {0: 3}, "per_vector": {}, "targets": {}, "extra": {}})
+        >>> empty = {"settings": {}, "per_vector": {}, "targets": {}, "extra": {}}
+        >>> state = seal({**empty, "steps": {0: 3}})
         >>> unseal(state)["steps"]
         {0: 3}
         >>> unseal({**state, "steps": {0: 4}})
