@@ -75,11 +75,13 @@ class Covariance:
             all_reduce: sums a tensor over the ranks in place; every rank must call this.
         """
         own_mean, own_count = self.mean.clone(), self.count
+        # Mean and count in one message; the scatter only where any rank has rows.
         sums = torch.cat([own_mean.flatten() * own_count, own_mean.new_tensor([float(own_count)])])
         all_reduce(sums)
         self.count = int(sums[-1])
         if self.count:
             self.mean = (sums[:-1] / sums[-1]).view_as(own_mean)
+            # Deviations from the common mean instead of this rank's own.
             self._add_products(((own_mean - self.mean) * sqrt(own_count))[:, None])
             all_reduce(self._scatter)
 

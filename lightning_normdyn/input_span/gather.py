@@ -107,12 +107,14 @@ class InputGatherer:
         # In the backward pass, a checkpoint computes its forward again, on inputs seen already.
         if self._batches_left is None or in_backward():
             return
+        # Linear layers and convolutions call their only argument so.
         x = args[0] if args else kwargs.get("input")
         for weight in self._weights_of[layer]:
             self._calls[weight] += 1
             try:
                 rows = InputRows(layer, x)
             except NotSupportedError as error:
+                # A training step must not fail because somebody watches it.
                 self.obstacles[weight] = str(error)
                 continue
             self._take(weight, rows)
@@ -124,6 +126,8 @@ class InputGatherer:
             self.thinned.add(weight)
         if not quota:
             return
+        # On the device, and from a generator of its own: numbers made on the host would have to be
+        # waited for, and those of the training are not ours.
         quantiles = torch.rand(
             min(quota, rows.count),
             generator=self._generator,

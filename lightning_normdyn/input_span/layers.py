@@ -69,6 +69,7 @@ class ReadableLayers:
                 "it is not the weight of a linear layer or a convolution, so it has no input rows"
             )
         reason = self.standing_obstacle(weight)
+        # What a layer shows by itself comes first: it holds whatever the model does.
         if reason is None and self.trial is not None:
             reason = self.trial.obstacles.get(weight)
             if not self.trial.seen[weight]:
@@ -81,6 +82,7 @@ class ReadableLayers:
         if not share_filters(layers):
             kinds = " and ".join(dict.fromkeys(type(layer).__name__ for layer in layers))
             return f"it is shared by layers ({kinds}) that divide it into different filters"
+        # All layers of a weight have rows of the same shape by now.
         need = covariance_bytes(layers[0])
         if need > BLOCK_BYTES:
             groups, entries = row_shape(layers[0])

@@ -3,14 +3,14 @@ an epoch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from math import isfinite
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
@@ -78,6 +78,7 @@ class SpanPart(Part[Any]):
 
     def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, worker, session)
+        # On the callback, where a person looks for it after the fit.
         rule.history = History()
         refuse_strategy(session.trainer)
         eagerly = rule.dataloader is not None
@@ -87,12 +88,17 @@ class SpanPart(Part[Any]):
         self._epoch_open = False
         self._gatherer: InputGatherer | None = None
 
+    @property
+    def _trainer(self) -> Trainer:
+        return self.session.trainer
+
     # -- which layers
 
     def fit_start(self) -> None:
         """Find the layers, and refuse what cannot be measured."""
         super().fit_start()
         self._refuse_to_measure_nothing()
+        # What a person has named and cannot be measured was refused already.
         if self.rule.by_name:
             return
         for weight in self.layers.readers:
@@ -103,12 +109,15 @@ class SpanPart(Part[Any]):
     def train_start(self) -> None:
         """Try one batch of ``dataloader``, and refuse what it does not reach."""
         super().train_start()
-        trainer = self.session.trainer
-        if self.rule.dataloader is not None and not trainer.barebones:
-            self.layers.trial = self._try(trainer, self.session.module, self.rule.dataloader)
-            optimizers = [part for o in trainer.optimizers for part in torch_optimizers(o)]
-            self.check_patterns(optimizers)
-            self._refuse_to_measure_nothing()
+        if self.rule.dataloader is None or self._trainer.barebones:
+            return
+        self.layers.trial = self._try()
+        # Once more, with what the trial has shown.
+        optimizers = []
+        for optimizer in self._trainer.optimizers:
+            optimizers += torch_optimizers(optimizer)
+        self.check_patterns(optimizers)
+        self._refuse_to_measure_nothing()
 
     def check_weight(self, weight: Tensor, name: str) -> None:
         """Refuse a weight whose inputs cannot be looked at."""
@@ -137,16 +146,15 @@ class SpanPart(Part[Any]):
             f"measure{because}. Remove the callback, or name other weights."
         )
 
-    def _try(
-        self, trainer: Trainer, module: LightningModule, batches: Iterable[Any]
-    ) -> InputGatherer:
+    def _try(self) -> InputGatherer:
         """Run one batch, only to see which layers it reaches."""
-        gatherer = self._gather_for(trainer, self.layers.readers, most=0)
+        module = self.session.module
+        gatherer = self._gather_for(self.layers.readers, most=0)
         with closing(gatherer), at_fixed_weights(module, self.rule.seed):
-            for batch in batches:
+            for batch in self.rule.dataloader:
                 gatherer.begin_batch(1)
                 try:
-                    self._run(trainer, module, batch)
+                    self._run(batch)
                 except Exception as error:
                     raise NotSupportedError(
                         f"InputSpanMonitor calls `{type(module).__name__}.forward` with the first "
@@ -164,21 +172,20 @@ class SpanPart(Part[Any]):
     def batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gather from this batch, if it belongs to a chosen epoch."""
         super().batch_start(batch, batch_idx)
-        trainer = self.session.trainer
-        epoch = trainer.current_epoch
-        if trainer.barebones or (epoch + 1) % self.rule.every_n_epochs:
+        epoch = self._trainer.current_epoch
+        if self._trainer.barebones or (epoch + 1) % self.rule.every_n_epochs:
             return
         if not self._epoch_open:
             self._epoch_open = True
             if self.rule.dataloader is None:
-                self._gatherer = self._gather_for(trainer, self._turn_of(epoch))
+                self._gatherer = self._gather_for(self._turn_of(epoch))
                 if batch_idx:
                     rank_zero_info(
                         f"InputSpanMonitor gathers in epoch {epoch} what comes after its first "
                         f"{batch_idx} batches: the fit was resumed there."
                     )
         if self._gatherer is not None:
-            self._gatherer.begin_batch(_batches_left(trainer, batch_idx))
+            self._gatherer.begin_batch(_batches_left(self._trainer, batch_idx))
 
     def batch_end(self) -> None:
         """Measure after the last batch.
@@ -189,17 +196,15 @@ class SpanPart(Part[Any]):
         super().batch_end()
         if self._gatherer is not None:
             self._gatherer.end_batch()
-        trainer = self.session.trainer
-        if trainer.is_last_batch:
-            self._measure(trainer, self.session.module, batches_that_stepped(trainer))
+        # The count of steps grows only after this hook.
+        if self._trainer.is_last_batch:
+            self._measure(batches_that_stepped(self._trainer))
 
     def epoch_end(self) -> None:
         """Measure an epoch that ended before its last batch."""
         super().epoch_end()
-        trainer = self.session.trainer
         # As Lightning has it for values of an epoch: the step of its last batch.
-        step = max(0, batches_that_stepped(trainer) - 1)
-        self._measure(trainer, self.session.module, step)
+        self._measure(max(0, batches_that_stepped(self._trainer) - 1))
 
     def close(self) -> None:
         """Leave no hook behind."""
@@ -222,11 +227,9 @@ class SpanPart(Part[Any]):
         return blocks[turn % len(blocks)]
 
     def _gather_for(
-        self,
-        trainer: Trainer,
-        readers: Mapping[Tensor, Sequence[nn.Module]],
-        most: int | None = None,
+        self, readers: Mapping[Tensor, Sequence[nn.Module]], most: int | None = None
     ) -> InputGatherer:
+        trainer = self._trainer
         if most is None:
             most = max(1, self.rule.max_samples // trainer.world_size)
         # Ranks see different batches: let them choose different rows, too.
@@ -235,9 +238,10 @@ class SpanPart(Part[Any]):
 
     # -- measuring
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+    def _measure(self, step: int) -> None:
         gatherer, due = self._gatherer, self._epoch_open
         self._close_epoch()
+        # Without a worker no optimizer has stepped yet, and nobody knows the targets.
         if not due or not self.workers:
             return
         for bracket in self.session.attachment.brackets:
@@ -245,30 +249,30 @@ class SpanPart(Part[Any]):
             bracket.settle()
         targets = self.targets
         if gatherer is not None:
-            summaries, batches = self._summarize(trainer, gatherer, targets), gatherer.batches
+            summaries, batches = self._summarize(gatherer, targets), gatherer.batches
         else:
-            summaries, batches = self._pass_over_loader(trainer, pl_module, targets)
-        if trainer.is_global_zero:
+            summaries, batches = self._pass_over_loader(targets)
+        if self._trainer.is_global_zero:
             # Layers may take turns: what is known of those of earlier epochs stays.
             facts = {**self.rule.history.meta.get("targets", {}), **facts_of(targets, summaries)}
             publish(
                 self.rule.history,
-                trainer.loggers,
+                self._trainer.loggers,
                 summaries,
                 step,
                 optimizer_step=max(self.steps_of(index) for index in self.workers),
                 meta={"targets": facts, "settings": self.rule.settings(), "batches": batches},
             )
 
-    def _pass_over_loader(
-        self, trainer: Trainer, module: LightningModule, targets: list[Target]
-    ) -> tuple[dict[str, SpanSummary], int]:
+    def _pass_over_loader(self, targets: list[Target]) -> tuple[dict[str, SpanSummary], int]:
         """Gather at fixed weights, as many layers at a time as fit into memory.
 
         Returns:
             The summaries by weight name, and how many batches counted on this rank.
         """
+        module, trainer = self.session.module, self._trainer
         world = trainer.world_size
+        # The batches that each rank runs in one pass.
         rounds = rounds_of(self.rule.dataloader, world)
         blocks = self.layers.blocks(target.weight for target in targets)
         total = None if rounds is None else rounds * len(blocks)
@@ -276,34 +280,36 @@ class SpanPart(Part[Any]):
         batches = 0
         with progress(trainer, total, f"inputs of {len(targets)} weights") as advance:
             for readers in blocks:
-                gatherer = self._gather_for(trainer, readers)
+                gatherer = self._gather_for(readers)
                 with closing(gatherer), at_fixed_weights(module, self.rule.seed):
                     share = share_of_batches(self.rule.dataloader, trainer.global_rank, world)
                     for number, (batch, counts) in enumerate(share):
+                        # Where the length is not known, rows are taken until there are enough.
                         if counts:
                             gatherer.begin_batch(1 if rounds is None else rounds - number)
-                        self._run(trainer, module, batch)
+                        self._run(batch)
                         gatherer.end_batch()
                         advance()
-                summaries.update(self._summarize(trainer, gatherer, targets))
+                summaries.update(self._summarize(gatherer, targets))
                 batches = gatherer.batches
         return summaries, batches
 
-    def _run(self, trainer: Trainer, module: LightningModule, batch: Any) -> None:
+    def _run(self, batch: Any) -> None:
         """Transfer a batch and call the model as in training."""
+        module, trainer = self.session.module, self._trainer
         batch = trainer.precision_plugin.convert_input(batch)
         batch = trainer.strategy.batch_to_device(before_batch_transfer(module, batch))
         with trainer.precision_plugin.forward_context():
             self.rule.call_model(module, batch)
 
     def _summarize(
-        self, trainer: Trainer, gatherer: InputGatherer, targets: Sequence[Target]
+        self, gatherer: InputGatherer, targets: Sequence[Target]
     ) -> dict[str, SpanSummary]:
         """The numbers of each layer that was gathered from, by weight name; a collective.
 
         Where there are several ranks, each works out its share of the layers.
         """
-        rank, world = trainer.global_rank, trainer.world_size
+        rank, world = self._trainer.global_rank, self._trainer.world_size
         measured = [target for target in targets if target.weight in gatherer.streams]
         streams = [gatherer.streams[target.weight] for target in measured]
         if world > 1:
@@ -313,6 +319,7 @@ class SpanPart(Part[Any]):
         for worker in self.workers.values():
             assert isinstance(worker, SpanWorker)
             labels_of.update(worker.labels)
+        # One row per layer, filled by the rank whose share it is: the sum over ranks completes it.
         table = torch.zeros(len(measured), SpanSummary.WIDTH, dtype=torch.float64, device="cpu")
         for i, (target, stream) in enumerate(zip(measured, streams, strict=True)):
             weight: Any = target.weight.detach()
@@ -326,7 +333,7 @@ class SpanPart(Part[Any]):
                     filters, stream, labels, self.rule.energy, self.rule.method
                 )
         if world > 1:
-            on_device = table.to(trainer.strategy.root_device)
+            on_device = table.to(self._trainer.strategy.root_device)
             dist.all_reduce(on_device)
             table = on_device.cpu()
         summaries = {}

@@ -167,11 +167,13 @@ class InputRows:
             )
         self._shape = row_shape(layer)
         x = x.detach()
+        # Views: only rows that are taken are copied.
         if isinstance(layer, nn.Linear):
             self._windows = x.reshape(-1, self._shape[1])
             self._places: Shape = (len(self._windows),)
         else:
             spatial = len(layer.kernel_size)  # type: ignore[arg-type]
+            # Convolutions take a single image, too.
             batch = x if x.dim() == spatial + 2 else x[None]
             cut = _transposed_windows if isinstance(layer, TRANSPOSED) else _windows
             self._windows = cut(layer, batch)
@@ -208,6 +210,7 @@ def _windows(layer: Any, x: Tensor) -> Tensor:
     """``(batch, channels, places..., kernel...)``: a view of the padded input."""
     dims = range(len(layer.kernel_size))
     if layer.padding == "same":
+        # An odd total has its larger half behind, as torch has it.
         total = [layer.dilation[i] * (layer.kernel_size[i] - 1) for i in dims]
         sides = [(t // 2, t - t // 2) for t in total]
     elif layer.padding == "valid":
@@ -240,6 +243,7 @@ def _transposed_windows(layer: Any, x: Tensor) -> Tensor:
 
 
 def _slide(x: Tensor, kernel: Shape, stride: Shape, dilation: Shape) -> Tensor:
+    # unfold puts the places of the kernel behind all other dimensions, in their order.
     for i in range(len(kernel)):
         reach = dilation[i] * (kernel[i] - 1) + 1
         x = x.unfold(2 + i, reach, stride[i])[..., :: dilation[i]]

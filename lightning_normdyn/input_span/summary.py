@@ -90,7 +90,9 @@ def summary_numbers(
         return torch.full((SpanSummary.WIDTH,), nan, dtype=torch.float64, device="cpu")
     span = input_span(filters, covariance, stream.mean, energy)
     shares = vector_shares(span, labels)
+    # Where only the leading directions are known, there are no coordinates in the whole basis.
     rotated = filters[:0] if span.rotated is None else span.rotated
+    # The same for both, since a rotation keeps it: the histograms can be laid over each other.
     root_mean_square = filters.square().mean().sqrt()
     shapes, histograms = [], []
     for entries in (rotated, filters):

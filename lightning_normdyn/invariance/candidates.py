@@ -93,6 +93,7 @@ class Candidate:
         for row in reversed((vector >= 0).nonzero().flatten().tolist()):
             first_row[vector[row]] = row + 1
         rows.parent[1:] = torch.where(unread, rows.parent[1:], first_row[vector])
+        # Which met a normalization: without this they would count as unread.
         rows.met[1:] = vector >= 0
         rows.varies = verdict.unread is not None
         rows.assumed = verdict.eps
@@ -188,6 +189,7 @@ def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
         unread = candidate.unread(reached)
         if unread is not None:
             break
+    # Single numbers that are free have no direction, whatever longer vectors another cut shows.
     numbers = [(c, reached) for c, reached in readings if c.frees_single_numbers(reached, entries)]
     best: tuple[Candidate, Vectors] | None = None
     most = (-1.0, 0, False)
@@ -239,6 +241,7 @@ def _verdict_of(
         kind = "unknown" if unread is not None and not rows.reasons else "no"
         why = reason or "its vectors are single numbers"
         return Verdict(name, shape, None, kind, reason=why, unread=unread)
+    # Nothing may be scaled yet, but who waits wants to know for what.
     norms = tuple(rows.norms)
     if _has_to_wait(candidate, vectors, unread):
         waiting = f"the rows that were read are one vector ({', '.join(norms)}); {reason}"

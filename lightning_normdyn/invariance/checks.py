@@ -75,6 +75,7 @@ def verify_scale_invariance(
     """
     run = TrainingRun(module, inputs, loss, seed)
     found = run.verdicts() if verdicts is None else list(verdicts)
+    # Only what claims something can be wrong.
     claims = tuple(claim for claim in found if claim.partition is not None)
     for claim in claims:
         weight = run.weights[claim.name]
@@ -171,6 +172,7 @@ def _withdraw_by_function(run: TrainingRun, verdicts: list[Verdict]) -> list[Ver
         return verdicts
     changes = {}
     if not change_by(*claims) <= FUNCTION_LIMIT:
+        # Some claim is wrong: find out which.
         changes = {claim.name: change_by(claim) for claim in claims}
     judged = []
     for verdict in verdicts:

@@ -45,6 +45,7 @@ class ModuleSpans:
         """Name and module of the innermost forward in which ``node`` was created; ``("", None)``
         outside of
         all."""
+        # Painted once for all nodes of a graph: a search through all calls for each would be slow.
         if self._painted is None:
             self._painted = self._paint()
         starts, owners = self._painted

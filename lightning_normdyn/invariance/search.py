@@ -117,6 +117,7 @@ class ScaleInvarianceSearch:
                 known.pop(name, None)
             self._written.forget(name)
         self._look_parameters_up()
+        # Both hold on to places in the module tree, which is another one now.
         self._normalizations = Normalizations(self._module)
         self.masks = MaskMemory(self._module)
 
@@ -220,6 +221,7 @@ class ScaleInvarianceSearch:
         self.masks.see(graph)
         self._written.see(graph, self._slots)
 
+        # Several losses are combined: a weight that is known goes on with what they have shown.
         new = [name for name in shapes if name not in self._candidates]
         undecided = []
         for name in new:
@@ -237,6 +239,7 @@ class ScaleInvarianceSearch:
         for k in range(1, max(map(len, self._candidates.values()), default=0)):
             self._follow(graph, shapes, k)
 
+        # An operation that cannot be looked into may hide any of the weights behind it.
         for hiding in graph.opaque:
             self._hidden |= dict.fromkeys(shapes, hiding)
         self._judge_all(shapes)

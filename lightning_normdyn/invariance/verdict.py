@@ -102,6 +102,7 @@ class Verdict:
     def waits(self) -> bool:
         """Whether rows that are one vector must not be scaled yet: others, which no loss has read
         so far, may belong to it."""
+        # Rows that are free each by itself are claimed although others are unread.
         return self.kind == "unknown" and self.unread is not None
 
     def withdrawn(self, found: str, known: str) -> Verdict:
