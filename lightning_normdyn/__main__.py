@@ -229,6 +229,7 @@ def _demo(options: argparse.Namespace) -> None:
     command += ["--out", str(options.out), "--logger", "csv"]
     # A person sees the progress of the training; a log gets its last words if it fails.
     watched = sys.stderr.isatty()
+    # In a process of its own: the example is a script, and may end by itself.
     done = subprocess.run(
         command, capture_output=not watched, text=True, errors="replace", check=False
     )
@@ -252,6 +253,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    # The last of several values for the same key counts.
     module = _build(options.model, dict(options.set))
     inputs = _inputs(module, options)
     _say("reading the graph of one forward pass and testing the outputs")
@@ -321,6 +323,7 @@ def _importing_from_here() -> Iterator[None]:
     sys.path.insert(0, os.getcwd())
     try:
         yield
+    # As a whole: the imported code may have changed it as well.
     finally:
         sys.path[:] = before
 
@@ -341,6 +344,7 @@ def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
+    # A seed: the same model gets the same verdicts.
     generator = torch.Generator().manual_seed(0)
     if below is None:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -406,6 +410,7 @@ def _telling_parts(path: str | Path) -> tuple[str, ...]:
 
 
 def _say(text: str) -> None:
+    # A log or a pipe has no use for progress.
     if sys.stderr.isatty():
         print(f"{text} ...", file=sys.stderr, flush=True)
 

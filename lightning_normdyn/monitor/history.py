@@ -257,6 +257,7 @@ class History:
 
     def show(self, other: History) -> None:
         """Show what ``other`` shows, from now on too, to everybody who holds this object."""
+        # The same object, not a copy: what is recorded later shows here, too.
         self._contents = other._contents
 
     # -------------------------------------------------------------------------------------- reading
@@ -464,15 +465,9 @@ def _as_float(value: float) -> float:
 
 
 def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:
-    close = (
-        difflib.get_close_matches(
-            name,
-            known,
-            n=3,
-            cutoff=0.3,
-        )
-        or known[:3]
-    )
+    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.3)
+    # Where nothing is alike, a few names still show how names look.
+    close = matches or known[:3]
     hint = f"closest: {', '.join(close)}" if close else "there are none"
     raise NormDynError(
         f"{what} `{name}` was asked for, and this history has {len(known)} others ({hint})."
@@ -482,4 +477,5 @@ def _refuse_name(what: str, name: str, known: list[str]) -> NoReturn:
 def _kind_of_row(present: Flags) -> str:
     """A short name for which cells of a row are recorded: rows of different optimizers are thinned
     apart."""
+    # Not the keys themselves: a row of a large network has thousands.
     return f"{zlib.crc32(np.flatnonzero(present).tobytes()):08x}"

@@ -36,8 +36,8 @@ Arrays = dict[str, NDArray[Any]]
 
 _FORMAT = "lightning-normdyn history"
 _VERSION = 2
+# No run counts as far, and beyond it a float no longer counts by ones.
 MOST = 2**53
-"""No run counts as far, and beyond it a float no longer counts by ones."""
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -67,6 +67,7 @@ def pack(contents: Contents) -> tuple[str, Arrays]:
     for part, thinned in lists.items():
         header[part] = _pack_thinning(thinned)
         arrays[part] = _pack_places(thinned)
+    # Arrays by number: names may hold any characters, members of a zip may not.
     for i, name in enumerate(contents.vector_sizes):
         arrays |= _pack_vectors(contents, name, i)
 
@@ -169,6 +170,7 @@ def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
         header["version"] == _VERSION,
         f"it has format version {shown(header['version'])}, and this package reads {_VERSION}",
     )
+    # What `meta` holds is for its readers to distrust.
     _require(isinstance(header["meta"], dict), "`meta` is no dict")
 
     packed = _Packed(header, arrays)
@@ -230,6 +232,7 @@ def _bundles(packed: _Packed, sizes: Mapping[str, int]) -> list[Bundle]:
             _require(inside, f"`{name}` points at record {index} of {len(contents)}")
             contents[index][name] = array
 
+    # Each after the other, so that neighbours that are alike share a layout.
     bundles: list[Bundle] = []
     for arrays in contents:
         bundles.append(bundled(arrays, bundles[-1] if bundles else None))

@@ -85,6 +85,7 @@ class Contents:
 
     def __init__(self, max_rows: int, max_vector_bytes: int) -> None:
         self.meta: dict[str, Any] = {}
+        # Columns only ever come: a place in a row stays valid.
         self.columns: dict[str, int] = {}
         """The place of each log key's cell in a row."""
         self.vector_sizes: dict[str, int] = {}

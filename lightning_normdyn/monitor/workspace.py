@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 
+# Where WandbLogger logs the step of the Trainer; W&B's own step counts calls.
 X_AXIS = "trainer/global_step"
 
 

@@ -19,17 +19,19 @@ if TYPE_CHECKING:
 
 Limits = tuple[float, float]
 
+# Up to this many layers a legend names them; beyond, a colour bar tells the depth.
 MOST_NAMED = 8
-"""Up to this many layers a legend names them; beyond, a colour bar tells the depth."""
 
+# Colours for runs: Okabe and Ito's palette, without the yellow that vanishes on white.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-"""Colours for runs: Okabe and Ito's palette, without the yellow that vanishes on white."""
 
+# Solid first: a single run looks as usual.
 _RUN_LINES: tuple[Any, ...] = ("-", (0, (5, 2)), "-.", (0, (1, 1)))
+# Colour and dashes of each kind of event.
 _EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, (1, 1)))}
 _OTHER_EVENT = ("#999999", (0, (1, 1)))
+# More lines of one kind would hide the curves; they become ticks at the upper edge.
 _MOST_EVENT_LINES = 40
-"""More lines of one kind would hide the curves; they become ticks at the upper edge."""
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -48,6 +50,7 @@ def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    # Constrained: legends and colour bars get their room without a call after drawing.
     fig = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(fig)
     return fig
@@ -55,6 +58,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 def figure_of(ax: Axes) -> Figure:
     """The outermost figure that these axes are in."""
+    # root: axes may lie in a subfigure, which cannot be saved.
     figure: Any = ax.get_figure(root=True)
     return figure  # type: ignore[no-any-return]
 
@@ -143,6 +147,7 @@ def finish(ax: Axes, quantity: str, values: NDArray[Any], limits: Limits | None 
     ax.set_ylabel(look.axis)
     ax.set_title(look.title)
     add_grid(ax)
+    # Two sides are enough to read values by.
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -171,6 +176,7 @@ def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
         else:
             axis.set_major_locator(MaxNLocator(6))
         axis.set_minor_locator(NullLocator())
+    # Beyond five digits a power of ten is easier to read.
     if spans_little or (low > 1e-5 and high < 1e5):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 

@@ -16,8 +16,8 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.records import Floats, Ints
 
 Doubles = NDArray[np.float64]
+# Steps and values, by parameter name, in the order of the network.
 Curves = dict[str, tuple[Ints, Floats]]
-"""Steps and values, by parameter name, in the order of the network."""
 
 
 def layer_names(history: History, quantity: str) -> list[str]:

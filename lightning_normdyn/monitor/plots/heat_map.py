@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_COLUMNS = 300
+# Inches that the name of a layer takes.
 _LINE = 0.13
-"""Inches that the name of a layer takes."""
 
 
 def plot_heatmap(
@@ -67,6 +67,7 @@ def plot_heatmap(
         cmap=colours,
         rasterized=True,
     )
+    # The first layer on top, as in a listing of the network.
     ax.invert_yaxis()
 
     # Of many layers, as many names as have room.

@@ -102,6 +102,7 @@ def plot_angular_update(
     for name, curve in recorded_curves(history, "equilibrium_angular_update").items():
         if name in curves:
             predictions[name] = curve
+    # The best that is known of the layers decides which of them are compared.
     if predictions:
         compared, which = list(predictions), "predicted layers"
     else:
@@ -149,6 +150,7 @@ def plot_angular_update(
             linestyle="--",
             label=label,
         )
+        # The axis has to hold the predictions too, where no layer is near them.
         drawn.append(predicted.ravel())
     finish(ax, "angular_update", np.concatenate(drawn), limits)
     mark_events(ax, history)

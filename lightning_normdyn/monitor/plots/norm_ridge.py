@@ -64,6 +64,7 @@ def plot_norm_ridge(
             f"`{name}` has no vector with a finite norm above 0; there is nothing to draw."
         )
 
+    # Where norms differ by more than a factor of 20, a linear axis would show the longest alone.
     logarithmic = drawable.max() > 20 * drawable.min()
     values = [_drawable(each) for each in norms]
     if logarithmic:

@@ -59,4 +59,5 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
         plot_curves(history, quantity, panel)
     for quantity, panel in zip(maps, ax[len(panels) :], strict=False):
         plot_heatmap(history, panel, quantity)
+    # Without the axes that stayed empty.
     return figure_of(ax[0]), list(ax[:count])

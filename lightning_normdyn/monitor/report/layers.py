@@ -14,8 +14,8 @@ from lightning_normdyn.monitor.quantities import monitored
 
 _MOST_VECTORS = 2**53
 _AS_PREDICTED = (0.9, 1.1)
+# How the verdicts begin that a reader should not miss.
 _OFF = ("turns", "collapsing", "frozen", "not finite")
-"""How the verdicts begin that a reader should not miss."""
 
 
 class Column(NamedTuple):
@@ -136,6 +136,7 @@ def _verdict(of_monitor: object, ratio: float | None) -> str:
 def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
     """The average over the last tenth of what was recorded: the last value alone is mostly
     noise."""
+    # At least one, of however few records.
     tenth = values[-max(1, len(values) // 10) :]
     finite = [value for value in tenth if math.isfinite(value)]
     return float(average(np.asarray(finite, dtype=np.float64))) if finite else None

@@ -48,6 +48,7 @@ def write_report(
     Raises:
         NormDynError: where there is no run, a run has nothing to show, or matplotlib is missing.
     """
+    # All that can be refused is refused before minutes of drawing.
     if not runs:
         raise NormDynError("a report needs at least one run, got none.")
     try:
@@ -112,6 +113,7 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
         "facts": facts,
         "note": history.meta.get("note", ""),
         "pictures": list(pictures_of(label, history, limits)),
+        # default=str: a report is for reading, and `meta` may hold what JSON cannot express.
         "details": json.dumps(
             about,
             indent=1,

@@ -46,6 +46,7 @@ def pictures_of_all(runs: Mapping[str, History], say: Callable[[str], None]) -> 
         for label, history in runs.items():
             if recorded_curves(history, quantity):
                 recorded[label] = history
+        # A comparison of one run would repeat its own picture.
         if len(recorded) > 1:
             say(f"comparing {quantity}")
             fig, _ = plot_compare(recorded, quantity)

@@ -17,20 +17,23 @@ from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.storage import is_remote
 
 _RUNS = "a history file (.npz), a folder with metrics.csv, or an offline W&B run"
+# The history first: it knows more than a log of the same run.
 _PATTERNS = ("*.npz", "metrics.csv", "*.wandb")
 _MOST_SERIES = 10_000
+# Lightning's own x axis; W&B counts calls of `log` where a run has none.
 _CSV_STEP = "step"
 _WANDB_STEPS = ("trainer/global_step", "_step")
 _WANDB_SECONDS = 300
+# Reading a file must not reach for the network.
 _WANDB_OFFLINE = {
     "WANDB_MODE": "offline",
     "WANDB_SILENT": "true",
     "WANDB_ERROR_REPORTING": "false",
 }
 
+# Numbers by log key, by step. Of what was logged twice for a step (a run that crashed and went on)
+# the later one stands here.
 Rows = dict[int, dict[str, float]]
-"""Numbers by log key, by step. Of what was logged twice for a step (a run that crashed and went on)
-the later one stands here."""
 
 
 def load_run(path: str | os.PathLike[str]) -> History:
@@ -87,6 +90,7 @@ def _read_csv(path: Path) -> Rows:
                 )
             if len(set(names)) < len(names):
                 raise NormDynError(f"`{path}` is damaged: two of its columns have the same name.")
+            # By lines, so that the message can name the one that is damaged.
             for cells in reader:
                 line = reader.line_num
                 # An empty cell: Lightning logged nothing under this name at this step.
@@ -128,6 +132,7 @@ def _load_wandb(path: Path) -> History:
             ) from error
         messages.seek(0)
         message = messages.read().decode(errors="replace").strip()
+        # The reader may skip corrupt parts and report success: half a run would pass for a whole one.
         if done.returncode or "corrupt" in message:
             _, _, reason = message.rpartition("\n")
             raise NormDynError(
