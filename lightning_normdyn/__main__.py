@@ -35,7 +35,7 @@ from lightning_normdyn.storage import is_remote
 
 _EXAMPLES = """examples:
   python -m lightning_normdyn demo
-  python -m lightning_normdyn inspect my_project.models:LitResNet --input-shape 3,32,32 --set depth=18
+  python -m lightning_normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
   python -m lightning_normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
 """
 
@@ -54,7 +54,7 @@ or layer, and why. The model is built, run once in training mode on random
 inputs, and thrown away; its code is executed.
 
 examples:
-  python -m lightning_normdyn inspect my_project.models:LitResNet --input-shape 3,32,32 --set depth=18
+  python -m lightning_normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
   python -m lightning_normdyn inspect examples/digits_resnet.py:ResidualDigits --input-shape 1,8,8
   python -m lightning_normdyn inspect my_project.text:CharGPT --input-shape 64 --integers 256
 """

@@ -317,11 +317,34 @@ def installed_with(monkeypatch, tmp_path: Path, example: str | None) -> None:
 
 
 ENDS = {
-    "import": "import sys\nsys.exit({code})\n",
-    "construction": "import sys\n\nclass Model:\n    def __init__(self):\n        sys.exit({code})\n",
-    "forward": "import sys\nfrom torch import nn\n\nclass Model(nn.Module):\n    def forward(self, x):\n        sys.exit({code})\n",
-    "example": "import sys\nfrom torch import nn\n\nclass Model(nn.Module):\n    @property\n    def example_input_array(self):\n"
-    "        sys.exit({code})\n",
+    "import": """
+import sys
+sys.exit({code})
+""",
+    "construction": """
+import sys
+
+class Model:
+    def __init__(self):
+        sys.exit({code})
+""",
+    "forward": """
+import sys
+from torch import nn
+
+class Model(nn.Module):
+    def forward(self, x):
+        sys.exit({code})
+""",
+    "example": """
+import sys
+from torch import nn
+
+class Model(nn.Module):
+    @property
+    def example_input_array(self):
+        sys.exit({code})
+""",
 }
 
 

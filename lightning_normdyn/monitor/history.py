@@ -357,7 +357,7 @@ class History:
                 values[key] = cell
         return values
 
-    # ------------------------------------------------------------------------- files and checkpoints
+    # ------------------------------------------------------------------------ files and checkpoints
 
     def save(self, path: str | os.PathLike[str]) -> Path | str:
         """Write everything to one ``.npz`` file without pickle; an interrupted save leaves an older

@@ -1,4 +1,5 @@
-"""A list of records that stays within a bound however long a run is, by dropping every second one."""
+"""A list of records that stays within a bound however long a run is, by dropping every second
+one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What goes into a history comes out, and memory stays bounded; forks, resumes and states go on alike."""
+"""What goes into a history comes out, and memory stays bounded; forks, resumes and states go on
+alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What a history holds: gaps are not NaN, arrays are concatenated, forks share what never changes."""
+"""What a history holds: gaps are not NaN, arrays are concatenated, forks share what never
+changes."""
 
 from __future__ import annotations
 

@@ -132,11 +132,13 @@ def _load_wandb(path: Path) -> History:
             ) from error
         messages.seek(0)
         message = messages.read().decode(errors="replace").strip()
-        # The reader may skip corrupt parts and report success: half a run would pass for a whole one.
+        # The reader may skip corrupt parts and report success: half a run would pass for a whole
+        # one.
         if done.returncode or "corrupt" in message:
             _, _, reason = message.rpartition("\n")
             raise NormDynError(
-                f"`{path}` cannot be read as a W&B run: {reason or 'its reader failed'}. That needs "
+                f"`{path}` cannot be read as a W&B run: {reason or 'its reader failed'}. That "
+                f"needs "
                 f"W&B's reader; `pip install 'wandb>=0.30'`."
             )
         records.seek(0)

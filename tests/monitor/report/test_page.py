@@ -247,7 +247,8 @@ def dumped_title(page: Path, tmp_path: Path) -> str:
 def test_headings_sort_the_table(tmp_path):
     page = write_report({"run": reported_run(12)}, tmp_path / "report.html")
     script = """
-      const column = (i) => [...document.querySelectorAll("tbody tr")].map(row => row.cells[i].textContent).join(" ");
+      const rows = () => [...document.querySelectorAll("tbody tr")];
+      const column = (i) => rows().map(row => row.cells[i].textContent).join(" ");
       const press = (i) => document.querySelectorAll("th button")[i].click();
       const seen = [];
       press(4); seen.push(column(4)); press(4); seen.push(column(4));
