@@ -48,6 +48,7 @@ def compare_ranks(
     # Objects and not tensors: a refusal is a sentence. Once a fit, so it may be slow.
     everybody: list[Any] = [None] * world_size()
     dist.all_gather_object(everybody, mine)
+    # A refusal first: after it there are no placements, so digests differ for no other reason.
     for rank, (error, _, _) in enumerate(everybody):
         if error is not None:
             raise NotSupportedError(f"rank {rank}: {error}") from refusal
@@ -62,7 +63,10 @@ def compare_ranks(
     _check_completeness(weights, partitions, names, placements)
 
 
-def _description(names: Sequence[str], placements: Sequence[Placement]) -> str:
+def _description(
+    names: Sequence[str],
+    placements: Sequence[Placement],
+) -> str:
     """What must be the same on all ranks."""
     parts = []
     # Not strict: there are no placements after a refusal.

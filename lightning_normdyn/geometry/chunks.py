@@ -105,6 +105,9 @@ def _parts(
     return tensor.unsafe_split(step, dim)
 
 
-def _outermost(shape: Sequence[int], view: Tensor) -> int:
+def _outermost(
+    shape: Sequence[int],
+    view: Tensor,
+) -> int:
     """The dimension whose steps in memory are longest: cut along it, a chunk lies in one place."""
     return max((d for d in range(view.ndim) if shape[d] > 1), key=view.stride)

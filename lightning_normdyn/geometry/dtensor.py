@@ -88,7 +88,10 @@ def place_dtensor(
     return Placement(shape, partition.n, _to_local(placements), pieces, sharing)
 
 
-def _sharded_dim(placement: Any, name: str) -> int | None:
+def _sharded_dim(
+    placement: Any,
+    name: str,
+) -> int | None:
     if placement.is_replicate():
         return None
     if type(placement).__name__ not in ("Shard", "_StridedShard"):
@@ -138,7 +141,10 @@ def _coordinates(
 
 
 @lru_cache(maxsize=4096)
-def _successive_chunks(size: int, counts: tuple[int, ...]) -> Tensor:
+def _successive_chunks(
+    size: int,
+    counts: tuple[int, ...],
+) -> Tensor:
     """Which chunk each of ``size`` indices falls into when they are chunked ``counts[0]``-fold,
     each chunk ``counts[1]``-fold, ...: int64 ``(len(counts), size)``."""
     # By torch.chunk itself, so that uneven sizes are cut as torch cuts them.

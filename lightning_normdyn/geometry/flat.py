@@ -117,12 +117,16 @@ def survey_fsdp(module: nn.Module) -> None:
     """
     for name, submodule in module.named_modules():
         handle = submodule.__dict__.get("_handle")
+        # By name: the class is private, and torch.distributed.fsdp need not be imported.
         if type(handle).__name__ == "FlatParamHandle":
             unit = f"the FSDP unit `{name or type(module).__name__}`"
             remember(_slices_of(handle, unit))
 
 
-def _slices_of(handle: Any, unit: str) -> dict[Tensor, FlatSlice | None]:
+def _slices_of(
+    handle: Any,
+    unit: str,
+) -> dict[Tensor, FlatSlice | None]:
     """The slices of one FSDP unit; ``unit`` is what to call it in a message."""
     flat, original, sharded = private(
         handle, "flat_param", "_use_orig_params", "uses_sharded_strategy"
@@ -137,6 +141,7 @@ def _slices_of(handle: Any, unit: str) -> dict[Tensor, FlatSlice | None]:
     # NO_SHARD: every rank holds all weights, as under DDP.
     if not sharded:
         return dict.fromkeys(weights)
+    # Such a slice is a part of a part, whose place in the weight is told by two strategies.
     if any(extension is not None for extension in extensions):
         raise NotSupportedError(
             f"{unit} holds parameters that are sharded already (FSDP over tensor parallelism). Use "
@@ -223,7 +228,10 @@ def place_flat(place: FlatSlice, partition: Partition) -> Placement:
     )
 
 
-def _window(start: int, form: Shape) -> Callable[[Tensor], Tensor]:
+def _window(
+    start: int,
+    form: Shape,
+) -> Callable[[Tensor], Tensor]:
     def select(local: Tensor) -> Tensor:
         return local[start : start + prod(form)].view(form)
 
@@ -250,6 +258,7 @@ def _boxes(
         for box in _boxes(shape[1:], start - before, min(stop, first * row) - before):
             yield ((first - 1, first), *box)
     if last > first:
+        # All whole rows at once: a box has as many rows as fit.
         yield ((first, last), *((0, size) for size in shape[1:]))
     if last >= first:
         for box in _boxes(shape[1:], 0, stop - last * row):

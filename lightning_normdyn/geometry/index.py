@@ -33,7 +33,11 @@ class RowIndex:
             needs no indexing.
     """
 
-    def __init__(self, placements: Sequence[Placement], device: torch.device) -> None:
+    def __init__(
+        self,
+        placements: Sequence[Placement],
+        device: torch.device,
+    ) -> None:
         self.slices: list[slice] = []
         self.pieces: list[tuple[int, Rows]] = []
         self.n = 0
@@ -45,16 +49,22 @@ class RowIndex:
                 # Vectors that lie on other ranks alone have no number here.
                 position = torch.searchsorted(placement.held, rows.labels) + self.n
                 of_rows.append(torch.where(rows.labels < 0, -1, position))
+            # A vector that several pieces hold parts of has one number all the same.
             self.slices.append(slice(self.n, self.n + len(placement.held)))
             self.n += len(placement.held)
         self.counts = [len(vectors) for vectors in of_rows[1:]]
+        # Row by row through all pieces, as kernels write their results.
         of_row = torch.cat(of_rows)
         self.in_order = torch.equal(of_row, indices(self.n))
         # Rows that belong to no vector go to one more place behind the n vectors.
         # An index instead of a mask: its size is known, so that the host never waits for it.
         self._of_row = torch.where(of_row < 0, self.n, of_row).to(device)
 
-    def to_rows(self, values: Tensor, dummy: float) -> Sequence[Tensor]:
+    def to_rows(
+        self,
+        values: Tensor,
+        dummy: float,
+    ) -> Sequence[Tensor]:
         """From ``(n,)`` values of the vectors those of each piece's rows.
 
         Args:
@@ -121,6 +131,7 @@ def _merge_rows(
         The labels of the joined rows; the dimensions that are kept; and which dimensions to
         unflatten first, ``(dim, size of the inner one)``, one after the other.
     """
+    # Fewer and longer rows: fewer numbers per weight, and longer runs of memory for each sum.
     kept = list(kept)
     blocks: list[tuple[int, int]] = []
     if not labels.numel():

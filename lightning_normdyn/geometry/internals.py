@@ -12,12 +12,17 @@ from lightning_normdyn.errors import NotSupportedError
 TESTED = "torch 2.13"
 
 
-def private(owner: Any, *names: str) -> list[Any]:
+def private(
+    owner: Any,
+    *names: str,
+) -> list[Any]:
     """Attributes that are not part of a public interface.
 
     Raises:
         NotSupportedError: if one of them is not there.
     """
+    # All are looked for before the first is used, so that the message names the layout, not a
+    # failure somewhere behind it.
     for name in names:
         if not hasattr(owner, name):
             raise untested(f"{type(owner).__name__} has no `{name}`")

@@ -91,6 +91,7 @@ class Kernels:
                 if original is not None and destination is not None:
                     destination.copy_(original)
             copy = None
+        # One pass for all pairs: the weights are read once however many sums are asked for.
         products = passes.Products(pairs, copy, self._sum_dtype if exact else None)
         return self._collect(products.how, products.operands)
 
@@ -118,7 +119,11 @@ class Kernels:
         how = passes.displacement(dtype, known=norms is not None)
         return self._collect(how, [before, after], _given(norms))
 
-    def radial(self, before: Operand, after: Operand) -> Tensor:
+    def radial(
+        self,
+        before: Operand,
+        after: Operand,
+    ) -> Tensor:
         """<w, w> and <w, Δ>, ``(2, n)``."""
         return self._collect(passes.RADIAL, [before, after])
 
@@ -134,7 +139,11 @@ class Kernels:
 
     # ---- Changes, in place ----
 
-    def scale_(self, tensors: Operand, factor: Tensor) -> None:
+    def scale_(
+        self,
+        tensors: Operand,
+        factor: Tensor,
+    ) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
         for weight, rows, number in self._rows_with(factor, dummy=1.0):
             tensor = tensors[weight]
@@ -153,6 +162,7 @@ class Kernels:
             tensor, addend = tensors[weight], source[weight]
             if tensor is not None and addend is not None:
                 view = rows.view(tensor)
+                # One read and one write; no temporary as large as the weight.
                 view.addcmul_(rows.view(addend), _spread(number, rows, view))
 
     def remove_radial_(
@@ -260,7 +270,11 @@ class Kernels:
             finished.split_with_sizes(index.counts, 1)[i].copy_(sums)
         return index.to_vectors(finished)
 
-    def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
+    def _adding(
+        self,
+        how: Pass,
+        dtype: torch.dtype,
+    ) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
 
         def kernel(
@@ -275,6 +289,7 @@ class Kernels:
                 device=outs[0].device,
             )
             how.kernel(dims, part.unbind(), views)
+            # Norms do not add up, their squares do: hence finished first.
             for out, more in zip(outs, how.finish(part.to(self._sum_dtype)), strict=True):
                 out += more
 
@@ -299,7 +314,12 @@ class Kernels:
                 views.append(rows.view(tensor).masked_fill(rows.view(hidden), 0))
         return views
 
-    def _rows_with(self, values: Tensor, *, dummy: float) -> Iterator[tuple[int, Rows, Tensor]]:
+    def _rows_with(
+        self,
+        values: Tensor,
+        *,
+        dummy: float,
+    ) -> Iterator[tuple[int, Rows, Tensor]]:
         """Every piece: its weight's position, and the values of its rows."""
         # Converted once here, not for every piece.
         of_rows = self._index.to_rows(values.to(self._precision), dummy)

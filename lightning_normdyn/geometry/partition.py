@@ -53,6 +53,7 @@ class Partition:
         convolution."""
         if transposed_groups is None:
             return cls((axis,), indices(shape[axis]), "filter")
+        # Stored as (inputs, outputs / groups, ...): the group follows from the input channel.
         inputs, outputs_per_group = shape[:2]
         group = indices(inputs) // (inputs // transposed_groups)
         labels = group[:, None] * outputs_per_group + indices(outputs_per_group)
@@ -68,12 +69,18 @@ class Partition:
         return cls((0,), indices(shape[0]) // (shape[0] // groups), "group")
 
     @classmethod
-    def layer(cls, shape: tuple[int, ...]) -> Partition:
+    def layer(
+        cls,
+        shape: tuple[int, ...],
+    ) -> Partition:
         """One vector: the whole weight."""
         return cls((0,), torch.zeros(shape[0], dtype=torch.long, device="cpu"), "layer")
 
     @classmethod
-    def whole(cls, shape: tuple[int, ...]) -> Partition:
+    def whole(
+        cls,
+        shape: tuple[int, ...],
+    ) -> Partition:
         """`layer` for a parameter of any shape, a bias or a single number among them."""
         # A single number has no dimension to keep.
         if shape:
@@ -92,14 +99,20 @@ class Partition:
     @property
     def n(self) -> int:
         """Number of vectors."""
-        return int(self.labels.max()) + 1 if self.labels.numel() else 0
+        if not self.labels.numel():
+            return 0
+        return int(self.labels.max()) + 1
 
     @cached_property
     def partial(self) -> bool:
         """Whether some entries belong to no vector."""
         return bool((self.labels < 0).any())
 
-    def lengths(self, shape: Sequence[int], read: Tensor | None = None) -> Tensor:
+    def lengths(
+        self,
+        shape: Sequence[int],
+        read: Tensor | None = None,
+    ) -> Tensor:
         """How many entries each vector has: int64 ``(n,)``.
 
         Args:
@@ -116,6 +129,7 @@ class Partition:
             entries_per_label = prod(shape) // max(1, self.labels.numel())
             return self._label_counts() * entries_per_label
         every_dim = self.labels.reshape(self._sizes(range(len(shape))))
+        # Only the labels of entries that are read: expanding copies nothing, indexing does.
         of_entry = every_dim.expand(tuple(shape))[read]
         return torch.bincount(of_entry[of_entry >= 0], minlength=self.n)
 
@@ -218,6 +232,7 @@ def renumbered(kept: Tensor) -> Tensor:
     Args:
         kept: bool ``(n,)``.
     """
+    # Behind the numbers stands one for label -1, which python's indexing finds there.
     number = torch.where(kept, kept.cumsum(0) - 1, -1)
     return torch.cat([number, number.new_full((1,), -1)])
 

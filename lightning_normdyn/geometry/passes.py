@@ -108,7 +108,11 @@ def _finish_displacement(written: Tensor) -> Tensor:
     return torch.stack([square, radial, total])
 
 
-def displacement(exact: torch.dtype | None, *, known: bool = False) -> Pass:
+def displacement(
+    exact: torch.dtype | None,
+    *,
+    known: bool = False,
+) -> Pass:
     """<w, w>, <w, Δ>, <Δ, Δ>, from w, v and, if they are known, norms of w.
 
     Args:
@@ -228,7 +232,10 @@ def above_zero(square: Tensor) -> Tensor:
     return square.clamp(min=torch.finfo(square.dtype).tiny)
 
 
-def applied_part(removed: Tensor, active: Tensor | None = None) -> Tensor:
+def applied_part(
+    removed: Tensor,
+    active: Tensor | None = None,
+) -> Tensor:
     """`removed_part` of the vectors that are changed; 0 for the others and where not finite."""
     # Without a branch, which would make the host wait for the device.
     applied = removed.nan_to_num(0.0, 0.0, 0.0)
@@ -324,7 +331,10 @@ def own_precision(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def widened(x: Tensor, exact: torch.dtype | None = None) -> Tensor:
+def widened(
+    x: Tensor,
+    exact: torch.dtype | None = None,
+) -> Tensor:
     """In the dtype ``exact``; None: in its own precision, float32 at least."""
     if exact is not None:
         return x.to(exact)
@@ -332,7 +342,11 @@ def widened(x: Tensor, exact: torch.dtype | None = None) -> Tensor:
     return x.float() if x.dtype.itemsize < 4 else x
 
 
-def sum_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
+def sum_of(
+    x: Tensor,
+    dims: Dims,
+    out: Tensor,
+) -> Tensor:
     """Sum over ``dims``; over none of them the entries themselves."""
     if not dims:
         return out.copy_(x)
@@ -342,7 +356,11 @@ def sum_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
     return torch.sum(x, dims, keepdim=True, out=out)
 
 
-def norm_of(x: Tensor, dims: Dims, out: Tensor) -> Tensor:
+def norm_of(
+    x: Tensor,
+    dims: Dims,
+    out: Tensor,
+) -> Tensor:
     """Euclidean norm over ``dims``; over none of them absolute values."""
     # A row of one entry: without dimensions torch would take the norm of everything.
     if not dims:

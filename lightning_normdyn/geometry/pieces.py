@@ -33,6 +33,7 @@ class Piece:
         labels: int64, shape of the kept dimensions: the vector within the whole weight, or -1.
     """
 
+    # A function, so that one piece serves the weight, its gradient and its state alike.
     select: Callable[[Tensor], Tensor]
     keep: tuple[int, ...]
     labels: Tensor
@@ -82,6 +83,7 @@ class Placement:
     pieces: tuple[Piece, ...]
     sharing: Sharing | None = None
     master: Master | None = None
+    # Worked out of the pieces.
     held: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,7 +106,10 @@ class Placement:
     def gradient(self, weight: Tensor) -> Tensor | None:
         """Its gradient as the optimizer receives it, or None."""
         gradient = weight.grad if self.master is None else self.master.gradient()
-        return None if gradient is None else self.storage(gradient.detach())
+        if gradient is None:
+            return None
+        # A gradient of a gradient must not keep the graph of this step alive.
+        return self.storage(gradient.detach())
 
 
 def distinct(values: Tensor) -> Tensor:

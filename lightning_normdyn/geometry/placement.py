@@ -127,7 +127,11 @@ def check_weight(weight: Tensor, name: str) -> None:
         )
 
 
-def hidden_entries(weight: Tensor, read: Tensor | None, name: str) -> Tensor | None:
+def hidden_entries(
+    weight: Tensor,
+    read: Tensor | None,
+    name: str,
+) -> Tensor | None:
     """Which entries of a weight's local tensor the loss does not read: bool, laid out like it.
 
     Args:
@@ -206,7 +210,10 @@ def _updated(weight: Tensor) -> Tensor:
     return place.master.flat
 
 
-def forget_gradients(module: nn.Module, stepped: Iterable[Tensor]) -> None:
+def forget_gradients(
+    module: nn.Module,
+    stepped: Iterable[Tensor],
+) -> None:
     """Before compiled code runs for the first time, take gradients away that torch's compiler
     stumbles over.
 

@@ -24,7 +24,10 @@ from lightning_normdyn.geometry.pieces import Placement, Sharing
 
 def world_size() -> int:
     """How many processes train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    # Without a process group every question about ranks has the answer of one process.
+    if not (dist.is_available() and dist.is_initialized()):
+        return 1
+    return dist.get_world_size()
 
 
 def all_reduce(values: Tensor, group: Any) -> Tensor:
@@ -41,6 +44,7 @@ def all_reduce(values: Tensor, group: Any) -> Tensor:
 def held_everywhere(n: int) -> Sharing:
     """The sharing of a weight that every rank holds; rank zero speaks."""
     none = torch.zeros(n, dtype=torch.bool, device="cpu")
+    # Each vector must be counted once; who counts it does not matter.
     speaks = world_size() == 1 or dist.get_rank() == 0
     counted = torch.full(
         (n,),
@@ -129,6 +133,7 @@ class Reduction:
         self._sharings = [p.sharing or held_everywhere(p.n) for p in placements]
         self._device = device
         self.weights = len(placements)
+        # A rank that has all vectors can total them alone: no collective, as under DDP.
         self.everywhere = all(s.everywhere for s in self._sharings)
         self.cuts = any(bool(s.cut.any()) for s in self._sharings)
         self._counts = [len(held) for held in self._held]
@@ -142,8 +147,10 @@ class Reduction:
 
     def _held_of(self, per_weight: Sequence[Tensor]) -> Tensor:
         """From all vectors of each weight to those held here, weight after weight."""
-        parts = [values[held] for values, held in zip(per_weight, self._held, strict=True)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float32, device="cpu")
+        parts = [torch.zeros(0, dtype=torch.float32, device="cpu")]
+        if per_weight:  # torch cannot concatenate nothing
+            parts = [values[held] for values, held in zip(per_weight, self._held, strict=True)]
+        return torch.cat(parts)
 
     def _weights_repeated(self, counts: Sequence[int]) -> Tensor:
         weights = indices(self.weights)
@@ -173,6 +180,7 @@ class Reduction:
         group: Any,
         adds: list[bool],
     ) -> _Buffer:
+        # Slots are numbered over all vectors of all ranks, so that every rank means the same one.
         slots, size = [], 0
         for mask in chosen:
             slots.append(torch.where(mask, mask.cumsum(0) - 1 + size, -1))
@@ -221,6 +229,7 @@ class Reduction:
         buffer = self._far
         parts = buffer.fill(packed)
         totals = self._spoken(summarize(packed, self.length), buffer.others)
+        # Side by side in one message: a second collective would cost its latency again.
         both = all_reduce(torch.cat([parts.flatten(), totals.flatten()]), None)
         sums = both[: parts.numel()].view_as(parts)
         totals = both[parts.numel() :].view_as(totals)
@@ -235,7 +244,11 @@ class Reduction:
             return torch.stack([part.sum(-1) for part in parts], -1)
         return self._spoken(values, slice(None))
 
-    def _spoken(self, values: Tensor, chosen: Tensor | slice) -> Tensor:
+    def _spoken(
+        self,
+        values: Tensor,
+        chosen: Tensor | slice,
+    ) -> Tensor:
         totals = values.new_zeros(*values.shape[:-1], self.weights)
         return totals.index_add_(-1, self.weight_of[chosen], values[..., chosen])
 
@@ -254,7 +267,11 @@ class Reduction:
             return totals
         return all_reduce(totals.contiguous(), None) / world_size()
 
-    def counts(self, bins: Tensor, size: int) -> Tensor:
+    def counts(
+        self,
+        bins: Tensor,
+        size: int,
+    ) -> Tensor:
         """How many vectors of each weight on all ranks lie in each bin, each counted once: ``(...,
         n)`` to ``(..., weights, size)``."""
         # One more bin at the end takes the vectors that are in none.
@@ -263,8 +280,10 @@ class Reduction:
         lines = bins[..., self._chosen].flatten(0, -2)
         out = self.length.new_zeros(len(lines), no_bin + 1)
         for counted, line in zip(out, lines, strict=True):
+            # Every weight has a range of bins of its own in one long line.
             index = torch.where(line >= 0, weight_of * size + line, no_bin)
-            counted.index_add_(0, index, torch.ones_like(index, dtype=out.dtype))
+            ones = torch.ones_like(index, dtype=out.dtype)
+            counted.index_add_(0, index, ones)
         out = out[:, :no_bin].reshape(*bins.shape[:-1], self.weights, size)
         return out if self.everywhere else all_reduce(out, None)
 
@@ -288,6 +307,7 @@ class Reduction:
     def scatter(self, values: Sequence[Tensor]) -> Tensor:
         """From values of all vectors of each weight to those of the vectors held here: the inverse
         of `gather`, without communication."""
+        # An optimizer without targets.
         if not values:
             return torch.zeros(0, dtype=torch.float64, device=self._device)
         parts = []

@@ -18,6 +18,7 @@ class Master:
         length: how many they are.
     """
 
+    # Held as a whole and not as the slice: gradients and state have the same layout.
     flat: Tensor
     start: int
     length: int
@@ -31,7 +32,9 @@ class Master:
 
         It is there only while the step runs: DeepSpeed assembles it just before and frees it after.
         """
-        return None if self.flat.grad is None else self.of(self.flat.grad)
+        if self.flat.grad is None:
+            return None
+        return self.of(self.flat.grad)
 
     def of(self, flat: Tensor) -> Tensor:
         """The same entries of another tensor of this layout (optimizer state)."""
