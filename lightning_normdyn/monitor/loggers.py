@@ -9,12 +9,8 @@ fails.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from itertools import pairwise
-from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,151 +30,15 @@ from lightning_normdyn.engine.lightning_facts import (
     progress_bar_metrics,
 )
 from lightning_normdyn.engine.messages import warn_once
-from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.histograms import Histogram
-from lightning_normdyn.monitor.history import History, load_history
-from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
-from lightning_normdyn.monitor.plots.layers import plot_curves
-from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
-from lightning_normdyn.monitor.quantities import QUANTITIES, Place, shown_in
-from lightning_normdyn.storage import Location, exists, join, replacing
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.history_files import HistoryFiles
+from lightning_normdyn.monitor.outcome import Outcome, can_draw, markdown
+from lightning_normdyn.monitor.quantities import QUANTITIES
+from lightning_normdyn.storage import Location, join, replacing
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
-    from matplotlib.figure import Figure
-
-# W&B draws no more of a custom chart than this.
-MOST_CHART_ROWS = 10_000
-DOTS_PER_INCH = 110
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a fit.
-
-    Args:
-        history: all rows.
-        layers: one row per weight, the same keys in each; None where a number is not known.
-        quantities: the quantities that were asked for; pictures show these.
-        label: appended to names, so that a second monitor does not overwrite the first one's.
-    """
-
-    history: History
-    layers: list[dict[str, Any]]
-    quantities: Sequence[str]
-    label: str = ""
-
-    @property
-    def step(self) -> int:
-        """The x value: the last row's."""
-        return int(self.history[-1]["step"])
-
-    @property
-    def final(self) -> dict[str, float]:
-        """The overview at the last row, by log key."""
-        return {key: value for key, value in self.history[-1].items() if key.startswith("normdyn/")}
-
-    @cached_property
-    def pictures(self) -> dict[str, Any]:
-        """By name, each ``(height, width, 3)`` uint8: drawn once for all loggers. Empty without
-        matplotlib."""
-        return {name: _pixels(figure) for name, figure in self._figures()} if _can_draw() else {}
-
-    def _figures(self) -> Iterator[tuple[str, Figure]]:
-        for quantity in self.shown_in("curves"):
-            yield f"{quantity}{self.label}", plot_curves(self.history, quantity)[0]
-        for quantity in self.shown_in("map"):
-            yield (
-                f"heat_map_{quantity}{self.label}",
-                plot_heatmap(self.history, quantity=quantity)[0],
-            )
-        if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
-            yield f"norm_ridge{self.label}", plot_norm_ridge(self.history)[0]
-
-    def shown_in(self, place: Place) -> list[str]:
-        """The quantities for a place that were asked for and recorded."""
-        recorded = _recorded(self.history)
-        return [q for q in shown_in(place) if q in self.quantities and q in recorded]
-
-    def markdown(self) -> str:
-        """The layers as a Markdown table."""
-        return markdown(self.layers)
-
-    def chart(self, quantity: str) -> tuple[list[list[int]], list[list[float]], list[str]]:
-        """Steps, values and names of all layers' curves, thinned alike to what W&B draws."""
-        keys = [key for key in self.history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
-        most = max(2, MOST_CHART_ROWS // max(1, len(keys)))
-        xs, ys = [], []
-        for key in keys:
-            steps, values = self.history.column(key)
-            chosen = (
-                np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
-                if len(steps)
-                else slice(0)
-            )
-            xs.append(steps[chosen].tolist())
-            ys.append(values[chosen].tolist())
-        return xs, ys, [key.removeprefix(f"{quantity}/") for key in keys]
-
-
-class HistoryFiles:
-    """Where the history of one fit lies: one file beside the log of each logger, never in the place
-    of another fit's.
-
-    A run may be fitted twice, and a script run again into the same folder. The second fit's file
-    then has a number. A fit that goes on
-    from a checkpoint goes on in the file of the fit that it continues, which is the one that begins
-    with the same row.
-
-    Args:
-        label: as in `Outcome`.
-        continued: whether this fit goes on from a checkpoint that held a history.
-    """
-
-    def __init__(self, label: str = "", *, continued: bool = False) -> None:
-        self.label, self.continued = label, continued
-        self._chosen: dict[str, str] = {}
-
-    def name(
-        self, folder: str, exists: Callable[[str], bool], continues: Callable[[str], bool]
-    ) -> str:
-        """The file's name in ``folder``, chosen at the first call and kept from then on.
-
-        Args:
-            folder: what tells the places of several loggers apart.
-            exists: whether there is a file of a name.
-            continues: whether this fit continues the one whose file has a name.
-        """
-        if folder not in self._chosen:
-            taken: list[str] = []
-            while exists(self._numbered(len(taken) + 1)):
-                taken.append(self._numbered(len(taken) + 1))
-            free = self._numbered(len(taken) + 1)
-            # The newest first: fits that were repeated from the same start begin with the same row.
-            own = (
-                next((name for name in reversed(taken) if continues(name)), None)
-                if self.continued
-                else None
-            )
-            self._chosen[folder] = own or free
-        return self._chosen[folder]
-
-    def place(self, folder: Location, history: History) -> str | Path:
-        """The file of this fit in a folder or at a URL."""
-
-        def continues(name: str) -> bool:
-            try:
-                earlier = load_history(join(folder, name))
-            except NormDynError:
-                return False
-            return len(earlier) > 0 and _same_row(earlier[0], history[0])
-
-        return join(
-            folder, self.name(str(folder), lambda name: exists(join(folder, name)), continues)
-        )
-
-    def _numbered(self, number: int) -> str:
-        return f"history{self.label}.npz" if number == 1 else f"history{self.label}.fit{number}.npz"
 
 
 class Publisher:
@@ -495,7 +355,7 @@ def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
     if not len(outcome.history):
         return
     chosen = publishers(loggers)
-    if any(publisher.shows_pictures for publisher in chosen) and not _can_draw():
+    if any(publisher.shows_pictures for publisher in chosen) and not can_draw():
         warn_once(
             "matplotlib is not installed: the loggers get no pictures, only numbers, tables and "
             "charts. `pip install matplotlib`"
@@ -515,18 +375,6 @@ def publish_alert(loggers: Iterable[Logger], title: str, text: str) -> None:
 def can_show_histograms(loggers: Iterable[Logger]) -> bool:
     """Whether binning is worth its cost; the same on all ranks."""
     return any(publisher.shows_histograms for publisher in publishers(loggers))
-
-
-def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as a Markdown table."""
-    if not rows:
-        return ""
-    cells = [
-        [str(key) for key in rows[0]],
-        ["---"] * len(rows[0]),
-        *([_cell(value) for value in row.values()] for row in rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 class _Survived:
@@ -550,55 +398,11 @@ class _Survived:
         return True
 
 
-def _can_draw() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("matplotlib") is not None
-
-
-def _pixels(figure: Figure) -> Any:
-    figure.set_dpi(DOTS_PER_INCH)
-    canvas: Any = figure.canvas
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # a name in a script that the font lacks
-        canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
 def _write_png(path: Location, pixels: Any) -> None:
     from matplotlib.image import imsave
 
     with replacing(path) as file:
         imsave(file, pixels, format="png")
-
-
-def _same_row(one: Mapping[str, float], other: Mapping[str, float]) -> bool:
-    """Whether two rows hold the same numbers under the same keys; NaN is the same as NaN."""
-    same_keys = one.keys() == other.keys()
-    return same_keys and all(
-        one[key] == other[key] or (isnan(one[key]) and isnan(other[key])) for key in one
-    )
-
-
-def _recorded(history: History) -> list[str]:
-    """Quantities of which some layer has a value."""
-    keys = history.keys()
-    return list(
-        dict.fromkeys(
-            key.split("/")[0] for key in keys if "/" in key and not key.startswith("normdyn/")
-        )
-    )
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:.3g}" if isfinite(value) else str(value)
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return text.replace("|", "\\|")
 
 
 __all__ = [

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import subprocess
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +29,18 @@ from ranks import run_ranks
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor.history import History, load_history
-from lightning_normdyn.monitor.loggers import Outcome, markdown, publish_alert, publish_outcome
+from lightning_normdyn.monitor.loggers import Outcome, publish_alert, publish_outcome
 from lightning_normdyn.monitor.report.runs import load_run
 
 NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]
+
+
 INVARIANT = NAMES[:2]
+
+
 VECTORS = {"net.0.weight": 4, "net.3.weight": 6, "net.8.weight": 2}
+
+
 MEASURED = (
     "weight_norm",
     "effective_lr",
@@ -46,6 +50,8 @@ MEASURED = (
     "gradient_cosine",
     "radial_update",
 )
+
+
 PICTURES = (
     "effective_lr",
     "angular_update",
@@ -158,9 +164,6 @@ class Memory(Logger):
         assert all(type(value) is float for value in metrics.values())
         assert step is not None
         self.calls.append((step, metrics))
-
-
-# ---- Weights & Biases ----
 
 
 @pytest.fixture(scope="module")
@@ -467,9 +470,6 @@ def test_a_disabled_wandb_run_is_left_alone(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("history*"))
 
 
-# ---- The others ----
-
-
 def tensorboard(folder: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -641,9 +641,6 @@ def test_two_monitors_do_not_overwrite_each_other(tmp_path):
     assert (Path(logger.log_dir) / "effective_lr-1.png").exists()
 
 
-# ---- What may be missing or fail ----
-
-
 def test_without_matplotlib_it_says_what_is_left_out_once(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     loggers = [CSVLogger(tmp_path, name="one"), CSVLogger(tmp_path, name="two")]
@@ -673,23 +670,6 @@ def test_an_empty_history_publishes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_charts_are_thinned_to_what_wandb_draws():
-    history = History()
-    for step in range(400):
-        history.append(
-            step,
-            {f"effective_lr/{i}.weight": 1.0 + step for i in range(160)},
-            optimizer_step=step + 1,
-        )
-    xs, ys, names = Outcome(history, [], ["effective_lr"]).chart("effective_lr")
-    assert names == [f"{i}.weight" for i in range(160)]
-    assert sum(map(len, xs)) <= 10_000
-    for x, y in zip(xs, ys, strict=True):
-        assert (x[0], x[-1]) == (0, 399)
-        assert y == [1.0 + step for step in x]
-        assert max(b - a for a, b in pairwise(x)) <= math.ceil(400 / len(x)) + 1
-
-
 def test_a_logger_prefix_is_kept_everywhere(tmp_path):
     logger = TensorBoardLogger(tmp_path, prefix="mine")
     fit(
@@ -699,17 +679,6 @@ def test_a_logger_prefix_is_kept_everywhere(tmp_path):
     for kind in ("scalars", "histograms", "images", "tensors"):
         assert tags[kind]
         assert all(tag.startswith("mine-") for tag in tags[kind] if tag != "mine-epoch"), kind
-
-
-def test_markdown_escapes_what_would_break_a_row():
-    assert markdown(
-        [{"weight": "a|b", "norm": 0.12345, "prediction": None, "shape": [3, 4]}]
-    ).splitlines() == [
-        "| weight | norm | prediction | shape |",
-        "| --- | --- | --- | --- |",
-        r"| a\|b | 0.123 | – | 3, 4 |",
-    ]
-    assert markdown([]) == ""
 
 
 def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
@@ -743,9 +712,6 @@ def test_one_transfer_to_the_host_per_logging_step(monkeypatch):
     )  # the first steps also question what the graph claims
     assert len(counted) == 32
     assert os.environ["WANDB_MODE"] == "offline"
-
-
-# ---- Other callbacks and the progress bar ----
 
 
 class LogsItsOwn(Net):
@@ -834,185 +800,3 @@ def test_early_stopping_and_checkpoints_read_our_metrics(key, tmp_path):
     )
     assert torch.isfinite(stopping.best_score)
     assert torch.isfinite(keeping.best_model_score)
-
-
-# ---- Where the history lies ----
-
-
-@pytest.fixture
-def bucket():
-    import fsspec
-
-    yield fsspec.filesystem("memory")
-    fsspec.filesystem("memory").store.clear()
-
-
-@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-def test_a_remote_log_has_its_history_and_pictures_beside_it(kind, bucket, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    watch = NormDynamicsMonitor(1, tables=False)
-    logger = kind("memory://bucket/runs")
-    fit(make(), [watch], logger=logger, max_epochs=1)
-    assert list(load_history(f"{logger.log_dir}/history.npz")) == list(watch.history)
-    if kind is CSVLogger:
-        names = {Path(name).name for name in bucket.find("/bucket/runs")}
-        assert {"effective_lr.png", "angular_update.png", "metrics.csv"} <= names
-        assert bucket.cat(f"{logger.log_dir}/effective_lr.png").startswith(b"\x89PNG")
-    assert not list(tmp_path.rglob("*.npz"))  # nothing in a local folder named "memory:"
-    assert not list(tmp_path.rglob("*.png"))
-
-
-@pytest.fixture
-def without_pictures(monkeypatch):
-    """Drawing takes longer than all the rest."""
-    monkeypatch.setattr(Outcome, "pictures", {})
-
-
-class Ends(Callback):
-    """Ends the fit by an exception in the third batch."""
-
-    def __init__(self, how: BaseException) -> None:
-        self.how = how
-
-    def on_train_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == 3:
-            raise self.how
-
-
-def sigterm() -> BaseException:
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-    return SIGTERMException()
-
-
-ENDS = {
-    "error": lambda: RuntimeError("out of memory"),
-    "ctrl-c": KeyboardInterrupt,
-    "sigterm": sigterm,
-    "exit": lambda: SystemExit(3),
-}
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["monitor first", "monitor last"])
-@pytest.mark.parametrize("how", ENDS)
-def test_an_interrupted_fit_keeps_its_history(how, first, tmp_path):
-    watch, others = (
-        NormDynamicsMonitor(1, tables=False),
-        [AdaptiveWeightShrink(0.5), Ends(ENDS[how]())],
-    )
-    logger = CSVLogger(tmp_path)
-    with pytest.raises(BaseException):  # noqa: B017  # whatever Lightning makes of it
-        fit(make(), [watch, *others] if first else [*others, watch], logger=logger)
-    expected = 3 if first else 2  # the third batch's end never came to a monitor that stands last
-    assert len(watch.history) == expected
-    kept = load_history(Path(logger.log_dir) / "history.npz")
-    assert list(kept) == list(watch.history)
-    assert kept.meta["targets"].keys() == set(NAMES)
-    assert load_run(logger.log_dir).keys() == kept.keys()
-
-
-def test_numbers_on_their_way_from_a_device_are_in_the_interrupted_history(tmp_path, monkeypatch):
-    from lightning_normdyn.optimizers.host_copy import HostCopy
-
-    monkeypatch.setattr(HostCopy, "arrives_later", True)
-    logger = CSVLogger(tmp_path)
-    with pytest.raises(RuntimeError):
-        fit(make(), [NormDynamicsMonitor(1, tables=False), Ends(RuntimeError())], logger=logger)
-    assert [row["step"] for row in load_history(Path(logger.log_dir) / "history.npz")] == [0, 1, 2]
-
-
-def test_what_cannot_be_written_does_not_hide_what_interrupted_the_fit(tmp_path, monkeypatch):
-    def fail(self: History, path: Any) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(History, "save", fail)
-    with (
-        pytest.warns(NormDynWarning, match="disk full"),
-        pytest.raises(RuntimeError, match="out of memory"),
-    ):
-        fit(
-            make(),
-            [NormDynamicsMonitor(1, tables=False), Ends(ENDS["error"]())],
-            logger=CSVLogger(tmp_path),
-        )
-
-
-@pytest.mark.usefixtures("without_pictures")
-def test_every_checkpoint_keeps_the_history_so_far(tmp_path):
-    """What a run that is killed leaves behind."""
-    logger, watch, found = CSVLogger(tmp_path), NormDynamicsMonitor(1, tables=False), []
-
-    class Looks(Callback):
-        def on_train_batch_end(self, trainer, *_: Any) -> None:
-            if trainer.global_step in (2, 5):
-                trainer.save_checkpoint(tmp_path / "some.ckpt")
-                found.append(list(load_history(Path(logger.log_dir) / "history.npz")))
-
-    fit(make(), [watch, Looks()], logger=logger)
-    rows = list(watch.history)
-    assert found == [rows[:2], rows[:5]]
-
-
-def histories_in(folder: Any) -> dict[str, list[dict[str, float]]]:
-    return {
-        path.name: list(load_history(path)) for path in sorted(Path(folder).glob("history*.npz"))
-    }
-
-
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
-@pytest.mark.parametrize("same_start", [True, False])
-def test_one_run_fitted_twice_keeps_both_histories(kind, same_start, tmp_path):
-    logger, watch, module = kind(tmp_path), NormDynamicsMonitor(1, tables=False), make()
-    fit(module, [watch], logger=logger, max_epochs=1)
-    first = list(watch.history)
-    fit(make() if same_start else module, [watch], logger=logger)
-    assert histories_in(logger.log_dir) == {
-        "history.npz": first,
-        "history.fit2.npz": list(watch.history),
-    }
-
-
-@pytest.mark.usefixtures("without_pictures")
-@pytest.mark.parametrize("again", [False, True], ids=["a new logger", "fitted twice before"])
-def test_a_resumed_fit_goes_on_in_its_own_file(again, tmp_path):
-    def go(epochs: int, checkpoint: Any = None) -> list[dict[str, float]]:
-        watch = NormDynamicsMonitor(1, tables=False)
-        logger = TensorBoardLogger(tmp_path, name="", version="run")
-        fit(
-            make(),
-            [watch, SavesAt(3, tmp_path / "third.ckpt")],
-            logger=logger,
-            max_epochs=epochs,
-            ckpt_path=checkpoint,
-        )
-        return list(watch.history)
-
-    before = go(1)
-    if again:
-        go(1)
-    whole = go(2, tmp_path / "third.ckpt")
-    expected = (
-        {"history.npz": before, "history.fit2.npz": whole} if again else {"history.npz": whole}
-    )
-    assert histories_in(tmp_path / "run") == expected
-    assert len(whole) == 8
-
-
-@pytest.mark.usefixtures("without_pictures")
-def test_mlflow_keeps_both_histories_of_a_run_that_is_fitted_twice(tmp_path):
-    logger, watch = (
-        MLFlowLogger("tests", tracking_uri=f"file:{tmp_path}"),
-        NormDynamicsMonitor(1, tables=False),
-    )
-    for _ in range(2):
-        fit(make(), [watch], logger=logger, max_epochs=1)
-    artifacts = {
-        Path(each.path).name for each in logger.experiment.list_artifacts(logger.run_id, "normdyn")
-    }
-    assert {name for name in artifacts if name.endswith(".npz")} == {
-        "history.npz",
-        "history.fit2.npz",
-    }

@@ -1,0 +1,144 @@
+"""What came of a fit, as any logger may show it: pictures, charts and a table of the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
+from lightning_normdyn.monitor.plots.layers import plot_curves
+from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
+from lightning_normdyn.monitor.quantities import Place, shown_in
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# W&B draws no more of a custom chart than this.
+MOST_CHART_ROWS = 10_000
+DOTS_PER_INCH = 110
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a fit.
+
+    Args:
+        history: all rows.
+        layers: one row per weight, the same keys in each; None where a number is not known.
+        quantities: the quantities that were asked for; pictures show these.
+        label: appended to names, so that a second monitor does not overwrite the first one's.
+    """
+
+    history: History
+    layers: list[dict[str, Any]]
+    quantities: Sequence[str]
+    label: str = ""
+
+    @property
+    def step(self) -> int:
+        """The x value: the last row's."""
+        return int(self.history[-1]["step"])
+
+    @property
+    def final(self) -> dict[str, float]:
+        """The overview at the last row, by log key."""
+        return {key: value for key, value in self.history[-1].items() if key.startswith("normdyn/")}
+
+    @cached_property
+    def pictures(self) -> dict[str, Any]:
+        """By name, each ``(height, width, 3)`` uint8: drawn once for all loggers. Empty without
+        matplotlib."""
+        return {name: _pixels(figure) for name, figure in self._figures()} if can_draw() else {}
+
+    def _figures(self) -> Iterator[tuple[str, Figure]]:
+        for quantity in self.shown_in("curves"):
+            yield f"{quantity}{self.label}", plot_curves(self.history, quantity)[0]
+        for quantity in self.shown_in("map"):
+            yield (
+                f"heat_map_{quantity}{self.label}",
+                plot_heatmap(self.history, quantity=quantity)[0],
+            )
+        if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
+            yield f"norm_ridge{self.label}", plot_norm_ridge(self.history)[0]
+
+    def shown_in(self, place: Place) -> list[str]:
+        """The quantities for a place that were asked for and recorded."""
+        recorded = _recorded(self.history)
+        return [q for q in shown_in(place) if q in self.quantities and q in recorded]
+
+    def markdown(self) -> str:
+        """The layers as a Markdown table."""
+        return markdown(self.layers)
+
+    def chart(self, quantity: str) -> tuple[list[list[int]], list[list[float]], list[str]]:
+        """Steps, values and names of all layers' curves, thinned alike to what W&B draws."""
+        keys = [key for key in self.history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
+        most = max(2, MOST_CHART_ROWS // max(1, len(keys)))
+        xs, ys = [], []
+        for key in keys:
+            steps, values = self.history.column(key)
+            # Evenly spaced, and the first and the last row always.
+            evenly = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps)))
+            chosen = np.unique(evenly.round().astype(int))
+            xs.append(steps[chosen].tolist())
+            ys.append(values[chosen].tolist())
+        return xs, ys, [key.removeprefix(f"{quantity}/") for key in keys]
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    from importlib.util import find_spec
+
+    return find_spec("matplotlib") is not None
+
+
+def _pixels(figure: Figure) -> Any:
+    figure.set_dpi(DOTS_PER_INCH)
+    canvas: Any = figure.canvas
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing from"
+        )  # a name in a script that the font lacks
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _recorded(history: History) -> list[str]:
+    """Quantities of which some layer has a value."""
+    keys = history.keys()
+    return list(
+        dict.fromkeys(
+            key.split("/")[0] for key in keys if "/" in key and not key.startswith("normdyn/")
+        )
+    )
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows with the same keys as a Markdown table."""
+    if not rows:
+        return ""
+    cells = [
+        [str(key) for key in rows[0]],
+        ["---"] * len(rows[0]),
+        *([_cell(value) for value in row.values()] for row in rows),
+    ]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.3g}" if isfinite(value) else str(value)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return text.replace("|", "\\|")
+
+
+__all__ = ["Outcome", "can_draw", "markdown"]

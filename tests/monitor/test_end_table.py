@@ -1,0 +1,80 @@
+"""The table at the end of a fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import TARGETS, ManualNet, Net, fit, loader, make, weights_of
+
+from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
+from lightning_normdyn.monitor import end_table
+
+
+def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
+    return NormDynamicsMonitor(every, tables=False, **arguments)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def test_the_tables_at_start_and_end(capsys):
+    fit(make(make_optimizer=momentum), [NormDynamicsMonitor(1), AdaptiveWeightShrink(0.5)])
+    printed = capsys.readouterr().out
+    start, end = printed.split("lightning-normdyn: after 8 optimizer steps")
+    assert "lightning-normdyn: targets" in start
+    for name in (*TARGETS, "net.8.weight"):
+        assert name in start
+        assert name in end
+    assert "AWS" in start
+    assert "→" in end
+
+
+class Turns(ManualNet):
+    """A GAN's way: the first half steps in every batch, ``repeats`` times, the second one in every
+    ``n_critic``-th batch."""
+
+    n_critic, offset, repeats = 5, 0, 1
+
+    def training_step(self, batch, batch_idx=0):
+        for index, optimizer in enumerate(self.optimizers()):
+            turns = self.repeats if index == 0 else int(batch_idx % self.n_critic == self.offset)
+            for _ in range(turns):
+                loss = Net.training_step(self, batch, batch_idx)
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+
+def layers_now(watch):
+    """The rows of the end table, with the norms that the weights have at this moment."""
+    norms = watch.member.current_norms()
+    return watch.member.layers(
+        {name: norm for table in norms.values() for name, norm in table.items()}
+    )
+
+
+def test_the_end_table_takes_the_norms_of_every_optimizer_anew():
+    watch = monitor(50)
+    module = make(Turns, make_optimizer=lambda p: torch.optim.SGD(p, lr=0.5))
+    fit(module, [watch], loader(20 * 8), max_epochs=1)
+    table = {row["weight"]: row for row in layers_now(watch)}
+    for name in TARGETS:
+        norm = float(weights_of(module)[name].flatten(1).norm(dim=1).mean())
+        assert table[name]["norm last"] == pytest.approx(norm, rel=1e-6)
+    # In the history too, beside the numbers of the one that stepped last: a weight that does not
+    # step keeps its norm.
+    assert watch.history[-1]["step"] == 19
+    norm = float(weights_of(module)[TARGETS[1]].flatten(1).norm(dim=1).mean())
+    assert watch.history[-1][f"weight_norm/{TARGETS[1]}"] == pytest.approx(norm, rel=1e-6)
+    assert f"{norm:.3g}" in watch.member.end_table(layers_now(watch))
+
+
+def test_a_sentence_names_eight_weights_of_those_that_were_clamped():
+    assert end_table._clamps_in_words({}) == ""
+    words = end_table._clamps_in_words({f"w{i}": 2 for i in range(9)}).replace("\n", " ")
+    assert "clamped at 0.5 18 times" in words
+    assert "w7: 2, ...)" in words
+    assert "w8" not in words
