@@ -3,8 +3,8 @@ splits into vectors."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
@@ -67,14 +67,9 @@ class Selection(Generic[AnyRule]):
                 trains and that no optimizer holds.
             NotSupportedError: for a named weight that cannot be treated.
         """
-        rule, session = self.rule, self.session
-        weights = self._candidates(session.weights.names)
-        chosen = match_patterns(
-            rule.params,
-            [session.weights.names[w] for w in weights],
-            what="weights of two or more dimensions",
-        )
-        matches = [weights[i] for i in chosen]
+        rule = self.rule
+        names = self.session.weights.names
+        matches = self._matching(names, what="weights of two or more dimensions")
         self.matched = set(matches)
         if rule.params != ["auto"] and not matches:
             raise NoTargetsError(
@@ -97,21 +92,21 @@ class Selection(Generic[AnyRule]):
 
     def match_new(self, new: Mapping[Tensor, Sequence[str]]) -> None:
         """Weights have come during the fit."""
-        weights = self._candidates(new)
+        self.matched.intersection_update(self.session.weights.names)
         # Patterns matched at fit start; since then they may mean layers that are gone.
-        chosen = match_patterns(
-            self.rule.params, [tuple(new[w]) for w in weights], all_must_match=False
-        )
-        self.matched = {w for w in self.matched if w in self.session.weights.names}
-        self.matched |= {weights[i] for i in chosen}
+        self.matched.update(self._matching(new, all_must_match=False))
 
-    def _candidates(self, weights: Iterable[Tensor]) -> list[Tensor]:
-        shapes, lazy = self.session.weights.shapes, self.session.weights.lazy
-        return [w for w in weights if len(shapes[w]) >= 2 or w in lazy]
+    def _matching(self, names: Mapping[Tensor, Sequence[str]], **options: Any) -> list[Tensor]:
+        """Those of these weights that ``params`` lets in; options as for `match_patterns`."""
+        known = self.session.weights
+        # A lazy weight has no shape yet; a person who names it must hear of it.
+        weights = [w for w in names if known.is_matrix(w) or w in known.lazy]
+        chosen = match_patterns(self.rule.params, [tuple(names[w]) for w in weights], **options)
+        return [weights[i] for i in chosen]
 
     def _is_exact(self, weight: Tensor) -> bool:
         """Whether ``params`` holds one of the weight's names, and not only a pattern that fits."""
-        return any(name in self.rule.params for name in self.session.weights.names[weight])
+        return not set(self.rule.params).isdisjoint(self.session.weights.names[weight])
 
     def _warn_of_lazy(self, matches: Sequence[Tensor]) -> None:
         lazy = [self.name_of(w) for w in matches if w in self.session.weights.lazy]
