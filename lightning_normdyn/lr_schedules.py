@@ -42,7 +42,8 @@ def weight_decay_equivalent_lrs(
         NotSupportedError: if the scalar that carries the decay does not stay positive.
 
     Example:
-        >>> [round(lr, 4) for lr in weight_decay_equivalent_lrs([0.1, 0.1, 0.01], 0.5)]  # 0.1 · 0.95^-1, 0.1 · 0.95^-3, ...
+        >>> lrs = weight_decay_equivalent_lrs([0.1, 0.1, 0.01], 0.5)
+        >>> [round(lr, 4) for lr in lrs]  # 0.1 · 0.95^-1, 0.1 · 0.95^-3, ...
         [0.1053, 0.1166, 0.0123]
     """
     scalar, velocity = 1.0, None

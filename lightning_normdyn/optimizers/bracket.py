@@ -274,7 +274,7 @@ class StepBracket:
         return (view,), {**kwargs, "closure": wrapped}
 
     def _evaluated_again(self) -> None:
-        """The optimizer takes a second gradient in one step, at whatever weights (SAM, a line search).
+        """The optimizer takes a second gradient in one step (SAM, a line search).
 
         The step still leads from the weights of the first gradient to those that it leaves, so it
         can be measured and projected, and its weights rescaled. But what acts between a gradient

@@ -33,6 +33,7 @@ def check_optimizer(optimizer: Optimizer) -> None:
             not call.
     """
     name = type(optimizer).__name__
+    # Before the question, since some wrappers would get their hooks only at their first zero_grad.
     prepare_step_hooks(optimizer)
     if not fires_step_hooks(optimizer):
         raise NotSupportedError(
@@ -44,9 +45,9 @@ def check_optimizer(optimizer: Optimizer) -> None:
         raise closure_error(optimizer)
     if is_schedule_free(optimizer):
         raise NotSupportedError(
-            f"{name} keeps a second copy of the weights and trains at a point between the two, so a "
-            "norm or a step of the parameter alone means nothing. Use the optimizer's ordinary form "
-            "with a learning rate schedule."
+            f"{name} keeps a second copy of the weights and trains at a point between the two, so "
+            "a norm or a step of the parameter alone means nothing. Use the optimizer's ordinary "
+            "form with a learning rate schedule."
         )
 
 
@@ -72,13 +73,15 @@ def check_rate(optimizer: Optimizer, weights: Iterable[Tensor]) -> None:
     targeted = {id(weight) for weight in weights}
     for group in optimizer.param_groups:
         for weight in group["params"]:
+            # By identity: tensors compare entry by entry.
             if id(weight) in targeted and applied_rate(optimizer, group, weight) is None:
                 lr = group.get("lr", "no 'lr' at all")
                 raise NotSupportedError(
                     "This callback acts in proportion to the learning rate that "
                     f"{type(optimizer).__name__} applies in each step, but that cannot be told "
                     f"from its param group (lr: {lr!r}) and its state. Use an optimizer with a "
-                    "learning rate of its param group, such as AdamW or SGD, or remove the callback."
+                    "learning rate of its param group, such as AdamW or SGD, or remove the "
+                    "callback."
                 )
 
 
@@ -98,6 +101,7 @@ def check_decay_takeover(
     """
     name = type(optimizer).__name__
     reason = supports_decay_takeover(optimizer)
+    # A wrapper's own groups may be read by nobody.
     if inner_optimizers(optimizer):
         reason = f"{name} steps through the optimizer inside it, which has param groups of its own"
     if reason is None:
@@ -128,6 +132,7 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
             "set weight_decay=0 in the weight's param group, or use weight_decay='keep' where the "
             "callback has it."
         )
+        # One weight stands for all of the group: the law is the group's.
         if applied_decay(optimizer, group, partial[0]) is None:
             raise NotSupportedError(
                 f"{kept} a trial could not tell how it applies its decay, so it cannot be applied "

@@ -43,7 +43,7 @@ AnOptimizer: TypeAlias = Optimizer | type[Optimizer]
 """An optimizer, or its class where nothing about the instance matters."""
 
 
-# ----------------------------------------------------------------------- what the optimizer itself does
+# ------------------------------------------------------------------- what the optimizer itself does
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,11 @@ def decay_kind(optimizer: Optimizer, group: Group) -> Kind | None:
     return None if law is None else law.kind
 
 
-def applied_decay(optimizer: Optimizer, group: Group, weight: Tensor) -> AppliedDecay | None:
+def applied_decay(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> AppliedDecay | None:
     """How the next step of ``optimizer`` decays ``weight``.
 
     Returns:
@@ -170,27 +174,33 @@ def optimizer_decay(optimizer: AnOptimizer, group: Group) -> Number | None:
 
     Example:
         >>> from torch.optim import SGD, Adam
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-3)
         >>> round(optimizer_decay(SGD, group), 6)
         0.05
         >>> optimizer_decay(Adam, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-3}) is None
         True
     """
     decay = written_decay(optimizer, group)
+    # Even of an optimizer that nobody understands: 0 times anything.
     if is_zero(decay):
         return 0.0
     if isinstance(optimizer, Optimizer):
         law = decay_law(optimizer, group)
         if law is not None and law.kind == "decoupled":
             return decay if _acts_at_the_rate(optimizer, group, law) else None
+    # A coupled decay acts as often as a gradient does, which the step's response tells.
     response = own_response(class_for_predictions(optimizer), group)
     if response is None or response.rough:
         return None
     return response.effective_decay
 
 
-def _acts_at_the_rate(optimizer: Optimizer, group: Group, law: DecayLaw) -> bool:
-    """Whether a decoupled decay shrinks a weight by `applied_rate` · λ, not another multiple of λ."""
+def _acts_at_the_rate(
+    optimizer: Optimizer,
+    group: Group,
+    law: DecayLaw,
+) -> bool:
+    """Whether a decoupled decay shrinks a weight by `applied_rate` · λ in a step."""
     rate_is_lr = facts_of(optimizer, group).rate in (
         rate_rules.plain,
         rate_rules.lr_without_schedule,
@@ -206,7 +216,7 @@ def replaced_decay(optimizer: AnOptimizer, group: Group) -> str:
 
     Example:
         >>> from torch.optim import SGD, AdamW
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-3)
         >>> replaced_decay(SGD, group)
         'replaces 0.005, acting like 0.05'
         >>> replaced_decay(AdamW, {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 5e-3})
@@ -225,7 +235,7 @@ def replaced_decay(optimizer: AnOptimizer, group: Group) -> str:
     return replaces
 
 
-# ------------------------------------------------------------------------------- whether it can be taken
+# -------------------------------------------------------------------------- whether it can be taken
 
 
 def supports_decay_takeover(optimizer: Optimizer) -> str | None:
@@ -237,7 +247,8 @@ def supports_decay_takeover(optimizer: Optimizer) -> str | None:
 
     Example:
         >>> import torch
-        >>> supports_decay_takeover(torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))])) is None
+        >>> adamw = torch.optim.AdamW([torch.nn.Parameter(torch.randn(4, 3))])
+        >>> supports_decay_takeover(adamw) is None
         True
     """
     name = type(optimizer).__name__
@@ -260,7 +271,7 @@ def taken_over_by_trial(optimizer: Optimizer) -> bool:
     return not facts_of(optimizer).step_was_read and supports_decay_takeover(optimizer) is None
 
 
-# ------------------------------------------------------------------------------- what callbacks make of it
+# ------------------------------------------------------------------------ what callbacks make of it
 
 
 class DecayOwner(IntEnum):
@@ -303,7 +314,7 @@ class DecayRule:
 
         Example:
             >>> from torch.optim import SGD
-            >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+            >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-3)
             >>> rule = DecayRule(DecayOwner.PROJECTION, True, "replace", ratio=0.1)
             >>> round(rule.applied(SGD, group), 6)
             0.005
@@ -343,7 +354,9 @@ def highest_claim(rules: Iterable[DecayRule]) -> DecayOwner | None:
     """Who owns the decay of a weight under these rules; None: the optimizer.
 
     Example:
-        >>> highest_claim([DecayRule(DecayOwner.SHRINK, claims=False), DecayRule(DecayOwner.RESCALING, claims=True)]).name
+        >>> shrinks = DecayRule(DecayOwner.SHRINK, claims=False)
+        >>> rescales = DecayRule(DecayOwner.RESCALING, claims=True)
+        >>> highest_claim([shrinks, rescales]).name
         'RESCALING'
     """
     return max((rule.owner for rule in rules if rule.claims), default=None)
@@ -365,16 +378,18 @@ def decay_of(
 
     Example:
         >>> from torch.optim import SGD
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-3}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-3)
         >>> round(decay_of(SGD, group, [], None).rate, 6)
         0.05
-        >>> decay_of(SGD, group, [DecayRule(DecayOwner.SHRINK, claims=True, alpha=2.5e-3)], DecayOwner.SHRINK)
+        >>> shrinks = DecayRule(DecayOwner.SHRINK, claims=True, alpha=2.5e-3)
+        >>> decay_of(SGD, group, [shrinks], DecayOwner.SHRINK)
         Decay(owner=<DecayOwner.SHRINK: 3>, rate=0.0, alpha=0.0025, statistic='norm')
     """
     rate: Number | None = None
     owners = [rule for rule in rules if rule.claims and rule.owner == owner]
     if owner is None:
         rate = optimizer_decay(optimizer, group)
+    # A claim whose rule is not among these is somebody else's, who says nothing of it.
     elif len(owners) == 1:
         rate = owners[0].applied(optimizer, group)
     # Whoever claims a decay and is outbid applies nothing. Whoever leaves the decay where it is
@@ -382,6 +397,7 @@ def decay_of(
     shrinks = [rule for rule in rules if rule.alpha and (rule.owner == owner or not rule.claims)]
     if not shrinks:
         return Decay(owner, rate)
+    # Two of them at once are refused elsewhere; here nobody can tell what they come to.
     if len(shrinks) > 1:
         return Decay(owner, None)
     return Decay(owner, rate, shrinks[0].alpha, shrinks[0].statistic)

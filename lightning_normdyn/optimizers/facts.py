@@ -8,8 +8,9 @@ really applies, which buffer tells what the last step was. A new optimizer is on
 A row is found in one of three ways. torch's optimizers were read, so theirs are found by the step
 function itself. The optimizers of other packages are found by name together with the keys of their
 param groups. Families, of which only the rate or the kind of weights is known, are found by what
-their class and param groups show. What is in no row is unknown: no prediction, and refusals by name,
-except where a trial on scratch weights shows how it steps (`lightning_normdyn.optimizers.trial`).
+their class and param groups show. What is in no row is unknown: no prediction, and refusals by
+name, except where a trial on scratch weights shows how it steps
+(`lightning_normdyn.optimizers.trial`).
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ _TORCH = (
     _torch_row("Muon", exponents={"momentum_buffer": -1.0}, decay_law=_decoupled, per_matrix=True),
 )
 
-# ------------------------------------------------------------------------- of other packages, by name
+# ------------------------------------------------------------------- of other packages, by name
 
 
 def _over_first_lr(optimizer: Optimizer, group: Group) -> Any:
@@ -230,7 +231,7 @@ def _is_adafactor(optimizer_class: type, group: Group) -> bool:
 
 
 def _adapts_its_rate(optimizer_class: type, group: Group) -> bool:
-    """D-Adaptation and Prodigy keep their estimate as "d". Other optimizers call other things so."""
+    # D-Adaptation and Prodigy keep their estimate as "d", but others call other things so.
     if "d" not in group:
         return False
     name = rate_rules.adaptation_name(optimizer_class)

@@ -37,9 +37,12 @@ def as_number(value: object) -> Number | None:
 
     Example:
         >>> import numpy as np, torch
-        >>> as_number(np.float32(0.5)), as_number(torch.tensor([0.5])), as_number("0.5"), as_number(True)
-        (0.5, 0.5, None, None)
+        >>> as_number(np.float32(0.5)), as_number(torch.tensor([0.5]))
+        (0.5, 0.5)
+        >>> as_number("0.5"), as_number(True)
+        (None, None)
     """
+    # Python counts a bool among the integers, but an option is no number.
     if isinstance(value, bool):
         return None
     if isinstance(value, Tensor):
@@ -56,6 +59,7 @@ def as_number(value: object) -> Number | None:
 def _of_tensor(value: Tensor) -> Number | None:
     if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
         return None
+    # Reading a number of an accelerator would wait for all its work.
     if value.device.type == "cpu":
         return float(value)
     return value.detach().reshape(())
@@ -80,7 +84,8 @@ def with_plain_numbers(group: Group) -> dict[str, Any]:
 
     Example:
         >>> import numpy as np
-        >>> with_plain_numbers({"lr": np.float32(0.5), "betas": (np.float64(0.9), 1), "nesterov": False})
+        >>> group = {"lr": np.float32(0.5), "betas": (np.float64(0.9), 1), "nesterov": False}
+        >>> with_plain_numbers(group)
         {'lr': 0.5, 'betas': (0.9, 1.0), 'nesterov': False}
     """
     plain: dict[str, Any] = {}

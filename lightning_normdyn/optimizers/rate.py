@@ -18,7 +18,11 @@ from lightning_normdyn.optimizers.scratch import is_scratch
 from lightning_normdyn.optimizers.trial import DecayTrial, try_decay
 
 
-def applied_rate(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def applied_rate(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """The rate that the next step of ``optimizer`` really applies to ``weight``.
 
     Args:

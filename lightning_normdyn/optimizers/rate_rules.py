@@ -40,12 +40,20 @@ ADAPTATION_KEYS = frozenset(
 )
 
 
-def plain(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def plain(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """The rate is ``group["lr"]``; None where the group has none."""
     return as_number(group.get("lr"))
 
 
-def lr_without_schedule(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def lr_without_schedule(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """The rate is ``group["lr"]`` unless something speaks of another one."""
     # A "d" that no rule knows may be an estimate that the learning rate is multiplied by.
     if "d" in group or has_own_schedule(optimizer, group):
@@ -62,7 +70,11 @@ def has_own_schedule(optimizer: Optimizer, group: Group) -> bool:
     return False
 
 
-def adagrad(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def adagrad(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """torch's Adagrad divides its learning rate by 1 + (steps so far) · ``lr_decay``."""
     lr = as_number(group.get("lr"))
     slower = group_number(group, "lr_decay")
@@ -71,7 +83,11 @@ def adagrad(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None
     return lr / (1 + _steps_so_far(optimizer, group, weight) * slower)
 
 
-def asgd(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def asgd(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """torch's ASGD keeps the rate of its next step in the state, from the first step on."""
     state = _state_of(optimizer, weight)
     if state.get("eta") is None:
@@ -79,16 +95,25 @@ def asgd(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
     return as_number(state["eta"])
 
 
-def torch_adafactor(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def torch_adafactor(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """torch's Adafactor: min(lr, 1/√t) times the RMS of the weight."""
     lr = as_number(group.get("lr"))
     if lr is None:
         return None
+    # The relative step of the paper, with the learning rate as its bound.
     relative = _smaller(lr, (_steps_so_far(optimizer, group, weight) + 1) ** -0.5)
     return _scaled_by_size(relative, weight, _second(group.get("eps")))
 
 
-def adafactor(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def adafactor(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """Adafactor as fairseq, transformers, timm and pytorch_optimizer write it.
 
     The rate is the learning rate or the relative step 1/√t, scaled by the RMS of the weight.
@@ -115,15 +140,20 @@ def adafactor(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | No
 
 
 def adaptation_name(optimizer_class: type) -> str | None:
-    """The name of the class of D-Adaptation or Prodigy that ``optimizer_class`` is or derives from."""
+    """The class of D-Adaptation or Prodigy that ``optimizer_class`` is or derives from."""
     for base in optimizer_class.__mro__:
         if base.__name__.startswith(("DAdapt", "Prodigy")):
             return base.__name__
     return None
 
 
-def adaptation(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def adaptation(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """D-Adaptation and Prodigy: d·lr, with the estimate d that the last step left."""
+    # Prodigy with split groups keeps one estimate for each and may share the mean.
     estimate = as_number(group.get("d"))
     if group.get("split_groups_mean") and group.get("shared_d"):
         estimate = as_number(group["shared_d"])
@@ -139,18 +169,24 @@ def adaptation(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | N
     return estimate * lr / first_gradient
 
 
-def heavyball(optimizer: Optimizer, group: Group, weight: Tensor) -> Number | None:
+def heavyball(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number | None:
     """HeavyBall warms up inside of the step: lr · t / max(t, warmup_steps + 1)."""
     lr = as_number(group.get("lr"))
     warmup = group_number(group, "warmup_steps")
     if lr is None or (isinstance(warmup, float) and warmup <= 0):
         return lr
+    # The count is of the steps before, and the coming one is asked for.
     step = group_number(group, "step_count") + 1
     return lr * _smaller(1.0, step / (warmup + 1))
 
 
 def _state_of(optimizer: Optimizer, weight: Tensor) -> Group:
     """The state of one weight; empty before its first step, and where it is of another form."""
+    # An optimizer of somebody may keep a list or an object there.
     if isinstance(optimizer.state, Mapping):
         state = optimizer.state.get(weight)
         if isinstance(state, Mapping):
@@ -158,7 +194,11 @@ def _state_of(optimizer: Optimizer, weight: Tensor) -> Group:
     return {}
 
 
-def _steps_so_far(optimizer: Optimizer, group: Group, weight: Tensor) -> Number:
+def _steps_so_far(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number:
     """Steps that this weight has made: counted in its state, or in the group for all weights."""
     state = _state_of(optimizer, weight)
     return group_number(group if state.get("step") is None else state, "step")
@@ -184,7 +224,11 @@ def _smaller(a: Number, b: Number) -> Number:
     )
 
 
-def _scaled_by_size(rate: Number, weight: Tensor, bound: object) -> Number | None:
+def _scaled_by_size(
+    rate: Number,
+    weight: Tensor,
+    bound: object,
+) -> Number | None:
     """``rate`` times the RMS of the weight, at least ``bound``: a tensor on the weight's device."""
     least = as_number(bound)
     # Only for a weight that lies in one piece on this rank: nobody knows what the optimizer

@@ -83,7 +83,7 @@ _known_steps: WeakKeyDictionary[type, tuple[Any, OptimizerFacts | None]] = WeakK
 
 
 def _row_of_step(optimizer_class: type) -> OptimizerFacts | None:
-    """The row of torch, or by name, whose step ``optimizer_class`` has; its keys are not looked at."""
+    """The row whose step ``optimizer_class`` has, before its param groups are looked at."""
     step = _step_of(optimizer_class)
     known = _known_steps.get(optimizer_class)
     if known is None or known[0] is not step:
@@ -140,6 +140,7 @@ def _knows_all_that_is_set(row: OptimizerFacts, group: Group) -> bool:
     if not all(key in group for key in ("lr", "weight_decay", *row.keys)):
         return False
     for key, value in group.items():
+        # None means "as by default", whatever that is called.
         if key in row.neutral:
             if value is not None and bool(value) != bool(row.neutral[key]):
                 return False
@@ -160,7 +161,7 @@ def _is_set(value: Any) -> bool:
 
 
 def row_of(optimizer_class: type, group: Group) -> OptimizerFacts | None:
-    """The row of `TABLE` for a param group of an optimizer of ``optimizer_class``; None if none fits.
+    """The row of `TABLE` for a param group of an optimizer; None if none fits.
 
     What an instance says beside its groups (attributes, a step of its own that a trial has looked
     at) is known to `facts_of` only.
@@ -289,10 +290,8 @@ _answers: WeakKeyDictionary[Optimizer, tuple[Any, dict[str, Any]]] = WeakKeyDict
 
 
 def answer_once(optimizer: Optimizer, question: str, trial: Callable[[], _Answer]) -> _Answer:
-    """The answer of a trial, which is not made again while the options of ``optimizer`` stay the same.
-
-    Numbers do not count as options: schedules change them at every step.
-    """
+    """The answer of a trial, which is made once while the optimizer's options stay the same."""
+    # Numbers do not count as options: schedules change them at every step.
     options = []
     for group in optimizer.param_groups:
         for key, value in group.items():
@@ -318,7 +317,8 @@ def sets_weights_back(optimizer: Optimizer) -> float | None:
 
     Example:
         >>> import torch
-        >>> sets_weights_back(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)) is None
+        >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+        >>> sets_weights_back(sgd) is None
         True
     """
     if facts_of(optimizer).step_was_read:

@@ -58,6 +58,7 @@ class _Watch:
 
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = list(tensors)
+        # Versions and not copies: comparing numbers would cost memory and wait for the device.
         self._versions = list(map(_version, tensors))
 
     def written(self) -> list[bool]:
@@ -120,12 +121,14 @@ class Scaling:
         self.stepped = [False] * len(weights)
 
         self._buffers: dict[str, tuple[float, _Watch]] = {}
+        # Before its first step an optimizer has no buffers: there is nothing to rescale then.
         for name, exponent in (exponents or {}).items():
             states = [(state or {}).get(weight, {}) for weight in weights]
             buffers = [of_weight.get(name) for of_weight in states]
             if any(buffer is not None for buffer in buffers):
                 self._buffers[name] = exponent, _Watch(buffers)
         self._statistics = [(s, _Watch(list(s.buffers().values()))) for s in statistics]
+        # Taken before `apply`, so that a later version says that it was done.
         self._before = vectors.versions()
         self._left: list[int] | None = None
         # Weak: gradients are the first thing that somebody who is out of memory lets go of.
@@ -135,6 +138,7 @@ class Scaling:
         """Multiply everything."""
         vectors = self.vectors
         vectors.scale_(self.factor)
+        # A gradient goes as one over the length, so it is divided.
         if self.gradients:
             vectors.scale_(1 / self.factor, vectors.gradients())
         for exponent, watch in self._buffers.values():
@@ -156,6 +160,7 @@ class Scaling:
         self._gradients_left = []
         for weight in self.vectors.weights:
             gradient = gradient_of(weight)
+            # An object and its version: a new gradient may be written into the same memory.
             held = None if gradient is None else ref(gradient)
             self._gradients_left.append((held, _version(gradient)))
 
@@ -165,6 +170,7 @@ class Scaling:
 
     def _new_gradients(self) -> list[bool]:
         """For each weight whether its gradient is another one than at `seal`."""
+        # Not sealed yet: the step raised before its update, so nothing was taken anew.
         if not self._gradients_left:
             return [False] * len(self.vectors.weights)
         new = []
@@ -180,6 +186,7 @@ class Scaling:
         To be called before anybody takes anything back.
         """
         now = self.vectors.versions()
+        # Without a seal nobody can have stepped: the update follows it.
         self.stepped = list(map(ne, now, self._left or now))
         multiplied = self._multiplied(now)
         self.pending = [
@@ -202,10 +209,12 @@ class Scaling:
         pending, vectors = self.pending, self.vectors
         if not any(pending):
             return
+        # Divided, not restored from a copy, which would be as large as the model.
         vectors.scale_(1 / self._where(pending))
         if gradients_count:
             self._rescale_gradients()
         for exponent, watch in self._buffers.values():
+            # Apart from the weights: an exception may have come between the two.
             written = list(map(and_, pending, watch.written()))
             vectors.scale_(self._where(written) ** -exponent, vectors.local(watch.tensors))
         for statistics, watch in self._statistics:
@@ -229,6 +238,7 @@ class Scaling:
 
     def _where(self, chosen: Sequence[bool]) -> Tensor:
         """The factor of the vectors of chosen weights, 1 for the others."""
+        # The common case, without a transfer to the device.
         if all(chosen):
             return self.factor
         of_weight = torch.tensor(list(chosen), dtype=torch.bool, device=self.factor.device)
@@ -250,6 +260,7 @@ class Scaling:
         self.judge()
         if not any(self.pending):
             return {}
+        # On every rank, even where none of its own weights is pending: it is a collective.
         gathered = self.vectors.gather(self.factor)
         written = {name: watch.written() for name, (_, watch) in self._buffers.items()}
         weights: Ahead = {}
@@ -272,12 +283,12 @@ class Scaling:
 
 
 class RoundedScaling(Scaling):
-    """A scaling of weights stored in bfloat16 or float16: factors that rounding would swallow are owed.
+    """A scaling of low-precision weights: factors that rounding would swallow are owed.
 
     Taken back, the factor is owed in the other direction; the weights stay as they are.
 
     Args:
-        vectors: the weights.
+        vectors: the weights, stored in bfloat16 or float16.
         factor: ``(n,)``.
         owed: ``(n,)``: the product of the factors that earlier steps left unapplied.
 
@@ -285,7 +296,12 @@ class RoundedScaling(Scaling):
         owed: the same, now.
     """
 
-    def __init__(self, vectors: WeightVectors, factor: Tensor, owed: Tensor) -> None:
+    def __init__(
+        self,
+        vectors: WeightVectors,
+        factor: Tensor,
+        owed: Tensor,
+    ) -> None:
         super().__init__(vectors, factor)
         self.owed = owed
         self._applied = False
@@ -316,7 +332,10 @@ class RoundedScaling(Scaling):
 
 @torch.no_grad()
 def put_back(
-    ahead: Ahead, weights: Mapping[str, Tensor], optimizers: Sequence[Optimizer], module: nn.Module
+    ahead: Ahead,
+    weights: Mapping[str, Tensor],
+    optimizers: Sequence[Optimizer],
+    module: nn.Module,
 ) -> list[str]:
     """Take back what a checkpoint holds although its step never happened (`Scaling.state`).
 
@@ -343,9 +362,13 @@ def put_back(
 
 
 def _put_weight_back(
-    name: str, weight: Tensor, entry: Ahead, optimizers: Sequence[Optimizer]
+    name: str,
+    weight: Tensor,
+    entry: Ahead,
+    optimizers: Sequence[Optimizer],
 ) -> bool:
     """Whether ``entry`` fits the weight; divides it and its buffers if so."""
+    # The vectors of then: the callbacks of this process may be resolved to others.
     partition = Partition(tuple(entry["keep"]), entry["labels"], "saved")
     saved = entry["factor"]
     if saved.shape != (partition.n,) or not bool((torch.isfinite(saved) & (saved > 0)).all()):
@@ -354,6 +377,7 @@ def _put_weight_back(
         vectors = WeightVectors([weight], [partition], [name])
     except (ValueError, IndexError):  # the weight has another shape
         return False
+    # The weight itself was not written to; who keeps what is owed divides it.
     if entry.get("owed"):
         return True
     factor = vectors.scatter([saved])
@@ -387,10 +411,14 @@ def _written_buffers(statistics: Statistics, watch: _Watch) -> dict[str, Tensor]
 
 
 def _rescale_statistics(
-    module: nn.Module, buffers: Mapping[str, Tensor], factor: Tensor, bias: Tensor | None
+    module: nn.Module,
+    buffers: Mapping[str, Tensor],
+    factor: Tensor,
+    bias: Tensor | None,
 ) -> None:
     if not buffers:
         return
+    # A checkpoint is loaded on the host.
     device = next(iter(buffers.values())).device
     offset = None if bias is None else bias.to(device)
     eps = float(module.eps)  # type: ignore[arg-type]

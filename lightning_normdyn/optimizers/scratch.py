@@ -100,6 +100,7 @@ class ScratchOptimizer:
         if not self.weights:
             raise CannotTryError("it holds no dense weight of at most 5 dimensions")
 
+        # Without __init__, whose arguments nobody knows any more.
         self.optimizer: Optimizer = object.__new__(self.kind)
         _scratch_optimizers.add(self.optimizer)
         copier = _Copier(optimizer, self.optimizer, self._stands_for)
@@ -128,6 +129,7 @@ class ScratchOptimizer:
                 group["weight_decay"] = weight_decay
             if lr is not None and as_number(group.get("lr")) is not None:
                 group["lr"] = _like(group["lr"], lr)
+            # A schedule-free optimizer that was left in evaluation refuses to step.
             if "train_mode" in group:
                 group["train_mode"] = True
 
@@ -157,6 +159,7 @@ class ScratchOptimizer:
 
         It is the same in every trial, of changing size, and independent of the weights.
         """
+        # Of changing size, so that a second moment and a clipping are seen.
         scale = (1.0, 0.03, 20.0, 0.5)[number % 4]
         for position, weight in enumerate(self.weights):
             values = scale * _numbers(tuple(weight.shape), seed=31 * number + position)
@@ -173,6 +176,7 @@ class ScratchOptimizer:
             step = step.__wrapped__  # type: ignore[union-attr]
         if step is None:
             raise CannotTryError("it has no step")
+        # As within a fit: a step may take gradients of its own.
         with torch.enable_grad():
             step(on or self.optimizer)
 
@@ -190,6 +194,7 @@ class ScratchOptimizer:
         """
         if _others_listen() and _calls_a_hooked_step(type(optimizer)):
             raise CannotTryError("somebody listens to the steps of all optimizers")
+        # Only the generators of devices that are in use: others may not even be initialized.
         devices = {p.device for group in optimizer.param_groups for p in group["params"]}
         accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
         kind = accelerators[0].type if accelerators else "cuda"
@@ -249,6 +254,7 @@ def _others_listen() -> bool:
 
 def _calls_a_hooked_step(kind: type) -> bool:
     """Whether the step of ``kind`` may call that of a base class around which torch calls hooks."""
+    # torch hooks a step when a class is first instantiated; the outermost is called without hooks.
     steps = [vars(c)["step"] for c in kind.__mro__ if "step" in vars(c)]
     return any(getattr(step, "hooked", False) for step in steps[1:])
 
@@ -301,9 +307,12 @@ def _like(value: Any, number: float) -> Any:
 
 
 def _fill_state(
-    state: dict[Any, Any], pair: list[nn.Parameter], real: Tensor, real_state: object
+    state: dict[Any, Any],
+    pair: list[nn.Parameter],
+    real: Tensor,
+    real_state: object,
 ) -> None:
-    """State for scratch weights, of an optimizer that makes some before its first step (Adagrad)."""
+    """State for scratch weights where the real one has some before its first step (Adagrad)."""
     if isinstance(real_state, Mapping):
         for scratch in pair:
             state[scratch] = {
@@ -311,7 +320,11 @@ def _fill_state(
             }
 
 
-def _fresh_state(value: Any, real: Tensor, scratch: Tensor) -> Any:
+def _fresh_state(
+    value: Any,
+    real: Tensor,
+    scratch: Tensor,
+) -> Any:
     if isinstance(value, Tensor) and value.shape == real.shape and value.dim():
         return torch.zeros_like(scratch, dtype=value.dtype)
     if isinstance(value, Tensor) and value.dim() == 0:
@@ -323,8 +336,10 @@ def _fresh_state(value: Any, real: Tensor, scratch: Tensor) -> Any:
     raise CannotTryError("what it keeps for each weight cannot be made for other weights")
 
 
+# What a step cannot change.
 _SHARED_TYPES: tuple[type, ...] = (
-    type(None), bool, int, float, complex, str, bytes, range, slice, type, types.ModuleType, types.BuiltinFunctionType,
+    type(None), bool, int, float, complex, str, bytes, range, slice, type,
+    types.ModuleType, types.BuiltinFunctionType,
     torch.dtype, torch.device, torch.Size, torch.memory_format, np.generic,
 )  # fmt: skip
 
@@ -339,7 +354,10 @@ class _Copier:
     """
 
     def __init__(
-        self, optimizer: Optimizer, scratch: Optimizer, stands_for: Mapping[int, Tensor]
+        self,
+        optimizer: Optimizer,
+        scratch: Optimizer,
+        stands_for: Mapping[int, Tensor],
     ) -> None:
         self._weights = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self._stands_for = stands_for
@@ -368,6 +386,7 @@ class _Copier:
             generator = torch.Generator(device=value.device)
             generator.set_state(value.get_state())
             return generator
+        # What refers to the optimizer weakly must refer to the scratch one.
         if isinstance(value, weakref.ref):
             return weakref.ref(self._scratch) if value() is self._optimizer else value
         if isinstance(value, (random.Random, np.random.Generator, np.ndarray)):
@@ -381,6 +400,7 @@ class _Copier:
             if id(value) not in self._stands_for:
                 raise CannotTryError("it keeps its weights in attributes")
             return self._stands_for[id(value)]
+        # A copy of what belongs to the model would cost its memory once more.
         if value.numel() > _LARGEST_COPY:
             raise CannotTryError("it keeps large tensors in attributes")
         return value.detach().clone()
@@ -410,14 +430,16 @@ class _Copier:
         """A function is shared, unless it has the real optimizer or its weights in its closure."""
         for cell in value.__closure__ or ():
             held = cell.cell_contents
+            # Called by the trial, it would step the real one.
             if held is self._optimizer or id(held) in self._weights:
                 raise CannotTryError("it holds a function around itself")
         return value
 
     def _object(self, value: Any) -> Any:
-        """An object that is nothing but its attributes is rebuilt; one outside of Python is shared."""
+        # An object that is nothing but its attributes is rebuilt, one outside of Python is shared.
         if not hasattr(value, "__dict__"):
             return value
+        # Classes of C refuse to be made so.
         try:
             rebuilt = object.__new__(type(value))
         except TypeError as error:

@@ -47,6 +47,7 @@ class Snapshots:
         storages = {
             weight: storage for weight, storage in requests.items() if weight not in self._copies
         }
+        # One call for all of them: on a GPU that is a few launches instead of one per weight.
         if storages:
             copies = {weight: self._buffer(weight, s) for weight, s in storages.items()}
             torch._foreach_copy_(list(copies.values()), list(storages.values()))

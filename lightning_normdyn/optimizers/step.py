@@ -1,4 +1,4 @@
-"""One update of one optimizer, as the callbacks see it: its phases, and what was done for it so far.
+"""One update of one optimizer: its phases, and what callbacks have done for it so far.
 
 A handler gets the `Step` and acts through it. What it multiplies before the update is noted there,
 so that it can be taken back if the update never comes (an exception, a checkpoint in between).
@@ -20,7 +20,7 @@ from lightning_normdyn.optimizers.scaling import Scaling
 
 
 class Phase(IntEnum):
-    """The order of events within one step, whatever the order in which callbacks were registered."""
+    """The order of events within a step, whatever the order in which callbacks register."""
 
     RESOLVE = 0  # ready: find out which weights are meant (first step, or param groups changed)
     MEASURE = 10  # ready: sums over w_t, the weight that the gradient was taken at
@@ -35,7 +35,7 @@ class Phase(IntEnum):
 
 
 class Bracket(Protocol):
-    """What a handler may ask of the `lightning_normdyn.optimizers.bracket.StepBracket` of its step."""
+    """What a handler may ask of the `StepBracket` of its step."""
 
     @property
     def optimizer(self) -> Optimizer:

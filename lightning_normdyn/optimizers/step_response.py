@@ -1,8 +1,8 @@
 """How an optimizer's steps answer gradients, together with what callbacks do to the weights.
 
 These few numbers per param group are what every prediction follows from
-(`lightning_normdyn.theory.equilibrium`). ``None`` means "not understood", never a guess. Numbers may
-be floats or tensors. No tensor is read, so nothing waits for a device.
+(`lightning_normdyn.theory.equilibrium`). ``None`` means "not understood", never a guess. Numbers
+may be floats or tensors. No tensor is read, so nothing waits for a device.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def own_response(optimizer_class: type, group: Group) -> StepResponse | None:
     row = row_of(optimizer_class, group)
     if row is None or row.response is None:
         return None
+    # The rules compute, and numpy numbers or Fractions would not go with tensors.
     plain = with_plain_numbers(group)
     plain["weight_decay"] = group_number(group, "weight_decay")
     return row.response(plain)
@@ -73,7 +74,7 @@ def step_response(
 
     Example:
         >>> import torch
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-4)
         >>> response = step_response(torch.optim.SGD, group)
         >>> round(response.total, 6), round(response.turn, 4), response.power
         (10.0, 5.2632, 4)
@@ -84,6 +85,7 @@ def step_response(
     shrink, decay = options.get("shrink"), options.get("decay")
     coupled = options.get("coupled", False)
     projected = options.get("projected", False)
+    # AWS is the decay where it acts, so it comes before any other.
     if shrink is not None:
         response = replace(response, decay=shrink, coupled=coupled, adaptive=True)
     elif decay is not None:

@@ -1,9 +1,9 @@
 """What one step of each understood optimizer does with the gradients so far.
 
 Here is the arithmetic alone, as functions of a param group; `lightning_normdyn.optimizers.facts`
-says which optimizer follows which rule, and `lightning_normdyn.theory.equilibrium` what follows from
-the answer. Numbers may be floats or tensors. No tensor is read, so nothing waits for a device. A
-rule answers ``None`` for settings that nobody has derived.
+says which optimizer follows which rule, and `lightning_normdyn.theory.equilibrium` what follows
+from the answer. Numbers may be floats or tensors. No tensor is read, so nothing waits for a device.
+A rule answers ``None`` for settings that nobody has derived.
 """
 
 from __future__ import annotations

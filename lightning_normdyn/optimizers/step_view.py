@@ -51,6 +51,7 @@ class SplitGroup(dict[str, Any]):
         super().__init__(group)
         super().update(replaced)
         self._group = group
+        # What differs must not reach the user: that is the decay and the list of parameters.
         self._replaced = frozenset(replaced)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -87,7 +88,12 @@ class SplitGroup(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def part_of(group: ParamGroup, replaced: ParamGroup, *, write_through: bool) -> ParamGroup:
+def part_of(
+    group: ParamGroup,
+    replaced: ParamGroup,
+    *,
+    write_through: bool,
+) -> ParamGroup:
     """``group`` with some entries replaced.
 
     With ``write_through`` a `SplitGroup`, else a plain dict, which is all that torch's compiler
@@ -99,7 +105,10 @@ def part_of(group: ParamGroup, replaced: ParamGroup, *, write_through: bool) -> 
 
 
 def split_groups(
-    groups: Sequence[ParamGroup], taken: Container[Tensor], *, write_through: bool = True
+    groups: Sequence[ParamGroup],
+    taken: Container[Tensor],
+    *,
+    write_through: bool = True,
 ) -> list[ParamGroup] | None:
     """Param groups in which the weights whose decay is taken over stand apart, without decay.
 
@@ -120,6 +129,7 @@ def split_groups(
     """
     shown: list[ParamGroup] = []
     changed = False
+    # Without the user's groups being touched: others look at them while the step runs.
     for group in groups:
         without_decay = [p for p in group["params"] if p in taken]
         if not without_decay or is_zero(group_number(group, "weight_decay")):
@@ -211,7 +221,11 @@ def _on_original(view: _View, hook: Any) -> Any:
     """``hook``, called with the optimizer where torch passes its view."""
     original = view._normdyn_original
 
-    def call(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call(
+        _: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
         result = hook(original, (original, *args[1:]), kwargs)
         # What a pre-hook returns becomes the arguments of the step, which must go on with the view.
         if isinstance(result, tuple) and len(result) == 2 and result[0]:
@@ -305,6 +319,7 @@ def view_of(optimizer: Optimizer, kind: type[Any]) -> Optimizer:
         >>> view.param_groups[0]["weight_decay"], sgd.param_groups[0]["weight_decay"]
         (0.0, 0.5)
     """
+    # Without __init__, which would make groups and hooks of its own.
     view = object.__new__(kind)
     # Not by plain assignment: the optimizer's class may have a __setattr__ of its own.
     object.__setattr__(view, "_normdyn_original", optimizer)
@@ -314,7 +329,12 @@ def view_of(optimizer: Optimizer, kind: type[Any]) -> Optimizer:
     return cast(Optimizer, view)
 
 
-def show(view: Any, split: Split, groups: Sequence[ParamGroup], shown: list[ParamGroup]) -> None:
+def show(
+    view: Any,
+    split: Split,
+    groups: Sequence[ParamGroup],
+    shown: list[ParamGroup],
+) -> None:
     """From now on ``view`` shows split groups.
 
     Args:

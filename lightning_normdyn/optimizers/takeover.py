@@ -2,8 +2,8 @@
 
 From ``ready`` to ``stepped`` the step sees the claimed weights in param groups of their own with
 ``weight_decay=0``, which is exact to the bit in every precision. The step alone does
-(`lightning_normdyn.optimizers.step_view`): the optimizer keeps its param groups, whoever looks at it
-meanwhile. Subtracting λ·w from the gradient instead would round, and miss what an optimizer does
+(`lightning_normdyn.optimizers.step_view`): the optimizer keeps its param groups, whoever looks at
+it meanwhile. Subtracting λ·w from the gradient instead would round, and miss what an optimizer does
 with its decay.
 """
 
@@ -44,7 +44,7 @@ class _Rest(NamedTuple):
 
 
 class DecayTakeover:
-    """Who has claimed the decay of which weights of one optimizer, and its exclusion from a step."""
+    """The claims on the decay of one optimizer's weights, and how a step is made without it."""
 
     def __init__(self) -> None:
         self._claims: dict[object, tuple[DecayOwner, Callable[[], Claimed]]] = {}
@@ -62,7 +62,10 @@ class DecayTakeover:
     # ------------------------------------------------------------------------------- claims
 
     def claim(
-        self, claimant: object, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]
+        self,
+        claimant: object,
+        owner: DecayOwner,
+        weights: Claimed | Callable[[], Claimed],
     ) -> Callable[[], None]:
         """See `lightning_normdyn.optimizers.bracket.StepBracket.claim_decay`."""
         self._claims[claimant] = (owner, weights if callable(weights) else lambda: weights)
@@ -101,6 +104,7 @@ class DecayTakeover:
         That itself where no view can be made.
         """
         kind = type(stepping)
+        # Making a class is slow, and a strategy may step another object than the optimizer.
         if self._stepping_class is not kind:
             self._stepping_class, self._view_class = kind, view_class(kind)
             self._writes_into_groups = writes_into_groups(kind)
@@ -111,7 +115,13 @@ class DecayTakeover:
         self._view = ref(view)
         return view
 
-    def begin(self, stepping: Optimizer, step: Step, *, again: bool) -> Callable[[], None] | None:
+    def begin(
+        self,
+        stepping: Optimizer,
+        step: Step,
+        *,
+        again: bool,
+    ) -> Callable[[], None] | None:
         """Let the step see the claimed weights without weight decay.
 
         What it then sees without decay although nobody claimed it gets the optimizer's own from
@@ -136,8 +146,10 @@ class DecayTakeover:
 
         groups = stepping.param_groups
         shown = split(groups)
+        # No group that holds a claimed weight decays at present: schedules may change that.
         if shown is None:
             return None
+        # A step without a view would decay what a callback decays already.
         view = None if self._view is None else self._view()
         if view is None:
             raise NotSupportedError(
@@ -162,6 +174,7 @@ class DecayTakeover:
         for gradient, before, version in changed:
             if after_update or gradient._version == version:
                 gradient.copy_(before)
+        # Putting them back has raised their versions, which must not look like new gradients.
         if changed and step is not None:
             for scaling in step.scalings:
                 scaling.seal_gradients()
@@ -173,7 +186,11 @@ class DecayTakeover:
     # -------------------------------------------------- what nobody claimed and loses its decay
 
     def _decay_rest(
-        self, taken: Mapping[Tensor, Partition | None], step: Step, *, again: bool
+        self,
+        taken: Mapping[Tensor, Partition | None],
+        step: Step,
+        *,
+        again: bool,
     ) -> Callable[[], None] | None:
         """Apply the optimizer's decay to `_Rest`, as the optimizer itself would."""
         optimizer = step.optimizer
@@ -207,6 +224,7 @@ class DecayTakeover:
         """The index space of these entries, made anew only when others are meant."""
         ids = [(id(rest.weight), id(rest.claimed)) for rest in rests]
         known = [(id(rest.weight), id(rest.claimed)) for rest in self._rests]
+        # The rests are kept with them, so that an id is not given to another object meanwhile.
         if self._rest_vectors is None or ids != known:
             weights = [rest.weight for rest in rests]
             partitions = [
@@ -219,13 +237,17 @@ class DecayTakeover:
         return self._rest_vectors
 
     def _add_to_gradients(
-        self, optimizer: Optimizer, vectors: WeightVectors, amounts: Tensor
+        self,
+        optimizer: Optimizer,
+        vectors: WeightVectors,
+        amounts: Tensor,
     ) -> None:
         # A fused optimizer divides by the scale of a GradScaler in its kernel, before the decay.
         scale = getattr(optimizer, "grad_scale", None)
         if scale is not None:
             amounts = amounts * scale.to(amounts)
         gradients = vectors.gradients()
+        # Copied, since subtracting again would leave a rounding behind.
         before = [(g, g.clone()) for g in gradients if g is not None]
         vectors.add_scaled_(amounts, vectors.values(), gradients)
         self._gradients = [(g, copy, g._version) for g, copy in before]

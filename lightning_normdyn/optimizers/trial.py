@@ -87,13 +87,18 @@ def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
         >>> try_decay(adamw, lambda optimizer, group, weight: group["lr"])
         DecayTrial(refusal=None, law=DecayLaw(kind='decoupled', pace='rate'))
     """
+    # Those would go on acting on weights whose decay is said to be taken.
     others = _other_decays(optimizer)
     if others:
         return DecayTrial(f"it has another weight decay ({', '.join(others)})")
     return _with_some_start(partial(_try_decay, optimizer, rate_of), DecayTrial)
 
 
-def _try_decay(optimizer: Optimizer, rate_of: RateOf, start: Start) -> DecayTrial:
+def _try_decay(
+    optimizer: Optimizer,
+    rate_of: RateOf,
+    start: Start,
+) -> DecayTrial:
     with ScratchOptimizer.untouched(optimizer):
         without = _run(ScratchOptimizer(optimizer, weight_decay=0.0, lr=_LR, start=start))
         for decay in _DECAYS:
@@ -132,7 +137,10 @@ def _other_decays(optimizer: Optimizer) -> list[str]:
 
 
 def _law_of_decay(
-    optimizer: Optimizer, rate_of: RateOf, decay: float, start: Start
+    optimizer: Optimizer,
+    rate_of: RateOf,
+    decay: float,
+    start: Start,
 ) -> DecayLaw | None:
     """Which of the known laws, applied by hand to an optimizer without decay, gives its weights."""
     # In low precision the laws could not be told apart.
@@ -161,16 +169,28 @@ class _UnknownRateError(Exception):
     """Nobody can tell the rate of a scratch weight."""
 
 
-def _written_lr(optimizer: Optimizer, group: Group, weight: Tensor) -> Number:
+def _written_lr(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number:
     return group_number(group, "lr")
 
 
-def _once(optimizer: Optimizer, group: Group, weight: Tensor) -> Number:
+def _once(
+    optimizer: Optimizer,
+    group: Group,
+    weight: Tensor,
+) -> Number:
     return 1.0
 
 
 @torch.no_grad()
-def _shrink(decay: float, rate_of: RateOf, scratch: ScratchOptimizer) -> None:
+def _shrink(
+    decay: float,
+    rate_of: RateOf,
+    scratch: ScratchOptimizer,
+) -> None:
     for group in scratch.groups:
         for weight in group["params"]:
             rate = rate_of(scratch.optimizer, group, weight)
@@ -187,7 +207,11 @@ def _add_to_gradients(decay: float, scratch: ScratchOptimizer) -> None:
             weight.grad.add_(weight, alpha=sign * decay)
 
 
-def _explains(course: Course, without: Course, decayed: Course) -> bool:
+def _explains(
+    course: Course,
+    without: Course,
+    decayed: Course,
+) -> bool:
     """Whether a run by hand moves weights as the decay does, where that does anything."""
     # Matrices alone if there are any: optimizers treat vectors apart, without decay for example.
     everything = range(len(without[0]))
@@ -206,7 +230,7 @@ def _explains(course: Course, without: Course, decayed: Course) -> bool:
     return visible > 0
 
 
-# --------------------------------------------------------------------------- the step of a base class
+# ------------------------------------------------------------------------- the step of a base class
 
 
 def steps_as(optimizer: Optimizer, known: type[Optimizer]) -> str | None:
@@ -218,13 +242,18 @@ def steps_as(optimizer: Optimizer, known: type[Optimizer]) -> str | None:
         >>> class Logging(torch.optim.SGD):
         ...     def step(self, closure=None):
         ...         return super().step(closure)
-        >>> steps_as(Logging([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1), torch.optim.SGD) is None
+        >>> logging = Logging([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1)
+        >>> steps_as(logging, torch.optim.SGD) is None
         True
     """
     return _with_some_start(partial(_compare_with, optimizer, known), lambda reason: reason)
 
 
-def _compare_with(optimizer: Optimizer, known: type[Optimizer], start: Start) -> str | None:
+def _compare_with(
+    optimizer: Optimizer,
+    known: type[Optimizer],
+    start: Start,
+) -> str | None:
     with ScratchOptimizer.untouched(optimizer):
         # With a decay if it has one, and with a rate that is not 0 as at the start of a warmup.
         decays = [group_number(group, "weight_decay") for group in optimizer.param_groups]
@@ -291,9 +320,9 @@ def remembers_weights(optimizer: Optimizer) -> float | None:
 
 
 def undoes_changes(share_left: float | None) -> bool:
-    """Whether so little of a change is left (`remembers_weights`) that writing to weights is futile.
+    """Whether so little of a change is left that writing to weights is futile.
 
-    Not if nobody knows.
+    ``share_left`` is what `remembers_weights` says; not if nobody knows.
     """
     return share_left is not None and not _KEPT <= share_left <= 2 - _KEPT
 
@@ -361,14 +390,17 @@ def _run(
             take-over shows it.
         steps: how many.
     """
+    # Optimizers that draw random numbers (SGLD) must draw the same in each run.
     seed_generators(scratch.weights[0].device)
     course = []
     for number in range(steps):
         scratch.set_gradients(number)
         if before_step is not None:
             before_step(scratch)
+        # Made anew for each step, as the bracket does.
         scratch.step(_view(scratch) if take_over else None)
         course.append(scratch.values())
+    # NaN equals nothing, so a comparison would blame the optimizer.
     if not all(bool(torch.isfinite(weight).all()) for weight in course[-1]):
         raise CannotTryError("its scratch weights are not finite")
     return course

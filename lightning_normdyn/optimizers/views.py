@@ -101,13 +101,13 @@ def groups_for_step(
     *,
     write_through: bool,
 ) -> list[ParamGroup] | None:
-    """What a step is to see in place of ``groups`` so that it does not decay the weights in ``taken``.
+    """What a step is to see in place of ``groups`` so that it does not decay some weights.
 
     Args:
         optimizer: one of `torch_optimizers`.
         groups: those of the object that steps: the optimizer itself, or what a strategy steps in
             its place.
-        taken: the model's own weights.
+        taken: these weights, as the model has them.
         write_through: as for `lightning_normdyn.optimizers.step_view.split_groups`.
 
     Returns:
@@ -163,7 +163,7 @@ def _new_view(view: type[_View], target: Optimizer) -> Any:
     return made
 
 
-# ------------------------------------------------------------------- torch's ZeroRedundancyOptimizer
+# ------------------------------------------------------------------ torch's ZeroRedundancyOptimizer
 
 
 def _is_zero_redundancy(optimizer: Any) -> bool:
@@ -172,6 +172,7 @@ def _is_zero_redundancy(optimizer: Any) -> bool:
 
 def _zero_redundancy_view(outer: Any) -> Optimizer:
     inner, overlap = private(outer, "optim", "_overlap_with_ddp")
+    # Then the inner optimizer steps one bucket at a time.
     if overlap:
         raise NotSupportedError(
             "ZeroRedundancyOptimizer(overlap_with_ddp=True) steps inside of DDP's backward pass, "
@@ -302,6 +303,7 @@ def _deepspeed_stage3(optimizer: Any) -> Iterator[_Part]:
         optimizer, "fp16_groups", "fp32_partitioned_groups_flat", "sub_group_to_group_id"
     )
     for i, master in enumerate(masters):
+        # Weights lie one behind the other in a sub-group, each in its chunk of this rank.
         begin = 0
         places = {}
         for weight in weights[i]:
@@ -373,6 +375,7 @@ class _DeepSpeedView(_View):
 
     def register_step_pre_hook(self, hook: Any) -> Any:
         def ours(_: Any, args: Any, kwargs: Any) -> Any:
+            # DeepSpeed steps its flat tensors one after the other with one optimizer.
             if not self._steps():
                 return None
             # Schedules change the settings of the group that really steps.

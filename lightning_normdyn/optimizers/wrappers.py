@@ -198,13 +198,14 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
     # The weight itself, under another name.
     if tensor.data_ptr() == weight.data_ptr():
         return False
+    # float32: in half precision the square of a length overflows at 256.
     length = torch.linalg.vector_norm(weight.float())
     distance = torch.linalg.vector_norm(tensor.float() - weight.float())
     return bool((length > 0) & (distance <= _CLOSE * length))
 
 
 def _tensors_in(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the attributes and the state of ``optimizers``, by the entry that holds it."""
+    """Every tensor in the attributes and the state of ``optimizers``, and what holds it."""
     for optimizer in optimizers:
         # The state may be an attribute or, of a wrapper, a property.
         held = {"state": optimizer.state, **vars(optimizer)}
@@ -212,7 +213,11 @@ def _tensors_in(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]
         yield from _walk(held, "", _DEPTH)
 
 
-def _walk(value: Any, name: str, depth: int) -> Iterator[tuple[str, Tensor]]:
+def _walk(
+    value: Any,
+    name: str,
+    depth: int,
+) -> Iterator[tuple[str, Tensor]]:
     if isinstance(value, Tensor):
         yield name, value
     elif depth and isinstance(value, dict):

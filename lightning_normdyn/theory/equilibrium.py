@@ -1,4 +1,4 @@
-"""What the papers predict: the angular update, norm and relaxation time that an optimizer settles at.
+"""What the papers predict: the angular update, norm and relaxation time of an equilibrium.
 
 Every prediction follows from one balance. A scale-invariant weight vector w has a gradient g =
 g̃/‖w‖ at right angles to it, and an optimizer's step is lr · Σ_j c_j g_{t-j}. With S1 = Σ c_j and
@@ -59,7 +59,10 @@ def _energy(
     response: StepResponse, gradient_scale: Number | None, dim: int | None
 ) -> Number | None:
     """E of the module's docstring."""
-    return dim if response.normalized else gradient_scale
+    # A normalized gradient has entries of size 1, whatever the loss.
+    if response.normalized:
+        return dim
+    return gradient_scale
 
 
 def _norm(
@@ -107,11 +110,12 @@ def settles_at(
     dim: int | None = None,
     norm: Number | None = None,
 ) -> tuple[Number, Number] | None:
-    """`equilibrium_angular_update` and `relaxation_steps` of a response that is known already;
-    arguments as there.
+    """`equilibrium_angular_update` and `relaxation_steps` of a response that is known already.
+
+    Arguments as there.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-4)
         >>> angle, steps = settles_at(step_response(torch.optim.SGD, group))
         >>> round(angle, 6), round(steps)
         (0.007255, 500)
@@ -162,19 +166,19 @@ def equilibrium_angular_update(
             ``dim``).
         dim: number of entries d of a vector; only for Adam with coupled decay.
         norm: the norm that ``shrink`` was evaluated at; only for AWS coupled to Adam.
-        options: :class:`lightning_normdyn.optimizers.step_response.Options`. With ``shrink`` of shape (n,) the
-            answer has shape (n,), and is that of
-            the present norms.
+        options: :class:`lightning_normdyn.optimizers.step_response.Options`. With ``shrink`` of
+            shape (n,) the answer has shape (n,), and is that of the present norms.
 
     Returns:
         radians per step; ``None`` without decay, for an optimizer that is not understood, or where
         a number above is missing.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-4)
         >>> round(equilibrium_angular_update(torch.optim.SGD, group), 6)
         0.007255
-        >>> equilibrium_angular_update(torch.optim.SGD, group, shrink=torch.tensor([5e-4, 2e-3]))  # AWS with α‖w‖ of two filters
+        >>> shrink = torch.tensor([5e-4, 2e-3])  # AWS with α‖w‖ of two filters
+        >>> equilibrium_angular_update(torch.optim.SGD, group, shrink=shrink)
         tensor([0.0023, 0.0046])
         >>> equilibrium_angular_update(torch.optim.RMSprop, group) is None
         True
@@ -208,10 +212,11 @@ def equilibrium_norm(
         number above is missing.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
-        >>> round(equilibrium_norm(torch.optim.SGD, group, gradient_scale=0.01), 6)  # (0.1 · 0.01 / 2 / 5e-4)^(1/4)
+        >>> group = dict(lr=0.1, momentum=0.0, dampening=0, nesterov=False, weight_decay=5e-4)
+        >>> round(equilibrium_norm(torch.optim.SGD, group, gradient_scale=0.01), 6)
         1.0
-        >>> round(equilibrium_norm(torch.optim.SGD, group, gradient_scale=0.01, shrink=2.5e-3 * 4.0, norm=4.0), 4)  # AWS, α = 2.5e-3
+        >>> aws = {"shrink": 2.5e-3 * 4.0, "norm": 4.0}  # α = 2.5e-3
+        >>> round(equilibrium_norm(torch.optim.SGD, group, gradient_scale=0.01, **aws), 4)
         0.7248
     """
     response = step_response(optimizer_class, group, **options)
@@ -235,7 +240,7 @@ def relaxation_steps(
     Arguments as for :func:`equilibrium_angular_update`. ``inf`` where the learning rate is 0.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 5e-4}
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-4)
         >>> round(relaxation_steps(torch.optim.SGD, group))
         500
     """
@@ -256,7 +261,8 @@ def lr_drop_exponent(
     counts.
 
     Example:
-        >>> lr_drop_exponent(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1})
+        >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1}
+        >>> lr_drop_exponent(torch.optim.AdamW, group)
         0.5
     """
     response = step_response(optimizer_class, group, **options)
@@ -315,7 +321,7 @@ def wrs_angular_update(
         projected: as in :class:`lightning_normdyn.optimizers.step_response.Options`.
 
     Example:
-        >>> group = {"lr": 0.01, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 0}
+        >>> group = dict(lr=0.01, momentum=0.0, dampening=0, nesterov=False, weight_decay=0)
         >>> round(wrs_angular_update(torch.optim.SGD, group, 20, gradient_scale=4.0), 5)
         0.01992
     """
@@ -342,7 +348,7 @@ def wrs_direction_lr(
     """Mean of lr/‖w‖² between two rescales of WRS. Arguments as for :func:`wrs_angular_update`.
 
     Example:
-        >>> group = {"lr": 0.01, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 0}
+        >>> group = dict(lr=0.01, momentum=0.0, dampening=0, nesterov=False, weight_decay=0)
         >>> round(wrs_direction_lr(torch.optim.SGD, group, 20, gradient_scale=4.0), 6)
         0.00996
     """
@@ -407,7 +413,7 @@ def equivalent_hyperparameters(
         the changed entries of the group; ``None`` for an optimizer that is not understood.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.0, "dampening": 0, "nesterov": False, "weight_decay": 4e-4}
+        >>> group = dict(lr=0.1, momentum=0.0, dampening=0, nesterov=False, weight_decay=4e-4)
         >>> equivalent_hyperparameters(torch.optim.SGD, group, 2.0)
         {'lr': 0.4, 'weight_decay': 0.0001}
     """
@@ -430,7 +436,9 @@ def equivalent_hyperparameters(
 
 
 def _inverse(x: Number) -> Number:
-    return math.inf if is_zero(x) else 1 / x
+    if is_zero(x):
+        return math.inf
+    return 1 / x
 
 
 def _exp(x: Number) -> Number:

@@ -1,4 +1,4 @@
-r"""The Noisy Rayleigh Quotient: the one scale-invariant loss whose stationary state is known exactly.
+r"""The Noisy Rayleigh Quotient: a scale-invariant loss whose stationary state is known exactly.
 
 The loss is :math:`L(X) = X^TAX / 2X^TX` in p = ``dim`` dimensions. One eigenvalue of A is smaller
 than all others by ``gap``, and plain SGD with weight decay sees gradients with noise of standard

@@ -1,4 +1,4 @@
-"""From numbers to words: what to read from a curve, and how long until a weight vanishes or overflows.
+"""From numbers to words: what to read from a curve, and how long a weight has left.
 
 On the host, in plain floats. The predictions themselves come from
 `lightning_normdyn.theory.equilibrium`.
@@ -61,7 +61,8 @@ def total_decay(
     optimizer that is not understood, or where the decay depends on the gradient (Adam + L2).
 
     Example:
-        >>> total_decay(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}, 30_000)
+        >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}
+        >>> total_decay(torch.optim.AdamW, group, 30_000)
         0.015
     """
     response = step_response(optimizer_class, group, **options)
@@ -88,8 +89,9 @@ def free_decay_rate(
         falls ever faster.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
-        >>> round(math.log(0.17 / 2.6e-23) / free_decay_rate(torch.optim.SGD, group))  # measured: 4490 steps
+        >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=1e-2)
+        >>> rate = free_decay_rate(torch.optim.SGD, group)
+        >>> round(math.log(0.17 / 2.6e-23) / rate)  # measured: 4490 steps
         4489
     """
     response = step_response(optimizer_class, group, **options)
@@ -98,8 +100,8 @@ def free_decay_rate(
     pull = float(response.lr * response.decay)
     if not response.coupled:
         return -math.log1p(-pull) if pull < 1 else math.inf
-    # A coupled decay is a gradient λ·w, so w' = w - lr·λ Σ c_j w_{t-j}. With all but the newest term
-    # in one sum that is a recursion of two numbers, and the slower of its solutions is what is left.
+    # A coupled decay is a gradient λ·w, so w' = w - lr·λ Σ c_j w_{t-j}. With all but the newest
+    # term in one sum that is a recursion of two numbers, and the slower of its solutions is left.
     newest, older, memory = map(float, (response.newest, response.older, response.memory))
     kept = 1 - pull * newest
     return _rate_of_recursion(kept + memory, memory * kept + pull * older)

@@ -316,7 +316,8 @@ def test_sam_whose_inner_step_is_not_all_that_moves_the_weights_is_refused_by_na
     module = make(kind, make_optimizer=lambda p: optimizer(p, **fault))
     with pytest.raises(
         NotSupportedError,
-        match="TwoPhases takes its gradient at other weights, and the step that SGD makes inside it is not",
+        match="TwoPhases takes its gradient at other weights, and the step that SGD makes inside it "
+        "is not",
     ):
         fit(module, [NormDynamicsMonitor(1, tables=False)])
     assert module.trainer.fit_loop.epoch_loop.batch_idx == 0
