@@ -124,7 +124,7 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
         partial = [p for p in group["params"] if p in partitions and partitions[p].partial]
         if not partial or is_zero(group_number(group, "weight_decay")):
             continue
-        kept = (
+        some_rows = (
             f"Some rows of a weight keep the weight decay {group['weight_decay']} of "
             f"{type(optimizer).__name__} while that of the others is taken over, but"
         )
@@ -135,11 +135,11 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
         # One weight stands for all of the group: the law is the group's.
         if applied_decay(optimizer, group, partial[0]) is None:
             raise NotSupportedError(
-                f"{kept} a trial could not tell how it applies its decay, so it cannot be applied "
+                f"{some_rows} a trial could not tell how it applies its decay, so it cannot be applied "
                 f"to those rows alone. Instead, {ways_out}"
             )
         if group.get("fused") and any(p.dtype.itemsize < 4 for p in partial):
             raise NotSupportedError(
-                f"{kept} its fused kernel applies it in float32 within the update, and the weight "
+                f"{some_rows} its fused kernel applies it in float32 within the update, and the weight "
                 f"is stored in less. Use fused=False, {ways_out}"
             )

@@ -185,16 +185,16 @@ class Scaling:
 
         To be called before anybody takes anything back.
         """
-        now = self.vectors.versions()
+        versions = self.vectors.versions()
         # Without a seal nobody can have stepped: the update follows it.
-        self.stepped = list(map(ne, now, self._left or now))
-        multiplied = self._multiplied(now)
+        self.stepped = list(map(ne, versions, self._left or versions))
+        multiplied = self._multiplied(versions)
         self.pending = [
             done and not stepped for done, stepped in zip(multiplied, self.stepped, strict=True)
         ]
 
-    def _multiplied(self, now: Sequence[int]) -> list[bool]:
-        return list(map(ne, now, self._before))
+    def _multiplied(self, versions: Sequence[int]) -> list[bool]:
+        return list(map(ne, versions, self._before))
 
     # -------------------------------------------------------------------------------- and back
 
@@ -311,9 +311,9 @@ class RoundedScaling(Scaling):
         self.owed = self.vectors.scale_rounded_(self.factor, self.owed)
         self._applied = True
 
-    def _multiplied(self, now: Sequence[int]) -> list[bool]:
+    def _multiplied(self, versions: Sequence[int]) -> list[bool]:
         # A factor that is owed has not been written anywhere, and yet it counts.
-        return [self._applied] * len(now)
+        return [self._applied] * len(versions)
 
     def take_back(self, *, gradients_count: bool = False) -> None:
         """Owe the factor in the other direction."""

@@ -144,7 +144,7 @@ def split_groups(
     return shown if changed else None
 
 
-class _View:
+class _StepView:
     """What every view adds to the class of its optimizer, before which it is inherited."""
 
     __slots__ = ()
@@ -210,14 +210,14 @@ def _same(groups: list[ParamGroup], others: list[ParamGroup]) -> bool:
     return len(groups) == len(others) and all(map(is_, groups, others))
 
 
-def _for_original(view: _View, hooks: dict[int, Any]) -> OrderedDict[int, Any]:
+def _for_original(view: _StepView, hooks: dict[int, Any]) -> OrderedDict[int, Any]:
     calls: OrderedDict[int, Any] = OrderedDict()
     for key, hook in hooks.items():
         calls[key] = _on_original(view, hook)
     return calls
 
 
-def _on_original(view: _View, hook: Any) -> Any:
+def _on_original(view: _StepView, hook: Any) -> Any:
     """``hook``, called with the optimizer where torch passes its view."""
     original = view._normdyn_original
 
@@ -240,7 +240,7 @@ def _on_original(view: _View, hook: Any) -> Any:
 def _forwarded(name: str) -> Any:
     """A method that reads or writes the groups for others than the step: that of the optimizer."""
 
-    def call(self: _View, *args: Any, **kwargs: Any) -> Any:
+    def call(self: _StepView, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._normdyn_original, name)(*args, **kwargs)
 
     return call
@@ -249,13 +249,13 @@ def _forwarded(name: str) -> Any:
 def _slot(name: str) -> Any:
     """An attribute that the optimizer's class keeps outside of ``__dict__``."""
 
-    def get(self: _View) -> Any:
+    def get(self: _StepView) -> Any:
         return getattr(self._normdyn_original, name)
 
-    def put(self: _View, value: Any) -> None:
+    def put(self: _StepView, value: Any) -> None:
         setattr(self._normdyn_original, name, value)
 
-    def delete(self: _View) -> None:
+    def delete(self: _StepView) -> None:
         delattr(self._normdyn_original, name)
 
     return property(get, put, delete)
@@ -297,7 +297,7 @@ def view_class(kind: type[Optimizer]) -> type[Any] | None:
     metaclass: Any = type(kind)
     # Whatever somebody's metaclass or __init_subclass__ raises, there is no view of this class.
     try:
-        return cast(type[Any], metaclass(kind.__name__, (_View, kind), body))
+        return cast(type[Any], metaclass(kind.__name__, (_StepView, kind), body))
     except Exception:
         return None
 

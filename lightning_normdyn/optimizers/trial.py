@@ -277,8 +277,8 @@ def _compare_with(
             f"leaves other gradients than {of_base} {on_scratch}": gradients,
             f"writes other things into its param groups than {of_base}": groups,
         }
-        for difference, (ours, theirs) in differences.items():
-            if not _same(ours, theirs):
+        for difference, (of_own, of_known) in differences.items():
+            if not _same(of_own, of_known):
                 return f"its step is its own, and {difference}"
     return None
 

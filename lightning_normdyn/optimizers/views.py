@@ -135,7 +135,7 @@ def accumulates(model: Any) -> bool:
     return is_boundary is not None and not is_boundary()
 
 
-class _View:
+class _OneProcessView:
     """An optimizer as it would be on one process.
 
     It never steps; it only tells, and passes hooks on.
@@ -153,7 +153,7 @@ class _View:
         return f"{type(self).__name__} as seen on one process"
 
 
-def _new_view(view: type[_View], target: Optimizer) -> Any:
+def _new_view(view: type[_OneProcessView], target: Optimizer) -> Any:
     """A ``view`` that passes for an instance of the class of ``target``."""
     kind = type(target)
     # Derived from the class of the target, so that the optimizer is recognized by its step.
@@ -183,7 +183,7 @@ def _zero_redundancy_view(outer: Any) -> Optimizer:
     return cast(Optimizer, view)
 
 
-class _ZeroRedundancyView(_View):
+class _ZeroRedundancyView(_OneProcessView):
     """Every rank holds all weights and gradients and updates some, which are then sent to all.
 
     So every rank treats all weights alike, as under DDP: at ``ready`` inside the inner step, at
@@ -284,14 +284,14 @@ def _deepspeed_stage12(optimizer: Any) -> Iterator[_Part]:
             start, stop = place.range_of(rank)
             # DeepSpeed's own account of this rank's entries: none where a weight lies elsewhere.
             (mapping,) = private(weight, "_hp_mapping")
-            begin, theirs = 0, None
+            begin, recorded = 0, None
             if mapping is not None:
                 begin = mapping.hp_fragment_address.start
-                theirs = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+                recorded = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
             expected = (start, stop - start) if stop > start else None
-            if theirs != expected:
+            if recorded != expected:
                 raise untested(
-                    f"DeepSpeed holds the entries {theirs} (start, number) of a weight where "
+                    f"DeepSpeed holds the entries {recorded} (start, number) of a weight where "
                     f"{(start, stop - start)} was expected"
                 )
             places[weight] = replace(place, master=Master(masters[i], begin, stop - start))
@@ -325,7 +325,7 @@ def _deepspeed_stage3(optimizer: Any) -> Iterator[_Part]:
         yield _Part(master, optimizer.optimizer.param_groups[group_of[i]], places)
 
 
-class _DeepSpeedView(_View):
+class _DeepSpeedView(_OneProcessView):
     """One of the flat tensors that DeepSpeed steps one after the other, as the weights in it."""
 
     _flat: Tensor
@@ -374,7 +374,7 @@ class _DeepSpeedView(_View):
         return False
 
     def register_step_pre_hook(self, hook: Any) -> Any:
-        def ours(_: Any, args: Any, kwargs: Any) -> Any:
+        def hook_of_this_part(_: Any, args: Any, kwargs: Any) -> Any:
             # DeepSpeed steps its flat tensors one after the other with one optimizer.
             if not self._steps():
                 return None
@@ -383,11 +383,11 @@ class _DeepSpeedView(_View):
             shown.update({**self._group, "params": shown["params"]})
             return hook(self, args, kwargs)
 
-        return self._target().register_step_pre_hook(ours)
+        return self._target().register_step_pre_hook(hook_of_this_part)
 
     def register_step_post_hook(self, hook: Any) -> Any:
-        def ours(_: Any, args: Any, kwargs: Any) -> None:
+        def hook_of_this_part(_: Any, args: Any, kwargs: Any) -> None:
             if self._steps():
                 hook(self, args, kwargs)
 
-        return self._target().register_step_post_hook(ours)
+        return self._target().register_step_post_hook(hook_of_this_part)

@@ -120,6 +120,7 @@ def settles_at(
         >>> round(angle, 6), round(steps)
         (0.007255, 500)
     """
+    # Both follow from the decay at the norm that is settled at, not at the present one.
     pull = _settled_decay(response, gradient_scale, dim, norm)
     if pull is None:
         return None

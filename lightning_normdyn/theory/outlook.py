@@ -103,8 +103,8 @@ def free_decay_rate(
     # A coupled decay is a gradient λ·w, so w' = w - lr·λ Σ c_j w_{t-j}. With all but the newest
     # term in one sum that is a recursion of two numbers, and the slower of its solutions is left.
     newest, older, memory = map(float, (response.newest, response.older, response.memory))
-    kept = 1 - pull * newest
-    return _rate_of_recursion(kept + memory, memory * kept + pull * older)
+    left = 1 - pull * newest
+    return _rate_of_recursion(left + memory, memory * left + pull * older)
 
 
 def _rate_of_recursion(trace: float, determinant: float) -> float:
