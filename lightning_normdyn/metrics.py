@@ -2,9 +2,8 @@
 training loop of their own.
 
 Each metric sees one weight or a list of weights and answers for every weight vector: ``(n,)``, an
-average over the updates since ``reset``.
-In a ``MetricCollection`` all of them take the same call, ``update(weight, weight_before=...,
-lr=...)``.
+average over the updates since ``reset``. In a ``MetricCollection`` all of them take the same call,
+``update(weight, weight_before=..., lr=...)``.
 
 Legend: ``n`` weight vectors of all weights together.
 """
@@ -90,9 +89,8 @@ class _PerVector(Metric):
         """Sum both states over the ranks; ranks that had no update yet add nothing.
 
         Such a rank does not know how many vectors there are, and a state of another shape than the
-        other ranks' would leave all of them
-        waiting for each other. So the number of vectors is agreed upon first, by a tensor of the
-        same shape everywhere.
+        other ranks' would leave all of them waiting for each other. So the number of vectors is
+        agreed upon first, by a tensor of the same shape everywhere.
         """
         total = getattr(self, self._total)
         mine = total.numel() if total.ndim else 0
@@ -114,8 +112,7 @@ class _PerVector(Metric):
 
     def compute(self) -> Tensor:
         """The averages, float64: ``(n,)``, or one number with ``reduction="mean"`` (and, as
-        torchmetrics has it, for n = 1); NaN where
-        nothing was seen.
+        torchmetrics has it, for n = 1); NaN where nothing was seen.
         """
         mean: Tensor = getattr(self, self._total).double() / getattr(self, self._count)
         if self.reduction == "mean":
@@ -159,8 +156,8 @@ class WeightNorm(_PerVector):
 
     Args:
         granularity: what one vector is: ``"filter"``, an index of dim 0, or ``"layer"``, a whole
-            weight. For groups, or for a transposed
-            convolution, pass the weight reshaped to ``(n, d)``.
+            weight. For groups, or for a transposed convolution, pass the weight reshaped to ``(n,
+            d)``.
         reduction: ``"none"`` gives ``(n,)``, ``"mean"`` the mean over vectors, which is what
             ``self.log`` of a LightningModule needs.
         num_vectors: vectors of all weights together; given, a metric that saw no update at all on
@@ -233,9 +230,8 @@ class AngularUpdate(_PerVector):
     r"""Angle by which each weight vector turned in a step, in radians: the root mean square over
     updates.
 
-    The mean of squares is what the predictions of :mod:`lightning_normdyn.theory.equilibrium` are about;
-    with ``reduction="mean"`` it is taken
-    over vectors too.
+    The mean of squares is what the predictions of :mod:`lightning_normdyn.theory.equilibrium` are
+    about; with ``reduction="mean"`` it is taken over vectors too.
 
     Args:
         kwargs: ``granularity``, ``reduction`` and ``num_vectors`` as in :class:`WeightNorm`, and

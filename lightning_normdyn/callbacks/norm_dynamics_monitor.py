@@ -30,6 +30,7 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
         super().__init__(part, plan)
         self._gauge: StepGauge | None = None
         self._look: Look | None = None
+        # The gauge of the plan whose place this one takes measures weights that may be gone.
         part.gauges.pop(plan.index, None)
 
     @during(Phase.MEASURE)
@@ -104,22 +105,17 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     ``effective_lr``.
 
     An optimizer that does not step at a logging step (the generator of a GAN, manual accumulation)
-    is measured at its next real step. Of
-    an optimizer that steps several times within one batch, the first of these steps is measured. A
-    row's ``optimizer_step`` is the number
-    of the measured step; of several optimizers in one row, that of the first. Where weights or
-    gradients are not finite, the numbers that
-    rest on them are NaN.
+    is measured at its next real step. Of an optimizer that steps several times within one batch,
+    the first of these steps is measured. A row's ``optimizer_step`` is the number of the measured
+    step; of several optimizers in one row, that of the first. Where weights or gradients are not
+    finite, the numbers that rest on them are NaN.
 
     At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures
-    (``normdyn_tables``, ``normdyn_charts``,
-    ``normdyn_pictures``), TensorBoard and MLflow get the table and the pictures, and CSV gets the
-    pictures beside ``metrics.csv``. The
-    history lies beside each of them as ``history.npz``, which ``python -m lightning_normdyn
-    report`` reads; on a disk or at a URL
-    (``s3://``). It is written at every checkpoint and when a fit is interrupted, too; a second fit
-    of the same run writes
-    ``history.fit2.npz``. Pictures need matplotlib.
+    (``normdyn_tables``, ``normdyn_charts``, ``normdyn_pictures``), TensorBoard and MLflow get the
+    table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The history lies
+    beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads; on a
+    disk or at a URL (``s3://``). It is written at every checkpoint and when a fit is interrupted,
+    too; a second fit of the same run writes ``history.fit2.npz``. Pictures need matplotlib.
 
     Args:
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's
@@ -128,23 +124,21 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             is answered with all of them);
             None: all that apply.
         per_vector: also keep every vector's norm and applied decay in `history`, as float32; of
-            float64 weights also what float32 leaves of
-            the norm (``weight_norm_rest``).
+            float64 weights also what float32 leaves of the norm (``weight_norm_rest``).
         histograms: also send histograms over vectors to W&B and TensorBoard:
             ``weight_norm_histogram/<parameter name>`` and
             ``angular_update_histogram/<parameter name>``.
         tables: print the tables at the start and the end of a fit.
         alert: send W&B alerts for weights that collapse.
         params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for
-            gains, whose rows are single numbers), a
-            glob pattern, or a list of them.
+            gains, whose rows are single numbers), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
 
     Attributes:
         history: the same rows in memory, on rank zero, logger or not
-            (`lightning_normdyn.monitor.history.History`). From a GPU a row arrives,
-            here and in the loggers, one batch later, under its own step; at an epoch's end and in a
-            checkpoint all are there.
+            (`lightning_normdyn.monitor.history.History`). From a GPU a row arrives, here and in the
+            loggers, one batch later, under its own step; at an epoch's end and in a checkpoint all
+            are there.
 
     Raises:
         ValueError: for numbers out of range and unknown quantities.
@@ -155,6 +149,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         50
     """
 
+    # It only looks, so it may be put anywhere in the list, and a fit without targets is no error.
     writes: ClassVar[bool] = False
     worker = MonitorWorker
     part = Recording
@@ -174,6 +169,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         granularity: Literal["auto", "filter", "group", "layer"] = "auto",
     ) -> None:
         super().__init__(params, granularity)
+        # Read from the table at every construction, so that a person may add an entry to it.
         known = [quantity.name for quantity in monitored()]
         if quantities is not None and not (quantities and set(quantities) <= set(known)):
             raise ValueError(

@@ -1,4 +1,5 @@
-"""What a person should hear of while a run goes on: weights that collapse, explode or are not finite,
+"""What a person should hear of while a run goes on: weights that collapse, explode or are not
+finite,
 and a decay that does nothing. Each is said once."""
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Alarms:
             return
         plan, effects = gauge.plan, gauge.effects[target.name]
         present = {**group, "lr": lr / vectors}
+        # The shortest vector goes first; sums over ranks are all that is known of them.
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
         rate = sums["dead_rate"][0] / number
         left = steps_to_collapse(plan.optimizer, present, effects, e_foldings, rate)
@@ -104,6 +106,7 @@ class Alarms:
         elif len(names) > 2:
             others = f" and {len(names) - 1} more weights"
         what = f"weights of `{first}`{others} are"
+        # A weight that is still finite will be none after the next step.
         if isfinite(row.get(f"weight_norm/{first}", nan)):
             what = f"a gradient or an update of `{first}`{others} is"
         text = (
@@ -122,6 +125,7 @@ class Alarms:
                 is_plain = gauge.effects[target.name].none and target.scale_invariant
                 if id(group) in said or not is_plain:
                     continue
+                # Once for a group: its weights share the decay, and there may be hundreds.
                 said.add(id(group))
                 text = idle_decay(class_for_predictions(gauge.plan.optimizer), group, steps)
                 if text is not None:

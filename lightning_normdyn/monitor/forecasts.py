@@ -170,7 +170,7 @@ def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> floa
     return steps_to_overflow(norms[-1], min(rates))
 
 
-# -------------------------------------------------------------------------------- decay that is idle
+# ------------------------------------------------------------------------------- decay that is idle
 
 
 def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) -> str | None:

@@ -37,10 +37,9 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
     waiting for it.
 
     The edges reach 4 standard deviations of log(value) to either side of its mean, and at least 1
-    %. Mean and deviation are sums, which
-    ranks can complete together; a smallest and a largest value are not. Of up to 17 values none can
-    lie further out; of more, what does
-    is counted in the outermost bins. Values that are zero, negative or not finite are left out.
+    %. Mean and deviation are sums, which ranks can complete together; a smallest and a largest
+    value are not. Of up to 17 values none can lie further out; of more, what does is counted in the
+    outermost bins. Values that are zero, negative or not finite are left out.
 
     Args:
         vectors: where each vector belongs.
@@ -48,8 +47,7 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
 
     Returns:
         ``(q, w, PACKED)``: mean of log(value), reach, and the counts, over all ranks. Two
-        collectives, or none where every rank holds all
-        vectors. Every rank must call it.
+        collectives, or none where every rank holds all vectors. Every rank must call it.
 
     Example:
         >>> weight = torch.tensor([[3.0, 4.0], [6.0, 8.0], [0.0, 0.0]])

@@ -1,4 +1,5 @@
-"""Where the history of one fit is written: a file beside the log of each logger, never in the place of another fit's."""
+"""Where the history of one fit is written: a file beside the log of each logger, never in the place
+of another fit's."""
 
 from __future__ import annotations
 
@@ -16,9 +17,8 @@ class HistoryFiles:
     of another fit's.
 
     A run may be fitted twice, and a script run again into the same folder. The second fit's file
-    then has a number. A fit that goes on
-    from a checkpoint goes on in the file of the fit that it continues, which is the one that begins
-    with the same row.
+    then has a number. A fit that goes on from a checkpoint goes on in the file of the fit that it
+    continues, which is the one that begins with the same row.
 
     Args:
         label: as in `Outcome`.

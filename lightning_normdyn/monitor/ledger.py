@@ -2,8 +2,8 @@
 one.
 
 A signal handler of the cluster may save a checkpoint between any two lines of Python. Everything
-that a new row changes (the history, the
-courses of the predictions, what waits for the next row) is therefore prepared aside, and one
+that a new row changes (the history, the courses of the predictions, what waits for the next row) is
+therefore prepared aside, and one
 assignment puts it in place: whoever looks
 finds either all of it or nothing.
 """
@@ -23,7 +23,8 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.predictions import Prediction
 from lightning_normdyn.monitor.verdicts import Course
 
-_MOST = 2**53  # no run counts as far
+# No run counts as far, and beyond it a float no longer counts by ones.
+_MOST = 2**53
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,16 @@ class Ledger:
             return self
         return replace(self.ending.before, results=self.results, sent=self.sent)
 
+    def new_events(self, counts: Mapping[Any, int]) -> tuple[str, ...]:
+        """Kinds of what happened since the newest results that were sent.
+
+        Args:
+            counts: how often each event has happened by now; the last of a key is its kind.
+        """
+        known = self.sent[-1].marked if self.sent else self.marked
+        kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
+        return tuple(dict.fromkeys(kinds))
+
     def with_row(self, row: Row, asked_for: Callable[[str], bool]) -> Ledger:
         """With one more row.
 
@@ -151,6 +162,7 @@ class Ledger:
             row: the row.
             asked_for: whether a key belongs in the history.
         """
+        # A fork, and not the history itself: who holds that may be writing a checkpoint of it.
         history = self.history.fork()
         shown = {key: value for key, value in row.values.items() if asked_for(key)}
         _write(history, replace(row, values=shown))

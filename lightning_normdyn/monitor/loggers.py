@@ -258,6 +258,7 @@ class CSVPublisher(Publisher):
         return str(self.logger.log_dir)
 
 
+# The first that fits counts, so that a subclass of a logger gets what its base class can show.
 _PUBLISHERS: tuple[tuple[type[Logger], type[Publisher]], ...] = (
     (WandbLogger, WandbPublisher),
     (TensorBoardLogger, TensorBoardPublisher),
@@ -290,11 +291,10 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
     they may use.
 
     Not through ``LightningModule.log``: that method belongs to the user, who may have overridden
-    it, and a name logged there by a
-    callback and by the user is an error or a mix of both. Lightning's own tables of the current
-    values take ours beside the user's, and
-    the prefix keeps the names apart. The tables are written without being asked for: asking
-    computes the user's metrics.
+    it, and a name logged there by a callback and by the user is an error or a mix of both.
+    Lightning's own tables of the current values take ours beside the user's, and the prefix keeps
+    the names apart. The tables are written without being asked for: asking computes the user's
+    metrics.
 
     Args:
         trainer: of the fit; call it on every rank, since every rank's callbacks decide by these

@@ -1,8 +1,8 @@
 """Measures the steps of one optimizer on the device: sums over vectors before and after an update
 become the quantities of the table, and these become sums that travel to the host.
 
-Nothing here waits for the device. Legend: ``n`` vectors of this rank, ``w`` weights, ``k`` numbers
-that are averaged over vectors.
+Nothing but `mean_norms` waits for the device. Legend: ``n`` vectors of this rank, ``w`` weights,
+``k`` numbers that are averaged over vectors.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class Measured:
         every rank holds all vectors.
         """
         vectors = self.plan.vectors
+        # One collective for all sums; the second needs the mean size that this one gives.
         *totals, sizes = vectors.totals(self.values)
         collapsed = self.size < COLLAPSED * vectors.spread(sizes / vectors.count)
         if self.active is not None:
@@ -326,6 +327,7 @@ class StepGauge:
         active = self.plan.active(step)
         packed = self._pack([values[name] for name in self.measured], sums, active)
         for i, name in enumerate(self.names):
+            # Sums of squares add up over ranks and optimizers, roots do not.
             if QUANTITIES[name].average == "rms":
                 packed[i].square_()
         binned = None
@@ -367,6 +369,8 @@ class StepGauge:
         over the vectors is not finite, and shall say so.
         """
         count, size = len(values), sums.size
+        # Memory of the last logging step, if nobody needs it any more: 7 million vectors times a
+        # dozen numbers are worth keeping.
         out, self.spare = self.spare, None
         if out is None or out.shape != (2 * count + 1, len(size)):
             out = size.new_empty(2 * count + 1, len(size))
@@ -382,6 +386,17 @@ class StepGauge:
         out[-1] = size  # an infinite length elsewhere must not make all the others look short
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
+
+
+def mean_norms(plan: Plan) -> dict[str, float]:
+    """The mean norm of each weight at this moment, by name; it waits for the device.
+
+    Every rank must call it.
+    """
+    lengths = plan.vectors.norms()
+    counts = plan.vectors.totals(torch.ones_like(lengths))
+    means = (plan.vectors.totals(lengths) / counts).tolist()
+    return {target.name: mean for target, mean in zip(plan.targets, means, strict=True)}
 
 
 class _DeadVectors:
@@ -423,4 +438,4 @@ class _DeadVectors:
         }
 
 
-__all__ = ["Look", "Measured", "Reading", "StepGauge"]
+__all__ = ["Look", "Measured", "Reading", "StepGauge", "mean_norms"]

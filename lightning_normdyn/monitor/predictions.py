@@ -1,5 +1,5 @@
-"""What a weight settles at if its hyperparameters stay as they are: the prediction beside each curve
-of angular updates.
+"""What a weight settles at if its hyperparameters stay as they are: the prediction beside each
+curve of angular updates.
 
 Numbers of the host. Formulas: `lightning_normdyn.theory.equilibrium`.
 """
@@ -33,8 +33,8 @@ def balance(
 
     Returns:
         The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: a
-        callback of somebody else, two decays
-        at once, steps of a recorded length, a norm that WRS sets now and then (for which there is
+        callback of somebody else, two decays at once, steps of a recorded length, a norm that WRS
+        sets now and then (for which there is
         `lightning_normdyn.theory.equilibrium.wrs_angular_update`).
     """
     if effects.underived or effects.scaled_steps or effects.rescaled_now is not None:
@@ -94,8 +94,8 @@ def predict(
         group: the weight's param group at this step.
         effects: what the callbacks do to the weight.
         measured: means over the weight's vectors at this step: ``lr``, ``weight_norm``, and where
-            they are asked for ``gradient_scale``
-            (E‖g‖²‖w‖²: WRS on SGD, Adam with coupled decay) and ``equivalent_weight_decay`` (AWS).
+            they are asked for ``gradient_scale`` (E‖g‖²‖w‖²: WRS on SGD, Adam with coupled decay)
+            and ``equivalent_weight_decay`` (AWS).
         length: entries of a vector.
 
     Example:

@@ -38,7 +38,8 @@ class Quantity:
         unit: of its axis; empty for a plain number.
         scale: of its axis: ``"log"``, ``"linear"``, or ``"ratio"``, logarithmic around 1.
         average: over vectors: ``"rms"`` for what predictions compare as root mean square.
-        formula: from the sums of a step to ``(n,)``; None for what is not measured by NormDynamicsMonitor.
+        formula: from the sums of a step to ``(n,)``; None for what is not measured by
+            NormDynamicsMonitor.
         prediction: from the measured and the predicted angular update to this quantity, of one
             weight or over all; None for what needs no prediction.
         scope: ``"both"``: a curve for each weight, and the overview over all scale-invariant
@@ -46,9 +47,10 @@ class Quantity:
         measured: ``"always"``; ``"standardized"``: where a weight is standardized, or by name;
             ``"shrunk"``: where AdaptiveWeightShrink acts; ``"by name"``: only if the user names it.
         exact: whether its formula needs ⟨1, w⟩, and sums without the rounding of float32.
-        places: ``"curves"``: one picture with the curves of all weights (loggers, report, overview);
-            ``"chart"``: a W&B chart; ``"map"``: a heat map, weight by step (loggers, overview);
-            ``"report map"``: one in the report; ``"comparison"``: where runs are compared.
+        places: ``"curves"``: one picture with the curves of all weights (loggers, report,
+            overview); ``"chart"``: a W&B chart; ``"map"``: a heat map, weight by step (loggers,
+            overview); ``"report map"``: one in the report; ``"comparison"``: where runs are
+            compared.
         drawn_with: the quantity in whose picture and panel this one is drawn.
         histogram: whether it is worth a histogram over vectors.
         callback_metric: whether EarlyStopping and ModelCheckpoint can see its overview.
@@ -200,7 +202,7 @@ _TABLE = (
         scale="linear",
         formula=lambda step: step.radial_change,
     ),
-    # Counts of the run.
+    # Counts of the run. They have no formula over vectors, so they stand in the overview alone.
     Quantity(
         "optimizer_step",
         title="Optimizer steps",
@@ -235,7 +237,7 @@ _TABLE = (
         scope="overview",
         drawn_with="skipped_steps",
     ),
-    # Of InputSpanMonitor.
+    # Of InputSpanMonitor, which measures them at its own times; here for titles and axes.
     Quantity(
         "input_span_energy",
         title="Weight energy inside the input span",
@@ -310,6 +312,7 @@ def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool)
         >>> to_measure(["weight_std", "equilibrium_ratio"], standardized=False, shrunk=False)
         ['weight_std']
     """
+    # Whoever names a quantity gets it, also where no weight would make it worth its cost.
     applies = {"always": True, "standardized": standardized, "shrunk": shrunk, "by name": False}
     chosen = []
     for quantity in monitored():

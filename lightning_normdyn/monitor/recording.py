@@ -1,4 +1,5 @@
-"""What belongs to one fit of the monitor: when it measures, what waits for the host, the rows so far,
+"""What belongs to one fit of the monitor: when it measures, what waits for the host, the rows so
+far,
 their way to loggers and files, and how they go on after an interruption."""
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lightning_normdyn.monitor.loggers import (
     publish_row,
     publish_to_trainer,
 )
-from lightning_normdyn.monitor.measure import Look, Measured, StepGauge
+from lightning_normdyn.monitor.measure import Look, Measured, StepGauge, mean_norms
 from lightning_normdyn.monitor.quantities import QUANTITIES, monitored
 from lightning_normdyn.monitor.rows import Published, RowDraft, Sent
 from lightning_normdyn.optimizers.host_copy import HostCopy
@@ -150,7 +151,7 @@ class Recording(Part[Any]):
             sizes=[part.numel() for part in packed],
             numbers=HostCopy(torch.cat([part.to(packed[0]) for part in parts])),
             vectors=vectors,
-            events=_new_events(self.ledger, marked),
+            events=self.ledger.new_events(marked),
             marked=marked,
             skipped_steps=self._skipped_before + self.session.attempts.skipped(),
             shown=bool(self._every) and (is_overdue or self.trainer.should_stop),
@@ -339,13 +340,7 @@ class Recording(Part[Any]):
 
     def current_norms(self) -> dict[int, dict[str, float]]:
         """The mean norm of each weight at this moment, by optimizer. Every rank must call it."""
-        norms = {}
-        for index, plan in self.plans.items():
-            lengths = plan.vectors.norms()
-            counts = plan.vectors.totals(torch.ones_like(lengths))
-            means = (plan.vectors.totals(lengths) / counts).tolist()
-            norms[index] = {t.name: mean for t, mean in zip(plan.targets, means, strict=True)}
-        return norms
+        return {index: mean_norms(plan) for index, plan in self.plans.items()}
 
     def _append_final(self, norms: dict[int, dict[str, float]]) -> None:
         """The last norms of every optimizer that stepped after its newest row: the fit ended before
@@ -437,7 +432,7 @@ class Recording(Part[Any]):
         ledger = self._completed()
         state = ledger.state()
         if not self.session.closed:
-            happened = _new_events(ledger, self.session.combined.events())
+            happened = ledger.new_events(self.session.combined.events())
             state["events"] = list(dict.fromkeys([*state["events"], *happened]))
         skipped = self._skipped_before + self.session.attempts.skipped()
         return {**state, "position": position, "skipped_steps": skipped}
@@ -488,13 +483,6 @@ class Recording(Part[Any]):
         super().forget(name)
         self.ledger = self.ledger.without(name)
         self._told = 0  # described anew to the loggers
-
-
-def _new_events(ledger: Ledger, counts: dict[tuple[int, int, str], int]) -> tuple[str, ...]:
-    """Kinds of what happened since the newest results that were sent."""
-    known = ledger.sent[-1].marked if ledger.sent else ledger.marked
-    kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
-    return tuple(dict.fromkeys(kinds))
 
 
 def _is_last(trainer: Trainer) -> bool:

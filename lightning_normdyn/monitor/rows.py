@@ -120,6 +120,7 @@ class RowDraft:
         for result, size, is_chosen, vectors in zip(
             sent.results, sent.sizes, chosen, sent.vectors, strict=True
         ):
+            # In the order in which they were put together; what is left over is of no result.
             own, numbers = numbers[:size], numbers[size:]
             reading = result.read(own) if is_chosen else None
             if reading is not None:
@@ -135,6 +136,7 @@ class RowDraft:
         self._counted[index] = result.optimizer_step
         if result.look.due:
             self._measured[index] = self._step
+        # By weight and not by optimizer: a person looks for a name.
         self._histograms.update(reading.histograms)
         names = result.gauge.measured
         for j, target in enumerate(result.plan.targets):
@@ -152,6 +154,8 @@ class RowDraft:
         group: Mapping[str, Any],
         sums: Mapping[str, tuple[float, float]],
     ) -> None:
+        # A count of 0: no vector had a gradient, or none has a number. Then there is no key at all,
+        # because a NaN would say that the run has diverged.
         means = {name: _mean(name, *pair) for name, pair in sums.items() if pair[1]}
         if not all(isfinite(value) for value in means.values()):
             self._not_finite.append(target.name)
@@ -172,6 +176,8 @@ class RowDraft:
         if target.scale_invariant:
             self._concerns.append(partial(self._alarms.dead, result.gauge, target, group, sums))
             if "equilibrium_angular_update" in means:
+                # Of all vectors with a prediction the squares are pooled: predictions are about the
+                # root mean square, and a mean of the weights' ratios would be another number.
                 squares, count = sums["angular_update"]
                 predicted = means["equilibrium_angular_update"] ** 2 * count
                 self._compared += (squares, predicted, count)
@@ -183,6 +189,7 @@ class RowDraft:
         optimizer is understood."""
         if not target.scale_invariant or "lr" not in means or "weight_norm" not in means:
             return {}
+        # A copy: the ledger there is must not change before the next one is in its place.
         course = self._courses.get(target.name, Course()).fork()
         self._courses[target.name] = course
         if means["lr"] == 0:  # nothing moves: the last prediction stands
@@ -207,6 +214,7 @@ class RowDraft:
         invariant = result.plan.invariant
         totals = reading.totals[:, invariant].sum(1).tolist()
         counts = reading.counts[:, invariant].sum(1).tolist()
+        # The names come first; what no logger gets stands behind them and is left out.
         for name, total, count in zip(result.gauge.names, totals, counts, strict=False):
             known_total, known_count = self._overview.get(name, (0.0, 0.0))
             self._overview[name] = (known_total + total, known_count + count)

@@ -2,8 +2,8 @@
 or ``ddp_notebook``.
 
 Such a Trainer trains in processes of its own, each with a copy of the callbacks. Lightning brings
-back the weights and the metrics and
-nothing else, so the caller's monitor would look as if it had never seen a fit.
+back the weights and the metrics and nothing else, so the caller's monitor would look as if it had
+never seen a fit.
 """
 
 from __future__ import annotations

@@ -111,10 +111,9 @@ def judge(history: History, name: str, course: Course) -> str:
         course: its predictions on the way.
 
     Returns:
-        a verdict of `lightning_normdyn.theory.outlook.reading`; "not settled yet" instead of "settled"
-        before `SETTLED_AFTER` e-foldings;
-        under WRS the comparison alone; "too few rows"; "not finite since step 5" for a weight that
-        ended with NaN.
+        a verdict of `lightning_normdyn.theory.outlook.reading`; "not settled yet" instead of
+        "settled" before `SETTLED_AFTER` e-foldings; under WRS the comparison alone; "too few rows";
+        "not finite since step 5" for a weight that ended with NaN.
     """
     diverged = _not_finite_since(history, name)
     if diverged is not None:

@@ -1,4 +1,5 @@
-"""Where the history of a fit lies: beside each logger's own files, also where a fit is interrupted, resumed or done twice."""
+"""Where the history of a fit lies: beside each logger's own files, also where a fit is interrupted,
+resumed or done twice."""
 
 from __future__ import annotations
 

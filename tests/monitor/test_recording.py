@@ -1,4 +1,5 @@
-"""One fit's record: when a step is measured, when its row comes, and how rows go on after an interruption."""
+"""One fit's record: when a step is measured, when its row comes, and how rows go on after an
+interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Verdicts at the end of a fit: on curves that are given, and on walks whose equilibrium is known."""
+"""Verdicts at the end of a fit: on curves that are given, and on walks whose equilibrium is
+known."""
 
 from __future__ import annotations
 
