@@ -168,6 +168,7 @@ class WeightDecayEquivalentLR(LRScheduler):
         self._constructed = False
         super().__init__(optimizer)
         self._constructed = True
+        # Counted by the optimizer itself: a skipped step never calls its hooks.
         optimizer.register_step_post_hook(self._count)
 
     def _count(self, *_: Any) -> None:
@@ -186,6 +187,7 @@ class WeightDecayEquivalentLR(LRScheduler):
 
     def _follow(self) -> None:
         groups = self.optimizer.param_groups
+        # A group that joins later has no scalar, and its weights no history to make up for.
         if len(groups) != len(self._scalars):
             raise NotSupportedError(
                 f"`WeightDecayEquivalentLR` was made for {len(self._scalars)} param groups, but "
