@@ -158,7 +158,6 @@ def test_own_modules_are_imported_at_the_top(path):
 LONGEST = 500
 
 
-@pytest.mark.xfail(reason="part 11 is under way", strict=False)
 def test_a_file_of_many_lines_says_why_at_its_top():
     silent = []
     for path in MODULES:
@@ -169,7 +168,6 @@ def test_a_file_of_many_lines_says_why_at_its_top():
     assert not silent
 
 
-@pytest.mark.xfail(reason="part 11 is under way", strict=False)
 def test_every_file_has_its_test_file():
     missing = []
     for path in MODULES:
