@@ -45,6 +45,17 @@ class Clock:
         return bool(self._batch.processed < self._batch.ready)
 
     @property
+    def is_last(self) -> bool:
+        """Whether the fit is planned to end with this batch."""
+        trainer = self._trainer
+        # Lightning counts a step of each optimizer.
+        after = trainer.global_step + len(trainer.optimizers)
+        if trainer.max_steps != -1 and after >= trainer.max_steps:
+            return True
+        is_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        return bool(is_last_epoch and trainer.is_last_batch)
+
+    @property
     def _batch(self) -> Any:
         """Lightning's counts of this epoch's batches: ready, started, processed, completed."""
         return self._trainer.fit_loop.epoch_loop.batch_progress.current

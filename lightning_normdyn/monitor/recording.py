@@ -10,7 +10,6 @@ from math import isfinite
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 
 from lightning_normdyn.engine.lightning_facts import log_every
 from lightning_normdyn.engine.messages import show, warn_once
@@ -118,7 +117,7 @@ class Recording(Part[Any]):
         logging_step = (now + 1) // self._every * self._every - 1 if self._every else -1
         overdue = (self._begun_at - 1 if newest is None else newest) < logging_step
         due = overdue or newest is None
-        if due or self.trainer.should_stop or _is_last(self.trainer):
+        if due or self.trainer.should_stop or self.session.clock.is_last:
             return Look(due, overdue)
         return None
 
@@ -483,17 +482,6 @@ class Recording(Part[Any]):
         super().forget(name)
         self.ledger = self.ledger.without(name)
         self._told = 0  # described anew to the loggers
-
-
-def _is_last(trainer: Trainer) -> bool:
-    """Whether the fit is planned to end with this batch."""
-    after = trainer.global_step + len(trainer.optimizers)
-    if trainer.max_steps != -1 and after >= trainer.max_steps:
-        return True
-    is_last_epoch = trainer.max_epochs is not None and (
-        trainer.current_epoch + 1 == trainer.max_epochs
-    )
-    return bool(is_last_epoch and trainer.is_last_batch)
 
 
 __all__ = ["Recording"]

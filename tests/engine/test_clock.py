@@ -79,3 +79,18 @@ def test_logging_steps(every, expected):
 
     fit(make(), [Counts()], max_epochs=1, log_every_n_steps=every)
     assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [({"max_steps": 3}, 3), ({"max_epochs": 2}, 8), ({"max_epochs": 2, "max_steps": 6}, 6)],
+)
+def test_the_last_batch_is_known_before_it_is_over(arguments, expected):
+    seen = []
+
+    class Asks(L.Callback):
+        def on_before_optimizer_step(self, trainer, *_):
+            seen.append(Clock(trainer).is_last)
+
+    fit(make(), [Asks()], **{"max_epochs": -1, **arguments})
+    assert seen == [False] * (expected - 1) + [True]
