@@ -75,6 +75,7 @@ class Account(Selection[AnyRule]):
         """A callback that was to act and never could, in a sentence; empty for any other."""
         seen, due, acted = self._counts()
         attempts = self.session.attempts.count
+        # A callback that was refused has said so already.
         if seen == 0 and attempts and not self._stopped:
             did = "acted in" if self.rule.writes else "measured"
             return (
@@ -95,6 +96,7 @@ class Account(Selection[AnyRule]):
             return ""
         idle = self.idle_in_words()
         seen, due, acted = self._counts()
+        # Who always acts needs no line in the table.
         always = acted > 0 and acted == due and not self._stopped
         if idle or always or not seen:
             return idle

@@ -174,6 +174,7 @@ class NormDynCallback(Rule):
             return seal(self._restored)
         if self._member is not None:
             return seal(self._member.state())
+        # Before any fit: a checkpoint of an evaluation still must have a state to load.
         content = {"settings": self.settings(), "steps": {}, "per_vector": {}, "targets": {}}
         return seal({**content, "extra": {}})
 

@@ -254,6 +254,7 @@ class Plan:
     def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
         """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another
         decays."""
+        # Asked at every step: a rescaling's claim holds inside its window only.
         owners = step.bracket.decay_owners()
         owned = tuple(owners.get(t.weight) == owner for t in self.targets)
         if owned not in self._owned:
@@ -300,6 +301,7 @@ class Plan:
 
     def counter(self, key: str) -> Tensor:
         """A counter per vector, ``(n,)``, that starts at 0; for `count`."""
+        # At once and not when the first is counted, so that every rank knows the same counters.
         self.counters[key] = self.state(key, 0.0)
         return self.counters[key]
 

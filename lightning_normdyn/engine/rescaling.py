@@ -70,6 +70,7 @@ class Rescaler:
     def __init__(self, plan: Plan, session: Session, optimizer_state: str) -> None:
         self.plan = plan
         self._exponents = state_exponents(plan.optimizer) if optimizer_state == "rescale" else {}
+        # With its state kept, a matrix-wise optimizer does not notice what is done to its rows.
         if self._exponents and per_matrix_only(plan.optimizer):
             self._refuse_vectors()
         self._followers: list[_Follower] = []
@@ -112,6 +113,7 @@ class Rescaler:
         for link in verdict.batch_norms:
             module = session.module.get_submodule(link.module)
             vector = vector_of[link.vector.cpu()].to(self.plan.vectors.device)
+            # The mean of a channel holds the bias, which does not scale with the weight.
             bias = parameters.get(link.bias) if link.bias else None
             place = None if bias is None else len(biases)
             if bias is not None:
@@ -247,6 +249,7 @@ def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
     """
     batch = session.batch
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
+    # A forward usually takes the inputs, and training_step the labels behind them.
     candidates: list[tuple[Any, ...]] = [tuple(parts[:count]) for count in range(1, len(parts) + 1)]
     if not isinstance(batch, Tensor):
         candidates.append((batch,))

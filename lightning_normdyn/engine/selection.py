@@ -79,6 +79,7 @@ class Selection(Generic[AnyRule]):
         if not rule.by_name:
             self._warn_of_lazy(matches)
             return []
+        # A pattern may catch weights that nobody trains; an exact name is a person's claim.
         owned = {p for optimizer in optimizers for p in held_by(optimizer)}
         for weight in matches:
             name = self.name_of(weight)
@@ -125,6 +126,7 @@ class Selection(Generic[AnyRule]):
             NotSupportedError: naming a way out.
         """
         check_weight(weight, name)
+        # Before the first backward pass only the layer tells that its gradients will be sparse.
         holders = self.session.weights.holders.get(weight, [])
         if has_sparse_gradient(weight) or any(getattr(m, "sparse", False) for m in holders):
             kind = type(holders[0]).__name__ if holders else "its layer"
@@ -149,6 +151,7 @@ class Selection(Generic[AnyRule]):
         for weight in owned:
             if weight not in self.matched:
                 continue
+            # The rows of a gain are single numbers, so nothing turns.
             if not session.claims.has_no_direction(weight):
                 matches.append(weight)
             elif self._is_exact(weight):
@@ -193,6 +196,7 @@ class Selection(Generic[AnyRule]):
         verdict, shape = session.claims.of(weight), session.weights.shapes[weight]
         fallback = filter_partition(session.module, name, shape)
         partition = choose_partition(verdict, self.rule.granularity, fallback)
+        # Rows that no loss reads have no gradient; to scale them would change nothing but them.
         if verdict.read is not None:
             partition = partition.only(partition.lengths(shape, verdict.read) > 0)
             if not partition.n:
@@ -225,6 +229,7 @@ class Selection(Generic[AnyRule]):
             if weight not in self.matched or weight in trained or weight in session.weights.lazy:
                 continue
             verdict = session.claims.of(weight)
+            # Of a frozen weight the graph may have said already that it never will be one.
             is_possible = verdict.partition is not None or verdict.kind == "unknown"
             if is_possible or rule.by_name or not rule.writes:
                 waiting.append(self.name_of(weight))
