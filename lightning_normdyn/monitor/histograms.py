@@ -60,13 +60,17 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
     logs = values.log()
     valid = torch.isfinite(logs)
     logs = torch.where(valid, logs, torch.zeros_like(logs))
-    number, total, square = vectors.totals(torch.stack([valid.to(logs.dtype), logs, logs.square()]))
+    moments = torch.stack([valid.to(logs.dtype), logs, logs.square()])
+    number, total, square = vectors.totals(moments)
     number = number.clamp(min=1)
     mean = total / number
-    reach = (REACH * (square / number - mean.square()).clamp(min=0).sqrt()).clamp(min=LEAST_REACH)
+    # Rounding may leave a variance a little below 0.
+    variance = (square / number - mean.square()).clamp(min=0)
+    reach = (REACH * variance.sqrt()).clamp(min=LEAST_REACH)
     position = (logs - vectors.spread(mean)) / vectors.spread(reach)
     bins = ((position + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
-    counts = vectors.counts(torch.where(valid, bins, torch.full_like(bins, -1)), BINS)
+    # A bin of -1 is counted nowhere.
+    counts = vectors.counts(torch.where(valid, bins, -1), BINS)
     return torch.cat([mean[..., None], reach[..., None], counts], -1)
 
 
@@ -80,6 +84,9 @@ def _unpack_one(numbers: Sequence[float]) -> Histogram | None:
     mean, reach, *counts = numbers
     if not any(counts):
         return None
-    edges = [exp(min(mean + reach * (2 * i / BINS - 1), MOST)) for i in range(BINS + 1)]
-    # Loggers write edges as text: six digits, where sixteen would triple a run's file.
-    return Histogram([float(f"{edge:.6g}") for edge in edges], [round(count) for count in counts])
+    edges = []
+    for i in range(BINS + 1):
+        edge = exp(min(mean + reach * (2 * i / BINS - 1), MOST))
+        # Loggers write edges as text: six digits, where sixteen would triple a run's file.
+        edges.append(float(f"{edge:.6g}"))
+    return Histogram(edges, [round(count) for count in counts])
