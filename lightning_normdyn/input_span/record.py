@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]  # not exported by name
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.plan import Target

@@ -249,9 +249,9 @@ def targets_table(verdicts: Iterable[Verdict], width: int | None = None) -> str:
             long.
 
     Example:
-        >>> print(targets_table([Verdict.unknown("fc.weight", (10, 4))]))
+        >>> print(targets_table([Verdict.unknown("fc.weight", (10, 4), reason="in no loss")]))
         weight     shape   scale-invariant  vectors  normalized by  how known  why not
-        fc.weight  10 x 4  unknown                                             not part of any training loss so far
+        fc.weight  10 x 4  unknown                                             in no loss
     """
     cells = [_cells(verdict) for verdict in verdicts]
     if width is not None:
