@@ -1,5 +1,4 @@
-"""What InputSpanMonitor does in one fit: which layers, when to gather, and the numbers at the end of
-an epoch."""
+"""What InputSpanMonitor does in one fit: which layers, when to gather, and what an epoch gave."""
 
 from __future__ import annotations
 

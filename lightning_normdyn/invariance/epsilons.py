@@ -169,7 +169,7 @@ class EpsilonWatch:
             self._fresh.add(name)
 
     def forget_old(self) -> None:
-        """The weights have moved since: from now on running statistics count, where there are any."""
+        """The weights have moved: from now on running statistics count, where there are any."""
         self._fresh = set()
 
     def largest(self, names: Iterable[str]) -> EpsilonShare | None:

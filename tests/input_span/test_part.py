@@ -1,5 +1,4 @@
-"""The part of InputSpanMonitor in a fit: strategies that it refuses, hooks that it leaves nowhere, the
-labels of filters."""
+"""The part of InputSpanMonitor in a fit: refused strategies, hooks, labels of filters."""
 
 from __future__ import annotations
 
