@@ -4,6 +4,7 @@ W&B outside its temporary folder."""
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -22,3 +23,7 @@ def _isolated(tmp_path, monkeypatch):
     # WandbLogger(offline=True) sets this for the whole process.
     monkeypatch.setenv("WANDB_MODE", "offline")
     torch.manual_seed(0)
+    yield
+    # What a test has compiled is not compiled for the next one: claims ask torch.compile's counters.
+    if "torch._dynamo.utils" in sys.modules:
+        sys.modules["torch._dynamo.utils"].counters.clear()
