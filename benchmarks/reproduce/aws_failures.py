@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from lightning_normdyn import AdaptiveWeightShrink
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.parametrizations import weight_standardization
 from lightning_normdyn.theory.outlook import free_decay_rate, steps_to_underflow
 

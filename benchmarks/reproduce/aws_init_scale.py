@@ -12,7 +12,7 @@ import desk
 from aws_failures import standardize
 
 from lightning_normdyn import AdaptiveWeightShrink
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 
 # Decay and alpha are such that weights of the usual initialization get about as long under both;
 # small_alpha is the paper's own.

@@ -12,7 +12,7 @@ import desk
 import numpy as np
 
 from lightning_normdyn import AdaptiveWeightShrink
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 
 DESK = {
     "steps": 1_000,

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lightning_normdyn import LRDropRescaling
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.theory.equilibrium import (
     equilibrium_angular_update,
     equivalent_hyperparameters,

@@ -37,7 +37,7 @@ from lightning_normdyn import (
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.functional import generalized_gaussian_shape
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 
 DESK = {
     "resolution": 8,

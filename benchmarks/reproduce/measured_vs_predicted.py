@@ -15,7 +15,7 @@ import torch
 
 from lightning_normdyn import AdaptiveWeightShrink, RadialProjection
 from lightning_normdyn.engine.effect import Effects
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.monitor.predictions import Prediction, predict
 from lightning_normdyn.monitor.verdicts import Course, judge
 from lightning_normdyn.theory.outlook import AS_PREDICTED

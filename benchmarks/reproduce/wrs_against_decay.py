@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_normdyn import WeightRescaling
-from lightning_normdyn.monitor.plots import OKABE_ITO
+from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.theory.outlook import total_decay
 
 DESK = {

@@ -44,8 +44,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     ``forward`` takes as keyword arguments; override it where that is not what you want. One batch
     is tried at fit start.
 
-    After a resume in the middle of a chosen epoch, its inputs are those of the batches that are
-    left; an epoch whose last batch came before the checkpoint is not measured again.
+    A checkpoint within a chosen epoch holds what was gathered so far, on one process and up to 64
+    MiB. Otherwise, the inputs after a resume are those of the batches that are left.
 
     Compiled code (``torch.compile``) calls no hooks, so what runs inside it is refused by name, or
     left out with a warning under ``"auto"``; with ``dataloader`` it runs eagerly and is measured.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any
 
@@ -84,6 +84,31 @@ class Covariance:
             # Deviations from the common mean instead of this rank's own.
             self._add_products(((own_mean - self.mean) * sqrt(own_count))[:, None])
             all_reduce(self._scatter)
+
+    @property
+    def nbytes(self) -> int:
+        """What its state takes in a checkpoint."""
+        return self.mean.nbytes + self._scatter.nbytes
+
+    def state(self) -> dict[str, Any]:
+        """What was gathered so far, on the host."""
+        mean, scatter = self.mean.cpu().clone(), self._scatter.cpu().clone()
+        return {"count": self.count, "mean": mean, "scatter": scatter}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            ValueError: if it is of rows of another form.
+        """
+        mean, scatter = state["mean"], state["scatter"]
+        if mean.shape != self.mean.shape or scatter.shape != self._scatter.shape:
+            raise ValueError("the sums in the checkpoint belong to a layer of another form")
+        if state["count"] < 0:
+            raise ValueError("the sums in the checkpoint are of less than no row")
+        self.mean.copy_(mean)
+        self._scatter.copy_(scatter)
+        self.count = int(state["count"])
 
     def covariance(self) -> Tensor:
         """``(g, d, d)``, divided by the number of rows; hands its own memory over."""

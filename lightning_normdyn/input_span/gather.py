@@ -94,6 +94,41 @@ class InputGatherer:
             self.batches += 1
             self.seen.update(self._calls.keys())
 
+    def state(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
+        """What was gathered so far, for a checkpoint; a batch that is running counts as ended.
+
+        Args:
+            names: of the weights.
+        """
+        seen = Counter(self.seen)
+        batches = self.batches
+        if self._batches_left is not None:
+            batches += 1
+            seen.update(self._calls.keys())
+        return {
+            "batches": batches,
+            "seen": {names[weight]: count for weight, count in seen.items()},
+            "thinned": [names[weight] for weight in self.thinned],
+            "calls": {names[weight]: count for weight, count in self._calls.items()},
+            "generator": self._generator.get_state(),
+            "sums": {names[weight]: stream.state() for weight, stream in self.streams.items()},
+        }
+
+    def load(self, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+        """Go on from what `state` gave.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: if it belongs to other layers.
+        """
+        for weight, stream in self.streams.items():
+            stream.load(state["sums"][names[weight]])
+        self._generator.set_state(state["generator"])
+        weights = {names[weight]: weight for weight in self.streams}
+        self.batches = int(state["batches"])
+        self.seen = Counter({weights[name]: n for name, n in state["seen"].items()})
+        self.thinned = {weights[name] for name in state["thinned"]}
+        self._calls = Counter({weights[name]: n for name, n in state["calls"].items()})
+
     def close(self) -> None:
         """Remove every hook; idempotent."""
         for hook in self._hooks:

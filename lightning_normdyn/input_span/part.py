@@ -21,7 +21,7 @@ from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
-from lightning_normdyn.engine.value_checks import Check, record
+from lightning_normdyn.engine.value_checks import Check, flag, optional, plain, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.input_span.fixed_weights import (
@@ -38,6 +38,15 @@ from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.history_check import check_history
 from lightning_normdyn.optimizers.views import torch_optimizers
+
+# Covariances may have hundreds of MiB, which nobody expects in a checkpoint.
+MOST_SAVED_BYTES = 64 * 2**20
+
+# A chosen epoch that is not measured yet: its number, the step that its row belongs to, whether its
+# last batch was reached, and what was gathered.
+CHECK_EPOCH = record(
+    {"number": whole(), "step": whole(), "is_over": flag, "gathered": optional(plain)}
+)
 
 
 class SpanWorker(Worker[Any]):
@@ -73,7 +82,9 @@ class SpanPart(Part[Any]):
         gaps: tells where inputs are missing.
     """
 
-    STATE: ClassVar[Check] = staticmethod(record({}, {"history": check_history}))
+    STATE: ClassVar[Check] = staticmethod(
+        record({}, {"history": check_history, "epoch": CHECK_EPOCH})
+    )
 
     def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, worker, session)
@@ -172,19 +183,57 @@ class SpanPart(Part[Any]):
         """Gather from this batch, if it belongs to a chosen epoch."""
         super().batch_start(batch, batch_idx)
         epoch = self._trainer.current_epoch
+        if batch_idx == 0:
+            self._catch_up(epoch - 1)
         if self._trainer.barebones or (epoch + 1) % self.rule.every_n_epochs:
             return
         if not self._epoch_open:
             self._epoch_open = True
             if self.rule.dataloader is None:
                 self._gatherer = self._gather_for(self._turn_of(epoch))
-                if batch_idx:
+                if batch_idx and not self._go_on(self._gatherer, self._saved_epoch(), epoch):
                     rank_zero_info(
                         f"InputSpanMonitor gathers in epoch {epoch} what comes after its first "
                         f"{batch_idx} batches: the fit was resumed there."
                     )
         if self._gatherer is not None:
             self._gatherer.begin_batch(_batches_left(self._trainer, batch_idx))
+
+    def _saved_epoch(self) -> dict[str, Any] | None:
+        """The unfinished epoch of the checkpoint, before the first step has taken it up."""
+        return None if self.restored is None else self.restored["extra"].get("epoch")
+
+    def _go_on(self, gatherer: InputGatherer, saved: dict[str, Any] | None, epoch: int) -> bool:
+        """Whether ``gatherer`` goes on from what the checkpoint holds of this epoch."""
+        if saved is None or saved["gathered"] is None or saved["number"] != epoch:
+            return False
+        try:
+            gatherer.load(saved["gathered"], self._names())
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            warn_once(f"InputSpanMonitor drops the inputs gathered before the checkpoint: {error}")
+            return False
+        return True
+
+    def _names(self) -> dict[Tensor, str]:
+        return {weight: self.name_of(weight) for weight in self.layers.readers}
+
+    def _catch_up(self, epoch: int) -> None:
+        """Measure the epoch before a resume, if it ended with the checkpoint.
+
+        A saver that comes first in the list of callbacks saves before the epoch's last batch was
+        measured, and the resumed fit never comes back to that batch. Now, before the first forward
+        pass, weights and running statistics are still those of its end.
+        """
+        saved = self._saved_epoch()
+        if saved is None or not saved["is_over"] or saved["number"] != epoch:
+            return
+        gatherer = None
+        if self.rule.dataloader is None:
+            gatherer = self._gather_for(self._turn_of(epoch))
+            gatherer.close()
+            if not self._go_on(gatherer, saved, epoch):
+                return
+        self._record(gatherer, saved["step"])
 
     def batch_end(self) -> None:
         """Measure after the last batch.
@@ -240,28 +289,60 @@ class SpanPart(Part[Any]):
     def _measure(self, step: int) -> None:
         gatherer, due = self._gatherer, self._epoch_open
         self._close_epoch()
-        # Without a worker no optimizer has stepped yet, and nobody knows the targets.
-        if not due or not self.workers:
+        if not due:
             return
         for bracket in self.session.attachment.brackets:
             # A fused optimizer tells later whether it skipped its last update.
             bracket.settle()
-        targets = self.targets
+        self._record(gatherer, step)
+
+    def _record(self, gatherer: InputGatherer | None, step: int) -> None:
+        """Make a row of what was gathered, or of a pass over ``dataloader``; a collective."""
+        targets = self._known_targets()
+        if not targets:
+            return
         if gatherer is not None:
             summaries, batches = self._summarize(gatherer, targets), gatherer.batches
         else:
             summaries, batches = self._pass_over_loader(targets)
+        history, restored = self.rule.history, self.restored
+        if restored is not None and "history" in restored["extra"]:
+            # No step has taken the checkpoint up yet: the row belongs to what it holds.
+            history.load_state_dict(restored["extra"]["history"])
         if self._trainer.is_global_zero:
             # Layers may take turns: what is known of those of earlier epochs stays.
-            facts = {**self.rule.history.meta.get("targets", {}), **facts_of(targets, summaries)}
+            facts = {**history.meta.get("targets", {}), **facts_of(targets, summaries)}
             publish(
-                self.rule.history,
+                history,
                 self._trainer.loggers,
                 summaries,
                 step,
-                optimizer_step=max(self.steps_of(index) for index in self.workers),
+                optimizer_step=self._optimizer_steps(),
                 meta={"targets": facts, "settings": self.rule.settings(), "batches": batches},
             )
+        if restored is not None:
+            extra = {**restored["extra"], "history": history.state_dict()}
+            extra.pop("epoch", None)
+            self.restored = {**restored, "extra": extra}
+
+    def _known_targets(self) -> list[Target]:
+        """The weights to measure; none where no optimizer has stepped yet and nothing was restored."""
+        if self.workers:
+            return self.targets
+        if self.restored is None or not self.session.restore_verdicts():
+            return []
+        # After a resume, what the checkpoint says of each weight holds until the first step.
+        found = []
+        for optimizer in self.session.attachment.optimizers:
+            for weight in self.select(self.session.weights.owned(optimizer)):
+                found.append(self.target_or_none(weight))
+        return [target for target in found if target is not None]
+
+    def _optimizer_steps(self) -> int:
+        if self.workers:
+            return max(self.steps_of(index) for index in self.workers)
+        assert self.restored is not None
+        return max((int(steps) for steps in self.restored["steps"].values()), default=0)
 
     def _pass_over_loader(self, targets: list[Target]) -> tuple[dict[str, SpanSummary], int]:
         """Gather at fixed weights, as many layers at a time as fit into memory.
@@ -314,7 +395,7 @@ class SpanPart(Part[Any]):
         if world > 1:
             for stream in streams:
                 stream.merge(dist.all_reduce)
-        labels_of = {}
+        labels_of: dict[str, Tensor] = {}
         for worker in self.workers.values():
             assert isinstance(worker, SpanWorker)
             labels_of.update(worker.labels)
@@ -327,7 +408,9 @@ class SpanPart(Part[Any]):
             if i % world == rank and stream.count:
                 layer = self.layers.readers[target.weight][0]
                 filters = filters_of(layer, whole).to(stream.mean)
-                labels = labels_of[target.name]
+                labels = labels_of.get(target.name)
+                if labels is None:
+                    labels = filter_labels(layer, target.partition)
                 table[i] = summary_numbers(
                     filters, stream, labels, self.rule.energy, self.rule.method
                 )
@@ -350,8 +433,24 @@ class SpanPart(Part[Any]):
         self.rule.send_history(self.session.trainer)
 
     def extra(self) -> dict[str, Any]:
-        """The history."""
-        return {"history": self.rule.history.state_dict()}
+        """The history, and the chosen epoch that is running."""
+        extra: dict[str, Any] = {"history": self.rule.history.state_dict()}
+        # The checkpoint is one rank's, and other ranks have gathered from other batches.
+        if self._epoch_open and self._trainer.world_size == 1:
+            extra["epoch"] = {
+                "number": self._trainer.current_epoch,
+                "step": batches_that_stepped(self._trainer),
+                "is_over": bool(self._trainer.is_last_batch),
+                "gathered": self._gathered(),
+            }
+        return extra
+
+    def _gathered(self) -> dict[str, Any] | None:
+        """What was gathered so far; None if it is too large for a checkpoint."""
+        if self._gatherer is None:
+            return None
+        size = sum(stream.nbytes for stream in self._gatherer.streams.values())
+        return self._gatherer.state(self._names()) if size <= MOST_SAVED_BYTES else None
 
     def load_extra(self, extra: dict[str, Any]) -> None:
         """Go on with the history of the checkpoint."""

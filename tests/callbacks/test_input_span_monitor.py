@@ -44,6 +44,7 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.input_span import layers as input_layers
 from lightning_normdyn.input_span import rows as input_rows
+from lightning_normdyn.input_span.gather import InputGatherer
 from lightning_normdyn.input_span.rows import InputRows
 from lightning_normdyn.input_span.summary import BINS, REACH
 from lightning_normdyn.parametrizations import weight_normalization
@@ -710,7 +711,7 @@ def test_resume_from_the_end_of_an_epoch_equals_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("own_loader", [False, True])
-def test_resume_within_an_epoch_gathers_what_is_left_of_it(own_loader, tmp_path, caplog):
+def test_resume_within_an_epoch_goes_on_gathering(own_loader, tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="lightning.pytorch")
     own = loader() if own_loader else None
     resumed, whole = resumed_and_whole(
@@ -720,17 +721,63 @@ def test_resume_within_an_epoch_gathers_what_is_left_of_it(own_loader, tmp_path,
         lambda: InputSpanMonitor(dataloader=own),
     )
     assert [row["step"] for row in resumed] == [3, 7, 11]
-    assert [a == b for a, b in zip(resumed, whole, strict=True)] == [True, own_loader, True]
-    said = [r.message for r in caplog.records if "the fit was resumed there" in r.message]
-    assert len(said) == (0 if own_loader else 1)
-    assert all("in epoch 1 what comes after its first 1 batches" in text for text in said)
+    assert resumed == whole
+    assert not [r for r in caplog.records if "the fit was resumed there" in r.message]
 
 
-def test_an_epoch_whose_last_batch_came_before_the_checkpoint_is_not_measured_again(tmp_path):
+def test_what_is_too_large_for_a_checkpoint_is_gathered_from_what_is_left(
+    tmp_path, caplog, monkeypatch
+):
+    caplog.set_level(logging.INFO, logger="lightning.pytorch")
+    monkeypatch.setattr("lightning_normdyn.input_span.part.MOST_SAVED_BYTES", 1000)
     resumed, whole = resumed_and_whole(
-        lambda path: SavesAt(8, path), tmp_path / "last.ckpt", True, InputSpanMonitor
+        lambda path: SavesAt(5, path), tmp_path / "middle.ckpt", False, InputSpanMonitor
     )
-    assert resumed == [whole[0], whole[2]]
+    assert [a == b for a, b in zip(resumed, whole, strict=True)] == [True, False, True]
+    (said,) = [r.message for r in caplog.records if "the fit was resumed there" in r.message]
+    assert "in epoch 1 what comes after its first 1 batches" in said
+
+
+@pytest.mark.parametrize("own_loader", [False, True])
+def test_an_epoch_whose_last_batch_came_before_the_checkpoint_is_measured_after_it(
+    own_loader, tmp_path
+):
+    own = loader() if own_loader else None
+    resumed, whole = resumed_and_whole(
+        lambda path: SavesAt(8, path),
+        tmp_path / "last.ckpt",
+        True,
+        lambda: InputSpanMonitor(dataloader=own),
+    )
+    assert resumed == whole
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda gathered: gathered.pop("sums"),
+        lambda gathered: gathered["sums"].clear(),
+        lambda gathered: gathered["seen"].update(nobody=1),
+        lambda gathered: gathered["sums"]["net.0.weight"].update(mean=torch.zeros(1, 3)),
+        lambda gathered: gathered.update(generator=torch.zeros(3)),
+        lambda gathered: gathered["sums"]["net.0.weight"].update(count=-1),
+    ],
+)
+def test_sums_of_a_checkpoint_are_checked_before_they_are_believed(spoil, tmp_path):
+    path = tmp_path / "middle.ckpt"
+    monitor = InputSpanMonitor()
+    fit(make(), [monitor, SavesAt(5, path)], max_epochs=3)
+    saved = torch.load(path, weights_only=False)
+    (key,) = [k for k in saved["callbacks"] if "InputSpanMonitor" in k]
+    gathered = saved["callbacks"][key]["extra"]["epoch"]["gathered"]
+    spoil(gathered)
+    layers = {f"net.{i}.weight": make().net[i] for i in (0, 3, 8)}
+    readers = {layer.weight: [layer] for layer in layers.values()}
+    gatherer = InputGatherer(readers, torch.device("cpu"), most=10, seed=0)
+    gatherer.close()
+    names = dict(zip(readers, layers, strict=True))
+    with pytest.raises((KeyError, TypeError, ValueError, RuntimeError)):
+        gatherer.load(gathered, names)
 
 
 def test_an_epoch_that_ends_early_is_measured():
