@@ -463,7 +463,7 @@ def test_a_record_that_no_run_can_have_left_is_refused_at_fit_start(
 @pytest.mark.parametrize("uniform", [False, True])
 def test_a_weight_without_any_record_is_refused(uniform, good, tmp_path):
     history = load_history(good)
-    history._vectors.restore([], {}, {})
+    history._contents.vectors.restore([], {}, {})
     with pytest.raises(NormDynError, match=r"holds no record at all for `net.0.weight`"):
         fit(
             make(make_optimizer=plain_sgd),
@@ -474,7 +474,7 @@ def test_a_weight_without_any_record_is_refused(uniform, good, tmp_path):
 @pytest.mark.parametrize("norm", [np.inf, np.nan])
 def test_vectors_of_a_run_that_diverged_are_left_alone(norm, good, tmp_path):
     history = load_history(good)
-    for record in history._vectors.records:
+    for record in history._contents.vectors.records:
         record.content.arrays()["weight_norm/net.0.weight"][1] = norm
     replayed, recorded = make(make_optimizer=plain_sgd), make(make_optimizer=plain_sgd)
     fit(recorded)
