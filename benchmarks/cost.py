@@ -6,9 +6,8 @@ beside floors and peers.
     python benchmarks/cost.py --quick            # small shapes, a minute, writes nothing
 
 Milliseconds belong to one machine and one hour; ratios taken in one process, turn by turn, do not.
-So every case of a table runs once per
-round, in changing order, and a table shows medians over rounds with the middle half of the rounds
-as spread.
+So every case of a table runs once per round, in changing order, and a table shows medians over
+rounds with the middle half of the rounds as spread.
 
 A *floor* is the least that the same bytes can cost: the fastest torch primitive that reads or
 writes them, on the same weights.

@@ -5,12 +5,10 @@ scale-invariant: most are not.
     python examples/char_gpt.py --text my_book.txt --norm layer --method decay
 
 LayerNorm or RMSNorm stands *before* each sublayer, so it makes the sublayer's input independent of
-the residual
-stream's scale, but not the output of its matrices independent of theirs. Only the query and key
-projections have a
-normalization right behind them (per head), so only they have an effective learning rate in the
-sense of the papers.
-The tables at start and end say so, and the methods leave all other weights to AdamW.
+the residual stream's scale, but not the output of its matrices independent of theirs. Only the
+query and key projections have a normalization right behind them (per head), so only they have an
+effective learning rate in the sense of the papers. The tables at start and end say so, and the
+methods leave all other weights to AdamW.
 """
 
 from __future__ import annotations

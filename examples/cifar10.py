@@ -1,13 +1,10 @@
 """Read CIFAR-10 from the standard python archive, without running anything that the archive says.
 
 The archive holds six pickles. A pickle is a small program: whoever wrote it decides which functions
-run when it is
-loaded, and even without any function a few hundred bytes can keep an unpickler busy for years
-(tuples of tuples, each
-held twice, as a dictionary's key). So no unpickler is used: the operations are read one by one, the
-few that a batch of
-CIFAR-10 consists of are carried out on inert records, all others are refused, and their number is
-bounded.
+run when it is loaded, and even without any function a few hundred bytes can keep an unpickler busy
+for years (tuples of tuples, each held twice, as a dictionary's key). So no unpickler is used: the
+operations are read one by one, the few that a batch of CIFAR-10 consists of are carried out on
+inert records, all others are refused, and their number is bounded.
 """
 
 from __future__ import annotations

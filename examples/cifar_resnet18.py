@@ -2,14 +2,12 @@
 RadialProjection.
 
     python examples/cifar_resnet18.py --cifar cifar-10-python.tar.gz --method wrs
-    python examples/cifar_resnet18.py --cifar cifar-10-python.tar.gz --preset paper          # on a GPU
+    python examples/cifar_resnet18.py --cifar cifar-10-python.tar.gz --preset paper  # on a GPU
 
 ``--arch wrs`` is the WRS paper's variant with BatchNorm after every convolution, so that all its
-filters are
-scale-invariant. ``--arch original`` has shortcuts without BatchNorm: three convolutions whose
-length the loss does
-see. The table at the start of the run tells them apart, and the callbacks leave them to the
-optimizer.
+filters are scale-invariant. ``--arch original`` has shortcuts without BatchNorm: three convolutions
+whose length the loss does see. The table at the start of the run tells them apart, and the
+callbacks leave them to the optimizer.
 """
 
 from __future__ import annotations

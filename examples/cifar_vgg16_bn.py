@@ -2,13 +2,11 @@
 or RadialProjection.
 
     python examples/cifar_vgg16_bn.py --cifar cifar-10-python.tar.gz --method wrs
-    python examples/cifar_vgg16_bn.py --cifar cifar-10-python.tar.gz --preset paper          # on a GPU
+    python examples/cifar_vgg16_bn.py --cifar cifar-10-python.tar.gz --preset paper  # on a GPU
 
 A plain chain of thirteen convolutions, each with BatchNorm: the network of the WRS paper's
-pictures. Without
-shortcuts the gradients differ much from layer to layer, and the early layers' angular updates with
-them until the
-norms have settled.
+pictures. Without shortcuts the gradients differ much from layer to layer, and the early layers'
+angular updates with them until the norms have settled.
 """
 
 from __future__ import annotations

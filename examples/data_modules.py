@@ -131,8 +131,7 @@ class Cifar10(TensorDataModule):
     """CIFAR-10 from the standard python archive, with random flips and crops as in the papers.
 
     The batch is augmented in one go after it was moved to the device. The WRS paper also changes
-    brightness, contrast, hue and saturation
-    at random, which is left out here.
+    brightness, contrast, hue and saturation at random, which is left out here.
 
     Args:
         path: ``cifar-10-python.tar.gz`` or its folder.

@@ -2,13 +2,11 @@
 learning rates.
 
     python examples/digits_resnet.py --method aws
-    python examples/digits_resnet.py --demo          # weight decay, then AdaptiveWeightShrink, in one picture
+    python examples/digits_resnet.py --demo  # weight decay, then AWS, in one picture
 
 What to see: under weight decay as well as under AdaptiveWeightShrink the weights find a length at
-which each step
-turns them by the same angle, whatever length they began with. The effective learning rate rises or
-falls until then,
-and this is what the learning rate alone does not tell.
+which each step turns them by the same angle, whatever length they began with. The effective
+learning rate rises or falls until then, and this is what the learning rate alone does not tell.
 """
 
 from __future__ import annotations
@@ -37,10 +35,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 # alpha is chosen so that the filters, whose length settles near 1, shrink under AWS at the rate at
-# which SGD's own
-# (coupled) decay shrinks them: alpha * length = weight_decay / (1 - momentum). They start five
-# times as
-# long as torch makes them (init_scale), so that there is a way to go.
+# which SGD's own (coupled) decay shrinks them: alpha * length = weight_decay / (1 - momentum). They
+# start five times as long as torch makes them (init_scale), so that there is a way to go.
 PRESETS: dict[str, dict] = {
     "tiny": {"width": 4, "epochs": 1, "max_steps": 12, "log_every": 2},
     "default": {

@@ -5,9 +5,8 @@ GPUs or on CPU ranks.
     python examples/fsdp_transformer.py --devices 8 --preset paper
 
 Each weight is cut by rows over the ranks. The callbacks work on the shards where a head's rows lie
-on one rank, and
-sum over the ranks where the cut goes through a head; the curves and the weights are those of one
-device.
+on one rank, and sum over the ranks where the cut goes through a head; the curves and the weights
+are those of one device.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ the module says so.
     python examples/gan_manual_optimization.py --method aws
 
 The callbacks follow the optimizers' own steps, not the Trainer's count of batches: the generator
-steps twice as often
-as the discriminator here, and each has its own effective learning rates, in one history.
+steps twice as often as the discriminator here, and each has its own effective learning rates, in
+one history.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ class GAN(L.LightningModule):
         self.log("train_generator_loss", loss)
 
         # On the last batch of each round, so that a logging step (every tenth batch here) is a step
-        # of both: a weight
-        # has no angular update at a step at which its optimizer stands still.
+        # of both: a weight has no angular update at a step at which its optimizer stands still.
         if (batch_idx + 1) % GENERATOR_STEPS == 0:
             self.toggle_optimizer(discriminator_optimizer)
             loss = (

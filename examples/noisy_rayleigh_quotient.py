@@ -2,10 +2,9 @@
 steer a scale-invariant weight.
 
 Minimize L(X) = XᵀAX / 2XᵀX by SGD with weight decay and noisy gradients. Only the direction of X
-counts, so the dynamics are those of one
-filter in front of a normalization, and everything can be computed in closed form. Running this file
-writes the NRQ paper's Figure 2 as one
-picture, with the *corrected* formulas drawn in (dashed; limits dotted):
+counts, so the dynamics are those of one filter in front of a normalization, and everything can be
+computed in closed form. Running this file writes the NRQ paper's Figure 2 as one picture, with the
+*corrected* formulas drawn in (dashed; limits dotted):
 
 - trade-off: a larger angular update, √(2 lr λ) at equilibrium, learns faster and ends at a higher
   risk; only the product lr x λ matters;
@@ -16,11 +15,10 @@ picture, with the *corrected* formulas drawn in (dashed; limits dotted):
 
     python examples/noisy_rayleigh_quotient.py --out runs/nrq
     python examples/noisy_rayleigh_quotient.py --preset tiny
-    python examples/noisy_rayleigh_quotient.py --lightning      # through a Trainer; LRDropRescaling divides the weights (a few minutes)
+    python examples/noisy_rayleigh_quotient.py --lightning  # through a Trainer (minutes)
 
 `simulate` is fast (all trials at once, no autograd); `NoisyRayleighQuotient` is the same problem as
-a LightningModule, for callbacks, and
-`train` runs it.
+a LightningModule, for callbacks, and `train` runs it.
 """
 
 from __future__ import annotations
@@ -163,7 +161,7 @@ def predict(problem: Problem, schedule: Schedule, start: Tensor) -> Curves:
 
 
 # --- the same as a LightningModule
-# --------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class NoiseStream(IterableDataset[Tensor]):
@@ -254,7 +252,7 @@ def train(problem: Problem, schedule: Schedule, start: Tensor, *, seed: int = 1)
 
 
 # --- Figure 2
-# -----------------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -418,7 +416,7 @@ def escape_ratio(curves: Curves, schedule: Schedule, window: int = 50) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Figure 2 of the Noisy Rayleigh Quotient paper, with the corrected formulas drawn in."
+        description="Figure 2 of the Noisy Rayleigh Quotient paper, with corrected formulas."
     )
     parser.add_argument(
         "--preset",

@@ -28,9 +28,8 @@ METHODS = {
 }
 PRESETS = ("tiny", "default", "paper")
 # For `--optimizer adamw` of the image examples, whatever the preset: SGD's learning rate is far too
-# large for it, and a decay
-# that acts has to be of the order of 1 / (lr * steps). alpha = weight_decay / length, which settles
-# near 1.
+# large for it, and a decay that acts has to be of the order of 1 / (lr * steps). alpha =
+# weight_decay / length, which settles near 1.
 ADAMW = {"lr": 1e-3, "weight_decay": 1.0, "alpha": 1.0}
 EXTRAS = {
     "sklearn": "scikit-learn",
@@ -251,7 +250,7 @@ def add_image_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--cifar",
         type=Path,
-        help="CIFAR-10: cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits are used",
+        help="CIFAR-10: cifar-10-python.tar.gz or its folder; without it, scikit-learn's digits",
     )
     p.add_argument(
         "--resolution", type=int, choices=(8, 16, 32), help="edge of the images in pixels"

@@ -2,17 +2,15 @@
 with its seven published norms.
 
 A weight w in the plane is trained on 1 - cos(w, w*), from almost the opposite direction of w*.
-Gradients are at right angles to w, so each
-step makes w longer, momentum makes it much longer, and a longer weight turns less. Removing the
-radial part of the step ("ours" in the
-slides; RadialProjection in this package) keeps the norm near 1 at every momentum.
+Gradients are at right angles to w, so each step makes w longer, momentum makes it much longer, and
+a longer weight turns less. Removing the radial part of the step ("ours" in the slides;
+RadialProjection in this package) keeps the norm near 1 at every momentum.
 
     python examples/toy_2d.py --out runs/toy_2d
 
 The slides give neither the start nor the learning rate; the ones below are inferred, and reproduce
-all seven norms within 1 %. The
-published losses of momentum without projection (.0019, .0044, .0155) belong to no setting that was
-found and are not compared.
+all seven norms within 1 %. The published losses of momentum without projection (.0019, .0044,
+.0155) belong to no setting that was found and are not compared.
 """
 
 from __future__ import annotations

@@ -5,9 +5,8 @@ lr over the deviation.
     python examples/ws_resnet.py --cifar cifar-10-python.tar.gz --norm gn --method decay
 
 Each convolution works with its filters minus their mean, divided by their standard deviation.
-AdaptiveWeightShrink
-then goes by that deviation (``statistic="auto"`` finds it), and so do the curves ``weight_std`` and
-``effective_lr``.
+AdaptiveWeightShrink then goes by that deviation (``statistic="auto"`` finds it), and so do the
+curves ``weight_std`` and ``effective_lr``.
 """
 
 from __future__ import annotations

@@ -376,8 +376,7 @@ def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
 
 
 def moment_sums(weight: Tensor) -> tuple[Tensor, Tensor]:
-    r"""What :func:`std_from_sums` takes: :math:`\langle w,w\rangle` and :math:`\langle
-    1,w\rangle`.
+    r"""What :func:`std_from_sums` takes: :math:`\langle w,w\rangle` and :math:`\langle 1,w\rangle`.
 
     Args:
         weight: ``(n, ...)``, any floating dtype.

@@ -63,9 +63,8 @@ class _PerVector(Metric):
         self.granularity = granularity
         self.reduction = reduction
         # Without dimensions until the first update says how many vectors there are: a zero adds to
-        # anything. The names tell the classes
-        # apart, because MetricCollection lets metrics share their states when names and first
-        # values agree.
+        # anything. The names tell the classes apart, because MetricCollection lets metrics share
+        # their states when names and first values agree.
         empty = torch.zeros(
             () if num_vectors is None else num_vectors, dtype=torch.float64, device="cpu"
         )
@@ -77,7 +76,10 @@ class _PerVector(Metric):
         new = torch.cat([value.double() for value in values])
         total = getattr(self, self._total)
         if total.ndim and total.shape != new.shape:
-            found = f"{type(self).__name__} was updated with {new.numel()} weight vectors and has {total.numel()}"
+            found = (
+                f"{type(self).__name__} was updated with {new.numel()} weight vectors and has "
+                f"{total.numel()}"
+            )
             raise NormDynError(f"{found}; pass the same weights every time.")
         seen = ~new.isnan()
         setattr(self, self._total, total + (new.square() if self.squared else new).where(seen, 0.0))
@@ -239,7 +241,8 @@ class AngularUpdate(_PerVector):
 
     Example:
         >>> metric = AngularUpdate()
-        >>> metric.update(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), weight_before=torch.tensor([[2.0, 0.0], [1.0, 0.0]]))
+        >>> before = torch.tensor([[2.0, 0.0], [1.0, 0.0]])
+        >>> metric.update(torch.tensor([[1.0, 1.0], [0.0, 3.0]]), weight_before=before)
         >>> metric.compute()
         tensor([0.7854, 1.5708], dtype=torch.float64)
     """

@@ -1,7 +1,7 @@
 """Pictures of a run, drawn from its history.
 
-A short path to the files of `lightning_normdyn.monitor.plots`; nothing inside the package
-imports it.
+A short path to the files of `lightning_normdyn.monitor.plots`; nothing inside the package imports
+it.
 """
 
 from lightning_normdyn.monitor.plots.compare import plot_compare

@@ -1,7 +1,7 @@
 """One HTML file about one or several runs.
 
-A short path to the files of `lightning_normdyn.monitor.report`; nothing inside the package
-imports it.
+A short path to the files of `lightning_normdyn.monitor.report`; nothing inside the package imports
+it.
 """
 
 from lightning_normdyn.monitor.report.page import write_report

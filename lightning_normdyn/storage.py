@@ -2,8 +2,7 @@
 so that none is ever seen half-done.
 
 URLs go through fsspec, which Lightning brings and uses for its own logs and checkpoints; each
-scheme needs its own package there (s3fs,
-gcsfs, ...). fsspec is imported only when a URL is met.
+scheme needs its own package there (s3fs, gcsfs, ...). fsspec is imported only when a URL is met.
 """
 
 from __future__ import annotations
@@ -86,8 +85,7 @@ def replacing(path: Location) -> Iterator[BinaryIO]:
 
     Raises:
         NormDynError: where ``path`` is a folder, a device or a pipe, which a file must not take the
-            place of, or a URL that cannot be
-            reached.
+            place of, or a URL that cannot be reached.
     """
     if is_remote(path):
         with _replacing_at_url(path) as buffer:

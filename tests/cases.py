@@ -1,6 +1,5 @@
 """The callbacks with what the reference calls the same, every mode of training, and what tests
-compare of
-two fits."""
+compare of two fits."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ def _isolated(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     torch.manual_seed(0)
     yield
-    # What a test has compiled is not compiled for the next one: claims ask torch.compile's counters.
+    # What a test has compiled is not compiled for the next one: claims ask torch.compile's
+    # counters.
     if "torch._dynamo.utils" in sys.modules:
         sys.modules["torch._dynamo.utils"].counters.clear()

@@ -2,9 +2,8 @@
 return value.
 
 Forking costs a fraction of a second where a launcher costs several. ``LOCAL_RANK`` in the
-environment tells Lightning that
-somebody else has started the processes, so any strategy runs in place and its results come back as
-Python values.
+environment tells Lightning that somebody else has started the processes, so any strategy runs in
+place and its results come back as Python values.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ def run_ranks(
     """Call ``function(*args)`` in ``world`` processes at once and return ``{rank: value}``.
 
     The first rank that raises ends the others at once: they would only wait for it in a collective.
-    Values travel pickled, so a
-    tensor comes back as a copy. Use ``init_process_group`` inside ``function`` where no Lightning
-    strategy does it.
+    Values travel pickled, so a tensor comes back as a copy. Use ``init_process_group`` inside
+    ``function`` where no Lightning strategy does it.
 
     Args:
         function: runs in each rank; may be a local function (the processes are forked).

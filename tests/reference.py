@@ -2,17 +2,15 @@
 the package or torch.optim.
 
 A run is a list of weights, ``trajectory[t][name]``, with the initial ones first. It has the dtype
-of the initial weights: float64 for
-identities.
+of the initial weights: float64 for identities.
 
     gradients = gradients_of(lambda weights, step: loss)
     train(weights, gradients, SGD(momentum=0.9), lr=0.1, steps=50, shrink=Shrink(2.5e-3))
 
 Symbols: w a weight, g its gradient, t the step (from 0), f the factor that a filter shrinks or
-grows by. A filter is a slice of dim 0.
-Sources: AWS paper eq. 21; WRS paper section 5; SGDP and AdamP, algorithms 1 and 2 with two
-corrections: the gradient in ``p`` is taken at
-w_t, and the gate compares |cos(w, g)| with delta/sqrt(dim), not the signed product with delta.
+grows by. A filter is a slice of dim 0. Sources: AWS paper eq. 21; WRS paper section 5; SGDP and
+AdamP, algorithms 1 and 2 with two corrections: the gradient in ``p`` is taken at w_t, and the gate
+compares |cos(w, g)| with delta/sqrt(dim), not the signed product with delta.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Record what the optimizers of a run received, and run the papers' algorithm (reference.py) on it.
 
 The gradients of a mixed-precision, clipped, accumulated or distributed run cannot be computed a
-second time to the last bit. So they are
-taken from the run itself, as the optimizer got them, and everything else is done naively: if a
-callback does what its paper says in that
-mode, both end at the same weights.
+second time to the last bit. So they are taken from the run itself, as the optimizer got them, and
+everything else is done naively: if a callback does what its paper says in that mode, both end at
+the same weights.
 """
 
 from __future__ import annotations

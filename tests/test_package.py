@@ -18,9 +18,8 @@ ROOT = Path(lightning_normdyn.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 
 # Folders from the ground up. A module imports from its own folder and from lower floors only,
-# whatever form
-# the import has: at the top, inside a function or under TYPE_CHECKING. Rooms on one floor do not
-# know each other.
+# whatever form the import has: at the top, inside a function or under TYPE_CHECKING. Rooms on one
+# floor do not know each other.
 FLOORS = {
     "errors": -1, "functional": 0, "storage": 0, "tables": 0, "parametrizations": 0,
     "geometry": 1,

@@ -183,8 +183,8 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
 
 def settled(meta: dict[str, Any]) -> dict[str, Any]:
     """Without verdicts, since a fit that was finished when the checkpoint was saved judges nothing;
-    and without the strength of AWS at the
-    first row, which a checkpoint saved within the end of that very batch does not know yet."""
+    and without the strength of AWS at the first row, which a checkpoint saved within the end of
+    that very batch does not know yet."""
     moving = ("verdict", "treated")
     return {
         **meta,

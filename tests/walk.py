@@ -2,9 +2,8 @@
 in closed form.
 
 Each row of the weight is a vector; the loss is <noise, w/‖w‖>, so its gradient is P noise / ‖w‖, at
-right angles to w. `settled` runs an
-optimizer in plain torch until the walk is at its equilibrium and hands it over in mid-flight; a
-Trainer takes it from there.
+right angles to w. `settled` runs an optimizer in plain torch until the walk is at its equilibrium
+and hands it over in mid-flight; a Trainer takes it from there.
 """
 
 from __future__ import annotations

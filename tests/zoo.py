@@ -2,10 +2,9 @@
 training mode, and how.
 
 ``truth`` maps every weight of two or more dimensions to ``"KIND N"`` (N vectors), ``"no"`` or
-``"unknown"``. It is a statement about the
-*function*, and is itself checked by brute force in test_search.py. ``misses`` lists weights that
-are scale-invariant though the search
-says no, with the reason. Everything is in float64.
+``"unknown"``. It is a statement about the *function*, and is itself checked by brute force in
+test_search.py. ``misses`` lists weights that are scale-invariant though the search says no, with
+the reason. Everything is in float64.
 
 The second half was written after the rules had been fixed.
 """
@@ -346,8 +345,7 @@ def normalized_gpt():
         m,
         x,
         # as in nGPT: everything lives on the sphere (here each row of a matrix; down and out by
-        # column
-        # in the paper)
+        # column in the paper)
     ):
         def unit(w):
             return F.normalize(w, dim=-1)
@@ -509,8 +507,7 @@ def dense_block():
         m,
         x,
         # every concatenation is normalized again, in groups that do not mix its parts; the last
-        # also
-        # leaves unnormalized
+        # also leaves unnormalized
     ):
         x = m.stem(x)
         y = m.a(F.relu(m.n0(x)))
@@ -635,16 +632,13 @@ def bias_before_nonlinearity():
 
 
 # ================================================================================================
-# after the rules were fixed
-# Everything below was written, with its truth, after commit "Take packed projections, hand-written
-# statistics and large epsilons right;
-# name what is added in front of a nonlinearity" had fixed the rules, and run before any rule was
-# touched again. That first run: of 67
-# weights in 17 networks none was claimed wrongly, none at a wrong granularity, and 2 were missed
-# (the experts, as foreseen; a rule for
-# writing into a tensor was added afterwards). Changed after it: a forgotten gain in the truth of
-# swin_v2, and the router of
-# mixture_of_experts, which had no effect on the output at all.
+# after the rules were fixed Everything below was written, with its truth, after commit "Take packed
+# projections, hand-written statistics and large epsilons right; name what is added in front of a
+# nonlinearity" had fixed the rules, and run before any rule was touched again. That first run: of
+# 67 weights in 17 networks none was claimed wrongly, none at a wrong granularity, and 2 were missed
+# (the experts, as foreseen; a rule for writing into a tensor was added afterwards). Changed after
+# it: a forgotten gain in the truth of swin_v2, and the router of mixture_of_experts, which had no
+# effect on the output at all.
 
 
 @case(
@@ -1053,14 +1047,12 @@ def shared_convolution_at_two_scales():
 
 
 # ================================================================================================ a
-# second look from outside
-# 130 further architectures and adversarial nets, written against an oracle that knows neither graph
-# nor rules (rows whose scale no random
-# loss sees). First run: no wrong claim but those that rest on a number that the graph does not show
-# (these are withdrawn on inspection);
-# missed were messages between nodes, modulated convolutions, gated units, bilinear maps, packed
-# sequences and unpooling. Rules for them
-# were added; those marked below as written after the rules were right at once.
+# second look from outside 130 further architectures and adversarial nets, written against an oracle
+# that knows neither graph nor rules (rows whose scale no random loss sees). First run: no wrong
+# claim but those that rest on a number that the graph does not show (these are withdrawn on
+# inspection); missed were messages between nodes, modulated convolutions, gated units, bilinear
+# maps, packed sequences and unpooling. Rules for them were added; those marked below as written
+# after the rules were right at once.
 
 
 @case(

@@ -4,9 +4,8 @@ AdaptiveWeightShrink never does.
     python benchmarks/reproduce/aws_failures.py
 
 Where the failures come from: a filter that no gradient reaches only decays. Under a fixed decay its
-length falls like exp(-t) until its
-square rounds to zero, and weight standardization divides by it. Under AWS it falls like 1/t. First
-the filter alone, then networks.
+length falls like exp(-t) until its square rounds to zero, and weight standardization divides by it.
+Under AWS it falls like 1/t. First the filter alone, then networks.
 """
 
 from __future__ import annotations

@@ -209,8 +209,7 @@ def lr_drop(
         "end": (0.95, 1.0),
     }
     # Windows of the loss, set after a look at one seed (7) that is not in the table: the first
-    # relaxation time after the drop, and as
-    # long a time at the end.
+    # relaxation time after the drop, and as long a time at the end.
     first, last = (DROP, DROP + relaxed), (1 - relaxed, 1.0)
 
     def angle(name: str, moment: str) -> list[float]:

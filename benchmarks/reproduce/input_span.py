@@ -4,12 +4,10 @@ cannot see?
     python benchmarks/reproduce/input_span.py --cifar PATH
 
 The paper turns the filters of each layer into the eigenbasis of the layer's inputs ("input space
-projection", ISP), fits a generalized
-Gaussian to their entries, and reads its shape as sparsity: 2 is Gaussian, 1 Laplace, less is
-sparser. Beside its three runs (no decay,
-decay, WRS) there is a fourth here, without decay and with the decayed run's effective learning
-rates replayed: what this one shows as
-well, decay does by its effective learning rate.
+projection", ISP), fits a generalized Gaussian to their entries, and reads its shape as sparsity: 2
+is Gaussian, 1 Laplace, less is sparser. Beside its three runs (no decay, decay, WRS) there is a
+fourth here, without decay and with the decayed run's effective learning rates replayed: what this
+one shows as well, decay does by its effective learning rate.
 """
 
 from __future__ import annotations

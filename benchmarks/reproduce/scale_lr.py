@@ -4,10 +4,9 @@ multiplier corrected.
     python benchmarks/reproduce/scale_lr.py --cifar PATH
 
 The paper multiplies the learning rate of a run without decay by the ratio of its weight norms to
-those of a run with decay. The direction
-of a weight follows lr/norm^2, so the ratio has to be squared. First networks in which nothing but
-the direction matters, in float64, where
-the two runs can be compared step by step; then the accuracies of networks with BatchNorm.
+those of a run with decay. The direction of a weight follows lr/norm^2, so the ratio has to be
+squared. First networks in which nothing but the direction matters, in float64, where the two runs
+can be compared step by step; then the accuracies of networks with BatchNorm.
 """
 
 from __future__ import annotations

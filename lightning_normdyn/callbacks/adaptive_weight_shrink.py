@@ -123,15 +123,14 @@ class AdaptiveWeightShrink(NormDynCallback):
     .. math:: w \leftarrow (1 - \eta\,\alpha\,\lVert w\rVert)\,w - \eta\,g
 
     with :math:`\alpha` = ``alpha``, :math:`\eta` the learning rate of the weight's param group at
-    this very step, and norm and gradient
-    taken at the same weight (AWS paper, eq. 20 and 21; decoupled from momentum and from Adam's
-    denominator). For weight-standardized
-    weights the biased standard deviation takes the place of the norm. The factor is exact down to
-    0.5 and clamped there.
+    this very step, and norm and gradient taken at the same weight (AWS paper, eq. 20 and 21;
+    decoupled from momentum and from Adam's denominator). For weight-standardized weights the biased
+    standard deviation takes the place of the norm. The factor is exact down to 0.5 and clamped
+    there.
 
     It *is* the weight decay of its targets: the optimizer's own is taken over, for them only.
-    ``alpha`` stands for a weight decay of
-    ``alpha * norm`` (the log key ``equivalent_weight_decay``).
+    ``alpha`` stands for a weight decay of ``alpha * norm`` (the log key
+    ``equivalent_weight_decay``).
 
     Args:
         alpha: strength, per weight norm; the paper uses 2.5e-3 with SGD at lr 0.1.

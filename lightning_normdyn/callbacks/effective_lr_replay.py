@@ -402,32 +402,28 @@ class EffectiveLRReplay(NormDynCallback):
     .. math:: \left(\frac{n}{n_{ref}}\right)^2 \frac{1 - d}{1 - d_{ref}}
 
     with :math:`n`, :math:`n_{ref}` the norms of this run and of the recorded one before the step,
-    and :math:`d`, :math:`d_{ref}` the decay
-    that each applies in the step (WRS paper, "scale lr", with the norm ratio squared and the decay
-    accounted for). A run without weight
-    decay then turns its weights as the recorded run with decay did: what the decay did was its
-    effective learning rate.
+    and :math:`d`, :math:`d_{ref}` the decay that each applies in the step (WRS paper, "scale lr",
+    with the norm ratio squared and the decay accounted for). A run without weight decay then turns
+    its weights as the recorded run with decay did: what the decay did was its effective learning
+    rate.
 
     Exact for plain SGD; approximate with momentum, where an optimizer steps several times in a
-    batch, and between recorded steps, where
-    norms are interpolated; it says so. Both runs need the same learning rates, of which a ratio of
-    norms says nothing. The step is scaled
-    after the optimizer took it, so in float32 a factor beyond some thousands scales what rounding
-    left of a small step.
+    batch, and between recorded steps, where norms are interpolated; it says so. Both runs need the
+    same learning rates, of which a ratio of norms says nothing. The step is scaled after the
+    optimizer took it, so in float32 a factor beyond some thousands scales what rounding left of a
+    small step.
 
     Args:
         history: file saved from ``NormDynamicsMonitor(every_n_steps=1, per_vector=True).history``;
             read at fit start, by every rank.
         uniform: one factor for all weights and all steps, the geometric mean of what the recorded
-            decay amounts to: the paper's control,
-            which does not follow the recorded directions.
+            decay amounts to: the paper's control, which does not follow the recorded directions.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
         granularity: as in the recorded run.
 
     Raises:
         NormDynError: at fit start for a file that is damaged, holds no per-vector norms, or comes
-            from another architecture; at the first
-            step for a target that was not recorded.
+            from another architecture; at the first step for a target that was not recorded.
         NotSupportedError: for another optimizer than ``torch.optim.SGD``.
 
     Example:

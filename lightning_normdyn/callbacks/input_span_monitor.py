@@ -22,8 +22,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     During a chosen epoch, inputs of the targeted layers (rows of linear layers, patches of
     convolutions) are gathered from the batches that the model is trained on. At the epoch's last
     batch the eigenvectors of their covariance are computed. The leading ones, which hold the share
-    ``energy`` of the variance, are the span of the inputs. Keys are
-    ``<quantity>/<parameter name>``:
+    ``energy`` of the variance, are the span of the inputs. Keys are ``<quantity>/<parameter
+    name>``:
 
     - ``input_span_energy``: share of a weight vector's squared norm inside the span (truncated
       basis), mean over the vectors.

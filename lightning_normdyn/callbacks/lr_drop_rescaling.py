@@ -38,8 +38,8 @@ from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.theory.equilibrium import lr_drop_exponent
 
 # The falls of a smooth schedule grow gradually, also at its very end: from one change to the next
-# by a factor below 4 for a cosine and
-# below 7 for the last step of a one-cycle schedule. A drop comes out of the blue.
+# by a factor below 4 for a cosine and below 7 for the last step of a one-cycle schedule. A drop
+# comes out of the blue.
 ABRUPT = 8.0
 
 
@@ -279,28 +279,23 @@ class DropWorker(Worker["LRDropRescaling"]):
 
 class LRDropRescaling(NormDynCallback):
     r"""Rescaling at a learning rate drop (NRQ paper, Corollary 2): when the scheduled learning rate
-    falls by ``k``, weights are divided
-    by ``k**exponent``.
+    falls by ``k``, weights are divided by ``k**exponent``.
 
     After a drop, the angular update falls with the learning rate at once, but the equilibrium that
-    belongs to the new learning rate is
-    reached only after a relaxation time; meanwhile the weights turn far too slowly. Dividing the
-    weights by :math:`k^e` puts them there
-    directly. It acts before the first step with the lower learning rate; optimizer state, this
-    step's gradients and the statistics of a
-    BatchNorm behind the weights follow.
+    belongs to the new learning rate is reached only after a relaxation time; meanwhile the weights
+    turn far too slowly. Dividing the weights by :math:`k^e` puts them there directly. It acts
+    before the first step with the lower learning rate; optimizer state, this step's gradients and
+    the statistics of a BatchNorm behind the weights follow.
 
     The exponent follows from how the equilibrium norm depends on the learning rate: 1/4 for SGD,
-    1/2 for AdamW and AdamP, 1/3 for Adam
-    with coupled decay, 1/5 for AdaptiveWeightShrink on SGD, 1/3 for it on Adam. It assumes that the
-    run was at equilibrium before the
-    drop. With other optimizers, or without a decay, there is no equilibrium to land on: ``"auto"``
-    is refused at the first step.
+    1/2 for AdamW and AdamP, 1/3 for Adam with coupled decay, 1/5 for AdaptiveWeightShrink on SGD,
+    1/3 for it on Adam. It assumes that the run was at equilibrium before the drop. With other
+    optimizers, or without a decay, there is no equilibrium to land on: ``"auto"`` is refused at the
+    first step.
 
     A drop is a fall by ``min_drop`` or more from one real step to the next. One that continues
-    smaller falls, as at the end of a
-    cosine, is none: there the weights have been following all along. A learning rate of 0 is no
-    drop either, nor what follows it.
+    smaller falls, as at the end of a cosine, is none: there the weights have been following all
+    along. A learning rate of 0 is no drop either, nor what follows it.
 
     Args:
         exponent: ``"auto"``, or a number >= 0.
@@ -313,8 +308,7 @@ class LRDropRescaling(NormDynCallback):
     Raises:
         ValueError: for numbers out of range.
         NotSupportedError: at the first step, for an optimizer whose state cannot follow, for
-            weights without a known exponent, and for
-            weights whose norm WeightRescaling fixes.
+            weights without a known exponent, and for weights whose norm WeightRescaling fixes.
 
     Example:
         >>> from lightning_normdyn import LRDropRescaling

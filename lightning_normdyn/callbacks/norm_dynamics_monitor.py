@@ -121,13 +121,12 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's
             ``log_every_n_steps``.
         quantities: e.g. ``["effective_lr", "angular_update"]``, names out of the table (a wrong one
-            is answered with all of them);
-            None: all that apply.
+            is answered with all of them); None: all that apply.
         per_vector: also keep every vector's norm and applied decay in `history`, as float32; of
             float64 weights also what float32 leaves of the norm (``weight_norm_rest``).
         histograms: also send histograms over vectors to W&B and TensorBoard:
-            ``weight_norm_histogram/<parameter name>`` and
-            ``angular_update_histogram/<parameter name>``.
+            ``weight_norm_histogram/<parameter name>`` and ``angular_update_histogram/<parameter
+            name>``.
         tables: print the tables at the start and the end of a fit.
         alert: send W&B alerts for weights that collapse.
         params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for

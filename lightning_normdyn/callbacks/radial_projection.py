@@ -306,31 +306,26 @@ class RadialProjection(NormDynCallback):
     .. math:: w \leftarrow w + \Pi_w(\Delta), \qquad \Pi_w(x) = x - (\hat w \cdot x)\,\hat w
 
     with :math:`\Delta` the step of whatever optimizer is in use (SGDP/AdamP slides, "Projected
-    updates"). With SGD and momentum this is
-    SGDP, with AdamW it is AdamP. Since projecting would also remove weight decay, this callback
-    applies the decay of its targets itself,
-    decoupled: ``w <- (1 - lr * decay * ratio) w``.
+    updates"). With SGD and momentum this is SGDP, with AdamW it is AdamP. Since projecting would
+    also remove weight decay, this callback applies the decay of its targets itself, decoupled: ``w
+    <- (1 - lr * decay * ratio) w``.
 
     What the step was is told by a copy of the targets that is taken before it; under SGD with
-    momentum (no Nesterov, float32 or more, no
-    fused kernel under a GradScaler) by the momentum buffer, without a copy, once two steps were
-    seen and as long as none was longer than
-    its weight.
+    momentum (no Nesterov, float32 or more, no fused kernel under a GradScaler) by the momentum
+    buffer, without a copy, once two steps were seen and as long as none was longer than its weight.
 
     Args:
         gate: ``"always"`` projects every target (one vector per ``granularity``); ``"cosine"`` is
-            the paper's rule per tensor: filter
-            view first, then layer view, if ``|cos(w, g)| < delta / sqrt(d)`` for every row of the
-            view; a tensor that is not projected
-            decays with ratio 1.
+            the paper's rule per tensor: filter view first, then layer view, if ``|cos(w, g)| <
+            delta / sqrt(d)`` for every row of the view; a tensor that is not projected decays with
+            ratio 1.
         delta: threshold of the gate.
         weight_decay: ``"replace"``: SGD's coupled decay becomes decoupled ``decay / (1 -
-            momentum)``, a decoupled optimizer's stays as
-            it is; or a number, decoupled.
+            momentum)``, a decoupled optimizer's stays as it is; or a number, decoupled.
         weight_decay_ratio: factor on the decay of projected weights (adamp's ``wd_ratio``).
         params: ``"auto"``, a glob pattern, or a list of them; ``"auto"`` means the scale-invariant
-            weights, with ``gate="cosine"`` every
-            weight of two or more dimensions whose rows are no single numbers.
+            weights, with ``gate="cosine"`` every weight of two or more dimensions whose rows are no
+            single numbers.
         granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``; with ``gate="cosine"`` it
             is the rule's own.
 

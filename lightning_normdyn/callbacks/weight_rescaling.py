@@ -140,9 +140,8 @@ class WeightRescaling(NormDynCallback):
     .. math:: w \leftarrow c\,w, \qquad c = \text{target\_norm} / \lVert w\rVert
 
     (WRS paper, section 5.) Optimizer state and the running statistics of a BatchNorm behind the
-    vector follow, so that nothing but the
-    length changes. Inside its epoch window the rescaled weights have no weight decay, as in the
-    paper.
+    vector follow, so that nothing but the length changes. Inside its epoch window the rescaled
+    weights have no weight decay, as in the paper.
 
     Args:
         every_n_steps: optimizer steps between two rescalings (the paper: 10 to 40); counted per

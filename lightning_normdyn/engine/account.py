@@ -1,6 +1,5 @@
 """What a callback has done in a fit: its workers, in how many steps they acted, and the sentences
-that
-say so."""
+that say so."""
 
 from __future__ import annotations
 

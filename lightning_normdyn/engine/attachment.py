@@ -152,8 +152,8 @@ class Attachment:
         """Leave no hook behind; idempotent."""
         for entry in self.entries:
             entry.bracket.restore()
-            # The fit may end in the middle of a step: leave no weight shrunk for an update that
-            # did not come.
+            # The fit may end in the middle of a step: leave no weight shrunk for an update that did
+            # not come.
             try:
                 entry.bracket.take_back()
             # A device may have failed; the error that ends the fit must come through.

@@ -1,6 +1,5 @@
 """The base of every callback: a configuration (`Rule`) whose Lightning hooks drive its part in a
-fit
-(`Part`). Nothing that belongs to a fit is kept here."""
+fit (`Part`). Nothing that belongs to a fit is kept here."""
 
 from __future__ import annotations
 

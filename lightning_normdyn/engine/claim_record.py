@@ -20,8 +20,7 @@ from lightning_normdyn.invariance.euler import EULER_COUNT, EULER_LIMIT, rms_of,
 from lightning_normdyn.invariance.verdict import Verdict
 
 # Steps of a close look. One vector gives one value a step, so 8 values come together even if half
-# of
-# the steps say nothing.
+# of the steps say nothing.
 CLOSE_LOOKS = 16
 
 # A claim that close looks have cleared is not suspected again for 2, 4, ... up to 2**6 logging

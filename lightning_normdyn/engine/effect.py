@@ -2,8 +2,8 @@
 predictions stand on.
 
 A prediction may be made only where somebody has derived it. So an effect that is not known here,
-two effects of one kind, and effects on
-different vectors of one weight all combine to "no prediction" (`Effects.underived`).
+two effects of one kind, and effects on different vectors of one weight all combine to "no
+prediction" (`Effects.underived`).
 """
 
 from __future__ import annotations

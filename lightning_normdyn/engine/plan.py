@@ -1,6 +1,5 @@
 """The targets of one callback in one optimizer as vectors, and what a rule asks about them in a
-step:
-rates, who has a gradient, what can be treated, what was counted."""
+step: rates, who has a gradient, what can be treated, what was counted."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """Weights and optimizers on which a rule would have no effect: refused by name instead of seeming
-to be
-treated."""
+to be treated."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """What a person constructs: which weights are meant and the numbers of a rule, checked. Nothing
-here
-belongs to a fit, so one callback may serve several."""
+here belongs to a fit, so one callback may serve several."""
 
 from __future__ import annotations
 

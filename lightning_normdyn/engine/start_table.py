@@ -1,6 +1,5 @@
 """The table of targets that a person reads at the start of a fit: which weights are treated how,
-and
-what is known about their scale invariance."""
+and what is known about their scale invariance."""
 
 from __future__ import annotations
 

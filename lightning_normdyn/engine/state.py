@@ -1,16 +1,14 @@
 """What a callback's state in a checkpoint may look like, and whether it still says what was saved.
 
 A checkpoint comes back from disks, tools and other people. Its state decides which weights are
-scaled and by how much, so it is believed
-only where three things hold: it has the version that this package writes, its digest is that of its
-content, and every part has the
-type, shape and range that such a part can have. Anything else is one `NormDynError`, which names
-the part. All of it is pure: nothing here
-knows a fit.
+scaled and by how much, so it is believed only where three things hold: it has the version that this
+package writes, its digest is that of its content, and every part has the type, shape and range that
+such a part can have. Anything else is one `NormDynError`, which names the part. All of it is pure:
+nothing here knows a fit.
 
 The digest finds what types and ranges cannot: a number that was changed into another plausible one.
-It is no signature: whoever wants to
-deceive can compute it, and can as well change the weights beside it.
+It is no signature: whoever wants to deceive can compute it, and can as well change the weights
+beside it.
 """
 
 from __future__ import annotations
@@ -57,9 +55,8 @@ def seal(state: Mapping[str, Any]) -> dict[str, Any]:
     """The state with its version and digests, as it goes into a checkpoint.
 
     What decides about weights has a digest of its own. Where Lightning's loops were (``position``)
-    and a callback's own part (``extra``: a
-    monitor's history, say) have another: two runs that treat their weights alike share the first
-    one, whatever they recorded.
+    and a callback's own part (``extra``: a monitor's history, say) have another: two runs that
+    treat their weights alike share the first one, whatever they recorded.
 
     Example:
         >>> sealed = seal({"steps": {0: 3}, "extra": {}})

@@ -1,6 +1,5 @@
 """What a callback remembers of each vector, kept by weight name so that it outlives plans: plans
-are
-made anew when weights join or leave, and a checkpoint is loaded by another number of ranks."""
+are made anew when weights join or leave, and a checkpoint is loaded by another number of ranks."""
 
 from __future__ import annotations
 

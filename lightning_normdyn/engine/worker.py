@@ -45,9 +45,9 @@ class Worker(Generic[AnyRule]):
     """Acts on the targets of one optimizer, from the moment they are known until they change.
 
     It is made at the optimizer's first real step, and made anew when weights join or leave. A
-    subclass has a method marked by `during` for each phase in which it acts, and in ``__init__``
-    it takes what it needs: state of each vector from ``plan.state``, counters from
-    ``plan.counter``, the decay of its targets by `claim_decay`.
+    subclass has a method marked by `during` for each phase in which it acts, and in ``__init__`` it
+    takes what it needs: state of each vector from ``plan.state``, counters from ``plan.counter``,
+    the decay of its targets by `claim_decay`.
 
     Args:
         part: the callback's part in the fit: its numbers (``part.rule``) and what is known of the
@@ -81,8 +81,8 @@ class Worker(Generic[AnyRule]):
 
     @classmethod
     def _changes_what_is_done(cls) -> bool:
-        """Whether a class below the one that defines `effect` overrides methods of the rule
-        itself, or acts in a further phase."""
+        """Whether a class below the one that defines `effect` overrides methods of the rule itself,
+        or acts in a further phase."""
         classes = cls.__mro__[: cls.__mro__.index(Worker)]
         # From the class to its bases: those above the one that states an effect are what it speaks
         # of, those below may have changed it.

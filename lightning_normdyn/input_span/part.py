@@ -326,7 +326,8 @@ class SpanPart(Part[Any]):
             self.restored = {**restored, "extra": extra}
 
     def _known_targets(self) -> list[Target]:
-        """The weights to measure; none where no optimizer has stepped yet and nothing was restored."""
+        """The weights to measure; none where no optimizer has stepped yet and nothing was
+        restored."""
         if self.workers:
             return self.targets
         if self.restored is None or not self.session.restore_verdicts():

@@ -51,8 +51,8 @@ def publish(
                 row[f"{quantity}/{name}"] = value
         for kind, counts in summary.histograms().items():
             histograms[f"{kind}/{name}"] = np.asarray(counts)
-    # Write to a copy, which then takes its place at once: a signal handler may save a checkpoint
-    # at any moment.
+    # Write to a copy, which then takes its place at once: a signal handler may save a checkpoint at
+    # any moment.
     grown = history.fork()
     newest = grown.newest_step
     if newest is not None and newest > step:

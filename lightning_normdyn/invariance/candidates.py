@@ -205,8 +205,8 @@ def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
 def _claim_of(
     candidate: Candidate, vectors: Vectors, unread: Partition | None, entries: int
 ) -> tuple[float, int, bool]:
-    """How much a cut claims, to be compared: the share of the weight, then the number of
-    vectors, then whether it waits for rows."""
+    """How much a cut claims, to be compared: the share of the weight, then the number of vectors,
+    then whether it waits for rows."""
     if not len(vectors.sizes):
         waits = unread is not None and not candidate.rows.reasons
         return 0.0, 0, waits and candidate.finest.n != entries

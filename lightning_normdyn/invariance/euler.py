@@ -45,8 +45,8 @@ def euler_values(sums: Tensor) -> Tensor:
 
     Every vector weighs by its energy :math:`u = \|w\|^2 \|g\|^2`, so that a vector whose gradient
     is rounding noise beside those of its weight's other vectors says nothing. n vectors of equal
-    energy count as n values, one that outweighs all others as one: :math:`(\sum u)^2 / \sum u^2`.
-    A weight whose gradients are all noise, measured against the weight with the largest, has no
+    energy count as n values, one that outweighs all others as one: :math:`(\sum u)^2 / \sum u^2`. A
+    weight whose gradients are all noise, measured against the weight with the largest, has no
     values.
 
     Args:

@@ -43,8 +43,7 @@ class ModuleSpans:
 
     def module_of(self, node: Node) -> tuple[str, nn.Module | None]:
         """Name and module of the innermost forward in which ``node`` was created; ``("", None)``
-        outside of
-        all."""
+        outside of all."""
         # Painted once for all nodes of a graph: a search through all calls for each would be slow.
         if self._painted is None:
             self._painted = self._paint()

@@ -2,11 +2,10 @@
 reentrant checkpoints become non-reentrant.
 
 Both would otherwise be a single node of the graph, for which no rule can be given. torch has these
-switches for the whole process only.
-So they are counted: the first who needs one sets it, the last one who leaves puts back what was
-there, in whatever order and thread. Code
-of other threads keeps its checkpoints as they are, and runs eagerly for as long as somebody
-watches, which changes no result.
+switches for the whole process only. So they are counted: the first who needs one sets it, the last
+one who leaves puts back what was there, in whatever order and thread. Code of other threads keeps
+its checkpoints as they are, and runs eagerly for as long as somebody watches, which changes no
+result.
 """
 
 from __future__ import annotations

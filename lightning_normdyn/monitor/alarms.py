@@ -1,6 +1,5 @@
 """What a person should hear of while a run goes on: weights that collapse, explode or are not
-finite,
-and a decay that does nothing. Each is said once."""
+finite, and a decay that does nothing. Each is said once."""
 
 from __future__ import annotations
 

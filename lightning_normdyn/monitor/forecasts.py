@@ -64,7 +64,8 @@ def least_of(total: float, dtype: torch.dtype = torch.float64) -> float:
     Sums are all that ranks exchange, so the smallest must come from a sum.
 
     Example:
-        >>> round(least_of(float(urgency(torch.tensor([31.0, 50.0, 44.0], dtype=torch.float64)).sum())), 1)
+        >>> steps = torch.tensor([31.0, 50.0, 44.0], dtype=torch.float64)
+        >>> round(least_of(float(urgency(steps).sum())), 1)
         31.0
     """
     return inf if total <= 0 else total ** (-1 / _sharpness(dtype))
@@ -111,8 +112,11 @@ def steps_to_collapse(
         it.
 
     Example:
-        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 1e-2}
-        >>> round(steps_to_collapse(torch.optim.SGD, group, Effects(), log(0.17 / 2.6e-23), 0.0))  # measured: 4490
+        >>> group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False}
+        >>> group["weight_decay"] = 1e-2
+        >>> to_fall = log(0.17 / 2.6e-23)
+        >>> # Measured: 4490.
+        >>> round(steps_to_collapse(torch.optim.SGD, group, Effects(), to_fall, 0.0))
         4489
     """
     is_put_back = effects.rescaling is not None and effects.rescaling.window != "over"
@@ -153,7 +157,8 @@ def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> floa
         norms: the first one of the run, and the last ones.
 
     Example:
-        >>> round(steps_until_overflow([0, 28, 29, 30, 31], [1.0, 1.5**28, 1.5**29, 1.5**30, 1.5**31]))
+        >>> norms = [1.0, 1.5**28, 1.5**29, 1.5**30, 1.5**31]
+        >>> round(steps_until_overflow([0, 28, 29, 30, 31], norms))
         78
         >>> steps_until_overflow([0, 28, 29, 30, 31], [1.0, 2.30, 2.32, 2.34, 2.36])
         inf
@@ -183,7 +188,8 @@ def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) ->
         steps: of the whole run.
 
     Example:
-        >>> print(idle_decay(torch.optim.AdamW, {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}, 30_000))
+        >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 5e-4}
+        >>> print(idle_decay(torch.optim.AdamW, group, 30_000))
         weight decay 0.0005 at lr 0.001 shrinks a weight by 1.5 % over the 30000 steps of this run:
         it does next to nothing.
     """

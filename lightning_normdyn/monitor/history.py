@@ -2,8 +2,7 @@
 reports and the replay read.
 
 Bounded however long the run is: a full history drops every second row, and from then on keeps only
-every 2nd (4th, 8th, ...) new one.
-Legend: ``s`` recorded steps, ``n`` weight vectors.
+every 2nd (4th, 8th, ...) new one. Legend: ``s`` recorded steps, ``n`` weight vectors.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ class History:
 
     A row holds float32 values under log keys such as ``effective_lr/layer1.0.conv1.weight``. A key
     may be missing from a row (an optimizer that did not step). A value may be NaN or infinite,
-    which is not the same as missing: a run that diverged shows it.
-    Iterating, or ``history[i]``, gives dicts with ``"step"``, ``"optimizer_step"`` and the row's
-    keys.
+    which is not the same as missing: a run that diverged shows it. Iterating, or ``history[i]``,
+    gives dicts with ``"step"``, ``"optimizer_step"`` and the row's keys.
 
     Args:
         max_rows: most rows to hold, at least 4. The first and the newest row are always among them.

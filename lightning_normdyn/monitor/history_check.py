@@ -1,4 +1,5 @@
-"""Whether what a checkpoint holds for a monitor's history is one: it is read before it is believed."""
+"""Whether what a checkpoint holds for a monitor's history is one: it is read before it is
+believed."""
 
 from __future__ import annotations
 

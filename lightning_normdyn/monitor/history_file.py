@@ -160,8 +160,8 @@ def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
     """What :func:`pack` was given.
 
     Raises:
-        NormDynError: for what :func:`pack` would not have made, and whatever else parsing a
-            damaged or hostile header provokes.
+        NormDynError: for what :func:`pack` would not have made, and whatever else parsing a damaged
+            or hostile header provokes.
     """
     header = json.loads(text)
     ours = isinstance(header, dict) and header.get("format") == _FORMAT

@@ -3,9 +3,8 @@ one.
 
 A signal handler of the cluster may save a checkpoint between any two lines of Python. Everything
 that a new row changes (the history, the courses of the predictions, what waits for the next row) is
-therefore prepared aside, and one
-assignment puts it in place: whoever looks
-finds either all of it or nothing.
+therefore prepared aside, and one assignment puts it in place: whoever looks finds either all of it
+or nothing.
 """
 
 from __future__ import annotations
@@ -200,7 +199,7 @@ class Ledger:
         )
 
     # -- in checkpoints
-    # ------------------------------------------------------------------------------------------------
+    # ----------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """Plain tensors, numbers and strings."""

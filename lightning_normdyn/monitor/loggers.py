@@ -1,9 +1,8 @@
 """Everything that knows a logger class: what each of them can show of a run, and how it wants it.
 
 `publishers` gives one `Publisher` per logger; a logger of an unknown class gets scalars and nothing
-else. All of it is for rank zero, and
-for after the last collective: other ranks have no experiment, and would wait for ever for one that
-fails.
+else. All of it is for rank zero, and for after the last collective: other ranks have no experiment,
+and would wait for ever for one that fails.
 """
 
 from __future__ import annotations

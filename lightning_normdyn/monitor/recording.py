@@ -1,6 +1,5 @@
 """What belongs to one fit of the monitor: when it measures, what waits for the host, the rows so
-far,
-their way to loggers and files, and how they go on after an interruption."""
+far, their way to loggers and files, and how they go on after an interruption."""
 
 from __future__ import annotations
 

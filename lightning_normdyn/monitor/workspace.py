@@ -30,9 +30,8 @@ def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics")
     a click.
 
     The curves are those of `NormDynamicsMonitor`; runs that differ in their method (weight decay,
-    AWS, WRS) overlay in the section
-    "Overview". Nothing is sent until you call ``save()``, which needs a login (``wandb login``, or
-    ``WANDB_API_KEY``).
+    AWS, WRS) overlay in the section "Overview". Nothing is sent until you call ``save()``, which
+    needs a login (``wandb login``, or ``WANDB_API_KEY``).
 
     Args:
         entity: the W&B user or team.

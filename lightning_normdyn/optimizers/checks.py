@@ -135,11 +135,13 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
         # One weight stands for all of the group: the law is the group's.
         if applied_decay(optimizer, group, partial[0]) is None:
             raise NotSupportedError(
-                f"{some_rows} a trial could not tell how it applies its decay, so it cannot be applied "
+                f"{some_rows} a trial could not tell how it applies its decay, so it cannot be "
+                f"applied "
                 f"to those rows alone. Instead, {ways_out}"
             )
         if group.get("fused") and any(p.dtype.itemsize < 4 for p in partial):
             raise NotSupportedError(
-                f"{some_rows} its fused kernel applies it in float32 within the update, and the weight "
+                f"{some_rows} its fused kernel applies it in float32 within the update, and the "
+                f"weight "
                 f"is stored in less. Use fused=False, {ways_out}"
             )

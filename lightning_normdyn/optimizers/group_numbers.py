@@ -1,10 +1,9 @@
 """The numbers of a param group, however they are written.
 
 A schedule over a numpy array leaves a ``numpy.float32`` in ``group["lr"]``, a capturable optimizer
-keeps a tensor there, a person writes an
-``int`` or a ``Fraction``. Everything that computes with a number of a group reads it through
-`as_number`, so that no other place has to
-know which types there are.
+keeps a tensor there, a person writes an ``int`` or a ``Fraction``. Everything that computes with a
+number of a group reads it through `as_number`, so that no other place has to know which types there
+are.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What steps when an optimizer does, each as a torch optimizer of the model's own weights.
 
-A strategy may step something else than the weights: torch's ZeroRedundancyOptimizer a share of
-them on every rank, DeepSpeed flat float32 tensors. A view then shows the optimizer that there would
-be on one process.
+A strategy may step something else than the weights: torch's ZeroRedundancyOptimizer a share of them
+on every rank, DeepSpeed flat float32 tensors. A view then shows the optimizer that there would be
+on one process.
 """
 
 from __future__ import annotations

@@ -255,8 +255,7 @@ def lr_drop_exponent(
     equilibrium norm at once; 1/P.
 
     1/4 for SGD and SGDP (NRQ paper, "rescale"), 1/2 for AdamW, AdamP and Lion, 1/3 for Adam + L2,
-    1/5 for AWS on SGD, 1/3 for AWS on Adam.
-    Holds from an equilibrium.
+    1/5 for AWS on SGD, 1/3 for AWS on Adam. Holds from an equilibrium.
 
     Arguments as for :func:`equilibrium_angular_update`; of ``shrink`` only whether it is given
     counts.
@@ -279,9 +278,8 @@ def norm_transient(
     ``equilibrium``^P exponentially.
 
     NRQ paper, eq. 17, for P = 4 (with M = ‖X‖²). Exact in the mean for a constant weight decay;
-    under AWS only near equilibrium; in the
-    Adam family only if the second moment forgets faster than the norm changes (1/(1 - β2) steps
-    against ``relaxation``).
+    under AWS only near equilibrium; in the Adam family only if the second moment forgets faster
+    than the norm changes (1/(1 - β2) steps against ``relaxation``).
 
     Example:
         >>> round(norm_transient(500.0, 2.0, 1.0, 500.0), 4)
@@ -309,9 +307,8 @@ def wrs_angular_update(
     :math:`S_2 \ln(1 + q\eta^2 G E\tau/N_0^q)/(G q\tau)`, with q = 2, or 1 for a normalized
     gradient. With momentum, for
     :math:`\tau` well above its memory, and with the buffer rescaled together with the weight. In
-    the Adam family, if the squared norm grows
-    little within the memory of the second moment: otherwise the angle is smaller (measured: by 5 %
-    where it grows by 11 %).
+    the Adam family, if the squared norm grows little within the memory of the second moment:
+    otherwise the angle is smaller (measured: by 5 % where it grows by 11 %).
 
     Args:
         optimizer_class, group: as for :func:`equilibrium_angular_update`.
@@ -403,8 +400,8 @@ def equivalent_hyperparameters(
     directions, step by step.
 
     Corollary 3 of the NRQ paper (SGD: lr·k², λ/k²), extended: Adam-like optimizers need lr·k and
-    eps/k, and λ/k decoupled or λ/k² coupled.
-    Momentum buffers, if there are any already, must be divided by k, second moments by k².
+    eps/k, and λ/k decoupled or λ/k² coupled. Momentum buffers, if there are any already, must be
+    divided by k, second moments by k².
 
     Args:
         optimizer_class, group: class of the optimizer, and its param group.

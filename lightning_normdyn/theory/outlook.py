@@ -203,9 +203,8 @@ def reading(
 
     Returns:
         "settled"; "settled, R x the prediction (below)" or "(above)"; "schedule faster than
-        relaxation"; "approaching, about N steps left";
-        "frozen" (does not turn); "collapsing" (does not turn, but shrinks: only the decay is left);
-        or "no prediction".
+        relaxation"; "approaching, about N steps left"; "frozen" (does not turn); "collapsing" (does
+        not turn, but shrinks: only the decay is left); or "no prediction".
 
     Example:
         >>> reading(1e-5, 500.0, 0.97)

@@ -185,8 +185,8 @@ def test_a_drop_that_a_scaler_skips_comes_with_the_next_step(optimizer: str) -> 
     make_optimizer, exponent = OPTIMIZERS[optimizer]
     noises = noise(10, SHAPE, dtype=torch.float32)
     # Both steps at which the rate falls, one more in a row with the second of them, and the first
-    # step. (There torch's fused SGD itself
-    # goes wrong: it leaves its momentum buffer uninitialized.)
+    # step. (There torch's fused SGD itself goes wrong: it leaves its momentum buffer
+    # uninitialized.)
     rates, bad = (
         [0.1, 0.1, 0.1, 0.02, 0.02, 0.02, 0.004, 0.002, 0.002, 0.002],
         [3, 6, 7] + [0] * (optimizer != "fused SGDM"),

@@ -53,8 +53,8 @@ NETS = {
     "no norm": partial(matrices_only, lambda c: nn.Identity()),
 }
 # Which network, which threshold, and what the gate must then have said of its weights. The head of
-# each is not scale-invariant, and the
-# filters in front of a GroupNorm of one group are orthogonal to their gradients only together.
+# each is not scale-invariant, and the filters in front of a GroupNorm of one group are orthogonal
+# to their gradients only together.
 GATES = {
     "filter and closed": ("batch norm", 0.1, {"filter", None}),
     "layer and closed": ("one group", 0.1, {"layer", None}),

@@ -1,6 +1,5 @@
 """Optimizers that come during a fit: those that take the place of others, those that join, and
-those that
-nobody can handle."""
+those that nobody can handle."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What every callback does around a fit: when nothing happens, beside others, copies and state, and what
-it costs."""
+"""What every callback does around a fit: when nothing happens, beside others, copies and state, and
+what it costs."""
 
 from __future__ import annotations
 

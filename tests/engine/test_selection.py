@@ -1,5 +1,5 @@
-"""Which weights a callback means: patterns, kinds of layers, what is refused by name, and when it is
-said."""
+"""Which weights a callback means: patterns, kinds of layers, what is refused by name, and when it
+is said."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The life of a fit: refusals that come late, weights that nobody trains, and what the end table
-says of
-them."""
+says of them."""
 
 from __future__ import annotations
 

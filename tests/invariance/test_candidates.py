@@ -1,4 +1,5 @@
-"""Rows that not every loss reads: claimed only once they were read, on all ranks, also after a resume."""
+"""Rows that not every loss reads: claimed only once they were read, on all ranks, also after a
+resume."""
 
 from __future__ import annotations
 

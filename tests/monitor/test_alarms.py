@@ -89,8 +89,7 @@ def train_until_nan(
     make_optimizer: Any, monkeypatch: pytest.MonkeyPatch, steps: int, every: int, **arguments: Any
 ) -> Dying:
     """Exactly one warning before the NaN, right about the number of steps left where the rate of
-    the
-    fall is known, and one when it is there."""
+    the fall is known, and one when it is there."""
     module, notes = make(Dying, make_optimizer=make_optimizer, **arguments), Notes(monkeypatch)
     monitor = NormDynamicsMonitor(every, tables=False)
     data = loader(8, torch.float32)

@@ -94,8 +94,8 @@ def test_a_schedule_faster_than_the_relaxation() -> None:
 
 def verdicts_of_a_wandering_norm(trend: float) -> list[str]:
     """What is said at every tenth step from the seventh relaxation time on: of a norm whose
-    logarithm wanders by 0.07 within a relaxation
-    time of 50 steps, as in a settled network, and has a trend besides."""
+    logarithm wanders by 0.07 within a relaxation time of 50 steps, as in a settled network, and has
+    a trend besides."""
     said, relaxation, rows = [], 50.0, 150
     for seed in range(3):
         wander, kept = (
@@ -244,8 +244,7 @@ def test_a_run_at_its_equilibrium() -> None:
 )
 def test_runs_that_settle_elsewhere(norm: float, expected: str) -> None:
     """A settled norm implies the predicted angle, whatever the noise, wherever gradients are at
-    right angles to the weight and nobody else
-    interferes. So it takes somebody who does."""
+    right angles to the weight and nobody else interferes. So it takes somebody who does."""
     said = verdict_of(white(330), norm=norm, holds=True)["verdict"]
     assert re.fullmatch(expected, said), said
 

@@ -1,6 +1,5 @@
 """How weights lie in the space of their inputs: what `InputSpanMonitor` recorded, as the WRS
-paper's
-figures show it."""
+paper's figures show it."""
 
 from __future__ import annotations
 

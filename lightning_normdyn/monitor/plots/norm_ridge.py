@@ -148,8 +148,8 @@ def _density(values: Doubles, grid: Doubles) -> Doubles:
 
 
 def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
-    """Horizontal lines at the steps of the events: short ones, but for a drop of the learning
-    rate, which concerns every weight."""
+    """Horizontal lines at the steps of the events: short ones, but for a drop of the learning rate,
+    which concerns every weight."""
     handles = []
     for kind, steps in steps_by_kind(history, name).items():
         colour, _, label = event_look(kind)

@@ -1,6 +1,5 @@
 """What all pictures share: with 3 and with 160 layers they can be read, which is checked on the
-laid-out
-picture; hostile names are text; pyplot is left alone."""
+laid-out picture; hostile names are text; pyplot is left alone."""
 
 from __future__ import annotations
 
