@@ -64,6 +64,7 @@ class Account(Selection[AnyRule]):
             # Of a fused optimizer, whether the last step was skipped is still on its way.
             brackets[index].settle()
             seen += brackets[index].steps - start
+        # Not only the present workers: one whose weights have left has acted in its steps, too.
         tallies = [worker.plan.tally for worker in self._latest.values()]
         due = sum(tally.due for tally in tallies)
         acted = sum(tally.acted for tally in tallies)
@@ -99,6 +100,7 @@ class Account(Selection[AnyRule]):
         always = acted > 0 and acted == due and not self._stopped
         if idle or always or not seen:
             return idle
+        # A rule that acts in every tenth step would else seem to have failed in the other nine.
         when = f"; it was to act in {due}" if due != seen else ""
         return f"{self.name} acted in {acted} of {seen} steps{when}."
 
@@ -109,17 +111,20 @@ class Account(Selection[AnyRule]):
         found = []
         for worker in self.workers.values():
             plan = worker.plan
+            # Over all ranks: of a sharded weight, this rank sees only its own part.
             totals = plan.vectors.totals(plan.bad.to(plan.vectors.sum_dtype)).tolist()
             for target, count in zip(plan.targets, totals, strict=True):
                 if count:
                     found.append(f"{int(count)} in {target.name}")
         if found:
+            # Only now: an epoch without such vectors must not silence the report of a later one.
             self._reported_bad = True
             first = ", ".join(found[:8]) + (" ..." if len(found) > 8 else "")
             warn_once(f"{self.name} left vectors alone whose norm is zero or not finite: {first}.")
 
     def report_idle(self) -> None:
         """At the end of a fit: say so if nothing ever came of what might have come."""
+        # A fit without a step (no batch, say) missed nothing.
         if not self.session.attempts.count or self.workers or not self.rule.acts:
             return
         names = self.may_come()

@@ -169,6 +169,7 @@ class NormDynCallback(Rule):
     def state_dict(self) -> dict[str, Any]:
         """Counters, per-vector state and the table of targets: plain tensors, numbers and
         strings."""
+        # Training has not begun, so no member has taken up the checkpoint's state: pass it on.
         if self._restored is not None:
             return seal(self._restored)
         if self._member is not None:

@@ -24,6 +24,8 @@ from lightning_normdyn.optimizers.step import Phase
 class Member(Protocol):
     """One callback's part in one fit."""
 
+    # A property, so that it is read-only. A plain attribute of a Protocol must have exactly this
+    # type, and a part whose rule is a subclass of `Rule` would not fit.
     @property
     def rule(self) -> Rule:
         """What the person has constructed."""

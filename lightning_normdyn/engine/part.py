@@ -115,6 +115,7 @@ class Part(Account[AnyRule]):
     def train_end(self) -> None:
         """Say what came of the fit, and let go of the optimizers."""
         self.report_bad()
+        # The first callback of the list closes the session for all; the others find it closed.
         if not self.session.closed:
             self.session.last_look()
         self.report_idle()
@@ -143,6 +144,7 @@ class Part(Account[AnyRule]):
         """Leave no handler behind, and keep what was counted."""
         for index in self.workers:
             self._close(index)
+        # Once and for all: tables may be read after the fit, when the brackets may count on.
         if self.attached_at:
             self._counted = {index: self.steps_of(index) for index in self.attached_at}
         self.attached_at = {}
@@ -153,6 +155,7 @@ class Part(Account[AnyRule]):
         """Optimizer ``index`` is another one from now on, or has joined; counts go on."""
         self._counted[index] = self.steps_of(index)
         if gone is not None:
+            # `_counts` reads only the brackets of the optimizers that are there now.
             self._steps_of_gone += gone.steps - self.attached_at.get(index, gone.steps)
             self._close(index)
         self.attached_at[index] = new.steps
@@ -191,6 +194,7 @@ class Part(Account[AnyRule]):
 
     def resolve(self, index: int) -> None:
         """Find out which weights of optimizer ``index`` are meant, and act on them from now on."""
+        # A plan takes its state of each vector when it is made, so the checkpoint must come first.
         self._adopt_restored()
         if index in self._stopped:
             return
@@ -217,6 +221,7 @@ class Part(Account[AnyRule]):
             targets = [t for t in targets if t.name not in zeros]
             plan = self._plan(index, bracket, targets, earlier) if targets else None
         if plan is None:
+            # `_latest` keeps the worker: if its weights come back, the next one goes on from it.
             self.workers.pop(index, None)
             return
         self._put_to_work(plan, earlier)
@@ -229,11 +234,13 @@ class Part(Account[AnyRule]):
             try:
                 self.check_weight(weight, self.name_of(weight))
             except NotSupportedError as error:
+                # In the first step this raises; later the other weights go on without this one.
                 self.refuse(index, error, weight)
                 continue
             target = self.target_or_none(weight)
             if target is not None:
                 targets.append(target)
+        # At fit start only weights that a person names are known; "auto" finds its own later.
         refuse_rivals(self, [t.weight for t in targets], self.session.members)
         return without_unranked(self, targets, bracket, self.session.members)
 
@@ -286,6 +293,8 @@ class Part(Account[AnyRule]):
             try:
                 method(step)
             except NormDynError as error:
+                # By the step's number: after its update the bracket has counted it already, so by
+                # the bracket the first step would seem to be over.
                 is_first = step.number <= self.attached_at[index] + 1
                 first = is_first and not self.session.attachment.entries[index].came_later
                 self.refuse(index, error, first=first)
@@ -324,11 +333,13 @@ class Part(Account[AnyRule]):
             raise error
         optimizer = self.session.attachment.optimizers[index]
         if weight is not None:
+            # What is wrong with one weight says nothing about the others of its optimizer.
             self.refused.add(weight)
             what = named([self.name_of(weight)])
         else:
             self._close(index)
             stopped = self.workers.pop(index, None)
+            # Without this mark, the next `resolve` would make another worker that fails alike.
             self._stopped.add(index)
             if plan is None and stopped is not None:
                 plan = stopped.plan
@@ -341,6 +352,7 @@ class Part(Account[AnyRule]):
 
     def _check_optimizer(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
         self.rule.check_optimizer(optimizer, [t.weight for t in targets])
+        # Who only measures loses nothing to an optimizer that sets weights back.
         if self.rule.acts and targets:
             refuse_copies(self.name, optimizer, targets)
 
@@ -374,6 +386,7 @@ class Part(Account[AnyRule]):
         # Before the first step it is still what it was.
         if self.restored is not None:
             return self.restored
+        # Whether a fused optimizer skipped its last update must be known before steps are counted.
         for bracket in self.session.attachment.brackets:
             bracket.settle()
         return {
@@ -386,6 +399,8 @@ class Part(Account[AnyRule]):
         }
 
     def _worker_states(self) -> dict[int, dict[str, Any]]:
+        # No plan may have taken up the checkpoint's workers yet (their weights are still frozen),
+        # and they must not be lost in the next checkpoint.
         current = {index: worker.state() for index, worker in self._latest.items()}
         return {**self._restored_workers, **current}
 
@@ -400,6 +415,7 @@ class Part(Account[AnyRule]):
     def _adopt_restored(self) -> None:
         """At the first step: go on from the checkpoint, now that every strategy has restored the
         weights."""
+        # Only once: a later plan must not set the counts back to those of the checkpoint.
         restored, self.restored = self.restored, None
         if restored is None:
             return

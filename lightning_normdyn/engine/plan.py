@@ -172,6 +172,7 @@ class Plan:
     def _fix_rates(self) -> None:
         """Read the rates of the coming step, for all of its phases: after the update the
         optimizer's state speaks of the next one."""
+        # Emptied first: else `rates` would return those of the step before.
         self._fixed_rates = None
         self._fixed_rates = self.rates()
 
@@ -247,6 +248,7 @@ class Plan:
         self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
         if active is not None:
             good = good & active
+        # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
         guarded = torch.where(good, values, torch.full_like(values, neutral))
         return step.unless_skipped(guarded, neutral)
 
@@ -289,6 +291,7 @@ class Plan:
             dtype: None: that of sums.
         """
         vectors = self.vectors
+        # Not the dtype of the weights: in bfloat16 a counter would stay at 256 for ever.
         kind = vectors.sum_dtype if dtype is None else dtype
 
         def make() -> Tensor:
@@ -306,6 +309,7 @@ class Plan:
 
     def count(self, key: str, values: Tensor, step: Step) -> None:
         """Add ``(n,)`` 0/1 values to a `counter`, after the update."""
+        # Not now: if this step raises before its update, nothing has happened that could count.
         step.when_updated(partial(self._add, key, values))
 
     def _add(self, key: str, values: Tensor) -> None:

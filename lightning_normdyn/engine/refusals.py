@@ -52,6 +52,7 @@ def find_zeros(plan: Plan) -> list[str]:
     # A target that was there before has had a length: it may pass through zero later.
     if plan.before.keys() >= {t.name for t in plan.targets}:
         return []
+    # A sum of norms is 0 only where every norm is, on all ranks.
     lengths = plan.vectors.totals(plan.vectors.norms()).tolist()
     zeros = []
     for target, length in zip(plan.targets, lengths, strict=True):

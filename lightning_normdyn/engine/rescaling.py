@@ -156,6 +156,7 @@ class Rescaler:
             # A person may have taken the statistics away since.
             if not (isinstance(mean, Tensor) and isinstance(var, Tensor)):
                 continue
+            # The 1 at the end is for channels that no vector feeds: their statistics stay.
             extended = torch.cat([factors[follower.position], factor.new_ones(1)])
             channel = (extended[follower.vector] ** follower.degree).to(mean.device)
             offset = None if follower.bias is None else biases[follower.bias].to(mean.device)
@@ -176,6 +177,7 @@ def changes_function(target: Target) -> str:
 def warn_of_changed_function(rule: Rule, plan: Plan) -> None:
     """Say once that a rescale of weights named by a person, and not known to be scale-invariant,
     changes what the network computes."""
+    # Plans are made anew whenever weights join, and the same weights would be warned of again.
     told = {name for name, target in plan.before.items() if not target.scale_invariant}
     targets = [t for t in plan.targets if not t.scale_invariant and t.name not in told]
     if not targets:
@@ -200,11 +202,14 @@ def verify_targets(plan: Plan, session: Session) -> None:
         NotSupportedError: naming the weights on whose length the function depends; or for a batch
             that the forward cannot be called with.
     """
+    # Nothing is claimed of a weight that only a person has named: a rescale of it may change
+    # the outputs, and `warn_of_changed_function` says so.
     claims = [t.verdict for t in plan.targets if t.verdict.partition is not None]
 
     def holds(verdicts: list[Verdict], inputs: tuple[Any, ...]) -> bool:
         return bool(verify_scale_invariance(session.module, *inputs, verdicts=verdicts))
 
+    # In the precision of the training: the claims are about the function that is trained.
     with session.trainer.precision_plugin.forward_context():
         inputs = _first_accepted(_inputs_of(session), lambda inputs: holds(claims, inputs))
         if inputs is None:
@@ -227,6 +232,7 @@ def _first_accepted(
     for inputs in candidates:
         try:
             return None if holds(inputs) else inputs
+        # This says that the weights cannot be tested (they are sharded), whatever the inputs.
         except NormDynError:
             raise
         except Exception as error:  # whatever a forward raises that expects something else
@@ -251,6 +257,7 @@ def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
     parts = list(batch) if isinstance(batch, (tuple, list)) else [batch]
     # A forward usually takes the inputs, and training_step the labels behind them.
     candidates: list[tuple[Any, ...]] = [tuple(parts[:count]) for count in range(1, len(parts) + 1)]
+    # A forward may take the whole batch as one argument; a tensor is a candidate already.
     if not isinstance(batch, Tensor):
         candidates.append((batch,))
     signature = inspect.signature(session.module.forward)
@@ -298,6 +305,8 @@ class RescalingPart(Part[Any]):
         Raises:
             NotSupportedError: naming both callbacks.
         """
+        # By name: the oldest Lightning that we support has no `WeightAveraging` to import. Base
+        # classes count, since a subclass (EMAWeightAveraging) averages as well.
         names = {"WeightAveraging", "StochasticWeightAveraging"}
         for callback in callbacks_of(self.session.trainer):
             if names & {kind.__name__ for kind in type(callback).__mro__}:

@@ -71,6 +71,8 @@ class Selection(Generic[AnyRule]):
         names = self.session.weights.names
         matches = self._matching(names, what="weights of two or more dimensions")
         self.matched = set(matches)
+        # Here only exclusions can leave nothing: a pattern without a match has raised already. What
+        # "auto" finds is not known before the first loss, so `refuse_to_find_nothing` judges that.
         if rule.params != ["auto"] and not matches:
             raise NoTargetsError(
                 f'`params={shown(rule.params)}` excludes all that it includes. Leave a "!pattern" '
@@ -93,6 +95,7 @@ class Selection(Generic[AnyRule]):
 
     def match_new(self, new: Mapping[Tensor, Sequence[str]]) -> None:
         """Weights have come during the fit."""
+        # A weight that was exchanged for another is no target, although the set would keep it.
         self.matched.intersection_update(self.session.weights.names)
         # Patterns matched at fit start; since then they may mean layers that are gone.
         self.matched.update(self._matching(new, all_must_match=False))
@@ -159,6 +162,8 @@ class Selection(Generic[AnyRule]):
         # Who names weights knows better than a search, and finds out by an error what cannot be.
         if rule.by_name:
             return matches
+        # Under "auto", a rule changes only weights whose length the loss is known not to see; a
+        # callback that only measures takes any.
         if rule.writes:
             matches = [w for w in matches if session.claims.of(w).partition is not None]
         return [w for w in matches if self.can_treat(w)]
@@ -186,6 +191,7 @@ class Selection(Generic[AnyRule]):
         self._say_about(name, f"{self.name} leaves `{name}` alone from now on. {error}")
 
     def _say_about(self, name: str, text: str) -> None:
+        # One warning a weight: its text may change with what every further loss shows.
         if name not in self._left_alone:
             self._left_alone.add(name)
             warn_once(text)
@@ -194,6 +200,7 @@ class Selection(Generic[AnyRule]):
         """How ``weight`` splits into vectors; None where no loss has read any of them."""
         session, name = self.session, self.name_of(weight)
         verdict, shape = session.claims.of(weight), session.weights.shapes[weight]
+        # For weights of which nothing is claimed: a person may name them, a monitor measures them.
         fallback = filter_partition(session.module, name, shape)
         partition = choose_partition(verdict, self.rule.granularity, fallback)
         # Rows that no loss reads have no gradient; to scale them would change nothing but them.
@@ -243,6 +250,7 @@ class Selection(Generic[AnyRule]):
 
     def _waiting_for_rows(self) -> list[Verdict]:
         """Trained weights that stay untouched until a loss has read their other rows, too."""
+        # A named weight is treated at once, and who only measures may do so before all is known.
         if self.rule.by_name or not self.rule.writes:
             return []
         candidates = self.matched & self._trained()
@@ -297,6 +305,7 @@ class Selection(Generic[AnyRule]):
             for w in weights.lazy
         ]
         verdicts = [self.session.claims.of(w) for w in weights.names if weights.is_matrix(w)]
+        # If nothing is known of any weight, it is one cause for all: no graph was read.
         if any(verdict.known for verdict in verdicts):
             reasons += [f"  {v.name}: {v.reason or v.kind}" for v in verdicts]
         else:
@@ -304,6 +313,7 @@ class Selection(Generic[AnyRule]):
                 "  no training loss was seen in on_before_backward (call "
                 "self.manual_backward(loss))"
             )
+        # A large model has hundreds of weights, nearly all for one of a few reasons.
         return "\n".join(reasons[:8])
 
     def _say_waiting(self, waiting: Sequence[str]) -> None:

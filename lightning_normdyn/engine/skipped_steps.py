@@ -51,6 +51,7 @@ class Attempts:
 
     def skipped(self) -> int:
         """Updates that a gradient scaler skipped in this fit."""
+        # Not below 0: a raw optimizer.step() is an update that Lightning did not announce.
         return max(0, self.count - self._attachment.updates() - self._is_open())
 
     @property

@@ -34,7 +34,9 @@ def start_table(
     for member in members:
         for plan in member.plans.values():
             for target in plan.targets:
+                # Of several callbacks on one weight, the first says what its vectors are.
                 targets.setdefault(target.weight, target)
+                # A monitor measures every weight: that is no request to change one.
                 if member.rule.writes:
                     written.add(target.weight)
     rows = []

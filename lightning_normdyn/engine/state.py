@@ -99,6 +99,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
     """
     require(isinstance(state, dict), f"it is a {type(state).__name__}, where a dictionary belongs")
     version = state.get("version")
+    # By the exact type: a tensor is compared entry by entry, and an `if` on that may raise.
     if type(version) is not int or version != VERSION:
         raise NormDynError(
             f"it has version {shown(version)}, and this package reads version {VERSION}"
@@ -164,17 +165,23 @@ def _packed(tensor: Tensor) -> Tensor:
 
 def _feed(hashed: _Hash, value: Any) -> None:
     if isinstance(value, Tensor):
+        # The type and shape first: the same bytes are other numbers under another type.
         hashed.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
         hashed.update(_packed(value).view(torch.uint8).numpy().data)
+    # Before int: True is one, and would have the digest of 1.
     elif isinstance(value, bool) or value is None:
         hashed.update(f"constant {value} ".encode())
+    # Before float: a numpy float64 is one and a float32 is not; both count as plain numbers.
     elif isinstance(value, np.generic):
         _feed(hashed, value.item())
     elif isinstance(value, int):
+        # Hexadecimal: Python refuses to write very long integers in decimal digits.
         hashed.update(f"int {value:x} ".encode())
     elif isinstance(value, float):
+        # The bits, in one byte order: the digest must be the same on every machine.
         hashed.update(b"float " + struct.pack("<d", value))
     elif isinstance(value, str):
+        # Half of a surrogate pair (from a file name, say) is no UTF-8, and saving must not fail.
         encoded = value.encode("utf-8", "surrogatepass")
         hashed.update(f"text {len(encoded)} ".encode() + encoded)
     elif isinstance(value, (list, tuple)):
@@ -183,6 +190,8 @@ def _feed(hashed: _Hash, value: Any) -> None:
             _feed(hashed, item)
     elif isinstance(value, dict):
         hashed.update(f"dict {len(value)} ".encode())
+        # By type and text: keys of different types cannot be compared with each other, and the
+        # order in which they were added must not count.
         for key in sorted(value, key=lambda key: (type(key).__name__, str(key))):
             _feed(hashed, key)
             _feed(hashed, value[key])
@@ -223,6 +232,7 @@ _LINK = record(
 
 
 def _verdict(value: Any, where: str) -> None:
+    # First the type of each entry: the comparisons below rely on them.
     _VERDICT(value, where)
     shape = tuple(value["shape"])
     for key in ("partition", "withdrawn_partition", "unread"):
@@ -266,6 +276,8 @@ _GRAPH = record(
 
 def _per_vector(value: Any, where: str) -> None:
     table(text(), table(text(), _one_per_vector))(value, where)
+    # These two become factors on weights: a negative one would turn a vector around, and one that
+    # is not finite would destroy it.
     for key in ("initial_norm", "owed"):
         for name, values in value.get(key, {}).items():
             numbers(0.0)(values, f"{where}.{key}[{shown(name)}]")
@@ -277,6 +289,7 @@ def _one_per_vector(value: Any, where: str) -> None:
 
 def _positive(value: Any, where: str) -> None:
     numbers(0.0)(value, where)
+    # What was done ahead is taken back by dividing by these.
     require(bool((value > 0).all()), f"{where} holds factors of 0")
 
 
@@ -315,6 +328,7 @@ _STATE = record(
         "steps": table(whole(), whole()),
         "per_vector": _per_vector,
         "targets": table(text(), _verdict),
+        # Plain is all that can be asked here: only its own class knows what the callback stores.
         "extra": table(text(), plain),
     },
     {

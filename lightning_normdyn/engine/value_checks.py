@@ -36,15 +36,19 @@ def require(sound: bool, otherwise: str) -> None:
 def plain(value: Any, where: str, depth: int = 0) -> None:
     """Anything that a state may consist of: numbers, texts, tensors that lie in memory as they are,
     and lists and dictionaries of these."""
+    # A list that contains itself would else end in a RecursionError, which nobody catches.
     require(depth <= DEEPEST, f"{where} goes on in itself, or is far too deep")
     if value is None or isinstance(value, (bool, int, float, str, np.generic)):
         return
     if isinstance(value, Tensor):
+        # By `.data`: that of a Parameter is a Tensor, and that of a DTensor is still a DTensor.
+        # Sparse and meta tensors have no plain bytes that could be hashed.
         kind = type(value.data)
         require(
             kind is Tensor and value.layout == torch.strided and value.device.type != "meta",
             f"{where} is a tensor of a strange kind",
         )
+        # Complex numbers have no order, so none of the checks of a range would mean anything.
         require(
             not value.is_quantized and not value.is_complex(),
             f"{where} is a tensor of {value.dtype}",
@@ -70,6 +74,7 @@ def whole(least: int = 0, most: int = MOST) -> Check:
     """An integer within a range."""
 
     def check(value: Any, where: str) -> None:
+        # By the exact type: True is an int, and would be a count of 1.
         require(
             type(value) is int and least <= value < most,
             f"{where} is {shown(value)}, where an integer from {least} belongs",

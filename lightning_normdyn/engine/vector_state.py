@@ -81,7 +81,9 @@ class VectorState:
         fresh: Tensor | None = None
         parts = []
         for i, target in enumerate(targets):
+            # Popped: the next plan must go on from this one and not from the checkpoint again.
             saved, known = restored.pop(target.name, None), entries.get(target.name)
+            # With another granularity, the saved numbers are about other vectors.
             if saved is not None and saved.numel() == target.partition.n:
                 part = vectors.scatter_one(i, saved)
             elif known is not None and known.partition.equal(target.partition):
@@ -112,6 +114,7 @@ class VectorState:
             for name, entry in entries.items():
                 if id(entry.values) not in gathered:
                     gathered[id(entry.values)] = entry.vectors.gather(entry.values)
+                # A clone: `cpu()` does not copy what is there already, and training changes it.
                 table[name] = gathered[id(entry.values)][entry.position].cpu().clone()
         return tables
 
@@ -129,9 +132,11 @@ def _carry(
     """State of a weight that splits otherwise than before: as it was for vectors that stayed the
     same (rows that no loss had read have joined), ``fresh`` for the others. A collective."""
     same = partition.found_in(known.partition)
+    # Partitions are whole on every rank, so all ranks leave here, or none does.
     if not bool((same >= 0).any()):
         return fresh
     before = known.vectors.gather(known.values)[known.position]
+    # Vectors that are not found (-1) read entry 0 here; `where` below drops it.
     matched = before[same.clamp(min=0).to(before.device)]
     is_known = vectors.scatter_one(position, same >= 0)
     carried = vectors.scatter_one(position, matched)

@@ -82,6 +82,7 @@ class Weights:
 
     def is_matrix(self, weight: Tensor) -> bool:
         """Whether it has two dimensions or more: one of fewer is never a target."""
+        # Of the whole: FSDP and DeepSpeed may flatten what this rank holds to one dimension.
         return len(self.shapes[weight]) >= 2
 
     def is_gain(self, weight: Tensor) -> bool:
@@ -163,6 +164,7 @@ def layout_of(optimizer: Optimizer) -> Layout:
     other weights."""
     layout = []
     for group in optimizer.param_groups:
+        # Ids, since layouts are compared: `==` on tensors compares their entries.
         layout.append((id(group), *map(id, group["params"])))
     return tuple(layout)
 

@@ -124,6 +124,7 @@ class Witness:
         if fit is None or optimizer in self._strangers or fit.attachment.is_stepping():
             return
         names = list(map(fit.weights.name, self._targeted(fit, optimizer)))
+        # Asked again at its next step: it may hold targeted weights by then.
         if not names:
             return
         self._strangers.add(optimizer)
@@ -187,6 +188,7 @@ class Witness:
         before: Tensor,
     ) -> None:
         mark.numbers = _numbers(mark.pieces)
+        # NaN equals nothing, not even itself: a weight that is NaN would seem to move at each look.
         same = (mark.numbers == before) | (mark.numbers.isnan() & before.isnan())
         moved = []
         for name, is_unchanged in zip(mark.names, same.all(0).tolist(), strict=True):
@@ -252,7 +254,9 @@ def _numbers(pieces: Sequence[Tensor]) -> Tensor:
     """Norm and sum of each piece, ``(2, pieces)`` on the device of the first: the same numbers as
     long as nothing moves."""
     device = pieces[0].device
+    # At least float32: rounded to bfloat16, two different norms are often the same number.
     dtype = torch.float64 if pieces[0].dtype == torch.float64 else torch.float32
+    # The sum tells what a norm cannot: a change of sign, say, leaves every norm as it is.
     norms = [torch.linalg.vector_norm(p.to(dtype)).to(device) for p in pieces]
     sums = [p.sum(dtype=dtype).to(device) for p in pieces]
     return torch.stack([torch.stack(norms), torch.stack(sums)])
