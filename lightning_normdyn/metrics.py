@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 Weights = Tensor | Sequence[Tensor]
 
 
+def _as_list(tensors: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    # Asked first: a tensor is a sequence of its rows, too.
+    if isinstance(tensors, Tensor):
+        return [tensors]
+    return list(tensors)
+
+
 class _PerVector(Metric):
     """The average of one number per weight vector over updates; vectors whose number is NaN are
     left out of it.
@@ -40,6 +47,7 @@ class _PerVector(Metric):
 
     is_differentiable = False
     higher_is_better = None
+    # With True, `forward` would compute every update twice.
     full_state_update = False
 
     axis_label = ""
@@ -65,24 +73,33 @@ class _PerVector(Metric):
         # Without dimensions until the first update says how many vectors there are: a zero adds to
         # anything. The names tell the classes apart, because MetricCollection lets metrics share
         # their states when names and first values agree.
+        shape = () if num_vectors is None else (num_vectors,)
         empty = torch.zeros(
-            () if num_vectors is None else num_vectors, dtype=torch.float64, device="cpu"
+            shape,
+            dtype=torch.float64,
+            device="cpu",
         )
-        self._total, self._count = f"{quantity}_total", f"{quantity}_count"
+        self._total = f"{quantity}_total"
+        self._count = f"{quantity}_count"
         self.add_state(self._total, empty, dist_reduce_fx="sum")
         self.add_state(self._count, empty.long(), dist_reduce_fx="sum")
 
     def _add(self, values: list[Tensor]) -> None:
+        # float64: in float32 a sum over many updates rounds away much of each new one.
         new = torch.cat([value.double() for value in values])
         total = getattr(self, self._total)
+        # Another number of vectors cannot be the same weights, and no average is over both.
         if total.ndim and total.shape != new.shape:
             found = (
                 f"{type(self).__name__} was updated with {new.numel()} weight vectors and has "
                 f"{total.numel()}"
             )
             raise NormDynError(f"{found}; pass the same weights every time.")
+        # NaN is what is not defined; an infinite value is a run that diverged, and shall show.
         seen = ~new.isnan()
-        setattr(self, self._total, total + (new.square() if self.squared else new).where(seen, 0.0))
+        if self.squared:
+            new = new.square()
+        setattr(self, self._total, total + new.where(seen, 0.0))
         setattr(self, self._count, getattr(self, self._count) + seen)
 
     def _sync_dist(
@@ -97,11 +114,11 @@ class _PerVector(Metric):
         total = getattr(self, self._total)
         mine = total.numel() if total.ndim else 0
         number = torch.tensor([mine], dtype=torch.int64, device=total.device)
-        of_ranks = [
-            int(each) for each in dist_sync_fn(number, group=process_group or self.process_group)
-        ]
+        gathered = dist_sync_fn(number, group=process_group or self.process_group)
+        of_ranks = list(map(int, gathered))
         updated = sorted({each for each in of_ranks if each})
-        if len(updated) > 1:  # every rank sees the same list, so every rank raises, and none waits
+        # Every rank sees the same list, so every rank raises, and none waits for another.
+        if len(updated) > 1:
             found = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(of_ranks))
             raise NormDynError(
                 f"{type(self).__name__} has other weight vectors on other ranks ({found}); pass "
@@ -116,19 +133,25 @@ class _PerVector(Metric):
         """The averages, float64: ``(n,)``, or one number with ``reduction="mean"`` (and, as
         torchmetrics has it, for n = 1); NaN where nothing was seen.
         """
+        # 0 / 0: a vector that was never seen has no average, so NaN is right.
         mean: Tensor = getattr(self, self._total).double() / getattr(self, self._count)
         if self.reduction == "mean":
             mean = mean.nanmean()
-        return mean.sqrt() if self.squared else mean
+        # The root comes last: a mean of roots would not be the root mean square.
+        if self.squared:
+            mean = mean.sqrt()
+        return mean
 
     def _vectors(self, weight: Weights) -> list[Tensor]:
-        weights = [weight] if isinstance(weight, Tensor) else list(weight)
+        weights = _as_list(weight)
         if not weights:
             raise NormDynError(
                 f"{type(self).__name__} was updated with an empty list of weights; pass at least "
                 f"one."
             )
-        return [each.reshape(1, -1) for each in weights] if self.granularity == "layer" else weights
+        if self.granularity == "layer":
+            return [each.reshape(1, -1) for each in weights]
+        return weights
 
     def plot(
         self, val: Tensor | Sequence[Tensor] | None = None, ax: Axes | None = None
@@ -140,17 +163,14 @@ class _PerVector(Metric):
                 if None.
             ax: where to draw; a new figure if None.
         """
-        val = self.compute() if val is None else val
-        values = (
-            torch.stack([val] if isinstance(val, Tensor) else list(val))
-            .detach()
-            .cpu()
-            .double()
-            .numpy()
-        )
-        return draw_metric(
-            values.reshape(len(values), -1), self.axis_label, isinstance(val, Tensor), ax
-        )
+        if val is None:
+            val = self.compute()
+        is_single = isinstance(val, Tensor)
+        steps = torch.stack(_as_list(val))
+        values = steps.detach().cpu().double().numpy()
+        # A metric of one vector, or a mean, has no dimension of vectors.
+        values = values.reshape(len(values), -1)
+        return draw_metric(values, self.axis_label, is_single, ax)
 
 
 class WeightNorm(_PerVector):
@@ -204,6 +224,8 @@ class EffectiveLR(_PerVector):
     def __init__(self, *, statistic: Literal["norm", "std"] = "norm", **kwargs: Any) -> None:
         if statistic not in ("norm", "std"):
             raise ValueError(f"`statistic` must be 'norm' or 'std', got {statistic!r}.")
+        # With the statistic in the name: a MetricCollection must not let both kinds share their
+        # states.
         super().__init__(f"effective_lr_{statistic}", **kwargs)
         self.statistic = statistic
 
@@ -212,20 +234,17 @@ class EffectiveLR(_PerVector):
         with one for each weight."""
         weights = self._vectors(weight)
         lrs = list(lr) if isinstance(lr, Sequence) else [lr] * len(weights)
+        # Said here: `zip` would only complain that two lists differ in length.
         if len(lrs) != len(weights):
             raise NormDynError(
                 f"EffectiveLR was updated with {len(weights)} weights and {len(lrs)} learning "
                 f"rates; pass one, or one for each."
             )
-        size: Callable[[Tensor], Tensor] = (
-            F.weight_norm if self.statistic == "norm" else F.weight_std
-        )
-        self._add(
-            [
-                F.effective_lr(each_lr, size(each))
-                for each, each_lr in zip(weights, lrs, strict=True)
-            ]
-        )
+        size = F.weight_norm if self.statistic == "norm" else F.weight_std
+        rates = []
+        for each, each_lr in zip(weights, lrs, strict=True):
+            rates.append(F.effective_lr(each_lr, size(each)))
+        self._add(rates)
 
 
 class AngularUpdate(_PerVector):
@@ -258,10 +277,12 @@ class AngularUpdate(_PerVector):
     def update(self, weight: Weights, weight_before: Weights) -> None:
         """See a weight after a step and a copy of it from before, or two lists of weights in the
         same order."""
-        after, before = self._vectors(weight), self._vectors(weight_before)
+        after = self._vectors(weight)
+        before = self._vectors(weight_before)
         if len(after) != len(before):
             raise NormDynError(
                 f"AngularUpdate was updated with {len(after)} weights and {len(before)} weights "
                 f"before the step; pass as many."
             )
-        self._add([F.angular_update(old, new) for old, new in zip(before, after, strict=True)])
+        angles = map(F.angular_update, before, after)
+        self._add(list(angles))

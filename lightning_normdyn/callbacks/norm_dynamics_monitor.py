@@ -43,10 +43,13 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
     @during(Phase.MEASURE_STEP)
     def after(self, step: Step) -> None:
         """Measure how the step moved them."""
-        look, self._look = self._look, None
+        # Forgotten first: if measuring fails, the next step must not find this look.
+        look = self._look
+        self._look = None
         if look is None or self._gauge is None:
             return
         sums = self._gauge.after(step)
+        # Only a history of single vectors holds the decay, and it costs a pass over the weights.
         decay = None
         if self.rule.per_vector_history:
             decay = self.session.combined.applied_decay(self.plan, step, sums.norm, sums.std)
@@ -85,6 +88,7 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
                     f"its param groups and its state. Until it can be, effective_lr, direction_lr "
                     f"and predictions are left out for its weights; norms and angles are measured."
                 )
+                # One weight is enough: the sentence is about the optimizer.
                 return
 
     def treatment(self, target: Target) -> str:
@@ -170,6 +174,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         super().__init__(params, granularity)
         # Read from the table at every construction, so that a person may add an entry to it.
         known = [quantity.name for quantity in monitored()]
+        # An empty list would leave nothing to log; None is how one asks for everything.
         if quantities is not None and not (quantities and set(quantities) <= set(known)):
             raise ValueError(
                 f"`quantities` must be None or names out of {known}, got {quantities!r}."
@@ -182,6 +187,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self.histograms = histograms
         self.tables = tables
         self.alert = alert
+        # By name: the constructor of NormDynCallback does not call the next one.
         KeepsHistory.__init__(self)
 
     @property
@@ -191,6 +197,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers."""
+        # What changes no number is left out: a resumed run with other settings is another run.
         return {"every_n_steps": self.every_n_steps, "quantities": self.quantities}
 
     def end_table(self) -> str | None:
@@ -202,7 +209,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start a new history, or go on with that of a checkpoint."""
         super().on_fit_start(trainer, pl_module)
-        self._take_up()  # some strategies load a checkpoint before this, others after it
+        # Some strategies load a checkpoint before this, others after it: whoever comes second finds
+        # both the session and the state.
+        self._take_up()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As every callback's; the rows can be seen at once, also where no step follows because the
@@ -217,6 +226,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the history to the process that called ``fit``, if that is another one."""
         super().teardown(trainer, pl_module, stage)
+        # After a test or a validation the history would be that of an earlier fit.
         if stage == "fit":
             self.send_history(trainer)
 

@@ -27,7 +27,8 @@ def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str
             "treated": treatments[target.weight],
         }
     about = {"callbacks": _settings(session), "targets": facts}
-    # A person's own callback may have settings that JSON does not know.
+    # To JSON and back: a person's own callback may have settings that JSON does not know, and a
+    # resumed run compares these settings with those in its checkpoint, which are JSON, too.
     plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about, default=str))
     return plain
 
@@ -35,8 +36,10 @@ def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str
 def _settings(session: Session) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {}
     for member in session.members:
-        rule, name = member.rule, type(member.rule).__name__
-        if name in settings:  # a second one of the class
+        rule = member.rule
+        name = type(rule).__name__
+        # A second callback of the class must not take the first one's place.
+        if name in settings:
             name = f"{name}-{len(settings)}"
         common = {"params": rule.params, "granularity": rule.granularity}
         settings[name] = {**common, **rule.settings()}

@@ -56,10 +56,14 @@ class Alarms:
             group: its param group at the measured step.
             sums: totals and counts by name.
         """
-        number, (lr, vectors) = sums["dead"][0], sums["lr"]
+        number = sums["dead"][0]
+        lr, vectors = sums["lr"]
+        # A weight that was spoken of needs no forecast any more; every row would compute one.
         if not number or not vectors or (COLLAPSE, target.name) in self._said:
             return
-        plan, effects = gauge.plan, gauge.effects[target.name]
+        plan = gauge.plan
+        effects = gauge.effects[target.name]
+        # The rate that the step applied: some optimizers scale the one in the param group.
         present = {**group, "lr": lr / vectors}
         # The shortest vector goes first; sums over ranks are all that is known of them.
         e_foldings = least_of(sums["urgency"][0], plan.vectors.sum_dtype)
@@ -84,6 +88,8 @@ class Alarms:
 
     def overflow(self, target: Target, seen: Norms) -> None:
         """A norm that grows exponentially: say so before it overflows."""
+        # The step of the first norm is not kept. The forecast takes no rate from it, so any will
+        # do.
         left = steps_until_overflow([0, *seen.steps], [seen.first, *seen.norms])
         if not self._is_within_fit(left):
             return
@@ -99,7 +105,8 @@ class Alarms:
     def not_finite(self, names: Sequence[str], step: int, row: Mapping[str, float]) -> None:
         """A run has diverged: its losses may be averaged away, and curves that end are easily
         overlooked."""
-        first, others = names[0], ""
+        first = names[0]
+        others = ""
         if len(names) == 2:
             others = f" and `{names[1]}`"
         elif len(names) > 2:
@@ -112,6 +119,7 @@ class Alarms:
             f"{what} not finite at step {step}: the run has diverged, and from here on its curves "
             f"show NaN. Look at the loss and the learning rate before this step."
         )
+        # No name: once a weight is NaN all others follow, and one sentence is enough for the run.
         self._say_as_it_is(DIVERGED, "", text)
 
     def idle_decays(self, gauges: Sequence[StepGauge]) -> None:
@@ -121,6 +129,7 @@ class Alarms:
         for gauge in gauges:
             for target in gauge.plan.targets:
                 group = gauge.plan.group_of(target)
+                # A rule that steers the norm may well be there because the decay is weak.
                 is_plain = gauge.effects[target.name].none and target.scale_invariant
                 if id(group) in said or not is_plain:
                     continue
@@ -137,7 +146,9 @@ class Alarms:
         planned = self._trainer.estimated_stepping_batches
         if planned <= 0:  # nobody knows when it ends
             return True
-        return steps <= planned - self._trainer.global_step / max(1, len(self._trainer.optimizers))
+        # Lightning's `global_step` counts the steps of all optimizers together.
+        taken = self._trainer.global_step / max(1, len(self._trainer.optimizers))
+        return steps <= planned - taken
 
     def _say(self, title: str, name: str, text: str) -> None:
         self._say_as_it_is(title, name, f"`{name}`: {text}")
@@ -148,6 +159,7 @@ class Alarms:
             return
         self._said.add((title, name))
         warn_once(text)
+        # Other ranks have no experiment that could alert anybody.
         if self._alert and self._trainer.is_global_zero:
             publish_alert(self._trainer.loggers, title, text)
 

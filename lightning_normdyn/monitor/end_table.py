@@ -49,6 +49,7 @@ def summarize(
     rows = []
     for target in targets:
         name = target.name
+        # A weight that was never measured would give a row of nothing but dashes.
         if not evidence.has(f"weight_norm/{name}"):
             continue
         norms = evidence.column(f"weight_norm/{name}")[1].tolist()
@@ -67,6 +68,7 @@ def summarize(
                 "effective lr": _newest(evidence, f"effective_lr/{name}"),
                 "angular update": _newest(evidence, f"angular_update/{name}"),
                 "prediction": _newest(evidence, f"equilibrium_angular_update/{name}"),
+                # 0 means that no prediction was ever made, not that no time has passed.
                 "e-foldings": course.elapsed or None,
                 "verdict": said if target.scale_invariant or is_for_all else "-",
             }
@@ -75,8 +77,10 @@ def summarize(
 
 
 def _newest(history: History, key: str) -> float | None:
+    # `column` refuses an unknown key, and here it only means that the quantity does not apply.
     if not history.has(key):
         return None
+    # Rows that were forgotten leave their keys behind, so a known key may have no values.
     values = history.column(key)[1]
     return float(values[-1]) if len(values) else None
 
@@ -111,6 +115,7 @@ def _cell(row: Mapping[str, Any], column: str) -> str:
     if column == _NORMS:
         return f"{row['norm first']:.3g}→{row['norm last']:.3g}"
     value = row[column]
+    # E-foldings are a rough count: three digits would pretend to more.
     if isinstance(value, float):
         return f"{value:.1f}" if column == "e-foldings" else f"{value:.3g}"
     return "-" if value is None else str(value)
@@ -120,6 +125,7 @@ def _clamps_in_words(clamped: Mapping[str, int]) -> str:
     """How often the shrink factor of AdaptiveWeightShrink was clamped, by weight."""
     if not clamped:
         return ""
+    # A network may have hundreds of weights; the first few show where to look.
     named = [f"{name}: {times}" for name, times in clamped.items()][:MOST_NAMED]
     if len(clamped) > MOST_NAMED:
         named.append("...")

@@ -172,6 +172,7 @@ def steps_until_overflow(steps: Sequence[float], norms: Sequence[float]) -> floa
             rates.append(log(next_norm / norm) / (next_step - step))
     if len(rates) < 3 or min(rates) <= 0 or rates[-1] < STILL_GROWING * rates[0]:
         return inf
+    # The slowest of the rates: one jump must not raise an alarm.
     return steps_to_overflow(norms[-1], min(rates))
 
 
@@ -195,6 +196,7 @@ def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) ->
     """
     if not 0 < steps < inf:
         return None
+    # The highest rate of the schedule: during a warm-up the present one says nothing of the run.
     lr = max(float(group.get(key) or 0.0) for key in ("lr", "initial_lr", "max_lr"))
     pull = total_decay(optimizer_class, {**group, "lr": lr}, int(steps))
     if pull is None or not isfinite(pull) or not 0 < pull < IDLE_DECAY:

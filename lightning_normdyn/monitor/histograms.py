@@ -19,6 +19,7 @@ BINS = 32
 PACKED = BINS + 2
 """Numbers per histogram as `bin_vectors` packs them."""
 REACH = 4.0
+# Equal values have no deviation, and the bins need a width all the same.
 LEAST_REACH = 0.01
 MOST = 700.0  # exp overflows beyond 709
 

@@ -304,7 +304,8 @@ class History:
         if not self.has(key):
             _refuse_name("key", key, self.keys())
         column = self._contents.columns[key]
-        steps, values = [], []
+        steps = []
+        values = []
         for record in self._contents.rows.records:
             row: Row = record.content
             if row.has(column):
@@ -331,7 +332,8 @@ class History:
         size = self.vector_count(name)
         if size is None:
             _refuse_name("per-vector array", name, self.vector_names())
-        steps, values = [], []
+        steps = []
+        values = []
         for record in self._contents.vectors.records:
             bundle: Bundle = record.content
             if name in bundle.layout:

@@ -15,8 +15,10 @@ def check_history(value: Any, where: str) -> None:
     require(
         isinstance(value, dict) and isinstance(value.get("header"), str), f"{where} is no history"
     )
+    # Loaded, and not only looked at: nothing less shows whether a later load will succeed.
     try:
         History().load_state_dict(value)
+    # Named one by one: a full memory or Ctrl-C says nothing about the checkpoint.
     except (
         NormDynError,
         KeyError,

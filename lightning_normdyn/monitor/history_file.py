@@ -122,7 +122,8 @@ def _pack_rows(contents: Contents) -> Arrays:
 
 def _pack_vectors(contents: Contents, name: str, index: int) -> Arrays:
     """The arrays of one name, and the records that have one."""
-    indices, values = [], []
+    indices = []
+    values = []
     for i, record in enumerate(contents.vectors.records):
         bundle: Bundle = record.content
         if name in bundle.layout:
@@ -166,6 +167,7 @@ def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
     header = json.loads(text)
     ours = isinstance(header, dict) and header.get("format") == _FORMAT
     _require(ours, "it is not a history of lightning-normdyn")
+    # Read as this version, another one might give wrong curves without an error.
     _require(
         header["version"] == _VERSION,
         f"it has format version {shown(header['version'])}, and this package reads {_VERSION}",
@@ -240,7 +242,10 @@ def _bundles(packed: _Packed, sizes: Mapping[str, int]) -> list[Bundle]:
 
 
 def _restore(
-    thinned: ThinnedList, part: str, packed: _Packed, contents: Sequence[Row | Event | Bundle]
+    thinned: ThinnedList,
+    part: str,
+    packed: _Packed,
+    contents: Sequence[Row | Event | Bundle],
 ) -> None:
     """Fill a list with its records, and set its limits and where its thinning stands."""
     places = _places(packed, part)
@@ -259,6 +264,7 @@ def _restore(
     # Events may be marked for an earlier step; rows and arrays come in order.
     in_order = part == "event" or (steps[1:] >= steps[:-1]).all()
     _require(in_order, f"the steps of `{part}` are not in order")
+    # To Python a negative index is a valid one: it would name a kind from the end.
     has_kind = (kind_indices >= 0) & (kind_indices < len(kinds))
     counted = has_kind & (numbers >= 0)
     _require(counted.all(), f"a record of `{part}` has no kind")
@@ -305,10 +311,13 @@ def read_npz(path: str | os.PathLike[str]) -> Arrays:
 def _parse_npy(name: str, content: bytes) -> NDArray[Any]:
     """One array; the header must not promise more than the bytes behind it."""
     file = io.BytesIO(content)
+    # Later versions of the format are for structured types, which a history never has.
     _require(np.lib.format.read_magic(file) == (1, 0), f"`{name}` is no plain array")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    # An array of objects would need pickle, which executes what it reads.
     numbers = dtype in (np.float32, np.int64, np.uint8)
     _require(numbers, f"`{name}` holds {dtype}, where only plain numbers belong")
+    # Read by rows below, an array stored by columns would be scrambled without an error.
     _require(not fortran_order or len(shape) < 2, f"`{name}` is stored by columns")
 
     data = file.read()

@@ -26,11 +26,15 @@ class HistoryFiles:
     """
 
     def __init__(self, label: str = "", *, continued: bool = False) -> None:
-        self.label, self.continued = label, continued
+        self.label = label
+        self.continued = continued
         self._chosen: dict[str, str] = {}
 
     def name(
-        self, folder: str, exists: Callable[[str], bool], continues: Callable[[str], bool]
+        self,
+        folder: str,
+        exists: Callable[[str], bool],
+        continues: Callable[[str], bool],
     ) -> str:
         """The file's name in ``folder``, chosen at the first call and kept from then on.
 
@@ -39,17 +43,17 @@ class HistoryFiles:
             exists: whether there is a file of a name.
             continues: whether this fit continues the one whose file has a name.
         """
+        # Chosen once: after the first save the file exists and would pass for another fit's.
         if folder not in self._chosen:
             taken: list[str] = []
             while exists(self._numbered(len(taken) + 1)):
                 taken.append(self._numbered(len(taken) + 1))
             free = self._numbered(len(taken) + 1)
             # The newest first: fits that were repeated from the same start begin with the same row.
-            own = (
-                next((name for name in reversed(taken) if continues(name)), None)
-                if self.continued
-                else None
-            )
+            own = None
+            # A fit from the start with the same seed has the same first row, but is another fit.
+            if self.continued:
+                own = next((name for name in reversed(taken) if continues(name)), None)
             self._chosen[folder] = own or free
         return self._chosen[folder]
 
@@ -59,13 +63,14 @@ class HistoryFiles:
         def continues(name: str) -> bool:
             try:
                 earlier = load_history(join(folder, name))
+            # A file that cannot be read is no reason to lose this history: it gets another name.
             except NormDynError:
                 return False
+            # Thinning never drops the first row; any later one may be missing in either history.
             return len(earlier) > 0 and _same_row(earlier[0], history[0])
 
-        return join(
-            folder, self.name(str(folder), lambda name: exists(join(folder, name)), continues)
-        )
+        name = self.name(str(folder), lambda name: exists(join(folder, name)), continues)
+        return join(folder, name)
 
     def _numbered(self, number: int) -> str:
         return f"history{self.label}.npz" if number == 1 else f"history{self.label}.fit{number}.npz"

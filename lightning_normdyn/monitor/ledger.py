@@ -44,6 +44,7 @@ class Norms:
 
     def seen_at(self, step: float, norm: float) -> Norms:
         """With one more norm."""
+        # Four are enough for a forecast, and a run may have millions of steps.
         return Norms(self.first, (*self.steps[-3:], step), (*self.norms[-3:], norm))
 
 
@@ -127,21 +128,25 @@ class Ledger:
             separate: whether less is asked for than verdicts rest on.
         """
         history = History()
+        # The same object where both would hold the same rows: each is then kept and written once.
         return cls(history, History() if separate else history)
 
     def without(self, name: str) -> Ledger:
         """Another weight has taken the place of the one that was called ``name``: its rows stay,
         what they led to expect does not."""
-        courses = {other: course for other, course in self.courses.items() if other != name}
-        norms = {other: known for other, known in self.norms.items() if other != name}
-        rates = {other: known for other, known in self.rates.items() if other != name}
-        return replace(self, courses=courses, norms=norms, rates=rates)
+        return replace(
+            self,
+            courses=_all_but(self.courses, name),
+            norms=_all_but(self.norms, name),
+            rates=_all_but(self.rates, name),
+        )
 
     @property
     def lasting(self) -> Ledger:
         """Without a row that only the end of a fit asked for."""
         if self.ending is None:
             return self
+        # What is on its way was measured after that row, so a run that goes on still needs it.
         return replace(self.ending.before, results=self.results, sent=self.sent)
 
     def new_events(self, counts: Mapping[Any, int]) -> tuple[str, ...]:
@@ -151,6 +156,7 @@ class Ledger:
             counts: how often each event has happened by now; the last of a key is its kind.
         """
         known = self.sent[-1].marked if self.sent else self.marked
+        # Each kind once: a rescale of a hundred weights is one mark in a picture.
         kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
         return tuple(dict.fromkeys(kinds))
 
@@ -165,29 +171,35 @@ class Ledger:
         history = self.history.fork()
         shown = {key: value for key, value in row.values.items() if asked_for(key)}
         _write(history, replace(row, values=shown))
+        # Where everything was asked for, both are one object, which has the row by now.
         evidence = history
         if self.evidence is not self.history:
             evidence = self.evidence.fork()
+            # Verdicts rest on curves alone: vectors kept twice would double the memory.
             _write(evidence, replace(row, events=(), vectors={}))
         return replace(self, history=history, evidence=evidence, last_step=row.step)
 
     def ending_with(self, row: Row, before: Ledger) -> Ledger:
         """With the newest row as one that only the end of the fit asks for, and ``before`` as what
         lasts if the run goes on."""
+        # Without what is under way: `lasting` puts back whatever is under way by then.
         return replace(self, ending=Ending(replace(before, results=(), sent=()), row))
 
     def going_on_at(self, step: int) -> Ledger:
         """What is true if the next row is one of ``step`` or later: rows of the end of a fit, and
         later ones, are forgotten."""
         lasting = self.lasting
+        # Mostly no row lies ahead, and thousands of them need not be copied.
         if lasting.last_step < step and all(x < step for x in lasting.measured.values()):
             return lasting
+        # The row of `step` itself goes, too: that step is still to come, and is measured again.
         history = lasting.history.fork()
         history.truncate_after(step - 1)
         evidence = history
         if lasting.evidence is not lasting.history:
             evidence = lasting.evidence.fork()
             evidence.truncate_after(step - 1)
+        # An optimizer whose row was forgotten is due again.
         measured = {index: x for index, x in lasting.measured.items() if x < step}
         newest = evidence.newest_step
         return replace(
@@ -225,10 +237,15 @@ class Ledger:
                 "step": row.step,
                 "optimizer_step": row.optimizer_step,
                 "keys": list(row.values),
+                # One tensor: a large network has thousands of numbers. The device is named because
+                # a person may have set another default.
                 "values": torch.tensor(
-                    list(row.values.values()), dtype=torch.float64, device="cpu"
+                    list(row.values.values()),
+                    dtype=torch.float64,
+                    device="cpu",
                 ),
                 "events": list(row.events),
+                # Copies: torch shares the memory of numpy, and a checkpoint may be written later.
                 "vectors": {
                     name: torch.from_numpy(array.copy()) for name, array in row.vectors.items()
                 },
@@ -240,7 +257,11 @@ class Ledger:
 
     @classmethod
     def from_state(
-        cls, state: Mapping[str, Any], *, separate: bool, asked_for: Callable[[str], bool]
+        cls,
+        state: Mapping[str, Any],
+        *,
+        separate: bool,
+        asked_for: Callable[[str], bool],
     ) -> Ledger:
         """What `state` gave.
 
@@ -255,8 +276,10 @@ class Ledger:
         """
         try:
             return cls._from_state(state, separate, asked_for)
+        # It says already what is wrong, and as a ValueError it would be caught below.
         except NormDynError:
             raise
+        # Named one by one: a full memory or Ctrl-C says nothing about the checkpoint.
         except (
             KeyError,
             IndexError,
@@ -271,40 +294,42 @@ class Ledger:
 
     @classmethod
     def _from_state(
-        cls, state: Mapping[str, Any], separate: bool, asked_for: Callable[[str], bool]
+        cls,
+        state: Mapping[str, Any],
+        separate: bool,
+        asked_for: Callable[[str], bool],
     ) -> Ledger:
         history = _history(state["history"])
+        evidence = history
+        # A run that had asked for everything has no evidence of its own: its history is all of it.
+        if separate:
+            evidence = _history(state.get("evidence", state["history"]))
+        norms = {}
+        for name, (first, steps, newest) in state.get("norms", {}).items():
+            norms[str(name)] = Norms(float(first), _floats(steps), _floats(newest))
+        rates = {}
+        for name, newest in state.get("rates", {}).items():
+            # A drop is judged by two rates, however many a checkpoint claims.
+            rates[str(name)] = _floats(newest)[-2:]
         ledger = cls(
             history=history,
-            evidence=_history(state.get("evidence", state["history"])) if separate else history,
+            evidence=evidence,
             last_step=whole_number(state["last_step"]),
             courses=_courses(state),
-            norms={
-                str(n): Norms(float(f), _floats(steps), _floats(norms))
-                for n, (f, steps, norms) in state.get("norms", {}).items()
-            },
-            rates={
-                str(name): _floats(rates)[-2:] for name, rates in state.get("rates", {}).items()
-            },
-            measured={
-                whole_number(index): whole_number(x)
-                for index, x in state.get("measured", {}).items()
-            },
-            counted={
-                whole_number(index): whole_number(steps)
-                for index, steps in state.get("counted", {}).items()
-            },
-            events=tuple(str(event) for event in state.get("events", [])),
-            promised={str(key): float(value) for key, value in state.get("promised", {}).items()},
+            norms=norms,
+            rates=rates,
+            measured=_whole_numbers(state.get("measured", {})),
+            counted=_whole_numbers(state.get("counted", {})),
+            events=tuple(map(str, state.get("events", []))),
+            promised=_numbers(state.get("promised", {})),
         )
         ending = state.get("ending")
         if ending is None:
             return ledger
-        values = dict(
-            zip([str(key) for key in ending["keys"]], ending["values"].tolist(), strict=True)
-        )
+        # Strict: with one value too few, every later key would get its neighbour's.
+        values = dict(zip(map(str, ending["keys"]), ending["values"].tolist(), strict=True))
         vectors = {str(name): tensor.numpy() for name, tensor in ending["vectors"].items()}
-        events = tuple(str(event) for event in ending["events"])
+        events = tuple(map(str, ending["events"]))
         row = Row(
             whole_number(ending["step"]),
             whole_number(ending["optimizer_step"]),
@@ -313,9 +338,15 @@ class Ledger:
             vectors,
             bool(ending["amends"]),
         )
-        promised = {str(key): float(value) for key, value in ending["promised"].items()}
+        promised = _numbers(ending["promised"])
+        # The history was saved without this row: written again, it can still be taken back.
         ended = ledger.with_row(row, asked_for).ending_with(row, ledger)
         return replace(ended, courses=_courses(ending), promised=promised)
+
+
+def _all_but(table: Mapping[str, Any], name: str) -> dict[str, Any]:
+    # A copy: a ledger, and what it holds, never changes.
+    return {other: entry for other, entry in table.items() if other != name}
 
 
 def _write(history: History, row: Row) -> None:
@@ -325,41 +356,40 @@ def _write(history: History, row: Row) -> None:
         history.amend(row.values)
         return
     newest = history.newest_step
-    if (
-        newest is not None and newest > row.step
-    ):  # a loop that was set back counts from an earlier step
+    # A loop that was set back counts from an earlier step.
+    if newest is not None and newest > row.step:
         history.truncate_after(row.step - 1)
     history.append(row.step, row.values, optimizer_step=row.optimizer_step)
     for event in row.events:
         history.mark(row.step, event)
     for name, values in row.vectors.items():
         if history.vector_count(name) not in (None, len(values)):
-            history.forget_vectors(
-                name
-            )  # it was in no loss yet, and now it is known what it consists of
+            # The weight was in no loss yet, and only now it is known what it consists of.
+            history.forget_vectors(name)
     if row.vectors:
         history.append_vectors(row.step, row.vectors)
 
 
 def _state_of_courses(courses: Mapping[str, Course]) -> dict[str, Any]:
-    latest = {name: course.latest for name, course in courses.items()}
-    return {
-        "elapsed": {name: [course.step, course.elapsed] for name, course in courses.items()},
-        "predictions": {
-            name: list(astuple(prediction))
-            for name, prediction in latest.items()
-            if prediction is not None
-        },
-        "pulls": {
-            name: torch.tensor(course.pulls, dtype=torch.float64, device="cpu").reshape(-1, 2)
-            for name, course in courses.items()
-        },
-    }
+    elapsed = {}
+    predictions = {}
+    pulls = {}
+    for name, course in courses.items():
+        elapsed[name] = [course.step, course.elapsed]
+        # Where no theory applies, a course goes on without a prediction.
+        if course.latest is not None:
+            predictions[name] = list(astuple(course.latest))
+        changes = torch.tensor(course.pulls, dtype=torch.float64, device="cpu")
+        # reshape: without any change torch does not know the second dimension.
+        pulls[name] = changes.reshape(-1, 2)
+    return {"elapsed": elapsed, "predictions": predictions, "pulls": pulls}
 
 
 def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
     courses: dict[str, Course] = {}
-    predictions, pulls = state.get("predictions", {}), state.get("pulls", {})
+    # An earlier version kept less; the fit goes on with what there is.
+    predictions = state.get("predictions", {})
+    pulls = state.get("pulls", {})
     for name, (step, elapsed) in state.get("elapsed", {}).items():
         latest = _prediction(*predictions[name]) if name in predictions else None
         known: list[list[float]] = pulls[name].tolist() if name in pulls else []
@@ -373,7 +403,11 @@ def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
 
 
 def _prediction(
-    angular_update: float, relaxation: float | None, power: float, pull: float, rough: bool
+    angular_update: float,
+    relaxation: float | None,
+    power: float,
+    pull: float,
+    rough: bool,
 ) -> Prediction:
     return Prediction(
         float(angular_update),
@@ -390,8 +424,16 @@ def _history(state: Mapping[str, Any]) -> History:
     return history
 
 
+def _numbers(table: Mapping[Any, Any]) -> dict[str, float]:
+    return {str(key): float(value) for key, value in table.items()}
+
+
+def _whole_numbers(table: Mapping[Any, Any]) -> dict[int, int]:
+    return {whole_number(key): whole_number(value) for key, value in table.items()}
+
+
 def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    return tuple(map(float, values))
 
 
 def whole_number(value: Any) -> int:
@@ -400,6 +442,7 @@ def whole_number(value: Any) -> int:
     Raises:
         NormDynError: for anything else.
     """
+    # bool is an int to Python, and a checkpoint may hold both.
     if not isinstance(value, int) or isinstance(value, bool) or not -_MOST < value < _MOST:
         raise NormDynError(f"{reprlib.repr(value)} is no whole number that a run can reach")
     return int(value)

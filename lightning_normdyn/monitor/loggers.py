@@ -54,7 +54,10 @@ class Publisher:
         self.logger: Any = logger
 
     def row(
-        self, values: Mapping[str, float], histograms: Mapping[str, Histogram], step: int
+        self,
+        values: Mapping[str, float],
+        histograms: Mapping[str, Histogram],
+        step: int,
     ) -> None:
         """All numbers of a logging step, in one call."""
         self.logger.log_metrics(dict(values), step=step)
@@ -69,6 +72,7 @@ class Publisher:
         """Write the history beside what this logger writes: at checkpoints, at the end of a fit,
         and when it is interrupted."""
         folder = self.folder()
+        # A logger that writes to a server only has no files to lie beside.
         if folder is not None:
             history.save(files.place(folder, history))
 
@@ -93,11 +97,16 @@ class WandbPublisher(Publisher):
     shows_pictures = True
 
     def row(
-        self, values: Mapping[str, float], histograms: Mapping[str, Histogram], step: int
+        self,
+        values: Mapping[str, float],
+        histograms: Mapping[str, Histogram],
+        step: int,
     ) -> None:
         """Scalars and histograms share a call: each one makes a row in W&B."""
+        # Imported only where there is such a logger: wandb is optional.
         import wandb
 
+        # Counts and edges: the values themselves never left the device.
         shown = {
             key: wandb.Histogram(np_histogram=(np.array(h.counts), np.array(h.edges)))
             for key, h in histograms.items()
@@ -106,6 +115,7 @@ class WandbPublisher(Publisher):
 
     def about(self, about: Mapping[str, Any], label: str = "") -> None:
         """Under ``normdyn`` in the run's config."""
+        # A resumed run may have other settings, and without the flag W&B refuses to change any.
         self.logger.experiment.config.update(
             {f"normdyn{label}": dict(about)}, allow_val_change=True
         )
@@ -137,7 +147,10 @@ class WandbPublisher(Publisher):
         """Beside, and not in, the folder that is uploaded: with per_vector a history may be
         large."""
         run = self.logger.experiment
-        return None if getattr(run, "disabled", False) else Path(run.dir).parent
+        # A disabled run's folder is a temporary one, where nobody would find the history.
+        if getattr(run, "disabled", False):
+            return None
+        return Path(run.dir).parent
 
     def alert(self, title: str, text: str) -> None:
         """A W&B alert."""
@@ -153,13 +166,18 @@ class TensorBoardPublisher(Publisher):
     shows_pictures = True
 
     def row(
-        self, values: Mapping[str, float], histograms: Mapping[str, Histogram], step: int
+        self,
+        values: Mapping[str, float],
+        histograms: Mapping[str, Histogram],
+        step: int,
     ) -> None:
         """Scalars in one call, then the histograms."""
         super().row(values, histograms, step)
         for key, (edges, counts) in histograms.items():
             occupied = [i for i, count in enumerate(counts) if count]
+            # Geometric means, since the bins are evenly spaced on a logarithmic scale.
             middles = [(a * b) ** 0.5 for a, b in pairwise(edges)]
+            # `add_histogram` would bin the values itself, and only their counts are here.
             self.logger.experiment.add_histogram_raw(
                 self._key(key),
                 min=edges[occupied[0]],
@@ -175,24 +193,25 @@ class TensorBoardPublisher(Publisher):
     def about(self, about: Mapping[str, Any], label: str = "") -> None:
         """As text: TensorBoard's hyperparameters bring a metric ``hp_metric`` that nobody asked
         for."""
-        settings = [
-            {"callback": name, **{k: json.dumps(v) for k, v in table.items()}}
-            for name, table in about["callbacks"].items()
-        ]
-        lines = "\n".join(
-            f"- {row.pop('callback')}: " + ", ".join(f"{k} = `{v}`" for k, v in row.items())
-            for row in settings
-        )
-        self.logger.experiment.add_text(self._key(f"normdyn/callbacks{label}"), lines)
+        lines = []
+        for name, table in about["callbacks"].items():
+            settings = [f"{key} = `{json.dumps(value)}`" for key, value in table.items()]
+            lines.append(f"- {name}: {', '.join(settings)}")
+        experiment = self.logger.experiment
+        experiment.add_text(self._key(f"normdyn/callbacks{label}"), "\n".join(lines))
         targets = [{"weight": name, **table} for name, table in about["targets"].items()]
-        self.logger.experiment.add_text(self._key(f"normdyn/targets{label}"), markdown(targets))
+        experiment.add_text(self._key(f"normdyn/targets{label}"), markdown(targets))
 
     def outcome(self, outcome: Outcome) -> None:
         """Figures and the table."""
-        experiment, step = self.logger.experiment, outcome.step
+        experiment = self.logger.experiment
+        step = outcome.step
         for name, pixels in outcome.pictures.items():
             experiment.add_image(
-                self._key(f"normdyn/{name}"), pixels, global_step=step, dataformats="HWC"
+                self._key(f"normdyn/{name}"),
+                pixels,
+                global_step=step,
+                dataformats="HWC",
             )
         experiment.add_text(
             self._key(f"normdyn/layers{outcome.label}"), outcome.markdown(), global_step=step
@@ -210,21 +229,23 @@ class MLflowPublisher(Publisher):
 
     def about(self, about: Mapping[str, Any], label: str = "") -> None:
         """A parameter of an MLflow run never changes; a resumed run keeps those of its start."""
-        client, run = self.logger.experiment, self.logger.run_id
-        settings = {
-            f"normdyn{label}/{name}/{key}": value
-            for name, table in about["callbacks"].items()
-            for key, value in table.items()
-        }
+        client = self.logger.experiment
+        run = self.logger.run_id
         known = client.get_run(run).data.params
-        self.logger.log_hyperparams(
-            {key: value for key, value in settings.items() if key not in known}
-        )
+        settings = {}
+        for name, table in about["callbacks"].items():
+            for key, value in table.items():
+                parameter = f"normdyn{label}/{name}/{key}"
+                # One parameter with another value, and MLflow would refuse all of them.
+                if parameter not in known:
+                    settings[parameter] = value
+        self.logger.log_hyperparams(settings)
         client.log_dict(run, dict(about), f"normdyn/about{label}.json")
 
     def outcome(self, outcome: Outcome) -> None:
         """Figures and the table."""
-        client, run = self.logger.experiment, self.logger.run_id
+        client = self.logger.experiment
+        run = self.logger.run_id
         for name, pixels in outcome.pictures.items():
             client.log_image(run, pixels, f"normdyn/{name}.png")
         client.log_dict(run, {"layers": outcome.layers}, f"normdyn/layers{outcome.label}.json")
@@ -233,11 +254,13 @@ class MLflowPublisher(Publisher):
         """As an artifact."""
         from tempfile import TemporaryDirectory
 
-        client, run = self.logger.experiment, self.logger.run_id
+        client = self.logger.experiment
+        run = self.logger.run_id
         there = {Path(artifact.path).name for artifact in client.list_artifacts(run, "normdyn")}
         # What a fit continues is not fetched to be compared: a run that goes on from a checkpoint
         # goes on in its newest history.
         name = files.name(f"MLflow {run}", there.__contains__, lambda name: True)
+        # A folder, and not a temporary name: MLflow calls an artifact by the name of its file.
         with TemporaryDirectory() as folder:
             client.log_artifact(run, str(history.save(Path(folder) / name)), "normdyn")
 
@@ -268,10 +291,15 @@ _PUBLISHERS: tuple[tuple[type[Logger], type[Publisher]], ...] = (
 
 def publishers(loggers: Iterable[Logger]) -> list[Publisher]:
     """One publisher per logger."""
-    return [
-        next((kind for known, kind in _PUBLISHERS if isinstance(logger, known)), Publisher)(logger)
-        for logger in loggers
-    ]
+    return [_publisher_class(logger)(logger) for logger in loggers]
+
+
+def _publisher_class(logger: Logger) -> type[Publisher]:
+    for known, publisher in _PUBLISHERS:
+        if isinstance(logger, known):
+            return publisher
+    # A logger that nobody here knows takes scalars, as every logger does.
+    return Publisher
 
 
 def publish_row(
@@ -300,14 +328,19 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
             values.
         row: values by log key.
     """
-    told, shown = callback_metrics(trainer), progress_bar_metrics(trainer)
+    told = callback_metrics(trainer)
+    shown = progress_bar_metrics(trainer)
     for quantity in QUANTITIES.values():
         value = row.get(f"normdyn/{quantity.name}")
+        # Not every row has every number: what was told before it still stands.
         if value is None:
             continue
         if quantity.callback_metric:
+            # On the host: EarlyStopping and ModelCheckpoint would wait for any other device.
             told[f"normdyn/{quantity.name}"] = torch.tensor(
-                value, dtype=torch.float32, device="cpu"
+                value,
+                dtype=torch.float32,
+                device="cpu",
             )
         if quantity.progress_bar is not None:
             shown_as, factor = quantity.progress_bar
@@ -316,8 +349,13 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
 
 def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
     """What of a row `publish_to_trainer` publishes."""
-    told = [q.name for q in QUANTITIES.values() if q.callback_metric or q.progress_bar is not None]
-    return {key: row[key] for key in (f"normdyn/{name}" for name in told) if key in row}
+    told = {}
+    for quantity in QUANTITIES.values():
+        key = f"normdyn/{quantity.name}"
+        is_told = quantity.callback_metric or quantity.progress_bar is not None
+        if is_told and key in row:
+            told[key] = row[key]
+    return told
 
 
 def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str = "") -> None:
@@ -342,6 +380,7 @@ def publish_history(loggers: Iterable[Logger], history: History, files: HistoryF
         history: all rows so far; nothing is written of an empty one.
         files: of this fit, the same at every call.
     """
+    # An empty file would take the name that the first fit with rows should have.
     if not len(history):
         return
     for publisher in publishers(loggers):
@@ -354,6 +393,7 @@ def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
     if not len(outcome.history):
         return
     chosen = publishers(loggers)
+    # Only who would get pictures must hear why there are none.
     if any(publisher.shows_pictures for publisher in chosen) and not can_draw():
         warn_once(
             "matplotlib is not installed: the loggers get no pictures, only numbers, tables and "
@@ -368,11 +408,13 @@ def publish_alert(loggers: Iterable[Logger], title: str, text: str) -> None:
     """Tell a person now, where a logger can."""
     for publisher in publishers(loggers):
         with _Survived(publisher, "an alert"):
+            # Only W&B has alerts; the others' method does nothing.
             publisher.alert(title, text)
 
 
 def can_show_histograms(loggers: Iterable[Logger]) -> bool:
     """Whether binning is worth its cost; the same on all ranks."""
+    # By the loggers' classes: only rank zero has an experiment, and all ranks must decide alike.
     return any(publisher.shows_histograms for publisher in publishers(loggers))
 
 
@@ -381,12 +423,14 @@ class _Survived:
     on."""
 
     def __init__(self, publisher: Publisher, what: str) -> None:
-        self.publisher, self.what = publisher, what
+        self.publisher = publisher
+        self.what = what
 
     def __enter__(self) -> None:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+        # Ctrl-C and an exit end the run, as the person wants.
         if not isinstance(error, Exception):
             return False
         name = type(self.publisher.logger).__name__
@@ -401,6 +445,7 @@ def _write_png(path: Location, pixels: Any) -> None:
     from matplotlib.image import imsave
 
     with replacing(path) as file:
+        # Without the format matplotlib follows a setting of the person's, which may say PDF.
         imsave(file, pixels, format="png")
 
 

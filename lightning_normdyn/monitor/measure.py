@@ -120,21 +120,29 @@ class Measured:
         parts = [*totals, vectors.totals(collapsed.to(sizes.dtype))]
         if self.binned is not None:
             parts.append(bin_vectors(vectors, self.binned).flatten())
+        # The flag travels with the sums: to ask for it here would wait for the device.
         return torch.cat([*parts, self.skipped])
 
     def read(self, numbers: list[float]) -> Reading | None:
         """What `reduce` gave, once it is on the host; None if the device skipped the update."""
         *numbers, skipped = numbers
+        # A skipped update left the weights as they were: its angle of 0 would lower every mean.
         if skipped:
             return None
-        kinds, width = len(self.gauge.measured), len(self.plan.targets)
+        kinds = len(self.gauge.measured)
+        width = len(self.plan.targets)
         averaged = 2 * kinds * width
         table = np.array(numbers[:averaged]).reshape(2, kinds, width)
         collapsed = numbers[averaged : averaged + width]
         histograms = {}
         if self.binned is not None:
             histograms = self._histograms(numbers[averaged + width :])
-        return Reading(table[0], table[1], collapsed, histograms)
+        return Reading(
+            table[0],
+            table[1],
+            collapsed,
+            histograms,
+        )
 
     def _histograms(self, numbers: list[float]) -> dict[str, Histogram]:
         found = {}
@@ -157,12 +165,14 @@ class Measured:
         rows: dict[str, Any] = {}
         if self.kept is None:
             return rows
+        # Before the return: a rank that keeps no history takes part in the collective all the same.
         gathered = self.plan.vectors.gather(self.kept)
         if not wanted:
             return rows
         for target, values in zip(self.plan.targets, gathered, strict=True):
             norms, decays = values.float().cpu().numpy()
-            rows[f"weight_norm/{target.name}"], rows[f"decay/{target.name}"] = norms, decays
+            rows[f"weight_norm/{target.name}"] = norms
+            rows[f"decay/{target.name}"] = decays
             if target.weight.dtype == torch.float64:
                 # What float32 leaves of the norm: an experiment in float64 is to be followed as
                 # closely as training allows.
@@ -239,6 +249,7 @@ class StepGauge:
         targets = plan.targets
         self.effects = {t.name: effect for t, effect in zip(targets, effects, strict=True)}
         shrinks = [effect.shrink for effect in effects]
+        # NaN, not 0: every mean leaves it out, while a 0 would be averaged as a strength.
         alphas = [nan if shrink is None else shrink.alpha for shrink in shrinks]
         vectors = plan.vectors
         self._alpha = vectors.spread(
@@ -251,10 +262,17 @@ class StepGauge:
     def before(self, step: Step) -> None:
         """Sum over the weights that the gradient was taken at; have them copied before the
         update."""
-        plan, bracket = self.plan, step.bracket
+        plan = self.plan
+        bracket = step.bracket
         vectors = plan.vectors
-        weights, gradients = vectors.values(), vectors.gradients()
-        pairs = (weights, weights), (weights, gradients), (gradients, gradients), (weights, None)
+        weights = vectors.values()
+        gradients = vectors.gradients()
+        pairs = (
+            (weights, weights),
+            (weights, gradients),
+            (gradients, gradients),
+            (weights, None),
+        )
         asked = pairs if self._is_exact else pairs[:3]
         # Where nothing changes the weights from here to the snapshot, that has the same norms, and
         # a CPU can take it in the same pass. Elsewhere one kernel copies all weights.
@@ -265,8 +283,10 @@ class StepGauge:
         copy = (weights, bracket.early_snapshot(vectors.storages())) if copies_now else None
         ww, wg, gg, *ones_w = vectors.inner(*asked, exact=self._is_exact, copy=copy)
         scale = getattr(step.optimizer, "grad_scale", None)
-        if scale is not None:  # a fused optimizer unscales the gradients inside its kernel
-            wg, gg = wg / scale.to(wg), gg / scale.to(gg) ** 2
+        # A fused optimizer unscales the gradients inside its kernel, so here they are still scaled.
+        if scale is not None:
+            wg = wg / scale.to(wg)
+            gg = gg / scale.to(gg) ** 2
         self._before = {"ww": ww, "wg": wg, "gg": gg, "lr": plan.rates().clone()}
         if ones_w:
             self._before["ones_w"] = ones_w[0]
@@ -277,11 +297,15 @@ class StepGauge:
 
     def after(self, step: Step) -> StepSums:
         """All sums of the step that `before` was called for."""
-        before, self._before = self._before, {}
+        # Let go of them now: until the next logging step they would only take memory.
+        before = self._before
+        self._before = {}
         vectors = self.plan.vectors
         snapshots = vectors.snapshots(step.bracket)
         ss, sd, dd = vectors.displacement(
-            snapshots, exact=self._is_exact, norms=before.get("norms")
+            snapshots,
+            exact=self._is_exact,
+            norms=before.get("norms"),
         )
         return StepSums(
             lr=before["lr"],
@@ -322,6 +346,7 @@ class StepGauge:
         values = self._dead.look(sums, number)
         for name in self.names:
             formula = QUANTITIES[name].formula
+            # `to_measure` names no quantity without a formula.
             assert formula is not None
             values[name] = formula(sums)
         active = self.plan.active(step)
@@ -334,7 +359,9 @@ class StepGauge:
         if histograms and self.binned:
             binned = torch.stack([values[name] for name in self.binned])
             if active is not None:
+                # No bin counts a NaN. The angle of a weight outside this step would be 0.
                 binned = torch.where(active, binned, nan)
+        # Most updates cannot be skipped on the device, so there is no flag to read.
         if step.skipped is None:
             skipped = packed.new_zeros(1)
         else:
@@ -358,6 +385,7 @@ class StepGauge:
         copies = {}
         for group, _ in self.plan.groups:
             settings = {key: value for key, value in group.items() if key != "params"}
+            # One copy per group, by identity: hundreds of weights share it, and a dict is no key.
             copies[id(group)] = with_plain_numbers(settings)
         return [copies[id(group)] for group in self.plan.groups_of(self.plan.targets)]
 
@@ -368,13 +396,16 @@ class StepGauge:
         is undefined), but not where the weight or its gradient is not finite either: there the mean
         over the vectors is not finite, and shall say so.
         """
-        count, size = len(values), sums.size
+        count = len(values)
+        size = sums.size
         # Memory of the last logging step, if nobody needs it any more: 7 million vectors times a
         # dozen numbers are worth keeping.
-        out, self.spare = self.spare, None
+        out = self.spare
+        self.spare = None
         if out is None or out.shape != (2 * count + 1, len(size)):
             out = size.new_empty(2 * count + 1, len(size))
-        numbers, counts = out[:count], out[count : 2 * count]
+        numbers = out[:count]
+        counts = out[count : 2 * count]
         torch.stack(values, out=numbers)
         # 1 where a number is finite: 0 times infinity is none.
         torch.mul(numbers, 0, out=counts).eq_(0)
@@ -383,7 +414,8 @@ class StepGauge:
         if active is not None:
             counts.mul_(active)
         numbers.masked_fill_(counts == 0, 0.0)
-        out[-1] = size  # an infinite length elsewhere must not make all the others look short
+        # One infinite length would raise the mean, and all other vectors would look collapsed.
+        out[-1] = size
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
 
@@ -421,9 +453,11 @@ class _DeadVectors:
         radial = sums.radial_change
         none = torch.zeros_like(self._idle_steps)
         only_shrinks = (sums.gg == 0) & (radial < 0)
+        # One gradient starts the count anew: the vector is still being trained.
         self._idle_steps = torch.where(only_shrinks, self._idle_steps + passed, none)
         self._newest = number
 
+        # Steps multiply the length by 1 + radial, so only their logarithms add up.
         rate = -torch.log1p(radial)
         e_foldings_left = sums.size.log() - self._log_smallest
         # Or it would be over before 75 steps have made it sure.

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,7 +54,9 @@ class Outcome:
     def pictures(self) -> dict[str, Any]:
         """By name, each ``(height, width, 3)`` uint8: drawn once for all loggers. Empty without
         matplotlib."""
-        return {name: _pixels(figure) for name, figure in self._figures()} if can_draw() else {}
+        if not can_draw():
+            return {}
+        return {name: _pixels(figure) for name, figure in self._figures()}
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
         for quantity in self.shown_in("curves"):
@@ -65,6 +66,7 @@ class Outcome:
                 f"heat_map_{quantity}{self.label}",
                 plot_heatmap(self.history, quantity=quantity)[0],
             )
+        # A ridge shows single vectors, which the history keeps only if they were asked for.
         if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
             yield f"norm_ridge{self.label}", plot_norm_ridge(self.history)[0]
 
@@ -80,8 +82,10 @@ class Outcome:
     def chart(self, quantity: str) -> tuple[list[list[int]], list[list[float]], list[str]]:
         """Steps, values and names of all layers' curves, thinned alike to what W&B draws."""
         keys = [key for key in self.history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
+        # All curves share the limit: with hundreds of layers, W&B would leave out whole curves.
         most = max(2, MOST_CHART_ROWS // max(1, len(keys)))
-        xs, ys = [], []
+        xs = []
+        ys = []
         for key in keys:
             steps, values = self.history.column(key)
             # Evenly spaced, and the first and the last row always.
@@ -96,6 +100,7 @@ def can_draw() -> bool:
     """Whether matplotlib is installed."""
     from importlib.util import find_spec
 
+    # Found, not imported: the import takes a second, even for a fit that draws nothing.
     return find_spec("matplotlib") is not None
 
 
@@ -103,41 +108,42 @@ def _pixels(figure: Figure) -> Any:
     figure.set_dpi(DOTS_PER_INCH)
     canvas: Any = figure.canvas
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing from"
-        )  # a name in a script that the font lacks
+        # A weight's name may be in a script that the font lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         canvas.draw()
+    # A copy without the alpha channel: a view would keep the whole canvas in memory.
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _recorded(history: History) -> list[str]:
     """Quantities of which some layer has a value."""
+    recorded: list[str] = []
     keys = history.keys()
-    return list(
-        dict.fromkeys(
-            key.split("/")[0] for key in keys if "/" in key and not key.startswith("normdyn/")
-        )
-    )
+    for key in keys:
+        quantity, slash, _ = key.partition("/")
+        # `normdyn/...` is the overview, in which the quantity is the second part.
+        if slash and quantity not in ("normdyn", *recorded):
+            recorded.append(quantity)
+    return recorded
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as a Markdown table."""
     if not rows:
         return ""
-    cells = [
-        [str(key) for key in rows[0]],
-        ["---"] * len(rows[0]),
-        *([_cell(value) for value in row.values()] for row in rows),
-    ]
-    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+    cells = [list(map(str, rows[0])), ["---"] * len(rows[0])]
+    for row in rows:
+        cells.append([_cell(value) for value in row.values()])
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def _cell(value: Any) -> str:
     if value is None:
         return "–"
     if isinstance(value, float):
-        return f"{value:.3g}" if isfinite(value) else str(value)
+        return f"{value:.3g}"
     text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    # A bar would begin another column.
     return text.replace("|", "\\|")
 
 

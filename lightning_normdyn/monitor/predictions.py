@@ -20,7 +20,10 @@ from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
 
 
 def balance(
-    effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any], shrink: float | None = None
+    effects: Effects,
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    shrink: float | None = None,
 ) -> dict[str, Any] | None:
     """What pulls a weight shorter and what its steps lose, in the words of
     `lightning_normdyn.theory.equilibrium`.
@@ -47,6 +50,7 @@ def balance(
         options["projected"] = True
     if effects.shrink is not None:
         options["shrink"] = shrink
+    # A step that is not projected needs no such option: the theory reads the group's decay.
     elif effects.projection is not None:
         if decay.rate is None:
             return None
@@ -105,12 +109,20 @@ def predict(
         >>> round(found.angular_update, 6), round(found.relaxation)
         (0.007255, 500)
     """
+    # The rate that the step applied: some optimizers scale the one in the group.
     group = {**group, "lr": measured["lr"]}
     norm = measured["weight_norm"]
-    scale = measured.get("gradient_scale") or None  # without any gradient, none is known
+    # 0 stands for no gradient at all, and a formula would divide by it.
+    scale = measured.get("gradient_scale") or None
     if effects.rescaled_now is not None:
         return _predict_rescaled(
-            optimizer, group, effects, effects.rescaled_now, norm, scale, length
+            optimizer,
+            group,
+            effects,
+            effects.rescaled_now,
+            norm,
+            scale,
+            length,
         )
     options = balance(effects, optimizer, group, measured.get("equivalent_weight_decay"))
     if options is None:
@@ -119,6 +131,8 @@ def predict(
     if response is None or response.decay is None:
         return None
     settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
+    # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
+    # reaches.
     if settled is None or not 0 < float(settled[0]) < inf:
         return None
     angle, relaxation = settled
@@ -147,11 +161,13 @@ def _predict_rescaled(
         rescaling.every_n_steps,
         gradient_scale=scale,
         dim=length,
+        # The initial norm was not recorded here; WRS holds the weight at it, so today's will do.
         target_norm=norm if rescaling.target_norm == "initial" else rescaling.target_norm,
         projected=effects.projection is not None,
     )
     if angle is None or not 0 < float(angle) < inf:
         return None
+    # WRS sets the norm, so nothing relaxes; the angle changes with the learning rate alone.
     return Prediction(float(angle), None, 0, float(group["lr"]))
 
 

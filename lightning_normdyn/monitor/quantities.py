@@ -125,6 +125,7 @@ _TABLE = (
         callback_metric=True,
         progress_bar=("normdyn/turn_mrad", 1e3),
     ),
+    # Predictions have no formula over vectors: they are made for the mean of a weight, on the host.
     Quantity(
         "equilibrium_angular_update",
         title="Predicted angular update",
@@ -185,6 +186,7 @@ _TABLE = (
         formula=lambda step: equivalent_weight_decay(step.alpha, step.shrunk_size),
         measured="shrunk",
     ),
+    # These two have a sign, of which a logarithmic axis would hide one half.
     Quantity(
         "gradient_cosine",
         title="Gradient-weight cosine",
@@ -282,6 +284,7 @@ QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _TABL
 def monitored() -> list[Quantity]:
     """What NormDynamicsMonitor logs for each weight: all that its argument ``quantities`` may
     name."""
+    # Counts are always logged, and InputSpanMonitor logs its own: neither can be chosen here.
     return [quantity for quantity in QUANTITIES.values() if quantity.scope == "both"]
 
 
@@ -330,6 +333,7 @@ def markdown_table(quantities: Iterable[Quantity] | None = None) -> str:
     Args:
         quantities: the rows; None: all that NormDynamicsMonitor logs.
     """
+    # The rest is measured by InputSpanMonitor, whose documentation has them.
     if quantities is None:
         quantities = [quantity for quantity in QUANTITIES.values() if quantity.scope != "weight"]
     lines = ["| key | meaning | unit |", "|---|---|---|"]

@@ -187,7 +187,11 @@ class Recording(Part[Any]):
         return self._with_row(lasting, sent, [True] * len(due), without)
 
     def _with_row(
-        self, ledger: Ledger, sent: Sent, chosen: Sequence[bool], without: Ledger | None = None
+        self,
+        ledger: Ledger,
+        sent: Sent,
+        chosen: Sequence[bool],
+        without: Ledger | None = None,
     ) -> Published:
         """`_published` for some of the results; with ``without`` as what lasts of them."""
         draft = RowDraft(ledger, sent, self.alarms)
@@ -346,14 +350,16 @@ class Recording(Part[Any]):
         angle is not known any more."""
         for bracket in self.session.attachment.brackets:
             bracket.settle()
-        ledger, last = self.ledger, self.session.clock.now - 1
+        ledger = self.ledger
+        last = self.session.clock.now - 1
         is_newer = ledger.last_step < last
         moved = [i for i in norms if is_newer or self.steps_of(i) > ledger.counted.get(i, 0)]
         if ledger.last_step < 0 or not moved:
             return
         final = {name: norm for index in moved for name, norm in norms[index].items()}
         values = {f"weight_norm/{name}": norm for name, norm in final.items()}
-        steps, lasting = max(self.steps_of(index) for index in self.plans), ledger.lasting
+        steps = max(self.steps_of(index) for index in self.plans)
+        lasting = ledger.lasting
         if is_newer:
             row = Row(last, steps, values, lasting.events)
             ledger = self._recorded(replace(lasting, events=()), row, lasting)
@@ -397,7 +403,11 @@ class Recording(Part[Any]):
         # Every rank takes part in this; what follows is known to rank zero only.
         treatments = self.session.combined.treatments()
         return summarize(
-            self.targets, self.ledger.evidence, self.ledger.courses, treatments, last_norms or {}
+            self.targets,
+            self.ledger.evidence,
+            self.ledger.courses,
+            treatments,
+            last_norms or {},
         )
 
     def end_table(self, layers: list[dict[str, Any]]) -> str | None:
@@ -452,7 +462,8 @@ class Recording(Part[Any]):
                 f"{error}."
             )
             return
-        self._position, self._skipped_before = position, skipped
+        self._position = position
+        self._skipped_before = skipped
         self._goes_on = self._continued = True
         self.rule.history = History()
         self._show(ledger)
@@ -461,7 +472,8 @@ class Recording(Part[Any]):
     def _count_on(self) -> None:
         """A run that goes on has no row that only its end asked for, and counts from where it
         was."""
-        known, clock = self.ledger.lasting, self.session.clock
+        known = self.ledger.lasting
+        clock = self.session.clock
         if self._position is not None:
             restored = clock.go_on_from(self._position)
         else:

@@ -118,14 +118,20 @@ class RowDraft:
         numbers = self._sent.numbers.get().tolist()
         sent = self._sent
         for result, size, is_chosen, vectors in zip(
-            sent.results, sent.sizes, chosen, sent.vectors, strict=True
+            sent.results,
+            sent.sizes,
+            chosen,
+            sent.vectors,
+            strict=True,
         ):
             # In the order in which they were put together; what is left over is of no result.
-            own, numbers = numbers[:size], numbers[size:]
+            own = numbers[:size]
+            numbers = numbers[size:]
             reading = result.read(own) if is_chosen else None
             if reading is not None:
                 self._add(result, reading)
                 self._vectors.update(vectors)
+        # Without AWS nobody counts clamped vectors: a 0 would say that somebody looked.
         if numbers:
             self._values["normdyn/clamped_vectors"] = numbers[-1]
 
@@ -143,6 +149,7 @@ class RowDraft:
             pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
             sums = dict(zip(names, pairs, strict=True))
             self._add_weight(result, target, result.groups[j], sums)
+            # Only where the direction alone counts is a short vector trouble: it turns ever faster.
             if target.scale_invariant:
                 self._collapsed += reading.collapsed[j]
         self._pool(result, reading)
@@ -172,6 +179,8 @@ class RowDraft:
         if "lr" in means:
             before = self._rates.get(target.name, ())
             self._rates[target.name] = (*before[-1:], means["lr"])
+            # One weight is enough: param groups may drop at different steps, and each drop is
+            # marked.
             self._dropped |= _has_dropped(before, means["lr"])
         if target.scale_invariant:
             self._concerns.append(partial(self._alarms.dead, result.gauge, target, group, sums))
@@ -183,7 +192,11 @@ class RowDraft:
                 self._compared += (squares, predicted, count)
 
     def _compare(
-        self, result: Measured, target: Target, group: Mapping[str, Any], means: Mapping[str, float]
+        self,
+        result: Measured,
+        target: Target,
+        group: Mapping[str, Any],
+        means: Mapping[str, float],
     ) -> dict[str, float]:
         """What the weight settles at and how its angle compares, if it is scale-invariant and its
         optimizer is understood."""
@@ -192,10 +205,13 @@ class RowDraft:
         # A copy: the ledger there is must not change before the next one is in its place.
         course = self._courses.get(target.name, Course()).fork()
         self._courses[target.name] = course
-        if means["lr"] == 0:  # nothing moves: the last prediction stands
+        # At a rate of 0 nothing moves: the last prediction stands.
+        if means["lr"] == 0:
             return {}
-        gauge, optimizer = result.gauge, result.plan.optimizer
-        effects, length = gauge.effects[target.name], gauge.lengths[target.name]
+        gauge = result.gauge
+        optimizer = result.plan.optimizer
+        effects = gauge.effects[target.name]
+        length = gauge.lengths[target.name]
         if not all(isfinite(means.get(name, 0.0)) for name in _RESTS_ON):
             # A run that diverged has no prediction any more; its curves shall show where.
             would_be = {**means, **dict.fromkeys(_RESTS_ON, 1.0)}
@@ -228,9 +244,11 @@ class RowDraft:
                 marks them itself, at the step at which it acted.
         """
         sent = self._sent
+        # Each kind once: a rescale of a hundred weights is one mark in a picture.
         events = tuple(dict.fromkeys([*self._ledger.events, *sent.events]))
         ledger = replace(self._ledger, marked=sent.marked)
-        if not self._optimizer_step:  # what happened is told with the next row
+        # No update happened, so there is no row: the next one tells what happened since.
+        if not self._optimizer_step:
             return Published(replace(ledger, events=events), None, {}, self._concerns)
         values = self._with_overview()
         if self._not_finite:
@@ -249,7 +267,13 @@ class RowDraft:
         )
         if self._dropped and marks_drops:
             events = (*events, "lr_drop")
-        row = Row(self._step, self._optimizer_step, values, events, self._vectors)
+        row = Row(
+            self._step,
+            self._optimizer_step,
+            values,
+            events,
+            self._vectors,
+        )
         return Published(record(ledger, row), row, self._histograms, self._concerns)
 
     def _with_overview(self) -> dict[str, float]:
@@ -269,6 +293,7 @@ class RowDraft:
 
 
 def _mean(name: str, total: float, count: float) -> float:
+    # What no logger gets has no entry in the table of quantities.
     if name in UNLOGGED:
         return total / count
     return QUANTITIES[name].mean(total, count)
@@ -290,6 +315,7 @@ def _has_dropped(before: Sequence[float], rate: float) -> bool:
         before: the last two rates, as far as there were any.
         rate: the present one.
     """
+    # Both rates before must agree: a schedule that glides falls from row to row.
     if not before or abs(before[0] - before[-1]) > SAME_RATE * before[-1]:
         return False
     return 0 < rate <= before[-1] / LR_DROP

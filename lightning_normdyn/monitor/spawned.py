@@ -41,6 +41,7 @@ class _Mailbox:
     def send(self, history: History) -> None:
         """In a process that the owner started: leave the history for it. Elsewhere nothing
         happens."""
+        # A process of a launcher made this mailbox itself: its history is where it is looked for.
         parent = multiprocessing.parent_process()
         if os.getpid() != self.owner and parent is not None and parent.pid == self.owner:
             history.save(self.path)
@@ -51,8 +52,10 @@ class _Mailbox:
             return None
         try:
             return load_history(self.path)
-        except NormDynError:  # another thread was faster
+        # Another thread was faster.
+        except NormDynError:
             return None
+        # Whether it could be read or not: nobody else tidies up the temporary folder.
         finally:
             self.path.unlink(missing_ok=True)
 

@@ -65,6 +65,7 @@ class StepSums:
     def size(self) -> Tensor:
         """What the effective learning rate divides by: a standardized weight's deviation, else its
         norm."""
+        # Without standardized weights no deviation is needed, and none is computed.
         if self.standardized is None:
             return self.norm
         return torch.where(self.standardized, self.std, self.norm)
@@ -77,6 +78,7 @@ class StepSums:
     @cached_property
     def angle(self) -> Tensor:
         """The angle of the step. A shrink turns nothing, so s serves in the place of w."""
+        # From the step, not from both weights: their cosine rounds to 1 for a small angle.
         return angle_from_sums(self.ss, self.sd, self.dd)
 
     @cached_property
@@ -84,6 +86,7 @@ class StepSums:
         """The change of w along itself, relative to its norm: the shrink to s = f w, then the step
         from s."""
         factor = norm_from_sums(self.ss) / self.norm
+        # The step is measured against s; the factor makes it relative to w.
         return factor - 1 + factor * self.sd / self.ss
 
 

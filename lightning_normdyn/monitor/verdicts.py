@@ -24,7 +24,8 @@ Doubles = NDArray[np.float64]
 SETTLED_AFTER = 6.0
 # Relaxation times, and least number of rows. A norm counts as drifting if it does so both over the
 # short and over the long window: within one, the norms of a settled network wander by a tenth.
-SHORT, LONG = (2.0, 6), (4.0, 12)
+SHORT = (2.0, 6)
+LONG = (4.0, 12)
 # But a drift by this much within a relaxation time is none of that: after a burst the two windows
 # may even disagree on the direction.
 WANDERING = 0.3
@@ -60,8 +61,11 @@ class Course:
             if not self.pulls or _differs(prediction.pull, self.pulls[-1][1], NOTED_CHANGE):
                 self.pulls.append((step, prediction.pull))
             if len(self.pulls) > MOST_PULLS:
+                # A cosine over a long run has an entry for every percent; half of them show it as
+                # well.
                 del self.pulls[1::2]
-        self.latest, self.step = prediction, step
+        self.latest = prediction
+        self.step = step
 
     def fork(self) -> Course:
         """A course that starts as this one and goes on by itself."""
@@ -83,6 +87,7 @@ class Course:
         within = [pull for step, pull in self.pulls if step > start]
         before = [pull for step, pull in self.pulls if step <= start]
         current = self.pulls[-1][1]
+        # The last value from before the window was in force at its start.
         changes = [abs(pull / current - 1) for pull in [*before[-1:], *within]]
         return max(changes, default=0.0)
 
@@ -131,6 +136,7 @@ def judge(history: History, name: str, course: Course) -> str:
     longer = _window(steps, LONG, relaxation, course.steady_since())
 
     turned = _root_mean_square(curves.angles[recent])
+    # Compared over the same rows: an angle without a prediction belongs to neither mean.
     known = recent & np.isfinite(curves.predicted)
     ratio = None
     if prediction is not None and known.any():
@@ -139,6 +145,7 @@ def judge(history: History, name: str, course: Course) -> str:
     if prediction is not None and relaxation is None and ratio is not None and turned > 0:
         return f"length held by WeightRescaling, {ratio:.2g}x the prediction"
 
+    # A norm of 0 has no logarithm.
     growth = 2 * np.log(np.maximum(curves.norms, 1e-300))
     drift = _slope(steps[recent], growth[recent])
     if relaxation and abs(drift) * relaxation < WANDERING:
@@ -201,7 +208,10 @@ def _array(numbers: Sequence[float]) -> Doubles:
 
 
 def _window(
-    steps: Doubles, span: tuple[float, int], relaxation: float | None, since: float
+    steps: Doubles,
+    span: tuple[float, int],
+    relaxation: float | None,
+    since: float,
 ) -> NDArray[np.bool_]:
     """Which rows to look at: so many relaxation times, at least so many rows, but not more than the
     second half of the run, and nothing from before ``since``; three rows in any case."""

@@ -48,6 +48,7 @@ def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics")
             workspace.save()  # prints where it is
     """
     try:
+        # Imported only here: the package is an optional extra.
         from wandb_workspaces import workspaces as ws
     except ImportError as error:
         raise NormDynError(
@@ -90,6 +91,7 @@ def _panel(quantity: Quantity, pattern: str) -> Any:
         title=", ".join(titles),
         title_y=quantity.axis,
         x=X_AXIS,
+        # No list of keys: a pattern also finds the layers of runs that do not exist yet.
         y=[],
         metric_regex=pattern.format("|".join(names)),
         log_y=quantity.scale != "linear",
