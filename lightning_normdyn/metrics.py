@@ -234,17 +234,16 @@ class EffectiveLR(_PerVector):
         with one for each weight."""
         weights = self._vectors(weight)
         lrs = list(lr) if isinstance(lr, Sequence) else [lr] * len(weights)
-        # Said here: `zip` would only complain that two lists differ in length.
+        # Checked first: `map` stops at the shorter list and would leave out the last weights.
         if len(lrs) != len(weights):
             raise NormDynError(
                 f"EffectiveLR was updated with {len(weights)} weights and {len(lrs)} learning "
                 f"rates; pass one, or one for each."
             )
         size = F.weight_norm if self.statistic == "norm" else F.weight_std
-        rates = []
-        for each, each_lr in zip(weights, lrs, strict=True):
-            rates.append(F.effective_lr(each_lr, size(each)))
-        self._add(rates)
+        sizes = map(size, weights)
+        rates = map(F.effective_lr, lrs, sizes)
+        self._add(list(rates))
 
 
 class AngularUpdate(_PerVector):
@@ -279,6 +278,7 @@ class AngularUpdate(_PerVector):
         same order."""
         after = self._vectors(weight)
         before = self._vectors(weight_before)
+        # Checked first: `map` stops at the shorter list and would leave out the last weights.
         if len(after) != len(before):
             raise NormDynError(
                 f"AngularUpdate was updated with {len(after)} weights and {len(before)} weights "

@@ -72,7 +72,12 @@ def bin_vectors(vectors: WeightVectors, values: Tensor) -> Tensor:
     bins = ((position + 1) * (BINS / 2)).long().clamp(0, BINS - 1)
     # A bin of -1 is counted nowhere.
     counts = vectors.counts(torch.where(valid, bins, -1), BINS)
-    return torch.cat([mean[..., None], reach[..., None], counts], -1)
+    packed = [
+        mean[..., None],
+        reach[..., None],
+        counts,
+    ]
+    return torch.cat(packed, -1)
 
 
 def unpack(packed: Sequence[Sequence[Sequence[float]]]) -> list[list[Histogram | None]]:

@@ -60,15 +60,15 @@ class Outcome:
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
         for quantity in self.shown_in("curves"):
-            yield f"{quantity}{self.label}", plot_curves(self.history, quantity)[0]
+            figure, _ = plot_curves(self.history, quantity)
+            yield f"{quantity}{self.label}", figure
         for quantity in self.shown_in("map"):
-            yield (
-                f"heat_map_{quantity}{self.label}",
-                plot_heatmap(self.history, quantity=quantity)[0],
-            )
+            figure, _ = plot_heatmap(self.history, quantity=quantity)
+            yield f"heat_map_{quantity}{self.label}", figure
         # A ridge shows single vectors, which the history keeps only if they were asked for.
         if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
-            yield f"norm_ridge{self.label}", plot_norm_ridge(self.history)[0]
+            figure, _ = plot_norm_ridge(self.history)
+            yield f"norm_ridge{self.label}", figure
 
     def shown_in(self, place: Place) -> list[str]:
         """The quantities for a place that were asked for and recorded."""
@@ -93,7 +93,8 @@ class Outcome:
             chosen = np.unique(evenly.round().astype(int))
             xs.append(steps[chosen].tolist())
             ys.append(values[chosen].tolist())
-        return xs, ys, [key.removeprefix(f"{quantity}/") for key in keys]
+        names = [key.removeprefix(f"{quantity}/") for key in keys]
+        return xs, ys, names
 
 
 def can_draw() -> bool:
@@ -142,7 +143,9 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return f"{value:.3g}"
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = str(value)
+    if isinstance(value, (list, tuple)):
+        text = ", ".join(map(str, value))
     # A bar would begin another column.
     return text.replace("|", "\\|")
 

@@ -137,7 +137,13 @@ def predict(
         return None
     angle, relaxation = settled
     pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
-    return Prediction(float(angle), float(relaxation), response.power, pull, response.rough)
+    return Prediction(
+        float(angle),
+        float(relaxation),
+        response.power,
+        pull,
+        response.rough,
+    )
 
 
 def _predict_rescaled(

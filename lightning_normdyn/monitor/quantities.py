@@ -79,7 +79,10 @@ class Quantity:
     @property
     def axis(self) -> str:
         """The label of its axis."""
-        return f"{self.symbol}  ({self.unit})" if self.unit else self.symbol
+        # A plain number has no unit, and empty brackets would look like a mistake.
+        if not self.unit:
+            return self.symbol
+        return f"{self.symbol}  ({self.unit})"
 
     def mean(self, total: float, count: float) -> float:
         """The average of ``count`` values whose sum is ``total``; the sum of squares for RMS.

@@ -172,7 +172,12 @@ class Recording(Part[Any]):
                     self.alarms.idle_decays(list(self.gauges.values()))
                 if sent.shown:
                     shown = {k: value for k, value in row.values.items() if self._asked_for(k)}
-                    publish_row(self.trainer.loggers, shown, published.histograms, row.step)
+                    publish_row(
+                        self.trainer.loggers,
+                        shown,
+                        published.histograms,
+                        row.step,
+                    )
             publish_to_trainer(self.trainer, row.values)
 
     def _published(self, ledger: Ledger, sent: Sent) -> Published:
@@ -302,7 +307,12 @@ class Recording(Part[Any]):
                 self.rule.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
             self._write_history(self.rule.history)
             self._ended = True
-            outcome = Outcome(self.rule.history, layers, self.quantities, self.label)
+            outcome = Outcome(
+                self.rule.history,
+                layers,
+                self.quantities,
+                self.label,
+            )
             publish_outcome(self.trainer.loggers, outcome)
 
     def interrupted(self) -> None:

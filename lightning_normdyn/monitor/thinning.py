@@ -107,7 +107,10 @@ class ThinnedList:
         return other
 
     def restore(
-        self, records: list[Record], counts: dict[str, int], strides: dict[str, int]
+        self,
+        records: list[Record],
+        counts: dict[str, int],
+        strides: dict[str, int],
     ) -> None:
         """Hold these records, with the counts and strides by which thinning goes on."""
         self.records = records

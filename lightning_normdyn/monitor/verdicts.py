@@ -217,7 +217,9 @@ def _window(
     second half of the run, and nothing from before ``since``; three rows in any case."""
     relaxations, rows = span
     half = (steps[0] + steps[-1]) / 2
-    start = min(steps[-1] - relaxations * (relaxation or inf), steps[-min(rows, len(steps))])
+    by_time = steps[-1] - relaxations * (relaxation or inf)
+    by_rows = steps[-min(rows, len(steps))]
+    start = min(by_time, by_rows)
     chosen: NDArray[np.bool_] = steps >= max(start, half, since)
     chosen[-3:] = True
     return chosen
