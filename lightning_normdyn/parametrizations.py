@@ -192,6 +192,7 @@ def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*
         >>> [name for name, _ in layer.named_parameters()]
         ['bias', 'weight']
     """
+    # All are looked up first: removing one changes the modules that are walked through.
     parametrized = {}
     for prefix, owner in module.named_modules():
         if not parametrize.is_parametrized(owner):
@@ -228,6 +229,7 @@ def is_weight_standardized(module: nn.Module, name: str) -> bool:
         owner = module.get_submodule(name.rpartition(".")[0])
     except AttributeError:  # a name from before the model was wrapped
         return False
+    # By an attribute and not by class: a person's own parametrization can say so, too.
     return isinstance(owner, parametrize.ParametrizationList) and any(
         getattr(step, "statistic", None) == "std" for step in owner
     )
@@ -350,6 +352,7 @@ class _BoundedWeightNormalization(_FilterParametrization):
         length: float | None,
     ) -> None:
         super().__init__(weight, filters)
+        # A buffer and no parameter: a checkpoint keeps it, and no optimizer moves it.
         rms = self._direction(weight.detach())[1].square().mean().sqrt()
         self.register_buffer("length", rms if length is None else torch.full_like(rms, length))
 
@@ -410,6 +413,7 @@ def _owner(module: nn.Module, full_name: str) -> tuple[nn.Module, str, Tensor]:
             f"`{full_name}` has shape {tuple(weight.shape)} and {weight.dtype}. Choose another "
             f"`name`."
         )
+    # With duplicates: without them a tied weight shows only its first name.
     names = [n for n, p in module.named_parameters(remove_duplicate=False) if p is weight]
     if len(names) > 1:
         raise NotSupportedError(
@@ -421,7 +425,9 @@ def _owner(module: nn.Module, full_name: str) -> tuple[nn.Module, str, Tensor]:
 
 def _dims(parameter: Tensor) -> int:
     # A lazy parameter has no dims to ask for; it counts as a weight, so that it is refused by name.
-    return 2 if isinstance(parameter, nn.parameter.UninitializedParameter) else parameter.dim()
+    if isinstance(parameter, nn.parameter.UninitializedParameter):
+        return 2
+    return parameter.dim()
 
 
 def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:

@@ -54,7 +54,9 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         the loss cannot see."""
         if self.rule.statistic != "auto":
             return self.rule.statistic
-        return "std" if target.weight_standardized else "norm"
+        if target.weight_standardized:
+            return "std"
+        return "norm"
 
     def size(self) -> Tensor:
         """Norm, or biased standard deviation where weight standardization follows, of every vector:
@@ -62,6 +64,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         vectors = self.plan.vectors
         if self.by_std is None:
             return vectors.norms()
+        # Both sums in one pass: a second one would read every weight again.
         ww, w1 = vectors.moments(vectors.values())
         norm = norm_from_sums(ww)
         std = std_from_sums(ww, w1, vectors.length)
@@ -70,8 +73,10 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
     @during(Phase.SHRINK)
     def shrink(self, step: Step) -> None:
         """w <- (1 - lr alpha |w|) w (AWS paper, eq. 21)."""
-        plan, alpha = self.plan, self.rule.alpha
+        plan = self.plan
+        alpha = self.rule.alpha
         size = self.size()
+        # Read at every step: a rate that was remembered would miss what a schedule does.
         lr = plan.rates()
         # A vector without a gradient, of length zero or with numbers that are not finite stays as
         # it is.
@@ -104,7 +109,9 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
     def treatments(self) -> list[str]:
         """What the tables say: the norms of all weights are taken once."""
         plan = self.plan
-        totals = plan.vectors.totals(equivalent_weight_decay(self.rule.alpha, self.size()))
+        # A table has one number for a weight, and each vector has a decay of its own: the mean.
+        decays = equivalent_weight_decay(self.rule.alpha, self.size())
+        totals = plan.vectors.totals(decays)
         means = (totals / plan.vectors.count).tolist()
         texts = []
         for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
@@ -172,6 +179,8 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The rate must be known, and the decay of the targets ours to take over."""
+        # The shrink is proportional to the rate. An optimizer that works out its own would decay by
+        # another amount than `alpha` says.
         check_rate(optimizer, weights)
         if self.weight_decay == "replace":
             check_decay_takeover(optimizer, weights)

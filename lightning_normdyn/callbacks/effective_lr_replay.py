@@ -56,25 +56,25 @@ class _Record:
         ]
         exact = any(norm.dtype == np.float64 for (_, norm), _ in found)
         kept = torch.float64 if exact else torch.float32
-        steps = np.unique(np.concatenate([own for (own, _), _ in found])).tolist()
+        # All steps at which any weight was recorded: one that joined later has fewer of its own.
+        all_steps = np.concatenate([own for (own, _), _ in found])
+        steps = np.unique(all_steps).tolist()
         norms, decays = [], []
         for (own, norm), decay in found:
-            norm = np.where(
-                np.isfinite(norm), norm, np.nan
-            )  # of a run that diverged: such vectors are left alone
-            if len(own) == len(steps):
-                norms.append(torch.from_numpy(norm).to(kept))
-                decays.append(torch.from_numpy(decay))
-                continue
-            places = [_around(own.tolist(), step) for step in steps]
-            norms.append(
-                torch.stack(
-                    [_between(torch.from_numpy(norm), place, geometric=True) for place in places]
-                ).to(kept)
-            )
-            decays.append(
-                torch.stack([_between(torch.from_numpy(decay), place) for place in places]).float()
-            )
+            # Of a run that diverged: a norm of infinity would make the factor 0 and stop the
+            # vector, while one of NaN leaves it alone.
+            norm = np.where(np.isfinite(norm), norm, np.nan)
+            own_norms = torch.from_numpy(norm)
+            own_decays = torch.from_numpy(decay)
+            if len(own) != len(steps):
+                recorded_at = own.tolist()
+                places = [_around(recorded_at, step) for step in steps]
+                norms_between = [_between(own_norms, place, geometric=True) for place in places]
+                decays_between = [_between(own_decays, place) for place in places]
+                own_norms = torch.stack(norms_between)
+                own_decays = torch.stack(decays_between).float()
+            norms.append(own_norms.to(kept))
+            decays.append(own_decays)
         return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays), exact)
 
     @property
@@ -85,13 +85,17 @@ class _Record:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Norm and decay, ``(n,)`` each; norms interpolated geometrically, and held before the
         first and after the last step."""
+        # Geometrically, since norms change by factors. A decay may be 0, which has no logarithm.
         place = _around(self.steps, step)
         return _between(self.norms, place, geometric=True), _between(self.decays, place)
 
 
 def _as_recorded(values: Tensor, exact: bool = False) -> Tensor:
+    # The record holds a norm as float32 and, if exact, what that leaves as another float32.
     rounded = values.float().to(values.dtype)
-    return rounded + (values - rounded).float().to(values.dtype) if exact else rounded
+    if exact:
+        return rounded + (values - rounded).float().to(values.dtype)
+    return rounded
 
 
 Place = tuple[int, int, float]
@@ -100,19 +104,25 @@ Place = tuple[int, int, float]
 def _around(steps: Sequence[int], step: int) -> Place:
     """The records before and after ``step``, and how far it is on the way from one to the other."""
     after = min(bisect_left(steps, step), len(steps) - 1)
+    # At a record, or beyond either end of them: that record is held.
     if after == 0 or steps[after] <= step:
         return after, after, 0.0
-    return after - 1, after, (step - steps[after - 1]) / (steps[after] - steps[after - 1])
+    before = after - 1
+    share = (step - steps[before]) / (steps[after] - steps[before])
+    return before, after, share
 
 
 def _between(table: Tensor, place: Place, *, geometric: bool = False) -> Tensor:
     before, after, share = place
+    # Apple GPUs have no float64.
     wide = torch.float32 if table.device.type == "mps" else torch.float64
     first = table[before].to(wide)
     if before == after:
         return first
     last = table[after].to(wide)
-    return (first.log().lerp(last.log(), share)).exp() if geometric else first.lerp(last, share)
+    if geometric:
+        return (first.log().lerp(last.log(), share)).exp()
+    return first.lerp(last, share)
 
 
 def _recorded_names(history: History) -> list[str]:
@@ -126,9 +136,11 @@ def _recorded_names(history: History) -> list[str]:
 def _recorded_norms(history: History, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Steps, and norms ``(s, n)``: float64 where what float32 leaves of them was recorded, too."""
     steps, norms = history.vectors(f"weight_norm/{name}")
-    if f"weight_norm_rest/{name}" not in history.vector_names():
+    rest = f"weight_norm_rest/{name}"
+    if rest not in history.vector_names():
         return steps, norms
-    return steps, norms.astype(np.float64) + history.vectors(f"weight_norm_rest/{name}")[1]
+    exact_norms = norms.astype(np.float64) + history.vectors(rest)[1]
+    return steps, exact_norms
 
 
 def _about(history: History, name: str) -> dict[str, Any]:
@@ -136,18 +148,23 @@ def _about(history: History, name: str) -> dict[str, Any]:
     saved before."""
     targets = history.meta.get("targets")
     about = targets.get(name) if isinstance(targets, dict) else None
-    return about if isinstance(about, dict) else {}
+    if isinstance(about, dict):
+        return about
+    return {}
 
 
 def _check_record(path: str, history: History, names: Sequence[str]) -> None:
     """Refuse what no run can have recorded, before anything is scaled by it."""
     for name in names:
         steps, norms = history.vectors(f"weight_norm/{name}")
-        decays, rests = None, norms
-        if f"weight_norm_rest/{name}" in history.vector_names():
-            rests = history.vectors(f"weight_norm_rest/{name}")[1]
-        if f"decay/{name}" in history.vector_names():
-            decay_steps, decays = history.vectors(f"decay/{name}")
+        decays = None
+        rests = norms
+        rest_key = f"weight_norm_rest/{name}"
+        if rest_key in history.vector_names():
+            rests = history.vectors(rest_key)[1]
+        decay_key = f"decay/{name}"
+        if decay_key in history.vector_names():
+            decay_steps, decays = history.vectors(decay_key)
         fault = None
         if not len(steps):
             fault = "no record at all"
@@ -157,9 +174,11 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
             fault = "norms without the decays that were applied"
         elif (norms < 0).any():
             fault = "norms below 0"
+        # What float32 leaves of a norm is never larger than the norm.
         elif rests.shape != norms.shape or (rests > norms).any():
             fault = "norms that do not fit each other"
-        elif (decays < 0).any() or (decays >= 1).any():  # NaN, of a run that diverged, is neither
+        # NaN, of a run that diverged, is neither below 0 nor above 1.
+        elif (decays < 0).any() or (decays >= 1).any():
             fault = "decays that are not in [0, 1)"
         elif np.isnan(decays[np.isfinite(norms) & (norms > 0)]).any():
             raise NormDynError(
@@ -177,6 +196,8 @@ def _check_record(path: str, history: History, names: Sequence[str]) -> None:
 def _uniform_factor(history: History, names: Sequence[str]) -> float:
     """Geometric mean, over steps and vectors, of the factor that the recorded decay amounts to in a
     run without (AWS paper, eq. 16)."""
+    # Only for a scale-invariant weight does a decay amount to an effective learning rate. One of
+    # which the file says nothing is taken for such a weight.
     invariant = [
         name
         for name in names
@@ -185,14 +206,14 @@ def _uniform_factor(history: History, names: Sequence[str]) -> float:
     logs = []
     for name in invariant or names:
         steps, decays = history.vectors(f"decay/{name}")
-        lasts = np.diff(steps, append=steps[-1] + 1)[
-            :, None
-        ]  # a record stands for the steps up to the next one
+        # A record stands for all steps up to the next one.
+        lasts = np.diff(steps, append=steps[-1] + 1)[:, None]
         kept = np.log1p(-decays.astype(np.float64))
-        before = (
-            np.cumsum(kept * lasts, axis=0) - kept * lasts
-        )  # log of p, the length that decay alone would have left
-        logs.append(((-2 * before - kept) * lasts).sum(axis=0) / lasts.sum())
+        kept_until_next = kept * lasts
+        # The logarithm of p, the length that decay alone would have left.
+        before = np.cumsum(kept_until_next, axis=0) - kept_until_next
+        log_factors = (-2 * before - kept) * lasts
+        logs.append(log_factors.sum(axis=0) / lasts.sum())
     return float(np.exp(np.concatenate(logs).mean()))
 
 
@@ -229,6 +250,7 @@ class ReplayPart(Part["EffectiveLRReplay"]):
     def _compare_shapes(self) -> None:
         shapes = {}
         for weight, names in self.session.weights.names.items():
+            # By all names: a tied weight may have been recorded under another one.
             shapes.update(dict.fromkeys(names, self.session.weights.shapes[weight]))
         for name in self.recorded:
             if name not in shapes:
@@ -290,6 +312,7 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
                 )
         self.record = _Record.of(plan, part.history)
         self._has_checked_decays = False
+        # The batch of the last step: an optimizer that steps twice in one is noticed by it.
         self._looked_at = -1
         self._say_what_is_approximate()
 
@@ -308,12 +331,14 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
     @during(Phase.MEASURE)
     def look(self, step: Step) -> None:
         """Work out the factor at the weight that the gradient was taken at."""
-        plan, vectors = self.plan, self.plan.vectors
+        plan = self.plan
+        vectors = self.plan.vectors
         # The step is told from a copy: only what the optimizer added is scaled, not the weight.
         step.bracket.request_snapshot(vectors.storages())
         weights = vectors.values()
         ww, w1 = vectors.inner((weights, weights), (weights, None))
-        norm, std = norm_from_sums(ww), std_from_sums(ww, w1, vectors.length)
+        norm = norm_from_sums(ww)
+        std = std_from_sums(ww, w1, vectors.length)
         if not self._has_checked_decays:
             self._check_decays(step)
         _, decayed = self.session.combined.decay_shares(plan, step, norm, std)
@@ -330,7 +355,9 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
     def _recorded_factor(self, norm: Tensor, decay: Tensor) -> Tensor:
         """(n / n_ref)^2 (1 - d) / (1 - d_ref) (WRS paper, "scale lr", with the norm ratio
         squared)."""
-        record, path = self.record, self.rule.path
+        record = self.record
+        path = self.rule.path
+        # The record counts batches, of which an optimizer may skip some or step twice in one.
         now = batches_that_stepped(self.session.trainer)
         if self._looked_at == now:
             self.session.say_once(
@@ -346,7 +373,8 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
         reference, reference_decay = record.at(now)
         # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no
         # rounding for training to amplify.
-        own, own_decay = _as_recorded(norm, record.exact), _as_recorded(decay)
+        own = _as_recorded(norm, record.exact)
+        own_decay = _as_recorded(decay)
         return (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
 
     def _check_decays(self, step: Step) -> None:
@@ -354,14 +382,15 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
         known only when all have made their plans."""
         self._has_checked_decays = True
         untold = []
-        for target, decay in zip(
-            self.plan.targets, self.session.combined.decays(self.plan), strict=True
-        ):
+        decays = self.session.combined.decays(self.plan)
+        for target, decay in zip(self.plan.targets, decays, strict=True):
             if decay.rate is None:
                 untold.append(f"`{target.name}`")
         if not untold:
             return
-        names = ", ".join(untold[:4]) + (" ..." if len(untold) > 4 else "")
+        names = ", ".join(untold[:4])
+        if len(untold) > 4:
+            names += " ..."
         text = (
             f"EffectiveLRReplay has to know what share of a weight its decay takes away, and "
             f"nobody can tell that of {names} under the other callbacks on it. Remove those, or "
@@ -375,11 +404,13 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
     @during(Phase.PROJECT)
     def scale(self, step: Step) -> None:
         """Scale what a projection has left of the step."""
-        vectors, factor = self.plan.vectors, self.factor
+        vectors = self.plan.vectors
+        factor = self.factor
         # w' = (1 - d) s + step, with d the decay since the copy s was taken: only the step is
         # scaled.
+        before = vectors.snapshots(step.bracket)
         vectors.scale_(factor)
-        vectors.add_scaled_((1 - factor) * (1 - self.decayed), vectors.snapshots(step.bracket))
+        vectors.add_scaled_((1 - factor) * (1 - self.decayed), before)
 
     def inherit(self, earlier: ReplayWorker) -> None:
         """Decays are checked once for an optimizer."""

@@ -117,6 +117,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             raise ValueError(f"`energy` must be in (0, 1], got {energy!r}.")
         if method not in ("moments", "mle"):
             raise ValueError(f"`method` must be 'moments' or 'mle', got {method!r}.")
+        # An iterator would be empty from the second chosen epoch on: hours into a training.
         if isinstance(dataloader, Iterator):
             raise ValueError(
                 f"`dataloader` must be iterable once per chosen epoch, such as a DataLoader; got "
@@ -145,9 +146,15 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             module: the LightningModule, in evaluation mode.
             batch: collated and on the device.
         """
-        first = batch[0] if isinstance(batch, (tuple, list)) else batch
+        # Inputs come first in a batch. What follows is for the loss, and `forward` does not take
+        # it.
+        first = batch
+        if isinstance(batch, (tuple, list)):
+            first = batch[0]
         if isinstance(first, Mapping):
             taken = inspect.signature(module.forward).parameters.values()
+            # Labels in the mapping are left out unless `forward` takes any keyword: one that it
+            # does not know would raise.
             everything = any(p.kind is p.VAR_KEYWORD for p in taken)
             by_name = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
             chosen = {key: value for key, value in first.items() if everything or key in by_name}
@@ -159,5 +166,6 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Send the history to the process that called ``fit``, if that is another one."""
         super().teardown(trainer, pl_module, stage)
+        # Validations and tests add nothing that would have to be sent.
         if stage == "fit":
             self.send_history(trainer)

@@ -68,10 +68,16 @@ class Rate:
         if not (0 < self.lr < inf and 0 < lr < inf):
             return 1.0, Rate(lr)
         k = self.lr / lr
-        if k <= 1:
-            return 1.0, Rate(lr, 0.0 if k < 1 else self.fall)
+        # A schedule by epochs stands still between its falls, so a constant rate keeps the last
+        # fall in mind. A rise ends it.
+        if k == 1:
+            return 1.0, Rate(lr, self.fall)
+        if k < 1:
+            return 1.0, Rate(lr)
         # 0.1 to 0.02 is a drop by 5 up to rounding.
         if k >= min_drop * (1 - 1e-9) and log(k) >= ABRUPT * self.fall:
+            # A drop is not remembered as a fall: the next one of a step schedule, which is as
+            # large, would be taken for its continuation.
             return k, Rate(lr, self.fall)
         return 1.0, Rate(lr, log(k))
 
@@ -92,7 +98,9 @@ class _Drop:
         """Of the weights that the optimizer has stepped, as `Scaling.judge` found: for them the
         drop is over."""
         rates = {}
-        for name, has_stepped in zip(self.scaling.vectors.names, self.scaling.stepped, strict=True):
+        scaling = self.scaling
+        names = scaling.vectors.names
+        for name, has_stepped in zip(names, scaling.stepped, strict=True):
             if has_stepped and name in self.rates:
                 rates[name] = self.rates[name]
         return rates
@@ -154,13 +162,15 @@ class DropWorker(Worker["LRDropRescaling"]):
                 continue
             target = plan.targets[i]
             lr = self._rate_on_host(target)
+            # Before its first step a weight has no rate from which it could have fallen.
             known = self.rates.get(target.name, Rate(lr))
             drop, rates[target.name] = known.then(lr, self.rule.min_drop)
             factors[i] = drop ** -self.exponents[i]
         return factors, rates
 
     def _rescale_for(self, step: Step, factors: list[float], rates: dict[str, Rate]) -> None:
-        plan, vectors = self.plan, self.plan.vectors
+        plan = self.plan
+        vectors = self.plan.vectors
         per_target = torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)
         factor = plan.guard(vectors.spread(per_target), 1.0, step)
         scaling = self.rescaler.scaling(factor, gradients=True)
@@ -207,10 +217,12 @@ class DropWorker(Worker["LRDropRescaling"]):
         targets = self.plan.targets
         # Besides this rule: its own jumps say nothing about the equilibrium between them.
         effects = self.session.combined.effects(targets, besides=self.rule)
-        return [self._exponent(*each) for each in zip(targets, effects, strict=True)]
+        pairs = zip(targets, effects, strict=True)
+        return [self._exponent(*pair) for pair in pairs]
 
     def _exponent(self, target: Target, effects: Effects) -> float:
-        optimizer, group = self.plan.optimizer, self.plan.group_of(target)
+        optimizer = self.plan.optimizer
+        group = self.plan.group_of(target)
         # Whatever the exponent: one sets the length that the other changes.
         if effects.rescaling is not None:
             raise NotSupportedError(
@@ -219,7 +231,8 @@ class DropWorker(Worker["LRDropRescaling"]):
             )
         if self.rule.exponent != "auto":
             return float(self.rule.exponent)
-        kind, name = class_for_predictions(optimizer), type(optimizer).__name__
+        kind = class_for_predictions(optimizer)
+        name = type(optimizer).__name__
         # The learning rate does not matter: the exponent is that of a power of it.
         options = balance(effects, optimizer, group, 1.0)
         exponent = None if options is None else lr_drop_exponent(kind, group, **options)

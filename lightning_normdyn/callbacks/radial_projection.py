@@ -102,8 +102,10 @@ class ProjectWorker(Worker["RadialProjection"]):
     def _set_gates(self) -> None:
         """AdamP's test |cos(w, g)| < delta / sqrt(d): for all filters of a weight, or for all of it
         as one vector."""
-        vectors, delta = self.plan.vectors, self.rule.delta
-        weights, gradients = vectors.values(), vectors.gradients()
+        vectors = self.plan.vectors
+        delta = self.rule.delta
+        weights = vectors.values()
+        gradients = vectors.gradients()
 
         def summarize(sums: Tensor, length: Tensor) -> Tensor:
             # Rows of one weight have one length, so the filter test is a count of rows that are not
@@ -126,7 +128,8 @@ class ProjectWorker(Worker["RadialProjection"]):
             removed = self._project_gated(step, *self.gates)
             vectors = self.plan.vectors
             before = vectors.snapshots(step.bracket)
-            vectors.add_scaled_(-self.plan.guard(removed, 0.0, step), before)
+            guarded = self.plan.guard(removed, 0.0, step)
+            vectors.add_scaled_(-guarded, before)
             return
         removed = self._project_all(step)
         # What is not finite has been left alone; here it is remembered.
@@ -134,9 +137,13 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def _project_all(self, step: Step) -> Tensor:
         """Every target; ``(n,)``: by how many times the weight its step was shortened."""
-        plan, vectors = self.plan, self.plan.vectors
-        share, treated = self._decay(step, None), plan.treated(step)
+        plan = self.plan
+        vectors = self.plan.vectors
+        share = self._decay(step, None)
+        treated = plan.treated(step)
         if self.buffer is not None:
+            # SGD moves a weight by -lr times its momentum buffer, so no copy is needed to know the
+            # step.
             moved = self._buffer_values(step)
             removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, treated)
             self._remember_ratio(ratio)
@@ -169,6 +176,8 @@ class ProjectWorker(Worker["RadialProjection"]):
         rate = plan.rates() * decay
         ratio: float | Tensor = self.rule.weight_decay_ratio
         if projected is not None:
+            # A step that keeps its radial part can hold the norm against the full decay, as in
+            # adamp.
             ones = torch.ones_like(rate)
             ratio = torch.where(projected, ones * self.rule.weight_decay_ratio, ones)
         # AWS goes first where both are on a weight: one decay, not two.
@@ -216,7 +225,10 @@ class ProjectWorker(Worker["RadialProjection"]):
         if plan.vectors.cut or self.has_long_steps:
             return None
         buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
-        buffer = buffers.pop() if len(buffers) == 1 else None
+        # Param groups with different settings need not have the same buffer that tells the step.
+        if len(buffers) != 1:
+            return None
+        buffer = buffers.pop()
         if buffer is None or self._steps_are_short():
             return buffer
         self.asks_for_lengths = not self.has_long_steps
@@ -240,7 +252,8 @@ class ProjectWorker(Worker["RadialProjection"]):
         # again.
         if len(self.ratios) < 2:
             return False
-        ratio, rate_then = _on_host(self.ratios[0][0]), self.ratios[0][1]
+        ratio = _on_host(self.ratios[0][0])
+        rate_then = self.ratios[0][1]
         rate = self._rate_on_host()
         # A schedule may have raised the rate since (warm-up), and steps grow with it.
         growth = rate / rate_then if rate is not None and rate_then else 1.0
@@ -251,8 +264,11 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def _remember_ratio(self, ratio: Tensor) -> None:
         # A vector of length zero that did not move says nothing.
-        largest = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)]).amax()
-        self.ratios = [*self.ratios[-1:], (HostCopy(largest), self._rate_on_host())]
+        # With a zero at the end, since a rank that holds no vector has no largest ratio.
+        ratios = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)])
+        largest = HostCopy(ratios.amax())
+        newest = (largest, self._rate_on_host())
+        self.ratios = [*self.ratios[-1:], newest]
 
     def _rate_on_host(self) -> float | None:
         """The largest learning rate, or None if one of them is a tensor, which may lie on the
@@ -264,7 +280,8 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def inherit(self, earlier: ProjectWorker) -> None:
         """How long steps were."""
-        self.has_long_steps, self.ratios = earlier.has_long_steps, earlier.ratios
+        self.has_long_steps = earlier.has_long_steps
+        self.ratios = earlier.ratios
 
     def state(self) -> dict[str, Any]:
         """How long steps were."""
@@ -284,10 +301,12 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def treatments(self) -> list[str]:
         """What the tables say: whether a weight is projected, and which decay it has now."""
-        plan, rule = self.plan, self.rule
+        plan = self.plan
+        rule = self.rule
         how = "projected" if rule.gate == "always" else f"projected if |cos| < {rule.delta:g}/√d"
         texts = []
-        for target, decay in zip(plan.targets, self.session.combined.decays(plan), strict=True):
+        decays = self.session.combined.decays(plan)
+        for target, decay in zip(plan.targets, decays, strict=True):
             text = how
             is_own = decay.owner == DecayOwner.PROJECTION
             if is_own and decay.rate is not None and not is_zero(decay.rate):
@@ -401,6 +420,7 @@ class RadialProjection(NormDynCallback):
         check_decay_takeover(optimizer, weights)
         ours = {id(w) for w in weights}
         for group in optimizer.param_groups:
+            # A group without targets keeps the optimizer's decay, whatever that is.
             if not any(id(p) in ours for p in group["params"]):
                 continue
             if self.decay_rule.applied(optimizer, group) is not None:
@@ -415,8 +435,11 @@ class RadialProjection(NormDynCallback):
 
 
 def _on_host(ratio: HostCopy | float) -> float:
-    return float(ratio.get()) if isinstance(ratio, HostCopy) else ratio
+    if isinstance(ratio, HostCopy):
+        return float(ratio.get())
+    return ratio
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    # A weight of zeros has no direction to project on: 0 leaves it alone, NaN would not.
     return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))

@@ -58,8 +58,11 @@ class RescaleWorker(Worker["WeightRescaling"]):
 
     def _target_lengths(self) -> Tensor:
         """``(n,)``: the length to which each vector is set."""
-        vectors, target_norm = self.plan.vectors, self.rule.target_norm
+        vectors = self.plan.vectors
+        target_norm = self.rule.target_norm
         if target_norm == "initial":
+            # Kept in checkpoints: a resumed fit would otherwise take the norms that it finds for
+            # the initial ones.
             return self.plan.state("initial_norm", vectors.norms)
         return torch.full(
             (vectors.n,), float(target_norm), dtype=vectors.sum_dtype, device=vectors.device
@@ -67,10 +70,13 @@ class RescaleWorker(Worker["WeightRescaling"]):
 
     def _window(self) -> Literal["later", "now", "over"]:
         """Where the present epoch lies: before, in or after the window."""
-        epoch, stop_epoch = self.session.trainer.current_epoch, self.rule.stop_epoch
+        epoch = self.session.trainer.current_epoch
+        stop_epoch = self.rule.stop_epoch
         if epoch < self.rule.start_epoch:
             return "later"
-        return "now" if stop_epoch is None or epoch < stop_epoch else "over"
+        if stop_epoch is None or epoch < stop_epoch:
+            return "now"
+        return "over"
 
     @during(Phase.RESCALE)
     def rescale(self, step: Step) -> None:
@@ -81,6 +87,8 @@ class RescaleWorker(Worker["WeightRescaling"]):
         if self.unmarked:
             self.unmarked = False
             plan.mark("rescale")
+        # The plan counts on over resumes. By the steps of this fit alone, a resumed run would
+        # rescale at other steps than one that was never interrupted.
         if plan.number(step) % self.rule.every_n_steps or self._window() != "now":
             return
         values = plan.vectors.values()
@@ -118,11 +126,13 @@ class RescaleWorker(Worker["WeightRescaling"]):
         """It sets the length now and then, within its epochs."""
         rule = self.rule
         replaces_decay = rule.weight_decay == "replace"
+        # With the window, since outside of it predictions must count on the optimizer's own decay.
         return Rescaling(rule.every_n_steps, rule.target_norm, replaces_decay, self._window())
 
     def treatment(self, target: Target) -> str:
         """What the tables say."""
-        rule, plan = self.rule, self.plan
+        rule = self.rule
+        plan = self.plan
         is_initial = rule.target_norm == "initial"
         length = "its initial norm" if is_initial else f"norm {rule.target_norm:g}"
         every = "step" if rule.every_n_steps == 1 else f"{rule.every_n_steps} steps"

@@ -56,16 +56,19 @@ class Covariance:
     def add(self, rows: Tensor) -> None:
         """Take ``(r, g, d)`` rows in."""
         count = len(rows)
+        # The mean of no rows would be NaN, and everything after it.
         if not count:
             return
-        by_group = rows.to(self.mean.device, self.mean.dtype).transpose(0, 1)
+        by_group = rows.to(self.mean).transpose(0, 1)
         mean = by_group.mean(1)
         total = self.count + count
-        shift = (mean - self.mean) * sqrt(self.count * count / total)
+        change = mean - self.mean
+        deviations = by_group - mean[:, None]
+        shift = change * sqrt(self.count * count / total)
         # The shift of the mean enters as one more row, so that the scatter, which may have hundreds
         # of MiB, is read and written once.
-        self._add_products(torch.cat([by_group - mean[:, None], shift[:, None]], dim=1))
-        self.mean += (mean - self.mean) * (count / total)
+        self._add_products(torch.cat([deviations, shift[:, None]], dim=1))
+        self.mean += change * (count / total)
         self.count = total
 
     def merge(self, all_reduce: Callable[[Tensor], Any]) -> None:
@@ -74,15 +77,19 @@ class Covariance:
         Args:
             all_reduce: sums a tensor over the ranks in place; every rank must call this.
         """
-        own_mean, own_count = self.mean.clone(), self.count
+        own_mean = self.mean.clone()
+        own_count = self.count
         # Mean and count in one message; the scatter only where any rank has rows.
-        sums = torch.cat([own_mean.flatten() * own_count, own_mean.new_tensor([float(own_count)])])
+        sum_of_rows = own_mean.flatten() * own_count
+        own_rows = own_mean.new_tensor([float(own_count)])
+        sums = torch.cat([sum_of_rows, own_rows])
         all_reduce(sums)
         self.count = int(sums[-1])
         if self.count:
             self.mean = (sums[:-1] / sums[-1]).view_as(own_mean)
             # Deviations from the common mean instead of this rank's own.
-            self._add_products(((own_mean - self.mean) * sqrt(own_count))[:, None])
+            deviation = own_mean - self.mean
+            self._add_products((deviation * sqrt(own_count))[:, None])
             all_reduce(self._scatter)
 
     @property
@@ -92,7 +99,8 @@ class Covariance:
 
     def state(self) -> dict[str, Any]:
         """What was gathered so far, on the host."""
-        mean, scatter = self.mean.cpu().clone(), self._scatter.cpu().clone()
+        mean = self.mean.cpu().clone()
+        scatter = self._scatter.cpu().clone()
         return {"count": self.count, "mean": mean, "scatter": scatter}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -101,7 +109,8 @@ class Covariance:
         Raises:
             ValueError: if it is of rows of another form.
         """
-        mean, scatter = state["mean"], state["scatter"]
+        mean = state["mean"]
+        scatter = state["scatter"]
         if mean.shape != self.mean.shape or scatter.shape != self._scatter.shape:
             raise ValueError("the sums in the checkpoint belong to a layer of another form")
         if state["count"] < 0:
@@ -112,6 +121,7 @@ class Covariance:
 
     def covariance(self) -> Tensor:
         """``(g, d, d)``, divided by the number of rows; hands its own memory over."""
+        # In place: for a second matrix of this size there may be no memory.
         return self._scatter.div_(max(1, self.count))
 
     def _add_products(self, rows: Tensor) -> None:

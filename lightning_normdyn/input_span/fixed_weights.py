@@ -27,21 +27,23 @@ def at_fixed_weights(module: LightningModule, seed: int) -> Iterator[None]:
         module: the model.
         seed: what random numbers start from inside.
     """
-    own_log = vars(module).get("log")
+    attributes = vars(module)
+    own_log = attributes.get("log")
     # Compiled code calls no hooks, so it runs eagerly.
     with restored(module, weights=False), torch.no_grad(), eager():
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
         # This is no training step: what `forward` logs must not reach the loggers.
-        vars(module)["log"] = lambda *_, **__: None
+        attributes["log"] = lambda *_, **__: None
         module.eval()
         try:
             yield
         finally:
-            del vars(module)["log"]
+            # Without the attribute of the instance, Lightning's own method shows again.
+            del attributes["log"]
             if own_log is not None:
-                vars(module)["log"] = own_log
+                attributes["log"] = own_log
             _reshard(module)
 
 
@@ -77,6 +79,7 @@ def rounds_of(batches: Iterable[Any], world_size: int) -> int | None:
         total = len(batches)  # type: ignore[arg-type]
     except TypeError:
         return None
+    # Rounded up: the last round may be short, and every rank runs it.
     return -(-total // world_size)
 
 

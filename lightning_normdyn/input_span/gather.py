@@ -92,6 +92,7 @@ class InputGatherer:
         if self._batches_left is not None:
             self._batches_left = None
             self.batches += 1
+            # By keys: a layer that is called twice in a batch was seen in one batch.
             self.seen.update(self._calls.keys())
 
     def state(self, names: Mapping[Tensor, str]) -> dict[str, Any]:
@@ -107,9 +108,9 @@ class InputGatherer:
             seen.update(self._calls.keys())
         return {
             "batches": batches,
-            "seen": {names[weight]: count for weight, count in seen.items()},
+            "seen": _renamed(seen, names),
             "thinned": [names[weight] for weight in self.thinned],
-            "calls": {names[weight]: count for weight, count in self._calls.items()},
+            "calls": _renamed(self._calls, names),
             "generator": self._generator.get_state(),
             "sums": {names[weight]: stream.state() for weight, stream in self.streams.items()},
         }
@@ -125,9 +126,9 @@ class InputGatherer:
         self._generator.set_state(state["generator"])
         weights = {names[weight]: weight for weight in self.streams}
         self.batches = int(state["batches"])
-        self.seen = Counter({weights[name]: n for name, n in state["seen"].items()})
+        self.seen = Counter(_renamed(state["seen"], weights))
         self.thinned = {weights[name] for name in state["thinned"]}
-        self._calls = Counter({weights[name]: n for name, n in state["calls"].items()})
+        self._calls = Counter(_renamed(state["calls"], weights))
 
     def close(self) -> None:
         """Remove every hook; idempotent."""
@@ -180,4 +181,11 @@ class InputGatherer:
         # How often the layers will be called in this batch is not known yet: expect as often as in
         # the one before.
         calls = self._batches_left * max(1, self._usual_calls[weight])
+        # At least one row while any are left: rounded down, a small quota would take none at all.
         return min(left, max(1, left // calls))
+
+
+def _renamed(counts: Mapping[Any, int], names: Mapping[Any, Any]) -> dict[Any, int]:
+    """Counts by other keys: ``names`` holds the new one of each."""
+    # A plain dict and no Counter: what goes into a checkpoint is made of plain containers.
+    return {names[key]: count for key, count in counts.items()}

@@ -18,6 +18,9 @@ from lightning_normdyn.input_span.rows import (
 )
 from lightning_normdyn.invariance.visibility import compiled_parts
 
+# Weights, and the layers that read each.
+Readers = dict[Tensor, list[nn.Module]]
+
 # Covariances held at once. Layers that do not fit together take turns.
 BLOCK_BYTES = 2**31
 
@@ -47,7 +50,7 @@ class ReadableLayers:
     def __init__(
         self, module: nn.Module, shapes: Mapping[Tensor, Shape], *, eagerly: bool = False
     ) -> None:
-        self.readers: dict[Tensor, list[nn.Module]] = {}
+        self.readers: Readers = {}
         self.trial: InputGatherer | None = None
         self._compiled = set() if eagerly else compiled_parts(module)
         for layer in module.modules():
@@ -60,6 +63,7 @@ class ReadableLayers:
 
     def row_entries(self, weight: Tensor) -> int:
         """``d``, the entries of one filter."""
+        # Of the first layer: those that share a weight have the same rows, or it is refused.
         return row_shape(self.readers[weight][0])[1]
 
     def obstacle(self, weight: Tensor) -> str | None:
@@ -97,13 +101,14 @@ class ReadableLayers:
             )
         return None
 
-    def blocks(self, weights: Iterable[Tensor]) -> list[dict[Tensor, list[nn.Module]]]:
+    def blocks(self, weights: Iterable[Tensor]) -> list[Readers]:
         """Weights, with their layers, whose covariances fit into memory together."""
-        blocks: list[dict[Tensor, list[nn.Module]]] = [{}]
+        blocks: list[Readers] = [{}]
         held = 0
         for weight in weights:
             layers = self.readers[weight]
             need = covariance_bytes(layers[0])
+            # An empty block would be a turn, and so an epoch, in which nothing is measured.
             if held + need > BLOCK_BYTES and blocks[-1]:
                 blocks.append({})
                 held = 0

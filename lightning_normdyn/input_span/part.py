@@ -31,7 +31,7 @@ from lightning_normdyn.input_span.fixed_weights import (
     share_of_batches,
 )
 from lightning_normdyn.input_span.gather import InputGatherer
-from lightning_normdyn.input_span.layers import ReadableLayers
+from lightning_normdyn.input_span.layers import ReadableLayers, Readers
 from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
 from lightning_normdyn.input_span.rows import filter_labels, filters_of
 from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
@@ -159,12 +159,14 @@ class SpanPart(Part[Any]):
     def _try(self) -> InputGatherer:
         """Run one batch, only to see which layers it reaches."""
         module = self.session.module
+        # No rows: what is asked is only which layers are called, and with what.
         gatherer = self._gather_for(self.layers.readers, most=0)
         with closing(gatherer), at_fixed_weights(module, self.rule.seed):
             for batch in self.rule.dataloader:
                 gatherer.begin_batch(1)
                 try:
                     self._run(batch)
+                # Whatever `forward` raises: its message cannot say who called it, and with what.
                 except Exception as error:
                     raise NotSupportedError(
                         f"InputSpanMonitor calls `{type(module).__name__}.forward` with the first "
@@ -191,6 +193,7 @@ class SpanPart(Part[Any]):
             self._epoch_open = True
             if self.rule.dataloader is None:
                 self._gatherer = self._gather_for(self._turn_of(epoch))
+                # An epoch opens at a later batch only where the fit was resumed within it.
                 if batch_idx and not self._go_on(self._gatherer, self._saved_epoch(), epoch):
                     rank_zero_info(
                         f"InputSpanMonitor gathers in epoch {epoch} what comes after its first "
@@ -209,6 +212,7 @@ class SpanPart(Part[Any]):
             return False
         try:
             gatherer.load(saved["gathered"], self._names())
+        # The checkpoint may be of other layers. A training must not fail for a measurement.
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             warn_once(f"InputSpanMonitor drops the inputs gathered before the checkpoint: {error}")
             return False
@@ -264,12 +268,14 @@ class SpanPart(Part[Any]):
         if gatherer is not None:
             gatherer.close()
 
-    def _turn_of(self, epoch: int) -> dict[Tensor, list[nn.Module]]:
+    def _turn_of(self, epoch: int) -> Readers:
         """The weights, with their layers, whose turn it is in a chosen epoch."""
         owned = []
+        # Only what an optimizer owns: a weight that nobody trains would cost a turn.
         for optimizer in self.session.attachment.optimizers:
             owned += self.session.weights.owned(optimizer)
-        blocks = self.layers.blocks(w for w in self.select(owned) if self.can_treat(w))
+        measurable = [weight for weight in self.select(owned) if self.can_treat(weight)]
+        blocks = self.layers.blocks(measurable)
         # By the number of the epoch, so that a resumed fit goes on with the same turn.
         turn: int = (epoch + 1) // self.rule.every_n_epochs - 1
         return blocks[turn % len(blocks)]
@@ -279,6 +285,7 @@ class SpanPart(Part[Any]):
     ) -> InputGatherer:
         trainer = self._trainer
         if most is None:
+            # `max_samples` counts over all ranks.
             most = max(1, self.rule.max_samples // trainer.world_size)
         # Ranks see different batches: let them choose different rows, too.
         seed = self.rule.seed + trainer.global_rank
@@ -302,16 +309,19 @@ class SpanPart(Part[Any]):
         if not targets:
             return
         if gatherer is not None:
-            summaries, batches = self._summarize(gatherer, targets), gatherer.batches
+            summaries = self._summarize(gatherer, targets)
+            batches = gatherer.batches
         else:
             summaries, batches = self._pass_over_loader(targets)
-        history, restored = self.rule.history, self.restored
+        history = self.rule.history
+        restored = self.restored
         if restored is not None and "history" in restored["extra"]:
             # No step has taken the checkpoint up yet: the row belongs to what it holds.
             history.load_state_dict(restored["extra"]["history"])
         if self._trainer.is_global_zero:
             # Layers may take turns: what is known of those of earlier epochs stays.
-            facts = {**history.meta.get("targets", {}), **facts_of(targets, summaries)}
+            facts = dict(history.meta.get("targets", {}))
+            facts.update(facts_of(targets, summaries))
             publish(
                 history,
                 self._trainer.loggers,
@@ -322,6 +332,7 @@ class SpanPart(Part[Any]):
             )
         if restored is not None:
             extra = {**restored["extra"], "history": history.state_dict()}
+            # It is measured now: a checkpoint before the first step must not ask for it again.
             extra.pop("epoch", None)
             self.restored = {**restored, "extra": extra}
 
@@ -361,6 +372,7 @@ class SpanPart(Part[Any]):
         batches = 0
         with progress(trainer, total, f"inputs of {len(targets)} weights") as advance:
             for readers in blocks:
+                # One for each block: the covariances of all layers may not fit into memory.
                 gatherer = self._gather_for(readers)
                 with closing(gatherer), at_fixed_weights(module, self.rule.seed):
                     share = share_of_batches(self.rule.dataloader, trainer.global_rank, world)
@@ -462,6 +474,8 @@ class SpanPart(Part[Any]):
 def refuse_strategy(trainer: Trainer) -> None:
     """Refuse strategies that cut inputs or weights."""
     strategy = type(trainer.strategy).__name__
+    # Ranks that share a layer see the same batch, so that under tensor parallelism the sampler has
+    # fewer replicas than there are processes.
     replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas")
     if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
         refused = strategy
@@ -481,4 +495,6 @@ def _batches_left(trainer: Trainer, batch_idx: int) -> int:
     """This batch and those after it in the epoch; 1 where that is not known, so that rows are taken
     until there are enough."""
     total = trainer.num_training_batches
-    return max(1, int(total) - batch_idx) if isfinite(total) else 1
+    if isfinite(total):
+        return max(1, int(total) - batch_idx)
+    return 1

@@ -36,13 +36,15 @@ def publish(
         optimizer_step: real steps of the optimizer so far.
         meta: facts for the history's ``meta``.
     """
+    # Of a run that diverged a row is still made, so that the plots show where.
     broken = [name for name, summary in summaries.items() if summary.broken]
     if broken:
         warn_once(
             f"InputSpanMonitor: inputs or weights of {named(broken)} are not finite at "
             f"step {step}; NaN is logged for them."
         )
-    row, histograms = {}, {}
+    row = {}
+    histograms = {}
     for name, summary in summaries.items():
         for quantity, value in summary.values().items():
             # NaN shows where a run has diverged. What is undefined, as the shape where inputs are
@@ -96,7 +98,8 @@ class GapReporter:
     """
 
     def __init__(self, layers: ReadableLayers, *, by_name: bool) -> None:
-        self._layers, self._by_name = layers, by_name
+        self._layers = layers
+        self._by_name = by_name
         self._reported: set[str] = set()
 
     def report(
@@ -106,22 +109,26 @@ class GapReporter:
         summaries: Mapping[str, SpanSummary],
     ) -> None:
         """Look at what was gathered."""
-        few, rare = [], []
+        few = []
+        rare = []
         for target in targets:
-            if target.weight not in gatherer.streams or target.name in self._reported:
+            weight = target.weight
+            name = target.name
+            if weight not in gatherer.streams or name in self._reported:
                 continue
-            entries = self._layers.row_entries(target.weight)
-            summary = summaries.get(target.name)
+            entries = self._layers.row_entries(weight)
+            seen = gatherer.seen[weight]
+            summary = summaries.get(name)
             if summary is None:
                 self._report_unseen(target, gatherer)
-            elif summary.rows <= entries and target.weight in gatherer.thinned:
-                few.append(f"`{target.name}` ({summary.rows} for {entries} entries)")
-            elif 2 * gatherer.seen[target.weight] < gatherer.batches:
-                seen = gatherer.seen[target.weight]
-                rare.append(f"`{target.name}` ({seen} of {gatherer.batches})")
+            # Only where rows were left out: of inputs that are few, no setting can take more.
+            elif summary.rows <= entries and weight in gatherer.thinned:
+                few.append(f"`{name}` ({summary.rows} for {entries} entries)")
+            elif 2 * seen < gatherer.batches:
+                rare.append(f"`{name}` ({seen} of {gatherer.batches})")
             else:
                 continue
-            self._reported.add(target.name)
+            self._reported.add(name)
         if few:
             rank_zero_info(
                 f"InputSpanMonitor took fewer rows than a filter has entries of {_first(few)}: "
@@ -142,6 +149,7 @@ class GapReporter:
             "calls no hooks (pass dataloader=... then)"
         )
         text = f"InputSpanMonitor saw no inputs of `{target.name}`: {reason}."
+        # Who has named a weight expects it to be measured, which "auto" never promised.
         if self._by_name:
             warn_once(text)
         else:
@@ -149,4 +157,7 @@ class GapReporter:
 
 
 def _first(items: Sequence[str]) -> str:
-    return ", ".join(items[:4]) + (" and more" if len(items) > 4 else "")
+    text = ", ".join(items[:4])
+    if len(items) > 4:
+        text += " and more"
+    return text

@@ -46,13 +46,11 @@ def weight_shape(layer: nn.Module) -> Shape:
     settings: Any = layer
     if isinstance(layer, nn.Linear):
         return (settings.out_features, settings.in_features)
+    groups = settings.groups
+    kernel = settings.kernel_size
     if isinstance(layer, TRANSPOSED):
-        return (
-            settings.in_channels,
-            settings.out_channels // settings.groups,
-            *settings.kernel_size,
-        )
-    return (settings.out_channels, settings.in_channels // settings.groups, *settings.kernel_size)
+        return (settings.in_channels, settings.out_channels // groups, *kernel)
+    return (settings.out_channels, settings.in_channels // groups, *kernel)
 
 
 def row_shape(layer: nn.Module) -> tuple[int, int]:
@@ -86,8 +84,9 @@ def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
         # The weight is (inputs, outputs of a group, kernel), laid out from the input: swap the two
         # within each group, and turn the kernel round.
         kernel = tuple(range(2, weight.dim()))
-        turned = weight.flip(kernel).reshape(groups, -1, *weight.shape[1:])
-        weight = turned.transpose(1, 2)
+        turned = weight.flip(kernel)
+        by_group = turned.reshape(groups, -1, *weight.shape[1:])
+        weight = by_group.transpose(1, 2)
     return weight.reshape(groups, -1, entries)
 
 
@@ -123,6 +122,7 @@ def filter_labels(layer: nn.Module, partition: Partition) -> Tensor:
     along_kept = [size if dim in partition.keep else 1 for dim, size in enumerate(shape)]
     of_every_entry = partition.labels.reshape(along_kept).expand(shape)
     labels = filters_of(layer, of_every_entry)
+    # What the inputs see is known of whole filters, so no vector may be a part of one.
     if not bool((labels == labels[..., :1]).all()):
         raise NotSupportedError(
             f"its vectors ({partition.granularity}, along dims {partition.keep}) are not made of "
@@ -211,12 +211,16 @@ def _windows(layer: Any, x: Tensor) -> Tensor:
     dims = range(len(layer.kernel_size))
     if layer.padding == "same":
         # An odd total has its larger half behind, as torch has it.
-        total = [layer.dilation[i] * (layer.kernel_size[i] - 1) for i in dims]
-        sides = [(t // 2, t - t // 2) for t in total]
+        sides = []
+        for i in dims:
+            total = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            front = total // 2
+            sides.append((front, total - front))
     elif layer.padding == "valid":
         sides = [(0, 0) for _ in dims]
     else:
         sides = [(layer.padding[i], layer.padding[i]) for i in dims]
+    # Padding by nothing would still copy the input.
     if any(max(side) for side in sides):
         last_dimension_first = [amount for side in reversed(sides) for amount in side]
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -236,6 +240,7 @@ def _transposed_windows(layer: Any, x: Tensor) -> Tensor:
     with_zeros[places] = x
     last_dimension_first = []
     for i in reversed(dims):
+        # The padding of a transposed convolution shortens its output. A border below 0 cuts off.
         border = layer.dilation[i] * (layer.kernel_size[i] - 1) - layer.padding[i]
         last_dimension_first += [border, border + layer.output_padding[i]]
     padded = F.pad(with_zeros, last_dimension_first)
@@ -246,7 +251,8 @@ def _slide(x: Tensor, kernel: Shape, stride: Shape, dilation: Shape) -> Tensor:
     # unfold puts the places of the kernel behind all other dimensions, in their order.
     for i in range(len(kernel)):
         reach = dilation[i] * (kernel[i] - 1) + 1
-        x = x.unfold(2 + i, reach, stride[i])[..., :: dilation[i]]
+        windows = x.unfold(2 + i, reach, stride[i])
+        x = windows[..., :: dilation[i]]
     return x
 
 

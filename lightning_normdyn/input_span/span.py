@@ -72,7 +72,9 @@ def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float)
     """
     filters = filters.to(covariance.device, covariance.dtype)
     exact = covariance.shape[-1] <= LARGEST_EXACT
-    ranks, seen, rotated = [], [], []
+    ranks = []
+    seen = []
+    rotated = []
     for of_group, spread, middle in zip(filters, covariance, mean, strict=True):
         variance = float(spread.trace())
         if variance <= CONSTANT * (variance + float(middle.square().sum())):
@@ -93,7 +95,9 @@ def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float)
     if exact:
         whole = torch.stack(rotated) if rotated else filters[:0]
     rank_of_group = torch.tensor(ranks, dtype=torch.long, device="cpu")
-    return InputSpan(rank_of_group, torch.stack(seen), filters.square().sum(-1), whole)
+    length_seen = torch.stack(seen)
+    length = filters.square().sum(-1)
+    return InputSpan(rank_of_group, length_seen, length, whole)
 
 
 def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,11 +108,13 @@ def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
     eigenvalues, basis = (x.to(covariance.dtype) for x in input_space_basis(covariance))
     idle = int((eigenvalues <= IDLE * eigenvalues[0]).sum())
     if idle:
-        varied, rest = basis[:, :-idle], basis[:, -idle:]
+        varied = basis[:, :-idle]
+        rest = basis[:, -idle:]
         # Choose the basis in which the place of an entry within the row is diagonal: for entries
         # that are always 0, that is those entries themselves.
         place = torch.linspace(0, 1, len(covariance), dtype=rest.dtype, device=rest.device)
-        turned = torch.linalg.eigh(rest.T @ (place[:, None] * rest))[1]
+        place_in_rest = rest.T @ (place[:, None] * rest)
+        turned = torch.linalg.eigh(place_in_rest)[1]
         basis = torch.cat([varied, rest @ turned], dim=1)
     return eigenvalues, basis
 
@@ -121,9 +127,10 @@ def _leading_directions(covariance: Tensor, variance: float) -> Tensor:
         with _own_random_numbers(covariance.device):
             vectors, values, _ = torch.svd_lowrank(covariance, q=k, niter=4)
         held = values.cumsum(0)
+        rounding = 1e-12 * float(held[-1])
         # A randomized method finds a little less than is there, so an energy of 1 could ask for
         # more than it can ever find.
-        enough = int((held < variance - 1e-12 * float(held[-1])).sum()) + 1
+        enough = int((held < variance - rounding).sum()) + 1
         if enough <= k or k == most:
             return vectors[:, : min(enough, k)]
         k = min(most, 2 * k)
@@ -162,4 +169,6 @@ def vector_shares(span: InputSpan, labels: Tensor) -> Tensor:
         zeros = torch.zeros(n, dtype=of_filters.dtype, device=of_filters.device)
         return zeros.index_add_(0, labels[belongs], of_filters.flatten()[belongs])
 
-    return (per_vector(span.seen) / per_vector(span.energy)).clamp(max=1)
+    seen = per_vector(span.seen)
+    energy = per_vector(span.energy)
+    return (seen / energy).clamp(max=1)

@@ -86,7 +86,8 @@ def summary_numbers(
         float64 ``(SpanSummary.WIDTH,)``, on the host.
     """
     covariance = stream.covariance()
-    if not bool(torch.isfinite(covariance).all() & torch.isfinite(filters).all()):
+    is_finite = torch.isfinite(covariance).all() & torch.isfinite(filters).all()
+    if not bool(is_finite):
         return torch.full((SpanSummary.WIDTH,), nan, dtype=torch.float64, device="cpu")
     span = input_span(filters, covariance, stream.mean, energy)
     shares = vector_shares(span, labels)
@@ -94,7 +95,8 @@ def summary_numbers(
     rotated = filters[:0] if span.rotated is None else span.rotated
     # The same for both, since a rotation keeps it: the histograms can be laid over each other.
     root_mean_square = filters.square().mean().sqrt()
-    shapes, histograms = [], []
+    shapes = []
+    histograms = []
     for entries in (rotated, filters):
         shapes.append(generalized_gaussian_shape(entries, method=method))
         sizes = torch.nan_to_num(entries / root_mean_square).clamp(-REACH, REACH)
@@ -102,6 +104,9 @@ def summary_numbers(
         # be.
         counts = torch.histc(sizes.float().cpu(), BINS, -REACH, REACH)
         histograms.append(counts.double())
-    numbers = [float(shares.nanmean()), float(span.rank.double().mean()), *map(float, shapes)]
+    # nanmean: a vector of zeros has no share, and must not make the mean of the others NaN.
+    share = float(shares.nanmean())
+    rank = float(span.rank.double().mean())
+    numbers = [share, rank, *map(float, shapes)]
     first = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     return torch.cat([first, *histograms])

@@ -46,7 +46,9 @@ class Vectors:
     @property
     def share(self) -> float:
         """Which part of the weight belongs to vectors."""
-        return 1.0 if self.cover_everything else float((self.of_row >= 0).float().mean())
+        if self.cover_everything:
+            return 1.0
+        return float((self.of_row >= 0).float().mean())
 
 
 @dataclass
@@ -90,13 +92,16 @@ class Candidate:
         # The first row of each vector stands for it (rows count from 1). Label -1, of rows that
         # belong to no vector, picks the 0 at the end: such a row must not be scaled.
         first_row = torch.zeros(max(0, verdict.n) + 1, dtype=torch.long, device="cpu")
+        # Backwards: the first row of a vector is then the last to be written, and stays.
         for row in reversed((vector >= 0).nonzero().flatten().tolist()):
             first_row[vector[row]] = row + 1
-        rows.parent[1:] = torch.where(unread, rows.parent[1:], first_row[vector])
+        own_class = rows.parent[1:]
+        rows.parent[1:] = torch.where(unread, own_class, first_row[vector])
         # Which met a normalization: without this they would count as unread.
         rows.met[1:] = vector >= 0
         rows.varies = verdict.unread is not None
         rows.assumed = verdict.eps
+        # Read, and yet in no vector: the earlier fit had a reason not to scale these.
         forbidden = ~unread & (vector < 0)
         if bool(forbidden.any()):
             rows.reasons[verdict.reason] = None
@@ -122,7 +127,8 @@ class Candidate:
             return None
         if bool(reached.all()):
             return None
-        labels = torch.where(reached, -1, 0)[self.finest.labels]
+        of_row = torch.where(reached, -1, 0)
+        labels = of_row[self.finest.labels]
         return Partition(self.finest.keep, labels, "layer")
 
     def vectors(self, reached: Tensor, entries: int) -> Vectors:
@@ -140,14 +146,17 @@ class Candidate:
         elif len(picked) or rows.varies:
             # Where the data say which rows meet, or are read at all, those that did speak for the
             # others: if some are one vector, all are.
-            speaking = root[picked - 1] if len(picked) and not rows.varies else root[root > 0]
+            speaking = root[root > 0]
+            if len(picked) and not rows.varies:
+                speaking = root[picked - 1]
             if len(distinct(speaking)) < max(2, len(speaking)):
                 forbidden = bool((rows.parent[1:] == 0).any())
                 none = len(picked) > 0 and forbidden
                 root = torch.zeros_like(root) if none else (root > 0).long()
         if self.finest.n > 1 and int(root.min()) == int(root.max()) > 0:
             # One vector, as for most weights: a short way.
-            return Vectors(torch.zeros_like(root), root.new_full((1,), self.finest.n))
+            size = root.new_full((1,), self.finest.n)
+            return Vectors(torch.zeros_like(root), size)
         classes, class_of_row, sizes = torch.unique(root, return_inverse=True, return_counts=True)
         entries_of_a_row = entries // max(1, self.finest.n)
         # Class 0 must not be scaled, and a single number has no direction.
@@ -164,13 +173,15 @@ class Candidate:
             return False
         root = torch.where(reached, self.rows.parent[1:], 0)
         sizes = torch.bincount(root, minlength=1)
-        return bool((sizes[root[root > 0]] == 1).any())
+        of_each = sizes[root[root > 0]]
+        return bool((of_each == 1).any())
 
     def _forbids_a_picked_row(self) -> bool:
         picked = self.rows.picked
         if not picked.numel():
             return False
-        return bool((self.rows.parent[picked[picked > 0]] == 0).any())
+        classes = self.rows.parent[picked[picked > 0]]
+        return bool((classes == 0).any())
 
 
 def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
@@ -196,8 +207,10 @@ def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
     for candidate, reached in numbers or readings:
         vectors = candidate.vectors(reached, entries)
         claim = _claim_of(candidate, vectors, unread, entries)
+        # Of equal claims the first stays, which is the cut into filters where it is among them.
         if claim > most:
-            best, most = (candidate, vectors), claim
+            best = (candidate, vectors)
+            most = claim
     assert best is not None
     return _verdict_of(name, shape, *best, unread)
 
@@ -208,6 +221,7 @@ def _claim_of(
     """How much a cut claims, to be compared: the share of the weight, then the number of vectors,
     then whether it waits for rows."""
     if not len(vectors.sizes):
+        # A cut into single numbers has nothing to wait for, since it could never claim them.
         waits = unread is not None and not candidate.rows.reasons
         return 0.0, 0, waits and candidate.finest.n != entries
     if _has_to_wait(candidate, vectors, unread):
@@ -230,7 +244,9 @@ def _has_to_wait(candidate: Candidate, vectors: Vectors, unread: Partition | Non
 def _verdict_of(
     name: str, shape: Shape, candidate: Candidate, vectors: Vectors, unread: Partition | None
 ) -> Verdict:
-    rows, finest = candidate.rows, candidate.finest
+    rows = candidate.rows
+    finest = candidate.finest
+    # Two are enough: the reason has to fit into a cell of a table.
     reasons = list(rows.reasons)[:2]
     if unread is not None:
         reasons.append(unread_in_words(unread))
@@ -238,6 +254,7 @@ def _verdict_of(
     if not len(vectors.sizes):
         if math.prod(shape) == finest.n:
             return Verdict(name, shape, None, "no", reason=f"its rows are {SINGLE_NUMBERS}")
+        # While rows are unread and nothing forbids the others, a later batch may still decide.
         kind = "unknown" if unread is not None and not rows.reasons else "no"
         why = reason or "its vectors are single numbers"
         return Verdict(name, shape, None, kind, reason=why, unread=unread)
@@ -275,8 +292,11 @@ def _norm_links(rows: Rows, vectors: Vectors) -> tuple[tuple[NormLink, ...], tup
     modules: set[str] = set()
     for link in rows.links:
         vector = torch.where(link.rows > 0, vectors.of_row[link.rows - 1], -1)
+        # The module has one set of running statistics. Where its calls are fed by different rows,
+        # no one factor is right for it.
         if link.module in modules:
             stale[f"{link.module} is fed in different ways"] = None
+        # Only what scales of a running mean may be rescaled, so what was added must be known.
         if link.offset and link.bias is None:
             stale[f"{link.module}: what is added before it is not a plain bias"] = None
         modules.add(link.module)

@@ -161,6 +161,7 @@ def _withdraw_by_function(run: TrainingRun, verdicts: list[Verdict]) -> list[Ver
             exponents = torch.randint(
                 1, 5, (n,), dtype=torch.long, device="cpu", generator=generator
             )
+            # One is the largest, so that a weight of a single vector is tested as hard.
             exponents[0] = 4
             return torch.exp2(exponents.double())
 
@@ -221,7 +222,9 @@ class TrainingRun:
         self.weights: dict[str, Tensor] = {}
         for parameter, names in parameter_names(module).items():
             self.weights.update(dict.fromkeys(names, parameter))
-        self._module, self._inputs, self._loss = module, inputs, loss
+        self._module = module
+        self._inputs = inputs
+        self._loss = loss
 
     def verdicts(self) -> list[Verdict]:
         """What the graph of its loss says of every weight."""
@@ -231,9 +234,12 @@ class TrainingRun:
             sums = [t.sum() for t in _tensors(output) if t.requires_grad]
             if self._loss is not None:
                 search.analyze(self._loss(output))
-            elif sums:
+            elif len(sums) == 1:
                 # Not a stack of one, which would be one more operation to follow.
-                search.analyze(torch.stack(sums).sum() if len(sums) > 1 else sums[0])
+                search.analyze(sums[0])
+            elif sums:
+                total = torch.stack(sums).sum()
+                search.analyze(total)
         return list(search.verdicts.values())
 
     def outputs(
@@ -277,15 +283,20 @@ def largest_change(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
 
 
 def _change(before: Tensor, after: Tensor) -> float:
+    # Where the shape of an output depends on the scale, the function does.
     if before.shape != after.shape:
         return math.inf
     if not before.numel():
         return 0.0
     scale = float(before.double().abs().max())
-    change = float((before.double() - after.double()).abs().max())
+    difference = before.double() - after.double()
+    change = float(difference.abs().max())
+    # A NaN is neither more nor less than a limit: it would come out of `max` by chance.
     if math.isnan(change):
         return math.inf
-    return change / scale if scale else change
+    if scale:
+        return change / scale
+    return change
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -307,5 +318,8 @@ def _copied(value: Any) -> Any:
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         items = [_copied(item) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        # A namedtuple takes its items one by one, a plain tuple all at once.
+        if hasattr(value, "_fields"):
+            return type(value)(*items)
+        return type(value)(items)
     return value

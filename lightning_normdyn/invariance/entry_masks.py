@@ -121,7 +121,8 @@ class _Uses:
             return None
         read = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
         sources = set()
-        entries = torch.arange(read.numel(), dtype=torch.long, device="cpu").reshape(shape)
+        numbers = torch.arange(read.numel(), dtype=torch.long, device="cpu")
+        entries = numbers.reshape(shape)
         stack = [(edge, entries)]
         while stack:
             edge, entries = stack.pop()
@@ -229,7 +230,9 @@ def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
     if name == "MulBackward0" and operation.inputs[1 - slot : 2 - slot] in ((), (None,)):
         # Only a constant factor can be a mask.
         factor = _saved(operation, ("other", "self")[slot])
-        return None if factor is None else ((factor == 0).cpu(), factor.data_ptr())
+        if factor is None:
+            return None
+        return ((factor == 0).cpu(), factor.data_ptr())
     if name == "WhereBackward0":
         condition = _saved(operation, "condition")
         if condition is None:
@@ -238,7 +241,9 @@ def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
         return (~chosen if slot == 0 else chosen), condition.data_ptr()
     if name in ("MaskedFillBackward0", "MaskedFillBackward1") and slot == 0:
         mask = _saved(operation, "mask")
-        return None if mask is None else (mask.cpu(), mask.data_ptr())
+        if mask is None:
+            return None
+        return (mask.cpu(), mask.data_ptr())
     return None
 
 
@@ -343,12 +348,16 @@ class MaskMemory:
             # A mask that was held or seen twice lasts only as long as every batch shows the same.
             is_same = known.mask.same_as(mask)
             known.lasts = is_same and (known.lasts or known.looks == 1)
-            known.mask, known.batch, known.looks = mask, self._batch, known.looks + 1
+            known.mask = mask
+            known.batch = self._batch
+            known.looks += 1
 
     def read(self, name: str) -> Tensor | None:
         """Which entries of a weight the losses read: bool, of its shape; None: all."""
         known = self._known.get(name)
-        return known.mask.read if known is not None and known.lasts else None
+        if known is not None and known.lasts:
+            return known.mask.read
+        return None
 
     @property
     def wants_a_look(self) -> bool:

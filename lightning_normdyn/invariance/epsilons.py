@@ -74,6 +74,7 @@ def epsilon_of(module: nn.Module) -> float | None:
         return None
     for name in EPSILONS:
         value = getattr(module, name, None)
+        # To python True is the number 1, but it is no epsilon.
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return float(value)
     return None
@@ -96,6 +97,7 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
         >>> statistic_of(nn.GroupNorm(1, 2), torch.tensor([[1.0, 3.0]])).tolist()
         [1.0]
     """
+    # The squares of large float16 activations are infinite.
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.ndim >= 2:
         return x.transpose(0, 1).flatten(1).var(1, correction=0)
@@ -106,6 +108,7 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
     if isinstance(groups, int) and x.ndim >= 2 and x.shape[1] % groups == 0:
         return x.reshape(len(x) * groups, -1).var(1, correction=0)
     shape = getattr(module, "normalized_shape", None)
+    # A normalization that names no shape is taken to normalize the last dimension.
     last = len(shape) if isinstance(shape, (tuple, list)) else 1
     if x.ndim < last:
         return None
@@ -182,6 +185,7 @@ class EpsilonWatch:
         for name in names:
             known = self._seen.get(name)
             if name not in self._fresh:
+                # Weights have moved since that batch, and running variances have followed them.
                 known = _running(modules.get(name)) or known
             if known is not None:
                 eps, numbers = known

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 # A claim is contradicted if the root mean square of z is above the limit over so many values.
-EULER_LIMIT, EULER_COUNT = 0.1, 8
+EULER_LIMIT = 0.1
+EULER_COUNT = 8
 
 # <w, g> of a weight may be nothing but rounding where |w| |g| is this small beside that of another
 # weight of the optimizer. These are 32 roundings of float32, also where weights are stored in
@@ -121,7 +122,8 @@ class EulerTest:
             length: d, entries per vector.
             weight_index: int64, which weight each vector belongs to.
         """
-        per_vector = euler_sums(ww.double(), wg.double(), gg.double(), length).to(self.sums.device)
+        sums = euler_sums(ww.double(), wg.double(), gg.double(), length)
+        per_vector = sums.to(self.sums.device)
         per_weight = per_vector.new_zeros(3, len(self.sums))
         per_weight.index_add_(1, weight_index.to(self.sums.device), per_vector)
         mean, number = euler_values(per_weight)
@@ -154,7 +156,9 @@ class EulerTest:
 
 def rms_of(total: float, number: float) -> float:
     """The root mean square of ``number`` values whose squares add up to ``total``; nan of none."""
-    return math.sqrt(total / number) if number else math.nan
+    if number:
+        return math.sqrt(total / number)
+    return math.nan
 
 
 def whole_values(number: float) -> int:

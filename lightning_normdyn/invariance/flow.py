@@ -260,20 +260,27 @@ def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
     short as possible."""
     i = j = 0
     while i < len(old) and j < len(new):
-        start_i, start_j, size_i, size_j = i, j, old[i], new[j]
-        i, j = i + 1, j + 1
+        start_i = i
+        start_j = j
+        size_i = old[i]
+        size_j = new[j]
+        i += 1
+        j += 1
         while size_i != size_j:
             if size_i < size_j:
-                size_i, i = size_i * old[i], i + 1
+                size_i = size_i * old[i]
+                i += 1
             else:
-                size_j, j = size_j * new[j], j + 1
+                size_j = size_j * new[j]
+                j += 1
         yield slice(start_i, i), slice(start_j, j)
     # What is left has size 1.
     yield slice(i, len(old)), slice(j, len(new))
 
 
 def _reshaped_offset(offset: Offset, old: Shape, new: Shape) -> Offset:
-    varies, parameter = [False] * len(new), offset.parameter
+    varies = [False] * len(new)
+    parameter = offset.parameter
     for before, after in _blocks(old, new):
         if not any(offset.varies[before]):
             continue
@@ -310,7 +317,8 @@ def unsqueezed(flow: Flow, dim: int) -> Flow:
     """A dimension of size 1 in front of ``dim``."""
     offset = flow.offset
     if offset:
-        in_front, behind = offset.varies[:dim], offset.varies[dim:]
+        in_front = offset.varies[:dim]
+        behind = offset.varies[dim:]
         # Broadcasting aligns at the right: in front of those it varies along, the dimension changes
         # nothing.
         token = (offset.token, dim) if any(in_front) else offset.token

@@ -161,7 +161,9 @@ def _apply_rule(operation: Operation, flows: Flows) -> Flows:
         # A rule that meets something unforeseen costs a target, not a training run.
         found = f"{type(error).__name__}: {error}"
         raise Blocked(f"the rule for {operation.place} failed ({found})") from None
-    return result if isinstance(result, Sequence) else [result]
+    if isinstance(result, Sequence):
+        return result
+    return [result]
 
 
 def _normalization_name(operation: Operation) -> str:

@@ -174,4 +174,6 @@ def _plain(value: Any) -> Any:
     """A setting that can be compared; of anything else only whether it is the same object."""
     if type(value) in _PLAIN:
         return value
-    return tuple(value) if isinstance(value, list) else id(value)
+    if isinstance(value, list):
+        return tuple(value)
+    return id(value)

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
+# Name and module of a forward; ``("", None)`` outside of all.
+Owner = tuple[str, nn.Module | None]
+
 
 def _nodes_so_far() -> int:
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
@@ -24,7 +27,7 @@ class ModuleSpans:
     def __init__(self) -> None:
         self._open: list[tuple[nn.Module, str, int]] = []
         self._closed: list[tuple[int, int, str, nn.Module]] = []
-        self._painted: tuple[list[int], list[tuple[str, nn.Module | None]]] | None = None
+        self._painted: tuple[list[int], list[Owner]] | None = None
 
     def enter(self, module: nn.Module, name: str) -> None:
         """The forward of ``module`` begins."""
@@ -41,7 +44,7 @@ class ModuleSpans:
         self._closed.append((start, _nodes_so_far(), name, module))
         self._painted = None
 
-    def module_of(self, node: Node) -> tuple[str, nn.Module | None]:
+    def module_of(self, node: Node) -> Owner:
         """Name and module of the innermost forward in which ``node`` was created; ``("", None)``
         outside of all."""
         # Painted once for all nodes of a graph: a search through all calls for each would be slow.
@@ -50,18 +53,21 @@ class ModuleSpans:
         starts, owners = self._painted
         return owners[bisect.bisect_right(starts, node._sequence_nr())]
 
-    def _paint(self) -> tuple[list[int], list[tuple[str, nn.Module | None]]]:
+    def _paint(self) -> tuple[list[int], list[Owner]]:
         """Breakpoints on the number line, and the innermost module between them."""
-        nobody: tuple[str, nn.Module | None] = ("", None)
-        calls = [(start, stop, i, name, m) for i, (start, stop, name, m) in enumerate(self._closed)]
+        nobody: Owner = ("", None)
+        calls = []
+        for i, (start, stop, name, module) in enumerate(self._closed):
+            calls.append((start, stop, i, name, module))
         # Open calls (a loss computed inside a forward) last until now, and are around all others.
         now = _nodes_so_far()
-        calls += [(start, now, 10**9, name, m) for m, name, start in self._open]
+        for module, name, start in self._open:
+            calls.append((start, now, 10**9, name, module))
         # Outer calls start no later and end no earlier than inner ones, and are closed after them.
         calls.sort(key=lambda call: (call[0], -call[1], -call[2]))
         starts: list[int] = []
         owners = [nobody]
-        stack: list[tuple[int, tuple[str, nn.Module | None]]] = []
+        stack: list[tuple[int, Owner]] = []
 
         def mark(position: int) -> None:
             owner = stack[-1][1] if stack else nobody

@@ -10,7 +10,11 @@ from torch import Tensor, nn
 
 from lightning_normdyn.errors import NoTargetsError
 
+# What torch.compile, FSDP and activation checkpointing put into the name of a parameter.
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+# For each weight all its names.
+NamesOfEach = Sequence[tuple[str, ...]]
 
 
 def clean_name(name: str) -> str:
@@ -57,6 +61,7 @@ def normalize_params(params: str | Sequence[str]) -> list[str]:
         ['layer1.*']
     """
     patterns = [params] if isinstance(params, str) else params
+    # Bytes and mappings can be iterated over, too, but give numbers and keys.
     if isinstance(patterns, (bytes, Mapping)) or not isinstance(patterns, Iterable):
         raise ValueError(
             f"`params` must be 'auto', a glob pattern, or a list of them, got {params!r}."
@@ -80,7 +85,7 @@ def normalize_params(params: str | Sequence[str]) -> list[str]:
 
 def match_patterns(
     params: str | Sequence[str],
-    names: Sequence[tuple[str, ...]],
+    names: NamesOfEach,
     what: str = "weights",
     *,
     all_must_match: bool = True,
@@ -111,6 +116,7 @@ def match_patterns(
 
     def matching(pattern: str) -> set[int]:
         matches = _indices_matching(pattern, names)
+        # A pattern that matches nothing is misspelt, and would leave weights out unnoticed.
         if not matches and all_must_match:
             raise NoTargetsError(_nothing_matches(pattern, names, what))
         return matches
@@ -118,27 +124,34 @@ def match_patterns(
     includes = [matching(p) for p in patterns if not p.startswith("!")]
     excludes = [matching(p[1:]) for p in patterns if p.startswith("!")]
     # Only excludes: all minus them.
-    chosen = set().union(*includes) if includes else set(range(len(names)))
+    chosen = set(range(len(names)))
+    if includes:
+        chosen = set().union(*includes)
     return sorted(chosen.difference(*excludes))
 
 
-def _indices_matching(pattern: str, names: Sequence[tuple[str, ...]]) -> set[int]:
+def _indices_matching(pattern: str, names: NamesOfEach) -> set[int]:
     # An exact name comes first: it may hold a bracket, which a glob reads as a set of characters.
     exact = {i for i, aliases in enumerate(names) if pattern in aliases}
     if exact:
         return exact
     matches = set()
     for i, aliases in enumerate(names):
+        # A tied weight has several names, and a person may know it by any of them.
         if any(fnmatchcase(name, pattern) for name in aliases):
             matches.add(i)
     return matches
 
 
-def _nothing_matches(pattern: str, names: Sequence[tuple[str, ...]], what: str) -> str:
+def _nothing_matches(pattern: str, names: NamesOfEach, what: str) -> str:
     everything = [name for aliases in names for name in aliases]
-    shown = ", ".join(everything[:12]) + (", ..." if len(everything) > 12 else "")
+    shown = ", ".join(everything[:12])
+    if len(everything) > 12:
+        shown += ", ..."
     near = difflib.get_close_matches(pattern, everything, n=3, cutoff=0.4)
-    closest = f" The nearest: {', '.join(near)}." if near else ""
+    closest = ""
+    if near:
+        closest = f" The nearest: {', '.join(near)}."
     return (
         f"`params` has the pattern {pattern!r}, which matches none of the {len(names)} {what}: "
         f"{shown or '(there are none)'}.{closest} Correct the pattern, or use params='auto'."

@@ -72,8 +72,9 @@ def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
     numbers = math.prod(shape)
     if filter_partition(module, name, shape).n == numbers:
         return True
-    layer = isinstance(_owner(module, name), (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
-    return not layer and max(shape, default=1) == numbers and shape[-1] == 1
+    owner = _owner(module, name)
+    is_layer = isinstance(owner, (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd))
+    return not is_layer and max(shape, default=1) == numbers and shape[-1] == 1
 
 
 # From the finest to the coarsest.
@@ -98,7 +99,8 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
         >>> choose_partition(verdict, "auto", Partition.filters((10, 4))).granularity
         'filter'
     """
-    known, withdrawn = verdict.partition, verdict.withdrawn_partition
+    known = verdict.partition
+    withdrawn = verdict.withdrawn_partition
     if known is None and withdrawn is not None and granularity in ("auto", withdrawn.granularity):
         # Who named the weight gets the same vectors as before the gradients spoke.
         return withdrawn
@@ -113,7 +115,9 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     if verdict.waits:
         return Partition.layer(verdict.shape)
     if granularity == "auto" or (known is not None and granularity == known.granularity):
-        return fallback if known is None else known
+        if known is None:
+            return fallback
+        return known
     if known is None:
         if granularity == "layer":
             return Partition.layer(verdict.shape)
@@ -131,6 +135,7 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
             f"filters, so no groups are known. "
             "Use 'auto', 'filter' or 'layer'."
         )
+    # Coarser is always right: what may be scaled separately may also be scaled together.
     if _FINENESS.index(granularity) < _FINENESS.index(known.granularity):
         raise NotSupportedError(
             f"granularity={granularity!r} was asked for `{verdict.name}`, but {by} makes it "

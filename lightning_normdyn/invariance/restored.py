@@ -28,8 +28,11 @@ def restored(module: nn.Module, *, weights: bool = True) -> Iterator[None]:
         (True, [0.0, 0.0])
     """
     modes = [(part, part.training) for part in module.modules()]
+    # A lazy parameter has no values yet that could be copied.
     parameters = [p for p in module.parameters() if not is_lazy(p)]
-    copies = [(p, p.detach().clone()) for p in parameters] if weights else []
+    copies = []
+    if weights:
+        copies = [(p, p.detach().clone()) for p in parameters]
     buffers = [
         (owner, name, buffer, buffer.detach().clone())
         for owner in module.modules()

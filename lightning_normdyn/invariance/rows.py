@@ -62,14 +62,15 @@ class Rows:
         self.met = torch.zeros(n + 1, dtype=torch.bool, device="cpu")
         # Some loss read only a part of the rows: which part it is may depend on the batch.
         self.varies = False
+        no_rows = torch.empty(0, dtype=torch.long, device="cpu")
         # Rows that were picked by an index tensor: the data say which rows meet.
-        self.picked = torch.empty(0, dtype=torch.long, device="cpu")
+        self.picked = no_rows
         # Places where rows were picked by indices that cannot be looked at.
         self.veiled: dict[str, None] = {}
         # Entries were left out along a dimension that these rows are not cut along.
         self.cut_elsewhere = False
         # Rows of which each rank follows only its part (tensor parallelism).
-        self.sharded = torch.empty(0, dtype=torch.long, device="cpu")
+        self.sharded = no_rows
         # Other ranks follow the rest of them, and have not been asked yet.
         self.elsewhere = False
 
@@ -93,18 +94,22 @@ class Rows:
         # A pair as one number: activations repeat the same few pairs many times.
         size = len(self.parent)
         pairs = distinct(left[differ] * size + right[differ])
-        left, right = pairs // size, pairs % size
+        left = pairs // size
+        right = pairs % size
         if bool((torch.minimum(left, right) == 0).any()):
             self.reasons.setdefault(reason)
 
         # Hook the larger root below the smaller, then flatten, until no pair is apart.
         while True:
-            left, right = self.parent[left], self.parent[right]
+            left = self.parent[left]
+            right = self.parent[right]
             apart = left != right
             if not apart.any():
                 return
-            left, right = left[apart], right[apart]
-            smaller, larger = torch.minimum(left, right), torch.maximum(left, right)
+            left = left[apart]
+            right = right[apart]
+            smaller = torch.minimum(left, right)
+            larger = torch.maximum(left, right)
             self.parent.scatter_reduce_(0, larger, smaller, "amin")
             while not torch.equal(flat := self.parent[self.parent], self.parent):
                 self.parent = flat
@@ -138,7 +143,8 @@ class Rows:
 
     def pick(self, rows: Tensor) -> None:
         """These rows were picked by an index tensor."""
-        self.picked = distinct(torch.cat([rows.flatten(), self.picked]))
+        picked = torch.cat([rows.flatten(), self.picked])
+        self.picked = distinct(picked)
 
     def reached(self) -> Tensor:
         """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of
@@ -170,7 +176,8 @@ class Rows:
         self.pick(other.picked)
         self.veiled |= other.veiled
         self.cut_elsewhere |= other.cut_elsewhere
-        self.sharded = distinct(torch.cat([self.sharded, other.sharded]))
+        sharded = torch.cat([self.sharded, other.sharded])
+        self.sharded = distinct(sharded)
 
 
 def distinct(values: Tensor) -> Tensor:

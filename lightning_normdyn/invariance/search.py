@@ -133,9 +133,14 @@ class ScaleInvarianceSearch:
         if self._stack is not None:
             return
         state = self._normalizations.state()
+        # A BatchNorm in evaluation mode normalizes no more: what was learnt holds for another
+        # function than the one to come.
         if state != self._judged_in:
             self._judged_in = state
-            self._candidates, self._hidden, self._shapes, self._earlier = {}, {}, {}, {}
+            self._candidates = {}
+            self._hidden = {}
+            self._shapes = {}
+            self._earlier = {}
         with ExitStack() as stack:
             stack.callback(self._forget_passes)
             stack.enter_context(visible_graph())
@@ -143,6 +148,8 @@ class ScaleInvarianceSearch:
                 self._module_names[module] = clean_name(name)
                 self._hooks.append(module.register_forward_pre_hook(self._enter))
                 self._hooks.append(module.register_forward_hook(self._leave))
+            # Kept only here: had anything above raised, leaving the block would have removed the
+            # hooks that were set by then.
             self._stack = stack.pop_all()
         self.masks.begin()
         self._written.start(self._slots)
@@ -158,11 +165,14 @@ class ScaleInvarianceSearch:
 
     def start_afresh(self, verdicts: Mapping[str, Verdict]) -> None:
         """Forget what was found, but for ``verdicts``: the network is another one."""
-        self.verdicts, self._earlier, self._judged_in = dict(verdicts), {}, None
+        self.verdicts = dict(verdicts)
+        self._earlier = {}
+        self._judged_in = None
 
     def close(self) -> None:
         """Remove every hook and restore compilation and checkpoints; idempotent."""
-        stack, self._stack = self._stack, None
+        stack = self._stack
+        self._stack = None
         if stack is not None:
             stack.close()
 
@@ -246,12 +256,14 @@ class ScaleInvarianceSearch:
 
     def _follow(self, graph: Graph, shapes: Mapping[str, Shape], k: int) -> None:
         """Follow the ``k``-th cut of every weight that has so many."""
-        leaves, rows = {}, {}
+        leaves = {}
+        rows = {}
         for name, shape in shapes.items():
             if len(self._candidates[name]) <= k:
                 continue
             candidate = self._candidates[name][k]
-            keep, labels = candidate.finest.keep, candidate.finest.labels
+            keep = candidate.finest.keep
+            labels = candidate.finest.labels
             along_kept = [size if dim in keep else 1 for dim, size in enumerate(shape)]
             # Rows count from 1.
             leaves[name] = (labels + 1).reshape(along_kept)
@@ -266,7 +278,9 @@ class ScaleInvarianceSearch:
             # Only another cut can show which entries were left out (``pos[:, :, :n]``).
             return self._cuts(name, shape)[1:]
         # A cut along the other axis (``x @ W``) may be finer.
-        return [] if first.is_finest else self._cuts(name, shape)[1:2]
+        if first.is_finest:
+            return []
+        return self._cuts(name, shape)[1:2]
 
     def _judge_all(self, shapes: Mapping[str, Shape]) -> None:
         for name, shape in shapes.items():
@@ -275,7 +289,8 @@ class ScaleInvarianceSearch:
 
     def _doubted(self, verdict: Verdict) -> Verdict:
         """The verdict, or none where something else speaks against the claim that it makes."""
-        name, shape = verdict.name, verdict.shape
+        name = verdict.name
+        shape = verdict.shape
         if verdict.partition is None and not verdict.waits:
             return verdict
         writer = self._written.writer(name)
@@ -310,13 +325,15 @@ class ScaleInvarianceSearch:
         """
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return
+        # By axis and not by position: ranks may have looked at different cuts.
         own_rows = {
             name: {candidate.finest.keep: candidate.rows for candidate in candidates}
             for name, candidates in self._candidates.items()
         }
         of_ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(of_ranks, (own_rows, self._hidden, self._shapes))
-        self._hidden, self._shapes = {}, {}
+        self._hidden = {}
+        self._shapes = {}
         # The lowest rank that knows a weight has the last word, on every rank.
         for _, hidden, shapes in reversed(of_ranks):
             self._hidden |= hidden
@@ -342,6 +359,7 @@ class ScaleInvarianceSearch:
     def _cuts(self, name: str, shape: Shape) -> list[Partition]:
         """The finest vectors along the filter axis, along the other, and along those behind."""
         filters = self._filters(name, shape)
-        other = Partition.filters(shape, axis=0 if filters.keep == (0, 1) else 1)
+        other_axis = 0 if filters.keep == (0, 1) else 1
+        other = Partition.filters(shape, axis=other_axis)
         behind = [axis for axis in range(2, len(shape)) if shape[axis] > 1]
         return [filters, other, *(Partition.filters(shape, axis=axis) for axis in behind)]

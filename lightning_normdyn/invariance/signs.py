@@ -83,7 +83,8 @@ class ValueSigns:
                 self._signs[node.node, k] = sign
 
     def _sign_of_result(self, node: GraphNode) -> Sign:
-        name, sources = node.name, node.sources
+        name = node.name
+        sources = node.sources
         if name in _NEVER_NEGATIVE:
             return Sign.NONNEGATIVE
         has_two = len(sources) == 2
@@ -130,9 +131,11 @@ class ValueSigns:
         # Rows that were appended to the first factor, or columns to the second, come out as
         # appended.
         for k, dim in ((0, -2), (1, -1)):
-            source, factor = node.sources[k], node.sources[1 - k]
+            source = node.sources[k]
+            factor = node.sources[1 - k]
             padding = None if source is None else self._paddings.get(source)
             if padding is not None and padding.dim == dim and self.of(factor) != Sign.ANY:
+                # Each such entry is a sum of products of what is not negative.
                 return replace(padding, sign=Sign.STATISTIC)
         return None
 
@@ -153,13 +156,16 @@ def _new_padding(node: GraphNode) -> Padding | None:
 
 def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
     """Where the padded entries of the one input lie in the output."""
-    shape, out = node.inputs[0], node.outputs[0]
+    shape = node.inputs[0]
+    out = node.outputs[0]
     if shape is None:
         return None
     if node.name in ("TransposeBackward0", "TBackward0"):
         swapped = {-1, -2}
         if node.name == "TransposeBackward0":
-            swapped = {_from_the_right(node.node, key, len(out)) for key in ("dim0", "dim1")}
+            first = _from_the_right(node.node, "dim0", len(out))
+            second = _from_the_right(node.node, "dim1", len(out))
+            swapped = {first, second}
         if padding.dim not in swapped:
             return padding
         # -1 becomes -2 and the other way round. Further in front it is not followed.
@@ -181,4 +187,6 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
 
 def _from_the_right(node: Node, key: str, ndim: int) -> int:
     dim: int = signed(getattr(node, f"_saved_{key}"))
-    return dim - ndim if dim >= 0 else dim
+    if dim >= 0:
+        return dim - ndim
+    return dim

@@ -14,6 +14,7 @@ from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.tables import aligned, render
 
 
+# Not compared by value: two tensors are equal entry by entry, which is no yes or no.
 @dataclass(frozen=True, eq=False)
 class NormLink:
     """A normalization with running statistics that a weight's vectors feed.
@@ -91,12 +92,16 @@ class Verdict:
     @property
     def n(self) -> int:
         """Number of vectors."""
-        return 0 if self.partition is None else self.partition.n
+        if self.partition is None:
+            return 0
+        return self.partition.n
 
     @property
     def unread_rows(self) -> str:
         """How many rows no loss has read so far, in words; empty if there are none."""
-        return "" if self.unread is None else unread_in_words(self.unread)
+        if self.unread is None:
+            return ""
+        return unread_in_words(self.unread)
 
     @property
     def waits(self) -> bool:
@@ -116,6 +121,7 @@ class Verdict:
         return replace(
             self._without_claim(f"{by} says {self.kind}, but {found}"),
             known=known,
+            # The vectors are kept: who has named the weight goes on with the same ones.
             withdrawn_partition=self.partition,
         )
 
@@ -155,6 +161,7 @@ class Verdict:
 
     def state(self) -> dict[str, Any]:
         """As plain tensors, numbers and strings, for a checkpoint."""
+        # Not by `dataclasses.asdict`, which would copy every tensor.
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         # Whoever stores it keeps it by name.
         del state["name"]
@@ -169,6 +176,7 @@ class Verdict:
     @classmethod
     def from_state(cls, name: str, state: Mapping[str, Any]) -> Verdict:
         """The inverse of `state`."""
+        # A checkpoint of a later version may hold more than this one knows.
         known = {field.name for field in fields(cls)}
         values = {key: value for key, value in state.items() if key in known}
         for key in _PARTITIONS:
@@ -226,6 +234,7 @@ TABLE_COLUMNS = (
 
 def _cells(verdict: Verdict) -> tuple[str, ...]:
     known = verdict.known
+    # Without a claim nothing rests on the assumption.
     if verdict.eps and verdict.partition is not None:
         known += " (eps, padding or a condition assumed harmless)"
     return (

@@ -43,7 +43,8 @@ class _Counted:
             with _LOCK:
                 self._users -= 1
                 if not self._users and self._undo is not None:
-                    undo, self._undo = self._undo, None
+                    undo = self._undo
+                    self._undo = None
                     undo()
 
 
@@ -85,9 +86,8 @@ def _show_checkpoints() -> Callable[[], None]:
     setattr(function, "apply", ours)  # noqa: B010 (a method, to type checkers)
 
     def undo() -> None:
-        if (
-            vars(function).get("apply") is not ours
-        ):  # somebody patched it after us; theirs calls ours, which then does nothing
+        # Somebody has patched it after us: theirs calls ours, which then does nothing.
+        if vars(function).get("apply") is not ours:
             return
         if own is None:
             delattr(function, "apply")

@@ -87,7 +87,8 @@ class WrittenWeights:
 
     def stop(self) -> None:
         """The forward passes are over: keep no weight alive."""
-        self._running, self._at_start = {}, {}
+        self._running = {}
+        self._at_start = {}
 
     def writer(self, name: str) -> str | None:
         """The class of the module whose forward pass writes this weight; None if none does."""

@@ -21,7 +21,8 @@ from lightning_normdyn.invariance.rules.operation import Operation
 
 def with_bias(operation: Operation, flow: Flow, k: int) -> Flow:
     """The flow plus input ``k``, along the last dimension."""
-    shape, out = operation.inputs[k], operation.out
+    shape = operation.inputs[k]
+    out = operation.out
     ndim = len(out)
     in_part = with_bias_in_part(operation, flow, k, ndim - 1)
     if in_part is not None:
@@ -58,6 +59,7 @@ def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flo
     zero; None if none are, or that cannot be said."""
     out = operation.out
     zeros = _zeros(operation, k)
+    # With an offset before the bias, no entry is left that has none.
     if zeros is None or zeros.shape != (out[dim],) or flow.offset:
         return None
     if not bool(zeros.any()):
@@ -72,7 +74,8 @@ def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flo
     biased = torch.where(zeros, 0, rows)
     if not bool(biased.any()):
         return free
-    with_offset = shifted(replace(flow, rows=biased), along([dim], len(out)))
+    scaled = replace(flow, rows=biased)
+    with_offset = shifted(scaled, along([dim], len(out)))
     return joined([free, with_offset])
 
 
@@ -84,6 +87,7 @@ def _zeros(operation: Operation, k: int) -> Tensor | None:
     ``bias[2:4] = 0``): taken as such, and the claim is marked.
     """
     edge = operation.source(k)
+    # A whole parameter has no constant entries, and of a constant there is nothing to see.
     if edge is None or edge in operation.parameters:
         return None
     shape = operation.shape(k)
@@ -105,7 +109,8 @@ def _constant_entries(
         return everything
     if edge in parameters:
         return ~everything
-    node, name = edge[0], node_name(edge[0])
+    node = edge[0]
+    name = node_name(edge[0])
     sources = sources_of(node)
     if name == "CatBackward0":
         return _constants_of_pieces(sources, size, parameters)
@@ -128,10 +133,12 @@ def _constants_of_pieces(
     sources: tuple[Edge | None, ...], size: int, parameters: Mapping[Edge, str]
 ) -> Tensor | None:
     """`_constant_entries` of pieces that were concatenated."""
+    # A constant does not show its size, so two of them cannot be told apart.
     if sources.count(None) > 1:
         return None
     # One constant takes what the others leave.
-    rest, pieces = size, []
+    rest = size
+    pieces = []
     for source in sources:
         if source is not None:
             rest -= edge_shape(source)[0]
@@ -157,7 +164,8 @@ def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tenso
         return None
     # The graph does not say where was written, but its backward does. These nodes save nothing, so
     # running them twice costs the real backward nothing.
-    output, parameter = GradientEdge(*edge), GradientEdge(*below)
+    output = GradientEdge(*edge)
+    parameter = GradientEdge(*below)
     metadata = edge[0]._input_metadata[edge[1]]
     ones = torch.ones(size, dtype=metadata.dtype, device=metadata.device)
     (passed,) = torch.autograd.grad([output], [parameter], [ones], retain_graph=True)

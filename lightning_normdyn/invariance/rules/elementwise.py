@@ -282,7 +282,8 @@ def _clamp(operation: Operation, flows: Flows) -> Flow:
     may_cut_above = len(flows) == 3
     if len(flows) == 1:
         # Bounds by numbers. Those by tensors are not looked at.
-        low, high = operation.attribute("min"), operation.attribute("max")
+        low = operation.attribute("min")
+        high = operation.attribute("max")
         if low == 0 and high is None:
             return _nonnegative(pure(operation, flow))
         may_cut_above = high is not None

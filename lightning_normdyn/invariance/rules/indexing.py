@@ -40,6 +40,7 @@ def _index_select(operation: Operation, flow: Flow) -> Flow:
     operation.left_out(flow, [dim])
     index = operation.indices("index", flow, [dim])
     rows = flow.rows
+    # One row for the whole dimension is also that of whatever is picked from it.
     if rows.size(dim) > 1:
         rows = compact(rows.index_select(dim, index.cpu()))
         operation.rows.pick(rows)
@@ -49,10 +50,12 @@ def _index_select(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("GatherBackward0")
 def _gather(operation: Operation, flow: Flow) -> Flow:
     """Entries along one dimension, at other indices for every place of the others."""
-    shape, out = operation.shape(), operation.out
+    shape = operation.shape()
+    out = operation.out
     if not shape:
         return flow
-    dim, rows = operation.dim(), flow.rows
+    dim = operation.dim()
+    rows = flow.rows
     wide = list(out)
     wide[dim] = shape[dim]
     smaller = []
@@ -141,7 +144,8 @@ def _offset_at(offset: Offset, index: Index, ndim: int) -> Offset:
     # the last.
     stays: list[tuple[int, bool]] = []
     positions = []
-    is_indexed, dim = False, 0
+    is_indexed = False
+    dim = 0
     for position, i in enumerate(index):
         stop = dim + _width(i)
         if i is None:
@@ -177,8 +181,10 @@ def _index_put(operation: Operation, flows: Flows) -> Result:
         raise Blocked(f"the indices of {operation.place} are inside a checkpoint")
     target, values = flows
     _, flow = present(flows)
+    # What is written over loses its offset and the rest keeps it: no one offset is right.
     pure(operation, flow)
     rows = target.rows if target else NO_ROW
+    # A copy: the target's own flow, which other operations may read, stays as it is.
     rows = rows.expand(operation.out).clone()
 
     written = NO_ROW
@@ -214,6 +220,7 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
     if not target:
         _, source = present(flows)
         added = _gathered_at(operation, source, dims)
+        # A target that requires grad is no fresh `torch.zeros`.
         if operation.inputs[0] is not None:
             raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
         # A constant target, nearly always `torch.zeros`.
@@ -252,7 +259,8 @@ def _segment_reduce(operation: Operation, flow: Flow) -> Flow:
 def _gathered_at(operation: Operation, source: Flow, dims: list[int]) -> Flow:
     """What comes out where entries of ``source`` come together along ``dims``."""
     _refuse_products(operation, source)
-    out, rows = operation.out, source.rows
+    out = operation.out
+    rows = source.rows
     # Which entries come together depends on the data, so all along these dimensions do.
     if rows.ndim == len(out):
         rows = operation.same_factor(rows, dims)
@@ -291,7 +299,8 @@ def _sign_of_sums(operation: Operation, lowest: Sign) -> Sign:
 def _embedding(operation: Operation, flow: Flow) -> Flow:
     """Rows of a table: each index reads one, so they need not be scaled together."""
     index = _indices_of_lookup(operation, flow)
-    rows, out = flow.rows, operation.out
+    rows = flow.rows
+    out = operation.out
     if rows.size(0) == 1:
         # Cut along its columns, the table looks the same from every index.
         columns = [1] * len(out)
@@ -306,7 +315,8 @@ def _embedding(operation: Operation, flow: Flow) -> Flow:
 def _embedding_bag(operation: Operation, flow: Flow) -> Flow:
     """Rows of a table are added, averaged or compared: which ones meet depends on the data, so all
     that occur go together."""
-    index, rows = _indices_of_lookup(operation, flow), flow.rows
+    index = _indices_of_lookup(operation, flow)
+    rows = flow.rows
     if rows.size(0) > 1:
         rows = rows[distinct(index.cpu())]
         operation.rows.pick(rows)

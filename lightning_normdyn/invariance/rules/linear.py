@@ -65,7 +65,9 @@ def _linear(operation: Operation, flows: Flows) -> Flow:
         transposed = permuted(weight, [1, 0])
         weight = lift(transposed, len(operation.out))
     flow = _contract(operation, flows[0], weight)
-    return with_bias(operation, flow, 2) if len(flows) > 2 else flow
+    if len(flows) > 2:
+        return with_bias(operation, flow, 2)
+    return flow
 
 
 @rule_for("MvBackward0")
@@ -90,6 +92,7 @@ def _dot(operation: Operation, flows: Flows) -> Flow:
             degree += pure(operation, flow).degree
             one = operation.same_factor(flow.rows, [0])
             rows.append(one.reshape(()))
+    # Where only one factor depends on the weight, both are the same, and this does nothing.
     operation.unite(rows[0], rows[-1])
     return Flow(degree, rows[0])
 
@@ -104,6 +107,7 @@ def _trilinear(operation: Operation, flows: Flows) -> Flow:
             continue
         degree += flow.degree
         factor = pure(operation, flow).rows
+        # This factor lacks these dimensions of the product: one row holds along them.
         for dim in sorted(operation.attribute(f"expand{k + 1}")):
             factor = factor.unsqueeze(dim)
         rows = factor if rows is None else operation.unite(rows, factor)
@@ -214,9 +218,11 @@ def _convolution(operation: Operation, flows: Flows) -> Flow:
     if len(flows) > 2 and flows[2] is not None:
         raise Blocked(f"the scale enters {operation.place} as its bias")
     degree: float = 0
-    offset, rows = None, None
+    offset = None
+    rows = None
     if x:
-        degree, rows = x.degree, _channels_of_input(operation, x)
+        degree = x.degree
+        rows = _channels_of_input(operation, x)
         offset = _offset_of_input(operation, x)
     if weight:
         degree += pure(operation, weight).degree
@@ -242,7 +248,8 @@ def _channels_of_input(operation: Operation, x: Flow) -> Tensor:
     if rows.size(1) == 1:
         return rows
     # Every output of a group sums over all inputs of the group.
-    groups, channels = operation.attribute("groups"), operation.out[1]
+    groups = operation.attribute("groups")
+    channels = operation.out[1]
     rows = rows.reshape(rows.size(0), groups, -1)
     rows = operation.same_factor(rows, [2])
     outputs = rows.expand(-1, -1, channels // groups)
@@ -256,12 +263,14 @@ def _offset_of_input(operation: Operation, x: Flow) -> Offset | None:
     if any(operation.attribute("padding")) or operation.attribute("transposed"):
         # What is added meets the zeros around it.
         spatial = [True] * len(spatial)
+    # Every output channel weighs what was added by a filter of its own.
     return x.offset.changed([samples, True, *spatial])
 
 
 def _channels_of_weight(operation: Operation, weight: Flow) -> Tensor:
     """The row that each output channel scales with, as its filter does: ``(1, channels)``."""
-    shape, ndim = operation.shape(1), weight.ndim
+    shape = operation.shape(1)
+    ndim = weight.ndim
     if operation.attribute("transposed"):
         # (inputs, outputs of one group, ...): a filter is one column within its group.
         rows = operation.same_factor(weight.rows, range(2, ndim))

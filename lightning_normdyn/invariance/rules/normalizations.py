@@ -79,7 +79,8 @@ def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
     if bool((rows != rows[:1]).any()):
         operation.rows.stale.setdefault(name)
         return
-    has_offset, bias = flow.offset is not None, None
+    has_offset = flow.offset is not None
+    bias = None
     if flow.offset:
         bias = flow.offset.parameter
     link = Link(name, rows[0], flow.degree, has_offset, bias)
@@ -120,7 +121,8 @@ def _layer_norm(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("NativeGroupNormBackward0")
 def _group_norm(operation: Operation, flow: Flow) -> Flow:
     """The channels of a group are normalized together."""
-    shape, groups = operation.shape(), operation.attribute("group")
+    shape = operation.shape()
+    groups = operation.attribute("group")
     spatial = range(2, len(shape))
     _check_epsilon(operation)
     offset = flow.offset

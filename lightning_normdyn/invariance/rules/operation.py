@@ -35,9 +35,13 @@ class Operation:
     """
 
     def __init__(self, node: GraphNode, rows: Rows, graph: Graph) -> None:
-        self.node, self.name = node.node, node.name
-        self.inputs, self.outputs = node.inputs, node.outputs
-        self.rows, self._sources, self._graph = rows, node.sources, graph
+        self.node = node.node
+        self.name = node.name
+        self.inputs = node.inputs
+        self.outputs = node.outputs
+        self.rows = rows
+        self._sources = node.sources
+        self._graph = graph
 
     @property
     def parameters(self) -> Mapping[Edge, str]:
@@ -48,7 +52,9 @@ class Operation:
     def place(self) -> str:
         """The operation and the module it ran in, for messages."""
         name, _ = self.module
-        return f"{self.name} in {name}" if name else self.name
+        if name:
+            return f"{self.name} in {name}"
+        return self.name
 
     @property
     def module(self) -> tuple[str, nn.Module | None]:
@@ -75,7 +81,9 @@ class Operation:
     def source(self, k: int) -> Edge | None:
         """The output of another operation that input ``k`` is; None: a constant, or no such
         input."""
-        return self._sources[k] if k < len(self._sources) else None
+        if k < len(self._sources):
+            return self._sources[k]
+        return None
 
     def parameter(self, k: int) -> str | None:
         """Name of the parameter that input ``k`` is, also behind a cast to another dtype."""
@@ -85,7 +93,9 @@ class Operation:
             if node_name(edge[0]) != "ToCopyBackward0":
                 return None
             (edge,) = sources_of(edge[0])
-        return None if edge is None else self.parameters[edge]
+        if edge is None:
+            return None
+        return self.parameters[edge]
 
     def sign(self, k: int) -> Sign:
         """What is known of the values of input ``k``, whether they scale or not."""
@@ -125,7 +135,9 @@ class Operation:
         """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they
         are one from here on)."""
         self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
-        return a if a.numel() <= b.numel() else b
+        if a.numel() <= b.numel():
+            return a
+        return b
 
     def indices(self, name: str, flow: Flow, dims: Iterable[int]) -> Any:
         """The saved indices with which entries of ``flow`` are picked along ``dims``; None where

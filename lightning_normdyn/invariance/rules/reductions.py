@@ -25,7 +25,9 @@ def _reduction_dims(operation: Operation) -> list[int]:
     if isinstance(dims, int):
         dims = [dims]
     # A tensor without dimensions may still be reduced along "dimension 0".
-    return [dim % ndim for dim in dims] if ndim else []
+    if ndim:
+        return [dim % ndim for dim in dims]
+    return []
 
 
 def _reduced(
@@ -49,13 +51,16 @@ def _reduced(
 
 def _sign_of_reduction(flow: Flow) -> Sign:
     """Sums and means of what is not negative are statistics."""
-    return Sign.ANY if flow.sign == Sign.ANY else Sign.STATISTIC
+    if flow.sign == Sign.ANY:
+        return Sign.ANY
+    return Sign.STATISTIC
 
 
 @unary_rule("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1")
 def _sum(operation: Operation, flow: Flow) -> Flow:
     """Entries that are added must scale alike."""
-    dims, offset = _reduction_dims(operation), flow.offset
+    dims = _reduction_dims(operation)
+    offset = flow.offset
     if offset:
         # The mean of what is constant is the same constant.
         is_mean = operation.name.startswith("Mean")
@@ -128,6 +133,7 @@ def _centered_moment(operation: Operation, flow: Flow, dims: Sequence[int]) -> F
 @unary_rule("CumsumBackward0")
 def _cumulative_sum(operation: Operation, flow: Flow) -> Flow:
     """Every entry becomes the sum of those before it."""
+    # An offset is added once more at each entry, so that afterwards it differs everywhere.
     rows = operation.same_factor(flow.rows, [operation.attribute("dim")])
     return Flow(flow.degree, rows, everywhere(flow))
 
@@ -211,7 +217,8 @@ def _pools_zeros(operation: Operation) -> bool:
 @unary_rule("Im2ColBackward0")
 def _im2col(operation: Operation, flow: Flow) -> Flow:
     """The windows of a convolution as columns: channels times places in the window, by windows."""
-    rows = operation.same_factor(flow.rows, [-1, -2]).squeeze(-1)
+    of_channels = operation.same_factor(flow.rows, [-1, -2])
+    rows = of_channels.squeeze(-1)
     if rows.size(-2) > 1:
         channels = operation.shape()[-3]
         places = operation.out[-2] // channels

@@ -10,6 +10,7 @@ from lightning_normdyn.invariance.rules.operation import Operation, only
 
 Result = Flow | Flows | None
 Rule = Callable[[Operation, Flows], Result]
+UnaryRule = Callable[[Operation, Flow], Result]
 
 # By the name of the autograd node.
 RULES: dict[str, Rule] = {}
@@ -72,14 +73,15 @@ def rule_for(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def unary_rule(*names: str) -> Callable[[Callable[[Operation, Flow], Result]], Rule]:
+def unary_rule(*names: str) -> Callable[[UnaryRule], Rule]:
     """Decorator like `rule_for`, for operations that a scale may enter only by their first input:
     the rule gets the flow of that one."""
 
-    def register(rule: Callable[[Operation, Flow], Result]) -> Rule:
+    def register(rule: UnaryRule) -> Rule:
         @functools.wraps(rule)
         def checked(operation: Operation, flows: Flows) -> Result:
-            return rule(operation, only(operation, flows))
+            flow = only(operation, flows)
+            return rule(operation, flow)
 
         return rule_for(*names)(checked)
 

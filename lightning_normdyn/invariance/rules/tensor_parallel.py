@@ -20,7 +20,8 @@ from lightning_normdyn.invariance.rules.registry import unary_rule
 @unary_rule("_ToTorchTensorBackward")
 def _to_local(operation: Operation, flow: Flow) -> Flow:
     """From a DTensor to this rank's part of it."""
-    before, after = operation.shape(), operation.out
+    before = operation.shape()
+    after = operation.out
     if before == after:
         return flow
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset

@@ -57,7 +57,8 @@ def _permute(operation: Operation, flow: Flow) -> Flow:
 def _transpose(operation: Operation, flow: Flow) -> Flow:
     """Two dimensions change places."""
     dims = list(range(flow.ndim))
-    i, j = operation.attribute("dim0"), operation.attribute("dim1")
+    i = operation.attribute("dim0")
+    j = operation.attribute("dim1")
     dims[i], dims[j] = dims[j], dims[i]
     return permuted(flow, dims)
 
@@ -111,6 +112,7 @@ def _slice(operation: Operation, flow: Flow) -> Flow:
         operation.left_out(flow, [dim])
     rows = flow.rows
     if rows.size(dim) > 1:
+        # By python's own rule, since a start may be negative or beyond the end.
         whole = slice(operation.attribute("start"), None)
         start, _, _ = whole.indices(size)
         steps = torch.arange(length, dtype=torch.long, device="cpu")
@@ -124,6 +126,7 @@ def _split(operation: Operation, flow: Flow) -> Flows:
     dim = operation.dim()
     # A piece may be used nowhere, and its rows are then not read.
     operation.left_out(flow, [dim])
+    # One row for the whole dimension is the row of every piece.
     pieces: Sequence[Tensor] = [flow.rows] * len(operation.outputs)
     if flow.rows.size(dim) > 1:
         sizes = [shape[dim] for shape in operation.outputs]
@@ -170,6 +173,7 @@ def _cat(operation: Operation, flows: Flows) -> Flow:
     wide = [max(sizes_of_dim) for sizes_of_dim in zip(*shapes, strict=True)]
     pieces = []
     for piece, size in zip(rows, sizes, strict=True):
+        # Along the joint every piece keeps its own size.
         wide[dim] = size
         pieces.append(piece.expand(wide))
 
@@ -214,7 +218,8 @@ def _joint_offset(flows: Flows, dim: int) -> Offset | None:
 @unary_rule("RollBackward0")
 def _roll(operation: Operation, flow: Flow) -> Flow:
     """Entries move along, and come in again at the other end."""
-    shifts, dims = operation.attribute("shifts"), operation.attribute("dims")
+    shifts = operation.attribute("shifts")
+    dims = operation.attribute("dims")
     if dims:
         return moved(flow, flow.rows.roll(shifts, dims), dims)
     # Without dimensions it goes across all of them, in the order of memory.
@@ -263,7 +268,9 @@ def _shuffle(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("DiagonalBackward0")
 def _diagonal(operation: Operation, flow: Flow) -> Flow:
     """Entries of a plane of two dimensions, in a new one at the end."""
-    i, j = operation.attribute("dim1"), operation.attribute("dim2")
+    i = operation.attribute("dim1")
+    j = operation.attribute("dim2")
+    # A diagonal needs entries of both, so a row that holds for all of one is written out.
     rows = expanded(flow.rows, operation.shape(), [i, j])
     rows = compact(rows.diagonal(operation.attribute("offset"), i, j))
     return replace(flow, rows=rows, offset=everywhere(flow, rows.ndim))
@@ -273,9 +280,11 @@ def _diagonal(operation: Operation, flow: Flow) -> Flow:
 def _unfold(operation: Operation, flow: Flow) -> Flow:
     """Windows along one dimension, which go into a new one."""
     dim = operation.attribute("dimension")
+    # One row for the whole dimension is that of every window, too.
     rows = flow.rows.unsqueeze(-1)
     if flow.rows.size(dim) > 1:
-        size, step = operation.attribute("size"), operation.attribute("step")
+        size = operation.attribute("size")
+        step = operation.attribute("step")
         rows = compact(flow.rows.unfold(dim, size, step))
     return replace(flow, rows=rows, offset=everywhere(flow, rows.ndim))
 
