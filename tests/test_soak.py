@@ -147,9 +147,12 @@ def test_a_replay_costs_at_its_end_what_it_cost_at_its_beginning(monkeypatch, tm
     not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc"
 )
 def test_twenty_thousand_steps_end_as_they_began():
-    look = soak((2_000, 5_000, 10_000, 20_000))
-    at = dict(zip((2_000, 5_000, 10_000, 20_000), range(4), strict=True))
+    # Operations are compared in the middle of epochs in which the same rules act: at the end of a
+    # chosen epoch, what InputSpanMonitor works out depends on the data.
+    steps = (2_000, 4_950, 10_000, 19_950, 20_000)
+    look = soak(steps)
+    at = dict(zip(steps, range(len(steps)), strict=True))
     assert look.memory[at[20_000]] <= 1.02 * look.memory[at[10_000]]
     assert look.sizes[at[20_000]] <= look.sizes[at[2_000]] + 256
-    assert look.operations[at[5_000]] == look.operations[at[20_000]]
+    assert look.operations[at[4_950]] == look.operations[at[19_950]]
     assert look.most_rows <= 4096
