@@ -1,5 +1,9 @@
 """What belongs to one fit of the monitor: when it measures, what waits for the host, the rows so
-far, their way to loggers and files, and how they go on after an interruption."""
+far, their way to loggers and files, and how they go on after an interruption.
+
+Over 500 lines, because all of these replace the same ledger: apart, each would need the others to
+know what it may replace.
+"""
 
 from __future__ import annotations
 
