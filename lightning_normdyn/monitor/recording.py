@@ -53,6 +53,8 @@ class Recording(Part[Any]):
         super().__init__(rule, worker, session)
         self.trainer = session.trainer
         self.is_off = bool(self.trainer.barebones)
+        # Names of the quantities that were asked for: looked up for every key of every row.
+        self.quantities: list[str] = rule.quantities or [each.name for each in monitored()]
         self.alarms = Alarms(self.trainer, alert=rule.alert)
         self.ledger = Ledger.new(separate=rule.quantities is not None)
         self.gauges: dict[int, StepGauge] = {}
@@ -71,11 +73,6 @@ class Recording(Part[Any]):
         recordings = [member for member in self.session.members if isinstance(member, Recording)]
         position = recordings.index(self)
         return f"-{position}" if position else ""
-
-    @property
-    def quantities(self) -> list[str]:
-        """Names of the quantities that were asked for."""
-        return self.rule.quantities or [quantity.name for quantity in monitored()]
 
     def _asked_for(self, key: str) -> bool:
         """Whether a log key belongs in history and loggers; counts always do."""
