@@ -9,6 +9,8 @@ import sys
 import pytest
 import torch
 
+from lightning_normdyn.optimizers.host_copy import HostCopy
+
 os.environ.setdefault("WANDB_SILENT", "true")
 
 
@@ -28,3 +30,24 @@ def _isolated(tmp_path, monkeypatch):
     # counters.
     if "torch._dynamo.utils" in sys.modules:
         sys.modules["torch._dynamo.utils"].counters.clear()
+
+
+@pytest.fixture(params=["at once", "later"])
+def arrival(request, monkeypatch):
+    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch
+    later."""
+    if request.param == "later":
+        monkeypatch.setattr(HostCopy, "arrives_later", True)
+
+
+@pytest.fixture
+def _no_run_left(monkeypatch):
+    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
+    # would report its use to its makers.
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    yield
+    # Only tests of loggers import it: it takes a while.
+    import wandb
+
+    wandb.finish()

@@ -19,14 +19,13 @@ from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
+    RescalingWorker,
     changes_function,
-    verify_targets,
-    warn_of_changed_function,
 )
 from lightning_normdyn.engine.selection import Selection
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, flag, number, record, table, text
-from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance
 from lightning_normdyn.optimizers.checks import check_rate
@@ -106,8 +105,10 @@ class _Drop:
         return rates
 
 
-class DropWorker(Worker["LRDropRescaling"]):
+class DropWorker(RescalingWorker["LRDropRescaling"]):
     """Rescales the targets of one optimizer when their learning rate drops."""
+
+    event = "lr_drop"
 
     _BY_NAME: ClassVar[Check] = staticmethod(table(text(), number(0.0)))
     STATE: ClassVar[Check] = staticmethod(
@@ -115,34 +116,21 @@ class DropWorker(Worker["LRDropRescaling"]):
     )
 
     def __init__(self, part: Selection[LRDropRescaling], plan: Plan) -> None:
-        super().__init__(part, plan)
-        rule = part.rule
-        warn_of_changed_function(rule, plan)
-        if rule.verify:
-            verify_targets(plan, part.session)
-        self.rescaler = Rescaler(plan, part.session, "rescale")
+        super().__init__(part, plan, "rescale")
         self.exponents: list[float] = []
         """Of each target; empty until the first step, when all callbacks have made their plans."""
         self.rates: dict[str, Rate] = {}
         """By weight name: param groups have no name that survives a resume."""
-        self.unmarked = False
-        """Whether a fused update turned out to have happened, so that the next row must tell of the
-        drop before it."""
         self._drop: _Drop | None = None
         self._fetched: dict[int, tuple[Tensor, int, float]] = {}
 
     @during(Phase.LR_DROP)
     def rescale(self, step: Step) -> None:
         """w <- w / k^e where the learning rate has fallen by k (NRQ paper, Corollary 2)."""
-        plan = self.plan
         # At the first step, so that a refusal does not wait for the drop.
         if not self.exponents:
             self.exponents = self._find_exponents()
-        # Marked here and not as soon as it is known: that depends on when somebody saves a
-        # checkpoint.
-        if self.unmarked:
-            self.unmarked = False
-            plan.mark("lr_drop")
+        self._mark_what_is_late()
         factors, rates = self._factors(step)
         # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
         # drop is due again at the next.
@@ -189,12 +177,6 @@ class DropWorker(Worker["LRDropRescaling"]):
 
     def _finish(self) -> None:
         self._drop = None
-
-    def _mark_now(self) -> None:
-        self.plan.mark("lr_drop")
-
-    def _mark_later(self) -> None:
-        self.unmarked = True
 
     def _rate_on_host(self, target: Target) -> float:
         """The rate of the coming step on the host; one that lives on a device is fetched only when
@@ -251,8 +233,8 @@ class DropWorker(Worker["LRDropRescaling"]):
 
     def inherit(self, earlier: DropWorker) -> None:
         """The rates of weights that stay, and a drop that is still to be told."""
+        super().inherit(earlier)
         self.rates = earlier.rates
-        self.unmarked = earlier.unmarked
 
     def forget(self, name: str) -> None:
         """Of the new weight of this name no rate is known."""
@@ -267,14 +249,14 @@ class DropWorker(Worker["LRDropRescaling"]):
         return {
             "last_lr": {name: rate.lr for name, rate in rates.items()},
             "last_fall": {name: rate.fall for name, rate in rates.items()},
-            "unmarked": self.unmarked,
+            **super().state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """As `state` gave it."""
         for name, lr in state["last_lr"].items():
             self.rates[name] = Rate(lr, state["last_fall"].get(name, 0.0))
-        self.unmarked = state["unmarked"]
+        super().load(state)
 
     def effect(self, target: Target) -> Effect:
         """Its length jumps at drops of the learning rate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import nan
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,37 +17,28 @@ from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
+    RescalingWorker,
     changes_function,
-    verify_targets,
-    warn_of_changed_function,
 )
 from lightning_normdyn.engine.selection import Selection
 from lightning_normdyn.engine.target import Target
-from lightning_normdyn.engine.value_checks import Check, flag, record
-from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.engine.worker import during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
-class RescaleWorker(Worker["WeightRescaling"]):
+class RescaleWorker(RescalingWorker["WeightRescaling"]):
     """Rescales the targets of one optimizer."""
 
-    STATE: ClassVar[Check] = staticmethod(record({"unmarked": flag}, closed=True))
+    event = "rescale"
 
     def __init__(self, part: Selection[WeightRescaling], plan: Plan) -> None:
-        super().__init__(part, plan)
         rule = part.rule
-        warn_of_changed_function(rule, plan)
-        if rule.verify:
-            verify_targets(plan, part.session)
         # Before any length is remembered: it refuses what could not be rescaled later.
-        self.rescaler = Rescaler(plan, part.session, rule.optimizer_state)
+        super().__init__(part, plan, rule.optimizer_state)
         self.lengths = self._target_lengths()
-        self.unmarked = False
-        """Whether a fused update turned out to have happened, so that the next row must tell of the
-        rescale after it."""
         if rule.weight_decay == "replace":
             claimed = plan.claimed
             check_decay_takeover(plan.optimizer, claimed)
@@ -82,11 +73,7 @@ class RescaleWorker(Worker["WeightRescaling"]):
     def rescale(self, step: Step) -> None:
         """w <- c w with c = target norm / |w| (WRS paper, section 5)."""
         plan = self.plan
-        # Marked here and not as soon as it is known: that depends on when somebody saves a
-        # checkpoint.
-        if self.unmarked:
-            self.unmarked = False
-            plan.mark("rescale")
+        self._mark_what_is_late()
         # The plan counts on over resumes. By the steps of this fit alone, a resumed run would
         # rescale at other steps than one that was never interrupted.
         if plan.number(step) % self.rule.every_n_steps or self._window() != "now":
@@ -102,25 +89,10 @@ class RescaleWorker(Worker["WeightRescaling"]):
         if not any(plan.vectors.has_gradient(step)):
             return
         if step.skipped is None:
-            plan.mark("rescale")
+            self._mark_now()
         else:
             # Only the device knows whether this update happened.
             step.when_done(self._mark_later)
-
-    def _mark_later(self) -> None:
-        self.unmarked = True
-
-    def inherit(self, earlier: RescaleWorker) -> None:
-        """The rescale after a fused update is still to be told."""
-        self.unmarked = earlier.unmarked
-
-    def state(self) -> dict[str, Any]:
-        """Whether a rescale is still to be told."""
-        return {"unmarked": self.unmarked}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """As `state` gave it."""
-        self.unmarked = state["unmarked"]
 
     def effect(self, target: Target) -> Effect:
         """It sets the length now and then, within its epochs."""

@@ -19,7 +19,7 @@ from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import DecayOwner
-from lightning_normdyn.optimizers.group_numbers import Number, group_number
+from lightning_normdyn.optimizers.group_numbers import Number
 from lightning_normdyn.optimizers.rate import applied_rate, has_plain_rate, rate_differs_within
 from lightning_normdyn.optimizers.step import Phase, Step
 
@@ -183,11 +183,6 @@ class Plan:
     def _empty(self) -> Tensor:
         vectors = self.vectors
         return torch.empty(vectors.n, dtype=vectors.sum_dtype, device=vectors.device)
-
-    def group_values(self, key: str) -> Tensor:
-        """A number of the param groups (``"weight_decay"``, ...) for each vector, ``(n,)`` float64,
-        read at this very step."""
-        return self.spread_groups(key, [group_number(group, key) for group, _ in self.groups])
 
     def spread_groups(self, key: str, values: list[Number]) -> Tensor:
         """One number per param group, for each vector: ``(n,)`` float64; cached under ``key`` while

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,11 @@ from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rule import Rule
+from lightning_normdyn.engine.selection import AnyRule, Selection
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.value_checks import Check, flag, record
+from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
@@ -291,6 +294,56 @@ def _tensors_of(inputs: tuple[Any, ...]) -> bool:
         elif not isinstance(each, Tensor):
             return False
     return True
+
+
+class RescalingWorker(Worker[AnyRule]):
+    """What the workers of these callbacks share: the rescaler, and marks that come late.
+
+    Args:
+        part: as for every worker; its rule has ``verify``.
+        plan: as for every worker.
+        optimizer_state: ``"rescale"`` or ``"keep"``.
+    """
+
+    STATE: ClassVar[Check] = staticmethod(record({"unmarked": flag}, closed=True))
+
+    event: ClassVar[str]
+    """What a change of length is called in the monitor's history."""
+
+    def __init__(self, part: Selection[Any], plan: Plan, optimizer_state: str) -> None:
+        super().__init__(part, plan)
+        warn_of_changed_function(part.rule, plan)
+        if part.rule.verify:
+            verify_targets(plan, part.session)
+        self.rescaler = Rescaler(plan, part.session, optimizer_state)
+        self.unmarked = False
+        """Whether a fused update turned out to have happened, so that the next row must tell of the
+        change of length that belongs to it."""
+
+    def _mark_now(self) -> None:
+        self.plan.mark(self.event)
+
+    def _mark_later(self) -> None:
+        self.unmarked = True
+
+    def _mark_what_is_late(self) -> None:
+        # Marked in the next step and not as soon as it is known: that depends on when somebody
+        # saves a checkpoint.
+        if self.unmarked:
+            self.unmarked = False
+            self._mark_now()
+
+    def inherit(self, earlier: Any) -> None:
+        """A change of length after a fused update is still to be told."""
+        self.unmarked = earlier.unmarked
+
+    def state(self) -> dict[str, Any]:
+        """Whether a change of length is still to be told."""
+        return {"unmarked": self.unmarked}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` gave it."""
+        self.unmarked = state["unmarked"]
 
 
 class RescalingPart(Part[Any]):

@@ -27,6 +27,20 @@ Check = Callable[[Any, str], None]
 """Raises `NormDynError` where a value is none of its kind; the text says where the value stands."""
 
 
+# What reading a damaged value may raise. Named one by one: a full memory or Ctrl-C says nothing
+# about a checkpoint.
+DAMAGE = (
+    KeyError,
+    IndexError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    OverflowError,
+    RuntimeError,
+    RecursionError,
+)
+
+
 def require(sound: bool, otherwise: str) -> None:
     """Refuse what is not ``sound``, with these words."""
     if not sound:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.engine.value_checks import DAMAGE
+from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.input_span.covariance import Covariance
 from lightning_normdyn.input_span.rows import InputRows, row_shape, spread_rows
 from lightning_normdyn.invariance.visibility import in_backward
@@ -119,8 +120,14 @@ class InputGatherer:
         """Go on from what `state` gave.
 
         Raises:
-            KeyError, ValueError, TypeError, RuntimeError: if it belongs to other layers.
+            NormDynError: if it is damaged, or belongs to other layers.
         """
+        try:
+            self._load(state, names)
+        except DAMAGE as error:
+            raise NormDynError(f"{type(error).__name__}: {error}") from error
+
+    def _load(self, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
         for weight, stream in self.streams.items():
             stream.load(state["sums"][names[weight]])
         self._generator.set_state(state["generator"])

@@ -23,7 +23,7 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, flag, optional, plain, record, whole
 from lightning_normdyn.engine.worker import Worker
-from lightning_normdyn.errors import NoTargetsError, NotSupportedError
+from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
 from lightning_normdyn.input_span.fixed_weights import (
     at_fixed_weights,
     progress,
@@ -213,7 +213,7 @@ class SpanPart(Part[Any]):
         try:
             gatherer.load(saved["gathered"], self._names())
         # The checkpoint may be of other layers. A training must not fail for a measurement.
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except NormDynError as error:
             warn_once(f"InputSpanMonitor drops the inputs gathered before the checkpoint: {error}")
             return False
         return True

@@ -28,6 +28,7 @@ from lightning_normdyn.invariance.rows import Rows
 from lightning_normdyn.invariance.rules.elementwise import negated, unchanged
 from lightning_normdyn.invariance.rules.operation import Operation
 from lightning_normdyn.invariance.rules.registry import RULES
+from lightning_normdyn.invariance.rules.views import permute, transpose, transpose_matrix, view
 
 # Stands in a map of entries where a constant has replaced the weight's entry.
 NO_ENTRY = -1
@@ -175,30 +176,19 @@ def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
 
 
 # Their rules say where entries go, and nothing else happens to these.
-_REARRANGES = (
-    "TBackward0",
-    "TransposeBackward0",
-    "PermuteBackward0",
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "UnsqueezeBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "SqueezeBackward3",
-)
+_REARRANGING = (view, permute, transpose, transpose_matrix)
 
 
 def _passes_on(name: str) -> bool:
     """Whether operations of this name move all entries on, and read none."""
-    return name in _REARRANGES or RULES.get(name) in (unchanged, negated)
+    return RULES.get(name) in (*_REARRANGING, unchanged, negated)
 
 
 def _rearranged(operation: Operation, entries: Tensor) -> Tensor:
-    if operation.name not in _REARRANGES:
+    rule = RULES[operation.name]
+    if rule not in _REARRANGING:
         return entries
-    moved = RULES[operation.name](operation, [Flow(1, entries)])
+    moved = rule(operation, [Flow(1, entries)])
     assert isinstance(moved, Flow)
     # Where nothing differs, a rule leaves one row for all.
     return moved.rows.expand(operation.out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_normdyn.engine.value_checks import require
+from lightning_normdyn.engine.value_checks import DAMAGE, require
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 
@@ -18,18 +18,7 @@ def check_history(value: Any, where: str) -> None:
     # Loaded, and not only looked at: nothing less shows whether a later load will succeed.
     try:
         History().load_state_dict(value)
-    # Named one by one: a full memory or Ctrl-C says nothing about the checkpoint.
-    except (
-        NormDynError,
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        OverflowError,
-        RuntimeError,
-        RecursionError,
-    ) as error:
+    except DAMAGE as error:
         raise NormDynError(f"{where} is no history ({type(error).__name__}: {error})") from error
 
 

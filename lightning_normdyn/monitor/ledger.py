@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from lightning_normdyn.engine.value_checks import DAMAGE
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.predictions import Prediction
@@ -279,17 +280,7 @@ class Ledger:
         # It says already what is wrong, and as a ValueError it would be caught below.
         except NormDynError:
             raise
-        # Named one by one: a full memory or Ctrl-C says nothing about the checkpoint.
-        except (
-            KeyError,
-            IndexError,
-            TypeError,
-            ValueError,
-            AttributeError,
-            OverflowError,
-            RuntimeError,
-            RecursionError,
-        ) as error:
+        except DAMAGE as error:
             raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
 
     @classmethod

@@ -84,7 +84,9 @@ _known_steps: WeakKeyDictionary[type, tuple[Any, OptimizerFacts | None]] = WeakK
 
 def _row_of_step(optimizer_class: type) -> OptimizerFacts | None:
     """The row whose step ``optimizer_class`` has, before its param groups are looked at."""
-    step = _step_of(optimizer_class)
+    # As it stands on the class, with whatever torch has wrapped around it: taking that off at every
+    # question costs more than one more search after torch has wrapped it.
+    step = getattr(optimizer_class, "step", None)
     known = _known_steps.get(optimizer_class)
     if known is None or known[0] is not step:
         known = _known_steps[optimizer_class] = (step, _find_row_of_step(optimizer_class))

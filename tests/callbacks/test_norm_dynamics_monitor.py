@@ -4,16 +4,15 @@ keeps."""
 from __future__ import annotations
 
 from math import atan2, isnan, sin, sqrt
-from typing import Any
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, Net, convnet, fit, loader, make, weights_of
-from replay import Recorder
+from models import TARGETS, Net, convnet, fit, loader, make
+from monitoring import KeepsRowsWithSteps, Trajectory, momentum, monitor
 from torch import nn
 
 from lightning_normdyn import (
@@ -23,54 +22,7 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.errors import NormDynWarning
-from lightning_normdyn.optimizers.host_copy import HostCopy
 from lightning_normdyn.parametrizations import weight_standardization
-
-
-class KeepsRows(Logger):
-    """A logger in memory."""
-
-    name, version = "rows", "0"
-
-    def __init__(self):
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def ours(self) -> list[tuple[int, dict[str, float]]]:
-        return [(step, row) for step, row in self.rows if "normdyn/weight_norm" in row]
-
-
-def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
-    return NormDynamicsMonitor(every, tables=False, **arguments)
-
-
-@pytest.fixture(params=["at once", "later"])
-def arrival(request, monkeypatch):
-    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch
-    later."""
-    if request.param == "later":
-        monkeypatch.setattr(HostCopy, "arrives_later", True)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-
-
-class Trajectory(Recorder):
-    """The weights after every batch, beside what the optimizers received."""
-
-    def on_train_start(self, trainer, pl_module):
-        super().on_train_start(trainer, pl_module)
-        self.weights = [self.start]
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights.append(weights_of(pl_module))
 
 
 def mean(values):
@@ -244,7 +196,7 @@ def test_a_weight_without_gradient_enters_no_average():
 
 @pytest.mark.parametrize("arguments", [{}, {"accumulate_grad_batches": 2}, {"max_steps": 5}])
 def test_the_x_axis_is_that_of_the_learning_rate_monitor(arguments):
-    rows = KeepsRows()
+    rows = KeepsRowsWithSteps()
     fit(
         make(),
         [monitor(2), LearningRateMonitor("step")],
@@ -260,7 +212,7 @@ def test_the_x_axis_is_that_of_the_learning_rate_monitor(arguments):
 
 
 def test_one_call_per_logging_step_and_logger(tmp_path):
-    first, second = KeepsRows(), KeepsRows()
+    first, second = KeepsRowsWithSteps(), KeepsRowsWithSteps()
     fit(make(), [monitor(2)], logger=[first, second, CSVLogger(tmp_path)])
     assert [step for step, _ in first.ours()] == [1, 3, 5, 7]
     assert first.ours() == second.ours()
@@ -274,7 +226,7 @@ def test_one_call_per_logging_step_and_logger(tmp_path):
 
 
 def test_log_keys():
-    rows = KeepsRows()
+    rows = KeepsRowsWithSteps()
     fit(
         make(make_optimizer=momentum),
         [monitor(), AdaptiveWeightShrink(0.5)],
@@ -296,7 +248,7 @@ def test_log_keys():
 
 
 def test_only_what_was_asked_for_is_logged_and_kept():
-    rows, watch = KeepsRows(), NormDynamicsMonitor(1, quantities=["effective_lr"])
+    rows, watch = KeepsRowsWithSteps(), NormDynamicsMonitor(1, quantities=["effective_lr"])
     fit(make(), [watch], logger=rows)
     logged = {key for _, row in rows.rows for key in row}
     assert logged == {
@@ -308,7 +260,7 @@ def test_only_what_was_asked_for_is_logged_and_kept():
 
 
 def test_the_history_keeps_the_rows_that_are_logged():
-    rows, watch = KeepsRows(), monitor()
+    rows, watch = KeepsRowsWithSteps(), monitor()
     fit(make(), [watch, AdaptiveWeightShrink(0.5)], logger=rows)
     assert len(watch.history) == len(rows.rows) == 8
     for (step, logged), kept in zip(rows.rows, watch.history, strict=True):
@@ -375,7 +327,7 @@ def test_barebones_measures_nothing():
 
 
 def test_numbers_that_are_not_finite_are_left_out():
-    module, rows = make(make_optimizer=momentum), KeepsRows()
+    module, rows = make(make_optimizer=momentum), KeepsRowsWithSteps()
     with torch.no_grad():
         module.net[0].weight.zero_()
     module.net[0].weight.register_hook(torch.zeros_like)
@@ -419,7 +371,7 @@ class Diverges(Net):
 def test_a_run_that_turns_nan_says_so_once_and_shows_it(every, capsys):
     watch, rows, module = (
         NormDynamicsMonitor(every),
-        KeepsRows(),
+        KeepsRowsWithSteps(),
         make(Diverges, make_optimizer=momentum),
     )
     with pytest.warns(NormDynWarning, match="not finite at step 5") as said:

@@ -16,6 +16,7 @@ from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import DecayOwner
+from lightning_normdyn.optimizers.group_numbers import group_number
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
@@ -150,4 +151,5 @@ def test_who_owns_the_decay():
 def test_numbers_of_the_groups(key):
     plan, optimizer = two_groups()
     optimizer.param_groups[1][key] = 0.5
-    assert plan.group_values(key).tolist() == [0, 0, 0.5, 0.5, 0.5]
+    numbers = [group_number(group, key) for group, _ in plan.groups]
+    assert plan.spread_groups(key, numbers).tolist() == [0, 0, 0.5, 0.5, 0.5]

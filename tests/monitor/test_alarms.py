@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Net, convnet, fit, loader, make
+from monitoring import in_groups
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, IterableDataset
@@ -111,21 +112,6 @@ def train_until_nan(
     tolerance = 0.5 if "as fast as now" in text else 0.1
     assert foretold(text) == pytest.approx(module.died_at - said_at, rel=tolerance)
     return module
-
-
-def in_groups(make_optimizer: Any) -> Any:
-    """Decay for the standardized weights alone, so that the bias that keeps the filter dead stays
-    where it is."""
-
-    def make_it(parameters: Any) -> Any:
-        weights, others = [], []
-        for p in parameters:
-            (weights if p.ndim == 4 else others).append(p)
-        return make_optimizer(
-            [{"params": weights}, {"params": others, "weight_decay": 0.0, "lr": 1e-4}]
-        )
-
-    return make_it
 
 
 def test_a_dead_filter_is_reported_before_the_loss_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:

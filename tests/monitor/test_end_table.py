@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-from models import TARGETS, ManualNet, Net, fit, loader, make, weights_of
+from models import TARGETS, fit, loader, make, weights_of
+from monitoring import Turns, momentum, monitor
 
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 from lightning_normdyn.monitor import end_table
-
-
-def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
-    return NormDynamicsMonitor(every, tables=False, **arguments)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
 def test_the_tables_at_start_and_end(capsys):
@@ -30,22 +21,6 @@ def test_the_tables_at_start_and_end(capsys):
         assert name in end
     assert "AWS" in start
     assert "→" in end
-
-
-class Turns(ManualNet):
-    """A GAN's way: the first half steps in every batch, ``repeats`` times, the second one in every
-    ``n_critic``-th batch."""
-
-    n_critic, offset, repeats = 5, 0, 1
-
-    def training_step(self, batch, batch_idx=0):
-        for index, optimizer in enumerate(self.optimizers()):
-            turns = self.repeats if index == 0 else int(batch_idx % self.n_critic == self.offset)
-            for _ in range(turns):
-                loss = Net.training_step(self, batch, batch_idx)
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
 
 
 def layers_now(watch):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger
 from models import SavesAt, fit, make
@@ -21,14 +20,7 @@ from lightning_normdyn.monitor.report.runs import load_run
 NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]
 
 
-@pytest.fixture(autouse=True)
-def _no_run_left(monkeypatch):
-    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
-    # would report its use to its makers.
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    yield
-    wandb.finish()
+pytestmark = pytest.mark.usefixtures("_no_run_left")
 
 
 @pytest.fixture

@@ -61,14 +61,7 @@ PICTURES = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_run_left(monkeypatch):
-    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
-    # would report its use to its makers.
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    yield
-    wandb.finish()
+pytestmark = pytest.mark.usefixtures("_no_run_left")
 
 
 def wandb_logger(folder: Path, **arguments: Any) -> WandbLogger:

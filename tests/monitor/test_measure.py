@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from models import convnet, fit, make
+from monitoring import in_groups
 from torch import Tensor
 from walk import Walk, batches, noise, start
 
@@ -15,21 +14,6 @@ from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.parametrizations import weight_standardization
 
 SGD = torch.optim.SGD
-
-
-def in_groups(make_optimizer: Any) -> Any:
-    """Decay for the standardized weights alone, so that the bias that keeps the filter dead stays
-    where it is."""
-
-    def make_it(parameters: Any) -> Any:
-        weights, others = [], []
-        for p in parameters:
-            (weights if p.ndim == 4 else others).append(p)
-        return make_optimizer(
-            [{"params": weights}, {"params": others, "weight_decay": 0.0, "lr": 1e-4}]
-        )
-
-    return make_it
 
 
 class GuardedWalk(Walk):

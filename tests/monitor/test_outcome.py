@@ -6,20 +6,11 @@ import math
 from itertools import pairwise
 
 import pytest
-import wandb
 
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.loggers import Outcome, markdown
 
-
-@pytest.fixture(autouse=True)
-def _no_run_left(monkeypatch):
-    # MLflow 3 wants a database, which its light package (mlflow-skinny) does not bring; and it
-    # would report its use to its makers.
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
-    yield
-    wandb.finish()
+pytestmark = pytest.mark.usefixtures("_no_run_left")
 
 
 def test_charts_are_thinned_to_what_wandb_draws():

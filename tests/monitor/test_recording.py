@@ -11,11 +11,10 @@ import pytest
 import strategies
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, ManualNet, Net, SavesAt, fit, images, loader, make, trainer, weights_of
+from models import TARGETS, ManualNet, Net, SavesAt, fit, images, loader, make, trainer
+from monitoring import KeepsRowsWithSteps, Trajectory, Turns, momentum, monitor
 from ranks import run_ranks
-from replay import Recorder
 from torch.utils.data import DataLoader
 
 from lightning_normdyn import (
@@ -32,52 +31,6 @@ from lightning_normdyn.monitor.ledger import Ledger
 from lightning_normdyn.monitor.recording import Recording
 from lightning_normdyn.monitor.rows import RowDraft
 from lightning_normdyn.optimizers.host_copy import HostCopy
-
-
-class KeepsRows(Logger):
-    """A logger in memory."""
-
-    name, version = "rows", "0"
-
-    def __init__(self):
-        super().__init__()
-        self.rows: list[tuple[int, dict[str, float]]] = []
-
-    def log_metrics(self, metrics, step=None):
-        self.rows.append((step, dict(metrics)))
-
-    def log_hyperparams(self, *args, **kwargs):
-        pass
-
-    def ours(self) -> list[tuple[int, dict[str, float]]]:
-        return [(step, row) for step, row in self.rows if "normdyn/weight_norm" in row]
-
-
-def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
-    return NormDynamicsMonitor(every, tables=False, **arguments)
-
-
-@pytest.fixture(params=["at once", "later"])
-def arrival(request, monkeypatch):
-    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch
-    later."""
-    if request.param == "later":
-        monkeypatch.setattr(HostCopy, "arrives_later", True)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-
-
-class Trajectory(Recorder):
-    """The weights after every batch, beside what the optimizers received."""
-
-    def on_train_start(self, trainer, pl_module):
-        super().on_train_start(trainer, pl_module)
-        self.weights = [self.start]
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.weights.append(weights_of(pl_module))
 
 
 def steps_of(watch):
@@ -100,7 +53,7 @@ def steps_of(watch):
 )
 @pytest.mark.usefixtures("arrival")
 def test_rows_come_at_logging_steps_and_at_both_ends(every, arguments, in_history, logged):
-    watch, rows = monitor(every), KeepsRows()
+    watch, rows = monitor(every), KeepsRowsWithSteps()
     fit(make(), [watch], logger=rows, **arguments)
     assert steps_of(watch) == in_history
     assert [step for step, _ in rows.ours()] == logged
@@ -152,7 +105,7 @@ class Looks(L.Callback):
 
 def everything(tmp_path, **arguments):
     """A fit with all that a row can tell of, the rows that were logged, and who looked on."""
-    watch, rows = monitor(per_vector=True), KeepsRows()
+    watch, rows = monitor(per_vector=True), KeepsRowsWithSteps()
     look = Looks(watch, tmp_path / "middle.ckpt")
     fit(
         make(make_optimizer=momentum),
@@ -262,22 +215,6 @@ def test_the_last_batches_of_an_unknown_length_are_not_lost():
     assert steps_of(watch)[-1] == 3
 
 
-class Turns(ManualNet):
-    """A GAN's way: the first half steps in every batch, ``repeats`` times, the second one in every
-    ``n_critic``-th batch."""
-
-    n_critic, offset, repeats = 5, 0, 1
-
-    def training_step(self, batch, batch_idx=0):
-        for index, optimizer in enumerate(self.optimizers()):
-            turns = self.repeats if index == 0 else int(batch_idx % self.n_critic == self.offset)
-            for _ in range(turns):
-                loss = Net.training_step(self, batch, batch_idx)
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                optimizer.step()
-
-
 def steps_with(watch, name):
     return watch.history.column(f"angular_update/{name}")[0].tolist()
 
@@ -288,7 +225,7 @@ def steps_with(watch, name):
     [(0, [0, 5, 10, 15, 20]), (2, [2, 7, 12, 17, 22]), (4, [4, 9, 14, 19, 24])],
 )
 def test_an_optimizer_that_misses_the_logging_steps_is_measured_at_its_next_step(offset, expected):
-    watch, rows = monitor(5), KeepsRows()
+    watch, rows = monitor(5), KeepsRowsWithSteps()
     module = make(Turns)
     module.offset = offset
     fit(module, [watch], loader(25 * 8), max_epochs=1, logger=rows)

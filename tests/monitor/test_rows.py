@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from models import fit, make
+from monitoring import momentum, monitor
 
-from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.monitor import rows
-from lightning_normdyn.optimizers.host_copy import HostCopy
-
-
-def monitor(every: int | None = 1, **arguments: Any) -> NormDynamicsMonitor:
-    return NormDynamicsMonitor(every, tables=False, **arguments)
-
-
-@pytest.fixture(params=["at once", "later"])
-def arrival(request, monkeypatch):
-    """Both ways for numbers to come to the host: from the CPU, and as from a GPU, one batch
-    later."""
-    if request.param == "later":
-        monkeypatch.setattr(HostCopy, "arrives_later", True)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
 
 
 @pytest.mark.parametrize(

@@ -42,19 +42,19 @@ from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
     "SqueezeBackward2",
     "SqueezeBackward3",
 )
-def _view(operation: Operation, flow: Flow) -> Flow:
+def view(operation: Operation, flow: Flow) -> Flow:
     """The entries stay in their order in memory."""
     return reshaped(flow, operation.shape(), operation.out)
 
 
 @unary_rule("PermuteBackward0")
-def _permute(operation: Operation, flow: Flow) -> Flow:
+def permute(operation: Operation, flow: Flow) -> Flow:
     """The dimensions change places."""
     return permuted(flow, operation.attribute("dims"))
 
 
 @unary_rule("TransposeBackward0")
-def _transpose(operation: Operation, flow: Flow) -> Flow:
+def transpose(operation: Operation, flow: Flow) -> Flow:
     """Two dimensions change places."""
     dims = list(range(flow.ndim))
     i = operation.attribute("dim0")
@@ -64,7 +64,7 @@ def _transpose(operation: Operation, flow: Flow) -> Flow:
 
 
 @unary_rule("TBackward0")
-def _t(operation: Operation, flow: Flow) -> Flow:
+def transpose_matrix(operation: Operation, flow: Flow) -> Flow:
     """Both dimensions of a matrix change places."""
     return permuted(flow, range(flow.ndim)[::-1])
 
