@@ -157,6 +157,19 @@ def digits_net(width: int = 12) -> nn.Module:
 # --------------------------------------------------------------------------------------- a thin fit
 
 
+def orthogonal_to_rows(gradient: Tensor, weight: Tensor) -> Tensor:
+    """The gradient without its component along each row of the weight.
+
+    The gradient of a scale-invariant weight is orthogonal to it, and the callbacks refuse a weight
+    whose gradient is not.
+    """
+    if gradient.ndim < 2:
+        return gradient
+    rows, row_gradients = weight.detach().flatten(1), gradient.flatten(1)
+    along = (rows * row_gradients).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
+    return (row_gradients - along * rows).reshape(gradient.shape)
+
+
 class Weights(nn.Module):
     """Parameters of given shapes with given or random gradients; its forward touches one entry of
     each."""
@@ -171,9 +184,12 @@ class Weights(nn.Module):
             return torch.randn(shape, generator=generator, device=device).mul_(0.05)
 
         self.layers = nn.ParameterList([nn.Parameter(normal(shape)) for shape in shapes])
-        for weight, gradient in zip(
-            self.layers, gradients or [normal(shape) for shape in shapes], strict=True
-        ):
+        if gradients is None:
+            gradients = [
+                orthogonal_to_rows(normal(shape), weight)
+                for shape, weight in zip(shapes, self.layers, strict=True)
+            ]
+        for weight, gradient in zip(self.layers, gradients, strict=True):
             weight.grad = gradient
 
     def forward(self, _: Any = None) -> Tensor:
@@ -185,7 +201,7 @@ class Loop:
 
     def __init__(self, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any]) -> None:
         self.optimizers, self.callbacks, self.loggers = [optimizer], list(callbacks), list[Any]()
-        self.strategy = SimpleNamespace(model=None)
+        self.strategy = SimpleNamespace(model=None, optimizers=self.optimizers)
         self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
         self.current_epoch, self.global_step, self.log_every_n_steps = 0, 0, 50
         self.max_steps, self.max_epochs, self.estimated_stepping_batches = -1, None, math.inf
