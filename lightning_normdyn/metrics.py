@@ -21,7 +21,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_normdyn import functional as F
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.plots.metric import draw_metric
+from lightning_normdyn.monitor.plots.vectors import draw_metric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,6 @@ it.
 """
 
 from lightning_normdyn.monitor.plots.compare import plot_compare
-from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
 from lightning_normdyn.monitor.plots.input_span import (
     plot_input_span,
     plot_weight_histogram,
@@ -14,11 +13,11 @@ from lightning_normdyn.monitor.plots.input_span import (
 from lightning_normdyn.monitor.plots.layers import (
     plot_angular_update,
     plot_effective_lr,
+    plot_heatmap,
+    plot_overview,
     shared_limits,
 )
-from lightning_normdyn.monitor.plots.metric import draw_metric
-from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
-from lightning_normdyn.monitor.plots.overview import plot_overview
+from lightning_normdyn.monitor.plots.vectors import draw_metric, plot_norm_ridge
 
 __all__ = [
     "draw_metric",

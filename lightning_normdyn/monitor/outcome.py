@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.heat_map import plot_heatmap
-from lightning_normdyn.monitor.plots.layers import plot_curves
-from lightning_normdyn.monitor.plots.norm_ridge import plot_norm_ridge
+from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap
+from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import Place, shown_in
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ import lightning_normdyn
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.functional import norm_from_sums
 from lightning_normdyn.monitor.loggers import Outcome
-from lightning_normdyn.monitor.plots.layers import plot_effective_lr, shared_limits
-from lightning_normdyn.monitor.plots.overview import plot_overview
+from lightning_normdyn.monitor.plots.layers import plot_effective_lr, plot_overview, shared_limits
 from lightning_normdyn.monitor.quantities import (
     QUANTITIES,
     Quantity,

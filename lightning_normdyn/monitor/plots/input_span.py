@@ -18,13 +18,14 @@ from lightning_normdyn.monitor.plots.axes import (
     draw_curve,
     figure_of,
     finish,
+    layer_labels,
     legend_below,
     legend_inside,
     new_figure,
     run_style,
+    short_name,
 )
 from lightning_normdyn.monitor.plots.curves import curves_of
-from lightning_normdyn.monitor.plots.labels import layer_labels, short_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,13 +1,14 @@
-"""Curves over the steps of one run: a quantity of all layers, and angular updates with their
-prediction."""
+"""A quantity of all layers of one run: as curves, as a map, and both as panels of an overview."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from math import ceil
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     MOST_NAMED,
@@ -17,24 +18,36 @@ from lightning_normdyn.monitor.plots.axes import (
     depth_colours,
     draw_curve,
     drawn_as,
+    figure_of,
     finish,
+    layer_labels,
     legend_below,
     mark_events,
+    new_figure,
+    plain_log_ticks,
 )
 from lightning_normdyn.monitor.plots.curves import (
     Curves,
+    Doubles,
     as_table,
     curves_of,
     invariant_among,
+    layer_names,
     over_layers,
     recorded_curves,
 )
-from lightning_normdyn.monitor.plots.labels import layer_labels
-from lightning_normdyn.monitor.quantities import drawn_with
+from lightning_normdyn.monitor.quantities import drawn_with, shown_in
+from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+
+# Columns of a map.
+_MOST_COLUMNS = 300
+# Inches that the name of a layer takes.
+_LINE = 0.13
 
 
 def plot_effective_lr(
@@ -198,6 +211,114 @@ def shared_limits(histories: Sequence[History], quantity: str) -> Limits | None:
     return float(values[on_axis].min()), float(values[on_axis].max())
 
 
+def plot_heatmap(
+    history: History,
+    ax: Axes | None = None,
+    quantity: str = "effective_lr",
+    *,
+    limits: Limits | None = None,
+) -> tuple[Figure, Axes]:
+    """Layer by step, the quantity as colour: the layer that is off is the row that differs.
+
+    Args:
+        history: what was recorded. Between two of its records a layer shows the earlier one.
+        ax: where to draw; a new figure, taller for more layers, if None.
+        quantity: any recorded quantity.
+        limits: values that the colours reach at least, e.g. those of other runs beside this one
+            (`shared_limits`).
+
+    Raises:
+        NormDynError: where the history has no curve of this quantity.
+    """
+    from matplotlib.colors import LogNorm
+
+    curves = curves_of(history, quantity)
+    look = drawn_as(quantity)
+    labels = layer_labels(list(curves))
+    # Taller for more layers, up to what a page can hold.
+    height = min(9.0, 2.2 + 0.16 * len(labels))
+    fig, ax = axes_or_new(ax, height)
+    steps, table = as_table(curves)
+    edges, table = _in_columns(steps, _fill_forward(table))
+    values = np.concatenate([table.ravel(), limits or ()])
+    norm, colours = _colouring(values, look.scale)
+
+    # The colour of cells in which nothing was recorded.
+    ax.set_facecolor("#D9D9D9")
+    rows = np.arange(len(labels) + 1) - 0.5
+    cells = np.ma.masked_invalid(table)
+    mesh = ax.pcolormesh(
+        edges,
+        rows,
+        cells,
+        norm=norm,
+        cmap=colours,
+        rasterized=True,
+    )
+    # The first layer on top, as in a listing of the network.
+    ax.invert_yaxis()
+
+    # Of many layers, as many names as have room.
+    room = ax.get_position().height * fig.get_figheight()
+    every = ceil(len(labels) / max(int(room / _LINE), 1))
+    size = 8 if len(labels) <= 20 else 6
+    ax.set_yticks(range(0, len(labels), every), labels[::every], fontsize=size)
+    ax.set_xlabel("step")
+    ax.set_title(look.title)
+    bar = fig.colorbar(
+        mesh,
+        ax=ax,
+        label=look.axis,
+    )
+    if isinstance(norm, LogNorm):
+        plain_log_ticks(bar.ax.yaxis, *mesh.get_clim())
+    return fig, ax
+
+
+def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
+    """What is usually looked at first: effective LR, angular update, weight norm, and the ratio to
+    the prediction, as far as recorded.
+
+    Args:
+        history: what was recorded.
+        ax: axes for the panels, in this order; a new figure if None. Axes that are left over stay
+            empty.
+
+    Returns:
+        the figure and the axes of the panels drawn.
+
+    Raises:
+        NormDynError: where none of them was recorded.
+    """
+    panels = [quantity for quantity in shown_in("curves") if layer_names(history, quantity)]
+    if len(panels) > 3 and "weight_std" in panels:  # leave room for the map
+        panels.remove("weight_std")
+    # One map. The last in the table, the ratio to the prediction, tells most where it is known.
+    maps = [quantity for quantity in shown_in("map") if layer_names(history, quantity)][-1:]
+    if not panels and not maps:
+        # Raises, and says what the history has instead.
+        curves_of(history, "effective_lr")
+    count = len(panels) + len(maps)
+    if ax is None:
+        # Two panels in a row: more would be too small for their legends.
+        rows = ceil(count / 2)
+        fig = new_figure(13.0, 4.4 * rows)
+        ax = fig.subplots(rows, min(count, 2), squeeze=False).ravel().tolist()
+        for unused in ax[count:]:
+            unused.set_axis_off()
+    elif len(ax) < count:
+        raise NormDynError(
+            f"the overview of this history has {count} panels, and `ax` holds {len(ax)} axes; pass "
+            f"{count} or None."
+        )
+    for quantity, panel in zip(panels, ax, strict=False):
+        plot_curves(history, quantity, panel)
+    for quantity, panel in zip(maps, ax[len(panels) :], strict=False):
+        plot_heatmap(history, panel, quantity)
+    # Without the axes that stayed empty.
+    return figure_of(ax[0]), list(ax[:count])
+
+
 def _draw_bundle(ax: Axes, curves: Curves, compared: Sequence[str], which: str) -> None:
     """All layers in grey, those outside the comparison dotted, with one legend entry for each
     kind."""
@@ -249,3 +370,54 @@ def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves) -> None:
     mappable = ScalarMappable(Normalize(1, len(names)), ListedColormap(depth_colours(256)))
     bar = fig.colorbar(mappable, ax=ax, label="depth (layer number)")
     bar.set_ticks(np.unique(np.linspace(1, len(names), 5).round()).tolist())
+
+
+def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
+    """How values become colours: two hues around what is neutral, else from dark to bright."""
+    from matplotlib.colors import CenteredNorm, LogNorm, Normalize
+
+    finite = values[np.isfinite(values)]
+    positive = finite[finite > 0]
+    largest = float(np.abs(finite).max(initial=0.0))
+    if scale == "ratio" and positive.size:
+        farthest = np.exp(np.abs(np.log(positive)).max())
+        # A run whose ratios are all 1 still needs two ends.
+        reach = max(float(farthest), 1.05)
+        return LogNorm(1 / reach, reach), "PuOr_r"
+    if scale == "log" and positive.size and positive.max() > positive.min():
+        return LogNorm(float(positive.min()), float(positive.max())), "viridis"
+    if scale == "linear" and largest > 0:
+        return CenteredNorm(0.0, largest), "PuOr_r"
+    # A single number, or none: any colour does, but the ends must differ.
+    if finite.size:
+        return Normalize(finite.min() - 0.5, finite.max() + 0.5), "viridis"
+    return Normalize(0, 1), "viridis"
+
+
+def _fill_forward(table: Doubles) -> Doubles:
+    """Gaps between two values of a row take the earlier one; before the first and after the last
+    value nothing is made up."""
+    filled = table.copy()
+    for row in filled:
+        known = np.flatnonzero(~np.isnan(row))
+        if known.size:
+            inside = np.arange(known[0], known[-1] + 1)
+            # For each place, the last known one that is not behind it.
+            position = np.searchsorted(known, inside, side="right") - 1
+            row[inside] = row[known[position]]
+    return filled
+
+
+def _in_columns(steps: Ints, table: Doubles) -> tuple[Doubles, Doubles]:
+    """As many columns as a picture can show, each the median of neighbouring steps: column edges
+    ``(c + 1,)``, values ``(l, c)``."""
+    count = min(_MOST_COLUMNS, len(steps))
+    parts = np.array_split(np.arange(len(steps)), count)
+    firsts = np.array([steps[part[0]] for part in parts], dtype=np.float64)
+    # The last column is as wide as the others are on average; a single one has no other.
+    width = (firsts[-1] - firsts[0]) / max(count - 1, 1) or 1.0
+    edges = np.append(firsts, steps[-1] + width)
+
+    # Over the steps of a part, as elsewhere over layers: the table stands on its side.
+    columns = [over_layers(np.nanmedian, table[:, part].T) for part in parts]
+    return edges, np.array(columns).T
