@@ -7,15 +7,15 @@ from collections.abc import Mapping
 from hashlib import sha256
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_normdyn.geometry.reduction import of_all_ranks, world_size
 from lightning_normdyn.invariance.verdict import Verdict
 
 
 def everywhere(holds: bool) -> bool:
     """Whether something holds on every rank; every rank must call it."""
-    return all(_gathered(holds))
+    return all(of_all_ranks(holds))
 
 
 def agree(verdicts: dict[str, Verdict]) -> None:
@@ -24,33 +24,20 @@ def agree(verdicts: dict[str, Verdict]) -> None:
     Args:
         verdicts: by weight name; changed in place. Every rank must call it.
     """
-    if not _are_several():
+    if world_size() == 1:
         return
     digests = {}
     for name, verdict in verdicts.items():
         # A reason may name numbers that one rank has seen, so it may differ.
         state = {**verdict.state(), "reason": ""}
         digests[name] = (verdict.shape, _digest(state))
-    tables = _gathered(digests)
+    tables = of_all_ranks(digests)
     # In the same order on all ranks.
     for name in sorted(set().union(*tables)):
         entries = [table.get(name) for table in tables]
         if entries.count(entries[0]) < len(entries):
             shape, _ = next(filter(None, entries))
             verdicts[name] = Verdict.unknown(name, shape, "the ranks see different graphs")
-
-
-def _are_several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _gathered(value: Any) -> list[Any]:
-    """This value of every rank."""
-    if not _are_several():
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _digest(state: Any) -> str:

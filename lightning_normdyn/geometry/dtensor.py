@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.internals import untested
 from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.geometry.pieces import (
     Piece,
@@ -28,6 +27,7 @@ from lightning_normdyn.geometry.pieces import (
     Sharing,
     distinct,
     itself,
+    untested,
 )
 
 
@@ -66,11 +66,9 @@ def place_dtensor(
     # This rank's block: along each dimension the indices that have this rank's coordinates.
     block = []
     for d, size in enumerate(shape):
-        inside = torch.ones(size, dtype=torch.bool, device="cpu")
-        for m in sharded:
-            if sharded[m] == d:
-                inside &= coordinates[m] == my_coordinate[m]
-        block.append(inside.nonzero().flatten())
+        cutting = [m for m in sharded if sharded[m] == d]
+        here = _here(coordinates, cutting, my_coordinate, indices(size))
+        block.append(here.nonzero().flatten())
     # Compared with what is there: coordinates rest on how torch cuts, which a version may change.
     block_shape = tuple(map(len, block))
     local_shape = tuple(weight.to_local().shape)
@@ -148,13 +146,8 @@ def _successive_chunks(
     """Which chunk each of ``size`` indices falls into when they are chunked ``counts[0]``-fold,
     each chunk ``counts[1]``-fold, ...: int64 ``(len(counts), size)``."""
     # By torch.chunk itself, so that uneven sizes are cut as torch cuts them.
-    table = torch.zeros(
-        len(counts),
-        size,
-        dtype=torch.long,
-        device="cpu",
-    )
     blocks = [indices(size)]
+    table = blocks[0].new_zeros(len(counts), size)
     for row, count in enumerate(counts):
         chunked = []
         for block in blocks:
@@ -194,12 +187,7 @@ def _sharing(
             # The entries of a slot lie at all coordinates, its first one at coordinate 0.
             at[m] = torch.zeros_like(vector)
             chunks = len(distinct(coordinates[m]))
-            cut_by[m] = torch.full(
-                (n,),
-                chunks > 1,
-                dtype=torch.bool,
-                device="cpu",
-            )
+            cut_by[m] = vector.new_full((n,), chunks > 1, dtype=torch.bool)
             all_chunks_used &= chunks == mesh.size(m)
     cut = torch.stack(list(cut_by.values())).any(0)
     cutting = [m for m in sharded if bool(cut_by[m].any())]
@@ -214,13 +202,7 @@ def _sharing(
 
     # The holder of a vector's first entry speaks for it; of its replicas the first.
     order = indices(len(vector))
-    first = torch.full(
-        (n,),
-        len(vector),
-        dtype=torch.long,
-        device="cpu",
-    )
-    first = first.scatter_reduce(0, vector, order, "amin")
+    first = vector.new_full((n,), len(vector)).scatter_reduce(0, vector, order, "amin")
     is_first = first[vector] == order
     speaks = _marked(vector[is_first & _here(at, sharded, my_coordinate, vector)], n)
     replicating = [m for m in range(mesh.ndim) if m not in sharded]
@@ -250,7 +232,8 @@ def _here(
     my_coordinate: Any,
     like: Tensor,
 ) -> Tensor:
-    """Whether slots lie at this rank's coordinate along some mesh dimensions: bool ``(slots,)``."""
+    """Which indices or slots lie at this rank's coordinate along some mesh dimensions: bool, like
+    ``like``."""
     here = torch.ones_like(like, dtype=torch.bool)
     for m in mesh_dims:
         here &= at[m] == my_coordinate[m]
@@ -268,7 +251,7 @@ def _differs_within(
     n: int,
 ) -> Tensor:
     """Whether the ``values`` of a vector's slots are not all the same: bool ``(n,)``."""
-    zeros = torch.zeros(n, dtype=torch.long, device="cpu")
+    zeros = vector.new_zeros(n)
     lowest = zeros.scatter_reduce(0, vector, values, "amin", include_self=False)
     highest = zeros.scatter_reduce(0, vector, values, "amax", include_self=False)
     return lowest != highest

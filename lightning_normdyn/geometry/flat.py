@@ -23,17 +23,18 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.internals import private, untested
 from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.geometry.pieces import (
+    Master,
     Piece,
     Placement,
     Range,
     Shape,
     Sharing,
     itself,
+    private,
+    untested,
 )
-from lightning_normdyn.geometry.wrapped import Master
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +274,7 @@ def _sharing(
     n: int,
 ) -> Sharing:
     # The first entry of each combination of kept indices, and how far its last one lies behind it.
-    first_entry = torch.zeros(labels.shape, dtype=torch.long, device="cpu")
+    first_entry = torch.zeros_like(labels)
     span = 0
     for d, size in enumerate(sizes):
         stride = prod(sizes[d + 1 :])
@@ -287,12 +288,7 @@ def _sharing(
     # A vector is cut if its first and its last entry lie in different chunks, and only then.
     valid = labels >= 0
     vector, entry = labels[valid], first_entry[valid]
-    nowhere = torch.full(
-        (n,),
-        -1,
-        dtype=torch.long,
-        device="cpu",
-    )
+    nowhere = labels.new_full((n,), -1)
     first = nowhere.scatter_reduce(0, vector, entry, "amin", include_self=False)
     last = nowhere.scatter_reduce(0, vector, entry, "amax", include_self=False) + span
     first_holder = (first + place.offset) // place.chunk

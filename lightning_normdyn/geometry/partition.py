@@ -143,12 +143,7 @@ class Partition:
             >>> one.found_in(other).tolist()
             [-1, 0]
         """
-        match = torch.full(
-            (self.n,),
-            -1,
-            dtype=torch.long,
-            device="cpu",
-        )
+        match = self.labels.new_full((self.n,), -1)
         if self.keep != other.keep or self.labels.shape != other.labels.shape:
             return match
         inside = self.labels >= 0
@@ -198,12 +193,7 @@ class Partition:
         )
         finer, around = mine[mine >= 0], theirs[mine >= 0]
         # Any of the entries' vectors is written; if all of them agree, reading it gives them back.
-        vector = torch.full(
-            (self.n,),
-            -1,
-            dtype=torch.long,
-            device="cpu",
-        )
+        vector = self.labels.new_full((self.n,), -1)
         vector[finer] = around
         if not torch.equal(vector[finer], around):
             raise ValueError(

@@ -13,13 +13,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import indices
-from lightning_normdyn.geometry.wrapped import Master
 
 Shape = tuple[int, ...]
 
-
 Range = tuple[int, int]
+
+TESTED = "torch 2.13"
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,40 @@ class Sharing:
     first_copy: bool
     everywhere: bool
     group: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Master:
+    """A slice of the flat float32 tensor that DeepSpeed's optimizer updates; the parameter itself
+    is a copy of it.
+
+    Args:
+        flat: the tensor.
+        start: where the weight's entries on this rank begin in it.
+        length: how many they are.
+    """
+
+    # Held as a whole and not as the slice: gradients and state have the same layout.
+    flat: Tensor
+    start: int
+    length: int
+
+    def value(self) -> Tensor:
+        """The entries on this rank."""
+        return self.of(self.flat)
+
+    def gradient(self) -> Tensor | None:
+        """Their gradient, unscaled and clipped.
+
+        It is there only while the step runs: DeepSpeed assembles it just before and frees it after.
+        """
+        if self.flat.grad is None:
+            return None
+        return self.of(self.flat.grad)
+
+    def of(self, flat: Tensor) -> Tensor:
+        """The same entries of another tensor of this layout (optimizer state)."""
+        return flat.detach()[self.start : self.start + self.length]
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,3 +155,28 @@ def distinct(values: Tensor) -> Tensor:
 def itself(tensor: Tensor) -> Tensor:
     """From a plain tensor to its storage."""
     return tensor
+
+
+# ---- What torch and DeepSpeed keep private, behind a check that names the tested version ----
+
+
+def private(owner: Any, *names: str) -> list[Any]:
+    """Attributes that are not part of a public interface.
+
+    Raises:
+        NotSupportedError: if one of them is not there.
+    """
+    # All are looked for before the first is used, so that the message names the layout, not a
+    # failure somewhere behind it.
+    for name in names:
+        if not hasattr(owner, name):
+            raise untested(f"{type(owner).__name__} has no `{name}`")
+    return [getattr(owner, name) for name in names]
+
+
+def untested(what: str) -> NotSupportedError:
+    """The error that says ``what`` is otherwise than in the tested version."""
+    return NotSupportedError(
+        f"{what}. The layout of sharded weights was tested with {TESTED}; here is torch "
+        f"{torch.__version__}. Use the tested version, or another strategy."
+    )

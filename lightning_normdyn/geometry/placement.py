@@ -8,13 +8,14 @@ to one vector each, and which vectors other ranks hold pieces of.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from math import prod
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.agreement import compare_ranks
 from lightning_normdyn.geometry.dtensor import is_dtensor, place_dtensor
 from lightning_normdyn.geometry.flat import (
     flat_slice,
@@ -26,9 +27,17 @@ from lightning_normdyn.geometry.pieces import (
     Piece,
     Placement,
     Shape,
+    distinct,
     itself,
+    untested,
 )
-from lightning_normdyn.geometry.reduction import world_size
+from lightning_normdyn.geometry.reduction import (
+    all_reduce,
+    groups_of,
+    held_everywhere,
+    of_all_ranks,
+    world_size,
+)
 
 
 def place_all(
@@ -54,7 +63,7 @@ def place_all(
         refusal, placements = error, []
     # Without shards (DDP) every rank holds all, and nothing is added up over ranks.
     if world_size() > 1 and any(is_dtensor(w) or flat_slice(w) for w in weights):
-        compare_ranks(weights, partitions, names, placements, refusal)
+        _compare_ranks(weights, partitions, names, placements, refusal)
     if refusal is not None:
         raise refusal
     return placements
@@ -235,3 +244,77 @@ def forget_gradients(
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
+# ---- Whether all ranks mean the same ----
+
+# Every rank works out by itself which vectors it shares with whom. If one of them came to another
+# answer, a collective would add up what does not belong together, or wait for ever.
+
+
+def _compare_ranks(
+    weights: Sequence[Tensor],
+    partitions: Sequence[Partition],
+    names: Sequence[str],
+    placements: Sequence[Placement],
+    refusal: NotSupportedError | None,
+) -> None:
+    """Refuse on every rank what one rank refuses, and weights whose pieces, each counted once, do
+    not make up the whole.
+
+    A collective: every rank calls it, also one that has nothing to place.
+    """
+    error = None if refusal is None else str(refusal)
+    # A digest: names of thousands of weights need not travel.
+    digest = sha256(_description(names, placements).encode()).hexdigest()
+    everybody = of_all_ranks((error, len(names), digest))
+    # A refusal first: after it there are no placements, so digests differ for no other reason.
+    for rank, (error, _, _) in enumerate(everybody):
+        if error is not None:
+            raise NotSupportedError(f"rank {rank}: {error}") from refusal
+    _, first_count, first_digest = everybody[0]
+    for rank, (_, count, digest) in enumerate(everybody):
+        if digest != first_digest:
+            raise NotSupportedError(
+                f"Rank {rank} has other target weights than rank 0 ({count} against {first_count}, "
+                f"or other shapes or vectors). A strategy that gives ranks different weights, such "
+                f"as pipeline parallelism, is not understood. Use one in which all ranks share all."
+            )
+    _check_completeness(weights, partitions, names, placements)
+
+
+def _description(names: Sequence[str], placements: Sequence[Placement]) -> str:
+    """What must be the same on all ranks."""
+    parts = []
+    # Not strict: there are no placements after a refusal.
+    for name, placement in zip(names, placements, strict=False):
+        sharing = placement.sharing
+        is_cut = sharing is None or int(sharing.cut.sum())
+        parts.append((name, placement.shape, placement.n, is_cut))
+    groups = groups_of(p.sharing for p in placements if p.sharing is not None)
+    return f"{parts} in {len(groups)} groups"
+
+
+def _check_completeness(
+    weights: Sequence[Tensor],
+    partitions: Sequence[Partition],
+    names: Sequence[str],
+    placements: Sequence[Placement],
+) -> None:
+    counted, expected = [], []
+    for weight, partition, placement in zip(weights, partitions, placements, strict=True):
+        sharing = placement.sharing or held_everywhere(placement.n)
+        # Replicas must not count twice.
+        entries = placement.value(weight).numel() * sharing.first_copy
+        counted.append([int(sharing.counted.sum()), entries])
+        vectors = distinct(partition.labels[partition.labels >= 0])
+        expected.append([len(vectors), prod(placement.shape)])
+    # On the device of the weights: NCCL sends from nowhere else.
+    own = torch.tensor(counted, dtype=torch.long, device=weights[0].device)
+    total = all_reduce(own, None)
+    for name, got, want in zip(names, total.tolist(), expected, strict=True):
+        if got != want:
+            raise untested(
+                f"The pieces of `{name}` on all ranks make up {got} (vectors, entries) where "
+                f"{want} were expected"
+            )

@@ -30,6 +30,18 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """``value`` as every rank has it, in the order of ranks. Every rank must call it.
+
+    An object is pickled on its way, which is slow: for the start of a fit.
+    """
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def all_reduce(values: Tensor, group: Any) -> Tensor:
     """Add up ``values`` over ``group`` (None: all ranks), in place."""
     # NCCL cannot send from the memory of the CPU, where offloaded weights have their sums.
@@ -46,13 +58,7 @@ def held_everywhere(n: int) -> Sharing:
     none = torch.zeros(n, dtype=torch.bool, device="cpu")
     # Each vector must be counted once; who counts it does not matter.
     speaks = world_size() == 1 or dist.get_rank() == 0
-    counted = torch.full(
-        (n,),
-        speaks,
-        dtype=torch.bool,
-        device="cpu",
-    )
-    return Sharing(none, none, counted, speaks, everywhere=True, group=None)
+    return Sharing(none, none, torch.full_like(none, speaks), speaks, everywhere=True, group=None)
 
 
 def groups_of(sharings: Iterable[Sharing]) -> dict[tuple[int, ...] | None, Any]:

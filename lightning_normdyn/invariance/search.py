@@ -7,12 +7,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.reduction import of_all_ranks, world_size
 from lightning_normdyn.invariance.candidates import Candidate, judge
 from lightning_normdyn.invariance.entry_masks import MaskMemory
 from lightning_normdyn.invariance.flow import Shape
@@ -323,15 +323,14 @@ class ScaleInvarianceSearch:
         separately, none does (its batch may have routed tokens differently), and what tensor
         parallelism shows to each rank in part is put together.
         """
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        if world_size() == 1:
             return
         # By axis and not by position: ranks may have looked at different cuts.
         own_rows = {
             name: {candidate.finest.keep: candidate.rows for candidate in candidates}
             for name, candidates in self._candidates.items()
         }
-        of_ranks: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(of_ranks, (own_rows, self._hidden, self._shapes))
+        of_ranks = of_all_ranks((own_rows, self._hidden, self._shapes))
         self._hidden = {}
         self._shapes = {}
         # The lowest rank that knows a weight has the last word, on every rank.

@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.flat import FlatSlice, forget, remember, survey_fsdp
-from lightning_normdyn.geometry.internals import private, untested
-from lightning_normdyn.geometry.wrapped import Master
+from lightning_normdyn.geometry.pieces import Master, private, untested
 from lightning_normdyn.optimizers.step_view import ParamGroup, part_of, split_groups
 from lightning_normdyn.optimizers.wrappers import (
     second_phase,
