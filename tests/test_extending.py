@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.invariance.checks import inspect_module
-from lightning_normdyn.invariance.rules.registry import RULES
+from lightning_normdyn.invariance.rules.operation import RULES
 from lightning_normdyn.monitor.quantities import QUANTITIES
 from lightning_normdyn.optimizers import recognition
 

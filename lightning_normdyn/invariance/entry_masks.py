@@ -26,9 +26,8 @@ from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge, GraphNode
 from lightning_normdyn.invariance.rows import Rows
 from lightning_normdyn.invariance.rules.elementwise import negated, unchanged
-from lightning_normdyn.invariance.rules.operation import Operation
-from lightning_normdyn.invariance.rules.registry import RULES
-from lightning_normdyn.invariance.rules.views import permute, transpose, transpose_matrix, view
+from lightning_normdyn.invariance.rules.operation import RULES, Operation
+from lightning_normdyn.invariance.rules.views import permute, transpose, view
 
 # Stands in a map of entries where a constant has replaced the weight's entry.
 NO_ENTRY = -1
@@ -176,7 +175,7 @@ def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
 
 
 # Their rules say where entries go, and nothing else happens to these.
-_REARRANGING = (view, permute, transpose, transpose_matrix)
+_REARRANGING = (view, permute, transpose)
 
 
 def _passes_on(name: str) -> bool:
@@ -388,6 +387,3 @@ class MaskMemory:
 
 def _owns_a_matrix(module: nn.Module) -> bool:
     return any(p is not None and p.ndim >= 2 for p in module._parameters.values())
-
-
-__all__ = ["EntryMask", "MaskMemory", "masked_weights"]

@@ -58,6 +58,11 @@ class Offset:
         """The offset after an operation that leaves another value, varying along ``varies``."""
         return replace(self, varies=tuple(varies), token=object(), parameter=None)
 
+    def widened(self, varies: Iterable[bool]) -> Offset:
+        """The offset after an operation that may make it differ along ``varies``, too."""
+        either = zip(self.varies, varies, strict=True)
+        return self.changed(map(any, either))
+
 
 @dataclass(frozen=True)
 class Flow:
@@ -115,22 +120,6 @@ def joined(parts: Sequence[Flow]) -> Flow:
 # ------------------------------------------------------------------------------------------ offsets
 
 
-def new_offset(
-    varies: Iterable[bool],
-    parameter: str | None = None,
-    what: str = "something that does not scale",
-) -> Offset:
-    """An offset that equals no other, unless it is the same parameter along the same dimension,
-    counted from the right."""
-    varies = tuple(varies)
-    token: Hashable = object()
-    if parameter:
-        what = f"bias {parameter}"
-        if any(varies):
-            token = (parameter, varies[varies.index(True) :])
-    return Offset(varies, token, parameter, what)
-
-
 def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
     """Along which of ``ndim`` dimensions a broadcast tensor of this shape may vary; unknown shape:
     along all."""
@@ -139,11 +128,6 @@ def varying(shape: Shape | None, ndim: int) -> tuple[bool, ...]:
         return (True,) * ndim
     aligned = (1,) * (ndim - len(shape)) + shape
     return tuple(size > 1 for size in aligned)
-
-
-def either(a: Iterable[bool], b: Iterable[bool]) -> tuple[bool, ...]:
-    """Entrywise or."""
-    return tuple(x or y for x, y in zip(a, b, strict=True))
 
 
 def along(dims: Iterable[int], ndim: int) -> tuple[bool, ...]:
@@ -156,13 +140,14 @@ def along(dims: Iterable[int], ndim: int) -> tuple[bool, ...]:
 
 def shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None = None) -> Flow:
     """The flow plus something constant, which varies along ``varies`` and may be a parameter."""
+    offset = Offset(varies, object())
     if flow.offset:
-        offset = flow.offset.changed(either(varies, flow.offset.varies))
-    elif sum(varies) == 1:
-        offset = new_offset(varies, parameter)
-    else:
-        # Spread over several dimensions its entries cannot be told by their place any more.
-        offset = new_offset(varies)
+        offset = flow.offset.widened(varies)
+    # Spread over several dimensions the entries of a bias cannot be told by their place any more.
+    elif parameter and sum(varies) == 1:
+        # Equal to any other use of it along the same dimension, counted from the right.
+        token = (parameter, varies[varies.index(True) :])
+        offset = Offset(varies, token, parameter, f"bias {parameter}")
     return replace(flow, offset=offset, sign=Sign.ANY)
 
 
@@ -180,8 +165,7 @@ def spread(offset: Offset | None, dims: Iterable[int]) -> Offset | None:
     """The offset after an operation that may make it differ along ``dims``, too."""
     if not offset:
         return None
-    more = along(dims, len(offset.varies))
-    return offset.changed(either(offset.varies, more))
+    return offset.widened(along(dims, len(offset.varies)))
 
 
 def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
@@ -203,13 +187,9 @@ def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
 
 def lift(flow: Flow, ndim: int) -> Flow:
     """Broadcasting: dimensions of size 1 in front."""
-    missing = ndim - flow.ndim
-    if missing <= 0:
-        return flow
-    offset = flow.offset
-    if offset:
-        offset = replace(offset, varies=(False,) * missing + offset.varies)
-    return replace(flow, rows=flow.rows[(None,) * missing], offset=offset)
+    for _ in range(ndim - flow.ndim):
+        flow = unsqueezed(flow, 0)
+    return flow
 
 
 def expanded(rows: Tensor, shape: Shape, dims: Iterable[int]) -> Tensor:
@@ -264,15 +244,15 @@ def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
         start_j = j
         size_i = old[i]
         size_j = new[j]
-        i += 1
-        j += 1
         while size_i != size_j:
             if size_i < size_j:
-                size_i = size_i * old[i]
                 i += 1
+                size_i *= old[i]
             else:
-                size_j = size_j * new[j]
                 j += 1
+                size_j *= new[j]
+        i += 1
+        j += 1
         yield slice(start_i, i), slice(start_j, j)
     # What is left has size 1.
     yield slice(i, len(old)), slice(j, len(new))
@@ -324,6 +304,18 @@ def unsqueezed(flow: Flow, dim: int) -> Flow:
         token = (offset.token, dim) if any(in_front) else offset.token
         offset = replace(offset, varies=(*in_front, False, *behind), token=token)
     return replace(flow, rows=flow.rows.unsqueeze(dim), offset=offset)
+
+
+def sizes_of_pieces(shapes: Sequence[Shape | None], dim: int, total: int) -> list[int] | None:
+    """The sizes along ``dim`` of what is concatenated there to ``total``; None: not known."""
+    # A constant does not show its size, so two of them cannot be told apart.
+    if shapes.count(None) > 1:
+        return None
+    # One constant takes what the others leave.
+    sizes = [shape[dim] for shape in shapes if shape is not None]
+    if None in shapes:
+        sizes.insert(shapes.index(None), total - sum(sizes))
+    return sizes
 
 
 def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:

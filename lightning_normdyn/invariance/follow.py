@@ -31,9 +31,7 @@ from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, joined
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.rows import Rows
-from lightning_normdyn.invariance.rules.operation import Operation
-from lightning_normdyn.invariance.rules.registry import RULES
-from lightning_normdyn.invariance.rules.unsupported import why_not
+from lightning_normdyn.invariance.rules.operation import RULES, Operation, why_not
 
 
 def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> None:
@@ -70,7 +68,8 @@ def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows])
 
     # What still scales at the loss makes the loss depend on the scale.
     for name, flow in flows.get(graph.root, {}).items():
-        _forbid(rows[name], flow, "its scale reaches the loss")
+        for part in flow.parts:
+            rows[name].forbid(part.rows, "its scale reaches the loss")
     for name, met in met_before.items():
         known = rows[name]
         # Under tensor parallelism other ranks hold the rest of the rows.
@@ -85,21 +84,15 @@ def _leaving(operation: Operation, flows: Flows) -> Flows:
     try:
         return _apply(operation, flows)
     except Blocked as blocked:
-        for flow in flows:
-            if flow:
-                _forbid(operation.rows, flow, str(blocked))
+        for part in _parts_of(*flows):
+            operation.rows.forbid(part.rows, str(blocked))
         return ()
-
-
-def _forbid(rows: Rows, flow: Flow, reason: str) -> None:
-    for part in flow.parts:
-        rows.forbid(part.rows, reason)
 
 
 def _still_scaling(operation: Operation, k: int, flow: Flow) -> Iterator[Flow]:
     """The parts of output ``k`` that still depend on the scale; the others have met a
     normalization."""
-    sign = operation.sign_of_output(k)
+    sign = operation.graph.signs.of((operation.node, k))
     for part in flow.parts:
         if not bool(part.rows.any()):
             # Nothing of the weight is in it.
@@ -117,17 +110,16 @@ def _still_scaling(operation: Operation, k: int, flow: Flow) -> Iterator[Flow]:
 
 def _apply(operation: Operation, flows: Flows) -> Flows:
     """What leaves an operation, also where entries of one tensor scale by different degrees."""
-    if all(flow is None or flow.other is None for flow in flows):
+    if not any(flow and flow.other for flow in flows):
         return _apply_rule(operation, flows)
-    present = [k for k, flow in enumerate(flows) if flow is not None]
-    if len(present) > 1:
+    k, *others = [k for k, flow in enumerate(flows) if flow]
+    if others:
         # Only the rules of matrix products understand several degrees in two factors.
         if operation.name not in ("MmBackward0", "BmmBackward0"):
             raise Blocked(f"{operation.place} combines entries that scale differently")
         return _apply_rule(operation, flows)
 
     # With one such input, each degree passes by itself.
-    (k,) = present
     results = []
     for part in _parts_of(flows[k]):
         alone: list[Flow | None] = [None] * len(flows)
@@ -171,7 +163,6 @@ def _normalization_name(operation: Operation) -> str:
     name, module = operation.module
     # A module with children, or with a matrix of its own, is no normalization: one happens inside
     # it.
-    has_children = module is not None and next(module.children(), None) is not None
-    if module is None or has_children or any(p.ndim > 1 for p in module.parameters(False)):
+    if module is None or [*module.children()] or any(p.ndim > 1 for p in module.parameters(False)):
         return operation.place
     return name

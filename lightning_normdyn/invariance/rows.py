@@ -3,7 +3,7 @@ scaled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,18 +24,10 @@ class Link:
     """
 
     module: str
-    rows: Tensor
+    rows: Tensor = field(compare=False)
     degree: float
     offset: bool
     bias: str | None
-
-    def same_as(self, other: Link, parent: Tensor) -> bool:
-        """Whether both say the same (a module that is called twice), where ``parent`` is the class
-        of each row."""
-        mine = (self.module, self.degree, self.offset, self.bias)
-        if mine != (other.module, other.degree, other.offset, other.bias):
-            return False
-        return torch.equal(parent[self.rows], parent[other.rows])
 
 
 class Rows:
@@ -133,9 +125,12 @@ class Rows:
         self.unite(rows, NO_ROW, reason)
 
     def link(self, link: Link) -> None:
-        """Remember a normalization with running statistics, once."""
-        if not any(link.same_as(known, self.parent) for known in self.links):
-            self.links.append(link)
+        """Remember a normalization with running statistics, once: a module may be called twice."""
+        fed_by = self.parent[link.rows]
+        for known in self.links:
+            if known == link and torch.equal(self.parent[known.rows], fed_by):
+                return
+        self.links.append(link)
 
     def meet(self, rows: Tensor) -> None:
         """These rows reached an operation of degree 0."""
@@ -143,8 +138,7 @@ class Rows:
 
     def pick(self, rows: Tensor) -> None:
         """These rows were picked by an index tensor."""
-        picked = torch.cat([rows.flatten(), self.picked])
-        self.picked = distinct(picked)
+        self.picked = distinct(rows, self.picked)
 
     def reached(self) -> Tensor:
         """``(n + 1,)`` bool: rows that met a normalization, or that something forbids to scale. Of
@@ -176,10 +170,10 @@ class Rows:
         self.pick(other.picked)
         self.veiled |= other.veiled
         self.cut_elsewhere |= other.cut_elsewhere
-        sharded = torch.cat([self.sharded, other.sharded])
-        self.sharded = distinct(sharded)
+        self.sharded = distinct(self.sharded, other.sharded)
 
 
-def distinct(values: Tensor) -> Tensor:
-    """The distinct values of an int64 tensor, ascending."""
+def distinct(*tensors: Tensor) -> Tensor:
+    """The distinct values of int64 tensors, ascending."""
+    values = torch.cat([tensor.flatten() for tensor in tensors])
     return values.unique()  # type: ignore[no-untyped-call,no-any-return]

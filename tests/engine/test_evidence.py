@@ -136,7 +136,7 @@ def test_rounding_beside_gradients_does_not_count():
             return ctx.saved_tensors[0], None
 
     from lightning_normdyn.invariance.rules import register_rule
-    from lightning_normdyn.invariance.rules.registry import RULES
+    from lightning_normdyn.invariance.rules.operation import RULES
 
     register_rule("AlongBackward", lambda operation, flows: None)
     callback = AdaptiveWeightShrink(0.5)

@@ -13,7 +13,6 @@ from lightning_normdyn.invariance.flow import (
     Offset,
     compact,
     joined,
-    new_offset,
     reshaped,
     shifted,
     unsqueezed,
@@ -86,7 +85,8 @@ def test_compact():
 
 
 def test_new_offsets_differ():
-    assert new_offset([True]).token != new_offset([True]).token
+    flow = Flow(1, torch.ones(1, dtype=torch.long))
+    assert shifted(flow, (True,)).offset.token != shifted(flow, (True,)).offset.token
 
 
 def test_an_offset_stays_itself_while_dimensions_come_and_go_in_front():

@@ -4,26 +4,14 @@ Importing any part of this package fills `RULES`, so that a rule that a user reg
 replaces one of ours.
 """
 
-from lightning_normdyn.invariance.rules import (
+from lightning_normdyn.invariance.rules import (  # noqa: F401
     elementwise,
     indexing,
     linear,
     normalizations,
     reductions,
-    tensor_parallel,
     views,
 )
-from lightning_normdyn.invariance.rules.operation import Operation
-from lightning_normdyn.invariance.rules.registry import register_rule
+from lightning_normdyn.invariance.rules.operation import Operation, register_rule
 
-__all__ = [
-    "Operation",
-    "elementwise",
-    "indexing",
-    "linear",
-    "normalizations",
-    "reductions",
-    "register_rule",
-    "tensor_parallel",
-    "views",
-]
+__all__ = ["Operation", "register_rule"]

@@ -14,8 +14,23 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from lightning_normdyn.invariance.flow import Flow, along, expanded, joined, shifted, varying
-from lightning_normdyn.invariance.nodes import Edge, edge_shape, node_name, saved_tensor, sources_of
+from lightning_normdyn.invariance.flow import (
+    Flow,
+    along,
+    expanded,
+    joined,
+    shifted,
+    sizes_of_pieces,
+    varying,
+)
+from lightning_normdyn.invariance.nodes import (
+    Edge,
+    GraphNode,
+    edge_shape,
+    node_name,
+    saved_tensor,
+    sources_of,
+)
 from lightning_normdyn.invariance.rules.operation import Operation
 
 
@@ -24,78 +39,78 @@ def with_bias(operation: Operation, flow: Flow, k: int) -> Flow:
     shape = operation.inputs[k]
     out = operation.out
     ndim = len(out)
-    in_part = with_bias_in_part(operation, flow, k, ndim - 1)
-    if in_part is not None:
-        return in_part
     last = along([-1], ndim)
     if shape is None:
-        # A frozen bias leaves no trace in the graph. It is one only if the module has one.
-        name, module = operation.module
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor) and bias.ndim == 1:
-            return shifted(flow, last, f"{name}.bias" if name else "bias")
+        frozen = _bias_of_module(operation)
+        if frozen:
+            return shifted(flow, last, frozen)
     elif math.prod(shape) == out[-1] == shape[-1]:
         # A multiple of the parameter (beta) is another offset than the parameter.
         parameter = None
         if operation.attribute("beta", 1) == 1:
             parameter = operation.parameter(k)
-        return shifted(flow, last, parameter)
-    return shifted(flow, varying(shape, ndim))
+        return with_input(operation, flow, k, last, parameter)
+    return with_input(operation, flow, k, varying(shape, ndim))
 
 
 def with_bias_of_channels(operation: Operation, flow: Flow) -> Flow:
     """The flow plus the bias of a convolution."""
-    name = operation.parameter(2)
-    owner, module = operation.module
-    if name is None and isinstance(getattr(module, "bias", None), Tensor):
-        # A frozen one is no input of the graph.
-        name = f"{owner}.bias".lstrip(".")
+    name = operation.parameter(2) or _bias_of_module(operation)
     channels = along([1], len(operation.out))
     return shifted(flow, channels, name)
 
 
-def with_bias_in_part(operation: Operation, flow: Flow, k: int, dim: int) -> Flow | None:
-    """The flow after adding input ``k`` along ``dim``, where some of its entries are known to be
-    zero; None if none are, or that cannot be said."""
-    out = operation.out
+def _bias_of_module(operation: Operation) -> str | None:
+    """The bias that a module has. A frozen one is no input of the graph, so it is looked up."""
+    name, module = operation.module
+    bias = getattr(module, "bias", None)
+    if isinstance(bias, Tensor) and bias.ndim == 1:
+        return f"{name}.bias".lstrip(".")
+    return None
+
+
+def with_input(
+    operation: Operation,
+    flow: Flow,
+    k: int,
+    varies: tuple[bool, ...],
+    parameter: str | None = None,
+) -> Flow:
+    """The flow plus input ``k``, which varies along ``varies`` and may be a parameter, or zero in
+    some places of the last dimension."""
     zeros = _zeros(operation, k)
     # With an offset before the bias, no entry is left that has none.
-    if zeros is None or zeros.shape != (out[dim],) or flow.offset:
-        return None
-    if not bool(zeros.any()):
-        return None
-
-    broadcast = [1] * len(out)
-    broadcast[dim] = out[dim]
-    zeros = zeros.reshape(broadcast)
-    rows = expanded(flow.rows, out, [dim])
+    if zeros is None or zeros.shape != operation.out[-1:] or flow.offset:
+        return shifted(flow, varies, parameter)
+    rows = expanded(flow.rows, operation.out, [-1])
     # Two flows of one degree: in one of them the offset is known to be nothing.
     free = replace(flow, rows=torch.where(zeros, rows, 0))
-    biased = torch.where(zeros, 0, rows)
-    if not bool(biased.any()):
+    biased = replace(flow, rows=torch.where(zeros, 0, rows))
+    if not bool(biased.rows.any()):
         return free
-    scaled = replace(flow, rows=biased)
-    with_offset = shifted(scaled, along([dim], len(out)))
-    return joined([free, with_offset])
+    last = along([-1], flow.ndim)
+    return joined([free, shifted(biased, last)])
 
 
 def _zeros(operation: Operation, k: int) -> Tensor | None:
     """Which entries of input ``k``, a bias that was put together, no parameter reaches: bool
-    ``(n,)``; None: not known.
+    ``(n,)``; None: none, or not known.
 
     They are constants, nearly always zeros (``torch.cat([q, zeros, v])``, ``bias * mask``,
     ``bias[2:4] = 0``): taken as such, and the claim is marked.
     """
     edge = operation.source(k)
+    parameters = operation.graph.parameters
     # A whole parameter has no constant entries, and of a constant there is nothing to see.
-    if edge is None or edge in operation.parameters:
+    if edge is None or edge in parameters:
         return None
     shape = operation.shape(k)
     if len(shape) != 1:
         return None
-    zeros = _constant_entries(edge, shape[0], operation.parameters)
-    if zeros is not None and bool(zeros.any()):
-        operation.rows.assumed = True
+    zeros = _constant_entries(edge, shape[0], parameters)
+    if zeros is None or not bool(zeros.any()):
+        return None
+    operation.rows.assumed = True
     return zeros
 
 
@@ -109,41 +124,34 @@ def _constant_entries(
         return everything
     if edge in parameters:
         return ~everything
-    node = edge[0]
-    name = node_name(edge[0])
-    sources = sources_of(node)
-    if name == "CatBackward0":
-        return _constants_of_pieces(sources, size, parameters)
-    if name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
+    node = GraphNode.of(edge[0])
+    sources = node.sources
+    if node.name == "CatBackward0":
+        return _constants_of_pieces(node, size, parameters)
+    if node.name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
         k = sources.index(None)
         # Where the constant factor is 0 (a mask), nothing of the bias arrives.
-        _, factor = saved_tensor(node, ("self", "other")[k])
+        _, factor = saved_tensor(node.node, ("self", "other")[k])
         below = _constant_entries(sources[1 - k], size, parameters)
         if not isinstance(factor, Tensor) or factor.shape != (size,) or below is None:
             return None
         return below | (factor == 0).cpu()
-    if name in ("CloneBackward0", "ToCopyBackward0") and sources[0] is not None:
+    if node.name in ("CloneBackward0", "ToCopyBackward0"):
         return _constant_entries(sources[0], size, parameters)
-    if name == "CopySlices" and sources[0] is not None:
+    if node.name == "CopySlices":
         return _overwritten(edge, size, parameters)
     return None
 
 
 def _constants_of_pieces(
-    sources: tuple[Edge | None, ...], size: int, parameters: Mapping[Edge, str]
+    node: GraphNode, size: int, parameters: Mapping[Edge, str]
 ) -> Tensor | None:
     """`_constant_entries` of pieces that were concatenated."""
-    # A constant does not show its size, so two of them cannot be told apart.
-    if sources.count(None) > 1:
+    sizes = sizes_of_pieces(node.inputs, 0, size)
+    if sizes is None:
         return None
-    # One constant takes what the others leave.
-    rest = size
     pieces = []
-    for source in sources:
-        if source is not None:
-            rest -= edge_shape(source)[0]
-    for source in sources:
-        length = edge_shape(source)[0] if source else rest
+    for source, length in zip(node.sources, sizes, strict=True):
         piece = _constant_entries(source, length, parameters)
         if piece is None:
             return None
@@ -166,7 +174,8 @@ def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tenso
     # running them twice costs the real backward nothing.
     output = GradientEdge(*edge)
     parameter = GradientEdge(*below)
-    metadata = edge[0]._input_metadata[edge[1]]
+    node, k = edge
+    metadata = node._input_metadata[k]
     ones = torch.ones(size, dtype=metadata.dtype, device=metadata.device)
     (passed,) = torch.autograd.grad([output], [parameter], [ones], retain_graph=True)
     return (passed == 0).cpu()

@@ -14,16 +14,22 @@ from lightning_normdyn.invariance.flow import (
     Shape,
     Sign,
     compact,
-    either,
     everywhere,
     expanded,
     lift,
     shifted,
+    spread,
     varying,
 )
-from lightning_normdyn.invariance.rules.biases import with_bias_in_part
-from lightning_normdyn.invariance.rules.operation import Operation, only, present, pure
-from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
+from lightning_normdyn.invariance.rules.biases import with_input
+from lightning_normdyn.invariance.rules.operation import (
+    Operation,
+    only,
+    present,
+    pure,
+    rule_for,
+    unary_rule,
+)
 
 
 @rule_for(
@@ -47,11 +53,9 @@ def unchanged(operation: Operation, flows: Flows) -> Flows:
 @unary_rule("NegBackward0")
 def negated(operation: Operation, flow: Flow) -> Flow:
     """The scale passes, but the offset is another one, and what was not negative is."""
-    offset = flow.offset
-    if offset:
-        # x - b and -x + b have different offsets: they must not cancel in a difference.
-        offset = offset.changed(offset.varies)
-    return replace(flow, offset=offset, sign=Sign.ANY)
+    # x - b and -x + b have different offsets: they must not cancel in a difference.
+    changed = spread(flow.offset, ())
+    return replace(flow, offset=changed, sign=Sign.ANY)
 
 
 @unary_rule(
@@ -135,15 +139,23 @@ def _multiply(operation: Operation, flows: Flows) -> Flow:
         # A constant over the flow: the degree changes its sign.
         return Flow(-b.degree, pure(operation, b).rows)
     k, flow = present((a, b))
-    if len(flows) == 1:
-        return _multiple(operation, flow, (), Sign.ANY)
-    shape = operation.inputs[1 - k]
+    # A python number has no dimension.
+    shape: Shape | None = ()
+    if len(flows) == 2:
+        shape = operation.inputs[1 - k]
     if shape is None and flow.offset:
         # The shape of a constant is known where it is saved for the backward.
-        readable, saved = operation.saved_tensor(("other", "self")[k])
-        if readable and isinstance(saved, Tensor):
+        _, saved = operation.saved_tensor(("other", "self")[k])
+        if isinstance(saved, Tensor):
             shape = tuple(saved.shape)
-    return _multiple(operation, flow, shape, operation.sign(1 - k))
+    offset = flow.offset
+    if offset:
+        offset = offset.widened(varying(shape, len(operation.out)))
+    # A multiple of a statistic is still padded with an epsilon only.
+    sign = flow.sign
+    if sign == Sign.NONNEGATIVE and operation.sign(1 - k) == Sign.ANY:
+        sign = Sign.ANY
+    return replace(flow, offset=offset, sign=sign)
 
 
 def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
@@ -151,28 +163,13 @@ def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
     # In a denominator, and there alone, the constant beside a statistic is an epsilon.
     if a.padded or (b.padded and not is_quotient):
         raise Blocked(f"a constant is added to a factor in {operation.place}")
-    pure(operation, a)
-    pure(operation, b)
-    rows = operation.unite(a.rows, b.rows)
+    rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
     # A square is not negative, whatever is known of its factor.
-    sign = Sign.ANY
-    is_square = operation.source(0) == operation.source(1)
-    if is_square or min(a.sign, b.sign) != Sign.ANY:
+    sign = min(a.sign, b.sign, Sign.NONNEGATIVE)
+    if operation.source(0) == operation.source(1):
         sign = Sign.NONNEGATIVE
     power = -b.degree if is_quotient else b.degree
     return Flow(a.degree + power, rows, sign=sign)
-
-
-def _multiple(operation: Operation, flow: Flow, shape: Shape | None, sign: Sign) -> Flow:
-    """The flow times a factor that does not scale, of this shape and sign."""
-    offset = flow.offset
-    if offset:
-        factor = varying(shape, len(operation.out))
-        offset = offset.changed(either(offset.varies, factor))
-    # A multiple of a statistic is still padded with an epsilon only.
-    if flow.sign == Sign.NONNEGATIVE and sign == Sign.ANY:
-        return replace(flow, offset=offset, sign=Sign.ANY)
-    return replace(flow, offset=offset)
 
 
 @unary_rule("PowBackward0", "SqrtBackward0", "RsqrtBackward0", "ReciprocalBackward0")
@@ -181,9 +178,7 @@ def _power(operation: Operation, flow: Flow) -> Flow:
     pure(operation, flow)
     # An offset cannot be followed through a power: (x + b)^2 mixes two degrees.
     exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
-    exponent = exponents.get(operation.name)
-    if exponent is None:
-        exponent = float(operation.attribute("exponent"))
+    exponent: float = operation.attribute("exponent", exponents.get(operation.name))
     if exponent % 2 == 0:
         flow = _nonnegative(flow)
     # Below a fraction bar the constant beside a statistic has become harmless.
@@ -210,30 +205,24 @@ def _add(operation: Operation, flows: Flows) -> Flow:
         return _sum_of_two(operation, a, b)
     k, flow = present((a, b))
     out = operation.out
-    if len(flows) == 1:
-        # A python number beside a statistic is an epsilon.
-        if flow.sign == Sign.STATISTIC:
-            return operation.forgive(flow, "")
+    if len(flows) == 1 and flow.sign != Sign.STATISTIC:
         return shifted(flow, (False,) * len(out))
-
-    shape = operation.inputs[1 - k]
+    # Of a constant not even the shape is known: beside a statistic it is an epsilon, as a python
+    # number is.
+    shape = None
+    if len(flows) == 2:
+        shape = operation.inputs[1 - k]
     if shape is None:
-        # Of a constant not even the shape is known: beside a statistic it is an epsilon.
         return operation.forgive(flow, "a constant is added")
     if len(shape) > 1 and math.prod(shape) == math.prod(out):
         # As large as the result: a residual stream, and no bias.
         raise Blocked(f"added to a tensor that does not scale with it ({operation.place})")
-    if len(shape) == 1:
-        # One number for each channel: a bias, of which some entries may be zeros.
-        in_part = with_bias_in_part(operation, flow, 1 - k, len(out) - 1)
-        if in_part is not None:
-            return in_part
     # With a sign or a factor it is not the parameter itself that is added.
     parameter = None
     is_plain = operation.attribute("alpha", 1) == 1
     if is_plain and operation.name.startswith("Add"):
         parameter = operation.parameter(1 - k)
-    return shifted(flow, varying(shape, len(out)), parameter)
+    return with_input(operation, flow, 1 - k, varying(shape, len(out)), parameter)
 
 
 def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
@@ -241,17 +230,14 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
     # c^2 x + c y is no power of c times anything.
     if a.degree != b.degree:
         raise Blocked(f"{operation.place} adds tensors that scale differently")
-    offset = a.offset or b.offset
+    offset = spread(a.offset or b.offset, ())
     if a.offset and b.offset:
         is_plain = operation.attribute("alpha", 1) == 1
         is_difference = is_plain and operation.name.startswith("Sub")
+        offset = a.offset.widened(b.offset.varies)
         if is_difference and a.offset.token == b.offset.token:
             # x - mean(x): what was added to both cancels.
             offset = None
-        else:
-            offset = a.offset.changed(either(a.offset.varies, b.offset.varies))
-    elif offset:
-        offset = offset.changed(offset.varies)
     sign = Sign.ANY
     if operation.name.startswith("Add"):
         sign = min(a.sign, b.sign)
@@ -263,7 +249,7 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
 def _choice(operation: Operation, flows: Flows) -> Flow:
     """One of two tensors, entry by entry: they must scale alike."""
     a, b = _operands(operation, flows)
-    if not a or not b:
+    if not (a and b):
         _, flow = present((a, b))
         return operation.forgive(flow, "chosen between it and something that does not scale")
     if pure(operation, a).degree != pure(operation, b).degree:

@@ -25,8 +25,14 @@ from lightning_normdyn.invariance.flow import (
     moved,
 )
 from lightning_normdyn.invariance.rows import distinct
-from lightning_normdyn.invariance.rules.operation import Operation, present, pure
-from lightning_normdyn.invariance.rules.registry import Result, rule_for, unary_rule
+from lightning_normdyn.invariance.rules.operation import (
+    Operation,
+    Result,
+    present,
+    pure,
+    rule_for,
+    unary_rule,
+)
 
 Index = Sequence[Tensor | None]
 
@@ -86,7 +92,7 @@ def _select_entries(operation: Operation, flow: Flow) -> Flow:
         return Flow(flow.degree, flow.rows.reshape(1), everywhere(flow, 1))
     rows = flow.rows.expand(shape)
     if is_masked:
-        rows = torch.masked_select(rows, index.cpu())
+        rows = rows.masked_select(index.cpu())
     else:
         rows = rows.take(index.cpu())
     operation.rows.pick(rows)
@@ -227,15 +233,13 @@ def _accumulate(operation: Operation, flows: Flows) -> Flow:
         operation.rows.assumed = True
         return added
 
+    _refuse_products(operation, target)
     if not source:
-        _refuse_products(operation, target)
-        shape = operation.inputs[1] if len(operation.inputs) > 1 else None
-        if shape is not None and 0 in shape:
+        if 0 in (operation.inputs[1] or ()):
             # An expert without tokens adds nothing.
             return target
         raise Blocked(f"a constant is added in {operation.place}")
 
-    _refuse_products(operation, target)
     added = _gathered_at(operation, source, dims)
     # What is added lies beside what was there: both must scale alike.
     if target.degree != source.degree:

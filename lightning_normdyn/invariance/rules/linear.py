@@ -18,6 +18,7 @@ from lightning_normdyn.invariance.flow import (
     lift,
     permuted,
     reshaped,
+    unsqueezed,
 )
 from lightning_normdyn.invariance.rules.biases import with_bias, with_bias_of_channels
 from lightning_normdyn.invariance.rules.operation import (
@@ -25,8 +26,8 @@ from lightning_normdyn.invariance.rules.operation import (
     present,
     pure,
     refuse_padded,
+    rule_for,
 )
-from lightning_normdyn.invariance.rules.registry import rule_for
 
 # -------------------------------------------------------------------------------- matrix products
 
@@ -34,23 +35,24 @@ from lightning_normdyn.invariance.rules.registry import rule_for
 @rule_for("MmBackward0", "BmmBackward0")
 def _matmul(operation: Operation, flows: Flows) -> Flow:
     """A product of two matrices."""
-    return _contract(operation, flows[0], flows[1])
+    return _contract(operation, *flows)
 
 
 @rule_for("AddmmBackward0", "BaddbmmBackward0")
 def _matmul_plus(operation: Operation, flows: Flows) -> Flow:
     """A product of two matrices plus a bias, as a linear layer does it."""
-    if flows[0] is not None:
+    added, *factors = flows
+    if added is not None:
         raise Blocked(f"the scale enters {operation.place} as the term that is added")
-    product = _contract(operation, flows[1], flows[2])
+    product = _contract(operation, *factors)
     return with_bias(operation, product, 0)
 
 
 @rule_for("SparseAddmmBackward0")
 def _sparse_matmul(operation: Operation, flows: Flows) -> Flow:
     """A sparse matrix (an adjacency matrix) times a dense one, plus a multiple of another."""
-    added, sparse, dense = flows
-    if added or sparse or operation.attribute("beta", 0) != 0:
+    *others, dense = flows
+    if any(others) or operation.attribute("beta", 0) != 0:
         raise Blocked(f"the scale enters {operation.place} by a side input, or something is added")
     return _contract(operation, None, dense)
 
@@ -59,13 +61,13 @@ def _sparse_matmul(operation: Operation, flows: Flows) -> Flow:
 @rule_for("LinearBackward0", "LinearFunctionForZeroStage3Backward")
 def _linear(operation: Operation, flows: Flows) -> Flow:
     """``x @ weight.T + bias``."""
-    weight = flows[1]
+    x, weight, *bias = flows
     if weight:
         # torch stores it as (outputs, inputs).
         transposed = permuted(weight, [1, 0])
         weight = lift(transposed, len(operation.out))
-    flow = _contract(operation, flows[0], weight)
-    if len(flows) > 2:
+    flow = _contract(operation, x, weight)
+    if bias:
         return with_bias(operation, flow, 2)
     return flow
 
@@ -75,8 +77,7 @@ def _matvec(operation: Operation, flows: Flows) -> Flow:
     """A vector is a matrix with one column."""
     matrix, vector = flows
     if vector:
-        shape = operation.shape(1)
-        vector = reshaped(vector, shape, (*shape, 1))
+        vector = unsqueezed(vector, 1)
     flow = _contract(operation, matrix, vector)
     out = operation.out
     return reshaped(flow, (*out, 1), out)
@@ -122,16 +123,14 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
     for factor in (a, b):
         if factor is not None:
             refuse_padded(operation, factor)
+    sign = _sign_of_product(operation, (a, b))
     if a and b:
         if not (_scales_everywhere(a) and _scales_everywhere(b)):
             return _contract_parts(operation, a, b)
-        left = operation.same_factor(a.rows, [-1])
-        right = operation.same_factor(b.rows, [-2])
-        pure(operation, a)
-        pure(operation, b)
+        left = operation.same_factor(pure(operation, a).rows, [-1])
+        right = operation.same_factor(pure(operation, b).rows, [-2])
         # The product of a weight with itself, or of two layers that share one.
         rows = operation.unite(left, right)
-        sign = _sign_of_product(operation, (a, b))
         return Flow(a.degree + b.degree, rows, sign=sign)
 
     k, flow = present((a, b))
@@ -142,9 +141,9 @@ def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
         # The other factor may differ along its own dimensions, and over the batch.
         varies = [True] * rows.ndim
         varies[k - 2] = offset.varies[k - 2]
-        return Flow(flow.degree, rows, offset.changed(varies))
-    sign = _sign_of_product(operation, (a, b))
-    return Flow(flow.degree, rows, sign=sign)
+        offset = offset.changed(varies)
+        sign = Sign.ANY
+    return Flow(flow.degree, rows, offset, sign)
 
 
 def _scales_everywhere(flow: Flow) -> bool:
@@ -213,25 +212,24 @@ def _terms(operation: Operation, flow: Flow, dim: int) -> list[tuple[float, Tens
 @rule_for("ConvolutionBackward0")
 def _convolution(operation: Operation, flows: Flows) -> Flow:
     """Each output channel sums over the inputs of its group."""
-    # Both where a weight is used in two layers, or was computed from another.
-    x, weight = flows[:2]
-    if len(flows) > 2 and flows[2] is not None:
+    # Both x and weight where a weight is used in two layers, or was computed from another.
+    x, weight, *bias = flows
+    if any(bias):
         raise Blocked(f"the scale enters {operation.place} as its bias")
     degree: float = 0
     offset = None
-    rows = None
-    if x:
-        degree = x.degree
-        rows = _channels_of_input(operation, x)
-        offset = _offset_of_input(operation, x)
+    channels = []
     if weight:
         degree += pure(operation, weight).degree
-        filters = _channels_of_weight(operation, weight)
-        if x and rows is not None:
+        channels.append(_channels_of_weight(operation, weight))
+    if x:
+        offset = _offset_of_input(operation, x)
+        if weight:
             pure(operation, x)
-            filters = operation.unite(filters, rows)
-        rows = filters
-    assert rows is not None
+        degree += x.degree
+        channels.append(_channels_of_input(operation, x))
+    # Where only one of them depends on the weight, both are the same, and nothing is united.
+    rows = operation.unite(channels[0], channels[-1])
 
     spatial = [1] * (len(operation.out) - 2)
     flow = Flow(degree, rows.reshape(*rows.shape, *spatial), offset)

@@ -10,23 +10,16 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from lightning_normdyn.invariance.flow import (
-    Flow,
-    Flows,
-    Sign,
-    along,
-    either,
-    expanded,
-    new_offset,
-)
+from lightning_normdyn.invariance.flow import Flow, Flows, Offset, Sign, along, expanded
 from lightning_normdyn.invariance.rows import Link
 from lightning_normdyn.invariance.rules.operation import (
     Operation,
     declared_epsilon,
     only,
     present,
+    rule_for,
+    unary_rule,
 )
-from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
 
 
 @unary_rule(
@@ -39,11 +32,10 @@ from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
 )
 def _batch_norm(operation: Operation, flow: Flow) -> Flow:
     """Each channel is normalized by itself, over samples and places."""
-    ndim = flow.ndim
     if not operation.attribute("training", True):
         return _fixed_batch_norm(operation, flow)
     # Each channel by itself: an offset per channel, as a bias is, is removed with the mean.
-    result = operation.normalized(flow, [0, *range(2, ndim)])
+    result = operation.normalized(flow, [0, *range(2, flow.ndim)])
     _check_epsilon(operation)
 
     rows = expanded(result.rows, operation.shape(), [1]).flatten()
@@ -64,9 +56,9 @@ def _fixed_batch_norm(operation: Operation, flow: Flow) -> Flow:
     """Frozen, or in eval mode: an affine map."""
     fixed = f"the fixed mean of {operation.module[0] or operation.name}"
     # (x - fixed mean) scales as x does, but around another point.
-    offset = new_offset(along([1], flow.ndim), what=fixed)
+    offset = Offset(along([1], flow.ndim), object(), what=fixed)
     if flow.offset:
-        offset = offset.changed(either(offset.varies, flow.offset.varies))
+        offset = offset.widened(flow.offset.varies)
     return replace(flow, offset=offset, sign=Sign.ANY)
 
 
@@ -79,21 +71,19 @@ def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
     if bool((rows != rows[:1]).any()):
         operation.rows.stale.setdefault(name)
         return
-    has_offset = flow.offset is not None
     bias = None
     if flow.offset:
         bias = flow.offset.parameter
-    link = Link(name, rows[0], flow.degree, has_offset, bias)
-    operation.rows.link(link)
+    has_offset = flow.offset is not None
+    operation.rows.link(Link(name, rows[0], flow.degree, has_offset, bias))
 
 
 def _check_epsilon(operation: Operation) -> None:
     """Nodes save their epsilon or modules declare it; else it is not known, and taken as small."""
     epsilon = operation.attribute("eps")
     if not isinstance(epsilon, float):
-        epsilon = declared_epsilon(operation.module[1])
-    if epsilon is not None:
-        operation.assume_small(epsilon)
+        epsilon = declared_epsilon(operation.module[1], 0.0)
+    operation.assume_small(epsilon)
 
 
 @unary_rule(
@@ -109,10 +99,9 @@ def _check_epsilon(operation: Operation) -> None:
 )
 def _layer_norm(operation: Operation, flow: Flow) -> Flow:
     """The last dimensions are normalized together."""
-    shape = operation.attribute("normalized_shape")
-    if not shape:
-        # Functions written in python keep it as an attribute, or normalize the last dimension only.
-        shape = getattr(operation.node, "normalized_shape", None) or (0,)
+    # Functions written in python keep it as an attribute, or normalize the last dimension only.
+    in_python = getattr(operation.node, "normalized_shape", None)
+    shape = operation.attribute("normalized_shape") or in_python or (0,)
     _check_epsilon(operation)
     removes_mean = "rms" not in operation.name.lower()
     return operation.normalized(flow, range(-len(shape), 0), centered=removes_mean)
@@ -123,26 +112,24 @@ def _group_norm(operation: Operation, flow: Flow) -> Flow:
     """The channels of a group are normalized together."""
     shape = operation.shape()
     groups = operation.attribute("group")
-    spatial = range(2, len(shape))
     _check_epsilon(operation)
     offset = flow.offset
     if offset and (groups != shape[1] or any(offset.varies[2:])):
         # The mean of a group removes only what is the same for all its channels and places.
         varying = replace(offset, varies=along([1], len(shape)))
         operation.normalized(replace(flow, offset=varying), [1])
-    rows = operation.same_factor(flow.rows, spatial)
+    rows = operation.same_factor(flow.rows, range(2, len(shape)))
     rows = expanded(rows, shape, [1])
     rows = rows.reshape(rows.size(0), groups, -1)
     rows = operation.same_factor(rows, [2])
-    places = [1] * len(spatial)
-    return Flow(0, rows.reshape(rows.size(0), groups, *places))
+    # Nothing scales from here on, so the places of the rows do not matter any more.
+    return Flow(0, rows)
 
 
 @rule_for("WeightNormInterfaceBackward0")
 def _weight_norm(operation: Operation, flows: Flows) -> Flow:
     """``gain * direction / ||direction||``: the gain scales the result, the direction does not."""
-    direction, _ = flows
-    if not direction:
+    if not flows[0]:
         return present(flows)[1]
     # The norm is taken over all dimensions but this.
     rows = only(operation, flows).rows

@@ -1,10 +1,12 @@
-"""What a rule gets to see of an operation, and the checks that many rules share."""
+"""What a rule gets to see of an operation, the checks that many rules share, and which rule holds
+for which operation."""
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -40,13 +42,8 @@ class Operation:
         self.inputs = node.inputs
         self.outputs = node.outputs
         self.rows = rows
+        self.graph = graph
         self._sources = node.sources
-        self._graph = graph
-
-    @property
-    def parameters(self) -> Mapping[Edge, str]:
-        """Which edges of the graph are parameters, and their names."""
-        return self._graph.parameters
 
     @property
     def place(self) -> str:
@@ -60,7 +57,7 @@ class Operation:
     def module(self) -> tuple[str, nn.Module | None]:
         """Name and module in whose forward (innermost) the operation was recorded; ``("", None)``
         if not known."""
-        return self._graph.module_of(self.node)
+        return self.graph.module_of(self.node)
 
     @property
     def out(self) -> Shape:
@@ -74,9 +71,9 @@ class Operation:
         assert shape is not None
         return shape
 
-    def dim(self, key: str = "dim") -> int:
+    def dim(self) -> int:
         """The dimension of the first input that the operation works along."""
-        return int(self.attribute(key)) % max(1, len(self.shape()))
+        return int(self.attribute("dim")) % max(1, len(self.shape()))
 
     def source(self, k: int) -> Edge | None:
         """The output of another operation that input ``k`` is; None: a constant, or no such
@@ -88,22 +85,17 @@ class Operation:
     def parameter(self, k: int) -> str | None:
         """Name of the parameter that input ``k`` is, also behind a cast to another dtype."""
         edge = self.source(k)
+        parameters = self.graph.parameters
         # Under autocast a bias is cast before it is added: its entries keep their places.
-        while edge is not None and edge not in self.parameters:
-            if node_name(edge[0]) != "ToCopyBackward0":
-                return None
+        while edge and edge not in parameters and node_name(edge[0]) == "ToCopyBackward0":
             (edge,) = sources_of(edge[0])
         if edge is None:
             return None
-        return self.parameters[edge]
+        return parameters.get(edge)
 
     def sign(self, k: int) -> Sign:
         """What is known of the values of input ``k``, whether they scale or not."""
-        return self._graph.signs.of(self.source(k))
-
-    def sign_of_output(self, k: int) -> Sign:
-        """What is known of the values of output ``k``, whether they scale or not."""
-        return self._graph.signs.of((self.node, k))
+        return self.graph.signs.of(self.source(k))
 
     def attribute(self, name: str, default: Any = None) -> Any:
         """A saved number or list of numbers of the node (never a tensor), with negative dims as
@@ -152,11 +144,12 @@ class Operation:
         if any(flow.rows.size(dim) > 1 for dim in dims):
             # Another cut of the weight may not differ along these dims and claim what this one must
             # not.
-            self.rows.veiled.setdefault(self.place)
-            raise Blocked(
+            reason = (
                 f"the indices of {self.place} are inside a checkpoint, so that it is not known "
-                f"which rows are read"
+                "which rows are read"
             )
+            self.rows.veiled.setdefault(reason)
+            raise Blocked(reason)
         return None
 
     def left_out(self, flow: Flow, dims: Iterable[int]) -> None:
@@ -175,8 +168,8 @@ class Operation:
         dims = [d % flow.ndim for d in dims]
         if flow.offset and flow.offset.differs_along(dims):
             raise Blocked(
-                f"{flow.offset.what} is added before {self.place} and differs within what is "
-                f"normalized together"
+                f"{flow.offset.what} is added before {self.place} "
+                "and differs within what is normalized together"
             )
         return Flow(0, self.same_factor(flow.rows, dims))
 
@@ -187,8 +180,8 @@ class Operation:
             raise Blocked(f"{what} in {self.place}")
         # The graph does not hold the constant. A module that declares an epsilon is taken at its
         # word.
-        epsilon = declared_epsilon(self.module[1])
-        self.assume_small(math.inf if epsilon is None else epsilon)
+        _, module = self.module
+        self.assume_small(declared_epsilon(module, math.inf))
         return replace(flow, padded=True)
 
     def assume_small(self, epsilon: float) -> None:
@@ -231,27 +224,177 @@ def refuse_padded(operation: Operation, flow: Flow) -> None:
 _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 
 
-def declared_epsilon(module: nn.Module | None) -> float | None:
+def declared_epsilon(module: nn.Module | None, otherwise: float) -> float:
     """The epsilon that a module declares under a usual name (``eps``, ``variance_epsilon``, ...),
     the largest if there are several.
 
-    0 for an epsilon of None, which is that of the dtype (RMSNorm). None if nothing is declared.
+    0 for an epsilon of None, which is that of the dtype (RMSNorm).
+
+    Args:
+        module: None if it is not known.
+        otherwise: what to take where nothing is declared.
 
     Example:
-        >>> declared_epsilon(nn.LayerNorm(4, eps=1e-6))
+        >>> declared_epsilon(nn.LayerNorm(4, eps=1e-6), otherwise=0.0)
         1e-06
     """
     if module is None:
-        return None
+        return otherwise
     declared = []
     for name in ("eps", *vars(module), *module._parameters, *module._buffers):
         # The plain test goes first: a module has some twenty attributes, and this runs for every
         # layer.
         if "eps" in name and _EPSILON.search(name) and hasattr(module, name):
             value = getattr(module, name)
-            if value is None or isinstance(value, (int, float)):
-                declared.append(float(value or 0.0))
-            else:
-                # A tensor is not looked at: that would wait for the device.
-                declared.append(math.inf)
-    return max(declared, default=None)
+            # A tensor is not looked at: that would wait for the device.
+            is_number = value is None or isinstance(value, (int, float))
+            declared.append(float(value or 0.0) if is_number else math.inf)
+    return max(declared, default=otherwise)
+
+
+# ------------------------------------------------------------------------------------------- rules
+
+Result = Flow | Flows | None
+Rule = Callable[[Operation, Flows], Result]
+UnaryRule = Callable[[Operation, Flow], Result]
+
+# By the name of the autograd node.
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(node_name: str, rule: Rule) -> None:
+    """Tell the target search how a scale passes an operation it does not know, e.g. a custom
+    ``torch.autograd.Function``.
+
+    Args:
+        node_name: name of the autograd node, as ``tensor.grad_fn.name()`` gives it: the function's
+            class name with ``Backward`` appended.
+        rule: called as ``rule(operation, flows)`` with one `Flow` (or None: does not depend on the
+            weight) for each differentiable input. Returns the flow of the output, or a list with
+            one for each output, or raises `Blocked` with a reason. ``homogeneous`` is a ready-made
+            rule for :math:`f(cx) = c f(x)`; ``operation.normalized(flow, dims)`` is the result of a
+            normalization.
+
+    Raises:
+        ValueError: if ``node_name`` is no name, or ``rule`` cannot be called.
+
+    Example:
+        A custom root-mean-square normalization over the last axis:
+
+        >>> import torch
+        >>> class RootMeanSquare(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         return x / x.pow(2).mean(-1, keepdim=True).sqrt()
+        ...
+        ...     @staticmethod
+        ...     def backward(ctx, grad):
+        ...         raise NotImplementedError
+        >>> RootMeanSquare.apply(torch.ones(2, 3, requires_grad=True)).grad_fn.name()
+        'RootMeanSquareBackward'
+        >>> def root_mean_square(operation, flows):
+        ...     return operation.normalized(flows[0], [-1], centered=False)
+        >>> register_rule("RootMeanSquareBackward", root_mean_square)
+
+        A rule holds for the whole process; this example takes its own back.
+
+        >>> del RULES["RootMeanSquareBackward"]
+    """
+    if not isinstance(node_name, str) or not node_name:
+        raise ValueError(f"`node_name` must be the name of an autograd node, got {node_name!r}.")
+    if not callable(rule):
+        raise ValueError(f"`rule` must be callable as rule(operation, flows), got {rule!r}.")
+    # Ours may be replaced, too: who knows an operation better is right.
+    RULES[node_name] = rule
+
+
+def rule_for(*names: str) -> Callable[[Rule], Rule]:
+    """Decorator: the rule for autograd nodes of these names."""
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+def unary_rule(*names: str) -> Callable[[UnaryRule], Rule]:
+    """Decorator like `rule_for`, for operations that a scale may enter only by their first input:
+    the rule gets the flow of that one."""
+
+    def register(rule: UnaryRule) -> Rule:
+        @functools.wraps(rule)
+        def checked(operation: Operation, flows: Flows) -> Result:
+            flow = only(operation, flows)
+            return rule(operation, flow)
+
+        return rule_for(*names)(checked)
+
+    return register
+
+
+# ------------------------------------------------------------------------ operations without a rule
+
+# Names without ``Backward0``. Functions with f(cx) != c^k f(x), for any k.
+NOT_HOMOGENEOUS = """
+    Softmax LogSoftmax SafeSoftmax MaskedSoftmax SparseSoftmax SparseLogSoftmax
+    Logsumexp Logcumsumexp Logaddexp Logaddexp2
+    Gelu Silu Sigmoid Tanh Softplus Elu Celu Hardtanh Hardswish Hardsigmoid Hardshrink Softshrink
+    Mish LogSigmoid Logit Threshold
+    Exp Exp2 Expm1 Log Log2 Log10 Log1P Xlogy SpecialXlog1Py SpecialEntr Erf Erfc Erfinv
+    SpecialErfcx SpecialLogNdtr SpecialNdtri
+    Sin Cos Tan Sinc Asin Acos Atan Sinh Cosh Asinh Acosh Atanh
+    Lgamma Digamma Polygamma Mvlgamma I0 SpecialI0E SpecialI1 SpecialI1E
+    Prod Cumprod Round Floor Ceil Trunc Frac Fmod Remainder Renorm
+    NllLoss NllLoss2D MseLoss SmoothL1Loss HuberLoss BinaryCrossEntropy
+    BinaryCrossEntropyWithLogits SoftMarginLoss MultiMarginLoss MultilabelMarginLoss
+    CtcLoss CudnnCtcLoss MiopenCtcLoss
+"""
+
+# Rows could be followed through some of these in principle. Each is rare in front of a
+# normalization, and a rule that is wrong would cost more than a target that is missed. ``Linalg``
+# stands for all that begin so.
+NOT_FOLLOWED = {
+    "is a whole recurrent layer, whose gates do not commute with a change of scale": """
+        MkldnnRnnLayer CudnnRnn MiopenRnn LstmMps ThnnFusedLstmCell ThnnFusedGruCell
+    """,
+    "writes into a part of a tensor in place (`x[i] = y`), and that is not followed": """
+        CopySlices SelectScatter SliceScatter DiagonalScatter AsStridedScatter MaskedScatter Scatter
+        IndexCopy IndexFill Put Fill
+    """,
+    "reads memory in another layout (`as_strided`), and rows are not followed through it": """
+        AsStrided
+    """,
+    "multiplies groups of rows with one matrix each (experts), and rows are not followed through "
+    "it": """
+        GroupedMm ScaledGroupedMm ForeachMm
+    """,
+    "is a Fourier transform, and complex numbers are not followed": """
+        FftC2C FftR2C FftC2R
+    """,
+    "computes with complex numbers, and these are not followed": """
+        ViewAsComplex ViewAsReal Complex Conj ConjPhysical Angle Polar
+    """,
+    "factors, inverts or solves with a matrix, and rows are not followed through it": """
+        Linalg Cholesky CholeskyInverse CholeskySolve Geqrf Ormqr LuUnpack TriangularSolve
+    """,
+    "changes the layout of a sparse tensor, and rows are not followed through it": """
+        ToSparse ToSparseCsr ToSparseCsc ToSparseBsr ToSparseBsc ToDense ToPaddedTensor Coalesce
+        Values SparseMask SparseSum
+    """,
+}
+
+
+def why_not(operation: Operation) -> str:
+    """Why the scale does not pass an operation without a rule."""
+    nested = "AutogradNestedTensor"
+    kind = re.sub(rf"({nested})?Backward({nested})?\d*$", "", operation.name)
+    if kind in NOT_HOMOGENEOUS.split():
+        return f"{operation.place} does not commute with a change of scale"
+    family = "Linalg" if kind.startswith("Linalg") else kind
+    for what, kinds in NOT_FOLLOWED.items():
+        if family in kinds.split():
+            return f"{operation.place} {what}"
+    if "Nested" in operation.name:
+        return f"{operation.place} works on a nested tensor, whose rows are not followed"
+    return f"no rule for {operation.place} (`register_rule` adds one)"

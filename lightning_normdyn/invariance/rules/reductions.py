@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from lightning_normdyn.invariance.flow import (
@@ -13,21 +14,18 @@ from lightning_normdyn.invariance.flow import (
     spread,
     without_dims,
 )
-from lightning_normdyn.invariance.rules.operation import Operation, pure
-from lightning_normdyn.invariance.rules.registry import unary_rule
+from lightning_normdyn.invariance.rules.operation import Operation, pure, unary_rule
 
 
 def _reduction_dims(operation: Operation) -> list[int]:
     ndim = len(operation.shape())
     dims = operation.attribute("dim")
-    if dims is None or dims == []:
-        return list(range(ndim))
-    if isinstance(dims, int):
+    if dims in (None, []):
+        dims = range(ndim)
+    elif isinstance(dims, int):
         dims = [dims]
     # A tensor without dimensions may still be reduced along "dimension 0".
-    if ndim:
-        return [dim % ndim for dim in dims]
-    return []
+    return [dim % ndim for dim in dims if ndim]
 
 
 def _reduced(
@@ -38,12 +36,11 @@ def _reduced(
     degree: float = 1,
     offset: Offset | None = None,
     sign: Sign = Sign.ANY,
-    output: int = 0,
 ) -> Flow:
-    """The flow of output number ``output``, in which entries have come together along ``dims``."""
+    """The flow of an output in which entries have come together along ``dims``."""
     rows = operation.same_factor(flow.rows, dims)
     # Without ``keepdim``.
-    if len(operation.outputs[output]) != rows.ndim:
+    if len(operation.out) != rows.ndim:
         rows = rows.squeeze(tuple(dims))
         offset = without_dims(offset, dims)
     return Flow(flow.degree * degree, rows, offset, sign)
@@ -95,39 +92,25 @@ def _extremum(operation: Operation, flow: Flow) -> Flow:
 )
 def _norm(operation: Operation, flow: Flow) -> Flow:
     """The size of several entries, which must share a factor."""
-    degree = 1
-    if operation.name.startswith("LinalgVectorNorm") and operation.attribute("ord") == 0:
-        # The number of entries that are not zero does not depend on the scale.
-        degree = 0
-    # Every norm is homogeneous of degree 1, whatever its order.
-    dims = _reduction_dims(operation)
-    sign = Sign.STATISTIC if degree else Sign.ANY
     pure(operation, flow)
-    return _reduced(operation, flow, dims, degree=degree, sign=sign)
-
-
-@unary_rule("StdBackward0", "VarBackward0")
-def _spread(operation: Operation, flow: Flow) -> Flow:
-    """Variance and standard deviation."""
+    # Every norm is homogeneous of degree 1, but for that of order 0: the number of entries that are
+    # not zero does not depend on the scale.
+    degree = 0 if operation.attribute("ord") == 0 else 1
     dims = _reduction_dims(operation)
-    return _centered_moment(operation, flow, dims)
+    return _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
 
 
-@unary_rule("VarMeanBackward0", "StdMeanBackward0")
-def _spread_and_mean(operation: Operation, flow: Flow) -> Flows:
-    """A variance or standard deviation, and the mean beside it."""
+@unary_rule("StdBackward0", "VarBackward0", "VarMeanBackward0", "StdMeanBackward0")
+def _spread(operation: Operation, flow: Flow) -> Flows:
+    """Variance or standard deviation, and the mean beside it where it is asked for."""
     dims = _reduction_dims(operation)
-    moment = _centered_moment(operation, flow, dims)
-    mean = _reduced(operation, flow, dims, offset=flow.offset, output=1)
-    return [moment, mean]
-
-
-def _centered_moment(operation: Operation, flow: Flow, dims: Sequence[int]) -> Flow:
-    """A variance or a standard deviation: free of an offset that is constant along ``dims``."""
+    # Free of an offset that is constant along ``dims``.
     if flow.offset and flow.offset.differs_along(dims):
         pure(operation, flow)
+    mean = _reduced(operation, flow, dims, offset=flow.offset)
     degree = 2 if operation.name.startswith("Var") else 1
-    return _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
+    moment = _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
+    return [moment, mean]
 
 
 @unary_rule("CumsumBackward0")
@@ -158,34 +141,26 @@ def _ordered(operation: Operation, flow: Flow) -> Flow:
 
 # ------------------------------------------------------------------------------------------ pooling
 
-# Names without ``Backward0``, by how many last dimensions neighbours lie along.
-_SPATIAL = {
-    1: """
-        UpsampleNearest1D UpsampleNearestExact1D UpsampleLinear1D ReflectionPad1D ReplicationPad1D
-    """,
-    2: """
-        AvgPool2D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D MaxPool2D MaxPool2DWithIndices
-        MkldnnMaxPool2D AdaptiveMaxPool2D FractionalMaxPool2D MaxUnpool2D UpsampleNearest2D
-        UpsampleNearestExact2D UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D
-        UpsampleBicubic2DAa ReflectionPad2D ReplicationPad2D GridSampler2D
-    """,
-    3: """
-        AvgPool3D AdaptiveAvgPool3D MaxPool3DWithIndices MkldnnMaxPool3D AdaptiveMaxPool3D
-        FractionalMaxPool3D MaxUnpool3D UpsampleNearest3D UpsampleNearestExact3D
-        UpsampleTrilinear3D ReflectionPad3D ReplicationPad3D GridSampler3D
-    """,
-}
-_SPATIAL_DIMS = {}
-for _count, _names in _SPATIAL.items():
-    for _name in _names.split():
-        _SPATIAL_DIMS[f"{_name}Backward0"] = _count
+# Names without ``Backward0``.
+_POOLING = """
+    UpsampleNearest1D UpsampleNearestExact1D UpsampleLinear1D ReflectionPad1D ReplicationPad1D
+    AvgPool2D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D MaxPool2D MaxPool2DWithIndices
+    MkldnnMaxPool2D AdaptiveMaxPool2D FractionalMaxPool2D MaxUnpool2D UpsampleNearest2D
+    UpsampleNearestExact2D UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D
+    UpsampleBicubic2DAa ReflectionPad2D ReplicationPad2D GridSampler2D
+    AvgPool3D AdaptiveAvgPool3D MaxPool3DWithIndices MkldnnMaxPool3D AdaptiveMaxPool3D
+    FractionalMaxPool3D MaxUnpool3D UpsampleNearest3D UpsampleNearestExact3D
+    UpsampleTrilinear3D ReflectionPad3D ReplicationPad3D GridSampler3D
+"""
 
 
-@unary_rule(*_SPATIAL_DIMS)
+@unary_rule(*[f"{_kind}Backward0" for _kind in _POOLING.split()])
 def _pool(operation: Operation, flow: Flow) -> Flow:
     """Pooling, resampling and padding by repetition: neighbours are averaged or the largest is
     taken, channel by channel."""
-    dims = range(-_SPATIAL_DIMS[operation.name], 0)
+    # Neighbours lie along as many of the last dimensions as the name says.
+    (count,) = re.findall(r"(\d)D", operation.name)
+    dims = range(-int(count), 0)
     offset = flow.offset
     if offset:
         # The largest of x + b is the largest x plus b only if b is the same for all of them.

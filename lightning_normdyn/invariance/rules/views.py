@@ -1,9 +1,10 @@
-"""Rules for operations that rearrange, repeat, cut or join tensors."""
+"""Rules for operations that rearrange, repeat, cut or join tensors, also over ranks."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,22 +15,21 @@ from lightning_normdyn.invariance.flow import (
     Flow,
     Flows,
     Offset,
-    Sign,
     along,
     compact,
-    either,
     everywhere,
     expanded,
     lift,
     moved,
     permuted,
     reshaped,
+    sizes_of_pieces,
     spread,
     unsqueezed,
     without_dims,
 )
-from lightning_normdyn.invariance.rules.operation import Operation
-from lightning_normdyn.invariance.rules.registry import rule_for, unary_rule
+from lightning_normdyn.invariance.rows import distinct
+from lightning_normdyn.invariance.rules.operation import Operation, rule_for, unary_rule
 
 
 @unary_rule(
@@ -53,20 +53,14 @@ def permute(operation: Operation, flow: Flow) -> Flow:
     return permuted(flow, operation.attribute("dims"))
 
 
-@unary_rule("TransposeBackward0")
+@unary_rule("TransposeBackward0", "TBackward0")
 def transpose(operation: Operation, flow: Flow) -> Flow:
-    """Two dimensions change places."""
+    """Two dimensions change places; those of ``t()``, which saves none, are both of a matrix."""
     dims = list(range(flow.ndim))
-    i = operation.attribute("dim0")
-    j = operation.attribute("dim1")
+    i = operation.attribute("dim0", 0)
+    j = operation.attribute("dim1", -1)
     dims[i], dims[j] = dims[j], dims[i]
     return permuted(flow, dims)
-
-
-@unary_rule("TBackward0")
-def transpose_matrix(operation: Operation, flow: Flow) -> Flow:
-    """Both dimensions of a matrix change places."""
-    return permuted(flow, range(flow.ndim)[::-1])
 
 
 @unary_rule("ExpandBackward0")
@@ -159,42 +153,27 @@ def _cat(operation: Operation, flows: Flows) -> Flow:
     degrees = {flow.degree for flow in flows if flow}
     if len(degrees) > 1:
         raise Blocked(f"{operation.place} joins tensors that scale differently")
-    sizes = [1] * len(flows)
+    sizes: list[int] | None = [1] * len(flows)
     if operation.name == "StackBackward0":
         flows = [flow and unsqueezed(flow, dim) for flow in flows]
     else:
-        sizes = _sizes_of_pieces(operation, dim)
-    present = [flow for flow in flows if flow]
+        sizes = sizes_of_pieces(operation.inputs, dim, operation.out[dim])
+    if sizes is None:
+        raise Blocked(f"{operation.place} joins several constants of unknown size")
 
-    # Row 0: a constant piece does not scale, and is marked so beside the others.
-    constant = NO_ROW.reshape([1] * ndim)
-    rows = [constant if flow is None else flow.rows for flow in flows]
-    shapes = [piece.shape for piece in rows]
+    # A constant piece does not scale, and is marked so beside the others. It may be negative.
+    constant = Flow(0, NO_ROW.reshape([1] * ndim))
+    pieces = [flow or constant for flow in flows]
+    shapes = [piece.rows.shape for piece in pieces]
     wide = [max(sizes_of_dim) for sizes_of_dim in zip(*shapes, strict=True)]
-    pieces = []
-    for piece, size in zip(rows, sizes, strict=True):
+    rows = []
+    for piece, size in zip(pieces, sizes, strict=True):
         # Along the joint every piece keeps its own size.
         wide[dim] = size
-        pieces.append(piece.expand(wide))
-
-    # A constant may be negative.
-    sign = Sign.ANY
-    if len(present) == len(flows):
-        sign = min(flow.sign for flow in present)
-    joint = compact(torch.cat(pieces, dim))
+        rows.append(piece.rows.expand(wide))
+    sign = min(piece.sign for piece in pieces)
+    joint = compact(torch.cat(rows, dim))
     return Flow(degrees.pop(), joint, _joint_offset(flows, dim), sign)
-
-
-def _sizes_of_pieces(operation: Operation, dim: int) -> list[int]:
-    """The sizes along ``dim`` of what is concatenated."""
-    shapes = operation.inputs
-    if shapes.count(None) > 1:
-        raise Blocked(f"{operation.place} joins several constants of unknown size")
-    # One constant takes what the others leave.
-    sizes = [shape[dim] for shape in shapes if shape is not None]
-    if None in shapes:
-        sizes.insert(shapes.index(None), operation.out[dim] - sum(sizes))
-    return sizes
 
 
 def _joint_offset(flows: Flows, dim: int) -> Offset | None:
@@ -202,17 +181,16 @@ def _joint_offset(flows: Flows, dim: int) -> Offset | None:
     offsets = [flow.offset for flow in flows if flow and flow.offset]
     if not offsets:
         return None
-    first = offsets[0]
     tokens = {offset.token for offset in offsets}
     all_same = len(tokens) == 1 and len(offsets) == len(flows)
-    if all_same and not first.varies[dim]:
+    if all_same and not offsets[0].varies[dim]:
         # The same bias was added to every piece, so one normalization removes it from all of them.
-        return first
+        return offsets[0]
     # A piece without an offset has one of 0, so it differs along the joint.
-    varies = along([dim], len(first.varies))
+    joint = offsets[-1].widened(along([dim], len(offsets[-1].varies)))
     for offset in offsets:
-        varies = either(varies, offset.varies)
-    return offsets[-1].changed(varies)
+        joint = joint.widened(offset.varies)
+    return joint
 
 
 @unary_rule("RollBackward0")
@@ -308,3 +286,50 @@ def _pad(operation: Operation, flow: Flow) -> Flow:
     if any(inside):
         rows = nn.functional.pad(rows, inside)
     return replace(flow, rows=rows, offset=spread(flow.offset, padded))
+
+
+# ------------------------------------------------------------------------------- parts of a DTensor
+
+# On DTensors themselves operations show their full shapes, so that all other rules hold for them as
+# they are. These two are the way to the part of it on this rank, and back.
+
+
+@unary_rule("_ToTorchTensorBackward")
+def _to_local(operation: Operation, flow: Flow) -> Flow:
+    """From a DTensor to this rank's part of it."""
+    before = operation.shape()
+    after = operation.out
+    if before == after:
+        return flow
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    spec: Any = operation.node.dtensor_spec  # type: ignore[attr-defined]
+    # Sharded along one dimension by two meshes: the part is not one stretch of it.
+    if any(type(placement).__name__ == "_StridedShard" for placement in spec.placements):
+        raise Blocked(f"no rule for strided shards in {operation.place}")
+    _, start = compute_local_shape_and_global_offset(spec.shape, spec.mesh, spec.placements)
+    # A dimension of one row for all is not cut: the row holds for every part.
+    part = flow.rows
+    for dim, size in enumerate(after):
+        if part.size(dim) > 1 and size < before[dim]:
+            part = part.narrow(dim, start[dim], size)
+    if part.numel() < flow.rows.numel():
+        # The other ranks follow the rest of the rows, and are asked at the end.
+        rows = operation.rows
+        rows.elsewhere = True
+        rows.sharded = distinct(flow.rows, rows.sharded)
+    return moved(flow, part, range(part.ndim))
+
+
+@unary_rule("_FromTorchTensorBackward")
+def _from_local(operation: Operation, flow: Flow) -> Flow:
+    """From this rank's part to the DTensor."""
+    after = operation.out
+    if operation.shape() == after:
+        return flow
+    # The other ranks' entries come from rows that were not followed here: all go together.
+    together = distinct(flow.rows, operation.rows.sharded)
+    one = together[:1]
+    operation.unite(one, together)
+    rows = one.reshape([1] * len(after))
+    return replace(flow, rows=rows, offset=everywhere(flow))

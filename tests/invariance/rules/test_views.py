@@ -1,14 +1,16 @@
-"""A bias is the same before and after a rearrangement."""
+"""A bias is the same before and after a rearrangement; ranks follow their part of a DTensor."""
 
 from __future__ import annotations
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 import zoo
 from torch import nn
 
 from lightning_normdyn.invariance.checks import inspect_module
+from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 
 # Scale-invariant, but the bias is lost track of in rearrangements as rare as these.
 MISSED = "no"
@@ -77,3 +79,44 @@ def test_one_bias_before_and_after_a_rearrangement_is_one_offset(claim):
     assert claim(net, zoo.vectors()) == "filter"
     net = zoo.Net(lambda m, x: F.normalize(m.a(x) - m.a(x).roll(1, 1), dim=0), a=nn.Linear(6, 5))
     assert claim(net, zoo.vectors()) == "no"
+
+
+def test_each_rank_follows_its_part_and_claims_nothing_before_the_ranks_agree():
+    def on_rank():
+        from torch.distributed.tensor import (
+            DTensor,
+            Replicate,
+            Shard,
+            distribute_tensor,
+            init_device_mesh,
+        )
+
+        ranks.init_process_group()
+        mesh = init_device_mesh("cpu", (2,))
+        torch.manual_seed(0)
+        x = zoo.vectors()
+
+        def by_filter(m):
+            y = F.linear(x, m.a.to_local())
+            return (y / y.norm(dim=0)).sum()
+
+        def gathered(m):
+            y = DTensor.from_local(F.linear(x, m.a.to_local()), mesh, [Shard(1)])
+            y = y.redistribute(placements=[Replicate()]).to_local()
+            return (y / y.norm(dim=0)).sum()
+
+        found = []
+        for loss in (by_filter, gathered):
+            net = nn.Module()
+            net.a = nn.Parameter(distribute_tensor(torch.randn(4, 6).double(), mesh, [Shard(0)]))
+            with ScaleInvarianceSearch(net) as search:
+                search.analyze(loss(net))
+            before = search.verdicts["a"].kind
+            search.agree()
+            found.append((before, search.verdicts["a"].kind))
+        return found
+
+    for by_filter, gathered in ranks.run_ranks(on_rank).values():
+        assert by_filter == ("unknown", "filter")
+        # The filters of the other ranks have come beside them: all are one from there on.
+        assert gathered == ("unknown", "layer")
