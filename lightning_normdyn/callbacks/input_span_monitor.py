@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_normdyn.engine.arguments import check_count, is_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.input_span.part import SpanPart, SpanWorker
-from lightning_normdyn.monitor.spawned import KeepsHistory
+from lightning_normdyn.monitor.history_files import KeepsHistory
 
 
 class InputSpanMonitor(NormDynCallback, KeepsHistory):

@@ -13,10 +13,10 @@ from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.monitor.history_files import KeepsHistory
 from lightning_normdyn.monitor.measure import Look, StepGauge
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.recording import Recording
-from lightning_normdyn.monitor.spawned import KeepsHistory
 from lightning_normdyn.optimizers.rate import applied_rate
 from lightning_normdyn.optimizers.step import Phase, Step
 

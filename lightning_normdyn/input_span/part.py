@@ -35,8 +35,7 @@ from lightning_normdyn.input_span.layers import ReadableLayers, Readers
 from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
 from lightning_normdyn.input_span.rows import filter_labels, filters_of
 from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.history_check import check_history
+from lightning_normdyn.monitor.history import History, check_history
 from lightning_normdyn.optimizers.views import torch_optimizers
 
 # Covariances may have hundreds of MiB, which nobody expects in a checkpoint.

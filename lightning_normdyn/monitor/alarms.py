@@ -120,7 +120,7 @@ class Alarms:
             f"show NaN. Look at the loss and the learning rate before this step."
         )
         # No name: once a weight is NaN all others follow, and one sentence is enough for the run.
-        self._say_as_it_is(DIVERGED, "", text)
+        self._say(DIVERGED, "", text)
 
     def idle_decays(self, gauges: Sequence[StepGauge]) -> None:
         """The usual AdamW trap: a decay too small to change any norm within this run."""
@@ -151,17 +151,13 @@ class Alarms:
         return steps <= planned - taken
 
     def _say(self, title: str, name: str, text: str) -> None:
-        self._say_as_it_is(title, name, f"`{name}`: {text}")
-
-    def _say_as_it_is(self, title: str, name: str, text: str) -> None:
-        """Once per weight and kind of trouble."""
+        """Once per weight and kind of trouble; without a name, once for all weights."""
         if (title, name) in self._said:
             return
         self._said.add((title, name))
+        if name:
+            text = f"`{name}`: {text}"
         warn_once(text)
         # Other ranks have no experiment that could alert anybody.
         if self._alert and self._trainer.is_global_zero:
             publish_alert(self._trainer.loggers, title, text)
-
-
-__all__ = ["Alarms"]

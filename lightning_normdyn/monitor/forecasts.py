@@ -207,14 +207,3 @@ def idle_decay(optimizer_class: type, group: Mapping[str, Any], steps: float) ->
         f"{settings} shrinks a weight by {share} over the {steps:.0f} steps of this run: it does "
         f"next to nothing."
     )
-
-
-__all__ = [
-    "idle_decay",
-    "known_fall",
-    "least_of",
-    "log_smallest",
-    "steps_to_collapse",
-    "steps_until_overflow",
-    "urgency",
-]

@@ -11,6 +11,7 @@ import difflib
 import os
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import Any, NoReturn, overload
 
@@ -19,8 +20,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_normdyn.engine.value_checks import DAMAGE, MOST, require
 from lightning_normdyn.errors import NormDynError, shown
-from lightning_normdyn.monitor.history_file import MOST, pack, read_npz, unpack
+from lightning_normdyn.monitor.history_file import pack, read_npz, unpack
 from lightning_normdyn.monitor.records import (
     Bundle,
     Contents,
@@ -28,10 +30,10 @@ from lightning_normdyn.monitor.records import (
     Flags,
     Floats,
     Ints,
+    Record,
     Row,
     bundled,
 )
-from lightning_normdyn.monitor.thinning import Record
 from lightning_normdyn.storage import is_remote, local, replacing
 
 
@@ -60,16 +62,11 @@ class History:
     """
 
     def __init__(self, max_rows: int = 4096, *, max_vector_bytes: int = 2**27) -> None:
-        # 2^53: with a larger limit the file could not be read back.
-        if not 4 <= max_rows < MOST:
-            raise NormDynError(
-                f"`max_rows` must be at least 4 and below 2^53, got {shown(max_rows)}."
-            )
-        if not 1 <= max_vector_bytes < MOST:
-            raise NormDynError(
-                f"`max_vector_bytes` must be at least 1 and below 2^53, got "
-                f"{shown(max_vector_bytes)}."
-            )
+        limits = (("max_rows", max_rows, 4), ("max_vector_bytes", max_vector_bytes, 1))
+        for name, limit, least in limits:
+            # 2^53: with a larger limit the file could not be read back.
+            allowed = f"`{name}` must be at least {least} and below 2^53"
+            require(least <= limit < MOST, f"{allowed}, got {shown(limit)}.")
         self._contents = Contents(max_rows, max_vector_bytes)
 
     @property
@@ -242,9 +239,8 @@ class History:
     def truncate_after(self, step: int) -> None:
         """Forget all that is later than ``step``: what a crashed run did between its last
         checkpoint and its end."""
-        self._contents.rows.truncate_after(step)
-        self._contents.events.truncate_after(step)
-        self._contents.vectors.truncate_after(step)
+        for records in self._contents.lists().values():
+            records.truncate_after(step)
 
     def fork(self) -> History:
         """A history that starts as this one and goes on by itself; ``meta`` and the recorded
@@ -303,7 +299,13 @@ class History:
         """
         if not self.has(key):
             _refuse_name("key", key, self.keys())
-        column = self._contents.columns[key]
+        return self.curve(key)
+
+    def curve(self, key: str) -> tuple[Ints, Floats]:
+        """As :meth:`column`, but empty for a key that was never recorded."""
+        columns = self._contents.columns
+        # No row has a cell behind all columns.
+        column = columns.get(key, len(columns))
         steps = []
         values = []
         for record in self._contents.rows.records:
@@ -329,33 +331,20 @@ class History:
         Raises:
             NormDynError: for a name that was never recorded.
         """
-        size = self.vector_count(name)
-        if size is None:
+        if self.vector_count(name) is None:
             _refuse_name("per-vector array", name, self.vector_names())
-        steps = []
-        values = []
-        for record in self._contents.vectors.records:
-            bundle: Bundle = record.content
-            if name in bundle.layout:
-                steps.append(record.step)
-                values.append(bundle.values[bundle.layout[name]])
-        table = np.array(values, dtype=np.float32).reshape(len(steps), size)
+        places, table = self._contents.vectors_of(name)
+        steps = [self._contents.vectors.records[place].step for place in places]
         return np.array(steps, dtype=np.int64), table
 
     def _as_dict(self, record: Record) -> dict[str, float]:
         row: Row = record.content
         values: dict[str, float] = {"step": record.step, "optimizer_step": row.optimizer_step}
         # Not strict: the row may end before columns that came later.
-        cells = zip(
-            self._contents.columns,
-            row.cells.tolist(),
-            row.present.tolist(),
-            strict=False,
+        recorded = compress(
+            zip(self._contents.columns, row.cells.tolist(), strict=False), row.present
         )
-        for key, cell, present in cells:
-            if present:
-                values[key] = cell
-        return values
+        return {**values, **dict(recorded)}
 
     # ------------------------------------------------------------------------ files and checkpoints
 
@@ -441,6 +430,18 @@ def load_history(path: str | os.PathLike[str]) -> History:
             f"`{path}` cannot be read as a history: {reason}. Save it again from the run."
         ) from error
     return history
+
+
+def check_history(value: Any, where: str) -> None:
+    """Refuse a value of a checkpoint that is not what :meth:`History.state_dict` gives: it is read
+    before it is believed."""
+    is_state = isinstance(value, dict) and isinstance(value.get("header"), str)
+    require(is_state, f"{where} is no history")
+    # Loaded, and not only looked at: nothing less shows whether a later load will succeed.
+    try:
+        History().load_state_dict(value)
+    except DAMAGE as error:
+        raise NormDynError(f"{where} is no history ({type(error).__name__}: {error})") from error
 
 
 def _check_steps(*steps: int) -> None:

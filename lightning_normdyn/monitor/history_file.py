@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_normdyn.engine.value_checks import MOST, many, require, table, text, whole
 from lightning_normdyn.errors import NormDynError, shown
 from lightning_normdyn.monitor.records import (
     Bundle,
@@ -26,18 +27,19 @@ from lightning_normdyn.monitor.records import (
     Event,
     Floats,
     Ints,
+    Record,
     Row,
+    ThinnedList,
     bundled,
 )
-from lightning_normdyn.monitor.thinning import Record, ThinnedList
 from lightning_normdyn.storage import is_remote, local, read
 
 Arrays = dict[str, NDArray[Any]]
 
 _FORMAT = "lightning-normdyn history"
 _VERSION = 2
-# No run counts as far, and beyond it a float no longer counts by ones.
-MOST = 2**53
+_check_text = text()
+_check_count = whole(1)
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -59,17 +61,13 @@ def pack(contents: Contents) -> tuple[str, Arrays]:
         "vectors": list(contents.vector_sizes.items()),
     }
     arrays = _pack_rows(contents)
-    lists = {
-        "row": contents.rows,
-        "event": contents.events,
-        "vector": contents.vectors,
-    }
-    for part, thinned in lists.items():
+    for part, thinned in contents.lists().items():
         header[part] = _pack_thinning(thinned)
         arrays[part] = _pack_places(thinned)
     # Arrays by number: names may hold any characters, members of a zip may not.
     for i, name in enumerate(contents.vector_sizes):
-        arrays |= _pack_vectors(contents, name, i)
+        indices, arrays[f"vectors_{i}"] = contents.vectors_of(name)
+        arrays[f"records_{i}"] = np.array(indices, dtype=np.int64)
 
     try:
         return json.dumps(header), arrays
@@ -85,11 +83,7 @@ def _pack_thinning(thinned: ThinnedList) -> dict[str, Any]:
     kinds = []
     for kind, count in thinned.counts.items():
         kinds.append([kind, count, thinned.strides.get(kind, 1)])
-    return {
-        "capacity": thinned.capacity,
-        "max_kinds": thinned.max_kinds,
-        "kinds": kinds,
-    }
+    return {"capacity": thinned.capacity, "max_kinds": thinned.max_kinds, "kinds": kinds}
 
 
 def _pack_places(thinned: ThinnedList) -> Ints:
@@ -120,23 +114,6 @@ def _pack_rows(contents: Contents) -> Arrays:
     }
 
 
-def _pack_vectors(contents: Contents, name: str, index: int) -> Arrays:
-    """The arrays of one name, and the records that have one."""
-    indices = []
-    values = []
-    for i, record in enumerate(contents.vectors.records):
-        bundle: Bundle = record.content
-        if name in bundle.layout:
-            indices.append(i)
-            values.append(bundle.values[bundle.layout[name]])
-    table = np.array(values, dtype=np.float32)
-    return {
-        f"records_{index}": np.array(indices, dtype=np.int64),
-        # reshape: without any record numpy does not know the second dimension.
-        f"vectors_{index}": table.reshape(len(indices), contents.vector_sizes[name]),
-    }
-
-
 # ------------------------------------------------------------------------------------------ reading
 
 
@@ -148,12 +125,12 @@ class _Packed(NamedTuple):
 
     def array(self, name: str, dtype: type, shape: tuple[int | None, ...]) -> NDArray[Any]:
         """An array of this type and shape; None stands for any size."""
-        _require(name in self.arrays, f"`{name}` is missing")
+        require(name in self.arrays, f"`{name}` is missing")
         array = self.arrays[name]
         fits = array.ndim == len(shape)
         for wanted, size in zip(shape, array.shape, strict=False):
             fits = fits and wanted in (None, size)
-        _require(fits and array.dtype == dtype, f"`{name}` is {array.dtype} of shape {array.shape}")
+        require(fits and array.dtype == dtype, f"`{name}` is {array.dtype} of shape {array.shape}")
         return array
 
 
@@ -166,32 +143,34 @@ def unpack(text: str, arrays: Mapping[str, NDArray[Any]]) -> Contents:
     """
     header = json.loads(text)
     ours = isinstance(header, dict) and header.get("format") == _FORMAT
-    _require(ours, "it is not a history of lightning-normdyn")
+    require(ours, "it is not a history of lightning-normdyn")
     # Read as this version, another one might give wrong curves without an error.
-    _require(
+    require(
         header["version"] == _VERSION,
         f"it has format version {shown(header['version'])}, and this package reads {_VERSION}",
     )
     # What `meta` holds is for its readers to distrust.
-    _require(isinstance(header["meta"], dict), "`meta` is no dict")
+    require(isinstance(header["meta"], dict), "`meta` is no dict")
 
     packed = _Packed(header, arrays)
     # The limits here do not matter: those of the file follow.
     contents = Contents(max_rows=4, max_vector_bytes=1)
     contents.meta = header["meta"]
-    for i, key in enumerate(header["keys"]):
-        contents.columns[_text(key)] = i
-    for name, size in header["vectors"]:
-        contents.vector_sizes[_text(name)] = _count(size, 0)
+    many(_check_text)(header["keys"], "`keys`")
+    contents.columns = {key: i for i, key in enumerate(header["keys"])}
+    contents.vector_sizes = dict(header["vectors"])
+    table(_check_text, whole())(contents.vector_sizes, "`vectors`")
     # A name that stands twice would move all arrays behind it to other names.
-    _require(len(contents.columns) == len(header["keys"]), "a key stands twice")
-    _require(len(contents.vector_sizes) == len(header["vectors"]), "a name stands twice")
+    require(len(contents.columns) == len(header["keys"]), "a key stands twice")
+    require(len(contents.vector_sizes) == len(header["vectors"]), "a name stands twice")
 
-    rows = _rows(packed, len(contents.columns))
-    bundles = _bundles(packed, contents.vector_sizes)
-    _restore(contents.rows, "row", packed, rows)
-    _restore(contents.events, "event", packed, _events(packed))
-    _restore(contents.vectors, "vector", packed, bundles)
+    parts: dict[str, Sequence[Row | Event | Bundle]] = {
+        "row": _rows(packed, len(contents.columns)),
+        "event": _events(packed),
+        "vector": _bundles(packed, contents.vector_sizes),
+    }
+    for part, thinned in contents.lists().items():
+        _restore(thinned, part, packed, parts[part])
     return contents
 
 
@@ -203,24 +182,20 @@ def _rows(packed: _Packed, width: int) -> list[Row]:
     count = len(_places(packed, "row"))
     cells = packed.array("cells", np.float32, (count, width))
     bits = packed.array("present", np.uint8, (count, math.ceil(width / 8)))
-    present = np.unpackbits(
-        bits,
-        axis=1,
-        count=width,
-    ).astype(np.bool_)
+    present = np.unpackbits(bits, axis=1, count=width).astype(np.bool_)
     optimizer_steps = packed.array("optimizer_step", np.int64, (count,))
     # tolist: Python's integers, which JSON and dicts of a row can hold.
-    columns = zip(optimizer_steps.tolist(), cells, present, strict=True)
-    return [Row(*row) for row in columns]
+    return list(map(Row, optimizer_steps.tolist(), cells, present))
 
 
 def _events(packed: _Packed) -> list[Event]:
     steps = _places(packed, "event")[:, 0].tolist()
     named = packed.header["events"]
-    _require(len(named) == len(steps), "events and their steps differ in number")
+    require(len(named) == len(steps), "events and their steps differ in number")
     events = []
     for step, (kind, name) in zip(steps, named, strict=True):
-        events.append(Event(step, _text(kind), _text(name)))
+        many(_check_text)([kind, name], "an event")
+        events.append(Event(step, kind, name))
     return events
 
 
@@ -231,7 +206,7 @@ def _bundles(packed: _Packed, sizes: Mapping[str, int]) -> list[Bundle]:
         values = packed.array(f"vectors_{i}", np.float32, (len(indices), size))
         for index, array in zip(indices.tolist(), values, strict=True):
             inside = 0 <= index < len(contents)
-            _require(inside, f"`{name}` points at record {index} of {len(contents)}")
+            require(inside, f"`{name}` points at record {index} of {len(contents)}")
             contents[index][name] = array
 
     # Each after the other, so that neighbours that are alike share a layout.
@@ -251,26 +226,27 @@ def _restore(
     places = _places(packed, part)
     steps, kind_indices, numbers = places.T
     about = packed.header[part]
-    counts: dict[str, int] = {}
-    strides: dict[str, int] = {}
-    for kind, count, stride in about["kinds"]:
-        counts[_text(kind)] = _count(count)
-        strides[kind] = _count(stride)
+    counts = {kind: count for kind, count, _ in about["kinds"]}
+    strides = {kind: stride for kind, _, stride in about["kinds"]}
+    for by_kind in (counts, strides):
+        table(_check_text, _check_count)(by_kind, f"`{part}`")
     # Records name their kind by its place here, so a kind that stands twice counts twice.
     kinds = [kind for kind, _, _ in about["kinds"]]
 
-    reachable = ((steps > -MOST) & (steps < MOST)).all()
-    _require(reachable, f"a step of `{part}` is none that a run can reach")
+    reachable = bool(((steps > -MOST) & (steps < MOST)).all())
+    require(reachable, f"a step of `{part}` is none that a run can reach")
     # Events may be marked for an earlier step; rows and arrays come in order.
-    in_order = part == "event" or (steps[1:] >= steps[:-1]).all()
-    _require(in_order, f"the steps of `{part}` are not in order")
+    in_order = part == "event" or bool((steps[1:] >= steps[:-1]).all())
+    require(in_order, f"the steps of `{part}` are not in order")
     # To Python a negative index is a valid one: it would name a kind from the end.
     has_kind = (kind_indices >= 0) & (kind_indices < len(kinds))
     counted = has_kind & (numbers >= 0)
-    _require(counted.all(), f"a record of `{part}` has no kind")
+    require(bool(counted.all()), f"a record of `{part}` has no kind")
 
-    thinned.capacity = _count(about["capacity"])
-    thinned.max_kinds = _count(about["max_kinds"])
+    for limit in ("capacity", "max_kinds"):
+        _check_count(about[limit], f"`{part}.{limit}`")
+    thinned.capacity = about["capacity"]
+    thinned.max_kinds = about["max_kinds"]
     records = []
     for (step, kind, number), content in zip(places.tolist(), contents, strict=True):
         records.append(Record(step, kinds[kind], number, content))
@@ -298,10 +274,10 @@ def read_npz(path: str | os.PathLike[str]) -> Arrays:
 
         members = archive.infolist()
         stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-        _require(stored, "its parts are compressed, which this package never does")
+        require(stored, "its parts are compressed, which this package never does")
         # Two members may point at the same bytes: a small file would claim any amount of memory.
         claimed = sum(member.file_size for member in members)
-        _require(claimed <= size, "its parts claim more bytes than it has")
+        require(claimed <= size, "its parts claim more bytes than it has")
         for member in members:
             name = member.filename.removesuffix(".npy")
             arrays[name] = _parse_npy(member.filename, archive.read(member))
@@ -312,41 +288,18 @@ def _parse_npy(name: str, content: bytes) -> NDArray[Any]:
     """One array; the header must not promise more than the bytes behind it."""
     file = io.BytesIO(content)
     # Later versions of the format are for structured types, which a history never has.
-    _require(np.lib.format.read_magic(file) == (1, 0), f"`{name}` is no plain array")
+    require(np.lib.format.read_magic(file) == (1, 0), f"`{name}` is no plain array")
     shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
     # An array of objects would need pickle, which executes what it reads.
     numbers = dtype in (np.float32, np.int64, np.uint8)
-    _require(numbers, f"`{name}` holds {dtype}, where only plain numbers belong")
+    require(numbers, f"`{name}` holds {dtype}, where only plain numbers belong")
     # Read by rows below, an array stored by columns would be scrambled without an error.
-    _require(not fortran_order or len(shape) < 2, f"`{name}` is stored by columns")
+    require(not fortran_order or len(shape) < 2, f"`{name}` is stored by columns")
 
     data = file.read()
     size = math.prod(shape) * dtype.itemsize
     # Two negative sizes have a positive product.
     whole = size == len(data) and min(shape, default=0) >= 0
-    _require(whole, f"`{name}` is cut off")
+    require(whole, f"`{name}` is cut off")
     # Copied: an array over bytes could not be written to.
     return np.frombuffer(data, dtype=dtype).reshape(shape).copy()
-
-
-# ----------------------------------------------------------------------------------------- distrust
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise NormDynError(f"a name is {type(value).__name__}, not text")
-    return value
-
-
-def _count(value: object, least: int = 1) -> int:
-    # bool is an int to Python, and JSON knows both.
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < MOST:
-        raise NormDynError(
-            f"a number is {shown(value)}, where a whole number from {least} to 2^53 belongs"
-        )
-    return value
-
-
-def _require(sound: bool | np.bool_, otherwise: str) -> None:
-    if not sound:
-        raise NormDynError(otherwise)

@@ -9,22 +9,52 @@ or nothing.
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 
-from lightning_normdyn.engine.value_checks import DAMAGE
+from lightning_normdyn.engine.value_checks import (
+    DAMAGE,
+    flag,
+    many,
+    number,
+    record,
+    table,
+    text,
+    whole,
+)
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.predictions import Prediction
 from lightning_normdyn.monitor.verdicts import Course
 
-# No run counts as far, and beyond it a float no longer counts by ones.
-_MOST = 2**53
+_PROMISED = table(text(), number(finite=False))
+# A row of the end of a fit, and a whole ledger, as they lie in a checkpoint. Histories, courses and
+# norms are checked by making them.
+_ENDING = record(
+    {
+        "step": whole(),
+        "optimizer_step": whole(),
+        "keys": many(text()),
+        "events": many(text()),
+        "amends": flag,
+        "promised": _PROMISED,
+    }
+)
+_check = record(
+    {
+        "last_step": whole(-1),
+        "measured": table(whole(), whole()),
+        "counted": table(whole(), whole()),
+        "events": many(text()),
+        "promised": _PROMISED,
+    },
+    {"ending": _ENDING},
+)
 
 
 @dataclass(frozen=True)
@@ -70,18 +100,16 @@ class Row:
     amends: bool = False
 
 
-@dataclass(frozen=True)
-class Ending:
-    """A row that only the end of a fit asked for, and what was known before it: a run that goes on
-    has no such row.
-
-    Args:
-        before: the ledger without the row.
-        row: the row.
-    """
-
-    before: Ledger
-    row: Row
+@contextmanager
+def _refusing_damage() -> Iterator[None]:
+    """What reading a damaged state raises, as a NormDynError."""
+    try:
+        yield
+    # It says already what is wrong, and as a ValueError it would be caught below.
+    except NormDynError:
+        raise
+    except DAMAGE as error:
+        raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
 
 
 @dataclass(frozen=True)
@@ -103,7 +131,9 @@ class Ledger:
         promised: the newest values of the keys that other callbacks may rely on.
         results: what was measured in this batch.
         sent: what is on its way to the host.
-        ending: if the newest row is one that only the end of a fit asked for.
+        ending: the newest row, if only the end of a fit asked for it: a run that goes on has no
+            such row.
+        before: the ledger without that row.
     """
 
     history: History
@@ -118,8 +148,9 @@ class Ledger:
     marked: Mapping[Any, int] = field(default_factory=dict)
     promised: Mapping[str, float] = field(default_factory=dict)
     results: tuple[Any, ...] = ()
-    sent: tuple[Any, ...] = ()
-    ending: Ending | None = None
+    sent: Any = None
+    ending: Row | None = None
+    before: Ledger | None = None
 
     @classmethod
     def new(cls, *, separate: bool) -> Ledger:
@@ -145,10 +176,10 @@ class Ledger:
     @property
     def lasting(self) -> Ledger:
         """Without a row that only the end of a fit asked for."""
-        if self.ending is None:
+        if self.before is None:
             return self
         # What is on its way was measured after that row, so a run that goes on still needs it.
-        return replace(self.ending.before, results=self.results, sent=self.sent)
+        return replace(self.before, results=self.results, sent=self.sent)
 
     def new_events(self, counts: Mapping[Any, int]) -> tuple[str, ...]:
         """Kinds of what happened since the newest results that were sent.
@@ -156,7 +187,7 @@ class Ledger:
         Args:
             counts: how often each event has happened by now; the last of a key is its kind.
         """
-        known = self.sent[-1].marked if self.sent else self.marked
+        known = (self.sent or self).marked
         # Each kind once: a rescale of a hundred weights is one mark in a picture.
         kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
         return tuple(dict.fromkeys(kinds))
@@ -168,23 +199,27 @@ class Ledger:
             row: the row.
             asked_for: whether a key belongs in the history.
         """
-        # A fork, and not the history itself: who holds that may be writing a checkpoint of it.
-        history = self.history.fork()
+        history, evidence = self._forks()
         shown = {key: value for key, value in row.values.items() if asked_for(key)}
         _write(history, replace(row, values=shown))
         # Where everything was asked for, both are one object, which has the row by now.
-        evidence = history
-        if self.evidence is not self.history:
-            evidence = self.evidence.fork()
+        if evidence is not history:
             # Verdicts rest on curves alone: vectors kept twice would double the memory.
             _write(evidence, replace(row, events=(), vectors={}))
         return replace(self, history=history, evidence=evidence, last_step=row.step)
+
+    def _forks(self) -> tuple[History, History]:
+        """History and evidence to write in: who holds those that are here may be writing a
+        checkpoint of them."""
+        history = self.history.fork()
+        is_one = self.evidence is self.history
+        return history, history if is_one else self.evidence.fork()
 
     def ending_with(self, row: Row, before: Ledger) -> Ledger:
         """With the newest row as one that only the end of the fit asks for, and ``before`` as what
         lasts if the run goes on."""
         # Without what is under way: `lasting` puts back whatever is under way by then.
-        return replace(self, ending=Ending(replace(before, results=(), sent=()), row))
+        return replace(self, ending=row, before=replace(before, results=(), sent=None))
 
     def going_on_at(self, step: int) -> Ledger:
         """What is true if the next row is one of ``step`` or later: rows of the end of a fit, and
@@ -194,12 +229,9 @@ class Ledger:
         if lasting.last_step < step and all(x < step for x in lasting.measured.values()):
             return lasting
         # The row of `step` itself goes, too: that step is still to come, and is measured again.
-        history = lasting.history.fork()
+        history, evidence = lasting._forks()
         history.truncate_after(step - 1)
-        evidence = history
-        if lasting.evidence is not lasting.history:
-            evidence = lasting.evidence.fork()
-            evidence.truncate_after(step - 1)
+        evidence.truncate_after(step - 1)
         # An optimizer whose row was forgotten is due again.
         measured = {index: x for index, x in lasting.measured.items() if x < step}
         newest = evidence.newest_step
@@ -232,8 +264,8 @@ class Ledger:
         }
         if lasting.evidence is not lasting.history:
             state["evidence"] = lasting.evidence.state_dict()
-        if self.ending is not None:
-            row = self.ending.row
+        row = self.ending
+        if row is not None:
             state["ending"] = {
                 "step": row.step,
                 "optimizer_step": row.optimizer_step,
@@ -241,9 +273,7 @@ class Ledger:
                 # One tensor: a large network has thousands of numbers. The device is named because
                 # a person may have set another default.
                 "values": torch.tensor(
-                    list(row.values.values()),
-                    dtype=torch.float64,
-                    device="cpu",
+                    list(row.values.values()), dtype=torch.float64, device="cpu"
                 ),
                 "events": list(row.events),
                 # Copies: torch shares the memory of numpy, and a checkpoint may be written later.
@@ -257,82 +287,56 @@ class Ledger:
         return state
 
     @classmethod
+    @_refusing_damage()
     def from_state(
-        cls,
-        state: Mapping[str, Any],
-        *,
-        separate: bool,
-        asked_for: Callable[[str], bool],
+        cls, state: Mapping[str, Any], *, separate: bool, asked_for: Callable[[str], bool]
     ) -> Ledger:
         """What `state` gave.
 
         Args:
-            state: from a checkpoint; one of an earlier version of this package knows less, and what
-                it does not know is empty.
+            state: from a checkpoint.
             separate: whether less is asked for than verdicts rest on.
             asked_for: whether a key belongs in the history.
 
         Raises:
             NormDynError: where the state is damaged; nothing of it should be believed then.
         """
-        try:
-            return cls._from_state(state, separate, asked_for)
-        # It says already what is wrong, and as a ValueError it would be caught below.
-        except NormDynError:
-            raise
-        except DAMAGE as error:
-            raise NormDynError(f"it is damaged ({type(error).__name__}: {error})") from error
-
-    @classmethod
-    def _from_state(
-        cls,
-        state: Mapping[str, Any],
-        separate: bool,
-        asked_for: Callable[[str], bool],
-    ) -> Ledger:
+        _check(state, "it")
         history = _history(state["history"])
         evidence = history
         # A run that had asked for everything has no evidence of its own: its history is all of it.
         if separate:
             evidence = _history(state.get("evidence", state["history"]))
         norms = {}
-        for name, (first, steps, newest) in state.get("norms", {}).items():
-            norms[str(name)] = Norms(float(first), _floats(steps), _floats(newest))
-        rates = {}
-        for name, newest in state.get("rates", {}).items():
-            # A drop is judged by two rates, however many a checkpoint claims.
-            rates[str(name)] = _floats(newest)[-2:]
+        for name, (first, steps, newest) in state["norms"].items():
+            norms[name] = Norms(float(first), _floats(steps), _floats(newest))
         ledger = cls(
             history=history,
             evidence=evidence,
-            last_step=whole_number(state["last_step"]),
+            last_step=state["last_step"],
             courses=_courses(state),
             norms=norms,
-            rates=rates,
-            measured=_whole_numbers(state.get("measured", {})),
-            counted=_whole_numbers(state.get("counted", {})),
-            events=tuple(map(str, state.get("events", []))),
-            promised=_numbers(state.get("promised", {})),
+            rates={name: _floats(rates) for name, rates in state["rates"].items()},
+            measured=state["measured"],
+            counted=state["counted"],
+            events=tuple(state["events"]),
+            promised=state["promised"],
         )
         ending = state.get("ending")
         if ending is None:
             return ledger
-        # Strict: with one value too few, every later key would get its neighbour's.
-        values = dict(zip(map(str, ending["keys"]), ending["values"].tolist(), strict=True))
-        vectors = {str(name): tensor.numpy() for name, tensor in ending["vectors"].items()}
-        events = tuple(map(str, ending["events"]))
         row = Row(
-            whole_number(ending["step"]),
-            whole_number(ending["optimizer_step"]),
-            values,
-            events,
-            vectors,
-            bool(ending["amends"]),
+            ending["step"],
+            ending["optimizer_step"],
+            # Strict: with one value too few, every later key would get its neighbour's.
+            dict(zip(ending["keys"], ending["values"].tolist(), strict=True)),
+            tuple(ending["events"]),
+            {name: tensor.numpy() for name, tensor in ending["vectors"].items()},
+            ending["amends"],
         )
-        promised = _numbers(ending["promised"])
         # The history was saved without this row: written again, it can still be taken back.
         ended = ledger.with_row(row, asked_for).ending_with(row, ledger)
-        return replace(ended, courses=_courses(ending), promised=promised)
+        return replace(ended, courses=_courses(ending), promised=ending["promised"])
 
 
 def _all_but(table: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -377,36 +381,16 @@ def _state_of_courses(courses: Mapping[str, Course]) -> dict[str, Any]:
 
 
 def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
-    courses: dict[str, Course] = {}
-    # An earlier version kept less; the fit goes on with what there is.
-    predictions = state.get("predictions", {})
-    pulls = state.get("pulls", {})
-    for name, (step, elapsed) in state.get("elapsed", {}).items():
-        latest = _prediction(*predictions[name]) if name in predictions else None
-        known: list[list[float]] = pulls[name].tolist() if name in pulls else []
-        courses[str(name)] = Course(
-            latest,
-            whole_number(step),
-            float(elapsed),
-            [(int(at), float(pull)) for at, pull in known],
-        )
+    courses = {}
+    for name, (step, elapsed) in state["elapsed"].items():
+        latest = None
+        if name in state["predictions"]:
+            angle, relaxation, power, pull, rough = state["predictions"][name]
+            settles = None if relaxation is None else float(relaxation)
+            latest = Prediction(float(angle), settles, float(power), float(pull), bool(rough))
+        pulls = [(int(at), float(pull)) for at, pull in state["pulls"][name].tolist()]
+        courses[name] = Course(latest, int(step), float(elapsed), pulls)
     return courses
-
-
-def _prediction(
-    angular_update: float,
-    relaxation: float | None,
-    power: float,
-    pull: float,
-    rough: bool,
-) -> Prediction:
-    return Prediction(
-        float(angular_update),
-        None if relaxation is None else float(relaxation),
-        float(power),
-        float(pull),
-        bool(rough),
-    )
 
 
 def _history(state: Mapping[str, Any]) -> History:
@@ -415,28 +399,5 @@ def _history(state: Mapping[str, Any]) -> History:
     return history
 
 
-def _numbers(table: Mapping[Any, Any]) -> dict[str, float]:
-    return {str(key): float(value) for key, value in table.items()}
-
-
-def _whole_numbers(table: Mapping[Any, Any]) -> dict[int, int]:
-    return {whole_number(key): whole_number(value) for key, value in table.items()}
-
-
 def _floats(values: Any) -> tuple[float, ...]:
     return tuple(map(float, values))
-
-
-def whole_number(value: Any) -> int:
-    """A number of a checkpoint that counts something, checked.
-
-    Raises:
-        NormDynError: for anything else.
-    """
-    # bool is an int to Python, and a checkpoint may hold both.
-    if not isinstance(value, int) or isinstance(value, bool) or not -_MOST < value < _MOST:
-        raise NormDynError(f"{reprlib.repr(value)} is no whole number that a run can reach")
-    return int(value)
-
-
-__all__ = ["Ending", "Ledger", "Norms", "Row", "whole_number"]

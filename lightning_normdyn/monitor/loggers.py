@@ -8,7 +8,8 @@ and would wait for ever for one that fails.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,7 +63,7 @@ class Publisher:
         """All numbers of a logging step, in one call."""
         self.logger.log_metrics(dict(values), step=step)
 
-    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+    def about(self, about: Mapping[str, Any], label: str) -> None:
         """What this run consists of: the callbacks' settings and the table of targets."""
 
     def outcome(self, outcome: Outcome) -> None:
@@ -113,7 +114,7 @@ class WandbPublisher(Publisher):
         }
         self.logger.log_metrics({**values, **shown}, step=step)
 
-    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+    def about(self, about: Mapping[str, Any], label: str) -> None:
         """Under ``normdyn`` in the run's config."""
         # A resumed run may have other settings, and without the flag W&B refuses to change any.
         self.logger.experiment.config.update(
@@ -190,7 +191,7 @@ class TensorBoardPublisher(Publisher):
                 global_step=step,
             )
 
-    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+    def about(self, about: Mapping[str, Any], label: str) -> None:
         """As text: TensorBoard's hyperparameters bring a metric ``hp_metric`` that nobody asked
         for."""
         lines = []
@@ -207,14 +208,10 @@ class TensorBoardPublisher(Publisher):
         experiment = self.logger.experiment
         step = outcome.step
         for name, pixels in outcome.pictures.items():
-            experiment.add_image(
-                self._key(f"normdyn/{name}"),
-                pixels,
-                global_step=step,
-                dataformats="HWC",
-            )
+            key = self._key(f"normdyn/{name}")
+            experiment.add_image(key, pixels, global_step=step, dataformats="HWC")
         experiment.add_text(
-            self._key(f"normdyn/layers{outcome.label}"), outcome.markdown(), global_step=step
+            self._key(f"normdyn/layers{outcome.label}"), markdown(outcome.layers), global_step=step
         )
 
     def folder(self) -> Location | None:
@@ -227,7 +224,7 @@ class MLflowPublisher(Publisher):
 
     shows_pictures = True
 
-    def about(self, about: Mapping[str, Any], label: str = "") -> None:
+    def about(self, about: Mapping[str, Any], label: str) -> None:
         """A parameter of an MLflow run never changes; a resumed run keeps those of its start."""
         client = self.logger.experiment
         run = self.logger.run_id
@@ -291,15 +288,12 @@ _PUBLISHERS: tuple[tuple[type[Logger], type[Publisher]], ...] = (
 
 def publishers(loggers: Iterable[Logger]) -> list[Publisher]:
     """One publisher per logger."""
-    return [_publisher_class(logger)(logger) for logger in loggers]
-
-
-def _publisher_class(logger: Logger) -> type[Publisher]:
-    for known, publisher in _PUBLISHERS:
-        if isinstance(logger, known):
-            return publisher
-    # A logger that nobody here knows takes scalars, as every logger does.
-    return Publisher
+    found = []
+    for logger in loggers:
+        fitting = (publisher for known, publisher in _PUBLISHERS if isinstance(logger, known))
+        # A logger that nobody here knows takes scalars, as every logger does.
+        found.append(next(fitting, Publisher)(logger))
+    return found
 
 
 def publish_row(
@@ -328,23 +322,16 @@ def publish_to_trainer(trainer: Trainer, row: Mapping[str, float]) -> None:
             values.
         row: values by log key.
     """
-    told = callback_metrics(trainer)
-    shown = progress_bar_metrics(trainer)
-    for quantity in QUANTITIES.values():
-        value = row.get(f"normdyn/{quantity.name}")
-        # Not every row has every number: what was told before it still stands.
-        if value is None:
-            continue
+    # Not every row has every number: what was told before it still stands.
+    for key, value in told_to_trainer(row).items():
+        quantity = QUANTITIES[key.removeprefix("normdyn/")]
         if quantity.callback_metric:
             # On the host: EarlyStopping and ModelCheckpoint would wait for any other device.
-            told[f"normdyn/{quantity.name}"] = torch.tensor(
-                value,
-                dtype=torch.float32,
-                device="cpu",
-            )
+            metric = torch.tensor(value, dtype=torch.float32, device="cpu")
+            callback_metrics(trainer)[key] = metric
         if quantity.progress_bar is not None:
             shown_as, factor = quantity.progress_bar
-            shown[shown_as] = factor * value
+            progress_bar_metrics(trainer)[shown_as] = factor * value
 
 
 def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
@@ -358,7 +345,7 @@ def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
     return told
 
 
-def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str = "") -> None:
+def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str) -> None:
     """What the run consists of.
 
     Args:
@@ -366,9 +353,8 @@ def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: st
         about: ``"callbacks"``: settings by callback; ``"targets"``: facts by weight. Plain JSON.
         label: as in `Outcome`.
     """
-    about = json.loads(json.dumps(about, default=str))
     for publisher in publishers(loggers):
-        with _Survived(publisher, "the callbacks' settings"):
+        with _survived(publisher, "the callbacks' settings"):
             publisher.about(about, label)
 
 
@@ -384,7 +370,7 @@ def publish_history(loggers: Iterable[Logger], history: History, files: HistoryF
     if not len(history):
         return
     for publisher in publishers(loggers):
-        with _Survived(publisher, "the history"):
+        with _survived(publisher, "the history"):
             publisher.keep(history, files)
 
 
@@ -400,14 +386,14 @@ def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
             "charts. `pip install matplotlib`"
         )
     for publisher in chosen:
-        with _Survived(publisher, "pictures and tables"):
+        with _survived(publisher, "pictures and tables"):
             publisher.outcome(outcome)
 
 
 def publish_alert(loggers: Iterable[Logger], title: str, text: str) -> None:
     """Tell a person now, where a logger can."""
     for publisher in publishers(loggers):
-        with _Survived(publisher, "an alert"):
+        with _survived(publisher, "an alert"):
             # Only W&B has alerts; the others' method does nothing.
             publisher.alert(title, text)
 
@@ -418,27 +404,19 @@ def can_show_histograms(loggers: Iterable[Logger]) -> bool:
     return any(publisher.shows_histograms for publisher in publishers(loggers))
 
 
-class _Survived:
+@contextmanager
+def _survived(publisher: Publisher, what: str) -> Iterator[None]:
     """A picture that cannot be drawn or sent is no reason to end a training run: say so and go
     on."""
-
-    def __init__(self, publisher: Publisher, what: str) -> None:
-        self.publisher = publisher
-        self.what = what
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
-        # Ctrl-C and an exit end the run, as the person wants.
-        if not isinstance(error, Exception):
-            return False
-        name = type(self.publisher.logger).__name__
+    try:
+        yield
+    # Ctrl-C and an exit are no Exception: they end the run, as the person wants.
+    except Exception as error:
+        name = type(publisher.logger).__name__
         warn_once(
-            f"{name} did not get {self.what} ({type(error).__name__}: {error}). The training is "
-            f"not affected."
+            f"{name} did not get {what} ({type(error).__name__}: {error}). The training is not "
+            f"affected."
         )
-        return True
 
 
 def _write_png(path: Location, pixels: Any) -> None:
@@ -447,17 +425,3 @@ def _write_png(path: Location, pixels: Any) -> None:
     with replacing(path) as file:
         # Without the format matplotlib follows a setting of the person's, which may say PDF.
         imsave(file, pixels, format="png")
-
-
-__all__ = [
-    "HistoryFiles",
-    "Outcome",
-    "Publisher",
-    "publish_about",
-    "publish_alert",
-    "publish_history",
-    "publish_outcome",
-    "publish_row",
-    "publish_to_trainer",
-    "publishers",
-]

@@ -137,12 +137,7 @@ class Measured:
         histograms = {}
         if self.binned is not None:
             histograms = self._histograms(numbers[averaged + width :])
-        return Reading(
-            table[0],
-            table[1],
-            collapsed,
-            histograms,
-        )
+        return Reading(table[0], table[1], collapsed, histograms)
 
     def _histograms(self, numbers: list[float]) -> dict[str, Histogram]:
         found = {}
@@ -231,7 +226,8 @@ class StepGauge:
         )
         self._keeps_vectors = keeps_vectors
         self._dead = _DeadVectors(plan)
-        self._before: dict[str, Tensor] = {}
+        self._sums_before: dict[str, Any] = {}
+        self._norms_before: Tensor | None = None
 
     @property
     def measured(self) -> list[str]:
@@ -287,35 +283,30 @@ class StepGauge:
         if scale is not None:
             wg = wg / scale.to(wg)
             gg = gg / scale.to(gg) ** 2
-        self._before = {"ww": ww, "wg": wg, "gg": gg, "lr": plan.rates().clone()}
-        if ones_w:
-            self._before["ones_w"] = ones_w[0]
-        if is_unchanged:
-            self._before["norms"] = ww.sqrt()
+        self._norms_before = ww.sqrt() if is_unchanged else None
+        self._sums_before = {
+            "lr": plan.rates().clone(),
+            "ww": ww,
+            "wg": wg,
+            "gg": gg,
+            "ones_w": ones_w[0] if ones_w else None,
+        }
         if not copies_now:
             bracket.request_snapshot(vectors.storages())
 
     def after(self, step: Step) -> StepSums:
         """All sums of the step that `before` was called for."""
         # Let go of them now: until the next logging step they would only take memory.
-        before = self._before
-        self._before = {}
+        sums_before, self._sums_before = self._sums_before, {}
+        norms, self._norms_before = self._norms_before, None
         vectors = self.plan.vectors
         snapshots = vectors.snapshots(step.bracket)
-        ss, sd, dd = vectors.displacement(
-            snapshots,
-            exact=self._is_exact,
-            norms=before.get("norms"),
-        )
+        ss, sd, dd = vectors.displacement(snapshots, exact=self._is_exact, norms=norms)
         return StepSums(
-            lr=before["lr"],
-            ww=before["ww"],
-            wg=before["wg"],
-            gg=before["gg"],
+            **sums_before,
             ss=ss,
             sd=sd,
             dd=dd,
-            ones_w=before.get("ones_w"),
             entries=vectors.length,
             standardized=self.standardized,
             alpha=self._alpha,
@@ -470,6 +461,3 @@ class _DeadVectors:
             "dead_rate": torch.where(is_dead, rate, none),
             "urgency": torch.where(is_dead, urgency(e_foldings_left), none),
         }
-
-
-__all__ = ["Look", "Measured", "Reading", "StepGauge", "mean_norms"]

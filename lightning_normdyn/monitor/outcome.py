@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.plots.curves import layer_names
 from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap
 from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import Place, shown_in
@@ -71,28 +72,23 @@ class Outcome:
 
     def shown_in(self, place: Place) -> list[str]:
         """The quantities for a place that were asked for and recorded."""
-        recorded = _recorded(self.history)
-        return [q for q in shown_in(place) if q in self.quantities and q in recorded]
-
-    def markdown(self) -> str:
-        """The layers as a Markdown table."""
-        return markdown(self.layers)
+        asked_for = [quantity for quantity in shown_in(place) if quantity in self.quantities]
+        return [quantity for quantity in asked_for if layer_names(self.history, quantity)]
 
     def chart(self, quantity: str) -> tuple[list[list[int]], list[list[float]], list[str]]:
         """Steps, values and names of all layers' curves, thinned alike to what W&B draws."""
-        keys = [key for key in self.history.keys() if key.startswith(f"{quantity}/")]  # noqa: SIM118
+        names = layer_names(self.history, quantity)
         # All curves share the limit: with hundreds of layers, W&B would leave out whole curves.
-        most = max(2, MOST_CHART_ROWS // max(1, len(keys)))
+        most = max(2, MOST_CHART_ROWS // max(1, len(names)))
         xs = []
         ys = []
-        for key in keys:
-            steps, values = self.history.column(key)
+        for name in names:
+            steps, values = self.history.column(f"{quantity}/{name}")
             # Evenly spaced, and the first and the last row always.
             evenly = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps)))
             chosen = np.unique(evenly.round().astype(int))
             xs.append(steps[chosen].tolist())
             ys.append(values[chosen].tolist())
-        names = [key.removeprefix(f"{quantity}/") for key in keys]
         return xs, ys, names
 
 
@@ -115,18 +111,6 @@ def _pixels(figure: Figure) -> Any:
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _recorded(history: History) -> list[str]:
-    """Quantities of which some layer has a value."""
-    recorded: list[str] = []
-    keys = history.keys()
-    for key in keys:
-        quantity, slash, _ = key.partition("/")
-        # `normdyn/...` is the overview, in which the quantity is the second part.
-        if slash and quantity not in ("normdyn", *recorded):
-            recorded.append(quantity)
-    return recorded
-
-
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows with the same keys as a Markdown table."""
     if not rows:
@@ -147,6 +131,3 @@ def _cell(value: Any) -> str:
         text = ", ".join(map(str, value))
     # A bar would begin another column.
     return text.replace("|", "\\|")
-
-
-__all__ = ["Outcome", "can_draw", "markdown"]

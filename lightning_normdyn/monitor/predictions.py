@@ -175,6 +175,3 @@ def _predict_rescaled(
         return None
     # WRS sets the norm, so nothing relaxes; the angle changes with the learning rate alone.
     return Prediction(float(angle), None, 0, float(group["lr"]))
-
-
-__all__ = ["Prediction", "balance", "predict"]

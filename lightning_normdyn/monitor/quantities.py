@@ -70,7 +70,7 @@ class Quantity:
     scope: Literal["both", "weight", "overview"] = "both"
     measured: Literal["always", "standardized", "shrunk", "by name"] = "always"
     exact: bool = False
-    places: frozenset[Place] = frozenset()
+    places: tuple[Place, ...] = ()
     drawn_with: str = ""
     histogram: bool = False
     callback_metric: bool = False
@@ -105,7 +105,7 @@ _TABLE = (
         "optimizers",
         symbol="η/‖w‖",
         formula=lambda step: effective_lr(step.lr, step.size),
-        places=frozenset({"curves", "chart", "map", "report map", "comparison"}),
+        places=("curves", "chart", "map", "report map", "comparison"),
     ),
     Quantity(
         "direction_lr",
@@ -113,7 +113,7 @@ _TABLE = (
         meaning="lr/‖w‖²: the learning rate of the direction; read this one under SGD",
         symbol="η/‖w‖²",
         formula=lambda step: direction_lr(step.lr, step.size),
-        places=frozenset({"comparison"}),
+        places=("comparison",),
     ),
     Quantity(
         "angular_update",
@@ -123,7 +123,7 @@ _TABLE = (
         unit="radians per step",
         average="rms",
         formula=lambda step: step.angle,
-        places=frozenset({"curves", "chart", "report map", "comparison"}),
+        places=("curves", "chart", "report map", "comparison"),
         histogram=True,
         callback_metric=True,
         progress_bar=("normdyn/turn_mrad", 1e3),
@@ -146,7 +146,7 @@ _TABLE = (
         symbol="ratio",
         scale="ratio",
         prediction=lambda measured, predicted: measured / predicted,
-        places=frozenset({"chart", "map", "report map", "comparison"}),
+        places=("chart", "map", "report map", "comparison"),
         callback_metric=True,
     ),
     Quantity(
@@ -156,7 +156,7 @@ _TABLE = (
         symbol="‖w‖",
         unit="weight units",
         formula=lambda step: step.norm,
-        places=frozenset({"curves", "chart", "comparison"}),
+        places=("curves", "chart", "comparison"),
         histogram=True,
         progress_bar=("normdyn/weight_norm", 1.0),
     ),
@@ -169,7 +169,7 @@ _TABLE = (
         formula=lambda step: step.std,
         measured="standardized",
         exact=True,
-        places=frozenset({"curves", "chart"}),
+        places=("curves", "chart"),
     ),
     Quantity(
         "effective_step_size",
@@ -222,7 +222,7 @@ _TABLE = (
         symbol="steps",
         scale="linear",
         scope="overview",
-        places=frozenset({"comparison"}),
+        places=("comparison",),
     ),
     Quantity(
         "clamped_vectors",
@@ -344,15 +344,3 @@ def markdown_table(quantities: Iterable[Quantity] | None = None) -> str:
         key = f"normdyn/{quantity.name}" if quantity.scope == "overview" else quantity.name
         lines.append(f"| `{key}` | {quantity.meaning} | {quantity.unit} |")
     return "\n".join(lines) + "\n"
-
-
-__all__ = [  # noqa: RUF022
-    "Place",
-    "QUANTITIES",
-    "Quantity",
-    "drawn_with",
-    "markdown_table",
-    "monitored",
-    "shown_in",
-    "to_measure",
-]

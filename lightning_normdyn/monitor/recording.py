@@ -7,6 +7,7 @@ know what it may replace.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
@@ -18,16 +19,14 @@ from lightning_normdyn.engine.lightning_facts import log_every
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.value_checks import many, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.about import about_run
 from lightning_normdyn.monitor.alarms import Alarms
-from lightning_normdyn.monitor.end_table import as_text, summarize
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.ledger import Ledger, Row, whole_number
+from lightning_normdyn.monitor.history_files import HistoryFiles
+from lightning_normdyn.monitor.ledger import Ledger, Row
 from lightning_normdyn.monitor.loggers import (
-    HistoryFiles,
-    Outcome,
     can_show_histograms,
     publish_about,
     publish_history,
@@ -36,9 +35,13 @@ from lightning_normdyn.monitor.loggers import (
     publish_to_trainer,
 )
 from lightning_normdyn.monitor.measure import Look, Measured, StepGauge, mean_norms
-from lightning_normdyn.monitor.quantities import QUANTITIES, monitored
+from lightning_normdyn.monitor.outcome import Outcome
+from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.rows import Published, RowDraft, Sent
+from lightning_normdyn.monitor.summary import about_run, as_text, summarize
 from lightning_normdyn.optimizers.host_copy import HostCopy
+
+_check_position = record({"position": many(whole()), "skipped_steps": whole()})
 
 
 class Recording(Part[Any]):
@@ -53,14 +56,16 @@ class Recording(Part[Any]):
         super().__init__(rule, worker, session)
         self.trainer = session.trainer
         self.is_off = bool(self.trainer.barebones)
-        # Names of the quantities that were asked for: looked up for every key of every row.
-        self.quantities: list[str] = rule.quantities or [each.name for each in monitored()]
+        known = [quantity.name for quantity in monitored()]
+        self.quantities: list[str] = rule.quantities or known
+        # Once a fit: it is looked up for every key of every row.
+        self._unwanted = set(known) - set(self.quantities)
         self.alarms = Alarms(self.trainer, alert=rule.alert)
         self.ledger = Ledger.new(separate=rule.quantities is not None)
         self.gauges: dict[int, StepGauge] = {}
-        self._position: list[int] | None = None  # of the checkpoint that this fit goes on from
+        # Of the checkpoint that this fit goes on from, before the first batch.
+        self._position: list[int] | None = None
         self._begun_at: int | None = None  # x of the first batch of this fit
-        self._goes_on = False  # whether the ledger came from a checkpoint, before the first batch
         self._continued = False  # whether the history came from a checkpoint
         self._skipped_before = 0  # steps skipped before the checkpoint
         self._told = 0  # how many targets the loggers know of
@@ -76,11 +81,8 @@ class Recording(Part[Any]):
 
     def _asked_for(self, key: str) -> bool:
         """Whether a log key belongs in history and loggers; counts always do."""
-        section, _, name = key.partition("/")
-        quantity = QUANTITIES.get(name if section == "normdyn" else section)
-        if quantity is None or quantity.scope != "both":
-            return True
-        return quantity.name in self.quantities
+        quantity, _, _ = key.removeprefix("normdyn/").partition("/")
+        return quantity not in self._unwanted
 
     # -- when to measure
 
@@ -122,8 +124,8 @@ class Recording(Part[Any]):
         return None
 
     def _on_their_way(self) -> list[Measured]:
-        results = [result for sent in self.ledger.sent for result in sent.results]
-        return [*results, *self.ledger.results]
+        sent = self.ledger.sent
+        return [*(sent.results if sent else ()), *self.ledger.results]
 
     def add(self, result: Measured) -> None:
         """Take in a measured step."""
@@ -157,29 +159,25 @@ class Recording(Part[Any]):
         )
 
     def _receive(self) -> None:
-        """Publish what is on its way, in order."""
-        while self.ledger.sent:
-            sent, *others = self.ledger.sent
-            published = self._published(self.ledger, sent)
-            is_first = not len(self.rule.history)
-            self._show(replace(published.ledger, sent=tuple(others)))
-            for warn in published.concerns:
-                warn()
-            row = published.row
-            if row is None:
-                continue
-            if self.trainer.is_global_zero:
-                if is_first and self.rule.tables:
-                    self.alarms.idle_decays(list(self.gauges.values()))
-                if sent.shown:
-                    shown = {k: value for k, value in row.values.items() if self._asked_for(k)}
-                    publish_row(
-                        self.trainer.loggers,
-                        shown,
-                        published.histograms,
-                        row.step,
-                    )
-            publish_to_trainer(self.trainer, row.values)
+        """Publish what is on its way."""
+        sent = self.ledger.sent
+        if sent is None:
+            return
+        published = self._published(self.ledger, sent)
+        is_first = not len(self.rule.history)
+        self._show(replace(published.ledger, sent=None))
+        for warn in published.concerns:
+            warn()
+        row = published.row
+        if row is None:
+            return
+        if self.trainer.is_global_zero:
+            if is_first and self.rule.tables:
+                self.alarms.idle_decays(list(self.gauges.values()))
+            if sent.shown:
+                shown = {k: value for k, value in row.values.items() if self._asked_for(k)}
+                publish_row(self.trainer.loggers, shown, published.histograms, row.step)
+        publish_to_trainer(self.trainer, row.values)
 
     def _published(self, ledger: Ledger, sent: Sent) -> Published:
         """What becomes of results once their numbers are here. Changes nothing."""
@@ -203,10 +201,10 @@ class Recording(Part[Any]):
         draft = RowDraft(ledger, sent, self.alarms)
         draft.fill(chosen)
         is_marked_elsewhere = any("lr_drop" in m.rule.marks for m in self.session.members)
-        return draft.finish(
-            lambda ledger, row: self._recorded(ledger, row, without),
-            marks_drops=not is_marked_elsewhere,
-        )
+        published = draft.finish(marks_drops=not is_marked_elsewhere)
+        if published.row is not None:
+            published.ledger = self._recorded(published.ledger, published.row, without)
+        return published
 
     def _recorded(self, ledger: Ledger, row: Row, without: Ledger | None = None) -> Ledger:
         """The ledger with the row, which on rank zero is in the history too; with ``without`` as
@@ -224,15 +222,15 @@ class Recording(Part[Any]):
     def _completed(self) -> Ledger:
         """The ledger as it will be when all that was measured is there; every rank must call it."""
         ledger = self.ledger
-        for sent in ledger.sent:
-            ledger = self._published(ledger, sent).ledger
+        if ledger.sent is not None:
+            ledger = self._published(ledger, ledger.sent).ledger
         # What an update did in a batch that is not over will be done again after a resume, and
         # measured again.
         following, _ = self.session.clock.position()
         results = tuple(result for result in ledger.results if result.step < following)
         if results:
             ledger = self._published(ledger, self._send(results)).ledger
-        return replace(ledger, results=(), sent=())
+        return replace(ledger, results=(), sent=None)
 
     # -- the fit, from its start to its end
 
@@ -249,9 +247,9 @@ class Recording(Part[Any]):
 
     def batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count on from a checkpoint before the first batch, then as every callback."""
-        if self._goes_on:
-            self._goes_on = False
-            self._count_on()
+        if self._position is not None:
+            self._count_on_from(self._position)
+            self._position = None
         super().batch_start(batch, batch_idx)
 
     def epoch_start(self) -> None:
@@ -270,7 +268,7 @@ class Recording(Part[Any]):
         if not results:
             return
         sent = self._send(results)
-        self.ledger = replace(self.ledger, results=(), sent=(sent,))
+        self.ledger = replace(self.ledger, results=(), sent=sent)
         for result in results:
             # An accelerator's allocator keeps what is freed, and there others can use it until the
             # next logging step.
@@ -297,8 +295,7 @@ class Recording(Part[Any]):
         self._publish_about()
         if not self.session.closed:
             self.session.last_look()
-        last = {name: norm for by_name in norms.values() for name, norm in by_name.items()}
-        layers = self.layers(last)
+        layers = self.layers(dict(ChainMap(*norms.values())))
         text = self.end_table(layers) if self.rule.tables else None
         super().train_end()
         if text:
@@ -308,12 +305,7 @@ class Recording(Part[Any]):
                 self.rule.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
             self._write_history(self.rule.history)
             self._ended = True
-            outcome = Outcome(
-                self.rule.history,
-                layers,
-                self.quantities,
-                self.label,
-            )
+            outcome = Outcome(self.rule.history, layers, self.quantities, self.label)
             publish_outcome(self.trainer.loggers, outcome)
 
     def interrupted(self) -> None:
@@ -377,8 +369,7 @@ class Recording(Part[Any]):
         elif ledger.ending is None:
             ledger = self._recorded(ledger, Row(last, steps, values, amends=True), lasting)
         else:  # the row that was there, with more keys in it
-            newest = ledger.ending.row
-            row = replace(newest, values={**values, **newest.values})
+            row = replace(ledger.ending, values={**values, **ledger.ending.values})
             before = replace(ledger, history=lasting.history, evidence=lasting.evidence)
             ledger = self._recorded(before, row, lasting)
         self._show(ledger)
@@ -445,9 +436,7 @@ class Recording(Part[Any]):
         signal handler may ask at any moment."""
         # Before the first batch of a fit that goes on, the loops are not yet where the checkpoint
         # was.
-        position = self._position if self._goes_on else None
-        if position is None:
-            position = self.session.clock.position()
+        position = self._position or self.session.clock.position()
         ledger = self._completed()
         state = ledger.state()
         if not self.session.closed:
@@ -464,33 +453,27 @@ class Recording(Part[Any]):
             return
         separate = self.rule.quantities is not None
         try:
+            _check_position(extra, "it")
             ledger = Ledger.from_state(extra, separate=separate, asked_for=self._asked_for)
-            position = [whole_number(x) for x in extra["position"]] if "position" in extra else None
-            skipped = whole_number(extra.get("skipped_steps", 0))
         except NormDynError as error:
             warn_once(
                 f"{self.name} starts a new history, because that of the checkpoint cannot be read: "
                 f"{error}."
             )
             return
-        self._position = position
-        self._skipped_before = skipped
-        self._goes_on = self._continued = True
+        self._position = extra["position"]
+        self._skipped_before = extra["skipped_steps"]
+        self._continued = True
         self.rule.history = History()
         self._show(ledger)
         publish_to_trainer(self.trainer, ledger.promised)
 
-    def _count_on(self) -> None:
+    def _count_on_from(self, position: list[int]) -> None:
         """A run that goes on has no row that only its end asked for, and counts from where it
         was."""
         known = self.ledger.lasting
         clock = self.session.clock
-        if self._position is not None:
-            restored = clock.go_on_from(self._position)
-        else:
-            # A checkpoint of an earlier version does not say where it was saved: right after its
-            # newest row, or not far from it.
-            restored = known.last_step <= clock.now
+        restored = clock.go_on_from(position)
         if not restored and known.last_step >= clock.now:
             warn_once(
                 f"The history of the checkpoint reaches to step {known.last_step}, and this fit "
@@ -504,6 +487,3 @@ class Recording(Part[Any]):
         super().forget(name)
         self.ledger = self.ledger.without(name)
         self._told = 0  # described anew to the loggers
-
-
-__all__ = ["Recording"]

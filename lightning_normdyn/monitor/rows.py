@@ -235,11 +235,10 @@ class RowDraft:
             known_total, known_count = self._overview.get(name, (0.0, 0.0))
             self._overview[name] = (known_total + total, known_count + count)
 
-    def finish(self, record: Callable[[Ledger, Row], Ledger], *, marks_drops: bool) -> Published:
-        """The row and the ledger with it.
+    def finish(self, *, marks_drops: bool) -> Published:
+        """The row and the ledger that it goes into.
 
         Args:
-            record: gives the ledger with a row.
             marks_drops: whether drops of the learning rate are marked here: one who acts on drops
                 marks them itself, at the step at which it acted.
         """
@@ -267,14 +266,8 @@ class RowDraft:
         )
         if self._dropped and marks_drops:
             events = (*events, "lr_drop")
-        row = Row(
-            self._step,
-            self._optimizer_step,
-            values,
-            events,
-            self._vectors,
-        )
-        return Published(record(ledger, row), row, self._histograms, self._concerns)
+        row = Row(self._step, self._optimizer_step, values, events, self._vectors)
+        return Published(ledger, row, self._histograms, self._concerns)
 
     def _with_overview(self) -> dict[str, float]:
         values = dict(self._values)
@@ -319,6 +312,3 @@ def _has_dropped(before: Sequence[float], rate: float) -> bool:
     if not before or abs(before[0] - before[-1]) > SAME_RATE * before[-1]:
         return False
     return 0 < rate <= before[-1] / LR_DROP
-
-
-__all__ = ["Published", "RowDraft", "Sent"]

@@ -88,6 +88,3 @@ class StepSums:
         factor = norm_from_sums(self.ss) / self.norm
         # The step is measured against s; the factor makes it relative to w.
         return factor - 1 + factor * self.sd / self.ss
-
-
-__all__ = ["StepSums"]

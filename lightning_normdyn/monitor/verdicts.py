@@ -172,9 +172,7 @@ def _not_finite_since(history: History, name: str) -> int | None:
     infinite; None if the newest is finite."""
     since: list[int] = []
     for key in (f"weight_norm/{name}", f"angular_update/{name}"):
-        if not history.has(key):
-            continue
-        steps, values = history.column(key)
+        steps, values = history.curve(key)
         finite = np.flatnonzero(np.isfinite(values))
         trailing = steps[finite[-1] + 1 :] if len(finite) else steps
         since += trailing[:1].tolist()
@@ -197,9 +195,7 @@ def _curves(history: History, name: str) -> _Curves:
 
 
 def _by_step(history: History, key: str) -> dict[int, float]:
-    if not history.has(key):
-        return {}
-    steps, values = history.column(key)
+    steps, values = history.curve(key)
     return dict(zip(steps.tolist(), values.tolist(), strict=True))
 
 
@@ -237,6 +233,3 @@ def _slope(x: Doubles, y: Doubles) -> float:
 
 def _root_mean_square(values: Doubles) -> float:
     return float(np.sqrt(np.square(values).mean()))
-
-
-__all__ = ["Course", "judge"]

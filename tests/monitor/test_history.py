@@ -13,7 +13,7 @@ from histories import assert_same_history, filled_history
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor import history as history_module
-from lightning_normdyn.monitor.history import History, load_history
+from lightning_normdyn.monitor.history import History, check_history, load_history
 from lightning_normdyn.monitor.records import Event
 
 
@@ -249,3 +249,21 @@ def test_an_interrupted_save_leaves_the_older_file(tmp_path, monkeypatch):
         filled_history(7).save(path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["run.npz"]
+
+
+def saved():
+    history = History()
+    history.append(0, {"weight_norm/w": 1.0}, optimizer_step=1)
+    return history.state_dict()
+
+
+def test_a_history_is_believed():
+    check_history(saved(), "extra.history")
+
+
+@pytest.mark.parametrize(
+    "value", [None, {}, {"header": 3}, {"header": "{}"}, {**saved(), "header": "[]"}]
+)
+def test_anything_else_is_refused_with_its_place(value):
+    with pytest.raises(NormDynError, match=r"extra\.history is no history"):
+        check_history(value, "extra.history")

@@ -110,15 +110,6 @@ def test_a_loop_that_was_set_back_forgets_what_lies_ahead():
     assert ledger.history[-1]["weight_norm/a"] == 5.0
 
 
-def test_a_state_of_an_earlier_version_is_read_as_far_as_it_goes():
-    state = filled().state()
-    old = {"history": state["history"], "last_step": 3, "elapsed": {"a": [3, 0.5]}}
-    ledger = read_back(old)
-    assert list(ledger.history) == list(filled().history)
-    assert ledger.courses["a"].elapsed == 0.5
-    assert ledger.courses["a"].latest is None
-
-
 @pytest.mark.parametrize(
     "damage",
     [

@@ -29,7 +29,8 @@ from ranks import run_ranks
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor.history import History, load_history
-from lightning_normdyn.monitor.loggers import Outcome, publish_alert, publish_outcome
+from lightning_normdyn.monitor.loggers import publish_alert, publish_outcome
+from lightning_normdyn.monitor.outcome import Outcome
 from lightning_normdyn.monitor.report.runs import load_run
 
 NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]

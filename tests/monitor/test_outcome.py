@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.loggers import Outcome, markdown
+from lightning_normdyn.monitor.outcome import Outcome, markdown
 
 pytestmark = pytest.mark.usefixtures("_no_run_left")
 

@@ -15,7 +15,7 @@ from models import fit, make, weights_of
 import lightning_normdyn
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.functional import norm_from_sums
-from lightning_normdyn.monitor.loggers import Outcome
+from lightning_normdyn.monitor.outcome import Outcome
 from lightning_normdyn.monitor.plots.layers import plot_effective_lr, plot_overview, shared_limits
 from lightning_normdyn.monitor.quantities import (
     QUANTITIES,
@@ -39,7 +39,7 @@ RELATIVE_UPDATE = Quantity(
     unit="per step",
     average="rms",
     formula=lambda step: norm_from_sums(step.dd) / step.norm,
-    places=frozenset({"curves", "chart", "map", "report map", "comparison"}),
+    places=("curves", "chart", "map", "report map", "comparison"),
     histogram=True,
     callback_metric=True,
     progress_bar=("normdyn/step", 1e3),

@@ -88,8 +88,8 @@ def summaries(label: str, history: History) -> list[LayerSummary]:
 
 def _summary(label: str, name: str, history: History) -> LayerSummary:
     def values(quantity: str) -> list[float]:
-        key = f"{quantity}/{name}"
-        return history.column(key)[1].tolist() if history.has(key) else []
+        recorded: list[float] = history.curve(f"{quantity}/{name}")[1].tolist()
+        return recorded
 
     notes = notes_on_layers(history).get(name, {})
     vectors = notes.get("vectors")

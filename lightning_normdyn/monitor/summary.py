@@ -1,7 +1,9 @@
-"""The table at the end of a fit: what came of each weight, as rows and as text."""
+"""What is told of a fit as a whole: what it consists of, for loggers and history, and the table at
+its end, with what came of each weight."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,6 +29,42 @@ _COLUMNS = (
     "e-foldings",
     "verdict",
 )
+
+
+def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+    """For loggers and the history's ``meta``, as plain JSON. Every rank must call it.
+
+    Returns:
+        ``"callbacks"``: settings by callback; ``"targets"``: facts by weight.
+    """
+    treatments = session.combined.treatments()
+    facts = {}
+    for target in targets:
+        facts[target.name] = {
+            "shape": list(target.verdict.shape),
+            "scale_invariant": target.verdict.kind,
+            "norms": list(target.verdict.norms),
+            "vectors": target.partition.n,
+            "treated": treatments[target.weight],
+        }
+    about = {"callbacks": _settings(session), "targets": facts}
+    # To JSON and back: a person's own callback may have settings that JSON does not know, and a
+    # resumed run compares these settings with those in its checkpoint, which are JSON, too.
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about, default=str))
+    return plain
+
+
+def _settings(session: Session) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any]] = {}
+    for member in session.members:
+        rule = member.rule
+        name = type(rule).__name__
+        # A second callback of the class must not take the first one's place.
+        if name in settings:
+            name = f"{name}-{len(settings)}"
+        common = {"params": rule.params, "granularity": rule.granularity}
+        settings[name] = {**common, **rule.settings()}
+    return settings
 
 
 def summarize(
@@ -77,11 +115,8 @@ def summarize(
 
 
 def _newest(history: History, key: str) -> float | None:
-    # `column` refuses an unknown key, and here it only means that the quantity does not apply.
-    if not history.has(key):
-        return None
-    # Rows that were forgotten leave their keys behind, so a known key may have no values.
-    values = history.column(key)[1]
+    # An unknown key only means that the quantity does not apply to the weight.
+    values = history.curve(key)[1]
     return float(values[-1]) if len(values) else None
 
 
@@ -133,6 +168,3 @@ def _clamps_in_words(clamped: Mapping[str, int]) -> str:
         f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times "
         f"({', '.join(named)}): lr * alpha * norm is too large there."
     )
-
-
-__all__ = ["as_text", "summarize"]

@@ -1,6 +1,9 @@
-"""The table at the end of a fit."""
+"""What is told of a fit as a whole: settings that are plain, facts by weight, and the table at its
+end."""
 
 from __future__ import annotations
+
+import json
 
 import pytest
 import torch
@@ -8,7 +11,7 @@ from models import TARGETS, fit, loader, make, weights_of
 from monitoring import Turns, momentum, monitor
 
 from lightning_normdyn import AdaptiveWeightShrink, NormDynamicsMonitor
-from lightning_normdyn.monitor import end_table
+from lightning_normdyn.monitor import summary
 
 
 def test_the_tables_at_start_and_end(capsys):
@@ -48,8 +51,45 @@ def test_the_end_table_takes_the_norms_of_every_optimizer_anew():
 
 
 def test_a_sentence_names_eight_weights_of_those_that_were_clamped():
-    assert end_table._clamps_in_words({}) == ""
-    words = end_table._clamps_in_words({f"w{i}": 2 for i in range(9)}).replace("\n", " ")
+    assert summary._clamps_in_words({}) == ""
+    words = summary._clamps_in_words({f"w{i}": 2 for i in range(9)}).replace("\n", " ")
     assert "clamped at 0.5 18 times" in words
     assert "w7: 2, ...)" in words
     assert "w8" not in words
+
+
+def about(*callbacks):
+    monitor = NormDynamicsMonitor(1, tables=False)
+    fit(make(), [monitor, *callbacks], max_steps=1)
+    return monitor.history.meta
+
+
+def test_every_callback_has_its_settings_and_every_weight_its_facts():
+    meta = about(AdaptiveWeightShrink(0.5, params=TARGETS[0]))
+    assert list(meta["callbacks"]) == ["NormDynamicsMonitor", "AdaptiveWeightShrink"]
+    assert meta["callbacks"]["AdaptiveWeightShrink"]["alpha"] == 0.5
+    assert meta["callbacks"]["AdaptiveWeightShrink"]["params"] == [TARGETS[0]]
+    shrunk, other = (meta["targets"][name] for name in TARGETS)
+    assert shrunk["scale_invariant"] == "filter"
+    assert shrunk["vectors"] == shrunk["shape"][0]
+    assert shrunk["treated"].startswith("AWS")
+    assert other["treated"] == ""
+    assert json.loads(json.dumps(meta)) == meta
+
+
+def test_two_callbacks_of_one_class_are_told_apart():
+    callbacks = [
+        AdaptiveWeightShrink(alpha, params=name)
+        for alpha, name in zip((0.5, 0.25), TARGETS, strict=True)
+    ]
+    settings = about(*callbacks)["callbacks"]
+    alphas = [each["alpha"] for name, each in settings.items() if "Shrink" in name]
+    assert alphas == [0.5, 0.25]
+
+
+def test_settings_that_json_does_not_know_become_texts():
+    class Odd(AdaptiveWeightShrink):
+        def settings(self):
+            return {"where": complex(1, 2)}
+
+    assert about(Odd(0.5))["callbacks"]["Odd"]["where"] == "(1+2j)"
