@@ -1,7 +1,7 @@
 """The few primitives that read or write weights: no other file touches their entries.
 
-`Kernels` is the whole interface: sums over vectors, displacement, scale, add, remove the radial
-part. Kernels of another kind (a few fused launches on a GPU) can stand beside it with the same
+`Kernels` is the whole interface: take a pass (sums, which may change each row on the way), scale,
+add. Kernels of another kind (a few fused launches on a GPU) can stand beside it with the same
 methods. They know nothing of other ranks: what they return is this rank's part, which
 `lightning_normdyn.geometry.vectors.WeightVectors` completes.
 
@@ -11,20 +11,23 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
+from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry import chunks, passes
-from lightning_normdyn.geometry.chunks import (
-    Dims,
-    Kernel,
-    Views,
-    entries_at_once,
-    in_chunks,
-)
+from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.index import RowIndex, Rows
-from lightning_normdyn.geometry.passes import Operand, Pass
+from lightning_normdyn.geometry.passes import Dims, Kernel, Operand, Pass, Views
+
+CACHED_ENTRIES = 2**17
+"""On a CPU, this many float32 entries per thread of two weights and their difference stay in the
+cores' caches while sums are taken."""
+KERNEL_ENTRIES = 2**22
+"""On other devices one launch per weight is fastest; only very large weights are cut, so that
+temporaries stay small."""
 
 
 class Kernels:
@@ -52,24 +55,91 @@ class Kernels:
         self._sum_dtype = sum_dtype(device)
         self._masked = any(mask is not None for mask in hidden)
         # Fixed here, so that what is said of rows below stays true if threads are set later.
-        self._entries = entries_at_once(device)
+        self._entries = _entries_at_once(device)
         self.rows_fit = index.in_order
         """Whether each vector is one row that can be taken at once, so that a number per vector may
         be used on the way."""
         for weight, rows in index.pieces:
             view = rows.view(values[weight])
-            if chunks.cuts_rows(view, rows.dims(view), self._entries):
+            if cuts_rows(view, rows.dims(view), self._entries):
                 self.rows_fit = False
 
     @property
     def fuses(self) -> bool:
-        """Whether `remove_radial_` and `remove_radial_of_` work: a sum and the change that follows
-        from it, row by row, while the row is in the cache."""
+        """Whether a pass may both sum a row and change it, while the row is in the cache."""
         # Off the CPU two passes cost no more memory traffic, and what lies between them is done
         # once for all vectors. A mask hides entries from sums, but not from changes.
         return self._device.type == "cpu" and self.rows_fit and not self._masked
 
     # ---- Sums: this rank's part, in the sums' dtype ----
+
+    def sums(
+        self,
+        how: Pass,
+        operands: Sequence[Operand],
+        numbers: Sequence[Tensor | None] = (),
+    ) -> Tensor:
+        """This rank's part of the sums of one kind, ``(results, n)``, in the sums' dtype.
+
+        Args:
+            how: the pass that takes them. One that changes rows (`passes.removing`) may be taken
+                only where this `fuses`, one that is given norms only where `rows_fit`.
+            operands: what its kernel reads; a weight for which all are None contributes zeros.
+            numbers: ``(n,)`` each, given to the kernel behind the operands; None: left out.
+        """
+        index = self._index
+        dtype = how.dtype or self._precision
+        written = torch.empty(
+            how.written,
+            sum(index.counts),
+            dtype=dtype,
+            device=self._device,
+        )
+        places = written.split_with_sizes(index.counts, 1)
+        given = [number.to(self._precision) for number in numbers if number is not None]
+        of_rows = [index.to_rows(number, 0.0) for number in given]
+
+        added_up: dict[int, Tensor] = {}
+        for i, (weight, rows) in enumerate(index.pieces):
+            views = self._views(weight, rows, operands)
+            first = next((view for view in views if view is not None), None)
+            if first is None:  # e.g. a weight without a gradient
+                places[i].zero_()
+                continue
+            # The same numbers for all parts of a row: they broadcast over whatever is cut.
+            views += [_spread(number[i], rows, first) for number in of_rows]
+            dims, form = rows.dims(first), rows.form(first)
+
+            # Short rows that need no conversion lose no digits to one long sum, and what reads
+            # every entry once has no use for the cache.
+            short = first.numel() <= index.counts[i] * CACHED_ENTRIES
+            at_once = how.streaming and short and first.dtype == dtype
+            entries = first.numel() if at_once else self._entries
+            if not how.whole_rows and cuts_rows(first, dims, entries):
+                sums = torch.zeros(
+                    how.results,
+                    *form,
+                    dtype=self._sum_dtype,
+                    device=first.device,
+                )
+                in_chunks(self._adding(how, dtype), sums.unbind(), views, dims, entries)
+                added_up[i] = sums.flatten(1)
+                continue
+
+            # Written where it belongs: one buffer for all pieces saves a copy for each.
+            place = places[i]
+            if first.device != self._device:  # offloaded, or one of several devices
+                place = torch.empty_like(place, device=first.device)
+            outs = place.view(how.written, *form).unbind()
+            in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
+            if place is not places[i]:
+                places[i].copy_(place)
+
+        # Once for all vectors, and in float64: the kernels left the delicate part to this.
+        finished = how.finish(written.to(self._sum_dtype))
+        for i, sums in added_up.items():
+            finished.split_with_sizes(index.counts, 1)[i].copy_(sums)
+        return index.to_vectors(finished)
 
     def products(
         self,
@@ -78,7 +148,7 @@ class Kernels:
         exact: bool,
         copy: tuple[Operand, Operand] | None = None,
     ) -> Tensor:
-        """Inner products, ``(len(pairs), n)``: `lightning_normdyn.geometry.passes.Products`.
+        """Inner products, ``(len(pairs), n)``: `lightning_normdyn.geometry.passes.products`.
 
         Args:
             pairs: what to multiply. None contributes zeros.
@@ -92,58 +162,12 @@ class Kernels:
                     destination.copy_(original)
             copy = None
         # One pass for all pairs: the weights are read once however many sums are asked for.
-        products = passes.Products(pairs, copy, self._sum_dtype if exact else None)
-        return self._collect(products.how, products.operands)
-
-    def squares(self, tensors: Operand) -> Tensor:
-        """<w, w>, ``(n,)``, by the fastest pass."""
-        return self._collect(passes.SQUARES, [tensors])[0]
-
-    def moments(self, tensors: Operand) -> Tensor:
-        """`lightning_normdyn.functional.moment_sums`, ``(2, n)``."""
-        return self._collect(passes.MOMENTS, [tensors])
-
-    def displacement(
-        self, before: Operand, after: Operand, *, exact: bool, norms: Tensor | None = None
-    ) -> Tensor:
-        """`lightning_normdyn.functional.displacement_sums`, ``(3, n)``.
-
-        Args:
-            before: w.
-            after: v.
-            exact: whether <w, w> is summed in float64.
-            norms: ``(n,)`` norms of w if they are known, which saves a pass; not with ``exact``,
-                and only where `rows_fit`.
-        """
-        dtype = self._sum_dtype if exact else None
-        how = passes.displacement(dtype, known=norms is not None)
-        return self._collect(how, [before, after], _given(norms))
-
-    def radial(
-        self,
-        before: Operand,
-        after: Operand,
-    ) -> Tensor:
-        """<w, w> and <w, Δ>, ``(2, n)``."""
-        return self._collect(passes.RADIAL, [before, after])
-
-    def radial_of_step(
-        self,
-        direction: Operand,
-        after: Operand,
-        length: Tensor,
-    ) -> Tensor:
-        """`radial` of a known step Δ = ``length * direction``, without a copy of w; and <direction,
-        direction>: ``(3, n)``."""
-        return self._collect(passes.RADIAL_OF_STEP, [direction, after], [length])
+        how, operands = passes.products(pairs, copy, self._sum_dtype if exact else None)
+        return self.sums(how, operands)
 
     # ---- Changes, in place ----
 
-    def scale_(
-        self,
-        tensors: Operand,
-        factor: Tensor,
-    ) -> None:
+    def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
         for weight, rows, number in self._rows_with(factor, dummy=1.0):
             tensor = tensors[weight]
@@ -165,116 +189,7 @@ class Kernels:
                 # One read and one write; no temporary as large as the weight.
                 view.addcmul_(rows.view(addend), _spread(number, rows, view))
 
-    def remove_radial_(
-        self,
-        before: Operand,
-        after: Operand,
-        share: Tensor,
-        active: Tensor | None,
-    ) -> Tensor:
-        """`radial`, and at once `lightning_normdyn.functional.remove_radial`, where this fuses.
-
-        Args:
-            before: w.
-            after: v, which is changed.
-            share: ``(n,)``: how much of w to remove beside the radial part.
-            active: bool ``(n,)``: vectors to be changed; None: all.
-        """
-        how = passes.removing(passes.RADIAL, operands=2)
-        return self._collect(how, [before, after], _given(share, active))
-
-    def remove_radial_of_(
-        self,
-        direction: Operand,
-        after: Operand,
-        length: Tensor,
-        share: Tensor,
-        active: Tensor | None,
-    ) -> Tensor:
-        """`radial_of_step`, and at once the removal, where this fuses; arguments as there and for
-        `remove_radial_`."""
-        how = passes.removing(passes.RADIAL_OF_STEP, operands=3)
-        return self._collect(how, [direction, after], _given(length, share, active))
-
-    # ---- How a pass is taken ----
-
-    def _collect(
-        self,
-        how: Pass,
-        operands: Sequence[Operand],
-        numbers: Sequence[Tensor] = (),
-    ) -> Tensor:
-        """Take a pass over every piece: ``(results, n)``.
-
-        Args:
-            how: the pass.
-            operands: what its kernel reads; a weight for which all are None contributes zeros.
-            numbers: ``(n,)`` each, given to the kernel behind the operands.
-        """
-        index = self._index
-        dtype = how.dtype or self._precision
-        written = torch.empty(
-            how.written,
-            sum(index.counts),
-            dtype=dtype,
-            device=self._device,
-        )
-        places = written.split_with_sizes(index.counts, 1)
-        of_rows = [index.to_rows(number.to(self._precision), 0.0) for number in numbers]
-
-        added_up: dict[int, Tensor] = {}
-        for i, (weight, rows) in enumerate(index.pieces):
-            views = self._views(weight, rows, operands)
-            first = next((view for view in views if view is not None), None)
-            if first is None:  # e.g. a weight without a gradient
-                places[i].zero_()
-                continue
-            # The same numbers for all parts of a row: they broadcast over whatever is cut.
-            views += [_spread(number[i], rows, first) for number in of_rows]
-            dims, form = rows.dims(first), rows.form(first)
-
-            # Short rows that need no conversion lose no digits to one long sum, and what reads
-            # every entry once has no use for the cache.
-            short = first.numel() <= index.counts[i] * chunks.CACHED_ENTRIES
-            at_once = how.streaming and short and first.dtype == dtype
-            entries = first.numel() if at_once else self._entries
-            if not how.whole_rows and chunks.cuts_rows(first, dims, entries):
-                sums = torch.zeros(
-                    how.results,
-                    *form,
-                    dtype=self._sum_dtype,
-                    device=first.device,
-                )
-                in_chunks(
-                    self._adding(how, dtype),
-                    sums.unbind(),
-                    views,
-                    dims,
-                    entries,
-                )
-                added_up[i] = sums.flatten(1)
-                continue
-
-            # Written where it belongs: one buffer for all pieces saves a copy for each.
-            place = places[i]
-            if first.device != self._device:  # offloaded, or one of several devices
-                place = torch.empty_like(place, device=first.device)
-            outs = place.view(how.written, *form).unbind()
-            in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
-            if place is not places[i]:
-                places[i].copy_(place)
-
-        # Once for all vectors, and in float64: the kernels left the delicate part to this.
-        finished = how.finish(written.to(self._sum_dtype))
-        for i, sums in added_up.items():
-            finished.split_with_sizes(index.counts, 1)[i].copy_(sums)
-        return index.to_vectors(finished)
-
-    def _adding(
-        self,
-        how: Pass,
-        dtype: torch.dtype,
-    ) -> Kernel:
+    def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
 
         def kernel(
@@ -334,10 +249,6 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _given(*numbers: Tensor | None) -> list[Tensor]:
-    return [number for number in numbers if number is not None]
-
-
 def _spread(
     numbers: Tensor,
     rows: Rows,
@@ -345,3 +256,82 @@ def _spread(
 ) -> Tensor:
     """One number per row, shaped to broadcast over a view of them."""
     return numbers.to(view.device, passes.own_precision(view)).view(rows.form(view))
+
+
+# ---- Chunks: so few entries at a time that they stay in the processor's cache ----
+
+# A kernel is several torch operations on the same entries (subtract, multiply, sum). On a whole
+# weight each of them would read its operands from main memory; on chunks only the first one does.
+
+
+def _entries_at_once(device: torch.device) -> int:
+    """How many entries of a weight a kernel should take at a time on ``device``."""
+    if device.type != "cpu":
+        return KERNEL_ENTRIES
+    # Every thread takes its part of each operation, and has a cache of its own.
+    return CACHED_ENTRIES * torch.get_num_threads()
+
+
+def in_chunks(
+    kernel: Kernel,
+    outs: Views,
+    views: Views,
+    dims: Dims,
+    entries: int,
+    *,
+    whole_rows: bool = False,
+) -> None:
+    """``kernel(dims, outs, views)``, applied to at most about ``entries`` entries at a time.
+
+    Args:
+        kernel: see `Kernel`. Where a row is cut it sees the row's parts one after the other.
+        outs: what it writes to.
+        views: what it reads: of one shape, or of size 1 in the summed dimensions, or None; one of
+            full shape must come before all others.
+        dims: the dimensions that it sums over.
+        entries: how many at a time.
+        whole_rows: never cut a row, however long.
+    """
+    first = next(view for view in views if view is not None)
+    size = first.numel()
+    cut_dim = _outermost(first.shape, first) if size > entries else -1
+    if cut_dim < 0 or (whole_rows and cut_dim in dims):
+        kernel(dims, outs, views)
+        return
+
+    # Along the outermost dimension alone; if one index of it is still too much, the chunks are cut
+    # again along the next one.
+    length = first.shape[cut_dim]
+    step = max(1, entries * length // size)
+    fits = size // length * step <= entries
+    parts = [_parts(tensor, step, cut_dim) for tensor in (*outs, *views)]
+    # Not strict: the parts of what has nothing to cut are repeated without end.
+    for chunk in zip(*parts, strict=False):
+        chunk_outs, chunk_views = chunk[: len(outs)], chunk[len(outs) :]
+        if fits:
+            kernel(dims, chunk_outs, chunk_views)
+        else:
+            in_chunks(kernel, chunk_outs, chunk_views, dims, entries, whole_rows=whole_rows)
+
+
+def cuts_rows(view: Tensor, dims: Dims, entries: int) -> bool:
+    """Whether `in_chunks` will cut this view within a row, so that its parts must be added up."""
+    shape = list(view.shape)
+    while prod(shape) > entries:
+        dim = _outermost(shape, view)
+        if dim in dims:
+            return True
+        shape[dim] = max(1, entries * shape[dim] // prod(shape))
+    return False
+
+
+def _parts(tensor: Any, step: int, dim: int) -> Any:
+    if tensor is None or tensor.shape[dim] == 1:
+        return repeat(tensor)
+    # unsafe_split: without the bookkeeping of views that autograd needs.
+    return tensor.unsafe_split(step, dim)
+
+
+def _outermost(shape: Sequence[int], view: Tensor) -> int:
+    """The dimension whose steps in memory are longest: cut along it, a chunk lies in one place."""
+    return max((d for d in range(view.ndim) if shape[d] > 1), key=view.stride)

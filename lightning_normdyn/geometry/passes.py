@@ -14,15 +14,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry.chunks import (
-    Dims,
-    Kernel,
-    Views,
-)
+Dims = list[int]
+Views = Sequence[Any]
+Kernel = Callable[[Dims, Views, Views], Any]
+"""``kernel(dims, outs, views)`` reads views of one shape, sums over their dimensions ``dims`` and
+writes what it finds to ``outs``, which are of size 1 in those."""
 
 Operand = Sequence["Tensor | None"]
 """One local tensor per weight; None for a weight to be passed over."""
@@ -33,7 +34,7 @@ class Pass:
     """How one kind of sums is taken.
 
     Args:
-        kernel: see `lightning_normdyn.geometry.chunks.Kernel`.
+        kernel: see `Kernel`.
         finish: makes of what the kernel wrote, ``(written, ...)``, sums that may be added over the
             parts of a vector, ``(results, ...)``; given in float64, and free to write to it.
         written: how many numbers the kernel writes for each row.
@@ -245,66 +246,55 @@ def applied_part(
 # ---- Inner products ----
 
 
-class Products:
+def products(
+    pairs: Sequence[tuple[Operand, Operand | None]],
+    copy: tuple[Operand, Operand] | None,
+    exact: torch.dtype | None,
+) -> tuple[Pass, list[Operand]]:
     """Several inner products in one pass, in which each operand is read once however many products
-    it enters.
+    it enters; returns what the pass reads, too.
 
     Args:
         pairs: ``(a, b)`` for <a, b>, ``(a, None)`` for <1, a>.
         copy: one of the operands, and where to copy it on the way.
         exact: the dtype that products are taken in; None: the operands' own.
     """
+    operands: list[Operand] = []
 
-    def __init__(
-        self,
-        pairs: Sequence[tuple[Operand, Operand | None]],
-        copy: tuple[Operand, Operand] | None,
-        exact: torch.dtype | None,
-    ) -> None:
-        self.operands: list[Operand] = []
-        self._exact = exact
-        terms = []
-        for row, (left, right) in enumerate(pairs):
-            left_position = self._position(left)
-            right_position = None if right is None else self._position(right)
-            terms.append((row, left_position, right_position))
-        self._squares = [row for row, left, right in terms if left == right]
-        # Products of two weights first: two of them come into the cache faster together than one
-        # after the other.
-        self._terms = sorted(terms, key=lambda term: term[0] in self._squares)
-        self._copied = None if copy is None else self._position(copy[0])
-        self._read = len(self.operands)
-        if copy is not None:
-            self.operands.append(copy[1])
-        self.how = Pass(
-            self._kernel,
-            self._finish,
-            len(pairs),
-            len(pairs),
-            exact,
-        )
-
-    def _position(self, operand: Operand) -> int:
-        for position, known in enumerate(self.operands):
+    def position_of(operand: Operand) -> int:
+        for position, known in enumerate(operands):
             # Callers ask for the weights anew for each product: other lists of the same tensors.
             if operand is known or all(x is y for x, y in zip(operand, known, strict=True)):
                 return position
-        self.operands.append(operand)
-        return len(self.operands) - 1
+        operands.append(operand)
+        return len(operands) - 1
 
-    def _kernel(
-        self,
+    terms = []
+    for row, (left, right) in enumerate(pairs):
+        left_position = position_of(left)
+        right_position = None if right is None else position_of(right)
+        terms.append((row, left_position, right_position))
+    squares = [row for row, left, right in terms if left == right]
+    # Products of two weights first: two of them come into the cache faster together than one after
+    # the other.
+    terms.sort(key=lambda term: term[0] in squares)
+    copied = None if copy is None else position_of(copy[0])
+    read = len(operands)
+    if copy is not None:
+        operands.append(copy[1])
+
+    def kernel(
         dims: Dims,
         outs: Views,
         views: Views,
     ) -> None:
         # While x is in the cache anyway.
-        if self._copied is not None and views[self._copied] is not None and views[-1] is not None:
-            views[-1].copy_(views[self._copied])
+        if copied is not None and views[copied] is not None and views[-1] is not None:
+            views[-1].copy_(views[copied])
         values: list[Tensor | None] = []
-        for view in views[: self._read]:
-            values.append(None if view is None else widened(view, self._exact))
-        for row, left, right in self._terms:
+        for view in views[:read]:
+            values.append(None if view is None else widened(view, exact))
+        for row, left, right in terms:
             x, out = values[left], outs[row]
             y = x if right is None else values[right]
             if x is None or y is None:
@@ -317,10 +307,12 @@ class Products:
             else:
                 sum_of(x * y, dims, out)
 
-    def _finish(self, written: Tensor) -> Tensor:
-        for row in self._squares:
+    def finish(written: Tensor) -> Tensor:
+        for row in squares:
             written[row].square_()
         return written
+
+    return Pass(kernel, finish, len(pairs), len(pairs), exact), operands
 
 
 # ---- Sums of one view ----

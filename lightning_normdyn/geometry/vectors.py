@@ -1,5 +1,4 @@
-"""The targeted weights as one index space of n weight vectors: sums per vector out, factors per
-vector in.
+"""The targeted weights as one index space: sums per vector out, factors per vector in.
 
 A vector is what the loss sees as one direction: a filter in front of BatchNorm, the filters of one
 channel group in front of GroupNorm, a whole matrix in front of LayerNorm.
@@ -16,15 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.index import RowIndex
 from lightning_normdyn.geometry.kernels import Kernels, sum_dtype
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.passes import (
-    Operand,
-    above_zero,
-    applied_part,
-    removed_part,
-)
+from lightning_normdyn.geometry.passes import Operand, Pass
 from lightning_normdyn.geometry.placement import (
     hidden_entries,
     is_plain,
@@ -250,7 +245,11 @@ class WeightVectors:
         difference of norms or an angle is wanted, use `inner`.
         """
         # Squares, since those add up over ranks.
-        return self._reduction.sum_(self._kernels.squares(self.values())).sqrt_()
+        return self._reduction.sum_(self._squares()).sqrt_()
+
+    def _squares(self) -> Tensor:
+        """This rank's part of <w, w>, ``(n,)``, by the fastest pass."""
+        return self._kernels.sums(passes.SQUARES, [self.values()])[0]
 
     def moments(self, tensors: Operand) -> tuple[Tensor, Tensor]:
         """Sums of squares and sums of the entries of every vector, for standard deviations.
@@ -264,15 +263,11 @@ class WeightVectors:
         Returns:
             <w, w> and <1, w>, each ``(n,)`` float64.
         """
-        squares, sums = self._reduction.sum_(self._kernels.moments(tensors))
+        squares, sums = self._reduction.sum_(self._kernels.sums(passes.MOMENTS, [tensors]))
         return squares, sums
 
     def displacement(
-        self,
-        before: Operand,
-        *,
-        exact: bool = False,
-        norms: Tensor | None = None,
+        self, before: Operand, *, exact: bool = False, norms: Tensor | None = None
     ) -> Tensor:
         """Sums that tell how the weights moved since ``before``: <w, w>, <w, Δ>, <Δ, Δ> with w =
         ``before`` and Δ = now - w.
@@ -294,8 +289,8 @@ class WeightVectors:
         # Known norms are those of whole vectors; parts of vectors need their own.
         if self._reduction.cuts or not self._kernels.rows_fit:
             norms = None
-        after = self._values_beside(before)
-        sums = self._kernels.displacement(before, after, exact=exact, norms=norms)
+        how = passes.displacement(self.sum_dtype if exact else None, known=norms is not None)
+        sums = self._kernels.sums(how, [before, self._values_beside(before)], [norms])
         return self._reduction.sum_(sums)
 
     def radial_and_totals(self, before: Operand, *, summarize: Summarize) -> tuple[Tensor, Tensor]:
@@ -308,7 +303,7 @@ class WeightVectors:
         Returns:
             ``(2, n)`` and ``(J, weights)``.
         """
-        packed = self._kernels.radial(before, self._values_beside(before))
+        packed = self._kernels.sums(passes.RADIAL, [before, self._values_beside(before)])
         totals = self.complete_with_totals(packed, summarize)
         return packed, totals
 
@@ -377,10 +372,7 @@ class WeightVectors:
         self._kernels.scale_(self.values() if tensors is None else tensors, factor)
 
     def add_scaled_(
-        self,
-        coefficient: Tensor,
-        source: Operand,
-        tensors: Operand | None = None,
+        self, coefficient: Tensor, source: Operand, tensors: Operand | None = None
     ) -> None:
         """Add ``coefficient * source`` to every vector, in place.
 
@@ -394,10 +386,7 @@ class WeightVectors:
         self._kernels.add_scaled_(changed, coefficient, source)
 
     def remove_radial_(
-        self,
-        before: Operand,
-        share: Tensor,
-        active: Tensor | None = None,
+        self, before: Operand, share: Tensor, active: Tensor | None = None
     ) -> Tensor:
         """Remove from the step since ``before`` its part along ``before``, and a share of
         ``before`` with it, in place: `lightning_normdyn.functional.remove_radial`.
@@ -414,13 +403,11 @@ class WeightVectors:
             ``(n,)``: by how much of ``before`` each vector was changed or would have been.
         """
         after = self._values_beside(before)
-        if self._one_pass:
-            square, product = self._kernels.remove_radial_(before, after, share, active)
-            return removed_part(square, product, share)
-        # Two passes: the sums may have to wait for other ranks.
-        square, product = self._reduction.sum_(self._kernels.radial(before, after))
-        removed = removed_part(square, product, share)
-        self._kernels.add_scaled_(after, -applied_part(removed, active), before)
+        sums = self._sums_removing(passes.RADIAL, [before, after], [], share, active)
+        square, product = sums
+        removed = passes.removed_part(square, product, share)
+        if not self._one_pass:
+            self._kernels.add_scaled_(after, -passes.applied_part(removed, active), before)
         return removed
 
     def remove_radial_of_(
@@ -447,20 +434,33 @@ class WeightVectors:
             before it the step was.
         """
         after = self._values_beside(direction)
-        if self._one_pass:
-            sums = self._kernels.remove_radial_of_(direction, after, length, share, active)
-        else:
-            sums = self._reduction.sum_(self._kernels.radial_of_step(direction, after, length))
+        operands = [direction, after]
+        sums = self._sums_removing(passes.RADIAL_OF_STEP, operands, [length], share, active)
         square, product, direction_square = sums
-        removed = removed_part(square, product, share)
+        removed = passes.removed_part(square, product, share)
         if not self._one_pass:
             # w = v - length * direction, put in: w itself is nowhere, and its copy would cost the
             # memory that this method saves.
-            applied = applied_part(removed, active)
+            applied = passes.applied_part(removed, active)
             self._kernels.add_scaled_(after, -applied, after)
             self._kernels.add_scaled_(after, applied * length, direction)
-        ratio = length.abs() * (direction_square / above_zero(square)).sqrt()
+        ratio = length.abs() * (direction_square / passes.above_zero(square)).sqrt()
         return removed, ratio
+
+    def _sums_removing(
+        self,
+        how: Pass,
+        operands: list[Operand],
+        numbers: list[Tensor | None],
+        share: Tensor,
+        active: Tensor | None,
+    ) -> Tensor:
+        """The sums of a pass that also removes what they lead to, where one pass can do both."""
+        # If not, the caller removes it: the sums may have to wait for other ranks.
+        if self._one_pass:
+            how = passes.removing(how, len(operands) + len(numbers))
+            numbers = [*numbers, share, active]
+        return self._reduction.sum_(self._kernels.sums(how, operands, numbers))
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.
@@ -482,9 +482,9 @@ class WeightVectors:
         is_due = keeps_all | ((owed - 1).abs() >= rounding)
         wanted = torch.where(is_due, owed, torch.ones_like(owed))
 
-        square_before = self._kernels.squares(self.values())
+        square_before = self._squares()
         self.scale_(wanted)
-        square_after = self._kernels.squares(self.values())
+        square_after = self._squares()
 
         # Measured, because the stored weights changed by another factor than the wanted one. Where
         # nothing can be measured (a vector of zeros), the wanted one is taken for applied.

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn import functional as F
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
-from lightning_normdyn.geometry import chunks
+from lightning_normdyn.geometry import kernels as kernels_file
+from lightning_normdyn.geometry import passes
 
 ALL = [*KINDS, "long rows"]
 
@@ -26,7 +27,7 @@ def weight_of(kind: str) -> tuple[Tensor, Partition]:
 def chunked(request, monkeypatch):
     """Chunks that cut every kind of weight, or none."""
     if request.param == "in small chunks":
-        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 5)
+        monkeypatch.setattr(kernels_file, "CACHED_ENTRIES", 5)
 
 
 def as_rows(weight: Tensor, partition: Partition) -> list[Tensor]:
@@ -49,11 +50,11 @@ def test_sums_are_what_functional_states(kind, chunked):
     products = torch.tensor(expected, dtype=torch.float64).T
     after = vectors.values()
     for measured, formula in (
-        (kernels.displacement([before], after, exact=False), displaced),
-        (kernels.displacement([before], after, exact=True), displaced),
-        (kernels.radial([before], after), displaced[:2]),
-        (kernels.moments(after), moments),
-        (kernels.squares(after), moments[0]),
+        (kernels.sums(passes.displacement(None), [[before], after]), displaced),
+        (kernels.sums(passes.displacement(torch.float64), [[before], after]), displaced),
+        (kernels.sums(passes.RADIAL, [[before], after]), displaced[:2]),
+        (kernels.sums(passes.MOMENTS, [after]), moments),
+        (kernels.sums(passes.SQUARES, [after]), moments[:1]),
         (kernels.products([([before], after), ([before], None)], exact=True), products),
     ):
         torch.testing.assert_close(measured, formula, rtol=1e-11, atol=1e-12)
@@ -140,7 +141,7 @@ def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes
     kind, small_chunks, known, monkeypatch
 ):
     if small_chunks:
-        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
+        monkeypatch.setattr(kernels_file, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
     weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
     before = weight.clone().float()
     for angle in (1e-6, 1e-5, 1e-3, 1.0, 2.5, 3.14159):
@@ -169,14 +170,14 @@ def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes
 
 @pytest.mark.parametrize("told", ["by a copy", "by the step"])
 @pytest.mark.parametrize("some", [False, True])
-@pytest.mark.parametrize("passes", ["one", "one, in small chunks", "two"])
+@pytest.mark.parametrize("taken", ["one", "one, in small chunks", "two"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("kind", [*KINDS, "long rows"])
-def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, monkeypatch):
-    if passes == "two":  # as on a GPU
+def test_the_radial_part_of_a_step_is_removed(kind, dtype, taken, some, told, monkeypatch):
+    if taken == "two":  # as on a GPU
         monkeypatch.setattr(WeightVectors, "_one_pass", False)
-    if passes == "one, in small chunks":
-        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
+    if taken == "one, in small chunks":
+        monkeypatch.setattr(kernels_file, "CACHED_ENTRIES", 1000 if kind == "long rows" else 5)
     weight, partition = KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
     start = weight.clone().to(dtype)
     parameter = nn.Parameter(start.clone())
@@ -214,10 +215,10 @@ def test_the_radial_part_of_a_step_is_removed(kind, dtype, passes, some, told, m
     )
 
 
-@pytest.mark.parametrize("passes", ["one", "two"])
+@pytest.mark.parametrize("taken", ["one", "two"])
 @pytest.mark.parametrize("ratio", [1e1, 1e3, 1e6])
-def test_a_known_step_is_removed_as_well_as_the_sum_of_both_allows(ratio, passes, monkeypatch):
-    if passes == "two":
+def test_a_known_step_is_removed_as_well_as_the_sum_of_both_allows(ratio, taken, monkeypatch):
+    if taken == "two":
         monkeypatch.setattr(WeightVectors, "_one_pass", False)
     start, direction = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(5))
     direction = direction / direction.norm(dim=1, keepdim=True) * start.norm(dim=1, keepdim=True)
@@ -256,7 +257,7 @@ def test_vectors_that_have_no_angle_and_vectors_that_did_not_move(dtype):
 @pytest.mark.parametrize("kind", KINDS)
 def test_moments_give_standard_deviations_beside_a_large_mean(kind, small_chunks, monkeypatch):
     if small_chunks:
-        monkeypatch.setattr(chunks, "CACHED_ENTRIES", 5)
+        monkeypatch.setattr(kernels_file, "CACHED_ENTRIES", 5)
     vectors, (weight,) = made(kind, dtype=torch.float32)
     with torch.no_grad():
         weight.mul_(0.01).add_(3.0)
@@ -268,3 +269,46 @@ def test_moments_give_standard_deviations_beside_a_large_mean(kind, small_chunks
     torch.testing.assert_close(
         std, torch.stack([x.std(unbiased=False) for x in pieces]), rtol=1e-5, atol=1e-7
     )
+
+
+WEIGHTS = {
+    "contiguous": torch.arange(6 * 4 * 5).reshape(6, 4, 5),
+    "channels last": torch.arange(6 * 5 * 4).reshape(6, 5, 4).movedim(-1, 1),
+    "transposed": torch.arange(4 * 6 * 5).reshape(4, 6, 5).transpose(0, 1),
+    "one long row": torch.arange(120).reshape(1, 120, 1),
+}
+
+
+def chunks_of(weight: Tensor, entries: int, **settings: bool) -> tuple[list[Tensor], Tensor]:
+    """The chunks that a kernel got, and sums over rows that it added up."""
+    seen: list[Tensor] = []
+
+    def kernel(dims, outs, views):
+        seen.append(views[0])
+        outs[0].add_(views[0].sum(dims, keepdim=True))
+        assert views[1] is None
+
+    sums = torch.zeros(len(weight), 1, 1, dtype=torch.int64)
+    kernels_file.in_chunks(kernel, [sums], [weight, None], [1, 2], entries, **settings)
+    return seen, sums
+
+
+@pytest.mark.parametrize("entries", [1, 3, 7, 20, 50, 119, 120, 1000])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_entry_is_taken_once(name, entries):
+    weight = WEIGHTS[name]
+    seen, sums = chunks_of(weight, entries)
+    assert sorted(torch.cat([x.flatten() for x in seen]).tolist()) == list(range(120))
+    assert max(x.numel() for x in seen) <= entries
+    assert torch.equal(sums, weight.sum((1, 2), keepdim=True))
+    cut = any(x.shape[1:] != weight.shape[1:] for x in seen)
+    assert kernels_file.cuts_rows(weight, [1, 2], entries) == cut
+
+
+@pytest.mark.parametrize("entries", [1, 20, 50])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_whole_rows_are_never_cut(name, entries):
+    weight = WEIGHTS[name]
+    seen, sums = chunks_of(weight, entries, whole_rows=True)
+    assert all(x.shape[1:] == weight.shape[1:] for x in seen)
+    assert torch.equal(sums, weight.sum((1, 2), keepdim=True))

@@ -75,9 +75,10 @@ def test_what_is_removed_is_the_radial_coefficient_and_the_share():
 def test_products_read_each_operand_once():
     before, after = ([x] for x in pair(torch.float64))
     again = list(before)  # another list of the same tensors
-    products = passes.Products([(before, after), (again, again), (after, None)], None, None)
-    assert [id(x[0]) for x in products.operands] == [id(before[0]), id(after[0])]
-    sums = take(products.how, before[0], after[0])
+    pairs = [(before, after), (again, again), (after, None)]
+    how, operands = passes.products(pairs, None, None)
+    assert [id(x[0]) for x in operands] == [id(before[0]), id(after[0])]
+    sums = take(how, before[0], after[0])
     expected = [(before[0] * after[0]).sum(1), before[0].square().sum(1), after[0].sum(1)]
     torch.testing.assert_close(sums, torch.stack(expected))
 
@@ -85,7 +86,7 @@ def test_products_read_each_operand_once():
 def test_a_copy_is_made_on_the_way():
     before, after = pair(torch.float64)
     destination = torch.empty_like(before)
-    products = passes.Products([([before], [after])], ([before], [destination]), None)
-    sums = take(products.how, before, after, destination)
+    how, _ = passes.products([([before], [after])], ([before], [destination]), None)
+    sums = take(how, before, after, destination)
     assert torch.equal(destination, before)
     torch.testing.assert_close(sums[0], (before * after).sum(1))
