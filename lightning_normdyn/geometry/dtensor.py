@@ -7,8 +7,6 @@ a chunk of its indices, or replicates.
 Letters: m a dimension of the mesh, d a dimension of the tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module

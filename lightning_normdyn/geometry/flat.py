@@ -5,8 +5,6 @@ regard to where a weight or a filter ends. A rank's part of a weight is then a r
 in the order of memory: at most the end of a row, whole rows, and the beginning of a row.
 """
 
-from __future__ import annotations
-
 from collections.abc import (
     Callable,
     Iterable,
@@ -61,10 +59,11 @@ class FlatSlice:
     master: Master | None = None
     flat: Tensor | None = None
 
-    def range_of(self, rank: int) -> Range:
-        """The entries ``start .. stop - 1`` of the flattened weight that ``rank`` holds."""
+    @property
+    def held(self) -> Range:
+        """The entries ``start .. stop - 1`` of the flattened weight that this rank holds."""
         size = prod(self.shape)
-        begin = rank * self.chunk - self.offset
+        begin = self.rank * self.chunk - self.offset
         start = min(max(begin, 0), size)
         stop = min(max(begin + self.chunk, start), size)
         return start, stop
@@ -176,7 +175,7 @@ def _slices_of(
             group,
             flat=flat,
         )
-        start, stop = place.range_of(rank)
+        start, stop = place.held
         theirs = None
         if shard.in_shard:
             theirs = (shard.intra_param_start_idx, shard.intra_param_end_idx + 1)
@@ -211,7 +210,7 @@ def place_flat(place: FlatSlice, partition: Partition) -> Placement:
 
     # Boxes follow each other in the flat tensor as they do in the weight.
     pieces, done = [], 0
-    for box in _boxes(tuple(sizes), *place.range_of(place.rank)):
+    for box in _boxes(tuple(sizes), *place.held):
         form = tuple(stop - start for start, stop in box)
         inside = labels
         for axis, d in enumerate(kept):

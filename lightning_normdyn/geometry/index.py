@@ -5,8 +5,6 @@ neighbouring filters, a whole matrix, or what a shard holds of one of these. Sum
 row and then given to vectors; factors of vectors are handed to rows.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import gcd
 

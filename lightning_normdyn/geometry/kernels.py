@@ -8,8 +8,6 @@ methods. They know nothing of other ranks: what they return is this rank's part,
 Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import repeat
 from math import prod

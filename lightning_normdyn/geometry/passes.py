@@ -9,8 +9,6 @@ formula of `lightning_normdyn.functional` that it stands for.
 Letters: w a weight before a step, v after it, Δ = v - w.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod

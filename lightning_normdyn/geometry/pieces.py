@@ -4,8 +4,6 @@ holds the rest.
 Letters: n vectors of a weight, W weights, K sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast

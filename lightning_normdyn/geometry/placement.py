@@ -5,8 +5,6 @@ the same layout) to this rank's plain local tensor, which views of that tensor h
 to one vector each, and which vectors other ranks hold pieces of.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from math import prod

@@ -7,8 +7,6 @@ each.
 Letters: n vectors held on this rank, K sums.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property

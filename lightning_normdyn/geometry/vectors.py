@@ -6,8 +6,6 @@ channel group in front of GroupNorm, a whole matrix in front of LayerNorm.
 Shapes: ``n`` vectors, ``weights`` weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from typing import Protocol

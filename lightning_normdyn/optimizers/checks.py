@@ -1,7 +1,5 @@
 """What is refused at the start of a fit, by name: optimizers that a callback would get wrong."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor

@@ -12,8 +12,6 @@ decay was written in.
 - Coupled decay under Adam is divided by the size of the gradient: no number says what it comes to.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum

@@ -13,8 +13,6 @@ name, except where a trial on scratch weights shows how it steps
 (`lightning_normdyn.optimizers.trial`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias

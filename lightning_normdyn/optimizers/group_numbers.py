@@ -6,8 +6,6 @@ number of a group reads it through `as_number`, so that no other place has to kn
 are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from decimal import Decimal
 from numbers import Real

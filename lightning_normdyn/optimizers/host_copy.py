@@ -1,7 +1,5 @@
 """A tensor on its way to the host, which nobody waits for."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -5,8 +5,6 @@ effective learning rates that are logged ask here. For most optimizers it is the
 the param group; the rules for the others stand in `lightning_normdyn.optimizers.rate_rules`.
 """
 
-from __future__ import annotations
-
 from torch import Tensor
 from torch.optim import Optimizer
 

@@ -11,8 +11,6 @@ where they live on an accelerator: nothing here waits for a device. Which optimi
 stands in `lightning_normdyn.optimizers.facts`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from math import sqrt
 from typing import Any, TypeAlias
@@ -21,7 +19,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.group_numbers import Group, Number, as_number, group_number
+from lightning_normdyn.optimizers.group_numbers import (
+    Group,
+    Number,
+    as_number,
+    group_number,
+    is_zero,
+)
 
 RateRule: TypeAlias = Callable[[Optimizer, Group, Tensor], "Number | None"]
 """Optimizer, param group, weight of that group -> the rate of the weight's next step."""
@@ -78,7 +82,7 @@ def adagrad(
     """torch's Adagrad divides its learning rate by 1 + (steps so far) · ``lr_decay``."""
     lr = as_number(group.get("lr"))
     slower = group_number(group, "lr_decay")
-    if lr is None or (isinstance(slower, float) and slower == 0):
+    if lr is None or is_zero(slower):
         return lr
     return lr / (1 + _steps_so_far(optimizer, group, weight) * slower)
 
@@ -89,10 +93,8 @@ def asgd(
     weight: Tensor,
 ) -> Number | None:
     """torch's ASGD keeps the rate of its next step in the state, from the first step on."""
-    state = _state_of(optimizer, weight)
-    if state.get("eta") is None:
-        return as_number(group.get("lr"))
-    return as_number(state["eta"])
+    rate = _state_of(optimizer, weight).get("eta")
+    return as_number(group.get("lr") if rate is None else rate)
 
 
 def torch_adafactor(
@@ -141,10 +143,8 @@ def adafactor(
 
 def adaptation_name(optimizer_class: type) -> str | None:
     """The class of D-Adaptation or Prodigy that ``optimizer_class`` is or derives from."""
-    for base in optimizer_class.__mro__:
-        if base.__name__.startswith(("DAdapt", "Prodigy")):
-            return base.__name__
-    return None
+    names = (base.__name__ for base in optimizer_class.__mro__)
+    return next((name for name in names if name.startswith(("DAdapt", "Prodigy"))), None)
 
 
 def adaptation(
@@ -154,9 +154,8 @@ def adaptation(
 ) -> Number | None:
     """D-Adaptation and Prodigy: d·lr, with the estimate d that the last step left."""
     # Prodigy with split groups keeps one estimate for each and may share the mean.
-    estimate = as_number(group.get("d"))
-    if group.get("split_groups_mean") and group.get("shared_d"):
-        estimate = as_number(group["shared_d"])
+    is_shared = group.get("split_groups_mean") and group.get("shared_d")
+    estimate = as_number(group.get("shared_d" if is_shared else "d"))
     lr = as_number(group.get("lr"))
     if estimate is None or lr is None:
         return None
@@ -187,11 +186,9 @@ def heavyball(
 def _state_of(optimizer: Optimizer, weight: Tensor) -> Group:
     """The state of one weight; empty before its first step, and where it is of another form."""
     # An optimizer of somebody may keep a list or an object there.
-    if isinstance(optimizer.state, Mapping):
-        state = optimizer.state.get(weight)
-        if isinstance(state, Mapping):
-            return state
-    return {}
+    states = optimizer.state if isinstance(optimizer.state, Mapping) else {}
+    state = states.get(weight)
+    return state if isinstance(state, Mapping) else {}
 
 
 def _steps_so_far(
@@ -213,15 +210,10 @@ def _second(eps: Any) -> Any:
 
 def _smaller(a: Number, b: Number) -> Number:
     if isinstance(a, Tensor):
-        device = a.device
-    elif isinstance(b, Tensor):
-        device = b.device
-    else:
-        return min(a, b)
-    return torch.minimum(
-        torch.as_tensor(a, dtype=torch.float32, device=device),
-        torch.as_tensor(b, dtype=torch.float32, device=device),
-    )
+        return a.clamp(max=b)
+    if isinstance(b, Tensor):
+        return b.clamp(max=a)
+    return min(a, b)
 
 
 def _scaled_by_size(

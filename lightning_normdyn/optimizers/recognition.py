@@ -5,8 +5,6 @@ of its own is an optimizer that nobody has derived. It gets the row of its base 
 scratch weights shows that it steps as its base does (many only log around ``super().step()``).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar

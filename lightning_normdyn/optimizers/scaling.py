@@ -6,8 +6,6 @@ again. Every tensor of torch counts how often it was written to; these versions 
 done, and what the optimizer has stepped since.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import and_, ne

@@ -6,8 +6,6 @@ weights in its param groups and no state. The optimizer itself, its weights, its
 counters and all random generators are left as they are.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 import types

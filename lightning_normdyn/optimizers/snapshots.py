@@ -1,7 +1,5 @@
 """Copies of weights as they are right before an update, shared by all who compare with them."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -11,8 +11,6 @@ Everything here takes plain tensors and optimizers. Where a buffer lies in piece
 weight does, and the caller applies the factors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

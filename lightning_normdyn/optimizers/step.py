@@ -4,8 +4,6 @@ A handler gets the `Step` and acts through it. What it multiplies before the upd
 so that it can be taken back if the update never comes (an exception, a checkpoint in between).
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import IntEnum

@@ -13,7 +13,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from operator import is_
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -151,19 +151,18 @@ class _StepView:
 
     # Slots of the view's own class: the instance shares its __dict__ with the optimizer.
     _normdyn_original: Any
-    _normdyn_split: Split | None
-    _normdyn_shown: tuple[list[ParamGroup], list[ParamGroup]] | None
+    _normdyn_shown: tuple[Split, list[ParamGroup], list[ParamGroup]] | None
 
     @property
     def param_groups(self) -> list[ParamGroup]:
-        own = self._normdyn_original.param_groups
-        if self._normdyn_split is None:
-            return cast(list[ParamGroup], own)
+        own: list[ParamGroup] = self._normdyn_original.param_groups
+        if self._normdyn_shown is None:
+            return own
+        split, before, shown = self._normdyn_shown
         # A step may itself add a group, or set new ones: then they are split anew.
-        before, shown = cast(tuple[list[ParamGroup], list[ParamGroup]], self._normdyn_shown)
-        if not _same(before, own):
-            shown = self._normdyn_split(own) or own
-            object.__setattr__(self, "_normdyn_shown", (list(own), shown))
+        if len(before) != len(own) or not all(map(is_, before, own)):
+            shown = split(own) or own
+            show(self, split, own, shown)
         return shown
 
     @param_groups.setter
@@ -206,15 +205,8 @@ def _itself(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def _same(groups: list[ParamGroup], others: list[ParamGroup]) -> bool:
-    return len(groups) == len(others) and all(map(is_, groups, others))
-
-
 def _for_original(view: _StepView, hooks: dict[int, Any]) -> OrderedDict[int, Any]:
-    calls: OrderedDict[int, Any] = OrderedDict()
-    for key, hook in hooks.items():
-        calls[key] = _on_original(view, hook)
-    return calls
+    return OrderedDict((key, _on_original(view, hook)) for key, hook in hooks.items())
 
 
 def _on_original(view: _StepView, hook: Any) -> Any:
@@ -274,7 +266,7 @@ _FORWARDED = (
 )
 
 
-def view_class(kind: type[Optimizer]) -> type[Any] | None:
+def view_class(kind: type[Optimizer]) -> Any:
     """The class of the views of optimizers of class ``kind``.
 
     None where Python does not let anything derive from it.
@@ -291,13 +283,13 @@ def view_class(kind: type[Optimizer]) -> type[Any] | None:
             if name.startswith("__") and not name.endswith("__"):
                 name = f"_{base.__name__.lstrip('_')}{name}"
             body[name] = _slot(name)
-    body["__slots__"] = ("_normdyn_original", "_normdyn_split", "_normdyn_shown")
+    body["__slots__"] = ("_normdyn_original", "_normdyn_shown")
     for name in ("__module__", "__qualname__", "__doc__"):
         body[name] = getattr(kind, name)
     metaclass: Any = type(kind)
     # Whatever somebody's metaclass or __init_subclass__ raises, there is no view of this class.
     try:
-        return cast(type[Any], metaclass(kind.__name__, (_StepView, kind), body))
+        return metaclass(kind.__name__, (_StepView, kind), body)
     except Exception:
         return None
 
@@ -320,13 +312,12 @@ def view_of(optimizer: Optimizer, kind: type[Any]) -> Optimizer:
         (0.0, 0.5)
     """
     # Without __init__, which would make groups and hooks of its own.
-    view = object.__new__(kind)
+    view: Optimizer = object.__new__(kind)
     # Not by plain assignment: the optimizer's class may have a __setattr__ of its own.
     object.__setattr__(view, "_normdyn_original", optimizer)
-    object.__setattr__(view, "_normdyn_split", None)
     object.__setattr__(view, "_normdyn_shown", None)
     object.__setattr__(view, "__dict__", vars(optimizer))
-    return cast(Optimizer, view)
+    return view
 
 
 def show(
@@ -343,11 +334,9 @@ def show(
         groups: the optimizer's own.
         shown: what ``split`` has made of them.
     """
-    object.__setattr__(view, "_normdyn_shown", (list(groups), shown))
-    object.__setattr__(view, "_normdyn_split", split)
+    object.__setattr__(view, "_normdyn_shown", (split, list(groups), shown))
 
 
 def unsplit(view: Any) -> None:
     """From now on ``view`` shows the optimizer's own groups."""
-    object.__setattr__(view, "_normdyn_split", None)
     object.__setattr__(view, "_normdyn_shown", None)

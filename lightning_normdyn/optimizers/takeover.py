@@ -7,8 +7,6 @@ it meanwhile. Subtracting λ·w from the gradient instead would round, and miss 
 with its decay.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias

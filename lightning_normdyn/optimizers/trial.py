@@ -9,8 +9,6 @@ Each takes a few dozen steps of weights with a few numbers (`lightning_normdyn.o
 Exceptions of the optimizer mean "not known" and never reach the caller.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +19,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.optimizers import rate_rules
 from lightning_normdyn.optimizers.facts import DecayLaw
-from lightning_normdyn.optimizers.group_numbers import Group, Number, group_number
+from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
+from lightning_normdyn.optimizers.rate_rules import RateRule
 from lightning_normdyn.optimizers.scratch import (
     CannotTryError,
     ScratchOptimizer,
@@ -36,8 +36,6 @@ from lightning_normdyn.optimizers.step_view import (
     view_class,
     view_of,
 )
-
-RateOf: TypeAlias = Callable[[Optimizer, Group, Tensor], "Number | None"]
 
 _LR = 0.02
 # Enough for momentum and bias corrections to matter, and for a slow copy that is visited every 5 or
@@ -74,7 +72,7 @@ class DecayTrial:
     law: DecayLaw | None = None
 
 
-def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
+def try_decay(optimizer: Optimizer, rate_of: RateRule) -> DecayTrial:
     """Whether a take-over takes exactly the weight decay of single weights away, and how it decays.
 
     Args:
@@ -96,7 +94,7 @@ def try_decay(optimizer: Optimizer, rate_of: RateOf) -> DecayTrial:
 
 def _try_decay(
     optimizer: Optimizer,
-    rate_of: RateOf,
+    rate_of: RateRule,
     start: Start,
 ) -> DecayTrial:
     with ScratchOptimizer.untouched(optimizer):
@@ -126,19 +124,18 @@ def _try_decay(
 
 def _other_decays(optimizer: Optimizer) -> list[str]:
     """Keys of further weight decays, which a take-over would leave in place."""
+    # A dictionary: several groups have the same keys, whose order is kept.
     others: dict[str, None] = {}
     for group in optimizer.param_groups:
         for key in group:
-            number = group_number(group, key)
-            is_off = isinstance(number, float) and number == 0
-            if key.startswith("weight_decay_") and not is_off:
+            if key.startswith("weight_decay_") and not is_zero(group_number(group, key)):
                 others[key] = None
     return list(others)
 
 
 def _law_of_decay(
     optimizer: Optimizer,
-    rate_of: RateOf,
+    rate_of: RateRule,
     decay: float,
     start: Start,
 ) -> DecayLaw | None:
@@ -151,8 +148,8 @@ def _law_of_decay(
     without, decayed = _run(scratch(weight_decay=0.0)), _run(scratch(weight_decay=decay))
     by_hand: dict[DecayLaw, Callable[[ScratchOptimizer], None]] = {
         DecayLaw("decoupled", "rate"): partial(_shrink, decay, rate_of),
-        DecayLaw("decoupled", "lr"): partial(_shrink, decay, _written_lr),
-        DecayLaw("decoupled", "step"): partial(_shrink, decay, _once),
+        DecayLaw("decoupled", "lr"): partial(_shrink, decay, rate_rules.plain),
+        DecayLaw("decoupled", "step"): partial(_shrink, decay, lambda *_: 1.0),
         DecayLaw("coupled"): partial(_add_to_gradients, decay),
     }
     for law, apply in by_hand.items():
@@ -169,26 +166,10 @@ class _UnknownRateError(Exception):
     """Nobody can tell the rate of a scratch weight."""
 
 
-def _written_lr(
-    optimizer: Optimizer,
-    group: Group,
-    weight: Tensor,
-) -> Number:
-    return group_number(group, "lr")
-
-
-def _once(
-    optimizer: Optimizer,
-    group: Group,
-    weight: Tensor,
-) -> Number:
-    return 1.0
-
-
 @torch.no_grad()
 def _shrink(
     decay: float,
-    rate_of: RateOf,
+    rate_of: RateRule,
     scratch: ScratchOptimizer,
 ) -> None:
     for group in scratch.groups:

@@ -5,11 +5,9 @@ on every rank, DeepSpeed flat float32 tensors. A view then shows the optimizer t
 on one process.
 """
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch.distributed as dist
@@ -53,13 +51,11 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
     """
     inner = without_framework(optimizer)
     # Views are kept: a bracket is found by the optimizer that it was made for.
-    if inner in _VIEWS:
-        return _VIEWS[inner]
-    if _is_deepspeed(inner):
+    if inner not in _VIEWS and _is_deepspeed(inner):
         _VIEWS[inner] = _deepspeed_views(inner)
-        return _VIEWS[inner]
-    if _is_zero_redundancy(inner):
+    elif inner not in _VIEWS and _is_zero_redundancy(inner):
         _VIEWS[inner] = [_zero_redundancy_view(inner)]
+    if inner in _VIEWS:
         return _VIEWS[inner]
     if not isinstance(inner, Optimizer):
         raise NotSupportedError(
@@ -169,7 +165,7 @@ def _is_zero_redundancy(optimizer: Any) -> bool:
     return any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__)
 
 
-def _zero_redundancy_view(outer: Any) -> Optimizer:
+def _zero_redundancy_view(outer: Any) -> Any:
     inner, overlap = private(outer, "optim", "_overlap_with_ddp")
     # Then the inner optimizer steps one bucket at a time.
     if overlap:
@@ -179,7 +175,7 @@ def _zero_redundancy_view(outer: Any) -> Optimizer:
         )
     view = _new_view(_ZeroRedundancyView, inner)
     view._outer = ref(outer)
-    return cast(Optimizer, view)
+    return view
 
 
 class _ZeroRedundancyView(_OneProcessView):
@@ -192,8 +188,8 @@ class _ZeroRedundancyView(_OneProcessView):
     _outer: Any
 
     @property
-    def param_groups(self) -> list[ParamGroup]:
-        return cast(list[ParamGroup], self._outer().param_groups)
+    def param_groups(self) -> Any:
+        return self._outer().param_groups
 
     @property
     def state(self) -> Any:
@@ -251,7 +247,7 @@ def _deepspeed_views(optimizer: Any) -> list[Optimizer]:
         view = _new_view(_DeepSpeedView, optimizer.optimizer)
         view._flat, view._group, view._places = part
         view.param_groups = [{**part.group, "params": list(part.places)}]
-        views.append(cast(Optimizer, view))
+        views.append(view)
     return views
 
 
@@ -273,27 +269,25 @@ def _deepspeed_stage12(optimizer: Any) -> Iterator[_Part]:
         "real_dp_process_group",
     )
     for i, group in enumerate(optimizer.optimizer.param_groups):
-        rank = dist.get_rank(groups[i])
         places = {}
         for weight in weights[i]:
             # Parameters are views of the flat buffer, whatever the order and the gaps in it.
             offset = (weight.data_ptr() - buffers[i].data_ptr()) // weight.element_size()
-            dims = tuple(range(weight.dim()))
-            place = FlatSlice(tuple(weight.shape), dims, offset, sizes[i], rank, groups[i])
-            start, stop = place.range_of(rank)
             # DeepSpeed's own account of this rank's entries: none where a weight lies elsewhere.
             (mapping,) = private(weight, "_hp_mapping")
             begin, recorded = 0, None
             if mapping is not None:
                 begin = mapping.hp_fragment_address.start
                 recorded = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
+            place = _slice_of(weight.shape, offset, sizes[i], groups[i], masters[i], begin)
+            start, stop = place.held
             expected = (start, stop - start) if stop > start else None
             if recorded != expected:
                 raise untested(
                     f"DeepSpeed holds the entries {recorded} (start, number) of a weight where "
                     f"{(start, stop - start)} was expected"
                 )
-            places[weight] = replace(place, master=Master(masters[i], begin, stop - start))
+            places[weight] = place
         yield _Part(masters[i], group, places)
 
 
@@ -309,11 +303,7 @@ def _deepspeed_stage3(optimizer: Any) -> Iterator[_Part]:
             shape, piece, process_group = private(
                 weight, "ds_shape", "ds_tensor", "ds_process_group"
             )
-            dims = tuple(range(len(shape)))
-            rank = dist.get_rank(process_group)
-            place = FlatSlice(tuple(shape), dims, 0, piece.ds_numel, rank, process_group)
-            start, stop = place.range_of(rank)
-            places[weight] = replace(place, master=Master(master, begin, stop - start))
+            places[weight] = _slice_of(shape, 0, piece.ds_numel, process_group, master, begin)
             # By the chunk and not by the entries: what lies between their ends is padding.
             begin += piece.ds_numel
         if begin != master.numel():
@@ -322,6 +312,21 @@ def _deepspeed_stage3(optimizer: Any) -> Iterator[_Part]:
                 "expected"
             )
         yield _Part(master, optimizer.optimizer.param_groups[group_of[i]], places)
+
+
+def _slice_of(
+    shape: Sequence[int],
+    offset: int,
+    chunk: int,
+    group: Any,
+    master: Tensor,
+    begin: int,
+) -> FlatSlice:
+    """A weight whose entries on this rank begin at ``begin`` of ``master``."""
+    order = tuple(range(len(shape)))
+    place = FlatSlice(tuple(shape), order, offset, chunk, dist.get_rank(group), group)
+    start, stop = place.held
+    return replace(place, master=Master(master, begin, stop - start))
 
 
 class _DeepSpeedView(_OneProcessView):

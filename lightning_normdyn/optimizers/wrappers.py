@@ -5,8 +5,6 @@ A framework's wrapper (Lightning, Fabric, Accelerate) passes everything on. A pe
 step is part of its step. An optimizer in two phases (SAM) steps by the inner one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
