@@ -23,8 +23,10 @@ bench: $(READY)  ## what each callback costs, beside floors and peers; writes be
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cost.py
 
+# worksteal: each worker begins with half of the files, so that what the tests of a file share is
+# made once, and not in both workers.
 test: $(READY)  ## everything but what is slow
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not deepspeed"
 
 test-slow: $(READY)  ## what `make test` leaves out
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not deepspeed"

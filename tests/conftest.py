@@ -3,6 +3,8 @@ W&B outside its temporary folder."""
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 import os
 import sys
 
@@ -12,6 +14,12 @@ import torch
 from lightning_normdyn.optimizers.host_copy import HostCopy
 
 os.environ.setdefault("WANDB_SILENT", "true")
+
+# Every Trainer reads the entry points of every installed package: a tenth of the time of a short
+# fit. What is installed does not change while the tests run. Before Lightning is imported, which
+# takes the function by its name.
+assert "lightning" not in sys.modules
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ are what they say."""
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 import lightning_normdyn
 
@@ -66,10 +68,17 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    """A file's tree: each is asked for by half a dozen tests."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
 def imports(path: Path, *, top_level: bool = False) -> list[str]:
     """Names of the modules that a file imports, in whatever form; with ``top_level`` only those
     that run with it."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     ignored: set[ast.AST] = set()
     if top_level:
         for block in ast.walk(tree):
@@ -126,7 +135,7 @@ TESTS = Path(__file__).parent
 def test_no_test_module_imports_another(path):
     """What several test modules use is a helper: tests/models.py, tests/cases.py, ..."""
     stems = {p.stem for p in TESTS.rglob("test_*.py")}
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = parsed(path)
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -209,7 +218,7 @@ MAKES_A_TENSOR = {
 def test_every_tensor_that_is_made_names_its_dtype_and_device(path):
     """A user may have set another default dtype or device for the whole process."""
     silent = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if not (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)
@@ -239,6 +248,26 @@ def test_import_brings_neither_wandb_nor_pyplot():
     assert run(code) == "[]"
 
 
+BRINGS_NOTHING_OF = {"wandb", "matplotlib", "sklearn", "deepspeed"}
+
+
+def test_the_callbacks_bring_nothing_heavy():
+    """In a fork of this process, which has Lightning: to start one and import it takes seconds."""
+
+    def brought() -> list[str]:
+        for name in list(sys.modules):
+            if name.split(".")[0] in BRINGS_NOTHING_OF | {"lightning_normdyn"}:
+                del sys.modules[name]
+        package = importlib.import_module("lightning_normdyn")
+        for name in package.__all__:
+            getattr(package, name)
+        assert "lightning_normdyn.callbacks.norm_dynamics_monitor" in sys.modules
+        return sorted(BRINGS_NOTHING_OF & set(sys.modules))
+
+    assert run_ranks(brought, world=1)[0] == []
+
+
+@pytest.mark.slow
 def test_the_callbacks_bring_no_more_than_lightning_does():
     code = (
         "import sys, lightning.pytorch; before = set(sys.modules); {}; "

@@ -72,8 +72,18 @@ def test_snippets_need_no_file_of_the_examples():
         assert not {n.module for n in nodes if isinstance(n, ast.ImportFrom)} & ours, snippet
 
 
-def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(tmp_path):
-    printed = run_as_process("quickstart.py", tmp_path)
+def run_in_this_process(name: str, folder: Path) -> str:
+    """What a snippet prints in ``folder``, where every test stands."""
+    assert Path.cwd() == folder
+    return run_here((ROOT / "examples" / "readme" / name).read_text(encoding="utf-8"))[0]
+
+
+# Starting a process that imports Lightning takes seconds.
+@pytest.mark.parametrize(
+    "run", [run_in_this_process, pytest.param(run_as_process, marks=pytest.mark.slow)]
+)
+def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(run, tmp_path):
+    printed = run("quickstart.py", tmp_path)
     angle = float(re.search(r"angular update: ([\d.]+) rad per step", printed)[1])
     assert 1e-4 < angle < 0.1
     (metrics,) = tmp_path.glob("logs/lightning_logs/*/metrics.csv")

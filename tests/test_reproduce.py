@@ -27,7 +27,7 @@ def digits() -> desk.Images:
     return desk.load_images(desk.argparse.Namespace(cifar=None))
 
 
-QUICK = ("aws_init_scale", "effective_lr_curves")
+QUICK = ("effective_lr_curves",)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,15 @@ def examples_folder() -> Path:
     return EXAMPLES
 
 
+@pytest.fixture
+def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes most of the time of a tiny run: for tests that ask about something else."""
+    # Here, because the examples' folder comes onto the path in this file.
+    import running
+
+    monkeypatch.setattr(running, "save_pictures", lambda history, out: [])
+
+
 @pytest.fixture(autouse=True)
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -28,6 +28,7 @@ def test_each_method_trains(method: str, capsys: pytest.CaptureFixture[str]) -> 
     assert "The model writes:" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("norm", ["rms", "layer"])
 def test_only_queries_and_keys_are_scale_invariant(norm: str) -> None:
     run = char_gpt.main([*TINY, "--norm", norm])
@@ -43,6 +44,7 @@ def test_only_queries_and_keys_are_scale_invariant(norm: str) -> None:
     assert "network.blocks.0.attention.value.weight" in found  # the tables have the others too
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_a_text_file(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("äbc\n" * 2000, encoding="utf-8")

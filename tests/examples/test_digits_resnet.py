@@ -36,6 +36,7 @@ def test_each_method_trains_and_leaves_history_and_pictures(method: str) -> None
     assert np.isfinite(norms).all()
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_methods_do_what_they_say() -> None:
     """From the same start, only WeightRescaling ends at length 1, and AdaptiveWeightShrink shortens
     faster than nothing does."""
@@ -62,6 +63,7 @@ def test_methods_do_what_they_say() -> None:
     assert (last["decay"] < last["none"]).all()
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_none_switches_the_optimizers_decay_off_and_decay_keeps_it() -> None:
     for method, expected in (("none", 0.0), ("decay", 5e-3)):
         run = digits_resnet.main(
@@ -84,6 +86,7 @@ def test_init_scale_leaves_the_function_as_it_is() -> None:
     )  # BatchNorm's eps is the difference
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_demo_draws_both_methods_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
     runs = digits_resnet.main([*TINY, "--demo", "--out", "shown"])
     assert list(runs) == ["decay", "aws"]
@@ -97,6 +100,7 @@ def test_demo_draws_both_methods_in_one_picture(capsys: pytest.CaptureFixture[st
         assert f"wandb sync {folder}" in said
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_wandb_run_holds_a_curve_for_every_weight() -> None:
     """Read back with W&B's own reader: an effective_lr series per weight, over
     trainer/global_step."""

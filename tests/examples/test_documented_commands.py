@@ -8,6 +8,8 @@ What a run of minutes would do is done in seconds: where `more` is given, these 
 from __future__ import annotations
 
 import ast
+import contextlib
+import io
 import os
 import pickle
 import re
@@ -22,6 +24,7 @@ import numpy as np
 import pytest
 
 from lightning_normdyn import load_history
+from lightning_normdyn.__main__ import main
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--preset tiny --accelerator cpu --logger none"
@@ -63,12 +66,15 @@ class Case:
         more: flags to append.
         instead: what to put in the place of placeholders.
         slow: whether it takes more than some seconds.
+        here: call the command line in this process. Starting one takes seconds, and another
+            command of the same kind has one.
     """
 
     check: Callable[[Path, str], None]
     more: str = ""
     instead: tuple[tuple[str, str], ...] = ()
     slow: bool = True
+    here: bool = False
 
 
 def leaves_history(place: str, weight: str = "") -> Callable[[Path, str], None]:
@@ -137,7 +143,7 @@ CASES = {
         (("MODULE:CLASS", "examples/digits_resnet.py:ResidualDigits"),),
     ),
     "python -m lightning_normdyn report RUN... -o report.html": Case(
-        leaves("report.html"), instead=(("RUN...", "recorded"),), slow=False
+        leaves("report.html", says="report.html\n"), instead=(("RUN...", "recorded"),), slow=False
     ),
     # examples/README.md and the scripts
     'pip install "lightning-normdyn[examples]"': Case(shows("examples"), slow=False),
@@ -145,6 +151,7 @@ CASES = {
         leaves("history.html"),
         instead=(("history.npz", "recorded/history.npz -o history.html"),),
         slow=False,
+        here=True,
     ),
     "python examples/digits_resnet.py --demo": Case(
         leaves("runs/demo/compare.png", "runs/demo/overview.png"), TINY
@@ -263,6 +270,12 @@ def ran(command: str, case: Case, folder: Path) -> str:
         assert placeholder in command
         command = command.replace(placeholder, value)
     words = shlex.split(f"{command} {case.more}")
+    if case.here:
+        assert words[:3] == ["python", "-m", "lightning_normdyn"]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            assert main(words[3:]) == 0
+        return printed.getvalue()
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -9,6 +9,7 @@ import running
 TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
 
 
+@pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("method", running.METHODS)
 def test_each_method_trains_both_networks(method: str) -> None:
     run = gan.main([*TINY, "--method", method])
@@ -19,6 +20,7 @@ def test_each_method_trains_both_networks(method: str) -> None:
         assert len(steps) > 0
 
 
+@pytest.mark.usefixtures("_no_pictures")
 def test_discriminator_is_measured_only_at_its_own_steps() -> None:
     run = gan.main([*TINY, "--method", "decay"])
     generator, _ = run.history.column("angular_update/generator.1.weight")
