@@ -10,7 +10,7 @@ Letters: m a dimension of the mesh, d a dimension of the tensor.
 from collections.abc import Callable
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,14 +99,14 @@ def _sharded_dim(
 
 
 def _to_local(placements: Any) -> Callable[[Tensor], Tensor]:
-    def storage(tensor: Any) -> Tensor:
+    def storage(tensor: Any) -> Any:
         if not is_dtensor(tensor):
-            return cast(Tensor, tensor)
+            return tensor
         # Sequence parallelism leaves some gradients as partial sums; the optimizer would complete
         # them in the same way.
         if tensor.placements != placements:
             tensor = tensor.redistribute(placements=placements)
-        return cast(Tensor, tensor.to_local())
+        return tensor.to_local()
 
     return storage
 

@@ -13,7 +13,7 @@ from collections.abc import (
 )
 from dataclasses import dataclass
 from math import prod
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -94,7 +94,8 @@ def slice_now(weight: Tensor) -> FlatSlice | None:
     # Most models have no slices, and looking up a tensor by identity takes microseconds.
     if not len(_SLICES.data):
         return None
-    return cast("FlatSlice | None", _SLICES.get(weight))
+    place: FlatSlice | None = _SLICES.get(weight)
+    return place
 
 
 def remember(slices: Mapping[Tensor, FlatSlice | None]) -> None:

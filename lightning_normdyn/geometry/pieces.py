@@ -6,7 +6,7 @@ Letters: n vectors of a weight, W weights, K sums.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,7 +147,8 @@ class Placement:
 
 def distinct(values: Tensor) -> Tensor:
     """The different values, ascending."""
-    return cast(Tensor, torch.unique(values))
+    values_once: Tensor = torch.unique(values)
+    return values_once
 
 
 def itself(tensor: Tensor) -> Tensor:

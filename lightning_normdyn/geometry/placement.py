@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.dtensor import is_dtensor, place_dtensor
@@ -112,8 +113,6 @@ def check_weight(weight: Tensor, name: str) -> None:
         NotSupportedError: for lazy (uninitialized), complex, sparse, quantized or integer weights
             and unknown tensor subclasses.
     """
-    from torch.nn.parameter import is_lazy
-
     # Everything that is written to in place must be plain numbers with strides: what a subclass or
     # a packed format does to a multiplication is not known.
     kind = None
@@ -121,7 +120,7 @@ def check_weight(weight: Tensor, name: str) -> None:
         kind = "a lazy parameter without a shape yet; run one forward pass before the fit"
     elif weight.is_complex():
         kind = "complex; leave it out with an exclude pattern"
-    elif weight.is_sparse or weight.layout.__repr__() != "torch.strided":
+    elif weight.layout != torch.strided:
         kind = f"stored as {weight.layout}; leave it out with an exclude pattern"
     elif weight.is_quantized or not weight.is_floating_point():
         kind = f"stored as {weight.dtype}; leave it out with an exclude pattern"
@@ -166,8 +165,6 @@ def full_shape(weight: Tensor) -> Shape:
         >>> full_shape(torch.ones(2, 3))
         (2, 3)
     """
-    from torch.nn.parameter import is_lazy
-
     if is_lazy(weight):
         return ()
     flat = flat_slice(weight)

@@ -151,10 +151,11 @@ class Reduction:
 
     def _held_of(self, per_weight: Sequence[Tensor]) -> Tensor:
         """From all vectors of each weight to those held here, weight after weight."""
+        # torch cannot concatenate nothing, which is what an optimizer without targets has.
         parts = [torch.zeros(0, dtype=torch.float32, device="cpu")]
-        if per_weight:  # torch cannot concatenate nothing
-            parts = [values[held] for values, held in zip(per_weight, self._held, strict=True)]
-        return torch.cat(parts)
+        for values, held in zip(per_weight, self._held, strict=True):
+            parts.append(values[..., held.to(values.device)])
+        return torch.cat(parts[1:] or parts, -1)
 
     def _weights_repeated(self, counts: Sequence[int]) -> Tensor:
         weights = indices(self.weights)
@@ -311,10 +312,5 @@ class Reduction:
     def scatter(self, values: Sequence[Tensor]) -> Tensor:
         """From values of all vectors of each weight to those of the vectors held here: the inverse
         of `gather`, without communication."""
-        # An optimizer without targets.
-        if not values:
-            return torch.zeros(0, dtype=torch.float64, device=self._device)
-        parts = []
-        for of_weight, held in zip(values, self._held, strict=True):
-            parts.append(of_weight.to(self._device)[..., held.to(self._device)])
-        return torch.cat(parts, -1)
+        here = [of_weight.to(self._device) for of_weight in values]
+        return self._held_of(here).to(self._device)

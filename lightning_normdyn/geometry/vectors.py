@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry import passes
-from lightning_normdyn.geometry.index import RowIndex
-from lightning_normdyn.geometry.kernels import Kernels, sum_dtype
+from lightning_normdyn.geometry.kernels import Kernels, RowIndex, sum_dtype
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.passes import Operand, Pass
 from lightning_normdyn.geometry.placement import (

@@ -114,14 +114,14 @@ class Scaling:
         self.factor = factor
         self.gradients = gradients
         weights = vectors.weights
-        self.invariant = [True] * len(weights) if invariant is None else list(invariant)
+        self.invariant = list(invariant or [True] * len(weights))
         self.pending = [False] * len(weights)
         self.stepped = [False] * len(weights)
 
         self._buffers: dict[str, tuple[float, _Watch]] = {}
         # Before its first step an optimizer has no buffers: there is nothing to rescale then.
+        states = [(state or {}).get(weight, {}) for weight in weights]
         for name, exponent in (exponents or {}).items():
-            states = [(state or {}).get(weight, {}) for weight in weights]
             buffers = [of_weight.get(name) for of_weight in states]
             if any(buffer is not None for buffer in buffers):
                 self._buffers[name] = exponent, _Watch(buffers)

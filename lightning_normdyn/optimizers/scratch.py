@@ -91,9 +91,13 @@ class ScratchOptimizer:
         for real_group in optimizer.param_groups:
             pairs = self._pairs_for(real_group["params"], dtype)
             self.groups.append({"params": [weight for _, pair in pairs for weight in pair]})
-            if start != "new":
-                for real, pair in pairs:
-                    _fill_state(state, pair, real, optimizer.state.get(real))
+            for real, pair in pairs:
+                real_state = optimizer.state.get(real)
+                # Some have state before their first step (Adagrad).
+                if start != "new" and isinstance(real_state, Mapping):
+                    for scratch in pair:
+                        for key, value in real_state.items():
+                            state[scratch][key] = _fresh_state(value, real, scratch)
         self.weights: list[nn.Parameter] = [w for group in self.groups for w in group["params"]]
         if not self.weights:
             raise CannotTryError("it holds no dense weight of at most 5 dimensions")
@@ -126,7 +130,9 @@ class ScratchOptimizer:
             if weight_decay is not None and "weight_decay" in group:
                 group["weight_decay"] = weight_decay
             if lr is not None and as_number(group.get("lr")) is not None:
-                group["lr"] = _like(group["lr"], lr)
+                # In the form that it has: a tensor stays one.
+                is_tensor = isinstance(group["lr"], Tensor)
+                group["lr"] = torch.full_like(group["lr"], lr) if is_tensor else lr
             # A schedule-free optimizer that was left in evaluation refuses to step.
             if "train_mode" in group:
                 group["train_mode"] = True
@@ -297,27 +303,6 @@ def _numbers(shape: tuple[int, ...], seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
-def _like(value: Any, number: float) -> Any:
-    """``number`` in the form that ``value`` has: a tensor stays one."""
-    if isinstance(value, Tensor):
-        return torch.full_like(value, number)
-    return number
-
-
-def _fill_state(
-    state: dict[Any, Any],
-    pair: list[nn.Parameter],
-    real: Tensor,
-    real_state: object,
-) -> None:
-    """State for scratch weights where the real one has some before its first step (Adagrad)."""
-    if isinstance(real_state, Mapping):
-        for scratch in pair:
-            state[scratch] = {
-                key: _fresh_state(value, real, scratch) for key, value in real_state.items()
-            }
-
-
 def _fresh_state(
     value: Any,
     real: Tensor,
@@ -358,10 +343,9 @@ class _Copier:
         stands_for: Mapping[int, Tensor],
     ) -> None:
         self._weights = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self._stands_for = stands_for
         self._optimizer, self._scratch = optimizer, scratch
         # By id, so that what is held twice, or holds itself, is copied once.
-        self._copies: dict[int, Any] = {id(optimizer): scratch}
+        self._copies: dict[int, Any] = {id(optimizer): scratch, **stands_for}
 
     def copy(self, value: Any) -> Any:
         """A copy that shares nothing with ``value`` that a step could change."""
@@ -394,10 +378,9 @@ class _Copier:
         return self._object(value)
 
     def _tensor(self, value: Tensor) -> Tensor:
+        # A weight that nothing stands for.
         if id(value) in self._weights:
-            if id(value) not in self._stands_for:
-                raise CannotTryError("it keeps its weights in attributes")
-            return self._stands_for[id(value)]
+            raise CannotTryError("it keeps its weights in attributes")
         # A copy of what belongs to the model would cost its memory once more.
         if value.numel() > _LARGEST_COPY:
             raise CannotTryError("it keeps large tensors in attributes")

@@ -9,11 +9,11 @@ Each takes a few dozen steps of weights with a few numbers (`lightning_normdyn.o
 Exceptions of the optimizer mean "not known" and never reach the caller.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isnan
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from lightning_normdyn.optimizers.scratch import (
     seed_generators,
 )
 from lightning_normdyn.optimizers.step_view import (
-    ParamGroup,
     show,
     split_groups,
     view_class,
@@ -97,17 +96,17 @@ def _try_decay(
     rate_of: RateRule,
     start: Start,
 ) -> DecayTrial:
+    fresh = partial(ScratchOptimizer, optimizer, lr=_LR, start=start)
     with ScratchOptimizer.untouched(optimizer):
-        without = _run(ScratchOptimizer(optimizer, weight_decay=0.0, lr=_LR, start=start))
+        without = _run(fresh(weight_decay=0.0))
         for decay in _DECAYS:
-            scratch = ScratchOptimizer(optimizer, weight_decay=decay, lr=_LR, start=start)
-            decayed = _run(scratch)
+            decayed = _run(fresh(weight_decay=decay))
             if _difference(decayed[-1], without[-1]) > _VISIBLE:
                 break
         else:
             return DecayTrial("a change of weight_decay in its param group changes nothing")
 
-        scratch = ScratchOptimizer(optimizer, weight_decay=decay, lr=_LR, start=start)
+        scratch = fresh(weight_decay=decay)
         taken = {id(weight) for weight in scratch.taken}
         course = _run(scratch, take_over=True)
         # Exact: weights whose decay is taken step as without any, the others as with it.
@@ -240,34 +239,32 @@ def _compare_with(
         decays = [group_number(group, "weight_decay") for group in optimizer.param_groups]
         has_decay = any(decay != 0 for decay in decays)
         decay = _ODD_DECAY if has_decay else None
-        own = ScratchOptimizer(optimizer, weight_decay=decay, lr=_LR, start=start)
-        base = ScratchOptimizer(optimizer, kind=known, weight_decay=decay, lr=_LR, start=start)
-        # Under a take-over, as it will have to step: one that decays by a number of its own is
-        # found out by the weights that are taken.
-        courses = [_run(scratch, take_over=has_decay) for scratch in (own, base)]
-        states = [_states_of(scratch) for scratch in (own, base)]
-        gradients = [[weight.grad for weight in scratch.weights] for scratch in (own, base)]
-        groups = [
-            [{**group, "params": None} for group in scratch.groups] for scratch in (own, base)
-        ]
+        traces = []
+        for kind in (type(optimizer), known):
+            scratch = ScratchOptimizer(
+                optimizer, kind=kind, weight_decay=decay, lr=_LR, start=start
+            )
+            # Under a take-over, as it will have to step: one that decays by a number of its own is
+            # found out by the weights that are taken.
+            course = _run(scratch, take_over=has_decay)
+            state, weights = scratch.optimizer.state, scratch.weights
+            # Of what else is in the state, the keys.
+            states = [*(state[weight] for weight in weights), state.keys() - set(weights)]
+            gradients = [weight.grad for weight in weights]
+            groups = [{**group, "params": None} for group in scratch.groups]
+            traces.append((course, states, gradients, groups))
         of_base = f"that of {known.__name__}"
         on_scratch = "in a trial on scratch weights"
-        differences = {
-            f"differs from {of_base} {on_scratch}": courses,
-            f"keeps other state than {of_base} {on_scratch}": states,
-            f"leaves other gradients than {of_base} {on_scratch}": gradients,
-            f"writes other things into its param groups than {of_base}": groups,
-        }
-        for difference, (of_own, of_known) in differences.items():
+        differences = (
+            f"differs from {of_base} {on_scratch}",
+            f"keeps other state than {of_base} {on_scratch}",
+            f"leaves other gradients than {of_base} {on_scratch}",
+            f"writes other things into its param groups than {of_base}",
+        )
+        for difference, of_own, of_known in zip(differences, *traces, strict=True):
             if not _same(of_own, of_known):
                 return f"its step is its own, and {difference}"
     return None
-
-
-def _states_of(scratch: ScratchOptimizer) -> list[Any]:
-    """The state of each weight, and the keys of what else is in the state."""
-    state = scratch.optimizer.state
-    return [*(state[weight] for weight in scratch.weights), state.keys() - set(scratch.weights)]
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -275,11 +272,10 @@ def _same(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return False
-    return bool(a == b)
+    if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+        return bool(a == b)
+    both = isinstance(a, Tensor) and isinstance(b, Tensor)
+    return both and a.dtype == b.dtype and torch.equal(a, b)
 
 
 # ------------------------------------------------------------------------------------ a memory
@@ -346,8 +342,7 @@ def _with_some_start(
     If its step needs what only a real one has, with some of that.
     """
     reason = ""
-    starts: tuple[Start, ...] = ("new", "with state", "as it is")
-    for start in starts:
+    for start in get_args(Start):
         try:
             return attempt(start)
         except CannotTryError as error:
@@ -392,12 +387,8 @@ def _view(scratch: ScratchOptimizer) -> Optimizer:
     if made is None:
         raise CannotTryError("nothing can be derived from its class")
     view = view_of(scratch.optimizer, made)
-
-    def split(groups: Sequence[ParamGroup]) -> list[ParamGroup] | None:
-        return split_groups(groups, set(scratch.taken))
-
-    groups = scratch.optimizer.param_groups
-    show(view, split, groups, split(groups) or groups)
+    split = partial(split_groups, taken=set(scratch.taken))
+    show(view, split, scratch.groups, split(scratch.groups) or scratch.groups)
     return view
 
 

@@ -114,8 +114,7 @@ def steps_in_two_phases(optimizer: Any) -> bool:
 
     ``first_step`` moves the weights aside, ``second_step`` moves them back and steps.
     """
-    first, second = getattr(optimizer, "first_step", None), getattr(optimizer, "second_step", None)
-    return callable(first) and callable(second)
+    return all(callable(getattr(optimizer, n, None)) for n in ("first_step", "second_step"))
 
 
 def second_phase(optimizer: Optimizer) -> Optimizer:
