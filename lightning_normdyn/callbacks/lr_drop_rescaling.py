@@ -29,8 +29,7 @@ from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance
 from lightning_normdyn.optimizers.checks import check_rate
-from lightning_normdyn.optimizers.rate import applied_rate
-from lightning_normdyn.optimizers.recognition import class_for_predictions
+from lightning_normdyn.optimizers.recognition import applied_rate, class_for_predictions
 from lightning_normdyn.optimizers.scaling import Scaling
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.step_response import step_response

@@ -17,7 +17,7 @@ from lightning_normdyn.monitor.history_files import KeepsHistory
 from lightning_normdyn.monitor.measure import Look, StepGauge
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.recording import Recording
-from lightning_normdyn.optimizers.rate import applied_rate
+from lightning_normdyn.optimizers.recognition import applied_rate
 from lightning_normdyn.optimizers.step import Phase, Step
 
 

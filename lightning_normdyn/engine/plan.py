@@ -20,7 +20,11 @@ from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.group_numbers import Number
-from lightning_normdyn.optimizers.rate import applied_rate, has_plain_rate, rate_differs_within
+from lightning_normdyn.optimizers.recognition import (
+    applied_rate,
+    has_plain_rate,
+    rate_differs_within,
+)
 from lightning_normdyn.optimizers.step import Phase, Step
 
 

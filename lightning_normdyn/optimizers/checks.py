@@ -9,8 +9,11 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.optimizers.decay import applied_decay, supports_decay_takeover
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
-from lightning_normdyn.optimizers.rate import applied_rate
-from lightning_normdyn.optimizers.recognition import evaluates_closure_often, is_schedule_free
+from lightning_normdyn.optimizers.recognition import (
+    applied_rate,
+    evaluates_closure_often,
+    is_schedule_free,
+)
 from lightning_normdyn.optimizers.wrappers import (
     fires_step_hooks,
     inner_optimizers,

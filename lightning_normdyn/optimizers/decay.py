@@ -29,9 +29,10 @@ from lightning_normdyn.optimizers.group_numbers import (
     group_number,
     is_zero,
 )
-from lightning_normdyn.optimizers.rate import applied_rate, decay_trial
 from lightning_normdyn.optimizers.recognition import (
+    applied_rate,
     class_for_predictions,
+    decay_trial,
     facts_of,
     is_schedule_free,
 )

@@ -13,7 +13,7 @@ from lightning_normdyn import (
     StepBracket,
 )
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
-from lightning_normdyn.optimizers.rate import applied_rate
+from lightning_normdyn.optimizers.recognition import applied_rate
 
 
 def test_lbfgs_is_refused():

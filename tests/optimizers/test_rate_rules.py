@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.optimizers.rate import applied_rate
+from lightning_normdyn.optimizers.recognition import applied_rate
 
 RATES = {
     "plain": (doubles.Plain, {"lr": 0.1}),

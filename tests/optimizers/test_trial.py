@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_normdyn.optimizers.facts import DecayLaw
-from lightning_normdyn.optimizers.rate import applied_rate
+from lightning_normdyn.optimizers.recognition import applied_rate
 from lightning_normdyn.optimizers.scratch import ScratchOptimizer
 from lightning_normdyn.optimizers.trial import (
     remembers_weights,
