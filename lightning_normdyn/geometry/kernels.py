@@ -162,8 +162,7 @@ def _merge_rows(
         # The largest block such that no label changes within one.
         changes = (lines[1:] != lines[:-1]).any(1).nonzero().flatten() + 1
         block = gcd(size, *changes.tolist())
-        starts = torch.arange(0, size, block, dtype=torch.long, device="cpu")
-        labels = labels.index_select(axis, starts)
+        labels = labels.index_select(axis, indices(size)[::block])
         if block == size:
             labels = labels.squeeze(axis)
             del kept[axis]

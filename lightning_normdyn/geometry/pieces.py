@@ -5,7 +5,8 @@ Letters: n vectors of a weight, W weights, K sums.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -107,7 +108,6 @@ class Placement:
             if it holds nothing.
         sharing: None if every rank holds the whole weight.
         master: None, or what the optimizer updates in place of the parameter (DeepSpeed).
-        held: int64, ascending: the vectors of which this rank holds a piece.
     """
 
     shape: Shape
@@ -116,18 +116,16 @@ class Placement:
     pieces: tuple[Piece, ...]
     sharing: Sharing | None = None
     master: Master | None = None
-    # Worked out of the pieces.
-    held: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def held(self) -> Tensor:
+        """The vectors of which this rank holds a piece: int64, ascending."""
         # Without shards every vector is here, also one that no label names.
-        held = indices(self.n)
-        if self.sharing is not None:
-            labels = [piece.labels.flatten() for piece in self.pieces]
-            held = distinct(torch.cat([indices(0), *labels]))
-            held = held[held >= 0]
-        # The class is frozen; this is how dataclasses themselves set a field.
-        object.__setattr__(self, "held", held)
+        if self.sharing is None:
+            return indices(self.n)
+        labels = [piece.labels.flatten() for piece in self.pieces]
+        held = distinct(torch.cat([indices(0), *labels]))
+        return held[held >= 0]
 
     def value(self, weight: Tensor) -> Tensor:
         """This rank's plain tensor of the numbers that the optimizer updates; writing to it writes

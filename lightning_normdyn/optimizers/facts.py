@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers import rate_rules, step_rules
-from lightning_normdyn.optimizers.group_numbers import Group, as_number
+from lightning_normdyn.optimizers.group_numbers import Group, group_number, is_zero
 from lightning_normdyn.optimizers.rate_rules import RateRule
 from lightning_normdyn.optimizers.step_rules import ResponseRule
 
@@ -112,11 +111,9 @@ def _flagged(group: Group) -> DecayLaw:
 
 def _sgd_buffer(group: Group) -> str | None:
     """Coupled decay, dampening and ``maximize`` are in the buffer, but Nesterov's step is not."""
-    momentum = as_number(group["momentum"])
-    has_momentum = isinstance(momentum, Tensor) or bool(momentum)
-    if has_momentum and not group["nesterov"]:
-        return "momentum_buffer"
-    return None
+    if is_zero(group_number(group, "momentum")) or group["nesterov"]:
+        return None
+    return "momentum_buffer"
 
 
 def _torch_row(class_name: str, **facts: Any) -> OptimizerFacts | None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers import rate_rules
 from lightning_normdyn.optimizers.facts import TABLE, DecayLaw, OptimizerFacts
-from lightning_normdyn.optimizers.group_numbers import Group, Number, as_number
+from lightning_normdyn.optimizers.group_numbers import Group, Number, as_number, is_zero
 from lightning_normdyn.optimizers.scratch import is_scratch
 from lightning_normdyn.optimizers.trial import (
     DecayTrial,
@@ -165,7 +165,7 @@ def _is_set(value: Any) -> bool:
     if number is None:
         return value is not None and value is not False
     # A number on an accelerator counts as set, since nothing here waits for a device.
-    return isinstance(number, Tensor) or number != 0
+    return not is_zero(number)
 
 
 def row_of(optimizer_class: type, group: Group) -> OptimizerFacts | None:

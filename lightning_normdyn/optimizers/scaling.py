@@ -45,10 +45,7 @@ class Statistics:
 
     def buffers(self) -> dict[str, Tensor]:
         """Those that change."""
-        mean, var = self.module.running_mean, self.module.running_var
-        assert isinstance(mean, Tensor)
-        assert isinstance(var, Tensor)
-        return {"mean": mean, "var": var}
+        return {part: getattr(self.module, f"running_{part}") for part in ("mean", "var")}
 
 
 class _Watch:

@@ -30,14 +30,14 @@ weights have zeros where the real ones have state. "as it is": numbers that step
 groups are kept, too."""
 
 # Sizes of scratch weights by their number of dimensions: small, and different in each direction.
-_SIZES: dict[int, tuple[int, ...]] = {
-    0: (),
-    1: (6,),
-    2: (4, 6),
-    3: (4, 3, 2),
-    4: (4, 3, 2, 2),
-    5: (3, 2, 2, 2, 2),
-}
+_SIZES = (
+    (),
+    (6,),
+    (4, 6),
+    (4, 3, 2),
+    (4, 3, 2, 2),
+    (3, 2, 2, 2, 2),
+)
 # Larger tensors in attributes belong to the real weights.
 _LARGEST_COPY = 4096
 # Attributes that belong to the life of the real optimizer and not to what it is.
@@ -148,7 +148,7 @@ class ScratchOptimizer:
         for real in real_weights:
             dims = real.dim()
             if dims not in pairs:
-                if dims not in _SIZES or not real.is_floating_point():
+                if dims >= len(_SIZES) or not real.is_floating_point():
                     continue
                 values = _numbers(_SIZES[dims], seed=1000 + 2 * len(self.taken))
                 values = values.to(device=real.device, dtype=dtype or real.dtype)
@@ -248,12 +248,10 @@ def seed_generators(device: torch.device) -> None:
 
 def _others_listen() -> bool:
     """Whether somebody else has hooked the steps of all optimizers."""
-    for hook in (*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values()):
-        # Our own hooks ask `is_scratch`.
-        owner = type(getattr(hook, "__self__", None))
-        if not owner.__module__.startswith("lightning_normdyn."):
-            return True
-    return False
+    hooks = (*_global_optimizer_pre_hooks.values(), *_global_optimizer_post_hooks.values())
+    owners = [type(getattr(hook, "__self__", None)) for hook in hooks]
+    # Our own hooks ask `is_scratch`.
+    return not all(owner.__module__.startswith("lightning_normdyn.") for owner in owners)
 
 
 def _calls_a_hooked_step(kind: type) -> bool:

@@ -42,14 +42,12 @@ class Snapshots:
     def take(self) -> None:
         """Copy what was asked for and is not there yet."""
         requests, self._requests = self._requests, {}
-        storages = {
+        missing = {
             weight: storage for weight, storage in requests.items() if weight not in self._copies
         }
         # One call for all of them: on a GPU that is a few launches instead of one per weight.
-        if storages:
-            copies = {weight: self._buffer(weight, s) for weight, s in storages.items()}
-            torch._foreach_copy_(list(copies.values()), list(storages.values()))
-            self._copies.update(copies)
+        if missing:
+            torch._foreach_copy_(self.early(missing), list(missing.values()))
 
     def of(self, weight: Tensor) -> Tensor:
         """The copy of the storage of ``weight``."""
