@@ -27,7 +27,7 @@ optimizer that is not understood, or one without decay.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 from torch import Tensor
@@ -289,15 +289,27 @@ def norm_transient(
     return (equilibrium**power + left) ** (1 / power)
 
 
+class RescaledOptions(TypedDict, total=False):
+    """What is measured of a weight under WRS, and done to it; each may be left out.
+
+    Args:
+        gradient_scale: E‖g‖²·‖w‖²; for SGD.
+        dim: number of entries of a vector; for the Adam family and Lion.
+        target_norm: norm right after a rescale; 1 if left out.
+        projected: as in :class:`lightning_normdyn.optimizers.step_response.Options`.
+    """
+
+    gradient_scale: Number | None
+    dim: int | None
+    target_norm: Number
+    projected: bool
+
+
 def wrs_angular_update(
     optimizer_class: type,
     group: Group,
     every_n_steps: int,
-    *,
-    gradient_scale: Number | None = None,
-    dim: int | None = None,
-    target_norm: Number = 1.0,
-    projected: bool = False,
+    **options: Unpack[RescaledOptions],
 ) -> Number | None:
     r"""RMS angular update under WRS (rescaling to a fixed norm every :math:`\tau` steps, no decay),
     radians per step.
@@ -313,19 +325,14 @@ def wrs_angular_update(
     Args:
         optimizer_class, group: as for :func:`equilibrium_angular_update`.
         every_n_steps: τ, in optimizer steps.
-        gradient_scale: E‖g‖²·‖w‖²; for SGD.
-        dim: number of entries of a vector; for the Adam family and Lion.
-        target_norm: norm right after a rescale.
-        projected: as in :class:`lightning_normdyn.optimizers.step_response.Options`.
+        options: :class:`RescaledOptions`.
 
     Example:
         >>> group = dict(lr=0.01, momentum=0.0, dampening=0, nesterov=False, weight_decay=0)
         >>> round(wrs_angular_update(torch.optim.SGD, group, 20, gradient_scale=4.0), 5)
         0.01992
     """
-    free = _free_growth(
-        optimizer_class, group, projected, every_n_steps, gradient_scale, dim, target_norm
-    )
+    free = _free_growth(optimizer_class, group, every_n_steps, **options)
     if free is None:
         return None
     response, q, relative_growth = free
@@ -337,11 +344,7 @@ def wrs_direction_lr(
     optimizer_class: type,
     group: Group,
     every_n_steps: int,
-    *,
-    gradient_scale: Number | None = None,
-    dim: int | None = None,
-    target_norm: Number = 1.0,
-    projected: bool = False,
+    **options: Unpack[RescaledOptions],
 ) -> Number | None:
     """Mean of lr/‖w‖² between two rescales of WRS. Arguments as for :func:`wrs_angular_update`.
 
@@ -350,13 +353,11 @@ def wrs_direction_lr(
         >>> round(wrs_direction_lr(torch.optim.SGD, group, 20, gradient_scale=4.0), 6)
         0.00996
     """
-    free = _free_growth(
-        optimizer_class, group, projected, every_n_steps, gradient_scale, dim, target_norm
-    )
+    free = _free_growth(optimizer_class, group, every_n_steps, **options)
     if free is None:
         return None
     response, q, relative_growth = free
-    at_start = response.lr / target_norm**2
+    at_start = response.lr / options.get("target_norm", 1.0) ** 2
     # Without growth the norm stays, and the integral below is 0/0.
     if is_zero(relative_growth):
         return at_start
@@ -371,11 +372,12 @@ def wrs_direction_lr(
 def _free_growth(
     optimizer_class: type,
     group: Group,
-    projected: bool,
     steps: int,
-    gradient_scale: Number | None,
-    dim: int | None,
-    norm: Number,
+    *,
+    gradient_scale: Number | None = None,
+    dim: int | None = None,
+    target_norm: Number = 1.0,
+    projected: bool = False,
 ) -> tuple[StepResponse, int, Number] | None:
     """The response, q = 1 + h/2, and by how much N^q grows in ``steps`` without decay, relative to
     its start."""
@@ -387,7 +389,7 @@ def _free_growth(
         return None
     q = 1 if response.normalized else 2
     growth = response.lr**2 * response.norm_growth * energy * steps
-    return response, q, q * growth / norm ** (2 * q)
+    return response, q, q * growth / target_norm ** (2 * q)
 
 
 # -------------------------------------------------------------------- exact equivalences
