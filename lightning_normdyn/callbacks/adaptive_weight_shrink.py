@@ -4,13 +4,18 @@ is short."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import check_choice, check_number
+from lightning_normdyn.engine.arguments import (
+    Granularity,
+    Params,
+    check_choice,
+    check_number,
+)
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
 from lightning_normdyn.engine.plan import Plan
@@ -34,20 +39,17 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
 
     def __init__(self, part: Selection[AdaptiveWeightShrink], plan: Plan) -> None:
         super().__init__(part, plan)
-        rule = part.rule
         by_std = [self.statistic_for(target) == "std" for target in plan.targets]
         # Where no vector needs it, the norm alone is one pass of the fastest kernel.
         self.by_std = plan.spread(by_std) if any(by_std) else None
         plan.counter("clamped")
+        self.owed: Tensor | None = None
         # bfloat16 cannot hold a factor of 0.9999: such factors collect here until their product
         # survives rounding.
-        self.owed: Tensor | None = None
         if plan.vectors.low_precision:
             self.owed = plan.state("owed", 1.0, torch.float32)
-        # Taken over for these vectors alone: the other weights of a group keep the optimizer's.
-        if rule.weight_decay == "replace":
-            check_decay_takeover(plan.optimizer, plan.claimed)
-            self.claim_decay(DecayOwner.SHRINK, plan.claimed)
+        if part.rule.weight_decay == "replace":
+            self.claim_decay(DecayOwner.SHRINK)
 
     def statistic_for(self, target: Target) -> Literal["norm", "std"]:
         """Weight standardization removes the mean, so for such weights the norm would count what
@@ -66,9 +68,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
             return vectors.norms()
         # Both sums in one pass: a second one would read every weight again.
         ww, w1 = vectors.moments(vectors.values())
-        norm = norm_from_sums(ww)
-        std = std_from_sums(ww, w1, vectors.length)
-        return torch.where(self.by_std, std, norm)
+        return torch.where(self.by_std, std_from_sums(ww, w1, vectors.length), norm_from_sums(ww))
 
     @during(Phase.SHRINK)
     def shrink(self, step: Step) -> None:
@@ -158,6 +158,7 @@ class AdaptiveWeightShrink(NormDynCallback):
     """
 
     worker = ShrinkWorker
+    numbers = ("alpha", "statistic", "weight_decay")
 
     def __init__(
         self,
@@ -165,17 +166,13 @@ class AdaptiveWeightShrink(NormDynCallback):
         *,
         statistic: Literal["auto", "norm", "std"] = "auto",
         weight_decay: Literal["replace", "keep"] = "replace",
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         self.alpha = check_number("alpha", alpha, "> 0")
         self.statistic = check_choice("statistic", statistic, ("auto", "norm", "std"))
         self.weight_decay = check_choice("weight_decay", weight_decay, ("replace", "keep"))
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        return {"alpha": self.alpha, "statistic": self.statistic, "weight_decay": self.weight_decay}
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The rate must be known, and the decay of the targets ours to take over."""

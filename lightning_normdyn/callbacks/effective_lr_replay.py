@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from math import nan
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.engine.arguments import Granularity, Params
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, ScaledSteps
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped
-from lightning_normdyn.engine.messages import warn_once
+from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.target import Target
@@ -32,50 +33,43 @@ from lightning_normdyn.optimizers.step import Phase, Step
 
 @dataclass
 class _Record:
-    """What was recorded of one optimizer's targets, on their device.
+    """What was recorded of one weight, on the host, or of all targets of an optimizer, on their
+    device.
 
     Args:
         steps: the ``s`` recorded steps, ascending.
-        norms: float32, or float64 if ``exact``, ``(s, n)``, of the vectors that this rank holds.
+        norms: ``(s, n)``, NaN where they are not finite: a norm of infinity, of a run that
+            diverged, would make the factor 0 and stop the vector, while one of NaN leaves it alone.
+            float64 where what float32 leaves of the norms was recorded, too; else float32.
         decays: float32 ``(s, n)``.
-        exact: whether what float32 leaves of the norms was recorded, too.
     """
 
     steps: list[int]
     norms: Tensor
     decays: Tensor
-    exact: bool
 
     @classmethod
-    def of(cls, plan: Plan, history: History) -> _Record:
-        """The record of a plan's targets; a weight that joined later, or was recorded at other
-        steps than the rest, is interpolated."""
-        found = [
-            (_recorded_norms(history, t.name), history.vectors(f"decay/{t.name}")[1])
-            for t in plan.targets
-        ]
-        exact = any(norm.dtype == np.float64 for (_, norm), _ in found)
-        kept = torch.float64 if exact else torch.float32
+    def of(cls, plan: Plan, recorded: Mapping[str, _Record]) -> _Record:
+        """The record of a plan's targets, of the vectors that this rank holds; a weight that joined
+        later, or was recorded at other steps than the rest, is interpolated."""
+        records = [recorded[target.name] for target in plan.targets]
         # All steps at which any weight was recorded: one that joined later has fewer of its own.
-        all_steps = np.concatenate([own for (own, _), _ in found])
-        steps = np.unique(all_steps).tolist()
+        steps = sorted(set().union(*(record.steps for record in records)))
+        exact = any(record.is_exact for record in records)
         norms, decays = [], []
-        for (own, norm), decay in found:
-            # Of a run that diverged: a norm of infinity would make the factor 0 and stop the
-            # vector, while one of NaN leaves it alone.
-            norm = np.where(np.isfinite(norm), norm, np.nan)
-            own_norms = torch.from_numpy(norm)
-            own_decays = torch.from_numpy(decay)
-            if len(own) != len(steps):
-                recorded_at = own.tolist()
-                places = [_around(recorded_at, step) for step in steps]
-                norms_between = [_between(own_norms, place, geometric=True) for place in places]
-                decays_between = [_between(own_decays, place) for place in places]
-                own_norms = torch.stack(norms_between)
-                own_decays = torch.stack(decays_between).float()
-            norms.append(own_norms.to(kept))
-            decays.append(own_decays)
-        return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays), exact)
+        for record in records:
+            own_norms, own_decays = record.norms, record.decays
+            if len(record.steps) != len(steps):
+                interpolated = [record.at(step) for step in steps]
+                own_norms, own_decays = map(torch.stack, zip(*interpolated, strict=True))
+            norms.append(own_norms.to(torch.float64 if exact else torch.float32))
+            decays.append(own_decays.float())
+        return cls(steps, plan.vectors.scatter(norms), plan.vectors.scatter(decays))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether what float32 leaves of the norms was recorded, too."""
+        return self.norms.dtype == torch.float64
 
     @property
     def has_gaps(self) -> bool:
@@ -85,130 +79,96 @@ class _Record:
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """Norm and decay, ``(n,)`` each; norms interpolated geometrically, and held before the
         first and after the last step."""
+        after = min(bisect_left(self.steps, step), len(self.steps) - 1)
+        before, share = after, 0.0
+        # Else at a record, or beyond either end of them: that record is held.
+        if after > 0 and step < self.steps[after]:
+            before = after - 1
+            share = (step - self.steps[before]) / (self.steps[after] - self.steps[before])
+
+        def between(table: Tensor) -> tuple[Tensor, Tensor]:
+            # Apple GPUs have no float64.
+            wide = torch.float32 if table.device.type == "mps" else torch.float64
+            return table[before].to(wide), table[after].to(wide)
+
+        first, last = between(self.norms)
+        norm = first
         # Geometrically, since norms change by factors. A decay may be 0, which has no logarithm.
-        place = _around(self.steps, step)
-        return _between(self.norms, place, geometric=True), _between(self.decays, place)
+        if share:
+            norm = first.log().lerp(last.log(), share).exp()
+        return norm, torch.lerp(*between(self.decays), share)
+
+    def rounded(self, norm: Tensor) -> Tensor:
+        """A norm as it would be recorded: as float32 and, if exact, what that leaves as another
+        float32."""
+        rounded = _in_float32(norm)
+        return rounded + _in_float32(norm - rounded) if self.is_exact else rounded
 
 
-def _as_recorded(values: Tensor, exact: bool = False) -> Tensor:
-    # The record holds a norm as float32 and, if exact, what that leaves as another float32.
-    rounded = values.float().to(values.dtype)
-    if exact:
-        return rounded + (values - rounded).float().to(values.dtype)
-    return rounded
-
-
-Place = tuple[int, int, float]
-
-
-def _around(steps: Sequence[int], step: int) -> Place:
-    """The records before and after ``step``, and how far it is on the way from one to the other."""
-    after = min(bisect_left(steps, step), len(steps) - 1)
-    # At a record, or beyond either end of them: that record is held.
-    if after == 0 or steps[after] <= step:
-        return after, after, 0.0
-    before = after - 1
-    share = (step - steps[before]) / (steps[after] - steps[before])
-    return before, after, share
-
-
-def _between(table: Tensor, place: Place, *, geometric: bool = False) -> Tensor:
-    before, after, share = place
-    # Apple GPUs have no float64.
-    wide = torch.float32 if table.device.type == "mps" else torch.float64
-    first = table[before].to(wide)
-    if before == after:
-        return first
-    last = table[after].to(wide)
-    if geometric:
-        return (first.log().lerp(last.log(), share)).exp()
-    return first.lerp(last, share)
-
-
-def _recorded_names(history: History) -> list[str]:
-    return [
-        name.removeprefix("weight_norm/")
-        for name in history.vector_names()
-        if name.startswith("weight_norm/")
-    ]
-
-
-def _recorded_norms(history: History, name: str) -> tuple[NDArray[np.int64], NDArray[Any]]:
-    """Steps, and norms ``(s, n)``: float64 where what float32 leaves of them was recorded, too."""
-    steps, norms = history.vectors(f"weight_norm/{name}")
-    rest = f"weight_norm_rest/{name}"
-    if rest not in history.vector_names():
-        return steps, norms
-    exact_norms = norms.astype(np.float64) + history.vectors(rest)[1]
-    return steps, exact_norms
+def _in_float32(values: Tensor) -> Tensor:
+    return values.float().to(values.dtype)
 
 
 def _about(history: History, name: str) -> dict[str, Any]:
     """What the monitor noted about a weight at the end of its fit; nothing for a file that was
     saved before."""
-    targets = history.meta.get("targets")
-    about = targets.get(name) if isinstance(targets, dict) else None
-    if isinstance(about, dict):
-        return about
-    return {}
+    notes = history.meta.get("targets")
+    note = notes.get(name) if isinstance(notes, dict) else None
+    return note if isinstance(note, dict) else {}
 
 
-def _check_record(path: str, history: History, names: Sequence[str]) -> None:
-    """Refuse what no run can have recorded, before anything is scaled by it."""
-    for name in names:
-        steps, norms = history.vectors(f"weight_norm/{name}")
-        decays = None
-        rests = norms
-        rest_key = f"weight_norm_rest/{name}"
-        if rest_key in history.vector_names():
-            rests = history.vectors(rest_key)[1]
-        decay_key = f"decay/{name}"
-        if decay_key in history.vector_names():
-            decay_steps, decays = history.vectors(decay_key)
-        fault = None
-        if not len(steps):
-            fault = "no record at all"
-        elif (
-            decays is None or decays.shape != norms.shape or not np.array_equal(steps, decay_steps)
-        ):
-            fault = "norms without the decays that were applied"
-        elif (norms < 0).any():
-            fault = "norms below 0"
-        # What float32 leaves of a norm is never larger than the norm.
-        elif rests.shape != norms.shape or (rests > norms).any():
-            fault = "norms that do not fit each other"
-        # NaN, of a run that diverged, is neither below 0 nor above 1.
-        elif (decays < 0).any() or (decays >= 1).any():
-            fault = "decays that are not in [0, 1)"
-        elif np.isnan(decays[np.isfinite(norms) & (norms > 0)]).any():
-            raise NormDynError(
-                f"`{path}` holds no decay for `{name}`: under its optimizer or callbacks nobody "
-                f"could tell what share of the weight it "
-                "took away. Record a run under SGD with weight decay."
-            )
-        if fault is not None:
-            raise NormDynError(
-                f"`{path}` holds {fault} for `{name}`, which no run of NormDynamicsMonitor leaves. "
-                f"Record it again."
-            )
+def _read(path: str, history: History, name: str) -> _Record:
+    """The record of one weight.
+
+    Raises:
+        NormDynError: for what no run can have recorded, before anything is scaled by it.
+    """
+    steps, norms = history.vectors(f"weight_norm/{name}")
+    known = history.vector_names()
+    decay_steps, decays = steps[:0], norms[:0]
+    if f"decay/{name}" in known:
+        decay_steps, decays = history.vectors(f"decay/{name}")
+    rests = None
+    if f"weight_norm_rest/{name}" in known:
+        rests = history.vectors(f"weight_norm_rest/{name}")[1]
+    fault = None
+    if not len(steps):
+        fault = "no record at all"
+    elif decays.shape != norms.shape or not np.array_equal(steps, decay_steps):
+        fault = "norms without the decays that were applied"
+    elif (norms < 0).any():
+        fault = "norms below 0"
+    # What float32 leaves of a norm is never larger than the norm.
+    elif rests is not None and (rests.shape != norms.shape or (rests > norms).any()):
+        fault = "norms that do not fit each other"
+    # NaN, of a run that diverged, is neither below 0 nor above 1.
+    elif (decays < 0).any() or (decays >= 1).any():
+        fault = "decays that are not in [0, 1)"
+    elif np.isnan(decays[np.isfinite(norms) & (norms > 0)]).any():
+        raise NormDynError(
+            f"`{path}` holds no decay for `{name}`: under its optimizer or callbacks nobody could "
+            "tell what share of the weight it took away. Record a run under SGD with weight decay."
+        )
+    if fault is not None:
+        raise NormDynError(
+            f"`{path}` holds {fault} for `{name}`, which no run of NormDynamicsMonitor leaves. "
+            f"Record it again."
+        )
+    whole = torch.from_numpy(norms)
+    if rests is not None:
+        whole = whole.double() + torch.from_numpy(rests)
+    whole = whole.where(whole.isfinite(), nan)
+    return _Record(steps.tolist(), whole, torch.from_numpy(decays))
 
 
-def _uniform_factor(history: History, names: Sequence[str]) -> float:
+def _uniform_factor(records: Iterable[_Record]) -> float:
     """Geometric mean, over steps and vectors, of the factor that the recorded decay amounts to in a
     run without (AWS paper, eq. 16)."""
-    # Only for a scale-invariant weight does a decay amount to an effective learning rate. One of
-    # which the file says nothing is taken for such a weight.
-    invariant = [
-        name
-        for name in names
-        if _about(history, name).get("scale_invariant") not in ("no", "unknown")
-    ]
     logs = []
-    for name in invariant or names:
-        steps, decays = history.vectors(f"decay/{name}")
+    for record in records:
         # A record stands for all steps up to the next one.
-        lasts = np.diff(steps, append=steps[-1] + 1)[:, None]
-        kept = np.log1p(-decays.astype(np.float64))
+        lasts = np.diff(record.steps, append=record.steps[-1] + 1)[:, None]
+        kept = np.log1p(-record.decays.double().numpy())
         kept_until_next = kept * lasts
         # The logarithm of p, the length that decay alone would have left.
         before = np.cumsum(kept_until_next, axis=0) - kept_until_next
@@ -221,13 +181,11 @@ class ReplayPart(Part["EffectiveLRReplay"]):
     """The part in a fit of a replay: it holds the record.
 
     Attributes:
-        history: the record.
-        recorded: names of the weights in it.
+        recorded: what was recorded, by weight name.
         uniform_factor: the one factor of a uniform replay.
     """
 
-    history: History
-    recorded: list[str]
+    recorded: dict[str, _Record]
     uniform_factor: float
 
     def fit_start(self) -> None:
@@ -235,27 +193,34 @@ class ReplayPart(Part["EffectiveLRReplay"]):
         super().fit_start()
         # Now and not when the callback is made: the run that records may still be going on.
         path = self.rule.path
-        self.history = load_history(path)
-        self.recorded = _recorded_names(self.history)
-        if not self.recorded:
+        history = load_history(path)
+        keys = history.vector_names()
+        prefix = "weight_norm/"
+        names = [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
+        if not names:
             raise NormDynError(
                 f"`{path}` holds no per-vector norms. Record it with "
                 f"NormDynamicsMonitor(every_n_steps=1, per_vector=True) and save its history."
             )
-        self._compare_shapes()
-        _check_record(path, self.history, self.recorded)
+        about = {name: _about(history, name) for name in names}
+        self._compare_shapes(about)
+        self.recorded = {name: _read(path, history, name) for name in names}
         if self.rule.uniform:
-            self.uniform_factor = _uniform_factor(self.history, self.recorded)
+            # Only for a scale-invariant weight does a decay amount to an effective learning rate.
+            # One of which the file says nothing is taken for such a weight.
+            others = ("no", "unknown")
+            invariant = [n for n in names if about[n].get("scale_invariant") not in others]
+            self.uniform_factor = _uniform_factor(self.recorded[n] for n in invariant or names)
 
-    def _compare_shapes(self) -> None:
+    def _compare_shapes(self, about: Mapping[str, Mapping[str, Any]]) -> None:
         shapes = {}
         for weight, names in self.session.weights.names.items():
             # By all names: a tied weight may have been recorded under another one.
             shapes.update(dict.fromkeys(names, self.session.weights.shapes[weight]))
-        for name in self.recorded:
+        for name, note in about.items():
             if name not in shapes:
                 raise self.mismatch(f"it has a weight `{name}`, which this model has not")
-            shape = _about(self.history, name).get("shape")
+            shape = note.get("shape")
             if shape is not None and list(shapes[name]) != shape:
                 raise self.mismatch(
                     f"`{name}` has shape {tuple(shape)} there and {shapes[name]} here"
@@ -263,7 +228,7 @@ class ReplayPart(Part["EffectiveLRReplay"]):
 
     def vectors_of(self, name: str) -> int:
         """How many vectors of a weight were recorded."""
-        return int(self.history.vectors(f"weight_norm/{name}")[1].shape[1])
+        return self.recorded[name].norms.shape[1]
 
     def target(self, weight: Tensor) -> Target | None:
         """None for a weight whose vectors are others here than in the record because losses of the
@@ -302,15 +267,14 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
         super().__init__(part, plan)
         for target in plan.targets:
             if target.name not in part.recorded:
-                raise part.mismatch(
-                    f"it has no weight `{target.name}`, but {', '.join(part.recorded[:4])}"
-                )
+                first = ", ".join(list(part.recorded)[:4])
+                raise part.mismatch(f"it has no weight `{target.name}`, but {first}")
             there = part.vectors_of(target.name)
             if there != target.partition.n:
                 raise part.mismatch(
                     f"`{target.name}` has {there} vectors there and {target.partition.n} here"
                 )
-        self.record = _Record.of(plan, part.history)
+        self.record = _Record.of(plan, part.recorded)
         self._has_checked_decays = False
         # The batch of the last step: an optimizer that steps twice in one is noticed by it.
         self._looked_at = -1
@@ -373,28 +337,21 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
         reference, reference_decay = record.at(now)
         # Rounded as the record is: a run replayed onto itself then has factors of exactly 1, and no
         # rounding for training to amplify.
-        own = _as_recorded(norm, record.exact)
-        own_decay = _as_recorded(decay)
-        return (own / reference).square() * (1 - own_decay) / (1 - reference_decay)
+        ratio = record.rounded(norm) / reference
+        return ratio.square() * (1 - _in_float32(decay)) / (1 - reference_decay)
 
     def _check_decays(self, step: Step) -> None:
         """Refuse targets whose decay nobody can tell; at a step, since what other callbacks do is
         known only when all have made their plans."""
         self._has_checked_decays = True
-        untold = []
-        decays = self.session.combined.decays(self.plan)
-        for target, decay in zip(self.plan.targets, decays, strict=True):
-            if decay.rate is None:
-                untold.append(f"`{target.name}`")
+        decays = zip(self.plan.vectors.names, self.session.combined.decays(self.plan), strict=True)
+        untold = [name for name, decay in decays if decay.rate is None]
         if not untold:
             return
-        names = ", ".join(untold[:4])
-        if len(untold) > 4:
-            names += " ..."
         text = (
             f"EffectiveLRReplay has to know what share of a weight its decay takes away, and "
-            f"nobody can tell that of {names} under the other callbacks on it. Remove those, or "
-            f"leave the weights out of `params`."
+            f"nobody can tell that of {named(untold)} under the other callbacks on it. Remove "
+            f"those, or leave the weights out of `params`."
         )
         # Later there is a run to lose: such weights then keep their own steps.
         if step.number == 1:
@@ -465,9 +422,9 @@ class EffectiveLRReplay(NormDynCallback):
 
     worker = ReplayWorker
     part = ReplayPart
-    needs_length: ClassVar[bool] = True
+    needs_length = True
 
-    rank: ClassVar[int] = 1
+    rank = 1
     """It comes after a projection: what decay a gate applies is known only then, and what is left
     of the step is what it scales."""
 
@@ -476,8 +433,8 @@ class EffectiveLRReplay(NormDynCallback):
         history: str | os.PathLike[str],
         *,
         uniform: bool = False,
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         self.path = os.fspath(history)
@@ -489,7 +446,7 @@ class EffectiveLRReplay(NormDynCallback):
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The factor is SGD's: its steps are proportional to the gradient."""
-        if weights and not facts_of(optimizer).proportional:
+        if not facts_of(optimizer).proportional:
             own_step = why_not_as_base(optimizer)
             because = "" if own_step is None else f" ({own_step})"
             raise NotSupportedError(

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 
-from lightning_normdyn.engine.arguments import check_count, is_number
+from lightning_normdyn.engine.arguments import Granularity, Params, check_count, is_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.input_span.part import SpanPart, SpanWorker
 from lightning_normdyn.monitor.history_files import KeepsHistory
@@ -90,9 +90,10 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         0.99
     """
 
-    writes: ClassVar[bool] = False
+    writes = shows_tables = False
     worker = SpanWorker
     part = SpanPart
+    numbers = ("every_n_epochs", "max_samples", "energy", "method", "seed")
 
     def __init__(
         self,
@@ -103,8 +104,8 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         energy: float = 0.99,
         method: Literal["moments", "mle"] = "moments",
         seed: int = 0,
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         self.every_n_epochs = check_count("every_n_epochs", every_n_epochs, 1)
@@ -127,16 +128,6 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
         self.method = method
         self.dataloader = dataloader
         KeepsHistory.__init__(self)
-
-    @property
-    def shows_tables(self) -> bool:
-        """It has no part in the tables."""
-        return False
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        names = ("every_n_epochs", "max_samples", "energy", "method", "seed")
-        return {name: getattr(self, name) for name in names}
 
     def call_model(self, module: LightningModule, batch: Any) -> None:
         """Run ``module`` on a batch of ``dataloader``; override it where ``forward`` wants
@@ -162,10 +153,3 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 module(**chosen)
                 return
         module(first)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Send the history to the process that called ``fit``, if that is another one."""
-        super().teardown(trainer, pl_module, stage)
-        # Validations and tests add nothing that would have to be sent.
-        if stage == "fit":
-            self.send_history(trainer)

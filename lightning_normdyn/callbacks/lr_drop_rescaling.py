@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import as_float, is_number
+from lightning_normdyn.engine.arguments import Granularity, Params, as_float, is_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.engine.plan import Plan
@@ -95,13 +95,9 @@ class _Drop:
     def stepped(self) -> dict[str, Rate]:
         """Of the weights that the optimizer has stepped, as `Scaling.judge` found: for them the
         drop is over."""
-        rates = {}
-        scaling = self.scaling
-        names = scaling.vectors.names
-        for name, has_stepped in zip(names, scaling.stepped, strict=True):
-            if has_stepped and name in self.rates:
-                rates[name] = self.rates[name]
-        return rates
+        pairs = zip(self.scaling.vectors.names, self.scaling.stepped, strict=True)
+        stepped = {name for name, has_stepped in pairs if has_stepped}
+        return {name: rate for name, rate in self.rates.items() if name in stepped}
 
 
 class DropWorker(RescalingWorker["LRDropRescaling"]):
@@ -116,8 +112,8 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
 
     def __init__(self, part: Selection[LRDropRescaling], plan: Plan) -> None:
         super().__init__(part, plan, "rescale")
-        self.exponents: list[float] = []
-        """Of each target; empty until the first step, when all callbacks have made their plans."""
+        self.exponents: dict[str, float] = {}
+        """By weight name; empty until the first step, when all callbacks have made their plans."""
         self.rates: dict[str, Rate] = {}
         """By weight name: param groups have no name that survives a resume."""
         self._drop: _Drop | None = None
@@ -128,7 +124,10 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         """w <- w / k^e where the learning rate has fallen by k (NRQ paper, Corollary 2)."""
         # At the first step, so that a refusal does not wait for the drop.
         if not self.exponents:
-            self.exponents = self._find_exponents()
+            # Besides this rule: its own jumps say nothing about the equilibrium between them.
+            effects = self.session.combined.effects(self.plan.targets, besides=self.rule)
+            for target, effect in zip(self.plan.targets, effects, strict=True):
+                self.exponents[target.name] = self._exponent(target, effect)
         self._mark_what_is_late()
         factors, rates = self._factors(step)
         # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
@@ -152,12 +151,12 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
             # Before its first step a weight has no rate from which it could have fallen.
             known = self.rates.get(target.name, Rate(lr))
             drop, rates[target.name] = known.then(lr, self.rule.min_drop)
-            factors[i] = drop ** -self.exponents[i]
+            factors[i] = drop ** -self.exponents[target.name]
         return factors, rates
 
     def _rescale_for(self, step: Step, factors: list[float], rates: dict[str, Rate]) -> None:
         plan = self.plan
-        vectors = self.plan.vectors
+        vectors = plan.vectors
         per_target = torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)
         factor = plan.guard(vectors.spread(per_target), 1.0, step)
         scaling = self.rescaler.scaling(factor, gradients=True)
@@ -193,13 +192,6 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         if last is None or last[0] is not lr or last[1] != lr._version:
             last = self._fetched[id(group)] = (lr, lr._version, float(lr))
         return last[2]
-
-    def _find_exponents(self) -> list[float]:
-        targets = self.plan.targets
-        # Besides this rule: its own jumps say nothing about the equilibrium between them.
-        effects = self.session.combined.effects(targets, besides=self.rule)
-        pairs = zip(targets, effects, strict=True)
-        return [self._exponent(*pair) for pair in pairs]
 
     def _exponent(self, target: Target, effects: Effects) -> float:
         optimizer = self.plan.optimizer
@@ -261,14 +253,12 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         """Its length jumps at drops of the learning rate."""
         return LengthJumps()
 
-    def treatments(self) -> list[str]:
+    def treatment(self, target: Target) -> str:
         """What the tables say."""
-        texts = ["rescaled at LR drops"] * len(self.plan.targets)
+        text = "rescaled at LR drops"
         if self.exponents:
-            texts = [f"÷ k^{exponent:.3g} at an LR drop by k" for exponent in self.exponents]
-        for i, target in enumerate(self.plan.targets):
-            texts[i] += changes_function(target)
-        return texts
+            text = f"÷ k^{self.exponents[target.name]:.3g} at an LR drop by k"
+        return text + changes_function(target)
 
 
 class LRDropRescaling(NormDynCallback):
@@ -312,7 +302,8 @@ class LRDropRescaling(NormDynCallback):
 
     worker = DropWorker
     part = RescalingPart
-    marks: ClassVar[tuple[str, ...]] = ("lr_drop",)
+    numbers = ("exponent", "min_drop")
+    marks = ("lr_drop",)
 
     def __init__(
         self,
@@ -320,8 +311,8 @@ class LRDropRescaling(NormDynCallback):
         exponent: float | Literal["auto"] = "auto",
         min_drop: float = 1.5,
         verify: bool = False,
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         if exponent != "auto" and not (is_number(exponent) and 0 <= as_float(exponent) < inf):
@@ -332,12 +323,7 @@ class LRDropRescaling(NormDynCallback):
         self.min_drop = float(min_drop)
         self.verify = bool(verify)
 
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        return {"exponent": self.exponent, "min_drop": self.min_drop}
-
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale."""
-        if weights:
-            check_rate(optimizer, weights)
-            Rescaler.check(optimizer, "rescale")
+        check_rate(optimizer, weights)
+        Rescaler.check(optimizer, "rescale")

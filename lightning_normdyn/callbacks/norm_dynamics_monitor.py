@@ -4,11 +4,11 @@ and in memory."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_normdyn.engine.arguments import check_count
+from lightning_normdyn.engine.arguments import Granularity, Params, check_count
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.target import Target
@@ -153,9 +153,11 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     """
 
     # It only looks, so it may be put anywhere in the list, and a fit without targets is no error.
-    writes: ClassVar[bool] = False
+    writes = False
     worker = MonitorWorker
     part = Recording
+    # What changes no number is left out: a resumed run with other settings is another run.
+    numbers = ("every_n_steps", "quantities")
 
     _member: Recording | None
 
@@ -168,8 +170,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         histograms: bool = False,
         tables: bool = True,
         alert: bool = False,
-        params: str | Sequence[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         # Read from the table at every construction, so that a person may add an entry to it.
@@ -185,20 +187,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         self.quantities = None if quantities is None else list(quantities)
         self.per_vector_history = per_vector
         self.histograms = histograms
-        self.tables = tables
+        self.tables = self.shows_tables = tables
         self.alert = alert
         # By name: the constructor of NormDynCallback does not call the next one.
         KeepsHistory.__init__(self)
-
-    @property
-    def shows_tables(self) -> bool:
-        """Whether this callback wants the tables printed."""
-        return self.tables
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        # What changes no number is left out: a resumed run with other settings is another run.
-        return {"every_n_steps": self.every_n_steps, "quantities": self.quantities}
 
     def end_table(self) -> str | None:
         """The table at the end of a fit as text; None if nothing was measured here. Sharded over
@@ -222,13 +214,3 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     def _take_up(self) -> None:
         if self._member is not None and self._restored is not None:
             self._member.take_up(self._restored)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Send the history to the process that called ``fit``, if that is another one."""
-        super().teardown(trainer, pl_module, stage)
-        # After a test or a validation the history would be that of an earlier fit.
-        if stage == "fit":
-            self.send_history(trainer)
-
-
-__all__ = ["NormDynamicsMonitor"]

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import check_choice, check_number
+from lightning_normdyn.engine.arguments import (
+    Granularity,
+    Params,
+    check_choice,
+    check_number,
+)
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Projection
 from lightning_normdyn.engine.part import Part
@@ -73,28 +78,29 @@ class ProjectWorker(Worker["RadialProjection"]):
     def __init__(self, part: Selection[RadialProjection], plan: Plan) -> None:
         super().__init__(part, plan)
         self.buffer: str | None = None
-        """Of this step: the optimizer's buffer that tells what it was; None: a copy tells."""
+        """Of this step: the optimizer's buffer that could tell what it was."""
+        self.needs_copy = True
+        """Of this step: whether a copy of the weights must tell it all the same, as for most
+        optimizers."""
         self.gates: tuple[Tensor, Tensor] | None = None
         """Of this step, ``(n,)`` each: vectors projected in the filter view, in the layer view."""
         self.is_open: Tensor | None = None
         """Of this step, ``(targets,)``: whether either gate is open."""
-        self.ratios: list[tuple[HostCopy | float, float | None]] = []
+        self.ratios: list[tuple[HostCopy, float | None]] = []
         """Of the two newest steps: how many times longer than its weight the longest was, and the
         learning rate."""
         self.has_long_steps = False
         """Whether a step was too long to be told by a buffer."""
-        self.asks_for_lengths = False
-        """Whether it is not known yet how long steps are, so that this one must be measured."""
         # Projecting would remove the optimizer's decay, so it is applied here.
-        check_decay_takeover(plan.optimizer, plan.claimed)
-        self.claim_decay(DecayOwner.PROJECTION, plan.claimed)
+        self.claim_decay(DecayOwner.PROJECTION)
 
     @during(Phase.MEASURE)
     def look(self, step: Step) -> None:
         """Ask for a copy of the weights where one must tell the step; set the gates."""
-        self.buffer = self._told_by(step)
+        self.buffer = self._telling_buffer(step)
         # A copy costs memory and a pass over the targets, so it is taken only where it must be.
-        if self.buffer is None:
+        self.needs_copy = self.buffer is None or not self._steps_are_short()
+        if self.needs_copy:
             step.bracket.request_snapshot(self.plan.vectors.storages())
         if self.rule.gate == "cosine":
             self._set_gates()
@@ -124,24 +130,19 @@ class ProjectWorker(Worker["RadialProjection"]):
     @during(Phase.PROJECT)
     def project(self, step: Step) -> None:
         """w <- w + Pi_w(Delta) (SGDP/AdamP, "Projected updates"), with the decay of the targets."""
-        if self.gates is not None:
-            removed = self._project_gated(step, *self.gates)
-            vectors = self.plan.vectors
-            before = vectors.snapshots(step.bracket)
-            guarded = self.plan.guard(removed, 0.0, step)
-            vectors.add_scaled_(-guarded, before)
-            return
-        removed = self._project_all(step)
-        # What is not finite has been left alone; here it is remembered.
-        self.plan.guard(removed, 0.0, step)
+        if self.gates is None:
+            # What is not finite has been left alone; here it is remembered.
+            self.plan.guard(self._project_all(step), 0.0, step)
+        else:
+            self._project_gated(step, *self.gates)
 
     def _project_all(self, step: Step) -> Tensor:
         """Every target; ``(n,)``: by how many times the weight its step was shortened."""
         plan = self.plan
-        vectors = self.plan.vectors
+        vectors = plan.vectors
         share = self._decay(step, None)
         treated = plan.treated(step)
-        if self.buffer is not None:
+        if not self.needs_copy:
             # SGD moves a weight by -lr times its momentum buffer, so no copy is needed to know the
             # step.
             moved = self._buffer_values(step)
@@ -150,21 +151,23 @@ class ProjectWorker(Worker["RadialProjection"]):
             return removed
         before = vectors.snapshots(step.bracket)
         removed = vectors.remove_radial_(before, share, treated)
-        if self.asks_for_lengths:
+        # Until it is known how long steps are, this one must be measured.
+        if self.buffer is not None and not self.has_long_steps:
             moved = self._buffer_values(step)
             ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
             self._remember_ratio(plan.rates() * (dd / ss).sqrt())
         return removed
 
-    def _project_gated(self, step: Step, by_filter: Tensor, by_layer: Tensor) -> Tensor:
-        """``(n,)``: how many times the weight to take away where a gate is open."""
+    def _project_gated(self, step: Step, by_filter: Tensor, by_layer: Tensor) -> None:
+        """The vectors whose gate is open, in one of the two views."""
         vectors = self.plan.vectors
         before = vectors.snapshots(step.bracket)
         (ss, sd), (total, along) = vectors.radial_and_totals(before, summarize=lambda sums, _: sums)
         layer = vectors.spread(_ratio(along, total))
-        in_layer = torch.where(by_layer, layer, torch.zeros_like(layer))
-        radial = torch.where(by_filter, _ratio(sd, ss), in_layer)
-        return radial + self._decay(step, by_filter | by_layer)
+        # By how many times the weight the step is to be shortened.
+        radial = _ratio(sd, ss).where(by_filter, layer.where(by_layer, 0.0))
+        removed = radial + self._decay(step, by_filter | by_layer)
+        vectors.add_scaled_(-self.plan.guard(removed, 0.0, step), before)
 
     # -- the decay
 
@@ -174,14 +177,13 @@ class ProjectWorker(Worker["RadialProjection"]):
         by_group = [self._decay_rate(group) for group, _ in plan.groups]
         decay = plan.spread_groups("projection_decay", by_group)
         rate = plan.rates() * decay
-        ratio: float | Tensor = self.rule.weight_decay_ratio
+        share = rate * self.rule.weight_decay_ratio
         if projected is not None:
             # A step that keeps its radial part can hold the norm against the full decay, as in
             # adamp.
-            ones = torch.ones_like(rate)
-            ratio = torch.where(projected, ones * self.rule.weight_decay_ratio, ones)
+            share = share.where(projected, rate)
         # AWS goes first where both are on a weight: one decay, not two.
-        return rate * ratio * plan.owns_decay(step, DecayOwner.PROJECTION)
+        return share * plan.owns_decay(step, DecayOwner.PROJECTION)
 
     def _decay_rate(self, group: dict[str, Any]) -> Number:
         """Decoupled λ of a param group, before the ratio."""
@@ -211,11 +213,9 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     # -- how long steps are
 
-    def _told_by(self, step: Step) -> str | None:
-        """The optimizer's buffer that tells what its step was; None: a copy of the weights must
-        tell, as it does for most optimizers."""
+    def _telling_buffer(self, step: Step) -> str | None:
+        """The optimizer's buffer that tells what its step was, if steps are short."""
         plan = self.plan
-        self.asks_for_lengths = False
         # In bfloat16 and float16 a weight moves by what rounding leaves of the step. A fused kernel
         # that skips its update under a GradScaler leaves in the buffer what was there: at the first
         # step, any numbers at all.
@@ -226,22 +226,12 @@ class ProjectWorker(Worker["RadialProjection"]):
             return None
         buffers = {step_buffer(step.optimizer, group) for group, _ in plan.groups}
         # Param groups with different settings need not have the same buffer that tells the step.
-        if len(buffers) != 1:
-            return None
-        buffer = buffers.pop()
-        if buffer is None or self._steps_are_short():
-            return buffer
-        self.asks_for_lengths = not self.has_long_steps
-        return None
+        return buffers.pop() if len(buffers) == 1 else None
 
     def _buffer_values(self, step: Step) -> list[Tensor | None]:
         """The buffer of each target, as it lies on this rank."""
         state = step.optimizer.state
-        buffers: list[Tensor | None] = []
-        for target in self.plan.targets:
-            name = step_buffer(step.optimizer, self.plan.group_of(target))
-            has_state = name is not None and target.weight in state
-            buffers.append(state[target.weight].get(name) if has_state else None)
+        buffers = [state.get(weight, {}).get(self.buffer) for weight in self.plan.vectors.weights]
         return self.plan.vectors.local(buffers)
 
     def _steps_are_short(self) -> bool:
@@ -252,13 +242,12 @@ class ProjectWorker(Worker["RadialProjection"]):
         # again.
         if len(self.ratios) < 2:
             return False
-        ratio = _on_host(self.ratios[0][0])
-        rate_then = self.ratios[0][1]
+        ratio, rate_then = self.ratios[0]
         rate = self._rate_on_host()
         # A schedule may have raised the rate since (warm-up), and steps grow with it.
         growth = rate / rate_then if rate is not None and rate_then else 1.0
         # Written so that a NaN counts as long.
-        if not ratio * max(growth, 1.0) <= LONGEST_TOLD:
+        if not float(ratio.get()) * max(growth, 1.0) <= LONGEST_TOLD:
             self.has_long_steps = True
         return not self.has_long_steps
 
@@ -285,13 +274,16 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def state(self) -> dict[str, Any]:
         """How long steps were."""
-        ratios = [{"ratio": _on_host(ratio), "rate": rate} for ratio, rate in self.ratios]
+        ratios = [{"ratio": float(ratio.get()), "rate": rate} for ratio, rate in self.ratios]
         return {"long_steps": self.has_long_steps, "ratios": ratios}
 
     def load(self, state: dict[str, Any]) -> None:
         """As `state` gave it."""
         self.has_long_steps = state["long_steps"]
-        self.ratios = [(each["ratio"], each["rate"]) for each in state["ratios"]]
+        self.ratios = []
+        for each in state["ratios"]:
+            ratio = torch.tensor(each["ratio"], dtype=torch.float64, device="cpu")
+            self.ratios.append((HostCopy(ratio), each["rate"]))
 
     # -- what tables and predictions say
 
@@ -302,12 +294,12 @@ class ProjectWorker(Worker["RadialProjection"]):
     def treatments(self) -> list[str]:
         """What the tables say: whether a weight is projected, and which decay it has now."""
         plan = self.plan
-        rule = self.rule
-        how = "projected" if rule.gate == "always" else f"projected if |cos| < {rule.delta:g}/√d"
         texts = []
         decays = self.session.combined.decays(plan)
         for target, decay in zip(plan.targets, decays, strict=True):
-            text = how
+            text = "projected"
+            if self.rule.gate == "cosine":
+                text += f" if |cos| < {self.rule.delta:g}/√d"
             is_own = decay.owner == DecayOwner.PROJECTION
             if is_own and decay.rate is not None and not is_zero(decay.rate):
                 text += f", decay {float(decay.rate):.2g}"
@@ -359,6 +351,7 @@ class RadialProjection(NormDynCallback):
 
     worker = ProjectWorker
     part = ProjectionPart
+    numbers = ("gate", "delta", "weight_decay", "weight_decay_ratio")
 
     def __init__(
         self,
@@ -367,11 +360,13 @@ class RadialProjection(NormDynCallback):
         delta: float = 0.1,
         weight_decay: float | Literal["replace"] = "replace",
         weight_decay_ratio: float = 0.1,
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         self.gate = check_choice("gate", gate, ("always", "cosine"))
+        # With its own gate it takes every matrix; otherwise the scale-invariant weights.
+        self.writes = gate == "always"
         if gate == "cosine" and granularity != "auto":
             raise ValueError(
                 f"gate='cosine' brings its own granularity (filter view, then layer view); got "
@@ -384,23 +379,9 @@ class RadialProjection(NormDynCallback):
         self.weight_decay_ratio = check_number("weight_decay_ratio", weight_decay_ratio, ">= 0")
 
     @property
-    def writes(self) -> bool:  # type: ignore[override]
-        """With its own gate it takes every matrix; otherwise the scale-invariant weights."""
-        return self.gate == "always"
-
-    @property
     def acts(self) -> bool:
         """With either gate."""
         return True
-
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        return {
-            "gate": self.gate,
-            "delta": self.delta,
-            "weight_decay": self.weight_decay,
-            "weight_decay_ratio": self.weight_decay_ratio,
-        }
 
     @property
     def projection(self) -> Projection:
@@ -414,8 +395,6 @@ class RadialProjection(NormDynCallback):
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The decay must be one that has a decoupled equivalent, and ours to take over."""
-        if not weights:
-            return
         check_rate(optimizer, weights)
         check_decay_takeover(optimizer, weights)
         ours = {id(w) for w in weights}
@@ -434,12 +413,6 @@ class RadialProjection(NormDynCallback):
             )
 
 
-def _on_host(ratio: HostCopy | float) -> float:
-    if isinstance(ratio, HostCopy):
-        return float(ratio.get())
-    return ratio
-
-
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     # A weight of zeros has no direction to project on: 0 leaves it alone, NaN would not.
-    return torch.where(denominator > 0, numerator / denominator, torch.zeros_like(numerator))
+    return (numerator / denominator).where(denominator > 0, 0.0)

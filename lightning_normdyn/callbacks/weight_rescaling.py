@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import nan
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import check_choice, check_count, check_number
+from lightning_normdyn.engine.arguments import (
+    Granularity,
+    Params,
+    check_choice,
+    check_count,
+    check_number,
+)
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rescaling
 from lightning_normdyn.engine.plan import Plan
@@ -40,12 +46,8 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         super().__init__(part, plan, rule.optimizer_state)
         self.lengths = self._target_lengths()
         if rule.weight_decay == "replace":
-            claimed = plan.claimed
-            check_decay_takeover(plan.optimizer, claimed)
             # Asked at every step, since outside the window the optimizer's decay is back.
-            self.claim_decay(
-                DecayOwner.RESCALING, lambda: claimed if self._window() == "now" else {}
-            )
+            self.claim_decay(DecayOwner.RESCALING, lambda: self._window() == "now")
 
     def _target_lengths(self) -> Tensor:
         """``(n,)``: the length to which each vector is set."""
@@ -152,6 +154,14 @@ class WeightRescaling(NormDynCallback):
 
     worker = RescaleWorker
     part = RescalingPart
+    numbers = (
+        "every_n_steps",
+        "target_norm",
+        "start_epoch",
+        "stop_epoch",
+        "optimizer_state",
+        "weight_decay",
+    )
 
     def __init__(
         self,
@@ -163,8 +173,8 @@ class WeightRescaling(NormDynCallback):
         optimizer_state: Literal["rescale", "keep"] = "rescale",
         weight_decay: Literal["replace", "keep"] = "replace",
         verify: bool = False,
-        params: str | list[str] = "auto",
-        granularity: Literal["auto", "filter", "group", "layer"] = "auto",
+        params: Params = "auto",
+        granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
         self.every_n_steps = check_count("every_n_steps", every_n_steps, 1)
@@ -181,30 +191,15 @@ class WeightRescaling(NormDynCallback):
         self.target_norm: float | Literal["initial"] = "initial"
         if target_norm != "initial":
             self.target_norm = check_number("target_norm", target_norm, "> 0", " or 'initial'")
+        # A weight of zeros has no initial norm to go back to; to a norm that is a number it is set
+        # as soon as it has a direction.
+        self.needs_length = target_norm == "initial"
         self.optimizer_state = check_choice("optimizer_state", optimizer_state, ("rescale", "keep"))
         self.weight_decay = check_choice("weight_decay", weight_decay, ("replace", "keep"))
         self.verify = bool(verify)
 
-    def settings(self) -> dict[str, Any]:
-        """The constructor's numbers."""
-        return {
-            "every_n_steps": self.every_n_steps,
-            "target_norm": self.target_norm,
-            "start_epoch": self.start_epoch,
-            "stop_epoch": self.stop_epoch,
-            "optimizer_state": self.optimizer_state,
-            "weight_decay": self.weight_decay,
-        }
-
-    @property
-    def needs_length(self) -> bool:  # type: ignore[override]
-        """A weight of zeros has no initial norm to go back to; to a norm that is a number it is set
-        as soon as it has a direction."""
-        return self.target_norm == "initial"
-
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale, its decay ours to take over."""
-        if weights:
-            Rescaler.check(optimizer, self.optimizer_state)
-            if self.weight_decay == "replace":
-                check_decay_takeover(optimizer, weights)
+        Rescaler.check(optimizer, self.optimizer_state)
+        if self.weight_decay == "replace":
+            check_decay_takeover(optimizer, weights)

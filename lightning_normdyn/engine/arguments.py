@@ -12,6 +12,12 @@ from lightning_normdyn.errors import shown
 
 Choice = TypeVar("Choice", bound=str)
 
+Params = str | Sequence[str]
+"""``"auto"``, one glob pattern, or several of them."""
+
+Granularity = Literal["auto", "filter", "group", "layer"]
+"""What counts as one vector; ``"auto"`` follows the normalization behind the weight."""
+
 
 def is_number(value: object) -> bool:
     """Whether ``value`` is a real number, numpy's included; True and False are none."""

@@ -161,6 +161,9 @@ class NormDynCallback(Rule):
         """Leave no hook behind."""
         if self._member is not None:
             self._member.let_go()
+            # An evaluation adds nothing to what the fit has left.
+            if stage == "fit":
+                self._member.torn_down()
         if stage != "fit":
             self._restored = None  # an evaluation that loaded a checkpoint is no resume
 

@@ -128,6 +128,9 @@ class Part(Account[AnyRule]):
     def checkpoint_saved(self) -> None:
         """A checkpoint is being saved."""
 
+    def torn_down(self) -> None:
+        """The fit is over, and everybody has been told."""
+
     def let_go(self) -> None:
         """Leave no hook behind: whoever is asked first lets go for all callbacks."""
         session = self.session
@@ -173,7 +176,8 @@ class Part(Account[AnyRule]):
         refuse_rivals(self, matches, self.session.members)
         for optimizer in optimizers:
             weights = [p for g in optimizer.param_groups for p in g["params"] if p in self.matched]
-            self.rule.check_optimizer(optimizer, weights)
+            if weights:
+                self.rule.check_optimizer(optimizer, weights)
 
     def take_in(self, new: Mapping[Tensor, Sequence[str]], changed: Iterable[str]) -> None:
         """Weights have come during the fit.
@@ -351,9 +355,11 @@ class Part(Account[AnyRule]):
         self.session.note(f"{self.name} does not act on {what} after step {step}: {error}")
 
     def _check_optimizer(self, optimizer: Optimizer, targets: Sequence[Target]) -> None:
+        if not targets:
+            return
         self.rule.check_optimizer(optimizer, [t.weight for t in targets])
         # Who only measures loses nothing to an optimizer that sets weights back.
-        if self.rule.acts and targets:
+        if self.rule.acts:
             refuse_copies(self.name, optimizer, targets)
 
     # -- what tables and other callbacks ask

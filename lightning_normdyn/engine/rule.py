@@ -29,7 +29,7 @@ class Rule(Callback):
         ValueError: for an unknown granularity.
     """
 
-    writes: ClassVar[bool] = True
+    writes: bool = True
     """Whether ``params="auto"`` means the scale-invariant weights (an error if there are none), or
     every weight of two or more dimensions."""
 
@@ -37,10 +37,16 @@ class Rule(Callback):
     """Who acts first of the callbacks that change the same weights in the same phase: a lower rank
     does. Equal ranks are refused, since what comes out would depend on the order of the list."""
 
-    needs_length: ClassVar[bool] = False
+    needs_length: bool = False
     """Whether it can never do anything for a weight that is zero at the start: such a weight is
     refused by name instead of seeming to be treated. A rule that acts as soon as the weight has
     grown needs none."""
+
+    shows_tables: bool = True
+    """Whether it wants the tables printed."""
+
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Attributes that hold the constructor's numbers: stored in checkpoints, shown in tables."""
 
     marks: ClassVar[tuple[str, ...]] = ()
     """Kinds of events that this callback itself marks in the monitor's history."""
@@ -51,11 +57,11 @@ class Rule(Callback):
         self.granularity = check_choice("granularity", granularity, GRANULARITIES)
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's numbers: stored in checkpoints, shown in tables."""
-        return {}
+        """The constructor's numbers by name."""
+        return {name: getattr(self, name) for name in self.numbers}
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
-        """Refuse an optimizer whose ``weights`` this rule cannot treat rightly.
+        """Refuse an optimizer whose ``weights``, one or more, this rule cannot treat rightly.
 
         Asked before training, whenever weights join, and after the first real step, which fills the
         optimizer's state.
@@ -68,11 +74,6 @@ class Rule(Callback):
     def acts(self) -> bool:
         """Whether it is an error to find nothing: not for those who only look."""
         return self.writes
-
-    @property
-    def shows_tables(self) -> bool:
-        """Whether this callback wants the tables printed."""
-        return True
 
     @property
     def by_name(self) -> bool:

@@ -13,6 +13,7 @@ from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.selection import AnyRule, Selection
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, record
+from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
 from lightning_normdyn.optimizers.step import Phase
 from lightning_normdyn.optimizers.takeover import Claimed
@@ -145,10 +146,25 @@ class Worker(Generic[AnyRule]):
 
     # -- what it offers
 
-    def claim_decay(self, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]) -> None:
-        """Take over the weight decay of ``weights`` from the optimizer, for as long as the plan is
-        in force; see `StepBracket.claim_decay`."""
-        self.plan.on_close(self.plan.bracket.claim_decay(self, owner, weights))
+    def claim_decay(self, owner: DecayOwner, holds: Callable[[], bool] | None = None) -> None:
+        """Take over the weight decay of the targets, and of no other weight in their param groups,
+        for as long as the plan is in force; see `StepBracket.claim_decay`.
+
+        Args:
+            owner: as which callback.
+            holds: asked at every step; None: always.
+
+        Raises:
+            NotSupportedError: for a decay that cannot be taken over.
+        """
+        plan = self.plan
+        claimed = plan.claimed
+        check_decay_takeover(plan.optimizer, claimed)
+
+        def claimed_now() -> Claimed:
+            return claimed if holds is None or holds() else {}
+
+        plan.on_close(plan.bracket.claim_decay(self, owner, claimed_now))
 
     def stated_effect(self, target: Target) -> Effect:
         """`effect`, if it is still true: a subclass that changes what is done, and does not say

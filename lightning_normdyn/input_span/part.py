@@ -442,7 +442,9 @@ class SpanPart(Part[Any]):
     def checkpoint_saved(self) -> None:
         """Send what was measured to the process that called ``fit``: one that the Trainer started
         gets no on_exception when it fails."""
-        self.rule.send_history(self.session.trainer)
+        self.rule.send_history(self._trainer)
+
+    torn_down = checkpoint_saved
 
     def extra(self) -> dict[str, Any]:
         """The history, and the chosen epoch that is running."""

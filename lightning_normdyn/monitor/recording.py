@@ -335,6 +335,10 @@ class Recording(Part[Any]):
             # A process that the Trainer started gets no on_exception when it fails.
             self.rule.send_history(self.trainer)
 
+    def torn_down(self) -> None:
+        """Send the whole history to the process that called ``fit``, if that is another one."""
+        self.rule.send_history(self.trainer)
+
     def _write_history(self, history: History) -> None:
         """Rank zero: the history so far into a file beside each logger's own."""
         if not self.trainer.is_global_zero or self.is_off:

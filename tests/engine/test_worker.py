@@ -208,7 +208,7 @@ def test_a_claim_of_decay_ends_with_the_plan() -> None:
     class Pulls(Worker[Any]):
         def __init__(self, part: Any, plan: Any) -> None:
             super().__init__(part, plan)
-            self.claim_decay(DecayOwner.SHRINK, plan.claimed)
+            self.claim_decay(DecayOwner.SHRINK)
 
         @during(Phase.SHRINK)
         def pull(self, step: Any) -> None:

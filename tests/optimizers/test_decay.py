@@ -230,7 +230,7 @@ def test_a_gate_decides_which_decay_is_recorded(delta: float, ratio: float) -> N
 class PullingWorker(Worker[Any]):
     def __init__(self, part: Any, plan: Any) -> None:
         super().__init__(part, plan)
-        self.claim_decay(DecayOwner.SHRINK, plan.claimed)
+        self.claim_decay(DecayOwner.SHRINK)
 
     @during(Phase.SHRINK)
     def pull(self, step: Any) -> None:
