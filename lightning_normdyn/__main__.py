@@ -9,29 +9,23 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib
 import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from lightning_normdyn import __version__
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.invariance.checks import inspect_module
-from lightning_normdyn.invariance.verdict import targets_table
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.report.page import write_report
-from lightning_normdyn.monitor.report.runs import load_run
 from lightning_normdyn.storage import is_remote
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _EXAMPLES = """examples:
   python -m lightning_normdyn demo
@@ -208,25 +202,28 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _own(name: str) -> Any:
+    """A module of this package, imported only when a command needs it: torch comes with it, and
+    would make ``--help`` and every usage error wait for seconds."""
+    return importlib.import_module(f"lightning_normdyn.{name}")
+
+
 # --------------------------------------------------------------------------------------------- demo
 
 
 def _demo(options: argparse.Namespace) -> None:
     # Beside the package in the source tree, or within it.
     package = Path(__file__).parent
-    for folder in (package.parent, package):
-        example = folder / "examples" / "digits_resnet.py"
-        if example.is_file():
-            break
-    else:
+    places = [folder / "examples" / "digits_resnet.py" for folder in (package.parent, package)]
+    example = next(filter(Path.is_file, places), None)
+    if example is None:
         raise NormDynError(
             f"the demonstration is examples/digits_resnet.py of the source tree, and there is none "
-            f"beside {package}. "
-            "Get it with `pip download --no-deps --no-binary lightning-normdyn lightning-normdyn` "
-            "and unpack it."
+            f"beside {package}. Get it with `pip download --no-deps --no-binary lightning-normdyn "
+            f"lightning-normdyn` and unpack it."
         )
-    command = [sys.executable, str(example), "--demo", "--preset", options.preset]
-    command += ["--out", str(options.out), "--logger", "csv"]
+    command = [sys.executable, example, "--demo", "--preset", options.preset]
+    command += ["--out", options.out, "--logger", "csv"]
     # A person sees the progress of the training; a log gets its last words if it fails.
     watched = sys.stderr.isatty()
     # In a process of its own: the example is a script, and may end by itself.
@@ -240,11 +237,8 @@ def _demo(options: argparse.Namespace) -> None:
             reason = f": {lines[-1].removeprefix('error: ')}"
         raise NormDynError(f"the demonstration failed{reason}.")
 
-    runs = {
-        "weight decay": load_run(options.out / "decay"),
-        "AdaptiveWeightShrink": load_run(options.out / "aws"),
-    }
-    report = write_report(runs, options.out / "report.html", _say)
+    folders = {"weight decay": options.out / "decay", "AdaptiveWeightShrink": options.out / "aws"}
+    report = _write_report(folders, options.out / "report.html")
     for path in (*sorted(options.out.glob("*.png")), report):
         print(path)
 
@@ -258,7 +252,7 @@ def _inspect(options: argparse.Namespace) -> None:
     inputs = _inputs(module, options)
     _say("reading the graph of one forward pass and testing the outputs")
     try:
-        verdicts = inspect_module(module, *inputs)
+        verdicts = _own("invariance.checks").inspect_module(module, *inputs)
     except NormDynError:
         raise
     except (Exception, SystemExit) as error:
@@ -271,10 +265,12 @@ def _inspect(options: argparse.Namespace) -> None:
     width = None
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    print(targets_table(verdicts, width))
+    print(_own("invariance.verdict").targets_table(verdicts, width))
 
 
 def _build(name: str, settings: dict[str, Any]) -> nn.Module:
+    from torch import nn
+
     source, _, attribute = name.rpartition(":")
     _say(f"importing {source}")
     with _importing_from_here():
@@ -304,11 +300,11 @@ def _import(source: str) -> Any:
     if not source.endswith(".py"):
         return importlib.import_module(source)
     path = Path(source).resolve()
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None or not path.is_file():
+    if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     # So that it finds its neighbours, as when it is run.
     sys.path.insert(0, str(path.parent))
+    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickles look there.
     sys.modules[path.stem] = module
@@ -319,7 +315,7 @@ def _import(source: str) -> Any:
 @contextmanager
 def _importing_from_here() -> Iterator[None]:
     """Find modules in the working folder too, whatever started this process."""
-    before = list(sys.path)
+    before = sys.path.copy()
     sys.path.insert(0, os.getcwd())
     try:
         yield
@@ -329,11 +325,13 @@ def _importing_from_here() -> Iterator[None]:
 
 
 def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
+    from torch import Tensor
+
     if options.input_shape:
         shapes = [(options.batch_size, *shape) for shape in options.input_shape]
         return tuple(_random_input(shape, options.integers) for shape in shapes)
     example = getattr(module, "example_input_array", None)
-    if isinstance(example, torch.Tensor):
+    if isinstance(example, Tensor):
         return (example,)
     if isinstance(example, tuple):
         return example
@@ -344,6 +342,8 @@ def _inputs(module: nn.Module, options: argparse.Namespace) -> tuple[Any, ...]:
 
 
 def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
+    import torch
+
     # A seed: the same model gets the same verdicts.
     generator = torch.Generator().manual_seed(0)
     if below is None:
@@ -364,24 +364,29 @@ def _report(options: argparse.Namespace) -> None:
         )
     if any(output == os.path.realpath(path) for _, path in named):
         raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
-    runs: dict[str, History] = {}
-    for label, path in _distinct(named):
+    print(_write_report(dict(_distinct(named)), options.output))
+
+
+def _write_report(places: Mapping[str, str | Path], output: Path) -> Path:
+    """One report of the runs in these places, by their labels."""
+    runs = {}
+    for label, path in places.items():
         _say(f"reading {path}")
-        runs[label] = load_run(path)
-    print(write_report(runs, options.output, _say))
+        runs[label] = _own("monitor.report.runs").load_run(path)
+    report: Path = _own("monitor.report.page").write_report(runs, output, _say)
+    return report
 
 
-def _named_run(text: str) -> tuple[str, str | Path]:
+def _named_run(text: str) -> tuple[str, str]:
     """Label and place of a run; the label is empty where none was given."""
     label, equals, path = text.partition("=")
     # An equals sign may belong to a URL, or to a path (`lr=0.1/history.npz`).
     if not equals or not label or is_remote(text) or Path(text).exists():
-        label, path = "", text
-    # A URL stays text: Path would make `s3:/` of `s3://`.
-    return label, path if is_remote(path) else Path(path)
+        return "", text
+    return label, path
 
 
-def _distinct(named: Sequence[tuple[str, str | Path]]) -> Iterator[tuple[str, str | Path]]:
+def _distinct(named: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Labels for runs: as given, else as much of the end of the path as tells them apart."""
     parts = [_telling_parts(path) for _, path in named]
     used: Counter[str] = Counter()
@@ -394,7 +399,7 @@ def _distinct(named: Sequence[tuple[str, str | Path]]) -> Iterator[tuple[str, st
         yield (label if used[label] == 1 else f"{label} ({used[label]})"), path
 
 
-def _telling_parts(path: str | Path) -> tuple[str, ...]:
+def _telling_parts(path: str) -> tuple[str, ...]:
     """The parts of a path that may name a run: not the ``history.npz`` that all of them end in."""
     # Path.resolve() stumbles over a link to itself.
     place = Path(path if is_remote(path) else os.path.realpath(path))

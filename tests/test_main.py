@@ -12,6 +12,7 @@ import pytest
 
 import lightning_normdyn.__main__ as command_line
 from lightning_normdyn.monitor.history import History, load_history
+from lightning_normdyn.monitor.report import page, runs
 
 main = command_line.main
 
@@ -58,6 +59,18 @@ def test_help_shows_examples(capsys, command):
         assert f"  python -m lightning_normdyn {command}" in capsys.readouterr().out
 
 
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['lightning_normdyn', 'report', '--help']\n"
+        "try:\n    runpy.run_module('lightning_normdyn', run_name='__main__')\n"
+        "finally:\n    assert not {'torch', 'lightning', 'numpy'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "one self-contained HTML file" in done.stdout
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -85,7 +98,7 @@ def test_wrong_usage_is_2(capsys, arguments):
 
 def test_a_failure_that_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     run_of().save("run.npz")
-    monkeypatch.setattr(command_line, "write_report", lambda *_: {}["missing"])
+    monkeypatch.setattr(page, "write_report", lambda *_: {}["missing"])
     assert "KeyError; run again with --traceback" in refused(capsys, "report", "run.npz")
     with pytest.raises(KeyError):
         main(["report", "run.npz", "--traceback"])
@@ -95,7 +108,7 @@ def test_ctrl_c_is_quiet(capsys, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command_line, "load_run", interrupted)
+    monkeypatch.setattr(runs, "load_run", interrupted)
     assert main(["report", "run.npz"]) == 130
     assert capsys.readouterr().err == ""
 

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_normdyn.engine.arguments import Granularity, Params, check_count
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.monitor.history_files import KeepsHistory
 from lightning_normdyn.monitor.measure import Look, StepGauge
@@ -90,10 +89,6 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
                 )
                 # One weight is enough: the sentence is about the optimizer.
                 return
-
-    def treatment(self, target: Target) -> str:
-        """Measuring is not treating."""
-        return ""
 
 
 class NormDynamicsMonitor(NormDynCallback, KeepsHistory):

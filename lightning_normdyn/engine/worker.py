@@ -113,8 +113,8 @@ class Worker(Generic[AnyRule]):
         return NoEffect()
 
     def treatment(self, target: Target) -> str:
-        """How the tables say what happens to ``target``."""
-        return type(self.rule).__name__
+        """How the tables say what happens to ``target``; nothing where nothing does."""
+        return "" if isinstance(self.effect(target), NoEffect) else type(self.rule).__name__
 
     def treatments(self) -> list[str]:
         """`treatment` of all targets, in their order; where that takes sums over vectors, every

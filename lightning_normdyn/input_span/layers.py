@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from lightning_normdyn.input_span.covariance import covariance_bytes
 from lightning_normdyn.input_span.gather import InputGatherer
 from lightning_normdyn.input_span.rows import (
     LAYERS,
     Shape,
+    covariance_bytes,
     row_shape,
     share_filters,
     weight_shape,

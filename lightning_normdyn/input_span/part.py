@@ -14,7 +14,6 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from lightning_normdyn.engine.effect import Effect, NoEffect
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
@@ -36,7 +35,6 @@ from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
 from lightning_normdyn.input_span.rows import filter_labels, filters_of
 from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
 from lightning_normdyn.monitor.history import History, check_history
-from lightning_normdyn.optimizers.views import torch_optimizers
 
 # Covariances may have hundreds of MiB, which nobody expects in a checkpoint.
 MOST_SAVED_BYTES = 64 * 2**20
@@ -49,28 +47,18 @@ CHECK_EPOCH = record(
 
 
 class SpanWorker(Worker[Any]):
-    """Knows which weight vector each filter belongs to; it has no part in a step."""
+    """Refuses vectors that are not made of whole filters; it has no part in a step."""
 
     def __init__(self, part: SpanPart, plan: Plan) -> None:
         super().__init__(part, plan)
-        self.labels: dict[str, Tensor] = {}
         for target in plan.targets:
             try:
-                layer = part.layers.readers[target.weight][0]
-                self.labels[target.name] = filter_labels(layer, target.partition)
+                filter_labels(part.layers.readers[target.weight][0], target.partition)
             except NotSupportedError as error:
                 raise NotSupportedError(
                     f"`{target.name}` cannot be a target of InputSpanMonitor: {error}. Leave it "
                     f"out with params=[..., '!{target.name}']."
                 ) from error
-
-    def effect(self, target: Target) -> Effect:
-        """It only looks."""
-        return NoEffect()
-
-    def treatment(self, target: Target) -> str:
-        """Measuring is not treating."""
-        return ""
 
 
 class SpanPart(Part[Any]):
@@ -122,10 +110,7 @@ class SpanPart(Part[Any]):
             return
         self.layers.trial = self._try()
         # Once more, with what the trial has shown.
-        optimizers = []
-        for optimizer in self._trainer.optimizers:
-            optimizers += torch_optimizers(optimizer)
-        self.check_patterns(optimizers)
+        self.check_patterns(self.session.attachment.optimizers)
         self._refuse_to_measure_nothing()
 
     def check_weight(self, weight: Tensor, name: str) -> None:
@@ -407,10 +392,6 @@ class SpanPart(Part[Any]):
         if world > 1:
             for stream in streams:
                 stream.merge(dist.all_reduce)
-        labels_of: dict[str, Tensor] = {}
-        for worker in self.workers.values():
-            assert isinstance(worker, SpanWorker)
-            labels_of.update(worker.labels)
         # One row per layer, filled by the rank whose share it is: the sum over ranks completes it.
         table = torch.zeros(len(measured), SpanSummary.WIDTH, dtype=torch.float64, device="cpu")
         for i, (target, stream) in enumerate(zip(measured, streams, strict=True)):
@@ -420,9 +401,7 @@ class SpanPart(Part[Any]):
             if i % world == rank and stream.count:
                 layer = self.layers.readers[target.weight][0]
                 filters = filters_of(layer, whole).to(stream.mean)
-                labels = labels_of.get(target.name)
-                if labels is None:
-                    labels = filter_labels(layer, target.partition)
+                labels = filter_labels(layer, target.partition)
                 table[i] = summary_numbers(
                     filters, stream, labels, self.rule.energy, self.rule.method
                 )

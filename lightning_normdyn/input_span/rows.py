@@ -67,6 +67,17 @@ def row_shape(layer: nn.Module) -> tuple[int, int]:
     return int(settings.groups), channels * math.prod(settings.kernel_size)
 
 
+def covariance_bytes(layer: nn.Module) -> int:
+    """What the covariance of a layer's rows takes in float64.
+
+    Example:
+        >>> covariance_bytes(nn.Conv2d(512, 512, 3)) / 2**20
+        162.0
+    """
+    groups, entries = row_shape(layer)
+    return 8 * groups * entries**2
+
+
 def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
     """The weight, or anything of its shape, filter by filter.
 

@@ -1,18 +1,42 @@
-"""The numbers that are logged of one layer: its weights beside the span of its inputs."""
+r"""The numbers that are logged of one layer: the span of its inputs, and what part of its weights
+lies in it.
+
+This is the input space projection of the WRS paper (Figures 4 to 6). Directions in which the input
+rows do not vary get no gradient behind a normalization: whatever a weight has there is noise that
+training cannot remove.
+
+Letters: ``r`` rows, ``g`` groups of a convolution (1 for other layers), ``d`` entries of a row,
+``m`` filters of a group.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite, nan
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.functional import generalized_gaussian_shape
-from lightning_normdyn.input_span.covariance import Covariance
-from lightning_normdyn.input_span.span import input_span, vector_shares
+from lightning_normdyn.functional import (
+    generalized_gaussian_shape,
+    input_space_basis,
+    spectral_rank,
+)
+from lightning_normdyn.input_span.gather import Covariance
+
+# Up to this many entries of a row the whole eigenbasis is computed. Beyond, only the leading
+# directions, by a randomized method: eigh would take hours and three times the covariance's memory.
+LARGEST_EXACT = 5120
+
+# Inputs whose variance is below this share of their mean square differ by rounding only, so they
+# count as constant.
+CONSTANT = 1e-12
+
+# Directions with less than this share of the largest variance are noise of float32 inputs.
+IDLE = 1e-10
 
 BINS = 61
 
@@ -110,3 +134,149 @@ def summary_numbers(
     numbers = [share, rank, *map(float, shapes)]
     first = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     return torch.cat([first, *histograms])
+
+
+# ---- The span of the inputs ----
+
+
+class InputSpan(NamedTuple):
+    """What the inputs of a layer see of its filters.
+
+    Args:
+        rank: int64 ``(g,)``: directions that hold the asked share of the inputs' variance; 0 for
+            constant inputs.
+        seen: ``(g, m)``: squared length of each filter within those directions (truncated).
+        energy: ``(g, m)``: squared length of each filter.
+        rotated: ``(g', m, d)``: the filters in the whole eigenbasis (norms kept), without groups
+            whose inputs are constant; None where only the leading directions were computed.
+    """
+
+    rank: Tensor
+    seen: Tensor
+    energy: Tensor
+    rotated: Tensor | None
+
+
+def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float) -> InputSpan:
+    r"""Decompose filters along the directions in which their inputs vary.
+
+    The leading directions together hold the share ``energy`` of the inputs' variance. Up to
+    ``LARGEST_EXACT`` entries they come from ``torch.linalg.eigh``: about :math:`10 d^3` operations
+    and memory for three covariances. Beyond, ``torch.svd_lowrank`` looks for as many as are needed,
+    at about :math:`20 k d^2` operations for :math:`k` of them, with random numbers of its own.
+
+    Args:
+        filters: ``(g, m, d)``.
+        covariance: ``(g, d, d)`` of the rows.
+        mean: ``(g, d)`` of the rows.
+        energy: share of the variance, in (0, 1].
+
+    Example:
+        >>> filters = torch.tensor([[[3.0, 4.0]]])
+        >>> covariance = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+        >>> span = input_span(filters, covariance, torch.zeros(1, 2), energy=0.99)
+        >>> span.rank.tolist(), (span.seen / span.energy).tolist()
+        ([1], [[0.36000001430511475]])
+    """
+    filters = filters.to(covariance.device, covariance.dtype)
+    exact = covariance.shape[-1] <= LARGEST_EXACT
+    ranks = []
+    seen = []
+    rotated = []
+    for of_group, spread, middle in zip(filters, covariance, mean, strict=True):
+        variance = float(spread.trace())
+        if variance <= CONSTANT * (variance + float(middle.square().sum())):
+            ranks.append(0)
+            seen.append(torch.zeros_like(of_group[:, 0]))
+            continue
+        if exact:
+            eigenvalues, basis = _eigenbasis(spread)
+            rank = spectral_rank(eigenvalues, energy)
+        else:
+            basis = _leading_directions(spread, energy * variance)
+            rank = basis.shape[1]
+        coordinates = of_group @ basis
+        ranks.append(rank)
+        seen.append(coordinates[:, :rank].square().sum(1))
+        rotated.append(coordinates)
+    whole = None
+    if exact:
+        whole = torch.stack(rotated) if rotated else filters[:0]
+    rank_of_group = torch.tensor(ranks, dtype=torch.long, device="cpu")
+    length_seen = torch.stack(seen)
+    length = filters.square().sum(-1)
+    return InputSpan(rank_of_group, length_seen, length, whole)
+
+
+def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """As `input_space_basis`, with one answer also where the inputs do not vary.
+
+    There any basis would do, and rounding would choose it.
+    """
+    eigenvalues, basis = (x.to(covariance.dtype) for x in input_space_basis(covariance))
+    idle = int((eigenvalues <= IDLE * eigenvalues[0]).sum())
+    if idle:
+        varied = basis[:, :-idle]
+        rest = basis[:, -idle:]
+        # Choose the basis in which the place of an entry within the row is diagonal: for entries
+        # that are always 0, that is those entries themselves.
+        place = torch.linspace(0, 1, len(covariance), dtype=rest.dtype, device=rest.device)
+        place_in_rest = rest.T @ (place[:, None] * rest)
+        turned = torch.linalg.eigh(place_in_rest)[1]
+        basis = torch.cat([varied, rest @ turned], dim=1)
+    return eigenvalues, basis
+
+
+def _leading_directions(covariance: Tensor, variance: float) -> Tensor:
+    """As many eigenvectors as hold ``variance``, ``(d, k)``."""
+    most = len(covariance)
+    k = min(most, 64)
+    while True:
+        with _own_random_numbers(covariance.device):
+            vectors, values, _ = torch.svd_lowrank(covariance, q=k, niter=4)
+        held = values.cumsum(0)
+        rounding = 1e-12 * float(held[-1])
+        # A randomized method finds a little less than is there, so an energy of 1 could ask for
+        # more than it can ever find.
+        enough = int((held < variance - rounding).sum()) + 1
+        if enough <= k or k == most:
+            return vectors[:, : min(enough, k)]
+        k = min(most, 2 * k)
+
+
+@contextmanager
+def _own_random_numbers(device: torch.device) -> Iterator[None]:
+    """The same random numbers at every call, and those of the training left as they were."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        yield
+
+
+def vector_shares(span: InputSpan, labels: Tensor) -> Tensor:
+    """Share of each weight vector that the inputs see; NaN for a vector of zeros.
+
+    Args:
+        span: of the layer.
+        labels: ``(g, m)``, from `lightning_normdyn.input_span.rows.filter_labels`.
+
+    Returns:
+        ``(n,)``, in [0, 1].
+
+    Example:
+        >>> seen, energy = torch.tensor([[1.0, 0.0]]), torch.tensor([[4.0, 0.0]])
+        >>> span = InputSpan(torch.tensor([1]), seen, energy, None)
+        >>> vector_shares(span, torch.tensor([[0, 1]])).tolist()
+        [0.25, nan]
+    """
+    labels = labels.flatten().to(span.seen.device)
+    belongs = labels >= 0
+    n = int(labels.max()) + 1 if len(labels) else 0
+
+    def per_vector(of_filters: Tensor) -> Tensor:
+        zeros = torch.zeros(n, dtype=of_filters.dtype, device=of_filters.device)
+        return zeros.index_add_(0, labels[belongs], of_filters.flatten()[belongs])
+
+    seen = per_vector(span.seen)
+    energy = per_vector(span.energy)
+    return (seen / energy).clamp(max=1)

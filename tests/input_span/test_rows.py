@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from lightning_normdyn import NotSupportedError, Partition
-from lightning_normdyn.input_span.covariance import covariance_bytes
 from lightning_normdyn.input_span.rows import (
     LAYERS,
     InputRows,
+    covariance_bytes,
     filter_labels,
     filters_of,
     row_shape,

@@ -1,4 +1,5 @@
-"""The numbers of one layer: shares, shapes and histograms, and what is not finite."""
+"""The numbers of one layer: shares, shapes and histograms, and what is not finite; spans against
+the directions that inputs were made of."""
 
 from __future__ import annotations
 
@@ -7,8 +8,16 @@ from math import isnan
 import pytest
 import torch
 
-from lightning_normdyn.input_span.covariance import Covariance
-from lightning_normdyn.input_span.summary import BINS, REACH, SpanSummary, summary_numbers
+from lightning_normdyn.input_span import summary as input_span
+from lightning_normdyn.input_span.gather import Covariance
+from lightning_normdyn.input_span.summary import (
+    BINS,
+    REACH,
+    InputSpan,
+    SpanSummary,
+    summary_numbers,
+    vector_shares,
+)
 
 
 def summary_of(filters: torch.Tensor, rows: torch.Tensor) -> SpanSummary:
@@ -55,3 +64,101 @@ def test_constant_inputs_have_no_shape_in_their_space():
     assert not summary.broken
     assert isnan(summary.values()["ggd_shape_input"])
     assert list(summary.histograms()) == ["histogram_parameter"]
+
+
+# ---- The span of the inputs ----
+
+
+def test_shares_of_vectors_leave_out_filters_of_none():
+    span = InputSpan(
+        torch.tensor([1]), torch.tensor([[1.0, 2.0, 5.0]]), torch.tensor([[4.0, 4.0, 5.0]]), None
+    )
+    assert vector_shares(span, torch.tensor([[0, 0, -1]])).tolist() == [0.375]
+
+
+def known(
+    groups: int = 2, rank: int = 3, entries: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows that vary in ``rank`` directions of each group around a mean, and an orthonormal basis
+    of those directions."""
+    basis = torch.linalg.qr(torch.randn(groups, entries, rank, dtype=torch.float64))[0]
+    rows = (
+        torch.einsum("rgk,gdk->rgd", torch.randn(200, groups, rank, dtype=torch.float64), basis) + 5
+    )
+    covariance = torch.stack([torch.cov(of_group.T, correction=0) for of_group in rows.unbind(1)])
+    return covariance, rows.mean(0), basis
+
+
+@pytest.mark.parametrize("randomized", [False, True])
+def test_the_share_inside_a_known_span(randomized, monkeypatch):
+    if randomized:
+        monkeypatch.setattr(input_span, "LARGEST_EXACT", 4)
+    covariance, mean, basis = known()
+    filters = torch.randn(2, 4, 8, dtype=torch.float64)
+    filters[0, 1] = 0
+    found = input_span.input_span(filters, covariance, mean, energy=1.0)
+    assert found.rank.tolist() == [3, 3]
+    expected = torch.einsum("gmd,gdk->gmk", filters, basis).square().sum(-1)
+    torch.testing.assert_close(found.seen, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(found.energy, filters.square().sum(-1))
+    assert vector_shares(found, torch.arange(8).view(2, 4)).isnan().tolist() == [
+        i == 1 for i in range(8)
+    ]
+    if randomized:
+        assert found.rotated is None  # only the truncated quantities can be known
+    else:
+        torch.testing.assert_close(
+            found.rotated.norm(dim=-1), filters.norm(dim=-1), rtol=1e-12, atol=0
+        )
+        assert (found.seen < found.energy - 1e-3).any()  # the truncated ones are shorter
+
+
+def test_the_randomized_method_takes_as_many_directions_as_the_energy_needs(monkeypatch):
+    spectrum = 0.97 ** torch.arange(200, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.randn(200, 200, dtype=torch.float64))[0]
+    covariance = ((basis * spectrum) @ basis.T)[None]
+    filters, mean = (
+        torch.randn(1, 5, 200, dtype=torch.float64),
+        torch.zeros(1, 200, dtype=torch.float64),
+    )
+    exact = input_span.input_span(filters, covariance, mean, energy=0.99)
+    monkeypatch.setattr(input_span, "LARGEST_EXACT", 100)
+    found = input_span.input_span(filters, covariance, mean, energy=0.99)
+    assert exact.rank.tolist() == [145]  # more than the 64 that are tried first
+    assert 0 <= int(found.rank) - 145 <= 3
+    torch.testing.assert_close(found.seen, exact.seen, rtol=0.03, atol=0)
+
+
+def test_rounding_does_not_choose_the_basis_where_inputs_do_not_vary():
+    rows = torch.randn(30, 1, 40, dtype=torch.float64)  # 11 directions are left over
+    rows[:, :, 5:8] = 0
+    filters, covariance, mean = (
+        torch.randn(1, 6, 40, dtype=torch.float64),
+        torch.cov(rows[:, 0].T, correction=0)[None],
+        rows.mean(0),
+    )
+    noise = 1e-15 * torch.randn(1, 40, 40, dtype=torch.float64)
+    first, second = (
+        input_span.input_span(filters, c, mean, energy=1.0)
+        for c in (covariance, covariance + noise + noise.mT)
+    )
+    torch.testing.assert_close(first.rotated.abs(), second.rotated.abs(), rtol=0, atol=1e-9)
+    assert first.rank.tolist() == [29]
+    # Entries that are always 0 stay what they are.
+    for entry in (5, 6, 7):
+        assert (first.rotated[0].abs().T - filters[0, :, entry].abs()).abs().sum(1).min() < 1e-9
+
+
+def test_constant_inputs_see_nothing():
+    covariance, mean, _ = known()
+    covariance[0] = 1e-16
+    found = input_span.input_span(
+        torch.ones(2, 3, 8, dtype=torch.float64), covariance, mean, energy=0.99
+    )
+    assert found.rank.tolist() == [0, 3]
+    assert found.seen[0].tolist() == [0, 0, 0]
+    assert found.rotated.shape == (1, 3, 8)
+    covariance[1] = 0
+    assert input_span.input_span(
+        torch.ones(2, 3, 8), covariance, mean, energy=0.99
+    ).rotated.shape == (0, 3, 8)
