@@ -106,10 +106,8 @@ def weight_std(weight: Tensor) -> Tensor:
         >>> weight_std(torch.tensor([[1.0, 3.0], [5.0, 5.0]]))
         tensor([1., 0.])
     """
-    rows = _rows(weight)
-    # Two passes: the one-pass form loses everything when the mean is large against the spread.
-    centred = rows - rows.mean(1, keepdim=True)
-    return _narrow(centred.square().mean(1).sqrt(), weight)
+    # Not from sums of squares, which lose everything when the mean is large against the spread.
+    return _narrow(_rows(weight).std(1, correction=0), weight)
 
 
 def effective_lr(lr: Scalar, norm: Tensor) -> Tensor:
@@ -204,8 +202,7 @@ def angular_update(before: Tensor, after: Tensor) -> Tensor:
         >>> angular_update(torch.tensor([[1.0, 0.0]]), torch.tensor([[2.0, 2.0]]))  # pi / 4
         tensor([0.7854])
     """
-    _check_same_shape(before, after, "before", "after")
-    old, new = _rows(before), _rows(after)
+    old, new = _same_rows(before=before, after=after)
     unit = old / old.square().sum(1, keepdim=True).sqrt()  # NaN for a zero vector, and so the angle
     along = (new * unit).sum(1, keepdim=True)
     across = new - along * unit
@@ -303,8 +300,7 @@ def project_tangent(update: Tensor, weight: Tensor) -> Tensor:
         >>> project_tangent(torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0, 0.0]]))
         tensor([[0., 1.]])
     """
-    _check_same_shape(update, weight, "update", "weight")
-    x, w = _rows(update), _rows(weight)
+    x, w = _same_rows(update=update, weight=weight)
     along = radial_coefficient(w.square().sum(1), (w * x).sum(1)).unsqueeze(1)
     # where: a coefficient of 0 times an infinite entry would still be NaN.
     projected = x.where(along == 0, x - along * w)
@@ -365,8 +361,7 @@ def gradient_cosine(weight: Tensor, grad: Tensor) -> Tensor:
         >>> gradient_cosine(weight, torch.tensor([[0.0, 5.0], [3.0, 4.0]]))
         tensor([0.0000, 0.6000])
     """
-    _check_same_shape(weight, grad, "weight", "grad")
-    w, g = _rows(weight), _rows(grad)
+    w, g = _same_rows(weight=weight, grad=grad)
     cosine = cosine_from_sums(w.square().sum(1), (w * g).sum(1), g.square().sum(1))
     return _narrow(cosine, weight, grad)
 
@@ -414,8 +409,8 @@ def displacement_sums(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor, Te
         >>> [x.item() for x in displacement_sums(before, after)]
         [1.0, 0.0, 4.0]
     """
-    _check_same_shape(before, after, "before", "after")
-    old, step = _rows(before), _rows(after) - _rows(before)
+    old, new = _same_rows(before=before, after=after)
+    step = new - old
     return old.square().sum(1), (old * step).sum(1), step.square().sum(1)
 
 
@@ -794,15 +789,13 @@ def _where_directed(norm: Tensor, value: Tensor) -> Tensor:
     return value * (norm / norm)  # 1, or NaN for 0 and for what is not finite
 
 
-def _check_same_shape(
-    first: Tensor,
-    second: Tensor,
-    first_name: str,
-    second_name: str,
-) -> None:
+def _same_rows(**weights: Tensor) -> map[Tensor]:
+    """The rows of two tensors, which must have one shape, in the order in which they are named."""
+    (first_name, first), (second_name, second) = weights.items()
     # Broadcasting would silently compare every vector with one.
     if first.shape != second.shape:
         raise ValueError(
             f"`{first_name}` and `{second_name}` must have the same shape, got "
             f"{tuple(first.shape)} and {tuple(second.shape)}."
         )
+    return map(_rows, (first, second))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -46,58 +46,53 @@ def weight_decay_equivalent_lrs(
         >>> [round(lr, 4) for lr in lrs]  # 0.1 · 0.95^-1, 0.1 · 0.95^-3, ...
         [0.1053, 0.1166, 0.0123]
     """
+    decay = _Decay(weight_decay, momentum, dampening)
     scalar, velocity = 1.0, None
     compensated = []
     for step, lr in enumerate(lrs):
-        following, velocity = _decayed(scalar, velocity, lr, weight_decay, momentum, dampening)
-        compensated.append(_compensated(lr, scalar, following, weight_decay, momentum, step))
-        scalar = following
+        compensated.append(decay.compensated(scalar, velocity, lr, step))
+        scalar, velocity = decay.after(scalar, velocity, lr)
     return compensated
 
 
-def _decayed(
-    scalar: float,
-    velocity: float | None,
-    lr: float,
-    weight_decay: float,
-    momentum: float,
-    dampening: float,
-) -> tuple[float, float]:
-    """One step of torch.optim.SGD on a number with gradient zero.
+class _Decay(NamedTuple):
+    """torch.optim.SGD on a number with gradient zero: the scalar that carries the decay."""
 
-    Returns:
-        The number and its momentum buffer afterwards.
-    """
-    pull = weight_decay * scalar
-    # torch starts the buffer with the undamped first gradient, and keeps none without momentum.
-    if velocity is None or not momentum:
-        velocity = pull
-    else:
-        velocity = momentum * velocity + (1 - dampening) * pull
-    return scalar - lr * velocity, velocity
+    weight_decay: float
+    momentum: float
+    dampening: float
 
+    def after(self, scalar: float, velocity: float | None, lr: float) -> tuple[float, float]:
+        """The number and its momentum buffer after one step."""
+        pull = self.weight_decay * scalar
+        # torch starts the buffer with the undamped first gradient, and keeps none without momentum.
+        if velocity is None or not self.momentum:
+            velocity = pull
+        else:
+            velocity = self.momentum * velocity + (1 - self.dampening) * pull
+        return scalar - lr * velocity, velocity
 
-def _compensated(
-    lr: float, scalar: float, following: float, weight_decay: float, momentum: float, step: int
-) -> float:
-    """lr / (p_t p_{t+1}), as long as there is one."""
-    if not following > 0:
-        raise NotSupportedError(
-            f"A decay-free schedule equivalent to weight_decay={weight_decay:g} at lr={lr:g}, "
-            f"momentum={momentum:g} was asked for, but the scalar that carries the decay is not "
-            f"positive after step {step}: the decay turns weights around. At a constant learning "
-            "rate it stays positive while lr x weight_decay < (1 - sqrt(momentum))² = "
-            f"{(1 - math.sqrt(momentum)) ** 2:.3g}: lower one of them."
-        )
-    # Divided twice: the product of two tiny scalars would underflow first.
-    compensated = lr / scalar / following
-    if compensated == math.inf:
-        raise NotSupportedError(
-            f"A decay-free schedule equivalent to weight_decay={weight_decay:g} was asked for, but "
-            f"its learning rate overflows at step {step}, where decay has shrunk the weights to "
-            f"{scalar:.1g} of their length. Train with the decay itself, or for fewer steps."
-        )
-    return compensated
+    def compensated(self, scalar: float, velocity: float | None, lr: float, step: int) -> float:
+        """lr / (p_t p_{t+1}), as long as there is one."""
+        following, _ = self.after(scalar, velocity, lr)
+        if not following > 0:
+            raise NotSupportedError(
+                f"A decay-free schedule equivalent to weight_decay={self.weight_decay:g} at "
+                f"lr={lr:g}, momentum={self.momentum:g} was asked for, but the scalar that carries "
+                f"the decay is not positive after step {step}: the decay turns weights around. At "
+                f"a constant learning rate it stays positive while lr x weight_decay < (1 - "
+                f"sqrt(momentum))² = {(1 - math.sqrt(self.momentum)) ** 2:.3g}: lower one of them."
+            )
+        # Divided twice: the product of two tiny scalars would underflow first.
+        compensated = lr / scalar / following
+        if compensated == math.inf:
+            raise NotSupportedError(
+                f"A decay-free schedule equivalent to weight_decay={self.weight_decay:g} was asked "
+                f"for, but its learning rate overflows at step {step}, where decay has shrunk the "
+                f"weights to {scalar:.1g} of their length. Train with the decay itself, or for "
+                f"fewer steps."
+            )
+        return compensated
 
 
 class WeightDecayEquivalentLR(LRScheduler):
@@ -161,8 +156,9 @@ class WeightDecayEquivalentLR(LRScheduler):
         self._steps_taken = 0
         # Real optimizer steps since the last step of this schedule.
         self._steps_unseen = 0
+        self.optimizer = optimizer
         if inner is None:
-            self._refuse_constant_lr(optimizer)
+            self._refuse_constant_lr()
         # The base class steps once in its __init__, to write the first learning rates: there is no
         # optimizer step to follow yet.
         self._constructed = False
@@ -202,8 +198,10 @@ class WeightDecayEquivalentLR(LRScheduler):
             )
         # Without a real step (a gradient scaler skipped it) the decay does not act.
         if self._steps_unseen == 1:
-            for i, group in enumerate(groups):
-                self._scalars[i], self._velocities[i] = self._advanced(i, group)
+            for i, decay in enumerate(self._decays()):
+                self._scalars[i], self._velocities[i] = decay.after(
+                    self._scalars[i], self._velocities[i], self._inner_lrs[i]
+                )
             self._steps_taken += 1
             self._steps_unseen = 0
         if self.inner is not None:
@@ -213,56 +211,38 @@ class WeightDecayEquivalentLR(LRScheduler):
             self.inner.step()
             self._inner_lrs = [float(group["lr"]) for group in groups]
 
-    def _advanced(self, i: int, group: dict[str, Any]) -> tuple[float, float]:
-        momentum, dampening = float(group["momentum"]), float(group["dampening"])
-        return _decayed(
-            self._scalars[i],
-            self._velocities[i],
-            self._inner_lrs[i],
-            self._weight_decays[i],
-            momentum,
-            dampening,
-        )
+    def _decays(self) -> list[_Decay]:
+        """Of each group, with the numbers that it has now."""
+        return [
+            _Decay(weight_decay, float(group["momentum"]), float(group["dampening"]))
+            for weight_decay, group in zip(
+                self._weight_decays, self.optimizer.param_groups, strict=True
+            )
+        ]
 
     # Floats, where the base class also speaks of tensors.
     def get_lr(self) -> list[float]:  # type: ignore[override]
         """The learning rates of the next step: those of the inner schedule over p_t p_{t+1}."""
-        lrs = []
-        for i, group in enumerate(self.optimizer.param_groups):
-            # Without decay the scalar stays 1, and so does the learning rate of the schedule.
-            following, _ = self._advanced(i, group)
-            lr = _compensated(
-                self._inner_lrs[i],
-                self._scalars[i],
-                following,
-                self._weight_decays[i],
-                float(group["momentum"]),
-                self._steps_taken,
+        # Without decay the scalar stays 1, and so does the learning rate of the schedule.
+        return [
+            decay.compensated(
+                self._scalars[i], self._velocities[i], self._inner_lrs[i], self._steps_taken
             )
-            lrs.append(lr)
-        return lrs
+            for i, decay in enumerate(self._decays())
+        ]
 
-    def _refuse_constant_lr(self, optimizer: Optimizer) -> None:
+    def _refuse_constant_lr(self) -> None:
         """Refuse at once a constant learning rate under which the decay turns weights around."""
-        for lr, decay, group in zip(
-            self._inner_lrs, self._weight_decays, optimizer.param_groups, strict=True
-        ):
-            pull = lr * decay
-            if not pull:
-                continue
-            # By running its scalar ahead: if it changes its sign, it does so soon.
-            steps = min(10_000, math.ceil(30 / pull))
-            weight_decay_equivalent_lrs(
-                [lr] * steps,
-                decay,
-                momentum=float(group["momentum"]),
-                dampening=float(group["dampening"]),
-            )
+        for lr, decay in zip(self._inner_lrs, self._decays(), strict=True):
+            pull = lr * decay.weight_decay
+            if pull:
+                # By running its scalar ahead: if it changes its sign, it does so soon.
+                steps = min(10_000, math.ceil(30 / pull))
+                weight_decay_equivalent_lrs([lr] * steps, **decay._asdict())
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists, and the inner schedule's own state under ``"inner"``."""
-        state = dict(self.__dict__)
-        del state["optimizer"]
+        state: dict[str, Any] = super().state_dict()
         if self.inner is not None:
             state["inner"] = self.inner.state_dict()
         return state

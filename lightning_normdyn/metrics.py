@@ -20,6 +20,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from lightning_normdyn import functional as F
+from lightning_normdyn.engine.arguments import check_choice
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.plots.vectors import draw_metric
 
@@ -64,21 +65,13 @@ class _PerVector(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if granularity not in ("filter", "layer"):
-            raise ValueError(f"`granularity` must be 'filter' or 'layer', got {granularity!r}.")
-        if reduction not in ("none", "mean"):
-            raise ValueError(f"`reduction` must be 'none' or 'mean', got {reduction!r}.")
-        self.granularity = granularity
-        self.reduction = reduction
+        self.granularity = check_choice("granularity", granularity, ("filter", "layer"))
+        self.reduction = check_choice("reduction", reduction, ("none", "mean"))
         # Without dimensions until the first update says how many vectors there are: a zero adds to
         # anything. The names tell the classes apart, because MetricCollection lets metrics share
         # their states when names and first values agree.
         shape = () if num_vectors is None else (num_vectors,)
-        empty = torch.zeros(
-            shape,
-            dtype=torch.float64,
-            device="cpu",
-        )
+        empty = torch.zeros(shape, dtype=torch.float64, device="cpu")
         self._total = f"{quantity}_total"
         self._count = f"{quantity}_count"
         self.add_state(self._total, empty, dist_reduce_fx="sum")
@@ -90,11 +83,10 @@ class _PerVector(Metric):
         total = getattr(self, self._total)
         # Another number of vectors cannot be the same weights, and no average is over both.
         if total.ndim and total.shape != new.shape:
-            found = (
+            raise NormDynError(
                 f"{type(self).__name__} was updated with {new.numel()} weight vectors and has "
-                f"{total.numel()}"
+                f"{total.numel()}; pass the same weights every time."
             )
-            raise NormDynError(f"{found}; pass the same weights every time.")
         # NaN is what is not defined; an infinite value is a run that diverged, and shall show.
         seen = ~new.isnan()
         if self.squared:
@@ -165,12 +157,10 @@ class _PerVector(Metric):
         """
         if val is None:
             val = self.compute()
-        is_single = isinstance(val, Tensor)
-        steps = torch.stack(_as_list(val))
-        values = steps.detach().cpu().double().numpy()
+        steps = torch.stack(_as_list(val)).detach().cpu().double()
         # A metric of one vector, or a mean, has no dimension of vectors.
-        values = values.reshape(len(values), -1)
-        return draw_metric(values, self.axis_label, is_single, ax)
+        values = steps.reshape(len(steps), -1).numpy()
+        return draw_metric(values, self.axis_label, isinstance(val, Tensor), ax)
 
 
 class WeightNorm(_PerVector):
@@ -222,12 +212,10 @@ class EffectiveLR(_PerVector):
     axis_label = "effective learning rate"
 
     def __init__(self, *, statistic: Literal["norm", "std"] = "norm", **kwargs: Any) -> None:
-        if statistic not in ("norm", "std"):
-            raise ValueError(f"`statistic` must be 'norm' or 'std', got {statistic!r}.")
         # With the statistic in the name: a MetricCollection must not let both kinds share their
         # states.
         super().__init__(f"effective_lr_{statistic}", **kwargs)
-        self.statistic = statistic
+        self.statistic = check_choice("statistic", statistic, ("norm", "std"))
 
     def update(self, weight: Weights, lr: float | Tensor | Sequence[float]) -> None:
         """See a weight ``(rows, ...)``, or a list of weights, with their learning rate, or a list

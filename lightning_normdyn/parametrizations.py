@@ -27,6 +27,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import ClassVar, TypeVar
 
 import torch
@@ -132,9 +133,7 @@ def weight_standardization(
     """
     if eps < 0:
         raise ValueError(f"`eps` must be >= 0, got {eps}.")
-    return _register(
-        module, name, lambda weight, filters: _WeightStandardization(weight, filters, eps)
-    )
+    return _register(module, name, partial(_WeightStandardization, eps=eps))
 
 
 def bounded_weight_normalization(
@@ -167,9 +166,7 @@ def bounded_weight_normalization(
     """
     if length is not None and not 0 < length < math.inf:
         raise ValueError(f"`length` must be > 0, got {length}.")
-    return _register(
-        module, name, lambda weight, filters: _BoundedWeightNormalization(weight, filters, length)
-    )
+    return _register(module, name, partial(_BoundedWeightNormalization, length=length))
 
 
 def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*") -> ModuleT:
@@ -238,25 +235,35 @@ def is_weight_standardized(module: nn.Module, name: str) -> bool:
 # ---- The parametrizations ----
 
 
-class _Filters:
-    """How a weight divides into filters: dims to sum over, after ``split`` has separated the groups
-    of a transposed convolution."""
+class _FilterParametrization(nn.Module):
+    """A function of a direction tensor, filter by filter.
 
-    def __init__(
-        self,
-        owner: nn.Module,
-        name: str,
-        dims: int,
-    ) -> None:
+    A filter's entries lie along ``dims``, after ``_split`` has separated the groups of a transposed
+    convolution.
+    """
+
+    # The size of the direction tensor that its gradient depends on.
+    statistic: ClassVar[str] = "norm"
+    centered: ClassVar[bool] = False
+
+    def __init__(self, owner: nn.Module, name: str, weight: Tensor) -> None:
+        super().__init__()
         self.groups: int | None = None
-        self.dims = tuple(range(1, dims))
+        self.dims = tuple(range(1, weight.dim()))
         if isinstance(owner, nn.modules.conv._ConvTransposeNd) and name == "weight":
             # (C_in, C_out/groups, ...) becomes (groups, C_in/groups, C_out/groups, ...): a filter
             # has one group and one output channel.
             self.groups = owner.groups
-            self.dims = (1, *range(3, dims + 1))
+            self.dims = (1, *range(3, weight.dim() + 1))
+        divided = self._split(weight)
+        entries = math.prod(divided.shape[d] for d in self.dims)
+        if self.centered and entries == 1:
+            raise NotSupportedError(
+                f"A centred filter of one entry is always 0; got a weight of shape "
+                f"{tuple(weight.shape)}. Exclude it by `name`."
+            )
 
-    def split(self, weight: Tensor) -> Tensor:
+    def _split(self, weight: Tensor) -> Tensor:
         # The square of a large float16 entry is infinite.
         is_half = weight.dtype in (torch.float16, torch.bfloat16)
         wide = weight.float() if is_half else weight
@@ -264,34 +271,17 @@ class _Filters:
             return wide
         return wide.reshape(self.groups, -1, *wide.shape[1:])
 
-    def join(self, filters: Tensor, like: Tensor) -> Tensor:
+    def _join(self, filters: Tensor, like: Tensor) -> Tensor:
         if self.groups is not None:
             filters = filters.flatten(0, 1)
         return filters.to(like.dtype)
 
-
-class _FilterParametrization(nn.Module):
-    # The size of the direction tensor that its gradient depends on.
-    statistic: ClassVar[str] = "norm"
-    centered: ClassVar[bool] = False
-
-    def __init__(self, weight: Tensor, filters: _Filters) -> None:
-        super().__init__()
-        self.filters = filters
-        divided = filters.split(weight)
-        entries = math.prod(divided.shape[d] for d in filters.dims)
-        if self.centered and entries == 1:
-            raise NotSupportedError(
-                f"A centred filter of one entry is always 0; got a weight of shape "
-                f"{tuple(weight.shape)}. Exclude it by `name`."
-            )
-
     def _direction(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The filters, centred or not, and their norms, which broadcast against them."""
-        filters = self.filters.split(weight)
+        filters = self._split(weight)
         if self.centered:
-            filters = filters - filters.mean(self.filters.dims, keepdim=True)
-        return filters, torch.linalg.vector_norm(filters, dim=self.filters.dims, keepdim=True)
+            filters = filters - filters.mean(self.dims, keepdim=True)
+        return filters, torch.linalg.vector_norm(filters, dim=self.dims, keepdim=True)
 
 
 def _or_one(norm: Tensor) -> Tensor:
@@ -303,7 +293,7 @@ def _or_one(norm: Tensor) -> Tensor:
 class _WeightNormalization(_FilterParametrization):
     def forward(self, gain: Tensor, weight: Tensor) -> Tensor:
         filters, norm = self._direction(weight)
-        return self.filters.join(gain.reshape(norm.shape) * (filters / _or_one(norm)), weight)
+        return self._join(gain.reshape(norm.shape) * (filters / _or_one(norm)), weight)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         _, norm = self._direction(weight)
@@ -320,13 +310,8 @@ class _WeightStandardization(_FilterParametrization):
     statistic = "std"
     centered = True
 
-    def __init__(
-        self,
-        weight: Tensor,
-        filters: _Filters,
-        eps: float,
-    ) -> None:
-        super().__init__(weight, filters)
+    def __init__(self, owner: nn.Module, name: str, weight: Tensor, *, eps: float) -> None:
+        super().__init__(owner, name, weight)
         self.eps = eps
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -336,7 +321,7 @@ class _WeightStandardization(_FilterParametrization):
         # Not `+ 0.0`: the search for scale invariance would find an epsilon in the graph.
         if self.eps:
             divisor = divisor + self.eps
-        return self.filters.join(filters / divisor, weight)
+        return self._join(filters / divisor, weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -346,19 +331,16 @@ class _BoundedWeightNormalization(_FilterParametrization):
     length: Tensor
 
     def __init__(
-        self,
-        weight: Tensor,
-        filters: _Filters,
-        length: float | None,
+        self, owner: nn.Module, name: str, weight: Tensor, *, length: float | None
     ) -> None:
-        super().__init__(weight, filters)
+        super().__init__(owner, name, weight)
         # A buffer and no parameter: a checkpoint keeps it, and no optimizer moves it.
         rms = self._direction(weight.detach())[1].square().mean().sqrt()
         self.register_buffer("length", rms if length is None else torch.full_like(rms, length))
 
     def forward(self, weight: Tensor) -> Tensor:
         filters, norm = self._direction(weight)
-        return self.filters.join(self.length * (filters / _or_one(norm)), weight)
+        return self._join(self.length * (filters / _or_one(norm)), weight)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         return weight
@@ -368,15 +350,12 @@ class _BoundedWeightNormalization(_FilterParametrization):
 
 
 def _register(
-    module: ModuleT, name: str | Sequence[str], make: Callable[[Tensor, _Filters], nn.Module]
+    module: ModuleT, name: str | Sequence[str], make: Callable[[nn.Module, str, Tensor], nn.Module]
 ) -> ModuleT:
+    places = [_owner(module, full_name) for full_name in _weight_names(module, name)]
     # All are made before the first is registered, so that a refusal leaves the model as it was.
-    made = []
-    for full_name in _weight_names(module, name):
-        owner, tensor_name, weight = _owner(module, full_name)
-        parametrization = make(weight, _Filters(owner, tensor_name, weight.dim()))
-        made.append((owner, tensor_name, parametrization))
-    for owner, tensor_name, parametrization in made:
+    made = [make(*place) for place in places]
+    for (owner, tensor_name, _), parametrization in zip(places, made, strict=True):
         parametrize.register_parametrization(owner, tensor_name, parametrization)
     return module
 
