@@ -18,9 +18,8 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import (
     equivalent_weight_decay,

@@ -20,8 +20,7 @@ from lightning_normdyn.engine.effect import Effect, ScaledSteps
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf, log, nan
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.arguments import Granularity, Params, as_float, is_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
@@ -23,8 +23,7 @@ from lightning_normdyn.engine.rescaling import (
     changes_function,
 )
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.target import Target
-from lightning_normdyn.engine.value_checks import Check, flag, number, record, table, text
+from lightning_normdyn.engine.value_checks import flag, number, record, table, text
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance
@@ -105,13 +104,11 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
 
     event = "lr_drop"
 
-    _BY_NAME: ClassVar[Check] = staticmethod(table(text(), number(0.0)))
-    STATE: ClassVar[Check] = staticmethod(
-        record({"last_lr": _BY_NAME, "last_fall": _BY_NAME, "unmarked": flag}, closed=True)
-    )
+    _BY_NAME = table(text(), number(0.0))
+    STATE = record({"last_lr": _BY_NAME, "last_fall": _BY_NAME, "unmarked": flag}, closed=True)
 
     def __init__(self, part: Selection[LRDropRescaling], plan: Plan) -> None:
-        super().__init__(part, plan, "rescale")
+        super().__init__(part, plan)
         self.exponents: dict[str, float] = {}
         """By weight name; empty until the first step, when all callbacks have made their plans."""
         self.rates: dict[str, Rate] = {}
@@ -302,6 +299,7 @@ class LRDropRescaling(NormDynCallback):
 
     worker = DropWorker
     part = RescalingPart
+    optimizer_state = "rescale"
     numbers = ("exponent", "min_drop")
     marks = ("lr_drop",)
 
@@ -326,4 +324,4 @@ class LRDropRescaling(NormDynCallback):
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """Its state must be one that we know how to rescale."""
         check_rate(optimizer, weights)
-        Rescaler.check(optimizer, "rescale")
+        Rescaler.check(optimizer, self.optimizer_state)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,10 +20,9 @@ from lightning_normdyn.engine.arguments import (
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Projection
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.target import Target
-from lightning_normdyn.engine.value_checks import Check, flag, many, number, optional, record
+from lightning_normdyn.engine.value_checks import flag, many, number, optional, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
@@ -60,20 +59,8 @@ class ProjectionPart(Part["RadialProjection"]):
 class ProjectWorker(Worker["RadialProjection"]):
     """Projects the steps of the targets of one optimizer."""
 
-    STATE: ClassVar[Check] = staticmethod(
-        record(
-            {
-                "long_steps": flag,
-                "ratios": many(
-                    record(
-                        {"ratio": number(0.0, finite=False), "rate": optional(number())},
-                        closed=True,
-                    )
-                ),
-            },
-            closed=True,
-        )
-    )
+    _RATIO = record({"ratio": number(0.0, finite=False), "rate": optional(number())}, closed=True)
+    STATE = record({"long_steps": flag, "ratios": many(_RATIO)}, closed=True)
 
     def __init__(self, part: Selection[RadialProjection], plan: Plan) -> None:
         super().__init__(part, plan)

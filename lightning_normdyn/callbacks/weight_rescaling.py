@@ -19,7 +19,7 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rescaling
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
@@ -27,7 +27,6 @@ from lightning_normdyn.engine.rescaling import (
     changes_function,
 )
 from lightning_normdyn.engine.selection import Selection
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.optimizers.checks import check_decay_takeover
@@ -41,11 +40,10 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
     event = "rescale"
 
     def __init__(self, part: Selection[WeightRescaling], plan: Plan) -> None:
-        rule = part.rule
         # Before any length is remembered: it refuses what could not be rescaled later.
-        super().__init__(part, plan, rule.optimizer_state)
+        super().__init__(part, plan)
         self.lengths = self._target_lengths()
-        if rule.weight_decay == "replace":
+        if part.rule.weight_decay == "replace":
             # Asked at every step, since outside the window the optimizer's decay is back.
             self.claim_decay(DecayOwner.RESCALING, lambda: self._window() == "now")
 

@@ -300,9 +300,9 @@ class RescalingWorker(Worker[AnyRule]):
     """What the workers of these callbacks share: the rescaler, and marks that come late.
 
     Args:
-        part: as for every worker; its rule has ``verify``.
+        part: as for every worker; its rule has ``verify``, and ``optimizer_state``, which is
+            ``"rescale"`` or ``"keep"``.
         plan: as for every worker.
-        optimizer_state: ``"rescale"`` or ``"keep"``.
     """
 
     STATE: ClassVar[Check] = staticmethod(record({"unmarked": flag}, closed=True))
@@ -310,12 +310,12 @@ class RescalingWorker(Worker[AnyRule]):
     event: ClassVar[str]
     """What a change of length is called in the monitor's history."""
 
-    def __init__(self, part: Selection[Any], plan: Plan, optimizer_state: str) -> None:
+    def __init__(self, part: Selection[Any], plan: Plan) -> None:
         super().__init__(part, plan)
         warn_of_changed_function(part.rule, plan)
         if part.rule.verify:
             verify_targets(plan, part.session)
-        self.rescaler = Rescaler(plan, part.session, optimizer_state)
+        self.rescaler = Rescaler(plan, part.session, part.rule.optimizer_state)
         self.unmarked = False
         """Whether a fused update turned out to have happened, so that the next row must tell of the
         change of length that belongs to it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from math import isfinite
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
-from lightning_normdyn.engine.value_checks import Check, flag, optional, plain, record, whole
+from lightning_normdyn.engine.value_checks import flag, optional, plain, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
 from lightning_normdyn.input_span.fixed_weights import (
@@ -69,9 +68,7 @@ class SpanPart(Part[Any]):
         gaps: tells where inputs are missing.
     """
 
-    STATE: ClassVar[Check] = staticmethod(
-        record({}, {"history": check_history, "epoch": CHECK_EPOCH})
-    )
+    STATE = record({}, {"history": check_history, "epoch": CHECK_EPOCH})
 
     def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, worker, session)
@@ -124,8 +121,8 @@ class SpanPart(Part[Any]):
             )
 
     def _refuse_to_measure_nothing(self) -> None:
-        weights = [weight for weight in self.session.weights.names if weight in self.layers.readers]
-        if any(self.can_treat(weight) for weight in weights):
+        weights = self.layers.readers
+        if any(map(self.can_treat, weights)):
             return
         kind = type(self.session.module).__name__
         if self.layers.trial is not None:
@@ -133,8 +130,8 @@ class SpanPart(Part[Any]):
                 f"InputSpanMonitor found no linear layer or convolution that `{kind}.forward` "
                 "uses. Override `call_model` so that it runs the layers, or remove the callback."
             )
-        reasons = {self.layers.standing_obstacle(weight) or "" for weight in weights} - {""}
-        because = f": {'; '.join(sorted(reasons))}" if reasons else ""
+        reasons = sorted(set(filter(None, map(self.layers.standing_obstacle, weights))))
+        because = f": {'; '.join(reasons)}" if reasons else ""
         raise NoTargetsError(
             f"InputSpanMonitor found no linear layer or convolution in `{kind}` that it can "
             f"measure{because}. Remove the callback, or name other weights."
@@ -173,16 +170,15 @@ class SpanPart(Part[Any]):
             self._catch_up(epoch - 1)
         if self._trainer.barebones or (epoch + 1) % self.rule.every_n_epochs:
             return
-        if not self._epoch_open:
-            self._epoch_open = True
-            if self.rule.dataloader is None:
-                self._gatherer = self._gather_for(self._turn_of(epoch))
-                # An epoch opens at a later batch only where the fit was resumed within it.
-                if batch_idx and not self._go_on(self._gatherer, self._saved_epoch(), epoch):
-                    rank_zero_info(
-                        f"InputSpanMonitor gathers in epoch {epoch} what comes after its first "
-                        f"{batch_idx} batches: the fit was resumed there."
-                    )
+        if not self._epoch_open and self.rule.dataloader is None:
+            self._gatherer = self._gather_for(self._turn_of(epoch))
+            # An epoch opens at a later batch only where the fit was resumed within it.
+            if batch_idx and not self._go_on(self._gatherer, self._saved_epoch(), epoch):
+                rank_zero_info(
+                    f"InputSpanMonitor gathers in epoch {epoch} what comes after its first "
+                    f"{batch_idx} batches: the fit was resumed there."
+                )
+        self._epoch_open = True
         if self._gatherer is not None:
             self._gatherer.begin_batch(_batches_left(self._trainer, batch_idx))
 
@@ -248,18 +244,15 @@ class SpanPart(Part[Any]):
         self._close_epoch()
 
     def _close_epoch(self) -> None:
-        gatherer, self._gatherer, self._epoch_open = self._gatherer, None, False
-        if gatherer is not None:
-            gatherer.close()
+        if self._gatherer is not None:
+            self._gatherer.close()
+        self._gatherer, self._epoch_open = None, False
 
     def _turn_of(self, epoch: int) -> Readers:
         """The weights, with their layers, whose turn it is in a chosen epoch."""
-        owned = []
         # Only what an optimizer owns: a weight that nobody trains would cost a turn.
-        for optimizer in self.session.attachment.optimizers:
-            owned += self.session.weights.owned(optimizer)
-        measurable = [weight for weight in self.select(owned) if self.can_treat(weight)]
-        blocks = self.layers.blocks(measurable)
+        selected = self.select(self.session.attachment.weights())
+        blocks = self.layers.blocks(filter(self.can_treat, selected))
         # By the number of the epoch, so that a resumed fit goes on with the same turn.
         turn: int = (epoch + 1) // self.rule.every_n_epochs - 1
         return blocks[turn % len(blocks)]
@@ -292,11 +285,10 @@ class SpanPart(Part[Any]):
         targets = self._known_targets()
         if not targets:
             return
-        if gatherer is not None:
-            summaries = self._summarize(gatherer, targets)
-            batches = gatherer.batches
-        else:
+        if gatherer is None:
             summaries, batches = self._pass_over_loader(targets)
+        else:
+            summaries, batches = self._summarize(gatherer, targets), gatherer.batches
         history = self.rule.history
         restored = self.restored
         if restored is not None and "history" in restored["extra"]:
@@ -328,11 +320,8 @@ class SpanPart(Part[Any]):
         if self.restored is None or not self.session.restore_verdicts():
             return []
         # After a resume, what the checkpoint says of each weight holds until the first step.
-        found = []
-        for optimizer in self.session.attachment.optimizers:
-            for weight in self.select(self.session.weights.owned(optimizer)):
-                found.append(self.target_or_none(weight))
-        return [target for target in found if target is not None]
+        selected = self.select(self.session.attachment.weights())
+        return list(filter(None, map(self.target_or_none, selected)))
 
     def _optimizer_steps(self) -> int:
         if self.workers:
