@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import reference
 import torch
 from lightning.pytorch.callbacks import BaseFinetuning
 from lightning.pytorch.loggers import Logger
@@ -35,6 +36,36 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
+
+# torch's optimizer, the reference's, and a learning rate; all with a decay that a callback has to
+# take over or to leave.
+DECAYING_OPTIMIZERS: dict[str, tuple[Any, Any, float]] = {
+    "sgd": (
+        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1),
+        reference.SGD(weight_decay=0.1),
+        0.1,
+    ),
+    "momentum": (
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
+        reference.SGD(0.9, weight_decay=0.1),
+        0.1,
+    ),
+    "nesterov": (
+        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+        reference.SGD(0.9, nesterov=True, weight_decay=0.1),
+        0.1,
+    ),
+    "adam": (
+        lambda p: torch.optim.Adam(p, 0.02, weight_decay=0.1),
+        reference.Adam(weight_decay=0.1),
+        0.02,
+    ),
+    "adamw": (
+        lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1),
+        reference.AdamW(weight_decay=0.1),
+        0.02,
+    ),
+}
 
 EVERY_MATRIX = [*TARGETS, "net.8.weight"]
 

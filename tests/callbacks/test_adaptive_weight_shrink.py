@@ -7,6 +7,7 @@ from inspect import signature
 import pytest
 import reference
 import torch
+from cases import DECAYING_OPTIMIZERS
 from models import (
     TARGETS,
     Net,
@@ -33,34 +34,8 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.parametrizations import weight_standardization
 
-# torch's optimizer, the reference's, and a learning rate; all with a decay that AWS has to take
-# over or to leave
 OPTIMIZERS = {
-    "sgd": (
-        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1),
-        reference.SGD(weight_decay=0.1),
-        0.1,
-    ),
-    "momentum": (
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
-        reference.SGD(0.9, weight_decay=0.1),
-        0.1,
-    ),
-    "nesterov": (
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-        reference.SGD(0.9, nesterov=True, weight_decay=0.1),
-        0.1,
-    ),
-    "adam": (
-        lambda p: torch.optim.Adam(p, 0.02, weight_decay=0.1),
-        reference.Adam(weight_decay=0.1),
-        0.02,
-    ),
-    "adamw": (
-        lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1),
-        reference.AdamW(weight_decay=0.1),
-        0.02,
-    ),
+    **DECAYING_OPTIMIZERS,
     "no decay": (lambda p: torch.optim.SGD(p, 0.1, momentum=0.9), reference.SGD(0.9), 0.1),
 }
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from cases import DECAYING_OPTIMIZERS
 from models import (
     TARGETS,
     Net,
@@ -32,41 +33,13 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 
-OPTIMIZERS = {
-    "sgd": (
-        lambda p: torch.optim.SGD(p, 0.1, weight_decay=0.1),
-        reference.SGD(weight_decay=0.1),
-        0.1,
-    ),
-    "momentum": (
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, weight_decay=0.1),
-        reference.SGD(0.9, weight_decay=0.1),
-        0.1,
-    ),
-    "nesterov": (
-        lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
-        reference.SGD(0.9, nesterov=True, weight_decay=0.1),
-        0.1,
-    ),
-    "adam": (
-        lambda p: torch.optim.Adam(p, 0.02, weight_decay=0.1),
-        reference.Adam(weight_decay=0.1),
-        0.02,
-    ),
-    "adamw": (
-        lambda p: torch.optim.AdamW(p, 0.02, weight_decay=0.1),
-        reference.AdamW(weight_decay=0.1),
-        0.02,
-    ),
-}
-
 
 @pytest.mark.parametrize("weight_decay", ["replace", "keep"])
 @pytest.mark.parametrize("target", [2.0, "initial"])
 @pytest.mark.parametrize("state", ["keep", "rescale"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DECAYING_OPTIMIZERS)
 def test_equals_the_paper_in_float64(name, state, target, weight_decay):
-    make_optimizer, optimizer, lr = OPTIMIZERS[name]
+    make_optimizer, optimizer, lr = DECAYING_OPTIMIZERS[name]
     callback = WeightRescaling(
         3, target_norm=target, optimizer_state=state, weight_decay=weight_decay
     )
@@ -77,9 +50,9 @@ def test_equals_the_paper_in_float64(name, state, target, weight_decay):
 
 
 @pytest.mark.parametrize("state", ["keep", "rescale"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", DECAYING_OPTIMIZERS)
 def test_equals_the_paper_in_float32(name, state):
-    make_optimizer, optimizer, lr = OPTIMIZERS[name]
+    make_optimizer, optimizer, lr = DECAYING_OPTIMIZERS[name]
     callback, rules = (
         WeightRescaling(2, optimizer_state=state),
         {"rescale": Rescale(2, 1.0, state == "rescale")},
@@ -144,7 +117,7 @@ def test_the_epoch_window_is_half_open(start, stop, steps):
 
 
 def test_outside_its_window_the_optimizer_decays():
-    module, recorder = make(make_optimizer=OPTIMIZERS["momentum"][0]), Recorder()
+    module, recorder = make(make_optimizer=DECAYING_OPTIMIZERS["momentum"][0]), Recorder()
     fit(module, [WeightRescaling(2, start_epoch=1, stop_epoch=2), recorder], max_epochs=3)
     rule = Rescale(2, active=lambda step: 4 <= step < 8)
     assert distance(weights_of(module), replay(recorder, TARGETS, rescale=rule)) <= 1e-12
@@ -158,7 +131,7 @@ def test_outside_its_window_the_optimizer_decays():
 
 
 def test_aws_owns_the_decay_also_inside_the_window():
-    module, recorder = make(make_optimizer=OPTIMIZERS["momentum"][0]), Recorder()
+    module, recorder = make(make_optimizer=DECAYING_OPTIMIZERS["momentum"][0]), Recorder()
     fit(module, [WeightRescaling(3), AdaptiveWeightShrink(0.5), recorder])
     rules = {"rescale": Rescale(3), "shrink": reference.Shrink(0.5)}
     assert distance(weights_of(module), replay(recorder, TARGETS, **rules)) <= 1e-12
@@ -343,7 +316,7 @@ def test_evaluation_of_a_compiled_submodule():
 def test_a_factor_of_one_changes_no_bit(dtype):
     """What a step that the device skips, a zero filter and a weight without gradient get."""
     module, callback = (
-        make(make_optimizer=OPTIMIZERS["adamw"][0], dtype=dtype, net=convnet(bias=True)),
+        make(make_optimizer=DECAYING_OPTIMIZERS["adamw"][0], dtype=dtype, net=convnet(bias=True)),
         WeightRescaling(1000),
     )
     optimizer = fit(module, [callback]).optimizers[0]
@@ -367,7 +340,7 @@ def test_a_factor_of_one_changes_no_bit(dtype):
 
 
 def test_a_zero_filter_stays_and_is_named():
-    module, recorder = make(make_optimizer=OPTIMIZERS["sgd"][0]), Recorder()
+    module, recorder = make(make_optimizer=DECAYING_OPTIMIZERS["sgd"][0]), Recorder()
     with torch.no_grad():
         module.net[3].weight[4] = 0
     module.net[3].weight.register_hook(
@@ -462,7 +435,7 @@ def test_wrong_arguments_are_named(arguments, says):
 
 def zeroed(*rows: int) -> Net:
     """A network whose second convolution is zero, wholly or in these rows."""
-    module = make(make_optimizer=OPTIMIZERS["sgd"][0])
+    module = make(make_optimizer=DECAYING_OPTIMIZERS["sgd"][0])
     with torch.no_grad():
         module.net[3].weight[list(rows) or slice(None)] = 0
     return module

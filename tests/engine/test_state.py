@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from containers import holder_of, places
 from models import SavesAt, fit, make, same, weights_of
 
 from lightning_normdyn import (
@@ -86,20 +87,6 @@ def state_of(checkpoint: dict[str, Any]) -> dict[str, Any]:
 # ---- The fuzzer ----
 
 
-def places(value: Any, above: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The way to every part of a state."""
-    items = (
-        value.items()
-        if isinstance(value, dict)
-        else enumerate(value)
-        if isinstance(value, list)
-        else ()
-    )
-    for key, part in items:
-        yield (*above, key)
-        yield from places(part, (*above, key))
-
-
 def itself() -> list[Any]:
     endless: list[Any] = []
     endless.append(endless)
@@ -133,9 +120,7 @@ def spoiled_tensor(tensor: torch.Tensor, rng: random.Random) -> torch.Tensor:
 def spoil(state: dict[str, Any], rng: random.Random) -> str:
     """Change one part of a state; what was done."""
     way = rng.choice(list(places(state)))
-    holder = state
-    for key in way[:-1]:
-        holder = holder[key]
+    holder = holder_of(state, way)
     key, value = way[-1], holder[way[-1]]
     kind = rng.randrange(4)
     if kind == 0 and isinstance(holder, dict):
