@@ -1,4 +1,4 @@
-"""The part of InputSpanMonitor in a fit: refused strategies, hooks, labels of filters."""
+"""The part of InputSpanMonitor in a fit: refused strategies, hooks, what tables say."""
 
 from __future__ import annotations
 
@@ -54,13 +54,10 @@ def test_hooks_are_there_during_chosen_epochs_only():
     assert not module.net[0]._forward_pre_hooks
 
 
-def test_each_filter_has_the_label_of_its_vector():
+def test_measuring_is_no_treatment():
     monitor = InputSpanMonitor(granularity="layer", params="net.3.weight")
     fit(make(), [monitor], max_epochs=1)
-    (worker,) = monitor.member.workers.values()
-    assert {name: labels.tolist() for name, labels in worker.labels.items()} == {
-        "net.3.weight": [[0] * 6]
-    }
+    assert monitor.member.treatments(0) == [""]
 
 
 def test_a_weight_without_layers_that_can_be_measured_is_refused_before_training():
