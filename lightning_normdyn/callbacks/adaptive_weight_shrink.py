@@ -18,8 +18,7 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import (
     equivalent_weight_decay,
@@ -36,8 +35,9 @@ from lightning_normdyn.optimizers.step import Phase, Step
 class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
     """Shrinks the targets of one optimizer."""
 
-    def __init__(self, part: Selection[AdaptiveWeightShrink], plan: Plan) -> None:
-        super().__init__(part, plan)
+    def prepare(self) -> None:
+        """Take the state of each vector, and the decay."""
+        plan = self.plan
         by_std = [self.statistic_for(target) == "std" for target in plan.targets]
         # Where no vector needs it, the norm alone is one pass of the fastest kernel.
         self.by_std = plan.spread(by_std) if any(by_std) else None
@@ -47,7 +47,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         # survives rounding.
         if plan.vectors.low_precision:
             self.owed = plan.state("owed", 1.0, torch.float32)
-        if part.rule.weight_decay == "replace":
+        if self.rule.weight_decay == "replace":
             self.claim_decay(DecayOwner.SHRINK)
 
     def statistic_for(self, target: Target) -> Literal["norm", "std"]:

@@ -262,8 +262,9 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
     factor: Tensor
     decayed: Tensor
 
-    def __init__(self, part: ReplayPart, plan: Plan) -> None:
-        super().__init__(part, plan)
+    def prepare(self) -> None:
+        """Take what was recorded of the targets."""
+        part, plan = self.part, self.plan
         for target in plan.targets:
             if target.name not in part.recorded:
                 first = ", ".join(list(part.recorded)[:4])

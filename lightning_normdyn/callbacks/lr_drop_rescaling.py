@@ -15,14 +15,13 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.arguments import Granularity, Params, as_float, is_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
-from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
     RescalingWorker,
     changes_function,
 )
-from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import flag, number, record, table, text
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError
@@ -107,8 +106,9 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
     _BY_NAME = table(text(), number(0.0))
     STATE = record({"last_lr": _BY_NAME, "last_fall": _BY_NAME, "unmarked": flag}, closed=True)
 
-    def __init__(self, part: Selection[LRDropRescaling], plan: Plan) -> None:
-        super().__init__(part, plan)
+    def prepare(self) -> None:
+        """Nothing is known yet of the learning rates."""
+        super().prepare()
         self.exponents: dict[str, float] = {}
         """By weight name; empty until the first step, when all callbacks have made their plans."""
         self.rates: dict[str, Rate] = {}

@@ -10,7 +10,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_normdyn.engine.arguments import Granularity, Params, check_count
 from lightning_normdyn.engine.callback import NormDynCallback
-from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.monitor.history_files import KeepsHistory
 from lightning_normdyn.monitor.measure import Look, StepGauge
@@ -25,12 +24,12 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
 
     part: Recording
 
-    def __init__(self, part: Recording, plan: Plan) -> None:
-        super().__init__(part, plan)
+    def prepare(self) -> None:
+        """Nothing is measured yet."""
         self._gauge: StepGauge | None = None
         self._look: Look | None = None
         # The gauge of the plan whose place this one takes measures weights that may be gone.
-        part.gauges.pop(plan.index, None)
+        self.part.gauges.pop(self.plan.index, None)
 
     @during(Phase.MEASURE)
     def before(self, step: Step) -> None:

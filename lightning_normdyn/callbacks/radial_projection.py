@@ -21,7 +21,6 @@ from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Projection
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.selection import Selection
 from lightning_normdyn.engine.value_checks import flag, many, number, optional, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
@@ -62,8 +61,8 @@ class ProjectWorker(Worker["RadialProjection"]):
     _RATIO = record({"ratio": number(0.0, finite=False), "rate": optional(number())}, closed=True)
     STATE = record({"long_steps": flag, "ratios": many(_RATIO)}, closed=True)
 
-    def __init__(self, part: Selection[RadialProjection], plan: Plan) -> None:
-        super().__init__(part, plan)
+    def prepare(self) -> None:
+        """Take the decay; nothing is known yet of any step."""
         self.buffer: str | None = None
         """Of this step: the optimizer's buffer that could tell what it was."""
         self.needs_copy = True

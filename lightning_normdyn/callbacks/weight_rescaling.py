@@ -19,14 +19,13 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rescaling
-from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
     RescalingWorker,
     changes_function,
 )
-from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.optimizers.checks import check_decay_takeover
@@ -39,11 +38,12 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
 
     event = "rescale"
 
-    def __init__(self, part: Selection[WeightRescaling], plan: Plan) -> None:
+    def prepare(self) -> None:
+        """Take the lengths, and the decay."""
         # Before any length is remembered: it refuses what could not be rescaled later.
-        super().__init__(part, plan)
+        super().prepare()
         self.lengths = self._target_lengths()
-        if part.rule.weight_decay == "replace":
+        if self.rule.weight_decay == "replace":
             # Asked at every step, since outside the window the optimizer's decay is back.
             self.claim_decay(DecayOwner.RESCALING, lambda: self._window() == "now")
 

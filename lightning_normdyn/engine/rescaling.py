@@ -20,7 +20,7 @@ from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.engine.rule import Rule
-from lightning_normdyn.engine.selection import AnyRule, Selection
+from lightning_normdyn.engine.selection import AnyRule
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, flag, record
@@ -310,12 +310,14 @@ class RescalingWorker(Worker[AnyRule]):
     event: ClassVar[str]
     """What a change of length is called in the monitor's history."""
 
-    def __init__(self, part: Selection[Any], plan: Plan) -> None:
-        super().__init__(part, plan)
-        warn_of_changed_function(part.rule, plan)
-        if part.rule.verify:
-            verify_targets(plan, part.session)
-        self.rescaler = Rescaler(plan, part.session, part.rule.optimizer_state)
+    def prepare(self) -> None:
+        """Hold the claims against the function itself, if that was asked for; find what has to
+        follow a change of length."""
+        rule: Any = self.rule
+        warn_of_changed_function(rule, self.plan)
+        if rule.verify:
+            verify_targets(self.plan, self.session)
+        self.rescaler = Rescaler(self.plan, self.session, rule.optimizer_state)
         self.unmarked = False
         """Whether a fused update turned out to have happened, so that the next row must tell of the
         change of length that belongs to it."""

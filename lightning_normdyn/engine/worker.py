@@ -46,7 +46,7 @@ class Worker(Generic[AnyRule]):
     """Acts on the targets of one optimizer, from the moment they are known until they change.
 
     It is made at the optimizer's first real step, and made anew when weights join or leave. A
-    subclass has a method marked by `during` for each phase in which it acts, and in ``__init__`` it
+    subclass has a method marked by `during` for each phase in which it acts, and in `prepare` it
     takes what it needs: state of each vector from ``plan.state``, counters from ``plan.counter``,
     the decay of its targets by `claim_decay`.
 
@@ -70,6 +70,7 @@ class Worker(Generic[AnyRule]):
         self.rule = part.rule
         self.session = part.session
         self.plan = plan
+        self.prepare()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -100,6 +101,10 @@ class Worker(Generic[AnyRule]):
         return bool(changed) or any(hasattr(value, "phase") for value in below.values())
 
     # -- what a rule adds
+
+    def prepare(self) -> None:
+        """Take what the worker needs, as the last thing when it is made: part, rule, session and
+        plan are there."""
 
     def effect(self, target: Target) -> Effect:
         """What is done to ``target`` at present: predictions, records and tables rest on it.

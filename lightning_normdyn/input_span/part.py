@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import flag, optional, plain, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
@@ -48,11 +48,13 @@ CHECK_EPOCH = record(
 class SpanWorker(Worker[Any]):
     """Refuses vectors that are not made of whole filters; it has no part in a step."""
 
-    def __init__(self, part: SpanPart, plan: Plan) -> None:
-        super().__init__(part, plan)
-        for target in plan.targets:
+    part: SpanPart
+
+    def prepare(self) -> None:
+        """Look at every target."""
+        for target in self.plan.targets:
             try:
-                filter_labels(part.layers.readers[target.weight][0], target.partition)
+                filter_labels(self.part.layers.readers[target.weight][0], target.partition)
             except NotSupportedError as error:
                 raise NotSupportedError(
                     f"`{target.name}` cannot be a target of InputSpanMonitor: {error}. Leave it "
