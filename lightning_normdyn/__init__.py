@@ -59,38 +59,24 @@ __all__ = [
 
 # Where each public name lives.
 _HOMES = {
-    "callbacks.adaptive_weight_shrink": ("AdaptiveWeightShrink",),
-    "callbacks.effective_lr_replay": ("EffectiveLRReplay",),
-    "callbacks.input_span_monitor": ("InputSpanMonitor",),
-    "callbacks.lr_drop_rescaling": ("LRDropRescaling",),
-    "callbacks.norm_dynamics_monitor": ("NormDynamicsMonitor",),
-    "callbacks.radial_projection": ("RadialProjection",),
-    "callbacks.weight_rescaling": ("WeightRescaling",),
-    "engine.callback": ("NormDynCallback",),
-    "errors": (
-        "NoTargetsError",
-        "NormDynError",
-        "NormDynWarning",
-        "NotSupportedError",
-    ),
-    "geometry.partition": ("Partition",),
-    "geometry.vectors": ("WeightVectors",),
-    "invariance.rules": ("register_rule",),
-    "invariance.checks": ("inspect_module",),
-    "monitor.history": (
-        "History",
-        "load_history",
-    ),
-    "optimizers.bracket": ("StepBracket",),
-    "optimizers.decay": ("DecayOwner",),
-    "optimizers.step": (
-        "Phase",
-        "Step",
-    ),
-    "optimizers.views": (
-        "survey",
-        "torch_optimizers",
-    ),
+    "callbacks.adaptive_weight_shrink": "AdaptiveWeightShrink",
+    "callbacks.effective_lr_replay": "EffectiveLRReplay",
+    "callbacks.input_span_monitor": "InputSpanMonitor",
+    "callbacks.lr_drop_rescaling": "LRDropRescaling",
+    "callbacks.norm_dynamics_monitor": "NormDynamicsMonitor",
+    "callbacks.radial_projection": "RadialProjection",
+    "callbacks.weight_rescaling": "WeightRescaling",
+    "engine.callback": "NormDynCallback",
+    "errors": "NoTargetsError NormDynError NormDynWarning NotSupportedError",
+    "geometry.partition": "Partition",
+    "geometry.vectors": "WeightVectors",
+    "invariance.checks": "inspect_module",
+    "invariance.rules": "register_rule",
+    "monitor.history": "History load_history",
+    "optimizers.bracket": "StepBracket",
+    "optimizers.decay": "DecayOwner",
+    "optimizers.step": "Phase Step",
+    "optimizers.views": "survey torch_optimizers",
 }
 
 
@@ -98,7 +84,7 @@ def __getattr__(name: str) -> Any:
     # Loaded on first use: the formulas and StepBracket serve people without Lightning, whose import
     # takes seconds and brings pyplot along.
     for home, names in _HOMES.items():
-        if name in names:
+        if name in names.split():
             value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
             return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -268,7 +268,7 @@ def _inspect(options: argparse.Namespace) -> None:
     print(_own("invariance.verdict").targets_table(verdicts, width))
 
 
-def _build(name: str, settings: dict[str, Any]) -> nn.Module:
+def _build(name: str, settings: Mapping[str, Any]) -> nn.Module:
     from torch import nn
 
     source, _, attribute = name.rpartition(":")

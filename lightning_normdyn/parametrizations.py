@@ -32,6 +32,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
@@ -368,7 +369,9 @@ def _weight_names(module: nn.Module, name: str | Sequence[str]) -> list[str]:
     candidates = []
     for full_name, parameter in module.named_parameters(remove_duplicate=False):
         is_direction = ".parametrizations." in f".{full_name}"
-        if not is_direction and _dims(parameter) > 1:
+        # A lazy parameter has no dims to ask for; it counts as a weight, so that it is refused by
+        # name.
+        if not is_direction and (is_lazy(parameter) or parameter.dim() > 1):
             candidates.append(full_name)
     return _matching(name, candidates)
 
@@ -382,7 +385,7 @@ def _owner(module: nn.Module, full_name: str) -> tuple[nn.Module, str, Tensor]:
         )
     weight = owner._parameters[tensor_name]
     assert weight is not None
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+    if is_lazy(weight):
         raise NotSupportedError(
             f"`{full_name}` is lazy and has no shape yet. Run the model once first."
         )
@@ -400,13 +403,6 @@ def _owner(module: nn.Module, full_name: str) -> tuple[nn.Module, str, Tensor]:
             f"by '!name'."
         )
     return owner, tensor_name, weight
-
-
-def _dims(parameter: Tensor) -> int:
-    # A lazy parameter has no dims to ask for; it counts as a weight, so that it is refused by name.
-    if isinstance(parameter, nn.parameter.UninitializedParameter):
-        return 2
-    return parameter.dim()
 
 
 def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
 # What a person would still read.
@@ -63,7 +63,8 @@ def render(
     """
     width = _terminal(width)
     shown = rows[:most_rows]
-    table, notes = _make_room(_by_column(columns, shown), noted, optional, width)
+    table = [list(texts) for texts in zip(columns, *shown, strict=True)]
+    table, notes = _make_room(table, noted, optional, width)
     widths = _widths(table, width)
 
     lines = [title, ""] if title else []
@@ -90,12 +91,9 @@ def aligned(
         weight        norm
         conv1.weight  1.5
     """
-    table = _by_column(columns, rows)
-    widths = _natural(table)
-    lines = []
-    for texts in zip(*table, strict=True):
-        lines += _beside(texts, widths)
-    return "\n".join(lines)
+    lines = [columns, *rows]
+    widths = _natural(zip(*lines, strict=True))
+    return "\n".join(_line(texts, widths) for texts in lines)
 
 
 def paragraph(text: str, width: int | None = None) -> str:
@@ -123,14 +121,7 @@ def _total(widths: Sequence[int]) -> int:
     return sum(widths) + len(GAP) * (len(widths) - 1)
 
 
-def _by_column(
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-) -> Table:
-    return [list(texts) for texts in zip(columns, *rows, strict=True)]
-
-
-def _natural(table: Table) -> list[int]:
+def _natural(table: Iterable[Sequence[str]]) -> list[int]:
     """The widths at which no cell is folded."""
     return [max(map(len, texts)) for texts in table]
 
@@ -260,10 +251,9 @@ def _beside(texts: Sequence[str], widths: Sequence[int]) -> list[str]:
     """One row as lines: each text folded into its column, the first one as a name."""
     folded: list[list[str]] = []
     for text, width in zip(texts, widths, strict=True):
-        is_name = not folded
-        folded.append(_fold(text, width, is_name))
-    lines = []
-    for parts in zip_longest(*folded, fillvalue=""):
-        padded = map(str.ljust, parts, widths)
-        lines.append(GAP.join(padded).rstrip())
-    return lines
+        folded.append(_fold(text, width, is_name=not folded))
+    return [_line(parts, widths) for parts in zip_longest(*folded, fillvalue="")]
+
+
+def _line(texts: Sequence[str], widths: Sequence[int]) -> str:
+    return GAP.join(map(str.ljust, texts, widths)).rstrip()

@@ -212,18 +212,15 @@ class ReplayPart(Part["EffectiveLRReplay"]):
             self.uniform_factor = _uniform_factor(self.recorded[n] for n in invariant or names)
 
     def _compare_shapes(self, about: Mapping[str, Mapping[str, Any]]) -> None:
-        shapes = {}
-        for weight, names in self.session.weights.names.items():
-            # By all names: a tied weight may have been recorded under another one.
-            shapes.update(dict.fromkeys(names, self.session.weights.shapes[weight]))
+        weights = self.session.weights
+        # By all names: a tied weight may have been recorded under another one.
+        by_name = weights.by_name()
         for name, note in about.items():
-            if name not in shapes:
+            if name not in by_name:
                 raise self.mismatch(f"it has a weight `{name}`, which this model has not")
-            shape = note.get("shape")
-            if shape is not None and list(shapes[name]) != shape:
-                raise self.mismatch(
-                    f"`{name}` has shape {tuple(shape)} there and {shapes[name]} here"
-                )
+            here, there = weights.shapes[by_name[name]], note.get("shape")
+            if there is not None and list(here) != there:
+                raise self.mismatch(f"`{name}` has shape {tuple(there)} there and {here} here")
 
     def vectors_of(self, name: str) -> int:
         """How many vectors of a weight were recorded."""

@@ -228,20 +228,17 @@ class InputGatherer:
         Raises:
             NormDynError: if it is damaged, or belongs to other layers.
         """
+        weights = {names[weight]: weight for weight in self.streams}
         try:
-            self._load(state, names)
+            for name, weight in weights.items():
+                self.streams[weight].load(state["sums"][name])
+            self._generator.set_state(state["generator"])
+            self.batches = int(state["batches"])
+            self.seen = Counter(_renamed(state["seen"], weights))
+            self.thinned = {weights[name] for name in state["thinned"]}
+            self._calls = Counter(_renamed(state["calls"], weights))
         except DAMAGE as error:
             raise NormDynError(f"{type(error).__name__}: {error}") from error
-
-    def _load(self, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
-        for weight, stream in self.streams.items():
-            stream.load(state["sums"][names[weight]])
-        self._generator.set_state(state["generator"])
-        weights = {names[weight]: weight for weight in self.streams}
-        self.batches = int(state["batches"])
-        self.seen = Counter(_renamed(state["seen"], weights))
-        self.thinned = {weights[name] for name in state["thinned"]}
-        self._calls = Counter(_renamed(state["calls"], weights))
 
     def close(self) -> None:
         """Remove every hook; idempotent."""

@@ -455,10 +455,9 @@ def refuse_strategy(trainer: Trainer) -> None:
     else:
         return
     raise NotSupportedError(
-        f"InputSpanMonitor needs the layers' whole inputs and weights, which {refused} does "
-        f"not keep at hand. "
-        "Use one device, DDP or ModelParallelStrategy with data parallelism (FSDP2), or "
-        "remove the callback."
+        f"InputSpanMonitor needs the layers' whole inputs and weights, which {refused} does not "
+        f"keep at hand. Use one device, DDP or ModelParallelStrategy with data parallelism "
+        f"(FSDP2), or remove the callback."
     )
 
 

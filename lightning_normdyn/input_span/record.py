@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -88,6 +89,7 @@ def facts_of(
     }
 
 
+@dataclass
 class GapReporter:
     """Says, once for each weight, that inputs are missing or few.
 
@@ -97,10 +99,9 @@ class GapReporter:
             takes what it can see.
     """
 
-    def __init__(self, layers: ReadableLayers, *, by_name: bool) -> None:
-        self._layers = layers
-        self._by_name = by_name
-        self._reported: set[str] = set()
+    layers: ReadableLayers
+    by_name: bool
+    _reported: set[str] = field(default_factory=set)
 
     def report(
         self,
@@ -116,7 +117,7 @@ class GapReporter:
             name = target.name
             if weight not in gatherer.streams or name in self._reported:
                 continue
-            entries = self._layers.row_entries(weight)
+            entries = self.layers.row_entries(weight)
             seen = gatherer.seen[weight]
             summary = summaries.get(name)
             if summary is None:
@@ -150,7 +151,7 @@ class GapReporter:
         )
         text = f"InputSpanMonitor saw no inputs of `{target.name}`: {reason}."
         # Who has named a weight expects it to be measured, which "auto" never promised.
-        if self._by_name:
+        if self.by_name:
             warn_once(text)
         else:
             rank_zero_info(text)
