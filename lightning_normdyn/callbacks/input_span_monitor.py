@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule
 
-from lightning_normdyn.engine.arguments import Granularity, Params, check_count, is_number
+from lightning_normdyn.engine.arguments import (
+    Granularity,
+    Params,
+    check_choice,
+    check_count,
+    is_number,
+)
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.input_span.part import SpanPart, SpanWorker
 from lightning_normdyn.monitor.history_files import KeepsHistory
@@ -116,8 +122,6 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
             raise ValueError(f"`seed` must be below 2**31, got {seed!r}.")
         if not is_number(energy) or not 0 < energy <= 1:
             raise ValueError(f"`energy` must be in (0, 1], got {energy!r}.")
-        if method not in ("moments", "mle"):
-            raise ValueError(f"`method` must be 'moments' or 'mle', got {method!r}.")
         # An iterator would be empty from the second chosen epoch on: hours into a training.
         if isinstance(dataloader, Iterator):
             raise ValueError(
@@ -125,7 +129,7 @@ class InputSpanMonitor(NormDynCallback, KeepsHistory):
                 f"{type(dataloader).__name__}, which can be run through only once."
             )
         self.energy = float(energy)
-        self.method = method
+        self.method = check_choice("method", method, ("moments", "mle"))
         self.dataloader = dataloader
         KeepsHistory.__init__(self)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import Granularity, Params, as_float, is_number
+from lightning_normdyn.engine.arguments import Granularity, Params, check_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
 from lightning_normdyn.engine.rescaling import (
@@ -200,7 +200,7 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
                 f"LRDropRescaling, which changes it. Give them different `params`."
             )
         if self.rule.exponent != "auto":
-            return float(self.rule.exponent)
+            return self.rule.exponent
         kind = class_for_predictions(optimizer)
         name = type(optimizer).__name__
         # The learning rate does not matter: the exponent is that of a power of it.
@@ -313,12 +313,10 @@ class LRDropRescaling(NormDynCallback):
         granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        if exponent != "auto" and not (is_number(exponent) and 0 <= as_float(exponent) < inf):
-            raise ValueError(f"`exponent` must be 'auto' or a number >= 0, got {exponent!r}.")
-        if not (is_number(min_drop) and 1 < as_float(min_drop) < inf):
-            raise ValueError(f"`min_drop` must be > 1 and finite, got {min_drop!r}.")
-        self.exponent: float | str = exponent if isinstance(exponent, str) else float(exponent)
-        self.min_drop = float(min_drop)
+        self.exponent: float | Literal["auto"] = "auto"
+        if exponent != "auto":
+            self.exponent = check_number("exponent", exponent, ">= 0", " or 'auto'")
+        self.min_drop = check_number("min_drop", min_drop, "> 1")
         self.verify = bool(verify)
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:

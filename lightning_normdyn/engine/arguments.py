@@ -33,7 +33,7 @@ def as_float(value: SupportsFloat) -> float:
 
 
 def check_number(
-    name: str, value: object, bound: Literal["> 0", ">= 0"], otherwise: str = ""
+    name: str, value: object, bound: Literal["> 0", ">= 0", "> 1"], otherwise: str = ""
 ) -> float:
     """An argument as a float, if it is a finite number within ``bound``.
 
@@ -46,7 +46,8 @@ def check_number(
     Raises:
         ValueError: "`alpha` must be > 0, got -1.0."
     """
-    if not is_number(value) or not (value > 0 or (value == 0 and bound == ">= 0")):  # type: ignore[operator]
+    least = int(bound[-1])
+    if not is_number(value) or not (value > least or (value == least and "=" in bound)):  # type: ignore[operator]
         raise ValueError(f"`{name}` must be {bound}{otherwise}, got {shown(value)}.")
     if as_float(value) == inf:  # type: ignore[arg-type]
         raise ValueError(f"`{name}` must be finite, got {shown(value)}.")
