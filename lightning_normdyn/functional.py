@@ -24,8 +24,6 @@ Neural Networks with Batch Normalization*; "SGDP/AdamP" is *Slowing Down the Wei
 Momentum-based Optimizers*.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Literal
 
@@ -789,7 +787,7 @@ def _where_directed(norm: Tensor, value: Tensor) -> Tensor:
     return value * (norm / norm)  # 1, or NaN for 0 and for what is not finite
 
 
-def _same_rows(**weights: Tensor) -> map[Tensor]:
+def _same_rows(**weights: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of two tensors, which must have one shape, in the order in which they are named."""
     (first_name, first), (second_name, second) = weights.items()
     # Broadcasting would silently compare every vector with one.
@@ -798,4 +796,4 @@ def _same_rows(**weights: Tensor) -> map[Tensor]:
             f"`{first_name}` and `{second_name}` must have the same shape, got "
             f"{tuple(first.shape)} and {tuple(second.shape)}."
         )
-    return map(_rows, (first, second))
+    return _rows(first), _rows(second)

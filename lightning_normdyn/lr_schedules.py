@@ -8,8 +8,6 @@ training without decay at the learning rates :math:`\eta_t / (p_t p_{t+1})` keep
 = p_t w_t` at every step. (The printed eq. 15 is off by one step.)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, cast

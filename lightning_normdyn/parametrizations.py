@@ -21,8 +21,6 @@ A filter is a slice of dim 0; of dim 1 within each group for transposed convolut
 is zero gives a zero weight. Norms are taken in float32 at least.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ URLs go through fsspec, which Lightning brings and uses for its own logs and che
 scheme needs its own package there (s3fs, gcsfs, ...). fsspec is imported only when a URL is met.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

@@ -1,8 +1,6 @@
 """Tables as text that fit the terminal they are read in: the one place that lays out rows and
 columns."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterable, Sequence

@@ -1,8 +1,6 @@
 """Adaptive Weight Shrink (AWS): a decay that is strong where a weight is long and vanishes where it
 is short."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 

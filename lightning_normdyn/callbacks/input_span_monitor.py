@@ -1,8 +1,6 @@
 """What part of the weights the training data can see: the WRS paper's input space projection, once
 per chosen epoch."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal

@@ -1,8 +1,6 @@
 """The monitor: norms, effective learning rates and angular updates of every weight, in the loggers
 and in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Weight Rescaling (WRS): set weight vectors back to a fixed length every so many steps."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import nan
 from typing import Literal

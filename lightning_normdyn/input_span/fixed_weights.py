@@ -1,7 +1,5 @@
 """A pass over data at fixed weights, in the middle of a fit, without a trace in it."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator

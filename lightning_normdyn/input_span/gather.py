@@ -5,8 +5,6 @@ begins and ends; of what the layers are given in between, it adds up mean and co
 (`Covariance`), batch after batch and rank beside rank.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from math import sqrt

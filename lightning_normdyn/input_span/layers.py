@@ -1,8 +1,6 @@
 """Which weights' inputs can be looked at: those of linear layers and convolutions, and why not the
 others."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn

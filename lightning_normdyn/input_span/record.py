@@ -1,7 +1,5 @@
 """Tells what was measured: a row for history and loggers, and a note where inputs were missing."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite

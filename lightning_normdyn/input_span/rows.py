@@ -8,8 +8,6 @@ Letters: ``r`` rows, ``g`` groups of a convolution (1 for other layers), ``d`` e
 ``m`` filters of a group.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -9,8 +9,6 @@ Letters: ``r`` rows, ``g`` groups of a convolution (1 for other layers), ``d`` e
 ``m`` filters of a group.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
