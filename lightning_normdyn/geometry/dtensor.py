@@ -238,7 +238,10 @@ def _here(
     return here
 
 
-def _marked(vectors: Tensor, n: int) -> Tensor:
+def _marked(
+    vectors: Tensor,
+    n: int,
+) -> Tensor:
     """Which of ``n`` vectors are among ``vectors``: bool ``(n,)``."""
     return torch.zeros(n, dtype=torch.bool, device="cpu").index_fill_(0, vectors, True)
 

@@ -191,7 +191,10 @@ def _slices_of(
 # ---- How a slice divides into pieces ----
 
 
-def place_flat(place: FlatSlice, partition: Partition) -> Placement:
+def place_flat(
+    place: FlatSlice,
+    partition: Partition,
+) -> Placement:
     """How the slice of a flattened weight lies on this rank."""
     # The weight as its entries follow each other in memory, neighbouring dimensions that are summed
     # over taken as one.

@@ -313,7 +313,11 @@ class Kernels:
 
     # ---- Changes, in place ----
 
-    def scale_(self, tensors: Operand, factor: Tensor) -> None:
+    def scale_(
+        self,
+        tensors: Operand,
+        factor: Tensor,
+    ) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
         for weight, rows, number in self._rows_with(factor, dummy=1.0):
             tensor = tensors[weight]
@@ -335,7 +339,11 @@ class Kernels:
                 # One read and one write; no temporary as large as the weight.
                 view.addcmul_(rows.view(addend), _spread(number, rows, view))
 
-    def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
+    def _adding(
+        self,
+        how: Pass,
+        dtype: torch.dtype,
+    ) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
 
         def kernel(
@@ -460,7 +468,11 @@ def in_chunks(
             in_chunks(kernel, chunk_outs, chunk_views, dims, entries, whole_rows=whole_rows)
 
 
-def cuts_rows(view: Tensor, dims: Dims, entries: int) -> bool:
+def cuts_rows(
+    view: Tensor,
+    dims: Dims,
+    entries: int,
+) -> bool:
     """Whether `in_chunks` will cut this view within a row, so that its parts must be added up."""
     shape = list(view.shape)
     while prod(shape) > entries:
@@ -471,7 +483,11 @@ def cuts_rows(view: Tensor, dims: Dims, entries: int) -> bool:
     return False
 
 
-def _parts(tensor: Any, step: int, dim: int) -> Any:
+def _parts(
+    tensor: Any,
+    step: int,
+    dim: int,
+) -> Any:
     if tensor is None or tensor.shape[dim] == 1:
         return repeat(tensor)
     # unsafe_split: without the bookkeeping of views that autograd needs.

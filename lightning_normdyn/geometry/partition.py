@@ -133,7 +133,10 @@ class Partition:
         of_entry = every_dim.expand(tuple(shape))[read]
         return torch.bincount(of_entry[of_entry >= 0], minlength=self.n)
 
-    def found_in(self, other: Partition) -> Tensor:
+    def found_in(
+        self,
+        other: Partition,
+    ) -> Tensor:
         """For each vector the number of the vector of ``other`` that has exactly its entries, or
         -1: int64 ``(n,)``.
 
@@ -157,7 +160,10 @@ class Partition:
         theirs_alone = agreeing == sizes[match.clamp(min=0)]
         return torch.where((match >= 0) & mine_alone & theirs_alone, match, -1)
 
-    def only(self, kept: Tensor) -> Partition:
+    def only(
+        self,
+        kept: Tensor,
+    ) -> Partition:
         """Only some of these vectors, numbered anew; the entries of the others belong to none.
 
         Args:
@@ -172,7 +178,10 @@ class Partition:
             return self
         return Partition(self.keep, renumbered(kept)[self.labels], self.granularity)
 
-    def within(self, coarser: Partition) -> Tensor:
+    def within(
+        self,
+        coarser: Partition,
+    ) -> Tensor:
         """Which vector of ``coarser`` each of these vectors lies in: int64 ``(n,)``, -1 for none.
 
         Args:
@@ -201,7 +210,10 @@ class Partition:
             )
         return vector
 
-    def equal(self, other: Partition) -> bool:
+    def equal(
+        self,
+        other: Partition,
+    ) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
         return self is other or (self.keep == other.keep and torch.equal(self.labels, other.labels))
 
@@ -209,7 +221,10 @@ class Partition:
         """How many labels name each vector: int64 ``(n,)``."""
         return torch.bincount(self.labels[self.labels >= 0], minlength=self.n)
 
-    def _sizes(self, dims: Iterable[int]) -> list[int]:
+    def _sizes(
+        self,
+        dims: Iterable[int],
+    ) -> list[int]:
         """The shape of the labels over more dimensions than are kept."""
         sizes = dict(zip(self.keep, self.labels.shape, strict=True))
         return [sizes.get(dim, 1) for dim in dims]

@@ -189,7 +189,10 @@ RADIAL_OF_STEP = Pass(radial_of_step, _finish_radial, 3, 3)
 """<w, w>, <w, Δ> and <direction, direction>."""
 
 
-def removing(how: Pass, operands: int) -> Pass:
+def removing(
+    how: Pass,
+    operands: int,
+) -> Pass:
     """A pass that takes the sums of `RADIAL` or `RADIAL_OF_STEP` and at once removes from v the
     part along w, row by row.
 

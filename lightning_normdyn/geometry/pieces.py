@@ -91,7 +91,10 @@ class Master:
             return None
         return self.of(self.flat.grad)
 
-    def of(self, flat: Tensor) -> Tensor:
+    def of(
+        self,
+        flat: Tensor,
+    ) -> Tensor:
         """The same entries of another tensor of this layout (optimizer state)."""
         return flat.detach()[self.start : self.start + self.length]
 
@@ -127,14 +130,20 @@ class Placement:
         held = distinct(torch.cat([indices(0), *labels]))
         return held[held >= 0]
 
-    def value(self, weight: Tensor) -> Tensor:
+    def value(
+        self,
+        weight: Tensor,
+    ) -> Tensor:
         """This rank's plain tensor of the numbers that the optimizer updates; writing to it writes
         to the weight."""
         # The parameter itself may be a rounded copy (bfloat16) of what the optimizer updates.
         value = weight if self.master is None else self.master.value()
         return self.storage(value.detach())
 
-    def gradient(self, weight: Tensor) -> Tensor | None:
+    def gradient(
+        self,
+        weight: Tensor,
+    ) -> Tensor | None:
         """Its gradient as the optimizer receives it, or None."""
         gradient = weight.grad if self.master is None else self.master.gradient()
         if gradient is None:

@@ -106,7 +106,10 @@ def place(
     )
 
 
-def check_weight(weight: Tensor, name: str) -> None:
+def check_weight(
+    weight: Tensor,
+    name: str,
+) -> None:
     """Refuse by name what cannot be treated as a dense real weight.
 
     Raises:
@@ -278,7 +281,10 @@ def _compare_ranks(
     _check_completeness(weights, partitions, names, placements)
 
 
-def _description(names: Sequence[str], placements: Sequence[Placement]) -> str:
+def _description(
+    names: Sequence[str],
+    placements: Sequence[Placement],
+) -> str:
     """What must be the same on all ranks."""
     parts = []
     # Not strict: there are no placements after a refusal.

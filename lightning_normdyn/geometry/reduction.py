@@ -40,7 +40,10 @@ def of_all_ranks(value: Any) -> list[Any]:
     return values
 
 
-def all_reduce(values: Tensor, group: Any) -> Tensor:
+def all_reduce(
+    values: Tensor,
+    group: Any,
+) -> Tensor:
     """Add up ``values`` over ``group`` (None: all ranks), in place."""
     # NCCL cannot send from the memory of the CPU, where offloaded weights have their sums.
     if values.device.type == "cpu" and dist.get_backend(group) == "nccl":
@@ -96,7 +99,10 @@ class _Buffer:
     length: Tensor
     others: Tensor
 
-    def fill(self, packed: Tensor) -> Tensor:
+    def fill(
+        self,
+        packed: Tensor,
+    ) -> Tensor:
         """This rank's parts of the cut vectors, each in its slot: ``(..., size)``."""
         parts = packed[..., self.cut]
         out = packed.new_zeros(*packed.shape[:-1], self.size)
@@ -149,7 +155,10 @@ class Reduction:
         # What this rank speaks for; a slice where no vector may be left out, which costs nothing.
         self._chosen = slice(None) if self.everywhere else self._speaks
 
-    def _held_of(self, per_weight: Sequence[Tensor]) -> Tensor:
+    def _held_of(
+        self,
+        per_weight: Sequence[Tensor],
+    ) -> Tensor:
         """From all vectors of each weight to those held here, weight after weight."""
         # torch cannot concatenate nothing, which is what an optimizer without targets has.
         parts = [torch.zeros(0, dtype=torch.float32, device="cpu")]
@@ -157,7 +166,10 @@ class Reduction:
             parts.append(values[..., held.to(values.device)])
         return torch.cat(parts[1:] or parts, -1)
 
-    def _weights_repeated(self, counts: Sequence[int]) -> Tensor:
+    def _weights_repeated(
+        self,
+        counts: Sequence[int],
+    ) -> Tensor:
         weights = indices(self.weights)
         repeats = torch.tensor(counts, dtype=torch.long, device="cpu")
         return weights.repeat_interleave(repeats).to(self._device)
@@ -206,7 +218,10 @@ class Reduction:
             others=speaks[slot[speaks] < 0].to(self._device),
         )
 
-    def sum_(self, packed: Tensor) -> Tensor:
+    def sum_(
+        self,
+        packed: Tensor,
+    ) -> Tensor:
         """Complete ``(..., n)`` sums of the vectors held here, in place."""
         if self.cuts:
             buffer = self._near
@@ -241,7 +256,10 @@ class Reduction:
         packed[..., buffer.cut] = sums[..., buffer.slot]
         return totals.index_add_(-1, buffer.weight_of, summarize(sums, buffer.length))
 
-    def per_weight(self, values: Tensor) -> Tensor:
+    def per_weight(
+        self,
+        values: Tensor,
+    ) -> Tensor:
         """Sum ``(..., n)`` over the vectors held here of each weight: ``(..., weights)``."""
         # Twice as fast on a CPU; elsewhere it would be a kernel for every weight.
         if values.device.type == "cpu" and self.weights:
@@ -257,14 +275,20 @@ class Reduction:
         totals = values.new_zeros(*values.shape[:-1], self.weights)
         return totals.index_add_(-1, self.weight_of[chosen], values[..., chosen])
 
-    def totals(self, values: Tensor) -> Tensor:
+    def totals(
+        self,
+        values: Tensor,
+    ) -> Tensor:
         """Sum complete ``(..., n)`` values over all vectors of each weight on all ranks, each
         counted once: ``(..., weights)``."""
         if self.everywhere:
             return self.per_weight(values)
         return all_reduce(self._spoken(values, self._speaks), None)
 
-    def mean_over_copies(self, totals: Tensor) -> Tensor:
+    def mean_over_copies(
+        self,
+        totals: Tensor,
+    ) -> Tensor:
         """The mean over all ranks of totals that were taken without communication; others are equal
         on all ranks already."""
         # Where some rank lacks a vector, totals came out of a collective and are equal already.
@@ -292,7 +316,10 @@ class Reduction:
         out = out[:, :no_bin].reshape(*bins.shape[:-1], self.weights, size)
         return out if self.everywhere else all_reduce(out, None)
 
-    def gather(self, values: Tensor) -> list[Tensor]:
+    def gather(
+        self,
+        values: Tensor,
+    ) -> list[Tensor]:
         """From ``(..., n)`` values of the vectors held here to those of all vectors of each weight,
         on every rank."""
         places, total = [], 0
@@ -309,7 +336,10 @@ class Reduction:
             all_reduce(out, None)
         return list(torch.split(out.to(values.dtype), self._sizes, -1))
 
-    def scatter(self, values: Sequence[Tensor]) -> Tensor:
+    def scatter(
+        self,
+        values: Sequence[Tensor],
+    ) -> Tensor:
         """From values of all vectors of each weight to those of the vectors held here: the inverse
         of `gather`, without communication."""
         here = [of_weight.to(self._device) for of_weight in values]

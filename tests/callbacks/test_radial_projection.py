@@ -36,7 +36,7 @@ from lightning_normdyn import (
     RadialProjection,
 )
 from lightning_normdyn.callbacks import radial_projection
-from lightning_normdyn.optimizers.snapshots import Snapshots
+from lightning_normdyn.optimizers.bracket import Snapshots
 
 
 def matrices_only(norm):
