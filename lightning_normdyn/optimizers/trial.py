@@ -51,6 +51,9 @@ _EXPLAINED = 1e-3
 # A change from outside that shrinks below this share is being undone.
 _KEPT = 0.8
 
+Fresh: TypeAlias = Callable[..., ScratchOptimizer]
+"""Makes a scratch optimizer, given what is to be otherwise than in the real one."""
+
 Course: TypeAlias = list[list[Tensor]]
 """The weights after each step."""
 
@@ -88,37 +91,35 @@ def try_decay(optimizer: Optimizer, rate_of: RateRule) -> DecayTrial:
     others = _other_decays(optimizer)
     if others:
         return DecayTrial(f"it has another weight decay ({', '.join(others)})")
-    return _with_some_start(partial(_try_decay, optimizer, rate_of), DecayTrial)
+    return _with_some_start(optimizer, partial(_try_decay, optimizer, rate_of), DecayTrial)
 
 
 def _try_decay(
     optimizer: Optimizer,
     rate_of: RateRule,
-    start: Start,
+    fresh: Fresh,
 ) -> DecayTrial:
-    fresh = partial(ScratchOptimizer, optimizer, lr=_LR, start=start)
-    with ScratchOptimizer.untouched(optimizer):
-        without = _run(fresh(weight_decay=0.0))
-        for decay in _DECAYS:
-            decayed = _run(fresh(weight_decay=decay))
-            if _difference(decayed[-1], without[-1]) > _VISIBLE:
-                break
-        else:
-            return DecayTrial("a change of weight_decay in its param group changes nothing")
+    without = _run(fresh(weight_decay=0.0))
+    for decay in _DECAYS:
+        decayed = _run(fresh(weight_decay=decay))
+        if _difference(decayed[-1], without[-1]) > _VISIBLE:
+            break
+    else:
+        return DecayTrial("a change of weight_decay in its param group changes nothing")
 
-        scratch = fresh(weight_decay=decay)
-        taken = {id(weight) for weight in scratch.taken}
-        course = _run(scratch, take_over=True)
-        # Exact: weights whose decay is taken step as without any, the others as with it.
-        for got, bare, full in zip(course, without, decayed, strict=True):
-            for i, weight in enumerate(scratch.weights):
-                expected = bare if id(weight) in taken else full
-                if not torch.equal(got[i], expected[i]):
-                    return DecayTrial(
-                        "a trial on scratch weights shows that it does not take weight_decay from "
-                        "its param group alone"
-                    )
-        return DecayTrial(None, _law_of_decay(optimizer, rate_of, decay, start))
+    scratch = fresh(weight_decay=decay)
+    taken = {id(weight) for weight in scratch.taken}
+    course = _run(scratch, take_over=True)
+    # Exact: weights whose decay is taken step as without any, the others as with it.
+    for got, bare, full in zip(course, without, decayed, strict=True):
+        for i, weight in enumerate(scratch.weights):
+            expected = bare if id(weight) in taken else full
+            if not torch.equal(got[i], expected[i]):
+                return DecayTrial(
+                    "a trial on scratch weights shows that it does not take weight_decay from "
+                    "its param group alone"
+                )
+    return DecayTrial(None, _law_of_decay(optimizer, rate_of, decay, fresh))
 
 
 def _other_decays(optimizer: Optimizer) -> list[str]:
@@ -136,14 +137,14 @@ def _law_of_decay(
     optimizer: Optimizer,
     rate_of: RateRule,
     decay: float,
-    start: Start,
+    fresh: Fresh,
 ) -> DecayLaw | None:
     """Which of the known laws, applied by hand to an optimizer without decay, gives its weights."""
     # In low precision the laws could not be told apart.
     dtype = torch.float32
     if all(p.dtype == torch.float64 for group in optimizer.param_groups for p in group["params"]):
         dtype = torch.float64
-    scratch = partial(ScratchOptimizer, optimizer, lr=_LR, dtype=dtype, start=start)
+    scratch = partial(fresh, dtype=dtype)
     without, decayed = _run(scratch(weight_decay=0.0)), _run(scratch(weight_decay=decay))
     by_hand: dict[DecayLaw, Callable[[ScratchOptimizer], None]] = {
         DecayLaw("decoupled", "rate"): partial(_shrink, decay, rate_of),
@@ -226,44 +227,42 @@ def steps_as(optimizer: Optimizer, known: type[Optimizer]) -> str | None:
         >>> steps_as(logging, torch.optim.SGD) is None
         True
     """
-    return _with_some_start(partial(_compare_with, optimizer, known), lambda reason: reason)
+    attempt = partial(_compare_with, optimizer, known)
+    return _with_some_start(optimizer, attempt, lambda reason: reason)
 
 
 def _compare_with(
     optimizer: Optimizer,
     known: type[Optimizer],
-    start: Start,
+    fresh: Fresh,
 ) -> str | None:
-    with ScratchOptimizer.untouched(optimizer):
-        # With a decay if it has one, and with a rate that is not 0 as at the start of a warmup.
-        decays = [group_number(group, "weight_decay") for group in optimizer.param_groups]
-        has_decay = any(decay != 0 for decay in decays)
-        decay = _ODD_DECAY if has_decay else None
-        traces = []
-        for kind in (type(optimizer), known):
-            scratch = ScratchOptimizer(
-                optimizer, kind=kind, weight_decay=decay, lr=_LR, start=start
-            )
-            # Under a take-over, as it will have to step: one that decays by a number of its own is
-            # found out by the weights that are taken.
-            course = _run(scratch, take_over=has_decay)
-            state, weights = scratch.optimizer.state, scratch.weights
-            # Of what else is in the state, the keys.
-            states = [*(state[weight] for weight in weights), state.keys() - set(weights)]
-            gradients = [weight.grad for weight in weights]
-            groups = [{**group, "params": None} for group in scratch.groups]
-            traces.append((course, states, gradients, groups))
-        of_base = f"that of {known.__name__}"
-        on_scratch = "in a trial on scratch weights"
-        differences = (
-            f"differs from {of_base} {on_scratch}",
-            f"keeps other state than {of_base} {on_scratch}",
-            f"leaves other gradients than {of_base} {on_scratch}",
-            f"writes other things into its param groups than {of_base}",
-        )
-        for difference, of_own, of_known in zip(differences, *traces, strict=True):
-            if not _same(of_own, of_known):
-                return f"its step is its own, and {difference}"
+    # With a decay if it has one, and with a rate that is not 0 as at the start of a warmup.
+    decays = [group_number(group, "weight_decay") for group in optimizer.param_groups]
+    has_decay = any(decay != 0 for decay in decays)
+    decay = _ODD_DECAY if has_decay else None
+    traces = []
+    for kind in (type(optimizer), known):
+        scratch = fresh(kind=kind, weight_decay=decay)
+        # Under a take-over, as it will have to step: one that decays by a number of its own is
+        # found out by the weights that are taken.
+        course = _run(scratch, take_over=has_decay)
+        state, weights = scratch.optimizer.state, scratch.weights
+        # Of what else is in the state, the keys.
+        states = [*(state[weight] for weight in weights), state.keys() - set(weights)]
+        gradients = [weight.grad for weight in weights]
+        groups = [{**group, "params": None} for group in scratch.groups]
+        traces.append((course, states, gradients, groups))
+    of_base = f"that of {known.__name__}"
+    on_scratch = "in a trial on scratch weights"
+    differences = (
+        f"differs from {of_base} {on_scratch}",
+        f"keeps other state than {of_base} {on_scratch}",
+        f"leaves other gradients than {of_base} {on_scratch}",
+        f"writes other things into its param groups than {of_base}",
+    )
+    for difference, of_own, of_known in zip(differences, *traces, strict=True):
+        if not _same(of_own, of_known):
+            return f"its step is its own, and {difference}"
     return None
 
 
@@ -293,7 +292,7 @@ def remembers_weights(optimizer: Optimizer) -> float | None:
         >>> round(remembers_weights(sgd), 3)
         1.0
     """
-    return _with_some_start(partial(_share_left, optimizer), lambda reason: None)
+    return _with_some_start(optimizer, _share_left, lambda reason: None)
 
 
 def undoes_changes(share_left: float | None) -> bool:
@@ -304,9 +303,9 @@ def undoes_changes(share_left: float | None) -> bool:
     return share_left is not None and not _KEPT <= share_left <= 2 - _KEPT
 
 
-def _share_left(optimizer: Optimizer, start: Start) -> float:
+def _share_left(fresh: Fresh) -> float:
     # Small steps: a step that depends on the size of its weight must not look like a memory.
-    scratch = partial(ScratchOptimizer, optimizer, weight_decay=0.0, lr=_LR / 20, start=start)
+    scratch = partial(fresh, weight_decay=0.0, lr=_LR / 20)
     calls = 0
 
     def disturb(scratch: ScratchOptimizer) -> None:
@@ -316,9 +315,8 @@ def _share_left(optimizer: Optimizer, start: Start) -> float:
             for weight in scratch.weights:
                 weight.data.mul_(1.5)
 
-    with ScratchOptimizer.untouched(optimizer):
-        undisturbed = _run(scratch(), steps=_STEPS + 3)
-        disturbed = _run(scratch(), disturb, steps=_STEPS + 3)
+    undisturbed = _run(scratch(), steps=_STEPS + 3)
+    disturbed = _run(scratch(), disturb, steps=_STEPS + 3)
     shares = []
     for before, a, b in zip(undisturbed[2], undisturbed[-1], disturbed[-1], strict=True):
         change = 0.5 * before.double()
@@ -335,16 +333,20 @@ _Answer = TypeVar("_Answer")
 
 
 def _with_some_start(
-    attempt: Callable[[Start], _Answer], failed: Callable[[str], _Answer]
+    optimizer: Optimizer,
+    attempt: Callable[[Fresh], _Answer],
+    failed: Callable[[str], _Answer],
 ) -> _Answer:
-    """``attempt`` with an optimizer as it is before its first step.
+    """``attempt`` with scratch optimizers as they are before their first step.
 
-    If its step needs what only a real one has, with some of that.
+    If a step needs what only a real one has, with some of that.
     """
     reason = ""
     for start in get_args(Start):
+        fresh = partial(ScratchOptimizer, optimizer, lr=_LR, start=start)
         try:
-            return attempt(start)
+            with ScratchOptimizer.untouched(optimizer):
+                return attempt(fresh)
         except CannotTryError as error:
             reason = reason or str(error)
     return failed(f"its step cannot be tried on scratch weights ({reason})")
