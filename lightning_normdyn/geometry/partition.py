@@ -73,19 +73,10 @@ class Partition:
         cls,
         shape: tuple[int, ...],
     ) -> Partition:
-        """One vector: the whole weight."""
-        return cls((0,), torch.zeros(shape[0], dtype=torch.long, device="cpu"), "layer")
-
-    @classmethod
-    def whole(
-        cls,
-        shape: tuple[int, ...],
-    ) -> Partition:
-        """`layer` for a parameter of any shape, a bias or a single number among them."""
+        """One vector: the whole parameter, of any shape (a bias, a single number)."""
         # A single number has no dimension to keep.
-        if shape:
-            return cls.layer(shape)
-        return cls((), torch.zeros((), dtype=torch.long, device="cpu"), "layer")
+        keep = (0,) if shape else ()
+        return cls(keep, torch.zeros(shape[:1], dtype=torch.long, device="cpu"), "layer")
 
     def rest(self) -> Partition:
         """One vector: the entries that belong to no vector of this partition.

@@ -226,7 +226,7 @@ class DecayTakeover:
         if self._rest_vectors is None or ids != known:
             weights = [rest.weight for rest in rests]
             partitions = [
-                Partition.whole(full_shape(rest.weight))
+                Partition.layer(full_shape(rest.weight))
                 if rest.claimed is None
                 else rest.claimed.rest()
                 for rest in rests

@@ -89,24 +89,15 @@ def inner_optimizers(optimizer: Any) -> list[Optimizer]:
         >>> inner_optimizers(torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1))
         []
     """
+    attributes = dict(getattr(optimizer, "__dict__", {}))
+    for name in ("state", "param_groups"):
+        attributes.pop(name, None)
     # By id: a wrapper may hold the same one twice.
     inner: dict[int, Optimizer] = {}
-    for name, value in list(getattr(optimizer, "__dict__", {}).items()):
-        if name in ("state", "param_groups"):
-            continue
-        for entry in _entries(value):
-            if isinstance(entry, Optimizer) and entry is not optimizer:
-                inner[id(entry)] = entry
+    for _, entry in _walk(attributes, "", 2):
+        if isinstance(entry, Optimizer) and entry is not optimizer:
+            inner[id(entry)] = entry
     return list(inner.values())
-
-
-def _entries(value: Any) -> list[Any]:
-    """What a container holds; anything else as the only entry."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, (list, tuple)):
-        return list(value)
-    return [value]
 
 
 def steps_in_two_phases(optimizer: Any) -> bool:
@@ -181,7 +172,9 @@ def copies_of_weights(optimizer: Optimizer, weights: Sequence[Tensor]) -> list[s
     stepped = _ids_of_weights(optimizer)
     # A dictionary, since a name may stand for a tensor of each weight.
     names: dict[str, None] = {}
-    for name, tensor in _tensors_in([optimizer, *inner]):
+    for name, tensor in _entries_of([optimizer, *inner]):
+        if not isinstance(tensor, Tensor):
+            continue
         may_be_copy = id(tensor) not in stepped and bool(inner or _SLOW.search(name))
         alike = by_shape.get(tuple(tensor.shape), []) if may_be_copy else []
         if any(_is_copy(tensor, weight) for weight in alike):
@@ -201,8 +194,8 @@ def _is_copy(tensor: Tensor, weight: Tensor) -> bool:
     return bool((length > 0) & (distance <= _CLOSE * length))
 
 
-def _tensors_in(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in the attributes and the state of ``optimizers``, and what holds it."""
+def _entries_of(optimizers: Sequence[Optimizer]) -> Iterator[tuple[str, Any]]:
+    """Everything in the attributes and the state of ``optimizers``, and what holds it."""
     for optimizer in optimizers:
         # The state may be an attribute or, of a wrapper, a property.
         held = {"state": optimizer.state, **vars(optimizer)}
@@ -214,12 +207,13 @@ def _walk(
     value: Any,
     name: str,
     depth: int,
-) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(value, Tensor):
-        yield name, value
-    elif depth and isinstance(value, dict):
+) -> Iterator[tuple[str, Any]]:
+    """What ``depth`` containers within each other hold in the end, and the name it is held by."""
+    if depth and isinstance(value, dict):
         for key, entry in list(value.items()):
             yield from _walk(entry, key if isinstance(key, str) else name, depth - 1)
     elif depth and isinstance(value, (list, tuple)):
         for entry in value:
             yield from _walk(entry, name, depth - 1)
+    else:
+        yield name, value
