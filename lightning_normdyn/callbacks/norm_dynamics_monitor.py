@@ -76,16 +76,15 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
     def _say_unknown_rate(self) -> None:
         """Whoever misses a curve must find out why it is not there."""
         plan = self.plan
-        for target in plan.targets:
-            if applied_rate(plan.optimizer, plan.group_of(target), target.weight) is None:
-                name = type(plan.optimizer).__name__
-                self.session.say_once(
-                    f"The learning rate that {name} applies in its next step cannot be told from "
-                    f"its param groups and its state. Until it can be, effective_lr, direction_lr "
-                    f"and predictions are left out for its weights; norms and angles are measured."
-                )
-                # One weight is enough: the sentence is about the optimizer.
-                return
+        rates = [applied_rate(plan.optimizer, plan.group_of(t), t.weight) for t in plan.targets]
+        # One weight is enough: the sentence is about the optimizer.
+        if any(rate is None for rate in rates):
+            name = type(plan.optimizer).__name__
+            self.session.say_once(
+                f"The learning rate that {name} applies in its next step cannot be told from its "
+                f"param groups and its state. Until it can be, effective_lr, direction_lr and "
+                f"predictions are left out for its weights; norms and angles are measured."
+            )
 
 
 class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
