@@ -122,9 +122,11 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         # At the first step, so that a refusal does not wait for the drop.
         if not self.exponents:
             # Besides this rule: its own jumps say nothing about the equilibrium between them.
-            effects = self.session.combined.effects(self.plan.targets, besides=self.rule)
-            for target, effect in zip(self.plan.targets, effects, strict=True):
-                self.exponents[target.name] = self._exponent(target, effect)
+            targets = self.plan.targets
+            effects = self.session.combined.effects(targets, besides=self.rule)
+            # All or none: one of them may be refused.
+            exponents = list(map(self._exponent, targets, effects))
+            self.exponents = dict(zip(self.plan.vectors.names, exponents, strict=True))
         self._mark_what_is_late()
         factors, rates = self._factors(step)
         # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
