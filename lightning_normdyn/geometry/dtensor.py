@@ -54,7 +54,7 @@ def place_dtensor(
             f"`{name}` lies on the device mesh {mesh}, which rank {dist.get_rank()} is not part "
             f"of. Leave it out with params=[..., '!{name}']."
         )
-    sharded: dict[int, int] = {}
+    sharded = {}
     for m, placement in enumerate(placements):
         dim = _sharded_dim(placement, name)
         if dim is not None:
@@ -174,8 +174,8 @@ def _sharing(
     vector = labels[slots]
     index = torch.unravel_index(slots, partition.labels.shape)
 
-    at: dict[int, Tensor] = {}  # the coordinate of the first entry of each slot
-    cut_by: dict[int, Tensor] = {}  # the vectors that lie at several coordinates
+    at = {}  # the coordinate of the first entry of each slot
+    cut_by = {}  # the vectors that lie at several coordinates
     all_chunks_used = True
     for m, d in sharded.items():
         if d in partition.keep:

@@ -202,7 +202,7 @@ def place_flat(
     in_order = sorted(range(len(kept_positions)), key=kept_positions.__getitem__)
     labels = partition.labels.permute(*in_order)
     sizes: list[int] = []
-    kept: list[int] = []
+    kept = []
     for position, d in enumerate(place.order):
         is_kept = position in kept_positions
         if is_kept or not sizes or len(sizes) - 1 in kept:

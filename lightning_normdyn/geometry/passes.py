@@ -292,7 +292,7 @@ def products(
         # While x is in the cache anyway.
         if copied is not None and views[copied] is not None and views[-1] is not None:
             views[-1].copy_(views[copied])
-        values: list[Tensor | None] = []
+        values = []
         for view in views[:read]:
             values.append(None if view is None else widened(view, exact))
         for row, left, right in terms:

@@ -52,7 +52,7 @@ def place_all(
             lazy, an unknown subclass), and, on every rank, if one rank cannot place its piece or
             the pieces do not make up the weights.
     """
-    placements: list[Placement] = []
+    placements = []
     refusal: NotSupportedError | None = None
     try:
         for weight, partition, name in zip(weights, partitions, names, strict=True):

@@ -139,7 +139,7 @@ class WeightVectors:
     def local(self, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
         """This rank's plain storage of tensors laid out like the weights (gradients, state),
         without autograd history."""
-        local: list[Tensor | None] = []
+        local = []
         for tensor, placement in zip(tensors, self._placements, strict=True):
             local.append(None if tensor is None else placement.storage(tensor.detach()))
         return local

@@ -258,7 +258,7 @@ class Scaling:
         # On every rank, even where none of its own weights is pending: it is a collective.
         gathered = self.vectors.gather(self.factor)
         written = {name: watch.written() for name, (_, watch) in self._buffers.items()}
-        weights: Ahead = {}
+        weights = {}
         for i, (name, partition) in enumerate(zip(names, self.vectors.partitions, strict=True)):
             if self.pending[i]:
                 weights[name] = {
@@ -267,7 +267,7 @@ class Scaling:
                     "labels": partition.labels.cpu().clone(),
                     "buffers": {b: self._buffers[b][0] for b in written if written[b][i]},
                 }
-        behind: Ahead = {}
+        behind = {}
         for statistics, watch in self._statistics:
             done = list(_written_buffers(statistics, watch))
             if self.pending[statistics.position] and done:

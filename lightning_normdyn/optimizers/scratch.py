@@ -144,7 +144,7 @@ class ScratchOptimizer:
 
         It stands for all weights with as many dimensions; the first of them is its model.
         """
-        pairs: dict[int, tuple[Tensor, list[nn.Parameter]]] = {}
+        pairs = {}
         for real in real_weights:
             dims = real.dim()
             if dims not in pairs:

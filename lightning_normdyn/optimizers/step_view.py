@@ -127,7 +127,7 @@ def split_groups(
         >>> [group["weight_decay"] for group in shown]
         [0.0, 0.5]
     """
-    shown: list[ParamGroup] = []
+    shown = []
     changed = False
     # Without the user's groups being touched: others look at them while the step runs.
     for group in groups:

@@ -93,7 +93,7 @@ def inner_optimizers(optimizer: Any) -> list[Optimizer]:
     for name in ("state", "param_groups"):
         attributes.pop(name, None)
     # By id: a wrapper may hold the same one twice.
-    inner: dict[int, Optimizer] = {}
+    inner = {}
     for _, entry in _walk(attributes, "", 2):
         if isinstance(entry, Optimizer) and entry is not optimizer:
             inner[id(entry)] = entry
