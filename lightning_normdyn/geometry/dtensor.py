@@ -188,7 +188,7 @@ def _sharing(
             cut_by[m] = vector.new_full((n,), chunks > 1, dtype=torch.bool)
             all_chunks_used &= chunks == mesh.size(m)
     cut = torch.stack(list(cut_by.values())).any(0)
-    cutting = [m for m in sharded if bool(cut_by[m].any())]
+    cutting = [m for m in sharded if cut_by[m].any()]
 
     # Ranks in a group along the only cutting dimension have the same other coordinates, and so hold
     # the same vectors.

@@ -165,7 +165,7 @@ class Partition:
             [0, -1, 1]
         """
         # The same object: callers compare partitions by identity first.
-        if bool(kept.all()):
+        if kept.all():
             return self
         return Partition(self.keep, renumbered(kept)[self.labels], self.granularity)
 

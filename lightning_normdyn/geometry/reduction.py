@@ -68,7 +68,7 @@ def groups_of(sharings: Iterable[Sharing]) -> dict[tuple[int, ...] | None, Any]:
     # By their ranks: equal groups may be different objects.
     groups: dict[tuple[int, ...] | None, Any] = {}
     for sharing in sharings:
-        if bool(sharing.cut.any()):
+        if sharing.cut.any():
             group = sharing.group
             ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
             groups[ranks] = group
@@ -145,7 +145,7 @@ class Reduction:
         self.weights = len(placements)
         # A rank that has all vectors can total them alone: no collective, as under DDP.
         self.everywhere = all(s.everywhere for s in self._sharings)
-        self.cuts = any(bool(s.cut.any()) for s in self._sharings)
+        self.cuts = any(s.cut.any() for s in self._sharings)
         self._counts = [len(held) for held in self._held]
         self.length = self._held_of(self._lengths).to(device)
         self.weight_of = self._weights_repeated(self._counts)

@@ -195,7 +195,7 @@ class StepBracket:
         if not self._hooks:
             self._attach()
         self._added += 1
-        entry = _Entry(int(phase), rank, order, self._added, handler)
+        entry = _Entry(phase, rank, order, self._added, handler)
         self._handlers.append(entry)
         # Without the handlers themselves, which cannot be compared.
         self._handlers.sort(key=lambda e: e[:4])
@@ -442,7 +442,7 @@ class StepBracket:
         """What was multiplied for a step that is not over: its update is running, or it raised."""
         if self._step is None or self._step.happened:
             return []
-        return list(self._step.scalings)
+        return self._step.scalings
 
     @torch.no_grad()
     def take_back(self, *, gradients_count: bool = False) -> None:
@@ -486,6 +486,6 @@ class StepBracket:
         if self._unsettled is None:
             return
         (skipped, step), self._unsettled = self._unsettled, None
-        if not bool(skipped.get()):
+        if not skipped.get():
             self.steps += 1
             step.mark_happened()

@@ -236,7 +236,7 @@ class Scaling:
         # The common case, without a transfer to the device.
         if all(chosen):
             return self.factor
-        of_weight = torch.tensor(list(chosen), dtype=torch.bool, device=self.factor.device)
+        of_weight = torch.tensor(chosen, dtype=torch.bool, device=self.factor.device)
         return torch.where(self.vectors.spread(of_weight), self.factor, 1.0)
 
     # ------------------------------------------------------------------------ over a checkpoint
@@ -366,7 +366,7 @@ def _put_weight_back(
     # The vectors of then: the callbacks of this process may be resolved to others.
     partition = Partition(tuple(entry["keep"]), entry["labels"], "saved")
     saved = entry["factor"]
-    if saved.shape != (partition.n,) or not bool((torch.isfinite(saved) & (saved > 0)).all()):
+    if saved.shape != (partition.n,) or not (torch.isfinite(saved) & (saved > 0)).all():
         return False
     try:
         vectors = WeightVectors([weight], [partition], [name])

@@ -86,7 +86,7 @@ class StepResponse:
         4 for SGD, 2 for AdamW, 3 for Adam with coupled decay, 5 for AWS on SGD, 3 for AWS on Adam.
         """
         gradient_power = 0 if self.normalized else 2
-        return 2 + gradient_power + int(self.adaptive) + int(self.rough)
+        return 2 + gradient_power + self.adaptive + self.rough
 
     @property
     def effective_decay(self) -> Number | None:

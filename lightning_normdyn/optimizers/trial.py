@@ -379,7 +379,7 @@ def _run(
         scratch.step(_view(scratch) if take_over else None)
         course.append(scratch.values())
     # NaN equals nothing, so a comparison would blame the optimizer.
-    if not all(bool(torch.isfinite(weight).all()) for weight in course[-1]):
+    if not all(torch.isfinite(weight).all() for weight in course[-1]):
         raise CannotTryError("its scratch weights are not finite")
     return course
 
