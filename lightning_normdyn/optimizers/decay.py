@@ -15,7 +15,7 @@ decay was written in.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -38,7 +38,7 @@ from lightning_normdyn.optimizers.recognition import (
 )
 from lightning_normdyn.optimizers.step_response import own_response
 
-AnOptimizer: TypeAlias = Optimizer | type[Optimizer]
+AnOptimizer = Optimizer | type[Optimizer]
 """An optimizer, or its class where nothing about the instance matters."""
 
 

@@ -15,7 +15,7 @@ name, except where a trial on scratch weights shows how it steps
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.optim import Optimizer
@@ -25,10 +25,10 @@ from lightning_normdyn.optimizers.group_numbers import Group, group_number, is_z
 from lightning_normdyn.optimizers.rate_rules import RateRule
 from lightning_normdyn.optimizers.step_rules import ResponseRule
 
-Kind: TypeAlias = Literal["coupled", "decoupled"]
+Kind = Literal["coupled", "decoupled"]
 """Whether λ·w is added to the gradient, or the weight is multiplied by 1 - share."""
 
-Pace: TypeAlias = Literal["rate", "lr", "step"]
+Pace = Literal["rate", "lr", "step"]
 """What a decoupled decay is multiplied by: the rate of the step, the learning rate as it is
 written, or nothing (once per step)."""
 

@@ -13,7 +13,7 @@ stands in `lightning_normdyn.optimizers.facts`.
 
 from collections.abc import Callable, Mapping
 from math import sqrt
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from lightning_normdyn.optimizers.group_numbers import (
     is_zero,
 )
 
-RateRule: TypeAlias = Callable[[Optimizer, Group, Tensor], "Number | None"]
+RateRule = Callable[[Optimizer, Group, Tensor], "Number | None"]
 """Optimizer, param group, weight of that group -> the rate of the weight's next step."""
 
 # What D-Adaptation and Prodigy keep in a param group beside their estimate.

@@ -9,7 +9,7 @@ done, and what the optimizer has stepped since.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import and_, ne
-from typing import Any, TypeAlias
+from typing import Any
 from weakref import ref
 
 import torch
@@ -21,7 +21,7 @@ from lightning_normdyn.geometry.placement import gradient_of, version_of
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.state import rescale_batch_norm_
 
-Ahead: TypeAlias = dict[str, Any]
+Ahead = dict[str, Any]
 """What a checkpoint holds although its step has not happened: plain tensors, lists and strings."""
 
 

@@ -13,7 +13,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 from weakref import WeakSet
 
 import numpy as np
@@ -24,7 +24,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from lightning_normdyn.optimizers.group_numbers import as_number
 
-Start: TypeAlias = Literal["new", "with state", "as it is"]
+Start = Literal["new", "with state", "as it is"]
 """How far along a scratch optimizer is. "new": as before its first step. "with state": scratch
 weights have zeros where the real ones have state. "as it is": numbers that steps count in the param
 groups are kept, too."""

@@ -7,7 +7,7 @@ so that it can be taken back if the update never comes (an exception, a checkpoi
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -169,4 +169,4 @@ class Step:
             undo()
 
 
-Handler: TypeAlias = Callable[[Step], None]
+Handler = Callable[[Step], None]

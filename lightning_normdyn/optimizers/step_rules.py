@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 from lightning_normdyn.optimizers.group_numbers import Group, Number, is_zero
 
@@ -96,7 +95,7 @@ class StepResponse:
         return self.decay * self.total
 
 
-ResponseRule: TypeAlias = Callable[[Group], StepResponse | None]
+ResponseRule = Callable[[Group], StepResponse | None]
 """Param group -> how its steps answer gradients; None for settings that nobody has derived."""
 
 

@@ -13,17 +13,17 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from operator import is_
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 
-ParamGroup: TypeAlias = dict[str, Any]
+ParamGroup = dict[str, Any]
 """A param group, as in ``optimizer.param_groups``, that a step may write to."""
 
-Split: TypeAlias = Callable[[Sequence[ParamGroup]], "list[ParamGroup] | None"]
+Split = Callable[[Sequence[ParamGroup]], "list[ParamGroup] | None"]
 """The groups of an optimizer -> what a step is to see of them; None: the same."""
 
 

@@ -9,7 +9,7 @@ with its decay.
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -28,7 +28,7 @@ from lightning_normdyn.optimizers.step import Step
 from lightning_normdyn.optimizers.step_view import ParamGroup, show, unsplit, view_class, view_of
 from lightning_normdyn.optimizers.views import groups_for_step, steps_as_one
 
-Claimed: TypeAlias = Set[Tensor] | Mapping[Tensor, Partition]
+Claimed = Set[Tensor] | Mapping[Tensor, Partition]
 """Weights whose decay is taken over: whole, or only in the rows that belong to a vector of their
 partition."""
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from math import inf, isnan
-from typing import Any, TypeAlias, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -51,10 +51,10 @@ _EXPLAINED = 1e-3
 # A change from outside that shrinks below this share is being undone.
 _KEPT = 0.8
 
-Fresh: TypeAlias = Callable[..., ScratchOptimizer]
+Fresh = Callable[..., ScratchOptimizer]
 """Makes a scratch optimizer, given what is to be otherwise than in the real one."""
 
-Course: TypeAlias = list[list[Tensor]]
+Course = list[list[Tensor]]
 """The weights after each step."""
 
 
