@@ -152,7 +152,8 @@ class History:
         columns = self._contents.columns
         missing = {}
         for key, value in values.items():
-            if key not in columns or not row.has(columns[key]):
+            # No row has a cell behind all columns.
+            if not row.has(columns.get(key, len(columns))):
                 missing[key] = value
         cells, present = self._cells(missing)
 

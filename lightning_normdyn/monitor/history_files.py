@@ -60,12 +60,12 @@ class HistoryFiles:
         # Chosen once: after the first save the file exists and would pass for another fit's.
         if folder not in self._chosen:
             taken = list(takewhile(exists, map(self._numbered, count(1))))
-            self._chosen[folder] = self._numbered(len(taken) + 1)
+            own = None
             # A fit from the start with the same seed has the same first row, but is another fit.
             if self.continued:
                 # The newest: fits that were repeated from the same start begin with the same row.
                 own = next(filter(continues, reversed(taken)), None)
-                self._chosen[folder] = own or self._chosen[folder]
+            self._chosen[folder] = own or self._numbered(len(taken) + 1)
         return self._chosen[folder]
 
     def place(self, folder: Location, history: History) -> str | Path:

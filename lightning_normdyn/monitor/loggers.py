@@ -12,10 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import (
     CSVLogger,
     Logger,
@@ -36,9 +37,6 @@ from lightning_normdyn.monitor.history_files import HistoryFiles
 from lightning_normdyn.monitor.outcome import Outcome, can_draw, markdown
 from lightning_normdyn.monitor.quantities import QUANTITIES
 from lightning_normdyn.storage import Location, join, replacing
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
 
 
 class Publisher:
@@ -132,10 +130,13 @@ class WandbPublisher(Publisher):
             )
             shown[f"normdyn_tables/layers{outcome.label}"] = table
         for quantity in outcome.shown_in("chart"):
-            xs, ys, names = outcome.chart(quantity)
-            title = f"{quantity} of all layers"
+            curves = outcome.chart(quantity)
             shown[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
-                xs, ys, keys=names, title=title, xname="step"
+                [steps.tolist() for steps, _ in curves.values()],
+                [values.tolist() for _, values in curves.values()],
+                keys=list(curves),
+                title=f"{quantity} of all layers",
+                xname="step",
             )
         for name, pixels in outcome.pictures.items():
             shown[f"normdyn_pictures/{name}"] = wandb.Image(pixels)

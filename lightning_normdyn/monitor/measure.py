@@ -19,10 +19,9 @@ from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.monitor.forecasts import log_smallest, urgency
 from lightning_normdyn.monitor.histograms import PACKED, Histogram, bin_vectors, unpack
 from lightning_normdyn.monitor.quantities import QUANTITIES, to_measure
-from lightning_normdyn.monitor.step_sums import StepSums
+from lightning_normdyn.monitor.step_sums import StepSums, log_smallest, urgency
 from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
 from lightning_normdyn.optimizers.step import Phase, Step
 
@@ -416,9 +415,8 @@ def mean_norms(plan: Plan) -> dict[str, float]:
 
     Every rank must call it.
     """
-    lengths = plan.vectors.norms()
-    counts = plan.vectors.totals(torch.ones_like(lengths))
-    means = (plan.vectors.totals(lengths) / counts).tolist()
+    vectors = plan.vectors
+    means = (vectors.totals(vectors.norms()) / vectors.count).tolist()
     return {target.name: mean for target, mean in zip(plan.targets, means, strict=True)}
 
 

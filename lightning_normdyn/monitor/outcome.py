@@ -1,7 +1,9 @@
-"""What came of a fit, as any logger may show it: pictures, charts and a table of the weights."""
+"""What is told of a fit as a whole: its settings and weights, the table at its end with what came
+of each weight, and the pictures, charts and tables that loggers show of it."""
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,12 +11,17 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.target import Target
+from lightning_normdyn.monitor.curves import Curves, layer_names, recorded_curves
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.curves import layer_names
 from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap
 from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import Place, shown_in
+from lightning_normdyn.monitor.verdicts import Course, judge
+from lightning_normdyn.tables import paragraph, render
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +29,165 @@ if TYPE_CHECKING:
 # W&B draws no more of a custom chart than this.
 MOST_CHART_ROWS = 10_000
 DOTS_PER_INCH = 110
+MOST_NAMED = 8
+"""Weights that a sentence names."""
+
+_NORMS = "norm first → last"
+_COLUMNS = (
+    "weight",
+    "treated how",
+    _NORMS,
+    "effective lr",
+    "angular update",
+    "prediction",
+    "e-foldings",
+    "verdict",
+)
+
+
+# -------------------------------------------------------------------------- the run and its weights
+
+
+def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+    """For loggers and the history's ``meta``, as plain JSON. Every rank must call it.
+
+    Returns:
+        ``"callbacks"``: settings by callback; ``"targets"``: facts by weight.
+    """
+    treatments = session.combined.treatments()
+    facts = {}
+    for target in targets:
+        facts[target.name] = {
+            "shape": list(target.verdict.shape),
+            "scale_invariant": target.verdict.kind,
+            "norms": list(target.verdict.norms),
+            "vectors": target.partition.n,
+            "treated": treatments[target.weight],
+        }
+    about = {"callbacks": _settings(session), "targets": facts}
+    # To JSON and back: a person's own callback may have settings that JSON does not know, and a
+    # resumed run compares these settings with those in its checkpoint, which are JSON, too.
+    plain: dict[str, dict[str, Any]] = json.loads(json.dumps(about, default=str))
+    return plain
+
+
+def _settings(session: Session) -> dict[str, dict[str, Any]]:
+    settings: dict[str, dict[str, Any]] = {}
+    for member in session.members:
+        rule = member.rule
+        name = type(rule).__name__
+        # A second callback of the class must not take the first one's place.
+        if name in settings:
+            name = f"{name}-{len(settings)}"
+        common = {"params": rule.params, "granularity": rule.granularity}
+        settings[name] = {**common, **rule.settings()}
+    return settings
+
+
+def summarize(
+    targets: Sequence[Target],
+    evidence: History,
+    courses: Mapping[str, Course],
+    treatments: Mapping[Tensor, str],
+    last_norms: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """One row for each weight that was measured.
+
+    Args:
+        targets: the weights.
+        evidence: the rows that verdicts rest on.
+        courses: by weight, what happened to its prediction.
+        treatments: which rules act on each, in words.
+        last_norms: by weight, its norm at the end: an optimizer may have stepped many times since
+            its newest row.
+    """
+    rows = []
+    for target in targets:
+        name = target.name
+        # A weight that was never measured would give a row of nothing but dashes.
+        if not evidence.has(f"weight_norm/{name}"):
+            continue
+        norms = evidence.column(f"weight_norm/{name}")[1].tolist()
+        course = courses.get(name, Course())
+        said = judge(evidence, name, course)
+        # Verdicts are about scale-invariant weights, but for those that concern any weight.
+        is_for_all = said in ("frozen", "collapsing") or said.startswith("not finite")
+        rows.append(
+            {
+                "weight": name,
+                "scale-invariant": target.verdict.kind,
+                "vectors": target.partition.n,
+                "treated how": treatments[target.weight] or "-",
+                "norm first": norms[0],
+                "norm last": last_norms.get(name, norms[-1]),
+                "effective lr": _newest(evidence, f"effective_lr/{name}"),
+                "angular update": _newest(evidence, f"angular_update/{name}"),
+                "prediction": _newest(evidence, f"equilibrium_angular_update/{name}"),
+                # 0 means that no prediction was ever made, not that no time has passed.
+                "e-foldings": course.elapsed or None,
+                "verdict": said if target.scale_invariant or is_for_all else "-",
+            }
+        )
+    return rows
+
+
+def _newest(history: History, key: str) -> float | None:
+    # An unknown key only means that the quantity does not apply to the weight.
+    values = history.curve(key)[1]
+    return float(values[-1]) if len(values) else None
+
+
+def as_text(
+    rows: Sequence[Mapping[str, Any]],
+    optimizer_steps: float,
+    clamped: Mapping[str, int],
+    session: Session,
+) -> str:
+    """The rows as a table that fits the terminal, and below it what else a person should read.
+
+    Args:
+        rows: from `summarize`.
+        optimizer_steps: of the whole run.
+        clamped: by weight, how often AdaptiveWeightShrink clamped its factor.
+        session: the fit.
+    """
+    table = render(
+        f"lightning-normdyn: after {optimizer_steps:.0f} optimizer steps",
+        _COLUMNS,
+        [[_end_cell(row, column) for column in _COLUMNS] for row in rows],
+        noted=("treated how",),
+        optional=("e-foldings", "treated how"),
+    )
+    losses = session.claims.losses_in_words()
+    closing = "".join(paragraph(words) for words in session.closing_words())
+    return table + _clamps_in_words(clamped) + losses + closing
+
+
+def _end_cell(row: Mapping[str, Any], column: str) -> str:
+    if column == _NORMS:
+        return f"{row['norm first']:.3g}→{row['norm last']:.3g}"
+    value = row[column]
+    # E-foldings are a rough count: three digits would pretend to more.
+    if isinstance(value, float):
+        return f"{value:.1f}" if column == "e-foldings" else f"{value:.3g}"
+    return "-" if value is None else str(value)
+
+
+def _clamps_in_words(clamped: Mapping[str, int]) -> str:
+    """How often the shrink factor of AdaptiveWeightShrink was clamped, by weight."""
+    if not clamped:
+        return ""
+    # A network may have hundreds of weights; the first few show where to look.
+    named = [f"{name}: {times}" for name, times in clamped.items()][:MOST_NAMED]
+    if len(clamped) > MOST_NAMED:
+        named.append("...")
+    return paragraph(
+        f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times "
+        f"({', '.join(named)}): lr * alpha * norm is too large there."
+    )
+
+
+# -------------------------------------------------------------------------------------- for loggers
 
 
 @dataclass(frozen=True)
@@ -75,21 +241,18 @@ class Outcome:
         asked_for = [quantity for quantity in shown_in(place) if quantity in self.quantities]
         return [quantity for quantity in asked_for if layer_names(self.history, quantity)]
 
-    def chart(self, quantity: str) -> tuple[list[list[int]], list[list[float]], list[str]]:
-        """Steps, values and names of all layers' curves, thinned alike to what W&B draws."""
-        names = layer_names(self.history, quantity)
+    def chart(self, quantity: str) -> Curves:
+        """The curves of all layers, thinned alike to what W&B draws."""
+        curves = recorded_curves(self.history, quantity)
         # All curves share the limit: with hundreds of layers, W&B would leave out whole curves.
-        most = max(2, MOST_CHART_ROWS // max(1, len(names)))
-        xs = []
-        ys = []
-        for name in names:
-            steps, values = self.history.column(f"{quantity}/{name}")
+        most = max(2, MOST_CHART_ROWS // max(1, len(curves)))
+        thinned = {}
+        for name, (steps, values) in curves.items():
             # Evenly spaced, and the first and the last row always.
-            evenly = np.linspace(0, max(len(steps) - 1, 0), min(most, len(steps)))
+            evenly = np.linspace(0, len(steps) - 1, min(most, len(steps)))
             chosen = np.unique(evenly.round().astype(int))
-            xs.append(steps[chosen].tolist())
-            ys.append(values[chosen].tolist())
-        return xs, ys, names
+            thinned[name] = (steps[chosen], values[chosen])
+        return thinned
 
 
 def can_draw() -> bool:

@@ -7,7 +7,7 @@ at every use. A new quantity is one entry here, with its formula over `StepSums`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -96,30 +96,30 @@ class Quantity:
         return total / count
 
 
-# In the order in which pictures, panels and tables show them: what is read first comes first.
+# Name, title, meaning and symbol of each, then what is not as usual. In the order of pictures,
+# panels and tables: what is read first comes first.
 _TABLE = (
     Quantity(
         "effective_lr",
-        title="Effective learning rate",
-        meaning="lr/‖w‖ (lr/std after weight standardization): read this one under Adam-like "
-        "optimizers",
-        symbol="η/‖w‖",
+        "Effective learning rate",
+        "lr/‖w‖ (lr/std after weight standardization): read this one under Adam-like optimizers",
+        "η/‖w‖",
         formula=lambda step: effective_lr(step.lr, step.size),
         places=("curves", "chart", "map", "report map", "comparison"),
     ),
     Quantity(
         "direction_lr",
-        title="Learning rate of the direction",
-        meaning="lr/‖w‖²: the learning rate of the direction; read this one under SGD",
-        symbol="η/‖w‖²",
+        "Learning rate of the direction",
+        "lr/‖w‖²: the learning rate of the direction; read this one under SGD",
+        "η/‖w‖²",
         formula=lambda step: direction_lr(step.lr, step.size),
         places=("comparison",),
     ),
     Quantity(
         "angular_update",
-        title="Angular update",
-        meaning="angle between the weight before and after one optimizer step",
-        symbol="angle",
+        "Angular update",
+        "angle between the weight before and after one optimizer step",
+        "angle",
         unit="radians per step",
         average="rms",
         formula=lambda step: step.angle,
@@ -131,9 +131,9 @@ _TABLE = (
     # Predictions have no formula over vectors: they are made for the mean of a weight, on the host.
     Quantity(
         "equilibrium_angular_update",
-        title="Predicted angular update",
-        meaning="the RMS angle that optimizer, lr and decay settle at; none where it is not known",
-        symbol="angle",
+        "Predicted angular update",
+        "the RMS angle that optimizer, lr and decay settle at; none where it is not known",
+        "angle",
         unit="radians per step",
         average="rms",
         prediction=lambda measured, predicted: predicted,
@@ -141,9 +141,9 @@ _TABLE = (
     ),
     Quantity(
         "equilibrium_ratio",
-        title="Angular update over its prediction",
-        meaning="measured / predicted angle",
-        symbol="ratio",
+        "Angular update over its prediction",
+        "measured / predicted angle",
+        "ratio",
         scale="ratio",
         prediction=lambda measured, predicted: measured / predicted,
         places=("chart", "map", "report map", "comparison"),
@@ -151,9 +151,9 @@ _TABLE = (
     ),
     Quantity(
         "weight_norm",
-        title="Weight norm",
-        meaning="‖w‖, at the weight that the gradient was taken at",
-        symbol="‖w‖",
+        "Weight norm",
+        "‖w‖, at the weight that the gradient was taken at",
+        "‖w‖",
         unit="weight units",
         formula=lambda step: step.norm,
         places=("curves", "chart", "comparison"),
@@ -162,9 +162,9 @@ _TABLE = (
     ),
     Quantity(
         "weight_std",
-        title="Weight standard deviation",
-        meaning="biased standard deviation; for weight-standardized weights",
-        symbol="std(w)",
+        "Weight standard deviation",
+        "biased standard deviation; for weight-standardized weights",
+        "std(w)",
         unit="weight units",
         formula=lambda step: step.std,
         measured="standardized",
@@ -173,18 +173,18 @@ _TABLE = (
     ),
     Quantity(
         "effective_step_size",
-        title="Effective step size",
-        meaning="2 sin(angle/2)",
-        symbol="chord",
+        "Effective step size",
+        "2 sin(angle/2)",
+        "chord",
         unit="per step",
         average="rms",
         formula=lambda step: effective_step_size(step.angle),
     ),
     Quantity(
         "equivalent_weight_decay",
-        title="Equivalent weight decay of AWS",
-        meaning="the decay that AWS amounts to now",
-        symbol="α‖w‖",
+        "Equivalent weight decay of AWS",
+        "the decay that AWS amounts to now",
+        "α‖w‖",
         unit="per step and lr",
         formula=lambda step: equivalent_weight_decay(step.alpha, step.shrunk_size),
         measured="shrunk",
@@ -192,17 +192,17 @@ _TABLE = (
     # These two have a sign, of which a logarithmic axis would hide one half.
     Quantity(
         "gradient_cosine",
-        title="Gradient-weight cosine",
-        meaning="cos(w, g): 0 for a scale-invariant weight",
-        symbol="cos(w, g)",
+        "Gradient-weight cosine",
+        "cos(w, g): 0 for a scale-invariant weight",
+        "cos(w, g)",
         scale="linear",
         formula=lambda step: cosine_from_sums(step.ww, step.wg, step.gg),
     ),
     Quantity(
         "radial_update",
-        title="Radial update",
-        meaning="⟨Δ, ŵ⟩/‖w‖: growth of the norm",
-        symbol="Δ along w, over ‖w‖",
+        "Radial update",
+        "⟨Δ, ŵ⟩/‖w‖: growth of the norm",
+        "Δ along w, over ‖w‖",
         unit="per step",
         scale="linear",
         formula=lambda step: step.radial_change,
@@ -210,34 +210,34 @@ _TABLE = (
     # Counts of the run. They have no formula over vectors, so they stand in the overview alone.
     Quantity(
         "optimizer_step",
-        title="Optimizer steps",
-        meaning="optimizer steps that really happened",
-        symbol="steps",
+        "Optimizer steps",
+        "optimizer steps that really happened",
+        "steps",
         scope="overview",
     ),
     Quantity(
         "skipped_steps",
-        title="Skipped steps",
-        meaning="steps that a gradient scaler skipped",
-        symbol="steps",
+        "Skipped steps",
+        "steps that a gradient scaler skipped",
+        "steps",
         scale="linear",
         scope="overview",
         places=("comparison",),
     ),
     Quantity(
         "clamped_vectors",
-        title="Clamped vectors",
-        meaning="vectors whose shrink factor AWS had to clamp, over all steps",
-        symbol="vectors",
+        "Clamped vectors",
+        "vectors whose shrink factor AWS had to clamp, over all steps",
+        "vectors",
         scale="linear",
         scope="overview",
         drawn_with="skipped_steps",
     ),
     Quantity(
         "collapsed_vectors",
-        title="Collapsed vectors",
-        meaning="vectors a thousand times shorter than the mean of their weight",
-        symbol="vectors",
+        "Collapsed vectors",
+        "vectors a thousand times shorter than the mean of their weight",
+        "vectors",
         scale="linear",
         scope="overview",
         drawn_with="skipped_steps",
@@ -245,39 +245,39 @@ _TABLE = (
     # Of InputSpanMonitor, which measures them at its own times; here for titles and axes.
     Quantity(
         "input_span_energy",
-        title="Weight energy inside the input span",
-        meaning="share of a weight vector's squared norm inside the span of its inputs",
-        symbol="share",
+        "Weight energy inside the input span",
+        "share of a weight vector's squared norm inside the span of its inputs",
+        "share",
         scale="linear",
         scope="weight",
     ),
     Quantity(
         "input_span_noise",
-        title="Weight noise outside the input span",
-        meaning="the rest: what the data cannot see",
-        symbol="share",
+        "Weight noise outside the input span",
+        "the rest: what the data cannot see",
+        "share",
         scale="linear",
         scope="weight",
     ),
     Quantity(
         "input_span_rank",
-        title="Rank of the inputs",
-        meaning="directions in the span",
-        symbol="directions",
+        "Rank of the inputs",
+        "directions in the span",
+        "directions",
         scope="weight",
     ),
     Quantity(
         "ggd_shape_input",
-        title="Shape of the weights in input space",
-        meaning="generalized-Gaussian shape of the weights in the eigenbasis of their inputs",
-        symbol="β  (2: Gaussian, 1: Laplace)",
+        "Shape of the weights in input space",
+        "generalized-Gaussian shape of the weights in the eigenbasis of their inputs",
+        "β  (2: Gaussian, 1: Laplace)",
         scope="weight",
     ),
     Quantity(
         "ggd_shape_parameter",
-        title="Shape of the weights as they are",
-        meaning="generalized-Gaussian shape of the weights",
-        symbol="β  (2: Gaussian, 1: Laplace)",
+        "Shape of the weights as they are",
+        "generalized-Gaussian shape of the weights",
+        "β  (2: Gaussian, 1: Laplace)",
         scope="weight",
     ),
 )
@@ -330,17 +330,13 @@ def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool)
     return chosen
 
 
-def markdown_table(quantities: Iterable[Quantity] | None = None) -> str:
-    """Key, meaning and unit as a Markdown table: README's, and that of the documentation.
-
-    Args:
-        quantities: the rows; None: all that NormDynamicsMonitor logs.
-    """
-    # The rest is measured by InputSpanMonitor, whose documentation has them.
-    if quantities is None:
-        quantities = [quantity for quantity in QUANTITIES.values() if quantity.scope != "weight"]
+def markdown_table() -> str:
+    """Key, meaning and unit of all that NormDynamicsMonitor logs, as README's Markdown table."""
     lines = ["| key | meaning | unit |", "|---|---|---|"]
-    for quantity in quantities:
+    for quantity in QUANTITIES.values():
+        # These are measured by InputSpanMonitor, whose documentation has them.
+        if quantity.scope == "weight":
+            continue
         key = f"normdyn/{quantity.name}" if quantity.scope == "overview" else quantity.name
         lines.append(f"| `{key}` | {quantity.meaning} | {quantity.unit} |")
     return "\n".join(lines) + "\n"

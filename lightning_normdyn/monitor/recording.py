@@ -8,7 +8,6 @@ know what it may replace.
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Sequence
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -35,10 +34,9 @@ from lightning_normdyn.monitor.loggers import (
     publish_to_trainer,
 )
 from lightning_normdyn.monitor.measure import Look, Measured, StepGauge, mean_norms
-from lightning_normdyn.monitor.outcome import Outcome
+from lightning_normdyn.monitor.outcome import Outcome, about_run, as_text, summarize
 from lightning_normdyn.monitor.quantities import monitored
-from lightning_normdyn.monitor.rows import Published, RowDraft, Sent
-from lightning_normdyn.monitor.summary import about_run, as_text, summarize
+from lightning_normdyn.monitor.rows import RowDraft, Sent
 from lightning_normdyn.optimizers.host_copy import HostCopy
 
 _check_position = record({"position": many(whole()), "skipped_steps": whole()})
@@ -55,6 +53,8 @@ class Recording(Part[Any]):
     def __init__(self, rule: Any, worker: type[Worker[Any]], session: Session) -> None:
         super().__init__(rule, worker, session)
         self.trainer = session.trainer
+        self.clock = session.clock
+        self.combined = session.combined
         self.is_off = bool(self.trainer.barebones)
         known = [quantity.name for quantity in monitored()]
         self.quantities: list[str] = rule.quantities or known
@@ -101,7 +101,7 @@ class Recording(Part[Any]):
         """Whether step ``number`` of an optimizer is to be measured, and why."""
         if self.is_off:
             return None
-        now = self.session.clock.now
+        now = self.clock.now
         if self._begun_at is None:
             self._begun_at = now
         newest = self.ledger.measured.get(index)
@@ -119,7 +119,7 @@ class Recording(Part[Any]):
         logging_step = (now + 1) // self._every * self._every - 1 if self._every else -1
         overdue = (self._begun_at - 1 if newest is None else newest) < logging_step
         due = overdue or newest is None
-        if due or self.trainer.should_stop or self.session.clock.is_last:
+        if due or self.trainer.should_stop or self.clock.is_last:
             return Look(due, overdue)
         return None
 
@@ -139,13 +139,12 @@ class Recording(Part[Any]):
     def _send(self, results: tuple[Measured, ...]) -> Sent:
         """One transfer to the host for all optimizers of this batch. Changes nothing; every rank
         must call it."""
-        combined = self.session.combined
-        clamped = combined.counted("clamped")
+        clamped = self.combined.counted("clamped")
         is_kept = self.trainer.is_global_zero
         vectors = [result.vectors(wanted=is_kept) for result in results]
         packed = [result.reduce() for result in results]
         parts = packed if clamped is None else [*packed, clamped]
-        marked = combined.events()
+        marked = self.combined.events()
         is_overdue = any(result.look.overdue for result in results)
         return Sent(
             results=list(results),
@@ -163,48 +162,42 @@ class Recording(Part[Any]):
         sent = self.ledger.sent
         if sent is None:
             return
-        published = self._published(self.ledger, sent)
+        draft = self._drafted(self.ledger, sent)
         is_first = not len(self.rule.history)
-        self._show(replace(published.ledger, sent=None))
-        for warn in published.concerns:
+        self._show(replace(draft.ledger, sent=None))
+        for warn in draft.concerns:
             warn()
-        row = published.row
+        row = draft.row
         if row is None:
             return
         if self.trainer.is_global_zero:
             if is_first and self.rule.tables:
-                self.alarms.idle_decays(list(self.gauges.values()))
+                self.alarms.idle_decays(self.gauges.values())
             if sent.shown:
                 shown = {k: value for k, value in row.values.items() if self._asked_for(k)}
-                publish_row(self.trainer.loggers, shown, published.histograms, row.step)
+                publish_row(self.trainer.loggers, shown, draft.histograms, row.step)
         publish_to_trainer(self.trainer, row.values)
 
-    def _published(self, ledger: Ledger, sent: Sent) -> Published:
+    def _drafted(self, ledger: Ledger, sent: Sent) -> RowDraft:
         """What becomes of results once their numbers are here. Changes nothing."""
         lasting = ledger.lasting
-        due = [result.look.due for result in sent.results]
-        if all(due):
-            return self._with_row(lasting, sent, due)
-        # Measured only because the fit may end here: if it goes on, or is resumed, the row is one
-        # without these results.
-        without = self._with_row(lasting, sent, due).ledger
-        return self._with_row(lasting, sent, [True] * len(due), without)
+        draft = self._with_row(lasting, sent)
+        if all(result.look.due for result in sent.results):
+            return draft
+        # Some were measured only because the fit may end here: if it goes on, or is resumed, the
+        # row is one without these results.
+        return self._with_row(lasting, sent, draft.ledger)
 
-    def _with_row(
-        self,
-        ledger: Ledger,
-        sent: Sent,
-        chosen: Sequence[bool],
-        without: Ledger | None = None,
-    ) -> Published:
-        """`_published` for some of the results; with ``without`` as what lasts of them."""
+    def _with_row(self, ledger: Ledger, sent: Sent, without: Ledger | None = None) -> RowDraft:
+        """`_drafted` for the results that were due; for all of them with ``without`` as what
+        lasts of them."""
         draft = RowDraft(ledger, sent, self.alarms)
-        draft.fill(chosen)
+        draft.fill(only_due=without is None)
         is_marked_elsewhere = any("lr_drop" in m.rule.marks for m in self.session.members)
-        published = draft.finish(marks_drops=not is_marked_elsewhere)
-        if published.row is not None:
-            published.ledger = self._recorded(published.ledger, published.row, without)
-        return published
+        draft.finish(marks_drops=not is_marked_elsewhere)
+        if draft.row is not None:
+            draft.ledger = self._recorded(draft.ledger, draft.row, without)
+        return draft
 
     def _recorded(self, ledger: Ledger, row: Row, without: Ledger | None = None) -> Ledger:
         """The ledger with the row, which on rank zero is in the history too; with ``without`` as
@@ -223,13 +216,13 @@ class Recording(Part[Any]):
         """The ledger as it will be when all that was measured is there; every rank must call it."""
         ledger = self.ledger
         if ledger.sent is not None:
-            ledger = self._published(ledger, ledger.sent).ledger
+            ledger = self._drafted(ledger, ledger.sent).ledger
         # What an update did in a batch that is not over will be done again after a resume, and
         # measured again.
-        following, _ = self.session.clock.position()
+        following, _ = self.clock.position()
         results = tuple(result for result in ledger.results if result.step < following)
         if results:
-            ledger = self._published(ledger, self._send(results)).ledger
+            ledger = self._drafted(ledger, self._send(results)).ledger
         return replace(ledger, results=(), sent=None)
 
     # -- the fit, from its start to its end
@@ -257,7 +250,7 @@ class Recording(Part[Any]):
         super().epoch_start()
         for gauge in self.gauges.values():
             targets = gauge.plan.targets
-            gauge.take_effects(self.session.combined.effects(targets, besides=self.rule))
+            gauge.take_effects(self.combined.effects(targets, besides=self.rule))
 
     def batch_end(self) -> None:
         """Send what was measured in this batch to the host, and publish it when it is there: from a
@@ -358,7 +351,7 @@ class Recording(Part[Any]):
         for bracket in self.session.attachment.brackets:
             bracket.settle()
         ledger = self.ledger
-        last = self.session.clock.now - 1
+        last = self.clock.now - 1
         is_newer = ledger.last_step < last
         moved = [i for i in norms if is_newer or self.steps_of(i) > ledger.counted.get(i, 0)]
         if ledger.last_step < 0 or not moved:
@@ -407,7 +400,7 @@ class Recording(Part[Any]):
             last_norms: by weight, at the end of a fit.
         """
         # Every rank takes part in this; what follows is known to rank zero only.
-        treatments = self.session.combined.treatments()
+        treatments = self.combined.treatments()
         return summarize(
             self.targets,
             self.ledger.evidence,
@@ -419,7 +412,7 @@ class Recording(Part[Any]):
     def end_table(self, layers: list[dict[str, Any]]) -> str | None:
         """The table of ``layers`` and what a person should read below it; None without any. Sharded
         over ranks, all of them must call it."""
-        clamped = self.session.combined.counted_by_weight("clamped")
+        clamped = self.combined.counted_by_weight("clamped")
         if not layers:
             return None
         steps = self.rule.history[-1]["optimizer_step"]
@@ -440,11 +433,11 @@ class Recording(Part[Any]):
         signal handler may ask at any moment."""
         # Before the first batch of a fit that goes on, the loops are not yet where the checkpoint
         # was.
-        position = self._position or self.session.clock.position()
+        position = self._position or self.clock.position()
         ledger = self._completed()
         state = ledger.state()
         if not self.session.closed:
-            happened = ledger.new_events(self.session.combined.events())
+            happened = ledger.new_events(self.combined.events())
             state["events"] = list(dict.fromkeys([*state["events"], *happened]))
         skipped = self._skipped_before + self.session.attempts.skipped()
         return {**state, "position": position, "skipped_steps": skipped}
@@ -476,15 +469,15 @@ class Recording(Part[Any]):
         """A run that goes on has no row that only its end asked for, and counts from where it
         was."""
         known = self.ledger.lasting
-        clock = self.session.clock
-        restored = clock.go_on_from(position)
-        if not restored and known.last_step >= clock.now:
+        restored = self.clock.go_on_from(position)
+        now = self.clock.now
+        if not restored and known.last_step >= now:
             warn_once(
                 f"The history of the checkpoint reaches to step {known.last_step}, and this fit "
-                f"counts from step {clock.now}, because its loops were not restored with the "
-                f"weights. Rows from step {clock.now} on are dropped."
+                f"counts from step {now}, because its loops were not restored with the "
+                f"weights. Rows from step {now} on are dropped."
             )
-        self._show(known.going_on_at(clock.now))
+        self._show(known.going_on_at(now))
 
     def forget(self, name: str) -> None:
         """Another weight has taken the place of the one that was called ``name``."""

@@ -63,42 +63,32 @@ class Sent:
     shown: bool
 
 
-@dataclass
-class Published:
-    """What became of results that were sent.
-
-    Args:
-        ledger: the one that takes the place of the ledger there is.
-        row: what the history is told; None if the device skipped every update.
-        histograms: by log key.
-        concerns: warnings to give, each as a function to call.
-    """
-
-    ledger: Ledger
-    row: Row | None
-    histograms: dict[str, Histogram]
-    concerns: list[Callable[[], None]]
-
-
 class RowDraft:
-    """A row while results are added to it.
+    """A row while results are added to it, and what became of them in the end.
 
     Args:
         ledger: what was known before it; it is not changed.
         sent: the results.
         alarms: who warns.
+
+    Attributes:
+        ledger: after `finish`, the one that the row goes into.
+        row: after `finish`, what the history is told; None if the device skipped every update.
+        histograms: by log key.
+        concerns: warnings to give, each as a function to call.
     """
 
     def __init__(self, ledger: Ledger, sent: Sent, alarms: Alarms) -> None:
-        self._ledger = ledger
+        self.ledger = ledger
+        self.row: Row | None = None
+        self.histograms: dict[str, Histogram] = {}
+        self.concerns: list[Callable[[], None]] = []
         self._sent = sent
         self._alarms = alarms
         self._step = sent.results[0].step
         self._optimizer_step = 0
         self._values: dict[str, float] = {}
-        self._histograms: dict[str, Histogram] = {}
         self._vectors: dict[str, Any] = {}
-        self._concerns: list[Callable[[], None]] = []
         self._not_finite: list[str] = []
         self._dropped = False
         self._collapsed = 0.0
@@ -113,22 +103,17 @@ class RowDraft:
         # Squared angles, squared predictions and their number, of vectors with a prediction.
         self._compared = np.zeros(3)
 
-    def fill(self, chosen: Sequence[bool]) -> None:
-        """Add those of the results that are chosen and whose update happened."""
-        numbers = self._sent.numbers.get().tolist()
+    def fill(self, *, only_due: bool) -> None:
+        """Add the results whose update happened; with ``only_due``, without those that were
+        measured because the fit may end with them."""
         sent = self._sent
-        for result, size, is_chosen, vectors in zip(
-            sent.results,
-            sent.sizes,
-            chosen,
-            sent.vectors,
-            strict=True,
-        ):
+        numbers = sent.numbers.get().tolist()
+        for result, size, vectors in zip(sent.results, sent.sizes, sent.vectors, strict=True):
             # In the order in which they were put together; what is left over is of no result.
             own = numbers[:size]
             numbers = numbers[size:]
-            reading = result.read(own) if is_chosen else None
-            if reading is not None:
+            reading = result.read(own)
+            if reading is not None and (result.look.due or not only_due):
                 self._add(result, reading)
                 self._vectors.update(vectors)
         # Without AWS nobody counts clamped vectors: a 0 would say that somebody looked.
@@ -143,7 +128,7 @@ class RowDraft:
         if result.look.due:
             self._measured[index] = self._step
         # By weight and not by optimizer: a person looks for a name.
-        self._histograms.update(reading.histograms)
+        self.histograms.update(reading.histograms)
         names = result.gauge.measured
         for j, target in enumerate(result.plan.targets):
             pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
@@ -161,29 +146,30 @@ class RowDraft:
         group: Mapping[str, Any],
         sums: Mapping[str, tuple[float, float]],
     ) -> None:
+        name = target.name
         # A count of 0: no vector had a gradient, or none has a number. Then there is no key at all,
         # because a NaN would say that the run has diverged.
-        means = {name: _mean(name, *pair) for name, pair in sums.items() if pair[1]}
+        means = {quantity: _mean(quantity, *pair) for quantity, pair in sums.items() if pair[1]}
         if not all(isfinite(value) for value in means.values()):
-            self._not_finite.append(target.name)
+            self._not_finite.append(name)
         means.update(self._compare(result, target, group, means))
-        for name, value in means.items():
-            if name not in UNLOGGED:
-                self._values[f"{name}/{target.name}"] = value
+        for quantity, value in means.items():
+            if quantity not in UNLOGGED:
+                self._values[f"{quantity}/{name}"] = value
 
         if "weight_norm" in means:
-            known = self._norms.get(target.name, Norms(means["weight_norm"]))
+            known = self._norms.get(name, Norms(means["weight_norm"]))
             seen = known.seen_at(result.optimizer_step, means["weight_norm"])
-            self._norms[target.name] = seen
-            self._concerns.append(partial(self._alarms.overflow, target, seen))
+            self._norms[name] = seen
+            self.concerns.append(partial(self._alarms.overflow, target, seen))
         if "lr" in means:
-            before = self._rates.get(target.name, ())
-            self._rates[target.name] = (*before[-1:], means["lr"])
+            before = self._rates.get(name, ())
+            self._rates[name] = (*before[-1:], means["lr"])
             # One weight is enough: param groups may drop at different steps, and each drop is
             # marked.
             self._dropped |= _has_dropped(before, means["lr"])
         if target.scale_invariant:
-            self._concerns.append(partial(self._alarms.dead, result.gauge, target, group, sums))
+            self.concerns.append(partial(self._alarms.dead, result.gauge, target, group, sums))
             if "equilibrium_angular_update" in means:
                 # Of all vectors with a prediction the squares are pooled: predictions are about the
                 # root mean square, and a mean of the weights' ratios would be another number.
@@ -209,17 +195,21 @@ class RowDraft:
         if means["lr"] == 0:
             return {}
         gauge = result.gauge
-        optimizer = result.plan.optimizer
-        effects = gauge.effects[target.name]
-        length = gauge.lengths[target.name]
+        prediction_from = partial(
+            predict,
+            result.plan.optimizer,
+            group,
+            gauge.effects[target.name],
+            length=gauge.lengths[target.name],
+        )
         if not all(isfinite(means.get(name, 0.0)) for name in _RESTS_ON):
             # A run that diverged has no prediction any more; its curves shall show where.
             would_be = {**means, **dict.fromkeys(_RESTS_ON, 1.0)}
             had_one = course.latest is not None
-            if had_one or predict(optimizer, group, effects, would_be, length) is not None:
+            if had_one or prediction_from(would_be) is not None:
                 return _from_prediction(nan, nan)
             return {}
-        prediction = predict(optimizer, group, effects, means, length)
+        prediction = prediction_from(means)
         course.add(result.optimizer_step, prediction)
         if prediction is None or "angular_update" not in means:
             return {}
@@ -235,39 +225,36 @@ class RowDraft:
             known_total, known_count = self._overview.get(name, (0.0, 0.0))
             self._overview[name] = (known_total + total, known_count + count)
 
-    def finish(self, *, marks_drops: bool) -> Published:
-        """The row and the ledger that it goes into.
+    def finish(self, *, marks_drops: bool) -> None:
+        """Make the row and the ledger that it goes into.
 
         Args:
             marks_drops: whether drops of the learning rate are marked here: one who acts on drops
                 marks them itself, at the step at which it acted.
         """
-        sent = self._sent
         # Each kind once: a rescale of a hundred weights is one mark in a picture.
-        events = tuple(dict.fromkeys([*self._ledger.events, *sent.events]))
-        ledger = replace(self._ledger, marked=sent.marked)
+        events = tuple(dict.fromkeys([*self.ledger.events, *self._sent.events]))
+        self.ledger = replace(self.ledger, marked=self._sent.marked, events=events)
         # No update happened, so there is no row: the next one tells what happened since.
         if not self._optimizer_step:
-            return Published(replace(ledger, events=events), None, {}, self._concerns)
+            return
         values = self._with_overview()
         if self._not_finite:
             warn = partial(self._alarms.not_finite, self._not_finite, self._step, values)
-            self._concerns.append(warn)
-        ledger = replace(
-            ledger,
+            self.concerns.append(warn)
+        self.ledger = replace(
+            self.ledger,
             courses=self._courses,
             norms=self._norms,
             rates=self._rates,
             measured=self._measured,
             counted=self._counted,
             events=(),
-            last_step=self._step,
-            promised={**ledger.promised, **told_to_trainer(values)},
+            promised={**self.ledger.promised, **told_to_trainer(values)},
         )
         if self._dropped and marks_drops:
             events = (*events, "lr_drop")
-        row = Row(self._step, self._optimizer_step, values, events, self._vectors)
-        return Published(ledger, row, self._histograms, self._concerns)
+        self.row = Row(self._step, self._optimizer_step, values, events, self._vectors)
 
     def _with_overview(self) -> dict[str, float]:
         values = dict(self._values)

@@ -1,5 +1,5 @@
 """What is summed over every weight vector around one optimizer step: all that the formulas of the
-monitor's quantities may use.
+monitor's quantities may use; and how a sum over vectors tells which of them ends first.
 
 Legend: ``n`` weight vectors; w the weight that the gradient g was taken at; s the weight just
 before the step, which differs from w only where AdaptiveWeightShrink shrank it; d the step from s.
@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 
 import torch
 from torch import Tensor
 
 from lightning_normdyn.functional import angle_from_sums, norm_from_sums, std_from_sums
+from lightning_normdyn.theory.outlook import steps_to_underflow
 
 
 @dataclass
@@ -88,3 +90,41 @@ class StepSums:
         factor = norm_from_sums(self.ss) / self.norm
         # The step is measured against s; the factor makes it relative to w.
         return factor - 1 + factor * self.sd / self.ss
+
+
+def log_smallest(dtype: torch.dtype) -> float:
+    """ln of the norm whose square vanishes in ``dtype``; float32 for weights that are stored
+    shorter.
+
+    Example:
+        >>> from math import exp
+        >>> round(exp(log_smallest(torch.float32)) / 1e-23, 2)
+        2.65
+    """
+    # Shorter formats are summed in float32.
+    summed = torch.float64 if dtype == torch.float64 else torch.float32
+    return -steps_to_underflow(1.0, 1.0, summed)
+
+
+def urgency(e_foldings: Tensor) -> Tensor:
+    """A power of each vector's e-foldings left, so high that the sum over vectors tells the
+    smallest: see `least_of`."""
+    return e_foldings.clamp(min=1.0).pow(-_sharpness(e_foldings.dtype))
+
+
+def least_of(total: float, dtype: torch.dtype = torch.float64) -> float:
+    """The smallest of the e-foldings whose `urgency` sums to ``total``; a little less where several
+    are equally small.
+
+    Sums are all that ranks exchange, so the smallest must come from a sum.
+
+    Example:
+        >>> steps = torch.tensor([31.0, 50.0, 44.0], dtype=torch.float64)
+        >>> round(least_of(float(urgency(steps).sum())), 1)
+        31.0
+    """
+    return inf if total <= 0 else total ** (-1 / _sharpness(dtype))
+
+
+def _sharpness(dtype: torch.dtype) -> int:
+    return 64 if dtype == torch.float64 else 20  # 60 to this power is still a number

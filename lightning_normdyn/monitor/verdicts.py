@@ -6,19 +6,17 @@ Numbers of the host. Formulas and words: `lightning_normdyn.theory.outlook`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from math import copysign, inf, isfinite, nan
+from math import copysign, inf
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_normdyn.monitor.curves import Doubles, as_table
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.predictions import Prediction
 from lightning_normdyn.theory.outlook import reading
-
-Doubles = NDArray[np.float64]
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
 SETTLED_AFTER = 6.0
@@ -180,27 +178,13 @@ def _not_finite_since(history: History, name: str) -> int | None:
 
 
 def _curves(history: History, name: str) -> _Curves:
-    norms = _by_step(history, f"weight_norm/{name}")
-    angles = _by_step(history, f"angular_update/{name}")
-    predicted = _by_step(history, f"equilibrium_angular_update/{name}")
+    quantities = ("weight_norm", "angular_update", "equilibrium_angular_update")
+    recorded = {quantity: history.curve(f"{quantity}/{name}") for quantity in quantities}
+    steps, table = as_table(recorded)
     # A number of a single step that was not finite, after which the run went on, is no part of a
     # curve.
-    steps = [s for s in angles if isfinite(norms.get(s, nan)) and isfinite(angles[s])]
-    return _Curves(
-        _array(steps),
-        _array([norms[step] for step in steps]),
-        _array([angles[step] for step in steps]),
-        _array([predicted.get(step, nan) for step in steps]),
-    )
-
-
-def _by_step(history: History, key: str) -> dict[int, float]:
-    steps, values = history.curve(key)
-    return dict(zip(steps.tolist(), values.tolist(), strict=True))
-
-
-def _array(numbers: Sequence[float]) -> Doubles:
-    return np.array(numbers, dtype=np.float64)
+    usable = np.isfinite(table[:2]).all(axis=0)
+    return _Curves(steps[usable].astype(np.float64), *table[:, usable])
 
 
 def _window(

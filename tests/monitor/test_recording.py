@@ -428,7 +428,7 @@ class Interrupts:
 def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
     recording = Recording
     functions = [
-        recording.batch_end, recording._receive, recording._send, recording._published, recording._with_row, recording._recorded,
+        recording.batch_end, recording._receive, recording._send, recording._drafted, recording._with_row, recording._recorded,
         recording._show, recording.add, recording._publish_about, recording.train_end, recording._append_final,
         RowDraft.fill, RowDraft.finish, MonitorWorker.after, Ledger.with_row, History.append, History.show,
     ]  # fmt: skip

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
-from lightning_normdyn.monitor.step_sums import StepSums
+from lightning_normdyn.monitor.step_sums import StepSums, least_of, urgency
 
 TOLERANCE = {"rtol": 1e-12, "atol": 0.0}
 
@@ -74,3 +75,17 @@ def test_the_radial_change_counts_the_shrink_before_the_step():
     step = sums(before, start, after)
     along = (before * (after - before)).sum(1) / before.square().sum(1)
     torch.testing.assert_close(step.radial_change, along, rtol=1e-10, atol=1e-14)
+
+
+def test_the_smallest_of_several_comes_from_a_sum() -> None:
+    left = torch.tensor([31.0, 49.0, 40.0, 33.0], dtype=torch.float64)
+    assert least_of(urgency(left).sum().item()) == pytest.approx(31, rel=0.01)
+    assert least_of(urgency(left.float()).sum().item(), torch.float32) == pytest.approx(
+        31, rel=0.05
+    )
+    assert least_of(
+        urgency(torch.full((10,), 52.0, dtype=torch.float64)).sum().item()
+    ) == pytest.approx(52, rel=0.05)
+    assert least_of(
+        urgency(torch.tensor([-float("inf"), 3.0], dtype=torch.float64)).sum().item()
+    ) == pytest.approx(1)

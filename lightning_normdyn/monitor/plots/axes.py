@@ -4,6 +4,7 @@ legends."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,13 +81,9 @@ def layer_labels(names: Sequence[str]) -> list[str]:
     texts = [name.removesuffix(".weight") for name in names]
     if len(texts) > 1 and max(map(len, texts)) > _LONG:
         paths = [text.split(".") for text in texts]
-        shared = 0
-        # Without their last parts: each name must keep something.
-        for parts in zip(*(path[:-1] for path in paths), strict=False):
-            if len(set(parts)) > 1:
-                break
-            shared += 1
-        texts = [".".join(path[shared:]) for path in paths]
+        # Without their last parts: each name must keep something. Prefixes of lists, part by part.
+        shared = commonprefix([path[:-1] for path in paths])  # noqa: RUF071
+        texts = [".".join(path[len(shared) :]) for path in paths]
 
     labels: list[str] = []
     # Names that differ in the middle alone need more room to stay apart.
@@ -197,9 +194,7 @@ def finish(ax: Axes, quantity: str, values: NDArray[Any], limits: Limits | None 
             linewidth=0.8,
             zorder=1,
         )
-    ax.set_xlabel("step")
-    ax.set_ylabel(look.axis)
-    ax.set_title(look.title)
+    ax.set(xlabel="step", ylabel=look.axis, title=look.title)
     add_grid(ax)
     # Two sides are enough to read values by.
     ax.spines[["top", "right"]].set_visible(False)
@@ -262,7 +257,7 @@ def mark_events(ax: Axes, history: History) -> None:
         lowest = 0.0
         if len(steps) > _MOST_EVENT_LINES:
             lowest, line = 0.97, "-"
-        lines = [
+        for step in steps:
             ax.axvline(
                 step,
                 lowest,
@@ -271,11 +266,9 @@ def mark_events(ax: Axes, history: History) -> None:
                 linestyle=line,
                 linewidth=1.1,
                 zorder=1,
+                # One entry in the legend for all of a kind.
+                label=label if step == steps[0] else None,
             )
-            for step in steps
-        ]
-        # One entry in the legend for all of a kind.
-        lines[0].set_label(label)
 
 
 # ------------------------------------------------------------------------------------------ legends
@@ -301,10 +294,9 @@ def legend_below(ax: Axes, title: str = "") -> None:
         ncols=max(1, min(4, int(width / column_width))),
         frameon=False,
         fontsize=8,
+        title=title or None,
+        title_fontsize=8,
     )
-    if title:
-        legend.set_title(title)
-        legend.get_title().set_fontsize(8)
     # A band that is faint in the picture would be invisible as a sample.
     for handle in legend.legend_handles:
         if handle is not None and (handle.get_alpha() or 1.0) < 0.2:

@@ -9,6 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.curves import (
+    Curves,
+    as_table,
+    curves_of,
+    invariant_layers,
+    layer_names,
+    over_layers,
+)
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     axes_or_new,
@@ -16,14 +24,6 @@ from lightning_normdyn.monitor.plots.axes import (
     finish,
     legend_below,
     run_style,
-)
-from lightning_normdyn.monitor.plots.curves import (
-    Curves,
-    as_table,
-    curves_of,
-    invariant_layers,
-    layer_names,
-    over_layers,
 )
 
 if TYPE_CHECKING:

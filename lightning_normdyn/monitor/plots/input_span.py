@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.curves import curves_of
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     OKABE_ITO,
@@ -25,7 +26,6 @@ from lightning_normdyn.monitor.plots.axes import (
     run_style,
     short_name,
 )
-from lightning_normdyn.monitor.plots.curves import curves_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,9 +207,11 @@ def plot_weight_histogram(
         )
     # Tails are what tells the shapes apart.
     ax.set_yscale("log")
-    ax.set_xlabel("weight, in units of the layer's root mean square")
-    ax.set_ylabel("density")
-    ax.set_title(f"Weights of {short_name(name)}")
+    ax.set(
+        xlabel="weight, in units of the layer's root mean square",
+        ylabel="density",
+        title=f"Weights of {short_name(name)}",
+    )
     add_grid(ax)
     ax.spines[["top", "right"]].set_visible(False)
     legend_inside(ax)

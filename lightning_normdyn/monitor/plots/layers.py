@@ -9,6 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.curves import (
+    Curves,
+    Doubles,
+    as_table,
+    curves_of,
+    invariant_among,
+    layer_names,
+    over_layers,
+    recorded_curves,
+)
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     MOST_NAMED,
@@ -25,16 +35,6 @@ from lightning_normdyn.monitor.plots.axes import (
     mark_events,
     new_figure,
     plain_log_ticks,
-)
-from lightning_normdyn.monitor.plots.curves import (
-    Curves,
-    Doubles,
-    as_table,
-    curves_of,
-    invariant_among,
-    layer_names,
-    over_layers,
-    recorded_curves,
 )
 from lightning_normdyn.monitor.quantities import drawn_with, shown_in
 from lightning_normdyn.monitor.records import Ints
@@ -263,8 +263,7 @@ def plot_heatmap(
     every = ceil(len(labels) / max(int(room / _LINE), 1))
     size = 8 if len(labels) <= 20 else 6
     ax.set_yticks(range(0, len(labels), every), labels[::every], fontsize=size)
-    ax.set_xlabel("step")
-    ax.set_title(look.title)
+    ax.set(xlabel="step", title=look.title)
     bar = fig.colorbar(
         mesh,
         ax=ax,

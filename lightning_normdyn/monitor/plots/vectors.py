@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.curves import Doubles
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.axes import (
     MOST_NAMED,
@@ -21,7 +22,6 @@ from lightning_normdyn.monitor.plots.axes import (
     short_name,
     steps_by_kind,
 )
-from lightning_normdyn.monitor.plots.curves import Doubles
 from lightning_normdyn.monitor.records import Floats
 
 if TYPE_CHECKING:
@@ -204,19 +204,11 @@ def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
     for kind, steps in steps_by_kind(history, name).items():
         colour, _, label = event_look(kind)
         left = 0.0 if kind == "lr_drop" else 0.96
-        lines = [
-            ax.axhline(
-                s,
-                left,
-                1.0,
-                color=colour,
-                linewidth=1.2,
-                zorder=1,
-            )
-            for s in steps
-        ]
-        lines[-1].set_label(label)
-        handles.append(lines[-1])
+        for step in steps:
+            line = ax.axhline(step, left, 1.0, color=colour, linewidth=1.2, zorder=1)
+        # One entry in the legend for all of a kind.
+        line.set_label(label)
+        handles.append(line)
     if handles:
         # Above the axes: inside, some hill would hide it.
         ax.legend(

@@ -20,11 +20,15 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.report import page
 from lightning_normdyn.monitor.report.page import (
+    COLUMNS,
+    LayerSummary,
     common_limits,
     pictures_of,
     pictures_of_all,
+    summaries,
     write_report,
 )
+from lightning_normdyn.monitor.report.runs import load_run
 
 pytest.importorskip("matplotlib")
 
@@ -322,3 +326,59 @@ def test_runs_share_their_limits_and_are_compared_where_two_recorded_a_quantity(
     ]
     assert len(said) == 3
     assert not list(pictures_of_all({"one": runs["one"]}, said.append))
+
+
+def test_a_column_shows_a_field_of_a_row():
+    fields = [column.field for column in COLUMNS]
+    assert fields == list(LayerSummary._fields)
+
+
+def test_the_verdict_is_what_the_monitor_said():
+    history = reported_run()
+    history.meta["targets"] = {
+        "conv0.weight": {"verdict": "settled, 0.5x the prediction (below)"},
+        "conv1.weight": {"verdict": "-"},
+        "conv2.weight": {"verdict": 3},
+    }
+    layers = summaries("run", history)
+    assert [layer.verdict for layer in layers] == [
+        "settled, 0.5x the prediction (below)",
+        "as predicted",
+        "turns faster",
+    ]
+    assert [layer.is_off for layer in layers] == [False, False, True]
+
+
+def test_averages_are_of_the_last_tenth_and_of_finite_numbers():
+    history = History()
+    for step in range(40):
+        angle = {37: float("nan"), 38: 3.0, 39: 4.0}.get(step, 1.0)
+        row = {"angular_update/a": angle, "effective_lr/a": angle, "weight_norm/a": step + 1.0}
+        history.append(step, row, optimizer_step=step)
+    (layer,) = summaries("run", history)
+    assert layer.effective_lr == pytest.approx((1 + 3 + 4) / 3)
+    assert layer.angular_update == pytest.approx(((1 + 9 + 16) / 3) ** 0.5)
+    assert (layer.first_norm, layer.last_norm, layer.ratio) == (1.0, 40.0, None)
+    assert layer.verdict == "–"
+
+
+@pytest.mark.parametrize(
+    "number",
+    [10**4000, -(10**4000), 1.5, "7", None],
+    ids=["huge", "negative", "float", "text", "none"],
+)
+def test_a_number_in_the_notes_of_a_run_that_is_none_is_left_out(number, tmp_path):
+    history = reported_run(1, 2)
+    history.meta["targets"] = {
+        "conv0.weight": {"vectors": number, "scale_invariant": number, "verdict": number}
+    }
+    (layer,) = summaries("run", load_run(history.save(tmp_path / "run.npz")))
+    assert layer.vectors is None
+
+
+@pytest.mark.parametrize("targets", [[], "text", {"conv0.weight": 3}])
+def test_notes_of_any_shape_are_no_obstacle(targets):
+    history = reported_run(1)
+    history.meta["targets"] = targets
+    (layer,) = summaries("run", history)
+    assert (layer.kind, layer.vectors) == ("–", None)

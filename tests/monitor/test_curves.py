@@ -7,14 +7,14 @@ import pytest
 from histories import converging_run, run_with_heads
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.curves import (
+from lightning_normdyn.monitor.curves import (
     as_table,
     curves_of,
     invariant_among,
     invariant_layers,
     over_layers,
 )
+from lightning_normdyn.monitor.history import History
 
 
 def test_what_is_missing_is_answered_with_what_there_is():

@@ -70,16 +70,13 @@ def notes_on_layers(history: History) -> dict[str, dict[str, Any]]:
 def invariant_layers(history: History) -> set[str] | None:
     """Names of the layers that the run knows to be scale-invariant; None where it does not say (a
     CSV log without predictions)."""
-    invariant: set[str] = set()
-    says = False
+    kinds = {}
     for name, notes in notes_on_layers(history).items():
         kind = notes.get("scale_invariant")
         if isinstance(kind, str):
-            says = True
-            if kind not in ("no", "unknown"):
-                invariant.add(name)
-    if says:
-        return invariant
+            kinds[name] = kind
+    if kinds:
+        return {name for name, kind in kinds.items() if kind not in ("no", "unknown")}
     # Predictions are made of scale-invariant layers only.
     return set(layer_names(history, "equilibrium_angular_update")) or None
 
