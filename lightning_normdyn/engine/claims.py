@@ -18,7 +18,7 @@ from lightning_normdyn.engine.loss_gradients import LossGradients, changed_betwe
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.weights import Weights, has_sparse_gradient
 from lightning_normdyn.invariance.epsilons import EpsilonWatch
-from lightning_normdyn.invariance.euler import EulerTest
+from lightning_normdyn.invariance.euler import contradiction_in_words
 from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.invariance.verdict import Verdict
@@ -190,7 +190,7 @@ class Claims:
     def _withdraw(self, contradiction: Contradiction) -> None:
         name = contradiction.claim.name
         claim = self._search.verdicts.get(name, contradiction.claim)
-        text = EulerTest.contradiction(contradiction.rms, contradiction.count)
+        text = contradiction_in_words(contradiction.rms, contradiction.count)
         epsilon = self.epsilons.largest(claim.norms)
         if epsilon is not None and epsilon.explains(contradiction.rms):
             text += f", because {epsilon}"

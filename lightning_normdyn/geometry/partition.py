@@ -119,7 +119,7 @@ class Partition:
             # All labels stand for equally many entries: those along the dimensions not kept.
             entries_per_label = prod(shape) // max(1, self.labels.numel())
             return self._label_counts() * entries_per_label
-        every_dim = self.labels.reshape(self._sizes(range(len(shape))))
+        every_dim = self.broadcastable(len(shape))
         # Only the labels of entries that are read: expanding copies nothing, indexing does.
         of_entry = every_dim.expand(tuple(shape))[read]
         return torch.bincount(of_entry[of_entry >= 0], minlength=self.n)
@@ -207,6 +207,18 @@ class Partition:
     ) -> bool:
         """Whether ``other`` splits a weight into the same vectors."""
         return self is other or (self.keep == other.keep and torch.equal(self.labels, other.labels))
+
+    def broadcastable(self, ndim: int) -> Tensor:
+        """The labels, broadcastable to the weight.
+
+        Args:
+            ndim: how many dimensions the weight has.
+
+        Example:
+            >>> Partition.filters((3, 2)).broadcastable(2).shape
+            torch.Size([3, 1])
+        """
+        return self.labels.reshape(self._sizes(range(ndim)))
 
     def _label_counts(self) -> Tensor:
         """How many labels name each vector: int64 ``(n,)``."""

@@ -128,8 +128,7 @@ def filter_labels(layer: nn.Module, partition: Partition) -> Tensor:
         [[0, 0, 1, 1]]
     """
     shape = weight_shape(layer)
-    along_kept = [size if dim in partition.keep else 1 for dim, size in enumerate(shape)]
-    of_every_entry = partition.labels.reshape(along_kept).expand(shape)
+    of_every_entry = partition.broadcastable(len(shape)).expand(shape)
     labels = filters_of(layer, of_every_entry)
     # What the inputs see is known of whole filters, so no vector may be a part of one.
     if not bool((labels == labels[..., :1]).all()):

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.partitions import SINGLE_NUMBERS
 from lightning_normdyn.invariance.rows import Link, Rows, distinct
@@ -46,9 +47,7 @@ class Vectors:
     @property
     def share(self) -> float:
         """Which part of the weight belongs to vectors."""
-        if self.cover_everything:
-            return 1.0
-        return float((self.of_row >= 0).float().mean())
+        return float((self.of_row >= 0).double().mean())
 
 
 @dataclass
@@ -78,24 +77,17 @@ class Candidate:
         if known is None or verdict.kind == "unknown":
             return None
         count = known.labels.numel()
-        every_row = torch.arange(count, dtype=torch.long, device="cpu")
-        candidate = cls.of_cut(
-            Partition(known.keep, every_row.reshape(known.labels.shape), "filter")
-        )
+        every_row = indices(count).reshape(known.labels.shape)
+        candidate = cls.of_cut(Partition(known.keep, every_row, "filter"))
         rows = candidate.rows
-        vector = torch.full((count,), -1, dtype=torch.long, device="cpu")
-        if verdict.partition is not None:
-            vector = known.labels.flatten().cpu()
-        unread = torch.zeros_like(vector, dtype=torch.bool)
-        if verdict.unread is not None:
-            unread = verdict.unread.labels.flatten().cpu() >= 0
-        # The first row of each vector stands for it (rows count from 1). Label -1, of rows that
-        # belong to no vector, picks the 0 at the end: such a row must not be scaled.
-        first_row = torch.zeros(max(0, verdict.n) + 1, dtype=torch.long, device="cpu")
-        # Backwards: the first row of a vector is then the last to be written, and stays.
-        for row in reversed((vector >= 0).nonzero().flatten().tolist()):
-            first_row[vector[row]] = row + 1
+        vector = _labels(verdict.partition, count)
+        unread = _labels(verdict.unread, count) >= 0
+        # The first row of each vector stands for it. Label -1, of rows that belong to no vector,
+        # picks the 0 at the end: such a row must not be scaled.
         own_class = rows.parent[1:]
+        last = own_class.new_full((verdict.n + 1,), count)
+        first_row = last.scatter_reduce(0, vector % len(last), own_class, "amin")
+        first_row[-1] = 0
         rows.parent[1:] = torch.where(unread, own_class, first_row[vector])
         # Which met a normalization: without this they would count as unread.
         rows.met[1:] = vector >= 0
@@ -115,17 +107,14 @@ class Candidate:
     @property
     def is_finest(self) -> bool:
         """Whether no other cut can be finer: every row is free, and all were reached."""
-        every_row = torch.arange(self.finest.n + 1, dtype=torch.long, device="cpu")
-        free = torch.equal(self.rows.parent, every_row)
+        free = torch.equal(self.rows.parent, indices(self.finest.n + 1))
         return free and self.finest.n > 1 and bool(self.rows.reached().all())
 
     def unread(self, reached: Tensor) -> Partition | None:
         """The rows that no loss has read so far, as one vector; None if there are none."""
         # Where the data say which rows are picked, those that were speak for the others: if one of
         # them must not be scaled, nothing waits to be read.
-        if self._forbids_a_picked_row():
-            return None
-        if bool(reached.all()):
+        if self._forbids_a_picked_row() or bool(reached.all()):
             return None
         of_row = torch.where(reached, -1, 0)
         labels = of_row[self.finest.labels]
@@ -150,9 +139,8 @@ class Candidate:
             if len(picked) and not rows.varies:
                 speaking = root[picked - 1]
             if len(distinct(speaking)) < max(2, len(speaking)):
-                forbidden = bool((rows.parent[1:] == 0).any())
-                none = len(picked) > 0 and forbidden
-                root = torch.zeros_like(root) if none else (root > 0).long()
+                forbidden = len(picked) > 0 and bool((rows.parent[1:] == 0).any())
+                root = torch.zeros_like(root) if forbidden else (root > 0).long()
         if self.finest.n > 1 and int(root.min()) == int(root.max()) > 0:
             # One vector, as for most weights: a short way.
             size = root.new_full((1,), self.finest.n)
@@ -171,10 +159,9 @@ class Candidate:
         """
         if self.finest.n != entries:
             return False
-        root = torch.where(reached, self.rows.parent[1:], 0)
-        sizes = torch.bincount(root, minlength=1)
-        of_each = sizes[root[root > 0]]
-        return bool((of_each == 1).any())
+        free = self.rows.parent[1:][reached]
+        sizes = torch.bincount(free[free > 0])
+        return bool((sizes == 1).any())
 
     def _forbids_a_picked_row(self) -> bool:
         picked = self.rows.picked
@@ -182,6 +169,13 @@ class Candidate:
             return False
         classes = self.rows.parent[picked[picked > 0]]
         return bool((classes == 0).any())
+
+
+def _labels(partition: Partition | None, count: int) -> Tensor:
+    """The vector of each of ``count`` rows, -1 where it belongs to none."""
+    if partition is None:
+        return indices(count).fill_(-1)
+    return partition.labels.flatten().cpu()
 
 
 def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
@@ -202,17 +196,14 @@ def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
             break
     # Single numbers that are free have no direction, whatever longer vectors another cut shows.
     numbers = [(c, reached) for c, reached in readings if c.frees_single_numbers(reached, entries)]
-    best: tuple[Candidate, Vectors] | None = None
-    most = (-1.0, 0, False)
+    claims = []
     for candidate, reached in numbers or readings:
         vectors = candidate.vectors(reached, entries)
         claim = _claim_of(candidate, vectors, unread, entries)
-        # Of equal claims the first stays, which is the cut into filters where it is among them.
-        if claim > most:
-            best = (candidate, vectors)
-            most = claim
-    assert best is not None
-    return _verdict_of(name, shape, *best, unread)
+        claims.append((claim, candidate, vectors))
+    # Of equal claims the first, which is the cut into filters where it is among them.
+    _, candidate, vectors = max(claims, key=itemgetter(0))
+    return _verdict_of(name, shape, candidate, vectors, unread)
 
 
 def _claim_of(

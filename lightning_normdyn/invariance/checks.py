@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.invariance.names import parameter_names
+from lightning_normdyn.invariance.names import clean_name
 from lightning_normdyn.invariance.restored import restored
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.invariance.verdict import Verdict
@@ -82,9 +82,9 @@ def verify_scale_invariance(
         if not _is_whole(weight, claim):
             raise NotSupportedError(
                 f"`{claim.name}` is sharded ({type(weight.data).__name__} of shape "
-                f"{tuple(weight.shape)}, in full "
-                f"{tuple(claim.shape)}), so its function cannot be compared here. "
-                "Call verify_scale_invariance on the unwrapped module, on one process."
+                f"{tuple(weight.shape)}, in full {claim.shape}), so its function cannot be "
+                "compared here. Call verify_scale_invariance on the unwrapped module, on one "
+                "process."
             )
     generator = torch.Generator().manual_seed(seed)
 
@@ -97,7 +97,7 @@ def verify_scale_invariance(
 
 
 def _is_whole(weight: Tensor, verdict: Verdict) -> bool:
-    return type(weight.data) is Tensor and tuple(weight.shape) == tuple(verdict.shape)
+    return type(weight.data) is Tensor and weight.shape == verdict.shape
 
 
 def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
@@ -106,9 +106,9 @@ def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
     1 where an entry belongs to none.
     """
     # Label -1, of entries that belong to no vector, picks the 1 at the end.
-    of_labels = torch.cat([values, values.new_ones(1)])[partition.labels]
-    along_kept = [size if d in partition.keep else 1 for d, size in enumerate(weight.shape)]
-    return of_labels.reshape(along_kept).to(weight.device, weight.dtype)
+    padded = torch.cat([values, values.new_ones(1)])
+    of_labels = padded[partition.broadcastable(weight.ndim)]
+    return of_labels.to(weight.device, weight.dtype)
 
 
 def inspect_module(
@@ -159,11 +159,11 @@ def _withdraw_by_function(run: TrainingRun, verdicts: list[Verdict]) -> list[Ver
         # matter less and a large one show.
         def factors(n: int) -> Tensor:
             exponents = torch.randint(
-                1, 5, (n,), dtype=torch.long, device="cpu", generator=generator
+                1, 5, (n,), dtype=torch.double, device="cpu", generator=generator
             )
             # One is the largest, so that a weight of a single vector is tested as hard.
             exponents[0] = 4
-            return torch.exp2(exponents.double())
+            return torch.exp2(exponents)
 
         return largest_change(before, run.outputs(tested, factors))
 
@@ -184,13 +184,14 @@ def _withdraw_by_function(run: TrainingRun, verdicts: list[Verdict]) -> list[Ver
             judged.append(replace(verdict, known="graph and function"))
         else:
             found = (
-                f"the outputs change by {change:.2g} of their size when it is multiplied by up to "
-                f"16"
+                f"the outputs change by {change:.2g} of their size "
+                "when it is multiplied by up to 16"
             )
             judged.append(verdict.withdrawn(found, "function"))
     return judged
 
 
+@dataclass(eq=False)
 class TrainingRun:
     """Runs a module in training mode, every time from the same state, and leaves it as it was.
 
@@ -211,29 +212,23 @@ class TrainingRun:
         0.0
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        inputs: tuple[Any, ...],
-        loss: Callable[[Any], Tensor] | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.seed = seed
-        self.weights: dict[str, Tensor] = {}
-        for parameter, names in parameter_names(module).items():
-            self.weights.update(dict.fromkeys(names, parameter))
-        self._module = module
-        self._inputs = inputs
-        self._loss = loss
+    module: nn.Module
+    inputs: tuple[Any, ...]
+    loss: Callable[[Any], Tensor] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        named = self.module.named_parameters(remove_duplicate=False)
+        self.weights = {clean_name(name): parameter for name, parameter in named}
 
     def verdicts(self) -> list[Verdict]:
         """What the graph of its loss says of every weight."""
-        search = ScaleInvarianceSearch(self._module)
+        search = ScaleInvarianceSearch(self.module)
         with self._training(), search:
-            output = self._module(*_copied(self._inputs))
+            output = self.module(*_copied(self.inputs))
             sums = [t.sum() for t in _tensors(output) if t.requires_grad]
-            if self._loss is not None:
-                search.analyze(self._loss(output))
+            if self.loss is not None:
+                search.analyze(self.loss(output))
             elif len(sums) == 1:
                 # Not a stack of one, which would be one more operation to follow.
                 search.analyze(sums[0])
@@ -259,19 +254,19 @@ class TrainingRun:
                         weight.mul_(spread(claim.partition, factors(claim.partition.n), weight))
             # Under autocast: casts of the weights as they were.
             torch.clear_autocast_cache()
-            output = self._module(*_copied(self._inputs))
+            output = self.module(*_copied(self.inputs))
             tensors = list(_tensors(output))
-            if self._loss is not None:
-                tensors.append(self._loss(output))
+            if self.loss is not None:
+                tensors.append(self.loss(output))
             return [t.detach().clone() for t in tensors if t.is_floating_point()]
 
     @contextmanager
     def _training(self) -> Iterator[None]:
         # Gradients: a penalty on them is a part of the forward. Buffers are put back as well, since
         # spectral_norm iterates in them.
-        with restored(self._module), torch.enable_grad():
-            if not self._module.training:
-                self._module.train()
+        with restored(self.module), torch.enable_grad():
+            if not self.module.training:
+                self.module.train()
             torch.manual_seed(self.seed)
             yield
 
@@ -288,15 +283,12 @@ def _change(before: Tensor, after: Tensor) -> float:
         return math.inf
     if not before.numel():
         return 0.0
-    scale = float(before.double().abs().max())
-    difference = before.double() - after.double()
-    change = float(difference.abs().max())
+    before = before.double()
+    change = float((before - after.double()).abs().max())
     # A NaN is neither more nor less than a limit: it would come out of `max` by chance.
     if math.isnan(change):
         return math.inf
-    if scale:
-        return change / scale
-    return change
+    return change / (float(before.abs().max()) or 1.0)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.invariance.flow import Flow, Shape
 from lightning_normdyn.invariance.graph import Graph
 from lightning_normdyn.invariance.nodes import Edge, GraphNode
@@ -52,10 +53,6 @@ class EntryMask:
         """What is read by one of two losses."""
         return EntryMask(self.read | other.read, self.sources | other.sources)
 
-    def same_as(self, other: EntryMask) -> bool:
-        """Whether both read the same entries."""
-        return torch.equal(self.read, other.read)
-
 
 def masked_weights(graph: Graph) -> dict[str, EntryMask]:
     """The weights of which ``graph`` does not read all entries.
@@ -84,21 +81,19 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
     uses = _Uses(graph)
     masks: dict[str, EntryMask] = {}
     read_whole = set()
-    for edge, name in graph.parameters.items():
-        shape = graph.shapes.get(edge)
-        if shape is None or len(shape) < 2:
+    for edge, shape in graph.shapes.items():
+        if len(shape) < 2:
             continue
+        name = graph.parameters[edge]
         mask = uses.mask(edge, shape)
         if mask is None:
             read_whole.add(name)
-        elif bool(mask.read.any()):
-            masks[name] = masks[name].joined(mask) if name in masks else mask
         # A use that is switched off by a factor of 0 says nothing of which entries another one
         # reads.
-    for name, mask in list(masks.items()):
-        if name in read_whole or bool(mask.read.all()):
-            del masks[name]
-    return masks
+        elif bool(mask.read.any()):
+            masks[name] = masks[name].joined(mask) if name in masks else mask
+    read_whole |= {name for name, mask in masks.items() if bool(mask.read.all())}
+    return {name: mask for name, mask in masks.items() if name not in read_whole}
 
 
 class _Uses:
@@ -121,9 +116,7 @@ class _Uses:
             return None
         read = torch.zeros(math.prod(shape), dtype=torch.bool, device="cpu")
         sources = set()
-        numbers = torch.arange(read.numel(), dtype=torch.long, device="cpu")
-        entries = numbers.reshape(shape)
-        stack = [(edge, entries)]
+        stack = [(edge, indices(read.numel()).reshape(shape))]
         while stack:
             edge, entries = stack.pop()
             for operation, slot, out in self._readers_of(edge):
@@ -131,11 +124,9 @@ class _Uses:
                     stack.append((out, _rearranged(operation, entries)))
                     continue
                 hidden = _hidden(operation, slot)
-                # What hides nothing reads everything that has come so far.
-                left = None
-                if hidden is not None:
-                    left = _without(entries, hidden[0], operation.out)
+                left = hidden and _without(entries, hidden[0], operation.out)
                 if hidden is None or left is None:
+                    # What hides nothing reads everything that has come so far.
                     read[entries[entries != NO_ENTRY]] = True
                 else:
                     sources.add(hidden[1])
@@ -216,38 +207,31 @@ def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:
     name = operation.name
     if name in ("TrilBackward0", "TriuBackward0"):
         return _outside_triangle(operation), 0
-    if name == "MulBackward0" and operation.inputs[1 - slot : 2 - slot] in ((), (None,)):
-        # Only a constant factor can be a mask.
-        factor = _saved(operation, ("other", "self")[slot])
-        if factor is None:
-            return None
-        return ((factor == 0).cpu(), factor.data_ptr())
-    if name == "WhereBackward0":
-        condition = _saved(operation, "condition")
-        if condition is None:
-            return None
-        chosen = condition.cpu()
-        return (~chosen if slot == 0 else chosen), condition.data_ptr()
-    if name in ("MaskedFillBackward0", "MaskedFillBackward1") and slot == 0:
-        mask = _saved(operation, "mask")
-        if mask is None:
-            return None
-        return (mask.cpu(), mask.data_ptr())
-    return None
+    # Only a constant factor can be a mask.
+    if name == "MulBackward0" and operation.source(1 - slot) is None:
+        saved = ("other", "self")[slot]
+    elif name == "WhereBackward0":
+        saved = "condition"
+    elif name in ("MaskedFillBackward0", "MaskedFillBackward1") and slot == 0:
+        saved = "mask"
+    else:
+        return None
+    _, mask = operation.saved_tensor(saved)
+    # No subclass: a DTensor, say, would have to be gathered.
+    if type(mask) not in (Tensor, nn.Parameter, nn.Buffer):
+        return None
+    hidden: Tensor = mask
+    if name == "MulBackward0":
+        hidden = mask == 0
+    elif name == "WhereBackward0" and slot == 0:
+        hidden = ~mask
+    return hidden.cpu(), mask.data_ptr()
 
 
 def _outside_triangle(operation: Operation) -> Tensor:
     ones = torch.ones(operation.out, dtype=torch.bool, device="cpu")
-    diagonal = operation.attribute("diagonal", 0)
-    if operation.name.startswith("Tril"):
-        return ~ones.tril(diagonal)
-    return ~ones.triu(diagonal)
-
-
-def _saved(operation: Operation, name: str) -> Tensor | None:
-    # No subclass: a DTensor, say, would have to be gathered.
-    readable, value = operation.saved_tensor(name)
-    return value if readable and type(value) in (Tensor, nn.Parameter, nn.Buffer) else None
+    cut = torch.tril if operation.name.startswith("Tril") else torch.triu
+    return ~cut(ones, operation.attribute("diagonal", 0))
 
 
 # --------------------------------------------------------------------------------- several batches
@@ -335,7 +319,7 @@ class MaskMemory:
             known.mask = known.mask.joined(mask)
         else:
             # A mask that was held or seen twice lasts only as long as every batch shows the same.
-            is_same = known.mask.same_as(mask)
+            is_same = torch.equal(known.mask.read, mask.read)
             known.lasts = is_same and (known.lasts or known.looks == 1)
             known.mask = mask
             known.batch = self._batch

@@ -8,13 +8,13 @@ beside variances of the same order in its depthwise layers.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_normdyn.invariance.graph_state import EPSILONS, is_normalization
 from lightning_normdyn.invariance.names import clean_name
@@ -44,7 +44,7 @@ class EpsilonShare:
     share: float
 
     def explains(self, rms: float) -> bool:
-        """Whether the epsilon is why gradients are as far from orthogonal as this (`EulerTest`)."""
+        """Whether the epsilon is why gradients are as far from orthogonal as this."""
         # They are of the order of the share, and for a weight without a normalization of the order
         # of 1.
         return 10 * self.share >= rms
@@ -138,7 +138,7 @@ class EpsilonWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._hooks: list[RemovableHandle] = []
+        self._hooks = ExitStack()
         # By name of the normalization: its epsilon, and a `_summary` of what it is added to.
         self._seen: dict[str, tuple[float, Tensor]] = {}
         # Those that were seen since the last `start`.
@@ -152,13 +152,12 @@ class EpsilonWatch:
         for full_name, module in self._module.named_modules():
             name = clean_name(full_name)
             if (chosen is None or name in chosen) and epsilon_of(module) is not None:
-                self._hooks.append(module.register_forward_pre_hook(partial(self._look, name)))
+                hook = module.register_forward_pre_hook(partial(self._look, name))
+                self._hooks.callback(hook.remove)
 
     def stop(self) -> None:
         """Remove every hook; idempotent."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        self._hooks.close()
 
     @torch.no_grad()
     def _look(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:

@@ -138,11 +138,7 @@ class GraphState:
 
     def state(self) -> dict[str, Any]:
         """As plain strings."""
-        return {
-            "network": self.network,
-            "frozen": list(self.frozen),
-            "normalizations": dict(self.normalizations),
-        }
+        return {**vars(self), "frozen": list(self.frozen)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> GraphState:

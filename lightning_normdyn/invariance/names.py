@@ -60,25 +60,21 @@ def normalize_params(params: str | Sequence[str]) -> list[str]:
         >>> normalize_params("layer1.*")
         ['layer1.*']
     """
+    expected = "`params` must be 'auto', a glob pattern, or a list of them"
     patterns = [params] if isinstance(params, str) else params
     # Bytes and mappings can be iterated over, too, but give numbers and keys.
     if isinstance(patterns, (bytes, Mapping)) or not isinstance(patterns, Iterable):
-        raise ValueError(
-            f"`params` must be 'auto', a glob pattern, or a list of them, got {params!r}."
-        )
+        raise ValueError(f"{expected}, got {params!r}.")
     patterns = list(patterns)
     if not patterns:
         raise ValueError("`params` is an empty list. Use 'auto', or name at least one pattern.")
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern.removeprefix("!"):
-            raise ValueError(
-                f"`params` must be 'auto', a glob pattern, or a list of them, got {pattern!r} in "
-                f"it."
-            )
+            raise ValueError(f"{expected}, got {pattern!r} in it.")
     if "auto" in patterns and len(patterns) > 1:
         raise ValueError(
             f"`params={patterns}` mixes 'auto' with patterns. Only excludes (\"!pattern\") mean "
-            f"'auto' minus them; leave 'auto' out."
+            "'auto' minus them; leave 'auto' out."
         )
     return patterns
 

@@ -72,15 +72,22 @@ def edge_shape(edge: Edge) -> Shape:
 
 def saved_tensor(node: Node, name: str) -> tuple[bool, Any]:
     """``(readable, value)`` of what a node saved for its backward."""
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    if raw is None:
-        # Functions in python, and nodes that save it in another way.
-        return hasattr(node, f"_saved_{name}"), getattr(node, f"_saved_{name}", None)
+    # Functions in python have none, nor have nodes that save it in another way.
+    raw = getattr(node, f"_raw_saved_{name}", ())
     for one in raw if isinstance(raw, (tuple, list)) else (raw,):
         # With a hook, as checkpoints set them, reading would compute a part of the forward again.
         if getattr(one, "unpack_hook", True) is not None:
             return False, None
-    return True, getattr(node, f"_saved_{name}")
+    return hasattr(node, f"_saved_{name}"), getattr(node, f"_saved_{name}", None)
+
+
+def saved_numbers(node: Node, name: str, default: Any = None) -> Any:
+    """A number or a list of numbers (never a tensor) that a node saved, with negative dims as
+    negative numbers."""
+    value = getattr(node, f"_saved_{name}", default)
+    if isinstance(value, (tuple, list)):
+        return [signed(number) for number in value]
+    return signed(value)
 
 
 def signed(value: Any) -> Any:

@@ -104,44 +104,34 @@ def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) ->
     if known is None and withdrawn is not None and granularity in ("auto", withdrawn.granularity):
         # Who named the weight gets the same vectors as before the gradients spoke.
         return withdrawn
-    # Rows that were read are one vector, and others may belong to it: act on all or none.
-    if verdict.waits and granularity in ("filter", "group"):
-        raise NotSupportedError(
-            f"granularity={granularity!r} was asked for `{verdict.name}`, but {verdict.reason}: "
-            f"scaling its "
-            f"{granularity}s separately would change the network's function. Use "
-            f"granularity='auto' or 'layer'."
-        )
-    if verdict.waits:
-        return Partition.layer(verdict.shape)
-    if granularity == "auto" or (known is not None and granularity == known.granularity):
-        if known is None:
-            return fallback
-        return known
+    asked = f"granularity={granularity!r} was asked for `{verdict.name}`, but"
+    separately = f"scaling its {granularity}s separately would change the network's function."
     if known is None:
-        if granularity == "layer":
+        # Rows that were read may be one vector, and others may belong to it: act on all or none.
+        if verdict.waits and granularity in ("filter", "group"):
+            raise NotSupportedError(
+                f"{asked} {verdict.reason}: {separately} Use granularity='auto' or 'layer'."
+            )
+        if verdict.waits or granularity == "layer":
             return Partition.layer(verdict.shape)
-        if granularity == "filter":
+        if granularity != "group":
             return fallback
         raise NotSupportedError(
-            f"granularity='group' was asked for `{verdict.name}`, but no normalization with groups "
-            f"is known behind it. "
-            "Use 'filter' or 'layer'."
+            f"{asked} no normalization with groups is known behind it. Use 'filter' or 'layer'."
         )
+    if granularity in ("auto", known.granularity):
+        return known
     by = ", ".join(verdict.norms) or "its graph"
     if granularity == "group" and known.granularity == "filter":
         raise NotSupportedError(
-            f"granularity='group' was asked for `{verdict.name}`, but {by} normalizes single "
-            f"filters, so no groups are known. "
+            f"{asked} {by} normalizes single filters, so no groups are known. "
             "Use 'auto', 'filter' or 'layer'."
         )
     # Coarser is always right: what may be scaled separately may also be scaled together.
     if _FINENESS.index(granularity) < _FINENESS.index(known.granularity):
         raise NotSupportedError(
-            f"granularity={granularity!r} was asked for `{verdict.name}`, but {by} makes it "
-            f"scale-invariant only per {known.granularity}: "
-            f"scaling its {granularity}s separately would change the network's function. Use "
-            f"granularity='auto' or {known.granularity!r}."
+            f"{asked} {by} makes it scale-invariant only per {known.granularity}: {separately} "
+            f"Use granularity='auto' or {known.granularity!r}."
         )
     # Rows that belong to no vector (-1) stay outside of the one that is made of all others.
     return Partition(known.keep, known.labels.clamp(max=0), "layer")

@@ -27,18 +27,11 @@ def restored(module: nn.Module, *, weights: bool = True) -> Iterator[None]:
         >>> norm.training, norm.running_mean.tolist()
         (True, [0.0, 0.0])
     """
-    modes = [(part, part.training) for part in module.modules()]
+    parts = [(part, part.training, dict(part._buffers)) for part in module.modules()]
     # A lazy parameter has no values yet that could be copied.
     parameters = [p for p in module.parameters() if not is_lazy(p)]
-    copies = []
-    if weights:
-        copies = [(p, p.detach().clone()) for p in parameters]
-    buffers = [
-        (owner, name, buffer, buffer.detach().clone())
-        for owner in module.modules()
-        for name, buffer in owner._buffers.items()
-        if buffer is not None
-    ]
+    tensors = [*module.buffers(), *(parameters if weights else ())]
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
     devices = {p.device.index for p in parameters if p.device.type == "cuda"}
     # NumPy is optional: a generator that nobody has imported has not been used either.
     numpy = sys.modules.get("numpy")
@@ -49,14 +42,12 @@ def restored(module: nn.Module, *, weights: bool = True) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for parameter, copy in copies:
-                    parameter.copy_(copy)
-                for owner, name, buffer, copy in buffers:
-                    # A forward may have put another tensor in the buffer's place.
-                    buffer.copy_(copy)
-                    owner._buffers[name] = buffer
-            for part, mode in modes:
-                part.training = mode
+                for tensor, copy in copies:
+                    tensor.copy_(copy)
+            for part, training, buffers in parts:
+                part.training = training
+                # A forward may have put another tensor in a buffer's place.
+                part._buffers.update(buffers)
             random.setstate(python_state)
             if numpy:
                 numpy.random.set_state(numpy_state)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.invariance.flow import NO_ROW
 
 
@@ -39,7 +40,7 @@ class Rows:
     """
 
     def __init__(self, n: int) -> None:
-        self.parent = torch.arange(n + 1, dtype=torch.long, device="cpu")
+        self.parent = indices(n + 1)
 
         # Sets that keep the order in which they were filled, so that all ranks tell the same story.
         self.reasons: dict[str, None] = {}
@@ -54,15 +55,14 @@ class Rows:
         self.met = torch.zeros(n + 1, dtype=torch.bool, device="cpu")
         # Some loss read only a part of the rows: which part it is may depend on the batch.
         self.varies = False
-        no_rows = torch.empty(0, dtype=torch.long, device="cpu")
         # Rows that were picked by an index tensor: the data say which rows meet.
-        self.picked = no_rows
+        self.picked = indices(0)
         # Places where rows were picked by indices that cannot be looked at.
         self.veiled: dict[str, None] = {}
         # Entries were left out along a dimension that these rows are not cut along.
         self.cut_elsewhere = False
         # Rows of which each rank follows only its part (tensor parallelism).
-        self.sharded = no_rows
+        self.sharded = indices(0)
         # Other ranks follow the rest of them, and have not been asked yet.
         self.elsewhere = False
 
@@ -156,8 +156,7 @@ class Rows:
         """
         self.reasons |= other.reasons
         reason = next(iter(other.reasons), "another rank")
-        own = torch.arange(len(self.parent), dtype=torch.long, device="cpu")
-        self.unite(own, other.parent, reason)
+        self.unite(indices(len(self.parent)), other.parent, reason)
 
         self.norms |= other.norms
         self.stale |= other.stale

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from torch.autograd.graph import Node
 
 from lightning_normdyn.invariance.flow import Sign
-from lightning_normdyn.invariance.nodes import Edge, GraphNode, signed
+from lightning_normdyn.invariance.nodes import Edge, GraphNode, saved_numbers
 
 
 def _names(text: str) -> frozenset[str]:
@@ -59,13 +59,11 @@ class ValueSigns:
     """The signs of the values in one graph, collected as its operations are read, inputs first."""
 
     def __init__(self) -> None:
-        self._signs: dict[Edge, Sign] = {}
-        self._paddings: dict[Edge, Padding] = {}
+        self._signs: dict[Edge | None, Sign] = {}
+        self._paddings: dict[Edge | None, Padding] = {}
 
     def of(self, edge: Edge | None) -> Sign:
         """What is known of one output of an operation; nothing of a constant."""
-        if edge is None:
-            return Sign.ANY
         return self._signs.get(edge, Sign.ANY)
 
     def add(self, node: GraphNode) -> None:
@@ -120,21 +118,18 @@ class ValueSigns:
             return None
         if node.name in ("MmBackward0", "BmmBackward0"):
             return self._padding_of_product(node)
-        if len(node.sources) != 1 or node.sources[0] is None:
+        if len(node.sources) != 1 or len(node.outputs[0]) < 2:
             return None
         padding = self._paddings.get(node.sources[0])
-        if padding is None or len(node.outputs[0]) < 2:
-            return None
-        return _moved_padding(node, padding)
+        return padding and _moved_padding(node, padding)
 
     def _padding_of_product(self, node: GraphNode) -> Padding | None:
         # Rows that were appended to the first factor, or columns to the second, come out as
         # appended.
         for k, dim in ((0, -2), (1, -1)):
-            source = node.sources[k]
-            factor = node.sources[1 - k]
-            padding = None if source is None else self._paddings.get(source)
-            if padding is not None and padding.dim == dim and self.of(factor) != Sign.ANY:
+            padding = self._paddings.get(node.sources[k])
+            factor = self.of(node.sources[1 - k])
+            if padding and padding.dim == dim and factor != Sign.ANY:
                 # Each such entry is a sum of products of what is not negative.
                 return replace(padding, sign=Sign.STATISTIC)
         return None
@@ -144,8 +139,7 @@ def _new_padding(node: GraphNode) -> Padding | None:
     """What `torch.nn.functional.pad` appends, if it is at the end of one of the last two
     dimensions."""
     shape = node.inputs[0]
-    saved: list[int] = node.node._saved_pad  # type: ignore[attr-defined]
-    amounts = [signed(amount) for amount in saved]
+    amounts: list[int] = saved_numbers(node.node, "pad")
     used = [k for k, amount in enumerate(amounts) if amount]
     # Pairs of amounts, before and after, from the last dimension on.
     if shape is None or used not in ([1], [3]) or amounts[used[0]] < 0:
@@ -174,7 +168,7 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
         return None
     if node.name == "SliceBackward0":
         if _from_the_right(node.node, "dim", len(out)) == padding.dim:
-            start: int = signed(node.node._saved_start or 0)  # type: ignore[attr-defined]
+            start: int = saved_numbers(node.node, "start") or 0
             if start < 0:
                 start += shape[padding.dim]
             if start >= padding.start:
@@ -186,7 +180,5 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
 
 
 def _from_the_right(node: Node, key: str, ndim: int) -> int:
-    dim: int = signed(getattr(node, f"_saved_{key}"))
-    if dim >= 0:
-        return dim - ndim
-    return dim
+    dim: int = saved_numbers(node, key)
+    return dim % ndim - ndim

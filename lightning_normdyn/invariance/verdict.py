@@ -167,9 +167,8 @@ class Verdict:
         del state["name"]
         for key in _PARTITIONS:
             state[key] = _partition_state(state[key])
-        state["shape"] = list(self.shape)
-        state["norms"] = list(self.norms)
-        state["stale_statistics"] = list(self.stale_statistics)
+        for key in _TUPLES:
+            state[key] = list(state[key])
         state["batch_norms"] = [dict(vars(link)) for link in self.batch_norms]
         return state
 
@@ -182,7 +181,7 @@ class Verdict:
         for key in _PARTITIONS:
             # Checkpoints of earlier versions do not have all of them.
             values[key] = _partition_of(values.get(key))
-        for key in ("shape", "norms", "stale_statistics"):
+        for key in _TUPLES:
             values[key] = tuple(values[key])
         values["batch_norms"] = tuple(NormLink(**link) for link in values["batch_norms"])
         return cls(name, **values)
@@ -190,6 +189,8 @@ class Verdict:
 
 # Which parts of a verdict's state are partitions.
 _PARTITIONS = ("partition", "withdrawn_partition", "unread")
+# Which are tuples, and lists in a state.
+_TUPLES = ("shape", "norms", "stale_statistics")
 
 
 def unread_in_words(unread: Partition) -> str:

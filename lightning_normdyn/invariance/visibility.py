@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -29,23 +29,21 @@ class _Counted:
     def __init__(self, switch_on: Callable[[], Callable[[], None]]) -> None:
         self._switch_on = switch_on
         self._users = 0
-        self._undo: Callable[[], None] | None = None
+        self._undo = ExitStack()
 
     @contextmanager
     def on(self) -> Iterator[None]:
         with _LOCK:
             if not self._users:
-                self._undo = self._switch_on()
+                self._undo.callback(self._switch_on())
             self._users += 1
         try:
             yield
         finally:
             with _LOCK:
                 self._users -= 1
-                if not self._users and self._undo is not None:
-                    undo = self._undo
-                    self._undo = None
-                    undo()
+                if not self._users:
+                    self._undo.close()
 
 
 def _force_eager() -> Callable[[], None]:

@@ -38,8 +38,7 @@ class WrittenWeights:
 
     def start(self, slots: Slots) -> None:
         """The next forward passes are watched."""
-        self._running = {}
-        self._at_start = {}
+        self.stop()
         for owner in slots:
             self._at_start |= _versions(owner, slots)
 
@@ -61,11 +60,8 @@ class WrittenWeights:
         """
         # Only lookups rescale rows in passing. Other weights may be written at the start of a
         # batch, by callbacks, and their length is still theirs.
-        tables = set()
-        for node in graph.nodes:
-            source = node.sources[0] if node.name in _LOOKUPS else None
-            if source is not None and source in graph.parameters:
-                tables.add(graph.parameters[source])
+        looked_up = {node.sources[0] for node in graph.nodes if node.name in _LOOKUPS}
+        tables = {name for edge, name in graph.parameters.items() if edge in looked_up}
         if tables:
             for owner in slots:
                 versions = _versions(owner, slots)

@@ -115,7 +115,7 @@ def _index(operation: Operation, flow: Flow) -> Flow:
         operation.rows.pick(rows)
     offset = flow.offset
     if offset:
-        offset = _offset_at(offset, index, rows.ndim)
+        offset = _offset_at(offset, dims, rows.ndim)
     return replace(flow, rows=compact(rows), offset=offset)
 
 
@@ -144,31 +144,18 @@ def _indexed_dims(index: Index) -> list[int]:
     return dims
 
 
-def _offset_at(offset: Offset, index: Index, ndim: int) -> Offset:
-    """The offset of ``tensor[index]``: dimensions that are not indexed keep it entry for entry."""
-    # Whether it varies along each dimension that stays: before the first index, between, and behind
-    # the last.
-    stays: list[tuple[int, bool]] = []
-    positions = []
-    is_indexed = False
-    dim = 0
-    for position, i in enumerate(index):
-        stop = dim + _width(i)
-        if i is None:
-            stays.append((position, offset.varies[dim]))
-        else:
-            positions.append(position)
-            is_indexed |= any(offset.varies[dim:stop])
-        dim = stop
-    stays += [(len(index), v) for v in offset.varies[dim:]]
-
+def _offset_at(offset: Offset, dims: Sequence[int], ndim: int) -> Offset:
+    """The offset of ``tensor[index]``, of ``ndim`` dimensions, where the index picks from ``dims``:
+    the others keep it entry for entry."""
+    stays = [v for d, v in enumerate(offset.varies) if d not in dims]
     # What is indexed comes out where the indices stand, if they stand side by side, and else in
     # front.
-    front = []
-    if positions[-1] - positions[0] < len(positions):
-        front = [v for position, v in stays if position < positions[0]]
-    behind = [v for _, v in stays[len(front) :]]
-    varies = (*front, *[is_indexed] * (ndim - len(stays)), *behind)
+    start = 0
+    if dims[-1] - dims[0] < len(dims):
+        start = dims[0]
+    is_indexed = offset.differs_along(dims)
+    picked = [is_indexed] * (ndim - len(stays))
+    varies = (*stays[:start], *picked, *stays[start:])
     if is_indexed:
         return offset.changed(varies)
     return replace(offset, varies=varies, token=object())

@@ -18,8 +18,8 @@ from lightning_normdyn.invariance.nodes import (
     Edge,
     GraphNode,
     node_name,
+    saved_numbers,
     saved_tensor,
-    signed,
     sources_of,
 )
 from lightning_normdyn.invariance.rows import Rows
@@ -100,11 +100,7 @@ class Operation:
     def attribute(self, name: str, default: Any = None) -> Any:
         """A saved number or list of numbers of the node (never a tensor), with negative dims as
         negative numbers."""
-        value = getattr(self.node, f"_saved_{name}", default)
-        # Dims are saved as unsigned numbers.
-        if isinstance(value, (tuple, list)):
-            return [signed(number) for number in value]
-        return signed(value)
+        return saved_numbers(self.node, name, default)
 
     def saved_tensor(self, name: str) -> tuple[bool, Any]:
         """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
