@@ -99,22 +99,23 @@ def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
     """
     # The squares of large float16 activations are infinite.
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.ndim >= 2:
-        return x.transpose(0, 1).flatten(1).var(1, correction=0)
-    if isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.ndim >= 3:
-        return x.flatten(2).var(2, correction=0).flatten()
     # Of a person's own normalization: what it is like shows in its settings and its name.
     groups = getattr(module, "num_groups", None)
-    if isinstance(groups, int) and x.ndim >= 2 and x.shape[1] % groups == 0:
-        return x.reshape(len(x) * groups, -1).var(1, correction=0)
     shape = getattr(module, "normalized_shape", None)
-    # A normalization that names no shape is taken to normalize the last dimension.
-    last = len(shape) if isinstance(shape, (tuple, list)) else 1
-    if x.ndim < last:
-        return None
-    flat = x.flatten(x.ndim - last) if last > 1 else x
-    if "rms" in type(module).__name__.lower():
-        return flat.square().mean(-1).flatten()
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.ndim >= 2:
+        flat = x.transpose(0, 1).flatten(1)
+    elif isinstance(module, nn.modules.instancenorm._InstanceNorm) and x.ndim >= 3:
+        flat = x.flatten(2)
+    elif isinstance(groups, int) and x.ndim >= 2 and x.shape[1] % groups == 0:
+        flat = x.reshape(len(x) * groups, -1)
+    else:
+        # A normalization that names no shape is taken to normalize the last dimension.
+        last = len(shape) if isinstance(shape, (tuple, list)) else 1
+        if x.ndim < last:
+            return None
+        flat = x.flatten(x.ndim - last) if last > 1 else x
+        if "rms" in type(module).__name__.lower():
+            return flat.square().mean(-1).flatten()
     return flat.var(-1, correction=0).flatten()
 
 
@@ -166,7 +167,7 @@ class EpsilonWatch:
         if eps is None or not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():
             return
         statistic = statistic_of(module, x)
-        if statistic is not None and statistic.numel():
+        if statistic is not None:
             self._seen[name] = eps, _summary(statistic, eps)
             self._fresh.add(name)
 

@@ -297,12 +297,12 @@ def unsqueezed(flow: Flow, dim: int) -> Flow:
     """A dimension of size 1 in front of ``dim``."""
     offset = flow.offset
     if offset:
-        in_front = offset.varies[:dim]
-        behind = offset.varies[dim:]
+        varies = [*offset.varies]
+        varies.insert(dim, False)
         # Broadcasting aligns at the right: in front of those it varies along, the dimension changes
         # nothing.
-        token = (offset.token, dim) if any(in_front) else offset.token
-        offset = replace(offset, varies=(*in_front, False, *behind), token=token)
+        token = (offset.token, dim) if any(varies[:dim]) else offset.token
+        offset = replace(offset, varies=tuple(varies), token=token)
     return replace(flow, rows=flow.rows.unsqueeze(dim), offset=offset)
 
 

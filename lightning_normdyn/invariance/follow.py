@@ -163,6 +163,7 @@ def _normalization_name(operation: Operation) -> str:
     name, module = operation.module
     # A module with children, or with a matrix of its own, is no normalization: one happens inside
     # it.
-    if module is None or [*module.children()] or any(p.ndim > 1 for p in module.parameters(False)):
+    has_children = module is not None and next(module.children(), None) is not None
+    if module is None or has_children or any(p.ndim > 1 for p in module.parameters(False)):
         return operation.place
     return name

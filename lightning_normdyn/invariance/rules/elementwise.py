@@ -32,19 +32,14 @@ from lightning_normdyn.invariance.rules.operation import (
 )
 
 
-@rule_for(
-    "CloneBackward0",
-    "ToCopyBackward0",
-    "AliasBackward0",
-    # What strategies leave in the graph: DDP, FSDP2, DeepSpeed, DTensor.
-    "_DDPSinkBackward",
-    "RegisterPostBackwardFunctionBackward",
-    "RegisterPreBackwardFunctionBackward",
-    "PreBackwardFunctionForModuleBackward",
-    "PostBackwardFunctionModuleBackward",
-    "RedistributeBackward",
-    "NestedRedistributeBackward",
-)
+# Those behind `AliasBackward0` are what strategies leave in the graph: DDP, FSDP2, DeepSpeed,
+# DTensor.
+@rule_for("""
+    CloneBackward0 ToCopyBackward0 AliasBackward0 _DDPSinkBackward
+    RegisterPostBackwardFunctionBackward RegisterPreBackwardFunctionBackward
+    PreBackwardFunctionForModuleBackward PostBackwardFunctionModuleBackward RedistributeBackward
+    NestedRedistributeBackward
+""")
 def unchanged(operation: Operation, flows: Flows) -> Flows:
     """Copies, casts, and the marks of strategies: input k becomes output k."""
     return flows
@@ -58,14 +53,10 @@ def negated(operation: Operation, flow: Flow) -> Flow:
     return replace(flow, offset=changed, sign=Sign.ANY)
 
 
-@unary_rule(
-    "ReluBackward0",
-    "AbsBackward0",
-    "LeakyReluBackward0",
-    "LeakyReluBackward1",
-    "PreluKernelBackward0",
-    "RreluWithNoiseBackward0",
-)
+@unary_rule("""
+    ReluBackward0 AbsBackward0 LeakyReluBackward0 LeakyReluBackward1 PreluKernelBackward0
+    RreluWithNoiseBackward0
+""")
 def homogeneous(operation: Operation, flow: Flow) -> Flow:
     """An elementwise function with :math:`f(cx) = c f(x)` for c > 0."""
     pure(operation, flow)
@@ -78,24 +69,19 @@ def _nonnegative(flow: Flow) -> Flow:
     return replace(flow, sign=max(flow.sign, Sign.NONNEGATIVE))
 
 
-@unary_rule("SignBackward0", "SgnBackward0")
+@unary_rule("SignBackward0 SgnBackward0")
 def _sign(operation: Operation, flow: Flow) -> Flow:
     """A sign does not depend on a positive scale, so this is a normalization."""
     return Flow(0, pure(operation, flow).rows)
 
 
-@unary_rule(
-    "NativeDropoutBackward0",
-    "FusedDropoutBackward0",
-    "TrilBackward0",
-    "TriuBackward0",
-)
+@unary_rule("NativeDropoutBackward0 FusedDropoutBackward0 TrilBackward0 TriuBackward0")
 def _masked(operation: Operation, flow: Flow) -> Flow:
     """Zeros go with any row, but they stand in the place of what was added, too."""
     return replace(flow, offset=everywhere(flow))
 
 
-@unary_rule("MaskedFillBackward0", "MaskedFillBackward1")
+@unary_rule("MaskedFillBackward0 MaskedFillBackward1")
 def _masked_fill(operation: Operation, flow: Flow) -> Flow:
     """Zeros and infinities go with any row.
 
@@ -128,7 +114,7 @@ def _operands(operation: Operation, flows: Flows) -> tuple[Flow | None, Flow | N
     return aligned[0], aligned[1]
 
 
-@rule_for("MulBackward0", "MulBackward1", "DivBackward0", "DivBackward1")
+@rule_for("MulBackward0 MulBackward1 DivBackward0 DivBackward1")
 def _multiply(operation: Operation, flows: Flows) -> Flow:
     """Degrees add up in a product and are subtracted in a quotient; a constant factor has none."""
     a, b = _operands(operation, flows)
@@ -172,7 +158,7 @@ def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
     return Flow(a.degree + power, rows, sign=sign)
 
 
-@unary_rule("PowBackward0", "SqrtBackward0", "RsqrtBackward0", "ReciprocalBackward0")
+@unary_rule("PowBackward0 SqrtBackward0 RsqrtBackward0 ReciprocalBackward0")
 def _power(operation: Operation, flow: Flow) -> Flow:
     """The degree is multiplied by the exponent."""
     pure(operation, flow)
@@ -189,15 +175,9 @@ def _power(operation: Operation, flow: Flow) -> Flow:
 # ------------------------------------------------------------------------------------ sums, choices
 
 
-@rule_for(
-    "AddBackward0",
-    "AddBackward1",
-    "SubBackward0",
-    "SubBackward1",
-    "RsubBackward0",
-    "RsubBackward1",
-    "LerpBackward0",
-)
+@rule_for("""
+    AddBackward0 AddBackward1 SubBackward0 SubBackward1 RsubBackward0 RsubBackward1 LerpBackward0
+""")
 def _add(operation: Operation, flows: Flows) -> Flow:
     """Terms must scale alike. A constant is an offset, or an epsilon beside a statistic."""
     a, b = _operands(operation, flows)
@@ -245,7 +225,7 @@ def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
     return Flow(a.degree, rows, offset, sign, a.padded or b.padded)
 
 
-@rule_for("MaximumBackward0", "MinimumBackward0", "WhereBackward0")
+@rule_for("MaximumBackward0 MinimumBackward0 WhereBackward0")
 def _choice(operation: Operation, flows: Flows) -> Flow:
     """One of two tensors, entry by entry: they must scale alike."""
     a, b = _operands(operation, flows)
@@ -261,7 +241,7 @@ def _choice(operation: Operation, flows: Flows) -> Flow:
     return Flow(a.degree, rows, sign=min(a.sign, b.sign))
 
 
-@rule_for("ClampBackward0", "ClampBackward1", "ClampMinBackward0", "ClampMinBackward1")
+@rule_for("ClampBackward0 ClampBackward1 ClampMinBackward0 ClampMinBackward1")
 def _clamp(operation: Operation, flows: Flows) -> Flow:
     """Only a bound of 0 scales with everything; a small one beside a statistic is an epsilon."""
     flow = only(operation, flows)

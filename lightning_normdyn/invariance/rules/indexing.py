@@ -80,7 +80,7 @@ def _gather(operation: Operation, flow: Flow) -> Flow:
     return moved(flow, rows, range(len(shape)))
 
 
-@unary_rule("MaskedSelectBackward0", "TakeBackward0")
+@unary_rule("MaskedSelectBackward0 TakeBackward0")
 def _select_entries(operation: Operation, flow: Flow) -> Flow:
     """Entries are picked from anywhere in the tensor, into one dimension."""
     shape = operation.shape()
@@ -192,12 +192,7 @@ def _index_put(operation: Operation, flows: Flows) -> Result:
     return Flow(flow.degree, compact(rows))
 
 
-@rule_for(
-    "IndexAddBackward0",
-    "ScatterAddBackward0",
-    "ScatterReduceBackward0",
-    "IndexReduceBackward0",
-)
+@rule_for("IndexAddBackward0 ScatterAddBackward0 ScatterReduceBackward0 IndexReduceBackward0")
 def _accumulate(operation: Operation, flows: Flows) -> Flow:
     """Entries are added, averaged or compared at indices along one dimension (messages between the
     nodes of a graph).

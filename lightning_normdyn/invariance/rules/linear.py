@@ -32,13 +32,13 @@ from lightning_normdyn.invariance.rules.operation import (
 # -------------------------------------------------------------------------------- matrix products
 
 
-@rule_for("MmBackward0", "BmmBackward0")
+@rule_for("MmBackward0 BmmBackward0")
 def _matmul(operation: Operation, flows: Flows) -> Flow:
     """A product of two matrices."""
     return _contract(operation, *flows)
 
 
-@rule_for("AddmmBackward0", "BaddbmmBackward0")
+@rule_for("AddmmBackward0 BaddbmmBackward0")
 def _matmul_plus(operation: Operation, flows: Flows) -> Flow:
     """A product of two matrices plus a bias, as a linear layer does it."""
     added, *factors = flows
@@ -58,7 +58,7 @@ def _sparse_matmul(operation: Operation, flows: Flows) -> Flow:
 
 
 # The function of DeepSpeed's stage 3 has the same inputs as torch's.
-@rule_for("LinearBackward0", "LinearFunctionForZeroStage3Backward")
+@rule_for("LinearBackward0 LinearFunctionForZeroStage3Backward")
 def _linear(operation: Operation, flows: Flows) -> Flow:
     """``x @ weight.T + bias``."""
     x, weight, *bias = flows
@@ -83,7 +83,7 @@ def _matvec(operation: Operation, flows: Flows) -> Flow:
     return reshaped(flow, (*out, 1), out)
 
 
-@rule_for("DotBackward0", "VdotBackward0")
+@rule_for("DotBackward0 VdotBackward0")
 def _dot(operation: Operation, flows: Flows) -> Flow:
     """A product of two vectors is one number."""
     degree: float = 0
@@ -285,13 +285,11 @@ def _channels_of_weight(operation: Operation, weight: Flow) -> Tensor:
 # --------------------------------------------------------------------------------------- attention
 
 
-@rule_for(
-    "ScaledDotProductFlashAttentionForCpuBackward0",
-    "ScaledDotProductFlashAttentionBackward0",
-    "ScaledDotProductEfficientAttentionBackward0",
-    "ScaledDotProductCudnnAttentionBackward0",
-    "ScaledDotProductFusedAttentionOverrideableBackward0",
-)
+@rule_for("""
+    ScaledDotProductFlashAttentionForCpuBackward0 ScaledDotProductFlashAttentionBackward0
+    ScaledDotProductEfficientAttentionBackward0 ScaledDotProductCudnnAttentionBackward0
+    ScaledDotProductFusedAttentionOverrideableBackward0
+""")
 def _attention(operation: Operation, flows: Flows) -> Flow | None:
     """Values are averaged over positions; a softmax sees the scale of queries and keys."""
     value = flows[2]

@@ -22,14 +22,10 @@ from lightning_normdyn.invariance.rules.operation import (
 )
 
 
-@unary_rule(
-    "NativeBatchNormBackward0",
-    "NativeBatchNormLegitBackward0",
-    "BatchNormWithUpdateBackward0",
-    "CudnnBatchNormBackward0",
-    "MiopenBatchNormBackward0",
-    "SyncBatchNormBackward",
-)
+@unary_rule("""
+    NativeBatchNormBackward0 NativeBatchNormLegitBackward0 BatchNormWithUpdateBackward0
+    CudnnBatchNormBackward0 MiopenBatchNormBackward0 SyncBatchNormBackward
+""")
 def _batch_norm(operation: Operation, flow: Flow) -> Flow:
     """Each channel is normalized by itself, over samples and places."""
     if not operation.attribute("training", True):
@@ -86,17 +82,12 @@ def _check_epsilon(operation: Operation) -> None:
     operation.assume_small(epsilon)
 
 
-@unary_rule(
-    "NativeLayerNormBackward0",
-    "FusedRmsNormBackward0",
-    # Of Liger kernels and of apex.
-    "LigerLayerNormFunctionBackward",
-    "LigerRMSNormFunctionBackward",
-    "FusedLayerNormFunctionBackward",
-    "FusedLayerNormAffineFunctionBackward",
-    "FusedRMSNormFunctionBackward",
-    "FusedRMSNormAffineFunctionBackward",
-)
+# Those of a "Function" are of Liger kernels and of apex.
+@unary_rule("""
+    NativeLayerNormBackward0 FusedRmsNormBackward0 LigerLayerNormFunctionBackward
+    LigerRMSNormFunctionBackward FusedLayerNormFunctionBackward FusedLayerNormAffineFunctionBackward
+    FusedRMSNormFunctionBackward FusedRMSNormAffineFunctionBackward
+""")
 def _layer_norm(operation: Operation, flow: Flow) -> Flow:
     """The last dimensions are normalized together."""
     # Functions written in python keep it as an attribute, or normalize the last dimension only.

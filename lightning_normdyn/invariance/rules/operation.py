@@ -304,17 +304,17 @@ def register_rule(node_name: str, rule: Rule) -> None:
     RULES[node_name] = rule
 
 
-def rule_for(*names: str) -> Callable[[Rule], Rule]:
-    """Decorator: the rule for autograd nodes of these names."""
+def rule_for(names: str) -> Callable[[Rule], Rule]:
+    """Decorator: the rule for autograd nodes of these names, which white space separates."""
 
     def register(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, rule))
+        RULES.update(dict.fromkeys(names.split(), rule))
         return rule
 
     return register
 
 
-def unary_rule(*names: str) -> Callable[[UnaryRule], Rule]:
+def unary_rule(names: str) -> Callable[[UnaryRule], Rule]:
     """Decorator like `rule_for`, for operations that a scale may enter only by their first input:
     the rule gets the flow of that one."""
 
@@ -324,7 +324,7 @@ def unary_rule(*names: str) -> Callable[[UnaryRule], Rule]:
             flow = only(operation, flows)
             return rule(operation, flow)
 
-        return rule_for(*names)(checked)
+        return rule_for(names)(checked)
 
     return register
 

@@ -53,7 +53,7 @@ def _sign_of_reduction(flow: Flow) -> Sign:
     return Sign.STATISTIC
 
 
-@unary_rule("SumBackward0", "SumBackward1", "MeanBackward0", "MeanBackward1")
+@unary_rule("SumBackward0 SumBackward1 MeanBackward0 MeanBackward1")
 def _sum(operation: Operation, flow: Flow) -> Flow:
     """Entries that are added must scale alike."""
     dims = _reduction_dims(operation)
@@ -67,15 +67,9 @@ def _sum(operation: Operation, flow: Flow) -> Flow:
     return _reduced(operation, flow, dims, offset=offset, sign=_sign_of_reduction(flow))
 
 
-@unary_rule(
-    "MaxBackward0",
-    "MaxBackward1",
-    "MinBackward0",
-    "MinBackward1",
-    "AmaxBackward0",
-    "AminBackward0",
-    "MedianBackward0",
-)
+@unary_rule("""
+    MaxBackward0 MaxBackward1 MinBackward0 MinBackward1 AmaxBackward0 AminBackward0 MedianBackward0
+""")
 def _extremum(operation: Operation, flow: Flow) -> Flow:
     """Which entry is the largest stays so only if all of them share a factor."""
     pure(operation, flow)
@@ -83,13 +77,7 @@ def _extremum(operation: Operation, flow: Flow) -> Flow:
     return _reduced(operation, flow, dims, sign=_sign_of_reduction(flow))
 
 
-@unary_rule(
-    "LinalgVectorNormBackward0",
-    "NormBackward0",
-    "NormBackward1",
-    "NormBackward2",
-    "NormBackward3",
-)
+@unary_rule("LinalgVectorNormBackward0 NormBackward0 NormBackward1 NormBackward2 NormBackward3")
 def _norm(operation: Operation, flow: Flow) -> Flow:
     """The size of several entries, which must share a factor."""
     pure(operation, flow)
@@ -100,7 +88,7 @@ def _norm(operation: Operation, flow: Flow) -> Flow:
     return _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
 
 
-@unary_rule("StdBackward0", "VarBackward0", "VarMeanBackward0", "StdMeanBackward0")
+@unary_rule("StdBackward0 VarBackward0 VarMeanBackward0 StdMeanBackward0")
 def _spread(operation: Operation, flow: Flow) -> Flows:
     """Variance or standard deviation, and the mean beside it where it is asked for."""
     dims = _reduction_dims(operation)
@@ -121,14 +109,9 @@ def _cumulative_sum(operation: Operation, flow: Flow) -> Flow:
     return Flow(flow.degree, rows, everywhere(flow))
 
 
-@unary_rule(
-    "TopkBackward0",
-    "SortBackward0",
-    "CummaxBackward0",
-    "CumminBackward0",
-    "MedianBackward1",
-    "KthvalueBackward0",
-)
+@unary_rule("""
+    TopkBackward0 SortBackward0 CummaxBackward0 CumminBackward0 MedianBackward1 KthvalueBackward0
+""")
 def _ordered(operation: Operation, flow: Flow) -> Flow:
     """Entries are picked or ordered by size along one dimension."""
     # Which entry comes first depends on the scales, unless they are one.
@@ -141,20 +124,21 @@ def _ordered(operation: Operation, flow: Flow) -> Flow:
 
 # ------------------------------------------------------------------------------------------ pooling
 
-# Names without ``Backward0``.
-_POOLING = """
-    UpsampleNearest1D UpsampleNearestExact1D UpsampleLinear1D ReflectionPad1D ReplicationPad1D
-    AvgPool2D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D MaxPool2D MaxPool2DWithIndices
-    MkldnnMaxPool2D AdaptiveMaxPool2D FractionalMaxPool2D MaxUnpool2D UpsampleNearest2D
-    UpsampleNearestExact2D UpsampleBilinear2D UpsampleBilinear2DAa UpsampleBicubic2D
-    UpsampleBicubic2DAa ReflectionPad2D ReplicationPad2D GridSampler2D
-    AvgPool3D AdaptiveAvgPool3D MaxPool3DWithIndices MkldnnMaxPool3D AdaptiveMaxPool3D
-    FractionalMaxPool3D MaxUnpool3D UpsampleNearest3D UpsampleNearestExact3D
-    UpsampleTrilinear3D ReflectionPad3D ReplicationPad3D GridSampler3D
-"""
 
-
-@unary_rule(*[f"{_kind}Backward0" for _kind in _POOLING.split()])
+@unary_rule("""
+    UpsampleNearest1DBackward0 UpsampleNearestExact1DBackward0 UpsampleLinear1DBackward0
+    ReflectionPad1DBackward0 ReplicationPad1DBackward0 AvgPool2DBackward0 AdaptiveAvgPool2DBackward0
+    MkldnnAdaptiveAvgPool2DBackward0 MaxPool2DBackward0 MaxPool2DWithIndicesBackward0
+    MkldnnMaxPool2DBackward0 AdaptiveMaxPool2DBackward0 FractionalMaxPool2DBackward0
+    MaxUnpool2DBackward0 UpsampleNearest2DBackward0 UpsampleNearestExact2DBackward0
+    UpsampleBilinear2DBackward0 UpsampleBilinear2DAaBackward0 UpsampleBicubic2DBackward0
+    UpsampleBicubic2DAaBackward0 ReflectionPad2DBackward0 ReplicationPad2DBackward0
+    GridSampler2DBackward0 AvgPool3DBackward0 AdaptiveAvgPool3DBackward0
+    MaxPool3DWithIndicesBackward0 MkldnnMaxPool3DBackward0 AdaptiveMaxPool3DBackward0
+    FractionalMaxPool3DBackward0 MaxUnpool3DBackward0 UpsampleNearest3DBackward0
+    UpsampleNearestExact3DBackward0 UpsampleTrilinear3DBackward0 ReflectionPad3DBackward0
+    ReplicationPad3DBackward0 GridSampler3DBackward0
+""")
 def _pool(operation: Operation, flow: Flow) -> Flow:
     """Pooling, resampling and padding by repetition: neighbours are averaged or the largest is
     taken, channel by channel."""

@@ -32,16 +32,10 @@ from lightning_normdyn.invariance.rows import distinct
 from lightning_normdyn.invariance.rules.operation import Operation, rule_for, unary_rule
 
 
-@unary_rule(
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "UnsqueezeBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "SqueezeBackward3",
-)
+@unary_rule("""
+    ViewBackward0 UnsafeViewBackward0 ReshapeAliasBackward0 UnsqueezeBackward0 SqueezeBackward0
+    SqueezeBackward1 SqueezeBackward2 SqueezeBackward3
+""")
 def view(operation: Operation, flow: Flow) -> Flow:
     """The entries stay in their order in memory."""
     return reshaped(flow, operation.shape(), operation.out)
@@ -53,7 +47,7 @@ def permute(operation: Operation, flow: Flow) -> Flow:
     return permuted(flow, operation.attribute("dims"))
 
 
-@unary_rule("TransposeBackward0", "TBackward0")
+@unary_rule("TransposeBackward0 TBackward0")
 def transpose(operation: Operation, flow: Flow) -> Flow:
     """Two dimensions change places; those of ``t()``, which saves none, are both of a matrix."""
     dims = list(range(flow.ndim))
@@ -114,7 +108,7 @@ def _slice(operation: Operation, flow: Flow) -> Flow:
     return moved(flow, rows, [dim])
 
 
-@unary_rule("SplitBackward0", "SplitWithSizesBackward0", "ChunkBackward0")
+@unary_rule("SplitBackward0 SplitWithSizesBackward0 ChunkBackward0")
 def _split(operation: Operation, flow: Flow) -> Flows:
     """Pieces along one dimension, one output for each."""
     dim = operation.dim()
@@ -145,7 +139,7 @@ def _unbind(operation: Operation, flow: Flow) -> Flows:
     return leaving
 
 
-@rule_for("CatBackward0", "StackBackward0")
+@rule_for("CatBackward0 StackBackward0")
 def _cat(operation: Operation, flows: Flows) -> Flow:
     """Tensors that are concatenated or stacked keep their rows, and must be of one degree."""
     ndim = len(operation.out)
@@ -228,7 +222,7 @@ def _rotate(operation: Operation, flow: Flow) -> Flow:
     return replace(flow, rows=rows, offset=offset)
 
 
-@unary_rule("PixelShuffleBackward0", "PixelUnshuffleBackward0", "ChannelShuffleBackward0")
+@unary_rule("PixelShuffleBackward0 PixelUnshuffleBackward0 ChannelShuffleBackward0")
 def _shuffle(operation: Operation, flow: Flow) -> Flow:
     """Channels become places of an image, or the other way round."""
     # Rows may differ along the channels only, but these become places of the image, or come from
