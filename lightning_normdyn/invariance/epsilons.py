@@ -5,8 +5,6 @@ eps / (v + eps) is small. Under common initializations it is not always: MobileN
 beside variances of the same order in its depthwise layers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass

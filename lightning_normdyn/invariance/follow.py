@@ -19,8 +19,6 @@ So an unknown operation can only cost a target, never invent one. Rows that the 
 Nothing is run again, and no saved tensor is read that a checkpoint would have to recompute.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -100,7 +98,7 @@ def _still_scaling(operation: Operation, k: int, flow: Flow) -> Iterator[Flow]:
         # Roots and powers leave thirds and such, whose sums are not exactly 0.
         degree = round(part.degree, 9)
         if degree == 0:
-            operation.rows.meet(part.rows)
+            operation.rows.met[part.rows] = True
             operation.rows.norms.setdefault(_normalization_name(operation))
         elif degree != part.degree or sign > part.sign:
             yield replace(part, degree=degree, sign=max(part.sign, sign))

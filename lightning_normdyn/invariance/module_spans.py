@@ -1,7 +1,5 @@
 """Which module's forward created an autograd node, to say where an operation stands."""
 
-from __future__ import annotations
-
 import bisect
 
 import torch

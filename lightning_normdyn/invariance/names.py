@@ -1,7 +1,5 @@
 """Names of parameters and modules as a person wrote them, and which of them a pattern means."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase

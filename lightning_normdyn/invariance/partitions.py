@@ -1,7 +1,5 @@
 """Which entries of a weight are one vector: filters, groups or the whole layer."""
 
-from __future__ import annotations
-
 import math
 
 from torch import nn

@@ -1,7 +1,5 @@
 """Forward passes that leave no trace in a module or in the random numbers of the process."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Iterator

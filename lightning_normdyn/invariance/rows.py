@@ -132,10 +132,6 @@ class Rows:
                 return
         self.links.append(link)
 
-    def meet(self, rows: Tensor) -> None:
-        """These rows reached an operation of degree 0."""
-        self.met[rows] = True
-
     def pick(self, rows: Tensor) -> None:
         """These rows were picked by an index tensor."""
         self.picked = distinct(rows, self.picked)

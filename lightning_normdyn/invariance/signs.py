@@ -5,8 +5,6 @@ Linear attention is why this is asked of tensors that no weight reaches: it divi
 attention weights, which are not negative because they were computed by a ReLU or an exponential.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node

@@ -139,7 +139,7 @@ class Verdict:
             read: bool of the weight's shape, the entries that the loss reads; None: all.
         """
         # Another shape: the mask was seen of a weight that had this name before.
-        if read is None or tuple(read.shape) != tuple(self.shape):
+        if read is None or read.shape != self.shape:
             return self
         seen = replace(self, read=read)
         if self.partition is None:

@@ -8,8 +8,6 @@ its checkpoints as they are, and runs eagerly for as long as somebody watches, w
 result.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

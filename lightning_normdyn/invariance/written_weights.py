@@ -5,8 +5,6 @@ since it is written without gradients. Torch counts every write to a tensor, and
 compared here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ A bias does not scale with the weight, so it becomes the flow's offset. Some bia
 from pieces of which some are zeros (keys have no bias in Swin v2), and there nothing is added.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import replace

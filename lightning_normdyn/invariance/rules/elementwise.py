@@ -1,7 +1,5 @@
 """Rules for operations on each entry by itself: sums, products, powers, activations, choices."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ Where the data say which rows are read, the rows that were stand for the others:
 in `Rows.picked`. Indices that are saved inside a checkpoint are not looked at.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -124,20 +122,15 @@ def _on_cpu(index: Index) -> tuple[Any, ...]:
     return tuple(slice(None) if i is None else i.cpu() for i in index)
 
 
-def _width(i: Tensor | None) -> int:
-    """How many dimensions of the tensor an index stands for: a mask for as many as it has
-    itself."""
-    if i is not None and i.dtype in (torch.bool, torch.uint8):
-        return i.ndim
-    return 1
-
-
 def _indexed_dims(index: Index) -> list[int]:
     """The dimensions of ``tensor`` that ``tensor[index]`` picks from."""
     dims: list[int] = []
     start = 0
     for i in index:
-        stop = start + _width(i)
+        stop = start + 1
+        # A mask stands for as many dimensions as it has itself.
+        if i is not None and i.dtype in (torch.bool, torch.uint8):
+            stop = start + i.ndim
         if i is not None:
             dims.extend(range(start, stop))
         start = stop

@@ -1,7 +1,5 @@
 """Rules for matrix products, convolutions and attention."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

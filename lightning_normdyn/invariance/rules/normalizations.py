@@ -4,8 +4,6 @@ Normalizations that are written by hand need none: a mean, a root and a quotient
 degree 0.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from torch import Tensor, nn

@@ -1,8 +1,6 @@
 """What a rule gets to see of an operation, the checks that many rules share, and which rule holds
 for which operation."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

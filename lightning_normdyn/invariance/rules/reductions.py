@@ -1,7 +1,5 @@
 """Rules for sums, means, norms, extrema and pooling."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Rules for operations that rearrange, repeat, cut or join tensors, also over ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
