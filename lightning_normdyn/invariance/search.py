@@ -232,20 +232,20 @@ class ScaleInvarianceSearch:
         self._written.see(graph, self._slots)
 
         # Several losses are combined: a weight that is known goes on with what they have shown.
-        new = [name for name in shapes if name not in self._candidates]
         undecided = []
-        for name in new:
-            candidate = None
-            if name in self._earlier:
-                candidate = Candidate.of_verdict(self._earlier[name])
+        for name, shape in shapes.items():
+            if name in self._candidates:
+                continue
+            earlier = self._earlier.get(name)
+            candidate = earlier and Candidate.of_verdict(earlier)
             if candidate is None:
                 undecided.append(name)
-                candidate = Candidate.of_cut(self._filters(name, shapes[name]))
+                candidate = Candidate.of_cut(filter_partition(self._module, name, shape))
             self._candidates[name] = [candidate]
         self._follow(graph, shapes, 0)
         for name in undecided:
             cuts = self._further_cuts(name, shapes[name])
-            self._candidates[name] += [Candidate.of_cut(cut) for cut in cuts]
+            self._candidates[name] += map(Candidate.of_cut, cuts)
         for k in range(1, max(map(len, self._candidates.values()), default=0)):
             self._follow(graph, shapes, k)
 
@@ -259,15 +259,10 @@ class ScaleInvarianceSearch:
         leaves = {}
         rows = {}
         for name, shape in shapes.items():
-            if len(self._candidates[name]) <= k:
-                continue
-            candidate = self._candidates[name][k]
-            keep = candidate.finest.keep
-            labels = candidate.finest.labels
-            along_kept = [size if dim in keep else 1 for dim, size in enumerate(shape)]
-            # Rows count from 1.
-            leaves[name] = (labels + 1).reshape(along_kept)
-            rows[name] = candidate.rows
+            for candidate in self._candidates[name][k : k + 1]:
+                # Rows count from 1.
+                leaves[name] = candidate.finest.broadcastable(len(shape)) + 1
+                rows[name] = candidate.rows
         if leaves:
             follow(graph, leaves, rows)
 
@@ -301,12 +296,7 @@ class ScaleInvarianceSearch:
             return verdict
         all_rows = [candidate.rows for candidate in self._candidates[name]]
         for rows in all_rows:
-            for place in rows.veiled:
-                reason = (
-                    f"the indices of {place} are inside a checkpoint, so that it is not known "
-                    f"which "
-                    f"rows are read"
-                )
+            for reason in rows.veiled:
                 return Verdict(name, shape, None, "no", reason=reason)
         if name in self._hidden:
             reason = f"{self._hidden[name]} hides part of the graph (the loss was not watched)"
@@ -326,10 +316,9 @@ class ScaleInvarianceSearch:
         if world_size() == 1:
             return
         # By axis and not by position: ranks may have looked at different cuts.
-        own_rows = {
-            name: {candidate.finest.keep: candidate.rows for candidate in candidates}
-            for name, candidates in self._candidates.items()
-        }
+        own_rows = {}
+        for name, candidates in self._candidates.items():
+            own_rows[name] = {candidate.finest.keep: candidate.rows for candidate in candidates}
         of_ranks = of_all_ranks((own_rows, self._hidden, self._shapes))
         self._hidden = {}
         self._shapes = {}
@@ -341,24 +330,21 @@ class ScaleInvarianceSearch:
             found = [rows[name] for rows, _, _ in of_ranks if name in rows]
             self._candidates[name] = []
             for cut in self._cuts(name, shape):
-                # A cut that some rank did not look at reads whole rows there, so nothing is left
-                # unread of it.
-                if not all(cut.keep in by_cut for by_cut in found):
-                    continue
                 candidate = Candidate.of_cut(cut)
                 # In the order of the ranks, so that all end with the same.
-                for by_cut in found:
-                    candidate.rows.merge(by_cut[cut.keep])
-                self._candidates[name].append(candidate)
+                looks = [by_cut[cut.keep] for by_cut in found if cut.keep in by_cut]
+                for rows in looks:
+                    candidate.rows.merge(rows)
+                # A cut that some rank did not look at reads whole rows there, so nothing is left
+                # unread of it.
+                if len(looks) == len(found):
+                    self._candidates[name].append(candidate)
         self._judge_all(self._shapes)
-
-    def _filters(self, name: str, shape: Shape) -> Partition:
-        return filter_partition(self._module, name, shape)
 
     def _cuts(self, name: str, shape: Shape) -> list[Partition]:
         """The finest vectors along the filter axis, along the other, and along those behind."""
-        filters = self._filters(name, shape)
+        filters = filter_partition(self._module, name, shape)
         other_axis = 0 if filters.keep == (0, 1) else 1
-        other = Partition.filters(shape, axis=other_axis)
         behind = [axis for axis in range(2, len(shape)) if shape[axis] > 1]
-        return [filters, other, *(Partition.filters(shape, axis=axis) for axis in behind)]
+        cuts = [Partition.filters(shape, axis=axis) for axis in (other_axis, *behind)]
+        return [filters, *cuts]
