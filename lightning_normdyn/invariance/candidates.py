@@ -120,7 +120,11 @@ class Candidate:
         labels = of_row[self.finest.labels]
         return Partition(self.finest.keep, labels, "layer")
 
-    def vectors(self, reached: Tensor, entries: int) -> Vectors:
+    def vectors(
+        self,
+        reached: Tensor,
+        entries: int,
+    ) -> Vectors:
         """The rows that are scaled together.
 
         Args:
@@ -152,7 +156,11 @@ class Candidate:
         number = torch.where(kept, kept.cumsum(0) - 1, -1)
         return Vectors(number[class_of_row], sizes[kept])
 
-    def frees_single_numbers(self, reached: Tensor, entries: int) -> bool:
+    def frees_single_numbers(
+        self,
+        reached: Tensor,
+        entries: int,
+    ) -> bool:
         """Whether its rows are single numbers that may be scaled each by its own factor.
 
         Then no other cut has vectors with a direction that means something.
@@ -178,7 +186,11 @@ def _labels(partition: Partition | None, count: int) -> Tensor:
     return partition.labels.flatten().cpu()
 
 
-def judge(name: str, shape: Shape, candidates: Sequence[Candidate]) -> Verdict:
+def judge(
+    name: str,
+    shape: Shape,
+    candidates: Sequence[Candidate],
+) -> Verdict:
     """The verdict of the cut that claims most.
 
     Args:
@@ -220,7 +232,11 @@ def _claim_of(
     return vectors.share, len(vectors.sizes), False
 
 
-def _has_to_wait(candidate: Candidate, vectors: Vectors, unread: Partition | None) -> bool:
+def _has_to_wait(
+    candidate: Candidate,
+    vectors: Vectors,
+    unread: Partition | None,
+) -> bool:
     """Whether rows that no loss has read may turn out to belong to the same vector as others.
 
     A row that joins later would be mixed with rows that were scaled already. Only rows that were

@@ -100,7 +100,11 @@ def _is_whole(weight: Tensor, verdict: Verdict) -> bool:
     return type(weight.data) is Tensor and weight.shape == verdict.shape
 
 
-def spread(partition: Partition, values: Tensor, weight: Tensor) -> Tensor:
+def spread(
+    partition: Partition,
+    values: Tensor,
+    weight: Tensor,
+) -> Tensor:
     """``(n,)`` values at every entry's vector, broadcastable to ``weight``.
 
     1 where an entry belongs to none.

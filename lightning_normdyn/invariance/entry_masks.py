@@ -108,7 +108,11 @@ class _Uses:
                 if source is not None:
                     self._readers.setdefault(source, []).append((node, slot))
 
-    def mask(self, edge: Edge, shape: Shape) -> EntryMask | None:
+    def mask(
+        self,
+        edge: Edge,
+        shape: Shape,
+    ) -> EntryMask | None:
         """What is read of this weight; None: all entries."""
         # Nearly all weights meet no mask, and a map of the entries of a large one would take eight
         # bytes for each.
@@ -155,7 +159,11 @@ class _Uses:
             yield Operation(node, Rows(0), self._graph), slot, (node.node, out)
 
 
-def _without(entries: Tensor, hidden: Tensor, shape: Shape) -> Tensor | None:
+def _without(
+    entries: Tensor,
+    hidden: Tensor,
+    shape: Shape,
+) -> Tensor | None:
     """The map of entries after a mask; None where the two do not fit (a rank's part of a mask
     beside a whole weight)."""
     try:
@@ -310,7 +318,12 @@ class MaskMemory:
             self._take_in(name, mask, mask.sources <= held)
         self._state = self._masking_state()
 
-    def _take_in(self, name: str, mask: EntryMask, is_held: bool) -> None:
+    def _take_in(
+        self,
+        name: str,
+        mask: EntryMask,
+        is_held: bool,
+    ) -> None:
         known = self._known.get(name)
         if known is None:
             self._known[name] = _Known(mask, self._batch, 1, is_held)

@@ -159,7 +159,12 @@ class EpsilonWatch:
         self._hooks.close()
 
     @torch.no_grad()
-    def _look(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _look(
+        self,
+        name: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+    ) -> None:
         eps = epsilon_of(module)
         x = args[0] if args else None
         if eps is None or not isinstance(x, Tensor) or not x.is_floating_point() or not x.numel():

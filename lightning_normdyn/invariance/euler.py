@@ -24,7 +24,12 @@ EULER_COUNT = 8
 EULER_NOISE = 32 * torch.finfo(torch.float32).eps
 
 
-def euler_sums(ww: Tensor, wg: Tensor, gg: Tensor, length: Tensor) -> Tensor:
+def euler_sums(
+    ww: Tensor,
+    wg: Tensor,
+    gg: Tensor,
+    length: Tensor,
+) -> Tensor:
     r"""What `euler_values` needs of each vector; sum it over the vectors of a weight, on all ranks.
 
     Args:

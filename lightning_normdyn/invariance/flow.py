@@ -138,7 +138,11 @@ def along(dims: Iterable[int], ndim: int) -> tuple[bool, ...]:
     return tuple(varies)
 
 
-def shifted(flow: Flow, varies: tuple[bool, ...], parameter: str | None = None) -> Flow:
+def shifted(
+    flow: Flow,
+    varies: tuple[bool, ...],
+    parameter: str | None = None,
+) -> Flow:
     """The flow plus something constant, which varies along ``varies`` and may be a parameter."""
     offset = Offset(varies, object())
     if flow.offset:
@@ -192,7 +196,11 @@ def lift(flow: Flow, ndim: int) -> Flow:
     return flow
 
 
-def expanded(rows: Tensor, shape: Shape, dims: Iterable[int]) -> Tensor:
+def expanded(
+    rows: Tensor,
+    shape: Shape,
+    dims: Iterable[int],
+) -> Tensor:
     """``rows`` with its full size along ``dims``."""
     sizes = list(rows.shape)
     for dim in dims:
@@ -211,7 +219,11 @@ def compact(rows: Tensor) -> Tensor:
     return rows
 
 
-def reshaped(flow: Flow, old: Shape, new: Shape) -> Flow:
+def reshaped(
+    flow: Flow,
+    old: Shape,
+    new: Shape,
+) -> Flow:
     """A view or reshape from ``old`` to ``new``."""
     if 0 in old:
         # No entry is left to scale: any row will do.
@@ -258,7 +270,11 @@ def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
     yield slice(i, len(old)), slice(j, len(new))
 
 
-def _reshaped_offset(offset: Offset, old: Shape, new: Shape) -> Offset:
+def _reshaped_offset(
+    offset: Offset,
+    old: Shape,
+    new: Shape,
+) -> Offset:
     varies = [False] * len(new)
     parameter = offset.parameter
     for before, after in _blocks(old, new):
@@ -306,7 +322,11 @@ def unsqueezed(flow: Flow, dim: int) -> Flow:
     return replace(flow, rows=flow.rows.unsqueeze(dim), offset=offset)
 
 
-def sizes_of_pieces(shapes: Sequence[Shape | None], dim: int, total: int) -> list[int] | None:
+def sizes_of_pieces(
+    shapes: Sequence[Shape | None],
+    dim: int,
+    total: int,
+) -> list[int] | None:
     """The sizes along ``dim`` of what is concatenated there to ``total``; None: not known."""
     # A constant does not show its size, so two of them cannot be told apart.
     if shapes.count(None) > 1:
@@ -318,7 +338,11 @@ def sizes_of_pieces(shapes: Sequence[Shape | None], dim: int, total: int) -> lis
     return sizes
 
 
-def moved(flow: Flow, rows: Tensor, dims: Iterable[int]) -> Flow:
+def moved(
+    flow: Flow,
+    rows: Tensor,
+    dims: Iterable[int],
+) -> Flow:
     """The flow after entries were moved or picked along ``dims``: new rows, and another offset if
     it differs along them."""
     offset = flow.offset

@@ -32,7 +32,11 @@ from lightning_normdyn.invariance.rows import Rows
 from lightning_normdyn.invariance.rules.operation import RULES, Operation, why_not
 
 
-def follow(graph: Graph, leaves: Mapping[str, Tensor], rows: Mapping[str, Rows]) -> None:
+def follow(
+    graph: Graph,
+    leaves: Mapping[str, Tensor],
+    rows: Mapping[str, Rows],
+) -> None:
     """Walk ``graph`` once; what is learnt about each weight is left in its `Rows`.
 
     Args:
@@ -87,7 +91,11 @@ def _leaving(operation: Operation, flows: Flows) -> Flows:
         return ()
 
 
-def _still_scaling(operation: Operation, k: int, flow: Flow) -> Iterator[Flow]:
+def _still_scaling(
+    operation: Operation,
+    k: int,
+    flow: Flow,
+) -> Iterator[Flow]:
     """The parts of output ``k`` that still depend on the scale; the others have met a
     normalization."""
     sign = operation.graph.signs.of((operation.node, k))

@@ -137,7 +137,11 @@ def _indices_matching(pattern: str, names: NamesOfEach) -> set[int]:
     return matches
 
 
-def _nothing_matches(pattern: str, names: NamesOfEach, what: str) -> str:
+def _nothing_matches(
+    pattern: str,
+    names: NamesOfEach,
+    what: str,
+) -> str:
     everything = [name for aliases in names for name in aliases]
     shown = ", ".join(everything[:12])
     if len(everything) > 12:

@@ -81,7 +81,11 @@ def saved_tensor(node: Node, name: str) -> tuple[bool, Any]:
     return hasattr(node, f"_saved_{name}"), getattr(node, f"_saved_{name}", None)
 
 
-def saved_numbers(node: Node, name: str, default: Any = None) -> Any:
+def saved_numbers(
+    node: Node,
+    name: str,
+    default: Any = None,
+) -> Any:
     """A number or a list of numbers (never a tensor) that a node saved, with negative dims as
     negative numbers."""
     value = getattr(node, f"_saved_{name}", default)

@@ -11,7 +11,11 @@ from lightning_normdyn.invariance.names import WRAPPERS, clean_name
 from lightning_normdyn.invariance.verdict import Verdict
 
 
-def filter_partition(module: nn.Module, name: str, shape: Shape) -> Partition:
+def filter_partition(
+    module: nn.Module,
+    name: str,
+    shape: Shape,
+) -> Partition:
     """One vector per output channel, the finest partition that a layer has by itself.
 
     That is dim 0, but dim 1 within each group for transposed convolutions (also under
@@ -51,7 +55,11 @@ def _owner(module: nn.Module, name: str) -> nn.Module | None:
 SINGLE_NUMBERS = "single numbers (a gain), which have no direction"
 
 
-def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
+def is_gain(
+    module: nn.Module,
+    name: str,
+    shape: Shape,
+) -> bool:
     """Whether a weight is a gain: its filters are single numbers, which have no direction.
 
     So is a factor for each channel (``1 x C x 1 x 1``). A vector along the last axis (a class
@@ -79,7 +87,11 @@ def is_gain(module: nn.Module, name: str, shape: Shape) -> bool:
 _FINENESS = ("filter", "group", "layer")
 
 
-def choose_partition(verdict: Verdict, granularity: str, fallback: Partition) -> Partition:
+def choose_partition(
+    verdict: Verdict,
+    granularity: str,
+    fallback: Partition,
+) -> Partition:
     """The vectors to act on.
 
     Args:

@@ -66,7 +66,12 @@ class Rows:
         # Other ranks follow the rest of them, and have not been asked yet.
         self.elsewhere = False
 
-    def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
+    def unite(
+        self,
+        a: Tensor,
+        b: Tensor,
+        reason: str,
+    ) -> None:
         """Make entrywise partners scale together; ``reason`` is kept if this costs a row its
         freedom."""
         if a is b:
@@ -106,7 +111,11 @@ class Rows:
             while not torch.equal(flat := self.parent[self.parent], self.parent):
                 self.parent = flat
 
-    def _unite_all(self, classes: Tensor, reason: str) -> None:
+    def _unite_all(
+        self,
+        classes: Tensor,
+        reason: str,
+    ) -> None:
         """Make one class of these, given by their smallest rows.
 
         A short way: nearly all that `unite` is asked for is one row against several.
@@ -120,7 +129,11 @@ class Rows:
         joins[classes] = True
         self.parent.masked_fill_(joins[self.parent], first)
 
-    def forbid(self, rows: Tensor, reason: str) -> None:
+    def forbid(
+        self,
+        rows: Tensor,
+        reason: str,
+    ) -> None:
         """These rows must not be scaled."""
         self.unite(rows, NO_ROW, reason)
 

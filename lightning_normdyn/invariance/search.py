@@ -17,9 +17,8 @@ from lightning_normdyn.invariance.candidates import Candidate, judge
 from lightning_normdyn.invariance.entry_masks import MaskMemory
 from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.follow import follow
-from lightning_normdyn.invariance.graph import Graph, trace
+from lightning_normdyn.invariance.graph import Graph, ModuleSpans, trace
 from lightning_normdyn.invariance.graph_state import Normalizations
-from lightning_normdyn.invariance.module_spans import ModuleSpans
 from lightning_normdyn.invariance.names import clean_name, parameter_names
 from lightning_normdyn.invariance.nodes import Edge
 from lightning_normdyn.invariance.partitions import filter_partition
@@ -71,9 +70,10 @@ class ScaleInvarianceSearch:
         self._hidden: dict[str, str] = {}
         self._shapes: dict[str, Shape] = {}
         self._earlier: dict[str, Verdict] = {}
+        self._by_name = (self._candidates, self._hidden, self._shapes, self._earlier)
         # The state of the normalizations in which all that was judged.
         self._judged_in: tuple[Any, ...] | None = None
-        self._written = WrittenWeights(module)
+        self._written = WrittenWeights(module, self._slots)
 
         # Of the forward passes that are being watched.
         self._stack: ExitStack | None = None
@@ -92,7 +92,8 @@ class ScaleInvarianceSearch:
 
     def _look_parameters_up(self) -> None:
         names = parameter_names(self._module)
-        self._slots = {}
+        # In place: `WrittenWeights` has them, too.
+        self._slots.clear()
         for owner in self._module.modules():
             owned = [(key, names[p][0]) for key, p in owner._parameters.items() if p is not None]
             if owned:
@@ -105,15 +106,9 @@ class ScaleInvarianceSearch:
     def take_in(self, changed: Iterable[str]) -> None:
         """Weights of these names are new, or others than before under the same name: nothing is
         known about them."""
-        by_name: tuple[dict[str, Any], ...] = (
-            self.verdicts,
-            self._candidates,
-            self._hidden,
-            self._shapes,
-            self._earlier,
-        )
         for name in changed:
-            for known in by_name:
+            self.verdicts.pop(name, None)
+            for known in self._by_name:
                 known.pop(name, None)
             self._written.forget(name)
         self._look_parameters_up()
@@ -137,22 +132,22 @@ class ScaleInvarianceSearch:
         # function than the one to come.
         if state != self._judged_in:
             self._judged_in = state
-            self._candidates = {}
-            self._hidden = {}
-            self._shapes = {}
-            self._earlier = {}
+            for known in self._by_name:
+                known.clear()
         with ExitStack() as stack:
             stack.callback(self._forget_passes)
             stack.enter_context(visible_graph())
             for name, module in self._module.named_modules():
                 self._module_names[module] = clean_name(name)
                 self._hooks.append(module.register_forward_pre_hook(self._enter))
-                self._hooks.append(module.register_forward_hook(self._leave))
+                # Also after an exception: who catches it goes on, and owns what comes then.
+                leave = module.register_forward_hook(self._leave, always_call=True)
+                self._hooks.append(leave)
             # Kept only here: had anything above raised, leaving the block would have removed the
             # hooks that were set by then.
             self._stack = stack.pop_all()
         self.masks.begin()
-        self._written.start(self._slots)
+        self._written.start()
 
     def take_up(self, verdicts: Mapping[str, Verdict]) -> None:
         """Go on from what an earlier fit found.
@@ -166,7 +161,7 @@ class ScaleInvarianceSearch:
     def start_afresh(self, verdicts: Mapping[str, Verdict]) -> None:
         """Forget what was found, but for ``verdicts``: the network is another one."""
         self.verdicts = dict(verdicts)
-        self._earlier = {}
+        self._earlier.clear()
         self._judged_in = None
 
     def close(self) -> None:
@@ -176,19 +171,28 @@ class ScaleInvarianceSearch:
         if stack is not None:
             stack.close()
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def _enter(
+        self,
+        module: nn.Module,
+        args: Any,
+    ) -> None:
         if in_backward() or not torch.is_grad_enabled():
             return
         # Also the weights of its children: a module may read them and never call the child.
         self._record(module)
         self._spans.enter(module, self._module_names[module])
-        self._written.enter(module, self._slots)
+        self._written.enter(module)
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _leave(
+        self,
+        module: nn.Module,
+        args: Any,
+        output: Any,
+    ) -> None:
         if in_backward():
             return
         self._spans.leave(module)
-        self._written.leave(module, self._slots)
+        self._written.leave(module)
 
     def _record(self, module: nn.Module) -> None:
         """Which graph edge is which parameter of a module and of those below it.
@@ -229,15 +233,16 @@ class ScaleInvarianceSearch:
                 shapes[self._edges[edge]] = shape
         self._shapes |= shapes
         self.masks.see(graph)
-        self._written.see(graph, self._slots)
+        self._written.see(graph)
 
         # Several losses are combined: a weight that is known goes on with what they have shown.
         undecided = []
         for name, shape in shapes.items():
             if name in self._candidates:
                 continue
-            earlier = self._earlier.get(name)
-            candidate = earlier and Candidate.of_verdict(earlier)
+            candidate = None
+            if name in self._earlier:
+                candidate = Candidate.of_verdict(self._earlier[name])
             if candidate is None:
                 undecided.append(name)
                 candidate = Candidate.of_cut(filter_partition(self._module, name, shape))
@@ -254,7 +259,12 @@ class ScaleInvarianceSearch:
             self._hidden |= dict.fromkeys(shapes, hiding)
         self._judge_all(shapes)
 
-    def _follow(self, graph: Graph, shapes: Mapping[str, Shape], k: int) -> None:
+    def _follow(
+        self,
+        graph: Graph,
+        shapes: Mapping[str, Shape],
+        k: int,
+    ) -> None:
         """Follow the ``k``-th cut of every weight that has so many."""
         leaves = {}
         rows = {}
@@ -266,7 +276,11 @@ class ScaleInvarianceSearch:
         if leaves:
             follow(graph, leaves, rows)
 
-    def _further_cuts(self, name: str, shape: Shape) -> list[Partition]:
+    def _further_cuts(
+        self,
+        name: str,
+        shape: Shape,
+    ) -> list[Partition]:
         """Other cuts that are worth a look, after the first one was followed."""
         first = self._candidates[name][0]
         if first.rows.cut_elsewhere:
@@ -320,8 +334,8 @@ class ScaleInvarianceSearch:
         for name, candidates in self._candidates.items():
             own_rows[name] = {candidate.finest.keep: candidate.rows for candidate in candidates}
         of_ranks = of_all_ranks((own_rows, self._hidden, self._shapes))
-        self._hidden = {}
-        self._shapes = {}
+        self._hidden.clear()
+        self._shapes.clear()
         # The lowest rank that knows a weight has the last word, on every rank.
         for _, hidden, shapes in reversed(of_ranks):
             self._hidden |= hidden
@@ -341,7 +355,11 @@ class ScaleInvarianceSearch:
                     self._candidates[name].append(candidate)
         self._judge_all(self._shapes)
 
-    def _cuts(self, name: str, shape: Shape) -> list[Partition]:
+    def _cuts(
+        self,
+        name: str,
+        shape: Shape,
+    ) -> list[Partition]:
         """The finest vectors along the filter axis, along the other, and along those behind."""
         filters = filter_partition(self._module, name, shape)
         other_axis = 0 if filters.keep == (0, 1) else 1

@@ -110,7 +110,11 @@ class Verdict:
         # Rows that are free each by itself are claimed although others are unread.
         return self.kind == "unknown" and self.unread is not None
 
-    def withdrawn(self, found: str, known: str) -> Verdict:
+    def withdrawn(
+        self,
+        found: str,
+        known: str,
+    ) -> Verdict:
         """The claim after it was contradicted.
 
         Args:
@@ -173,7 +177,11 @@ class Verdict:
         return state
 
     @classmethod
-    def from_state(cls, name: str, state: Mapping[str, Any]) -> Verdict:
+    def from_state(
+        cls,
+        name: str,
+        state: Mapping[str, Any],
+    ) -> Verdict:
         """The inverse of `state`."""
         # A checkpoint of a later version may hold more than this one knows.
         known = {field.name for field in fields(cls)}

@@ -64,7 +64,11 @@ def _show_checkpoints() -> Callable[[], None]:
     own = vars(function).get("apply")
     original: Callable[..., Any] = function.apply
 
-    def apply(run: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+    def apply(
+        run: Callable[..., Any],
+        preserve_rng_state: bool,
+        *args: Any,
+    ) -> Any:
         if not getattr(_HERE, "depth", 0):
             return original(run, preserve_rng_state, *args)
 

@@ -12,9 +12,6 @@ from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.invariance.graph import Graph
 
-# For each module, under which key it keeps each of its own weights, and the weight's name.
-Slots = Mapping[nn.Module, Sequence[tuple[str, str]]]
-
 _Versions = dict[str, tuple[Tensor, int]]
 _LOOKUPS = ("EmbeddingBackward0", "EmbeddingBagBackward0")
 
@@ -26,32 +23,39 @@ class WrittenWeights:
         root: the network. Its own forward is not compared: a whole training step may run inside it,
             with the step of an optimizer, which writes, too. Instead, tables that are looked up are
             compared between the start of the batch and its first loss, where no optimizer steps.
+        slots: for each module, under which key it keeps each of its own weights, and the weight's
+            name. Read anew at every look.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        slots: Mapping[nn.Module, Sequence[tuple[str, str]]],
+    ) -> None:
         self._root = root
+        self._slots = slots
         self._running: dict[nn.Module, _Versions] = {}
         self._at_start: _Versions = {}
         self._writers: dict[str, str] = {}
 
-    def start(self, slots: Slots) -> None:
+    def start(self) -> None:
         """The next forward passes are watched."""
         self.stop()
-        for owner in slots:
-            self._at_start |= _versions(owner, slots)
+        for owner in self._slots:
+            self._at_start |= self._versions(owner)
 
-    def enter(self, module: nn.Module, slots: Slots) -> None:
+    def enter(self, module: nn.Module) -> None:
         """A module's forward begins."""
         if module is not self._root:
-            self._running[module] = _versions(module, slots)
+            self._running[module] = self._versions(module)
 
-    def leave(self, module: nn.Module, slots: Slots) -> None:
+    def leave(self, module: nn.Module) -> None:
         """A module's forward ends."""
         before = self._running.pop(module, {})
         if before:
-            self._compare(before, _versions(module, slots), module)
+            self._compare(before, self._versions(module), module)
 
-    def see(self, graph: Graph, slots: Slots) -> None:
+    def see(self, graph: Graph) -> None:
         """A loss was computed: which of the tables that it looks up were written since the start?
 
         ``F.embedding(..., max_norm=...)`` in a training step is in no module's forward.
@@ -61,14 +65,19 @@ class WrittenWeights:
         looked_up = {node.sources[0] for node in graph.nodes if node.name in _LOOKUPS}
         tables = {name for edge, name in graph.parameters.items() if edge in looked_up}
         if tables:
-            for owner in slots:
-                versions = _versions(owner, slots)
+            for owner in self._slots:
+                versions = self._versions(owner)
                 after = {name: versions[name] for name in versions.keys() & tables}
                 self._compare(self._at_start, after, self._root)
         # From here on a step of an optimizer may write the tables, too.
         self._at_start = {}
 
-    def _compare(self, before: _Versions, after: _Versions, writer: nn.Module) -> None:
+    def _compare(
+        self,
+        before: _Versions,
+        after: _Versions,
+        writer: nn.Module,
+    ) -> None:
         for name, (weight, version) in after.items():
             # Another tensor under the same name (FSDP2) says nothing of writes.
             known = before.get(name)
@@ -88,14 +97,13 @@ class WrittenWeights:
         """The class of the module whose forward pass writes this weight; None if none does."""
         return self._writers.get(name)
 
-
-def _versions(owner: nn.Module, slots: Slots) -> _Versions:
-    """How often each of a module's own weights was written so far."""
-    versions: _Versions = {}
-    for key, name in slots.get(owner, ()):
-        weight = owner._parameters.get(key)
-        # Views and emptied parameters are written by strategies that gather the weights.
-        if weight is None or is_lazy(weight) or weight._is_view() or not weight.numel():
-            continue
-        versions[name] = (weight, weight._version)
-    return versions
+    def _versions(self, owner: nn.Module) -> _Versions:
+        """How often each of a module's own weights was written so far."""
+        versions: _Versions = {}
+        for key, name in self._slots.get(owner, ()):
+            weight = owner._parameters.get(key)
+            # Views and emptied parameters are written by strategies that gather the weights.
+            if weight is None or is_lazy(weight) or weight._is_view() or not weight.numel():
+                continue
+            versions[name] = (weight, weight._version)
+        return versions

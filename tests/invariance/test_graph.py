@@ -1,11 +1,17 @@
-"""The operations between parameters and a loss."""
+"""The operations between parameters and a loss; what is known of the signs of values, whatever they
+were computed from; which module's forward created a node: the innermost, also after an exception
+and inside an open forward."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_normdyn.invariance.graph import trace
+from lightning_normdyn.invariance.flow import Sign
+from lightning_normdyn.invariance.graph import ModuleSpans, trace
 
 
 def edge_of(tensor: torch.Tensor):
@@ -62,3 +68,115 @@ def test_operations_that_hide_others_are_named():
     graph, _ = traced(checkpoint(torch.exp, w, use_reentrant=True).sum(), w=w)
     assert graph.opaque == ["CheckpointFunctionBackward"]
     assert traced(w.exp().sum(), w=w)[0].opaque == []
+
+
+def sign_of(result: torch.Tensor) -> Sign:
+    graph = trace(result, {}, lambda node: ("", None))
+    return graph.signs.of(graph.root)
+
+
+def x() -> torch.Tensor:
+    return torch.randn(3, 4, requires_grad=True)
+
+
+SIGNS = {
+    "a tensor": (lambda: x() + x(), Sign.ANY),
+    "relu": (lambda: x().relu(), Sign.NONNEGATIVE),
+    "softmax": (lambda: x().softmax(1), Sign.NONNEGATIVE),
+    "a square": (lambda: (lambda a: a * a)(x()), Sign.NONNEGATIVE),
+    "a product": (lambda: x() * x(), Sign.ANY),
+    "a product of what is not negative": (lambda: x().relu() * x().abs(), Sign.NONNEGATIVE),
+    "a product with a constant": (lambda: x().relu() * torch.randn(4), Sign.ANY),
+    "a sum of what is not negative": (lambda: x().exp().sum(1), Sign.STATISTIC),
+    "a mean of anything": (lambda: x().mean(), Sign.ANY),
+    "a product of matrices": (lambda: x().relu() @ x().relu().t(), Sign.STATISTIC),
+    "a vector with itself": (lambda: (lambda a: a.dot(a))(x()[0]), Sign.STATISTIC),
+    "a view": (lambda: x().relu().view(2, 6).t(), Sign.NONNEGATIVE),
+    "joined with anything": (lambda: torch.cat([x().relu(), x()]), Sign.ANY),
+    "two terms": (lambda: x().relu() + x().exp(), Sign.NONNEGATIVE),
+    "a difference": (lambda: x().relu() - x().exp(), Sign.ANY),
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_signs_of_values(name):
+    make, expected = SIGNS[name]
+    assert sign_of(make()) == expected
+
+
+def test_nothing_is_known_of_a_constant():
+    graph = trace(x().relu(), {}, lambda node: ("", None))
+    assert graph.signs.of(None) == Sign.ANY
+
+
+# Linear attention: ones are appended to the values, attended to with the values, and cut off as the
+# denominator.
+APPENDED = {
+    "columns": (lambda: (x().relu() @ F.pad(values(), (0, 1), value=1.0))[:, 2:], True),
+    "columns of both": (lambda: (x().relu() @ F.pad(values(), (0, 1), value=1.0))[:, 1:], False),
+    "rows": (
+        lambda: (F.pad(values().t(), (0, 0, 0, 1), value=1.0) @ x().relu().t())[2:],
+        True,
+    ),
+    "rows that were turned": (
+        lambda: (F.pad(values(), (0, 1), value=1.0).transpose(0, 1) @ x().relu().t())[2:],
+        True,
+    ),
+    "weights of any sign": (lambda: (x() @ F.pad(values(), (0, 1), value=1.0))[:, 2:], False),
+    "in front": (lambda: (x().relu() @ F.pad(values(), (1, 0), value=1.0))[:, :1], False),
+    "cut from the end": (lambda: (x().relu() @ F.pad(values(), (0, 1)))[:, -1:], True),
+}
+
+
+def values() -> torch.Tensor:
+    return torch.randn(4, 2, requires_grad=True)
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_sums_of_what_was_appended_are_statistics(name):
+    make, is_statistic = APPENDED[name]
+    assert (sign_of(make()) == Sign.STATISTIC) is is_statistic
+
+
+def node_of(spans: ModuleSpans, x: Tensor) -> tuple[str, nn.Module | None]:
+    assert x.grad_fn is not None
+    return spans.module_of(x.grad_fn)
+
+
+def test_a_node_belongs_to_the_innermost_forward():
+    spans, outer, inner = ModuleSpans(), nn.Identity(), nn.Identity()
+    x = torch.ones(2, requires_grad=True)
+    before = x * 2
+    spans.enter(outer, "outer")
+    first = before * 2
+    spans.enter(inner, "outer.inner")
+    second = first * 2
+    spans.leave(inner)
+    third = second * 2
+    spans.leave(outer)
+    after = third * 2
+    assert [node_of(spans, y) for y in (before, first, second, third, after)] == [
+        ("", None),
+        ("outer", outer),
+        ("outer.inner", inner),
+        ("outer", outer),
+        ("", None),
+    ]
+
+
+def test_a_forward_that_is_still_open_reaches_until_now():
+    spans, module = ModuleSpans(), nn.Identity()
+    spans.enter(module, "root")
+    x = torch.ones(2, requires_grad=True) * 2
+    assert node_of(spans, x) == ("root", module)
+
+
+def test_modules_that_an_exception_ended_are_left_with_the_one_above_them():
+    spans, outer, broken = ModuleSpans(), nn.Identity(), nn.Identity()
+    x = torch.ones(2, requires_grad=True)
+    spans.enter(outer, "outer")
+    spans.enter(broken, "outer.broken")
+    spans.leave(outer)
+    after = x * 2
+    assert node_of(spans, after) == ("", None)
+    spans.leave(broken)  # it was never closed: nothing to do

@@ -620,3 +620,24 @@ def test_one_process_agrees_with_itself():
     before = dict(search.verdicts)
     search.agree()
     assert search.verdicts == before
+
+
+class _Broken(nn.Module):
+    def forward(self, x):
+        raise ValueError("always")
+
+
+def test_what_follows_a_forward_that_failed_is_not_its_own():
+    def forward(m, x):
+        y = m.a(x)
+        with pytest.raises(ValueError, match="always"):
+            m.b(y)
+        return m.n(torch.nn.functional.gelu(y))
+
+    net = zoo.Net(forward, a=zoo.linear(6, 6), b=_Broken(), n=nn.LayerNorm(6))
+    with ScaleInvarianceSearch(net) as search:
+        search.analyze(net(zoo.vectors()).sum())
+    assert (
+        search.verdicts["a.weight"].reason
+        == "GeluBackward0 does not commute with a change of scale"
+    )

@@ -32,7 +32,11 @@ from lightning_normdyn.invariance.nodes import (
 from lightning_normdyn.invariance.rules.operation import Operation
 
 
-def with_bias(operation: Operation, flow: Flow, k: int) -> Flow:
+def with_bias(
+    operation: Operation,
+    flow: Flow,
+    k: int,
+) -> Flow:
     """The flow plus input ``k``, along the last dimension."""
     shape = operation.inputs[k]
     out = operation.out
@@ -157,7 +161,11 @@ def _constants_of_pieces(
     return torch.cat(pieces)
 
 
-def _overwritten(edge: Edge, size: int, parameters: Mapping[Edge, str]) -> Tensor | None:
+def _overwritten(
+    edge: Edge,
+    size: int,
+    parameters: Mapping[Edge, str],
+) -> Tensor | None:
     """Entries of a copy of a parameter that were written over in place: those that pass no gradient
     on."""
     # Only copies and casts may lie between: they leave every entry in its place.

@@ -142,7 +142,12 @@ def _multiply(operation: Operation, flows: Flows) -> Flow:
     return replace(flow, offset=offset, sign=sign)
 
 
-def _product(operation: Operation, a: Flow, b: Flow, is_quotient: bool) -> Flow:
+def _product(
+    operation: Operation,
+    a: Flow,
+    b: Flow,
+    is_quotient: bool,
+) -> Flow:
     """Both factors depend on the weight: degrees add up, and partners share a factor."""
     # In a denominator, and there alone, the constant beside a statistic is an epsilon.
     if a.padded or (b.padded and not is_quotient):
@@ -203,7 +208,11 @@ def _add(operation: Operation, flows: Flows) -> Flow:
     return with_input(operation, flow, 1 - k, varying(shape, len(out)), parameter)
 
 
-def _sum_of_two(operation: Operation, a: Flow, b: Flow) -> Flow:
+def _sum_of_two(
+    operation: Operation,
+    a: Flow,
+    b: Flow,
+) -> Flow:
     """Both terms depend on the weight."""
     # c^2 x + c y is no power of c times anything.
     if a.degree != b.degree:

@@ -137,7 +137,11 @@ def _indexed_dims(index: Index) -> list[int]:
     return dims
 
 
-def _offset_at(offset: Offset, dims: Sequence[int], ndim: int) -> Offset:
+def _offset_at(
+    offset: Offset,
+    dims: Sequence[int],
+    ndim: int,
+) -> Offset:
     """The offset of ``tensor[index]``, of ``ndim`` dimensions, where the index picks from ``dims``:
     the others keep it entry for entry."""
     stays = [v for d, v in enumerate(offset.varies) if d not in dims]
@@ -235,7 +239,11 @@ def _segment_reduce(operation: Operation, flow: Flow) -> Flow:
     return _gathered_at(operation, flow, [axis])
 
 
-def _gathered_at(operation: Operation, source: Flow, dims: list[int]) -> Flow:
+def _gathered_at(
+    operation: Operation,
+    source: Flow,
+    dims: list[int],
+) -> Flow:
     """What comes out where entries of ``source`` come together along ``dims``."""
     _refuse_products(operation, source)
     out = operation.out

@@ -116,7 +116,11 @@ def _trilinear(operation: Operation, flows: Flows) -> Flow:
     return Flow(degree, rows.squeeze(tuple(summed)))
 
 
-def _contract(operation: Operation, a: Flow | None, b: Flow | None) -> Flow:
+def _contract(
+    operation: Operation,
+    a: Flow | None,
+    b: Flow | None,
+) -> Flow:
     """a @ b, both with the same number of dimensions."""
     for factor in (a, b):
         if factor is not None:
@@ -167,7 +171,11 @@ def _sign_of_product(operation: Operation, factors: tuple[Flow | None, Flow | No
 _CONSTANT = -1
 
 
-def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
+def _contract_parts(
+    operation: Operation,
+    a: Flow,
+    b: Flow,
+) -> Flow:
     """a @ b where only some entries of a factor scale, or by different degrees: linear attention
     pads its values with ones."""
     by_degree: dict[float, Tensor] = {}
@@ -192,7 +200,11 @@ def _contract_parts(operation: Operation, a: Flow, b: Flow) -> Flow:
     return joined(parts)
 
 
-def _terms(operation: Operation, flow: Flow, dim: int) -> list[tuple[float, Tensor]]:
+def _terms(
+    operation: Operation,
+    flow: Flow,
+    dim: int,
+) -> list[tuple[float, Tensor]]:
     """The parts of a factor that is summed along ``dim``, and what does not scale as one more of
     degree 0."""
     terms = []

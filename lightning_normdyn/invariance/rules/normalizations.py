@@ -56,7 +56,11 @@ def _fixed_batch_norm(operation: Operation, flow: Flow) -> Flow:
     return replace(flow, offset=offset, sign=Sign.ANY)
 
 
-def _link(operation: Operation, flow: Flow, rows: Tensor) -> None:
+def _link(
+    operation: Operation,
+    flow: Flow,
+    rows: Tensor,
+) -> None:
     """Remember whose running statistics follow a rescale of which ``rows``: ``(samples,
     channels)``, since InstanceNorm folds the batch into the channels."""
     name, _ = operation.module

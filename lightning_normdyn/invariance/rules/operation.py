@@ -34,7 +34,12 @@ class Operation:
     a constant, shape unknown), ``outputs`` the shapes of its outputs.
     """
 
-    def __init__(self, node: GraphNode, rows: Rows, graph: Graph) -> None:
+    def __init__(
+        self,
+        node: GraphNode,
+        rows: Rows,
+        graph: Graph,
+    ) -> None:
         self.node = node.node
         self.name = node.name
         self.inputs = node.inputs
@@ -95,7 +100,11 @@ class Operation:
         """What is known of the values of input ``k``, whether they scale or not."""
         return self.graph.signs.of(self.source(k))
 
-    def attribute(self, name: str, default: Any = None) -> Any:
+    def attribute(
+        self,
+        name: str,
+        default: Any = None,
+    ) -> Any:
         """A saved number or list of numbers of the node (never a tensor), with negative dims as
         negative numbers."""
         return saved_numbers(self.node, name, default)
@@ -105,7 +114,11 @@ class Operation:
         would recompute, so it is not done."""
         return saved_tensor(self.node, name)
 
-    def same_factor(self, rows: Tensor, dims: Iterable[int]) -> Tensor:
+    def same_factor(
+        self,
+        rows: Tensor,
+        dims: Iterable[int],
+    ) -> Tensor:
         """Along ``dims`` all entries must share one factor from here on; returns ``rows`` with size
         1 there."""
         for dim in dims:
@@ -117,7 +130,11 @@ class Operation:
                 rows = first
         return rows
 
-    def unite(self, a: Tensor, b: Tensor) -> Tensor:
+    def unite(
+        self,
+        a: Tensor,
+        b: Tensor,
+    ) -> Tensor:
         """The entries of ``a`` and ``b`` (broadcast) must share factors; returns the smaller (they
         are one from here on)."""
         self.rows.unite(a, b, f"{self.place} combines entries that scale with entries that do not")
@@ -125,7 +142,12 @@ class Operation:
             return a
         return b
 
-    def indices(self, name: str, flow: Flow, dims: Iterable[int]) -> Any:
+    def indices(
+        self,
+        name: str,
+        flow: Flow,
+        dims: Iterable[int],
+    ) -> Any:
         """The saved indices with which entries of ``flow`` are picked along ``dims``; None where
         they are saved inside a checkpoint.
 
@@ -146,13 +168,23 @@ class Operation:
             raise Blocked(reason)
         return None
 
-    def left_out(self, flow: Flow, dims: Iterable[int]) -> None:
+    def left_out(
+        self,
+        flow: Flow,
+        dims: Iterable[int],
+    ) -> None:
         """Entries were left out along ``dims``. Where the rows do not differ along them, another
         cut of the weight has to show which."""
         if any(flow.rows.size(dim) == 1 for dim in dims):
             self.rows.cut_elsewhere = True
 
-    def normalized(self, flow: Flow, dims: Iterable[int], *, centered: bool = True) -> Flow:
+    def normalized(
+        self,
+        flow: Flow,
+        dims: Iterable[int],
+        *,
+        centered: bool = True,
+    ) -> Flow:
         """The result of a normalization over ``dims``; ``centered``: it removes a common offset,
         too (LayerNorm, but not RMSNorm)."""
         if not centered:
@@ -167,7 +199,11 @@ class Operation:
             )
         return Flow(0, self.same_factor(flow.rows, dims))
 
-    def forgive(self, flow: Flow, what: str) -> Flow:
+    def forgive(
+        self,
+        flow: Flow,
+        what: str,
+    ) -> Flow:
         """A constant beside a statistic is an epsilon: passed on, but the claim then rests on its
         smallness. Anything else is blocked."""
         if flow.sign != Sign.STATISTIC or flow.offset or flow.degree < 0:
