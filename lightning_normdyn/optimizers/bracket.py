@@ -298,9 +298,7 @@ class StepBracket:
         self._takeover, self._snapshots, self._step = DecayTakeover(), Snapshots(), None
         self._of.pop(self.optimizer, None)
 
-    def _pre(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         # As many of torch's hooks can be open as steps of this class and its bases are hooked. If
         # there are more, an earlier step raised and never came to its end.
         hooked = sum(getattr(vars(c).get("step"), "hooked", False) for c in type(optimizer).__mro__)
@@ -385,7 +383,7 @@ class StepBracket:
             add_decay()
 
     @torch.no_grad()
-    def _post(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return

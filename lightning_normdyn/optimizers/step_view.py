@@ -213,11 +213,7 @@ def _on_original(view: _StepView, hook: Any) -> Any:
     """``hook``, called with the optimizer where torch passes its view."""
     original = view._normdyn_original
 
-    def call(
-        _: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def call(_: Any, args: Any, kwargs: Any) -> Any:
         result = hook(original, (original, *args[1:]), kwargs)
         # What a pre-hook returns becomes the arguments of the step, which must go on with the view.
         if isinstance(result, tuple) and len(result) == 2 and result[0]:
