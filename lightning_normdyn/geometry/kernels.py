@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.partition import indices
-from lightning_normdyn.geometry.passes import Dims, Kernel, Operand, Pass, Views
+from lightning_normdyn.geometry.passes import Dims, Kernel, Operand, Pair, Pass, Views
 from lightning_normdyn.geometry.pieces import Piece, Placement
 
 CACHED_ENTRIES = 2**17
@@ -289,7 +289,7 @@ class Kernels:
 
     def products(
         self,
-        pairs: Sequence[tuple[Operand, Operand | None]],
+        pairs: Sequence[Pair],
         *,
         exact: bool,
         copy: tuple[Operand, Operand] | None = None,

@@ -26,6 +26,9 @@ writes what it finds to ``outs``, which are of size 1 in those."""
 Operand = Sequence["Tensor | None"]
 """One local tensor per weight; None for a weight to be passed over."""
 
+Pair = tuple[Operand, Operand | None]
+"""What to multiply, <a, b>; ``(a, None)`` for <1, a>."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -248,7 +251,7 @@ def applied_part(
 
 
 def products(
-    pairs: Sequence[tuple[Operand, Operand | None]],
+    pairs: Sequence[Pair],
     copy: tuple[Operand, Operand] | None,
     exact: torch.dtype | None,
 ) -> tuple[Pass, list[Operand]]:

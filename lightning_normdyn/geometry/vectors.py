@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.kernels import Kernels, RowIndex, sum_dtype
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.passes import Operand, Pass
+from lightning_normdyn.geometry.passes import Operand, Pair, Pass
 from lightning_normdyn.geometry.placement import (
     hidden_entries,
     is_plain,
@@ -189,7 +189,7 @@ class WeightVectors:
 
     def inner(
         self,
-        *pairs: tuple[Operand, Operand | None],
+        *pairs: Pair,
         exact: bool = True,
         copy: tuple[Operand, Operand] | None = None,
     ) -> Tensor:
@@ -209,7 +209,7 @@ class WeightVectors:
         """
         return self._reduction.sum_(self._kernels.products(pairs, exact=exact, copy=copy))
 
-    def partial_inner(self, *pairs: tuple[Operand, Operand | None], exact: bool = True) -> Tensor:
+    def partial_inner(self, *pairs: Pair, exact: bool = True) -> Tensor:
         """This rank's part of `inner`, without any communication: `complete_with_totals` completes
         it, later if need be."""
         return self._kernels.products(pairs, exact=exact)
@@ -221,7 +221,7 @@ class WeightVectors:
 
     def inner_and_totals(
         self,
-        *pairs: tuple[Operand, Operand | None],
+        *pairs: Pair,
         summarize: Summarize,
         exact: bool = True,
     ) -> tuple[Tensor, Tensor]:
