@@ -127,14 +127,13 @@ def test_no_circles_among_modules():
 
 
 TESTS = Path(__file__).parent
+TEST_FILES = sorted(TESTS.rglob("*.py"))
+TEST_MODULES = {p.stem for p in TEST_FILES if p.stem.startswith("test_")}
 
 
-@pytest.mark.parametrize(
-    "path", sorted(TESTS.rglob("*.py")), ids=lambda p: str(p.relative_to(TESTS))
-)
+@pytest.mark.parametrize("path", TEST_FILES, ids=lambda p: str(p.relative_to(TESTS)))
 def test_no_test_module_imports_another(path):
     """What several test modules use is a helper: tests/models.py, tests/cases.py, ..."""
-    stems = {p.stem for p in TESTS.rglob("test_*.py")}
     tree = parsed(path)
     names = set()
     for node in ast.walk(tree):
@@ -142,7 +141,7 @@ def test_no_test_module_imports_another(path):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             names.update([node.module or "", *(alias.name for alias in node.names)])
-    assert not {name.split(".")[-1] for name in names} & stems
+    assert not {name.split(".")[-1] for name in names} & TEST_MODULES
 
 
 # Short paths hold nothing but imports; test_public_names and the tests of their homes cover them.

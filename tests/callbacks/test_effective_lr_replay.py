@@ -139,7 +139,7 @@ def record(
 def test_without_decay_the_replay_follows_the_decayed_run_and_a_uniform_factor_does_not(
     kind, tmp_path
 ):
-    steps = 300
+    steps = 150
     recorded = record(tmp_path / "run.npz", kind, steps)
     assert train(kind, steps, [EffectiveLRReplay(tmp_path / "run.npz")]).apart(recorded) < 1e-9
     assert (

@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from models import Net, convnet, fit, loader, make
+from models import Net, convnet, fit, fit_batches, loader, make
 from monitoring import in_groups
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -90,6 +90,12 @@ def foretold(text: str) -> float:
     return float(text.split(" steps")[0].split()[-1])
 
 
+def one_batch(steps: int) -> list[Any]:
+    """The same batch for every step of one epoch: an epoch a step would take longer."""
+    (batch,) = loader(8, torch.float32)
+    return [batch] * steps
+
+
 def train_until_nan(
     make_optimizer: Any, monkeypatch: pytest.MonkeyPatch, steps: int, every: int, **arguments: Any
 ) -> Dying:
@@ -97,15 +103,7 @@ def train_until_nan(
     the fall is known, and one when it is there."""
     module, notes = make(Dying, make_optimizer=make_optimizer, **arguments), Notes(monkeypatch)
     monitor = NormDynamicsMonitor(every, tables=False)
-    data = loader(8, torch.float32)
-    fit(
-        module,
-        [notes, monitor],
-        data,
-        max_epochs=steps,
-        max_steps=steps,
-        check_val_every_n_epoch=None,
-    )
+    fit_batches(module, [notes, monitor], one_batch(steps))
     assert module.died_at is not None
     (said_at, text), (diverged_at, diverged) = notes.texts
     assert "not finite at step" in diverged
@@ -155,7 +153,7 @@ def test_a_death_beyond_the_end_of_the_run_is_not_reported(said: list[str]) -> N
     module = make(
         Dying, make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2))
     )
-    fit(module, [NormDynamicsMonitor(10, tables=False)], loader(8, torch.float32), max_epochs=300)
+    fit_batches(module, [NormDynamicsMonitor(10, tables=False)], one_batch(300))
     assert module.died_at is None
     assert said == []
 
@@ -166,13 +164,7 @@ def test_aws_and_a_rescale_save_dead_filters(said: list[str]) -> None:
             Dying,
             make_optimizer=in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)),
         )
-        fit(
-            module,
-            [NormDynamicsMonitor(10, tables=False), callback],
-            loader(8, torch.float32),
-            max_epochs=200,
-            max_steps=-1,
-        )
+        fit_batches(module, [NormDynamicsMonitor(10, tables=False), callback], one_batch(200))
         assert module.died_at is None
     assert said == []
 

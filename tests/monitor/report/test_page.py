@@ -38,6 +38,12 @@ CHROMIUM = (
 )
 
 
+@pytest.fixture
+def _no_pictures_of_runs(monkeypatch):
+    """Drawing takes most of the time of a report: for tests that ask about something else."""
+    monkeypatch.setattr(page, "pictures_of", lambda *_: [])
+
+
 class Page(HTMLParser):
     """What a browser would see: tags, attributes, texts of cells."""
 
@@ -105,6 +111,7 @@ def test_every_picture_is_a_picture_and_says_what_it_shows(tmp_path):
         assert "run" in image["alt"]
 
 
+@pytest.mark.usefixtures("_no_pictures_of_runs")
 def test_the_table_holds_the_numbers(tmp_path):
     shown = Page(write_report({"run": reported_run()}, tmp_path / "report.html"))
     head, *rows = shown.rows
@@ -127,6 +134,7 @@ def test_the_table_holds_the_numbers(tmp_path):
     ]
 
 
+@pytest.mark.usefixtures("_no_pictures_of_runs")
 def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):
     runs = {"decay": reported_run(2), "aws": reported_run(3, factor=2)}
     shown = Page(write_report(runs, tmp_path / "report.html"))
@@ -181,9 +189,8 @@ def test_hostile_names_stay_text(tmp_path):
     assert "$style" in str(shown.rows)
 
 
-def test_meta_of_any_shape_is_shown(tmp_path, monkeypatch):
-    # Pictures take most of the time of a report, and show no meta.
-    monkeypatch.setattr(page, "pictures_of", lambda *_: [])
+@pytest.mark.usefixtures("_no_pictures_of_runs")
+def test_meta_of_any_shape_is_shown(tmp_path):
     for targets in (
         [],
         "text",
@@ -195,6 +202,7 @@ def test_meta_of_any_shape_is_shown(tmp_path, monkeypatch):
         assert len(Page(write_report({"run": history}, tmp_path / "report.html")).rows) == 4
 
 
+@pytest.mark.usefixtures("_no_pictures_of_runs")
 def test_an_error_leaves_the_older_report_as_it_was(tmp_path, monkeypatch):
     path = write_report({"run": reported_run()}, tmp_path / "report.html")
     before = path.read_bytes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -75,13 +76,26 @@ def test_a_csv_log_of_a_run_that_crashed_and_went_on(tmp_path):
     assert values.tolist() == [1, 4, 5, 6]
 
 
-@pytest.fixture
-def wandb_run(tmp_path, monkeypatch):
-    """A real offline run, with everything that a row of W&B may hold."""
+@pytest.fixture(scope="module")
+def recorded_wandb_run(tmp_path_factory):
+    """A real offline run, with everything that a row of W&B may hold. Recorded once: W&B's service
+    takes seconds to start."""
     wandb = pytest.importorskip("wandb")
-    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
-        monkeypatch.setenv(name, str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    with pytest.MonkeyPatch.context() as environment:
+        place = str(tmp_path_factory.mktemp("wandb"))
+        for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
+            environment.setenv(name, place)
+        environment.setenv("WANDB_SILENT", "true")
+        return record(wandb)
+
+
+@pytest.fixture
+def wandb_run(recorded_wandb_run, tmp_path):
+    """A copy, which a test may damage."""
+    return Path(shutil.copytree(recorded_wandb_run, tmp_path / recorded_wandb_run.name))
+
+
+def record(wandb):
     settings = wandb.Settings(x_disable_stats=True, console="off")
     config = {"lr": 0.1, "normdyn": {"targets": {"a.weight": {"vectors": 3}}}}
     run = wandb.init(mode="offline", project="test", config=config, settings=settings)
