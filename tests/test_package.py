@@ -254,6 +254,8 @@ def test_the_callbacks_bring_nothing_heavy():
     """In a fork of this process, which has Lightning: to start one and import it takes seconds."""
 
     def brought() -> list[str]:
+        # Lightning brings Matplotlib where it is installed: what it brings must be there before.
+        importlib.import_module("lightning.pytorch")
         for name in list(sys.modules):
             if name.split(".")[0] in BRINGS_NOTHING_OF | {"lightning_normdyn"}:
                 del sys.modules[name]
