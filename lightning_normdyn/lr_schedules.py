@@ -10,6 +10,7 @@ training without decay at the learning rates :math:`\eta_t / (p_t p_{t+1})` keep
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor
@@ -336,11 +337,10 @@ def _refuse_what_is_not_exact(
 
 def _of_fewer_than_two_dimensions(group: dict[str, Any]) -> str:
     """The first three of these parameters with their shapes, in words."""
-    names = group.get("param_names")
+    names = group.get("param_names") or map("parameter {}".format, count())
     thin = []
-    for j, parameter in enumerate(group["params"]):
+    for name, parameter in zip(names, group["params"], strict=False):
         if parameter.dim() < 2:
-            name = names[j] if names else f"parameter {j}"
             thin.append(f"{name} {list(parameter.shape)}")
     if len(thin) > 3:
         thin[3:] = ["..."]

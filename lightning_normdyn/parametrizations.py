@@ -196,7 +196,7 @@ def remove_weight_normalizations(module: ModuleT, name: str | Sequence[str] = "*
         for tensor_name, chain in owner.parametrizations.items():
             # Those of somebody else stay.
             if isinstance(chain[0], _FilterParametrization):
-                full_name = f"{prefix}.{tensor_name}" if prefix else tensor_name
+                full_name = f"{prefix}.{tensor_name}".removeprefix(".")
                 parametrized[full_name] = (owner, tensor_name)
     for full_name in _matching(name, list(parametrized)):
         owner, tensor_name = parametrized[full_name]
@@ -420,9 +420,10 @@ def _matching(name: str | Sequence[str], candidates: list[str]) -> list[str]:
             )
         return matching
 
-    includes = [matches(p) for p in patterns if not p.startswith("!")]
+    # Who only excludes means all others.
+    positive = [p for p in patterns if not p.startswith("!")] or ["*"]
+    included = set().union(*map(matches, positive))
     excluded = set().union(*(matches(p[1:]) for p in patterns if p.startswith("!")))
-    included = set().union(*includes) if includes else set(candidates)
     chosen = [c for c in candidates if c in included - excluded]
     if not chosen:
         raise NoTargetsError(

@@ -86,8 +86,15 @@ def replacing(path: Location) -> Iterator[BinaryIO]:
             place of, or a URL that cannot be reached.
     """
     if is_remote(path):
-        with _replacing_at_url(path) as buffer:
-            yield buffer
+        # In memory first: an object that is opened for writing would be completed by an exception,
+        # too.
+        buffer = io.BytesIO()
+        yield buffer
+        with _reached(path) as (filesystem, place):
+            parent = str(PurePosixPath(place).parent)
+            if parent not in ("", ".", "/"):
+                filesystem.makedirs(parent, exist_ok=True)
+            filesystem.pipe_file(place, buffer.getvalue())
         return
     # Of a link, what it points at is replaced, and the link stays.
     target = Path(os.path.realpath(local(path)))
@@ -104,19 +111,6 @@ def replacing(path: Location) -> Iterator[BinaryIO]:
         os.replace(beside, target)
     finally:
         beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _replacing_at_url(path: Location) -> Iterator[BinaryIO]:
-    """In memory first: an object that is opened for writing would be completed by an exception,
-    too."""
-    buffer = io.BytesIO()
-    yield buffer
-    with _reached(path) as (filesystem, place):
-        parent = str(PurePosixPath(place).parent)
-        if parent not in ("", ".", "/"):
-            filesystem.makedirs(parent, exist_ok=True)
-        filesystem.pipe_file(place, buffer.getvalue())
 
 
 @contextmanager
