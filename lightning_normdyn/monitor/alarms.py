@@ -6,8 +6,6 @@ that grows until it overflows, a decay that cannot act within the run. Formulas:
 `lightning_normdyn.theory.outlook`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise

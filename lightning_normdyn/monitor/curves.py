@@ -3,8 +3,6 @@
 Legend: ``l`` layers (parameters), ``s`` recorded steps.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

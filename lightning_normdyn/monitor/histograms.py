@@ -4,8 +4,6 @@ the host and between ranks.
 Legend: ``n`` vectors, ``w`` weights, ``q`` quantities, ``b`` bins.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import exp
 from typing import NamedTuple

@@ -5,8 +5,6 @@ A file holds no pickle and nothing compressed: reading a hostile one executes no
 more memory than the file is long.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -5,8 +5,6 @@ else. All of it is for rank zero, and for after the last collective: other ranks
 and would wait for ever for one that fails.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager

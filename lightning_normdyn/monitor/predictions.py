@@ -4,8 +4,6 @@ curve of angular updates.
 Numbers of the host. Formulas: `lightning_normdyn.theory.equilibrium`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf

@@ -5,8 +5,6 @@ Monitor, loggers, plots, report, workspace and README's table are made from `QUA
 at every use. A new quantity is one entry here, with its formula over `StepSums`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import sqrt

@@ -5,8 +5,6 @@ Over 500 lines, because all of these replace the same ledger: apart, each would 
 know what it may replace.
 """
 
-from __future__ import annotations
-
 from collections import ChainMap
 from dataclasses import replace
 from math import isfinite

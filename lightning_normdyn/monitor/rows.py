@@ -5,8 +5,6 @@ Everything is worked out before anything is changed: a signal handler may save a
 any two lines of Python.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial

@@ -5,8 +5,6 @@ Legend: ``n`` weight vectors; w the weight that the gradient g was taken at; s t
 before the step, which differs from w only where AdaptiveWeightShrink shrank it; d the step from s.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 from math import inf

@@ -1,7 +1,5 @@
 """Runs to report on, read from whatever recorded them: a history, a CSV log, an offline W&B run."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
