@@ -19,12 +19,16 @@ import argparse
 import contextlib
 import copy
 import gc
+import io
+import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
 import platform
 import random
+import socket
 import statistics
 import tempfile
 import time
@@ -32,12 +36,16 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,17 +55,18 @@ from lightning_normdyn import (
     AdaptiveWeightShrink,
     LRDropRescaling,
     NormDynamicsMonitor,
-    Partition,
+    NormDynCallback,
     RadialProjection,
     StepBracket,
     WeightRescaling,
 )
-from lightning_normdyn.engine.callback import NormDynCallback
-from lightning_normdyn.engine.session import Session
-from lightning_normdyn.invariance.verdict import Verdict
 
 Shapes = list[tuple[int, ...]]
 NEVER = 10**9
+
+# Batches of a fit before anything is measured: in the first ones, claims of scale invariance are
+# held against every gradient, which is no part of an ordinary step.
+FIRST_BATCHES = 8
 
 
 # ------------------------------------------------------------------------------------------- shapes
@@ -154,29 +163,18 @@ def digits_net(width: int = 12) -> nn.Module:
     return residual_net(1, width, [(width, 1), (2 * width, 2), (4 * width, 2)])
 
 
-# --------------------------------------------------------------------------------------- a thin fit
-
-
-def orthogonal_to_rows(gradient: Tensor, weight: Tensor) -> Tensor:
-    """The gradient without its component along each row of the weight.
-
-    The gradient of a scale-invariant weight is orthogonal to it, and the callbacks refuse a weight
-    whose gradient is not.
-    """
-    if gradient.ndim < 2:
-        return gradient
-    rows, row_gradients = weight.detach().flatten(1), gradient.flatten(1)
-    along = (rows * row_gradients).sum(1, keepdim=True) / rows.square().sum(1, keepdim=True)
-    return (row_gradients - along * rows).reshape(gradient.shape)
+# ------------------------------------------------------------------------------ a fit, batch by batch
 
 
 class Weights(nn.Module):
-    """Parameters of given shapes with given or random gradients; its forward touches one entry of
-    each."""
+    """Parameters of given shapes, each row of a matrix scale-invariant: the loss sees the direction
+    of each row only.
 
-    def __init__(
-        self, shapes: Shapes, device: str = "cpu", gradients: Sequence[Tensor | None] | None = None
-    ) -> None:
+    Its gradients are so small that a thousand steps leave rows and gradients orthogonal: what is
+    measured with the same gradients in every step stays a fit of scale-invariant weights.
+    """
+
+    def __init__(self, shapes: Shapes, device: str = "cpu") -> None:
         super().__init__()
         generator = torch.Generator(device).manual_seed(0)
 
@@ -184,40 +182,196 @@ class Weights(nn.Module):
             return torch.randn(shape, generator=generator, device=device).mul_(0.05)
 
         self.layers = nn.ParameterList([nn.Parameter(normal(shape)) for shape in shapes])
-        if gradients is None:
-            gradients = [
-                orthogonal_to_rows(normal(shape), weight)
-                for shape, weight in zip(shapes, self.layers, strict=True)
-            ]
-        for weight, gradient in zip(self.layers, gradients, strict=True):
-            weight.grad = gradient
 
     def forward(self, _: Any = None) -> Tensor:
-        return torch.stack([weight.flatten()[:1].sum() for weight in self.layers]).sum()
+        losses = []
+        for weight in self.layers:
+            if weight.ndim < 2:
+                losses.append(weight.sum())
+                continue
+            rows = weight.flatten(1)
+            # A direction for all rows, of any length: broadcast, it takes no memory.
+            target = torch.linspace(-1.0, 1.0, rows.shape[1], device=rows.device)
+            losses.append((rows @ target / rows.norm(dim=1)).sum())
+        return 1e-5 * torch.stack(losses).sum()
 
 
-class Loop:
-    """As much of a Trainer as the callbacks look at between fit start and fit end."""
+def loss_of_weights(net: nn.Module, batch: Any) -> Tensor:
+    loss: Tensor = net(batch)
+    return loss
 
-    def __init__(self, optimizer: torch.optim.Optimizer, callbacks: Sequence[Any]) -> None:
-        self.optimizers, self.callbacks, self.loggers = [optimizer], list(callbacks), list[Any]()
-        self.strategy = SimpleNamespace(model=None, optimizers=self.optimizers)
-        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0))
-        self.current_epoch, self.global_step, self.log_every_n_steps = 0, 0, 50
-        self.max_steps, self.max_epochs, self.estimated_stepping_batches = -1, None, math.inf
-        self.should_stop = self.barebones = self.is_last_batch = False
-        self.is_global_zero = True
-        self.gradient_clip_val = self.gradient_clip_algorithm = self.progress_bar_callback = None
+
+def loss_of_images(net: nn.Module, batch: Any) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(net(x), y)
+
+
+class Fitted(L.LightningModule):
+    """A network and its optimizer in a Trainer.
+
+    Args:
+        net: the network.
+        optimizer: makes the optimizer of its parameters.
+        loss: of the network on a batch.
+        fit: what measures.
+        sharded: whether its parameters are sharded over the ranks.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
+        loss: Callable[[nn.Module, Any], Tensor],
+        watch: Stopwatch,
+        sharded: bool,
+    ) -> None:
+        super().__init__()
+        # The step can then be timed apart from the backward pass.
+        self.automatic_optimization = False
+        self.net, self.optimizer, self.loss = net, optimizer, loss
+        self.watch, self.sharded = watch, sharded
+        self.goes_backward = True
+
+    def configure_model(self) -> None:
+        if self.sharded:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.net)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer(self.net.parameters())
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        start = time.perf_counter()
+        if self.goes_backward:
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(self.net, batch))
+        with self.watch.around():
+            optimizer.step()
+            wait(self.device.type)
+        self.watch.whole += time.perf_counter() - start
+
+
+class Stopwatch:
+    """Times one batch.
+
+    Attributes:
+        whole: seconds of the training step and of the callbacks' hooks outside of it.
+        ours: of it, seconds in callbacks.
+        around: a context that is entered around the optimizer's step and around the hooks before
+            and after it.
+    """
+
+    def __init__(self) -> None:
+        self.around: Callable[[], Any] = contextlib.nullcontext
+        self.whole = self.ours = 0.0
+
+    def begin(self) -> None:
+        self.whole = 0.0
+        # Until the batch ends: what brackets spend from here on.
+        self.ours = -Fit.seconds_inside
+
+    def end(self) -> None:
+        self.ours += Fit.seconds_inside
+
+
+class Ahead(L.Callback):
+    """Stands before the measured callbacks, and `Behind` after them: Lightning calls hooks in the
+    order of its list."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        self.watch = watch
+        self.started = 0.0
+        self.contexts = contextlib.ExitStack()
+
+    def start(self, *, inside: bool) -> None:
+        if not inside:
+            self.contexts.enter_context(self.watch.around())
+        self.started = time.perf_counter()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.start(inside=False)
+
+    def on_before_backward(self, *args: Any) -> None:
+        self.start(inside=True)
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.start(inside=True)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.start(inside=False)
+
+
+class Behind(L.Callback):
+    def __init__(self, ahead: Ahead) -> None:
+        self.ahead = ahead
+
+    def stop(self, *, inside: bool) -> None:
+        watch, seconds = self.ahead.watch, time.perf_counter() - self.ahead.started
+        watch.ours += seconds
+        if not inside:
+            watch.whole += seconds
+            self.ahead.contexts.close()
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        self.stop(inside=False)
+
+    def on_before_backward(self, *args: Any) -> None:
+        self.stop(inside=True)
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        self.stop(inside=True)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.stop(inside=False)
+
+
+class Paused(Exception):
+    """Raised in place of the first batch."""
+
+
+class PausedTrainer(L.Trainer):
+    """A Trainer that stops in front of every batch, so that many fits can take turns.
+
+    Everything else is Lightning's own: what callbacks read of it is what they read in a real fit.
+    """
+
+    def start(self, module: L.LightningModule, batch: Any) -> None:
+        """All that `fit` does before the first batch."""
+        loop: Any = self.fit_loop.epoch_loop
+
+        def pause(_: Any) -> None:
+            raise Paused
+
+        loop.advance = pause
+        self.state.fn, self.state.status, self.training = (
+            TrainerFn.FITTING,
+            TrainerStatus.RUNNING,
+            True,
+        )
+        with contextlib.suppress(Paused):
+            self._fit_impl(module, train_dataloaders=itertools.repeat(batch))
+        del loop.advance
+
+    def run_batch(self) -> None:
+        """One batch, from its first hook to its last."""
+        loop, fetcher = self.fit_loop.epoch_loop, self.fit_loop._data_fetcher
+        loop.advance(fetcher)
+        loop.on_advance_end(fetcher)
 
 
 class Fit:
-    """Callbacks around an optimizer, without a Trainer in between; targets are all weights of two
-    or more dimensions, by filter.
+    """Callbacks in a Trainer that trains a network, one batch at a time.
 
     Args:
-        module: the weights.
-        optimizer: over its parameters.
+        net: the network.
+        optimizer: makes the optimizer of its parameters.
         callbacks: of the suite.
+        loss: of the network on a batch.
+        batch: what every batch is.
+        sharded: whether its parameters are sharded over the ranks.
+        options: of the Trainer.
     """
 
     seconds_inside = 0.0
@@ -226,50 +380,55 @@ class Fit:
 
     def __init__(
         self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        net: nn.Module,
+        optimizer: Callable[[Any], torch.optim.Optimizer],
         callbacks: Sequence[NormDynCallback] = (),
+        loss: Callable[[nn.Module, Any], Tensor] = loss_of_weights,
+        batch: Any = 0,
+        sharded: bool = False,
+        **options: Any,
     ) -> None:
-        self.module, self.optimizer, self.callbacks = module, optimizer, list(callbacks)
-        self.ours = 0.0
-        self.loop: Any = Loop(optimizer, callbacks)
-        module.log = lambda *args, **kwargs: None  # type: ignore[assignment]  # what a LightningModule has; here nobody listens
-        facts: Any = (self.loop, module)
-        for callback in self.callbacks:
-            callback.on_fit_start(*facts)
-        if self.callbacks:
-            session = Session.of(*facts)
-            session._announced.update(session.weights.names)  # no tables
-            for weight, (name, *_) in session.weights.names.items():
-                if weight.ndim > 1:
-                    partition = Partition.filters(tuple(weight.shape))
-                    known = Verdict(
-                        name,
-                        tuple(weight.shape),
-                        partition,
-                        "filter",
-                        ("norm",),
-                        known="graph and gradients",
-                    )
-                    session.search.verdicts[name] = known
-        for callback in self.callbacks:
-            callback.on_train_start(*facts)
+        self.callbacks, self.watch = list(callbacks), Stopwatch()
+        self.module = Fitted(net, optimizer, loss, self.watch, sharded)
+        ahead = Ahead(self.watch)
+        on_cpu = next(net.parameters()).device.type == "cpu"
+        self.trainer = PausedTrainer(
+            accelerator="cpu" if on_cpu else "gpu",
+            callbacks=[ahead, *self.callbacks, Behind(ahead)],
+            max_epochs=-1,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **{"devices": 1, **options},
+        )
+        # Tables of targets are not of interest here.
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.trainer.start(self.module, batch)
+            # The first batch resolves targets, and the monitor always logs it.
+            self.run_batch()
 
-    def step(self, update: Callable[[], Any] | None = None) -> None:
-        """One optimizer step, what callbacks do around it, and what they do at the batch's end.
+    def run_batch(self) -> None:
+        """One batch; what it took stands in `watch`."""
+        self.watch.begin()
+        self.trainer.run_batch()
+        self.watch.end()
+
+    def settle(self) -> None:
+        """Leave behind what only the first batches of a fit cost."""
+        for _ in range(FIRST_BATCHES - 1):
+            self.run_batch()
+
+    def keep_gradients(self, gradients: Sequence[Tensor | None] | None = None) -> None:
+        """From now on a batch is an optimizer step, without a forward and backward pass.
 
         Args:
-            update: what steps the optimizer; None: itself.
+            gradients: of all parameters; None: those of the last batch.
         """
-        inside = Fit.seconds_inside
-        (update or self.optimizer.step)()
-        start = time.perf_counter()
-        facts: Any = (self.loop, self.module)
-        for callback in self.callbacks:
-            callback.on_train_batch_end(*facts, None, None, 0)
-        self.loop.fit_loop.epoch_loop._batches_that_stepped += 1
-        self.loop.global_step += 1
-        self.ours = Fit.seconds_inside - inside + time.perf_counter() - start
+        self.module.goes_backward = False
+        if gradients is not None:
+            for weight, gradient in zip(self.module.net.parameters(), gradients, strict=True):
+                weight.grad = gradient
 
 
 def time_brackets(device: str) -> None:
@@ -296,7 +455,8 @@ def sgd(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 
 
 def adamw(parameters: Any, **options: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=1e-2, **options)
+    # Its steps do not shrink with the gradient, and must not turn weights away from it.
+    return torch.optim.AdamW(parameters, lr=1e-7, weight_decay=1e-2, **options)
 
 
 def sgd_fused(parameters: Any) -> torch.optim.Optimizer:
@@ -405,27 +565,33 @@ def counting() -> Iterator[Counter]:
 
 
 def peak_memory(make: Callable[[], Callable[[], Any]], device: str) -> int:
-    """Most bytes of tensors that were alive at once while something was built and ran three
-    times."""
+    """Most bytes of tensors that were alive at once while something ran three times, with what was
+    left of building it."""
     gc.collect()
     if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call = make()
+        torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             call()
         return torch.cuda.max_memory_allocated() - before
+    mark = "built"
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
         call = make()
-        for _ in range(3):
-            call()
+        with torch.profiler.record_function(mark):
+            for _ in range(3):
+                call()
     alive = peak = 0
+    is_built = False
     for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):  # type: ignore[union-attr]
+        is_built = is_built or event.name() == mark
         if event.name() == "[memory]":
             alive += event.nbytes()
-            peak = max(peak, alive)
+            if is_built:
+                peak = max(peak, alive)
+    assert is_built, "the profiler has lost the mark"
     return peak
 
 
@@ -458,9 +624,10 @@ def measure(cases: Sequence[Case], rounds: int, device: str, warmup: int = 2) ->
             start = time.perf_counter()
             case.call()
             wait(device)
+            seconds = time.perf_counter() - start
             if turn >= warmup:
-                case.times.append(time.perf_counter() - start)
-                case.ours.append(case.fit.ours if case.fit else case.times[-1])
+                case.times.append(case.fit.watch.whole if case.fit else seconds)
+                case.ours.append(case.fit.watch.ours if case.fit else seconds)
     for case in cases:
         with counting() as counter:
             case.call()
@@ -527,6 +694,8 @@ class Steps:
     def __init__(self, shapes: Shapes, device: str, everything: bool = True) -> None:
         self.shapes, self.device, self.everything = shapes, device, everything
         some = Weights(shapes, device)
+        some().backward()
+        # All cases start at the same weights, so they can share what takes as much memory.
         self.gradients = [w.grad for w in some.layers]
         self.matrices = [w.detach() for w in some.layers if w.ndim > 1]
         self.targeted = sum(w.numel() * w.element_size() for w in self.matrices)
@@ -534,7 +703,11 @@ class Steps:
         self.builders: dict[str, Callable[[], Any]] = {}
 
     def weights(self) -> Weights:
-        return Weights(self.shapes, self.device, self.gradients)
+        """For what no Trainer trains."""
+        weights = Weights(self.shapes, self.device)
+        for weight, gradient in zip(weights.layers, self.gradients, strict=True):
+            weight.grad = gradient
+        return weights
 
     def add(
         self,
@@ -545,14 +718,17 @@ class Steps:
         """An optimizer step with callbacks around it."""
 
         def build() -> Fit:
-            module = self.weights()
-            fit = Fit(module, optimizer(module.parameters()), callbacks())
-            fit.step()  # the first one resolves targets, and the monitor always logs it
+            fit = Fit(Weights(self.shapes, self.device), optimizer, callbacks())
+            for callback in fit.callbacks:
+                targets = sum(len(plan.targets) for plan in callback.plans.values())
+                assert targets == len(self.matrices), f"{name} acts on {targets} weights"
+            fit.keep_gradients(self.gradients)
+            fit.settle()
             return fit
 
         fit = build()
-        self.cases.append(Case(name, fit.step, fit))
-        self.builders[name] = lambda: build().step
+        self.cases.append(Case(name, fit.run_batch, fit))
+        self.builders[name] = lambda: build().run_batch
 
     def add_floors(self) -> None:
         """The fastest primitives over the same bytes."""
@@ -835,17 +1011,17 @@ def projection_bars(steps: Steps) -> list[Bar]:
     return bars
 
 
-def alone(rounds: int) -> str:
+def alone(shapes: Shapes, rounds: int) -> str:
     """Section: nothing but the projections and their peers, in a new process."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_alone, rounds, torch.get_num_threads()).result()
+        return pool.submit(_alone, shapes, rounds, torch.get_num_threads()).result()
 
 
-def _alone(rounds: int, threads: int) -> str:
-    warnings.filterwarnings("ignore")
+def _alone(shapes: Shapes, rounds: int, threads: int) -> str:
+    be_quiet()
     torch.set_num_threads(threads)
     time_brackets("cpu")
-    steps = Steps(resnet50(), "cpu")
+    steps = Steps(shapes, "cpu")
     steps.add_floors()
     steps.add("SGD fused", sgd_fused)
     steps.add("AdamW fused", adamw_fused)
@@ -959,7 +1135,7 @@ def training(rounds: int, device: str, quick: bool) -> str:
     }
     models["ResNet-18, CIFAR"] = (
         resnet18(16 if quick else 64),
-        (32 if quick else 128, 3, 32, 32),
+        (8 if quick else 128, 3, 32, 32),
         0.005,
     )
     for name, (module, shape, most) in models.items():
@@ -972,16 +1148,9 @@ def training(rounds: int, device: str, quick: bool) -> str:
             x: Tensor = x,
             y: Tensor = y,
         ) -> Case:
-            module = copy.deepcopy(module)
-            fit = Fit(module, sgd_fused(module.parameters()), callbacks)
-
-            def call() -> None:
-                fit.optimizer.zero_grad()
-                F.cross_entropy(module(x), y).backward()
-                fit.step()
-
-            call()
-            return Case("", call, fit)
+            fit = Fit(copy.deepcopy(module), sgd_fused, callbacks, loss_of_images, (x, y))
+            fit.settle()
+            return Case("", fit.run_batch, fit)
 
         every = {
             "bare": make([]),
@@ -1037,6 +1206,10 @@ class Wire(TorchDispatchMode):
         super().__init__()
         self.calls = self.bytes = 0
 
+    def on(self) -> Wire:
+        """For `Stopwatch.around`: it is entered again and again."""
+        return self
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         space, _, name = func._schema.name.partition("::")
         if space in ("c10d", "_c10d_functional") and "wait" not in name:
@@ -1047,14 +1220,18 @@ class Wire(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool) -> None:
+def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool, port: int) -> None:
     """One of two ranks: count what a step with each callback sends."""
-    import torch.distributed as dist
-
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    # As a launcher sets them: then the strategy starts no processes of its own.
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        NODE_RANK="0",
+        LOCAL_RANK=str(rank),
     )
+    be_quiet()
+    torch.set_num_threads(1)
     found: dict[str, tuple[int, int]] = {}
     for name, callbacks in {
         "AWS (norm)": lambda: [AdaptiveWeightShrink(1e-3, statistic="norm")],
@@ -1064,37 +1241,42 @@ def _rank(rank: int, folder: str, shapes: Shapes, sharded: bool) -> None:
         "monitor, idle": lambda: [monitor(NEVER)],
         "monitor, logging": lambda: [monitor(1)],
     }.items():
-        module = Weights(shapes)
-        if sharded:
-            from torch.distributed.fsdp import fully_shard
-
-            fully_shard(module)
-            for weight in module.layers:
-                weight.grad = torch.ones_like(weight)
-        fit = Fit(module, sgd(module.parameters()), callbacks())
-        for _ in range(2):
-            fit.step()
-        with Wire() as wire:
-            fit.step()
+        strategy = (
+            ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            if sharded
+            else DDPStrategy()
+        )
+        fit = Fit(Weights(shapes), sgd, callbacks(), sharded=sharded, strategy=strategy, devices=2)
+        fit.keep_gradients()
+        fit.settle()
+        wire = Wire()
+        fit.watch.around = wire.on
+        fit.run_batch()
         found[name] = (wire.calls, wire.bytes)
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
-def collectives() -> str:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def collectives(shapes: Shapes) -> str:
     """Section: what goes over the wire in one step, two ranks, gloo."""
     import torch.multiprocessing as mp
 
     rows, bars = [], []
-    shapes = resnet50()
     for layout, sharded in (
         ("DDP (whole weights on every rank)", False),
         ("FSDP2 (rows sharded)", True),
     ):
         with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(_rank, (folder, shapes, sharded), nprocs=2)
+            mp.spawn(_rank, (folder, shapes, sharded, free_port()), nprocs=2)
             found = json.loads(Path(folder, "found.json").read_text())
         rows += [[name, layout, str(calls), str(size)] for name, (calls, size) in found.items()]
         idle = max(found[name][0] for name in ("WRS, idle", "monitor, idle"))
@@ -1109,7 +1291,7 @@ def collectives() -> str:
 # ------------------------------------------------------------------------ logging through a Trainer
 
 
-def logged() -> str:
+def logged(steps: int) -> str:
     """Section: the same numbers through `log_metrics` in one call, through `self.log_dict`, and by
     wandb.watch, in a Trainer."""
     try:
@@ -1124,7 +1306,7 @@ def logged() -> str:
         "wandb.watch(log='all', log_freq=1)",
     )
     times = {
-        name: logging_cost.measure(make(), logger, 20)
+        name: logging_cost.measure(make(), logger, steps)
         for name, (make, logger) in logging_cost.VARIANTS.items()
         if name in names
     }
@@ -1137,80 +1319,73 @@ def logged() -> str:
 # --------------------------------------------------------------------------------------------- CUDA
 
 
-def kernels(call: Callable[[], Any]) -> int:
-    """CUDA kernels and copies that a call launches."""
+@contextlib.contextmanager
+def kernels(found: list[int]) -> Iterator[None]:
+    """Append how many CUDA kernels and copies were launched meanwhile."""
     from torch.autograd import DeviceType
 
+    torch.cuda.synchronize()
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     ) as profile:
-        call()
+        yield
         torch.cuda.synchronize()
-    return sum(1 for event in profile.events() if event.device_type == DeviceType.CUDA)
+    found.append(sum(1 for event in profile.events() if event.device_type == DeviceType.CUDA))
 
 
-def on_cuda(rounds: int) -> str:
+@contextlib.contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """A wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def on_cuda(rounds: int, quick: bool) -> str:
     """Section: the same on a GPU, with kernel counts, synchronizations as errors, and the
     precisions that people train in."""
     if not torch.cuda.is_available():
         return "not run: no CUDA device on this machine.\n"
-    text = on_shapes(resnet50(), rounds, "cuda", peers=True, everything=True)
+    shapes = transformer(1, 256) if quick else resnet50()
+    text = on_shapes(shapes, rounds, "cuda", peers=True, everything=True, bars_apply=not quick)
     rows = []
-    for name, (memory_format, autocast, scaled) in {
-        "float32, channels_last": (torch.channels_last, None, False),
-        "bf16-mixed, channels_last": (torch.channels_last, torch.bfloat16, False),
-        "16-mixed, fused, skipped steps": (torch.contiguous_format, torch.float16, True),
+    for name, (memory_format, precision) in {
+        "float32, channels_last": (torch.channels_last, "32-true"),
+        "bf16-mixed, channels_last": (torch.channels_last, "bf16-mixed"),
+        "16-mixed, fused, skipped steps": (torch.contiguous_format, "16-mixed"),
     }.items():
         for label, callbacks in {
             "bare": list,
             "suite, idle": lambda: suite(NEVER),
             "suite, logging": lambda: suite(1),
         }.items():
-            module = resnet18().cuda().to(memory_format=memory_format)  # type: ignore[call-overload]
-            fit = Fit(module, sgd_fused(module.parameters()), callbacks())
-            # A scale that overflows float16 at first: the first steps are skipped inside the
-            # kernel.
-            scaler = torch.amp.GradScaler("cuda", enabled=scaled, init_scale=2.0**24)
-            x, y = (
-                torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=memory_format),
-                torch.randint(0, 10, (128,), device="cuda"),
-            )
-
-            def backward(
-                fit: Fit = fit,
-                module: nn.Module = module,
-                scaler: Any = scaler,
-                autocast: Any = autocast,
-                x: Tensor = x,
-                y: Tensor = y,
-            ) -> None:
-                fit.optimizer.zero_grad()
-                with torch.autocast("cuda", autocast, enabled=autocast is not None):
-                    loss = F.cross_entropy(module(x), y)
-                scaler.scale(loss).backward()
-
-            def step(fit: Fit = fit, scaler: Any = scaler) -> None:
-                fit.step(lambda: scaler.step(fit.optimizer))
-                scaler.update()
-
-            for _ in range(20):
-                backward()
-                step()
+            net = resnet18().cuda().to(memory_format=memory_format)  # type: ignore[call-overload]
+            x = torch.randn(128, 3, 32, 32, device="cuda").to(memory_format=memory_format)
+            y = torch.randint(0, 10, (128,), device="cuda")
+            options: dict[str, Any] = {"precision": precision}
+            if precision == "16-mixed":
+                # A scale that overflows float16 at first: the first steps are skipped inside the
+                # kernel.
+                scaler = torch.amp.GradScaler("cuda", init_scale=2.0**24)
+                options = {"plugins": [MixedPrecision("16-mixed", "cuda", scaler)]}
+            fit = Fit(net, sgd_fused, callbacks(), loss_of_images, (x, y), **options)
+            fit.settle()
             count = 0
             for _ in range(3):
-                backward()
-                count = kernels(step)
-            backward()
+                found: list[int] = []
+                fit.watch.around = partial(kernels, found)
+                fit.run_batch()
+                count = sum(found)
             quiet = "not asked for"
             if label != "suite, logging":
-                torch.cuda.set_sync_debug_mode("error")
+                fit.watch.around = waits_are_errors
                 try:
-                    step()
+                    fit.run_batch()
                     quiet = "none"
                 except RuntimeError as error:
                     quiet = str(error).splitlines()[0]
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
             brackets = [callback.steps_of(0) for callback in fit.callbacks[:1]]
             rows.append([name, label, str(count), quiet, str(brackets[0]) if brackets else ""])
     return (
@@ -1223,7 +1398,7 @@ def on_cuda(rounds: int) -> str:
                 "callbacks",
                 "kernels of the step",
                 "synchronizations",
-                "real steps counted of 24",
+                f"real steps counted of {FIRST_BATCHES + 4}",
             ],
             rows,
         )
@@ -1237,23 +1412,28 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
     """Title and maker of each section."""
     rounds = 3 if quick else 15
     if quick:
+        small = transformer(1, 256)
         return {
             "small": (
                 "Small shapes",
-                lambda: on_shapes(
-                    transformer(1, 256), rounds, "cpu", True, False, bars_apply=False
-                ),
+                lambda: on_shapes(small, rounds, "cpu", True, True, bars_apply=False),
             ),
+            "alone": ("Alone in a process", lambda: alone(small, rounds)),
             "growth": ("Growth", lambda: growth(rounds, "cpu", 4)),
             "training": ("Training steps", lambda: training(rounds, "cpu", quick=True)),
-            "cuda": ("CUDA", lambda: on_cuda(rounds)),
+            "collectives": ("Two ranks", lambda: collectives(small)),
+            "logged": ("In a Trainer", lambda: logged(12)),
+            "cuda": ("CUDA", lambda: on_cuda(rounds, quick=True)),
         }
     return {
         "resnet50": (
             "ResNet-50",
             lambda: on_shapes(resnet50(), rounds, "cpu", peers=True, everything=True),
         ),
-        "alone": ("Projections beside their peers, alone in a process", lambda: alone(rounds)),
+        "alone": (
+            "Projections beside their peers, alone in a process",
+            lambda: alone(resnet50(), rounds),
+        ),
         "vit": ("ViT-B", lambda: on_shapes(vit(), 7, "cpu", peers=False, everything=False)),
         "transformer": (
             "One block of a 1B-class transformer",
@@ -1261,9 +1441,9 @@ def sections(quick: bool) -> dict[str, tuple[str, Callable[[], str]]]:
         ),
         "growth": ("Growth", lambda: growth(rounds, "cpu", 1)),
         "training": ("Training steps", lambda: training(rounds, "cpu", quick=False)),
-        "collectives": ("Two ranks", collectives),
-        "logged": ("In a Trainer, beside self.log_dict and wandb.watch", logged),
-        "cuda": ("CUDA", lambda: on_cuda(rounds)),
+        "collectives": ("Two ranks", lambda: collectives(resnet50())),
+        "logged": ("In a Trainer, beside self.log_dict and wandb.watch", lambda: logged(20)),
+        "cuda": ("CUDA", lambda: on_cuda(rounds, quick=False)),
     }
 
 
@@ -1271,7 +1451,8 @@ INTRODUCTION = """# What the callbacks cost
 
 Written by `make bench` (`python benchmarks/cost.py`); each section names its machine, day and command. Ratios are medians over rounds of
 ratios within a round; milliseconds are for orientation. "Operations" are what the dispatcher sees of one step, views and bare allocations
-left out; "added" is what happens in the brackets around the optimizer's step and at the batch's end.
+left out; "added" is what happens in the brackets around the optimizer's step and in the hooks before and after it. Every fit is driven by a
+Trainer of Lightning's, batch by batch; what the Trainer itself takes is not counted.
 """
 
 
@@ -1288,6 +1469,13 @@ def machine() -> str:
     return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}{load}{nice}"
 
 
+def be_quiet() -> None:
+    """What Lightning and torch say of dozens of small fits would hide the tables."""
+    warnings.filterwarnings("ignore")
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -1299,7 +1487,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     args = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    be_quiet()
     os.environ.setdefault("WANDB_MODE", "offline")
     torch.set_num_threads(args.threads)
     time_brackets("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,154 @@
+"""The benchmarks run: each section of `cost.py --quick`, and the two smaller scripts; what they
+measure is what their tables say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
+
+pytestmark = pytest.mark.slow
+
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed")
+
+
+def output_of(script: str, *arguments: str, folder: Path) -> str:
+    """What a script prints, in a process of its own: it patches classes to time them."""
+    environment = {**os.environ, "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(FOLDER.parent)
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / script), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The lines of all tables in a text, by their first cell."""
+    rows = {}
+    for line in text.splitlines():
+        if line.startswith("| "):
+            first, *others = [cell.strip() for cell in line.strip("|").split(" | ")]
+            rows[first] = others
+    return rows
+
+
+def section(name: str, folder: Path) -> dict[str, list[str]]:
+    text = output_of("cost.py", "--quick", "--threads", "1", "--only", name, folder=folder)
+    return rows_of(text)
+
+
+def test_small_shapes_with_every_callback(tmp_path):
+    rows = section("small", tmp_path)
+    operations = {name: int(cells[-2]) for name, cells in rows.items() if cells[-1].isdigit()}
+    waits = {name: int(cells[-1]) for name, cells in rows.items() if cells[-1].isdigit()}
+    bare = operations["SGD fused"]
+    # Lightning's own loop is not counted among the optimizer's operations.
+    assert bare <= 3
+    assert operations["monitor, idle"] == bare
+    assert operations["WRS, idle"] <= bare + 1
+    assert operations["LRDropRescaling, no drop"] == bare
+    acting = (
+        "AWS (norm)",
+        "AWS (std)",
+        "RadialProjection on SGD",
+        "RadialProjection on AdamW",
+        "RadialProjection, cosine gate",
+        "WRS, rescaling",
+        "monitor, logging",
+        "suite, idle",
+        "suite, logging",
+    )
+    for name in acting:
+        # At least one operation for each of the 7 targeted weights.
+        assert operations[name] >= bare + 7, name
+        added, over_floors = map(float, rows[name][1:3])
+        assert added > 0, name
+        assert over_floors > 0, name
+    assert waits["monitor, idle"] == waits["WRS, idle"] == 0
+    assert waits["monitor, logging"] == 1
+
+
+def test_projections_beside_peers_alone_in_a_process(tmp_path):
+    rows = section("alone", tmp_path)
+    assert int(rows["RadialProjection on SGD"][1]) > int(rows["SGD fused"][1])
+    assert int(rows["RadialProjection on AdamW"][1]) > int(rows["AdamW fused"][1])
+
+
+def test_growth(tmp_path):
+    rows = section("growth", tmp_path)
+    for name in ("AWS (norm)", "RadialProjection", "monitor, logging"):
+        sizes, _, _, per_layer = rows[f"{name}, layers (of 16 filters of 64 entries)"]
+        assert sizes == "10, 20, 40"
+        # Operations per layer do not depend on the machine.
+        assert 1 <= float(per_layer) <= 20, name
+
+
+def test_training_steps(tmp_path):
+    rows = section("training", tmp_path)
+    # One row of the table remains for each model: its last one.
+    for model in ("digits example", "ResNet-18, CIFAR"):
+        _, what, _, share = rows[model]
+        assert what == "suite, logging every 50 steps"
+        assert float(share.removesuffix(" %")) > 0
+
+
+def test_what_two_ranks_send(tmp_path):
+    text = output_of(
+        "cost.py", "--quick", "--threads", "1", "--only", "collectives", folder=tmp_path
+    )
+    lines = [line for line in text.splitlines() if line.startswith("| monitor, logging")]
+    whole, sharded = lines
+    assert whole == "| monitor, logging | DDP (whole weights on every rank) | 0 | 0 |"
+    # Sums over the ranks that share vectors, and the row's own.
+    calls, sent = sharded.strip("| ").split(" | ")[-2:]
+    assert int(calls) > 0
+    assert int(sent) > 0
+    assert text.count("| 0 | 0 | held |") == 2
+
+
+@needs_wandb
+def test_logging_in_a_trainer(tmp_path):
+    rows = section("logged", tmp_path)
+    floor = float(rows["no logging (floor)"][0])
+    assert floor > 0
+    assert float(rows["NormDynamicsMonitor, CSV"][0]) > floor
+
+
+def test_cuda(tmp_path):
+    text = output_of("cost.py", "--quick", "--only", "cuda", folder=tmp_path)
+    assert "## CUDA" in text
+    assert "not run: no CUDA device" in text or "| 16-mixed, fused, skipped steps" in text
+
+
+@needs_wandb
+def test_logging_cost(tmp_path):
+    written = tmp_path / "logging_cost.md"
+    arguments = ("--steps", "14", "--rounds", "1", "--out", str(written))
+    text = output_of("logging_cost.py", *arguments, folder=tmp_path)
+    assert written.read_text().strip() == text.strip()
+    rows = rows_of(text)
+    for logger in ("W&B", "CSV", "TensorBoard"):
+        assert float(rows[f"NormDynamicsMonitor, {logger}"][0]) > 0
+        assert len(rows[logger]) == 1
+
+
+def test_scale_invariance(tmp_path):
+    written = tmp_path / "scale_invariance.md"
+    text = output_of("scale_invariance.py", "--out", str(written), folder=tmp_path)
+    assert written.read_text().strip() == text.strip()
+    precision, missed, false_hits = rows_of(text)["graph (this package)"]
+    assert precision == "float64"
+    assert false_hits.startswith("0 of ")
+    assert int(missed.split(" of ")[1]) > 0
