@@ -28,7 +28,7 @@ def output_of(script: str, *arguments: str, folder: Path) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=1150,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
