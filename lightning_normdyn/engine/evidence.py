@@ -320,6 +320,7 @@ class Evidence:
         contradictions = []
         for name, mean, number in zip(names, *values.tolist(), strict=True):
             record = self.records.get(name)
+            self._keep_as_before_batch(name, record)
             contradiction = None if record is None else record.take(mean, number, logs=logs)
             if record is not None and contradiction is not None:
                 # If the graph claims it once more, it is looked at closely again.
@@ -338,9 +339,17 @@ class Evidence:
         it holds."""
         self._before_batch = None
 
+    def _keep_as_before_batch(self, name: str, record: Record | None) -> None:
+        """This record is about to change: leave what it was to a checkpoint within the batch."""
+        before = self._before_batch
+        # A record that is another object there was copied, or replaced, earlier in this batch.
+        if before is not None and record is not None and before[0].get(name) is record:
+            before[0][name] = replace(record)
+
     def _copies(self) -> tuple[dict[str, Record], dict[int, Examination]]:
-        # Records change when looks are judged and are small; nothing is copied to the host.
-        records = {name: replace(record) for name, record in self.records.items()}
+        # The records themselves are copied when they change: most steps judge nothing, and a copy
+        # of each would be half of what an idle step of 150 layers costs.
+        records = dict(self.records)
         examinations = {}
         for index, known in self._examinations.items():
             looks = list(known.looks)
