@@ -201,7 +201,7 @@ class Selection(Generic[AnyRule]):
         session, name = self.session, self.name_of(weight)
         verdict, shape = session.claims.of(weight), session.weights.shapes[weight]
         # For weights of which nothing is claimed: a person may name them, a monitor measures them.
-        fallback = filter_partition(session.module, name, shape)
+        fallback = verdict.partition or filter_partition(session.module, name, shape)
         partition = choose_partition(verdict, self.rule.granularity, fallback)
         # Rows that no loss reads have no gradient; to scale them would change nothing but them.
         if verdict.read is not None:

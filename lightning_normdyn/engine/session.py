@@ -35,7 +35,7 @@ from lightning_normdyn.engine.weights import (
 )
 from lightning_normdyn.engine.witness import Witness
 from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
-from lightning_normdyn.invariance.graph_state import GraphState, Normalizations
+from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Step
@@ -108,7 +108,6 @@ class Session:
         self._watching = False
         # Whether the watched batch had a loss.
         self._analyzed = False
-        self._normalizations = Normalizations(module)
         # What decides the graph's shape, when it was last watched.
         self._watched: tuple[Any, ...] | None = None
         self._graph: GraphState | None = None
@@ -164,7 +163,6 @@ class Session:
             return layout
         changed = {name for names in new.values() for name in names}
         self.claims.take_in(changed)
-        self._normalizations = Normalizations(self.module)
         for member in self.members:
             member.take_in(new, changed)
         # What the next forward pass shows is told in a table when the new weights have stepped.
@@ -207,7 +205,8 @@ class Session:
     def _graph_state(self) -> tuple[Any, ...]:
         """What decides the graph's shape and may change during a fit: frozen weights, and mode,
         kind and settings of normalizations."""
-        return tuple(w.requires_grad for w in self.weights.names), self._normalizations.state()
+        is_trained = tuple(weight.requires_grad for weight in self.weights.names)
+        return is_trained, self.search.normalizations.state()
 
     def _forget_gradients(self) -> None:
         """The graph was watched in the last batch, and torch.compile may compile the next one."""

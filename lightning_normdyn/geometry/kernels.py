@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import repeat
 from math import gcd, prod
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -60,20 +61,29 @@ class RowIndex:
         self.slices: list[slice] = []
         self.pieces: list[tuple[int, Rows]] = []
         self.n = 0
-        of_rows = [indices(0)]
+        # For each piece the vectors of its rows within the weight, and the weight's first vector.
+        positions = [indices(0)]
+        starts = []
         for weight, placement in enumerate(placements):
             for piece in placement.pieces:
-                rows = Rows(piece)
+                rows = _rows_of(piece)
                 self.pieces.append((weight, rows))
-                # Vectors that lie on other ranks alone have no number here.
-                position = torch.searchsorted(placement.held, rows.labels) + self.n
-                of_rows.append(torch.where(rows.labels < 0, -1, position))
+                position = rows.labels
+                if placement.sharing is not None:
+                    # Vectors that lie on other ranks alone have no number here.
+                    found = torch.searchsorted(placement.held, rows.labels)
+                    position = torch.where(rows.labels < 0, -1, found)
+                positions.append(position)
+                starts.append(self.n)
             # A vector that several pieces hold parts of has one number all the same.
             self.slices.append(slice(self.n, self.n + len(placement.held)))
             self.n += len(placement.held)
-        self.counts = [len(vectors) for vectors in of_rows[1:]]
+        self.counts = [len(position) for position in positions[1:]]
         # Row by row through all pieces, as kernels write their results.
-        of_row = torch.cat(of_rows)
+        of_row = torch.cat(positions)
+        start = torch.tensor(starts, dtype=torch.long, device="cpu")
+        start = start.repeat_interleave(torch.tensor(self.counts, dtype=torch.long, device="cpu"))
+        of_row = torch.where(of_row < 0, -1, of_row + start)
         self.in_order = torch.equal(of_row, indices(self.n))
         # Rows that belong to no vector go to one more place behind the n vectors.
         # An index instead of a mask: its size is known, so that the host never waits for it.
@@ -134,6 +144,18 @@ class Rows:
     def dims(self, view: Tensor) -> list[int]:
         """The dimensions of a view that lie within a row."""
         return [d for d in range(view.ndim) if d not in self._kept]
+
+
+# All callbacks on a plain weight have the same piece of it.
+_known_rows: WeakKeyDictionary[Piece, Rows] = WeakKeyDictionary()
+
+
+def _rows_of(piece: Piece) -> Rows:
+    """The rows of a piece, worked out once."""
+    rows = _known_rows.get(piece)
+    if rows is None:
+        rows = _known_rows[piece] = Rows(piece)
+    return rows
 
 
 def _merge_rows(

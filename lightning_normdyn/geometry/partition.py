@@ -87,9 +87,10 @@ class Partition:
         """
         return Partition(self.keep, torch.where(self.labels < 0, 0, -1), "layer")
 
-    @property
+    @cached_property
     def n(self) -> int:
         """Number of vectors."""
+        # Kept, since every index space, table and verdict that the weight is in asks for it.
         if not self.labels.numel():
             return 0
         return int(self.labels.max()) + 1
@@ -118,7 +119,7 @@ class Partition:
         if read is None:
             # All labels stand for equally many entries: those along the dimensions not kept.
             entries_per_label = prod(shape) // max(1, self.labels.numel())
-            return self._label_counts() * entries_per_label
+            return self._label_counts * entries_per_label
         every_dim = self.broadcastable(len(shape))
         # Only the labels of entries that are read: expanding copies nothing, indexing does.
         of_entry = every_dim.expand(tuple(shape))[read]
@@ -147,7 +148,7 @@ class Partition:
         match[mine] = theirs
         agreeing = torch.bincount(mine[match[mine] == theirs], minlength=self.n)
         sizes = torch.bincount(other.labels[other.labels >= 0], minlength=max(1, other.n))
-        mine_alone = agreeing == self._label_counts()
+        mine_alone = agreeing == self._label_counts
         theirs_alone = agreeing == sizes[match.clamp(min=0)]
         return torch.where((match >= 0) & mine_alone & theirs_alone, match, -1)
 
@@ -220,6 +221,7 @@ class Partition:
         """
         return self.labels.reshape(self._sizes(range(ndim)))
 
+    @cached_property
     def _label_counts(self) -> Tensor:
         """How many labels name each vector: int64 ``(n,)``."""
         return torch.bincount(self.labels[self.labels >= 0], minlength=self.n)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from math import prod
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -98,12 +99,15 @@ def place(
         return place_flat(flat, partition)
     if is_dtensor(weight):
         return place_dtensor(weight, partition, name)
-    return Placement(
-        shape,
-        partition.n,
-        itself,
-        (Piece(itself, partition.keep, labels),),
-    )
+    known = _of_plain.get(partition)
+    if known is None or known.shape != shape:
+        piece = Piece(itself, partition.keep, labels)
+        known = _of_plain[partition] = Placement(shape, partition.n, itself, (piece,))
+    return known
+
+
+# Of a plain tensor nothing but its partition counts, which all callbacks on it share.
+_of_plain: WeakKeyDictionary[Partition, Placement] = WeakKeyDictionary()
 
 
 def check_weight(

@@ -140,12 +140,14 @@ class Reduction:
         self._lengths = list(lengths)
         self._held = [p.held for p in placements]
         self._sizes = [p.n for p in placements]
-        self._sharings = [p.sharing or held_everywhere(p.n) for p in placements]
+        # One for all weights of so many vectors: a network has thousands of small weights.
+        whole = {n: held_everywhere(n) for n in {p.n for p in placements if p.sharing is None}}
+        self._sharings = [p.sharing or whole[p.n] for p in placements]
         self._device = device
         self.weights = len(placements)
         # A rank that has all vectors can total them alone: no collective, as under DDP.
         self.everywhere = all(s.everywhere for s in self._sharings)
-        self.cuts = any(s.cut.any() for s in self._sharings)
+        self.cuts = any(s.cut.any() for s in set(self._sharings))
         self._counts = [len(held) for held in self._held]
         self.length = self._held_of(self._lengths).to(device)
         self.weight_of = self._weights_repeated(self._counts)

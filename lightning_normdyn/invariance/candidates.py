@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import itemgetter
 
 import torch
@@ -34,17 +35,17 @@ class Vectors:
     of_row: Tensor
     sizes: Tensor
 
-    @property
+    @cached_property
     def cover_everything(self) -> bool:
         """Whether every row belongs to a vector."""
         return bool((self.of_row >= 0).all())
 
-    @property
+    @cached_property
     def are_single_rows(self) -> bool:
         """Whether no two rows have to be scaled together."""
         return bool((self.sizes == 1).all())
 
-    @property
+    @cached_property
     def share(self) -> float:
         """Which part of the weight belongs to vectors."""
         return float((self.of_row >= 0).double().mean())

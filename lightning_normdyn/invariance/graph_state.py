@@ -74,11 +74,11 @@ class Normalizations:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._places: list[tuple[nn.Module, str, list[str]]] = []
+        self._places: list[tuple[nn.Module, str, tuple[str, ...]]] = []
         for owner in module.modules():
             for key, child in owner._modules.items():
                 if child is not None and is_normalization(child):
-                    settings = [setting for setting in _SETTINGS if setting in vars(child)]
+                    settings = tuple(s for s in _SETTINGS if s in vars(child))
                     self._places.append((owner, key, settings))
 
     def state(self) -> tuple[Any, ...]:

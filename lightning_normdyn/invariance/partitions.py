@@ -76,6 +76,10 @@ def is_gain(
         [True, False, False]
     """
     numbers = math.prod(shape)
+    # The shapes of nearly all weights tell at once, without a search for their layers.
+    has_kernel = math.prod(shape[2:]) > 1
+    if (len(shape) == 2 or has_kernel) and max(shape) < numbers:
+        return False
     if filter_partition(module, name, shape).n == numbers:
         return True
     owner = _owner(module, name)

@@ -59,7 +59,7 @@ class ScaleInvarianceSearch:
         self._module = module
         self.verdicts: dict[str, Verdict] = {}
         self.masks = MaskMemory(module)
-        self._normalizations = Normalizations(module)
+        self.normalizations = Normalizations(module)
         # Where each module's parameters are looked up at the moment of use, and their names.
         self._slots: dict[nn.Module, list[tuple[str, str]]] = {}
         self._look_parameters_up()
@@ -113,7 +113,7 @@ class ScaleInvarianceSearch:
             self._written.forget(name)
         self._look_parameters_up()
         # Both hold on to places in the module tree, which is another one now.
-        self._normalizations = Normalizations(self._module)
+        self.normalizations = Normalizations(self._module)
         self.masks = MaskMemory(self._module)
 
     def __enter__(self) -> ScaleInvarianceSearch:
@@ -127,7 +127,7 @@ class ScaleInvarianceSearch:
         """Record the next forward passes, and make their graph visible; idempotent."""
         if self._stack is not None:
             return
-        state = self._normalizations.state()
+        state = self.normalizations.state()
         # A BatchNorm in evaluation mode normalizes no more: what was learnt holds for another
         # function than the one to come.
         if state != self._judged_in:
@@ -137,12 +137,14 @@ class ScaleInvarianceSearch:
         with ExitStack() as stack:
             stack.callback(self._forget_passes)
             stack.enter_context(visible_graph())
+            # One bound method for all modules, and not a new one for each.
+            enter = self._enter
+            leave = self._leave
             for name, module in self._module.named_modules():
                 self._module_names[module] = clean_name(name)
-                self._hooks.append(module.register_forward_pre_hook(self._enter))
+                self._hooks.append(module.register_forward_pre_hook(enter))
                 # Also after an exception: who catches it goes on, and owns what comes then.
-                leave = module.register_forward_hook(self._leave, always_call=True)
-                self._hooks.append(leave)
+                self._hooks.append(module.register_forward_hook(leave, always_call=True))
             # Kept only here: had anything above raised, leaving the block would have removed the
             # hooks that were set by then.
             self._stack = stack.pop_all()
@@ -156,7 +158,7 @@ class ScaleInvarianceSearch:
         """
         self.verdicts.update(verdicts)
         self._earlier.update(verdicts)
-        self._judged_in = self._normalizations.state()
+        self._judged_in = self.normalizations.state()
 
     def start_afresh(self, verdicts: Mapping[str, Verdict]) -> None:
         """Forget what was found, but for ``verdicts``: the network is another one."""

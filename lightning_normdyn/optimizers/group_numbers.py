@@ -39,8 +39,12 @@ def as_number(value: object) -> Number | None:
         >>> as_number("0.5"), as_number(True)
         (None, None)
     """
+    # First what nearly every option of a group is: the checks of abstract classes below take
+    # longer than all else that is asked about a weight.
+    if type(value) is float:
+        return value
     # Python counts a bool among the integers, but an option is no number.
-    if isinstance(value, bool):
+    if value is None or isinstance(value, bool):
         return None
     if isinstance(value, Tensor):
         return _of_tensor(value)
