@@ -10,9 +10,8 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from math import gcd, prod
+from math import prod
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.geometry.passes import Dims, Kernel, Operand, Pair, Pass, Views
-from lightning_normdyn.geometry.pieces import Piece, Placement
+from lightning_normdyn.geometry.pieces import Placement, Rows, rows_of
 
 CACHED_ENTRIES = 2**17
 """On a CPU, this many float32 entries per thread of two weights and their difference stay in the
@@ -66,7 +65,7 @@ class RowIndex:
         starts = []
         for weight, placement in enumerate(placements):
             for piece in placement.pieces:
-                rows = _rows_of(piece)
+                rows = rows_of(piece)
                 self.pieces.append((weight, rows))
                 position = rows.labels
                 if placement.sharing is not None:
@@ -111,91 +110,6 @@ class RowIndex:
             return sums  # no copy: the usual case
         by_vector = sums.new_zeros(len(sums), self.n + 1)
         return by_vector.index_add_(1, self._of_row, sums)[:, : self.n]
-
-
-class Rows:
-    """A piece of one weight as a tensor in which every row belongs to one vector.
-
-    Attributes:
-        labels: int64 ``(rows,)``: the vector within the weight that each row belongs to, or -1.
-    """
-
-    def __init__(self, piece: Piece) -> None:
-        self._select = piece.select
-        labels, kept, self._blocks = _merge_rows(piece.labels, piece.keep)
-        self._kept = frozenset(kept)
-        self.labels = labels.flatten()
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """This piece of a local tensor; a row is what the kept dimensions tell apart."""
-        view = self._select(tensor)
-        for dim, block in self._blocks:
-            # A view, whatever the strides: the dimension is split, not joined.
-            view = view.unflatten(dim, (-1, block))  # type: ignore[no-untyped-call]
-        return view
-
-    def form(self, view: Tensor) -> list[int]:
-        """The shape of one number per row that broadcasts over a view."""
-        form = [1] * view.ndim
-        for d in self._kept:
-            form[d] = view.shape[d]
-        return form
-
-    def dims(self, view: Tensor) -> list[int]:
-        """The dimensions of a view that lie within a row."""
-        return [d for d in range(view.ndim) if d not in self._kept]
-
-
-# All callbacks on a plain weight have the same piece of it.
-_known_rows: WeakKeyDictionary[Piece, Rows] = WeakKeyDictionary()
-
-
-def _rows_of(piece: Piece) -> Rows:
-    """The rows of a piece, worked out once."""
-    rows = _known_rows.get(piece)
-    if rows is None:
-        rows = _known_rows[piece] = Rows(piece)
-    return rows
-
-
-def _merge_rows(
-    labels: Tensor, kept: Sequence[int]
-) -> tuple[Tensor, list[int], list[tuple[int, int]]]:
-    """Join neighbouring entries that have the same label, so that groups, layers and transposed
-    filters are single rows as well.
-
-    Args:
-        labels: of a piece.
-        kept: the dimensions of the piece's view that they stand for.
-
-    Returns:
-        The labels of the joined rows; the dimensions that are kept; and which dimensions to
-        unflatten first, ``(dim, size of the inner one)``, one after the other.
-    """
-    # Fewer and longer rows: fewer numbers per weight, and longer runs of memory for each sum.
-    kept = list(kept)
-    blocks: list[tuple[int, int]] = []
-    if not labels.numel():
-        return labels, kept, blocks
-    # From the last axis on, so that the axes still to come keep their numbers.
-    for axis in reversed(range(labels.ndim)):
-        size = labels.shape[axis]
-        lines = labels.movedim(axis, 0).reshape(size, -1)
-        # The largest block such that no label changes within one.
-        changes = (lines[1:] != lines[:-1]).any(1).nonzero().flatten() + 1
-        block = gcd(size, *changes.tolist())
-        labels = labels.index_select(axis, indices(size)[::block])
-        if block == size:
-            labels = labels.squeeze(axis)
-            del kept[axis]
-        elif block > 1:
-            dim = kept[axis]
-            blocks.append((dim, block))
-            kept = [k + (k > dim) for k in kept]
-    return labels, kept, blocks
-
-
-# ---- The primitives ----
 
 
 class Kernels:

@@ -15,7 +15,8 @@ from lightning_normdyn import functional as F
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry import kernels as kernels_file
 from lightning_normdyn.geometry import passes
-from lightning_normdyn.geometry.kernels import RowIndex, Rows
+from lightning_normdyn.geometry.kernels import RowIndex
+from lightning_normdyn.geometry.pieces import rows_of
 from lightning_normdyn.geometry.placement import place
 
 ALL = [*KINDS, "long rows"]
@@ -327,7 +328,7 @@ def index_of(*kinds: str) -> RowIndex:
 def test_a_row_is_entries_of_one_vector(kind):
     weight, partition = KINDS[kind]
     (piece,) = place(weight, partition).pieces
-    rows = Rows(piece)
+    rows = rows_of(piece)
     view = rows.view(labels_of(weight, partition).clone())
     expected = rows.labels.view(rows.form(view)).expand_as(view)
     assert torch.equal(view, expected)
