@@ -1,5 +1,5 @@
 """Which optimizers step in a fit, and a bracket around each of them: also around those that take
-the place of others while the fit is running."""
+the place of others while the fit is running. And which of their announced steps were skipped."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
@@ -15,17 +16,81 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.lightning_facts import wrapped_optimizers
 from lightning_normdyn.engine.member import Member
 from lightning_normdyn.engine.messages import show, warn_once
-from lightning_normdyn.engine.two_phases import ReturnCheck
-from lightning_normdyn.engine.weights import Layout, Weights
+from lightning_normdyn.engine.weights import Layout, Weights, held_by
 from lightning_normdyn.errors import NotSupportedError
+from lightning_normdyn.geometry.placement import has_gradient
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.step import Bracket, Phase, Step
-from lightning_normdyn.optimizers.views import torch_optimizers
+from lightning_normdyn.optimizers.views import accumulates, torch_optimizers
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases, without_framework
 
 # The rank of what comes after whatever callbacks do in a phase.
 LAST = 1000
+
+
+class ReturnCheck:
+    """Whether the step of an optimizer in two phases can be seen at all.
+
+    SAM and its like take the gradient at other weights than those that they step from. Their step
+    is the inner optimizer's only if they bring the weights back before it and leave them alone
+    after it. Nothing announces that, so the weights' places are compared once, around the first
+    step.
+
+    Args:
+        outer: the optimizer in two phases.
+        inner: the optimizer that steps inside it.
+        weights: of the network.
+    """
+
+    def __init__(self, outer: Any, inner: Optimizer, weights: Weights) -> None:
+        self._outer, self._inner, self._weights = outer, inner, weights
+        self._places: list[tuple[Tensor, Tensor]] = []
+        self.has_stepped = False
+
+    def begin_batch(self) -> None:
+        """Before the first step: the weights must be back here when the inner optimizer steps."""
+        if not self.has_stepped:
+            self._remember()
+
+    def stepped(self) -> None:
+        """After the first step of the inner optimizer: the weights must still be here when the
+        batch ends."""
+        if not self.has_stepped:
+            self.has_stepped = True
+            self._remember()
+
+    def refusal(self) -> NotSupportedError | None:
+        """What speaks against this optimizer, judged by where its weights are now.
+
+        Nothing is compared before the next call of `begin_batch` or `stepped`.
+        """
+        places, self._places = self._places, []
+        for weight, place in places:
+            if not _is_back(weight.detach(), place):
+                outer, inner = type(self._outer).__name__, type(self._inner).__name__
+                return NotSupportedError(
+                    f"{outer} takes its gradient at other weights, and the step that {inner} makes "
+                    f"inside it is not all that moves `{self._weights.name(weight)}`: it does not "
+                    f"start where the weights were, or they are moved on after it. So the step of "
+                    f"{outer} cannot be seen. Use a form that brings the weights back first and "
+                    f"ends with the inner step."
+                )
+        return None
+
+    def _remember(self) -> None:
+        self._places = []
+        for weight in self._weights.owned(self._inner):
+            # A sharded weight cannot be compared without the other ranks.
+            if weight.requires_grad and type(weight.data) is Tensor:
+                self._places.append((weight, weight.detach().clone()))
+
+
+def _is_back(weight: Tensor, before: Tensor) -> bool:
+    """Whether a weight is where it was, but for the roundings of a way there and back."""
+    distance = torch.linalg.vector_norm((weight - before).float())
+    length = torch.linalg.vector_norm(before.float())
+    return bool(distance <= 8 * torch.finfo(weight.dtype).eps * length)
 
 
 @dataclass
@@ -141,8 +206,7 @@ class Attachment:
         entry.steps_at_watch = bracket.steps
         entry.removers.append(bracket.add(Phase.RESOLVE, self._resolve))
         if in_two_phases:
-            owned = partial(self._weights.owned, optimizer)
-            check = ReturnCheck(outer, optimizer, owned, self._weights.name)
+            check = ReturnCheck(outer, optimizer, self._weights)
             remover = bracket.add(Phase.RESCALE, lambda step: check.stepped(), rank=LAST)
             entry.removers.append(remover)
             entry.return_check = check
@@ -303,3 +367,58 @@ class Attachment:
         before.detach()
         self.entries[index] = entry
         return f"{type(before.outer).__name__} was replaced by another {kind}"
+
+
+class Attempts:
+    """Counts the updates that were about to happen: those that Lightning announced and no bracket
+    saw are the ones that a gradient scaler has skipped.
+
+    Args:
+        trainer: of the fit.
+        attachment: its optimizers, which count the updates that did happen.
+
+    Attributes:
+        count: of attempts.
+    """
+
+    def __init__(self, trainer: Trainer, attachment: Attachment) -> None:
+        self._trainer, self._attachment = trainer, attachment
+        self.count = 0
+        self._updates_before = 0  # before the newest attempt; -1 if it was none
+        self._batch_of_newest = -1  # counted over the fit
+
+    def announce(self, optimizer: Optimizer) -> None:
+        """An optimizer is about to step, unless its scaler finds an inf or no weight has a
+        gradient."""
+        # An optimizer that takes two gradients in a step (SAM) has Lightning say so twice.
+        brackets = self._attachment.brackets
+        is_second = any(b.stepping and b.evaluations > 1 for b in brackets)
+        if is_second or steps_in_two_phases(without_framework(optimizer)):
+            return
+        weights = (p for part in torch_optimizers(optimizer) for p in held_by(part))
+        accumulating = accumulates(self._trainer.strategy.model)
+        is_attempt = not accumulating and any(map(has_gradient, weights))
+        self.count += is_attempt
+        self._updates_before = self._attachment.updates() if is_attempt else -1
+        self._batch_of_newest = self._progress.total.ready
+        for bracket in brackets:
+            bracket.close_in()
+
+    def skipped(self) -> int:
+        """Updates that a gradient scaler skipped in this fit."""
+        # Not below 0: a raw optimizer.step() is an update that Lightning did not announce.
+        return max(0, self.count - self._attachment.updates() - self._is_open())
+
+    @property
+    def _progress(self) -> Any:
+        return self._trainer.fit_loop.epoch_loop.batch_progress
+
+    def _is_open(self) -> bool:
+        """Whether a step is being attempted right now: a checkpoint saved in the middle of it must
+        not count it as skipped."""
+        progress = self._progress
+        is_of_this_batch = (
+            self._batch_of_newest == progress.total.ready
+            and progress.current.processed < progress.current.started
+        )
+        return is_of_this_batch and self._attachment.updates() == self._updates_before

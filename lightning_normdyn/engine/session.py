@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.attachment import Attachment
+from lightning_normdyn.engine.attachment import Attachment, Attempts
 from lightning_normdyn.engine.claims import Claims
 from lightning_normdyn.engine.clock import Clock
 from lightning_normdyn.engine.combined import Combined
@@ -24,7 +24,6 @@ from lightning_normdyn.engine.lightning_facts import batches_that_stepped, log_e
 from lightning_normdyn.engine.looks import Looks
 from lightning_normdyn.engine.member import Member
 from lightning_normdyn.engine.messages import show, warn_once
-from lightning_normdyn.engine.skipped_steps import Attempts
 from lightning_normdyn.engine.start_table import start_table
 from lightning_normdyn.engine.weights import (
     Layout,

@@ -1,7 +1,11 @@
 """Optimizers that come during a fit: those that take the place of others, those that join, and
-those that nobody can handle."""
+those that nobody can handle. In two phases, their step is the inner one's only if weights come back
+before it and stay after it (fits with them are in tests/optimizers/test_wrappers.py). Updates that a
+gradient scaler skips are counted; what is merely under way is not."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -16,6 +20,7 @@ from lightning_normdyn import (
     NormDynWarning,
     WeightRescaling,
 )
+from lightning_normdyn.engine.attachment import Attempts, ReturnCheck
 
 
 def end_table(capsys):
@@ -156,3 +161,111 @@ def test_optimizers_that_are_replaced_together_or_again_keep_their_places():
         ["net.3.weight", "net.8.weight"],
         ["net.0.weight"],
     ]
+
+
+def check_of(weight: nn.Parameter) -> ReturnCheck:
+    weights = SimpleNamespace(owned=lambda _: [weight], name=lambda _: "layer.weight")
+    inner = torch.optim.SGD([weight], lr=0.1)
+    return ReturnCheck(object(), inner, weights)
+
+
+@pytest.fixture
+def weight() -> nn.Parameter:
+    return nn.Parameter(torch.randn(3, 4, generator=torch.Generator().manual_seed(0)))
+
+
+def test_a_way_there_and_back_is_forgiven_its_roundings(weight):
+    check = check_of(weight)
+    check.begin_batch()
+    with torch.no_grad():
+        weight.add_(0.1).sub_(0.1)
+    assert check.refusal() is None
+
+
+def test_a_step_that_starts_elsewhere_is_refused(weight):
+    check = check_of(weight)
+    check.begin_batch()
+    with torch.no_grad():
+        weight.add_(0.1)
+    refusal = check.refusal()
+    assert "SGD" in str(refusal)
+    assert "`layer.weight`" in str(refusal)
+    assert check.refusal() is None  # said once
+
+
+def test_weights_that_are_moved_on_after_the_step_are_refused(weight):
+    check = check_of(weight)
+    check.begin_batch()
+    assert check.refusal() is None
+    with torch.no_grad():
+        weight.sub_(0.1)
+    check.stepped()
+    assert check.has_stepped
+    with torch.no_grad():
+        weight.sub_(0.1)
+    assert check.refusal() is not None
+
+
+def test_later_steps_cost_nothing(weight):
+    check = check_of(weight)
+    check.stepped()
+    assert check.refusal() is None
+    check.begin_batch()
+    check.stepped()
+    with torch.no_grad():
+        weight.add_(1.0)
+    assert check.refusal() is None
+
+
+class Fit:
+    """What `Attempts` sees of a fit: a Trainer's progress, and the updates that brackets saw."""
+
+    def __init__(self) -> None:
+        self.net = nn.Linear(2, 2)
+        self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.1)
+        self.seen, self.brackets, self.accumulating = 0, [], False
+        counts = {
+            "total": SimpleNamespace(ready=0),
+            "current": SimpleNamespace(started=0, processed=0),
+        }
+        self.progress = SimpleNamespace(**counts)
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=self.progress))
+        engine = SimpleNamespace(is_gradient_accumulation_boundary=lambda: not self.accumulating)
+        self.attempts = Attempts(
+            SimpleNamespace(fit_loop=loop, strategy=SimpleNamespace(model=engine)), self
+        )
+
+    def updates(self) -> int:
+        return self.seen
+
+    def batch(self, *, skipped: bool = False, gradient: bool = True) -> int:
+        """Train on one batch; how many skipped steps are counted in the middle of its step."""
+        self.progress.total.ready += 1
+        self.progress.current.started += 1
+        for weight in self.net.parameters():
+            weight.grad = torch.ones_like(weight) if gradient else None
+        self.attempts.announce(self.optimizer)
+        inside = self.attempts.skipped()
+        self.seen += gradient and not skipped and not self.accumulating
+        self.progress.current.processed += 1
+        return inside
+
+
+def test_skipped_updates_are_counted():
+    fit = Fit()
+    for skipped in (False, True, False, True):
+        fit.batch(skipped=skipped)
+    assert (fit.attempts.count, fit.attempts.skipped()) == (4, 2)
+
+
+def test_a_step_under_way_is_not_skipped():
+    fit = Fit()
+    assert [fit.batch(), fit.batch(skipped=True), fit.batch()] == [0, 0, 1]
+
+
+@pytest.mark.parametrize("reason", ["accumulates", "no gradient"])
+def test_what_is_no_attempt_is_not_skipped(reason):
+    fit = Fit()
+    fit.accumulating = reason == "accumulates"
+    fit.batch(gradient=reason != "no gradient")
+    assert (fit.attempts.count, fit.attempts.skipped()) == (0, 0)
