@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lightning_normdyn import EffectiveLRReplay, NormDynamicsMonitor, WeightRescaling
 from lightning_normdyn.callbacks.effective_lr_replay import ReplayWorker
 from lightning_normdyn.engine.effect import Effect, ScaledSteps
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.optimizers.step import Step
 from lightning_normdyn.parametrizations import weight_normalization, weight_standardization

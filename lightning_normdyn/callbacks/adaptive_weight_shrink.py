@@ -16,7 +16,7 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import (
     equivalent_weight_decay,

@@ -15,13 +15,13 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.arguments import Granularity, Params, check_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Effects, LengthJumps
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
     RescalingWorker,
     changes_function,
 )
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import flag, number, record, table, text
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError

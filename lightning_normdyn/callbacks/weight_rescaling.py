@@ -17,13 +17,13 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rescaling
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
     RescalingWorker,
     changes_function,
 )
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
 from lightning_normdyn.optimizers.checks import check_decay_takeover

@@ -6,10 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.selection import AnyRule, Selection
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.worker import Worker
 
 
@@ -133,6 +132,3 @@ class Account(Selection[AnyRule]):
                 f"{self.name} did nothing in this fit: {named(names)} stayed frozen, no optimizer "
                 f"held them, or no loss read all their rows."
             )
-
-
-__all__ = ["Account"]

@@ -86,6 +86,3 @@ def check_choice(name: str, value: Choice, choices: Sequence[str]) -> Choice:
         *others, last = map(repr, choices)
         raise ValueError(f"`{name}` must be {', '.join(others)} or {last}, got {value!r}.")
     return value
-
-
-__all__ = ["as_float", "check_choice", "check_count", "check_number", "is_number"]

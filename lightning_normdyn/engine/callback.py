@@ -202,6 +202,3 @@ class NormDynCallback(Rule):
         stored."""
         record({}, {"workers": table(whole(), self.worker.STATE)})(extra, where)
         self.part.STATE(extra, where)
-
-
-__all__ = ["NormDynCallback"]

@@ -4,7 +4,7 @@ who decays it and by how much, and what was counted."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from math import nan
 from typing import Any
@@ -23,13 +23,16 @@ from lightning_normdyn.engine.effect import (
     combine,
 )
 from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rule import Rule
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim, taken_over_by_trial
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizers.step import Step
+from lightning_normdyn.tables import render
+
+COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
 
 
 class Combined:
@@ -40,11 +43,7 @@ class Combined:
         attachment: their optimizers.
     """
 
-    def __init__(
-        self,
-        members: Sequence[Member],
-        attachment: Attachment,
-    ) -> None:
+    def __init__(self, members: Sequence[Member], attachment: Attachment) -> None:
         self._members, self._attachment = members, attachment
 
     @property
@@ -53,13 +52,8 @@ class Combined:
         return [plan for member in self._members for plan in member.plans.values()]
 
     # -- in words and types
-    # --------------------------------------------------------------------------------
 
-    def effects(
-        self,
-        targets: Sequence[Target],
-        besides: Rule | None = None,
-    ) -> list[Effects]:
+    def effects(self, targets: Sequence[Target], besides: Rule | None = None) -> list[Effects]:
         """What the callbacks, ``besides`` one, do to each of these weights, in one pass over all
         plans."""
         asked = {target.weight: target for target in targets}
@@ -106,8 +100,51 @@ class Combined:
                 weights |= taken_over
         return weights
 
+    def start_table(
+        self, verdict_of: Callable[[Tensor], Verdict], shapes: Mapping[Tensor, Sequence[int]]
+    ) -> str:
+        """The table of targets that a person reads at the start of a fit, one line for each: how
+        they are treated, and what is known about their scale invariance.
+
+        Args:
+            verdict_of: what is known about a weight.
+            shapes: of the weights.
+        """
+        targets: dict[Tensor, Target] = {}
+        written: set[Tensor] = set()
+        for member in self._members:
+            for plan in member.plans.values():
+                for target in plan.targets:
+                    # Of several callbacks on one weight, the first says what its vectors are.
+                    targets.setdefault(target.weight, target)
+                    # A monitor measures every weight: that is no request to change one.
+                    if member.rule.writes:
+                        written.add(target.weight)
+        treatments = self.treatments()
+        rows = []
+        for weight, target in targets.items():
+            verdict = verdict_of(weight)
+            kind = verdict.kind
+            if target.by_request and weight in written:
+                kind = f"{kind} (by request)"
+            row = (
+                target.name,
+                "×".join(map(str, shapes[weight])),
+                kind,
+                str(target.partition.n),
+                _because(verdict),
+                treatments[weight] or "measured",
+            )
+            rows.append(row)
+        return render(
+            "lightning-normdyn: targets",
+            COLUMNS,
+            rows,
+            noted=("treated how", "because of"),
+            optional=("shape", "vectors"),
+        )
+
     # -- decay
-    # ---------------------------------------------------------------------------------------------
 
     def decays(self, plan: Plan) -> list[Decay]:
         """Who decays each target of ``plan`` in this step, and by how much; ``rate`` None where
@@ -128,11 +165,7 @@ class Combined:
         return decays
 
     def decay_shares(
-        self,
-        plan: Plan,
-        step: Step,
-        norm: Tensor,
-        std: Tensor | None = None,
+        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The share of each vector that AWS takes away before this step, and that decay takes away
         within it, whoever applies it.
@@ -174,11 +207,7 @@ class Combined:
         return torch.where(active, before, 0.0), torch.where(active, within, 0.0)
 
     def applied_decay(
-        self,
-        plan: Plan,
-        step: Step,
-        norm: Tensor,
-        std: Tensor | None = None,
+        self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
     ) -> Tensor:
         """The share of each vector that all decay takes away in this step: ``(n,)``. Arguments as
         for `decay_shares`."""
@@ -186,7 +215,6 @@ class Combined:
         return before + within - before * within
 
     # -- counts
-    # --------------------------------------------------------------------------------------------
 
     def events(self) -> dict[tuple[int, int, str], int]:
         """How often each kind of event has happened in this fit, by callback (its place in the
@@ -224,11 +252,7 @@ class Combined:
                 yield plan, plan.vectors.totals(plan.counters[key])
 
 
-def _effect_on(
-    ours: Target,
-    theirs: Target,
-    effect: Effect,
-) -> Effect:
+def _effect_on(ours: Target, theirs: Target, effect: Effect) -> Effect:
     """What ``effect`` on the vectors of ``theirs`` is for those of ``ours``."""
     # What is said of no vector in particular holds for all.
     if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
@@ -246,3 +270,11 @@ def _on_host(rate: float | Tensor | None) -> float:
     if rate is None:
         return nan
     return 0.0 if isinstance(rate, Tensor) else float(rate)
+
+
+def _because(verdict: Verdict) -> str:
+    """The normalizations that make a weight scale-invariant, or what speaks against it."""
+    if not verdict.norms:
+        return verdict.reason
+    norms = ", ".join(verdict.norms)
+    return f"{norms}; {verdict.unread_rows}" if verdict.unread_rows else norms

@@ -14,20 +14,6 @@ from typing import Any, Literal
 
 from lightning_normdyn.optimizers.decay import DecayOwner, DecayRule
 
-__all__ = [
-    "Effect",
-    "Effects",
-    "LengthJumps",
-    "NoEffect",
-    "OnOtherVectors",
-    "Projection",
-    "Rescaling",
-    "ScaledSteps",
-    "Shrink",
-    "UnknownEffect",
-    "combine",
-]
-
 
 @dataclass(frozen=True)
 class Effect:

@@ -12,9 +12,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effect
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rule import Rule
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay
@@ -96,6 +95,3 @@ class Member(Protocol):
 
     def tally_in_words(self) -> str:
         """In how many steps it acted, unless it did in all that it was to act in."""
-
-
-__all__ = ["Member"]

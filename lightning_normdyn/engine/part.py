@@ -12,12 +12,16 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.account import Account
 from lightning_normdyn.engine.effect import Effect
 from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.engine.refusals import find_zeros, refuse_copies, refuse_zeros
-from lightning_normdyn.engine.rivals import refuse_rivals, without_unranked
+from lightning_normdyn.engine.plan import Plan, Target
+from lightning_normdyn.engine.refusals import (
+    find_zeros,
+    refuse_copies,
+    refuse_rivals,
+    refuse_zeros,
+    without_unranked,
+)
 from lightning_normdyn.engine.selection import AnyRule
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.engine.worker import LOOKING, Worker
@@ -477,6 +481,3 @@ class Part(Account[AnyRule]):
         if owed:
             restored["per_vector"] = {**restored["per_vector"], "owed": owed}
         self.restored = restored
-
-
-__all__ = ["Part"]

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
+from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.group_numbers import Number
@@ -26,6 +26,32 @@ from lightning_normdyn.optimizers.recognition import (
     rate_differs_within,
 )
 from lightning_normdyn.optimizers.step import Phase, Step
+
+
+@dataclass
+class Target:
+    """One targeted weight of one optimizer.
+
+    Args:
+        name: its first name in the LightningModule.
+        weight: the parameter that the optimizer holds.
+        partition: how it splits into vectors.
+        verdict: what is known about its scale invariance.
+        by_request: whether a person named it although nothing is known to make it scale-invariant.
+        weight_standardized: whether weight standardization removes its mean before it is used.
+    """
+
+    name: str
+    weight: Tensor
+    partition: Partition
+    verdict: Verdict
+    by_request: bool
+    weight_standardized: bool = False
+
+    @property
+    def scale_invariant(self) -> bool:
+        """Whether the loss is known not to see the length of these vectors."""
+        return not self.by_request
 
 
 @dataclass
@@ -298,7 +324,7 @@ class Plan:
                 return initial()
             return torch.full((vectors.n,), initial, dtype=kind, device=vectors.device)
 
-        return self._memory.take(key, self.targets, vectors, make, kind)
+        return self._memory.take(key, vectors, make, kind)
 
     def counter(self, key: str) -> Tensor:
         """A counter per vector, ``(n,)``, that starts at 0; for `count`."""
@@ -320,6 +346,3 @@ class Plan:
         # Counted and not listed: without a monitor nobody ever takes a list away, and of two
         # monitors only one could.
         self.events[event] = self.events.get(event, 0) + 1
-
-
-__all__ = ["Plan", "Target"]

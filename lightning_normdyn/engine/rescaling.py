@@ -18,11 +18,10 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.rule import Rule
 from lightning_normdyn.engine.selection import AnyRule
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, flag, record
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError

@@ -98,6 +98,3 @@ def shown(params: Iterable[str]) -> str:
     """Patterns as a person writes them: a single one without its list."""
     params = list(params)
     return repr(params[0]) if len(params) == 1 else repr(params)
-
-
-__all__ = ["Rule", "shown"]

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.engine.lightning_facts import callbacks_of
 from lightning_normdyn.engine.messages import named, show, warn_once
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.rule import Rule, shown
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.weights import has_sparse_gradient, held_by
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.geometry.placement import check_weight
@@ -333,6 +333,3 @@ class Selection(Generic[AnyRule]):
             show(trainer, f"lightning-normdyn: {text}")
         else:
             warn_once(text)
-
-
-__all__ = ["Selection"]

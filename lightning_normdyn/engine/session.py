@@ -7,11 +7,11 @@ first step that knows it. What it knows stands in its parts, and is asked for th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakMethod, ref
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,12 +19,15 @@ from lightning_normdyn.engine.attachment import Attachment, Attempts
 from lightning_normdyn.engine.claims import Claims
 from lightning_normdyn.engine.clock import Clock
 from lightning_normdyn.engine.combined import Combined
-from lightning_normdyn.engine.guard import Guard
-from lightning_normdyn.engine.lightning_facts import batches_that_stepped, log_every
+from lightning_normdyn.engine.lightning_facts import (
+    batches_that_stepped,
+    callbacks_of,
+    log_every,
+    set_callbacks,
+)
 from lightning_normdyn.engine.looks import Looks
 from lightning_normdyn.engine.member import Member
 from lightning_normdyn.engine.messages import show, warn_once
-from lightning_normdyn.engine.start_table import start_table
 from lightning_normdyn.engine.weights import (
     Layout,
     Weights,
@@ -88,11 +91,7 @@ class Session:
 
         self.weights = Weights(trainer, module)
         self.attachment = Attachment(
-            trainer,
-            self.weights,
-            self.members,
-            resolve=self.resolve,
-            note=self.note,
+            trainer, self.weights, self.members, resolve=self.resolve, note=self.note
         )
         self.search = ScaleInvarianceSearch(module)
         self.looks = Looks()
@@ -121,7 +120,6 @@ class Session:
         self._announced: set[Tensor] = set()
 
     # -- optimizers
-    # ----------------------------------------------------------------------------------------
 
     def attach(self) -> None:
         """Bracket every optimizer of the fit; idempotent."""
@@ -143,12 +141,7 @@ class Session:
         matched = any(weight in member.matched for member in self.members)
         return matched and self.weights.is_matrix(weight)
 
-    def _take_in_new_weights(
-        self,
-        index: int,
-        *,
-        final: bool,
-    ) -> Layout:
+    def _take_in_new_weights(self, index: int, *, final: bool) -> Layout:
         """Take in layers that grew or a head that was exchanged; arguments as for
         `Weights.take_in`.
 
@@ -169,7 +162,6 @@ class Session:
         return layout
 
     # -- a batch
-    # -------------------------------------------------------------------------------------------
 
     def batch_start(self) -> None:
         """Watch the forward pass of this batch if it may tell something new."""
@@ -270,18 +262,12 @@ class Session:
             targets.update(target.weight for target in plan.targets)
         if not targets <= self._announced:
             self._announced |= targets
-            self._show_start_table()
-
-    def _show_start_table(self) -> None:
-        if not any(member.rule.shows_tables for member in self.members):
-            return
-        # Every rank takes part in the sums, rank zero prints.
-        treatments = self.combined.treatments()
-        table = start_table(self.members, treatments, self.claims.of, self.weights.shapes)
-        show(self.trainer, table)
+            if any(member.rule.shows_tables for member in self.members):
+                # Every rank takes part in the sums, rank zero prints.
+                table = self.combined.start_table(self.claims.of, self.weights.shapes)
+                show(self.trainer, table)
 
     # -- a step
-    # --------------------------------------------------------------------------------------------
 
     def resolve(self, step: Step) -> None:
         """A step is about to happen: every callback makes its plan, unless it has one."""
@@ -294,11 +280,7 @@ class Session:
             logging_step = step.number // 50
         self.looks.note_gradients(index, step, logging_step)
 
-    def _decide(
-        self,
-        index: int,
-        step: Step,
-    ) -> None:
+    def _decide(self, index: int, step: Step) -> None:
         layout = self._take_in_new_weights(index, final=True)
         entry = self.attachment.entries[index]
         if entry.resolved_for != self._basis(layout):
@@ -326,11 +308,7 @@ class Session:
         """What the plans for an optimizer rest on: verdicts and param groups."""
         return self.claims.version, layout
 
-    def _note_what_is_open(
-        self,
-        index: int,
-        optimizer: Optimizer,
-    ) -> None:
+    def _note_what_is_open(self, index: int, optimizer: Optimizer) -> None:
         undecided = []
         for weight in self.attachment.weights():
             verdict = self.claims.of(weight)
@@ -355,7 +333,6 @@ class Session:
         return treated
 
     # -- what was not seen
-    # ---------------------------------------------------------------------------------
 
     def _look_for_unseen_steps(self) -> None:
         every, stepped = log_every(self.trainer), batches_that_stepped(self.trainer)
@@ -378,7 +355,6 @@ class Session:
         self._tallies = [text for text in tallies if text]
 
     # -- words
-    # ---------------------------------------------------------------------------------------------
 
     def note(self, text: str) -> None:
         """Say something once, now and in the end table."""
@@ -386,11 +362,7 @@ class Session:
             self.notes.append(text)
             warn_once(text)
 
-    def say_once(
-        self,
-        text: str,
-        about: object = None,
-    ) -> None:
+    def say_once(self, text: str, about: object = None) -> None:
         """Warn of something once in this fit, whichever optimizer it comes up at.
 
         Args:
@@ -409,7 +381,6 @@ class Session:
         return [*self.notes, *unseen, *(self._tallies or [])]
 
     # -- checkpoints
-    # ---------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """What is known of the weights, which graph it was read from, and the evidence for it:
@@ -456,7 +427,6 @@ class Session:
             )
 
     # -- the end
-    # -------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Leave no hook behind; idempotent."""
@@ -466,3 +436,45 @@ class Session:
             self._witness.close()
         self.attachment.close()
         self.closed = True
+
+
+class Guard(Callback):
+    """Stands first among the Trainer's callbacks while a forward pass is watched.
+
+    Watching sets switches of the whole process. Another callback's ``on_exception`` may raise, and
+    what stands behind it in the list is then never called.
+
+    Args:
+        stop: ends the watch; a method, held weakly, since the Trainer holds this callback.
+    """
+
+    def __init__(self, stop: Callable[[], None]) -> None:
+        self._stop = WeakMethod(stop)
+
+    def stand_first(self, trainer: Trainer) -> None:
+        """Put it in front of the Trainer's list."""
+        callbacks = callbacks_of(trainer)
+        if self not in callbacks:
+            # Another list, not a change of this one: Lightning may be going through it right now.
+            set_callbacks(trainer, [self, *callbacks])
+
+    def leave(self, trainer: Trainer) -> None:
+        """Take it out of the list again; idempotent."""
+        callbacks = callbacks_of(trainer)
+        if self in callbacks:
+            set_callbacks(trainer, [c for c in callbacks if c is not self])
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Before any other callback's."""
+        self._end()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Before any other callback's; where the tuner ends a fit, it is all that is called."""
+        self._end()
+
+    def _end(self) -> None:
+        stop = self._stop()
+        if stop is not None:
+            stop()

@@ -3,13 +3,12 @@ are made anew when weights join or leave, and a checkpoint is loaded by another 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 
@@ -27,14 +26,17 @@ class _Entry:
     Args:
         vectors: all vectors of that plan.
         position: of the weight among them.
-        partition: how the weight splits into vectors.
         values: ``(vectors.n,)``, of this rank.
     """
 
     vectors: WeightVectors
     position: int
-    partition: Partition
     values: Tensor
+
+    @property
+    def partition(self) -> Partition:
+        """How the weight splits into vectors."""
+        return self.vectors.partitions[self.position]
 
     @property
     def local(self) -> Tensor:
@@ -61,7 +63,6 @@ class VectorState:
     def take(
         self,
         key: str,
-        targets: Sequence[Target],
         vectors: WeightVectors,
         make: Callable[[], Tensor],
         dtype: torch.dtype,
@@ -72,7 +73,6 @@ class VectorState:
 
         Args:
             key: names the state.
-            targets: the weights of ``vectors``.
             vectors: whose state it is.
             make: gives ``(n,)`` for vectors that nothing is known of; may be a collective.
             dtype: of the result.
@@ -80,13 +80,13 @@ class VectorState:
         entries, restored = self._entries.setdefault(key, {}), self._restored.get(key, {})
         fresh: Tensor | None = None
         parts = []
-        for i, target in enumerate(targets):
+        for i, (name, partition) in enumerate(zip(vectors.names, vectors.partitions, strict=True)):
             # Popped: the next plan must go on from this one and not from the checkpoint again.
-            saved, known = restored.pop(target.name, None), entries.get(target.name)
+            saved, known = restored.pop(name, None), entries.get(name)
             # With another granularity, the saved numbers are about other vectors.
-            if saved is not None and saved.numel() == target.partition.n:
+            if saved is not None and saved.numel() == partition.n:
                 part = vectors.scatter_one(i, saved)
-            elif known is not None and known.partition.equal(target.partition):
+            elif known is not None and known.partition.equal(partition):
                 part = known.local
             else:
                 # Decided by partitions, which are the same on every rank, and not by what this rank
@@ -94,12 +94,12 @@ class VectorState:
                 fresh = make() if fresh is None else fresh
                 part = fresh[vectors.slices[i]]
                 if known is not None:
-                    part = _carry(known, target.partition, vectors, i, part)
+                    part = _carry(known, vectors, i, part)
             parts.append(part.to(vectors.device, dtype))
         # A copy: the earlier plan may still be in a step that raises.
         values = torch.cat(parts)
-        for i, target in enumerate(targets):
-            entries[target.name] = _Entry(vectors, i, target.partition, values)
+        for i, name in enumerate(vectors.names):
+            entries[name] = _Entry(vectors, i, values)
         return values
 
     def gather(self) -> Table:
@@ -126,12 +126,10 @@ class VectorState:
             table.pop(name, None)
 
 
-def _carry(
-    known: _Entry, partition: Partition, vectors: WeightVectors, position: int, fresh: Tensor
-) -> Tensor:
+def _carry(known: _Entry, vectors: WeightVectors, position: int, fresh: Tensor) -> Tensor:
     """State of a weight that splits otherwise than before: as it was for vectors that stayed the
     same (rows that no loss had read have joined), ``fresh`` for the others. A collective."""
-    same = partition.found_in(known.partition)
+    same = vectors.partitions[position].found_in(known.partition)
     # Partitions are whole on every rank, so all ranks leave here, or none does.
     if not bool((same >= 0).any()):
         return fresh
@@ -141,6 +139,3 @@ def _carry(
     is_known = vectors.scatter_one(position, same >= 0)
     carried = vectors.scatter_one(position, matched)
     return torch.where(is_known, carried.to(fresh), fresh)
-
-
-__all__ = ["VectorState"]

@@ -9,9 +9,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effect, NoEffect, UnknownEffect
-from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.engine.selection import AnyRule, Selection
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
@@ -182,6 +181,3 @@ class Worker(Generic[AnyRule]):
 
 def _is_method(value: object) -> bool:
     return callable(value) or isinstance(value, property)
-
-
-__all__ = ["LOOKING", "Worker", "during"]

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.value_checks import flag, optional, plain, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError

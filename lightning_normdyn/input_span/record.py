@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
 from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.input_span.gather import InputGatherer
 from lightning_normdyn.input_span.layers import ReadableLayers
 from lightning_normdyn.input_span.summary import REACH, SpanSummary

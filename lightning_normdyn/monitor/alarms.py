@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.messages import show, warn_once
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.monitor.ledger import Norms
 from lightning_normdyn.monitor.loggers import publish_alert
 from lightning_normdyn.monitor.measure import StepGauge

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.monitor.curves import Curves, layer_names, recorded_curves
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap

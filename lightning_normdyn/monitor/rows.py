@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.monitor.alarms import Alarms
 from lightning_normdyn.monitor.histograms import Histogram
 from lightning_normdyn.monitor.ledger import Ledger, Norms, Row

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.engine.plan import Plan, Tally
-from lightning_normdyn.engine.target import Target
+from lightning_normdyn.engine.plan import Plan, Tally, Target
 from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.invariance.verdict import Verdict
@@ -153,3 +152,12 @@ def test_numbers_of_the_groups(key):
     optimizer.param_groups[1][key] = 0.5
     numbers = [group_number(group, key) for group, _ in plan.groups]
     assert plan.spread_groups(key, numbers).tolist() == [0, 0, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("by_request", [True, False])
+def test_what_a_person_asked_for_is_not_taken_for_scale_invariant(by_request):
+    weight = torch.nn.Parameter(torch.ones(2, 2))
+    verdict = Verdict.unknown("w", (2, 2))
+    target = Target("w", weight, Partition.filters((2, 2)), verdict, by_request)
+    assert target.scale_invariant is not by_request
+    assert not target.weight_standardized

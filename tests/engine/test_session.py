@@ -3,9 +3,14 @@ says of them."""
 
 from __future__ import annotations
 
+import gc
+from types import SimpleNamespace
+from weakref import ref
+
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch import Callback
 from models import TARGETS, Net, fit, make, weights_of
 from reference import Shrink
 from replay import Recorder, replay
@@ -22,6 +27,7 @@ from lightning_normdyn import (
     WeightRescaling,
 )
 from lightning_normdyn.engine.selection import Selection
+from lightning_normdyn.engine.session import Guard
 
 
 def end_table(capsys):
@@ -147,3 +153,41 @@ def test_shrinking_a_replay_is_as_ever():
     assert all(
         torch.allclose(weights_of(module)[name], expected[name], rtol=1e-12) for name in TARGETS
     )
+
+
+class Watch:
+    def __init__(self):
+        self.stopped = 0
+        self.guard = Guard(self.stop)
+
+    def stop(self):
+        self.stopped += 1
+
+
+def test_it_stands_first_and_leaves_the_others_as_they_are():
+    other, watch = Callback(), Watch()
+    callbacks = [other]
+    trainer = SimpleNamespace(callbacks=callbacks)
+    for _ in range(2):
+        watch.guard.stand_first(trainer)
+    assert trainer.callbacks == [watch.guard, other]
+    assert callbacks == [other]  # Lightning may be going through this list
+    for _ in range(2):
+        watch.guard.leave(trainer)
+    assert trainer.callbacks == [other]
+
+
+def test_it_ends_the_watch_at_an_exception_and_at_the_end():
+    watch = Watch()
+    watch.guard.on_exception(None, None, ValueError())
+    watch.guard.teardown(None, None, "fit")
+    assert watch.stopped == 2
+
+
+def test_it_keeps_nothing_alive():
+    watch = Watch()
+    guard, kept = watch.guard, ref(watch)
+    del watch
+    gc.collect()
+    assert kept() is None
+    guard.teardown(None, None, "fit")

@@ -6,49 +6,43 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_normdyn.engine.target import Target
 from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
-from lightning_normdyn.invariance.verdict import Verdict
 
 ROWS = Partition.filters((3, 2))
 FIRST_TWO = Partition((0,), torch.tensor([0, 1, -1]), "filter")
 
 
-def targets(**partitions: Partition) -> list[Target]:
-    found = []
-    for name, partition in partitions.items():
-        weight = nn.Parameter(torch.ones(3, 2))
-        verdict = Verdict.unknown(name, (3, 2))
-        found.append(Target(name, weight, partition, verdict, by_request=True))
-    return found
+def vectors(**partitions: Partition) -> WeightVectors:
+    """A weight of three rows for each name."""
+    weights = [nn.Parameter(torch.ones(3, 2)) for _ in partitions]
+    return WeightVectors(weights, list(partitions.values()), list(partitions))
 
 
-def take(state: VectorState, chosen: list[Target], fresh: list[float] | None) -> torch.Tensor:
+def take(state: VectorState, chosen: WeightVectors, fresh: list[float] | None) -> torch.Tensor:
     """The state of ``chosen`` under "key"; ``fresh`` None: everything must be known."""
-    vectors = WeightVectors([t.weight for t in chosen], [t.partition for t in chosen])
 
     def make() -> torch.Tensor:
         assert fresh is not None, "asked for what is known"
         return torch.tensor(fresh, dtype=torch.float64)
 
-    return state.take("key", chosen, vectors, make, torch.float64)
+    return state.take("key", chosen, make, torch.float64)
 
 
 def test_what_is_changed_in_place_is_what_the_next_plan_gets():
     state = VectorState()
-    values = take(state, targets(a=ROWS, b=ROWS), [0.0] * 6)
+    values = take(state, vectors(a=ROWS, b=ROWS), [0.0] * 6)
     values += torch.arange(6)
-    assert take(state, targets(b=ROWS), None).tolist() == [3, 4, 5]
+    assert take(state, vectors(b=ROWS), None).tolist() == [3, 4, 5]
     # `a` had left, and comes back with what it had.
-    assert take(state, targets(c=ROWS, a=ROWS), [9.0] * 6).tolist() == [9, 9, 9, 0, 1, 2]
+    assert take(state, vectors(c=ROWS, a=ROWS), [9.0] * 6).tolist() == [9, 9, 9, 0, 1, 2]
 
 
 def test_a_new_plan_has_a_tensor_of_its_own():
     state = VectorState()
-    first = take(state, targets(a=ROWS), [1.0] * 3)
-    second = take(state, targets(a=ROWS), None)
+    first = take(state, vectors(a=ROWS), [1.0] * 3)
+    second = take(state, vectors(a=ROWS), None)
     second += 1
     assert first.tolist() == [1, 1, 1]
     assert state.gather()["key"]["a"].tolist() == [2, 2, 2]
@@ -56,20 +50,20 @@ def test_a_new_plan_has_a_tensor_of_its_own():
 
 def test_state_belongs_to_a_partition_and_not_to_a_number_of_vectors():
     state = VectorState()
-    take(state, targets(a=FIRST_TWO), [1.0] * 2)
+    take(state, vectors(a=FIRST_TWO), [1.0] * 2)
     columns = Partition.filters((3, 2), axis=1)
-    assert take(state, targets(a=columns), [5.0] * 2).tolist() == [5, 5]
+    assert take(state, vectors(a=columns), [5.0] * 2).tolist() == [5, 5]
 
 
 def test_vectors_that_stay_keep_their_state_when_others_join():
     state = VectorState()
-    take(state, targets(a=FIRST_TWO), [1.0, 2.0])
-    assert take(state, targets(a=ROWS), [7.0] * 3).tolist() == [1, 2, 7]
+    take(state, vectors(a=FIRST_TWO), [1.0, 2.0])
+    assert take(state, vectors(a=ROWS), [7.0] * 3).tolist() == [1, 2, 7]
 
 
 def test_a_checkpoint_holds_everything_and_is_taken_up_once():
     saved = VectorState()
-    take(saved, targets(a=ROWS, b=FIRST_TWO), [1.0, 2.0, 3.0, 4.0, 5.0])
+    take(saved, vectors(a=ROWS, b=FIRST_TWO), [1.0, 2.0, 3.0, 4.0, 5.0])
     tables = saved.gather()
     assert {name: values.tolist() for name, values in tables["key"].items()} == {
         "a": [1, 2, 3],
@@ -78,23 +72,21 @@ def test_a_checkpoint_holds_everything_and_is_taken_up_once():
     state = VectorState()
     state.restore(tables)
     assert state.gather()["key"].keys() == {"a", "b"}  # handed on while nobody has asked
-    values = take(state, targets(a=ROWS), None)
+    values = take(state, vectors(a=ROWS), None)
     values.zero_()
-    assert take(state, targets(a=ROWS), None).tolist() == [0, 0, 0]
+    assert take(state, vectors(a=ROWS), None).tolist() == [0, 0, 0]
     assert state.gather()["key"]["b"].tolist() == [4, 5]
 
 
 def test_a_saved_state_of_other_vectors_is_not_used():
     state = VectorState()
     state.restore({"key": {"a": torch.ones(2)}})
-    assert take(state, targets(a=ROWS), [7.0] * 3).tolist() == [7, 7, 7]
+    assert take(state, vectors(a=ROWS), [7.0] * 3).tolist() == [7, 7, 7]
 
 
 def test_what_may_be_found_again_is_not_saved():
     state = VectorState()
-    chosen = targets(a=ROWS)
-    vectors = WeightVectors([chosen[0].weight], [ROWS])
-    state.take("bad", chosen, vectors, lambda: torch.ones(3), torch.bool)
+    state.take("bad", vectors(a=ROWS), lambda: torch.ones(3), torch.bool)
     assert state.gather() == {}
 
 
@@ -104,6 +96,6 @@ def test_a_weight_that_took_the_place_of_another_starts_anew(restored):
     if restored:
         state.restore({"key": {"a": torch.ones(3)}})
     else:
-        take(state, targets(a=ROWS), [1.0] * 3)
+        take(state, vectors(a=ROWS), [1.0] * 3)
     state.forget("a")
-    assert take(state, targets(a=ROWS), [4.0] * 3).tolist() == [4, 4, 4]
+    assert take(state, vectors(a=ROWS), [4.0] * 3).tolist() == [4, 4, 4]
