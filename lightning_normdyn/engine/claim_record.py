@@ -148,19 +148,11 @@ class Record:
         state: Tensor,
     ) -> Record:
         """The inverse of `state`."""
-        total, count, doubt_total, doubt_count, *numbers = state.tolist()
-        close, confirmed, cleared, rest = map(int, numbers)
-        return cls(
-            claim,
-            total,
-            count,
-            doubt_total,
-            doubt_count,
-            close,
-            bool(confirmed),
-            cleared,
-            rest,
-        )
+        *sums, close, confirmed, cleared, rest = state.tolist()
+        record = cls(claim, *sums)
+        record.close, record.confirmed = int(close), bool(confirmed)
+        record.cleared, record.rest = int(cleared), int(rest)
+        return record
 
 
 def same_claim(before: Verdict, after: Verdict) -> bool:

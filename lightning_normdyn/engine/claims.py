@@ -81,9 +81,10 @@ class Claims:
     def take_in(self, changed: Iterable[str]) -> None:
         """Other weights are called by these names from now on."""
         self._search.take_in(set(changed))
-        self._unknown = {}
-        for name, verdict in self._search.verdicts.items():
-            self._unknown[name] = Verdict.unknown(name, verdict.shape, verdict.reason)
+        self._unknown = {
+            name: Verdict.unknown(name, verdict.shape, verdict.reason)
+            for name, verdict in self._search.verdicts.items()
+        }
         self.evidence.reconsider(changed)
         for name in changed:
             self._withdrawn.pop(name, None)
@@ -243,7 +244,7 @@ class Claims:
         reason: str,
     ) -> None:
         self.losses[name] = f"since step {step}, {reason}"
-        warn_once(f"`{name}` is no longer taken for scale-invariant: {reason}.")
+        _warn_of_loss(name, reason)
 
     def losses_in_words(self) -> str:
         """For the table at the end of a fit: the weights that callbacks have stopped acting on;
@@ -261,13 +262,11 @@ class Claims:
 
     def state(self) -> dict[str, Any]:
         """What is known of the weights and the evidence for it: plain tensors, numbers, strings."""
-        known = {}
-        for name, verdict in self._search.verdicts.items():
-            # A fresh fit knows nothing of the others either.
-            if verdict.kind != "unknown":
-                known[name] = verdict.state()
+        verdicts = self._search.verdicts
+        # A fresh fit knows nothing of the others either.
+        known = [name for name, verdict in verdicts.items() if verdict.kind != "unknown"]
         return {
-            "targets": known,
+            "targets": {name: verdicts[name].state() for name in known},
             "evidence": self.evidence.state(in_batch=self._clock.is_inside_batch),
             "losses": dict(self.losses),
         }
@@ -312,14 +311,12 @@ class Claims:
                 continue
             if same_network or _same_norms(verdict, before, graph):
                 self._withdrawn[verdict.name] = verdict
-                warn_once(
-                    f"`{verdict.name}` is no longer taken for scale-invariant: {verdict.reason}."
-                )
+                _warn_of_loss(verdict.name, verdict.reason)
         self.resumed = bool(self._withdrawn)
         if not same_network:
             # Another network: judged as a fresh fit would judge it, but for claims that gradients
             # have contradicted already.
-            self._search.start_afresh({**self._unknown, **self._withdrawn})
+            self._search.start_afresh(self._unknown | self._withdrawn)
             return False
         self.resumed |= any(int(steps) for steps in restored["steps"].values())
         self.losses = dict(restored.get("losses", {}))
@@ -337,6 +334,10 @@ def something_is_compiled() -> bool:
     import torch._dynamo.utils
 
     return bool(torch._dynamo.utils.counters["frames"])
+
+
+def _warn_of_loss(name: str, reason: str) -> None:
+    warn_once(f"`{name}` is no longer taken for scale-invariant: {reason}.")
 
 
 def _same_norms(

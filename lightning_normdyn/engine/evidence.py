@@ -123,12 +123,9 @@ class Examination:
         # may differ in what they trust.
         if not trusted:
             sums = torch.full_like(sums, float("nan"))
-
-        def summarize(products: Tensor, length: Tensor) -> Tensor:
-            ww, wg, gg = products
-            return euler_sums(ww, wg, gg, length)
-
-        totals = vectors.complete_with_totals(sums, summarize)
+        totals = vectors.complete_with_totals(
+            sums, lambda s, length: euler_sums(s[0], s[1], s[2], length)
+        )
         return euler_values(vectors.mean_over_copies(totals))
 
 
@@ -288,7 +285,10 @@ class Evidence:
         examination.logged = logging_step
         # Judging the looks that have arrived may end a close look: this step still belongs to it.
         close, vectors = examination.close, examination.vectors
-        contradictions = self._read(examination)
+        contradictions = []
+        while examination.looks and examination.looks[0].due <= examination.steps:
+            look = examination.looks.pop(0)
+            contradictions += self._judge(examination, look.names, look.values.get(), logs=True)
         if vectors is not None and (logs or close):
             values = examination.values(vectors, trusted=trusted, as_received=as_received)
             # A callback is about to act on a claim that is new or in doubt, so wait for the values.
@@ -300,13 +300,6 @@ class Evidence:
                 due = examination.steps + 1 + copy.arrives_later
                 examination.looks.append(Look(due, examination.names, copy))
         examination.forget_gradients()
-        return contradictions
-
-    def _read(self, examination: Examination) -> list[Contradiction]:
-        contradictions = []
-        while examination.looks and examination.looks[0].due <= examination.steps:
-            look = examination.looks.pop(0)
-            contradictions += self._judge(examination, look.names, look.values.get(), logs=True)
         return contradictions
 
     def _judge(
@@ -369,9 +362,7 @@ class Evidence:
             records, examinations = self._before_batch
         stored = {}
         for index, examination in examinations.items():
-            looks = []
-            for look in examination.looks:
-                looks.append([look.due, list(look.names), look.values.get().double()])
+            looks = [[e.due, list(e.names), e.values.get().double()] for e in examination.looks]
             stored[index] = {
                 "steps": examination.steps,
                 "logged": examination.logged,

@@ -263,7 +263,7 @@ def _inputs_of(session: Session) -> list[tuple[Any, ...]]:
     if not isinstance(batch, Tensor):
         candidates.append((batch,))
     signature = inspect.signature(session.module.forward)
-    fitting = [inputs for inputs in candidates if _takes(signature, inputs) and _tensors_of(inputs)]
+    fitting = [each for each in candidates if _takes(signature, each) and _holds_tensors_only(each)]
     if fitting:
         return fitting
     first = parts[0] if parts else batch
@@ -284,15 +284,11 @@ def _takes(signature: inspect.Signature, inputs: tuple[Any, ...]) -> bool:
     return True
 
 
-def _tensors_of(inputs: tuple[Any, ...]) -> bool:
-    """Whether these are tensors, or sequences of tensors."""
-    for each in inputs:
-        if isinstance(each, (tuple, list)):
-            if not each or not _tensors_of(tuple(each)):
-                return False
-        elif not isinstance(each, Tensor):
-            return False
-    return True
+def _holds_tensors_only(inputs: Any) -> bool:
+    """Whether this is a tensor, or a sequence of nothing but such."""
+    if isinstance(inputs, (tuple, list)):
+        return bool(inputs) and all(map(_holds_tensors_only, inputs))
+    return isinstance(inputs, Tensor)
 
 
 class RescalingWorker(Worker[AnyRule]):

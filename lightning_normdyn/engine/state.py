@@ -16,7 +16,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_normdyn.engine.value_checks import (
     Check,
+    dictionary,
     flag,
     many,
     number,
@@ -34,6 +35,7 @@ from lightning_normdyn.engine.value_checks import (
     require,
     table,
     text,
+    vector,
     whole,
 )
 from lightning_normdyn.errors import NormDynError, shown
@@ -42,10 +44,6 @@ VERSION = 3
 """Of the state that is written; 1 had no digest, and 2 no workers."""
 
 KINDS = ("filter", "group", "layer", "column", "partly", "no", "unknown")
-
-
-class _Hash(Protocol):
-    def update(self, data: bytes | memoryview, /) -> None: ...
 
 
 # ---------------------------------------------------------------------------------------- the whole
@@ -63,11 +61,9 @@ def seal(state: Mapping[str, Any]) -> dict[str, Any]:
         >>> sealed["version"], len(sealed["digest"]), [*sealed["extra"]]
         (3, 32, ['digest'])
     """
-    content = {
-        key: _compact(value) for key, value in state.items() if key not in ("version", "digest")
-    }
-    # A state that comes from a checkpoint and goes into the next has a digest in it.
-    extra = {key: value for key, value in content.pop("extra", {}).items() if key != "digest"}
+    # A state that comes from a checkpoint and goes into the next has digests in it.
+    content = _compact(_without(state, "version", "digest", "extra"))
+    extra = _compact(_without(state.get("extra", {}), "digest"))
     deciding, recorded = _digests(content, extra)
     return {
         "version": VERSION,
@@ -97,7 +93,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
         lightning_normdyn.errors.NormDynError: it was changed after it was saved (its digest is
         another one)
     """
-    require(isinstance(state, dict), f"it is a {type(state).__name__}, where a dictionary belongs")
+    dictionary(state, "it")
     version = state.get("version")
     # By the exact type: a tensor is compared entry by entry, and an `if` on that may raise.
     if type(version) is not int or version != VERSION:
@@ -106,13 +102,9 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
         )
     # First of all: what follows copies and hashes, which a hostile tensor could make endless.
     plain(state, "it")
-    own = state.get("extra")
-    if not isinstance(own, dict):
-        raise NormDynError(f"its own part is a {type(own).__name__}, where a dictionary belongs")
-    content = {
-        key: value for key, value in state.items() if key not in ("version", "digest", "extra")
-    }
-    own_content = {key: value for key, value in own.items() if key != "digest"}
+    own: Any = state.get("extra")
+    dictionary(own, "its own part")
+    content, own_content = _without(state, "version", "digest", "extra"), _without(own, "digest")
     sound = (state.get("digest"), own.get("digest")) == _digests(content, own_content)
     require(sound, "it was changed after it was saved (its digest is another one)")
     content["extra"] = own_content
@@ -123,9 +115,12 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
     return content
 
 
+def _without(state: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in state.items() if key not in keys}
+
+
 def _digests(content: Mapping[str, Any], extra: Mapping[str, Any]) -> tuple[str, str]:
-    deciding = {key: value for key, value in content.items() if key != "position"}
-    return digest(deciding), digest([content.get("position"), extra])
+    return digest(_without(content, "position")), digest([content.get("position"), extra])
 
 
 def digest(value: Any) -> str:
@@ -163,7 +158,7 @@ def _packed(tensor: Tensor) -> Tensor:
     return row.reshape(tensor.shape).copy_(tensor.detach()).reshape(-1)
 
 
-def _feed(hashed: _Hash, value: Any) -> None:
+def _feed(hashed: blake2b, value: Any) -> None:
     if isinstance(value, Tensor):
         # The type and shape first: the same bytes are other numbers under another type.
         hashed.update(f"tensor {value.dtype} {list(value.shape)} ".encode())
@@ -275,16 +270,12 @@ _GRAPH = record(
 
 
 def _per_vector(value: Any, where: str) -> None:
-    table(text(), table(text(), _one_per_vector))(value, where)
+    table(text(), table(text(), vector))(value, where)
     # These two become factors on weights: a negative one would turn a vector around, and one that
     # is not finite would destroy it.
     for key in ("initial_norm", "owed"):
         for name, values in value.get(key, {}).items():
             numbers(0.0)(values, f"{where}.{key}[{shown(name)}]")
-
-
-def _one_per_vector(value: Any, where: str) -> None:
-    require(isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension")
 
 
 def _positive(value: Any, where: str) -> None:
@@ -340,6 +331,3 @@ _STATE = record(
         "ahead": _AHEAD,
     },
 )
-
-
-__all__ = ["VERSION", "digest", "seal", "unseal"]

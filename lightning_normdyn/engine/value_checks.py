@@ -153,14 +153,18 @@ def many(check: Check) -> Check:
     return each
 
 
+def dictionary(value: Any, where: str) -> None:
+    """A dictionary of anything."""
+    require(
+        isinstance(value, dict), f"{where} is a {type(value).__name__}, where a dictionary belongs"
+    )
+
+
 def table(key: Check, value: Check) -> Check:
     """A dictionary whose keys and values are of one kind each."""
 
     def every(found: Any, where: str) -> None:
-        require(
-            isinstance(found, dict),
-            f"{where} is a {type(found).__name__}, where a dictionary belongs",
-        )
+        dictionary(found, where)
         for name, item in found.items():
             key(name, f"a key of {where}")
             value(item, f"{where}[{shown(name)}]")
@@ -179,47 +183,33 @@ def record(
         closed: whether any further key is refused.
     """
 
+    checks = {**needed, **(others or {})}
+
     def check(found: Any, where: str) -> None:
-        require(
-            isinstance(found, dict),
-            f"{where} is a {type(found).__name__}, where a dictionary belongs",
-        )
+        dictionary(found, where)
         missing = [key for key in needed if key not in found]
         require(not missing, f"{where} lacks {missing}")
         # Named where nobody may add anything: a misspelt key would silently be a default.
-        foreign = [key for key in found if key not in needed and key not in (others or {})]
+        foreign = [key for key in found if key not in checks]
         require(not (closed and foreign), f"{where} has {shown(foreign)}, which nobody knows")
-        for key, each in {**needed, **(others or {})}.items():
+        for key, each in checks.items():
             if key in found:
                 each(found[key], f"{where}.{key}")
 
     return check
 
 
+def vector(value: Any, where: str) -> None:
+    """A tensor ``(n,)``."""
+    require(isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension")
+
+
 def numbers(least: float = -inf) -> Check:
     """A tensor ``(n,)`` of finite numbers from ``least`` on."""
 
     def check(value: Any, where: str) -> None:
-        require(
-            isinstance(value, Tensor) and value.ndim == 1, f"{where} is no tensor of one dimension"
-        )
+        vector(value, where)
         sound = torch.isfinite(value).all() and (value >= least).all()
         require(bool(sound), f"{where} holds numbers that are not finite or below {least:g}")
 
     return check
-
-
-__all__ = [
-    "Check",
-    "flag",
-    "many",
-    "number",
-    "numbers",
-    "optional",
-    "plain",
-    "record",
-    "require",
-    "table",
-    "text",
-    "whole",
-]

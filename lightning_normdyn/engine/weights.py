@@ -31,7 +31,7 @@ class Weights:
 
     Attributes:
         names: all names of each parameter; several where it is tied.
-        holders: the modules that hold it.
+        holders: the modules that hold it; several where it is tied.
         shapes: of the whole parameter, wherever its parts lie.
         lazy: those that have no shape yet.
     """
@@ -55,7 +55,10 @@ class Weights:
         self.names.update(new)
         # The strategy's model wraps the module, and what FSDP1 flattens is only seen from there.
         survey(self._trainer.strategy.model or self.module, self._trainer.optimizers)
-        self.holders = holders_of(self.module)
+        self.holders: dict[Tensor, list[nn.Module]] = {}
+        for submodule in self.module.modules():
+            for parameter in submodule.parameters(recurse=False):
+                self.holders.setdefault(parameter, []).append(submodule)
         for weight in new:
             self.shapes[weight] = full_shape(weight)
             if is_lazy(weight):
@@ -136,15 +139,6 @@ class Weights:
                 del self.names[weight]
 
 
-def holders_of(module: nn.Module) -> dict[Tensor, list[nn.Module]]:
-    """The modules that hold each parameter; several where it is tied."""
-    holders: dict[Tensor, list[nn.Module]] = {}
-    for submodule in module.modules():
-        for parameter in submodule.parameters(recurse=False):
-            holders.setdefault(parameter, []).append(submodule)
-    return holders
-
-
 def weights_by_name(names: Mapping[Tensor, Names]) -> dict[str, Tensor]:
     """The inverse of `parameter_names`."""
     weights = {}
@@ -162,11 +156,8 @@ def held_by(optimizer: Optimizer) -> list[Tensor]:
 def layout_of(optimizer: Optimizer) -> Layout:
     """The param groups of an optimizer by identity: it changes when a group joins, grows, or gets
     other weights."""
-    layout = []
-    for group in optimizer.param_groups:
-        # Ids, since layouts are compared: `==` on tensors compares their entries.
-        layout.append((id(group), *map(id, group["params"])))
-    return tuple(layout)
+    # Ids, since layouts are compared: `==` on tensors compares their entries.
+    return tuple((id(group), *map(id, group["params"])) for group in optimizer.param_groups)
 
 
 def is_measurable(weight: Tensor) -> bool:

@@ -103,22 +103,12 @@ class Witness:
             return None
         return fit
 
-    def _before(
-        self,
-        optimizer: Optimizer,
-        args: Any,
-        kwargs: Any,
-    ) -> None:
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
         fit = self._running(optimizer)
         if fit is not None:
             fit.attachment.follow(optimizer)  # its own hooks are called after this one
 
-    def _after(
-        self,
-        optimizer: Optimizer,
-        args: Any,
-        kwargs: Any,
-    ) -> None:
+    def _after(self, optimizer: Optimizer, *_: Any) -> None:
         fit = self._running(optimizer)
         # An optimizer that steps inside another one is no stranger.
         if fit is None or optimizer in self._strangers or fit.attachment.is_stepping():
