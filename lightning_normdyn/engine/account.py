@@ -1,8 +1,6 @@
 """What a callback has done in a fit: its workers, in how many steps they acted, and the sentences
 that say so."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning_normdyn.engine.messages import named, warn_once

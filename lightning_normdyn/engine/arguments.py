@@ -1,8 +1,6 @@
 """Checks of the numbers and names that a person gives to a constructor; each message says what was
 asked and what was given."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import inf
 from numbers import Integral, Real

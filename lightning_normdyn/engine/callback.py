@@ -1,15 +1,13 @@
 """The base of every callback: a configuration (`Rule`) whose Lightning hooks drive its part in a
 fit (`Part`). Nothing that belongs to a fit is kept here."""
 
-from __future__ import annotations
-
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.engine.arguments import Params
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
@@ -43,7 +41,7 @@ class NormDynCallback(Rule):
     part: ClassVar[type[Part[Any]]] = Part
     """Made for each fit; a subclass keeps what belongs to a fit and to no optimizer."""
 
-    def __init__(self, params: str | Sequence[str] = "auto", granularity: str = "auto") -> None:
+    def __init__(self, params: Params = "auto", granularity: str = "auto") -> None:
         super().__init__(params, granularity)
         self._member: Part[Any] | None = None
         self._restored: dict[str, Any] | None = None
@@ -178,8 +176,10 @@ class NormDynCallback(Rule):
         if self._member is not None:
             return seal(self._member.state())
         # Before any fit: a checkpoint of an evaluation still must have a state to load.
-        content = {"settings": self.settings(), "steps": {}, "per_vector": {}, "targets": {}}
-        return seal({**content, "extra": {}})
+        settings = self.settings()
+        return seal(
+            {"settings": settings, "steps": {}, "per_vector": {}, "targets": {}, "extra": {}}
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember the state; it is taken up at the first step, when every strategy has restored

@@ -1,8 +1,6 @@
 """The x axis of curves: as Lightning's loggers count it, and as a run without interruption
 would."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

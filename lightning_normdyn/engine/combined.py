@@ -1,8 +1,6 @@
 """What all callbacks of a fit do to a weight, taken together: their effects in words and numbers,
 who decays it and by how much, and what was counted."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -49,7 +47,13 @@ class Combined:
     @property
     def plans(self) -> list[Plan]:
         """All plans of all callbacks."""
-        return [plan for member in self._members for plan in member.plans.values()]
+        return [plan for _, plan in self.shares()]
+
+    def shares(self) -> Iterator[tuple[Member, Plan]]:
+        """Each plan, with the one whose it is."""
+        for member in self._members:
+            for plan in member.plans.values():
+                yield member, plan
 
     # -- in words and types
 
@@ -58,15 +62,14 @@ class Combined:
         plans."""
         asked = {target.weight: target for target in targets}
         stated: dict[Tensor, list[Effect]] = {weight: [] for weight in asked}
-        for member in self._members:
+        for member, plan in self.shares():
             if member.rule is besides:
                 continue
-            for plan in member.plans.values():
-                for theirs in plan.targets:
-                    ours = asked.get(theirs.weight)
-                    if ours is not None:
-                        effect = member.effect(plan.index, theirs)
-                        stated[ours.weight].append(_effect_on(ours, theirs, effect))
+            for theirs in plan.targets:
+                ours = asked.get(theirs.weight)
+                if ours is not None:
+                    effect = member.effect(plan.index, theirs)
+                    stated[ours.weight].append(_effect_on(ours, theirs, effect))
         return [combine(stated[target.weight]) for target in targets]
 
     def treatments(self) -> dict[Tensor, str]:
@@ -76,16 +79,13 @@ class Combined:
         Takes norms once for each plan, over all ranks: every rank must call it.
         """
         texts: dict[Tensor, list[str]] = {}
-        for member in self._members:
-            for plan in member.plans.values():
-                words = member.treatments(plan.index)
-                for target, text in zip(plan.targets, words, strict=True):
-                    texts.setdefault(target.weight, [])
-                    if text:
-                        texts[target.weight].append(text)
+        for member, plan in self.shares():
+            words = member.treatments(plan.index)
+            for target, text in zip(plan.targets, words, strict=True):
+                texts.setdefault(target.weight, []).append(text)
         for weight in self._decays_taken_by_trial() & texts.keys():
             texts[weight].append("its decay taken over, as a trial showed to be exact")
-        return {weight: "; ".join(parts) for weight, parts in texts.items()}
+        return {weight: "; ".join(filter(None, parts)) for weight, parts in texts.items()}
 
     def _decays_taken_by_trial(self) -> set[Tensor]:
         """Weights whose decay is taken over from an optimizer of which nobody has read the step."""
@@ -112,14 +112,13 @@ class Combined:
         """
         targets: dict[Tensor, Target] = {}
         written: set[Tensor] = set()
-        for member in self._members:
-            for plan in member.plans.values():
-                for target in plan.targets:
-                    # Of several callbacks on one weight, the first says what its vectors are.
-                    targets.setdefault(target.weight, target)
-                    # A monitor measures every weight: that is no request to change one.
-                    if member.rule.writes:
-                        written.add(target.weight)
+        for member, plan in self.shares():
+            for target in plan.targets:
+                # Of several callbacks on one weight, the first says what its vectors are.
+                targets.setdefault(target.weight, target)
+                # A monitor measures every weight: that is no request to change one.
+                if member.rule.writes:
+                    written.add(target.weight)
         treatments = self.treatments()
         rows = []
         for weight, target in targets.items():

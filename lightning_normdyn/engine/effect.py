@@ -6,8 +6,7 @@ two effects of one kind, and effects on different vectors of one weight all comb
 prediction" (`Effects.underived`).
 """
 
-from __future__ import annotations
-
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -179,43 +178,34 @@ def combine(effects: Iterable[Effect]) -> Effects:
         >>> combine([UnknownEffect("MyRule"), Shrink(0.1, "norm", replaces_decay=True)]).underived
         ('MyRule',)
     """
-    known: dict[type[Effect], list[Any]] = {
-        Shrink: [],
-        Projection: [],
-        Rescaling: [],
-        ScaledSteps: [],
-    }
+    known: dict[type[Effect], Any] = {}
+    counts: Counter[type[Effect]] = Counter()
     underived: list[str] = []
     decay_untold: list[str] = []
     for effect in effects:
         if isinstance(effect, OnOtherVectors):
             # The effect itself is still known: a decay that is a number acts on any vectors alike.
+            # A shrink goes by the size of the other vectors.
             effect = effect.effect
-            underived.append(f"{type(effect).__name__} on other vectors")
-            # A shrink by the size of other vectors; a decay that is a number is the same for all.
-            if type(effect) is Shrink:
-                decay_untold.append("Shrink on other vectors")
+            reasons = decay_untold if type(effect) is Shrink else underived
+            reasons.append(f"{type(effect).__name__} on other vectors")
         # By the exact class: what a subclass of an effect adds is derived nowhere.
         kind = type(effect)
-        if kind is NoEffect or kind is LengthJumps:
-            continue
-        if kind in known:
-            known[kind].append(effect)
-            continue
-        by = effect.by if isinstance(effect, UnknownEffect) else kind.__name__
-        underived.append(by)
-        decay_untold.append(by)
+        if kind in (Shrink, Projection, Rescaling, ScaledSteps):
+            known.setdefault(kind, effect)
+            counts[kind] += 1
+        elif kind not in (NoEffect, LengthJumps):
+            decay_untold.append(effect.by if isinstance(effect, UnknownEffect) else kind.__name__)
     # What two of one kind amount to has been derived nowhere.
-    for kind, alike in known.items():
-        if len(alike) > 1:
-            several = f"{len(alike)} times {kind.__name__}"
-            underived.append(several)
-            decay_untold.append(several)
+    for kind, count in counts.items():
+        if count > 1:
+            decay_untold.append(f"{count} times {kind.__name__}")
     return Effects(
-        shrink=next(iter(known[Shrink]), None),
-        projection=next(iter(known[Projection]), None),
-        rescaling=next(iter(known[Rescaling]), None),
-        scaled_steps=bool(known[ScaledSteps]),
-        underived=tuple(sorted(underived)),
+        shrink=known.get(Shrink),
+        projection=known.get(Projection),
+        rescaling=known.get(Rescaling),
+        scaled_steps=ScaledSteps in known,
+        # Where nobody can tell the decay, nobody can predict either.
+        underived=tuple(sorted(underived + decay_untold)),
         decay_untold=tuple(sorted(decay_untold)),
     )

@@ -4,8 +4,6 @@ A callback's part in a fit (`lightning_normdyn.engine.part.Part`) is built on th
 session knows it by this interface alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 

@@ -1,8 +1,6 @@
 """How this package speaks to a person during a fit: warnings, lines above the progress bar, and
 lists of names that stay readable."""
 
-from __future__ import annotations
-
 import sys
 import warnings
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 """One callback's part in one fit: its workers, one per optimizer, and what outlives them: counts,
 state per vector, refusals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -218,26 +216,25 @@ class Part(Account[AnyRule]):
         self._check_optimizer(bracket.optimizer, targets)
         # The old handlers go first: two workers would both act in this step.
         self._close(index)
-        earlier = self._latest.get(index)
-        plan = self._plan(index, bracket, targets, earlier) if targets else None
-        # Only a plan can tell: a sharded weight is zero where all ranks' parts are.
-        zeros = find_zeros(plan) if plan is not None and self.rule.needs_length else []
-        if plan is not None and zeros:
-            is_fresh = bracket.steps == 0 and not self._counted
-            refuse_zeros(self.name, zeros, is_error=is_fresh)
-            plan.close()
-            targets = [t for t in targets if t.name not in zeros]
-            plan = self._plan(index, bracket, targets, earlier) if targets else None
-        if plan is None:
+        plan = self._plan(index, bracket, targets)
+        if plan is not None and self.rule.needs_length:
+            # Only a plan can tell: a sharded weight is zero where all ranks' parts are.
+            zeros = find_zeros(plan)
+            if zeros:
+                is_fresh = bracket.steps == 0 and not self._counted
+                refuse_zeros(self.name, zeros, is_error=is_fresh)
+                plan.close()
+                plan = self._plan(index, bracket, [t for t in targets if t.name not in zeros])
+        if plan is not None:
+            self._put_to_work(plan)
+        else:
             # `_latest` keeps the worker: if its weights come back, the next one goes on from it.
             self.workers.pop(index, None)
-            return
-        self._put_to_work(plan, earlier)
 
     def _find_targets(self, index: int, bracket: StepBracket) -> list[Target]:
         """The weights that are meant and can be treated, in the optimizer's order."""
         targets = []
-        owned = [w for w in self.session.weights.owned(bracket.optimizer) if w not in self.refused]
+        owned = [w for w in self.weights.owned(bracket.optimizer) if w not in self.refused]
         for weight in self.select(owned):
             try:
                 self.check_weight(weight, self.name_of(weight))
@@ -252,9 +249,10 @@ class Part(Account[AnyRule]):
         refuse_rivals(self, [t.weight for t in targets], self.session.members)
         return without_unranked(self, targets, bracket, self.session.members)
 
-    def _plan(
-        self, index: int, bracket: StepBracket, targets: list[Target], earlier: Worker[Any] | None
-    ) -> Plan:
+    def _plan(self, index: int, bracket: StepBracket, targets: list[Target]) -> Plan | None:
+        if not targets:
+            return None
+        earlier = self._latest.get(index)
         return Plan(
             index,
             bracket,
@@ -264,7 +262,7 @@ class Part(Account[AnyRule]):
             earlier=None if earlier is None else earlier.plan,
         )
 
-    def _put_to_work(self, plan: Plan, earlier: Worker[Any] | None) -> None:
+    def _put_to_work(self, plan: Plan) -> None:
         """Make the worker of a plan, and have it called in its phases."""
         index = plan.index
         try:
@@ -275,8 +273,8 @@ class Part(Account[AnyRule]):
             self.refuse(index, error, plan=plan)
             return
         # `__init__` has made it as for a fresh fit; what went before comes on top.
-        if earlier is not None:
-            worker.inherit(earlier)
+        if index in self._latest:
+            worker.inherit(self._latest[index])
         if index in self._restored_workers:
             worker.load(self._restored_workers.pop(index))
         self.workers[index] = self._latest[index] = worker
@@ -449,10 +447,7 @@ class Part(Account[AnyRule]):
         """What is done already for a step that is not over: for a checkpoint that is saved in the
         middle of it, or because it raised."""
         members = self.session.members
-        owners = {}
-        for member in members:
-            for plan in member.plans.values():
-                owners[id(plan.vectors)] = member
+        owners = {id(plan.vectors): member for member, plan in self.session.combined.shares()}
         ahead: dict[str, Any] = {}
         for bracket in self.session.attachment.brackets:
             for scaling in bracket.unfinished:

@@ -136,7 +136,6 @@ class Plan:
         self._fixed_rates: Tensor | None = None
         self._values: dict[str, tuple[list[Any], Tensor]] = {}
         self._masks: dict[tuple[bool, ...], Tensor] = {}
-        self._owned: dict[tuple[bool, ...], Tensor] = {}
         self._removers: list[Callable[[], None]] = []
         if not has_plain_rate(self.optimizer):
             # Before everybody who asks for rates in this step: an empty `order` sorts first.
@@ -233,19 +232,19 @@ class Plan:
     # -- which vectors
 
     def spread(self, per_target: Sequence[bool]) -> Tensor:
-        """One flag per target, for each of its vectors: bool ``(n,)``."""
-        flags = torch.tensor(list(per_target), dtype=torch.bool, device=self.vectors.device)
-        return self.vectors.spread(flags)
+        """One flag per target, for each of its vectors: bool ``(n,)``, not to be changed."""
+        key = tuple(per_target)
+        # Which weights get no gradient (idle experts, frozen layers), or who decays which, is
+        # nearly always the same.
+        if key not in self._masks:
+            flags = torch.tensor(key, dtype=torch.bool, device=self.vectors.device)
+            self._masks[key] = self.vectors.spread(flags)
+        return self._masks[key]
 
     def active(self, step: Step) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in this step; None if all did."""
         has_gradient = self.vectors.has_gradient(step)
-        if all(has_gradient):
-            return None
-        # Which weights get no gradient is nearly always the same (idle experts, frozen layers).
-        if has_gradient not in self._masks:
-            self._masks[has_gradient] = self.spread(has_gradient)
-        return self._masks[has_gradient]
+        return None if all(has_gradient) else self.spread(has_gradient)
 
     def treated(self, step: Step) -> Tensor | None:
         """``(n,)`` bool: vectors of weights that got a gradient in an update that the device does
@@ -278,14 +277,10 @@ class Plan:
         return step.unless_skipped(guarded, neutral)
 
     def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
-        """``(n,)``: 1 for vectors whose decay is ``owner``'s to apply, 0 for those that another
-        decays."""
+        """``(n,)`` bool: vectors whose decay is ``owner``'s to apply."""
         # Asked at every step: a rescaling's claim holds inside its window only.
         owners = step.bracket.decay_owners()
-        owned = tuple(owners.get(t.weight) == owner for t in self.targets)
-        if owned not in self._owned:
-            self._owned[owned] = self.spread(owned).to(self.vectors.sum_dtype)
-        return self._owned[owned]
+        return self.spread([owners.get(t.weight) == owner for t in self.targets])
 
     @property
     def invariant(self) -> list[bool]:

@@ -1,8 +1,6 @@
 """Weights that a rule is refused by name: on which it would have no effect, and which another
 callback means, too."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor

@@ -1,19 +1,15 @@
 """What a person constructs: which weights are meant and the numbers of a rule, checked. Nothing
 here belongs to a fit, so one callback may serve several."""
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, get_args
 
 from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import check_choice
+from lightning_normdyn.engine.arguments import Granularity, Params, check_choice
 from lightning_normdyn.invariance.names import normalize_params
-
-GRANULARITIES = ("auto", "filter", "group", "layer")
 
 
 class Rule(Callback):
@@ -51,10 +47,10 @@ class Rule(Callback):
     marks: ClassVar[tuple[str, ...]] = ()
     """Kinds of events that this callback itself marks in the monitor's history."""
 
-    def __init__(self, params: str | Sequence[str] = "auto", granularity: str = "auto") -> None:
+    def __init__(self, params: Params = "auto", granularity: str = "auto") -> None:
         # As a list, so that "net.*" and ["net.*"] are one callback in a checkpoint.
         self.params = normalize_params(params)
-        self.granularity = check_choice("granularity", granularity, GRANULARITIES)
+        self.granularity = check_choice("granularity", granularity, get_args(Granularity))
 
     def settings(self) -> dict[str, Any]:
         """The constructor's numbers by name."""
@@ -94,7 +90,6 @@ class Rule(Callback):
         return self._generate_state_key(params=shown(self.params), granularity=self.granularity)
 
 
-def shown(params: Iterable[str]) -> str:
+def shown(params: list[str]) -> str:
     """Patterns as a person writes them: a single one without its list."""
-    params = list(params)
-    return repr(params[0]) if len(params) == 1 else repr(params)
+    return repr(params[0] if len(params) == 1 else params)

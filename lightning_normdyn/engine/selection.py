@@ -1,8 +1,6 @@
 """Which weights one callback means in one fit: patterns, what cannot be treated, and how a weight
 splits into vectors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -44,7 +42,7 @@ class Selection(Generic[AnyRule]):
 
     def __init__(self, rule: AnyRule, session: Session) -> None:
         self.rule = rule
-        self.session = session
+        self.session, self.weights, self.claims = session, session.weights, session.claims
         self.name = type(rule).__name__
         self.matched: set[Tensor] = set()
         self.refused: set[Tensor] = set()
@@ -52,7 +50,7 @@ class Selection(Generic[AnyRule]):
 
     def name_of(self, weight: Tensor) -> str:
         """The first name of ``weight`` in the LightningModule."""
-        return self.session.weights.names[weight][0]
+        return self.weights.names[weight][0]
 
     # -- patterns
 
@@ -68,8 +66,7 @@ class Selection(Generic[AnyRule]):
             NotSupportedError: for a named weight that cannot be treated.
         """
         rule = self.rule
-        names = self.session.weights.names
-        matches = self._matching(names, what="weights of two or more dimensions")
+        matches = self._matching(self.weights.names, what="weights of two or more dimensions")
         self.matched = set(matches)
         # Here only exclusions can leave nothing: a pattern without a match has raised already. What
         # "auto" finds is not known before the first loss, so `refuse_to_find_nothing` judges that.
@@ -79,7 +76,12 @@ class Selection(Generic[AnyRule]):
                 f"out, or remove the callback."
             )
         if not rule.by_name:
-            self._warn_of_lazy(matches)
+            lazy = [self.name_of(w) for w in matches if w in self.weights.lazy]
+            if lazy and rule.acts:
+                warn_once(
+                    f"{self.name} leaves lazy parameters alone ({named(lazy)}). Run one forward "
+                    f"pass before the fit."
+                )
             return []
         # A pattern may catch weights that nobody trains; an exact name is a person's claim.
         owned = {p for optimizer in optimizers for p in held_by(optimizer)}
@@ -96,13 +98,13 @@ class Selection(Generic[AnyRule]):
     def match_new(self, new: Mapping[Tensor, Sequence[str]]) -> None:
         """Weights have come during the fit."""
         # A weight that was exchanged for another is no target, although the set would keep it.
-        self.matched.intersection_update(self.session.weights.names)
+        self.matched.intersection_update(self.weights.names)
         # Patterns matched at fit start; since then they may mean layers that are gone.
         self.matched.update(self._matching(new, all_must_match=False))
 
     def _matching(self, names: Mapping[Tensor, Sequence[str]], **options: Any) -> list[Tensor]:
         """Those of these weights that ``params`` lets in; options as for `match_patterns`."""
-        known = self.session.weights
+        known = self.weights
         # A lazy weight has no shape yet; a person who names it must hear of it.
         weights = [w for w in names if known.is_matrix(w) or w in known.lazy]
         chosen = match_patterns(self.rule.params, [tuple(names[w]) for w in weights], **options)
@@ -110,15 +112,7 @@ class Selection(Generic[AnyRule]):
 
     def _is_exact(self, weight: Tensor) -> bool:
         """Whether ``params`` holds one of the weight's names, and not only a pattern that fits."""
-        return not set(self.rule.params).isdisjoint(self.session.weights.names[weight])
-
-    def _warn_of_lazy(self, matches: Sequence[Tensor]) -> None:
-        lazy = [self.name_of(w) for w in matches if w in self.session.weights.lazy]
-        if lazy and self.rule.acts:
-            warn_once(
-                f"{self.name} leaves lazy parameters alone ({named(lazy)}). Run one forward "
-                f"pass before the fit."
-            )
+        return not set(self.rule.params).isdisjoint(self.weights.names[weight])
 
     # -- weights and vectors
 
@@ -130,7 +124,7 @@ class Selection(Generic[AnyRule]):
         """
         check_weight(weight, name)
         # Before the first backward pass only the layer tells that its gradients will be sparse.
-        holders = self.session.weights.holders.get(weight, [])
+        holders = self.weights.holders.get(weight, [])
         if has_sparse_gradient(weight) or any(getattr(m, "sparse", False) for m in holders):
             kind = type(holders[0]).__name__ if holders else "its layer"
             raise NotSupportedError(
@@ -149,30 +143,29 @@ class Selection(Generic[AnyRule]):
 
     def select(self, owned: Sequence[Tensor]) -> list[Tensor]:
         """Those of an optimizer's weights that are meant, as far as is known by now."""
-        rule, session = self.rule, self.session
         matches = []
         for weight in owned:
             if weight not in self.matched:
                 continue
             # The rows of a gain are single numbers, so nothing turns.
-            if not session.claims.has_no_direction(weight):
+            if not self.claims.has_no_direction(weight):
                 matches.append(weight)
             elif self._is_exact(weight):
                 self._refuse_gain(weight)
         # Who names weights knows better than a search, and finds out by an error what cannot be.
-        if rule.by_name:
+        if self.rule.by_name:
             return matches
         # Under "auto", a rule changes only weights whose length the loss is known not to see; a
         # callback that only measures takes any.
-        if rule.writes:
-            matches = [w for w in matches if session.claims.of(w).partition is not None]
+        if self.rule.writes:
+            matches = [w for w in matches if self.claims.of(w).partition is not None]
         return [w for w in matches if self.can_treat(w)]
 
     def _refuse_gain(self, weight: Tensor) -> None:
         """A person named a weight whose rows are single numbers: an error, unless it is known too
         late for one."""
         # In no loss so far: its numbers may turn out to be one vector.
-        if self.session.claims.of(weight).kind == "unknown":
+        if self.claims.of(weight).kind == "unknown":
             return
         name = self.name_of(weight)
         self._leave_alone(
@@ -198,10 +191,10 @@ class Selection(Generic[AnyRule]):
 
     def target(self, weight: Tensor) -> Target | None:
         """How ``weight`` splits into vectors; None where no loss has read any of them."""
-        session, name = self.session, self.name_of(weight)
-        verdict, shape = session.claims.of(weight), session.weights.shapes[weight]
+        module, name = self.session.module, self.name_of(weight)
+        verdict, shape = self.claims.of(weight), self.weights.shapes[weight]
         # For weights of which nothing is claimed: a person may name them, a monitor measures them.
-        fallback = verdict.partition or filter_partition(session.module, name, shape)
+        fallback = verdict.partition or filter_partition(module, name, shape)
         partition = choose_partition(verdict, self.rule.granularity, fallback)
         # Rows that no loss reads have no gradient; to scale them would change nothing but them.
         if verdict.read is not None:
@@ -214,7 +207,7 @@ class Selection(Generic[AnyRule]):
             partition,
             verdict,
             by_request=verdict.partition is None,
-            weight_standardized=is_weight_standardized(session.module, name),
+            weight_standardized=is_weight_standardized(module, name),
         )
 
     def target_or_none(self, weight: Tensor) -> Target | None:
@@ -230,22 +223,21 @@ class Selection(Generic[AnyRule]):
     def may_come(self) -> list[str]:
         """Names of weights that may become targets later in this fit: they are frozen, no optimizer
         holds them yet, or some of their rows were not read yet."""
-        rule, session, trained = self.rule, self.session, self._trained()
-        waiting = []
-        for weight in session.weights.names:
-            if weight not in self.matched or weight in trained or weight in session.weights.lazy:
+        trained, waiting = self._trained(), []
+        for weight in self.weights.names:
+            if weight not in self.matched or weight in trained or weight in self.weights.lazy:
                 continue
-            verdict = session.claims.of(weight)
+            verdict = self.claims.of(weight)
             # Of a frozen weight the graph may have said already that it never will be one.
             is_possible = verdict.partition is not None or verdict.kind == "unknown"
-            if is_possible or rule.by_name or not rule.writes:
+            if is_possible or self.rule.by_name or not self.rule.writes:
                 waiting.append(self.name_of(weight))
         return [*waiting, *(verdict.name for verdict in self._waiting_for_rows())]
 
     def _trained(self) -> set[Tensor]:
         trained: set[Tensor] = set()
         for optimizer in self.session.attachment.optimizers:
-            trained.update(w for w in self.session.weights.owned(optimizer) if w.requires_grad)
+            trained.update(w for w in self.weights.owned(optimizer) if w.requires_grad)
         return trained
 
     def _waiting_for_rows(self) -> list[Verdict]:
@@ -256,9 +248,9 @@ class Selection(Generic[AnyRule]):
         candidates = self.matched & self._trained()
         waiting = []
         # In the module's order, which a set has not.
-        for weight in self.session.weights.names:
+        for weight in self.weights.names:
             if weight in candidates:
-                verdict = self.session.claims.of(weight)
+                verdict = self.claims.of(weight)
                 if verdict.waits and verdict.norms:
                     waiting.append(verdict)
         return waiting
@@ -285,12 +277,12 @@ class Selection(Generic[AnyRule]):
         waiting = self.may_come()
         if waiting:
             self._say_waiting(waiting)
-        elif not self.session.claims.resumed:
+        elif not self.claims.resumed:
             raise NoTargetsError(
                 f"{self._found_nothing()} to act on:\n{self._reasons()}\n"
                 "Name weights with params='PATTERN' if you know better, or remove the callback."
             )
-        elif not self.session.claims.losses:  # those have been named one by one
+        elif not self.claims.losses:  # those have been named one by one
             warn_once(f"{self._found_nothing()} to act on any more:\n{self._reasons()}")
 
     def _found_nothing(self) -> str:
@@ -299,12 +291,12 @@ class Selection(Generic[AnyRule]):
 
     def _reasons(self) -> str:
         """Why no weight is a target, one a line."""
-        weights = self.session.weights
+        weights = self.weights
         reasons = [
             f"  {self.name_of(w)}: a lazy parameter; run one forward pass before the fit"
             for w in weights.lazy
         ]
-        verdicts = [self.session.claims.of(w) for w in weights.names if weights.is_matrix(w)]
+        verdicts = [self.claims.of(w) for w in weights.names if weights.is_matrix(w)]
         # If nothing is known of any weight, it is one cause for all: no graph was read.
         if any(verdict.known for verdict in verdicts):
             reasons += [f"  {v.name}: {v.reason or v.kind}" for v in verdicts]
@@ -325,8 +317,8 @@ class Selection(Generic[AnyRule]):
             f"{named(waiting)}. If none ever will be, name weights with params='PATTERN', or "
             f"remove the callback."
         )
-        trainer, weights = self.session.trainer, self.session.weights.names
-        frozen = {self.name_of(w) for w in weights if not w.requires_grad}
+        trainer = self.session.trainer
+        frozen = {self.name_of(w) for w in self.weights.names if not w.requires_grad}
         planned = any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer))
         # Who brings a finetuning callback has meant it so.
         if planned or not frozen.intersection(waiting):

@@ -1,8 +1,6 @@
 """The worker: what a rule does to the targets of one optimizer, with everything that belongs to one
 fit. A rule is its numbers, and a worker that reads like the paper."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -93,7 +91,9 @@ class Worker(Generic[AnyRule]):
             classes = classes[1:]
         rule: set[str] = set()
         for each in classes:
-            rule.update(name for name, value in vars(each).items() if _is_method(value))
+            for name, value in vars(each).items():
+                if callable(value) or isinstance(value, property):
+                    rule.add(name)
         if not rule:  # nobody has said anything: `effect` of the base class decides
             return False
         changed = (rule - SAYING) & below.keys()
@@ -173,11 +173,5 @@ class Worker(Generic[AnyRule]):
     def stated_effect(self, target: Target) -> Effect:
         """`effect`, if it is still true: a subclass that changes what is done, and does not say
         what that is, does something unknown."""
-        if self._unstated:
-            return UnknownEffect(type(self.rule).__name__)
-        stated = self.effect(target)
+        stated = None if self._unstated else self.effect(target)
         return stated if isinstance(stated, Effect) else UnknownEffect(type(self.rule).__name__)
-
-
-def _is_method(value: object) -> bool:
-    return callable(value) or isinstance(value, property)
