@@ -7,7 +7,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import Params
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan
@@ -41,10 +40,9 @@ class NormDynCallback(Rule):
     part: ClassVar[type[Part[Any]]] = Part
     """Made for each fit; a subclass keeps what belongs to a fit and to no optimizer."""
 
-    def __init__(self, params: Params = "auto", granularity: str = "auto") -> None:
-        super().__init__(params, granularity)
-        self._member: Part[Any] | None = None
-        self._restored: dict[str, Any] | None = None
+    # Of the instance, from its first fit or checkpoint on.
+    _member: Part[Any] | None = None
+    _restored: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what a spawned process gets, is ready for a fit of its own: the Trainer, the

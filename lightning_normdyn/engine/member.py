@@ -57,14 +57,7 @@ class Member(Protocol):
     def resolve(self, index: int) -> None:
         """Find out which weights of optimizer ``index`` are meant, and act on them from now on."""
 
-    def refuse(
-        self,
-        index: int,
-        error: NormDynError,
-        weight: Tensor | None = None,
-        *,
-        first: bool | None = None,
-    ) -> None:
+    def refuse(self, index: int, error: NormDynError, *, first: bool) -> None:
         """Raise ``error`` in the first step; later stop acting, and say so."""
 
     def take_in(self, new: Mapping[Tensor, Sequence[str]], changed: Iterable[str]) -> None:

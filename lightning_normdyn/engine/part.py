@@ -397,20 +397,17 @@ class Part(Account[AnyRule]):
         # Whether a fused optimizer skipped its last update must be known before steps are counted.
         for bracket in self.session.attachment.brackets:
             bracket.settle()
+        workers = {index: worker.state() for index, worker in self._latest.items()}
+        # No plan may have taken up the checkpoint's workers yet (their weights are still frozen),
+        # and they must not be lost in the next checkpoint.
         return {
             "settings": self.rule.settings(),
             "steps": {i: self.steps_of(i) for i in range(len(self.session.attachment.brackets))},
             "per_vector": self.memory.gather(),
             **self.session.state(),
-            "extra": {"workers": self._worker_states(), **self.extra()},
+            "extra": {"workers": {**self._restored_workers, **workers}, **self.extra()},
             **self._ahead(),
         }
-
-    def _worker_states(self) -> dict[int, dict[str, Any]]:
-        # No plan may have taken up the checkpoint's workers yet (their weights are still frozen),
-        # and they must not be lost in the next checkpoint.
-        current = {index: worker.state() for index, worker in self._latest.items()}
-        return {**self._restored_workers, **current}
 
     def extra(self) -> dict[str, Any]:
         """What a checkpoint must hold of this callback besides its workers: plain tensors, numbers

@@ -46,7 +46,6 @@ class Selection(Generic[AnyRule]):
         self.name = type(rule).__name__
         self.matched: set[Tensor] = set()
         self.refused: set[Tensor] = set()
-        self._left_alone: set[str] = set()
 
     def name_of(self, weight: Tensor) -> str:
         """The first name of ``weight`` in the LightningModule."""
@@ -181,13 +180,9 @@ class Selection(Generic[AnyRule]):
         once."""
         if not self.session.checked:
             raise error
-        self._say_about(name, f"{self.name} leaves `{name}` alone from now on. {error}")
-
-    def _say_about(self, name: str, text: str) -> None:
+        text = f"{self.name} leaves `{name}` alone from now on. {error}"
         # One warning a weight: its text may change with what every further loss shows.
-        if name not in self._left_alone:
-            self._left_alone.add(name)
-            warn_once(text)
+        self.session.say_once(text, about=(self, name))
 
     def target(self, weight: Tensor) -> Target | None:
         """How ``weight`` splits into vectors; None where no loss has read any of them."""
@@ -258,11 +253,9 @@ class Selection(Generic[AnyRule]):
     def report_waiting(self) -> None:
         """Name the weights that are left alone until a loss has read all their rows."""
         for verdict in self._waiting_for_rows():
-            self._say_about(
-                verdict.name,
-                f"{self.name} leaves `{verdict.name}` alone until all its rows were read: "
-                f"{verdict.reason}.",
-            )
+            name, reason = verdict.name, verdict.reason
+            text = f"{self.name} leaves `{name}` alone until all its rows were read: {reason}."
+            self.session.say_once(text, about=(self, name))
 
     def refuse_to_find_nothing(self) -> None:
         """There is nothing to act on after every optimizer's first step: an error, unless something
