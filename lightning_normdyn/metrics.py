@@ -11,7 +11,7 @@ Legend: ``n`` weight vectors of all weights together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -77,7 +77,7 @@ class _PerVector(Metric):
         self.add_state(self._total, empty, dist_reduce_fx="sum")
         self.add_state(self._count, empty.long(), dist_reduce_fx="sum")
 
-    def _add(self, values: list[Tensor]) -> None:
+    def _add(self, values: Iterable[Tensor]) -> None:
         # float64: in float32 a sum over many updates rounds away much of each new one.
         new = torch.cat([value.double() for value in values])
         total = getattr(self, self._total)
@@ -108,7 +108,7 @@ class _PerVector(Metric):
         number = torch.tensor([mine], dtype=torch.int64, device=total.device)
         gathered = dist_sync_fn(number, group=process_group or self.process_group)
         of_ranks = list(map(int, gathered))
-        updated = sorted({each for each in of_ranks if each})
+        updated = sorted(set(filter(None, of_ranks)))
         # Every rank sees the same list, so every rank raises, and none waits for another.
         if len(updated) > 1:
             found = ", ".join(f"rank {rank}: {each}" for rank, each in enumerate(of_ranks))
@@ -190,7 +190,7 @@ class WeightNorm(_PerVector):
 
     def update(self, weight: Weights) -> None:
         """See a weight ``(rows, ...)``, or a list of weights, of any floating dtype."""
-        self._add([F.weight_norm(each) for each in self._vectors(weight)])
+        self._add(map(F.weight_norm, self._vectors(weight)))
 
 
 class EffectiveLR(_PerVector):
@@ -230,8 +230,7 @@ class EffectiveLR(_PerVector):
             )
         size = F.weight_norm if self.statistic == "norm" else F.weight_std
         sizes = map(size, weights)
-        rates = map(F.effective_lr, lrs, sizes)
-        self._add(list(rates))
+        self._add(map(F.effective_lr, lrs, sizes))
 
 
 class AngularUpdate(_PerVector):
@@ -272,5 +271,4 @@ class AngularUpdate(_PerVector):
                 f"AngularUpdate was updated with {len(after)} weights and {len(before)} weights "
                 f"before the step; pass as many."
             )
-        angles = map(F.angular_update, before, after)
-        self._add(list(angles))
+        self._add(map(F.angular_update, before, after))

@@ -1,8 +1,6 @@
 """Which optimizers step in a fit, and a bracket around each of them: also around those that take
 the place of others while the fit is running. And which of their announced steps were skipped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -186,15 +184,14 @@ class Attachment:
         for optimizer in self._followed:
             outer, parts = without_framework(optimizer), torch_optimizers(optimizer)
             for part in parts:
-                entry = self._enter(part, outer, is_first=part is parts[0], came_later=False)
-                self.entries.append(entry)
+                self.entries.append(self._enter(part, outer, parts, came_later=False))
 
     def _enter(
         self,
         optimizer: Optimizer,
         outer: Any,
+        parts: list[Optimizer],
         *,
-        is_first: bool,
         came_later: bool,
     ) -> Attached:
         bracket = StepBracket.of(optimizer)
@@ -202,7 +199,8 @@ class Attachment:
         # Lightning does not hear of the steps of an optimizer in two phases, so none of them can be
         # known to have been skipped.
         in_two_phases = steps_in_two_phases(outer)
-        entry = Attached(outer, bracket, is_first and not in_two_phases, came_later)
+        is_announced = optimizer is parts[0] and not in_two_phases
+        entry = Attached(outer, bracket, is_announced, came_later)
         entry.steps_at_watch = bracket.steps
         entry.removers.append(bracket.add(Phase.RESOLVE, self._resolve))
         if in_two_phases:
@@ -334,7 +332,7 @@ class Attachment:
         # Of several that were replaced at once, the one in the same place.
         gone.sort(key=lambda index: index >= len(listed) or listed[index] is not outer)
         for part in parts:
-            entry = self._enter(part, outer, is_first=part is parts[0], came_later=True)
+            entry = self._enter(part, outer, parts, came_later=True)
             index = gone.pop(0) if gone else len(self.entries)
             text = self._put(index, entry)
             steps = max((member.steps_of(index) for member in self._members), default=0)

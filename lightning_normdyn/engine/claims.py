@@ -1,8 +1,6 @@
 """What is believed of each weight's scale invariance during a fit: what the graph claims, what
 gradients say to it, and what a checkpoint knew."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -348,8 +346,8 @@ def _same_norms(
     """Whether the normalizations behind a claim are set as they were."""
     if before is None:
         return False
-    settings = before.normalizations
-    return all(settings.get(name) == graph.normalizations.get(name) for name in verdict.norms)
+    was, now = before.normalizations, graph.normalizations
+    return all(was.get(name) == now.get(name) for name in verdict.norms)
 
 
 def everywhere(holds: bool) -> bool:

@@ -4,8 +4,6 @@ are due, how their values come to the host, and which claims they contradict.
 All decisions come from sums over all ranks, so all ranks decide the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -93,12 +91,6 @@ class Examination:
         # The values stay where they are: their places say which weight they belong to.
         for look in self.looks:
             look.names = ["" if known == name else known for known in look.names]
-
-    def forget_gradients(self) -> None:
-        """The step has happened: the next one has gradients of its own."""
-        if self.gradients is not None:
-            self.gradients.forget()
-        self.gradients = None
 
     def values(
         self,
@@ -299,7 +291,10 @@ class Evidence:
                 copy = HostCopy(values)
                 due = examination.steps + 1 + copy.arrives_later
                 examination.looks.append(Look(due, examination.names, copy))
-        examination.forget_gradients()
+        # The next step has gradients of its own.
+        if examination.gradients is not None:
+            examination.gradients.forget()
+        examination.gradients = None
         return contradictions
 
     def _judge(

@@ -5,8 +5,6 @@ Everything underscored of the Trainer, its loops, strategies, connectors and log
 and what Lightning's connectors set on the Trainer without declaring it.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import _get_rank

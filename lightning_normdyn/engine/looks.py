@@ -1,8 +1,6 @@
 """Which forward passes are worth watching: reading the graph of a loss costs time, so it is read
 again only when it may tell something new."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from torch import Tensor

@@ -8,8 +8,6 @@ Lightning, of other callbacks and of the optimizer. What changes a gradient even
 the weight itself) is watched, and such a gradient is no evidence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ behind them together.
 Shared by the callbacks that rescale (WeightRescaling, LRDropRescaling).
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -11,8 +11,6 @@ It is no signature: whoever wants to deceive can compute it, and can as well cha
 beside it.
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -102,7 +100,7 @@ def unseal(state: Any, extra: Check | None = None) -> dict[str, Any]:
         )
     # First of all: what follows copies and hashes, which a hostile tensor could make endless.
     plain(state, "it")
-    own: Any = state.get("extra")
+    own = state.get("extra")
     dictionary(own, "its own part")
     content, own_content = _without(state, "version", "digest", "extra"), _without(own, "digest")
     sound = (state.get("digest"), own.get("digest")) == _digests(content, own_content)
@@ -139,10 +137,7 @@ def _compact(value: Any) -> Any:
     """Tensors that are views of larger ones, or of fewer numbers than they show, as tensors of
     their own: saved is what they show."""
     if isinstance(value, Tensor):
-        alone = (
-            value.is_contiguous()
-            and value.numel() * value.element_size() == value.untyped_storage().nbytes()
-        )
+        alone = value.is_contiguous() and value.nbytes == value.untyped_storage().nbytes()
         return value if alone else _packed(value).reshape(value.shape)
     if isinstance(value, dict):
         return {key: _compact(item) for key, item in value.items()}

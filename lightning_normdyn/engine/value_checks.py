@@ -5,8 +5,6 @@ Each check raises one `NormDynError` that names the place, and copies and comput
 before it knows that it may.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from math import inf, isnan
 from typing import Any
@@ -70,7 +68,7 @@ def plain(value: Any, where: str, depth: int = 0) -> None:
         # A tensor may claim any size over a few bytes (strides of 0); to copy it would take all the
         # memory there is.
         require(
-            value.numel() * value.element_size() <= value.untyped_storage().nbytes(),
+            value.nbytes <= value.untyped_storage().nbytes(),
             f"{where} claims more numbers than it has",
         )
     elif isinstance(value, (list, tuple)):

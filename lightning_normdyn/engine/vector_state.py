@@ -1,8 +1,6 @@
 """What a callback remembers of each vector, kept by weight name so that it outlives plans: plans
 are made anew when weights join or leave, and a checkpoint is loaded by another number of ranks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 

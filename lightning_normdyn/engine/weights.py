@@ -1,8 +1,6 @@
 """The weights of the network during one fit: what they are called, who holds them, which shape they
 have as a whole, and which of them come later."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

@@ -7,8 +7,6 @@ steps: if no step of an optimizer was seen since the last look but one, the norm
 compared with those of that look; they must be the same.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
