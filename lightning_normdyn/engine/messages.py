@@ -1,7 +1,6 @@
 """How this package speaks to a person during a fit: warnings, lines above the progress bar, and
 lists of names that stay readable."""
 
-import sys
 import warnings
 from collections.abc import Sequence
 
@@ -29,7 +28,7 @@ def show(trainer: Trainer, text: str) -> None:
     if bar is not None:
         bar.print(text)
     else:
-        sys.stdout.write(text + "\n")
+        print(text)
 
 
 def named(names: Sequence[str]) -> str:

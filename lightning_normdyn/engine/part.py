@@ -27,6 +27,7 @@ from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.decay import Decay
+from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.views import torch_optimizers
 
@@ -337,7 +338,7 @@ class Part(Account[AnyRule]):
         """
         if self.session.in_first_step(index) if first is None else first:
             raise error
-        optimizer = self.session.attachment.optimizers[index]
+        kind = type(self.session.attachment.optimizers[index]).__name__
         if weight is not None:
             # What is wrong with one weight says nothing about the others of its optimizer.
             self.refused.add(weight)
@@ -349,10 +350,9 @@ class Part(Account[AnyRule]):
             self._stopped.add(index)
             if plan is None and stopped is not None:
                 plan = stopped.plan
-            what = f"the weights of {type(optimizer).__name__}"
+            what = f"the weights of {kind}"
             if plan is not None:
-                names = named([t.name for t in plan.targets])
-                what = f"{names} ({type(optimizer).__name__})"
+                what = f"{named([t.name for t in plan.targets])} ({kind})"
         step = self.steps_of(index)
         self.session.note(f"{self.name} does not act on {what} after step {step}: {error}")
 
@@ -428,9 +428,8 @@ class Part(Account[AnyRule]):
         self.memory.restore(restored["per_vector"])
         self._restored_workers = dict(restored["extra"].get("workers", {}))
         self.load_extra(restored["extra"])
-        saved, present = restored["settings"], self.rule.settings()
-        changed = []
-        for key, value in present.items():
+        saved, changed = restored["settings"], []
+        for key, value in self.rule.settings().items():
             # A setting that the checkpoint has not came with a newer version of the callback.
             if key in saved and saved[key] != value:
                 changed.append(f"{key}: {saved[key]} -> {value}")
@@ -464,7 +463,16 @@ class Part(Account[AnyRule]):
             return
         restored = dict(self.restored)
         ahead = restored.pop("ahead")
-        self.session.put_back(ahead)
+        session = self.session
+        unfit = put_back(
+            ahead, self.weights.by_name(), session.attachment.optimizers, session.module
+        )
+        if unfit:
+            warn_once(
+                f"The checkpoint was saved in the middle of a step, and what had been done for it "
+                f"to {', '.join(unfit)} does not fit this model. These weights go on as the "
+                f"checkpoint has them."
+            )
         # Factors that were owed are in nobody's weights: they are taken back here.
         owed = dict(restored["per_vector"].get("owed", {}))
         for name, entry in ahead["weights"].items():

@@ -150,7 +150,4 @@ def without_unranked(
 
 
 def _targeted(member: Member) -> set[Tensor]:
-    weights: set[Tensor] = set()
-    for plan in member.plans.values():
-        weights.update(plan.claimed)
-    return weights
+    return set[Tensor]().union(*(plan.claimed for plan in member.plans.values()))

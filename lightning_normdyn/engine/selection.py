@@ -230,10 +230,7 @@ class Selection(Generic[AnyRule]):
         return [*waiting, *(verdict.name for verdict in self._waiting_for_rows())]
 
     def _trained(self) -> set[Tensor]:
-        trained: set[Tensor] = set()
-        for optimizer in self.session.attachment.optimizers:
-            trained.update(w for w in self.weights.owned(optimizer) if w.requires_grad)
-        return trained
+        return {w for w in self.session.attachment.weights() if w.requires_grad}
 
     def _waiting_for_rows(self) -> list[Verdict]:
         """Trained weights that stay untouched until a loss has read their other rows, too."""

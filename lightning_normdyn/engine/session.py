@@ -39,7 +39,6 @@ from lightning_normdyn.engine.witness import Witness
 from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
 from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
-from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Step
 
 
@@ -259,7 +258,7 @@ class Session:
                 member.check_found()
         targets: set[Tensor] = set()
         for plan in self.combined.plans:
-            targets.update(target.weight for target in plan.targets)
+            targets.update(plan.claimed)
         if not targets <= self._announced:
             self._announced |= targets
             if any(member.rule.shows_tables for member in self.members):
@@ -325,9 +324,9 @@ class Session:
         """Weights of one optimizer that some callback acts on."""
         owned = set(self.weights.owned(self.attachment.entries[index].optimizer))
         treated = {}
-        for member in self.members:
-            if member.rule.acts and index in member.plans:
-                for target in member.plans[index].targets:
+        for member, plan in self.combined.shares():
+            if member.rule.acts and plan.index == index:
+                for target in plan.targets:
                     if target.weight in owned:
                         treated[target.name] = target.weight
         return treated
@@ -414,17 +413,6 @@ class Session:
         if restored.get("position") is not None:
             self.clock.go_on_from(restored["position"])
         return self.claims.resume(restored, graph)
-
-    def put_back(self, ahead: dict[str, Any]) -> None:
-        """Take back what a checkpoint holds for a step that had not written anything yet when it
-        was saved."""
-        unfit = put_back(ahead, self.weights.by_name(), self.attachment.optimizers, self.module)
-        if unfit:
-            warn_once(
-                f"The checkpoint was saved in the middle of a step, and what had been done for it "
-                f"to {', '.join(unfit)} does not fit this model. These weights go on as the "
-                f"checkpoint has them."
-            )
 
     # -- the end
 

@@ -13,7 +13,6 @@ from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
 from lightning_normdyn.optimizers.step import Phase
-from lightning_normdyn.optimizers.takeover import Claimed
 
 # Phases in which a handler finds weights to look at. Whoever acts in others changes them.
 LOOKING = frozenset(
@@ -164,11 +163,10 @@ class Worker(Generic[AnyRule]):
         plan = self.plan
         claimed = plan.claimed
         check_decay_takeover(plan.optimizer, claimed)
-
-        def claimed_now() -> Claimed:
-            return claimed if holds is None or holds() else {}
-
-        plan.on_close(plan.bracket.claim_decay(self, owner, claimed_now))
+        remove = plan.bracket.claim_decay(
+            self, owner, lambda: claimed if holds is None or holds() else {}
+        )
+        plan.on_close(remove)
 
     def stated_effect(self, target: Target) -> Effect:
         """`effect`, if it is still true: a subclass that changes what is done, and does not say
