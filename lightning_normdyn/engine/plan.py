@@ -119,7 +119,7 @@ class Plan:
             [t.verdict.read for t in targets],
         )
         self.groups = self._find_groups()
-        self._memory = VectorState() if memory is None else memory
+        self._memory = memory or VectorState()
         self._steps_before = steps_before
         self.bad = self.state("bad", 0.0, torch.bool)
         self.counters: dict[str, Tensor] = {}
@@ -312,7 +312,7 @@ class Plan:
         """
         vectors = self.vectors
         # Not the dtype of the weights: in bfloat16 a counter would stay at 256 for ever.
-        kind = vectors.sum_dtype if dtype is None else dtype
+        kind = dtype or vectors.sum_dtype
 
         def make() -> Tensor:
             if callable(initial):

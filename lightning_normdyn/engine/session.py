@@ -7,7 +7,7 @@ first step that knows it. What it knows stands in its parts, and is asked for th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
@@ -177,7 +177,10 @@ class Session:
             self._compile_next = False
             self._forget_gradients()
 
-        state = self._graph_state()
+        # What decides the graph's shape and may change during a fit: frozen weights, and mode, kind
+        # and settings of normalizations.
+        is_trained = tuple(weight.requires_grad for weight in self.weights.names)
+        state = is_trained, self.search.normalizations.state()
         is_worth_a_look = self.looks.begin_batch(wanted=self.search.masks.wants_a_look)
         if self._watched == state and not is_worth_a_look:
             return
@@ -191,12 +194,6 @@ class Session:
             self.claims.evidence.reconsider(list(self.claims.evidence.records))
         self._watched, self._graph = state, graph
         self._watch()
-
-    def _graph_state(self) -> tuple[Any, ...]:
-        """What decides the graph's shape and may change during a fit: frozen weights, and mode,
-        kind and settings of normalizations."""
-        is_trained = tuple(weight.requires_grad for weight in self.weights.names)
-        return is_trained, self.search.normalizations.state()
 
     def _forget_gradients(self) -> None:
         """The graph was watched in the last batch, and torch.compile may compile the next one."""
@@ -242,7 +239,10 @@ class Session:
         for index, entry in enumerate(self.attachment.entries):
             if entry.return_check is not None and entry.return_check.has_stepped:
                 self.attachment.check_return(index)
-        self._look_for_unseen_steps()
+        every, stepped = log_every(self.trainer), batches_that_stepped(self.trainer)
+        if self._witness is not None and every and stepped % every == 0:
+            self._witness.look()
+            self._witness.look_for_replaced_weights()
         self._tell_new_plans()
 
     def _tell_new_plans(self) -> None:
@@ -333,12 +333,6 @@ class Session:
 
     # -- what was not seen
 
-    def _look_for_unseen_steps(self) -> None:
-        every, stepped = log_every(self.trainer), batches_that_stepped(self.trainer)
-        if self._witness is not None and every and stepped % every == 0:
-            self._witness.look()
-            self._witness.look_for_replaced_weights()
-
     def last_look(self) -> None:
         """At the end of the fit, once: was every step seen, and did every callback act where it was
         to act?"""
@@ -391,25 +385,28 @@ class Session:
             "position": self.clock.position(),
         }
 
-    def restore_verdicts(self) -> bool:
+    def restore_verdicts(self) -> list[dict[str, Any]]:
         """Take up what a checkpoint says about the weights, until the first step takes up the rest
-        of it; whether it says anything."""
-        states = self._restored()
-        for state in states:
-            self.claims.take_up(state["targets"])
-        return bool(states)
+        of it.
 
-    def _restored(self) -> list[Mapping[str, Any]]:
-        """What a checkpoint holds for those callbacks that knew of targets."""
-        states = [member.restored for member in self.members]
-        return [state for state in states if state and state.get("targets")]
+        Returns:
+            What it holds for those callbacks that knew of targets.
+        """
+        states = []
+        for member in self.members:
+            state = member.restored
+            if state and state.get("targets"):
+                self.claims.take_up(state["targets"])
+                states.append(state)
+        return states
 
     def _resume(self, graph: GraphState) -> bool:
         """Take up what a checkpoint knows of the weights, as far as it holds for the network as it
         is now; whether all of it does."""
-        if not self.restore_verdicts():
+        states = self.restore_verdicts()
+        if not states:
             return False
-        restored = self._restored()[0]
+        restored = states[0]
         if restored.get("position") is not None:
             self.clock.go_on_from(restored["position"])
         return self.claims.resume(restored, graph)
