@@ -283,18 +283,15 @@ class Part(Account[AnyRule]):
         # those that act the rank decides, and among those that look nothing depends on the order.
         order = f"{int(self.rule.writes or self.rule.acts)} {self.rule.state_key}"
         for phase, method in self.worker.phases.items():
-            handler = self._guarded(worker, getattr(worker, method))
+            handler = self._guarded(index, getattr(worker, method))
             plan.on_close(plan.bracket.add(phase, handler, order=order, rank=self.rule.rank))
         if self.rule.acts and index not in self._looked_again:
-            look_again = self._guarded(worker, lambda step: self._look_again(plan))
+            look_again = self._guarded(index, lambda step: self._look_again(plan))
             order = self.rule.state_key
             plan.on_close(plan.bracket.add(Phase.LOOK_AGAIN, look_again, order=order))
 
-    def _guarded(
-        self, worker: Worker[Any], method: Callable[[Step], None]
-    ) -> Callable[[Step], None]:
+    def _guarded(self, index: int, method: Callable[[Step], None]) -> Callable[[Step], None]:
         """A handler whose refusals end the fit in the first step, and the worker later."""
-        index = worker.plan.index
 
         def call(step: Step) -> None:
             try:
