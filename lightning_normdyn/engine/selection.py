@@ -17,12 +17,12 @@ from lightning_normdyn.engine.weights import has_sparse_gradient, held_by
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.geometry.placement import check_weight
 from lightning_normdyn.invariance.names import match_patterns
-from lightning_normdyn.invariance.partitions import (
+from lightning_normdyn.invariance.verdict import (
     SINGLE_NUMBERS,
+    Verdict,
     choose_partition,
     filter_partition,
 )
-from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.parametrizations import is_weight_standardized
 
 AnyRule = TypeVar("AnyRule", bound=Rule)

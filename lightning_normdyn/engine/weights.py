@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.placement import check_weight, full_shape
 from lightning_normdyn.invariance.names import parameter_names
-from lightning_normdyn.invariance.partitions import is_gain
+from lightning_normdyn.invariance.verdict import is_gain
 from lightning_normdyn.optimizers.views import survey
 
 Names = tuple[str, ...]

@@ -13,8 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_normdyn.invariance.restored import restored
-from lightning_normdyn.invariance.visibility import eager
+from lightning_normdyn.invariance.visibility import eager, restored
 
 
 @contextmanager

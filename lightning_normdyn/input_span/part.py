@@ -28,8 +28,7 @@ from lightning_normdyn.input_span.fixed_weights import (
     rounds_of,
     share_of_batches,
 )
-from lightning_normdyn.input_span.gather import InputGatherer
-from lightning_normdyn.input_span.layers import ReadableLayers, Readers
+from lightning_normdyn.input_span.gather import InputGatherer, ReadableLayers, Readers
 from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
 from lightning_normdyn.input_span.rows import filter_labels, filters_of
 from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers

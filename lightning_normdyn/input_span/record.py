@@ -11,8 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.plan import Target
-from lightning_normdyn.input_span.gather import InputGatherer
-from lightning_normdyn.input_span.layers import ReadableLayers
+from lightning_normdyn.input_span.gather import InputGatherer, ReadableLayers
 from lightning_normdyn.input_span.summary import REACH, SpanSummary
 from lightning_normdyn.monitor.history import History
 

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.invariance.flow import Shape
-from lightning_normdyn.invariance.partitions import SINGLE_NUMBERS
 from lightning_normdyn.invariance.rows import Link, Rows, distinct
-from lightning_normdyn.invariance.verdict import NormLink, Verdict, unread_in_words
+from lightning_normdyn.invariance.verdict import SINGLE_NUMBERS, NormLink, Verdict, unread_in_words
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.invariance.flow import Flow, Shape
-from lightning_normdyn.invariance.graph import Graph
-from lightning_normdyn.invariance.nodes import Edge, GraphNode
+from lightning_normdyn.invariance.graph import Edge, Graph, GraphNode
 from lightning_normdyn.invariance.rows import Rows
 from lightning_normdyn.invariance.rules.elementwise import negated, unchanged
 from lightning_normdyn.invariance.rules.operation import RULES, Operation

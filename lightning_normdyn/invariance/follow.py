@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, joined
-from lightning_normdyn.invariance.graph import Graph
-from lightning_normdyn.invariance.nodes import Edge
+from lightning_normdyn.invariance.graph import Edge, Graph
 from lightning_normdyn.invariance.rows import Rows
 from lightning_normdyn.invariance.rules.operation import RULES, Operation, why_not
 

@@ -1,13 +1,15 @@
-"""Switches that make code show all its operations to autograd: compiled code runs eagerly,
-reentrant checkpoints become non-reentrant.
+"""Forward passes that are run only to look at a network: all their operations are shown to
+autograd, and no trace of them is left.
 
-Both would otherwise be a single node of the graph, for which no rule can be given. torch has these
-switches for the whole process only. So they are counted: the first who needs one sets it, the last
-one who leaves puts back what was there, in whatever order and thread. Code of other threads keeps
-its checkpoints as they are, and runs eagerly for as long as somebody watches, which changes no
-result.
+Compiled code runs eagerly, reentrant checkpoints become non-reentrant: both would otherwise be a
+single node of the graph, for which no rule can be given. torch has these switches for the whole
+process only. So they are counted: the first who needs one sets it, the last one who leaves puts
+back what was there, in whatever order and thread. Code of other threads keeps its checkpoints as
+they are, and runs eagerly for as long as somebody watches, which changes no result.
 """
 
+import random
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 _LOCK = threading.RLock()
 _HERE = threading.local()
@@ -155,3 +158,44 @@ def _is_compiled(function: Any) -> bool:
     # `torch.compiler.disable` leaves the same mark, and one of its own.
     disabled = getattr(function, "_torchdynamo_disable", False)
     return hasattr(function, "_torchdynamo_orig_callable") and not disabled
+
+
+@contextmanager
+def restored(module: nn.Module, *, weights: bool = True) -> Iterator[None]:
+    """Buffers, training flags and random states are afterwards what they were, bit for bit.
+
+    Args:
+        module: what is run inside.
+        weights: whether weights are put back, too, which takes a copy of them.
+
+    Example:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> with restored(norm):
+        ...     _ = norm.eval()(torch.ones(4, 2)) + norm.train()(torch.rand(4, 2))
+        >>> norm.training, norm.running_mean.tolist()
+        (True, [0.0, 0.0])
+    """
+    parts = [(part, part.training, dict(part._buffers)) for part in module.modules()]
+    # A lazy parameter has no values yet that could be copied.
+    parameters = [p for p in module.parameters() if not is_lazy(p)]
+    tensors = [*module.buffers(), *(parameters if weights else ())]
+    copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+    # NumPy is optional: a generator that nobody has imported has not been used either.
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, copy in copies:
+                    tensor.copy_(copy)
+            for part, training, buffers in parts:
+                part.training = training
+                # A forward may have put another tensor in a buffer's place.
+                part._buffers.update(buffers)
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

@@ -42,7 +42,7 @@ from lightning_normdyn import (
     NotSupportedError,
     load_history,
 )
-from lightning_normdyn.input_span import layers as input_layers
+from lightning_normdyn.input_span import gather as input_layers
 from lightning_normdyn.input_span import rows as input_rows
 from lightning_normdyn.input_span.gather import InputGatherer
 from lightning_normdyn.input_span.rows import InputRows

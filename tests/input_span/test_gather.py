@@ -1,5 +1,6 @@
-"""Rows of what layers are given while a model runs: all of them, spread over batches, none twice,
-none of other passes; and their sums, in pieces and on several ranks, against one look at all."""
+"""Which weights have input rows, and why others have none. Rows of what layers are given while a
+model runs: all of them, spread over batches, none twice, none of other passes; and their sums, in
+pieces and on several ranks, against one look at all."""
 
 from __future__ import annotations
 
@@ -10,7 +11,63 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_normdyn.input_span.gather import Covariance, InputGatherer
+from lightning_normdyn.input_span import gather
+from lightning_normdyn.input_span.gather import Covariance, InputGatherer, ReadableLayers
+from lightning_normdyn.parametrizations import weight_normalization
+
+
+def readable(net: nn.Module, **options: bool) -> ReadableLayers:
+    return ReadableLayers(net, {p: tuple(p.shape) for p in net.parameters()}, **options)
+
+
+def test_readers_are_found_behind_parametrizations_and_ties():
+    net = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3), "c": nn.Conv1d(2, 3, 5)})
+    net["b"].weight = net["a"].weight
+    weight_normalization(net["c"])
+    found = readable(net).readers
+    assert found[net["a"].weight] == [net["a"], net["b"]]
+    assert found[net["c"].parametrizations.weight.original1] == [net["c"]]
+    assert len(found) == 2
+
+
+def test_compiled_layers_have_no_inputs_unless_they_run_eagerly():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[1].compile(backend="eager")
+    assert readable(net).obstacle(net[0].weight) is None
+    assert "compiled code (torch.compile)" in (readable(net).obstacle(net[1].weight) or "")
+    assert readable(net, eagerly=True).obstacle(net[1].weight) is None
+
+
+def test_blocks_hold_what_fits_together(monkeypatch):
+    net = nn.Sequential(nn.Linear(4, 2), nn.Linear(3, 2), nn.Linear(2, 2))
+    found = readable(net)
+    monkeypatch.setattr(gather, "BLOCK_BYTES", 8 * (16 + 9))
+    weights = [layer.weight for layer in net]
+    assert [list(block) for block in found.blocks(weights)] == [weights[:2], weights[2:]]
+    monkeypatch.setattr(gather, "BLOCK_BYTES", 8 * 10)
+    assert "at most" in (found.obstacle(net[0].weight) or "")
+    assert found.obstacle(net[1].weight) is None
+
+
+@pytest.mark.parametrize("reader", [nn.Embedding(3, 2), nn.Bilinear(2, 2, 3)])
+def test_other_modules_have_no_input_rows(reader):
+    obstacle = readable(reader).obstacle(reader.weight)
+    assert obstacle == (
+        "it is not the weight of a linear layer or a convolution, so it has no input rows"
+    )
+
+
+def test_what_a_trial_has_shown_counts():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    found = readable(net)
+    trial = InputGatherer(found.readers, torch.device("cpu"), most=0, seed=0)
+    trial.begin_batch(1)
+    net[0](torch.ones(1, 2))
+    trial.end_batch()
+    trial.close()
+    found.trial = trial
+    assert found.obstacle(net[0].weight) is None
+    assert found.obstacle(net[1].weight) == "`forward` does not call the layer that it belongs to"
 
 
 def gatherer_of(layer: nn.Linear, most: int = 1000, seed: int = 0) -> InputGatherer:

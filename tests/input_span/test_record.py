@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from lightning_normdyn import NormDynWarning
-from lightning_normdyn.input_span.layers import ReadableLayers
+from lightning_normdyn.input_span.gather import ReadableLayers
 from lightning_normdyn.input_span.record import GapReporter, publish
 from lightning_normdyn.input_span.summary import BINS, SpanSummary
 from lightning_normdyn.monitor.history import History

@@ -1,13 +1,15 @@
-"""visibility.py: switches of the process are off again, whoever leaves first and whatever goes
+"""Switches of the process are off again, whoever leaves first and whatever goes
 wrong."""
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from models import Net, convnet, fit, loader, make
@@ -16,7 +18,7 @@ from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
 from lightning_normdyn import AdaptiveWeightShrink, InputSpanMonitor, NormDynamicsMonitor
-from lightning_normdyn.invariance.visibility import eager, visible_graph
+from lightning_normdyn.invariance.visibility import eager, restored, visible_graph
 
 
 def compiles() -> bool:
@@ -211,3 +213,43 @@ def test_two_trainers_in_two_threads_leave_nothing_switched_and_find_their_targe
 
 def test_the_input_span_leaves_nothing_switched():
     fit(make(), [InputSpanMonitor()], max_epochs=1)
+
+
+class Moves(nn.Module):
+    """Changes all that a forward pass may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(3), nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls = self.calls + 1
+        with torch.no_grad():
+            self.fc.weight.add_(random.random() + np.random.rand())
+        return self.fc(self.norm(x + torch.rand_like(x)))
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_everything_is_put_back_also_after_an_exception(weights):
+    module = Moves()
+    module.norm.eval()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    calls, states = module.calls, (random.getstate(), str(np.random.get_state()))
+    torch_state = torch.get_rng_state()
+
+    def go() -> None:
+        with restored(module, weights=weights):
+            module.norm.train()
+            module(torch.randn(4, 3))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        go()
+    after = module.state_dict()
+    changed = [name for name, t in after.items() if not torch.equal(t, before[name])]
+    assert changed == ([] if weights else ["fc.weight"])
+    assert module.calls is calls
+    assert not module.norm.training
+    assert (random.getstate(), str(np.random.get_state())) == states
+    assert torch.equal(torch.get_rng_state(), torch_state)

@@ -21,7 +21,7 @@ from lightning_normdyn.invariance.flow import (
     sizes_of_pieces,
     varying,
 )
-from lightning_normdyn.invariance.nodes import (
+from lightning_normdyn.invariance.graph import (
     Edge,
     GraphNode,
     edge_shape,

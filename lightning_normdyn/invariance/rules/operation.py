@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, Shape, Sign
-from lightning_normdyn.invariance.graph import Graph
-from lightning_normdyn.invariance.nodes import (
+from lightning_normdyn.invariance.graph import (
     Edge,
+    Graph,
     GraphNode,
     node_name,
     saved_numbers,
