@@ -20,11 +20,7 @@ from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.group_numbers import Number
-from lightning_normdyn.optimizers.recognition import (
-    applied_rate,
-    has_plain_rate,
-    rate_differs_within,
-)
+from lightning_normdyn.optimizers.recognition import applied_rate, facts_of, has_plain_rate
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
@@ -190,7 +186,7 @@ class Plan:
         if self._fixed_rates is not None:
             return self._fixed_rates
         # One number per group is one write each; one per weight only where it must be.
-        if not any(rate_differs_within(self.optimizer, group) for group, _ in self.groups):
+        if not any(facts_of(self.optimizer, group).rate_by_weight for group, _ in self.groups):
             by_group = [self._rate(group, group["params"][0]) for group, _ in self.groups]
             return self.spread_groups("rate", by_group)
         rates = self._empty()

@@ -5,12 +5,7 @@ regard to where a weight or a filter ends. A rank's part of a weight is then a r
 in the order of memory: at most the end of a row, whole rows, and the beginning of a row.
 """
 
-from collections.abc import (
-    Callable,
-    Iterable,
-    Iterator,
-    Mapping,
-)
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any

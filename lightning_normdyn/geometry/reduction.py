@@ -75,6 +75,10 @@ def groups_of(sharings: Iterable[Sharing]) -> dict[tuple[int, ...] | None, Any]:
     return groups
 
 
+Summarize = Callable[[Tensor, Tensor], Tensor]
+"""From sums ``(K, m)`` and the lengths ``(m,)`` of any m vectors to ``(J, m)`` values."""
+
+
 @dataclass(frozen=True)
 class _Buffer:
     """The cut vectors that are completed together.
@@ -128,7 +132,8 @@ class Reduction:
         length: number of entries of every vector held here.
         weight_of: its weight.
         everywhere: whether every rank holds a piece of every vector.
-        cuts: whether some vector lies on several ranks.
+        cut: whether some vector lies on several ranks in pieces; the same on every rank that shares
+            these weights.
     """
 
     def __init__(
@@ -143,11 +148,10 @@ class Reduction:
         # One for all weights of so many vectors: a network has thousands of small weights.
         whole = {n: held_everywhere(n) for n in {p.n for p in placements if p.sharing is None}}
         self._sharings = [p.sharing or whole[p.n] for p in placements]
-        self._device = device
-        self.weights = len(placements)
+        self.device = device
         # A rank that has all vectors can total them alone: no collective, as under DDP.
         self.everywhere = all(s.everywhere for s in self._sharings)
-        self.cuts = any(s.cut.any() for s in set(self._sharings))
+        self.cut = any(s.cut.any() for s in set(self._sharings))
         self._counts = [len(held) for held in self._held]
         self.length = self._held_of(self._lengths).to(device)
         self.weight_of = self._weights_repeated(self._counts)
@@ -172,9 +176,9 @@ class Reduction:
         self,
         counts: Sequence[int],
     ) -> Tensor:
-        weights = indices(self.weights)
+        weights = indices(len(self._sizes))
         repeats = torch.tensor(counts, dtype=torch.long, device="cpu")
-        return weights.repeat_interleave(repeats).to(self._device)
+        return weights.repeat_interleave(repeats).to(self.device)
 
     @cached_property
     def _near(self) -> _Buffer:
@@ -184,7 +188,9 @@ class Reduction:
             return self._far
         (group,) = groups.values()
         # Within the group each entry lies once, so every rank adds what it holds.
-        return self._buffer([s.present for s in self._sharings], group, adds=[True] * self.weights)
+        return self._buffer(
+            [s.present for s in self._sharings], group, adds=[True] * len(self._sizes)
+        )
 
     @cached_property
     def _far(self) -> _Buffer:
@@ -212,12 +218,12 @@ class Reduction:
         return _Buffer(
             group=group,
             size=size,
-            cut=cut.to(self._device),
-            slot=slot[cut].to(self._device),
-            adds=adds_of_held[cut].to(self._device),
+            cut=cut.to(self.device),
+            slot=slot[cut].to(self.device),
+            adds=adds_of_held[cut].to(self.device),
             weight_of=self._weights_repeated([int(mask.sum()) for mask in chosen]),
-            length=torch.cat(lengths).to(self._device),
-            others=speaks[slot[speaks] < 0].to(self._device),
+            length=torch.cat(lengths).to(self.device),
+            others=speaks[slot[speaks] < 0].to(self.device),
         )
 
     def sum_(
@@ -225,26 +231,20 @@ class Reduction:
         packed: Tensor,
     ) -> Tensor:
         """Complete ``(..., n)`` sums of the vectors held here, in place."""
-        if self.cuts:
+        if self.cut:
             buffer = self._near
             completed = all_reduce(buffer.fill(packed), buffer.group)
             packed[..., buffer.cut] = completed[..., buffer.slot]
         return packed
 
-    def sum_with_totals_(
-        self, packed: Tensor, summarize: Callable[[Tensor, Tensor], Tensor]
-    ) -> Tensor:
-        """Complete ``(K, n)`` sums in place and return totals of what ``summarize`` makes of them,
-        in one collective.
-
-        Args:
-            packed: this rank's sums.
-            summarize: from sums ``(K, m)`` and lengths ``(m,)`` of any vectors to ``(J, m)``.
+    def complete_with_totals(self, packed: Tensor, summarize: Summarize) -> Tensor:
+        """Complete this rank's ``(K, n)`` sums in place and return `totals` of what ``summarize``
+        makes of them, in one collective.
 
         Returns:
             ``(J, weights)``.
         """
-        if self.everywhere or not self.cuts:
+        if self.everywhere or not self.cut:
             return self.totals(summarize(self.sum_(packed), self.length))
         # Whole vectors are summarized before the collective. The sums of all cut vectors go with
         # them, and every rank summarizes those.
@@ -262,9 +262,10 @@ class Reduction:
         self,
         values: Tensor,
     ) -> Tensor:
-        """Sum ``(..., n)`` over the vectors held here of each weight: ``(..., weights)``."""
+        """Sum ``(..., n)`` values over the vectors of each weight that this rank holds: ``(...,
+        weights)``."""
         # Twice as fast on a CPU; elsewhere it would be a kernel for every weight.
-        if values.device.type == "cpu" and self.weights:
+        if values.device.type == "cpu" and self._sizes:
             parts = values.split_with_sizes(self._counts, -1)
             return torch.stack([part.sum(-1) for part in parts], -1)
         return self._spoken(values, slice(None))
@@ -274,15 +275,18 @@ class Reduction:
         values: Tensor,
         chosen: Tensor | slice,
     ) -> Tensor:
-        totals = values.new_zeros(*values.shape[:-1], self.weights)
+        totals = values.new_zeros(*values.shape[:-1], len(self._sizes))
         return totals.index_add_(-1, self.weight_of[chosen], values[..., chosen])
 
     def totals(
         self,
         values: Tensor,
     ) -> Tensor:
-        """Sum complete ``(..., n)`` values over all vectors of each weight on all ranks, each
-        counted once: ``(..., weights)``."""
+        """`per_weight` of complete values over all ranks, every vector counted once: ``(...,
+        weights)``.
+
+        One collective, or none where every rank holds all vectors. Every rank must call it.
+        """
         if self.everywhere:
             return self.per_weight(values)
         return all_reduce(self._spoken(values, self._speaks), None)
@@ -291,8 +295,12 @@ class Reduction:
         self,
         totals: Tensor,
     ) -> Tensor:
-        """The mean over all ranks of totals that were taken without communication; others are equal
-        on all ranks already."""
+        """Make ``(..., weights)`` totals equal on all ranks where each rank worked them out for
+        itself.
+
+        Where every rank holds all vectors, `totals` communicates nothing, and ranks would come to
+        different conclusions if somebody's code changed the numbers on one of them.
+        """
         # Where some rank lacks a vector, totals came out of a collective and are equal already.
         if not self.everywhere or world_size() == 1:
             return totals
@@ -303,11 +311,19 @@ class Reduction:
         bins: Tensor,
         size: int,
     ) -> Tensor:
-        """How many vectors of each weight on all ranks lie in each bin, each counted once: ``(...,
-        n)`` to ``(..., weights, size)``."""
+        """How many vectors of each weight lie in each bin, over all ranks, every vector counted
+        once: ``(..., weights, size)``.
+
+        Communicates as `totals` does.
+
+        Args:
+            bins: ``(..., n)`` int64: the bin of each vector, ``0..size-1``, or -1 for none.
+            size: number of bins.
+        """
         # One more bin at the end takes the vectors that are in none.
         weight_of = self.weight_of[self._chosen]
-        no_bin = self.weights * size
+        weights = len(self._sizes)
+        no_bin = weights * size
         lines = bins[..., self._chosen].flatten(0, -2)
         out = self.length.new_zeros(len(lines), no_bin + 1)
         for counted, line in zip(out, lines, strict=True):
@@ -315,15 +331,15 @@ class Reduction:
             index = torch.where(line >= 0, weight_of * size + line, no_bin)
             ones = torch.ones_like(index, dtype=out.dtype)
             counted.index_add_(0, index, ones)
-        out = out[:, :no_bin].reshape(*bins.shape[:-1], self.weights, size)
+        out = out[:, :no_bin].reshape(*bins.shape[:-1], weights, size)
         return out if self.everywhere else all_reduce(out, None)
 
     def gather(
         self,
         values: Tensor,
     ) -> list[Tensor]:
-        """From ``(..., n)`` values of the vectors held here to those of all vectors of each weight,
-        on every rank."""
+        """From ``(..., n)`` values of the vectors held here to those of all vectors, for each
+        weight ``(..., vectors of the weight)``, e.g. for checkpoints. Communicates as `totals`."""
         places, total = [], 0
         for held, size in zip(self._held, self._sizes, strict=True):
             places.append(held + total)
@@ -342,7 +358,6 @@ class Reduction:
         self,
         values: Sequence[Tensor],
     ) -> Tensor:
-        """From values of all vectors of each weight to those of the vectors held here: the inverse
-        of `gather`, without communication."""
-        here = [of_weight.to(self._device) for of_weight in values]
-        return self._held_of(here).to(self._device)
+        """The inverse of `gather`, on any number of ranks, without communication."""
+        here = [of_weight.to(self.device) for of_weight in values]
+        return self._held_of(here).to(self.device)

@@ -6,7 +6,7 @@ channel group in front of GroupNorm, a whole matrix in front of LayerNorm.
 Shapes: ``n`` vectors, ``weights`` weights.
 """
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import cached_property
 from typing import Protocol
 
@@ -17,16 +17,8 @@ from lightning_normdyn.geometry import passes
 from lightning_normdyn.geometry.kernels import Kernels, RowIndex, sum_dtype
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.passes import Operand, Pair, Pass
-from lightning_normdyn.geometry.placement import (
-    hidden_entries,
-    is_plain,
-    place_all,
-    version_of,
-)
-from lightning_normdyn.geometry.reduction import Reduction
-
-Summarize = Callable[[Tensor, Tensor], Tensor]
-"""From sums ``(K, m)`` and the lengths ``(m,)`` of any m vectors to ``(J, m)`` values."""
+from lightning_normdyn.geometry.placement import hidden_entries, is_plain, place_all, version_of
+from lightning_normdyn.geometry.reduction import Reduction, Summarize
 
 
 class HasGradients(Protocol):
@@ -44,11 +36,12 @@ class HasSnapshots(Protocol):
         """The copy that was taken of ``weight`` in this step."""
 
 
-class WeightVectors:
+class WeightVectors(Reduction):
     """The targeted weights as one index space of ``n`` vectors.
 
     Every formula of the package is arithmetic on ``(n,)`` tensors. This class takes them from the
     weights and carries them back, so that a rule need not know shapes, memory formats or shards.
+    What it does over several ranks (totals, counts, gathering) it has from `Reduction`.
 
     Args:
         weights: the parameters, in optimizer order.
@@ -65,6 +58,8 @@ class WeightVectors:
         weight_of: int64 ``(n,)``: the weight that each vector belongs to.
         length: float64 ``(n,)``: number of entries of each vector that the loss reads, over all
             ranks.
+        cut: whether some vector lies on several ranks in pieces; the same on every rank that shares
+            these weights.
         count: float64 ``(weights,)``: number of vectors of each weight, over all ranks.
         low_precision: whether some weight is stored in a dtype in which a factor close to 1 is lost
             to rounding.
@@ -112,17 +107,9 @@ class WeightVectors:
         dtypes = {value.dtype for value in self.values()}
         self.low_precision = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
         self._kernels = Kernels(self._index, self.values(), hidden, self.device)
-        self._reduction = Reduction(self._placements, lengths, self.device)
-        self.weight_of = self._reduction.weight_of
-        self.length = self._reduction.length
+        super().__init__(self._placements, lengths, self.device)
         counts = [partition.n for partition in self.partitions]
         self.count = torch.tensor(counts, dtype=self.sum_dtype, device=self.device)
-
-    @property
-    def cut(self) -> bool:
-        """Whether some vector lies on several ranks in pieces; the same on every rank that shares
-        these weights."""
-        return self._reduction.cuts
 
     @property
     def through_masters(self) -> bool:
@@ -132,7 +119,7 @@ class WeightVectors:
     @property
     def _one_pass(self) -> bool:
         """Whether sums and the change that they lead to are taken row by row."""
-        return self._kernels.fuses and not self._reduction.cuts
+        return self._kernels.fuses and not self.cut
 
     # ---- Operands: one local tensor (or None) per weight ----
 
@@ -207,17 +194,12 @@ class WeightVectors:
         Returns:
             ``(len(pairs), n)``, float64.
         """
-        return self._reduction.sum_(self._kernels.products(pairs, exact=exact, copy=copy))
+        return self.sum_(self._kernels.products(pairs, exact=exact, copy=copy))
 
     def partial_inner(self, *pairs: Pair, exact: bool = True) -> Tensor:
         """This rank's part of `inner`, without any communication: `complete_with_totals` completes
         it, later if need be."""
         return self._kernels.products(pairs, exact=exact)
-
-    def complete_with_totals(self, packed: Tensor, summarize: Summarize) -> Tensor:
-        """Complete `partial_inner` in place and return `totals` of what ``summarize`` makes of it,
-        in one collective."""
-        return self._reduction.sum_with_totals_(packed, summarize)
 
     def inner_and_totals(
         self,
@@ -242,7 +224,7 @@ class WeightVectors:
         difference of norms or an angle is wanted, use `inner`.
         """
         # Squares, since those add up over ranks.
-        return self._reduction.sum_(self._squares()).sqrt_()
+        return self.sum_(self._squares()).sqrt_()
 
     def _squares(self) -> Tensor:
         """This rank's part of <w, w>, ``(n,)``, by the fastest pass."""
@@ -260,7 +242,7 @@ class WeightVectors:
         Returns:
             <w, w> and <1, w>, each ``(n,)`` float64.
         """
-        squares, sums = self._reduction.sum_(self._kernels.sums(passes.MOMENTS, [tensors]))
+        squares, sums = self.sum_(self._kernels.sums(passes.MOMENTS, [tensors]))
         return squares, sums
 
     def displacement(
@@ -284,11 +266,11 @@ class WeightVectors:
             ``(3, n)``, completed over the ranks that share vectors.
         """
         # Known norms are those of whole vectors; parts of vectors need their own.
-        if self._reduction.cuts or not self._kernels.rows_fit:
+        if self.cut or not self._kernels.rows_fit:
             norms = None
         how = passes.displacement(self.sum_dtype if exact else None, known=norms is not None)
         sums = self._kernels.sums(how, [before, self._values_beside(before)], [norms])
-        return self._reduction.sum_(sums)
+        return self.sum_(sums)
 
     def radial_and_totals(self, before: Operand, *, summarize: Summarize) -> tuple[Tensor, Tensor]:
         """The part of the step since ``before`` that lies along ``before``: <w, w> and <w, Δ>, and
@@ -306,51 +288,9 @@ class WeightVectors:
 
     # ---- Values of vectors and of weights ----
 
-    def per_weight(self, values: Tensor) -> Tensor:
-        """Sum ``(..., n)`` values over the vectors of each weight that this rank holds: ``(...,
-        weights)``."""
-        return self._reduction.per_weight(values)
-
-    def totals(self, values: Tensor) -> Tensor:
-        """`per_weight` over all ranks, every vector counted once: ``(..., weights)``.
-
-        One collective, or none where every rank holds all vectors. Every rank must call it.
-        """
-        return self._reduction.totals(values)
-
-    def mean_over_copies(self, totals: Tensor) -> Tensor:
-        """Make ``(..., weights)`` totals equal on all ranks where each rank worked them out for
-        itself.
-
-        Where every rank holds all vectors, `totals` communicates nothing, and ranks would come to
-        different conclusions if somebody's code changed the numbers on one of them.
-        """
-        return self._reduction.mean_over_copies(totals)
-
-    def counts(self, bins: Tensor, size: int) -> Tensor:
-        """How many vectors of each weight lie in each bin, over all ranks, every vector counted
-        once: ``(..., weights, size)``.
-
-        Communicates as `totals` does.
-
-        Args:
-            bins: ``(..., n)`` int64: the bin of each vector, ``0..size-1``, or -1 for none.
-            size: number of bins.
-        """
-        return self._reduction.counts(bins, size)
-
     def spread(self, per_weight: Tensor) -> Tensor:
         """One value per weight, ``(weights,)``, repeated for each of its vectors: ``(n,)``."""
         return per_weight[..., self.weight_of]
-
-    def gather(self, values: Tensor) -> list[Tensor]:
-        """From ``(..., n)`` values of the vectors held here to those of all vectors, for each
-        weight ``(..., vectors of the weight)``, e.g. for checkpoints. Communicates as `totals`."""
-        return self._reduction.gather(values)
-
-    def scatter(self, values: Sequence[Tensor]) -> Tensor:
-        """The inverse of `gather`, on any number of ranks, without communication."""
-        return self._reduction.scatter(values)
 
     def scatter_one(self, weight: int, values: Tensor) -> Tensor:
         """`scatter` for the weight at position ``weight`` alone."""
@@ -457,7 +397,7 @@ class WeightVectors:
         if self._one_pass:
             how = passes.removing(how, len(operands) + len(numbers))
             numbers = [*numbers, share, active]
-        return self._reduction.sum_(self._kernels.sums(how, operands, numbers))
+        return self.sum_(self._kernels.sums(how, operands, numbers))
 
     def scale_rounded_(self, factor: Tensor, owed: Tensor) -> Tensor:
         """Multiply weights stored in bfloat16 or float16 by factors that rounding would swallow.

@@ -137,12 +137,10 @@ def _check_rest(optimizer: Optimizer, partitions: Mapping[Tensor, Partition]) ->
         if applied_decay(optimizer, group, partial[0]) is None:
             raise NotSupportedError(
                 f"{some_rows} a trial could not tell how it applies its decay, so it cannot be "
-                f"applied "
-                f"to those rows alone. Instead, {ways_out}"
+                f"applied to those rows alone. Instead, {ways_out}"
             )
         if group.get("fused") and any(p.dtype.itemsize < 4 for p in partial):
             raise NotSupportedError(
                 f"{some_rows} its fused kernel applies it in float32 within the update, and the "
-                f"weight "
-                f"is stored in less. Use fused=False, {ways_out}"
+                f"weight is stored in less. Use fused=False, {ways_out}"
             )

@@ -22,7 +22,6 @@ from lightning_normdyn.optimizers.trial import (
     remembers_weights,
     steps_as,
     try_decay,
-    undoes_changes,
 )
 
 # ------------------------------------------------------------------------------- the step function
@@ -331,8 +330,7 @@ def sets_weights_back(optimizer: Optimizer) -> float | None:
     """
     if facts_of(optimizer).step_was_read:
         return None
-    left = answer_once(optimizer, "memory", lambda: remembers_weights(optimizer))
-    return left if undoes_changes(left) else None
+    return answer_once(optimizer, "memory", lambda: remembers_weights(optimizer))
 
 
 def is_schedule_free(optimizer: Optimizer) -> bool:
@@ -413,8 +411,3 @@ def has_plain_rate(optimizer: Optimizer) -> bool:
     Of any other optimizer, a step itself may move the rate on.
     """
     return facts_of(optimizer).rate is rate_rules.plain
-
-
-def rate_differs_within(optimizer: Optimizer, group: Group) -> bool:
-    """Whether `applied_rate` may differ between the weights of one group."""
-    return facts_of(optimizer, group).rate_by_weight

@@ -56,8 +56,7 @@ def state_exponents(optimizer: Optimizer) -> dict[str, float]:
     if is_schedule_free(optimizer):
         raise NotSupportedError(
             f"{asked}, but a schedule-free optimizer keeps a second copy of the weights, which "
-            f"would stay at the old scale. "
-            "Use another optimizer."
+            "would stay at the old scale. Use another optimizer."
         )
     exponents = facts_of(optimizer).exponents
     if exponents is None:

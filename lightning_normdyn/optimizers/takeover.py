@@ -20,7 +20,7 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import full_shape
 from lightning_normdyn.geometry.vectors import WeightVectors
-from lightning_normdyn.optimizers.decay import DecayOwner, applied_decay
+from lightning_normdyn.optimizers.decay import AppliedDecay, DecayOwner, applied_decay
 from lightning_normdyn.optimizers.group_numbers import Number, group_number, is_zero
 from lightning_normdyn.optimizers.recognition import writes_into_groups
 from lightning_normdyn.optimizers.scaling import Scaling
@@ -152,9 +152,8 @@ class DecayTakeover:
         if view is None:
             raise NotSupportedError(
                 f"The weight decay of {type(optimizer).__name__} would have to be taken over, but "
-                f"its class cannot be derived from. "
-                "Set weight_decay=0 in the param groups of these weights, or use "
-                "weight_decay='keep' where the callback has it."
+                "its class cannot be derived from. Set weight_decay=0 in the param groups of these "
+                "weights, or use weight_decay='keep' where the callback has it."
             )
         add_decay = self._decay_rest(taken, step, again=again)
         show(view, split, groups, shown)
@@ -201,15 +200,13 @@ class DecayTakeover:
         for rest, has_gradient in zip(rests, vectors.has_gradient(step), strict=True):
             # A weight without gradient is neither stepped nor decayed.
             decay = applied_decay(optimizer, rest.group, rest.weight) if has_gradient else None
-            factor: Number = 1.0
+            decay = decay or AppliedDecay("decoupled", 0.0)
             amount: Number = 0.0
-            if decay is not None:
-                factor = decay.factor
-            if decay is not None and decay.kind == "coupled":
+            if decay.kind == "coupled":
                 # torch turns the gradient around before it adds the decay.
                 sign = -1.0 if rest.group.get("maximize") else 1.0
                 amount = sign * decay.amount
-            factors.append(factor)
+            factors.append(decay.factor)
             amounts.append(amount)
         if not again and any(isinstance(f, Tensor) or f != 1 for f in factors):
             factor_of_vectors = step.unless_skipped(_spread(vectors, factors), 1.0)

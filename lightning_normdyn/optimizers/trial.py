@@ -29,12 +29,7 @@ from lightning_normdyn.optimizers.scratch import (
     Start,
     seed_generators,
 )
-from lightning_normdyn.optimizers.step_view import (
-    show,
-    split_groups,
-    view_class,
-    view_of,
-)
+from lightning_normdyn.optimizers.step_view import show, split_groups, view_class, view_of
 
 _LR = 0.02
 # Enough for momentum and bias corrections to matter, and for a slow copy that is visited every 5 or
@@ -281,26 +276,20 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def remembers_weights(optimizer: Optimizer) -> float | None:
-    """How much of a change made to the weights from outside is left a dozen steps later.
+    """How much of a change made to the weights from outside is left a dozen steps later, where so
+    little is left that writing to weights is futile.
 
-    1: the optimizer steps from wherever a weight is. Less: it sets weights back to something that
-    it remembers (a slow copy, the starting point of a dual averaging), and what a callback does to
-    a weight is undone. None if that cannot be tried.
+    Such an optimizer sets weights back to something that it remembers (a slow copy, the starting
+    point of a dual averaging). None if it steps from wherever a weight is, or cannot be tried.
 
     Example:
         >>> sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(2, 3))], lr=0.1, momentum=0.9)
-        >>> round(remembers_weights(sgd), 3)
-        1.0
+        >>> remembers_weights(sgd) is None
+        True
     """
-    return _with_some_start(optimizer, _share_left, lambda reason: None)
-
-
-def undoes_changes(share_left: float | None) -> bool:
-    """Whether so little of a change is left that writing to weights is futile.
-
-    ``share_left`` is what `remembers_weights` says; not if nobody knows.
-    """
-    return share_left is not None and not _KEPT <= share_left <= 2 - _KEPT
+    left: float | None = _with_some_start(optimizer, _share_left, lambda reason: None)
+    stays = left is None or _KEPT <= left <= 2 - _KEPT
+    return None if stays else left
 
 
 def _share_left(fresh: Fresh) -> float:

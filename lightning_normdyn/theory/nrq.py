@@ -7,8 +7,6 @@ the best direction. The formulas are those of the NRQ paper, corrected where the
 wrong; ``examples/noisy_rayleigh_quotient.py`` compares them with a simulation.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

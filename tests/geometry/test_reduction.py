@@ -21,7 +21,7 @@ def test_a_broken_reduction_is_seen():
         names = ["7 filters"]
         sharded = [nn.Parameter(distribute_tensor(w, mesh_of(2), [Shard(1)])) for w in whole(names)]
         vectors = WeightVectors(sharded, partitions(names))
-        vectors._reduction.sum_ = lambda packed: packed  # type: ignore[method-assign]
+        vectors.sum_ = lambda packed: packed  # type: ignore[method-assign]
         full = WeightVectors([nn.Parameter(w) for w in whole(names)], partitions(names))
         torch.testing.assert_close(vectors.norms(), full.norms())
 

@@ -20,7 +20,6 @@ from lightning_normdyn.optimizers.recognition import (
     facts_of,
     has_plain_rate,
     is_schedule_free,
-    rate_differs_within,
     row_of,
     sets_weights_back,
     steps_like,
@@ -212,5 +211,5 @@ def test_a_rate_is_plain_or_differs_between_weights_where_the_table_says_so():
     relative, unknown = doubles.RelativeStep([weight]), doubles.Plain([weight])
     optimizers = (sgd, asgd, relative, unknown)
     assert list(map(has_plain_rate, optimizers)) == [True, False, False, False]
-    differs = [rate_differs_within(o, o.param_groups[0]) for o in optimizers]
+    differs = [facts_of(o).rate_by_weight for o in optimizers]
     assert differs == [False, True, True, False]

@@ -136,8 +136,7 @@ def _load_wandb(path: Path) -> History:
             _, _, reason = message.rpartition("\n")
             raise NormDynError(
                 f"`{path}` cannot be read as a W&B run: {reason or 'its reader failed'}. That "
-                f"needs "
-                f"W&B's reader; `pip install 'wandb>=0.30'`."
+                "needs W&B's reader; `pip install 'wandb>=0.30'`."
             )
         records.seek(0)
         history = _parse_wandb(records, path)
