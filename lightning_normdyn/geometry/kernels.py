@@ -9,7 +9,7 @@ Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
+from itertools import groupby, islice, repeat
 from math import prod
 from typing import Any
 
@@ -27,6 +27,11 @@ cores' caches while sums are taken."""
 KERNEL_ENTRIES = 2**22
 """On other devices one launch per weight is fastest; only very large weights are cut, so that
 temporaries stay small."""
+SMALL_ENTRIES = 2**12
+"""Up to this many entries of a weight, calling torch for it costs more than the arithmetic."""
+
+Viewed = tuple[Rows, list[Tensor | None]]
+"""The rows of one piece, and its view of every operand."""
 
 
 # ---- Rows: which row of which local tensor is which vector ----
@@ -92,8 +97,8 @@ class RowIndex:
         self,
         values: Tensor,
         dummy: float,
-    ) -> Sequence[Tensor]:
-        """From ``(n,)`` values of the vectors those of each piece's rows.
+    ) -> Tensor:
+        """From ``(n,)`` values of the vectors those of all rows, in the order of ``pieces``.
 
         Args:
             values: one per vector.
@@ -102,7 +107,7 @@ class RowIndex:
         if not self.in_order:
             with_dummy = torch.cat([values, values.new_full((1,), dummy)])
             values = with_dummy.to(self._of_row.device)[self._of_row]
-        return values.split_with_sizes(self.counts)
+        return values
 
     def to_vectors(self, sums: Tensor) -> Tensor:
         """Add up sums over rows, ``(K, rows)``, within each vector: ``(K, n)``."""
@@ -177,24 +182,31 @@ class Kernels:
             dtype=dtype,
             device=self._device,
         )
-        places = written.split_with_sizes(index.counts, 1)
         given = [number.to(self._precision) for number in numbers if number is not None]
         of_rows = [index.to_rows(number, 0.0) for number in given]
 
-        added_up: dict[int, Tensor] = {}
-        for i, (weight, rows) in enumerate(index.pieces):
-            views = self._views(weight, rows, operands)
+        added_up: list[tuple[slice, Tensor]] = []
+        stop = 0
+        for alike in self._portions(how, operands):
+            rows, views = alike[0]
+            start, stop = stop, stop + len(alike) * len(rows.labels)
+            columns = slice(start, stop)
+            place = written[:, columns]
             first = next((view for view in views if view is not None), None)
             if first is None:  # e.g. a weight without a gradient
-                places[i].zero_()
+                place.zero_()
                 continue
-            # The same numbers for all parts of a row: they broadcast over whatever is cut.
-            views += [_spread(number[i], rows, first) for number in of_rows]
             dims, form = rows.dims(first), rows.form(first)
+            if len(alike) > 1:
+                views = _stacked(alike)
+                dims, form = [d + 1 for d in dims], [len(alike), *form]
+                first = next(view for view in views if view is not None)
+            # The same numbers for all parts of a row: they broadcast over whatever is cut.
+            views += [_spread(number[columns], form, first) for number in of_rows]
 
             # Short rows that need no conversion lose no digits to one long sum, and what reads
             # every entry once has no use for the cache.
-            short = first.numel() <= index.counts[i] * CACHED_ENTRIES
+            short = first.numel() <= (stop - start) * CACHED_ENTRIES
             at_once = how.streaming and short and first.dtype == dtype
             entries = first.numel() if at_once else self._entries
             if not how.whole_rows and cuts_rows(first, dims, entries):
@@ -205,22 +217,22 @@ class Kernels:
                     device=first.device,
                 )
                 in_chunks(self._adding(how, dtype), sums.unbind(), views, dims, entries)
-                added_up[i] = sums.flatten(1)
+                added_up.append((columns, sums.flatten(1)))
                 continue
 
             # Written where it belongs: one buffer for all pieces saves a copy for each.
-            place = places[i]
+            buffer = place
             if first.device != self._device:  # offloaded, or one of several devices
-                place = torch.empty_like(place, device=first.device)
-            outs = place.view(how.written, *form).unbind()
+                buffer = torch.empty_like(place, device=first.device)
+            outs = buffer.view(how.written, *form).unbind()
             in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
-            if place is not places[i]:
-                places[i].copy_(place)
+            if buffer is not place:
+                place.copy_(buffer)
 
         # Once for all vectors, and in float64: the kernels left the delicate part to this.
         finished = how.finish(written.to(self._sum_dtype))
-        for i, sums in added_up.items():
-            finished.split_with_sizes(index.counts, 1)[i].copy_(sums)
+        for columns, sums in added_up:
+            finished[:, columns].copy_(sums)
         return index.to_vectors(finished)
 
     def products(
@@ -259,7 +271,7 @@ class Kernels:
             tensor = tensors[weight]
             if tensor is not None:
                 view = rows.view(tensor)
-                view.mul_(_spread(number, rows, view))
+                view.mul_(_spread(number, rows.form(view), view))
 
     def add_scaled_(
         self,
@@ -273,7 +285,7 @@ class Kernels:
             if tensor is not None and addend is not None:
                 view = rows.view(tensor)
                 # One read and one write; no temporary as large as the weight.
-                view.addcmul_(rows.view(addend), _spread(number, rows, view))
+                view.addcmul_(rows.view(addend), _spread(number, rows.form(view), view))
 
     def _adding(
         self,
@@ -299,6 +311,24 @@ class Kernels:
                 out += more
 
         return kernel
+
+    def _portions(
+        self,
+        how: Pass,
+        operands: Sequence[Operand],
+    ) -> Iterator[list[Viewed]]:
+        """All pieces in their order: each by itself, or neighbours that are small and alike
+        together, so that thousands of small layers cost few calls of torch."""
+        # One by one, since a view with hidden entries is a copy.
+        viewed = ((rows, self._views(i, rows, operands)) for i, rows in self._index.pieces)
+        for likeness, alike in groupby(viewed, _likeness):
+            together = 1
+            # What a pass writes to a stack would not reach the weights.
+            if likeness is not None and not how.writes:
+                shape, *_ = likeness
+                together = max(1, self._entries // max(1, prod(shape)))
+            while portion := list(islice(alike, together)):
+                yield portion
 
     def _views(
         self,
@@ -328,7 +358,8 @@ class Kernels:
         """Every piece: its weight's position, and the values of its rows."""
         # Converted once here, not for every piece.
         of_rows = self._index.to_rows(values.to(self._precision), dummy)
-        for (weight, rows), number in zip(self._index.pieces, of_rows, strict=True):
+        of_pieces = of_rows.split_with_sizes(self._index.counts)
+        for (weight, rows), number in zip(self._index.pieces, of_pieces, strict=True):
             yield weight, rows, number
 
 
@@ -341,11 +372,30 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 
 def _spread(
     numbers: Tensor,
-    rows: Rows,
+    form: Sequence[int],
     view: Tensor,
 ) -> Tensor:
-    """One number per row, shaped to broadcast over a view of them."""
-    return numbers.to(view.device, passes.own_precision(view)).view(rows.form(view))
+    """One number per row, of the shape ``form`` that broadcasts over a view of them."""
+    return numbers.to(view.device, passes.own_precision(view)).view(form)
+
+
+def _likeness(viewed: Viewed) -> tuple[torch.Size, Any, Any] | None:
+    """What pieces must have in common to be stacked; None where one is taken by itself."""
+    rows, views = viewed
+    shapes = {view.shape for view in views if view is not None}
+    small = len(shapes) == 1 and prod(*shapes) <= SMALL_ENTRIES
+    if not small or any(view is not None and view.layout != torch.strided for view in views):
+        return None
+    kinds = [None if view is None else (view.dtype, view.device) for view in views]
+    return shapes.pop(), rows.kept, kinds
+
+
+def _stacked(alike: Sequence[Viewed]) -> list[Tensor | None]:
+    """Every operand of pieces that have the same `_likeness`, along a new first dimension."""
+    stacks = []
+    for views in zip(*(views for _, views in alike), strict=True):
+        stacks.append(None if views[0] is None else torch.stack(views))
+    return stacks
 
 
 # ---- Chunks: so few entries at a time that they stay in the processor's cache ----

@@ -44,6 +44,8 @@ class Pass:
         streaming: whether the kernel reads each entry once, so that a cache helps it only where
             rows are long or dtypes are converted.
         whole_rows: whether the kernel must see each row at once, because it also changes it.
+        writes: whether the kernel writes to views, too, so that it needs those of the weights
+            themselves.
     """
 
     kernel: Kernel
@@ -53,6 +55,7 @@ class Pass:
     dtype: torch.dtype | None = None
     streaming: bool = False
     whole_rows: bool = False
+    writes: bool = False
 
 
 # ---- Norms, moments, displacement, radial part ----
@@ -216,7 +219,7 @@ def removing(
         removed = removed_part(outs[0].square(), outs[1], share).to(share.dtype)
         views[1].addcmul_(before, applied_part(removed, *active), value=-1)
 
-    return replace(how, kernel=kernel, whole_rows=True)
+    return replace(how, kernel=kernel, whole_rows=True, writes=True)
 
 
 def removed_part(
@@ -316,7 +319,8 @@ def products(
             written[row].square_()
         return written
 
-    return Pass(kernel, finish, len(pairs), len(pairs), exact), operands
+    how = Pass(kernel, finish, len(pairs), len(pairs), exact, writes=copy is not None)
+    return how, operands
 
 
 # ---- Sums of one view ----

@@ -46,12 +46,13 @@ class Rows:
 
     Attributes:
         labels: int64 ``(rows,)``: the vector within the weight that each row belongs to, or -1.
+        kept: the dimensions of its views that tell rows apart.
     """
 
     def __init__(self, piece: Piece) -> None:
         self._select = piece.select
         labels, kept, self._blocks = _merge_rows(piece.labels, piece.keep)
-        self._kept = frozenset(kept)
+        self.kept = frozenset(kept)
         self.labels = labels.flatten()
 
     def view(self, tensor: Tensor) -> Tensor:
@@ -65,13 +66,13 @@ class Rows:
     def form(self, view: Tensor) -> list[int]:
         """The shape of one number per row that broadcasts over a view."""
         form = [1] * view.ndim
-        for d in self._kept:
+        for d in self.kept:
             form[d] = view.shape[d]
         return form
 
     def dims(self, view: Tensor) -> list[int]:
         """The dimensions of a view that lie within a row."""
-        return [d for d in range(view.ndim) if d not in self._kept]
+        return [d for d in range(view.ndim) if d not in self.kept]
 
 
 # All callbacks on a plain weight have the same piece of it.

@@ -4,6 +4,7 @@ cut into chunks."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -61,6 +62,37 @@ def test_sums_are_what_functional_states(kind, chunked):
         (kernels.products([([before], after), ([before], None)], exact=True), products),
     ):
         torch.testing.assert_close(measured, formula, rtol=1e-11, atol=1e-12)
+
+
+def test_small_weights_that_are_alike_are_summed_together(monkeypatch):
+    layers = ["layer", "conv", *["linear"] * 5, "groups", "linear", "linear"]
+    weights, partitions = [], []
+    for kind in layers:
+        weight, partition = KINDS[kind]
+        weights.append(nn.Parameter(weight + same_layout(weight)))
+        partitions.append(partition)
+    weights[-1].data = weights[-1].data.float()
+    vectors = WeightVectors(weights, partitions)
+    before = [same_layout(weight) for weight in weights]
+    before[4] = None
+    calls = []
+    radial = passes.radial
+
+    def counted(dims, outs, views):
+        calls.append(views[0].shape)
+        return radial(dims, outs, views)
+
+    how = replace(passes.RADIAL, kernel=counted)
+    together = vectors._kernels.sums(how, [before, vectors._values_beside(before)])
+    # Five linear weights with a gap in the middle; of the last two, one has another dtype.
+    stacks = [call for call in calls if call[1:] == weights[2].shape]
+    assert [stack[0] for stack in stacks] == [2, 2]
+
+    monkeypatch.setattr(kernels_file, "SMALL_ENTRIES", 0)
+    calls.clear()
+    one_by_one = vectors._kernels.sums(how, [before, vectors._values_beside(before)])
+    assert len(calls) == len(layers) - 1
+    torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -357,7 +389,7 @@ def test_sums_of_rows_become_sums_of_vectors_and_back(kind):
     expected = torch.stack([x.sum() for x in by_vector(weight, partition, weight)])
     torch.testing.assert_close(by_index[index.slices[1]], expected)
 
-    numbers = index.to_rows(torch.arange(float(index.n)), dummy=-1.0)
+    numbers = index.to_rows(torch.arange(float(index.n)), dummy=-1.0).split(index.counts)
     of_kind = torch.where(index.pieces[1][1].labels < 0, -7, index.pieces[1][1].labels)
     assert torch.equal(numbers[1], (of_kind + 6).float())
 
