@@ -321,10 +321,12 @@ class Kernels:
         together, so that thousands of small layers cost few calls of torch."""
         # One by one, since a view with hidden entries is a copy.
         viewed = ((rows, self._views(i, rows, operands)) for i, rows in self._index.pieces)
+        if how.writes:  # what it writes to a stack would not reach the weights
+            yield from ([one] for one in viewed)
+            return
         for likeness, alike in groupby(viewed, _likeness):
             together = 1
-            # What a pass writes to a stack would not reach the weights.
-            if likeness is not None and not how.writes:
+            if likeness is not None:
                 shape, *_ = likeness
                 together = max(1, self._entries // max(1, prod(shape)))
             while portion := list(islice(alike, together)):
