@@ -56,8 +56,8 @@ examples:
 _REPORT = """Write one self-contained HTML file about one or several runs: pictures,
 comparisons, a sortable table of all layers.
 
-RUN is a history file (.npz), a CSV log (metrics.csv or its folder), or an
-offline W&B run (its folder; needs wandb). LABEL=RUN names it.
+RUN is a history file (.npz), or the folder of a logger, where it lies beside
+the log. LABEL=RUN names it.
 
 examples:
   python -m lightning_normdyn report runs/decay/history.npz -o report.html
@@ -190,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         metavar="RUN",
         nargs="+",
-        help="history file, CSV log or offline W&B run; LABEL=RUN names it",
+        help="history file or its folder; LABEL=RUN names it",
     )
     report.add_argument(
         "-o",
@@ -372,7 +372,7 @@ def _write_report(places: Mapping[str, str | Path], output: Path) -> Path:
     runs = {}
     for label, path in places.items():
         _say(f"reading {path}")
-        runs[label] = _own("monitor.report.runs").load_run(path)
+        runs[label] = _own("monitor.report.page").load_run(path)
     report: Path = _own("monitor.report.page").write_report(runs, output, _say)
     return report
 
@@ -403,10 +403,10 @@ def _telling_parts(path: str) -> tuple[str, ...]:
     """The parts of a path that may name a run: not the ``history.npz`` that all of them end in."""
     # Path.resolve() stumbles over a link to itself.
     place = Path(path if is_remote(path) else os.path.realpath(path))
-    if place.suffix in (".npz", ".csv", ".wandb"):
+    if place.suffix == ".npz":
         place = place.with_suffix("")
     parts = place.parts
-    if len(parts) > 2 and parts[-1] in ("history", "metrics"):
+    if len(parts) > 2 and parts[-1] == "history":
         return parts[:-1]
     return parts
 

@@ -12,7 +12,7 @@ import pytest
 
 import lightning_normdyn.__main__ as command_line
 from lightning_normdyn.monitor.history import History, load_history
-from lightning_normdyn.monitor.report import page, runs
+from lightning_normdyn.monitor.report import page
 
 main = command_line.main
 
@@ -108,7 +108,7 @@ def test_ctrl_c_is_quiet(capsys, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs, "load_run", interrupted)
+    monkeypatch.setattr(page, "load_run", interrupted)
     assert main(["report", "run.npz"]) == 130
     assert capsys.readouterr().err == ""
 
@@ -136,8 +136,7 @@ def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
 def test_report_of_one_and_of_several_runs(capsys):
     run_of().save("decay/history.npz")
     run_of(3).save("aws/history.npz")
-    Path("version_0").mkdir()
-    Path("version_0/metrics.csv").write_text("step,effective_lr/conv0.weight\n0,0.5\n1,0.25\n")
+    run_of(2).save("version_0/history.npz")
     assert main(["report", "decay/history.npz"]) == 0
     assert capsys.readouterr().out == "report.html\n"
     assert main(["report", "decay", "best=aws", "version_0", "-o", "new/all.html"]) == 0
@@ -165,7 +164,7 @@ def test_what_cannot_be_written_is_said_in_words(capsys, output, says):
     [
         (["runs/decay/history.npz", "runs/aws/history.npz"], ["decay", "aws"]),
         (["a/x/history.npz", "b/x/history.npz", "b/y"], ["a/x", "b/x", "y"]),
-        (["one.npz", "two.csv", "three"], ["one", "two", "three"]),
+        (["one.npz", "two.npz", "three"], ["one", "two", "three"]),
         (["one.npz", "one.npz"], None),
         (["L=one.npz", "L=two.npz"], ["L", "L (2)"]),
     ],
@@ -189,17 +188,13 @@ HOSTILE = {
     "no.npz": b"",
     "pickle.npz": b"\x80\x04cos\nsystem\n(S'touch executed'\ntR.",
     "half.npz": None,
-    "text.csv": b"step,a\n0,__import__('os').mkdir('executed')\n",
-    "binary.csv": b"\x00\xff" * 100,
-    "run.wandb": b"\x00\xff" * 100,
+    "binary.npz": b"\x00\xff" * 100,
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_damaged_or_hostile_run_writes_nothing_and_runs_nothing(capsys, name):
     run_of().save("good.npz")
-    if name.endswith(".wandb"):
-        pytest.importorskip("wandb")
     content = HOSTILE[name] if HOSTILE[name] is not None else Path("good.npz").read_bytes()[:500]
     Path(name).write_bytes(content)
     assert name in refused(capsys, "report", "good.npz", name, "-o", "report.html")

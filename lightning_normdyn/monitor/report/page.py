@@ -23,12 +23,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import notes_on_layers, recorded_curves
-from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.plots.compare import plot_compare
 from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap, shared_limits
 from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import monitored, shown_in
-from lightning_normdyn.storage import replacing
+from lightning_normdyn.storage import is_remote, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -342,3 +342,36 @@ def _policy_hash(script: str) -> str:
     """What a Content-Security-Policy names a script by."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def load_run(path: str | os.PathLike[str]) -> History:
+    """Read a run.
+
+    Args:
+        path: a history file (``.npz``), also at a URL (``s3://``), or the folder that holds one, as
+            every logger's folder does.
+
+    Raises:
+        NormDynError: where there is no such run, or it is damaged; nothing in it is executed.
+    """
+    if is_remote(path):
+        return load_history(path)
+    path = Path(path)
+    if path.is_dir():
+        path = _history_in(path)
+    if not path.is_file():
+        raise NormDynError(f"there is no run `{path}`; name a history file (.npz) or its folder.")
+    return load_history(path)
+
+
+def _history_in(folder: Path) -> Path:
+    matches = sorted(folder.glob("*.npz"))
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise NormDynError(
+            f"`{folder}` holds {len(matches)} runs; name one of {', '.join(map(str, matches[:3]))}."
+        )
+    below = sorted({str(match.parent) for match in folder.glob("*/*.npz")})[:3]
+    hint = f"below it there is {', '.join(below)}" if below else "name a history file (.npz)"
+    raise NormDynError(f"`{folder}` holds no run; {hint}.")

@@ -23,12 +23,12 @@ from lightning_normdyn.monitor.report.page import (
     COLUMNS,
     LayerSummary,
     common_limits,
+    load_run,
     pictures_of,
     pictures_of_all,
     summaries,
     write_report,
 )
-from lightning_normdyn.monitor.report.runs import load_run
 
 pytest.importorskip("matplotlib")
 
@@ -390,3 +390,25 @@ def test_notes_of_any_shape_are_no_obstacle(targets):
     history.meta["targets"] = targets
     (layer,) = summaries("run", history)
     assert (layer.kind, layer.vectors) == ("–", None)
+
+
+def test_a_run_is_its_history_file_or_the_folder_with_it(tmp_path):
+    path = reported_run().save(tmp_path / "run" / "history.npz")
+    assert list(load_run(path)) == list(load_run(path.parent)) == list(reported_run())
+
+
+def test_a_folder_without_a_run_says_what_is_below_it(tmp_path):
+    with pytest.raises(NormDynError, match="holds no run; name a history file"):
+        load_run(tmp_path)
+    reported_run().save(tmp_path / "version_0" / "history.npz")
+    with pytest.raises(NormDynError, match=r"below it there is .*version_0"):
+        load_run(tmp_path)
+    with pytest.raises(NormDynError, match="there is no run"):
+        load_run(tmp_path / "nowhere")
+
+
+def test_a_folder_with_two_runs_asks_which(tmp_path):
+    reported_run().save(tmp_path / "a.npz")
+    reported_run().save(tmp_path / "b.npz")
+    with pytest.raises(NormDynError, match=r"holds 2 runs; name one of .*a\.npz, .*b\.npz"):
+        load_run(tmp_path)
