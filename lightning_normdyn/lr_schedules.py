@@ -206,7 +206,11 @@ class WeightDecayEquivalentLR(LRScheduler):
         if self.inner is not None:
             # An inner schedule goes on from the learning rate that it finds.
             for group, lr in zip(groups, self._inner_lrs, strict=True):
-                _write_lr(group, lr)
+                # A tensor stays the same tensor: captured and compiled steps hold on to it.
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
             self.inner.step()
             self._inner_lrs = [float(group["lr"]) for group in groups]
 
@@ -345,11 +349,3 @@ def _of_fewer_than_two_dimensions(group: dict[str, Any]) -> str:
     if len(thin) > 3:
         thin[3:] = ["..."]
     return ", ".join(thin)
-
-
-def _write_lr(group: dict[str, Any], lr: float) -> None:
-    # A tensor stays the same tensor: captured and compiled steps hold on to it.
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(lr)
-    else:
-        group["lr"] = lr

@@ -26,7 +26,7 @@ import math
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -264,8 +264,7 @@ class _FilterParametrization(nn.Module):
 
     def _split(self, weight: Tensor) -> Tensor:
         # The square of a large float16 entry is infinite.
-        is_half = weight.dtype in (torch.float16, torch.bfloat16)
-        wide = weight.float() if is_half else weight
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         if self.groups is None:
             return wide
         return wide.reshape(self.groups, -1, *wide.shape[1:])
@@ -281,6 +280,10 @@ class _FilterParametrization(nn.Module):
         if self.centered:
             filters = filters - filters.mean(self.dims, keepdim=True)
         return filters, torch.linalg.vector_norm(filters, dim=self.dims, keepdim=True)
+
+    def right_inverse(self, weight: Tensor) -> Any:
+        # What replaces a weight starts as that weight, of whatever length.
+        return weight
 
 
 def _or_one(norm: Tensor) -> Tensor:
@@ -322,9 +325,6 @@ class _WeightStandardization(_FilterParametrization):
             divisor = divisor + self.eps
         return self._join(filters / divisor, weight)
 
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight
-
 
 class _BoundedWeightNormalization(_FilterParametrization):
     length: Tensor
@@ -340,9 +340,6 @@ class _BoundedWeightNormalization(_FilterParametrization):
     def forward(self, weight: Tensor) -> Tensor:
         filters, norm = self._direction(weight)
         return self._join(self.length * (filters / _or_one(norm)), weight)
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight
 
 
 # ---- One layer or a whole model ----

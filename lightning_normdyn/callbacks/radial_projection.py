@@ -338,6 +338,8 @@ class RadialProjection(NormDynCallback):
     worker = ProjectWorker
     part = ProjectionPart
     numbers = ("gate", "delta", "weight_decay", "weight_decay_ratio")
+    # With either gate.
+    acts = True
 
     def __init__(
         self,
@@ -363,11 +365,6 @@ class RadialProjection(NormDynCallback):
         if weight_decay != "replace":
             self.weight_decay = check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
         self.weight_decay_ratio = check_number("weight_decay_ratio", weight_decay_ratio, ">= 0")
-
-    @property
-    def acts(self) -> bool:
-        """With either gate."""
-        return True
 
     @property
     def projection(self) -> Projection:

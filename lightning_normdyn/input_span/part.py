@@ -292,9 +292,9 @@ class SpanPart(Part[Any]):
             summaries, batches = self._summarize(gatherer, targets), gatherer.batches
         history = self.rule.history
         restored = self.restored
-        if restored is not None and "history" in restored["extra"]:
+        if restored is not None:
             # No step has taken the checkpoint up yet: the row belongs to what it holds.
-            history.load_state_dict(restored["extra"]["history"])
+            self.load_extra(restored["extra"])
         if self._trainer.is_global_zero:
             # Layers may take turns: what is known of those of earlier epochs stays.
             facts = dict(history.meta.get("targets", {}))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import itemgetter
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lightning_normdyn.geometry.partition import Partition, indices
 from lightning_normdyn.invariance.flow import Shape
-from lightning_normdyn.invariance.rows import Link, Rows, distinct
+from lightning_normdyn.invariance.rows import Rows, distinct
 from lightning_normdyn.invariance.verdict import SINGLE_NUMBERS, NormLink, Verdict, unread_in_words
 
 
@@ -101,7 +101,7 @@ class Candidate:
         rows.stale.update(dict.fromkeys(verdict.stale_statistics))
         for link in verdict.batch_norms:
             fed_by = first_row[link.vector.cpu()]
-            rows.link(Link(link.module, fed_by, link.degree, link.offset, link.bias))
+            rows.link(replace(link, vector=fed_by))
         return candidate
 
     @property
@@ -298,7 +298,8 @@ def _norm_links(rows: Rows, vectors: Vectors) -> tuple[tuple[NormLink, ...], tup
     stale = dict(rows.stale)
     modules: set[str] = set()
     for link in rows.links:
-        vector = torch.where(link.rows > 0, vectors.of_row[link.rows - 1], -1)
+        row = link.vector
+        vector = torch.where(row > 0, vectors.of_row[row - 1], -1)
         # The module has one set of running statistics. Where its calls are fed by different rows,
         # no one factor is right for it.
         if link.module in modules:
@@ -307,5 +308,5 @@ def _norm_links(rows: Rows, vectors: Vectors) -> tuple[tuple[NormLink, ...], tup
         if link.offset and link.bias is None:
             stale[f"{link.module}: what is added before it is not a plain bias"] = None
         modules.add(link.module)
-        links.append(NormLink(link.module, vector, link.degree, link.offset, link.bias))
+        links.append(replace(link, vector=vector))
     return tuple(links), tuple(stale)

@@ -155,7 +155,7 @@ class _Uses:
         for node, slot in self._readers.get(edge, []):
             # An operation with several outputs that only passes tensors on has one for each input.
             out = slot if len(node.outputs) > 1 else 0
-            yield Operation(node, Rows(0), self._graph), slot, (node.node, out)
+            yield Operation(**vars(node), rows=Rows(0), graph=self._graph), slot, (node.node, out)
 
 
 def _without(

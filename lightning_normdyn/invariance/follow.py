@@ -58,7 +58,7 @@ def follow(
             # No entry of an expert's weight reaches the loss where it got no tokens.
             continue
         for name in dict.fromkeys(name for by_name in incoming for name in by_name):
-            operation = Operation(node, rows[name], graph)
+            operation = Operation(**vars(node), rows=rows[name], graph=graph)
             leaving = _leaving(operation, [by_name.get(name) for by_name in incoming])
             for k, flow in enumerate(leaving):
                 if not flow or node.is_empty(k):

@@ -25,7 +25,7 @@ from lightning_normdyn.invariance.flow import Shape, Sign
 Edge = tuple[Node, int]
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class GraphNode:
     """One operation of the graph.
 
@@ -61,6 +61,31 @@ class GraphNode:
         """Whether no output has entries: an expert without tokens."""
         return all(0 in shape for shape in self.outputs)
 
+    def attribute(
+        self,
+        name: str,
+        default: Any = None,
+    ) -> Any:
+        """A saved number or list of numbers of the node (never a tensor), with negative dims as
+        negative numbers."""
+        value = getattr(self.node, f"_saved_{name}", default)
+        if isinstance(value, (tuple, list)):
+            return [signed(number) for number in value]
+        return signed(value)
+
+    def saved_tensor(self, name: str) -> tuple[bool, Any]:
+        """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
+        would recompute, so it is not done."""
+        # Functions in python have none, nor have nodes that save it in another way.
+        raw = getattr(self.node, f"_raw_saved_{name}", ())
+        for one in raw if isinstance(raw, (tuple, list)) else (raw,):
+            # With a hook, as checkpoints set them, reading would compute a part of the forward
+            # again.
+            if getattr(one, "unpack_hook", True) is not None:
+                return False, None
+        key = f"_saved_{name}"
+        return hasattr(self.node, key), getattr(self.node, key, None)
+
 
 def node_name(node: Node) -> str:
     """A node's name without C++ namespaces."""
@@ -80,30 +105,6 @@ def edge_shape(edge: Edge) -> Shape:
     if k >= len(metadata):
         return ()
     return tuple(metadata[k].shape)
-
-
-def saved_tensor(node: Node, name: str) -> tuple[bool, Any]:
-    """``(readable, value)`` of what a node saved for its backward."""
-    # Functions in python have none, nor have nodes that save it in another way.
-    raw = getattr(node, f"_raw_saved_{name}", ())
-    for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-        # With a hook, as checkpoints set them, reading would compute a part of the forward again.
-        if getattr(one, "unpack_hook", True) is not None:
-            return False, None
-    return hasattr(node, f"_saved_{name}"), getattr(node, f"_saved_{name}", None)
-
-
-def saved_numbers(
-    node: Node,
-    name: str,
-    default: Any = None,
-) -> Any:
-    """A number or a list of numbers (never a tensor) that a node saved, with negative dims as
-    negative numbers."""
-    value = getattr(node, f"_saved_{name}", default)
-    if isinstance(value, (tuple, list)):
-        return [signed(number) for number in value]
-    return signed(value)
 
 
 def signed(value: Any) -> Any:
@@ -292,7 +293,7 @@ def _new_padding(node: GraphNode) -> Padding | None:
     """What `torch.nn.functional.pad` appends, if it is at the end of one of the last two
     dimensions."""
     shape = node.inputs[0]
-    amounts: list[int] = saved_numbers(node.node, "pad")
+    amounts: list[int] = node.attribute("pad")
     used = [k for k, amount in enumerate(amounts) if amount]
     # Pairs of amounts, before and after, from the last dimension on.
     if shape is None or used not in ([1], [3]) or amounts[used[0]] < 0:
@@ -310,8 +311,8 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
     if node.name in ("TransposeBackward0", "TBackward0"):
         swapped = {-1, -2}
         if node.name == "TransposeBackward0":
-            first = _from_the_right(node.node, "dim0", len(out))
-            second = _from_the_right(node.node, "dim1", len(out))
+            first = _from_the_right(node, "dim0")
+            second = _from_the_right(node, "dim1")
             swapped = {first, second}
         if padding.dim not in swapped:
             return padding
@@ -320,8 +321,8 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
             return replace(padding, dim=-3 - padding.dim)
         return None
     if node.name == "SliceBackward0":
-        if _from_the_right(node.node, "dim", len(out)) == padding.dim:
-            start: int = saved_numbers(node.node, "start") or 0
+        if _from_the_right(node, "dim") == padding.dim:
+            start: int = node.attribute("start") or 0
             if start < 0:
                 start += shape[padding.dim]
             if start >= padding.start:
@@ -332,12 +333,9 @@ def _moved_padding(node: GraphNode, padding: Padding) -> Padding | None:
     return None
 
 
-def _from_the_right(
-    node: Node,
-    key: str,
-    ndim: int,
-) -> int:
-    dim: int = saved_numbers(node, key)
+def _from_the_right(node: GraphNode, key: str) -> int:
+    dim: int = node.attribute(key)
+    ndim = len(node.outputs[0])
     return dim % ndim - ndim
 
 

@@ -3,32 +3,14 @@ scaled."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry.partition import indices
 from lightning_normdyn.invariance.flow import NO_ROW
-
-
-@dataclass
-class Link:
-    """A normalization with running statistics that was fed by scaled rows.
-
-    Args:
-        module: its name.
-        rows: ``(channels,)``, 1 + the row that feeds each channel.
-        degree: the power of the row's scale that arrives.
-        offset: whether something that does not scale was added before.
-        bias: the parameter that was added, if known.
-    """
-
-    module: str
-    rows: Tensor = field(compare=False)
-    degree: float
-    offset: bool
-    bias: str | None
+from lightning_normdyn.invariance.verdict import NormLink
 
 
 class Rows:
@@ -45,7 +27,8 @@ class Rows:
         # Sets that keep the order in which they were filled, so that all ranks tell the same story.
         self.reasons: dict[str, None] = {}
         self.norms: dict[str, None] = {}
-        self.links: list[Link] = []
+        # Whose ``vector`` is here 1 + the row that feeds each channel.
+        self.links: list[NormLink] = []
         self.stale: dict[str, None] = {}
 
         # An epsilon, a padding value or a condition was taken as harmless.
@@ -137,11 +120,12 @@ class Rows:
         """These rows must not be scaled."""
         self.unite(rows, NO_ROW, reason)
 
-    def link(self, link: Link) -> None:
+    def link(self, link: NormLink) -> None:
         """Remember a normalization with running statistics, once: a module may be called twice."""
-        fed_by = self.parent[link.rows]
+        fed_by = self.parent[link.vector]
         for known in self.links:
-            if known == link and torch.equal(self.parent[known.rows], fed_by):
+            same_rows = torch.equal(self.parent[known.vector], fed_by)
+            if same_rows and vars(replace(known, vector=link.vector)) == vars(link):
                 return
         self.links.append(link)
 

@@ -43,6 +43,9 @@ class WrittenWeights:
             compared between the start of the batch and its first loss, where no optimizer steps.
         slots: for each module, under which key it keeps each of its own weights, and the weight's
             name. Read anew at every look.
+
+    Attributes:
+        writers: by name of a weight the class of the module whose forward pass writes it.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class WrittenWeights:
         self._slots = slots
         self._running: dict[nn.Module, _Versions] = {}
         self._at_start: _Versions = {}
-        self._writers: dict[str, str] = {}
+        self.writers: dict[str, str] = {}
 
     def start(self) -> None:
         """The next forward passes are watched."""
@@ -100,20 +103,12 @@ class WrittenWeights:
             # Another tensor under the same name (FSDP2) says nothing of writes.
             known = before.get(name)
             if known is not None and known[0] is weight and known[1] != version:
-                self._writers.setdefault(name, type(writer).__name__)
-
-    def forget(self, name: str) -> None:
-        """Another weight is called so from now on."""
-        self._writers.pop(name, None)
+                self.writers.setdefault(name, type(writer).__name__)
 
     def stop(self) -> None:
         """The forward passes are over: keep no weight alive."""
         self._running = {}
         self._at_start = {}
-
-    def writer(self, name: str) -> str | None:
-        """The class of the module whose forward pass writes this weight; None if none does."""
-        return self._writers.get(name)
 
     def _versions(self, owner: nn.Module) -> _Versions:
         """How often each of a module's own weights was written so far."""
@@ -213,7 +208,7 @@ class ScaleInvarianceSearch:
             self.verdicts.pop(name, None)
             for known in self._by_name:
                 known.pop(name, None)
-            self._written.forget(name)
+            self._written.writers.pop(name, None)
         self._look_parameters_up()
         # Both hold on to places in the module tree, which is another one now.
         self.normalizations = Normalizations(self._module)
@@ -407,8 +402,8 @@ class ScaleInvarianceSearch:
         shape = verdict.shape
         if verdict.partition is None and not verdict.waits:
             return verdict
-        writer = self._written.writer(name)
-        if writer is not None:
+        writer = self._written.writers.get(name)
+        if writer:
             reason = f"the forward pass of {writer} writes it in place (as max_norm does)"
             return Verdict(name, shape, None, "no", reason=reason)
         if verdict.partition is None:

@@ -16,7 +16,6 @@ from lightning_normdyn.invariance.graph import (
     ModuleSpans,
     edge_shape,
     node_name,
-    saved_tensor,
     signed,
     sources_of,
     trace,
@@ -75,7 +74,7 @@ def test_negative_numbers_come_back():
 
 def test_saved_tensors_are_not_read_where_reading_computes():
     mask = torch.tensor([1.0, 0.0])
-    readable, value = saved_tensor((weight(2) * mask).grad_fn, "other")
+    readable, value = GraphNode.of((weight(2) * mask).grad_fn).saved_tensor("other")
     assert readable
     assert torch.equal(value, mask)
 
@@ -84,8 +83,9 @@ def test_saved_tensors_are_not_read_where_reading_computes():
 
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, unpack):
         product = weight(2) * mask
-    assert saved_tensor(product.grad_fn, "other") == (False, None)
-    assert saved_tensor(product.grad_fn, "nothing") == (False, None)
+    node = GraphNode.of(product.grad_fn)
+    assert node.saved_tensor("other") == (False, None)
+    assert node.saved_tensor("nothing") == (False, None)
 
 
 def edge_of(tensor: torch.Tensor):

@@ -25,9 +25,6 @@ from lightning_normdyn.invariance.graph import (
     Edge,
     GraphNode,
     edge_shape,
-    node_name,
-    saved_tensor,
-    sources_of,
 )
 from lightning_normdyn.invariance.rules.operation import Operation
 
@@ -133,7 +130,7 @@ def _constant_entries(
     if node.name == "MulBackward0" and len(sources) == 2 and sources.count(None) == 1:
         k = sources.index(None)
         # Where the constant factor is 0 (a mask), nothing of the bias arrives.
-        _, factor = saved_tensor(node.node, ("self", "other")[k])
+        _, factor = node.saved_tensor(("self", "other")[k])
         below = _constant_entries(sources[1 - k], size, parameters)
         if not isinstance(factor, Tensor) or factor.shape != (size,) or below is None:
             return None
@@ -171,9 +168,10 @@ def _overwritten(
     # Only copies and casts may lie between: they leave every entry in its place.
     below: Edge | None = edge
     while below is not None and below not in parameters:
-        if node_name(below[0]) not in ("CopySlices", "CloneBackward0", "ToCopyBackward0"):
+        copy = GraphNode.of(below[0])
+        if copy.name not in ("CopySlices", "CloneBackward0", "ToCopyBackward0"):
             return None
-        below = sources_of(below[0])[0]
+        below = copy.sources[0]
     if below is None or edge_shape(below) != (size,):
         return None
     # The graph does not say where was written, but its backward does. These nodes save nothing, so

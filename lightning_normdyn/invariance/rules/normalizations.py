@@ -9,7 +9,6 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from lightning_normdyn.invariance.flow import Flow, Flows, Offset, Sign, along, expanded
-from lightning_normdyn.invariance.rows import Link
 from lightning_normdyn.invariance.rules.operation import (
     Operation,
     declared_epsilon,
@@ -18,6 +17,7 @@ from lightning_normdyn.invariance.rules.operation import (
     rule_for,
     unary_rule,
 )
+from lightning_normdyn.invariance.verdict import NormLink
 
 
 @unary_rule("""
@@ -73,7 +73,7 @@ def _link(
     if flow.offset:
         bias = flow.offset.parameter
     has_offset = flow.offset is not None
-    operation.rows.link(Link(name, rows[0], flow.degree, has_offset, bias))
+    operation.rows.link(NormLink(name, rows[0], flow.degree, has_offset, bias))
 
 
 def _check_epsilon(operation: Operation) -> None:

@@ -5,7 +5,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,8 +16,6 @@ from lightning_normdyn.invariance.graph import (
     Graph,
     GraphNode,
     node_name,
-    saved_numbers,
-    saved_tensor,
     sources_of,
 )
 from lightning_normdyn.invariance.rows import Rows
@@ -27,26 +25,17 @@ from lightning_normdyn.invariance.rows import Rows
 SMALL_EPSILON = 1e-3
 
 
-class Operation:
+@dataclass(eq=False)
+class Operation(GraphNode):
     """One operation while the scale of one weight is followed through it: what a rule gets to see.
 
-    ``name`` is the autograd node's name, ``inputs`` the shapes of its differentiable inputs (None:
-    a constant, shape unknown), ``outputs`` the shapes of its outputs.
+    Args:
+        rows: what is learnt about the rows of the weight.
+        graph: that the operation belongs to.
     """
 
-    def __init__(
-        self,
-        node: GraphNode,
-        rows: Rows,
-        graph: Graph,
-    ) -> None:
-        self.node = node.node
-        self.name = node.name
-        self.inputs = node.inputs
-        self.outputs = node.outputs
-        self.rows = rows
-        self.graph = graph
-        self._sources = node.sources
+    rows: Rows
+    graph: Graph
 
     @property
     def place(self) -> str:
@@ -81,8 +70,8 @@ class Operation:
     def source(self, k: int) -> Edge | None:
         """The output of another operation that input ``k`` is; None: a constant, or no such
         input."""
-        if k < len(self._sources):
-            return self._sources[k]
+        if k < len(self.sources):
+            return self.sources[k]
         return None
 
     def parameter(self, k: int) -> str | None:
@@ -99,20 +88,6 @@ class Operation:
     def sign(self, k: int) -> Sign:
         """What is known of the values of input ``k``, whether they scale or not."""
         return self.graph.signs.of(self.source(k))
-
-    def attribute(
-        self,
-        name: str,
-        default: Any = None,
-    ) -> Any:
-        """A saved number or list of numbers of the node (never a tensor), with negative dims as
-        negative numbers."""
-        return saved_numbers(self.node, name, default)
-
-    def saved_tensor(self, name: str) -> tuple[bool, Any]:
-        """``(readable, value)`` of a saved tensor; under saved-tensor hooks (checkpoints) reading
-        would recompute, so it is not done."""
-        return saved_tensor(self.node, name)
 
     def same_factor(
         self,
