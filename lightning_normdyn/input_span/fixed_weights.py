@@ -17,7 +17,10 @@ from lightning_normdyn.invariance.visibility import eager, restored
 
 
 @contextmanager
-def at_fixed_weights(module: LightningModule, seed: int) -> Iterator[None]:
+def at_fixed_weights(
+    module: LightningModule,
+    seed: int,
+) -> Iterator[None]:
     """Evaluation mode without gradients or logging; the module and random states stay as they were.
 
     Args:
@@ -53,7 +56,9 @@ def _reshard(module: LightningModule) -> None:
 
 
 def share_of_batches(
-    batches: Iterable[Any], rank: int, world_size: int
+    batches: Iterable[Any],
+    rank: int,
+    world_size: int,
 ) -> Iterator[tuple[Any, bool]]:
     """This rank's batches, and whether they count.
 
@@ -70,7 +75,10 @@ def share_of_batches(
         yield batches_of_a_round[min(rank, last)], rank <= last
 
 
-def rounds_of(batches: Iterable[Any], world_size: int) -> int | None:
+def rounds_of(
+    batches: Iterable[Any],
+    world_size: int,
+) -> int | None:
     """How many batches each rank runs; None where that is not known in advance."""
     try:
         total = len(batches)  # type: ignore[arg-type]
@@ -81,7 +89,11 @@ def rounds_of(batches: Iterable[Any], world_size: int) -> int | None:
 
 
 @contextmanager
-def progress(trainer: Trainer, total: int | None, what: str) -> Iterator[Callable[[], None]]:
+def progress(
+    trainer: Trainer,
+    total: int | None,
+    what: str,
+) -> Iterator[Callable[[], None]]:
     """A bar on rank zero's terminal, where the Trainer shows one too; gives what moves it on.
 
     Args:

@@ -61,7 +61,11 @@ class ReadableLayers:
     """
 
     def __init__(
-        self, module: nn.Module, shapes: Mapping[Tensor, Shape], *, eagerly: bool = False
+        self,
+        module: nn.Module,
+        shapes: Mapping[Tensor, Shape],
+        *,
+        eagerly: bool = False,
     ) -> None:
         self.readers: Readers = {}
         self.trial: InputGatherer | None = None
@@ -155,7 +159,12 @@ class Covariance:
         (2, [[2.0, 0.0]], [[[1.0, 0.0], [0.0, 0.0]]])
     """
 
-    def __init__(self, groups: int, entries: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        groups: int,
+        entries: int,
+        device: torch.device,
+    ) -> None:
         # Apple GPUs have no float64.
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.count = 0
@@ -334,7 +343,11 @@ class InputGatherer:
             "sums": {names[weight]: stream.state() for weight, stream in self.streams.items()},
         }
 
-    def load(self, state: Mapping[str, Any], names: Mapping[Tensor, str]) -> None:
+    def load(
+        self,
+        state: Mapping[str, Any],
+        names: Mapping[Tensor, str],
+    ) -> None:
         """Go on from what `state` gave.
 
         Raises:
@@ -358,7 +371,12 @@ class InputGatherer:
             hook.remove()
         self._hooks = []
 
-    def _look(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _look(
+        self,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         # A compiler would trace what follows into the graph of the layer.
         if torch.compiler.is_compiling():
             return
@@ -377,7 +395,11 @@ class InputGatherer:
                 continue
             self._take(weight, rows)
 
-    def _take(self, weight: Tensor, rows: InputRows) -> None:
+    def _take(
+        self,
+        weight: Tensor,
+        rows: InputRows,
+    ) -> None:
         stream = self.streams[weight]
         quota = self._quota(weight)
         if quota < rows.count:
@@ -407,7 +429,10 @@ class InputGatherer:
         return min(left, max(1, left // calls))
 
 
-def _renamed(counts: Mapping[Any, int], names: Mapping[Any, Any]) -> dict[Any, int]:
+def _renamed(
+    counts: Mapping[Any, int],
+    names: Mapping[Any, Any],
+) -> dict[Any, int]:
     """Counts by other keys: ``names`` holds the new one of each."""
     # A plain dict and no Counter: what goes into a checkpoint is made of plain containers.
     return {names[key]: count for key, count in counts.items()}

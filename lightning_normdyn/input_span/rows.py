@@ -76,7 +76,10 @@ def covariance_bytes(layer: nn.Module) -> int:
     return 8 * groups * entries**2
 
 
-def filters_of(layer: nn.Module, weight: Tensor) -> Tensor:
+def filters_of(
+    layer: nn.Module,
+    weight: Tensor,
+) -> Tensor:
     """The weight, or anything of its shape, filter by filter.
 
     Entries are in the order of `InputRows`.
@@ -113,7 +116,10 @@ def share_filters(layers: Sequence[nn.Module]) -> bool:
     return len(divisions) == 1
 
 
-def filter_labels(layer: nn.Module, partition: Partition) -> Tensor:
+def filter_labels(
+    layer: nn.Module,
+    partition: Partition,
+) -> Tensor:
     """The weight vector that each filter belongs to.
 
     Returns:
@@ -164,7 +170,11 @@ class InputRows:
         (2, [[[1.0, 2.0]], [[2.0, 3.0]]])
     """
 
-    def __init__(self, layer: nn.Module, x: Any) -> None:
+    def __init__(
+        self,
+        layer: nn.Module,
+        x: Any,
+    ) -> None:
         if not _is_dense(x):
             kind = type(x).__name__
             if isinstance(x, Tensor):
@@ -214,7 +224,10 @@ def _is_dense(x: Any) -> bool:
     )
 
 
-def _windows(layer: Any, x: Tensor) -> Tensor:
+def _windows(
+    layer: Any,
+    x: Tensor,
+) -> Tensor:
     """``(batch, channels, places..., kernel...)``: a view of the padded input."""
     dims = range(len(layer.kernel_size))
     if layer.padding == "same":
@@ -236,7 +249,10 @@ def _windows(layer: Any, x: Tensor) -> Tensor:
     return _slide(x, layer.kernel_size, layer.stride, layer.dilation)
 
 
-def _transposed_windows(layer: Any, x: Tensor) -> Tensor:
+def _transposed_windows(
+    layer: Any,
+    x: Tensor,
+) -> Tensor:
     """As for a convolution over the input with zeros between its entries.
 
     That is what a transposed convolution amounts to.
@@ -255,7 +271,12 @@ def _transposed_windows(layer: Any, x: Tensor) -> Tensor:
     return _slide(padded, layer.kernel_size, (1,) * len(dims), layer.dilation)
 
 
-def _slide(x: Tensor, kernel: Shape, stride: Shape, dilation: Shape) -> Tensor:
+def _slide(
+    x: Tensor,
+    kernel: Shape,
+    stride: Shape,
+    dilation: Shape,
+) -> Tensor:
     # unfold puts the places of the kernel behind all other dimensions, in their order.
     for i in range(len(kernel)):
         reach = dilation[i] * (kernel[i] - 1) + 1
@@ -264,7 +285,10 @@ def _slide(x: Tensor, kernel: Shape, stride: Shape, dilation: Shape) -> Tensor:
     return x
 
 
-def spread_rows(count: int, quantiles: Tensor) -> Tensor:
+def spread_rows(
+    count: int,
+    quantiles: Tensor,
+) -> Tensor:
     """Which of ``count`` rows to look at: one at random in each of ``k`` equal stretches.
 
     If there are no more than ``k`` rows, all of them.

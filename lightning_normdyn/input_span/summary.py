@@ -155,7 +155,12 @@ class InputSpan(NamedTuple):
     rotated: Tensor | None
 
 
-def input_span(filters: Tensor, covariance: Tensor, mean: Tensor, energy: float) -> InputSpan:
+def input_span(
+    filters: Tensor,
+    covariance: Tensor,
+    mean: Tensor,
+    energy: float,
+) -> InputSpan:
     r"""Decompose filters along the directions in which their inputs vary.
 
     The leading directions together hold the share ``energy`` of the inputs' variance. Up to
@@ -225,7 +230,10 @@ def _eigenbasis(covariance: Tensor) -> tuple[Tensor, Tensor]:
     return eigenvalues, basis
 
 
-def _leading_directions(covariance: Tensor, variance: float) -> Tensor:
+def _leading_directions(
+    covariance: Tensor,
+    variance: float,
+) -> Tensor:
     """As many eigenvectors as hold ``variance``, ``(d, k)``."""
     most = len(covariance)
     k = min(most, 64)
@@ -251,7 +259,10 @@ def _own_random_numbers(device: torch.device) -> Iterator[None]:
         yield
 
 
-def vector_shares(span: InputSpan, labels: Tensor) -> Tensor:
+def vector_shares(
+    span: InputSpan,
+    labels: Tensor,
+) -> Tensor:
     """Share of each weight vector that the inputs see; NaN for a vector of zeros.
 
     Args:

@@ -63,12 +63,18 @@ class Candidate:
     rows: Rows
 
     @classmethod
-    def of_cut(cls, finest: Partition) -> Candidate:
+    def of_cut(
+        cls,
+        finest: Partition,
+    ) -> Candidate:
         """A cut of which nothing is known yet."""
         return cls(finest, Rows(finest.n))
 
     @classmethod
-    def of_verdict(cls, verdict: Verdict) -> Candidate | None:
+    def of_verdict(
+        cls,
+        verdict: Verdict,
+    ) -> Candidate | None:
         """What a verdict of an earlier fit says, so that later losses can add to it.
 
         None where it says nothing about rows.
@@ -179,7 +185,10 @@ class Candidate:
         return bool((classes == 0).any())
 
 
-def _labels(partition: Partition | None, count: int) -> Tensor:
+def _labels(
+    partition: Partition | None,
+    count: int,
+) -> Tensor:
     """The vector of each of ``count`` rows, -1 where it belongs to none."""
     if partition is None:
         return indices(count).fill_(-1)
@@ -219,7 +228,10 @@ def judge(
 
 
 def _claim_of(
-    candidate: Candidate, vectors: Vectors, unread: Partition | None, entries: int
+    candidate: Candidate,
+    vectors: Vectors,
+    unread: Partition | None,
+    entries: int,
 ) -> tuple[float, int, bool]:
     """How much a cut claims, to be compared: the share of the weight, then the number of vectors,
     then whether it waits for rows."""
@@ -249,7 +261,11 @@ def _has_to_wait(
 
 
 def _verdict_of(
-    name: str, shape: Shape, candidate: Candidate, vectors: Vectors, unread: Partition | None
+    name: str,
+    shape: Shape,
+    candidate: Candidate,
+    vectors: Vectors,
+    unread: Partition | None,
 ) -> Verdict:
     rows = candidate.rows
     finest = candidate.finest
@@ -292,7 +308,10 @@ def _verdict_of(
     )
 
 
-def _norm_links(rows: Rows, vectors: Vectors) -> tuple[tuple[NormLink, ...], tuple[str, ...]]:
+def _norm_links(
+    rows: Rows,
+    vectors: Vectors,
+) -> tuple[tuple[NormLink, ...], tuple[str, ...]]:
     """The running statistics behind a weight, and those of them that cannot be corrected."""
     links: list[NormLink] = []
     stale = dict(rows.stale)

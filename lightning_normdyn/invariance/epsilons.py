@@ -78,7 +78,10 @@ def epsilon_of(module: nn.Module) -> float | None:
     return None
 
 
-def statistic_of(module: nn.Module, x: Tensor) -> Tensor | None:
+def statistic_of(
+    module: nn.Module,
+    x: Tensor,
+) -> Tensor | None:
     """What a normalization adds its epsilon to, one number for each thing that it normalizes.
 
     Args:
@@ -196,7 +199,10 @@ class EpsilonWatch:
         return max(shares, key=lambda share: share.share, default=None)
 
 
-def _summary(statistic: Tensor, eps: float) -> Tensor:
+def _summary(
+    statistic: Tensor,
+    eps: float,
+) -> Tensor:
     """Median, smallest, and the root mean square of the share that the epsilon has."""
     share = (eps / (statistic + eps)).square().mean().sqrt()
     return torch.stack([statistic.median(), statistic.min(), share])

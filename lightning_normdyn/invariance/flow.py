@@ -101,6 +101,101 @@ class Flow:
             return [self]
         return [replace(self, other=None), *self.other.parts]
 
+    def shifted(
+        self,
+        varies: tuple[bool, ...],
+        parameter: str | None = None,
+    ) -> Flow:
+        """The flow plus something constant, which varies along ``varies`` and may be a
+        parameter."""
+        offset = Offset(varies, object())
+        if self.offset:
+            offset = self.offset.widened(varies)
+        # Spread over several dimensions the entries of a bias cannot be told by their place any
+        # more.
+        elif parameter and sum(varies) == 1:
+            # Equal to any other use of it along the same dimension, counted from the right.
+            token = (parameter, varies[varies.index(True) :])
+            offset = Offset(varies, token, parameter, f"bias {parameter}")
+        return replace(self, offset=offset, sign=Sign.ANY)
+
+    def offset_everywhere(self, ndim: int | None = None) -> Offset | None:
+        """The offset after an operation that may make it differ anywhere, in a tensor of ``ndim``
+        dimensions (None: of as many as before)."""
+        if not self.offset:
+            return None
+        if ndim is None:
+            ndim = self.ndim
+        return self.offset.changed([True] * ndim)
+
+    def lifted(self, ndim: int) -> Flow:
+        """Broadcasting: dimensions of size 1 in front."""
+        flow = self
+        for _ in range(ndim - self.ndim):
+            flow = flow.unsqueezed(0)
+        return flow
+
+    def reshaped(
+        self,
+        old: Shape,
+        new: Shape,
+    ) -> Flow:
+        """A view or reshape from ``old`` to ``new``."""
+        if 0 in old:
+            # No entry is left to scale: any row will do.
+            ndim = len(new)
+            one = self.rows.flatten()[:1].reshape([1] * ndim)
+            return Flow(self.degree, one, self.offset_everywhere(ndim), self.sign)
+
+        # Blocks of dimensions along which nothing differs are never expanded: the rows of a large
+        # activation would take as much memory as the activation.
+        wide = list(self.rows.shape)
+        target = [1] * len(new)
+        for before, after in _blocks(old, new):
+            if max(self.rows.shape[before], default=1) > 1:
+                wide[before] = old[before]
+                target[after] = new[after]
+        rows = self.rows.expand(wide).reshape(target)
+
+        offset = self.offset
+        if offset:
+            offset = _reshaped_offset(offset, old, new)
+        return replace(self, rows=compact(rows), offset=offset)
+
+    def permuted(self, dims: Sequence[int]) -> Flow:
+        """A permutation of dimensions."""
+        dims = [d % self.ndim for d in dims]
+        offset = self.offset
+        if offset:
+            # The same permutation of equal offsets: equal again.
+            varies = tuple(offset.varies[d] for d in dims)
+            offset = replace(offset, varies=varies, token=(offset.token, tuple(dims)))
+        return replace(self, rows=self.rows.permute(dims), offset=offset)
+
+    def unsqueezed(self, dim: int) -> Flow:
+        """A dimension of size 1 in front of ``dim``."""
+        offset = self.offset
+        if offset:
+            varies = [*offset.varies]
+            varies.insert(dim, False)
+            # Broadcasting aligns at the right: in front of those it varies along, the dimension
+            # changes nothing.
+            token = (offset.token, dim) if any(varies[:dim]) else offset.token
+            offset = replace(offset, varies=tuple(varies), token=token)
+        return replace(self, rows=self.rows.unsqueeze(dim), offset=offset)
+
+    def moved(
+        self,
+        rows: Tensor,
+        dims: Iterable[int],
+    ) -> Flow:
+        """The flow after entries were moved or picked along ``dims``: new rows, and another offset
+        if it differs along them."""
+        offset = self.offset
+        if offset and offset.differs_along(dims):
+            offset = offset.changed(offset.varies)
+        return replace(self, rows=rows, offset=offset)
+
 
 # The row of entries that do not scale.
 NO_ROW = torch.zeros(1, dtype=torch.long, device="cpu")
@@ -138,33 +233,6 @@ def along(dims: Iterable[int], ndim: int) -> tuple[bool, ...]:
     return tuple(varies)
 
 
-def shifted(
-    flow: Flow,
-    varies: tuple[bool, ...],
-    parameter: str | None = None,
-) -> Flow:
-    """The flow plus something constant, which varies along ``varies`` and may be a parameter."""
-    offset = Offset(varies, object())
-    if flow.offset:
-        offset = flow.offset.widened(varies)
-    # Spread over several dimensions the entries of a bias cannot be told by their place any more.
-    elif parameter and sum(varies) == 1:
-        # Equal to any other use of it along the same dimension, counted from the right.
-        token = (parameter, varies[varies.index(True) :])
-        offset = Offset(varies, token, parameter, f"bias {parameter}")
-    return replace(flow, offset=offset, sign=Sign.ANY)
-
-
-def everywhere(flow: Flow, ndim: int | None = None) -> Offset | None:
-    """The offset after an operation that may make it differ anywhere, in a tensor of ``ndim``
-    dimensions (None: of as many as before)."""
-    if not flow.offset:
-        return None
-    if ndim is None:
-        ndim = flow.ndim
-    return flow.offset.changed([True] * ndim)
-
-
 def spread(offset: Offset | None, dims: Iterable[int]) -> Offset | None:
     """The offset after an operation that may make it differ along ``dims``, too."""
     if not offset:
@@ -189,13 +257,6 @@ def without_dims(offset: Offset | None, dims: Sequence[int]) -> Offset | None:
 # ----------------------------------------------------------------------------------- rearrangements
 
 
-def lift(flow: Flow, ndim: int) -> Flow:
-    """Broadcasting: dimensions of size 1 in front."""
-    for _ in range(ndim - flow.ndim):
-        flow = unsqueezed(flow, 0)
-    return flow
-
-
 def expanded(
     rows: Tensor,
     shape: Shape,
@@ -217,34 +278,6 @@ def compact(rows: Tensor) -> Tensor:
             if rows.stride(dim) == 0 or torch.equal(first.expand_as(rows), rows):
                 rows = first
     return rows
-
-
-def reshaped(
-    flow: Flow,
-    old: Shape,
-    new: Shape,
-) -> Flow:
-    """A view or reshape from ``old`` to ``new``."""
-    if 0 in old:
-        # No entry is left to scale: any row will do.
-        ndim = len(new)
-        one = flow.rows.flatten()[:1].reshape([1] * ndim)
-        return Flow(flow.degree, one, everywhere(flow, ndim), flow.sign)
-
-    # Blocks of dimensions along which nothing differs are never expanded: the rows of a large
-    # activation would take as much memory as the activation.
-    wide = list(flow.rows.shape)
-    target = [1] * len(new)
-    for before, after in _blocks(old, new):
-        if max(flow.rows.shape[before], default=1) > 1:
-            wide[before] = old[before]
-            target[after] = new[after]
-    rows = flow.rows.expand(wide).reshape(target)
-
-    offset = flow.offset
-    if offset:
-        offset = _reshaped_offset(offset, old, new)
-    return replace(flow, rows=compact(rows), offset=offset)
 
 
 def _blocks(old: Shape, new: Shape) -> Iterator[tuple[slice, slice]]:
@@ -298,30 +331,6 @@ def _reshaped_offset(
     return replace(offset, varies=tuple(varies), token=token, parameter=parameter)
 
 
-def permuted(flow: Flow, dims: Sequence[int]) -> Flow:
-    """A permutation of dimensions."""
-    dims = [d % flow.ndim for d in dims]
-    offset = flow.offset
-    if offset:
-        # The same permutation of equal offsets: equal again.
-        varies = tuple(offset.varies[d] for d in dims)
-        offset = replace(offset, varies=varies, token=(offset.token, tuple(dims)))
-    return replace(flow, rows=flow.rows.permute(dims), offset=offset)
-
-
-def unsqueezed(flow: Flow, dim: int) -> Flow:
-    """A dimension of size 1 in front of ``dim``."""
-    offset = flow.offset
-    if offset:
-        varies = [*offset.varies]
-        varies.insert(dim, False)
-        # Broadcasting aligns at the right: in front of those it varies along, the dimension changes
-        # nothing.
-        token = (offset.token, dim) if any(varies[:dim]) else offset.token
-        offset = replace(offset, varies=tuple(varies), token=token)
-    return replace(flow, rows=flow.rows.unsqueeze(dim), offset=offset)
-
-
 def sizes_of_pieces(
     shapes: Sequence[Shape | None],
     dim: int,
@@ -336,16 +345,3 @@ def sizes_of_pieces(
     if None in shapes:
         sizes.insert(shapes.index(None), total - sum(sizes))
     return sizes
-
-
-def moved(
-    flow: Flow,
-    rows: Tensor,
-    dims: Iterable[int],
-) -> Flow:
-    """The flow after entries were moved or picked along ``dims``: new rows, and another offset if
-    it differs along them."""
-    offset = flow.offset
-    if offset and offset.differs_along(dims):
-        offset = offset.changed(offset.varies)
-    return replace(flow, rows=rows, offset=offset)

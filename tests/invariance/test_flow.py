@@ -13,9 +13,6 @@ from lightning_normdyn.invariance.flow import (
     Offset,
     compact,
     joined,
-    reshaped,
-    shifted,
-    unsqueezed,
     without_dims,
 )
 from lightning_normdyn.invariance.rows import Rows
@@ -42,16 +39,14 @@ from lightning_normdyn.invariance.rows import Rows
 )
 def test_reshapes_equal_expanding_first(small, old, new):
     rows = torch.arange(torch.Size(small).numel()).reshape(small)
-    flow = reshaped(Flow(1, rows), old, new)
+    flow = Flow(1, rows).reshaped(old, new)
     assert flow.rows.ndim == len(new)
     assert torch.equal(flow.rows.expand(new), rows.expand(old).reshape(new))
 
 
 def test_reshapes_of_nothing():
-    assert reshaped(Flow(1, torch.ones(1, 3, dtype=torch.long)), (0, 3), (3, 0)).rows.shape == (
-        1,
-        1,
-    )
+    flow = Flow(1, torch.ones(1, 3, dtype=torch.long))
+    assert flow.reshaped((0, 3), (3, 0)).rows.shape == (1, 1)
 
 
 @pytest.mark.parametrize(
@@ -72,9 +67,8 @@ def test_reshapes_of_nothing():
 )
 def test_reshapes_of_offsets(varies, old, new, after, parameter):
     offset = Offset(varies, 0, "b")
-    result = reshaped(
-        Flow(1, torch.ones([1] * len(old), dtype=torch.long), offset), old, new
-    ).offset
+    flow = Flow(1, torch.ones([1] * len(old), dtype=torch.long), offset)
+    result = flow.reshaped(old, new).offset
     assert result.varies == after
     assert result.parameter == parameter
 
@@ -86,17 +80,17 @@ def test_compact():
 
 def test_new_offsets_differ():
     flow = Flow(1, torch.ones(1, dtype=torch.long))
-    assert shifted(flow, (True,)).offset.token != shifted(flow, (True,)).offset.token
+    assert flow.shifted((True,)).offset.token != flow.shifted((True,)).offset.token
 
 
 def test_an_offset_stays_itself_while_dimensions_come_and_go_in_front():
     """Broadcasting aligns at the right."""
     flow = Flow(1, torch.ones(1, 1, dtype=torch.long), Offset((False, True), "b", "b"))
-    in_front, between = unsqueezed(flow, 0).offset, unsqueezed(flow, 2).offset
+    in_front, between = flow.unsqueezed(0).offset, flow.unsqueezed(2).offset
     assert (in_front.varies, in_front.token) == ((False, False, True), "b")
     assert between.varies == (False, True, False)
     assert between.token != "b"
-    assert unsqueezed(flow, 2).offset.token == between.token
+    assert flow.unsqueezed(2).offset.token == between.token
 
     assert without_dims(flow.offset, [0]) == Offset((True,), "b", "b")
     gone = without_dims(flow.offset, [1])
@@ -109,11 +103,11 @@ def test_an_offset_stays_itself_while_dimensions_come_and_go_in_front():
 
 def test_a_bias_is_known_by_its_place_along_one_dimension():
     flow = Flow(1, torch.ones(1, 1, dtype=torch.long))
-    once = shifted(flow, (False, True), "bias").offset
+    once = flow.shifted((False, True), "bias").offset
     assert (once.parameter, once.what) == ("bias", "bias bias")
-    assert shifted(flow, (False, True), "bias").offset.token == once.token
-    assert shifted(flow, (True, True), "bias").offset.parameter is None
-    twice = shifted(replace(flow, offset=once), (True, False), "bias").offset
+    assert flow.shifted((False, True), "bias").offset.token == once.token
+    assert flow.shifted((True, True), "bias").offset.parameter is None
+    twice = replace(flow, offset=once).shifted((True, False), "bias").offset
     assert twice.varies == (True, True)
     assert twice.parameter is None
 

@@ -17,7 +17,6 @@ from lightning_normdyn.invariance.flow import (
     along,
     expanded,
     joined,
-    shifted,
     sizes_of_pieces,
     varying,
 )
@@ -42,7 +41,7 @@ def with_bias(
     if shape is None:
         frozen = _bias_of_module(operation)
         if frozen:
-            return shifted(flow, last, frozen)
+            return flow.shifted(last, frozen)
     elif math.prod(shape) == out[-1] == shape[-1]:
         # A multiple of the parameter (beta) is another offset than the parameter.
         parameter = None
@@ -56,7 +55,7 @@ def with_bias_of_channels(operation: Operation, flow: Flow) -> Flow:
     """The flow plus the bias of a convolution."""
     name = operation.parameter(2) or _bias_of_module(operation)
     channels = along([1], len(operation.out))
-    return shifted(flow, channels, name)
+    return flow.shifted(channels, name)
 
 
 def _bias_of_module(operation: Operation) -> str | None:
@@ -80,7 +79,7 @@ def with_input(
     zeros = _zeros(operation, k)
     # With an offset before the bias, no entry is left that has none.
     if zeros is None or zeros.shape != operation.out[-1:] or flow.offset:
-        return shifted(flow, varies, parameter)
+        return flow.shifted(varies, parameter)
     rows = expanded(flow.rows, operation.out, [-1])
     # Two flows of one degree: in one of them the offset is known to be nothing.
     free = replace(flow, rows=torch.where(zeros, rows, 0))
@@ -88,7 +87,7 @@ def with_input(
     if not bool(biased.rows.any()):
         return free
     last = along([-1], flow.ndim)
-    return joined([free, shifted(biased, last)])
+    return joined([free, biased.shifted(last)])
 
 
 def _zeros(operation: Operation, k: int) -> Tensor | None:

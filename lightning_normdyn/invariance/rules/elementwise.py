@@ -12,19 +12,14 @@ from lightning_normdyn.invariance.flow import (
     Shape,
     Sign,
     compact,
-    everywhere,
     expanded,
-    lift,
-    shifted,
     spread,
     varying,
 )
 from lightning_normdyn.invariance.rules.biases import with_input
 from lightning_normdyn.invariance.rules.operation import (
     Operation,
-    only,
     present,
-    pure,
     rule_for,
     unary_rule,
 )
@@ -57,7 +52,7 @@ def negated(operation: Operation, flow: Flow) -> Flow:
 """)
 def homogeneous(operation: Operation, flow: Flow) -> Flow:
     """An elementwise function with :math:`f(cx) = c f(x)` for c > 0."""
-    pure(operation, flow)
+    operation.pure(flow)
     if operation.name.startswith(("Relu", "Abs")):
         return _nonnegative(flow)
     return flow
@@ -70,13 +65,13 @@ def _nonnegative(flow: Flow) -> Flow:
 @unary_rule("SignBackward0 SgnBackward0")
 def _sign(operation: Operation, flow: Flow) -> Flow:
     """A sign does not depend on a positive scale, so this is a normalization."""
-    return Flow(0, pure(operation, flow).rows)
+    return Flow(0, operation.pure(flow).rows)
 
 
 @unary_rule("NativeDropoutBackward0 FusedDropoutBackward0 TrilBackward0 TriuBackward0")
 def _masked(operation: Operation, flow: Flow) -> Flow:
     """Zeros go with any row, but they stand in the place of what was added, too."""
-    return replace(flow, offset=everywhere(flow))
+    return replace(flow, offset=flow.offset_everywhere())
 
 
 @unary_rule("MaskedFillBackward0 MaskedFillBackward1")
@@ -86,8 +81,8 @@ def _masked_fill(operation: Operation, flow: Flow) -> Flow:
     The value is not saved: it is taken as one of these, and the claim is marked.
     """
     operation.rows.assumed = True
-    flow = lift(flow, len(operation.out))
-    return replace(flow, offset=everywhere(flow), sign=Sign.ANY)
+    flow = flow.lifted(len(operation.out))
+    return replace(flow, offset=flow.offset_everywhere(), sign=Sign.ANY)
 
 
 @unary_rule("GluBackward0")
@@ -99,7 +94,7 @@ def _gated(operation: Operation, flow: Flow) -> Flow:
     rows = expanded(flow.rows, operation.shape(), [dim])
     rows, gates = rows.chunk(2, dim)
     operation.rows.forbid(gates, f"gates enter a sigmoid in {operation.place}")
-    return Flow(flow.degree, compact(rows), everywhere(flow))
+    return Flow(flow.degree, compact(rows), flow.offset_everywhere())
 
 
 # ------------------------------------------------------------------------------ products and powers
@@ -108,7 +103,7 @@ def _gated(operation: Operation, flow: Flow) -> Flow:
 def _operands(operation: Operation, flows: Flows) -> tuple[Flow | None, Flow | None]:
     """The flows of two operands, broadcast. A python number as the second is no input."""
     ndim = len(operation.out)
-    aligned = [flow and lift(flow, ndim) for flow in (*flows, None)]
+    aligned = [flow and flow.lifted(ndim) for flow in (*flows, None)]
     return aligned[0], aligned[1]
 
 
@@ -121,7 +116,7 @@ def _multiply(operation: Operation, flows: Flows) -> Flow:
         return _product(operation, a, b, is_quotient)
     if b and is_quotient:
         # A constant over the flow: the degree changes its sign.
-        return Flow(-b.degree, pure(operation, b).rows)
+        return Flow(-b.degree, operation.pure(b).rows)
     k, flow = present((a, b))
     # A python number has no dimension.
     shape: Shape | None = ()
@@ -152,7 +147,7 @@ def _product(
     # In a denominator, and there alone, the constant beside a statistic is an epsilon.
     if a.padded or (b.padded and not is_quotient):
         raise Blocked(f"a constant is added to a factor in {operation.place}")
-    rows = operation.unite(pure(operation, a).rows, pure(operation, b).rows)
+    rows = operation.unite(operation.pure(a).rows, operation.pure(b).rows)
     # A square is not negative, whatever is known of its factor.
     sign = min(a.sign, b.sign, Sign.NONNEGATIVE)
     if operation.source(0) == operation.source(1):
@@ -164,7 +159,7 @@ def _product(
 @unary_rule("PowBackward0 SqrtBackward0 RsqrtBackward0 ReciprocalBackward0")
 def _power(operation: Operation, flow: Flow) -> Flow:
     """The degree is multiplied by the exponent."""
-    pure(operation, flow)
+    operation.pure(flow)
     # An offset cannot be followed through a power: (x + b)^2 mixes two degrees.
     exponents = {"SqrtBackward0": 0.5, "RsqrtBackward0": -0.5, "ReciprocalBackward0": -1.0}
     exponent: float = operation.attribute("exponent", exponents.get(operation.name))
@@ -189,7 +184,7 @@ def _add(operation: Operation, flows: Flows) -> Flow:
     k, flow = present((a, b))
     out = operation.out
     if len(flows) == 1 and flow.sign != Sign.STATISTIC:
-        return shifted(flow, (False,) * len(out))
+        return flow.shifted((False,) * len(out))
     # Of a constant not even the shape is known: beside a statistic it is an epsilon, as a python
     # number is.
     shape = None
@@ -239,7 +234,7 @@ def _choice(operation: Operation, flows: Flows) -> Flow:
     if not (a and b):
         _, flow = present((a, b))
         return operation.forgive(flow, "chosen between it and something that does not scale")
-    if pure(operation, a).degree != pure(operation, b).degree:
+    if operation.pure(a).degree != operation.pure(b).degree:
         raise Blocked(f"{operation.place} chooses between tensors that scale differently")
     if operation.name == "WhereBackward0":
         # The condition is not part of the graph: it may look at the scale.
@@ -251,14 +246,14 @@ def _choice(operation: Operation, flows: Flows) -> Flow:
 @rule_for("ClampBackward0 ClampBackward1 ClampMinBackward0 ClampMinBackward1")
 def _clamp(operation: Operation, flows: Flows) -> Flow:
     """Only a bound of 0 scales with everything; a small one beside a statistic is an epsilon."""
-    flow = only(operation, flows)
+    flow = operation.only(flows)
     may_cut_above = len(flows) == 3
     if len(flows) == 1:
         # Bounds by numbers. Those by tensors are not looked at.
         low = operation.attribute("min")
         high = operation.attribute("max")
         if low == 0 and high is None:
-            return _nonnegative(pure(operation, flow))
+            return _nonnegative(operation.pure(flow))
         may_cut_above = high is not None
     if may_cut_above:
         raise Blocked(f"{operation.place} does not commute with a change of scale")

@@ -19,15 +19,12 @@ from lightning_normdyn.invariance.flow import (
     Offset,
     Sign,
     compact,
-    everywhere,
-    moved,
 )
 from lightning_normdyn.invariance.rows import distinct
 from lightning_normdyn.invariance.rules.operation import (
     Operation,
     Result,
     present,
-    pure,
     rule_for,
     unary_rule,
 )
@@ -48,7 +45,7 @@ def _index_select(operation: Operation, flow: Flow) -> Flow:
     if rows.size(dim) > 1:
         rows = compact(rows.index_select(dim, index.cpu()))
         operation.rows.pick(rows)
-    return moved(flow, rows, [dim])
+    return flow.moved(rows, [dim])
 
 
 @unary_rule("GatherBackward0")
@@ -75,7 +72,7 @@ def _gather(operation: Operation, flow: Flow) -> Flow:
         picked = rows.expand(wide).gather(dim, index.cpu())
         rows = compact(picked)
         operation.rows.pick(rows)
-    return moved(flow, rows, range(len(shape)))
+    return flow.moved(rows, range(len(shape)))
 
 
 @unary_rule("MaskedSelectBackward0 TakeBackward0")
@@ -87,14 +84,14 @@ def _select_entries(operation: Operation, flow: Flow) -> Flow:
     operation.left_out(flow, everything)
     index = operation.indices("mask" if is_masked else "index", flow, everything)
     if index is None:
-        return Flow(flow.degree, flow.rows.reshape(1), everywhere(flow, 1))
+        return Flow(flow.degree, flow.rows.reshape(1), flow.offset_everywhere(1))
     rows = flow.rows.expand(shape)
     if is_masked:
         rows = rows.masked_select(index.cpu())
     else:
         rows = rows.take(index.cpu())
     operation.rows.pick(rows)
-    return Flow(flow.degree, compact(rows), everywhere(flow, rows.ndim))
+    return Flow(flow.degree, compact(rows), flow.offset_everywhere(rows.ndim))
 
 
 @unary_rule("IndexBackward0")
@@ -172,14 +169,14 @@ def _index_put(operation: Operation, flows: Flows) -> Result:
     target, values = flows
     _, flow = present(flows)
     # What is written over loses its offset and the rest keeps it: no one offset is right.
-    pure(operation, flow)
+    operation.pure(flow)
     rows = target.rows if target else NO_ROW
     # A copy: the target's own flow, which other operations may read, stays as it is.
     rows = rows.expand(operation.out).clone()
 
     written = NO_ROW
     if values:
-        if pure(operation, values).degree != flow.degree:
+        if operation.pure(values).degree != flow.degree:
             raise Blocked(f"{operation.place} writes into a tensor that scales differently")
         written = values.rows
         if any(rows.size(d) > 1 for d in _indexed_dims(index)):
@@ -258,7 +255,7 @@ def _gathered_at(
     if any(size not in (1, out[d]) for d, size in enumerate(rows.shape)):
         raise Blocked(f"no rule for {operation.place} with a source that is larger than its target")
     sign = _sign_of_sums(operation, source.sign)
-    return Flow(source.degree, rows, everywhere(source, len(out)), sign)
+    return Flow(source.degree, rows, source.offset_everywhere(len(out)), sign)
 
 
 def _refuse_products(operation: Operation, flow: Flow) -> None:
@@ -267,7 +264,7 @@ def _refuse_products(operation: Operation, flow: Flow) -> None:
     if reduce == "prod":
         raise Blocked(f"{operation.place} does not commute with a change of scale")
     if reduce in ("amax", "amin", "max", "min"):
-        pure(operation, flow)
+        operation.pure(flow)
 
 
 def _sign_of_sums(operation: Operation, lowest: Sign) -> Sign:
@@ -313,7 +310,7 @@ def _embedding_bag(operation: Operation, flow: Flow) -> Flow:
 
 def _indices_of_lookup(operation: Operation, flow: Flow) -> Any:
     """Which rows of a table are read; None where that cannot be seen and does not matter."""
-    pure(operation, flow)
+    operation.pure(flow)
     name, module = operation.module
     if getattr(module, "max_norm", None) is not None:
         # It changes the length of rows before it reads them.

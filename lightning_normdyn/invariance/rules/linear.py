@@ -10,20 +10,13 @@ from lightning_normdyn.invariance.flow import (
     Offset,
     Sign,
     compact,
-    everywhere,
     expanded,
     joined,
-    lift,
-    permuted,
-    reshaped,
-    unsqueezed,
 )
 from lightning_normdyn.invariance.rules.biases import with_bias, with_bias_of_channels
 from lightning_normdyn.invariance.rules.operation import (
     Operation,
     present,
-    pure,
-    refuse_padded,
     rule_for,
 )
 
@@ -62,8 +55,8 @@ def _linear(operation: Operation, flows: Flows) -> Flow:
     x, weight, *bias = flows
     if weight:
         # torch stores it as (outputs, inputs).
-        transposed = permuted(weight, [1, 0])
-        weight = lift(transposed, len(operation.out))
+        transposed = weight.permuted([1, 0])
+        weight = transposed.lifted(len(operation.out))
     flow = _contract(operation, x, weight)
     if bias:
         return with_bias(operation, flow, 2)
@@ -75,10 +68,10 @@ def _matvec(operation: Operation, flows: Flows) -> Flow:
     """A vector is a matrix with one column."""
     matrix, vector = flows
     if vector:
-        vector = unsqueezed(vector, 1)
+        vector = vector.unsqueezed(1)
     flow = _contract(operation, matrix, vector)
     out = operation.out
-    return reshaped(flow, (*out, 1), out)
+    return flow.reshaped((*out, 1), out)
 
 
 @rule_for("DotBackward0 VdotBackward0")
@@ -88,7 +81,7 @@ def _dot(operation: Operation, flows: Flows) -> Flow:
     rows = []
     for flow in flows:
         if flow:
-            degree += pure(operation, flow).degree
+            degree += operation.pure(flow).degree
             one = operation.same_factor(flow.rows, [0])
             rows.append(one.reshape(()))
     # Where only one factor depends on the weight, both are the same, and this does nothing.
@@ -105,7 +98,7 @@ def _trilinear(operation: Operation, flows: Flows) -> Flow:
         if not flow:
             continue
         degree += flow.degree
-        factor = pure(operation, flow).rows
+        factor = operation.pure(flow).rows
         # This factor lacks these dimensions of the product: one row holds along them.
         for dim in sorted(operation.attribute(f"expand{k + 1}")):
             factor = factor.unsqueeze(dim)
@@ -124,13 +117,13 @@ def _contract(
     """a @ b, both with the same number of dimensions."""
     for factor in (a, b):
         if factor is not None:
-            refuse_padded(operation, factor)
+            operation.refuse_padded(factor)
     sign = _sign_of_product(operation, (a, b))
     if a and b:
         if not (_scales_everywhere(a) and _scales_everywhere(b)):
             return _contract_parts(operation, a, b)
-        left = operation.same_factor(pure(operation, a).rows, [-1])
-        right = operation.same_factor(pure(operation, b).rows, [-2])
+        left = operation.same_factor(operation.pure(a).rows, [-1])
+        right = operation.same_factor(operation.pure(b).rows, [-2])
         # The product of a weight with itself, or of two layers that share one.
         rows = operation.unite(left, right)
         return Flow(a.degree + b.degree, rows, sign=sign)
@@ -210,7 +203,7 @@ def _terms(
     terms = []
     constant = torch.full((), _CONSTANT, dtype=torch.long, device="cpu")
     for part in flow.parts:
-        rows = operation.same_factor(pure(operation, part).rows, [dim])
+        rows = operation.same_factor(operation.pure(part).rows, [dim])
         terms.append((part.degree, rows))
         constant = torch.where(rows > 0, 0, constant)
     return [*terms, (0.0, constant)]
@@ -230,12 +223,12 @@ def _convolution(operation: Operation, flows: Flows) -> Flow:
     offset = None
     channels = []
     if weight:
-        degree += pure(operation, weight).degree
+        degree += operation.pure(weight).degree
         channels.append(_channels_of_weight(operation, weight))
     if x:
         offset = _offset_of_input(operation, x)
         if weight:
-            pure(operation, x)
+            operation.pure(x)
         degree += x.degree
         channels.append(_channels_of_input(operation, x))
     # Where only one of them depends on the weight, both are the same, and nothing is united.
@@ -315,4 +308,4 @@ def _attention(operation: Operation, flows: Flows) -> Flow | None:
     if rows.size(-3) not in (1, heads):
         # Grouped queries: several heads share their values.
         rows = rows.repeat_interleave(heads // rows.size(-3), -3)
-    return Flow(value.degree, rows, everywhere(value))
+    return Flow(value.degree, rows, value.offset_everywhere())

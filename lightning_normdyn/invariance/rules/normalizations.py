@@ -12,7 +12,6 @@ from lightning_normdyn.invariance.flow import Flow, Flows, Offset, Sign, along, 
 from lightning_normdyn.invariance.rules.operation import (
     Operation,
     declared_epsilon,
-    only,
     present,
     rule_for,
     unary_rule,
@@ -125,7 +124,7 @@ def _weight_norm(operation: Operation, flows: Flows) -> Flow:
     if not flows[0]:
         return present(flows)[1]
     # The norm is taken over all dimensions but this.
-    rows = only(operation, flows).rows
+    rows = operation.only(flows).rows
     dims = list(range(rows.ndim))
     del dims[operation.attribute("dim")]
     return Flow(0, operation.same_factor(rows, dims))

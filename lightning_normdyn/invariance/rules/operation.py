@@ -164,8 +164,8 @@ class Operation(GraphNode):
         too (LayerNorm, but not RMSNorm)."""
         if not centered:
             # Nothing subtracts a mean, so a bias stays beside what scales.
-            pure(self, flow)
-        refuse_padded(self, flow)
+            self.pure(flow)
+        self.refuse_padded(flow)
         dims = [d % flow.ndim for d in dims]
         if flow.offset and flow.offset.differs_along(dims):
             raise Blocked(
@@ -194,14 +194,25 @@ class Operation(GraphNode):
         if epsilon > SMALL_EPSILON:
             self.rows.assumed = True
 
+    def only(self, flows: Flows) -> Flow:
+        """The flow of the first input, if no other input depends on the weight."""
+        # A rule of one input would lose what enters by another.
+        flow, *others = flows
+        if not flow or any(others):
+            raise Blocked(f"the scale enters {self.place} by a side input")
+        return flow
 
-def only(operation: Operation, flows: Flows) -> Flow:
-    """The flow of the first input, if no other input depends on the weight."""
-    # A rule of one input would lose what enters by another.
-    flow, *others = flows
-    if not flow or any(others):
-        raise Blocked(f"the scale enters {operation.place} by a side input")
-    return flow
+    def pure(self, flow: Flow) -> Flow:
+        """The flow, if nothing constant was added to it."""
+        if flow.offset:
+            raise Blocked(f"{flow.offset.what} is added before {self.place}")
+        return flow
+
+    def refuse_padded(self, flow: Flow) -> None:
+        """A constant beside a statistic is an epsilon in a denominator; where it enters as a value,
+        it is a value that does not scale."""
+        if flow.padded:
+            raise Blocked(f"a constant is added to what enters {self.place}")
 
 
 def present(flows: Flows) -> tuple[int, Flow]:
@@ -210,20 +221,6 @@ def present(flows: Flows) -> tuple[int, Flow]:
         if flow:
             return k, flow
     raise AssertionError("an operation without a flow is not visited")
-
-
-def pure(operation: Operation, flow: Flow) -> Flow:
-    """The flow, if nothing constant was added to it."""
-    if flow.offset:
-        raise Blocked(f"{flow.offset.what} is added before {operation.place}")
-    return flow
-
-
-def refuse_padded(operation: Operation, flow: Flow) -> None:
-    """A constant beside a statistic is an epsilon in a denominator; where it enters as a value, it
-    is a value that does not scale."""
-    if flow.padded:
-        raise Blocked(f"a constant is added to what enters {operation.place}")
 
 
 _EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
@@ -330,7 +327,7 @@ def unary_rule(names: str) -> Callable[[UnaryRule], Rule]:
     def register(rule: UnaryRule) -> Rule:
         @functools.wraps(rule)
         def checked(operation: Operation, flows: Flows) -> Result:
-            flow = only(operation, flows)
+            flow = operation.only(flows)
             return rule(operation, flow)
 
         return rule_for(names)(checked)

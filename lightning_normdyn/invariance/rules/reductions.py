@@ -8,11 +8,10 @@ from lightning_normdyn.invariance.flow import (
     Flows,
     Offset,
     Sign,
-    everywhere,
     spread,
     without_dims,
 )
-from lightning_normdyn.invariance.rules.operation import Operation, pure, unary_rule
+from lightning_normdyn.invariance.rules.operation import Operation, unary_rule
 
 
 def _reduction_dims(operation: Operation) -> list[int]:
@@ -70,7 +69,7 @@ def _sum(operation: Operation, flow: Flow) -> Flow:
 """)
 def _extremum(operation: Operation, flow: Flow) -> Flow:
     """Which entry is the largest stays so only if all of them share a factor."""
-    pure(operation, flow)
+    operation.pure(flow)
     dims = _reduction_dims(operation)
     return _reduced(operation, flow, dims, sign=_sign_of_reduction(flow))
 
@@ -78,7 +77,7 @@ def _extremum(operation: Operation, flow: Flow) -> Flow:
 @unary_rule("LinalgVectorNormBackward0 NormBackward0 NormBackward1 NormBackward2 NormBackward3")
 def _norm(operation: Operation, flow: Flow) -> Flow:
     """The size of several entries, which must share a factor."""
-    pure(operation, flow)
+    operation.pure(flow)
     # Every norm is homogeneous of degree 1, but for that of order 0: the number of entries that are
     # not zero does not depend on the scale.
     degree = 0 if operation.attribute("ord") == 0 else 1
@@ -92,7 +91,7 @@ def _spread(operation: Operation, flow: Flow) -> Flows:
     dims = _reduction_dims(operation)
     # Free of an offset that is constant along ``dims``.
     if flow.offset and flow.offset.differs_along(dims):
-        pure(operation, flow)
+        operation.pure(flow)
     mean = _reduced(operation, flow, dims, offset=flow.offset)
     degree = 2 if operation.name.startswith("Var") else 1
     moment = _reduced(operation, flow, dims, degree=degree, sign=Sign.STATISTIC)
@@ -104,7 +103,7 @@ def _cumulative_sum(operation: Operation, flow: Flow) -> Flow:
     """Every entry becomes the sum of those before it."""
     # An offset is added once more at each entry, so that afterwards it differs everywhere.
     rows = operation.same_factor(flow.rows, [operation.attribute("dim")])
-    return Flow(flow.degree, rows, everywhere(flow))
+    return Flow(flow.degree, rows, flow.offset_everywhere())
 
 
 @unary_rule("""
@@ -117,7 +116,7 @@ def _ordered(operation: Operation, flow: Flow) -> Flow:
     rows = operation.same_factor(flow.rows, [dim])
     if len(operation.out) < rows.ndim:
         rows = rows.squeeze(dim)
-    return Flow(pure(operation, flow).degree, rows)
+    return Flow(operation.pure(flow).degree, rows)
 
 
 # ------------------------------------------------------------------------------------------ pooling
@@ -147,7 +146,7 @@ def _pool(operation: Operation, flow: Flow) -> Flow:
     if offset:
         # The largest of x + b is the largest x plus b only if b is the same for all of them.
         if offset.differs_along(dims):
-            pure(operation, flow)
+            operation.pure(flow)
         if _pools_zeros(operation):
             offset = spread(offset, dims)
     # The mean of squares of a whole channel is a statistic; a local one (LocalResponseNorm) has a
@@ -180,4 +179,4 @@ def _im2col(operation: Operation, flow: Flow) -> Flow:
         channels = operation.shape()[-3]
         places = operation.out[-2] // channels
         rows = rows.repeat_interleave(places, -2)
-    return Flow(flow.degree, rows, everywhere(flow, rows.ndim))
+    return Flow(flow.degree, rows, flow.offset_everywhere(rows.ndim))

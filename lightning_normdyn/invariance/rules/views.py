@@ -15,15 +15,9 @@ from lightning_normdyn.invariance.flow import (
     Offset,
     along,
     compact,
-    everywhere,
     expanded,
-    lift,
-    moved,
-    permuted,
-    reshaped,
     sizes_of_pieces,
     spread,
-    unsqueezed,
     without_dims,
 )
 from lightning_normdyn.invariance.rows import distinct
@@ -36,13 +30,13 @@ from lightning_normdyn.invariance.rules.operation import Operation, rule_for, un
 """)
 def view(operation: Operation, flow: Flow) -> Flow:
     """The entries stay in their order in memory."""
-    return reshaped(flow, operation.shape(), operation.out)
+    return flow.reshaped(operation.shape(), operation.out)
 
 
 @unary_rule("PermuteBackward0")
 def permute(operation: Operation, flow: Flow) -> Flow:
     """The dimensions change places."""
-    return permuted(flow, operation.attribute("dims"))
+    return flow.permuted(operation.attribute("dims"))
 
 
 @unary_rule("TransposeBackward0 TBackward0")
@@ -52,26 +46,26 @@ def transpose(operation: Operation, flow: Flow) -> Flow:
     i = operation.attribute("dim0", 0)
     j = operation.attribute("dim1", -1)
     dims[i], dims[j] = dims[j], dims[i]
-    return permuted(flow, dims)
+    return flow.permuted(dims)
 
 
 @unary_rule("ExpandBackward0")
 def _expand(operation: Operation, flow: Flow) -> Flow:
     """One row stands for every copy, as it did before."""
-    return lift(flow, len(operation.out))
+    return flow.lifted(len(operation.out))
 
 
 @unary_rule("RepeatBackward0")
 def _repeat(operation: Operation, flow: Flow) -> Flow:
     """Copies scale with the row of the original."""
-    flow = lift(flow, len(operation.out))
+    flow = flow.lifted(len(operation.out))
     repeats = operation.attribute("repeats")
     for dim, size in enumerate(flow.rows.shape):
         # One row for the whole dimension is still the one, however often it is repeated.
         if size == 1:
             repeats[dim] = 1
     rows = flow.rows.repeat(repeats)
-    return moved(flow, rows, range(rows.ndim))
+    return flow.moved(rows, range(rows.ndim))
 
 
 @unary_rule("SelectBackward0")
@@ -103,7 +97,7 @@ def _slice(operation: Operation, flow: Flow) -> Flow:
         start, _, _ = whole.indices(size)
         steps = torch.arange(length, dtype=torch.long, device="cpu")
         rows = rows.index_select(dim, start + operation.attribute("step") * steps)
-    return moved(flow, rows, [dim])
+    return flow.moved(rows, [dim])
 
 
 @unary_rule("SplitBackward0 SplitWithSizesBackward0 ChunkBackward0")
@@ -117,7 +111,7 @@ def _split(operation: Operation, flow: Flow) -> Flows:
     if flow.rows.size(dim) > 1:
         sizes = [shape[dim] for shape in operation.outputs]
         pieces = torch.split_with_sizes(flow.rows, sizes, dim)
-    return [moved(flow, piece, [dim]) for piece in pieces]
+    return [flow.moved(piece, [dim]) for piece in pieces]
 
 
 @unary_rule("UnbindBackward0")
@@ -147,7 +141,7 @@ def _cat(operation: Operation, flows: Flows) -> Flow:
         raise Blocked(f"{operation.place} joins tensors that scale differently")
     sizes: list[int] | None = [1] * len(flows)
     if operation.name == "StackBackward0":
-        flows = [flow and unsqueezed(flow, dim) for flow in flows]
+        flows = [flow and flow.unsqueezed(dim) for flow in flows]
     else:
         sizes = sizes_of_pieces(operation.inputs, dim, operation.out[dim])
     if sizes is None:
@@ -191,20 +185,20 @@ def _roll(operation: Operation, flow: Flow) -> Flow:
     shifts = operation.attribute("shifts")
     dims = operation.attribute("dims")
     if dims:
-        return moved(flow, flow.rows.roll(shifts, dims), dims)
+        return flow.moved(flow.rows.roll(shifts, dims), dims)
     # Without dimensions it goes across all of them, in the order of memory.
     # Written out only where rows differ: it takes as much memory as the activation.
     rows = flow.rows
     if rows.numel() > 1:
         rows = rows.expand(operation.shape()).roll(shifts)
-    return moved(flow, rows, range(rows.ndim))
+    return flow.moved(rows, range(rows.ndim))
 
 
 @unary_rule("FlipBackward0")
 def _flip(operation: Operation, flow: Flow) -> Flow:
     """Entries change their order along some dimensions."""
     dims = operation.attribute("dims")
-    return moved(flow, flow.rows.flip(dims), dims)
+    return flow.moved(flow.rows.flip(dims), dims)
 
 
 @unary_rule("Rot90Backward0")
@@ -232,7 +226,7 @@ def _shuffle(operation: Operation, flow: Flow) -> Flow:
         rows = torch.pixel_unshuffle(rows, operation.attribute("downscale_factor"))
     else:
         rows = torch.channel_shuffle(rows, operation.attribute("groups"))
-    return replace(flow, rows=compact(rows), offset=everywhere(flow))
+    return replace(flow, rows=compact(rows), offset=flow.offset_everywhere())
 
 
 @unary_rule("DiagonalBackward0")
@@ -243,7 +237,7 @@ def _diagonal(operation: Operation, flow: Flow) -> Flow:
     # A diagonal needs entries of both, so a row that holds for all of one is written out.
     rows = expanded(flow.rows, operation.shape(), [i, j])
     rows = compact(rows.diagonal(operation.attribute("offset"), i, j))
-    return replace(flow, rows=rows, offset=everywhere(flow, rows.ndim))
+    return replace(flow, rows=rows, offset=flow.offset_everywhere(rows.ndim))
 
 
 @unary_rule("UnfoldBackward0")
@@ -256,7 +250,7 @@ def _unfold(operation: Operation, flow: Flow) -> Flow:
         size = operation.attribute("size")
         step = operation.attribute("step")
         rows = compact(flow.rows.unfold(dim, size, step))
-    return replace(flow, rows=rows, offset=everywhere(flow, rows.ndim))
+    return replace(flow, rows=rows, offset=flow.offset_everywhere(rows.ndim))
 
 
 @unary_rule("ConstantPadNdBackward0")
@@ -310,7 +304,7 @@ def _to_local(operation: Operation, flow: Flow) -> Flow:
         rows = operation.rows
         rows.elsewhere = True
         rows.sharded = distinct(flow.rows, rows.sharded)
-    return moved(flow, part, range(part.ndim))
+    return flow.moved(part, range(part.ndim))
 
 
 @unary_rule("_FromTorchTensorBackward")
@@ -324,4 +318,4 @@ def _from_local(operation: Operation, flow: Flow) -> Flow:
     one = together[:1]
     operation.unite(one, together)
     rows = one.reshape([1] * len(after))
-    return replace(flow, rows=rows, offset=everywhere(flow))
+    return replace(flow, rows=rows, offset=flow.offset_everywhere())
