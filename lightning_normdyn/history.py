@@ -6,8 +6,4 @@ A short path to `lightning_normdyn.monitor.history`; nothing inside the package 
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.records import Event
 
-__all__ = [
-    "Event",
-    "History",
-    "load_history",
-]
+__all__ = ["Event", "History", "load_history"]

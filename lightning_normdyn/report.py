@@ -6,7 +6,4 @@ it.
 
 from lightning_normdyn.monitor.report.page import load_run, write_report
 
-__all__ = [
-    "load_run",
-    "write_report",
-]
+__all__ = ["load_run", "write_report"]

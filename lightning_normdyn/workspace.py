@@ -3,10 +3,6 @@
 A short path to `lightning_normdyn.monitor.workspace`; nothing inside the package imports it.
 """
 
-from lightning_normdyn.monitor.workspace import (
-    wandb_workspace,
-)
+from lightning_normdyn.monitor.workspace import wandb_workspace
 
-__all__ = [
-    "wandb_workspace",
-]
+__all__ = ["wandb_workspace"]

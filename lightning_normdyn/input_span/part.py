@@ -29,9 +29,14 @@ from lightning_normdyn.input_span.fixed_weights import (
     share_of_batches,
 )
 from lightning_normdyn.input_span.gather import InputGatherer, ReadableLayers, Readers
-from lightning_normdyn.input_span.record import GapReporter, facts_of, publish
 from lightning_normdyn.input_span.rows import filter_labels, filters_of
-from lightning_normdyn.input_span.summary import SpanSummary, summary_numbers
+from lightning_normdyn.input_span.summary import (
+    GapReporter,
+    SpanSummary,
+    facts_of,
+    publish,
+    summary_numbers,
+)
 from lightning_normdyn.monitor.history import History, check_history
 
 # Covariances may have hundreds of MiB, which nobody expects in a checkpoint.

@@ -8,7 +8,6 @@ from lightning_normdyn.invariance.rules import (  # noqa: F401
     elementwise,
     indexing,
     linear,
-    normalizations,
     reductions,
     views,
 )
