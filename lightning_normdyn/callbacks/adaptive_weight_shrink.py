@@ -8,12 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import (
-    Granularity,
-    Params,
-    check_choice,
-    check_number,
-)
+from lightning_normdyn.engine.arguments import Granularity, Params, check_choice, check_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
 from lightning_normdyn.engine.plan import Target
@@ -110,15 +105,13 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         decays = equivalent_weight_decay(self.rule.alpha, self.size())
         totals = plan.vectors.totals(decays)
         means = (totals / plan.vectors.count).tolist()
-        replaces_decay = self.rule.weight_decay == "replace"
-        # Once a group, not a weight: it is a question about the optimizer.
-        replaced = {}
-        for group, _ in plan.groups:
-            words = replaced_decay(plan.optimizer, group) if replaces_decay else ""
-            replaced[id(group)] = f" ({words})" if words else ""
         texts = []
         for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
-            texts.append(f"AWS, decay now {mean:.2g}{replaced[id(group)]}")
+            text = f"AWS, decay now {mean:.2g}"
+            replaced = replaced_decay(plan.optimizer, group)
+            if replaced and self.rule.weight_decay == "replace":
+                text += f" ({replaced})"
+            texts.append(text)
         return texts
 
 

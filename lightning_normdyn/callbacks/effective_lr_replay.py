@@ -48,7 +48,11 @@ class _Record:
     decays: Tensor
 
     @classmethod
-    def of(cls, plan: Plan, recorded: Mapping[str, _Record]) -> _Record:
+    def of(
+        cls,
+        plan: Plan,
+        recorded: Mapping[str, _Record],
+    ) -> _Record:
         """The record of a plan's targets, of the vectors that this rank holds; a weight that joined
         later, or was recorded at other steps than the rest, is interpolated."""
         records = [recorded[target.name] for target in plan.targets]
@@ -116,7 +120,11 @@ def _about(history: History, name: str) -> dict[str, Any]:
     return note if isinstance(note, dict) else {}
 
 
-def _read(path: str, history: History, name: str) -> _Record:
+def _read(
+    path: str,
+    history: History,
+    name: str,
+) -> _Record:
     """The record of one weight.
 
     Raises:

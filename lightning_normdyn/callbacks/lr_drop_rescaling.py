@@ -153,7 +153,12 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
             factors[i] = drop ** -self.exponents[target.name]
         return factors, rates
 
-    def _rescale_for(self, step: Step, factors: list[float], rates: dict[str, Rate]) -> None:
+    def _rescale_for(
+        self,
+        step: Step,
+        factors: list[float],
+        rates: dict[str, Rate],
+    ) -> None:
         plan = self.plan
         vectors = plan.vectors
         per_target = torch.tensor(factors, dtype=vectors.sum_dtype, device=vectors.device)

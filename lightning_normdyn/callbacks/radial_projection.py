@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import (
-    Granularity,
-    Params,
-    check_choice,
-    check_number,
-)
+from lightning_normdyn.engine.arguments import Granularity, Params, check_choice, check_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Projection
 from lightning_normdyn.engine.part import Part
@@ -144,7 +139,12 @@ class ProjectWorker(Worker["RadialProjection"]):
             self._remember_ratio(plan.rates() * (dd / ss).sqrt())
         return removed
 
-    def _project_gated(self, step: Step, by_filter: Tensor, by_layer: Tensor) -> None:
+    def _project_gated(
+        self,
+        step: Step,
+        by_filter: Tensor,
+        by_layer: Tensor,
+    ) -> None:
         """The vectors whose gate is open, in one of the two views."""
         vectors = self.plan.vectors
         before = vectors.snapshots(step.bracket)
@@ -187,7 +187,12 @@ class ProjectWorker(Worker["RadialProjection"]):
         )
         return 0.0
 
-    def correct_decays(self, plan: Plan, decays: Sequence[Decay], rates: Tensor) -> None:
+    def correct_decays(
+        self,
+        plan: Plan,
+        decays: Sequence[Decay],
+        rates: Tensor,
+    ) -> None:
         """A weight whose gate is closed in this step decays with ratio 1."""
         if self.is_open is None:
             return

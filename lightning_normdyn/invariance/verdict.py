@@ -88,7 +88,10 @@ class Verdict:
 
     @classmethod
     def unknown(
-        cls, name: str, shape: Shape, reason: str = "not part of any training loss so far"
+        cls,
+        name: str,
+        shape: Shape,
+        reason: str = "not part of any training loss so far",
     ) -> Verdict:
         """A weight that nothing is known about."""
         return cls(name, tuple(shape), None, "unknown", reason=reason, known="")

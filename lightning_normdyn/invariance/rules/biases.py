@@ -20,11 +20,7 @@ from lightning_normdyn.invariance.flow import (
     sizes_of_pieces,
     varying,
 )
-from lightning_normdyn.invariance.graph import (
-    Edge,
-    GraphNode,
-    edge_shape,
-)
+from lightning_normdyn.invariance.graph import Edge, GraphNode, edge_shape
 from lightning_normdyn.invariance.rules.operation import Operation
 
 
@@ -113,7 +109,9 @@ def _zeros(operation: Operation, k: int) -> Tensor | None:
 
 
 def _constant_entries(
-    edge: Edge | None, size: int, parameters: Mapping[Edge, str]
+    edge: Edge | None,
+    size: int,
+    parameters: Mapping[Edge, str],
 ) -> Tensor | None:
     """Which entries of a tensor of one dimension no parameter reaches: bool ``(size,)``, None where
     it cannot be said."""
@@ -142,7 +140,9 @@ def _constant_entries(
 
 
 def _constants_of_pieces(
-    node: GraphNode, size: int, parameters: Mapping[Edge, str]
+    node: GraphNode,
+    size: int,
+    parameters: Mapping[Edge, str],
 ) -> Tensor | None:
     """`_constant_entries` of pieces that were concatenated."""
     sizes = sizes_of_pieces(node.inputs, 0, size)

@@ -11,15 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.invariance.flow import (
-    NO_ROW,
-    Blocked,
-    Flow,
-    Flows,
-    Offset,
-    Sign,
-    compact,
-)
+from lightning_normdyn.invariance.flow import NO_ROW, Blocked, Flow, Flows, Offset, Sign, compact
 from lightning_normdyn.invariance.rows import distinct
 from lightning_normdyn.invariance.rules.operation import (
     Operation,

@@ -14,11 +14,7 @@ from lightning_normdyn.invariance.flow import (
     joined,
 )
 from lightning_normdyn.invariance.rules.biases import with_bias, with_bias_of_channels
-from lightning_normdyn.invariance.rules.operation import (
-    Operation,
-    present,
-    rule_for,
-)
+from lightning_normdyn.invariance.rules.operation import Operation, present, rule_for
 
 # -------------------------------------------------------------------------------- matrix products
 

@@ -11,13 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, Shape, Sign
-from lightning_normdyn.invariance.graph import (
-    Edge,
-    Graph,
-    GraphNode,
-    node_name,
-    sources_of,
-)
+from lightning_normdyn.invariance.graph import Edge, Graph, GraphNode, node_name, sources_of
 from lightning_normdyn.invariance.rows import Rows
 
 # Variances are of order 1 behind common initializations: an epsilon up to this is small beside
