@@ -6,15 +6,14 @@ beside variances of the same order in its depthwise layers.
 """
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_normdyn.invariance.graph_state import EPSILONS, is_normalization
+from lightning_normdyn.invariance.hooks import take_off
 from lightning_normdyn.invariance.names import clean_name
 
 # Batches after which nothing is left of a running variance's first value: 0.9**100 with the usual
@@ -140,7 +139,7 @@ class EpsilonWatch:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._hooks = ExitStack()
+        self._watched: dict[nn.Module, str] = {}  # the normalizations with a hook, and their names
         # By name of the normalization: its epsilon, and a `_summary` of what it is added to.
         self._seen: dict[str, tuple[float, Tensor]] = {}
         # Those that were seen since the last `start`.
@@ -151,20 +150,21 @@ class EpsilonWatch:
         self.stop()
         self._fresh = set()
         chosen = None if names is None else set(names)
+        look = self._look  # one bound method for all modules
         for full_name, module in self._module.named_modules():
             name = clean_name(full_name)
             if (chosen is None or name in chosen) and epsilon_of(module) is not None:
-                hook = module.register_forward_pre_hook(partial(self._look, name))
-                self._hooks.callback(hook.remove)
+                self._watched[module] = name
+                module.register_forward_pre_hook(look)
 
     def stop(self) -> None:
         """Remove every hook; idempotent."""
-        self._hooks.close()
+        take_off(self._watched, self._look)
+        self._watched = {}
 
     @torch.no_grad()
     def _look(
         self,
-        name: str,
         module: nn.Module,
         args: tuple[Any, ...],
     ) -> None:
@@ -174,6 +174,7 @@ class EpsilonWatch:
             return
         statistic = statistic_of(module, x)
         if statistic is not None:
+            name = self._watched[module]
             self._seen[name] = eps, _summary(statistic, eps)
             self._fresh.add(name)
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.reduction import of_all_ranks, world_size
@@ -24,6 +23,7 @@ from lightning_normdyn.invariance.flow import Shape
 from lightning_normdyn.invariance.follow import follow
 from lightning_normdyn.invariance.graph import Edge, Graph, ModuleSpans, trace
 from lightning_normdyn.invariance.graph_state import Normalizations
+from lightning_normdyn.invariance.hooks import take_off
 from lightning_normdyn.invariance.names import clean_name, parameter_names
 from lightning_normdyn.invariance.verdict import Verdict, filter_partition
 from lightning_normdyn.invariance.visibility import in_backward, visible_graph
@@ -175,17 +175,15 @@ class ScaleInvarianceSearch:
 
         # Of the forward passes that are being watched.
         self._stack: ExitStack | None = None
-        self._hooks: list[RemovableHandle] = []
+        self._module_names: dict[nn.Module, str] = {}
         self._forget_passes()
 
     def _forget_passes(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
+        take_off(self._module_names, self._enter, self._leave)
         self._edges: dict[Edge, str] = {}
         self._recorded: dict[str, Tensor] = {}
         self._spans = ModuleSpans()
-        self._module_names: dict[nn.Module, str] = {}
+        self._module_names = {}
         self._written.stop()
 
     def _look_parameters_up(self) -> None:
@@ -240,9 +238,9 @@ class ScaleInvarianceSearch:
             leave = self._leave
             for name, module in self._module.named_modules():
                 self._module_names[module] = clean_name(name)
-                self._hooks.append(module.register_forward_pre_hook(enter))
+                module.register_forward_pre_hook(enter)
                 # Also after an exception: who catches it goes on, and owns what comes then.
-                self._hooks.append(module.register_forward_hook(leave, always_call=True))
+                module.register_forward_hook(leave, always_call=True)
             # Kept only here: had anything above raised, leaving the block would have removed the
             # hooks that were set by then.
             self._stack = stack.pop_all()
