@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.step import HostCopy
 
 os.environ.setdefault("WANDB_SILENT", "true")
 

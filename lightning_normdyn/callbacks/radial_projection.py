@@ -30,9 +30,8 @@ from lightning_normdyn.optimizers.decay import (
     replaced_decay,
 )
 from lightning_normdyn.optimizers.group_numbers import Number, is_zero
-from lightning_normdyn.optimizers.host_copy import HostCopy
 from lightning_normdyn.optimizers.state import step_buffer
-from lightning_normdyn.optimizers.step import Phase, Step
+from lightning_normdyn.optimizers.step import HostCopy, Phase, Step
 
 # A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step
 # over the weight.

@@ -16,7 +16,7 @@ from lightning_normdyn.engine.loss_gradients import LossGradients, euler_product
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.euler import euler_sums, euler_values
 from lightning_normdyn.invariance.verdict import Verdict
-from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.step import HostCopy
 
 
 @dataclass

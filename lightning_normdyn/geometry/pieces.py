@@ -166,10 +166,6 @@ class Master:
     start: int
     length: int
 
-    def value(self) -> Tensor:
-        """The entries on this rank."""
-        return self.of(self.flat)
-
     def gradient(self) -> Tensor | None:
         """Their gradient, unscaled and clipped.
 
@@ -225,7 +221,7 @@ class Placement:
         """This rank's plain tensor of the numbers that the optimizer updates; writing to it writes
         to the weight."""
         # The parameter itself may be a rounded copy (bfloat16) of what the optimizer updates.
-        value = weight if self.master is None else self.master.value()
+        value = weight if self.master is None else self.master.of(self.master.flat)
         return self.storage(value.detach())
 
     def gradient(

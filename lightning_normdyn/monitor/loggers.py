@@ -6,8 +6,7 @@ and would wait for ever for one that fails.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -352,9 +351,7 @@ def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: st
         about: ``"callbacks"``: settings by callback; ``"targets"``: facts by weight. Plain JSON.
         label: as in `Outcome`.
     """
-    for publisher in publishers(loggers):
-        with _survived(publisher, "the callbacks' settings"):
-            publisher.about(about, label)
+    _tell(loggers, "the callbacks' settings", lambda publisher: publisher.about(about, label))
 
 
 def publish_history(loggers: Iterable[Logger], history: History, files: HistoryFiles) -> None:
@@ -366,35 +363,27 @@ def publish_history(loggers: Iterable[Logger], history: History, files: HistoryF
         files: of this fit, the same at every call.
     """
     # An empty file would take the name that the first fit with rows should have.
-    if not len(history):
-        return
-    for publisher in publishers(loggers):
-        with _survived(publisher, "the history"):
-            publisher.keep(history, files)
+    if len(history):
+        _tell(loggers, "the history", lambda publisher: publisher.keep(history, files))
 
 
 def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
     """What came of the fit; the history itself is a matter of `publish_history`."""
     if not len(outcome.history):
         return
-    chosen = publishers(loggers)
     # Only who would get pictures must hear why there are none.
-    if any(publisher.shows_pictures for publisher in chosen) and not can_draw():
+    if any(publisher.shows_pictures for publisher in publishers(loggers)) and not can_draw():
         warn_once(
             "matplotlib is not installed: the loggers get no pictures, only numbers, tables and "
             "charts. `pip install matplotlib`"
         )
-    for publisher in chosen:
-        with _survived(publisher, "pictures and tables"):
-            publisher.outcome(outcome)
+    _tell(loggers, "pictures and tables", lambda publisher: publisher.outcome(outcome))
 
 
 def publish_alert(loggers: Iterable[Logger], title: str, text: str) -> None:
     """Tell a person now, where a logger can."""
-    for publisher in publishers(loggers):
-        with _survived(publisher, "an alert"):
-            # Only W&B has alerts; the others' method does nothing.
-            publisher.alert(title, text)
+    # Only W&B has alerts; the others' method does nothing.
+    _tell(loggers, "an alert", lambda publisher: publisher.alert(title, text))
 
 
 def can_show_histograms(loggers: Iterable[Logger]) -> bool:
@@ -403,19 +392,19 @@ def can_show_histograms(loggers: Iterable[Logger]) -> bool:
     return any(publisher.shows_histograms for publisher in publishers(loggers))
 
 
-@contextmanager
-def _survived(publisher: Publisher, what: str) -> Iterator[None]:
-    """A picture that cannot be drawn or sent is no reason to end a training run: say so and go
-    on."""
-    try:
-        yield
-    # Ctrl-C and an exit are no Exception: they end the run, as the person wants.
-    except Exception as error:
-        name = type(publisher.logger).__name__
-        warn_once(
-            f"{name} did not get {what} ({type(error).__name__}: {error}). The training is not "
-            f"affected."
-        )
+def _tell(loggers: Iterable[Logger], what: str, tell: Callable[[Publisher], None]) -> None:
+    """Call ``tell`` with the publisher of each logger. A picture that cannot be drawn or sent is no
+    reason to end a training run: say so and go on."""
+    for publisher in publishers(loggers):
+        try:
+            tell(publisher)
+        # Ctrl-C and an exit are no Exception: they end the run, as the person wants.
+        except Exception as error:
+            name = type(publisher.logger).__name__
+            warn_once(
+                f"{name} did not get {what} ({type(error).__name__}: {error}). The training is not "
+                "affected."
+            )
 
 
 def _write_png(path: Location, pixels: Any) -> None:

@@ -35,7 +35,7 @@ from lightning_normdyn.monitor.measure import Look, Measured, StepGauge, mean_no
 from lightning_normdyn.monitor.outcome import Outcome, about_run, as_text, summarize
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.rows import RowDraft, Sent
-from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.step import HostCopy
 
 _check_position = record({"position": many(whole()), "skipped_steps": whole()})
 

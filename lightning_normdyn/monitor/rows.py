@@ -22,7 +22,7 @@ from lightning_normdyn.monitor.measure import UNLOGGED, Measured, Reading
 from lightning_normdyn.monitor.predictions import predict
 from lightning_normdyn.monitor.quantities import QUANTITIES, monitored
 from lightning_normdyn.monitor.verdicts import Course
-from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.step import HostCopy
 
 LR_DROP = 1.5
 """A learning rate that was constant and is this much lower at the next record has dropped; a

@@ -22,9 +22,8 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.placement import gradient_of, has_gradient
 from lightning_normdyn.optimizers.checks import check_optimizer, closure_error
 from lightning_normdyn.optimizers.decay import DecayOwner
-from lightning_normdyn.optimizers.host_copy import HostCopy
 from lightning_normdyn.optimizers.scaling import Scaling
-from lightning_normdyn.optimizers.step import Handler, Phase, Step
+from lightning_normdyn.optimizers.step import Handler, HostCopy, Phase, Step
 from lightning_normdyn.optimizers.takeover import Claimed, DecayTakeover
 from lightning_normdyn.optimizers.views import torch_optimizers
 from lightning_normdyn.optimizers.wrappers import closure_does_nothing

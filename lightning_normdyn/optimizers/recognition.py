@@ -112,7 +112,7 @@ def _find_row_of_step(optimizer_class: type) -> OptimizerFacts | None:
 
 
 # Keys that schedulers, loggers and recipes leave in any param group; no step reads them.
-_FOREIGN_KEYS = frozenset(
+_HARMLESS_KEYS = frozenset(
     {
         "params",
         "lr",
@@ -130,11 +130,15 @@ _FOREIGN_KEYS = frozenset(
         "group_name",
         "step",
         "max_lr_snapshot",
+        # Options of a step that change how it is computed and not what it does.
+        "foreach",
+        "fused",
+        "capturable",
+        "differentiable",
+        "maximize",
+        "eps",
+        "delta",
     }
-)
-# Options of a step that change how it is computed and not what it does.
-_KERNEL_KEYS = frozenset(
-    {"foreach", "fused", "capturable", "differentiable", "maximize", "eps", "delta"}
 )
 
 
@@ -151,9 +155,7 @@ def _knows_all_that_is_set(row: OptimizerFacts, group: Group) -> bool:
         if key in row.neutral:
             if value is not None and bool(value) != bool(row.neutral[key]):
                 return False
-        elif key in _FOREIGN_KEYS or key in _KERNEL_KEYS or key in row.keys:
-            continue
-        elif _is_set(value):
+        elif key not in _HARMLESS_KEYS and key not in row.keys and _is_set(value):
             return False
     return True
 
@@ -230,8 +232,6 @@ def _stepping_class(optimizer: Optimizer) -> type[Optimizer] | None:
 def _known_base(optimizer_class: type) -> type[Optimizer] | None:
     """The nearest base class with a row."""
     for base in optimizer_class.__mro__[1:]:
-        if base is Optimizer:
-            return None
         if issubclass(base, Optimizer) and _row_of_step(base) is not None:
             return base
     return None
@@ -286,8 +286,7 @@ def _has_options_of_its_own(optimizer: Optimizer) -> bool:
     Gradient centralization, for example, or another form of decay.
     """
     switched_on = {name for name, value in vars(optimizer).items() if value is True}
-    public = {name for name in switched_on if not name.startswith("_")}
-    return not public <= _HARMLESS_ATTRIBUTES
+    return any(not name.startswith("_") for name in switched_on - _HARMLESS_ATTRIBUTES)
 
 
 # ------------------------------------------------------------------------- what only a trial tells

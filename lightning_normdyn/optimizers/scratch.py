@@ -363,9 +363,7 @@ class _Copier:
         if isinstance(value, types.MethodType):
             return types.MethodType(value.__func__, self.copy(value.__self__))
         if isinstance(value, torch.Generator):
-            generator = torch.Generator(device=value.device)
-            generator.set_state(value.get_state())
-            return generator
+            return value.clone_state()
         # What refers to the optimizer weakly must refer to the scratch one.
         if isinstance(value, weakref.ref):
             return weakref.ref(self._scratch) if value() is self._optimizer else value

@@ -5,7 +5,7 @@ so that it can be taken back if the update never comes (an exception, a checkpoi
 """
 
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
@@ -55,6 +55,41 @@ class Bracket(Protocol):
         """One of these copies."""
 
 
+class HostCopy:
+    """A copy of a tensor on the host: from a GPU it arrives while the next steps run.
+
+    Args:
+        tensor: what to copy, as it is at this point of the device's work.
+
+    Example:
+        >>> HostCopy(torch.ones(2)).get()
+        tensor([1., 1.])
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if not tensor.is_cuda:
+            self._host = tensor.clone()
+            return
+        # Pinned: a non-blocking copy to the host is asynchronous only if its memory is.
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+        self._host.copy_(tensor, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def arrives_later(self) -> bool:
+        """Whether `get` might have to wait if it is called at once; the same on every rank."""
+        return self._event is not None
+
+    def get(self) -> Tensor:
+        """The copy; waits until the device has come to the point where it was asked for."""
+        if self._event is not None:
+            self._event.synchronize()
+        # An accelerator other than CUDA has been copied on its own device only.
+        return self._host.cpu()
+
+
 @dataclass
 class Step:
     """One update of one optimizer, as handlers see it.
@@ -67,6 +102,8 @@ class Step:
             update inside its kernel (GradScaler found an inf).
         with_gradient: ids of the weights that had a gradient at ``ready``; the step may free or
             replace it.
+
+    Attributes:
         scalings: what was multiplied for it.
         happened: whether it is known that the update was made, and not skipped.
     """
@@ -75,11 +112,13 @@ class Step:
     number: int
     skipped: Tensor | None = None
     with_gradient: Set[int] = frozenset()
-    scalings: list[Scaling] = field(default_factory=list, init=False)
-    happened: bool = field(default=False, init=False)
-    _undo: list[Callable[[], None]] = field(default_factory=list, init=False)
-    _notes: list[Callable[[], None]] = field(default_factory=list, init=False)
-    _counts: list[Callable[[], None]] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        self.scalings: list[Scaling] = []
+        self.happened = False
+        self._undo: list[Callable[[], None]] = []
+        self._notes: list[Callable[[], None]] = []
+        self._counts: list[Callable[[], None]] = []
 
     @property
     def optimizer(self) -> Optimizer:

@@ -227,26 +227,16 @@ def _on_original(view: _StepView, hook: Any) -> Any:
 
 def _forwarded(name: str) -> Any:
     """A method that reads or writes the groups for others than the step: that of the optimizer."""
-
-    def call(self: _StepView, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self._normdyn_original, name)(*args, **kwargs)
-
-    return call
+    return lambda view, *args, **kwargs: getattr(view._normdyn_original, name)(*args, **kwargs)
 
 
 def _slot(name: str) -> Any:
     """An attribute that the optimizer's class keeps outside of ``__dict__``."""
-
-    def get(self: _StepView) -> Any:
-        return getattr(self._normdyn_original, name)
-
-    def put(self: _StepView, value: Any) -> None:
-        setattr(self._normdyn_original, name, value)
-
-    def delete(self: _StepView) -> None:
-        delattr(self._normdyn_original, name)
-
-    return property(get, put, delete)
+    return property(
+        lambda view: getattr(view._normdyn_original, name),
+        lambda view, value: setattr(view._normdyn_original, name, value),
+        lambda view: delattr(view._normdyn_original, name),
+    )
 
 
 _FORWARDED = (

@@ -14,8 +14,6 @@ import torch
 from lightning_normdyn.optimizers.group_numbers import Number
 from lightning_normdyn.theory.equilibrium import norm_transient
 
-__all__ = ["nrq_concentration", "nrq_limit_risk", "nrq_limit_risk_first_order", "nrq_norm"]
-
 
 def nrq_concentration(
     lr: float, weight_decay: float, *, dim: int, sigma: float, gap: float = 1.0

@@ -61,9 +61,9 @@ def test_value_and_gradient_are_windows_on_the_flat_tensor():
     master = Master(torch.arange(10.0), 2, 3)
     assert master.gradient() is None
     master.flat.grad = torch.arange(10.0) * 10
-    assert master.value().tolist() == [2.0, 3.0, 4.0]
+    assert master.of(master.flat).tolist() == [2.0, 3.0, 4.0]
     assert master.gradient().tolist() == [20.0, 30.0, 40.0]
-    master.value().zero_()
+    master.of(master.flat).zero_()
     assert master.flat[:6].tolist() == [0.0, 1.0, 0.0, 0.0, 0.0, 5.0]
 
 

@@ -103,7 +103,7 @@ def test_an_interrupted_fit_keeps_its_history(how, first, tmp_path):
 
 
 def test_numbers_on_their_way_from_a_device_are_in_the_interrupted_history(tmp_path, monkeypatch):
-    from lightning_normdyn.optimizers.host_copy import HostCopy
+    from lightning_normdyn.optimizers.step import HostCopy
 
     monkeypatch.setattr(HostCopy, "arrives_later", True)
     logger = CSVLogger(tmp_path)

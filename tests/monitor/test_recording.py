@@ -30,7 +30,7 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.ledger import Ledger
 from lightning_normdyn.monitor.recording import Recording
 from lightning_normdyn.monitor.rows import RowDraft
-from lightning_normdyn.optimizers.host_copy import HostCopy
+from lightning_normdyn.optimizers.step import HostCopy
 
 
 def steps_of(watch):

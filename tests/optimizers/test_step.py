@@ -13,7 +13,7 @@ from lightning_normdyn import (
     WeightVectors,
 )
 from lightning_normdyn.optimizers.scaling import Scaling
-from lightning_normdyn.optimizers.step import Step
+from lightning_normdyn.optimizers.step import HostCopy, Step
 
 
 def test_phases_then_names_decide_the_order_not_the_registration():
@@ -83,3 +83,21 @@ def test_a_factor_is_1_where_the_update_is_skipped_on_the_device(found_inf, expe
     skipped = None if found_inf is None else torch.tensor(found_inf)
     factor = a_step(skipped=skipped).unless_skipped(torch.full((3,), 0.9), 1.0)
     assert factor.tolist() == pytest.approx([expected] * 3)
+
+
+def test_a_copy_does_not_follow_the_tensor():
+    tensor = torch.tensor([1.0, 2.0])
+    copy = HostCopy(tensor)
+    tensor.mul_(10)
+    assert copy.get().tolist() == [1.0, 2.0]
+    assert not copy.arrives_later
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_copy_from_a_gpu_arrives_later_and_does_not_follow_the_tensor():
+    tensor = torch.ones(1000, device="cuda")
+    copy = HostCopy(tensor)
+    tensor.mul_(10)
+    assert copy.arrives_later
+    assert copy.get().device.type == "cpu"
+    assert float(copy.get().sum()) == 1000

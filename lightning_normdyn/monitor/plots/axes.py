@@ -202,12 +202,7 @@ def finish(ax: Axes, quantity: str, values: NDArray[Any], limits: Limits | None 
 
 def add_grid(ax: Axes) -> None:
     """Faint lines behind the curves."""
-    ax.grid(
-        True,
-        which="major",
-        color="#DDDDDD",
-        linewidth=0.6,
-    )
+    ax.grid(color="#DDDDDD", linewidth=0.6)
     ax.set_axisbelow(True)
 
 

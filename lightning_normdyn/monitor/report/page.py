@@ -11,7 +11,6 @@ import base64
 import hashlib
 import io
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -233,9 +232,9 @@ def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
     """The average over the last tenth of what was recorded: the last value alone is mostly
     noise."""
     # At least one, of however few records.
-    tenth = values[-max(1, len(values) // 10) :]
-    finite = [value for value in tenth if math.isfinite(value)]
-    return float(average(np.asarray(finite, dtype=np.float64))) if finite else None
+    tenth = np.array(values[-max(1, len(values) // 10) :], dtype=np.float64)
+    finite = tenth[np.isfinite(tenth)]
+    return float(average(finite)) if finite.size else None
 
 
 def _root_mean_square(values: Any) -> float:
