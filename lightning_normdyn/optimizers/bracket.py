@@ -10,7 +10,7 @@ Fabric or a plain loop. Knows nothing of Lightning.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -23,73 +23,10 @@ from lightning_normdyn.geometry.placement import gradient_of, has_gradient
 from lightning_normdyn.optimizers.checks import check_optimizer, closure_error
 from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.scaling import Scaling
-from lightning_normdyn.optimizers.step import Handler, HostCopy, Phase, Step
+from lightning_normdyn.optimizers.step import Bracket, Handler, HostCopy, Phase, Step
 from lightning_normdyn.optimizers.takeover import Claimed, DecayTakeover
 from lightning_normdyn.optimizers.views import torch_optimizers
 from lightning_normdyn.optimizers.wrappers import closure_does_nothing
-
-
-class Snapshots:
-    """The copies of one optimizer's weights, of one step at a time; each weight is copied once.
-
-    Example:
-        >>> weight, copies = torch.ones(2), Snapshots()
-        >>> copies.request({weight: weight})
-        >>> copies.take()
-        >>> weight.mul_(3)
-        tensor([3., 3.])
-        >>> copies.of(weight)
-        tensor([1., 1.])
-    """
-
-    def __init__(self) -> None:
-        self._requests: dict[Tensor, Tensor] = {}
-        self._copies: dict[Tensor, Tensor] = {}
-        self._buffers: dict[Tensor, Tensor] = {}
-
-    def request(self, storages: Mapping[Tensor, Tensor]) -> None:
-        """Ask for copies that `take` makes.
-
-        Args:
-            storages: weight -> this rank's plain storage of it.
-        """
-        self._requests.update(storages)
-
-    def early(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """Memory for the copies of ``storages``, for one who writes them himself before `take`."""
-        for weight, storage in storages.items():
-            if weight not in self._copies:
-                self._copies[weight] = self._buffer(weight, storage)
-        return [self._copies[weight] for weight in storages]
-
-    def take(self) -> None:
-        """Copy what was asked for and is not there yet."""
-        requests, self._requests = self._requests, {}
-        missing = {
-            weight: storage for weight, storage in requests.items() if weight not in self._copies
-        }
-        # One call for all of them: on a GPU that is a few launches instead of one per weight.
-        if missing:
-            torch._foreach_copy_(self.early(missing), list(missing.values()))
-
-    def of(self, weight: Tensor) -> Tensor:
-        """The copy of the storage of ``weight``."""
-        return self._copies[weight]
-
-    def forget(self) -> None:
-        """The step is over, or never came."""
-        self._copies.clear()
-
-    def _buffer(self, weight: Tensor, storage: Tensor) -> Tensor:
-        # A CPU fetches new memory page by page from the system, which takes three times as long as
-        # the copy, so it is kept. An accelerator's allocator keeps what is freed, and there others
-        # can use it between two steps.
-        if storage.device.type != "cpu":
-            return torch.empty_like(storage)
-        buffer = self._buffers.get(weight)
-        if buffer is None or buffer.shape != storage.shape or buffer.dtype != storage.dtype:
-            buffer = self._buffers[weight] = torch.empty_like(storage)
-        return buffer
 
 
 class _Entry(NamedTuple):
@@ -102,7 +39,7 @@ class _Entry(NamedTuple):
     handler: Handler
 
 
-class StepBracket:
+class StepBracket(Bracket):
     """Calls handlers at the moments ``ready`` and ``stepped`` of every real update of an optimizer.
 
     Use `StepBracket.of`: an optimizer has one bracket, shared by everybody.
@@ -147,6 +84,7 @@ class StepBracket:
         return bracket
 
     def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__()
         check_optimizer(optimizer)
         self._optimizer_ref = ref(optimizer)
         self.steps = 0
@@ -161,7 +99,6 @@ class StepBracket:
         self._handlers: list[_Entry] = []
         self._added = 0
         self._takeover = DecayTakeover()
-        self._snapshots = Snapshots()
         self._depth = 0  # calls of torch's hooks that are not over: a step may call super().step()
         self._step: Step | None = None
         self._settings_left: list[Any] | None = None
@@ -246,27 +183,6 @@ class StepBracket:
         """Who applies the decay of each weight that somebody has claimed."""
         return self._takeover.owners()
 
-    def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
-        """Ask, before phase SNAPSHOT, that the shrunk weights of this step be copied.
-
-        Args:
-            storages: weight -> this rank's plain storage of it; asked for twice, a weight is copied
-                once.
-        """
-        self._snapshots.request(storages)
-
-    def early_snapshot(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """Memory for this step's snapshot, in the order of ``storages``.
-
-        For one who reads the weights anyway and copies them on the way. Only for a handler in a
-        phase after which nothing `acts_between` it and SNAPSHOT; it must copy all.
-        """
-        return self._snapshots.early(storages)
-
-    def snapshot(self, weight: Tensor) -> Tensor:
-        """The copy of the storage of ``weight`` that was taken in this step's SNAPSHOT phase."""
-        return self._snapshots.of(weight)
-
     # ----------------------------------------------------------------- the hooks of the optimizer
 
     def _attach(self) -> None:
@@ -294,7 +210,9 @@ class StepBracket:
         self._hooks = []
         self._handlers = []
         self.on_refusal = None
-        self._takeover, self._snapshots, self._step = DecayTakeover(), Snapshots(), None
+        # Anew, with its buffers: they are as large as the weights.
+        super().__init__()
+        self._takeover, self._step = DecayTakeover(), None
         self._of.pop(self.optimizer, None)
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
@@ -358,7 +276,7 @@ class StepBracket:
             self._take_decay_over(stepping, self._step, again=True)
             return
         self.take_back(gradients_count=True)
-        self._snapshots.forget()
+        self.forget_snapshots()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         if not any(map(has_gradient, parameters)):
             return
@@ -369,7 +287,7 @@ class StepBracket:
         # On its own: it may add handlers that act in this very step.
         self._run(step, Phase.RESOLVE, Phase.RESOLVE)
         self._run(step, Phase.RESOLVE + 1, Phase.SNAPSHOT)
-        self._snapshots.take()
+        self.take_snapshots()
         self._take_decay_over(stepping, step, again=False)
 
     def _take_decay_over(self, stepping: Optimizer, step: Step, *, again: bool) -> None:
@@ -400,7 +318,7 @@ class StepBracket:
             self._step = step
             self._run(step, Phase.SNAPSHOT + 1, Phase.RESCALE)
             self._step = None
-            self._snapshots.forget()
+            self.forget_snapshots()
         self.close_in()
 
     def _run(self, step: Step, first: int, last: int) -> None:

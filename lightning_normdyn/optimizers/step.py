@@ -4,10 +4,10 @@ A handler gets the `Step` and acts through it. What it multiplies before the upd
 so that it can be taken back if the update never comes (an exception, a checkpoint in between).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,27 +32,92 @@ class Phase(IntEnum):
     RESCALE = 70  # stepped: last, so that no step's angle contains it
 
 
-class Bracket(Protocol):
+class Snapshots:
+    """The copies of one optimizer's weights, of one step at a time; each weight is copied once.
+
+    Example:
+        >>> weight, copies = torch.ones(2), Snapshots()
+        >>> copies.request_snapshot({weight: weight})
+        >>> copies.take_snapshots()
+        >>> weight.mul_(3)
+        tensor([3., 3.])
+        >>> copies.snapshot(weight)
+        tensor([1., 1.])
+    """
+
+    def __init__(self) -> None:
+        self._requests: dict[Tensor, Tensor] = {}
+        self._copies: dict[Tensor, Tensor] = {}
+        self._buffers: dict[Tensor, Tensor] = {}
+
+    def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
+        """Ask, before phase SNAPSHOT, that the shrunk weights of this step be copied.
+
+        Args:
+            storages: weight -> this rank's plain storage of it; asked for twice, a weight is copied
+                once.
+        """
+        self._requests.update(storages)
+
+    def early_snapshot(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
+        """Memory for this step's snapshot, in the order of ``storages``.
+
+        For one who reads the weights anyway and copies them on the way. Only for a handler in a
+        phase after which nothing `acts_between` it and SNAPSHOT; it must copy all.
+        """
+        for weight, storage in storages.items():
+            if weight not in self._copies:
+                self._copies[weight] = self._buffer(weight, storage)
+        return [self._copies[weight] for weight in storages]
+
+    def take_snapshots(self) -> None:
+        """Copy what was asked for and is not there yet."""
+        requests, self._requests = self._requests, {}
+        missing = {
+            weight: storage for weight, storage in requests.items() if weight not in self._copies
+        }
+        # One call for all of them: on a GPU that is a few launches instead of one per weight.
+        if missing:
+            torch._foreach_copy_(self.early_snapshot(missing), list(missing.values()))
+
+    def snapshot(self, weight: Tensor) -> Tensor:
+        """The copy of the storage of ``weight`` that was taken in this step's SNAPSHOT phase."""
+        return self._copies[weight]
+
+    def forget_snapshots(self) -> None:
+        """The step is over, or never came."""
+        self._copies.clear()
+
+    def _buffer(self, weight: Tensor, storage: Tensor) -> Tensor:
+        # A CPU fetches new memory page by page from the system, which takes three times as long as
+        # the copy, so it is kept. An accelerator's allocator keeps what is freed, and there others
+        # can use it between two steps.
+        if storage.device.type != "cpu":
+            return torch.empty_like(storage)
+        buffer = self._buffers.get(weight)
+        if buffer is None or buffer.shape != storage.shape or buffer.dtype != storage.dtype:
+            buffer = self._buffers[weight] = torch.empty_like(storage)
+        return buffer
+
+
+class Bracket(Snapshots, ABC):
     """What a handler may ask of the `StepBracket` of its step."""
 
     @property
+    @abstractmethod
     def optimizer(self) -> Optimizer:
         """The torch optimizer."""
 
+    @abstractmethod
     def decay_owners(self) -> dict[Tensor, DecayOwner]:
         """Who applies the decay of each weight that somebody has claimed."""
 
+    @abstractmethod
     def acts_between(self, first: Phase, last: Phase) -> bool:
-        """Whether weights may change between two phases."""
+        """Whether some handler is called after phase ``first`` and before phase ``last``.
 
-    def request_snapshot(self, storages: Mapping[Tensor, Tensor]) -> None:
-        """Ask for copies of the shrunk weights of this step."""
-
-    def early_snapshot(self, storages: Mapping[Tensor, Tensor]) -> list[Tensor]:
-        """Memory for these copies, for one who makes them."""
-
-    def snapshot(self, weight: Tensor) -> Tensor:
-        """One of these copies."""
+        If so, weights may change in between.
+        """
 
 
 class HostCopy:

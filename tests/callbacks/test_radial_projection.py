@@ -36,7 +36,7 @@ from lightning_normdyn import (
     RadialProjection,
 )
 from lightning_normdyn.callbacks import radial_projection
-from lightning_normdyn.optimizers.bracket import Snapshots
+from lightning_normdyn.optimizers.step import Snapshots
 
 
 def matrices_only(norm):
@@ -201,11 +201,11 @@ class Skips(Net):
 
 def final_and_copies(monkeypatch, model=Net, plugins=(), **arguments):
     """The weights after eight projected steps, and in which of these the weights were copied."""
-    taken, take = [], Snapshots.take
+    taken, take = [], Snapshots.take_snapshots
     with monkeypatch.context() as patch:
         patch.setattr(
             Snapshots,
-            "take",
+            "take_snapshots",
             lambda self: taken.append(bool(self._requests)) or take(self),
         )
         module = make(model, **arguments)
@@ -280,10 +280,10 @@ def test_the_momentum_buffer_tells_as_much_as_a_copy_of_the_weights(
 @pytest.mark.parametrize("lr", [1e2, 1e4, 1e6])
 def test_steps_that_are_far_longer_than_weights(monkeypatch, lr, dtype):
     """What rounding has left of a weight beside such a step tells nothing of it: a copy must."""
-    copied, take = [], Snapshots.take
+    copied, take = [], Snapshots.take_snapshots
     monkeypatch.setattr(
         Snapshots,
-        "take",
+        "take_snapshots",
         lambda self: copied.append(bool(self._requests)) or take(self),
     )
     got, expected = against_paper(
@@ -329,10 +329,10 @@ def test_how_long_steps_were_is_known_after_a_resume(monkeypatch, tmp_path, lr):
         )
         return weights_of(module)
 
-    copied, take = [], Snapshots.take
+    copied, take = [], Snapshots.take_snapshots
     monkeypatch.setattr(
         Snapshots,
-        "take",
+        "take_snapshots",
         lambda self: copied.append(bool(self._requests)) or take(self),
     )
     for step in range(1, 5):
