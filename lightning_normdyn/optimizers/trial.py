@@ -385,8 +385,7 @@ def _view(scratch: ScratchOptimizer) -> Optimizer:
 
 def _difference(weights: list[Tensor], others: list[Tensor]) -> float:
     """The largest difference of two weights, relative to the size of the other."""
-    differences = [
+    return max(
         float((weight - other).abs().max() / other.abs().max())
         for weight, other in zip(weights, others, strict=True)
-    ]
-    return max(differences)
+    )

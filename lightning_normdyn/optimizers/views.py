@@ -51,12 +51,13 @@ def torch_optimizers(optimizer: Any) -> list[Optimizer]:
     """
     inner = without_framework(optimizer)
     # Views are kept: a bracket is found by the optimizer that it was made for.
-    if inner not in _VIEWS and _is_deepspeed(inner):
-        _VIEWS[inner] = _deepspeed_views(inner)
-    elif inner not in _VIEWS and _is_zero_redundancy(inner):
-        _VIEWS[inner] = [_zero_redundancy_view(inner)]
     if inner in _VIEWS:
         return _VIEWS[inner]
+    kind = type(inner)
+    if kind.__module__.startswith("deepspeed.runtime."):
+        return _VIEWS.setdefault(inner, _deepspeed_views(inner))
+    if any(c.__name__ == "ZeroRedundancyOptimizer" for c in kind.__mro__):
+        return _VIEWS.setdefault(inner, [_zero_redundancy_view(inner)])
     if not isinstance(inner, Optimizer):
         raise NotSupportedError(
             f"{type(optimizer).__name__} is not a torch optimizer and wraps none. Use a "
@@ -161,10 +162,6 @@ def _new_view(view: type[_OneProcessView], target: Optimizer) -> Any:
 # ------------------------------------------------------------------ torch's ZeroRedundancyOptimizer
 
 
-def _is_zero_redundancy(optimizer: Any) -> bool:
-    return any(c.__name__ == "ZeroRedundancyOptimizer" for c in type(optimizer).__mro__)
-
-
 def _zero_redundancy_view(outer: Any) -> Any:
     inner, overlap = private(outer, "optim", "_overlap_with_ddp")
     # Then the inner optimizer steps one bucket at a time.
@@ -211,10 +208,6 @@ class _ZeroRedundancyView(_OneProcessView):
 
 
 # --------------------------------------------------------------------------------------- DeepSpeed
-
-
-def _is_deepspeed(optimizer: Any) -> bool:
-    return type(optimizer).__module__.startswith("deepspeed.runtime.")
 
 
 # Options under which the optimizer's weights or gradients lie elsewhere than these views look.
