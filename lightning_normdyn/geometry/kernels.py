@@ -148,7 +148,7 @@ class Kernels:
         be used on the way."""
         for weight, rows in index.pieces:
             view = rows.view(values[weight])
-            if cuts_rows(view, rows.dims(view), self._entries):
+            if view.numel() > self._entries and cuts_rows(view, rows.dims(view), self._entries):
                 self.rows_fit = False
 
     @property
@@ -386,10 +386,16 @@ def _likeness(viewed: Viewed) -> tuple[torch.Size, Any, Any] | None:
     rows, views = viewed
     shapes = {view.shape for view in views if view is not None}
     small = len(shapes) == 1 and prod(*shapes) <= SMALL_ENTRIES
-    if not small or any(view is not None and view.layout != torch.strided for view in views):
+    # A stack has rows in one run of memory; of other rows it would add up entries in another order,
+    # and a vector's sum would depend on who its neighbours are.
+    if not small or not all(view is None or _is_one_run(view) for view in views):
         return None
     kinds = [None if view is None else (view.dtype, view.device) for view in views]
     return shapes.pop(), rows.kept, kinds
+
+
+def _is_one_run(view: Tensor) -> bool:
+    return view.layout == torch.strided and view.is_contiguous()
 
 
 def _stacked(alike: Sequence[Viewed]) -> list[Tensor | None]:

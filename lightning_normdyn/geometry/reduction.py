@@ -7,9 +7,11 @@ each.
 Letters: n vectors held on this rank, K sums.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -153,6 +155,9 @@ class Reduction:
         self.everywhere = all(s.everywhere for s in self._sharings)
         self.cut = any(s.cut.any() for s in set(self._sharings))
         self._counts = [len(held) for held in self._held]
+        # Neighbouring weights of equally many vectors: how many vectors each has, and how many
+        # weights these are.
+        self._alike = [(count, len(list(run))) for count, run in groupby(self._counts)]
         self.length = self._held_of(self._lengths).to(device)
         self.weight_of = self._weights_repeated(self._counts)
         # As indices, and not as a mask, which would make the host wait for its length.
@@ -169,7 +174,9 @@ class Reduction:
         # torch cannot concatenate nothing, which is what an optimizer without targets has.
         parts = [torch.zeros(0, dtype=torch.float32, device="cpu")]
         for values, held in zip(per_weight, self._held, strict=True):
-            parts.append(values[..., held.to(values.device)])
+            # All of them, without a shard: an index would only copy them, for every weight.
+            is_whole = len(held) == values.shape[-1]
+            parts.append(values if is_whole else values[..., held.to(values.device)])
         return torch.cat(parts[1:] or parts, -1)
 
     def _weights_repeated(
@@ -266,8 +273,11 @@ class Reduction:
         weights)``."""
         # Twice as fast on a CPU; elsewhere it would be a kernel for every weight.
         if values.device.type == "cpu" and self._sizes:
-            parts = values.split_with_sizes(self._counts, -1)
-            return torch.stack([part.sum(-1) for part in parts], -1)
+            runs = values.split_with_sizes([math.prod(alike) for alike in self._alike], -1)
+            totals = []
+            for run, (count, weights) in zip(runs, self._alike, strict=True):
+                totals.append(run.reshape(*run.shape[:-1], weights, count).sum(-1))
+            return torch.cat(totals, -1)
         return self._spoken(values, slice(None))
 
     def _spoken(
