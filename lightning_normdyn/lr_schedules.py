@@ -157,7 +157,13 @@ class WeightDecayEquivalentLR(LRScheduler):
         self._steps_unseen = 0
         self.optimizer = optimizer
         if inner is None:
-            self._refuse_constant_lr()
+            # Refuse at once a constant learning rate under which the decay turns weights around.
+            for lr, decay in zip(self._inner_lrs, self._decays(), strict=True):
+                pull = lr * decay.weight_decay
+                if pull:
+                    # By running its scalar ahead: if it changes its sign, it does so soon.
+                    steps = min(10_000, math.ceil(30 / pull))
+                    weight_decay_equivalent_lrs([lr] * steps, **decay._asdict())
         # The base class steps once in its __init__, to write the first learning rates: there is no
         # optimizer step to follow yet.
         self._constructed = False
@@ -233,15 +239,6 @@ class WeightDecayEquivalentLR(LRScheduler):
             )
             for i, decay in enumerate(self._decays())
         ]
-
-    def _refuse_constant_lr(self) -> None:
-        """Refuse at once a constant learning rate under which the decay turns weights around."""
-        for lr, decay in zip(self._inner_lrs, self._decays(), strict=True):
-            pull = lr * decay.weight_decay
-            if pull:
-                # By running its scalar ahead: if it changes its sign, it does so soon.
-                steps = min(10_000, math.ceil(30 / pull))
-                weight_decay_equivalent_lrs([lr] * steps, **decay._asdict())
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists, and the inner schedule's own state under ``"inner"``."""

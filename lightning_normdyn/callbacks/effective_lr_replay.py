@@ -283,9 +283,6 @@ class ReplayWorker(Worker["EffectiveLRReplay"]):
         self._has_checked_decays = False
         # The batch of the last step: an optimizer that steps twice in one is noticed by it.
         self._looked_at = -1
-        self._say_what_is_approximate()
-
-    def _say_what_is_approximate(self) -> None:
         if any(not is_zero(group_number(group, "momentum")) for group, _ in self.plan.groups):
             self.session.say_once(
                 "EffectiveLRReplay is exact for plain SGD; with momentum the recorded rates are "

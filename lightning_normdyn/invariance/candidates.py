@@ -35,11 +35,6 @@ class Vectors:
     sizes: Tensor
 
     @cached_property
-    def cover_everything(self) -> bool:
-        """Whether every row belongs to a vector."""
-        return bool((self.of_row >= 0).all())
-
-    @cached_property
     def are_single_rows(self) -> bool:
         """Whether no two rows have to be scaled together."""
         return bool((self.sizes == 1).all())
@@ -286,7 +281,7 @@ def _verdict_of(
     if _has_to_wait(candidate, vectors, unread):
         waiting = f"the rows that were read are one vector ({', '.join(norms)}); {reason}"
         return Verdict(name, shape, None, "unknown", norms, waiting, unread=unread)
-    everything = vectors.cover_everything
+    everything = bool((vectors.of_row >= 0).all())
     if vectors.are_single_rows:
         granularity = "filter"
     elif len(vectors.sizes) == 1 and everything:

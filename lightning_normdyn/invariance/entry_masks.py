@@ -74,8 +74,11 @@ def masked_weights(graph: Graph) -> dict[str, EntryMask]:
         >>> masked_weights(graph)["weight"].read.tolist()
         [[True, False], [True, True]]
     """
-    # In most networks no operation hides anything, and the rest would be in vain.
-    if not any(_can_hide(node) for node in graph.nodes):
+    # In most networks nothing puts a constant in the place of entries: the rest would be in vain.
+    if not any(
+        node.name in _HIDING or (node.name == "MulBackward0" and None in node.sources)
+        for node in graph.nodes
+    ):
         return {}
     uses = _Uses(graph)
     masks: dict[str, EntryMask] = {}
@@ -198,11 +201,6 @@ _HIDING = (
     "TrilBackward0",
     "TriuBackward0",
 )
-
-
-def _can_hide(node: GraphNode) -> bool:
-    """Whether this operation may put a constant in the place of entries."""
-    return node.name in _HIDING or (node.name == "MulBackward0" and None in node.sources)
 
 
 def _hidden(operation: Operation, slot: int) -> tuple[Tensor, int] | None:

@@ -177,7 +177,13 @@ class Verdict:
         # Whoever stores it keeps it by name.
         del state["name"]
         for key in _PARTITIONS:
-            state[key] = _partition_state(state[key])
+            partition = state[key]
+            if partition is not None:
+                state[key] = {
+                    "keep": list(partition.keep),
+                    "labels": partition.labels,
+                    "granularity": partition.granularity,
+                }
         for key in _TUPLES:
             state[key] = list(state[key])
         state["batch_norms"] = [dict(vars(link)) for link in self.batch_norms]
@@ -195,7 +201,10 @@ class Verdict:
         values = {key: value for key, value in state.items() if key in known}
         for key in _PARTITIONS:
             # Checkpoints of earlier versions do not have all of them.
-            values[key] = _partition_of(values.get(key))
+            stored = values.get(key)
+            if stored is not None:
+                keep = tuple(stored["keep"])
+                values[key] = Partition(keep, stored["labels"], stored["granularity"])
         for key in _TUPLES:
             values[key] = tuple(values[key])
         values["batch_norms"] = tuple(NormLink(**link) for link in values["batch_norms"])
@@ -217,22 +226,6 @@ def unread_in_words(unread: Partition) -> str:
     """
     count = int((unread.labels >= 0).sum())
     return f"{count} of its {unread.labels.numel()} rows not read by any loss so far"
-
-
-def _partition_state(partition: Partition | None) -> dict[str, Any] | None:
-    if partition is None:
-        return None
-    return {
-        "keep": list(partition.keep),
-        "labels": partition.labels,
-        "granularity": partition.granularity,
-    }
-
-
-def _partition_of(state: Mapping[str, Any] | None) -> Partition | None:
-    if state is None:
-        return None
-    return Partition(tuple(state["keep"]), state["labels"], state["granularity"])
 
 
 # ---------------------------------------------------------------------------------------- the table
