@@ -54,17 +54,24 @@ def room(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported(node: ast.AST) -> list[str]:
+def imported(node: ast.AST, package: str) -> list[str]:
+    """Names of the modules that a statement imports, in a file of ``package`` (a dotted name)."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "imports are absolute"
         module = node.module or ""
-        return (
-            [f"{module}.{alias.name}" for alias in node.names]
-            if module == "lightning_normdyn"
-            else [module]
-        )
+        # Relative within a room, absolute across rooms: one sees what crosses.
+        assert node.level <= 1, "imports from other rooms are absolute"
+        if node.level:
+            assert package != "lightning_normdyn", "imports on the top floor are absolute"
+            module = f"{package}.{module}".removesuffix(".")
+        else:
+            assert package == "lightning_normdyn" or not f"{module}.".startswith(f"{package}."), (
+                f"{module} is in the same room: import it relatively"
+            )
+        if module in ("lightning_normdyn", package):
+            return [f"{module}.{alias.name}" for alias in node.names]
+        return [module]
     return []
 
 
@@ -88,7 +95,12 @@ def imports(path: Path, *, top_level: bool = False) -> list[str]:
         for function in ast.walk(tree):
             if isinstance(function, functions):
                 ignored.update(ast.walk(function))
-    return [name for node in ast.walk(tree) if node not in ignored for name in imported(node)]
+    package = ".".join(("lightning_normdyn", *path.relative_to(ROOT).parts[:-1]))
+    names = []
+    for node in ast.walk(tree):
+        if node not in ignored:
+            names += imported(node, package)
+    return names
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))

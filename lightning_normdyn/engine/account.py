@@ -3,11 +3,11 @@ that say so."""
 
 from typing import Any
 
-from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.selection import AnyRule, Selection
-from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.worker import Worker
+from .messages import named, warn_once
+from .plan import Plan, Target
+from .selection import AnyRule, Selection
+from .session import Session
+from .worker import Worker
 
 
 class Account(Selection[AnyRule]):

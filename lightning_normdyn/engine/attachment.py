@@ -11,10 +11,6 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.lightning_facts import wrapped_optimizers
-from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.messages import show, warn_once
-from lightning_normdyn.engine.weights import Layout, Weights, held_by
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.placement import has_gradient
 from lightning_normdyn.optimizers.bracket import StepBracket
@@ -22,6 +18,11 @@ from lightning_normdyn.optimizers.checks import check_optimizer
 from lightning_normdyn.optimizers.step import Bracket, Phase, Step
 from lightning_normdyn.optimizers.views import accumulates, torch_optimizers
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases, without_framework
+
+from .lightning_facts import wrapped_optimizers
+from .member import Member
+from .messages import show, warn_once
+from .weights import Layout, Weights, held_by
 
 # The rank of what comes after whatever callbacks do in a phase.
 LAST = 1000

@@ -7,15 +7,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.messages import warn_once
-from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.engine.rule import Rule
-from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.state import seal, unseal
-from lightning_normdyn.engine.value_checks import record, table, whole
-from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError
+
+from .messages import warn_once
+from .part import Part
+from .plan import Plan
+from .rule import Rule
+from .session import Session
+from .state import seal, unseal
+from .value_checks import record, table, whole
+from .worker import Worker
 
 
 class NormDynCallback(Rule):

@@ -10,17 +10,18 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.clock import Clock
-from lightning_normdyn.engine.evidence import Contradiction, Evidence
-from lightning_normdyn.engine.loss_gradients import LossGradients, changed_between_ranks
-from lightning_normdyn.engine.messages import warn_once
-from lightning_normdyn.engine.weights import Weights, has_sparse_gradient
 from lightning_normdyn.geometry.reduction import of_all_ranks, world_size
 from lightning_normdyn.invariance.epsilons import EpsilonWatch
 from lightning_normdyn.invariance.euler import contradiction_in_words
 from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.invariance.verdict import Verdict
+
+from .clock import Clock
+from .evidence import Contradiction, Evidence
+from .loss_gradients import LossGradients, changed_between_ranks
+from .messages import warn_once
+from .weights import Weights, has_sparse_gradient
 
 # Weights that the end table names as no longer treated before it says how many more there are.
 MOST_LOSSES = 8

@@ -6,11 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_normdyn.engine.lightning_facts import (
-    accumulates_batch,
-    batches_that_stepped,
-    log_every,
-)
+from .lightning_facts import accumulates_batch, batches_that_stepped, log_every
 
 
 class Clock:

@@ -10,25 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.attachment import Attachment
-from lightning_normdyn.engine.effect import (
-    Effect,
-    Effects,
-    LengthJumps,
-    NoEffect,
-    OnOtherVectors,
-    Projection,
-    combine,
-)
-from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.rule import Rule
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim, taken_over_by_trial
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizers.step import Step
 from lightning_normdyn.tables import render
+
+from .attachment import Attachment
+from .effect import Effect, Effects, LengthJumps, NoEffect, OnOtherVectors, Projection, combine
+from .member import Member
+from .plan import Plan, Target
+from .rule import Rule
 
 COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
 

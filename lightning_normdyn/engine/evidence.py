@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.claim_record import Record, grew, same_claim, same_vectors
-from lightning_normdyn.engine.loss_gradients import LossGradients, euler_products
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.euler import euler_sums, euler_values
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.step import HostCopy
+
+from .claim_record import Record, grew, same_claim, same_vectors
+from .loss_gradients import LossGradients, euler_products
 
 
 @dataclass

@@ -5,11 +5,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from lightning_normdyn.engine.weights import held_by
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import has_gradient
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.optimizers.step import Step
+
+from .weights import held_by
 
 FIRST_LOOKS = 8
 

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_normdyn.engine.effect import Effect
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.rule import Rule
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import Decay
 from lightning_normdyn.optimizers.step import Phase
+
+from .effect import Effect
+from .plan import Plan, Target
+from .rule import Rule
 
 
 class Member(Protocol):

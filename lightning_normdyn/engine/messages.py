@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from lightning.pytorch import Trainer
 
-from lightning_normdyn.engine.lightning_facts import is_rank_zero
 from lightning_normdyn.errors import NormDynWarning
+
+from .lightning_facts import is_rank_zero
 
 # Names that a message lists before it says how many more there are.
 MOST_NAMES = 8

@@ -7,22 +7,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.account import Account
-from lightning_normdyn.engine.effect import Effect
-from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.refusals import (
-    find_zeros,
-    refuse_copies,
-    refuse_rivals,
-    refuse_zeros,
-    without_unranked,
-)
-from lightning_normdyn.engine.selection import AnyRule
-from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.value_checks import Check, record
-from lightning_normdyn.engine.vector_state import VectorState
-from lightning_normdyn.engine.worker import LOOKING, Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.checks import check_optimizer
@@ -30,6 +14,17 @@ from lightning_normdyn.optimizers.decay import Decay
 from lightning_normdyn.optimizers.scaling import put_back
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.views import torch_optimizers
+
+from .account import Account
+from .effect import Effect
+from .messages import named, warn_once
+from .plan import Plan, Target
+from .refusals import find_zeros, refuse_copies, refuse_rivals, refuse_zeros, without_unranked
+from .selection import AnyRule
+from .session import Session
+from .value_checks import Check, record
+from .vector_state import VectorState
+from .worker import LOOKING, Worker
 
 
 class Part(Account[AnyRule]):

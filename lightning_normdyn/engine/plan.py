@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.vector_state import VectorState
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
 from lightning_normdyn.invariance.verdict import Verdict
@@ -22,6 +21,8 @@ from lightning_normdyn.optimizers.decay import DecayOwner
 from lightning_normdyn.optimizers.group_numbers import Number
 from lightning_normdyn.optimizers.recognition import applied_rate, facts_of, has_plain_rate
 from lightning_normdyn.optimizers.step import Phase, Step
+
+from .vector_state import VectorState
 
 
 @dataclass

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.plan import Plan, Target
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.recognition import sets_weights_back
 from lightning_normdyn.optimizers.wrappers import copies_of_weights
+
+from .member import Member
+from .messages import named, warn_once
+from .plan import Plan, Target
 
 
 def refuse_copies(name: str, optimizer: Optimizer, targets: Sequence[Target]) -> None:

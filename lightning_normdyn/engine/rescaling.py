@@ -13,15 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.lightning_facts import callbacks_of
-from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.rule import Rule
-from lightning_normdyn.engine.selection import AnyRule
-from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.value_checks import Check, flag, record
-from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.vectors import WeightVectors
@@ -29,6 +20,16 @@ from lightning_normdyn.invariance.checks import verify_scale_invariance
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.scaling import Scaling, Statistics
 from lightning_normdyn.optimizers.state import per_matrix_only, state_exponents
+
+from .lightning_facts import callbacks_of
+from .messages import named, warn_once
+from .part import Part
+from .plan import Plan, Target
+from .rule import Rule
+from .selection import AnyRule
+from .session import Session
+from .value_checks import Check, flag, record
+from .worker import Worker
 
 
 @dataclass

@@ -8,8 +8,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.arguments import Granularity, Params, check_choice
 from lightning_normdyn.invariance.names import normalize_params
+
+from .arguments import Granularity, Params, check_choice
 
 
 class Rule(Callback):

@@ -8,12 +8,6 @@ from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.lightning_facts import callbacks_of
-from lightning_normdyn.engine.messages import named, show, warn_once
-from lightning_normdyn.engine.plan import Target
-from lightning_normdyn.engine.rule import Rule, shown
-from lightning_normdyn.engine.session import Session
-from lightning_normdyn.engine.weights import has_sparse_gradient, held_by
 from lightning_normdyn.errors import NoTargetsError, NotSupportedError
 from lightning_normdyn.geometry.placement import check_weight
 from lightning_normdyn.invariance.names import match_patterns
@@ -24,6 +18,13 @@ from lightning_normdyn.invariance.verdict import (
     filter_partition,
 )
 from lightning_normdyn.parametrizations import is_weight_standardized
+
+from .lightning_facts import callbacks_of
+from .messages import named, show, warn_once
+from .plan import Target
+from .rule import Rule, shown
+from .session import Session
+from .weights import has_sparse_gradient, held_by
 
 AnyRule = TypeVar("AnyRule", bound=Rule)
 

@@ -15,31 +15,21 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.engine.attachment import Attachment, Attempts
-from lightning_normdyn.engine.claims import Claims
-from lightning_normdyn.engine.clock import Clock
-from lightning_normdyn.engine.combined import Combined
-from lightning_normdyn.engine.lightning_facts import (
-    batches_that_stepped,
-    callbacks_of,
-    log_every,
-    set_callbacks,
-)
-from lightning_normdyn.engine.looks import Looks
-from lightning_normdyn.engine.member import Member
-from lightning_normdyn.engine.messages import show, warn_once
-from lightning_normdyn.engine.weights import (
-    Layout,
-    Weights,
-    held_by,
-    is_measurable,
-    layout_of,
-)
-from lightning_normdyn.engine.witness import Witness
 from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
 from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.optimizers.step import Step
+
+from .attachment import Attachment, Attempts
+from .claims import Claims
+from .clock import Clock
+from .combined import Combined
+from .lightning_facts import batches_that_stepped, callbacks_of, log_every, set_callbacks
+from .looks import Looks
+from .member import Member
+from .messages import show, warn_once
+from .weights import Layout, Weights, held_by, is_measurable, layout_of
+from .witness import Witness
 
 
 class Session:

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.value_checks import (
+from lightning_normdyn.errors import NormDynError, shown
+
+from .value_checks import (
     Check,
     dictionary,
     flag,
@@ -36,7 +38,6 @@ from lightning_normdyn.engine.value_checks import (
     vector,
     whole,
 )
-from lightning_normdyn.errors import NormDynError, shown
 
 VERSION = 3
 """Of the state that is written; 1 had no digest, and 2 no workers."""

@@ -20,12 +20,13 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from lightning_normdyn.engine.attachment import Attachment
-from lightning_normdyn.engine.messages import named, warn_once
-from lightning_normdyn.engine.weights import Weights, held_by, weights_by_name
 from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.scratch import is_scratch
+
+from .attachment import Attachment
+from .messages import named, warn_once
+from .weights import Weights, held_by, weights_by_name
 
 
 class Fit(Protocol):

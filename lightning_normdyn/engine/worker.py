@@ -6,13 +6,14 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from torch import Tensor
 
-from lightning_normdyn.engine.effect import Effect, NoEffect, UnknownEffect
-from lightning_normdyn.engine.plan import Plan, Target
-from lightning_normdyn.engine.selection import AnyRule, Selection
-from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import Decay, DecayOwner
 from lightning_normdyn.optimizers.step import Phase
+
+from .effect import Effect, NoEffect, UnknownEffect
+from .plan import Plan, Target
+from .selection import AnyRule, Selection
+from .value_checks import Check, record
 
 # Phases in which a handler finds weights to look at. Whoever acts in others changes them.
 LOOKING = frozenset(

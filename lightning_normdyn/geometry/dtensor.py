@@ -17,16 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.partition import Partition, indices
-from lightning_normdyn.geometry.pieces import (
-    Piece,
-    Placement,
-    Shape,
-    Sharing,
-    distinct,
-    itself,
-    untested,
-)
+
+from .partition import Partition, indices
+from .pieces import Piece, Placement, Shape, Sharing, distinct, itself, untested
 
 
 def is_dtensor(tensor: Tensor) -> bool:

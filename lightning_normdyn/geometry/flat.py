@@ -16,18 +16,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.partition import Partition, indices
-from lightning_normdyn.geometry.pieces import (
-    Master,
-    Piece,
-    Placement,
-    Range,
-    Shape,
-    Sharing,
-    itself,
-    private,
-    untested,
-)
+
+from .partition import Partition, indices
+from .pieces import Master, Piece, Placement, Range, Shape, Sharing, itself, private, untested
 
 
 @dataclass(frozen=True, eq=False)

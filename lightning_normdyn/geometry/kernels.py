@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry import passes
-from lightning_normdyn.geometry.partition import indices
-from lightning_normdyn.geometry.passes import Dims, Kernel, Operand, Pair, Pass, Views
-from lightning_normdyn.geometry.pieces import Placement, Rows, rows_of
+from . import passes
+from .partition import indices
+from .passes import Dims, Kernel, Operand, Pair, Pass, Views
+from .pieces import Placement, Rows, rows_of
 
 CACHED_ENTRIES = 2**17
 """On a CPU, this many float32 entries per thread of two weights and their difference stay in the

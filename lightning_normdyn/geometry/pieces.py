@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.partition import indices
+
+from .partition import indices
 
 Shape = tuple[int, ...]
 

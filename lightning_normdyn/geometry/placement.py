@@ -16,17 +16,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.dtensor import is_dtensor, place_dtensor
-from lightning_normdyn.geometry.flat import flat_slice, place_flat, slice_now
-from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.pieces import Piece, Placement, Shape, distinct, itself, untested
-from lightning_normdyn.geometry.reduction import (
-    all_reduce,
-    groups_of,
-    held_everywhere,
-    of_all_ranks,
-    world_size,
-)
+
+from .dtensor import is_dtensor, place_dtensor
+from .flat import flat_slice, place_flat, slice_now
+from .partition import Partition
+from .pieces import Piece, Placement, Shape, distinct, itself, untested
+from .reduction import all_reduce, groups_of, held_everywhere, of_all_ranks, world_size
 
 
 def place_all(

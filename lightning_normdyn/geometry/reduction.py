@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_normdyn.geometry.partition import indices
-from lightning_normdyn.geometry.pieces import Placement, Sharing
+from .partition import indices
+from .pieces import Placement, Sharing
 
 
 def world_size() -> int:

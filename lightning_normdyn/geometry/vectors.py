@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_normdyn.geometry import passes
-from lightning_normdyn.geometry.kernels import Kernels, RowIndex, sum_dtype
-from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.passes import Operand, Pair, Pass
-from lightning_normdyn.geometry.placement import hidden_entries, is_plain, place_all, version_of
-from lightning_normdyn.geometry.reduction import Reduction, Summarize
+from . import passes
+from .kernels import Kernels, RowIndex, sum_dtype
+from .partition import Partition
+from .passes import Operand, Pair, Pass
+from .placement import hidden_entries, is_plain, place_all, version_of
+from .reduction import Reduction, Summarize
 
 
 class HasGradients(Protocol):

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from lightning_normdyn.engine.value_checks import DAMAGE
 from lightning_normdyn.errors import NormDynError, NotSupportedError
-from lightning_normdyn.input_span.rows import (
+from lightning_normdyn.invariance.visibility import compiled_parts, in_backward
+
+from .rows import (
     LAYERS,
     InputRows,
     Shape,
@@ -27,7 +29,6 @@ from lightning_normdyn.input_span.rows import (
     spread_rows,
     weight_shape,
 )
-from lightning_normdyn.invariance.visibility import compiled_parts, in_backward
 
 # ------------------------------------------------------------------------------------- which layers
 

@@ -22,22 +22,12 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.value_checks import flag, optional, plain, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError, NoTargetsError, NotSupportedError
-from lightning_normdyn.input_span.fixed_weights import (
-    at_fixed_weights,
-    progress,
-    rounds_of,
-    share_of_batches,
-)
-from lightning_normdyn.input_span.gather import InputGatherer, ReadableLayers, Readers
-from lightning_normdyn.input_span.rows import filter_labels, filters_of
-from lightning_normdyn.input_span.summary import (
-    GapReporter,
-    SpanSummary,
-    facts_of,
-    publish,
-    summary_numbers,
-)
 from lightning_normdyn.monitor.history import History, check_history
+
+from .fixed_weights import at_fixed_weights, progress, rounds_of, share_of_batches
+from .gather import InputGatherer, ReadableLayers, Readers
+from .rows import filter_labels, filters_of
+from .summary import GapReporter, SpanSummary, facts_of, publish, summary_numbers
 
 # Covariances may have hundreds of MiB, which nobody expects in a checkpoint.
 MOST_SAVED_BYTES = 64 * 2**20

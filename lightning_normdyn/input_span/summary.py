@@ -29,8 +29,9 @@ from lightning_normdyn.functional import (
     input_space_basis,
     spectral_rank,
 )
-from lightning_normdyn.input_span.gather import Covariance, InputGatherer, ReadableLayers
 from lightning_normdyn.monitor.history import History
+
+from .gather import Covariance, InputGatherer, ReadableLayers
 
 # Up to this many entries of a row the whole eigenbasis is computed. Beyond, only the leading
 # directions, by a randomized method: eigh would take hours and three times the covariance's memory.

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry.partition import Partition, indices
-from lightning_normdyn.invariance.flow import Shape
-from lightning_normdyn.invariance.rows import Rows, distinct
-from lightning_normdyn.invariance.verdict import SINGLE_NUMBERS, NormLink, Verdict, unread_in_words
+
+from .flow import Shape
+from .rows import Rows, distinct
+from .verdict import SINGLE_NUMBERS, NormLink, Verdict, unread_in_words
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.invariance.names import clean_name
-from lightning_normdyn.invariance.search import ScaleInvarianceSearch
-from lightning_normdyn.invariance.verdict import Verdict
-from lightning_normdyn.invariance.visibility import restored, visible_graph
+
+from .names import clean_name
+from .search import ScaleInvarianceSearch
+from .verdict import Verdict
+from .visibility import restored, visible_graph
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from lightning_normdyn.geometry.partition import indices
-from lightning_normdyn.invariance.flow import Flow, Shape
-from lightning_normdyn.invariance.graph import Edge, Graph, GraphNode
-from lightning_normdyn.invariance.rows import Rows
-from lightning_normdyn.invariance.rules.elementwise import negated, unchanged
-from lightning_normdyn.invariance.rules.operation import RULES, Operation
-from lightning_normdyn.invariance.rules.views import permute, transpose, view
+
+from .flow import Flow, Shape
+from .graph import Edge, Graph, GraphNode
+from .rows import Rows
+from .rules.elementwise import negated, unchanged
+from .rules.operation import RULES, Operation
+from .rules.views import permute, transpose, view
 
 # Stands in a map of entries where a constant has replaced the weight's entry.
 NO_ENTRY = -1

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_normdyn.invariance.graph_state import EPSILONS, is_normalization
-from lightning_normdyn.invariance.hooks import take_off
-from lightning_normdyn.invariance.names import clean_name
+from .graph_state import EPSILONS, is_normalization
+from .hooks import take_off
+from .names import clean_name
 
 # Batches after which nothing is left of a running variance's first value: 0.9**100 with the usual
 # momentum.

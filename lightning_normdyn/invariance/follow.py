@@ -25,10 +25,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_normdyn.invariance.flow import Blocked, Flow, Flows, joined
-from lightning_normdyn.invariance.graph import Edge, Graph
-from lightning_normdyn.invariance.rows import Rows
-from lightning_normdyn.invariance.rules.operation import RULES, Operation, why_not
+from .flow import Blocked, Flow, Flows, joined
+from .graph import Edge, Graph
+from .rows import Rows
+from .rules.operation import RULES, Operation, why_not
 
 
 def follow(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from lightning_normdyn.invariance.flow import Shape, Sign
+from .flow import Shape, Sign
 
 # ------------------------------------------------------------------------------------ one operation
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_normdyn.invariance.names import clean_name
+from .names import clean_name
 
 # What normalizations call the constant beside their statistic.
 EPSILONS = ("eps", "variance_epsilon", "epsilon")

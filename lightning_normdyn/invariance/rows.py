@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry.partition import indices
-from lightning_normdyn.invariance.flow import NO_ROW
-from lightning_normdyn.invariance.verdict import NormLink
+
+from .flow import NO_ROW
+from .verdict import NormLink
 
 
 class Rows:

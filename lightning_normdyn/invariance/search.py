@@ -17,16 +17,17 @@ from torch.nn.parameter import is_lazy
 
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.reduction import of_all_ranks, world_size
-from lightning_normdyn.invariance.candidates import Candidate, judge
-from lightning_normdyn.invariance.entry_masks import MaskMemory
-from lightning_normdyn.invariance.flow import Shape
-from lightning_normdyn.invariance.follow import follow
-from lightning_normdyn.invariance.graph import Edge, Graph, ModuleSpans, trace
-from lightning_normdyn.invariance.graph_state import Normalizations
-from lightning_normdyn.invariance.hooks import take_off
-from lightning_normdyn.invariance.names import clean_name, parameter_names
-from lightning_normdyn.invariance.verdict import Verdict, filter_partition
-from lightning_normdyn.invariance.visibility import in_backward, visible_graph
+
+from .candidates import Candidate, judge
+from .entry_masks import MaskMemory
+from .flow import Shape
+from .follow import follow
+from .graph import Edge, Graph, ModuleSpans, trace
+from .graph_state import Normalizations
+from .hooks import take_off
+from .names import clean_name, parameter_names
+from .verdict import Verdict, filter_partition
+from .visibility import in_backward, visible_graph
 
 # ------------------------------------------------------------------------- weights that are written
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition, renumbered
-from lightning_normdyn.invariance.flow import Shape
-from lightning_normdyn.invariance.names import WRAPPERS, clean_name
 from lightning_normdyn.tables import aligned, render
+
+from .flow import Shape
+from .names import WRAPPERS, clean_name
 
 
 # Not compared by value: two tensors are equal entry by entry, which is no yes or no.

@@ -17,14 +17,15 @@ from lightning.pytorch import Trainer
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.plan import Target
-from lightning_normdyn.monitor.ledger import Norms
-from lightning_normdyn.monitor.loggers import publish_alert
-from lightning_normdyn.monitor.measure import StepGauge
-from lightning_normdyn.monitor.predictions import balance
-from lightning_normdyn.monitor.step_sums import least_of
 from lightning_normdyn.optimizers.decay import AnOptimizer
 from lightning_normdyn.optimizers.recognition import class_for_predictions
 from lightning_normdyn.theory.outlook import free_decay_rate, steps_to_overflow, total_decay
+
+from .ledger import Norms
+from .loggers import publish_alert
+from .measure import StepGauge
+from .predictions import balance
+from .step_sums import least_of
 
 COLLAPSE = "Weights collapse"
 EXPLOSION = "Weights explode"

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.records import Floats, Ints
+
+from .history import History
+from .records import Floats, Ints
 
 Doubles = NDArray[np.float64]
 # Steps and values, by parameter name, in the order of the network.

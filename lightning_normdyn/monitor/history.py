@@ -22,19 +22,10 @@ from torch import Tensor
 
 from lightning_normdyn.engine.value_checks import DAMAGE, MOST, require
 from lightning_normdyn.errors import NormDynError, shown
-from lightning_normdyn.monitor.history_file import pack, read_npz, unpack
-from lightning_normdyn.monitor.records import (
-    Bundle,
-    Contents,
-    Event,
-    Flags,
-    Floats,
-    Ints,
-    Record,
-    Row,
-    bundled,
-)
 from lightning_normdyn.storage import is_remote, local, replacing
+
+from .history_file import pack, read_npz, unpack
+from .records import Bundle, Contents, Event, Flags, Floats, Ints, Record, Row, bundled
 
 
 class History:

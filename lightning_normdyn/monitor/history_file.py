@@ -19,18 +19,9 @@ from numpy.typing import NDArray
 
 from lightning_normdyn.engine.value_checks import MOST, many, require, table, text, whole
 from lightning_normdyn.errors import NormDynError, shown
-from lightning_normdyn.monitor.records import (
-    Bundle,
-    Contents,
-    Event,
-    Floats,
-    Ints,
-    Record,
-    Row,
-    ThinnedList,
-    bundled,
-)
 from lightning_normdyn.storage import is_remote, local, read
+
+from .records import Bundle, Contents, Event, Floats, Ints, Record, Row, ThinnedList, bundled
 
 Arrays = dict[str, NDArray[Any]]
 

@@ -22,8 +22,9 @@ import numpy as np
 from lightning.pytorch import Trainer
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.storage import Location, exists, join
+
+from .history import History, load_history
 
 
 class HistoryFiles:

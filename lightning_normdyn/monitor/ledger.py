@@ -28,9 +28,10 @@ from lightning_normdyn.engine.value_checks import (
     whole,
 )
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.predictions import Prediction
-from lightning_normdyn.monitor.verdicts import Course
+
+from .history import History
+from .predictions import Prediction
+from .verdicts import Course
 
 _PROMISED = table(text(), number(finite=False))
 # A row of the end of a fit, and a whole ledger, as they lie in a checkpoint. Histories, courses and

@@ -28,12 +28,13 @@ from lightning_normdyn.engine.lightning_facts import (
     progress_bar_metrics,
 )
 from lightning_normdyn.engine.messages import warn_once
-from lightning_normdyn.monitor.histograms import Histogram
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.history_files import HistoryFiles
-from lightning_normdyn.monitor.outcome import Outcome, can_draw, markdown
-from lightning_normdyn.monitor.quantities import QUANTITIES
 from lightning_normdyn.storage import Location, join, replacing
+
+from .histograms import Histogram
+from .history import History
+from .history_files import HistoryFiles
+from .outcome import Outcome, can_draw, markdown
+from .quantities import QUANTITIES
 
 
 class Publisher:

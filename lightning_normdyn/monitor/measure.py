@@ -19,11 +19,12 @@ from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.monitor.histograms import PACKED, Histogram, bin_vectors, unpack
-from lightning_normdyn.monitor.quantities import QUANTITIES, to_measure
-from lightning_normdyn.monitor.step_sums import StepSums, log_smallest, urgency
 from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
 from lightning_normdyn.optimizers.step import Phase, Step
+
+from .histograms import PACKED, Histogram, bin_vectors, unpack
+from .quantities import QUANTITIES, to_measure
+from .step_sums import StepSums, log_smallest, urgency
 
 UNLOGGED = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
 """Measured for predictions and warnings; no logger gets them."""

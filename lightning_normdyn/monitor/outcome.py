@@ -15,13 +15,14 @@ from torch import Tensor
 
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.monitor.curves import Curves, layer_names, recorded_curves
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap
-from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
-from lightning_normdyn.monitor.quantities import Place, shown_in
-from lightning_normdyn.monitor.verdicts import Course, judge
 from lightning_normdyn.tables import paragraph, render
+
+from .curves import Curves, layer_names, recorded_curves
+from .history import History
+from .plots.layers import plot_curves, plot_heatmap
+from .plots.vectors import plot_norm_ridge
+from .quantities import Place, shown_in
+from .verdicts import Course, judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -19,7 +19,8 @@ from lightning_normdyn.functional import (
     effective_step_size,
     equivalent_weight_decay,
 )
-from lightning_normdyn.monitor.step_sums import StepSums
+
+from .step_sums import StepSums
 
 Place = Literal["curves", "chart", "map", "report map", "comparison"]
 

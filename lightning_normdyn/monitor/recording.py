@@ -19,11 +19,13 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.value_checks import many, record, whole
 from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.alarms import Alarms
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.history_files import HistoryFiles
-from lightning_normdyn.monitor.ledger import Ledger, Row
-from lightning_normdyn.monitor.loggers import (
+from lightning_normdyn.optimizers.step import HostCopy
+
+from .alarms import Alarms
+from .history import History
+from .history_files import HistoryFiles
+from .ledger import Ledger, Row
+from .loggers import (
     can_show_histograms,
     publish_about,
     publish_history,
@@ -31,11 +33,10 @@ from lightning_normdyn.monitor.loggers import (
     publish_row,
     publish_to_trainer,
 )
-from lightning_normdyn.monitor.measure import Look, Measured, StepGauge, mean_norms
-from lightning_normdyn.monitor.outcome import Outcome, about_run, as_text, summarize
-from lightning_normdyn.monitor.quantities import monitored
-from lightning_normdyn.monitor.rows import RowDraft, Sent
-from lightning_normdyn.optimizers.step import HostCopy
+from .measure import Look, Measured, StepGauge, mean_norms
+from .outcome import Outcome, about_run, as_text, summarize
+from .quantities import monitored
+from .rows import RowDraft, Sent
 
 _check_position = record({"position": many(whole()), "skipped_steps": whole()})
 

@@ -14,15 +14,16 @@ from typing import Any
 import numpy as np
 
 from lightning_normdyn.engine.plan import Target
-from lightning_normdyn.monitor.alarms import Alarms
-from lightning_normdyn.monitor.histograms import Histogram
-from lightning_normdyn.monitor.ledger import Ledger, Norms, Row
-from lightning_normdyn.monitor.loggers import told_to_trainer
-from lightning_normdyn.monitor.measure import UNLOGGED, Measured, Reading
-from lightning_normdyn.monitor.predictions import predict
-from lightning_normdyn.monitor.quantities import QUANTITIES, monitored
-from lightning_normdyn.monitor.verdicts import Course
 from lightning_normdyn.optimizers.step import HostCopy
+
+from .alarms import Alarms
+from .histograms import Histogram
+from .ledger import Ledger, Norms, Row
+from .loggers import told_to_trainer
+from .measure import UNLOGGED, Measured, Reading
+from .predictions import predict
+from .quantities import QUANTITIES, monitored
+from .verdicts import Course
 
 LR_DROP = 1.5
 """A learning rate that was constant and is this much lower at the next record has dropped; a

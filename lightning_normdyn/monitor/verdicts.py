@@ -13,10 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_normdyn.monitor.curves import Doubles, as_table
-from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.predictions import Prediction
 from lightning_normdyn.theory.outlook import reading
+
+from .curves import Doubles, as_table
+from .history import History
+from .predictions import Prediction
 
 # Relaxation times after which a start within 20 % of the equilibrium is forgotten.
 SETTLED_AFTER = 6.0

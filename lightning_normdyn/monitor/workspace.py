@@ -9,13 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.quantities import (
-    QUANTITIES,
-    Quantity,
-    drawn_with,
-    monitored,
-    shown_in,
-)
+
+from .quantities import QUANTITIES, Quantity, drawn_with, monitored, shown_in
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace

@@ -20,13 +20,14 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.placement import gradient_of, has_gradient
-from lightning_normdyn.optimizers.checks import check_optimizer, closure_error
-from lightning_normdyn.optimizers.decay import DecayOwner
-from lightning_normdyn.optimizers.scaling import Scaling
-from lightning_normdyn.optimizers.step import Bracket, Handler, HostCopy, Phase, Step
-from lightning_normdyn.optimizers.takeover import Claimed, DecayTakeover
-from lightning_normdyn.optimizers.views import torch_optimizers
-from lightning_normdyn.optimizers.wrappers import closure_does_nothing
+
+from .checks import check_optimizer, closure_error
+from .decay import DecayOwner
+from .scaling import Scaling
+from .step import Bracket, Handler, HostCopy, Phase, Step
+from .takeover import Claimed, DecayTakeover
+from .views import torch_optimizers
+from .wrappers import closure_does_nothing
 
 
 class _Entry(NamedTuple):

@@ -7,18 +7,11 @@ from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.optimizers.decay import applied_decay, supports_decay_takeover
-from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
-from lightning_normdyn.optimizers.recognition import (
-    applied_rate,
-    evaluates_closure_often,
-    is_schedule_free,
-)
-from lightning_normdyn.optimizers.wrappers import (
-    fires_step_hooks,
-    inner_optimizers,
-    prepare_step_hooks,
-)
+
+from .decay import applied_decay, supports_decay_takeover
+from .group_numbers import group_number, is_zero
+from .recognition import applied_rate, evaluates_closure_often, is_schedule_free
+from .wrappers import fires_step_hooks, inner_optimizers, prepare_step_hooks
 
 _WITHOUT_DECAY = (
     "Set weight_decay=0 in their param group, or use weight_decay='keep' where the callback has it."

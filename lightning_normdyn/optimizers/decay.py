@@ -20,23 +20,17 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers import rate_rules
-from lightning_normdyn.optimizers.facts import DecayLaw, Kind
-from lightning_normdyn.optimizers.group_numbers import (
-    Group,
-    Number,
-    as_number,
-    group_number,
-    is_zero,
-)
-from lightning_normdyn.optimizers.recognition import (
+from . import rate_rules
+from .facts import DecayLaw, Kind
+from .group_numbers import Group, Number, as_number, group_number, is_zero
+from .recognition import (
     applied_rate,
     class_for_predictions,
     decay_trial,
     facts_of,
     is_schedule_free,
 )
-from lightning_normdyn.optimizers.step_response import own_response
+from .step_response import own_response
 
 AnOptimizer = Optimizer | type[Optimizer]
 """An optimizer, or its class where nothing about the instance matters."""

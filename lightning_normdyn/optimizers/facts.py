@@ -20,10 +20,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers import rate_rules, step_rules
-from lightning_normdyn.optimizers.group_numbers import Group, group_number, is_zero
-from lightning_normdyn.optimizers.rate_rules import RateRule
-from lightning_normdyn.optimizers.step_rules import ResponseRule
+from . import rate_rules, step_rules
+from .group_numbers import Group, group_number, is_zero
+from .rate_rules import RateRule
+from .step_rules import ResponseRule
 
 Kind = Literal["coupled", "decoupled"]
 """Whether λ·w is added to the gradient, or the weight is multiplied by 1 - share."""

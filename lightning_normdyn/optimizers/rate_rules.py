@@ -19,13 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.group_numbers import (
-    Group,
-    Number,
-    as_number,
-    group_number,
-    is_zero,
-)
+from .group_numbers import Group, Number, as_number, group_number, is_zero
 
 RateRule = Callable[[Optimizer, Group, Tensor], "Number | None"]
 """Optimizer, param group, weight of that group -> the rate of the weight's next step."""

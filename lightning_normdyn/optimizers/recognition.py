@@ -13,16 +13,11 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers import rate_rules
-from lightning_normdyn.optimizers.facts import TABLE, DecayLaw, OptimizerFacts
-from lightning_normdyn.optimizers.group_numbers import Group, Number, as_number, is_zero
-from lightning_normdyn.optimizers.scratch import is_scratch
-from lightning_normdyn.optimizers.trial import (
-    DecayTrial,
-    remembers_weights,
-    steps_as,
-    try_decay,
-)
+from . import rate_rules
+from .facts import TABLE, DecayLaw, OptimizerFacts
+from .group_numbers import Group, Number, as_number, is_zero
+from .scratch import is_scratch
+from .trial import DecayTrial, remembers_weights, steps_as, try_decay
 
 # ------------------------------------------------------------------------------- the step function
 

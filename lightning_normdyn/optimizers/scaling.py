@@ -19,7 +19,8 @@ from torch.optim import Optimizer
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import gradient_of, version_of
 from lightning_normdyn.geometry.vectors import WeightVectors
-from lightning_normdyn.optimizers.state import rescale_batch_norm_
+
+from .state import rescale_batch_norm_
 
 Ahead = dict[str, Any]
 """What a checkpoint holds although its step has not happened: plain tensors, lists and strings."""

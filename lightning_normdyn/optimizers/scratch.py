@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from lightning_normdyn.optimizers.group_numbers import as_number
+from .group_numbers import as_number
 
 Start = Literal["new", "with state", "as it is"]
 """How far along a scratch optimizer is. "new": as before its first step. "with state": scratch

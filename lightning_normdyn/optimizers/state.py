@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.optimizers.facts import TABLE
-from lightning_normdyn.optimizers.group_numbers import Group, as_number
-from lightning_normdyn.optimizers.recognition import facts_of, is_schedule_free, why_not_as_base
+
+from .facts import TABLE
+from .group_numbers import Group, as_number
+from .recognition import facts_of, is_schedule_free, why_not_as_base
 
 
 def state_exponents(optimizer: Optimizer) -> dict[str, float]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.decay import DecayOwner
-from lightning_normdyn.optimizers.scaling import Scaling
+from .decay import DecayOwner
+from .scaling import Scaling
 
 
 class Phase(IntEnum):

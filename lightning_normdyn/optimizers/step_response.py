@@ -10,15 +10,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypedDict
 
-from lightning_normdyn.optimizers.group_numbers import (
-    Group,
-    Number,
-    group_number,
-    is_zero,
-    with_plain_numbers,
-)
-from lightning_normdyn.optimizers.recognition import row_of
-from lightning_normdyn.optimizers.step_rules import StepResponse
+from .group_numbers import Group, Number, group_number, is_zero, with_plain_numbers
+from .recognition import row_of
+from .step_rules import StepResponse
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

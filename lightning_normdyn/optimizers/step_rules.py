@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lightning_normdyn.optimizers.group_numbers import Group, Number, is_zero
+from .group_numbers import Group, Number, is_zero
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
+from .group_numbers import group_number, is_zero
 
 ParamGroup = dict[str, Any]
 """A param group, as in ``optimizer.param_groups``, that a step may write to."""

@@ -20,13 +20,14 @@ from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.geometry.placement import full_shape
 from lightning_normdyn.geometry.vectors import WeightVectors
-from lightning_normdyn.optimizers.decay import AppliedDecay, DecayOwner, applied_decay
-from lightning_normdyn.optimizers.group_numbers import Number, group_number, is_zero
-from lightning_normdyn.optimizers.recognition import writes_into_groups
-from lightning_normdyn.optimizers.scaling import Scaling
-from lightning_normdyn.optimizers.step import Step
-from lightning_normdyn.optimizers.step_view import ParamGroup, show, unsplit, view_class, view_of
-from lightning_normdyn.optimizers.views import groups_for_step, steps_as_one
+
+from .decay import AppliedDecay, DecayOwner, applied_decay
+from .group_numbers import Number, group_number, is_zero
+from .recognition import writes_into_groups
+from .scaling import Scaling
+from .step import Step
+from .step_view import ParamGroup, show, unsplit, view_class, view_of
+from .views import groups_for_step, steps_as_one
 
 Claimed = Set[Tensor] | Mapping[Tensor, Partition]
 """Weights whose decay is taken over: whole, or only in the rows that belong to a vector of their

@@ -19,17 +19,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers import rate_rules
-from lightning_normdyn.optimizers.facts import DecayLaw
-from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
-from lightning_normdyn.optimizers.rate_rules import RateRule
-from lightning_normdyn.optimizers.scratch import (
-    CannotTryError,
-    ScratchOptimizer,
-    Start,
-    seed_generators,
-)
-from lightning_normdyn.optimizers.step_view import show, split_groups, view_class, view_of
+from . import rate_rules
+from .facts import DecayLaw
+from .group_numbers import group_number, is_zero
+from .rate_rules import RateRule
+from .scratch import CannotTryError, ScratchOptimizer, Start, seed_generators
+from .step_view import show, split_groups, view_class, view_of
 
 _LR = 0.02
 # Enough for momentum and bias corrections to matter, and for a slow copy that is visited every 5 or

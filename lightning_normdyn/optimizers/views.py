@@ -17,12 +17,9 @@ from torch.optim import Optimizer
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry.flat import FlatSlice, forget, remember, survey_fsdp
 from lightning_normdyn.geometry.pieces import Master, private, untested
-from lightning_normdyn.optimizers.step_view import ParamGroup, part_of, split_groups
-from lightning_normdyn.optimizers.wrappers import (
-    second_phase,
-    steps_in_two_phases,
-    without_framework,
-)
+
+from .step_view import ParamGroup, part_of, split_groups
+from .wrappers import second_phase, steps_in_two_phases, without_framework
 
 _VIEWS: WeakKeyDictionary[Any, list[Optimizer]] = WeakKeyDictionary()
 

@@ -12,7 +12,8 @@ import math
 import torch
 
 from lightning_normdyn.optimizers.group_numbers import Number
-from lightning_normdyn.theory.equilibrium import norm_transient
+
+from .equilibrium import norm_transient
 
 
 def nrq_concentration(

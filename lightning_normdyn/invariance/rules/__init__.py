@@ -4,13 +4,13 @@ Importing any part of this package fills `RULES`, so that a rule that a user reg
 replaces one of ours.
 """
 
-from lightning_normdyn.invariance.rules import (  # noqa: F401
+from . import (  # noqa: F401
     elementwise,
     indexing,
     linear,
     reductions,
     views,
 )
-from lightning_normdyn.invariance.rules.operation import Operation, register_rule
+from .operation import Operation, register_rule
 
 __all__ = ["Operation", "register_rule"]

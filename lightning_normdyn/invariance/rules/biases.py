@@ -21,7 +21,8 @@ from lightning_normdyn.invariance.flow import (
     varying,
 )
 from lightning_normdyn.invariance.graph import Edge, GraphNode, edge_shape
-from lightning_normdyn.invariance.rules.operation import Operation
+
+from .operation import Operation
 
 
 def with_bias(

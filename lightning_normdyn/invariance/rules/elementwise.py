@@ -16,8 +16,9 @@ from lightning_normdyn.invariance.flow import (
     spread,
     varying,
 )
-from lightning_normdyn.invariance.rules.biases import with_input
-from lightning_normdyn.invariance.rules.operation import Operation, present, rule_for, unary_rule
+
+from .biases import with_input
+from .operation import Operation, present, rule_for, unary_rule
 
 
 # Those behind `AliasBackward0` are what strategies leave in the graph: DDP, FSDP2, DeepSpeed,

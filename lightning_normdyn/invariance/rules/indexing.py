@@ -13,13 +13,8 @@ from torch import Tensor
 
 from lightning_normdyn.invariance.flow import NO_ROW, Blocked, Flow, Flows, Offset, Sign, compact
 from lightning_normdyn.invariance.rows import distinct
-from lightning_normdyn.invariance.rules.operation import (
-    Operation,
-    Result,
-    present,
-    rule_for,
-    unary_rule,
-)
+
+from .operation import Operation, Result, present, rule_for, unary_rule
 
 Index = Sequence[Tensor | None]
 

@@ -13,8 +13,9 @@ from lightning_normdyn.invariance.flow import (
     expanded,
     joined,
 )
-from lightning_normdyn.invariance.rules.biases import with_bias, with_bias_of_channels
-from lightning_normdyn.invariance.rules.operation import Operation, present, rule_for
+
+from .biases import with_bias, with_bias_of_channels
+from .operation import Operation, present, rule_for
 
 # -------------------------------------------------------------------------------- matrix products
 

@@ -21,14 +21,9 @@ from lightning_normdyn.invariance.flow import (
     spread,
     without_dims,
 )
-from lightning_normdyn.invariance.rules.operation import (
-    Operation,
-    declared_epsilon,
-    present,
-    rule_for,
-    unary_rule,
-)
 from lightning_normdyn.invariance.verdict import NormLink
+
+from .operation import Operation, declared_epsilon, present, rule_for, unary_rule
 
 
 def _reduction_dims(operation: Operation) -> list[int]:

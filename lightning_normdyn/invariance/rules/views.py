@@ -21,7 +21,8 @@ from lightning_normdyn.invariance.flow import (
     without_dims,
 )
 from lightning_normdyn.invariance.rows import distinct
-from lightning_normdyn.invariance.rules.operation import Operation, rule_for, unary_rule
+
+from .operation import Operation, rule_for, unary_rule
 
 
 @unary_rule("""

@@ -18,13 +18,8 @@ from lightning_normdyn.monitor.curves import (
     over_layers,
 )
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.axes import (
-    axes_or_new,
-    draw_curve,
-    finish,
-    legend_below,
-    run_style,
-)
+
+from .axes import axes_or_new, draw_curve, finish, legend_below, run_style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

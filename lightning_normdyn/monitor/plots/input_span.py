@@ -12,7 +12,8 @@ import numpy as np
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import curves_of
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.axes import (
+
+from .axes import (
     OKABE_ITO,
     add_grid,
     axes_or_new,

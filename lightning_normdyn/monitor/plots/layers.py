@@ -20,7 +20,10 @@ from lightning_normdyn.monitor.curves import (
     recorded_curves,
 )
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.axes import (
+from lightning_normdyn.monitor.quantities import drawn_with, shown_in
+from lightning_normdyn.monitor.records import Ints
+
+from .axes import (
     MOST_NAMED,
     OKABE_ITO,
     Limits,
@@ -36,8 +39,6 @@ from lightning_normdyn.monitor.plots.axes import (
     new_figure,
     plain_log_ticks,
 )
-from lightning_normdyn.monitor.quantities import drawn_with, shown_in
-from lightning_normdyn.monitor.records import Ints
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,9 @@ import numpy as np
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import Doubles
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.plots.axes import (
+from lightning_normdyn.monitor.records import Floats
+
+from .axes import (
     MOST_NAMED,
     add_grid,
     axes_or_new,
@@ -22,7 +24,6 @@ from lightning_normdyn.monitor.plots.axes import (
     short_name,
     steps_by_kind,
 )
-from lightning_normdyn.monitor.records import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
