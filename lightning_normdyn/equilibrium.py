@@ -1,13 +1,15 @@
 """What the papers predict for an optimizer: angular update, norm, relaxation time.
 
-A short path to `lightning_normdyn.theory.equilibrium`; nothing inside the package imports it.
+A short path to the modules of `lightning_normdyn.theory`; nothing inside the package imports it.
 """
 
+from lightning_normdyn.theory.course import NormCourse, norm_course
 from lightning_normdyn.theory.equilibrium import (
     equilibrium_angular_update,
     equilibrium_norm,
     equivalent_hyperparameters,
     lr_drop_exponent,
+    never_settles,
     norm_transient,
     relaxation_steps,
     settles_at,
@@ -22,10 +24,13 @@ from lightning_normdyn.theory.nrq import (
 )
 
 __all__ = [
+    "NormCourse",
     "equilibrium_angular_update",
     "equilibrium_norm",
     "equivalent_hyperparameters",
     "lr_drop_exponent",
+    "never_settles",
+    "norm_course",
     "norm_transient",
     "nrq_concentration",
     "nrq_limit_risk",

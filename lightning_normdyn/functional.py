@@ -10,7 +10,8 @@ everything behind the first dimension is one vector.
 Two rules hold for every function here.
 
 - **Precision.** Sums are accumulated in float64. The result is float64 for float64 inputs and
-  float32 for float32, bfloat16 and float16 inputs.
+  float32 for float32, bfloat16 and float16 inputs. The four formulas of the balance take sequences
+  and arrays besides, and their results are always float64: numpy's, or a tensor if one was given.
 - **Vectors that have no answer.** A *measurement* that needs a direction is NaN for a vector that
   is zero or holds an infinity or a NaN, so that a caller can leave it out of an average and count
   it; an *action* on such a vector is the identity (factor 1, nothing projected), so that it is left
@@ -25,14 +26,19 @@ Momentum-based Optimizers*.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 __all__ = [
     "angle_from_sums",
     "angular_update",
+    "balanced_angular_update",
+    "coherence",
+    "coherence_error",
     "cosine_from_sums",
     "direction_lr",
     "displacement_sums",
@@ -44,6 +50,7 @@ __all__ = [
     "in_span_energy",
     "input_space_basis",
     "input_space_projection",
+    "loss_decay",
     "moment_sums",
     "norm_from_sums",
     "project_tangent",
@@ -61,7 +68,7 @@ Scalar = float | Tensor
 
 # Below this factor AWS stops following its formula: at 0 the direction would be lost and below 0 it
 # would turn round.
-_MIN_SHRINK_FACTOR = 0.5
+MIN_SHRINK_FACTOR = 0.5
 
 
 def weight_norm(weight: Tensor) -> Tensor:
@@ -255,7 +262,7 @@ def shrink_factor(
         tensor([0.9900, 0.9800, 0.5000])
     """
     wide = _wide(norm)
-    factor = (1 - lr * alpha * wide).clamp(min=_MIN_SHRINK_FACTOR)
+    factor = (1 - lr * alpha * wide).clamp(min=MIN_SHRINK_FACTOR)
     return _narrow(factor.where(wide.isfinite(), 1.0), norm)
 
 
@@ -542,6 +549,152 @@ def cosine_from_sums(
     norms = _wide(ww).sqrt() * _wide(gg).sqrt()
     cosine = (_wide(wg) / norms).clamp(-1, 1)
     return _narrow(cosine.where(norms != 0, 0.0), ww, wg, gg)
+
+
+# ---- What holds a norm: any vector, any optimizer, any loss ----
+# One step turns w by θ and changes ln‖w‖² by: 2⟨u, w⟩/‖w‖² + ‖u‖²/‖w‖² - 2 pull, with the relative
+# decay ``pull`` of the step and everything else, u. How much the first two come to per θ² is the
+# coherence of the steps.
+
+Numbers = ArrayLike | Tensor
+
+
+def coherence(
+    norm_first: Numbers,
+    norm_last: Numbers,
+    pulls: Numbers,
+    squared_angles: Numbers,
+) -> Any:
+    r"""Growth of :math:`\ln\lVert w\rVert^2` per squared angle turned, decay apart, over a window:
+    :math:`\kappa = [\ln(N_b/N_a) - 2\sum\ln(1-\delta_t)]/\sum\theta_t^2`.
+
+    With :math:`N = \lVert w\rVert^2`. It is 1 for steps that forget each other,
+    :math:`(1+\beta)/(1-\beta)` for noise under heavy ball and Adam, larger where the loss pushes
+    outwards, and negative where it pulls inwards more than turning grows. It needs no scale
+    invariance and no known optimizer.
+
+    Args:
+        norm_first: :math:`\sqrt{N_a}`, before the first step; a number or ``(n,)``.
+        norm_last: :math:`\sqrt{N_b}`, after the last step.
+        pulls: :math:`\delta_t`, the relative decay of each step (lr · λ if decoupled), ``(T,)`` or
+            ``(T, n)``; a single number is that of the only step.
+        squared_angles: :math:`\theta_t^2` of each step, rad², of the same shape; or parts of their
+            sum, such as one trapezoid per pair of logged steps.
+
+    Returns:
+        a number or ``(n,)``; NaN where nothing has turned.
+
+    Example:
+        >>> float(coherence(1.0, 1.0, [1e-4] * 50, [1e-5] * 50).round(3))  # settled
+        20.001
+    """
+    first, last, shares, squares = _doubles(norm_first, norm_last, pulls, squared_angles)
+    decayed = _over_steps(torch.log1p(-shares))
+    turned = _over_steps(squares)
+    growth = 2 * torch.log(last / first) - 2 * decayed
+    return _as_given(
+        (growth / turned).where(turned > 0, math.nan), norm_first, pulls, squared_angles
+    )
+
+
+def balanced_angular_update(pull: Numbers, coherence: Numbers) -> Any:
+    r"""The angle per step at which turning and decay hold the norm: :math:`\sqrt{2\delta/\kappa}`.
+
+    Args:
+        pull: :math:`\delta`, relative decay of one step.
+        coherence: :math:`\kappa`, as :func:`coherence` measures it.
+
+    Returns:
+        radians per step; NaN where :math:`\kappa \le 0`: there the loss alone holds the norm.
+
+    Example:
+        >>> float(balanced_angular_update(1e-4, 20.0).round(6))
+        0.003162
+    """
+    share, kappa = _doubles(pull, coherence)
+    angle = (2 * share / kappa).sqrt()
+    return _as_given(angle.where(kappa > 0, math.nan), pull, coherence)
+
+
+def loss_decay(
+    pull: Numbers,
+    lr: Numbers,
+    drift: Numbers,
+    angle: Numbers,
+    noise_coherence: Numbers,
+) -> Any:
+    r"""What the loss itself decays a weight by, as a weight decay:
+    :math:`\lambda_{loss} = (\kappa_0\theta^2/2 - \mathrm{drift} - \delta)/\eta`.
+
+    Positive where the loss pulls the norm inwards, negative where it pushes outwards. Compare it
+    with ``pull / lr``, the decay that was asked for.
+
+    Args:
+        pull: :math:`\delta`, relative decay of one step.
+        lr: :math:`\eta`, learning rate of the step.
+        drift: change of :math:`\ln\lVert w\rVert` per step.
+        angle: :math:`\theta`, radians per step.
+        noise_coherence: :math:`\kappa_0`, the coherence of pure noise under the optimizer:
+            (1 + β)/(1 - β) under heavy ball, Adam and AdamW.
+
+    Returns:
+        1/(step · lr), as a weight decay.
+
+    Example:
+        >>> float(loss_decay(3e-4, 1e-3, 0.0, 1e-2, 19.0).round(6))
+        0.65
+    """
+    share, rate, change, theta, noise = _doubles(pull, lr, drift, angle, noise_coherence)
+    inwards = noise * theta.square() / 2 - change - share
+    return _as_given(inwards / rate, pull, lr, drift, angle, noise_coherence)
+
+
+def coherence_error(
+    angle: Numbers,
+    coherence: Numbers,
+    steps: Numbers,
+    entries: Numbers,
+) -> Any:
+    r"""Relative error (standard deviation) of a measured coherence:
+    :math:`2/(\theta\sqrt{|\kappa| T d})`.
+
+    Args:
+        angle: :math:`\theta`, RMS over the window, radians per step.
+        coherence: :math:`\kappa`, as measured.
+        steps: :math:`T`, of the window.
+        entries: :math:`d`, of the vector or matrix.
+
+    Example:
+        >>> float(coherence_error(5e-3, 19.0, 200, 4096).round(3))
+        0.101
+    """
+    theta, kappa, length, size = _doubles(angle, coherence, steps, entries)
+    error = 2 / (theta * (kappa.abs() * length * size).sqrt())
+    return _as_given(error, angle, coherence, steps, entries)
+
+
+def _doubles(*values: Numbers) -> list[Tensor]:
+    """As float64 tensors, on the device of those that are tensors."""
+    devices = [value.device for value in values if isinstance(value, Tensor)]
+    device = devices[0] if devices else torch.device("cpu")
+    # Apple GPUs have no float64.
+    dtype = torch.float32 if device.type == "mps" else torch.float64
+    tensors = []
+    for value in values:
+        given = value if isinstance(value, Tensor) else np.asarray(value, dtype=np.float64)
+        tensors.append(torch.as_tensor(given, dtype=dtype, device=device))
+    return tensors
+
+
+def _over_steps(x: Tensor) -> Tensor:
+    return x if x.dim() == 0 else x.sum(0)
+
+
+def _as_given(result: Tensor, *values: Numbers) -> Any:
+    """A tensor if one was given, else numpy's array or number."""
+    if any(isinstance(value, Tensor) for value in values):
+        return result
+    return result.numpy()[()]
 
 
 # ---- What the weights look like in the space of their inputs (WRS paper) ----

@@ -105,5 +105,51 @@ class Lion(torch.optim.Optimizer):
                 m.lerp_(w.grad, 1 - b2)
 
 
+class SOAP(torch.optim.Optimizer):
+    """SOAP, Algorithm 3, for matrices: AdamW in the eigenbases of Shampoo's two factors."""
+
+    def __init__(
+        self,
+        params,
+        lr,
+        betas=(0.95, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        precondition_frequency=10,
+    ):
+        super().__init__(
+            params, {k: v for k, v in locals().items() if k not in ("self", "params", "__class__")}
+        )
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.steps += 1
+        for group in self.param_groups:
+            b1, b2 = group["betas"]
+            for w in group["params"]:
+                state = self.state[w]
+                rows, columns = w.shape
+                m = state.setdefault("exp_avg", torch.zeros_like(w))
+                v = state.setdefault("exp_avg_sq", torch.zeros_like(w))
+                left = state.setdefault("left", torch.zeros(rows, rows, dtype=w.dtype))
+                right = state.setdefault("right", torch.zeros(columns, columns, dtype=w.dtype))
+                left.lerp_(w.grad @ w.grad.T, 1 - b2)
+                right.lerp_(w.grad.T @ w.grad, 1 - b2)
+                if "bases" not in state or self.steps % group["precondition_frequency"] == 0:
+                    state["bases"] = (torch.linalg.eigh(left)[1], torch.linalg.eigh(right)[1])
+                to_rows, to_columns = state["bases"]
+                # The authors' code uses no gradient in a basis that is made of it.
+                if self.steps == 1:
+                    continue
+                m.lerp_(w.grad, 1 - b1)
+                v.lerp_((to_rows.T @ w.grad @ to_columns) ** 2, 1 - b2)
+                t = self.steps - 1
+                size = (v / (1 - b2**t)).sqrt() + group["eps"]
+                step = to_rows.T @ m @ to_columns / (1 - b1**t) / size
+                w.mul_(1 - group["lr"] * group["weight_decay"])
+                w.sub_(to_rows @ step @ to_columns.T, alpha=group["lr"])
+
+
 def group_of(optimizer: type, **hyper: Any) -> dict[str, Any]:
     return optimizer([torch.nn.Parameter(torch.ones(2, 2))], **hyper).param_groups[0]

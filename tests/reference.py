@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import sqrt
+from math import log, sqrt
 from typing import Any
 
 import torch
@@ -375,3 +375,119 @@ def std(v: Tensor) -> Tensor:
 def cosine(a: Tensor, b: Tensor) -> float:
     product = float(norm(a) * norm(b))
     return float(a @ b) / product if product > 0 else 0.0
+
+
+# ---- The expected course of a norm under an optimizer with one buffer, one scalar at a time ----
+#
+# A = E w.w, B = E w.m, C = E m.m for G = g + coupled * w, g.w = 0, E g.g = scale / A, and
+#   m' = beta m + gamma G,   w' = (1 - lr decoupled) w - lr (a G + b m') / s.
+# A step gives (a, b, beta, gamma, (kept, taken, correction), eps, factor on lr); no moment: s = 1.
+
+
+def sgd_step(momentum: float, dampening: float = 0.0, *, nesterov: bool = False) -> Any:
+    def step(t: int) -> Any:
+        gamma = 1.0 if t == 1 else 1 - dampening
+        a, b = (1.0, momentum) if nesterov else (0.0, 1.0)
+        return a, b, momentum, gamma, None, 0.0, 1.0
+
+    return step
+
+
+def adam_step(b1: float, b2: float, *, eps: float = 0.0) -> Any:
+    def step(t: int) -> Any:
+        return 0.0, 1 / (1 - b1**t), b1, 1 - b1, (b2, 1 - b2, 1 - b2**t), eps, 1.0
+
+    return step
+
+
+def nadam_step(b1: float, b2: float, momentum_decay: float) -> Any:
+    def mu(t: int) -> float:
+        return b1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
+
+    def step(t: int) -> Any:
+        product = 1.0
+        for i in range(1, t + 1):
+            product *= mu(i)
+        a = (1 - mu(t)) / (1 - product)
+        b = mu(t + 1) / (1 - product * mu(t + 1))
+        return a, b, b1, 1 - b1, (b2, 1 - b2, 1 - b2**t), 0.0, 1.0
+
+    return step
+
+
+def radam_step(b1: float, b2: float) -> Any:
+    longest = 2 / (1 - b2) - 1
+
+    def step(t: int) -> Any:
+        rho = longest - 2 * t * b2**t / (1 - b2**t)
+        r = 1.0
+        if rho > 5:
+            r = sqrt((rho - 4) * (rho - 2) * longest / ((longest - 4) * (longest - 2) * rho))
+        # Below, the second moment is filled, but the step is not divided by it.
+        moment = (b2, 1 - b2, 1 - b2**t if rho > 5 else None)
+        return 0.0, r / (1 - b1**t), b1, 1 - b1, moment, 0.0, 1.0
+
+    return step
+
+
+def rmsprop_step(alpha: float) -> Any:
+    return lambda t: (1.0, 0.0, 0.0, 0.0, (alpha, 1 - alpha, 1.0), 0.0, 1.0)
+
+
+def adagrad_step(lr_decay: float) -> Any:
+    return lambda t: (1.0, 0.0, 0.0, 0.0, (1.0, 1.0, 1.0), 0.0, 1 / (1 + (t - 1) * lr_decay))
+
+
+def course(
+    step: Any,
+    *,
+    norm: float,
+    dim: int,
+    scale: float,
+    rates: list[float],
+    coupled: float = 0.0,
+    decoupled: float = 0.0,
+    projected: bool = False,
+) -> tuple[list[float], list[float]]:
+    """Angle of each step and norm after it."""
+    A, B, C, V = norm**2, 0.0, 0.0, 0.0
+    angles, norms = [], []
+    for t, rate in enumerate(rates, start=1):
+        a, b, beta, gamma, moment, eps, factor = step(t)
+        lr = rate * factor
+        shrink = 1 - lr * decoupled
+        GG, Gw, Gm = scale / A + coupled**2 * A, coupled * A, coupled * B
+        if moment is not None:
+            kept, taken, correction = moment
+            V = kept * V + taken * GG / dim
+            if correction is not None:
+                s = sqrt(V / correction) + eps
+                a, b = a / s, b / s
+        mw = beta * B + gamma * Gw
+        mm = beta**2 * C + 2 * beta * gamma * Gm + gamma**2 * GG
+        mG = beta * Gm + gamma * GG
+        uw, um = a * Gw + b * mw, a * mG + b * mm
+        uu = a**2 * GG + 2 * a * b * mG + b**2 * mm
+        across = uu - uw**2 / A
+        if projected:
+            radial = shrink
+            A_next = shrink**2 * A + lr**2 * across
+            B_next = shrink * mw - lr * (um - uw * mw / A)
+        else:
+            radial = shrink - lr * uw / A
+            A_next = shrink**2 * A - 2 * shrink * lr * uw + lr**2 * uu
+            B_next = shrink * mw - lr * um
+        angles.append(sqrt(lr**2 * across / A) / radial)
+        A, B, C = A_next, B_next, mm
+        norms.append(sqrt(A))
+    return angles, norms
+
+
+def coherence(
+    norm_first: float, norm_last: float, pulls: list[float], squared_angles: list[float]
+) -> float:
+    """Growth of ln w.w per squared angle, decay apart."""
+    growth = log(norm_last**2) - log(norm_first**2)
+    for pull in pulls:
+        growth -= 2 * log(1 - pull)
+    return growth / sum(squared_angles)

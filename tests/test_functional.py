@@ -12,6 +12,9 @@ import torch
 from lightning_normdyn.functional import (
     angle_from_sums,
     angular_update,
+    balanced_angular_update,
+    coherence,
+    coherence_error,
     cosine_from_sums,
     direction_lr,
     effective_lr,
@@ -22,6 +25,7 @@ from lightning_normdyn.functional import (
     in_span_energy,
     input_space_basis,
     input_space_projection,
+    loss_decay,
     norm_from_sums,
     project_tangent,
     radial_coefficient,
@@ -450,3 +454,131 @@ def test_no_host_synchronisation_and_no_branch_on_values():
             ),
         ):
             assert result.shape[0] == 4
+
+
+# ---- The balance ----
+
+
+def kinds(*values):
+    """The same numbers as sequences, arrays and tensors."""
+    yield [v if isinstance(v, float) else list(v) for v in values]
+    yield [np.array(v) for v in values]
+    yield [torch.tensor(v, dtype=torch.float64) for v in values]
+    yield [torch.tensor(v, dtype=torch.float32) for v in values]
+
+
+def test_coherence_is_the_growth_per_squared_angle_whatever_holds_the_numbers():
+    pulls, squares = [1e-2, 3e-2, 0.0], [4e-4, 1e-4, 9e-4]
+    expected = reference.coherence(2.0, 2.5, pulls, squares)
+    for i, arguments in enumerate(kinds(2.0, 2.5, pulls, squares)):
+        got = coherence(*arguments)
+        assert isinstance(got, torch.Tensor) == (i > 1)
+        assert got.dtype == (torch.float64 if i > 1 else np.float64)
+        assert float(got) == pytest.approx(expected, rel=1e-12 if i < 3 else 1e-6)
+
+
+def test_coherence_of_many_vectors_and_of_one_step():
+    first, last = np.array([1.0, 2.0]), np.array([1.1, 1.9])
+    pulls, squares = np.full((5, 2), 1e-3), np.full((5, 2), 1e-4)
+    got = coherence(first, last, pulls, squares)
+    expected = [
+        reference.coherence(a, b, [1e-3] * 5, [1e-4] * 5) for a, b in zip(first, last, strict=True)
+    ]
+    assert got.tolist() == pytest.approx(expected)
+    assert coherence(1.0, 1.0, 1e-3, 1e-3) == pytest.approx(2.001, abs=1e-4)
+    # One number for all vectors, and each their own.
+    assert coherence(first, last, [1e-3] * 5, [1e-4] * 5).tolist() == pytest.approx(expected)
+
+
+def test_one_step_of_any_kind_has_the_coherence_of_the_exact_identity():
+    """N'/N = (1 + r)² (1 + tan²θ): a step along the circle's tangent has a coherence of one."""
+    before = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    after = torch.tensor([[1.0, 1e-4]], dtype=torch.float64)
+    angle = angular_update(before, after)
+    got = coherence(weight_norm(before), weight_norm(after), 0.0, angle**2)
+    assert got.item() == pytest.approx(1)
+
+
+def test_coherence_without_a_turn_is_not_a_number():
+    assert math.isnan(coherence(1.0, 0.9, [0.1], [0.0]))
+    assert math.isnan(coherence(1.0, 0.9, [0.1], [math.nan]))
+
+
+def test_at_the_balanced_angle_the_norm_stays():
+    for arguments in kinds([1e-4, 2e-4], [19.0, 1.0]):
+        got = balanced_angular_update(*arguments)
+        assert got.tolist() == pytest.approx([(2e-4 / 19) ** 0.5, 2e-2], rel=1e-6)
+    angle = balanced_angular_update(1e-4, 19.0)
+    assert coherence(1.0, 1.0, [1e-4] * 9, [angle**2] * 9) == pytest.approx(19, rel=1e-3)
+    assert balanced_angular_update(0.0, 19.0) == 0
+    assert np.isnan(balanced_angular_update(1e-4, [0.0, -3.0])).all()
+
+
+def test_loss_decay_is_what_the_balance_leaves_over():
+    for arguments in kinds([1e-4], [1e-3], [2e-5], [5e-3], [19.0]):
+        got = loss_decay(*arguments)
+        assert float(got[0]) == pytest.approx((19 * 25e-6 / 2 - 2e-5 - 1e-4) / 1e-3, rel=1e-5)
+    # Settled, with the coherence of pure noise: the loss does nothing.
+    angle = balanced_angular_update(1e-4, 19.0)
+    assert loss_decay(1e-4, 1e-3, 0.0, angle, 19.0) == pytest.approx(0, abs=1e-15)
+
+
+def test_coherence_error_falls_with_the_numbers_that_were_averaged():
+    assert coherence_error(5e-3, -19.0, 200, 4096) == pytest.approx(
+        2 / (5e-3 * math.sqrt(19 * 200 * 4096))
+    )
+    errors = coherence_error(torch.tensor([5e-3, 5e-3]), 19.0, torch.tensor([100, 400]), 4096)
+    assert (errors[0] / errors[1]).item() == pytest.approx(2)
+    assert coherence_error(0.0, 19.0, 200, 4096) == math.inf
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("momentum", [0.9, 0.95])
+@pytest.mark.parametrize("kind", ["heavy ball", "AdamW"])
+def test_the_coherence_of_a_random_walk_is_that_of_its_momentum(kind, momentum):
+    """(1 + b)/(1 - b): also three times off the equilibrium norm."""
+    pull = 1.5e-3
+    if kind == "AdamW":
+        hyper = {"lr": 4e-3, "betas": (momentum, 0.999), "weight_decay": pull / 4e-3}
+        make, norm = torch.optim.AdamW, math.sqrt(4e-3 * 64 * 4e-3 / (2 * pull))
+    else:
+        # Momentum repeats a coupled decay.
+        lr = 0.02
+        hyper = {"lr": lr, "momentum": momentum, "weight_decay": pull * (1 - momentum) / lr}
+        make, norm = torch.optim.SGD, (lr**2 * 63 / (2 * pull * (1 - momentum) ** 2)) ** 0.25
+    assert walked_coherence(make, hyper, pull, 1.5 * norm, (160, 64)) == pytest.approx(
+        (1 + momentum) / (1 - momentum), rel=0.02
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="newer torch only")
+@pytest.mark.parametrize(("shape", "expected"), [((64, 64), 23.33), ((64, 256), 30.74)])
+def test_the_coherence_of_muon_is_that_of_its_table(shape, expected):
+    hyper = {"lr": 0.015, "weight_decay": 0.1}
+    got = walked_coherence(torch.optim.Muon, hyper, 1.5e-3, 30.0, shape, whole=True, steps=4000)
+    assert got == pytest.approx(expected, rel=0.02)
+
+
+def walked_coherence(make, hyper, pull, norm, shape, *, whole=False, steps=5000):
+    """Of gradients of pure noise, after the buffers have filled."""
+    weight = randn(*shape)
+    weight *= norm / (weight.norm() if whole else weight.norm(dim=1, keepdim=True))
+    optimizer = make([weight], **hyper)
+    generator = torch.Generator().manual_seed(1)
+    squares, norms = [], []
+    for _ in range(steps):
+        rows = weight.reshape(1, -1) if whole else weight
+        noise = torch.randn(*rows.shape, generator=generator, dtype=torch.float64)
+        unit = rows / rows.norm(dim=1, keepdim=True)
+        gradient = noise - (noise * unit).sum(1, keepdim=True) * unit
+        weight.grad = (gradient / rows.norm(dim=1, keepdim=True)).reshape(shape)
+        before = rows.clone()
+        optimizer.step()
+        after = weight.reshape(1, -1) if whole else weight
+        squares.append(angular_update(before, after).square())
+        norms.append(before.norm(dim=1))
+    settled = slice(200, None)
+    turned = torch.stack(squares[settled][:-1]).mean(1)
+    grown = (norms[-1] / norms[settled][0]).log().mean().exp()
+    return float(coherence(1.0, grown, [pull] * len(turned), turned))

@@ -27,11 +27,13 @@ from lightning_normdyn.engine.worker import during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.monitor.predictions import balance
 from lightning_normdyn.optimizers.checks import check_rate
+from lightning_normdyn.optimizers.decay import written_decay
+from lightning_normdyn.optimizers.group_numbers import is_zero
 from lightning_normdyn.optimizers.recognition import applied_rate, class_for_predictions
 from lightning_normdyn.optimizers.scaling import Scaling
 from lightning_normdyn.optimizers.step import Phase, Step
-from lightning_normdyn.optimizers.step_response import step_response
-from lightning_normdyn.theory.equilibrium import lr_drop_exponent
+from lightning_normdyn.optimizers.step_response import own_response
+from lightning_normdyn.theory.equilibrium import lr_drop_exponent, never_settles
 
 # The falls of a smooth schedule grow gradually, also at its very end: from one change to the next
 # by a factor below 4 for a cosine and below 7 for the last step of a one-cycle schedule. A drop
@@ -213,11 +215,19 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
         # The learning rate does not matter: the exponent is that of a power of it.
         options = balance(effects, optimizer, group, 1.0)
         exponent = None if options is None else lr_drop_exponent(kind, group, **options)
-        if exponent is not None:
+        if exponent:
             return exponent
-        if options is None:
+        no_equilibrium = never_settles(kind, group)
+        if exponent == 0:
+            reason = (
+                "its decay falls with the square of the learning rate, so its equilibrium norm "
+                "does not move at a drop"
+            )
+        elif no_equilibrium is not None:
+            reason = f"under {name} there is no equilibrium ({no_equilibrium})"
+        elif options is None:
             reason = "the equilibrium under the other callbacks on it is not known"
-        elif step_response(kind, group) is None:
+        elif own_response(kind, group) is None or not is_zero(written_decay(optimizer, group)):
             reason = f"the equilibrium of {name} with these settings is not known"
         else:
             reason = "it has no weight decay, and without one there is no equilibrium to land on"
@@ -276,10 +286,11 @@ class LRDropRescaling(NormDynCallback):
     the statistics of a BatchNorm behind the weights follow.
 
     The exponent follows from how the equilibrium norm depends on the learning rate: 1/4 for SGD,
-    1/2 for AdamW and AdamP, 1/3 for Adam with coupled decay, 1/5 for AdaptiveWeightShrink on SGD,
-    1/3 for it on Adam. It assumes that the run was at equilibrium before the drop. With other
-    optimizers, or without a decay, there is no equilibrium to land on: ``"auto"`` is refused at the
-    first step.
+    1/2 for AdamW, AdamP, NAdam and RAdam with decoupled decay, SOAP, Lion and Muon, 1/3 for Adam
+    with coupled decay, 1/5 for AdaptiveWeightShrink on SGD, 1/3 for it on Adam. It assumes that the
+    run was at equilibrium before the drop. With other optimizers, without a decay, or with one that
+    falls with the square of the learning rate, there is no new equilibrium to land on: ``"auto"``
+    is refused at the first step.
 
     A drop is a fall by ``min_drop`` or more from one real step to the next. One that continues
     smaller falls, as at the end of a cosine, is none: there the weights have been following all

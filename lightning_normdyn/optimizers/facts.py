@@ -20,10 +20,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from . import rate_rules, step_rules
+from . import rate_rules, recursion_rules, step_rules
 from .group_numbers import Group, group_number, is_zero
 from .rate_rules import RateRule
-from .step_rules import ResponseRule
+from .recursion_rules import RecursionRule
+from .step_rules import ResponseRule, SubjectRule
 
 Kind = Literal["coupled", "decoupled"]
 """Whether λ·w is added to the gradient, or the weight is multiplied by 1 - share."""
@@ -50,8 +51,13 @@ class OptimizerFacts:
         keys: found by name: keys that a param group must have.
         neutral: found by name: further keys, with the only value that the row knows about. Any
             other key that is set makes the optimizer unknown.
+        indifferent: found by name: further keys whose value changes nothing that the row says.
         family: found by what class and param group show.
         response: how its steps answer gradients; None if nobody has derived it.
+        response_of: the same, where it depends on the weight or on the number of the step.
+        recursion: what its step number t does with a gradient and a buffer, for a course of the
+            norm through any schedule; None where only ``response`` tells.
+        never_settles: why its weights have no equilibrium.
         exponents: ``{buffer: e}``: w -> f w makes the buffer f^e times what it was. Only per-entry
             buffers; step counts and the like do not change. None if what a rescale does to its
             state is not known.
@@ -76,8 +82,12 @@ class OptimizerFacts:
     known_class: type[Optimizer] | None = None
     keys: tuple[str, ...] = ()
     neutral: Group = field(default_factory=dict)
+    indifferent: tuple[str, ...] = ()
     family: Callable[[type, Group], bool] | None = None
     response: ResponseRule | None = None
+    response_of: SubjectRule | None = None
+    recursion: RecursionRule | None = None
+    never_settles: str | None = None
     exponents: Mapping[str, float] | None = None
     decay_law: Callable[[Group], DecayLaw] | None = None
     written_decay: Callable[[Optimizer, Group], Any] | None = None
@@ -130,11 +140,14 @@ _ADAM_STATE = {"exp_avg": -1.0, "exp_avg_sq": -2.0, "max_exp_avg_sq": -2.0}
 _ADAMAX_STATE = {"exp_avg": -1.0, "exp_inf": -1.0}
 # This momentum gathers g/√v, which has no scale.
 _RMSPROP_STATE = {"square_avg": -2.0, "grad_avg": -1.0, "momentum_buffer": 0.0}
+# A step of a fixed share of the weight turns it by min(lr, 1/√t), whatever its norm.
+_ADAFACTOR_NEVER_SETTLES = "none: norms grow for decay < lr/2 and shrink for decay > lr/2"
 
 _TORCH = (
     _torch_row(
         "SGD",
         response=step_rules.sgd,
+        recursion=recursion_rules.sgd,
         exponents={"momentum_buffer": -1.0},
         decay_law=_coupled,
         step_buffer=_sgd_buffer,
@@ -142,14 +155,45 @@ _TORCH = (
     ),
     # AdamW before Adam, which it derives from: the first row that fits is taken. Before torch 2.7
     # its groups have no flag, so its decay is told from the class.
-    _torch_row("AdamW", response=step_rules.adamw, exponents=_ADAM_STATE, decay_law=_decoupled),
-    _torch_row("Adam", response=step_rules.adam, exponents=_ADAM_STATE, decay_law=_flagged),
-    _torch_row("NAdam", exponents=_ADAM_STATE, decay_law=_flagged),
-    _torch_row("RAdam", exponents=_ADAM_STATE, decay_law=_flagged),
+    _torch_row(
+        "AdamW",
+        response=step_rules.adamw,
+        recursion=recursion_rules.adamw,
+        exponents=_ADAM_STATE,
+        decay_law=_decoupled,
+    ),
+    _torch_row(
+        "Adam",
+        response=step_rules.adam,
+        recursion=recursion_rules.adam,
+        exponents=_ADAM_STATE,
+        decay_law=_flagged,
+    ),
+    _torch_row(
+        "NAdam",
+        response_of=step_rules.nadam,
+        recursion=recursion_rules.nadam,
+        exponents=_ADAM_STATE,
+        decay_law=_flagged,
+    ),
+    _torch_row(
+        "RAdam",
+        response_of=step_rules.radam,
+        recursion=recursion_rules.radam,
+        exponents=_ADAM_STATE,
+        decay_law=_flagged,
+    ),
     _torch_row("Adamax", exponents=_ADAMAX_STATE, decay_law=_coupled),
-    _torch_row("RMSprop", exponents=_RMSPROP_STATE, decay_law=_coupled),
+    _torch_row(
+        "RMSprop",
+        recursion=recursion_rules.rmsprop,
+        exponents=_RMSPROP_STATE,
+        decay_law=_coupled,
+    ),
     _torch_row(
         "Adagrad",
+        recursion=recursion_rules.adagrad,
+        never_settles="its steps become ever shorter, as 1/√t",
         exponents={"sum": -2.0},
         decay_law=_coupled,
         rate=rate_rules.adagrad,
@@ -163,12 +207,19 @@ _TORCH = (
     # Its decay is multiplied by the learning rate as it is written, its step by another rate.
     _torch_row(
         "Adafactor",
+        never_settles=_ADAFACTOR_NEVER_SETTLES,
         decay_law=_decoupled,
         rate=rate_rules.torch_adafactor,
         rate_by_weight=True,
     ),
     # Muon orthogonalises a matrix as a whole, and factors per filter do not commute with that.
-    _torch_row("Muon", exponents={"momentum_buffer": -1.0}, decay_law=_decoupled, per_matrix=True),
+    _torch_row(
+        "Muon",
+        response_of=step_rules.muon,
+        exponents={"momentum_buffer": -1.0},
+        decay_law=_decoupled,
+        per_matrix=True,
+    ),
 )
 
 # ------------------------------------------------------------------- of other packages, by name
@@ -185,6 +236,15 @@ def _over_first_lr(optimizer: Optimizer, group: Group) -> Any:
 # Options of pytorch_optimizer's forms, and the only values under which they step as derived here.
 _AS_DERIVED = {"weight_decouple": True, "fixed_decay": False}
 
+# Which basis SOAP steps in does not matter: noise is the same in every one.
+_BASIS_OF_SOAP = (
+    "shampoo_beta",
+    "merge_dims",
+    "precondition_1d",
+    "max_precondition_dim",
+    "max_precond_dim",
+)
+
 # Each of these is in several packages (adamp, timm, lion_pytorch, pytorch_optimizer, ...). Their
 # code differs, so none counts as read: what is written here is what all of them share.
 _BY_NAME = (
@@ -193,12 +253,14 @@ _BY_NAME = (
         keys=("momentum", "dampening", "nesterov", "wd_ratio"),
         neutral=_AS_DERIVED,
         response=step_rules.sgdp,
+        recursion=recursion_rules.sgdp,
     ),
     OptimizerFacts(
         "AdamP",
         keys=("betas", "wd_ratio"),
         neutral={"nesterov": False, **_AS_DERIVED},
         response=step_rules.adamp,
+        recursion=recursion_rules.adamp,
     ),
     OptimizerFacts(
         "Lion",
@@ -207,6 +269,16 @@ _BY_NAME = (
         response=step_rules.lion,
         decay_law=_decoupled,
         written_decay=_over_first_lr,
+    ),
+    OptimizerFacts(
+        "SOAP",
+        keys=("betas", "precondition_frequency"),
+        # Two spellings of one option.
+        neutral={"normalize_gradient": False, "normalize_grads": False, "correct_bias": True},
+        indifferent=_BASIS_OF_SOAP,
+        response=step_rules.soap,
+        recursion=recursion_rules.soap,
+        decay_law=_decoupled,
     ),
 )
 

@@ -150,7 +150,9 @@ def _knows_all_that_is_set(row: OptimizerFacts, group: Group) -> bool:
         if key in row.neutral:
             if value is not None and bool(value) != bool(row.neutral[key]):
                 return False
-        elif key not in _HARMLESS_KEYS and key not in row.keys and _is_set(value):
+        elif key in _HARMLESS_KEYS or key in row.keys or key in row.indifferent:
+            continue
+        elif _is_set(value):
             return False
     return True
 

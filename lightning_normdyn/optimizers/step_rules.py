@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypedDict
+
+from torch import Tensor
 
 from .group_numbers import Group, Number, is_zero
 
@@ -27,7 +30,9 @@ class StepResponse:
         lr: learning rate of the group.
         newest: c_0, the share of the present gradient.
         older: c_1, that of the gradient before.
-        memory: c_{j+1} / c_j of all earlier ones, below 1.
+        memory: c_{j+1} / c_j of all earlier ones, below 1. Where steps are no sum of gradients
+            (Lion, Muon; ``older`` is 0), how they forget: the correlation of two steps falls by
+            about this from one lag to the next.
         growth: G, the growth of the squared norm per unit of E (see
             `lightning_normdyn.theory.equilibrium`); None: that of steps that are not projected,
             ``total``².
@@ -37,6 +42,13 @@ class StepResponse:
         coupled: the decay is added to the gradient (torch's SGD and Adam) rather than applied to
             the weight (AdamW).
         adaptive: the decay itself is proportional to ‖w‖ (AWS).
+        lr_power: q, where the decay itself is proportional to lr^q: 1 for a corrected decay, -1 for
+            a constant one.
+        cautious: the decay acts only on entries that the step does not lengthen.
+        entry_energy: where ``normalized``, the mean square of an entry of what the coefficients
+            weigh.
+        energy_is_rough: that number is an average over shapes, good to some percent of the norm.
+            The angle at equilibrium does not depend on it.
     """
 
     lr: Number
@@ -48,6 +60,10 @@ class StepResponse:
     decay: Number | None = None
     coupled: bool = False
     adaptive: bool = False
+    lr_power: int = 0
+    cautious: bool = False
+    entry_energy: Number = 1.0
+    energy_is_rough: bool = False
 
     @property
     def total(self) -> Number:
@@ -65,6 +81,18 @@ class StepResponse:
         if self.growth is None:
             return self.total**2
         return self.growth
+
+    @property
+    def correlation(self) -> Number:
+        """ρ_1 of two steps in a row; that of later ones falls as ρ_1 · memory^(k-1)."""
+        repeated = self.older**2 * self.memory / (1 - self.memory**2)
+        return (self.newest * self.older + repeated) / self.turn
+
+    @property
+    def coherence(self) -> Number:
+        """κ0: growth of ln‖w‖² per squared angle that steps of pure noise turn; 1 for steps that
+        forget each other."""
+        return self.norm_growth / self.turn
 
     def projected(self) -> StepResponse:
         """The same steps without their radial part: the norm grows by their length alone."""
@@ -95,8 +123,28 @@ class StepResponse:
         return self.decay * self.total
 
 
+class _OwnDecay(TypedDict):
+    decay: Number | None
+    coupled: bool
+
+
+class Subject(NamedTuple):
+    """Of which weight, and when, a step is meant. Few optimizers ask.
+
+    Args:
+        shape: rows and columns of the matrix that is orthogonalised (Muon).
+        step: number of the step of that weight, from 1 (NAdam, RAdam); None: the limit.
+    """
+
+    shape: tuple[int, int] | None = None
+    step: Number | None = None
+
+
 ResponseRule = Callable[[Group], StepResponse | None]
 """Param group -> how its steps answer gradients; None for settings that nobody has derived."""
+
+SubjectRule = Callable[[Group, Subject], StepResponse | None]
+"""The same where the answer depends on the weight or on the number of the step."""
 
 
 def sgd(group: Group) -> StepResponse:
@@ -169,11 +217,10 @@ def lion(group: Group) -> StepResponse:
     """Lion: the sign of an average of gradients."""
     inner, outer = group["betas"]
     average = StepResponse(group["lr"], 1 - inner, inner * (1 - outer), outer)
-    newest, older = average.newest, average.older
     # The sign of a Gaussian average with autocorrelation ρ_k = ρ_1 · outer^(k-1) has the
     # autocorrelation (2/π) arcsin ρ_k (the arcsine law). The squared norm grows by its sum over all
     # lags k. Summed as arcsin's power series, because each power is a geometric series in k.
-    correlation = (newest * older + older**2 * outer / (1 - outer**2)) / average.turn
+    correlation = average.correlation
     coherent: Number = 0.0
     coefficient = 1.0
     for power in range(1, 200, 2):
@@ -182,7 +229,153 @@ def lion(group: Group) -> StepResponse:
     return StepResponse(
         group["lr"],
         1.0,
+        memory=outer,
         growth=1 + 4 / math.pi * coherent,
         normalized=True,
         decay=group["weight_decay"],
     )
+
+
+def soap(group: Group) -> StepResponse | None:
+    """SOAP: Adam in a basis that follows the gradients. Noise is the same in every basis."""
+    return adam({**group, "decoupled_weight_decay": True})
+
+
+def nadam(group: Group, subject: Subject) -> StepResponse:
+    """torch's NAdam: Nesterov's momentum μ_t inside Adam, which rises over thousands of steps."""
+    first = group["betas"][0]
+    present, _ = nadam_momenta(group, subject.step)
+    return StepResponse(
+        group["lr"],
+        1 - first * present,
+        present * (1 - first) * first,
+        first,
+        normalized=True,
+        **_flagged_decay(group),
+    )
+
+
+def nadam_momenta(group: Group, step: Number | None) -> tuple[Number, Number]:
+    """μ_t and μ_{t+1} of NAdam; at its limit without a step."""
+    first = group["betas"][0]
+    pace = group["momentum_decay"]
+    if step is None:
+        limit = 0.5 * first if is_zero(pace) else first
+        return limit, limit
+    present = first * (1 - 0.5 * 0.96 ** (step * pace))
+    following = first * (1 - 0.5 * 0.96 ** ((step + 1) * pace))
+    return present, following
+
+
+def radam(group: Group, subject: Subject) -> StepResponse | None:
+    """torch's RAdam: Adam with a rate that is rectified while its second moment is young."""
+    rectified = radam_rectification(group["betas"][1], subject.step)
+    if rectified is None:
+        return None
+    first = group["betas"][0]
+    return StepResponse(
+        group["lr"],
+        1 - first,
+        (1 - first) * first,
+        first,
+        normalized=True,
+        entry_energy=rectified**2,
+        **_flagged_decay(group),
+    )
+
+
+def radam_rectification(second: Number, step: Number | None) -> Number | None:
+    """r_t of RAdam, what its rate is multiplied by; 1 at its limit, without a step.
+
+    None where RAdam does not divide by the second moment at all: while fewer than five gradients
+    count in it.
+    """
+    # Whether it is rectified decides between two rules, and a tensor may be on a device.
+    if isinstance(second, Tensor) or isinstance(step, Tensor):
+        return None
+    longest = 2 / (1 - second) - 1
+    if step is None:
+        return 1.0 if longest > 5 else None
+    left = second**step
+    length = longest - 2 * step * left / (1 - left)
+    if length <= 5:
+        return None
+    square = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length)
+    return math.sqrt(square)
+
+
+def _flagged_decay(group: Group) -> _OwnDecay:
+    """The decay of an optimizer of torch that decouples it by a flag."""
+    if group.get("decoupled_weight_decay"):
+        return {"decay": group["weight_decay"], "coupled": False}
+    # Inside the gradient it is divided by the gradient's size, and what that comes to here has been
+    # derived for a course only.
+    return {"decay": None, "coupled": True}
+
+
+# Of torch's Newton-Schulz iteration in its default setting: the correlation of two orthogonalised
+# matrices is Σ a_i ρ^p_i of that ρ of the matrices. Fitted to Monte Carlo of Gaussian matrices from
+# 128 columns on (error below .003), by the ratio of a matrix's shorter side to its longer.
+_MUON_POWERS = (1, 3, 5, 9, 17, 33)
+_MUON_BY_ASPECT = (
+    (0.0, (1.0, 0.0, 0.0, 0.0, 0.0, 0.0)),
+    (0.125, (0.9781, 0.0246, -0.0432, 0.0615, -0.0313, 0.0103)),
+    (0.25, (0.9256, 0.0126, 0.0352, 0.0336, -0.0124, 0.0054)),
+    (0.5, (0.842, 0.0781, 0.0363, 0.0309, 0.01, 0.0027)),
+    (0.75, (0.7266, 0.1516, 0.025, 0.0656, 0.0212, 0.01)),
+    (1.0, (0.6603, 0.1595, 0.0084, 0.1631, -0.0897, 0.0984)),
+)
+_MUON_COEFFICIENTS = (3.4445, -4.775, 2.0315)
+_MUON_STEPS = 5
+# Mean square of a singular value after that iteration: .62 to .83, by shape.
+_MUON_SINGULAR_SQUARE = 0.78
+
+
+def muon(group: Group, subject: Subject) -> StepResponse | None:
+    """torch's Muon: an average of gradients, orthogonalised as a matrix."""
+    is_default = tuple(group["ns_coefficients"]) == _MUON_COEFFICIENTS
+    if subject.shape is None or not is_default or group["ns_steps"] != _MUON_STEPS:
+        return None
+    momentum = group["momentum"]
+    average = StepResponse(group["lr"], 1 - momentum, (1 - momentum) * momentum, momentum)
+    if group["nesterov"]:
+        average = replace(
+            average,
+            newest=(1 - momentum) * (1 + momentum),
+            older=(1 - momentum) * momentum**2,
+        )
+    rows, columns = subject.shape
+    rank = min(rows, columns)
+    # As Lion's sign does, the orthogonalisation forgets a part of the correlation: a polynomial of
+    # it, of which each power is a geometric series over all lags.
+    correlation = average.correlation
+    coherent: Number = 0.0
+    for power, share in zip(_MUON_POWERS, _muon_shares(rank / max(rows, columns)), strict=True):
+        coherent = coherent + share * correlation**power / (1 - momentum**power)
+    longer_rate = _muon_rate_factor(group["adjust_lr_fn"], rows, columns)
+    return StepResponse(
+        group["lr"],
+        1.0,
+        memory=momentum,
+        growth=1 + 2 * coherent,
+        normalized=True,
+        decay=group["weight_decay"],
+        entry_energy=_MUON_SINGULAR_SQUARE * rank * longer_rate**2 / (rows * columns),
+        energy_is_rough=True,
+    )
+
+
+def _muon_shares(aspect: float) -> list[float]:
+    """The coefficients at an aspect, linear between the rows of the table."""
+    above = next(i for i, (known, _) in enumerate(_MUON_BY_ASPECT) if i and known >= aspect)
+    (low, shares_below), (high, shares_above) = _MUON_BY_ASPECT[above - 1 : above + 1]
+    weight = (aspect - low) / (high - low)
+    pairs = zip(shares_below, shares_above, strict=True)
+    return [below + weight * (beyond - below) for below, beyond in pairs]
+
+
+def _muon_rate_factor(adjustment: object, rows: int, columns: int) -> float:
+    """What Muon multiplies its rate by for a shape."""
+    if adjustment == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1, rows / columns))

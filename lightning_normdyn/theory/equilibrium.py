@@ -12,16 +12,23 @@ the optimizer normalizes the gradient):
 - decay shrinks the norm by the factor 1 - lr·λ_eff. λ_eff = λ decoupled, λ S1 coupled (decay inside
   the gradient). It grows like ‖w‖^m: m = 0 for weight decay, 1 for AWS (Adaptive Weight Shrink),
   one more where the optimizer divides the decay by the size of the gradient (Adam with coupled
-  decay).
+  decay). It grows like lr^q: q = 0 as a rule, 1 for a corrected decay, -1 for a constant one.
 
 Growth and decay balance at ‖w‖^P = lr G E ‖w‖^m / (2 λ_eff), P = 2 + h + m. There AU² = 2 lr λ_eff
 S2 / G; a deviation of the norm fades as exp(-P lr λ_eff t); and after a drop of the learning rate
-by k the new equilibrium norm is the old one divided by k^(1/P).
+by k the new equilibrium norm is the old one divided by k^((1-q)/P).
+
+Steps that are no sum of gradients fit in with a G that was derived or measured for them: Lion's
+sign (the arcsine law), Muon's orthogonalisation (a table by the aspect of the matrix). G/S2 is the
+coherence κ of noise. A cautious decay acts on about half of the entries, those that the step does
+not lengthen: with a = lr·λ and κ the angle is θ² = x² + 2ax/π + a²/4, where κx² + (a/π)(3κ-1)x = a.
 
 Real networks have a signal in their gradients as well: these are reference lines, not laws. Compare
 them with RMS angles. Numbers may be floats or tensors of matching shapes throughout (``lr`` as a
 tensor; norms of n vectors): nothing here waits for a device. ``None`` means "no prediction": an
 optimizer that is not understood, or one without decay.
+
+Over 500 lines, most of them docstrings: one balance and all that follows from it.
 """
 
 from __future__ import annotations
@@ -33,8 +40,9 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.optimizers.group_numbers import Group, Number, group_number, is_zero
+from lightning_normdyn.optimizers.recognition import row_of
 from lightning_normdyn.optimizers.step_response import Options, own_response, step_response
-from lightning_normdyn.optimizers.step_rules import StepResponse
+from lightning_normdyn.optimizers.step_rules import StepResponse, Subject
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -44,6 +52,7 @@ __all__ = [
     "equilibrium_norm",
     "equivalent_hyperparameters",
     "lr_drop_exponent",
+    "never_settles",
     "norm_transient",
     "relaxation_steps",
     "settles_at",
@@ -59,10 +68,10 @@ def _energy(
     response: StepResponse, gradient_scale: Number | None, dim: int | None
 ) -> Number | None:
     """E of the module's docstring."""
-    # A normalized gradient has entries of size 1, whatever the loss.
-    if response.normalized:
-        return dim
-    return gradient_scale
+    # A normalized gradient has entries of a known size, whatever the loss.
+    if not response.normalized:
+        return gradient_scale
+    return None if dim is None else dim * response.entry_energy
 
 
 def _norm(
@@ -70,7 +79,7 @@ def _norm(
 ) -> Number | None:
     """The norm at which growth and decay balance."""
     energy, decay = _energy(response, gradient_scale, dim), response.effective_decay
-    if energy is None or decay is None:
+    if energy is None or decay is None or not _is_derived(response):
         return None
     # Both powers of ‖w‖ that a decay may grow with are taken out of it: it is the decay of a vector
     # of norm 1 that stands in the balance.
@@ -82,7 +91,28 @@ def _norm(
         if gradient_scale is None:
             return None
         decay = decay * (energy / gradient_scale) ** 0.5
-    return (response.lr * response.norm_growth * energy / (2 * decay)) ** (1 / response.power)
+    settled = (response.lr * response.norm_growth * energy / (2 * decay)) ** (1 / response.power)
+    if not response.cautious:
+        return settled
+    half_decay = settled * 2 ** (1 / response.power)
+    update = _cautious_update(response, decay)
+    # The update, not the angle, is what falls as the norm grows.
+    half_update = response.lr * decay / response.coherence
+    return half_decay * (half_update / update**2) ** (1 / response.power)
+
+
+def _cautious_update(response: StepResponse, decay: Number) -> Number:
+    """x, the part of the angle at equilibrium that the optimizer's own update makes."""
+    pull, coherence = response.lr * decay, response.coherence
+    linear = pull / math.pi * (3 * coherence - 1)
+    return ((linear**2 + 4 * coherence * pull) ** 0.5 - linear) / (2 * coherence)
+
+
+def _is_derived(response: StepResponse) -> bool:
+    """Whether the balance is known; a cautious decay was derived for steps that are plain sums of
+    gradients, with entries of random sign."""
+    plain = response.growth is None and not response.coupled and not response.adaptive
+    return plain or not response.cautious
 
 
 def _settled_decay(
@@ -122,8 +152,13 @@ def settles_at(
     """
     # Both follow from the decay at the norm that is settled at, not at the present one.
     pull = _settled_decay(response, gradient_scale, dim, norm)
-    if pull is None:
+    if pull is None or not _is_derived(response):
         return None
+    if response.cautious:
+        update, shared = _cautious_update(response, pull), response.lr * pull
+        angle = (update**2 + 2 * shared * update / math.pi + shared**2 / 4) ** 0.5
+        # To first order half of the decay acts.
+        return angle, _inverse(response.power * shared / 2)
     angle = (2 * response.lr * pull * response.turn / response.norm_growth) ** 0.5
     return angle, _inverse(response.power * response.lr * pull)
 
@@ -158,8 +193,10 @@ def equilibrium_angular_update(
 
     :math:`\sqrt{2\eta\lambda}` (NRQ paper, section 2.3) is its value for plain SGD only; SGD with
     momentum :math:`\beta` turns by
-    :math:`\sqrt{2\eta\lambda/(1+\beta)}`, AdamW by
-    :math:`\sqrt{2\eta\lambda(1-\beta_1)/(1+\beta_1)}`.
+    :math:`\sqrt{2\eta\lambda/(1+\beta)}`, AdamW and SOAP by
+    :math:`\sqrt{2\eta\lambda(1-\beta_1)/(1+\beta_1)}`, Muon by
+    :math:`\sqrt{2\eta\lambda/\kappa_0}` with a :math:`\kappa_0` of 23 (square) to 33 (one row) at
+    momentum 0.95. Adafactor and Adagrad have no equilibrium.
 
     Args:
         optimizer_class, group: class of the optimizer, and its param group.
@@ -168,11 +205,16 @@ def equilibrium_angular_update(
         dim: number of entries d of a vector; only for Adam with coupled decay.
         norm: the norm that ``shrink`` was evaluated at; only for AWS coupled to Adam.
         options: :class:`lightning_normdyn.optimizers.step_response.Options`. With ``shrink`` of
-            shape (n,) the answer has shape (n,), and is that of the present norms.
+            shape (n,) the answer has shape (n,), and is that of the present norms. Muon asks for
+            ``shape`` = (rows, columns). With ``step``, NAdam and RAdam are predicted as if their
+            momentum and rate stayed as they are at that step.
 
     Returns:
         radians per step; ``None`` without decay, for an optimizer that is not understood, or where
         a number above is missing.
+
+    Raises:
+        TypeError: for an option that does not exist.
 
     Example:
         >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-4)
@@ -183,6 +225,9 @@ def equilibrium_angular_update(
         tensor([0.0023, 0.0046])
         >>> equilibrium_angular_update(torch.optim.RMSprop, group) is None
         True
+        >>> corrected = {"decay_rate": "lr_squared", "lr_max": 0.2}  # half of its peak
+        >>> round(equilibrium_angular_update(torch.optim.SGD, group, **corrected), 6)
+        0.001622
     """
     return _settles(optimizer_class, group, gradient_scale, dim, norm, options)[0]
 
@@ -205,7 +250,8 @@ def equilibrium_norm(
         optimizer_class, group, options: as for :func:`equilibrium_angular_update`.
         gradient_scale: L = E‖g‖²·‖w‖², measured; not asked for by AdamW, AdamP, Lion, whose norm
             does not depend on it.
-        dim: number of entries d of a vector; asked for by the Adam family and Lion.
+        dim: number of entries d of a vector; asked for by the Adam family, Lion and Muon. With a
+            ``shape``, that of the whole matrix by default.
         norm: the norm that ``shrink`` was evaluated at (AWS only).
 
     Returns:
@@ -223,6 +269,9 @@ def equilibrium_norm(
     response = step_response(optimizer_class, group, **options)
     if response is None:
         return None
+    shape = options.get("shape")
+    if dim is None and shape is not None:
+        dim = math.prod(shape)
     return _norm(response, gradient_scale, dim, norm)
 
 
@@ -252,23 +301,42 @@ def lr_drop_exponent(
     optimizer_class: type, group: Group, **options: Unpack[Options]
 ) -> float | None:
     """The exponent e: when the learning rate falls by k, weights divided by k^e are at their new
-    equilibrium norm at once; 1/P.
+    equilibrium norm at once; (1 - q)/P.
 
-    1/4 for SGD and SGDP (NRQ paper, "rescale"), 1/2 for AdamW, AdamP and Lion, 1/3 for Adam + L2,
-    1/5 for AWS on SGD, 1/3 for AWS on Adam. Holds from an equilibrium.
+    1/4 for SGD (NRQ paper, "rescale"), 1/2 for the Adam family with decoupled decay, SOAP, Lion and
+    Muon, 1/3 for Adam + L2, 1/5 for AWS on SGD, 1/3 for AWS on Adam. Twice that where the decay of
+    a step is constant, and 0 where it falls with lr²: then the norm stays. Holds from an
+    equilibrium.
 
-    Arguments as for :func:`equilibrium_angular_update`; of ``shrink`` only whether it is given
-    counts.
+    Args:
+        optimizer_class, group: as for :func:`equilibrium_angular_update`.
+        options: as there. Of ``shrink`` only whether it is given counts; neither ``shape`` nor
+            ``step`` is needed.
 
     Example:
         >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1}
         >>> lr_drop_exponent(torch.optim.AdamW, group)
         0.5
+        >>> lr_drop_exponent(torch.optim.AdamW, group, decay_rate="lr_squared")
+        0.0
     """
+    # The same at any shape.
+    options.setdefault("shape", (1, 1))
     response = step_response(optimizer_class, group, **options)
-    if response is None or response.decay is None:
+    if response is None or response.decay is None or not _is_derived(response):
         return None
-    return 1 / response.power
+    return (1 - response.lr_power) / response.power
+
+
+def never_settles(optimizer_class: type, group: Group) -> str | None:
+    """Why weights under an optimizer have no equilibrium; None if nothing of the kind is known.
+
+    Example:
+        >>> never_settles(torch.optim.Adagrad, {"lr": 0.1})
+        'its steps become ever shorter, as 1/√t'
+    """
+    row = row_of(optimizer_class, group)
+    return None if row is None else row.never_settles
 
 
 def norm_transient(
@@ -401,9 +469,10 @@ def equivalent_hyperparameters(
     """The hyperparameters under which weights started ``scale`` times as long take the same
     directions, step by step.
 
-    Corollary 3 of the NRQ paper (SGD: lr·k², λ/k²), extended: Adam-like optimizers need lr·k and
-    eps/k, and λ/k decoupled or λ/k² coupled. Momentum buffers, if there are any already, must be
-    divided by k, second moments by k².
+    Corollary 3 of the NRQ paper (SGD: lr·k², λ/k²), extended: Adam-like optimizers and Muon need
+    lr·k and eps/k, and λ/k decoupled or λ/k² coupled. Momentum buffers, if there are any already,
+    must be divided by k, second moments by k². The first steps of RAdam, which it does not divide
+    by the size of the gradient, are as long as SGD's and so not the same.
 
     Args:
         optimizer_class, group: class of the optimizer, and its param group.
@@ -417,7 +486,8 @@ def equivalent_hyperparameters(
         >>> equivalent_hyperparameters(torch.optim.SGD, group, 2.0)
         {'lr': 0.4, 'weight_decay': 0.0001}
     """
-    response = own_response(optimizer_class, group)
+    # What follows does not depend on a shape, but Muon has no response without one.
+    response = own_response(optimizer_class, group, Subject(shape=(1, 1)))
     if response is None:
         return None
     # A gradient is 1/scale as long as before, a normalized one as long as before.

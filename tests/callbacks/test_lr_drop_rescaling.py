@@ -23,6 +23,7 @@ from lightning_normdyn import (
     NormDynamicsMonitor,
     WeightRescaling,
 )
+from lightning_normdyn.callbacks import lr_drop_rescaling
 from lightning_normdyn.callbacks.lr_drop_rescaling import Rate
 from lightning_normdyn.engine.rescaling import Rescaler
 from lightning_normdyn.errors import NotSupportedError
@@ -574,6 +575,16 @@ class Plain(torch.optim.Optimizer):
             r"of Adam with these settings is not known\. Give exponent=",
         ),
         (
+            lambda p: torch.optim.NAdam(p, weight_decay=0.1),
+            [],
+            r"of NAdam with these settings is not known\. Give exponent=",
+        ),
+        (
+            lambda p: torch.optim.Adagrad(p, weight_decay=0.1),
+            [],
+            r"under Adagrad there is no equilibrium \(its steps become ever shorter",
+        ),
+        (
             lambda p: SGD(p, lr=0.1),
             [],
             r"`weight` under SGD: it has no weight decay.*Give exponent=",
@@ -622,6 +633,16 @@ def test_refused_at_the_first_step(
         fit(module, callbacks[:: 1 if last else -1], batches(noise(6, SHAPE)), max_epochs=1)
     assert module.trainer.global_step == 0
     assert torch.equal(module.weight, start())
+
+
+def test_refused_where_the_equilibrium_norm_does_not_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a decay that falls with the square of the learning rate."""
+    corrected = {"decay": 0.1, "decay_rate": "lr_squared"}
+    monkeypatch.setattr(lr_drop_rescaling, "balance", lambda *arguments: corrected)
+    module = Walk(start(), lambda p: ADAMW(p, weight_decay=0.1), by_rates([0.1] * 5))
+    message = "square of the learning rate, so its equilibrium norm does not move"
+    with pytest.raises(NotSupportedError, match=message):
+        fit(module, [LRDropRescaling()], batches(noise(6, SHAPE)), max_epochs=1)
 
 
 @pytest.mark.parametrize(

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from paper_optimizers import SGDP, AdamP, Lion, group_of, tangential
+from paper_optimizers import SGDP, SOAP, AdamP, Lion, group_of, tangential
 from torch import Tensor
 
 from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.theory import equilibrium as eq
 from lightning_normdyn.theory import outlook as verdicts
+from lightning_normdyn.theory.course import NormCourse
 from lightning_normdyn.theory.equilibrium import (
     equilibrium_angular_update,
     equilibrium_norm,
@@ -61,7 +62,7 @@ def size_of(weight: Tensor, statistic: str) -> Tensor:
     )
 
 
-def predict(row: Row, group: dict[str, Any]) -> tuple[float, float, float]:
+def predict(row: Row, group: dict[str, Any], units: int = 64) -> tuple[float, float, float]:
     """Angle, norm and relaxation time at equilibrium."""
     d = row.dim
     # E‖g‖²‖w‖² of the noise below: tangential to w, and with std also to the vector of ones.
@@ -70,6 +71,7 @@ def predict(row: Row, group: dict[str, Any]) -> tuple[float, float, float]:
         "projected": row.projected,
         "decay": row.decay,
         "coupled": row.coupled,
+        "shape": (units, d),
     }
     if row.alpha is not None:
         per_norm = row.alpha if row.statistic == "norm" else row.alpha / math.sqrt(d)
@@ -95,7 +97,7 @@ def simulate(
     noise = torch.Generator().manual_seed(seed)
     weight = torch.nn.Parameter(torch.randn(units, row.dim, generator=noise, dtype=torch.float64))
     optimizer = row.optimizer([weight], lr=row.lr, **row.hyper)
-    angle, norm, relaxation = predict(row, optimizer.param_groups[0])
+    angle, norm, relaxation = predict(row, optimizer.param_groups[0], units)
     with torch.no_grad():
         if row.statistic == "std":
             weight.sub_(weight.mean(1, keepdim=True))
@@ -230,6 +232,20 @@ SLOW = [
     Row("14 SGDP", SGDP, 0.05, {"momentum": 0.8, "weight_decay": 2e-2}),
     Row("15 AdamP", AdamP, 3e-3, {"weight_decay": 1.2, "betas": (0.8, 0.999)}),
     Row("Lion", Lion, 3e-4, {"weight_decay": 1.0, "betas": (0.9, 0.99)}),
+    Row(
+        "NAdam",
+        torch.optim.NAdam,
+        3e-3,
+        # μ is at its limit from the first step on.
+        {"weight_decay": 0.4, "decoupled_weight_decay": True, "momentum_decay": 1e4},
+    ),
+    Row(
+        "RAdam",
+        torch.optim.RAdam,
+        3e-3,
+        {"weight_decay": 0.4, "decoupled_weight_decay": True, "betas": (0.8, 0.99)},
+    ),
+    Row("SOAP", SOAP, 3e-3, {"weight_decay": 0.4, "betas": (0.9, 0.99)}),
     Row("Lion, equal betas", Lion, 3e-4, {"weight_decay": 1.5, "betas": (0.9, 0.9)}, dim=80),
 ]
 
@@ -515,7 +531,7 @@ def test_no_prediction_for_what_is_not_understood_or_has_no_decay(
     assert verdicts.free_decay_rate(optimizer, group) is None
     assert verdicts.total_decay(optimizer, group, 1000) is None
     response = step_response(optimizer, group)
-    assert response is None or not response.rough
+    assert response is None or response.decay is None
 
 
 def test_projection_removes_a_coupled_decay_and_keeps_a_decoupled_one() -> None:
@@ -595,6 +611,236 @@ def test_tensors_stay_on_their_device(optimizer: type) -> None:
     assert equilibrium_angular_update(optimizer, group, shrink=norms).shape == (7,)
 
 
+@pytest.mark.parametrize(
+    "ask",
+    [
+        equilibrium_angular_update,
+        equilibrium_norm,
+        relaxation_steps,
+        lr_drop_exponent,
+        step_response,
+        verdicts.total_decay,
+    ],
+)
+def test_an_unknown_option_is_a_type_error(ask: Any) -> None:
+    """Also for an optimizer that nobody has derived: a misspelled option is never a prediction."""
+    arguments = (1000,) if ask is verdicts.total_decay else ()
+    for optimizer in (SGD, torch.optim.Adamax):
+        with pytest.raises(TypeError, match="'shirnk'"):
+            ask(optimizer, group_of(optimizer, lr=0.1), *arguments, shirnk=0.1)
+
+
+# --- optimizers that ask for more, and decays of other rates
+# --------------------------------------------------------------------------------------------------
+
+
+MUON = getattr(torch.optim, "Muon", None)
+needs_muon = pytest.mark.skipif(MUON is None, reason="newer torch only")
+
+
+@needs_muon
+def test_muon_is_predicted_by_the_shape_and_whatever_its_adjustment() -> None:
+    group = group_of(MUON, lr=0.02, weight_decay=0.1)
+    assert equilibrium_angular_update(MUON, group) is None
+    for adjustment in (None, "match_rms_adamw"):
+        adjusted = {**group, "adjust_lr_fn": adjustment}
+        angle = equilibrium_angular_update(MUON, adjusted, shape=(64, 64))
+        assert angle == pytest.approx(math.sqrt(2 * 0.02 * 0.1 / 23.33), rel=1e-3)
+    # The norm of the whole matrix, or of one of its rows.
+    norm = equilibrium_norm(MUON, group, shape=(128, 64))
+    expected = math.sqrt(2) * math.sqrt(0.02 * 0.78 * 64 * 28.54 / 0.2)
+    assert norm == pytest.approx(expected, rel=1e-3)
+    row = equilibrium_norm(MUON, group, shape=(128, 64), dim=64)
+    assert row == pytest.approx(norm / math.sqrt(128))
+    assert relaxation_steps(MUON, group, shape=(64, 64)) == pytest.approx(1 / (2 * 0.02 * 0.1))
+
+
+@needs_muon
+@pytest.mark.slow
+@pytest.mark.parametrize(("rows", "columns"), [(64, 64), (64, 256)])
+def test_muon_settles_as_predicted(rows: int, columns: int) -> None:
+    row = Row("Muon", MUON, 0.02, {"weight_decay": 0.1}, dim=columns)
+    angle, norm, _ = simulate(row, units=rows)
+    assert angle == pytest.approx(1, abs=0.015)
+    # The energy of its steps is .62 to .83, and .78 here for all.
+    assert norm == pytest.approx(1, abs=0.06)
+
+
+def test_nadam_and_radam_are_predicted_at_a_step_and_in_their_limit() -> None:
+    decoupled = {"lr": 1e-3, "weight_decay": 0.1, "decoupled_weight_decay": True}
+    nadam = group_of(torch.optim.NAdam, **decoupled)
+    adamw = equilibrium_angular_update(ADAMW, group_of(ADAMW, lr=1e-3, weight_decay=0.1))
+    early = equilibrium_angular_update(torch.optim.NAdam, nadam, step=1000)
+    assert early == pytest.approx(math.sqrt(2 * 1e-3 * 0.1 / 3.372), rel=1e-3)
+    limit = equilibrium_angular_update(torch.optim.NAdam, nadam)
+    assert limit == pytest.approx(math.sqrt(2 * 1e-3 * 0.1 / 14.158), rel=1e-3)
+    radam = group_of(torch.optim.RAdam, **decoupled)
+    assert equilibrium_angular_update(torch.optim.RAdam, radam) == pytest.approx(adamw)
+    assert equilibrium_angular_update(torch.optim.RAdam, radam, step=5) is None
+    full = equilibrium_norm(torch.optim.RAdam, radam, dim=64)
+    assert full == pytest.approx(math.sqrt(1e-3 * 64 / 0.2))
+    assert equilibrium_norm(torch.optim.RAdam, radam, dim=64, step=100) < 0.5 * full
+
+
+def test_soap_settles_as_adamw() -> None:
+    hyper = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)}
+    for ask in (equilibrium_angular_update, equilibrium_norm):
+        assert ask(SOAP, group_of(SOAP, **hyper), dim=64) == ask(
+            ADAMW, group_of(ADAMW, **hyper), dim=64
+        )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "hyper", "power"),
+    [
+        (SGD, {"momentum": 0.9}, 4),
+        (ADAMW, {}, 2),
+        (torch.optim.NAdam, {"decoupled_weight_decay": True}, 2),
+        (torch.optim.RAdam, {"decoupled_weight_decay": True}, 2),
+        (SOAP, {}, 2),
+        *([] if MUON is None else [(MUON, {}, 2)]),
+    ],
+)
+def test_the_exponent_of_a_drop_follows_the_rate_of_the_decay(
+    optimizer: type, hyper: dict[str, Any], power: int
+) -> None:
+    group = group_of(optimizer, lr=0.1, weight_decay=0.1, **hyper)
+    exponents = {"lr": 1 / power, "schedule": 1 / power, "lr_squared": 0, "constant": 2 / power}
+    assert lr_drop_exponent(optimizer, group) == exponents["lr"]
+    for rate, exponent in exponents.items():
+        assert lr_drop_exponent(optimizer, group, decay_rate=rate) == exponent
+
+
+@pytest.mark.parametrize(
+    ("rate", "pull"),
+    [("lr_squared", 0.3 * 0.1**2 / 0.4), ("schedule", 0.3 * 0.25), ("constant", 0.3)],
+)
+@pytest.mark.parametrize("named", ["option", "initial_lr", "max_lr"])
+def test_a_decay_of_another_rate_is_decoupled_and_takes_the_largest_rate(
+    rate: str, pull: float, named: str
+) -> None:
+    group = {**group_of(SGD, lr=0.1, momentum=0.9, weight_decay=0.3), "initial_lr": 0.2}
+    options: dict[str, Any] = {"decay_rate": rate}
+    if named == "option":
+        options["lr_max"] = 0.4
+    else:
+        group[named] = 0.4
+    # As it is written: momentum does not repeat it.
+    assert equilibrium_angular_update(SGD, group, **options) == pytest.approx(
+        math.sqrt(2 * pull * (1 - 0.9) / (1 + 0.9))
+    )
+    assert relaxation_steps(SGD, group, **options) == pytest.approx(1 / (4 * pull))
+
+
+def test_a_decay_at_a_rate_of_zero_or_of_an_unknown_kind_has_no_prediction() -> None:
+    group = group_of(ADAMW, lr=0.0, weight_decay=0.1)
+    for rate in ("lr_squared", "constant"):
+        assert equilibrium_angular_update(ADAMW, group, decay_rate=rate) is None
+    with pytest.raises(ValueError, match="decay_rate"):
+        equilibrium_angular_update(ADAMW, group, decay_rate="cosine")
+    # Nobody has derived a shrink of another rate.
+    group["lr"] = 0.1
+    options = {"shrink": 0.1, "decay_rate": "constant"}
+    assert equilibrium_angular_update(ADAMW, group, **options) is None
+
+
+def test_under_a_corrected_decay_the_static_angle_holds_at_every_moment() -> None:
+    """The equilibrium norm does not move, so a norm that starts there follows the schedule."""
+    peak, steps = 3e-3, 600
+    group = {**group_of(ADAMW, lr=peak, weight_decay=0.3), "initial_lr": peak}
+    corrected = {"decay_rate": "lr_squared"}
+    start = equilibrium_norm(ADAMW, group, dim=64, **corrected)
+    course = NormCourse(ADAMW, group, [start], 64)
+    for t in range(steps):
+        group["lr"] = peak * 0.5 * (1 + math.cos(math.pi * t / steps))
+        course.advance(group, **corrected)
+        # The buffers fill first.
+        if t > 60:
+            static = equilibrium_angular_update(ADAMW, group, **corrected)
+            assert course.angular_update.item() == pytest.approx(static, rel=0.02)
+
+
+def cautious_walk(optimizer: type, hyper: dict[str, Any], pull: float, start: float) -> Any:
+    """RMS angle and norm while a decay acts on entries that the step does not lengthen."""
+    noise = torch.Generator().manual_seed(0)
+    weight = torch.randn(96, 64, generator=noise, dtype=torch.float64)
+    weight *= start / weight.norm(dim=1, keepdim=True)
+    stepped = optimizer([weight], **hyper)
+    angles, norms = [], []
+    steps = round(6 / pull)
+    for t in range(steps):
+        gradient = tangential(torch.randn(96, 64, generator=noise, dtype=torch.float64), weight)
+        weight.grad = gradient / weight.norm(dim=1, keepdim=True)
+        before = weight.clone()
+        stepped.step()
+        weight -= pull * before * ((weight - before) * before <= 0)
+        if t > steps // 2:
+            angles.append(turned(before, weight).square().mean())
+            norms.append(weight.square().sum(1).mean())
+    return torch.stack(angles).mean().sqrt().item(), torch.stack(norms).mean().sqrt().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "hyper"),
+    [
+        (ADAMW, {"lr": 4e-3, "betas": (0.9, 0.99)}),
+        (ADAMW, {"lr": 4e-3, "betas": (0.8, 0.99)}),
+        (SGD, {"lr": 0.05, "momentum": 0.9}),
+        (SGD, {"lr": 0.2}),
+    ],
+)
+def test_a_cautious_decay_settles_as_predicted(optimizer: type, hyper: dict[str, Any]) -> None:
+    pull = 2e-3
+    group = {**group_of(optimizer, **hyper), "weight_decay": pull / hyper["lr"]}
+    options = {"cautious": True, "decay": pull / hyper["lr"]}
+    angle = equilibrium_angular_update(optimizer, group, **options)
+    norm = equilibrium_norm(optimizer, group, 63.0, dim=64, **options)
+    measured_angle, measured_norm = cautious_walk(
+        optimizer, {**hyper, "weight_decay": 0.0}, pull, norm
+    )
+    assert measured_angle == pytest.approx(angle, rel=0.02)
+    assert measured_norm == pytest.approx(norm, rel=0.02)
+
+
+def test_a_weak_cautious_decay_is_half_the_decay() -> None:
+    group = group_of(ADAMW, lr=1e-6, weight_decay=0.1)
+    half = {**group, "weight_decay": 0.05}
+    for ask in (equilibrium_angular_update, equilibrium_norm, relaxation_steps):
+        assert ask(ADAMW, group, dim=64, cautious=True) == pytest.approx(
+            ask(ADAMW, half, dim=64), rel=1e-3
+        )
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "hyper", "options"),
+    [
+        (SGD, {"momentum": 0.9}, {}),
+        (Lion, {}, {}),
+        (ADAMW, {}, {"projected": True, "decay": 0.1}),
+        (ADAMW, {}, {"shrink": 0.1}),
+    ],
+)
+def test_a_cautious_decay_is_predicted_only_where_it_was_derived(
+    optimizer: type, hyper: dict[str, Any], options: dict[str, Any]
+) -> None:
+    group = group_of(optimizer, lr=0.1, weight_decay=0.1, **hyper)
+    scale = {"gradient_scale": 1.0, "dim": 64}
+    assert equilibrium_angular_update(optimizer, group, **scale, **options) is not None
+    cautious = {**options, "cautious": True}
+    assert equilibrium_angular_update(optimizer, group, **scale, **cautious) is None
+    assert equilibrium_norm(optimizer, group, 1.0, dim=64, **cautious) is None
+    assert lr_drop_exponent(optimizer, group, **cautious) is None
+
+
+def test_what_never_settles_says_why() -> None:
+    adafactor = group_of(torch.optim.Adafactor)
+    assert "norms grow for decay < lr/2" in eq.never_settles(torch.optim.Adafactor, adafactor)
+    assert "ever shorter" in eq.never_settles(torch.optim.Adagrad, group_of(torch.optim.Adagrad))
+    assert eq.never_settles(SGD, group_of(SGD)) is None
+    assert eq.never_settles(int, {}) is None
+
+
 def test_tensors_and_floats_agree() -> None:
     group = group_of(SGD, lr=0.1, momentum=0.9, weight_decay=5e-4)
     scales = torch.tensor([0.5, 2.0], dtype=torch.float64)
@@ -625,6 +871,11 @@ def test_a_learning_rate_of_zero_predicts_no_motion() -> None:
         (ADAMW, {"lr": 0.01, "weight_decay": 0.2, "eps": 1e-3}),
         (AdamP, {"lr": 0.01, "weight_decay": 0.2, "eps": 1e-3}),
         (Lion, {"lr": 1e-3, "weight_decay": 0.2}),
+        (
+            torch.optim.NAdam,
+            {"lr": 0.01, "weight_decay": 0.2, "eps": 1e-3, "decoupled_weight_decay": True},
+        ),
+        (torch.optim.NAdam, {"lr": 0.01, "weight_decay": 0.2, "eps": 1e-3}),
     ],
 )
 @pytest.mark.parametrize("scale", [0.3, 10.0])
@@ -647,4 +898,27 @@ def test_equivalent_hyperparameters_keep_every_direction(
             (weight / weight.norm(dim=1, keepdim=True) * sample).sum().backward()
             stepped.step()
         directions.append(weight.detach() / weight.detach().norm(dim=1, keepdim=True))
+    assert (directions[0] - directions[1]).abs().max() < 1e-12
+
+
+@needs_muon
+def test_muon_with_equivalent_hyperparameters_keeps_every_direction() -> None:
+    """At a power of two, since the orthogonalisation rounds to bfloat16."""
+    hyper = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.9}
+    changed = eq.equivalent_hyperparameters(MUON, group_of(MUON, **hyper), 4.0)
+    assert changed["lr"] == 0.08
+    assert changed["weight_decay"] == 0.05
+    directions = []
+    for factor, settings in ((1.0, hyper), (4.0, {**hyper, **changed})):
+        noise = torch.Generator().manual_seed(3)
+        weight = torch.nn.Parameter(
+            factor * torch.randn(4, 6, generator=noise, dtype=torch.float64)
+        )
+        stepped = MUON([weight], **settings)
+        for _ in range(50):
+            sample = torch.randn(4, 6, generator=noise, dtype=torch.float64)
+            stepped.zero_grad()
+            (weight / weight.norm() * sample).sum().backward()
+            stepped.step()
+        directions.append(weight.detach() / weight.detach().norm())
     assert (directions[0] - directions[1]).abs().max() < 1e-12
