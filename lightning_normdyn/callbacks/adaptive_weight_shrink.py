@@ -105,13 +105,16 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         decays = equivalent_weight_decay(self.rule.alpha, self.size())
         totals = plan.vectors.totals(decays)
         means = (totals / plan.vectors.count).tolist()
+        # Once a group, not a weight: it is a question about the optimizer, and there may be
+        # thousands of weights.
+        replaced = {}
+        for group, _ in plan.groups:
+            words = replaced_decay(plan.optimizer, group)
+            is_said = words and self.rule.weight_decay == "replace"
+            replaced[id(group)] = f" ({words})" if is_said else ""
         texts = []
         for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
-            text = f"AWS, decay now {mean:.2g}"
-            replaced = replaced_decay(plan.optimizer, group)
-            if replaced and self.rule.weight_decay == "replace":
-                text += f" ({replaced})"
-            texts.append(text)
+            texts.append(f"AWS, decay now {mean:.2g}{replaced[id(group)]}")
         return texts
 
 
