@@ -270,18 +270,10 @@ def nadam_momenta(group: Group, step: Number | None) -> tuple[Number, Number]:
 def radam(group: Group, subject: Subject) -> StepResponse | None:
     """torch's RAdam: Adam with a rate that is rectified while its second moment is young."""
     rectified = radam_rectification(group["betas"][1], subject.step)
-    if rectified is None:
+    as_adam = adam(group)
+    if rectified is None or as_adam is None:
         return None
-    first = group["betas"][0]
-    return StepResponse(
-        group["lr"],
-        1 - first,
-        (1 - first) * first,
-        first,
-        normalized=True,
-        entry_energy=rectified**2,
-        **_flagged_decay(group),
-    )
+    return replace(as_adam, entry_energy=rectified**2, **_flagged_decay(group))
 
 
 def radam_rectification(second: Number, step: Number | None) -> Number | None:
