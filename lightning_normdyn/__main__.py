@@ -369,11 +369,12 @@ def _report(options: argparse.Namespace) -> None:
 
 def _write_report(places: Mapping[str, str | Path], output: Path) -> Path:
     """One report of the runs in these places, by their labels."""
+    page = _own("monitor.report.page")
     runs = {}
     for label, path in places.items():
         _say(f"reading {path}")
-        runs[label] = _own("monitor.report.page").load_run(path)
-    report: Path = _own("monitor.report.page").write_report(runs, output, _say)
+        runs[label] = page.load_run(path)
+    report: Path = page.write_report(runs, output, _say)
     return report
 
 
