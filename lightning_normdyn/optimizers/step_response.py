@@ -132,13 +132,13 @@ def _rate_factor(rate: DecayRate, group: Group, lr_max: Number | None) -> Number
         return None if is_zero(lr) else 1 / lr
     largest = as_number(lr_max)
     if largest is None:
-        largest = _largest_rate(group)
+        largest = largest_rate(group)
     if largest is None or is_zero(largest):
         return None
     return lr / largest if rate == "lr_squared" else 1 / largest
 
 
-def _largest_rate(group: Group) -> Number | None:
+def largest_rate(group: Group) -> Number | None:
     """The largest learning rate that a param group names; None if one lives on a device."""
     rates = [as_number(group.get(key)) for key in ("max_lr", "initial_lr", "lr")]
     numbers = [rate for rate in rates if rate is not None]

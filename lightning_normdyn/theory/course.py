@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import MIN_SHRINK_FACTOR
-from lightning_normdyn.optimizers.group_numbers import Group, as_number
+from lightning_normdyn.optimizers.group_numbers import Group
 from lightning_normdyn.optimizers.recognition import row_of
 from lightning_normdyn.optimizers.recursion_rules import BufferStep
 from lightning_normdyn.optimizers.step_response import (
@@ -42,6 +42,7 @@ from lightning_normdyn.optimizers.step_response import (
     StepDecay,
     check_options,
     decay_under,
+    largest_rate,
     own_response,
     plain_group,
 )
@@ -269,9 +270,8 @@ class NormCourse:
         does not leave it in the group."""
         if options.get("lr_max") is not None:
             return options
-        named = [as_number(group.get(key)) for key in ("max_lr", "initial_lr")]
-        known = [rate for rate in named if isinstance(rate, float)]
-        return {**options, "lr_max": max(self._state.largest_rate, *known, 0.0)}
+        rates = [self._state.largest_rate, largest_rate(group)]
+        return {**options, "lr_max": max(rate for rate in rates if isinstance(rate, float))}
 
     def _per_vector(self, value: Any) -> Array | None:
         """A number or one per vector, as (n,); None if it is missing."""
