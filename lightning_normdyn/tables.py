@@ -15,6 +15,8 @@ LONG = 24
 # Characters of a name that stay on one line as long as other cells can be wrapped.
 NAME = 40
 SHORTEST_NAME = 12
+# Characters of a line in which a sentence can be read.
+SENTENCE = 32
 GAP = "  "
 # The beginning of a module path, in whatever column it stands. A number such as 0.0014 is none.
 _PATH = re.compile(r"[A-Za-z_]\w*\.\w")
@@ -30,6 +32,7 @@ def render(
     *,
     noted: Sequence[str] = (),
     optional: Sequence[str] = (),
+    roomy: Sequence[str] = (),
     width: int | None = None,
     most_rows: int | None = MOST_ROWS,
 ) -> str:
@@ -45,6 +48,7 @@ def render(
         rows: the cells.
         noted: columns whose cells may become notes.
         optional: columns that may be left out, the most dispensable one first.
+        roomy: columns of sentences, which get room for several words before optional columns do.
         width: columns of the terminal; None: what the terminal has, 140 where there is none.
         most_rows: what a person would still read; None: all.
 
@@ -62,8 +66,8 @@ def render(
     width = _terminal(width)
     shown = rows[:most_rows]
     table = [list(texts) for texts in zip(columns, *shown, strict=True)]
-    table, notes = _make_room(table, noted, optional, width)
-    widths = _widths(table, width)
+    table, notes = _make_room(table, noted, optional, roomy, width)
+    widths = _widths(table, roomy, width)
 
     lines = [title, ""] if title else []
     head, *body = zip(*table, strict=True)
@@ -128,6 +132,7 @@ def _make_room(
     table: Table,
     noted: Sequence[str],
     optional: Sequence[str],
+    roomy: Sequence[str],
     width: int,
 ) -> tuple[Table, list[str]]:
     """A table that is too wide with notes in the place of long cells, and without the columns that
@@ -137,7 +142,7 @@ def _make_room(
     left_out: list[str] = []
     while True:
         shorter, notes = _with_notes(table, noted)
-        least, *_ = _floors(shorter)
+        least, *_ = _floors(shorter, roomy)
         if _total(least) <= width or len(left_out) == len(optional):
             break
         dispensable = optional[len(left_out)]
@@ -170,14 +175,19 @@ def _with_notes(
     return [by_head[texts[0]] for texts in table], notes
 
 
-def _floors(table: Table) -> tuple[list[int], ...]:
+def _floors(table: Table, roomy: Sequence[str]) -> tuple[list[int], ...]:
     """How narrow each column may become, one after the other, as long as the table is too wide."""
     words = [_longest(_pieces(" ".join(texts))) for texts in table]
+    readable = []
+    for texts, word in zip(table, words, strict=True):
+        wanted = min(SENTENCE, _longest(texts)) if texts[0] in roomy else 0
+        readable.append(max(word, wanted))
     # The first column holds names: those of ordinary length stay whole at first.
     names = " ".join(table[0])
     name = min(_longest(names.split()), NAME)
     part = _longest(_pieces(names, is_name=True))
     return (
+        [name, *readable[1:]],
         [name, *words[1:]],
         # Then they are folded after every dot.
         [min(name, part), *words[1:]],
@@ -190,11 +200,11 @@ def _longest(texts: Sequence[str]) -> int:
     return max(map(len, map(str.strip, texts)), default=0)
 
 
-def _widths(table: Table, width: int) -> list[int]:
+def _widths(table: Table, roomy: Sequence[str], width: int) -> list[int]:
     """The widest column gives way first, down to its longest word; then the names do; words are
     broken only at last."""
     widths = _natural(table)
-    for floor in _floors(table):
+    for floor in _floors(table, roomy):
         while _total(widths) > width:
             shrinkable = [i for i, least in enumerate(floor) if widths[i] > least]
             if not shrinkable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,8 +27,19 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
+from lightning_normdyn.monitor import balance
 
 STEPS, BATCHES = 20, 5
+
+
+@pytest.fixture(autouse=True)
+def _short_windows(monkeypatch):
+    """A coherence is shown after a few steps already, so that it is compared, too."""
+    monkeypatch.setattr(balance, "LEAST_STEPS", 2)
+    monkeypatch.setattr(balance, "LEAST_ROWS", 2)
+    monkeypatch.setattr(balance, "MOST_ERROR", math.inf)
+
+
 OVERFLOWS = (0, 4, 9, 11, 15)
 
 
@@ -292,6 +304,16 @@ def check(
 @pytest.mark.parametrize("saves", ["first", "last"])
 def test_a_fit_with_all_callbacks_and_skipped_steps_resumes_from_some_of_its_steps(saves, tmp_path):
     check(CASES["all"], 5, "scaler", saves, tmp_path, steps=[0, 7, 14, 19])
+
+
+@pytest.mark.parametrize("case", ["monitor", "lr-drop"])
+def test_expectations_and_balances_go_on(case, tmp_path):
+    rows = go(CASES[case], 3, "")["histories"][-1]["rows"]
+    shown = {key.split("/")[0] for row in rows for key in row}
+    assert {"expected_ratio", "expected_weight_norm", "matrix_angle", "norm_drift"} <= shown
+    assert {"coherence", "balance_ratio", "loss_decay", "balanced_angular_update"} <= shown
+    # The rate falls at the steps 7 and 13: between two rows, and just before or after a save.
+    check(CASES[case], 3, "", "last", tmp_path, steps=[6, 7, 13])
 
 
 @pytest.mark.slow

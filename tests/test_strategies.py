@@ -26,6 +26,7 @@ from lightning_normdyn import (
 )
 from lightning_normdyn.callbacks.radial_projection import ProjectWorker
 from lightning_normdyn.engine.worker import during
+from lightning_normdyn.monitor import balance
 from lightning_normdyn.optimizers.step import Phase
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -102,7 +103,7 @@ def assert_same_rows(
 
 
 # Angles are small differences of large sums: each strategy adds these up in another order.
-ANGLES = {"angular_update", "effective_step_size"}
+ANGLES = {"angular_update", "effective_step_size", "matrix_angle", "expected_ratio"}
 QUICK = ["ddp", "ddp, ZeroRedundancyOptimizer", "FSDP2", "TP", "FSDP1 FULL_SHARD"]
 MATRIX = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES
@@ -124,6 +125,75 @@ def test_matrix(strategy: str):
         assert_same_rows(answers[0][1], rows, 1e-5, 1e-3)
         recorded = [rank for rank, (_, history, _) in answers.items() if len(history)]
         assert recorded == [0], callbacks
+
+
+COSINE_STEPS, COSINE_EVERY = 28, 4
+COURSES = ("expected_angular_update", "expected_ratio", "expected_weight_norm")
+BALANCES = ("matrix_angle", "norm_drift", "coherence", "balanced_angular_update", "balance_ratio")
+
+
+class CosineModule(strategies.Module):
+    """Under a schedule that no static prediction could follow."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2 * COSINE_STEPS)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+def courses_and_balances(strategy: strategies.Strategy, dtype: torch.dtype) -> dict[str, Any]:
+    """In a rank: rows under a cosine, by optimizer."""
+    # So short a fit has too few steps for an exact coherence; the same one is enough here.
+    balance.LEAST_STEPS, balance.MOST_ERROR = 8, math.inf
+    found = {}
+    for name, optimizer in {"sgd": sgd, "adamw": adamw}.items():
+        monitor = NormDynamicsMonitor(
+            COSINE_EVERY, quantities=[*COURSES, *BALANCES, "loss_decay"], tables=False
+        )
+        fit(
+            strategy,
+            lambda m=monitor: [m],  # type: ignore[misc]
+            dtype=dtype,
+            optimizer=optimizer,
+            steps=COSINE_STEPS,
+            model=CosineModule,
+        )
+        found[name] = list(monitor.history)
+    return found
+
+
+@functools.cache
+def courses_and_balances_of_one(dtype: torch.dtype) -> dict[str, Any]:
+    return run_ranks(courses_and_balances, 1, (STRATEGIES["ddp"], dtype))[0]
+
+
+@pytest.mark.parametrize("strategy", MATRIX)
+def test_expectations_and_balances_are_those_of_one_process(strategy: str):
+    """Of normalized weights and of others, on vectors that lie on several ranks."""
+    require(strategy)
+    chosen = {**STRATEGIES, **DEEPSPEED}[strategy]
+    dtype = chosen.dtypes[0]
+    relative, drift = (1e-5, 1e-8) if dtype == torch.float64 else (1e-2, 1e-5)
+    expected = courses_and_balances_of_one(dtype)
+    found = run_ranks(courses_and_balances, chosen.world, (chosen, dtype))[0]
+    for optimizer, rows in expected.items():
+        assert len(found[optimizer]) == len(rows) > COSINE_STEPS // COSINE_EVERY
+        for mine, other in zip(found[optimizer], rows, strict=True):
+            assert mine.keys() == other.keys()
+            for key, value in other.items():
+                is_drift = key.startswith("norm_drift/")
+                close = pytest.approx(value, **({"abs": drift} if is_drift else {"rel": relative}))
+                assert mine[key] == close, (optimizer, key)
+        last = rows[-2]
+        for quantity in (*COURSES, *BALANCES):
+            assert f"{quantity}/net.conv.weight" in last, optimizer
+        for quantity in (*BALANCES, "loss_decay"):
+            assert f"{quantity}/net.block.up.weight" in last, optimizer
+        assert "expected_ratio/net.block.up.weight" not in last
+    # The first gradients are steep, so the norms move, and an expectation that stood still would
+    # be wrong.
+    norms = [row["expected_weight_norm/net.conv.weight"] for row in expected["adamw"]]
+    assert max(norms) > 1.02 * min(norms)
 
 
 def test_the_matrix_says_something():
@@ -432,7 +502,7 @@ def test_what_the_monitor_sends(strategy: str, arguments: dict[str, Any]):
     """One collective in each phase of a step, as large as docs/strategies.md says."""
     for found, cut, weights, numbers in run_ranks(traffic, 2, (strategy, arguments)).values():
         assert (cut == 0) == (strategy == "ddp" or arguments == FILTERS)
-        send = [] if strategy == "ddp" else [8 * (2 * numbers + 1) * weights, 8 * weights]
+        send = [] if strategy == "ddp" else [8 * (2 * numbers + 6) * weights, 8 * weights]
         assert found == {
             "MEASURE": [24 * cut] if cut else [],
             "MEASURE_STEP": [24 * cut] if cut else [],

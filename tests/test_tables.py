@@ -10,7 +10,7 @@ from lightning_normdyn.tables import MOST_ROWS, aligned, paragraph, render
 
 COLUMNS = ["weight", "treated how", "norm first → last", "effective lr", "e-foldings", "verdict"]
 WRS = "WRS to its initial norm every 20 steps"
-VERDICT = "length held by WeightRescaling, 1.1x the prediction"
+VERDICT = "as expected now (1.1x); its length is held by WeightRescaling"
 NAMES = [
     "network.0.weight",
     "network.4.shortcut.0.weight",

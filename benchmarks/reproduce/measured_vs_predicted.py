@@ -17,8 +17,8 @@ from lightning_normdyn import AdaptiveWeightShrink, RadialProjection
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.monitor.predictions import Prediction, predict
-from lightning_normdyn.monitor.verdicts import Course, judge
-from lightning_normdyn.theory.outlook import AS_PREDICTED
+from lightning_normdyn.monitor.verdicts import Course, norm_has_settled
+from lightning_normdyn.theory.words import AS_EXPECTED
 
 DESK = {
     "width": 8,
@@ -49,6 +49,8 @@ METHODS: dict[str, tuple[dict[str, Any], Callable[[], list[Any]]]] = {
         list,
     ),
 }
+# Change of a norm up to which it stands still.
+STILL = 0.05
 ROUGH = "Adam with decay in the gradient"
 
 
@@ -65,11 +67,19 @@ def prediction(args: Any, weight_decay: float) -> Prediction:
     return found
 
 
-def verdict_of(run: desk.Run, layer: str, foreseen: Prediction) -> str:
+def has_settled(run: desk.Run, layer: str, foreseen: Prediction) -> bool:
+    """By its norm alone: angles are what is compared here."""
     course = Course()
     for step in run.history.column(f"angular_update/{layer}")[0].tolist():
         course.add(step + 1, foreseen)
-    return judge(run.history, layer, course)
+    return norm_has_settled(run.history, layer, course)
+
+
+def stands_still(run: desk.Run, layer: str) -> bool:
+    """Whether the norm has hardly changed between the last two eighths of a run."""
+    key = f"weight_norm/{layer}"
+    before, after = (desk.window(run.history, key, start, start + 0.125) for start in (0.75, 0.875))
+    return abs(after / before - 1) < STILL
 
 
 def other_methods(report: desk.Report, args: Any, images: desk.Images) -> None:
@@ -102,7 +112,7 @@ def other_methods(report: desk.Report, args: Any, images: desk.Images) -> None:
                 )
                 ratios.append(ratio)
                 predictions.append(foreseen)
-                if str(run.history.meta["targets"][layer]["verdict"]).startswith("settled"):
+                if stands_still(run, layer):
                     calm.append(ratio)
         setting = ", ".join(
             f"{key.replace('_', ' ')} {value:g}"
@@ -187,12 +197,13 @@ def main() -> None:
                 desk.window(run.history, key, 0.75, 1.0, rms=True) / foreseen.angular_update
                 for run in runs
             ]
-            verdicts = [verdict_of(run, layer, foreseen) for run in runs]
+            calm = [has_settled(run, layer, foreseen) for run in runs]
             all_ratios[arm] += ratios
             settled_ratios[arm] += [
-                r for r, said in zip(ratios, verdicts, strict=True) if said.startswith("settled")
+                ratio for ratio, still in zip(ratios, calm, strict=True) if still
             ]
-            rows.append((layer, desk.spread(ratios, 2), "; ".join(verdicts)))
+            verdicts = "; ".join(run.history.meta["targets"][layer]["verdict"] for run in runs)
+            rows.append((layer, desk.spread(ratios, 2), verdicts))
         loss = desk.mean([run.running_loss(0.9, 1.0) for run in runs])
         report.table(
             f"{name.capitalize()}: predicted {foreseen.angular_update:.4f} rad per step, "
@@ -219,7 +230,7 @@ def main() -> None:
         axes[column].axhline(
             foreseen.angular_update, color="black", ls="--", lw=1.5, label="prediction"
         )
-        low, high = (bound * foreseen.angular_update for bound in AS_PREDICTED)
+        low, high = (bound * foreseen.angular_update for bound in AS_EXPECTED)
         axes[column].axhspan(low, high, color="black", alpha=0.07, lw=0)
         axes[column].set_title(f"{name}: angular update")
         axes[4 + column].set_title(f"{name}: norm")

@@ -4,8 +4,9 @@ there."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from math import inf, log, nan
+from math import nan
 from typing import Any, Literal
 
 import torch
@@ -29,55 +30,12 @@ from lightning_normdyn.monitor.predictions import balance
 from lightning_normdyn.optimizers.checks import check_rate
 from lightning_normdyn.optimizers.decay import written_decay
 from lightning_normdyn.optimizers.group_numbers import is_zero
+from lightning_normdyn.optimizers.rate_drop import Rate
 from lightning_normdyn.optimizers.recognition import applied_rate, class_for_predictions
 from lightning_normdyn.optimizers.scaling import Scaling
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.step_response import own_response
 from lightning_normdyn.theory.equilibrium import lr_drop_exponent, never_settles
-
-# The falls of a smooth schedule grow gradually, also at its very end: from one change to the next
-# by a factor below 4 for a cosine and below 7 for the last step of a one-cycle schedule. A drop
-# comes out of the blue.
-ABRUPT = 8.0
-
-
-@dataclass(frozen=True)
-class Rate:
-    """What is remembered of a weight's learning rate.
-
-    Args:
-        lr: at the last real step.
-        fall: ln(before/after) of its last change, if that was a fall and no drop; else 0.
-    """
-
-    lr: float
-    fall: float = 0.0
-
-    def then(self, lr: float, min_drop: float) -> tuple[float, Rate]:
-        """The drop k on the way to ``lr``, 1 if there is none, and what to remember from there on.
-
-        Example:
-            >>> Rate(0.1).then(0.01, 1.5)
-            (10.0, Rate(lr=0.01, fall=0.0))
-            >>> Rate(0.1, fall=0.3).then(0.06, 1.5)[0]  # a cosine on its way to zero
-            1.0
-        """
-        # A rate of 0 pauses training: neither it nor what follows it is a drop.
-        if not (0 < self.lr < inf and 0 < lr < inf):
-            return 1.0, Rate(lr)
-        k = self.lr / lr
-        # A schedule by epochs stands still between its falls, so a constant rate keeps the last
-        # fall in mind. A rise ends it.
-        if k == 1:
-            return 1.0, Rate(lr, self.fall)
-        if k < 1:
-            return 1.0, Rate(lr)
-        # 0.1 to 0.02 is a drop by 5 up to rounding.
-        if k >= min_drop * (1 - 1e-9) and log(k) >= ABRUPT * self.fall:
-            # A drop is not remembered as a fall: the next one of a step schedule, which is as
-            # large, would be taken for its continuation.
-            return k, Rate(lr, self.fall)
-        return 1.0, Rate(lr, log(k))
 
 
 @dataclass
@@ -122,13 +80,7 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
     def rescale(self, step: Step) -> None:
         """w <- w / k^e where the learning rate has fallen by k (NRQ paper, Corollary 2)."""
         # At the first step, so that a refusal does not wait for the drop.
-        if not self.exponents:
-            # Besides this rule: its own jumps say nothing about the equilibrium between them.
-            targets = self.plan.targets
-            effects = self.session.combined.effects(targets, besides=self.rule)
-            # All or none: one of them may be refused.
-            exponents = list(map(self._exponent, targets, effects))
-            self.exponents = dict(zip(self.plan.vectors.names, exponents, strict=True))
+        self._find_exponents()
         self._mark_what_is_late()
         factors, rates = self._factors(step)
         # A step that raises, or that a fused optimizer skips on the device, changes nothing: the
@@ -199,6 +151,17 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
             last = self._fetched[id(group)] = (lr, lr._version, float(lr))
         return last[2]
 
+    def _find_exponents(self) -> None:
+        """At the first step, when all callbacks have made their plans."""
+        if self.exponents:
+            return
+        # Besides this rule: its own jumps say nothing about the equilibrium between them.
+        targets = self.plan.targets
+        effects = self.session.combined.effects(targets, besides=self.rule)
+        # All or none: one of them may be refused.
+        exponents = list(map(self._exponent, targets, effects))
+        self.exponents = dict(zip(self.plan.vectors.names, exponents, strict=True))
+
     def _exponent(self, target: Target, effects: Effects) -> float:
         optimizer = self.plan.optimizer
         group = self.plan.group_of(target)
@@ -265,7 +228,10 @@ class DropWorker(RescalingWorker["LRDropRescaling"]):
 
     def effect(self, target: Target) -> Effect:
         """Its length jumps at drops of the learning rate."""
-        return LengthJumps()
+        # What has no exponent is refused when this rule acts, and not when somebody asks.
+        with suppress(NotSupportedError):
+            self._find_exponents()
+        return LengthJumps(self.rule.min_drop, self.exponents.get(target.name))
 
     def treatment(self, target: Target) -> str:
         """What the tables say."""

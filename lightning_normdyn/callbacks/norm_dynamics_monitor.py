@@ -2,15 +2,18 @@
 and in memory."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_normdyn.engine.arguments import Granularity, Params, check_count
 from lightning_normdyn.engine.callback import NormDynCallback
+from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.monitor.history_files import KeepsHistory
 from lightning_normdyn.monitor.measure import Look, StepGauge
+from lightning_normdyn.monitor.passed_steps import STATE as PASSED_STEPS
+from lightning_normdyn.monitor.passed_steps import PassedSteps
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.monitor.recording import Recording
 from lightning_normdyn.optimizers.recognition import applied_rate
@@ -22,17 +25,23 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
 
     part: Recording
 
+    STATE: ClassVar[Check] = staticmethod(record({"passed": PASSED_STEPS}, closed=True))
+
     def prepare(self) -> None:
         """Nothing is measured yet."""
         self._gauge: StepGauge | None = None
         self._look: Look | None = None
+        self._passed = PassedSteps()
         # The gauge of the plan whose place this one takes measures weights that may be gone.
         self.part.gauges.pop(self.plan.index, None)
 
     @during(Phase.MEASURE)
     def before(self, step: Step) -> None:
-        """Sum over the weights that the gradient was taken at, if this step is to be measured."""
-        self._look = self.part.look_at(self.plan.index, self.plan.number(step))
+        """Note with which numbers the step is taken, and sum over the weights that the gradient
+        was taken at, if it is to be measured."""
+        number = self.plan.number(step)
+        self._passed.note(number, self.plan.optimizer.param_groups)
+        self._look = self.part.look_at(self.plan.index, number)
         if self._look is not None:
             self._ready_gauge().before(step)
 
@@ -56,8 +65,13 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
             now=self.session.clock.now,
             histograms=self.part.shows_histograms,
             applied_decay=decay,
+            passed=self._passed,
         )
         self.part.add(measured)
+        # What lies before the newest row is in its sums.
+        newest = self.part.ledger.lasting.counted.get(self.plan.index)
+        if newest is not None:
+            self._passed.forget(newest)
 
     def _ready_gauge(self) -> StepGauge:
         """Made at the first measured step, and not with the worker: which quantities apply depends
@@ -85,6 +99,18 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
                 f"param groups and its state. Until it can be, effective_lr, direction_lr and "
                 f"predictions are left out for its weights; norms and angles are measured."
             )
+
+    def state(self) -> dict[str, Any]:
+        """The steps since the newest row: what is expected of a weight rests on every one."""
+        return {"passed": self._passed.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` gave it."""
+        self._passed.load(state["passed"])
+
+    def inherit(self, earlier: Any) -> None:
+        """The steps since the newest row were those of the same optimizer."""
+        self._passed = earlier._passed
 
 
 class NormDynamicsMonitor(NormDynCallback, KeepsHistory):

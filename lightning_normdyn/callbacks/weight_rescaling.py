@@ -97,7 +97,13 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         rule = self.rule
         replaces_decay = rule.weight_decay == "replace"
         # With the window, since outside of it predictions must count on the optimizer's own decay.
-        return Rescaling(rule.every_n_steps, rule.target_norm, replaces_decay, self._window())
+        return Rescaling(
+            rule.every_n_steps,
+            rule.target_norm,
+            replaces_decay,
+            self._window(),
+            rescales_state=rule.optimizer_state == "rescale",
+        )
 
     def treatment(self, target: Target) -> str:
         """What the tables say."""

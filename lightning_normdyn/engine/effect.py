@@ -8,7 +8,7 @@ prediction" (`Effects.underived`).
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from lightning_normdyn.optimizers.decay import DecayOwner, DecayRule
@@ -51,7 +51,15 @@ class UnknownEffect(Effect):
 @dataclass(frozen=True)
 class LengthJumps(Effect):
     """The length jumps at single steps (LRDropRescaling) and is left alone between them, so
-    predictions hold there."""
+    predictions hold there.
+
+    Args:
+        min_drop: smallest drop of the learning rate at which it jumps.
+        exponent: e of the factor k^-e for a drop by k; None while it is not known.
+    """
+
+    min_drop: float
+    exponent: float | None
 
 
 @dataclass(frozen=True)
@@ -110,12 +118,14 @@ class Rescaling(Effect):
         target_norm: the length, or ``"initial"``: that of the start.
         replaces_decay: whether the weight has no decay while this goes on.
         window: whether its epochs are still to come, have come, or are over.
+        rescales_state: whether the optimizer's buffers follow.
     """
 
     every_n_steps: int
     target_norm: float | Literal["initial"]
     replaces_decay: bool
     window: Literal["later", "now", "over"]
+    rescales_state: bool = True
 
     @property
     def decay(self) -> DecayRule:
@@ -134,7 +144,7 @@ class Effects:
     """What all callbacks together do to one weight; made by `combine`.
 
     Args:
-        shrink, projection, rescaling: who does this, if somebody does.
+        shrink, projection, rescaling, jumps: who does this, if somebody does.
         scaled_steps: whether steps have recorded lengths.
         underived: why nothing can be predicted; empty where it can.
         decay_untold: who decays the weight in a way that nobody can tell here.
@@ -143,6 +153,7 @@ class Effects:
     shrink: Shrink | None = None
     projection: Projection | None = None
     rescaling: Rescaling | None = None
+    jumps: LengthJumps | None = None
     scaled_steps: bool = False
     underived: tuple[str, ...] = ()
     decay_untold: tuple[str, ...] = ()
@@ -155,8 +166,8 @@ class Effects:
 
     @property
     def none(self) -> bool:
-        """Whether the optimizer alone acts on the weight."""
-        return self == Effects()
+        """Whether the optimizer alone acts on the weight, but for jumps of its length."""
+        return replace(self, jumps=None) == Effects()
 
     @property
     def rescaled_now(self) -> Rescaling | None:
@@ -180,6 +191,7 @@ def combine(effects: Iterable[Effect]) -> Effects:
     """
     known: dict[type[Effect], Any] = {}
     counts: Counter[type[Effect]] = Counter()
+    jumps: LengthJumps | None = None
     underived: list[str] = []
     decay_untold: list[str] = []
     for effect in effects:
@@ -194,7 +206,10 @@ def combine(effects: Iterable[Effect]) -> Effects:
         if kind in (Shrink, Projection, Rescaling, ScaledSteps):
             known.setdefault(kind, effect)
             counts[kind] += 1
-        elif kind not in (NoEffect, LengthJumps):
+        elif isinstance(effect, LengthJumps) and kind is LengthJumps:
+            # Two of them jump one after the other, by how much nobody has derived.
+            jumps = effect if jumps is None else LengthJumps(effect.min_drop, None)
+        elif kind is not NoEffect:
             decay_untold.append(effect.by if isinstance(effect, UnknownEffect) else kind.__name__)
     # What two of one kind amount to has been derived nowhere.
     for kind, count in counts.items():
@@ -204,6 +219,7 @@ def combine(effects: Iterable[Effect]) -> Effects:
         shrink=known.get(Shrink),
         projection=known.get(Projection),
         rescaling=known.get(Rescaling),
+        jumps=jumps,
         scaled_steps=ScaledSteps in known,
         # Where nobody can tell the decay, nobody can predict either.
         underived=tuple(sorted(underived + decay_untold)),

@@ -50,6 +50,17 @@ class Target:
         """Whether the loss is known not to see the length of these vectors."""
         return not self.by_request
 
+    @property
+    def entries(self) -> int:
+        """Numbers in all of its vectors, on all ranks together."""
+        return int(self.partition.lengths(self.verdict.shape, self.verdict.read).sum())
+
+    @property
+    def matrix(self) -> tuple[int, int] | None:
+        """Rows and columns, of a weight of two dimensions."""
+        shape = self.verdict.shape
+        return (shape[0], shape[1]) if len(shape) == 2 else None
+
 
 @dataclass
 class Tally:

@@ -102,6 +102,8 @@ def number(least: float = -inf, *, finite: bool = True) -> Check:
         # By the exact type: True is an int, and a numpy float may be of any precision.
         fits = type(value) in (int, float) and (value >= least or (not finite and isnan(value)))
         fits = fits and not (finite and abs(value) == inf)
+        # An int may be longer than any float.
+        fits = fits and not (type(value) is int and abs(value) >= MOST)
         require(
             fits,
             f"{where} is {shown(value)}, where a {'finite ' if finite else ''}number from "

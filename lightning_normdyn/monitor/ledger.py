@@ -29,13 +29,18 @@ from lightning_normdyn.engine.value_checks import (
 )
 from lightning_normdyn.errors import NormDynError
 
+from . import expected_norms, measured_balance
+from .expected_norms import Expectation
 from .history import History
+from .measured_balance import Balance
 from .predictions import Prediction
 from .verdicts import Course
 
 _PROMISED = table(text(), number(finite=False))
-# A row of the end of a fit, and a whole ledger, as they lie in a checkpoint. Histories, courses and
-# norms are checked by making them.
+# What is damaged here would be found much later, in the middle of a fit.
+_OF_WEIGHTS = {"expectations": expected_norms.STATE, "balances": measured_balance.STATE}
+# A row of the end of a fit, and a whole ledger, as they lie in a checkpoint. Histories, predictions
+# and norms are checked by making them.
 _ENDING = record(
     {
         "step": whole(),
@@ -44,6 +49,7 @@ _ENDING = record(
         "events": many(text()),
         "amends": flag,
         "promised": _PROMISED,
+        **_OF_WEIGHTS,
     }
 )
 _check = record(
@@ -51,8 +57,10 @@ _check = record(
         "last_step": whole(-1),
         "measured": table(whole(), whole()),
         "counted": table(whole(), whole()),
+        "jumped": many(whole()),
         "events": many(text()),
         "promised": _PROMISED,
+        **_OF_WEIGHTS,
     },
     {"ending": _ENDING},
 )
@@ -123,12 +131,16 @@ class Ledger:
             for.
         last_step: x of the newest row; -1 without any.
         courses: by weight, what happened to its prediction.
+        expectations: by weight, where its expected norm stands.
+        balances: by weight, the window of its balance.
         norms: by weight, its first and its last norms.
         rates: by weight, its last two learning rates.
         measured: by optimizer, x of its newest row that was due.
         counted: by optimizer, its own count of steps at its newest row.
         events: what happened since the newest row; the next one marks it.
         marked: how often each event had happened when the newest row was measured.
+        jumped: optimizers some of whose weights were set to another length since their own newest
+            row, so far as it is known; `new_jumps` adds what came later.
         promised: the newest values of the keys that other callbacks may rely on.
         results: what was measured in this batch.
         sent: what is on its way to the host.
@@ -141,12 +153,15 @@ class Ledger:
     evidence: History
     last_step: int = -1
     courses: Mapping[str, Course] = field(default_factory=dict)
+    expectations: Mapping[str, Expectation] = field(default_factory=dict)
+    balances: Mapping[str, Balance] = field(default_factory=dict)
     norms: Mapping[str, Norms] = field(default_factory=dict)
     rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     measured: Mapping[int, int] = field(default_factory=dict)
     counted: Mapping[int, int] = field(default_factory=dict)
     events: tuple[str, ...] = ()
     marked: Mapping[Any, int] = field(default_factory=dict)
+    jumped: frozenset[int] = frozenset()
     promised: Mapping[str, float] = field(default_factory=dict)
     results: tuple[Any, ...] = ()
     sent: Any = None
@@ -170,6 +185,8 @@ class Ledger:
         return replace(
             self,
             courses=_all_but(self.courses, name),
+            expectations=_all_but(self.expectations, name),
+            balances=_all_but(self.balances, name),
             norms=_all_but(self.norms, name),
             rates=_all_but(self.rates, name),
         )
@@ -186,12 +203,19 @@ class Ledger:
         """Kinds of what happened since the newest results that were sent.
 
         Args:
-            counts: how often each event has happened by now; the last of a key is its kind.
+            counts: how often each event has happened by now, by callback, optimizer and kind.
         """
-        known = (self.sent or self).marked
         # Each kind once: a rescale of a hundred weights is one mark in a picture.
-        kinds = [key[-1] for key, count in counts.items() if count > known.get(key, 0)]
+        kinds = [kind for _, _, kind in _new((self.sent or self).marked, counts)]
         return tuple(dict.fromkeys(kinds))
+
+    def new_jumps(self, counts: Mapping[Any, int]) -> frozenset[int]:
+        """`jumped`, with what happened since the newest row.
+
+        Args:
+            counts: as for `new_events`.
+        """
+        return self.jumped.union(index for _, index, _ in _new(self.marked, counts))
 
     def with_row(self, row: Row, asked_for: Callable[[str], bool]) -> Ledger:
         """With one more row.
@@ -253,13 +277,14 @@ class Ledger:
         state: dict[str, Any] = {
             "history": lasting.history.state_dict(),
             "last_step": lasting.last_step,
-            **_state_of_courses(lasting.courses),
+            **lasting._state_of_weights(),
             "norms": {
                 name: [n.first, list(n.steps), list(n.norms)] for name, n in lasting.norms.items()
             },
             "rates": {name: list(rates) for name, rates in lasting.rates.items()},
             "measured": dict(lasting.measured),
             "counted": dict(lasting.counted),
+            "jumped": sorted(lasting.jumped),
             "events": list(lasting.events),
             "promised": dict(lasting.promised),
         }
@@ -283,9 +308,17 @@ class Ledger:
                 },
                 "amends": row.amends,
                 "promised": dict(self.promised),
-                **_state_of_courses(self.courses),
+                **self._state_of_weights(),
             }
         return state
+
+    def _state_of_weights(self) -> dict[str, Any]:
+        """What a row says of each weight for the rows after it."""
+        return {
+            **_state_of_courses(self.courses),
+            "expectations": expected_norms.state_of(self.expectations),
+            "balances": measured_balance.state_of(self.balances),
+        }
 
     @classmethod
     @_refusing_damage()
@@ -315,11 +348,12 @@ class Ledger:
             history=history,
             evidence=evidence,
             last_step=state["last_step"],
-            courses=_courses(state),
+            **_of_weights(state),
             norms=norms,
             rates={name: _floats(rates) for name, rates in state["rates"].items()},
             measured=state["measured"],
             counted=state["counted"],
+            jumped=frozenset(state["jumped"]),
             events=tuple(state["events"]),
             promised=state["promised"],
         )
@@ -337,7 +371,12 @@ class Ledger:
         )
         # The history was saved without this row: written again, it can still be taken back.
         ended = ledger.with_row(row, asked_for).ending_with(row, ledger)
-        return replace(ended, courses=_courses(ending), promised=ending["promised"])
+        return replace(ended, **_of_weights(ending), promised=ending["promised"])
+
+
+def _new(known: Mapping[Any, int], counts: Mapping[Any, int]) -> list[Any]:
+    """The events that have happened since they had happened so often."""
+    return [key for key, count in counts.items() if count > known.get(key, 0)]
 
 
 def _all_but(table: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -392,6 +431,14 @@ def _courses(state: Mapping[str, Any]) -> dict[str, Course]:
         pulls = [(int(at), float(pull)) for at, pull in state["pulls"][name].tolist()]
         courses[name] = Course(latest, int(step), float(elapsed), pulls)
     return courses
+
+
+def _of_weights(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "courses": _courses(state),
+        "expectations": expected_norms.expectations_from(state["expectations"]),
+        "balances": measured_balance.balances_from(state["balances"]),
+    }
 
 
 def _history(state: Mapping[str, Any]) -> History:

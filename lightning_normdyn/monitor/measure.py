@@ -7,7 +7,7 @@ Nothing but `mean_norms` waits for the device. Legend: ``n`` vectors of this ran
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -20,10 +20,13 @@ from torch import Tensor
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Plan
 from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
+from lightning_normdyn.optimizers.state import has_stepped
 from lightning_normdyn.optimizers.step import Phase, Step
 
 from .histograms import PACKED, Histogram, bin_vectors, unpack
-from .quantities import QUANTITIES, to_measure
+from .measured_balance import MatrixSums
+from .passed_steps import PassedSteps
+from .quantities import QUANTITIES, of_matrices, to_measure
 from .step_sums import StepSums, log_smallest, urgency
 
 UNLOGGED = ("lr", "gradient_scale", "dead", "dead_rate", "urgency")
@@ -34,6 +37,9 @@ DEAD_AFTER = 75
 
 VOUCHED = 25
 """How many of them one look may vouch for: between two logging steps there may be thousands."""
+
+WHOLE = len(MatrixSums._fields)
+"""Sums over all vectors of a weight as one."""
 
 COLLAPSED = 1e-3
 """A vector this much shorter than the mean of its weight has collapsed."""
@@ -59,12 +65,14 @@ class Reading:
     Args:
         totals: ``(k, w)``, sums; of squares, for what is averaged as RMS.
         counts: ``(k, w)``, how many vectors each sum is over.
+        matrices: by weight, all of its vectors as one.
         collapsed: ``(w,)``, vectors much shorter than the mean of their weight.
         histograms: by log key.
     """
 
     totals: NDArray[np.float64]
     counts: NDArray[np.float64]
+    matrices: list[MatrixSums]
     collapsed: list[float]
     histograms: dict[str, Histogram]
 
@@ -78,14 +86,17 @@ class Measured:
         step: the x axis.
         optimizer_step: the optimizer's own count.
         look: why it was measured.
-        values: ``(2 k + 1, n)``: what to sum over vectors, whether it counts, and the size, 0 where
-            it is not finite.
+        values: ``(2 k + 6, n)``: what to sum over vectors, whether it counts, the sums of whole
+            matrices, and the size, 0 where it is not finite.
         size: ``(n,)``.
         active: ``(n,)`` bool, vectors of weights that got a gradient; None: all.
         binned: ``(quantities with histograms, n)``, if there are to be any.
         kept: ``(2, n)``: norm and applied decay, if the history keeps vectors.
         skipped: ``(1,)``: 1 if the device skipped the update.
-        groups: the hyperparameters of each weight's param group at this very step.
+        groups: the hyperparameters of every param group at this very step.
+        places: for each weight, the place of its param group.
+        passed: with which hyperparameters the steps up to this one were taken.
+        warm: names of weights that the optimizer had stepped before.
     """
 
     gauge: StepGauge
@@ -99,6 +110,9 @@ class Measured:
     kept: Tensor | None
     skipped: Tensor
     groups: list[dict[str, Any]]
+    places: list[int]
+    passed: PassedSteps
+    warm: frozenset[str]
 
     @property
     def plan(self) -> Plan:
@@ -133,11 +147,15 @@ class Measured:
         width = len(self.plan.targets)
         averaged = 2 * kinds * width
         table = np.array(numbers[:averaged]).reshape(2, kinds, width)
-        collapsed = numbers[averaged : averaged + width]
+        numbers = numbers[averaged:]
+        sums = np.array(numbers[: WHOLE * width]).reshape(WHOLE, width)
+        matrices = [MatrixSums(*column) for column in sums.T.tolist()]
+        numbers = numbers[WHOLE * width :]
+        collapsed = numbers[:width]
         histograms = {}
         if self.binned is not None:
-            histograms = self._histograms(numbers[averaged + width :])
-        return Reading(table[0], table[1], collapsed, histograms)
+            histograms = self._histograms(numbers[width:])
+        return Reading(table[0], table[1], matrices, collapsed, histograms)
 
     def _histograms(self, numbers: list[float]) -> dict[str, Histogram]:
         found = {}
@@ -189,7 +207,10 @@ class StepGauge:
     Attributes:
         names: the quantities that are measured, needed by the loggers or by predictions.
         effects: by weight.
+        entries: by weight, of all its vectors.
+        counts: by weight, its vectors.
         lengths: by weight, entries of one vector.
+        of_matrices: by weight, the quantities of whole matrices that are shown.
         spare: memory of an earlier measurement that may be used again.
     """
 
@@ -203,10 +224,16 @@ class StepGauge:
     ) -> None:
         self.plan = plan
         self.spare: Tensor | None = None
+        self.entries = {target.name: target.entries for target in plan.targets}
+        # Asked once: a partition counts its labels anew each time.
+        self.counts = {target.name: max(1, target.partition.n) for target in plan.targets}
         self.lengths = {}
-        for target in plan.targets:
-            entries = target.partition.lengths(target.verdict.shape, target.verdict.read)
-            self.lengths[target.name] = max(1, int(entries.sum()) // max(1, target.partition.n))
+        for name, entries in self.entries.items():
+            self.lengths[name] = max(1, entries // self.counts[name])
+        self.of_matrices = {
+            t.name: of_matrices(quantities, t.scale_invariant) for t in plan.targets
+        }
+        self._warm: frozenset[str] = frozenset()
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
         self.take_effects(effects)
@@ -260,6 +287,9 @@ class StepGauge:
         update."""
         plan = self.plan
         bracket = step.bracket
+        number = plan.number(step)
+        stepped = [t.name for t in plan.targets if has_stepped(plan.optimizer, t.weight, number)]
+        self._warm = frozenset(stepped)
         vectors = plan.vectors
         weights = vectors.values()
         gradients = vectors.gradients()
@@ -322,6 +352,7 @@ class StepGauge:
         now: int,
         histograms: bool,
         applied_decay: Tensor | None,
+        passed: PassedSteps,
     ) -> Measured:
         """The numbers of a step, ready to be summed over vectors.
 
@@ -332,6 +363,7 @@ class StepGauge:
             now: the x axis.
             histograms: whether a logger shows them.
             applied_decay: ``(n,)``, for the history of single vectors.
+            passed: the steps up to this one.
         """
         number = self.plan.number(step)
         values = self._dead.look(sums, number)
@@ -368,17 +400,17 @@ class StepGauge:
             binned=binned,
             kept=None if applied_decay is None else torch.stack([sums.norm, applied_decay]),
             skipped=skipped,
-            groups=self._groups(),
+            # Copies: a schedule may have moved on when they are read.
+            groups=[_without_params(group) for group in self.plan.optimizer.param_groups],
+            places=self._places(),
+            passed=passed.copy(),
+            warm=self._warm,
         )
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """A copy of each target's param group: a schedule may have moved on when it is read."""
-        copies = {}
-        for group, _ in self.plan.groups:
-            settings = {key: value for key, value in group.items() if key != "params"}
-            # One copy per group, by identity: hundreds of weights share it, and a dict is no key.
-            copies[id(group)] = with_plain_numbers(settings)
-        return [copies[id(group)] for group in self.plan.groups_of(self.plan.targets)]
+    def _places(self) -> list[int]:
+        """For each target the place of its param group, by identity: a dict is no key."""
+        places = {id(group): i for i, group in enumerate(self.plan.optimizer.param_groups)}
+        return [places[id(group)] for group in self.plan.groups_of(self.plan.targets)]
 
     def _pack(self, values: list[Tensor], sums: StepSums, active: Tensor | None) -> Tensor:
         """What is to be summed over vectors, in one tensor: `Measured.values`.
@@ -393,8 +425,9 @@ class StepGauge:
         # dozen numbers are worth keeping.
         out = self.spare
         self.spare = None
-        if out is None or out.shape != (2 * count + 1, len(size)):
-            out = size.new_empty(2 * count + 1, len(size))
+        rows = 2 * count + WHOLE + 1
+        if out is None or out.shape != (rows, len(size)):
+            out = size.new_empty(rows, len(size))
         numbers = out[:count]
         counts = out[count : 2 * count]
         torch.stack(values, out=numbers)
@@ -405,10 +438,16 @@ class StepGauge:
         if active is not None:
             counts.mul_(active)
         numbers.masked_fill_(counts == 0, 0.0)
+        # Of a weight that is not finite, none of these is: there is no balance then.
+        torch.stack(sums.whole, out=out[2 * count : -1])
         # One infinite length would raise the mean, and all other vectors would look collapsed.
         out[-1] = size
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
+
+
+def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
+    return with_plain_numbers({key: value for key, value in group.items() if key != "params"})
 
 
 def mean_norms(plan: Plan) -> dict[str, float]:

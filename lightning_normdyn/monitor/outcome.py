@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,13 +17,14 @@ from torch import Tensor
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.tables import paragraph, render
+from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
 from .curves import Curves, layer_names, recorded_curves
 from .history import History
 from .plots.layers import plot_curves, plot_heatmap
 from .plots.vectors import plot_norm_ridge
 from .quantities import Place, shown_in
-from .verdicts import Course, judge
+from .verdicts import Course, Grounds, judge
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +34,11 @@ MOST_CHART_ROWS = 10_000
 DOTS_PER_INCH = 110
 MOST_NAMED = 8
 """Weights that a sentence names."""
+LEAST_FOLDED = 4
+"""Weights of which the same is said that become one row."""
+MOST_OFF = 3
+"""Of those that turn too fast, too slowly or not at all: the worst that have rows of their own."""
+_OFF = ("too fast", "too slow", "no gradient", "frozen", "not finite")
 
 _NORMS = "norm first → last"
 _COLUMNS = (
@@ -89,6 +96,7 @@ def summarize(
     targets: Sequence[Target],
     evidence: History,
     courses: Mapping[str, Course],
+    grounds: Mapping[str, Grounds],
     treatments: Mapping[Tensor, str],
     last_norms: Mapping[str, float],
 ) -> list[dict[str, Any]]:
@@ -98,6 +106,7 @@ def summarize(
         targets: the weights.
         evidence: the rows that verdicts rest on.
         courses: by weight, what happened to its prediction.
+        grounds: by weight, what else its verdict rests on.
         treatments: which rules act on each, in words.
         last_norms: by weight, its norm at the end: an optimizer may have stepped many times since
             its newest row.
@@ -110,9 +119,11 @@ def summarize(
             continue
         norms = evidence.column(f"weight_norm/{name}")[1].tolist()
         course = courses.get(name, Course())
-        said = judge(evidence, name, course)
-        # Verdicts are about scale-invariant weights, but for those that concern any weight.
-        is_for_all = said in ("frozen", "collapsing") or said.startswith("not finite")
+        ground = grounds.get(name, Grounds())
+        elapsed = course.elapsed
+        if not elapsed and ground.balanced is not None:
+            elapsed = ground.balanced.elapsed
+        finding = judge(evidence, name, course, ground)
         rows.append(
             {
                 "weight": name,
@@ -124,9 +135,11 @@ def summarize(
                 "effective lr": _newest(evidence, f"effective_lr/{name}"),
                 "angular update": _newest(evidence, f"angular_update/{name}"),
                 "prediction": _newest(evidence, f"equilibrium_angular_update/{name}"),
-                # 0 means that no prediction was ever made, not that no time has passed.
-                "e-foldings": course.elapsed or None,
-                "verdict": said if target.scale_invariant or is_for_all else "-",
+                # 0 means that nothing was ever known of it, not that no time has passed.
+                "e-foldings": elapsed or None,
+                "ratio": finding.ratio,
+                "finding": finding.kind,
+                "verdict": finding.words,
             }
         )
     return rows
@@ -152,16 +165,63 @@ def as_text(
         clamped: by weight, how often AdaptiveWeightShrink clamped its factor.
         session: the fit.
     """
+    found = [(row["weight"], _finding(row)) for row in rows]
+    title = f"lightning-normdyn: after {optimizer_steps:.0f} optimizer steps"
     table = render(
-        f"lightning-normdyn: after {optimizer_steps:.0f} optimizer steps",
+        f"{title}\n{paragraph(in_short(found))}".rstrip(),
         _COLUMNS,
-        [[_end_cell(row, column) for column in _COLUMNS] for row in rows],
+        [[_end_cell(row, column) for column in _COLUMNS] for row in _worst_first(rows)],
         noted=("treated how",),
-        optional=("e-foldings", "treated how"),
+        optional=("e-foldings", "treated how", "prediction", "effective lr"),
+        roomy=("verdict",),
     )
     losses = session.claims.losses_in_words()
     closing = "".join(paragraph(words) for words in session.closing_words())
     return table + _clamps_in_words(clamped) + losses + closing
+
+
+def _finding(row: Mapping[str, Any]) -> Finding:
+    return Finding(row["finding"], row["verdict"], row["ratio"])
+
+
+def _worst_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows by health; many of which the same is said as one, with the median of their
+    numbers."""
+    # Stable: of the same health, in the order of the network.
+    ordered = sorted(rows, key=_health, reverse=True)
+    alike: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in ordered:
+        key = (skeleton(row["verdict"]), row["treated how"])
+        alike.setdefault(key, []).append(row)
+    shown: list[Mapping[str, Any]] = []
+    for together in alike.values():
+        # Of what is wrong, a person has to see a weight by its name.
+        named = MOST_OFF if together[0]["finding"] in _OFF else 0
+        rest = together[named:]
+        shown += together[:named]
+        shown += [_folded(rest, bool(named))] if len(rest) >= LEAST_FOLDED else rest
+    return sorted(shown, key=_health, reverse=True)
+
+
+def _health(row: Mapping[str, Any]) -> float:
+    return _finding(row).health
+
+
+def _folded(rows: Sequence[Mapping[str, Any]], is_rest: bool) -> dict[str, Any]:
+    """One row for several; ``is_rest``: whether others of them have rows of their own."""
+    findings = [_finding(row) for row in rows]
+    worst = max(findings, key=lambda finding: finding.health)
+    together = dict(rows[0])
+    for column, value in rows[0].items():
+        numbers = [row[column] for row in rows if row[column] is not None]
+        if isinstance(value, float) and numbers:
+            together[column] = median(numbers)
+    return {
+        **together,
+        "weight": f"{len(rows)} {'more' if is_rest else 'weights'} (medians)",
+        "ratio": worst.ratio,
+        "verdict": folded([row["verdict"] for row in rows]),
+    }
 
 
 def _end_cell(row: Mapping[str, Any], column: str) -> str:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from torch import Tensor
+
 from lightning_normdyn.engine.effect import Effects, Rescaling
 from lightning_normdyn.optimizers.decay import AnOptimizer, Decay, decay_of, highest_claim
 from lightning_normdyn.optimizers.group_numbers import is_zero
 from lightning_normdyn.optimizers.recognition import class_for_predictions
-from lightning_normdyn.optimizers.step_response import step_response
+from lightning_normdyn.optimizers.step_response import own_response, step_response
+from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
 
 
@@ -56,6 +59,54 @@ def balance(
     return options
 
 
+def noise_coherence(
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    effects: Effects,
+    shape: tuple[int, int] | None,
+) -> float | None:
+    """κ of steps of pure noise, which the measured coherence is compared with; None where nobody
+    has derived it.
+
+    Args:
+        optimizer: the optimizer, or its class.
+        group: the weight's param group.
+        effects: what callbacks do to the weight.
+        shape: rows and columns, of a matrix.
+    """
+    if effects.underived or effects.scaled_steps:
+        return None
+    response = own_response(class_for_predictions(optimizer), group, Subject(shape))
+    if response is None:
+        return None
+    if effects.projection is not None:
+        response = response.projected()
+    coherence = response.coherence
+    # A number on an accelerator would have to be waited for.
+    return None if isinstance(coherence, Tensor) else float(coherence)
+
+
+def relaxation_power(
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    effects: Effects,
+    shape: tuple[int, int] | None,
+) -> float:
+    """P of a norm that relaxes in 1/(P · pull) steps: 4 under SGD; 2 where steps do not depend on
+    the size of the gradient, and where nobody has derived it.
+
+    Args:
+        optimizer: the optimizer, or its class.
+        group: the weight's param group.
+        effects: what callbacks do to the weight.
+        shape: rows and columns, of a matrix.
+    """
+    response = own_response(class_for_predictions(optimizer), group, Subject(shape))
+    power = 2.0 if response is None else float(response.power)
+    # A shrink in proportion to the norm relaxes faster.
+    return power + (effects.shrink is not None)
+
+
 def _decay(effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]) -> Decay:
     """Who decays the weight, and by how much."""
     rules = effects.decay_rules
@@ -88,6 +139,7 @@ def predict(
     effects: Effects,
     measured: Mapping[str, float],
     length: int,
+    subject: Subject | None = None,
 ) -> Prediction | None:
     """What a scale-invariant weight settles at; None where nothing has been derived, never a guess.
 
@@ -99,6 +151,7 @@ def predict(
             they are asked for ``gradient_scale`` (E‖g‖²‖w‖²: WRS on SGD, Adam with coupled decay)
             and ``equivalent_weight_decay`` (AWS).
         length: entries of a vector.
+        subject: which matrix at which step; asked for by Muon, NAdam and RAdam.
 
     Example:
         >>> import torch
@@ -107,6 +160,21 @@ def predict(
         >>> round(found.angular_update, 6), round(found.relaxation)
         (0.007255, 500)
     """
+    try:
+        return _predict(optimizer, group, effects, measured, length, subject or Subject())
+    # A run that diverges in float64 comes by norms whose fourth power is no number any more.
+    except OverflowError:
+        return None
+
+
+def _predict(
+    optimizer: AnOptimizer,
+    group: Mapping[str, Any],
+    effects: Effects,
+    measured: Mapping[str, float],
+    length: int,
+    subject: Subject,
+) -> Prediction | None:
     # The rate that the step applied: some optimizers scale the one in the group.
     group = {**group, "lr": measured["lr"]}
     norm = measured["weight_norm"]
@@ -125,6 +193,7 @@ def predict(
     options = balance(effects, optimizer, group, measured.get("equivalent_weight_decay"))
     if options is None:
         return None
+    options.update(subject._asdict())
     response = step_response(class_for_predictions(optimizer), group, **options)
     if response is None or response.decay is None:
         return None

@@ -41,6 +41,11 @@ class Quantity:
             NormDynamicsMonitor.
         prediction: from the measured and the predicted angular update to this quantity, of one
             weight or over all; None for what needs no prediction.
+        of_matrix: whether it is a number of a whole matrix as one vector, worked out on the host
+            by `lightning_normdyn.monitor.measured_balance`; shown for weights that are not
+            scale-invariant, or by name.
+        expectation: from the measured angle, the expected one and the expected norm to this
+            quantity; None for what is compared with no expectation.
         scope: ``"both"``: a curve for each weight, and the overview over all scale-invariant
             vectors; ``"weight"`` or ``"overview"``: one of them.
         measured: ``"always"``; ``"standardized"``: where a weight is standardized, or by name;
@@ -66,6 +71,8 @@ class Quantity:
     average: Literal["mean", "rms"] = "mean"
     formula: Callable[[StepSums], Tensor] | None = None
     prediction: Callable[[float, float], float] | None = None
+    of_matrix: bool = False
+    expectation: Callable[[float, float, float], float] | None = None
     scope: Literal["both", "weight", "overview"] = "both"
     measured: Literal["always", "standardized", "shrunk", "by name"] = "always"
     exact: bool = False
@@ -127,7 +134,40 @@ _TABLE = (
         callback_metric=True,
         progress_bar=("normdyn/turn_mrad", 1e3),
     ),
-    # Predictions have no formula over vectors: they are made for the mean of a weight, on the host.
+    # Expectations and predictions have no formula over vectors: they are made for the mean of a
+    # weight, on the host.
+    Quantity(
+        "expected_angular_update",
+        "Expected angular update",
+        "the RMS angle of this very step that follows from the norm at the start and the "
+        "schedule so far",
+        "angle",
+        unit="radians per step",
+        average="rms",
+        expectation=lambda measured, angle, norm: angle,
+        drawn_with="angular_update",
+    ),
+    Quantity(
+        "expected_ratio",
+        "Angular update over what is expected now",
+        "measured / expected angle: 1 where a weight turns as it should at this step",
+        "ratio",
+        scale="ratio",
+        expectation=lambda measured, angle, norm: measured / angle,
+        places=("chart", "map", "report map", "comparison"),
+        callback_metric=True,
+    ),
+    Quantity(
+        "expected_weight_norm",
+        "Expected weight norm",
+        "the RMS norm that follows from the norm at the start and the schedule so far",
+        "‖w‖",
+        unit="weight units",
+        average="rms",
+        expectation=lambda measured, angle, norm: norm,
+        scope="weight",
+        drawn_with="weight_norm",
+    ),
     Quantity(
         "equilibrium_angular_update",
         "Predicted angular update",
@@ -145,7 +185,7 @@ _TABLE = (
         "ratio",
         scale="ratio",
         prediction=lambda measured, predicted: measured / predicted,
-        places=("chart", "map", "report map", "comparison"),
+        places=("chart", "comparison"),
         callback_metric=True,
     ),
     Quantity(
@@ -205,6 +245,68 @@ _TABLE = (
         unit="per step",
         scale="linear",
         formula=lambda step: step.radial_change,
+    ),
+    # Of whole matrices, each as one vector: they need neither scale invariance nor a known
+    # optimizer.
+    Quantity(
+        "matrix_angle",
+        "Angle of the whole matrix",
+        "angle between the whole weight before and after one optimizer step",
+        "angle",
+        unit="radians per step",
+        of_matrix=True,
+        scope="weight",
+        places=("curves",),
+    ),
+    Quantity(
+        "norm_drift",
+        "Drift of the norm",
+        "change of ln‖w‖ since the last row",
+        "d ln‖w‖",
+        unit="per step",
+        scale="linear",
+        of_matrix=True,
+        scope="weight",
+    ),
+    Quantity(
+        "coherence",
+        "Coherence of the steps",
+        "growth of ln‖w‖² per squared angle, decay apart: 1 for steps that forget each "
+        "other, larger where the loss pushes outwards, negative where it holds the norm",
+        "κ",
+        scale="linear",
+        of_matrix=True,
+        scope="weight",
+    ),
+    Quantity(
+        "balanced_angular_update",
+        "Balanced angular update",
+        "the angle at which turning and decay would hold the norm",
+        "angle",
+        unit="radians per step",
+        of_matrix=True,
+        scope="weight",
+        drawn_with="matrix_angle",
+    ),
+    Quantity(
+        "balance_ratio",
+        "Angle over its balance",
+        "how fast a weight turned against what would hold its norm: 1 where it is settled",
+        "ratio",
+        scale="ratio",
+        of_matrix=True,
+        places=("chart", "map", "report map", "comparison"),
+        callback_metric=True,
+    ),
+    Quantity(
+        "loss_decay",
+        "Decay by the loss",
+        "how strongly the loss itself pulls the norm inwards, as a weight decay",
+        "λ",
+        unit="per step and lr",
+        scale="linear",
+        of_matrix=True,
+        scope="weight",
     ),
     # Counts of the run. They have no formula over vectors, so they stand in the overview alone.
     Quantity(
@@ -287,7 +389,29 @@ def monitored() -> list[Quantity]:
     """What NormDynamicsMonitor logs for each weight: all that its argument ``quantities`` may
     name."""
     # Counts are always logged, and InputSpanMonitor logs its own: neither can be chosen here.
-    return [quantity for quantity in QUANTITIES.values() if quantity.scope == "both"]
+    chosen = []
+    for quantity in QUANTITIES.values():
+        is_ours = quantity.of_matrix or quantity.expectation is not None
+        if quantity.scope == "both" or is_ours:
+            chosen.append(quantity)
+    return chosen
+
+
+def of_matrices(names: Sequence[str] | None, scale_invariant: bool) -> list[str]:
+    """The quantities of whole matrices that are shown of a weight.
+
+    Args:
+        names: what the user named; None: what applies.
+        scale_invariant: whether the weight is: then its vectors tell more.
+
+    Example:
+        >>> of_matrices(["balance_ratio", "weight_norm"], scale_invariant=True)
+        ['balance_ratio']
+    """
+    known = [quantity.name for quantity in monitored() if quantity.of_matrix]
+    if names is None:
+        return [] if scale_invariant else known
+    return [name for name in known if name in names]
 
 
 def shown_in(place: Place) -> list[str]:
@@ -300,7 +424,7 @@ def drawn_with(name: str) -> list[str]:
 
     Example:
         >>> drawn_with("angular_update")
-        ['angular_update', 'equilibrium_angular_update']
+        ['angular_update', 'expected_angular_update', 'equilibrium_angular_update']
     """
     return [name, *(q.name for q in QUANTITIES.values() if q.drawn_with == name)]
 
@@ -331,11 +455,10 @@ def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool)
 
 def markdown_table() -> str:
     """Key, meaning and unit of all that NormDynamicsMonitor logs, as README's Markdown table."""
+    counts = [quantity for quantity in QUANTITIES.values() if quantity.scope == "overview"]
     lines = ["| key | meaning | unit |", "|---|---|---|"]
-    for quantity in QUANTITIES.values():
-        # These are measured by InputSpanMonitor, whose documentation has them.
-        if quantity.scope == "weight":
-            continue
+    # The rest is measured by InputSpanMonitor, whose documentation has them.
+    for quantity in [*monitored(), *counts]:
         key = f"normdyn/{quantity.name}" if quantity.scope == "overview" else quantity.name
         lines.append(f"| `{key}` | {quantity.meaning} | {quantity.unit} |")
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.lightning_facts import log_every
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.part import Part
@@ -35,8 +36,10 @@ from .loggers import (
 )
 from .measure import Look, Measured, StepGauge, mean_norms
 from .outcome import Outcome, about_run, as_text, summarize
+from .predictions import noise_coherence, relaxation_power
 from .quantities import monitored
 from .rows import RowDraft, Sent
+from .verdicts import Grounds, balance_of
 
 _check_position = record({"position": many(whole()), "skipped_steps": whole()})
 
@@ -404,9 +407,35 @@ class Recording(Part[Any]):
             self.targets,
             self.ledger.evidence,
             self.ledger.courses,
+            self._grounds(),
             treatments,
             last_norms or {},
         )
+
+    def _grounds(self) -> dict[str, Grounds]:
+        """By weight, what its verdict rests on beside its curves."""
+        grounds = {}
+        for gauge in self.gauges.values():
+            targets = gauge.plan.targets
+            for target, group in zip(targets, gauge.plan.groups_of(targets), strict=True):
+                name = target.name
+                effects = gauge.effects[name]
+                steps = (gauge.plan.optimizer, group, effects, target.matrix)
+                # No loss can pull at a weight whose length it does not see.
+                noise = None if target.scale_invariant else noise_coherence(*steps)
+                expectation = self.ledger.expectations.get(name)
+                grounds[name] = Grounds(
+                    rough=expectation is not None and bool(expectation.course["rough"]),
+                    optimizer_alone=effects == Effects(),
+                    balanced=balance_of(
+                        self.ledger.balances.get(name),
+                        gauge.entries[name],
+                        relaxation_power(*steps),
+                        noise,
+                        in_16_bits=target.weight.dtype in (torch.bfloat16, torch.float16),
+                    ),
+                )
+        return grounds
 
     def end_table(self, layers: list[dict[str, Any]]) -> str | None:
         """The table of ``layers`` and what a person should read below it; None without any. Sharded
@@ -436,8 +465,10 @@ class Recording(Part[Any]):
         ledger = self._completed()
         state = ledger.state()
         if not self.session.closed:
-            happened = ledger.new_events(self.combined.events())
+            counts = self.combined.events()
+            happened = ledger.new_events(counts)
             state["events"] = list(dict.fromkeys([*state["events"], *happened]))
+            state["jumped"] = sorted(ledger.new_jumps(counts))
         skipped = self._skipped_before + self.session.attempts.skipped()
         return {**state, "position": position, "skipped_steps": skipped}
 

@@ -8,20 +8,29 @@ any two lines of Python.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from math import isfinite, nan
+from math import isfinite, nan, sqrt
+from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 
+from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.optimizers.recognition import has_plain_rate
 from lightning_normdyn.optimizers.step import HostCopy
+from lightning_normdyn.optimizers.step_rules import Subject
 
 from .alarms import Alarms
+from .expected_norms import Interval, WeightStep, follow
 from .histograms import Histogram
 from .ledger import Ledger, Norms, Row
 from .loggers import told_to_trainer
 from .measure import UNLOGGED, Measured, Reading
-from .predictions import predict
+from .measured_balance import Balance, quantities_of
+from .passed_steps import Stretch
+from .predictions import noise_coherence, predict
+from .pulls import Strength, strength_of
 from .quantities import QUANTITIES, monitored
 from .verdicts import Course
 
@@ -91,16 +100,22 @@ class RowDraft:
         self._not_finite: list[str] = []
         self._dropped = False
         self._collapsed = 0.0
+        self._means: dict[str, dict[str, float]] = {}
         # What the ledger will hold, in copies.
         self._courses = dict(ledger.courses)
+        self._expectations = dict(ledger.expectations)
+        self._balances = dict(ledger.balances)
         self._norms = dict(ledger.norms)
         self._rates = dict(ledger.rates)
         self._measured = dict(ledger.measured)
         self._counted = dict(ledger.counted)
+        self._in_row: set[int] = set()  # optimizers
         # Over all scale-invariant vectors: sum and count by name.
         self._overview: dict[str, tuple[float, float]] = {}
-        # Squared angles, squared predictions and their number, of vectors with a prediction.
+        # Squared angles, squared predictions and their number, of vectors with a prediction; the
+        # same of vectors with an expectation, and their squared norms.
         self._compared = np.zeros(3)
+        self._awaited = np.zeros(4)
 
     def fill(self, *, only_due: bool) -> None:
         """Add the results whose update happened; with ``only_due``, without those that were
@@ -124,19 +139,25 @@ class RowDraft:
         # Of several optimizers in one row, the number of the first stands for the row.
         self._optimizer_step = self._optimizer_step or result.optimizer_step
         self._counted[index] = result.optimizer_step
+        self._in_row.add(index)
         if result.look.due:
             self._measured[index] = self._step
         # By weight and not by optimizer: a person looks for a name.
         self.histograms.update(reading.histograms)
         names = result.gauge.measured
+        sums_of = []
         for j, target in enumerate(result.plan.targets):
             pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
             sums = dict(zip(names, pairs, strict=True))
-            self._add_weight(result, target, result.groups[j], sums)
+            sums_of.append(sums)
+            self._add_weight(result, target, result.groups[result.places[j]], sums)
             # Only where the direction alone counts is a short vector trouble: it turns ever faster.
             if target.scale_invariant:
                 self._collapsed += reading.collapsed[j]
         self._pool(result, reading)
+        interval = self._interval(result)
+        self._add_balances(result, reading, interval)
+        self._add_expected(result, reading, interval, sums_of)
 
     def _add_weight(
         self,
@@ -151,6 +172,7 @@ class RowDraft:
         means = {quantity: _mean(quantity, *pair) for quantity, pair in sums.items() if pair[1]}
         if not all(isfinite(value) for value in means.values()):
             self._not_finite.append(name)
+        self._means[name] = dict(means)
         means.update(self._compare(result, target, group, means))
         for quantity, value in means.items():
             if quantity not in UNLOGGED:
@@ -200,6 +222,7 @@ class RowDraft:
             group,
             gauge.effects[target.name],
             length=gauge.lengths[target.name],
+            subject=Subject(target.matrix, result.optimizer_step),
         )
         if not all(isfinite(means.get(name, 0.0)) for name in _RESTS_ON):
             # A run that diverged has no prediction any more; its curves shall show where.
@@ -213,6 +236,98 @@ class RowDraft:
         if prediction is None or "angular_update" not in means:
             return {}
         return _from_prediction(means["angular_update"], prediction.angular_update)
+
+    # -- what rests on all steps since the newest row
+
+    def _interval(self, result: Measured) -> Interval:
+        """The steps since the newest row of this optimizer."""
+        newest = self.ledger.counted.get(result.plan.index)
+        stretches = [] if newest is None else result.passed.since(newest)
+        return Interval(
+            result.plan.optimizer,
+            result.groups,
+            result.optimizer_step,
+            stretches,
+            has_plain_rate(result.plan.optimizer),
+        )
+
+    def _add_balances(self, result: Measured, reading: Reading, interval: Interval) -> None:
+        """Extend the window of each weight, and add what it shows."""
+        strengths = _Strengths(result, interval)
+        has_jumped = result.plan.index in self.ledger.new_jumps(self._sent.marked)
+        for j, target in enumerate(result.plan.targets):
+            name = target.name
+            means = self._means[name]
+            # Without a gradient the weight was not stepped, nor decayed.
+            if "angular_update" not in means:
+                self._balances.pop(name, None)
+                continue
+            effects = result.gauge.effects[name]
+            place = result.places[j]
+            balance = self._balances.get(name, Balance()).after(
+                result.optimizer_step,
+                reading.matrices[j],
+                means.get("lr", nan),
+                Strength(nan) if _is_rounded(target) else strengths.now(place, effects),
+                strengths.passed(place, effects),
+                is_set=has_jumped and (effects.rescaling is not None or effects.jumps is not None),
+            )
+            self._balances[name] = balance
+            wanted = result.gauge.of_matrices[name]
+            if wanted:
+                group = result.groups[place]
+                kappa0 = noise_coherence(result.plan.optimizer, group, effects, target.matrix)
+                shown = quantities_of(balance, result.gauge.entries[name], kappa0)
+                for quantity in wanted:
+                    if quantity in shown:
+                        self._values[f"{quantity}/{name}"] = shown[quantity]
+
+    def _add_expected(
+        self,
+        result: Measured,
+        reading: Reading,
+        interval: Interval,
+        sums_of: Sequence[Mapping[str, tuple[float, float]]],
+    ) -> None:
+        """Walk the courses of scale-invariant weights up to this step, and compare with them."""
+        gauge = result.gauge
+        steps = []
+        squares_of = {}
+        for j, target in enumerate(result.plan.targets):
+            name = target.name
+            means = self._means[name]
+            is_known = all(isfinite(means.get(key, nan)) for key in ("lr", "angular_update"))
+            # A single number has no direction.
+            if not target.scale_invariant or not is_known or gauge.lengths[name] < 2:
+                continue
+            if _is_rounded(target):
+                continue
+            squares_of[name] = sums_of[j]["angular_update"]
+            step = WeightStep(
+                name,
+                result.places[j],
+                gauge.effects[name],
+                gauge.lengths[name],
+                target.matrix,
+                norm=sqrt(reading.matrices[j].ww / gauge.counts[name]),
+                angle=means["angular_update"],
+                lr=means["lr"],
+                gradient_scale=means.get("gradient_scale", 0.0),
+                is_warm=name in result.warm,
+            )
+            steps.append(step)
+        for name, expected in follow(interval, steps, self.ledger.expectations).items():
+            self._expectations[name] = expected.expectation
+            if expected.angle is None or expected.norm is None:
+                continue
+            angle = self._means[name]["angular_update"]
+            for key, value in _from_expectation(angle, expected.angle, expected.norm).items():
+                self._values[f"{key}/{name}"] = value
+            squares, count = squares_of[name]
+            # As products: the power of a float that is too large raises.
+            angles = expected.angle * expected.angle * count
+            norms = expected.norm * expected.norm * count
+            self._awaited += (squares, angles, norms, count)
 
     def _pool(self, result: Measured, reading: Reading) -> None:
         """Add the scale-invariant weights of an optimizer to the overview."""
@@ -233,7 +348,10 @@ class RowDraft:
         """
         # Each kind once: a rescale of a hundred weights is one mark in a picture.
         events = tuple(dict.fromkeys([*self.ledger.events, *self._sent.events]))
-        self.ledger = replace(self.ledger, marked=self._sent.marked, events=events)
+        marked = self._sent.marked
+        # Those in this row begin anew; of the others it is remembered until they have one.
+        jumped = self.ledger.new_jumps(marked).difference(self._in_row)
+        self.ledger = replace(self.ledger, marked=marked, jumped=jumped, events=events)
         # No update happened, so there is no row: the next one tells what happened since.
         if not self._optimizer_step:
             return
@@ -244,6 +362,8 @@ class RowDraft:
         self.ledger = replace(
             self.ledger,
             courses=self._courses,
+            expectations=self._expectations,
+            balances=self._balances,
             norms=self._norms,
             rates=self._rates,
             measured=self._measured,
@@ -265,6 +385,17 @@ class RowDraft:
             angle = QUANTITIES["angular_update"]
             pooled = _from_prediction(angle.mean(squares, number), angle.mean(predicted, number))
             values.update({f"normdyn/{name}": value for name, value in pooled.items()})
+        squares, angles, norms, number = self._awaited.tolist()
+        if number:
+            angle = QUANTITIES["angular_update"]
+            means = [angle.mean(total, number) for total in (squares, angles, norms)]
+            for name, value in _from_expectation(*means).items():
+                if QUANTITIES[name].scope == "both":
+                    values[f"normdyn/{name}"] = value
+        ratios = [v for key, v in values.items() if key.startswith("balance_ratio/")]
+        if ratios:
+            # The median: one matrix far from its balance is a finding, and no reason to stop.
+            values["normdyn/balance_ratio"] = median(ratios)
         values["normdyn/optimizer_step"] = float(self._optimizer_step)
         values["normdyn/skipped_steps"] = float(self._sent.skipped_steps)
         values["normdyn/collapsed_vectors"] = self._collapsed
@@ -285,6 +416,60 @@ def _from_prediction(measured: float, predicted: float) -> dict[str, float]:
         if quantity.prediction is not None:
             compared[quantity.name] = quantity.prediction(measured, predicted)
     return compared
+
+
+def _from_expectation(measured: float, angle: float, norm: float) -> dict[str, float]:
+    """The quantities that compare a measured angular update with what was expected."""
+    compared = {}
+    for quantity in monitored():
+        if quantity.expectation is not None:
+            compared[quantity.name] = quantity.expectation(measured, angle, norm)
+    return compared
+
+
+def _is_rounded(target: Target) -> bool:
+    """Whether rounding alone turns a weight by 2.5e-3 in every step, whatever pulls at it."""
+    return target.weight.dtype in (torch.bfloat16, torch.float16)
+
+
+class _Strengths:
+    """What decays the weights of one optimizer, now and in the steps since the newest row.
+
+    Many weights share a param group and what callbacks do, so each answer is worked out once.
+    """
+
+    def __init__(self, result: Measured, interval: Interval) -> None:
+        self._optimizer = result.plan.optimizer
+        self._interval = interval
+        self._now: dict[tuple[int, Effects], Strength] = {}
+        self._passed: dict[tuple[int, Effects], list[tuple[Stretch, Strength, float | None]]] = {}
+
+    def now(self, place: int, effects: Effects) -> Strength:
+        """In the measured step, of a weight in the param group at ``place``."""
+        key = (place, effects)
+        if key not in self._now:
+            group = self._interval.groups[place]
+            self._now[key] = strength_of(self._optimizer, group, effects)
+        return self._now[key]
+
+    def passed(self, place: int, effects: Effects) -> list[tuple[Stretch, Strength, float | None]]:
+        """For `lightning_normdyn.monitor.pulls.passed_between`."""
+        key = (place, effects)
+        if key not in self._passed:
+            self._passed[key] = self._find(place, effects)
+        return self._passed[key]
+
+    def _find(self, place: int, effects: Effects) -> list[tuple[Stretch, Strength, float | None]]:
+        found = []
+        for stretch in self._interval.stretches:
+            # The param group joined later, so its weights were not stepped then.
+            if place >= len(stretch.settings):
+                return []
+            settings = stretch.settings[place]
+            group = {**self._interval.groups[place], **settings}
+            lr = settings.get("lr") if self._interval.reads_rates else None
+            found.append((stretch, strength_of(self._optimizer, group, effects), lr))
+        return found
 
 
 def _has_dropped(before: Sequence[float], rate: float) -> bool:

@@ -75,6 +75,14 @@ class StepSums:
         """What AdaptiveWeightShrink multiplies with alpha."""
         return torch.where(self.alpha_of_std, self.std, self.norm)
 
+    @property
+    def whole(self) -> list[Tensor]:
+        """What the sums over all vectors of a weight, as one, are made of, in the order of
+        `lightning_normdyn.monitor.measured_balance.MatrixSums`."""
+        # Without a shrink there is no size that it goes by.
+        sized = torch.where(torch.isnan(self.alpha), 0.0, self.shrunk_size * self.ww)
+        return [self.ww, self.ss, self.sd, self.dd, sized]
+
     @cached_property
     def angle(self) -> Tensor:
         """The angle of the step. A shrink turns nothing, so s serves in the place of w."""

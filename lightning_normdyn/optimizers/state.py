@@ -25,6 +25,23 @@ from .group_numbers import Group, as_number
 from .recognition import facts_of, is_schedule_free, why_not_as_base
 
 
+def has_stepped(optimizer: Optimizer, weight: Tensor, number: int = 1) -> bool:
+    """Whether an optimizer has stepped a weight before its step ``number``, as far as its state
+    tells.
+
+    Nothing waits for a device: of a count that lives there it is taken that it is not 0.
+    """
+    state = optimizer.state.get(weight)
+    if not state:
+        return False
+    # Later on a state was filled by a step, and to read its count costs a call a weight.
+    if number > 1:
+        return True
+    count = as_number(state.get("step"))
+    # Some make their buffers with the optimizer (Adagrad), and then their count is 0.
+    return count != 0 if isinstance(count, float) else True
+
+
 def state_exponents(optimizer: Optimizer) -> dict[str, float]:
     r"""How each buffer of ``optimizer`` follows its weight.
 

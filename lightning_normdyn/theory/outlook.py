@@ -1,7 +1,7 @@
-"""From numbers to words: what to read from a curve, and how long a weight has left.
+"""How long a weight has left: until it settles, until decay has acted, until a dtype ends.
 
 On the host, in plain floats. The predictions themselves come from
-`lightning_normdyn.theory.equilibrium`.
+`lightning_normdyn.theory.equilibrium`; what is said of them from `lightning_normdyn.theory.words`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,17 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = [
-    "AS_PREDICTED",
-    "SETTLED_DRIFT",
+    "SETTLED",
     "e_foldings",
     "free_decay_rate",
-    "reading",
+    "steps_to_go",
     "steps_to_overflow",
     "steps_to_underflow",
     "total_decay",
 ]
 
-# |d ln‖w‖²| x relaxation time below which a norm counts as settled.
-SETTLED_DRIFT = 0.1
-# Angular update / prediction that counts as agreement.
-AS_PREDICTED = (0.75, 1.33)
+# A weight counts as settled where ‖w‖^P is within this share of where it settles.
+SETTLED = 0.1
 
 
 # ----------------------------------------------------------------------------- how far decay gets
@@ -49,6 +46,35 @@ def e_foldings(steps: float, relaxation: float | None) -> float | None:
     if relaxation is None:
         return None
     return steps / relaxation
+
+
+def steps_to_go(ratio: float, relaxation: float) -> float:
+    """Steps until ‖w‖^P, the power of the norm that relaxes, is within `SETTLED` of where it
+    settles.
+
+    It is 1/ratio² of that now, and what is too much or too little of it falls by e in every
+    relaxation time.
+
+    Args:
+        ratio: the present angle over the one that it settles at, or over its balance.
+        relaxation: optimizer steps, 1/(P · pull).
+
+    Returns:
+        steps, at least 0; ``inf`` for a ratio of 0, or where nothing relaxes; NaN for a ratio of
+        NaN.
+
+    Example:
+        >>> round(steps_to_go(0.5, 100.0)), steps_to_go(1.04, 100.0)
+        (340, 0.0)
+    """
+    if math.isnan(ratio):
+        return math.nan
+    if not ratio > 0:
+        return math.inf
+    deviation = abs(1 / ratio**2 - 1)
+    if deviation <= SETTLED:
+        return 0.0
+    return math.log(deviation / SETTLED) * relaxation
 
 
 def total_decay(
@@ -167,98 +193,3 @@ def steps_to_overflow(size: float, rate: float, dtype: torch.dtype = torch.float
     if not (rate > 0 and size > 0):
         return math.inf
     return math.log(largest / size) / rate
-
-
-# -------------------------------------------------------------------------------------- in words
-
-
-def reading(
-    norm_drift_per_step: float | None,
-    relaxation: float | None,
-    ratio: float | None,
-    lr_decay_change: float = 0.0,
-    *,
-    angular_update: float | None = None,
-    angle_floor: float = 1e-7,
-    power: float = 4,
-    age: float = 0.0,
-) -> str:
-    """What a person should read from a weight's curve, judged by the drift of its norm.
-
-    The ratio alone does not tell: a real network can be stationary far from the prediction, where
-    its gradients carry a signal.
-
-    Args:
-        norm_drift_per_step: d ln‖w‖² per optimizer step, signed.
-        relaxation: relaxation time in optimizer steps; ``None`` without a prediction.
-        ratio: RMS angular update / prediction; ``None`` without one.
-        lr_decay_change: relative change of lr x decay within the last relaxation time, e.g. 0.3 for
-            30 %.
-        angular_update: RMS angular update, radians per step; tells frozen and collapsing weights.
-        angle_floor: angle that counts as not turning at all: what rounding of float32 weights
-            makes.
-        power: P of the optimizer, :attr:`StepResponse.power`; for the steps left.
-        age: how many steps ago the drift was that large: half of the window that it was measured
-            over; for the steps left.
-
-    Returns:
-        "settled"; "settled, R x the prediction (below)" or "(above)"; "schedule faster than
-        relaxation"; "approaching, about N steps left"; "frozen" (does not turn); "collapsing" (does
-        not turn, but shrinks: only the decay is left); or "no prediction".
-
-    Example:
-        >>> reading(1e-5, 500.0, 0.97)
-        'settled'
-        >>> reading(-2e-5, 500.0, 0.43)
-        'settled, 0.43x the prediction (below)'
-        >>> reading(-6e-4, 500.0, 0.6)
-        'approaching, about 896 steps left'
-    """
-    if norm_drift_per_step is None or not math.isfinite(norm_drift_per_step):
-        return "no prediction"
-    # Without a measured angle its ratio to the prediction tells, though only of no turn at all.
-    turning, floor = angular_update, angle_floor
-    if angular_update is None:
-        turning, floor = ratio, 0.0
-    if turning is not None and turning <= floor:
-        # What does not turn has no gradient. If its norm falls nevertheless, only the decay is
-        # left, and it will reach zero.
-        return "collapsing" if norm_drift_per_step < -angle_floor else "frozen"
-    if relaxation is None or ratio is None or not math.isfinite(ratio):
-        return "no prediction"
-    if lr_decay_change > 0.1 or not math.isfinite(relaxation):
-        return "schedule faster than relaxation"
-    drift = norm_drift_per_step * relaxation
-    if abs(drift) >= SETTLED_DRIFT:
-        steps = _times_to_settle(drift, ratio, power) * relaxation - age
-        # Never 0: the drift just measured is too large for a weight that has settled.
-        steps = max(steps, 0.1 * relaxation)
-        return f"approaching, about {_rounded(steps)} steps left"
-    low, high = AS_PREDICTED
-    if low <= ratio <= high:
-        return "settled"
-    side = "below" if ratio < 1 else "above"
-    return f"settled, {ratio:.2g}x the prediction ({side})"
-
-
-def _times_to_settle(drift: float, ratio: float, power: float) -> float:
-    """Relaxation times until |drift| < SETTLED_DRIFT, with ``drift`` = d ln‖w‖² per such time now.
-
-    With x = (‖w‖/equilibrium)^P, drift = -(2/P)(1 - 1/x), and x - 1 falls as exp(-t).
-    """
-    inverse = 1 + power * drift / 2
-    # So far above that the norm falls as if there were no gradient: the drift no longer tells how
-    # far, but the angle does (AU² ~ 1/x).
-    if inverse <= 0.01:
-        inverse = min(max(ratio**2, 1e-30), 0.01)
-    target = 1 + math.copysign(power * SETTLED_DRIFT / 2, drift)
-    return max(math.log((1 / inverse - 1) / (1 / target - 1)), 0.0)
-
-
-def _rounded(steps: float) -> str:
-    """Three significant digits, no exponent."""
-    digits = 0
-    if steps >= 1:
-        digits = max(0, math.floor(math.log10(steps)) - 2)
-    rounded = max(1, round(steps / 10**digits)) * 10**digits
-    return f"{rounded:,}".replace(",", " ")

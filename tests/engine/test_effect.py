@@ -40,14 +40,15 @@ class StrongerShrink(Shrink):
 
 
 @pytest.mark.parametrize(
-    "order", list(permutations([SHRINK, PROJECTION, RESCALING, NoEffect(), LengthJumps()]))[::17]
+    "order",
+    list(permutations([SHRINK, PROJECTION, RESCALING, NoEffect(), LengthJumps(1.5, 0.25)]))[::17],
 )
 def test_effects_of_different_kinds_stand_side_by_side_in_any_order(order: Any) -> None:
     assert combine(order) == Effects(shrink=SHRINK, projection=PROJECTION, rescaling=RESCALING)
 
 
 def test_who_only_looks_or_jumps_now_and_then_leaves_the_optimizer_alone() -> None:
-    assert combine([NoEffect(), LengthJumps()]).none
+    assert combine([NoEffect(), LengthJumps(1.5, 0.25)]).none
     assert not combine([ScaledSteps()]).none
     assert not combine([UnknownEffect("MyRule")]).none
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +26,15 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
+from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.state import VERSION, digest, seal, unseal
 from lightning_normdyn.engine.value_checks import plain
+from lightning_normdyn.monitor import balance
+from lightning_normdyn.monitor.expected_norms import Interval, WeightStep, follow
+from lightning_normdyn.monitor.ledger import Ledger
+from lightning_normdyn.monitor.measured_balance import MatrixSums, quantities_of
+from lightning_normdyn.monitor.passed_steps import PassedSteps
+from lightning_normdyn.monitor.pulls import Strength
 
 CASES = 1000
 DROPPED = r"cannot use its state in the checkpoint: .* starts as in a fresh fit"
@@ -442,6 +450,69 @@ def test_saving_does_not_fail_because_of_what_a_persons_own_callback_keeps():
 )
 def test_a_digest_tells_contents_apart_and_nothing_else(one, other, equal):
     assert (digest(one) == digest(other)) == equal
+
+
+OF_STEPS = ("expectations", "balances", "workers", "counted", "jumped")
+
+
+def go_on(extra: dict[str, Any]) -> None:
+    """What a monitor makes of its own part of a state at its next row."""
+    ledger = Ledger.from_state(extra, separate=False, asked_for=lambda key: True)
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.1}
+    passed = PassedSteps()
+    for worker in extra.get("workers", {}).values():
+        passed.load(worker["passed"])
+    number = 5
+    passed.note(number, [group])
+    for known in ledger.balances.values():
+        since = 0 if known.end is None else known.end.number
+        stretches = [(s, Strength(0.1), 0.1) for s in passed.since(since)]
+        sums = MatrixSums(4.0, 4.0, 0.0, 1e-3, 0.0)
+        row = known.after(number, sums, 0.1, Strength(0.1), stretches, is_set=False)
+        quantities_of(row, 36, 19.0)
+    newest = ledger.counted.get(0, 0)
+    interval = Interval(torch.optim.SGD, [group], number, passed.since(newest))
+    steps = []
+    for name in ledger.expectations:
+        steps.append(WeightStep(name, 0, Effects(), 9, (4, 9), 2.0, 0.01, 0.1, 3.0))
+    follow(interval, steps, ledger.expectations)
+
+
+def test_courses_and_windows_that_were_sealed_anew_raise_nothing_else(
+    checkpoints: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the digest, which would find every change at once."""
+    monkeypatch.setattr(balance, "LEAST_STEPS", 2)
+    monkeypatch.setattr(balance, "MOST_ERROR", float("inf"))
+    whole, rng = state_of(checkpoints["monitor"]), random.Random("sealed anew")
+    go_on(whole["extra"])
+    refused = believed = 0
+    for _ in range(200):
+        own = copy.deepcopy({key: whole["extra"][key] for key in OF_STEPS})
+        what = spoil(own, rng)
+        try:
+            plain(own, "it")
+        except NormDynError:
+            continue  # nothing that could be sealed
+        others = {key: whole["extra"][key] for key in whole["extra"] if key not in OF_STEPS}
+        state = seal({**whole, "extra": {**others, **own}})
+        callback = MAKERS["monitor"]()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NormDynWarning)
+            callback.load_state_dict(state)
+        if callback._restored is None:
+            refused += 1
+            continue
+        try:
+            go_on(callback._restored["extra"])
+        except NormDynError:
+            refused += 1
+        except Exception as error:
+            raise AssertionError(what) from error
+        else:
+            believed += 1
+    assert refused > 50
+    assert believed > 5  # a plausible number in the place of another
 
 
 # ---- What is done for a step that is not over ----

@@ -23,8 +23,8 @@ from lightning_normdyn.errors import NormDynError
 
 CHECKS: dict[str, tuple[Any, list[Any], list[Any]]] = {
     "whole": (whole(1), [1, 10**6], [0, 1.0, True, "1", 2**53]),
-    "number": (number(0.0), [0, 0.5], [-1, float("nan"), float("inf"), True, "1"]),
-    "any number": (number(0.0, finite=False), [float("nan"), float("inf")], [-1.0]),
+    "number": (number(0.0), [0, 0.5], [-1, float("nan"), float("inf"), True, "1", 10**400]),
+    "any number": (number(0.0, finite=False), [float("nan"), float("inf")], [-1.0, 10**400]),
     "text": (text(), ["", "a"], [1, None]),
     "one of some": (text("a", "b"), ["a"], ["c", ""]),
     "flag": (flag, [True, False], [0, None]),

@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.balance import BalanceWindow, Point
+from lightning_normdyn.monitor.expected_norms import Expectation
 from lightning_normdyn.monitor.ledger import Ledger, Norms, Row
+from lightning_normdyn.monitor.measured_balance import Balance
 from lightning_normdyn.monitor.predictions import Prediction
+from lightning_normdyn.monitor.pulls import End
 from lightning_normdyn.monitor.verdicts import Course
+from lightning_normdyn.optimizers.rate_drop import Rate
 
 
 def everything(key: str) -> bool:
@@ -23,6 +28,17 @@ def everything(key: str) -> bool:
 
 def only_norms(key: str) -> bool:
     return key.startswith("weight_norm/")
+
+
+COURSE = {
+    **{key: [1.0] for key in ("ww", "wm", "mm", "moment", "angle", "scale")},
+    **{"steps": 4, "carried": 1.0, "largest_rate": 0.1},
+    **{"moment_is_new": False, "in_real_units": False, "rough": False},
+}
+POINTS = (
+    Point(1, 0.0, 1e-4, 1e-3, 0.1),
+    Point(4, 0.1, 1e-4, math.nan, 0.1, 3e-4, math.nan, math.nan, 0.3),
+)
 
 
 def filled(*, separate: bool = False) -> Ledger:
@@ -39,13 +55,24 @@ def filled(*, separate: bool = False) -> Ledger:
     return replace(
         ledger,
         courses={"a": course},
+        expectations={
+            "a": Expectation(4, COURSE, Rate(0.1), 1.0, "", scales=(2.0,), energies=(3.0,))
+        },
+        balances={"a": Balance(BalanceWindow(POINTS), End(4, 0.1, 0.0), 0.5, was_set=True)},
         norms={"a": Norms(1.0, (1.0,), (2.0,))},
         rates={"a": (0.1, 0.1)},
         measured={0: 3},
         counted={0: 4},
+        jumped=frozenset({1}),
         events=("lr_drop",),
         promised={"normdyn/angular_update": math.nan},
     )
+
+
+def test_a_jump_is_remembered_until_the_optimizer_has_a_row():
+    ledger = replace(filled(), marked={(0, 0, "rescale"): 2, (0, 1, "rescale"): 1})
+    assert ledger.new_jumps({(0, 0, "rescale"): 2}) == {1}
+    assert ledger.new_jumps({(0, 0, "rescale"): 3, (2, 5, "rescale"): 1}) == {0, 1, 5}
 
 
 def read_back(state, *, separate=False, asked_for=everything) -> Ledger:
@@ -81,8 +108,11 @@ def test_a_checkpoint_gives_back_what_was_there(separate):
     assert (again.evidence is again.history) == (not separate)
     assert ("lr/a" in again.history[0]) == (not separate)
     assert "lr/a" in again.evidence[0]
-    for name in ("last_step", "courses", "norms", "rates", "measured", "counted", "events"):
+    exact = ("last_step", "courses", "expectations", "norms", "rates", "measured", "counted")
+    for name in (*exact, "jumped", "events"):
         assert getattr(again, name) == getattr(ledger, name)
+    # By text: a NaN equals nothing.
+    assert repr(again.balances) == repr(ledger.balances)
     assert math.isnan(again.promised["normdyn/angular_update"])
 
 
@@ -122,3 +152,42 @@ def test_a_loop_that_was_set_back_forgets_what_lies_ahead():
 def test_a_damaged_state_is_refused(damage):
     with pytest.raises(NormDynError):
         read_back({**filled().state(), **damage})
+
+
+@pytest.mark.parametrize("of_the_end", [False, True], ids=["row", "row of the end"])
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        ("expectations", {"course": {**COURSE, "ww": [1.0, 2.0]}}),
+        ("expectations", {"course": {key: COURSE[key] for key in ("ww", "steps")}}),
+        ("expectations", {"course": {**COURSE, "steps": 1.5}}),
+        ("expectations", {"course": {**COURSE, "rough": 1}}),
+        ("expectations", {"course": {**COURSE, "ww": torch.ones(1)}}),
+        ("expectations", {"number": -1}),
+        ("expectations", {"rate": [0.1]}),
+        ("expectations", {"start": math.nan}),
+        ("expectations", {"effects": None}),
+        ("expectations", {"scales": ["x"]}),
+        ("expectations", {"foreign": 1}),
+        ("balances", {"points": torch.ones(2, 4, dtype=torch.float64)}),
+        ("balances", {"points": torch.tensor(POINTS, dtype=torch.float32)}),
+        ("balances", {"points": torch.tensor(POINTS[::-1], dtype=torch.float64)}),
+        ("balances", {"points": torch.tensor(POINTS, dtype=torch.float64) * 1.5}),
+        ("balances", {"points": torch.full((1, 9), math.nan, dtype=torch.float64)}),
+        ("balances", {"points": torch.full((1, 9), -1.0, dtype=torch.float64)}),
+        ("balances", {"points": torch.full((1, 9), 1e6, dtype=torch.float64)}),
+        ("balances", {"end": [1.0, 2.0]}),
+        ("balances", {"end": [math.inf, 0.1, 0.0]}),
+        ("balances", {"elapsed": math.inf}),
+        ("balances", {"was_set": 0}),
+    ],
+)
+def test_damage_that_would_be_found_in_a_later_step_is_found_at_once(part, damage, of_the_end):
+    before = filled()
+    row = Row(7, 8, {"weight_norm/b": 2.0})
+    state = before.with_row(row, everything).ending_with(row, before).state()
+    read_back(state)
+    holder = state["ending"] if of_the_end else state
+    holder[part] = {"a": {**holder[part]["a"], **damage}}
+    with pytest.raises(NormDynError):
+        read_back(state)

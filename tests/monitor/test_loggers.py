@@ -57,8 +57,9 @@ PICTURES = (
     "effective_lr",
     "angular_update",
     "weight_norm",
+    "matrix_angle",
     "heat_map_effective_lr",
-    "heat_map_equilibrium_ratio",
+    "heat_map_expected_ratio",
 )
 
 
@@ -752,7 +753,9 @@ def test_the_users_own_metrics_stay_theirs(rich, capsys):
     assert {key: float(told[key]) for key in theirs} == theirs
     assert {key for key in told if key.startswith("normdyn/")} <= {
         "normdyn/angular_update",
+        "normdyn/expected_ratio",
         "normdyn/equilibrium_ratio",
+        "normdyn/balance_ratio",
     }
     last = watch.history[-1]
     assert float(told["normdyn/angular_update"]) == pytest.approx(last["normdyn/angular_update"])

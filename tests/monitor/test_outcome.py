@@ -60,6 +60,64 @@ def test_the_tables_at_start_and_end(capsys):
     assert "→" in end
 
 
+def row_of(name, finding, words, ratio, norm=1.0):
+    return {
+        "weight": name,
+        "treated how": "measured",
+        "norm first": norm,
+        "norm last": norm,
+        "effective lr": 0.1,
+        "angular update": 0.01,
+        "prediction": None,
+        "e-foldings": 2.0,
+        "ratio": ratio,
+        "finding": finding,
+        "verdict": words,
+    }
+
+
+def fine(index, ratio):
+    return row_of(f"fine{index}", "as expected", f"as expected now ({ratio}x)", ratio, 1.0 + index)
+
+
+def fast(index, ratio):
+    words = f"turns too fast: {ratio}x what is expected"
+    return row_of(f"fast{index}", "too fast", words, ratio)
+
+
+def test_rows_come_by_health_and_equal_ones_as_one():
+    early = row_of("early", "too early", "too few rows", None)
+    rows = [early, fine(0, 0.9), fine(1, 1.0), fast(0, 1.8), fine(2, 1.1), fine(3, 1.2)]
+    shown = outcome._worst_first(rows)
+    assert [row["weight"] for row in shown] == ["fast0", "4 weights (medians)", "early"]
+    assert shown[1]["verdict"] == "as expected now (0.9 to 1.2x)"
+    assert shown[1]["norm first"] == 2.5  # the median
+    # Under another rule they are not equal, and three are read as quickly as one.
+    rows[1]["treated how"] = "AWS"
+    assert len(outcome._worst_first(rows)) == len(rows)
+
+
+def test_of_many_weights_that_are_wrong_the_worst_are_named():
+    rows = [fast(index, 2.0 + index) for index in range(8)]
+    shown = outcome._worst_first(rows)
+    assert [row["weight"] for row in shown] == [
+        "fast7",
+        "fast6",
+        "fast5",
+        "5 more (medians)",
+    ]
+    assert shown[-1]["verdict"] == "turns too fast: 2.0 to 6.0x what is expected"
+
+
+def test_a_sentence_above_the_table_sums_it_up(capsys):
+    fit(make(make_optimizer=momentum), [NormDynamicsMonitor(1)])
+    printed = capsys.readouterr().out
+    above, below = printed.split("after 8 optimizer steps\n")[1].split("\n\n", 1)
+    assert above.endswith(".")
+    assert "weights" in above
+    assert below.startswith("weight")
+
+
 def layers_now(watch):
     """The rows of the end table, with the norms that the weights have at this moment."""
     norms = watch.member.current_norms()

@@ -19,7 +19,8 @@ from lightning_normdyn import (
     RadialProjection,
     WeightRescaling,
 )
-from lightning_normdyn.engine.effect import Effects
+from lightning_normdyn.engine.effect import Effects, Shrink
+from lightning_normdyn.monitor.predictions import relaxation_power
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
 
 SGD = torch.optim.SGD
@@ -194,7 +195,7 @@ def test_rescaled_to_a_norm_now_and_then(make_optimizer: Any, every: int, others
     )
     ratio = monitor.history.column(KEYS[1])[1]
     assert rms(ratio[2 * every :]) == pytest.approx(1, abs=0.03)
-    assert monitor.member.layers()[0]["verdict"].startswith("length held by WeightRescaling, ")
+    assert monitor.member.layers()[0]["verdict"].endswith("; its length is held by WeightRescaling")
 
 
 def test_a_rescaling_window_changes_what_is_predicted() -> None:
@@ -238,3 +239,17 @@ def test_the_strength_of_aws_is_that_of_its_own_statistic() -> None:
     row = monitor.history[0]
     assert row["equivalent_weight_decay/weight"] == pytest.approx(0.2 * std)
     assert row[KEYS[0]] == pytest.approx(sqrt(2 * 0.1 * 0.2 * std))
+
+
+@pytest.mark.parametrize(
+    ("kind", "effects", "power"),
+    [
+        (SGD, Effects(), 4),
+        (torch.optim.AdamW, Effects(), 2),
+        (torch.optim.Adadelta, Effects(), 2),
+        (SGD, Effects(shrink=Shrink(0.1, "norm", replaces_decay=True)), 5),
+    ],
+)
+def test_how_fast_a_norm_relaxes(kind: Any, effects: Effects, power: float) -> None:
+    group = kind([torch.zeros(2, requires_grad=True)], lr=0.1).param_groups[0]
+    assert relaxation_power(kind, group, effects, None) == power

@@ -177,14 +177,19 @@ def test_every_entry_is_complete():
         assert quantity.meaning
         assert quantity.symbol
         assert not quantity.drawn_with or quantity.drawn_with in QUANTITIES
-        is_monitored = quantity.scope == "both"
-        assert is_monitored is (quantity.formula is not None or quantity.prediction is not None)
+        made_from = (quantity.formula, quantity.prediction, quantity.expectation)
+        is_made = any(made is not None for made in made_from) or quantity.of_matrix
+        assert is_made is (quantity in monitored())
 
 
 def test_places_and_companions_come_in_the_tables_order():
-    assert shown_in("map") == ["effective_lr", "equilibrium_ratio"]
-    assert drawn_with("weight_norm") == ["weight_norm"]
-    assert drawn_with("angular_update") == ["angular_update", "equilibrium_angular_update"]
+    assert shown_in("map") == ["effective_lr", "expected_ratio", "balance_ratio"]
+    assert drawn_with("weight_norm") == ["weight_norm", "expected_weight_norm"]
+    assert drawn_with("angular_update") == [
+        "angular_update",
+        "expected_angular_update",
+        "equilibrium_angular_update",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from lightning_normdyn.optimizers.decay import (
     supports_decay_takeover,
 )
 from lightning_normdyn.optimizers.state import (
+    has_stepped,
     per_matrix_only,
     rescale_batch_norm_,
     state_exponents,
@@ -305,3 +306,15 @@ def test_training_goes_on_from_the_corrected_statistics():
     norm(torch.randn(32, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
     assert (norm.running_var > 0).all()
     assert norm.eval()(torch.randn(4, 2, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["SGD momentum", "Adam", "Adagrad", "RMSprop"])
+def test_whether_a_weight_was_stepped_is_told_by_its_buffers(name: str) -> None:
+    kind, options, _ = OPTIMIZERS.get(name, (getattr(torch.optim, name, None), {"lr": 0.1}, 1))
+    weight = nn.Parameter(torch.ones(2, 3))
+    optimizer = kind([weight], **options)
+    # Adagrad has its buffers from the start.
+    assert not has_stepped(optimizer, weight)
+    weight.grad = torch.ones(2, 3)
+    optimizer.step()
+    assert has_stepped(optimizer, weight)

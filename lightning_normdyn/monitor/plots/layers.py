@@ -21,7 +21,7 @@ from lightning_normdyn.monitor.curves import (
 )
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import drawn_with, shown_in
-from lightning_normdyn.monitor.records import Ints
+from lightning_normdyn.monitor.records import Floats, Ints
 
 from .axes import (
     MOST_NAMED,
@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 # Columns of a map.
 _MOST_COLUMNS = 300
+# A ratio beyond which all are of one colour.
+_FARTHEST = 10.0
 # Inches that the name of a layer takes.
 _LINE = 0.13
 
@@ -82,8 +84,10 @@ def plot_effective_lr(
     curves = curves_of(history, quantity)
     fig, ax = axes_or_new(ax)
     _draw_by_depth(fig, ax, curves)
-    drawn = np.concatenate([values for _, values in curves.values()])
-    finish(ax, quantity, drawn, limits)
+    drawn = [values for _, values in curves.values()]
+    for beside in drawn_with(quantity)[1:]:
+        drawn += _draw_behind(ax, curves, recorded_curves(history, beside), beside)
+    finish(ax, quantity, np.concatenate(drawn), limits)
     mark_events(ax, history)
     legend_below(ax)
     return fig, ax
@@ -146,6 +150,18 @@ def plot_angular_update(
         linewidth=2.0,
         label=f"median, {which}",
     )
+    expected = _of_layers(recorded_curves(history, "expected_angular_update"), compared)
+    if expected:
+        expected_steps, expected_table = as_table(expected)
+        draw_curve(
+            ax,
+            expected_steps,
+            over_layers(np.nanmedian, expected_table),
+            color=OKABE_ITO[2],
+            linewidth=1.2,
+            label="expected now, median",
+        )
+        drawn.append(expected_table.ravel())
     if predictions:
         lowest = 0.9 * over_layers(np.nanmin, predicted)
         highest = 1.1 * over_layers(np.nanmax, predicted)
@@ -170,6 +186,10 @@ def plot_angular_update(
     mark_events(ax, history)
     legend_below(ax)
     return fig, ax
+
+
+def _of_layers(curves: Curves, names: Sequence[str]) -> Curves:
+    return {name: curves[name] for name in names if name in curves}
 
 
 def plot_curves(
@@ -276,8 +296,8 @@ def plot_heatmap(
 
 
 def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
-    """What is usually looked at first: effective LR, angular update, weight norm, and the ratio to
-    the prediction, as far as recorded.
+    """What is usually looked at first: effective LR, angular update, weight norm, and how far each
+    layer is from what is expected now, as far as recorded.
 
     Args:
         history: what was recorded.
@@ -291,10 +311,14 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
         NormDynError: where none of them was recorded.
     """
     panels = [quantity for quantity in shown_in("curves") if layer_names(history, quantity)]
-    if len(panels) > 3 and "weight_std" in panels:  # leave room for the map
-        panels.remove("weight_std")
-    # One map. The last in the table, the ratio to the prediction, tells most where it is known.
-    maps = [quantity for quantity in shown_in("map") if layer_names(history, quantity)][-1:]
+    # Leave room for the map.
+    for dispensable in ("matrix_angle", "weight_std"):
+        if len(panels) > 3 and dispensable in panels:
+            panels.remove(dispensable)
+    # One map: of the ratios the first, or, where nothing is compared, of the effective LR.
+    known = [quantity for quantity in shown_in("map") if layer_names(history, quantity)]
+    ratios = [quantity for quantity in known if drawn_as(quantity).scale == "ratio"]
+    maps = (ratios or known)[:1]
     if not panels and not maps:
         # Raises, and says what the history has instead.
         curves_of(history, "effective_lr")
@@ -372,6 +396,22 @@ def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves) -> None:
     bar.set_ticks(np.unique(np.linspace(1, len(names), 5).round()).tolist())
 
 
+def _draw_behind(ax: Axes, curves: Curves, beside: Curves, quantity: str) -> list[Floats]:
+    """What belongs to the curves of `_draw_by_depth`, as thin lines of the same colours behind
+    them, with one entry in the legend; returns the values."""
+    drawn: list[Floats] = []
+    for name, colour in zip(curves, depth_colours(len(curves)), strict=True):
+        if name not in beside:
+            continue
+        steps, values = beside[name]
+        style = {"color": colour, "linewidth": 0.7, "linestyle": (0, (4, 1.5)), "alpha": 0.7}
+        # A longer label would make a legend of one column.
+        label = None if drawn else quantity.split("_")[0]
+        draw_curve(ax, steps, values, zorder=1.5, label=label, **style)
+        drawn.append(values)
+    return drawn
+
+
 def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
     """How values become colours: two hues around what is neutral, else from dark to bright."""
     from matplotlib.colors import CenteredNorm, LogNorm, Normalize
@@ -380,10 +420,8 @@ def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
     positive = finite[finite > 0]
     largest = float(np.abs(finite).max(initial=0.0))
     if scale == "ratio" and positive.size:
-        farthest = np.exp(np.abs(np.log(positive)).max())
-        # A run whose ratios are all 1 still needs two ends.
-        reach = max(float(farthest), 1.05)
-        return LogNorm(1 / reach, reach), "PuOr_r"
+        # The same ends in every picture: the noise of a healthy run has to look like nothing.
+        return LogNorm(1 / _FARTHEST, _FARTHEST, clip=True), "PuOr_r"
     if scale == "log" and positive.size and positive.max() > positive.min():
         return LogNorm(float(positive.min()), float(positive.max())), "viridis"
     if scale == "linear" and largest > 0:

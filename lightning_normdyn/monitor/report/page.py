@@ -21,13 +21,14 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.curves import notes_on_layers, recorded_curves
+from lightning_normdyn.monitor.curves import as_table, notes_on_layers, recorded_curves
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.plots.compare import plot_compare
 from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap, shared_limits
 from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import monitored, shown_in
 from lightning_normdyn.storage import is_remote, replacing
+from lightning_normdyn.theory.words import AS_EXPECTED, times
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,9 +36,8 @@ if TYPE_CHECKING:
 Limits = Mapping[str, tuple[float, float] | None]
 
 _MOST_VECTORS = 2**53
-_AS_PREDICTED = (0.9, 1.1)
-# How the verdicts begin that a reader should not miss.
-_OFF = ("turns", "collapsing", "frozen", "not finite")
+# How the verdicts begin that a reader should not miss; "collapsing" was said by older versions.
+_OFF = ("turns", "no gradient", "collapsing", "frozen", "not finite")
 
 
 class Column(NamedTuple):
@@ -67,9 +67,15 @@ COLUMNS = (
     Column("prediction", "prediction", "radians per step, for the same records"),
     Column("ratio", "ratio", "angular update over prediction"),
     Column(
+        "now",
+        "ratio now",
+        "angular update over what is expected at these steps; without scale invariance, over its "
+        "balance",
+    ),
+    Column(
         "verdict",
         "verdict",
-        "of the monitor at the end of the fit; else as predicted: within 10 %",
+        "of the monitor at the end of the fit; else by the ratio now, or without one by the ratio",
         "",
     ),
 )
@@ -88,6 +94,7 @@ class LayerSummary(NamedTuple):
     angular_update: float | None
     prediction: float | None
     ratio: float | None
+    now: float | None
     verdict: str
 
     @property
@@ -195,10 +202,10 @@ def _summary(label: str, name: str, history: History) -> LayerSummary:
     angle = _late(values("angular_update"), _root_mean_square)
     prediction = _late(values("equilibrium_angular_update"), _root_mean_square)
     # Not a mean of ratios, which the steps with the smallest predictions would rule.
-    if angle is not None and prediction:
-        ratio: float | None = angle / prediction
-    else:
-        ratio = _late(values("equilibrium_ratio"), np.mean)
+    ratio = _late_ratio(history, name, "equilibrium")
+    now = _late_ratio(history, name, "expected")
+    if now is None:
+        now = _late(values("balance_ratio"), np.mean)
     return LayerSummary(
         run=label,
         name=name,
@@ -210,22 +217,40 @@ def _summary(label: str, name: str, history: History) -> LayerSummary:
         angular_update=angle,
         prediction=prediction,
         ratio=ratio,
-        verdict=_verdict(notes.get("verdict"), ratio),
+        now=now,
+        verdict=_verdict(notes.get("verdict"), now, ratio),
     )
 
 
-def _verdict(of_monitor: object, ratio: float | None) -> str:
+def _late_ratio(history: History, name: str, foreseen: str) -> float | None:
+    """The angular update over another angle, as root mean squares of the same records: of the last
+    tenth, those with both."""
+    quantities = ("angular_update", f"{foreseen}_angular_update")
+    curves = {key: history.curve(f"{key}/{name}") for key in quantities}
+    if not all(len(steps) for steps, _ in curves.values()):
+        # A log may have the ratios alone.
+        ratios: list[float] = history.curve(f"{foreseen}_ratio/{name}")[1].tolist()
+        return _late(ratios, np.mean)
+    _, table = as_table(curves)
+    measured, other = table[:, -max(1, table.shape[1] // 10) :]
+    both = np.isfinite(measured) & (other > 0)
+    if not both.any():
+        return None
+    return _root_mean_square(measured[both]) / _root_mean_square(other[both])
+
+
+def _verdict(of_monitor: object, now: float | None, ratio: float | None) -> str:
     """The monitor's, which knows more than the curves do; else how the angular update compares with
-    its prediction."""
+    what is expected now, or with its prediction."""
     if isinstance(of_monitor, str) and of_monitor not in ("", "-"):
         return of_monitor
-    if ratio is None:
+    compared, what = (ratio, "predicted") if now is None else (now, "expected")
+    if compared is None:
         return "–"
-    # As the hint of the column says: within 10 %.
-    low, high = _AS_PREDICTED
-    if low <= ratio <= high:
-        return "as predicted"
-    return "turns faster" if ratio > 1 else "turns slower"
+    low, high = AS_EXPECTED
+    if low <= compared <= high:
+        return f"as {what}"
+    return f"turns too {'fast' if compared > 1 else 'slow'}: {times(compared)} what is {what}"
 
 
 def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:

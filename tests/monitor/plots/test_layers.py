@@ -165,13 +165,73 @@ def test_long_names_of_many_layers_stay_apart_in_a_heat_map():
     assert shown[0] == "0.attention.self.query"
 
 
+def expected_run(layers=3):
+    """A run in which every layer turns 1.2 times too fast, but the last, which is not
+    scale-invariant."""
+    history = History()
+    names = [f"conv{i}.weight" for i in range(layers)]
+    for step in range(20):
+        row = {}
+        for name in names[:-1]:
+            row[f"effective_lr/{name}"] = 0.1
+            row[f"angular_update/{name}"] = 0.012
+            row[f"expected_angular_update/{name}"] = 0.01
+            row[f"expected_ratio/{name}"] = 1.2
+            row[f"weight_norm/{name}"] = 1.0 + step
+            row[f"expected_weight_norm/{name}"] = 2.0 + step
+        row[f"matrix_angle/{names[-1]}"] = 0.02
+        row[f"balanced_angular_update/{names[-1]}"] = 0.01
+        row[f"balance_ratio/{names[-1]}"] = 2.0
+        history.append(step, row, optimizer_step=step + 1)
+    return history
+
+
+@pytest.mark.parametrize("layers", [3, 30])
+@pytest.mark.parametrize(
+    ("quantity", "beside"),
+    [("weight_norm", "expected"), ("matrix_angle", "balanced")],
+)
+def test_what_belongs_to_a_curve_lies_behind_it_as_a_thin_line(quantity, beside, layers):
+    _, ax = plots.plot_effective_lr(expected_run(layers), quantity=quantity)
+    measured = [line for line in ax.get_lines() if line.get_linestyle() == "-"]
+    behind = [line for line in ax.get_lines() if line.get_linestyle() == "--"]
+    assert len(measured) == len(behind) == (layers - 1 if quantity == "weight_norm" else 1)
+    assert [label for label in ax.get_legend_handles_labels()[1] if label == beside] == [beside]
+    assert max(line.get_zorder() for line in behind) < min(line.get_zorder() for line in measured)
+    shown = {tuple(line.get_color()) for line in measured}
+    assert {tuple(line.get_color()) for line in behind} == shown
+    low, high = ax.get_ylim()
+    for line in behind:
+        assert low <= min(line.get_ydata()) <= max(line.get_ydata()) <= high
+
+
+def test_angular_updates_are_shown_beside_what_is_expected_now():
+    _, ax = plots.plot_angular_update(expected_run())
+    (line,) = [line for line in ax.get_lines() if line.get_label() == "expected now, median"]
+    assert line.get_ydata() == pytest.approx(np.full(20, 0.01))
+
+
+@pytest.mark.parametrize("quantity", ["expected_ratio", "balance_ratio"])
+def test_maps_of_ratios_have_the_same_ends_in_every_run(quantity):
+    _, ax = plots.plot_heatmap(expected_run(), quantity=quantity)
+    (mesh,) = ax.collections
+    assert mesh.get_clim() == pytest.approx((0.1, 10.0))
+
+
 def test_panels_are_what_was_recorded():
     _, axes = plots.plot_overview(converging_run())
     assert [ax.get_title() for ax in axes] == [
         "Effective learning rate",
         "Angular update",
         "Weight norm",
-        "Angular update over its prediction",
+        "Effective learning rate",
+    ]
+    _, axes = plots.plot_overview(expected_run())
+    assert [ax.get_title() for ax in axes] == [
+        "Effective learning rate",
+        "Angular update",
+        "Weight norm",
+        "Angular update over what is expected now",
     ]
     only_norms = History()
     only_norms.append(0, {"weight_norm/a": 1.0}, optimizer_step=1)

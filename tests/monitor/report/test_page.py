@@ -127,10 +127,23 @@ def test_the_table_holds_the_numbers(tmp_path):
             "0.01",
             "0.02",
             "0.5",
-            "turns slower",
+            "–",
+            "turns too slow: 0.50x what is predicted",
         ],
-        ["conv1.weight", "–", "–", "4", "2.1", "0.0465", "0.02", "0.02", "1", "as predicted"],
-        ["conv2.weight", "–", "–", "6", "3.15", "0.031", "0.03", "0.02", "1.5", "turns faster"],
+        ["conv1.weight", "–", "–", "4", "2.1", "0.0465", "0.02", "0.02", "1", "–", "as predicted"],
+        [
+            "conv2.weight",
+            "–",
+            "–",
+            "6",
+            "3.15",
+            "0.031",
+            "0.03",
+            "0.02",
+            "1.5",
+            "–",
+            "turns too fast: 1.5x what is predicted",
+        ],
     ]
 
 
@@ -344,17 +357,37 @@ def test_a_column_shows_a_field_of_a_row():
 def test_the_verdict_is_what_the_monitor_said():
     history = reported_run()
     history.meta["targets"] = {
-        "conv0.weight": {"verdict": "settled, 0.5x the prediction (below)"},
+        "conv0.weight": {"verdict": "as expected now (1.0x); settled"},
         "conv1.weight": {"verdict": "-"},
         "conv2.weight": {"verdict": 3},
     }
     layers = summaries("run", history)
     assert [layer.verdict for layer in layers] == [
-        "settled, 0.5x the prediction (below)",
+        "as expected now (1.0x); settled",
         "as predicted",
-        "turns faster",
+        "turns too fast: 1.5x what is predicted",
     ]
     assert [layer.is_off for layer in layers] == [False, False, True]
+
+
+def test_what_is_expected_now_comes_before_the_prediction():
+    history = History()
+    for step in range(20):
+        row = {"angular_update/a": 2.0, "equilibrium_angular_update/a": 4.0}
+        # Not of the first half, nor of a weight whose expectation has ended.
+        if step >= 10:
+            row["expected_angular_update/a"] = 2.0
+        history.append(
+            step, {**row, "angular_update/b": 1.0, "balance_ratio/b": 1.6}, optimizer_step=step
+        )
+    invariant, other = summaries("run", history)
+    assert (invariant.ratio, invariant.now, invariant.verdict) == (0.5, 1.0, "as expected")
+    assert (other.ratio, other.now) == (None, pytest.approx(1.6))
+    assert other.is_off
+    for step in range(20, 40):
+        history.append(step, {"angular_update/a": 2.0}, optimizer_step=step)
+    (ended, _) = summaries("run", history)
+    assert (ended.ratio, ended.now) == (None, None)
 
 
 def test_averages_are_of_the_last_tenth_and_of_finite_numbers():
