@@ -69,11 +69,13 @@ class Looks(L.Callback):
 
 
 def size_of(state: dict[str, Any]) -> int:
+    """Without what is bounded but thinned again and again, so that it is long or short by chance:
+    histories, and the windows of balances (tests/monitor/test_balance.py)."""
     file = io.BytesIO()
     extra = {
         key: value
         for key, value in state.get("extra", {}).items()
-        if key not in ("history", "evidence")
+        if key not in ("history", "evidence", "balances")
     }
     torch.save({**state, "extra": extra}, file)
     return len(file.getvalue())

@@ -7,7 +7,7 @@ Nothing but `mean_norms` waits for the device. Legend: ``n`` vectors of this ran
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Plan
-from lightning_normdyn.optimizers.group_numbers import with_plain_numbers
+from lightning_normdyn.optimizers.group_numbers import with_plain_numbers, without_params
 from lightning_normdyn.optimizers.state import has_stepped
 from lightning_normdyn.optimizers.step import Phase, Step
 
@@ -401,7 +401,10 @@ class StepGauge:
             kept=None if applied_decay is None else torch.stack([sums.norm, applied_decay]),
             skipped=skipped,
             # Copies: a schedule may have moved on when they are read.
-            groups=[_without_params(group) for group in self.plan.optimizer.param_groups],
+            groups=[
+                with_plain_numbers(without_params(group))
+                for group in self.plan.optimizer.param_groups
+            ],
             places=self._places(),
             passed=passed.copy(),
             warm=self._warm,
@@ -444,10 +447,6 @@ class StepGauge:
         out[-1] = size
         out[-1].nan_to_num_(0.0, 0.0, 0.0)
         return out
-
-
-def _without_params(group: Mapping[str, Any]) -> dict[str, Any]:
-    return with_plain_numbers({key: value for key, value in group.items() if key != "params"})
 
 
 def mean_norms(plan: Plan) -> dict[str, float]:

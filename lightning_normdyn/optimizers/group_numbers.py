@@ -100,6 +100,16 @@ def with_plain_numbers(group: Group) -> dict[str, Any]:
     return plain
 
 
+def without_params(group: Group) -> dict[str, Any]:
+    """A copy of ``group`` without its parameters: its numbers and flags as they are.
+
+    Example:
+        >>> without_params({"params": [], "lr": 0.1})
+        {'lr': 0.1}
+    """
+    return {key: value for key, value in group.items() if key != "params"}
+
+
 def _number_or_same(value: Any) -> Any:
     number = as_number(value)
     return value if number is None else number

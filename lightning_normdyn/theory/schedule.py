@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from lightning_normdyn.optimizers.group_numbers import Group, as_number
+from lightning_normdyn.optimizers.group_numbers import Group, as_number, without_params
 
 __all__ = ["Schedule", "constant_schedule", "dry_schedule"]
 
@@ -51,7 +51,7 @@ def constant_schedule(group: Group, steps: int) -> Schedule:
         >>> constant_schedule({"lr": 0.1}, 3).rates
         [0.1, 0.1, 0.1]
     """
-    return Schedule((_without_weights(group),) * steps)
+    return Schedule((without_params(group),) * steps)
 
 
 def dry_schedule(
@@ -104,7 +104,7 @@ def _stepped_dry(
         warnings.simplefilter("ignore")
         for step in range(1, steps + 1):
             for column, group in zip(columns, dummy.param_groups, strict=True):
-                column.append(_without_weights(group))
+                column.append(without_params(group))
             if step % every_n_steps == 0:
                 copied.step()
     return [Schedule(tuple(column)) for column in columns]
@@ -116,10 +116,6 @@ def _dummy(optimizer: Optimizer) -> Optimizer:
     for group in optimizer.param_groups:
         weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
         # A copy, since schedulers write into groups.
-        groups.append({**copy.deepcopy(_without_weights(group)), "params": [weight]})
+        groups.append({**copy.deepcopy(without_params(group)), "params": [weight]})
     # Of which class does not matter: schedulers read and write param groups.
     return torch.optim.SGD(groups, lr=0.0)
-
-
-def _without_weights(group: Group) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}

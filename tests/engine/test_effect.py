@@ -26,6 +26,8 @@ SHRINK = Shrink(0.1, "norm", replaces_decay=True)
 PROJECTION = Projection("always", "replace", 0.1)
 RESCALING = Rescaling(5, 1.0, replaces_decay=True, window="now")
 
+JUMPS = LengthJumps(1.5, 0.25)
+
 
 @dataclass(frozen=True)
 class Turn(Effect):
@@ -41,14 +43,16 @@ class StrongerShrink(Shrink):
 
 @pytest.mark.parametrize(
     "order",
-    list(permutations([SHRINK, PROJECTION, RESCALING, NoEffect(), LengthJumps(1.5, 0.25)]))[::17],
+    list(permutations([SHRINK, PROJECTION, RESCALING, NoEffect(), JUMPS]))[::17],
 )
 def test_effects_of_different_kinds_stand_side_by_side_in_any_order(order: Any) -> None:
-    assert combine(order) == Effects(shrink=SHRINK, projection=PROJECTION, rescaling=RESCALING)
+    assert combine(order) == Effects(
+        shrink=SHRINK, projection=PROJECTION, rescaling=RESCALING, jumps=JUMPS
+    )
 
 
 def test_who_only_looks_or_jumps_now_and_then_leaves_the_optimizer_alone() -> None:
-    assert combine([NoEffect(), LengthJumps(1.5, 0.25)]).none
+    assert combine([NoEffect(), JUMPS]).none
     assert not combine([ScaledSteps()]).none
     assert not combine([UnknownEffect("MyRule")]).none
 
