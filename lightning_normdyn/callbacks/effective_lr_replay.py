@@ -21,6 +21,7 @@ from lightning_normdyn.engine.lightning_facts import batches_that_stepped
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.part import Part
 from lightning_normdyn.engine.plan import Plan, Target
+from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 from lightning_normdyn.functional import norm_from_sums, std_from_sums
@@ -426,7 +427,7 @@ class EffectiveLRReplay(NormDynCallback):
     part = ReplayPart
     needs_length = True
 
-    rank = 1
+    rank = Turn.REPLAY
     """It comes after a projection: what decay a gate applies is known only then, and what is left
     of the step is what it scales."""
 

@@ -19,7 +19,14 @@ from .account import Account
 from .effect import Effect
 from .messages import named, warn_once
 from .plan import Plan, Target
-from .refusals import find_zeros, refuse_copies, refuse_rivals, refuse_zeros, without_unranked
+from .refusals import (
+    find_zeros,
+    refuse_clashes,
+    refuse_copies,
+    refuse_rivals,
+    refuse_zeros,
+    without_unranked,
+)
 from .selection import AnyRule
 from .session import Session
 from .value_checks import Check, record
@@ -172,6 +179,7 @@ class Part(Account[AnyRule]):
         if not self.rule.by_name:
             return
         refuse_rivals(self, matches, self.session.members)
+        refuse_clashes(self, matches, self.session.members)
         for optimizer in optimizers:
             weights = [p for g in optimizer.param_groups for p in g["params"] if p in self.matched]
             if weights:
@@ -242,7 +250,9 @@ class Part(Account[AnyRule]):
             if target is not None:
                 targets.append(target)
         # At fit start only weights that a person names are known; "auto" finds its own later.
-        refuse_rivals(self, [t.weight for t in targets], self.session.members)
+        weights = [target.weight for target in targets]
+        refuse_rivals(self, weights, self.session.members)
+        refuse_clashes(self, weights, self.session.members)
         return without_unranked(self, targets, bracket, self.session.members)
 
     def _plan(self, index: int, bracket: StepBracket, targets: list[Target]) -> Plan | None:

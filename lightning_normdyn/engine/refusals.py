@@ -1,5 +1,5 @@
 """Weights that a rule is refused by name: on which it would have no effect, and which another
-callback means, too."""
+callback means, too, that cannot act beside it."""
 
 from collections.abc import Iterable, Sequence
 
@@ -98,16 +98,43 @@ def refuse_rivals(member: Member, weights: Iterable[Tensor], members: Sequence[M
     for other in members:
         if other is member or other.rule.kind is not member.rule.kind:
             continue
-        theirs = _targeted(other)
-        if other.rule.by_name:
-            theirs |= other.matched
-        # A name is enough for "by name": whoever is named will be acted on as soon as it trains.
+        theirs = _meant(other)
         both = [member.name_of(w) for w in weights if w in theirs]
         if both:
             more = f" and {len(both) - 1} more" if len(both) > 1 else ""
             raise NotSupportedError(
                 f"Two {member.rule.kind.__name__} callbacks target `{both[0]}`{more}. "
                 "Give them different `params`, or remove one."
+            )
+
+
+def refuse_clashes(member: Member, weights: Iterable[Tensor], members: Sequence[Member]) -> None:
+    """Refuse two callbacks of different kinds on one weight, if one of them says that they cannot
+    share it.
+
+    Args:
+        member: who is to act.
+        weights: on these.
+        members: all callbacks of the fit.
+
+    Raises:
+        NotSupportedError: naming both classes, the weight and the reason.
+    """
+    asked = list(weights)
+    rule, kind = member.rule, member.rule.kind.__name__
+    for other in members:
+        if other is member:
+            continue
+        others_kind = other.rule.kind.__name__
+        reason = rule.refuses_beside.get(others_kind) or other.rule.refuses_beside.get(kind)
+        if not reason:
+            continue
+        both = [member.name_of(w) for w in asked if w in _meant(other)]
+        if both:
+            more = f" and {len(both) - 1} more" if len(both) > 1 else ""
+            raise NotSupportedError(
+                f"{kind} and {others_kind} both target `{both[0]}`{more}, but {reason}. Give them "
+                f"different `params`, or remove one."
             )
 
 
@@ -148,6 +175,12 @@ def without_unranked(
         warn_once(f"{text}: it is left to {others_name}.")
         targets = [t for t in targets if t.weight not in theirs]
     return targets
+
+
+def _meant(member: Member) -> set[Tensor]:
+    """What a callback acts on, and what it will act on."""
+    # A name is enough for "by name": whoever is named will be acted on as soon as it trains.
+    return _targeted(member) | (member.matched if member.rule.by_name else set())
 
 
 def _targeted(member: Member) -> set[Tensor]:

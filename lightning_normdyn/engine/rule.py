@@ -1,7 +1,8 @@
 """What a person constructs: which weights are meant and the numbers of a rule, checked. Nothing
 here belongs to a fit, so one callback may serve several."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
 from typing import Any, ClassVar, get_args
 
 from lightning.pytorch import Callback
@@ -11,6 +12,21 @@ from torch.optim import Optimizer
 from lightning_normdyn.invariance.names import normalize_params
 
 from .arguments import Granularity, Params, check_choice
+
+
+class Turn(IntEnum):
+    """Who acts first of the callbacks that change the same weights in the same phase of a step.
+
+    After a step that is: the projection of the optimizer's own step, a cautious decay, whose mask
+    is that step's too, the control of the rotation, which then holds whatever came before, the
+    brake on the norm that results, and the replay, which scales what is left.
+    """
+
+    FIRST = 0
+    DECAY = 1
+    ROTATION = 2
+    BRAKE = 3
+    REPLAY = 4
 
 
 class Rule(Callback):
@@ -30,7 +46,7 @@ class Rule(Callback):
     """Whether ``params="auto"`` means the scale-invariant weights (an error if there are none), or
     every weight of two or more dimensions."""
 
-    rank: ClassVar[int] = 0
+    rank: ClassVar[int] = Turn.FIRST
     """Who acts first of the callbacks that change the same weights in the same phase: a lower rank
     does. Equal ranks are refused, since what comes out would depend on the order of the list."""
 
@@ -66,6 +82,15 @@ class Rule(Callback):
         Raises:
             NotSupportedError: naming a way out.
         """
+
+    @property
+    def refuses_beside(self) -> Mapping[str, str]:
+        """The callbacks that it cannot share a weight with: the name of the class, and the reason
+        as the end of a sentence.
+
+        It is enough that one of the two names the other.
+        """
+        return {}
 
     @property
     def acts(self) -> bool:

@@ -275,7 +275,9 @@ class DecayOwner(IntEnum):
 
     RESCALING = 1
     PROJECTION = 2
-    SHRINK = 3
+    ROTATION = 3
+    WEIGHT_DECAY = 4
+    SHRINK = 5
 
 
 @dataclass(frozen=True)
@@ -376,7 +378,7 @@ def decay_of(
         0.05
         >>> shrinks = DecayRule(DecayOwner.SHRINK, claims=True, alpha=2.5e-3)
         >>> decay_of(SGD, group, [shrinks], DecayOwner.SHRINK)
-        Decay(owner=<DecayOwner.SHRINK: 3>, rate=0.0, alpha=0.0025, statistic='norm')
+        Decay(owner=<DecayOwner.SHRINK: 5>, rate=0.0, alpha=0.0025, statistic='norm')
     """
     rate: Number | None = None
     owners = [rule for rule in rules if rule.claims and rule.owner == owner]

@@ -153,6 +153,23 @@ def test_a_subclass_is_of_the_same_kind(name):
     )
 
 
+class Jealous(NormDynCallback):
+    """A rule that says beside whom it cannot act."""
+
+    refuses_beside = {"WeightRescaling": "two hands on one length end in a fight"}  # noqa: RUF012
+
+
+@pytest.mark.parametrize("params", ["auto", "net.3.weight"])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_rule_names_those_that_it_cannot_share_a_weight_with(params: str, order: int) -> None:
+    both = [Jealous(params), WeightRescaling(2)][::order]
+    says = r"both target `net\.\d\.weight`.*, but two hands on one length.*different `params`"
+    refused(make(), both, NotSupportedError, says)
+    apart = [Jealous("net.3.weight"), WeightRescaling(2, params="net.0.weight")][::order]
+    fit(make(), apart, max_steps=2)
+    fit(make(), [Jealous(params), AdaptiveWeightShrink(0.1)], max_steps=2)
+
+
 def shrinks_by_a_square(name: str, phase: Phase, rank: int = 0) -> Any:
     """A rule that does not commute with a change of scale, under any name."""
 
