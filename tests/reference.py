@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import log, sqrt
+from math import atan2, log, sqrt
 from typing import Any
 
 import torch
@@ -477,7 +477,7 @@ def course(
             radial = shrink - lr * uw / A
             A_next = shrink**2 * A - 2 * shrink * lr * uw + lr**2 * uu
             B_next = shrink * mw - lr * um
-        angles.append(sqrt(lr**2 * across / A) / radial)
+        angles.append(atan2(sqrt(lr**2 * across / A), radial))
         A, B, C = A_next, B_next, mm
         norms.append(sqrt(A))
     return angles, norms

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite, nan
+from math import inf, isfinite, nan, pi, tan
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -91,7 +91,7 @@ class Expectation:
         silent_until: number of the step from which on it is compared. A course that starts in the
             middle of a run does not know the optimizer's buffers.
         scales: gradient scales of the newest rows.
-        energies: θ²‖w‖²/lr² of the newest rows.
+        energies: tan²θ ‖w‖²/lr² of the newest rows.
     """
 
     number: int
@@ -255,7 +255,9 @@ class _Lot:
         # 0 stands for no gradient at all.
         if step.gradient_scale > 0 and isfinite(step.gradient_scale):
             scales = (*scales, step.gradient_scale)[-AVERAGED_ROWS:]
-        size = step.angle * step.norm / step.lr if step.lr > 0 else nan
+        # A step by a quarter turn or more is an accident, which says nothing of the next one.
+        is_usual = step.lr > 0 and step.angle < pi / 2
+        size = tan(step.angle) * step.norm / step.lr if is_usual else nan
         # As a product: the power of a float that is too large raises.
         energy = size * size
         if energy > 0 and isfinite(energy):

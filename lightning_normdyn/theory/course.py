@@ -14,9 +14,8 @@ step. Coupled decay adds λ·w to the gradient, a second moment V divides the st
 
 In the Adam family with decoupled decay L = E‖g̃‖² cancels, so the whole course follows from the
 norm at the start and the schedule. Of an optimizer that does more than this (Lion, Muon) only the
-noise coherence κ and the energy s of a step are known, and the norm follows
-
-    θ² = lr² s/N         N' = (1 - lr·λ)² N + κ lr² s.
+noise coherence κ and the energy s of a step are known, and the norm follows the rule of
+`lightning_normdyn.theory.growth`.
 
 Numbers of the host, in numpy's float64: about 50 operations on (n,) a step.
 """
@@ -29,7 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from lightning_normdyn.errors import NotSupportedError
@@ -46,14 +45,14 @@ from lightning_normdyn.optimizers.step_response import (
     own_response,
     plain_group,
 )
-from lightning_normdyn.optimizers.step_rules import StepResponse, Subject
+from lightning_normdyn.optimizers.step_rules import Subject
+
+from .growth import Array, grown, noise_energy, squared_step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["NormCourse", "norm_course"]
-
-Array = NDArray[np.float64]
 
 # Where only coherence and energy of steps are known, they have to forget each other well before the
 # norm changes: with a memory of 100 steps and a relaxation of 333, the norm is 8 % off.
@@ -209,7 +208,8 @@ class NormCourse:
                 missing: looking at it would wait for the device.
             gradient_scale: L = E‖g‖²‖w‖² at this step, one number or ``(n,)``; needed by SGD, for
                 coupled decay, and by RAdam in its first steps.
-            energy: for Lion and Muon: s, measured: θ²‖w‖²/lr² of recent steps; None: that of noise.
+            energy: for Lion and Muon: s, measured: tan²θ ‖w‖²/lr² of recent steps; None: that of
+                noise.
             options: what callbacks do to the vectors,
                 :class:`lightning_normdyn.optimizers.step_response.Options`. ``shrink`` is α times
                 :attr:`weight_norm` (AWS), for the standard deviation divided by √d.
@@ -364,7 +364,8 @@ class NormCourse:
         else:
             along = kept - lr * w_update / ww
             grown = kept**2 * ww - 2 * kept * lr * w_update + lr**2 * update_update
-        state.angle = np.sqrt(lr**2 * across / ww) / np.abs(along)
+        # Where gradients explode, a tangent of thousands is an angle of a quarter turn.
+        state.angle = np.arctan2(lr * np.sqrt(across / ww), along)
         # The weight has moved, so the buffer's product with it has, too.
         state.wm = kept * w_buffer - lr * update_buffer
         state.ww, state.mm, state.moment = grown, buffer_buffer, moment
@@ -410,24 +411,15 @@ class NormCourse:
         state = self._state
         is_measured = energy is not None
         if energy is None:
-            energy = self._noise(response, scale)
-        # Where steps are not divided by the size of the gradient, they fall as the norm grows.
-        if not response.normalized:
-            energy = energy / state.ww
-        step = lr**2 * energy
-        state.angle = np.sqrt(step / state.ww)
-        state.ww = (1 - pull) ** 2 * state.ww + float(response.coherence) * step
+            energy = noise_energy(response, self._dim, scale)
+        if energy is None:
+            energy = self._array(math.nan)
+        step = squared_step(response, energy, state.ww, lr**2)
+        state.angle = np.arctan(np.sqrt(step / state.ww))
+        state.ww = grown(state.ww, 1 - pull, float(response.coherence), step)
         memory = 1 / (1 - float(response.memory))
         forgets_late = memory * response.power * float(np.max(pull)) > _LONGEST_MEMORY
         state.rough = forgets_late or (response.energy_is_rough and not is_measured)
-
-    def _noise(self, response: StepResponse, scale: Array | None) -> Array:
-        """The energy s of steps of pure noise."""
-        if response.normalized:
-            return self._dim * float(response.entry_energy) * float(response.turn)
-        if scale is None:
-            return self._array(math.nan)
-        return scale * float(response.turn)
 
     # -------------------------------------------------------------------- rescales and checkpoints
 

@@ -21,8 +21,9 @@ from lightning_normdyn.optimizers.group_numbers import Group, group_number
 from lightning_normdyn.optimizers.step_response import step_response
 from lightning_normdyn.optimizers.step_rules import StepResponse
 
-from .course import Array, norm_course
+from .course import norm_course
 from .equilibrium import equilibrium_norm, never_settles, settles_at
+from .growth import Array, grown, noise_energy, squared_step
 from .schedule import Schedule
 
 __all__ = [
@@ -69,7 +70,7 @@ class Measured:
 
     Args:
         coherence: κ, as :func:`lightning_normdyn.functional.coherence` measures it.
-        energy: θ²‖w‖²/lr² of recent steps; times ‖w‖² for SGD.
+        energy: tan²θ ‖w‖²/lr² of recent steps; times ‖w‖² for SGD.
     """
 
     coherence: Sequence[float]
@@ -321,30 +322,27 @@ class _Fit:
         response = self.response(self.schedule.groups[self.peak])
         if response is None:
             return None
-        energies = np.asarray(self.weights.dims, dtype=np.float64) * float(response.entry_energy)
-        if not response.normalized:
-            if self.scale is None:
-                return None
-            energies = self.scale
+        dims = np.asarray(self.weights.dims, dtype=np.float64)
+        energies = noise_energy(response, dims, self.scale)
+        if energies is None:
+            return None
         coherences = np.full_like(energies, float(response.coherence))
-        return Measured(list(coherences), list(energies * float(response.turn)))
+        return Measured(list(coherences), list(energies))
 
     def _by_coherence(
         self, known: Measured, pulls: Array, stride: int
     ) -> tuple[Array, tuple[int, ...]]:
         """N' = (1 - pull)² N + κ lr² s, several steps at once where there are many."""
         coherence, energy = np.array(known.coherence), np.array(known.energy)
-        # SGD's powers are 4 and more, those of steps of a fixed size 2 and 3.
-        falls = self.power >= 4
+        response = self.response(self.schedule.groups[self.peak])
         square = np.asarray(self.weights.norms, dtype=np.float64) ** 2
         rows, steps = [np.sqrt(square)], [0]
         for start in range(0, self.rates.size, stride):
             block = slice(start, start + stride)
             # A block decays and grows as a whole: its pulls are small against one.
-            kept = np.prod(1 - pulls[block]) ** 2
-            # Under SGD a step falls as the norm grows.
-            size = energy / square if falls else energy
-            square = kept * square + coherence * size * (self.rates[block] ** 2).sum()
+            kept = float(np.prod(1 - pulls[block]))
+            step = squared_step(response, energy, square, (self.rates[block] ** 2).sum())
+            square = grown(square, kept, coherence, step)
             rows.append(np.sqrt(square))
             steps.append(min(start + stride, self.rates.size))
         return np.array(rows), tuple(steps)

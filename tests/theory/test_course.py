@@ -201,7 +201,7 @@ class Walk:
         self.rough.append(course.rough)
         # Muon learns the energy of its steps from rows; here every tenth step has one.
         if family.matrix is not None and t % 10 == 0:
-            self.energies.append(angle * square / lr**2)
+            self.energies.append(math.tan(math.sqrt(angle)) ** 2 * square / lr**2)
         return angle, square, course.angular_update[0] ** 2, expected_norm**2
 
     def decay_weight(self, weight: Tensor, lr: float) -> None:
@@ -402,8 +402,24 @@ def test_norms_are_those_that_the_next_step_finds_and_angles_those_of_the_last()
     assert course.weight_norm.tolist() == [2.0]
     assert np.isnan(course.angular_update).all()
     course.advance(group, 4.0)
-    assert course.angular_update.item() == pytest.approx(0.1 * math.sqrt(4 / 4) / 2 / 0.99)
+    assert course.angular_update.item() == pytest.approx(math.atan(0.1 * math.sqrt(4 / 4) / 2 / 0.99))
     assert course.weight_norm.item() == pytest.approx(math.sqrt((0.99 * 2) ** 2 + 0.1**2))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "hyper"), [(SGD, {"lr": 0.1}), (Lion, {"lr": 0.1, "betas": (0.9, 0.99)})]
+)
+def test_an_angle_is_that_of_directions_however_long_the_step(
+    optimizer: type, hyper: dict[str, Any]
+) -> None:
+    course, group = course_of(optimizer, **hyper)
+    course.advance({**group, "lr": 1e9}, 1e4)
+    assert course.angular_update.item() == pytest.approx(math.pi / 2)
+    small, group = course_of(optimizer, **hyper)
+    small.advance({**group, "lr": 1e-9}, 4.0)
+    # Both steps are 1 long at first, SGD's because of its gradient and Lion's per entry.
+    step = {SGD: 1.0, Lion: math.sqrt(DIM)}[optimizer]
+    assert small.angular_update.item() == pytest.approx(1e-9 * step / 2, rel=1e-12)
 
 
 def test_momentum_is_read_at_every_step() -> None:
