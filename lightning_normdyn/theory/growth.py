@@ -21,9 +21,7 @@ __all__ = ["Array", "grown", "noise_energy", "squared_step"]
 Array = NDArray[np.float64]
 
 
-def noise_energy(
-    response: StepResponse, dims: Array, gradient_scale: Array | None
-) -> Array | None:
+def noise_energy(response: StepResponse, dims: Array, gradient_scale: Array | None) -> Array | None:
     """The energy s of steps of pure noise, ``(n,)``.
 
     Args:

@@ -402,7 +402,9 @@ def test_norms_are_those_that_the_next_step_finds_and_angles_those_of_the_last()
     assert course.weight_norm.tolist() == [2.0]
     assert np.isnan(course.angular_update).all()
     course.advance(group, 4.0)
-    assert course.angular_update.item() == pytest.approx(math.atan(0.1 * math.sqrt(4 / 4) / 2 / 0.99))
+    assert course.angular_update.item() == pytest.approx(
+        math.atan(0.1 * math.sqrt(4 / 4) / 2 / 0.99)
+    )
     assert course.weight_norm.item() == pytest.approx(math.sqrt((0.99 * 2) ** 2 + 0.1**2))
 
 
