@@ -9,7 +9,9 @@ if TYPE_CHECKING:
     from lightning_normdyn.callbacks.input_span_monitor import InputSpanMonitor
     from lightning_normdyn.callbacks.lr_drop_rescaling import LRDropRescaling
     from lightning_normdyn.callbacks.norm_dynamics_monitor import NormDynamicsMonitor
+    from lightning_normdyn.callbacks.radial_brake import RadialBrake
     from lightning_normdyn.callbacks.radial_projection import RadialProjection
+    from lightning_normdyn.callbacks.rotation_control import RotationControl
     from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
     from lightning_normdyn.engine.callback import NormDynCallback
     from lightning_normdyn.errors import (
@@ -45,7 +47,9 @@ __all__ = [
     "NotSupportedError",
     "Partition",
     "Phase",
+    "RadialBrake",
     "RadialProjection",
+    "RotationControl",
     "Step",
     "StepBracket",
     "WeightRescaling",
@@ -64,7 +68,9 @@ _HOMES = {
     "callbacks.input_span_monitor": "InputSpanMonitor",
     "callbacks.lr_drop_rescaling": "LRDropRescaling",
     "callbacks.norm_dynamics_monitor": "NormDynamicsMonitor",
+    "callbacks.radial_brake": "RadialBrake",
     "callbacks.radial_projection": "RadialProjection",
+    "callbacks.rotation_control": "RotationControl",
     "callbacks.weight_rescaling": "WeightRescaling",
     "engine.callback": "NormDynCallback",
     "errors": "NoTargetsError NormDynError NormDynWarning NotSupportedError",

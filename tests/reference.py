@@ -16,8 +16,8 @@ compares |cos(w, g)| with delta/sqrt(dim), not the signed product with delta.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from math import atan2, log, sqrt
+from dataclasses import dataclass, replace
+from math import atan, atan2, log, sqrt, tan
 from typing import Any
 
 import torch
@@ -161,6 +161,79 @@ class Drop:
     min_drop: float = 1.5
 
 
+@dataclass
+class Rotate:
+    """Rotation control: each step is stretched until it turns a vector by an angle; its norm is
+    held, or left."""
+
+    angle: float | str  # or "lr"
+    bound: str = "exact"
+    hold: bool = True
+    target: float | str = "initial"
+    smoothing: float = 0.0
+    follows: str = "lr"
+    largest_lr: float = 0.0  # of the schedule, as far as the param group tells it
+    weight_decay: str = "replace"
+    view: str = "layer"  # or "filter"
+
+    def target_angle(self, lr: float) -> float:
+        self.largest_lr = max(self.largest_lr, lr)
+        if self.angle == "lr":
+            return atan(lr)
+        share = lr / self.largest_lr if self.largest_lr else 0.0
+        share = {"lr": share, "sqrt_lr": sqrt(share), "constant": 1.0}[self.follows]
+        return float(self.angle) * share
+
+    def __call__(self, s: Tensor, moved: Tensor, lr: float, memory: dict[str, Any]) -> Tensor:
+        """``moved`` is where the optimizer has taken ``s``; ``memory`` is that of this weight."""
+        theta, rows = self.target_angle(lr), []
+        for i, (a, b) in enumerate(zip(_rows(s, self.view), _rows(moved, self.view), strict=True)):
+            length = memory.setdefault(f"length {i}", norm(a))
+            step = b - a
+            f = self._stretch(a, step, theta, memory, i)
+            new = a + f * step
+            if self.hold:
+                new = (length if self.target == "initial" else self.target) * new / norm(new)
+            rows.append(new)
+        return torch.stack(rows).reshape(s.shape)
+
+    def _stretch(
+        self, a: Tensor, step: Tensor, theta: float, memory: dict[str, Any], i: int
+    ) -> float:
+        along = float(step @ a / norm(a))
+        across = float(norm(step - (step @ a) / (a @ a) * a))
+        now = atan2(across, float(norm(a)) + along)
+        if self.smoothing:
+            q, t = memory.get(f"average {i}", (0.0, 0))
+            q = self.smoothing * q + (1 - self.smoothing) * tan(now) ** 2
+            memory[f"average {i}"] = q, t + 1
+            now = atan(sqrt(q / (1 - self.smoothing ** (t + 1))))
+            f = tan(theta) / tan(now)
+        else:
+            f = tan(theta) * float(norm(a)) / (across - tan(theta) * along)
+        stays = {"exact": False, "at_least": now >= theta, "at_most": now <= theta}
+        return 1.0 if stays[self.bound] else f
+
+
+@dataclass
+class Brake:
+    """Radial brake: only a share of each change of the norm is left."""
+
+    outward: float = 0.5
+    inward: float = 1.0
+    change: str = "norm"
+    view: str = "layer"
+
+    def __call__(self, s: Tensor, moved: Tensor) -> Tensor:
+        rows = []
+        for a, b in zip(_rows(s, self.view), _rows(moved, self.view), strict=True):
+            before, after = float(norm(a)), float(norm(b))
+            grown = after - before if self.change == "norm" else float((b - a) @ a) / before
+            kept = self.outward if grown > 0 else self.inward
+            rows.append((before + kept * grown) / after * b)
+        return torch.stack(rows).reshape(s.shape)
+
+
 def train(
     weights: Weights,
     gradients: Gradients,
@@ -172,6 +245,8 @@ def train(
     project: Project | None = None,
     rescale: Rescale | None = None,
     drop: Drop | None = None,
+    rotate: Rotate | None = None,
+    brake: Brake | None = None,
     targets: list[str] | None = None,
     state: State | None = None,
 ) -> Trajectory:
@@ -189,6 +264,8 @@ def train(
         rescale: WRS.
         drop: rescaling at LR drops; ``gradients`` are then those that the optimizer receives, taken
             at the rescaled weight.
+        rotate: rotation control.
+        brake: the radial brake.
         targets: the weights that the rules act on; by default all of two or more dimensions.
         state: filled with the optimizer's buffers, by weight.
     """
@@ -197,6 +274,9 @@ def train(
     weights = {name: w.detach().clone() for name, w in weights.items()}
     initial = {name: [norm(filter_) for filter_ in weights[name]] for name in targets}
     last_lr: dict[str, float] = {}
+    # A copy: what it finds out about the schedule belongs to this run.
+    rotate = None if rotate is None else replace(rotate)
+    steered: dict[str, dict[str, Any]] = {name: {} for name in targets}
     trajectory = [dict(weights)]
     for t in range(steps):
         lr_t = lr(t) if callable(lr) else lr
@@ -213,11 +293,18 @@ def train(
             rules = name in targets
             view = project.view(w, g) if rules and project else None
 
-            # Who owns the decay of a target: AWS, else the projection, else WRS while it is active,
-            # else the optimizer.
+            # Who owns the decay of a target: AWS, else the rotation, else the projection, else WRS
+            # while it is active, else the optimizer.
             kept_by_projection = None
+            kept_by_rotation = 1.0
             if rules and shrink:
                 decay = 0.0 if shrink.weight_decay == "replace" else decay
+            elif rules and rotate and rotate.weight_decay == "replace":
+                if not rotate.hold:
+                    kept_by_rotation = 1 - lr_t * decay * optimizer.decay_through_momentum
+                decay = 0.0
+                # A projection that leaves the decay to others.
+                kept_by_projection = 1.0
             elif rules and project:
                 strength = (
                     decay * optimizer.decay_through_momentum
@@ -235,9 +322,14 @@ def train(
             kept, taken = optimizer.step(state.setdefault(name, {}), shrunk, g, lr_t, decay)
             if view is not None:
                 taken = tangent(taken, w, view)
-            weights[name] = (
-                kept if kept_by_projection is None else kept_by_projection
-            ) * shrunk - taken
+            moved = (kept if kept_by_projection is None else kept_by_projection) * shrunk - taken
+            if rules and rotate:
+                # Decay comes first, so that the step starts from what it leaves.
+                start = kept_by_rotation * shrunk
+                moved = rotate(start, start + (moved - shrunk), lr_t, steered[name])
+            if rules and brake:
+                moved = brake(shrunk, moved)
+            weights[name] = moved
 
             if rules and rescale and rescale.active(t) and (t + 1) % rescale.every == 0:
                 _rescale_filters(weights, name, initial[name], state[name], rescale, optimizer)

@@ -23,7 +23,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 # whatever form the import has: at the top, inside a function or under TYPE_CHECKING. Rooms on one
 # floor do not know each other.
 FLOORS = {
-    "errors": -1, "functional": 0, "storage": 0, "tables": 0, "parametrizations": 0,
+    "errors": -1, "functional": 0, "steering": 0, "storage": 0, "tables": 0, "parametrizations": 0,
     "geometry": 1,
     "optimizers": 2,
     "invariance": 3,

@@ -1,7 +1,7 @@
 """Checks of the numbers and names that a person gives to a constructor; each message says what was
 asked and what was given."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import inf
 from numbers import Integral, Real
 from typing import Literal, SupportsFloat, TypeVar
@@ -49,6 +49,26 @@ def check_number(
         raise ValueError(f"`{name}` must be {bound}{otherwise}, got {shown(value)}.")
     if as_float(value) == inf:  # type: ignore[arg-type]
         raise ValueError(f"`{name}` must be finite, got {shown(value)}.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_within(
+    name: str, value: object, within: Callable[[float], bool], range_: str, otherwise: str = ""
+) -> float:
+    """An argument as a float, if it is a number within a range that has two ends.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        within: whether a number is; False for NaN.
+        range_: the range, for the message.
+        otherwise: what else it may be, for the message.
+
+    Raises:
+        ValueError: "`outward` must be in [0, 1], got 1.5."
+    """
+    if not is_number(value) or not within(as_float(value)):  # type: ignore[arg-type]
+        raise ValueError(f"`{name}` must be {range_}{otherwise}, got {shown(value)}.")
     return float(value)  # type: ignore[arg-type]
 
 

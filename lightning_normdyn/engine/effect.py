@@ -134,6 +134,57 @@ class Rescaling(Effect):
 
 
 @dataclass(frozen=True)
+class Rotation(Effect):
+    """Steps are stretched until they turn the weight by an angle, and its norm may be held
+    (RotationControl).
+
+    Args:
+        angle: radians per step at the largest learning rate; ``"equilibrium"``: what optimizer,
+            learning rate and decay would settle at; ``"lr"``: the arc tangent of the learning rate.
+        bound: whether every step turns by it, or it is a floor or a cap.
+        norm: whether the norm is set after every step.
+        target_norm: to what; ``"initial"``: that of the start.
+        follows: what a number given as ``angle`` follows.
+        smoothing: over how many steps' angles the stretch is taken; 0: each step's own.
+        replaces_decay: whether this takes the place of the optimizer's weight decay.
+    """
+
+    angle: float | Literal["equilibrium", "lr"]
+    bound: Literal["exact", "at_least", "at_most"]
+    norm: Literal["hold", "free"]
+    target_norm: float | Literal["initial"]
+    follows: Literal["lr", "sqrt_lr", "constant"]
+    smoothing: float
+    replaces_decay: bool
+
+    @property
+    def sets_angle(self) -> bool:
+        """Whether each step turns by the angle that was asked for."""
+        return self.bound == "exact" and self.smoothing == 0
+
+    @property
+    def decay(self) -> DecayRule:
+        """Of a norm that is held, none; of a free one that of the optimizer, decoupled."""
+        rate: float | Literal["replace"] = 0.0 if self.norm == "hold" else "replace"
+        return DecayRule(DecayOwner.ROTATION, self.replaces_decay, rate)
+
+
+@dataclass(frozen=True)
+class Brake(Effect):
+    """Of each change of the norm only a share is left (RadialBrake).
+
+    Args:
+        outward: share of growth.
+        inward: share of shrinking.
+        change: of the whole change of the norm, or of its first-order part alone.
+    """
+
+    outward: float
+    inward: float
+    change: Literal["norm", "radial"]
+
+
+@dataclass(frozen=True)
 class ScaledSteps(Effect):
     """Steps are made longer or shorter by recorded factors (EffectiveLRReplay): there is no
     equilibrium to predict."""
@@ -144,7 +195,7 @@ class Effects:
     """What all callbacks together do to one weight; made by `combine`.
 
     Args:
-        shrink, projection, rescaling, jumps: who does this, if somebody does.
+        shrink, projection, rescaling, jumps, rotation, brake: who does this, if somebody does.
         scaled_steps: whether steps have recorded lengths.
         underived: why nothing can be predicted; empty where it can.
         decay_untold: who decays the weight in a way that nobody can tell here.
@@ -154,6 +205,8 @@ class Effects:
     projection: Projection | None = None
     rescaling: Rescaling | None = None
     jumps: LengthJumps | None = None
+    rotation: Rotation | None = None
+    brake: Brake | None = None
     scaled_steps: bool = False
     underived: tuple[str, ...] = ()
     decay_untold: tuple[str, ...] = ()
@@ -161,13 +214,19 @@ class Effects:
     @property
     def decay_rules(self) -> list[DecayRule]:
         """What callbacks make of the weight's decay."""
-        decaying = (self.shrink, self.projection, self.rescaling)
+        decaying = (self.shrink, self.rotation, self.projection, self.rescaling)
         return [effect.decay for effect in decaying if effect is not None]
 
     @property
     def none(self) -> bool:
         """Whether the optimizer alone acts on the weight, but for jumps of its length."""
         return replace(self, jumps=None) == Effects()
+
+    @property
+    def steered(self) -> bool:
+        """Whether steps are stretched or norms set after each of them, so that what follows from
+        the optimizer and its decay alone does not hold."""
+        return self.rotation is not None or self.brake is not None
 
     @property
     def rescaled_now(self) -> Rescaling | None:
@@ -203,7 +262,7 @@ def combine(effects: Iterable[Effect]) -> Effects:
             reasons.append(f"{type(effect).__name__} on other vectors")
         # By the exact class: what a subclass of an effect adds is derived nowhere.
         kind = type(effect)
-        if kind in (Shrink, Projection, Rescaling, ScaledSteps):
+        if kind in (Shrink, Projection, Rescaling, Rotation, Brake, ScaledSteps):
             known.setdefault(kind, effect)
             counts[kind] += 1
         elif isinstance(effect, LengthJumps) and kind is LengthJumps:
@@ -220,6 +279,8 @@ def combine(effects: Iterable[Effect]) -> Effects:
         projection=known.get(Projection),
         rescaling=known.get(Rescaling),
         jumps=jumps,
+        rotation=known.get(Rotation),
+        brake=known.get(Brake),
         scaled_steps=ScaledSteps in known,
         # Where nobody can tell the decay, nobody can predict either.
         underived=tuple(sorted(underived + decay_untold)),

@@ -221,12 +221,13 @@ class Part(Account[AnyRule]):
         # The old handlers go first: two workers would both act in this step.
         self._close(index)
         plan = self._plan(index, bracket, targets)
-        if plan is not None and self.rule.needs_length:
+        way_out = self.rule.without_zeros
+        if plan is not None and (self.rule.needs_length or way_out):
             # Only a plan can tell: a sharded weight is zero where all ranks' parts are.
-            zeros = find_zeros(plan)
+            zeros = find_zeros(plan, any_vector=bool(way_out))
             if zeros:
                 is_fresh = bracket.steps == 0 and not self._counted
-                refuse_zeros(self.name, zeros, is_error=is_fresh)
+                refuse_zeros(self.name, zeros, is_error=is_fresh, way_out=way_out)
                 plan.close()
                 plan = self._plan(index, bracket, [t for t in targets if t.name not in zeros])
         if plan is not None:

@@ -1,7 +1,7 @@
 """Weights that a rule is refused by name: on which it would have no effect, and which another
 callback means, too, that cannot act beside it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,41 +47,78 @@ def refuse_copies(name: str, optimizer: Optimizer, targets: Sequence[Target]) ->
         )
 
 
-def find_zeros(plan: Plan) -> list[str]:
-    """Names of targets that are new in this plan and zero, all of them; every rank must call it."""
+def find_zeros(plan: Plan, *, any_vector: bool = False) -> dict[str, int]:
+    """How many vectors are zero, by name, of targets that are new in this plan and cannot be
+    treated; every rank must call it.
+
+    Args:
+        plan: the targets.
+        any_vector: whether one vector of zeros is enough; else all of a weight must be.
+    """
     # A target that was there before has had a length: it may pass through zero later.
     if plan.before.keys() >= {t.name for t in plan.targets}:
-        return []
-    # A sum of norms is 0 only where every norm is, on all ranks.
-    lengths = plan.vectors.totals(plan.vectors.norms()).tolist()
-    zeros = []
-    for target, length in zip(plan.targets, lengths, strict=True):
-        if length == 0 and target.name not in plan.before:
-            zeros.append(target.name)
+        return {}
+    is_zero = plan.vectors.norms() == 0
+    counts = plan.vectors.totals(is_zero.to(plan.vectors.sum_dtype)).tolist()
+    zeros = {}
+    for target, count in zip(plan.targets, counts, strict=True):
+        least = 1 if any_vector else target.partition.n
+        if count >= least and target.name not in plan.before:
+            zeros[target.name] = int(count)
     return zeros
 
 
-def refuse_zeros(name: str, zeros: Sequence[str], *, is_error: bool) -> None:
+def refuse_zeros(name: str, zeros: Mapping[str, int], *, is_error: bool, way_out: str = "") -> None:
     """Refuse weights that have no length and no direction.
 
     Args:
         name: of the callback.
-        zeros: of the weights.
+        zeros: the weights, and how many of their vectors are zero.
         is_error: before the first step of a fresh run; later they are left alone with a warning.
+        way_out: what a person may do instead, where one vector of zeros is enough.
 
     Raises:
         NotSupportedError: naming the weights and a way out.
     """
     text = (
-        f"{name} was to act on {named(zeros)}, but all entries are zero: that has no length and no "
-        f"direction, so nothing would be done to it"
+        f"{name} was to act on {named(list(zeros))}, but all entries are zero: that has no length "
+        f"and no direction, so nothing would be done to it"
     )
-    if is_error:
-        raise NotSupportedError(
-            f"{text}. Initialize it with other numbers, or leave it out with params=[..., "
-            f"'!{zeros[0]}']."
+    first = next(iter(zeros))
+    ways_out = f"Initialize it with other numbers, or leave it out with params=[..., '!{first}']."
+    if way_out:
+        counted = [f"{count} of `{weight}`" for weight, count in zeros.items()]
+        text = (
+            f"{name} was to hold vectors at their initial norm, but some are zero: "
+            f"{', '.join(counted[:4])}{' ...' if len(counted) > 4 else ''}"
         )
+        ways_out = f"{way_out} {ways_out}"
+    if is_error:
+        raise NotSupportedError(f"{text}. {ways_out}")
     warn_once(f"{text}; it is left to its optimizer.")
+
+
+def refuse_16_bits(name: str, plan: Plan) -> None:
+    """Refuse weights that are stored in bfloat16 or float16 without a float32 copy that the
+    optimizer steps: what a rule does within one step is less than their rounding.
+
+    Args:
+        name: of the callback.
+        plan: the targets, as the optimizer has them.
+
+    Raises:
+        NotSupportedError: naming the weights and a way out.
+    """
+    if not plan.vectors.low_precision:
+        return
+    stored = zip(plan.vectors.names, plan.vectors.values(), strict=True)
+    coarse = [weight for weight, value in stored if value.dtype.itemsize < 4]
+    raise NotSupportedError(
+        f"{name} sets lengths and angles of single steps, but {named(coarse)} lies in 16 bits, "
+        f"whose rounding is larger than that. Keep the weights in float32: "
+        f"Trainer(precision='bf16-mixed') instead of 'bf16-true', or leave it out with "
+        f"params=[..., '!{coarse[0]}']."
+    )
 
 
 def refuse_rivals(member: Member, weights: Iterable[Tensor], members: Sequence[Member]) -> None:

@@ -55,6 +55,10 @@ class Rule(Callback):
     refused by name instead of seeming to be treated. A rule that acts as soon as the weight has
     grown needs none."""
 
+    without_zeros: str = ""
+    """What a person may do instead, of a rule that refuses a weight in which any single vector is
+    zero at the start; empty for one that does not."""
+
     shows_tables: bool = True
     """Whether it wants the tables printed."""
 

@@ -93,11 +93,7 @@ class RowIndex:
         # An index instead of a mask: its size is known, so that the host never waits for it.
         self._of_row = torch.where(of_row < 0, self.n, of_row).to(device)
 
-    def to_rows(
-        self,
-        values: Tensor,
-        dummy: float,
-    ) -> Tensor:
+    def to_rows(self, values: Tensor, dummy: float) -> Tensor:
         """From ``(n,)`` values of the vectors those of all rows, in the order of ``pieces``.
 
         Args:
@@ -261,11 +257,7 @@ class Kernels:
 
     # ---- Changes, in place ----
 
-    def scale_(
-        self,
-        tensors: Operand,
-        factor: Tensor,
-    ) -> None:
+    def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
         for weight, rows, number in self._rows_with(factor, dummy=1.0):
             tensor = tensors[weight]
@@ -273,12 +265,7 @@ class Kernels:
                 view = rows.view(tensor)
                 view.mul_(_spread(number, rows.form(view), view))
 
-    def add_scaled_(
-        self,
-        tensors: Operand,
-        coefficient: Tensor,
-        source: Operand,
-    ) -> None:
+    def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
         """Add ``coefficient * source`` to every vector; ``coefficient`` is ``(n,)``."""
         for weight, rows, number in self._rows_with(coefficient, dummy=0.0):
             tensor, addend = tensors[weight], source[weight]
@@ -287,11 +274,27 @@ class Kernels:
                 # One read and one write; no temporary as large as the weight.
                 view.addcmul_(rows.view(addend), _spread(number, rows.form(view), view))
 
-    def _adding(
-        self,
-        how: Pass,
-        dtype: torch.dtype,
-    ) -> Kernel:
+    def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
+        """Make every vector v into ``scale * (w + stretch * (v - w))`` with w = ``before``; factors
+        are ``(n,)``."""
+        of_stretch = self._rows_with(stretch, dummy=1.0)
+        of_scale = self._rows_with(scale, dummy=1.0)
+        for (weight, rows, by), (_, _, factor) in zip(of_stretch, of_scale, strict=True):
+            tensor, start = tensors[weight], before[weight]
+            if tensor is None or start is None:
+                continue
+            view, origin = rows.view(tensor), rows.view(start)
+            form = rows.form(view)
+            # lerp takes the difference first: of `stretch * v - (stretch - 1) * w`, rounding of
+            # the weights would be multiplied by a large stretch.
+            out = view if view.dtype.itemsize >= 4 else None
+            ends = passes.widened(origin), passes.widened(view)
+            moved = torch.lerp(*ends, _spread(by, form, view), out=out)
+            moved.mul_(_spread(factor, form, view))
+            if out is None:
+                view.copy_(moved)
+
+    def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
 
         def kernel(
@@ -312,11 +315,7 @@ class Kernels:
 
         return kernel
 
-    def _portions(
-        self,
-        how: Pass,
-        operands: Sequence[Operand],
-    ) -> Iterator[list[Viewed]]:
+    def _portions(self, how: Pass, operands: Sequence[Operand]) -> Iterator[list[Viewed]]:
         """All pieces in their order: each by itself, or neighbours that are small and alike
         together, so that thousands of small layers cost few calls of torch."""
         # One by one, since a view with hidden entries is a copy.
@@ -332,12 +331,7 @@ class Kernels:
             while portion := list(islice(alike, together)):
                 yield portion
 
-    def _views(
-        self,
-        weight: int,
-        rows: Rows,
-        operands: Sequence[Operand],
-    ) -> list[Tensor | None]:
+    def _views(self, weight: int, rows: Rows, operands: Sequence[Operand]) -> list[Tensor | None]:
         """A piece of every operand, hidden entries as zeros."""
         hidden = self._hidden[weight]
         views: list[Tensor | None] = []
@@ -351,12 +345,7 @@ class Kernels:
                 views.append(rows.view(tensor).masked_fill(rows.view(hidden), 0))
         return views
 
-    def _rows_with(
-        self,
-        values: Tensor,
-        *,
-        dummy: float,
-    ) -> Iterator[tuple[int, Rows, Tensor]]:
+    def _rows_with(self, values: Tensor, *, dummy: float) -> Iterator[tuple[int, Rows, Tensor]]:
         """Every piece: its weight's position, and the values of its rows."""
         # Converted once here, not for every piece.
         of_rows = self._index.to_rows(values.to(self._precision), dummy)
@@ -372,11 +361,7 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _spread(
-    numbers: Tensor,
-    form: Sequence[int],
-    view: Tensor,
-) -> Tensor:
+def _spread(numbers: Tensor, form: Sequence[int], view: Tensor) -> Tensor:
     """One number per row, of the shape ``form`` that broadcasts over a view of them."""
     return numbers.to(view.device, passes.own_precision(view)).view(form)
 
@@ -462,11 +447,7 @@ def in_chunks(
             in_chunks(kernel, chunk_outs, chunk_views, dims, entries, whole_rows=whole_rows)
 
 
-def cuts_rows(
-    view: Tensor,
-    dims: Dims,
-    entries: int,
-) -> bool:
+def cuts_rows(view: Tensor, dims: Dims, entries: int) -> bool:
     """Whether `in_chunks` will cut this view within a row, so that its parts must be added up."""
     shape = list(view.shape)
     while prod(shape) > entries:
@@ -477,11 +458,7 @@ def cuts_rows(
     return False
 
 
-def _parts(
-    tensor: Any,
-    step: int,
-    dim: int,
-) -> Any:
+def _parts(tensor: Any, step: int, dim: int) -> Any:
     if tensor is None or tensor.shape[dim] == 1:
         return repeat(tensor)
     # unsafe_split: without the bookkeeping of views that autograd needs.

@@ -322,6 +322,19 @@ class WeightVectors(Reduction):
         changed = self.values() if tensors is None else tensors
         self._kernels.add_scaled_(changed, coefficient, source)
 
+    def stretch_(self, before: Operand, stretch: Tensor, scale: Tensor) -> None:
+        """Stretch the step since ``before``, and scale what it ends at, in place:
+        `lightning_normdyn.steering.stretch_step`.
+
+        Where both factors are 1, no bit changes.
+
+        Args:
+            before: the weights before the step; None entries are passed over.
+            stretch: ``(n,)``.
+            scale: ``(n,)``.
+        """
+        self._kernels.stretch_(self.values(), before, stretch, scale)
+
     def remove_radial_(
         self, before: Operand, share: Tensor, active: Tensor | None = None
     ) -> Tensor:

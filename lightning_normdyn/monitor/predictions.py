@@ -37,11 +37,13 @@ def balance(
 
     Returns:
         The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: a
-        callback of somebody else, two decays at once, steps of a recorded length, a norm that WRS
-        sets now and then (for which there is
+        callback of somebody else, two decays at once, steps of a recorded length or a given
+        angle, a norm that is braked or that WRS sets now and then (for which there is
         `lightning_normdyn.theory.equilibrium.wrs_angular_update`).
     """
     if effects.underived or effects.scaled_steps or effects.rescaled_now is not None:
+        return None
+    if effects.steered:
         return None
     decay = _decay(effects, optimizer, group)
     if decay.doubled:
@@ -74,7 +76,8 @@ def noise_coherence(
         effects: what callbacks do to the weight.
         shape: rows and columns, of a matrix.
     """
-    if effects.underived or effects.scaled_steps:
+    # A stretched step is no sum of gradients; a brake only multiplies what a step ends at.
+    if effects.underived or effects.scaled_steps or effects.rotation is not None:
         return None
     response = own_response(class_for_predictions(optimizer), group, Subject(shape))
     if response is None:
@@ -224,6 +227,8 @@ def _predict_rescaled(
 ) -> Prediction | None:
     """Under WRS, which has been derived for steps without any decay."""
     if effects.underived or effects.scaled_steps or effects.shrink is not None:
+        return None
+    if effects.steered:
         return None
     rate = _decay(effects, optimizer, group).rate
     if rate is None or not is_zero(rate):

@@ -76,9 +76,9 @@ def options_of(
 
     Returns:
         None where nobody has derived a course: a callback of somebody else, two decays at once,
-        steps of a recorded length.
+        steps of a recorded length or a given angle, a norm that is braked.
     """
-    if effects.underived or effects.scaled_steps:
+    if effects.underived or effects.scaled_steps or effects.steered:
         return None
     if effects.jumps is not None and effects.jumps.exponent is None:
         return None

@@ -181,6 +181,7 @@ class Step:
     def __post_init__(self) -> None:
         self.scalings: list[Scaling] = []
         self.happened = False
+        self._is_updated = False
         self._undo: list[Callable[[], None]] = []
         self._notes: list[Callable[[], None]] = []
         self._counts: list[Callable[[], None]] = []
@@ -220,11 +221,15 @@ class Step:
             self._notes.append(note)
 
     def when_updated(self, count: Callable[[], None]) -> None:
-        """Call ``count`` after the update, whether or not a fused optimizer skipped it.
+        """Call ``count`` after the update, at once if it has been made, whether or not a fused
+        optimizer skipped it.
 
         For counts that are 0 where it did.
         """
-        self._counts.append(count)
+        if self._is_updated:
+            count()
+        else:
+            self._counts.append(count)
 
     def unless_skipped(self, value: Tensor, otherwise: float) -> Tensor:
         """``value``, or ``otherwise`` everywhere if the update is skipped on the device.
@@ -240,6 +245,7 @@ class Step:
 
     def mark_updated(self) -> None:
         """The update has been made, or skipped inside of the kernel."""
+        self._is_updated = True
         counts, self._counts = self._counts, []
         for count in counts:
             count()

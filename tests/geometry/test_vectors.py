@@ -73,6 +73,31 @@ def test_scaling_and_adding(kind, dtype):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_stretching_a_step(kind, dtype):
+    vectors, (weight,) = made(kind, dtype=dtype)
+    partition, after = KINDS[kind][1], weight.detach().clone()
+    before, layout = same_layout(after), weight.stride()
+    stretch, scale = randn(vectors.n).abs() + 0.5, randn(vectors.n, 1).flatten() + 2
+    extended = [torch.cat([values, values.new_ones(1)]) for values in (stretch, scale)]
+    labels = labels_of(after, partition)
+    with torch.no_grad():
+        vectors.stretch_([before], stretch, scale)
+    f, c = (values[labels] for values in extended)
+    expected = c * (before.double() + f * (after.double() - before.double()))
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=4 * eps, atol=40 * eps)
+    assert torch.equal(weight.detach()[labels < 0], after[labels < 0])
+    assert weight.stride() == layout
+    ones = torch.ones_like(stretch)
+    as_it_is = weight.detach().clone()
+    with torch.no_grad():
+        vectors.stretch_([before], ones, ones)
+        vectors.stretch_([None], stretch, scale)
+    assert torch.equal(weight.detach(), as_it_is)
+
+
 # ---- Many weights in one index space ----
 
 
