@@ -292,10 +292,10 @@ def legend_below(ax: Axes, title: str = "") -> None:
         title=title or None,
         title_fontsize=8,
     )
-    # A band that is faint in the picture would be invisible as a sample.
+    # Bands and lines that are faint in the picture would be invisible as samples.
     for handle in legend.legend_handles:
-        if handle is not None and (handle.get_alpha() or 1.0) < 0.2:
-            handle.set_alpha(0.4)
+        if handle is not None and (handle.get_alpha() or 1.0) < 0.4:
+            handle.set_alpha(0.6)
 
 
 def legend_inside(ax: Axes) -> None:

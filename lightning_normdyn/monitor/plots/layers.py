@@ -158,7 +158,9 @@ def plot_angular_update(
             expected_steps,
             over_layers(np.nanmedian, expected_table),
             color=OKABE_ITO[2],
-            linewidth=1.2,
+            linewidth=1.4,
+            # Of a healthy run it runs along the measured median, and would hide it.
+            linestyle=(0, (3, 2)),
             label="expected now, median",
         )
         drawn.append(expected_table.ravel())
@@ -297,7 +299,7 @@ def plot_heatmap(
 
 def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
     """What is usually looked at first: effective LR, angular update, weight norm, and how far each
-    layer is from what is expected now, as far as recorded.
+    layer is from what is expected now, or from its balance, as far as recorded.
 
     Args:
         history: what was recorded.
@@ -311,14 +313,16 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
         NormDynError: where none of them was recorded.
     """
     panels = [quantity for quantity in shown_in("curves") if layer_names(history, quantity)]
-    # Leave room for the map.
-    for dispensable in ("matrix_angle", "weight_std"):
-        if len(panels) > 3 and dispensable in panels:
-            panels.remove(dispensable)
-    # One map: of the ratios the first, or, where nothing is compared, of the effective LR.
+    # Ratios are of two kinds of weights: what is expected of scale-invariant ones, and the balance
+    # of the rest. Where nothing is compared, a map of the effective LR.
     known = [quantity for quantity in shown_in("map") if layer_names(history, quantity)]
     ratios = [quantity for quantity in known if drawn_as(quantity).scale == "ratio"]
-    maps = (ratios or known)[:1]
+    maps = ratios or known[:1]
+    # Two rows of two, or three rows where there are two maps.
+    room = 4 if len(maps) > 1 else 3
+    for dispensable in ("weight_std", "matrix_angle"):
+        if len(panels) > room and dispensable in panels:
+            panels.remove(dispensable)
     if not panels and not maps:
         # Raises, and says what the history has instead.
         curves_of(history, "effective_lr")

@@ -207,8 +207,18 @@ def test_what_belongs_to_a_curve_lies_behind_it_as_a_thin_line(quantity, beside,
 
 def test_angular_updates_are_shown_beside_what_is_expected_now():
     _, ax = plots.plot_angular_update(expected_run())
-    (line,) = [line for line in ax.get_lines() if line.get_label() == "expected now, median"]
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    line = lines["expected now, median"]
     assert line.get_ydata() == pytest.approx(np.full(20, 0.01))
+    # In a healthy run it lies on the measured median, which must still be seen.
+    assert line.is_dashed()
+
+
+def test_samples_in_a_legend_are_seen_however_faint_the_lines():
+    _, ax = plots.plot_angular_update(converging_run(160))
+    drawn = min(line.get_alpha() or 1.0 for line in ax.get_lines())
+    samples = [handle.get_alpha() or 1.0 for handle in ax.get_legend().legend_handles]
+    assert drawn < 0.4 < min(samples)
 
 
 @pytest.mark.parametrize("quantity", ["expected_ratio", "balance_ratio"])
@@ -231,7 +241,9 @@ def test_panels_are_what_was_recorded():
         "Effective learning rate",
         "Angular update",
         "Weight norm",
+        "Angle of the whole matrix",
         "Angular update over what is expected now",
+        "Angle over its balance",
     ]
     only_norms = History()
     only_norms.append(0, {"weight_norm/a": 1.0}, optimizer_step=1)
