@@ -10,15 +10,26 @@ import sys
 
 import pytest
 import torch
+from flavour import FLAVOUR, OTHER, use_flavour
 
 from lightning_normdyn.optimizers.step import HostCopy
 
 os.environ.setdefault("WANDB_SILENT", "true")
 
+use_flavour()
+
 # Every Trainer reads the entry points of every installed package: a tenth of the time of a short
 # fit. What is installed does not change while the tests run. Before Lightning is imported: it takes
 # the function by its name.
 importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_flavour():
+    """A user of ``pytorch_lightning`` imports nothing of ``lightning``."""
+    yield
+    if FLAVOUR != "lightning.pytorch":
+        assert OTHER not in sys.modules
 
 
 @pytest.fixture(autouse=True)

@@ -5,8 +5,6 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule
-
 from lightning_normdyn.engine.arguments import (
     Granularity,
     Params,
@@ -15,6 +13,7 @@ from lightning_normdyn.engine.arguments import (
     is_number,
 )
 from lightning_normdyn.engine.callback import NormDynCallback
+from lightning_normdyn.engine.flavours import LightningModule
 from lightning_normdyn.input_span.part import SpanPart, SpanWorker
 from lightning_normdyn.monitor.history_files import KeepsHistory
 

@@ -4,10 +4,9 @@ and in memory."""
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
-
 from lightning_normdyn.engine.arguments import Granularity, Params, check_count
 from lightning_normdyn.engine.callback import NormDynCallback
+from lightning_normdyn.engine.flavours import LightningModule, Trainer
 from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.monitor.history_files import KeepsHistory

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +18,7 @@ from lightning_normdyn.optimizers.step import Bracket, Phase, Step
 from lightning_normdyn.optimizers.views import accumulates, torch_optimizers
 from lightning_normdyn.optimizers.wrappers import steps_in_two_phases, without_framework
 
+from .flavours import Trainer
 from .lightning_facts import wrapped_optimizers
 from .member import Member
 from .messages import show, warn_once

@@ -3,12 +3,12 @@ fit (`Part`). Nothing that belongs to a fit is kept here."""
 
 from typing import Any, ClassVar
 
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NormDynError, NotSupportedError
 
+from .flavours import PACKAGES, LightningModule, Trainer, classes
 from .messages import warn_once
 from .part import Part
 from .plan import Plan
@@ -76,11 +76,11 @@ class NormDynCallback(Rule):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse a Trainer of another package; forget an earlier fit."""
-        if not isinstance(trainer, Trainer):
+        if not isinstance(trainer, classes("", "Trainer")):
             raise NotSupportedError(
                 f"{type(self).__name__} was given to a Trainer of "
-                f"`{type(trainer).__module__.split('.')[0]}`; it belongs to `lightning`. "
-                "Use `from lightning import Trainer` (and LightningModule) throughout."
+                f"`{type(trainer).__module__.split('.')[0]}`; it works with those of "
+                f"{' and '.join(map('`{}`'.format, PACKAGES))}."
             )
         if stage == "fit":
             # Not in on_fit_start: the tuner may save and restore a checkpoint before that.

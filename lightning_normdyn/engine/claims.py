@@ -6,7 +6,6 @@ from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
-from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +18,7 @@ from lightning_normdyn.invariance.verdict import Verdict
 
 from .clock import Clock
 from .evidence import Contradiction, Evidence
+from .flavours import Trainer
 from .loss_gradients import LossGradients, changed_between_ranks
 from .messages import warn_once
 from .weights import Weights, has_sparse_gradient

@@ -4,8 +4,7 @@ would."""
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Trainer
-
+from .flavours import Trainer
 from .lightning_facts import accumulates_batch, batches_that_stepped, log_every
 
 

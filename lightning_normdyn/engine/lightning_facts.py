@@ -7,16 +7,17 @@ and what Lightning's connectors set on the Trainer without declaring it.
 
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import _get_rank
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from torch import Tensor
+
+from .flavours import FABRICS, Callback, LightningModule, Logger, Trainer, classes
 
 
 def is_rank_zero() -> bool:
     """Whether this process speaks for all: also before a process group exists, from the
     environment."""
-    return not _get_rank()
+    # As whichever of Lightning's packages is loaded reads it. Without one there are no other ranks.
+    readers = classes("utilities.rank_zero", "_get_rank", FABRICS)
+    return all(not get_rank() for get_rank in readers[:1])
 
 
 def log_every(trainer: Trainer) -> int:

@@ -4,10 +4,9 @@ lists of names that stay readable."""
 import warnings
 from collections.abc import Sequence
 
-from lightning.pytorch import Trainer
-
 from lightning_normdyn.errors import NormDynWarning
 
+from .flavours import Trainer
 from .lightning_facts import is_rank_zero
 
 # Names that a message lists before it says how many more there are.

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any, ClassVar, get_args
 
-from lightning.pytorch import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.invariance.names import normalize_params
 
 from .arguments import Granularity, Params, check_choice
+from .flavours import Callback
 
 
 class Turn(IntEnum):

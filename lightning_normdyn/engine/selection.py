@@ -4,7 +4,6 @@ splits into vectors."""
 from collections.abc import Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
-from lightning.pytorch.callbacks import BaseFinetuning
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -19,6 +18,7 @@ from lightning_normdyn.invariance.verdict import (
 )
 from lightning_normdyn.parametrizations import is_weight_standardized
 
+from .flavours import classes
 from .lightning_facts import callbacks_of
 from .messages import named, show, warn_once
 from .plan import Target
@@ -310,7 +310,8 @@ class Selection(Generic[AnyRule]):
         )
         trainer = self.session.trainer
         frozen = {self.name_of(w) for w in self.weights.names if not w.requires_grad}
-        planned = any(isinstance(c, BaseFinetuning) for c in callbacks_of(trainer))
+        finetuning = classes("callbacks", "BaseFinetuning")
+        planned = any(isinstance(c, finetuning) for c in callbacks_of(trainer))
         # Who brings a finetuning callback has meant it so.
         if planned or not frozen.intersection(waiting):
             show(trainer, f"lightning-normdyn: {text}")

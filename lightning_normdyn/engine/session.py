@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakMethod, ref
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +23,7 @@ from .attachment import Attachment, Attempts
 from .claims import Claims
 from .clock import Clock
 from .combined import Combined
+from .flavours import Callback, LightningModule, Trainer
 from .lightning_facts import batches_that_stepped, callbacks_of, log_every, set_callbacks
 from .looks import Looks
 from .member import Member

@@ -4,7 +4,6 @@ have as a whole, and which of them come later."""
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
@@ -14,6 +13,8 @@ from lightning_normdyn.geometry.placement import check_weight, full_shape
 from lightning_normdyn.invariance.names import parameter_names
 from lightning_normdyn.invariance.verdict import is_gain
 from lightning_normdyn.optimizers.views import survey
+
+from .flavours import LightningModule, Trainer
 
 Names = tuple[str, ...]
 Shape = tuple[int, ...]

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_normdyn.engine.flavours import LightningModule, Trainer, classes
 from lightning_normdyn.invariance.visibility import eager, restored
 
 
@@ -104,10 +102,12 @@ def progress(
     bar = trainer.progress_bar_callback
     if bar is None or not trainer.is_global_zero or not sys.stderr.isatty():
         yield lambda: None
-    elif isinstance(bar, RichProgressBar):
+    elif isinstance(bar, classes("callbacks", "RichProgressBar")):
         # It owns the screen, so that no other bar can be shown.
         bar.print(f"lightning-normdyn: {what}")
         yield lambda: None
     else:
-        with Tqdm(total=total, desc=what.capitalize(), leave=False, dynamic_ncols=True) as shown:
+        # Any package's: they differ in nothing.
+        tqdm = classes("callbacks.progress.tqdm_progress", "Tqdm")[0]
+        with tqdm(total=total, desc=what.capitalize(), leave=False, dynamic_ncols=True) as shown:
             yield lambda: shown.update() and None

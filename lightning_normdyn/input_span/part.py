@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_normdyn.engine.flavours import Trainer, classes
 from lightning_normdyn.engine.lightning_facts import batches_that_stepped, before_batch_transfer
 from lightning_normdyn.engine.messages import warn_once
 from lightning_normdyn.engine.part import Part
@@ -442,7 +441,9 @@ def refuse_strategy(trainer: Trainer) -> None:
     # Ranks that share a layer see the same batch, so that under tensor parallelism the sampler has
     # fewer replicas than there are processes.
     replicas = (trainer.distributed_sampler_kwargs or {}).get("num_replicas")
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+    fsdp = classes("strategies", "FSDPStrategy")
+    deepspeed = classes("strategies", "DeepSpeedStrategy")
+    if isinstance(trainer.strategy, (*fsdp, *deepspeed)):
         refused = strategy
     elif trainer.world_size > 1 and replicas != trainer.world_size:
         refused = f"{strategy} with tensor parallelism"

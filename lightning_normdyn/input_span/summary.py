@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 
+from lightning_normdyn.engine.flavours import Logger
 from lightning_normdyn.engine.messages import named, warn_once
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.functional import (

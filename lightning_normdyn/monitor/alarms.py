@@ -12,9 +12,8 @@ from itertools import pairwise
 from math import exp, inf, isfinite, log, nan
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_normdyn.engine.effect import Effects
+from lightning_normdyn.engine.flavours import Trainer
 from lightning_normdyn.engine.messages import show, warn_once
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.optimizers.decay import AnOptimizer

@@ -19,8 +19,8 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-from lightning.pytorch import Trainer
 
+from lightning_normdyn.engine.flavours import Trainer
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.storage import Location, exists, join
 

@@ -13,15 +13,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import (
-    CSVLogger,
-    Logger,
-    MLFlowLogger,
-    TensorBoardLogger,
-    WandbLogger,
-)
 
+from lightning_normdyn.engine.flavours import Logger, Trainer, classes
 from lightning_normdyn.engine.lightning_facts import (
     callback_metrics,
     prefix_of,
@@ -277,11 +270,11 @@ class CSVPublisher(Publisher):
 
 
 # The first that fits counts, so that a subclass of a logger gets what its base class can show.
-_PUBLISHERS: tuple[tuple[type[Logger], type[Publisher]], ...] = (
-    (WandbLogger, WandbPublisher),
-    (TensorBoardLogger, TensorBoardPublisher),
-    (MLFlowLogger, MLflowPublisher),
-    (CSVLogger, CSVPublisher),
+_PUBLISHERS: tuple[tuple[str, type[Publisher]], ...] = (
+    ("WandbLogger", WandbPublisher),
+    ("TensorBoardLogger", TensorBoardPublisher),
+    ("MLFlowLogger", MLflowPublisher),
+    ("CSVLogger", CSVPublisher),
 )
 
 
@@ -289,7 +282,11 @@ def publishers(loggers: Iterable[Logger]) -> list[Publisher]:
     """One publisher per logger."""
     found = []
     for logger in loggers:
-        fitting = (publisher for known, publisher in _PUBLISHERS if isinstance(logger, known))
+        fitting = (
+            publisher
+            for name, publisher in _PUBLISHERS
+            if isinstance(logger, classes("loggers", name))
+        )
         # A logger that nobody here knows takes scalars, as every logger does.
         found.append(next(fitting, Publisher)(logger))
     return found

@@ -20,7 +20,6 @@ from models import (
     TARGETS,
     Net,
     SavesAt,
-    convnet,
     distance,
     fit,
     loader,
@@ -39,7 +38,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_normdyn import (
     AdaptiveWeightShrink,
     NormDynamicsMonitor,
-    NotSupportedError,
     RadialProjection,
     StepBracket,
     WeightRescaling,
@@ -52,32 +50,6 @@ from lightning_normdyn import (
 def test_two_with_the_same_arguments_are_refused_by_lightning():
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         trainer([AdaptiveWeightShrink(0.5), AdaptiveWeightShrink(0.1)])
-
-
-@pytest.mark.parametrize("name", EVERYBODY)
-def test_the_trainer_of_the_other_package_is_refused(name):
-    pl = pytest.importorskip("pytorch_lightning")
-
-    class Other(pl.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = convnet()
-
-        def training_step(self, batch, batch_idx):
-            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
-
-        def configure_optimizers(self):
-            return sgd(self.parameters())
-
-    other = pl.Trainer(
-        accelerator="cpu", callbacks=[EVERYBODY[name]()], max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False,
-    )  # fmt: skip
-    with pytest.raises(
-        NotSupportedError,
-        match=r"Trainer of `pytorch_lightning`; it belongs to `lightning`\. Use `from lightning import Trainer`",
-    ):
-        other.fit(Other(), loader(dtype=torch.float32))
 
 
 # ---- When nothing happens ----
