@@ -117,7 +117,9 @@ class Rule(Callback):
     def state_key(self) -> str:
         """Identifies this callback's state in a checkpoint: class, params and granularity, so that
         a changed number keeps its counters."""
-        return self._generate_state_key(params=shown(self.params), granularity=self.granularity)
+        # In Lightning's own form, but without its help: a rule can be asked before it is loaded.
+        arguments = {"params": shown(self.params), "granularity": self.granularity}
+        return f"{type(self).__qualname__}{arguments!r}"
 
 
 def shown(params: list[str]) -> str:
