@@ -270,7 +270,8 @@ class CSVPublisher(Publisher):
 
 
 # The first that fits counts, so that a subclass of a logger gets what its base class can show.
-_PUBLISHERS: tuple[tuple[str, type[Publisher]], ...] = (
+# Lightning's own loggers by name, since there may be two classes of one name; others by class.
+_PUBLISHERS: tuple[tuple[str | type[Any], type[Publisher]], ...] = (
     ("WandbLogger", WandbPublisher),
     ("TensorBoardLogger", TensorBoardPublisher),
     ("MLFlowLogger", MLflowPublisher),
@@ -280,16 +281,16 @@ _PUBLISHERS: tuple[tuple[str, type[Publisher]], ...] = (
 
 def publishers(loggers: Iterable[Logger]) -> list[Publisher]:
     """One publisher per logger."""
-    found = []
-    for logger in loggers:
-        fitting = (
-            publisher
-            for name, publisher in _PUBLISHERS
-            if isinstance(logger, classes("loggers", name))
-        )
-        # A logger that nobody here knows takes scalars, as every logger does.
-        found.append(next(fitting, Publisher)(logger))
-    return found
+    return [_publisher_of(logger)(logger) for logger in loggers]
+
+
+def _publisher_of(logger: Logger) -> type[Publisher]:
+    for known, publisher in _PUBLISHERS:
+        kinds = classes("loggers", known) if isinstance(known, str) else known
+        if isinstance(logger, kinds):
+            return publisher
+    # A logger that nobody here knows takes scalars, as every logger does.
+    return Publisher
 
 
 def publish_row(
