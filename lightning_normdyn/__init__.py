@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_normdyn.callbacks.radial_brake import RadialBrake
     from lightning_normdyn.callbacks.radial_projection import RadialProjection
     from lightning_normdyn.callbacks.rotation_control import RotationControl
+    from lightning_normdyn.callbacks.weight_decay import WeightDecay
     from lightning_normdyn.callbacks.weight_rescaling import WeightRescaling
     from lightning_normdyn.engine.callback import NormDynCallback
     from lightning_normdyn.errors import (
@@ -52,6 +53,7 @@ __all__ = [
     "RotationControl",
     "Step",
     "StepBracket",
+    "WeightDecay",
     "WeightRescaling",
     "WeightVectors",
     "inspect_module",
@@ -71,6 +73,7 @@ _HOMES = {
     "callbacks.radial_brake": "RadialBrake",
     "callbacks.radial_projection": "RadialProjection",
     "callbacks.rotation_control": "RotationControl",
+    "callbacks.weight_decay": "WeightDecay",
     "callbacks.weight_rescaling": "WeightRescaling",
     "engine.callback": "NormDynCallback",
     "errors": "NoTargetsError NormDynError NormDynWarning NotSupportedError",

@@ -25,7 +25,7 @@ from models import (
     same,
     weights_of,
 )
-from reference import Drop, Project, Rescale, Shrink
+from reference import Decay, Drop, Project, Rescale, Shrink
 from replay import Recorder, replay
 from torch import nn
 
@@ -34,6 +34,7 @@ from lightning_normdyn import (
     LRDropRescaling,
     NormDynamicsMonitor,
     RadialProjection,
+    WeightDecay,
     WeightRescaling,
 )
 
@@ -110,6 +111,14 @@ CASES = {
     ),
     "lr-drop": Case(
         lambda: [LRDropRescaling(exponent=0.3)], {"drop": Drop(0.3)}, make_scheduler=dropping
+    ),
+    "decay-corrected": Case(
+        lambda: [WeightDecay(0.8, rate="lr_squared")], {"decay_rule": Decay(0.8, "lr_squared")}
+    ),
+    "decay-cautious": Case(
+        lambda: [WeightDecay(0.8, cautious=True)],
+        {"decay_rule": Decay(0.8, cautious=True)},
+        EVERY_MATRIX,
     ),
     "monitor": Case(lambda: [NormDynamicsMonitor(1, tables=False)]),
     "all": Case(

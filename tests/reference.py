@@ -125,6 +125,39 @@ class Shrink:
 
 
 @dataclass
+class Decay:
+    """A decoupled decay in place of the optimizer's: every entry before the step, or with
+    ``cautious`` after it those entries that the optimizer's own step does not lengthen. AdamC,
+    arXiv 2506.02285; cautious weight decay, arXiv 2510.12402."""
+
+    weight_decay: float | None = None  # None: the number of the optimizer, whatever its momentum
+    rate: str = "lr"  # or "lr_squared", "schedule", "constant"
+    cautious: bool = False
+
+    def pull(self, optimizer: Any, lr: float, lr_max: float) -> float:
+        own = optimizer.weight_decay if self.weight_decay is None else self.weight_decay
+        if self.rate == "lr":
+            pull = lr * own
+        elif self.rate == "lr_squared":
+            pull = lr * lr / lr_max * own
+        elif self.rate == "schedule":
+            pull = lr / lr_max * own
+        else:
+            pull = own
+        return min(pull, 0.5)
+
+
+def cautiously(end: Tensor, start: Tensor, own_end: Tensor, pull: float) -> Tensor:
+    """Each entry by itself: ``own_end`` is where the optimizer's own step led."""
+    entries = []
+    for w, s, own in zip(
+        end.flatten().tolist(), start.flatten().tolist(), own_end.flatten().tolist(), strict=True
+    ):
+        entries.append(w - pull * s if (own - s) * s <= 0 else w)
+    return torch.tensor(entries, dtype=end.dtype).reshape(end.shape)
+
+
+@dataclass
 class Project:
     """SGDP and AdamP for any optimizer: the step loses its part along w; decay is decoupled and
     multiplied by ``weight_decay_ratio``."""
@@ -247,6 +280,7 @@ def train(
     drop: Drop | None = None,
     rotate: Rotate | None = None,
     brake: Brake | None = None,
+    decay_rule: Decay | None = None,
     targets: list[str] | None = None,
     state: State | None = None,
 ) -> Trajectory:
@@ -266,6 +300,7 @@ def train(
             at the rescaled weight.
         rotate: rotation control.
         brake: the radial brake.
+        decay_rule: a decay in place of the optimizer's.
         targets: the weights that the rules act on; by default all of two or more dimensions.
         state: filled with the optimizer's buffers, by weight.
     """
@@ -277,9 +312,11 @@ def train(
     # A copy: what it finds out about the schedule belongs to this run.
     rotate = None if rotate is None else replace(rotate)
     steered: dict[str, dict[str, Any]] = {name: {} for name in targets}
+    lr_max = 0.0
     trajectory = [dict(weights)]
     for t in range(steps):
         lr_t = lr(t) if callable(lr) else lr
+        lr_max = max(lr_max, lr_t)
         for name, g in gradients(weights, t).items():
             if g is None:
                 continue
@@ -293,12 +330,19 @@ def train(
             rules = name in targets
             view = project.view(w, g) if rules and project else None
 
-            # Who owns the decay of a target: AWS, else the rotation, else the projection, else WRS
-            # while it is active, else the optimizer.
+            # Who owns the decay of a target: AWS, else WeightDecay, else the rotation, else the
+            # projection, else WRS while it is active, else the optimizer.
             kept_by_projection = None
             kept_by_rotation = 1.0
-            if rules and shrink:
-                decay = 0.0 if shrink.weight_decay == "replace" else decay
+            pull = 0.0
+            if rules and shrink and shrink.weight_decay == "replace":
+                decay = 0.0
+            elif rules and decay_rule:
+                pull = decay_rule.pull(optimizer, lr_t, lr_max)
+                decay = 0.0
+                kept_by_projection = 1.0
+            elif rules and shrink:
+                pass
             elif rules and rotate and rotate.weight_decay == "replace":
                 if not rotate.hold:
                     kept_by_rotation = 1 - lr_t * decay * optimizer.decay_through_momentum
@@ -319,10 +363,16 @@ def train(
                 decay = 0.0 if rescale.weight_decay == "replace" else decay
 
             shrunk = shrink(w, lr_t) if rules and shrink else w
+            is_cautious = decay_rule is not None and decay_rule.cautious
+            if not is_cautious:
+                shrunk = (1 - pull) * shrunk
             kept, taken = optimizer.step(state.setdefault(name, {}), shrunk, g, lr_t, decay)
+            own_end = kept * shrunk - taken
             if view is not None:
                 taken = tangent(taken, w, view)
             moved = (kept if kept_by_projection is None else kept_by_projection) * shrunk - taken
+            if is_cautious:
+                moved = cautiously(moved, shrunk, own_end, pull)
             if rules and rotate:
                 # Decay comes first, so that the step starts from what it leaves.
                 start = kept_by_rotation * shrunk

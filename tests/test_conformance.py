@@ -69,7 +69,9 @@ from lightning_normdyn.parametrizations import (
 
 # Options whose every mode differs little from that of their class: in `make test` with two
 # optimizers only.
-VARIANTS = ("aws-std", "aws-keep", "wrs-keep")
+VARIANTS = ("aws-std", "aws-keep", "wrs-keep", "decay-corrected", "decay-cautious")
+# They change single entries by less than a weight of 16 bits can hold, and are refused there.
+NEEDS_32_BITS = ("decay-cautious",)
 
 
 def every_case_and_mode():
@@ -267,7 +269,7 @@ def test_follows_its_paper_under_a_gradient_scaler(case, clip):
     check(module, recorder, CASES[case], 1e-6)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [case for case in CASES if case not in NEEDS_32_BITS])
 def test_trains_bf16_weights(case):
     module, recorder = run(
         CASES[case].callbacks(), MODES["sgd"], dtype=torch.float32, precision="bf16-true"

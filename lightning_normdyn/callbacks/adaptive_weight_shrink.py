@@ -12,6 +12,7 @@ from lightning_normdyn.engine.arguments import Granularity, Params, check_choice
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
 from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.shrinking import Shrinker
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.functional import (
     equivalent_weight_decay,
@@ -21,7 +22,6 @@ from lightning_normdyn.functional import (
 )
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
-from lightning_normdyn.optimizers.scaling import RoundedScaling, Scaling
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
@@ -35,11 +35,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         # Where no vector needs it, the norm alone is one pass of the fastest kernel.
         self.by_std = plan.spread(by_std) if any(by_std) else None
         plan.counter("clamped")
-        self.owed: Tensor | None = None
-        # bfloat16 cannot hold a factor of 0.9999: such factors collect here until their product
-        # survives rounding.
-        if plan.vectors.low_precision:
-            self.owed = plan.state("owed", 1.0, torch.float32)
+        self.shrinker = Shrinker(plan)
         if self.rule.weight_decay == "replace":
             self.claim_decay(DecayOwner.SHRINK)
 
@@ -76,22 +72,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         # At a factor of 0 the direction would be lost, so it is clamped, and the end table says it.
         is_clamped = (lr * alpha * size > 0.5).to(factor.dtype)
         plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
-        if self.owed is None:
-            step.scale(Scaling(plan.vectors, factor, invariant=plan.invariant))
-        else:
-            self._shrink_rounded(step, factor, self.owed)
-
-    def _shrink_rounded(self, step: Step, factor: Tensor, owed: Tensor) -> None:
-        """Where rounding would swallow a factor, it is owed until it matters."""
-        scaling = RoundedScaling(self.plan.vectors, factor, owed)
-
-        # Also when the step raises and the scaling is taken back: then it owes the other way.
-        def remember() -> None:
-            owed.copy_(scaling.owed)
-
-        step.undo_with(remember)
-        step.scale(scaling)
-        remember()
+        self.shrinker.shrink(step, factor)
 
     def effect(self, target: Target) -> Effect:
         """It shrinks the weight in proportion to its size."""

@@ -12,13 +12,28 @@ from torch import Tensor
 
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
-from lightning_normdyn.optimizers.decay import Decay, decay_of, highest_claim, taken_over_by_trial
+from lightning_normdyn.optimizers.decay import (
+    Decay,
+    DecayOwner,
+    decay_of,
+    highest_claim,
+    taken_over_by_trial,
+)
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizers.step import Step
 from lightning_normdyn.tables import render
 
 from .attachment import Attachment
-from .effect import Effect, Effects, LengthJumps, NoEffect, OnOtherVectors, Projection, combine
+from .effect import (
+    Decaying,
+    Effect,
+    Effects,
+    LengthJumps,
+    NoEffect,
+    OnOtherVectors,
+    Projection,
+    combine,
+)
 from .member import Member
 from .plan import Plan, Target
 from .rule import Rule
@@ -159,8 +174,8 @@ class Combined:
     def decay_shares(
         self, plan: Plan, step: Step, norm: Tensor, std: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The share of each vector that AWS takes away before this step, and that decay takes away
-        within it, whoever applies it.
+        """The share of each vector that AWS or WeightDecay takes away before this step, and that
+        decay takes away within it, whoever applies it.
 
         Args:
             plan: the vectors.
@@ -190,9 +205,18 @@ class Combined:
         for member in self._members:
             member.correct_decays(plan, decays, rates)
 
+        per_step = tensor([_on_host(decay.per_step) for decay in decays], dtype=norm.dtype)
+        for i, decay in enumerate(decays):
+            if isinstance(decay.per_step, Tensor):
+                per_step[i] = decay.per_step
+
         lr = plan.rates()
-        before = (lr * vectors.spread(alphas) * size).clamp(max=0.5)
-        within = (lr * vectors.spread(rates)).clamp(max=0.5)
+        shrunk = (lr * vectors.spread(alphas) * size).clamp(max=0.5)
+        decayed = (lr * vectors.spread(rates) + vectors.spread(per_step)).clamp(max=0.5)
+        # WeightDecay shrinks a weight before the step as AWS does, whose factor comes on top.
+        comes_first = plan.spread([d.owner == DecayOwner.WEIGHT_DECAY for d in decays])
+        before = torch.where(comes_first, shrunk + decayed - shrunk * decayed, shrunk)
+        within = torch.where(comes_first, 0.0, decayed)
         active = plan.active(step)
         if active is None:
             return before, within
@@ -248,6 +272,9 @@ def _effect_on(ours: Target, theirs: Target, effect: Effect) -> Effect:
     """What ``effect`` on the vectors of ``theirs`` is for those of ``ours``."""
     # What is said of no vector in particular holds for all.
     if isinstance(effect, (NoEffect, LengthJumps)) or theirs.partition.equal(ours.partition):
+        return effect
+    # A decay of the whole weight shrinks all vectors alike, however it is split.
+    if isinstance(effect, Decaying) and not theirs.partition.partial:
         return effect
     # Gated projection takes the filter view or else the layer view, whichever is at right angles to
     # the gradient.

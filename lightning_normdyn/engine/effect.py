@@ -7,11 +7,13 @@ prediction" (`Effects.underived`).
 """
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lightning_normdyn.optimizers.decay import DecayOwner, DecayRule
+from lightning_normdyn.optimizers.group_numbers import Number
+from lightning_normdyn.optimizers.step_response import DecayRate
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,40 @@ class Shrink(Effect):
         """It is the decay of the weight."""
         return DecayRule(
             DecayOwner.SHRINK, self.replaces_decay, alpha=self.alpha, statistic=self.statistic
+        )
+
+
+def _by_group() -> None:
+    """The largest rate is what the param group names."""
+
+
+@dataclass(frozen=True)
+class Decaying(Effect):
+    """The weight has a decay of the callback's own in place of the optimizer's (WeightDecay).
+
+    Args:
+        weight_decay: λ, decoupled; ``"replace"``: the number in the param group as it stands.
+        rate: what λ is multiplied by in a step.
+        cautious: whether only entries decay that the step does not lengthen.
+        lr_max: gives the largest learning rate so far; None: the largest that the param group
+            names. It rises in a warm-up without being another effect.
+    """
+
+    weight_decay: float | Literal["replace"]
+    rate: DecayRate = "lr"
+    cautious: bool = False
+    lr_max: Callable[[], Number | None] = field(default=_by_group, compare=False, repr=False)
+
+    @property
+    def decay(self) -> DecayRule:
+        """It is the decay of the weight."""
+        return DecayRule(
+            DecayOwner.WEIGHT_DECAY,
+            claims=True,
+            rate="as_written" if self.weight_decay == "replace" else self.weight_decay,
+            pace=self.rate,
+            lr_max=self.lr_max(),
+            cautious=self.cautious,
         )
 
 
@@ -195,13 +231,15 @@ class Effects:
     """What all callbacks together do to one weight; made by `combine`.
 
     Args:
-        shrink, projection, rescaling, jumps, rotation, brake: who does this, if somebody does.
+        shrink, decaying, projection, rescaling, jumps, rotation, brake: who does this, if somebody
+            does.
         scaled_steps: whether steps have recorded lengths.
         underived: why nothing can be predicted; empty where it can.
         decay_untold: who decays the weight in a way that nobody can tell here.
     """
 
     shrink: Shrink | None = None
+    decaying: Decaying | None = None
     projection: Projection | None = None
     rescaling: Rescaling | None = None
     jumps: LengthJumps | None = None
@@ -214,8 +252,14 @@ class Effects:
     @property
     def decay_rules(self) -> list[DecayRule]:
         """What callbacks make of the weight's decay."""
-        decaying = (self.shrink, self.rotation, self.projection, self.rescaling)
-        return [effect.decay for effect in decaying if effect is not None]
+        claiming = (
+            self.shrink,
+            self.decaying,
+            self.rotation,
+            self.projection,
+            self.rescaling,
+        )
+        return [effect.decay for effect in claiming if effect is not None]
 
     @property
     def none(self) -> bool:
@@ -262,7 +306,7 @@ def combine(effects: Iterable[Effect]) -> Effects:
             reasons.append(f"{type(effect).__name__} on other vectors")
         # By the exact class: what a subclass of an effect adds is derived nowhere.
         kind = type(effect)
-        if kind in (Shrink, Projection, Rescaling, Rotation, Brake, ScaledSteps):
+        if kind in (Shrink, Decaying, Projection, Rescaling, Rotation, Brake, ScaledSteps):
             known.setdefault(kind, effect)
             counts[kind] += 1
         elif isinstance(effect, LengthJumps) and kind is LengthJumps:
@@ -276,6 +320,7 @@ def combine(effects: Iterable[Effect]) -> Effects:
             decay_untold.append(f"{count} times {kind.__name__}")
     return Effects(
         shrink=known.get(Shrink),
+        decaying=known.get(Decaying),
         projection=known.get(Projection),
         rescaling=known.get(Rescaling),
         jumps=jumps,

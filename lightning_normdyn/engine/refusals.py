@@ -114,7 +114,7 @@ def refuse_16_bits(name: str, plan: Plan) -> None:
     stored = zip(plan.vectors.names, plan.vectors.values(), strict=True)
     coarse = [weight for weight, value in stored if value.dtype.itemsize < 4]
     raise NotSupportedError(
-        f"{name} sets lengths and angles of single steps, but {named(coarse)} lies in 16 bits, "
+        f"{name} is about what single steps change, but {named(coarse)} lies in 16 bits, "
         f"whose rounding is larger than that. Keep the weights in float32: "
         f"Trainer(precision='bf16-mixed') instead of 'bf16-true', or leave it out with "
         f"params=[..., '!{coarse[0]}']."

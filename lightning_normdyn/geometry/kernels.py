@@ -294,6 +294,26 @@ class Kernels:
             if out is None:
                 view.copy_(moved)
 
+    def decay_shortened_(
+        self,
+        tensors: Operand,
+        share: Tensor,
+        before: Operand,
+        shortened: Operand | None,
+    ) -> None:
+        """Subtract ``share * before`` at the entries that have not moved away from 0 since
+        ``before``; ``share`` is ``(n,)``, ``shortened`` bool like the tensors, if that is known."""
+        for weight, rows, number in self._rows_with(share, dummy=0.0):
+            tensor, old = tensors[weight], before[weight]
+            if tensor is None or old is None:
+                continue
+            known = None if shortened is None else shortened[weight]
+            view, was = rows.view(tensor), rows.view(old)
+            mask = (view - was) * was <= 0 if known is None else rows.view(known)
+            # One weight at a time: its temporaries are as large as itself.
+            decayed = torch.where(mask, was, torch.zeros_like(was))
+            view.addcmul_(decayed, _spread(number, rows.form(view), view), value=-1)
+
     def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
 

@@ -335,6 +335,27 @@ class WeightVectors(Reduction):
         """
         self._kernels.stretch_(self.values(), before, stretch, scale)
 
+    def shortened(self, before: Operand) -> list[Tensor | None]:
+        """Which entries of the weights have not moved away from 0 since ``before``: bool, laid out
+        like the weights on this rank; None where ``before`` is."""
+        masks: list[Tensor | None] = []
+        for value, old in zip(self.values(), before, strict=True):
+            masks.append(None if old is None else (value - old) * old <= 0)
+        return masks
+
+    def decay_shortened_(
+        self, share: Tensor, before: Operand, shortened: Operand | None = None
+    ) -> None:
+        """Subtract ``share * before`` at the entries that have not moved away from 0 since
+        ``before``, in place: a cautious decay. No communication.
+
+        Args:
+            share: ``(n,)``.
+            before: the weights before the step; None entries are passed over.
+            shortened: which entries, as `shortened` told earlier; None: as they are now.
+        """
+        self._kernels.decay_shortened_(self.values(), share, before, shortened)
+
     def remove_radial_(
         self, before: Operand, share: Tensor, active: Tensor | None = None
     ) -> Tensor:

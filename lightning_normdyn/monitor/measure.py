@@ -26,6 +26,7 @@ from lightning_normdyn.optimizers.step import Phase, Step
 from .histograms import PACKED, Histogram, bin_vectors, unpack
 from .measured_balance import MatrixSums
 from .passed_steps import PassedSteps
+from .pulls import decay_of_vectors
 from .quantities import QUANTITIES, of_matrices, to_measure
 from .step_sums import StepSums, log_smallest, urgency
 
@@ -225,7 +226,6 @@ class StepGauge:
         self.plan = plan
         self.spare: Tensor | None = None
         self.entries = {target.name: target.entries for target in plan.targets}
-        # Asked once: a partition counts its labels anew each time.
         self.counts = {target.name: max(1, target.partition.n) for target in plan.targets}
         self.lengths = {}
         for name, entries in self.entries.items():
@@ -237,9 +237,9 @@ class StepGauge:
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
         self.take_effects(effects)
-        shrunk = any(effect.shrink is not None for effect in effects)
+        shrunk = any(effect.shrink or effect.decaying for effect in effects)
         asked = to_measure(quantities, standardized=any(standardized), shrunk=shrunk)
-        # Predictions and verdicts rest on the norm, the angle, and the present strength of AWS.
+        # Predictions and verdicts rest on the norm, the angle, and the present decay.
         needed = ["weight_norm", "angular_update", *(["equivalent_weight_decay"] if shrunk else [])]
         self.names = list(dict.fromkeys([*asked, *needed]))
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the
@@ -320,6 +320,7 @@ class StepGauge:
             "wg": wg,
             "gg": gg,
             "ones_w": ones_w[0] if ones_w else None,
+            "decay": decay_of_vectors(plan, self.effects),
         }
         if not copies_now:
             bracket.request_snapshot(vectors.storages())

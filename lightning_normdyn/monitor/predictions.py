@@ -13,11 +13,12 @@ from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects, Rescaling
 from lightning_normdyn.optimizers.decay import AnOptimizer, Decay, decay_of, highest_claim
-from lightning_normdyn.optimizers.group_numbers import is_zero
 from lightning_normdyn.optimizers.recognition import class_for_predictions
 from lightning_normdyn.optimizers.step_response import own_response, step_response
 from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
+
+from .pulls import paced_decay
 
 
 def balance(
@@ -36,9 +37,10 @@ def balance(
         shrink: the decay that AWS amounts to now.
 
     Returns:
-        The options ``shrink``, ``projected`` and ``decay``; None where nothing has been derived: a
-        callback of somebody else, two decays at once, steps of a recorded length or a given
-        angle, a norm that is braked or that WRS sets now and then (for which there is
+        The options ``shrink``, ``projected``, and ``decay`` with what belongs to it; None where
+        nothing has been derived: a callback of somebody else, two decays at once, a cautious decay
+        of projected steps, steps of a recorded length or a given angle, a norm that is braked or
+        that WRS sets now and then (for which there is
         `lightning_normdyn.theory.equilibrium.wrs_angular_update`).
     """
     if effects.underived or effects.scaled_steps or effects.rescaled_now is not None:
@@ -51,8 +53,12 @@ def balance(
     options: dict[str, Any] = {}
     if effects.projection is not None:
         options["projected"] = True
+    # It owns the decay where it acts, and so does not come on top of another one here.
     if effects.shrink is not None:
         options["shrink"] = shrink
+    elif effects.decaying is not None:
+        paced = paced_decay(effects, optimizer, group)
+        return None if paced is None else dict(paced)
     # A step that is not projected needs no such option: the theory reads the group's decay.
     elif effects.projection is not None:
         if decay.rate is None:
@@ -228,10 +234,7 @@ def _predict_rescaled(
     """Under WRS, which has been derived for steps without any decay."""
     if effects.underived or effects.scaled_steps or effects.shrink is not None:
         return None
-    if effects.steered:
-        return None
-    rate = _decay(effects, optimizer, group).rate
-    if rate is None or not is_zero(rate):
+    if effects.steered or not _decay(effects, optimizer, group).is_none:
         return None
     angle = wrs_angular_update(
         class_for_predictions(optimizer),

@@ -1,7 +1,8 @@
 r"""How strongly decay pulls at the norm of a weight, step by step.
 
 The pull :math:`P_t` is the share of the weight that the decay of step t takes away, whoever applies
-it: `lightning_normdyn.optimizers.decay` says who does. Numbers of the host.
+it: `lightning_normdyn.optimizers.decay` says who does. Numbers of the host, but for those of
+vectors.
 """
 
 from __future__ import annotations
@@ -10,11 +11,18 @@ from collections.abc import Mapping, Sequence
 from math import isfinite, nan
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lightning_normdyn.engine.effect import Effects
-from lightning_normdyn.optimizers.decay import AnOptimizer, decay_of, highest_claim
-from lightning_normdyn.optimizers.group_numbers import is_zero
+from lightning_normdyn.engine.effect import Decaying, Effects
+from lightning_normdyn.engine.plan import Plan
+from lightning_normdyn.optimizers.decay import (
+    AnOptimizer,
+    DecayOwner,
+    decay_of,
+    highest_claim,
+)
+from lightning_normdyn.optimizers.group_numbers import Number, is_zero
 from lightning_normdyn.optimizers.step_response import Options
 
 from .balance import Passed, log_of_kept
@@ -22,15 +30,17 @@ from .passed_steps import Stretch
 
 
 class Strength(NamedTuple):
-    """What a pull is made of: P = lr · (rate + alpha · size).
+    """What a pull is made of: P = lr · (rate + alpha · size) + per_step.
 
     Args:
         rate: λ, decoupled, in 1/(step·lr); NaN where nobody can tell.
         alpha: of AdaptiveWeightShrink, per unit of the weight's size.
+        per_step: of a decay that does not depend on the learning rate.
     """
 
     rate: float
     alpha: float = 0.0
+    per_step: float = 0.0
 
     def pull(self, lr: float, size: float) -> float:
         """P of one step.
@@ -41,7 +51,7 @@ class Strength(NamedTuple):
         """
         # 0 times an unknown size is no pull.
         shrink = self.alpha * size if self.alpha else 0.0
-        return lr * (self.rate + shrink)
+        return lr * (self.rate + shrink) + self.per_step
 
 
 def strength_of(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effects) -> Strength:
@@ -56,7 +66,7 @@ def strength_of(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effec
         >>> import torch
         >>> group = {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1}
         >>> strength_of(torch.optim.AdamW, group, Effects())
-        Strength(rate=0.1, alpha=0.0)
+        Strength(rate=0.1, alpha=0.0, per_step=0.0)
     """
     # Steps of a recorded length are not those that the decay of the group belongs to.
     if effects.decay_untold or effects.scaled_steps:
@@ -66,7 +76,9 @@ def strength_of(optimizer: AnOptimizer, group: Mapping[str, Any], effects: Effec
     # A number on an accelerator would have to be waited for.
     if decay.rate is None or isinstance(decay.rate, Tensor):
         return Strength(nan)
-    return Strength(decay.rate, decay.alpha)
+    if isinstance(decay.per_step, Tensor):
+        return Strength(nan)
+    return Strength(decay.rate, decay.alpha, decay.per_step)
 
 
 def options_of(
@@ -88,14 +100,83 @@ def options_of(
     strength = strength_of(optimizer, group, effects)
     if strength.alpha:
         # The shrink takes the place of a decay; both at once have been derived nowhere.
-        return (options, strength.alpha) if is_zero(strength.rate) else None
+        is_alone = is_zero(strength.rate) and is_zero(strength.per_step)
+        return (options, strength.alpha) if is_alone else None
     # What the optimizer does by itself is read from its group, inside the gradient or not.
     if highest_claim(effects.decay_rules) is None and effects.projection is None:
         return options, 0.0
+    # A cautious decay among them: what it does off its equilibrium was not derived.
     if not isfinite(strength.rate):
         return None
+    if highest_claim(effects.decay_rules) == DecayOwner.WEIGHT_DECAY:
+        paced = paced_decay(effects, optimizer, group)
+        # The course itself keeps the largest rate so far, which still rises in these steps.
+        return None if paced is None else ({**paced, "lr_max": None}, 0.0)
     options["decay"] = strength.rate
     return options, 0.0
+
+
+def paced_decay(
+    effects: Effects, optimizer: AnOptimizer, group: Mapping[str, Any]
+) -> Options | None:
+    """The decay that WeightDecay applies, as the theory calls it.
+
+    Args:
+        effects: what the callbacks do to the weight, WeightDecay among them.
+        optimizer: the optimizer, or its class.
+        group: the weight's param group at this step.
+
+    Returns:
+        None where it has not been derived: a cautious decay of steps that are projected.
+    """
+    decaying = effects.decaying
+    assert decaying is not None
+    is_projected = effects.projection is not None
+    if decaying.cautious and is_projected:
+        return None
+    rule = decaying.decay
+    return {
+        "decay": rule.strength(optimizer, group),
+        "decay_rate": decaying.rate,
+        "lr_max": rule.lr_max,
+        "cautious": decaying.cautious,
+        "projected": is_projected,
+    }
+
+
+def decay_of_vectors(plan: Plan, effects: Mapping[str, Effects]) -> Tensor | None:
+    """λ in 1/(step·lr) that WeightDecay applies to each vector in the coming step.
+
+    Args:
+        plan: the vectors.
+        effects: what the callbacks do to each weight, by name.
+
+    Returns:
+        ``(n,)``, NaN where it does not act; None where it acts nowhere.
+    """
+    # Weights of a group are mostly decayed alike, and there may be thousands of weights.
+    known: dict[tuple[int, Decaying], Number] = {}
+    numbers: list[Number] = []
+    for target, group in zip(plan.targets, plan.groups_of(plan.targets), strict=True):
+        decaying = effects[target.name].decaying
+        if decaying is None:
+            numbers.append(nan)
+            continue
+        key = (id(group), decaying)
+        if key not in known:
+            equivalent = decaying.decay.equivalent(plan.optimizer, group)
+            known[key] = nan if equivalent is None else equivalent
+        numbers.append(known[key])
+    if not known:
+        return None
+    vectors = plan.vectors
+    on_host = [nan if isinstance(number, Tensor) else number for number in numbers]
+    decays = torch.tensor(on_host, dtype=vectors.sum_dtype, device=vectors.device)
+    for i, number in enumerate(numbers):
+        # Copied on the device, so that nothing waits for it.
+        if isinstance(number, Tensor):
+            decays[i] = number
+    return vectors.spread(decays)
 
 
 class End(NamedTuple):
@@ -156,4 +237,12 @@ def passed_between(
     return Passed(steps, pulls, log_kept, rates)
 
 
-__all__ = ["End", "Strength", "options_of", "passed_between", "strength_of"]
+__all__ = [
+    "End",
+    "Strength",
+    "decay_of_vectors",
+    "options_of",
+    "paced_decay",
+    "passed_between",
+    "strength_of",
+]

@@ -17,7 +17,6 @@ from lightning_normdyn.functional import (
     direction_lr,
     effective_lr,
     effective_step_size,
-    equivalent_weight_decay,
 )
 
 from .step_sums import StepSums
@@ -49,7 +48,8 @@ class Quantity:
         scope: ``"both"``: a curve for each weight, and the overview over all scale-invariant
             vectors; ``"weight"`` or ``"overview"``: one of them.
         measured: ``"always"``; ``"standardized"``: where a weight is standardized, or by name;
-            ``"shrunk"``: where AdaptiveWeightShrink acts; ``"by name"``: only if the user names it.
+            ``"shrunk"``: where AdaptiveWeightShrink or WeightDecay acts; ``"by name"``: only if the
+            user names it.
         exact: whether its formula needs ⟨1, w⟩, and sums without the rounding of float32.
         places: ``"curves"``: one picture with the curves of all weights (loggers, report,
             overview); ``"chart"``: a W&B chart; ``"map"``: a heat map, weight by step (loggers,
@@ -221,11 +221,11 @@ _TABLE = (
     ),
     Quantity(
         "equivalent_weight_decay",
-        "Equivalent weight decay of AWS",
-        "the decay that AWS amounts to now",
-        "α‖w‖",
+        "Equivalent weight decay",
+        "the decay that AdaptiveWeightShrink or WeightDecay amounts to now",
+        "decay/lr",
         unit="per step and lr",
-        formula=lambda step: equivalent_weight_decay(step.alpha, step.shrunk_size),
+        formula=lambda step: step.equivalent_decay,
         measured="shrunk",
     ),
     # These two have a sign, of which a logarithmic axis would hide one half.
@@ -328,7 +328,7 @@ _TABLE = (
     Quantity(
         "clamped_vectors",
         "Clamped vectors",
-        "vectors whose shrink factor AWS had to clamp, over all steps",
+        "vectors whose decay in a step had to be clamped, over all steps",
         "vectors",
         scale="linear",
         scope="overview",
@@ -435,7 +435,7 @@ def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool)
     Args:
         names: what the user named; None: what applies.
         standardized: whether a weight is standardized.
-        shrunk: whether AdaptiveWeightShrink acts on one.
+        shrunk: whether AdaptiveWeightShrink or WeightDecay acts on one.
 
     Example:
         >>> to_measure(["weight_std", "equilibrium_ratio"], standardized=False, shrunk=False)

@@ -2,7 +2,8 @@
 monitor's quantities may use; and how a sum over vectors tells which of them ends first.
 
 Legend: ``n`` weight vectors; w the weight that the gradient g was taken at; s the weight just
-before the step, which differs from w only where AdaptiveWeightShrink shrank it; d the step from s.
+before the step, which differs from w only where AdaptiveWeightShrink or WeightDecay shrank it; d
+the step from s.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,12 @@ from math import inf
 import torch
 from torch import Tensor
 
-from lightning_normdyn.functional import angle_from_sums, norm_from_sums, std_from_sums
+from lightning_normdyn.functional import (
+    angle_from_sums,
+    equivalent_weight_decay,
+    norm_from_sums,
+    std_from_sums,
+)
 from lightning_normdyn.theory.outlook import steps_to_underflow
 
 
@@ -34,6 +40,7 @@ class StepSums:
         standardized: where the network standardizes the weight; None where it does so nowhere.
         alpha: of AdaptiveWeightShrink; NaN where it does not act.
         alpha_of_std: where AdaptiveWeightShrink goes by the standard deviation.
+        decay: λ in 1/(step·lr) of WeightDecay, NaN where it does not act; None: nowhere.
     """
 
     lr: Tensor
@@ -48,6 +55,7 @@ class StepSums:
     standardized: Tensor | None
     alpha: Tensor
     alpha_of_std: Tensor
+    decay: Tensor | None = None
 
     @cached_property
     def norm(self) -> Tensor:
@@ -74,6 +82,14 @@ class StepSums:
     def shrunk_size(self) -> Tensor:
         """What AdaptiveWeightShrink multiplies with alpha."""
         return torch.where(self.alpha_of_std, self.std, self.norm)
+
+    @property
+    def equivalent_decay(self) -> Tensor:
+        """The weight decay that AdaptiveWeightShrink amounts to, or that WeightDecay applies."""
+        shrink = equivalent_weight_decay(self.alpha, self.shrunk_size)
+        if self.decay is None:
+            return shrink
+        return torch.where(torch.isnan(self.alpha), self.decay, shrink)
 
     @property
     def whole(self) -> list[Tensor]:

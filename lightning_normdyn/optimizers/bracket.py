@@ -145,12 +145,18 @@ class StepBracket(Bracket):
 
         return remove
 
-    def acts_between(self, first: Phase, last: Phase) -> bool:
-        """Whether some handler is called after phase ``first`` and before phase ``last``.
+    def acts_between(self, first: Phase, last: Phase, *, before_rank: int | None = None) -> bool:
+        """Whether some handler is called after phase ``first`` and before phase ``last``, or in
+        ``last`` with a rank below ``before_rank``.
 
         If so, weights may change in between.
         """
-        return any(first < entry.phase < last for entry in self._handlers)
+        for entry in self._handlers:
+            if first < entry.phase < last:
+                return True
+            if before_rank is not None and entry.phase == last and entry.rank < before_rank:
+                return True
+        return False
 
     def claim_decay(
         self, claimant: object, owner: DecayOwner, weights: Claimed | Callable[[], Claimed]

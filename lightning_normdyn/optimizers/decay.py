@@ -30,7 +30,7 @@ from .recognition import (
     facts_of,
     is_schedule_free,
 )
-from .step_response import own_response
+from .step_response import DecayRate, own_response, rate_factor
 
 AnOptimizer = Optimizer | type[Optimizer]
 """An optimizer, or its class where nothing about the instance matters."""
@@ -288,22 +288,48 @@ class DecayRule:
         owner: as whom it claims the decay.
         claims: whether it takes the decay over at present. If not, what it does itself comes on
             top.
-        rate: λ that it applies, decoupled, in 1/(step·lr); ``"replace"``: the decoupled equivalent
-            of the optimizer's own.
+        rate: λ that it applies, decoupled; ``"replace"``: the decoupled equivalent of the
+            optimizer's own; ``"as_written"``: the number of the param group as it stands.
         ratio: factor on ``rate``.
+        pace: what λ is multiplied by in a step.
+        lr_max: the largest learning rate of the schedule, for a pace that asks for it; None: the
+            largest that the param group names.
+        cautious: whether only entries decay that the step does not lengthen: of those nobody knows
+            how many they are.
         alpha: λ per unit of the weight's size, for a decay that grows with the size (AWS).
         statistic: what that size is.
     """
 
     owner: DecayOwner
     claims: bool
-    rate: float | Literal["replace"] = 0.0
+    rate: float | Literal["replace", "as_written"] = 0.0
     ratio: float = 1.0
+    pace: DecayRate = "lr"
+    lr_max: Number | None = None
+    cautious: bool = False
     alpha: float = 0.0
     statistic: Literal["norm", "std"] = "norm"
 
+    def strength(self, optimizer: AnOptimizer, group: Group) -> Number | None:
+        """λ before its pace, decoupled; None where nobody can tell.
+
+        Example:
+            >>> from torch.optim import SGD
+            >>> group = dict(lr=0.1, momentum=0.9, dampening=0, nesterov=False, weight_decay=5e-3)
+            >>> DecayRule(DecayOwner.WEIGHT_DECAY, True, "as_written").strength(SGD, group)
+            0.005
+        """
+        if self.rate == "as_written":
+            return written_decay(optimizer, group) * self.ratio
+        if self.rate != "replace":
+            return self.rate * self.ratio
+        # SGDP's convention is λ/(1-β), also with dampening.
+        replaced = optimizer_decay(optimizer, {**group, "dampening": 0})
+        return None if replaced is None else replaced * self.ratio
+
     def applied(self, optimizer: AnOptimizer, group: Group) -> Number | None:
-        """λ that it applies to weights of ``group`` whose decay it owns, ``alpha`` aside.
+        """λ in 1/(step·lr) that it applies to weights of ``group`` whose decay it owns, ``alpha``
+        and `per_step` aside.
 
         None where nobody can tell.
 
@@ -314,35 +340,65 @@ class DecayRule:
             >>> round(rule.applied(SGD, group), 6)
             0.005
         """
-        if self.rate != "replace":
-            return self.rate * self.ratio
-        # SGDP's convention is λ/(1-β), also with dampening.
-        replaced = optimizer_decay(optimizer, {**group, "dampening": 0})
-        return None if replaced is None else replaced * self.ratio
+        if self.cautious:
+            return None
+        # At a learning rate of 0 nothing is multiplied, whatever the largest one was.
+        is_at_rest = self.pace != "lr" and is_zero(group_number(group, "lr"))
+        if self.pace == "constant" or is_at_rest:
+            return 0.0
+        return self.equivalent(optimizer, group)
+
+    def equivalent(self, optimizer: AnOptimizer, group: Group) -> Number | None:
+        """λ in 1/(step·lr) that it amounts to at this learning rate, on the entries that decay;
+        None where nobody can tell, and where the rate is 0 but the decay is not.
+
+        Example:
+            >>> from torch.optim import SGD
+            >>> rule = DecayRule(DecayOwner.WEIGHT_DECAY, True, 0.1, pace="lr_squared", lr_max=0.4)
+            >>> round(rule.equivalent(SGD, {"lr": 0.1}), 6)
+            0.025
+        """
+        strength = self.strength(optimizer, group)
+        factor = rate_factor(self.pace, group, self.lr_max)
+        return None if strength is None or factor is None else strength * factor
+
+    def per_step(self, optimizer: AnOptimizer, group: Group) -> Number:
+        """The share of a weight that it takes away in a step whatever the learning rate is."""
+        strength = self.strength(optimizer, group)
+        if self.pace != "constant" or strength is None or self.cautious:
+            return 0.0
+        return strength
 
 
 @dataclass(frozen=True)
 class Decay:
     """The decay of one weight in one step.
 
-    Its length is multiplied by (1 - lr · ``rate``)(1 - lr · ``alpha`` · size).
+    Its length is multiplied by (1 - lr · ``rate`` - ``per_step``)(1 - lr · ``alpha`` · size).
 
     Args:
         owner: who applies ``rate``; None: the optimizer.
         rate: decoupled equivalent, in 1/(step·lr); None where nobody can tell.
         alpha: per unit of size (AWS), applied before the step.
         statistic: what that size is.
+        per_step: share of the weight that goes whatever the learning rate is.
     """
 
     owner: DecayOwner | None
     rate: Number | None
     alpha: float = 0.0
     statistic: Literal["norm", "std"] = "norm"
+    per_step: Number = 0.0
+
+    @property
+    def is_none(self) -> bool:
+        """Whether nothing decays the weight, ``alpha`` aside."""
+        return self.rate is not None and is_zero(self.rate) and is_zero(self.per_step)
 
     @property
     def doubled(self) -> bool:
         """Whether two decays act at once, or may do."""
-        return self.alpha > 0 and (self.rate is None or not is_zero(self.rate))
+        return self.alpha > 0 and not self.is_none
 
 
 def highest_claim(rules: Iterable[DecayRule]) -> DecayOwner | None:
@@ -378,21 +434,23 @@ def decay_of(
         0.05
         >>> shrinks = DecayRule(DecayOwner.SHRINK, claims=True, alpha=2.5e-3)
         >>> decay_of(SGD, group, [shrinks], DecayOwner.SHRINK)
-        Decay(owner=<DecayOwner.SHRINK: 5>, rate=0.0, alpha=0.0025, statistic='norm')
+        Decay(owner=<DecayOwner.SHRINK: 5>, rate=0.0, alpha=0.0025, statistic='norm', per_step=0.0)
     """
     rate: Number | None = None
+    per_step: Number = 0.0
     owners = [rule for rule in rules if rule.claims and rule.owner == owner]
     if owner is None:
         rate = optimizer_decay(optimizer, group)
     # A claim whose rule is not among these is somebody else's, who says nothing of it.
     elif len(owners) == 1:
         rate = owners[0].applied(optimizer, group)
+        per_step = owners[0].per_step(optimizer, group)
     # Whoever claims a decay and is outbid applies nothing. Whoever leaves the decay where it is
     # acts besides.
     shrinks = [rule for rule in rules if rule.alpha and (rule.owner == owner or not rule.claims)]
     if not shrinks:
-        return Decay(owner, rate)
+        return Decay(owner, rate, per_step=per_step)
     # Two of them at once are refused elsewhere; here nobody can tell what they come to.
     if len(shrinks) > 1:
         return Decay(owner, None)
-    return Decay(owner, rate, shrinks[0].alpha, shrinks[0].statistic)
+    return Decay(owner, rate, shrinks[0].alpha, shrinks[0].statistic, per_step)

@@ -113,8 +113,9 @@ class Bracket(Snapshots, ABC):
         """Who applies the decay of each weight that somebody has claimed."""
 
     @abstractmethod
-    def acts_between(self, first: Phase, last: Phase) -> bool:
-        """Whether some handler is called after phase ``first`` and before phase ``last``.
+    def acts_between(self, first: Phase, last: Phase, *, before_rank: int | None = None) -> bool:
+        """Whether some handler is called after phase ``first`` and before phase ``last``, or in
+        ``last`` with a rank below ``before_rank``.
 
         If so, weights may change in between.
         """

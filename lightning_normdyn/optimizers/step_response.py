@@ -118,13 +118,15 @@ def decay_under(options: Options, own: StepDecay, group: Group) -> StepDecay:
     # The number as it is written: such a decay is taken over from the optimizer, and with it goes
     # what momentum makes of it.
     written = group_number(group, "weight_decay") if decay is None else decay
-    factor = _rate_factor(rate, group, options.get("lr_max"))
+    factor = rate_factor(rate, group, options.get("lr_max"))
     scaled = None if factor is None else written * factor
     return StepDecay(scaled, coupled=False, lr_power=_LR_POWERS[rate])
 
 
-def _rate_factor(rate: DecayRate, group: Group, lr_max: Number | None) -> Number | None:
+def rate_factor(rate: DecayRate, group: Group, lr_max: Number | None) -> Number | None:
     """What makes of λ the decay in 1/(step·lr); None at a learning rate of 0 where it matters."""
+    if rate == "lr":
+        return 1.0
     lr = as_number(group.get("lr"))
     if lr is None:
         return None
@@ -138,10 +140,15 @@ def _rate_factor(rate: DecayRate, group: Group, lr_max: Number | None) -> Number
     return lr / largest if rate == "lr_squared" else 1 / largest
 
 
+def named_rates(group: Group) -> list[Number]:
+    """The learning rates that a param group names: of its schedule and of now."""
+    rates = [as_number(group.get(key)) for key in ("max_lr", "initial_lr", "lr")]
+    return [rate for rate in rates if rate is not None]
+
+
 def largest_rate(group: Group) -> Number | None:
     """The largest learning rate that a param group names; None if one lives on a device."""
-    rates = [as_number(group.get(key)) for key in ("max_lr", "initial_lr", "lr")]
-    numbers = [rate for rate in rates if rate is not None]
+    numbers = named_rates(group)
     # Comparing them would wait for the device.
     if not all(isinstance(number, float) for number in numbers):
         return None

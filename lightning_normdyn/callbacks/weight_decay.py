@@ -1,0 +1,345 @@
+"""Weight decay apart from the optimizer: at its own pace through a schedule, and only where the
+step does not work against it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_normdyn.engine.arguments import Params, check_choice, check_number
+from lightning_normdyn.engine.callback import NormDynCallback
+from lightning_normdyn.engine.effect import Decaying, Effect
+from lightning_normdyn.engine.part import Part
+from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.refusals import refuse_16_bits
+from lightning_normdyn.engine.rule import Turn
+from lightning_normdyn.engine.session import Session
+from lightning_normdyn.engine.shrinking import Shrinker
+from lightning_normdyn.engine.value_checks import number, record, table, text
+from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
+from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
+from lightning_normdyn.optimizers.group_numbers import Group, Number, group_number, is_zero
+from lightning_normdyn.optimizers.step import Phase, Step
+from lightning_normdyn.optimizers.step_response import DecayRate, named_rates
+
+MOST = 0.5
+"""The largest share of a weight that goes in one step: at 1 its direction would be lost."""
+
+
+class DecayPart(Part["WeightDecay"]):
+    """The part in a fit of a decay: which weights it means, and whole weights where it can."""
+
+    def __init__(self, rule: WeightDecay, worker: type[Worker[Any]], session: Session) -> None:
+        # Two workers, since a decay before the step is refused under optimizers that evaluate their
+        # closure twice, and a cautious one after the step is not.
+        super().__init__(rule, CautiousDecayWorker if rule.cautious else worker, session)
+
+    def select(self, owned: Sequence[Tensor]) -> list[Tensor]:
+        """Under "auto", of the weights that are meant those that decay."""
+        selected = super().select(owned)
+        if self.rule.by_name:
+            return selected
+        decayed = self._decayed()
+        # Whoever gives a number and has no decay in the optimizer wants that number everywhere.
+        if self.rule.weight_decay != "replace" and not decayed:
+            return selected
+        return [weight for weight in selected if weight in decayed]
+
+    def _decayed(self) -> set[Tensor]:
+        """The weights in param groups with a decay."""
+        decayed: set[Tensor] = set()
+        for optimizer in self.session.attachment.optimizers:
+            for group in optimizer.param_groups:
+                # A decay that lives on a device counts as one, since nothing waits for it.
+                if not is_zero(group_number(group, "weight_decay")):
+                    decayed.update(group["params"])
+        return decayed
+
+    def target(self, weight: Tensor) -> Target | None:
+        """The whole weight, also where only some of its rows are scale-invariant."""
+        target = super().target(weight)
+        by_invariance = self.rule.writes and not self.rule.by_name
+        if target is not None and target.partition.partial and not by_invariance:
+            target.partition = Partition.layer(self.session.weights.shapes[weight])
+        return target
+
+
+class PacedDecay(Worker["WeightDecay"]):
+    """How strongly the targets of one optimizer decay, and since when."""
+
+    STATE = record({"lr_max": table(text(), number(0.0))}, closed=True)
+
+    def prepare(self) -> None:
+        """Take the decay over from the optimizer; of its schedule only the group's numbers are
+        known yet."""
+        self.largest: dict[int, Number] = {}
+        """The largest learning rate so far, by the place of the param group in the plan."""
+        self.plan.counter("clamped")
+        self.claim_decay(DecayOwner.WEIGHT_DECAY)
+
+    # -- how strongly
+
+    def _pull(self, step: Step) -> Tensor:
+        """The share that each vector loses, ``(n,)``; 0 where somebody else owns its decay."""
+        plan = self.plan
+        pace = self.rule.rate
+        shares: list[Number] = []
+        for place, (group, _) in enumerate(plan.groups):
+            share = self._strength(group)
+            if pace in ("lr_squared", "schedule"):
+                share = share * self._of_largest(place, group)
+            shares.append(share)
+        pull = plan.spread_groups("decay_share", shares)
+        # Read at every step: a rate that was remembered would miss what a schedule does.
+        if pace in ("lr", "lr_squared"):
+            pull = pull * plan.rates()
+        # AWS goes first where both are on a weight: one decay, not two.
+        pull = pull * plan.owns_decay(step, DecayOwner.WEIGHT_DECAY)
+        is_clamped = (pull > MOST).to(pull.dtype)
+        plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
+        return pull.clamp(max=MOST)
+
+    def _strength(self, group: Group) -> Number:
+        """λ of a param group."""
+        if self.rule.weight_decay == "replace":
+            # As it stands: what momentum makes of a coupled decay was never asked for.
+            return group_number(group, "weight_decay")
+        return self.rule.weight_decay
+
+    def _of_largest(self, place: int, group: Group) -> Number:
+        """The learning rate as a part of the largest, which may be the present one."""
+        lr = group_number(group, "lr")
+        largest = _larger(self.largest.get(place, 0.0), *named_rates(group))
+        self.largest[place] = largest
+        # Before the first step of a warm-up that starts at 0 the largest is 0, too.
+        if isinstance(largest, Tensor):
+            return torch.nan_to_num(lr / largest, nan=0.0)
+        return 0.0 if largest == 0 else lr / largest
+
+    def _largest_of(self, place: int) -> Number | None:
+        return self.largest.get(place)
+
+    # -- over plans and checkpoints
+
+    def state(self) -> dict[str, Any]:
+        """The largest learning rates: a schedule may not name its own."""
+        rates = {}
+        for target in self.plan.targets:
+            place = self._place_of(target)
+            if place in self.largest:
+                rates[target.name] = float(self.largest[place])
+        return {"lr_max": rates}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """As `state` gave it."""
+        for target in self.plan.targets:
+            if target.name in state["lr_max"]:
+                self._raise_largest(target, state["lr_max"][target.name])
+
+    def inherit(self, earlier: PacedDecay) -> None:
+        """The largest learning rates of weights that stay."""
+        before = {target.name: target for target in earlier.plan.targets}
+        for target in self.plan.targets:
+            if target.name not in before:
+                continue
+            place = earlier._place_of(before[target.name])
+            if place in earlier.largest:
+                self._raise_largest(target, earlier.largest[place])
+
+    def _raise_largest(self, target: Target, rate: Number) -> None:
+        place = self._place_of(target)
+        self.largest[place] = _larger(self.largest.get(place, 0.0), rate)
+
+    def _place_of(self, target: Target) -> int:
+        """The place of its param group among those of the plan."""
+        group = self.plan.group_of(target)
+        # By identity: groups of equal numbers are not the same group.
+        return next(i for i, (known, _) in enumerate(self.plan.groups) if known is group)
+
+    # -- what tables and predictions say
+
+    def stated(self, target: Target, *, cautious: bool) -> Decaying:
+        """What is done to ``target``."""
+        largest = partial(self._largest_of, self._place_of(target))
+        return Decaying(self.rule.weight_decay, self.rule.rate, cautious, largest)
+
+    def treatments(self) -> list[str]:
+        """What the tables say."""
+        plan = self.plan
+        owners = plan.bracket.decay_owners()
+        # Once a group, not a weight: there may be thousands of weights.
+        texts = {id(group): self._in_words(group) for group, _ in plan.groups}
+        words = []
+        for target, group in zip(plan.targets, plan.groups_of(plan.targets), strict=True):
+            is_ours = owners.get(target.weight) in (DecayOwner.WEIGHT_DECAY, None)
+            words.append(texts[id(group)] if is_ours else "its decay left to AdaptiveWeightShrink")
+        return words
+
+    def _in_words(self, group: Group) -> str:
+        rule = self.rule
+        kind = "cautious decay" if rule.cautious else "decay"
+        text = f"{kind} {float(self._strength(group)):.2g} {_PER_STEP[rule.rate]}"
+        replaced = replaced_decay(self.plan.optimizer, group)
+        return f"{text} ({replaced})" if replaced else text
+
+
+class DecayWorker(PacedDecay):
+    """Decays the targets of one optimizer right before its step."""
+
+    def prepare(self) -> None:
+        """As above, and room for factors that rounding would swallow."""
+        super().prepare()
+        self.shrinker = Shrinker(self.plan)
+
+    @during(Phase.SHRINK)
+    def decay(self, step: Step) -> None:
+        """w <- (1 - p) w, at the weight that the gradient was taken at."""
+        factor = self.plan.guard(1 - self._pull(step), 1.0, step)
+        self.shrinker.shrink(step, factor)
+
+    def effect(self, target: Target) -> Effect:
+        """It shrinks the whole weight."""
+        return self.stated(target, cautious=False)
+
+
+class CautiousDecayWorker(PacedDecay):
+    """Decays, right after a step, the entries that it does not lengthen."""
+
+    def prepare(self) -> None:
+        """As above; refuse weights that cannot hold so small a change."""
+        super().prepare()
+        refuse_16_bits("WeightDecay(cautious=True)", self.plan)
+        self.pull: Tensor
+        """Of this step, ``(n,)``: the share that each vector would lose."""
+        self.shortened: list[Tensor | None] | None = None
+        """Of this step, bool like the weights: which entries it does not lengthen; None: not told
+        in advance."""
+
+    @during(Phase.MEASURE)
+    def look(self, step: Step) -> None:
+        """Have the weights copied before the update: only the step tells which entries decay."""
+        self.shortened = None
+        step.bracket.request_snapshot(self.plan.vectors.storages())
+        self.pull = self.plan.guard(self._pull(step), 0.0, step)
+
+    @during(Phase.LOOK_AGAIN)
+    def keep_signs(self, step: Step) -> None:
+        """Tell the optimizer's own step before a projection changes it."""
+        if step.bracket.acts_between(Phase.LOOK_AGAIN, Phase.PROJECT, before_rank=self.rule.rank):
+            self.shortened = self.plan.vectors.shortened(self.plan.vectors.snapshots(step.bracket))
+
+    @during(Phase.PROJECT)
+    def decay(self, step: Step) -> None:
+        """w' <- w' - p s 1[(w' - s) s <= 0] (cautious weight decay, arXiv 2510.12402)."""
+        vectors = self.plan.vectors
+        shortened, self.shortened = self.shortened, None
+        vectors.decay_shortened_(self.pull, vectors.snapshots(step.bracket), shortened)
+
+    def effect(self, target: Target) -> Effect:
+        """It shrinks some entries, and nobody knows in advance which."""
+        return self.stated(target, cautious=True)
+
+
+_PER_STEP = {
+    "lr": "per lr",
+    "lr_squared": "per lr²/lr_max",
+    "schedule": "per step at the largest lr",
+    "constant": "per step",
+}
+
+
+class WeightDecay(NormDynCallback):
+    r"""A decoupled weight decay of the targets in place of the optimizer's own.
+
+    .. math:: w \leftarrow (1 - p_t)\,w
+
+    before every step. With :math:`\lambda` = ``weight_decay``, :math:`\eta` the learning rate of
+    the weight's param group at this very step and :math:`\eta_{max}` the largest one, ``rate`` says
+    what :math:`p_t` is:
+
+    - ``"lr"``: :math:`\eta\lambda`, as in AdamW. Adam becomes AdamW, SGD becomes SGDW.
+    - ``"lr_squared"``: :math:`\lambda\eta^2/\eta_{max}`, corrected decay (AdamC, arXiv 2506.02285):
+      the equilibrium norm stays when the learning rate falls.
+    - ``"schedule"``: :math:`\lambda\eta/\eta_{max}`, which follows the shape of the schedule and
+      not its height.
+    - ``"constant"``: :math:`\lambda`, independent decay, also at a learning rate of 0.
+
+    With ``cautious`` (cautious weight decay, arXiv 2510.12402) the decay comes after the step and
+    spares the entries that the optimizer's own step :math:`\Delta` lengthens:
+    :math:`w' \leftarrow w' - p_t\,w\,1[\Delta w \le 0]`, entry by entry.
+
+    :math:`\eta_{max}` is the largest of the group's ``max_lr``, its ``initial_lr`` and all rates so
+    far. Of a warm-up that is written by hand only the last are known: its own maximum until now.
+
+    The share is exact up to 0.5 and clamped there. Where AdaptiveWeightShrink is the decay of a
+    weight, this callback leaves it to that.
+
+    Args:
+        weight_decay: λ; ``"replace"``: the number in the param group as it stands, which is never
+            divided by 1 - momentum. Either way the optimizer's own decay of the targets is taken
+            over.
+        rate: what λ is multiplied by in a step: ``"lr"``, ``"lr_squared"``, ``"schedule"`` or
+            ``"constant"``.
+        cautious: whether entries that the step lengthens are spared.
+        params: ``"auto"``: with ``rate="lr_squared"`` the scale-invariant weights (the paper's
+            rule), else every weight of two or more dimensions whose rows are no single numbers; of
+            either those whose param group decays (with a number, all if none does). Or a glob
+            pattern, or a list of them.
+
+    Raises:
+        ValueError: for a decay below 0 or NaN, and for unknown words.
+
+    Example:
+        >>> from lightning_normdyn import WeightDecay
+        >>> WeightDecay(0.1, rate="lr_squared").rate
+        'lr_squared'
+    """
+
+    worker = DecayWorker
+    part = DecayPart
+    numbers = ("weight_decay", "rate", "cautious")
+    # Whichever weights "auto" means.
+    acts = True
+    rank = Turn.DECAY
+
+    def __init__(
+        self,
+        weight_decay: float | Literal["replace"] = "replace",
+        *,
+        rate: DecayRate = "lr",
+        cautious: bool = False,
+        params: Params = "auto",
+    ) -> None:
+        super().__init__(params)
+        self.weight_decay: float | Literal["replace"] = "replace"
+        if weight_decay != "replace":
+            self.weight_decay = check_number("weight_decay", weight_decay, ">= 0", " or 'replace'")
+        self.rate = check_choice("rate", rate, get_args(DecayRate))
+        self.cautious = bool(cautious)
+        # Only a corrected decay is about weights whose norm alone matters.
+        self.writes = rate == "lr_squared"
+
+    def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
+        """The rate must be known where it counts, and the decay of the targets ours to take
+        over."""
+        if self.rate in ("lr", "lr_squared"):
+            check_rate(optimizer, weights)
+        check_decay_takeover(optimizer, weights)
+
+
+def _larger(*rates: Number) -> Number:
+    """The largest; on the device if one of them lives there."""
+    on_host = [rate for rate in rates if not isinstance(rate, Tensor)]
+    largest: Number = max(on_host, default=0.0)
+    for rate in rates:
+        if isinstance(rate, Tensor):
+            known = torch.as_tensor(largest, dtype=rate.dtype, device=rate.device)
+            largest = torch.maximum(known, rate)
+    return largest
