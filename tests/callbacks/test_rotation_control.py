@@ -235,7 +235,7 @@ def test_a_weight_that_comes_later_is_held_at_the_norm_of_its_first_step():
 
 
 def test_16_bit_weights_without_a_master_are_refused_by_name():
-    says = r"RotationControl sets lengths.*`net\.0\.weight`.*bf16-mixed"
+    says = r"RotationControl is about what single steps change.*`net\.0\.weight`.*bf16-mixed"
     module = make(make_optimizer=sgd, dtype=torch.float32)
     with pytest.raises(NotSupportedError, match=says):
         fit(module, [RotationControl(0.03)], precision="bf16-true")
