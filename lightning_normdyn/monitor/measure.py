@@ -245,12 +245,8 @@ class StepGauge:
         # A shrink just before the step may be as small as 1e-7, and a mean much larger than the
         # standard deviation beside it: more than sums in float32 can tell. And a replay compares
         # its own norms with those kept.
-        self._is_exact = (
-            shrunk
-            or keeps_vectors
-            or any(standardized)
-            or any(QUANTITIES[name].exact for name in asked)
-        )
+        asks_exactly = any(QUANTITIES[name].exact for name in asked)
+        self._is_exact = shrunk or keeps_vectors or any(standardized) or asks_exactly
         self._keeps_vectors = keeps_vectors
         self._dead = _DeadVectors(plan)
         self._sums_before: dict[str, Any] = {}
