@@ -1,4 +1,4 @@
-"""The command line: ``python -m lightning_normdyn demo | inspect | report``.
+"""The command line: ``python -m lightning_normdyn demo | inspect | forecast | report``.
 
 Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a
 log.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _EXAMPLES = """examples:
   python -m lightning_normdyn demo
   python -m lightning_normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
+  python -m lightning_normdyn forecast my_project.nets:LitResNet --steps 20000 --input-shape 3,32,32
   python -m lightning_normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
 """
 
@@ -51,6 +52,18 @@ examples:
   python -m lightning_normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
   python -m lightning_normdyn inspect examples/digits_resnet.py:ResidualDigits --input-shape 1,8,8
   python -m lightning_normdyn inspect my_project.text:CharGPT --input-shape 64 --integers 256
+"""
+
+_FORECAST = """Say of every param group how long its weights will remember, how far
+they will turn in a step, and what its schedule will do to their norms, before
+anything is trained. The LightningModule is built, and its configure_optimizers
+is called on a Trainer that knows the number of steps; its code is executed.
+With --input-shape, or an example_input_array, the norms of scale-invariant
+weights are followed, too.
+
+examples:
+  python -m lightning_normdyn forecast my_project.nets:LitResNet --steps 20000 --input-shape 3,32,32
+  python -m lightning_normdyn forecast my_project.nets:LitResNet --steps 20000 --steps-per-epoch 391
 """
 
 _REPORT = """Write one self-contained HTML file about one or several runs: pictures,
@@ -118,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lightning-normdyn {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,report}")
+    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,forecast,report}")
 
     def add_command(
         name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str
@@ -150,40 +163,23 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     inspect = add_command("inspect", _inspect, "which weights are scale-invariant", _INSPECT)
-    inspect.add_argument(
-        "model",
-        metavar="MODULE:CLASS",
-        type=_model_name,
-        help="importable module, or file.py, and the class of the model in it",
-    )
-    inspect.add_argument(
-        "--input-shape",
-        metavar="N,N,...",
-        type=_shape,
-        action="append",
-        help="of one example, without the batch; once per input of the model",
-    )
-    inspect.add_argument(
-        "--batch-size",
+    _add_model(inspect)
+
+    forecast = add_command("forecast", _forecast, "what a run will do to its norms", _FORECAST)
+    forecast.add_argument(
+        "--steps",
         metavar="N",
         type=_positive,
-        default=8,
-        help="examples in the batch (default: 8)",
+        required=True,
+        help="optimizer steps of the run",
     )
-    inspect.add_argument(
-        "--integers",
-        metavar="HIGH",
+    forecast.add_argument(
+        "--steps-per-epoch",
+        metavar="N",
         type=_positive,
-        help="inputs are whole numbers below HIGH (token ids), not normal numbers",
+        help="optimizer steps of an epoch, for schedulers that go by epochs",
     )
-    inspect.add_argument(
-        "--set",
-        metavar="KEY=VALUE",
-        type=_setting,
-        action="append",
-        default=[],
-        help="argument of the class; once per argument",
-    )
+    _add_model(forecast)
 
     report = add_command("report", _report, "one HTML file about runs", _REPORT)
     report.add_argument(
@@ -200,6 +196,44 @@ def _parser() -> argparse.ArgumentParser:
         help="file to write (default: report.html)",
     )
     return parser
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    """How a person names a model and what it is called with."""
+    command.add_argument(
+        "model",
+        metavar="MODULE:CLASS",
+        type=_model_name,
+        help="importable module, or file.py, and the class of the model in it",
+    )
+    command.add_argument(
+        "--input-shape",
+        metavar="N,N,...",
+        type=_shape,
+        action="append",
+        help="of one example, without the batch; once per input of the model",
+    )
+    command.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=_positive,
+        default=8,
+        help="examples in the batch (default: 8)",
+    )
+    command.add_argument(
+        "--integers",
+        metavar="HIGH",
+        type=_positive,
+        help="inputs are whole numbers below HIGH (token ids), not normal numbers",
+    )
+    command.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        type=_setting,
+        action="append",
+        default=[],
+        help="argument of the class; once per argument",
+    )
 
 
 def _own(name: str) -> Any:
@@ -250,22 +284,27 @@ def _inspect(options: argparse.Namespace) -> None:
     # The last of several values for the same key counts.
     module = _build(options.model, dict(options.set))
     inputs = _inputs(module, options)
-    _say("reading the graph of one forward pass and testing the outputs")
-    try:
-        verdicts = _own("invariance.checks").inspect_module(module, *inputs)
-    except NormDynError:
-        raise
-    except (Exception, SystemExit) as error:
-        shapes = ", ".join(str(tuple(each.shape)) for each in inputs if hasattr(each, "shape"))
-        raise NormDynError(
-            f"`{options.model}` does not run on inputs of shape {shapes}: {_first_line(error)}. "
-            f"Check --input-shape."
-        ) from error
+    verdicts = _verdicts(module, inputs, options.model)
     # A person gets what fits the terminal, a pipe one line per weight.
     width = None
     if sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
     print(_own("invariance.verdict").targets_table(verdicts, width))
+
+
+def _verdicts(module: nn.Module, inputs: tuple[Any, ...], model: str) -> Any:
+    """What is known of each weight."""
+    _say("reading the graph of one forward pass and testing the outputs")
+    try:
+        return _own("invariance.checks").inspect_module(module, *inputs)
+    except NormDynError:
+        raise
+    except (Exception, SystemExit) as error:
+        shapes = ", ".join(str(tuple(each.shape)) for each in inputs if hasattr(each, "shape"))
+        raise NormDynError(
+            f"`{model}` does not run on inputs of shape {shapes}: {_first_line(error)}. "
+            f"Check --input-shape."
+        ) from error
 
 
 def _build(name: str, settings: Mapping[str, Any]) -> nn.Module:
@@ -349,6 +388,30 @@ def _random_input(shape: tuple[int, ...], below: int | None) -> Tensor:
     if below is None:
         return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
     return torch.randint(below, shape, generator=generator, dtype=torch.long, device="cpu")
+
+
+# ----------------------------------------------------------------------------------------- forecast
+
+
+def _forecast(options: argparse.Namespace) -> None:
+    module = _build(options.model, dict(options.set))
+    verdicts = []
+    # Without inputs, what follows from the schedule can still be told.
+    if options.input_shape or getattr(module, "example_input_array", None) is not None:
+        verdicts = _verdicts(module, _inputs(module, options), options.model)
+    _say("stepping the schedulers ahead")
+    try:
+        text = _own("monitor.module_forecast").forecast_module(
+            module, verdicts, options.steps, steps_per_epoch=options.steps_per_epoch
+        )
+    except NormDynError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise NormDynError(
+            f"the optimizers of `{options.model}` cannot be made without training: "
+            f"{_first_line(error)}."
+        ) from error
+    print(text, end="")
 
 
 # ------------------------------------------------------------------------------------------- report

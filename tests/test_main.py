@@ -50,7 +50,7 @@ def usage_error(capsys, *arguments: str) -> str:
 # --- all commands
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "report"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "forecast", "report"])
 def test_help_shows_examples(capsys, command):
     for arguments in (["--help"], [command, "--help"]):
         with pytest.raises(SystemExit) as left:
@@ -78,6 +78,8 @@ def test_help_does_not_wait_for_torch():
         ["draw"],
         ["report"],
         ["inspect"],
+        ["forecast", "a:B"],
+        ["forecast", "a:B", "--steps", "0"],
         ["demo", "--preset", "huge"],
         ["inspect", "torch.nn"],
         ["inspect", "torch.nn:"],
@@ -128,6 +130,38 @@ def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
     assert Path("report.html").is_file()
+
+
+# --- forecast
+
+
+def test_the_documented_forecast_is_what_the_command_prints(capsys, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    command, printed = re.search(
+        r"```console\n\$ (python -m lightning_normdyn forecast [^\n]*)\n(.*?)```", readme, re.DOTALL
+    ).groups()
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(command.split()[3:]) == 0
+    out = capsys.readouterr().out
+    assert out == printed
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("SGD 0 ")]
+    # lr 0.1, decay 5e-3, momentum 0.9, 2000 steps.
+    memory = 1 / (0.1 * 5e-3 / (1 - 0.9))
+    angle = math.sqrt(2 * 0.1 * 5e-3 / (1 + 0.9))
+    assert row[2:] == [
+        "10", "0.1", "0.005", f"{memory:.0f}", f"{memory / 2000:.0%}"[:-1], "%", "-",
+        f"{angle:.2g}", f"{memory / 4:.0f}",
+    ]  # fmt: skip
+
+
+def test_forecast_says_what_is_wrong(capsys, model):
+    steps = ["--steps", "10"]
+    assert "needs a LightningModule" in refused(capsys, "forecast", f"{model}:Lit", *steps)
+    said = refused(capsys, "forecast", f"{model}:Untrained", *steps)
+    assert "cannot be made without training: ZeroDivisionError" in said
+    said = refused(capsys, "forecast", f"{model}:Untrained", *steps, "--input-shape", "5")
+    assert "Check --input-shape" in said
 
 
 # --- report
@@ -218,6 +252,7 @@ def test_report_never_overwrites_a_run_or_a_folder(capsys):
 # --- inspect
 
 MODEL = """
+import lightning.pytorch as pl
 from torch import nn
 import neighbour
 
@@ -247,6 +282,17 @@ class Words(nn.Module):
 class Broken(nn.Module):
     def __init__(self):
         raise RuntimeError("no such luck\\nsecond line")
+
+class Untrained(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.layer(x)
+
+    def configure_optimizers(self):
+        return 1 / 0
 
 nothing = dict
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .flavours import FABRICS, Callback, LightningModule, Logger, Trainer, classes
+from .flavours import FABRICS, PACKAGES, Callback, LightningModule, Logger, Trainer, classes
 
 
 def is_rank_zero() -> bool:
@@ -73,3 +73,20 @@ def prefix_of(logger: Logger) -> str:
 def before_batch_transfer(module: LightningModule, batch: Any) -> Any:
     """A batch after the user's ``on_before_batch_transfer``, as Lightning's loops call it."""
     return module._on_before_batch_transfer(batch)
+
+
+def package_of(module: object) -> str | None:
+    """Which of Lightning's packages a LightningModule comes from; None for any other object."""
+    for package in PACKAGES:
+        if isinstance(module, classes("", "LightningModule", (package,))):
+            return package
+    return None
+
+
+def configured_optimizers(module: LightningModule) -> tuple[list[Any], list[Any]]:
+    """Optimizers and settings of learning rate schedulers, as a fit on the module's Trainer would
+    make them."""
+    package = package_of(module)
+    makers = classes("core.optimizer", "_init_optimizers_and_lr_schedulers", (str(package),))
+    optimizers, schedulers = makers[0](module)
+    return list(optimizers), list(schedulers)

@@ -23,6 +23,7 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.optimizers.step import HostCopy
 
 from .alarms import Alarms
+from .foresight import Foresight
 from .history import History
 from .history_files import HistoryFiles
 from .ledger import Ledger, Row
@@ -63,6 +64,7 @@ class Recording(Part[Any]):
         # Once a fit: it is looked up for every key of every row.
         self._unwanted = set(known) - set(self.quantities)
         self.alarms = Alarms(self.trainer, alert=rule.alert)
+        self.foresight = Foresight(self.trainer, rule)
         self.ledger = Ledger.new(separate=rule.quantities is not None)
         self.gauges: dict[int, StepGauge] = {}
         # Of the checkpoint that this fit goes on from, before the first batch.
@@ -239,12 +241,18 @@ class Recording(Part[Any]):
         """Put back what other callbacks were promised: the next row may be several epochs away."""
         super().train_start()
         publish_to_trainer(self.trainer, self.ledger.promised)
+        self.foresight.begin(self.session.attachment.optimizers, self._counts_of_all())
+
+    def _counts_of_all(self) -> list[int]:
+        """Steps of each optimizer, over resumes."""
+        return [self.steps_of(index) for index in range(len(self.session.attachment.entries))]
 
     def batch_start(self, batch: Any, batch_idx: int) -> None:
         """Count on from a checkpoint before the first batch, then as every callback."""
         if self._position is not None:
             self._count_on_from(self._position)
             self._position = None
+        self.foresight.tell(self.gauges, self.ledger)
         super().batch_start(batch, batch_idx)
 
     def epoch_start(self) -> None:
@@ -278,6 +286,7 @@ class Recording(Part[Any]):
     def epoch_end(self) -> None:
         """Publish what is still on its way."""
         self._receive()
+        self.foresight.tell(self.gauges, self.ledger)
         super().epoch_end()
 
     def train_end(self) -> None:
@@ -292,9 +301,10 @@ class Recording(Part[Any]):
             self.session.last_look()
         layers = self.layers(dict(ChainMap(*norms.values())))
         text = self.end_table(layers) if self.rule.tables else None
+        forecast = self.foresight.at_end(self.gauges, self.ledger, self._counts_of_all())
         super().train_end()
         if text:
-            show(self.trainer, text)
+            show(self.trainer, f"{text}\n{forecast}" if forecast else text)
         if self.trainer.is_global_zero:
             for row in layers:  # a report of this history says what the table says
                 self.rule.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]

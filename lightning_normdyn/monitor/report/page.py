@@ -278,11 +278,16 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
     drawn = {quantity.name for quantity in monitored() if quantity.places or quantity.drawn_with}
     others = {key: value for key, value in last.items() if key.split("/")[0] not in drawn}
     del others["step"], others["optimizer_step"]
+    forecasts = _forecasts(history)
     about = {"last record": others, **history.meta}
+    if forecasts:
+        # It stands on the page already.
+        del about["forecast"]
     return {
         "label": label,
         "facts": facts,
         "note": history.meta.get("note", ""),
+        "forecasts": forecasts,
         "pictures": list(pictures_of(label, history, limits)),
         # default=str: a report is for reading, and `meta` may hold what JSON cannot express.
         "details": json.dumps(
@@ -292,6 +297,16 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
             ensure_ascii=False,
         ),
     }
+
+
+def _forecasts(history: History) -> list[str]:
+    """What the monitor has said of where norms will go: at the start, and with what the run has
+    shown."""
+    known = history.meta.get("forecast")
+    # A file from elsewhere may hold anything there.
+    if not isinstance(known, dict):
+        return []
+    return [text for text in (known.get("start"), known.get("end")) if isinstance(text, str)]
 
 
 def common_limits(runs: Mapping[str, History]) -> Limits:

@@ -216,6 +216,19 @@ def test_meta_of_any_shape_is_shown(tmp_path):
 
 
 @pytest.mark.usefixtures("_no_pictures_of_runs")
+def test_forecasts_stand_on_the_page(tmp_path):
+    history = reported_run()
+    history.meta["forecast"] = {"start": "for <3> steps", "end": "the same run", "other": "?"}
+    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    assert "for &lt;3&gt; steps" in shown.text
+    assert shown.text.index("for &lt;3&gt; steps") < shown.text.index("the same run")
+    for strange in (["for 3 steps"], {"start": 3}, None):
+        history.meta["forecast"] = strange
+        page = Page(write_report({"run": history}, tmp_path / "report.html"))
+        assert "Forecast and advice" not in page.text
+
+
+@pytest.mark.usefixtures("_no_pictures_of_runs")
 def test_an_error_leaves_the_older_report_as_it_was(tmp_path, monkeypatch):
     path = write_report({"run": reported_run()}, tmp_path / "report.html")
     before = path.read_bytes()
