@@ -3,6 +3,9 @@
 Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a
 log.
 Exit codes: 0 done, 1 the work failed, 2 usage.
+
+Over 500 lines, most of them help texts and arguments: they stand here, and not with the work that a
+command does, because that brings torch along.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.report import page
 
 main = command_line.main
+SOURCE_TREE = Path(__file__).parents[1]
 
 
 def run_of(layers: int = 2) -> History:
@@ -136,11 +139,11 @@ def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
 
 
 def test_the_documented_forecast_is_what_the_command_prints(capsys, monkeypatch):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = (SOURCE_TREE / "README.md").read_text(encoding="utf-8")
     command, printed = re.search(
         r"```console\n\$ (python -m lightning_normdyn forecast [^\n]*)\n(.*?)```", readme, re.DOTALL
     ).groups()
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(SOURCE_TREE)
     monkeypatch.setenv("COLUMNS", "80")
     assert main(command.split()[3:]) == 0
     out = capsys.readouterr().out

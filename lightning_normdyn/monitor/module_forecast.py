@@ -56,7 +56,7 @@ def forecast_module(
             f"trained; {type(module).__name__} is none."
         )
     trainer = _trainer(module, package, steps)
-    given, configs = configured_optimizers(module)
+    given, configs = configured_optimizers(trainer.lightning_module)
     optimizers = []
     for optimizer in given:
         optimizers += torch_optimizers(optimizer)

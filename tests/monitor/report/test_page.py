@@ -220,12 +220,12 @@ def test_forecasts_stand_on_the_page(tmp_path):
     history = reported_run()
     history.meta["forecast"] = {"start": "for <3> steps", "end": "the same run", "other": "?"}
     shown = Page(write_report({"run": history}, tmp_path / "report.html"))
-    assert "for &lt;3&gt; steps" in shown.text
-    assert shown.text.index("for &lt;3&gt; steps") < shown.text.index("the same run")
+    assert "for &lt;3&gt; steps" in shown.source
+    assert shown.source.index("for &lt;3&gt; steps") < shown.source.index("the same run")
     for strange in (["for 3 steps"], {"start": 3}, None):
         history.meta["forecast"] = strange
         page = Page(write_report({"run": history}, tmp_path / "report.html"))
-        assert "Forecast and advice" not in page.text
+        assert "Forecast and advice" not in page.source
 
 
 @pytest.mark.usefixtures("_no_pictures_of_runs")
