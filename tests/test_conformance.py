@@ -475,6 +475,7 @@ def test_a_packed_projection_is_treated_in_its_normalized_rows(case, make_optimi
 
 RESUMABLE = {
     **{name: case.callbacks for name, case in CASES.items()},
+    "aws-match": lambda: [AdaptiveWeightShrink("match")],
     "wrs-window": lambda: [WeightRescaling(2, start_epoch=1, stop_epoch=2)],
 }
 
@@ -758,7 +759,7 @@ def test_lightning_cli_builds_the_callbacks_from_yaml(tmp_path):
     ("wrong", "says"),
     [
         ("statistic: norm", ["statistic: median", "'auto'", "'norm'", "'std'"]),
-        ("alpha: 0.5", ["alpha: -1", "must be > 0, got -1"]),
+        ("alpha: 0.5", ["alpha: -1", "must be > 0 or 'match', got -1"]),
     ],
 )
 def test_lightning_cli_shows_what_is_wrong(wrong, says, tmp_path, capsys):

@@ -25,6 +25,7 @@ from lightning_normdyn import (
     LRDropRescaling,
     NormDynamicsMonitor,
     RadialProjection,
+    WeightDecay,
     WeightRescaling,
 )
 from lightning_normdyn.monitor import balance
@@ -140,6 +141,9 @@ CASES = {
     "input-span": Case(lambda: [InputSpanMonitor(1, max_samples=200)]),
     "input-span of a loader": Case(lambda: [SpanOfOtherImages(1, max_samples=200)]),
     "replay": Case(lambda: [EffectiveLRReplay(recorded())], without_decay),
+    "decay-corrected": Case(lambda: [WeightDecay(rate="lr_squared")], sgd, dropping),
+    "decay-cautious": Case(lambda: [WeightDecay(cautious=True)], make_scheduler=dropping),
+    "aws-match": Case(lambda: [AdaptiveWeightShrink("match")], sgd),
     "monitor": Case(lambda: [], make_scheduler=dropping),
     "all": Case(
         lambda: [

@@ -22,6 +22,7 @@ from lightning_normdyn import (
     NormDynamicsMonitor,
     NotSupportedError,
     RadialProjection,
+    WeightDecay,
     WeightRescaling,
 )
 from lightning_normdyn.callbacks.radial_projection import ProjectWorker
@@ -40,6 +41,22 @@ CALLBACKS: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], Any]]] = {
     "projection always": (lambda: [RadialProjection()], adamw),
     "projection cosine": (lambda: [RadialProjection(gate="cosine", delta=0.5)], sgd),
     "AWS + projection": (lambda: [RadialProjection(), AdaptiveWeightShrink(0.5)], sgd),
+    "corrected and cautious decay": (
+        lambda: [
+            WeightDecay(0.5, rate="lr_squared", params=["!net.block*"]),
+            WeightDecay(0.5, cautious=True, params="net.block*"),
+        ],
+        sgd,
+    ),
+    "matched AWS and rescaled columns": (
+        lambda: [
+            AdaptiveWeightShrink("match"),
+            WeightRescaling(
+                2, target_norm="sqrt_fan_in", granularity="column", params="net.block.up.weight"
+            ),
+        ],
+        adamw,
+    ),
     "monitor": (lambda: [], adamw),
 }
 
@@ -380,6 +397,8 @@ WRITERS: dict[str, Callable[..., Any]] = {
     "projection cosine": lambda **k: RadialProjection(
         gate="cosine", params=k.get("params", "auto")
     ),
+    "decay": lambda **k: WeightDecay(0.1, params=k.get("params", "auto")),
+    "cautious decay": lambda **k: WeightDecay(0.1, cautious=True, params=k.get("params", "auto")),
 }
 
 
@@ -428,6 +447,7 @@ def every_writer_and_sharding():
         ("FSDP2", "AWS std"),
         ("FSDP2", "projection always"),
         ("TP", "WRS"),
+        ("FSDP2", "cautious decay"),
     }
     for strategy, arguments, most in shardings:
         for writer in WRITERS:
@@ -447,6 +467,8 @@ def every_writer_and_sharding():
 def test_collectives_per_phase(strategy: str, arguments: dict[str, Any], most: int, writer: str):
     if writer == "projection cosine" and strategy != "ddp":
         most = 1  # the gate's tests look at all filters of a weight
+    if writer.endswith("decay"):
+        most = 0  # each entry by itself
     for counts in run_ranks(
         collectives, STRATEGIES[strategy].world, (strategy, writer, arguments)
     ).values():

@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 from lightning_normdyn.engine.arguments import Granularity, Params, check_choice, check_number
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
+from lightning_normdyn.engine.messages import named
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.shrinking import Shrinker
 from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import (
     equivalent_weight_decay,
     norm_from_sums,
@@ -21,7 +23,7 @@ from lightning_normdyn.functional import (
     std_from_sums,
 )
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
-from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
+from lightning_normdyn.optimizers.decay import DecayOwner, optimizer_decay, replaced_decay
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
@@ -36,8 +38,68 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         self.by_std = plan.spread(by_std) if any(by_std) else None
         plan.counter("clamped")
         self.shrinker = Shrinker(plan)
+        self.matched: Tensor
+        """With "match": alpha of every vector, ``(n,)``."""
+        self.alphas = self._find_alphas()
         if self.rule.weight_decay == "replace":
             self.claim_decay(DecayOwner.SHRINK)
+
+    def _find_alphas(self) -> dict[str, float]:
+        """Alpha by target; with "match", of those that nothing is known of yet it is found now."""
+        plan = self.plan
+        if self.rule.alpha != "match":
+            return {target.name: self.rule.alpha for target in plan.targets}
+        # Of each vector, so that it goes into checkpoints; 0 where nothing is known.
+        state = plan.state("alpha", 0.0)
+        # Of all ranks, since one may hold no vector of a weight; all of a weight have the same.
+        known = [float(values[0]) for values in plan.vectors.gather(state)]
+        sizes = plan.vectors.totals(self.size()).tolist()
+        lots: dict[tuple[int, str], list[int]] = {}
+        for i, target in enumerate(plan.targets):
+            # A norm and a standard deviation have no common mean.
+            lot = (id(plan.group_of(target)), self.statistic_for(target))
+            lots.setdefault(lot, []).append(i)
+        alphas: dict[str, float] = {}
+        for members in lots.values():
+            # Weights that join later get the alpha of their group.
+            before = [known[i] for i in members if known[i] > 0]
+            alpha = before[0] if before else self._matching(members, sizes)
+            alphas.update({plan.targets[i].name: alpha for i in members})
+        of_targets = [alphas[target.name] for target in plan.targets]
+        state.copy_(plan.vectors.spread(state.new_tensor(of_targets)))
+        self.matched = state
+        return alphas
+
+    def _matching(self, members: Sequence[int], sizes: Sequence[float]) -> float:
+        """The alpha at which the shrink of these targets together is now the decay that acts on
+        them.
+
+        Args:
+            members: places of targets of one param group.
+            sizes: the sum over the vectors of each target.
+
+        Raises:
+            NotSupportedError: where there is no decay, or no number for what it comes to.
+        """
+        plan = self.plan
+        group = plan.group_of(plan.targets[members[0]])
+        names = named([plan.targets[i].name for i in members])
+        decay = optimizer_decay(plan.optimizer, group)
+        kind = type(plan.optimizer).__name__
+        if decay is None:
+            raise NotSupportedError(
+                f"AdaptiveWeightShrink('match') cannot tell what the weight decay "
+                f"{group['weight_decay']} of {kind} amounts to on {names}: only a decoupled one "
+                f"and SGD's have a number. Give alpha=..., or use AdamW or SGD."
+            )
+        count = sum(plan.targets[i].partition.n for i in members)
+        mean = sum(sizes[i] for i in members) / count
+        if not (float(decay) > 0 and mean > 0):
+            raise NotSupportedError(
+                f"AdaptiveWeightShrink('match') has nothing to match: {names} have a weight decay "
+                f"of {float(decay):g} under {kind} and a mean length of {mean:g}. Give alpha=..."
+            )
+        return float(decay) / mean
 
     def statistic_for(self, target: Target) -> Literal["norm", "std"]:
         """Weight standardization removes the mean, so for such weights the norm would count what
@@ -62,7 +124,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
     def shrink(self, step: Step) -> None:
         """w <- (1 - lr alpha |w|) w (AWS paper, eq. 21)."""
         plan = self.plan
-        alpha = self.rule.alpha
+        alpha = self._alpha()
         size = self.size()
         # Read at every step: a rate that was remembered would miss what a schedule does.
         lr = plan.rates()
@@ -74,16 +136,22 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
         self.shrinker.shrink(step, factor)
 
+    def _alpha(self) -> float | Tensor:
+        """One number, or one per vector."""
+        if self.rule.alpha != "match":
+            return self.rule.alpha
+        return self.matched
+
     def effect(self, target: Target) -> Effect:
         """It shrinks the weight in proportion to its size."""
         replaces_decay = self.rule.weight_decay == "replace"
-        return Shrink(self.rule.alpha, self.statistic_for(target), replaces_decay)
+        return Shrink(self.alphas[target.name], self.statistic_for(target), replaces_decay)
 
     def treatments(self) -> list[str]:
         """What the tables say: the norms of all weights are taken once."""
         plan = self.plan
         # A table has one number for a weight, and each vector has a decay of its own: the mean.
-        decays = equivalent_weight_decay(self.rule.alpha, self.size())
+        decays = equivalent_weight_decay(self._alpha(), self.size())
         totals = plan.vectors.totals(decays)
         means = (totals / plan.vectors.count).tolist()
         # Once a group, not a weight: it is a question about the optimizer, and there may be
@@ -95,8 +163,13 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
             replaced[id(group)] = f" ({words})" if is_said else ""
         texts = []
         for group, mean in zip(plan.groups_of(plan.targets), means, strict=True):
-            texts.append(f"AWS, decay now {mean:.2g}{replaced[id(group)]}")
-        return texts
+            texts.append(f"decay now {mean:.2g}{replaced[id(group)]}")
+        is_matched = self.rule.alpha == "match"
+        rows = []
+        for target, text in zip(plan.targets, texts, strict=True):
+            found = f" with alpha {self.alphas[target.name]:.3g}" if is_matched else ""
+            rows.append(f"AWS{found}, {text}")
+        return rows
 
 
 class AdaptiveWeightShrink(NormDynCallback):
@@ -116,16 +189,22 @@ class AdaptiveWeightShrink(NormDynCallback):
     ``equivalent_weight_decay``).
 
     Args:
-        alpha: strength, per weight norm; the paper uses 2.5e-3 with SGD at lr 0.1.
+        alpha: strength, per weight norm; the paper uses 2.5e-3 with SGD at lr 0.1. ``"match"``: for
+            each param group the decay that acts on its targets (decoupled, or what SGD's comes to
+            through its momentum) over their mean norm at the first step, so that the shrink takes
+            over from that decay without a jump. It stays as it was found, over resumes as well.
         statistic: ``"norm"``, ``"std"``, or ``"auto"``: std for weight-standardized weights, else
             norm.
         weight_decay: ``"replace"`` takes the optimizer's decay over; ``"keep"`` lets it act on the
             already shrunk weight as well.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
-        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
+        granularity: ``"auto"``, ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``.
 
     Raises:
-        ValueError: for numbers out of range and unknown literals.
+        ValueError: for numbers out of range, unknown literals, and ``"match"`` with a decay that is
+            kept: it would act twice.
+        NotSupportedError: at the first step, for ``"match"`` without a decay, or with the coupled
+            one of Adam, which no number describes.
 
     Example:
         >>> from lightning_normdyn import AdaptiveWeightShrink
@@ -138,7 +217,7 @@ class AdaptiveWeightShrink(NormDynCallback):
 
     def __init__(
         self,
-        alpha: float,
+        alpha: float | Literal["match"],
         *,
         statistic: Literal["auto", "norm", "std"] = "auto",
         weight_decay: Literal["replace", "keep"] = "replace",
@@ -146,9 +225,16 @@ class AdaptiveWeightShrink(NormDynCallback):
         granularity: Granularity = "auto",
     ) -> None:
         super().__init__(params, granularity)
-        self.alpha = check_number("alpha", alpha, "> 0")
+        self.alpha: float | Literal["match"] = "match"
+        if alpha != "match":
+            self.alpha = check_number("alpha", alpha, "> 0", " or 'match'")
         self.statistic = check_choice("statistic", statistic, ("auto", "norm", "std"))
         self.weight_decay = check_choice("weight_decay", weight_decay, ("replace", "keep"))
+        if alpha == "match" and weight_decay == "keep":
+            raise ValueError(
+                "`alpha` 'match' takes the place of the decay that it matches; with "
+                "weight_decay='keep' both would act. Use weight_decay='replace', or give a number."
+            )
 
     def check_optimizer(self, optimizer: Optimizer, weights: Sequence[Tensor]) -> None:
         """The rate must be known, and the decay of the targets ours to take over."""

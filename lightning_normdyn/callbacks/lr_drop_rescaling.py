@@ -268,7 +268,7 @@ class LRDropRescaling(NormDynCallback):
         verify: before the first step, rescale all targets by random factors and compare the outputs
             of the first batch.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
-        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
+        granularity: ``"auto"``, ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``.
 
     Raises:
         ValueError: for numbers out of range.

@@ -151,7 +151,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         alert: send W&B alerts for weights that collapse.
         params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for
             gains, whose rows are single numbers), a glob pattern, or a list of them.
-        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
+        granularity: ``"auto"``, ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``.
 
     Attributes:
         history: the same rows in memory, on rank zero, logger or not

@@ -327,8 +327,8 @@ class RadialProjection(NormDynCallback):
         params: ``"auto"``, a glob pattern, or a list of them; ``"auto"`` means the scale-invariant
             weights, with ``gate="cosine"`` every weight of two or more dimensions whose rows are no
             single numbers.
-        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``; with ``gate="cosine"`` it
-            is the rule's own.
+        granularity: ``"auto"``, ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``; with
+            ``gate="cosine"`` it is the rule's own.
 
     Raises:
         ValueError: for numbers out of range and unknown literals.

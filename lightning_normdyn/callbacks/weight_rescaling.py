@@ -1,7 +1,7 @@
 """Weight Rescaling (WRS): set weight vectors back to a fixed length every so many steps."""
 
 from collections.abc import Sequence
-from math import nan
+from math import nan, sqrt
 from typing import Literal
 
 import torch
@@ -49,6 +49,9 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         """``(n,)``: the length to which each vector is set."""
         vectors = self.plan.vectors
         target_norm = self.rule.target_norm
+        if target_norm == "sqrt_fan_in":
+            # The entries of the whole vector, of which this rank may hold a part.
+            return vectors.length.sqrt()
         if target_norm == "initial":
             # Kept in checkpoints: a resumed fit would otherwise take the norms that it finds for
             # the initial ones.
@@ -96,10 +99,16 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         """It sets the length now and then, within its epochs."""
         rule = self.rule
         replaces_decay = rule.weight_decay == "replace"
+        length: float | Literal["initial"]
+        if rule.target_norm == "sqrt_fan_in":
+            # Vectors of one weight are equally long, unless the loss reads only a part of some.
+            length = sqrt(target.entries / max(1, target.partition.n))
+        else:
+            length = rule.target_norm
         # With the window, since outside of it predictions must count on the optimizer's own decay.
         return Rescaling(
             rule.every_n_steps,
-            rule.target_norm,
+            length,
             replaces_decay,
             self._window(),
             rescales_state=rule.optimizer_state == "rescale",
@@ -109,8 +118,8 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         """What the tables say."""
         rule = self.rule
         plan = self.plan
-        is_initial = rule.target_norm == "initial"
-        length = "its initial norm" if is_initial else f"norm {rule.target_norm:g}"
+        named = {"initial": "its initial norm", "sqrt_fan_in": "norm √entries"}
+        length = named.get(str(rule.target_norm)) or f"norm {rule.target_norm:g}"
         every = "step" if rule.every_n_steps == 1 else f"{rule.every_n_steps} steps"
         text = f"WRS to {length} every {every}"
         replaced = replaced_decay(plan.optimizer, plan.group_of(target))
@@ -132,8 +141,9 @@ class WeightRescaling(NormDynCallback):
     Args:
         every_n_steps: optimizer steps between two rescalings (the paper: 10 to 40); counted per
             optimizer, over resumes.
-        target_norm: the length, in weight units, or ``"initial"``: each vector's own length at the
-            start of the fit.
+        target_norm: the length, in weight units; ``"initial"``: each vector's own length at the
+            start of the fit; ``"sqrt_fan_in"``: the square root of its number of entries, so that
+            their root mean square is 1 (EDM2, arXiv 2312.02696).
         start_epoch: first epoch in which to act.
         stop_epoch: first epoch in which to act no more; None: never stop.
         optimizer_state: ``"rescale"`` divides momentum by the factor (second moments by its
@@ -143,7 +153,7 @@ class WeightRescaling(NormDynCallback):
         verify: before the first step, rescale all targets by random factors and compare the outputs
             of the first batch.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
-        granularity: ``"auto"``, ``"filter"``, ``"group"`` or ``"layer"``.
+        granularity: ``"auto"``, ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``.
 
     Raises:
         ValueError: for numbers out of range and unknown literals.
@@ -169,7 +179,7 @@ class WeightRescaling(NormDynCallback):
         self,
         every_n_steps: int,
         *,
-        target_norm: float | Literal["initial"] = 1.0,
+        target_norm: float | Literal["initial", "sqrt_fan_in"] = 1.0,
         start_epoch: int = 0,
         stop_epoch: int | None = None,
         optimizer_state: Literal["rescale", "keep"] = "rescale",
@@ -190,9 +200,12 @@ class WeightRescaling(NormDynCallback):
                     f"`stop_epoch` must be None or an integer > start_epoch={start_epoch}, got "
                     f"{stop_epoch!r}."
                 )
-        self.target_norm: float | Literal["initial"] = "initial"
-        if target_norm != "initial":
-            self.target_norm = check_number("target_norm", target_norm, "> 0", " or 'initial'")
+        self.target_norm: float | Literal["initial", "sqrt_fan_in"]
+        if target_norm == "initial" or target_norm == "sqrt_fan_in":
+            self.target_norm = target_norm
+        else:
+            others = ", 'initial' or 'sqrt_fan_in'"
+            self.target_norm = check_number("target_norm", target_norm, "> 0", others)
         # A weight of zeros has no initial norm to go back to; to a norm that is a number it is set
         # as soon as it has a direction.
         self.needs_length = target_norm == "initial"

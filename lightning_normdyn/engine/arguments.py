@@ -13,8 +13,9 @@ Choice = TypeVar("Choice", bound=str)
 Params = str | Sequence[str]
 """``"auto"``, one glob pattern, or several of them."""
 
-Granularity = Literal["auto", "filter", "group", "layer"]
-"""What counts as one vector; ``"auto"`` follows the normalization behind the weight."""
+Granularity = Literal["auto", "filter", "group", "layer", "column"]
+"""What counts as one vector; ``"auto"`` follows the normalization behind the weight, ``"column"``
+means the slices along dimension 1, which no normalization makes scale-invariant."""
 
 
 def is_number(value: object) -> bool:

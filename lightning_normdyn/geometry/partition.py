@@ -26,7 +26,8 @@ class Partition:
         keep: the dimensions of the weight that tell vectors apart, ascending, e.g. ``(0,)``.
         labels: int64, of shape ``[weight.shape[k] for k in keep]``; values ``0..n-1``, or -1 for
             entries that belong to no vector.
-        granularity: ``"filter"``, ``"group"`` or ``"layer"``: what a person calls these vectors.
+        granularity: ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``: what a person calls
+            these vectors.
 
     Example:
         >>> Partition.filters((8, 3, 3, 3)).n
@@ -58,6 +59,16 @@ class Partition:
         group = indices(inputs) // (inputs // transposed_groups)
         labels = group[:, None] * outputs_per_group + indices(outputs_per_group)
         return cls((0, 1), labels, "filter")
+
+    @classmethod
+    def columns(cls, shape: tuple[int, ...]) -> Partition:
+        """One vector per slice along dim 1: the rows of the transposed weight.
+
+        Example:
+            >>> Partition.columns((8, 3)).n
+            3
+        """
+        return cls((1,), indices(shape[1]), "column")
 
     @classmethod
     def groups(

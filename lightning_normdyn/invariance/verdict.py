@@ -379,13 +379,14 @@ def choose_partition(
 
     Args:
         verdict: what is known about the weight.
-        granularity: ``"auto"`` follows the verdict; else ``"filter"``, ``"group"`` or ``"layer"``.
+        granularity: ``"auto"`` follows the verdict; else ``"filter"``, ``"group"``, ``"layer"``, or
+            ``"column"``, which is always by request.
         fallback: the filters, for a weight of which nothing is known ("by request").
 
     Raises:
-        NotSupportedError: if ``granularity`` is finer than what the normalization allows (that
-            would change the network's function), or ``"group"`` is asked for and no group structure
-            is known.
+        NotSupportedError: if ``granularity`` is finer than what the normalization allows, or cuts
+            across it (that would change the network's function), or ``"group"`` is asked for and no
+            group structure is known.
 
     Example:
         >>> verdict = Verdict.unknown("fc.weight", (10, 4))
@@ -401,12 +402,14 @@ def choose_partition(
     separately = f"scaling its {granularity}s separately would change the network's function."
     if known is None:
         # Rows that were read may be one vector, and others may belong to it: act on all or none.
-        if verdict.waits and granularity in ("filter", "group"):
+        if verdict.waits and granularity in ("filter", "group", "column"):
             raise NotSupportedError(
                 f"{asked} {verdict.reason}: {separately} Use granularity='auto' or 'layer'."
             )
         if verdict.waits or granularity == "layer":
             return Partition.layer(verdict.shape)
+        if granularity == "column":
+            return Partition.columns(tuple(verdict.shape))
         if granularity != "group":
             return fallback
         raise NotSupportedError(
@@ -419,6 +422,11 @@ def choose_partition(
         raise NotSupportedError(
             f"{asked} {by} normalizes single filters, so no groups are known. "
             "Use 'auto', 'filter' or 'layer'."
+        )
+    if granularity == "column":
+        raise NotSupportedError(
+            f"{asked} {by} makes it scale-invariant per {known.granularity}: {separately} "
+            f"Use granularity='auto', or leave it out with params=[..., '!{verdict.name}']."
         )
     # Coarser is always right: what may be scaled separately may also be scaled together.
     if _FINENESS.index(granularity) < _FINENESS.index(known.granularity):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from inspect import signature
 
+import lightning as L
 import pytest
 import reference
 import torch
-from cases import DECAYING_OPTIMIZERS
+from cases import DECAYING_OPTIMIZERS, adamw
 from models import (
     TARGETS,
     Net,
@@ -427,14 +428,79 @@ def test_bf16_weights_shrink_without_bias():
     assert float((norms * owed / expected).mean() - 1) == pytest.approx(0, abs=1.5e-3)
 
 
+# ---- The alpha that matches a decay ----
+
+
+def mean_norm(weights):
+    return float(torch.cat([w.flatten(1).norm(dim=1) for w in weights]).mean())
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_a_matched_alpha_is_the_decay_that_acts_over_the_mean_norm(name, capsys):
+    make_optimizer, optimizer, lr = OPTIMIZERS[name]
+    at_start = [weights_of(make())[target] for target in TARGETS]
+    decay = 0.1 / (1 - 0.9) if name == "momentum" else 0.1
+    alpha = decay / mean_norm(at_start)
+    got, expected = against_paper(
+        [AdaptiveWeightShrink("match")],
+        make_optimizer,
+        optimizer,
+        lr=lr,
+        rules={"shrink": Shrink(alpha)},
+    )
+    assert distance(got, expected) <= 1e-12
+    assert f"AWS with alpha {alpha:.3g}" in capsys.readouterr().out
+
+
+def in_two_groups(parameters):
+    first, second, *rest = (p for p in parameters if p.ndim > 1)
+    return torch.optim.AdamW(
+        [{"params": [first, *rest]}, {"params": [second], "weight_decay": 0.3}],
+        lr=0.01,
+        weight_decay=0.1,
+    )
+
+
+def test_each_group_is_matched_by_itself_and_who_joins_later_gets_its_groups_alpha():
+    class Thaws(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.net[0].weight.requires_grad_(trainer.global_step >= 2)
+
+    start = weights_of(make())
+    apart = AdaptiveWeightShrink("match")
+    fit(make(make_optimizer=in_two_groups), [apart], max_steps=2)
+    alphas = apart.member.workers[0].alphas
+    assert alphas["net.0.weight"] == pytest.approx(0.1 / mean_norm([start["net.0.weight"]]))
+    assert alphas["net.3.weight"] == pytest.approx(0.3 / mean_norm([start["net.3.weight"]]))
+
+    late, module = AdaptiveWeightShrink("match", params=TARGETS), make(make_optimizer=adamw)
+    module.net[0].weight.requires_grad_(False)
+    fit(module, [Thaws(), late], max_steps=4)
+    of_both = late.member.workers[0].alphas
+    assert set(of_both.values()) == {of_both["net.3.weight"]}
+
+
+@pytest.mark.parametrize(
+    ("make_optimizer", "says"),
+    [
+        (lambda p: torch.optim.AdamW(p, weight_decay=0.0), "nothing to match.*decay of 0"),
+        (lambda p: torch.optim.Adam(p, weight_decay=0.1), "cannot tell what the weight decay 0.1"),
+    ],
+)
+def test_without_a_decay_that_has_a_number_nothing_is_matched(make_optimizer, says):
+    module = make(make_optimizer=make_optimizer)
+    with pytest.raises(NotSupportedError, match=says):
+        fit(module, [AdaptiveWeightShrink("match")], max_steps=1)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ({"alpha": -1.0}, r"`alpha` must be > 0, got -1\.0\."),
-        ({"alpha": 0}, "`alpha` must be > 0, got 0"),
-        ({"alpha": float("nan")}, "`alpha` must be > 0, got nan"),
+        ({"alpha": -1.0}, r"`alpha` must be > 0 or 'match', got -1\.0\."),
+        ({"alpha": 0}, "`alpha` must be > 0 or 'match', got 0"),
+        ({"alpha": float("nan")}, "`alpha` must be > 0 or 'match', got nan"),
         ({"alpha": float("inf")}, "`alpha` must be finite, got inf"),
-        ({"alpha": "1e-3"}, "`alpha` must be > 0, got '1e-3'"),
+        ({"alpha": "1e-3"}, "`alpha` must be > 0 or 'match', got '1e-3'"),
         (
             {"alpha": 1.0, "statistic": "median"},
             "`statistic` must be 'auto', 'norm' or 'std', got 'median'",
@@ -443,6 +509,7 @@ def test_bf16_weights_shrink_without_bias():
             {"alpha": 1.0, "weight_decay": "drop"},
             "`weight_decay` must be 'replace' or 'keep', got 'drop'",
         ),
+        ({"alpha": "match", "weight_decay": "keep"}, "both would act"),
         ({"alpha": 1.0, "granularity": "row"}, "`granularity` must be .*got 'row'"),
         ({"alpha": 1.0, "params": []}, "`params` is an empty list"),
         ({"alpha": 1.0, "params": ["auto", "x"]}, "mixes 'auto' with patterns"),

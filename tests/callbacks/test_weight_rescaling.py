@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from cases import DECAYING_OPTIMIZERS
+from cases import DECAYING_OPTIMIZERS, refused
 from models import (
     TARGETS,
     Net,
@@ -408,14 +408,35 @@ def test_resuming_with_other_settings_is_said_once_and_keeps_the_count(tmp_path)
     assert again.steps_of(0) == 9
 
 
+@pytest.mark.parametrize("granularity", ["auto", "column"])
+def test_a_vector_of_ones_on_average_and_slices_along_dimension_one(granularity, capsys):
+    """EDM2's norm of every vector; and the columns of an output projection, as nGPT has them."""
+    module = make()
+    rule = WeightRescaling(1, target_norm="sqrt_fan_in", params="net.8*", granularity=granularity)
+    with pytest.warns(NormDynWarning, match="changes the network's function"):
+        fit(module, [rule], max_steps=2)
+    squares = module.net[8].weight.detach().square()
+    means = squares.mean(1 if granularity == "auto" else 0)
+    assert means.tolist() == pytest.approx([1.0] * (2 if granularity == "auto" else 6))
+    assert "(by request)" in capsys.readouterr().out
+
+
+def test_columns_of_a_scale_invariant_weight_are_refused():
+    says = r"column.*`net\.0\.weight`, but net\.1 makes it scale-invariant per filter"
+    refused(make(), [WeightRescaling(1, granularity="column")], NotSupportedError, says)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ({"every_n_steps": 0}, "`every_n_steps` must be an integer >= 1, got 0"),
         ({"every_n_steps": 2.0}, "`every_n_steps` must be an integer >= 1, got 2.0"),
         ({"every_n_steps": True}, "`every_n_steps` must be an integer >= 1, got True"),
-        ({"target_norm": 0.0}, "`target_norm` must be > 0 or 'initial', got 0.0"),
-        ({"target_norm": "first"}, "`target_norm` must be > 0 or 'initial', got 'first'"),
+        ({"target_norm": 0.0}, "`target_norm` must be > 0, 'initial' or 'sqrt_fan_in', got 0.0"),
+        (
+            {"target_norm": "first"},
+            "`target_norm` must be > 0, 'initial' or 'sqrt_fan_in', got 'first'",
+        ),
         ({"start_epoch": -1}, "`start_epoch` must be an integer >= 0, got -1"),
         (
             {"start_epoch": 3, "stop_epoch": 3},

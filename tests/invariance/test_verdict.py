@@ -88,7 +88,7 @@ FALLBACK = Partition.filters((4, 3))
     ("kind", "granularity", "labels"),
     [
         ("filter", "auto", [0, 1, 2, 3]), ("group", "auto", [0, 0, 1, 1]), ("no", "auto", [0, 1, 2, 3]),
-        ("unknown", "filter", [0, 1, 2, 3]),
+        ("unknown", "filter", [0, 1, 2, 3]), ("no", "column", [0, 1, 2]), ("unknown", "column", [0, 1, 2]),
         ("unknown", "layer", [0, 0, 0, 0]), ("filter", "layer", [0, 0, 0, 0]), ("group", "layer", [0, 0, 0, 0]),
         ("group", "group", [0, 0, 1, 1]),
         ("partly", "auto", [0, 0, 1, -1]), ("partly", "layer", [0, 0, 0, -1]), ("layer", "layer", [0, 0, 0, 0]),
@@ -105,6 +105,8 @@ def test_choose_partition(kind, granularity, labels):
         ("layer", "filter", "only per layer"), ("layer", "group", "only per layer"), ("partly", "filter", "only per group"),
         ("filter", "group", r"no groups are known.*Use 'auto', 'filter' or 'layer'"),
         ("unknown", "group", "no normalization with groups is known"),
+        ("filter", "column", r"scale-invariant per filter: scaling its columns.*'!w'"),
+        ("layer", "column", "scale-invariant per layer"), ("partly", "column", "scale-invariant per group"),
     ],
 )  # fmt: skip
 def test_contradictions_are_refused(kind, granularity, message):
