@@ -96,4 +96,8 @@ class Foresight:
 
     def _keep(self, when: str, text: str) -> None:
         meta = self._rule.history.meta
-        meta["forecast"] = {**meta.get("forecast", {}), when: text}
+        known = meta.get("forecast", {})
+        # What was foreseen before the first step of the run is not that of a fit that goes on.
+        if when == "start" and "start" in known:
+            return
+        meta["forecast"] = {**known, when: text}
