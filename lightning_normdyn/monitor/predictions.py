@@ -4,7 +4,7 @@ curve of angular updates.
 Numbers of the host. Formulas: `lightning_normdyn.theory.equilibrium`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lightning_normdyn.engine.effect import Effects, Rescaling
 from lightning_normdyn.optimizers.decay import AnOptimizer, Decay, decay_of, highest_claim
+from lightning_normdyn.optimizers.group_numbers import Number
 from lightning_normdyn.optimizers.recognition import class_for_predictions
-from lightning_normdyn.optimizers.step_response import own_response, step_response
-from lightning_normdyn.optimizers.step_rules import Subject
+from lightning_normdyn.optimizers.step_response import own_response, response_under
+from lightning_normdyn.optimizers.step_rules import StepResponse, Subject
 from lightning_normdyn.theory.equilibrium import settles_at, wrs_angular_update
 
 from .pulls import paced_decay
@@ -169,57 +170,130 @@ def predict(
         >>> round(found.angular_update, 6), round(found.relaxation)
         (0.007255, 500)
     """
-    try:
-        return _predict(optimizer, group, effects, measured, length, subject or Subject())
-    # A run that diverges in float64 comes by norms whose fourth power is no number any more.
-    except OverflowError:
-        return None
+    subject = subject or Subject()
+    predictor = Predictor(optimizer, [group], subject.step)
+    return predictor.predict(0, effects, measured, length, subject.shape)
 
 
-def _predict(
-    optimizer: AnOptimizer,
-    group: Mapping[str, Any],
-    effects: Effects,
-    measured: Mapping[str, float],
-    length: int,
-    subject: Subject,
-) -> Prediction | None:
-    # The rate that the step applied: some optimizers scale the one in the group.
-    group = {**group, "lr": measured["lr"]}
-    norm = measured["weight_norm"]
-    # 0 stands for no gradient at all, and a formula would divide by it.
-    scale = measured.get("gradient_scale") or None
-    if effects.rescaled_now is not None:
-        return _predict_rescaled(
-            optimizer,
-            group,
-            effects,
-            effects.rescaled_now,
-            norm,
-            scale,
-            length,
+class Predictor:
+    """`predict` for many weights of one optimizer at one step.
+
+    A thousand layers may share a param group: how its steps answer gradients, and who decays its
+    weights, is worked out once.
+
+    Args:
+        optimizer: the optimizer, or its class.
+        groups: its param groups at this step.
+        number: of the step, from 1; None: in the limit of many steps.
+    """
+
+    def __init__(
+        self,
+        optimizer: AnOptimizer,
+        groups: Sequence[Mapping[str, Any]],
+        number: Number | None,
+    ) -> None:
+        self._optimizer = optimizer
+        self._kind = class_for_predictions(optimizer)
+        self._groups = groups
+        self._number = number
+        # By place and rate: the rate that the step applied, since some optimizers scale the one in
+        # the param group.
+        self._at_rate: dict[tuple[int, float], Mapping[str, Any]] = {}
+        self._balances: dict[tuple[int, float, Effects], dict[str, Any] | None] = {}
+        self._responses: dict[tuple[int, float, Any], StepResponse | None] = {}
+
+    def predict(
+        self,
+        place: int,
+        effects: Effects,
+        measured: Mapping[str, float],
+        length: int,
+        shape: tuple[int, int] | None,
+    ) -> Prediction | None:
+        """What a scale-invariant weight settles at.
+
+        Args:
+            place: of its param group.
+            effects: as in `predict`, as are the others.
+            measured: see there.
+            length: see there.
+            shape: rows and columns, of a matrix.
+        """
+        try:
+            return self._predict(place, effects, measured, length, shape)
+        # A run that diverges in float64 comes by norms whose fourth power is no number any more.
+        except OverflowError:
+            return None
+
+    def _predict(
+        self,
+        place: int,
+        effects: Effects,
+        measured: Mapping[str, float],
+        length: int,
+        shape: tuple[int, int] | None,
+    ) -> Prediction | None:
+        lr, norm = measured["lr"], measured["weight_norm"]
+        # 0 stands for no gradient at all, and a formula would divide by it.
+        scale = measured.get("gradient_scale") or None
+        if effects.rescaled_now is not None:
+            return _predict_rescaled(
+                self._optimizer,
+                self._group(place, lr),
+                effects,
+                effects.rescaled_now,
+                norm,
+                scale,
+                length,
+            )
+        options = self._balance(place, lr, effects)
+        if options is None:
+            return None
+        # What alone differs between weights of a group.
+        if "shrink" in options:
+            options = {**options, "shrink": measured.get("equivalent_weight_decay")}
+        own = self._response(place, lr, shape)
+        if own is None:
+            return None
+        response = response_under(own, self._group(place, lr), **options)
+        if response.decay is None:
+            return None
+        settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
+        # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
+        # reaches.
+        if settled is None or not 0 < float(settled[0]) < inf:
+            return None
+        angle, relaxation = settled
+        pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
+        return Prediction(
+            float(angle),
+            float(relaxation),
+            response.power,
+            pull,
+            response.rough,
         )
-    options = balance(effects, optimizer, group, measured.get("equivalent_weight_decay"))
-    if options is None:
-        return None
-    options.update(subject._asdict())
-    response = step_response(class_for_predictions(optimizer), group, **options)
-    if response is None or response.decay is None:
-        return None
-    settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
-    # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
-    # reaches.
-    if settled is None or not 0 < float(settled[0]) < inf:
-        return None
-    angle, relaxation = settled
-    pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
-    return Prediction(
-        float(angle),
-        float(relaxation),
-        response.power,
-        pull,
-        response.rough,
-    )
+
+    def _group(self, place: int, lr: float) -> Mapping[str, Any]:
+        key = (place, lr)
+        if key not in self._at_rate:
+            self._at_rate[key] = {**self._groups[place], "lr": lr}
+        return self._at_rate[key]
+
+    def _balance(self, place: int, lr: float, effects: Effects) -> dict[str, Any] | None:
+        key = (place, lr, effects)
+        if key not in self._balances:
+            self._balances[key] = balance(effects, self._optimizer, self._group(place, lr))
+        return self._balances[key]
+
+    def _response(
+        self, place: int, lr: float, shape: tuple[int, int] | None
+    ) -> StepResponse | None:
+        key = (place, lr, shape)
+        if key not in self._responses:
+            group = self._group(place, lr)
+            self._responses[key] = own_response(self._kind, group, Subject(shape, self._number))
+        return self._responses[key]
 
 
 def _predict_rescaled(

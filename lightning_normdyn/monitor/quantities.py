@@ -408,9 +408,11 @@ def of_matrices(names: Sequence[str] | None, scale_invariant: bool) -> list[str]
         >>> of_matrices(["balance_ratio", "weight_norm"], scale_invariant=True)
         ['balance_ratio']
     """
+    if names is None and scale_invariant:
+        return []
     known = [quantity.name for quantity in monitored() if quantity.of_matrix]
     if names is None:
-        return [] if scale_invariant else known
+        return known
     return [name for name in known if name in names]
 
 

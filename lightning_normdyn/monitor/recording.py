@@ -425,14 +425,18 @@ class Recording(Part[Any]):
     def _grounds(self) -> dict[str, Grounds]:
         """By weight, what its verdict rests on beside its curves."""
         grounds = {}
+        # Most weights of a param group are alike, and there may be a thousand.
+        known: dict[Any, tuple[float | None, float]] = {}
         for gauge in self.gauges.values():
             targets = gauge.plan.targets
             for target, group in zip(targets, gauge.plan.groups_of(targets), strict=True):
                 name = target.name
                 effects = gauge.effects[name]
-                steps = (gauge.plan.optimizer, group, effects, target.matrix)
-                # No loss can pull at a weight whose length it does not see.
-                noise = None if target.scale_invariant else noise_coherence(*steps)
+                alike = id(group), effects, target.matrix
+                if alike not in known:
+                    steps = (gauge.plan.optimizer, group, effects, target.matrix)
+                    known[alike] = noise_coherence(*steps), relaxation_power(*steps)
+                noise, power = known[alike]
                 expectation = self.ledger.expectations.get(name)
                 grounds[name] = Grounds(
                     rough=expectation is not None and bool(expectation.course["rough"]),
@@ -440,8 +444,9 @@ class Recording(Part[Any]):
                     balanced=balance_of(
                         self.ledger.balances.get(name),
                         gauge.entries[name],
-                        relaxation_power(*steps),
-                        noise,
+                        power,
+                        # No loss can pull at a weight whose length it does not see.
+                        None if target.scale_invariant else noise,
                         in_16_bits=target.weight.dtype in (torch.bfloat16, torch.float16),
                     ),
                 )

@@ -19,7 +19,6 @@ from lightning_normdyn.engine.effect import Effects
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.optimizers.recognition import has_plain_rate
 from lightning_normdyn.optimizers.step import HostCopy
-from lightning_normdyn.optimizers.step_rules import Subject
 
 from .alarms import Alarms
 from .expected_norms import Interval, WeightStep, follow
@@ -29,7 +28,7 @@ from .loggers import told_to_trainer
 from .measure import UNLOGGED, Measured, Reading
 from .measured_balance import Balance, quantities_of
 from .passed_steps import Stretch
-from .predictions import noise_coherence, predict
+from .predictions import Predictor, noise_coherence
 from .pulls import Strength, strength_of
 from .quantities import QUANTITIES, monitored
 from .verdicts import Course
@@ -144,27 +143,39 @@ class RowDraft:
             self._measured[index] = self._step
         # By weight and not by optimizer: a person looks for a name.
         self.histograms.update(reading.histograms)
-        names = result.gauge.measured
-        sums_of = []
+        predictor = Predictor(result.plan.optimizer, result.groups, result.optimizer_step)
         for j, target in enumerate(result.plan.targets):
-            pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
-            sums = dict(zip(names, pairs, strict=True))
-            sums_of.append(sums)
-            self._add_weight(result, target, result.groups[result.places[j]], sums)
+            sums = _sums_of(result, reading, j)
+            self._add_weight(result, target, result.places[j], sums, predictor)
             # Only where the direction alone counts is a short vector trouble: it turns ever faster.
             if target.scale_invariant:
                 self._collapsed += reading.collapsed[j]
+        # One function for all weights, which takes its sums again: what is kept for each of a
+        # thousand weights until the row is there costs Python's garbage collector more.
+        self.concerns.append(partial(self._look_for_trouble, result, reading, self._norms))
         self._pool(result, reading)
         interval = self._interval(result)
         self._add_balances(result, reading, interval)
-        self._add_expected(result, reading, interval, sums_of)
+        self._add_expected(result, reading, interval)
+
+    def _look_for_trouble(
+        self, result: Measured, reading: Reading, norms: Mapping[str, Norms]
+    ) -> None:
+        """Warn of weights whose norm overflows and of vectors that only decay."""
+        for j, target in enumerate(result.plan.targets):
+            if "weight_norm" in self._means[target.name]:
+                self._alarms.overflow(target, norms[target.name])
+            if target.scale_invariant:
+                group = result.groups[result.places[j]]
+                self._alarms.dead(result.gauge, target, group, _sums_of(result, reading, j))
 
     def _add_weight(
         self,
         result: Measured,
         target: Target,
-        group: Mapping[str, Any],
+        place: int,
         sums: Mapping[str, tuple[float, float]],
+        predictor: Predictor,
     ) -> None:
         name = target.name
         # A count of 0: no vector had a gradient, or none has a number. Then there is no key at all,
@@ -173,37 +184,34 @@ class RowDraft:
         if not all(isfinite(value) for value in means.values()):
             self._not_finite.append(name)
         self._means[name] = dict(means)
-        means.update(self._compare(result, target, group, means))
+        means.update(self._compare(result, target, place, means, predictor))
         for quantity, value in means.items():
             if quantity not in UNLOGGED:
                 self._values[f"{quantity}/{name}"] = value
 
         if "weight_norm" in means:
             known = self._norms.get(name, Norms(means["weight_norm"]))
-            seen = known.seen_at(result.optimizer_step, means["weight_norm"])
-            self._norms[name] = seen
-            self.concerns.append(partial(self._alarms.overflow, target, seen))
+            self._norms[name] = known.seen_at(result.optimizer_step, means["weight_norm"])
         if "lr" in means:
             before = self._rates.get(name, ())
             self._rates[name] = (*before[-1:], means["lr"])
             # One weight is enough: param groups may drop at different steps, and each drop is
             # marked.
             self._dropped |= _has_dropped(before, means["lr"])
-        if target.scale_invariant:
-            self.concerns.append(partial(self._alarms.dead, result.gauge, target, group, sums))
-            if "equilibrium_angular_update" in means:
-                # Of all vectors with a prediction the squares are pooled: predictions are about the
-                # root mean square, and a mean of the weights' ratios would be another number.
-                squares, count = sums["angular_update"]
-                predicted = means["equilibrium_angular_update"] ** 2 * count
-                self._compared += (squares, predicted, count)
+        if target.scale_invariant and "equilibrium_angular_update" in means:
+            # Of all vectors with a prediction the squares are pooled: predictions are about the
+            # root mean square, and a mean of the weights' ratios would be another number.
+            squares, count = sums["angular_update"]
+            predicted = means["equilibrium_angular_update"] ** 2 * count
+            self._compared += (squares, predicted, count)
 
     def _compare(
         self,
         result: Measured,
         target: Target,
-        group: Mapping[str, Any],
+        place: int,
         means: Mapping[str, float],
+        predictor: Predictor,
     ) -> dict[str, float]:
         """What the weight settles at and how its angle compares, if it is scale-invariant and its
         optimizer is understood."""
@@ -217,12 +225,11 @@ class RowDraft:
             return {}
         gauge = result.gauge
         prediction_from = partial(
-            predict,
-            result.plan.optimizer,
-            group,
+            predictor.predict,
+            place,
             gauge.effects[target.name],
             length=gauge.lengths[target.name],
-            subject=Subject(target.matrix, result.optimizer_step),
+            shape=target.matrix,
         )
         if not all(isfinite(means.get(name, 0.0)) for name in _RESTS_ON):
             # A run that diverged has no prediction any more; its curves shall show where.
@@ -287,10 +294,11 @@ class RowDraft:
         result: Measured,
         reading: Reading,
         interval: Interval,
-        sums_of: Sequence[Mapping[str, tuple[float, float]]],
     ) -> None:
         """Walk the courses of scale-invariant weights up to this step, and compare with them."""
         gauge = result.gauge
+        angle_row = gauge.measured.index("angular_update")
+        totals, counts = reading.totals[angle_row].tolist(), reading.counts[angle_row].tolist()
         steps = []
         squares_of = {}
         for j, target in enumerate(result.plan.targets):
@@ -302,7 +310,7 @@ class RowDraft:
                 continue
             if _is_rounded(target):
                 continue
-            squares_of[name] = sums_of[j]["angular_update"]
+            squares_of[name] = totals[j], counts[j]
             step = WeightStep(
                 name,
                 result.places[j],
@@ -400,6 +408,12 @@ class RowDraft:
         values["normdyn/skipped_steps"] = float(self._sent.skipped_steps)
         values["normdyn/collapsed_vectors"] = self._collapsed
         return values
+
+
+def _sums_of(result: Measured, reading: Reading, j: int) -> dict[str, tuple[float, float]]:
+    """Total and count of each quantity over the vectors of the ``j``-th weight."""
+    pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
+    return dict(zip(result.gauge.measured, pairs, strict=True))
 
 
 def _mean(name: str, total: float, count: float) -> float:

@@ -206,8 +206,17 @@ def step_response(
     check_options(options)
     subject = Subject(options.get("shape"), options.get("step"))
     own = own_response(optimizer_class, group, subject)
-    if own is None:
-        return None
+    return None if own is None else response_under(own, group, **options)
+
+
+def response_under(own: StepResponse, group: Group, **options: Unpack[Options]) -> StepResponse:
+    """What the response of an optimizer's steps becomes under callbacks.
+
+    Args:
+        own: how the optimizer alone answers gradients, which weights of a param group share.
+        group: the param group.
+        options: what callbacks do, as `check_options` allows it.
+    """
     decay = decay_under(options, StepDecay(own.decay, own.coupled), group)
     response = replace(own, **decay._asdict(), cautious=options.get("cautious", False))
     if options.get("projected", False):
