@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -30,6 +31,50 @@ def _one_flavour():
     yield
     if FLAVOUR != "lightning.pytorch":
         assert OTHER not in sys.modules
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is slow
+def pytest_collection_modifyitems(items):
+    """A fault shows in most members of a kind, so a few of them are enough for the quick suite: of
+    a test that is marked ``sampled``, all but a sample are slow."""
+    families = {}
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None and item.get_closest_marker("slow") is None:
+            family, _, _ = item.nodeid.partition("[")
+            families.setdefault((family, *mark.args), []).append(item)
+    for (_, *numbers), family in families.items():
+        quick = spread(family, *numbers)
+        for item in family:
+            if item not in quick:
+                item.add_marker(pytest.mark.slow)
+
+
+def spread(items, number=None):
+    """So many of the items that each value of each axis occurs about equally often.
+
+    Args:
+        items: the parametrizations of one test.
+        number: how many; None: as many as the longest axis has, so that each value occurs.
+    """
+    axes = []
+    for item in items:
+        # By identity: values need not be comparable, and all combinations hold the same objects.
+        axes.append([(name, id(value)) for name, value in item.callspec.params.items()])
+    if number is None:
+        values = Counter(name for name, _ in set().union(*axes))
+        number = max(values.values())
+    # Neighbours are alike, so the first of a list would be a poor sample: among equals take them in
+    # an order that jumps (multiples of the golden section).
+    left = sorted(range(len(items)), key=lambda i: i * 0.6180339887 % 1)
+    used = Counter()
+    chosen = []
+    while left and len(chosen) < number:
+        best = min(left, key=lambda i: sum(used[value] for value in axes[i]))
+        left.remove(best)
+        used.update(axes[best])
+        chosen.append(items[best])
+    return chosen
 
 
 @pytest.fixture(autouse=True)

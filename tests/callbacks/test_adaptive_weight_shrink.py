@@ -41,6 +41,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("weight_decay", ["replace", "keep"])
 @pytest.mark.parametrize("statistic", ["norm", "std"])
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -135,6 +135,7 @@ def record(
 # ---- The experiment ----
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_decay_the_replay_follows_the_decayed_run_and_a_uniform_factor_does_not(
     kind, tmp_path
@@ -184,6 +185,7 @@ def test_what_float32_leaves_of_the_norms_is_recorded_of_float64_weights_only(tm
     assert 100 * apart[0] < apart[1] < 1e-6
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("statistic", ["norm", "std"])
 def test_what_adaptive_weight_shrink_did_is_replayed_too(kind, statistic, tmp_path):
@@ -241,6 +243,7 @@ def uses_sgd(mode: dict[str, Any]) -> bool:
     return isinstance(made, torch.optim.SGD)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mode", [name for name, mode in MODES.items() if uses_sgd(mode)])
 def test_a_replay_of_a_run_onto_itself_changes_nothing(mode, tmp_path):
     recorded, replayed = onto_itself(MODES[mode], tmp_path / "run.npz")
@@ -430,6 +433,7 @@ def test_a_history_without_vectors_says_how_to_record_them(tmp_path):
         fit(make(), [EffectiveLRReplay(path)])
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
@@ -542,6 +546,7 @@ def test_a_second_fit_starts_afresh(tmp_path):
     assert replay.steps_of(0) == 8
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fails_at", [-1, 0, 3])
 def test_leaves_nothing_behind(fails_at, tmp_path):
     module = make(Remembers, make_optimizer=plain_sgd)

@@ -105,6 +105,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("own_loader", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", LAYERS)
@@ -518,6 +519,7 @@ def test_it_says_so_where_fewer_rows_were_taken_than_a_filter_has_entries(caplog
 # ---- No trace ----
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("mode", "own"),
     [*((mode, None) for mode in MODES), *((mode, loader()) for mode in ("sgd", "adamw", "manual"))],
@@ -694,6 +696,7 @@ def resumed_and_whole(
     return list(resumed.history), list(whole.history)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("own_loader", [False, True])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("every", [1, 2])
@@ -752,6 +755,7 @@ def test_an_epoch_whose_last_batch_came_before_the_checkpoint_is_measured_after_
     assert resumed == whole
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "spoil",
     [

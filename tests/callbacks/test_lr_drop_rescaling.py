@@ -58,6 +58,7 @@ def angles_across_a_drop(setting: Setting, k: float, exponent: Any) -> tuple[flo
     return angles.seen[steps - 1] / old, [angle / new for angle in angles.seen[steps:]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_first_angle_after_the_drop_is_that_of_the_new_equilibrium(setting: Setting) -> None:
     k = 8.0
@@ -362,6 +363,7 @@ SMOOTH: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("interval", ["step", "epoch"])
 @pytest.mark.parametrize("schedule", SMOOTH)
 def test_smooth_schedules_do_nothing(

@@ -264,6 +264,7 @@ RESUMED = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resume_goes_on_as_if_nothing_had_happened(name, tmp_path):
     kind, callbacks = RESUMED[name]

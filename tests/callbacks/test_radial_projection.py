@@ -120,6 +120,7 @@ def test_adamw_with_the_gate_is_adamp(monkeypatch, gate):
     assert distance(got, expected) <= 1e-12
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("gate", ["always", "cosine"])
 @pytest.mark.parametrize(
     ("make_optimizer", "optimizer", "lr"),

@@ -34,6 +34,7 @@ from lightning_normdyn import (
 )
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("weight_decay", ["replace", "keep"])
 @pytest.mark.parametrize("target", [2.0, "initial"])
 @pytest.mark.parametrize("state", ["keep", "rescale"])
@@ -170,6 +171,7 @@ def large_eps(channels):
     return nn.BatchNorm2d(channels, eps=1e-3)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
@@ -271,6 +273,7 @@ def around_one_rescale(module, **arguments):
     return look.before[1], look.after[1], lengthened
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("name", BEHIND)
 def test_evaluation_is_unchanged_behind_every_kind_of_batch_norm_and_layer(name, dtype):

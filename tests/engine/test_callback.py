@@ -184,6 +184,7 @@ def test_state_is_plain(name, tmp_path):
     assert set(TARGETS) <= set(state["targets"])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", EVERYBODY)
 @pytest.mark.parametrize("used", [False, True], ids=["fresh", "after a fit"])
 def test_a_callback_can_be_copied_and_pickled(name, used):

@@ -150,6 +150,7 @@ def test_rounding_beside_gradients_does_not_count():
 # ---- What comes late ----
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("with_monitor", [False, True])
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"]
@@ -186,6 +187,7 @@ def test_without_logging_steps_nothing_is_looked_at_after_the_first_steps():
     assert targets_of(callback) == TARGETS
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("every", [1, 4])
 def test_an_optimizer_that_never_steps_at_a_logging_step_is_looked_at_all_the_same(every):
     class Turns(Penalized):
@@ -301,6 +303,7 @@ SEEN_BEFORE = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("moment", SEEN_BEFORE)
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 def test_claims_are_held_against_the_loss_s_own_gradient(moment, log_every_n_steps):
@@ -325,6 +328,7 @@ def test_a_false_claim_is_withdrawn_whatever_happens_to_the_gradient_afterwards(
     assert targets_of(callback) == ["net.0.weight"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("moment", ["tensor", "tensor in place", "accumulated"])
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 def test_what_hooks_of_a_weight_have_changed_is_no_evidence(moment, log_every_n_steps):
@@ -381,6 +385,7 @@ def one_batch():
     return loader(count=8)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "norm", [nn.BatchNorm2d, lambda n: nn.GroupNorm(1, n)], ids=["filters", "layer"]
 )
@@ -415,6 +420,7 @@ def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, si
         assert repr(state_again["evidence"]) == repr(state["evidence"])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "hook",
     ["on_train_batch_start", "on_train_batch_end", "on_train_epoch_end", "on_validation_end"],
@@ -487,6 +493,7 @@ class SavesInside(torch.optim.SGD):
         return loss
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("inside", ["step", "backward"])
 def test_what_a_step_says_is_not_counted_twice_where_a_checkpoint_was_saved_in_it(inside, tmp_path):
     paths = {step: tmp_path / f"{step}.ckpt" for step in (2, 5, 17, 18, 21)}

@@ -128,6 +128,7 @@ def test_a_communication_hook_that_compresses_leaves_no_evidence():
         assert found == {"graph"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("log_every_n_steps", [1, 50])
 @pytest.mark.parametrize("strategy", ["ddp", "FSDP2", "FSDP1 FULL_SHARD", "TP"])
 def test_claims_are_held_against_the_loss_s_own_gradient_under_every_strategy(

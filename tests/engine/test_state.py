@@ -189,6 +189,7 @@ def the_same(a: Any, b: Any) -> bool:
     return digest(a) == digest(b)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", MAKERS)
 def test_no_spoiled_state_is_believed(name, checkpoints):
     whole, rng = state_of(checkpoints[name]), random.Random(name)
@@ -280,6 +281,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_fit_with_a_damaged_state_is_one_without_that_state(name, damage, checkpoints, tmp_path):

@@ -20,6 +20,7 @@ from lightning_normdyn import load_history
 TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("method", running.METHODS)
 def test_each_method_trains(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = char_gpt.main([*TINY, "--method", method])

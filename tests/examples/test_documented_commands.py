@@ -305,6 +305,7 @@ def named_extras(command: str) -> str:
     return " ".join(extra for extra in extras.split(",") if f"\n{extra} = [" in optional)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "command",
     [

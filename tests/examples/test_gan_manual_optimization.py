@@ -9,6 +9,7 @@ import running
 TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("_no_pictures")
 @pytest.mark.parametrize("method", running.METHODS)
 def test_each_method_trains_both_networks(method: str) -> None:

@@ -40,6 +40,7 @@ def scale_invariant(run: running.Run) -> dict[str, bool]:
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", running.METHODS)
 @pytest.mark.parametrize(
     "example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__
@@ -56,6 +57,7 @@ def test_runs_on_digits_and_says_so(
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__
 )
@@ -122,6 +124,7 @@ def test_aws_goes_by_the_deviation_of_standardized_weights(norm: str) -> None:
     np.testing.assert_allclose(equivalent, alpha * std, rtol=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "example", [cifar_resnet18, cifar_vgg16_bn, ws_resnet], ids=lambda module: module.__name__
 )

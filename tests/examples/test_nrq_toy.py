@@ -17,6 +17,7 @@ from noisy_rayleigh_quotient import Problem, Schedule, predict, risk_of, simulat
 from lightning_normdyn.theory.equilibrium import equivalent_hyperparameters
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("problem", "lr", "weight_decay"),
     [
@@ -180,6 +181,7 @@ def test_the_seven_published_norms() -> None:
             )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("module", [nrq, toy_2d], ids=["nrq", "toy_2d"])
 def test_the_scripts_write_a_picture_and_say_where(
     module, monkeypatch, capsys, tmp_path: Path

@@ -101,6 +101,7 @@ def _(mesh: Any) -> list[Any]:
     return [_placements()[0](0), _placements()[0](0)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_dtensor(name: str) -> None:
     world, shape, make, names, collectives = LAYOUTS[name]
@@ -152,6 +153,7 @@ def test_meshes_that_differ_within_one_optimizer():
     run_ranks(main, 4)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("tp", "dp"), [(1, 2), (2, 1), (2, 2)])
 def test_fsdp2_over_tensor_parallelism(tp: int, dp: int):
     def main() -> None:

@@ -15,6 +15,7 @@ from lightning_normdyn.geometry.flat import _boxes
 from lightning_normdyn.geometry.placement import full_shape
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("strategy", ["FULL_SHARD", "SHARD_GRAD_OP", "NO_SHARD", "HYBRID_SHARD"])
 def test_fsdp1(strategy: str, world: int):

@@ -169,6 +169,7 @@ def true_angle(a: Tensor, b: Tensor) -> Tensor:
     return torch.atan2((across - (across @ unit) * unit).norm(), along)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("small_chunks", [False, True])
 @pytest.mark.parametrize("kind", [*MOVED, "long rows"])
@@ -203,6 +204,7 @@ def test_angles_and_radial_parts_of_stored_numbers_hold_however_the_norm_changes
             )
 
 
+@pytest.mark.sampled(48)
 @pytest.mark.parametrize("told", ["by a copy", "by the step"])
 @pytest.mark.parametrize("some", [False, True])
 @pytest.mark.parametrize("taken", ["one", "one, in small chunks", "two"])

@@ -156,6 +156,7 @@ def reading_net(name: str) -> nn.Module:
     return net
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", READINGS)
 def test_rows_are_claimed_only_when_a_loss_has_read_them(name):
     """Scaling what is claimed changes neither the outputs of the batch that was seen nor those of
@@ -176,6 +177,7 @@ def test_rows_are_claimed_only_when_a_loss_has_read_them(name):
         assert scaled_outputs_change(net, batches, [verdict]) < 1e-8
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", READINGS)
 def test_a_checkpoint_keeps_which_rows_were_read(name):
     """A search that goes on from stored verdicts ends where one that saw all batches does."""

@@ -392,6 +392,7 @@ class MaskedModule(strategies.Module):
         self.net = MaskedNet().to(self.dtype_)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["ddp", "FSDP2", "FSDP1 FULL_SHARD, one unit, 3 ranks"])
 def test_sharded_weights_have_their_norms_where_they_are_read(name):
     strategy = strategies.STRATEGIES[name]

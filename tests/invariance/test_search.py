@@ -86,6 +86,7 @@ def changes(module, inputs, name, factor) -> bool:
     return max(checks._change(a, b) for a, b in zip(before, after, strict=True)) > 1e-8
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("name", zoo.CASES)
 def test_the_truth_is_the_truth(name):
     """Brute force, without gradients or graphs: vectors may be scaled, each by its own factor;
@@ -175,6 +176,7 @@ def test_bf16_autocast_gives_the_same_table(name):
         assert summary(inspect_module(module, *inputs)) == zoo.CASES[name].truth
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name",
     whole_zoo(
@@ -570,6 +572,7 @@ def found_on_a_rank(strategy: str) -> list[dict[str, str]]:
     return tables
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore::UserWarning:torch", "ignore::FutureWarning:torch")
 @pytest.mark.parametrize("strategy", ["DDP", "FSDP1", "FSDP2", "TP"])
 def test_strategies_give_the_same_table(strategy):

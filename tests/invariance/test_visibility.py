@@ -132,6 +132,7 @@ WATCHERS: dict[str, Callable[[], Any]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("first", [True, False], ids=["ours first", "ours last"])
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("watcher", WATCHERS)

@@ -58,6 +58,7 @@ def beyond(ax, axis):
             yield from (tick.label1, tick.label2)
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("layers", [1, 3, 8, 9, 160])
 @pytest.mark.parametrize("plot", ALL, ids=lambda plot: plot.__name__)
 def test_no_text_overlaps_or_leaves_the_picture(plot, layers):
@@ -158,6 +159,7 @@ def test_hostile_names_are_drawn_as_they_stand():
         rendered(fig)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0, float("inf")])
 @pytest.mark.parametrize("plot", [plots.plot_effective_lr, plots.plot_heatmap, plots.plot_overview])
 def test_one_constant_or_broken_value_is_drawn(plot, value):
