@@ -101,7 +101,7 @@ def _(mesh: Any) -> list[Any]:
     return [_placements()[0](0), _placements()[0](0)]
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_dtensor(name: str) -> None:
     world, shape, make, names, collectives = LAYOUTS[name]

@@ -156,7 +156,6 @@ def reading_net(name: str) -> nn.Module:
     return net
 
 
-@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", READINGS)
 def test_rows_are_claimed_only_when_a_loss_has_read_them(name):
     """Scaling what is claimed changes neither the outputs of the batch that was seen nor those of

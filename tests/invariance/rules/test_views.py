@@ -52,7 +52,7 @@ BETWEEN = {
 }
 
 
-@pytest.mark.sampled(20)
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", BETWEEN)
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_between_a_convolution_and_its_norm(name, bias, claim_between):
