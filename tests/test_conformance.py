@@ -86,6 +86,7 @@ def every_case_and_mode():
         yield pytest.param(case, mode, marks=[pytest.mark.slow] if slow else [])
 
 
+@pytest.mark.sampled(45)
 @pytest.mark.parametrize(("case", "mode"), list(every_case_and_mode()))
 def test_follows_its_paper(case, mode):
     overrides = (
@@ -139,6 +140,7 @@ def every_case_under_another_default():
         yield pytest.param(case, mode, default, marks=[] if quick else [pytest.mark.slow])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("case", "mode", "default"), list(every_case_under_another_default()))
 def test_follows_its_paper_under_another_default(case, mode, default):
     settings = dict(MODES[mode])
@@ -233,6 +235,7 @@ def scaled(
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
@@ -252,6 +255,7 @@ def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
     )
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("clip", [None, 0.05])
 @pytest.mark.parametrize("case", CASES)
 def test_follows_its_paper_under_a_gradient_scaler(case, clip):
@@ -269,6 +273,7 @@ def test_follows_its_paper_under_a_gradient_scaler(case, clip):
     check(module, recorder, CASES[case], 1e-6)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", [case for case in CASES if case not in NEEDS_32_BITS])
 def test_trains_bf16_weights(case):
     module, recorder = run(
@@ -426,6 +431,7 @@ def by_vector(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("case", "make_optimizer"),
     [
@@ -480,6 +486,7 @@ RESUMABLE = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("step", [5, 4])
 @pytest.mark.parametrize("case", RESUMABLE)
 def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
@@ -504,6 +511,7 @@ def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
             assert len(a.history) == 12
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", [c for c in CASES if c not in ("monitor", "all")])
 def test_resume_with_the_monitor_added_or_removed(case, tmp_path):
     def go(callbacks, extra=(), **arguments):
@@ -522,6 +530,7 @@ def test_resume_with_the_monitor_added_or_removed(case, tmp_path):
     assert identical(go(CASES[case].callbacks(), ckpt_path=with_), expected)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", CASES)
 def test_a_second_fit_starts_afresh(case):
     used, fresh = CASES[case].callbacks(), CASES[case].callbacks()
@@ -532,6 +541,7 @@ def test_a_second_fit_starts_afresh(case):
     assert [c.steps_of(0) for c in used] == [8] * len(used)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", CASES)
 def test_a_second_fit_of_one_trainer_with_evaluation_in_between(case):
     module, recorder, data = (
@@ -550,6 +560,7 @@ def test_a_second_fit_of_one_trainer_with_evaluation_in_between(case):
     check(module, recorder, CASES[case])
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", CASES)
 def test_validation_within_a_fit_changes_no_bit(case):
     weights = []
@@ -642,6 +653,7 @@ def test_leaves_nothing_behind(case):
     assert module.as_made()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("fails_at", [0, 5])
 @pytest.mark.parametrize("case", CASES)
 def test_an_exception_leaves_nothing_behind(case, fails_at):
@@ -653,6 +665,7 @@ def test_an_exception_leaves_nothing_behind(case, fails_at):
     run(callbacks, MODES["sgd"])  # and can be used again
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "case", [c for c in CASES if CASES[c].rules and c not in ("aws-keep", "wrs-keep", "lr-drop")]
 )
@@ -694,6 +707,7 @@ def _fit_under_ddp(case: str) -> tuple[dict[str, Any], float, int, int, str]:
     )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES)
 def test_ddp_keeps_the_ranks_equal_and_logs_from_rank_zero(case):
     first, second = run_ranks(_fit_under_ddp, args=(case,)).values()

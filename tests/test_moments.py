@@ -321,6 +321,7 @@ def states(trainer: L.Trainer) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", [TriesAgain, TriesBatchAgain])
 def test_a_step_tried_again_equals_an_untroubled_one(kind, case):
@@ -345,6 +346,7 @@ class SavesOnException(L.Callback):
         trainer.save_checkpoint(self.path)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("case", ["aws", "lr-drop", "all"])
 def test_a_resume_after_a_step_that_failed(case, first, tmp_path):

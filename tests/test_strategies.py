@@ -184,6 +184,7 @@ def courses_and_balances_of_one(dtype: torch.dtype) -> dict[str, Any]:
     return run_ranks(courses_and_balances, 1, (STRATEGIES["ddp"], dtype))[0]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("strategy", MATRIX)
 def test_expectations_and_balances_are_those_of_one_process(strategy: str):
     """Of normalized weights and of others, on vectors that lie on several ranks."""
@@ -461,6 +462,7 @@ def every_writer_and_sharding():
             )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("strategy", "arguments", "most", "writer"), list(every_writer_and_sharding())
 )
@@ -516,6 +518,7 @@ def traffic(strategy: str, arguments: dict[str, Any]) -> tuple[dict[str, list[in
     return {k: v for k, v in found.items() if k != "RESOLVE"}, cut, len(plan.targets), numbers
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("strategy", "arguments"),
     [("ddp", {}), ("FSDP2", FILTERS), ("FSDP2", {}), ("FSDP1 FULL_SHARD, one unit", {})],
