@@ -3,12 +3,13 @@ scale-invariant: most are not.
 
     python examples/char_gpt.py --method aws
     python examples/char_gpt.py --text my_book.txt --norm layer --method decay
+    python examples/char_gpt.py --method cautious
 
 LayerNorm or RMSNorm stands *before* each sublayer, so it makes the sublayer's input independent of
 the residual stream's scale, but not the output of its matrices independent of theirs. Only the
 query and key projections have a normalization right behind them (per head), so only they have an
 effective learning rate in the sense of the papers. The tables at start and end say so, and the
-methods leave all other weights to AdamW.
+methods leave all other weights to AdamW, but for a cautious decay, which is every matrix's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from data_modules import Text
 from image_classifier import parameter_groups
 from running import (
+    METHODS,
     ExampleError,
     Run,
     build_callbacks,
@@ -32,6 +34,8 @@ from running import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lightning_normdyn import NormDynamicsMonitor, WeightDecay
 
 # alpha = weight_decay / length: both decoupled, and the projection of a head has a length of about
 # sqrt(head_size / 3) at the start.
@@ -74,6 +78,21 @@ PRESETS: dict[str, dict] = {
         "log_every": 50,
     },
 }
+
+
+STEERED = {
+    "corrected": "WeightDecay that falls with the square of the learning rate (AdamC)",
+    "cautious": "WeightDecay that spares what the step lengthens, on every matrix",
+}
+
+
+def steering_callbacks(method: str) -> list[L.Callback]:
+    """The callback of a method in :data:`STEERED`, and the monitor."""
+    acting = {
+        "corrected": lambda: WeightDecay(rate="lr_squared"),
+        "cautious": lambda: WeightDecay(cautious=True),
+    }
+    return [acting[method](), NormDynamicsMonitor()]
 
 
 class Attention(nn.Module):
@@ -239,7 +258,7 @@ def text_data(args) -> Text:
 
 
 def main(argv: Sequence[str] | None = None) -> Run:
-    p = parser("char_gpt", __doc__.splitlines()[0])
+    p = parser("char_gpt", __doc__.splitlines()[0], {**METHODS, **STEERED})
     add_text_flags(p)
     args = parse(p, PRESETS, argv)
     L.seed_everything(args.seed, verbose=False)
@@ -254,12 +273,11 @@ def main(argv: Sequence[str] | None = None) -> Run:
         lr=args.lr,
         weight_decay=args.weight_decay,
     )
-    run = fit(
-        module,
-        data,
-        args,
-        build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps),
-    )
+    if args.method in STEERED:
+        callbacks = steering_callbacks(args.method)
+    else:
+        callbacks = build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps)
+    run = fit(module, data, args, callbacks)
     if run.trainer.is_global_zero:
         print(
             "\nThe model writes:\n"

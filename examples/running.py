@@ -83,22 +83,25 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def parser(name: str, description: str) -> argparse.ArgumentParser:
+def parser(
+    name: str, description: str, methods: Mapping[str, str] = METHODS
+) -> argparse.ArgumentParser:
     """Give the flags that every example has; an example adds its own and then calls :func:`parse`.
 
     Args:
         name: Of the example, as it appears in the output folder and in W&B.
         description: Its first docstring line.
+        methods: What ``--method`` may be, and what it means.
     """
     p = argparse.ArgumentParser(
         prog=f"{name}.py", description=description, formatter_class=_Formatter
     )
-    p.set_defaults(example=name)
+    p.set_defaults(example=name, methods=methods)
     p.add_argument(
         "--method",
-        choices=METHODS,
+        choices=methods,
         default="aws",
-        help="; ".join(f"{key}: {text}" for key, text in METHODS.items()),
+        help="; ".join(f"{key}: {text}" for key, text in methods.items()),
     )
     p.add_argument(
         "--preset",
@@ -372,7 +375,7 @@ def fit(
         callbacks: As :func:`build_callbacks` gives them: the monitor is the last.
         extra: Further arguments of the Trainer, or other values for those that the flags set.
     """
-    say(f"\n=== {args.example}: {args.method} ({METHODS[args.method]})")
+    say(f"\n=== {args.example}: {args.method} ({args.methods[args.method]})")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

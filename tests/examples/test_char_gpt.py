@@ -21,7 +21,7 @@ TINY = ("--preset", "tiny", "--accelerator", "cpu", "--logger", "none")
 
 
 @pytest.mark.sampled(2)
-@pytest.mark.parametrize("method", running.METHODS)
+@pytest.mark.parametrize("method", [*running.METHODS, *char_gpt.STEERED])
 def test_each_method_trains(method: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = char_gpt.main([*TINY, "--method", method])
     assert run.trainer.global_step == 4
