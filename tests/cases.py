@@ -131,8 +131,8 @@ CASES = {
         {"rotate": Rotate(0.1, "at_least", hold=False, view="filter"), "brake": Brake(0.25, 0.5)},
     ),
     "rotation-smooth": Case(
-        lambda: [RotationControl("lr", smoothing=0.9, norm="free", weight_decay="keep")],
-        {"rotate": Rotate("lr", smoothing=0.9, hold=False, weight_decay="keep")},
+        lambda: [RotationControl(0.01, smoothing=0.9, norm="free", weight_decay="keep")],
+        {"rotate": Rotate(0.01, smoothing=0.9, hold=False, weight_decay="keep")},
     ),
     "brake": Case(lambda: [RadialBrake(0.0, 0.5)], {"brake": Brake(0.0, 0.5)}),
     "monitor": Case(lambda: [NormDynamicsMonitor(1, tables=False)]),

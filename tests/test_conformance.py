@@ -74,6 +74,7 @@ from lightning_normdyn.parametrizations import (
 VARIANTS = ("aws-std", "aws-keep", "wrs-keep", "decay-corrected", "decay-cautious")
 # They change single entries by less than a weight of 16 bits can hold, and are refused there.
 NEEDS_32_BITS = ("decay-cautious", *STEERING)
+LEAVES_DECAY = ("aws-keep", "wrs-keep", "lr-drop", "rotation-smooth", "brake")
 QUICK_STEERING = {("rotation", "finetuning"), ("rotation-floor", "adamw"), ("brake", "sgd plain")}
 
 
@@ -673,9 +674,7 @@ def test_an_exception_leaves_nothing_behind(case, fails_at):
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if CASES[c].rules and c not in ("aws-keep", "wrs-keep", "lr-drop")]
-)
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c].rules and c not in LEAVES_DECAY])
 def test_an_exception_within_the_optimizer_restores_its_param_groups(case):
     module = make(Remembers, make_optimizer=lambda p: FailingSGD(p, lr=0.1, weight_decay=0.1))
     with pytest.raises(RuntimeError, match="the optimizer fails"):
