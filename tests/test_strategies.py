@@ -540,7 +540,7 @@ def test_what_the_monitor_sends(strategy: str, arguments: dict[str, Any]):
     """One collective in each phase of a step, as large as docs/strategies.md says."""
     for found, cut, weights, numbers in run_ranks(traffic, 2, (strategy, arguments)).values():
         assert (cut == 0) == (strategy == "ddp" or arguments == FILTERS)
-        send = [] if strategy == "ddp" else [8 * (2 * numbers + 6) * weights, 8 * weights]
+        send = [] if strategy == "ddp" else [8 * (2 * numbers + 8) * weights, 8 * weights]
         assert found == {
             "MEASURE": [24 * cut] if cut else [],
             "MEASURE_STEP": [24 * cut] if cut else [],

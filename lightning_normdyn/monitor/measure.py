@@ -232,9 +232,8 @@ class StepGauge:
             self.lengths[name] = max(1, entries // self.counts[name])
         self.of_matrices = {}
         for target, effect in zip(plan.targets, effects, strict=True):
-            self.of_matrices[target.name] = of_matrices(
-                quantities, target.scale_invariant, steered=effect.rotation is not None
-            )
+            steered, invariant = effect.rotation is not None, target.scale_invariant
+            self.of_matrices[target.name] = of_matrices(quantities, invariant, steered=steered)
         self._warm: frozenset[str] = frozenset()
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
@@ -282,12 +281,7 @@ class StepGauge:
 
     def before(self, step: Step, log_scale: Tensor | None = None) -> None:
         """Sum over the weights that the gradient was taken at; have them copied before the
-        update.
-
-        Args:
-            step: the step.
-            log_scale: ``(n,)``, `lightning_normdyn.engine.combined.Combined.published`.
-        """
+        update; ``log_scale`` is ``(n,)``, of `lightning_normdyn.engine.combined`."""
         plan = self.plan
         bracket = step.bracket
         number = plan.number(step)
@@ -330,18 +324,13 @@ class StepGauge:
             bracket.request_snapshot(vectors.storages())
 
     def after(self, step: Step, target_angle: Tensor | None = None) -> StepSums:
-        """All sums of the step that `before` was called for.
-
-        Args:
-            step: the step.
-            target_angle: ``(n,)``, `lightning_normdyn.engine.combined.Combined.published`.
-        """
+        """All sums of the step of `before`; ``target_angle`` is ``(n,)``."""
         # Let go of them now: until the next logging step they would only take memory.
         sums_before, self._sums_before = self._sums_before, {}
         norms, self._norms_before = self._norms_before, None
         vectors = self.plan.vectors
-        snapshots = vectors.snapshots(step.bracket)
-        ss, sd, dd = vectors.displacement(snapshots, exact=self._is_exact, norms=norms)
+        before = vectors.snapshots(step.bracket)
+        ss, sd, dd = vectors.displacement(before, exact=self._is_exact, norms=norms)
         return StepSums(
             **sums_before,
             ss=ss,

@@ -2,7 +2,7 @@
 vectors, the predictions beside them, and what is worth a warning.
 
 Everything is worked out before anything is changed: a signal handler may save a checkpoint between
-any two lines of Python.
+any two lines of Python. Over 500 lines, because all parts of a row fill the same draft.
 """
 
 from collections.abc import Callable, Mapping, Sequence

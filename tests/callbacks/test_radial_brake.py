@@ -82,7 +82,9 @@ def test_a_weight_of_zeros_grows_as_it_likes_and_is_counted():
 
 def test_16_bit_weights_without_a_master_are_refused_by_name():
     module = make(make_optimizer=sgd, dtype=torch.float32)
-    with pytest.raises(NotSupportedError, match=r"RadialBrake sets lengths.*`net\.0\.weight`"):
+    with pytest.raises(
+        NotSupportedError, match=r"RadialBrake is about what single steps.*`net\.0\.weight`"
+    ):
         fit(module, [RadialBrake()], precision="bf16-true")
 
 
