@@ -26,8 +26,8 @@ from lightning_normdyn import (
     NormDynamicsMonitor,
     RadialBrake,
     RadialProjection,
-    WeightDecay,
     RotationControl,
+    WeightDecay,
     WeightRescaling,
 )
 from lightning_normdyn.monitor import balance

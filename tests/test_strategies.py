@@ -23,8 +23,8 @@ from lightning_normdyn import (
     NotSupportedError,
     RadialBrake,
     RadialProjection,
-    WeightDecay,
     RotationControl,
+    WeightDecay,
     WeightRescaling,
 )
 from lightning_normdyn.callbacks.radial_projection import ProjectWorker
