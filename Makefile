@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEEPSPEED := .venv-deepspeed
 
-.PHONY: demo bench test test-slow test-all test-deepspeed lint format types clean
+.PHONY: demo docs bench test test-slow test-all test-deepspeed lint format types clean
 
 # The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
 $(READY): pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train a small network twice and draw its effective learning rates
 	$(BIN)/python examples/digits_resnet.py --demo
+
+docs: $(READY)  ## the site, to build/docs/index.html; a warning or a broken link is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	$(BIN)/python docs/check_links.py build/docs
 
 # Peers come from an extra of their own; where one cannot be installed, the table says that it is missing.
 bench: $(READY)  ## what each callback costs, beside floors and peers; writes benchmarks/cost.md

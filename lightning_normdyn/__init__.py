@@ -96,7 +96,10 @@ def __getattr__(name: str) -> Any:
         if name in names.split():
             value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
             return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # Not at the top: whoever misspells nothing need not wait for it.
+    errors = import_module(f"{__name__}.errors")
+    hint = errors.did_you_mean(name, __all__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,5 @@
-"""The command line: ``python -m lightning_normdyn demo | inspect | forecast | report``.
+"""The command line: ``lightning-normdyn demo | inspect | forecast | report | workspace``, or
+``python -m lightning_normdyn`` where scripts are not on the path.
 
 Results go to stdout. Progress goes to stderr, and only to a person: it is silent in a pipe or a
 log.
@@ -31,10 +32,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 _EXAMPLES = """examples:
-  python -m lightning_normdyn demo
-  python -m lightning_normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
-  python -m lightning_normdyn forecast my_project.nets:LitResNet --steps 20000 --input-shape 3,32,32
-  python -m lightning_normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
+  lightning-normdyn demo
+  lightning-normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
+  lightning-normdyn forecast my_project.nets:LitResNet --steps 20000 --input-shape 3,32,32
+  lightning-normdyn report runs/decay/history.npz lightning_logs/version_0 -o report.html
+  lightning-normdyn workspace my-team/my-project
 """
 
 _DEMO = """Train a small residual network on scikit-learn's digits twice, with weight
@@ -43,8 +45,8 @@ Takes about a minute on two cores; needs matplotlib and scikit-learn
 (pip install 'lightning-normdyn[examples]').
 
 examples:
-  python -m lightning_normdyn demo
-  python -m lightning_normdyn demo --preset tiny --out runs/demo
+  lightning-normdyn demo
+  lightning-normdyn demo --preset tiny --out runs/demo
 """
 
 _INSPECT = """Say of every weight whether the loss is blind to its length, per filter, group
@@ -52,9 +54,9 @@ or layer, and why. The model is built, run once in training mode on random
 inputs, and thrown away; its code is executed.
 
 examples:
-  python -m lightning_normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
-  python -m lightning_normdyn inspect examples/digits_resnet.py:ResidualDigits --input-shape 1,8,8
-  python -m lightning_normdyn inspect my_project.text:CharGPT --input-shape 64 --integers 256
+  lightning-normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32 --set depth=18
+  lightning-normdyn inspect examples/digits_resnet.py:ResidualDigits --input-shape 1,8,8
+  lightning-normdyn inspect my_project.text:CharGPT --input-shape 64 --integers 256
 """
 
 _FORECAST = """Say of every param group how long its weights will remember, how far
@@ -65,20 +67,32 @@ With --input-shape, or an example_input_array, the norms of scale-invariant
 weights are followed, too.
 
 examples:
-  python -m lightning_normdyn forecast my_project.nets:LitResNet --steps 20000 --input-shape 3,32,32
-  python -m lightning_normdyn forecast my_project.nets:LitResNet --steps 20000 --steps-per-epoch 391
+  lightning-normdyn forecast my_project.nets:LitResNet --steps 20000 --input-shape 3,32,32
+  lightning-normdyn forecast my_project.nets:LitResNet --steps 20000 --steps-per-epoch 391
 """
 
 _REPORT = """Write one self-contained HTML file about one or several runs: pictures,
 comparisons, a sortable table of all layers.
 
-RUN is a history file (.npz), or the folder of a logger, where it lies beside
-the log. LABEL=RUN names it.
+RUN is a history file (.npz), or a folder: the folder of a logger, where it lies
+beside the log, or one with any number of runs any number of levels below it.
+LABEL=RUN names it.
 
 examples:
-  python -m lightning_normdyn report runs/decay/history.npz -o report.html
-  python -m lightning_normdyn report decay=runs/decay aws=runs/aws -o report.html
-  python -m lightning_normdyn report wandb/offline-run-20260101_120000-abcdefgh
+  lightning-normdyn report runs/decay/history.npz -o report.html
+  lightning-normdyn report decay=runs/decay aws=runs/aws -o report.html
+  lightning-normdyn report wandb/offline-run-20260101_120000-abcdefgh
+  lightning-normdyn report lightning_logs
+"""
+
+_WORKSPACE = """Lay out the W&B page of a project: the overview first, then one chart per quantity
+with all layers, also of runs to come. W&B's own page sorts hundreds of charts by
+name. Needs a login (wandb login) and wandb-workspaces
+(pip install 'lightning-normdyn[workspace]'); prints where the page is.
+
+examples:
+  lightning-normdyn workspace my-team/my-project
+  lightning-normdyn workspace my-team/my-project --name "AWS against decay"
 """
 
 
@@ -86,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: what stands behind ``python -m lightning_normdyn``; those of this process if
+        arguments: what stands behind ``lightning-normdyn``; those of this process if
             None.
 
     Returns:
@@ -128,13 +142,13 @@ def _in_words(error: BaseException) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m lightning_normdyn",
+        prog="lightning-normdyn",
         description="See the effective learning rate of a model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"lightning-normdyn {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="{demo,inspect,forecast,report}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add_command(
         name: str, run: Callable[[argparse.Namespace], None], summary: str, description: str
@@ -189,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
         "runs",
         metavar="RUN",
         nargs="+",
-        help="history file or its folder; LABEL=RUN names it",
+        help="history file, or a folder of runs; LABEL=RUN names it",
     )
     report.add_argument(
         "-o",
@@ -197,6 +211,18 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("report.html"),
         help="file to write (default: report.html)",
+    )
+
+    workspace = add_command(
+        "workspace", _workspace, "lay out the W&B page of a project", _WORKSPACE
+    )
+    workspace.add_argument(
+        "project", metavar="ENTITY/PROJECT", type=_project, help="of W&B; the runs are in it"
+    )
+    workspace.add_argument(
+        "--name",
+        default="Weight dynamics",
+        help="what to call the page (default: Weight dynamics)",
     )
     return parser
 
@@ -248,16 +274,26 @@ def _own(name: str) -> Any:
 # --------------------------------------------------------------------------------------------- demo
 
 
+# What the demonstration imports beside torch and Lightning, and what provides it.
+_NEEDED_BY_DEMO = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
 def _demo(options: argparse.Namespace) -> None:
-    # Beside the package in the source tree, or within it.
+    # Beside the package in the source tree, within it in an installed one.
     package = Path(__file__).parent
     places = [folder / "examples" / "digits_resnet.py" for folder in (package.parent, package)]
     example = next(filter(Path.is_file, places), None)
     if example is None:
         raise NormDynError(
-            f"the demonstration is examples/digits_resnet.py of the source tree, and there is none "
-            f"beside {package}. Get it with `pip download --no-deps --no-binary lightning-normdyn "
-            f"lightning-normdyn` and unpack it."
+            f"the demonstration, digits_resnet.py, is neither in {places[0].parent} nor in "
+            f"{places[1].parent}. Install the package again: `pip install --force-reinstall "
+            f"'lightning-normdyn[examples]'`."
+        )
+    missing = [name for key, name in _NEEDED_BY_DEMO.items() if not importlib.util.find_spec(key)]
+    if missing:
+        raise NormDynError(
+            f"the demonstration needs {' and '.join(missing)}. `pip install "
+            f"'lightning-normdyn[examples]'`."
         )
     command = [sys.executable, example, "--demo", "--preset", options.preset]
     command += ["--out", options.out, "--logger", "csv"]
@@ -421,13 +457,16 @@ def _forecast(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    named = [_named_run(text) for text in options.runs]
-    output = os.path.realpath(options.output)
     if options.output.is_dir():
         raise NormDynError(
             f"`{options.output}` is a folder; name the file to write with -o, e.g. -o "
             f"{options.output / 'report.html'}."
         )
+    runs_in = _own("monitor.report.page").runs_in
+    named = []
+    for label, path in map(_named_run, options.runs):
+        named += [(label, str(place)) for place in runs_in(path)]
+    output = os.path.realpath(options.output)
     if any(output == os.path.realpath(path) for _, path in named):
         raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
     print(_write_report(dict(_distinct(named)), options.output))
@@ -478,6 +517,24 @@ def _telling_parts(path: str) -> tuple[str, ...]:
     return parts
 
 
+# ---------------------------------------------------------------------------------------- workspace
+
+
+def _workspace(options: argparse.Namespace) -> None:
+    entity, project = options.project
+    workspace = _own("monitor.workspace").wandb_workspace(entity, project, name=options.name)
+    _say("sending it to W&B")
+    try:
+        workspace.save()
+    # W&B's client raises what its network and its server say, under a dozen names.
+    except Exception as error:
+        raise NormDynError(
+            f"W&B did not take the workspace for `{entity}/{project}`: {_first_line(error)}. Log "
+            f"in with `wandb login`, and check the names."
+        ) from error
+    print(workspace.url)
+
+
 # -------------------------------------------------------------------------------------------- words
 
 
@@ -498,6 +555,13 @@ def _model_name(text: str) -> str:
     if not source or not attribute.isidentifier():
         raise argparse.ArgumentTypeError(f"MODULE:CLASS is needed, got {text!r}")
     return text
+
+
+def _project(text: str) -> tuple[str, str]:
+    entity, slash, project = text.partition("/")
+    if not (entity and slash and project) or "/" in project:
+        raise argparse.ArgumentTypeError(f"ENTITY/PROJECT is needed, got {text!r}")
+    return entity, project
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -5,7 +5,9 @@ NormDynError (a ValueError)
 └── NotSupportedError   a model, optimizer or strategy fact that cannot be handled rightly
 """
 
+import difflib
 import reprlib
+from collections.abc import Iterable
 
 
 class NormDynError(ValueError):
@@ -41,3 +43,17 @@ def shown(value: object) -> str:
             if isinstance(value, int)
             else f"a {type(value).__name__}"
         )
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the known one that it is nearest to; empty where
+    none is near.
+
+    Example:
+        >>> did_you_mean("angular_updates", ["weight_norm", "angular_update"])
+        ' Did you mean `angular_update`?'
+        >>> did_you_mean("loss", ["weight_norm", "angular_update"])
+        ''
+    """
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f" Did you mean `{near[0]}`?" if near else ""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+import lightning_normdyn
 from lightning_normdyn import NormDynError, NormDynWarning, NoTargetsError, NotSupportedError
 from lightning_normdyn.errors import shown
 
@@ -35,3 +38,20 @@ def test_a_value_is_shown_whatever_it_is(value, text):
 
 def test_a_long_value_is_shown_in_short():
     assert len(shown(list(range(10_000)))) < 100
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("AdaptivWeightShrink", "Did you mean `AdaptiveWeightShrink`?"),
+        ("NormDynamicMonitor", "Did you mean `NormDynamicsMonitor`?"),
+    ],
+)
+def test_a_near_miss_of_a_public_name_names_the_nearest(name, hint):
+    with pytest.raises(AttributeError, match=re.escape(hint)):
+        getattr(lightning_normdyn, name)
+
+
+def test_a_name_that_is_like_no_other_gets_no_hint():
+    with pytest.raises(AttributeError, match=r"has no attribute 'qqq'\.$"):
+        getattr(lightning_normdyn, "qqq")  # noqa: B009

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import lightning_normdyn.__main__ as command_line
+from lightning_normdyn.monitor import workspace
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.report import page
 
@@ -53,13 +54,13 @@ def usage_error(capsys, *arguments: str) -> str:
 # --- all commands
 
 
-@pytest.mark.parametrize("command", ["demo", "inspect", "forecast", "report"])
+@pytest.mark.parametrize("command", ["demo", "inspect", "forecast", "report", "workspace"])
 def test_help_shows_examples(capsys, command):
     for arguments in (["--help"], [command, "--help"]):
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 0
-        assert f"  python -m lightning_normdyn {command}" in capsys.readouterr().out
+        assert f"  lightning-normdyn {command}" in capsys.readouterr().out
 
 
 def test_help_does_not_wait_for_torch():
@@ -86,6 +87,9 @@ def test_help_does_not_wait_for_torch():
         ["demo", "--preset", "huge"],
         ["inspect", "torch.nn"],
         ["inspect", "torch.nn:"],
+        ["workspace", "no-slash"],
+        ["workspace", "a/b/c"],
+        ["workspace", "/b"],
     ]
     + [
         ["inspect", "a:B", *rest]
@@ -139,13 +143,13 @@ def test_as_a_process_it_is_quiet_and_its_reader_may_leave():
 
 
 def test_the_documented_forecast_is_what_the_command_prints(capsys, monkeypatch):
-    readme = (SOURCE_TREE / "README.md").read_text(encoding="utf-8")
+    page = (SOURCE_TREE / "docs" / "getting_started.md").read_text(encoding="utf-8")
     command, printed = re.search(
-        r"```console\n\$ (python -m lightning_normdyn forecast [^\n]*)\n(.*?)```", readme, re.DOTALL
+        r"```console\n\$ (lightning-normdyn forecast [^\n]*)\n(.*?)```", page, re.DOTALL
     ).groups()
     monkeypatch.chdir(SOURCE_TREE)
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(command.split()[3:]) == 0
+    assert main(command.split()[1:]) == 0
     out = capsys.readouterr().out
     assert out == printed
     (row,) = [line.split() for line in out.splitlines() if line.startswith("SGD 0 ")]
@@ -181,6 +185,18 @@ def test_report_of_one_and_of_several_runs(capsys):
     assert "<h2>decay</h2>" in page
     assert "<h2>best</h2>" in page
     assert "<h2>version_0</h2>" in page
+
+
+def test_report_of_a_folder_has_all_runs_below_it(capsys):
+    run_of().save("runs/decay/version_0/history.npz")
+    run_of(3).save("runs/aws/version_0/history.npz")
+    assert main(["report", "runs"]) == 0
+    page = Path("report.html").read_text()
+    assert "<h2>decay/version_0</h2>" in page
+    assert "<h2>aws/version_0</h2>" in page
+    capsys.readouterr()
+    Path("empty").mkdir()
+    assert "holds no run" in refused(capsys, "report", "empty")
 
 
 @pytest.mark.parametrize(
@@ -422,7 +438,13 @@ def test_inspect_of_a_module_with_an_attribute_error_of_its_own_names_that(capsy
 
 def test_demo_without_the_example_says_where_to_get_it(capsys, monkeypatch, tmp_path):
     installed_with(monkeypatch, tmp_path, None)
-    assert "pip download" in refused(capsys, "demo")
+    assert "'lightning-normdyn[examples]'" in refused(capsys, "demo")
+
+
+def test_demo_without_what_it_needs_names_the_extra(capsys, monkeypatch):
+    monkeypatch.setattr(command_line, "_NEEDED_BY_DEMO", {"no_such_module": "scikit-learn"})
+    said = refused(capsys, "demo")
+    assert "needs scikit-learn. `pip install 'lightning-normdyn[examples]'`" in said
 
 
 def test_demo_runs_the_example_and_reports_its_runs(capsys, monkeypatch, tmp_path):
@@ -458,3 +480,35 @@ def test_demo_for_real():
     assert len(load_history("there/decay/history.npz")) > 1
     assert len(load_history("there/aws/history.npz")) > 1
     assert Path("there/report.html").is_file()
+
+
+# --- workspace
+
+
+class Saved:
+    """A workspace, and what became of it."""
+
+    url = "https://wandb.example/team/project?nw=1"
+
+    def __init__(self, *names: str, name: str) -> None:
+        self.made_of = (*names, name)
+
+    def save(self) -> None:
+        assert self.made_of == ("team", "project", "AWS")
+
+
+def test_workspace_is_saved_and_its_place_printed(capsys, monkeypatch):
+    monkeypatch.setattr(workspace, "wandb_workspace", Saved)
+    assert main(["workspace", "team/project", "--name", "AWS"]) == 0
+    assert capsys.readouterr().out == f"{Saved.url}\n"
+
+
+def test_workspace_that_cannot_be_sent_says_what_to_do(capsys, monkeypatch):
+    class Refused(Saved):
+        def save(self) -> None:
+            raise RuntimeError("api_key not configured")
+
+    monkeypatch.setattr(workspace, "wandb_workspace", Refused)
+    said = refused(capsys, "workspace", "team/project")
+    assert "RuntimeError: api_key not configured" in said
+    assert "`wandb login`" in said

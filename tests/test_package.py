@@ -255,12 +255,12 @@ def run(code: str) -> str:
 
 
 def test_import_brings_neither_wandb_nor_pyplot():
-    heavy = {"wandb", "matplotlib.pyplot", "sklearn", "deepspeed", "rich"}
+    heavy = {"wandb", "matplotlib.pyplot", "sklearn", "deepspeed", "rich", "plotly", "triton"}
     code = f"import sys, lightning_normdyn; print(sorted({heavy} & set(sys.modules)))"
     assert run(code) == "[]"
 
 
-BRINGS_NOTHING_OF = {"wandb", "matplotlib", "sklearn", "deepspeed"}
+BRINGS_NOTHING_OF = {"wandb", "matplotlib", "sklearn", "deepspeed", "plotly"}
 
 
 def test_the_callbacks_bring_nothing_heavy():
@@ -285,7 +285,7 @@ def test_the_callbacks_bring_nothing_heavy():
 def test_the_callbacks_bring_no_more_than_lightning_does():
     code = (
         "import sys, lightning.pytorch; before = set(sys.modules); {}; "
-        "print(sorted({{'wandb', 'matplotlib.pyplot', 'sklearn', 'deepspeed'}} & (set(sys.modules) "
+        "print(sorted({{'wandb', 'matplotlib.pyplot', 'sklearn', 'plotly', 'triton'}} & (set(sys.modules) "
         "- before)))"
     )
     names = ", ".join(lightning_normdyn.__all__)

@@ -21,11 +21,18 @@ from lightning_normdyn.monitor.quantities import markdown_table
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Pages with snippets that are files beside README's.
+PAGES = [
+    ROOT / "docs" / "without_lightning.md",
+    ROOT / "docs" / "callbacks" / "adaptive_weight_shrink.md",
+]
+CURVES = ROOT / "docs" / "reading_the_curves.md"
 SNIPPETS = sorted((ROOT / "examples" / "readme").glob("*.py"))
 
 
 def test_every_python_block_is_a_snippet_file():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    text = "".join([README, *(page.read_text(encoding="utf-8") for page in PAGES)])
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert sorted(blocks) == sorted(s.read_text(encoding="utf-8") for s in SNIPPETS)
 
 
@@ -78,12 +85,28 @@ def run_in_this_process(name: str, folder: Path) -> str:
     return run_here((ROOT / "examples" / "readme" / name).read_text(encoding="utf-8"))[0]
 
 
+def masked(text: str) -> list[str]:
+    """The words of a table in order, numbers masked: how wide columns are depends on them."""
+    text = re.sub(r"[-+]?\d[\d,.]*(?:e[-+]?\d+)?", "#", text)
+    return re.sub("─+", "─", text).split()
+
+
+def test_the_quickstart_is_short_and_prints_what_is_shown(tmp_path, monkeypatch):
+    code = (ROOT / "examples" / "readme" / "quickstart.py").read_text(encoding="utf-8")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    monkeypatch.setenv("COLUMNS", "110")
+    printed = run_in_this_process("quickstart.py", tmp_path)
+    shown = re.search(r"the worst weight first:\n\n```\n(.*?)```", README, re.DOTALL)[1]
+    end = printed[printed.index("lightning-normdyn: after ") :]
+    assert masked(end)[: len(masked(shown))] == masked(shown)
+
+
 # Starting a process that imports Lightning takes seconds.
 @pytest.mark.parametrize(
     "run", [run_in_this_process, pytest.param(run_as_process, marks=pytest.mark.slow)]
 )
-def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(run, tmp_path):
-    printed = run("quickstart.py", tmp_path)
+def test_the_run_with_a_rule_trains_logs_and_begins_with_the_alpha_of_its_own_rule(run, tmp_path):
+    printed = run("with_a_rule.py", tmp_path)
     angle = float(re.search(r"angular update: ([\d.]+) rad per step", printed)[1])
     assert 1e-4 < angle < 0.1
     (metrics,) = tmp_path.glob("logs/lightning_logs/*/metrics.csv")
@@ -92,7 +115,7 @@ def test_the_quickstart_trains_logs_and_begins_with_the_alpha_of_its_own_rule(ru
     assert float(rows[-1]["effective_lr/net.0.weight"]) > 0
     assert float(rows[-1]["normdyn/angular_update"]) == pytest.approx(angle, abs=1e-4)
     # "alpha = decay / (1 - momentum) / norm": to begin where the decay is that it replaces.
-    code = (ROOT / "examples" / "readme" / "quickstart.py").read_text(encoding="utf-8")
+    code = (ROOT / "examples" / "readme" / "with_a_rule.py").read_text(encoding="utf-8")
     decay, momentum = (
         float(re.search(rf"{key}=([\d.e-]+)", code)[1]) for key in ("weight_decay", "momentum")
     )
@@ -127,13 +150,15 @@ def test_the_fabric_loop_tells_how_far_each_step_turned():
 
 def test_tables_name_every_callback():
     for name in lightning_normdyn.__all__:
-        if name.endswith(("Shrink", "Rescaling", "Projection", "Monitor", "Replay")):
+        if name.endswith(("Shrink", "Rescaling", "Projection", "Monitor", "Replay", "Decay")):
             assert f"`{name}`" in README, name
 
 
 def test_the_table_of_log_keys_is_that_of_the_quantities():
     table = markdown_table()
-    assert table in README, f"README's table of what is logged must be:\n{table}"
+    assert table in CURVES.read_text(encoding="utf-8"), (
+        f"the table of what is logged in {CURVES.name} must be:\n{table}"
+    )
 
 
 def test_links_lead_somewhere():

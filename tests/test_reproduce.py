@@ -60,7 +60,7 @@ def test_committed_table_comes_from_a_full_run(script):
         assert said in table
     assert "--tiny" not in table
     assert (FOLDER / f"{script}.png").read_bytes().startswith(b"\x89PNG")
-    for text in ((FOLDER / "README.md"), FOLDER.parents[1] / "README.md"):
+    for text in ((FOLDER / "README.md"), FOLDER.parent / "README.md"):
         assert f"{script}.md)" in text.read_text(encoding="utf-8"), (
             f"{text} does not link the table"
         )

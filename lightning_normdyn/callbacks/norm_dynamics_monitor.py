@@ -9,6 +9,7 @@ from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.flavours import LightningModule, Trainer
 from lightning_normdyn.engine.value_checks import Check, record
 from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.errors import did_you_mean
 from lightning_normdyn.monitor.history_files import KeepsHistory
 from lightning_normdyn.monitor.measure import Look, StepGauge
 from lightning_normdyn.monitor.passed_steps import STATE as PASSED_STEPS
@@ -42,9 +43,7 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
         self._passed.note(number, self.plan.optimizer.param_groups)
         self._look = self.part.look_at(self.plan.index, number)
         if self._look is not None:
-            # Before anything is multiplied in this step, like the norms.
-            log_scale = self.session.combined.published(self.plan, "log_scale")
-            self._ready_gauge().before(step, log_scale)
+            self._ready_gauge().before(step)
 
     @during(Phase.MEASURE_STEP)
     def after(self, step: Step) -> None:
@@ -54,12 +53,11 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
         self._look = None
         if look is None or self._gauge is None:
             return
-        combined = self.session.combined
-        sums = self._gauge.after(step, combined.published(self.plan, "target_angle"))
+        sums = self._gauge.after(step)
         # Only a history of single vectors holds the decay, and it costs a pass over the weights.
         decay = None
         if self.rule.per_vector_history:
-            decay = combined.applied_decay(self.plan, step, sums.norm, sums.std)
+            decay = self.session.combined.applied_decay(self.plan, step, sums.norm, sums.std)
         measured = self._gauge.measure(
             step,
             sums,
@@ -136,7 +134,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures
     (``normdyn_tables``, ``normdyn_charts``, ``normdyn_pictures``), TensorBoard and MLflow get the
     table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The history lies
-    beside each of them as ``history.npz``, which ``python -m lightning_normdyn report`` reads; on a
+    beside each of them as ``history.npz``, which ``lightning-normdyn report`` reads; on a
     disk or at a URL (``s3://``). It is written at every checkpoint and when a fit is interrupted,
     too; a second fit of the same run writes ``history.fit2.npz``. Pictures need matplotlib.
 
@@ -197,8 +195,10 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         known = [quantity.name for quantity in monitored()]
         # An empty list would leave nothing to log; None is how one asks for everything.
         if quantities is not None and not (quantities and set(quantities) <= set(known)):
+            unknown = [name for name in quantities if name not in known]
+            hint = did_you_mean(unknown[0], known) if unknown else ""
             raise ValueError(
-                f"`quantities` must be None or names out of {known}, got {quantities!r}."
+                f"`quantities` must be None or names out of {known}, got {quantities!r}.{hint}"
             )
         if every_n_steps is not None:
             every_n_steps = check_count("every_n_steps", every_n_steps, 1, "None or ")

@@ -19,12 +19,9 @@ class BrakeWorker(Worker["RadialBrake"]):
     """Brakes the norms of the targets of one optimizer."""
 
     def prepare(self) -> None:
-        """Take the state of each vector: what had to be left alone, and how far norms were
-        braked."""
-        plan = self.plan
-        refuse_16_bits(type(self.rule).__name__, plan)
-        plan.counter("clamped")
-        plan.published["log_scale"] = plan.state("log_scale", 0.0)
+        """Nothing is remembered but what had to be left alone."""
+        refuse_16_bits(type(self.rule).__name__, self.plan)
+        self.plan.counter("clamped")
 
     @during(Phase.MEASURE)
     def look(self, step: Step) -> None:
@@ -43,9 +40,7 @@ class BrakeWorker(Worker["RadialBrake"]):
         # A vector that had no length grows as it likes, until it has one.
         is_clamped = factor.isnan() & is_finite
         plan.count("clamped", plan.guard(is_clamped.to(factor.dtype), 0.0, step), step)
-        factor = plan.guard(factor.where(~is_clamped, 1.0), 1.0, step)
-        plan.published["log_scale"] += factor.log()
-        vectors.scale_(factor)
+        vectors.scale_(plan.guard(factor.where(~is_clamped, 1.0), 1.0, step))
 
     def effect(self, target: Target) -> Effect:
         """It takes away a share of each change of the norm."""

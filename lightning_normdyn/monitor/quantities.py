@@ -1,8 +1,8 @@
 """THE table of what is logged: each quantity's formula, average, unit, title and axis, and where it
 is shown.
 
-Monitor, loggers, plots, report, workspace and README's table are made from `QUANTITIES`, and ask it
-at every use. A new quantity is one entry here, with its formula over `StepSums`.
+Monitor, loggers, plots, report, workspace and the docs' table are made from `QUANTITIES`, and ask
+it at every use. A new quantity is one entry here, with its formula over `StepSums`.
 """
 
 from collections.abc import Callable, Sequence
@@ -397,22 +397,19 @@ def monitored() -> list[Quantity]:
     return chosen
 
 
-def of_matrices(
-    names: Sequence[str] | None, scale_invariant: bool, *, steered: bool = False
-) -> list[str]:
+def of_matrices(names: Sequence[str] | None, scale_invariant: bool) -> list[str]:
     """The quantities of whole matrices that are shown of a weight.
 
     Args:
         names: what the user named; None: what applies.
         scale_invariant: whether the weight is: then its vectors tell more.
-        steered: whether RotationControl sets by how much it turns, which it may do for the whole.
 
     Example:
         >>> of_matrices(["balance_ratio", "weight_norm"], scale_invariant=True)
         ['balance_ratio']
     """
     if names is None and scale_invariant:
-        return ["matrix_angle"] if steered else []
+        return []
     known = [quantity.name for quantity in monitored() if quantity.of_matrix]
     if names is None:
         return known
@@ -459,7 +456,7 @@ def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool)
 
 
 def markdown_table() -> str:
-    """Key, meaning and unit of all that NormDynamicsMonitor logs, as README's Markdown table."""
+    """Key, meaning and unit of all that NormDynamicsMonitor logs, as the docs' Markdown table."""
     counts = [quantity for quantity in QUANTITIES.values() if quantity.scope == "overview"]
     lines = ["| key | meaning | unit |", "|---|---|---|"]
     # The rest is measured by InputSpanMonitor, whose documentation has them.

@@ -342,8 +342,8 @@ def never_settles(optimizer_class: type, group: Group) -> str | None:
 def norm_transient(
     steps: Number, norm: Number, equilibrium: Number, relaxation: Number, power: float = 4
 ) -> Number:
-    """Norm after ``steps`` at a constant learning rate and decay: ‖w‖^P goes from ``norm``^P to
-    ``equilibrium``^P exponentially.
+    """Norm after ``steps`` at a constant learning rate and decay: ‖w‖^P goes from its value at
+    ``norm`` to its value at ``equilibrium`` exponentially.
 
     NRQ paper, eq. 17, for P = 4 (with M = ‖X‖²). Exact in the mean for a constant weight decay;
     under AWS only near equilibrium; in the Adam family only if the second moment forgets faster
@@ -382,8 +382,8 @@ def wrs_angular_update(
     r"""RMS angular update under WRS (rescaling to a fixed norm every :math:`\tau` steps, no decay),
     radians per step.
 
-    Between two rescales the squared norm grows freely from :math:`N_0` = ``target_norm``²; the mean
-    of AU² is then
+    Between two rescales the squared norm grows freely from :math:`N_0`, the square of
+    ``target_norm``; the mean of AU² is then
     :math:`S_2 \ln(1 + q\eta^2 G E\tau/N_0^q)/(G q\tau)`, with q = 2, or 1 for a normalized
     gradient. With momentum, for
     :math:`\tau` well above its memory, and with the buffer rescaled together with the weight. In

@@ -346,7 +346,7 @@ def test_numbers_that_are_not_finite_are_left_out():
         ({"every_n_steps": 1.5}, r"`every_n_steps` must be None or an integer >= 1, got 1\.5"),
         (
             {"quantities": ["weight_nrom"]},
-            r"`quantities` must be None or names out of .*'weight_norm'.*got \['weight_nrom'\]",
+            r"`quantities` must be None or names out of .*'weight_norm'.*got \['weight_nrom'\]\. Did you mean `weight_norm`\?",
         ),
         ({"quantities": []}, r"`quantities` must be None or names out of .*got \[\]"),
     ],

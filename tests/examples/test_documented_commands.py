@@ -29,7 +29,7 @@ from lightning_normdyn.__main__ import main
 ROOT = Path(__file__).resolve().parents[2]
 TINY = "--preset tiny --accelerator cpu --logger none"
 FEW = "--trainer.max_steps=3 --trainer.accelerator=cpu --model.width=4"
-IS_A_COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|pip|make)\b")
+IS_A_COMMAND = re.compile(r"^(?:[A-Z_]+=\S+ )*(?:python|pip|make|lightning-normdyn)(?= )")
 
 
 def documented() -> set[str]:
@@ -38,7 +38,8 @@ def documented() -> set[str]:
     for page in [
         ROOT / "README.md",
         ROOT / "examples" / "README.md",
-        *sorted((ROOT / "docs").glob("*.md")),
+        ROOT / "benchmarks" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
     ]:
         text = page.read_text(encoding="utf-8")
         blocks = re.findall(r"```(\w*)\n(.*?)```", text, re.DOTALL)
@@ -133,21 +134,30 @@ CASES = {
     'pip install "lightning-normdyn[wandb,plot]"': Case(shows("wandb", "plot"), slow=False),
     "make demo": Case(shows("examples/digits_resnet.py --demo"), slow=False),
     "make test": Case(shows("-m pytest", "not slow and not deepspeed"), slow=False),
+    "make docs": Case(shows("-m sphinx", "-W", "check_links.py"), slow=False),
     "make bench": Case(shows("benchmarks/cost.py"), slow=False),
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test": Case(
         shows("pip install", "-m pytest"), slow=False
     ),
-    "python -m lightning_normdyn inspect MODULE:CLASS": Case(
+    "lightning-normdyn inspect MODULE:CLASS": Case(
         shows("network.0.weight", "filter"),
         "--input-shape 1,8,8",
         (("MODULE:CLASS", "examples/digits_resnet.py:ResidualDigits"),),
     ),
-    "python -m lightning_normdyn report RUN... -o report.html": Case(
+    "lightning-normdyn report RUN... -o report.html": Case(
         leaves("report.html", says="report.html\n"), instead=(("RUN...", "recorded"),), slow=False
     ),
+    "lightning-normdyn report FOLDER": Case(
+        leaves("report.html"), instead=(("FOLDER", "recorded"),), slow=False, here=True
+    ),
+    # Sending it needs an account; tests/test_main.py and tests/monitor/test_workspace.py do the rest.
+    "lightning-normdyn workspace ENTITY/PROJECT": Case(
+        shows("ENTITY/PROJECT"), "--help", slow=False
+    ),
+    "pip install lightning-normdyn": Case(shows(), slow=False),
     # examples/README.md and the scripts
     'pip install "lightning-normdyn[examples]"': Case(shows("examples"), slow=False),
-    "python -m lightning_normdyn report history.npz": Case(
+    "lightning-normdyn report history.npz": Case(
         leaves("history.html"),
         instead=(("history.npz", "recorded/history.npz -o history.html"),),
         slow=False,
@@ -210,6 +220,30 @@ CASES = {
         shows("alpha", "statistic")
     ),
     # docs
+    # Its table is read in tests/test_main.py.
+    "lightning-normdyn forecast examples/digits_resnet.py:ResidualDigits --steps 2000 --input-shape 1,8,8": Case(
+        shows("forecast for 2,000 optimizer steps"), slow=True
+    ),
+    'pip install "lightning-normdyn[workspace]"': Case(shows("workspace"), slow=False),
+    "lightning-normdyn demo": Case(
+        leaves("runs/demo/report.html", "runs/demo/overview.png"), "--preset tiny"
+    ),
+    "lightning-normdyn inspect my_project.nets:LitResNet --input-shape 3,32,32": Case(
+        shows("network.0.weight", "filter"),
+        instead=(
+            ("my_project.nets:LitResNet", "examples/digits_resnet.py:ResidualDigits"),
+            ("3,32,32", "1,8,8"),
+        ),
+    ),
+    "lightning-normdyn report runs/decay runs/aws -o report.html": Case(
+        leaves("report.html", says="report.html\n"),
+        instead=(("runs/decay runs/aws", "decay=recorded aws=recorded"),),
+        slow=False,
+        here=True,
+    ),
+    "lightning-normdyn workspace my-team/my-project": Case(
+        shows("ENTITY/PROJECT"), "--help", slow=False
+    ),
     "make test-deepspeed": Case(shows("-m pytest -m deepspeed"), slow=False),
 }
 # Minutes even with the preset for tests; its module is trained in test_nrq_toy.py.
@@ -270,6 +304,9 @@ def ran(command: str, case: Case, folder: Path) -> str:
         assert placeholder in command
         command = command.replace(placeholder, value)
     words = shlex.split(f"{command} {case.more}")
+    # The script is this module, and may not be installed where tests run from a source tree.
+    if words[0] == "lightning-normdyn":
+        words[:1] = ["python", "-m", "lightning_normdyn"]
     if case.here:
         assert words[:3] == ["python", "-m", "lightning_normdyn"]
         printed = io.StringIO()
@@ -298,7 +335,7 @@ def ran(command: str, case: Case, folder: Path) -> str:
 
 def named_extras(command: str) -> str:
     """What a ``pip install`` asks for, if the package has it."""
-    name, extras = re.fullmatch(r'pip install "([\w-]+)\[([\w,]+)\]"', command).groups()  # type: ignore[union-attr]
+    name, extras = re.fullmatch(r'pip install "?([\w-]+?)(?:\[([\w,]+)\]")?', command).groups("")  # type: ignore[union-attr]
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     assert f'\nname = "{name}"\n' in project
     optional = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]

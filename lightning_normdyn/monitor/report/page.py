@@ -383,34 +383,41 @@ def _policy_hash(script: str) -> str:
     return f"sha256-{base64.b64encode(digest).decode()}"
 
 
+def runs_in(path: str | os.PathLike[str]) -> list[str | Path]:
+    """The runs that a path names: itself, or all histories in a folder, any number of levels down.
+
+    Raises:
+        NormDynError: for a folder without one.
+    """
+    if is_remote(path) or not Path(path).is_dir():
+        return [os.fspath(path)]
+    folder = Path(path)
+    # By their names: further down, other .npz files may be data sets.
+    runs = sorted(folder.rglob("history*.npz")) or sorted(folder.glob("*.npz"))
+    if not runs:
+        raise NormDynError(
+            f"`{folder}` holds no run, nor does any folder below it; name a history file (.npz)."
+        )
+    return list(runs)
+
+
 def load_run(path: str | os.PathLike[str]) -> History:
     """Read a run.
 
     Args:
-        path: a history file (``.npz``), also at a URL (``s3://``), or the folder that holds one, as
-            every logger's folder does.
+        path: a history file (``.npz``), also at a URL (``s3://``), or a folder that holds one, at
+            any level below it, as every logger's folder does.
 
     Raises:
-        NormDynError: where there is no such run, or it is damaged; nothing in it is executed.
+        NormDynError: where there is no such run, several, or a damaged one; nothing in it is
+            executed.
     """
-    if is_remote(path):
-        return load_history(path)
-    path = Path(path)
-    if path.is_dir():
-        path = _history_in(path)
-    if not path.is_file():
-        raise NormDynError(f"there is no run `{path}`; name a history file (.npz) or its folder.")
-    return load_history(path)
-
-
-def _history_in(folder: Path) -> Path:
-    matches = sorted(folder.glob("*.npz"))
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
+    runs = runs_in(path)
+    if len(runs) > 1:
         raise NormDynError(
-            f"`{folder}` holds {len(matches)} runs; name one of {', '.join(map(str, matches[:3]))}."
+            f"`{path}` holds {len(runs)} runs; name one of {', '.join(map(str, runs[:3]))}."
         )
-    below = sorted({str(match.parent) for match in folder.glob("*/*.npz")})[:3]
-    hint = f"below it there is {', '.join(below)}" if below else "name a history file (.npz)"
-    raise NormDynError(f"`{folder}` holds no run; {hint}.")
+    (run,) = runs
+    if not is_remote(run) and not Path(run).is_file():
+        raise NormDynError(f"there is no run `{path}`; name a history file (.npz) or its folder.")
+    return load_history(run)

@@ -26,6 +26,7 @@ from lightning_normdyn.monitor.report.page import (
     load_run,
     pictures_of,
     pictures_of_all,
+    runs_in,
     summaries,
     write_report,
 )
@@ -443,14 +444,25 @@ def test_a_run_is_its_history_file_or_the_folder_with_it(tmp_path):
     assert list(load_run(path)) == list(load_run(path.parent)) == list(reported_run())
 
 
-def test_a_folder_without_a_run_says_what_is_below_it(tmp_path):
-    with pytest.raises(NormDynError, match="holds no run; name a history file"):
-        load_run(tmp_path)
-    reported_run().save(tmp_path / "version_0" / "history.npz")
-    with pytest.raises(NormDynError, match=r"below it there is .*version_0"):
+def test_a_folder_without_a_run_says_so(tmp_path):
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / "images.npz", images=np.zeros(3))
+    with pytest.raises(NormDynError, match="holds no run, nor does any folder below it"):
         load_run(tmp_path)
     with pytest.raises(NormDynError, match="there is no run"):
         load_run(tmp_path / "nowhere")
+
+
+def test_runs_are_found_any_number_of_levels_down(tmp_path):
+    np.savez(tmp_path / "images.npz", images=np.zeros(3))
+    deep = reported_run().save(tmp_path / "a" / "b" / "version_0" / "history.npz")
+    assert runs_in(tmp_path) == [deep]
+    assert list(load_run(tmp_path)) == list(reported_run())
+    again = reported_run().save(deep.with_name("history.fit2.npz"))
+    near = reported_run().save(tmp_path / "c" / "history.npz")
+    assert runs_in(tmp_path) == sorted([deep, again, near])
+    assert runs_in(deep) == [str(deep)]
+    assert runs_in("s3://bucket/run") == ["s3://bucket/run"]
 
 
 def test_a_folder_with_two_runs_asks_which(tmp_path):
