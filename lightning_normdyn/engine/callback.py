@@ -48,7 +48,11 @@ class NormDynCallback(Rule):
     def __getstate__(self) -> dict[str, Any]:
         """A copy, or what a spawned process gets, is ready for a fit of its own: the Trainer, the
         weights and their hooks stay behind."""
-        return {**vars(self), "_member": None, "_restored": None}
+        state = {**vars(self), "_member": None, "_restored": None}
+        # Lightning puts methods of the LightningModule on every callback, and with them the module.
+        for borrowed in ("log", "log_dict"):
+            state.pop(borrowed, None)
+        return state
 
     # -- what a person may ask
 

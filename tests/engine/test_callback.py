@@ -199,6 +199,8 @@ def test_a_callback_can_be_copied_and_pickled(name, used):
         assert TARGETS[0] in targets_of(original)
         assert all(not c.plans and c._member is None for c in copies)
         assert len(pickle.dumps(original)) < 20_000
+        assert "log" in vars(original)
+        assert all("log" not in vars(c) and "log_dict" not in vars(c) for c in copies)
     weights = []
     for callback in (EVERYBODY[name](), *copies):
         module = make()
