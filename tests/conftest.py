@@ -40,7 +40,9 @@ def pytest_collection_modifyitems(items):
     families = {}
     for item in items:
         mark = item.get_closest_marker("sampled")
-        if mark is not None and item.get_closest_marker("slow") is None:
+        # What `make test` leaves out anyway would be no sample of it.
+        left_out = item.get_closest_marker("slow") or item.get_closest_marker("deepspeed")
+        if mark is not None and left_out is None:
             family, _, _ = item.nodeid.partition("[")
             families.setdefault((family, *mark.args), []).append(item)
     for (_, *numbers), family in families.items():

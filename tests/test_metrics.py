@@ -166,6 +166,7 @@ def test_two_ranks_average_over_both(make, names, reference, function):
         np.testing.assert_allclose(alone, reference(stream(seed)), rtol=1e-12)
 
 
+@pytest.mark.sampled(4)
 @cases
 @pytest.mark.parametrize("idle", [0, 1])
 @pytest.mark.parametrize("reduction", ["none", "mean"])

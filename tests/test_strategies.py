@@ -121,7 +121,7 @@ def assert_same_rows(
 
 # Angles are small differences of large sums: each strategy adds these up in another order.
 ANGLES = {"angular_update", "effective_step_size", "matrix_angle", "expected_ratio"}
-QUICK = ["ddp", "ddp, ZeroRedundancyOptimizer", "FSDP2", "TP", "FSDP1 FULL_SHARD"]
+QUICK = ["ddp, ZeroRedundancyOptimizer", "FSDP2", "TP", "FSDP1 FULL_SHARD"]
 MATRIX = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES
 ]
@@ -613,6 +613,7 @@ def test_steps_without_some_gradients(strategy: str, alone: str):
         assert_same_rows(answers[0][i][1], rows, 1e-5, 1e-3)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "strategy",
     [
@@ -739,7 +740,8 @@ RESUMES: dict[str, Callable[[], strategies.Strategy]] = {
     "FSDP1, sharded": sharded_checkpoints,
     **{name: functools.partial(DEEPSPEED.__getitem__, name) for name in DEEPSPEED},
 }
-QUICK_RESUMES = ["FSDP2, full", "FSDP1, full"]
+# FSDP2 resumes quickly on another number of ranks.
+QUICK_RESUMES = ["FSDP1, full"]
 
 
 def _resume_marks(name: str) -> Any:
@@ -835,6 +837,7 @@ class BatchNormModule(strategies.Module):
         self.net.conv_norm = torch.nn.BatchNorm1d(5).to(self.dtype_)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "strategy", ["FSDP2", "TP", pytest.param("FSDP1 FULL_SHARD, one unit", marks=pytest.mark.slow)]
 )
@@ -861,6 +864,7 @@ def test_batch_norm_follows_a_rescale(strategy: str):
 # ---------------------------------------------------------------------------------------- precision
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("strategy", ["FSDP2", "FSDP1 FULL_SHARD"])
 def test_what_bfloat16_swallows_is_kept_per_vector(strategy: str):
     """Shrinks below the rounding of bfloat16 add up, wherever the vectors lie, and go into
@@ -1089,6 +1093,7 @@ def joining(name: str, model: Any) -> Any:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "model"),
     [
@@ -1168,6 +1173,7 @@ def reading(name: str) -> Any:
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["ddp", "FSDP2", "FSDP1 FULL_SHARD, one unit"])
 def test_rows_that_one_rank_reads_later_are_treated_by_all(name: str):
     expected, known, lengths, clamped = run_ranks(reading, 1, ("ddp",))[0]

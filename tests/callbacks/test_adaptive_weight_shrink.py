@@ -54,6 +54,7 @@ def test_equals_the_paper_in_float64(name, statistic, weight_decay):
     )
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("statistic", ["norm", "std"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_the_paper_in_float32(name, statistic):
@@ -91,6 +92,7 @@ MODES = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ["momentum", "adamw"])
 def test_equals_the_paper_with_accumulation_clipping_and_schedules(name, mode):
@@ -227,6 +229,7 @@ TORCH_OPTIMIZERS = [
 ]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("kind", TORCH_OPTIMIZERS, ids=lambda kind: kind.__name__)
 def test_takes_the_decay_over_from_every_optimizer_of_torch(kind):
     def one_group(parameters):

@@ -203,6 +203,7 @@ def test_inputs_that_are_not_finite_are_told_and_shown():
 # ---- Shapes ----
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", ["moments", "mle"])
 @pytest.mark.parametrize("shape", [0.5, 1.0, 2.0, 4.0])
 def test_the_shape_in_input_space_is_found(shape, method):

@@ -129,6 +129,7 @@ WRITERS = {
 SETS_BACK = {"slow copy": doubles.SlowCopy, "dual averaging": doubles.DualAveraging}
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("writer", WRITERS)
 @pytest.mark.parametrize("name", SETS_BACK)
 def test_writers_are_refused_where_the_optimizer_sets_weights_back(name, writer):
@@ -210,6 +211,7 @@ def test_a_buffer_that_appears_in_the_first_step_is_refused_by_the_end_of_it():
         )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("writer", ["aws", "projection", "wrs", "lr drop"])
 def test_a_schedule_over_numpy_numbers(writer):
     factors = np.linspace(1.0, 0.1, 20, dtype=np.float32)

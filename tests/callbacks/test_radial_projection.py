@@ -236,6 +236,7 @@ def test_a_buffer_that_a_skipped_update_never_filled_is_not_looked_at(monkeypatc
     assert all(w.isfinite().all() for w in got.values())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [

@@ -50,6 +50,7 @@ def test_equals_the_paper_in_float64(name, state, target, weight_decay):
     )
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("state", ["keep", "rescale"])
 @pytest.mark.parametrize("name", DECAYING_OPTIMIZERS)
 def test_equals_the_paper_in_float32(name, state):

@@ -323,6 +323,7 @@ class Fails(L.Callback):
             raise RuntimeError("something else went wrong")
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_fit_that_is_over_keeps_nothing_alive(fails):
     def run():

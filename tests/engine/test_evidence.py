@@ -355,6 +355,7 @@ def test_hooks_that_only_look_disturb_nothing(register):
     assert len(seen) == 8 * len(list(module.parameters()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("moment", ["none", "after backward", "callback after backward"])
 def test_gradients_that_are_changed_between_accumulated_batches(moment):
     callback = AdaptiveWeightShrink(0.01)
@@ -607,6 +608,7 @@ def grouped(groups):
     return lambda n: nn.GroupNorm(groups, n)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("before", "after"),
     [(grouped(1), grouped(2)), (grouped(2), grouped(1)), (nn.BatchNorm2d, grouped(2))],

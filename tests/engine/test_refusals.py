@@ -210,6 +210,7 @@ def test_two_rules_in_one_phase_are_refused_by_name_where_nobody_ranks_them(
     assert type(known()).__name__ in str(refusal.value)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(("phase", "known"), PAIRS[:2])
 def test_ranked_rules_end_at_the_same_bits_whatever_their_names_and_order(
     phase: Phase, known: Any

@@ -23,7 +23,7 @@ def load_main():
     return main.main
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_configuration_trains(config: Path) -> None:
     if config.stem == "replay":

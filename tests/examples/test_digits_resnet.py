@@ -21,7 +21,7 @@ from lightning_normdyn.errors import NormDynWarning
 TINY = ("--preset", "tiny", "--accelerator", "cpu")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("method", running.METHODS)
 def test_each_method_trains_and_leaves_history_and_pictures(method: str) -> None:
     run = digits_resnet.main([*TINY, "--method", method, "--logger", "none"])

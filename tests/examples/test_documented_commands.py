@@ -342,7 +342,7 @@ def named_extras(command: str) -> str:
     return " ".join(extra for extra in extras.split(",") if f"\n{extra} = [" in optional)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "command",
     [

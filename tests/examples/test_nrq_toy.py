@@ -118,18 +118,14 @@ def test_the_lightning_module_is_the_simulation(tmp_path: Path) -> None:
     assert trainer.callback_metrics["risk"].item() == pytest.approx(module.risks[-1].item())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning:lightning")
 @pytest.mark.parametrize(
     ("problem", "plain"),
     [
         (Problem(dim=10, sigma=0.5, gap=3.0), Schedule(0.3, 0.1, steps=600, drop_at=100)),
-        pytest.param(
-            Problem(dim=20, sigma=0.5, gap=2.0),
-            Schedule(0.1, 0.1, steps=3000, drop_at=300),
-            marks=pytest.mark.slow,
-        ),
+        (Problem(dim=20, sigma=0.5, gap=2.0), Schedule(0.1, 0.1, steps=3000, drop_at=300)),
     ],
-    ids=["quick", "slower"],
 )
 def test_lr_drop_rescaling_prevents_the_escape(problem: Problem, plain: Schedule) -> None:
     start = problem.start(

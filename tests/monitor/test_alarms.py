@@ -116,6 +116,7 @@ def train_until_nan(
     return module
 
 
+@pytest.mark.slow
 def test_a_dead_filter_is_reported_before_the_loss_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     module = train_until_nan(
         in_groups(lambda p: SGD(p, lr=0.5, momentum=0.9, weight_decay=1e-2)), monkeypatch, 1500, 20
@@ -190,6 +191,7 @@ def test_a_norm_on_its_way_to_overflow_is_reported_once(monkeypatch: pytest.Monk
     assert foretold(text) == pytest.approx(norms.overflown - said_at, rel=0.1)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("norm", [1e-3, 1.0, 1e6])
 def test_a_walk_without_decay_does_not_run_away(norm: float, said: list[str]) -> None:
     module = Walk(start(norm=norm), lambda p: SGD(p, lr=0.5, momentum=0.9))
@@ -197,6 +199,7 @@ def test_a_walk_without_decay_does_not_run_away(norm: float, said: list[str]) ->
     assert said == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "make_optimizer",
     [
@@ -253,6 +256,7 @@ def test_an_idle_decay_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("make_optimizer", "make_scheduler", "others"),
     [

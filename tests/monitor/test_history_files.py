@@ -36,6 +36,7 @@ def bucket():
     fsspec.filesystem("memory").store.clear()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 def test_a_remote_log_has_its_history_and_pictures_beside_it(kind, bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -150,6 +151,7 @@ def histories_in(folder: Any) -> dict[str, list[dict[str, float]]]:
     }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.usefixtures("without_pictures")
 @pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
 @pytest.mark.parametrize("same_start", [True, False])

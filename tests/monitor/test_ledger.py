@@ -154,6 +154,7 @@ def test_a_damaged_state_is_refused(damage):
         read_back({**filled().state(), **damage})
 
 
+@pytest.mark.sampled(15)
 @pytest.mark.parametrize("of_the_end", [False, True], ids=["row", "row of the end"])
 @pytest.mark.parametrize(
     ("part", "damage"),

@@ -262,6 +262,7 @@ def test_wandb_chart_has_a_line_per_layer(full, quantity):
         assert [y for _, y in line] == pytest.approx(values.tolist())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("picture", [*PICTURES, "norm_ridge"])
 def test_wandb_has_the_pictures(full, picture):
     from PIL import Image
@@ -435,6 +436,7 @@ class Dying(Net):
         return torch.optim.SGD(groups, lr=0.1)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("wanted", [True, False])
 def test_a_collapse_is_alerted_if_asked_for(wanted, monkeypatch):
     sent = []

@@ -47,6 +47,7 @@ def keys(monitor: NormDynamicsMonitor) -> set[str]:
     return set(monitor.history.keys())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("order", [1, -1])
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_a_settled_walk_turns_as_predicted(setting: Setting, order: int) -> None:
@@ -172,6 +173,7 @@ def test_no_prediction_for_weights_whose_length_the_loss_sees() -> None:
     assert "angular_update/net.8.weight" in keys(monitor)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("make_optimizer", "every", "others"),
     [

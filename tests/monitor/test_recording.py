@@ -37,6 +37,7 @@ def steps_of(watch):
     return [int(row["step"]) for row in watch.history]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize(
     ("every", "arguments", "in_history", "logged"),
     [
@@ -219,6 +220,7 @@ def steps_with(watch, name):
     return watch.history.column(f"angular_update/{name}")[0].tolist()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("arrival")
 @pytest.mark.parametrize(
     ("offset", "expected"),
@@ -424,6 +426,7 @@ class Interrupts:
         return self
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.usefixtures("arrival")
 def test_a_checkpoint_may_be_asked_for_between_any_two_lines_of_the_monitor():
     recording = Recording

@@ -163,6 +163,7 @@ def recorded(
 FAR = 1000
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("make_optimizer", [plain, decoupled], ids=["sgd", "adamw"])
 @pytest.mark.parametrize(
     "callbacks",

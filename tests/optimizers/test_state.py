@@ -124,6 +124,7 @@ def rescale(optimizer, weight, factor):
                 buffer.mul_(factor ** exponents[key])
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_next_50_directions_are_those_of_the_undisturbed_run(name):
     # A power of two for Muon, whose orthogonalisation rounds to bfloat16; 3 shows that the others
@@ -152,6 +153,7 @@ def test_the_next_50_directions_are_those_of_the_undisturbed_run(name):
     assert (expected[-1] - expected[0]).norm() > 1e-3  # the run goes somewhere
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "SGD"])
 def test_state_left_alone_disturbs_the_run(name):
     lr_exponent, start = (
@@ -169,6 +171,7 @@ def test_state_left_alone_disturbs_the_run(name):
     assert (run(optimizer, weight, range(20, 30)) - expected).abs().max() > 1e-4
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if not name.startswith("Muon")])
 def test_random_factors_give_the_state_of_a_run_at_the_scaled_weights(name):
     rng = torch.Generator().manual_seed(3)
@@ -263,6 +266,7 @@ def test_buffers_in_containers_are_seen(held):
 # ---- The statistics behind a rescaled filter ----
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"eps": 0.1}])

@@ -47,6 +47,7 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sampled(27)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_decay_takeover_is_bit_exact(name, dtype):
@@ -133,6 +134,7 @@ def train_packed_and_apart(
     return max(float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
 
 
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "name", [name for name in OPTIMIZERS if name != "Adafactor"]

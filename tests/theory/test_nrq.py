@@ -8,6 +8,7 @@ from lightning_normdyn.theory import nrq
 from lightning_normdyn.theory.equilibrium import equilibrium_norm
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("dim", [2, 3, 7, 20, 501])
 @pytest.mark.parametrize("concentration", [0.0, 1e-3, 0.7, 13.0, 300.0, 650.0])
 def test_limit_risk_is_the_ratio_of_kummer_functions(dim: int, concentration: float) -> None:

@@ -97,6 +97,7 @@ def test_one_layer_far_from_160_others_is_seen():
     assert all((line.get_alpha() or 1.0) >= 0.3 for line in ax.get_lines())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "quantity", ["effective_lr", "angular_update", "equilibrium_ratio", "gradient_cosine"]
 )
