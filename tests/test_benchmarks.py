@@ -1,9 +1,10 @@
-"""The benchmarks run: each section of `cost.py --quick`, and the two smaller scripts; what they
+"""The benchmarks run: each section of `cost.py --quick`, and the smaller scripts; what they
 measure is what their tables say."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -152,3 +153,17 @@ def test_scale_invariance(tmp_path):
     assert precision == "float64"
     assert false_hits.startswith("0 of ")
     assert int(missed.split(" of ")[1]) > 0
+
+
+def test_readme_s_picture(tmp_path):
+    """What it shows: too slow after a drop by about the root of its factor, and not if rescaled."""
+    printed = output_of("lr_drop_picture.py", "--out", str(tmp_path / "drop.png"), folder=tmp_path)
+    plain, rescaled = (
+        [float(number) for number in re.search(r"turn ([\d.]+) to ([\d.]+) times", line).groups()]
+        for line in printed.splitlines()
+        if " times what is expected" in line
+    )
+    assert max(plain) < 0.4
+    assert min(rescaled) > 0.5
+    assert max(rescaled) < 1.5
+    assert (tmp_path / "drop.png").read_bytes().startswith(b"\x89PNG")
