@@ -25,7 +25,7 @@ from models import (
     same,
     weights_of,
 )
-from reference import Decay, Drop, Project, Rescale, Shrink
+from reference import Brake, Decay, Drop, Project, Rescale, Rotate, Shrink
 from replay import Recorder, replay
 from torch import nn
 
@@ -33,7 +33,9 @@ from lightning_normdyn import (
     AdaptiveWeightShrink,
     LRDropRescaling,
     NormDynamicsMonitor,
+    RadialBrake,
     RadialProjection,
+    RotationControl,
     WeightDecay,
     WeightRescaling,
 )
@@ -120,6 +122,19 @@ CASES = {
         {"decay_rule": Decay(0.8, cautious=True)},
         EVERY_MATRIX,
     ),
+    "rotation": Case(lambda: [RotationControl(0.05)], {"rotate": Rotate(0.05)}),
+    "rotation-floor": Case(
+        lambda: [
+            RotationControl(0.1, bound="at_least", norm="free", granularity="filter"),
+            RadialBrake(0.25, 0.5),
+        ],
+        {"rotate": Rotate(0.1, "at_least", hold=False, view="filter"), "brake": Brake(0.25, 0.5)},
+    ),
+    "rotation-smooth": Case(
+        lambda: [RotationControl(0.01, smoothing=0.9, norm="free", weight_decay="keep")],
+        {"rotate": Rotate(0.01, smoothing=0.9, hold=False, weight_decay="keep")},
+    ),
+    "brake": Case(lambda: [RadialBrake(0.0, 0.5)], {"brake": Brake(0.0, 0.5)}),
     "monitor": Case(lambda: [NormDynamicsMonitor(1, tables=False)]),
     "all": Case(
         lambda: [
@@ -131,6 +146,13 @@ CASES = {
         {"shrink": Shrink(0.5), "project": Project(), "rescale": Rescale(3)},
     ),
 }
+
+
+# What steers single steps is refused on weights of 16 bits, and is slow to go through all modes.
+STEERING = ("rotation", "rotation-floor", "rotation-smooth", "brake")
+ALL_CASES = [
+    pytest.param(name, marks=[pytest.mark.slow] if name in STEERING else []) for name in CASES
+]
 
 
 def sgd(parameters: Any, **options: Any) -> torch.optim.Optimizer:

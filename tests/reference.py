@@ -245,7 +245,8 @@ class Rotate:
         else:
             f = tan(theta) * float(norm(a)) / (across - tan(theta) * along)
         stays = {"exact": False, "at_least": now >= theta, "at_most": now <= theta}
-        return 1.0 if stays[self.bound] else f
+        # A step that no stretch turns so far: it goes outwards too steeply.
+        return 1.0 if stays[self.bound] or not f > 0 else f
 
 
 @dataclass

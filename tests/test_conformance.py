@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 import torch
 from cases import (
+    ALL_CASES,
     CASES,
     MODES,
+    STEERING,
     ByStep,
     Case,
     KeepsRows,
@@ -71,7 +73,9 @@ from lightning_normdyn.parametrizations import (
 # optimizers only.
 VARIANTS = ("aws-std", "aws-keep", "wrs-keep", "decay-corrected", "decay-cautious")
 # They change single entries by less than a weight of 16 bits can hold, and are refused there.
-NEEDS_32_BITS = ("decay-cautious",)
+NEEDS_32_BITS = ("decay-cautious", *STEERING)
+LEAVES_DECAY = ("aws-keep", "wrs-keep", "lr-drop", "rotation-smooth", "brake")
+QUICK_STEERING = {("rotation", "finetuning"), ("rotation-floor", "adamw"), ("brake", "sgd plain")}
 
 
 def every_case_and_mode():
@@ -83,6 +87,7 @@ def every_case_and_mode():
             # later
             continue
         slow = case in VARIANTS and mode not in ("sgd", "adamw")
+        slow = slow or (case in STEERING and (case, mode) not in QUICK_STEERING)
         yield pytest.param(case, mode, marks=[pytest.mark.slow] if slow else [])
 
 
@@ -237,7 +242,7 @@ def scaled(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
     def make_optimizer(p):
         return adamw(p, fused=fused)
@@ -257,7 +262,7 @@ def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
 
 @pytest.mark.sampled(8)
 @pytest.mark.parametrize("clip", [None, 0.05])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_follows_its_paper_under_a_gradient_scaler(case, clip):
     recorder = Recorder()
     batches = [0, 1, 2, 3, 2, 1, 0]
@@ -488,7 +493,10 @@ RESUMABLE = {
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("step", [5, 4])
-@pytest.mark.parametrize("case", RESUMABLE)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, marks=[pytest.mark.slow] if c in STEERING else []) for c in RESUMABLE],
+)
 def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
     def go(callbacks, extra=(), **arguments):
         module = make(
@@ -512,7 +520,7 @@ def test_resume_equals_the_uninterrupted_run(case, step, tmp_path):
 
 
 @pytest.mark.sampled(5)
-@pytest.mark.parametrize("case", [c for c in CASES if c not in ("monitor", "all")])
+@pytest.mark.parametrize("case", [c for c in CASES if c not in ("monitor", "all", *STEERING)])
 def test_resume_with_the_monitor_added_or_removed(case, tmp_path):
     def go(callbacks, extra=(), **arguments):
         module = make(ByStep, make_optimizer=adamw, make_scheduler=CASES[case].make_scheduler)
@@ -531,7 +539,7 @@ def test_resume_with_the_monitor_added_or_removed(case, tmp_path):
 
 
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_a_second_fit_starts_afresh(case):
     used, fresh = CASES[case].callbacks(), CASES[case].callbacks()
     run(used, MODES["sgd"], max_steps=5)
@@ -542,7 +550,7 @@ def test_a_second_fit_starts_afresh(case):
 
 
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_a_second_fit_of_one_trainer_with_evaluation_in_between(case):
     module, recorder, data = (
         make(make_optimizer=sgd, make_scheduler=CASES[case].make_scheduler),
@@ -561,7 +569,7 @@ def test_a_second_fit_of_one_trainer_with_evaluation_in_between(case):
 
 
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_validation_within_a_fit_changes_no_bit(case):
     weights = []
     for data in (None, loader()):
@@ -646,7 +654,7 @@ class FailingSGD(torch.optim.SGD):
         return super()._init_group(group, *lists)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_leaves_nothing_behind(case):
     module = make(Remembers, make_optimizer=sgd)
     fit(module, CASES[case].callbacks())
@@ -655,7 +663,7 @@ def test_leaves_nothing_behind(case):
 
 @pytest.mark.sampled
 @pytest.mark.parametrize("fails_at", [0, 5])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_an_exception_leaves_nothing_behind(case, fails_at):
     module, callbacks = make(Remembers, make_optimizer=sgd), CASES[case].callbacks()
     module.fails_at = fails_at
@@ -666,9 +674,7 @@ def test_an_exception_leaves_nothing_behind(case, fails_at):
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize(
-    "case", [c for c in CASES if CASES[c].rules and c not in ("aws-keep", "wrs-keep", "lr-drop")]
-)
+@pytest.mark.parametrize("case", [c for c in CASES if CASES[c].rules and c not in LEAVES_DECAY])
 def test_an_exception_within_the_optimizer_restores_its_param_groups(case):
     module = make(Remembers, make_optimizer=lambda p: FailingSGD(p, lr=0.1, weight_decay=0.1))
     with pytest.raises(RuntimeError, match="the optimizer fails"):
@@ -708,7 +714,7 @@ def _fit_under_ddp(case: str) -> tuple[dict[str, Any], float, int, int, str]:
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ALL_CASES)
 def test_ddp_keeps_the_ranks_equal_and_logs_from_rank_zero(case):
     first, second = run_ranks(_fit_under_ddp, args=(case,)).values()
     assert same(first[0], second[0])

@@ -24,7 +24,9 @@ from lightning_normdyn import (
     InputSpanMonitor,
     LRDropRescaling,
     NormDynamicsMonitor,
+    RadialBrake,
     RadialProjection,
+    RotationControl,
     WeightDecay,
     WeightRescaling,
 )
@@ -144,6 +146,18 @@ CASES = {
     "decay-corrected": Case(lambda: [WeightDecay(rate="lr_squared")], sgd, dropping),
     "decay-cautious": Case(lambda: [WeightDecay(cautious=True)], make_scheduler=dropping),
     "aws-match": Case(lambda: [AdaptiveWeightShrink("match")], sgd),
+    "rotation": Case(lambda: [RotationControl(0.05)], make_scheduler=dropping),
+    "rotation-smooth": Case(
+        lambda: [RotationControl(0.05, smoothing=0.9, norm="free", follows="sqrt_lr")],
+        sgd,
+        dropping,
+    ),
+    "floor and brake": Case(
+        lambda: [
+            RotationControl(0.1, bound="at_least", norm="free", granularity="filter"),
+            RadialBrake(0.25, 0.5),
+        ]
+    ),
     "monitor": Case(lambda: [], make_scheduler=dropping),
     "all": Case(
         lambda: [
@@ -310,6 +324,13 @@ def check(
 @pytest.mark.parametrize("saves", ["first", "last"])
 def test_a_fit_with_all_callbacks_and_skipped_steps_resumes_from_some_of_its_steps(saves, tmp_path):
     check(CASES["all"], 5, "scaler", saves, tmp_path, steps=[0, 7, 14, 19])
+
+
+@pytest.mark.parametrize(
+    "case", ["rotation-smooth", pytest.param("floor and brake", marks=pytest.mark.slow)]
+)
+def test_what_steers_steps_resumes_from_some_of_them(case, tmp_path):
+    check(CASES[case], 5, "scaler", "last", tmp_path, steps=[0, 14])
 
 
 @pytest.mark.parametrize("case", ["monitor", "lr-drop"])

@@ -21,7 +21,9 @@ from lightning_normdyn import (
     AdaptiveWeightShrink,
     NormDynamicsMonitor,
     NotSupportedError,
+    RadialBrake,
     RadialProjection,
+    RotationControl,
     WeightDecay,
     WeightRescaling,
 )
@@ -56,6 +58,14 @@ CALLBACKS: dict[str, tuple[Callable[[], list[Any]], Callable[[Any], Any]]] = {
             ),
         ],
         adamw,
+    ),
+    "rotation": (lambda: [RotationControl(0.05, params="*weight")], adamw),
+    "floor and brake": (
+        lambda: [
+            RotationControl(0.1, bound="at_least", norm="free", granularity="auto"),
+            RadialBrake(0.25, 0.5, granularity="auto", params="*weight"),
+        ],
+        sgd,
     ),
     "monitor": (lambda: [], adamw),
 }
@@ -400,6 +410,8 @@ WRITERS: dict[str, Callable[..., Any]] = {
     ),
     "decay": lambda **k: WeightDecay(0.1, params=k.get("params", "auto")),
     "cautious decay": lambda **k: WeightDecay(0.1, cautious=True, params=k.get("params", "auto")),
+    "rotation": lambda **k: RotationControl(0.05, smoothing=0.9, **{"granularity": "auto", **k}),
+    "brake": lambda **k: RadialBrake(**{"granularity": "auto", **k}),
 }
 
 
@@ -449,6 +461,7 @@ def every_writer_and_sharding():
         ("FSDP2", "projection always"),
         ("TP", "WRS"),
         ("FSDP2", "cautious decay"),
+        ("FSDP1 FULL_SHARD", "rotation"),
     }
     for strategy, arguments, most in shardings:
         for writer in WRITERS:
@@ -527,7 +540,7 @@ def test_what_the_monitor_sends(strategy: str, arguments: dict[str, Any]):
     """One collective in each phase of a step, as large as docs/strategies.md says."""
     for found, cut, weights, numbers in run_ranks(traffic, 2, (strategy, arguments)).values():
         assert (cut == 0) == (strategy == "ddp" or arguments == FILTERS)
-        send = [] if strategy == "ddp" else [8 * (2 * numbers + 6) * weights, 8 * weights]
+        send = [] if strategy == "ddp" else [8 * (2 * numbers + 8) * weights, 8 * weights]
         assert found == {
             "MEASURE": [24 * cut] if cut else [],
             "MEASURE_STEP": [24 * cut] if cut else [],

@@ -43,7 +43,9 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
         self._passed.note(number, self.plan.optimizer.param_groups)
         self._look = self.part.look_at(self.plan.index, number)
         if self._look is not None:
-            self._ready_gauge().before(step)
+            # Before anything is multiplied in this step, like the norms.
+            log_scale = self.session.combined.published(self.plan, "log_scale")
+            self._ready_gauge().before(step, log_scale)
 
     @during(Phase.MEASURE_STEP)
     def after(self, step: Step) -> None:
@@ -53,11 +55,12 @@ class MonitorWorker(Worker["NormDynamicsMonitor"]):
         self._look = None
         if look is None or self._gauge is None:
             return
-        sums = self._gauge.after(step)
+        combined = self.session.combined
+        sums = self._gauge.after(step, combined.published(self.plan, "target_angle"))
         # Only a history of single vectors holds the decay, and it costs a pass over the weights.
         decay = None
         if self.rule.per_vector_history:
-            decay = self.session.combined.applied_decay(self.plan, step, sums.norm, sums.std)
+            decay = combined.applied_decay(self.plan, step, sums.norm, sums.std)
         measured = self._gauge.measure(
             step,
             sums,

@@ -19,9 +19,12 @@ class BrakeWorker(Worker["RadialBrake"]):
     """Brakes the norms of the targets of one optimizer."""
 
     def prepare(self) -> None:
-        """Nothing is remembered but what had to be left alone."""
-        refuse_16_bits(type(self.rule).__name__, self.plan)
-        self.plan.counter("clamped")
+        """Take the state of each vector: what had to be left alone, and how far norms were
+        braked."""
+        plan = self.plan
+        refuse_16_bits(type(self.rule).__name__, plan)
+        plan.counter("clamped")
+        plan.published["log_scale"] = plan.state("log_scale", 0.0)
 
     @during(Phase.MEASURE)
     def look(self, step: Step) -> None:
@@ -40,7 +43,9 @@ class BrakeWorker(Worker["RadialBrake"]):
         # A vector that had no length grows as it likes, until it has one.
         is_clamped = factor.isnan() & is_finite
         plan.count("clamped", plan.guard(is_clamped.to(factor.dtype), 0.0, step), step)
-        vectors.scale_(plan.guard(factor.where(~is_clamped, 1.0), 1.0, step))
+        factor = plan.guard(factor.where(~is_clamped, 1.0), 1.0, step)
+        plan.published["log_scale"] += factor.log()
+        vectors.scale_(factor)
 
     def effect(self, target: Target) -> Effect:
         """It takes away a share of each change of the norm."""

@@ -52,6 +52,8 @@ class RotationWorker(Worker["RotationControl"]):
         refuse_16_bits(type(rule).__name__, plan)
         plan.counter("clamped")
         self.lengths = self._target_lengths()
+        if self.lengths is not None:
+            plan.published["log_scale"] = plan.state("log_scale", 0.0)
         self.largest_rate = plan.state("lr_max", 0.0) if rule.follows_schedule else None
         if rule.smoothing:
             self.mean_square = plan.state("mean_square_tangent", 0.0)
@@ -80,7 +82,7 @@ class RotationWorker(Worker["RotationControl"]):
     @during(Phase.PROJECT)
     def steer(self, step: Step) -> None:
         """w <- c (s + f (w' - s)), with f for the angle and c for the norm."""
-        plan = self.plan
+        rule, plan = self.rule, self.plan
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
         ww, wd, dd = vectors.displacement(before, exact=True)
@@ -102,6 +104,10 @@ class RotationWorker(Worker["RotationControl"]):
             # A vector that is zero after its step has no direction in which to be held.
             is_held = (self.lengths > 0) & ~(after == 0)
             scale = plan.guard((self.lengths / after).where(is_held, 1.0), 1.0, step)
+            plan.published["log_scale"] += scale.log()
+        if rule.rotation.sets_angle:
+            # One that no stretch reaches is no promise.
+            plan.published["target_angle"] = angle.where(~is_clamped, nan)
         vectors.stretch_(before, stretch, scale)
         if share is not None:
             vectors.add_scaled_(-share, before)

@@ -230,6 +230,22 @@ class Combined:
         before, within = self.decay_shares(plan, step, norm, std)
         return before + within - before * within
 
+    # -- what rules tell of single steps
+
+    def published(self, plan: Plan, key: str) -> Tensor | None:
+        """What callbacks tell of each vector of ``plan``, added up: ``(n,)``, 0 for weights that
+        none of them speaks of, NaN where their vectors are others; None if nobody speaks.
+
+        ``"log_scale"``: Σ ln c over all steps so far, of rules that multiply a weight by c after
+        each step. ``"target_angle"``: the angle that the newest step was to turn it by.
+        """
+        total = None
+        for theirs in self.plans:
+            if theirs.index == plan.index and key in theirs.published:
+                share = plan.taken_from(theirs, theirs.published[key])
+                total = share if total is None else total + share
+        return total
+
     # -- counts
 
     def events(self) -> dict[tuple[int, int, str], int]:

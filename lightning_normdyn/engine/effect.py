@@ -273,6 +273,11 @@ class Effects:
         return self.rotation is not None or self.brake is not None
 
     @property
+    def held(self) -> bool:
+        """Whether the norm is set after every step."""
+        return self.rotation is not None and self.rotation.norm == "hold"
+
+    @property
     def rescaled_now(self) -> Rescaling | None:
         """The rescaling whose epochs have come."""
         if self.rescaling is not None and self.rescaling.window == "now":

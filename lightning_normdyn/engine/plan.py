@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import nan
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -101,6 +102,7 @@ class Plan:
         groups: each param group that owns targets, with the range of its vectors.
         bad: bool ``(n,)``: vectors that had to be left alone at some step.
         counters: ``{name: (n,)}``, on the device until somebody reads them.
+        published: ``{name: (n,)}``, what the rule tells others of its vectors; see `taken_from`.
         events: how often each kind of event has happened.
         tally: in how many steps the callback acted.
         before: the targets of the plan whose place this one takes, by name.
@@ -131,6 +133,8 @@ class Plan:
         self._steps_before = steps_before
         self.bad = self.state("bad", 0.0, torch.bool)
         self.counters: dict[str, Tensor] = {}
+        self.published: dict[str, Tensor] = {}
+        self._places: WeakKeyDictionary[Plan, Tensor] = WeakKeyDictionary()
         self.events: dict[str, int] = {}
         self.tally = Tally()
         self.before: dict[str, Target] = {}
@@ -289,6 +293,37 @@ class Plan:
         # Asked at every step: a rescaling's claim holds inside its window only.
         owners = step.bracket.decay_owners()
         return self.spread([owners.get(t.weight) == owner for t in self.targets])
+
+    def taken_from(self, other: Plan, values: Tensor) -> Tensor:
+        """``(n,)``: what ``values`` of the vectors of ``other``, a plan for the same optimizer, say
+        of these vectors.
+
+        0 for weights that ``other`` has not; NaN where it splits a weight into vectors that are
+        neither the same nor the whole weight.
+        """
+        if other not in self._places:
+            self._places[other] = self._find_places(other)
+        extended = torch.cat([values, values.new_tensor([0.0, nan])])
+        return extended[self._places[other]]
+
+    def _find_places(self, other: Plan) -> Tensor:
+        absent, unknown = other.vectors.n, other.vectors.n + 1
+        theirs = {t.weight: i for i, t in enumerate(other.targets)}
+        places = torch.full((self.vectors.n,), absent, dtype=torch.long, device="cpu")
+        for target, where in zip(self.targets, self.vectors.slices, strict=True):
+            if target.weight not in theirs:
+                continue
+            position = theirs[target.weight]
+            there = other.vectors.slices[position]
+            if other.targets[position].partition.equal(target.partition):
+                places[where] = torch.arange(
+                    there.start, there.stop, dtype=torch.long, device="cpu"
+                )
+            else:
+                # One number for the whole weight is that of each of its vectors.
+                is_whole = there.stop - there.start == other.targets[position].partition.n == 1
+                places[where] = there.start if is_whole else unknown
+        return places.to(self.vectors.device)
 
     @property
     def invariant(self) -> list[bool]:

@@ -74,6 +74,8 @@ class MatrixRow(NamedTuple):
         squared_angle: of the step, in radians squared.
         pull: relative decay of the step; NaN where nobody can tell.
         lr: its learning rate; NaN where nobody can tell.
+        log_scale: Σ ln c over all steps before it, of callbacks that multiply the weight by c after
+            each step; NaN where nobody can tell.
     """
 
     number: int
@@ -81,11 +83,12 @@ class MatrixRow(NamedTuple):
     squared_angle: float
     pull: float
     lr: float
+    log_scale: float = 0.0
 
 
 class Point(NamedTuple):
     """A row of a window, with sums over the steps from the window's first row up to, but not
-    including, its own."""
+    including, its own; ``log_scale`` is that of the row."""
 
     number: int
     log_norm: float
@@ -96,6 +99,7 @@ class Point(NamedTuple):
     pulls: float = 0.0
     log_kept: float = 0.0
     rates: float = 0.0
+    log_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,7 @@ class Span:
         steps: how many they are.
         rows: points from the first to the last.
         growth: ln of the last norm over the first.
+        scaled: the part of it that callbacks have made by multiplying the weight after each step.
         angles: sum of the squared angles.
         pulls: ΣP; NaN where nobody can tell.
         log_kept: Σ ln(1-P); NaN where nobody can tell.
@@ -115,6 +120,7 @@ class Span:
     steps: int
     rows: int
     growth: float
+    scaled: float
     angles: float
     pulls: float
     log_kept: float
@@ -127,7 +133,8 @@ class Span:
             return nan
         # All steps as one: the product of what each kept is what the span kept.
         pull = -expm1(self.log_kept)
-        return float(coherence(1.0, exp(self.growth), [pull], [self.angles]))
+        grown = exp(self.growth - self.scaled)
+        return float(coherence(1.0, grown, [pull], [self.angles]))
 
     @property
     def ratio(self) -> float:
@@ -145,7 +152,8 @@ class Span:
             return nan
         steps = self.steps
         angle = sqrt(self.angles / steps)
-        means = (self.pulls / steps, self.rates / steps, self.growth / steps)
+        drift = (self.growth - self.scaled) / steps
+        means = (self.pulls / steps, self.rates / steps, drift)
         return float(loss_decay(*means, angle, noise_coherence))
 
 
@@ -181,10 +189,18 @@ class BalanceWindow:
         # A matrix of zeros has no direction, and what is not finite is no measurement.
         if not (isfinite(row.squared_norm) and row.squared_norm > 0):
             return BalanceWindow()
-        if not isfinite(row.squared_angle):
+        # Of vectors that are not those of the callback, nobody can tell what it took away.
+        if not (isfinite(row.squared_angle) and isfinite(row.log_scale)):
             return BalanceWindow()
         # From here on a first row: all sums are 0.
-        first = Point(row.number, log(row.squared_norm), row.squared_angle, row.pull, row.lr)
+        first = Point(
+            row.number,
+            log(row.squared_norm),
+            row.squared_angle,
+            row.pull,
+            row.lr,
+            log_scale=row.log_scale,
+        )
         if not self.points or passed is None or self._ends_at(row.pull):
             return BalanceWindow((first,))
         last = self.points[-1]
@@ -227,6 +243,7 @@ class BalanceWindow:
         steps = last.number - columns["number"]
         angles = last.angles - columns["angles"]
         growth = (last.log_norm - columns["log_norm"]) / 2
+        growth -= last.log_scale - columns["log_scale"]
         pulls = -np.expm1(last.log_kept - columns["log_kept"])
         with np.errstate(all="ignore"):
             kappas = coherence(np.ones_like(growth), np.exp(growth), pulls[None], angles[None])
@@ -253,6 +270,7 @@ class BalanceWindow:
             steps=last.number - first.number,
             rows=len(self.points[start:]),
             growth=(last.log_norm - first.log_norm) / 2,
+            scaled=last.log_scale - first.log_scale,
             angles=last.angles - first.angles,
             pulls=last.pulls - first.pulls,
             log_kept=last.log_kept - first.log_kept,

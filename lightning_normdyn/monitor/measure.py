@@ -230,9 +230,10 @@ class StepGauge:
         self.lengths = {}
         for name, entries in self.entries.items():
             self.lengths[name] = max(1, entries // self.counts[name])
-        self.of_matrices = {
-            t.name: of_matrices(quantities, t.scale_invariant) for t in plan.targets
-        }
+        self.of_matrices = {}
+        for target, effect in zip(plan.targets, effects, strict=True):
+            steered, invariant = effect.rotation is not None, target.scale_invariant
+            self.of_matrices[target.name] = of_matrices(quantities, invariant, steered=steered)
         self._warm: frozenset[str] = frozenset()
         standardized = [target.weight_standardized for target in plan.targets]
         self.standardized = plan.spread(standardized) if any(standardized) else None
@@ -278,9 +279,9 @@ class StepGauge:
             [shrink is not None and shrink.statistic == "std" for shrink in shrinks]
         )
 
-    def before(self, step: Step) -> None:
+    def before(self, step: Step, log_scale: Tensor | None = None) -> None:
         """Sum over the weights that the gradient was taken at; have them copied before the
-        update."""
+        update; ``log_scale`` is ``(n,)``, of `lightning_normdyn.engine.combined`."""
         plan = self.plan
         bracket = step.bracket
         number = plan.number(step)
@@ -317,18 +318,19 @@ class StepGauge:
             "gg": gg,
             "ones_w": ones_w[0] if ones_w else None,
             "decay": decay_of_vectors(plan, self.effects),
+            "log_scale": log_scale,
         }
         if not copies_now:
             bracket.request_snapshot(vectors.storages())
 
-    def after(self, step: Step) -> StepSums:
-        """All sums of the step that `before` was called for."""
+    def after(self, step: Step, target_angle: Tensor | None = None) -> StepSums:
+        """All sums of the step of `before`; ``target_angle`` is ``(n,)``."""
         # Let go of them now: until the next logging step they would only take memory.
         sums_before, self._sums_before = self._sums_before, {}
         norms, self._norms_before = self._norms_before, None
         vectors = self.plan.vectors
-        snapshots = vectors.snapshots(step.bracket)
-        ss, sd, dd = vectors.displacement(snapshots, exact=self._is_exact, norms=norms)
+        before = vectors.snapshots(step.bracket)
+        ss, sd, dd = vectors.displacement(before, exact=self._is_exact, norms=norms)
         return StepSums(
             **sums_before,
             ss=ss,
@@ -338,6 +340,7 @@ class StepGauge:
             standardized=self.standardized,
             alpha=self._alpha,
             alpha_of_std=self._alpha_of_std,
+            target_angle=target_angle,
         )
 
     def measure(

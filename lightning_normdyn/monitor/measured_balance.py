@@ -52,6 +52,10 @@ class MatrixSums(NamedTuple):
         sd: Σ⟨s, d⟩.
         dd: Σ⟨d, d⟩.
         size_ww: Σ size·⟨w, w⟩, with the size that AdaptiveWeightShrink goes by; 0 without it.
+        log_scale_ww: Σ ln c·⟨w, w⟩, with ln c added up over all steps so far, of callbacks that
+            multiply a weight by c after each step; 0 without them.
+        target_ww: Σ angle·⟨w, w⟩, with the angle that a callback was to turn the step by; 0 without
+            one.
     """
 
     ww: float
@@ -59,6 +63,8 @@ class MatrixSums(NamedTuple):
     sd: float
     dd: float
     size_ww: float
+    log_scale_ww: float = 0.0
+    target_ww: float = 0.0
 
     @property
     def squared_angle(self) -> float:
@@ -80,6 +86,16 @@ class MatrixSums(NamedTuple):
         """The size with which AdaptiveWeightShrink pulls at the norm of the whole: that of long
         vectors counts for more, because they make up more of the norm."""
         return self.size_ww / self.ww if self.ww > 0 else 0.0
+
+    @property
+    def log_scale(self) -> float:
+        """Σ ln c of the whole; NaN where the callbacks' vectors are others."""
+        return self.log_scale_ww / self.ww if self.ww > 0 else 0.0
+
+    @property
+    def target_angle(self) -> float:
+        """What the step was to turn by; 0 where no callback sets it, NaN where it could not."""
+        return self.target_ww / self.ww if self.ww > 0 else 0.0
 
 
 @dataclass(frozen=True)
@@ -126,7 +142,8 @@ class Balance:
         if self.end is not None and self.end.number < number and not (is_set or self.was_set):
             is_known = number == self.end.number + 1 or bool(stretches)
             passed = passed_between(self.end, end, stretches) if is_known else None
-        row = MatrixRow(number, sums.ww, sums.squared_angle, strength.pull(lr, sums.size), lr)
+        pull = strength.pull(lr, sums.size)
+        row = MatrixRow(number, sums.ww, sums.squared_angle, pull, lr, sums.log_scale)
         window = self.window.extended(row, passed)
         elapsed = self.elapsed
         if passed is not None and isfinite(passed.pull):
@@ -217,7 +234,7 @@ def _points(value: Any, where: str) -> None:
     is_table = isinstance(value, Tensor) and value.dtype == torch.float64 and value.ndim == 2
     require(is_table and value.shape[1] == width, f"{where} is no table of {width} numbers a row")
     columns = dict(zip(Point._fields, value.T, strict=True))
-    for name in ("log_norm", "squared_angle", "angles"):
+    for name in ("log_norm", "squared_angle", "angles", "log_scale"):
         require(bool(columns[name].isfinite().all()), f"{where} holds a {name} that is not finite")
     # No float64 is longer or shorter, and the exponential of a larger number would overflow.
     require(

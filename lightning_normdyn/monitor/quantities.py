@@ -397,19 +397,22 @@ def monitored() -> list[Quantity]:
     return chosen
 
 
-def of_matrices(names: Sequence[str] | None, scale_invariant: bool) -> list[str]:
+def of_matrices(
+    names: Sequence[str] | None, scale_invariant: bool, *, steered: bool = False
+) -> list[str]:
     """The quantities of whole matrices that are shown of a weight.
 
     Args:
         names: what the user named; None: what applies.
         scale_invariant: whether the weight is: then its vectors tell more.
+        steered: whether RotationControl sets by how much it turns, which it may do for the whole.
 
     Example:
         >>> of_matrices(["balance_ratio", "weight_norm"], scale_invariant=True)
         ['balance_ratio']
     """
     if names is None and scale_invariant:
-        return []
+        return ["matrix_angle"] if steered else []
     known = [quantity.name for quantity in monitored() if quantity.of_matrix]
     if names is None:
         return known

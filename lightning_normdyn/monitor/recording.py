@@ -449,6 +449,7 @@ class Recording(Part[Any]):
                         None if target.scale_invariant else noise,
                         in_16_bits=target.weight.dtype in (torch.bfloat16, torch.float16),
                     ),
+                    held_by="RotationControl" if effects.held else "",
                 )
         return grounds
 

@@ -2,7 +2,7 @@
 vectors, the predictions beside them, and what is worth a warning.
 
 Everything is worked out before anything is changed: a signal handler may save a checkpoint between
-any two lines of Python.
+any two lines of Python. Over 500 lines, because all parts of a row fill the same draft.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +26,7 @@ from .histograms import Histogram
 from .ledger import Ledger, Norms, Row
 from .loggers import told_to_trainer
 from .measure import UNLOGGED, Measured, Reading
-from .measured_balance import Balance, quantities_of
+from .measured_balance import Balance, MatrixSums, quantities_of
 from .passed_steps import Stretch
 from .predictions import Predictor, noise_coherence
 from .pulls import Strength, strength_of
@@ -326,16 +326,32 @@ class RowDraft:
             steps.append(step)
         for name, expected in follow(interval, steps, self.ledger.expectations).items():
             self._expectations[name] = expected.expectation
-            if expected.angle is None or expected.norm is None:
-                continue
-            angle = self._means[name]["angular_update"]
-            for key, value in _from_expectation(angle, expected.angle, expected.norm).items():
+            if expected.angle is not None and expected.norm is not None:
+                self._await(name, squares_of[name], expected.angle, expected.norm)
+        for j, target in enumerate(result.plan.targets):
+            aim = _steered_to(gauge.effects[target.name], reading.matrices[j])
+            if aim is not None and target.name in squares_of:
+                self._await(target.name, squares_of[target.name], *aim)
+
+    def _await(
+        self, name: str, measured: tuple[float, float], angle: float, norm: float | None
+    ) -> None:
+        """Compare a weight with what is expected of it in this step.
+
+        Args:
+            name: of the weight.
+            measured: sum and number of its squared angles.
+            angle: what is expected.
+            norm: what is expected; None where nobody can tell.
+        """
+        compared = _from_expectation(self._means[name]["angular_update"], angle, norm or nan)
+        for key, value in compared.items():
+            if norm is not None or key != "expected_weight_norm":
                 self._values[f"{key}/{name}"] = value
-            squares, count = squares_of[name]
-            # As products: the power of a float that is too large raises.
-            angles = expected.angle * expected.angle * count
-            norms = expected.norm * expected.norm * count
-            self._awaited += (squares, angles, norms, count)
+        squares, count = measured
+        # As products: the power of a float that is too large raises.
+        squared_norm = 0.0 if norm is None else norm * norm
+        self._awaited += (squares, angle * angle * count, squared_norm * count, count)
 
     def _pool(self, result: Measured, reading: Reading) -> None:
         """Add the scale-invariant weights of an optimizer to the overview."""
@@ -439,6 +455,20 @@ def _from_expectation(measured: float, angle: float, norm: float) -> dict[str, f
         if quantity.expectation is not None:
             compared[quantity.name] = quantity.expectation(measured, angle, norm)
     return compared
+
+
+def _steered_to(effects: Effects, sums: MatrixSums) -> tuple[float, float | None] | None:
+    """Angle and norm that a step ends at whatever the optimizer does, because a callback sets them;
+    the norm None where that is no number of its own."""
+    rotation = effects.rotation
+    # Of other vectors than those that are turned, nobody can tell.
+    if rotation is None or effects.underived or not rotation.sets_angle:
+        return None
+    # 0 at a rate of 0, where there is nothing to compare with.
+    if not (sums.target_angle > 0 and isfinite(sums.target_angle)):
+        return None
+    is_known = rotation.norm == "hold" and rotation.target_norm != "initial"
+    return sums.target_angle, float(rotation.target_norm) if is_known else None
 
 
 def _is_rounded(target: Target) -> bool:

@@ -41,6 +41,10 @@ class StepSums:
         alpha: of AdaptiveWeightShrink; NaN where it does not act.
         alpha_of_std: where AdaptiveWeightShrink goes by the standard deviation.
         decay: λ in 1/(step·lr) of WeightDecay, NaN where it does not act; None: nowhere.
+        log_scale: Σ ln c before this step, of callbacks that multiply weights by c after each
+            step; None where there are none.
+        target_angle: what a callback was to turn this step by, 0 where none did; None where there
+            are none.
     """
 
     lr: Tensor
@@ -56,6 +60,8 @@ class StepSums:
     alpha: Tensor
     alpha_of_std: Tensor
     decay: Tensor | None = None
+    log_scale: Tensor | None = None
+    target_angle: Tensor | None = None
 
     @cached_property
     def norm(self) -> Tensor:
@@ -97,7 +103,20 @@ class StepSums:
         `lightning_normdyn.monitor.measured_balance.MatrixSums`."""
         # Without a shrink there is no size that it goes by.
         sized = torch.where(torch.isnan(self.alpha), 0.0, self.shrunk_size * self.ww)
-        return [self.ww, self.ss, self.sd, self.dd, sized]
+        return [
+            self.ww,
+            self.ss,
+            self.sd,
+            self.dd,
+            sized,
+            self._weighted(self.log_scale),
+            self._weighted(self.target_angle),
+        ]
+
+    def _weighted(self, values: Tensor | None) -> Tensor:
+        """For a mean over vectors in which long ones count for more, as in the norm of the whole:
+        that makes it right to first order."""
+        return torch.zeros_like(self.ww) if values is None else values * self.ww
 
     @cached_property
     def angle(self) -> Tensor:

@@ -104,11 +104,13 @@ class Grounds:
         rough: whether what is expected of it is some tens of percent off.
         optimizer_alone: whether no callback acts on it, so that LRDropRescaling could.
         balanced: its measured balance; None where it has none.
+        held_by: the callback that sets its norm after every step; empty where none does.
     """
 
     rough: bool = False
     optimizer_alone: bool = True
     balanced: Balanced | None = None
+    held_by: str = ""
 
 
 class _Curves(NamedTuple):
@@ -149,6 +151,10 @@ def judge(history: History, name: str, course: Course, grounds: Grounds = Ground
     settled_ratio = None
     if prediction is not None:
         settled_ratio = _ratio(curves.angles, curves.predicted, recent)
+    held_by = grounds.held_by
+    # Of a weight that WeightRescaling sets back there is a prediction, and no relaxation.
+    if not held_by and prediction is not None and relaxation is None:
+        held_by = "WeightRescaling"
     return finding_of(
         Numbers(
             angle=_root_mean_square(curves.angles[recent]),
@@ -158,7 +164,7 @@ def judge(history: History, name: str, course: Course, grounds: Grounds = Ground
             relaxation=relaxation,
             elapsed=course.elapsed,
             rough=grounds.rough,
-            is_held=prediction is not None and relaxation is None,
+            held_by=held_by,
             since_drop=_has_dropped(curves, relaxation),
             can_rescale=grounds.optimizer_alone,
             balance=grounds.balanced,

@@ -134,7 +134,7 @@ class Numbers:
         relaxation: optimizer steps; None where the norm does not relax.
         elapsed: relaxation times in this run.
         rough: whether the expectation is up to some tens of percent off.
-        is_held: whether WeightRescaling holds the norm.
+        held_by: the callback that holds the norm; empty where none does.
         since_drop: whether the norm is still that of before a drop of the learning rate.
         can_rescale: whether LRDropRescaling could have removed that.
         balance: the measured one; None where there is none.
@@ -147,7 +147,7 @@ class Numbers:
     relaxation: float | None = None
     elapsed: float = 0.0
     rough: bool = False
-    is_held: bool = False
+    held_by: str = ""
     since_drop: bool = False
     can_rescale: bool = False
     balance: Balanced | None = None
@@ -208,7 +208,7 @@ def finding_of(numbers: Numbers) -> Finding:
         return Finding("frozen", "frozen: neither gradient nor decay moves it")
     if ratio is not None:
         return _compared(numbers, ratio)
-    if numbers.balance is not None and not numbers.balance.missing:
+    if numbers.balance is not None and not numbers.balance.missing and not numbers.held_by:
         return _balanced(numbers.balance)
     # Nothing to be held against now: what is still to come can be said, or why there is nothing.
     to_come = _to_come(numbers)
@@ -236,8 +236,8 @@ def _compared(numbers: Numbers, ratio: float) -> Finding:
 def _to_come(numbers: Numbers) -> str:
     """How far a scale-invariant weight is from where it will settle; empty where nobody can
     tell."""
-    if numbers.is_held:
-        return "its length is held by WeightRescaling"
+    if numbers.held_by:
+        return f"its length is held by {numbers.held_by}"
     ratio, relaxation = numbers.settled_ratio, numbers.relaxation
     if ratio is None or relaxation is None or not math.isfinite(ratio):
         return ""

@@ -16,12 +16,14 @@ from replay import Recorder, replay
 from lightning_normdyn import (
     AdaptiveWeightShrink,
     LRDropRescaling,
+    NormDynamicsMonitor,
     NotSupportedError,
     RadialBrake,
     RadialProjection,
     RotationControl,
     WeightRescaling,
 )
+from lightning_normdyn.monitor import balance
 
 # Without a decay norms of scale-invariant weights grow, with this one they shrink.
 OPTIMIZERS: dict[str, Any] = {
@@ -80,7 +82,9 @@ def test_a_weight_of_zeros_grows_as_it_likes_and_is_counted():
 
 def test_16_bit_weights_without_a_master_are_refused_by_name():
     module = make(make_optimizer=sgd, dtype=torch.float32)
-    with pytest.raises(NotSupportedError, match=r"RadialBrake sets lengths.*`net\.0\.weight`"):
+    with pytest.raises(
+        NotSupportedError, match=r"RadialBrake is about what single steps.*`net\.0\.weight`"
+    ):
         fit(module, [RadialBrake()], precision="bf16-true")
 
 
@@ -127,3 +131,35 @@ def test_the_start_table_says_what_is_done(capsys):
     fit(make(make_optimizer=sgd), [RadialBrake(change="radial")], max_steps=1)
     text = " ".join(capsys.readouterr().out.split())
     assert "radial part braked to 0.5 outwards, 1 inwards" in text
+
+
+@pytest.mark.parametrize(
+    "callback",
+    [
+        lambda: RadialBrake(0, 0, granularity="auto"),
+        lambda: RadialBrake(0.5, 1.0),
+        lambda: RotationControl(0.05),
+    ],
+    ids=["pinned filters", "half", "held"],
+)
+def test_what_it_takes_from_a_norm_is_no_part_of_the_coherence(callback, monkeypatch):
+    """Steps of plain SGD are at right angles to a scale-invariant weight, so every one lengthens it
+    by its own squared angle, and the coherence is 1, whatever is done to the norm after it."""
+    monkeypatch.setattr(balance, "LEAST_STEPS", 4)
+    monkeypatch.setattr(balance, "MOST_ERROR", math.inf)
+    monitor = NormDynamicsMonitor(1, quantities=["coherence", "norm_drift"], tables=False)
+    module = make(make_optimizer=lambda p: torch.optim.SGD(p, 0.02))
+    fit(module, [callback(), monitor], max_epochs=4)
+    last = monitor.history[-1]
+    for name in TARGETS:
+        assert last[f"coherence/{name}"] == pytest.approx(1, abs=0.02)
+    if isinstance(callback(), RotationControl):
+        assert abs(last[f"norm_drift/{TARGETS[0]}"]) < 1e-12
+
+
+def test_of_other_vectors_than_the_weights_own_there_is_no_balance():
+    monitor = NormDynamicsMonitor(1, quantities=["coherence", "norm_drift"], granularity="layer")
+    module = make(make_optimizer=sgd)
+    fit(module, [RadialBrake(granularity="filter"), monitor], max_epochs=4)
+    keys = [key for key in sorted(monitor.history.keys()) if TARGETS[0] in key]
+    assert not any(key.startswith(("coherence", "norm_drift")) for key in keys)

@@ -192,6 +192,43 @@ def test_a_warm_up_by_hand_shows_its_own_maximum_only():
     assert turns(weights)[0].tolist() == pytest.approx([0.03])
 
 
+# ---- What the monitor makes of it ----
+
+
+def test_the_expected_angle_is_the_target_and_every_steered_weight_shows_its_matrix_angle(capsys):
+    monitor = NormDynamicsMonitor(1)
+    callbacks = [
+        RotationControl(0.03, params="net.0.weight", granularity="auto", target_norm=2.0),
+        RotationControl(0.02, params="net.3.weight"),
+        RotationControl("lr", params="net.8.weight"),
+        monitor,
+    ]
+    fit(make(make_optimizer=OPTIMIZERS["sgd"], make_scheduler=falling), callbacks, max_epochs=3)
+    for step, row in enumerate(monitor.history):
+        share = 0.8**step
+        whole, head = (row[f"matrix_angle/net.{i}.weight"] for i in (3, 8))
+        assert "matrix_angle/net.0.weight" in row
+        assert whole == pytest.approx(0.02 * share, rel=1e-6)
+        assert head == pytest.approx(math.atan(0.1 * share), rel=1e-6)
+        assert row["expected_angular_update/net.0.weight"] == pytest.approx(0.03 * share, rel=1e-6)
+        assert row["expected_ratio/net.0.weight"] == pytest.approx(1, rel=1e-6)
+        assert row["expected_weight_norm/net.0.weight"] == 2.0
+        assert row["normdyn/expected_ratio"] == pytest.approx(1, rel=1e-6)
+    assert "expected_ratio/net.3.weight" not in row  # its filters turn as they like
+    verdicts = {layer["weight"]: layer["verdict"] for layer in monitor.member.layers()}
+    assert verdicts["net.0.weight"].startswith("as expected now (1.0x)")
+    assert verdicts["net.8.weight"] == "its length is held by RotationControl"
+
+
+def test_a_floor_has_a_balance_and_no_expectation():
+    monitor = NormDynamicsMonitor(1)
+    callbacks = [RotationControl(0.2, bound="at_least", norm="free", granularity="auto"), monitor]
+    fit(make(make_optimizer=OPTIMIZERS["adamw"]), callbacks)
+    keys = {key.split("/")[0] for key in set(monitor.history.keys()) if TARGETS[0] in key}
+    assert not keys & {"expected_ratio", "equilibrium_ratio"}
+    assert "matrix_angle" in keys
+
+
 # ---- What is refused, and what is left alone ----
 
 

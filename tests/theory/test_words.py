@@ -70,7 +70,7 @@ BEFORE_DROP = {**MOVING, "since_drop": True}
             "as expected now (1.0x); decay has not acted yet: 0.3 of a relaxation time in this run",
         ),
         (
-            {"expected_ratio": 1.0, "settled_ratio": 1.0, "is_held": True},
+            {"expected_ratio": 1.0, "settled_ratio": 1.0, "held_by": "WeightRescaling"},
             "as expected",
             "as expected now (1.0x); its length is held by WeightRescaling",
         ),
