@@ -76,10 +76,13 @@ def look_ahead(
     for index, optimizer in enumerate(optimizers):
         kind = class_for_predictions(optimizer)
         name = kinds[index]
+        # As few numbers as tell them apart.
         if kinds.count(name) > 1:
             name = f"{name}-{index}"
+        names = [name]
         count = len(optimizer.param_groups)
-        names = [name] if count == 1 else [f"{name} {place}" for place in range(count)]
+        if count > 1:
+            names = [f"{name} {place}" for place in range(count)]
         schedules = schedules_of(optimizer, configs, horizon, trainer, kind)
         ahead.append(Ahead(optimizer, kind, horizon, schedules, names))
     return ahead
@@ -219,10 +222,8 @@ class Forecasts:
                 elif free:
                     # Of other weights nobody knows the coherence in advance.
                     known = [t for t in free if t.name in expectations]
-                    weights = GroupWeights(
-                        norms=[expectations[t.name].start for t in known],
-                        dims=[gauge.lengths[t.name] for t in known],
-                        shapes=[t.matrix for t in known],
+                    weights = GroupWeights.of(
+                        (expectations[t.name].start, gauge.lengths[t.name], t.matrix) for t in known
                     )
                     note = _note(len(targets) - len(free))
                     lines += line_of(ahead, place, len(targets), weights, note=note)
@@ -283,15 +284,11 @@ class Forecasts:
         known = [t for t in targets if t.name in shown and isfinite(self._starts.get(t.name, inf))]
         if not known:
             return []
-        weights = GroupWeights(
-            norms=[self._starts[t.name] for t in known],
-            dims=[t.entries for t in known],
-            shapes=[t.matrix for t in known],
-        )
-        measured = Measured(
-            coherence=[shown[t.name].span.coherence for t in known],
-            energy=[shown[t.name].energy for t in known],
-        )
+        weights = GroupWeights.of((self._starts[t.name], t.entries, t.matrix) for t in known)
+        measured = Measured([], [])
+        for target in known:
+            measured.coherence.append(shown[target.name].span.coherence)
+            measured.energy.append(shown[target.name].energy)
         lines = line_of(ahead, place, len(targets), weights, measured=measured, steps=steps)
         return [_without_advice_on_schedules(line) for line in lines]
 

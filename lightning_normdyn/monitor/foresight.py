@@ -33,6 +33,8 @@ class Foresight:
         self._rule = rule
         self._forecasts: Forecasts | None = None
         self._counted: list[int] = []
+        # Of the optimizers that were told of in this fit.
+        self._started: list[str] = []
 
     def begin(self, optimizers: Sequence[Optimizer], counted: Sequence[int]) -> None:
         """Step the schedulers ahead, before the fit steps them.
@@ -62,7 +64,7 @@ class Foresight:
             return
         text = self._attempt(lambda: forecasts.at_start(new, ledger.expectations, ledger.balances))
         if text:
-            self._keep("start", text)
+            self._keep_start(text)
             if self._rule.tables:
                 show(self._trainer, text)
 
@@ -94,10 +96,15 @@ class Foresight:
             warn_once(f"there is no forecast of this fit ({type(error).__name__}: {error}).")
             return None
 
+    def _keep_start(self, text: str) -> None:
+        known = self._rule.history.meta.get("forecast", {})
+        # What was foreseen before the first step of the run is not that of a fit that goes on.
+        if "start" in known and not self._started:
+            return
+        # Optimizers that step later (a GAN's) are told of by themselves.
+        self._started.append(text)
+        self._keep("start", "\n".join(self._started))
+
     def _keep(self, when: str, text: str) -> None:
         meta = self._rule.history.meta
-        known = meta.get("forecast", {})
-        # What was foreseen before the first step of the run is not that of a fit that goes on.
-        if when == "start" and "start" in known:
-            return
-        meta["forecast"] = {**known, when: text}
+        meta["forecast"] = {**meta.get("forecast", {}), when: text}

@@ -70,7 +70,9 @@ def horizon_of(trainer: Trainer, optimizers: int = 1) -> Horizon:
         optimizers: how many there are; Lightning counts the steps of all.
     """
     module = trainer.lightning_module
-    shared = 1 if module.automatic_optimization else max(1, optimizers)
+    shared = 1
+    if not module.automatic_optimization:
+        shared = max(1, optimizers)
     done = trainer.global_step // shared
     accumulates = max(1, trainer.accumulate_grad_batches)
     per_epoch = None
@@ -79,7 +81,9 @@ def horizon_of(trainer: Trainer, optimizers: int = 1) -> Horizon:
     if has_data and math.isfinite(trainer.num_training_batches):
         per_epoch = math.ceil(trainer.num_training_batches / accumulates)
     total = _total_steps(trainer, shared, has_data=has_data)
-    steps = None if total is None else max(0, total - done)
+    steps = None
+    if total is not None:
+        steps = max(0, total - done)
     return Horizon(steps, per_epoch or None, done > 0, accumulates)
 
 
@@ -97,7 +101,9 @@ def _total_steps(trainer: Trainer, optimizers: int, *, has_data: bool) -> int | 
     if not math.isfinite(total) or total < 0:
         return None
     # By max_steps Lightning means the steps of all optimizers, by epochs the batches of each.
-    return int(total) // optimizers if total == limit else int(total)
+    if total == limit:
+        return limit // optimizers
+    return int(total)
 
 
 def schedules_of(
@@ -174,4 +180,6 @@ def _relaxation(kind: type, group: Group) -> int:
     if response is None or response.effective_decay is None or not decays or rate is None:
         return 1
     pull = float(rate * response.effective_decay)
-    return math.ceil(1 / (response.power * pull)) if pull > 0 else 1
+    if not pull > 0:
+        return 1
+    return math.ceil(1 / (response.power * pull))

@@ -67,6 +67,7 @@ def forecast_module(
         )
     horizon = Horizon(steps, steps_per_epoch)
     note = ""
+    # Lightning steps a scheduler once an epoch unless told otherwise.
     if steps_per_epoch is None and any(config.interval == "epoch" for config in configs):
         note = (
             "the learning rate is taken to stay as it is: its scheduler goes by epochs; give "
@@ -77,12 +78,13 @@ def forecast_module(
     left_out = 0
     for ahead in look_ahead(optimizers, configs, horizon, trainer):
         for place, group in enumerate(ahead.optimizer.param_groups):
+            # Biases and gains have no direction that their length would hide.
             matrices = [weight for weight in group["params"] if weight.dim() > 1]
             known = [claims[weight] for weight in matrices if weight in claims]
             if matrices and len(lines) == MOST_GROUPS:
                 left_out += 1
             elif matrices:
-                lines += line_of(ahead, place, len(matrices), _weights(known), note=note)
+                lines += line_of(ahead, place, len(matrices), GroupWeights.of(known), note=note)
     if not lines:
         raise NormDynError("no param group has weights of two or more dimensions to forecast.")
     return as_table(title_of(horizon), lines, left_out=left_out, width=width)
@@ -100,14 +102,6 @@ class _Claim(NamedTuple):
     norm: float
     dim: int
     shape: Shape
-
-
-def _weights(claims: Sequence[_Claim]) -> GroupWeights:
-    return GroupWeights(
-        norms=[claim.norm for claim in claims],
-        dims=[claim.dim for claim in claims],
-        shapes=[claim.shape for claim in claims],
-    )
 
 
 def _trainer(module: Any, package: str, steps: int) -> Trainer:

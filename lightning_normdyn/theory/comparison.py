@@ -71,6 +71,7 @@ def compared(weights: Sequence[Turning]) -> list[Advice]:
     if len(weights) < LEAST_WEIGHTS:
         return []
     usual = median(weight.angle for weight in weights)
+    # Where most do not turn at all, no angle is unusual.
     if not usual > 0:
         return []
     found = []
@@ -78,14 +79,19 @@ def compared(weights: Sequence[Turning]) -> list[Advice]:
         times = weight.angle / usual
         if 1 / ALIKE <= times <= ALIKE:
             continue
-        kind = "turns faster than its like" if times > 1 else "turns more slowly than its like"
+        kind = "turns more slowly than its like"
+        if times > 1:
+            kind = "turns faster than its like"
         found.append(Advice(kind, _numbers(weight, usual), weight.name))
     return sorted(found, key=_distance, reverse=True)
 
 
 def _distance(advice: Advice) -> float:
     times = advice.numbers["times"]
-    return abs(math.log(times)) if times > 0 else math.inf
+    # What does not turn at all is farthest off.
+    if times == 0:
+        return math.inf
+    return abs(math.log(times))
 
 
 def _numbers(weight: Turning, usual: float) -> dict[str, float]:
@@ -98,6 +104,7 @@ def _numbers(weight: Turning, usual: float) -> dict[str, float]:
     share = weight.decay_share
     if share is not None:
         numbers["share"] = share
+    # Where the loss holds the norm, it would go on doing so under another decay.
     matters = share is None or share >= HARDLY_MATTERS
     is_usual_rate = weight.lr > 0 and weight.lr >= NEAR_PEAK * weight.peak_lr
     # Without decay, or where the loss alone holds the norm, no decay follows from the coherence.

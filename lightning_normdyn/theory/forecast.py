@@ -11,7 +11,7 @@ Numbers of the host.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -66,6 +66,23 @@ class GroupWeights:
     shapes: Sequence[Shape] | None = None
     gradient_scale: Sequence[float] | None = None
 
+    @classmethod
+    def of(cls, weights: Iterable[tuple[float, int, Shape]]) -> GroupWeights:
+        """From the norm, the entries and the shape of each weight.
+
+        Example:
+            >>> GroupWeights.of([(0.5, 64, (8, 8)), (1.0, 9, None)]).norms
+            [0.5, 1.0]
+        """
+        norms: list[float] = []
+        dims: list[int] = []
+        shapes: list[Shape] = []
+        for norm, dim, shape in weights:
+            norms.append(norm)
+            dims.append(dim)
+            shapes.append(shape)
+        return cls(norms, dims, shapes)
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -76,8 +93,8 @@ class Measured:
         energy: tan²θ ‖w‖²/lr² of recent steps; times ‖w‖² for SGD.
     """
 
-    coherence: Sequence[float]
-    energy: Sequence[float]
+    coherence: list[float]
+    energy: list[float]
 
 
 class Advice(NamedTuple):
@@ -174,6 +191,12 @@ def forecast_group(
     if pull:
         timescale = 1 / pull
     norms, norm_steps = fit.norms(measured)
+    coherence = settled_norms = None
+    if measured is None:
+        # These are of pure noise, and the loss may hold a weight elsewhere.
+        settled_norms = fit.settled_norms()
+    elif measured.coherence:
+        coherence = float(np.median(measured.coherence))
     forecast = GroupForecast(
         steps=int(fit.counts.sum()),
         is_assumed=schedule.is_assumed,
@@ -183,8 +206,8 @@ def forecast_group(
         total_pull=total,
         relaxation=fit.relaxation(pull),
         angle=fit.settled_angle(pull, measured),
-        coherence=None if measured is None else float(np.median(measured.coherence)),
-        settled_norms=None if measured is not None else fit.settled_norms(),
+        coherence=coherence,
+        settled_norms=settled_norms,
         norms=norms,
         norm_steps=norm_steps,
     )
@@ -259,19 +282,20 @@ class _Fit:
             return None
         return float(response.effective_decay)
 
-    @property
-    def scale(self) -> Array | None:
-        """E‖g‖²‖w‖² of each weight."""
+    def _scale_of(self, members: Sequence[int]) -> Array | None:
+        """E‖g‖²‖w‖² of some of the weights."""
         given = self.weights.gradient_scale
         if given is None:
             return None
-        return np.asarray(given, dtype=np.float64)
+        return np.asarray(given, dtype=np.float64)[members]
 
     @property
     def power(self) -> int:
         """P of the equilibrium; that of steps of a fixed size for an optimizer nobody knows."""
         response = self.response((1, 1))
-        return 2 if response is None else response.power
+        if response is None:
+            return 2
+        return response.power
 
     @property
     def is_rough(self) -> bool:
@@ -286,7 +310,10 @@ class _Fit:
 
     def relaxation(self, pull: float | None) -> float | None:
         """The relaxation time at the peak."""
-        return 1 / (self.power * pull) if pull else None
+        # Without decay nothing draws a norm back.
+        if not pull:
+            return None
+        return 1 / (self.power * pull)
 
     def settled_angle(self, pull: float | None, measured: Measured | None) -> float | None:
         """The angle that the weights would settle at, at the peak."""
@@ -307,7 +334,10 @@ class _Fit:
                 if settled is None:
                     return None
                 angles.append(float(settled[0]))
-        return float(np.median(angles)) if angles else None
+        if not angles:
+            return None
+        # Of several weights the middle one speaks for the group.
+        return float(np.median(angles))
 
     def settled_norms(self) -> Array | None:
         """The norms that belong to it."""
@@ -319,13 +349,16 @@ class _Fit:
             if norm is None:
                 return None
             norms.append(float(norm))
-        return np.array(norms) if norms else None
+        if not norms:
+            return None
+        return np.array(norms)
 
     def norms(self, measured: Measured | None) -> tuple[Array | None, tuple[int, ...]]:
         """Expected norms, and after how many steps."""
         rows = len(self.rates)
         if not self.weights.norms:
             return None, ()
+        # A course needs every single step.
         if measured is None and rows <= _LONGEST_COURSE and self.counts.max() == 1:
             return self._step_by_step()
         known = measured or self._coherence()
@@ -335,6 +368,7 @@ class _Fit:
 
     def _step_by_step(self) -> tuple[Array | None, tuple[int, ...]]:
         starts = np.asarray(self.weights.norms, dtype=np.float64)
+        # A row before the first step, and one after each.
         norms = np.zeros((len(self.rates) + 1, starts.size), dtype=np.float64)
         for shape, members in self._lots():
             course = norm_course(
@@ -346,10 +380,9 @@ class _Fit:
             )
             if course is None:
                 return None, ()
-            scale = None if self.scale is None else self.scale[members]
             norms[0, members] = course.weight_norm
             for row, group in enumerate(self.schedule.groups, start=1):
-                course.advance(group, scale)
+                course.advance(group, self._scale_of(members))
                 norms[row, members] = course.weight_norm
         # A gradient scale that is needed, and that no run has measured.
         if not np.isfinite(norms).all():
@@ -374,8 +407,7 @@ class _Fit:
             response = self.response(shape)
             if response is None:
                 return None
-            scale = None if self.scale is None else self.scale[members]
-            energy = noise_energy(response, self.dims[members], scale)
+            energy = noise_energy(response, self.dims[members], self._scale_of(members))
             if energy is None:
                 return None
             coherences[members] = float(response.coherence)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from lightning_normdyn.tables import paragraph, render
 
+from .comparison import HARDLY_MATTERS
 from .forecast import Advice, GroupForecast
 from .words import folded, in_steps, skeleton, times
 
@@ -32,6 +33,8 @@ MEASURED_LEGEND = (
     "Medians over weights of any kind. coherence: how much ln(norm²) grows per squared angle "
     "turned; rad/step: the angle at which decay would hold their norms."
 )
+
+UNKNOWN = "-"
 
 _TURNS = ("turns faster than its like", "turns more slowly than its like")
 
@@ -78,8 +81,7 @@ def advice_in_words(advice: Advice) -> str:
 
 def _decay_cannot_act(numbers: Numbers) -> str:
     lost = percent(1 - numbers["left"])
-    text = f"decay hardly acts in {in_steps(numbers['steps'])}: by itself it shortens a norm by "
-    text += f"{lost}"
+    text = f"decay hardly acts in {in_steps(numbers['steps'])}: it shortens a norm by {lost}"
     if "relaxation" in numbers:
         text += f"; norms take {in_steps(numbers['relaxation'])} to settle"
     return text
@@ -120,13 +122,15 @@ def _no_warm_up_needed(numbers: Numbers) -> str:
 def _shrinks(numbers: Numbers) -> str:
     return (
         f"in the cool-down norms shrink by {percent(numbers['shrinks'])}, so that gradients of "
-        f"scale-invariant weights grow {times(numbers['gradients'])}; a decay in proportion to lr² "
-        f"(corrected decay) would leave norms where they are"
+        f"scale-invariant weights grow {times(numbers['gradients'])}; a decay in proportion to "
+        f"lr², WeightDecay(rate='lr_squared'), leaves norms where they are"
     )
 
 
 def _doubles(numbers: Numbers) -> str:
-    held = "decay does not hold them" if numbers["pull"] > 0 else "no decay holds them"
+    held = "no decay holds them"
+    if numbers["pull"] > 0:
+        held = "decay does not hold them"
     return f"norms double every {in_steps(numbers['steps'])}; {held}"
 
 
@@ -144,12 +148,13 @@ def _turns(numbers: Numbers) -> str:
         f"({numbers['angle']:.2g} against {numbers['median']:.2g} rad/step, coherence "
         f"{numbers['coherence']:.2g})"
     )
+    # What would change it, if anything would.
     if "decay_for_median" in numbers:
         return (
             f"{text}; at this learning rate a decay of {numbers['decay_for_median']:.2g} instead "
             f"of {numbers['decay']:.2g} would balance it at the median"
         )
-    if "share" in numbers and numbers["share"] < 0.25:
+    if numbers.get("share", 1.0) < HARDLY_MATTERS:
         return f"{text}; decay hardly matters here (its share is {percent(numbers['share'])})"
     return text
 
@@ -189,7 +194,7 @@ def as_table(
     """
     is_measured = any(line.forecast.coherence is not None for line in lines)
     columns = ["group", "weights", "peak lr", "decay", "memory", "of run", "epochs"]
-    # All of them do not fit into 80 columns.
+    # Both columns do not fit into a terminal of 80.
     if is_measured:
         columns[1] = "coherence"
     table = render(
@@ -201,59 +206,84 @@ def as_table(
     sentences = []
     if left_out:
         sentences.append(f"... and {left_out} more param groups")
-    legend = MEASURED_LEGEND
-    if not is_measured:
-        settles = any(line.forecast.angle is not None for line in lines)
-        legend = LEGEND if settles else MEMORY_LEGEND
-    sentences += [legend, *_sentences(lines)]
-    sentences += [f"{each.weight}: {advice_in_words(each)}." for each in advice[:MOST_WEIGHTS]]
+    sentences += [_legend(lines, is_measured), *_sentences(lines)]
+    for each in advice[:MOST_WEIGHTS]:
+        sentences.append(f"{each.weight}: {advice_in_words(each)}.")
     if len(advice) > MOST_WEIGHTS:
         sentences.append(f"... and {len(advice) - MOST_WEIGHTS} more weights unlike the others.")
     return table + "".join(paragraph(sentence, width) for sentence in sentences)
 
 
+def _legend(lines: Sequence[GroupLine], is_measured: bool) -> str:
+    if is_measured:
+        return MEASURED_LEGEND
+    # Without a scale-invariant weight nobody knows in advance where anything settles.
+    if all(line.forecast.angle is None for line in lines):
+        return MEMORY_LEGEND
+    return LEGEND
+
+
 def _cells(line: GroupLine, is_measured: bool) -> list[str]:
     forecast = line.forecast
+    kappa = forecast.coherence
     second = str(line.weights)
     if is_measured:
-        kappa = forecast.coherence
-        second = "-" if kappa is None else f"{kappa:.2g}"
-    cells = [line.name, second, f"{forecast.peak_lr:.3g}", f"{line.decay:.3g}"]
-    memory = forecast.timescale
-    if memory is None:
-        # Without decay nothing is forgotten; where nobody knows the decay, nobody can tell.
-        cells += ["for ever" if forecast.total_pull == 0 else "-", "-", "-"]
-    else:
-        share = memory / forecast.steps
-        of_run = percent(share) if share < 1 else times(share)
-        cells += [rounded(memory), of_run if line.is_whole else "-"]
-        cells.append(rounded(memory / line.steps_per_epoch) if line.steps_per_epoch else "-")
+        second = UNKNOWN if kappa is None else f"{kappa:.2g}"
+    cells = [line.name, second, f"{forecast.peak_lr:.3g}", f"{line.decay:.3g}", *_memory(line)]
     # How long it takes is only worth a number where there is something to settle at.
     if forecast.angle is None or forecast.relaxation is None:
-        return [*cells, "-", "-"]
+        return [*cells, UNKNOWN, UNKNOWN]
     return [*cells, f"{forecast.angle:.2g}", rounded(forecast.relaxation)]
+
+
+def _memory(line: GroupLine) -> list[str]:
+    """How long weights remember: in steps, in runs, in epochs."""
+    steps = line.forecast.timescale
+    if steps is None:
+        # Without decay nothing is forgotten; where nobody knows the decay, nobody can tell.
+        is_free = line.forecast.total_pull == 0
+        return ["for ever" if is_free else UNKNOWN, UNKNOWN, UNKNOWN]
+    of_run = UNKNOWN
+    # A share of a run of unknown length would be a guess.
+    if line.is_whole:
+        share = steps / line.forecast.steps
+        of_run = percent(share) if share < 1 else times(share)
+    epochs = UNKNOWN
+    if line.steps_per_epoch:
+        epochs = rounded(steps / line.steps_per_epoch)
+    return [rounded(steps), of_run, epochs]
 
 
 def _sentences(lines: Sequence[GroupLine]) -> list[str]:
     """What holds of param groups; what holds of several alike once."""
     alike: dict[str, list[tuple[str, str]]] = {}
     for line in lines:
-        kinds = [advice.kind for advice in line.forecast.advice]
-        said = [] if not line.note else [line.note]
-        for advice in line.forecast.advice:
-            if advice.kind in _OF_A_WHOLE_RUN and not line.is_whole:
-                continue
-            # One of the two says it.
-            if advice.kind == "memory longer than the run" and "decay cannot act" in kinds:
-                continue
-            said.append(advice_in_words(advice))
-        for words in said:
+        for words in _said_of(line):
             alike.setdefault(skeleton(words), []).append((line.name, words))
     sentences = []
     for together in alike.values():
         names = ", ".join(name for name, _ in together)
         sentences.append(f"{names}: {folded([words for _, words in together])}.")
     return sentences
+
+
+def _said_of(line: GroupLine) -> list[str]:
+    said = []
+    if line.note:
+        said.append(line.note)
+    kinds = [advice.kind for advice in line.forecast.advice]
+    for advice in line.forecast.advice:
+        # Of a run of unknown length nobody can say that it is too short.
+        if advice.kind in _OF_A_WHOLE_RUN and not line.is_whole:
+            continue
+        # A decay that cannot act leaves a long memory: one of the two says it.
+        if advice.kind == "memory longer than the run" and "decay cannot act" in kinds:
+            continue
+        said.append(advice_in_words(advice))
+    return said
+
+
+# ------------------------------------------------------------------------------- numbers in words
 
 
 def rounded(number: float) -> str:
@@ -276,5 +306,8 @@ def percent(share: float) -> str:
         ('23 %', '0.12 %')
     """
     hundredths = 100 * share
-    digits = 0 if hundredths >= 1 or hundredths <= 0 else 1 - math.floor(math.log10(hundredths))
+    digits = 0
+    # Below one percent, two digits: 0 % would be no share at all.
+    if 0 < hundredths < 1:
+        digits = 1 - math.floor(math.log10(hundredths))
     return f"{hundredths:.{digits}f} %"

@@ -41,9 +41,12 @@ def noise_energy(response: StepResponse, dims: Array, gradient_scale: Array | No
         array([64.])
     """
     turn = float(response.turn)
+    # A divided gradient has entries of a known size, whatever the loss.
     if response.normalized:
         return dims * float(response.entry_energy) * turn
-    return None if gradient_scale is None else gradient_scale * turn
+    if gradient_scale is None:
+        return None
+    return gradient_scale * turn
 
 
 def squared_step(

@@ -86,12 +86,14 @@ class Schedule:
         rates = []
         for group in self.groups:
             lr = as_number(group.get("lr"))
+            # A tensor lives on an accelerator, and reading it would wait for the device.
             rates.append(lr if isinstance(lr, float) else math.nan)
         return rates
 
     @property
     def counts(self) -> NDArray[np.int64]:
         """For how many steps each of `groups` stands."""
+        # The last row stands for what is left.
         counts = np.full(len(self.groups), self.stride, dtype=np.int64)
         if self.steps is not None and len(counts):
             counts[-1] = self.steps - self.stride * (len(counts) - 1)

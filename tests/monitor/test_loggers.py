@@ -598,7 +598,7 @@ def test_without_a_logger_the_history_is_all_there_is(tmp_path):
     monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
     fit(make(), [monitor], max_epochs=1)
     assert len(monitor.history) == 4
-    assert set(monitor.history.meta) == {"callbacks", "targets"}
+    assert set(monitor.history.meta) == {"callbacks", "targets", "forecast"}
     assert not list(tmp_path.iterdir())
 
 

@@ -21,8 +21,8 @@ SENTENCES = [
     (
         "decay cannot act",
         {"steps": 50_000, "left": 0.78, "relaxation": 120_000.0},
-        "decay hardly acts in 50,000 steps: by itself it shortens a norm by 22 %; norms take "
-        "120,000 steps to settle",
+        "decay hardly acts in 50,000 steps: it shortens a norm by 22 %; norms take 120,000 steps "
+        "to settle",
     ),
     (
         "memory longer than the run",
@@ -57,7 +57,8 @@ SENTENCES = [
         "norm shrinks in the cool-down",
         {"shrinks": 0.23, "gradients": 1.3},
         "in the cool-down norms shrink by 23 %, so that gradients of scale-invariant weights grow "
-        "1.3x; a decay in proportion to lr² (corrected decay) would leave norms where they are",
+        "1.3x; a decay in proportion to lr², WeightDecay(rate='lr_squared'), leaves norms where they "
+        "are",
     ),
     (
         "norm doubles",
