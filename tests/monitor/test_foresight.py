@@ -6,11 +6,11 @@ import math
 import re
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
 from models import TARGETS, ManualNet, Net, distance, fit, loader, make, weights_of
+from monitoring import Turns
 from torch import nn
 from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
@@ -196,13 +196,28 @@ def test_a_run_that_showed_nothing_has_no_second_forecast(capsys) -> None:
     assert "the same run" not in capsys.readouterr().out
 
 
-def test_the_rest_of_a_run_is_forecast_when_it_goes_on(tmp_path) -> None:
+def test_the_rest_of_a_run_is_forecast_when_it_goes_on(tmp_path, capsys) -> None:
     module = make(make_optimizer=adamw, make_scheduler=cosine)
-    first = fit(module, [NormDynamicsMonitor(1, tables=False)], max_epochs=1)
+    first = fit(module, [NormDynamicsMonitor(1)], max_epochs=1)
+    assert "forecast for 4 optimizer steps" in capsys.readouterr().out
     path = tmp_path / "one.ckpt"
     first.save_checkpoint(path)
-    watch = NormDynamicsMonitor(1, tables=False)
+    watch = NormDynamicsMonitor(1)
     again = make(make_optimizer=adamw, make_scheduler=cosine)
-    fit(again, [watch], max_epochs=2, ckpt_path=path)
+    fit(again, [watch], max_epochs=3, ckpt_path=path)
+    text = capsys.readouterr().out
+    assert "forecast for 8 optimizer steps" in text
+    assert "forecast for 4" not in text
+    # The history goes on, and so does what it began with.
     assert "forecast for 4 optimizer steps" in forecasts_of(watch)["start"]
-    assert isinstance(again.trainer, L.Trainer)
+
+
+def test_an_optimizer_that_steps_later_is_told_of_later(capsys) -> None:
+    watch = NormDynamicsMonitor(1)
+    module = make(Turns)
+    module.offset = 2
+    fit(module, [watch])
+    text = capsys.readouterr().out
+    assert text.count("lightning-normdyn: forecast for") == 2
+    start = forecasts_of(watch)["start"]
+    assert start.index("SGD-0") < start.index("SGD-1")

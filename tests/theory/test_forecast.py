@@ -10,7 +10,7 @@ import pytest
 import torch
 from paper_optimizers import group_of
 
-from lightning_normdyn.theory import forecast as forecasts
+from lightning_normdyn.theory import group_norms
 from lightning_normdyn.theory.course import NormCourse
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update, equilibrium_norm
 from lightning_normdyn.theory.forecast import (
@@ -96,9 +96,9 @@ def test_a_long_run_is_followed_in_steps_of_several(monkeypatch: pytest.MonkeyPa
     rates = [3e-3 * (1 - t / 2000) for t in range(2000)]
     schedule = scheduled(ADAMW, rates, weight_decay=0.3, betas=(0.9, 0.98))
     weights = GroupWeights([0.4, 1.0], [64, 64])
-    monkeypatch.setattr(forecasts, "_LONGEST_COURSE", 2000)
+    monkeypatch.setattr(group_norms, "_LONGEST_COURSE", 2000)
     exact = forecast_group(ADAMW, schedule, weights)
-    monkeypatch.setattr(forecasts, "_LONGEST_COURSE", 300)
+    monkeypatch.setattr(group_norms, "_LONGEST_COURSE", 300)
     coarse = forecast_group(ADAMW, schedule, weights)
     assert len(coarse.norm_steps) < 310
     assert coarse.norm_steps[-1] == 2000
@@ -109,7 +109,7 @@ def test_a_long_run_is_followed_in_steps_of_several(monkeypatch: pytest.MonkeyPa
 def test_rows_that_stand_for_several_steps_count_as_often(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(forecasts, "_LONGEST_COURSE", 10)
+    monkeypatch.setattr(group_norms, "_LONGEST_COURSE", 10)
     whole = scheduled(ADAMW, [1e-3 * (1 + t // 4) for t in range(40)], weight_decay=0.3)
     thinned = Schedule(whole.groups[::4], stride=4, steps=38)
     weights = GroupWeights([0.4], [64])
