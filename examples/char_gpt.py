@@ -4,12 +4,14 @@ scale-invariant: most are not.
     python examples/char_gpt.py --method aws
     python examples/char_gpt.py --text my_book.txt --norm layer --method decay
     python examples/char_gpt.py --method cautious
+    python examples/char_gpt.py --norm plain --method rotation
 
 LayerNorm or RMSNorm stands *before* each sublayer, so it makes the sublayer's input independent of
 the residual stream's scale, but not the output of its matrices independent of theirs. Only the
 query and key projections have a normalization right behind them (per head), so only they have an
 effective learning rate in the sense of the papers. The tables at start and end say so, and the
-methods leave all other weights to AdamW, but for a cautious decay, which is every matrix's.
+methods leave all other weights to AdamW, but for a cautious decay, which is every matrix's, and for
+what steers single steps (rotation, floor, brake), which is meant for the matrices of the blocks.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from running import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_normdyn import NormDynamicsMonitor, WeightDecay
+from lightning_normdyn import NormDynamicsMonitor, RadialBrake, RotationControl, WeightDecay
 
 # alpha = weight_decay / length: both decoupled, and the projection of a head has a length of about
 # sqrt(head_size / 3) at the start.
@@ -83,30 +85,39 @@ PRESETS: dict[str, dict] = {
 STEERED = {
     "corrected": "WeightDecay that falls with the square of the learning rate (AdamC)",
     "cautious": "WeightDecay that spares what the step lengthens, on every matrix",
+    "rotation": "RotationControl: each matrix of a block turns by atan(lr), its norm stays",
+    "floor": "RotationControl: each matrix of a block turns by at least --angle",
+    "brake": "RadialBrake: each matrix of a block keeps half of what a step adds to its norm",
 }
+BLOCKS = "*blocks*"
 
 
-def steering_callbacks(method: str) -> list[L.Callback]:
-    """The callback of a method in :data:`STEERED`, and the monitor."""
+def steering_callbacks(method: str, angle: float) -> list[L.Callback]:
+    """The callback of a method in :data:`STEERED`, and the monitor; ``angle`` in radians per
+    step."""
     acting = {
         "corrected": lambda: WeightDecay(rate="lr_squared"),
         "cautious": lambda: WeightDecay(cautious=True),
+        # By name: none of these matrices is scale-invariant, so "auto" would not take them.
+        "rotation": lambda: RotationControl("lr", params=BLOCKS),
+        "floor": lambda: RotationControl(angle, bound="at_least", norm="free", params=BLOCKS),
+        "brake": lambda: RadialBrake(params=BLOCKS),
     }
     return [acting[method](), NormDynamicsMonitor()]
 
 
 class Attention(nn.Module):
-    """Causal attention with RMSNorm on each head's queries and keys (QK-norm)."""
+    """Causal attention with RMSNorm on each head's queries and keys (QK-norm), or without."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = True) -> None:
         super().__init__()
         self.heads = heads
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
-        self.query_norm = nn.RMSNorm(width // heads)
-        self.key_norm = nn.RMSNorm(width // heads)
+        self.query_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
+        self.key_norm = nn.RMSNorm(width // heads) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, time, width) -> (batch, time, width)
         batch, time, width = x.shape
@@ -121,10 +132,10 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """A pre-norm transformer block."""
 
-    def __init__(self, width: int, heads: int, norm: type[nn.Module]) -> None:
+    def __init__(self, width: int, heads: int, norm: type[nn.Module], qk_norm: bool = True) -> None:
         super().__init__()
         self.attention_norm = norm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, qk_norm)
         self.mlp_norm = norm(width)
         self.mlp = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
@@ -146,12 +157,13 @@ class GPT(nn.Module):
         layers: int,
         heads: int,
         norm: type[nn.Module],
+        qk_norm: bool = True,
     ) -> None:
         super().__init__()
         self.context = context
         self.characters = nn.Embedding(characters, width)
         self.places = nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(width, heads, norm) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, norm, qk_norm) for _ in range(layers))
         self.last_norm = norm(width)
         self.head = nn.Linear(width, characters, bias=False)
 
@@ -171,7 +183,8 @@ class CharGPT(L.LightningModule):
         width: Of the residual stream.
         layers: Blocks.
         heads: Per block.
-        norm: "rms" (RMSNorm) or "layer" (LayerNorm) before each sublayer.
+        norm: "rms" (RMSNorm) or "layer" (LayerNorm) before each sublayer; "plain": LayerNorm, and
+            no norm on queries and keys.
         lr: Learning rate.
         weight_decay: Decoupled, on all weights.
         warmup: Steps over which the learning rate rises.
@@ -192,7 +205,13 @@ class CharGPT(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.network = GPT(
-            characters, context, width, layers, heads, nn.RMSNorm if norm == "rms" else nn.LayerNorm
+            characters,
+            context,
+            width,
+            layers,
+            heads,
+            nn.RMSNorm if norm == "rms" else nn.LayerNorm,
+            qk_norm=norm != "plain",
         )
 
     def forward(self, codes: Tensor) -> Tensor:
@@ -235,10 +254,11 @@ def add_text_flags(p) -> None:
     )
     p.add_argument(
         "--norm",
-        choices=("rms", "layer"),
+        choices=("rms", "layer", "plain"),
         default="rms",
-        help="RMSNorm or LayerNorm before each sublayer",
+        help="RMSNorm or LayerNorm before each sublayer; plain: LayerNorm, without QK-norm",
     )
+    p.add_argument("--angle", type=float, default=4e-3, help="of --method floor, radians per step")
     for flag, words in (
         ("width", "of the residual stream"),
         ("layers", "blocks"),
@@ -274,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> Run:
         weight_decay=args.weight_decay,
     )
     if args.method in STEERED:
-        callbacks = steering_callbacks(args.method)
+        callbacks = steering_callbacks(args.method, args.angle)
     else:
         callbacks = build_callbacks(args.method, alpha=args.alpha, every_n_steps=args.every_n_steps)
     run = fit(module, data, args, callbacks)

@@ -21,6 +21,7 @@ from lightning_normdyn import (
     RadialBrake,
     RadialProjection,
     RotationControl,
+    WeightDecay,
     WeightRescaling,
 )
 from lightning_normdyn.monitor import balance
@@ -109,6 +110,13 @@ def test_bad_values_are_named_with_their_range(arguments, says):
 def test_who_sets_norms_on_purpose_is_refused(other):
     says = r"both target `net\.0\.weight`.*brakes changes of the norm"
     refused(make(make_optimizer=sgd), [RadialBrake(), other()], NotSupportedError, says)
+
+
+@pytest.mark.parametrize("other", [WeightDecay, lambda: AdaptiveWeightShrink(0.5)])
+def test_beside_a_decay_it_acts(other):
+    brake = RadialBrake()
+    fit(make(make_optimizer=sgd), [brake, other()], max_steps=2)
+    assert len(brake.plans[0].targets) == 2
 
 
 def test_it_acts_after_a_projection_and_a_rotation():

@@ -25,6 +25,7 @@ from lightning_normdyn import (
     RadialBrake,
     RadialProjection,
     RotationControl,
+    WeightDecay,
     WeightRescaling,
 )
 
@@ -348,6 +349,7 @@ OTHERS = {
     "projection": (RadialProjection, True),
     "lr drop": (lambda: LRDropRescaling(exponent=0.3), True),
     "brake": (RadialBrake, True),
+    "decay": (WeightDecay, True),
     "monitor": (lambda: NormDynamicsMonitor(1, tables=False), False),
 }
 

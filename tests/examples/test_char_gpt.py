@@ -46,6 +46,20 @@ def test_only_queries_and_keys_are_scale_invariant(norm: str) -> None:
 
 
 @pytest.mark.usefixtures("_no_pictures")
+def test_the_plain_gpt_has_no_scale_invariant_weight_and_its_blocks_are_steered() -> None:
+    run = char_gpt.main([*TINY, "--norm", "plain", "--method", "rotation"])
+    found = run.history.meta["targets"]
+    # "waits": rows of the embedding that no batch has held yet.
+    assert not {t["scale_invariant"] for t in found.values()} & {"filter", "group", "layer"}
+    steered = [name for name in found if "blocks" in name]
+    assert len(steered) == 6
+    for step, row in enumerate(run.history):
+        lr = 3e-3 * (step + 1) / 50
+        for name in steered:
+            assert row[f"matrix_angle/{name}"] == pytest.approx(lr, rel=1e-3)
+
+
+@pytest.mark.usefixtures("_no_pictures")
 def test_a_text_file(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("äbc\n" * 2000, encoding="utf-8")
