@@ -170,6 +170,12 @@ CASES = {
         leaves_history("runs/digits_resnet/aws"), TINY
     ),
     "python examples/char_gpt.py --method aws": Case(leaves_history("runs/char_gpt/aws"), TINY),
+    "python examples/char_gpt.py --method cautious": Case(
+        leaves_history("runs/char_gpt/cautious"), TINY
+    ),
+    "python examples/char_gpt.py --norm plain --method rotation": Case(
+        leaves_history("runs/char_gpt/rotation"), TINY
+    ),
     "python examples/char_gpt.py --text my_book.txt --norm layer --method decay": Case(
         leaves_history("runs/char_gpt/decay"), TINY
     ),
