@@ -91,9 +91,14 @@ def masked(text: str) -> list[str]:
     return re.sub("─+", "─", text).split()
 
 
-def test_the_quickstart_is_short_and_prints_what_is_shown(tmp_path, monkeypatch):
+def test_the_quickstart_is_short():
     code = (ROOT / "examples" / "readme" / "quickstart.py").read_text(encoding="utf-8")
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
+
+
+# 600 steps: in fewer, decay would not have acted, and there would be little to show.
+@pytest.mark.slow
+def test_the_quickstart_prints_what_is_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     printed = run_in_this_process("quickstart.py", tmp_path)
     shown = re.search(r"the worst weight first:\n\n```\n(.*?)```", README, re.DOTALL)[1]
