@@ -715,7 +715,7 @@ def test_an_epsilon_that_comes_to_matter_late_is_named_with_the_variance_of_then
     with pytest.warns(
         NormDynWarning, match=r"because eps = 0\.0001 of net\.4 is not small beside the variance"
     ):
-        fit(module, [callback], max_epochs=200, log_every_n_steps=5)
+        fit(module, [callback], max_epochs=40, log_every_n_steps=5)
 
 
 def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
