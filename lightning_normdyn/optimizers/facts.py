@@ -141,7 +141,7 @@ _ADAMAX_STATE = {"exp_avg": -1.0, "exp_inf": -1.0}
 # This momentum gathers g/√v, which has no scale.
 _RMSPROP_STATE = {"square_avg": -2.0, "grad_avg": -1.0, "momentum_buffer": 0.0}
 # A step of a fixed share of the weight turns it by min(lr, 1/√t), whatever its norm.
-_ADAFACTOR_NEVER_SETTLES = "none: norms grow for decay < lr/2 and shrink for decay > lr/2"
+_ADAFACTOR_NEVER_SETTLES = "norms grow for decay < lr/2 and shrink for decay > lr/2"
 
 _TORCH = (
     _torch_row(

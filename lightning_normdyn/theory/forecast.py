@@ -50,11 +50,13 @@ class Advice(NamedTuple):
             doubles", "never settles", or one of `lightning_normdyn.theory.comparison`.
         numbers: what it rests on, by name; steps are optimizer steps.
         weight: its name; empty for the group.
+        reason: in words, where no number says it.
     """
 
     kind: str
     numbers: Mapping[str, float]
     weight: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -161,9 +163,11 @@ def forecast_group(
         advice += _about_warm_up(fit, forecast, pull)
     if not forecast.is_rough:
         advice += _about_norms(fit, forecast, pull)
-    if never_settles(optimizer_class, fit.at_peak) is not None:
+    reason = never_settles(optimizer_class, fit.at_peak)
+    if reason is not None:
         decay = group_number(fit.at_peak, "weight_decay")
-        advice.append(Advice("never settles", {"lr": forecast.peak_lr, "decay": float(decay)}))
+        numbers = {"lr": forecast.peak_lr, "decay": float(decay)}
+        advice.append(Advice("never settles", numbers, reason=reason))
     return replace(forecast, advice=tuple(advice))
 
 

@@ -76,7 +76,8 @@ def advice_in_words(advice: Advice) -> str:
         >>> print(advice_in_words(Advice("norm doubles", {"steps": 4321.0, "pull": 0.0})))
         norms double every 4,320 steps; no decay holds them
     """
-    return _SENTENCES[advice.kind](advice.numbers)
+    words = _SENTENCES[advice.kind](advice.numbers)
+    return f"{words}: {advice.reason}" if advice.reason else words
 
 
 def _decay_cannot_act(numbers: Numbers) -> str:
@@ -103,6 +104,7 @@ def _shorter_memory(numbers: Numbers) -> str:
 
 def _warm_up_too_short(numbers: Numbers) -> str:
     fast = in_steps(numbers["fast_steps"])
+    # Zero steps of warm-up are none.
     planned = "there is no warm-up"
     if numbers["warm_up"] > 0:
         planned = f"the warm-up takes {in_steps(numbers['warm_up'])}"
@@ -137,8 +139,7 @@ def _doubles(numbers: Numbers) -> str:
 def _never_settles(numbers: Numbers) -> str:
     return (
         f"norms never settle under this optimizer (lr {numbers['lr']:.3g}, decay "
-        f"{numbers['decay']:.3g}): the length of its steps does not depend on gradient and norm as "
-        f"an equilibrium asks"
+        f"{numbers['decay']:.3g})"
     )
 
 

@@ -112,6 +112,7 @@ class GroupNorms:
         self.shapes: Sequence[Shape] = weights.shapes or [None] * count
         if len(weights.dims) != count or len(self.shapes) != count:
             raise ValueError("`norms`, `dims` and `shapes` must be one each for every weight.")
+        # As arrays once: every row of the schedule computes with them.
         self.dims = np.asarray(weights.dims, dtype=np.float64)
         self.rates = np.array(schedule.rates, dtype=np.float64)
         if not np.isfinite(self.rates).all() or self.rates.size == 0:
@@ -168,6 +169,7 @@ class GroupNorms:
     @property
     def is_rough(self) -> bool:
         """Whether the length of its steps is known roughly only."""
+        # Of any shape: that its steps are known roughly is a matter of the optimizer.
         response = self.response((1, 1))
         return response is not None and response.energy_is_rough
 
@@ -280,6 +282,7 @@ class GroupNorms:
                 return None
             coherences[members] = float(response.coherence)
             energies[members] = energy
+        # Noise alone, as if a run had shown it.
         return Measured(list(coherences), list(energies))
 
     def _by_coherence(

@@ -12,7 +12,11 @@ from paper_optimizers import group_of
 
 from lightning_normdyn.theory import group_norms
 from lightning_normdyn.theory.course import NormCourse
-from lightning_normdyn.theory.equilibrium import equilibrium_angular_update, equilibrium_norm
+from lightning_normdyn.theory.equilibrium import (
+    equilibrium_angular_update,
+    equilibrium_norm,
+    never_settles,
+)
 from lightning_normdyn.theory.forecast import (
     GroupForecast,
     GroupWeights,
@@ -316,3 +320,4 @@ def test_adafactor_never_settles() -> None:
         kind, scheduled(kind, [0.01] * 9, weight_decay=0.1), GroupWeights([1.0], [9])
     )
     assert numbers_of(forecast, "never settles") == {"lr": 0.01, "decay": 0.1}
+    assert forecast.advice[-1].reason == never_settles(kind, group_of(kind, lr=0.01))

@@ -68,8 +68,7 @@ SENTENCES = [
     (
         "never settles",
         {"lr": 0.01, "decay": 0.1},
-        "norms never settle under this optimizer (lr 0.01, decay 0.1): the length of its steps "
-        "does not depend on gradient and norm as an equilibrium asks",
+        "norms never settle under this optimizer (lr 0.01, decay 0.1)",
     ),
     (
         "turns faster than its like",
@@ -92,6 +91,11 @@ def test_every_advice_is_a_sentence_with_its_numbers(
     kind: str, numbers: dict[str, float], words: str
 ) -> None:
     assert advice_in_words(Advice(kind, numbers)) == words
+
+
+def test_a_reason_follows_its_sentence() -> None:
+    advice = Advice("never settles", {"lr": 0.01, "decay": 0.1}, reason="its steps are alike")
+    assert advice_in_words(advice).endswith("(lr 0.01, decay 0.1): its steps are alike")
 
 
 def test_no_sentence_promises_a_loss() -> None:
