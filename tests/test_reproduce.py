@@ -210,3 +210,44 @@ def test_decay_window_opens_and_closes_with_the_epochs(digits):
     assert np.array_equal(late[: epoch + 1], never[: epoch + 1])
     assert early[-1] > 1.2 * always[-1]
     assert late[-1] < never[-1] / 1.2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["AdamW, cosine", "SGD with momentum, cosine"])
+def test_angles_of_a_network_follow_from_its_start_and_the_schedule(name, digits):
+    import measured_vs_predicted as script
+
+    args = desk.arguments("text", {**script.DESK, "scheduled_steps": 800, "width": 4}, {}, [])
+    args.seeds = [0]
+    arm = script.scheduled_arms(args)[name]
+    runs = script.scheduled_fits(arm, args, digits._replace(noise=0.5, label_noise=0.1))
+    now = script.Deviations(runs, "angular_update", "expected_angular_update")
+    static = script.Deviations(runs, "angular_update", "equilibrium_angular_update")
+    norms = script.Deviations(runs, "weight_norm", "expected_weight_norm")
+    assert now.signed.shape == (9, 8)
+    # The first windows, in which all gradients point one way, are half of so short a run's error.
+    assert now.quantile(0.5) < 0.15
+    assert now.quantile(0.5) < static.quantile(0.5) / 2
+    assert norms.quantile(0.9) < 0.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["AdamW 3e-3, decay .3, constant", "Muon 3e-3, decay .3, constant"]
+)
+def test_every_matrix_of_a_transformer_has_a_balance_and_a_verdict(name):
+    import gpt_balance as script
+
+    settings = {**script.DESK, "width": 32, "layers": 1, "heads": 2, "context": 32, "steps": 900}
+    args = desk.arguments("text", settings, {}, [])
+    text = script.Text(None, args.batch, args.context)
+    fit = script.train(script.ARMS[name], text, args, seed=0)
+    assert len(fit.names) == 9
+    for weight in fit.names:
+        assert fit.has_balance(weight), weight
+        assert fit.is_judged(weight), fit.verdict(weight)
+    results = script.look_at([fit])
+    by_kappa, _, settled, _ = map(results.early.median, script.METHODS)
+    assert by_kappa < settled
+    # The present window says what comes next.
+    assert results.neighbour.median(script.METHODS[0]) < 0.05

@@ -118,7 +118,8 @@ def scale_convolutions(network: nn.Module, factor: float) -> nn.Module:
 
 class Images(NamedTuple):
     """Standardized float images ``(n, channels, h, w)`` and labels ``(n,)``; ``noise``: deviation
-    of the pixel noise on training images."""
+    of the pixel noise on training images; ``label_noise``: share of their labels that are drawn
+    anew in each batch."""
 
     name: str
     train_x: Tensor
@@ -126,6 +127,7 @@ class Images(NamedTuple):
     test_x: Tensor
     test_y: Tensor
     noise: float
+    label_noise: float = 0.0
 
     @property
     def channels(self) -> int:
@@ -192,7 +194,17 @@ class Batches:
             x = self.images.train_x[chosen]
             if self.images.noise:
                 x = x + self.images.noise * torch.randn(x.shape, generator=self.generator)
-            yield x, self.images.train_y[chosen]
+            yield x, self._labels(chosen)
+
+    def _labels(self, chosen: Tensor) -> Tensor:
+        labels = self.images.train_y[chosen]
+        # No draw without noise: the batches of older tables stay what they were.
+        if not self.images.label_noise:
+            return labels
+        is_wrong = torch.rand(labels.shape, generator=self.generator) < self.images.label_noise
+        classes = int(self.images.train_y.max()) + 1
+        drawn = torch.randint(classes, labels.shape, generator=self.generator)
+        return drawn.where(is_wrong, labels)
 
 
 # ------------------------------------------------------------------------------------------ one fit
@@ -207,7 +219,11 @@ class Recipe:
         optimizer: "sgd" (decay in the gradient), "adam" (decay in the gradient) or "adamw"
             (decoupled).
         lr: of the convolutions; and of the rest, unless ``rest_lr`` says otherwise.
+        beta2: of Adam's second moment.
         drops: when to divide the learning rate by ``drop_factor``, as fractions of ``steps``.
+        schedule: "drops", or "cosine" and "wsd", which go to 0: from the warm-up on, or over the
+            last fifth.
+        warm_up: steps over which the learning rate rises, for "cosine" and "wsd".
     """
 
     steps: int
@@ -217,13 +233,27 @@ class Recipe:
     weight_decay: float = 0.0
     rest_lr: float | None = None
     rest_decay: float = 1e-4
+    beta2: float = 0.999
     drops: tuple[float, ...] = ()
     drop_factor: float = 10.0
+    schedule: str = "drops"
+    warm_up: int = 0
     batch_size: int = 64
 
     @property
     def drop_steps(self) -> list[int]:
         return [max(1, round(fraction * self.steps)) for fraction in self.drops]
+
+    def lr_factor(self, step: int) -> float:
+        """The learning rate of a step, counted from 0, as a share of the largest."""
+        if self.schedule == "drops":
+            return self.drop_factor ** -sum(step >= drop for drop in self.drop_steps)
+        if step < self.warm_up:
+            return (step + 1) / self.warm_up
+        if self.schedule == "cosine":
+            return (1 + math.cos(math.pi * (step - self.warm_up) / (self.steps - self.warm_up))) / 2
+        cool_down = self.steps / 5
+        return min(1.0, (self.steps - step) / cool_down)
 
     def optimizer_for(self, module: nn.Module) -> torch.optim.Optimizer:
         rest_lr = self.lr if self.rest_lr is None else self.rest_lr
@@ -247,9 +277,8 @@ class Recipe:
         ]
         if self.optimizer == "sgd":
             return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
-        return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer](
-            groups, lr=self.lr
-        )
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[self.optimizer]
+        return kind(groups, lr=self.lr, betas=(0.9, self.beta2))
 
 
 class Classifier(L.LightningModule):
@@ -271,9 +300,7 @@ class Classifier(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         optimizer = self.recipe.optimizer_for(self)
-        schedule = torch.optim.lr_scheduler.MultiStepLR(
-            optimizer, self.recipe.drop_steps, gamma=1 / self.recipe.drop_factor
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.recipe.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

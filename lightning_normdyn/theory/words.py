@@ -51,6 +51,9 @@ PUSHED_OUT = -0.5
 MOST_NAMED = 2
 """Weights that turn too fast or too slowly, and are named in a sentence, not counted."""
 
+MOST_TO_GO = 1e6
+"""Steps to go beyond which the number itself says nothing."""
+
 TOO_EARLY = ("too few rows", "it has turned too little to tell")
 """Why a balance is not known yet."""
 
@@ -245,15 +248,24 @@ def _to_come(numbers: Numbers) -> str:
     if low <= ratio <= high:
         return "settled"
     where = f"{times(ratio)} of where it will settle"
-    steps = in_steps(steps_to_go(ratio, relaxation))
+    left = _to_go(ratio, relaxation)
     if numbers.since_drop and ratio < 1:
-        said = f"{where}: norms are still those of before the drop ({steps} to go)"
+        said = f"{where}: norms are still those of before the drop ({left})"
         # Beside another rule nobody has derived what it would do.
         return f"{said}, LRDropRescaling removes that" if numbers.can_rescale else said
     if numbers.elapsed < 1:
         return not_acted(numbers.elapsed)
     moves = "grows" if ratio > 1 else "shrinks"
-    return f"{where}: its norm still {moves} ({steps} to go)"
+    return f"{where}: its norm still {moves} ({left})"
+
+
+def _to_go(ratio: float, relaxation: float) -> str:
+    """How long a norm still moves at the present learning rate."""
+    steps = steps_to_go(ratio, relaxation)
+    # At the end of a schedule the rate is nearly 0, and billions of steps are no forecast.
+    if MOST_TO_GO < steps < math.inf:
+        return "over a million steps to go"
+    return f"{in_steps(steps)} to go"
 
 
 def _balanced(balance: Balanced) -> Finding:
@@ -279,7 +291,7 @@ def _balanced(balance: Balanced) -> Finding:
     kind: Kind = "growing" if ratio > 1 else "shrinking"
     words = f"still {kind}, {times(ratio)} its balance"
     if balance.relaxation is not None:
-        words += f", {in_steps(steps_to_go(ratio, balance.relaxation))} to go"
+        words += f", {_to_go(ratio, balance.relaxation)}"
     return Finding(kind, _joined(words, held), ratio)
 
 

@@ -135,6 +135,12 @@ def test_what_is_said_of_a_weight(numbers: dict[str, Any], kind: str, words: str
         ),
         # At a rate of 0 nothing goes anywhere.
         (Balanced(1.4, 0.0, None, 3.0), "growing", "still growing, 1.4x its balance"),
+        # After a cosine the rate is nearly 0, and so is what moves the norm.
+        (
+            Balanced(0.7, 0.0, 1e9, 3.0),
+            "shrinking",
+            "still shrinking, 0.70x its balance, over a million steps to go",
+        ),
         (
             Balanced(1.4, 0.0, 500.0, 0.31),
             "decay has not acted",

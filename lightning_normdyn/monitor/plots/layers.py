@@ -157,8 +157,8 @@ def plot_angular_update(
             ax,
             expected_steps,
             over_layers(np.nanmedian, expected_table),
-            color=OKABE_ITO[2],
-            linewidth=1.4,
+            color="black",
+            linewidth=1.0,
             # Of a healthy run it runs along the measured median, and would hide it.
             linestyle=(0, (3, 2)),
             label="expected now, median",
