@@ -267,11 +267,15 @@ _GRAPH = record(
 
 def _per_vector(value: Any, where: str) -> None:
     table(text(), table(text(), vector))(value, where)
-    # These two become factors on weights: a negative one would turn a vector around, and one that
-    # is not finite would destroy it.
-    for key in ("initial_norm", "owed"):
+    # These become factors on weights: a negative one would turn a vector around, and one that is
+    # not finite would destroy it.
+    factors = ("initial_norm", "owed", "lr_max", "mean_square_tangent", "averaged_steps")
+    for key in factors:
         for name, values in value.get(key, {}).items():
             numbers(0.0)(values, f"{where}.{key}[{shown(name)}]")
+    # A logarithm has a sign.
+    for name, values in value.get("log_scale", {}).items():
+        numbers()(values, f"{where}.log_scale[{shown(name)}]")
 
 
 def _positive(value: Any, where: str) -> None:

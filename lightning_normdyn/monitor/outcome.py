@@ -162,7 +162,7 @@ def as_text(
     Args:
         rows: from `summarize`.
         optimizer_steps: of the whole run.
-        clamped: by weight, how often AdaptiveWeightShrink clamped its factor.
+        clamped: by weight, how often a rule could not do what it was to do.
         session: the fit.
     """
     found = [(row["weight"], _finding(row)) for row in rows]
@@ -235,7 +235,7 @@ def _end_cell(row: Mapping[str, Any], column: str) -> str:
 
 
 def _clamps_in_words(clamped: Mapping[str, int]) -> str:
-    """How often the shrink factor of AdaptiveWeightShrink was clamped, by weight."""
+    """How often a rule could not do to a vector what it was to do, by weight."""
     if not clamped:
         return ""
     # A network may have hundreds of weights; the first few show where to look.
@@ -243,8 +243,9 @@ def _clamps_in_words(clamped: Mapping[str, int]) -> str:
     if len(clamped) > MOST_NAMED:
         named.append("...")
     return paragraph(
-        f"The shrink factor was clamped at 0.5 {sum(clamped.values())} times "
-        f"({', '.join(named)}): lr * alpha * norm is too large there."
+        f"Rules were clamped {sum(clamped.values())} times ({', '.join(named)}): lr * alpha * norm "
+        f"is too large there for a shrink, which takes half of a vector at most, or no stretch of "
+        f"a step turns it by the angle that was asked for."
     )
 
 

@@ -328,7 +328,8 @@ _TABLE = (
     Quantity(
         "clamped_vectors",
         "Clamped vectors",
-        "vectors whose decay in a step had to be clamped, over all steps",
+        "vectors whose decay in a step had to be clamped, or that a step could not be steered for, "
+        "over all steps",
         "vectors",
         scale="linear",
         scope="overview",

@@ -346,7 +346,7 @@ def test_clamped_vectors_are_named_in_the_end_table(capsys):
         module.net[3].weight[:2] *= 1e6  # its first two filters stay too long for all three steps
     fit(module, [NormDynamicsMonitor(1), AdaptiveWeightShrink(0.5)], max_steps=3)
     assert (
-        "clamped at 0.5 6 times (net.3.weight: 6): lr * alpha * norm is too large there"
+        "clamped 6 times (net.3.weight: 6): lr * alpha * norm is too large there"
         in capsys.readouterr().out
     )
 

@@ -23,7 +23,9 @@ from lightning_normdyn import (
     NormDynamicsMonitor,
     NormDynError,
     NormDynWarning,
+    RadialBrake,
     RadialProjection,
+    RotationControl,
     WeightRescaling,
 )
 from lightning_normdyn.engine.effect import Effects
@@ -36,7 +38,7 @@ from lightning_normdyn.monitor.measured_balance import MatrixSums, quantities_of
 from lightning_normdyn.monitor.passed_steps import PassedSteps
 from lightning_normdyn.monitor.pulls import Strength
 
-CASES = 1000
+CASES = 1300
 DROPPED = r"cannot use its state in the checkpoint: .* starts as in a fresh fit"
 
 
@@ -57,12 +59,14 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "rescaling": lambda: WeightRescaling(2, target_norm="initial"),
     "projection": lambda: RadialProjection(),
     "drop": lambda: LRDropRescaling(exponent=0.25),
+    "rotation": lambda: RotationControl(0.05, smoothing=0.9),
+    "brake": lambda: RadialBrake(),
     "monitor": lambda: NormDynamicsMonitor(1, tables=False, per_vector=True),
     "some quantities": lambda: NormDynamicsMonitor(1, tables=False, quantities=["effective_lr"]),
     "span": lambda: InputSpanMonitor(),
     "replay": lambda: EffectiveLRReplay("run.npz"),
 }
-WRITERS = ["aws", "rescaling", "projection", "drop"]
+WRITERS = ["aws", "rescaling", "projection", "drop", "rotation", "brake"]
 
 
 @pytest.fixture(scope="module")
@@ -301,16 +305,24 @@ def test_a_fit_with_a_damaged_state_is_one_without_that_state(name, damage, chec
         assert same(go(lambda checkpoint: DAMAGES[damage](state_of(checkpoint))), fresh)
 
 
-@pytest.mark.parametrize("key", ["initial_norm"])
+@pytest.mark.parametrize(
+    ("maker", "key"),
+    [
+        ("rescaling", "initial_norm"),
+        ("rotation", "initial_norm"),
+        ("rotation", "mean_square_tangent"),
+        ("rotation", "lr_max"),
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), 1e30, -1.0, float("inf")])
-def test_an_initial_norm_that_is_none_is_not_used(key, value, checkpoints, tmp_path):
-    checkpoint = copy.deepcopy(checkpoints["rescaling"])
+def test_an_initial_norm_that_is_none_is_not_used(maker, key, value, checkpoints, tmp_path):
+    checkpoint = copy.deepcopy(checkpoints[maker])
     for norms in state_of(checkpoint)["per_vector"][key].values():
         norms.fill_(value)
     torch.save(checkpoint, tmp_path / "changed.ckpt")
     module = make(make_optimizer=momentum, make_scheduler=steps_down)
     with pytest.warns(NormDynWarning, match=DROPPED):
-        fit(module, [MAKERS["rescaling"]()], ckpt_path=tmp_path / "changed.ckpt")
+        fit(module, [MAKERS[maker]()], ckpt_path=tmp_path / "changed.ckpt")
     assert all(
         0 < float(weight.norm()) < 100
         for name, weight in weights_of(module).items()
