@@ -8,6 +8,7 @@ allows no script but its own.
 from __future__ import annotations
 
 import base64
+import fnmatch
 import hashlib
 import io
 import json
@@ -384,7 +385,7 @@ def _policy_hash(script: str) -> str:
 
 
 def runs_in(path: str | os.PathLike[str]) -> list[str | Path]:
-    """The runs that a path names: itself, or all histories in a folder, any number of levels down.
+    """The runs that a path names: itself, or the histories in a folder, any number of levels down.
 
     Raises:
         NormDynError: for a folder without one.
@@ -392,8 +393,14 @@ def runs_in(path: str | os.PathLike[str]) -> list[str | Path]:
     if is_remote(path) or not Path(path).is_dir():
         return [os.fspath(path)]
     folder = Path(path)
-    # By their names: further down, other .npz files may be data sets.
-    runs = sorted(folder.rglob("history*.npz")) or sorted(folder.glob("*.npz"))
+    runs: list[Path] = []
+    for place, below, files in os.walk(folder):
+        # By their names: other .npz files may be data sets.
+        own = sorted(fnmatch.filter(files, "history*.npz"))
+        runs += [Path(place, name) for name in own]
+        # Below a history lie copies of it, beside the logs of its loggers.
+        below[:] = [] if own else sorted(below)
+    runs = runs or sorted(folder.glob("*.npz"))
     if not runs:
         raise NormDynError(
             f"`{folder}` holds no run, nor does any folder below it; name a history file (.npz)."

@@ -460,6 +460,8 @@ def test_runs_are_found_any_number_of_levels_down(tmp_path):
     assert list(load_run(tmp_path)) == list(reported_run())
     again = reported_run().save(deep.with_name("history.fit2.npz"))
     near = reported_run().save(tmp_path / "c" / "history.npz")
+    # The copy beside the log of a logger is no other run.
+    reported_run().save(tmp_path / "c" / "csv" / "history.npz")
     assert runs_in(tmp_path) == sorted([deep, again, near])
     assert runs_in(deep) == [str(deep)]
     assert runs_in("s3://bucket/run") == ["s3://bucket/run"]
