@@ -146,7 +146,8 @@ class Balance:
         row = MatrixRow(number, sums.ww, sums.squared_angle, pull, lr, sums.log_scale)
         window = self.window.extended(row, passed)
         elapsed = self.elapsed
-        if passed is not None and isfinite(passed.pull):
+        # Rows of neighbouring steps have nothing between them, whose pull is known to be 0.
+        if passed is not None and isfinite(passed.pull + row.pull):
             elapsed += passed.pull + row.pull
         return Balance(window, end, elapsed, is_set)
 

@@ -134,6 +134,8 @@ def test_what_decay_has_done_adds_up():
     balance = followed()
     assert balance.elapsed == pytest.approx(140 * PULL)
     assert followed(strength=Strength(nan)).elapsed == 0
+    # Neighbouring rows, between which there is no step.
+    assert followed(every=1, strength=Strength(nan)).elapsed == 0
 
 
 @pytest.mark.parametrize("known", [True, False])
