@@ -242,6 +242,7 @@ class Linear(Walk):
         return (noise * self.weight).sum()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("make_optimizer", [adamw, sgd])
 def test_a_matrix_of_zeros_is_measured_from_where_it_has_a_length(make_optimizer: Any) -> None:
     rows = rows_of(Linear(torch.zeros(SHAPE, dtype=torch.float64), make_optimizer), [])
@@ -346,6 +347,7 @@ class TakesTurns(Two):
         return [adamw([self.one]), slow([self.two])]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("callbacks", [[], [WeightRescaling(4, target_norm=2.5)]])
 def test_optimizers_that_take_turns_have_their_own_steps(callbacks: list[Any]) -> None:
     rows = rows_of(TakesTurns(), callbacks)
@@ -381,6 +383,7 @@ class Overflows(Walk):
         return super().training_step(noise) * (float("inf") if overflows else 1.0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("fused", [False, True])
 def test_skipped_steps_are_none(fused: bool) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=1000)

@@ -240,7 +240,7 @@ def scaled(
     )
 
 
-@pytest.mark.sampled
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_a_skipped_step_changes_nothing_and_counts_nothing(case, fused):
@@ -375,6 +375,7 @@ FAMILY = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("normalize", FAMILY)
 @pytest.mark.parametrize(
     "case", ["aws", "wrs", "projection", "projection-cosine", "monitor", "all"]
@@ -654,6 +655,7 @@ class FailingSGD(torch.optim.SGD):
         return super()._init_group(group, *lists)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", ALL_CASES)
 def test_leaves_nothing_behind(case):
     module = make(Remembers, make_optimizer=sgd)

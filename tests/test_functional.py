@@ -376,6 +376,7 @@ def test_the_shape_is_found_within_three_percent(method, shape):
     assert np.mean(estimates) == pytest.approx(shape, rel=0.03)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("shape", [0.3, 0.5, 1.0, 2.0, 3.7, 10.0])
 def test_the_moment_ratio_inverts_its_closed_form(shape):
     from scipy import stats

@@ -120,6 +120,7 @@ HYPER = [
 ]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("hyper", HYPER, ids=str)
 @pytest.mark.parametrize("reparametrization", [normalized, standardized])
 def test_directions_are_those_of_weight_decay(
@@ -129,6 +130,7 @@ def test_directions_are_those_of_weight_decay(
     assert trajectories(Net(reparametrization), **hyper) < 1e-12
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("hyper", HYPER[:3], ids=str)
 def test_directions_behind_batch_norm_agree_as_far_as_eps_is_small(hyper: dict[str, float]) -> None:
     torch.manual_seed(0)
@@ -165,6 +167,7 @@ INNER = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", INNER)
 def test_any_inner_schedule(name: str) -> None:
     torch.manual_seed(0)

@@ -235,6 +235,7 @@ def test_state_dict_loads_back_and_deepcopy_is_independent(normalize):
     assert not torch.equal(direction(copied.stem), before)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("normalize", FAMILY)
 def test_compiled_training_equals_eager_training(normalize):
     torch.manual_seed(0)
@@ -274,6 +275,7 @@ def _distributed(normalize, kind):
     return {n: p.detach() for n, p in full.items()}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("normalize", FAMILY)
 def test_two_ranks_equal_one(normalize, kind):

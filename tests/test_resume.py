@@ -321,6 +321,7 @@ def check(
         assert not found, (path.name, found[:5])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("saves", ["first", "last"])
 def test_a_fit_with_all_callbacks_and_skipped_steps_resumes_from_some_of_its_steps(saves, tmp_path):
     check(CASES["all"], 5, "scaler", saves, tmp_path, steps=[0, 7, 14, 19])
@@ -333,6 +334,7 @@ def test_what_steers_steps_resumes_from_some_of_them(case, tmp_path):
     check(CASES[case], 5, "scaler", "last", tmp_path, steps=[0, 14])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("case", ["monitor", "lr-drop"])
 def test_expectations_and_balances_go_on(case, tmp_path):
     rows = go(CASES[case], 3, "")["histories"][-1]["rows"]
@@ -356,6 +358,7 @@ def test_a_fit_resumes_from_every_step(case, every, scaler, saves, tmp_path):
     check(CASES[case], every, scaler, saves, tmp_path)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("hook", ["on_train_epoch_end", "on_train_epoch_start", "on_train_end"])
 def test_a_fit_resumes_from_the_ends_of_its_epochs(hook, tmp_path):
     saver = SavesEveryStep(tmp_path, hook)
@@ -388,6 +391,7 @@ def test_rows_go_on_from_a_checkpoint_of_a_validation_in_the_middle_of_an_epoch(
         assert not [*differences(expected["weights"], again["weights"])], path.name
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "hook", ["on_train_batch_start", "on_after_backward", "on_before_optimizer_step"]
 )

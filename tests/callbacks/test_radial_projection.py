@@ -84,6 +84,7 @@ def seeded(net):
     return net()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "options",
     [{}, {"nesterov": True}, {"dampening": 0.5}],

@@ -40,6 +40,7 @@ def set_up_again(trainer, module):
     trainer.strategy.setup_optimizers(trainer)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("action", [replace, replace_in_place, set_up_again])
 def test_a_new_optimizer_is_gone_on_with(action, first, capsys):

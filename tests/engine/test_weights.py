@@ -46,6 +46,7 @@ def grow(trainer, module):
 NEW = {swap_layer: "net.3.weight", swap_parameter: "net.3.weight", grow: "net.5.1.weight"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("action", NEW)
 def test_weights_that_come_during_the_fit_are_measured_and_treated(action, first):

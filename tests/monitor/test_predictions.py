@@ -100,6 +100,7 @@ def test_other_optimizers_that_are_understood(make_optimizer: Any) -> None:
     assert len(monitor.history.column(KEYS[1])[0]) == 3
 
 
+@pytest.mark.sampled(11)
 @pytest.mark.parametrize(
     ("make_optimizer", "others"),
     [

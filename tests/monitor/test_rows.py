@@ -10,6 +10,7 @@ from monitoring import momentum, monitor
 from lightning_normdyn.monitor import rows
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     ("factor", "marked"),
     [

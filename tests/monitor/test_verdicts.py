@@ -339,6 +339,7 @@ def test_a_run_at_its_equilibrium() -> None:
     assert layer["e-foldings"] == pytest.approx(360 / 50)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("norm", "kind", "expected"), [(1.5, "too slow", 0.44), (0.7, "too fast", 2.04)]
 )

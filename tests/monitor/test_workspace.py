@@ -49,6 +49,7 @@ def test_panels_select_by_pattern_on_the_axis_that_lightning_logs(spec):
     assert spec["spec"]["section"]["settings"]["xAxis"] == "trainer/global_step"
 
 
+@pytest.mark.sampled(7)
 @pytest.mark.parametrize("quantity", monitored(), ids=lambda quantity: quantity.name)
 def test_each_quantity_has_one_panel_with_all_layers(spec, quantity):
     keys = [f"{quantity.name}/{name}" for name in NAMES]

@@ -256,6 +256,7 @@ def assert_settles_as_predicted(row: Row) -> None:
     assert norm == pytest.approx(1, abs=0.03)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("row", QUICK, ids=str)
 def test_simulation_settles_as_predicted(row: Row) -> None:
     assert_settles_as_predicted(row)
@@ -438,6 +439,7 @@ def test_one_derivation_gives_every_printed_formula(
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("optimizer", "hyper", "period"),
     [
@@ -861,6 +863,7 @@ def test_a_learning_rate_of_zero_predicts_no_motion() -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     ("optimizer", "hyper"),
     [
