@@ -27,7 +27,8 @@ from lightning_normdyn.functional import coherence
 from lightning_normdyn.history import History
 from lightning_normdyn.monitor.plots.axes import OKABE_ITO
 from lightning_normdyn.theory.course import norm_course
-from lightning_normdyn.theory.forecast import GroupWeights, Measured, forecast_group
+from lightning_normdyn.theory.forecast import forecast_group
+from lightning_normdyn.theory.group_norms import GroupWeights, Measured
 from lightning_normdyn.theory.schedule import Schedule
 from lightning_normdyn.theory.words import TOO_EARLY
 
@@ -262,7 +263,8 @@ class Matrix:
 
         newer = rows >= (first + last) / 2
         relative = np.exp(2 * (self.log_norms[chosen] - self.log_norm_at(last)))
-        energies = squares * relative / rates[rows - first] ** 2
+        tangents = np.tan(self.angles[chosen]) ** 2
+        energies = tangents * relative / rates[rows - first] ** 2
         return Measured([kappa], [float(energies[newer].mean())])
 
 
@@ -278,12 +280,12 @@ def forecasts(matrix: Matrix, window: tuple[float, float]) -> dict[str, Doubles]
     measured = matrix.measure(first, now)
     size = math.sqrt(measured.energy[0])
 
-    weights = GroupWeights([1.0], [matrix.entries], matrix.shape)
+    weights = GroupWeights([1.0], [matrix.entries], [matrix.shape])
     forecast = forecast_group(matrix.optimizer, Schedule(tuple(groups)), weights, measured=measured)
     assert forecast.norms is not None
     # The last norm is that after the last step.
-    by_coherence = rates * size / forecast.norms[:-1, 0]
-    return dict(zip(METHODS[:2], (by_coherence, rates * size), strict=True))
+    by_coherence = np.arctan(rates * size / forecast.norms[:-1, 0])
+    return dict(zip(METHODS[:2], (by_coherence, np.arctan(rates * size)), strict=True))
 
 
 def noise_forecasts(matrix: Matrix) -> dict[str, Doubles]:
