@@ -314,6 +314,7 @@ def test_the_order_of_the_list_changes_no_bit(mode):
     assert all(same(w, weights[0]) for w in weights)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("mode", ["sgd", "manual", "schedule", "finetuning"])
 def test_the_monitor_changes_no_bit(mode):
     plain = weights_of(run([], MODES[mode])[0])
@@ -619,6 +620,7 @@ def test_the_tuner_leaves_no_trace(case):
     assert identical(found, go(set_batch_size(found[0])))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("first", [True, False])
 def test_the_tuner_as_a_callback_of_a_second_fit(first):
     def go(finder):
