@@ -4,12 +4,14 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEEPSPEED := .venv-deepspeed
+CLIENTS := .venv-clients
+LIGHTNINGS := 2.4 2.5 2.6
 
 # Empty: bytecode is written also where a container says otherwise. To rewrite the asserts of all
 # tests anew takes a third of the time that each worker needs before its first test.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs bench test test-slow test-all test-deepspeed lint format types clean
+.PHONY: demo docs bench test test-slow test-all test-deepspeed test-clients test-versions lint format types clean
 
 # The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
 $(READY): pyproject.toml constraints.txt
@@ -53,6 +55,36 @@ $(DEEPSPEED)/.ready: pyproject.toml constraints.txt
 test-deepspeed: $(DEEPSPEED)/.ready  ## the DeepSpeed part of the strategies
 	PATH="$(CURDIR)/$(DEEPSPEED)/bin:$$PATH" DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pytest -m deepspeed
 
+# One by one: a package that no longer installs is left out, and the page says so. Their own demands are not asked for, since some exclude others.
+$(CLIENTS)/.ready: pyproject.toml constraints.txt clients/needed.txt clients/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --upgrade pip
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(CLIENTS)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[plot]'
+	-xargs -n 1 $(CLIENTS)/bin/python -m pip install --quiet --constraint constraints.txt < clients/needed.txt
+	-xargs -n 1 $(CLIENTS)/bin/python -m pip install --quiet --no-deps < clients/requirements.txt
+	touch $@
+
+test-clients: $(CLIENTS)/.ready  ## models and optimizers of other packages; writes docs/clients.md
+	OMP_NUM_THREADS=2 $(CLIENTS)/bin/python clients/run.py
+
+# The oldest and the newest releases of each minor version that install beside the pinned torch.
+.PRECIOUS: .venv-lightning-%/.ready
+.venv-lightning-%/.ready: pyproject.toml constraints.txt tests/versions/lightning-%.txt
+	$(PYTHON) -m venv .venv-lightning-$*
+	.venv-lightning-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-lightning-$*/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-lightning-$*/bin/python -m pip install --quiet --constraint constraints.txt --constraint tests/versions/lightning-$*.txt --editable '.[test]' pytorch-lightning
+	touch $@
+
+test-versions: $(LIGHTNINGS:%=test-lightning-%)  ## callbacks and conformance under the oldest and the newest Lightning, torchmetrics and wandb, and both of Lightning's packages
+
+test-lightning-%: .venv-lightning-%/.ready
+	for flavour in lightning.pytorch pytorch_lightning; do \
+		NORMDYN_TEST_FLAVOUR=$$flavour OMP_NUM_THREADS=1 .venv-lightning-$*/bin/python -m pytest -n 2 -m "not slow and not deepspeed" \
+			tests/callbacks tests/engine tests/monitor tests/test_metrics.py tests/test_conformance.py || exit 1; \
+	done
+
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -65,4 +97,4 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(DEEPSPEED) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DEEPSPEED) $(CLIENTS) $(LIGHTNINGS:%=.venv-lightning-%) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
