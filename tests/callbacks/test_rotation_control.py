@@ -3,6 +3,7 @@ a norm."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -142,6 +143,44 @@ def test_muon_whole_matrices_and_their_rows():
         angles, norms = turns(rows, "net.1.weight")
         assert (angles / 0.02 - 1).abs().max() <= 1e-6
         assert (norms / norms[0] - 1).abs().max() <= 1e-6
+
+
+def watched_muon(seen):
+    """Muon that notes each weight before its step, and where the step takes it before anybody
+    else acts."""
+
+    def make_optimizer(parameters):
+        matrices = [p for p in parameters if p.ndim == 2]
+        optimizer = torch.optim.Muon(matrices, lr=0.02, weight_decay=0.0)
+        pair = []
+        optimizer.register_step_pre_hook(lambda *_: pair.append(matrices[0].detach().clone()))
+        optimizer.register_step_post_hook(
+            lambda *_: seen.append((pair.pop(), matrices[0].detach().clone()))
+        )
+        return optimizer
+
+    return make_optimizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rule", ["hold", "floor of filters", "cap, held", "lr"])
+def test_it_is_the_rule_under_muon(rule, dtype):
+    arguments, rotate = RULES[rule]
+    torch.manual_seed(1)
+    net = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(36, 8, bias=False), torch.nn.BatchNorm1d(8),
+        torch.nn.Linear(8, 2, bias=False),
+    ).to(dtype)  # fmt: skip
+    seen = []
+    callback = RotationControl(**{**arguments, "params": "net.1.weight"})
+    weights = trained(callback, watched_muon(seen), steps=8, dtype=dtype, net=net)
+    memory = {}
+    naive = dataclasses.replace(rotate)
+    for (before, moved), after in zip(seen, weights[1:], strict=True):
+        expected = naive(before.double(), moved.double(), 0.02, memory)
+        found = after["net.1.weight"].double()
+        rounding = 1e-12 if dtype == torch.float64 else 1e-6
+        assert distance({"": found}, {"": expected}) <= rounding
 
 
 def test_bounds_hold_at_every_step():

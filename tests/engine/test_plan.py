@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import Any
 
 import pytest
@@ -161,3 +161,27 @@ def test_what_a_person_asked_for_is_not_taken_for_scale_invariant(by_request):
     target = Target("w", weight, Partition.filters((2, 2)), verdict, by_request)
     assert target.scale_invariant is not by_request
     assert not target.weight_standardized
+
+
+def test_numbers_of_another_plan_are_taken_for_the_same_vectors_and_for_whole_weights():
+    """Of the same rows, of the whole weight, of other rows, and of a weight that is not there."""
+    weights = [torch.nn.Parameter(torch.randn(4, 3)) for _ in range(4)]
+    optimizer = torch.optim.SGD(weights, lr=0.1)
+    bracket = StepBracket.of(optimizer)
+
+    def plan(partitions):
+        targets = []
+        for i, partition in enumerate(partitions):
+            if partition is not None:
+                verdict = Verdict.unknown(f"w{i}", (4, 3))
+                targets.append(Target(f"w{i}", weights[i], partition, verdict, by_request=False))
+        return Plan(0, bracket, targets)
+
+    rows, whole = Partition.filters((4, 3)), Partition.layer((4, 3))
+    ours = plan([rows, rows, whole, rows])
+    theirs = plan([rows, whole, rows, None])
+    values = torch.arange(1.0, 10.0, dtype=torch.float64)
+    taken = ours.taken_from(theirs, values).tolist()
+    assert taken[:8] == [1, 2, 3, 4, 5, 5, 5, 5]
+    assert isnan(taken[8])
+    assert taken[9:] == [0, 0, 0, 0]

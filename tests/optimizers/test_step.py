@@ -57,9 +57,10 @@ def test_a_note_waits_until_the_update_is_known_to_have_happened():
     step.mark_happened()
     assert said == ["updated", "done"]
     step.when_done(lambda: said.append("at once"))
+    step.when_updated(lambda: said.append("counted at once"))
     step.mark_updated()
     step.mark_happened()
-    assert said == ["updated", "done", "at once"]
+    assert said == ["updated", "done", "at once", "counted at once"]
 
 
 @pytest.mark.parametrize("happened", [False, True])
