@@ -303,7 +303,8 @@ class Plan:
         """
         if other not in self._places:
             self._places[other] = self._find_places(other)
-        extended = torch.cat([values, values.new_tensor([0.0, nan])])
+        # Filled on the device: a list of numbers would be copied there, and the host would wait.
+        extended = torch.cat([values, values.new_zeros(1), values.new_full((1,), nan)])
         return extended[self._places[other]]
 
     def _find_places(self, other: Plan) -> Tensor:
