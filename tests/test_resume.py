@@ -328,7 +328,14 @@ def test_a_fit_with_all_callbacks_and_skipped_steps_resumes_from_some_of_its_ste
 
 
 @pytest.mark.parametrize(
-    "case", ["rotation-smooth", pytest.param("floor and brake", marks=pytest.mark.slow)]
+    "case",
+    [
+        "rotation-smooth",
+        "decay-corrected",
+        pytest.param("floor and brake", marks=pytest.mark.slow),
+        pytest.param("decay-cautious", marks=pytest.mark.slow),
+        pytest.param("aws-match", marks=pytest.mark.slow),
+    ],
 )
 def test_what_steers_steps_resumes_from_some_of_them(case, tmp_path):
     check(CASES[case], 5, "scaler", "last", tmp_path, steps=[0, 14])

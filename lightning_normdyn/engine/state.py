@@ -269,7 +269,14 @@ def _per_vector(value: Any, where: str) -> None:
     table(text(), table(text(), vector))(value, where)
     # These become factors on weights: a negative one would turn a vector around, and one that is
     # not finite would destroy it.
-    factors = ("initial_norm", "owed", "lr_max", "mean_square_tangent", "averaged_steps")
+    factors = (
+        "initial_norm",
+        "owed",
+        "alpha",
+        "lr_max",
+        "mean_square_tangent",
+        "averaged_steps",
+    )
     for key in factors:
         for name, values in value.get(key, {}).items():
             numbers(0.0)(values, f"{where}.{key}[{shown(name)}]")

@@ -98,6 +98,31 @@ def test_stretching_a_step(kind, dtype):
     assert torch.equal(weight.detach(), as_it_is)
 
 
+@pytest.mark.parametrize("known_before", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_cautious_decay_spares_what_a_step_lengthens(kind, dtype, known_before):
+    vectors, (weight,) = made(kind, dtype=dtype)
+    partition, before = KINDS[kind][1], weight.detach().clone()
+    layout, share = weight.stride(), randn(vectors.n).abs()
+    with torch.no_grad():
+        # Some entries lengthen and some shorten, whatever their signs.
+        step = torch.tensor([0.3, -0.2]).repeat(before.numel())[: before.numel()]
+        weight += step.reshape(before.shape).to(dtype)
+    after, labels = weight.detach().clone(), labels_of(before, partition)
+    of_entry = torch.cat([share, share.new_zeros(1)])[labels]
+    shortened = (after.double() - before.double()) * before.double() <= 0
+    expected = after.double() - of_entry * before.double() * shortened
+    told = vectors.shortened([before]) if known_before else None
+    with torch.no_grad():
+        vectors.decay_shortened_(share, [before], told)
+        vectors.decay_shortened_(share, [None])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(weight.detach().double(), expected, rtol=4 * eps, atol=4 * eps)
+    assert 0 < int(shortened.sum()) < before.numel()
+    assert weight.stride() == layout
+
+
 # ---- Many weights in one index space ----
 
 

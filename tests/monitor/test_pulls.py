@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_normdyn.engine.effect import (
+    Decaying,
     Effects,
     Projection,
     Rescaling,
@@ -33,6 +34,14 @@ SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_
         (torch.optim.AdamW, ADAMW, Effects(shrink=Shrink(0.3, "norm", True)), Strength(0.0, 0.3)),
         (torch.optim.AdamW, ADAMW, Effects(shrink=Shrink(0.3, "norm", False)), Strength(0.01, 0.3)),
         (torch.optim.SGD, SGD, Effects(projection=Projection("always", 0.02, 0.5)), Strength(0.01)),
+        # As it is written, whatever the momentum.
+        (torch.optim.SGD, SGD, Effects(decaying=Decaying("replace")), Strength(5e-3)),
+        (
+            torch.optim.SGD,
+            SGD,
+            Effects(decaying=Decaying(0.3, "constant")),
+            Strength(0.0, 0.0, 0.3),
+        ),
         (torch.optim.SGD, SGD, Effects(rescaling=Rescaling(9, 1.0, True, "now")), Strength(0.0)),
         (torch.optim.SGD, SGD, Effects(rescaling=Rescaling(9, 1.0, True, "over")), Strength(0.05)),
     ],
@@ -42,6 +51,7 @@ def test_whoever_decays_a_weight_pulls_at_it(optimizer, group, effects, expected
     found = strength_of(optimizer, group, effects)
     assert found.rate == pytest.approx(expected.rate)
     assert found.alpha == expected.alpha
+    assert found.per_step == expected.per_step
 
 
 @pytest.mark.parametrize(

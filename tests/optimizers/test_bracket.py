@@ -438,6 +438,10 @@ def test_who_reads_the_weights_may_take_the_snapshot_early():
     bracket.add(Phase.SHRINK, lambda step: None)
     assert bracket.acts_between(Phase.MEASURE, Phase.SNAPSHOT)
     assert not bracket.acts_between(Phase.SNAPSHOT, Phase.MEASURE_STEP)
+    bracket.add(Phase.PROJECT, lambda step: None, rank=1)
+    assert bracket.acts_between(Phase.SNAPSHOT, Phase.PROJECT, before_rank=2)
+    assert not bracket.acts_between(Phase.SNAPSHOT, Phase.PROJECT, before_rank=1)
+    assert not bracket.acts_between(Phase.SNAPSHOT, Phase.PROJECT)
 
 
 def test_a_snapshot_is_of_the_shrunk_weight_and_of_this_step_only():

@@ -4,6 +4,7 @@ decay moves."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from math import log
 from typing import Any
 
@@ -115,6 +116,25 @@ def test_who_claims_a_decay_and_who_acts_besides() -> None:
     # Somebody has claimed it whose rule nobody knows.
     assert decay_of(SGD, group, [kept], DecayOwner.PROJECTION).rate is None
     assert decay_of(SGD, group, [kept, kept], None).rate is None
+
+
+@pytest.mark.parametrize(
+    ("pace", "rate", "per_step"),
+    [("lr", 0.2, 0.0), ("lr_squared", 0.05, 0.0), ("schedule", 0.5, 0.0), ("constant", 0.0, 0.2)],
+)
+def test_a_decay_of_another_pace_in_one_step(pace: Any, rate: float, per_step: float) -> None:
+    group = {"lr": 0.1, "momentum": 0.9, "dampening": 0, "nesterov": False, "weight_decay": 0.2}
+    rule = DecayRule(DecayOwner.WEIGHT_DECAY, True, "as_written", pace=pace, lr_max=0.4)
+    found = decay_of(SGD, group, [rule], DecayOwner.WEIGHT_DECAY)
+    assert found == Decay(DecayOwner.WEIGHT_DECAY, pytest.approx(rate), per_step=per_step)
+    assert rule.equivalent(SGD, group) == pytest.approx(rate or per_step / 0.1)
+    # At rest only what does not ask for the rate goes on.
+    at_rest = decay_of(SGD, {**group, "lr": 0.0}, [rule], DecayOwner.WEIGHT_DECAY)
+    assert at_rest.per_step == per_step
+    assert at_rest.rate is not None
+    # Of a cautious one nobody knows how much of a vector it takes.
+    cautious = replace(rule, cautious=True)
+    assert decay_of(SGD, group, [cautious], DecayOwner.WEIGHT_DECAY).rate is None
 
 
 # ---- What a record holds ----
