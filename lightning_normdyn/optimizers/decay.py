@@ -360,7 +360,9 @@ class DecayRule:
         """
         strength = self.strength(optimizer, group)
         factor = rate_factor(self.pace, group, self.lr_max)
-        return None if strength is None or factor is None else strength * factor
+        if strength is None or factor is None:
+            return None
+        return strength * factor
 
     def per_step(self, optimizer: AnOptimizer, group: Group) -> Number:
         """The share of a weight that it takes away in a step whatever the learning rate is."""
