@@ -253,7 +253,12 @@ CASES = {
     "make test-deepspeed": Case(shows("-m pytest -m deepspeed"), slow=False),
 }
 # Minutes even with the preset for tests; its module is trained in test_nrq_toy.py.
-TOO_LONG = {"python examples/noisy_rayleigh_quotient.py --lightning"}
+# The last two make environments of other versions and packages, in half an hour each.
+TOO_LONG = {
+    "python examples/noisy_rayleigh_quotient.py --lightning",
+    "make test-clients",
+    "make test-versions",
+}
 
 
 def test_every_documented_command_is_run_here() -> None:
