@@ -37,7 +37,9 @@ def test_excluding_names_no_weight(params, expected):
 
 @pytest.mark.parametrize("granularity", ["", "rows", None])
 def test_an_unknown_granularity_is_refused(granularity):
-    with pytest.raises(ValueError, match="`granularity` must be 'auto', 'filter', 'group', 'layer' or"):
+    with pytest.raises(
+        ValueError, match="`granularity` must be 'auto', 'filter', 'group', 'layer' or"
+    ):
         Rule("auto", granularity)
 
 
