@@ -132,6 +132,7 @@ def test_once_histories_are_full_nothing_grows(monkeypatch):
     assert look.objects[2] <= look.objects[1] + 60  # a history that was just thinned is half empty
 
 
+@pytest.mark.slow
 def test_a_replay_costs_at_its_end_what_it_cost_at_its_beginning(monkeypatch, tmp_path):
     record(tmp_path / "recorded.npz", 90)
     monkeypatch.setattr(

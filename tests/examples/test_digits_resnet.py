@@ -87,6 +87,7 @@ def test_init_scale_leaves_the_function_as_it_is() -> None:
     )  # BatchNorm's eps is the difference
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_pictures")
 def test_demo_draws_both_methods_in_one_picture(capsys: pytest.CaptureFixture[str]) -> None:
     runs = digits_resnet.main([*TINY, "--demo", "--out", "shown"])

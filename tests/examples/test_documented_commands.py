@@ -244,7 +244,6 @@ CASES = {
     "lightning-normdyn report runs/decay runs/aws -o report.html": Case(
         leaves("report.html", says="report.html\n"),
         instead=(("runs/decay runs/aws", "decay=recorded aws=recorded"),),
-        slow=False,
         here=True,
     ),
     "lightning-normdyn workspace my-team/my-project": Case(
