@@ -23,7 +23,12 @@ from lightning_normdyn.functional import (
     std_from_sums,
 )
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
-from lightning_normdyn.optimizers.decay import DecayOwner, optimizer_decay, replaced_decay
+from lightning_normdyn.optimizers.decay import (
+    LARGEST_SHARE,
+    DecayOwner,
+    optimizer_decay,
+    replaced_decay,
+)
 from lightning_normdyn.optimizers.step import Phase, Step
 
 
@@ -132,7 +137,7 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
         # it is.
         factor = plan.guard(shrink_factor(size, lr, alpha), 1.0, step, size)
         # At a factor of 0 the direction would be lost, so it is clamped, and the end table says it.
-        is_clamped = (lr * alpha * size > 0.5).to(factor.dtype)
+        is_clamped = (lr * alpha * size > LARGEST_SHARE).to(factor.dtype)
         plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
         self.shrinker.shrink(step, factor)
 

@@ -79,8 +79,8 @@ class RadialBrake(NormDynCallback):
             :math:`n + k\,\langle s, w'-s\rangle/n`, and removes what turning adds (modded-nanogpt
             294).
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
-        granularity: ``"layer"`` (the whole weight as one vector), ``"auto"``, ``"filter"`` or
-            ``"group"``.
+        granularity: ``"layer"`` (the whole weight as one vector), ``"auto"``, ``"filter"``,
+            ``"group"`` or ``"column"``.
 
     Raises:
         ValueError: for shares outside [0, 1], and unknown words.

@@ -172,19 +172,8 @@ class ProjectWorker(Worker["RadialProjection"]):
 
     def _decay_rate(self, group: dict[str, Any]) -> Number:
         """Decoupled λ of a param group, before the ratio."""
-        optimizer = self.plan.optimizer
-        rate = self.rule.decay_rule.applied(optimizer, group)
-        if rate is not None:
-            return rate
-        # Fit start refuses this. A schedule of the decay can still bring it about, and a step
-        # raises nothing.
-        self.session.say_once(
-            f"RadialProjection(weight_decay='replace') cannot turn the weight decay "
-            f"{group['weight_decay']} that {type(optimizer).__name__} has now into a decoupled "
-            f"one, so its targets have none from here on.",
-            about=(self.rule.state_key, "weight decay"),
-        )
-        return 0.0
+        setting = "RadialProjection(weight_decay='replace')"
+        return self.decoupled_decay(group, self.rule.decay_rule, setting)
 
     def correct_decays(
         self,

@@ -26,10 +26,16 @@ from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
-from lightning_normdyn.optimizers.decay import DecayOwner, decay_kind, replaced_decay
-from lightning_normdyn.optimizers.group_numbers import Number, group_number
+from lightning_normdyn.optimizers.decay import (
+    LARGEST_SHARE,
+    DecayOwner,
+    decay_kind,
+    replaced_decay,
+)
+from lightning_normdyn.optimizers.group_numbers import Number, group_number, largest_number
 from lightning_normdyn.optimizers.recognition import class_for_predictions, has_plain_rate
 from lightning_normdyn.optimizers.step import Phase, Step
+from lightning_normdyn.optimizers.step_response import named_rates
 from lightning_normdyn.steering import (
     Bound,
     rotation_stretch,
@@ -38,9 +44,6 @@ from lightning_normdyn.steering import (
     stretched_norm,
 )
 from lightning_normdyn.theory.equilibrium import equilibrium_angular_update
-
-LARGEST_SHARE = 0.5
-"""Of a weight, decay takes away no more in one step: at 1 its direction would be lost."""
 
 
 class RotationWorker(Worker["RotationControl"]):
@@ -160,9 +163,8 @@ class RotationWorker(Worker["RotationControl"]):
         newest = rates
         # Where a step works its rate out by itself, the numbers of the group are another scale.
         if has_plain_rate(plan.optimizer):
-            for key in ("max_lr", "initial_lr"):
-                named = [group_number(group, key) for group, _ in plan.groups]
-                newest = torch.fmax(newest, plan.spread_groups(key, named))
+            named = [largest_number(*named_rates(group)) for group, _ in plan.groups]
+            newest = torch.fmax(newest, plan.spread_groups("named_rates", named))
         largest.copy_(torch.fmax(largest, newest))
         # A warm-up from 0 that no key of the group tells of: at a rate of 0 nothing turns.
         return torch.where(largest > 0, rates / largest, 0.0)
@@ -200,17 +202,8 @@ class RotationWorker(Worker["RotationControl"]):
         return None
 
     def _decay_rate(self, group: Mapping[str, Any]) -> Number:
-        rate = self.rule.rotation.decay.applied(self.plan.optimizer, group)
-        if rate is not None:
-            return rate
-        # Fit start refuses this. A schedule can still bring it about, and a step raises nothing.
-        self.session.say_once(
-            f"RotationControl(norm='free') cannot turn the weight decay {group['weight_decay']} "
-            f"that {type(self.plan.optimizer).__name__} has now into a decoupled one, so its "
-            f"targets have none from here on.",
-            about=(self.rule.state_key, "weight decay"),
-        )
-        return 0.0
+        setting = "RotationControl(norm='free')"
+        return self.decoupled_decay(group, self.rule.rotation.decay, setting)
 
     # -- what tables and predictions say
 
@@ -285,8 +278,8 @@ class RotationControl(NormDynCallback):
             ``"free"`` the optimizer's, decoupled, unless AdaptiveWeightShrink or WeightDecay
             applies one. ``"keep"``: the optimizer's own, as part of its step.
         params: ``"auto"`` (scale-invariant weights), a glob pattern, or a list of them.
-        granularity: ``"layer"`` (the whole weight as one vector), ``"auto"``, ``"filter"`` or
-            ``"group"``.
+        granularity: ``"layer"`` (the whole weight as one vector), ``"auto"``, ``"filter"``,
+            ``"group"`` or ``"column"``.
 
     Raises:
         ValueError: for numbers out of range, unknown words, and a ``target_norm`` of a free norm.

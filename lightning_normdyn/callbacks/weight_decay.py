@@ -24,13 +24,16 @@ from lightning_normdyn.engine.value_checks import number, record, table, text
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
-from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
-from lightning_normdyn.optimizers.group_numbers import Group, Number, group_number, is_zero
+from lightning_normdyn.optimizers.decay import LARGEST_SHARE, DecayOwner, replaced_decay
+from lightning_normdyn.optimizers.group_numbers import (
+    Group,
+    Number,
+    group_number,
+    is_zero,
+    largest_number,
+)
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.optimizers.step_response import DecayRate, named_rates
-
-MOST = 0.5
-"""The largest share of a weight that goes in one step: at 1 its direction would be lost."""
 
 
 class DecayPart(Part["WeightDecay"]):
@@ -102,9 +105,9 @@ class PacedDecay(Worker["WeightDecay"]):
             pull = pull * plan.rates()
         # AWS goes first where both are on a weight: one decay, not two.
         pull = pull * plan.owns_decay(step, DecayOwner.WEIGHT_DECAY)
-        is_clamped = (pull > MOST).to(pull.dtype)
+        is_clamped = (pull > LARGEST_SHARE).to(pull.dtype)
         plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
-        return pull.clamp(max=MOST)
+        return pull.clamp(max=LARGEST_SHARE)
 
     def _strength(self, group: Group) -> Number:
         """λ of a param group."""
@@ -116,7 +119,7 @@ class PacedDecay(Worker["WeightDecay"]):
     def _of_largest(self, place: int, group: Group) -> Number:
         """The learning rate as a part of the largest, which may be the present one."""
         lr = group_number(group, "lr")
-        largest = _larger(self.largest.get(place, 0.0), *named_rates(group))
+        largest = largest_number(self.largest.get(place, 0.0), *named_rates(group))
         self.largest[place] = largest
         # Before the first step of a warm-up that starts at 0 the largest is 0, too.
         if isinstance(largest, Tensor):
@@ -155,7 +158,7 @@ class PacedDecay(Worker["WeightDecay"]):
 
     def _raise_largest(self, target: Target, rate: Number) -> None:
         place = self._place_of(target)
-        self.largest[place] = _larger(self.largest.get(place, 0.0), rate)
+        self.largest[place] = largest_number(self.largest.get(place, 0.0), rate)
 
     def _place_of(self, target: Target) -> int:
         """The place of its param group among those of the plan."""
@@ -332,14 +335,3 @@ class WeightDecay(NormDynCallback):
         if self.rate in ("lr", "lr_squared"):
             check_rate(optimizer, weights)
         check_decay_takeover(optimizer, weights)
-
-
-def _larger(*rates: Number) -> Number:
-    """The largest; on the device if one of them lives there."""
-    on_host = [rate for rate in rates if not isinstance(rate, Tensor)]
-    largest: Number = max(on_host, default=0.0)
-    for rate in rates:
-        if isinstance(rate, Tensor):
-            known = torch.as_tensor(largest, dtype=rate.dtype, device=rate.device)
-            largest = torch.maximum(known, rate)
-    return largest

@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import (
+    LARGEST_SHARE,
     Decay,
     DecayOwner,
     decay_of,
@@ -211,8 +212,8 @@ class Combined:
                 per_step[i] = decay.per_step
 
         lr = plan.rates()
-        shrunk = (lr * vectors.spread(alphas) * size).clamp(max=0.5)
-        decayed = (lr * vectors.spread(rates) + vectors.spread(per_step)).clamp(max=0.5)
+        shrunk = (lr * vectors.spread(alphas) * size).clamp(max=LARGEST_SHARE)
+        decayed = (lr * vectors.spread(rates) + vectors.spread(per_step)).clamp(max=LARGEST_SHARE)
         # WeightDecay shrinks a weight before the step as AWS does, whose factor comes on top.
         comes_first = plan.spread([d.owner == DecayOwner.WEIGHT_DECAY for d in decays])
         before = torch.where(comes_first, shrunk + decayed - shrunk * decayed, shrunk)

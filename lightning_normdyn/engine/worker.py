@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 from torch import Tensor
 
 from lightning_normdyn.optimizers.checks import check_decay_takeover
-from lightning_normdyn.optimizers.decay import Decay, DecayOwner
+from lightning_normdyn.optimizers.decay import Decay, DecayOwner, DecayRule
+from lightning_normdyn.optimizers.group_numbers import Group, Number
 from lightning_normdyn.optimizers.step import Phase
 
 from .effect import Effect, NoEffect, UnknownEffect
@@ -168,6 +169,29 @@ class Worker(Generic[AnyRule]):
             self, owner, lambda: claimed if holds is None or holds() else {}
         )
         plan.on_close(remove)
+
+    def decoupled_decay(self, group: Group, decay: DecayRule, setting: str) -> Number:
+        """λ of a param group as ``decay`` applies it in this step.
+
+        Args:
+            group: as it is now.
+            decay: of this callback.
+            setting: what a person wrote for it, to be named where the decay that the group has now
+                cannot be turned into a decoupled one; the targets then have none, and it is said
+                once.
+        """
+        optimizer = self.plan.optimizer
+        rate = decay.applied(optimizer, group)
+        if rate is not None:
+            return rate
+        # Fit start refuses this. A schedule can still bring it about, and a step raises nothing.
+        self.session.say_once(
+            f"{setting} cannot turn the weight decay {group['weight_decay']} that "
+            f"{type(optimizer).__name__} has now into a decoupled one, so its targets have none "
+            f"from here on.",
+            about=(self.rule.state_key, "weight decay"),
+        )
+        return 0.0
 
     def stated_effect(self, target: Target) -> Effect:
         """`effect`, if it is still true: a subclass that changes what is done, and does not say

@@ -20,6 +20,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_normdyn.functional import MIN_SHRINK_FACTOR
+
 from . import rate_rules
 from .facts import DecayLaw, Kind
 from .group_numbers import Group, Number, as_number, group_number, is_zero
@@ -34,6 +36,9 @@ from .step_response import DecayRate, own_response, rate_factor
 
 AnOptimizer = Optimizer | type[Optimizer]
 """An optimizer, or its class where nothing about the instance matters."""
+
+LARGEST_SHARE = 1 - MIN_SHRINK_FACTOR
+"""Of a weight, no decay of ours takes away more in one step: at 1 its direction would be lost."""
 
 
 # ------------------------------------------------------------------- what the optimizer itself does

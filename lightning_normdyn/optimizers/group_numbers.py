@@ -119,3 +119,19 @@ def is_zero(x: Number) -> bool:
     """Whether ``x`` is the number 0. A tensor is never looked into: that would wait for the
     device."""
     return not isinstance(x, Tensor) and x == 0
+
+
+def largest_number(*numbers: Number) -> Number:
+    """The largest of them, 0 of none; on the device if one of them lives there.
+
+    Example:
+        >>> largest_number(0.1, 0.3), largest_number(0.1, torch.tensor(0.3))
+        (0.3, tensor(0.3000))
+    """
+    on_host = [number for number in numbers if not isinstance(number, Tensor)]
+    largest: Number = max(on_host, default=0.0)
+    for number in numbers:
+        if isinstance(number, Tensor):
+            known = torch.as_tensor(largest, dtype=number.dtype, device=number.device)
+            largest = torch.maximum(known, number)
+    return largest
