@@ -462,7 +462,7 @@ def _report(options: argparse.Namespace) -> None:
             f"`{options.output}` is a folder; name the file to write with -o, e.g. -o "
             f"{options.output / 'report.html'}."
         )
-    runs_in = _own("monitor.report.page").runs_in
+    runs_in = _own("monitor.report.runs").runs_in
     named = []
     for label, path in map(_named_run, options.runs):
         named += [(label, str(place)) for place in runs_in(path)]
@@ -478,7 +478,7 @@ def _write_report(places: Mapping[str, str | Path], output: Path) -> Path:
     runs = {}
     for label, path in places.items():
         _say(f"reading {path}")
-        runs[label] = page.load_run(path)
+        runs[label] = _own("monitor.report.runs").load_run(path)
     report: Path = page.write_report(runs, output, _say)
     return report
 

@@ -4,6 +4,7 @@ A short path to the files of `lightning_normdyn.monitor.report`; nothing inside 
 it.
 """
 
-from lightning_normdyn.monitor.report.page import load_run, write_report
+from lightning_normdyn.monitor.report.page import write_report
+from lightning_normdyn.monitor.report.runs import load_run
 
 __all__ = ["load_run", "write_report"]

@@ -16,6 +16,7 @@ import lightning_normdyn.__main__ as command_line
 from lightning_normdyn.monitor import workspace
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.report import page
+from lightning_normdyn.monitor.report import runs as run_files
 
 main = command_line.main
 SOURCE_TREE = Path(__file__).parents[1]
@@ -117,7 +118,7 @@ def test_ctrl_c_is_quiet(capsys, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(page, "load_run", interrupted)
+    monkeypatch.setattr(run_files, "load_run", interrupted)
     assert main(["report", "run.npz"]) == 130
     assert capsys.readouterr().err == ""
 

@@ -11,7 +11,7 @@ import pytest
 from lightning_normdyn import load_history
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.report.page import load_run
+from lightning_normdyn.monitor.report.runs import load_run
 from lightning_normdyn.storage import exists, is_remote, join, read, replacing
 
 

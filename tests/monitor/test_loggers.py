@@ -31,7 +31,7 @@ from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.monitor.history import History, load_history
 from lightning_normdyn.monitor.loggers import publish_alert, publish_outcome
 from lightning_normdyn.monitor.outcome import Outcome
-from lightning_normdyn.monitor.report.page import load_run
+from lightning_normdyn.monitor.report.runs import load_run
 
 NAMES = ["net.0.weight", "net.3.weight", "net.8.weight"]
 

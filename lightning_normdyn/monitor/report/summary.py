@@ -1,0 +1,188 @@
+"""What a report says of each layer at the end of a run, in numbers and in words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.curves import as_table, notes_on_layers
+from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.quantities import monitored
+from lightning_normdyn.theory.words import AS_EXPECTED, times
+
+_MOST_VECTORS = 2**53
+# How the verdicts begin that a reader should not miss; "collapsing" was said by older versions.
+_OFF = ("turns", "no gradient", "collapsing", "frozen", "not finite")
+
+
+class Column(NamedTuple):
+    """A column of the table."""
+
+    field: str
+    """Of :class:`LayerSummary`."""
+    head: str
+    hint: str
+    style: str = "number"
+    """The class of its cells."""
+
+
+COLUMNS = (
+    Column("run", "run", "label of the run", "run"),
+    Column("name", "weight", "the parameter's name", "name"),
+    Column("kind", "scale-invariant", "per filter, group or layer", ""),
+    Column("vectors", "vectors", "weight vectors in it"),
+    Column("first_norm", "norm, first", "at the first record"),
+    Column("last_norm", "norm, last", "at the last record"),
+    Column("effective_lr", "effective LR", "mean over the last tenth of the records"),
+    Column(
+        "angular_update",
+        "angular update",
+        "radians per step, root mean square over the last tenth of the records",
+    ),
+    Column("prediction", "prediction", "radians per step, for the same records"),
+    Column("ratio", "ratio", "angular update over prediction"),
+    Column(
+        "now",
+        "ratio now",
+        "angular update over what is expected at these steps; without scale invariance, over its "
+        "balance",
+    ),
+    Column(
+        "verdict",
+        "verdict",
+        "of the monitor at the end of the fit; else by the ratio now, or without one by the ratio",
+        "",
+    ),
+)
+
+
+class LayerSummary(NamedTuple):
+    """A layer of a run at its end; None where the run did not record a number."""
+
+    run: str
+    name: str
+    kind: str
+    vectors: int | None
+    first_norm: float | None
+    last_norm: float | None
+    effective_lr: float | None
+    angular_update: float | None
+    prediction: float | None
+    ratio: float | None
+    now: float | None
+    verdict: str
+
+    @property
+    def is_off(self) -> bool:
+        """Whether its verdict is one that a reader should not miss."""
+        return self.verdict.startswith(_OFF)
+
+
+def side_by_side(runs: Mapping[str, History]) -> list[LayerSummary]:
+    """The same layer of all runs in neighbouring rows, in the order of the first run that has
+    it."""
+    by_name: dict[str, list[LayerSummary]] = {}
+    for label, history in runs.items():
+        layers = summaries(label, history)
+        if not layers:
+            keys = ", ".join(history.keys()[:5]) or "nothing at all"
+            raise NormDynError(
+                f"run `{label}` has no curves of layers, it has {keys}; record with "
+                f"`NormDynamicsMonitor`."
+            )
+        for layer in layers:
+            by_name.setdefault(layer.name, []).append(layer)
+    return [layer for layers in by_name.values() for layer in layers]
+
+
+def summaries(label: str, history: History) -> list[LayerSummary]:
+    """One row per layer of a run, in the order of the network."""
+    measured = {quantity.name for quantity in monitored()}
+    # A dict, and not a set, because it keeps the order.
+    names: dict[str, None] = {}
+    for key in history.keys():  # noqa: SIM118
+        quantity, _, name = key.partition("/")
+        if name and quantity in measured:
+            names[name] = None
+    return [_summary(label, name, history) for name in names]
+
+
+def _summary(label: str, name: str, history: History) -> LayerSummary:
+    def values(quantity: str) -> list[float]:
+        recorded: list[float] = history.curve(f"{quantity}/{name}")[1].tolist()
+        return recorded
+
+    notes = notes_on_layers(history).get(name, {})
+    vectors = notes.get("vectors")
+    known_vectors = isinstance(vectors, int) and 0 <= vectors < _MOST_VECTORS
+    # A standardized weight has no norm that matters: its standard deviation takes the place.
+    norms = values("weight_norm") or values("weight_std")
+    # As root mean squares, since that is what predictions are.
+    angle = _late(values("angular_update"), _root_mean_square)
+    prediction = _late(values("equilibrium_angular_update"), _root_mean_square)
+    # Not a mean of ratios, which the steps with the smallest predictions would rule.
+    ratio = _late_ratio(history, name, "equilibrium")
+    now = _late_ratio(history, name, "expected")
+    if now is None:
+        now = _late(values("balance_ratio"), np.mean)
+    return LayerSummary(
+        run=label,
+        name=name,
+        kind=str(notes.get("scale_invariant", "–")),
+        vectors=vectors if known_vectors else None,
+        first_norm=norms[0] if norms else None,
+        last_norm=norms[-1] if norms else None,
+        effective_lr=_late(values("effective_lr"), np.mean),
+        angular_update=angle,
+        prediction=prediction,
+        ratio=ratio,
+        now=now,
+        verdict=_verdict(notes.get("verdict"), now, ratio),
+    )
+
+
+def _late_ratio(history: History, name: str, foreseen: str) -> float | None:
+    """The angular update over another angle, as root mean squares of the same records: of the last
+    tenth, those with both."""
+    quantities = ("angular_update", f"{foreseen}_angular_update")
+    curves = {key: history.curve(f"{key}/{name}") for key in quantities}
+    if not all(len(steps) for steps, _ in curves.values()):
+        # A log may have the ratios alone.
+        ratios: list[float] = history.curve(f"{foreseen}_ratio/{name}")[1].tolist()
+        return _late(ratios, np.mean)
+    _, table = as_table(curves)
+    measured, other = table[:, -max(1, table.shape[1] // 10) :]
+    both = np.isfinite(measured) & (other > 0)
+    if not both.any():
+        return None
+    return _root_mean_square(measured[both]) / _root_mean_square(other[both])
+
+
+def _verdict(of_monitor: object, now: float | None, ratio: float | None) -> str:
+    """The monitor's, which knows more than the curves do; else how the angular update compares with
+    what is expected now, or with its prediction."""
+    if isinstance(of_monitor, str) and of_monitor not in ("", "-"):
+        return of_monitor
+    compared, what = (ratio, "predicted") if now is None else (now, "expected")
+    if compared is None:
+        return "–"
+    low, high = AS_EXPECTED
+    if low <= compared <= high:
+        return f"as {what}"
+    return f"turns too {'fast' if compared > 1 else 'slow'}: {times(compared)} what is {what}"
+
+
+def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
+    """The average over the last tenth of what was recorded: the last value alone is mostly
+    noise."""
+    # At least one, of however few records.
+    tenth = np.array(values[-max(1, len(values) // 10) :], dtype=np.float64)
+    finite = tenth[np.isfinite(tenth)]
+    return float(average(finite)) if finite.size else None
+
+
+def _root_mean_square(values: Any) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
