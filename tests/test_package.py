@@ -77,30 +77,34 @@ def imported(node: ast.AST, package: str) -> list[str]:
 
 
 @functools.cache
-def parsed(path: Path) -> ast.Module:
-    """A file's tree: each is asked for by half a dozen tests."""
-    return ast.parse(path.read_text(encoding="utf-8"))
+def nodes_of(path: Path) -> tuple[list[ast.AST], list[ast.AST]]:
+    """All nodes of a file, and those among them that run when it is imported: neither inside a
+    function nor under TYPE_CHECKING. Half a dozen tests ask for each file's, so it is read and
+    walked once."""
+    everywhere, on_top = [], []
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
+    left: list[tuple[ast.AST, bool]] = [(ast.parse(path.read_text(encoding="utf-8")), True)]
+    while left:
+        node, runs = left.pop()
+        never_runs = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, functions) or never_runs:
+            runs = False
+        everywhere.append(node)
+        if runs:
+            on_top.append(node)
+        left += [(child, runs) for child in ast.iter_child_nodes(node)]
+    return everywhere, on_top
 
 
 @functools.cache
 def imports(path: Path, *, top_level: bool = False) -> list[str]:
     """Names of the modules that a file imports, in whatever form; with ``top_level`` only those
     that run with it."""
-    tree = parsed(path)
-    ignored: set[ast.AST] = set()
-    if top_level:
-        for block in ast.walk(tree):
-            if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.unparse(block.test):
-                ignored.update(ast.walk(block))
-        functions = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
-        for function in ast.walk(tree):
-            if isinstance(function, functions):
-                ignored.update(ast.walk(function))
+    everywhere, on_top = nodes_of(path)
     package = ".".join(("lightning_normdyn", *path.relative_to(ROOT).parts[:-1]))
     names = []
-    for node in ast.walk(tree):
-        if node not in ignored:
-            names += imported(node, package)
+    for node in on_top if top_level else everywhere:
+        names += imported(node, package)
     return names
 
 
@@ -147,9 +151,9 @@ TEST_MODULES = {p.stem for p in TEST_FILES if p.stem.startswith("test_")}
 @pytest.mark.parametrize("path", TEST_FILES, ids=lambda p: str(p.relative_to(TESTS)))
 def test_no_test_module_imports_another(path):
     """What several test modules use is a helper: tests/models.py, tests/cases.py, ..."""
-    tree = parsed(path)
+    everywhere, _ = nodes_of(path)
     names = set()
-    for node in ast.walk(tree):
+    for node in everywhere:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -230,7 +234,8 @@ MAKES_A_TENSOR = {
 def test_every_tensor_that_is_made_names_its_dtype_and_device(path):
     """A user may have set another default dtype or device for the whole process."""
     silent = []
-    for node in ast.walk(parsed(path)):
+    everywhere, _ = nodes_of(path)
+    for node in everywhere:
         if not (
             isinstance(node, ast.Call)
             and isinstance(node.func, ast.Attribute)

@@ -119,6 +119,7 @@ def soak(steps: tuple[int, ...]) -> Looks:
     return look
 
 
+@pytest.mark.slow
 def test_once_histories_are_full_nothing_grows(monkeypatch):
     monkeypatch.setattr(
         "lightning_normdyn.monitor.ledger.History", partial(History, 16, max_vector_bytes=2**12)

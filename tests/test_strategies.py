@@ -131,8 +131,8 @@ def assert_same_rows(
 
 # Angles are small differences of large sums: each strategy adds these up in another order.
 ANGLES = {"angular_update", "effective_step_size", "matrix_angle", "expected_ratio"}
-# The others have quick members in the tests of resumes, balances and collectives.
-QUICK = ["FSDP2", "TP"]
+# The others have quick members in the tests of resumes, collectives and searches.
+QUICK = ["FSDP2"]
 MATRIX = [
     pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in STRATEGIES
 ]

@@ -744,6 +744,7 @@ def test_rows_that_join_a_claim_do_not_make_every_step_wait_again():
     assert sum(close) <= CLOSE_LOOKS
 
 
+@pytest.mark.slow
 def test_close_looks_compile_nothing_again():
     """What is compiled is compiled anew for every hook that a module has more or less."""
     compiled = []

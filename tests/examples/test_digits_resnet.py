@@ -102,6 +102,7 @@ def test_demo_draws_both_methods_in_one_picture(capsys: pytest.CaptureFixture[st
         assert f"wandb sync {folder}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_no_pictures")
 def test_wandb_run_holds_a_curve_for_every_weight() -> None:
     """Read back with W&B's own reader: an effective_lr series per weight, over

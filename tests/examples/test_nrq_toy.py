@@ -77,6 +77,7 @@ def test_corollary_3_is_exact(scale: float) -> None:
     assert (scale * plain.norm - scaled.norm).abs().max() < 1e-11
 
 
+@pytest.mark.slow
 def test_risk_escapes_after_the_drop_unless_weights_are_rescaled() -> None:
     problem = Problem()
     ratios, at_drop = [], []
@@ -177,7 +178,7 @@ def test_the_seven_published_norms() -> None:
             )
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [nrq, toy_2d], ids=["nrq", "toy_2d"])
 def test_the_scripts_write_a_picture_and_say_where(
     module, monkeypatch, capsys, tmp_path: Path

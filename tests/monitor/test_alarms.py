@@ -124,6 +124,7 @@ def test_a_dead_filter_is_reported_before_the_loss_is_nan(monkeypatch: pytest.Mo
     assert 800 < module.died_at < 1050
 
 
+@pytest.mark.slow
 def test_a_dead_filter_under_adam_is_foretold_although_it_falls_ever_faster(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

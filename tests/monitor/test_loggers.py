@@ -559,6 +559,7 @@ def test_report_reads_the_folder_of_the_logger(several, which):
     assert list(load_run(getattr(several, which))) == list(several.history)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning:mlflow")
 def test_mlflow(tmp_path):
     store = str(tmp_path / "mlruns")
