@@ -18,6 +18,9 @@ Doubles = NDArray[np.float64]
 # Steps and values, by parameter name, in the order of the network.
 Curves = dict[str, tuple[Ints, Floats]]
 
+# A deviation below this is no news: all curves lie on each other.
+_LEAST_DEVIATION = 0.01
+
 
 def layer_names(history: History, quantity: str) -> list[str]:
     """Parameters that a quantity was recorded of, in the order of the network."""
@@ -113,3 +116,53 @@ def over_layers(reduce: Callable[..., Any], table: Doubles) -> Doubles:
     result = np.full((*rows, table.shape[1]), np.nan)
     result[..., known] = reduced
     return result
+
+
+def late_value(values: Floats) -> float:
+    """The median over the last tenth of what was recorded; NaN where nothing in it is finite."""
+    # At least one, of however few records; the last one alone is mostly noise.
+    tenth = values[-max(1, len(values) // 10) :].astype(np.float64)
+    finite = tenth[np.isfinite(tenth)]
+    return float(np.median(finite)) if finite.size else float("nan")
+
+
+def deviations(curves: Curves, scale: str) -> dict[str, float]:
+    """How far each layer is from the others at the end of its curve.
+
+    Args:
+        curves: by layer.
+        scale: of the quantity's axis. ``"log"``: |ln| of a value over the median of all;
+            ``"ratio"``: |ln| of the value itself; ``"linear"``: its distance from the median, in
+            units of the median distance.
+
+    Example:
+        >>> steps = np.arange(3)
+        >>> curves = {name: (steps, np.full(3, norm)) for name, norm in zip("abc", (1.0, 1.0, 20))}
+        >>> {name: round(far, 1) for name, far in deviations(curves, "log").items()}
+        {'a': 0.0, 'b': 0.0, 'c': 3.0}
+    """
+    late = np.array([late_value(values) for _, values in curves.values()])
+    if scale == "linear":
+        distance = np.abs(late - _median(late))
+        spread = _median(distance[distance > 0])
+        far = distance / spread if spread > 0 else 0 * distance
+    else:
+        usual = 1.0 if scale == "ratio" else _median(late[late > 0])
+        # A value of 0 is infinitely far off, which is what it should be.
+        with np.errstate(divide="ignore", invalid="ignore"):
+            far = np.abs(np.log(late / usual))
+    return dict(zip(curves, far.tolist(), strict=True))
+
+
+def _median(values: Doubles) -> float:
+    finite = values[np.isfinite(values)]
+    return float(np.median(finite)) if finite.size else float("nan")
+
+
+def farthest(curves: Curves, scale: str, count: int) -> list[str]:
+    """The ``count`` layers that are farthest from the others at the end, the farthest first; fewer
+    where the rest lie on each other."""
+    far = deviations(curves, scale)
+    # NaN compares with nothing: a curve that has no value at its end has no place to be named at.
+    noted = [name for name in curves if far[name] > _LEAST_DEVIATION]
+    return sorted(noted, key=lambda name: far[name], reverse=True)[:count]

@@ -10,8 +10,11 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import (
     as_table,
     curves_of,
+    deviations,
+    farthest,
     invariant_among,
     invariant_layers,
+    late_value,
     over_layers,
 )
 from lightning_normdyn.monitor.history import History
@@ -49,3 +52,28 @@ def test_the_scale_invariant_layers_are_those_that_the_run_says_or_predicts():
     assert invariant_among(["a", "b"], silent) == (["a", "b"], "all layers")
     chosen = invariant_among([*convolutions, "head0.weight"], run_with_heads(kinds=True))
     assert chosen == (convolutions, "scale-invariant layers")
+
+
+def constant(values: dict[str, float], rows: int = 20) -> dict[str, tuple]:
+    steps = np.arange(rows)
+    return {name: (steps, np.full(rows, value, np.float32)) for name, value in values.items()}
+
+
+def test_the_late_value_is_a_median_of_what_is_finite():
+    assert late_value(np.array([9.0] * 27 + [1.0, 2.0, np.nan], np.float32)) == 1.5
+    assert np.isnan(late_value(np.full(3, np.nan, np.float32)))
+
+
+def test_the_farthest_layers_are_those_far_from_the_median():
+    curves = constant({"a": 1.0, "b": 1.0, "c": 1.0, "long": 20.0, "dead": 0.0, "off": 0.1})
+    assert farthest(curves, "log", 3) == ["dead", "long", "off"]
+    assert deviations(curves, "log")["long"] == pytest.approx(np.log(20))
+    # A ratio is held against 1, whatever the others are.
+    assert farthest(constant({"a": 3.0, "b": 3.0, "c": 1.0}), "ratio", 2) == ["a", "b"]
+    assert farthest(constant({"a": -0.1, "b": 0.1, "c": 0.0, "d": -5.0}), "linear", 1) == ["d"]
+
+
+def test_layers_without_a_late_value_or_all_alike_are_not_far():
+    assert farthest(constant({"a": 1.0, "b": 1.0}), "log", 3) == []
+    assert farthest(constant({"a": 1.0, "b": float("nan")}), "log", 3) == []
+    assert farthest(constant({"a": 0.0, "b": 0.0}), "linear", 3) == []

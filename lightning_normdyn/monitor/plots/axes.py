@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_normdyn.monitor.curves import Curves
+from lightning_normdyn.monitor.events import Happenings, happenings
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import QUANTITIES, Quantity
 
@@ -35,6 +37,11 @@ _EVENT_LINES = {"lr_drop": ("#555555", (0, (4, 2))), "rescale": ("#CC79A7", (0, 
 _OTHER_EVENT = ("#999999", (0, (1, 1)))
 # More lines of one kind would hide the curves; they become ticks at the upper edge.
 _MOST_EVENT_LINES = 40
+# More words than these would lie on each other.
+_MOST_EVENT_LABELS = 6
+# Points that the name of a curve takes, and that it stands above its end.
+_NAME_HEIGHT = 9.0
+_NAME_ABOVE = 6.0
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -228,31 +235,26 @@ def plain_log_ticks(axis: Axis, low: float, high: float) -> None:
 # ------------------------------------------------------------------------------------------- events
 
 
-def steps_by_kind(history: History, name: str | None = None) -> dict[str, list[int]]:
-    """The steps of the events of each kind, in order; with a name, of those about it or about
-    all."""
-    steps: dict[str, set[int]] = {}
-    for event in history.events:
-        if name is None or event.name in ("", name):
-            steps.setdefault(event.kind, set()).add(event.step)
-    return {kind: sorted(own) for kind, own in steps.items()}
+def event_look(kind: str) -> tuple[str, Any]:
+    """Colour and line of a kind of event."""
+    return _EVENT_LINES.get(kind, _OTHER_EVENT)
 
 
-def event_look(kind: str) -> tuple[str, Any, str]:
-    """Colour, line and label of a kind of event."""
-    colour, line = _EVENT_LINES.get(kind, _OTHER_EVENT)
-    words = "LR drop" if kind == "lr_drop" else kind.replace("_", " ")
-    return colour, line, in_legend(fitted(words, 30))
+def event_words(told: Happenings) -> str:
+    """What a legend says of a kind of event."""
+    return in_legend(fitted(told.words, 40))
 
 
 def mark_events(ax: Axes, history: History) -> None:
-    """Vertical lines where the history has events, which explain jumps of the curves."""
-    for kind, steps in steps_by_kind(history).items():
-        colour, line, label = event_look(kind)
+    """Vertical lines where the history has events, which explain jumps of the curves, with what
+    they are: a drop of the learning rate with its factor beside the line, everything in the
+    legend."""
+    for told in happenings(history):
+        colour, line = event_look(told.kind)
         lowest = 0.0
-        if len(steps) > _MOST_EVENT_LINES:
+        if len(told.steps) > _MOST_EVENT_LINES:
             lowest, line = 0.97, "-"
-        for step in steps:
+        for step in told.steps:
             ax.axvline(
                 step,
                 lowest,
@@ -262,8 +264,101 @@ def mark_events(ax: Axes, history: History) -> None:
                 linewidth=1.1,
                 zorder=1,
                 # One entry in the legend for all of a kind.
-                label=label if step == steps[0] else None,
+                label=event_words(told) if step == told.steps[0] else None,
             )
+        # The words beside many lines would lie on each other.
+        if len(told.steps) <= _MOST_EVENT_LABELS:
+            _label_events(ax, told, colour)
+
+
+def _label_events(ax: Axes, told: Happenings, colour: str) -> None:
+    """The label of each event at the top of its line."""
+    for step, label in zip(told.steps, told.labels, strict=True):
+        if not label:
+            continue
+        ax.annotate(
+            label,
+            xy=(step, 1.0),
+            # In units of the step along x, and of the axes' height along y.
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(3, -3),
+            textcoords="offset points",
+            ha="left",
+            va="top",
+            fontsize=7,
+            color=colour,
+            path_effects=_halo(),
+            # Outside the axes it would stretch the figure.
+            annotation_clip=True,
+        )
+
+
+# ------------------------------------------------------------------------------- names at curves
+
+
+def label_ends(ax: Axes, curves: Curves, names: Sequence[str], labels: Sequence[str]) -> None:
+    """Name some of the curves at their ends.
+
+    Args:
+        ax: with its final limits and scale.
+        curves: by layer.
+        names: of the layers to name.
+        labels: what to call each.
+    """
+    ends = []
+    for name, label in zip(names, labels, strict=True):
+        steps, values = curves[name]
+        drawable = np.isfinite(values)
+        # A log axis has no place for what is not above 0.
+        if ax.get_yscale() == "log":
+            drawable &= values > 0
+        if drawable.any():
+            last = np.flatnonzero(drawable)[-1]
+            ends.append((float(steps[last]), float(values[last]), label))
+    ends.sort(key=lambda end: end[1])
+
+    points = 72 * ax.get_position().height * figure_of(ax).get_figheight()
+    heights = []
+    for step, value, _ in ends:
+        _, height = ax.transLimits.transform(ax.transScale.transform((step, value)))
+        heights.append(float(height) * points)
+    # Just above the curves' ends.
+    places = _spread([height + _NAME_ABOVE for height in heights], points)
+    for (step, value, label), height, place in zip(ends, heights, places, strict=True):
+        ax.annotate(
+            label,
+            xy=(step, value),
+            xytext=(-2, place - height),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+            fontsize=7,
+            # Above all curves, which run behind it.
+            zorder=5,
+            path_effects=_halo(),
+        )
+
+
+def _spread(wanted: Sequence[float], top: float) -> list[float]:
+    """Places for names, as near as possible to those wanted, none on another one; both in points
+    from below, in order."""
+    places: list[float] = []
+    for place in wanted:
+        lowest = places[-1] + _NAME_HEIGHT if places else 0.0
+        places.append(max(place, lowest))
+    # What has been moved beyond the upper edge comes back, and moves those below it.
+    highest = top - _NAME_HEIGHT / 2
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], highest)
+        highest = places[i] - _NAME_HEIGHT
+    return places
+
+
+def _halo() -> list[Any]:
+    """White around letters, so that they are read on top of curves."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2.5, foreground="white")]
 
 
 # ------------------------------------------------------------------------------------------ legends

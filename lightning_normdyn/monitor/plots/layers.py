@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Mapping, Sequence
+from math import ceil, log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +14,8 @@ from lightning_normdyn.monitor.curves import (
     Doubles,
     as_table,
     curves_of,
+    deviations,
+    farthest,
     invariant_among,
     layer_names,
     over_layers,
@@ -22,6 +24,7 @@ from lightning_normdyn.monitor.curves import (
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import drawn_with, shown_in
 from lightning_normdyn.monitor.records import Floats, Ints
+from lightning_normdyn.theory.words import AS_EXPECTED
 
 from .axes import (
     MOST_NAMED,
@@ -33,6 +36,7 @@ from .axes import (
     drawn_as,
     figure_of,
     finish,
+    label_ends,
     layer_labels,
     legend_below,
     mark_events,
@@ -45,10 +49,19 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
+# Layers that a picture names at their curves.
+MOST_EXTREME = 3
+# Layers that the bar of depths names.
+_DEPTHS_NAMED = 5
 # Columns of a map.
 _MOST_COLUMNS = 300
-# A ratio beyond which all are of one colour.
+# A ratio beyond which all are of one colour, and the colours on either side.
 _FARTHEST = 10.0
+_BELOW, _ABOVE = "#1F4FD8", "#D7191C"
+# Rows of a map that are named before all others, and how far off they are at least: for ratios what
+# a verdict calls off, for other quantities twice the median or half of it.
+_MOST_ABNORMAL = 8
+_ABNORMAL = {"ratio": log(AS_EXPECTED[1]), "log": log(2.0), "linear": 6.0}
 # Inches that the name of a layer takes.
 _LINE = 0.13
 
@@ -83,12 +96,17 @@ def plot_effective_lr(
     """
     curves = curves_of(history, quantity)
     fig, ax = axes_or_new(ax)
-    _draw_by_depth(fig, ax, curves)
+    # Where a legend names all of them, no name has to stand at a curve.
+    extreme: list[str] = []
+    if len(curves) > MOST_NAMED:
+        extreme = farthest(curves, drawn_as(quantity).scale, MOST_EXTREME)
+    _draw_by_depth(fig, ax, curves, extreme)
     drawn = [values for _, values in curves.values()]
     for beside in drawn_with(quantity)[1:]:
         drawn += _draw_behind(ax, curves, recorded_curves(history, beside), beside)
     finish(ax, quantity, np.concatenate(drawn), limits)
     mark_events(ax, history)
+    _name_extreme(ax, curves, extreme)
     legend_below(ax)
     return fig, ax
 
@@ -127,44 +145,36 @@ def plot_angular_update(
         compared, which = invariant_among(curves, history)
 
     fig, ax = axes_or_new(ax)
-    _draw_bundle(ax, curves, compared, which)
+    extreme = farthest(curves, "log", MOST_EXTREME)
+    _draw_bundle(ax, curves, compared, which, extreme)
     drawn = [as_table(curves)[1].ravel()]
-    steps, table = as_table({name: curves[name] for name in compared})
-    if predictions:
-        predicted_steps, predicted = as_table(predictions)
-        # Where a layer has no prediction at a step (its rate was 0), its angle has no part in the
-        # median either: the two medians are of the same layers.
-        steps, measured_at, predicted_at = np.intersect1d(
-            steps, predicted_steps, return_indices=True
-        )
-        unpredicted = np.isnan(predicted[:, predicted_at])
-        table = np.where(unpredicted, np.nan, table[:, measured_at])
-
+    expected = _of_layers(recorded_curves(history, "expected_angular_update"), compared)
+    steps, measured, foreseen = _over_the_same(
+        _of_layers(curves, compared), {"prediction": predictions, "expected": expected}
+    )
     # The median, not the mean: one layer that turns a thousand times faster must not move it.
-    median = over_layers(np.nanmedian, table)
     draw_curve(
         ax,
         steps,
-        median,
+        over_layers(np.nanmedian, measured),
         color=OKABE_ITO[0],
         linewidth=2.0,
         label=f"median, {which}",
     )
-    expected = _of_layers(recorded_curves(history, "expected_angular_update"), compared)
     if expected:
-        expected_steps, expected_table = as_table(expected)
         draw_curve(
             ax,
-            expected_steps,
-            over_layers(np.nanmedian, expected_table),
+            steps,
+            over_layers(np.nanmedian, foreseen["expected"]),
             color="black",
             linewidth=1.0,
             # Of a healthy run it runs along the measured median, and would hide it.
             linestyle=(0, (3, 2)),
             label="expected now, median",
         )
-        drawn.append(expected_table.ravel())
+        drawn.append(as_table(expected)[1].ravel())
     if predictions:
+        predicted_steps, predicted = as_table(predictions)
         lowest = 0.9 * over_layers(np.nanmin, predicted)
         highest = 1.1 * over_layers(np.nanmax, predicted)
         colour = OKABE_ITO[1]
@@ -172,22 +182,69 @@ def plot_angular_update(
         ax.fill_between(
             predicted_steps, lowest, highest, color=colour, alpha=0.2, linewidth=0, label=label
         )
-        median = over_layers(np.nanmedian, predicted)
-        label = "prediction, median"
         ax.plot(
-            predicted_steps,
-            median,
+            steps,
+            over_layers(np.nanmedian, foreseen["prediction"]),
             color=colour,
             linewidth=1.6,
             linestyle="--",
-            label=label,
+            label="prediction, median",
         )
         # The axis has to hold the predictions too, where no layer is near them.
         drawn.append(predicted.ravel())
     finish(ax, "angular_update", np.concatenate(drawn), limits)
     mark_events(ax, history)
+    _name_extreme(ax, curves, extreme)
     legend_below(ax)
     return fig, ax
+
+
+def _over_the_same(
+    measured: Curves, foreseen: Mapping[str, Curves]
+) -> tuple[Ints, Doubles, dict[str, Doubles]]:
+    """Measured and foreseen angles of the same layers at the same steps, so that their medians are
+    of the same weights.
+
+    Where a layer has no prediction at a step (its rate was 0), its angle has no part in a median
+    there; at a step at which nothing is foreseen of any layer, all of them have one.
+
+    Args:
+        measured: angles by layer.
+        foreseen: curves of some of these layers, by what they are.
+
+    Returns:
+        steps ``(s,)``, the measured table ``(l, s)``, and the foreseen ones ``(l, s)``, with NaN
+        at the same places.
+    """
+    steps, table = as_table(measured)
+    tables = {}
+    for kind, curves in foreseen.items():
+        tables[kind] = np.full_like(table, np.nan)
+        for row, name in enumerate(measured):
+            own_steps, values = curves.get(name, (steps[:0], steps[:0]))
+            _, places, own_places = np.intersect1d(steps, own_steps, return_indices=True)
+            tables[kind][row, places] = values[own_places]
+
+    compared = ~np.isnan(table)
+    for kind, other in tables.items():
+        both = compared & ~np.isnan(other)
+        if kind == "prediction" and foreseen[kind]:
+            # A step without any prediction is no part of a comparison with it.
+            compared = both
+        else:
+            # An expectation may end; what is left is compared with the prediction alone.
+            compared = np.where(both.any(axis=0), both, compared)
+    kept = compared.any(axis=0)
+    masked = np.where(compared, table, np.nan)[:, kept]
+    for kind, other in tables.items():
+        tables[kind] = np.where(compared, other, np.nan)[:, kept]
+    return steps[kept], masked, tables
+
+
+def _name_extreme(ax: Axes, curves: Curves, extreme: Sequence[str]) -> None:
+    """Names at the ends of the curves of these layers."""
+    labels = dict(zip(curves, layer_labels(list(curves)), strict=True))
+    label_ends(ax, curves, extreme, [labels[name] for name in extreme])
 
 
 def _of_layers(curves: Curves, names: Sequence[str]) -> Curves:
@@ -283,14 +340,21 @@ def plot_heatmap(
 
     # Of many layers, as many names as have room.
     room = ax.get_position().height * fig.get_figheight()
-    every = ceil(len(labels) / max(int(room / _LINE), 1))
+    abnormal = _abnormal_rows(curves, look.scale)
+    shown = _named_rows(len(labels), abnormal, max(int(room / _LINE), 1))
     size = 8 if len(labels) <= 20 else 6
-    ax.set_yticks(range(0, len(labels), every), labels[::every], fontsize=size)
+    ax.set_yticks(shown, [labels[row] for row in shown], fontsize=size)
+    # Where not all rows are named, a reader must see which names are there for a reason.
+    if len(shown) < len(labels):
+        for row, text in zip(shown, ax.get_yticklabels(), strict=True):
+            if row in abnormal:
+                text.set_fontweight("bold")
     ax.set(xlabel="step", title=look.title)
     bar = fig.colorbar(
         mesh,
         ax=ax,
         label=look.axis,
+        extend=_beyond(values, norm),
     )
     if isinstance(norm, LogNorm):
         plain_log_ticks(bar.ax.yaxis, *mesh.get_clim())
@@ -347,9 +411,11 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
     return figure_of(ax[0]), list(ax[:count])
 
 
-def _draw_bundle(ax: Axes, curves: Curves, compared: Sequence[str], which: str) -> None:
+def _draw_bundle(
+    ax: Axes, curves: Curves, compared: Sequence[str], which: str, extreme: Sequence[str]
+) -> None:
     """All layers in grey, those outside the comparison dotted, with one legend entry for each
-    kind."""
+    kind; the extreme ones darker."""
     # Fainter the more there are; but a single layer far from the others must still be seen.
     faint = max(0.3, min(0.8, 8 / len(curves)))
     labelled: set[str] = set()
@@ -357,20 +423,23 @@ def _draw_bundle(ax: Axes, curves: Curves, compared: Sequence[str], which: str) 
         label, colour, dashes = "other layers", "#5F7F5F", ":"
         if name in compared:
             label, colour, dashes = which, "#8C8C8C", "-"
+        is_extreme = name in extreme
         (line,) = ax.plot(
             steps,
             values,
-            color=colour,
+            color="#333333" if is_extreme else colour,
             ls=dashes,
-            linewidth=0.8,
-            alpha=faint,
+            linewidth=1.2 if is_extreme else 0.8,
+            alpha=1.0 if is_extreme else faint,
         )
-        if label not in labelled:
+        # The sample in the legend is that of the others.
+        if label not in labelled and not is_extreme:
             line.set_label(label)
             labelled.add(label)
 
 
-def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves) -> None:
+def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves, extreme: Sequence[str]) -> None:
+    """One line for each layer; of many, the extreme ones bold, and names of depths at the bar."""
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap, Normalize
 
@@ -393,11 +462,15 @@ def _draw_by_depth(fig: Figure, ax: Axes, curves: Curves) -> None:
             ax,
             *curves[names[i]],
             color=colours[i],
-            linewidth=0.7,
+            linewidth=1.6 if names[i] in extreme else 0.7,
         )
-    mappable = ScalarMappable(Normalize(1, len(names)), ListedColormap(depth_colours(256)))
-    bar = fig.colorbar(mappable, ax=ax, label="depth (layer number)")
-    bar.set_ticks(np.unique(np.linspace(1, len(names), 5).round()).tolist())
+    mappable = ScalarMappable(Normalize(0, len(names) - 1), ListedColormap(depth_colours(256)))
+    bar = fig.colorbar(mappable, ax=ax, label="depth")
+    # Names, since nobody knows which the 38th layer is.
+    shown = np.unique(np.linspace(0, len(names) - 1, _DEPTHS_NAMED).round().astype(int)).tolist()
+    bar.set_ticks(shown, labels=[labels[place] for place in shown], fontsize=7)
+    # The first layer on top, as in a heat map and in a listing of the network.
+    bar.ax.invert_yaxis()
 
 
 def _draw_behind(ax: Axes, curves: Curves, beside: Curves, quantity: str) -> list[Floats]:
@@ -418,6 +491,7 @@ def _draw_behind(ax: Axes, curves: Curves, beside: Curves, quantity: str) -> lis
 
 def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
     """How values become colours: two hues around what is neutral, else from dark to bright."""
+    from matplotlib import colormaps
     from matplotlib.colors import CenteredNorm, LogNorm, Normalize
 
     finite = values[np.isfinite(values)]
@@ -425,7 +499,9 @@ def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
     largest = float(np.abs(finite).max(initial=0.0))
     if scale == "ratio" and positive.size:
         # The same ends in every picture: the noise of a healthy run has to look like nothing.
-        return LogNorm(1 / _FARTHEST, _FARTHEST, clip=True), "PuOr_r"
+        # What lies beyond has colours of its own, which the ends of the bar show.
+        colours = colormaps["PuOr_r"].with_extremes(under=_BELOW, over=_ABOVE)
+        return LogNorm(1 / _FARTHEST, _FARTHEST), colours
     if scale == "log" and positive.size and positive.max() > positive.min():
         return LogNorm(float(positive.min()), float(positive.max())), "viridis"
     if scale == "linear" and largest > 0:
@@ -434,6 +510,38 @@ def _colouring(values: Doubles, scale: str) -> tuple[Normalize, Any]:
     if finite.size:
         return Normalize(finite.min() - 0.5, finite.max() + 0.5), "viridis"
     return Normalize(0, 1), "viridis"
+
+
+def _beyond(values: Doubles, norm: Normalize) -> str:
+    """Which ends of a colour bar something lies beyond."""
+    finite = values[np.isfinite(values)]
+    below = norm.vmin is not None and bool((finite < norm.vmin).any())
+    above = norm.vmax is not None and bool((finite > norm.vmax).any())
+    if below and above:
+        return "both"
+    if below:
+        return "min"
+    return "max" if above else "neither"
+
+
+def _abnormal_rows(curves: Curves, scale: str) -> list[int]:
+    """Rows of a map that are far off at the end, the farthest first."""
+    places = {name: row for row, name in enumerate(curves)}
+    far = deviations(curves, scale)
+    names = farthest(curves, scale, _MOST_ABNORMAL)
+    return [places[name] for name in names if far[name] > _ABNORMAL[scale]]
+
+
+def _named_rows(count: int, abnormal: Sequence[int], room: int) -> list[int]:
+    """Which of ``count`` rows are named: the abnormal ones, and of the others as many as have room
+    beside them, evenly spaced."""
+    every = ceil(count / room)
+    named: list[int] = []
+    for row in (*abnormal, *range(0, count, every)):
+        # Two names closer than this would lie on each other.
+        if all(abs(row - other) >= every for other in named):
+            named.append(row)
+    return sorted(named)
 
 
 def _fill_forward(table: Doubles) -> Doubles:

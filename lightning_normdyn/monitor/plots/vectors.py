@@ -10,6 +10,7 @@ import numpy as np
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import Doubles
+from lightning_normdyn.monitor.events import LR_DROP, happenings, steps_by_kind
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.records import Floats
 
@@ -20,9 +21,9 @@ from .axes import (
     depth_colours,
     draw_curve,
     event_look,
+    event_words,
     legend_below,
     short_name,
-    steps_by_kind,
 )
 
 if TYPE_CHECKING:
@@ -202,13 +203,14 @@ def _mark_events_at_right(ax: Axes, history: History, name: str) -> None:
     """Horizontal lines at the steps of the events: short ones, but for a drop of the learning rate,
     which concerns every weight."""
     handles = []
+    words = {told.kind: event_words(told) for told in happenings(history)}
     for kind, steps in steps_by_kind(history, name).items():
-        colour, _, label = event_look(kind)
-        left = 0.0 if kind == "lr_drop" else 0.96
+        colour, _ = event_look(kind)
+        left = 0.0 if kind == LR_DROP else 0.96
         for step in steps:
             line = ax.axhline(step, left, 1.0, color=colour, linewidth=1.2, zorder=1)
         # One entry in the legend for all of a kind.
-        line.set_label(label)
+        line.set_label(words[kind])
         handles.append(line)
     if handles:
         # Above the axes: inside, some hill would hide it.

@@ -4,6 +4,7 @@ that is off is the row that differs, and the overview."""
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from histories import converging_run, run_with_heads
 from lightning_normdyn import plots
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.plots.layers import plot_curves
 
 pytest.importorskip("matplotlib")
 
@@ -220,6 +222,100 @@ def test_samples_in_a_legend_are_seen_however_faint_the_lines():
     drawn = min(line.get_alpha() or 1.0 for line in ax.get_lines())
     samples = [handle.get_alpha() or 1.0 for handle in ax.get_legend().legend_handles]
     assert drawn < 0.4 < min(samples)
+
+
+def run_with_faults(layers: int = 160) -> History:
+    """A healthy run, but for three layers: too long, too fast, and without a gradient."""
+    history = History()
+    factors = {layers // 4: 0.05, layers // 2: 3.2, 3 * layers // 4: 1e-6}
+    for step in range(4):
+        row = {}
+        for i in range(layers):
+            angle = 0.01 * factors.get(i, 1.0) * (1 + 0.001 * i)
+            row[f"angular_update/block{i}.weight"] = angle
+            row[f"expected_ratio/block{i}.weight"] = angle / 0.01
+            row[f"weight_norm/block{i}.weight"] = 0.01 / angle
+        history.append(step, row, optimizer_step=step + 1)
+    return history
+
+
+@pytest.mark.parametrize("quantity", ["angular_update", "weight_norm"])
+def test_the_three_most_extreme_layers_are_named_at_their_curves(quantity):
+    _, ax = plot_curves(run_with_faults(), quantity)
+    assert sorted(text.get_text() for text in ax.texts) == ["block120", "block40", "block80"]
+
+
+def test_layers_that_lie_on_each_other_have_no_names_at_their_curves():
+    history = History()
+    history.append(0, {f"weight_norm/{i}": 1.0 for i in range(12)}, optimizer_step=1)
+    _, ax = plots.plot_effective_lr(history, quantity="weight_norm")
+    assert not ax.texts
+
+
+def test_names_at_curves_do_not_lie_on_each_other():
+    history = History()
+    values = {f"weight_norm/{i}": 1.0 for i in range(12)}
+    # Three that end at nearly the same height.
+    values |= {"weight_norm/0": 50.0, "weight_norm/1": 50.1, "weight_norm/2": 50.2}
+    history.append(0, values, optimizer_step=1)
+    fig, ax = plots.plot_effective_lr(history, quantity="weight_norm")
+    fig.canvas.draw()
+    boxes = sorted((text.get_window_extent() for text in ax.texts), key=lambda box: box.y0)
+    assert len(boxes) == 3
+    for lower, upper in itertools.pairwise(boxes):
+        assert upper.y0 >= lower.y0 + 0.7 * lower.height
+
+
+def test_the_bar_of_depths_has_names_from_the_first_layer_on_top():
+    fig, _ = plots.plot_effective_lr(run_with_faults(), quantity="weight_norm")
+    bar = fig.axes[1]
+    labels = [label.get_text() for label in bar.get_yticklabels()]
+    assert labels == ["block0", "block40", "block80", "block119", "block159"]
+    assert bar.yaxis_inverted()
+
+
+def test_abnormal_rows_of_160_are_named_in_a_map_and_what_lies_beyond_is_marked():
+    _, ax = plots.plot_heatmap(run_with_faults(), quantity="expected_ratio")
+    bold = {text.get_text() for text in ax.get_yticklabels() if text.get_fontweight() == "bold"}
+    assert bold == {"block40", "block80", "block120"}
+    assert 20 < len(ax.get_yticklabels()) < 60
+    (mesh,) = ax.collections
+    assert mesh.get_clim() == pytest.approx((0.1, 10.0))
+    colours = mesh.to_rgba(np.array([0.05, 0.1, 10.0, 20.0]))
+    assert not np.allclose(colours[0], colours[1])
+    assert not np.allclose(colours[2], colours[3])
+    # The bar has a pointed end where something lies, and none where nothing does.
+    assert mesh.colorbar.extend == "min"
+
+
+def test_the_medians_of_measured_and_predicted_are_of_the_same_weights():
+    history = History()
+    for step in range(4):
+        row = {"angular_update/a": 1.0, "equilibrium_angular_update/a": 1.0}
+        # "b" is predicted at every step, and measured at every other one.
+        row["equilibrium_angular_update/b"] = 4.0
+        if step % 2:
+            row["angular_update/b"] = 2.0
+            row["expected_angular_update/b"] = 3.0
+        # "c" has no prediction at the start, when its rate was 0.
+        row["angular_update/c"] = 9.0
+        if step > 1:
+            row["equilibrium_angular_update/c"] = 9.0
+        history.append(step, row, optimizer_step=step + 1)
+    _, ax = plots.plot_angular_update(history)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    measured = lines["median, predicted layers"].get_ydata()
+    # Where something is expected of "b" alone, all three medians are of "b".
+    np.testing.assert_allclose(measured, [1.0, 2.0, 5.0, 2.0])
+    np.testing.assert_allclose(lines["prediction, median"].get_ydata(), [1.0, 4.0, 5.0, 4.0])
+    np.testing.assert_allclose(
+        lines["expected now, median"].get_ydata(), [np.nan, 3.0, np.nan, 3.0]
+    )
+
+
+def test_a_drop_of_the_rate_stands_at_its_line_with_its_factor():
+    _, ax = plots.plot_effective_lr(converging_run(3))
+    assert "LR ÷ 10" in [text.get_text() for text in ax.texts]
 
 
 @pytest.mark.parametrize("quantity", ["expected_ratio", "balance_ratio"])
