@@ -5,6 +5,7 @@ it.
 """
 
 from lightning_normdyn.monitor.plots.compare import plot_compare
+from lightning_normdyn.monitor.plots.heatmap import plot_heatmap
 from lightning_normdyn.monitor.plots.input_span import (
     plot_input_span,
     plot_weight_histogram,
@@ -13,7 +14,6 @@ from lightning_normdyn.monitor.plots.input_span import (
 from lightning_normdyn.monitor.plots.layers import (
     plot_angular_update,
     plot_effective_lr,
-    plot_heatmap,
     plot_overview,
     shared_limits,
 )

@@ -123,3 +123,39 @@ def reported_run(layers: int = 3, steps: int = 20, *, factor: float = 1.0, names
         "settings": {"alpha": 0.0025},
     }
     return history
+
+
+def expected_run(layers=3):
+    """A run in which every layer turns 1.2 times too fast, but the last, which is not
+    scale-invariant."""
+    history = History()
+    names = [f"conv{i}.weight" for i in range(layers)]
+    for step in range(20):
+        row = {}
+        for name in names[:-1]:
+            row[f"effective_lr/{name}"] = 0.1
+            row[f"angular_update/{name}"] = 0.012
+            row[f"expected_angular_update/{name}"] = 0.01
+            row[f"expected_ratio/{name}"] = 1.2
+            row[f"weight_norm/{name}"] = 1.0 + step
+            row[f"expected_weight_norm/{name}"] = 2.0 + step
+        row[f"matrix_angle/{names[-1]}"] = 0.02
+        row[f"balanced_angular_update/{names[-1]}"] = 0.01
+        row[f"balance_ratio/{names[-1]}"] = 2.0
+        history.append(step, row, optimizer_step=step + 1)
+    return history
+
+
+def run_with_faults(layers: int = 160) -> History:
+    """A healthy run, but for three layers: too long, too fast, and without a gradient."""
+    history = History()
+    factors = {layers // 4: 0.05, layers // 2: 3.2, 3 * layers // 4: 1e-6}
+    for step in range(4):
+        row = {}
+        for i in range(layers):
+            angle = 0.01 * factors.get(i, 1.0) * (1 + 0.001 * i)
+            row[f"angular_update/block{i}.weight"] = angle
+            row[f"expected_ratio/block{i}.weight"] = angle / 0.01
+            row[f"weight_norm/block{i}.weight"] = 0.01 / angle
+        history.append(step, row, optimizer_step=step + 1)
+    return history

@@ -21,7 +21,8 @@ from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
 from .curves import Curves, layer_names, recorded_curves
 from .history import History
-from .plots.layers import plot_curves, plot_heatmap
+from .plots.heatmap import plot_heatmap
+from .plots.layers import plot_curves
 from .plots.vectors import plot_norm_ridge
 from .quantities import Place, shown_in
 from .verdicts import Course, Grounds, judge

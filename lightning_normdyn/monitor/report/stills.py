@@ -12,7 +12,8 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import recorded_curves
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.compare import plot_compare
-from lightning_normdyn.monitor.plots.layers import plot_curves, plot_heatmap, shared_limits
+from lightning_normdyn.monitor.plots.heatmap import plot_heatmap
+from lightning_normdyn.monitor.plots.layers import plot_curves, shared_limits
 from lightning_normdyn.monitor.plots.vectors import plot_norm_ridge
 from lightning_normdyn.monitor.quantities import shown_in
 

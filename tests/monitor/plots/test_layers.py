@@ -8,7 +8,7 @@ import itertools
 
 import numpy as np
 import pytest
-from histories import converging_run, run_with_heads
+from histories import converging_run, expected_run, run_with_faults, run_with_heads
 
 from lightning_normdyn import plots
 from lightning_normdyn.errors import NormDynError
@@ -124,71 +124,6 @@ def test_pictures_side_by_side_share_a_scale(quantity):
     assert plots.shared_limits([], quantity) is None
 
 
-def test_heatmap_shows_the_layer_that_is_off():
-    history = History()
-    for step in range(1000):
-        history.append(
-            step,
-            {f"weight_norm/{name}": 9.0 if name == "c" else 1.0 for name in "abcd"},
-            optimizer_step=step,
-        )
-    _, ax = plots.plot_heatmap(history, quantity="weight_norm")
-    cells = ax.collections[0].get_array()
-    assert cells.shape == (4, 300)
-    assert (cells[2] == 9).all()
-    assert (np.delete(cells, 2, axis=0) == 1).all()
-    assert [label.get_text() for label in ax.get_yticklabels()] == list("abcd")
-
-
-def test_heatmap_of_alternating_optimizers_has_no_stripes():
-    history = History()
-    for step in range(20):
-        history.append(
-            step, {f"weight_norm/{'b' if step % 2 else 'a'}": float(step + 1)}, optimizer_step=step
-        )
-    cells = plots.plot_heatmap(history, quantity="weight_norm")[1].collections[0].get_array()
-    assert cells[0, :4].tolist() == [1, 1, 3, 3]
-    assert cells.mask.sum() == 2  # "b" before its first step, "a" after its last
-
-
-def test_long_names_of_many_layers_stay_apart_in_a_heat_map():
-    names = [
-        f"model.transformer.encoder.layers.{i}.attention.self.{part}.weight"
-        for i in range(40)
-        for part in ("query", "key")
-    ]
-    history = History()
-    history.append(
-        0, {f"effective_lr/{name}": 1.0 + i for i, name in enumerate(names)}, optimizer_step=1
-    )
-    _, ax = plots.plot_heatmap(history)
-    shown = [label.get_text() for label in ax.get_yticklabels()]
-    assert len(shown) > 20
-    assert len(set(shown)) == len(shown)
-    assert shown[0] == "0.attention.self.query"
-
-
-def expected_run(layers=3):
-    """A run in which every layer turns 1.2 times too fast, but the last, which is not
-    scale-invariant."""
-    history = History()
-    names = [f"conv{i}.weight" for i in range(layers)]
-    for step in range(20):
-        row = {}
-        for name in names[:-1]:
-            row[f"effective_lr/{name}"] = 0.1
-            row[f"angular_update/{name}"] = 0.012
-            row[f"expected_angular_update/{name}"] = 0.01
-            row[f"expected_ratio/{name}"] = 1.2
-            row[f"weight_norm/{name}"] = 1.0 + step
-            row[f"expected_weight_norm/{name}"] = 2.0 + step
-        row[f"matrix_angle/{names[-1]}"] = 0.02
-        row[f"balanced_angular_update/{names[-1]}"] = 0.01
-        row[f"balance_ratio/{names[-1]}"] = 2.0
-        history.append(step, row, optimizer_step=step + 1)
-    return history
-
-
 @pytest.mark.parametrize("layers", [3, 30])
 @pytest.mark.parametrize(
     ("quantity", "beside"),
@@ -222,21 +157,6 @@ def test_samples_in_a_legend_are_seen_however_faint_the_lines():
     drawn = min(line.get_alpha() or 1.0 for line in ax.get_lines())
     samples = [handle.get_alpha() or 1.0 for handle in ax.get_legend().legend_handles]
     assert drawn < 0.4 < min(samples)
-
-
-def run_with_faults(layers: int = 160) -> History:
-    """A healthy run, but for three layers: too long, too fast, and without a gradient."""
-    history = History()
-    factors = {layers // 4: 0.05, layers // 2: 3.2, 3 * layers // 4: 1e-6}
-    for step in range(4):
-        row = {}
-        for i in range(layers):
-            angle = 0.01 * factors.get(i, 1.0) * (1 + 0.001 * i)
-            row[f"angular_update/block{i}.weight"] = angle
-            row[f"expected_ratio/block{i}.weight"] = angle / 0.01
-            row[f"weight_norm/block{i}.weight"] = 0.01 / angle
-        history.append(step, row, optimizer_step=step + 1)
-    return history
 
 
 @pytest.mark.parametrize("quantity", ["angular_update", "weight_norm"])
@@ -274,20 +194,6 @@ def test_the_bar_of_depths_has_names_from_the_first_layer_on_top():
     assert bar.yaxis_inverted()
 
 
-def test_abnormal_rows_of_160_are_named_in_a_map_and_what_lies_beyond_is_marked():
-    _, ax = plots.plot_heatmap(run_with_faults(), quantity="expected_ratio")
-    bold = {text.get_text() for text in ax.get_yticklabels() if text.get_fontweight() == "bold"}
-    assert bold == {"block40", "block80", "block120"}
-    assert 20 < len(ax.get_yticklabels()) < 60
-    (mesh,) = ax.collections
-    assert mesh.get_clim() == pytest.approx((0.1, 10.0))
-    colours = mesh.to_rgba(np.array([0.05, 0.1, 10.0, 20.0]))
-    assert not np.allclose(colours[0], colours[1])
-    assert not np.allclose(colours[2], colours[3])
-    # The bar has a pointed end where something lies, and none where nothing does.
-    assert mesh.colorbar.extend == "min"
-
-
 def test_the_medians_of_measured_and_predicted_are_of_the_same_weights():
     history = History()
     for step in range(4):
@@ -316,13 +222,6 @@ def test_the_medians_of_measured_and_predicted_are_of_the_same_weights():
 def test_a_drop_of_the_rate_stands_at_its_line_with_its_factor():
     _, ax = plots.plot_effective_lr(converging_run(3))
     assert "LR ÷ 10" in [text.get_text() for text in ax.texts]
-
-
-@pytest.mark.parametrize("quantity", ["expected_ratio", "balance_ratio"])
-def test_maps_of_ratios_have_the_same_ends_in_every_run(quantity):
-    _, ax = plots.plot_heatmap(expected_run(), quantity=quantity)
-    (mesh,) = ax.collections
-    assert mesh.get_clim() == pytest.approx((0.1, 10.0))
 
 
 def test_panels_are_what_was_recorded():
