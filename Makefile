@@ -39,7 +39,7 @@ test: $(READY)  ## everything but what is slow
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow and not deepspeed"
 
 test-slow: $(READY)  ## what `make test` leaves out
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "slow and not deepspeed"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not deepspeed"
 
 test-all: test test-slow test-deepspeed  ## everything
 
