@@ -75,7 +75,7 @@ def size_of(state: dict[str, Any]) -> int:
     extra = {
         key: value
         for key, value in state.get("extra", {}).items()
-        if key not in ("history", "evidence", "balances")
+        if key not in ("history", "balances")
     }
     torch.save({**state, "extra": extra}, file)
     return len(file.getvalue())

@@ -122,6 +122,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
 
     One ``log_metrics`` call per logging step and logger. Keys are ``<quantity>/<parameter name>``,
     averaged over the weight's vectors, and ``normdyn/<quantity>`` over all scale-invariant vectors.
+    Loggers get five numbers of each weight (``angular_update``, ``expected_ratio`` or else
+    ``balance_ratio``, ``weight_norm``, ``effective_lr``, ``direction_lr``) and the overview;
+    `history` keeps every quantity.
     `lightning_normdyn.monitor.quantities` is the table of all quantities, with their formulas and
     averages; `markdown_table` there prints it.
 
@@ -144,8 +147,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     Args:
         every_n_steps: logging steps as the Trainer counts them; None: the Trainer's
             ``log_every_n_steps``.
-        quantities: e.g. ``["effective_lr", "angular_update"]``, names out of the table (a wrong one
-            is answered with all of them); None: all that apply.
+        quantities: what loggers get in place of these five and of the overview, e.g.
+            ``["effective_lr", "coherence"]``: names out of the table (a wrong one is answered with
+            all of them). A quantity that is measured by name only is measured then.
         per_vector: also keep every vector's norm and applied decay in `history`, as float32; of
             float64 weights also what float32 leaves of the norm (``weight_norm_rest``).
         histograms: also send histograms over vectors to W&B and TensorBoard:

@@ -3,7 +3,7 @@
 Legend: ``l`` layers (parameters), ``s`` recorded steps.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_normdyn.errors import NormDynError
 
 from .history import History
+from .quantities import QUANTITIES, Place, shown_in
 from .records import Floats, Ints
 
 Doubles = NDArray[np.float64]
@@ -67,6 +68,35 @@ def notes_on_layers(history: History) -> dict[str, dict[str, Any]]:
         if isinstance(notes, dict):
             layers[name] = notes
     return layers
+
+
+def rates_followed(history: History) -> list[str]:
+    """The learning rates that tell how fast the layers' directions change: ``direction_lr`` for
+    those that SGD trains, ``effective_lr`` for all others; both of a run with both."""
+    followed = {notes.get("follows") for notes in notes_on_layers(history).values()}
+    rates = [quantity.name for quantity in QUANTITIES.values() if quantity.steps]
+    # A CSV log, and a history of an earlier version, do not say it.
+    return [rate for rate in rates if rate in followed] or rates[:1]
+
+
+def pictured(history: History, place: Place, named: Sequence[str] | None = None) -> list[str]:
+    """The quantities of a place that a history has, in the table's order.
+
+    Args:
+        history: what was recorded.
+        place: where they are shown.
+        named: what a user asked for; None: all, but of the two learning rates only what the layers
+            follow. Under SGD, layers with a large lr/‖w‖ can be those that turn least.
+    """
+    recorded = [quantity for quantity in shown_in(place) if layer_names(history, quantity)]
+    if named is not None:
+        return [quantity for quantity in recorded if quantity in named]
+    followed = rates_followed(history)
+    chosen = []
+    for quantity in recorded:
+        if not QUANTITIES[quantity].steps or quantity in followed:
+            chosen.append(quantity)
+    return chosen
 
 
 def invariant_layers(history: History) -> set[str] | None:

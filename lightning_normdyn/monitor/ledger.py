@@ -9,7 +9,7 @@ or nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
@@ -126,9 +126,7 @@ class Ledger:
     """All that a new row changes, at one moment.
 
     Args:
-        history: the rows, as far as they were asked for.
-        evidence: rows with all that verdicts rest on; the same object where everything was asked
-            for.
+        history: the rows, with all that verdicts rest on.
         last_step: x of the newest row; -1 without any.
         courses: by weight, what happened to its prediction.
         expectations: by weight, where its expected norm stands.
@@ -149,8 +147,7 @@ class Ledger:
         before: the ledger without that row.
     """
 
-    history: History
-    evidence: History
+    history: History = field(default_factory=History)
     last_step: int = -1
     courses: Mapping[str, Course] = field(default_factory=dict)
     expectations: Mapping[str, Expectation] = field(default_factory=dict)
@@ -167,17 +164,6 @@ class Ledger:
     sent: Any = None
     ending: Row | None = None
     before: Ledger | None = None
-
-    @classmethod
-    def new(cls, *, separate: bool) -> Ledger:
-        """An empty one.
-
-        Args:
-            separate: whether less is asked for than verdicts rest on.
-        """
-        history = History()
-        # The same object where both would hold the same rows: each is then kept and written once.
-        return cls(history, History() if separate else history)
 
     def without(self, name: str) -> Ledger:
         """Another weight has taken the place of the one that was called ``name``: its rows stay,
@@ -217,28 +203,12 @@ class Ledger:
         """
         return self.jumped.union(index for _, index, _ in _new(self.marked, counts))
 
-    def with_row(self, row: Row, asked_for: Callable[[str], bool]) -> Ledger:
-        """With one more row.
-
-        Args:
-            row: the row.
-            asked_for: whether a key belongs in the history.
-        """
-        history, evidence = self._forks()
-        shown = {key: value for key, value in row.values.items() if asked_for(key)}
-        _write(history, replace(row, values=shown))
-        # Where everything was asked for, both are one object, which has the row by now.
-        if evidence is not history:
-            # Verdicts rest on curves alone: vectors kept twice would double the memory.
-            _write(evidence, replace(row, events=(), vectors={}))
-        return replace(self, history=history, evidence=evidence, last_step=row.step)
-
-    def _forks(self) -> tuple[History, History]:
-        """History and evidence to write in: who holds those that are here may be writing a
-        checkpoint of them."""
+    def with_row(self, row: Row) -> Ledger:
+        """With one more row."""
+        # A fork to write in: who holds the one that is here may be writing a checkpoint of it.
         history = self.history.fork()
-        is_one = self.evidence is self.history
-        return history, history if is_one else self.evidence.fork()
+        _write(history, row)
+        return replace(self, history=history, last_step=row.step)
 
     def ending_with(self, row: Row, before: Ledger) -> Ledger:
         """With the newest row as one that only the end of the fit asks for, and ``before`` as what
@@ -254,16 +224,14 @@ class Ledger:
         if lasting.last_step < step and all(x < step for x in lasting.measured.values()):
             return lasting
         # The row of `step` itself goes, too: that step is still to come, and is measured again.
-        history, evidence = lasting._forks()
+        history = lasting.history.fork()
         history.truncate_after(step - 1)
-        evidence.truncate_after(step - 1)
         # An optimizer whose row was forgotten is due again.
         measured = {index: x for index, x in lasting.measured.items() if x < step}
-        newest = evidence.newest_step
+        newest = history.newest_step
         return replace(
             lasting,
             history=history,
-            evidence=evidence,
             measured=measured,
             last_step=-1 if newest is None else newest,
         )
@@ -288,8 +256,6 @@ class Ledger:
             "events": list(lasting.events),
             "promised": dict(lasting.promised),
         }
-        if lasting.evidence is not lasting.history:
-            state["evidence"] = lasting.evidence.state_dict()
         row = self.ending
         if row is not None:
             state["ending"] = {
@@ -322,31 +288,21 @@ class Ledger:
 
     @classmethod
     @_refusing_damage()
-    def from_state(
-        cls, state: Mapping[str, Any], *, separate: bool, asked_for: Callable[[str], bool]
-    ) -> Ledger:
+    def from_state(cls, state: Mapping[str, Any]) -> Ledger:
         """What `state` gave.
 
         Args:
             state: from a checkpoint.
-            separate: whether less is asked for than verdicts rest on.
-            asked_for: whether a key belongs in the history.
 
         Raises:
             NormDynError: where the state is damaged; nothing of it should be believed then.
         """
         _check(state, "it")
-        history = _history(state["history"])
-        evidence = history
-        # A run that had asked for everything has no evidence of its own: its history is all of it.
-        if separate:
-            evidence = _history(state.get("evidence", state["history"]))
         norms = {}
         for name, (first, steps, newest) in state["norms"].items():
             norms[name] = Norms(float(first), _floats(steps), _floats(newest))
         ledger = cls(
-            history=history,
-            evidence=evidence,
+            history=_history(state["history"]),
             last_step=state["last_step"],
             **_of_weights(state),
             norms=norms,
@@ -370,7 +326,7 @@ class Ledger:
             ending["amends"],
         )
         # The history was saved without this row: written again, it can still be taken back.
-        ended = ledger.with_row(row, asked_for).ending_with(row, ledger)
+        ended = ledger.with_row(row).ending_with(row, ledger)
         return replace(ended, **_of_weights(ending), promised=ending["promised"])
 
 

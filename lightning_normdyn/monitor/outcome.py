@@ -19,12 +19,12 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.tables import paragraph, render
 from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
-from .curves import Curves, layer_names, recorded_curves
+from .curves import Curves, pictured, recorded_curves
 from .history import History
 from .plots.heatmap import plot_heatmap
 from .plots.layers import plot_curves
 from .plots.vectors import plot_norm_ridge
-from .quantities import Place, shown_in
+from .quantities import Place
 from .verdicts import Course, Grounds, judge
 
 if TYPE_CHECKING:
@@ -57,8 +57,15 @@ _COLUMNS = (
 # -------------------------------------------------------------------------- the run and its weights
 
 
-def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str, Any]]:
+def about_run(
+    session: Session, targets: Sequence[Target], rates: Mapping[str, str]
+) -> dict[str, dict[str, Any]]:
     """For loggers and the history's ``meta``, as plain JSON. Every rank must call it.
+
+    Args:
+        session: the fit.
+        targets: the weights.
+        rates: by weight, the learning rate that its direction follows.
 
     Returns:
         ``"callbacks"``: settings by callback; ``"targets"``: facts by weight.
@@ -71,6 +78,7 @@ def about_run(session: Session, targets: Sequence[Target]) -> dict[str, dict[str
             "scale_invariant": target.verdict.kind,
             "norms": list(target.verdict.norms),
             "vectors": target.partition.n,
+            "follows": rates[target.name],
             "treated": treatments[target.weight],
         }
     about = {"callbacks": _settings(session), "targets": facts}
@@ -95,7 +103,7 @@ def _settings(session: Session) -> dict[str, dict[str, Any]]:
 
 def summarize(
     targets: Sequence[Target],
-    evidence: History,
+    history: History,
     courses: Mapping[str, Course],
     grounds: Mapping[str, Grounds],
     treatments: Mapping[Tensor, str],
@@ -105,7 +113,7 @@ def summarize(
 
     Args:
         targets: the weights.
-        evidence: the rows that verdicts rest on.
+        history: the rows, which verdicts rest on.
         courses: by weight, what happened to its prediction.
         grounds: by weight, what else its verdict rests on.
         treatments: which rules act on each, in words.
@@ -116,15 +124,15 @@ def summarize(
     for target in targets:
         name = target.name
         # A weight that was never measured would give a row of nothing but dashes.
-        if not evidence.has(f"weight_norm/{name}"):
+        if not history.has(f"weight_norm/{name}"):
             continue
-        norms = evidence.column(f"weight_norm/{name}")[1].tolist()
+        norms = history.column(f"weight_norm/{name}")[1].tolist()
         course = courses.get(name, Course())
         ground = grounds.get(name, Grounds())
         elapsed = course.elapsed
         if not elapsed and ground.balanced is not None:
             elapsed = ground.balanced.elapsed
-        finding = judge(evidence, name, course, ground)
+        finding = judge(history, name, course, ground)
         rows.append(
             {
                 "weight": name,
@@ -133,9 +141,9 @@ def summarize(
                 "treated how": treatments[target.weight] or "-",
                 "norm first": norms[0],
                 "norm last": last_norms.get(name, norms[-1]),
-                "effective lr": _newest(evidence, f"effective_lr/{name}"),
-                "angular update": _newest(evidence, f"angular_update/{name}"),
-                "prediction": _newest(evidence, f"equilibrium_angular_update/{name}"),
+                "effective lr": _newest(history, f"effective_lr/{name}"),
+                "angular update": _newest(history, f"angular_update/{name}"),
+                "prediction": _newest(history, f"equilibrium_angular_update/{name}"),
                 # 0 means that nothing was ever known of it, not that no time has passed.
                 "e-foldings": elapsed or None,
                 "ratio": finding.ratio,
@@ -260,13 +268,13 @@ class Outcome:
     Args:
         history: all rows.
         layers: one row per weight, the same keys in each; None where a number is not known.
-        quantities: the quantities that were asked for; pictures show these.
+        quantities: what the user named, which pictures then show; None: what applies.
         label: appended to names, so that a second monitor does not overwrite the first one's.
     """
 
     history: History
     layers: list[dict[str, Any]]
-    quantities: Sequence[str]
+    quantities: Sequence[str] | None = None
     label: str = ""
 
     @property
@@ -300,9 +308,8 @@ class Outcome:
             yield f"norm_ridge{self.label}", figure
 
     def shown_in(self, place: Place) -> list[str]:
-        """The quantities for a place that were asked for and recorded."""
-        asked_for = [quantity for quantity in shown_in(place) if quantity in self.quantities]
-        return [quantity for quantity in asked_for if layer_names(self.history, quantity)]
+        """The quantities for a place that were recorded, and asked for where a user did so."""
+        return pictured(self.history, place, self.quantities)
 
     def chart(self, quantity: str) -> Curves:
         """The curves of all layers, thinned alike to what W&B draws."""

@@ -96,6 +96,21 @@ def noise_coherence(
     return None if isinstance(coherence, Tensor) else float(coherence)
 
 
+def is_proportional(
+    optimizer: AnOptimizer, group: Mapping[str, Any], shape: tuple[int, int] | None
+) -> bool:
+    """Whether the steps of a weight are proportional to its gradient, as those of SGD are; False
+    where nobody knows.
+
+    Args:
+        optimizer: the optimizer, or its class.
+        group: the weight's param group.
+        shape: rows and columns, of a matrix.
+    """
+    response = own_response(class_for_predictions(optimizer), group, Subject(shape))
+    return response is not None and not response.normalized
+
+
 def relaxation_power(
     optimizer: AnOptimizer,
     group: Mapping[str, Any],

@@ -3,9 +3,11 @@ is shown.
 
 Monitor, loggers, plots, report, workspace and the docs' table are made from `QUANTITIES`, and ask
 it at every use. A new quantity is one entry here, with its formula over `StepSums`.
+
+Over 500 lines, most of them rows of this one table.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
@@ -20,6 +22,9 @@ from lightning_normdyn.functional import (
 )
 
 from .step_sums import StepSums
+
+OVERVIEW = "normdyn"
+"""Section of the numbers over all scale-invariant vectors, and of the counts of a run."""
 
 Place = Literal["curves", "chart", "map", "report map", "comparison"]
 
@@ -51,6 +56,10 @@ class Quantity:
             ``"shrunk"``: where AdaptiveWeightShrink or WeightDecay acts; ``"by name"``: only if the
             user names it.
         exact: whether its formula needs ⟨1, w⟩, and sums without the rounding of float32.
+        logged: whether loggers get it of each weight without being asked; the history keeps all.
+        in_place_of: the quantity whose place it takes, for weights that have none of that.
+        steps: of the two learning rates, which steps follow it: those proportional to the gradient
+            (SGD), or those that do not depend on its size (Adam and its relatives).
         places: ``"curves"``: one picture with the curves of all weights (loggers, report,
             overview); ``"chart"``: a W&B chart; ``"map"``: a heat map, weight by step (loggers,
             overview); ``"report map"``: one in the report; ``"comparison"``: where runs are
@@ -76,6 +85,9 @@ class Quantity:
     scope: Literal["both", "weight", "overview"] = "both"
     measured: Literal["always", "standardized", "shrunk", "by name"] = "always"
     exact: bool = False
+    logged: bool = False
+    in_place_of: str = ""
+    steps: Literal["", "proportional", "normalized"] = ""
     places: tuple[Place, ...] = ()
     drawn_with: str = ""
     histogram: bool = False
@@ -106,22 +118,6 @@ class Quantity:
 # panels and tables: what is read first comes first.
 _TABLE = (
     Quantity(
-        "effective_lr",
-        "Effective learning rate",
-        "lr/‖w‖ (lr/std after weight standardization): read this one under Adam-like optimizers",
-        "η/‖w‖",
-        formula=lambda step: effective_lr(step.lr, step.size),
-        places=("curves", "chart", "map", "report map", "comparison"),
-    ),
-    Quantity(
-        "direction_lr",
-        "Learning rate of the direction",
-        "lr/‖w‖²: the learning rate of the direction; read this one under SGD",
-        "η/‖w‖²",
-        formula=lambda step: direction_lr(step.lr, step.size),
-        places=("comparison",),
-    ),
-    Quantity(
         "angular_update",
         "Angular update",
         "angle between the weight before and after one optimizer step",
@@ -130,6 +126,7 @@ _TABLE = (
         average="rms",
         formula=lambda step: step.angle,
         places=("curves", "chart", "report map", "comparison"),
+        logged=True,
         histogram=True,
         callback_metric=True,
         progress_bar=("normdyn/turn_mrad", 1e3),
@@ -154,19 +151,9 @@ _TABLE = (
         "ratio",
         scale="ratio",
         expectation=lambda measured, angle, norm: measured / angle,
+        logged=True,
         places=("chart", "map", "report map", "comparison"),
         callback_metric=True,
-    ),
-    Quantity(
-        "expected_weight_norm",
-        "Expected weight norm",
-        "the RMS norm that follows from the norm at the start and the schedule so far",
-        "‖w‖",
-        unit="weight units",
-        average="rms",
-        expectation=lambda measured, angle, norm: norm,
-        scope="weight",
-        drawn_with="weight_norm",
     ),
     Quantity(
         "equilibrium_angular_update",
@@ -189,15 +176,47 @@ _TABLE = (
         callback_metric=True,
     ),
     Quantity(
+        "effective_lr",
+        "Effective learning rate",
+        "lr/‖w‖ (lr/std after weight standardization): read this one under Adam-like optimizers",
+        "η/‖w‖",
+        formula=lambda step: effective_lr(step.lr, step.size),
+        logged=True,
+        steps="normalized",
+        places=("curves", "chart", "map", "report map", "comparison"),
+    ),
+    Quantity(
+        "direction_lr",
+        "Learning rate of the direction",
+        "lr/‖w‖²: the learning rate of the direction; read this one under SGD",
+        "η/‖w‖²",
+        formula=lambda step: direction_lr(step.lr, step.size),
+        logged=True,
+        steps="proportional",
+        places=("curves", "chart", "map", "report map", "comparison"),
+    ),
+    Quantity(
         "weight_norm",
         "Weight norm",
         "‖w‖, at the weight that the gradient was taken at",
         "‖w‖",
         unit="weight units",
         formula=lambda step: step.norm,
+        logged=True,
         places=("curves", "chart", "comparison"),
         histogram=True,
         progress_bar=("normdyn/weight_norm", 1.0),
+    ),
+    Quantity(
+        "expected_weight_norm",
+        "Expected weight norm",
+        "the RMS norm that follows from the norm at the start and the schedule so far",
+        "‖w‖",
+        unit="weight units",
+        average="rms",
+        expectation=lambda measured, angle, norm: norm,
+        scope="weight",
+        drawn_with="weight_norm",
     ),
     Quantity(
         "weight_std",
@@ -295,6 +314,8 @@ _TABLE = (
         "ratio",
         scale="ratio",
         of_matrix=True,
+        logged=True,
+        in_place_of="expected_ratio",
         places=("chart", "map", "report map", "comparison"),
         callback_metric=True,
     ),
@@ -387,7 +408,7 @@ QUANTITIES: dict[str, Quantity] = {quantity.name: quantity for quantity in _TABL
 
 
 def monitored() -> list[Quantity]:
-    """What NormDynamicsMonitor logs for each weight: all that its argument ``quantities`` may
+    """What NormDynamicsMonitor keeps of each weight: all that its argument ``quantities`` may
     name."""
     # Counts are always logged, and InputSpanMonitor logs its own: neither can be chosen here.
     chosen = []
@@ -401,10 +422,10 @@ def monitored() -> list[Quantity]:
 def of_matrices(
     names: Sequence[str] | None, scale_invariant: bool, *, steered: bool = False
 ) -> list[str]:
-    """The quantities of whole matrices that are shown of a weight.
+    """The quantities of whole matrices that are kept of a weight.
 
     Args:
-        names: what the user named; None: what applies.
+        names: what the user named, which is kept of every weight.
         scale_invariant: whether the weight is: then its vectors tell more.
         steered: whether RotationControl sets by how much it turns, which it may do for the whole.
 
@@ -412,12 +433,57 @@ def of_matrices(
         >>> of_matrices(["balance_ratio", "weight_norm"], scale_invariant=True)
         ['balance_ratio']
     """
-    if names is None and scale_invariant:
-        return ["matrix_angle"] if steered else []
     known = [quantity.name for quantity in monitored() if quantity.of_matrix]
-    if names is None:
+    if not scale_invariant:
         return known
-    return [name for name in known if name in names]
+    wanted = {*(names or ()), *(["matrix_angle"] if steered else [])}
+    return [name for name in known if name in wanted]
+
+
+def for_loggers(values: Mapping[str, float], names: Sequence[str] | None) -> dict[str, float]:
+    """What loggers get of a row.
+
+    Args:
+        values: the row, by log key.
+        names: what the user named; None: of each weight what the table has as ``logged``, and the
+            whole overview. A page of hundreds of charts is one that nobody reads.
+
+    Example:
+        >>> row = {"angular_update/a": 0.1, "radial_update/a": 0.0, "normdyn/radial_update": 0.0}
+        >>> for_loggers(row, None)
+        {'angular_update/a': 0.1, 'normdyn/radial_update': 0.0}
+        >>> for_loggers(row, ["radial_update"])
+        {'radial_update/a': 0.0, 'normdyn/radial_update': 0.0}
+    """
+    chosen = {}
+    for key, value in values.items():
+        section, _, weight = key.partition("/")
+        is_overview = section == OVERVIEW
+        quantity = QUANTITIES[weight if is_overview else section]
+        if names is not None:
+            # Counts of the run are no quantity that one could name.
+            wanted = quantity.name in names or quantity.scope == "overview"
+        else:
+            is_taken = f"{quantity.in_place_of}/{weight}" in values
+            wanted = is_overview or (quantity.logged and not is_taken)
+        if wanted:
+            chosen[key] = value
+    return chosen
+
+
+def rate_followed(*, proportional: bool) -> str:
+    """The learning rate that tells how fast a direction changes.
+
+    Args:
+        proportional: whether steps are proportional to the gradient, which is the longer the
+            shorter the weight is: such a step turns it by lr/‖w‖², any other by lr/‖w‖.
+
+    Example:
+        >>> rate_followed(proportional=True), rate_followed(proportional=False)
+        ('direction_lr', 'effective_lr')
+    """
+    kind = "proportional" if proportional else "normalized"
+    return next(quantity.name for quantity in QUANTITIES.values() if quantity.steps == kind)
 
 
 def shown_in(place: Place) -> list[str]:
@@ -436,22 +502,23 @@ def drawn_with(name: str) -> list[str]:
 
 
 def to_measure(names: Sequence[str] | None, *, standardized: bool, shrunk: bool) -> list[str]:
-    """The quantities with a formula that the weights of one optimizer need.
+    """The quantities with a formula that are measured of the weights of one optimizer.
 
     Args:
-        names: what the user named; None: what applies.
+        names: what the user named, which is measured beside what applies.
         standardized: whether a weight is standardized.
         shrunk: whether AdaptiveWeightShrink or WeightDecay acts on one.
 
     Example:
-        >>> to_measure(["weight_std", "equilibrium_ratio"], standardized=False, shrunk=False)
-        ['weight_std']
+        >>> chosen = to_measure(["weight_std"], standardized=False, shrunk=False)
+        >>> "weight_std" in chosen, "weight_norm" in chosen, "equivalent_weight_decay" in chosen
+        (True, True, False)
     """
     # Whoever names a quantity gets it, also where no weight would make it worth its cost.
     applies = {"always": True, "standardized": standardized, "shrunk": shrunk, "by name": False}
     chosen = []
     for quantity in monitored():
-        wanted = applies[quantity.measured] if names is None else quantity.name in names
+        wanted = applies[quantity.measured] or quantity.name in (names or ())
         if quantity.measured == "shrunk" and not shrunk:
             wanted = False  # of a shrink that does not exist there is no strength
         if wanted and quantity.formula is not None:

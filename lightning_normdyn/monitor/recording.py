@@ -37,8 +37,8 @@ from .loggers import (
 )
 from .measure import Look, Measured, StepGauge, mean_norms
 from .outcome import Outcome, about_run, as_text, summarize
-from .predictions import noise_coherence, relaxation_power
-from .quantities import monitored
+from .predictions import is_proportional, noise_coherence, relaxation_power
+from .quantities import for_loggers, rate_followed
 from .rows import RowDraft, Sent
 from .verdicts import Grounds, balance_of
 
@@ -59,13 +59,10 @@ class Recording(Part[Any]):
         self.clock = session.clock
         self.combined = session.combined
         self.is_off = bool(self.trainer.barebones)
-        known = [quantity.name for quantity in monitored()]
-        self.quantities: list[str] = rule.quantities or known
-        # Once a fit: it is looked up for every key of every row.
-        self._unwanted = set(known) - set(self.quantities)
+        self.quantities: list[str] | None = rule.quantities
         self.alarms = Alarms(self.trainer, alert=rule.alert)
         self.foresight = Foresight(self.trainer, rule)
-        self.ledger = Ledger.new(separate=rule.quantities is not None)
+        self.ledger = Ledger()
         self.gauges: dict[int, StepGauge] = {}
         # Of the checkpoint that this fit goes on from, before the first batch.
         self._position: list[int] | None = None
@@ -82,11 +79,6 @@ class Recording(Part[Any]):
         recordings = [member for member in self.session.members if isinstance(member, Recording)]
         position = recordings.index(self)
         return f"-{position}" if position else ""
-
-    def _asked_for(self, key: str) -> bool:
-        """Whether a log key belongs in history and loggers; counts always do."""
-        quantity, _, _ = key.removeprefix("normdyn/").partition("/")
-        return quantity not in self._unwanted
 
     # -- when to measure
 
@@ -178,7 +170,7 @@ class Recording(Part[Any]):
             if is_first and self.rule.tables:
                 self.alarms.idle_decays(self.gauges.values())
             if sent.shown:
-                shown = {k: value for k, value in row.values.items() if self._asked_for(k)}
+                shown = for_loggers(row.values, self.quantities)
                 publish_row(self.trainer.loggers, shown, draft.histograms, row.step)
         publish_to_trainer(self.trainer, row.values)
 
@@ -207,7 +199,7 @@ class Recording(Part[Any]):
         """The ledger with the row, which on rank zero is in the history too; with ``without`` as
         what lasts if the run goes on."""
         if self.trainer.is_global_zero:
-            ledger = ledger.with_row(row, self._asked_for)
+            ledger = ledger.with_row(row)
         else:
             ledger = replace(ledger, last_step=row.step)
         return ledger if without is None else ledger.ending_with(row, without)
@@ -379,7 +371,7 @@ class Recording(Part[Any]):
             ledger = self._recorded(ledger, Row(last, steps, values, amends=True), lasting)
         else:  # the row that was there, with more keys in it
             row = replace(ledger.ending, values={**values, **ledger.ending.values})
-            before = replace(ledger, history=lasting.history, evidence=lasting.evidence)
+            before = replace(ledger, history=lasting.history)
             ledger = self._recorded(before, row, lasting)
         self._show(ledger)
         not_finite = [name for name, norm in final.items() if not isfinite(norm)]
@@ -395,7 +387,7 @@ class Recording(Part[Any]):
         if len(targets) == self._told:
             return
         self._told = len(targets)
-        about = about_run(self.session, targets)
+        about = about_run(self.session, targets, self._rates_followed())
         meta = self.rule.history.meta
         # What a checkpoint says of a weight is what was true when the run began; only other
         # settings make another run of it.
@@ -403,6 +395,20 @@ class Recording(Part[Any]):
         meta.update({**about, "targets": {**about["targets"], **known}})
         if self.trainer.is_global_zero:
             publish_about(self.trainer.loggers, about, self.label)
+
+    def _rates_followed(self) -> dict[str, str]:
+        """By weight, the learning rate that its direction follows."""
+        rates = {}
+        # Most weights of a param group are alike, and there may be a thousand.
+        known: dict[Any, str] = {}
+        for plan in self.plans.values():
+            for target, group in zip(plan.targets, plan.groups_of(plan.targets), strict=True):
+                alike = id(group), target.matrix
+                if alike not in known:
+                    proportional = is_proportional(plan.optimizer, group, target.matrix)
+                    known[alike] = rate_followed(proportional=proportional)
+                rates[target.name] = known[alike]
+        return rates
 
     def layers(self, last_norms: dict[str, float] | None = None) -> list[dict[str, Any]]:
         """What came of each weight, for the end table; empty but on rank zero. Sharded over ranks,
@@ -415,7 +421,7 @@ class Recording(Part[Any]):
         treatments = self.combined.treatments()
         return summarize(
             self.targets,
-            self.ledger.evidence,
+            self.ledger.history,
             self.ledger.courses,
             self._grounds(),
             treatments,
@@ -494,10 +500,9 @@ class Recording(Part[Any]):
         extra = state.get("extra", {})
         if self.is_off or "history" not in extra:
             return
-        separate = self.rule.quantities is not None
         try:
             _check_position(extra, "it")
-            ledger = Ledger.from_state(extra, separate=separate, asked_for=self._asked_for)
+            ledger = Ledger.from_state(extra)
         except NormDynError as error:
             warn_once(
                 f"{self.name} starts a new history, because that of the checkpoint cannot be read: "

@@ -155,8 +155,8 @@ class RowDraft:
         self.concerns.append(partial(self._look_for_trouble, result, reading, self._norms))
         self._pool(result, reading)
         interval = self._interval(result)
-        self._add_balances(result, reading, interval)
         self._add_expected(result, reading, interval)
+        self._add_balances(result, reading, interval)
 
     def _look_for_trouble(
         self, result: Measured, reading: Reading, norms: Mapping[str, Norms]
@@ -281,6 +281,10 @@ class RowDraft:
             )
             self._balances[name] = balance
             wanted = result.gauge.of_matrices[name]
+            # Nobody has an expectation of its optimizer: what it is held against is its balance.
+            is_expected = name in self._expectations or f"expected_ratio/{name}" in self._values
+            if not is_expected and "balance_ratio" not in wanted:
+                wanted = [*wanted, "balance_ratio"]
             if wanted:
                 group = result.groups[place]
                 kappa0 = noise_coherence(result.plan.optimizer, group, effects, target.matrix)

@@ -24,6 +24,9 @@ from lightning_normdyn import (
 from lightning_normdyn.errors import NormDynWarning
 from lightning_normdyn.parametrizations import weight_standardization
 
+# Beside the ratio to what is expected, or to its balance.
+LOGGED = ("angular_update", "effective_lr", "direction_lr", "weight_norm")
+
 
 def mean(values):
     return sum(values) / len(values)
@@ -226,10 +229,10 @@ def test_one_call_per_logging_step_and_logger(tmp_path):
 
 
 def test_log_keys():
-    rows = KeepsRowsWithSteps()
+    rows, watch = KeepsRowsWithSteps(), monitor()
     fit(
         make(make_optimizer=momentum),
-        [monitor(), AdaptiveWeightShrink(0.5)],
+        [watch, AdaptiveWeightShrink(0.5)],
         logger=rows,
         max_steps=1,
     )
@@ -238,7 +241,8 @@ def test_log_keys():
         "weight_norm", "effective_lr", "direction_lr", "angular_update", "effective_step_size", "gradient_cosine", "radial_update",
         "equivalent_weight_decay",
     }  # fmt: skip
-    assert {f"{q}/net.0.weight" for q in quantities} <= keys
+    assert {f"{q}/net.0.weight" for q in LOGGED} <= keys
+    assert {f"{q}/net.0.weight" for q in quantities} <= set(watch.history.keys())
     assert {f"normdyn/{q}" for q in quantities} | {
         "normdyn/skipped_steps",
         "normdyn/clamped_vectors",
@@ -247,7 +251,7 @@ def test_log_keys():
     assert not any("bias" in key or "net.1." in key for key in keys)
 
 
-def test_only_what_was_asked_for_is_logged_and_kept():
+def test_what_was_asked_for_is_logged_and_everything_is_kept():
     rows, watch = KeepsRowsWithSteps(), NormDynamicsMonitor(1, quantities=["effective_lr"])
     fit(make(), [watch], logger=rows)
     logged = {key for _, row in rows.rows for key in row}
@@ -255,20 +259,30 @@ def test_only_what_was_asked_for_is_logged_and_kept():
         "effective_lr/net.0.weight", "effective_lr/net.3.weight", "effective_lr/net.8.weight", "normdyn/effective_lr",
         "normdyn/optimizer_step", "normdyn/skipped_steps", "normdyn/collapsed_vectors",
     }  # fmt: skip
-    assert set(watch.history.keys()) == logged
+    every = NormDynamicsMonitor(1)
+    fit(make(), [every])
+    assert list(watch.history) == list(every.history)
+    assert logged < set(watch.history.keys())
     assert "as expected" in watch.end_table()  # the verdict has all it needs
 
 
-def test_the_history_keeps_the_rows_that_are_logged():
+def test_the_history_keeps_the_rows_that_are_logged_and_more():
     rows, watch = KeepsRowsWithSteps(), monitor()
     fit(make(), [watch, AdaptiveWeightShrink(0.5)], logger=rows)
     assert len(watch.history) == len(rows.rows) == 8
     for (step, logged), kept in zip(rows.rows, watch.history, strict=True):
-        assert kept == {
-            "step": step,
-            "optimizer_step": step + 1,
-            **{key: pytest.approx(value, rel=1e-6) for key, value in logged.items()},
-        }
+        assert (kept["step"], kept["optimizer_step"]) == (step, step + 1)
+        for key, value in logged.items():
+            assert kept[key] == pytest.approx(value, rel=1e-6)
+        overview = {key for key in kept if key.startswith("normdyn/")}
+        assert overview <= logged.keys()
+        for name in TARGETS:
+            of_weight = {key.split("/")[0] for key in logged if key.endswith(f"/{name}")}
+            assert of_weight == {*LOGGED, "expected_ratio"}
+        of_head = {key.split("/")[0] for key in logged if key.endswith("/net.8.weight")}
+        # Too few rows for a balance.
+        assert of_head == set(LOGGED)
+        assert {"radial_update/net.0.weight", "coherence/net.8.weight"} & kept.keys()
 
 
 @pytest.mark.usefixtures("arrival")

@@ -485,7 +485,7 @@ OF_STEPS = ("expectations", "balances", "workers", "counted", "jumped")
 
 def go_on(extra: dict[str, Any]) -> None:
     """What a monitor makes of its own part of a state at its next row."""
-    ledger = Ledger.from_state(extra, separate=False, asked_for=lambda key: True)
+    ledger = Ledger.from_state(extra)
     group = {"lr": 0.1, "momentum": 0.9, "dampening": 0.0, "nesterov": False, "weight_decay": 0.1}
     passed = PassedSteps()
     for worker in extra.get("workers", {}).values():

@@ -16,6 +16,8 @@ from lightning_normdyn.monitor.curves import (
     invariant_layers,
     late_value,
     over_layers,
+    pictured,
+    rates_followed,
 )
 from lightning_normdyn.monitor.history import History
 
@@ -77,3 +79,16 @@ def test_layers_without_a_late_value_or_all_alike_are_not_far():
     assert farthest(constant({"a": 1.0, "b": 1.0}), "log", 3) == []
     assert farthest(constant({"a": 1.0, "b": float("nan")}), "log", 3) == []
     assert farthest(constant({"a": 0.0, "b": 0.0}), "linear", 3) == []
+
+
+def test_of_the_two_learning_rates_pictures_show_what_the_layers_follow():
+    history = History()
+    values = {f"{name}/{layer}": 1.0 for name in ("direction_lr", "effective_lr") for layer in "ab"}
+    history.append(0, {**values, "weight_norm/a": 1.0}, optimizer_step=1)
+    assert pictured(history, "curves") == ["effective_lr", "weight_norm"]
+    history.meta["targets"] = {"a": {"follows": "direction_lr"}}
+    assert pictured(history, "curves") == ["direction_lr", "weight_norm"]
+    history.meta["targets"]["b"] = {"follows": "effective_lr"}
+    assert rates_followed(history) == ["effective_lr", "direction_lr"]
+    # Whoever names one gets it.
+    assert pictured(history, "curves", ["effective_lr"]) == ["effective_lr"]

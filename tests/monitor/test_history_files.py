@@ -46,8 +46,8 @@ def test_a_remote_log_has_its_history_and_pictures_beside_it(kind, bucket, tmp_p
     assert list(load_history(f"{logger.log_dir}/history.npz")) == list(watch.history)
     if kind is CSVLogger:
         names = {Path(name).name for name in bucket.find("/bucket/runs")}
-        assert {"effective_lr.png", "angular_update.png", "metrics.csv"} <= names
-        assert bucket.cat(f"{logger.log_dir}/effective_lr.png").startswith(b"\x89PNG")
+        assert {"weight_norm.png", "angular_update.png", "metrics.csv"} <= names
+        assert bucket.cat(f"{logger.log_dir}/angular_update.png").startswith(b"\x89PNG")
     assert not list(tmp_path.rglob("*.npz"))  # nothing in a local folder named "memory:"
     assert not list(tmp_path.rglob("*.png"))
 

@@ -21,15 +21,6 @@ from lightning_normdyn.monitor.pulls import End
 from lightning_normdyn.monitor.verdicts import Course
 from lightning_normdyn.optimizers.rate_drop import Rate
 
-
-def everything(key: str) -> bool:
-    return True
-
-
-def only_norms(key: str) -> bool:
-    return key.startswith("weight_norm/")
-
-
 COURSE = {
     **{key: [1.0] for key in ("ww", "wm", "mm", "moment", "angle", "scale")},
     **{"steps": 4, "carried": 1.0, "largest_rate": 0.1},
@@ -41,15 +32,12 @@ POINTS = (
 )
 
 
-def filled(*, separate: bool = False) -> Ledger:
-    ledger = Ledger.new(separate=separate)
+def filled() -> Ledger:
+    ledger = Ledger()
     for step in range(4):
         values = {"weight_norm/a": 1.0 + step, "lr/a": 0.1}
         vectors = {"weight_norm/a": np.ones(3, dtype=np.float32)}
-        ledger = ledger.with_row(
-            Row(step, step + 1, values, ("rescale",), vectors),
-            only_norms if separate else everything,
-        )
+        ledger = ledger.with_row(Row(step, step + 1, values, ("rescale",), vectors))
     course = Course()
     course.add(3, Prediction(0.01, 500.0, 4, 1e-3))
     return replace(
@@ -75,21 +63,17 @@ def test_a_jump_is_remembered_until_the_optimizer_has_a_row():
     assert ledger.new_jumps({(0, 0, "rescale"): 3, (2, 5, "rescale"): 1}) == {0, 1, 5}
 
 
-def read_back(state, *, separate=False, asked_for=everything) -> Ledger:
+def read_back(state) -> Ledger:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return Ledger.from_state(
-        torch.load(file, weights_only=True), separate=separate, asked_for=asked_for
-    )
+    return Ledger.from_state(torch.load(file, weights_only=True))
 
 
 def test_a_row_changes_nothing_that_somebody_holds():
     before = filled()
     rows, vectors = list(before.history), before.history.vectors("weight_norm/a")[1].shape
-    after = before.with_row(
-        Row(9, 9, {"new": 1.0}, ("x",), {"weight_norm/a": np.ones(5)}), everything
-    )
+    after = before.with_row(Row(9, 9, {"new": 1.0}, ("x",), {"weight_norm/a": np.ones(5)}))
     assert list(before.history) == rows
     assert before.history.vectors("weight_norm/a")[1].shape == vectors
     assert after.history[-1] == {"step": 9, "optimizer_step": 9, "new": 1.0}
@@ -97,17 +81,10 @@ def test_a_row_changes_nothing_that_somebody_holds():
     assert after.history.events[-1].kind == "x"
 
 
-@pytest.mark.parametrize("separate", [False, True])
-def test_a_checkpoint_gives_back_what_was_there(separate):
-    ledger = filled(separate=separate)
-    again = read_back(
-        ledger.state(), separate=separate, asked_for=only_norms if separate else everything
-    )
+def test_a_checkpoint_gives_back_what_was_there():
+    ledger = filled()
+    again = read_back(ledger.state())
     assert list(again.history) == list(ledger.history)
-    assert list(again.evidence) == list(ledger.evidence)
-    assert (again.evidence is again.history) == (not separate)
-    assert ("lr/a" in again.history[0]) == (not separate)
-    assert "lr/a" in again.evidence[0]
     exact = ("last_step", "courses", "expectations", "norms", "rates", "measured", "counted")
     for name in (*exact, "jumped", "events"):
         assert getattr(again, name) == getattr(ledger, name)
@@ -120,7 +97,7 @@ def test_a_checkpoint_gives_back_what_was_there(separate):
 def test_a_row_of_the_end_is_there_after_a_checkpoint_and_gone_when_the_run_goes_on(amends):
     before = filled()
     row = Row(3 if amends else 7, 8, {"weight_norm/b": 2.0}, amends=amends)
-    ended = before.with_row(row, everything).ending_with(row, before)
+    ended = before.with_row(row).ending_with(row, before)
     for one in (ended, read_back(ended.state())):
         assert one.history[-1]["weight_norm/b"] == 2.0
         assert one.history[-1]["step"] == row.step
@@ -133,9 +110,7 @@ def test_a_loop_that_was_set_back_forgets_what_lies_ahead():
     ledger = filled().going_on_at(2)
     assert [row["step"] for row in ledger.history] == [0, 1]
     assert (ledger.last_step, ledger.measured) == (1, {})
-    ledger = filled().with_row(
-        Row(1, 9, {"weight_norm/a": 5.0}), everything
-    )  # not even said before
+    ledger = filled().with_row(Row(1, 9, {"weight_norm/a": 5.0}))  # not even said before
     assert [row["step"] for row in ledger.history] == [0, 1]
     assert ledger.history[-1]["weight_norm/a"] == 5.0
 
@@ -186,7 +161,7 @@ def test_a_damaged_state_is_refused(damage):
 def test_damage_that_would_be_found_in_a_later_step_is_found_at_once(part, damage, of_the_end):
     before = filled()
     row = Row(7, 8, {"weight_norm/b": 2.0})
-    state = before.with_row(row, everything).ending_with(row, before).state()
+    state = before.with_row(row).ending_with(row, before).state()
     read_back(state)
     holder = state["ending"] if of_the_end else state
     holder[part] = {"a": {**holder[part]["a"], **damage}}

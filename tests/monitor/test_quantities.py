@@ -21,8 +21,10 @@ from lightning_normdyn.monitor.quantities import (
     QUANTITIES,
     Quantity,
     drawn_with,
+    for_loggers,
     markdown_table,
     monitored,
+    rate_followed,
     shown_in,
     to_measure,
 )
@@ -39,6 +41,7 @@ RELATIVE_UPDATE = Quantity(
     unit="per step",
     average="rms",
     formula=lambda step: norm_from_sums(step.dd) / step.norm,
+    logged=True,
     places=("curves", "chart", "map", "report map", "comparison"),
     histogram=True,
     callback_metric=True,
@@ -92,10 +95,11 @@ def test_an_added_quantity_is_measured_averaged_kept_logged_and_told():
 
 @pytest.mark.usefixtures("added")
 def test_an_added_quantity_can_be_asked_for_and_left_out():
-    history, _, _ = measured(quantities=["relative_update"])
-    assert {key.split("/")[0] for key in history.keys()} == {"relative_update", "normdyn"}  # noqa: SIM118
-    history, _, _ = measured(quantities=["weight_norm"])
-    assert not any("relative_update" in key for key in history.keys())  # noqa: SIM118
+    _, logged, _ = measured(quantities=["relative_update"])
+    assert {key.split("/")[0] for key in logged} == {"relative_update", "normdyn"}
+    history, logged, _ = measured(quantities=["weight_norm"])
+    assert not any("relative_update" in key for key in logged)
+    assert "relative_update/net.0.weight" in history[0]
     with pytest.raises(ValueError, match="relative_update"):
         NormDynamicsMonitor(quantities=["relative_updat"])
 
@@ -183,7 +187,7 @@ def test_every_entry_is_complete():
 
 
 def test_places_and_companions_come_in_the_tables_order():
-    assert shown_in("map") == ["effective_lr", "expected_ratio", "balance_ratio"]
+    assert shown_in("map") == ["expected_ratio", "effective_lr", "direction_lr", "balance_ratio"]
     assert drawn_with("weight_norm") == ["weight_norm", "expected_weight_norm"]
     assert drawn_with("angular_update") == [
         "angular_update",
@@ -198,7 +202,7 @@ def test_places_and_companions_come_in_the_tables_order():
         (None, False, False, "weight_norm", "weight_std"),
         (None, True, False, "weight_std", "equivalent_weight_decay"),
         (None, False, True, "equivalent_weight_decay", "weight_std"),
-        (["weight_std"], False, False, "weight_std", "weight_norm"),
+        (["weight_std"], False, False, "weight_std", "equivalent_weight_decay"),
         (["equivalent_weight_decay", "weight_norm"], False, False, "weight_norm", "equivalent_weight_decay"),
         (["equilibrium_ratio", "angular_update"], False, False, "angular_update", "equilibrium_ratio"),
     ],
@@ -212,3 +216,27 @@ def test_what_is_measured(names, standardized, shrunk, present, absent):
 def test_the_average_is_what_the_entry_says():
     assert RELATIVE_UPDATE.mean(18.0, 2) == 3.0
     assert QUANTITIES["radial_update"].mean(-18.0, 2) == -9.0
+
+
+def test_loggers_get_five_of_each_weight_and_the_rest_by_name():
+    every = [quantity.name for quantity in monitored()]
+    row = {f"{name}/{weight}": 1.0 for name in every for weight in ("a", "b")}
+    row |= {f"normdyn/{name}": 1.0 for name in (*every, "skipped_steps")}
+    del row["expected_ratio/b"]  # not scale-invariant
+    five = ["angular_update", "effective_lr", "direction_lr", "weight_norm"]
+    expected = {f"{name}/a" for name in (*five, "expected_ratio")}
+    expected |= {f"{name}/b" for name in (*five, "balance_ratio")}
+    expected |= {f"normdyn/{name}" for name in (*every, "skipped_steps")}
+    assert for_loggers(row, None).keys() == expected
+    assert for_loggers(row, ["coherence"]).keys() == {
+        "coherence/a",
+        "coherence/b",
+        "normdyn/coherence",
+        "normdyn/skipped_steps",
+    }
+
+
+def test_each_kind_of_steps_has_one_learning_rate():
+    kinds = [quantity.steps for quantity in QUANTITIES.values() if quantity.steps]
+    assert sorted(kinds) == ["normalized", "proportional"]
+    assert rate_followed(proportional=True) == "direction_lr"

@@ -16,12 +16,12 @@ from lightning_normdyn.monitor.curves import (
     curves_of,
     farthest,
     invariant_among,
-    layer_names,
     over_layers,
+    pictured,
     recorded_curves,
 )
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.quantities import drawn_with, shown_in
+from lightning_normdyn.monitor.quantities import drawn_with
 from lightning_normdyn.monitor.records import Floats, Ints
 
 from .axes import (
@@ -278,8 +278,9 @@ def shared_limits(histories: Sequence[History], quantity: str) -> Limits | None:
 
 
 def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[Figure, list[Axes]]:
-    """What is usually looked at first: effective LR, angular update, weight norm, and how far each
-    layer is from what is expected now, or from its balance, as far as recorded.
+    """What is usually looked at first: angular update, the learning rate of the direction (lr/‖w‖²
+    under SGD, else lr/‖w‖), weight norm, and how far each layer is from what is expected now, or
+    from its balance, as far as recorded.
 
     Args:
         history: what was recorded.
@@ -292,10 +293,10 @@ def plot_overview(history: History, ax: Sequence[Axes] | None = None) -> tuple[F
     Raises:
         NormDynError: where none of them was recorded.
     """
-    panels = [quantity for quantity in shown_in("curves") if layer_names(history, quantity)]
+    panels = pictured(history, "curves")
     # Ratios are of two kinds of weights: what is expected of scale-invariant ones, and the balance
     # of the rest. Where nothing is compared, a map of the effective LR.
-    known = [quantity for quantity in shown_in("map") if layer_names(history, quantity)]
+    known = pictured(history, "map")
     ratios = [quantity for quantity in known if drawn_as(quantity).scale == "ratio"]
     maps = ratios or known[:1]
     # Two rows of two, or three rows where there are two maps.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from lightning_normdyn.errors import NormDynError
-from lightning_normdyn.monitor.curves import recorded_curves
+from lightning_normdyn.monitor.curves import pictured, recorded_curves
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.plots.compare import plot_compare
 from lightning_normdyn.monitor.plots.heatmap import plot_heatmap
@@ -55,18 +55,16 @@ def pictures_of_all(runs: Mapping[str, History], say: Callable[[str], None]) -> 
 
 def pictures_of(label: str, history: History, limits: Limits) -> Iterator[Picture]:
     """The curves, heat maps and the ridge of one run, as far as it recorded them."""
-    for quantity in shown_in("curves"):
-        if recorded_curves(history, quantity):
-            fig, _ = plot_curves(history, quantity, limits=limits[quantity])
-            yield _picture(fig, f"{quantity} of {label}")
-    for quantity in shown_in("report map"):
-        if recorded_curves(history, quantity):
-            fig, _ = plot_heatmap(
-                history,
-                quantity=quantity,
-                limits=limits[quantity],
-            )
-            yield _picture(fig, f"{quantity} of {label}, layer by step")
+    for quantity in pictured(history, "curves"):
+        fig, _ = plot_curves(history, quantity, limits=limits[quantity])
+        yield _picture(fig, f"{quantity} of {label}")
+    for quantity in pictured(history, "report map"):
+        fig, _ = plot_heatmap(
+            history,
+            quantity=quantity,
+            limits=limits[quantity],
+        )
+        yield _picture(fig, f"{quantity} of {label}, layer by step")
     if any(name.startswith("weight_norm/") for name in history.vector_names()):
         try:
             fig, _ = plot_norm_ridge(history)

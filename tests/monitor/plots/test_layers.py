@@ -227,15 +227,15 @@ def test_a_drop_of_the_rate_stands_at_its_line_with_its_factor():
 def test_panels_are_what_was_recorded():
     _, axes = plots.plot_overview(converging_run())
     assert [ax.get_title() for ax in axes] == [
-        "Effective learning rate",
         "Angular update",
+        "Effective learning rate",
         "Weight norm",
         "Effective learning rate",
     ]
     _, axes = plots.plot_overview(expected_run())
     assert [ax.get_title() for ax in axes] == [
-        "Effective learning rate",
         "Angular update",
+        "Effective learning rate",
         "Weight norm",
         "Angle of the whole matrix",
         "Angular update over what is expected now",

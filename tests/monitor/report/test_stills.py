@@ -22,11 +22,11 @@ def test_one_run_has_curves_maps_and_a_ridge_as_far_as_recorded():
     history.append_vectors(0, {"weight_norm/conv0.weight": np.arange(1.0, 9)})
     pictures = list(pictures_of("run", history, common_limits({"run": history})))
     assert [picture.alt for picture in pictures] == [
-        "effective_lr of run",
         "angular_update of run",
+        "effective_lr of run",
         "weight_norm of run",
-        "effective_lr of run, layer by step",
         "angular_update of run, layer by step",
+        "effective_lr of run, layer by step",
         "norms of single vectors of run",
     ]
     for picture in pictures:
@@ -48,8 +48,8 @@ def test_runs_share_their_limits_and_are_compared_where_two_recorded_a_quantity(
     said = []
     pictures = list(pictures_of_all(runs, said.append))
     assert [picture.alt for picture in pictures] == [
-        "effective_lr of one, two",
         "angular_update of one, two",
+        "effective_lr of one, two",
         "weight_norm of one, two",
     ]
     assert len(said) == 3
