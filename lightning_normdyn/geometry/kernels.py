@@ -53,6 +53,8 @@ class RowIndex:
         slices: the range of each weight's vectors among them.
         pieces: every piece on this rank, with the position of its weight.
         counts: number of rows of each piece, in the order of ``pieces``.
+        vector_of_row: int64, the vector of each row, in the order of ``pieces``; -1: none. On the
+            host.
         in_order: whether row i is vector i, all of them: the common case of whole filters, which
             needs no indexing.
     """
@@ -87,7 +89,7 @@ class RowIndex:
         of_row = torch.cat(positions)
         start = torch.tensor(starts, dtype=torch.long, device="cpu")
         start = start.repeat_interleave(torch.tensor(self.counts, dtype=torch.long, device="cpu"))
-        of_row = torch.where(of_row < 0, -1, of_row + start)
+        self.vector_of_row = of_row = torch.where(of_row < 0, -1, of_row + start)
         self.in_order = torch.equal(of_row, indices(self.n))
         # Rows that belong to no vector go to one more place behind the n vectors.
         # An index instead of a mask: its size is known, so that the host never waits for it.

@@ -11,6 +11,7 @@ Letters: w a weight before a step, v after it, Δ = v - w.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -113,6 +114,7 @@ def _finish_displacement(written: Tensor) -> Tensor:
     return torch.stack([square, radial, total])
 
 
+@cache
 def displacement(
     exact: torch.dtype | None,
     *,

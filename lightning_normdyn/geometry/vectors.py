@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import passes
-from .kernels import Kernels, RowIndex, sum_dtype
+from .kernel_choice import make_kernels
+from .kernels import RowIndex, sum_dtype
 from .partition import Partition
 from .passes import Operand, Pair, Pass
 from .placement import hidden_entries, is_plain, place_all, version_of
@@ -60,6 +61,7 @@ class WeightVectors(Reduction):
             ranks.
         cut: whether some vector lies on several ranks in pieces; the same on every rank that shares
             these weights.
+        kernel_path: which kernels read and write the weights, and why.
         count: float64 ``(weights,)``: number of vectors of each weight, over all ranks.
         low_precision: whether some weight is stored in a dtype in which a factor close to 1 is lost
             to rounding.
@@ -106,7 +108,9 @@ class WeightVectors(Reduction):
 
         dtypes = {value.dtype for value in self.values()}
         self.low_precision = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
-        self._kernels = Kernels(self._index, self.values(), hidden, self.device)
+        self._kernels, self.kernel_path = make_kernels(
+            self._index, self.values(), hidden, self.device
+        )
         super().__init__(self._placements, lengths, self.device)
         counts = [partition.n for partition in self.partitions]
         self.count = torch.tensor(counts, dtype=self.sum_dtype, device=self.device)

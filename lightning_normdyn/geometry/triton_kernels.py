@@ -1,0 +1,389 @@
+"""The primitives of `lightning_normdyn.geometry.kernels` in one launch for all weights of a dtype,
+however many they are: Triton programs for NVIDIA GPUs.
+
+torch's kernels are called weight by weight, which costs the host some microseconds each, and takes
+a pass over memory for each operation. These read every entry once per phase.
+
+What the programs cannot take goes to torch's kernels, call by call: nothing has been written when
+that is decided.
+
+Letters: n vectors, W weights, S slots, K sums.
+"""
+
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache, cached_property
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import passes
+from .kernels import Kernels
+from .passes import Operand, Pair, Pass
+from .triton_tables import FIELDS, Addresses, Part, RowTables, Unfit
+
+WARPS = 4
+SCALE_AND_ADD, STRETCH, SHORTENED = range(3)
+"""What `triton_programs.write` does."""
+
+DISPLACEMENTS = frozenset(
+    passes.displacement(exact, known=known)
+    for exact in (None, torch.float64)
+    for known in (False, True)
+)
+
+
+@cache
+def programs() -> Any:
+    """The module of the programs; with it Triton is imported."""
+    # By name and only now: Triton takes half a second to import and is not always installed. The
+    # module imports nothing of the package, so no circle can hide here.
+    return import_module("lightning_normdyn.geometry.triton_programs")
+
+
+class TritonKernels(Kernels):
+    """The primitives as Triton programs; see `lightning_normdyn.geometry.kernels.Kernels`.
+
+    All launches go to the current stream of the weights' device. Whoever uses another stream orders
+    it himself, as with any torch operation.
+
+    Attributes:
+        failure: why torch's kernels are used all the same; None: they are not.
+        seconds: for each program that this process has compiled, how long that took.
+    """
+
+    failure: ClassVar[str | None] = None
+    """Of the whole process: a compiler that fails once is not asked again."""
+    seconds: ClassVar[dict[Any, float]] = {}
+
+    @property
+    def fuses(self) -> bool:
+        """What the sums lead to is written by a launch of its own: a row's programs do not wait
+        for each other."""
+        return False
+
+    @cached_property
+    def _tables(self) -> RowTables:
+        # Made when first asked for: many an index space is only looked at once.
+        return RowTables(self._index, self._values, self._device)
+
+    @cached_property
+    def _addresses(self) -> Addresses:
+        return Addresses(self._tables)
+
+    def __init__(self, index: Any, values: Sequence[Tensor], hidden: Any, device: Any) -> None:
+        super().__init__(index, values, hidden, device)
+        self._values = list(values)
+
+    # ---- Sums ----
+
+    def sums(
+        self,
+        how: Pass,
+        operands: Sequence[Operand],
+        numbers: Sequence[Tensor | None] = (),
+    ) -> Tensor:
+        """See `Kernels.sums`."""
+        try:
+            if how is passes.SQUARES:
+                return self._products(operands[0])
+            if how is passes.MOMENTS:
+                # In float64 the mean need not be taken out first.
+                return self._products(operands[0], ones=True, exact=True)
+            if how in DISPLACEMENTS:
+                # Always in float64, which costs no pass.
+                return self._products(*operands, moved=True, exact=True)
+            if how is passes.RADIAL:
+                return self._products(*operands, moved=True)[:2]
+            if how is passes.RADIAL_OF_STEP:
+                return self._radial_of_step(*operands, *numbers)
+        except Unfit:
+            pass
+        return super().sums(how, operands, numbers)
+
+    def _radial_of_step(self, direction: Operand, after: Operand, length: Any) -> Tensor:
+        # With w = v - length * direction put in. In float64, since <w, direction> is a small
+        # difference of these two sums.
+        vv, vd, dd = self._products(after, direction, exact=True)
+        along = vd - length * dd
+        square = vv - length * (vd + along)
+        return torch.stack([square, length * along, dd])
+
+    def products(
+        self,
+        pairs: Sequence[Pair],
+        *,
+        exact: bool,
+        copy: tuple[Operand, Operand] | None = None,
+    ) -> Tensor:
+        """See `Kernels.products`: one launch for each two operands."""
+        try:
+            return self._all_products(pairs, exact, copy)
+        except Unfit:
+            return super().products(pairs, exact=exact, copy=copy)
+
+    def _all_products(
+        self, pairs: Sequence[Pair], exact: bool, copy: tuple[Operand, Operand] | None
+    ) -> Tensor:
+        operands, terms = _numbered(pairs, None if copy is None else copy[0])
+        launches = []
+        wanted = list(range(len(terms)))
+        while wanted:
+            left, right = _next_operands([terms[i] for i in wanted])
+            rows = _rows(left, right)
+            asks_ones = any(terms[i] == (left, None) for i in wanted)
+            launches.append((left, right, asks_ones))
+            wanted = [i for i in wanted if terms[i] not in rows]
+        if copy is not None and launches[0][0] != 0:
+            raise Unfit("what is to be copied enters no sum")
+        found: dict[tuple[int, int | None], Tensor] = {}
+        for number, (left, right, ones) in enumerate(launches):
+            # The first operand of the first launch is the one to copy.
+            destination = None if copy is None or number else copy[1]
+            b = None if right is None else operands[right]
+            sums = self._products(operands[left], b, ones=ones, exact=exact, copy=destination)
+            found |= dict(zip(_rows(left, right), sums, strict=False))
+            if ones:
+                found[left, None] = sums[-1]
+        if len(launches) == 1 and list(found) == terms:
+            return sums  # as they were written: no copy
+        return torch.stack([found[term] for term in terms])
+
+    def _products(
+        self,
+        a: Operand,
+        b: Operand | None = None,
+        *,
+        moved: bool = False,
+        ones: bool = False,
+        exact: bool = False,
+        copy: Operand | None = None,
+    ) -> Tensor:
+        """``(K, n)`` float64: <a, a>; with b <a, b> and <b, b> (of b - a in place of b if
+        ``moved``); with ``ones`` <1, a>."""
+        slots = self._slots(a, b, moved=moved, ones=ones, exact=exact, copy=copy)
+        return self._combined(slots)
+
+    def _slots(
+        self,
+        a: Operand,
+        b: Operand | None,
+        *,
+        moved: bool,
+        ones: bool,
+        exact: bool,
+        copy: Operand | None,
+    ) -> Tensor:
+        """``(K, S)``: what each program finds."""
+        tables = self._tables
+        count = 1 + (2 if b is not None else 0) + ones
+        out = torch.empty(count, tables.slots, dtype=torch.float64, device=self._device)
+        operands = [operand for operand in (a, b, copy) if operand is not None]
+        written = [] if copy is None else [len(operands) - 1]
+        # The copies are held until the launch: it reads their memory.
+        addresses, _copies = self._addresses.of(operands, written=written)
+        launches = []
+        for part in tables.parts:
+            language = _language(part.dtype)
+            has_b = None if b is None else language
+            is_wide = exact or part.dtype == torch.float64
+            sum_dtype = _language(torch.float64 if is_wide else torch.float32)
+            arguments = (part.records, addresses, len(a), out, tables.slots)
+            constants = (language, has_b, moved, ones, copy is not None, sum_dtype)
+            launches.append((part, arguments, constants))
+        self._launch(programs().sums, launches)
+        _count_writes(copy)
+        return out
+
+    def _combined(self, slots: Tensor) -> Tensor:
+        """``(K, n)``: the sums of every vector."""
+        tables = self._tables
+        out = torch.empty(len(slots), tables.n, dtype=torch.float64, device=self._device)
+        if tables.n:
+            at_once, _ = tables.combining
+            grid = (-(-tables.n // at_once), len(slots))
+            with self._on_device():
+                programs().combine[grid](
+                    slots, tables.slots, tables.first, tables.order, tables.n, out, False,
+                    *tables.combining,
+                )  # fmt: skip
+        return out
+
+    # ---- Changes, in place ----
+
+    def scale_(self, tensors: Operand, factor: Tensor) -> None:
+        """See `Kernels.scale_`."""
+        try:
+            self._write(tensors, factor=factor)
+        except Unfit:
+            super().scale_(tensors, factor)
+
+    def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
+        """See `Kernels.add_scaled_`."""
+        try:
+            self._write(tensors, source, coefficient=coefficient)
+        except Unfit:
+            super().add_scaled_(tensors, coefficient, source)
+
+    def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
+        """See `Kernels.stretch_`."""
+        try:
+            self._write(tensors, before, factor=scale, stretch=stretch, mode=STRETCH)
+        except Unfit:
+            super().stretch_(tensors, before, stretch, scale)
+
+    def decay_shortened_(
+        self,
+        tensors: Operand,
+        share: Tensor,
+        before: Operand,
+        shortened: Operand | None,
+    ) -> None:
+        """See `Kernels.decay_shortened_`; entries that are known beforehand go to torch."""
+        try:
+            if shortened is not None:
+                raise Unfit("a mask is given")
+            self._write(tensors, before, coefficient=-share, mode=SHORTENED)
+        except Unfit:
+            super().decay_shortened_(tensors, share, before, shortened)
+
+    def _write(
+        self,
+        y: Operand,
+        x: Operand | None = None,
+        *,
+        factor: Tensor | None = None,
+        coefficient: Tensor | None = None,
+        stretch: Tensor | None = None,
+        mode: int = SCALE_AND_ADD,
+    ) -> None:
+        """Write to ``y`` what `triton_programs.write` says; numbers are ``(n,)``."""
+        tables = self._tables
+        numbers = []
+        for number in (factor, coefficient, stretch):
+            numbers.append(None if number is None else number.to(self._device).contiguous())
+        operands = [y] if x is None else [y, x]
+        addresses, _copies = self._addresses.of(operands, written=[0])
+        launches = []
+        for part in tables.parts:
+            language = _language(part.dtype)
+            has_x = None if x is None else language
+            own = torch.float64 if part.dtype == torch.float64 else torch.float32
+            arguments = (part.records, addresses, len(y), tables.vectors, *numbers)
+            constants = (language, has_x, False, mode, _language(own))
+            launches.append((part, arguments, constants))
+        self._launch(programs().write, launches)
+        _count_writes(y)
+
+    # ---- Launches ----
+
+    def _launch(self, program: Any, launches: list[tuple[Part, Any, Any]]) -> None:
+        with self._on_device():
+            # All of them are compiled before the first of them writes.
+            for part, arguments, constants in launches:
+                self._compile(program, part, arguments, constants)
+            for part, arguments, constants in launches:
+                program[part.programs,](
+                    *arguments, *constants, FIELDS, part.kinds, num_warps=WARPS
+                )  # fmt: skip
+
+    def _compile(self, program: Any, part: Part, arguments: Any, constants: Any) -> None:
+        """Compile a program unless that has been done.
+
+        Raises:
+            Unfit: where it does not compile.
+        """
+        if TritonKernels.failure is not None:
+            raise Unfit(TritonKernels.failure)
+        if self._device.type != "cuda":
+            return  # the interpreter compiles nothing
+        kinds = [getattr(argument, "dtype", None) for argument in arguments]
+        variant = (program, self._device, part.kinds, *kinds, *map(str, constants))
+        if variant in self.seconds:
+            return
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "lightning-normdyn: this step needs a GPU program that has not been compiled. Run "
+                "it once before capturing it in a CUDA graph, or set NORMDYN_KERNELS=torch."
+            )
+        start = time.perf_counter()
+        try:
+            grid = (part.programs,)
+            program.warmup(
+                *arguments, *constants, FIELDS, part.kinds, num_warps=WARPS, grid=grid
+            )  # fmt: skip
+        # Whatever it is (a compiler that is missing, a driver that is too old): torch's kernels
+        # come to the same result.
+        except Exception as error:
+            TritonKernels.failure = f"Triton cannot compile here ({type(error).__name__}: {error})"
+            raise Unfit(TritonKernels.failure) from error
+        self.seconds[variant] = time.perf_counter() - start
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        # Triton launches on the current device, whatever the addresses say.
+        if self._device.type == "cuda":
+            return torch.cuda.device(self._device)
+        return nullcontext()
+
+
+def _language(dtype: torch.dtype) -> Any:
+    """The name of a dtype in Triton's language."""
+    return getattr(programs().tl, str(dtype).removeprefix("torch."))
+
+
+def _count_writes(written: Operand | None) -> None:
+    """Let torch know that these tensors were written to, behind its back: whether an optimizer has
+    stepped a weight is told by its version."""
+    if written is not None:
+        torch.autograd.graph.increment_version([t for t in written if t is not None])
+
+
+# ---- Which products one launch can take ----
+
+Term = tuple[int, int | None]
+"""A pair, its operands by number; ``(a, None)``: the sum of the entries of a."""
+
+
+def _numbered(pairs: Sequence[Pair], first: Operand | None) -> tuple[list[Operand], list[Term]]:
+    """The different operands, ``first`` as number 0, and the pairs by their numbers."""
+    operands: list[Operand] = [] if first is None else [first]
+
+    def number_of(operand: Operand) -> int:
+        for number, known in enumerate(operands):
+            # Callers ask for the weights anew for each product: other lists of the same tensors.
+            if operand is known or all(x is y for x, y in zip(operand, known, strict=True)):
+                return number
+        operands.append(operand)
+        return len(operands) - 1
+
+    terms: list[Term] = []
+    for left, right in pairs:
+        if right is None:
+            terms.append((number_of(left), None))
+        else:
+            a, b = sorted((number_of(left), number_of(right)))
+            terms.append((a, b))
+    return operands, terms
+
+
+def _next_operands(terms: Sequence[Term]) -> tuple[int, int | None]:
+    """The operands of a launch that takes the first of these, and others with it if it can."""
+    left, right = terms[0]
+    if right is not None and right != left:
+        return left, right
+    for a, b in terms:
+        if b is not None and b != a and left in (a, b):
+            # `left` stays in front: only of the operand in front entries are summed as they are.
+            return left, b if a == left else a
+    return left, None
+
+
+def _rows(left: int, right: int | None) -> list[Term]:
+    """What a launch finds, in this order, without the sum of the entries itself."""
+    if right is None:
+        return [(left, left), (left, None)]
+    a, b = sorted((left, right))
+    return [(left, left), (a, b), (right, right), (left, None)]
