@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_normdyn.geometry.kernel_choice import paths_in_words
 from lightning_normdyn.invariance.verdict import Verdict
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import (
@@ -144,13 +145,19 @@ class Combined:
                 treatments[weight] or "measured",
             )
             rows.append(row)
-        return render(
+        table = render(
             "lightning-normdyn: targets",
             COLUMNS,
             rows,
             noted=("treated how", "because of"),
             optional=("shape", "vectors"),
         )
+        return f"{table}Kernels: {self.kernels()}\n"
+
+    def kernels(self) -> str:
+        """Which kernels read and write the weights, and why: ``torch (the weights are on the
+        CPU)``."""
+        return paths_in_words([plan.vectors.kernel_path for plan in self.plans])
 
     # -- decay
 

@@ -41,6 +41,27 @@ class KernelPath:
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})"
 
+    def now(self) -> "KernelPath":
+        """The same, or torch's where a program has turned out not to compile."""
+        if self.name == "triton" and TritonKernels.failure is not None:
+            return KernelPath("torch", TritonKernels.failure)
+        return self
+
+
+def paths_in_words(paths: Sequence[KernelPath]) -> str:
+    """Which kernels run on several sets of weights, and how long it took to compile them.
+
+    Example:
+        >>> paths_in_words([KernelPath("torch", "the weights are on the CPU")] * 2)
+        'torch (the weights are on the CPU)'
+    """
+    different = dict.fromkeys(str(path.now()) for path in paths)
+    text = "; ".join(different)
+    seconds = sum(TritonKernels.seconds.values())
+    if seconds:
+        text += f", compiled in {seconds:.1f} s"
+    return text
+
 
 def make_kernels(
     index: RowIndex,

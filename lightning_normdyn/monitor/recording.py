@@ -393,6 +393,7 @@ class Recording(Part[Any]):
         # settings make another run of it.
         known = meta.get("targets", {}) if meta.get("callbacks") == about["callbacks"] else {}
         meta.update({**about, "targets": {**about["targets"], **known}})
+        meta["kernels"] = self.session.combined.kernels()
         if self.trainer.is_global_zero:
             publish_about(self.trainer.loggers, about, self.label)
 

@@ -126,6 +126,11 @@ def test_a_weight_that_a_person_names_is_marked(capsys):
     assert "no (by request)" in table["net.8.weight"]
 
 
+def test_it_says_which_kernels_run_and_why(capsys):
+    fit(make(), [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)], max_epochs=1)
+    assert "\nKernels: torch (the weights are on the CPU)\n" in capsys.readouterr().out
+
+
 def test_nobody_wants_tables(capsys):
     fit(make(), [NormDynamicsMonitor(1, tables=False)], max_epochs=1)
     assert "targets" not in capsys.readouterr().out

@@ -8,7 +8,8 @@ import torch
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.geometry import kernel_choice
-from lightning_normdyn.geometry.kernel_choice import choose
+from lightning_normdyn.geometry.kernel_choice import KernelPath, choose, paths_in_words
+from lightning_normdyn.geometry.triton_kernels import TritonKernels
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 WEIGHT = torch.ones(3, 4)
@@ -98,3 +99,15 @@ def test_an_unknown_setting_is_refused_with_both_names(monkeypatch):
     monkeypatch.setenv("NORMDYN_KERNELS", "cuda")
     with pytest.raises(NotSupportedError, match=r"'cuda'.*'torch'.*'triton'"):
         choose([WEIGHT], [None], CPU)
+
+
+def test_paths_in_words(monkeypatch):
+    gpu, cpu = KernelPath("triton", "NVIDIA Test"), KernelPath("torch", "several devices")
+    assert paths_in_words([gpu, cpu, gpu]) == "triton (NVIDIA Test); torch (several devices)"
+    monkeypatch.setattr(TritonKernels, "seconds", {"sums": 1.25, "write": 2.0})
+    assert paths_in_words([gpu]) == "triton (NVIDIA Test), compiled in 3.2 s"
+
+
+def test_a_compiler_that_failed_is_named(monkeypatch):
+    monkeypatch.setattr(TritonKernels, "failure", "no ptxas")
+    assert paths_in_words([KernelPath("triton", "NVIDIA Test")]) == "torch (no ptxas)"

@@ -83,6 +83,9 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
     # Logs other than a history do not count optimizer steps apart.
     if last["optimizer_step"] != last["step"]:
         facts += f" {last['optimizer_step']} optimizer steps."
+    # A file from elsewhere may hold anything there.
+    if isinstance(history.meta.get("kernels"), str):
+        facts += f" Kernels: {history.meta['kernels']}."
 
     # What no picture shows is given as the numbers of the last record.
     drawn = {quantity.name for quantity in monitored() if quantity.places or quantity.drawn_with}

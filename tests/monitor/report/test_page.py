@@ -207,6 +207,17 @@ def test_meta_of_any_shape_is_shown(tmp_path):
 
 
 @pytest.mark.usefixtures("_no_pictures_of_runs")
+def test_which_kernels_ran_stands_on_the_page(tmp_path):
+    history = reported_run()
+    history.meta["kernels"] = "torch (on <CPU>)"
+    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    assert "Kernels: torch (on &lt;CPU&gt;)." in shown.source
+    history.meta["kernels"] = 3
+    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    assert "Kernels: " not in shown.source
+
+
+@pytest.mark.usefixtures("_no_pictures_of_runs")
 def test_forecasts_stand_on_the_page(tmp_path):
     history = reported_run()
     history.meta["forecast"] = {"start": "for <3> steps", "end": "the same run", "other": "?"}
