@@ -3,13 +3,14 @@
 `Kernels` is the whole interface: take a pass (sums, which may change each row on the way), scale,
 add. Kernels of another kind (a few fused launches on a GPU) can stand beside it with the same
 methods. They know nothing of other ranks: what they return is this rank's part, which
-`lightning_normdyn.geometry.vectors.WeightVectors` completes.
+`lightning_normdyn.geometry.vectors.WeightVectors` completes. What is taken at once, a large weight
+or many small ones, is a `lightning_normdyn.geometry.lots.Lot`.
 
 Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
-from collections.abc import Iterator, Sequence
-from itertools import groupby, islice, repeat
+from collections.abc import Callable, Sequence
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import passes
+from .lots import Stack, lots_of, spread
 from .partition import indices
 from .passes import Dims, Kernel, Operand, Pair, Pass, Views
 from .pieces import Placement, Rows, rows_of
@@ -27,11 +29,6 @@ cores' caches while sums are taken."""
 KERNEL_ENTRIES = 2**22
 """On other devices one launch per weight is fastest; only very large weights are cut, so that
 temporaries stay small."""
-SMALL_ENTRIES = 2**12
-"""Up to this many entries of a weight, calling torch for it costs more than the arithmetic."""
-
-Viewed = tuple[Rows, list[Tensor | None]]
-"""The rows of one piece, and its view of every operand."""
 
 
 # ---- Rows: which row of which local tensor is which vector ----
@@ -141,13 +138,33 @@ class Kernels:
         self._masked = any(mask is not None for mask in hidden)
         # Fixed here, so that what is said of rows below stays true if threads are set later.
         self._entries = _entries_at_once(device)
+        self._lots = lots_of(index.pieces, values, hidden, self._entries)
+        self._columns: list[slice] = []
+        """The rows of each lot among all, in the order of lots."""
+        stop = 0
+        for lot in self._lots:
+            start, stop = stop, stop + lot.rows
+            self._columns.append(slice(start, stop))
+        self._order, self._places = self._find_order()
         self.rows_fit = index.in_order
         """Whether each vector is one row that can be taken at once, so that a number per vector may
         be used on the way."""
-        for weight, rows in index.pieces:
-            view = rows.view(values[weight])
-            if view.numel() > self._entries and cuts_rows(view, rows.dims(view), self._entries):
+        for lot in self._lots:
+            (view,) = lot.views([values])
+            if view is None or view.numel() <= self._entries:
+                continue
+            if cuts_rows(view, lot.dims(view), self._entries):
                 self.rows_fit = False
+
+    def _find_order(self) -> tuple[Tensor | None, Tensor | None]:
+        """The number of each row in the order of lots, and its place there by number; None where
+        lots have all rows in the order of their numbers."""
+        of_pieces = indices(sum(self._index.counts)).split_with_sizes(self._index.counts)
+        of_lots = [of_pieces[piece] for lot in self._lots for piece in lot.pieces]
+        order = torch.cat([indices(0), *of_lots])
+        if torch.equal(order, indices(len(order))):
+            return None, None
+        return order.to(self._device), order.argsort().to(self._device)
 
     @property
     def fuses(self) -> bool:
@@ -180,31 +197,23 @@ class Kernels:
             dtype=dtype,
             device=self._device,
         )
-        given = [number.to(self._precision) for number in numbers if number is not None]
-        of_rows = [index.to_rows(number, 0.0) for number in given]
+        given = [self._of_rows(number, 0.0) for number in numbers if number is not None]
 
         added_up: list[tuple[slice, Tensor]] = []
-        stop = 0
-        for alike in self._portions(how, operands):
-            rows, views = alike[0]
-            start, stop = stop, stop + len(alike) * len(rows.labels)
-            columns = slice(start, stop)
+        for lot, columns in zip(self._lots, self._columns, strict=True):
+            views = lot.views(operands)
             place = written[:, columns]
             first = next((view for view in views if view is not None), None)
             if first is None:  # e.g. a weight without a gradient
                 place.zero_()
                 continue
-            dims, form = rows.dims(first), rows.form(first)
-            if len(alike) > 1:
-                views = _stacked(alike)
-                dims, form = [d + 1 for d in dims], [len(alike), *form]
-                first = next(view for view in views if view is not None)
+            dims, form = lot.dims(first), lot.form(first)
             # The same numbers for all parts of a row: they broadcast over whatever is cut.
-            views += [_spread(number[columns], form, first) for number in of_rows]
+            views += [spread(number[columns], form, first) for number in given]
 
             # Short rows that need no conversion lose no digits to one long sum, and what reads
             # every entry once has no use for the cache.
-            short = first.numel() <= (stop - start) * CACHED_ENTRIES
+            short = first.numel() <= lot.rows * CACHED_ENTRIES
             at_once = how.streaming and short and first.dtype == dtype
             entries = first.numel() if at_once else self._entries
             if not how.whole_rows and cuts_rows(first, dims, entries):
@@ -226,11 +235,15 @@ class Kernels:
             in_chunks(how.kernel, outs, views, dims, entries, whole_rows=how.whole_rows)
             if buffer is not place:
                 place.copy_(buffer)
+            if how.writes is not None:
+                lot.put_back(views[how.writes], operands, how.writes)
 
         # Once for all vectors, and in float64: the kernels left the delicate part to this.
         finished = how.finish(written.to(self._sum_dtype))
         for columns, sums in added_up:
             finished[:, columns].copy_(sums)
+        if self._places is not None:
+            finished = finished[:, self._places]
         return index.to_vectors(finished)
 
     def products(
@@ -253,48 +266,62 @@ class Kernels:
                 if original is not None and destination is not None:
                     destination.copy_(original)
             copy = None
+        if copy is not None:
+            copy = copy[0], self._copied_first(*copy)
         # One pass for all pairs: the weights are read once however many sums are asked for.
         how, operands = passes.products(pairs, copy, self._sum_dtype if exact else None)
         return self.sums(how, operands)
+
+    def _copied_first(self, original: Operand, destination: Operand) -> Operand:
+        """Copy the weights of stacks; returns where the others are still to be copied to."""
+        left = list(destination)
+        sources, copies = [], []
+        for lot in self._lots:
+            # A stack is a copy itself: from there to the destination would be a second one.
+            for weight in lot.weights if isinstance(lot, Stack) else ():
+                source, copied = original[weight], left[weight]
+                left[weight] = None
+                if source is not None and copied is not None:
+                    sources.append(source)
+                    copies.append(copied)
+        if copies:
+            torch._foreach_copy_(copies, sources)
+        return left
 
     # ---- Changes, in place ----
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """Multiply every vector by its factor, ``(n,)``."""
-        for weight, rows, number in self._rows_with(factor, dummy=1.0):
-            tensor = tensors[weight]
-            if tensor is not None:
-                view = rows.view(tensor)
-                view.mul_(_spread(number, rows.form(view), view))
+        of_rows = self._of_rows(factor, 1.0)
+        for lot, columns in zip(self._lots, self._columns, strict=True):
+            lot.scale_(tensors, of_rows[columns])
 
     def add_scaled_(self, tensors: Operand, coefficient: Tensor, source: Operand) -> None:
         """Add ``coefficient * source`` to every vector; ``coefficient`` is ``(n,)``."""
-        for weight, rows, number in self._rows_with(coefficient, dummy=0.0):
-            tensor, addend = tensors[weight], source[weight]
-            if tensor is not None and addend is not None:
-                view = rows.view(tensor)
-                # One read and one write; no temporary as large as the weight.
-                view.addcmul_(rows.view(addend), _spread(number, rows.form(view), view))
+
+        def add(views: Views, by: Tensor) -> None:
+            view, addend = views
+            # One read and one write; no temporary as large as the weight.
+            view.addcmul_(addend, by)
+
+        self._change(add, [tensors, source], [(coefficient, 0.0)])
 
     def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
         """Make every vector v into ``scale * (w + stretch * (v - w))`` with w = ``before``; factors
         are ``(n,)``."""
-        of_stretch = self._rows_with(stretch, dummy=1.0)
-        of_scale = self._rows_with(scale, dummy=1.0)
-        for (weight, rows, by), (_, _, factor) in zip(of_stretch, of_scale, strict=True):
-            tensor, start = tensors[weight], before[weight]
-            if tensor is None or start is None:
-                continue
-            view, origin = rows.view(tensor), rows.view(start)
-            form = rows.form(view)
+
+        def lengthen(views: Views, by: Tensor, factor: Tensor) -> None:
+            view, origin = views
             # lerp takes the difference first: of `stretch * v - (stretch - 1) * w`, rounding of
             # the weights would be multiplied by a large stretch.
             out = view if view.dtype.itemsize >= 4 else None
             ends = passes.widened(origin), passes.widened(view)
-            moved = torch.lerp(*ends, _spread(by, form, view), out=out)
-            moved.mul_(_spread(factor, form, view))
+            moved = torch.lerp(*ends, by, out=out)
+            moved.mul_(factor)
             if out is None:
                 view.copy_(moved)
+
+        self._change(lengthen, [tensors, before], [(stretch, 1.0), (scale, 1.0)])
 
     def decay_shortened_(
         self,
@@ -305,16 +332,39 @@ class Kernels:
     ) -> None:
         """Subtract ``share * before`` at the entries that have not moved away from 0 since
         ``before``; ``share`` is ``(n,)``, ``shortened`` bool like the tensors, if that is known."""
-        for weight, rows, number in self._rows_with(share, dummy=0.0):
-            tensor, old = tensors[weight], before[weight]
-            if tensor is None or old is None:
-                continue
-            known = None if shortened is None else shortened[weight]
-            view, was = rows.view(tensor), rows.view(old)
-            mask = (view - was) * was <= 0 if known is None else rows.view(known)
-            # One weight at a time: its temporaries are as large as itself.
+
+        def decay(views: Views, by: Tensor) -> None:
+            view, was, *known = views
+            mask = known[0] if known else (view - was) * was <= 0
+            # One lot at a time: its temporaries are as large as itself.
             decayed = torch.where(mask, was, torch.zeros_like(was))
-            view.addcmul_(decayed, _spread(number, rows.form(view), view), value=-1)
+            view.addcmul_(decayed, by, value=-1)
+
+        operands = [tensors, before] if shortened is None else [tensors, before, shortened]
+        self._change(decay, operands, [(share, 0.0)])
+
+    def _change(
+        self,
+        change: Callable[..., None],
+        operands: Sequence[Operand],
+        numbers: Sequence[tuple[Tensor, float]],
+    ) -> None:
+        """Change the first operand in place where all of them have a weight.
+
+        Args:
+            change: what is called with the views of a lot, and its numbers behind them.
+            operands: what the views are of.
+            numbers: ``(n,)`` each, and the value for rows that belong to no vector.
+        """
+        of_rows = [self._of_rows(values, dummy) for values, dummy in numbers]
+        for lot, columns in zip(self._lots, self._columns, strict=True):
+            views = lot.memory(operands)
+            view = views[0]
+            if view is None or any(each is None for each in views):
+                continue
+            form = lot.form(view)
+            change(views, *[spread(number[columns], form, view) for number in of_rows])
+            lot.put_back(view, operands, 0)
 
     def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""
@@ -337,43 +387,11 @@ class Kernels:
 
         return kernel
 
-    def _portions(self, how: Pass, operands: Sequence[Operand]) -> Iterator[list[Viewed]]:
-        """All pieces in their order: each by itself, or neighbours that are small and alike
-        together, so that thousands of small layers cost few calls of torch."""
-        # One by one, since a view with hidden entries is a copy.
-        viewed = ((rows, self._views(i, rows, operands)) for i, rows in self._index.pieces)
-        if how.writes:  # what it writes to a stack would not reach the weights
-            yield from ([one] for one in viewed)
-            return
-        for likeness, alike in groupby(viewed, _likeness):
-            together = 1
-            if likeness is not None:
-                shape, *_ = likeness
-                together = max(1, self._entries // max(1, prod(shape)))
-            while portion := list(islice(alike, together)):
-                yield portion
-
-    def _views(self, weight: int, rows: Rows, operands: Sequence[Operand]) -> list[Tensor | None]:
-        """A piece of every operand, hidden entries as zeros."""
-        hidden = self._hidden[weight]
-        views: list[Tensor | None] = []
-        for operand in operands:
-            tensor = operand[weight]
-            if tensor is None:
-                views.append(None)
-            elif hidden is None:
-                views.append(rows.view(tensor))
-            else:
-                views.append(rows.view(tensor).masked_fill(rows.view(hidden), 0))
-        return views
-
-    def _rows_with(self, values: Tensor, *, dummy: float) -> Iterator[tuple[int, Rows, Tensor]]:
-        """Every piece: its weight's position, and the values of its rows."""
-        # Converted once here, not for every piece.
+    def _of_rows(self, values: Tensor, dummy: float) -> Tensor:
+        """From ``(n,)`` values of vectors those of all rows, in the order of lots."""
+        # Converted once here, not for every lot.
         of_rows = self._index.to_rows(values.to(self._precision), dummy)
-        of_pieces = of_rows.split_with_sizes(self._index.counts)
-        for (weight, rows), number in zip(self._index.pieces, of_pieces, strict=True):
-            yield weight, rows, number
+        return of_rows if self._order is None else of_rows[self._order]
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:
@@ -381,36 +399,6 @@ def sum_dtype(device: torch.device) -> torch.dtype:
     # Angles of 1e-6 rad are small differences of large sums, of which float32 would leave nothing.
     # Metal has no float64.
     return torch.float32 if device.type == "mps" else torch.float64
-
-
-def _spread(numbers: Tensor, form: Sequence[int], view: Tensor) -> Tensor:
-    """One number per row, of the shape ``form`` that broadcasts over a view of them."""
-    return numbers.to(view.device, passes.own_precision(view)).view(form)
-
-
-def _likeness(viewed: Viewed) -> tuple[torch.Size, Any, Any] | None:
-    """What pieces must have in common to be stacked; None where one is taken by itself."""
-    rows, views = viewed
-    shapes = {view.shape for view in views if view is not None}
-    small = len(shapes) == 1 and prod(*shapes) <= SMALL_ENTRIES
-    # A stack has rows in one run of memory; of other rows it would add up entries in another order,
-    # and a vector's sum would depend on who its neighbours are.
-    if not small or not all(view is None or _is_one_run(view) for view in views):
-        return None
-    kinds = [None if view is None else (view.dtype, view.device) for view in views]
-    return shapes.pop(), rows.kept, kinds
-
-
-def _is_one_run(view: Tensor) -> bool:
-    return view.layout == torch.strided and view.is_contiguous()
-
-
-def _stacked(alike: Sequence[Viewed]) -> list[Tensor | None]:
-    """Every operand of pieces that have the same `_likeness`, along a new first dimension."""
-    stacks = []
-    for views in zip(*(views for _, views in alike), strict=True):
-        stacks.append(None if views[0] is None else torch.stack(views))
-    return stacks
 
 
 # ---- Chunks: so few entries at a time that they stay in the processor's cache ----

@@ -45,8 +45,7 @@ class Pass:
         streaming: whether the kernel reads each entry once, so that a cache helps it only where
             rows are long or dtypes are converted.
         whole_rows: whether the kernel must see each row at once, because it also changes it.
-        writes: whether the kernel writes to views, too, so that it needs those of the weights
-            themselves.
+        writes: position of the view that the kernel writes to, too; None: it writes to none.
     """
 
     kernel: Kernel
@@ -56,7 +55,7 @@ class Pass:
     dtype: torch.dtype | None = None
     streaming: bool = False
     whole_rows: bool = False
-    writes: bool = False
+    writes: int | None = None
 
 
 # ---- Norms, moments, displacement, radial part ----
@@ -221,7 +220,7 @@ def removing(
         removed = removed_part(outs[0].square(), outs[1], share).to(share.dtype)
         views[1].addcmul_(before, applied_part(removed, *active), value=-1)
 
-    return replace(how, kernel=kernel, whole_rows=True, writes=True)
+    return replace(how, kernel=kernel, whole_rows=True, writes=1)
 
 
 def removed_part(
@@ -321,7 +320,8 @@ def products(
             written[row].square_()
         return written
 
-    how = Pass(kernel, finish, len(pairs), len(pairs), exact, writes=copy is not None)
+    writes = None if copy is None else len(operands) - 1
+    how = Pass(kernel, finish, len(pairs), len(pairs), exact, writes=writes)
     return how, operands
 
 

@@ -48,12 +48,15 @@ class Rows:
     Attributes:
         labels: int64 ``(rows,)``: the vector within the weight that each row belongs to, or -1.
         kept: the dimensions of its views that tell rows apart.
+        are_whole: whether the rows are all of the weight, one below the other: runs of its entries
+            in the order of their indices.
     """
 
     def __init__(self, piece: Piece) -> None:
         self._select = piece.select
         labels, kept, self._blocks = _merge_rows(piece.labels, piece.keep)
         self.kept = frozenset(kept)
+        self.are_whole = piece.select is itself and sorted(kept) == list(range(len(kept)))
         self.labels = labels.flatten()
 
     def view(self, tensor: Tensor) -> Tensor:

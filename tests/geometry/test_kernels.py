@@ -4,7 +4,6 @@ cut into chunks."""
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn import functional as F
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
 from lightning_normdyn.geometry import kernels as kernels_file
-from lightning_normdyn.geometry import passes
+from lightning_normdyn.geometry import lots, passes
 from lightning_normdyn.geometry.kernels import RowIndex
 from lightning_normdyn.geometry.pieces import rows_of
 from lightning_normdyn.geometry.placement import place
@@ -27,11 +26,13 @@ def weight_of(kind: str) -> tuple[Tensor, Partition]:
     return KINDS.get(kind, (randn(3, 9000), Partition.filters((3, 9000))))
 
 
-@pytest.fixture(params=["at once", "in small chunks"])
+@pytest.fixture(params=["at once", "in small chunks", "by itself"])
 def chunked(request, monkeypatch):
-    """Chunks that cut every kind of weight, or none."""
+    """Chunks that cut every kind of weight, or none; small weights as copies, or as large ones."""
     if request.param == "in small chunks":
         monkeypatch.setattr(kernels_file, "CACHED_ENTRIES", 5)
+    if request.param == "by itself":
+        monkeypatch.setattr(lots, "SMALL_ENTRIES", 0)
 
 
 def as_rows(weight: Tensor, partition: Partition) -> list[Tensor]:
@@ -62,37 +63,6 @@ def test_sums_are_what_functional_states(kind, chunked):
         (kernels.products([([before], after), ([before], None)], exact=True), products),
     ):
         torch.testing.assert_close(measured, formula, rtol=1e-11, atol=1e-12)
-
-
-def test_small_weights_that_are_alike_are_summed_together(monkeypatch):
-    layers = ["layer", "conv", *["linear"] * 5, "groups", "linear", "linear"]
-    weights, partitions = [], []
-    for kind in layers:
-        weight, partition = KINDS[kind]
-        weights.append(nn.Parameter(weight + same_layout(weight)))
-        partitions.append(partition)
-    weights[-1].data = weights[-1].data.float()
-    vectors = WeightVectors(weights, partitions)
-    before = [same_layout(weight) for weight in weights]
-    before[4] = None
-    calls = []
-    radial = passes.radial
-
-    def counted(dims, outs, views):
-        calls.append(views[0].shape)
-        return radial(dims, outs, views)
-
-    how = replace(passes.RADIAL, kernel=counted)
-    together = vectors._kernels.sums(how, [before, vectors._values_beside(before)])
-    # Five linear weights with a gap in the middle; of the last two, one has another dtype.
-    stacks = [call for call in calls if call[1:] == weights[2].shape]
-    assert [stack[0] for stack in stacks] == [2, 2]
-
-    monkeypatch.setattr(kernels_file, "SMALL_ENTRIES", 0)
-    calls.clear()
-    one_by_one = vectors._kernels.sums(how, [before, vectors._values_beside(before)])
-    assert len(calls) == len(layers) - 1
-    torch.testing.assert_close(together, one_by_one, rtol=1e-12, atol=0.0)
 
 
 @pytest.mark.parametrize("fused", [True, False])
