@@ -3,7 +3,7 @@ step: rates, who has a gradient, what can be treated, what was counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import nan
@@ -148,6 +148,7 @@ class Plan:
         self._fixed_rates: Tensor | None = None
         self._values: dict[str, tuple[list[Any], Tensor]] = {}
         self._masks: dict[tuple[bool, ...], Tensor] = {}
+        self._owned: dict[DecayOwner, tuple[Mapping[Tensor, DecayOwner], Tensor]] = {}
         self._removers: list[Callable[[], None]] = []
         if not has_plain_rate(self.optimizer):
             # Before everybody who asks for rates in this step: an empty `order` sorts first.
@@ -292,7 +293,12 @@ class Plan:
         """``(n,)`` bool: vectors whose decay is ``owner``'s to apply."""
         # Asked at every step: a rescaling's claim holds inside its window only.
         owners = step.bracket.decay_owners()
-        return self.spread([owners.get(t.weight) == owner for t in self.targets])
+        known = self._owned.get(owner)
+        # The same object as long as all claims are the same.
+        if known is None or known[0] is not owners:
+            is_owned = [owners.get(target.weight) == owner for target in self.targets]
+            known = self._owned[owner] = owners, self.spread(is_owned)
+        return known[1]
 
     def taken_from(self, other: Plan, values: Tensor) -> Tensor:
         """``(n,)``: what ``values`` of the vectors of ``other``, a plan for the same optimizer, say

@@ -169,7 +169,7 @@ class Session:
 
         # What decides the graph's shape and may change during a fit: frozen weights, and mode, kind
         # and settings of normalizations.
-        is_trained = tuple(weight.requires_grad for weight in self.weights.names)
+        is_trained = [weight.requires_grad for weight in self.weights.names]
         state = is_trained, self.search.normalizations.state()
         is_worth_a_look = self.looks.begin_batch(wanted=self.search.masks.wants_a_look)
         if self._watched == state and not is_worth_a_look:

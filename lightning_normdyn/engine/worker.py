@@ -165,8 +165,10 @@ class Worker(Generic[AnyRule]):
         plan = self.plan
         claimed = plan.claimed
         check_decay_takeover(plan.optimizer, claimed)
+        # The same objects at every step, by which it is known that nothing has changed.
+        nothing: dict[Tensor, Any] = {}
         remove = plan.bracket.claim_decay(
-            self, owner, lambda: claimed if holds is None or holds() else {}
+            self, owner, lambda: claimed if holds is None or holds() else nothing
         )
         plan.on_close(remove)
 

@@ -75,10 +75,15 @@ def flat_slice(weight: Tensor) -> FlatSlice | None:
     return slice_now(weight)
 
 
+def knows_slices() -> bool:
+    """Whether any weight is known to be a slice."""
+    return len(_SLICES.data) > 0
+
+
 def slice_now(weight: Tensor) -> FlatSlice | None:
     """`flat_slice` without the check, for every step."""
     # Most models have no slices, and looking up a tensor by identity takes microseconds.
-    if not len(_SLICES.data):
+    if not knows_slices():
         return None
     place: FlatSlice | None = _SLICES.get(weight)
     return place

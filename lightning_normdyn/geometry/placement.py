@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 from lightning_normdyn.errors import NotSupportedError
 
 from .dtensor import is_dtensor, place_dtensor
-from .flat import flat_slice, place_flat, slice_now
+from .flat import flat_slice, knows_slices, place_flat, slice_now
 from .partition import Partition
 from .pieces import Piece, Placement, Shape, distinct, itself, untested
 from .reduction import all_reduce, groups_of, held_everywhere, of_all_ranks, world_size
@@ -181,6 +181,21 @@ def gradient_of(weight: Tensor) -> Tensor | None:
     return _updated(weight).grad
 
 
+def gradients_of(weights: Iterable[Tensor]) -> list[Tensor | None]:
+    """`gradient_of` each weight."""
+    # For every weight of every step: a call for each would take longer than what it asks.
+    if knows_slices():
+        return list(map(gradient_of, weights))
+    return [weight.grad for weight in weights]
+
+
+def with_gradient(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Those of which `gradient_of` has one."""
+    if knows_slices():
+        return [weight for weight in weights if gradient_of(weight) is not None]
+    return [weight for weight in weights if weight.grad is not None]
+
+
 def version_of(weight: Tensor) -> int:
     """How often the numbers of ``weight`` on this rank were written to, as torch counts it; for a
     gradient or a state tensor, too."""
@@ -189,6 +204,24 @@ def version_of(weight: Tensor) -> int:
     if is_dtensor(tensor):
         tensor = cast(Any, tensor)._local_tensor
     return int(tensor._version)
+
+
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
+    """`version_of` each tensor; 0 for None."""
+    versions = []
+    any_sliced = knows_slices()
+    for tensor in tensors:
+        if tensor is None:
+            versions.append(0)
+        elif any_sliced or type(tensor) not in _ITSELF:
+            versions.append(version_of(tensor))
+        else:
+            versions.append(tensor._version)
+    return versions
+
+
+# Types of tensors that are nothing but their numbers.
+_ITSELF = frozenset([Tensor, nn.Parameter])
 
 
 def is_plain(weight: Tensor) -> bool:

@@ -279,6 +279,9 @@ class MaskMemory:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._owners = [owner for owner in module.modules() if _owns_a_matrix(owner)]
+        # Their own dictionaries, which are looked at in every batch.
+        self._hooks_of_owners = [owner._forward_pre_hooks for owner in self._owners]
+        self._buffers_of_owners = [owner._buffers for owner in self._owners]
         self._known: dict[str, _Known] = {}
         # Some loss reads all entries of these.
         self._whole: set[str] = set()
@@ -368,11 +371,12 @@ class MaskMemory:
     def _masking_state(self) -> list[object]:
         """What changes when weights are pruned: torch's pruning adds a hook and a buffer to the
         layer, and replaces or writes that."""
-        state: list[object] = []
-        for owner in self._owners:
-            # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
-            hooks = [isinstance(h, BasePruningMethod) for h in owner._forward_pre_hooks.values()]
-            state.append((sum(hooks), len(owner._buffers)))
+        state: list[object] = list(map(len, self._buffers_of_owners))
+        # Only hooks of pruning: the search adds hooks of its own while it watches a batch.
+        for i, hooks in enumerate(self._hooks_of_owners):
+            pruning = sum(isinstance(h, BasePruningMethod) for h in hooks.values()) if hooks else 0
+            if pruning:
+                state.append((i, pruning))
         for owner, name in self._buffers:
             buffer = owner._buffers.get(name)
             if buffer is not None:

@@ -8,9 +8,11 @@ kind and settings, their mode and the set of trained weights are what they were.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import chain
+from operator import is_, itemgetter
 from typing import Any
 
 from torch import nn
@@ -80,9 +82,22 @@ class Normalizations:
                 if child is not None and is_normalization(child):
                     settings = tuple(s for s in _SETTINGS if s in vars(child))
                     self._places.append((owner, key, settings))
+        # What was found last, and of which objects: asked for in every batch, it is the same ones
+        # in nearly all of them, and that is told faster.
+        self._children = [owner._modules for owner, _, _ in self._places]
+        self._keys = [key for _, key, _ in self._places]
+        self._seen: _Objects | None = None
+        self._state: tuple[Any, ...] = ()
 
     def state(self) -> tuple[Any, ...]:
         """Mode and settings of each; equal as long as nothing changes."""
+        modules = list(map(dict.get, self._children, self._keys))
+        if self._seen is None or not self._seen.are_same(modules):
+            self._state = self._found()
+            self._seen = _Objects.of(modules, [settings for *_, settings in self._places])
+        return self._state
+
+    def _found(self) -> tuple[Any, ...]:
         state: list[Any] = []
         for owner, key, settings in self._places:
             module = owner._modules.get(key)
@@ -93,6 +108,54 @@ class Normalizations:
                 state.append(module.training)
                 state.extend([_plain(attributes.get(setting)) for setting in settings])
         return tuple(state)
+
+
+class _Objects:
+    """Modules and their settings by identity.
+
+    Args:
+        modules: the normalizations.
+        readers: for each what reads mode and settings from its attributes.
+        values: what they have read.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[Any],
+        readers: Sequence[Callable[[Mapping[str, Any]], tuple[Any, ...]]],
+        values: Sequence[Any],
+    ) -> None:
+        self._modules, self._readers, self._values = modules, readers, values
+        self._attributes = list(map(vars, modules))
+
+    @classmethod
+    def of(cls, modules: Sequence[Any], settings: Sequence[tuple[str, ...]]) -> _Objects | None:
+        """Of these modules; None where they cannot be told by identity: one is gone or is of
+        another kind, or a setting is a list, which may change and stay the same object."""
+        readers, values = [], []
+        for module, names in zip(modules, settings, strict=True):
+            if module is None or not all(name in vars(module) for name in names):
+                return None
+            # Twice: of one name alone it would not read a tuple.
+            reader = itemgetter("training", "training", *names)
+            found = reader(vars(module))
+            if any(isinstance(value, list) for value in found):
+                return None
+            readers.append(reader)
+            values += found
+        return cls(modules, readers, values)
+
+    def are_same(self, modules: Sequence[Any]) -> bool:
+        """Whether these are the same modules, with the same objects as settings."""
+        if not all(map(is_, modules, self._modules)):
+            return False
+        now = []
+        for reader, attributes in zip(self._readers, self._attributes, strict=True):
+            try:
+                now.append(reader(attributes))
+            except KeyError:  # a setting was taken away
+                return False
+        return all(map(is_, chain.from_iterable(now), self._values))
 
 
 @dataclass(frozen=True)

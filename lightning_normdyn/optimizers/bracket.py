@@ -11,6 +11,7 @@ Fabric or a plain loop. Knows nothing of Lightning.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_normdyn.errors import NotSupportedError
-from lightning_normdyn.geometry.placement import gradient_of, has_gradient
+from lightning_normdyn.geometry.placement import has_gradient, with_gradient
 
 from .checks import check_optimizer, closure_error
 from .decay import DecayOwner
@@ -284,12 +285,12 @@ class StepBracket(Bracket):
             return
         self.take_back(gradients_count=True)
         self.forget_snapshots()
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if not any(map(has_gradient, parameters)):
+        held = [group["params"] for group in self.optimizer.param_groups]
+        if not any(map(has_gradient, chain.from_iterable(held))):
             return
         # Fixed here for the whole step, which may free or replace gradients.
-        with_gradient = frozenset(id(p) for p in parameters if gradient_of(p) is not None)
-        step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None), with_gradient)
+        stepped = with_gradient(chain.from_iterable(held))
+        step = Step(self, self.steps + 1, getattr(self.optimizer, "found_inf", None), stepped)
         self._step = step
         # On its own: it may add handlers that act in this very step.
         self._run(step, Phase.RESOLVE, Phase.RESOLVE)

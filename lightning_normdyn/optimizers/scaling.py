@@ -8,7 +8,7 @@ done, and what the optimizer has stepped since.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import and_, ne
+from operator import and_, is_not, ne, or_
 from typing import Any
 from weakref import ref
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_normdyn.geometry.partition import Partition
-from lightning_normdyn.geometry.placement import gradient_of, version_of
+from lightning_normdyn.geometry.placement import gradients_of, versions_of
 from lightning_normdyn.geometry.vectors import WeightVectors
 
 from .state import rescale_batch_norm_
@@ -55,14 +55,10 @@ class _Watch:
     def __init__(self, tensors: Sequence[Tensor | None]) -> None:
         self.tensors = list(tensors)
         # Versions and not copies: comparing numbers would cost memory and wait for the device.
-        self._versions = list(map(_version, tensors))
+        self._versions = versions_of(tensors)
 
     def written(self) -> list[bool]:
-        return list(map(ne, map(_version, self.tensors), self._versions))
-
-
-def _version(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else version_of(tensor)
+        return list(map(ne, versions_of(self.tensors), self._versions))
 
 
 class Scaling:
@@ -118,7 +114,7 @@ class Scaling:
 
         self._buffers: dict[str, tuple[float, _Watch]] = {}
         # Before its first step an optimizer has no buffers: there is nothing to rescale then.
-        states = [(state or {}).get(weight, {}) for weight in weights]
+        states = [(state or {}).get(weight, {}) for weight in weights] if exponents else []
         for name, exponent in (exponents or {}).items():
             buffers = [of_weight.get(name) for of_weight in states]
             if any(buffer is not None for buffer in buffers):
@@ -127,8 +123,10 @@ class Scaling:
         # Taken before `apply`, so that a later version says that it was done.
         self._before = vectors.versions()
         self._left: list[int] | None = None
-        # Weak: gradients are the first thing that somebody who is out of memory lets go of.
-        self._gradients_left: list[tuple[ref[Tensor] | None, int]] = []
+        # Weak: gradients are the first thing that somebody who is out of memory lets go of. With
+        # each its version: a new gradient may be written into the same memory.
+        self._gradients_left: list[ref[Tensor] | None] = []
+        self._gradient_versions: list[int] = []
 
     def apply(self) -> None:
         """Multiply everything."""
@@ -153,12 +151,9 @@ class Scaling:
 
     def seal_gradients(self) -> None:
         """`seal` the gradients again: they were changed for the step and put back."""
-        self._gradients_left = []
-        for weight in self.vectors.weights:
-            gradient = gradient_of(weight)
-            # An object and its version: a new gradient may be written into the same memory.
-            held = None if gradient is None else ref(gradient)
-            self._gradients_left.append((held, _version(gradient)))
+        gradients = gradients_of(self.vectors.weights)
+        self._gradients_left = [None if held is None else ref(held) for held in gradients]
+        self._gradient_versions = versions_of(gradients)
 
     def untouched(self) -> bool:
         """Whether nobody has written to weights and gradients since `seal`."""
@@ -169,12 +164,11 @@ class Scaling:
         # Not sealed yet: the step raised before its update, so nothing was taken anew.
         if not self._gradients_left:
             return [False] * len(self.vectors.weights)
-        new = []
-        for weight, (held, version) in zip(self.vectors.weights, self._gradients_left, strict=True):
-            gradient = gradient_of(weight)
-            left = None if held is None else held()
-            new.append(gradient is not left or _version(gradient) != version)
-        return new
+        gradients = gradients_of(self.vectors.weights)
+        left = [None if held is None else held() for held in self._gradients_left]
+        is_another = map(is_not, gradients, left)
+        is_written = map(ne, versions_of(gradients), self._gradient_versions)
+        return list(map(or_, is_another, is_written))
 
     def judge(self) -> None:
         """Find out what has been done by now: sets `pending` and `stepped`.

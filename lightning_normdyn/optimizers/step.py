@@ -5,9 +5,10 @@ so that it can be taken back if the update never comes (an exception, a checkpoi
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -166,8 +167,7 @@ class Step:
             one included.
         skipped: None, or a 0/1 float tensor on the device: whether a fused optimizer skips this
             update inside its kernel (GradScaler found an inf).
-        with_gradient: ids of the weights that had a gradient at ``ready``; the step may free or
-            replace it.
+        stepped: the weights that had a gradient at ``ready``; the step may free or replace it.
 
     Attributes:
         scalings: what was multiplied for it.
@@ -177,7 +177,7 @@ class Step:
     bracket: Bracket
     number: int
     skipped: Tensor | None = None
-    with_gradient: Set[int] = frozenset()
+    stepped: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         self.scalings: list[Scaling] = []
@@ -191,6 +191,12 @@ class Step:
     def optimizer(self) -> Optimizer:
         """The torch optimizer that steps."""
         return self.bracket.optimizer
+
+    @cached_property
+    def with_gradient(self) -> Set[int]:
+        """Ids of the weights that had a gradient at ``ready``."""
+        # Not in every step: one that nobody acts in does not ask.
+        return frozenset(map(id, self.stepped))
 
     # ------------------------------------------------------------------------- for handlers
 

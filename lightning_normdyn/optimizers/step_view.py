@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Container, MutableMapping, Sequence
+from collections.abc import Callable, Collection, MutableMapping, Sequence
 from operator import is_
 from typing import Any
 
@@ -104,9 +104,40 @@ def part_of(
     return {**group, **replaced}
 
 
+class Taken(dict[Tensor, Any]):
+    """The weights whose decay is taken over, and what of each; not to be changed once it was asked
+    for the parts of a group.
+
+    Example:
+        >>> import torch
+        >>> first, second = torch.ones(2), torch.ones(2)
+        >>> taken = Taken({first: None})
+        >>> mine, others = taken.parts_of([first, second])
+        >>> mine[0] is first, others[0] is second
+        (True, True)
+    """
+
+    def __init__(self, *entries: Any) -> None:
+        super().__init__(*entries)
+        self._parts: dict[int, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+
+    def parts_of(self, params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Those of the weights of a group that are taken, and the others; new lists."""
+        # Found by its first weight, since a strategy may make the list anew at every step.
+        key = id(params[0]) if params else 0
+        known = self._parts.get(key)
+        # All of the same weights: a group may grow, or exchange one.
+        if known is None or len(known[0]) != len(params) or not all(map(is_, known[0], params)):
+            mine = [p for p in params if p in self]
+            others = [p for p in params if p not in self]
+            known = self._parts[key] = list(params), mine, others
+        # A step may write to the lists that it sees.
+        return list(known[1]), list(known[2])
+
+
 def split_groups(
     groups: Sequence[ParamGroup],
-    taken: Container[Tensor],
+    taken: Collection[Tensor],
     *,
     write_through: bool = True,
 ) -> list[ParamGroup] | None:
@@ -129,16 +160,20 @@ def split_groups(
     """
     shown = []
     changed = False
+    if not isinstance(taken, Taken):
+        taken = Taken(dict.fromkeys(taken))
     # Without the user's groups being touched: others look at them while the step runs.
     for group in groups:
-        without_decay = [p for p in group["params"] if p in taken]
-        if not without_decay or is_zero(group_number(group, "weight_decay")):
+        if is_zero(group_number(group, "weight_decay")):
+            shown.append(group)
+            continue
+        without_decay, rest = taken.parts_of(group["params"])
+        if not without_decay:
             shown.append(group)
             continue
         changed = True
         replaced = {"params": without_decay, "weight_decay": 0.0}
         shown.append(part_of(group, replaced, write_through=write_through))
-        rest = [p for p in group["params"] if p not in taken]
         if rest:
             shown.append(part_of(group, {"params": rest}, write_through=write_through))
     return shown if changed else None

@@ -26,7 +26,7 @@ from .group_numbers import Number, group_number, is_zero
 from .recognition import writes_into_groups
 from .scaling import Scaling
 from .step import Step
-from .step_view import ParamGroup, show, unsplit, view_class, view_of
+from .step_view import ParamGroup, Taken, show, unsplit, view_class, view_of
 from .views import groups_for_step, steps_as_one
 
 Claimed = Set[Tensor] | Mapping[Tensor, Partition]
@@ -42,6 +42,14 @@ class _Rest(NamedTuple):
     group: ParamGroup
 
 
+_Claim = tuple[DecayOwner, Claimed, int]
+
+
+def _is_same_claim(claim: _Claim, known: _Claim) -> bool:
+    # By identity: comparing sets of weights would take as long as working them out.
+    return claim[0] == known[0] and claim[1] is known[1] and claim[2] == known[2]
+
+
 class DecayTakeover:
     """The claims on the decay of one optimizer's weights, and how a step is made without it."""
 
@@ -52,6 +60,12 @@ class DecayTakeover:
         self._stepping_class: type[Optimizer] | None = None
         self._view_class: type[Any] | None = None
         self._writes_into_groups = True
+        # What the claims of the last step came to. They are asked at every step, and nearly always
+        # say the same.
+        self._known: list[_Claim] = []
+        self._owners: dict[Tensor, DecayOwner] = {}
+        self._taken = Taken()
+        self._has_partial = False
         self._rests: list[_Rest] = []
         self._rest_vectors: WeightVectors | None = None
         # Gradients that were changed for the step: what they were before, and their version
@@ -75,20 +89,29 @@ class DecayTakeover:
         return remove
 
     def owners(self) -> dict[Tensor, DecayOwner]:
-        """Who applies the decay of each weight that somebody has claimed."""
-        return {weight: owner for owner, weights in self._claimed() for weight in weights}
+        """Who applies the decay of each weight that somebody has claimed; not to be changed."""
+        self._ask()
+        return self._owners
 
-    def _claimed(self) -> list[tuple[DecayOwner, Claimed]]:
-        """All claims, the highest owner last: it is the one that counts."""
-        claims = [(owner, weights()) for owner, weights in self._claims.values()]
-        return sorted(claims, key=lambda claim: claim[0])
-
-    def _partitions(self) -> dict[Tensor, Partition | None]:
+    def _partitions(self) -> Taken:
         """What of each claimed weight is taken over; None: the whole weight."""
-        taken: dict[Tensor, Partition | None] = {}
-        for _, weights in self._claimed():
-            taken.update(weights if isinstance(weights, Mapping) else dict.fromkeys(weights))
-        return taken
+        self._ask()
+        return self._taken
+
+    def _ask(self) -> None:
+        """Work out anew what is claimed, unless all claims are the same objects as before."""
+        asked = [(owner, weights()) for owner, weights in self._claims.values()]
+        # With its size: somebody may have added to a set of his own.
+        claims = [(owner, weights, len(weights)) for owner, weights in asked]
+        if len(claims) == len(self._known) and all(map(_is_same_claim, claims, self._known)):
+            return
+        self._known, self._owners, self._taken = claims, {}, Taken()
+        # The highest owner last: it is the one that counts.
+        for owner, weights, _ in sorted(claims, key=lambda claim: claim[0]):
+            self._owners.update(dict.fromkeys(weights, owner))
+            parts = weights if isinstance(weights, Mapping) else dict.fromkeys(weights)
+            self._taken.update(parts)
+        self._has_partial = any(p is not None and p.partial for p in self._taken.values())
 
     # ----------------------------------------------------------------------------- one step
 
@@ -192,6 +215,8 @@ class DecayTakeover:
     ) -> Callable[[], None] | None:
         """Apply the optimizer's decay to `_Rest`, as the optimizer itself would."""
         optimizer = step.optimizer
+        if not self._has_partial and not steps_as_one(optimizer):
+            return None
         rests = _rests_of(optimizer, taken)
         if not rests:
             return None
@@ -256,8 +281,6 @@ def _rests_of(optimizer: Optimizer, taken: Mapping[Tensor, Partition | None]) ->
     as one tensor.
     """
     as_one = steps_as_one(optimizer)
-    if not as_one and not any(part is not None and part.partial for part in taken.values()):
-        return []
     rests = []
     for group in optimizer.param_groups:
         # A decay that lives on a device counts as one, since nothing waits for it.

@@ -5,7 +5,7 @@ on every rank, DeepSpeed flat float32 tensors. A view then shows the optimizer t
 on one process.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
@@ -90,7 +90,7 @@ def survey(module: nn.Module, optimizers: Iterable[Any] = ()) -> None:
 def groups_for_step(
     optimizer: Optimizer,
     groups: Sequence[ParamGroup],
-    taken: Container[Tensor],
+    taken: Collection[Tensor],
     *,
     write_through: bool,
 ) -> list[ParamGroup] | None:
@@ -328,7 +328,7 @@ class _DeepSpeedView(_OneProcessView):
     param_groups: list[ParamGroup]
 
     def groups_for_step(
-        self, groups: Sequence[ParamGroup], taken: Container[Tensor], write_through: bool
+        self, groups: Sequence[ParamGroup], taken: Collection[Tensor], write_through: bool
     ) -> list[ParamGroup] | None:
         """See `groups_for_step`.
 

@@ -38,8 +38,8 @@ def two_groups(**options: Any) -> tuple[Plan, torch.optim.Optimizer]:
 
 
 def step_of(plan: Plan, number: int = 1, **arguments: Any) -> Step:
-    with_gradient = {id(t.weight) for t in plan.targets if t.weight.grad is not None}
-    return Step(plan.bracket, number, with_gradient=with_gradient, **arguments)
+    stepped = [t.weight for t in plan.targets if t.weight.grad is not None]
+    return Step(plan.bracket, number, stepped=stepped, **arguments)
 
 
 def test_groups_and_their_vectors():

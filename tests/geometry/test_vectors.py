@@ -173,7 +173,7 @@ def test_scaling_one_weight_scales_no_other():
 def test_a_missing_operand_contributes_zeros_and_is_passed_over():
     vectors, weights = made("conv", "linear")
     weights[1].grad = same_layout(weights[1].detach())
-    step = Step(StepBracket.of(torch.optim.SGD(weights, lr=0.1)), 1, with_gradient={id(weights[1])})
+    step = Step(StepBracket.of(torch.optim.SGD(weights, lr=0.1)), 1, stepped=[weights[1]])
     weights[1].grad = None  # an optimizer may free it within the step
     assert vectors.has_gradient(step) == (False, True)
     weights[1].grad = same_layout(weights[1].detach())

@@ -160,7 +160,7 @@ def test_gradients_are_not_kept_alive_by_a_failed_step():
     fail(optimizer)
     optimizer.zero_grad()
     (scaling,) = bracket.unfinished
-    assert all(left is None or left() is None for left, _ in scaling._gradients_left)
+    assert all(left is None or left() is None for left in scaling._gradients_left)
 
 
 def test_notes_and_undos_of_a_failed_step():
