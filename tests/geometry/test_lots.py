@@ -140,7 +140,7 @@ def test_as_many_calls_of_torch_for_many_small_weights_as_for_few(name):
 def test_a_snapshot_on_the_way_is_one_call():
     counts = []
     for count in (9, 90):
-        vectors, others = layers(count)
+        vectors, _ = layers(count)
         copies = [torch.empty_like(weight) for weight in vectors.weights]
         with torch.no_grad(), Calls() as calls:
             weights = vectors.values()
