@@ -586,20 +586,21 @@ def course(
     *,
     norm: float,
     dim: int,
-    scale: float,
+    scale: float | list[float],
     rates: list[float],
     coupled: float = 0.0,
     decoupled: float = 0.0,
     projected: bool = False,
 ) -> tuple[list[float], list[float]]:
-    """Angle of each step and norm after it."""
+    """Angle of each step and norm after it; ``scale``: E|g|^2 |w|^2, one number or one per step."""
+    scales = scale if isinstance(scale, list) else [scale] * len(rates)
     A, B, C, V = norm**2, 0.0, 0.0, 0.0
     angles, norms = [], []
     for t, rate in enumerate(rates, start=1):
         a, b, beta, gamma, moment, eps, factor = step(t)
         lr = rate * factor
         shrink = 1 - lr * decoupled
-        GG, Gw, Gm = scale / A + coupled**2 * A, coupled * A, coupled * B
+        GG, Gw, Gm = scales[t - 1] / A + coupled**2 * A, coupled * A, coupled * B
         if moment is not None:
             kept, taken, correction = moment
             V = kept * V + taken * GG / dim

@@ -243,8 +243,8 @@ class Deviations:
 
 
 def under_schedules(report: desk.Report, args: Any, images: desk.Images) -> None:
-    """Each layer against what was expected of it from its norm at the start and the schedule, and
-    against where it would have settled."""
+    """Each layer against what was expected of it from its norm at the start, the schedule and the
+    size of its gradients, and against where it would have settled."""
     rows, windows = [], []
     for name, arm in scheduled_arms(args).items():
         noise = args.label_noise if arm.has_label_noise else 0.0
@@ -294,11 +294,11 @@ def claim_of_arm(
         bound += f", 90th percentile within {most_of_90:.0%}"
         holds = holds and now.quantile(0.9) <= most_of_90
     report.claim(
-        f"{name}: angles as expected by norm at the start and schedule, {bound}",
+        f"{name}: angles as expected by norm at the start, schedule and gradients, {bound}",
         f"off by {now.in_percent} %; by {static.in_percent} % from where they would settle",
         holds,
-        "gradients fall with the loss, and the second moment remembers larger ones, while the "
-        "expectation takes their size to stay",
+        "a network that knows its images by heart has gradients in bursts, whose size a row every "
+        "few steps does not tell",
     )
 
 
@@ -309,8 +309,8 @@ def main() -> None:
         learning rate {args.lr:g}, on {images.name}. Two decays of the convolutions: {args.strong:g} for {args.strong_steps} steps,
         {args.weak:g} for {args.weak_steps}; with pixel noise {args.noise:g} and without. The noise was added after a look at the runs
         without it. Ratio: RMS angular update over the last quarter of the run, divided by the prediction. Settled: the squared norm moves
-        by less than a tenth per relaxation time, after 6 of them. Expected now: from the norm at the start and the schedule so far, under
-        SGD and coupled decay also from the size of the gradients at the rows. Under a schedule: warm-up over a twentieth of
+        by less than a tenth per relaxation time, after 6 of them. Expected now: from the norm at the start, the schedule so far, and the
+        size of the gradients at the rows. Under a schedule: warm-up over a twentieth of
         {args.scheduled_steps} steps, then a cosine to 0, or constant with a linear fall to 0 over the last fifth (WSD); AdamW 3e-3 with decay
         .3, SGD as above; {args.label_noise:.0%} of the labels are drawn anew in each batch, so that the loss cannot vanish."""
     report = desk.Report("Measured and predicted angular updates", args, about)

@@ -36,14 +36,11 @@ from lightning_normdyn.optimizers.step_response import Options, own_response
 from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.theory.course import NormCourse, norm_course
 
+from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, averaged, with_one_more
 from .passed_steps import Stretch
 from .pulls import options_of
 
 Doubles = NDArray[np.float64]
-
-AVERAGED_ROWS = 5
-"""Rows over which a measured size of the gradients or of the steps is averaged: of single ones the
-noise would be taken for the course of the norm."""
 
 FILLS_BUFFERS = 100
 """Steps after which it hardly matters what the buffers held at the start of a course: its
@@ -208,6 +205,7 @@ class _Lot:
         self._kind = class_for_predictions(interval.optimizer)
         self._group = {**interval.groups[self._first.group], "lr": self._first.lr}
         self._dims = np.array([step.dim for step in steps], dtype=np.float64)
+        self._response = own_response(self._kind, self._group, Subject(self._first.shape))
         self._energy = self._measured_energy()
         self._norms = np.array([step.norm for step in steps], dtype=np.float64)
         self._starts = np.array([b.start for b in before] or self._norms, dtype=np.float64)
@@ -252,16 +250,14 @@ class _Lot:
             silent_until, scales, energies = before.silent_until, before.scales, before.energies
         elif step.is_warm:
             silent_until = number + FILLS_BUFFERS
-        # 0 stands for no gradient at all.
-        if step.gradient_scale > 0 and isfinite(step.gradient_scale):
-            scales = (*scales, step.gradient_scale)[-AVERAGED_ROWS:]
+        scales = with_one_more(scales, step.gradient_scale)
         # A step by a quarter turn or more is an accident, which says nothing of the next one.
         is_usual = step.lr > 0 and step.angle < pi / 2
         size = tan(step.angle) * step.norm / step.lr if is_usual else nan
         # As a product: the power of a float that is too large raises.
         energy = size * size
         if energy > 0 and isfinite(energy):
-            energies = (*energies, energy)[-AVERAGED_ROWS:]
+            energies = (*energies, energy)[-FEWEST_ROWS:]
         return Expectation(
             number,
             state,
@@ -344,23 +340,24 @@ class _Lot:
 
     def _scale(self, share: float) -> Doubles | None:
         """Size of the gradients, averaged over the newest rows, and even between two of them."""
+        most = FEWEST_ROWS
+        if self._response is not None and self._response.normalized:
+            most = MOST_ROWS
         now = []
         then = []
         for i, step in enumerate(self._steps):
             known = self._before[i].scales if self._before else ()
-            newest = known
-            if step.gradient_scale > 0:
-                newest = (*known, step.gradient_scale)[-AVERAGED_ROWS:]
+            newest = with_one_more(known, step.gradient_scale)
             if not newest:
                 return None
-            now.append(fmean(newest))
-            then.append(fmean(known or newest))
+            now.append(averaged(newest, most))
+            then.append(averaged(known or newest, most))
         start = np.array(then, dtype=np.float64)
         return start + share * (np.array(now, dtype=np.float64) - start)
 
     def _measured_energy(self) -> Doubles | None:
         """Size of the steps, where noise alone does not tell it well; None for the first rows."""
-        response = own_response(self._kind, self._group, Subject(self._first.shape))
+        response = self._response
         if response is None or not response.energy_is_rough:
             return None
         # Of earlier rows alone: with the present one, the expectation would follow what it is

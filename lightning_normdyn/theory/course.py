@@ -12,7 +12,9 @@ step. Coupled decay adds λ·w to the gradient, a second moment V divides the st
     G = g + λ_c w        E‖G‖² = L/A + λ_c² A        V' = kept·V + taken·E‖G‖²/d
     m' = β m + γ G       w' = (1 - lr·λ_d) w - lr (a G + b m')/s
 
-In the Adam family with decoupled decay L = E‖g̃‖² cancels, so the whole course follows from the
+In the Adam family with decoupled decay the level of L = E‖g̃‖² cancels, and only its course is
+left: a loss that falls takes L with it, while V still remembers larger gradients, so that steps are
+shorter by sqrt(L/(A d V)). Without a measured L its size is taken to stay, and all follows from the
 norm at the start and the schedule. Of an optimizer that does more than this (Lion, Muon) only the
 noise coherence κ and the energy s of a step are known, and the norm follows the rule of
 `lightning_normdyn.theory.growth`.
@@ -207,7 +209,9 @@ class NormCourse:
             group: the param group as the step finds it. A number that lives on an accelerator is
                 missing: looking at it would wait for the device.
             gradient_scale: L = E‖g‖²‖w‖² at this step, one number or ``(n,)``; needed by SGD, for
-                coupled decay, and by RAdam in its first steps.
+                coupled decay, and by RAdam in its first steps. In the rest of the Adam family only
+                its changes matter, and it is taken to stay where it is not given: from the first
+                step on, or since it was given last.
             energy: for Lion and Muon: s, measured: tan²θ ‖w‖²/lr² of recent steps; None: that of
                 noise.
             options: what callbacks do to the vectors,
@@ -373,19 +377,21 @@ class NormCourse:
     def _unit(self, step: BufferStep, inside: Array, scale: Array | None) -> Array:
         """L of this step."""
         state, second = self._state, step.second
-        divided = second is not None and step.divides and second.start == 0
         is_first = not state.in_real_units and bool(np.isnan(state.scale).all())
+        # Buffers that were filled in another unit cannot go on in the real one.
+        if scale is not None and (is_first or state.in_real_units):
+            state.scale = scale
+            state.in_real_units = True
+            return scale
+        # Divided by their own size, gradients may be of any, as long as it stays.
+        divided = second is not None and step.divides and second.start == 0
         if divided and not np.any(inside != 0):
-            # The size of the gradients divides itself out. Any unit will do, but only one.
             if is_first:
                 state.scale = self._array(1.0)
             return state.scale
-        # Buffers that were filled in another unit cannot go on in the real one.
-        if scale is None or not (is_first or state.in_real_units):
-            scale = self._array(math.nan)
-        state.scale = scale
+        state.scale = self._array(math.nan)
         state.in_real_units = True
-        return scale
+        return state.scale
 
     def _advance_by_coherence(
         self, group: Group, scale: Array | None, energy: Array | None, options: Options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import cos, pi
+from math import cos, exp, pi
 
 import numpy as np
 import pytest
@@ -53,7 +53,15 @@ class Run:
         norms: the same of norms.
     """
 
-    def __init__(self, make=adamw, schedule=cosine, effects=NOTHING, length=2.0, between=None):
+    def __init__(
+        self,
+        make=adamw,
+        schedule=cosine,
+        effects=NOTHING,
+        length=2.0,
+        between=None,
+        size=lambda number: 1.0,
+    ):
         generator = torch.Generator().manual_seed(1)
         self.draw = lambda: torch.randn(
             VECTORS, ENTRIES, generator=generator, dtype=torch.float64, device="cpu"
@@ -63,6 +71,7 @@ class Run:
         self.weight = nn.Parameter(start)
         self.optimizer = make([self.weight])
         self.schedule, self.effects, self.between = schedule, effects, between
+        self.size = size
         self.passed = PassedSteps()
         self.expectations = {}
         self.number = 0
@@ -84,7 +93,7 @@ class Run:
         unit = weight / weight.norm(dim=1, keepdim=True)
         noise = self.draw()
         noise -= (noise * unit).sum(1, keepdim=True) * unit
-        self.weight.grad = noise / weight.norm(dim=1, keepdim=True)
+        self.weight.grad = self.size(self.number) * noise / weight.norm(dim=1, keepdim=True)
         before = weight.clone()
         if self.between is not None:
             self.between(self, "before")
@@ -113,6 +122,7 @@ class Run:
             return
         expected = found["w"]
         self.expectations = {"w": expected.expectation}
+        self.newest_angle = turned
         self.ratios.append(np.nan if expected.angle is None else turned / expected.angle)
         self.norms.append(np.nan if expected.norm is None else norm / expected.norm)
 
@@ -128,6 +138,42 @@ def test_a_healthy_run_under_a_cosine_is_as_expected(make, length):
     run = Run(make, length=length).go(161)
     assert len(run.ratios) == 9
     close(run)
+
+
+def test_gradients_that_fall_with_the_loss_are_as_expected_too():
+    """While the second moment still remembers larger ones, steps are shorter."""
+
+    def remembering(weights):
+        return torch.optim.AdamW(weights, lr=1.0, betas=(0.9, 0.999), weight_decay=0.3)
+
+    def run(size):
+        return Run(remembering, lambda t: 1e-2, length=3.0, size=size).go(361)
+
+    falling = run(lambda number: exp(-number / 400))
+    assert len(falling.ratios) == 19
+    close(falling, angle=0.07)
+    angles = [falling.newest_angle, run(lambda number: 1.0).newest_angle]
+    assert angles[0] < 0.8 * angles[1], "else a size that stays would pass too"
+
+
+def size_of_gradients(make, scales):
+    """What the newest of several rows takes the size of gradients to be."""
+    optimizer = make([nn.Parameter(torch.ones(4, 8))])
+    groups = [dict(group, params=[], lr=1e-3) for group in optimizer.param_groups]
+    passed, known = PassedSteps(), {}
+    for number, scale in enumerate(scales, 1):
+        passed.note(number, groups)
+        row = WeightStep("w", 0, NOTHING, 8, (4, 8), 2.0, 1e-3, 1e-3, scale)
+        interval = Interval(optimizer, groups, number, passed.since(number - 1))
+        known = {"w": follow(interval, [row], known)["w"].expectation}
+    return known["w"].course["scale"][0]
+
+
+def test_sizes_of_gradients_are_averaged_over_more_rows_where_steps_are_divided_by_them():
+    bursts = [9.0 if i % 10 == 0 else 0.5 for i in range(30)]
+    assert size_of_gradients(adamw, bursts) == pytest.approx(np.mean(bursts[-20:]), rel=1e-12)
+    # Without a mean to be divided by, an average that is late is a wrong length of the step.
+    assert size_of_gradients(sgd, bursts) == pytest.approx(np.mean(bursts[-5:]), rel=1e-12)
 
 
 def test_the_norm_has_moved_meanwhile():

@@ -377,10 +377,53 @@ def test_the_recursion_is_that_of_the_derivation(
     assert norms == pytest.approx(expected[1], rel=1e-6)
 
 
-def test_the_size_of_gradients_divides_itself_out_in_the_adam_family() -> None:
-    for optimizer, hyper in ((ADAMW, {}), (NADAM, DECOUPLED)):
+def test_a_size_of_gradients_that_stays_divides_itself_out_in_the_adam_family() -> None:
+    for optimizer, hyper in ((ADAMW, {"eps": 0.0}), (NADAM, {**DECOUPLED, "eps": 0.0})):
         hyper = {"lr": 3e-3, "weight_decay": 0.3, **hyper}
-        assert followed(optimizer, hyper, None) == followed(optimizer, hyper, 1e-4)
+        for of_any, of_small in zip(
+            followed(optimizer, hyper, None), followed(optimizer, hyper, 1e-4), strict=True
+        ):
+            assert of_small == pytest.approx(of_any, rel=1e-12)
+
+
+@pytest.mark.parametrize("second", [0.999, 0.9])
+def test_gradients_that_fall_leave_a_second_moment_that_remembers_larger_ones(
+    second: float,
+) -> None:
+    """Against the derivation, step by step; and by what it makes of a size that has fallen."""
+    lr, steps = 3e-3, 300
+    hyper = {"lr": lr, "weight_decay": 0.3, "betas": (0.9, second), "eps": 1e-6}
+    scales = [5.0 * math.exp(-t / 125) for t in range(steps)]
+    step = reference.adam_step(0.9, second, eps=1e-6)
+    settings = {"norm": 2.0, "dim": DIM, "rates": [lr] * steps, "decoupled": 0.3}
+    expected = reference.course(step, scale=scales, **settings)
+    of_constant = reference.course(step, scale=5.0, **settings)
+    course, group = course_of(ADAMW, **hyper)
+    angles = []
+    for scale in scales:
+        course.advance(group, scale)
+        angles.append(course.angular_update.item())
+    assert angles == pytest.approx(expected[0], rel=1e-9)
+    assert course.weight_norm.item() == pytest.approx(expected[1][-1], rel=1e-9)
+    lost = 1 - angles[-1] / of_constant[0][-1]
+    assert lost > 0.3 if second == 0.999 else lost < 0.05
+
+
+def test_a_size_of_gradients_that_is_not_known_any_more_is_taken_to_stay() -> None:
+    hyper = {"lr": 3e-3, "weight_decay": 0.3}
+    (told, group), (untold, _) = course_of(ADAMW, **hyper), course_of(ADAMW, **hyper)
+    for t in range(60):
+        size = 4.0 if t < 30 else 1.0
+        told.advance(group, size)
+        untold.advance(group, size if t < 40 else None)
+    assert untold.angular_update.item() == told.angular_update.item()
+    # A course that began without goes on without: its buffers are in another unit.
+    late, _ = course_of(ADAMW, **hyper)
+    never, _ = course_of(ADAMW, **hyper)
+    for t in range(60):
+        late.advance(group, None if t < 30 else 1.0)
+        never.advance(group)
+    assert late.angular_update.item() == never.angular_update.item()
 
 
 def test_every_vector_has_its_own_norm_and_length() -> None:

@@ -1,0 +1,47 @@
+"""Sizes of gradients are averaged until their mean is sure."""
+
+from __future__ import annotations
+
+import math
+from statistics import fmean
+
+import pytest
+
+from lightning_normdyn.monitor.gradient_sizes import (
+    FEWEST_ROWS,
+    MOST_ROWS,
+    averaged,
+    with_one_more,
+)
+
+
+def kept(sizes):
+    known: tuple[float, ...] = ()
+    for size in sizes:
+        known = with_one_more(known, size)
+    return known
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-200, 1e200])
+def test_the_more_they_scatter_the_more_rows_are_taken(unit):
+    steady = kept(unit * (1 + 0.02 * (-1) ** i) for i in range(30))
+    uneven = kept(unit * (1 + 0.25 * (-1) ** i) for i in range(30))
+    falling = kept(unit * 0.9**i for i in range(30))
+    bursts = kept(unit * (9.0 if i % 10 == 0 else 0.5) for i in range(30))
+    assert averaged(steady, MOST_ROWS) == pytest.approx(fmean(steady[-FEWEST_ROWS:]))
+    assert averaged(falling, MOST_ROWS) == pytest.approx(fmean(falling[-FEWEST_ROWS:]))
+    # Neighbours are .5 apart, which is .35 for one row, and over the root of 12 rows a tenth.
+    assert averaged(uneven, MOST_ROWS) == pytest.approx(fmean(uneven[-12:]))
+    # The newest 5 are alike, because the last burst was before them.
+    assert averaged(bursts, MOST_ROWS) == pytest.approx(fmean(bursts[-20:]))
+    assert averaged(bursts, FEWEST_ROWS) == pytest.approx(fmean(bursts[-5:]))
+
+
+def test_of_few_rows_all_are_taken():
+    assert averaged((3.0,), MOST_ROWS) == 3.0
+    assert averaged((3.0, 5.0, 1.0), MOST_ROWS) == pytest.approx(3.0)
+
+
+def test_what_is_no_size_is_left_out_and_old_ones_are_forgotten():
+    assert kept([1.0, 0.0, math.inf, math.nan, 2.0]) == (1.0, 2.0)
+    assert kept(float(i) for i in range(1, 41)) == tuple(map(float, range(21, 41)))
