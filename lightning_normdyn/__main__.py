@@ -93,6 +93,7 @@ name. Needs a login (wandb login) and wandb-workspaces
 examples:
   lightning-normdyn workspace my-team/my-project
   lightning-normdyn workspace my-team/my-project --name "AWS against decay"
+  lightning-normdyn workspace my-team/my-project --layers runs/decay/history.npz
 """
 
 
@@ -223,6 +224,11 @@ def _parser() -> argparse.ArgumentParser:
         "--name",
         default="Weight dynamics",
         help="what to call the page (default: Weight dynamics)",
+    )
+    workspace.add_argument(
+        "--layers",
+        metavar="RUN",
+        help="history file or folder of a run: lists its layers in the order of the network",
     )
     return parser
 
@@ -522,7 +528,13 @@ def _telling_parts(path: str) -> tuple[str, ...]:
 
 def _workspace(options: argparse.Namespace) -> None:
     entity, project = options.project
-    workspace = _own("monitor.workspace").wandb_workspace(entity, project, name=options.name)
+    layers: list[str] = []
+    if options.layers is not None:
+        history = _own("monitor.report.runs").load_run(options.layers)
+        layers = list(_own("monitor.curves").notes_on_layers(history))
+    workspace = _own("monitor.workspace").wandb_workspace(
+        entity, project, name=options.name, layers=layers
+    )
     _say("sending it to W&B")
     try:
         workspace.save()

@@ -491,16 +491,27 @@ class Saved:
 
     url = "https://wandb.example/team/project?nw=1"
 
-    def __init__(self, *names: str, name: str) -> None:
-        self.made_of = (*names, name)
+    def __init__(self, *names: str, name: str, layers: list[str]) -> None:
+        self.made_of = (*names, name, layers)
 
     def save(self) -> None:
-        assert self.made_of == ("team", "project", "AWS")
+        assert self.made_of[:3] == ("team", "project", "AWS")
+        assert self.made_of[3] in ([], ["b", "a"])
 
 
 def test_workspace_is_saved_and_its_place_printed(capsys, monkeypatch):
     monkeypatch.setattr(workspace, "wandb_workspace", Saved)
     assert main(["workspace", "team/project", "--name", "AWS"]) == 0
+    assert capsys.readouterr().out == f"{Saved.url}\n"
+
+
+def test_workspace_takes_the_layers_of_a_run(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(workspace, "wandb_workspace", Saved)
+    history = History()
+    history.append(0, {"weight_norm/a": 1.0, "weight_norm/b": 1.0}, optimizer_step=1)
+    history.meta["targets"] = {"b": {}, "a": {}}
+    place = str(history.save(tmp_path / "history.npz"))
+    assert main(["workspace", "team/project", "--name", "AWS", "--layers", place]) == 0
     assert capsys.readouterr().out == f"{Saved.url}\n"
 
 

@@ -30,6 +30,20 @@ def layer_names(history: History, quantity: str) -> list[str]:
     return [key.removeprefix(prefix) for key in keys if key.startswith(prefix)]
 
 
+def numbered(names: Sequence[str]) -> dict[str, str]:
+    """By name, the number of a layer in the order of the network, with zeros in front: a table or
+    a page that sorts by text keeps that order.
+
+    Example:
+        >>> numbered([f"layers.{i}" for i in range(12)])["layers.9"]
+        '10'
+        >>> numbered(["conv", "head"])
+        {'conv': '1', 'head': '2'}
+    """
+    digits = len(str(len(names)))
+    return {name: f"{place:0{digits}}" for place, name in enumerate(names, start=1)}
+
+
 def recorded_curves(history: History, quantity: str) -> Curves:
     """The curves of a quantity; empty where the history has none."""
     curves = {}

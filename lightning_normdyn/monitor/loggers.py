@@ -6,7 +6,8 @@ and would wait for ever for one that fails.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from lightning_normdyn.storage import Location, join, replacing
 from .histograms import Histogram
 from .history import History
 from .history_files import HistoryFiles
-from .outcome import Outcome, can_draw, markdown
+from .outcome import Outcome, can_draw, facts_of, markdown
 from .quantities import QUANTITIES
 
 
@@ -52,8 +53,12 @@ class Publisher:
         """All numbers of a logging step, in one call."""
         self.logger.log_metrics(dict(values), step=step)
 
-    def about(self, about: Mapping[str, Any], label: str) -> None:
+    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
         """What this run consists of: the callbacks' settings and the table of targets."""
+
+    def invitation(self) -> str:
+        """What a person should read at the start of a fit about the page of this logger."""
+        return ""
 
     def outcome(self, outcome: Outcome) -> None:
         """What came of it, once, at the end of a fit."""
@@ -80,8 +85,7 @@ class Publisher:
 
 
 class WandbPublisher(Publisher):
-    """Weights & Biases: histograms, config, a table, charts and pictures at the end, summary,
-    alerts."""
+    """Weights & Biases: histograms, config, tables, charts and pictures, summary, alerts."""
 
     shows_histograms = True
     shows_pictures = True
@@ -103,11 +107,29 @@ class WandbPublisher(Publisher):
         }
         self.logger.log_metrics({**values, **shown}, step=step)
 
-    def about(self, about: Mapping[str, Any], label: str) -> None:
-        """Under ``normdyn`` in the run's config."""
+    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
+        """Settings under ``normdyn`` in the run's config, facts about the weights as a table: a
+        config of hundreds of weights would hide the settings that runs are compared by."""
         # A resumed run may have other settings, and without the flag W&B refuses to change any.
         self.logger.experiment.config.update(
-            {f"normdyn{label}": dict(about)}, allow_val_change=True
+            {f"normdyn{label}": {"callbacks": dict(about["callbacks"])}}, allow_val_change=True
+        )
+        table = _wandb_table(facts_of(about))
+        self.logger.log_metrics({f"normdyn_tables/targets{label}": table}, step=step)
+
+    def invitation(self) -> str:
+        """The command that lays out a page of which the useful charts come first."""
+        run = self.logger.experiment
+        if getattr(run, "disabled", False):
+            return ""
+        # An offline run does not know its entity yet.
+        place = f"{run.entity or 'ENTITY'}/{run.project or 'PROJECT'}"
+        needed = ""
+        if find_spec("wandb_workspaces") is None:
+            needed = " (`pip install 'lightning-normdyn[workspace]'`)"
+        return (
+            f"lightning-normdyn: W&B's own page sorts charts by name; for one with the overview "
+            f"first: `python -m lightning_normdyn workspace {place}`{needed}"
         )
 
     def outcome(self, outcome: Outcome) -> None:
@@ -116,10 +138,7 @@ class WandbPublisher(Publisher):
 
         shown: dict[str, Any] = {}
         if outcome.layers:
-            table = wandb.Table(
-                columns=[*outcome.layers[0]], data=[[*row.values()] for row in outcome.layers]
-            )
-            shown[f"normdyn_tables/layers{outcome.label}"] = table
+            shown[f"normdyn_tables/layers{outcome.label}"] = _wandb_table(outcome.layers)
         for quantity in outcome.shown_in("chart"):
             curves = outcome.chart(quantity)
             shown[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
@@ -183,7 +202,7 @@ class TensorBoardPublisher(Publisher):
                 global_step=step,
             )
 
-    def about(self, about: Mapping[str, Any], label: str) -> None:
+    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
         """As text: TensorBoard's hyperparameters bring a metric ``hp_metric`` that nobody asked
         for."""
         lines = []
@@ -192,8 +211,7 @@ class TensorBoardPublisher(Publisher):
             lines.append(f"- {name}: {', '.join(settings)}")
         experiment = self.logger.experiment
         experiment.add_text(self._key(f"normdyn/callbacks{label}"), "\n".join(lines))
-        targets = [{"weight": name, **table} for name, table in about["targets"].items()]
-        experiment.add_text(self._key(f"normdyn/targets{label}"), markdown(targets))
+        experiment.add_text(self._key(f"normdyn/targets{label}"), markdown(facts_of(about)))
 
     def outcome(self, outcome: Outcome) -> None:
         """Figures and the table."""
@@ -216,7 +234,7 @@ class MLflowPublisher(Publisher):
 
     shows_pictures = True
 
-    def about(self, about: Mapping[str, Any], label: str) -> None:
+    def about(self, about: Mapping[str, Any], label: str, step: int) -> None:
         """A parameter of an MLflow run never changes; a resumed run keeps those of its start."""
         client = self.logger.experiment
         run = self.logger.run_id
@@ -342,15 +360,25 @@ def told_to_trainer(row: Mapping[str, float]) -> dict[str, float]:
     return told
 
 
-def publish_about(loggers: Iterable[Logger], about: Mapping[str, Any], label: str) -> None:
+def publish_about(
+    loggers: Iterable[Logger], about: Mapping[str, Any], label: str, step: int
+) -> None:
     """What the run consists of.
 
     Args:
         loggers: the Trainer's.
         about: ``"callbacks"``: settings by callback; ``"targets"``: facts by weight. Plain JSON.
         label: as in `Outcome`.
+        step: the x axis.
     """
-    _tell(loggers, "the callbacks' settings", lambda publisher: publisher.about(about, label))
+    _tell(loggers, "the callbacks' settings", lambda publisher: publisher.about(about, label, step))
+
+
+def invitations(loggers: Iterable[Logger]) -> list[str]:
+    """What a person should read at the start of a fit about the pages of these loggers."""
+    texts: list[str] = []
+    _tell(loggers, "a glance", lambda publisher: texts.append(publisher.invitation()))
+    return [text for text in texts if text]
 
 
 def publish_history(loggers: Iterable[Logger], history: History, files: HistoryFiles) -> None:
@@ -404,6 +432,13 @@ def _tell(loggers: Iterable[Logger], what: str, tell: Callable[[Publisher], None
                 f"{name} did not get {what} ({type(error).__name__}: {error}). The training is not "
                 "affected."
             )
+
+
+def _wandb_table(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Rows with the same keys as a table of W&B."""
+    import wandb
+
+    return wandb.Table(columns=[*rows[0]], data=[[*row.values()] for row in rows])
 
 
 def _write_png(path: Location, pixels: Any) -> None:

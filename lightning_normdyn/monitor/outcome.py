@@ -19,7 +19,7 @@ from lightning_normdyn.engine.session import Session
 from lightning_normdyn.tables import paragraph, render
 from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
-from .curves import Curves, pictured, recorded_curves
+from .curves import Curves, numbered, pictured, recorded_curves
 from .history import History
 from .plots.heatmap import plot_heatmap
 from .plots.layers import plot_curves
@@ -88,6 +88,27 @@ def about_run(
     return plain
 
 
+def facts_of(about: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `about_run` says of the weights as rows of a table, in the order of the network."""
+    targets = about["targets"]
+    numbers = numbered(list(targets))
+    rows = []
+    for name, facts in targets.items():
+        rows.append(
+            {
+                "number": numbers[name],
+                "weight": name,
+                "shape": "×".join(map(str, facts["shape"])),
+                "scale-invariant": facts["scale_invariant"],
+                "vectors": facts["vectors"],
+                "normalized by": ", ".join(facts["norms"]),
+                "follows": facts["follows"],
+                "treated how": facts["treated"],
+            }
+        )
+    return rows
+
+
 def _settings(session: Session) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {}
     for member in session.members:
@@ -121,6 +142,7 @@ def summarize(
             its newest row.
     """
     rows = []
+    numbers = numbered([target.name for target in targets])
     for target in targets:
         name = target.name
         # A weight that was never measured would give a row of nothing but dashes.
@@ -135,6 +157,7 @@ def summarize(
         finding = judge(history, name, course, ground)
         rows.append(
             {
+                "number": numbers[name],
                 "weight": name,
                 "scale-invariant": target.verdict.kind,
                 "vectors": target.partition.n,
@@ -312,8 +335,10 @@ class Outcome:
         return pictured(self.history, place, self.quantities)
 
     def chart(self, quantity: str) -> Curves:
-        """The curves of all layers, thinned alike to what W&B draws."""
+        """The curves of all layers, thinned alike to what W&B draws, each under its name with its
+        number: W&B sorts them as text."""
         curves = recorded_curves(self.history, quantity)
+        numbers = numbered(self.history.meta.get("targets") or list(curves))
         # All curves share the limit: with hundreds of layers, W&B would leave out whole curves.
         most = max(2, MOST_CHART_ROWS // max(1, len(curves)))
         thinned = {}
@@ -321,7 +346,7 @@ class Outcome:
             # Evenly spaced, and the first and the last row always.
             evenly = np.linspace(0, len(steps) - 1, min(most, len(steps)))
             chosen = np.unique(evenly.round().astype(int))
-            thinned[name] = (steps[chosen], values[chosen])
+            thinned[f"{numbers[name]} {name}"] = (steps[chosen], values[chosen])
         return thinned
 
 

@@ -29,6 +29,7 @@ from .history_files import HistoryFiles
 from .ledger import Ledger, Row
 from .loggers import (
     can_show_histograms,
+    invitations,
     publish_about,
     publish_history,
     publish_outcome,
@@ -69,6 +70,7 @@ class Recording(Part[Any]):
         self._begun_at: int | None = None  # x of the first batch of this fit
         self._continued = False  # whether the history came from a checkpoint
         self._skipped_before = 0  # steps skipped before the checkpoint
+        self._invited = False  # whether a person was told where the loggers' pages are
         self._told = 0  # how many targets the loggers know of
         self._files: HistoryFiles | None = None  # where the history lies, once it was written
         self._ended = False  # whether the fit is over, and all has been written
@@ -395,7 +397,11 @@ class Recording(Part[Any]):
         meta.update({**about, "targets": {**about["targets"], **known}})
         meta["kernels"] = self.session.combined.kernels()
         if self.trainer.is_global_zero:
-            publish_about(self.trainer.loggers, about, self.label)
+            publish_about(self.trainer.loggers, about, self.label, max(0, self.ledger.last_step))
+            if self.rule.tables and not self._invited:
+                self._invited = True
+                for text in invitations(self.trainer.loggers):
+                    show(self.trainer, text)
 
     def _rates_followed(self) -> dict[str, str]:
         """By weight, the learning rate that its direction follows."""

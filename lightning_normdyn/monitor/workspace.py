@@ -1,16 +1,18 @@
-"""A W&B workspace for weight dynamics: one panel per quantity of the table, with all layers, chosen
-by pattern.
+"""A W&B workspace for weight dynamics: the overview first, then a panel with all layers for each
+quantity of the table.
 
 An optional extra: ``pip install 'lightning-normdyn[workspace]'``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_normdyn.errors import NormDynError
 
-from .quantities import QUANTITIES, Quantity, drawn_with, monitored, shown_in
+from .curves import numbered
+from .quantities import OVERVIEW, QUANTITIES, Quantity, drawn_with, monitored, shown_in
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -20,18 +22,30 @@ if TYPE_CHECKING:
 X_AXIS = "trainer/global_step"
 
 
-def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics") -> Workspace:
+def wandb_workspace(
+    entity: str,
+    project: str,
+    *,
+    name: str = "Weight dynamics",
+    layers: Sequence[str] = (),
+) -> Workspace:
     """Lay out a workspace that shows every run of a project, with any number of layers and without
     a click.
 
-    The curves are those of `NormDynamicsMonitor`; runs that differ in their method (weight decay,
-    AWS, WRS) overlay in the section "Overview". Nothing is sent until you call ``save()``, which
-    needs a login (``wandb login``, or ``WANDB_API_KEY``).
+    W&B's own page sorts sections by name. Here the overview comes first, where runs that differ in
+    their method (weight decay, AWS, WRS) overlay; then the pictures and tables; then a section for
+    each quantity with the curves of all layers. Sections of what loggers get by name only
+    (``NormDynamicsMonitor(quantities=[...])``) are at the end, and closed. Nothing is sent until
+    you call ``save()``, which needs a login (``wandb login``, or ``WANDB_API_KEY``).
 
     Args:
         entity: the W&B user or team.
         project: the project that the runs are in.
         name: what to call the workspace.
+        layers: names of the layers in the order of the network, e.g.
+            ``list(load_history("history.npz").meta["targets"])``: their curves are then listed in
+            that order, with zero-padded numbers. Without, panels find the layers of any run by
+            pattern, in W&B's own order.
 
     Raises:
         NormDynError: if wandb-workspaces is not installed.
@@ -50,44 +64,80 @@ def wandb_workspace(entity: str, project: str, *, name: str = "Weight dynamics")
             f"a workspace needs wandb-workspaces ({error}). `pip install "
             f"'lightning-normdyn[workspace]'`."
         ) from error
+    of_overview = f"^{OVERVIEW}/({{}})$"
+    compared = [_pattern_panel(QUANTITIES[name], of_overview) for name in shown_in("comparison")]
+    sections = [
+        ws.Section(name="Overview", panels=compared, is_open=True),
+        ws.Section(name="Layers at a glance", panels=_glance(), is_open=True),
+    ]
     wide = ws.SectionLayoutSettings(columns=1, rows=1)
-    # A prediction stands in the panel of what it predicts, so it has no section of its own.
-    sections = []
-    for quantity in monitored():
-        if not quantity.drawn_with:
-            panel = _panel(quantity, "^({})/")
-            section = ws.Section(
-                name=quantity.title, panels=[panel], is_open=True, layout_settings=wide
-            )
-            sections.append(section)
-    compared = [_panel(QUANTITIES[name], "^normdyn/({})$") for name in shown_in("comparison")]
-    overview = ws.Section(name="Overview", panels=compared, is_open=True)
+    # What every run has comes before what was asked for by name.
+    ordered = sorted(monitored(), key=lambda quantity: not quantity.logged)
+    for quantity in ordered:
+        # A prediction stands in the panel of what it predicts, so it has no section of its own.
+        if quantity.drawn_with:
+            continue
+        section = ws.Section(
+            name=quantity.title,
+            panels=[_panel_of_layers(quantity, layers)],
+            is_open=quantity.logged,
+            layout_settings=wide,
+        )
+        sections.append(section)
     return ws.Workspace(
         entity=entity,
         project=project,
         name=name,
-        sections=[overview, *sections],
+        sections=sections,
         settings=ws.WorkspaceSettings(x_axis=X_AXIS),
     )
 
 
-def _panel(quantity: Quantity, pattern: str) -> Any:
+def _glance() -> list[Any]:
+    """The table of layers, and the pictures in which the layer that is off is a row or a line."""
+    from wandb_workspaces.reports.v2.interface import MediaBrowser, WeavePanelSummaryTable
+
+    maps = [f"normdyn_pictures/heat_map_{name}" for name in shown_in("map")]
+    curves = [f"normdyn_pictures/{name}" for name in shown_in("curves")]
+    return [
+        WeavePanelSummaryTable(table_name="normdyn_tables/layers"),
+        MediaBrowser(title="Layer by step", media_keys=maps),
+        MediaBrowser(title="All layers", media_keys=curves),
+    ]
+
+
+def _panel_of_layers(quantity: Quantity, layers: Sequence[str]) -> Any:
+    """The curves of all layers, and of what is drawn with them."""
+    if not layers:
+        # No list of keys: a pattern also finds the layers of runs that do not exist yet.
+        return _pattern_panel(quantity, "^({})/")
+    numbers = numbered(layers)
+    titles = {}
+    for companion in drawn_with(quantity.name):
+        for layer in layers:
+            titles[f"{companion}/{layer}"] = f"{numbers[layer]} {layer}"
+    return _line_plot(quantity, y=list(titles), line_titles=titles)
+
+
+def _pattern_panel(quantity: Quantity, pattern: str) -> Any:
     """The curves of a quantity and of those that are drawn with it.
 
     Args:
         quantity: whose title and axis the panel has.
         pattern: of the log keys, with ``{}`` for the names.
     """
+    names = "|".join(drawn_with(quantity.name))
+    return _line_plot(quantity, y=[], metric_regex=pattern.format(names))
+
+
+def _line_plot(quantity: Quantity, **lines: Any) -> Any:
     from wandb_workspaces.reports.v2.interface import LinePlot
 
-    names = drawn_with(quantity.name)
-    titles = [QUANTITIES[name].title for name in names]
+    titles = [QUANTITIES[name].title for name in drawn_with(quantity.name)]
     return LinePlot(
         title=", ".join(titles),
         title_y=quantity.axis,
         x=X_AXIS,
-        # No list of keys: a pattern also finds the layers of runs that do not exist yet.
-        y=[],
-        metric_regex=pattern.format("|".join(names)),
         log_y=quantity.scale != "linear",
+        **lines,
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -182,18 +184,25 @@ def full(tmp_path_factory):
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(folder))
         patch.setenv("WANDB_MODE", "offline")
-        monitor = NormDynamicsMonitor(1, histograms=True, per_vector=True, tables=False)
+        monitor = NormDynamicsMonitor(1, histograms=True, per_vector=True)
         logger = wandb_logger(folder)
         logger.log_hyperparams({"batch_size": 8})
         module = make()
-        fit(module, [AdaptiveWeightShrink(0.1), monitor], logger=logger, max_epochs=3)
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            fit(module, [AdaptiveWeightShrink(0.1), monitor], logger=logger, max_epochs=3)
         wandb.finish()
     norms = {
         name: float(weight.flatten(1).norm(dim=1).mean())
         for name, weight in module.named_parameters()
         if weight.ndim > 1
     }
-    return SimpleNamespace(run=wandb_runs(folder)[0], history=monitor.history, norms=norms)
+    return SimpleNamespace(
+        run=wandb_runs(folder)[0],
+        history=monitor.history,
+        norms=norms,
+        printed=printed.getvalue(),
+    )
 
 
 def test_wandb_has_five_series_of_every_weight_and_the_overview_at_their_steps(full):
@@ -209,13 +218,14 @@ def test_wandb_has_five_series_of_every_weight_and_the_overview_at_their_steps(f
     same_rows(full.run, full.history)
 
 
-def test_wandb_gets_one_row_per_logging_step_and_one_for_the_end(full):
+def test_wandb_gets_one_row_per_logging_step_and_one_for_each_end(full):
     ours = [
         item
         for item in full.run.history
         if any(key.split("/")[0].startswith(("normdyn", "weight_norm")) for key in item)
     ]
-    assert len(ours) == len(full.history) + 1
+    # The table of targets at the start, and what came of it.
+    assert len(ours) == len(full.history) + 2
     assert ours[-1]["trainer/global_step"] == 11
 
 
@@ -266,7 +276,8 @@ def test_wandb_chart_has_a_line_per_layer(full, quantity):
     rows = full.run.table(f"{key}_table")
     for name in INVARIANT if quantity == "equilibrium_ratio" else NAMES:
         steps, values = full.history.column(f"{quantity}/{name}")
-        line = [(row["step"], row["lineVal"]) for row in rows if row["lineKey"] == name]
+        key = f"{NAMES.index(name) + 1} {name}"
+        line = [(row["step"], row["lineVal"]) for row in rows if row["lineKey"] == key]
         assert [x for x, _ in line] == steps.tolist()
         assert [y for _, y in line] == pytest.approx(values.tolist())
 
@@ -281,17 +292,30 @@ def test_wandb_has_the_pictures(full, picture):
         assert len(image.convert("RGB").getcolors(2**24)) > 20
 
 
-def test_wandb_config_holds_settings_and_targets_and_keeps_what_was_there(full):
+def test_wandb_config_holds_settings_alone_and_keeps_what_was_there(full):
     config = full.run.config
     assert config["batch_size"] == 8
-    callbacks, targets = config["normdyn"]["callbacks"], config["normdyn"]["targets"]
+    assert list(config["normdyn"]) == ["callbacks"]
+    callbacks = config["normdyn"]["callbacks"]
     assert callbacks["AdaptiveWeightShrink"]["alpha"] == 0.1
     assert callbacks["AdaptiveWeightShrink"]["params"] == ["auto"]
     assert callbacks["NormDynamicsMonitor"]["every_n_steps"] == 1
-    assert list(targets) == NAMES
-    assert targets["net.0.weight"]["shape"] == [4, 1, 3, 3]
-    assert targets["net.0.weight"]["scale_invariant"] == "filter"
-    assert targets["net.0.weight"]["vectors"] == 4
+
+
+def test_wandb_has_the_facts_about_weights_as_a_table(full):
+    rows = full.run.table("normdyn_tables/targets")
+    assert [row["weight"] for row in rows] == NAMES
+    assert [row["number"] for row in rows] == ["1", "2", "3"]
+    first = rows[0]
+    assert (first["shape"], first["scale-invariant"], first["vectors"]) == ("4×1×3×3", "filter", 4)
+    assert first["follows"] == "direction_lr"
+    assert first["treated how"].startswith("AWS")
+
+
+def test_the_start_says_how_to_lay_out_the_page_of_wandb(full):
+    (line,) = [line for line in full.printed.splitlines() if "workspace" in line]
+    assert "`python -m lightning_normdyn workspace ENTITY/tests`" in line
+    assert "sorts charts by name" in line
 
 
 def test_wandb_summary_holds_the_last_overview(full):
@@ -612,7 +636,7 @@ def test_without_a_logger_the_history_is_all_there_is(tmp_path):
     monitor = NormDynamicsMonitor(1, histograms=True, tables=False)
     fit(make(), [monitor], max_epochs=1)
     assert len(monitor.history) == 4
-    assert set(monitor.history.meta) == {"callbacks", "targets", "forecast"}
+    assert {"callbacks", "targets", "forecast"} <= set(monitor.history.meta)
     assert not list(tmp_path.iterdir())
 
 

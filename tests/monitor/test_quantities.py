@@ -148,7 +148,8 @@ def test_an_added_quantity_has_a_panel_in_the_workspace():
     pytest.importorskip("wandb_workspaces")
     spec = json.loads(wandb_workspace("team", "normdyn")._to_model().model_dump_json(by_alias=True))
     sections = spec["spec"]["section"]["panelBankConfig"]["sections"]
-    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    every = [panel for section in sections for panel in section["panels"]]
+    panels = [panel["config"] for panel in every if "Line Plot" in panel["viewType"]]
     for key in ("relative_update/net.0.weight", "normdyn/relative_update"):
         (panel,) = (panel for panel in panels if re.search(panel["metricRegex"], key))
         assert panel["chartTitle"] == "Relative update"

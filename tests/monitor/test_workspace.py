@@ -30,7 +30,9 @@ def sections(spec):
 
 
 def panels(spec):
-    return [panel["config"] for section in sections(spec) for panel in section["panels"]]
+    """Settings of the line plots."""
+    every = [panel for section in sections(spec) for panel in section["panels"]]
+    return [panel["config"] for panel in every if "Line Plot" in panel["viewType"]]
 
 
 def test_it_belongs_to_the_project(spec):
@@ -59,6 +61,33 @@ def test_each_quantity_has_one_panel_with_all_layers(spec, quantity):
     assert len(matching) == 1
     assert all(re.search(matching[0]["metricRegex"], key) for key in keys)
     assert matching[0]["yLogScale"] is (quantity.scale != "linear")
+
+
+def test_the_overview_and_few_charts_come_before_anything_of_a_layer(spec):
+    first, glance, *others = sections(spec)
+    assert (first["name"], first["isOpen"]) == ("Overview", True)
+    assert len(first["panels"]) + len(glance["panels"]) <= 12
+    assert all(panel["config"]["metricRegex"].startswith("^normdyn/") for panel in first["panels"])
+    # What loggers get by default is open, the rest has no curves in most runs.
+    is_open = [section["isOpen"] for section in others]
+    assert is_open == sorted(is_open, reverse=True)
+    assert is_open.count(True) == sum(quantity.logged for quantity in monitored())
+
+
+@pytest.mark.parametrize("count", [30, 160])
+def test_named_layers_come_in_the_order_of_the_network_with_padded_numbers(count):
+    pytest.importorskip("wandb_workspaces")
+    layers = [f"layers.{i}.conv.weight" for i in range(count)]
+    workspace = wandb_workspace("team", "normdyn", layers=layers)
+    spec = json.loads(workspace._to_model().model_dump_json(by_alias=True))
+    first, glance, angle, *_ = sections(spec)
+    assert len(first["panels"]) + len(glance["panels"]) <= 12
+    (panel,) = angle["panels"]
+    assert panel["config"]["metrics"][:count] == [f"angular_update/{name}" for name in layers]
+    titles = panel["config"]["overrideSeriesTitles"]
+    shown = [titles[f"angular_update/{name}"] for name in layers]
+    assert shown == sorted(shown)
+    assert shown[8] == {30: "09", 160: "009"}[count] + " layers.8.conv.weight"
 
 
 def test_a_prediction_stands_beside_what_it_predicts(spec):
