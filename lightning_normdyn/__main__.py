@@ -15,6 +15,7 @@ import argparse
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -71,8 +72,10 @@ examples:
   lightning-normdyn forecast my_project.nets:LitResNet --steps 20000 --steps-per-epoch 391
 """
 
-_REPORT = """Write one self-contained HTML file about one or several runs: pictures,
-comparisons, a sortable table of all layers.
+_REPORT = """Write one self-contained HTML file about one or several runs: what to look at
+first, charts to hover over, zoom and pick layers in, comparisons, a sortable
+table of all layers. The charts need plotly (pip install
+'lightning-normdyn[report]'); without it, and with --still, they are pictures.
 
 RUN is a history file (.npz), or a folder: the folder of a logger, where it lies
 beside the log, or one with any number of runs any number of levels below it.
@@ -212,6 +215,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("report.html"),
         help="file to write (default: report.html)",
+    )
+    report.add_argument(
+        "--still",
+        action="store_true",
+        help="pictures in place of interactive charts: a smaller page that needs no JavaScript",
     )
 
     workspace = add_command(
@@ -475,17 +483,20 @@ def _report(options: argparse.Namespace) -> None:
     output = os.path.realpath(options.output)
     if any(output == os.path.realpath(path) for _, path in named):
         raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
-    print(_write_report(dict(_distinct(named)), options.output))
+    print(_write_report(dict(_distinct(named)), options.output, still=options.still))
 
 
-def _write_report(places: Mapping[str, str | Path], output: Path) -> Path:
+def _write_report(places: Mapping[str, str | Path], output: Path, *, still: bool = False) -> Path:
     """One report of the runs in these places, by their labels."""
     page = _own("monitor.report.page")
     runs = {}
     for label, path in places.items():
         _say(f"reading {path}")
         runs[label] = _own("monitor.report.runs").load_run(path)
-    report: Path = page.write_report(runs, output, _say)
+    report: Path = page.write_report(runs, output, _say, still=still)
+    # A result, and no progress: also a log should say why its page is not what was expected.
+    if not still and not page.can_interact():
+        print(f"note: {page.NOT_INSTALLED}", file=sys.stderr)
     return report
 
 
@@ -498,15 +509,26 @@ def _named_run(text: str) -> tuple[str, str]:
     return label, path
 
 
+# Folders that loggers make: they say nothing of a run by themselves.
+_GENERIC = re.compile(r"version_\d+|lightning_logs|checkpoints")
+
+
 def _distinct(named: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """Labels for runs: as given, else as much of the end of the path as tells them apart."""
     parts = [_telling_parts(path) for _, path in named]
+    # A root that holds nothing else keeps what it has.
+    names = [tuple(part for part in own if not _GENERIC.fullmatch(part)) or own for own in parts]
     used: Counter[str] = Counter()
-    for (label, path), own in zip(named, parts, strict=True):
+    for (label, path), own, name in zip(named, parts, names, strict=True):
+        others = [other for other in names if other != name]
         length = 1
-        while length < len(own) and sum(p[-length:] == own[-length:] for p in parts) > 1:
+        while length < len(name) and any(other[-length:] == name[-length:] for other in others):
             length += 1
-        label = label or "/".join(own[-length:])
+        if not label:
+            label = "/".join(name[-length:])
+            # Runs of one folder differ in what the logger calls them.
+            if names.count(name) > 1 and own[-1] != name[-1]:
+                label += f" ({own[-1].replace('_', ' ')})"
         used[label] += 1
         yield (label if used[label] == 1 else f"{label} ({used[label]})"), path
 

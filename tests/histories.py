@@ -159,3 +159,39 @@ def run_with_faults(layers: int = 160) -> History:
             row[f"weight_norm/block{i}.weight"] = 0.01 / angle
         history.append(step, row, optimizer_step=step + 1)
     return history
+
+
+def run_with_three_faults(layers: int = 12, rows: int = 30) -> History:
+    """A healthy run, but for three layers: one began 20 times too long, one has ten times the
+    learning rate, and one gets no gradient."""
+    history = History()
+    names = [f"block{i}.weight" for i in range(layers)]
+    long, fast, dead = names[3], names[6], names[9]
+    for step in range(rows):
+        lr = 0.1 if step < 0.6 * rows else 0.01
+        row = {}
+        for i, name in enumerate(names):
+            norm = (20.0 if name == long else 1.0) * (1 + 0.01 * i)
+            rate = 10 * lr if name == fast else lr
+            settled = (2e-3 * rate) ** 0.5
+            expected = settled / (20.0 if name == long else 1.0)
+            row[f"weight_norm/{name}"] = norm
+            row[f"effective_lr/{name}"] = rate / norm
+            row[f"equilibrium_angular_update/{name}"] = settled
+            row[f"expected_angular_update/{name}"] = expected
+            row[f"angular_update/{name}"] = 1e-8 if name == dead else expected * (1 + 0.01 * i)
+        history.append(10 * step, row, optimizer_step=10 * step + 1)
+    history.mark(int(0.6 * rows) * 10, "lr_drop")
+    history.meta["targets"] = {}
+    for name in names:
+        finding, words = "as expected", "as expected now (1.0x)"
+        if name == dead:
+            finding, words = "no gradient", "no gradient: only decay acts"
+        history.meta["targets"][name] = {
+            "scale_invariant": "filter",
+            "vectors": 16,
+            "finding": finding,
+            "ratio": None if name == dead else 1.0,
+            "verdict": words,
+        }
+    return history

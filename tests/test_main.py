@@ -178,14 +178,16 @@ def test_forecast_says_what_is_wrong(capsys, model):
 def test_report_of_one_and_of_several_runs(capsys):
     run_of().save("decay/history.npz")
     run_of(3).save("aws/history.npz")
-    run_of(2).save("version_0/history.npz")
+    run_of(2).save("mnist/version_0/history.npz")
     assert main(["report", "decay/history.npz"]) == 0
     assert capsys.readouterr().out == "report.html\n"
-    assert main(["report", "decay", "best=aws", "version_0", "-o", "new/all.html"]) == 0
+    assert main(["report", "decay", "best=aws", "mnist/version_0", "-o", "new/all.html"]) == 0
     page = Path("new/all.html").read_text()
     assert "<h2>decay</h2>" in page
     assert "<h2>best</h2>" in page
-    assert "<h2>version_0</h2>" in page
+    # A reader knows the folder, and not which of its runs was the first.
+    assert "<h2>mnist</h2>" in page
+    assert "version_0" not in page
 
 
 def test_report_of_a_folder_has_all_runs_below_it(capsys):
@@ -193,8 +195,8 @@ def test_report_of_a_folder_has_all_runs_below_it(capsys):
     run_of(3).save("runs/aws/version_0/history.npz")
     assert main(["report", "runs"]) == 0
     page = Path("report.html").read_text()
-    assert "<h2>decay/version_0</h2>" in page
-    assert "<h2>aws/version_0</h2>" in page
+    assert "<h2>decay</h2>" in page
+    assert "<h2>aws</h2>" in page
     capsys.readouterr()
     Path("empty").mkdir()
     assert "holds no run" in refused(capsys, "report", "empty")
@@ -220,6 +222,8 @@ def test_what_cannot_be_written_is_said_in_words(capsys, output, says):
         (["a/x/history.npz", "b/x/history.npz", "b/y"], ["a/x", "b/x", "y"]),
         (["one.npz", "two.npz", "three"], ["one", "two", "three"]),
         (["one.npz", "one.npz"], None),
+        (["mnist/lightning_logs/version_0/history.npz"], ["mnist"]),
+        (["a/version_0", "a/version_1", "b/version_0"], ["a (version 0)", "a (version 1)", "b"]),
         (["L=one.npz", "L=two.npz"], ["L", "L (2)"]),
     ],
 )
@@ -230,6 +234,20 @@ def test_labels_tell_runs_apart(paths, labels):
     ]
     assert len(set(found)) == len(paths)
     assert labels is None or found == labels
+
+
+def test_a_still_report_is_asked_for_or_made_without_plotly_and_says_so(capsys, monkeypatch):
+    run_of().save("run.npz")
+    assert main(["report", "run.npz", "--still"]) == 0
+    assert capsys.readouterr() == ("report.html\n", "")
+    asked = Path("report.html").read_text()
+    monkeypatch.setattr(page, "plotly_script", lambda: None)
+    assert main(["report", "run.npz"]) == 0
+    assert "lightning-normdyn[report]" in capsys.readouterr().err
+    missing = Path("report.html").read_text()
+    assert "as was asked for" in asked
+    assert "lightning-normdyn[report]" in missing
+    assert "<template" not in asked + missing
 
 
 def test_a_path_with_an_equals_sign_is_a_path():

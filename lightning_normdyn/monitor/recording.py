@@ -301,7 +301,8 @@ class Recording(Part[Any]):
             show(self.trainer, f"{text}\n{forecast}" if forecast else text)
         if self.trainer.is_global_zero:
             for row in layers:  # a report of this history says what the table says
-                self.rule.history.meta["targets"][row["weight"]]["verdict"] = row["verdict"]
+                about = self.rule.history.meta["targets"][row["weight"]]
+                about.update({key: row[key] for key in ("finding", "ratio", "verdict")})
             self._write_history(self.rule.history)
             self._ended = True
             outcome = Outcome(self.rule.history, layers, self.quantities, self.label)

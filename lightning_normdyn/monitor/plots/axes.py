@@ -3,7 +3,7 @@ legends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +82,15 @@ def short_name(name: str) -> str:
     return fitted(name.removesuffix(".weight"), _LONG)
 
 
-def layer_labels(names: Sequence[str]) -> list[str]:
+def layer_labels(names: Sequence[str], fit: Callable[[str, int], str] | None = None) -> list[str]:
     """Labels that tell these names apart: of long ones, what all of them begin with is left out
-    before anything else is."""
+    before anything else is.
+
+    Args:
+        names: of parameters.
+        fit: makes a text at most so many characters long; `fitted`, for Matplotlib, if None.
+    """
+    fit = fit or fitted
     texts = [name.removesuffix(".weight") for name in names]
     if len(texts) > 1 and max(map(len, texts)) > _LONG:
         paths = [text.split(".") for text in texts]
@@ -95,7 +101,7 @@ def layer_labels(names: Sequence[str]) -> list[str]:
     labels: list[str] = []
     # Names that differ in the middle alone need more room to stay apart.
     for length in (_LONG, 40, 60):
-        labels = [fitted(text, length) for text in texts]
+        labels = [fit(text, length) for text in texts]
         if len(set(labels)) == len(set(texts)):
             break
     return labels
@@ -108,8 +114,13 @@ def in_legend(text: str) -> str:
 
 
 def fitted(text: str, length: int) -> str:
-    """At most ``length`` characters, drawn as they stand: of a longer text the middle is left
-    out."""
+    """At most ``length`` characters, drawn as they stand by Matplotlib."""
+    # Matplotlib takes what stands between two dollar signs for a formula.
+    return shortened(text, length).replace("$", r"\$")
+
+
+def shortened(text: str, length: int) -> str:
+    """At most ``length`` characters: of a longer text the middle is left out."""
     if len(text) > length:
         half = length // 2
         text = f"{text[: half - 1]}…{text[half - length :]}"
@@ -117,8 +128,7 @@ def fitted(text: str, length: int) -> str:
         # No font has a glyph for it, and a line break would move everything below.
         if not character.isprintable():
             text = text.replace(character, "?")
-    # Matplotlib takes what stands between two dollar signs for a formula.
-    return text.replace("$", r"\$")
+    return text
 
 
 # ------------------------------------------------------------------------------------------- curves

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import (
     Curves,
+    Doubles,
     as_table,
     curves_of,
     invariant_layers,
@@ -18,6 +19,7 @@ from lightning_normdyn.monitor.curves import (
     over_layers,
 )
 from lightning_normdyn.monitor.history import History
+from lightning_normdyn.monitor.records import Ints
 
 from .axes import axes_or_new, draw_curve, finish, legend_below, run_style
 
@@ -45,6 +47,52 @@ def plot_compare(
     Raises:
         NormDynError: where there is no run, or one of them has not recorded the quantity.
     """
+    bands, of_which = bands_of(histories, quantity)
+    fig, ax = axes_or_new(ax)
+    drawn = []
+    for i, (label, band) in enumerate(bands.items()):
+        # The band of a single layer would lie under its own line.
+        style = run_style(i, label)
+        if band.layers > 1:
+            ax.fill_between(
+                band.steps,
+                band.low,
+                band.high,
+                color=style["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
+        draw_curve(ax, band.steps, band.middle, linewidth=1.8, **style)
+        drawn += [band.low, band.middle, band.high]
+    finish(ax, quantity, np.concatenate(drawn))
+    legend_below(ax, title=of_which)
+    return fig, ax
+
+
+class Band(NamedTuple):
+    """A quantity over the layers of one run.
+
+    Args:
+        steps: ``(s,)``.
+        low: ``(s,)``, a tenth of the layers is below it.
+        middle: ``(s,)``, the median.
+        high: ``(s,)``, a tenth of the layers is above it.
+        layers: how many there are.
+    """
+
+    steps: Ints
+    low: Doubles
+    middle: Doubles
+    high: Doubles
+    layers: int
+
+
+def bands_of(histories: Mapping[str, History], quantity: str) -> tuple[dict[str, Band], str]:
+    """What `plot_compare` draws: a band for each run, and over which layers they are taken.
+
+    Raises:
+        NormDynError: as `plot_compare`.
+    """
     if not histories:
         raise NormDynError("a comparison needs at least one run, got none.")
     curves: dict[str, Curves] = {}
@@ -57,29 +105,13 @@ def plot_compare(
             curves[label] = curves_of(history, quantity)
     curves, of_which = _comparable(curves, histories)
 
-    fig, ax = axes_or_new(ax)
-    quantiles = partial(np.nanpercentile, q=[10, 50, 90])
-    drawn = []
-    for i, label in enumerate(histories):
+    bands = {}
+    for label in histories:
         layers = overviews.get(label) or curves[label]
         steps, table = as_table(layers)
-        low, middle, high = over_layers(quantiles, table)
-        # The band of a single layer would lie under its own line.
-        style = run_style(i, label)
-        if len(layers) > 1:
-            ax.fill_between(
-                steps,
-                low,
-                high,
-                color=style["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
-        draw_curve(ax, steps, middle, linewidth=1.8, **style)
-        drawn += [low, middle, high]
-    finish(ax, quantity, np.concatenate(drawn))
-    legend_below(ax, title=of_which)
-    return fig, ax
+        low, middle, high = over_layers(partial(np.nanpercentile, q=[10, 50, 90]), table)
+        bands[label] = Band(steps, low, middle, high, len(layers))
+    return bands, of_which
 
 
 def _comparable(

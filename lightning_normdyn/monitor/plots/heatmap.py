@@ -68,8 +68,7 @@ def plot_heatmap(
     # Taller for more layers, up to what a page can hold.
     height = min(9.0, 2.2 + 0.16 * len(labels))
     fig, ax = axes_or_new(ax, height)
-    steps, table = as_table(curves)
-    edges, table = _in_columns(steps, _fill_forward(table))
+    edges, table = cells_of(curves)
     values = np.concatenate([table.ravel(), limits or ()])
     norm, colours = _colouring(values, look.scale)
 
@@ -90,8 +89,8 @@ def plot_heatmap(
 
     # Of many layers, as many names as have room.
     room = ax.get_position().height * fig.get_figheight()
-    abnormal = _abnormal_rows(curves, look.scale)
-    shown = _named_rows(len(labels), abnormal, max(int(room / _LINE), 1))
+    abnormal = abnormal_rows(curves, look.scale)
+    shown = named_rows(len(labels), abnormal, max(int(room / _LINE), 1))
     size = 8 if len(labels) <= 20 else 6
     ax.set_yticks(shown, [labels[row] for row in shown], fontsize=size)
     # Where not all rows are named, a reader must see which names are there for a reason.
@@ -146,7 +145,7 @@ def _beyond(values: Doubles, norm: Normalize) -> str:
     return "max" if above else "neither"
 
 
-def _abnormal_rows(curves: Curves, scale: str) -> list[int]:
+def abnormal_rows(curves: Curves, scale: str) -> list[int]:
     """Rows of a map that are far off at the end, the farthest first."""
     places = {name: row for row, name in enumerate(curves)}
     far = deviations(curves, scale)
@@ -154,7 +153,7 @@ def _abnormal_rows(curves: Curves, scale: str) -> list[int]:
     return [places[name] for name in names if far[name] > _ABNORMAL[scale]]
 
 
-def _named_rows(count: int, abnormal: Sequence[int], room: int) -> list[int]:
+def named_rows(count: int, abnormal: Sequence[int], room: int) -> list[int]:
     """Which of ``count`` rows are named: the abnormal ones, and of the others as many as have room
     beside them, evenly spaced."""
     every = ceil(count / room)
@@ -164,6 +163,13 @@ def _named_rows(count: int, abnormal: Sequence[int], room: int) -> list[int]:
         if all(abs(row - other) >= every for other in named):
             named.append(row)
     return sorted(named)
+
+
+def cells_of(curves: Curves) -> tuple[Doubles, Doubles]:
+    """What a map shows: column edges ``(c + 1,)`` and values ``(l, c)``, NaN where nothing was
+    recorded. Between two of its records a layer shows the earlier one."""
+    steps, table = as_table(curves)
+    return _in_columns(steps, _fill_forward(table))
 
 
 def _fill_forward(table: Doubles) -> Doubles:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import ceil
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.angles import compared_angles
 from lightning_normdyn.monitor.curves import (
     Curves,
-    Doubles,
     as_table,
     curves_of,
     farthest,
-    invariant_among,
     over_layers,
     pictured,
     recorded_curves,
 )
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import drawn_with
-from lightning_normdyn.monitor.records import Floats, Ints
+from lightning_normdyn.monitor.records import Floats
 
 from .axes import (
     MOST_NAMED,
@@ -120,47 +119,33 @@ def plot_angular_update(
         NormDynError: where the history has no angular updates.
     """
     curves = curves_of(history, "angular_update")
-    predictions = {}
-    for name, curve in recorded_curves(history, "equilibrium_angular_update").items():
-        if name in curves:
-            predictions[name] = curve
-    # The best that is known of the layers decides which of them are compared.
-    if predictions:
-        compared, which = list(predictions), "predicted layers"
-    else:
-        compared, which = invariant_among(curves, history)
-
     fig, ax = axes_or_new(ax)
     extreme = farthest(curves, "log", MOST_EXTREME)
-    _draw_bundle(ax, curves, compared, which, extreme)
+    angles = compared_angles(history)
+    _draw_bundle(ax, curves, angles.names, angles.which, extreme)
     drawn = [as_table(curves)[1].ravel()]
-    expected = _of_layers(recorded_curves(history, "expected_angular_update"), compared)
-    steps, measured, foreseen = _over_the_same(
-        _of_layers(curves, compared), {"prediction": predictions, "expected": expected}
-    )
-    # The median, not the mean: one layer that turns a thousand times faster must not move it.
     draw_curve(
         ax,
-        steps,
-        over_layers(np.nanmedian, measured),
+        angles.steps,
+        angles.measured,
         color=OKABE_ITO[0],
         linewidth=2.0,
-        label=f"median, {which}",
+        label=f"median, {angles.which}",
     )
-    if expected:
+    if angles.expected is not None:
         draw_curve(
             ax,
-            steps,
-            over_layers(np.nanmedian, foreseen["expected"]),
+            angles.steps,
+            angles.expected,
             color="black",
             linewidth=1.0,
             # Of a healthy run it runs along the measured median, and would hide it.
             linestyle=(0, (3, 2)),
             label="expected now, median",
         )
-        drawn.append(as_table(expected)[1].ravel())
-    if predictions:
-        predicted_steps, predicted = as_table(predictions)
+        drawn.append(angles.expected)
+    if angles.predicted is not None:
+        predicted_steps, predicted = as_table(angles.predictions)
         lowest = 0.9 * over_layers(np.nanmin, predicted)
         highest = 1.1 * over_layers(np.nanmax, predicted)
         colour = OKABE_ITO[1]
@@ -169,8 +154,8 @@ def plot_angular_update(
             predicted_steps, lowest, highest, color=colour, alpha=0.2, linewidth=0, label=label
         )
         ax.plot(
-            steps,
-            over_layers(np.nanmedian, foreseen["prediction"]),
+            angles.steps,
+            angles.predicted,
             color=colour,
             linewidth=1.6,
             linestyle="--",
@@ -185,56 +170,10 @@ def plot_angular_update(
     return fig, ax
 
 
-def _over_the_same(
-    measured: Curves, foreseen: Mapping[str, Curves]
-) -> tuple[Ints, Doubles, dict[str, Doubles]]:
-    """Measured and foreseen angles of the same layers at the same steps, so that their medians are
-    of the same weights.
-
-    Where a layer has no prediction at a step (its rate was 0), its angle has no part in a median
-    there; at a step at which nothing is foreseen of any layer, all of them have one.
-
-    Args:
-        measured: angles by layer.
-        foreseen: curves of some of these layers, by what they are.
-
-    Returns:
-        steps ``(s,)``, the measured table ``(l, s)``, and the foreseen ones ``(l, s)``, with NaN
-        at the same places.
-    """
-    steps, table = as_table(measured)
-    tables = {}
-    for kind, curves in foreseen.items():
-        tables[kind] = np.full_like(table, np.nan)
-        for row, name in enumerate(measured):
-            own_steps, values = curves.get(name, (steps[:0], steps[:0]))
-            _, places, own_places = np.intersect1d(steps, own_steps, return_indices=True)
-            tables[kind][row, places] = values[own_places]
-
-    compared = ~np.isnan(table)
-    for kind, other in tables.items():
-        both = compared & ~np.isnan(other)
-        if kind == "prediction" and foreseen[kind]:
-            # A step without any prediction is no part of a comparison with it.
-            compared = both
-        else:
-            # An expectation may end; what is left is compared with the prediction alone.
-            compared = np.where(both.any(axis=0), both, compared)
-    kept = compared.any(axis=0)
-    masked = np.where(compared, table, np.nan)[:, kept]
-    for kind, other in tables.items():
-        tables[kind] = np.where(compared, other, np.nan)[:, kept]
-    return steps[kept], masked, tables
-
-
 def _name_extreme(ax: Axes, curves: Curves, extreme: Sequence[str]) -> None:
     """Names at the ends of the curves of these layers."""
     labels = dict(zip(curves, layer_labels(list(curves)), strict=True))
     label_ends(ax, curves, extreme, [labels[name] for name in extreme])
-
-
-def _of_layers(curves: Curves, names: Sequence[str]) -> Curves:
-    return {name: curves[name] for name in names if name in curves}
 
 
 def plot_curves(

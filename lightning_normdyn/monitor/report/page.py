@@ -1,15 +1,16 @@
-"""One HTML file about one or several runs: pictures, comparisons, and the table of all layers.
+"""One HTML file about one or several runs: what to look at first, charts, comparisons, and the
+table of all layers.
 
 The file needs no network and no server; it may be mailed. The page is the template ``page.html``
-beside this file. Everything that comes from a run is escaped, and the page's own security policy
-allows no script but its own.
+beside this file, made of the blocks in ``blocks.html``. Everything that comes from a run is
+escaped, and the page's own security policy allows no script but its own and plotly's.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,57 +19,100 @@ from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.storage import replacing
 
-from .document import rendered
-from .stills import Limits, common_limits, pictures_of, pictures_of_all
-from .summary import COLUMNS, side_by_side
+from .charts import MOST_POINTS, compared_data, run_data
+from .document import plotly_script, rendered
+from .sparkline import sparkline
+from .standouts import in_one_sentence, like, standouts
+from .stills import common_limits, pictures_of, pictures_of_all, ridge_of
+from .summary import COLUMNS, LayerSummary, side_by_side, summaries
+
+NOT_INSTALLED = (
+    "Plotly is not installed, so this page is still. For one to hover, zoom and pick layers in: "
+    "pip install 'lightning-normdyn[report]'."
+)
+"""What a page says, and who writes it, where it could not be interactive."""
+
+_ASKED_FOR = "This page is still, as was asked for."
+_THINNED = (
+    f"Curves of many records are thinned for drawing, to {MOST_POINTS:,} points in a chart: of "
+    f"each stretch the smallest and the largest value are kept."
+)
+_LEADS = {
+    True: "To look at first:",
+    False: "Nothing stands out. The layers that are farthest from what is expected or from the "
+    "others:",
+}
 
 
 def write_report(
     runs: Mapping[str, History],
     path: str | os.PathLike[str],
     say: Callable[[str], None] = lambda text: None,
+    *,
+    still: bool = False,
 ) -> Path:
     """Write one self-contained HTML file about one or several runs.
+
+    With plotly the page is interactive and takes about 2 MB, nearly all of it plotly's script.
+    Without it, and with ``still``, its charts are pictures.
 
     Args:
         runs: histories by label.
         path: of the HTML file; an older one is replaced only when the new one is complete.
         say: is told what is being drawn.
+        still: pictures in place of interactive charts: a page of some hundred kB for mails, and
+            for readers without JavaScript.
 
     Returns:
         the path.
 
     Raises:
-        NormDynError: where there is no run, a run has nothing to show, or matplotlib is missing.
+        NormDynError: where there is no run, a run has nothing to show, or what draws it is
+            missing: matplotlib, and for an interactive page plotly.
     """
     # All that can be refused is refused before minutes of drawing.
     if not runs:
         raise NormDynError("a report needs at least one run, got none.")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
+    interactive = not still and can_interact()
+    if not interactive and not can_draw():
         raise NormDynError(
-            "a report needs matplotlib; `pip install 'lightning-normdyn[plot]'`."
-        ) from error
+            "a report needs plotly or matplotlib; `pip install 'lightning-normdyn[report]'`, or "
+            "`pip install 'lightning-normdyn[plot]'` for one with still pictures."
+        )
 
     several = len(runs) > 1
-    layers = side_by_side(runs)
-    compared = list(pictures_of_all(runs, say)) if several else []
+    layers = {label: summaries(label, history) for label, history in runs.items()}
+    rows = _rows(runs, layers)
     limits = common_limits(runs)
-    sections = []
-    for label, history in runs.items():
+    sections, data = [], []
+    for number, (label, history) in enumerate(runs.items()):
         say(f"drawing {label}")
-        sections.append(_section(label, history, limits))
+        section = _section(label, history)
+        section |= _first_of_all(history, layers[label], number)
+        if interactive:
+            names = [layer.name for layer in layers[label]]
+            data.append(run_data(history, names, limits))
+            section["charts"] = data[-1]["charts"]
+            section["pictures"] = list(ridge_of(label, history)) if can_draw() else []
+        else:
+            section["pictures"] = list(pictures_of(label, history, limits))
+        sections.append(section)
+    compared: list[Any] = []
+    if several:
+        compared = compared_data(runs) if interactive else list(pictures_of_all(runs, say))
 
-    # A single run needs no column that says which it is.
-    columns = COLUMNS if several else COLUMNS[1:]
     page = rendered(
         "page.html",
+        interactive=interactive,
+        data={"runs": data, "compared": compared} if interactive else None,
         title=", ".join(runs),
-        columns=columns,
-        layers=layers,
+        # A single run needs no column that says which it is.
+        columns=COLUMNS if several else COLUMNS[1:],
+        rows=rows,
         compared=compared,
         sections=sections,
+        thinning=_THINNED,
+        still=_ASKED_FOR if still else NOT_INSTALLED,
     )
     with replacing(path) as file:
         # A name may hold half of a surrogate pair, which UTF-8 cannot express.
@@ -76,7 +120,56 @@ def write_report(
     return Path(path)
 
 
-def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
+def can_interact() -> bool:
+    """Whether plotly is installed."""
+    return plotly_script() is not None
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _rows(
+    runs: Mapping[str, History], layers: Mapping[str, Sequence[LayerSummary]]
+) -> list[tuple[LayerSummary, int, int]]:
+    """The layers of all runs as rows of the table, each with the places of its run and of itself
+    in it, by which its curves are found."""
+    places = {}
+    for number, label in enumerate(layers):
+        for place, layer in enumerate(layers[label]):
+            places[label, layer.name] = (number, place)
+    return [(layer, *places[layer.run, layer.name]) for layer in side_by_side(runs, layers)]
+
+
+def _first_of_all(history: History, layers: Sequence[LayerSummary], number: int) -> dict[str, Any]:
+    """What stands on top of the page about one run: a sentence about all layers, and the ones to
+    look at."""
+    places = {layer.name: place for place, layer in enumerate(layers)}
+    cards = []
+    found = standouts(history, layers)
+    for standout in found:
+        name = standout.layer.name
+        cards.append(
+            {
+                "standout": standout,
+                "run": number,
+                "place": places[name],
+                "spark": sparkline(history, name, like(standout.layer, layers)),
+            }
+        )
+    return {
+        "sentence": in_one_sentence(history, layers),
+        "lead": _LEADS[any(standout.is_off for standout in found)],
+        "cards": cards,
+    }
+
+
+def _section(label: str, history: History) -> dict[str, Any]:
     """What the page says of one run."""
     first, last = history[0], history[-1]
     facts = f"{len(history)} records from step {first['step']} to {last['step']}."
@@ -101,7 +194,6 @@ def _section(label: str, history: History, limits: Limits) -> dict[str, Any]:
         "facts": facts,
         "note": history.meta.get("note", ""),
         "forecasts": forecasts,
-        "pictures": list(pictures_of(label, history, limits)),
         # default=str: a report is for reading, and `meta` may hold what JSON cannot express.
         "details": json.dumps(
             about,

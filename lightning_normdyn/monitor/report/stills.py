@@ -65,6 +65,11 @@ def pictures_of(label: str, history: History, limits: Limits) -> Iterator[Pictur
             limits=limits[quantity],
         )
         yield _picture(fig, f"{quantity} of {label}, layer by step")
+    yield from ridge_of(label, history)
+
+
+def ridge_of(label: str, history: History) -> Iterator[Picture]:
+    """How the norms of single vectors are spread, where a run recorded them."""
     if any(name.startswith("weight_norm/") for name in history.vector_names()):
         try:
             fig, _ = plot_norm_ridge(history)

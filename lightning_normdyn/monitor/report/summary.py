@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,21 +81,30 @@ class LayerSummary(NamedTuple):
         return self.verdict.startswith(_OFF)
 
 
-def side_by_side(runs: Mapping[str, History]) -> list[LayerSummary]:
+def side_by_side(
+    runs: Mapping[str, History], layers: Mapping[str, Sequence[LayerSummary]]
+) -> list[LayerSummary]:
     """The same layer of all runs in neighbouring rows, in the order of the first run that has
-    it."""
+    it.
+
+    Args:
+        runs: histories by label.
+        layers: of each run, from `summaries`.
+
+    Raises:
+        NormDynError: for a run without layers.
+    """
     by_name: dict[str, list[LayerSummary]] = {}
     for label, history in runs.items():
-        layers = summaries(label, history)
-        if not layers:
+        if not layers[label]:
             keys = ", ".join(history.keys()[:5]) or "nothing at all"
             raise NormDynError(
                 f"run `{label}` has no curves of layers, it has {keys}; record with "
                 f"`NormDynamicsMonitor`."
             )
-        for layer in layers:
+        for layer in layers[label]:
             by_name.setdefault(layer.name, []).append(layer)
-    return [layer for layers in by_name.values() for layer in layers]
+    return [layer for alike in by_name.values() for layer in alike]
 
 
 def summaries(label: str, history: History) -> list[LayerSummary]:
@@ -182,6 +191,12 @@ def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
     tenth = np.array(values[-max(1, len(values) // 10) :], dtype=np.float64)
     finite = tenth[np.isfinite(tenth)]
     return float(average(finite)) if finite.size else None
+
+
+def late_average(history: History, key: str) -> float | None:
+    """The root mean square over the last tenth of a curve; None where it has no finite value."""
+    recorded: list[float] = history.curve(key)[1].tolist()
+    return _late(recorded, _root_mean_square)
 
 
 def _root_mean_square(values: Any) -> float:

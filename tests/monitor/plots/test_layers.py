@@ -194,31 +194,6 @@ def test_the_bar_of_depths_has_names_from_the_first_layer_on_top():
     assert bar.yaxis_inverted()
 
 
-def test_the_medians_of_measured_and_predicted_are_of_the_same_weights():
-    history = History()
-    for step in range(4):
-        row = {"angular_update/a": 1.0, "equilibrium_angular_update/a": 1.0}
-        # "b" is predicted at every step, and measured at every other one.
-        row["equilibrium_angular_update/b"] = 4.0
-        if step % 2:
-            row["angular_update/b"] = 2.0
-            row["expected_angular_update/b"] = 3.0
-        # "c" has no prediction at the start, when its rate was 0.
-        row["angular_update/c"] = 9.0
-        if step > 1:
-            row["equilibrium_angular_update/c"] = 9.0
-        history.append(step, row, optimizer_step=step + 1)
-    _, ax = plots.plot_angular_update(history)
-    lines = {line.get_label(): line for line in ax.get_lines()}
-    measured = lines["median, predicted layers"].get_ydata()
-    # Where something is expected of "b" alone, all three medians are of "b".
-    np.testing.assert_allclose(measured, [1.0, 2.0, 5.0, 2.0])
-    np.testing.assert_allclose(lines["prediction, median"].get_ydata(), [1.0, 4.0, 5.0, 4.0])
-    np.testing.assert_allclose(
-        lines["expected now, median"].get_ydata(), [np.nan, 3.0, np.nan, 3.0]
-    )
-
-
 def test_a_drop_of_the_rate_stands_at_its_line_with_its_factor():
     _, ax = plots.plot_effective_lr(converging_run(3))
     assert "LR ÷ 10" in [text.get_text() for text in ax.texts]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -14,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from histories import reported_run
+from histories import reported_run, run_with_three_faults
 
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
-from lightning_normdyn.monitor.report import page
+from lightning_normdyn.monitor.report import document, page
 from lightning_normdyn.monitor.report.page import write_report
 
 pytest.importorskip("matplotlib")
@@ -33,6 +35,7 @@ CHROMIUM = (
 def _no_pictures_of_runs(monkeypatch):
     """Drawing takes most of the time of a report: for tests that ask about something else."""
     monkeypatch.setattr(page, "pictures_of", lambda *_: [])
+    monkeypatch.setattr(page, "plotly_script", lambda: None)
 
 
 class Page(HTMLParser):
@@ -65,36 +68,46 @@ class Page(HTMLParser):
         self._open = ""
 
 
-def test_the_page_needs_nothing_from_outside(tmp_path):
-    shown = Page(
-        write_report(
-            {"decay": reported_run(), "aws": reported_run(factor=2)},
-            tmp_path / "new" / "report.html",
-        )
-    )
+@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+def test_the_page_needs_nothing_from_outside(tmp_path, still):
+    runs = {"decay": reported_run(), "aws": reported_run(factor=2)}
+    path = write_report(runs, tmp_path / "new" / "report.html", still=still)
+    assert path.stat().st_size < 3_000_000
+    shown = Page(path)
     assert not [
         tag for tag, _ in shown.tags if tag in ("link", "iframe", "object", "embed", "base", "form")
     ]
     for _, attributes in shown.tags:
         for name in ("src", "href", "action", "srcset", "background"):
             assert attributes.get(name, "data:").startswith("data:")
-    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", shown.source).replace(
-        "http-equiv", ""
-    )
+    # Without what is packed, in whose letters any word may stand by chance.
+    unpacked = re.sub(r"base64,[A-Za-z0-9+/=]*|<template.*?</template>", "", shown.source)
+    assert "http" not in unpacked.replace("http-equiv", "")
     assert "@import" not in shown.source
     assert "default-src 'none'" in shown.policy
     (script,) = shown.scripts
-    assert (
-        f"script-src 'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        in shown.policy
-    )
+    allowed = [script]
+    if not still:
+        allowed.append(unpacked_template(shown.source, "plotly"))
+    hashes = [
+        f"'sha256-{base64.b64encode(hashlib.sha256(each.encode()).digest()).decode()}'"
+        for each in allowed
+    ]
+    assert shown.policy.endswith(f"script-src {' '.join(hashes)}")
+    assert "unsafe-eval" not in shown.policy
     assert os.listdir(tmp_path / "new") == ["report.html"]
+
+
+def unpacked_template(source: str, name: str) -> str:
+    """What the page's script unpacks from it."""
+    (packed,) = re.findall(rf'<template id="{name}">(.*?)</template>', source)
+    return gzip.decompress(base64.b64decode(packed, validate=True)).decode()
 
 
 def test_every_picture_is_a_picture_and_says_what_it_shows(tmp_path):
     history = reported_run()
     history.append_vectors(0, {"weight_norm/conv0.weight": np.arange(1.0, 9)})
-    shown = Page(write_report({"run": history}, tmp_path / "report.html"))
+    shown = Page(write_report({"run": history}, tmp_path / "report.html", still=True))
     images = [attributes for tag, attributes in shown.tags if tag == "img"]
     assert len(images) == 6  # three sets of curves, two heat maps, a ridge
     for image in images:
@@ -153,20 +166,21 @@ def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):
     assert "Runs compared" in shown.source
 
 
-def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path):
+@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path, still):
     few = History()
     few.append(5, {"weight_norm/a.weight": 1.0}, optimizer_step=1)
     gap = History()
     gap.append(
         0, {"gradient_cosine/a.weight": float("nan"), "effective_lr/b": 1.0}, optimizer_step=1
     )
-    shown = Page(
-        write_report({"few": few, "gap": gap, "full": reported_run()}, tmp_path / "report.html")
-    )
+    runs = {"few": few, "gap": gap, "full": reported_run()}
+    shown = Page(write_report(runs, tmp_path / "report.html", still=still))
     assert len(shown.rows) == 1 + 1 + 2 + 3
 
 
-def test_hostile_names_stay_text(tmp_path):
+@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+def test_hostile_names_stay_text(tmp_path, still):
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'$title$`"
     history = reported_run(names=[attack, "$style", "${body}"])
     history.meta = {
@@ -176,9 +190,8 @@ def test_hostile_names_stay_text(tmp_path):
     }
     history.mark(3, attack)
     history.append_vectors(0, {f"weight_norm/{attack}": np.arange(1.0, 4)})
-    shown = Page(
-        write_report({attack: history, "$title": reported_run()}, tmp_path / "report.html")
-    )
+    runs = {attack: history, "$title": reported_run()}
+    shown = Page(write_report(runs, tmp_path / "report.html", still=still))
     assert len(shown.scripts) == 1
     assert "alert" not in shown.scripts[0]
     assert all(
@@ -253,11 +266,52 @@ def test_an_error_leaves_the_older_report_as_it_was(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["report.html"]
 
 
-def test_without_matplotlib_it_is_said_how_to_get_it(tmp_path, monkeypatch):
+def test_without_anything_that_draws_it_is_said_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(NormDynError, match=r"lightning-normdyn\[plot\]"):
+        write_report({"run": reported_run()}, tmp_path / "report.html", still=True)
+    monkeypatch.setattr(page, "plotly_script", lambda: None)
+    with pytest.raises(NormDynError, match=r"lightning-normdyn\[report\]"):
         write_report({"run": reported_run()}, tmp_path / "report.html")
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interactive_page_holds_what_its_charts_show(tmp_path, monkeypatch):
+    # It needs no matplotlib: what only that can draw is left out.
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = write_report({"run": reported_run(), "two": reported_run()}, tmp_path / "report.html")
+    source = path.read_text(encoding="utf-8")
+    data = json.loads(unpacked_template(source, "data"))
+    assert [run["layers"] for run in data["runs"]] == [[f"conv{i}.weight" for i in range(3)]] * 2
+    angles = next(c for c in data["runs"][0]["charts"] if c["quantity"] == "angular_update")
+    measured = [line for line in angles["lines"] if not line["beside"]]
+    assert [line["y"][-1] for line in measured] == [0.01, 0.02, 0.03]
+    # A place for each chart, and a row of the table for each layer that charts show.
+    shown = Page(path)
+    places = [a for tag, a in shown.tags if tag == "figure"]
+    of_runs = [a for a in places if a["data-run"] != "compared"]
+    assert len(of_runs) == sum(len(run["charts"]) for run in data["runs"])
+    assert len(places) - len(of_runs) == len(data["compared"]) > 0
+    rows = [(a["data-run"], a["data-layer"]) for tag, a in shown.tags if tag == "tr" and a]
+    assert sorted(rows) == [(run, layer) for run in "01" for layer in "012"]
+
+
+@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+@pytest.mark.usefixtures("_no_pictures_of_runs")
+def test_the_summary_names_three_planted_faults(tmp_path, still, monkeypatch):
+    if not still:
+        monkeypatch.setattr(page, "plotly_script", document.plotly_script)
+    path = write_report({"run": run_with_three_faults()}, tmp_path / "report.html", still=still)
+    source = path.read_text(encoding="utf-8")
+    summary = re.search(r'<div class="summary">.*?</div>\s*</section>', source, re.DOTALL).group()
+    names = re.findall(r"<h3>(?:<button[^>]*>)?(.*?)(?:</button>)?</h3>", summary)
+    assert names == ["block9.weight", "block3.weight", "block6.weight"]
+    tags = re.findall(r'<p class="tag">(.*?)</p>', summary)
+    assert tags == ["no gradient", "slower than the others", "faster than the others"]
+    assert "11 of 12 weights turn as expected; block9.weight has no gradient" in summary
+    # With its curve, and what it is to be compared with.
+    assert summary.count("<svg") == 3
+    assert source.index('class="summary"') < source.index("<table>")
 
 
 def in_browser(page: Path, script: str, tmp_path: Path) -> str:
