@@ -108,7 +108,7 @@ def test_wrong_usage_is_2(capsys, arguments):
 
 def test_a_failure_that_nobody_foresaw_is_one_line_too(capsys, monkeypatch):
     run_of().save("run.npz")
-    monkeypatch.setattr(page, "write_report", lambda *_: {}["missing"])
+    monkeypatch.setattr(page, "write_report", lambda *_, **__: {}["missing"])
     assert "KeyError; run again with --traceback" in refused(capsys, "report", "run.npz")
     with pytest.raises(KeyError):
         main(["report", "run.npz", "--traceback"])

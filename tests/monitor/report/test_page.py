@@ -31,6 +31,13 @@ CHROMIUM = (
 )
 
 
+# Drawing a page's pictures takes seconds; the tests of plots/ draw every one of them.
+BOTH = [
+    pytest.param(True, id="still", marks=pytest.mark.slow),
+    pytest.param(False, id="interactive"),
+]
+
+
 @pytest.fixture
 def _no_pictures_of_runs(monkeypatch):
     """Drawing takes most of the time of a report: for tests that ask about something else."""
@@ -44,13 +51,14 @@ class Page(HTMLParser):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags, self.rows, self.scripts, self.policy = [], [], [], ""
-        self._open = ""
+        self._open, self._in_table = "", False
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
 
     def handle_starttag(self, tag, attributes):
         self.tags.append((tag, dict(attributes)))
         self._open = tag
+        self._in_table |= tag == "table"
         if tag == "tr":
             self.rows.append([])
         if tag == "script":
@@ -59,16 +67,17 @@ class Page(HTMLParser):
             self.policy = dict(attributes)["content"]
 
     def handle_data(self, text):
-        if self._open in ("td", "button") and text.strip():
+        if self._open in ("td", "button") and self._in_table and text.strip():
             self.rows[-1].append(text)
         if self._open == "script":
             self.scripts[-1] += text
 
     def handle_endtag(self, tag):
         self._open = ""
+        self._in_table &= tag != "table"
 
 
-@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+@pytest.mark.parametrize("still", BOTH)
 def test_the_page_needs_nothing_from_outside(tmp_path, still):
     runs = {"decay": reported_run(), "aws": reported_run(factor=2)}
     path = write_report(runs, tmp_path / "new" / "report.html", still=still)
@@ -166,7 +175,7 @@ def test_several_runs_stand_side_by_side_and_are_compared(tmp_path):
     assert "Runs compared" in shown.source
 
 
-@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+@pytest.mark.parametrize("still", BOTH)
 def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path, still):
     few = History()
     few.append(5, {"weight_norm/a.weight": 1.0}, optimizer_step=1)
@@ -179,7 +188,7 @@ def test_runs_of_different_kinds_are_shown_as_far_as_they_go(tmp_path, still):
     assert len(shown.rows) == 1 + 1 + 2 + 3
 
 
-@pytest.mark.parametrize("still", [True, False], ids=["still", "interactive"])
+@pytest.mark.parametrize("still", BOTH)
 def test_hostile_names_stay_text(tmp_path, still):
     attack = "</script><script>alert(1)</script><img src=x onerror=alert(1)>\"'$title$`"
     history = reported_run(names=[attack, "$style", "${body}"])
