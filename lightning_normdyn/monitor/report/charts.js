@@ -217,7 +217,7 @@
     event.steps.forEach((step, i) => {
       result.shapes.push({
         type: "line", yref: "paper", x0: step, x1: step, y0: many ? 0.97 : 0, y1: 1,
-        line: {color: soft, width: 1, dash: event.kind === "lr_drop" ? "dash" : "dot"},
+        opacity: 0.7, line: {color: soft, width: 1, dash: event.kind === "lr_drop" ? "dash" : "dot"},
       });
       if (event.labels[i] && event.steps.length <= 6) {
         result.annotations.push({
@@ -247,17 +247,13 @@
     return Promise.all(charts.filter(entry => entry.drawn).map(draw));
   }
 
-  let zooming = false;
-  async function zoomed(change) {
-    if (zooming) return;
+  // A redraw makes no such event: only a reader's zoom comes here.
+  function zoomed(change) {
     if ("xaxis.range[0]" in change) state.range = [change["xaxis.range[0]"], change["xaxis.range[1]"]];
     else if ("xaxis.range" in change) state.range = [...change["xaxis.range"]];
     else if (change["xaxis.autorange"]) state.range = null;
     else return;
-    // Their own events would come back here.
-    zooming = true;
-    await drawAll();
-    zooming = false;
+    drawAll();
   }
 
   // ---- picking a layer

@@ -50,6 +50,7 @@ def rendered(template: str, *, interactive: bool, data: object = None, **values:
         lstrip_blocks=True,
     )
     environment.filters["policy_hash"] = policy_hash
+    environment.filters["breakable"] = breakable
     # These are ours, and markup as they stand; the hash is of the very same text.
     marked = [Markup(script) for script in scripts]
     page = environment.get_template(template)
@@ -70,6 +71,16 @@ def policy_hash(script: str) -> str:
     """What a Content-Security-Policy names a script by."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"sha256-{base64.b64encode(digest).decode()}"
+
+
+def breakable(name: str) -> Markup:
+    """A parameter's name that breaks after its dots where it is longer than a line.
+
+    Example:
+        >>> breakable("stage1.<b>.weight")
+        Markup('stage1.<wbr>&lt;b&gt;.<wbr>weight')
+    """
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def packed_text(text: str) -> str:

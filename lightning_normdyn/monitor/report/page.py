@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.events import LR_DROP, happenings
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import monitored
 from lightning_normdyn.storage import replacing
@@ -92,7 +93,7 @@ def write_report(
         if interactive:
             names = [layer.name for layer in layers[label]]
             data.append(run_data(history, names, limits))
-            section["charts"] = data[-1]["charts"]
+            section |= {"charts": data[-1]["charts"], "events": _events_in_words(history)}
             section["pictures"] = list(ridge_of(label, history)) if can_draw() else []
         else:
             section["pictures"] = list(pictures_of(label, history, limits))
@@ -202,6 +203,18 @@ def _section(label: str, history: History) -> dict[str, Any]:
             ensure_ascii=False,
         ),
     }
+
+
+def _events_in_words(history: History) -> str:
+    """What the vertical lines of the charts are."""
+    said = []
+    for told in happenings(history):
+        lines = "Dashed" if told.kind == LR_DROP else "Dotted"
+        when = f"at step {told.steps[0]}"
+        if len(told.steps) > 1:
+            when = f"{len(told.steps)} times, at steps {told.steps[0]} to {told.steps[-1]}"
+        said.append(f"{lines}: {told.words}, {when}.")
+    return " ".join(said)
 
 
 def _forecasts(history: History) -> list[str]:
