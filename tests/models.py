@@ -7,9 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.loops import training_epoch_loop
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
@@ -187,10 +189,18 @@ class Calls(L.Callback):
             self.action(trainer, pl_module)
 
 
+BEFORE_2_5 = not hasattr(training_epoch_loop, "RestartStage")
+"""Before Lightning 2.5, a batch in whose last hook a checkpoint was saved is trained a second time
+by the resumed run, so that it does not equal an uninterrupted one, with or without our
+callbacks."""
+
+
 class SavesAt(L.Callback):
     """A checkpoint after so many steps, in the middle of an epoch or at its end."""
 
     def __init__(self, step, path):
+        if BEFORE_2_5:
+            pytest.skip("this Lightning trains the last batch before a checkpoint a second time")
         self.step, self.path = step, path
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):

@@ -27,7 +27,7 @@ from cases import (
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
-from models import Net, SavesAt, fit, images, loader, make, same, weights_of
+from models import BEFORE_2_5, Net, SavesAt, fit, images, loader, make, same, weights_of
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -800,7 +800,13 @@ def test_with_the_other_callbacks_of_the_suite():
     assert monitor.history.meta["targets"]["net.0.weight"]["scale_invariant"] == "filter"
 
 
-@pytest.mark.parametrize("rich", [False, True])
+@pytest.mark.parametrize(
+    "rich",
+    [
+        False,
+        pytest.param(True, marks=pytest.mark.skipif(BEFORE_2_5, reason="not into pytest's files")),
+    ],
+)
 def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
     from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 

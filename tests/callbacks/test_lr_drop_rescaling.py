@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from models import Net, convnet, fit, loader, make, same, weights_of
+from models import Net, SavesAt, convnet, fit, loader, make, same, weights_of
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from walk import SETTINGS, Angles, Setting, Walk, batches, by_rates, noise, settled
@@ -406,15 +406,6 @@ class ByStep(Walk):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(noise(8, SHAPE)[self.trainer.global_step % 8])
-
-
-class SavesAt(L.Callback):
-    def __init__(self, step: int, path: Any) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("optimizer", ["SGDM", "fused AdamW"])

@@ -432,7 +432,7 @@ def test_early_stopping_sees_that_a_run_has_diverged():
     with pytest.warns(NormDynWarning, match="not finite"):
         runner = fit(module, [monitor(), stop], max_epochs=6)
     assert runner.current_epoch == 2
-    assert "not finite" in stop.stopping_reason_message or stop.stopped_epoch == 1
+    assert stop.stopped_epoch == 1
 
 
 def test_one_vector_that_is_not_finite_shows_in_the_mean_of_its_weight_alone():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from models import (
+    BEFORE_2_5,
     TARGETS,
     Net,
     Penalized,
@@ -421,6 +422,7 @@ def test_a_withdrawal_comes_at_the_same_step_as_without_an_interruption(norm, si
         assert repr(state_again["evidence"]) == repr(state["evidence"])
 
 
+@pytest.mark.skipif(BEFORE_2_5, reason="a resumed run trains a batch twice, without us as well")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "hook",

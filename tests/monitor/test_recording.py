@@ -133,6 +133,7 @@ def test_from_a_gpu_rows_come_one_batch_later_and_are_the_same(monkeypatch, tmp_
     assert {event.kind for event in watch.history.events} == {"rescale"}
 
 
+@pytest.mark.skipif(BEFORE_2_5, reason="a resumed run trains a batch twice, without us as well")
 def test_a_resume_continues_the_rows_that_were_on_their_way(monkeypatch, tmp_path):
     monkeypatch.setattr(HostCopy, "arrives_later", True)
     watch, _, _ = everything(tmp_path)
