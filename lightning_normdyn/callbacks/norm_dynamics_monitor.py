@@ -138,7 +138,8 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
     finite, the numbers that rest on them are NaN.
 
     At the end of a fit W&B gets a table of the layers, a chart per main quantity and pictures
-    (``normdyn_tables``, ``normdyn_charts``, ``normdyn_pictures``), TensorBoard and MLflow get the
+    (``normdyn_tables``, ``normdyn_charts``, ``normdyn_pictures``; one can zoom into them where
+    plotly is installed), TensorBoard and MLflow get the
     table and the pictures, and CSV gets the pictures beside ``metrics.csv``. The history lies
     beside each of them as ``history.npz``, which ``lightning-normdyn report`` reads; on a
     disk or at a URL (``s3://``). It is written at every checkpoint and when a fit is interrupted,
@@ -157,6 +158,9 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             name>``.
         tables: print the tables at the start and the end of a fit.
         alert: send W&B alerts for weights that collapse.
+        pictures_every_n_steps: steps after which loggers get the table of layers, the heat map and
+            the pictures of angles, learning rates and norms anew, as far as drawing has taken no
+            more than 1 % of the time since the start; None: at the end only.
         params: ``"auto"`` (every weight of two or more dimensions that an optimizer owns, but for
             gains, whose rows are single numbers), a glob pattern, or a list of them.
         granularity: ``"auto"``, ``"filter"``, ``"group"``, ``"layer"`` or ``"column"``.
@@ -194,6 +198,7 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
         histograms: bool = False,
         tables: bool = True,
         alert: bool = False,
+        pictures_every_n_steps: int | None = None,
         params: Params = "auto",
         granularity: Granularity = "auto",
     ) -> None:
@@ -209,7 +214,12 @@ class NormDynamicsMonitor(NormDynCallback, KeepsHistory):
             )
         if every_n_steps is not None:
             every_n_steps = check_count("every_n_steps", every_n_steps, 1, "None or ")
+        if pictures_every_n_steps is not None:
+            pictures_every_n_steps = check_count(
+                "pictures_every_n_steps", pictures_every_n_steps, 1, "None or "
+            )
         self.every_n_steps = every_n_steps
+        self.pictures_every_n_steps = pictures_every_n_steps
         self.quantities = None if quantities is None else list(quantities)
         self.per_vector_history = per_vector
         self.histograms = histograms

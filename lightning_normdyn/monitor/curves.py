@@ -55,6 +55,24 @@ def recorded_curves(history: History, quantity: str) -> Curves:
     return curves
 
 
+def thinned(curves: Curves, most: int) -> Curves:
+    """All curves with at most ``most`` points together, each with its first and its last.
+
+    Example:
+        >>> steps = np.arange(100)
+        >>> {name: len(x) for name, (x, _) in thinned({"a": (steps, steps)}, 10).items()}
+        {'a': 10}
+    """
+    # All curves share the limit: with hundreds of layers, whole curves would be left out.
+    share = max(2, most // max(1, len(curves)))
+    fewer = {}
+    for name, (steps, values) in curves.items():
+        evenly = np.linspace(0, len(steps) - 1, min(share, len(steps)))
+        chosen = np.unique(evenly.round().astype(int))
+        fewer[name] = (steps[chosen], values[chosen])
+    return fewer
+
+
 def curves_of(history: History, quantity: str) -> Curves:
     """The curves of a quantity.
 

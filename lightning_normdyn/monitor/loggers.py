@@ -27,6 +27,7 @@ from lightning_normdyn.storage import Location, join, replacing
 from .histograms import Histogram
 from .history import History
 from .history_files import HistoryFiles
+from .interactive import can_interact
 from .outcome import Outcome, can_draw, facts_of, markdown
 from .quantities import QUANTITIES
 
@@ -40,6 +41,10 @@ class Publisher:
 
     shows_histograms = False
     shows_pictures = False
+
+    def needs_matplotlib(self) -> bool:
+        """Whether its pictures are drawn by matplotlib."""
+        return self.shows_pictures
 
     def __init__(self, logger: Logger) -> None:
         self.logger: Any = logger
@@ -132,28 +137,35 @@ class WandbPublisher(Publisher):
             f"first: `python -m lightning_normdyn workspace {place}`{needed}"
         )
 
+    def needs_matplotlib(self) -> bool:
+        """Charts of plotly take the place of pictures."""
+        return not can_interact()
+
     def outcome(self, outcome: Outcome) -> None:
         """One row with everything at the last step; the last overview in the summary."""
-        import wandb
-
         shown: dict[str, Any] = {}
         if outcome.layers:
             shown[f"normdyn_tables/layers{outcome.label}"] = _wandb_table(outcome.layers)
-        for quantity in outcome.shown_in("chart"):
-            curves = outcome.chart(quantity)
-            shown[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
-                [steps.tolist() for steps, _ in curves.values()],
-                [values.tolist() for _, values in curves.values()],
-                keys=list(curves),
-                title=f"{quantity} of all layers",
-                xname="step",
-            )
-        for name, pixels in outcome.pictures.items():
-            shown[f"normdyn_pictures/{name}"] = wandb.Image(pixels)
+        for name, media in self._media(outcome).items():
+            shown[f"normdyn_pictures/{name}"] = media
+        if outcome.is_final:
+            shown |= _wandb_charts(outcome)
         self.logger.log_metrics(shown, step=outcome.step)
         run = self.logger.experiment
         # What the last logging step left there may be older than the end of the fit.
         run.summary.update({self._key(key): value for key, value in outcome.final.items()})
+
+    def _media(self, outcome: Outcome) -> dict[str, Any]:
+        """The pictures by name: interactive where plotly is installed."""
+        import wandb
+
+        media: dict[str, Any] = {}
+        media |= {name: wandb.Plotly(figure) for name, figure in outcome.interactive.items()}
+        if not media:
+            return {name: wandb.Image(pixels) for name, pixels in outcome.pictures.items()}
+        for name, pixels in outcome.still_pictures.items():
+            media[name] = wandb.Image(pixels)
+        return media
 
     def folder(self) -> Location | None:
         """Beside, and not in, the folder that is uploaded: with per_vector a history may be
@@ -394,12 +406,19 @@ def publish_history(loggers: Iterable[Logger], history: History, files: HistoryF
         _tell(loggers, "the history", lambda publisher: publisher.keep(history, files))
 
 
+def can_show_outcome(loggers: Iterable[Logger]) -> bool:
+    """Whether a logger shows the table of layers or pictures."""
+    return any(publisher.shows_pictures for publisher in publishers(loggers))
+
+
 def publish_outcome(loggers: Iterable[Logger], outcome: Outcome) -> None:
-    """What came of the fit; the history itself is a matter of `publish_history`."""
+    """What came of the fit, or has come of it so far; the history itself is a matter of
+    `publish_history`."""
     if not len(outcome.history):
         return
-    # Only who would get pictures must hear why there are none.
-    if any(publisher.shows_pictures for publisher in publishers(loggers)) and not can_draw():
+    # Only who would get pictures must hear why there are none, and that once.
+    lacking = any(publisher.needs_matplotlib() for publisher in publishers(loggers))
+    if outcome.is_final and lacking and not can_draw():
         warn_once(
             "matplotlib is not installed: the loggers get no pictures, only numbers, tables and "
             "charts. `pip install matplotlib`"
@@ -432,6 +451,23 @@ def _tell(loggers: Iterable[Logger], what: str, tell: Callable[[Publisher], None
                 f"{name} did not get {what} ({type(error).__name__}: {error}). The training is not "
                 "affected."
             )
+
+
+def _wandb_charts(outcome: Outcome) -> dict[str, Any]:
+    """A chart of W&B's own for each quantity, with all layers, by key."""
+    import wandb
+
+    charts = {}
+    for quantity in outcome.shown_in("chart"):
+        curves = outcome.chart(quantity)
+        charts[f"normdyn_charts/{quantity}{outcome.label}"] = wandb.plot.line_series(
+            [steps.tolist() for steps, _ in curves.values()],
+            [values.tolist() for _, values in curves.values()],
+            keys=list(curves),
+            title=f"{quantity} of all layers",
+            xname="step",
+        )
+    return charts
 
 
 def _wandb_table(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -12,15 +12,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
 
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.tables import paragraph, render
 from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
-from .curves import Curves, numbered, pictured, recorded_curves
+from .curves import Curves, numbered, pictured, recorded_curves, thinned
 from .history import History
+from .interactive import can_interact, interactive_curves, interactive_map
 from .plots.heatmap import plot_heatmap
 from .plots.layers import plot_curves
 from .plots.vectors import plot_norm_ridge
@@ -127,7 +127,7 @@ def summarize(
     history: History,
     courses: Mapping[str, Course],
     grounds: Mapping[str, Grounds],
-    treatments: Mapping[Tensor, str],
+    treatments: Mapping[str, str],
     last_norms: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """One row for each weight that was measured.
@@ -137,7 +137,7 @@ def summarize(
         history: the rows, which verdicts rest on.
         courses: by weight, what happened to its prediction.
         grounds: by weight, what else its verdict rests on.
-        treatments: which rules act on each, in words.
+        treatments: by weight, which rules act on it, in words.
         last_norms: by weight, its norm at the end: an optimizer may have stepped many times since
             its newest row.
     """
@@ -161,7 +161,7 @@ def summarize(
                 "weight": name,
                 "scale-invariant": target.verdict.kind,
                 "vectors": target.partition.n,
-                "treated how": treatments[target.weight] or "-",
+                "treated how": treatments[name] or "-",
                 "norm first": norms[0],
                 "norm last": last_norms.get(name, norms[-1]),
                 "effective lr": _newest(history, f"effective_lr/{name}"),
@@ -293,12 +293,14 @@ class Outcome:
         layers: one row per weight, the same keys in each; None where a number is not known.
         quantities: what the user named, which pictures then show; None: what applies.
         label: appended to names, so that a second monitor does not overwrite the first one's.
+        is_final: whether the fit is over; while it goes on, only what is looked at first is drawn.
     """
 
     history: History
     layers: list[dict[str, Any]]
     quantities: Sequence[str] | None = None
     label: str = ""
+    is_final: bool = True
 
     @property
     def step(self) -> int:
@@ -316,38 +318,70 @@ class Outcome:
         matplotlib."""
         if not can_draw():
             return {}
-        return {name: _pixels(figure) for name, figure in self._figures()}
+        drawn = {name: _pixels(figure) for name, figure in self._figures()}
+        return {**drawn, **self.still_pictures}
+
+    @cached_property
+    def interactive(self) -> dict[str, Any]:
+        """Figures of plotly under the names of the pictures whose place they take. Empty without
+        plotly."""
+        if not can_interact():
+            return {}
+        figures = {}
+        for quantity in self._curves():
+            figure = interactive_curves(self.history, quantity, MOST_CHART_ROWS)
+            figures[f"{quantity}{self.label}"] = figure
+        for quantity in self._maps():
+            figures[f"heat_map_{quantity}{self.label}"] = interactive_map(self.history, quantity)
+        return figures
 
     def _figures(self) -> Iterator[tuple[str, Figure]]:
-        for quantity in self.shown_in("curves"):
+        for quantity in self._curves():
             figure, _ = plot_curves(self.history, quantity)
             yield f"{quantity}{self.label}", figure
-        for quantity in self.shown_in("map"):
+        for quantity in self._maps():
             figure, _ = plot_heatmap(self.history, quantity=quantity)
             yield f"heat_map_{quantity}{self.label}", figure
+
+    @cached_property
+    def still_pictures(self) -> dict[str, Any]:
+        """Of `pictures` those that no interactive chart takes the place of."""
+        if not can_draw():
+            return {}
+        return {name: _pixels(figure) for name, figure in self._still_only()}
+
+    def _still_only(self) -> Iterator[tuple[str, Figure]]:
+        # Hundreds of curves of single vectors take long to draw.
+        if not self.is_final:
+            return
         # A ridge shows single vectors, which the history keeps only if they were asked for.
         if any(name.startswith("weight_norm/") for name in self.history.vector_names()):
             figure, _ = plot_norm_ridge(self.history)
             yield f"norm_ridge{self.label}", figure
+
+    def _curves(self) -> list[str]:
+        """The quantities whose curves are drawn."""
+        return self.shown_in("curves" if self.is_final else "live curves")
+
+    def _maps(self) -> list[str]:
+        """The quantities of which there is a map."""
+        recorded = self.shown_in("map")
+        if self.is_final:
+            return recorded
+        # Where nothing is known that layers could be held against, what there is.
+        return self.shown_in("live map") or recorded[:1]
 
     def shown_in(self, place: Place) -> list[str]:
         """The quantities for a place that were recorded, and asked for where a user did so."""
         return pictured(self.history, place, self.quantities)
 
     def chart(self, quantity: str) -> Curves:
-        """The curves of all layers, thinned alike to what W&B draws, each under its name with its
-        number: W&B sorts them as text."""
+        """The curves of all layers, thinned to what W&B draws, each under its name with its number:
+        W&B sorts them as text."""
         curves = recorded_curves(self.history, quantity)
         numbers = numbered(self.history.meta.get("targets") or list(curves))
-        # All curves share the limit: with hundreds of layers, W&B would leave out whole curves.
-        most = max(2, MOST_CHART_ROWS // max(1, len(curves)))
-        thinned = {}
-        for name, (steps, values) in curves.items():
-            # Evenly spaced, and the first and the last row always.
-            evenly = np.linspace(0, len(steps) - 1, min(most, len(steps)))
-            chosen = np.unique(evenly.round().astype(int))
-            thinned[f"{numbers[name]} {name}"] = (steps[chosen], values[chosen])
-        return thinned
+        fewer = thinned(curves, MOST_CHART_ROWS)
+        return {f"{numbers[name]} {name}": curve for name, curve in fewer.items()}
 
 
 def can_draw() -> bool:

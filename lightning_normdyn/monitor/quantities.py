@@ -26,7 +26,7 @@ from .step_sums import StepSums
 OVERVIEW = "normdyn"
 """Section of the numbers over all scale-invariant vectors, and of the counts of a run."""
 
-Place = Literal["curves", "chart", "map", "report map", "comparison"]
+Place = Literal["curves", "live curves", "chart", "map", "live map", "report map", "comparison"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ class Quantity:
             (SGD), or those that do not depend on its size (Adam and its relatives).
         places: ``"curves"``: one picture with the curves of all weights (loggers, report,
             overview); ``"chart"``: a W&B chart; ``"map"``: a heat map, weight by step (loggers,
-            overview); ``"report map"``: one in the report; ``"comparison"``: where runs are
-            compared.
+            overview); ``"live curves"`` and ``"live map"``: what of these is drawn anew during a
+            fit, if it is asked for; ``"report map"``: one in the report; ``"comparison"``: where
+            runs are compared.
         drawn_with: the quantity in whose picture and panel this one is drawn.
         histogram: whether it is worth a histogram over vectors.
         callback_metric: whether EarlyStopping and ModelCheckpoint can see its overview.
@@ -125,7 +126,7 @@ _TABLE = (
         unit="radians per step",
         average="rms",
         formula=lambda step: step.angle,
-        places=("curves", "chart", "report map", "comparison"),
+        places=("curves", "live curves", "chart", "report map", "comparison"),
         logged=True,
         histogram=True,
         callback_metric=True,
@@ -152,7 +153,7 @@ _TABLE = (
         scale="ratio",
         expectation=lambda measured, angle, norm: measured / angle,
         logged=True,
-        places=("chart", "map", "report map", "comparison"),
+        places=("chart", "map", "live map", "report map", "comparison"),
         callback_metric=True,
     ),
     Quantity(
@@ -183,7 +184,7 @@ _TABLE = (
         formula=lambda step: effective_lr(step.lr, step.size),
         logged=True,
         steps="normalized",
-        places=("curves", "chart", "map", "report map", "comparison"),
+        places=("curves", "live curves", "chart", "map", "report map", "comparison"),
     ),
     Quantity(
         "direction_lr",
@@ -193,7 +194,7 @@ _TABLE = (
         formula=lambda step: direction_lr(step.lr, step.size),
         logged=True,
         steps="proportional",
-        places=("curves", "chart", "map", "report map", "comparison"),
+        places=("curves", "live curves", "chart", "map", "report map", "comparison"),
     ),
     Quantity(
         "weight_norm",
@@ -203,7 +204,7 @@ _TABLE = (
         unit="weight units",
         formula=lambda step: step.norm,
         logged=True,
-        places=("curves", "chart", "comparison"),
+        places=("curves", "live curves", "chart", "comparison"),
         histogram=True,
         progress_bar=("normdyn/weight_norm", 1.0),
     ),
@@ -316,7 +317,7 @@ _TABLE = (
         of_matrix=True,
         logged=True,
         in_place_of="expected_ratio",
-        places=("chart", "map", "report map", "comparison"),
+        places=("chart", "map", "live map", "report map", "comparison"),
         callback_metric=True,
     ),
     Quantity(

@@ -29,6 +29,7 @@ from .history_files import HistoryFiles
 from .ledger import Ledger, Row
 from .loggers import (
     can_show_histograms,
+    can_show_outcome,
     invitations,
     publish_about,
     publish_history,
@@ -40,6 +41,7 @@ from .measure import Look, Measured, StepGauge, mean_norms
 from .outcome import Outcome, about_run, as_text, summarize
 from .predictions import is_proportional, noise_coherence, relaxation_power
 from .quantities import for_loggers, rate_followed
+from .refresh import Refresh
 from .rows import RowDraft, Sent
 from .verdicts import Grounds, balance_of
 
@@ -65,6 +67,7 @@ class Recording(Part[Any]):
         self.foresight = Foresight(self.trainer, rule)
         self.ledger = Ledger()
         self.gauges: dict[int, StepGauge] = {}
+        self._refreshing = Refresh(None)
         # Of the checkpoint that this fit goes on from, before the first batch.
         self._position: list[int] | None = None
         self._begun_at: int | None = None  # x of the first batch of this fit
@@ -235,6 +238,7 @@ class Recording(Part[Any]):
         """Put back what other callbacks were promised: the next row may be several epochs away."""
         super().train_start()
         publish_to_trainer(self.trainer, self.ledger.promised)
+        self._refreshing = Refresh(self.rule.pictures_every_n_steps)
         self.foresight.begin(self.session.attachment.optimizers, self._counts_of_all())
 
     def _counts_of_all(self) -> list[int]:
@@ -276,6 +280,7 @@ class Recording(Part[Any]):
         if not sent.numbers.arrives_later:
             self._receive()
         self._publish_about()
+        self._refresh()
 
     def epoch_end(self) -> None:
         """Publish what is still on its way."""
@@ -426,15 +431,44 @@ class Recording(Part[Any]):
             last_norms: by weight, at the end of a fit.
         """
         # Every rank takes part in this; what follows is known to rank zero only.
-        treatments = self.combined.treatments()
+        by_weight = self.combined.treatments()
+        treatments = {target.name: by_weight[target.weight] for target in self.targets}
+        return self._summarized(treatments, last_norms or {})
+
+    def _summarized(
+        self, treatments: dict[str, str], last_norms: dict[str, float]
+    ) -> list[dict[str, Any]]:
         return summarize(
             self.targets,
             self.ledger.history,
             self.ledger.courses,
             self._grounds(),
             treatments,
-            last_norms or {},
+            last_norms,
         )
+
+    def _refresh(self) -> None:
+        """Draw the pictures of the run so far, on rank zero, if they are due. No other rank takes
+        part, so nothing in here may wait for one."""
+        step = self.ledger.last_step
+        if not self._refreshing.is_due(step) or not self.trainer.is_global_zero:
+            return
+        if not can_show_outcome(self.trainer.loggers):
+            return
+        with self._refreshing.drawing(step):
+            try:
+                # As the start had it: to ask anew how weights are treated is a collective.
+                known = self.rule.history.meta["targets"]
+                treatments = {name: facts["treated"] for name, facts in known.items()}
+                layers = self._summarized(treatments, {})
+                history = self.ledger.history
+                outcome = Outcome(history, layers, self.quantities, self.label, is_final=False)
+                publish_outcome(self.trainer.loggers, outcome)
+            except Exception as error:
+                # What only records may never end a fit.
+                warn_once(
+                    f"pictures could not be drawn during the fit ({type(error).__name__}: {error})."
+                )
 
     def _grounds(self) -> dict[str, Grounds]:
         """By weight, what its verdict rests on beside its curves."""

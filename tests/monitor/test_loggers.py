@@ -184,7 +184,8 @@ def full(tmp_path_factory):
         for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
             patch.setenv(name, str(folder))
         patch.setenv("WANDB_MODE", "offline")
-        monitor = NormDynamicsMonitor(1, histograms=True, per_vector=True)
+        patch.setattr("lightning_normdyn.monitor.refresh.SHARE", 1e9)
+        monitor = NormDynamicsMonitor(1, histograms=True, per_vector=True, pictures_every_n_steps=5)
         logger = wandb_logger(folder)
         logger.log_hyperparams({"batch_size": 8})
         module = make()
@@ -218,14 +219,14 @@ def test_wandb_has_five_series_of_every_weight_and_the_overview_at_their_steps(f
     same_rows(full.run, full.history)
 
 
-def test_wandb_gets_one_row_per_logging_step_and_one_for_each_end(full):
+def test_wandb_gets_one_row_per_logging_step_and_one_for_all_that_is_no_number(full):
     ours = [
         item
         for item in full.run.history
         if any(key.split("/")[0].startswith(("normdyn", "weight_norm")) for key in item)
     ]
-    # The table of targets at the start, and what came of it.
-    assert len(ours) == len(full.history) + 2
+    # The table of targets at the start, what has come of it by then, twice, and in the end.
+    assert len(ours) == len(full.history) + 4
     assert ours[-1]["trainer/global_step"] == 11
 
 
@@ -282,14 +283,32 @@ def test_wandb_chart_has_a_line_per_layer(full, quantity):
         assert [y for _, y in line] == pytest.approx(values.tolist())
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.parametrize("picture", [*PICTURES, "norm_ridge"])
-def test_wandb_has_the_pictures(full, picture):
+def test_wandb_has_the_pictures_as_charts_that_one_can_zoom_into(full):
+    for picture in PICTURES:
+        chart = json.loads(full.run.media(f"normdyn_pictures/{picture}").read_text())
+        kinds = {trace["type"] for trace in chart["data"]}
+        assert kinds == {"heatmap" if picture.startswith("heat_map") else "scatter"}
+
+
+def test_wandb_has_pictures_where_there_is_no_such_chart(full):
     from PIL import Image
 
-    with Image.open(full.run.media(f"normdyn_pictures/{picture}")) as image:
+    with Image.open(full.run.media("normdyn_pictures/norm_ridge")) as image:
         assert min(image.size) > 200
         assert len(image.convert("RGB").getcolors(2**24)) > 20
+
+
+def test_wandb_gets_what_is_looked_at_first_during_the_run_too(full):
+    steps = {}
+    for kind in ("pictures/angular_update", "pictures/matrix_angle", "tables/layers"):
+        key = f"normdyn_{kind}"
+        steps[kind] = [row["trainer/global_step"] for row in full.run.rows(f"{key}.path")]
+    assert steps == {
+        "pictures/angular_update": [4, 9, 11],
+        "pictures/matrix_angle": [11],
+        "tables/layers": [4, 9, 11],
+    }
+    assert len(full.run.rows("normdyn_charts/angular_update_table.path")) == 1
 
 
 def test_wandb_config_holds_settings_alone_and_keeps_what_was_there(full):
