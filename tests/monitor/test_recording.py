@@ -12,7 +12,7 @@ import strategies
 import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.plugins import MixedPrecision
-from models import TARGETS, ManualNet, Net, SavesAt, fit, images, loader, make, trainer
+from models import BEFORE_2_5, TARGETS, ManualNet, Net, SavesAt, fit, images, loader, make, trainer
 from monitoring import KeepsRowsWithSteps, Trajectory, Turns, momentum, monitor
 from ranks import run_ranks
 from torch.utils.data import DataLoader
