@@ -14,10 +14,15 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import lightning as L
 import numpy as np
 import pytest
+import torch
 from histories import reported_run, run_with_three_faults
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.report import document, page
@@ -325,21 +330,28 @@ def test_the_summary_names_three_planted_faults(tmp_path, still, monkeypatch):
     assert source.index('class="summary"') < source.index("<table>")
 
 
-def in_browser(page: Path, script: str, tmp_path: Path) -> str:
-    """The page's title after ``script`` has run in it, beside the page's own under its policy."""
+def with_script(page: Path, script: str, tmp_path: Path) -> Path:
+    """A copy of a page in which another script runs, allowed by name under the page's policy."""
     source = page.read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     source = source.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
     copy = tmp_path / "scripted.html"
     copy.write_text(source.replace("</body>", f"<script>{script}</script></body>"))
-    return title_of(dumped(copy, tmp_path).stdout)
+    return copy
+
+
+def in_browser(page: Path, script: str, tmp_path: Path) -> str:
+    """The page's title after ``script`` has run in it."""
+    return title_of(dumped(with_script(page, script, tmp_path), tmp_path).stdout)
 
 
 def title_of(source: str) -> str:
     return re.search(r"<title>(.*?)</title>", source, re.DOTALL).group(1)
 
 
-def dumped(page: Path, tmp_path: Path) -> subprocess.CompletedProcess:
+def dumped(
+    page: Path, tmp_path: Path, size: str = "1280,9000", scheme: str = "light"
+) -> subprocess.CompletedProcess:
     """The page as it is after its scripts have run, and what they said on the console."""
     flags = [
         "--headless",
@@ -353,7 +365,8 @@ def dumped(page: Path, tmp_path: Path) -> subprocess.CompletedProcess:
         "--enable-logging=stderr",
         # Until it has drawn: the page unpacks itself, and draws what is near the screen.
         "--virtual-time-budget=30000",
-        "--window-size=1280,9000",
+        f"--window-size={size}",
+        f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}",
         f"--user-data-dir={tmp_path / 'profile'}",
         "--dump-dom",
     ]
@@ -414,6 +427,91 @@ def test_charts_rows_and_legend_go_together(tmp_path):
     assert (row, curve) == ("block3.weight", "block6.weight")
     assert set(ranges.split()) == {"50-150"}
     assert (fewer, left) == ("1", "false")
+
+
+class ThreeFaults(L.LightningModule):
+    """Normalized residual layers, of which one began 20 times too long, one has ten times the
+    learning rate, and one gets no gradient."""
+
+    long, fast, dead = 1, 3, 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16, bias=False) for _ in range(8))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(16) for _ in range(8))
+        self.head = nn.Linear(16, 4)
+        with torch.no_grad():
+            self.layers[self.long].weight.mul_(20)
+
+    def training_step(self, batch, _):
+        (x,) = batch
+        for i, (layer, norm) in enumerate(zip(self.layers, self.norms, strict=True)):
+            # Multiplied by 0 on its way, as behind a switch that is never on.
+            x = x + (0.0 if i == self.dead else 1.0) * torch.relu(norm(layer(x)))
+        return nn.functional.cross_entropy(self.head(x), torch.randint(4, (len(x),)))
+
+    def configure_optimizers(self):
+        fast = [self.layers[self.fast].weight]
+        rest = [weight for weight in self.parameters() if weight is not fast[0]]
+        groups = [{"params": rest}, {"params": fast, "lr": 1e-2}]
+        return torch.optim.AdamW(groups, lr=1e-3, weight_decay=1.0)
+
+
+@pytest.fixture(scope="module")
+def faulty_report(tmp_path_factory) -> Path:
+    L.seed_everything(0)
+    monitor = NormDynamicsMonitor(every_n_steps=2, tables=False)
+    trainer = L.Trainer(
+        max_steps=300,
+        max_epochs=-1,
+        callbacks=[monitor],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(ThreeFaults(), DataLoader(TensorDataset(torch.randn(256, 16)), batch_size=32))
+    path = tmp_path_factory.mktemp("faults") / "report.html"
+    return write_report({"three faults": monitor.history}, path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", [(1280, 800), (400, 850)], ids=["desk", "phone"])
+def test_three_planted_faults_of_a_run_stand_on_its_first_screen(
+    faulty_report, tmp_path, size, scheme
+):
+    script = """
+      addEventListener("load", () => {
+        const luminance = element => {
+          const [r, g, b] = getComputedStyle(element).color.match(/[0-9.]+/g).map(Number);
+          return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
+        };
+        const names = [...document.querySelectorAll(".card h3")].filter(name => {
+          const box = name.getBoundingClientRect();
+          return box.top >= 0 && box.bottom <= innerHeight && box.right <= innerWidth;
+        });
+        const sideways = document.documentElement.scrollWidth > innerWidth;
+        const text = luminance(document.body) > 0.5 ? "bright" : "dark";
+        parent.postMessage([innerWidth, sideways, text, ...names.map(name => name.title)].join(), "*");
+      });
+    """
+    page = with_script(faulty_report, script, tmp_path)
+    # In a frame: the window of a browser is not made narrower than 500 pixels.
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<!DOCTYPE html><title>-</title><script>"
+        "addEventListener('message', event => document.title = event.data);</script>"
+        f"<iframe src='{page.as_uri()}' width={size[0]} height={size[1]} style='border:0'></iframe>"
+    )
+    said = title_of(dumped(outer, tmp_path, "1400,1000", scheme).stdout)
+    width, sideways, text, *names = said.split(",")
+    assert (int(width), sideways) == (size[0], "false")
+    assert text == {"light": "dark", "dark": "bright"}[scheme]
+    faults = (ThreeFaults.long, ThreeFaults.fast, ThreeFaults.dead)
+    assert set(names) == {f"layers.{i}.weight" for i in faults}
 
 
 @pytest.mark.slow
