@@ -81,11 +81,16 @@ RUN is a history file (.npz), or a folder: the folder of a logger, where it lies
 beside the log, or one with any number of runs any number of levels below it.
 LABEL=RUN names it.
 
+With --compare, print and write what every other run does against the first:
+how far its weights turn, and how much its decay takes of them, at equal
+fractions of both; and the sizes of weights and steps by param group.
+
 examples:
   lightning-normdyn report runs/decay/history.npz -o report.html
   lightning-normdyn report decay=runs/decay aws=runs/aws -o report.html
   lightning-normdyn report wandb/offline-run-20260101_120000-abcdefgh
   lightning-normdyn report lightning_logs
+  lightning-normdyn report narrow=runs/width64 wide=runs/width512 --compare
 """
 
 _WORKSPACE = """Lay out the W&B page of a project: the overview first, then one chart per quantity
@@ -220,6 +225,11 @@ def _parser() -> argparse.ArgumentParser:
         "--still",
         action="store_true",
         help="pictures in place of interactive charts: a smaller page that needs no JavaScript",
+    )
+    report.add_argument(
+        "--compare",
+        action="store_true",
+        help="hold the other runs against the first, weight by weight",
     )
 
     workspace = add_command(
@@ -483,16 +493,38 @@ def _report(options: argparse.Namespace) -> None:
     output = os.path.realpath(options.output)
     if any(output == os.path.realpath(path) for _, path in named):
         raise NormDynError(f"`{options.output}` is one of the runs; name another file with -o.")
-    print(_write_report(dict(_distinct(named)), options.output, still=options.still))
+    places = dict(_distinct(named))
+    if options.compare:
+        _compare(places, options.output)
+    else:
+        print(_write_report(places, options.output, still=options.still))
+
+
+def _compare(places: Mapping[str, str | Path], output: Path) -> None:
+    """Print and write what every other run does against the first."""
+    ratios = _own("monitor.report.ratios")
+    runs = _loaded(places)
+    compared = ratios.compared_runs(runs)
+    page = ratios.write_comparison(compared, runs, output)
+    # A person gets what fits the terminal, a pipe one line per weight.
+    width = None if sys.stdout.isatty() else sys.maxsize
+    print(ratios.comparison_text(compared, runs, width))
+    print(page)
+
+
+def _loaded(places: Mapping[str, str | Path]) -> dict[str, Any]:
+    """The histories of runs, by their labels."""
+    runs = {}
+    for label, path in places.items():
+        _say(f"reading {path}")
+        runs[label] = _own("monitor.report.runs").load_run(path)
+    return runs
 
 
 def _write_report(places: Mapping[str, str | Path], output: Path, *, still: bool = False) -> Path:
     """One report of the runs in these places, by their labels."""
     page = _own("monitor.report.page")
-    runs = {}
-    for label, path in places.items():
-        _say(f"reading {path}")
-        runs[label] = _own("monitor.report.runs").load_run(path)
+    runs = _loaded(places)
     report: Path = page.write_report(runs, output, _say, still=still)
     # A result, and no progress: also a log should say why its page is not what was expected.
     if not still and not page.can_interact():

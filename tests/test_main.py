@@ -190,6 +190,22 @@ def test_report_of_one_and_of_several_runs(capsys):
     assert "version_0" not in page
 
 
+def test_runs_are_held_against_the_first(capsys):
+    for name, angle in (("narrow", 0.01), ("wide", 0.02)):
+        history = run_of()
+        history.append(9, {"angular_update/conv0.weight": angle}, optimizer_step=10)
+        history.save(f"{name}.npz")
+    assert main(["report", "narrow.npz", "w=wide.npz", "--compare", "-o", "page.html"]) == 0
+    out = capsys.readouterr().out
+    assert "w over narrow" in out
+    assert re.search(r"conv0.weight( +-){3} +2.00", out)
+    assert out.endswith("\npage.html\n")
+    assert "<h2>w over narrow</h2>" in Path("page.html").read_text()
+    Path("page.html").unlink()
+    assert "at least two" in refused(capsys, "report", "wide.npz", "--compare", "-o", "page.html")
+    assert not Path("page.html").exists()
+
+
 def test_report_of_a_folder_has_all_runs_below_it(capsys):
     run_of().save("runs/decay/version_0/history.npz")
     run_of(3).save("runs/aws/version_0/history.npz")

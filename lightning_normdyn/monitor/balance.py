@@ -17,7 +17,7 @@ squared angles of the steps between are interpolated. Numbers of the host, in fl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import exp, expm1, isfinite, log, log1p, nan, sqrt
+from math import exp, expm1, inf, isfinite, log, log1p, nan, pi, sqrt, tan
 from typing import NamedTuple
 
 import numpy as np
@@ -100,6 +100,19 @@ class Point(NamedTuple):
     log_kept: float = 0.0
     rates: float = 0.0
     log_scale: float = 0.0
+
+    @property
+    def squared_norm(self) -> float:
+        """‖w‖²; infinite where a run has diverged that far."""
+        return exp(self.log_norm) if self.log_norm < 700 else inf
+
+    @property
+    def energy(self) -> float:
+        """tan²θ ‖w‖²/lr², the squared length of the step at right angles to the weight, over lr²;
+        NaN at a rate of 0, and for a step by a quarter turn, which is an accident."""
+        if not (self.lr > 0 and 0 < self.squared_angle < (pi / 2) ** 2):
+            return nan
+        return tan(sqrt(self.squared_angle)) ** 2 * self.squared_norm / self.lr**2
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import exp, inf, isfinite, pi, tan
+from math import inf, isfinite
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -31,6 +31,7 @@ from lightning_normdyn.theory.schedule import Schedule
 
 from .balance import Point, Span
 from .expected_norms import Expectation
+from .group_sizes import group_names
 from .horizon import MOST_STEPS, Horizon, horizon_of, schedules_of
 from .measure import StepGauge
 from .measured_balance import Balance
@@ -71,18 +72,9 @@ def look_ahead(
         horizon: how far the fit goes.
         trainer: of the fit.
     """
-    kinds = [type(optimizer).__name__ for optimizer in optimizers]
     ahead = []
-    for index, optimizer in enumerate(optimizers):
+    for optimizer, names in zip(optimizers, group_names(optimizers), strict=True):
         kind = class_for_predictions(optimizer)
-        name = kinds[index]
-        # As few numbers as tell them apart.
-        if kinds.count(name) > 1:
-            name = f"{name}-{index}"
-        names = [name]
-        count = len(optimizer.param_groups)
-        if count > 1:
-            names = [f"{name} {place}" for place in range(count)]
         schedules = schedules_of(optimizer, configs, horizon, trainer, kind)
         ahead.append(Ahead(optimizer, kind, horizon, schedules, names))
     return ahead
@@ -236,7 +228,7 @@ class Forecasts:
         for target in targets:
             balance = balances.get(target.name)
             if balance is not None and balance.newest is not None:
-                self._starts[target.name] = _exp(balance.newest.log_norm / 2)
+                self._starts[target.name] = balance.newest.squared_norm**0.5
 
     def at_end(
         self,
@@ -365,21 +357,13 @@ def _energy(
     response = own_response(kind, group, Subject(target.matrix))
     energies = []
     for point in points[len(points) // 2 :]:
-        if not (point.lr > 0 and 0 < point.squared_angle < (pi / 2) ** 2):
-            continue
-        square = _exp(point.log_norm)
-        energy = tan(point.squared_angle**0.5) ** 2 * square / point.lr**2
+        energy = point.energy
         # Steps in proportion to the gradient fall as the norm grows.
         if response is not None and not response.normalized:
-            energy *= square
+            energy *= point.squared_norm
         if isfinite(energy):
             energies.append(energy)
     return fmean(energies) if energies else None
-
-
-def _exp(power: float) -> float:
-    """Infinite where a run has diverged that far."""
-    return exp(power) if power < 700 else inf
 
 
 def _turning(name: str, shown: _Shown, peak_lr: float) -> Turning:

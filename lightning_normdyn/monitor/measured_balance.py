@@ -170,7 +170,7 @@ def quantities_of(
     point = balance.newest
     if point is None:
         return {}
-    shown = {"matrix_angle": sqrt(point.squared_angle)}
+    shown = {"matrix_angle": sqrt(point.squared_angle), "pull": point.pull}
     step = balance.window.newest_step
     if step is not None:
         shown["norm_drift"] = step.growth / step.steps

@@ -48,6 +48,8 @@ class Quantity:
         of_matrix: whether it is a number of a whole matrix as one vector, worked out on the host
             by `lightning_normdyn.monitor.measured_balance`; shown for weights that are not
             scale-invariant, or by name.
+        of_every_weight: whether such a number is kept of scale-invariant weights as well: what
+            decay takes of a weight is compared between runs.
         expectation: from the measured angle, the expected one and the expected norm to this
             quantity; None for what is compared with no expectation.
         scope: ``"both"``: a curve for each weight, and the overview over all scale-invariant
@@ -83,6 +85,7 @@ class Quantity:
     prediction: Callable[[float, float], float] | None = None
     of_matrix: bool = False
     expectation: Callable[[float, float, float], float] | None = None
+    of_every_weight: bool = False
     scope: Literal["both", "weight", "overview"] = "both"
     measured: Literal["always", "standardized", "shrunk", "by name"] = "always"
     exact: bool = False
@@ -330,6 +333,16 @@ _TABLE = (
         of_matrix=True,
         scope="weight",
     ),
+    Quantity(
+        "pull",
+        "Pull of the decay",
+        "the share of the weight that decay takes away in a step, whoever applies it",
+        "lr·λ",
+        unit="per step",
+        of_matrix=True,
+        scope="weight",
+        of_every_weight=True,
+    ),
     # Counts of the run. They have no formula over vectors, so they stand in the overview alone.
     Quantity(
         "optimizer_step",
@@ -432,13 +445,13 @@ def of_matrices(
 
     Example:
         >>> of_matrices(["balance_ratio", "weight_norm"], scale_invariant=True)
-        ['balance_ratio']
+        ['balance_ratio', 'pull']
     """
-    known = [quantity.name for quantity in monitored() if quantity.of_matrix]
-    if not scale_invariant:
-        return known
+    known = [quantity for quantity in monitored() if quantity.of_matrix]
     wanted = {*(names or ()), *(["matrix_angle"] if steered else [])}
-    return [name for name in known if name in wanted]
+    if scale_invariant:
+        known = [each for each in known if each.of_every_weight or each.name in wanted]
+    return [quantity.name for quantity in known]
 
 
 def for_loggers(values: Mapping[str, float], names: Sequence[str] | None) -> dict[str, float]:

@@ -22,6 +22,7 @@ from lightning_normdyn.engine.worker import Worker
 from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.optimizers.step import HostCopy
 
+from . import group_sizes
 from .alarms import Alarms
 from .foresight import Foresight
 from .history import History
@@ -301,9 +302,10 @@ class Recording(Part[Any]):
         layers = self.layers(dict(ChainMap(*norms.values())))
         text = self.end_table(layers) if self.rule.tables else None
         forecast = self.foresight.at_end(self.gauges, self.ledger, self._counts_of_all())
+        sizes = self._group_sizes()
         super().train_end()
         if text:
-            show(self.trainer, f"{text}\n{forecast}" if forecast else text)
+            show(self.trainer, "\n".join(filter(None, (text, forecast, sizes))))
         if self.trainer.is_global_zero:
             for row in layers:  # a report of this history says what the table says
                 about = self.rule.history.meta["targets"][row["weight"]]
@@ -312,6 +314,17 @@ class Recording(Part[Any]):
             self._ended = True
             outcome = Outcome(self.rule.history, layers, self.quantities, self.label)
             publish_outcome(self.trainer.loggers, outcome)
+
+    def _group_sizes(self) -> str:
+        """How large weights and steps of each param group are, as a table, which the history keeps
+        as numbers; empty but on rank zero."""
+        if self.is_off or not self.trainer.is_global_zero:
+            return ""
+        optimizers = self.session.attachment.optimizers
+        rows = group_sizes.group_sizes(optimizers, self.gauges, self.ledger.balances)
+        if rows:
+            self.rule.history.meta["groups"] = group_sizes.as_plain(rows)
+        return group_sizes.as_text(rows)
 
     def interrupted(self) -> None:
         """Keep what was measured until the interruption (Ctrl-C, SIGTERM, an error)."""

@@ -99,8 +99,9 @@ def test_without_a_row_nothing_is_shown():
     assert quantities_of(Balance(), ENTRIES, 19.0) == {}
 
 
-def test_too_few_steps_show_the_angle_and_the_drift_alone():
-    assert set(quantities_of(followed(rows=2), ENTRIES, 19.0)) == {"matrix_angle", "norm_drift"}
+def test_too_few_steps_show_the_angle_the_drift_and_the_pull_alone():
+    shown = quantities_of(followed(rows=2), ENTRIES, 19.0)
+    assert set(shown) == {"matrix_angle", "norm_drift", "pull"}
 
 
 def test_of_few_entries_a_longer_span_is_asked_for():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor import group_sizes
 from lightning_normdyn.monitor.events import LR_DROP, happenings
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import monitored
@@ -27,6 +28,8 @@ from .standouts import in_one_sentence, like, standouts
 from .stills import common_limits, pictures_of, pictures_of_all, ridge_of
 from .summary import COLUMNS, LayerSummary, side_by_side, summaries
 
+WIDTH = 100
+"""Characters of a line of a table that stands on the page as text."""
 NOT_INSTALLED = (
     "Plotly is not installed, so this page is still. For one to hover, zoom and pick layers in: "
     "pip install 'lightning-normdyn[report]'."
@@ -186,15 +189,17 @@ def _section(label: str, history: History) -> dict[str, Any]:
     others = {key: value for key, value in last.items() if key.split("/")[0] not in drawn}
     del others["step"], others["optimizer_step"]
     forecasts = _forecasts(history)
+    sizes = group_sizes.as_text(list(group_sizes.from_plain(history.meta.get("groups"))), WIDTH)
     about = {"last record": others, **history.meta}
-    if forecasts:
-        # It stands on the page already.
-        del about["forecast"]
+    # These stand on the page already.
+    for key, told in (("forecast", forecasts), ("groups", sizes)):
+        if told:
+            del about[key]
     return {
         "label": label,
         "facts": facts,
         "note": history.meta.get("note", ""),
-        "forecasts": forecasts,
+        "forecasts": [*forecasts, sizes] if sizes else forecasts,
         # default=str: a report is for reading, and `meta` may hold what JSON cannot express.
         "details": json.dumps(
             about,
