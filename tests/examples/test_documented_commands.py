@@ -231,6 +231,7 @@ CASES = {
         shows("forecast for 2,000 optimizer steps"), slow=True
     ),
     'pip install "lightning-normdyn[workspace]"': Case(shows("workspace"), slow=False),
+    'pip install "lightning-normdyn[report]"': Case(shows("report"), slow=False),
     "lightning-normdyn demo": Case(
         leaves("runs/demo/report.html", "runs/demo/overview.png"), "--preset tiny"
     ),

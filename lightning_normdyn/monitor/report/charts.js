@@ -14,6 +14,8 @@
   // ---- what the file holds
 
   async function unpacked(id) {
+    // Browsers have it since 2023.
+    if (!("DecompressionStream" in self)) throw new Error("this browser is too old to unpack them");
     const text = document.getElementById(id).content.textContent;
     const bytes = Uint8Array.from(atob(text.trim()), character => character.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
@@ -329,5 +331,8 @@
   addEventListener("beforeprint", () => charts.forEach(entry => entry.drawn || draw(entry)));
   dark.addEventListener("change", drawAll);
   narrow.addEventListener("change", drawAll);
-  document.documentElement.dataset.ready = "yes";
-})();
+})().catch(error => {
+  const trouble = document.getElementById("trouble");
+  trouble.hidden = false;
+  trouble.textContent += ` (${error})`;
+});
