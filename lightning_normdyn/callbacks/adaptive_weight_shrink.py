@@ -2,7 +2,7 @@
 is short."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from lightning_normdyn.engine.arguments import Granularity, Params, check_choice
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Shrink
 from lightning_normdyn.engine.messages import named
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.plan import Target, are_treated, guarded
 from lightning_normdyn.engine.shrinking import Shrinker
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
@@ -22,6 +22,7 @@ from lightning_normdyn.functional import (
     shrink_factor,
     std_from_sums,
 )
+from lightning_normdyn.geometry.formulas import moments, squares, work_out
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     LARGEST_SHARE,
@@ -30,6 +31,48 @@ from lightning_normdyn.optimizers.decay import (
     replaced_decay,
 )
 from lightning_normdyn.optimizers.step import Phase, Step
+
+
+def shrink_by_norm(ww: Tensor, *numbers: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`shrunk` of norms, from <w, w>."""
+    return shrunk(norm_from_sums(ww), *numbers)
+
+
+def shrink_by_std(
+    ww: Tensor, w1: Tensor, by_std: Tensor, length: Tensor, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`shrunk` of standard deviations where ``by_std`` says so, of norms elsewhere."""
+    std = std_from_sums(ww, w1, length)
+    return shrunk(torch.where(by_std, std, norm_from_sums(ww)), *numbers)
+
+
+def shrunk(
+    size: Tensor,
+    lr: Tensor,
+    alpha: float | Tensor,
+    bad: Tensor,
+    active: Tensor | None,
+    skipped: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What AWS needs to know of each vector in one step.
+
+    Args:
+        size: norm or standard deviation, ``(n,)``.
+        lr: of each vector.
+        alpha: the strength.
+        bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
+        active: the same.
+        skipped: the same.
+
+    Returns:
+        Its factor, ``bad``, and 1 where the factor was clamped, else 0.
+    """
+    # A vector without a gradient, of length zero or with numbers that are not finite stays as it
+    # is.
+    factor = shrink_factor(size, lr, alpha)
+    factor, bad = guarded(factor, 1.0, bad, active, skipped, size)
+    is_clamped = are_treated(lr * alpha * size > LARGEST_SHARE, active, skipped)
+    return factor, bad, is_clamped.to(factor.dtype)
 
 
 class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
@@ -129,16 +172,20 @@ class ShrinkWorker(Worker["AdaptiveWeightShrink"]):
     def shrink(self, step: Step) -> None:
         """w <- (1 - lr alpha |w|) w (AWS paper, eq. 21)."""
         plan = self.plan
-        alpha = self._alpha()
-        size = self.size()
+        vectors = plan.vectors
         # Read at every step: a rate that was remembered would miss what a schedule does.
-        lr = plan.rates()
-        # A vector without a gradient, of length zero or with numbers that are not finite stays as
-        # it is.
-        factor = plan.guard(shrink_factor(size, lr, alpha), 1.0, step, size)
+        numbers = plan.rates(), self._alpha(), *plan.guards(step)
+        into = None, plan.bad
+        if self.by_std is None:
+            found = work_out(vectors, shrink_by_norm, squares(vectors), numbers, into)
+        else:
+            by_std = self.by_std, vectors.length
+            found = work_out(
+                vectors, shrink_by_std, moments(vectors), (*by_std, *numbers), into
+            )  # fmt: skip
+        factor, _, is_clamped = found
         # At a factor of 0 the direction would be lost, so it is clamped, and the end table says it.
-        is_clamped = (lr * alpha * size > LARGEST_SHARE).to(factor.dtype)
-        plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
+        plan.count("clamped", is_clamped, step)
         self.shrinker.shrink(step, factor)
 
     def _alpha(self) -> float | Tensor:

@@ -4,15 +4,56 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from lightning_normdyn.engine.arguments import Granularity, Params, check_choice, check_within
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Brake, Effect
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.plan import Target, are_treated, guarded
 from lightning_normdyn.engine.refusals import refuse_16_bits
 from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.geometry.formulas import displacement, work_out
 from lightning_normdyn.optimizers.step import Phase, Step
 from lightning_normdyn.steering import Change, brake_factor
+
+
+def braked(
+    ww: Tensor,
+    wd: Tensor,
+    dd: Tensor,
+    outward: float,
+    inward: float,
+    change: Change,
+    log_scale: Tensor,
+    bad: Tensor,
+    active: Tensor | None,
+    skipped: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a brake needs to know of each vector in one step.
+
+    Args:
+        ww: sums of the step, as `lightning_normdyn.steering.brake_factor` takes them.
+        wd: the same.
+        dd: the same.
+        outward: the same.
+        inward: the same.
+        change: the same.
+        log_scale: logarithm of all factors so far.
+        bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
+        active: the same.
+        skipped: the same.
+
+    Returns:
+        Its factor, ``bad``, ``log_scale``, and 1 where the vector grows from nothing, else 0.
+    """
+    factor = brake_factor(ww, wd, dd, outward, inward, change)
+    is_finite = (ww + wd + dd).isfinite()
+    # A vector that had no length grows as it likes, until it has one.
+    is_clamped = factor.isnan() & is_finite
+    factor, bad = guarded(factor.where(~is_clamped, 1.0), 1.0, bad, active, skipped)
+    counted = are_treated(is_clamped, active, skipped).to(factor.dtype)
+    return factor, bad, log_scale + factor.log(), counted
 
 
 class BrakeWorker(Worker["RadialBrake"]):
@@ -37,14 +78,13 @@ class BrakeWorker(Worker["RadialBrake"]):
         rule, plan = self.rule, self.plan
         vectors = plan.vectors
         before = vectors.snapshots(step.bracket)
-        ww, wd, dd = vectors.displacement(before, exact=True)
-        factor = brake_factor(ww, wd, dd, rule.outward, rule.inward, rule.change)
-        is_finite = (ww + wd + dd).isfinite()
-        # A vector that had no length grows as it likes, until it has one.
-        is_clamped = factor.isnan() & is_finite
-        plan.count("clamped", plan.guard(is_clamped.to(factor.dtype), 0.0, step), step)
-        factor = plan.guard(factor.where(~is_clamped, 1.0), 1.0, step)
-        plan.published["log_scale"] += factor.log()
+        log_scale = plan.published["log_scale"]
+        numbers = rule.outward, rule.inward, rule.change, log_scale, *plan.guards(step)
+        into = None, plan.bad, log_scale
+        factor, _, _, is_clamped = work_out(
+            vectors, braked, displacement(vectors, before), numbers, into
+        )
+        plan.count("clamped", is_clamped, step)
         vectors.scale_(factor)
 
     def effect(self, target: Target) -> Effect:

@@ -15,12 +15,19 @@ from lightning_normdyn.engine.arguments import Granularity, Params, check_choice
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Projection
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Plan, Target
+from lightning_normdyn.engine.plan import Plan, Target, guarded
 from lightning_normdyn.engine.value_checks import flag, many, number, optional, record
 from lightning_normdyn.engine.worker import Worker, during
 from lightning_normdyn.errors import NotSupportedError
 from lightning_normdyn.functional import cosine_from_sums
+from lightning_normdyn.geometry.formulas import (
+    fuses_formulas,
+    radial,
+    radial_part_of_step,
+    work_out,
+)
 from lightning_normdyn.geometry.partition import Partition
+from lightning_normdyn.geometry.passes import above_zero, removed_part
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import (
     Decay,
@@ -36,6 +43,49 @@ from lightning_normdyn.optimizers.step import HostCopy, Phase, Step
 # A weight is told from the sum of itself and its step. In float32 that errs by 6e-8 times the step
 # over the weight.
 LONGEST_TOLD = 1.0
+
+
+def shortened(
+    ww: Tensor,
+    wd: Tensor,
+    rates: Tensor,
+    decays: Tensor,
+    ratio: float,
+    owned: Tensor,
+    *guards: Any,
+) -> tuple[Tensor, Tensor]:
+    """What a projection adds of w to each vector.
+
+    Args:
+        ww: <w, w>.
+        wd: <w, Δ>.
+        rates: learning rates.
+        decays: weight decays.
+        ratio: how much of them is applied.
+        owned: bool: whether the decay is the projection's.
+        guards: as `lightning_normdyn.engine.plan.guarded` takes them.
+
+    Returns:
+        The coefficient of w, and ``bad``.
+    """
+    share = rates * decays * ratio * owned
+    removed, bad = guarded(removed_part(ww, wd, share), 0.0, *guards)
+    return -removed, bad
+
+
+def shortened_by_buffer(
+    ww: Tensor, wd: Tensor, bb: Tensor, length: Tensor, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`shortened` where the step is known, ``length`` times a buffer b; ``bb`` is <b, b>.
+
+    Returns:
+        The factor of what w has become, ``bad``, the coefficient of the buffer, and how many times
+        longer than w the step was.
+    """
+    coefficient, bad = shortened(ww, wd, *numbers)
+    # w = v - length b, put in: w itself is nowhere, and its copy would cost memory.
+    step_ratio = length.abs() * (bb / above_zero(ww)).sqrt()
+    return 1 + coefficient, bad, -coefficient * length, step_ratio.nan_to_num(0.0)
 
 
 class ProjectionPart(Part["RadialProjection"]):
@@ -110,11 +160,40 @@ class ProjectWorker(Worker["RadialProjection"]):
     @during(Phase.PROJECT)
     def project(self, step: Step) -> None:
         """w <- w + Pi_w(Delta) (SGDP/AdamP, "Projected updates"), with the decay of the targets."""
-        if self.gates is None:
+        if self.gates is None and fuses_formulas(self.plan.vectors):
+            self._project_at_once(step)
+        elif self.gates is None:
             # What is not finite has been left alone; here it is remembered.
             self.plan.guard(self._project_all(step), 0.0, step)
         else:
             self._project_gated(step, *self.gates)
+
+    def _project_at_once(self, step: Step) -> None:
+        """`_project_all` where a launch is the dearest thing: sums, one formula, one write."""
+        plan = self.plan
+        vectors = plan.vectors
+        owned = plan.owns_decay(step, DecayOwner.PROJECTION)
+        ratio = self.rule.weight_decay_ratio
+        share = plan.rates(), self._decays(), ratio, owned, *plan.guards(step)
+        if self.needs_copy:
+            before = vectors.snapshots(step.bracket)
+            sums = radial(vectors, before)
+            coefficient, _ = work_out(vectors, shortened, sums, share, into=(None, plan.bad))
+            vectors.add_scaled_(coefficient, before)
+            if self.buffer is not None and not self.has_long_steps:
+                moved = self._buffer_values(step)
+                ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
+                self._remember_ratio((plan.rates() * (dd / ss).sqrt()).nan_to_num(0.0))
+            return
+        moved = self._buffer_values(step)
+        length = -plan.rates()
+        sums = radial_part_of_step(vectors, moved, length)
+        numbers = length, *share
+        factor, _, coefficient, step_ratio = work_out(
+            vectors, shortened_by_buffer, sums, numbers, into=(None, plan.bad)
+        )
+        vectors.scale_and_add_(factor, coefficient, moved)
+        self._remember_ratio(step_ratio)
 
     def _project_all(self, step: Step) -> Tensor:
         """Every target; ``(n,)``: by how many times the weight its step was shortened."""
@@ -127,7 +206,7 @@ class ProjectWorker(Worker["RadialProjection"]):
             # step.
             moved = self._buffer_values(step)
             removed, ratio = vectors.remove_radial_of_(moved, -plan.rates(), share, treated)
-            self._remember_ratio(ratio)
+            self._remember_ratio(ratio.nan_to_num(0.0))
             return removed
         before = vectors.snapshots(step.bracket)
         removed = vectors.remove_radial_(before, share, treated)
@@ -135,7 +214,7 @@ class ProjectWorker(Worker["RadialProjection"]):
         if self.buffer is not None and not self.has_long_steps:
             moved = self._buffer_values(step)
             ss, dd = vectors.inner((before, before), (moved, moved), exact=False)
-            self._remember_ratio(plan.rates() * (dd / ss).sqrt())
+            self._remember_ratio((plan.rates() * (dd / ss).sqrt()).nan_to_num(0.0))
         return removed
 
     def _project_gated(
@@ -159,9 +238,7 @@ class ProjectWorker(Worker["RadialProjection"]):
     def _decay(self, step: Step, projected: Tensor | None) -> Tensor:
         """``lr * decay * ratio`` of every vector; 0 where AWS owns the decay."""
         plan = self.plan
-        by_group = [self._decay_rate(group) for group, _ in plan.groups]
-        decay = plan.spread_groups("projection_decay", by_group)
-        rate = plan.rates() * decay
+        rate = plan.rates() * self._decays()
         share = rate * self.rule.weight_decay_ratio
         if projected is not None:
             # A step that keeps its radial part can hold the norm against the full decay, as in
@@ -169,6 +246,11 @@ class ProjectWorker(Worker["RadialProjection"]):
             share = share.where(projected, rate)
         # AWS goes first where both are on a weight: one decay, not two.
         return share * plan.owns_decay(step, DecayOwner.PROJECTION)
+
+    def _decays(self) -> Tensor:
+        """Decoupled λ of every vector, before the ratio: ``(n,)``."""
+        by_group = [self._decay_rate(group) for group, _ in self.plan.groups]
+        return self.plan.spread_groups("projection_decay", by_group)
 
     def _decay_rate(self, group: dict[str, Any]) -> Number:
         """Decoupled λ of a param group, before the ratio."""
@@ -231,11 +313,11 @@ class ProjectWorker(Worker["RadialProjection"]):
         return not self.has_long_steps
 
     def _remember_ratio(self, ratio: Tensor) -> None:
-        # A vector of length zero that did not move says nothing.
-        # With a zero at the end, since a rank that holds no vector has no largest ratio.
-        ratios = torch.cat([ratio.nan_to_num(0.0), ratio.new_zeros(1)])
-        largest = HostCopy(ratios.amax())
-        newest = (largest, self._rate_on_host())
+        """Take note of how long steps are, ``(n,)``; 0, not NaN, of a vector of length zero that
+        did not move: it says nothing."""
+        # A rank that holds no vector has no largest ratio.
+        largest = ratio.amax() if ratio.numel() else ratio.new_zeros(())
+        newest = (HostCopy(largest), self._rate_on_host())
         self.ratios = [*self.ratios[-1:], newest]
 
     def _rate_on_host(self) -> float | None:

@@ -15,13 +15,14 @@ from lightning_normdyn.engine.arguments import Params, check_choice, check_numbe
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Decaying, Effect
 from lightning_normdyn.engine.part import Part
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.plan import Target, are_treated, guarded
 from lightning_normdyn.engine.refusals import refuse_16_bits
 from lightning_normdyn.engine.rule import Turn
 from lightning_normdyn.engine.session import Session
 from lightning_normdyn.engine.shrinking import Shrinker
 from lightning_normdyn.engine.value_checks import number, record, table, text
 from lightning_normdyn.engine.worker import Worker, during
+from lightning_normdyn.geometry.formulas import work_out
 from lightning_normdyn.geometry.partition import Partition
 from lightning_normdyn.optimizers.checks import check_decay_takeover, check_rate
 from lightning_normdyn.optimizers.decay import LARGEST_SHARE, DecayOwner, replaced_decay
@@ -74,6 +75,35 @@ class DecayPart(Part["WeightDecay"]):
         return target
 
 
+def pulled(
+    shares: Tensor,
+    rates: Tensor | None,
+    owned: Tensor,
+    bad: Tensor,
+    active: Tensor | None,
+    skipped: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What each vector loses in one step.
+
+    Args:
+        shares: ``(n,)``, of the weight, or of the weight times the learning rate.
+        rates: learning rates; None: the shares are without.
+        owned: bool: vectors whose decay this is.
+        bad: as `lightning_normdyn.engine.plan.guarded` takes it; ``active`` and ``skipped`` too.
+        active: the same.
+        skipped: the same.
+
+    Returns:
+        The share that it loses, the factor that this leaves, ``bad``, and 1 where the share was
+        clamped, else 0.
+    """
+    pull = shares if rates is None else shares * rates
+    pull = pull * owned
+    is_clamped = are_treated(pull > LARGEST_SHARE, active, skipped)
+    pull, bad = guarded(pull.clamp(max=LARGEST_SHARE), 0.0, bad, active, skipped)
+    return pull, 1 - pull, bad, is_clamped.to(pull.dtype)
+
+
 class PacedDecay(Worker["WeightDecay"]):
     """How strongly the targets of one optimizer decay, and since when."""
 
@@ -89,8 +119,9 @@ class PacedDecay(Worker["WeightDecay"]):
 
     # -- how strongly
 
-    def _pull(self, step: Step) -> Tensor:
-        """The share that each vector loses, ``(n,)``; 0 where somebody else owns its decay."""
+    def _pull(self, step: Step) -> tuple[Tensor, Tensor]:
+        """The share that each vector loses, ``(n,)``, 0 where somebody else owns its decay or it
+        cannot be treated; and the factor that this leaves of it."""
         plan = self.plan
         pace = self.rule.rate
         shares: list[Number] = []
@@ -99,15 +130,15 @@ class PacedDecay(Worker["WeightDecay"]):
             if pace in ("lr_squared", "schedule"):
                 share = share * self._of_largest(place, group)
             shares.append(share)
-        pull = plan.spread_groups("decay_share", shares)
         # Read at every step: a rate that was remembered would miss what a schedule does.
-        if pace in ("lr", "lr_squared"):
-            pull = pull * plan.rates()
+        rates = plan.rates() if pace in ("lr", "lr_squared") else None
         # AWS goes first where both are on a weight: one decay, not two.
-        pull = pull * plan.owns_decay(step, DecayOwner.WEIGHT_DECAY)
-        is_clamped = (pull > LARGEST_SHARE).to(pull.dtype)
-        plan.count("clamped", plan.guard(is_clamped, 0.0, step), step)
-        return pull.clamp(max=LARGEST_SHARE)
+        owned = plan.owns_decay(step, DecayOwner.WEIGHT_DECAY)
+        numbers = plan.spread_groups("decay_share", shares), rates, owned, *plan.guards(step)
+        into = None, None, plan.bad
+        pull, factor, _, is_clamped = work_out(plan.vectors, pulled, None, numbers, into)
+        plan.count("clamped", is_clamped, step)
+        return pull, factor
 
     def _strength(self, group: Group) -> Number:
         """λ of a param group."""
@@ -204,7 +235,7 @@ class DecayWorker(PacedDecay):
     @during(Phase.SHRINK)
     def decay(self, step: Step) -> None:
         """w <- (1 - p) w, at the weight that the gradient was taken at."""
-        factor = self.plan.guard(1 - self._pull(step), 1.0, step)
+        _, factor = self._pull(step)
         self.shrinker.shrink(step, factor)
 
     def effect(self, target: Target) -> Effect:
@@ -230,7 +261,7 @@ class CautiousDecayWorker(PacedDecay):
         """Have the weights copied before the update: only the step tells which entries decay."""
         self.shortened = None
         step.bracket.request_snapshot(self.plan.vectors.storages())
-        self.pull = self.plan.guard(self._pull(step), 0.0, step)
+        self.pull, _ = self._pull(step)
 
     @during(Phase.LOOK_AGAIN)
     def keep_signs(self, step: Step) -> None:

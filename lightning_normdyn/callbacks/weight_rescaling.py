@@ -17,7 +17,7 @@ from lightning_normdyn.engine.arguments import (
 )
 from lightning_normdyn.engine.callback import NormDynCallback
 from lightning_normdyn.engine.effect import Effect, Rescaling
-from lightning_normdyn.engine.plan import Target
+from lightning_normdyn.engine.plan import Target, guarded
 from lightning_normdyn.engine.rescaling import (
     Rescaler,
     RescalingPart,
@@ -26,9 +26,22 @@ from lightning_normdyn.engine.rescaling import (
 )
 from lightning_normdyn.engine.worker import during
 from lightning_normdyn.functional import norm_from_sums, rescale_factor
+from lightning_normdyn.geometry.formulas import squares, work_out
 from lightning_normdyn.optimizers.checks import check_decay_takeover
 from lightning_normdyn.optimizers.decay import DecayOwner, replaced_decay
 from lightning_normdyn.optimizers.step import Phase, Step
+
+
+def rescaled(
+    ww: Tensor, lengths: Tensor, bad: Tensor, active: Tensor | None, skipped: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The factor that brings each vector to its length, and ``bad`` as
+    `lightning_normdyn.engine.plan.guarded` gives it; ``lengths`` is ``(n,)``."""
+    norms = norm_from_sums(ww)
+    # A vector that was zero at the start has no length of its own to go back to: it is left alone,
+    # and named.
+    factor = torch.where(lengths > 0, rescale_factor(norms, lengths), nan)
+    return guarded(factor, 1.0, bad, active, skipped, norms)
 
 
 class RescaleWorker(RescalingWorker["WeightRescaling"]):
@@ -79,12 +92,10 @@ class RescaleWorker(RescalingWorker["WeightRescaling"]):
         # rescale at other steps than one that was never interrupted.
         if plan.number(step) % self.rule.every_n_steps or self._window() != "now":
             return
-        values = plan.vectors.values()
-        norms = norm_from_sums(plan.vectors.inner((values, values))[0])
-        # A vector that was zero at the start has no length of its own to go back to: it is left
-        # alone, and named.
-        factor = torch.where(self.lengths > 0, rescale_factor(norms, self.lengths), nan)
-        factor = plan.guard(factor, 1.0, step, norms)
+        vectors = plan.vectors
+        numbers = self.lengths, *plan.guards(step)
+        sums = squares(vectors, exact=True)
+        factor, _ = work_out(vectors, rescaled, sums, numbers, into=(None, plan.bad))
         self.rescaler.scaling(factor).apply()
         # Without a gradient anywhere nothing was rescaled, so there is nothing to mark.
         if not any(plan.vectors.has_gradient(step)):

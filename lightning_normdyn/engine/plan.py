@@ -85,6 +85,48 @@ class Tally:
             self.acted += found
 
 
+def guarded(
+    values: Tensor,
+    neutral: float,
+    bad: Tensor,
+    active: Tensor | None,
+    skipped: Tensor | None,
+    norms: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`Plan.guard` as a formula, which can be worked out together with others.
+
+    Args:
+        values: ``(n,)``.
+        neutral: what takes their place where a vector cannot be treated.
+        bad: bool ``(n,)``: vectors that had to be left alone so far.
+        active: see `Plan.active`.
+        skipped: see `lightning_normdyn.optimizers.step.Step.skipped`.
+        norms: ``(n,)``: a vector without a length is left alone.
+
+    Returns:
+        The values, and ``bad`` as it is now.
+
+    Example:
+        >>> values, bad = torch.tensor([2.0, torch.inf]), torch.tensor([False, False])
+        >>> guarded(values, 1.0, bad, None, None)
+        (tensor([2., 1.]), tensor([False,  True]))
+    """
+    good = torch.isfinite(values)
+    if norms is not None:
+        good = good & torch.isfinite(norms) & (norms > 0)
+    # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
+    return torch.where(are_treated(good, active, skipped), values, neutral), bad | ~good
+
+
+def are_treated(chosen: Tensor, active: Tensor | None, skipped: Tensor | None) -> Tensor:
+    """``chosen``, without vectors that got no gradient, and none where the update is skipped."""
+    if active is not None:
+        chosen = chosen & active
+    if skipped is not None:
+        chosen = chosen & ~(skipped > 0)
+    return chosen
+
+
 class Plan:
     """The targets of one callback in one optimizer, as vectors.
 
@@ -288,6 +330,15 @@ class Plan:
         # Chosen and not multiplied by 0: 0 times NaN is NaN, which would go into the weight.
         guarded = torch.where(good, values, torch.full_like(values, neutral))
         return step.unless_skipped(guarded, neutral)
+
+    def guards(self, step: Step) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `guarded` takes in this step: ``bad``, who is active, and whether the update is
+        skipped. Notes that the callback acts."""
+        active = self.active(step)
+        self.tally.note(step.number, active is None or any(self.vectors.has_gradient(step)))
+        if step.skipped is None:
+            return self.bad, active, None
+        return self.bad, active, step.skipped.to(self.bad.device).reshape(())
 
     def owns_decay(self, step: Step, owner: DecayOwner) -> Tensor:
         """``(n,)`` bool: vectors whose decay is ``owner``'s to apply."""

@@ -306,6 +306,13 @@ class Kernels:
 
         self._change(add, [tensors, source], [(coefficient, 0.0)])
 
+    def scale_and_add_(
+        self, tensors: Operand, factor: Tensor, coefficient: Tensor, source: Operand
+    ) -> None:
+        """`scale_`, and then `add_scaled_`."""
+        self.scale_(tensors, factor)
+        self.add_scaled_(tensors, coefficient, source)
+
     def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
         """Make every vector v into ``scale * (w + stretch * (v - w))`` with w = ``before``; factors
         are ``(n,)``."""

@@ -73,6 +73,18 @@ SQUARES = Pass(_norms, torch.square, 1, 1, streaming=True)
 """<w, w>."""
 
 
+def _exact_norms(
+    dims: Dims,
+    outs: Views,
+    views: Views,
+) -> None:
+    norm_of(widened(views[0], torch.float64), dims, outs[0])
+
+
+EXACT_SQUARES = Pass(_exact_norms, torch.square, 1, 1, torch.float64)
+"""<w, w>, summed in float64."""
+
+
 def _moments(
     dims: Dims,
     outs: Views,
@@ -113,7 +125,6 @@ def _finish_displacement(written: Tensor) -> Tensor:
     return torch.stack([square, radial, total])
 
 
-@cache
 def displacement(
     exact: torch.dtype | None,
     *,
@@ -125,7 +136,12 @@ def displacement(
         exact: the dtype that <w, w> is summed in; None: the weight's own.
         known: whether norms are given.
     """
+    return _displacement(exact, known)
 
+
+# Made once each, so that kernels of another kind can tell which pass it is.
+@cache
+def _displacement(exact: torch.dtype | None, known: bool) -> Pass:
     def kernel(
         dims: Dims,
         outs: Views,

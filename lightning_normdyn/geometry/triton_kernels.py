@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from . import passes
+from . import fusion, passes
+from .fusion import Formula
 from .kernels import Kernels
 from .passes import Operand, Pair, Pass
 from .triton_tables import FIELDS, Addresses, Part, RowTables, Unfit
@@ -58,6 +59,8 @@ class TritonKernels(Kernels):
     failure: ClassVar[str | None] = None
     """Of the whole process: a compiler that fails once is not asked again."""
     seconds: ClassVar[dict[Any, float]] = {}
+    formulas: ClassVar[dict[Any, Any]] = {}
+    """For each formula and kind of arguments its program and the dtypes of its results."""
 
     @property
     def fuses(self) -> bool:
@@ -88,29 +91,39 @@ class TritonKernels(Kernels):
     ) -> Tensor:
         """See `Kernels.sums`."""
         try:
-            if how is passes.SQUARES:
-                return self._products(operands[0])
-            if how is passes.MOMENTS:
-                # In float64 the mean need not be taken out first.
-                return self._products(operands[0], ones=True, exact=True)
-            if how in DISPLACEMENTS:
-                # Always in float64, which costs no pass.
-                return self._products(*operands, moved=True, exact=True)
-            if how is passes.RADIAL:
-                return self._products(*operands, moved=True)[:2]
-            if how is passes.RADIAL_OF_STEP:
-                return self._radial_of_step(*operands, *numbers)
+            sums = self._combined(self.slots(how, operands))
         except Unfit:
-            pass
-        return super().sums(how, operands, numbers)
+            return super().sums(how, operands, numbers)
+        if how is passes.RADIAL:
+            return sums[:2]
+        if how is passes.RADIAL_OF_STEP:
+            return torch.stack(radial_of_step(*sums, *numbers))
+        return sums
 
-    def _radial_of_step(self, direction: Operand, after: Operand, length: Any) -> Tensor:
-        # With w = v - length * direction put in. In float64, since <w, direction> is a small
-        # difference of these two sums.
-        vv, vd, dd = self._products(after, direction, exact=True)
-        along = vd - length * dd
-        square = vv - length * (vd + along)
-        return torch.stack([square, length * along, dd])
+    def slots(self, how: Pass, operands: Sequence[Operand]) -> Tensor:
+        """What the programs of one kind of sums find, ``(K, S)``. Of `passes.RADIAL` there is one
+        more, and of `passes.RADIAL_OF_STEP` it is what `radial_of_step` takes.
+
+        Raises:
+            Unfit: for sums, or operands, that there is no program for.
+        """
+        if how is passes.SQUARES:
+            return self._slots(operands[0])
+        if how is passes.EXACT_SQUARES:
+            return self._slots(operands[0], exact=True)
+        if how is passes.MOMENTS:
+            # In float64 the mean need not be taken out first.
+            return self._slots(operands[0], ones=True, exact=True)
+        if how in DISPLACEMENTS:
+            # Always in float64, which costs no pass.
+            return self._slots(*operands, moved=True, exact=True)
+        if how is passes.RADIAL:
+            return self._slots(*operands, moved=True)
+        if how is passes.RADIAL_OF_STEP:
+            direction, after = operands
+            # In float64, since <w, direction> is a small difference of two of these sums.
+            return self._slots(after, direction, exact=True)
+        raise Unfit("no program takes these sums")
 
     def products(
         self,
@@ -144,7 +157,8 @@ class TritonKernels(Kernels):
             # The first operand of the first launch is the one to copy.
             destination = None if copy is None or number else copy[1]
             b = None if right is None else operands[right]
-            sums = self._products(operands[left], b, ones=ones, exact=exact, copy=destination)
+            slots = self._slots(operands[left], b, ones=ones, exact=exact, copy=destination)
+            sums = self._combined(slots)
             found |= dict(zip(_rows(left, right), sums, strict=False))
             if ones:
                 found[left, None] = sums[-1]
@@ -152,7 +166,7 @@ class TritonKernels(Kernels):
             return sums  # as they were written: no copy
         return torch.stack([found[term] for term in terms])
 
-    def _products(
+    def _slots(
         self,
         a: Operand,
         b: Operand | None = None,
@@ -162,22 +176,8 @@ class TritonKernels(Kernels):
         exact: bool = False,
         copy: Operand | None = None,
     ) -> Tensor:
-        """``(K, n)`` float64: <a, a>; with b <a, b> and <b, b> (of b - a in place of b if
-        ``moved``); with ``ones`` <1, a>."""
-        slots = self._slots(a, b, moved=moved, ones=ones, exact=exact, copy=copy)
-        return self._combined(slots)
-
-    def _slots(
-        self,
-        a: Operand,
-        b: Operand | None,
-        *,
-        moved: bool,
-        ones: bool,
-        exact: bool,
-        copy: Operand | None,
-    ) -> Tensor:
-        """``(K, S)``: what each program finds."""
+        """``(K, S)``: what each program finds: <a, a>; with b <a, b> and <b, b> (of b - a in place
+        of b if ``moved``); with ``ones`` <1, a>."""
         tables = self._tables
         count = 1 + (2 if b is not None else 0) + ones
         out = torch.empty(count, tables.slots, dtype=torch.float64, device=self._device)
@@ -212,6 +212,57 @@ class TritonKernels(Kernels):
                 )  # fmt: skip
         return out
 
+    # ---- Formulas on numbers per vector ----
+
+    def rule(
+        self,
+        formula: Formula,
+        sums: Tensor | None,
+        arguments: Sequence[Any],
+        into: Sequence[Tensor | None],
+        *,
+        from_slots: bool,
+    ) -> tuple[Tensor, ...]:
+        """``formula(*sums, *arguments)`` in one launch.
+
+        Args:
+            formula: see `lightning_normdyn.geometry.fusion`.
+            sums: ``(K, S)`` as `slots` gives them, or ``(K, n)`` where they are complete.
+            arguments: what the formula takes besides.
+            into: for each result where to write it; None: somewhere new.
+            from_slots: which of the two ``sums`` are.
+
+        Raises:
+            Unfit: for a formula that no program can be written for.
+        """
+        tables = self._tables
+        count = 0 if sums is None else len(sums)
+        key = (formula, count, from_slots, fusion.signature(arguments))
+        known = self.formulas.get(key)
+        if known is None:
+            source = fusion.write_source(formula, count, arguments, from_slots=from_slots)
+            name = f"<formula {len(self.formulas)}: {getattr(formula, '__name__', 'unnamed')}>"
+            known = programs().program_of(source.text, name), source.dtypes
+            self.formulas[key] = known
+        program, dtypes = known
+        results = []
+        for destination, dtype in zip([*into, *[None] * len(dtypes)], dtypes, strict=False):
+            if destination is None:
+                destination = torch.empty(tables.n, dtype=dtype, device=self._device)
+            results.append(destination)
+        if not tables.n:
+            return tuple(results)
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        if any(tensor.device != self._device or not _is_whole(tensor) for tensor in tensors):
+            raise Unfit("numbers lie elsewhere")
+        slots = tables.first if sums is None else sums
+        distance = tables.slots if from_slots else tables.n
+        at_once, slots_at_once = tables.combining if from_slots else (64, 16)
+        arguments = (slots, distance, tables.first, tables.order, tables.n, *tensors, *results)
+        part = Part(torch.float64, tables.first, -(-tables.n // at_once), 0)
+        self._launch(program, [(part, arguments, (at_once, slots_at_once))], tiles=False)
+        return tuple(results)
+
     # ---- Changes, in place ----
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
@@ -227,6 +278,15 @@ class TritonKernels(Kernels):
             self._write(tensors, source, coefficient=coefficient)
         except Unfit:
             super().add_scaled_(tensors, coefficient, source)
+
+    def scale_and_add_(
+        self, tensors: Operand, factor: Tensor, coefficient: Tensor, source: Operand
+    ) -> None:
+        """See `Kernels.scale_and_add_`."""
+        try:
+            self._write(tensors, source, factor=factor, coefficient=coefficient)
+        except Unfit:
+            super().scale_and_add_(tensors, factor, coefficient, source)
 
     def stretch_(self, tensors: Operand, before: Operand, stretch: Tensor, scale: Tensor) -> None:
         """See `Kernels.stretch_`."""
@@ -246,7 +306,7 @@ class TritonKernels(Kernels):
         try:
             if shortened is not None:
                 raise Unfit("a mask is given")
-            self._write(tensors, before, coefficient=-share, mode=SHORTENED)
+            self._write(tensors, before, coefficient=share, mode=SHORTENED)
         except Unfit:
             super().decay_shortened_(tensors, share, before, shortened)
 
@@ -280,15 +340,19 @@ class TritonKernels(Kernels):
 
     # ---- Launches ----
 
-    def _launch(self, program: Any, launches: list[tuple[Part, Any, Any]]) -> None:
+    def _launch(
+        self, program: Any, launches: list[tuple[Part, Any, Any]], *, tiles: bool = True
+    ) -> None:
         with self._on_device():
+            given = []
             # All of them are compiled before the first of them writes.
             for part, arguments, constants in launches:
+                if tiles:
+                    constants = (*constants, FIELDS, part.kinds)
                 self._compile(program, part, arguments, constants)
-            for part, arguments, constants in launches:
-                program[part.programs,](
-                    *arguments, *constants, FIELDS, part.kinds, num_warps=WARPS
-                )  # fmt: skip
+                given.append((part.programs, (*arguments, *constants)))
+            for count, everything in given:
+                program[count,](*everything, num_warps=WARPS)
 
     def _compile(self, program: Any, part: Part, arguments: Any, constants: Any) -> None:
         """Compile a program unless that has been done.
@@ -301,7 +365,7 @@ class TritonKernels(Kernels):
         if self._device.type != "cuda":
             return  # the interpreter compiles nothing
         kinds = [getattr(argument, "dtype", None) for argument in arguments]
-        variant = (program, self._device, part.kinds, *kinds, *map(str, constants))
+        variant = (program, self._device, *kinds, *map(str, constants))
         if variant in self.seconds:
             return
         if torch.cuda.is_current_stream_capturing():
@@ -312,9 +376,7 @@ class TritonKernels(Kernels):
         start = time.perf_counter()
         try:
             grid = (part.programs,)
-            program.warmup(
-                *arguments, *constants, FIELDS, part.kinds, num_warps=WARPS, grid=grid
-            )  # fmt: skip
+            program.warmup(*arguments, *constants, num_warps=WARPS, grid=grid)
         # Whatever it is (a compiler that is missing, a driver that is too old): torch's kernels
         # come to the same result.
         except Exception as error:
@@ -327,6 +389,17 @@ class TritonKernels(Kernels):
         if self._device.type == "cuda":
             return torch.cuda.device(self._device)
         return nullcontext()
+
+
+def radial_of_step(vv: Tensor, vd: Tensor, dd: Tensor, length: Any) -> tuple[Tensor, ...]:
+    """<w, w>, <w, Δ> and <direction, direction> from the sums of v and a direction, with
+    w = v - length * direction put in."""
+    along = vd - length * dd
+    return vv - length * (vd + along), length * along, dd
+
+
+def _is_whole(tensor: Tensor) -> bool:
+    return not tensor.ndim or tensor.is_contiguous()
 
 
 def _language(dtype: torch.dtype) -> Any:

@@ -20,6 +20,7 @@ x what is added to it; c the coefficient of x, and a copy.
 
 from __future__ import annotations
 
+import linecache
 from typing import Any
 
 try:
@@ -210,7 +211,7 @@ def _new_values(
 ):  # fmt: skip
     if MODE == 2:
         # What has not moved away from 0 since x.
-        return old + tl.where((old - x) * x <= 0.0, c * x, 0.0)
+        return old - tl.where((old - x) * x <= 0.0, c * x, 0.0)
     if MODE == 1:
         # The difference first: a large stretch would multiply the rounding of two products.
         step = old - x
@@ -287,7 +288,7 @@ def write(
     Y: tl.constexpr, X: tl.constexpr, Z: tl.constexpr, MODE: tl.constexpr, NUM: tl.constexpr,
     FIELDS: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
-    """``MODE`` 0: y <- factor y + c x. 1: y <- factor (x + stretch (y - x)) + c x. 2: y <- y + c x
+    """``MODE`` 0: y <- factor y + c x. 1: y <- factor (x + stretch (y - x)) + c x. 2: y <- y - c x
     at entries that have not moved away from 0 since x. With ``Z`` a copy of what came of it.
 
     Rows that this leaves as they are are not touched.
@@ -326,3 +327,21 @@ def write(
                 record, y, x, z, vectors, factor, coefficient, stretch,
                 Y, X, Z, MODE, NUM, 4, 256, False, WIDE,
             )  # fmt: skip
+
+
+# ---- Formulas ----
+
+
+def program_of(text: str, name: str) -> Any:
+    """The program ``rule`` that is written in ``text``
+    (`lightning_normdyn.geometry.fusion.write_source`).
+
+    Args:
+        text: its source.
+        name: under which the source can be looked up, as if it were a file.
+    """
+    # Triton reads the source of a function where Python finds it for a traceback.
+    linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+    namespace: dict[str, Any] = {"tl": tl, "_total": _total, "__name__": __name__}
+    exec(compile(text, name, "exec"), namespace)
+    return _program(do_not_specialize=["S", "n"])(namespace["rule"])

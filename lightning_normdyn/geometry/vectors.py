@@ -189,7 +189,7 @@ class WeightVectors(Reduction):
         """The copies that ``bracket`` took of them in this step."""
         return [bracket.snapshot(weight) for weight in self.weights]
 
-    def _values_beside(self, before: Operand) -> Operand:
+    def values_beside(self, before: Operand) -> Operand:
         """The weights, with None where ``before`` has none."""
         values: list[Tensor | None] = [*self.values()]
         for i, old in enumerate(before):
@@ -294,7 +294,7 @@ class WeightVectors(Reduction):
         if self.cut or not self._kernels.rows_fit:
             norms = None
         how = passes.displacement(self.sum_dtype if exact else None, known=norms is not None)
-        sums = self._kernels.sums(how, [before, self._values_beside(before)], [norms])
+        sums = self._kernels.sums(how, [before, self.values_beside(before)], [norms])
         return self.sum_(sums)
 
     def radial_and_totals(self, before: Operand, *, summarize: Summarize) -> tuple[Tensor, Tensor]:
@@ -307,7 +307,7 @@ class WeightVectors(Reduction):
         Returns:
             ``(2, n)`` and ``(J, weights)``.
         """
-        packed = self._kernels.sums(passes.RADIAL, [before, self._values_beside(before)])
+        packed = self._kernels.sums(passes.RADIAL, [before, self.values_beside(before)])
         totals = self.complete_with_totals(packed, summarize)
         return packed, totals
 
@@ -346,6 +346,10 @@ class WeightVectors(Reduction):
         """
         changed = self.values() if tensors is None else tensors
         self._kernels.add_scaled_(changed, coefficient, source)
+
+    def scale_and_add_(self, factor: Tensor, coefficient: Tensor, source: Operand) -> None:
+        """`scale_` the weights, then `add_scaled_`; None in ``source``: passed over."""
+        self._kernels.scale_and_add_(self.values_beside(source), factor, coefficient, source)
 
     def stretch_(self, before: Operand, stretch: Tensor, scale: Tensor) -> None:
         """Stretch the step since ``before``, and scale what it ends at, in place:
@@ -398,7 +402,7 @@ class WeightVectors(Reduction):
         Returns:
             ``(n,)``: by how much of ``before`` each vector was changed or would have been.
         """
-        after = self._values_beside(before)
+        after = self.values_beside(before)
         sums = self._sums_removing(passes.RADIAL, [before, after], [], share, active)
         square, product = sums
         removed = passes.removed_part(square, product, share)
@@ -429,7 +433,7 @@ class WeightVectors(Reduction):
             What `remove_radial_` returns, and ``(n,)``: how many times longer than the weight
             before it the step was.
         """
-        after = self._values_beside(direction)
+        after = self.values_beside(direction)
         operands = [direction, after]
         sums = self._sums_removing(passes.RADIAL_OF_STEP, operands, [length], share, active)
         square, product, direction_square = sums

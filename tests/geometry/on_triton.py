@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.functional import angle_from_sums, std_from_sums
+from lightning_normdyn.geometry.formulas import radial_part_of_step, squares, work_out
 from lightning_normdyn.geometry.kernels import Kernels
 from lightning_normdyn.geometry.triton_kernels import TritonKernels
 
@@ -104,7 +105,7 @@ def test_sums(name, dtype):
     assert torch.equal(own, kernels.products(pairs[:3], exact=False).cpu())
 
     # Asked for in another order, and fewer of them; with a copy on the way.
-    copy = torch.zeros_like(b)
+    copy = another(b, 1)
     some = kernels.products([pairs[2], pairs[0]], exact=False, copy=([b], [copy])).cpu()
     assert torch.equal(some, own[[2, 0]])
     assert torch.equal(copy, b)
@@ -356,3 +357,57 @@ def test_slots_are_added_up_alike_however_many_there_are(combining):
     combined = kernels._combined(slots.to(DEVICE)).cpu()
     expected = torch.tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(combined, expected, rtol=1e-12, atol=1e-12)
+
+
+# ---- Formulas ----
+
+
+def all_operations(ww, a, flags, one):
+    """Every operation that a program can have."""
+    finite = torch.isfinite(a) & ~torch.isnan(ww)
+    kept = torch.where(finite, a, 0.25)
+    b = (kept.abs() + 1.0).sqrt().log().exp() - kept / 3.0
+    c = torch.addcdiv(b, ww, ww.clamp(min=1e-3)) + (2 - b) * flags
+    d = (a / (a - a)).nan_to_num(0.0, 7.0, -7.0) + torch.zeros_like(a) + torch.ones_like(a)
+    e = torch.where(one > 0, c.clamp(-0.5, 1.5), d) ** 2
+    compared = (a <= b) | (a >= 2 * b) | (a == kept) & (kept != b)
+    return c, d, e, -e, compared, compared.float(), torch.full_like(a, 0.1), 1 - a
+
+
+@pytest.mark.parametrize("from_slots", [True, False])
+def test_formulas_are_what_torch_makes_of_them(from_slots):
+    name = "rows of 129" if from_slots else "labels over two dims"
+    weight = moved_to_device(LAYOUTS[name][0], torch.float32)
+    vectors = vectors_of(weight, names=[name])
+    n = vectors.n
+    a = randn(n).to(DEVICE)
+    a[0], a[1] = torch.inf, torch.nan
+    arguments = a, torch.arange(n, device=DEVICE) % 2 == 0, torch.ones((), device=DEVICE)
+    sums = squares(vectors, exact=True)
+    if not from_slots:
+        vectors.cut = True
+        vectors.sum_ = lambda packed: packed
+    found = work_out(vectors, all_operations, sums, arguments)
+    rows = vectors.inner((vectors.values(), vectors.values()))
+    expected = all_operations(*rows, *arguments)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine, theirs, rtol=1e-14, atol=1e-14, equal_nan=True)
+    assert any(key[0] is all_operations for key in TritonKernels.formulas)
+
+
+def test_a_formula_of_a_step_that_a_buffer_tells():
+    weight = moved_to_device(LAYOUTS["rows of 129"][0], torch.float32)
+    vectors = vectors_of(weight, names=["rows of 129"])
+    length = torch.full((vectors.n,), -0.1, dtype=torch.float64, device=DEVICE)
+    sums = radial_part_of_step(vectors, [another(weight)], length)
+    found = work_out(vectors, lambda *rows: rows, sums)
+    expected = vectors._kernels.sums(sums.how, sums.operands, sums.numbers)
+    torch.testing.assert_close(torch.stack(found), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_a_formula_that_no_program_has_is_left_to_torch():
+    weight = moved_to_device(LAYOUTS["conv"][0], torch.float32)
+    vectors = vectors_of(weight, names=["conv"])
+    found, *_ = work_out(vectors, lambda ww: (ww.erfinv(),), squares(vectors))
+    assert torch.equal(found, (vectors.norms() ** 2).erfinv()) or found.isnan().all()

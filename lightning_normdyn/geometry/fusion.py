@@ -1,0 +1,274 @@
+"""A formula on numbers per vector, ``(n,)`` tensors, as the text of one GPU program.
+
+Written with torch, a rule of a dozen operations is a dozen launches, each of which costs the host
+more than the device. So the formula is run once on tensors without numbers, the operations are
+noted, and one program is written that does all of them. There is no second version of a formula
+that could differ from the first.
+
+Letters: n vectors, S slots of sums.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from .triton_tables import Unfit
+
+Formula = Callable[..., tuple[Tensor, ...]]
+"""From ``(n,)`` tensors, numbers and None to ``(n,)`` tensors, entry by entry, in place of
+nothing."""
+
+aten = torch.ops.aten
+_TYPES = {
+    torch.float64: "tl.float64",
+    torch.float32: "tl.float32",
+    torch.int64: "tl.int64",
+    torch.bool: "tl.int1",
+}
+_INFIX = {
+    aten.add.Tensor: "+", aten.sub.Tensor: "-", aten.mul.Tensor: "*", aten.div.Tensor: "/",
+}  # fmt: skip
+_COMPARED = {
+    aten.eq: "==", aten.ne: "!=", aten.lt: "<", aten.le: "<=", aten.gt: ">", aten.ge: ">=",
+}  # fmt: skip
+_LOGICAL = {
+    aten.bitwise_and: "&", aten.bitwise_or: "|", aten.logical_and: "&", aten.logical_or: "|",
+}  # fmt: skip
+_CALLS = {aten.sqrt: "tl.sqrt", aten.abs: "tl.abs", aten.log: "tl.log", aten.exp: "tl.exp"}
+_SAME = {aten.clone, aten.alias, aten.detach, aten._to_copy, aten.lift_fresh_copy}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A program for one formula and one kind of arguments.
+
+    Args:
+        text: of a function ``rule(slots, S, first, order, n, i0, i1, ..., o0, ..., V, B)``.
+        dtypes: of its results.
+    """
+
+    text: str
+    dtypes: tuple[torch.dtype, ...]
+
+
+def write_source(
+    formula: Formula, sums: int, arguments: Sequence[Any], *, from_slots: bool
+) -> Source:
+    """The program that does what ``formula(*sums, *arguments)`` does.
+
+    Args:
+        formula: what to do.
+        sums: how many sums per vector it takes, float64 each.
+        arguments: tensors, ``(n,)`` or of no dimension, whose numbers do not matter; everything
+            else becomes part of the program.
+        from_slots: whether each sum is still to be added up from the slots of its vector.
+
+    Raises:
+        Unfit: for an operation that is not known here.
+
+    Example:
+        >>> source = write_source(lambda ww: (ww.sqrt(),), 1, (), from_slots=False)
+        >>> print(source.text.splitlines()[-2])
+            v0 = (tl.sqrt(s0)).to(tl.float64)
+    """
+    graph = _traced(formula, sums, arguments)
+    lines = ["    v = tl.program_id(0) * V + tl.arange(0, V)", "    there = v < n"]
+    if from_slots:
+        lines.append("    low = tl.load(first + v, mask=there, other=0)")
+        lines.append("    high = tl.load(first + v + 1, mask=there, other=0)")
+    names: dict[Node, str] = {}
+    results: Sequence[Node] = ()
+    inputs: list[str] = []
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            number = len(names)
+            if number < sums:
+                names[node] = f"s{number}"
+                lines.append(f"    s{number} = {_sum(number, from_slots=from_slots)}")
+            else:
+                inputs.append(f"i{len(inputs)}")
+                names[node] = f"a{len(inputs)}"
+                lines.append(f"    {names[node]} = {_loaded(node, inputs[-1])}")
+        elif node.op == "call_function":
+            names[node] = f"v{sum(name.startswith('v') for name in names.values())}"
+            dtype = _type(node)
+            lines.append(f"    {names[node]} = ({_expression(node, names)}).to({dtype})")
+        elif node.op == "output":
+            results = node.args[0]
+        else:
+            raise Unfit(f"a formula has a constant of its own: {node.target}")
+    outputs = [f"o{i}" for i in range(len(results))]
+    for output, node in zip(outputs, results, strict=True):
+        lines.append(f"    tl.store({output} + v, {names[node]}, mask=there)")
+    given = ["slots", "S", "first", "order", "n", *inputs, *outputs]
+    head = f"def rule({', '.join(given)}, V: tl.constexpr, B: tl.constexpr):"
+    dtypes = tuple(node.meta["val"].dtype for node in results)
+    return Source("\n".join([head, *lines]) + "\n", dtypes)
+
+
+def _traced(formula: Formula, sums: int, arguments: Sequence[Any]) -> torch.fx.Graph:
+    """The operations of a formula, on tensors of any length and without numbers."""
+    # Here: it brings half a second of imports, which only those need who have a GPU.
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    blank = [torch.zeros(2, dtype=torch.float64, device="cpu") for _ in range(sums)]
+    tensors = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            shape = (2,) if argument.ndim else ()
+            tensors.append(torch.zeros(shape, dtype=argument.dtype, device="cpu"))
+
+    def with_constants(*given: Tensor) -> tuple[Tensor, ...]:
+        left = iter(given[sums:])
+        filled = [next(left) if isinstance(a, Tensor) else a for a in arguments]
+        return formula(*given[:sums], *filled)
+
+    try:
+        traced = make_fx(with_constants, tracing_mode="fake")(*blank, *tensors)
+    # Whatever it cannot be run on: with numbers, torch runs it, or says what is wrong with it.
+    except Exception as error:
+        raise Unfit(f"a formula cannot be traced ({error})") from error
+    traced.graph.eliminate_dead_code()
+    graph: torch.fx.Graph = traced.graph
+    return graph
+
+
+def _sum(number: int, *, from_slots: bool) -> str:
+    # S is how far apart two kinds of sums lie: the number of slots, or of vectors.
+    place = f"slots + {number} * S.to(tl.int64)"
+    if from_slots:
+        return f"_total({place}, order, low, high, V, B)"
+    return f"tl.load({place} + v, mask=there, other=0.0)"
+
+
+def _loaded(node: Node, pointer: str) -> str:
+    value = node.meta["val"]
+    # One number for all vectors is read as a block: the interpreter cannot compare scalars.
+    place = f"{pointer} + v" if value.ndim else f"{pointer} + v * 0"
+    loaded = f"tl.load({place}, mask=there, other=0)"
+    return f"{loaded} != 0" if value.dtype == torch.bool else loaded
+
+
+def _type(node: Node) -> str:
+    dtype = node.meta["val"].dtype
+    if dtype not in _TYPES:
+        raise Unfit(f"a formula has numbers of {dtype}")
+    return _TYPES[dtype]
+
+
+def _expression(node: Node, names: dict[Node, str]) -> str:
+    target: Any = node.target
+    packet = target.overloadpacket
+    args, dtype = node.args, node.meta["val"].dtype
+
+    def value(position: int, of: torch.dtype = dtype) -> str:
+        return _value(args[position], of, names)
+
+    if packet in _SAME:
+        return value(0)
+    if packet is aten.mul and dtype == torch.bool:
+        return f"{value(0)} & {value(1)}"
+    if target in _INFIX and not node.kwargs.get("alpha"):
+        return f"{value(0)} {_INFIX[target]} {value(1)}"
+    if packet in _COMPARED:
+        common = _common_dtype(args)
+        return f"{value(0, common)} {_COMPARED[packet]} {value(1, common)}"
+    if packet in _LOGICAL and dtype == torch.bool:
+        return f"{value(0)} {_LOGICAL[packet]} {value(1)}"
+    if packet in (aten.bitwise_not, aten.logical_not):
+        return f"{value(0, torch.bool)} == 0"
+    if packet in _CALLS:
+        return f"{_CALLS[packet]}({value(0)})"
+    if packet is aten.isnan:
+        own = _common_dtype(args)
+        return f"{value(0, own)} != {value(0, own)}"
+    if packet is aten.neg:
+        return f"0.0 - {value(0)}"
+    if packet is aten.rsub:
+        return f"{value(1)} - {value(0)}"
+    if packet is aten.where:
+        return f"tl.where({value(0, torch.bool)}, {value(1)}, {value(2)})"
+    if packet in (aten.scalar_tensor, aten.full, aten.full_like):
+        fill = args[0] if packet is aten.scalar_tensor else args[1]
+        return _literal(fill, dtype)
+    if packet in (aten.ones_like, aten.zeros_like):
+        return _literal(float(packet is aten.ones_like), dtype)
+    if packet is aten.addcdiv and not node.kwargs:
+        return f"{value(0)} + {value(1)} / {value(2)}"
+    if packet is aten.pow and args[1] in (2, 2.0):
+        return f"{value(0)} * {value(0)}"
+    if packet is aten.clamp:
+        return _clamped(value(0), [*args[1:], *node.kwargs.values()], dtype)
+    if packet is aten.nan_to_num:
+        return _without_nan(value(0), args[1:], dtype)
+    raise Unfit(f"no program has {target}")
+
+
+def _value(argument: Any, dtype: torch.dtype, names: dict[Node, str]) -> str:
+    if isinstance(argument, Node):
+        name = names[argument]
+        return name if argument.meta["val"].dtype == dtype else f"{name}.to({_TYPES[dtype]})"
+    return _literal(argument, dtype)
+
+
+def _literal(number: Any, dtype: torch.dtype) -> str:
+    # As a block of this dtype: by itself a number in a program has the digits of a float32.
+    written = repr(number)
+    if dtype in (torch.bool, torch.int64):
+        written = repr(int(number))
+    elif not math.isfinite(number):
+        written = f'float("{number}")'
+    return f"tl.full([V], {written}, {_TYPES[dtype]})"
+
+
+def _common_dtype(arguments: Sequence[Any]) -> torch.dtype:
+    dtypes = [a.meta["val"].dtype for a in arguments if isinstance(a, Node)]
+    common: torch.dtype = dtypes[0]
+    for dtype in dtypes[1:]:
+        common = torch.promote_types(common, dtype)
+    # A boolean that is held against a number: nobody here does that.
+    if common == torch.bool and not all(isinstance(a, Node) for a in arguments):
+        raise Unfit("a formula compares a flag with a number")
+    return common
+
+
+def _clamped(value: str, bounds: Sequence[Any], dtype: torch.dtype) -> str:
+    """Between bounds that may be None; a NaN stays one."""
+    low, high = [*bounds, None, None][:2]
+    for bound, beyond in ((low, "<"), (high, ">")):
+        if isinstance(bound, Node):
+            raise Unfit("a formula clamps by other numbers")
+        if bound is not None:
+            limit = _literal(bound, dtype)
+            value = f"tl.where({value} {beyond} {limit}, {limit}, {value})"
+    return value
+
+
+def _without_nan(value: str, replacements: Sequence[Any], dtype: torch.dtype) -> str:
+    extremes = torch.finfo(dtype)
+    defaults = (0.0, extremes.max, extremes.min)
+    nan, highest, lowest = (
+        default if given is None else given
+        for given, default in zip([*replacements, None, None, None], defaults, strict=False)
+    )
+    above, below = _literal(math.inf, dtype), _literal(-math.inf, dtype)
+    text = f"tl.where({value} != {value}, {_literal(nan, dtype)}, {value})"
+    text = f"tl.where({value} == {above}, {_literal(highest, dtype)}, {text})"
+    return f"tl.where({value} == {below}, {_literal(lowest, dtype)}, {text})"
+
+
+def signature(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """What a program for these arguments depends on: the dtypes of tensors, and everything else
+    itself."""
+    kinds = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            kinds.append((argument.dtype, bool(argument.ndim)))
+        else:
+            kinds.append(argument)
+    return tuple(kinds)
