@@ -30,10 +30,17 @@ DESK = {
     "strong_steps": 1_500,
     "weak_steps": 3_500,
     "scheduled_steps": 2_000,
+    "scheduled_seeds": 3,
     "noise": 0.5,
     "label_noise": 0.1,
 }
-TINY = {"width": 2, "strong_steps": 40, "weak_steps": 40, "scheduled_steps": 40}
+TINY = {
+    "width": 2,
+    "strong_steps": 40,
+    "weak_steps": 40,
+    "scheduled_steps": 40,
+    "scheduled_seeds": 1,
+}
 WITHIN = 0.25
 # Steps of a window in which angles are compared under a schedule.
 WINDOW = 100
@@ -280,7 +287,8 @@ def scheduled_fits(arm: Arm, args: Any, images: desk.Images) -> list[desk.Run]:
 
     recipe = arm.recipe(args.scheduled_steps)
     return [
-        desk.fit(build, images, recipe, seed, accelerator=args.accelerator) for seed in args.seeds
+        desk.fit(build, images, recipe, seed, accelerator=args.accelerator)
+        for seed in range(args.scheduled_seeds)
     ]
 
 
@@ -312,7 +320,7 @@ def main() -> None:
         by less than a tenth per relaxation time, after 6 of them. Expected now: from the norm at the start, the schedule so far, and the
         size of the gradients at the rows. Under a schedule: warm-up over a twentieth of
         {args.scheduled_steps} steps, then a cosine to 0, or constant with a linear fall to 0 over the last fifth (WSD); AdamW 3e-3 with decay
-        .3, SGD as above; {args.label_noise:.0%} of the labels are drawn anew in each batch, so that the loss cannot vanish."""
+        .3, SGD as above, {args.scheduled_seeds} seeds each, whatever the others have; {args.label_noise:.0%} of the labels are drawn anew in each batch, so that the loss cannot vanish."""
     report = desk.Report("Measured and predicted angular updates", args, about)
     figure, axes = desk.figure(4, 2)
     decays = ((args.strong, args.strong_steps), (args.weak, args.weak_steps))

@@ -8,8 +8,8 @@ windows of `lightning_normdyn.monitor.measured_balance`, which are on the host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from math import fsum, inf, isfinite, nan, sqrt
+from collections.abc import Iterator, Mapping, Sequence
+from math import inf, isfinite, nan, sqrt
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.tables import paragraph, render
 from lightning_normdyn.theory.growth import noise_energy
 
+from .balance import BalanceWindow, Point
 from .measure import StepGauge
 from .measured_balance import Balance
 
@@ -87,12 +88,17 @@ def group_names(optimizers: Sequence[Optimizer]) -> list[list[str]]:
         [['SGD 0', 'SGD 1']]
     """
     kinds = [type(optimizer).__name__ for optimizer in optimizers]
-    names = []
-    for index, (kind, optimizer) in enumerate(zip(kinds, optimizers, strict=True)):
-        name = f"{kind}-{index}" if kinds.count(kind) > 1 else kind
+    names_of_all = []
+    for index, optimizer in enumerate(optimizers):
+        name = kinds[index]
+        if kinds.count(name) > 1:
+            name = f"{name}-{index}"
+        names = [name]
         count = len(optimizer.param_groups)
-        names.append([f"{name} {place}" for place in range(count)] if count > 1 else [name])
-    return names
+        if count > 1:
+            names = [f"{name} {place}" for place in range(count)]
+        names_of_all.append(names)
+    return names_of_all
 
 
 def group_sizes(
@@ -114,9 +120,15 @@ def group_sizes(
         if index >= len(names):
             continue
         for (place, kind), targets in _alike(gauge).items():
-            sizes = [_sizes_of(gauge, target, balances.get(target.name)) for target in targets]
-            rows.append(_row(names[index][place], kind, [each for each in sizes if each]))
-    return [row for row in rows if row.weights]
+            sizes = []
+            for target in targets:
+                balance = balances.get(target.name)
+                # A weight without a gradient was never measured.
+                if balance is not None and balance.newest is not None:
+                    sizes.append(_sizes_of(gauge, target, balance.newest, balance.window))
+            if sizes:
+                rows.append(_row(names[index][place], kind, sizes))
+    return rows
 
 
 def _alike(gauge: StepGauge) -> dict[tuple[int, str], list[Target]]:
@@ -152,18 +164,11 @@ class _Sizes(NamedTuple):
     balanced: float
 
 
-def _sizes_of(gauge: StepGauge, target: Target, balance: Balance | None) -> _Sizes | None:
-    """A weight that was measured."""
-    if balance is None or balance.newest is None:
-        return None
+def _sizes_of(gauge: StepGauge, target: Target, newest: Point, window: BalanceWindow) -> _Sizes:
     entries = gauge.entries[target.name]
-    squared_norm = balance.newest.squared_norm
-    # Rounding alone turns such a weight by 2.5e-3 in a step.
+    # Rounding alone turns a weight of 16 bits by 2.5e-3 in a step.
     if target.weight.dtype in (torch.bfloat16, torch.float16):
-        return _Sizes(entries, squared_norm, nan, nan, nan, nan)
-    window = balance.window
-    energies = [point.energy for point in window.points[len(window.points) // 2 :]]
-    known = [energy for energy in energies if isfinite(energy)]
+        return _Sizes(entries, newest.squared_norm, nan, nan, nan, nan)
     angle = balanced = nan
     span = window.whole
     if span is not None:
@@ -174,12 +179,20 @@ def _sizes_of(gauge: StepGauge, target: Target, balance: Balance | None) -> _Siz
             balanced = sqrt(2 * span.pulls / span.steps / span.coherence)
     return _Sizes(
         entries,
-        squared_norm,
-        fmean(known) if known else nan,
+        newest.squared_norm,
+        _energy(window.points),
         _energy_of_noise(gauge, target, entries),
         angle,
         balanced,
     )
+
+
+def _energy(points: Sequence[Point]) -> float:
+    """That of steps, averaged over the newer half of a window: the older one may be a warm-up."""
+    newer = points[len(points) // 2 :]
+    known = [point.energy for point in newer if isfinite(point.energy)]
+    # Under a rate of 0 there is none.
+    return fmean(known) if known else nan
 
 
 def _energy_of_noise(gauge: StepGauge, target: Target, entries: int) -> float:
@@ -190,32 +203,39 @@ def _energy_of_noise(gauge: StepGauge, target: Target, entries: int) -> float:
     if response is None or not response.normalized:
         return nan
     energy = noise_energy(response, np.array([entries], dtype=np.float64), None)
-    return nan if energy is None else float(energy[0])
+    # A normalized step asks for no size of gradients.
+    assert energy is not None
+    return float(energy[0])
 
 
 def _row(group: str, kind: str, sizes: Sequence[_Sizes]) -> GroupSizes:
+    entries, norms, energies, of_noise, angles, balanced = zip(*sizes, strict=True)
     return GroupSizes(
         group,
         kind,
         len(sizes),
-        _rms((each.squared_norm, each.entries) for each in sizes),
-        _rms((each.energy, each.entries) for each in sizes),
-        _rms((each.of_noise, each.entries) for each in sizes),
-        _median(each.angle for each in sizes),
-        _median(each.balanced for each in sizes),
+        _rms(norms, entries),
+        _rms(energies, entries),
+        _rms(of_noise, entries),
+        _median(angles),
+        _median(balanced),
     )
 
 
-def _rms(squares: Iterable[tuple[float, int]]) -> float | None:
-    """Of all entries together, from sums of squares and how many entries are in them."""
-    known = [(square, entries) for square, entries in squares if isfinite(square)]
-    if not known:
-        return None
-    return sqrt(fsum(square for square, _ in known) / sum(entries for _, entries in known))
+def _rms(squares: Sequence[float], entries: Sequence[int]) -> float | None:
+    """Of all entries together, from sums of squares; None where no sum is known."""
+    total, count = 0.0, 0
+    for square, number in zip(squares, entries, strict=True):
+        # What one weight does not tell is not taken from the others either.
+        if isfinite(square):
+            total += square
+            count += number
+    return sqrt(total / count) if count else None
 
 
-def _median(values: Iterable[float]) -> float | None:
-    known = [value for value in values if isfinite(value)]
+def _median(values: Sequence[float]) -> float | None:
+    known = list(filter(isfinite, values))
+    # The median, since one weight far off is a finding, and no size of the group.
     return median(known) if known else None
 
 
@@ -246,7 +266,9 @@ def of_runs_as_text(runs: Mapping[str, Sequence[GroupSizes]], width: int | None 
         runs: rows by label of the run.
         width: columns of the terminal; None: what the terminal has.
     """
-    cells = [[label, *cells_of(row)] for label, rows in runs.items() for row in rows]
+    cells = []
+    for label, rows in runs.items():
+        cells += [[label, *cells_of(row)] for row in rows]
     if not cells:
         return ""
     columns = ("run", *COLUMNS)
@@ -261,8 +283,10 @@ def cells_of(row: GroupSizes) -> list[str]:
         >>> cells_of(GroupSizes("AdamW", "filter", 9, 0.02, 0.2311, 0.2294, None, None))
         ['AdamW', 'filter', '9', '0.02', '0.231', '0.229', '-', '-']
     """
-    numbers = [UNKNOWN if value is None else f"{value:.3g}" for value in row[3:]]
-    return [row.group, row.kind, str(row.weights), *numbers]
+    cells = [row.group, row.kind, str(row.weights)]
+    for value in row[3:]:
+        cells.append(UNKNOWN if value is None else f"{value:.3g}")
+    return cells
 
 
 def as_plain(rows: Sequence[GroupSizes]) -> list[dict[str, Any]]:

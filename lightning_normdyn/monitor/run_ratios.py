@@ -55,7 +55,12 @@ class WeightRatios(NamedTuple):
     @property
     def distance(self) -> float:
         """How far its angles are from those of the other run: the largest |ln ratio|."""
-        return max((abs(log(ratio)) for ratio in self.angles if ratio), default=-inf)
+        farthest = -inf
+        for ratio in self.angles:
+            # A ratio of 0 has no logarithm, and none is not far from anything.
+            if ratio:
+                farthest = max(farthest, abs(log(ratio)))
+        return farthest
 
 
 class RunRatios(NamedTuple):
@@ -74,8 +79,8 @@ class RunRatios(NamedTuple):
     @property
     def medians(self) -> WeightRatios:
         """Over all weights."""
-        angles = _medians([weight.angles for weight in self.weights])
-        return WeightRatios("", angles, _medians([weight.pulls for weight in self.weights]))
+        _, angles, pulls = zip(*self.weights, strict=True)
+        return WeightRatios("", _medians(angles), _medians(pulls))
 
     @property
     def farthest_first(self) -> list[WeightRatios]:
@@ -85,9 +90,14 @@ class RunRatios(NamedTuple):
     @property
     def left_out(self) -> str:
         """What is not compared, in words; empty where there is nothing."""
-        counts = [(self.only_here, "the first"), (self.only_there, "the other")]
-        parts = [f"{count} of {run} run alone" for count, run in counts if count]
-        return f"Not compared: weights that have no namesake, {' and '.join(parts)}." * bool(parts)
+        parts = []
+        if self.only_here:
+            parts.append(f"{self.only_here} of the first run alone")
+        if self.only_there:
+            parts.append(f"{self.only_there} of the other run alone")
+        if not parts:
+            return ""
+        return f"Not compared: weights that have no namesake, {' and '.join(parts)}."
 
 
 def run_ratios(run: History, other: History) -> RunRatios:
@@ -109,19 +119,22 @@ def run_ratios(run: History, other: History) -> RunRatios:
         >>> run_ratios(runs[1], runs[0]).weights
         [WeightRatios(name='fc', angles=(2.0, 2.0, 2.0, 2.0), pulls=(1.0, 1.0, 1.0, 1.0))]
     """
-    here, there = (layer_names(history, "angular_update") for history in (run, other))
-    both = [name for name in here if name in set(there)]
-    if not both:
+    here = layer_names(run, "angular_update")
+    there = layer_names(other, "angular_update")
+    shared = set(here).intersection(there)
+    if not shared:
         raise NormDynError(
             f"the runs have no weight in common to compare: one has "
             f"{_some(here)}, the other {_some(there)}."
         )
     weights = []
-    for name in both:
-        angles = [_of_parts(history, f"angular_update/{name}", 2) for history in (run, other)]
-        pulls = [_of_parts(history, f"pull/{name}", 1) for history in (run, other)]
-        weights.append(WeightRatios(name, _over(*angles), _over(*pulls)))
-    return RunRatios(weights, len(here) - len(both), len(there) - len(both))
+    # In the order of the network, which a set has not.
+    for name in filter(shared.__contains__, here):
+        # Predictions of angles are about the root mean square, and decays of steps add up.
+        angles = _ratios(run, other, f"angular_update/{name}", power=2)
+        pulls = _ratios(run, other, f"pull/{name}", power=1)
+        weights.append(WeightRatios(name, angles, pulls))
+    return RunRatios(weights, len(here) - len(shared), len(there) - len(shared))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -141,23 +154,33 @@ def _of_parts(history: History, key: str, power: int) -> list[float | None]:
     for part in range(PARTS):
         inside = values[parts == part].astype(np.float64)
         known = inside[np.isfinite(inside)]
-        means.append(float((known**power).mean() ** (1 / power)) if known.size else None)
+        mean = None
+        # A run that has diverged has parts without any number.
+        if known.size:
+            mean = float((known**power).mean() ** (1 / power))
+        means.append(mean)
     return means
 
 
-def _over(these: Sequence[float | None], those: Sequence[float | None]) -> Ratios:
+def _ratios(run: History, other: History, key: str, power: int) -> Ratios:
+    """The power means of a curve over those of another run, part by part."""
+    these = _of_parts(run, key, power)
+    those = _of_parts(other, key, power)
     ratios: list[float | None] = []
     for above, below in zip(these, those, strict=True):
         # Nothing can be said of how much larger something is than nothing.
-        ratio = above / below if above and below else None
-        ratios.append(ratio if ratio is not None and isfinite(ratio) else None)
+        if above and below and isfinite(above / below):
+            ratios.append(above / below)
+        else:
+            ratios.append(None)
     return tuple(ratios)
 
 
 def _medians(rows: Sequence[Ratios]) -> Ratios:
     medians: list[float | None] = []
-    for column in zip(*rows, strict=True):
-        known = [ratio for ratio in column if ratio is not None]
+    for part in zip(*rows, strict=True):
+        known = [ratio for ratio in part if ratio is not None]
+        # Of no number there is no median, and statistics raises.
         medians.append(median(known) if known else None)
     return tuple(medians)
 

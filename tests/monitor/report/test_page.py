@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_normdyn import NormDynamicsMonitor
 from lightning_normdyn.errors import NormDynError
+from lightning_normdyn.monitor.group_sizes import GroupSizes, as_plain
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.report import document, page
 from lightning_normdyn.monitor.report.page import write_report
@@ -548,3 +549,15 @@ def test_the_policy_stops_a_script_that_slipped_through(tmp_path):
         page.read_text().replace("</body>", "<script>document.title = 'attacked'</script></body>")
     )
     assert title_of(dumped(page, tmp_path).stdout) == "Weight dynamics: run"
+
+
+@pytest.mark.usefixtures("_no_pictures_of_runs")
+def test_sizes_by_param_group_stand_on_the_page_once(tmp_path):
+    history = reported_run()
+    history.meta["groups"] = as_plain(
+        [GroupSizes("AdamW", "filter", 3, 0.1, 0.2, 0.23, 0.01, None)]
+    )
+    source = Page(write_report({"run": history}, tmp_path / "report.html", still=True)).source
+    assert "sizes by param group" in source
+    assert "RMS update" in source
+    assert "rms_update" not in source
