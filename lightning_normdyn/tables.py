@@ -9,7 +9,7 @@ from itertools import zip_longest
 # What a person would still read.
 MOST_ROWS = 60
 # More different texts than this stay in the table: nobody looks up ten notes.
-MOST_NOTES = 4
+MOST_NOTES = 6
 # Characters beyond which a cell may become a note.
 LONG = 24
 # Characters of a name that stay on one line as long as other cells can be wrapped.
@@ -21,6 +21,8 @@ GAP = "  "
 # The beginning of a module path, in whatever column it stands. A number such as 0.0014 is none.
 _PATH = re.compile(r"[A-Za-z_]\w*\.\w")
 
+# Rows of which the same is said that become one.
+LEAST_FOLDED = 4
 # By column: the head, then the cells.
 Table = list[list[str]]
 
@@ -80,6 +82,45 @@ def render(
     for note in notes:
         lines += _fold(note, width)
     return "\n".join(lines) + "\n"
+
+
+def name_skeleton(name: str) -> str:
+    """A name without its numbers: what is alike of layers that are built alike.
+
+    Example:
+        >>> name_skeleton("layer1.0.conv2.weight")
+        'layer#.#.conv#.weight'
+    """
+    return re.sub(r"\d+", "#", name)
+
+
+def name_pattern(names: Sequence[str]) -> str:
+    """One name for several with the same `name_skeleton`; empty for others.
+
+    Example:
+        >>> name_pattern(["layer1.0.conv1", "layer1.0.conv2", "layer1.3.conv1"])
+        'layer1.*.conv*'
+        >>> name_pattern(["stem", "head"])
+        ''
+    """
+    if len(set(map(name_skeleton, names))) > 1:
+        return ""
+    # Texts and numbers in turn, as many of every name.
+    columns = zip(*(re.split(r"(\d+)", name) for name in names), strict=True)
+    return "".join(parts[0] if len(set(parts)) == 1 else "*" for parts in columns)
+
+
+def without_empty(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows without the columns in which no row says anything.
+
+    Example:
+        >>> without_empty(["weight", "why not"], [["conv", ""], ["fc", ""]])
+        (['weight'], [['conv'], ['fc']])
+    """
+    kept = [i for i in range(len(columns)) if any(row[i] for row in rows)]
+    return [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def aligned(

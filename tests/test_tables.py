@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 
+from lightning_normdyn import tables
 from lightning_normdyn.tables import MOST_ROWS, aligned, paragraph, render
 
 COLUMNS = ["weight", "treated how", "norm first → last", "effective lr", "e-foldings", "verdict"]
@@ -260,3 +261,17 @@ def test_aligned_rows_stay_on_one_line_each(columns):
         line.index(row[1]) for row, line in zip([columns, *rows], lines, strict=True) if row[1:]
     ]
     assert len(set(second)) <= 1
+
+
+def test_names_that_differ_in_numbers_are_one_pattern():
+    names = [f"layer{i}.{j}.conv1.weight" for i in (1, 2) for j in (0, 1, 10)]
+    assert {tables.name_skeleton(name) for name in names} == {"layer#.#.conv#.weight"}
+    assert tables.name_pattern(names) == "layer*.*.conv1.weight"
+    assert tables.name_pattern(names[:1]) == names[0]
+    assert tables.name_pattern([*names, "head.weight"]) == ""
+
+
+def test_a_column_in_which_nothing_is_said_is_left_out():
+    columns, rows = tables.without_empty(["a", "b", "c"], [["1", "", "x"], ["2", "", ""]])
+    assert columns == ["a", "c"]
+    assert rows == [["1", "x"], ["2", ""]]

@@ -2,7 +2,7 @@
 who decays it and by how much, and what was counted."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from math import nan
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_normdyn.geometry.kernel_choice import paths_in_words
-from lightning_normdyn.invariance.verdict import Verdict
+from lightning_normdyn.invariance.verdict import Verdict, cells_of
 from lightning_normdyn.optimizers.bracket import StepBracket
 from lightning_normdyn.optimizers.decay import (
     LARGEST_SHARE,
@@ -23,7 +23,14 @@ from lightning_normdyn.optimizers.decay import (
 )
 from lightning_normdyn.optimizers.group_numbers import group_number, is_zero
 from lightning_normdyn.optimizers.step import Step
-from lightning_normdyn.tables import render
+from lightning_normdyn.tables import (
+    LEAST_FOLDED,
+    name_pattern,
+    name_skeleton,
+    render,
+    without_empty,
+)
+from lightning_normdyn.theory.words import folded, skeleton
 
 from .attachment import Attachment
 from .effect import (
@@ -40,7 +47,15 @@ from .member import Member
 from .plan import Plan, Target
 from .rule import Rule
 
-COLUMNS = ("weight", "shape", "scale-invariant", "vectors", "because of", "treated how")
+COLUMNS = (
+    "weight",
+    "shape",
+    "scale-invariant",
+    "vectors",
+    "normalized by",
+    "treated how",
+    "why not",
+)
 
 
 class Combined:
@@ -111,14 +126,15 @@ class Combined:
         return weights
 
     def start_table(
-        self, verdict_of: Callable[[Tensor], Verdict], shapes: Mapping[Tensor, Sequence[int]]
+        self, verdict_of: Callable[[Tensor], Verdict], kind_of: Callable[[str], str]
     ) -> str:
-        """The table of targets that a person reads at the start of a fit, one line for each: how
-        they are treated, and what is known about their scale invariance.
+        """The table of targets that a person reads at the start of a fit: how they are treated, and
+        what is known about their scale invariance. Layers that are built and treated alike are one
+        row.
 
         Args:
             verdict_of: what is known about a weight.
-            shapes: of the weights.
+            kind_of: from the name of a normalization to what it is, such as BatchNorm.
         """
         targets: dict[Tensor, Target] = {}
         written: set[Tensor] = set()
@@ -133,23 +149,20 @@ class Combined:
         rows = []
         for weight, target in targets.items():
             verdict = verdict_of(weight)
-            kind = verdict.kind
+            row = cells_of(verdict)
             if target.by_request and weight in written:
-                kind = f"{kind} (by request)"
-            row = (
-                target.name,
-                "×".join(map(str, shapes[weight])),
-                kind,
-                str(target.partition.n),
-                _because(verdict),
-                treatments[weight] or "measured",
-            )
+                row["scale-invariant"] += " (by request)"
+            # As this fit has them: a granularity may have been asked for.
+            row["vectors"] = str(target.partition.n)
+            row["treated how"] = treatments[weight] or "measured"
+            row["why not"] = verdict.unread_rows or ("" if verdict.n else verdict.reason)
             rows.append(row)
+        columns, cells = without_empty(COLUMNS, _cells(rows, kind_of))
         table = render(
             "lightning-normdyn: targets",
-            COLUMNS,
-            rows,
-            noted=("treated how", "because of"),
+            columns,
+            cells,
+            noted=("treated how", "why not"),
             optional=("shape", "vectors"),
         )
         return f"{table}Kernels: {self.kernels()}\n"
@@ -315,9 +328,54 @@ def _on_host(rate: float | Tensor | None) -> float:
     return 0.0 if isinstance(rate, Tensor) else float(rate)
 
 
-def _because(verdict: Verdict) -> str:
-    """The normalizations that make a weight scale-invariant, or what speaks against it."""
-    if not verdict.norms:
-        return verdict.reason
-    norms = ", ".join(verdict.norms)
-    return f"{norms}; {verdict.unread_rows}" if verdict.unread_rows else norms
+def _cells(rows: Sequence[dict[str, str]], kind_of: Callable[[str], str]) -> list[list[str]]:
+    """The start table's cells, in the order of the network; rows of which the same is said, under
+    names that differ in numbers alone, as one."""
+    rows = _with_one_text_a_treatment(rows)
+    alike: dict[Any, list[dict[str, str]]] = {}
+    for row in rows:
+        norms = row["normalized by"].split(", ")
+        said = [skeleton(row[column]) for column in ("treated how", "why not")]
+        kinds = tuple(map(kind_of, norms))
+        key = (name_skeleton(row["weight"]), row["scale-invariant"], kinds, *said)
+        alike.setdefault(key, []).append(row)
+    cells = []
+    for (_, _, kinds, *_), together in alike.items():
+        shown = together
+        if len(together) >= LEAST_FOLDED:
+            shown = [_as_one(together, ", ".join(dict.fromkeys(kinds)))]
+        cells += [[row[column] for column in COLUMNS] for row in shown]
+    return cells
+
+
+def _with_one_text_a_treatment(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows with ranges in place of numbers where many weights are treated alike: notes that
+    differ in a digit are read by nobody."""
+    texts: dict[str, list[str]] = {}
+    for row in rows:
+        text = row["treated how"]
+        texts.setdefault(skeleton(text), []).append(text)
+    ranges = {}
+    for kind, alike in texts.items():
+        if len(alike) >= LEAST_FOLDED:
+            ranges[kind] = folded(alike)
+    return [
+        {**row, "treated how": ranges.get(skeleton(row["treated how"]), row["treated how"])}
+        for row in rows
+    ]
+
+
+def _as_one(rows: Sequence[dict[str, str]], kinds: str) -> dict[str, str]:
+    """One row for several; ``kinds``: what normalizes them."""
+    pattern = name_pattern([row["weight"] for row in rows])
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    return {
+        "weight": f"{pattern}: {len(rows)} weights",
+        "shape": shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes",
+        "scale-invariant": rows[0]["scale-invariant"],
+        "normalized by": kinds,
+        # Numbers in them as ranges.
+        "vectors": folded([row["vectors"] for row in rows]),
+        "treated how": rows[0]["treated how"],
+        "why not": folded([row["why not"] for row in rows]),
+    }

@@ -7,6 +7,7 @@ first step that knows it. What it knows stands in its parts, and is asked for th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakMethod, ref
@@ -18,6 +19,7 @@ from lightning_normdyn.geometry.placement import forget_gradients, has_gradient
 from lightning_normdyn.invariance.graph_state import GraphState
 from lightning_normdyn.invariance.search import ScaleInvarianceSearch
 from lightning_normdyn.optimizers.step import Step
+from lightning_normdyn.tables import name_skeleton
 
 from .attachment import Attachment, Attempts
 from .claims import Claims
@@ -253,8 +255,19 @@ class Session:
             self._announced |= targets
             if any(member.rule.shows_tables for member in self.members):
                 # Every rank takes part in the sums, rank zero prints.
-                table = self.combined.start_table(self.claims.of, self.weights.shapes)
+                table = self.combined.start_table(self.claims.of, self._kind_of)
                 show(self.trainer, table)
+
+    def _kind_of(self, norm: str) -> str:
+        """What a normalization is: the class of a module by its name, without its dimensions."""
+        # One that was written by hand is "DivBackward0 in block.attention".
+        operation, _, _ = norm.partition(" in ")
+        try:
+            module = self.module.get_submodule(operation)
+        except AttributeError:
+            # No module of this name: an operation, or a module within a wrapper.
+            return name_skeleton(operation)
+        return re.sub(r"\dd$", "", type(module).__name__)
 
     # -- a step
 

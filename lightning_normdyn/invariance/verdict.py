@@ -242,14 +242,15 @@ TABLE_COLUMNS = (
 )
 
 
-def _cells(verdict: Verdict) -> tuple[str, ...]:
+def cells_of(verdict: Verdict) -> dict[str, str]:
+    """What a table says of a weight, by column: of `TABLE_COLUMNS`, and of the start of a fit."""
     known = verdict.known
     # Without a claim nothing rests on the assumption.
     if verdict.eps and verdict.partition is not None:
         known += " (eps, padding or a condition assumed harmless)"
-    return (
+    cells = (
         verdict.name,
-        " x ".join(map(str, verdict.shape)),
+        "×".join(map(str, verdict.shape)),
         verdict.kind,
         str(verdict.n or ""),
         # What normalizes a weight that has no vectors says nothing about it.
@@ -257,6 +258,7 @@ def _cells(verdict: Verdict) -> tuple[str, ...]:
         known,
         verdict.reason,
     )
+    return dict(zip(TABLE_COLUMNS, cells, strict=True))
 
 
 def targets_table(verdicts: Iterable[Verdict], width: int | None = None) -> str:
@@ -269,10 +271,10 @@ def targets_table(verdicts: Iterable[Verdict], width: int | None = None) -> str:
 
     Example:
         >>> print(targets_table([Verdict.unknown("fc.weight", (10, 4), reason="in no loss")]))
-        weight     shape   scale-invariant  vectors  normalized by  how known  why not
-        fc.weight  10 x 4  unknown                                             in no loss
+        weight     shape  scale-invariant  vectors  normalized by  how known  why not
+        fc.weight  10×4   unknown                                             in no loss
     """
-    cells = [_cells(verdict) for verdict in verdicts]
+    cells = [tuple(cells_of(verdict).values()) for verdict in verdicts]
     if width is not None:
         text = render(
             "",

@@ -3,6 +3,9 @@
 `publishers` gives one `Publisher` per logger; a logger of an unknown class gets scalars and nothing
 else. All of it is for rank zero, and for after the last collective: other ranks have no experiment,
 and would wait for ever for one that fails.
+
+Over 500 lines: whatever is published has to be said for each logger, and here one sees which of
+them lacks what.
 """
 
 import json
@@ -66,7 +69,12 @@ class Publisher:
         return ""
 
     def outcome(self, outcome: Outcome) -> None:
-        """What came of it, once, at the end of a fit."""
+        """What came of it, at the end of a fit, and so far during it."""
+
+    def place_of_layers(self, label: str) -> str:
+        """Where a person finds all rows of the end table; empty where that is nowhere."""
+        folder = self.folder()
+        return "" if folder is None else f"`lightning-normdyn report {folder}`"
 
     def keep(self, history: History, files: HistoryFiles) -> None:
         """Write the history beside what this logger writes: at checkpoints, at the end of a fit,
@@ -136,6 +144,10 @@ class WandbPublisher(Publisher):
             f"lightning-normdyn: W&B's own page sorts charts by name; for one with the overview "
             f"first: `python -m lightning_normdyn workspace {place}`{needed}"
         )
+
+    def place_of_layers(self, label: str) -> str:
+        """Its own table."""
+        return f"table `normdyn_tables/layers{label}` in W&B"
 
     def needs_matplotlib(self) -> bool:
         """Charts of plotly take the place of pictures."""
@@ -404,6 +416,13 @@ def publish_history(loggers: Iterable[Logger], history: History, files: HistoryF
     # An empty file would take the name that the first fit with rows should have.
     if len(history):
         _tell(loggers, "the history", lambda publisher: publisher.keep(history, files))
+
+
+def places_of_layers(loggers: Iterable[Logger], label: str) -> list[str]:
+    """Where a person finds all rows of the end table, on rank zero."""
+    places: list[str] = []
+    _tell(loggers, "a glance", lambda publisher: places.append(publisher.place_of_layers(label)))
+    return [place for place in places if place]
 
 
 def can_show_outcome(loggers: Iterable[Logger]) -> bool:

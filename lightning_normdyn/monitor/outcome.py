@@ -15,10 +15,10 @@ import numpy as np
 
 from lightning_normdyn.engine.plan import Target
 from lightning_normdyn.engine.session import Session
-from lightning_normdyn.tables import paragraph, render
+from lightning_normdyn.tables import LEAST_FOLDED, name_pattern, paragraph, render
 from lightning_normdyn.theory.words import Finding, folded, in_short, skeleton
 
-from .curves import Curves, numbered, pictured, recorded_curves, thinned
+from .curves import Curves, numbered, pictured, rates_followed, recorded_curves, thinned
 from .history import History
 from .interactive import can_interact, interactive_curves, interactive_map
 from .plots.heatmap import plot_heatmap
@@ -35,23 +35,14 @@ MOST_CHART_ROWS = 10_000
 DOTS_PER_INCH = 110
 MOST_NAMED = 8
 """Weights that a sentence names."""
-LEAST_FOLDED = 4
-"""Weights of which the same is said that become one row."""
-MOST_OFF = 3
-"""Of those that turn too fast, too slowly or not at all: the worst that have rows of their own."""
+MOST_ROWS = 20
+"""Of the table at the end, the most abnormal ones first."""
 _OFF = ("too fast", "too slow", "no gradient", "frozen", "not finite")
 
 _NORMS = "norm first → last"
-_COLUMNS = (
-    "weight",
-    "treated how",
-    _NORMS,
-    "effective lr",
-    "angular update",
-    "prediction",
-    "e-foldings",
-    "verdict",
-)
+# The learning rates that directions follow come between these.
+_COLUMNS = ("weight", "treated how", _NORMS, "angular update", "prediction")
+_LAST_COLUMNS = ("e-foldings", "verdict")
 
 
 # -------------------------------------------------------------------------- the run and its weights
@@ -161,12 +152,13 @@ def summarize(
                 "weight": name,
                 "scale-invariant": target.verdict.kind,
                 "vectors": target.partition.n,
-                "treated how": treatments[name] or "-",
+                "treated how": treatments[name] or "measured",
                 "norm first": norms[0],
                 "norm last": last_norms.get(name, norms[-1]),
-                "effective lr": _newest(history, f"effective_lr/{name}"),
                 "angular update": _newest(history, f"angular_update/{name}"),
                 "prediction": _newest(history, f"equilibrium_angular_update/{name}"),
+                "effective lr": _newest(history, f"effective_lr/{name}"),
+                "direction lr": _newest(history, f"direction_lr/{name}"),
                 # 0 means that nothing was ever known of it, not that no time has passed.
                 "e-foldings": elapsed or None,
                 "ratio": finding.ratio,
@@ -185,31 +177,52 @@ def _newest(history: History, key: str) -> float | None:
 
 def as_text(
     rows: Sequence[Mapping[str, Any]],
-    optimizer_steps: float,
+    history: History,
     clamped: Mapping[str, int],
     session: Session,
+    places: Sequence[str] = (),
 ) -> str:
     """The rows as a table that fits the terminal, and below it what else a person should read.
 
     Args:
         rows: from `summarize`.
-        optimizer_steps: of the whole run.
+        history: all that was recorded.
         clamped: by weight, how often a rule could not do what it was to do.
         session: the fit.
+        places: where all rows can be seen.
     """
     found = [(row["weight"], _finding(row)) for row in rows]
-    title = f"lightning-normdyn: after {optimizer_steps:.0f} optimizer steps"
+    title = f"lightning-normdyn: after {history[-1]['optimizer_step']:.0f} optimizer steps"
+    rates = [rate.replace("_", " ") for rate in rates_followed(history)]
+    columns = [*_COLUMNS, *rates, *_LAST_COLUMNS]
+    shown = _worst_first(rows)
     table = render(
         f"{title}\n{paragraph(in_short(found))}".rstrip(),
-        _COLUMNS,
-        [[_end_cell(row, column) for column in _COLUMNS] for row in _worst_first(rows)],
+        columns,
+        [[_end_cell(row, column) for column in columns] for row in shown[:MOST_ROWS]],
         noted=("treated how",),
-        optional=("e-foldings", "treated how", "prediction", "effective lr"),
+        optional=("e-foldings", "treated how", "prediction", *rates),
         roomy=("verdict",),
     )
+    rest = ""
+    if len(shown) > MOST_ROWS or len(shown) < len(rows):
+        rest = paragraph(_where_all_are(len(rows), len(shown) - MOST_ROWS, places))
     losses = session.claims.losses_in_words()
     closing = "".join(paragraph(words) for words in session.closing_words())
-    return table + _clamps_in_words(clamped) + losses + closing
+    return table + rest + _clamps_in_words(clamped) + losses + closing
+
+
+def _where_all_are(count: int, left_out: int, places: Sequence[str]) -> str:
+    """Where a person sees every weight, of a table that shows the most abnormal ones.
+
+    Args:
+        count: of weights.
+        left_out: rows that the table does not show.
+        places: of loggers; without any, the history in memory is the only one.
+    """
+    where = "; ".join(places) or "`history` of the monitor; save it for `lightning-normdyn report`"
+    rows = f"{left_out} more rows are not shown. " if left_out > 0 else ""
+    return f"{rows}All {count} weights one by one: {where}."
 
 
 def _finding(row: Mapping[str, Any]) -> Finding:
@@ -217,20 +230,22 @@ def _finding(row: Mapping[str, Any]) -> Finding:
 
 
 def _worst_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows by health; many of which the same is said as one, with the median of their
-    numbers."""
+    """The rows by health, about `MOST_ROWS`; many of which the same is said as one, with the median
+    of their numbers."""
     # Stable: of the same health, in the order of the network.
     ordered = sorted(rows, key=_health, reverse=True)
     alike: dict[Any, list[Mapping[str, Any]]] = {}
     for row in ordered:
         key = (skeleton(row["verdict"]), row["treated how"])
         alike.setdefault(key, []).append(row)
+    # Of what is wrong, a person has to see a weight by its name. All others may be one row a kind.
+    off = [row["weight"] for row in ordered if row["finding"] in _OFF]
+    by_name = set(off[: max(0, MOST_ROWS - len(alike))])
     shown: list[Mapping[str, Any]] = []
     for together in alike.values():
-        # Of what is wrong, a person has to see a weight by its name.
-        named = MOST_OFF if together[0]["finding"] in _OFF else 0
-        rest = together[named:]
-        shown += together[:named]
+        named = [row for row in together if row["weight"] in by_name]
+        rest = [row for row in together if row["weight"] not in by_name]
+        shown += named
         shown += [_folded(rest, bool(named))] if len(rest) >= LEAST_FOLDED else rest
     return sorted(shown, key=_health, reverse=True)
 
@@ -248,9 +263,11 @@ def _folded(rows: Sequence[Mapping[str, Any]], is_rest: bool) -> dict[str, Any]:
         numbers = [row[column] for row in rows if row[column] is not None]
         if isinstance(value, float) and numbers:
             together[column] = median(numbers)
+    count = f"{len(rows)} {'more' if is_rest else 'weights'} (medians)"
+    pattern = name_pattern([row["weight"] for row in rows])
     return {
         **together,
-        "weight": f"{len(rows)} {'more' if is_rest else 'weights'} (medians)",
+        "weight": f"{pattern}: {count}" if pattern else count,
         "ratio": worst.ratio,
         "verdict": folded([row["verdict"] for row in rows]),
     }

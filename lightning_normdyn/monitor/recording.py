@@ -32,6 +32,7 @@ from .loggers import (
     can_show_histograms,
     can_show_outcome,
     invitations,
+    places_of_layers,
     publish_about,
     publish_history,
     publish_outcome,
@@ -520,8 +521,8 @@ class Recording(Part[Any]):
         clamped = self.combined.counted_by_weight("clamped")
         if not layers:
             return None
-        steps = self.rule.history[-1]["optimizer_step"]
-        return as_text(layers, steps, clamped, self.session)
+        places = places_of_layers(self.trainer.loggers, self.label)
+        return as_text(layers, self.rule.history, clamped, self.session, places)
 
     # -- over an interruption
 

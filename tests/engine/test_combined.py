@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import AddsGroup, without_second
 from models import fit, make
+from torch import nn
 
 from lightning_normdyn import (
     AdaptiveWeightShrink,
@@ -16,6 +17,7 @@ from lightning_normdyn import (
     StepBracket,
     WeightRescaling,
 )
+from lightning_normdyn.engine import combined
 from lightning_normdyn.optimizers.bracket import Phase
 
 
@@ -116,7 +118,56 @@ def test_it_says_how_each_weight_is_treated_and_why(capsys):
     assert list(table) == ["net.0.weight", "net.3.weight", "net.8.weight"]
     assert table["net.0.weight"].startswith("4×1×3×3 filter 4 net.1 AWS")
     assert table["net.8.weight"].startswith("2×6 no 2 ")
-    assert table["net.8.weight"].endswith("measured")
+    assert table["net.8.weight"].endswith(
+        "measured LogSoftmaxBackward0 does not commute with a change of scale"
+    )
+
+
+def row(name, **said):
+    cells = dict.fromkeys(combined.COLUMNS, "")
+    kinds = {"scale-invariant": "filter", "normalized by": f"bn{name[-1]}", "vectors": "4"}
+    return {**cells, "weight": name, "treated how": "AWS, decay now 0.1", **kinds, **said}
+
+
+def test_layers_that_are_built_and_treated_alike_are_one_row():
+    rows = [row(f"layer1.{i}.conv{j}") for i in range(8) for j in (1, 2)]
+    rows[3] |= {"vectors": "16", "treated how": "AWS, decay now 0.3"}
+    rows.insert(0, row("stem", **{"scale-invariant": "no", "why not": "added"}))
+    cells = combined._cells(rows, lambda norm: "BatchNorm")
+    assert [cell[0] for cell in cells] == ["stem", "layer1.*.conv*: 16 weights"]
+    said = dict(zip(combined.COLUMNS, cells[1], strict=True))
+    assert said["normalized by"] == "BatchNorm"
+    assert said["vectors"] == "4 to 16"
+    assert said["treated how"] == "AWS, decay now 0.1 to 0.3"
+    # Other normalizations, other treatments: other rows.
+    rows[5]["treated how"] = "measured"
+    cells = combined._cells(rows, lambda norm: "BatchNorm" if norm.endswith("1") else "LayerNorm")
+    assert [cell[0] for cell in cells] == [
+        "stem",
+        "layer1.*.conv1: 7 weights",
+        "layer1.*.conv2: 8 weights",
+        "layer1.2.conv1",
+    ]
+    # Three are read as quickly as one.
+    assert len(combined._cells(rows[:4], lambda norm: norm)) == 4
+
+
+def test_deep_networks_have_a_start_table_that_fits(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    torch.manual_seed(0)
+    layers = []
+    for _ in range(160):
+        layers += [nn.Conv2d(2, 2, 1, bias=False), nn.BatchNorm2d(2), nn.ReLU()]
+    module = make()
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2)]
+    module.net = nn.Sequential(nn.Conv2d(1, 2, 1), *layers, *head).double()
+    fit(module, [AdaptiveWeightShrink(0.5), NormDynamicsMonitor(1)], max_steps=1)
+    table, _, _ = capsys.readouterr().out.partition("Kernels:")
+    lines = table.splitlines()
+    assert len(lines) < 20
+    assert max(map(len, lines)) <= 80
+    assert "160 weights" in " ".join(table.split())
+    assert "BatchNorm" in table
 
 
 def test_a_weight_that_a_person_names_is_marked(capsys):

@@ -27,7 +27,7 @@ def test_tables():
     lines = text.splitlines()
     assert lines[0].split("  ")[0] == "weight"
     row = next(line for line in lines if line.startswith("qkv.weight"))
-    assert "24 x 8" in row
+    assert "24×8" in row
     assert "partly" in row
     assert "nk" in row
     assert "nq" in row

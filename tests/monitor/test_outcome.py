@@ -90,7 +90,7 @@ def test_rows_come_by_health_and_equal_ones_as_one():
     early = row_of("early", "too early", "too few rows", None)
     rows = [early, fine(0, 0.9), fine(1, 1.0), fast(0, 1.8), fine(2, 1.1), fine(3, 1.2)]
     shown = outcome._worst_first(rows)
-    assert [row["weight"] for row in shown] == ["fast0", "4 weights (medians)", "early"]
+    assert [row["weight"] for row in shown] == ["fast0", "fine*: 4 weights (medians)", "early"]
     assert shown[1]["verdict"] == "as expected now (0.9 to 1.2x)"
     assert shown[1]["norm first"] == 2.5  # the median
     # Under another rule they are not equal, and three are read as quickly as one.
@@ -99,15 +99,22 @@ def test_rows_come_by_health_and_equal_ones_as_one():
 
 
 def test_of_many_weights_that_are_wrong_the_worst_are_named():
-    rows = [fast(index, 2.0 + index) for index in range(8)]
+    rows = [fast(index, 2.0 + index) for index in range(40)]
+    rows += [fine(index, 1.0) for index in range(160)]
     shown = outcome._worst_first(rows)
-    assert [row["weight"] for row in shown] == [
-        "fast7",
-        "fast6",
-        "fast5",
-        "5 more (medians)",
-    ]
-    assert shown[-1]["verdict"] == "turns too fast: 2.0 to 6.0x what is expected"
+    assert len(shown) == outcome.MOST_ROWS == 20
+    assert [row["weight"] for row in shown[:3]] == ["fast39", "fast38", "fast37"]
+    more, others = shown[-2:]
+    assert more["weight"] == "fast*: 22 more (medians)"
+    assert more["verdict"] == "turns too fast: 2.0 to 23.0x what is expected"
+    assert others["weight"] == "fine*: 160 weights (medians)"
+
+
+def test_it_says_where_all_weights_are():
+    words = outcome._where_all_are(160, -3, ["table `t` in W&B", "`report runs`"])
+    assert words == "All 160 weights one by one: table `t` in W&B; `report runs`."
+    words = outcome._where_all_are(160, 5, [])
+    assert words.startswith("5 more rows are not shown. All 160 weights one by one: `history`")
 
 
 def test_a_sentence_above_the_table_sums_it_up(capsys):
