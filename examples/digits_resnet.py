@@ -153,7 +153,9 @@ def demo(args: argparse.Namespace) -> dict[str, Run]:
             "weight decay": runs["decay"].history,
             "AdaptiveWeightShrink": runs["aws"].history,
         }
-        picture = save_comparison(histories, args.out / "compare.png")
+        # Under SGD a direction follows η/‖w‖², and layers with a large η/‖w‖ can turn least.
+        rate = "direction_lr" if args.optimizer == "sgd" else "effective_lr"
+        picture = save_comparison(histories, ("angular_update", rate), args.out / "compare.png")
         if picture is not None:
             say(
                 f"\nBoth runs in one picture: {picture}; every layer under AdaptiveWeightShrink: "
@@ -162,7 +164,7 @@ def demo(args: argparse.Namespace) -> dict[str, Run]:
     return runs
 
 
-def save_comparison(histories: dict, picture: Path) -> Path | None:
+def save_comparison(histories: dict, quantities: Sequence[str], picture: Path) -> Path | None:
     try:
         from matplotlib import pyplot as plt
     except ImportError:
@@ -170,7 +172,7 @@ def save_comparison(histories: dict, picture: Path) -> Path | None:
     from lightning_normdyn.plots import plot_compare, plot_overview
 
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
-    for ax, quantity in zip(axes, ("effective_lr", "angular_update"), strict=True):
+    for ax, quantity in zip(axes, quantities, strict=True):
         plot_compare(histories, quantity, ax=ax)
     figure.savefig(picture, dpi=120, bbox_inches="tight")
     plt.close(figure)

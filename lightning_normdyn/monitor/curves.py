@@ -184,8 +184,7 @@ def late_value(values: Floats) -> float:
     """The median over the last tenth of what was recorded; NaN where nothing in it is finite."""
     # At least one, of however few records; the last one alone is mostly noise.
     tenth = values[-max(1, len(values) // 10) :].astype(np.float64)
-    finite = tenth[np.isfinite(tenth)]
-    return float(np.median(finite)) if finite.size else float("nan")
+    return _median(tenth)
 
 
 def deviations(curves: Curves, scale: str) -> dict[str, float]:
@@ -206,10 +205,15 @@ def deviations(curves: Curves, scale: str) -> dict[str, float]:
     late = np.array([late_value(values) for _, values in curves.values()])
     if scale == "linear":
         distance = np.abs(late - _median(late))
+        # Without those that lie on the median, which a spread of 0 would make infinitely far.
         spread = _median(distance[distance > 0])
-        far = distance / spread if spread > 0 else 0 * distance
+        far = 0 * distance
+        if spread > 0:
+            far = distance / spread
     else:
-        usual = 1.0 if scale == "ratio" else _median(late[late > 0])
+        usual = 1.0
+        if scale != "ratio":
+            usual = _median(late[late > 0])
         # A value of 0 is infinitely far off, which is what it should be.
         with np.errstate(divide="ignore", invalid="ignore"):
             far = np.abs(np.log(late / usual))
@@ -217,8 +221,11 @@ def deviations(curves: Curves, scale: str) -> dict[str, float]:
 
 
 def _median(values: Doubles) -> float:
+    """Of what is finite; NaN where nothing is."""
     finite = values[np.isfinite(values)]
-    return float(np.median(finite)) if finite.size else float("nan")
+    if not finite.size:
+        return float("nan")
+    return float(np.median(finite))
 
 
 def farthest(curves: Curves, scale: str, count: int) -> list[str]:

@@ -63,7 +63,9 @@ def steps_by_kind(history: History, name: str | None = None) -> dict[str, list[i
 
 
 def _in_words(history: History, kind: str) -> str:
-    words = "LR drop" if kind == LR_DROP else kind.replace("_", " ")
+    words = kind.replace("_", " ")
+    if kind == LR_DROP:
+        words = "LR drop"
     callbacks = history.meta.get("callbacks")
     acts = _ACTS.get(kind)
     # A file from elsewhere may hold anything in place of the callbacks.
@@ -92,8 +94,9 @@ def _drop_of(history: History, name: str, step: int) -> float | None:
         # factor as it is, also if it rescales all of them.
         if at in by_step:
             rates[at] = rate * by_step[at]
-    before = [rate for at, rate in rates.items() if at < step]
-    after = [rate for at, rate in rates.items() if at >= step]
-    if not before or not after or not after[0] > 0:
+    earlier = [at for at in rates if at < step]
+    later = [at for at in rates if at >= step]
+    # A rate of 0 has no factor to be told.
+    if not earlier or not later or not rates[min(later)] > 0:
         return None
-    return float(before[-1] / after[0])
+    return float(rates[max(earlier)] / rates[min(later)])

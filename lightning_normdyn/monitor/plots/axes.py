@@ -353,9 +353,10 @@ def _spread(wanted: Sequence[float], top: float) -> list[float]:
     """Places for names, as near as possible to those wanted, none on another one; both in points
     from below, in order."""
     places: list[float] = []
+    lowest = 0.0
     for place in wanted:
-        lowest = places[-1] + _NAME_HEIGHT if places else 0.0
         places.append(max(place, lowest))
+        lowest = places[-1] + _NAME_HEIGHT
     # What has been moved beyond the upper edge comes back, and moves those below it.
     highest = top - _NAME_HEIGHT / 2
     for i in reversed(range(len(places))):

@@ -138,11 +138,8 @@ def _beyond(values: Doubles, norm: Normalize) -> str:
     finite = values[np.isfinite(values)]
     below = norm.vmin is not None and bool((finite < norm.vmin).any())
     above = norm.vmax is not None and bool((finite > norm.vmax).any())
-    if below and above:
-        return "both"
-    if below:
-        return "min"
-    return "max" if above else "neither"
+    names = {(True, True): "both", (True, False): "min", (False, True): "max"}
+    return names.get((below, above), "neither")
 
 
 def abnormal_rows(curves: Curves, scale: str) -> list[int]:

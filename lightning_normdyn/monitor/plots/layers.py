@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -280,13 +280,14 @@ def _draw_bundle(
         if name in compared:
             label, colour, dashes = which, "#8C8C8C", "-"
         is_extreme = name in extreme
+        style: dict[str, Any] = {"color": colour, "linewidth": 0.8, "alpha": faint}
+        if is_extreme:
+            style = {"color": "#333333", "linewidth": 1.2}
         (line,) = ax.plot(
             steps,
             values,
-            color="#333333" if is_extreme else colour,
             ls=dashes,
-            linewidth=1.2 if is_extreme else 0.8,
-            alpha=1.0 if is_extreme else faint,
+            **style,
         )
         # The sample in the legend is that of the others.
         if label not in labelled and not is_extreme:

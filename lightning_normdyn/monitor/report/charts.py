@@ -8,6 +8,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,12 @@ from .thinning import thinned
 Chart = dict[str, Any]
 
 MOST_POINTS = 20_000
-"""Of all curves of a chart together; a phone draws them in under a second."""
+"""Of all measured curves of a chart together."""
 
+# Fewest and most, whatever the number of curves: fewer would not show a course, and a chart is
+# hardly wider in pixels.
 _POINTS_OF_A_CURVE = (80, 400)
+# Of a number: a chart cannot show more, and each digit is a byte in a hundred thousand numbers.
 _DIGITS = 4
 # Entries of a legend; of more layers, neighbours share one.
 _LEAST_ENTRIES, _MOST_ENTRIES = 3, 16
@@ -95,7 +99,7 @@ def legend_groups(names: Sequence[str]) -> list[dict[str, Any]]:
     """
     labels = layer_labels(names, shortened)
     if len(names) <= _MOST_ENTRIES:
-        return [{"label": label, "layers": [place]} for place, label in enumerate(labels)]
+        return [_entry(label, [place]) for place, label in enumerate(labels)]
 
     paths = [name.removesuffix(".weight").split(".") for name in names]
     deepest = max(map(len, paths))
@@ -107,16 +111,18 @@ def legend_groups(names: Sequence[str]) -> list[dict[str, Any]]:
             break
         # An entry for nearly all layers would switch nothing.
         if len(together) >= _LEAST_ENTRIES:
-            return [
-                {"label": shortened(label, 40), "layers": own} for label, own in together.items()
-            ]
+            return [_entry(label, own) for label, own in together.items()]
 
     # Modules that are all alike, as the blocks of a transformer: neighbours share an entry.
     groups = []
     for own in np.array_split(np.arange(len(names)), _STRETCHES):
-        label = f"{labels[own[0]]} … {labels[own[-1]]}"
-        groups.append({"label": label, "layers": own.tolist()})
+        first, last = labels[own[0]], labels[own[-1]]
+        groups.append(_entry(f"{first} … {last}", own.tolist()))
     return groups
+
+
+def _entry(label: str, layers: Sequence[int]) -> dict[str, Any]:
+    return {"label": shortened(label, 60), "layers": list(layers)}
 
 
 def _curves_chart(
@@ -133,7 +139,9 @@ def _curves_chart(
         lines += _lines(others, places, max(points // 2, fewest), beside.split("_")[0])
     chart = _chart("curves", quantity, limits)
     chart["lines"] = lines
-    chart["medians"] = _medians(history, most) if quantity == "angular_update" else []
+    chart["medians"] = []
+    if quantity == "angular_update":
+        chart["medians"] = _medians(history, most)
     return chart
 
 
@@ -142,6 +150,7 @@ def _lines(
 ) -> list[dict[str, Any]]:
     lines = []
     for name, curve in curves.items():
+        # A curve of another callback may be of a weight that the table does not have.
         if name in places:
             steps, values = thinned(*curve, points)
             line = {"layer": places[name], "x": steps.tolist(), "y": rounded(values)}
@@ -169,6 +178,7 @@ def _map_chart(
     curves: Curves, quantity: str, places: Mapping[str, int], limits: Sequence[float] | None
 ) -> Chart:
     """Layer by step, the quantity as colour."""
+    # As in `_lines`: rows refer to layers of the table.
     known = {name: curve for name, curve in curves.items() if name in places}
     edges, cells = cells_of(known)
     labels = layer_labels(list(known), shortened)
@@ -178,9 +188,10 @@ def _map_chart(
     chart["edges"] = edges.tolist()
     chart["cells"] = [rounded(row) for row in cells]
     chart["rows"] = [places[name] for name in known]
-    chart["named"] = [
-        {"row": row, "label": labels[row], "abnormal": row in abnormal} for row in shown
-    ]
+    chart["named"] = []
+    for row in shown:
+        named = {"row": row, "label": labels[row], "abnormal": row in abnormal}
+        chart["named"].append(named)
     return chart
 
 
@@ -231,6 +242,8 @@ def rounded(values: Any) -> list[float | None]:
     """
     numbers: list[float | None] = []
     for value in np.asarray(values, dtype=np.float64).tolist():
-        finite = value == value and abs(value) != float("inf")
-        numbers.append(float(f"{value:.{_DIGITS}g}") if finite else None)
+        if isfinite(value):
+            numbers.append(float(f"{value:.{_DIGITS}g}"))
+        else:
+            numbers.append(None)
     return numbers

@@ -84,34 +84,25 @@ def write_report(
             "`pip install 'lightning-normdyn[plot]'` for one with still pictures."
         )
 
-    several = len(runs) > 1
     layers = {label: summaries(label, history) for label, history in runs.items()}
     rows = _rows(runs, layers)
-    limits = common_limits(runs)
-    sections, data = [], []
+    sections = []
     for number, (label, history) in enumerate(runs.items()):
-        say(f"drawing {label}")
-        section = _section(label, history)
-        section |= _first_of_all(history, layers[label], number)
-        if interactive:
-            names = [layer.name for layer in layers[label]]
-            data.append(run_data(history, names, limits))
-            section |= {"charts": data[-1]["charts"], "events": _events_in_words(history)}
-            section["pictures"] = list(ridge_of(label, history)) if can_draw() else []
-        else:
-            section["pictures"] = list(pictures_of(label, history, limits))
-        sections.append(section)
-    compared: list[Any] = []
-    if several:
-        compared = compared_data(runs) if interactive else list(pictures_of_all(runs, say))
+        first = _first_of_all(history, layers[label], number)
+        sections.append({**_section(label, history), **first})
+    if interactive:
+        compared, data = _with_charts(sections, runs, layers, say)
+    else:
+        compared, data = _with_pictures(sections, runs, say), None
 
+    # A single run needs no column that says which it is.
+    columns = COLUMNS if len(runs) > 1 else COLUMNS[1:]
     page = rendered(
         "page.html",
         interactive=interactive,
-        data={"runs": data, "compared": compared} if interactive else None,
+        data=data,
         title=", ".join(runs),
-        # A single run needs no column that says which it is.
-        columns=COLUMNS if several else COLUMNS[1:],
+        columns=columns,
         rows=rows,
         compared=compared,
         sections=sections,
@@ -138,6 +129,44 @@ def can_draw() -> bool:
     return True
 
 
+def _with_charts(
+    sections: Sequence[dict[str, Any]],
+    runs: Mapping[str, History],
+    layers: Mapping[str, Sequence[LayerSummary]],
+    say: Callable[[str], None],
+) -> tuple[list[Any], dict[str, Any]]:
+    """Give each section the charts of its run; returns those of the comparison, and the data of
+    all."""
+    limits = common_limits(runs)
+    data = []
+    for section, (label, history) in zip(sections, runs.items(), strict=True):
+        say(f"drawing {label}")
+        names = [layer.name for layer in layers[label]]
+        own = run_data(history, names, limits)
+        section["charts"] = own["charts"]
+        section["events"] = _events_in_words(history)
+        # Hills that overlap have no interactive chart. What matplotlib alone draws is left out
+        # where it is missing: the page is complete without it.
+        section["pictures"] = []
+        if can_draw():
+            section["pictures"] += ridge_of(label, history)
+        data.append(own)
+
+    compared = compared_data(runs)
+    return compared, {"runs": data, "compared": compared}
+
+
+def _with_pictures(
+    sections: Sequence[dict[str, Any]], runs: Mapping[str, History], say: Callable[[str], None]
+) -> list[Any]:
+    """Give each section the pictures of its run; returns those of the comparison."""
+    limits = common_limits(runs)
+    for section, (label, history) in zip(sections, runs.items(), strict=True):
+        say(f"drawing {label}")
+        section["pictures"] = list(pictures_of(label, history, limits))
+    return list(pictures_of_all(runs, say))
+
+
 def _rows(
     runs: Mapping[str, History], layers: Mapping[str, Sequence[LayerSummary]]
 ) -> list[tuple[LayerSummary, int, int]]:
@@ -147,7 +176,11 @@ def _rows(
     for number, label in enumerate(layers):
         for place, layer in enumerate(layers[label]):
             places[label, layer.name] = (number, place)
-    return [(layer, *places[layer.run, layer.name]) for layer in side_by_side(runs, layers)]
+    rows = []
+    for layer in side_by_side(runs, layers):
+        number, place = places[layer.run, layer.name]
+        rows.append((layer, number, place))
+    return rows
 
 
 def _first_of_all(history: History, layers: Sequence[LayerSummary], number: int) -> dict[str, Any]:
@@ -155,20 +188,17 @@ def _first_of_all(history: History, layers: Sequence[LayerSummary], number: int)
     look at."""
     places = {layer.name: place for place, layer in enumerate(layers)}
     cards = []
-    found = standouts(history, layers)
-    for standout in found:
+    is_any_off = False
+    for standout in standouts(history, layers):
         name = standout.layer.name
-        cards.append(
-            {
-                "standout": standout,
-                "run": number,
-                "place": places[name],
-                "spark": sparkline(history, name, like(standout.layer, layers)),
-            }
-        )
+        spark = sparkline(history, name, like(standout.layer, layers))
+        # By its run and place, the script finds the curves of a card as it does those of a row.
+        card = {"standout": standout, "run": number, "place": places[name], "spark": spark}
+        cards.append(card)
+        is_any_off = is_any_off or standout.is_off
     return {
         "sentence": in_one_sentence(history, layers),
-        "lead": _LEADS[any(standout.is_off for standout in found)],
+        "lead": _LEADS[is_any_off],
         "cards": cards,
     }
 
@@ -214,7 +244,9 @@ def _events_in_words(history: History) -> str:
     """What the vertical lines of the charts are."""
     said = []
     for told in happenings(history):
-        lines = "Dashed" if told.kind == LR_DROP else "Dotted"
+        lines = "Dotted"
+        if told.kind == LR_DROP:
+            lines = "Dashed"
         when = f"at step {told.steps[0]}"
         if len(told.steps) > 1:
             when = f"{len(told.steps)} times, at steps {told.steps[0]} to {told.steps[-1]}"

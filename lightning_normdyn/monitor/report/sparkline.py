@@ -18,9 +18,12 @@ from .thinning import thinned
 WIDTH, HEIGHT = 300, 80
 """Of the drawing, in units that the page stretches to the room there is."""
 
+# Points of a curve: more than the pixels of a phone show nothing more.
 _MOST_POINTS = 160
+_LEAST_OTHERS = 3
 # Factors of ten below the largest value; what is smaller runs along the lower edge.
 _MOST_DECADES = 6
+# What a layer is held against, the best that may be known first.
 _EXPECTATIONS = (
     "expected_angular_update",
     "equilibrium_angular_update",
@@ -61,10 +64,9 @@ def sparkline(history: History, name: str, others: Sequence[str]) -> Sparkline |
         name: of the layer.
         others: names of the layers that it is compared with.
     """
-    angles = {
-        **recorded_curves(history, "matrix_angle"),
-        **recorded_curves(history, "angular_update"),
-    }
+    # Of a weight that has both, the angle of its vectors is the one that others are compared by.
+    angles = recorded_curves(history, "matrix_angle")
+    angles |= recorded_curves(history, "angular_update")
     if name not in angles:
         return None
     steps, values = angles[name]
@@ -74,21 +76,29 @@ def sparkline(history: History, name: str, others: Sequence[str]) -> Sparkline |
         if name in expected:
             curves["expected"] = expected[name]
             break
-    # The median of three is one of them.
-    among = {other: angles[other] for other in others if other in angles and other != name}
-    if len(among) >= 3:
+    # Without the layer itself: of few layers it would pull the median towards its own curve.
+    among = {}
+    for other in others:
+        if other in angles and other != name:
+            among[other] = angles[other]
+    # The median of two is neither of them.
+    if len(among) >= _LEAST_OTHERS:
         curves["others"] = _median_of(among)
 
     view = _View.of(curves)
     if view is None:
         return None
     paths = {kind: view.path(*curve) for kind, curve in curves.items()}
-    drops = [view.x(step) for step in steps_by_kind(history).get(LR_DROP, [])]
+    drops = []
+    for step in steps_by_kind(history).get(LR_DROP, []):
+        # The layer may have been measured later, or not to the end.
+        if view.first <= step <= view.last:
+            drops.append(view.x(step))
     return Sparkline(
         measured=paths["measured"],
         expected=paths.get("expected", ""),
         others=paths.get("others", ""),
-        drops=[x for x in drops if 0 <= x <= WIDTH],
+        drops=drops,
         top=f"{view.high:.1e}",
         bottom=f"{view.low:.1e}",
         first=view.first,

@@ -73,7 +73,10 @@ class Standout(NamedTuple):
 def in_one_sentence(history: History, layers: Sequence[LayerSummary]) -> str:
     """What the table at the end of the fit says of all weights."""
     notes = notes_on_layers(history)
-    found = [(layer.name, _finding(layer, notes.get(layer.name, {}))) for layer in layers]
+    found = []
+    for layer in layers:
+        finding = _finding(layer, notes.get(layer.name, {}))
+        found.append((layer.name, finding))
     return in_short(found)
 
 
@@ -85,24 +88,35 @@ def standouts(history: History, layers: Sequence[LayerSummary]) -> list[Standout
         layers: its layers, from `summaries`.
     """
     notes = notes_on_layers(history)
+    # Read once: each layer is compared with all others.
     angles = {layer.name: _angle(history, layer) for layer in layers}
-    found = []
+    far = []
     for layer in layers:
-        alike = [other for other in layers if _is_invariant(other) == _is_invariant(layer)]
+        alike = _alike(layer, layers)
         finding = _finding(layer, notes.get(layer.name, {}))
         beside = _over_median(layer, alike, lambda other: angles[other.name])
-        found.append(_standout(layer, finding, beside, alike))
-    far = [each for each in found if each.distance > 0]
+        found = _standout(layer, finding, beside, alike)
+        # 0 also where nobody can tell: such a layer stands out from nothing.
+        if found.distance > 0:
+            far.append(found)
     # Stable: of the same distance, in the order of the network.
     return sorted(far, key=lambda each: each.distance, reverse=True)[:MOST_STANDOUTS]
 
 
 def like(layer: LayerSummary, layers: Sequence[LayerSummary]) -> list[str]:
-    """Names of the layers that one is compared with: a head turns as its own loss asks, and the
-    scale-invariant layers turn as their optimizer does."""
-    alike = [other.name for other in layers if _is_invariant(other) == _is_invariant(layer)]
+    """Names of the layers that one is drawn beside: its like, or all where these are few."""
+    alike = _alike(layer, layers)
     # To see that a layer stands still, any others will do.
-    return alike if len(alike) >= LEAST_LAYERS else [other.name for other in layers]
+    if len(alike) < LEAST_LAYERS:
+        alike = list(layers)
+    return [other.name for other in alike]
+
+
+def _alike(layer: LayerSummary, layers: Sequence[LayerSummary]) -> list[LayerSummary]:
+    """The layers that one is compared with, itself among them."""
+    # A head turns as its own loss asks, scale-invariant layers as their optimizer does: one median
+    # over both would be of neither.
+    return [other for other in layers if _is_invariant(other) == _is_invariant(layer)]
 
 
 def _standout(
@@ -116,14 +130,17 @@ def _standout(
         beside: its angle over that of the median layer; None where that cannot be told.
         alike: the layers that it is compared with, itself among them.
     """
+    # Below 0: nothing is known of it.
     by_verdict = max(finding.health, 0.0)
-    by_others = abs(math.log(beside)) if beside is not None and beside > 0 else 0.0
+    by_others = 0.0
+    if beside is not None and beside > 0:
+        by_others = abs(math.log(beside))
     is_off = finding.kind in _OFF
     tag: str = finding.kind
     why = layer.verdict
     # A layer that does not turn at all is far from the others for the reason that its verdict has.
     if finding.kind not in _STUCK and beside is not None and by_others > by_verdict:
-        tag = "faster than the others" if beside > 1 else "slower than the others"
+        tag = f"{'faster' if beside > 1 else 'slower'} than the others"
         why = f"turns {times(beside)} as far in a step as the median layer"
         if layer.verdict != "–":
             why += f"; {layer.verdict}"
@@ -165,16 +182,23 @@ def _over_median(
     number: Callable[[LayerSummary], float | None],
 ) -> float | None:
     """A number of a layer over the median of its like; None where it cannot be told."""
-    own = number(layer)
-    known = [value for value in map(number, alike) if value is not None and math.isfinite(value)]
-    if own is None or not math.isfinite(own) or len(known) < LEAST_LAYERS:
+    own = _finite(number(layer))
+    known = []
+    for other in alike:
+        value = _finite(number(other))
+        if value is not None:
+            known.append(value)
+    if own is None or len(known) < LEAST_LAYERS:
         return None
     usual = median(known)
     # Where most do not turn at all, no angle is unusual.
-    return own / usual if usual > 0 else None
+    if not usual > 0:
+        return None
+    return own / usual
 
 
 def _angle(history: History, layer: LayerSummary) -> float | None:
+    # Of a weight without scale-invariant vectors, the whole matrix is what turns.
     if layer.angular_update is not None:
         return layer.angular_update
     return late_average(history, f"matrix_angle/{layer.name}")
@@ -191,7 +215,10 @@ def _finding(layer: LayerSummary, notes: Mapping[str, Any]) -> Finding:
     # A file from elsewhere may hold anything there.
     if isinstance(kind, str) and kind in known:
         return Finding(known[kind], layer.verdict, _finite(notes.get("ratio")))
-    ratio = layer.now if layer.now is not None else layer.ratio
+    ratio = layer.ratio
+    # What is expected now is about these very steps; a prediction is about steps to come.
+    if layer.now is not None:
+        ratio = layer.now
     for beginning, of_words in _BEGINNINGS.items():
         if layer.verdict.startswith(beginning):
             return Finding(of_words, layer.verdict, ratio)

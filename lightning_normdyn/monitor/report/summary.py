@@ -190,7 +190,9 @@ def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
     # At least one, of however few records.
     tenth = np.array(values[-max(1, len(values) // 10) :], dtype=np.float64)
     finite = tenth[np.isfinite(tenth)]
-    return float(average(finite)) if finite.size else None
+    if not finite.size:
+        return None
+    return float(average(finite))
 
 
 def late_average(history: History, key: str) -> float | None:
