@@ -212,14 +212,15 @@ def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
 
 
 def settled(meta: dict[str, Any]) -> dict[str, Any]:
-    """Without verdicts, since a fit that was finished when the checkpoint was saved judges nothing;
-    and without the strength of AWS at the first row, which a checkpoint saved within the end of
-    that very batch does not know yet. A forecast is of the steps of its own fit, and is made once
-    its first row has arrived."""
-    moving = ("verdict", "treated")
+    """Without verdicts and the sizes at the end, since a fit that was finished when the checkpoint
+    was saved judges nothing; and without the strength of AWS at the first row, which a checkpoint
+    saved within the end of that very batch does not know yet. A forecast is of the steps of its
+    own fit, and is made once its first row has arrived."""
+    moving = ("verdict", "finding", "ratio", "treated")
     return {
         **meta,
         "forecast": None,
+        "groups": None,
         "targets": {
             n: {k: v for k, v in t.items() if k not in moving}
             for n, t in meta.get("targets", {}).items()
