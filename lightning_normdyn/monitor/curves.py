@@ -46,9 +46,10 @@ def numbered(names: Sequence[str]) -> dict[str, str]:
 
 def recorded_curves(history: History, quantity: str) -> Curves:
     """The curves of a quantity; empty where the history has none."""
+    names = layer_names(history, quantity)
+    recorded = history.curves([f"{quantity}/{name}" for name in names])
     curves = {}
-    for name in layer_names(history, quantity):
-        steps, values = history.column(f"{quantity}/{name}")
+    for name, (steps, values) in zip(names, recorded.values(), strict=True):
         # Empty where all rows with this key were thinned away.
         if len(steps):
             curves[name] = (steps, values)

@@ -267,3 +267,18 @@ def test_a_history_is_believed():
 def test_anything_else_is_refused_with_its_place(value):
     with pytest.raises(NormDynError, match=r"extra\.history is no history"):
         check_history(value, "extra.history")
+
+
+def test_several_curves_at_once_are_those_read_one_by_one():
+    history = filled_history(rows=7)
+    # A column that came later, and rows that end before it.
+    history.append(90, {"late": 1.0, "effective_lr/fc.weight": float("nan")}, optimizer_step=9)
+    keys = ["late", "unknown", *history.keys()[:2]]
+    several = history.curves(keys)
+    assert list(several) == keys
+    for key in keys:
+        for one, other in zip(several[key], history.curve(key), strict=True):
+            assert one.dtype == other.dtype
+            np.testing.assert_array_equal(one, other)
+    assert history.curves([]) == {}
+    assert [len(part) for part in History().curves(["unknown"])["unknown"]] == [0, 0]

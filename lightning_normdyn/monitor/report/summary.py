@@ -11,9 +11,25 @@ from lightning_normdyn.errors import NormDynError
 from lightning_normdyn.monitor.curves import as_table, notes_on_layers
 from lightning_normdyn.monitor.history import History
 from lightning_normdyn.monitor.quantities import monitored
+from lightning_normdyn.monitor.records import Floats, Ints
 from lightning_normdyn.theory.words import AS_EXPECTED, times
 
+# Curves of a layer by quantity; empty where the run did not record one.
+Recorded = Mapping[str, tuple[Ints, Floats]]
+
 _MOST_VECTORS = 2**53
+# What the numbers of a row are made of.
+_NEEDED = (
+    "weight_norm",
+    "weight_std",
+    "effective_lr",
+    "angular_update",
+    "expected_angular_update",
+    "expected_ratio",
+    "equilibrium_angular_update",
+    "equilibrium_ratio",
+    "balance_ratio",
+)
 # How the verdicts begin that a reader should not miss; "collapsing" was said by older versions.
 _OFF = ("turns", "no gradient", "collapsing", "frozen", "not finite")
 
@@ -116,25 +132,39 @@ def summaries(label: str, history: History) -> list[LayerSummary]:
         quantity, _, name = key.partition("/")
         if name and quantity in measured:
             names[name] = None
-    return [_summary(label, name, history) for name in names]
+    notes = notes_on_layers(history)
+    return [
+        _summary(label, name, recorded, notes.get(name, {}))
+        for name, recorded in _by_layer(history, list(names)).items()
+    ]
 
 
-def _summary(label: str, name: str, history: History) -> LayerSummary:
-    def values(quantity: str) -> list[float]:
-        recorded: list[float] = history.curve(f"{quantity}/{name}")[1].tolist()
-        return recorded
+def _by_layer(history: History, names: Sequence[str]) -> dict[str, Recorded]:
+    """All that the rows of a table need, read in one pass over the history."""
+    keys = [f"{quantity}/{name}" for name in names for quantity in _NEEDED]
+    curves = history.curves(keys)
+    by_layer: dict[str, Recorded] = {}
+    for name in names:
+        by_layer[name] = {quantity: curves[f"{quantity}/{name}"] for quantity in _NEEDED}
+    return by_layer
 
-    notes = notes_on_layers(history).get(name, {})
+
+def _summary(label: str, name: str, recorded: Recorded, notes: Mapping[str, Any]) -> LayerSummary:
+    def values(quantity: str) -> Floats:
+        return recorded[quantity][1]
+
     vectors = notes.get("vectors")
     known_vectors = isinstance(vectors, int) and 0 <= vectors < _MOST_VECTORS
+    norms = values("weight_norm").tolist()
     # A standardized weight has no norm that matters: its standard deviation takes the place.
-    norms = values("weight_norm") or values("weight_std")
+    if not norms:
+        norms = values("weight_std").tolist()
     # As root mean squares, since that is what predictions are.
     angle = _late(values("angular_update"), _root_mean_square)
     prediction = _late(values("equilibrium_angular_update"), _root_mean_square)
     # Not a mean of ratios, which the steps with the smallest predictions would rule.
-    ratio = _late_ratio(history, name, "equilibrium")
-    now = _late_ratio(history, name, "expected")
+    ratio = _late_ratio(recorded, "equilibrium")
+    now = _late_ratio(recorded, "expected")
     if now is None:
         now = _late(values("balance_ratio"), np.mean)
     return LayerSummary(
@@ -153,15 +183,14 @@ def _summary(label: str, name: str, history: History) -> LayerSummary:
     )
 
 
-def _late_ratio(history: History, name: str, foreseen: str) -> float | None:
+def _late_ratio(recorded: Recorded, foreseen: str) -> float | None:
     """The angular update over another angle, as root mean squares of the same records: of the last
     tenth, those with both."""
     quantities = ("angular_update", f"{foreseen}_angular_update")
-    curves = {key: history.curve(f"{key}/{name}") for key in quantities}
+    curves = {quantity: recorded[quantity] for quantity in quantities}
     if not all(len(steps) for steps, _ in curves.values()):
         # A log may have the ratios alone.
-        ratios: list[float] = history.curve(f"{foreseen}_ratio/{name}")[1].tolist()
-        return _late(ratios, np.mean)
+        return _late(recorded[f"{foreseen}_ratio"][1], np.mean)
     _, table = as_table(curves)
     measured, other = table[:, -max(1, table.shape[1] // 10) :]
     both = np.isfinite(measured) & (other > 0)
@@ -184,11 +213,11 @@ def _verdict(of_monitor: object, now: float | None, ratio: float | None) -> str:
     return f"turns too {'fast' if compared > 1 else 'slow'}: {times(compared)} what is {what}"
 
 
-def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
+def _late(values: Floats, average: Callable[[Any], Any]) -> float | None:
     """The average over the last tenth of what was recorded: the last value alone is mostly
     noise."""
     # At least one, of however few records.
-    tenth = np.array(values[-max(1, len(values) // 10) :], dtype=np.float64)
+    tenth = values[-max(1, len(values) // 10) :].astype(np.float64)
     finite = tenth[np.isfinite(tenth)]
     if not finite.size:
         return None
@@ -197,8 +226,7 @@ def _late(values: list[float], average: Callable[[Any], Any]) -> float | None:
 
 def late_average(history: History, key: str) -> float | None:
     """The root mean square over the last tenth of a curve; None where it has no finite value."""
-    recorded: list[float] = history.curve(key)[1].tolist()
-    return _late(recorded, _root_mean_square)
+    return _late(history.curve(key)[1], _root_mean_square)
 
 
 def _root_mean_square(values: Any) -> float:
