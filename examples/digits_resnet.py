@@ -153,9 +153,10 @@ def demo(args: argparse.Namespace) -> dict[str, Run]:
             "weight decay": runs["decay"].history,
             "AdaptiveWeightShrink": runs["aws"].history,
         }
-        # Under SGD a direction follows η/‖w‖², and layers with a large η/‖w‖ can turn least.
-        rate = "direction_lr" if args.optimizer == "sgd" else "effective_lr"
-        picture = save_comparison(histories, ("angular_update", rate), args.out / "compare.png")
+        # Under SGD, which trains both, a direction follows η/‖w‖²: layers with a large η/‖w‖ can be
+        # those that turn least.
+        quantities = ("angular_update", "direction_lr")
+        picture = save_comparison(histories, quantities, args.out / "compare.png")
         if picture is not None:
             say(
                 f"\nBoth runs in one picture: {picture}; every layer under AdaptiveWeightShrink: "
