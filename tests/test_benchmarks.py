@@ -167,3 +167,12 @@ def test_readme_s_picture(tmp_path):
     assert min(rescaled) > 0.5
     assert max(rescaled) < 1.5
     assert (tmp_path / "drop.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_imports_are_cheap_and_bring_nothing_heavy(tmp_path):
+    text = output_of("import_cost.py", "--rounds", "2", folder=tmp_path)
+    rows = rows_of(text)
+    # Shares: in a busy machine seconds say little.
+    assert float(rows["`import lightning_normdyn`"][-1].rstrip(" |")) < 0.05
+    assert float(rows["all public names, beside Lightning"][-1].rstrip(" |")) < 0.2
+    assert "does not: nothing." in text
