@@ -115,6 +115,16 @@ def test_the_page_needs_nothing_from_outside(tmp_path, still):
     assert os.listdir(tmp_path / "new") == ["report.html"]
 
 
+def test_of_many_runs_the_sentences_are_seen_together(tmp_path):
+    def folded(count: int) -> int:
+        runs = {f"run {i}": reported_run(2, 3) for i in range(count)}
+        source = write_report(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+        assert source.count('class="sentence"') == source.count('class="cards"') == count
+        return len(re.findall(r"</p>\s*<details>\s*<summary>Nothing|<summary>To look", source))
+
+    assert (folded(3), folded(4)) == (0, 4)
+
+
 def unpacked_template(source: str, name: str) -> str:
     """What the page's script unpacks from it."""
     (packed,) = re.findall(rf'<template id="{name}">(.*?)</template>', source)
