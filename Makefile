@@ -11,14 +11,14 @@ LIGHTNINGS := 2.4 2.5 2.6
 # tests anew takes a third of the time that each worker needs before its first test.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo docs bench test test-slow test-all test-deepspeed test-clients test-versions lint format types clean
+.PHONY: demo docs bench gpu test test-slow test-all test-deepspeed test-clients test-versions lint format types clean
 
 # The pin in constraints.txt keeps torch at the tested version; point PIP_INDEX_URL or PIP_EXTRA_INDEX_URL at a CPU index for a CPU-only build.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,triton]'
 	touch $(READY)
 
 demo: $(READY)  ## train a small network twice and draw its effective learning rates
@@ -32,6 +32,10 @@ docs: $(READY)  ## the site, to build/docs/index.html; a warning or a broken lin
 bench: $(READY)  ## what each callback costs, beside floors and peers; writes benchmarks/cost.md
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]'
 	OMP_NUM_THREADS=2 $(BIN)/python benchmarks/cost.py
+
+# With the Python that has torch for this GPU: no environment is made, since there may be no network.
+gpu:  ## tests, launches, times and memory on a CUDA GPU, at most 8 minutes; writes benchmarks/gpu.md
+	PYTHONPATH="$(CURDIR)" $(PYTHON) benchmarks/gpu.py
 
 # worksteal: each worker begins with half of the files, so that what the tests of a file share is
 # made once, and not in both workers.

@@ -176,3 +176,23 @@ def test_imports_are_cheap_and_bring_nothing_heavy(tmp_path):
     assert float(rows["`import lightning_normdyn`"][-1].rstrip(" |")) < 0.05
     assert float(rows["all public names, beside Lightning"][-1].rstrip(" |")) < 0.2
     assert "does not: nothing." in text
+
+
+def test_the_gpu_script_runs_dry(tmp_path):
+    text = output_of("gpu.py", "--dry-run", folder=tmp_path)
+    assert "failed:" not in text
+    assert text.count("\n## ") + text.startswith("## ") == 10
+    assert "| tiny: projection, SGD |" in text
+
+
+def test_the_gpu_script_goes_on_where_it_stopped(tmp_path):
+    out = tmp_path / "gpu.md"
+    output_of("gpu.py", "--dry-run", "--only", "graphs", "--out", str(out), folder=tmp_path)
+    first = out.read_text()
+    assert "## CUDA graphs" in first
+    more = output_of(
+        "gpu.py", "--dry-run", "--only", "several", "--out", str(out), folder=tmp_path
+    )  # fmt: skip
+    assert "## CUDA graphs" not in more
+    assert out.read_text().startswith(first.rstrip())
+    assert "## Two GPUs" in out.read_text()

@@ -154,7 +154,7 @@ def counted(monkeypatch) -> Counted:
 
 
 def sgd(parameters):
-    return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=1e-4)
+    return torch.optim.SGD(parameters, lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
 
 def adamw(parameters):

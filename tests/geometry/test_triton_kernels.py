@@ -18,3 +18,10 @@ def test_one_layout_per_kind_of_tile():
 def test_all_layouts(dtype):
     chosen = dtype if dtype == "angles" else f"torch.{dtype}"
     run_tests(FILE, "-m", "slow", "-k", chosen)
+
+
+@pytest.mark.slow
+def test_callbacks_follow_their_papers():
+    """Every callback under two optimizers, as `test_conformance` has them."""
+    one_mode = "test_follows_its_paper and (-adamw] or -sgd]) and not default and not scaler"
+    run_tests("tests/test_conformance.py", "-k", one_mode)

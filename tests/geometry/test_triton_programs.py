@@ -1,9 +1,16 @@
-"""The GPU programs as text: what everybody has who does not have Triton."""
+"""The GPU programs as text, and compiled for GPUs that are not here."""
 
 from __future__ import annotations
 
 import ast
 import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from triton_process import needs_triton
 
 from lightning_normdyn.geometry import triton_programs
 
@@ -19,3 +26,20 @@ def test_the_file_imports_nothing_of_the_package():
             assert not node.level
             names.add(node.module)
     assert names == {"__future__", "linecache", "typing", "triton"}
+
+
+@pytest.mark.slow
+@needs_triton
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
+def test_every_program_compiles_without_spills(dtype, tmp_path):
+    """In a process of its own: where Triton interprets it does not compile."""
+    env = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "NORMDYN_KERNELS")}
+    # Afresh, so that nothing comes from a cache.
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = Path(__file__).with_name("compile_programs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), dtype],
+        cwd=script.parents[2], env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
+    assert done.stdout.count("sm_80") == done.stdout.count("sm_90") > 10

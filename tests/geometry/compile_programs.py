@@ -1,0 +1,158 @@
+"""Compile every GPU program for two generations of GPUs, without one: fails where registers are
+spilled, and where aligned rows are not read 16 bytes at once.
+
+    python tests/geometry/compile_programs.py            # all dtypes
+    python tests/geometry/compile_programs.py float32    # one
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.backends.nvidia
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lightning_normdyn.callbacks.adaptive_weight_shrink import shrink_by_norm, shrink_by_std
+from lightning_normdyn.callbacks.radial_brake import braked
+from lightning_normdyn.callbacks.radial_projection import shortened
+from lightning_normdyn.callbacks.weight_decay import pulled
+from lightning_normdyn.callbacks.weight_rescaling import rescaled
+from lightning_normdyn.geometry import triton_programs as programs
+from lightning_normdyn.geometry.fusion import write_source
+from lightning_normdyn.geometry.triton_kernels import SCALE_AND_ADD, SHORTENED, STRETCH, WARPS
+from lightning_normdyn.geometry.triton_tables import ALIGNED, FIELDS
+
+CAPABILITIES = (80, 90)
+# A few stores to the stack are how the compiler keeps an address; a loop that spills has many.
+MOST_SPILLS = 4
+ALIGNED_LOAD = re.compile(r"ld\.global[\w.:]*\.v(4\.b32|2\.b64|8\.b16)")
+BINARIES = Path(triton.backends.nvidia.__file__).parent / "bin"
+POINTERS = {
+    "records": "*i64", "addresses": "*i64", "W": "i32", "out": "*fp64", "S": "i32",
+    "slots": "*fp64", "first": "*i32", "order": "*i32", "n": "i32", "vectors": "*i32",
+    "factor": "*fp64", "coefficient": "*fp64", "stretch": "*fp64",
+}  # fmt: skip
+DTYPES = {
+    "float32": tl.float32, "bfloat16": tl.bfloat16, "float16": tl.float16, "float64": tl.float64,
+}  # fmt: skip
+SIGNS = {torch.float64: "*fp64", torch.float32: "*fp32", torch.bool: "*i1"}
+
+Case = tuple[str, Any, dict[str, str], dict[str, Any]]
+
+
+def sums_and_writes(name: str) -> Iterator[Case]:
+    dtype = DTYPES[name]
+    wide = [tl.float64] if name == "float64" else [tl.float32, tl.float64]
+    # All kinds of tiles in one program take ten times as long to compile: once is enough.
+    for kinds in [1 << ALIGNED, 15] if name == "float32" else [1 << ALIGNED]:
+        common = {"FIELDS": FIELDS, "KINDS": kinds}
+        for accumulated in wide:
+            for b, moved, ones, copy in (
+                (None, False, False, False),
+                (None, False, True, False),
+                (dtype, False, False, False),
+                (dtype, False, True, False),
+                (dtype, False, False, True),
+                (dtype, True, False, False),
+            ):
+                constants = {
+                    "A": dtype, "B": b, "MOVED": moved, "ONES": ones, "COPY": copy,
+                    "SUM": accumulated, **common,
+                }  # fmt: skip
+                text = f"sums {name} in {accumulated}, tiles {kinds}, {b is not None, moved, ones}"
+                yield text, programs.sums, POINTERS, constants
+        number = tl.float64 if name == "float64" else tl.float32
+        for mode, given in (
+            (SCALE_AND_ADD, ("factor",)),
+            (SCALE_AND_ADD, ("coefficient",)),
+            (SCALE_AND_ADD, ("factor", "coefficient")),
+            (STRETCH, ("factor", "stretch")),
+            (SHORTENED, ("coefficient",)),
+        ):
+            numbers = {n: None for n in ("factor", "coefficient", "stretch") if n not in given}
+            x = None if given == ("factor",) else dtype
+            constants = {
+                "Y": dtype, "X": x, "Z": False, "MODE": mode, "NUM": number, **common, **numbers,
+            }  # fmt: skip
+            yield f"write {name}, tiles {kinds}, {given}", programs.write, POINTERS, constants
+
+
+def rules() -> Iterator[Case]:
+    for vectors, slots in ((64, 16), (8, 128), (1, 1024)):
+        constants = {"ROOT": False, "V": vectors, "B": slots}
+        yield f"combine {vectors} x {slots}", programs.combine, POINTERS, constants
+    n = torch.ones(2, dtype=torch.float64)
+    flags, skipped = torch.ones(2, dtype=torch.bool), torch.zeros(())
+    guards = flags, flags, skipped
+    for formula, sums, arguments in (
+        (shrink_by_norm, 1, (n, 0.1, *guards)),
+        (shrink_by_std, 2, (flags, n, n, 0.1, *guards)),
+        (shortened, 2, (n, n, 1.0, flags, *guards)),
+        (rescaled, 1, (n, *guards)),
+        (braked, 3, (0.5, 1.0, "norm", n, *guards)),
+        (braked, 3, (0.5, 1.0, "radial", n, *guards)),
+        (pulled, 0, (n, n, flags, *guards)),
+    ):
+        source = write_source(formula, sums, arguments, from_slots=sums > 0)
+        program = programs.program_of(source.text, f"<{formula.__name__} {len(arguments)}>")
+        tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        types = {f"i{i}": SIGNS[t.dtype] for i, t in enumerate(tensors)}
+        types |= {f"o{i}": SIGNS[dtype] for i, dtype in enumerate(source.dtypes)}
+        yield formula.__name__, program, POINTERS | types, {"V": 64, "B": 16}
+
+
+def compiled(program: Any, types: dict[str, str], constants: dict[str, Any], capability: int):
+    names = program.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    signature |= dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=program, signature=signature, constexprs=values)
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": WARPS}
+    )
+
+
+def spills(kernel: Any) -> int:
+    """Stores to the stack: what ``cuobjdump`` calls local memory does not show them."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [BINARIES / "nvdisasm", "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert text
+    return len(re.findall(r"\bSTL", text))
+
+
+def main(dtypes: list[str]) -> None:
+    print(f"triton {triton.__version__}")
+    for capability in CAPABILITIES:
+        cases = [case for name in dtypes for case in sums_and_writes(name)]
+        if "float32" in dtypes:
+            cases += rules()
+        for text, program, types, constants in cases:
+            start = time.perf_counter()
+            kernel = compiled(program, types, constants, capability)
+            seconds = time.perf_counter() - start
+            stores = spills(kernel)
+            print(f"sm_{capability} {seconds:5.1f} s  {stores} spills  {text}", flush=True)
+            assert stores <= MOST_SPILLS, f"{text} spills"
+            is_aligned = constants.get("KINDS", 0) & (1 << ALIGNED)
+            has_wide_loads = bool(ALIGNED_LOAD.search(kernel.asm["ptx"]))
+            assert has_wide_loads or not is_aligned, f"{text} loads entry by entry"
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TRITON_CACHE_DIR", tempfile.mkdtemp())
+    main(sys.argv[1:] or list(DTYPES))
