@@ -174,10 +174,9 @@ def courses_and_balances(strategy: strategies.Strategy, dtype: torch.dtype) -> d
     # So short a fit has too few steps for an exact coherence; the same one is enough here.
     balance.LEAST_STEPS, balance.MOST_ERROR = 8, math.inf
     found = {}
+    named = {*COURSES, *BALANCES, "loss_decay"}
     for name, optimizer in {"sgd": sgd, "adamw": adamw}.items():
-        monitor = NormDynamicsMonitor(
-            COSINE_EVERY, quantities=[*COURSES, *BALANCES, "loss_decay"], tables=False
-        )
+        monitor = NormDynamicsMonitor(COSINE_EVERY, quantities=[*named], tables=False)
         fit(
             strategy,
             lambda m=monitor: [m],  # type: ignore[misc]
@@ -186,7 +185,11 @@ def courses_and_balances(strategy: strategies.Strategy, dtype: torch.dtype) -> d
             steps=COSINE_STEPS,
             model=CosineModule,
         )
-        found[name] = list(monitor.history)
+        # The history has all the rest, too, some of it around 0, where nothing is relative.
+        found[name] = []
+        for row in monitor.history:
+            shown = {key: row[key] for key in row if not named.isdisjoint(key.split("/"))}
+            found[name].append(shown)
     return found
 
 
