@@ -99,6 +99,13 @@ def interactive_map(history: History, name: str) -> Figure:
         # The same ends in every picture: the noise of a healthy run has to look like nothing.
         end = float(np.log10(FARTHEST))
         colours |= {"colorscale": "PuOr_r", "zmin": -end, "zmax": end}
+        # The bar tells ratios, and not their logarithms.
+        ticks = np.array([1 / FARTHEST, 0.3, 1.0, 3.0, FARTHEST])
+        colours["colorbar"] = {
+            "title": quantity.axis,
+            "tickvals": np.log10(ticks).tolist(),
+            "ticktext": [f"{tick:g}" for tick in ticks],
+        }
     rows = Heatmap(
         x=steps.tolist(),
         y=list(curves),

@@ -147,6 +147,8 @@ class WandbPublisher(Publisher):
 
     def place_of_layers(self, label: str) -> str:
         """Its own table."""
+        if getattr(self.logger.experiment, "disabled", False):
+            return ""
         return f"table `normdyn_tables/layers{label}` in W&B"
 
     def needs_matplotlib(self) -> bool:

@@ -94,7 +94,7 @@ def facts_of(about: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "vectors": facts["vectors"],
                 "normalized by": ", ".join(facts["norms"]),
                 "follows": facts["follows"],
-                "treated how": facts["treated"],
+                "treated how": facts["treated"] or "measured",
             }
         )
     return rows
