@@ -136,6 +136,7 @@ CASES = {
     "make test": Case(shows("-m pytest", "not slow and not deepspeed"), slow=False),
     "make docs": Case(shows("-m sphinx", "-W", "check_links.py"), slow=False),
     "make bench": Case(shows("benchmarks/cost.py"), slow=False),
+    "make gpu": Case(shows("benchmarks/gpu.py"), slow=False),
     "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test": Case(
         shows("pip install", "-m pytest"), slow=False
     ),
@@ -245,6 +246,11 @@ CASES = {
     "lightning-normdyn report runs/decay runs/aws -o report.html": Case(
         leaves("report.html", says="report.html\n"),
         instead=(("runs/decay runs/aws", "decay=recorded aws=recorded"),),
+        here=True,
+    ),
+    "lightning-normdyn report narrow=runs/width64 wide=runs/width512 --compare": Case(
+        leaves("report.html", says="narrow"),
+        instead=(("runs/width64", "recorded"), ("runs/width512", "recorded")),
         here=True,
     ),
     "lightning-normdyn workspace my-team/my-project": Case(
