@@ -197,14 +197,22 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize(
-    "number", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (50, 560))]
-)
-@pytest.mark.parametrize("case", BUDGETS)
+QUICK = ("aws", "projection, told by the buffer", "brake")
+
+
+def cases():
+    for case in BUDGETS:
+        for number in (4, 50, 560):
+            is_quick = case in QUICK and number == 4
+            yield pytest.param(case, number, marks=[] if is_quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("case", "number"), cases())
 def test_launches_do_not_depend_on_the_number_of_weights(counted, case, number):
     callback, optimizer, budget = BUDGETS[case]
     assert launches(counted, callback(), optimizer, number) <= budget, counted.by_phase
 
 
+@pytest.mark.slow
 def test_weights_of_16_bits_shrink_in_as_many_launches_whatever_their_number(counted):
     assert launches(counted, AdaptiveWeightShrink(0.01), sgd, 4, torch.bfloat16) <= 32

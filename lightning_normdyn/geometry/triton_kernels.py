@@ -45,6 +45,10 @@ def programs() -> Any:
     return import_module("lightning_normdyn.geometry.triton_programs")
 
 
+Launch = tuple[tuple[int, ...], tuple[Any, ...], tuple[Any, ...]]
+"""How many programs; their arguments; and what is known when they are compiled."""
+
+
 class TritonKernels(Kernels):
     """The primitives as Triton programs; see `lightning_normdyn.geometry.kernels.Kernels`.
 
@@ -193,7 +197,7 @@ class TritonKernels(Kernels):
             sum_dtype = _language(torch.float64 if is_wide else torch.float32)
             arguments = (part.records, addresses, len(a), out, tables.slots)
             constants = (language, has_b, moved, ones, copy is not None, sum_dtype)
-            launches.append((part, arguments, constants))
+            launches.append(_over_rows(part, arguments, constants))
         self._launch(programs().sums, launches)
         _count_writes(copy)
         return out
@@ -203,13 +207,9 @@ class TritonKernels(Kernels):
         tables = self._tables
         out = torch.empty(len(slots), tables.n, dtype=torch.float64, device=self._device)
         if tables.n:
-            at_once, _ = tables.combining
-            grid = (-(-tables.n // at_once), len(slots))
-            with self._on_device():
-                programs().combine[grid](
-                    slots, tables.slots, tables.first, tables.order, tables.n, out, False,
-                    *tables.combining,
-                )  # fmt: skip
+            grid = (-(-tables.n // tables.combining[0]), len(slots))
+            given = (slots, tables.slots, tables.first, tables.order, tables.n, out)
+            self._launch(programs().combine, [(grid, given, (False, *tables.combining))])
         return out
 
     # ---- Formulas on numbers per vector ----
@@ -258,9 +258,9 @@ class TritonKernels(Kernels):
         slots = tables.first if sums is None else sums
         distance = tables.slots if from_slots else tables.n
         at_once, slots_at_once = tables.combining if from_slots else (64, 16)
-        arguments = (slots, distance, tables.first, tables.order, tables.n, *tensors, *results)
-        part = Part(torch.float64, tables.first, -(-tables.n // at_once), 0)
-        self._launch(program, [(part, arguments, (at_once, slots_at_once))], tiles=False)
+        given = (slots, distance, tables.first, tables.order, tables.n, *tensors, *results)
+        grid = (-(-tables.n // at_once),)
+        self._launch(program, [(grid, given, (at_once, slots_at_once))])
         return tuple(results)
 
     # ---- Changes, in place ----
@@ -334,27 +334,21 @@ class TritonKernels(Kernels):
             own = torch.float64 if part.dtype == torch.float64 else torch.float32
             arguments = (part.records, addresses, len(y), tables.vectors, *numbers)
             constants = (language, has_x, False, mode, _language(own))
-            launches.append((part, arguments, constants))
+            launches.append(_over_rows(part, arguments, constants))
         self._launch(programs().write, launches)
         _count_writes(y)
 
     # ---- Launches ----
 
-    def _launch(
-        self, program: Any, launches: list[tuple[Part, Any, Any]], *, tiles: bool = True
-    ) -> None:
+    def _launch(self, program: Any, launches: Sequence[Launch]) -> None:
         with self._on_device():
-            given = []
             # All of them are compiled before the first of them writes.
-            for part, arguments, constants in launches:
-                if tiles:
-                    constants = (*constants, FIELDS, part.kinds)
-                self._compile(program, part, arguments, constants)
-                given.append((part.programs, (*arguments, *constants)))
-            for count, everything in given:
-                program[count,](*everything, num_warps=WARPS)
+            for launch in launches:
+                self._compile(program, launch)
+            for grid, arguments, constants in launches:
+                program[grid](*arguments, *constants, num_warps=WARPS)
 
-    def _compile(self, program: Any, part: Part, arguments: Any, constants: Any) -> None:
+    def _compile(self, program: Any, launch: Launch) -> None:
         """Compile a program unless that has been done.
 
         Raises:
@@ -364,6 +358,7 @@ class TritonKernels(Kernels):
             raise Unfit(TritonKernels.failure)
         if self._device.type != "cuda":
             return  # the interpreter compiles nothing
+        grid, arguments, constants = launch
         kinds = [getattr(argument, "dtype", None) for argument in arguments]
         variant = (program, self._device, *kinds, *map(str, constants))
         if variant in self.seconds:
@@ -375,7 +370,6 @@ class TritonKernels(Kernels):
             )
         start = time.perf_counter()
         try:
-            grid = (part.programs,)
             program.warmup(*arguments, *constants, num_warps=WARPS, grid=grid)
         # Whatever it is (a compiler that is missing, a driver that is too old): torch's kernels
         # come to the same result.
@@ -389,6 +383,10 @@ class TritonKernels(Kernels):
         if self._device.type == "cuda":
             return torch.cuda.device(self._device)
         return nullcontext()
+
+
+def _over_rows(part: Part, arguments: tuple[Any, ...], constants: tuple[Any, ...]) -> Launch:
+    return (part.programs,), arguments, (*constants, FIELDS, part.kinds)
 
 
 def radial_of_step(vv: Tensor, vd: Tensor, dd: Tensor, length: Any) -> tuple[Tensor, ...]:

@@ -24,14 +24,24 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lightning_normdyn import Partition, WeightVectors
 from lightning_normdyn.callbacks.adaptive_weight_shrink import shrink_by_norm, shrink_by_std
 from lightning_normdyn.callbacks.radial_brake import braked
 from lightning_normdyn.callbacks.radial_projection import shortened
 from lightning_normdyn.callbacks.weight_decay import pulled
 from lightning_normdyn.callbacks.weight_rescaling import rescaled
+from lightning_normdyn.geometry import kernel_choice
 from lightning_normdyn.geometry import triton_programs as programs
+from lightning_normdyn.geometry.formulas import squares, work_out
 from lightning_normdyn.geometry.fusion import write_source
-from lightning_normdyn.geometry.triton_kernels import SCALE_AND_ADD, SHORTENED, STRETCH, WARPS
+from lightning_normdyn.geometry.kernel_choice import KernelPath
+from lightning_normdyn.geometry.triton_kernels import (
+    SCALE_AND_ADD,
+    SHORTENED,
+    STRETCH,
+    WARPS,
+    TritonKernels,
+)
 from lightning_normdyn.geometry.triton_tables import ALIGNED, FIELDS
 
 CAPABILITIES = (80, 90)
@@ -135,6 +145,49 @@ def spills(kernel: Any) -> int:
     return len(re.findall(r"\bSTL", text))
 
 
+class NoGPU:
+    """Stands for a driver, as far as a program is compiled and not run."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITIES[-1], 32)
+
+
+def as_they_are_launched() -> None:
+    """The same way to the compiler that a launch takes, with its own arguments."""
+    triton.runtime.driver.set_active(NoGPU())
+    kernel_choice.choose = lambda *_: KernelPath("triton", "compiled only")
+    names = []
+
+    def launch(self, program, launches):
+        for grid, arguments, constants in launches:
+            kernel = program.warmup(*arguments, *constants, num_warps=WARPS, grid=grid)
+            assert "cubin" in kernel.asm
+            names.append(program.__name__)
+
+    TritonKernels._launch = launch
+    weights = [torch.ones(8, 256), torch.ones(8, 64, dtype=torch.bfloat16)]
+    vectors = WeightVectors(weights, [Partition.filters((8, 256)), Partition.filters((8, 64))])
+    n = torch.ones(vectors.n, dtype=torch.float64)
+    flags = torch.zeros(vectors.n, dtype=torch.bool)
+    before = [weight.clone() for weight in weights]
+    vectors.norms()
+    vectors.displacement(before)
+    vectors.remove_radial_(before, n)
+    vectors.scale_(n.float())
+    vectors.stretch_(before, n, n)
+    vectors.decay_shortened_(n, before)
+    numbers = n, 0.1, flags, None, torch.zeros(())
+    work_out(vectors, shrink_by_norm, squares(vectors), numbers, into=(None, flags))
+    print("as they are launched:", names)
+    assert {"sums", "combine", "write", "rule"} == set(names)
+
+
 def main(dtypes: list[str]) -> None:
     print(f"triton {triton.__version__}")
     for capability in CAPABILITIES:
@@ -151,6 +204,7 @@ def main(dtypes: list[str]) -> None:
             is_aligned = constants.get("KINDS", 0) & (1 << ALIGNED)
             has_wide_loads = bool(ALIGNED_LOAD.search(kernel.asm["ptx"]))
             assert has_wide_loads or not is_aligned, f"{text} loads entry by entry"
+    as_they_are_launched()
 
 
 if __name__ == "__main__":
