@@ -37,7 +37,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner import Tuner
 from models import (
-    BEFORE_2_5,
+    BEFORE_2_6,
     TARGETS,
     ManualNet,
     Net,
@@ -621,7 +621,7 @@ def test_the_tuner_leaves_no_trace(case):
     assert identical(found, go(set_batch_size(found[0])))
 
 
-@pytest.mark.skipif(BEFORE_2_5, reason="its tuner changes the fit that follows, without us as well")
+@pytest.mark.skipif(BEFORE_2_6, reason="its tuner changes the fit that follows, without us as well")
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("first", [True, False])
 def test_the_tuner_as_a_callback_of_a_second_fit(first):

@@ -27,7 +27,7 @@ from cases import (
 )
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
-from models import BEFORE_2_5, Net, SavesAt, fit, images, loader, make, same, weights_of
+from models import BEFORE_2_6, Net, SavesAt, fit, images, loader, make, same, weights_of
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -804,7 +804,7 @@ def test_with_the_other_callbacks_of_the_suite():
     "rich",
     [
         False,
-        pytest.param(True, marks=pytest.mark.skipif(BEFORE_2_5, reason="not into pytest's files")),
+        pytest.param(True, marks=pytest.mark.skipif(BEFORE_2_6, reason="not into pytest's files")),
     ],
 )
 def test_progress_is_shown_on_a_terminal_only(rich, monkeypatch, capsys):
