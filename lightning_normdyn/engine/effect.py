@@ -8,7 +8,8 @@ prediction" (`Effects.underived`).
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, Literal
 
 from lightning_normdyn.optimizers.decay import DecayOwner, DecayRule
@@ -248,6 +249,19 @@ class Effects:
     scaled_steps: bool = False
     underived: tuple[str, ...] = ()
     decay_untold: tuple[str, ...] = ()
+
+    # Asked for several times of each weight in every row, and made of all that is in it.
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, each.name) for each in fields(self)))
+
+    @cached_property
+    def text(self) -> str:
+        """All of it in one line, by which a checkpoint knows it again."""
+        return str(self)
 
     @property
     def decay_rules(self) -> list[DecayRule]:

@@ -36,7 +36,7 @@ from lightning_normdyn.optimizers.step_response import Options, own_response
 from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.theory.course import NormCourse, norm_course
 
-from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, averaged, with_one_more
+from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, averages, with_one_more
 from .passed_steps import Stretch
 from .pulls import options_of
 
@@ -153,7 +153,7 @@ def follow(
         steps: the measured one, of each weight that took it.
         known: what was expected so far. The course of a weight that is not among them starts here.
     """
-    lots: dict[Any, list[WeightStep]] = {}
+    lots: dict[Any, list[tuple[WeightStep, Expectation | None]]] = {}
     for step in steps:
         # A weight that has no length yet begins when it has one.
         if not (step.norm > 0 and isfinite(step.norm)):
@@ -162,12 +162,13 @@ def follow(
         shared = None if before is None else before.shared
         # Only measured rates may differ within a group, and then by more than rounding.
         rate = None if interval.reads_rates else f"{step.lr:.6g}"
-        lots.setdefault((step.group, step.effects, step.shape, shared, rate), []).append(step)
+        key = (step.group, step.effects, step.shape, shared, rate)
+        lots.setdefault(key, []).append((step, before))
     expected: dict[str, Expected] = {}
     for together in lots.values():
-        before_of = [_going_on(known.get(step.name), step, interval) for step in together]
-        goes_on = [before for before in before_of if before is not None]
-        expected.update(_Lot(interval, together, goes_on).expected())
+        # All of a lot go on, or none does.
+        goes_on = [before for _, before in together if before is not None]
+        expected.update(_Lot(interval, [step for step, _ in together], goes_on).expected())
     return expected
 
 
@@ -181,7 +182,7 @@ def _going_on(
     if interval.stretches[0].first != before.number + 1:
         return None
     # An epoch has begun or ended in which a callback acts, and in which step nobody knows here.
-    if before.effects != str(step.effects):
+    if before.effects != step.effects.text:
         return None
     return before if isfinite(before.course["ww"][0]) else None
 
@@ -263,7 +264,7 @@ class _Lot:
             state,
             self._rate,
             float(self._starts[i]),
-            str(step.effects),
+            step.effects.text,
             silent_until,
             scales,
             energies,
@@ -350,10 +351,10 @@ class _Lot:
             newest = with_one_more(known, step.gradient_scale)
             if not newest:
                 return None
-            now.append(averaged(newest, most))
-            then.append(averaged(known or newest, most))
-        start = np.array(then, dtype=np.float64)
-        return start + share * (np.array(now, dtype=np.float64) - start)
+            now.append(newest)
+            then.append(known or newest)
+        start = averages(then, most)
+        return start + share * (averages(now, most) - start)
 
     def _measured_energy(self) -> Doubles | None:
         """Size of the steps, where noise alone does not tell it well; None for the first rows."""

@@ -5,9 +5,12 @@ not taken for the course of a norm. Numbers of the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from math import isfinite
-from statistics import fmean
+from math import inf, isfinite
+
+import numpy as np
+from numpy.typing import NDArray
+
+Doubles = NDArray[np.float64]
 
 FEWEST_ROWS = 5
 """Rows over which a measured size of the gradients or of the steps is averaged: of single ones the
@@ -35,31 +38,52 @@ def with_one_more(sizes: tuple[float, ...], size: float) -> tuple[float, ...]:
     return (*sizes, size)[-MOST_ROWS:]
 
 
-def averaged(sizes: Sequence[float], most: int) -> float:
-    """The mean of as many of the newest sizes as make it sure.
+def averages(sizes: Sequence[Sequence[float]], most: int) -> Doubles:
+    """The means of as many of the newest sizes as make them sure.
 
     Args:
-        sizes: from old to new, at least one.
+        sizes: of each weight, from old to new, at least one.
         most: the number that it is never more than; at least `FEWEST_ROWS`.
 
+    Returns:
+        ``(weights,)``.
+
     Example:
-        >>> averaged([7.0, 1.0, 1.01, 0.99, 1.0, 1.0], most=5)
-        1.0
-        >>> averaged([16.0, 1.0, 1.0, 1.0, 1.0, 1.0], most=20)
-        3.5
-        >>> averaged([9.0, 8.0, 7.0, 6.0, 5.0, 4.0], most=20)  # it falls, and does not scatter
-        6.0
+        >>> averages([[7.0, 1.0, 1.01, 0.99, 1.0, 1.0]], most=5).tolist()
+        [1.0]
+        >>> averages([[16.0, 1.0, 1.0, 1.0, 1.0, 1.0], [2.0]], most=20).tolist()
+        [3.5, 2.0]
+        >>> averages([[9.0, 8.0, 7.0, 6.0, 5.0, 4.0]], most=20).tolist()  # falls, does not scatter
+        [6.0]
     """
-    if len(sizes) < 2:
-        return sizes[-1]
-    # In units of the newest: squares of the sizes themselves may be no numbers any more.
-    shares = [size / sizes[-1] for size in sizes]
-    # Of all that is known, since between two bursts the newest rows alone look steady; and between
-    # neighbours, since a size that falls evenly does not scatter.
-    squares = [(after - before) ** 2 for before, after in pairwise(shares)]
-    variance = fmean(squares) / 2 / fmean(shares) ** 2
-    count = round(min(max(variance / MOST_ERROR**2, FEWEST_ROWS), most))
-    return fmean(sizes[-count:])
+    found = np.empty(len(sizes), dtype=np.float64)
+    # Of all weights at once that have as many rows: nearly always that is all of them.
+    for length in set(map(len, sizes)):
+        places = [i for i, of_weight in enumerate(sizes) if len(of_weight) == length]
+        table = np.array([sizes[i] for i in places], dtype=np.float64)
+        found[places] = _averages_of(table, most)
+    return found
 
 
-__all__ = ["FEWEST_ROWS", "MOST_ROWS", "averaged", "with_one_more"]
+def _averages_of(table: Doubles, most: int) -> Doubles:
+    """From ``(weights, rows)`` sizes the average of each weight."""
+    if table.shape[1] < 2:
+        newest: Doubles = table[:, -1]
+        return newest
+    # A size that is too far from the others makes infinities, and then the longest average.
+    with np.errstate(all="ignore"):
+        # In units of the newest: squares of the sizes themselves may be no numbers any more.
+        shares = table / table[:, -1:]
+        # Of all that is known, since between two bursts the newest rows alone look steady; and
+        # between neighbours, since a size that falls evenly does not scatter.
+        squares = np.square(np.diff(shares))
+        variance = squares.mean(1) / 2 / np.square(shares.mean(1))
+        rows = np.clip(np.nan_to_num(variance / MOST_ERROR**2, nan=inf), FEWEST_ROWS, most)
+    counts = np.minimum(np.rint(rows).astype(np.int64), table.shape[1])
+    means = np.empty(len(table), dtype=np.float64)
+    for count in np.unique(counts).tolist():
+        means[counts == count] = table[counts == count, -count:].mean(1)
+    return means
+
+
+__all__ = ["FEWEST_ROWS", "MOST_ROWS", "averages", "with_one_more"]

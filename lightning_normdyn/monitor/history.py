@@ -113,10 +113,12 @@ class History:
     def _cells(self, values: Mapping[str, float]) -> tuple[Floats, Flags]:
         """The cells of a row, and which of them are recorded; columns are made as needed."""
         # First of all: a value that is refused must not leave a column behind.
-        numbers = [_as_float(value) for value in values.values()]
+        numbers = list(map(_as_float, values.values()))
         columns = self._contents.columns
-        for key in values:
-            columns.setdefault(key, len(columns))
+        # Nearly always all of them are there; to ask for each takes longer.
+        if not values.keys() <= columns.keys():
+            for key in values:
+                columns.setdefault(key, len(columns))
 
         recorded = [columns[key] for key in values]
         cells = np.full(len(columns), np.nan, dtype=np.float32)
@@ -474,6 +476,8 @@ def _as_float(value: float) -> float:
         NormDynError: for an integer that no float can hold, which was never measured: what diverges
             is infinite.
     """
+    if type(value) is float:
+        return value
     try:
         return float(value)
     except OverflowError as error:

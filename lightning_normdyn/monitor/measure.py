@@ -267,6 +267,9 @@ class StepGauge:
         """What other callbacks do may change from epoch to epoch (WRS in its window)."""
         plan = self.plan
         targets = plan.targets
+        # Equal ones as one object: what is looked up by them is then found at once.
+        known: dict[Effects, Effects] = {}
+        effects = [known.setdefault(effect, effect) for effect in effects]
         self.effects = {t.name: effect for t, effect in zip(targets, effects, strict=True)}
         shrinks = [effect.shrink for effect in effects]
         # NaN, not 0: every mean leaves it out, while a 0 would be averaged as a strength.

@@ -217,6 +217,10 @@ class Predictor:
         self._at_rate: dict[tuple[int, float], Mapping[str, Any]] = {}
         self._balances: dict[tuple[int, float, Effects], dict[str, Any] | None] = {}
         self._responses: dict[tuple[int, float, Any], StepResponse | None] = {}
+        # The same for all weights that share a param group, effects and shape, unless a shrink
+        # goes by their size, or what they settle at by their gradients.
+        self._under: dict[tuple[Any, ...], StepResponse] = {}
+        self._settled: dict[tuple[Any, ...], Prediction | None] = {}
 
     def predict(
         self,
@@ -265,29 +269,23 @@ class Predictor:
         options = self._balance(place, lr, effects)
         if options is None:
             return None
-        # What alone differs between weights of a group.
-        if "shrink" in options:
-            options = {**options, "shrink": measured.get("equivalent_weight_decay")}
         own = self._response(place, lr, shape)
         if own is None:
             return None
-        response = response_under(own, self._group(place, lr), **options)
-        if response.decay is None:
-            return None
-        settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
-        # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
-        # reaches.
-        if settled is None or not 0 < float(settled[0]) < inf:
-            return None
-        angle, relaxation = settled
-        pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
-        return Prediction(
-            float(angle),
-            float(relaxation),
-            response.power,
-            pull,
-            response.rough,
-        )
+        # What alone differs between weights of a group.
+        if "shrink" in options:
+            options = {**options, "shrink": measured.get("equivalent_weight_decay")}
+            response = response_under(own, self._group(place, lr), **options)
+            return _prediction_from(response, scale, length, norm)
+        key = (place, lr, effects, shape)
+        if key not in self._under:
+            self._under[key] = response_under(own, self._group(place, lr), **options)
+        response = self._under[key]
+        if response.rough or response.adaptive:
+            return _prediction_from(response, scale, length, norm)
+        if key not in self._settled:
+            self._settled[key] = _prediction_from(response, scale, length, norm)
+        return self._settled[key]
 
     def _group(self, place: int, lr: float) -> Mapping[str, Any]:
         key = (place, lr)
@@ -309,6 +307,28 @@ class Predictor:
             group = self._group(place, lr)
             self._responses[key] = own_response(self._kind, group, Subject(shape, self._number))
         return self._responses[key]
+
+
+def _prediction_from(
+    response: StepResponse, scale: float | None, length: int, norm: float
+) -> Prediction | None:
+    """What a weight settles at that responds so; arguments as `Predictor.predict` finds them."""
+    if response.decay is None:
+        return None
+    settled = settles_at(response, gradient_scale=scale, dim=length, norm=norm)
+    # A formula at its limits (no decay, a vanishing rate) gives 0 or infinity, which no run
+    # reaches.
+    if settled is None or not 0 < float(settled[0]) < inf:
+        return None
+    angle, relaxation = settled
+    pull = float(response.lr * response.decay) / (norm if response.adaptive else 1.0)
+    return Prediction(
+        float(angle),
+        float(relaxation),
+        response.power,
+        pull,
+        response.rough,
+    )
 
 
 def _predict_rescaled(

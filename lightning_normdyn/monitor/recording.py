@@ -176,7 +176,7 @@ class Recording(Part[Any]):
         if self.trainer.is_global_zero:
             if is_first and self.rule.tables:
                 self.alarms.idle_decays(self.gauges.values())
-            if sent.shown:
+            if sent.shown and self.trainer.loggers:
                 shown = for_loggers(row.values, self.quantities)
                 publish_row(self.trainer.loggers, shown, draft.histograms, row.step)
         publish_to_trainer(self.trainer, row.values)

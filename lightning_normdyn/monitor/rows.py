@@ -21,11 +21,12 @@ from lightning_normdyn.optimizers.recognition import has_plain_rate
 from lightning_normdyn.optimizers.step import HostCopy
 
 from .alarms import Alarms
+from .averages import Averages
 from .expected_norms import Interval, WeightStep, follow
 from .histograms import Histogram
 from .ledger import Ledger, Norms, Row
 from .loggers import told_to_trainer
-from .measure import UNLOGGED, Measured, Reading
+from .measure import Measured, Reading
 from .measured_balance import Balance, MatrixSums, quantities_of
 from .passed_steps import Stretch
 from .predictions import Predictor, noise_coherence
@@ -39,6 +40,9 @@ schedule that glides never does."""
 
 SAME_RATE = 1e-3
 """Relative difference up to which two rates are the same constant."""
+
+_OF_PREDICTION = {q.name: q.prediction for q in monitored() if q.prediction is not None}
+_OF_EXPECTATION = {q.name: q.expectation for q in monitored() if q.expectation is not None}
 
 _RESTS_ON = ("weight_norm", "gradient_scale", "equivalent_weight_decay")
 """What a prediction is computed from."""
@@ -144,50 +148,53 @@ class RowDraft:
         # By weight and not by optimizer: a person looks for a name.
         self.histograms.update(reading.histograms)
         predictor = Predictor(result.plan.optimizer, result.groups, result.optimizer_step)
+        # All weights at once: Python takes ten times as long for each of them.
+        averages = Averages(result.gauge.measured, reading.totals, reading.counts)
         for j, target in enumerate(result.plan.targets):
-            sums = _sums_of(result, reading, j)
-            self._add_weight(result, target, result.places[j], sums, predictor)
+            self._add_weight(result, target, j, averages, predictor)
             # Only where the direction alone counts is a short vector trouble: it turns ever faster.
             if target.scale_invariant:
                 self._collapsed += reading.collapsed[j]
-        # One function for all weights, which takes its sums again: what is kept for each of a
-        # thousand weights until the row is there costs Python's garbage collector more.
-        self.concerns.append(partial(self._look_for_trouble, result, reading, self._norms))
+        # One function for all weights: what is kept for each of a thousand until the row is there
+        # costs Python's garbage collector.
+        self.concerns.append(partial(self._look_for_trouble, result, averages, self._norms))
         self._pool(result, reading)
         interval = self._interval(result)
         self._add_expected(result, reading, interval)
         self._add_balances(result, reading, interval)
 
     def _look_for_trouble(
-        self, result: Measured, reading: Reading, norms: Mapping[str, Norms]
+        self, result: Measured, averages: Averages, norms: Mapping[str, Norms]
     ) -> None:
         """Warn of weights whose norm overflows and of vectors that only decay."""
         for j, target in enumerate(result.plan.targets):
             if "weight_norm" in self._means[target.name]:
                 self._alarms.overflow(target, norms[target.name])
-            if target.scale_invariant:
+            if target.scale_invariant and averages.total_of("dead", j):
                 group = result.groups[result.places[j]]
-                self._alarms.dead(result.gauge, target, group, _sums_of(result, reading, j))
+                self._alarms.dead(result.gauge, target, group, averages.sums_of(j))
 
     def _add_weight(
         self,
         result: Measured,
         target: Target,
-        place: int,
-        sums: Mapping[str, tuple[float, float]],
+        j: int,
+        averages: Averages,
         predictor: Predictor,
     ) -> None:
         name = target.name
-        # A count of 0: no vector had a gradient, or none has a number. Then there is no key at all,
-        # because a NaN would say that the run has diverged.
-        means = {quantity: _mean(quantity, *pair) for quantity, pair in sums.items() if pair[1]}
-        if not all(isfinite(value) for value in means.values()):
+        means = averages.of(j)
+        if not averages.are_finite[j]:
             self._not_finite.append(name)
-        self._means[name] = dict(means)
-        means.update(self._compare(result, target, place, means, predictor))
-        for quantity, value in means.items():
-            if quantity not in UNLOGGED:
-                self._values[f"{quantity}/{name}"] = value
+        self._means[name] = means
+        compared = self._compare(result, target, result.places[j], means, predictor)
+        # As written in the table of quantities: what is measured stands before what it is compared
+        # with.
+        for quantity in result.gauge.names:
+            if quantity in means:
+                self._values[f"{quantity}/{name}"] = means[quantity]
+        for quantity, value in compared.items():
+            self._values[f"{quantity}/{name}"] = value
 
         if "weight_norm" in means:
             known = self._norms.get(name, Norms(means["weight_norm"]))
@@ -198,11 +205,11 @@ class RowDraft:
             # One weight is enough: param groups may drop at different steps, and each drop is
             # marked.
             self._dropped |= _has_dropped(before, means["lr"])
-        if target.scale_invariant and "equilibrium_angular_update" in means:
+        if target.scale_invariant and "equilibrium_angular_update" in compared:
             # Of all vectors with a prediction the squares are pooled: predictions are about the
             # root mean square, and a mean of the weights' ratios would be another number.
-            squares, count = sums["angular_update"]
-            predicted = means["equilibrium_angular_update"] ** 2 * count
+            squares, count = averages.sums_of(j)["angular_update"]
+            predicted = compared["equilibrium_angular_update"] ** 2 * count
             self._compared += (squares, predicted, count)
 
     def _compare(
@@ -407,7 +414,7 @@ class RowDraft:
         values = dict(self._values)
         for name, (total, count) in self._overview.items():
             if count:
-                values[f"normdyn/{name}"] = _mean(name, total, count)
+                values[f"normdyn/{name}"] = QUANTITIES[name].mean(total, count)
         squares, predicted, number = self._compared.tolist()
         if number:
             angle = QUANTITIES["angular_update"]
@@ -430,35 +437,14 @@ class RowDraft:
         return values
 
 
-def _sums_of(result: Measured, reading: Reading, j: int) -> dict[str, tuple[float, float]]:
-    """Total and count of each quantity over the vectors of the ``j``-th weight."""
-    pairs = zip(reading.totals[:, j].tolist(), reading.counts[:, j].tolist(), strict=True)
-    return dict(zip(result.gauge.measured, pairs, strict=True))
-
-
-def _mean(name: str, total: float, count: float) -> float:
-    # What no logger gets has no entry in the table of quantities.
-    if name in UNLOGGED:
-        return total / count
-    return QUANTITIES[name].mean(total, count)
-
-
 def _from_prediction(measured: float, predicted: float) -> dict[str, float]:
     """The quantities that compare a measured angular update with its prediction."""
-    compared = {}
-    for quantity in monitored():
-        if quantity.prediction is not None:
-            compared[quantity.name] = quantity.prediction(measured, predicted)
-    return compared
+    return {name: formula(measured, predicted) for name, formula in _OF_PREDICTION.items()}
 
 
 def _from_expectation(measured: float, angle: float, norm: float) -> dict[str, float]:
     """The quantities that compare a measured angular update with what was expected."""
-    compared = {}
-    for quantity in monitored():
-        if quantity.expectation is not None:
-            compared[quantity.name] = quantity.expectation(measured, angle, norm)
-    return compared
+    return {name: formula(measured, angle, norm) for name, formula in _OF_EXPECTATION.items()}
 
 
 def _steered_to(effects: Effects, sums: MatrixSums) -> tuple[float, float | None] | None:

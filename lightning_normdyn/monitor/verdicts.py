@@ -6,7 +6,7 @@ Numbers of the host. Words: `lightning_normdyn.theory.words`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import copysign, inf, isfinite, nan
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class Course:
 
     def fork(self) -> Course:
         """A course that starts as this one and goes on by itself."""
-        return replace(self, pulls=list(self.pulls))
+        return Course(self.latest, self.step, self.elapsed, list(self.pulls))
 
     def steady_since(self) -> float:
         """The step since which lr x decay has been within a tenth of what it is now; before,

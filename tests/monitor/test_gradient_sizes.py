@@ -10,9 +10,14 @@ import pytest
 from lightning_normdyn.monitor.gradient_sizes import (
     FEWEST_ROWS,
     MOST_ROWS,
-    averaged,
+    averages,
     with_one_more,
 )
+
+
+def averaged(sizes, most):
+    (average,) = averages([sizes], most)
+    return average
 
 
 def kept(sizes):
@@ -45,3 +50,9 @@ def test_of_few_rows_all_are_taken():
 def test_what_is_no_size_is_left_out_and_old_ones_are_forgotten():
     assert kept([1.0, 0.0, math.inf, math.nan, 2.0]) == (1.0, 2.0)
     assert kept(float(i) for i in range(1, 41)) == tuple(map(float, range(21, 41)))
+
+
+def test_many_weights_at_once_give_what_each_gives_alone():
+    of_weights = [(3.0,), (3.0, 5.0, 1.0), kept(0.9**i for i in range(30)), kept([1.0, 9.0] * 9)]
+    together = averages(of_weights, MOST_ROWS)
+    assert together.tolist() == [averaged(sizes, MOST_ROWS) for sizes in of_weights]
