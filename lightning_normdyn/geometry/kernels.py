@@ -9,7 +9,7 @@ or many small ones, is a `lightning_normdyn.geometry.lots.Lot`.
 Letters: n vectors; w a weight before a step, v after it, Δ = v - w.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import repeat
 from math import prod
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import passes
-from .lots import Stack, lots_of, spread
+from .lots import Change, Stack, lots_of, spread
 from .partition import indices
 from .passes import Dims, Kernel, Operand, Pair, Pass, Views
 from .pieces import Placement, Rows, rows_of
@@ -159,11 +159,11 @@ class Kernels:
     def _find_order(self) -> tuple[Tensor | None, Tensor | None]:
         """The number of each row in the order of lots, and its place there by number; None where
         lots have all rows in the order of their numbers."""
-        of_pieces = indices(sum(self._index.counts)).split_with_sizes(self._index.counts)
-        of_lots = [of_pieces[piece] for lot in self._lots for piece in lot.pieces]
-        order = torch.cat([indices(0), *of_lots])
-        if torch.equal(order, indices(len(order))):
+        pieces = [piece for lot in self._lots for piece in lot.pieces]
+        if pieces == list(range(len(pieces))):
             return None, None
+        of_pieces = indices(sum(self._index.counts)).split_with_sizes(self._index.counts)
+        order = torch.cat([of_pieces[piece] for piece in pieces])
         return order.to(self._device), order.argsort().to(self._device)
 
     @property
@@ -352,26 +352,20 @@ class Kernels:
 
     def _change(
         self,
-        change: Callable[..., None],
+        change: Change,
         operands: Sequence[Operand],
         numbers: Sequence[tuple[Tensor, float]],
     ) -> None:
         """Change the first operand in place where all of them have a weight.
 
         Args:
-            change: what is called with the views of a lot, and its numbers behind them.
-            operands: what the views are of.
+            change: see `lightning_normdyn.geometry.lots.Change`.
+            operands: what it is called with.
             numbers: ``(n,)`` each, and the value for rows that belong to no vector.
         """
         of_rows = [self._of_rows(values, dummy) for values, dummy in numbers]
         for lot, columns in zip(self._lots, self._columns, strict=True):
-            views = lot.memory(operands)
-            view = views[0]
-            if view is None or any(each is None for each in views):
-                continue
-            form = lot.form(view)
-            change(views, *[spread(number[columns], form, view) for number in of_rows])
-            lot.put_back(view, operands, 0)
+            lot.change_(change, operands, [number[columns] for number in of_rows])
 
     def _adding(self, how: Pass, dtype: torch.dtype) -> Kernel:
         """The kernel of a pass for rows that are cut: finishes each part and adds it to outs."""

@@ -8,7 +8,7 @@ is decided by their shapes alone, once for a set of weights.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import prod
 from typing import Any
@@ -22,6 +22,14 @@ from .pieces import Rows
 
 SMALL_ENTRIES = 2**14
 """Up to this many entries of a weight, calling torch for it costs more than copying it."""
+
+
+COPIED_ENTRIES = 2**12
+"""Up to this many entries of a weight, a change of single entries (an addition) is made in a copy
+and copied back; it is one or two calls, which cost less than two more passes over memory."""
+
+Change = Callable[..., None]
+"""``change(views, *numbers)`` writes to the first of the views; numbers broadcast over them."""
 
 
 class Lot(ABC):
@@ -41,11 +49,6 @@ class Lot(ABC):
         them."""
 
     @abstractmethod
-    def memory(self, operands: Sequence[Operand]) -> list[Tensor | None]:
-        """These rows of every operand with all entries, also hidden ones: changes are made to
-        all."""
-
-    @abstractmethod
     def dims(self, view: Tensor) -> Dims:
         """The dimensions of a view that lie within a row."""
 
@@ -57,6 +60,19 @@ class Lot(ABC):
     def put_back(self, view: Tensor | None, operands: Sequence[Operand], position: int) -> None:
         """Make a view that has been changed what ``operands[position]`` holds; a weight that some
         operand has not is passed over."""
+
+    @abstractmethod
+    def change_(
+        self, change: Change, operands: Sequence[Operand], numbers: Sequence[Tensor]
+    ) -> None:
+        """Change the rows of the first operand in place, all of their entries, also hidden ones; a
+        weight that some operand has not is passed over.
+
+        Args:
+            change: see `Change`.
+            operands: what it is called with.
+            numbers: ``(rows,)`` each, given behind them.
+        """
 
     @abstractmethod
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
@@ -100,11 +116,6 @@ class Alone(Lot):
             views.append(view)
         return views
 
-    def memory(self, operands: Sequence[Operand]) -> list[Tensor | None]:
-        """See `Lot.memory`."""
-        tensors = [operand[self._weight] for operand in operands]
-        return [None if tensor is None else self._piece.view(tensor) for tensor in tensors]
-
     def dims(self, view: Tensor) -> Dims:
         """See `Lot.dims`."""
         return self._piece.dims(view)
@@ -115,6 +126,19 @@ class Alone(Lot):
 
     def put_back(self, view: Tensor | None, operands: Sequence[Operand], position: int) -> None:
         """Nothing: what was changed is the weight."""
+
+    def change_(
+        self, change: Change, operands: Sequence[Operand], numbers: Sequence[Tensor]
+    ) -> None:
+        """See `Lot.change_`."""
+        views = []
+        for operand in operands:
+            tensor = operand[self._weight]
+            if tensor is None:
+                return
+            views.append(self._piece.view(tensor))
+        form = self.form(views[0])
+        change(views, *[spread(number, form, views[0]) for number in numbers])
 
     def scale_(self, tensors: Operand, factor: Tensor) -> None:
         """See `Lot.scale_`."""
@@ -145,22 +169,19 @@ class Stack(Lot):
         length: int,
     ) -> None:
         self.pieces = list(pieces)
-        self.rows = sum(map(prod, shapes)) // length
         self.weights = list(weights)
-        self._shapes = list(shapes)
         self._length = length
         self._inner = shapes[0][1:]
         self._sizes = [shape[0] for shape in shapes]
+        self.rows = sum(self._sizes) * prod(self._inner) // length
         # A row may be several slices along the first dimension: a group of filters, a layer.
         self._slices_of_row = length // prod(self._inner)
+        largest = max(self._sizes) * prod(self._inner)
+        self._changes_in_place = largest > COPIED_ENTRIES
 
     def views(self, operands: Sequence[Operand]) -> list[Tensor | None]:
         """See `Lot.views`: copies, with zeros for the weights that an operand has not."""
         return list(map(self._copied, operands))
-
-    def memory(self, operands: Sequence[Operand]) -> list[Tensor | None]:
-        """See `Lot.memory`: no weight with hidden entries is in a stack."""
-        return self.views(operands)
 
     def _copied(self, operand: Operand) -> Tensor | None:
         tensors = [operand[weight] for weight in self.weights]
@@ -168,9 +189,9 @@ class Stack(Lot):
         if not present:
             return None
         if len(present) < len(tensors):
-            for i, shape in enumerate(self._shapes):
+            for i, size in enumerate(self._sizes):
                 if tensors[i] is None:
-                    tensors[i] = present[0].new_zeros(shape)
+                    tensors[i] = present[0].new_zeros(size, *self._inner)
         # Along the first dimension: the entries then lie in the order of their indices, however
         # each tensor lies in memory.
         copied: Tensor = torch.cat(tensors)  # type: ignore[arg-type]
@@ -204,14 +225,39 @@ class Stack(Lot):
         if not present:
             return
         scaled: list[Any] = [tensors[self.weights[i]] for i in present]
-        if self._slices_of_row > 1:
-            factor = factor.repeat_interleave(self._slices_of_row)
         # In place, and not by copies: one pass over memory, and half the calls.
-        factor = spread(factor, [-1, *[1] * len(self._inner)], scaled[0])
-        factors = list(factor.split_with_sizes(self._sizes))
-        if len(present) < len(factors):
-            factors = [factors[i] for i in present]
-        torch._foreach_mul_(scaled, factors)
+        factors = self._by_weight(factor, scaled[0])
+        torch._foreach_mul_(scaled, [factors[i] for i in present])
+
+    def change_(
+        self, change: Change, operands: Sequence[Operand], numbers: Sequence[Tensor]
+    ) -> None:
+        """See `Lot.change_`; no weight with hidden entries is in a stack."""
+        if not self._changes_in_place:
+            views = self.views(operands)
+            first = views[0]
+            if first is None or any(view is None for view in views):
+                return
+            form = self.form(first)
+            change(views, *[spread(number, form, first) for number in numbers])
+            self.put_back(first, operands, 0)
+            return
+        kept = None
+        for i, weight in enumerate(self.weights):
+            tensors = [operand[weight] for operand in operands]
+            changed = tensors[0]
+            if changed is None or any(tensor is None for tensor in tensors):
+                continue
+            if kept is None:
+                kept = [self._by_weight(number, changed) for number in numbers]
+            change(tensors, *[of_weights[i] for of_weights in kept])
+
+    def _by_weight(self, numbers: Tensor, like: Tensor) -> list[Tensor]:
+        """From one number per row those of each weight, of a shape that broadcasts over it."""
+        if self._slices_of_row > 1:
+            numbers = numbers.repeat_interleave(self._slices_of_row)
+        numbers = spread(numbers, [-1, *[1] * len(self._inner)], like)
+        return list(numbers.split_with_sizes(self._sizes))
 
 
 def spread(numbers: Tensor, form: Sequence[int], view: Tensor) -> Tensor:

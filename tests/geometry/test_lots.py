@@ -76,8 +76,10 @@ def factor_of(vectors: WeightVectors) -> torch.Tensor:
     return torch.linspace(0.1, 0.9, vectors.n, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("copied", [0, 2**12])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_small_weights_give_and_become_what_they_do_one_by_one(name, monkeypatch):
+def test_small_weights_give_and_become_what_they_do_one_by_one(name, copied, monkeypatch):
+    monkeypatch.setattr(lots, "COPIED_ENTRIES", copied)
     found = []
     for together in (True, False):
         vectors, others = several(monkeypatch, together=together)
