@@ -36,6 +36,7 @@ from lightning_normdyn.optimizers.step_response import Options, own_response
 from lightning_normdyn.optimizers.step_rules import Subject
 from lightning_normdyn.theory.course import NormCourse, norm_course
 
+from .course_states import joined, shared_numbers, split
 from .gradient_sizes import FEWEST_ROWS, MOST_ROWS, averages, with_one_more
 from .passed_steps import Stretch
 from .pulls import options_of
@@ -103,8 +104,7 @@ class Expectation:
     @property
     def shared(self) -> tuple[Any, ...]:
         """What weights must have in common to be followed together."""
-        numbers = [value for value in self.course.values() if not isinstance(value, list)]
-        return (self.number, self.rate, *numbers)
+        return (self.number, self.rate, *shared_numbers(self.course))
 
 
 class Expected(NamedTuple):
@@ -219,12 +219,12 @@ class _Lot:
         if course is None:
             return {}
         if self._before:
-            course.load_state_dict(_joined([before.course for before in self._before]))
+            course.load_state_dict(joined([before.course for before in self._before]))
         found_norm = self._walk(course)
         if found_norm is None:
             return {}
         angles = course.angular_update
-        states = _split(course.state_dict(), len(self._steps))
+        states = split(course.state_dict(), len(self._steps))
         expected = {}
         for i, step in enumerate(self._steps):
             expectation = self._expectation(i, states[i])
@@ -366,27 +366,6 @@ class _Lot:
         if not self._before or not all(before.energies for before in self._before):
             return None
         return np.array([fmean(b.energies) for b in self._before], dtype=np.float64)
-
-
-def _joined(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The state of one course over all the vectors of several, which share all other numbers."""
-    joined: dict[str, Any] = {}
-    for key, value in states[0].items():
-        joined[key] = value
-        if isinstance(value, list):
-            joined[key] = [number for state in states for number in state[key]]
-    return joined
-
-
-def _split(state: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
-    """The reverse of `_joined`: one state per vector."""
-    states: list[dict[str, Any]] = []
-    for i in range(count):
-        single: dict[str, Any] = {}
-        for key, value in state.items():
-            single[key] = [value[i]] if isinstance(value, list) else value
-        states.append(single)
-    return states
 
 
 # -- in checkpoints
