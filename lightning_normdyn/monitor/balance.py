@@ -170,8 +170,7 @@ class Span:
         return float(loss_decay(*means, angle, noise_coherence))
 
 
-@dataclass(frozen=True)
-class BalanceWindow:
+class BalanceWindow(NamedTuple):
     """Rows of one weight matrix since its norm was last set or its decay last changed by a jump.
 
     It never changes; `extended` gives the next one.
@@ -201,30 +200,25 @@ class BalanceWindow:
         """
         # A matrix of zeros has no direction, and what is not finite is no measurement.
         if not (isfinite(row.squared_norm) and row.squared_norm > 0):
-            return BalanceWindow()
+            return NO_ROWS
         # Of vectors that are not those of the callback, nobody can tell what it took away.
         if not (isfinite(row.squared_angle) and isfinite(row.log_scale)):
-            return BalanceWindow()
-        # From here on a first row: all sums are 0.
-        first = Point(
-            row.number,
-            log(row.squared_norm),
-            row.squared_angle,
-            row.pull,
-            row.lr,
-            log_scale=row.log_scale,
-        )
+            return NO_ROWS
+        here = (row.number, log(row.squared_norm), row.squared_angle, row.pull, row.lr)
         if not self.points or passed is None or self._ends_at(row.pull):
-            return BalanceWindow((first,))
+            # A first row: all sums are 0.
+            return BalanceWindow((Point(*here, log_scale=row.log_scale),))
         last = self.points[-1]
         between = passed.steps
         # The angle of the newest row counts once, those between lie on a line to the next one.
         angles = last.squared_angle + between * (last.squared_angle + row.squared_angle) / 2
-        point = first._replace(
+        point = Point(
+            *here,
             angles=last.angles + angles,
             pulls=last.pulls + last.pull + passed.pull,
             log_kept=last.log_kept + log_of_kept(last.pull) + passed.log_kept,
             rates=last.rates + last.lr + passed.lr,
+            log_scale=row.log_scale,
         )
         return BalanceWindow(_thinned((*self.points, point)))
 
@@ -291,6 +285,9 @@ class BalanceWindow:
         )
 
 
+NO_ROWS = BalanceWindow()
+
+
 def log_of_kept(pull: float) -> float:
     """ln(1-P), what a decay leaves of a norm; NaN for one that leaves nothing."""
     return log1p(-pull) if pull < 1 else nan
@@ -305,4 +302,4 @@ def _thinned(points: tuple[Point, ...]) -> tuple[Point, ...]:
     return (*points[:-half:2], *points[-half:])
 
 
-__all__ = ["BalanceWindow", "MatrixRow", "Passed", "Point", "Span", "log_of_kept"]
+__all__ = ["NO_ROWS", "BalanceWindow", "MatrixRow", "Passed", "Point", "Span", "log_of_kept"]

@@ -76,8 +76,7 @@ class WeightStep(NamedTuple):
     is_warm: bool = False
 
 
-@dataclass(frozen=True)
-class Expectation:
+class Expectation(NamedTuple):
     """Where the course of one weight stands after the newest row's step. It never changes.
 
     Args:

@@ -8,7 +8,6 @@ Numbers of the host. The windows: `lightning_normdyn.monitor.balance`; the pulls
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from math import atan2, isfinite, nan, sqrt
 from typing import Any, NamedTuple
 
@@ -29,7 +28,7 @@ from lightning_normdyn.engine.value_checks import (
 )
 from lightning_normdyn.functional import balanced_angular_update
 
-from .balance import BalanceWindow, MatrixRow, Point, Span
+from .balance import NO_ROWS, BalanceWindow, MatrixRow, Point, Span
 from .passed_steps import Stretch
 from .pulls import End, Strength, passed_between
 
@@ -98,8 +97,7 @@ class MatrixSums(NamedTuple):
         return self.target_ww / self.ww if self.ww > 0 else 0.0
 
 
-@dataclass(frozen=True)
-class Balance:
+class Balance(NamedTuple):
     """What is known of the balance of one weight. It never changes; `after` gives the next one.
 
     Args:
@@ -109,7 +107,7 @@ class Balance:
         was_set: whether a callback set the norm around the newest row.
     """
 
-    window: BalanceWindow = field(default_factory=BalanceWindow)
+    window: BalanceWindow = NO_ROWS
     end: End | None = None
     elapsed: float = 0.0
     was_set: bool = False

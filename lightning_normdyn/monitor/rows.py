@@ -12,7 +12,6 @@ from math import isfinite, nan, sqrt
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 
 from lightning_normdyn.engine.effect import Effects
@@ -117,8 +116,8 @@ class RowDraft:
         self._overview: dict[str, tuple[float, float]] = {}
         # Squared angles, squared predictions and their number, of vectors with a prediction; the
         # same of vectors with an expectation, and their squared norms.
-        self._compared = np.zeros(3)
-        self._awaited = np.zeros(4)
+        self._compared = [0.0] * 3
+        self._awaited = [0.0] * 4
 
     def fill(self, *, only_due: bool) -> None:
         """Add the results whose update happened; with ``only_due``, without those that were
@@ -210,7 +209,7 @@ class RowDraft:
             # root mean square, and a mean of the weights' ratios would be another number.
             squares, count = averages.sums_of(j)["angular_update"]
             predicted = compared["equilibrium_angular_update"] ** 2 * count
-            self._compared += (squares, predicted, count)
+            _add_to(self._compared, squares, predicted, count)
 
     def _compare(
         self,
@@ -362,7 +361,7 @@ class RowDraft:
         squares, count = measured
         # As products: the power of a float that is too large raises.
         squared_norm = 0.0 if norm is None else norm * norm
-        self._awaited += (squares, angle * angle * count, squared_norm * count, count)
+        _add_to(self._awaited, squares, angle * angle * count, squared_norm * count, count)
 
     def _pool(self, result: Measured, reading: Reading) -> None:
         """Add the scale-invariant weights of an optimizer to the overview."""
@@ -415,12 +414,12 @@ class RowDraft:
         for name, (total, count) in self._overview.items():
             if count:
                 values[f"normdyn/{name}"] = QUANTITIES[name].mean(total, count)
-        squares, predicted, number = self._compared.tolist()
+        squares, predicted, number = self._compared
         if number:
             angle = QUANTITIES["angular_update"]
             pooled = _from_prediction(angle.mean(squares, number), angle.mean(predicted, number))
             values.update({f"normdyn/{name}": value for name, value in pooled.items()})
-        squares, angles, norms, number = self._awaited.tolist()
+        squares, angles, norms, number = self._awaited
         if number:
             angle = QUANTITIES["angular_update"]
             means = [angle.mean(total, number) for total in (squares, angles, norms)]
@@ -435,6 +434,12 @@ class RowDraft:
         values["normdyn/skipped_steps"] = float(self._sent.skipped_steps)
         values["normdyn/collapsed_vectors"] = self._collapsed
         return values
+
+
+def _add_to(sums: list[float], *terms: float) -> None:
+    # In Python: for a few numbers, an array takes ten times as long.
+    for i, term in enumerate(terms):
+        sums[i] += term
 
 
 def _from_prediction(measured: float, predicted: float) -> dict[str, float]:
