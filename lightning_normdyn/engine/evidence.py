@@ -76,7 +76,7 @@ class Examination:
                 assert claim.partition is not None, "a claim is about vectors"
                 partitions.append(claim.partition)
                 reads.append(claim.read)
-            self.vectors = WeightVectors(list(claims), partitions, self.names, reads)
+            self.vectors = WeightVectors.of(list(claims), partitions, self.names, reads)
 
     def _are_alike(self, claims: dict[Tensor, Verdict]) -> bool:
         """Whether these claims are about the same vectors as those of now."""

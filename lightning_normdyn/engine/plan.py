@@ -164,7 +164,7 @@ class Plan:
         self.bracket = bracket
         self.optimizer: Optimizer = bracket.optimizer
         self.targets = targets
-        self.vectors = WeightVectors(
+        self.vectors = WeightVectors.of(
             [t.weight for t in targets],
             [t.partition for t in targets],
             [t.name for t in targets],

@@ -10,9 +10,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
+
+MOST_SHARED = 4096
+"""Labels of a partition up to which equal ones are looked for."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +102,23 @@ class Partition:
             [-1, 0, -1]
         """
         return Partition(self.keep, torch.where(self.labels < 0, 0, -1), "layer")
+
+    def shared(self) -> Partition:
+        """The one among equal partitions that all weights have which are split alike.
+
+        What is worked out of a partition (where its vectors lie, how long they are) is then worked
+        out once for a thousand layers.
+
+        Example:
+            >>> Partition.layer((8, 16)).shared() is Partition.layer((8, 16)).shared()
+            True
+        """
+        labels = self.labels
+        # To compare the labels of a vocabulary takes longer than they save.
+        if labels.numel() > MOST_SHARED or labels.device.type != "cpu":
+            return self
+        key = (self.keep, self.granularity, tuple(labels.shape), labels.numpy().tobytes())
+        return _shared.setdefault(key, self)
 
     @cached_property
     def n(self) -> int:
@@ -244,6 +266,9 @@ class Partition:
         """The shape of the labels over more dimensions than are kept."""
         sizes = dict(zip(self.keep, self.labels.shape, strict=True))
         return [sizes.get(dim, 1) for dim in dims]
+
+
+_shared: WeakValueDictionary[tuple[Any, ...], Partition] = WeakValueDictionary()
 
 
 def renumbered(kept: Tensor) -> Tensor:

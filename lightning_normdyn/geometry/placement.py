@@ -83,15 +83,16 @@ def place(
         return place_flat(flat, partition)
     if is_dtensor(weight):
         return place_dtensor(weight, partition, name)
-    known = _of_plain.get(partition)
-    if known is None or known.shape != shape:
+    of_shapes = _of_plain.setdefault(partition, {})
+    if shape not in of_shapes:
         piece = Piece(itself, partition.keep, labels)
-        known = _of_plain[partition] = Placement(shape, partition.n, itself, (piece,))
-    return known
+        of_shapes[shape] = Placement(shape, partition.n, itself, (piece,))
+    return of_shapes[shape]
 
 
-# Of a plain tensor nothing but its partition counts, which all callbacks on it share.
-_of_plain: WeakKeyDictionary[Partition, Placement] = WeakKeyDictionary()
+# Of a plain tensor nothing but its partition and shape counts, which all callbacks on it share, and
+# weights that are alike.
+_of_plain: WeakKeyDictionary[Partition, dict[Shape, Placement]] = WeakKeyDictionary()
 
 
 def check_weight(

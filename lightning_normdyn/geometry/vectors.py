@@ -3,12 +3,16 @@
 A vector is what the loss sees as one direction: a filter in front of BatchNorm, the filters of one
 channel group in front of GroupNorm, a whole matrix in front of LayerNorm.
 
-Shapes: ``n`` vectors, ``weights`` weights.
+Shapes: ``n`` vectors, ``weights`` weights. Over 500 lines, because it is the one interface of its
+room: whatever is done with vectors is a method here.
 """
+
+from __future__ import annotations
 
 from collections.abc import Sequence, Set
 from functools import cached_property
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -80,6 +84,31 @@ class WeightVectors(Reduction):
         [[3.0, 4.0], [3.0, 4.0]]
     """
 
+    _shared: ClassVar[WeakValueDictionary[Any, WeightVectors]] = WeakValueDictionary()
+
+    @classmethod
+    def of(
+        cls,
+        weights: Sequence[Tensor],
+        partitions: Sequence[Partition],
+        names: Sequence[str],
+        read: Sequence[Tensor | None],
+    ) -> WeightVectors:
+        """The index space of these weights; arguments as of the class.
+
+        All who ask for the same, while somebody has it, get the same: nothing in it changes.
+        """
+        ids = [tuple(map(id, of_all)) for of_all in (weights, partitions, read)]
+        kinds = [(weight.dtype, weight.device) for weight in weights]
+        key = (*ids, tuple(kinds), tuple(names))
+        known = cls._shared.get(key)
+        if known is None:
+            known = cls(weights, partitions, names, read)
+            # How a shard lies may be another the next time, and ranks compare it.
+            if known._bare:
+                cls._shared[key] = known
+        return known
+
     def __init__(
         self,
         weights: Sequence[Tensor],
@@ -105,10 +134,15 @@ class WeightVectors(Reduction):
 
         # Worked out of the partitions, since a shard does not know how long its vectors are.
         lengths, hidden = [], []
-        read = read or [None] * len(self.weights)
-        for i, entries in enumerate(read):
-            length = self.partitions[i].lengths(self._placements[i].shape, entries)
-            lengths.append(length.to(self.sum_dtype))
+        self._read = read or [None] * len(self.weights)
+        # Of many weights that are split alike it is worked out once.
+        of_alike: dict[Any, Tensor] = {}
+        for i, entries in enumerate(self._read):
+            alike = self._placements[i].shape, id(self.partitions[i]), id(entries)
+            if alike not in of_alike:
+                length = self.partitions[i].lengths(self._placements[i].shape, entries)
+                of_alike[alike] = length.to(self.sum_dtype)
+            lengths.append(of_alike[alike])
             hidden.append(hidden_entries(weights[i], entries, names[i]))
 
         dtypes = {value.dtype for value in self.values()}

@@ -293,7 +293,7 @@ def _verdict_of(
     return Verdict(
         name,
         shape,
-        Partition(finest.keep, vectors.of_row[finest.labels], granularity),
+        Partition(finest.keep, vectors.of_row[finest.labels], granularity).shared(),
         granularity if everything else "partly",
         norms,
         "" if everything else reason or "some of its vectors are single numbers",

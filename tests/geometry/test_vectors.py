@@ -8,6 +8,7 @@ from kinds import KINDS, by_vector, labels_of, made, randn, same_layout
 from torch import nn
 
 from lightning_normdyn import Partition, Phase, StepBracket, WeightVectors
+from lightning_normdyn.geometry import pieces
 from lightning_normdyn.optimizers.step import Step
 
 ALL = list(KINDS)
@@ -254,3 +255,31 @@ def test_small_factors_are_not_lost_and_leave_no_bias(dtype):
 
 def test_full_precision_is_not_low():
     assert not made("conv", "linear", dtype=torch.float32)[0].low_precision
+
+
+def test_who_asks_for_the_same_weights_gets_the_same_index_space():
+    weights = [nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4, 3))]
+    filters, layer = Partition.filters((4, 3)), Partition.layer((4, 3))
+    names = ["a", "b"]
+    first = WeightVectors.of(weights, [filters, filters], names, [None, None])
+    assert WeightVectors.of(weights, [filters, filters], names, [None, None]) is first
+    for others in (
+        WeightVectors.of(weights, [filters, layer], names, [None, None]),
+        WeightVectors.of(weights[::-1], [filters, filters], names, [None, None]),
+        WeightVectors.of(weights, [filters, filters], ["a", "c"], [None, None]),
+        WeightVectors.of(weights, [filters, filters], names, [None, torch.ones(4, 3) > 0]),
+    ):
+        assert others is not first
+    # As a person may do between two fits.
+    weights[0].data = weights[0].data.double()
+    assert WeightVectors.of(weights, [filters, filters], names, [None, None]) is not first
+
+
+def test_where_vectors_lie_is_worked_out_once_for_weights_that_are_alike(monkeypatch):
+    calls = []
+    merge = pieces._merge_rows
+    monkeypatch.setattr(pieces, "_merge_rows", lambda *a: calls.append(a) or merge(*a))
+    weights = [nn.Parameter(torch.randn(5, 7)) for _ in range(6)]
+    partitions = [Partition((0,), torch.tensor([0, 0, 1, 1, 2]), "group") for _ in weights]
+    WeightVectors(weights, [partition.shared() for partition in partitions])
+    assert len(calls) == 1
